@@ -1,0 +1,481 @@
+"""Every option of the toolkit: one dataclass per config group, standard library only.
+
+Conventions: ``slots`` and ``kw_only`` everywhere, so that OmegaConf refuses unknown keys (also those added with ``+``);
+enumerations instead of ``Literal`` (which OmegaConf refuses); ranges in ``__post_init__``, so that a bad value is reported
+before anything loads. ``None`` always means "not set; the stage says what follows from that".
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+MISSING = "???"  # OmegaConf's marker of a mandatory value
+
+
+def _check(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raise ``ValueError`` naming the option, what was expected and what was found."""
+    if not condition:
+        raise ValueError(f"{key}={value!r} is out of range: expected {expected}.")
+
+
+class Dtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class ModelKind(Enum):
+    tiny = "tiny"
+    pretrained = "pretrained"
+
+
+class AdapterKind(Enum):
+    none = "none"
+    lora = "lora"
+
+
+class EngineKind(Enum):
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class RolloutBackend(Enum):
+    auto = "auto"
+    vllm = "vllm"
+    hf = "hf"
+
+
+class LoraSync(Enum):
+    auto = "auto"
+    adapter = "adapter"
+    merged = "merged"
+
+
+class TrackingKind(Enum):
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+class Scheduler(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class KLEstimator(Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLController(Enum):
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+class CriticInit(Enum):
+    reward = "reward"
+    policy = "policy"
+
+
+class Judge(Enum):
+    lexicon = "lexicon"
+    classifier = "classifier"
+    function = "function"
+
+
+class Recipe(Enum):
+    none = "none"
+    reviews = "reviews"
+    smollm2 = "smollm2"
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it starts."""
+
+    name: str = "default"  # directory under run.dir that the stages of one project share
+    dir: str = "runs"  # root of all runs
+    seed: int = 0  # seeds python, numpy, torch and every sampler
+    resume: bool = False  # continue from the last checkpoint of an existing run directory
+    overwrite: bool = False  # delete an existing run directory of this stage and start anew
+    dry_run: bool = False  # resolve, check and print; load no weights
+
+    def __post_init__(self) -> None:
+        _check(self.seed >= 0, "run.seed", self.seed, "an integer of at least 0")
+        _check(bool(self.name) and ".." not in self.name, "run.name", self.name, "a directory name without '..'")
+        _check(not (self.resume and self.overwrite), "run.overwrite", self.overwrite, "false when run.resume=true")
+
+
+@dataclass(slots=True, kw_only=True)
+class TinyConfig:
+    """Shape of ``model=tiny``: a Llama built from a config, with a byte-level BPE tokenizer trained on the stage's text."""
+
+    vocab_size: int = 2000  # tokenizer entries, special tokens included
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    layers: int = 4
+    heads: int = 4  # head size = hidden_size / heads; vLLM's CPU attention wants a multiple of 32
+    max_positions: int = 256  # tokens
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.vocab_size >= 260, "model.tiny.vocab_size", self.vocab_size, "at least 260 (256 bytes + special tokens)")
+        _check(self.hidden_size % self.heads == 0, "model.tiny.hidden_size", self.hidden_size, f"a multiple of heads={self.heads}")
+        _check(self.layers >= 1, "model.tiny.layers", self.layers, "at least 1")
+        _check(self.max_positions >= 8, "model.tiny.max_positions", self.max_positions, "at least 8 tokens")
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """The policy's start (SFT, PPO, eval) or the reward model's backbone (reward)."""
+
+    kind: ModelKind = ModelKind.pretrained
+    path: str | None = None  # local directory or hub name; tiny: None builds from config
+    gguf_file: str | None = None  # file name inside path, when the weights are GGUF
+    dtype: Dtype = Dtype.auto  # auto: float32 on CPU, bfloat16 on CUDA
+    attn_implementation: str | None = None  # None: transformers' choice (sdpa)
+    trust_remote_code: bool = False
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+
+
+@dataclass(slots=True, kw_only=True)
+class AdapterConfig:
+    """``none`` trains every weight; ``lora`` trains low-rank updates (Hu et al. 2021, arXiv:2106.09685)."""
+
+    kind: AdapterKind = AdapterKind.none
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names, or all-linear
+    rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
+    dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353)
+    merge_on_save: bool = False  # write merged full weights to model/ beside adapter/
+
+    def __post_init__(self) -> None:
+        _check(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
+        _check(self.alpha > 0, "adapter.alpha", self.alpha, "above 0")
+        _check(0.0 <= self.dropout < 1.0, "adapter.dropout", self.dropout, "in [0, 1)")
+        _check(len(self.targets) > 0, "adapter.targets", self.targets, "at least one module name")
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineConfig:
+    """How weights are updated: one torch process, or DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054)."""
+
+    kind: EngineKind = EngineKind.torch
+    zero_stage: int = 0  # 0..3; only with kind=deepspeed
+    offload: Offload = Offload.none  # optimizer (stage >= 1) and weights (stage 3) to CPU or NVMe
+    nvme_path: str | None = None  # directory on the NVMe disk, with offload=nvme
+    micro_tokens: int = 4096  # online stages: real tokens per micro-batch and rank
+    micro_batch_size: int | None = None  # TRL's stages: sequences per micro-batch and rank; None: batch_size / ranks
+    gradient_checkpointing: bool = False
+    logits_chunk: int = 1024  # response tokens whose logits exist at the same time
+    threads: int | None = None  # torch's threads per rank; None: cores / local ranks
+
+    def __post_init__(self) -> None:
+        _check(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        _check(self.micro_tokens >= 1, "engine.micro_tokens", self.micro_tokens, "at least 1 token")
+        _check(self.logits_chunk >= 1, "engine.logits_chunk", self.logits_chunk, "at least 1 token")
+        _check(self.micro_batch_size is None or self.micro_batch_size >= 1, "engine.micro_batch_size", self.micro_batch_size, "at least 1")
+        _check(self.kind is EngineKind.deepspeed or self.zero_stage == 0, "engine.zero_stage", self.zero_stage, "0 with engine=torch")
+        _check(self.kind is EngineKind.deepspeed or self.offload is Offload.none, "engine.offload", self.offload.value, "none with engine=torch")
+        _check(self.offload is Offload.none or self.zero_stage >= 1, "engine.offload", self.offload.value, "none below ZeRO-1")
+        _check(self.offload is not Offload.nvme or self.zero_stage == 3, "engine.offload", self.offload.value, "nvme only with engine=zero3")
+        _check(self.offload is not Offload.nvme or self.nvme_path is not None, "engine.nvme_path", self.nvme_path, "a directory with offload=nvme")
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutConfig:
+    """How prompts become responses."""
+
+    backend: RolloutBackend = RolloutBackend.auto  # auto: vllm where it is installed, else hf (said aloud)
+    max_response_length: int = 64  # tokens
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    kv_cache_gib: float = 1.0  # vLLM on CPU: KV cache in GiB
+    gpu_memory_utilization: float = 0.3  # vLLM on CUDA: its share of the device
+    max_num_seqs: int = 256  # sequences decoded at once
+    enforce_eager: bool = False  # vLLM on CUDA: no graphs
+    lora_sync: LoraSync = LoraSync.auto  # adapter: the engine applies it; merged: full weights; auto: adapter unless DoRA
+    gap_tolerance: float | None = None  # nats; None: 1e-4 in float32, 0.05 in half precision
+    max_lora_rank: int | None = None  # None: the smallest rank vLLM takes that holds adapter.rank
+
+    def __post_init__(self) -> None:
+        _check(self.max_response_length >= 1, "rollout.max_response_length", self.max_response_length, "at least 1 token")
+        _check(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
+        _check(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
+        _check(self.top_k >= 0, "rollout.top_k", self.top_k, "at least 0 (0: off)")
+        _check(self.kv_cache_gib > 0, "rollout.kv_cache_gib", self.kv_cache_gib, "above 0 GiB")
+        _check(0 < self.gpu_memory_utilization < 1, "rollout.gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1)")
+        _check(self.max_num_seqs >= 1, "rollout.max_num_seqs", self.max_num_seqs, "at least 1")
+        _check(self.gap_tolerance is None or self.gap_tolerance > 0, "rollout.gap_tolerance", self.gap_tolerance, "above 0 nats")
+
+
+@dataclass(slots=True, kw_only=True)
+class RewardConfig:
+    """What scores a response: a reward model's directory, or a function with TRL's reward signature."""
+
+    path: str | None = None  # directory of a reward model that stage=reward wrote
+    function: str | None = None  # pkg.module:function, called as f(prompts=..., completions=...) -> list[float]
+    batch_tokens: int = 8192  # tokens per scoring batch
+
+    def __post_init__(self) -> None:
+        _check(self.batch_tokens >= 1, "reward.batch_tokens", self.batch_tokens, "at least 1 token")
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """Where rows come from. ``recipe`` builds them from a package's own data under ``<run.dir>/<run.name>/data``."""
+
+    path: str | None = None  # JSON, JSONL, CSV or Parquet
+    eval_path: str | None = None  # held-out rows; None: eval_fraction of path
+    recipe: Recipe = Recipe.none
+    eval_fraction: float = 0.1  # of data.path, when there is no eval_path
+    max_rows: int | None = None  # the first rows only
+    max_bad_rows: int = 0  # rows that may not fit before the run stops
+    chat_template: str | None = None  # file with a Jinja template for a tokenizer without one
+    max_prompt_length: int = 256  # tokens; longer prompts are an error unless truncate_prompts
+    truncate_prompts: bool = False  # keep the last max_prompt_length tokens
+
+    def __post_init__(self) -> None:
+        _check(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "in (0, 1)")
+        _check(self.max_rows is None or self.max_rows >= 1, "data.max_rows", self.max_rows, "at least 1")
+        _check(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "at least 0")
+        _check(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
+
+
+@dataclass(slots=True, kw_only=True)
+class TrackingConfig:
+    """metrics.jsonl is always written; this adds a tracker."""
+
+    kind: TrackingKind = TrackingKind.wandb
+    project: str = "rlhf"
+    entity: str | None = None
+    group: str | None = None  # None: run.name; a multirun: the sweep
+    tags: list[str] = field(default_factory=list)
+    mode: WandbMode = WandbMode.auto  # auto: online where a login exists, else offline
+    log_model: bool = True  # the final model as an artifact
+    samples_every: int = 10  # steps between sample tables; 0: none
+
+    def __post_init__(self) -> None:
+        _check(self.samples_every >= 0, "tracking.samples_every", self.samples_every, "at least 0")
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainStage:
+    """What every training stage has."""
+
+    name: str = MISSING
+    steps: int | None = None  # optimizer steps (SFT, reward) or online iterations (ppo); None: from epochs
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    scheduler: Scheduler = Scheduler.cosine
+    warmup_ratio: float = 0.05  # share of the steps with a rising learning rate
+    max_grad_norm: float = 1.0  # 0: no clipping
+    save_steps: int = 0  # steps between checkpoints; 0: only the best and the last where the stage keeps them
+
+    def __post_init__(self) -> None:
+        _check(self.steps is None or self.steps >= 1, "stage.steps", self.steps, "at least 1")
+        _check(self.learning_rate > 0, "stage.learning_rate", self.learning_rate, "above 0")
+        _check(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, "at least 0")
+        _check(0 <= self.adam_beta1 < 1, "stage.adam_beta1", self.adam_beta1, "in [0, 1)")
+        _check(0 <= self.adam_beta2 < 1, "stage.adam_beta2", self.adam_beta2, "in [0, 1)")
+        _check(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "above 0")
+        _check(0 <= self.warmup_ratio <= 1, "stage.warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        _check(self.max_grad_norm >= 0, "stage.max_grad_norm", self.max_grad_norm, "at least 0 (0: no clipping)")
+        _check(self.save_steps >= 0, "stage.save_steps", self.save_steps, "at least 0")
+
+
+@dataclass(slots=True, kw_only=True)
+class OfflineStage(TrainStage):
+    """What the stages on TRL's trainers share."""
+
+    epochs: float = 1.0  # passes over the data when steps is None
+    batch_size: int = 32  # sequences (SFT) or pairs (reward) per optimizer step, over all ranks
+    max_length: int = 512  # tokens of prompt + response
+    eval_steps: int = 50  # steps between evaluations
+    patience: int | None = None  # evaluations without improvement before stopping; None: never
+    log_steps: int = 1  # steps between metric lines
+
+    def __post_init__(self) -> None:
+        # slots=True makes a new class, so super() without arguments would not find it
+        super(OfflineStage, self).__post_init__()
+        _check(self.epochs > 0, "stage.epochs", self.epochs, "above 0")
+        _check(self.batch_size >= 1, "stage.batch_size", self.batch_size, "at least 1")
+        _check(self.max_length >= 2, "stage.max_length", self.max_length, "at least 2 tokens")
+        _check(self.eval_steps >= 1, "stage.eval_steps", self.eval_steps, "at least 1")
+        _check(self.patience is None or self.patience >= 1, "stage.patience", self.patience, "at least 1")
+        _check(self.log_steps >= 1, "stage.log_steps", self.log_steps, "at least 1")
+
+
+@dataclass(slots=True, kw_only=True)
+class SFTStage(OfflineStage):
+    """Supervised fine-tuning on TRL's SFTTrainer."""
+
+    name: str = "sft"
+    completion_only: bool = True  # loss on completions (assistant turns) only, where rows have prompts
+    packing: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class RewardStage(OfflineStage):
+    """Pairwise reward model (Bradley-Terry) on TRL's RewardTrainer."""
+
+    name: str = "reward"
+    margin: bool = False  # subtract each row's `margin` from the score difference (Llama 2, arXiv:2307.09288)
+    centering_coef: float = 0.0  # weight of (chosen + rejected)^2 (Eisenstein et al. 2023, arXiv:2312.09244)
+    bootstrap: int = 1000  # resamples for the accuracy's 95 % interval
+
+    def __post_init__(self) -> None:
+        super(RewardStage, self).__post_init__()
+        _check(self.centering_coef >= 0, "stage.centering_coef", self.centering_coef, "at least 0")
+        _check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
+
+
+@dataclass(slots=True, kw_only=True)
+class OnlineStage(TrainStage):
+    """The online loop; PPO (Schulman et al. 2017, arXiv:1707.06347) with a critic."""
+
+    name: str = "ppo"
+    steps: int | None = 100
+    prompts_per_step: int = 64  # over all ranks
+    samples_per_prompt: int = 1
+    epochs: int = 2  # passes over one step's rollouts
+    minibatches: int = 1  # optimizer steps per pass
+    scheduler: Scheduler = Scheduler.constant
+    critic_learning_rate: float = 1e-4
+    critic_init: CriticInit = CriticInit.reward
+    critic_adapter: bool = False  # LoRA critic with the adapter group's shape
+    critic_warmup: int = 0  # first steps that train the critic only
+    kl_coef: float = 0.05  # per-token KL penalty; above 0 it needs a reference
+    kl_estimator: KLEstimator = KLEstimator.k1
+    kl_controller: KLController = KLController.fixed
+    kl_target: float = 6.0  # nats per response, adaptive control (Ziegler et al. 2019, arXiv:1909.08593)
+    kl_horizon: int = 10000  # responses, adaptive control
+    reference: bool = True  # keep a frozen start (or the adapter off) to measure KL against
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    dual_clip: float | None = None  # lower bound for negative advantages (Ye et al. 2020, arXiv:1912.09729)
+    vf_coef: float = 1.0
+    entropy_coef: float = 0.0
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False  # scale only: the mean is kept
+    reward_clip: float | None = None  # raw scores into [-clip, clip], before any statistics
+    reward_normalise: bool = False  # by a running mean and standard deviation of the scores
+    stop_kl: float | None = None  # nats per token between old and new policy that ends a step's update early
+    truncation_penalty: float = 0.0  # subtracted from the score of a response that hit the length limit
+    importance_cap: float | None = None  # truncated importance correction between sampler and trainer
+    samples_kept: int = 8  # rollouts written to samples.jsonl per step
+    eval_prompts: int = 0  # held-out prompts scored before and after; 0: none
+
+    def __post_init__(self) -> None:
+        super(OnlineStage, self).__post_init__()
+        _check(self.steps is not None, "stage.steps", self.steps, "a number of online iterations")
+        _check(self.prompts_per_step >= 1, "stage.prompts_per_step", self.prompts_per_step, "at least 1")
+        _check(self.samples_per_prompt >= 1, "stage.samples_per_prompt", self.samples_per_prompt, "at least 1")
+        _check(self.epochs >= 1, "stage.epochs", self.epochs, "at least 1")
+        _check(self.minibatches >= 1, "stage.minibatches", self.minibatches, "at least 1")
+        _check(self.critic_learning_rate > 0, "stage.critic_learning_rate", self.critic_learning_rate, "above 0")
+        _check(self.critic_warmup >= 0, "stage.critic_warmup", self.critic_warmup, "at least 0")
+        _check(self.kl_coef >= 0, "stage.kl_coef", self.kl_coef, "at least 0")
+        _check(self.kl_target > 0, "stage.kl_target", self.kl_target, "above 0 nats")
+        _check(self.kl_horizon >= 1, "stage.kl_horizon", self.kl_horizon, "at least 1 response")
+        _check(0 < self.gamma <= 1, "stage.gamma", self.gamma, "in (0, 1]")
+        _check(0 <= self.gae_lambda <= 1, "stage.gae_lambda", self.gae_lambda, "in [0, 1]")
+        _check(self.cliprange > 0, "stage.cliprange", self.cliprange, "above 0")
+        _check(self.cliprange_value > 0, "stage.cliprange_value", self.cliprange_value, "above 0")
+        _check(self.dual_clip is None or self.dual_clip > 1, "stage.dual_clip", self.dual_clip, "above 1")
+        _check(self.vf_coef >= 0, "stage.vf_coef", self.vf_coef, "at least 0")
+        _check(self.reward_clip is None or self.reward_clip > 0, "stage.reward_clip", self.reward_clip, "above 0")
+        _check(self.stop_kl is None or self.stop_kl > 0, "stage.stop_kl", self.stop_kl, "above 0 nats")
+        _check(self.truncation_penalty >= 0, "stage.truncation_penalty", self.truncation_penalty, "at least 0")
+        _check(self.importance_cap is None or self.importance_cap >= 1, "stage.importance_cap", self.importance_cap, "at least 1")
+        _check(self.samples_kept >= 0, "stage.samples_kept", self.samples_kept, "at least 0")
+        rollouts = self.prompts_per_step * self.samples_per_prompt
+        _check(rollouts % self.minibatches == 0, "stage.minibatches", self.minibatches, f"a divisor of prompts_per_step x samples_per_prompt = {rollouts}")
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalStage:
+    """Two policies on the same held-out prompts: reward model, outside judges, KL, length, diversity."""
+
+    name: str = "eval"
+    before: str | None = None  # model directory of the starting policy
+    after: str | None = None  # model directory of the trained policy
+    prompts: int = 256
+    samples_per_prompt: int = 1
+    judges: list[Judge] = field(default_factory=list)
+    judge_path: str | None = None  # labelled texts (text, label) that train the classifier judge
+    judge_function: str | None = None  # pkg.module:function for the function judge
+    bootstrap: int = 1000
+    shown: int = 4  # samples side by side
+
+    def __post_init__(self) -> None:
+        _check(self.prompts >= 2, "stage.prompts", self.prompts, "at least 2")
+        _check(self.samples_per_prompt >= 1, "stage.samples_per_prompt", self.samples_per_prompt, "at least 1")
+        _check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
+        _check(self.shown >= 0, "stage.shown", self.shown, "at least 0")
+
+
+@dataclass(slots=True, kw_only=True)
+class DoctorStage:
+    """Versions, devices, memory, engines: usable, or why not."""
+
+    name: str = "doctor"
+
+
+@dataclass(slots=True, kw_only=True)
+class ChainStage:
+    """Runs other stages one after the other, each in a process of its own, with the same overrides."""
+
+    name: str = "chain"
+    stages: list[str] = field(default_factory=lambda: ["sft", "reward", "ppo", "eval"])
+
+    def __post_init__(self) -> None:
+        _check(len(self.stages) > 0, "stage.stages", self.stages, "at least one stage")
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """The whole configuration; ``stage`` holds one of the stage dataclasses."""
+
+    stage: Any = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+STAGES: dict[str, type] = {
+    "sft": SFTStage,
+    "reward": RewardStage,
+    "ppo": OnlineStage,
+    "eval": EvalStage,
+    "doctor": DoctorStage,
+    "chain": ChainStage,
+}

@@ -1,0 +1,150 @@
+"""Loading and building what stages share: tokenizers, language models, sequence classifiers. Weights only from safetensors or GGUF."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.schema import Dtype, ModelConfig, ModelKind, TinyConfig
+from rlhf.types import UserError
+
+BOS, EOS, PAD, UNK = "<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>"
+
+
+def resolve_dtype(dtype: Dtype) -> torch.dtype:
+    """``auto`` is float32 on CPU and bfloat16 on CUDA."""
+    if dtype is Dtype.auto:
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}[dtype]
+
+
+def check_model_path(path: str | None, key: str = "model.path") -> None:
+    """A path-like name must be a directory with a config; anything else may be a hub name. Raises UserError."""
+    if path is None:
+        raise UserError(f"{key} is not set: give the directory of a model (or model=tiny).")
+    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1 or Path(path).exists()
+    if not looks_local and path.count("/") <= 1 and not path.startswith("runs/"):
+        return  # owner/name or name: the hub's business
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        near = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
+        hint = f" Directories in {place.parent}: {', '.join(sorted(near)[:8])}." if near else ""
+        raise UserError(f"{key}={path}: no such directory.{hint}")
+    if not any((place / n).exists() for n in ("config.json", "adapter_config.json")) and not list(place.glob("*.gguf")):
+        raise UserError(f"{key}={path}: holds no config.json, adapter_config.json or *.gguf, so it is not a model directory.")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:
+    """A byte-level BPE tokenizer with four special tokens, trained on `texts`; any string round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token=None))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD, UNK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, model_max_length=max_length, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
+    """The tokenizer of ``cfg.path`` (GGUF included); a pad token is set where there is none. `chat_template` is a file's path."""
+    from transformers import AutoTokenizer
+
+    check_model_path(cfg.path)
+    extra = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code, **extra)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path={cfg.path}: its tokenizer has no end-of-sequence token, so no response could end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        place = Path(chat_template)
+        if not place.is_file():
+            raise UserError(f"data.chat_template={chat_template}: no such file.")
+        tokenizer.chat_template = place.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def tiny_config(tiny: TinyConfig, tokenizer: Any) -> Any:
+    """The Llama configuration of ``model=tiny``."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        num_hidden_layers=tiny.layers,
+        num_attention_heads=tiny.heads,
+        num_key_value_heads=tiny.heads,
+        max_position_embeddings=tiny.max_positions,
+        tie_word_embeddings=tiny.tie_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _clean(model: Any, tokenizer: Any) -> Any:
+    """What a GGUF file or a foreign checkpoint leaves behind and save_pretrained or vLLM would trip over."""
+    if getattr(model.config, "quantization_config", None) is not None and not getattr(model, "is_quantized", False):
+        del model.config.quantization_config
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.bos_token_id = tokenizer.bos_token_id
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
+    """The language model of ``path`` or ``cfg.path``, or a fresh ``model=tiny``; on the CPU, in ``cfg.dtype``.
+
+    A directory that holds only a PEFT adapter loads its base model and merges the adapter in.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = resolve_dtype(cfg.dtype)
+    path = path or cfg.path
+    if cfg.kind is ModelKind.tiny and path is None:
+        return _clean(AutoModelForCausalLM.from_config(tiny_config(cfg.tiny, tokenizer), dtype=dtype), tokenizer)
+    check_model_path(path)
+    assert path is not None
+    extra: dict[str, Any] = {"gguf_file": cfg.gguf_file} if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
+    if cfg.attn_implementation:
+        extra["attn_implementation"] = cfg.attn_implementation
+    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=cfg.trust_remote_code).merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **extra)
+    return _clean(model, tokenizer)
+
+
+def load_classifier(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
+    """The same backbone with a fresh (or saved) scalar head: AutoModelForSequenceClassification, one label."""
+    from transformers import AutoModelForSequenceClassification
+
+    dtype = resolve_dtype(cfg.dtype)
+    path = path or cfg.path
+    if cfg.kind is ModelKind.tiny and path is None:
+        config = tiny_config(cfg.tiny, tokenizer)
+        config.num_labels = 1
+        return _clean(AutoModelForSequenceClassification.from_config(config, dtype=dtype), tokenizer)
+    check_model_path(path)
+    assert path is not None
+    extra: dict[str, Any] = {"gguf_file": cfg.gguf_file} if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
+    if cfg.attn_implementation:
+        extra["attn_implementation"] = cfg.attn_implementation
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **extra)
+    return _clean(model, tokenizer)

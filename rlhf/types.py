@@ -1,0 +1,101 @@
+"""Records that stages pass around and the protocols that backends fulfil. Shapes: B responses, T response tokens."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+
+class UserError(Exception):
+    """Bad input: the message names the place and the remedy. The command line prints it without a traceback."""
+
+
+class TrainingDiverged(UserError):
+    """NaN or infinity in a loss, a reward or a gradient; the message names the file that holds the batch."""
+
+
+class SyncError(UserError):
+    """The generator's weights are not the trainer's; the message names the parameter or the probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, already tokenised with the policy's template."""
+
+    id: str  # groups the responses to one prompt
+    text: str  # what the tokens say (template applied)
+    token_ids: tuple[int, ...]  # [P]
+    source: object = None  # the row's own prompt: a string, or a list of messages
+    fields: dict[str, object] = field(default_factory=dict)  # the row's other columns, for reward functions
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One response as the sampler wrote it."""
+
+    prompt: Prompt
+    text: str  # special tokens removed
+    token_ids: list[int]  # [T], with the end-of-sequence token where the policy wrote one
+    rollout_logprobs: list[float]  # [T] nats, under the sampling distribution
+    finish_reason: str  # "stop": the policy ended it; "length": it hit the limit
+    version: int  # weight version that wrote it
+
+
+@dataclass(slots=True)
+class Scores:
+    """Scores per response: the total that trains, and each term apart. All lists have length B."""
+
+    total: list[float]
+    terms: dict[str, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One judgement: `chosen` is better than `rejected` as an answer to `prompt`."""
+
+    prompt: object  # string or messages; "" when the texts are whole
+    chosen: object
+    rejected: object
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FullWeights:
+    """All weights, one at a time: a collective under ZeRO-3, so every rank consumes the whole iterator."""
+
+    tensors: Iterable[tuple[str, torch.Tensor]]  # transformers' state-dict names, tied tensors under each name
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """A LoRA adapter: PEFT's state dict (its save format's names) and the fields of its adapter_config.json."""
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, object]
+
+
+class Generator(Protocol):
+    """Writes responses. Both backends start from a model directory and are updated by `sync`."""
+
+    version: int
+
+    def generate(self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, greedy: bool = False) -> list[Rollout]:
+        """`n` responses per prompt, in prompt order (all of a prompt's responses side by side)."""
+        ...
+
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1: length len(token_ids) - 1, temperature 1."""
+        ...
+
+    def sync(self, weights: FullWeights | AdapterWeights, version: int) -> None:
+        """Take over the trainer's weights."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Scorer(Protocol):
+    """Scores responses; raises on anything that isn't a finite number and names the prompt."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores: ...
