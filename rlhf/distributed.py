@@ -89,3 +89,9 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def set_threads(threads: int | None = None) -> None:
+    """torch's threads of this rank: `threads`, or the machine's cores shared out among its ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // local_world_size()))

@@ -1,0 +1,113 @@
+"""``python -m rlhf stage=...``: compose, validate, preflight, run one stage."""
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from conf.schema import STAGES, Config
+from rlhf import config, distributed
+from rlhf.types import UserError
+
+_NO_STAGE_NEEDED = ("--help", "-h", "--hydra-help", "--version", "--info", "-i")
+_SUMMARIES = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in STAGES.items()}
+
+
+def list_stages() -> str:
+    """What ``python -m rlhf`` says without a stage."""
+    rows = [f"  stage={name:<8} {_SUMMARIES[config.stage_schema(name)]}" for name in config.choices("stage")]
+    experiments = ", ".join(config.choices("experiment")) or "none"
+    return "\n".join(
+        [
+            "usage: python -m rlhf stage=<stage> [option=value ...]",
+            "",
+            *rows,
+            "",
+            f"experiments: {experiments}   (stage=chain experiment=<name> runs all of one)",
+            "All options of a stage with their values: python -m rlhf stage=<stage> --cfg job",
+        ]
+    )
+
+
+def execute(cfg: Config, argv: Sequence[str]) -> None:
+    """Run one stage in this process; bad input raises UserError before any weight loads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # fork after threads would warn at every data worker
+    stage = cfg.stage.name
+    schema_name = config.stage_schema(stage)
+    module = {"ppo": "online"}.get(schema_name, schema_name)
+    if schema_name not in ("chain", "doctor"):
+        from rlhf import preflight
+        from rlhf.data import recipes
+
+        distributed.initialise()
+        recipes.ensure(cfg)
+        for note in preflight.check(cfg):
+            logging.getLogger("rlhf").warning(note)
+        if not cfg.run.dry_run:
+            distributed.set_threads(cfg.engine.threads)
+    if cfg.run.dry_run:
+        if distributed.is_main():
+            print(config.to_yaml(cfg))
+            print(f"dry run: stage={stage} composes and passes its checks; no weights were loaded.")
+        return
+    from rlhf.run import RunContext
+
+    run = importlib.import_module(f"rlhf.stages.{module}").run
+    run(RunContext.open(cfg, argv))
+
+
+def _job(cfg: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN:
+        # A process per job: vLLM, DeepSpeed and torch keep state that a second job in the same process would inherit.
+        dataclass_cfg = config.to_dataclass(cfg)
+        name = f"{dataclass_cfg.run.name}-{hydra.job.num}"
+        group = dataclass_cfg.tracking.group or f"{dataclass_cfg.run.name}-sweep"
+        task = [o for o in hydra.overrides.task if not o.startswith(("run.name=", "tracking.group="))]
+        command = [sys.executable, "-m", "rlhf", *task, f"run.name={name}", f"tracking.group={group}"]
+        code = subprocess.run(command, check=False).returncode
+        if code != 0:
+            raise UserError(f"multirun job {hydra.job.num} ended with exit code {code}: {' '.join(command[1:])}")
+        return
+    execute(config.to_dataclass(cfg), sys.argv[1:])
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 for bad input or a stopped run, 2 for a missing stage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not any(a.lstrip("+").startswith("stage=") for a in arguments) and not any(a in _NO_STAGE_NEEDED for a in arguments):
+        print(list_stages())
+        return 0 if not arguments else 2
+    try:
+        config.check_overrides(arguments)
+        config.register()
+        import hydra
+        from hydra.errors import HydraException
+
+        # Hydra prints a failure in a job as its own traceback unless it is told to raise it.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        sys.argv = [sys.argv[0], *arguments]
+        try:
+            hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")(_job)()
+        except HydraException as error:
+            raise UserError(config.explain(error)) from error
+    except UserError as error:
+        return _fail(error)
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Registers the typed schemas with Hydra, checks the command line's keys, and turns a composed config into dataclasses."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conf import schema
+from rlhf.types import UserError
+
+CONF_DIR = Path(schema.__file__).resolve().parent
+GROUPS = ("stage", "model", "adapter", "engine", "rollout", "reward", "data", "tracking", "experiment")
+_GROUP_SCHEMAS = {
+    "model": schema.ModelConfig,
+    "adapter": schema.AdapterConfig,
+    "engine": schema.EngineConfig,
+    "rollout": schema.RolloutConfig,
+    "reward": schema.RewardConfig,
+    "data": schema.DataConfig,
+    "tracking": schema.TrackingConfig,
+}
+
+
+def register() -> None:
+    """Store every schema under ``/schema`` so that a YAML can say ``/schema/engine@_here_``."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=schema.Config, package="_global_")
+    for name, node in _GROUP_SCHEMAS.items():
+        store.store(group="schema", name=name, node=node)
+    for name, node in schema.STAGES.items():
+        store.store(group="schema/stage", name=name, node=node)
+
+
+def choices(group: str) -> list[str]:
+    """Names of the presets in ``conf/<group>``, in the order of the stages where the group is ``stage``."""
+    names = sorted(str(p.relative_to(CONF_DIR / group).with_suffix("")) for p in (CONF_DIR / group).glob("*.yaml"))
+    if group == "stage":
+        order = list(schema.STAGES)
+        names.sort(key=lambda n: order.index(n) if n in order else len(order))
+    return names
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    return close[0] if close else ""
+
+
+def _subdataclass(annotation: Any) -> type | None:
+    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+
+
+def valid_keys(stages: Sequence[str]) -> list[str]:
+    """Every dotted option that the given stages have."""
+
+    def walk(cls: type, prefix: str) -> list[str]:
+        out = []
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            inner = _subdataclass(hints[f.name])
+            key = prefix + f.name
+            out.append(key)
+            if inner is not None:
+                out.extend(walk(inner, key + "."))
+        return out
+
+    keys = [k for k in walk(schema.Config, "") if k != "stage"]
+    for stage in stages:
+        keys.extend(k for k in walk(schema.STAGES[stage], "stage.") if k not in keys)
+    return keys
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuse unknown groups, presets and keys (also with ``+``) with the nearest valid one. Raises UserError."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    try:
+        overrides = [parser.parse_override(a) for a in arguments if not a.startswith("-")]
+    except HydraException as error:
+        raise UserError(f"The command line can't be read: {error}") from error
+    known_stages = choices("stage")
+    stages: list[str] = []
+    for override in overrides:
+        if override.key_or_group == "stage":
+            values = override.value() if not override.is_sweep_override() else list(override.sweep_string_iterator())
+            stages = [str(v) for v in (values if isinstance(values, list) else [values])]
+            for stage in stages:
+                if stage not in known_stages:
+                    raise UserError(f"stage={stage}: no such stage. Stages: {', '.join(known_stages)}. Nearest: stage={_nearest(stage, known_stages)}.")
+    stage_names = [stage_schema(s) for s in stages] or list(schema.STAGES)
+    keys = valid_keys(stage_names)
+    for override in overrides:
+        key = override.key_or_group
+        if key == "hydra" or key.startswith("hydra.") or key.startswith("hydra/") or key == "stage":
+            continue
+        if key in GROUPS:
+            if not override.is_sweep_override() and override.value() is not None and str(override.value()) not in choices(key):
+                known = choices(key)
+                raise UserError(
+                    f"{key}={override.value()}: no such preset. Presets of {key}: {', '.join(known)}. Nearest: {key}={_nearest(str(override.value()), known)}."
+                )
+            continue
+        if key not in keys:
+            where = f" of stage={stages[0]}" if len(stages) == 1 else ""
+            raise UserError(f"{key}: no such option{where}. Nearest: {_nearest(key, keys + list(GROUPS))}.")
+
+
+def stage_schema(preset: str) -> str:
+    """The schema that ``conf/stage/<preset>.yaml`` builds on (an algorithm's preset builds on ``ppo``)."""
+    import yaml
+
+    defaults = yaml.safe_load((CONF_DIR / "stage" / f"{preset}.yaml").read_text(encoding="utf-8"))["defaults"]
+    for entry in defaults:
+        if isinstance(entry, str) and entry.startswith("/schema/stage/"):
+            return entry.removeprefix("/schema/stage/").removesuffix("@_here_")
+    raise UserError(f"conf/stage/{preset}.yaml: its defaults list names no /schema/stage/<schema>@_here_.")
+
+
+def to_dataclass(cfg: Any) -> schema.Config:
+    """A composed DictConfig as dataclasses: unknown keys and out-of-range values end here. Raises UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        out = OmegaConf.to_object(cfg)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    assert isinstance(out, schema.Config)
+    return out
+
+
+def explain(error: Exception) -> str:
+    """One line for a failed composition: Hydra's message with the cause that it wraps."""
+    lines = [str(error).splitlines()[0]]
+    if error.__cause__ is not None:
+        lines.append(str(error.__cause__).splitlines()[0])
+    return ": ".join(lines)
+
+
+def to_yaml(cfg: schema.Config) -> str:
+    """The resolved configuration as YAML, enumerations by name."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def compose(overrides: Sequence[str]) -> schema.Config:
+    """Compose without the command line (tests, the chain stage, notebooks)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    check_overrides(overrides)
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        try:
+            composed = hydra_compose("config", overrides=list(overrides))
+        except HydraException as error:
+            raise UserError(explain(error)) from error
+    return to_dataclass(composed)
