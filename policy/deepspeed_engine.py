@@ -3,6 +3,9 @@
 import os
 
 import torch
+import torch.distributed as dist
+
+from rlhf import distributed
 
 
 def prepare_cpu() -> None:
@@ -17,3 +20,11 @@ def prepare_cpu() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def ensure_process_group() -> None:
+    """Join the launcher's process group, or, without a launcher, make a group of this process alone: DeepSpeed wants one at one rank too."""
+    distributed.initialise()
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
