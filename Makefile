@@ -1,0 +1,58 @@
+# `make` prints the targets. On a fresh machine any of them sets up first.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+LOCK := requirements/lock-cpu-py311.txt
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup demo test test-slow lint format doctor proof-reviews proof-smollm2 clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv from the lock (again only when the lock or pyproject.toml changed)
+
+$(STAMP): $(LOCK) pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) -r $(LOCK)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(STAMP) ## the main job on real movie reviews: SFT, reward model, PPO on vLLM, evaluation (up to 15 min on 2 cores)
+	$(OFFLINE) $(PY) -m rlhf stage=chain experiment=reviews run.name=demo run.overwrite=true
+
+test: $(STAMP) ## all tests but the slow ones (up to 12 min on 2 cores)
+	$(OFFLINE) $(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## the slow tests only
+	$(OFFLINE) $(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy; changes nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP) ## let ruff fix and format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+doctor: $(STAMP) ## what this machine can run, and why not the rest
+	$(OFFLINE) $(PY) -m rlhf stage=doctor tracking=none
+
+proof-reviews: $(STAMP) ## slow: the demo with three seeds; fails unless all three meet the acceptance
+	$(OFFLINE) $(PY) -m eval.proof_reviews
+
+proof-smollm2: $(STAMP) ## slow: the same chain with a pretrained 135M model, LoRA and a chat template
+	$(OFFLINE) $(PY) -m eval.proof_smollm2
+
+clean: ## remove caches and build leftovers (runs/ and .venv stay)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
