@@ -1,11 +1,20 @@
 """DeepSpeed: the only file that imports it, lazily, so that engine=torch never pays for it."""
 
+import math
 import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
+from conf.schema import EngineConfig, Offload
+from policy.engine import OptimSettings
+from policy.model import trainable
 from rlhf import distributed
+from rlhf.types import UserError
 
 
 def prepare_cpu() -> None:
@@ -28,3 +37,116 @@ def ensure_process_group() -> None:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+class DeepSpeedEngine:
+    """One module under ZeRO 0-3 (Rajbhandari et al. 2020), with the methods of `policy.engine.TorchEngine`.
+
+    Micro-batches are counted by the caller, since a token budget makes their number vary: DeepSpeed's own accumulation is set
+    to 1 and its boundary by hand. DeepSpeed averages gradients over ranks, so losses (already divided by the count over all
+    ranks) are multiplied by the number of ranks.
+    """
+
+    def __init__(self, module: nn.Module, cfg: EngineConfig, optim: OptimSettings, device: torch.device, *, half: bool) -> None:
+        prepare_cpu()
+        ensure_process_group()
+        import deepspeed
+
+        self.cfg = cfg
+        self.optim = optim
+        self.steps = 0
+        params = trainable(module)
+        optimizer = torch.optim.AdamW(params, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        self.engine, *_ = deepspeed.initialize(
+            model=module.to(device),
+            model_parameters=params,
+            optimizer=optimizer,
+            config=zero_config(cfg, hidden_size=_hidden_size(module), half=half, max_grad_norm=optim.max_grad_norm),
+        )
+        self.module = module
+
+    def __call__(self, *args: Tensor) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the loss's gradient; `last` marks the last micro-batch before `step`. Collective under ZeRO."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """One optimizer step on all ranks. Returns the gradient's norm over all ranks before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.engine.step()
+        self.steps += 1
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan
+
+    @property
+    def rate(self) -> float:
+        return self.optim.rate(self.steps)
+
+    def gather(self, params: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """The whole weights while inside, on every rank (a collective under ZeRO-3)."""
+        if self.cfg.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(params)
+
+    def save(self, directory: Path) -> None:
+        """Every rank writes its part of the weights and optimizer state."""
+        self.engine.save_checkpoint(str(directory), tag="engine", client_state={"steps": self.steps}, exclude_frozen_parameters=True)
+        distributed.barrier()
+
+    def load(self, directory: Path) -> None:
+        path, state = self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=False)
+        if path is None:
+            raise UserError(f"{directory}: DeepSpeed finds no checkpoint of {distributed.world_size()} ranks there.")
+        self.steps = state["steps"]
+
+
+def freeze(module: nn.Module, cfg: EngineConfig, device: torch.device, *, half: bool) -> Any:
+    """A module that only runs forward, its weights partitioned over the ranks under ZeRO-3 (elsewhere: the module itself)."""
+    module.requires_grad_(False).eval().to(device)
+    if cfg.zero_stage < 3:
+        return module
+    prepare_cpu()
+    ensure_process_group()
+    import deepspeed
+
+    config = zero_config(cfg, hidden_size=_hidden_size(module), half=half, max_grad_norm=0.0)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine.eval()
+
+
+def _hidden_size(module: nn.Module) -> int:
+    return int(module.model.config.hidden_size)
+
+
+def zero_config(cfg: EngineConfig, *, hidden_size: int, half: bool, max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's configuration for our own loop: no scheduler, no accumulation, the client's AdamW on the device it likes."""
+    zero: dict[str, Any] = {"stage": cfg.zero_stage}
+    if cfg.zero_stage == 3:
+        # Only vectors (norms, biases) stay whole; with the default of 100,000 elements a small model would never be partitioned.
+        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    if cfg.offload is not Offload.none:
+        place: dict[str, Any] = {"device": cfg.offload.value}
+        if cfg.offload is Offload.nvme:
+            place["nvme_path"] = cfg.nvme_path
+        zero["offload_optimizer"] = dict(place)
+        if cfg.zero_stage == 3:
+            zero["offload_param"] = dict(place)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": half},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,149 @@
+"""The modules that engines train: token ids in, float32 figures at response positions out; and where their weights are.
+
+Batches are right-padded and causal, so a real token never attends to padding and no attention mask is needed: the hidden state
+at a real position is the same whatever follows it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from policy.logprobs import selected_logprobs
+from rlhf.types import AdapterWeights, FullWeights, UserError
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+_PEFT_PREFIX = "base_model.model."
+_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def is_peft(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+class PolicyModule(nn.Module):
+    """A causal language model that returns logprobs and entropies of given response tokens only.
+
+    The language-model head runs at response positions, in chunks: [B, L, vocab] never exists.
+    """
+
+    def __init__(self, model: Any, *, chunk: int, temperature: float = 1.0) -> None:
+        super().__init__()
+        config = base_of(model).config
+        for name in _SCALED_LOGITS:
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise UserError(f"model.path: {config.model_type} rescales its logits ({name}={getattr(config, name)}), which the policy's head does not do.")
+        self.model = model
+        self.chunk = chunk
+        self.temperature = temperature
+
+    def forward(self, input_ids: Tensor, positions: Tensor, response_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`input_ids` [B, L]; `positions`, `response_ids`, `response_mask` [B, T] -> logprobs, entropy, both [B, T] float32 nats (0 where masked)."""
+        lm = base_of(self.model)
+        backbone = getattr(lm, lm.base_model_prefix)
+        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None].expand_as(positions)
+        picked = hidden[rows[response_mask], positions[response_mask]]  # [N, H]
+        flat_logprobs, flat_entropy = selected_logprobs(
+            picked, lm.get_output_embeddings(), response_ids[response_mask], chunk=self.chunk, temperature=self.temperature
+        )
+        zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=input_ids.device)
+        return zeros.masked_scatter(response_mask, flat_logprobs), zeros.masked_scatter(response_mask, flat_entropy)
+
+
+class CriticModule(nn.Module):
+    """A sequence classifier read at every response position: the value of the state before each response token."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """`input_ids` [B, L], `positions` [B, T] -> values [B, T] float32, in units of the score."""
+        lm = base_of(self.model)
+        backbone = getattr(lm, lm.base_model_prefix)
+        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None]
+        return lm.score(hidden[rows, positions]).squeeze(-1).float()
+
+
+def no_gather(params: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Weights are whole already."""
+    return nullcontext()
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _clean_name(name: str) -> str:
+    return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+
+
+def _persistent(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The module's own parameters and saved buffers, tied ones too."""
+    for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+        yield prefix + name, param.detach()
+    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+        if name not in module._non_persistent_buffers_set:
+            yield prefix + name, buffer.detach()
+
+
+def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model's state dict by transformers' name, adapters merged in, gathered one layer at a time.
+
+    Under ZeRO-3 every rank must consume the whole iterator. The trained weights are left bit for bit as they were: a merged
+    layer gets its original back rather than the sum less the update, which would drift. Merged and gathered tensors are copies.
+    """
+    lora_layers = _lora_layers(model)
+    inside = {id(sub) for layer in lora_layers.values() for sub in layer.modules()}
+    copy = gather is not no_gather
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if name in lora_layers:
+            params = list(module.parameters())
+            with gather(params):
+                base = module.get_base_layer()
+                original = base.weight.detach().clone()
+                module.merge(safe_merge=False)
+                merged = [(_clean_name(prefix + n), t.clone()) for n, t in _persistent(base, "")]
+                module.unmerge()
+                base.weight.data.copy_(original)
+            yield from merged
+        elif id(module) not in inside:
+            params = list(module.parameters(recurse=False))
+            with gather(params) if params else nullcontext():
+                own = [(_clean_name(n), t.clone() if copy else t) for n, t in _persistent(module, prefix)]
+            yield from own
+
+
+def _lora_layers(model: Any) -> dict[str, Any]:
+    if not is_peft(model):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def full_weights(model: Any, gather: Gather = no_gather) -> FullWeights:
+    return FullWeights(iterate_weights(model, gather))
+
+
+def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
+    """The adapter alone, under the names that PEFT saves."""
+    from peft import get_peft_model_state_dict
+
+    params = trainable(model)
+    with gather(params):
+        # The base weights may be partitioned (empty) under ZeRO-3: hand PEFT the adapter's tensors only.
+        own = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    config = model.peft_config["default"].to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+    return AdapterWeights(get_peft_model_state_dict(model, state_dict=own), config)
