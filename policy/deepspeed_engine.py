@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.schema import EngineConfig, Offload
-from policy.engine import OptimSettings
+from policy.engine import NonFinite, OptimSettings
 from policy.model import trainable
 from rlhf import distributed
 from rlhf.types import UserError
@@ -74,13 +74,18 @@ class DeepSpeedEngine:
         self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
 
     def step(self) -> float:
-        """One optimizer step on all ranks. Returns the gradient's norm over all ranks before clipping."""
+        """One optimizer step on all ranks. Returns the gradient's norm over all ranks before clipping.
+
+        Raises NonFinite after the step: DeepSpeed tells the norm no sooner.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.rate
         self.engine.step()
         self.steps += 1
         norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else math.nan
+        if norm is None or not math.isfinite(norm):
+            raise NonFinite(f"the gradient's norm is {norm}")
+        return float(norm)
 
     @property
     def rate(self) -> float:

@@ -14,6 +14,10 @@ from policy.model import no_gather, trainable
 from rlhf.types import UserError
 
 
+class NonFinite(Exception):
+    """A loss or a gradient is NaN or infinite; the stage saves the batch and stops."""
+
+
 @dataclass(frozen=True, slots=True)
 class OptimSettings:
     """AdamW (Loshchilov & Hutter 2019) with a schedule over optimizer steps."""
@@ -83,13 +87,15 @@ class TorchEngine:
         loss.backward()
 
     def step(self) -> float:
-        """One optimizer step. Returns the gradient's norm before clipping."""
+        """One optimizer step. Returns the gradient's norm before clipping; raises NonFinite before a bad gradient is applied."""
         for param, master in zip(self.params, self.masters, strict=True):
             if master is not param:
                 master.grad = None if param.grad is None else param.grad.float()
                 param.grad = None
         limit = self.optim.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, limit))
+        if not math.isfinite(norm):
+            raise NonFinite(f"the gradient's norm is {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.step()

@@ -1,0 +1,47 @@
+"""Writing a trained policy so that the next stage loads it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from policy.model import Gather, adapter_weights, base_of, is_peft, iterate_weights, no_gather
+from rlhf import distributed
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path, gather: Gather = no_gather) -> None:
+    """Whole weights (an adapter merged in), configuration, tokenizer and chat template. Collective under ZeRO-3; rank 0 writes."""
+    state: dict[str, torch.Tensor] = {}
+    base = base_of(model)
+    tied = _tied_names(base)
+    for name, tensor in iterate_weights(model, gather):
+        if distributed.is_main() and name not in tied:
+            state[name] = tensor.detach().cpu().contiguous().clone()
+    if distributed.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        base.save_pretrained(directory, state_dict=state)
+        tokenizer.save_pretrained(directory)
+    distributed.barrier()
+
+
+def save_adapter(model: Any, directory: Path, gather: Gather = no_gather) -> None:
+    """The LoRA adapter alone, in PEFT's format. Collective under ZeRO-3; rank 0 writes."""
+    import json
+
+    from safetensors.torch import save_file
+
+    assert is_peft(model), "only an adapter model has an adapter to save"
+    weights = adapter_weights(model, gather)
+    if distributed.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.cpu().contiguous() for n, t in weights.tensors.items()}, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
+        (directory / "adapter_config.json").write_text(json.dumps(weights.config, indent=2, default=str), encoding="utf-8")
+    distributed.barrier()
+
+
+def _tied_names(base: Any) -> set[str]:
+    """State-dict names that only alias another tensor and are left out of a checkpoint."""
+    if not getattr(base.config, "tie_word_embeddings", False):
+        return set()
+    keys = getattr(base, "_tied_weights_keys", None) or {}
+    return set(keys)
