@@ -155,3 +155,10 @@ def zero_config(cfg: EngineConfig, *, hidden_size: int, half: bool, max_grad_nor
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def gather_zero3(params: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """The whole weights of ZeRO-3 parameters while inside, on every rank; a collective that every rank enters."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(params)
