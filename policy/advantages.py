@@ -1,0 +1,139 @@
+"""From scores per response to advantages per token. Shapes: B responses, T response tokens; `response_mask` is boolean [B, T]."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from policy.shapes import check_mask, masked_sum, same_shape
+
+SumOverRanks = Callable[[Sequence[float]], list[float]]  # rlhf.distributed.all_sum: element-wise, the same result on every rank
+
+
+def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards per token, [B, T] in units of the score, 0 outside the mask (Ziegler et al. 2019, arXiv:1909.08593, equation 2).
+
+        rewards_t = -kl_coef * kl_t + [t is the last response token] * score
+
+    `scores` [B]; `kl` [B, T] nats. Raises ValueError where a row has no response token, because its score would vanish.
+    """
+    same_shape(2, kl=kl, response_mask=response_mask)
+    same_shape(1, scores=scores, rows=response_mask[:, 0] if response_mask.shape[1] else scores.new_empty(0))
+    check_mask(response_mask)
+    empty = (~response_mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"rows {empty[:8]} have no response token that their score could land on")
+    columns = torch.arange(response_mask.shape[1], device=kl.device)
+    last = torch.where(response_mask, columns, -1).amax(dim=1, keepdim=True)  # [B, 1]
+    rewards = torch.where(response_mask, -kl_coef * kl, 0.0)
+    return rewards.scatter_add(1, last, scores.to(rewards.dtype)[:, None])
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16) -> (advantages, returns), both [B, T].
+
+        delta_t = r_t + gamma * V_next(t) - V_t
+        A_t     = delta_t + gamma * lambda * A_next(t)
+        R_t     = A_t + V_t
+
+    next(t) is the next token under the mask, so tokens that the policy did not write neither act nor discount; after the last one
+    V and A are 0 (a response is a whole episode, also when it was cut off). Rewards and values outside the mask are not read; the
+    results there are 0.
+    """
+    same_shape(2, rewards=rewards, values=values, response_mask=response_mask)
+    check_mask(response_mask)
+    next_value = torch.zeros_like(values[:, 0]) if values.shape[1] else values.new_zeros(values.shape[0])  # [B]
+    next_advantage = torch.zeros_like(next_value)
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        written = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * gae_lambda * next_advantage
+        advantages[:, t] = torch.where(written, advantage, 0.0)
+        next_value = torch.where(written, values[:, t], next_value)
+        next_advantage = torch.where(written, advantage, next_advantage)
+    returns = torch.where(response_mask, advantages + values, 0.0)
+    return advantages, returns
+
+
+def _moments(count: float, total: float, squares_about: Callable[[float], float], sum_over_ranks: SumOverRanks | None) -> tuple[int, float, float]:
+    """Two passes, each summed over ranks: (count, mean, sum of squared deviations from that mean). Every rank raises alike."""
+    reduce = sum_over_ranks or list
+    all_count, all_total = reduce([count, total])
+    if all_count == 0:
+        raise ValueError("no values to take moments of: the mask is empty on every rank")
+    mean = all_total / all_count
+    if not math.isfinite(mean):
+        raise ValueError(f"expected finite values, found a mean of {mean}")
+    (m2,) = reduce([squares_about(mean)])
+    return round(all_count), mean, m2
+
+
+@torch.no_grad()
+def masked_moments(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks | None = None) -> tuple[float, float, int]:
+    """(mean, sample standard deviation, count) of `values` [...] where `mask` [...] is True, over all ranks.
+
+    The standard deviation divides by count - 1 and is 0 for a single value.
+    Two passes in float64: the one-pass E[x^2] - E[x]^2 cancels when the mean is large. With `sum_over_ranks` it is a collective, and a rank
+    with an empty mask takes part. Raises ValueError, on every rank, where there is no value at all or one that isn't finite.
+    """
+    same_shape(values.dim(), values=values, mask=mask)
+    check_mask(mask)
+    exact = values.double()
+    count, mean, m2 = _moments(
+        int(mask.sum()), float(masked_sum(exact, mask)), lambda about: float(masked_sum((exact - about).square(), mask)), sum_over_ranks
+    )
+    return mean, _sample_std(m2, count), count
+
+
+def _sample_std(m2: float, count: int) -> float:
+    return math.sqrt(m2 / (count - 1)) if count > 1 else 0.0
+
+
+def whiten(values: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool, floor: float = 1e-5) -> Tensor:
+    """Scale `values` [...] to unit standard deviation under `mask`; 0 outside it.
+
+        shift=True:  (values - mean) / max(std, floor)     for advantages: mean 0
+        shift=False:  values         / max(std, floor)     for rewards: a positive scale, which leaves the optimal policy as it is
+
+    `shift=False` does not add an unscaled mean back, as (values - mean) / std + mean would: that is a constant bonus per token and pays for
+    length. The floor, in units of `values`, keeps float32 rounding of equal values from becoming a signal of size 1.
+    """
+    same_shape(values.dim(), values=values, mask=mask)
+    check_mask(mask)
+    centre = mean if shift else 0.0
+    return torch.where(mask, (values - centre) / max(std, floor), 0.0)
+
+
+class RunningMoments:
+    """Mean and sample standard deviation of everything seen, merged batch by batch (Chan, Golub & LeVeque 1983, equation 2.1b)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self._m2 = 0.0  # sum of squared deviations from the mean
+
+    @property
+    def std(self) -> float:
+        """Divides by count - 1; 0 before the second value."""
+        return _sample_std(self._m2, self.count)
+
+    def update(self, values: Sequence[float], sum_over_ranks: SumOverRanks | None = None) -> None:
+        """Add this rank's values; with `sum_over_ranks` (a collective) those of all ranks, so that the state stays the same everywhere.
+
+        Raises ValueError, on every rank, where no rank has a value or one isn't finite; the state is then unchanged.
+        """
+        count, mean, m2 = _moments(len(values), math.fsum(values), lambda about: math.fsum((value - about) ** 2 for value in values), sum_over_ranks)
+        total = self.count + count
+        delta = mean - self.mean
+        self._m2 += m2 + delta * delta * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "m2": self._m2}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self._m2 = int(state["count"]), float(state["mean"]), float(state["m2"])
