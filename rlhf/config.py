@@ -75,12 +75,13 @@ def valid_keys(stages: Sequence[str]) -> list[str]:
 
 def check_overrides(arguments: Sequence[str]) -> None:
     """Refuse unknown groups, presets and keys (also with ``+``) with the nearest valid one. Raises UserError."""
+    from hydra._internal.utils import get_args
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
     try:
-        overrides = [parser.parse_override(a) for a in arguments if not a.startswith("-")]
+        overrides = [parser.parse_override(a) for a in get_args(list(arguments)).overrides]
     except HydraException as error:
         raise UserError(f"The command line can't be read: {error}") from error
     known_stages = choices("stage")
@@ -96,6 +97,8 @@ def check_overrides(arguments: Sequence[str]) -> None:
     keys = valid_keys(stage_names)
     for override in overrides:
         key = override.key_or_group
+        if override.is_delete():
+            raise UserError(f"{override.input_line}: options can't be deleted; set {key} to a value, or to null where it may be unset.")
         if key == "hydra" or key.startswith("hydra.") or key.startswith("hydra/") or key == "stage":
             continue
         if key in GROUPS:

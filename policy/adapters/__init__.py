@@ -35,3 +35,10 @@ def attach(model: Any, adapter: AdapterConfig, *, task: str) -> Any:
             raise
         linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module.__class__.__name__ == "Linear"})
         raise UserError(f"adapter.targets={list(adapter.targets)}: no such module; the model's linear modules are {', '.join(linear)}.") from error
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass (Chen et al. 2016, arXiv:1604.06174); also under a frozen embedding (LoRA)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.enable_input_require_grads()

@@ -1,0 +1,168 @@
+"""What the online loop is made of, built from the configuration in the order that fails soonest."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.schema import AdapterKind, Config, CriticInit, EngineKind, KLController, LoraSync, ModelKind, OnlineStage
+from policy.adapters import attach, enable_checkpointing
+from policy.engine import Engine, OptimSettings, make_engine
+from policy.kl import AdaptiveKL, FixedKL
+from policy.model import CriticModule, PolicyModule, adapter_weights, full_weights
+from reward.model import load_reward_model
+from reward.scorer import make_scorer
+from rlhf import distributed
+from rlhf.data import reading
+from rlhf.models import load_causal_lm, load_classifier, load_tokenizer, resolve_dtype, train_tokenizer
+from rlhf.run import RunContext, seed_everything
+from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, Scorer, UserError
+from rollout import make_generator
+
+log = logging.getLogger(__name__)
+_PROBE_TOKENS = 16
+
+
+@dataclass(slots=True)
+class Parts:
+    """Everything that a step uses."""
+
+    tokenizer: Any
+    prompts: list[Prompt]
+    policy: Engine
+    critic: Engine
+    reference: Any  # frozen module, "adapter" (the policy with its adapter off), or None
+    scorer: Scorer
+    generator: Generator
+    kl: FixedKL | AdaptiveKL
+    weights: Callable[[], FullWeights | AdapterWeights]
+    adapter: bool
+    probe: tuple[int, ...]  # fixed token ids whose logprobs prove each sync
+    tolerance: float  # nats
+
+
+def build(ctx: RunContext) -> Parts:
+    """Load the models and start the engines. Raises UserError for what preflight could not know."""
+    cfg = ctx.cfg
+    stage = cfg.stage
+    assert isinstance(stage, OnlineStage) and stage.steps is not None
+    seed_everything(cfg.run.seed)
+    tokenizer = _tokenizer(cfg)
+    prompts = reading.prompts(cfg, tokenizer, split="train")
+    _register(ctx)
+    start = _start_directory(ctx, tokenizer)
+    scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
+    half = resolve_dtype(cfg.model.dtype) is not torch.float32
+    updates = stage.steps * stage.epochs * stage.minibatches
+    lora = cfg.adapter.kind is not AdapterKind.none
+    merged = lora and (cfg.rollout.lora_sync is LoraSync.merged or (cfg.rollout.lora_sync is LoraSync.auto and cfg.adapter.dora))
+
+    def base_model() -> Any:
+        return load_causal_lm(replace(cfg.model, path=start, gguf_file=None), tokenizer)
+
+    def generator_model() -> Any:
+        model = base_model()
+        return attach(model, cfg.adapter, task="CAUSAL_LM") if lora and not merged else model
+
+    policy_model = attach(base_model(), cfg.adapter, task="CAUSAL_LM")
+    if cfg.engine.gradient_checkpointing:
+        enable_checkpointing(policy_model)
+    module = PolicyModule(policy_model, chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature)
+    generator = make_generator(
+        cfg, model_path=start, tokenizer=tokenizer, model_factory=generator_model, adapter_rank=cfg.adapter.rank if lora and not merged else None
+    )
+    device = distributed.device()
+    policy = make_engine(module, cfg.engine, OptimSettings.from_stage(stage, total_steps=updates), device, half=half)
+    critic_model = _critic(cfg, tokenizer, start)
+    critic_settings = OptimSettings.from_stage(stage, total_steps=updates, learning_rate=stage.critic_learning_rate)
+    critic = make_engine(CriticModule(critic_model), cfg.engine, critic_settings, device, half=half)
+    reference: Any = None
+    if stage.reference:
+        reference = "adapter" if lora else _freeze(PolicyModule(base_model(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature), cfg, half)
+    greedy = generator.generate(prompts[:1], n=1, seed=0, greedy=True)[0]
+    probe = distributed.broadcast(tuple(prompts[0].token_ids) + tuple(greedy.token_ids[:_PROBE_TOKENS]))
+    kl: FixedKL | AdaptiveKL = FixedKL(stage.kl_coef)
+    if stage.kl_controller is KLController.adaptive:
+        kl = AdaptiveKL(stage.kl_coef, stage.kl_target, stage.kl_horizon)
+    return Parts(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        policy=policy,
+        critic=critic,
+        reference=reference,
+        scorer=scorer,
+        generator=generator,
+        kl=kl,
+        weights=lambda: (adapter_weights if lora and not merged else full_weights)(policy_model, policy.gather),
+        adapter=lora,
+        probe=probe,
+        tolerance=cfg.rollout.gap_tolerance or (0.05 if half else 1e-4),
+    )
+
+
+def _tokenizer(cfg: Config) -> Any:
+    if cfg.model.path is not None:
+        return load_tokenizer(cfg.model, cfg.data.chat_template)
+    return train_tokenizer(reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
+
+
+def _register(ctx: RunContext) -> None:
+    if ctx.cfg.model.path is not None:
+        ctx.add_parent("policy", ctx.cfg.model.path)
+    if ctx.cfg.reward.path is not None:
+        ctx.add_parent("reward", ctx.cfg.reward.path)
+    if ctx.cfg.data.path is not None:
+        ctx.add_data(ctx.cfg.data.path)
+
+
+def _start_directory(ctx: RunContext, tokenizer: Any) -> str:
+    """A directory that transformers and vLLM both load: model.path, or the start written out where it is GGUF, an adapter or tiny."""
+    model = ctx.cfg.model
+    whole = model.path is not None and model.gguf_file is None and not (Path(model.path) / "adapter_config.json").exists()
+    if whole:
+        assert model.path is not None
+        return model.path
+    place = ctx.dir / "start"
+    if distributed.is_main() and not (place / "config.json").exists():
+        if model.kind is ModelKind.tiny and model.path is None:
+            log.warning("model=tiny without model.path: the policy starts from random weights, written to %s", place)
+        load_causal_lm(model, tokenizer).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    distributed.barrier()
+    return str(place)
+
+
+def _critic(cfg: Config, tokenizer: Any, start: str) -> Any:
+    """The critic's model: the reward model's weights, or the policy's start with a head that predicts 0."""
+    stage = cfg.stage
+    assert isinstance(stage, OnlineStage)
+    if stage.critic_init is CriticInit.reward:
+        assert cfg.reward.path is not None, "preflight refuses critic_init=reward without reward.path"
+        loaded = load_reward_model(cfg.reward.path, resolve_dtype(cfg.model.dtype))
+        if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"stage.critic_init=reward: the reward model {cfg.reward.path} has another tokenizer than the policy, so its weights can't read the "
+                "policy's tokens. Use stage.critic_init=policy."
+            )
+        model = loaded.module
+    else:
+        model = load_classifier(replace(cfg.model, path=start, gguf_file=None), tokenizer)
+        torch.nn.init.zeros_(model.score.weight)
+    model.requires_grad_(True)
+    if stage.critic_adapter:
+        adapter = cfg.adapter if cfg.adapter.kind is not AdapterKind.none else replace(cfg.adapter, kind=AdapterKind.lora)
+        model = attach(model, adapter, task="SEQ_CLS")
+    if cfg.engine.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def _freeze(module: PolicyModule, cfg: Config, half: bool) -> Any:
+    if cfg.engine.kind is EngineKind.deepspeed:
+        from policy.deepspeed_engine import freeze
+
+        return freeze(module, cfg.engine, distributed.device(), half=half)
+    return module.requires_grad_(False).eval().to(distributed.device())
