@@ -1,0 +1,124 @@
+"""A reward model on disk: weights, tokenizer, template and a manifest of its own, so that any stage loads it from its directory alone."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf.models import check_model_path
+from rlhf.types import UserError
+
+MANIFEST_FILE = "reward_model.json"
+FORMAT_VERSION = 1
+_PROBE = "Grüße, reward model! 12 + 3 = 15?\n\tA  well-aligned answer."  # letters, digits, spaces and a non-ASCII character
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a reward model's weights and configuration don't say. Scores are raw model outputs."""
+
+    base: str  # what it was trained from: a path, a hub name, or "tiny"
+    tokenizer_hash: str  # `tokenizer_fingerprint` of the tokenizer beside it
+    chat_template_hash: str | None  # of its chat template; None without one
+    conversational: bool  # trained on chat messages rather than on plain text
+    max_length: int  # tokens of the longest prompt + response in training
+    dtype: str  # of the saved weights, torch's name
+    score_mean: float  # over the held-out texts, chosen and rejected
+    score_std: float  # over the held-out texts, population form
+    held_out_texts: int  # how many texts the two figures come from
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(slots=True)
+class RewardModel:
+    module: nn.Module  # sequence classifier with one label, in evaluation mode, on the CPU
+    tokenizer: Any
+    manifest: Manifest
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Equal for tokenizers that give the same ids to the same text. Padding is left out: it never changes a text's ids."""
+    content = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "probe": tokenizer(_PROBE)["input_ids"],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """Of the tokenizer's chat template; None without one."""
+    template = tokenizer.chat_template
+    return None if template is None else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Makes the model directory `path` a reward model's."""
+    (path / MANIFEST_FILE).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of a reward model's directory. Raises UserError for anything else."""
+    check_model_path(str(path), "reward.path")
+    place = Path(path).expanduser() / MANIFEST_FILE
+    if not place.is_file():
+        raise UserError(
+            f"reward.path={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the model/ directory that stage=reward wrote."
+        )
+    content = json.loads(place.read_text(encoding="utf-8"))
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{place}: format_version is {version!r}, expected {FORMAT_VERSION}. Train the reward model again with this version.")
+    names = {f.name for f in dataclasses.fields(Manifest)}
+    if set(content) != names:
+        raise UserError(f"{place}: expected the keys {', '.join(sorted(names))}; found {', '.join(sorted(content))}.")
+    return Manifest(**content)
+
+
+def load_reward_tokenizer(path: str | Path) -> tuple[Any, Manifest]:
+    """Tokenizer and manifest, without weights. Raises UserError when the tokenizer is not the one the model was trained with."""
+    from transformers import AutoTokenizer
+
+    manifest = read_manifest(path)
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()))
+    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_hash:
+        raise UserError(
+            f"reward.path={path}: its tokenizer files are not those that the reward model was trained with (the hash in {MANIFEST_FILE} differs)."
+        )
+    return tokenizer, manifest
+
+
+def load_reward_module(path: str | Path, dtype: torch.dtype) -> Any:
+    """The weights of a reward model's directory as a classifier with one label, in evaluation mode, on the CPU."""
+    from transformers import AutoModelForSequenceClassification
+
+    module = AutoModelForSequenceClassification.from_pretrained(str(Path(path).expanduser()), num_labels=1, dtype=dtype, use_safetensors=True)
+    if not hasattr(module, "score"):
+        raise UserError(f"reward.path={path}: {type(module).__name__} has no head named score, so its last token can't be read.")
+    return module.eval()
+
+
+def load_reward_model(path: str | Path, dtype: torch.dtype) -> RewardModel:
+    """A reward model from its own directory alone, wherever that was moved. Raises UserError."""
+    tokenizer, manifest = load_reward_tokenizer(path)
+    return RewardModel(load_reward_module(path, dtype), tokenizer, manifest)
+
+
+def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Scores [B] float32 read at each row's last token. `input_ids` [B, L] right-padded, `lengths` [B].
+
+    The position comes from the length, not from the first padding id, since padding may be the end-of-sequence token; the head
+    runs in float32, where half precision would round scores to a few hundredths.
+    """
+    backbone = getattr(module, module.base_model_prefix)
+    mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :] < lengths[:, None]
+    hidden = backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state  # [B, L, H]
+    last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1].float()  # [B, H]
+    bias = module.score.bias
+    return F.linear(last, module.score.weight.float(), None if bias is None else bias.float()).squeeze(-1)
