@@ -85,7 +85,9 @@ def _fail(error: Exception) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 for bad input or a stopped run, 2 for a missing stage."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    # argparse, which Hydra uses, wants all overrides side by side: move them before the flags.
+    arguments = sorted(given, key=lambda a: a.startswith("-") or "=" not in a and not a.startswith("~"))
     if not any(a.lstrip("+").startswith("stage=") for a in arguments) and not any(a in _NO_STAGE_NEEDED for a in arguments):
         print(list_stages())
         return 0 if not arguments else 2
