@@ -234,6 +234,7 @@ class RunContext:
 
     def __init__(self, cfg: Config, directory: Path, opened: _Opened, argv: Sequence[str]) -> None:
         self.cfg = cfg
+        self.argv = tuple(argv)
         self.stage: str = cfg.stage.name
         self.dir = directory
         self.resume_from = opened.resume_from
