@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from conf.schema import (
     TrackingConfig,
     TrackingKind,
 )
+from reward.model import Manifest, template_hash, tokenizer_fingerprint, write_manifest
 from rlhf.models import train_tokenizer
 from rlhf.stages import doctor
 from rlhf.stages.doctor import GIB, Finding, Probe, State
@@ -132,30 +134,51 @@ def test_wandb_that_is_not_used_is_not_asked() -> None:
     assert doctor.check_wandb(config()).found == "not used (tracking=none)"
 
 
-def tokenizer(text: str = "a good film . a bad film .", template: str | None = None) -> object:
+def tokenizer(text: str = "a good film . a bad film .", template: str | None = None) -> Any:
     out = train_tokenizer([text], 270, 64)
     out.chat_template = template
     return out
 
 
+def manifest(reward: Any) -> Manifest:
+    return Manifest(
+        base="tiny",
+        tokenizer_hash=tokenizer_fingerprint(reward),
+        chat_template_hash=template_hash(reward),
+        conversational=reward.chat_template is not None,
+        max_length=8,
+        dtype="float32",
+        score_mean=0.0,
+        score_std=1.0,
+        held_out_texts=2,
+    )
+
+
+def compare(reward: Any, policy: Any) -> Finding:
+    return doctor.compare_tokenizers("runs/x/reward/model", reward, manifest(reward), policy)
+
+
 def test_equal_tokenizers_pass() -> None:
-    assert doctor.compare_tokenizers(tokenizer(), tokenizer()).state is State.ok
+    assert compare(tokenizer(), tokenizer()).state is State.ok
 
 
 def test_another_reward_tokenizer_warns_and_without_a_template_fails() -> None:
     policy = tokenizer(template="{{ messages }}")
     other = "entirely different words in here"
-    assert doctor.compare_tokenizers(policy, tokenizer(other, template="{{ messages }}")).state is State.warn
-    failed = doctor.compare_tokenizers(policy, tokenizer(other))
-    assert failed.state is State.fail
-    assert "vocabularies" in failed.found
-    assert "chat templates" in failed.found
+    accepted = compare(tokenizer(other, template="{{ messages }}"), policy)
+    assert accepted.state is State.warn
+    assert "vocabularies" in accepted.found
+    refused = compare(tokenizer(other), policy)
+    assert refused.state is State.fail
+    assert "chat templates" in refused.found
+    assert "no chat template" in refused.remedy
 
 
 def test_tokenizers_are_loaded_and_compared(tmp_path: Path) -> None:
     for name in ("policy", "reward"):
-        tokenizer().save_pretrained(tmp_path / name)  # type: ignore[attr-defined]
+        tokenizer().save_pretrained(tmp_path / name)
         (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+    write_manifest(tmp_path / "reward", manifest(tokenizer()))
     found = doctor.check_tokenizers(config(model=ModelConfig(path=str(tmp_path / "policy")), reward=RewardConfig(path=str(tmp_path / "reward"))))
     assert [(f.name, f.state) for f in found] == [("model.path", State.ok), ("reward.path", State.ok), ("tokenizers", State.ok)]
 

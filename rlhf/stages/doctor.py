@@ -11,13 +11,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from conf.schema import Config, EngineKind, ModelConfig, ModelKind, RolloutBackend, TrackingKind, WandbMode
+from conf.schema import Config, EngineKind, RolloutBackend, TrackingKind, WandbMode
+from reward.model import Manifest, load_reward_tokenizer, template_hash
+from reward.scorer import check_tokenizers as require_compatible
+from reward.scorer import same_reading
+from rlhf.console import console
+from rlhf.models import load_tokenizer
+from rlhf.tracking import wandb_login, wandb_mode
 from rlhf.types import UserError
 
 LOCK = Path(__file__).resolve().parents[2] / "requirements" / "lock-cpu-py311.txt"
@@ -260,8 +266,6 @@ def check_deepspeed(cfg: Config) -> Finding:
 
 def check_wandb(cfg: Config) -> Finding:
     """Whether ``tracking=wandb`` would be online. Nothing is sent."""
-    from rlhf.tracking import wandb_login, wandb_mode
-
     if cfg.tracking.kind is not TrackingKind.wandb:
         return Finding("W&B", State.info, f"not used (tracking={cfg.tracking.kind.value})")
     try:
@@ -276,45 +280,53 @@ def check_wandb(cfg: Config) -> Finding:
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def compare_tokenizers(policy: Any, reward: Any) -> Finding:
-    """The reward model reads responses as text through its own template, so another tokenizer is fine if it has one."""
-    differences = [
-        f"{name} {getattr(policy, name)!r} and {getattr(reward, name)!r}"
-        for name in ("bos_token", "eos_token", "pad_token")
-        if getattr(policy, name) != getattr(reward, name)
-    ]
-    if policy.get_vocab() != reward.get_vocab():
-        differences.insert(0, f"vocabularies of {len(policy)} and {len(reward)} entries")
-    if policy.chat_template != reward.chat_template:
+def compare_tokenizers(path: str, reward: Any, manifest: Manifest, policy: Any) -> Finding:
+    """What the scorer of an online stage would say of the two, and how they differ where it would accept them."""
+    differences = []
+    if not same_reading(manifest, policy):
+        differences.append(f"vocabularies of {len(policy)} and {len(reward)} entries")
+        differences += [
+            f"{name} {getattr(policy, name)!r} and {getattr(reward, name)!r}"
+            for name in ("bos_token", "eos_token")
+            if getattr(policy, name) != getattr(reward, name)
+        ]
+    if template_hash(policy) != manifest.chat_template_hash:
         differences.append("chat templates")
     if not differences:
         return Finding("tokenizers", State.ok, f"policy and reward model share one, {len(policy)} entries")
     found = f"policy and reward model differ: {'; '.join(differences)}"
-    if policy.chat_template and not reward.chat_template:
-        return Finding("tokenizers", State.fail, found, "the reward model has no chat template: train it with data.chat_template=FILE")
+    try:
+        require_compatible(path, reward, manifest, policy)
+    except UserError as error:
+        return Finding("tokenizers", State.fail, found, str(error))
     return Finding("tokenizers", State.warn, found, "intended? Responses are scored through the reward model's own tokenizer and template")
+
+
+def load_side(key: str, load: Callable[[], Any]) -> tuple[Any, Finding]:
+    """One tokenizer, or None and why not. `load` returns a tokenizer, or a tokenizer and its reward model's manifest."""
+    try:
+        loaded = load()
+    except (UserError, OSError, ValueError) as error:  # transformers raises the latter two for a directory that it can't read
+        return None, Finding(key, State.fail, str(error).strip().split("\n", 1)[0], "name a directory that a stage wrote, or a model's own")
+    tokenizer = loaded[0] if isinstance(loaded, tuple) else loaded
+    template = "a chat template" if tokenizer.chat_template else "no chat template"
+    return loaded, Finding(key, State.ok, f"{type(tokenizer).__name__}, {len(tokenizer)} entries, {template}")
 
 
 def check_tokenizers(cfg: Config) -> list[Finding]:
     """Load the tokenizers that ``model.path`` and ``reward.path`` name and hold them side by side."""
-    from rlhf.models import load_tokenizer
-
-    loaded = []
     out = []
-    places = (("model.path", cfg.model), ("reward.path", ModelConfig(kind=ModelKind.pretrained, path=cfg.reward.path)))
-    for key, model in places:
-        if model.path is None:
-            continue
-        try:
-            tokenizer = load_tokenizer(model)
-        except (UserError, OSError, ValueError) as error:
-            out.append(Finding(key, State.fail, last_line(str(error).split("\n", 1)[0]), "name a directory that a stage wrote, or a model's own"))
-            continue
-        template = "a chat template" if tokenizer.chat_template else "no chat template"
-        out.append(Finding(key, State.ok, f"{type(tokenizer).__name__}, {len(tokenizer)} entries, {template}"))
-        loaded.append(tokenizer)
-    if len(loaded) == 2:
-        out.append(compare_tokenizers(*loaded))
+    policy, reward = None, None
+    if cfg.model.path is not None:
+        policy, finding = load_side("model.path", lambda: load_tokenizer(cfg.model, cfg.data.chat_template))
+        out.append(finding)
+    if cfg.reward.path is not None:
+        path = cfg.reward.path
+        reward, finding = load_side("reward.path", lambda: load_reward_tokenizer(path))
+        out.append(finding)
+        if policy is not None and reward is not None:
+            tokenizer, manifest = reward
+            out.append(compare_tokenizers(path, tokenizer, manifest, policy))
     return out
 
 
@@ -341,8 +353,6 @@ def as_text(findings: Sequence[Finding]) -> str:
 
 def print_table(findings: Iterable[Finding]) -> None:
     from rich.table import Table
-
-    from rlhf.console import console
 
     colours = {State.ok: "green", State.info: "dim", State.warn: "yellow", State.fail: "bold red"}
     table = Table(title="rlhf doctor")
