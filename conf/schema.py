@@ -98,6 +98,25 @@ class Judge(Enum):
     function = "function"
 
 
+class DataFormat(Enum):
+    """Formats of data files; which of them a stage reads is in rlhf/data/formats.py."""
+
+    auto = "auto"
+    text = "text"
+    prompt = "prompt"
+    prompt_completion = "prompt_completion"
+    messages = "messages"
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+    preference = "preference"
+    implicit_preference = "implicit_preference"
+    ultrafeedback = "ultrafeedback"
+    hh_rlhf = "hh_rlhf"
+    alpaca_preference = "alpaca_preference"
+    sharegpt_preference = "sharegpt_preference"
+    swift_preference = "swift_preference"
+
+
 class Recipe(Enum):
     none = "none"
     reviews = "reviews"
@@ -245,6 +264,7 @@ class DataConfig:
 
     path: str | None = None  # JSON, JSONL, CSV or Parquet
     eval_path: str | None = None  # held-out rows; None: eval_fraction of path
+    format: DataFormat = DataFormat.auto  # auto: detected by the columns, and said aloud
     recipe: Recipe = Recipe.none
     eval_fraction: float = 0.1  # of data.path, when there is no eval_path
     max_rows: int | None = None  # the first rows only
@@ -413,7 +433,12 @@ class OnlineStage(TrainStage):
         _check(self.importance_cap is None or self.importance_cap >= 1, "stage.importance_cap", self.importance_cap, "at least 1")
         _check(self.samples_kept >= 0, "stage.samples_kept", self.samples_kept, "at least 0")
         rollouts = self.prompts_per_step * self.samples_per_prompt
-        _check(rollouts % self.minibatches == 0, "stage.minibatches", self.minibatches, f"a divisor of prompts_per_step x samples_per_prompt = {rollouts}")
+        _check(
+            rollouts % self.minibatches == 0,
+            "stage.minibatches",
+            self.minibatches,
+            f"a divisor of prompts_per_step x samples_per_prompt = {rollouts}",
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -47,7 +47,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as ``1:02:03`` or ``2:03``."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 

@@ -138,7 +138,9 @@ def _draw(axes: Any, panel: Panel, names: Sequence[str], series: Mapping[str, tu
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if panel.stacked or len(names) > 1:
+    if panel.stacked:  # beside the axes: the colours fill them
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
+    elif len(names) > 1:
         axes.legend(fontsize=8, frameon=False, loc="best")
 
 
