@@ -19,7 +19,8 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
     `scores` [B]; `kl` [B, T] nats. Raises ValueError where a row has no response token, because its score would vanish.
     """
     same_shape(2, kl=kl, response_mask=response_mask)
-    same_shape(1, scores=scores, rows=response_mask[:, 0] if response_mask.shape[1] else scores.new_empty(0))
+    if scores.shape != response_mask.shape[:1]:
+        raise ValueError(f"expected one score per row, found scores {tuple(scores.shape)} for a mask {tuple(response_mask.shape)}")
     check_mask(response_mask)
     empty = (~response_mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
@@ -44,7 +45,7 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     """
     same_shape(2, rewards=rewards, values=values, response_mask=response_mask)
     check_mask(response_mask)
-    next_value = torch.zeros_like(values[:, 0]) if values.shape[1] else values.new_zeros(values.shape[0])  # [B]
+    next_value = values.new_zeros(values.shape[0])  # [B]
     next_advantage = torch.zeros_like(next_value)
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):

@@ -1,0 +1,106 @@
+"""The pairwise loss: hand-computed numbers, a float64 reference, identities, and TRL's own computation."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from reward.losses import pairwise_loss
+
+LN2 = 0.6931471805599453
+
+
+def test_hand_computed() -> None:
+    # differences 0 and ln 3: sigmoid 1/2 and 3/4
+    chosen, rejected = torch.tensor([1.0, math.log(3)]), torch.tensor([1.0, 0.0])
+    assert pairwise_loss(chosen, rejected).item() == pytest.approx((LN2 + math.log(4 / 3)) / 2)
+
+
+def test_a_margin_shifts_the_difference() -> None:
+    chosen, rejected, margin = torch.tensor([3.0, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0])
+    assert pairwise_loss(chosen, rejected, margin).item() == pytest.approx(LN2)
+
+
+def test_centring_hand_computed() -> None:
+    chosen, rejected = torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0])
+    assert pairwise_loss(chosen, rejected, centering_coef=0.1).item() == pytest.approx(LN2 + 0.1 * (16 + 4) / 2)
+
+
+def test_float64_reference() -> None:
+    rng = np.random.default_rng(0)
+    chosen, rejected, margin = rng.normal(size=(3, 50)) * 5
+    expected = np.mean(np.log1p(np.exp(-(chosen - rejected - margin)))) + 0.02 * np.mean((chosen + rejected) ** 2)
+    ours = pairwise_loss(*(torch.tensor(a, dtype=torch.float32) for a in (chosen, rejected, margin)), centering_coef=0.02)
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_is_minus_the_probability_of_the_wrong_order() -> None:
+    chosen, rejected = torch.tensor([0.5, -1.0], requires_grad=True), torch.tensor([0.0, 1.0], requires_grad=True)
+    pairwise_loss(chosen, rejected).backward()
+    wrong = torch.sigmoid(rejected - chosen).detach() / 2
+    torch.testing.assert_close(chosen.grad, -wrong)
+    torch.testing.assert_close(rejected.grad, wrong)
+
+
+def test_only_differences_count_unless_centred() -> None:
+    chosen, rejected = torch.tensor([0.5, -1.0]), torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(pairwise_loss(chosen + 7, rejected + 7), pairwise_loss(chosen, rejected))
+    assert pairwise_loss(chosen + 7, rejected + 7, centering_coef=0.1) > pairwise_loss(chosen, rejected, centering_coef=0.1) + 1.0
+
+
+def test_swapped_probabilities_add_up_to_one() -> None:
+    chosen, rejected = torch.tensor([0.3]), torch.tensor([-0.9])
+    total = torch.exp(-pairwise_loss(chosen, rejected)) + torch.exp(-pairwise_loss(rejected, chosen))
+    assert total.item() == pytest.approx(1.0)
+
+
+def test_large_differences_neither_overflow_nor_vanish() -> None:
+    assert pairwise_loss(torch.tensor([0.0]), torch.tensor([500.0])).item() == pytest.approx(500.0)
+    assert pairwise_loss(torch.tensor([500.0]), torch.tensor([0.0])).item() == 0.0
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    chosen, rejected = torch.tensor([1.0, 2.0]).bfloat16(), torch.tensor([0.5, -1.0]).bfloat16()
+    loss = pairwise_loss(chosen, rejected)
+    assert loss.dtype is torch.float32
+    torch.testing.assert_close(loss, pairwise_loss(chosen.float(), rejected.float()))
+
+
+@pytest.mark.parametrize(
+    ("margin", "coef"), [(None, None), (torch.tensor([0.5, 0.0, 1.0]), None), (None, 0.01), (torch.tensor([0.5, 0.0, 1.0]), 0.01)]
+)
+def test_trl_computes_the_same(margin: Tensor | None, coef: float | None) -> None:
+    """RewardTrainer.compute_loss on a model that returns fixed scores: chosen rows first, then rejected ones."""
+    from trl import RewardTrainer
+
+    chosen, rejected = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.2, 0.5, -1.0])
+    same = SimpleNamespace(gather=lambda t: t, gather_for_metrics=lambda t: t)
+    metrics = {"eval": _Lists()}
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(center_rewards_coefficient=coef),
+        accelerator=same,
+        _metrics=metrics,
+        _total_train_tokens=0,
+    )
+    inputs = {"attention_mask": torch.ones(6, 2)} | ({"margin": margin} if margin is not None else {})
+    scores = torch.cat([chosen, rejected])[:, None]
+    theirs = RewardTrainer.compute_loss(trainer, lambda **_: SimpleNamespace(logits=scores), inputs)
+    torch.testing.assert_close(pairwise_loss(chosen, rejected, margin, coef or 0.0), theirs)
+
+
+class _Lists(dict):
+    """A metrics store that starts a list for every name."""
+
+    def __missing__(self, key: str) -> list:
+        self[key] = []
+        return self[key]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "margin"), [((3,), (2,), None), ((3, 1), (3, 1), None), ((0,), (0,), None), ((3,), (3,), (1,))])
+def test_other_shapes_rise(chosen: tuple[int, ...], rejected: tuple[int, ...], margin: tuple[int, ...] | None) -> None:
+    with pytest.raises(ValueError, match=r"one shape \[B\]"):
+        pairwise_loss(torch.zeros(chosen), torch.zeros(rejected), None if margin is None else torch.zeros(margin))
