@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def selected_logprobs(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, chunk: int, temperature: float = 1.0, min_chunks: int = 1
+    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, chunk: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Logprob of each label and entropy of its distribution, both [N] float32 nats, with the exact gradient of both.
 
@@ -17,17 +17,16 @@ def selected_logprobs(
     `hidden` [N, H], `labels` [N] long; `head` maps [n, H] to logits [n, V]. The logits of at most `chunk` rows exist at a time: where there are
     several chunks and gradients are wanted, backward computes each chunk's logits anew (activation checkpointing) instead of keeping [N, V].
 
-    `head` is called once per chunk, also on an empty one: N = 0 gives empty results that still reach the head's weights. Under ZeRO-3 a call is
-    a collective, so ranks with different N must agree on the number of calls: pass the largest ceil(N / chunk) of all ranks as `min_chunks`.
+    `head` is called max(1, ceil(N / chunk)) times: N = 0 gives empty results that still reach the head's weights. Under ZeRO-3 a call is a
+    collective, so all ranks must bring equally many rows there (measured: two ranks of 14 and 8 rows in chunks of 4 never return).
     """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"expected hidden [N, H] and labels [N], found {tuple(hidden.shape)} and {tuple(labels.shape)}")
-    if chunk < 1 or min_chunks < 1 or not temperature > 0:
-        raise ValueError(f"expected chunk and min_chunks of 1 or more and temperature above 0, found {chunk=}, {min_chunks=}, {temperature=}")
-    chunks = max(min_chunks, -(-hidden.shape[0] // chunk))
-    recompute = chunks > 1 and torch.is_grad_enabled()
+    if chunk < 1 or not temperature > 0:
+        raise ValueError(f"expected a chunk of at least 1 row and a temperature above 0, found {chunk=}, {temperature=}")
+    recompute = hidden.shape[0] > chunk and torch.is_grad_enabled()
     logprobs, entropies = [], []
-    for part, part_labels in zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True):
+    for part, part_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         arguments = (part, head, part_labels, temperature)
         logprob, entropy = checkpoint(_chunk_logprobs, *arguments, use_reentrant=False) if recompute else _chunk_logprobs(*arguments)
         logprobs.append(logprob)
