@@ -1,0 +1,89 @@
+"""Judges that training never sees: a lexicon, a classifier trained on texts of its own, a function. A number per response, higher is better."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rlhf.data.files import read_rows
+from rlhf.types import Rollout, Scorer, UserError
+
+_REGULARISATION = 3.0  # logistic regression's C
+
+
+class ResponseJudge(Protocol):
+    """What a response is worth. `name` is the metric's."""
+
+    name: str
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[float]: ...
+
+
+def judged_text(rollout: Rollout) -> str:
+    """What a judge reads: the response, after its prompt where it continues a plain text."""
+    return rollout.text if isinstance(rollout.prompt.source, list) else rollout.prompt.text + rollout.text
+
+
+class LexiconJudge:
+    """VADER's compound sentiment in [-1, 1] (Hutto and Gilbert 2014): a fixed lexicon with rules for negation and emphasis."""
+
+    name = "lexicon"
+
+    def __init__(self) -> None:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError as error:
+            raise UserError("stage.judges holds lexicon, which needs the package vaderSentiment: pip install vaderSentiment==3.3.2") from error
+        self._analyser: Any = SentimentIntensityAnalyzer()
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[float]:
+        return [float(self._analyser.polarity_scores(judged_text(rollout))["compound"]) for rollout in rollouts]
+
+
+class ClassifierJudge:
+    """Probability in [0, 1] that a text is positive: TF-IDF of words and word pairs, logistic regression."""
+
+    name = "classifier"
+
+    def __init__(self, texts: Sequence[str], labels: Sequence[int], source: str) -> None:
+        """Train on `texts`; `source` names them in errors. Raises UserError when they hold fewer than two labels."""
+        if len(set(labels)) != 2:
+            raise UserError(f"{source}: a classifier judge needs texts of two labels, 0 and 1; found {sorted(set(labels))}.")
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        self._model: Any = make_pipeline(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+"),
+            LogisticRegression(C=_REGULARISATION, max_iter=1000),
+        )
+        self._model.fit(list(texts), list(labels))
+
+    @classmethod
+    def from_file(cls, path: str) -> "ClassifierJudge":
+        """Train on a file's rows `text`, `label` (0 or 1). Raises UserError naming the row that has neither."""
+        texts, labels = [], []
+        for number, row in enumerate(read_rows(path, key="stage.judge_path"), start=1):
+            text, label = row.get("text"), row.get("label")
+            if not isinstance(text, str) or label not in (0, 1):
+                raise UserError(
+                    f"stage.judge_path={path}, row {number}: expected a text and a label of 0 or 1, found keys {sorted(row)} and label {label!r}."
+                )
+            texts.append(text)
+            labels.append(int(label))
+        return cls(texts, labels, f"stage.judge_path={path}")
+
+    def probabilities(self, texts: Sequence[str]) -> list[float]:
+        return [float(p) for p in self._model.predict_proba(list(texts))[:, 1]] if texts else []
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[float]:
+        return self.probabilities([judged_text(rollout) for rollout in rollouts])
+
+
+class FunctionJudge:
+    """Any scorer as a judge: the stage wraps ``stage.judge_function`` in one."""
+
+    def __init__(self, scorer: Scorer, name: str = "function") -> None:
+        self.name = name
+        self._scorer = scorer
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[float]:
+        return self._scorer.score(rollouts).total
