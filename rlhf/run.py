@@ -302,7 +302,6 @@ class RunContext:
         entry = {
             "kind": kind,
             "path": str(path),
-            "summary": str(summary) if summary else None,
             "summary_sha256": sha256(summary) if summary else None,
         }
         if entry not in self._manifest["parents"]:

@@ -209,7 +209,8 @@ class _WandbSink:
         if model_dir is not None and self._log_model:
             artifact = self._wandb.Artifact(f"{self._stage}-{self._run.id}", type="model")
             # immutable + skip_cache: read in place, no second copy of the weights in the user's home
-            artifact.add_dir(str(model_dir), policy="immutable", skip_cache=True)
+            for path in sorted(p for p in model_dir.rglob("*") if p.is_file()):
+                artifact.add_file(str(path), name=str(path.relative_to(model_dir)), policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact)
         self._run.finish(exit_code=exit_code)
 

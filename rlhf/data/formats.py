@@ -460,10 +460,10 @@ def nearest_format(row: Row, use: Use) -> tuple[Format, str]:
     def lacking(format_: Format) -> list[str]:
         return [k for k in format_.keys if k not in row]
 
-    def distance(format_: Format) -> tuple[float, int]:
+    def distance(format_: Format) -> tuple[float, int, int]:
         # a column that is there under a misspelt name counts half
         cost = sum(0.5 if nearest(k, [c for c in row if c not in format_.keys]) else 1.0 for k in lacking(format_))
-        return cost / len(format_.keys), -len(format_.keys)
+        return cost / len(format_.keys), -len(format_.keys), -FORMATS.index(format_)  # the plainer one of equals
 
     best = min(reading(use), key=distance)
     return best, (lacking(best) or [""])[0]
