@@ -63,8 +63,6 @@ def allowed(importer: str, module: str) -> bool:
     if owner == "conf":
         return inside(module, "conf")
     if owner in ("rollout", "reward", "policy", "eval"):
-        if owner == "eval" and Path(importer).name.startswith("proof_"):
-            return True  # scripts above the command line, that run it
         return inside(module, owner) or any(inside(module, name) for name in SHARED)
     if importer.startswith("rlhf/stages/"):
         return not inside(module, "rlhf.__main__")
