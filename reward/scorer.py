@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -36,6 +36,21 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
+
+
+@torch.inference_mode()
+def score_ids(module: Any, rows: Sequence[Sequence[int]], budget: int, device: torch.device) -> list[float]:
+    """Scores of rows of token ids, in the rows' order, `budget` tokens at a time."""
+    out = [math.nan] * len(rows)
+    lengths = [len(row) for row in rows]
+    for batch in _batches(lengths, budget):
+        input_ids = torch.zeros(len(batch), lengths[batch[-1]], dtype=torch.long)  # what fills the padding is never attended to
+        for line, i in enumerate(batch):
+            input_ids[line, : lengths[i]] = torch.tensor(rows[i])
+        sizes = torch.tensor([lengths[i] for i in batch], device=device)
+        for i, score in zip(batch, last_token_scores(module, input_ids.to(device), sizes).tolist(), strict=True):
+            out[i] = score
+    return out
 
 
 def same_reading(manifest: Manifest, policy_tokenizer: Any) -> bool:
@@ -89,26 +104,11 @@ class RewardModelScorer:
         for rollout, row in zip(rollouts, rows, strict=True):
             if not 0 < len(row) <= self.limit:
                 raise UserError(f"reward.path={self.path}: {_name(rollout)} with its response has {len(row)} tokens; expected 1 to {self.limit}.")
-        scores = self.score_ids(rows)
+        scores = score_ids(self.module, rows, self.budget, self.device)
         for rollout, score in zip(rollouts, scores, strict=True):
             if not math.isfinite(score):
                 raise UserError(f"reward.path={self.path}: the score of a response to {_name(rollout)} is {score}, expected a finite number.")
         return Scores(total=scores, terms={"reward_model": list(scores)})
-
-    @torch.inference_mode()
-    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of token id rows, in the rows' order."""
-        out = [math.nan] * len(rows)
-        lengths = [len(row) for row in rows]
-        for batch in _batches(lengths, self.budget):
-            width = max(lengths[i] for i in batch)
-            input_ids = torch.zeros(len(batch), width, dtype=torch.long)  # what fills the padding is never attended to
-            for line, i in enumerate(batch):
-                input_ids[line, : lengths[i]] = torch.tensor(rows[i])
-            sizes = torch.tensor([lengths[i] for i in batch], device=self.device)
-            for i, score in zip(batch, last_token_scores(self.module, input_ids.to(self.device), sizes).tolist(), strict=True):
-                out[i] = score
-        return out
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -148,7 +148,7 @@ class FunctionScorer:
         except UserError:
             raise
         except Exception as error:
-            self._blame(rollouts, error)
+            raise self._blame(rollouts, error) from error
         if not hasattr(values, "__len__") or len(values) != len(rollouts):
             found = f"{len(values)} values" if hasattr(values, "__len__") else f"{type(values).__name__} {values!r}"
             raise UserError(
@@ -173,17 +173,16 @@ class FunctionScorer:
         result = self.function(**given)
         return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
 
-    def _blame(self, rollouts: Sequence[Rollout], error: Exception) -> NoReturn:
-        """Raises UserError naming the first prompt that fails by itself, or the batch where none does."""
+    def _blame(self, rollouts: Sequence[Rollout], error: Exception) -> UserError:
+        """The error with the first prompt that fails by itself, or with the whole batch where none does."""
+        culprit, found = f"a batch of {len(rollouts)} responses, none of which fails by itself; the first is to {_name(rollouts[0])}", error
         for rollout in rollouts:
             try:
                 self._call([rollout])
-            except Exception as alone:
-                raise UserError(f"reward.function={self.spec} raised {type(alone).__name__}: {alone}; for {_name(rollout)}.") from alone
-        raise UserError(
-            f"reward.function={self.spec} raised {type(error).__name__}: {error}; for a batch of {len(rollouts)} responses (none of which fails "
-            f"by itself), the first to {_name(rollouts[0])}."
-        ) from error
+            except Exception as alone:  # noqa: BLE001 - it is reported, whatever it is
+                culprit, found = _name(rollout), alone
+                break
+        return UserError(f"reward.function={self.spec} raised {type(found).__name__}: {found}; for {culprit}.")
 
     def _number(self, value: Any, rollout: Rollout) -> float:
         plain = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value

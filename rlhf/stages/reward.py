@@ -1,0 +1,253 @@
+"""``stage=reward``: a pairwise reward model on TRL's RewardTrainer, judged on held-out pairs beside a length-only baseline."""
+
+import dataclasses
+import gc
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from trl import RewardConfig as TRLRewardConfig
+from trl import RewardTrainer
+
+from conf.schema import Config
+from policy.model import is_peft
+from policy.saving import save_adapter
+from reward.model import Manifest, load_reward_module, template_hash, tokenizer_fingerprint, write_manifest
+from reward.scorer import score_ids
+from rlhf import distributed
+from rlhf.data.encoding import encode_answer, is_chat, require_template
+from rlhf.data.reading import preference_dataset, stage_texts
+from rlhf.models import load_classifier, resolve_dtype
+from rlhf.run import RunContext, seed_everything
+from rlhf.stages import trl_common as common
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.stages.reward")
+_SAMPLES = 8  # held-out pairs in samples.jsonl
+Rows = datasets.Dataset
+_CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPairs:
+    """Pairs as the trainer reads them, and where each stands in the rows that they come from."""
+
+    data: datasets.Dataset  # chosen_ids, rejected_ids, and margin where the stage uses it
+    rows: list[int]  # row number of each pair
+
+
+def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_length: int, margin: bool) -> EncodedPairs:
+    """Token ids of both answers of every pair; pairs longer than `max_length` tokens are left out and counted aloud.
+
+    A pair is never cut: the score is read at its last token. Raises UserError for a pair that can't be encoded, a missing or
+    non-finite margin, and when no pair is left.
+    """
+    chat = is_chat(rows[0]["chosen"])
+    if chat:
+        require_template(tokenizer, f"{name} pairs")
+    if margin and "margin" not in rows.column_names:
+        raise UserError(f"stage.margin=true, but the {name} pairs have no margin. Columns: {', '.join(rows.column_names)}.")
+    columns: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": [], **({"margin": []} if margin else {})}
+    kept: list[int] = []
+    for number, row in enumerate(rows):
+        try:
+            chosen = encode_answer(tokenizer, row.get("prompt"), row["chosen"])
+            rejected = encode_answer(tokenizer, row.get("prompt"), row["rejected"])
+        except ValueError as error:
+            raise UserError(f"{name} pair {number}: {error}.") from error
+        if margin and (row["margin"] is None or not math.isfinite(row["margin"])):
+            raise UserError(f"{name} pair {number}: margin is {row['margin']!r}, expected a finite number.")
+        if max(len(chosen), len(rejected)) > max_length:
+            continue
+        kept.append(number)
+        columns["chosen_ids"].append(chosen)
+        columns["rejected_ids"].append(rejected)
+        if margin:
+            columns["margin"].append(float(row["margin"]))
+    if not kept:
+        raise UserError(f"{name}: each of the {len(rows)} pairs is longer than stage.max_length={max_length} tokens.")
+    if len(kept) < len(rows):
+        LOG.warning(
+            "%s: %d of %d pairs are longer than stage.max_length=%d tokens and are left out", name, len(rows) - len(kept), len(rows), max_length
+        )
+    return EncodedPairs(datasets.Dataset.from_dict(columns), kept)
+
+
+def padding_token(tokenizer: Any, *pairs: EncodedPairs) -> str:
+    """A token that pads and occurs in no pair. Raises UserError when the whole vocabulary occurs.
+
+    The classifier finds a row's last token as the last one that isn't padding. Were padding the end-of-sequence token, as it is
+    for many tokenizers, training would read the score one token before the end and scoring at the end.
+    """
+    used = {token for group in pairs for column in ("chosen_ids", "rejected_ids") for ids in group.data[column] for token in ids}
+    for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, *reversed(range(len(tokenizer)))):
+        if token_id is not None and token_id != tokenizer.eos_token_id and token_id not in used:
+            return str(tokenizer.convert_ids_to_tokens(token_id))
+    raise UserError("every token of the tokenizer's vocabulary occurs in the pairs, so none is left for padding: add a pad token to the tokenizer.")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Scores of held-out pairs and the tokens of their two sides, all of length N."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    chosen_tokens: np.ndarray
+    rejected_tokens: np.ndarray
+
+
+def bootstrap_interval(accuracy: float, count: int, resamples: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of an accuracy over `count` pairs.
+
+    Resampling `count` zeros and ones with replacement draws a binomial number of ones, so it is drawn as such.
+    """
+    draws = np.random.default_rng(seed).binomial(count, accuracy, size=resamples) / count
+    low, high = np.percentile(draws, _CONFIDENCE)
+    return float(low), float(high)
+
+
+def length_baseline(chosen_tokens: np.ndarray, rejected_tokens: np.ndarray) -> float:
+    """Accuracy of "the longer side wins" in tokens; a tie counts one half. Far from 0.5 on either side, length tells the pairs apart."""
+    return float(np.mean((chosen_tokens > rejected_tokens) + 0.5 * (chosen_tokens == rejected_tokens)))
+
+
+def judgement_metrics(judged: Judged, resamples: int, seed: int) -> dict[str, float]:
+    """What a reward model is worth on held-out pairs; an equal score counts as wrong."""
+    margins = judged.chosen - judged.rejected
+    accuracy = float(np.mean(margins > 0))
+    low, high = bootstrap_interval(accuracy, len(margins), resamples, seed)
+    scores = np.concatenate([judged.chosen, judged.rejected])
+    return {
+        "eval/accuracy": accuracy,
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/length_baseline": length_baseline(judged.chosen_tokens, judged.rejected_tokens),
+        "eval/margin": float(np.mean(margins)),
+        "eval/score_mean": float(np.mean(scores)),
+        "eval/score_std": float(np.std(scores)),
+        "eval/pairs": float(len(margins)),
+    }
+
+
+def judge(module: Any, pairs: datasets.Dataset, budget: int, device: torch.device) -> Judged:
+    """Score held-out pairs with the saved model, the rows shared out over the ranks. Collective."""
+    chosen, rejected = pairs["chosen_ids"], pairs["rejected_ids"]
+    mine = range(distributed.rank(), len(pairs), distributed.world_size())
+    scores = score_ids(module, [chosen[i] for i in mine] + [rejected[i] for i in mine], budget, device)
+    sides = np.full((2, len(pairs)), np.nan)
+    for numbers, values in distributed.gather((list(mine), scores)):
+        sides[0, numbers], sides[1, numbers] = values[: len(numbers)], values[len(numbers) :]
+    return Judged(sides[0], sides[1], np.array([len(ids) for ids in chosen]), np.array([len(ids) for ids in rejected]))
+
+
+def plot_judged(judged: Judged, metrics: dict[str, float], directory: Path) -> Path:
+    """Histograms of the margins, and of the scores of chosen and rejected answers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.hist(judged.chosen - judged.rejected, bins=40)
+    left.axvline(0.0, color="black", linewidth=1)
+    left.set_xlabel("score of chosen - score of rejected")
+    left.set_ylabel("held-out pairs")
+    left.set_title(f"accuracy {metrics['eval/accuracy']:.3f} [{metrics['eval/accuracy_low']:.3f}, {metrics['eval/accuracy_high']:.3f}]")
+    right.hist([judged.chosen, judged.rejected], bins=40, label=["chosen", "rejected"])
+    right.set_xlabel("score")
+    right.legend()
+    directory.mkdir(parents=True, exist_ok=True)
+    place = directory / "held_out_pairs.png"
+    figure.savefig(place, dpi=120)
+    return place
+
+
+def sample_rows(tokenizer: Any, pairs: datasets.Dataset, judged: Judged) -> list[dict[str, Any]]:
+    """A few held-out pairs, a line per answer, as samples.jsonl has them; the prompt is part of the text."""
+    out = []
+    for i in range(min(_SAMPLES, len(pairs))):
+        for side, scores in (("chosen", judged.chosen), ("rejected", judged.rejected)):
+            ids = pairs[i][f"{side}_ids"]
+            out.append({"pair": i, "side": side, "response": tokenizer.decode(ids), "score": float(scores[i]), "response_length": len(ids)})
+    return out
+
+
+def manifest_of(cfg: Config, tokenizer: Any, *, conversational: bool, metrics: dict[str, float]) -> Manifest:
+    return Manifest(
+        base=cfg.model.path or cfg.model.kind.value,
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+        chat_template_hash=template_hash(tokenizer),
+        conversational=conversational,
+        max_length=cfg.stage.max_length,
+        dtype=str(resolve_dtype(cfg.model.dtype)).removeprefix("torch."),
+        score_mean=metrics["eval/score_mean"],
+        score_std=metrics["eval/score_std"],
+        held_out_texts=2 * int(metrics["eval/pairs"]),
+    )
+
+
+def run(ctx: RunContext) -> None:
+    """Train, keep the best weights by held-out loss, save a self-contained model/ (and adapter/ for LoRA), judge it on held-out pairs."""
+    with ctx.closing():
+        _run(ctx)
+
+
+def _run(ctx: RunContext) -> None:
+    cfg, stage = ctx.cfg, ctx.cfg.stage
+    plan = common.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
+    common.check_engine(cfg.engine)
+    common.quiet_libraries()
+    tokenizer = common.load_stage_tokenizer(cfg, lambda: stage_texts(cfg))
+    train_rows, eval_rows = preference_dataset(cfg)
+    common.record_inputs(ctx, "policy")
+    train = encode_pairs(tokenizer, train_rows, name="training", max_length=stage.max_length, margin=stage.margin)
+    held_out = encode_pairs(tokenizer, eval_rows, name="held-out", max_length=stage.max_length, margin=stage.margin)
+    tokenizer.pad_token = padding_token(tokenizer, train, held_out)
+    steps, metrics = _train(ctx, plan, tokenizer, train.data, held_out.data)
+    # The figures are those of the saved weights, read back as every later stage reads them.
+    device = distributed.device()
+    module = load_reward_module(ctx.model_dir, resolve_dtype(cfg.model.dtype)).to(device)
+    judged = judge(module, held_out.data, cfg.reward.batch_tokens, device)
+    metrics |= judgement_metrics(judged, stage.bootstrap, cfg.run.seed)
+    if distributed.is_main():
+        write_manifest(ctx.model_dir, manifest_of(cfg, tokenizer, conversational=is_chat(train_rows[0]["chosen"]), metrics=metrics))
+        ctx.tracker.samples(steps, sample_rows(tokenizer, held_out.data, judged))
+        plot = plot_judged(judged, metrics, ctx.dir / "plots")
+        ctx.tracker.images([plot])
+    shown = {
+        "held-out accuracy": f"{metrics['eval/accuracy']:.3f} (95 %: {metrics['eval/accuracy_low']:.3f} to {metrics['eval/accuracy_high']:.3f})",
+        "the longer side wins": f"{metrics['eval/length_baseline']:.3f}",
+        "mean margin": metrics["eval/margin"],
+        "held-out pairs": int(metrics["eval/pairs"]),
+    }
+    following = f"python -m rlhf stage=ppo model.path=<policy> reward.path={ctx.model_dir} data.path=<prompts>"
+    ctx.finish(steps=steps, metrics=metrics, figures=shown, next_command=following)
+
+
+def _train(
+    ctx: RunContext, plan: common.BatchPlan, tokenizer: Any, train: datasets.Dataset, held_out: datasets.Dataset
+) -> tuple[int, dict[str, float]]:
+    """Train and save; nothing of the trainer is left when it returns. Steps and figures."""
+    cfg, stage = ctx.cfg, ctx.cfg.stage
+    seed_everything(cfg.run.seed)
+    model = load_classifier(dataclasses.replace(cfg.model, dtype=common.training_dtype(cfg)), tokenizer)
+    longest = max(len(ids) for rows in (train, held_out) for side in ("chosen_ids", "rejected_ids") for ids in rows[side])
+    common.check_positions(model.config, longest)
+    model = common.with_adapter(model, cfg, "SEQ_CLS")
+    args = TRLRewardConfig(**common.trainer_arguments(ctx, plan, train_rows=len(train)), center_rewards_coefficient=stage.centering_coef or None)
+    trainer = common.guarded(RewardTrainer)(model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+    steps, metrics = common.fit(trainer, ctx)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if is_peft(trained):
+        save_adapter(trained, ctx.dir / "adapter", common.gather_of(cfg))
+    common.save_whole(trained, tokenizer, ctx.model_dir, cfg)
+    del trainer, trained, model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return steps, metrics

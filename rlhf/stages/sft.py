@@ -1,0 +1,147 @@
+"""``stage=sft``: supervised fine-tuning on TRL's SFTTrainer, from plain text, prompts with completions, or conversations."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import datasets
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from conf.schema import ModelConfig
+from rlhf import distributed
+from rlhf.data.encoding import IGNORED, encode_completion, encode_conversation, encode_text, is_chat, prompt_ids, require_template
+from rlhf.data.reading import sft_dataset, stage_texts
+from rlhf.models import load_causal_lm
+from rlhf.run import RunContext, seed_everything
+from rlhf.stages import trl_common as common
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.stages.sft")
+_SAMPLES = 4  # held-out rows that the trained policy continues
+_SAMPLE_TOKENS = 48
+
+
+def encode_row(tokenizer: Any, row: dict[str, Any], *, completion_only: bool) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one row in a form of TRL's: text, prompt + completion, or messages. Raises ValueError as the encoders."""
+    if "text" in row:
+        return encode_text(tokenizer, row["text"])
+    if "messages" in row:
+        return encode_conversation(tokenizer, row["messages"], completion_only=completion_only)
+    prompt, completion = row["prompt"], row["completion"]
+    if not is_chat(completion):
+        return encode_completion(tokenizer, prompt, completion, completion_only=completion_only)
+    if is_chat(prompt) and len(completion) == 1 and completion[0].get("role") == "assistant":
+        return encode_completion(tokenizer, prompt, str(completion[0]["content"]), completion_only=completion_only)
+    before = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
+    return encode_conversation(tokenizer, [*before, *completion], completion_only=completion_only, first=len(before))
+
+
+def encode_dataset(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_length: int, completion_only: bool, cut: bool) -> datasets.Dataset:
+    """`rows` as input_ids and labels, cut to `max_length` tokens when `cut` (packing splits them itself).
+
+    Rows whose trained tokens all lie beyond the cut are left out; how many were cut and left out is said aloud. Raises UserError
+    for a row that can't be encoded and when no row is left.
+    """
+    if any(is_chat(rows[0].get(key)) for key in ("prompt", "completion", "messages")):
+        require_template(tokenizer, f"{name} data")
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    shortened = 0
+    for number, row in enumerate(rows):
+        try:
+            row_ids, row_labels = encode_row(tokenizer, row, completion_only=completion_only)
+        except ValueError as error:
+            raise UserError(f"{name} row {number}: {error}.") from error
+        if cut and len(row_ids) > max_length:
+            row_ids, row_labels = row_ids[:max_length], row_labels[:max_length]
+            shortened += 1
+        # the first token is never predicted
+        if any(label != IGNORED for label in row_labels[1:]):
+            ids.append(row_ids)
+            labels.append(row_labels)
+    dropped = len(rows) - len(ids)
+    if not ids:
+        raise UserError(f"{name}: none of the {len(rows)} rows has a token to train within stage.max_length={max_length} tokens.")
+    if shortened or dropped:
+        LOG.warning("%s: of %d rows, %d cut to stage.max_length=%d tokens, %d with nothing to train", name, len(rows), shortened, max_length, dropped)
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def sample_rows(model_cfg: ModelConfig, tokenizer: Any, directory: str, rows: datasets.Dataset, max_length: int) -> list[dict[str, Any]]:
+    """A few held-out rows continued greedily by the saved policy, as samples.jsonl has them."""
+    model = load_causal_lm(model_cfg, tokenizer, directory).to(distributed.device()).eval()
+    out = []
+    for row in rows.select(range(min(_SAMPLES, len(rows)))):
+        context = sample_context(tokenizer, row)
+        room = min(_SAMPLE_TOKENS, max_length - len(context))
+        if not context or room < 1:
+            continue
+        input_ids = torch.tensor([context], device=model.device)
+        with torch.inference_mode():
+            whole = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=room)[0]
+        written = whole[len(context) :].tolist()
+        out.append(
+            {
+                "prompt": tokenizer.decode(context),
+                "response": tokenizer.decode(written, skip_special_tokens=True),
+                "response_length": len(written),
+                "finish_reason": "stop" if tokenizer.eos_token_id in written else "length",
+            }
+        )
+    return out
+
+
+def sample_context(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """What a sample starts from: the row's prompt, its conversation up to the first answer, or the first quarter of its text."""
+    if "prompt" in row:
+        return prompt_ids(tokenizer, row["prompt"])
+    if "messages" in row:
+        first = next((i for i, m in enumerate(row["messages"]) if m.get("role") == "assistant"), 0)
+        return prompt_ids(tokenizer, row["messages"][:first]) if first else []
+    ids, _ = encode_text(tokenizer, row["text"])
+    return ids[: max(1, len(ids) // 4)]
+
+
+def run(ctx: RunContext) -> None:
+    """Fine-tune, keep the best weights by held-out loss, save model/ (and adapter/), sample, summarise."""
+    with ctx.closing():
+        _run(ctx)
+
+
+def _run(ctx: RunContext) -> None:
+    cfg, stage = ctx.cfg, ctx.cfg.stage
+    plan = common.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
+    common.check_engine(cfg.engine)
+    common.quiet_libraries()
+    tokenizer = common.load_stage_tokenizer(cfg, lambda: stage_texts(cfg))
+    train_rows, eval_rows = sft_dataset(cfg)
+    common.record_inputs(ctx, "policy")
+    encode = {"max_length": stage.max_length, "completion_only": stage.completion_only}
+    train = encode_dataset(tokenizer, train_rows, name="training", cut=not stage.packing, **encode)
+    held_out = encode_dataset(tokenizer, eval_rows, name="held-out", cut=True, **encode)
+    seed_everything(cfg.run.seed)
+    model = load_causal_lm(dataclasses.replace(cfg.model, dtype=common.training_dtype(cfg)), tokenizer)
+    longest = stage.max_length if stage.packing else max(len(ids) for rows in (train, held_out) for ids in rows["input_ids"])
+    common.check_positions(model.config, longest)
+    model = common.with_adapter(model, cfg, "CAUSAL_LM")
+    args = SFTConfig(
+        **common.trainer_arguments(ctx, plan, train_rows=len(train)),
+        packing=stage.packing,
+        eval_packing=False,  # the held-out loss is that of whole rows
+        completion_only_loss=False,  # the labels say which tokens train
+    )
+    trainer = common.guarded(SFTTrainer)(model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+    steps, metrics = common.fit(trainer, ctx)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    common.save_policy(trained, tokenizer, ctx)
+    if distributed.is_main():
+        samples = sample_rows(cfg.model, tokenizer, str(ctx.model_dir), eval_rows, stage.max_length)
+        ctx.tracker.samples(steps, samples)
+    shown = {
+        "held-out loss before": metrics.get("initial/eval_loss"),
+        "held-out loss": metrics["eval_loss"],
+        "held-out token accuracy": metrics["eval_mean_token_accuracy"],
+        "best step": int(metrics["best_step"]),
+    }
+    ctx.finish(steps=steps, metrics=metrics, figures=shown, next_command=f"python -m rlhf stage=reward model.path={ctx.model_dir} data.path=<pairs>")

@@ -1,0 +1,374 @@
+"""What the stages on TRL's trainers share: batch arithmetic, precision, DeepSpeed's configuration, metrics, divergence, saving."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors.torch import save_file
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from conf.schema import AdapterKind, Config, Dtype, EngineConfig, EngineKind, ModelKind, OfflineStage, Offload, Scheduler
+from policy.adapters import attach
+from policy.deepspeed_engine import ensure_process_group, gather_zero3, prepare_cpu
+from policy.model import Gather, base_of, is_peft, iterate_weights, no_gather
+from policy.saving import save_adapter
+from rlhf import console, distributed
+from rlhf.models import load_tokenizer, resolve_dtype, train_tokenizer
+from rlhf.run import RunContext
+from rlhf.types import TrainingDiverged, UserError
+
+LOG = logging.getLogger("rlhf.stages")
+_SCHEDULERS = {Scheduler.constant: "constant_with_warmup", Scheduler.linear: "linear", Scheduler.cosine: "cosine"}
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How one optimizer step's rows are spread: ranks x micro x accumulation = the global batch."""
+
+    ranks: int
+    micro: int  # rows per forward pass and rank
+    accumulation: int  # forward passes per optimizer step and rank
+
+
+def plan_batches(batch_size: int, micro_batch_size: int | None, ranks: int) -> BatchPlan:
+    """Spread `batch_size` rows over ranks and forward passes. Raises UserError when they don't divide."""
+    if batch_size % ranks:
+        raise UserError(
+            f"stage.batch_size={batch_size} doesn't divide by the {ranks} ranks of this launch. Expected a multiple of {ranks}, "
+            f"such as stage.batch_size={math.ceil(batch_size / ranks) * ranks}."
+        )
+    micro = batch_size // ranks if micro_batch_size is None else micro_batch_size
+    if (batch_size // ranks) % micro:
+        raise UserError(
+            f"stage.batch_size={batch_size} doesn't divide by engine.micro_batch_size={micro} x {ranks} ranks = {micro * ranks}. "
+            f"Expected a multiple of it, such as stage.batch_size={math.ceil(batch_size / (micro * ranks)) * micro * ranks}."
+        )
+    return BatchPlan(ranks=ranks, micro=micro, accumulation=batch_size // ranks // micro)
+
+
+def check_engine(engine: EngineConfig) -> None:
+    """The torch engine is one process; DeepSpeed any number. Prepares DeepSpeed's process group. Raises UserError."""
+    if engine.kind is EngineKind.torch:
+        if distributed.world_size() > 1:
+            raise UserError(
+                f"engine=torch runs in one process, but {distributed.world_size()} ranks were launched. Use engine=zero0 (or zero1, zero2, zero3)."
+            )
+        return
+    prepare_cpu()
+    ensure_process_group()
+
+
+def load_stage_tokenizer(cfg: Config, texts: Callable[[], Any]) -> Any:
+    """The model's tokenizer; for ``model=tiny`` without a path one trained on the stage's own `texts`. ``data.chat_template`` wins."""
+    if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
+        return load_tokenizer(cfg.model, cfg.data.chat_template)
+    tokenizer = train_tokenizer(texts(), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
+    if cfg.data.chat_template is not None:
+        place = Path(cfg.data.chat_template)
+        if not place.is_file():
+            raise UserError(f"data.chat_template={cfg.data.chat_template}: no such file.")
+        tokenizer.chat_template = place.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def check_positions(model_config: Any, longest: int) -> None:
+    """Raises UserError when the longest row, in tokens, doesn't fit into the model's positions."""
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(f"the data has rows of {longest} tokens, but the model has {limit} positions. Set stage.max_length={limit}.")
+
+
+def training_dtype(cfg: Config) -> Dtype:
+    """What the weights are held in while they train.
+
+    The torch engine steps the weights themselves, and half-precision weights lose small updates: full training holds them in
+    float32 and computes in half precision by autocast. A frozen base under LoRA may stay in half precision, and DeepSpeed keeps
+    float32 copies of its own.
+    """
+    full = cfg.adapter.kind is AdapterKind.none and cfg.engine.kind is EngineKind.torch
+    return Dtype.float32 if full else cfg.model.dtype
+
+
+def with_adapter(model: Any, cfg: Config, task: str) -> Any:
+    """`model` with the configured adapter, its base recorded so that the adapter loads from any directory."""
+    model = attach(model, cfg.adapter, task=task)
+    if is_peft(model) and cfg.model.path is not None and Path(cfg.model.path).expanduser().is_dir():
+        model.peft_config["default"].base_model_name_or_path = str(Path(cfg.model.path).expanduser().resolve())
+    return model
+
+
+def deepspeed_config(engine: EngineConfig) -> dict[str, Any] | None:
+    """The dict for ``TrainingArguments(deepspeed=...)``; "auto" is filled in by transformers from the other arguments. None for torch."""
+    if engine.kind is EngineKind.torch:
+        return None
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage == 3:
+        # "auto": from the hidden size. With the library's fixed default a small model's weights would all stay whole on every rank.
+        zero |= {"stage3_param_persistence_threshold": "auto", "stage3_gather_16bit_weights_on_model_save": True}
+    if engine.offload is not Offload.none:
+        place = {"device": engine.offload.value, **({"nvme_path": engine.nvme_path} if engine.nvme_path else {})}
+        zero["offload_optimizer"] = dict(place)
+        if engine.zero_stage == 3:
+            zero["offload_param"] = dict(place)
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": zero,
+        # torch's AdamW rather than DeepSpeed's, which would be compiled at the first run
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def trainer_arguments(ctx: RunContext, plan: BatchPlan, *, train_rows: int) -> dict[str, Any]:
+    """Keyword arguments common to TRL's configs. Their defaults turn on bf16 and gradient checkpointing, which is set here explicitly."""
+    cfg, stage = ctx.cfg, ctx.cfg.stage
+    on_cpu = not torch.cuda.is_available()
+    dtype = resolve_dtype(cfg.model.dtype)
+    return {
+        "output_dir": str(ctx.checkpoint_dir),
+        "per_device_train_batch_size": plan.micro,
+        "per_device_eval_batch_size": plan.micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        # Whole batches only, so that every step trains the same rows at any number of ranks; a file smaller than one batch is taken as it is.
+        "dataloader_drop_last": train_rows >= stage.batch_size,
+        "dataloader_pin_memory": not on_cpu,
+        "learning_rate": stage.learning_rate,
+        "weight_decay": stage.weight_decay,
+        "adam_beta1": stage.adam_beta1,
+        "adam_beta2": stage.adam_beta2,
+        "adam_epsilon": stage.adam_eps,
+        "optim": "adamw_torch",
+        "max_grad_norm": stage.max_grad_norm,
+        "lr_scheduler_type": _SCHEDULERS[stage.scheduler],
+        "max_length": stage.max_length,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": cfg.engine.gradient_checkpointing,
+        "deepspeed": deepspeed_config(cfg.engine),
+        "seed": cfg.run.seed,
+        "data_seed": cfg.run.seed,
+        "logging_steps": stage.log_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would log the last finite loss in place of a NaN
+        "eval_strategy": "steps",
+        "eval_steps": stage.eval_steps,
+        "eval_on_start": ctx.resume_from is None,
+        "save_strategy": "steps",
+        "save_steps": stage.eval_steps,
+        "save_total_limit": 2,  # the best and the last
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def guarded(trainer_class: type) -> type:
+    """`trainer_class` that stops at the first loss or gradient that is NaN or infinite and saves the batch that caused it."""
+
+    class Guarded(trainer_class):
+        run_dir: Path
+        micro_batches: list[dict[str, Any]]
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            if self.model.training:
+                loss = result[0] if return_outputs else result
+                self.micro_batches.append(inputs)
+                # All ranks learn of it, so that none waits for a rank that has stopped.
+                if distributed.all_max([float(not bool(torch.isfinite(loss).all()))])[0]:
+                    self._diverged("loss", float(loss))
+            return result
+
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            # dataloader_drop_last is for training steps; every held-out row counts
+            dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+            try:
+                return super().get_eval_dataloader(eval_dataset)
+            finally:
+                self.args.dataloader_drop_last = dropping
+
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            # transformers calls this once per optimizer step, with torch's engine before the weights change
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+            if norm is not None and not math.isfinite(float(norm)) and not self.args.fp16:  # float16's loss scaler skips such steps itself
+                self._diverged("gradient's norm", float(norm))
+            self.micro_batches = []
+            return norm
+
+        def _diverged(self, what: str, value: float) -> None:
+            where = save_batch(self.run_dir, self.micro_batches, self.processing_class, self.state.global_step + 1, {what: value})
+            raise TrainingDiverged(
+                f"step {self.state.global_step + 1}: the {what} is {value}, so training stopped. The batch that caused it: {where} "
+                f"(its texts beside it as .json). Look at its rows, or lower stage.learning_rate={self.args.learning_rate}."
+            )
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """TRL writes a card with links of its own into every checkpoint; the run's manifest says more."""
+
+    return Guarded
+
+
+def save_batch(directory: Path, micro_batches: Sequence[dict[str, Any]], tokenizer: Any, step: int, figures: dict[str, float]) -> Path:
+    """This rank's micro-batches of one optimizer step as tensors, and their texts as JSON beside it. Returns the tensors' file."""
+    place = directory / f"diverged_step{step}_rank{distributed.rank()}.safetensors"
+    tensors = {
+        f"{i}.{k}": v.detach().cpu().contiguous() for i, batch in enumerate(micro_batches) for k, v in batch.items() if isinstance(v, torch.Tensor)
+    }
+    save_file(tensors, str(place))
+    texts = [tokenizer.batch_decode(batch["input_ids"]) for batch in micro_batches]
+    content = {"step": step, "rank": distributed.rank(), **{k: str(v) for k, v in figures.items()}, "micro_batches": texts}
+    place.with_suffix(".json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return place
+
+
+class Reporter(TrainerCallback):
+    """TRL's metrics under their own names to the tracker and the progress bar, with the training throughput; marks the last step for evaluation."""
+
+    def __init__(self, ctx: RunContext, bar: console.Bar) -> None:
+        self.ctx, self.bar = ctx, bar
+        self.last: dict[str, float] = {}  # the latest value of each training metric
+        self._busy_s = 0.0  # seconds in steps since the last log
+        self._tokens = 0.0
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._busy_s += time.perf_counter() - self._began
+        every = self.ctx.cfg.stage.save_steps
+        if every and state.global_step % every == 0:
+            control.should_save = True
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "train_runtime" in logs:  # the trainer's closing line repeats what the run's summary holds
+            return
+        metrics = {k: float(v) for k, v in logs.items() if not k.startswith("eval_") or not k.endswith(("_runtime", "_per_second"))}
+        evaluated = "eval_loss" in metrics
+        if not evaluated and self._busy_s > 0:
+            metrics["train/tokens_per_s"] = (metrics.get("num_tokens", self._tokens) - self._tokens) / self._busy_s
+            self._tokens, self._busy_s = metrics.get("num_tokens", self._tokens), 0.0
+        if not evaluated:
+            self.last.update(metrics)
+        self.ctx.tracker.log(state.global_step, metrics)
+        self.bar.update(state.global_step, metrics)
+
+
+def total_steps(stage: OfflineStage, rows: int) -> int:
+    """Optimizer steps: ``stage.steps``, or as many as ``stage.epochs`` passes have whole batches (one at least)."""
+    return stage.steps if stage.steps is not None else max(1, round(stage.epochs * max(1, rows // stage.batch_size)))
+
+
+def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
+    """Train to the end, with the best weights by ``eval_loss`` loaded back.
+
+    Returns the steps done and the run's figures: the latest of training, the evaluation of the weights that were loaded back, and
+    the evaluation before any step under ``initial/``.
+    """
+    stage = ctx.cfg.stage
+    steps = total_steps(stage, len(trainer.train_dataset))
+    trainer.args.max_steps = steps
+    trainer.args.warmup_steps = math.ceil(stage.warmup_ratio * steps)
+    trainer.run_dir, trainer.micro_batches = ctx.dir, []
+    trainer.remove_callback(PrinterCallback)
+    if stage.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
+    with console.progress(steps, ctx.stage) as bar:
+        reporter = Reporter(ctx, bar)
+        trainer.add_callback(reporter)
+        trainer.train(resume_from_checkpoint=str(ctx.resume_from) if ctx.resume_from is not None else None)
+    state = trainer.state
+    if not state.best_global_step:
+        raise TrainingDiverged(
+            f"eval_loss was not finite in any of the evaluations up to step {state.global_step}, so there are no best weights to keep."
+        )
+    evaluations = {entry["step"]: _evaluation(entry) for entry in state.log_history if "eval_loss" in entry}
+    initial = {f"initial/{k}": v for k, v in evaluations.get(0, {}).items()}
+    return state.global_step, {**reporter.last, **evaluations[state.best_global_step], "best_step": float(state.best_global_step), **initial}
+
+
+def _evaluation(entry: dict[str, float]) -> dict[str, float]:
+    """The figures of one evaluation among a log entry's, timings left out."""
+    return {k: float(v) for k, v in entry.items() if k.startswith("eval_") and not k.endswith(("_runtime", "_per_second"))}
+
+
+def gather_of(cfg: Config) -> Gather:
+    """How whole weights are reached under the configured engine."""
+    return gather_zero3 if cfg.engine.kind is EngineKind.deepspeed and cfg.engine.zero_stage == 3 else no_gather
+
+
+def save_whole(model: Any, tokenizer: Any, directory: Path, cfg: Config) -> None:
+    """Whole weights in ``model.dtype``, an adapter merged in, and the tokenizer. Collective under ZeRO-3; rank 0 writes."""
+    base = base_of(model)
+    tied = set(getattr(base, "_tied_weights_keys", None) or {}) if getattr(base.config, "tie_word_embeddings", False) else set()
+    dtype = resolve_dtype(cfg.model.dtype)
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in iterate_weights(model, gather_of(cfg)):
+        # a head that trains in full beside an adapter is there twice: as it was, and as it is
+        if ".original_module." in name or name in tied or not distributed.is_main():
+            continue
+        value = tensor.detach().cpu()
+        state[name.replace(".modules_to_save.default.", ".")] = (value.to(dtype) if value.is_floating_point() else value).clone().contiguous()
+    if distributed.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        base.save_pretrained(directory, state_dict=state)
+        tokenizer.save_pretrained(directory)
+    distributed.barrier()
+
+
+def base_directory(cfg: Config) -> bool:
+    """Whether an adapter can name its base: a model that PEFT loads again, neither built from a config nor a GGUF file."""
+    return cfg.model.path is not None and cfg.model.gguf_file is None
+
+
+def save_policy(model: Any, tokenizer: Any, ctx: RunContext) -> None:
+    """``model/`` and, for LoRA, ``adapter/``.
+
+    model/ holds whole weights, except for LoRA without ``adapter.merge_on_save``: then it holds the adapter, which names its base.
+    Where the base is no directory or hub name (``model=tiny`` built from a config, GGUF), whole weights are written all the same.
+    """
+    cfg = ctx.cfg
+    if not is_peft(model):
+        save_whole(model, tokenizer, ctx.model_dir, cfg)
+        return
+    save_adapter(model, ctx.dir / "adapter", gather_of(cfg))
+    if cfg.adapter.merge_on_save or not base_directory(cfg):
+        save_whole(model, tokenizer, ctx.model_dir, cfg)
+        return
+    save_adapter(model, ctx.model_dir, gather_of(cfg))
+    if distributed.is_main():
+        tokenizer.save_pretrained(ctx.model_dir)
+    distributed.barrier()
+
+
+def record_inputs(ctx: RunContext, kind: str) -> None:
+    """The run's manifest names what it read: the model it starts from (as `kind`) and its data files."""
+    ctx.add_parent(kind, ctx.cfg.model.path)
+    for path in (ctx.cfg.data.path, ctx.cfg.data.eval_path):
+        ctx.add_data(path)
+
+
+def quiet_libraries() -> None:
+    """Our own bar and messages are enough: no bars per file written, and no warnings that every run would show."""
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
