@@ -84,22 +84,29 @@ def check_batches(cfg: Config) -> None:
     ranks, stage, micro = distributed.world_size(), cfg.stage, cfg.engine.micro_batch_size
     if isinstance(stage, OfflineStage):
         unit = ranks * (micro or 1)
-        what = f"{ranks} ranks" if micro is None else f"{ranks} ranks x engine.micro_batch_size={micro}"
+        what = _ranks() if micro is None else f"{_ranks()} x engine.micro_batch_size={micro}"
         _divides("stage.batch_size", stage.batch_size, unit, what)
     if isinstance(stage, OnlineStage):
-        _divides("stage.prompts_per_step", stage.prompts_per_step, ranks, f"{ranks} ranks")
+        _divides("stage.prompts_per_step", stage.prompts_per_step, ranks, _ranks())
         share = stage.prompts_per_step // ranks * stage.samples_per_prompt
         if share % stage.minibatches:
             raise UserError(
-                f"stage.minibatches={stage.minibatches} doesn't divide the {share} rollouts of each of {ranks} ranks "
+                f"stage.minibatches={stage.minibatches} doesn't divide the {share} rollouts of each of {_ranks()} "
                 f"(prompts_per_step={stage.prompts_per_step} x samples_per_prompt={stage.samples_per_prompt} / ranks). "
                 f"Expected a divisor of {share}, such as {math.gcd(share, stage.minibatches)}."
             )
 
 
+def _ranks() -> str:
+    ranks = distributed.world_size()
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
 def _divides(key: str, value: int, unit: int, what: str) -> None:
     if value % unit:
-        raise UserError(f"{key}={value} doesn't divide by {what} = {unit}. Expected a multiple of {unit}, such as {math.ceil(value / unit) * unit}.")
+        raise UserError(
+            f"{key}={value} doesn't divide by {what} = {unit}. Expected a multiple of {unit}, such as {key}={math.ceil(value / unit) * unit}."
+        )
 
 
 def check_model(cfg: Config) -> None:
