@@ -55,6 +55,7 @@ class DeepSpeedEngine:
         self.cfg = cfg
         self.optim = optim
         self.steps = 0
+        _same_head_calls(module, cfg)
         params = trainable(module)
         optimizer = torch.optim.AdamW(params, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
         self.engine, *_ = deepspeed.initialize(
@@ -80,9 +81,12 @@ class DeepSpeedEngine:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.rate
+        norm = None
+        if self.cfg.zero_stage == 0:  # plain data parallelism: gradients are whole and averaged by now, and DeepSpeed records no norm
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in trainable(self.module) if p.grad is not None]))
         self.engine.step()
         self.steps += 1
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
         if norm is None or not math.isfinite(norm):
             raise NonFinite(f"the gradient's norm is {norm}")
         return float(norm)
@@ -116,6 +120,7 @@ def freeze(module: nn.Module, cfg: EngineConfig, device: torch.device, *, half: 
     module.requires_grad_(False).eval().to(device)
     if cfg.zero_stage < 3:
         return module
+    _same_head_calls(module, cfg)
     prepare_cpu()
     ensure_process_group()
     import deepspeed
@@ -123,7 +128,14 @@ def freeze(module: nn.Module, cfg: EngineConfig, device: torch.device, *, half: 
     config = zero_config(cfg, hidden_size=_hidden_size(module), half=half, max_grad_norm=0.0)
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=module, config=config)
-    return engine.eval()
+    engine.eval()  # returns nothing, unlike torch's
+    return engine
+
+
+def _same_head_calls(module: nn.Module, cfg: EngineConfig) -> None:
+    """Under ZeRO-3 each call of the head gathers its weights from all ranks, so ranks with fewer tokens call it as often."""
+    if cfg.zero_stage == 3 and hasattr(module, "same_calls"):
+        module.same_calls = True
 
 
 def _hidden_size(module: nn.Module) -> int:
@@ -147,7 +159,7 @@ def zero_config(cfg: EngineConfig, *, hidden_size: int, half: bool, max_grad_nor
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm,
+        "gradient_clipping": max_grad_norm or 1e9,  # 0 would leave the norm uncomputed below ZeRO-1
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

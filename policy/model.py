@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.logprobs import selected_logprobs
+from rlhf import distributed
 from rlhf.types import AdapterWeights, FullWeights, UserError
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -43,6 +45,7 @@ class PolicyModule(nn.Module):
         self.model = model
         self.chunk = chunk
         self.temperature = temperature
+        self.same_calls = False  # ZeRO-3: every rank must call the head as often as the others
 
     def forward(self, input_ids: Tensor, positions: Tensor, response_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
         """`input_ids` [B, L]; `positions`, `response_ids`, `response_mask` [B, T] -> logprobs, entropy, both [B, T] float32 nats (0 where masked)."""
@@ -50,10 +53,13 @@ class PolicyModule(nn.Module):
         backbone = getattr(lm, lm.base_model_prefix)
         hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None].expand_as(positions)
-        picked = hidden[rows[response_mask], positions[response_mask]]  # [N, H]
-        flat_logprobs, flat_entropy = selected_logprobs(
-            picked, lm.get_output_embeddings(), response_ids[response_mask], chunk=self.chunk, temperature=self.temperature
-        )
+        picked, labels = hidden[rows[response_mask], positions[response_mask]], response_ids[response_mask]  # [N, H], [N]
+        tokens = len(labels)
+        if self.same_calls:
+            spare = int(distributed.all_max([tokens])[0]) - tokens
+            picked, labels = F.pad(picked, (0, 0, 0, spare)), F.pad(labels, (0, spare))
+        flat_logprobs, flat_entropy = selected_logprobs(picked, lm.get_output_embeddings(), labels, chunk=self.chunk, temperature=self.temperature)
+        flat_logprobs, flat_entropy = flat_logprobs[:tokens], flat_entropy[:tokens]
         zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=input_ids.device)
         return zeros.masked_scatter(response_mask, flat_logprobs), zeros.masked_scatter(response_mask, flat_entropy)
 
