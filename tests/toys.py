@@ -1,0 +1,26 @@
+"""Reward functions and tiny inputs of the tests; reward.function=tests.toys:... reaches them by name."""
+
+import json
+from pathlib import Path
+
+
+def even_first_token(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """Two arms: 1 for a response whose first token id is even, 0 for an odd one."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+
+def short_is_good(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    return [-float(len(ids)) for ids in completion_ids]
+
+
+def not_a_number_for_b(prompts: list[str], **columns: object) -> list[float]:
+    return [float("nan") if prompt.startswith("b") else 0.0 for prompt in prompts]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def prompt_rows() -> list[dict[str, object]]:
+    return [{"prompt": f"{word} {number}"} for number in range(4) for word in ("alpha", "beta", "gamma", "delta")]

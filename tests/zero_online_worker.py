@@ -1,0 +1,47 @@
+"""Run by torchrun (tests/test_zero_online.py): stage=ppo under several engines and adapters in one launch; metrics are left in the run directories.
+
+arguments: folder, start model directory, then one `engine:adapter` each.
+"""
+
+import sys
+
+from rlhf import config, distributed
+from rlhf.run import RunContext
+from rlhf.stages import online
+
+SETTINGS = [
+    "stage=ppo",
+    "model=tiny",
+    "rollout=hf",
+    "tracking=none",
+    "stage.critic_init=policy",
+    "reward.function=tests.toys:even_first_token",
+    "rollout.max_response_length=6",
+    "stage.prompts_per_step=8",
+    "stage.steps=3",
+    "stage.epochs=2",
+    "stage.kl_coef=0.1",
+    "stage.learning_rate=3e-3",
+    "stage.critic_learning_rate=3e-3",
+    "stage.save_steps=2",
+    "engine.micro_tokens=40",
+    "engine.logits_chunk=7",
+    "adapter.rank=4",
+]
+
+
+def main() -> None:
+    folder, start, *runs = sys.argv[1:]
+    distributed.initialise()
+    distributed.set_threads(1)
+    for run in runs:
+        engine, adapter, *extra = run.split(":")
+        name = "-".join([engine, adapter, *(e.replace("=", "_") for e in extra)])
+        overrides = [f"run.dir={folder}", f"run.name={name}", f"model.path={start}", f"data.path={folder}/prompts.jsonl", f"engine={engine}"]
+        cfg = config.compose([*SETTINGS, *overrides, f"adapter={adapter}", *extra])
+        online.run(RunContext.open(cfg, ()))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
