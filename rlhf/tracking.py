@@ -210,7 +210,7 @@ class _WandbSink:
             artifact = self._wandb.Artifact(f"{self._stage}-{self._run.id}", type="model")
             # immutable + skip_cache: read in place, no second copy of the weights in the user's home
             for path in sorted(p for p in model_dir.rglob("*") if p.is_file()):
-                artifact.add_file(str(path), name=str(path.relative_to(model_dir)), policy="immutable", skip_cache=True)
+                artifact.add_file(str(path.resolve()), name=str(path.relative_to(model_dir)), policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact)
         self._run.finish(exit_code=exit_code)
 
