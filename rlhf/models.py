@@ -106,6 +106,13 @@ def _clean(model: Any, tokenizer: Any) -> Any:
     return model
 
 
+def _gguf(name: str) -> dict[str, Any]:
+    """Arguments that load a GGUF file as plain weights: packed ones can neither be trained nor saved."""
+    from transformers import GgufConfig
+
+    return {"gguf_file": name, "quantization_config": GgufConfig(dequantize=True)}
+
+
 def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
     """The language model of ``path`` or ``cfg.path``, or a fresh ``model=tiny``; on the CPU, in ``cfg.dtype``.
 
@@ -119,7 +126,7 @@ def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) ->
         return _clean(AutoModelForCausalLM.from_config(tiny_config(cfg.tiny, tokenizer), dtype=dtype), tokenizer)
     check_model_path(path)
     assert path is not None
-    extra: dict[str, Any] = {"gguf_file": cfg.gguf_file} if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
+    extra: dict[str, Any] = _gguf(cfg.gguf_file) if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
     if cfg.attn_implementation:
         extra["attn_implementation"] = cfg.attn_implementation
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
@@ -143,7 +150,7 @@ def load_classifier(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -
         return _clean(AutoModelForSequenceClassification.from_config(config, dtype=dtype), tokenizer)
     check_model_path(path)
     assert path is not None
-    extra: dict[str, Any] = {"gguf_file": cfg.gguf_file} if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
+    extra: dict[str, Any] = _gguf(cfg.gguf_file) if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
     if cfg.attn_implementation:
         extra["attn_implementation"] = cfg.attn_implementation
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **extra)

