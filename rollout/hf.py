@@ -1,128 +1,148 @@
-"""The plain twin of the vLLM generator: transformers' own generate, on a module of its own."""
+"""Rollouts by transformers: the plain twin of rollout/vllm.py, for machines without vLLM and as its reference in tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
-from conf.schema import RolloutConfig
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError
-from rollout.sampling import Recorder, check_lengths, checksum, compare, requests, sampling_logprobs
+from rollout.sampling import Sampling, check_prompts, draw, fresh_seed, response_seed, sampling_logprobs
+from rollout.weights import Incoming, specs_of, weights_checksums
+
+_SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora")
 
 
-class _SeededSampler(LogitsProcessor):
-    """Draws from the sampling distribution with one random stream per row, and keeps the distributions.
+class _Chooser:
+    """A logits processor that draws each row's token with the row's own numbers, keeps its logprob and leaves generate no other choice."""
 
-    Greedy decoding of logprobs + Gumbel noise is a draw from the distribution (the Gumbel-max trick), so that a row's tokens
-    depend on its own seed alone, not on the rows beside it.
-    """
-
-    def __init__(self, cfg: RolloutConfig, seeds: Sequence[int], greedy: bool) -> None:
-        self.cfg, self.greedy = cfg, greedy
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.steps: list[Tensor] = []  # [B, V] each
+    def __init__(self, sampling: Sampling | None, uniform: Tensor) -> None:
+        self.sampling = sampling  # None: greedy
+        self.uniform = uniform  # [B, T] float64 in [0, 1)
+        self.logprobs: list[Tensor] = []  # T x [B] nats
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cfg = self.cfg
-        logprobs = sampling_logprobs(scores, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
-        self.steps.append(logprobs)
-        if self.greedy:
-            return logprobs
-        exponential = torch.stack([torch.empty(logprobs.shape[1]).exponential_(generator=g) for g in self.generators])
-        return logprobs - exponential.to(logprobs.device).log()
+        """`scores` [B, V] -> [B, V]: 0 at the chosen token, -inf elsewhere."""
+        if self.sampling is None:
+            logprobs = scores.float().log_softmax(dim=-1)
+            chosen = logprobs.argmax(dim=-1)
+        else:
+            logprobs = sampling_logprobs(scores, self.sampling)
+            chosen = draw(logprobs, self.uniform[:, len(self.logprobs)])
+        self.logprobs.append(logprobs.gather(1, chosen[:, None]).squeeze(1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
 class HFGenerator:
-    """Generates with transformers, in batches of ``rollout.max_num_seqs``; `module` is this generator's own copy of the policy."""
+    """Generates with a model instance of its own, so that training in between never shows before a sync."""
 
-    def __init__(self, module: Any, tokenizer: Any, cfg: RolloutConfig, device: torch.device) -> None:
-        self.module = module.to(device).eval()
-        self.tokenizer, self.cfg, self.device = tokenizer, cfg, device
-        self.version = -1  # as loaded: no weights of the trainer yet
-        self.limit = int(getattr(module.config.get_text_config(), "max_position_embeddings", 2**31))
+    def __init__(
+        self, model_factory: Callable[[], Any], tokenizer: Any, sampling: Sampling, *, max_tokens: int, max_num_seqs: int, device: torch.device
+    ) -> None:
+        """`max_tokens`: prompt and response together."""
+        self.version = 0
+        self.sent: dict[str, str] = {}
+        self._model = model_factory().to(device).eval().requires_grad_(False)
+        self._tokenizer, self._sampling, self._device = tokenizer, sampling, device
+        self._max_tokens, self._max_num_seqs = max_tokens, max_num_seqs
+        self._base = self._model.get_base_model() if self._is_adapter() else self._model
+
+    def _is_adapter(self) -> bool:
+        return hasattr(self._model, "peft_config")
+
+    @property
+    def model(self) -> Any:
+        return self._model
 
     def generate(self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, greedy: bool = False) -> list[Rollout]:
-        """`n` responses per prompt, side by side. `seed` None draws one from torch's global generator."""
-        check_lengths(prompts, self.cfg.max_response_length, self.limit, "the policy")
-        if seed is None:
-            seed = int(torch.randint(2**31, (1,)))
-        wanted = requests(prompts, n, seed)
+        """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with its logprob at temperature 1."""
+        check_prompts(prompts, room=self._max_tokens - self._sampling.max_response_length)
+        seed = fresh_seed() if seed is None else seed
+        rows = [(prompt, response_seed(seed, index, sample)) for index, prompt in enumerate(prompts) for sample in range(n)]
         out: list[Rollout] = []
-        for start in range(0, len(wanted), self.cfg.max_num_seqs):
-            batch = wanted[start : start + self.cfg.max_num_seqs]
-            out.extend(self._batch([r.prompt for r in batch], [r.seed for r in batch], greedy))
+        for start in range(0, len(rows), self._max_num_seqs):
+            out += self._generate_batch(rows[start : start + self._max_num_seqs], greedy)
         return out
 
-    @torch.no_grad()
-    def _batch(self, prompts: Sequence[Prompt], seeds: Sequence[int], greedy: bool) -> list[Rollout]:
-        width = max(len(p.token_ids) for p in prompts)
-        input_ids = torch.full((len(prompts), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):  # on the left, so that every row's next token comes at the same place
-            input_ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+    @torch.inference_mode()
+    def _generate_batch(self, rows: Sequence[tuple[Prompt, int]], greedy: bool) -> list[Rollout]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        limit, end, pad = self._sampling.max_response_length, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        width = max(len(prompt.token_ids) for prompt, _ in rows)
+        ids = torch.full((len(rows), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (prompt, _) in enumerate(rows):  # left padding: every response starts in the same column
+            ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[row, width - len(prompt.token_ids) :] = 1
-        sampler = _SeededSampler(self.cfg, seeds, greedy)
-        written = self.module.generate(
-            input_ids=input_ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=self.cfg.max_response_length,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([sampler]),
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )[:, width:]
-        logprobs = torch.stack(sampler.steps, dim=1).gather(2, written[:, : len(sampler.steps), None]).squeeze(2)
-        out = []
-        for prompt, row, row_logprobs in zip(prompts, written.tolist(), logprobs.tolist(), strict=True):
-            finished = self.tokenizer.eos_token_id in row
-            length = row.index(self.tokenizer.eos_token_id) + 1 if finished else len(row)
-            ids = row[:length]
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            out.append(Rollout(prompt, text, ids, row_logprobs[:length], "stop" if finished else "length", self.version))
-        return out
+        uniform = torch.stack([torch.rand(limit, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for _, s in rows])
+        chooser = _Chooser(None if greedy else self._sampling, uniform.to(self._device))
+        settings = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=pad)
+        # generate fills unset fields from the model's own settings (repetition penalties and the like): those change the policy
+        self._base.generation_config = settings
+        written = self._model.generate(
+            input_ids=ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([chooser]),
+        )
+        responses = written[:, width:].tolist()
+        logprobs = torch.stack(chooser.logprobs, dim=1).tolist()  # [B, T]
+        return [self._rollout(prompt, responses[i], logprobs[i]) for i, (prompt, _) in enumerate(rows)]
 
-    @torch.no_grad()
+    def _rollout(self, prompt: Prompt, token_ids: list[int], logprobs: list[float]) -> Rollout:
+        """One row of the batch, cut after its end-of-sequence token; what generate wrote behind it is padding."""
+        end = self._tokenizer.eos_token_id
+        stopped = end in token_ids
+        length = token_ids.index(end) + 1 if stopped else len(token_ids)
+        kept = token_ids[:length]
+        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        return Rollout(prompt, text, kept, logprobs[:length], "stop" if stopped else "length", self.version)
+
+    @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Logprob of each token after the first, in nats, at temperature 1."""
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        scores = self.module(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-        return [float(x) for x in scores.gather(1, ids[0, 1:, None]).squeeze(1)]
+        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, at temperature 1: length len(token_ids) - 1."""
+        ids = torch.tensor([list(token_ids)], device=self._device)
+        logits = self._model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # [L - 1, V]
+        return logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
 
-    @torch.no_grad()
     def sync(self, weights: FullWeights | AdapterWeights, version: int) -> None:
-        """Copy the weights in place, then compare each one's checksum. Raises SyncError naming a parameter that is missing, unknown or changed."""
+        """Copy the trainer's weights in, by name. Raises SyncError naming every parameter that is missing, unknown or of another shape."""
         if isinstance(weights, AdapterWeights):
-            from peft import set_peft_model_state_dict
-
-            outcome = set_peft_model_state_dict(self.module, weights.tensors)
-            unknown = list(getattr(outcome, "unexpected_keys", []))
-            if unknown:
-                raise SyncError(f"weight sync {version} to hf: the generator has no parameter {unknown[0]} ({len(unknown)} unknown in all).")
-            from peft import get_peft_model_state_dict
-
-            held = {name: checksum(t) for name, t in get_peft_model_state_dict(self.module).items()}
-            self._complete({name: checksum(t.to(self.module.dtype)) for name, t in weights.tensors.items()}, held, version)
+            self._check_adapter(weights, version)
+            tensors: Iterator[tuple[str, Tensor]] = iter(weights.tensors.items())
+        elif self._is_adapter():
+            raise SyncError(f"weight sync {version}: the trainer sent whole weights, but this generator's model is a base model with an adapter.")
         else:
-            # Tied tensors appear under each of their names, in the sender as here.
-            own = dict(self.module.state_dict(keep_vars=True))
-            recorder = Recorder(iter(weights.tensors), self.module.dtype)
-            for name, tensor in recorder:
-                if name not in own:
-                    raise SyncError(f"weight sync {version} to hf: the generator has no parameter {name}.")
-                if own[name].shape != tensor.shape:
-                    raise SyncError(f"weight sync {version} to hf: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}.")
-                own[name].data.copy_(tensor)
-            self._complete(recorder.sent, {name: checksum(t) for name, t in own.items()}, version)
-        self.version = version
+            tensors = iter(weights.tensors)
+        targets = self._tensors()
+        incoming = Incoming(tensors, specs_of(targets))
+        with torch.no_grad():
+            for name, tensor in incoming:
+                targets[name].copy_(tensor)
+        incoming.finish(version)
+        self.sent, self.version = incoming.checksums, version
 
-    @staticmethod
-    def _complete(sent: dict[str, Any], held: dict[str, Any], version: int) -> None:
-        missing = sorted(held.keys() - sent.keys())
-        if missing:
-            raise SyncError(f"weight sync {version} to hf: {missing[0]} was not sent ({len(missing)} missing in all).")
-        compare(sent, held, "hf", version)
+    def _tensors(self) -> Mapping[str, Tensor]:
+        """What a sync writes to: the adapter under PEFT's saved names, or the whole state dict with tied tensors under each name."""
+        if not self._is_adapter():
+            return self._model.state_dict()
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self._model, save_embedding_layers=False)
+
+    def _check_adapter(self, weights: AdapterWeights, version: int) -> None:
+        if not self._is_adapter():
+            raise SyncError(f"weight sync {version}: the trainer sent an adapter, but this generator's model has none.")
+        ours = self._model.peft_config["default"].to_dict()
+        for name in _SCALING_FIELDS:
+            if weights.config.get(name) != ours[name]:
+                raise SyncError(f"weight sync {version}: the trainer's adapter has {name}={weights.config.get(name)}, the generator's {ours[name]}.")
+
+    def checksums(self) -> dict[str, str]:
+        """Checksums of the weights that the generator holds now, by the names in `sent`."""
+        return weights_checksums(self._tensors().items())
 
     def close(self) -> None:
-        """Nothing outlives the object."""
+        """Drop the model."""
+        self._model = self._base = None

@@ -1,94 +1,72 @@
-"""What both backends share: seeds, length limits, the sampling distribution, checksums of weights."""
+"""What both backends share: how a token is drawn, how each response gets its own seed, and which prompts fit."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlhf.types import Prompt, SyncError, UserError
+from conf.schema import RolloutConfig
+from rlhf.types import Prompt, UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One response to write."""
+class Sampling:
+    """The distribution that responses are drawn from: softmax(logits / temperature), then top-k, then top-p (Holtzman et al. 2020)."""
 
-    prompt: Prompt
-    seed: int
+    max_response_length: int  # tokens
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
 
-
-def requests(prompts: Sequence[Prompt], n: int, seed: int) -> list[Request]:
-    """`n` requests per prompt, side by side. A request's seed depends on the prompt's id (and how often it came before), never on its
-    place in the batch, so that sharing prompts out among ranks changes no response."""
-    seen: Counter[str] = Counter()
-    out = []
-    for prompt in prompts:
-        for _ in range(n):
-            digest = hashlib.sha256(f"{seed}/{prompt.id}/{seen[prompt.id]}".encode()).digest()
-            seen[prompt.id] += 1
-            out.append(Request(prompt, int.from_bytes(digest[:7], "big")))
-    return out
+    @staticmethod
+    def from_config(cfg: RolloutConfig) -> "Sampling":
+        return Sampling(cfg.max_response_length, cfg.temperature, cfg.top_p, cfg.top_k)
 
 
-def check_lengths(prompts: Sequence[Prompt], max_response: int, limit: int, what: str) -> None:
-    """Raises UserError when a prompt leaves no room for a whole response within the model's `limit` positions."""
-    for prompt in prompts:
-        if len(prompt.token_ids) + max_response > limit:
-            raise UserError(
-                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens and rollout.max_response_length={max_response}, together above the {limit} "
-                f"positions of {what}. Lower rollout.max_response_length, or data.max_prompt_length with data.truncate_prompts=true."
-            )
+def fresh_seed() -> int:
+    """A seed for a call that names none."""
+    return secrets.randbits(62)
 
 
-def sampling_logprobs(logits: Tensor, *, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Log-probabilities [B, V] float32 of the distribution that is sampled: temperature, then top-k, then top-p (nucleus; Holtzman et al.
-    2020, arXiv:1904.09751); -inf for tokens that are cut off."""
-    logits = logits.float() / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+def response_seed(seed: int, prompt: int, sample: int) -> int:
+    """The seed in [0, 2^62) of one response of a call: a function of the call's seed, the prompt's index and the sample's number alone."""
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+def sampling_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [B, V] of the model -> logprobs [B, V] float32 of the distribution that `sampling` draws from; tokens filtered out get -inf.
+
+    Ties at the k-th logit all stay. Top-p keeps the fewest most likely tokens whose probabilities add up to at least top_p.
+    """
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(-1)
-        # A token stays while the mass before it is below top_p, so at least one always does.
-        cut = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -torch.inf)
-    return logits.log_softmax(-1)
+    if sampling.top_p < 1.0:
+        ascending, order = logits.sort(dim=-1)
+        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - sampling.top_p
+        outside[:, -1] = False  # the most likely token always stays
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), -torch.inf)
+    return logits.log_softmax(dim=-1)
 
 
-def checksum(tensor: Tensor) -> tuple[int, float, float]:
-    """Element count, float64 sum and sum of squares: enough to notice any weight that differs by more than rounding."""
-    # float64 makes the two sums independent of how a kernel splits them, far below what a changed weight moves
-    flat = tensor.detach().double().flatten()
-    return flat.numel(), float(flat.sum()), float(flat.square().sum())
+def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """Logprobs [B, V] and one uniform number in [0, 1) per row [B] float64 -> token ids [B], by inverting the distribution function."""
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)  # right: never a token of probability 0
+    return chosen.squeeze(1).clamp_(max=logprobs.shape[-1] - 1)
 
 
-def same_checksum(sent: tuple[int, float, float], held: tuple[int, float, float]) -> bool:
-    scale = max(1.0, abs(sent[1]), sent[2])
-    return sent[0] == held[0] and abs(sent[1] - held[1]) <= 1e-9 * scale and abs(sent[2] - held[2]) <= 1e-9 * scale
-
-
-class Recorder:
-    """Passes weights on to the engine and keeps each one's checksum, to compare with what the engine then holds."""
-
-    def __init__(self, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-        self.tensors, self.dtype = tensors, dtype
-        self.sent: dict[str, tuple[int, float, float]] = {}
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.tensors:
-            converted = tensor.to(self.dtype)
-            self.sent[name] = checksum(converted)
-            yield name, converted
-
-
-def compare(sent: dict[str, tuple[int, float, float]], held: dict[str, tuple[int, float, float]], backend: str, version: int) -> None:
-    """Raises SyncError naming the first parameter that the generator holds otherwise than the trainer sent it."""
-    for name, figures in held.items():
-        if name in sent and not same_checksum(sent[name], figures):
-            raise SyncError(
-                f"weight sync {version} to {backend}: parameter {name} arrived changed. Sent (elements, sum, sum of squares) {sent[name]}, "
-                f"the generator holds {figures}. The rollouts would come from another policy, so the run stops."
+def check_prompts(prompts: Sequence[Prompt], *, room: int) -> None:
+    """Every prompt has a token and at most `room` of them. Raises UserError naming the first that doesn't."""
+    for prompt in prompts:
+        found = len(prompt.token_ids)
+        if not 0 < found <= room:
+            raise UserError(
+                f"prompt {prompt.id}: it has {found} tokens, but a prompt has to have between 1 and {room} here. "
+                "Raise data.max_prompt_length, set data.truncate_prompts=true or drop the row."
             )

@@ -1,10 +1,11 @@
-"""Rollouts by vLLM, in this process; the only file that imports it."""
+"""Rollouts by vLLM, its engine in this process. The only file that imports vllm."""
 
 import json
+import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,173 +14,207 @@ from safetensors.torch import save_file
 
 from conf.schema import RolloutConfig
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
-from rollout.sampling import Recorder, check_lengths, checksum, compare, requests
+from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seed
+from rollout.weights import Incoming, Spec, readable_checksums, specs_of
 
-_ADAPTER_NAME = "policy"
-# What vLLM fuses into one tensor, in the order of its rows.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_ADAPTER = ("policy", 1)  # name and id of the one adapter
+# The engine stays in this process, so that weights go over as tensors; nothing is reported to vLLM's makers.
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+_ENVIRONMENT_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
+# What starting an engine changes for everyone else: our own ranks read the first, every child process would inherit the second.
+_RESTORED = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
+_OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"  # would win over rollout.kv_cache_gib
 
 
-def lora_rank(rank: int, wanted: int | None) -> int:
-    """The smallest adapter rank that vLLM allocates for `rank`, or the `wanted` one. Raises UserError."""
-    from vllm.config.lora import MaxLoRARanks
+@contextmanager
+def _engine_environment() -> Iterator[None]:
+    """vLLM's environment variables, set before it is imported; what it changes for other code is put back afterwards."""
+    os.environ.update(_ENVIRONMENT)
+    for name, value in _ENVIRONMENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop(_OVERRIDING, None)
+    before = {name: os.environ.get(name) for name in _RESTORED}
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
 
-    allowed = [int(r) for r in get_args(MaxLoRARanks)]
-    limit = wanted if wanted is not None else next((r for r in allowed if r >= rank), None)
-    if limit is None or limit not in allowed or limit < rank:
+
+def engine_lora_rank(adapter_rank: int, wished: int | None, allowed: Sequence[int]) -> int:
+    """The engine's max_lora_rank: `wished` (rollout.max_lora_rank), or the smallest rank allowed that holds the adapter's. Raises UserError."""
+    holding = [rank for rank in sorted(allowed) if rank >= adapter_rank]
+    names = ", ".join(str(rank) for rank in sorted(allowed))
+    if wished is not None and wished not in holding:
         raise UserError(
-            f"adapter.rank={rank} with rollout.max_lora_rank={wanted}: vLLM takes adapters of ranks up to {', '.join(map(str, allowed))}. "
-            "Choose one of them, or rollout.lora_sync=merged, which takes any."
+            f"rollout.max_lora_rank={wished}: with adapter.rank={adapter_rank} vLLM takes one of {', '.join(map(str, holding)) or 'none'}."
         )
-    return limit
-
-
-def _environment(cfg: RolloutConfig) -> None:
-    """Settings that vLLM reads when it is imported."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker lives here, so weights pass by reference
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if not torch.cuda.is_available():
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cfg.kv_cache_gib)))  # whole GiB; unset, it takes a share of all memory
+    if not holding:
+        raise UserError(
+            f"adapter.rank={adapter_rank} is above every LoRA rank that vLLM takes ({names}): lower adapter.rank, or set rollout.lora_sync=merged."
+        )
+    return wished if wished is not None else holding[0]
 
 
 class VLLMGenerator:
-    """An engine of this process. `adapter_rank` is the LoRA adapter's rank where the trainer sends adapters, None where it sends whole weights."""
+    """One vLLM engine per rank. After a sync of an adapter the engine applies it; otherwise it holds the policy's whole weights."""
 
-    def __init__(self, model_path: str, tokenizer: Any, cfg: RolloutConfig, *, dtype: torch.dtype, seed: int, limit: int, adapter_rank: int | None) -> None:
-        _environment(cfg)
-        # A launcher's variables would make the engine believe that it is one of several workers of the trainer's group.
-        from vllm import LLM
+    def __init__(
+        self,
+        model_path: str,
+        tokenizer: Any,
+        cfg: RolloutConfig,
+        *,
+        max_tokens: int,
+        specs: Mapping[str, Spec],
+        dtype: torch.dtype,
+        adapter_rank: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """`max_tokens`: prompt and response together. `specs`: transformers' state dict of the model. `adapter_rank` None: whole weights only."""
+        self.version = 0
+        self.sent: dict[str, str] = {}
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._sampling = Sampling.from_config(cfg)
+        self._specs = {name: Spec(spec.shape, dtype) for name, spec in specs.items()}
+        self._adapter_specs: dict[str, Spec] | None = None
+        self._lora: Any = None
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        with _engine_environment():
+            from vllm import LLM
+            from vllm.config.lora import MaxLoRARanks
 
-        self.tokenizer, self.cfg, self.dtype, self.limit = tokenizer, cfg, dtype, limit
-        self.version = -1  # as loaded: no weights of the trainer yet
-        self._adapter_dir: Path | None = None
-        self._fresh = False
-        options: dict[str, Any] = {}
-        if adapter_rank is not None:
-            options |= {"enable_lora": True, "max_lora_rank": lora_rank(adapter_rank, cfg.max_lora_rank), "max_loras": 1}
-            self._adapter_dir = Path(tempfile.mkdtemp(prefix="rlhf-adapter-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-        if torch.cuda.is_available():
-            options |= {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enforce_eager": cfg.enforce_eager}
-        self.llm = LLM(
-            model=model_path,
-            skip_tokenizer_init=True,  # token ids in, token ids out
-            dtype=str(dtype).removeprefix("torch."),
-            seed=seed,
-            max_model_len=limit,
-            max_num_seqs=cfg.max_num_seqs,
-            logprobs_mode="processed_logprobs",  # of the distribution that was sampled
-            disable_log_stats=True,
-            **options,
-        )
+            extra: dict[str, Any] = {}
+            if adapter_rank is not None:
+                rank = engine_lora_rank(adapter_rank, cfg.max_lora_rank, get_args(MaxLoRARanks))
+                extra |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+                shared = Path("/dev/shm")  # memory, where there is such a place
+                self._directory = tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=shared if os.access(shared, os.W_OK) else None)
+            if torch.cuda.is_available():
+                extra |= {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enforce_eager": cfg.enforce_eager}
+            else:
+                extra |= {"kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30)}
+            # Each sync warns that RotaryEmbedding got no weights, which it has none of; Incoming is what finds missing ones.
+            logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+            self._llm = LLM(
+                model_path,
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                trust_remote_code=trust_remote_code,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=max_tokens,
+                max_num_seqs=cfg.max_num_seqs,
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+                generation_config="vllm",  # the model's own sampling defaults would change the policy
+                seed=0,
+                **extra,
+            )
+
+    @property
+    def llm(self) -> Any:
+        return self._llm
 
     def generate(self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, greedy: bool = False) -> list[Rollout]:
-        """`n` responses per prompt, side by side. `seed` None draws one from torch's global generator."""
+        """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with its logprob at temperature 1."""
+        check_prompts(prompts, room=self._max_tokens - self._sampling.max_response_length)
+        seed = fresh_seed() if seed is None else seed
+        owners = [prompt for prompt in prompts for _ in range(n)]
+        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in owners]
+        params = [self._params(response_seed(seed, index, sample), greedy) for index in range(len(prompts)) for sample in range(n)]
+        outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+        written = [output.outputs[0] for output in outputs]
+        texts = self._tokenizer.batch_decode([list(w.token_ids) for w in written], skip_special_tokens=True)
+        return [self._rollout(prompt, text, w) for prompt, text, w in zip(owners, texts, written, strict=True)]
+
+    def _params(self, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
 
-        cfg = self.cfg
-        check_lengths(prompts, cfg.max_response_length, self.limit, "the policy")
-        if seed is None:
-            seed = int(torch.randint(2**31, (1,)))
-        wanted = requests(prompts, n, seed)
-        parameters = [
-            SamplingParams(
-                temperature=0.0 if greedy else cfg.temperature,
-                top_p=1.0 if greedy else cfg.top_p,
-                top_k=0 if greedy else cfg.top_k,
-                max_tokens=cfg.max_response_length,
-                seed=request.seed,
-                logprobs=0,
-                stop_token_ids=[self.tokenizer.eos_token_id],
-                detokenize=False,
-            )
-            for request in wanted
-        ]
-        outputs = self._run([r.prompt.token_ids for r in wanted], parameters)
-        rollouts = []
-        for request, output in zip(wanted, outputs, strict=True):
-            done = output.outputs[0]
-            ids = list(done.token_ids)
-            logprobs = [step[token].logprob for token, step in zip(ids, done.logprobs, strict=True)]
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if done.finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"vLLM ended a response with finish_reason {done.finish_reason!r}; expected stop or length.")
-            rollouts.append(Rollout(request.prompt, text, ids, logprobs, done.finish_reason, self.version))
-        return rollouts
+        chosen = self._sampling
+        how: dict[str, Any] = (
+            {"temperature": 0.0} if greedy else {"temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k, "seed": seed}
+        )
+        return SamplingParams(
+            max_tokens=chosen.max_response_length,
+            stop_token_ids=[self._tokenizer.eos_token_id],
+            logprobs=0,  # the sampled token's alone
+            detokenize=False,
+            skip_clone=True,
+            **how,
+        )
 
-    def _run(self, token_ids: Sequence[Sequence[int]], parameters: Any) -> list[Any]:
-        from vllm import TokensPrompt
-        from vllm.lora.request import LoRARequest
-
-        lora = None
-        if self._adapter_dir is not None and self.version >= 0:
-            lora = [LoRARequest(_ADAPTER_NAME, 1, str(self._adapter_dir), load_inplace=self._fresh and i == 0) for i in range(len(token_ids))]
-            self._fresh = False
-        return self.llm.generate([TokensPrompt(prompt_token_ids=list(ids)) for ids in token_ids], parameters, use_tqdm=False, lora_request=lora)
+    def _rollout(self, prompt: Prompt, text: str, written: Any) -> Rollout:
+        if written.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended the response to prompt {prompt.id} with finish_reason={written.finish_reason!r}")
+        token_ids = list(written.token_ids)
+        logprobs = [position[token].logprob for position, token in zip(written.logprobs, token_ids, strict=True)]
+        return Rollout(prompt, text, token_ids, logprobs, written.finish_reason, self.version)
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Logprob of each token after the first, in nats, at temperature 1 (vLLM applies no sampling settings to prompt tokens)."""
+        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, at temperature 1: length len(token_ids) - 1."""
         from vllm import SamplingParams
 
-        ids = list(token_ids)
-        asked = ids[: self.limit - 1]  # one position is needed for the token that vLLM insists on writing
-        (output,) = self._run([asked], SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False))
-        return [float(step[token].logprob) for token, step in zip(asked[1:], output.prompt_logprobs[1:], strict=True)]
+        *context, last = token_ids
+        # The last token is asked for by name at the first position generated, so that a sequence of max_tokens fits as well.
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last], detokenize=False)
+        (output,) = self._llm.generate([{"prompt_token_ids": context}], params, use_tqdm=False, lora_request=self._lora)
+        of_prompt = [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], context[1:], strict=True)]
+        return [*of_prompt, output.outputs[0].logprobs[0][last].logprob]
 
     def sync(self, weights: FullWeights | AdapterWeights, version: int) -> None:
-        """Load the weights in place and drop cached prefixes; whole weights are then compared by checksum wherever vLLM keeps them readable."""
+        """Take over the trainer's weights and forget every prefix computed with the old ones.
+
+        Raises SyncError naming every parameter that is missing, unknown or of another shape; `version` stays as it was then.
+        """
         if isinstance(weights, AdapterWeights):
-            self._write_adapter(weights)
-            self._fresh = True
+            self._sync_adapter(weights, version)
+        elif self._directory is not None:
+            raise SyncError(f"weight sync {version}: the trainer sent whole weights to an engine that was started for a LoRA adapter.")
         else:
-            recorder = Recorder(iter(weights.tensors), self.dtype)
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(recorder)})
-            left = next(iter(recorder.tensors), None)
-            if left is not None:
-                raise SyncError(f"weight sync {version} to vllm: the engine stopped reading before {left[0]}.")
-            sent = recorder.sent
-            compare(sent, self.held(sent), "vllm", version)
-        if not self.llm.reset_prefix_cache():
-            raise SyncError(f"weight sync {version} to vllm: cached prefixes of the old weights could not be dropped.")
+            incoming = Incoming(weights.tensors, self._specs)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(incoming)})
+            incoming.finish(version)
+            self.sent = incoming.checksums
+        if not self._llm.reset_prefix_cache():
+            raise SyncError(f"weight sync {version}: vLLM did not drop the prefixes that it computed with the old weights.")
         self.version = version
 
-    def held(self, sent: dict[str, tuple[int, float, float]]) -> dict[str, tuple[int, float, float]]:
-        """Checksums of the parameters that are readable in the engine, by transformers' names.
+    def _sync_adapter(self, weights: AdapterWeights, version: int) -> None:
+        """Write PEFT's two files and have the engine load them now, in place of the adapter that it has."""
+        from vllm.lora.request import LoRARequest
 
-        On the CPU, linear layers may be packed for the kernel (and their plain weight dropped); those are proved by the logprob probe alone.
-        """
+        if self._directory is None:
+            raise SyncError(f"weight sync {version}: the trainer sent an adapter to an engine that was started for whole weights.")
+        if self._adapter_specs is None:
+            halves = {
+                name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.") for name in weights.tensors
+            }
+            alone = sorted(halves - set(weights.tensors))
+            if alone:
+                raise SyncError(f"weight sync {version}: the adapter's {', '.join(alone[:5])} is missing.")
+            self._adapter_specs = specs_of(weights.tensors)
+        incoming = Incoming(weights.tensors.items(), self._adapter_specs)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in incoming}
+        incoming.finish(version)
+        place = Path(self._directory.name)
+        save_file(tensors, str(place / "adapter_model.safetensors"))
+        (place / "adapter_config.json").write_text(json.dumps(weights.config), encoding="utf-8")
+        name, number = _ADAPTER
+        self._llm.llm_engine.add_lora(LoRARequest(name, number, str(place), load_inplace=True))
+        # From here on requests name the adapter only: with load_inplace they would read the file again at every step.
+        self._lora = LoRARequest(name, number, str(place))
 
-        def read(model: torch.nn.Module) -> dict[str, tuple[int, float, float]]:
-            out: dict[str, tuple[int, float, float]] = {}
-            for name, param in model.named_parameters():
-                name = name.replace(".base_layer.", ".")
-                owner, _, leaf = name.rpartition(".")
-                parent, _, kind = owner.rpartition(".")
-                parts = [f"{parent}.{part}.{leaf}" for part in _FUSED.get(kind, ())]
-                if name in sent and param.dim() and param.numel() >= sent[name][0]:
-                    # embeddings are padded with rows that no token has
-                    rows = sent[name][0] * param.shape[0] // param.numel()
-                    out[name] = checksum(param.data[:rows])
-                elif parts and all(p in sent for p in parts) and param.dim() == 2 and param.numel() == sum(sent[p][0] for p in parts):
-                    start = 0
-                    for part in parts:
-                        rows = sent[part][0] // param.shape[1]
-                        out[part] = checksum(param.data[start : start + rows])
-                        start += rows
-            return out
-
-        merged: dict[str, tuple[int, float, float]] = {}
-        for worker in self.llm.apply_model(read):
-            merged |= worker
-        return merged
-
-    def _write_adapter(self, weights: AdapterWeights) -> None:
-        assert self._adapter_dir is not None, "the engine was started for whole weights"
-        save_file({n: t.detach().cpu().contiguous() for n, t in weights.tensors.items()}, str(self._adapter_dir / "adapter_model.safetensors"))
-        (self._adapter_dir / "adapter_config.json").write_text(json.dumps(weights.config, default=str), encoding="utf-8")
+    def checksums(self) -> dict[str, str]:
+        """Checksums of the weights that the engine holds as plain tensors. On a CPU linear layers are packed for oneDNN and left out."""
+        (found,) = self._llm.apply_model(lambda model: readable_checksums(model, self._specs)) if self._lora is None else ({},)
+        return found
 
     def close(self) -> None:
-        """Stop the engine and remove the adapter's files."""
-        if self._adapter_dir is not None:
-            shutil.rmtree(self._adapter_dir, ignore_errors=True)
-        self.llm.llm_engine.engine_core.shutdown()
+        """Stop the engine, free its memory and delete the adapter's files."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        if self._directory is not None:
+            self._directory.cleanup()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

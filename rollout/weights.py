@@ -1,0 +1,122 @@
+"""Weights on their way into a generator: names and shapes are checked, and every tensor leaves a checksum to compare with later."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.types import SyncError
+
+_BLOCK = 1 << 20  # words summed at a time
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
+_SHOWN = 5  # names in one message
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # as vLLM joins rows
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a generator expects under one name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def checksum(tensor: Tensor) -> str:
+    """16 hexadecimal digits of sum_i (2 i + 1) bits_i modulo 2^64, computed where the tensor is.
+
+    Odd weights are invertible modulo 2^64, so a change of any one element changes the sum, and so does a swap of unequal elements
+    (unless 2^63 divides their distance times their difference). It tells a mistake from none; it is no defence against intent.
+    """
+    words = tensor.detach().contiguous().reshape(-1).view(_WORDS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, len(words), _BLOCK):
+        block = words[start : start + _BLOCK].long()
+        total += (block * torch.arange(2 * start + 1, 2 * (start + len(block)) + 1, 2, device=words.device)).sum()
+    return f"{int(total) % (1 << 64):016x}"
+
+
+def weights_checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    return {name: checksum(tensor) for name, tensor in tensors}
+
+
+class Incoming:
+    """Iterates once over (name, tensor), passing on what fits the specs; `finish` raises on everything that didn't fit.
+
+    The source is consumed to its end whatever is found in it: under ZeRO-3 each tensor is a collective, and a rank that stopped
+    early would leave the others waiting.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], specs: Mapping[str, Spec]) -> None:
+        self.checksums: dict[str, str] = {}  # of each tensor that was passed on, in the dtype that the generator holds
+        self._specs = specs
+        self._wrong: list[str] = []
+        self._passing = self._pass(tensors)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._passing
+
+    def _pass(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            spec = self._specs.get(name)
+            if spec is None:
+                self._wrong.append(f"{name} (the generator's model has no such parameter)")
+            elif name in self.checksums:
+                self._wrong.append(f"{name} (sent twice)")
+            elif tuple(tensor.shape) != spec.shape:
+                self._wrong.append(f"{name} (shape {list(tensor.shape)}, expected {list(spec.shape)})")
+            else:
+                self.checksums[name] = checksum(tensor.to(spec.dtype))
+                yield name, tensor
+
+    def finish(self, version: int) -> None:
+        """Consume what is left. Raises SyncError naming the parameters that are missing, unknown, doubled or of another shape."""
+        for _ in self._passing:
+            pass
+        wrong_names = {text.split(" ", 1)[0] for text in self._wrong}
+        missing = [f"{name} (missing)" for name in self._specs if name not in self.checksums and name not in wrong_names]
+        wrong = self._wrong + missing
+        if wrong:
+            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            raise SyncError(
+                f"weight sync {version}: the trainer's weights are not those of the generator's model: {', '.join(wrong[:_SHOWN])}{more}."
+            )
+
+
+def readable_checksums(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Checksums of those of `specs` that `model` holds as plain tensors, under the same name or joined with its neighbours (FUSED).
+
+    Rows beyond a spec's own are padding. What an engine has packed for its kernels, or keeps under another name, is left out.
+    """
+    held = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    found: dict[str, str] = {}
+    for name, spec in specs.items():
+        tensor = _plain(held, name, spec) if name in held else _slice_of_fused(held, name, specs)
+        if tensor is not None:
+            found[name] = checksum(tensor.to(spec.dtype))
+    return found
+
+
+def _plain(held: Mapping[str, Tensor], name: str, spec: Spec) -> Tensor | None:
+    tensor = held[name]
+    same = tensor.dim() == len(spec.shape) and tuple(tensor.shape[1:]) == spec.shape[1:]
+    return tensor[: spec.shape[0]] if same and tensor.dim() > 0 and tensor.shape[0] >= spec.shape[0] else None
+
+
+def _slice_of_fused(held: Mapping[str, Tensor], name: str, specs: Mapping[str, Spec]) -> Tensor | None:
+    for fused, parts in FUSED.items():
+        for part in parts:
+            prefix, dot, suffix = name.partition(f".{part}.")
+            joined = held.get(f"{prefix}.{fused}.{suffix}") if dot else None
+            if joined is None:
+                continue
+            rows = [specs[f"{prefix}.{p}.{suffix}"].shape[0] for p in parts]
+            if joined.dim() != len(specs[name].shape) or joined.shape[0] != sum(rows):
+                return None  # packed
+            start = sum(rows[: parts.index(part)])
+            return joined[start : start + rows[parts.index(part)]]
+    return None
