@@ -1,11 +1,13 @@
 """``python -m rlhf stage=...``: compose, validate, preflight, run one stage."""
 
+import contextlib
 import importlib
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from conf.schema import STAGES, Config
@@ -53,10 +55,23 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
             print(config.to_yaml(cfg))
             print(f"dry run: stage={stage} composes and passes its checks; no weights were loaded.")
         return
+    run = importlib.import_module(f"rlhf.stages.{module}").run
+    if schema_name == "doctor":
+        run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
+        return
     from rlhf.run import RunContext
 
-    run = importlib.import_module(f"rlhf.stages.{module}").run
+    quiet_libraries()
     run(RunContext.open(cfg, argv))
+
+
+def quiet_libraries() -> None:
+    """One progress bar is enough: transformers draws one for every model that it loads or saves."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
 
 
 def _job(cfg: Any) -> None:
@@ -89,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # argparse, which Hydra uses, wants all overrides side by side: move them before the flags.
     arguments = sorted(given, key=lambda a: a.startswith("-") or "=" not in a and not a.startswith("~"))
     if not any(a.lstrip("+").startswith("stage=") for a in arguments) and not any(a in _NO_STAGE_NEEDED for a in arguments):
-        print(list_stages())
+        with contextlib.suppress(BrokenPipeError):  # a reader such as `head` may close the pipe early
+            print(list_stages(), flush=True)
         return 0 if not arguments else 2
     try:
         config.check_overrides(arguments)
@@ -97,18 +113,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         import hydra
         from hydra.errors import HydraException
 
-        # Hydra prints a failure in a job as its own traceback unless it is told to raise it.
+        # Hydra would shorten a bug's traceback unless it is told not to, and comment on a job's bad input unless it never sees it.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         sys.argv = [sys.argv[0], *arguments]
+        failed: list[UserError] = []
+
+        def job(cfg: Any) -> None:
+            try:
+                _job(cfg)
+            except UserError as error:
+                failed.append(error)
+
         try:
-            hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")(_job)()
+            hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")(job)()
         except HydraException as error:
             raise UserError(config.explain(error)) from error
+        for error in failed:
+            _fail(error)
+        return 1 if failed else 0
     except UserError as error:
         return _fail(error)
     finally:
         distributed.shutdown()
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The online loop: rollouts -> scores -> KL-penalised update -> verified weight sync (stage=ppo)."""
 
+import contextlib
 import json
 import math
 import time
@@ -65,12 +66,10 @@ def final_scores(raw: Sequence[float], truncated: Sequence[bool], stage: OnlineS
 
 def run(ctx: RunContext) -> None:
     """Train a policy online. Reads model.path, reward.path (or reward.function) and data.path; writes the run directory of DESIGN."""
-    parts = build(ctx)
-    loop = Loop(ctx, parts)
-    try:
-        loop.train()
-    finally:
-        parts.generator.close()
+    with ctx.closing():
+        parts = build(ctx)
+        with contextlib.closing(parts.generator):
+            Loop(ctx, parts).train()
 
 
 class Loop:
