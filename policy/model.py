@@ -152,4 +152,4 @@ def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
         own = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     config = model.peft_config["default"].to_dict()
     config = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
-    return AdapterWeights(get_peft_model_state_dict(model, state_dict=own), config)
+    return AdapterWeights(get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False), config)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError
-from rollout.sampling import Sampling, check_prompts, draw, fresh_seed, response_seed, sampling_logprobs
+from rollout.sampling import Sampling, check_prompts, draw, fresh_seed, response_seeds, sampling_logprobs
 from rollout.weights import Incoming, specs_of, weights_checksums
 
 _SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora")
@@ -58,7 +58,7 @@ class HFGenerator:
         """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with its logprob at temperature 1."""
         check_prompts(prompts, room=self._max_tokens - self._sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
-        rows = [(prompt, response_seed(seed, index, sample)) for index, prompt in enumerate(prompts) for sample in range(n)]
+        rows = list(zip([p for p in prompts for _ in range(n)], response_seeds(seed, prompts, n), strict=True))
         out: list[Rollout] = []
         for start in range(0, len(rows), self._max_num_seqs):
             out += self._generate_batch(rows[start : start + self._max_num_seqs], greedy)

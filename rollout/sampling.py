@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,10 +32,20 @@ def fresh_seed() -> int:
     return secrets.randbits(62)
 
 
-def response_seed(seed: int, prompt: int, sample: int) -> int:
-    """The seed in [0, 2^62) of one response of a call: a function of the call's seed, the prompt's index and the sample's number alone."""
-    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
+def response_seeds(seed: int, prompts: Sequence[Prompt], n: int) -> list[int]:
+    """Seeds in [0, 2^62) of `n` responses per prompt, side by side.
+
+    A seed depends on the call's seed, the prompt's id and how many responses to it came before, never on its place in the call:
+    prompts shared out among ranks get the responses that one rank would have drawn.
+    """
+    drawn: Counter[str] = Counter()
+    out = []
+    for prompt in prompts:
+        for _ in range(n):
+            digest = hashlib.blake2b(f"{seed}/{prompt.id}/{drawn[prompt.id]}".encode(), digest_size=8).digest()
+            drawn[prompt.id] += 1
+            out.append(int.from_bytes(digest, "big") >> 2)
+    return out
 
 
 def sampling_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:

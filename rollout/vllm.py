@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from conf.schema import RolloutConfig
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
-from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seed
+from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.weights import Incoming, Spec, readable_checksums, specs_of
 
 _ADAPTER = ("policy", 1)  # name and id of the one adapter
@@ -122,7 +122,7 @@ class VLLMGenerator:
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
         requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in owners]
-        params = [self._params(response_seed(seed, index, sample), greedy) for index in range(len(prompts)) for sample in range(n)]
+        params = [self._params(drawn, greedy) for drawn in response_seeds(seed, prompts, n)]
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
         written = [output.outputs[0] for output in outputs]
         texts = self._tokenizer.batch_decode([list(w.token_ids) for w in written], skip_special_tokens=True)

@@ -18,7 +18,7 @@ from rlhf.types import Prompt, SyncError, TrainingDiverged
 from tests import toys
 
 TINY = ["model=tiny", "model.tiny.vocab_size=300", "model.tiny.hidden_size=32", "model.tiny.intermediate_size=48", "model.tiny.layers=2"]
-TINY += ["model.tiny.heads=1", "model.tiny.max_positions=64"]
+TINY += ["model.tiny.heads=1", "model.tiny.max_positions=64", "data.max_prompt_length=32"]
 
 
 def run_ppo(folder: Path, *overrides: str) -> Path:

@@ -13,6 +13,7 @@ SETTINGS = [
     "stage=ppo",
     "model=tiny",
     "rollout=hf",
+    "data.max_prompt_length=32",
     "tracking=none",
     "stage.critic_init=policy",
     "reward.function=tests.toys:even_first_token",

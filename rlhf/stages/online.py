@@ -110,8 +110,7 @@ class Loop:
         began, clock = time.perf_counter(), Clock()
         with clock.phase("rollout"):
             prompts = step_prompts(parts.prompts, step, stage.prompts_per_step, seed)
-            number = seed * 1_000_003 + step * distributed.world_size() + distributed.rank()
-            rollouts = parts.generator.generate(prompts, n=stage.samples_per_prompt, seed=number)
+            rollouts = parts.generator.generate(prompts, n=stage.samples_per_prompt, seed=seed * 1_000_003 + step)
         with clock.phase("score"):
             scored = self._score(rollouts, step)
             finals, clipped = final_scores(scored.total, [r.finish_reason == "length" for r in rollouts], stage, self.moments)
