@@ -1,0 +1,66 @@
+"""The demo's proof: the whole chain on the movie reviews, seed by seed, every figure of the acceptance held against its bound.
+
+python -m eval.proof_reviews --seeds 0 1 2        runs and checks (about 12 minutes a seed on two idle cores)
+python -m eval.proof_reviews --check-only         checks the runs that are there
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.proofs import Check, MissingRun, read_run, report, run_chain, step_time_share
+
+EXPERIMENT = "reviews"
+STAGES = ("sft", "reward", "ppo", "eval")
+MAX_WALL_S = 15 * 60
+MAX_RSS_MB = 6 * 1024
+
+
+def check_run(folder: Path) -> list[Check]:
+    """Every bound of the demo on the run directories of one seed. Raises MissingRun for a stage that has not finished."""
+    chain = read_run(folder / "chain")
+    runs = {stage: read_run(folder / stage) for stage in STAGES}
+    reward, ppo, evaluation = runs["reward"], runs["ppo"], runs["eval"]
+    sync_share = sum(ppo.series("time/sync_s")) / sum(ppo.series("time/step_s"))
+    return [
+        Check("held-out score up, in standard deviations of SFT's", evaluation.metric("eval/score_shift_sd"), low=1.0),
+        Check("lexicon judge's difference, lower bound", evaluation.metric("eval/lexicon_low"), low=0.0, strict=True),
+        Check("classifier judge's difference, lower bound", evaluation.metric("eval/classifier_low"), low=0.0, strict=True),
+        Check("KL, nats per response token", evaluation.metric("eval/kl_per_token"), high=1.0),
+        Check("distinct-2, share of SFT's", evaluation.metric("eval/distinct_2_ratio"), low=0.7),
+        Check("reward model's accuracy on held-out pairs", reward.metric("eval/accuracy"), low=0.75),
+        Check("accuracy of the longer side", reward.metric("eval/length_baseline"), low=0.45, high=0.55),
+        Check("largest rollout/logprob_gap of all steps, nats", max(ppo.series("rollout/logprob_gap")), high=1e-4, strict=True),
+        Check("sync's share of the steps' time", sync_share, high=0.1, strict=True),
+        Check("least share of a step's wall time in time/*_s", step_time_share(ppo), low=0.95),
+        Check("peak memory of any stage, MiB", max(float(run.summary["peak_rss_mb"]) for run in runs.values()), high=MAX_RSS_MB, strict=True),
+        Check("wall time of the chain, s", float(chain.summary["wall_s"]), high=MAX_WALL_S),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.proof_reviews", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="root of the run directories")
+    parser.add_argument("--check-only", action="store_true", help="check existing runs, run nothing")
+    options, overrides = parser.parse_known_args(arguments)
+    passed = True
+    for seed in options.seeds:
+        name = f"proof-reviews-{seed}"
+        if not options.check_only:
+            code = run_chain(EXPERIMENT, name, seed, options.runs, overrides)
+            if code != 0:
+                print(f"seed {seed}: the chain ended with exit code {code}", file=sys.stderr)
+                passed = False
+                continue
+        try:
+            passed &= report(f"{EXPERIMENT}, seed {seed}", check_run(options.runs / name))
+        except MissingRun as error:
+            print(f"seed {seed}: {error}", file=sys.stderr)
+            passed = False
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
