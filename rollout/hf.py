@@ -43,7 +43,8 @@ class HFGenerator:
         self.version = 0
         self.sent: dict[str, str] = {}
         self._model = model_factory().to(device).eval().requires_grad_(False)
-        self._tokenizer, self._sampling, self._device = tokenizer, sampling, device
+        self.sampling = sampling
+        self._tokenizer, self._device = tokenizer, device
         self._max_tokens, self._max_num_seqs = max_tokens, max_num_seqs
         self._base = self._model.get_base_model() if self._is_adapter() else self._model
 
@@ -56,7 +57,7 @@ class HFGenerator:
 
     def generate(self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, greedy: bool = False) -> list[Rollout]:
         """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with its logprob at temperature 1."""
-        check_prompts(prompts, room=self._max_tokens - self._sampling.max_response_length)
+        check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
         rows = list(zip([p for p in prompts for _ in range(n)], response_seeds(seed, prompts, n), strict=True))
         out: list[Rollout] = []
@@ -68,7 +69,7 @@ class HFGenerator:
     def _generate_batch(self, rows: Sequence[tuple[Prompt, int]], greedy: bool) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
 
-        limit, end, pad = self._sampling.max_response_length, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        limit, end, pad = self.sampling.max_response_length, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         width = max(len(prompt.token_ids) for prompt, _ in rows)
         ids = torch.full((len(rows), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -76,7 +77,7 @@ class HFGenerator:
             ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[row, width - len(prompt.token_ids) :] = 1
         uniform = torch.stack([torch.rand(limit, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for _, s in rows])
-        chooser = _Chooser(None if greedy else self._sampling, uniform.to(self._device))
+        chooser = _Chooser(None if greedy else self.sampling, uniform.to(self._device))
         settings = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=pad)
         # generate fills unset fields from the model's own settings (repetition penalties and the like): those change the policy
         self._base.generation_config = settings

@@ -1,5 +1,6 @@
 """Rollouts by vLLM, its engine in this process. The only file that imports vllm."""
 
+import gc
 import json
 import logging
 import os
@@ -18,6 +19,10 @@ from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.weights import Incoming, Spec, readable_checksums, specs_of
 
 _ADAPTER = ("policy", 1)  # name and id of the one adapter
+_CPU_BLOCK = 32  # tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is longer than most prompts
+# Warnings that mean nothing here: RotaryEmbedding got no weights in a sync (it has none; Incoming finds the missing ones), and
+# without a tokenizer the engine knows no end of sequence (each request names it).
+_QUIET = ("vllm.model_executor.model_loader.reload.layerwise", "vllm.renderers.base")
 # The engine stays in this process, so that weights go over as tensors; nothing is reported to vLLM's makers.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _ENVIRONMENT_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
@@ -78,15 +83,18 @@ class VLLMGenerator:
         self.version = 0
         self.sent: dict[str, str] = {}
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
-        self._sampling = Sampling.from_config(cfg)
+        self.sampling = Sampling.from_config(cfg)
         self._specs = {name: Spec(spec.shape, dtype) for name, spec in specs.items()}
         self._adapter_specs: dict[str, Spec] | None = None
         self._lora: Any = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._made_group = not torch.distributed.is_initialized()  # then starting the engine makes a group of one
         with _engine_environment():
             from vllm import LLM
             from vllm.config.lora import MaxLoRARanks
 
+            for name in _QUIET:  # after the import, which resets levels
+                logging.getLogger(name).setLevel(logging.ERROR)
             extra: dict[str, Any] = {}
             if adapter_rank is not None:
                 rank = engine_lora_rank(adapter_rank, cfg.max_lora_rank, get_args(MaxLoRARanks))
@@ -96,9 +104,8 @@ class VLLMGenerator:
             if torch.cuda.is_available():
                 extra |= {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enforce_eager": cfg.enforce_eager}
             else:
-                extra |= {"kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30)}
-            # Each sync warns that RotaryEmbedding got no weights, which it has none of; Incoming is what finds missing ones.
-            logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+                # Compiling costs 20-40 s once and 6 s at every start; without it a step of a small model takes 2 ms more.
+                extra |= {"kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30), "enforce_eager": True, "block_size": _CPU_BLOCK}
             self._llm = LLM(
                 model_path,
                 skip_tokenizer_init=True,  # token ids in, token ids out
@@ -118,7 +125,7 @@ class VLLMGenerator:
 
     def generate(self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, greedy: bool = False) -> list[Rollout]:
         """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with its logprob at temperature 1."""
-        check_prompts(prompts, room=self._max_tokens - self._sampling.max_response_length)
+        check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
         requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in owners]
@@ -131,7 +138,7 @@ class VLLMGenerator:
     def _params(self, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
 
-        chosen = self._sampling
+        chosen = self.sampling
         how: dict[str, Any] = (
             {"temperature": 0.0} if greedy else {"temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k, "seed": seed}
         )
@@ -211,9 +218,18 @@ class VLLMGenerator:
         return found
 
     def close(self) -> None:
-        """Stop the engine, free its memory and delete the adapter's files."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        """Stop the engine, free its memory and delete the adapter's files. Close several engines of one process last started first."""
+        client = self._llm.llm_engine.engine_core
+        if self._made_group:
+            client.shutdown()
+        else:
+            # client.shutdown() also destroys the default process group, which here is the trainer's: take the engine apart by hand.
+            client._finalizer.detach()
+            client.engine_core.model_executor.shutdown()
+            client.engine_core.scheduler.shutdown()
+        del client, self._llm
+        gc.unfreeze()  # the engine froze what lived when it started
+        gc.collect()
         if self._directory is not None:
             self._directory.cleanup()
         if torch.cuda.is_available():

@@ -1,0 +1,38 @@
+"""What all tests share: no network, few threads, and tiny models with their tokenizer in a directory."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+for _name, _value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "2", "TQDM_DISABLE": "1"}.items():
+    os.environ.setdefault(_name, _value)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_model(tied=True) -> directory of a two-layer float32 Llama (vocabulary 300, head size 32) and its tokenizer; made once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from conf.schema import TinyConfig
+    from rlhf.models import tiny_config, train_tokenizer
+
+    made: dict[bool, Path] = {}
+
+    def make(*, tied: bool = True) -> Path:
+        if tied not in made:
+            tiny = TinyConfig(vocab_size=300, hidden_size=64, intermediate_size=96, layers=2, heads=2, max_positions=64, tie_embeddings=tied)
+            tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 8, tiny.vocab_size, tiny.max_positions)
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(tiny_config(tiny, tokenizer), dtype=torch.float32)
+            for param in model.parameters():
+                if param.ndim == 2:
+                    param.data.mul_(4.0)  # the initial 0.02 would leave every distribution flat
+            made[tied] = tmp_path_factory.mktemp("tied" if tied else "untied")
+            model.save_pretrained(made[tied])
+            tokenizer.save_pretrained(made[tied])
+        return made[tied]
+
+    return make
