@@ -433,6 +433,10 @@ class OnlineStage(TrainStage):
         _check(self.importance_cap is None or self.importance_cap >= 1, "stage.importance_cap", self.importance_cap, "at least 1")
         _check(self.samples_kept >= 0, "stage.samples_kept", self.samples_kept, "at least 0")
         rollouts = self.prompts_per_step * self.samples_per_prompt
+        if self.kl_controller is KLController.adaptive:
+            _check(self.kl_coef > 0, "stage.kl_coef", self.kl_coef, "above 0 with kl_controller=adaptive, which only scales it")
+            # One step scales the coefficient by at least 1 - 0.2 x responses / horizon, which must stay positive.
+            _check(5 * self.kl_horizon > rollouts, "stage.kl_horizon", self.kl_horizon, f"above a fifth of the {rollouts} responses per step")
         _check(
             rollouts % self.minibatches == 0,
             "stage.minibatches",
