@@ -2,10 +2,10 @@
 
 Every loss is a sum over this micro-batch's tokens divided by `denominator`, the token count of the whole optimizer step over all micro-batches
 and ranks. Gradients that are summed over micro-batches and ranks then do not depend on the split. (An engine that averages over ranks multiplies by
-their number.) NaN outside the mask reaches neither a loss nor a gradient: inputs are selected before any function whose derivative could be NaN.
+their number.) NaN outside the mask reaches neither a loss nor a gradient: sums select, and so does the one input with a gradient, because 0 (the
+gradient that a masked sum hands back) times a NaN derivative would be NaN.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +53,7 @@ def policy_loss(
     same_shape(2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, response_mask=response_mask)
     check_mask(response_mask)
     _check_denominator(denominator)
-    old = torch.where(response_mask, old_logprobs, 0.0).detach()
-    new = torch.where(response_mask, logprobs, 0.0)
-    advantages = torch.where(response_mask, advantages, 0.0).detach()
+    new, old, advantages = torch.where(response_mask, logprobs, 0.0), old_logprobs.detach(), advantages.detach()
     ratio = torch.exp(new - old)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange) * advantages
@@ -70,7 +68,7 @@ def policy_loss(
         bound = bound | too_low
     if weights is not None:
         same_shape(2, weights=weights, response_mask=response_mask)
-        surrogate = torch.where(response_mask, weights, 0.0).detach() * surrogate
+        surrogate = weights.detach() * surrogate
     stats = PolicyStats(
         clipped=masked_sum(bound.float(), response_mask),
         approxkl=masked_sum(kl_per_token(old, new.detach(), KLEstimator.k3), response_mask),
@@ -92,9 +90,7 @@ def value_loss(
     same_shape(2, values=values, old_values=old_values, returns=returns, response_mask=response_mask)
     check_mask(response_mask)
     _check_denominator(denominator)
-    values = torch.where(response_mask, values, 0.0)
-    old = torch.where(response_mask, old_values, 0.0).detach()
-    returns = torch.where(response_mask, returns, 0.0).detach()
+    values, old, returns = torch.where(response_mask, values, 0.0), old_values.detach(), returns.detach()
     error = (values - returns).square()
     clipped_error = (torch.clamp(values, old - cliprange_value, old + cliprange_value) - returns).square()
     loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), response_mask) / denominator
@@ -118,4 +114,4 @@ def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: floa
     same_shape(2, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
     if not cap > 0:
         raise ValueError(f"expected a cap above 0, found {cap}")
-    return torch.exp((old_logprobs - rollout_logprobs).clamp(max=math.log(cap))).clamp(max=cap)
+    return torch.exp(old_logprobs - rollout_logprobs).clamp(max=cap)

@@ -29,6 +29,8 @@ def test_at_least_halves_the_largest_bin() -> None:
     # one bin of 6 rows x 4 = 24 tokens, then 3 x 4 | 3 x 2, then 2 x 4 | 1 x 4
     assert plan_micro_batches([4, 4, 4, 2, 2, 2], budget=100, at_least=2) == [[0, 1, 2], [3, 4, 5]]
     assert plan_micro_batches([4, 4, 4, 2, 2, 2], budget=100, at_least=3) == [[0, 1], [2], [3, 4, 5]]
+    # 2 x 5 = 10 tokens and 4 x 3 = 12: the largest is not the first
+    assert plan_micro_batches([5, 5, 3, 3, 3, 3], budget=12, at_least=3) == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_missing_bins_are_empty() -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import KLEstimator
+from conf.schema import KLController, KLEstimator, OnlineStage
 from policy.kl import AdaptiveKL, FixedKL, kl_per_token
 from rlhf.types import UserError
 
@@ -154,3 +154,17 @@ def test_a_horizon_that_could_make_the_coefficient_negative_rises() -> None:
 def test_adaptive_controller_wants_positive_settings(coef: float, target: float, horizon: int) -> None:
     with pytest.raises(ValueError, match="expected coef > 0"):
         AdaptiveKL(coef, target, horizon)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_coef": 0.0}, r"stage\.kl_coef=0\.0 .*adaptive"),
+        ({"kl_horizon": 12}, r"stage\.kl_horizon=12 .*a fifth of the 64 responses"),
+    ],
+)
+def test_the_configuration_refuses_what_the_adaptive_controller_would(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OnlineStage(kl_controller=KLController.adaptive, **options)
+    OnlineStage(kl_controller=KLController.fixed, **options)
+    OnlineStage(kl_controller=KLController.adaptive, kl_horizon=13)
