@@ -174,6 +174,14 @@ def test_value_loss_with_a_wide_range_is_half_the_squared_error() -> None:
     assert count.item() == 0
 
 
+def test_only_values_get_a_gradient() -> None:
+    values, old, returns = (torch.randn(2, 3).requires_grad_() for _ in range(3))
+    value_loss(values, old, returns, torch.ones(2, 3, dtype=torch.bool), cliprange_value=0.2, denominator=1.0)[0].backward()
+    assert values.grad is not None
+    assert old.grad is None
+    assert returns.grad is None
+
+
 def test_entropy_bonus_hand_computed() -> None:
     entropy = torch.tensor([[1.0, 2.0], [4.0, NAN]])
     assert entropy_bonus(entropy, torch.tensor([[True, False], [True, False]]), denominator=10.0).item() == pytest.approx(0.5)
