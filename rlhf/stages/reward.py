@@ -239,7 +239,7 @@ def _train(
     longest = max(len(ids) for rows in (train, held_out) for side in ("chosen_ids", "rejected_ids") for ids in rows[side])
     common.check_positions(model.config, longest)
     model = common.with_adapter(model, cfg, "SEQ_CLS")
-    args = TRLRewardConfig(**common.trainer_arguments(ctx, plan, train_rows=len(train)), center_rewards_coefficient=stage.centering_coef or None)
+    args = TRLRewardConfig(**common.trainer_arguments(ctx, plan), center_rewards_coefficient=stage.centering_coef or None)
     trainer = common.guarded(RewardTrainer)(model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
     steps, metrics = common.fit(trainer, ctx)
     trained = trainer.accelerator.unwrap_model(trainer.model)

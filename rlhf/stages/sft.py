@@ -126,7 +126,7 @@ def _run(ctx: RunContext) -> None:
     common.check_positions(model.config, longest)
     model = common.with_adapter(model, cfg, "CAUSAL_LM")
     args = SFTConfig(
-        **common.trainer_arguments(ctx, plan, train_rows=len(train)),
+        **common.trainer_arguments(ctx, plan),
         packing=stage.packing,
         eval_packing=False,  # the held-out loss is that of whole rows
         completion_only_loss=False,  # the labels say which tokens train

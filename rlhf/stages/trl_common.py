@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import datasets
 import torch
 from safetensors.torch import save_file
+from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from conf.schema import AdapterKind, Config, Dtype, EngineConfig, EngineKind, ModelKind, OfflineStage, Offload, Scheduler
@@ -133,7 +135,7 @@ def deepspeed_config(engine: EngineConfig) -> dict[str, Any] | None:
     }
 
 
-def trainer_arguments(ctx: RunContext, plan: BatchPlan, *, train_rows: int) -> dict[str, Any]:
+def trainer_arguments(ctx: RunContext, plan: BatchPlan) -> dict[str, Any]:
     """Keyword arguments common to TRL's configs. Their defaults turn on bf16 and gradient checkpointing, which is set here explicitly."""
     cfg, stage = ctx.cfg, ctx.cfg.stage
     on_cpu = not torch.cuda.is_available()
@@ -143,8 +145,6 @@ def trainer_arguments(ctx: RunContext, plan: BatchPlan, *, train_rows: int) -> d
         "per_device_train_batch_size": plan.micro,
         "per_device_eval_batch_size": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
-        # Whole batches only, so that every step trains the same rows at any number of ranks; a file smaller than one batch is taken as it is.
-        "dataloader_drop_last": train_rows >= stage.batch_size,
         "dataloader_pin_memory": not on_cpu,
         "learning_rate": stage.learning_rate,
         "weight_decay": stage.weight_decay,
@@ -179,12 +179,33 @@ def trainer_arguments(ctx: RunContext, plan: BatchPlan, *, train_rows: int) -> d
     }
 
 
+class WholeBatches(Sampler[int]):
+    """Shuffled passes over `rows`, each cut to whole batches of `batch_size`, so that a step trains the same rows however it is split.
+
+    The order is a function of `seed` and the pass alone, and the pass one of the steps done: every rank draws the same, and a resumed
+    run what an uninterrupted one would. Rows left over differ from pass to pass. Fewer rows than one batch are a batch.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, steps_done: Callable[[], int]) -> None:
+        self.rows, self.seed, self.steps_done = rows, seed, steps_done
+        self.batches = max(1, rows // batch_size)  # per pass
+        self.length = min(rows, self.batches * batch_size)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.steps_done() // self.batches)
+        return iter(torch.randperm(self.rows, generator=generator)[: self.length].tolist())
+
+
 def guarded(trainer_class: type) -> type:
     """`trainer_class` that stops at the first loss or gradient that is NaN or infinite and saves the batch that caused it."""
 
     class Guarded(trainer_class):
         run_dir: Path
-        micro_batches: list[dict[str, Any]]
+        global_batch: int  # rows per optimizer step, over all ranks
+        micro_batches: list[dict[str, Any]]  # of the current optimizer step, on this rank
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
@@ -196,13 +217,8 @@ def guarded(trainer_class: type) -> type:
                     self._diverged("loss", float(loss))
             return result
 
-        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-            # dataloader_drop_last is for training steps; every held-out row counts
-            dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-            try:
-                return super().get_eval_dataloader(eval_dataset)
-            finally:
-                self.args.dataloader_drop_last = dropping
+        def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
+            return WholeBatches(len(self.train_dataset), self.global_batch, self.args.seed, lambda: self.state.global_step)
 
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             # transformers calls this once per optimizer step, with torch's engine before the weights change
@@ -228,9 +244,7 @@ def guarded(trainer_class: type) -> type:
 def save_batch(directory: Path, micro_batches: Sequence[dict[str, Any]], tokenizer: Any, step: int, figures: dict[str, float]) -> Path:
     """This rank's micro-batches of one optimizer step as tensors, and their texts as JSON beside it. Returns the tensors' file."""
     place = directory / f"diverged_step{step}_rank{distributed.rank()}.safetensors"
-    tensors = {
-        f"{i}.{k}": v.detach().cpu().contiguous() for i, batch in enumerate(micro_batches) for k, v in batch.items() if isinstance(v, torch.Tensor)
-    }
+    tensors = {f"{i}.{k}": v.detach().cpu().clone() for i, batch in enumerate(micro_batches) for k, v in batch.items() if isinstance(v, torch.Tensor)}
     save_file(tensors, str(place))
     texts = [tokenizer.batch_decode(batch["input_ids"]) for batch in micro_batches]
     content = {"step": step, "rank": distributed.rank(), **{k: str(v) for k, v in figures.items()}, "micro_batches": texts}
@@ -288,7 +302,7 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
     steps = total_steps(stage, len(trainer.train_dataset))
     trainer.args.max_steps = steps
     trainer.args.warmup_steps = math.ceil(stage.warmup_ratio * steps)
-    trainer.run_dir, trainer.micro_batches = ctx.dir, []
+    trainer.run_dir, trainer.global_batch, trainer.micro_batches = ctx.dir, stage.batch_size, []
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
@@ -296,6 +310,8 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
         reporter = Reporter(ctx, bar)
         trainer.add_callback(reporter)
         trainer.train(resume_from_checkpoint=str(ctx.resume_from) if ctx.resume_from is not None else None)
+    # transformers remembers ZeRO-3 for the whole process: a model that one rank loads for itself afterwards would wait for the others
+    unset_hf_deepspeed_config()
     state = trainer.state
     if not state.best_global_step:
         raise TrainingDiverged(
