@@ -183,7 +183,7 @@ class AdapterConfig:
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names, or all-linear
     rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
     dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353)
-    merge_on_save: bool = False  # write merged full weights to model/ beside adapter/
+    merge_on_save: bool = False  # SFT: model/ holds merged weights, not the adapter; reward and online stages always write them whole
 
     def __post_init__(self) -> None:
         _check(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
@@ -400,7 +400,7 @@ class OnlineStage(TrainStage):
     vf_coef: float = 1.0
     entropy_coef: float = 0.0
     whiten_advantages: bool = True
-    whiten_rewards: bool = False  # scale only: the mean is kept
+    whiten_rewards: bool = False  # divided by the standard deviation; the mean is scaled, not subtracted
     reward_clip: float | None = None  # raw scores into [-clip, clip], before any statistics
     reward_normalise: bool = False  # by a running mean and standard deviation of the scores
     stop_kl: float | None = None  # nats per token between old and new policy that ends a step's update early

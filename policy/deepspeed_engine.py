@@ -133,13 +133,13 @@ def freeze(module: nn.Module, cfg: EngineConfig, device: torch.device, *, half: 
     return engine
 
 
-def _same_head_calls(module: nn.Module, cfg: EngineConfig) -> None:
+def _same_head_calls(module: Any, cfg: EngineConfig) -> None:
     """Under ZeRO-3 each call of the head gathers its weights from all ranks, so ranks with fewer tokens call it as often."""
     if cfg.zero_stage == 3 and hasattr(module, "same_calls"):
         module.same_calls = True
 
 
-def _hidden_size(module: nn.Module) -> int:
+def _hidden_size(module: Any) -> int:
     return int(module.model.config.hidden_size)
 
 

@@ -139,5 +139,7 @@ def make_engine(module: nn.Module, cfg: EngineConfig, optim: OptimSettings, devi
 
         return DeepSpeedEngine(module, cfg, optim, device, half=half)
     if world_size() > 1:
-        raise UserError(f"engine=torch trains in one process, but the launcher started {world_size()} ranks: use engine=zero0, zero1, zero2 or zero3.")
+        raise UserError(
+            f"engine=torch trains in one process, but the launcher started {world_size()} ranks: use engine=zero0, zero1, zero2 or zero3."
+        )
     return TorchEngine(module, optim, device)

@@ -41,7 +41,9 @@ class PolicyModule(nn.Module):
         config = base_of(model).config
         for name in _SCALED_LOGITS:
             if getattr(config, name, None) not in (None, 1, 1.0):
-                raise UserError(f"model.path: {config.model_type} rescales its logits ({name}={getattr(config, name)}), which the policy's head does not do.")
+                raise UserError(
+                    f"model.path: {config.model_type} rescales its logits ({name}={getattr(config, name)}), which the policy's head does not do."
+                )
         self.model = model
         self.chunk = chunk
         self.temperature = temperature

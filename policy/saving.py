@@ -9,14 +9,21 @@ from policy.model import Gather, adapter_weights, base_of, is_peft, iterate_weig
 from rlhf import distributed
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path, gather: Gather = no_gather) -> None:
-    """Whole weights (an adapter merged in), configuration, tokenizer and chat template. Collective under ZeRO-3; rank 0 writes."""
+def save_model(model: Any, tokenizer: Any, directory: Path, gather: Gather = no_gather, dtype: torch.dtype | None = None) -> None:
+    """Whole weights (an adapter merged in; in `dtype` where given), configuration, tokenizer and chat template.
+
+    Collective under ZeRO-3; rank 0 writes.
+    """
     state: dict[str, torch.Tensor] = {}
     base = base_of(model)
     tied = _tied_names(base)
     for name, tensor in iterate_weights(model, gather):
-        if distributed.is_main() and name not in tied:
-            state[name] = tensor.detach().cpu().contiguous().clone()
+        # A head that trains in full beside an adapter is there twice: as it was, and as it is.
+        if ".original_module." in name or name in tied or not distributed.is_main():
+            continue
+        value = tensor.detach().cpu()
+        kept = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        state[name.replace(".modules_to_save.default.", ".")] = kept.clone().contiguous()
     if distributed.is_main():
         directory.mkdir(parents=True, exist_ok=True)
         base.save_pretrained(directory, state_dict=state)
@@ -34,7 +41,9 @@ def save_adapter(model: Any, directory: Path, gather: Gather = no_gather) -> Non
     weights = adapter_weights(model, gather)
     if distributed.is_main():
         directory.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.cpu().contiguous() for n, t in weights.tensors.items()}, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
+        save_file(
+            {n: t.cpu().contiguous() for n, t in weights.tensors.items()}, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"}
+        )
         (directory / "adapter_config.json").write_text(json.dumps(weights.config, indent=2, default=str), encoding="utf-8")
     distributed.barrier()
 

@@ -85,11 +85,11 @@ def _optimizer_step(
             )
             bonus = entropy_bonus(entropy, mask, denominator=tokens)
             policy.backward(loss - stage.entropy_coef * bonus, last=last)
-            sums.add(policy=loss.detach(), entropy=bonus.detach(), clipped=stats.clipped, approxkl=stats.approxkl, ratio=stats.ratio, tokens=stats.tokens)
+            sums.add(
+                policy=loss.detach(), entropy=bonus.detach(), clipped=stats.clipped, approxkl=stats.approxkl, ratio=stats.ratio, tokens=stats.tokens
+            )
         values = critic(tokens_part.input_ids, tokens_part.positions)
-        v_loss, v_clipped = value_loss(
-            values, cut(batch.values), cut(batch.returns), mask, cliprange_value=stage.cliprange_value, denominator=tokens
-        )
+        v_loss, v_clipped = value_loss(values, cut(batch.values), cut(batch.returns), mask, cliprange_value=stage.cliprange_value, denominator=tokens)
         critic.backward(stage.vf_coef * v_loss, last=last)
         sums.add(value=v_loss.detach(), value_clipped=v_clipped)
     total = sums.reduced()

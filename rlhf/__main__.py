@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 for bad input or a stopped run, 2 for a missing stage."""
     given = list(sys.argv[1:] if argv is None else argv)
     # argparse, which Hydra uses, wants all overrides side by side: move them before the flags.
-    arguments = sorted(given, key=lambda a: a.startswith("-") or "=" not in a and not a.startswith("~"))
+    arguments = sorted(given, key=lambda a: a.startswith("-") or ("=" not in a and not a.startswith("~")))
     if not any(a.lstrip("+").startswith("stage=") for a in arguments) and not any(a in _NO_STAGE_NEEDED for a in arguments):
         with contextlib.suppress(BrokenPipeError):  # a reader such as `head` may close the pipe early
             print(list_stages(), flush=True)
@@ -128,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")(job)()
         except HydraException as error:
             raise UserError(config.explain(error)) from error
-        for error in failed:
-            _fail(error)
+        for failure in failed:
+            _fail(failure)
         return 1 if failed else 0
     except UserError as error:
         return _fail(error)

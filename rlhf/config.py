@@ -92,20 +92,23 @@ def check_overrides(arguments: Sequence[str]) -> None:
             stages = [str(v) for v in (values if isinstance(values, list) else [values])]
             for stage in stages:
                 if stage not in known_stages:
-                    raise UserError(f"stage={stage}: no such stage. Stages: {', '.join(known_stages)}. Nearest: stage={_nearest(stage, known_stages)}.")
+                    raise UserError(
+                        f"stage={stage}: no such stage. Stages: {', '.join(known_stages)}. Nearest: stage={_nearest(stage, known_stages)}."
+                    )
     stage_names = [stage_schema(s) for s in stages] or list(schema.STAGES)
     keys = valid_keys(stage_names)
     for override in overrides:
         key = override.key_or_group
         if override.is_delete():
             raise UserError(f"{override.input_line}: options can't be deleted; set {key} to a value, or to null where it may be unset.")
-        if key == "hydra" or key.startswith("hydra.") or key.startswith("hydra/") or key == "stage":
+        if key in ("hydra", "stage") or key.startswith(("hydra.", "hydra/")):
             continue
         if key in GROUPS:
             if not override.is_sweep_override() and override.value() is not None and str(override.value()) not in choices(key):
                 known = choices(key)
                 raise UserError(
-                    f"{key}={override.value()}: no such preset. Presets of {key}: {', '.join(known)}. Nearest: {key}={_nearest(str(override.value()), known)}."
+                    f"{key}={override.value()}: no such preset. Presets of {key}: {', '.join(known)}. "
+                    f"Nearest: {key}={_nearest(str(override.value()), known)}."
                 )
             continue
         if key not in keys:

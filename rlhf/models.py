@@ -52,7 +52,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> A
     )
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, model_max_length=max_length, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from conf.schema import RolloutConfig
+from rlhf import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.weights import Incoming, Spec, readable_checksums, specs_of
@@ -103,6 +104,8 @@ class VLLMGenerator:
                 self._directory = tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=shared if os.access(shared, os.W_OK) else None)
             if torch.cuda.is_available():
                 extra |= {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enforce_eager": cfg.enforce_eager}
+                if distributed.world_size() > 1:
+                    extra |= {"distributed_executor_backend": "external_launcher"}  # each rank's engine on its own device; else all take the first
             else:
                 # Compiling costs 20-40 s once and 6 s at every start; without it a step of a small model takes 2 ms more.
                 extra |= {"kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30), "enforce_eager": True, "block_size": _CPU_BLOCK}

@@ -95,7 +95,9 @@ def test_without_a_stage_the_stages_are_listed(capsys: pytest.CaptureFixture[str
 
 
 def test_cfg_job_prints_the_resolved_options() -> None:
-    done = subprocess.run([sys.executable, "-m", "rlhf", "stage=ppo", "--cfg", "job", "stage.kl_coef=0.125"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf", "stage=ppo", "--cfg", "job", "stage.kl_coef=0.125"], capture_output=True, text=True, check=True
+    )
     assert "kl_coef: 0.125" in done.stdout and "prompts_per_step: 64" in done.stdout
 
 

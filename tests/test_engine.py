@@ -117,7 +117,7 @@ def test_saved_model_loads_merged_and_alone(tmp_path) -> None:  # type: ignore[n
 
 
 def test_unknown_adapter_target_names_the_linear_modules() -> None:
-    with pytest.raises(UserError, match="no such module; the model's linear modules are .*q_proj"):
+    with pytest.raises(UserError, match=r"no such module; the model's linear modules are .*q_proj"):
         attach(causal(), lora(targets=["qq_proj"]), task="CAUSAL_LM")
 
 
@@ -193,7 +193,9 @@ def engines(adapter: AdapterConfig | None = None, checkpointing: bool = False) -
     return TorchEngine(PolicyModule(model, chunk=5), OPTIM, device), TorchEngine(CriticModule(critic), OPTIM, device)
 
 
-def trained(budget: int, *, adapter: AdapterConfig | None = None, checkpointing: bool = False, stage: OnlineStage | None = None) -> dict[str, torch.Tensor]:
+def trained(
+    budget: int, *, adapter: AdapterConfig | None = None, checkpointing: bool = False, stage: OnlineStage | None = None
+) -> dict[str, torch.Tensor]:
     stage = stage or OnlineStage(epochs=2, minibatches=1, prompts_per_step=7, entropy_coef=0.01)
     policy, critic = engines(adapter, checkpointing)
     torch.manual_seed(11)
@@ -201,7 +203,9 @@ def trained(budget: int, *, adapter: AdapterConfig | None = None, checkpointing:
     tokens, sampled, scores = rollout_batch()
     batch = prepare(tokens, sampled, scores, policy=policy, reference=reference, critic=critic, stage=stage, kl_coef=0.1, budget=budget)
     figures = update(batch, policy=policy, critic=critic, stage=stage, budget=budget, seed=1)
-    out = {n: p.detach().clone() for n, p in policy.module.named_parameters()} | {f"critic.{n}": p.detach() for n, p in critic.module.named_parameters()}
+    out = {n: p.detach().clone() for n, p in policy.module.named_parameters()} | {
+        f"critic.{n}": p.detach() for n, p in critic.module.named_parameters()
+    }
     return out | {"loss": torch.tensor([figures["loss/policy"], figures["loss/value"], figures["policy/approxkl"]])}
 
 

@@ -80,7 +80,9 @@ def test_run_directory_holds_the_contract(bandit: Path) -> None:
     assert list((bandit / "plots").glob("*.png"))
     rows = metrics(bandit)
     assert [row["step"] for row in rows] == list(range(1, 61))
-    named = "objective/scores objective/kl objective/rlhf_reward objective/entropy policy/clipfrac policy/approxkl policy/ratio loss/policy loss/value"
+    named = (
+        "objective/scores objective/kl objective/rlhf_reward objective/entropy policy/clipfrac policy/approxkl policy/ratio loss/policy loss/value"
+    )
     named += " value/explained_variance rollout/response_length rollout/finished rollout/logprob_gap rollout/tokens_per_s reward/even_first_token"
     named += " time/rollout_s time/score_s time/prepare_s time/update_s time/sync_s train/tokens_per_s"
     assert set(named.split()) <= set(rows[0])
@@ -98,7 +100,13 @@ def test_phases_add_up_and_sampler_and_trainer_agree(bandit: Path) -> None:
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_resuming_equals_never_having_stopped(tmp_path: Path, adapter: str) -> None:
-    shared = [f"adapter={adapter}", "stage.save_steps=2", "rollout.max_response_length=4", "stage.reward_normalise=true", "stage.kl_controller=adaptive"]
+    shared = [
+        f"adapter={adapter}",
+        "stage.save_steps=2",
+        "rollout.max_response_length=4",
+        "stage.reward_normalise=true",
+        "stage.kl_controller=adaptive",
+    ]
     straight = run_ppo(tmp_path, *shared, "run.name=straight", "stage.steps=4")
     broken = run_ppo(tmp_path, *shared, "run.name=broken", "stage.steps=4", "stage.scheduler=constant")
     # as a kill after step 2 leaves it: the later checkpoint and the end of the run are not there yet

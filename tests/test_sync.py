@@ -1,6 +1,10 @@
 """Weight sync and its proof, on both backends: whole weights (tied or not), merged and applied adapters, and what goes wrong."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -316,3 +320,24 @@ def test_lora_ranks_of_the_engine() -> None:
     for wished in (4, 12):
         with pytest.raises(UserError, match=rf"rollout.max_lora_rank={wished}: with adapter.rank=8 vLLM takes one of 8, 16, 32"):
             engine_lora_rank(8, wished, allowed)
+
+
+@pytest.mark.vllm
+@pytest.mark.distributed
+def test_engines_of_two_ranks_leave_the_process_group_alone(tiny_model: Callable[..., Path]) -> None:
+    """Starting an engine must not change what our ranks read from the environment, nor closing it end the trainer's process group."""
+    worker = Path(__file__).with_name("vllm_ranks_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker), str(tiny_model())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1])}
+    env.pop("LD_PRELOAD", None)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("SEEN ")]
+    assert done.returncode == 0 and len(lines) == 1, done.stdout[-2000:] + done.stderr[-4000:]
+    assert json.loads(lines[0].removeprefix("SEEN ")) == {
+        "ranks": 2,
+        "local_world_size": "2",
+        "preloaded": None,
+        "responses": [1, 4],
+        "same_logprobs": True,
+        "sum_after_close": 3.0,
+    }

@@ -81,7 +81,9 @@ def build(ctx: RunContext) -> Parts:
     critic = make_engine(CriticModule(critic_model), cfg.engine, critic_settings, device, half=half)
     reference: Any = None
     if stage.reference:
-        reference = "adapter" if lora else _freeze(PolicyModule(base_model(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature), cfg, half)
+        reference = (
+            "adapter" if lora else _freeze(PolicyModule(base_model(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature), cfg, half)
+        )
     greedy = generator.generate(prompts[:1], n=1, seed=0, greedy=True)[0]
     probe = distributed.broadcast(tuple(prompts[0].token_ids) + tuple(greedy.token_ids[:_PROBE_TOKENS]))
     kl: FixedKL | AdaptiveKL = FixedKL(stage.kl_coef)

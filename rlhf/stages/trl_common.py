@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 from conf.schema import AdapterKind, Config, Dtype, EngineConfig, EngineKind, ModelKind, OfflineStage, Offload, Scheduler
 from policy.adapters import attach
 from policy.deepspeed_engine import ensure_process_group, gather_zero3, prepare_cpu
-from policy.model import Gather, base_of, is_peft, iterate_weights, no_gather
-from policy.saving import save_adapter
+from policy.model import Gather, is_peft, no_gather
+from policy.saving import save_adapter, save_model
 from rlhf import console, distributed
 from rlhf.models import load_tokenizer, resolve_dtype, train_tokenizer
 from rlhf.run import RunContext
@@ -333,22 +333,8 @@ def gather_of(cfg: Config) -> Gather:
 
 
 def save_whole(model: Any, tokenizer: Any, directory: Path, cfg: Config) -> None:
-    """Whole weights in ``model.dtype``, an adapter merged in, and the tokenizer. Collective under ZeRO-3; rank 0 writes."""
-    base = base_of(model)
-    tied = set(getattr(base, "_tied_weights_keys", None) or {}) if getattr(base.config, "tie_word_embeddings", False) else set()
-    dtype = resolve_dtype(cfg.model.dtype)
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in iterate_weights(model, gather_of(cfg)):
-        # a head that trains in full beside an adapter is there twice: as it was, and as it is
-        if ".original_module." in name or name in tied or not distributed.is_main():
-            continue
-        value = tensor.detach().cpu()
-        state[name.replace(".modules_to_save.default.", ".")] = (value.to(dtype) if value.is_floating_point() else value).clone().contiguous()
-    if distributed.is_main():
-        directory.mkdir(parents=True, exist_ok=True)
-        base.save_pretrained(directory, state_dict=state)
-        tokenizer.save_pretrained(directory)
-    distributed.barrier()
+    """Whole weights in ``model.dtype``, which need not be the dtype that they trained in."""
+    save_model(model, tokenizer, directory, gather_of(cfg), resolve_dtype(cfg.model.dtype))
 
 
 def base_directory(cfg: Config) -> bool:
