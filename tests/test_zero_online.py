@@ -16,7 +16,13 @@ from rlhf.models import tiny_config, train_tokenizer
 from tests import toys
 
 pytestmark = pytest.mark.distributed
-RUNS = [f"zero{stage}:{adapter}" for stage in (1, 2, 3) for adapter in ("none", "lora")]
+RUNS = [f"zero{stage}:{adapter}" for stage in (1, 2, 3) for adapter in ("none", "lora")] + ["zero3:none:engine.offload=cpu", "zero0:none"]
+
+
+def folder_of(folder: Path, run: str) -> Path:
+    return folder / run.replace(":", "-").replace("=", "_") / "ppo"
+
+
 COMPARED = ("objective/scores", "objective/kl", "objective/entropy", "loss/policy", "loss/value", "policy/approxkl", "rollout/response_length")
 
 
@@ -43,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(folder: Path, run: str) -> list[dict[str, float]]:
-    path = folder / run.replace(":", "-") / "ppo" / "metrics.jsonl"
+    path = folder_of(folder, run) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -62,7 +68,7 @@ def test_losses_equal_the_torch_engines(runs: Path, run: str) -> None:
 def test_saved_weights_equal_the_torch_engines(runs: Path, run: str) -> None:
     adapter = run.split(":")[1]
     expected = load_file(runs / f"torch-{adapter}" / "ppo" / "model" / "model.safetensors")
-    found = load_file(runs / run.replace(":", "-") / "ppo" / "model" / "model.safetensors")
+    found = load_file(folder_of(runs, run) / "model" / "model.safetensors")
     start = load_file(runs / "start" / "model.safetensors")
     assert found.keys() == expected.keys()
     for name in expected:
