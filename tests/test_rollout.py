@@ -218,9 +218,9 @@ def test_sampling_logprobs_by_hand() -> None:
 
 
 def test_draw_inverts_the_distribution_function() -> None:
-    logprobs = torch.tensor([0.2, 0.0, 0.5, 0.3, 0.0]).log().expand(5, -1)
-    uniform = torch.tensor([0.0, 0.19, 0.21, 0.71, 1.0 - 2**-53], dtype=torch.float64)
-    assert draw(logprobs, uniform).tolist() == [0, 0, 2, 3, 3]
+    logprobs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).log().expand(6, -1)
+    uniform = torch.tensor([0.0, 0.24, 0.25, 0.74, 0.76, 1.0 - 2**-53], dtype=torch.float64)
+    assert draw(logprobs, uniform).tolist() == [1, 1, 3, 3, 4, 4], "a token of probability 0 is never drawn"
 
 
 def test_response_seeds_differ_and_follow_the_prompt() -> None:

@@ -23,7 +23,8 @@ from rlhf.types import AdapterWeights, FullWeights, Prompt, SyncError, UserError
 from rollout.weights import Incoming, Spec, checksum, readable_checksums, specs_of
 
 BACKENDS = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
-PROBE = tuple(range(40, 70))
+PROBE = tuple(range(40, 84))
+PROMPT = Prompt(id="p", text="", token_ids=PROBE[:40])  # longer than a KV block, so that its first tokens are cached
 TOLERANCE = 1e-5
 LORA = AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=16.0, rslora=True)
 PACKED = "model.layers.1.mlp.down_proj.weight"  # vLLM packs it on a CPU: the probe has to see it
@@ -64,7 +65,7 @@ def start(tiny_model: Callable[..., Path]) -> Iterator[Start]:
         if key not in made:
             directory = tiny_model(tied=tied)
             settings = RolloutConfig(backend=RolloutBackend(backend), max_response_length=10, kv_cache_gib=0.05, max_num_seqs=16)
-            cfg = Config(stage=OnlineStage(), rollout=settings, data=DataConfig(max_prompt_length=30), adapter=adapter or AdapterConfig())
+            cfg = Config(stage=OnlineStage(), rollout=settings, data=DataConfig(max_prompt_length=48), adapter=adapter or AdapterConfig())
             made[key] = rollout.make_generator(
                 cfg,
                 model_path=str(directory),
@@ -90,10 +91,8 @@ def test_whole_weights_arrive(backend: str, tied: bool, start: Start, tiny_model
         assert verify_sync(generator, PROBE, logprobs_of(model), TOLERANCE, version) < TOLERANCE
         assert max(abs(a - b) for a, b in zip(before, generator.logprobs(PROBE), strict=True)) > 1e-2, "the weights had moved"
         assert generator.version == version
-        prompt = Prompt(id="p", text="", token_ids=PROBE[:20])  # long enough to have been cached before the sync
-        (written,) = generator.generate([prompt], seed=0)
-        ids = [*prompt.token_ids, *written.token_ids]
-        expected = logprobs_of(model, ids)[len(prompt.token_ids) - 1 :]
+        (written,) = generator.generate([PROMPT], seed=0)  # the second time, its prefix was cached with the weights of before
+        expected = logprobs_of(model, [*PROMPT.token_ids, *written.token_ids])[len(PROMPT.token_ids) - 1 :]
         assert written.rollout_logprobs == pytest.approx(expected, abs=TOLERANCE)
         assert written.version == version
 
@@ -119,8 +118,8 @@ def test_an_adapter_arrives_twice(backend: str, start: Start, tiny_model: Callab
         generator.sync(adapter_weights(model), version)
         assert verify_sync(generator, PROBE, logprobs_of(model), TOLERANCE, version) < TOLERANCE
         assert max(abs(a - b) for a, b in zip(before, generator.logprobs(PROBE), strict=True)) > 1e-2
-        (written,) = generator.generate([Prompt(id="p", text="", token_ids=PROBE[:20])], seed=0)
-        expected = logprobs_of(model, [*PROBE[:20], *written.token_ids])[19:]
+        (written,) = generator.generate([PROMPT], seed=0)
+        expected = logprobs_of(model, [*PROMPT.token_ids, *written.token_ids])[len(PROMPT.token_ids) - 1 :]
         assert written.rollout_logprobs == pytest.approx(expected, abs=TOLERANCE)
 
 
