@@ -95,10 +95,14 @@ def load_reward_tokenizer(path: str | Path) -> tuple[Any, Manifest]:
 
 
 def load_reward_module(path: str | Path, dtype: torch.dtype) -> Any:
-    """The weights of a reward model's directory as a classifier with one label, in evaluation mode, on the CPU."""
+    """The weights of a reward model's directory as a classifier with one label, in evaluation mode, on the CPU. Raises UserError for missing ones."""
     from transformers import AutoModelForSequenceClassification
 
-    module = AutoModelForSequenceClassification.from_pretrained(str(Path(path).expanduser()), num_labels=1, dtype=dtype, use_safetensors=True)
+    module, info = AutoModelForSequenceClassification.from_pretrained(
+        str(Path(path).expanduser()), num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"reward.path={path}: its weights lack {', '.join(sorted(info['missing_keys']))}, so it is not a whole reward model.")
     if not hasattr(module, "score"):
         raise UserError(f"reward.path={path}: {type(module).__name__} has no head named score, so its last token can't be read.")
     return module.eval()

@@ -26,7 +26,7 @@ def _name(rollout: Rollout) -> str:
     return f"prompt {rollout.prompt.id!r} ({text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''})"
 
 
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Row numbers by rising length, in batches of at most `budget` tokens padding included (a longer row comes alone)."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -43,7 +43,7 @@ def score_ids(module: Any, rows: Sequence[Sequence[int]], budget: int, device: t
     """Scores of rows of token ids, in the rows' order, `budget` tokens at a time."""
     out = [math.nan] * len(rows)
     lengths = [len(row) for row in rows]
-    for batch in _batches(lengths, budget):
+    for batch in token_batches(lengths, budget):
         input_ids = torch.zeros(len(batch), lengths[batch[-1]], dtype=torch.long)  # what fills the padding is never attended to
         for line, i in enumerate(batch):
             input_ids[line, : lengths[i]] = torch.tensor(rows[i])

@@ -122,7 +122,8 @@ def test_lora_reward_model_is_whole(folder: Path) -> None:
     assert (place / "adapter" / "adapter_model.safetensors").exists()
     assert not (place / "model" / "adapter_config.json").exists()
     metrics = json.loads((place / "summary.json").read_text())["metrics"]
-    assert metrics["eval/accuracy"] > 0.9, "the saved head and adapter are the trained ones"
+    assert metrics["eval/accuracy"] > 0.9
+    assert metrics["eval/margin"] == pytest.approx(metrics["eval_margin"], abs=1e-4), "the saved head and adapter are the trained ones"
     shutil.move(place / "model", folder / "lora_moved")
     assert load_reward_model(folder / "lora_moved", torch.float32).manifest.score_std > 0
 

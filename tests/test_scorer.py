@@ -1,17 +1,21 @@
 """Scorers: the reward model's last token, invariances, other tokenizers, reward functions, and every way they fail."""
 
 import asyncio
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from conf.schema import ModelConfig, ModelKind, RewardConfig
 from reward.model import MANIFEST_FILE, Manifest, load_reward_model, read_manifest, template_hash, tokenizer_fingerprint, write_manifest
-from reward.scorer import FunctionScorer, RewardModelScorer, make_scorer
+from reward.scorer import FunctionScorer, RewardModelScorer, make_scorer, token_batches
 from rlhf.data.encoding import encode_answer, prompt_ids, response_ids
 from rlhf.models import load_classifier, train_tokenizer
 from rlhf.types import Prompt, Rollout, UserError
@@ -108,6 +112,26 @@ def test_what_is_not_a_reward_model(saved: Path, tmp_path: Path) -> None:
     (bare / MANIFEST_FILE).write_text('{"format_version": 1, "base": "x"}')
     with pytest.raises(UserError, match="expected the keys"):
         read_manifest(bare)
+
+
+def test_missing_head_is_noticed(saved: Path, tmp_path: Path) -> None:
+    headless = tmp_path / "headless"
+    shutil.copytree(saved, headless)
+    weights = load_file(headless / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"its weights lack score\.weight"):
+        load_reward_model(headless, torch.float32)
+
+
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))
+def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = list(token_batches(lengths, budget))
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+    for batch, following in itertools.pairwise(batches):
+        assert (len(batch) + 1) * lengths[following[0]] > budget, "the next row would have fitted"
 
 
 def test_changed_tokenizer_is_noticed(saved: Path, tmp_path: Path) -> None:
