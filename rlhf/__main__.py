@@ -37,6 +37,8 @@ def list_stages() -> str:
 def execute(cfg: Config, argv: Sequence[str]) -> None:
     """Run one stage in this process; bad input raises UserError before any weight loads."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # fork after threads would warn at every data worker
+    if distributed.device().type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn that it has to guess this
     stage = cfg.stage.name
     schema_name = config.stage_schema(stage)
     module = {"ppo": "online"}.get(schema_name, schema_name)
