@@ -150,6 +150,8 @@ class _WandbSink:
     """One W&B run per stage; all of it lies in ``<run directory>/wandb``, silently."""
 
     def __init__(self, cfg: Config, directory: Path, stage: str, resume: bool) -> None:
+        # vLLM imports clients of language-model services, at the sight of which W&B would advertise its tracer on every run.
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         import wandb
 
         self._wandb = wandb

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def test_wandb_offline_records_the_run(tmp_path: Path, monkeypatch: pytest.Monke
         return start(**options)
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setitem(sys.modules, "openai", sys)  # as in a process where vLLM runs
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights.bin").write_bytes(b"x" * 64)
