@@ -148,6 +148,7 @@ class VLLMGenerator:
         return SamplingParams(
             max_tokens=chosen.max_response_length,
             stop_token_ids=[self._tokenizer.eos_token_id],
+            ignore_eos=True,  # or vLLM adds those of generation_config.json, which end no response in training
             logprobs=0,  # the sampled token's alone
             detokenize=False,
             skip_clone=True,

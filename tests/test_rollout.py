@@ -193,14 +193,20 @@ def test_batches_of_the_plain_backend_change_nothing(generators: Callable[[str],
     assert [r.token_ids for r in ours] == [r.token_ids for r in theirs]
 
 
-def test_settings_of_the_model_do_not_reach_the_samples(tiny_model: Callable[..., Path], tmp_path: Path, generators: Callable[[str], Any]) -> None:
-    """A repetition penalty in generation_config.json would make the sampled distribution another one than the trainer's."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_settings_of_the_model_do_not_reach_the_samples(
+    backend: str, tiny_model: Callable[..., Path], tmp_path: Path, generators: Callable[[str], Any]
+) -> None:
+    """What generation_config.json holds would make the sampled distribution, or the end of a response, another one than the trainer's."""
+    expected = generators(backend).generate(PROMPTS, n=2, seed=9)
     model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
-    model.generation_config.update(repetition_penalty=5.0, do_sample=True, top_k=2)
+    model.generation_config.update(repetition_penalty=5.0, do_sample=True, top_k=2, eos_token_id=list(range(100, 200)))
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(tmp_path)
-    ours, theirs = (g.generate(PROMPTS, n=2, seed=9) for g in (make(config("hf"), tmp_path), generators("hf")))
-    assert [r.token_ids for r in ours] == [r.token_ids for r in theirs]
+    generator: Any = make(config(backend), tmp_path)
+    found = generator.generate(PROMPTS, n=2, seed=9)
+    generator.close()
+    assert [(r.token_ids, r.finish_reason) for r in found] == [(r.token_ids, r.finish_reason) for r in expected]
 
 
 def test_sampling_logprobs_by_hand() -> None:

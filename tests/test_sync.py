@@ -307,6 +307,17 @@ def test_incoming_refuses_a_tensor_sent_twice() -> None:
         incoming.finish(1)
 
 
+def test_a_reader_that_stops_early_leaves_no_rank_waiting() -> None:
+    """`finish` takes the rest of the iterator, which is a collective per tensor, and says what the reader never got to see."""
+    tensors = {name: torch.ones(1) for name in "abc"}
+    left = iter(tensors.items())
+    incoming = Incoming(left, specs_of(tensors | {"d": torch.ones(1)}))
+    assert next(iter(incoming))[0] == "a"
+    with pytest.raises(SyncError, match=r": d \(missing\)\.$"):
+        incoming.finish(1)
+    assert list(left) == []
+
+
 @pytest.mark.vllm
 def test_lora_ranks_of_the_engine() -> None:
     from rollout.vllm import engine_lora_rank
