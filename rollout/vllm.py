@@ -107,7 +107,7 @@ class VLLMGenerator:
                 if distributed.world_size() > 1:
                     extra |= {"distributed_executor_backend": "external_launcher"}  # each rank's engine on its own device; else all take the first
             else:
-                # Compiling costs 20-40 s once and 6 s at every start; without it a step of a small model takes 2 ms more.
+                # Eager: compiling a model of 1M parameters takes 20 to 40 s at the start and saves 1.5 ms of a 15 ms step (64 sequences, 2 cores).
                 extra |= {"kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30), "enforce_eager": True, "block_size": _CPU_BLOCK}
             self._llm = LLM(
                 model_path,
@@ -117,7 +117,6 @@ class VLLMGenerator:
                 max_model_len=max_tokens,
                 max_num_seqs=cfg.max_num_seqs,
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
-                generation_config="vllm",  # the model's own sampling defaults would change the policy
                 seed=0,
                 **extra,
             )
