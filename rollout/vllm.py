@@ -23,13 +23,22 @@ _ADAPTER = ("policy", 1)  # name and id of the one adapter
 _CPU_BLOCK = 32  # tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is longer than most prompts
 # Warnings that mean nothing here: RotaryEmbedding got no weights in a sync (it has none; Incoming finds the missing ones), and
 # without a tokenizer the engine knows no end of sequence (each request names it).
-_QUIET = ("vllm.model_executor.model_loader.reload.layerwise", "vllm.renderers.base")
+_QUIET = (
+    "vllm.engine.arg_utils",  # that a seed is set, which a seed per request makes moot
+    "vllm.model_executor.model_loader.reload.layerwise",
+    "vllm.renderers.base",  # that there is no tokenizer, which is as it should be
+    "vllm.v1.worker.cpu_worker",  # that threads can't be set after binding
+)
 # The engine stays in this process, so that weights go over as tensors; nothing is reported to vLLM's makers.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _ENVIRONMENT_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
 # What starting an engine changes for everyone else: our own ranks read the first, every child process would inherit the second.
 _RESTORED = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
 _OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"  # would win over rollout.kv_cache_gib
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @contextmanager
@@ -94,8 +103,8 @@ class VLLMGenerator:
             from vllm import LLM
             from vllm.config.lora import MaxLoRARanks
 
-            for name in _QUIET:  # after the import, which resets levels
-                logging.getLogger(name).setLevel(logging.ERROR)
+            for name in _QUIET:  # a filter: levels are reset when the engine configures its loggers
+                logging.getLogger(name).addFilter(_errors_only)
             extra: dict[str, Any] = {}
             if adapter_rank is not None:
                 rank = engine_lora_rank(adapter_rank, cfg.max_lora_rank, get_args(MaxLoRARanks))
