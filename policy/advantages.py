@@ -1,14 +1,10 @@
 """From scores per response to advantages per token. Shapes: B responses, T response tokens; `response_mask` is boolean [B, T]."""
 
-import math
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
 from policy.shapes import check_mask, masked_sum, same_shape
-
-SumOverRanks = Callable[[Sequence[float]], list[float]]  # rlhf.distributed.all_sum: element-wise, the same result on every rank
+from rlhf.moments import SumOverRanks, moments, sample_std
 
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
@@ -59,19 +55,6 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     return advantages, returns
 
 
-def _moments(count: float, total: float, squares_about: Callable[[float], float], sum_over_ranks: SumOverRanks | None) -> tuple[int, float, float]:
-    """Two passes, each summed over ranks: (count, mean, sum of squared deviations from that mean). Every rank raises alike."""
-    reduce = sum_over_ranks or list
-    all_count, all_total = reduce([count, total])
-    if all_count == 0:
-        raise ValueError("no values to take moments of: the mask is empty on every rank")
-    mean = all_total / all_count
-    if not math.isfinite(mean):
-        raise ValueError(f"expected finite values, found a mean of {mean}")
-    (m2,) = reduce([squares_about(mean)])
-    return round(all_count), mean, m2
-
-
 @torch.no_grad()
 def masked_moments(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks | None = None) -> tuple[float, float, int]:
     """(mean, sample standard deviation, count) of `values` [...] where `mask` [...] is True, over all ranks.
@@ -83,14 +66,10 @@ def masked_moments(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks | 
     same_shape(values.dim(), values=values, mask=mask)
     check_mask(mask)
     exact = values.double()
-    count, mean, m2 = _moments(
+    count, mean, m2 = moments(
         int(mask.sum()), float(masked_sum(exact, mask)), lambda about: float(masked_sum((exact - about).square(), mask)), sum_over_ranks
     )
-    return mean, _sample_std(m2, count), count
-
-
-def _sample_std(m2: float, count: int) -> float:
-    return math.sqrt(m2 / (count - 1)) if count > 1 else 0.0
+    return mean, sample_std(m2, count), count
 
 
 def whiten(values: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool, floor: float = 1e-5) -> Tensor:
@@ -106,35 +85,3 @@ def whiten(values: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool
     check_mask(mask)
     centre = mean if shift else 0.0
     return torch.where(mask, (values - centre) / max(std, floor), 0.0)
-
-
-class RunningMoments:
-    """Mean and sample standard deviation of everything seen, merged batch by batch (Chan, Golub & LeVeque 1983, equation 2.1b)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = 0.0
-        self._m2 = 0.0  # sum of squared deviations from the mean
-
-    @property
-    def std(self) -> float:
-        """Divides by count - 1; 0 before the second value."""
-        return _sample_std(self._m2, self.count)
-
-    def update(self, values: Sequence[float], sum_over_ranks: SumOverRanks | None = None) -> None:
-        """Add this rank's values; with `sum_over_ranks` (a collective) those of all ranks, so that the state stays the same everywhere.
-
-        Raises ValueError, on every rank, where no rank has a value or one isn't finite; the state is then unchanged.
-        """
-        count, mean, m2 = _moments(len(values), math.fsum(values), lambda about: math.fsum((value - about) ** 2 for value in values), sum_over_ranks)
-        total = self.count + count
-        delta = mean - self.mean
-        self._m2 += m2 + delta * delta * self.count * count / total
-        self.mean += delta * count / total
-        self.count = total
-
-    def state_dict(self) -> dict[str, float]:
-        return {"count": self.count, "mean": self.mean, "m2": self._m2}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.count, self.mean, self._m2 = int(state["count"]), float(state["mean"]), float(state["m2"])

@@ -47,7 +47,8 @@ class Scores:
     """Scores per response: the total that trains, and each term apart. All lists have length B."""
 
     total: list[float]
-    terms: dict[str, list[float]]
+    terms: dict[str, list[float]]  # raw, before weights
+    extras: dict[str, list[float]] = field(default_factory=dict)  # what a scorer tells beside its score, such as <term>_spread of an ensemble
 
 
 @dataclass(frozen=True, slots=True)

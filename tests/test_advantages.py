@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.advantages import RunningMoments, SumOverRanks, gae, masked_moments, token_rewards, whiten
+from policy.advantages import gae, masked_moments, token_rewards, whiten
+from rlhf.moments import RunningMoments, SumOverRanks
 from rlhf.distributed import all_sum
 
 NAN = float("nan")

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("conf", "rlhf", "rollout", "reward", "policy", "eval")
-SHARED = ("conf.schema", "rlhf.types", "rlhf.data", "rlhf.models", "rlhf.distributed")
+SHARED = ("conf.schema", "rlhf.types", "rlhf.data", "rlhf.models", "rlhf.distributed", "rlhf.moments")
 SOLE_IMPORTER = {"vllm": "rollout/vllm.py", "deepspeed": "policy/deepspeed_engine.py", "wandb": "rlhf/tracking.py"}
 
 
@@ -66,7 +66,7 @@ def allowed(importer: str, module: str) -> bool:
         return inside(module, owner) or any(inside(module, name) for name in SHARED)
     if importer.startswith("rlhf/stages/"):
         return not inside(module, "rlhf.__main__")
-    if importer in ("rlhf/types.py", "rlhf/models.py", "rlhf/distributed.py") or importer.startswith("rlhf/data/"):
+    if importer in ("rlhf/types.py", "rlhf/models.py", "rlhf/distributed.py", "rlhf/moments.py") or importer.startswith("rlhf/data/"):
         return any(inside(module, name) for name in SHARED)
     # What carries a run (run, tracking, config, preflight, __main__ ...) knows no package and no stage: stages are loaded by name.
     return inside(module, "conf") or (inside(module, "rlhf") and not inside(module, "rlhf.stages"))

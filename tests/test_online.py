@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.schema import OnlineStage
-from policy.advantages import RunningMoments
+from rlhf.moments import RunningMoments
 from rlhf import config
 from rlhf.run import RunContext
 from rlhf.stages import online

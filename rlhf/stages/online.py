@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from conf.schema import OnlineStage
-from policy.advantages import RunningMoments
+from rlhf.moments import RunningMoments
 from policy.batching import Batch, collate
 from policy.engine import NonFinite
 from policy.prepare import TrainBatch, policy_logprobs, prepare
