@@ -286,6 +286,7 @@ class EngineConfig:
     micro_batch_size: int | None = None  # TRL's stages: sequences per micro-batch and rank; None: batch_size / ranks
     gradient_checkpointing: bool = False
     logits_chunk: int = 1024  # response tokens whose logits exist at the same time
+    share_prompts: bool | None = None  # online stages without a critic: compute a prompt once for all its responses; None: where the model can
     threads: int | None = None  # torch's threads per rank; None: cores / local ranks
 
     def __post_init__(self) -> None:
@@ -614,7 +615,19 @@ class OnlineStage(TrainStage):
         compared = self.advantage in (Advantage.group, Advantage.leave_one_out) or self.group_baseline or self.selection is not Selection.all
         what = f"at least 2 with advantage={self.advantage.value}, selection={self.selection.value}: a response alone has nothing to compare with"
         _check(not compared or self.samples_per_prompt >= 2, "stage.samples_per_prompt", self.samples_per_prompt, what)
-        _check(not self.group_baseline or self.advantage is Advantage.reinforce_pp, "stage.group_baseline", self.group_baseline, "false without advantage=reinforce_pp")
+        narrowed = self.selection in (Selection.best, Selection.best_worst)
+        _check(
+            not narrowed or self.advantage is Advantage.none,
+            "stage.advantage",
+            self.advantage.value,
+            f"none with selection={self.selection.value}, which leaves nothing of a group to compare with",
+        )
+        _check(
+            not self.group_baseline or self.advantage is Advantage.reinforce_pp,
+            "stage.group_baseline",
+            self.group_baseline,
+            "false without advantage=reinforce_pp",
+        )
 
     def _check_pairs(self) -> None:
         dpo = self.policy_loss is PolicyLoss.dpo
@@ -627,6 +640,7 @@ class OnlineStage(TrainStage):
         if not dpo:
             return
         _check(self.reference, "stage.reference", self.reference, "true with policy_loss=dpo")
+        _check(not self.mask_truncated, "stage.mask_truncated", self.mask_truncated, "false with policy_loss=dpo: a pair has two sides")
         _check(self.kl_place is KLPlace.reward, "stage.kl_place", self.kl_place.value, "reward with policy_loss=dpo, whose beta is its KL penalty")
         _check(len(self.dpo_losses) > 0, "stage.dpo_losses", self.dpo_losses, "at least one loss")
         whole = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
@@ -637,9 +651,16 @@ class OnlineStage(TrainStage):
             "losses of single pairs: aot and aot_unpaired sort a whole batch, which micro-batches never see at once (stage=dpo has them)",
         )
         smooth = PreferenceLoss.exo_pair in self.dpo_losses
-        _check(not smooth or self.label_smoothing > 0, "stage.label_smoothing", self.label_smoothing, "above 0 with exo_pair, which takes its logarithm")
+        _check(
+            not smooth or self.label_smoothing > 0, "stage.label_smoothing", self.label_smoothing, "above 0 with exo_pair, which takes its logarithm"
+        )
         count = len(self.dpo_losses)
-        _check(self.dpo_weights is None or len(self.dpo_weights) == count, "stage.dpo_weights", self.dpo_weights, f"one weight for each of {count} losses")
+        _check(
+            self.dpo_weights is None or len(self.dpo_weights) == count,
+            "stage.dpo_weights",
+            self.dpo_weights,
+            f"one weight for each of {count} losses",
+        )
 
 
 @dataclass(slots=True, kw_only=True)

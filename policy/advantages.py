@@ -1,5 +1,7 @@
 """From scores per response to advantages per token. Shapes: B responses, T response tokens; `response_mask` is boolean [B, T]."""
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,70 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
         next_advantage = torch.where(written, advantage, next_advantage)
     returns = torch.where(response_mask, advantages + values, 0.0)
     return advantages, returns
+
+
+@torch.no_grad()
+def rewards_to_go(rewards: Tensor, response_mask: Tensor, *, gamma: float) -> Tensor:
+    """Discounted sum of the rewards from each token to the response's end, [B, T]; 0 outside the mask.
+
+        G_t = r_t + gamma * G_next(t)
+
+    GAE with lambda 1 and values 0; next(t) is the next token under the mask. Rewards outside it are not read.
+    """
+    advantages, _ = gae(rewards, torch.zeros_like(rewards), response_mask, gamma=gamma, gae_lambda=1.0)
+    return advantages
+
+
+def group_index(keys: Sequence[Hashable], device: torch.device | str | None = None) -> Tensor:
+    """[B] long: the number of each row's group, groups counted by first appearance."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.long, device=device)
+
+
+@torch.no_grad()
+def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, sample standard deviation, size) of each row's own group, all [B] float64.
+
+    `values`, `groups` [B]. Two passes, the standard deviation divides by size - 1. Groups may differ in size. Raises ValueError for a group
+    of one: a response alone has nothing to be compared with, and its raw score would train.
+    """
+    if values.dim() != 1 or values.shape != groups.shape:
+        raise ValueError(f"expected values and groups of one shape [B], found {tuple(values.shape)} and {tuple(groups.shape)}")
+    exact = values.double()
+    count = int(groups.max()) + 1 if len(groups) else 0
+    size = torch.bincount(groups, minlength=count).double()
+    if bool((size < 2).any()):
+        alone = (size < 2).nonzero().flatten().tolist()
+        raise ValueError(f"expected at least two responses per group, found groups {alone[:8]} of one")
+    mean = exact.new_zeros(count).index_add(0, groups, exact) / size
+    squares = exact.new_zeros(count).index_add(0, groups, (exact - mean[groups]).square())
+    return mean[groups], (squares / (size - 1)).sqrt()[groups], size[groups]
+
+
+@torch.no_grad()
+def group_advantages(scores: Tensor, groups: Tensor, *, std: bool, floor: float = 1e-6) -> Tensor:
+    """Scores against their own group, [B] float32 (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+
+        A_i = (s_i - mean_g) / max(std_g, floor)          std=False: without the division (Liu et al. 2025, arXiv:2503.20783)
+
+    A group of equal scores gets exactly 0. `scores`, `groups` [B]; `floor` in units of the score. Raises ValueError for a group of one.
+    """
+    mean, deviation, _ = group_moments(scores, groups)
+    centred = scores.double() - mean
+    centred = torch.where(centred.abs() <= 1e-9 * mean.abs(), 0.0, centred)  # what rounding the mean leaves of equal scores
+    return (centred / deviation.clamp(min=floor) if std else centred).float()
+
+
+@torch.no_grad()
+def leave_one_out_advantages(scores: Tensor, groups: Tensor) -> Tensor:
+    """Scores against the mean of the others in their group, [B] float32 (Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740, equation 8).
+
+        A_i = s_i - 1/(k-1) sum_{j != i} s_j = k/(k-1) (s_i - mean_g)
+
+    Raises ValueError for a group of one.
+    """
+    mean, _, size = group_moments(scores, groups)
+    return ((scores.double() - mean) * size / (size - 1)).float()
 
 
 @torch.no_grad()

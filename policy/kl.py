@@ -32,6 +32,8 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator)
             return 0.5 * log_r.square()
         case KLEstimator.k3:
             return torch.expm1(log_r) - log_r  # expm1: near r = 1, exp(log_r) - 1 would leave rounding noise only
+        case KLEstimator.k3_weighted:
+            raise ValueError("k3_weighted needs the ratio of new to old probability: it is a loss (policy.losses.kl_loss)")
     raise ValueError(f"unknown KL estimator {estimator!r}")
 
 

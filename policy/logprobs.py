@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def selected_logprobs(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, chunk: int, temperature: float = 1.0
+    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, chunk: int, temperature: float = 1.0, entropy_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Logprob of each label and entropy of its distribution, both [N] float32 nats, with the exact gradient of both.
+    """Logprob of each label and entropy of its distribution, both [N] float32 nats, with the exact gradient of both
+    (of the logprobs alone with `entropy_grad` False).
 
         logprobs_i = log softmax(head(hidden_i) / temperature)[labels_i],    entropy_i = -sum_v p_iv log p_iv
 
@@ -27,13 +28,17 @@ def selected_logprobs(
     recompute = hidden.shape[0] > chunk and torch.is_grad_enabled()
     logprobs, entropies = [], []
     for part, part_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        arguments = (part, head, part_labels, temperature)
+        arguments = (part, head, part_labels, temperature, entropy_grad)
         logprob, entropy = checkpoint(_chunk_logprobs, *arguments, use_reentrant=False) if recompute else _chunk_logprobs(*arguments)
         logprobs.append(logprob)
         entropies.append(entropy)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _chunk_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _chunk_logprobs(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, temperature: float, entropy_grad: bool
+) -> tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(head(hidden).float() / temperature, dim=-1)  # [n, V]
-    return log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=-1)
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+        entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    return log_p.gather(1, labels[:, None]).squeeze(1), entropy

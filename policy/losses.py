@@ -1,9 +1,9 @@
 """The losses of one micro-batch. Shapes: B responses, T response tokens; `response_mask` is boolean [B, T].
 
-Every loss is a sum over this micro-batch's tokens divided by `denominator`, the token count of the whole optimizer step over all micro-batches
-and ranks. Gradients that are summed over micro-batches and ranks then do not depend on the split. (An engine that averages over ranks multiplies by
-their number.) NaN outside the mask reaches neither a loss nor a gradient: sums select, and so does the one input with a gradient, because 0 (the
-gradient that a masked sum hands back) times a NaN derivative would be NaN.
+Every loss is a sum over this micro-batch's tokens divided by `denominator`, the tokens (or responses) of the whole optimizer step over all
+micro-batches and ranks. Gradients that are summed over micro-batches and ranks then do not depend on the split. (An engine that averages
+over ranks multiplies by their number.) NaN outside the mask reaches neither a loss nor a gradient: sums select, and so does the one input
+with a gradient, because 0 (the gradient that a masked sum hands back) times a NaN derivative would be NaN.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conf.schema import KLEstimator
+from conf.schema import Aggregation, ImportanceMode, KLEstimator, Level, PolicyLoss
 from policy.kl import kl_per_token
 from policy.shapes import check_mask, masked_sum, same_shape
 
@@ -31,6 +31,37 @@ def _check_denominator(denominator: float) -> None:
         raise ValueError(f"expected the token count of the optimizer step, above 0, found {denominator}")
 
 
+def aggregation_weights(response_mask: Tensor, aggregation: Aggregation) -> Tensor:
+    """What each token counts in the loss, [B, T] float32, 0 outside the mask; divided by `aggregation_units` of the whole optimizer step.
+
+    token       1                     mean over all tokens (Yu et al. 2025, arXiv:2503.14476, equation 8)
+    sequence    1 / response length   mean over responses of their means (Shao et al. 2024, arXiv:2402.03300, equation 3)
+    constant    1                     sum over a fixed number: no length bias (Liu et al. 2025, arXiv:2503.20783, section 3.1)
+    """
+    check_mask(response_mask)
+    weights = response_mask.float()
+    if aggregation is Aggregation.sequence:
+        return weights / response_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return weights
+
+
+def aggregation_units(response_mask: Tensor, aggregation: Aggregation, constant_length: int) -> float:
+    """The sum over these rows of what the step's loss is divided by: tokens, responses, or responses x `constant_length`.
+
+    Rows without a token under the mask do not count.
+    """
+    check_mask(response_mask)
+    rows = float(response_mask.any(dim=1).sum())
+    match aggregation:
+        case Aggregation.token:
+            return float(response_mask.sum())
+        case Aggregation.sequence:
+            return rows
+        case Aggregation.constant:
+            return rows * constant_length
+    raise ValueError(f"unknown aggregation {aggregation!r}")
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -39,33 +70,42 @@ def policy_loss(
     *,
     cliprange: float,
     denominator: float,
+    kind: PolicyLoss = PolicyLoss.clip,
+    cliprange_high: float | None = None,
     dual_clip: float | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """Clipped surrogate of PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7), negated -> (loss scalar, stats).
+    """-1/denominator * sum_t w_t * surrogate_t -> (loss scalar, stats). With rho_t = exp(logprobs_t - old_logprobs_t) and sg a constant:
 
-        rho_t = exp(logprobs_t - old_logprobs_t)
-        L = -1/denominator * sum_t w_t * min(rho_t * A_t, clip(rho_t, 1 - cliprange, 1 + cliprange) * A_t)
+        clip    min(rho_t A_t, clip(rho_t, 1 - cliprange, 1 + high) A_t)      PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7); with
+                high above cliprange DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476, section 3.1)
+        gspo    the same with s = exp(mean_t log rho_t), one ratio per response (Zheng et al. 2025, arXiv:2507.18071, equations 5 to 7)
+        cispo   sg(min(rho_t, 1 + high)) A_t logprobs_t                       (MiniMax 2025, arXiv:2506.13585, equation 4, no lower bound)
+        nll     A_t logprobs_t                                                likelihood, A_t is 1 for imitation
 
-    With `dual_clip` c > 1 the inner term is max(that, c * A_t) where A_t < 0, which bounds the loss of an unlucky ratio (Ye et al. 2020,
-    arXiv:1912.09729, equation 5). `weights` w are constants, such as `importance_weights`. All tensors [B, T]; only `logprobs` gets a gradient.
+    `cliprange_high` None: as `cliprange`. With `dual_clip` c > 1 the clipped terms are at least c * A_t where A_t < 0, which bounds the loss of
+    an unlucky ratio (Ye et al. 2020, arXiv:1912.09729, equation 5). `weights` w are constants: `aggregation_weights`, `importance_weights` or
+    their product. All tensors [B, T]; only `logprobs` gets a gradient.
     """
     same_shape(2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, response_mask=response_mask)
     check_mask(response_mask)
     _check_denominator(denominator)
-    new, old, advantages = torch.where(response_mask, logprobs, 0.0), old_logprobs.detach(), advantages.detach()
-    ratio = torch.exp(new - old)
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange) * advantages
-    surrogate = torch.minimum(unclipped, clipped)
-    bound = clipped < unclipped
-    if dual_clip is not None:
-        if dual_clip <= 1.0:
-            raise ValueError(f"expected dual_clip above 1, found {dual_clip}")
-        lowest = dual_clip * advantages
-        too_low = (advantages < 0) & (surrogate < lowest)
-        surrogate = torch.where(too_low, lowest, surrogate)
-        bound = bound | too_low
+    new, old, advantages = torch.where(response_mask, logprobs, 0.0), torch.where(response_mask, old_logprobs, 0.0).detach(), advantages.detach()
+    log_ratio = new - old
+    if kind is PolicyLoss.gspo:
+        log_ratio = (log_ratio.sum(dim=1, keepdim=True) / response_mask.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(new)
+    ratio = torch.exp(log_ratio)
+    high = cliprange if cliprange_high is None else cliprange_high
+    match kind:
+        case PolicyLoss.clip | PolicyLoss.gspo:
+            surrogate, bound = _clipped_surrogate(ratio, advantages, cliprange, high, dual_clip)
+        case PolicyLoss.cispo:
+            surrogate = ratio.detach().clamp(max=1.0 + high) * advantages * new
+            bound = ratio > 1.0 + high
+        case PolicyLoss.nll:
+            surrogate, bound = advantages * new, torch.zeros_like(response_mask)
+        case _:
+            raise ValueError(f"{kind.value} is a loss of pairs: use preference_loss")
     if weights is not None:
         same_shape(2, weights=weights, response_mask=response_mask)
         surrogate = weights.detach() * surrogate
@@ -76,6 +116,56 @@ def policy_loss(
         tokens=response_mask.sum(),
     )
     return -masked_sum(surrogate, response_mask) / denominator, stats
+
+
+def _clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None) -> tuple[Tensor, Tensor]:
+    """(surrogate, where a bound holds), both of the ratio's shape."""
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1.0 - low, 1.0 + high) * advantages
+    surrogate = torch.minimum(unclipped, clipped)
+    bound = clipped < unclipped
+    if dual_clip is None:
+        return surrogate, bound
+    if dual_clip <= 1.0:
+        raise ValueError(f"expected dual_clip above 1, found {dual_clip}")
+    lowest = dual_clip * advantages
+    too_low = (advantages < 0) & (surrogate < lowest)
+    return torch.where(too_low, lowest, surrogate), bound | too_low
+
+
+def kl_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    old_logprobs: Tensor,
+    response_mask: Tensor,
+    *,
+    estimator: KLEstimator,
+    denominator: float,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """1/denominator * sum_t w_t * KL_t, a scalar in nats; multiply it by the coefficient and add it to the loss.
+
+        k2, k3         `kl_per_token` at the new policy's logprobs. The gradient of k2 is that of the divergence, as long as policy and sampler agree.
+        k3_weighted    rho_t * k3_t with rho_t = exp(logprobs_t - old_logprobs_t): value and gradient stay unbiased after the policy has moved
+                       (DeepSeek-AI 2025, "DeepSeek-V3.2", section 3.1)
+
+    All tensors [B, T]; only `logprobs` gets a gradient. Raises ValueError for k1, whose gradient has zero mean.
+    """
+    same_shape(2, logprobs=logprobs, ref_logprobs=ref_logprobs, old_logprobs=old_logprobs, response_mask=response_mask)
+    check_mask(response_mask)
+    _check_denominator(denominator)
+    if estimator is KLEstimator.k1:
+        raise ValueError("k1 has a gradient of zero mean and penalises nothing in a loss")
+    new, ref = torch.where(response_mask, logprobs, 0.0), torch.where(response_mask, ref_logprobs, 0.0).detach()
+    if estimator is KLEstimator.k3_weighted:
+        ratio = torch.exp(new - torch.where(response_mask, old_logprobs, 0.0).detach())
+        kl = ratio * kl_per_token(new, ref, KLEstimator.k3)
+    else:
+        kl = kl_per_token(new, ref, estimator)
+    if weights is not None:
+        same_shape(2, weights=weights, response_mask=response_mask)
+        kl = weights.detach() * kl
+    return masked_sum(kl, response_mask) / denominator
 
 
 def value_loss(
@@ -106,12 +196,33 @@ def entropy_bonus(entropy: Tensor, response_mask: Tensor, *, denominator: float)
 
 
 @torch.no_grad()
-def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """Truncated importance ratios min(trainer / sampler probability, cap), constants, [B, T] (Ionides 2008, "Truncated importance sampling").
+def importance_weights(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    cap: float,
+    *,
+    mode: ImportanceMode = ImportanceMode.truncate,
+    level: Level = Level.token,
+    response_mask: Tensor | None = None,
+) -> Tensor:
+    """Importance ratios trainer / sampler probability, constants, [B, T].
+
+        truncate    min(ratio, cap)                          (Ionides 2008, "Truncated importance sampling")
+        mask        ratio where it is at most cap, else 0    the token, or the whole response, gives no gradient
+        sequence    the ratio of the whole response, exp(sum_t log ratio_t), at each of its tokens; it needs `response_mask`
 
     They correct for tokens that the sampler drew from a slightly different (stale, or lower-precision) policy than the trainer's.
     """
     same_shape(2, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
     if not cap > 0:
         raise ValueError(f"expected a cap above 0, found {cap}")
-    return torch.exp(old_logprobs - rollout_logprobs).clamp(max=cap)
+    log_ratio = old_logprobs - rollout_logprobs
+    if level is Level.sequence:
+        if response_mask is None:
+            raise ValueError("the ratio of a whole response needs its response_mask")
+        same_shape(2, old_logprobs=old_logprobs, response_mask=response_mask)
+        log_ratio = torch.where(response_mask, log_ratio, 0.0).sum(dim=1, keepdim=True).expand_as(old_logprobs)
+    ratio = torch.exp(log_ratio)
+    if mode is ImportanceMode.mask:
+        return torch.where(ratio <= cap, ratio, 0.0)
+    return ratio.clamp(max=cap)

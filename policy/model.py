@@ -18,6 +18,7 @@ from rlhf.types import AdapterWeights, FullWeights, UserError
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 _PEFT_PREFIX = "base_model.model."
+_DROPOUT = ("attention_dropout", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout")
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -48,22 +49,46 @@ class PolicyModule(nn.Module):
         self.chunk = chunk
         self.temperature = temperature
         self.same_calls = False  # ZeRO-3: every rank must call the head as often as the others
+        self.entropy_grad = True  # False saves memory and time where the entropy is only looked at
 
-    def forward(self, input_ids: Tensor, positions: Tensor, response_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`input_ids` [B, L]; `positions`, `response_ids`, `response_mask` [B, T] -> logprobs, entropy, both [B, T] float32 nats (0 where masked)."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        response_ids: Tensor,
+        response_mask: Tensor,
+        owner: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`input_ids` [B, L]; `positions`, `response_ids`, `response_mask` [B, T] -> logprobs, entropy, both [B, T] float32 nats (0 where masked).
+
+        With prompts shared, `input_ids` are [G, L] packs and `owner`, `position_ids`, `attention_mask` those of `policy.packing.Packed`.
+        """
         lm = base_of(self.model)
-        backbone = getattr(lm, lm.base_model_prefix)
-        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None].expand_as(positions)
+        hidden = _hidden(lm, input_ids, position_ids, attention_mask)  # [B, L, H], or [G, L, H]
+        rows = torch.arange(positions.shape[0], device=input_ids.device) if owner is None else owner
+        rows = rows[:, None].expand_as(positions)
         picked, labels = hidden[rows[response_mask], positions[response_mask]], response_ids[response_mask]  # [N, H], [N]
         tokens = len(labels)
         if self.same_calls:
             spare = int(distributed.all_max([tokens])[0]) - tokens
             picked, labels = F.pad(picked, (0, 0, 0, spare)), F.pad(labels, (0, spare))
-        flat_logprobs, flat_entropy = selected_logprobs(picked, lm.get_output_embeddings(), labels, chunk=self.chunk, temperature=self.temperature)
+        flat_logprobs, flat_entropy = selected_logprobs(
+            picked, lm.get_output_embeddings(), labels, chunk=self.chunk, temperature=self.temperature, entropy_grad=self.entropy_grad
+        )
         flat_logprobs, flat_entropy = flat_logprobs[:tokens], flat_entropy[:tokens]
         zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=input_ids.device)
         return zeros.masked_scatter(response_mask, flat_logprobs), zeros.masked_scatter(response_mask, flat_entropy)
+
+
+def _hidden(lm: Any, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    """Last hidden states [B, L, H]. Without a mask the last column is left out (L - 1): the last token of a response predicts nothing."""
+    backbone = getattr(lm, lm.base_model_prefix)
+    if attention_mask is None:
+        kept = input_ids[:, : max(input_ids.shape[1] - 1, 1)]
+        return backbone(input_ids=kept, use_cache=False).last_hidden_state
+    return backbone(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 class CriticModule(nn.Module):
@@ -76,8 +101,7 @@ class CriticModule(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """`input_ids` [B, L], `positions` [B, T] -> values [B, T] float32, in units of the score."""
         lm = base_of(self.model)
-        backbone = getattr(lm, lm.base_model_prefix)
-        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
+        hidden = _hidden(lm, input_ids)  # [B, L, H]
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None]
         return lm.score(hidden[rows, positions]).squeeze(-1).float()
 
@@ -89,6 +113,25 @@ def no_gather(params: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a training pass gives other logprobs than an evaluation pass."""
+    config = base_of(model).config.get_text_config()
+    named = any(float(getattr(config, name, 0.0) or 0.0) > 0 for name in _DROPOUT)
+    return named or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+@torch.no_grad()
+def mix_weights(target: Any, source: Any, share: float) -> None:
+    """target = share * source + (1 - share) * target, tensor by tensor; adapters of `source` merged in. Whole weights only (not ZeRO-3)."""
+    held = target.state_dict()
+    done: set[int] = set()
+    for name, tensor in iterate_weights(source):
+        own = held[name]
+        if own.data_ptr() not in done and own.is_floating_point():  # tied tensors come under each name
+            done.add(own.data_ptr())
+            own.lerp_(tensor.to(own), share)
 
 
 def _clean_name(name: str) -> str:

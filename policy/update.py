@@ -1,109 +1,273 @@
-"""PPO's update: epochs x minibatches x micro-batches over one step's rollouts, the same gradient however it is split."""
+"""The update: epochs x minibatches x micro-batches over one step's rollouts, the same gradient however it is split."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from conf.schema import OnlineStage
+from conf.schema import KLPlace, OnlineStage, PolicyLoss
 from policy.engine import NonFinite
-from policy.losses import entropy_bonus, policy_loss, value_loss
-from policy.prepare import TrainBatch, aligned_micro_batches
+from policy.losses import aggregation_units, aggregation_weights, entropy_bonus, importance_weights, kl_loss, policy_loss, value_loss
+from policy.preference import PairLogprobs, combined_loss
+from policy.prepare import Layout, Packs, TrainBatch, adapter_disabled, plan, run_policy
 from rlhf import distributed
+
+Pair = tuple[int, int]
+_NAMES = ("policy", "kl", "value", "entropy", "clipped", "value_clipped", "approxkl", "ratio", "weight", "correct", "margin")
 
 
 class _Sums:
-    """Named sums over tokens, reduced over ranks at the end of each optimizer step."""
-
-    names = ("policy", "value", "entropy", "clipped", "value_clipped", "approxkl", "ratio", "tokens")
+    """Named sums, reduced over ranks at the end of each optimizer step."""
 
     def __init__(self) -> None:
-        self.values = dict.fromkeys(self.names, 0.0)
+        self.values = dict.fromkeys(_NAMES, 0.0)
 
     def add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
             self.values[name] += float(value)
 
     def reduced(self) -> dict[str, float]:
-        return dict(zip(self.names, distributed.all_sum([self.values[n] for n in self.names]), strict=True))
+        return dict(zip(_NAMES, distributed.all_sum([self.values[n] for n in _NAMES]), strict=True))
 
 
-def update(batch: TrainBatch, *, policy: Any, critic: Any, stage: OnlineStage, budget: int, seed: int, train_policy: bool = True) -> dict[str, float]:
+def update(
+    batch: TrainBatch,
+    *,
+    policy: Any,
+    critic: Any,
+    reference: Any,
+    stage: OnlineStage,
+    layout: Layout,
+    kl_coef: float,
+    constant_length: int,
+    seed: int,
+    train_policy: bool = True,
+) -> dict[str, float]:
     """Take the step's optimizer steps. Returns means over all of them (policy/clipfrac, policy/approxkl, loss/policy, ...).
 
-    `seed` draws the minibatches; every rank holds as many rows. Raises NonFinite: a bad loss is never applied.
+    `seed` draws the minibatches; every rank holds as many. `reference` is used where `batch` has no reference logprobs yet: then the one
+    pass of this update measures old, entropy and reference logprobs on its way and leaves them in `batch`. A minibatch in which no rank has
+    a token to train takes no optimizer step. Raises NonFinite: a bad loss is never applied.
     """
-    rows = batch.mask.shape[0]
-    size = rows // stage.minibatches
-    generator = torch.Generator().manual_seed(seed)
     policy.module.train()
-    critic.module.train()
+    if critic is not None:
+        critic.module.train()
+    if batch.old_logprobs is None:
+        batch.old_logprobs, batch.entropy = torch.zeros_like(batch.rollout_logprobs), torch.zeros_like(batch.rollout_logprobs)
+        batch.ref_logprobs = torch.zeros_like(batch.rollout_logprobs) if reference is not None else None
+        measure = _Measure(batch, policy, reference)
+    else:
+        measure = None
+    generator = torch.Generator().manual_seed(seed)
+    items: list[Any] = list(batch.pairs) if stage.policy_loss is PolicyLoss.dpo else batch.keep.nonzero().flatten().tolist()
     history: list[dict[str, float]] = []
     stopped = 0.0
     for _ in range(stage.epochs):
-        order = torch.randperm(rows, generator=generator).tolist()
-        for start in range(0, rows, size):
-            figures = _optimizer_step(batch, order[start : start + size], policy, critic, stage, budget, train_policy)
+        order = torch.randperm(len(items), generator=generator).tolist()
+        for number in range(stage.minibatches):
+            chosen = [items[i] for i in order[len(order) * number // stage.minibatches : len(order) * (number + 1) // stage.minibatches]]
+            step = _Step(batch, policy, critic, stage, layout, kl_coef, constant_length, train_policy, measure)
+            figures = step.run(chosen)
+            if figures is None:
+                continue
             history.append(figures)
             if stage.stop_kl is not None and figures["policy/approxkl"] > stage.stop_kl:
                 stopped = 1.0
                 break
         if stopped:
             break
-    means = {name: sum(h[name] for h in history) / len(history) for name in history[0]}
+    means = {name: sum(h[name] for h in history) / len(history) for name in history[0]} if history else {}
     return means | {"policy/updates": float(len(history)), "policy/stopped_early": stopped}
 
 
-def _optimizer_step(
-    batch: TrainBatch, rows: list[int], policy: Any, critic: Any, stage: OnlineStage, budget: int, train_policy: bool
-) -> dict[str, float]:
-    lengths = batch.tokens.lengths.tolist()
-    tokens = distributed.all_sum([float(batch.mask[rows].sum())])[0]
-    micro_batches = [[rows[i] for i in part] for part in aligned_micro_batches([lengths[i] for i in rows], budget)]
-    sums = _Sums()
-    for number, part in enumerate(micro_batches):
-        last = number == len(micro_batches) - 1
-        chosen = part or rows[:1]
-        tokens_part = batch.tokens.select(chosen)
-        width = tokens_part.response_mask.shape[1]
-        mask = tokens_part.response_mask if part else torch.zeros_like(tokens_part.response_mask)
+class _Measure:
+    """Takes old, entropy and reference logprobs from the only pass that an update makes."""
 
-        def cut(tensor: Tensor, chosen: list[int] = chosen, width: int = width) -> Tensor:
-            return tensor[chosen, :width]
+    def __init__(self, batch: TrainBatch, policy: Any, reference: Any) -> None:
+        self.batch, self.policy, self.reference = batch, policy, reference
 
-        if train_policy:
-            logprobs, entropy = policy(tokens_part.input_ids, tokens_part.positions, tokens_part.response_ids, tokens_part.response_mask)
-            loss, stats = policy_loss(
+    def reference_of(self, packs: Packs, layout: Layout) -> None:
+        """Reference logprobs of one micro-batch: the policy's own weights with the adapter off, or the frozen copy."""
+        if self.reference is None:
+            return
+        adapter = self.reference == "adapter"
+        with torch.no_grad(), adapter_disabled(self.policy) if adapter else nullcontext():
+            rows, part, logprobs, _ = run_policy(self.policy if adapter else self.reference, self.batch.tokens, packs, layout)
+        assert self.batch.ref_logprobs is not None
+        _put(self.batch.ref_logprobs, rows, torch.where(part.response_mask, logprobs, 0.0))
+
+    def policy_of(self, rows: Sequence[int], mask: Tensor, logprobs: Tensor, entropy: Tensor) -> None:
+        assert self.batch.old_logprobs is not None and self.batch.entropy is not None
+        _put(self.batch.old_logprobs, rows, torch.where(mask, logprobs.detach(), 0.0))
+        _put(self.batch.entropy, rows, torch.where(mask, entropy.detach(), 0.0))
+
+
+def _put(whole: Tensor, rows: Sequence[int], piece: Tensor) -> None:
+    whole[list(rows), : piece.shape[1]] = piece
+
+
+class _Step:
+    """One optimizer step over `items`: rows, or pairs of rows."""
+
+    def __init__(
+        self,
+        batch: TrainBatch,
+        policy: Any,
+        critic: Any,
+        stage: OnlineStage,
+        layout: Layout,
+        kl_coef: float,
+        constant_length: int,
+        train_policy: bool,
+        measure: _Measure | None,
+    ) -> None:
+        self.batch, self.policy, self.critic, self.stage, self.layout = batch, policy, critic, stage, layout
+        self.kl_coef, self.constant_length, self.train_policy, self.measure = kl_coef, constant_length, train_policy, measure
+        self.pairwise = stage.policy_loss is PolicyLoss.dpo
+        self.sums = _Sums()
+        self.tokens = self.units = self.pairs = 0.0
+
+    def run(self, items: Sequence[Any]) -> dict[str, float] | None:
+        """Figures over all ranks; None where no rank has anything to train. Collective."""
+        batch, stage = self.batch, self.stage
+        pairs: list[Pair] = list(items) if self.pairwise else []
+        rows = [row for pair in pairs for row in pair] if self.pairwise else list(items)
+        own = batch.train_mask[rows]
+        counts = [float(own.sum()), aggregation_units(own, stage.aggregation, self.constant_length), float(len(pairs))]
+        self.tokens, self.units, self.pairs = distributed.all_sum(counts)
+        if (self.pairs if self.pairwise else self.tokens) == 0:
+            return None
+        micro_batches = plan(batch.tokens, batch.groups, rows, self.layout, pairs)
+        for number, packs in enumerate(micro_batches):
+            self._micro_batch(packs, pairs, last=number == len(micro_batches) - 1)
+        total = self.sums.reduced()
+        if not all(torch.isfinite(torch.tensor(list(total.values())))):
+            raise NonFinite(f"loss/policy={total['policy']}, loss/value={total['value']}, entropy={total['entropy']}")
+        norms = {"policy/lr": self.policy.rate, "policy/grad_norm": self.policy.step() if self.train_policy else 0.0}
+        if self.critic is not None:
+            norms["value/grad_norm"] = self.critic.step()
+        return self._figures(total) | norms
+
+    def _micro_batch(self, packs: Packs, pairs: Sequence[Pair], *, last: bool) -> None:
+        """Forward and backward of one micro-batch; an empty one runs a row at weight 0, for the ranks that have rows."""
+        batch = self.batch
+        spare = not packs
+        packs = packs or [[0]]
+        if self.train_policy:
+            if self.measure is not None:
+                self.measure.reference_of(packs, self.layout)
+            rows, part, logprobs, entropy = run_policy(self.policy, batch.tokens, packs, self.layout)
+            mask = torch.zeros_like(part.response_mask) if spare else part.response_mask & batch.keep[rows][:, None]
+            if self.measure is not None and not spare:
+                self.measure.policy_of(rows, part.response_mask, logprobs, entropy)
+            loss = self._pair_loss(rows, pairs, mask, logprobs) if self.pairwise else self._token_loss(rows, mask, logprobs)
+            bonus = entropy_bonus(entropy, mask, denominator=self.tokens)
+            self.sums.add(entropy=bonus.detach())
+            if self.stage.entropy_coef:
+                loss = loss - self.stage.entropy_coef * bonus
+            self.policy.backward(loss, last=last)
+        if self.critic is not None:
+            self._critic([row for part in packs for row in part], spare=spare, last=last)
+
+    def _token_loss(self, rows: list[int], mask: Tensor, logprobs: Tensor) -> Tensor:
+        stage, batch, width = self.stage, self.batch, logprobs.shape[1]
+        old = _cut(batch.old_logprobs, rows, width)
+        weights = aggregation_weights(mask, stage.aggregation)
+        loss_weights = weights
+        if stage.importance_cap is not None:
+            importance = importance_weights(
+                old,
+                _cut(batch.rollout_logprobs, rows, width),
+                stage.importance_cap,
+                mode=stage.importance_mode,
+                level=stage.importance_level,
+                response_mask=mask,
+            )
+            loss_weights = weights * importance
+            self.sums.add(weight=torch.where(mask, importance, 0.0).sum())
+        loss, stats = policy_loss(
+            logprobs,
+            old,
+            _cut(batch.advantages, rows, width),
+            mask,
+            kind=stage.policy_loss,
+            cliprange=stage.cliprange,
+            cliprange_high=stage.cliprange_high,
+            dual_clip=stage.dual_clip,
+            weights=loss_weights,
+            denominator=self.units,
+        )
+        self.sums.add(policy=loss.detach(), clipped=stats.clipped, approxkl=stats.approxkl, ratio=stats.ratio)
+        if stage.kl_place is not KLPlace.reward and self.kl_coef > 0:
+            kl = kl_loss(
                 logprobs,
-                cut(batch.old_logprobs),
-                cut(batch.advantages),
+                _cut(batch.ref_logprobs, rows, width),
+                old,
                 mask,
-                cliprange=stage.cliprange,
-                dual_clip=stage.dual_clip,
-                weights=None if batch.weights is None else cut(batch.weights),
-                denominator=tokens,
+                estimator=stage.kl_loss_estimator,
+                weights=weights,
+                denominator=self.units,
             )
-            bonus = entropy_bonus(entropy, mask, denominator=tokens)
-            policy.backward(loss - stage.entropy_coef * bonus, last=last)
-            sums.add(
-                policy=loss.detach(), entropy=bonus.detach(), clipped=stats.clipped, approxkl=stats.approxkl, ratio=stats.ratio, tokens=stats.tokens
-            )
-        values = critic(tokens_part.input_ids, tokens_part.positions)
-        v_loss, v_clipped = value_loss(values, cut(batch.values), cut(batch.returns), mask, cliprange_value=stage.cliprange_value, denominator=tokens)
-        critic.backward(stage.vf_coef * v_loss, last=last)
-        sums.add(value=v_loss.detach(), value_clipped=v_clipped)
-    total = sums.reduced()
-    if not all(torch.isfinite(torch.tensor(list(total.values())))):
-        raise NonFinite(f"loss/policy={total['policy']}, loss/value={total['value']}, entropy={total['entropy']}")
-    norms = {"policy/lr": policy.rate, "policy/grad_norm": policy.step() if train_policy else 0.0, "value/grad_norm": critic.step()}
-    count = max(total["tokens"], 1.0)
-    return {
-        "loss/policy": total["policy"],
-        "loss/value": total["value"],
-        "loss/entropy": total["entropy"],
-        "policy/clipfrac": total["clipped"] / count,
-        "policy/approxkl": total["approxkl"] / count,
-        "policy/ratio": total["ratio"] / count if train_policy else 1.0,
-        "value/clipfrac": total["value_clipped"] / tokens,
-        **norms,
-    }
+            self.sums.add(kl=kl.detach())
+            loss = loss + self.kl_coef * kl
+        return loss
+
+    def _pair_loss(self, rows: list[int], pairs: Sequence[Pair], mask: Tensor, logprobs: Tensor) -> Tensor:
+        """Sum over this micro-batch's whole pairs, divided by the pairs of the step."""
+        stage, place = self.stage, {row: i for i, row in enumerate(rows)}
+        if not bool(mask.any()):  # a spare pass
+            return logprobs.sum() * 0.0
+        own = [(place[a], place[b]) for a, b in pairs if a in place]
+        better, worse = [a for a, _ in own], [b for _, b in own]
+        sums = torch.where(mask, logprobs, 0.0).sum(dim=1)
+        ref = torch.where(mask, _cut(self.batch.ref_logprobs, rows, logprobs.shape[1]), 0.0).sum(dim=1)
+        lengths = mask.sum(dim=1).float()
+        logs = PairLogprobs(sums[better], sums[worse], ref[better], ref[worse], lengths[better], lengths[worse])
+        loss = combined_loss(logs, stage.dpo_losses, stage.dpo_weights, beta=stage.dpo_beta, label_smoothing=stage.label_smoothing)
+        margins = stage.dpo_beta * ((sums[better] - ref[better]) - (sums[worse] - ref[worse])).detach()
+        loss = loss.sum() / self.pairs
+        self.sums.add(policy=loss.detach(), margin=margins.sum(), correct=(margins > 0).sum())
+        return loss
+
+    def _critic(self, rows: list[int], *, spare: bool, last: bool) -> None:
+        batch, stage = self.batch, self.stage
+        part = batch.tokens.select(rows)
+        mask = torch.zeros_like(part.response_mask) if spare else part.response_mask & batch.keep[rows][:, None]
+        values = self.critic(part.input_ids, part.positions)
+        width = values.shape[1]
+        loss, clipped = value_loss(
+            values,
+            _cut(batch.values, rows, width),
+            _cut(batch.returns, rows, width),
+            mask,
+            cliprange_value=stage.cliprange_value,
+            denominator=self.tokens,
+        )
+        self.critic.backward(stage.vf_coef * loss, last=last)
+        self.sums.add(value=loss.detach(), value_clipped=clipped)
+
+    def _figures(self, total: dict[str, float]) -> dict[str, float]:
+        stage, tokens = self.stage, max(self.tokens, 1.0)
+        figures = {"loss/policy": total["policy"], "loss/entropy": total["entropy"]}
+        if self.pairwise:
+            figures |= {"policy/pairs": self.pairs, "policy/pair_margin": total["margin"] / self.pairs}
+            figures |= {"policy/pair_accuracy": total["correct"] / self.pairs, "policy/approxkl": 0.0}
+        else:
+            trained = self.train_policy
+            figures |= {"policy/clipfrac": total["clipped"] / tokens, "policy/approxkl": total["approxkl"] / tokens}
+            figures |= {"policy/ratio": total["ratio"] / tokens if trained else 1.0}
+        if stage.kl_place is not KLPlace.reward:
+            figures["loss/kl"] = total["kl"]
+        if stage.importance_cap is not None:
+            figures["policy/importance_weight"] = total["weight"] / tokens
+        if self.critic is not None:
+            figures |= {"loss/value": total["value"], "value/clipfrac": total["value_clipped"] / tokens}
+        return figures
+
+
+def _cut(tensor: Tensor | None, rows: Sequence[int], width: int) -> Tensor:
+    """These rows of a [B, T] tensor, without the columns beyond `width`."""
+    assert tensor is not None, "the batch lacks what its configuration needs"
+    return tensor[list(rows), :width]

@@ -68,7 +68,17 @@ def check_tokenizers(path: str | Path, reward_tokenizer: Any, manifest: Manifest
         )
 
 
-class RewardModelScorer:
+class _Stateless:
+    """A scorer whose scores depend on nothing that came before."""
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Nothing to take over."""
+
+
+class RewardModelScorer(_Stateless):
     """A reward model read at the last response token, in float32 at the head.
 
     With the policy's tokenizer and template the policy's token ids are scored as they are; with other ones the prompt's messages
@@ -127,7 +137,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-class FunctionScorer:
+class FunctionScorer(_Stateless):
     """A Python function, plain or async, with TRL's reward signature: ``f(prompts, completions, completion_ids, **columns) -> list[float]``.
 
     Prompts are the rows' own (strings or messages); completions strings, or ``[{"role": "assistant", ...}]`` for messages; columns

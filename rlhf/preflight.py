@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.schema import (
     AdapterKind,
+    Advantage,
     Config,
     CriticInit,
     EngineConfig,
@@ -157,6 +158,11 @@ def check_lengths(cfg: Config) -> None:
         )
     if not isinstance(stage, OnlineStage):
         return
+    if stage.overlong_buffer > rollout.max_response_length:
+        raise UserError(
+            f"stage.overlong_buffer={stage.overlong_buffer} tokens are more than a response has (rollout.max_response_length="
+            f"{rollout.max_response_length}). Lower the buffer; a fifth of the length is usual."
+        )
     longest = cfg.data.max_prompt_length + rollout.max_response_length
     for name, most in ((where, limit), (f"reward.path={cfg.reward.path}: its positions", max_positions(cfg.reward.path))):
         if most is not None and longest > most:
@@ -209,7 +215,7 @@ def check_reward(cfg: Config) -> None:
             )
         if reward.path is not None and reward.function is not None:
             raise UserError(f"reward.path={reward.path} and reward.function={reward.function}: expected one of them, found both.")
-        if stage.critic_init is CriticInit.reward and reward.path is None:
+        if stage.advantage is Advantage.gae and stage.critic_init is CriticInit.reward and reward.path is None:
             raise UserError("stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy, or reward.path.")
     if reward.path is not None:
         # The packages above this module are loaded by name, as stages are: imports point one way (tests/test_layers.py).
@@ -231,9 +237,14 @@ def _check_reward_tokenizer(cfg: Config, manifest: Any) -> None:
 
 
 def check_reference(cfg: Config) -> None:
-    """A KL penalty needs something to measure against."""
+    """A KL penalty needs something to measure against; a reference that moves has to be whole."""
     stage = cfg.stage
-    if isinstance(stage, OnlineStage) and stage.kl_coef > 0 and not stage.reference:
+    if not isinstance(stage, OnlineStage):
+        return
+    if stage.reference_every and (not stage.reference or cfg.engine.zero_stage == 3):
+        found = "stage.reference=false" if not stage.reference else "engine=zero3, which leaves no rank with the reference's whole weights"
+        raise UserError(f"stage.reference_every={stage.reference_every} moves the reference, but found {found}. Set stage.reference_every=0.")
+    if stage.kl_coef > 0 and not stage.reference:
         raise UserError(
             f"stage.kl_coef={stage.kl_coef} penalises the distance from a reference, but stage.reference=false keeps none. "
             "Set stage.reference=true, or stage.kl_coef=0."

@@ -100,3 +100,9 @@ class Scorer(Protocol):
     """Scores responses; raises on anything that isn't a finite number and names the prompt."""
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores: ...
+
+    def state_dict(self) -> dict[str, object]:
+        """What a resumed run has to know, such as running statistics, as JSON can hold it."""
+        ...
+
+    def load_state_dict(self, state: dict[str, object]) -> None: ...

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.advantages import gae, masked_moments, token_rewards, whiten
-from rlhf.moments import RunningMoments, SumOverRanks
 from rlhf.distributed import all_sum
+from rlhf.moments import RunningMoments, SumOverRanks
 
 NAN = float("nan")
 T = TypeVar("T")

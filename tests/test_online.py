@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.schema import OnlineStage
-from rlhf.moments import RunningMoments
 from rlhf import config
+from rlhf.moments import RunningMoments
 from rlhf.run import RunContext
 from rlhf.stages import online
-from rlhf.stages.online import final_scores, step_prompts
-from rlhf.types import Prompt, SyncError, TrainingDiverged
+from rlhf.stages.collecting import final_scores, step_prompts
+from rlhf.types import Prompt, Rollout, SyncError, TrainingDiverged
 from tests import toys
 
 TINY = ["model=tiny", "model.tiny.vocab_size=300", "model.tiny.hidden_size=32", "model.tiny.intermediate_size=48", "model.tiny.layers=2"]
@@ -166,10 +166,15 @@ def test_every_prompt_comes_once_per_pass_whatever_the_step_size() -> None:
     assert [p.id for p in step_prompts(prompts, 3, 4, seed=3)] == seen[12:16]
 
 
+def rollout(reason: str, tokens: int = 1) -> Rollout:
+    return Rollout(Prompt(id="p", text="p", token_ids=(1,)), "", [1] * tokens, [0.0] * tokens, reason, 0)
+
+
 def test_final_scores_clip_then_normalise_then_penalise() -> None:
     stage = OnlineStage(reward_clip=2.0, truncation_penalty=0.5)
-    scores, clipped = final_scores([5.0, -1.0, 1.0, -3.0], [False, True, False, False], stage, RunningMoments())
+    rollouts = [rollout(reason) for reason in ("stop", "length", "stop", "stop")]
+    scores, clipped = final_scores([5.0, -1.0, 1.0, -3.0], rollouts, stage, 8, RunningMoments())
     assert scores.tolist() == [2.0, -1.5, 1.0, -2.0]
     assert clipped == 0.5
-    normalised, _ = final_scores([1.0, 3.0], [False, False], OnlineStage(reward_normalise=True), RunningMoments())
+    normalised, _ = final_scores([1.0, 3.0], rollouts[2:], OnlineStage(reward_normalise=True), 8, RunningMoments())
     assert float(normalised[0]) == -float(normalised[1]) < 0

@@ -1,29 +1,33 @@
-"""The online loop: rollouts -> scores -> KL-penalised update -> verified weight sync (stage=ppo)."""
+"""The online loop of every algorithm: rollouts -> scores -> KL-penalised update -> verified weight sync (stage=ppo, grpo, ...)."""
 
 import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from conf.schema import OnlineStage
-from rlhf.moments import RunningMoments
+from policy.advantages import group_index
 from policy.batching import Batch, collate
 from policy.engine import NonFinite
-from policy.prepare import TrainBatch, policy_logprobs, prepare
+from policy.kl import kl_per_token
+from policy.model import mix_weights
+from policy.prepare import Layout, TrainBatch, policy_logprobs, prepare
 from policy.saving import save_adapter, save_model
 from policy.update import update
 from rlhf import console, distributed
+from rlhf.moments import RunningMoments
 from rlhf.run import RunContext
+from rlhf.stages.collecting import Collected, collect, group_figures
 from rlhf.stages.online_setup import Parts, build
 from rlhf.stages.sync import verify_sync
-from rlhf.types import Prompt, Rollout, Scores, TrainingDiverged, UserError
+from rlhf.types import Rollout, Scores, TrainingDiverged, UserError
 
 
 @dataclass(slots=True)
@@ -37,30 +41,6 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + time.perf_counter() - start
-
-
-def step_prompts(prompts: Sequence[Prompt], step: int, per_step: int, seed: int) -> list[Prompt]:
-    """This rank's prompts of `step` (from 0): consecutive slices of one shuffled pass after another, a function of the step alone."""
-    chosen = []
-    for index in range(step * per_step, (step + 1) * per_step):
-        epoch, place = divmod(index, len(prompts))
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-        chosen.append(prompts[int(order[place])])
-    share = per_step // distributed.world_size()
-    return chosen[distributed.rank() * share : (distributed.rank() + 1) * share]
-
-
-def final_scores(raw: Sequence[float], truncated: Sequence[bool], stage: OnlineStage, moments: RunningMoments) -> tuple[torch.Tensor, float]:
-    """What the update sees [B], and the share of scores that were clipped: clip, then normalise, then the truncation penalty."""
-    scores = torch.tensor(raw, dtype=torch.float32)
-    clipped = 0.0
-    if stage.reward_clip is not None:
-        clipped = float((scores.abs() > stage.reward_clip).float().mean())
-        scores = scores.clamp(-stage.reward_clip, stage.reward_clip)
-    if stage.reward_normalise:
-        moments.update(scores.tolist(), distributed.all_sum)
-        scores = (scores - moments.mean) / max(moments.std, 1e-6)
-    return scores - stage.truncation_penalty * torch.tensor(truncated, dtype=torch.float32), clipped
 
 
 def run(ctx: RunContext) -> None:
@@ -81,13 +61,14 @@ class Loop:
         self.stage, self.steps = stage, stage.steps
         self.moments = RunningMoments()
         self.first = 0
+        self.draws = 0  # of prompts, since the run began
+        self.limit = ctx.cfg.rollout.max_response_length
         self.history: list[dict[str, float]] = []
         if ctx.resume_from is not None:
             self._load(ctx.resume_from)
 
     def train(self) -> None:
-        clock = Clock()
-        self._sync(0, clock)
+        self._sync(self.first)
         with console.progress(self.steps, self.stage.name) as bar:
             for step in range(self.first, self.steps):
                 metrics, rows = self.one_step(step)
@@ -105,38 +86,35 @@ class Loop:
 
     def one_step(self, step: int) -> tuple[dict[str, float], list[dict[str, object]]]:
         """One online step; returns its metrics over all ranks and this rank's sample rows."""
-        stage, parts, seed = self.stage, self.parts, self.cfg.run.seed
+        stage, parts = self.stage, self.parts
         began, clock = time.perf_counter(), Clock()
-        with clock.phase("rollout"):
-            prompts = step_prompts(parts.prompts, step, stage.prompts_per_step, seed)
-            rollouts = parts.generator.generate(prompts, n=stage.samples_per_prompt, seed=seed * 1_000_003 + step)
-        with clock.phase("score"):
-            scored = self._score(rollouts, step)
-            finals, clipped = final_scores(scored.total, [r.finish_reason == "length" for r in rollouts], stage, self.moments)
+        collected = collect(
+            parts.generator,
+            lambda rollouts: self._score(rollouts, step),
+            parts.prompts,
+            stage,
+            first_draw=self.draws,
+            seed=self.cfg.run.seed,
+            limit=self.limit,
+            moments=self.moments,
+            phase=clock.phase,
+        )
+        self.draws += collected.draws
         with clock.phase("prepare"):
-            batch = self._prepare(rollouts, finals)
+            batch = self._prepare(collected)
         with clock.phase("update"):
-            try:
-                figures = update(
-                    batch,
-                    policy=parts.policy,
-                    critic=parts.critic,
-                    stage=stage,
-                    budget=self.cfg.engine.micro_tokens,
-                    seed=seed * 1_000_003 + step,
-                    train_policy=step >= stage.critic_warmup,
-                )
-            except NonFinite as error:
-                raise TrainingDiverged(f"step {step + 1}: {error}. The batch is in {self._dump(rollouts, scored.total, batch, step)}.") from error
+            figures = self._update(batch, collected, step)
         with clock.phase("sync"):
-            probe_gap = self._sync(step + 1, clock)
+            probe_gap = self._sync(step + 1)
+            self._move_reference(step)
         with clock.phase("log"):
-            metrics = self._metrics(rollouts, scored, batch, clock.seconds) | figures
-            metrics |= {"reward/clipped": clipped, "rollout/probe_gap": probe_gap, "objective/kl_coef": parts.kl.coef}
+            metrics = self._metrics(collected, batch, clock.seconds) | figures
+            metrics |= {"reward/clipped": collected.clipped, "rollout/probe_gap": probe_gap, "objective/kl_coef": parts.kl.coef}
             self._check_gap(metrics["rollout/logprob_gap"], step)
-            parts.kl.update(metrics["objective/kl"], stage.prompts_per_step * stage.samples_per_prompt)
-            rows = self._sample_rows(rollouts, scored, batch, step)
-        trained = metrics["rollout/response_tokens"] * figures["policy/updates"] / stage.minibatches
+            if "objective/kl" in metrics:
+                parts.kl.update(metrics["objective/kl"], int(metrics["rollout/trained_responses"]))
+            rows = self._sample_rows(collected, batch, step)
+        trained = metrics["rollout/trained_tokens"] * figures["policy/updates"] / stage.minibatches
         metrics |= clock.seconds
         metrics["train/tokens_per_s"] = trained / max(clock.seconds["time/update_s"], 1e-9)
         metrics["time/step_s"] = time.perf_counter() - began
@@ -148,25 +126,69 @@ class Loop:
         except UserError as error:
             raise TrainingDiverged(f"step {step + 1}: {error} The batch is in {self._dump(rollouts, None, None, step)}.") from error
 
-    def _prepare(self, rollouts: list[Rollout], scores: torch.Tensor) -> TrainBatch:
-        device = distributed.device()
-        tokens = collate([r.prompt.token_ids for r in rollouts], [r.token_ids for r in rollouts], self.parts.tokenizer.pad_token_id, device)
+    def _prepare(self, collected: Collected) -> TrainBatch:
+        """The rows that train as tensors. A rank without any holds one row at weight 0, for the collectives that the others take part in."""
+        device, stage, parts = distributed.device(), self.stage, self.parts
+        rows = collected.rows or [0]
+        rollouts = [collected.rollouts[row] for row in rows]
+        tokens = collate([r.prompt.token_ids for r in rollouts], [r.token_ids for r in rollouts], parts.tokenizer.pad_token_id, device)
         sampled = torch.zeros(tokens.response_mask.shape, dtype=torch.float32)
         for row, rollout in enumerate(rollouts):
             sampled[row, : len(rollout.rollout_logprobs)] = torch.tensor(rollout.rollout_logprobs)
+        keep = [bool(collected.rows) and not (stage.mask_truncated and r.finish_reason == "length") for r in rollouts]
+        empty = torch.zeros(0)
+        batch = TrainBatch(
+            tokens=tokens,
+            keep=torch.tensor(keep, device=device),
+            groups=group_index([r.prompt.id for r in rollouts], device),
+            pairs=collected.pairs,
+            rollout_logprobs=sampled.to(device),
+            old_logprobs=None,
+            entropy=None,
+            ref_logprobs=None,
+            values=None,
+            rewards=empty,
+            advantages=empty,
+            returns=None,
+        )
         return prepare(
-            tokens,
-            sampled.to(device),
-            scores.to(device),
-            policy=self.parts.policy,
-            reference=self.parts.reference,
-            critic=self.parts.critic,
-            stage=self.stage,
-            kl_coef=self.parts.kl.coef,
-            budget=self.cfg.engine.micro_tokens,
+            batch,
+            collected.finals[rows].to(device),
+            None if collected.baselines is None else collected.baselines[rows].to(device),
+            policy=parts.policy,
+            reference=parts.reference,
+            critic=parts.critic,
+            stage=stage,
+            kl_coef=parts.kl.coef,
+            layout=parts.layout,
+            passes=parts.passes,
         )
 
-    def _sync(self, version: int, clock: Clock) -> float:
+    def _update(self, batch: TrainBatch, collected: Collected, step: int) -> dict[str, float]:
+        parts, stage = self.parts, self.stage
+        try:
+            return update(
+                batch,
+                policy=parts.policy,
+                critic=parts.critic,
+                reference=parts.reference,
+                stage=stage,
+                layout=parts.layout,
+                kl_coef=parts.kl.coef,
+                constant_length=stage.constant_length or self.limit,
+                seed=self.cfg.run.seed * 1_000_003 + step,
+                train_policy=parts.critic is None or step >= stage.critic_warmup,
+            )
+        except NonFinite as error:
+            place = self._dump(collected.rollouts, collected.scores.total, batch, step)
+            raise TrainingDiverged(f"step {step + 1}: {error}. The batch is in {place}.") from error
+
+    def _move_reference(self, step: int) -> None:
+        """Every `stage.reference_every` steps the reference's weights become a mix with the policy's (Gorbatovski et al. 2024, arXiv:2404.09656)."""
+        if self.stage.reference_every and (step + 1) % self.stage.reference_every == 0:
+            mix_weights(self.parts.reference.model, self.parts.policy.module.model, self.stage.reference_mix)
+
+    def _sync(self, version: int) -> float:
         """Send the weights and prove that they arrived. Returns the probe's largest gap in nats; raises SyncError."""
         parts = self.parts
         parts.generator.sync(parts.weights(), version)
@@ -178,7 +200,8 @@ class Loop:
         batch: Batch = collate([probe[:1]], [probe[1:]], self.parts.tokenizer.pad_token_id, distributed.device())
         temperature, module.temperature = module.temperature, 1.0
         try:
-            logprobs, _ = policy_logprobs(self.parts.policy, batch, self.cfg.engine.micro_tokens)
+            one = torch.zeros(1, dtype=torch.long, device=batch.lengths.device)
+            logprobs, _ = policy_logprobs(self.parts.policy, batch, one, [0], Layout(self.cfg.engine.micro_tokens))
         finally:
             module.temperature = temperature
         return [float(x) for x in logprobs[0]]
@@ -193,55 +216,76 @@ class Loop:
                 "the sampler's logprobs are not the trainer's, so the update would train on another policy's samples."
             )
 
-    def _metrics(self, rollouts: list[Rollout], scored: Scores, batch: TrainBatch, seconds: dict[str, float]) -> dict[str, float]:
-        """Means over all ranks' responses or tokens; one reduction."""
-        mask = batch.mask
-        gap = torch.where(mask, (batch.rollout_logprobs - batch.old_logprobs).abs(), torch.zeros_like(batch.kl))
-        kl = batch.kl.sum(1)
+    def _metrics(self, collected: Collected, batch: TrainBatch, seconds: dict[str, float]) -> dict[str, float]:
+        """Means over all ranks: scores and lengths over every response, logprobs and KL over those that train; one reduction."""
+        rollouts, scored, mask = collected.rollouts, collected.scores, batch.train_mask
+        assert batch.old_logprobs is not None and batch.entropy is not None
+        gap = torch.where(mask, (batch.rollout_logprobs - batch.old_logprobs).abs(), 0.0)
         total = torch.tensor(scored.total, dtype=torch.float64)
+        groups = group_figures(rollouts, collected.finals)
         sums: dict[str, float] = {
             "responses": len(rollouts),
-            "tokens": float(mask.sum()),
+            "tokens": sum(len(r.token_ids) for r in rollouts),
             "scores": float(total.sum()),
             "scores_square": float(total.square().sum()),
-            "kl": float(kl.sum()),
-            "rlhf_reward": float(batch.rewards.sum()),
-            "entropy": float(batch.entropy.sum()),
             "finished": sum(r.finish_reason == "stop" for r in rollouts),
-            "returns": float(batch.returns[mask].double().sum()),
-            "returns_square": float(batch.returns[mask].double().square().sum()),
-            "residual": float((batch.returns - batch.values)[mask].double().sum()),
-            "residual_square": float((batch.returns - batch.values)[mask].double().square().sum()),
+            "groups": groups["groups"],
+            "equal": groups["equal"],
+            "trained": float(batch.keep.sum()),
+            "trained_tokens": float(mask.sum()),
+            "rlhf_reward": float(batch.rewards[batch.keep].sum()),
+            "entropy": float(torch.where(mask, batch.entropy, 0.0).sum()),
         }
-        sums |= {f"term:{name}": math.fsum(values) for name, values in scored.terms.items()}
+        if batch.ref_logprobs is not None:
+            kl = kl_per_token(batch.old_logprobs, batch.ref_logprobs, self.stage.kl_estimator)
+            sums["kl"] = float(torch.where(mask, kl, 0.0).sum())
+        if batch.returns is not None and batch.values is not None:
+            returns, residual = batch.returns[mask].double(), (batch.returns - batch.values)[mask].double()
+            sums |= {"returns": float(returns.sum()), "returns_square": float(returns.square().sum())}
+            sums |= {"residual": float(residual.sum()), "residual_square": float(residual.square().sum())}
+        sums |= {f"term:{name}": math.fsum(values) for name, values in {**scored.terms, **scored.extras}.items()}
         s = dict(zip(sums, distributed.all_sum(list(sums.values())), strict=True))
-        n, tokens = s["responses"], max(s["tokens"], 1.0)
-        spread = s["returns_square"] / tokens - (s["returns"] / tokens) ** 2
-        residual = s["residual_square"] / tokens - (s["residual"] / tokens) ** 2
-        largest_gap, rollout_s = distributed.all_max([float(gap.max()), seconds["time/rollout_s"]])
+        largest_gap, rollout_s, largest, smallest = distributed.all_max(
+            [float(gap.max()), seconds["time/rollout_s"], groups["largest"], groups["smallest"]]
+        )
+        n, trained, tokens = s["responses"], max(s["trained"], 1.0), max(s["trained_tokens"], 1.0)
         metrics = {
             "objective/scores": s["scores"] / n,
             "objective/scores_std": math.sqrt(max(0.0, s["scores_square"] / n - (s["scores"] / n) ** 2)),
-            "objective/kl": s["kl"] / n,
-            "objective/kl_per_token": s["kl"] / tokens,
-            "objective/rlhf_reward": s["rlhf_reward"] / n,
+            "objective/rlhf_reward": s["rlhf_reward"] / trained,
             "objective/entropy": s["entropy"] / tokens,
-            "value/explained_variance": 1.0 - residual / spread if spread > 1e-12 else 0.0,
-            "rollout/response_length": tokens / n,
+            "rollout/response_length": s["tokens"] / n,
             "rollout/response_tokens": s["tokens"],
+            "rollout/trained_responses": s["trained"],
+            "rollout/trained_tokens": s["trained_tokens"],
             "rollout/finished": s["finished"] / n,
+            "rollout/draws": float(collected.draws),
             "rollout/logprob_gap": largest_gap,
-            "rollout/tokens_per_s": tokens / max(rollout_s, 1e-9),
+            "rollout/tokens_per_s": s["tokens"] / max(rollout_s, 1e-9),
+            "group/equal": s["equal"] / s["groups"],
+            "group/size_min": -smallest,
+            "group/size_max": largest,
         }
+        if "kl" in s:
+            metrics |= {"objective/kl": s["kl"] / trained, "objective/kl_per_token": s["kl"] / tokens}
+        if "returns" in s:
+            spread = s["returns_square"] / tokens - (s["returns"] / tokens) ** 2
+            left = s["residual_square"] / tokens - (s["residual"] / tokens) ** 2
+            metrics["value/explained_variance"] = 1.0 - left / spread if spread > 1e-12 else 0.0
         return metrics | {f"reward/{name.removeprefix('term:')}": value / n for name, value in s.items() if name.startswith("term:")}
 
-    def _sample_rows(self, rollouts: list[Rollout], scored: Scores, batch: TrainBatch, step: int) -> list[dict[str, object]]:
+    def _sample_rows(self, collected: Collected, batch: TrainBatch, step: int) -> list[dict[str, object]]:
+        place = {row: i for i, row in enumerate(collected.rows)}
+        kl: dict[int, float] = {}
+        if batch.ref_logprobs is not None and batch.old_logprobs is not None:
+            summed = torch.where(batch.train_mask, kl_per_token(batch.old_logprobs, batch.ref_logprobs, self.stage.kl_estimator), 0.0).sum(1)
+            kl = {row: float(summed[i]) for row, i in place.items()}
         rows: list[dict[str, object]] = []
-        for i, rollout in enumerate(rollouts[: self.stage.samples_kept]):
-            terms = {name: values[i] for name, values in scored.terms.items()}
+        for i, rollout in enumerate(collected.rollouts[: self.stage.samples_kept]):
+            terms = {name: values[i] for name, values in {**collected.scores.terms, **collected.scores.extras}.items()}
             rows.append(
-                {"step": step + 1, "prompt": rollout.prompt.text, "response": rollout.text, "score": scored.total[i], **terms}
-                | {"kl": float(batch.kl[i].sum()), "response_length": len(rollout.token_ids), "finish_reason": rollout.finish_reason}
+                {"step": step + 1, "prompt": rollout.prompt.text, "response": rollout.text, "score": collected.scores.total[i], **terms}
+                | {"kl": kl.get(i), "response_length": len(rollout.token_ids), "finish_reason": rollout.finish_reason}
             )
         return rows
 
@@ -262,9 +306,13 @@ class Loop:
         final = self.ctx.dir / "checkpoints" / f"step-{step}"
         side = final.with_name(final.name + ".part")
         self.parts.policy.save(side / "policy")
-        self.parts.critic.save(side / "critic")
+        if self.parts.critic is not None:
+            self.parts.critic.save(side / "critic")
         if distributed.is_main():
-            state = {"step": step, "kl": self.parts.kl.state_dict(), "moments": self.moments.state_dict(), "history": self.history}
+            state = {"step": step, "draws": self.draws, "kl": self.parts.kl.state_dict(), "moments": self.moments.state_dict()}
+            state |= {"scorer": self.parts.scorer.state_dict(), "history": self.history}
+            if self.stage.reference_every:
+                save_file(self.parts.reference.model.state_dict(), str(side / "reference.safetensors"))
             (side / "loop.json").write_text(json.dumps(state), encoding="utf-8")
             side.rename(final)
         distributed.barrier()
@@ -272,8 +320,12 @@ class Loop:
     def _load(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / "loop.json").read_text(encoding="utf-8"))
         self.parts.policy.load(checkpoint / "policy")
-        self.parts.critic.load(checkpoint / "critic")
-        self.first = state["step"]
+        if self.parts.critic is not None:
+            self.parts.critic.load(checkpoint / "critic")
+        if self.stage.reference_every:
+            self.parts.reference.model.load_state_dict(load_file(str(checkpoint / "reference.safetensors")))
+        self.parts.scorer.load_state_dict(state["scorer"])
+        self.first, self.draws = state["step"], state["draws"]
         self.history = state["history"]
         self.parts.kl.load_state_dict(state["kl"])
         self.moments.load_state_dict(state["moments"])
@@ -285,9 +337,11 @@ class Loop:
             save_adapter(parts.policy.module.model, ctx.dir / "adapter", parts.policy.gather)
         window = max(1, min(5, len(self.history) // 2))
         metrics = {}
-        for name in self.history[-1]:
-            metrics[f"{name}_first"] = sum(h[name] for h in self.history[:window]) / window
-            metrics[name] = sum(h[name] for h in self.history[-window:]) / window
+        for name in sorted(set().union(*self.history)):
+            for key, part in ((f"{name}_first", self.history[:window]), (name, self.history[-window:])):
+                values = [h[name] for h in part if name in h]  # a step without an update has no figures of it
+                if values:
+                    metrics[key] = sum(values) / len(values)
         metrics["rollout/logprob_gap_max"] = max(h["rollout/logprob_gap"] for h in self.history)
         ctx.finish(
             steps=self.steps,
@@ -296,7 +350,7 @@ class Loop:
             figures={
                 f"score, first {window} steps": f"{metrics['objective/scores_first']:.3f}",
                 f"score, last {window} steps": f"{metrics['objective/scores']:.3f}",
-                "KL per response (nats)": f"{metrics['objective/kl']:.2f}",
+                **({"KL per response (nats)": f"{metrics['objective/kl']:.2f}"} if "objective/kl" in metrics else {}),
                 "largest sampler-trainer gap (nats)": f"{metrics['rollout/logprob_gap_max']:.1e}",
             },
             next_command=f"python -m rlhf stage=eval run.name={ctx.cfg.run.name} stage.before={ctx.cfg.model.path} stage.after={ctx.dir / 'model'}",

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from conf.schema import AdapterKind, Config, CriticInit, EngineKind, KLController, LoraSync, ModelKind, OnlineStage
+from conf.schema import AdapterKind, Advantage, Config, CriticInit, EngineKind, KLController, LoraSync, ModelKind, OnlineStage
 from policy.adapters import attach, enable_checkpointing
 from policy.engine import Engine, OptimSettings, make_engine
 from policy.kl import AdaptiveKL, FixedKL
-from policy.model import CriticModule, PolicyModule, adapter_weights, full_weights
+from policy.model import CriticModule, PolicyModule, adapter_weights, base_of, full_weights, has_dropout
+from policy.packing import can_share_prompts
+from policy.prepare import Layout, needs_old_logprobs
 from reward.model import load_reward_model
 from reward.scorer import make_scorer
 from rlhf import distributed
@@ -33,8 +35,10 @@ class Parts:
     tokenizer: Any
     prompts: list[Prompt]
     policy: Engine
-    critic: Engine
+    critic: Engine | None  # advantage=gae
     reference: Any  # frozen module, "adapter" (the policy with its adapter off), or None
+    layout: Layout
+    passes: bool  # whether logprobs before the update take a pass of their own
     scorer: Scorer
     generator: Generator
     kl: FixedKL | AdaptiveKL
@@ -71,19 +75,21 @@ def build(ctx: RunContext) -> Parts:
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(policy_model)
     module = PolicyModule(policy_model, chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature)
+    module.entropy_grad = stage.entropy_coef > 0
     generator = make_generator(
         cfg, model_path=start, tokenizer=tokenizer, model_factory=generator_model, adapter_rank=cfg.adapter.rank if lora and not merged else None
     )
     device = distributed.device()
     policy = make_engine(module, cfg.engine, OptimSettings.from_stage(stage, total_steps=updates), device, half=half)
-    critic_model = _critic(cfg, tokenizer, start)
-    critic_settings = OptimSettings.from_stage(stage, total_steps=updates, learning_rate=stage.critic_learning_rate)
-    critic = make_engine(CriticModule(critic_model), cfg.engine, critic_settings, device, half=half)
+    critic = None
+    if stage.advantage is Advantage.gae:
+        critic_settings = OptimSettings.from_stage(stage, total_steps=updates, learning_rate=stage.critic_learning_rate)
+        critic = make_engine(CriticModule(_critic(cfg, tokenizer, start)), cfg.engine, critic_settings, device, half=half)
     reference: Any = None
-    if stage.reference:
-        reference = (
-            "adapter" if lora else _freeze(PolicyModule(base_model(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature), cfg, half)
-        )
+    if stage.reference and lora and not stage.reference_every:
+        reference = "adapter"
+    elif stage.reference:
+        reference = _freeze(PolicyModule(base_model(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature), cfg, half)
     greedy = generator.generate(prompts[:1], n=1, seed=0, greedy=True)[0]
     probe = distributed.broadcast(tuple(prompts[0].token_ids) + tuple(greedy.token_ids[:_PROBE_TOKENS]))
     kl: FixedKL | AdaptiveKL = FixedKL(stage.kl_coef)
@@ -97,12 +103,29 @@ def build(ctx: RunContext) -> Parts:
         reference=reference,
         scorer=scorer,
         generator=generator,
+        layout=_layout(cfg, policy_model),
+        # Under dropout the logprobs of a training pass are not those of the policy that wrote the responses.
+        passes=needs_old_logprobs(stage) or has_dropout(policy_model),
         kl=kl,
         weights=lambda: (adapter_weights if lora and not merged else full_weights)(policy_model, policy.gather),
         adapter=lora,
         probe=probe,
         tolerance=cfg.rollout.gap_tolerance or (0.05 if half else 1e-4),
     )
+
+
+def _layout(cfg: Config, model: Any) -> Layout:
+    """Whether prompts are shared. Raises UserError where engine.share_prompts=true can't be had."""
+    stage, base = cfg.stage, base_of(model)
+    wished = cfg.engine.share_prompts
+    able = can_share_prompts(base)
+    if wished and not able:
+        raise UserError(
+            f"engine.share_prompts=true: {base.config.model_type} with attn_implementation={base.config._attn_implementation} takes no mask of ours. "
+            "Expected a model with full causal attention under sdpa or eager. Set engine.share_prompts=null."
+        )
+    shared = able and wished is not False and stage.samples_per_prompt > 1 and stage.advantage is not Advantage.gae
+    return Layout(budget=cfg.engine.micro_tokens, shared=shared, hidden_size=int(base.config.get_text_config().hidden_size))
 
 
 def _tokenizer(cfg: Config) -> Any:
