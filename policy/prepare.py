@@ -198,6 +198,8 @@ def prepare(
     if stage.advantage is Advantage.gae:
         assert values is not None, "advantage=gae has a critic"
         advantages, returns = gae(rewards, values, mask, gamma=stage.gamma, gae_lambda=stage.gae_lambda)
+    elif not rows:  # a rank's spare row has no group
+        advantages = torch.zeros_like(rewards)
     else:
         advantages = advantages_without_critic(rewards, scores, batch.groups, baselines, mask, stage)
     if stage.whiten_advantages and stage.advantage is not Advantage.none and distributed.all_sum([float(batch.train_mask.sum())])[0] > 0:

@@ -24,3 +24,12 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 def prompt_rows() -> list[dict[str, object]]:
     return [{"prompt": f"{word} {number}"} for number in range(4) for word in ("alpha", "beta", "gamma", "delta")]
+
+
+def even_tokens(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """Share of even token ids in a response: a random policy starts near one half."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def constant(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    return [1.0] * len(completion_ids)

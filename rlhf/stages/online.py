@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from conf.schema import OnlineStage
 from policy.advantages import group_index
@@ -312,7 +312,7 @@ class Loop:
             state = {"step": step, "draws": self.draws, "kl": self.parts.kl.state_dict(), "moments": self.moments.state_dict()}
             state |= {"scorer": self.parts.scorer.state_dict(), "history": self.history}
             if self.stage.reference_every:
-                save_file(self.parts.reference.model.state_dict(), str(side / "reference.safetensors"))
+                torch.save(self.parts.reference.model.state_dict(), side / "reference.pt")
             (side / "loop.json").write_text(json.dumps(state), encoding="utf-8")
             side.rename(final)
         distributed.barrier()
@@ -323,7 +323,7 @@ class Loop:
         if self.parts.critic is not None:
             self.parts.critic.load(checkpoint / "critic")
         if self.stage.reference_every:
-            self.parts.reference.model.load_state_dict(load_file(str(checkpoint / "reference.safetensors")))
+            self.parts.reference.model.load_state_dict(torch.load(checkpoint / "reference.pt", weights_only=True, map_location="cpu"))
         self.parts.scorer.load_state_dict(state["scorer"])
         self.first, self.draws = state["step"], state["draws"]
         self.history = state["history"]
