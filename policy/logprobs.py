@@ -1,10 +1,13 @@
 """Log-probabilities of chosen tokens without ever holding all logits."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+_ROWS = 64  # at a time, so that what is read again is still in the cache
 
 
 def selected_logprobs(
@@ -38,7 +41,41 @@ def selected_logprobs(
 def _chunk_logprobs(
     hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, temperature: float, entropy_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    log_p = torch.log_softmax(head(hidden).float() / temperature, dim=-1)  # [n, V]
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy = -(log_p.exp() * log_p).sum(dim=-1)
-    return log_p.gather(1, labels[:, None]).squeeze(1), entropy
+    logits = head(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    if not entropy_grad:
+        logprobs, entropy = _LabelLogprobs.apply(logits, labels)
+        return logprobs, entropy
+    log_p = torch.log_softmax(logits, dim=-1)  # [n, V]
+    return log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=-1)
+
+
+class _LabelLogprobs(torch.autograd.Function):
+    """Logprob of each label (with a gradient) and entropy (without), from logits [n, V] in the one buffer that holds them.
+
+    The logits are overwritten by their probabilities, a few rows at a time, and those by the gradient: [n, V] exists once where log_softmax,
+    its exponential and their gradients would be four. The caller must own the logits, and backward works once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        buffer = logits.detach()  # the same memory: nothing else reads the head's output
+        logprobs, entropy = logits.new_empty(len(labels)), logits.new_empty(len(labels))
+        for start in range(0, len(labels), _ROWS):
+            part = slice(start, start + _ROWS)
+            log_p = torch.log_softmax(buffer[part], dim=-1)
+            logprobs[part] = log_p.gather(1, labels[part, None]).squeeze(1)
+            torch.exp(log_p, out=buffer[part])
+            entropy[part] = -torch.linalg.vecdot(buffer[part], log_p)
+        ctx.save_for_backward(buffer, labels)  # by this way only can activation checkpointing drop it and compute it anew
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient, labels = ctx.saved_tensors  # a second backward ends here: torch sees that the buffer has changed
+        upstream = gradients[0]
+        gradient.mul_(-upstream[:, None])
+        gradient[torch.arange(len(upstream), device=gradient.device), labels] += upstream
+        return gradient, None

@@ -97,9 +97,9 @@ def pack(batch: Batch, packs: Sequence[Sequence[int]]) -> Packed:
 
 
 def can_share_prompts(model: Any) -> bool:
-    """Whether the model takes a mask of our own: full causal attention in every layer, by sdpa or eager kernels, positions by id."""
+    """Whether the model takes a mask of our own: full causal attention in every layer, by sdpa (eager attention would add the mask), positions by id."""
     config = model.config.get_text_config()
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+    if getattr(config, "_attn_implementation", None) != "sdpa":
         return False
     layers = getattr(config, "layer_types", None)
     if layers is not None and any(kind != "full_attention" for kind in layers):

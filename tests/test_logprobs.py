@@ -127,12 +127,13 @@ def saved_vocabulary_rows() -> Iterator[list[int]]:
         yield rows
 
 
-def test_the_full_logits_never_exist() -> None:
+@pytest.mark.parametrize("entropy_grad", [True, False])
+def test_the_full_logits_never_exist(entropy_grad: bool) -> None:
     hidden, head, labels = case()
     with LiveVocabularyRows() as live, saved_vocabulary_rows() as saved:
-        outputs = selected_logprobs(hidden, head, labels, chunk=5)
+        outputs = selected_logprobs(hidden, head, labels, chunk=5, entropy_grad=entropy_grad)
         assert saved == []  # several chunks: backward computes each anew
-        gradients(outputs, hidden, head)
+        outputs[0].sum().backward()
     assert 0 < live.most <= 5
 
 
@@ -167,3 +168,34 @@ def test_nothing_is_kept_without_gradients() -> None:
 def test_bad_arguments_rise(hidden: tuple[int, ...], labels: tuple[int, ...], options: dict) -> None:
     with pytest.raises(ValueError, match="expected"):
         selected_logprobs(torch.zeros(hidden), nn.Linear(H, V), torch.zeros(labels, dtype=torch.long), **options)
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_without_an_entropy_gradient_values_and_the_logprobs_gradient_stay_exact(chunk: int, temperature: float) -> None:
+    hidden, head, labels = case()
+    ours = selected_logprobs(hidden, head, labels, chunk=chunk, temperature=temperature, entropy_grad=False)
+    exact = reference(hidden, head, labels, temperature)
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)
+    assert not ours[1].requires_grad
+    weights = torch.linspace(-1.0, 2.0, N)
+    found, expected = (torch.autograd.grad((weights * o[0]).sum(), [hidden, head.weight, head.bias]) for o in (ours, exact))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_backward_through_the_reused_buffer_is_refused() -> None:
+    hidden, head, labels = case()
+    logprobs, _ = selected_logprobs(hidden, head, labels, chunk=1000, entropy_grad=False)
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.sum().backward()
+
+
+def test_no_gradient_at_all_gives_the_same_values() -> None:
+    hidden, head, labels = case()
+    with torch.no_grad():
+        quiet = selected_logprobs(hidden, head, labels, chunk=7, entropy_grad=False)
+    for mine, theirs in zip(quiet, selected_logprobs(hidden, head, labels, chunk=7), strict=True):
+        torch.testing.assert_close(mine, theirs)

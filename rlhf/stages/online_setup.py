@@ -122,7 +122,7 @@ def _layout(cfg: Config, model: Any) -> Layout:
     if wished and not able:
         raise UserError(
             f"engine.share_prompts=true: {base.config.model_type} with attn_implementation={base.config._attn_implementation} takes no mask of ours. "
-            "Expected a model with full causal attention under sdpa or eager. Set engine.share_prompts=null."
+            "Expected a model with full causal attention under sdpa. Set engine.share_prompts=null."
         )
     shared = able and wished is not False and stage.samples_per_prompt > 1 and stage.advantage is not Advantage.gae
     return Layout(budget=cfg.engine.micro_tokens, shared=shared, hidden_size=int(base.config.get_text_config().hidden_size))
