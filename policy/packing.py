@@ -97,7 +97,7 @@ def pack(batch: Batch, packs: Sequence[Sequence[int]]) -> Packed:
 
 
 def can_share_prompts(model: Any) -> bool:
-    """Whether the model takes a mask of our own: full causal attention in every layer, by sdpa (eager attention would add the mask), positions by id."""
+    """Whether the model takes a mask of ours: full causal attention in every layer, positions by id, sdpa (eager attention would add the mask)."""
     config = model.config.get_text_config()
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return False

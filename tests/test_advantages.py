@@ -12,7 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.advantages import gae, masked_moments, token_rewards, whiten
+from policy.advantages import (
+    gae,
+    group_advantages,
+    group_index,
+    leave_one_out_advantages,
+    masked_moments,
+    rewards_to_go,
+    token_rewards,
+    whiten,
+)
 from rlhf.distributed import all_sum
 from rlhf.moments import RunningMoments, SumOverRanks
 
@@ -312,3 +321,59 @@ def test_running_moments_refuse_what_is_not_finite_and_stay_as_they_were() -> No
         with pytest.raises(ValueError, match="values"):
             running.update(bad)
     assert running.state_dict() == before
+
+
+# --- groups ---
+
+
+def test_group_advantages_hand_computed_with_groups_of_different_sizes() -> None:
+    scores = torch.tensor([1.0, 10.0, 3.0, 10.0, 16.0])
+    groups = group_index(["a", "b", "a", "b", "b"])
+    assert groups.tolist() == [0, 1, 0, 1, 1]
+    # a: mean 2, std sqrt(2); b: mean 12, std sqrt(12)
+    torch.testing.assert_close(group_advantages(scores, groups, std=False), torch.tensor([-1.0, -2.0, 1.0, -2.0, 4.0]))
+    expected = torch.tensor([-1 / 2**0.5, -2 / 12**0.5, 1 / 2**0.5, -2 / 12**0.5, 4 / 12**0.5])
+    torch.testing.assert_close(group_advantages(scores, groups, std=True), expected)
+    # leave one out: 1 - 3, 10 - 13, 3 - 1, 10 - 13, 16 - 10
+    torch.testing.assert_close(leave_one_out_advantages(scores, groups), torch.tensor([-2.0, -3.0, 2.0, -3.0, 6.0]))
+
+
+@pytest.mark.parametrize("value", [0.1, 1e6 + 1 / 3, -7.7e-5])
+@pytest.mark.parametrize("std", [True, False])
+def test_a_group_of_equal_scores_gets_exactly_nothing(value: float, std: bool) -> None:
+    """One-pass variance of these numbers is rounding noise, and noise / noise would be a signal of size 1."""
+    assert group_advantages(torch.full((7,), value), torch.zeros(7, dtype=torch.long), std=std).tolist() == [0.0] * 7
+
+
+def test_a_group_of_one_is_an_error() -> None:
+    for function in (lambda s, g: group_advantages(s, g, std=True), leave_one_out_advantages):
+        with pytest.raises(ValueError, match=r"groups \[1\] of one"):
+            function(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-100, 100)), min_size=1, max_size=24), st.integers(0, 2**31))
+def test_group_order_changes_nothing_and_every_group_sums_to_zero(drawn: list[tuple[int, int]], seed: int) -> None:
+    drawn = [*drawn, *drawn]  # no group of one
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))
+    scores, keys = torch.tensor([float(score) for _, score in drawn]), [key for key, _ in drawn]
+    plain = group_advantages(scores, group_index(keys), std=True)
+    shuffled = group_advantages(scores[order], group_index([keys[i] for i in order.tolist()]), std=True)
+    torch.testing.assert_close(shuffled, plain[order], rtol=1e-5, atol=1e-6)
+    for key in set(keys):
+        rows = [i for i, k in enumerate(keys) if k == key]
+        assert float(plain[rows].sum()) == pytest.approx(0.0, abs=1e-4)
+
+
+@given(st.integers(0, 2**31))
+def test_leave_one_out_equals_the_group_mean_scaled(seed: int) -> None:
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(seed))
+    groups = torch.arange(12) % 3
+    centred = group_advantages(scores, groups, std=False)
+    torch.testing.assert_close(leave_one_out_advantages(scores, groups), centred * 4 / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_rewards_to_go_hand_computed() -> None:
+    rewards = torch.tensor([[1.0, 9.0, 2.0, 4.0], [3.0, 5.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False]])  # a token that the policy did not write is skipped
+    expected = torch.tensor([[1 + 0.5 * 4, 0.0, 2 + 0.5 * 4, 4.0], [3 + 0.5 * 5, 5.0, 0.0, 0.0]])
+    torch.testing.assert_close(rewards_to_go(rewards, mask, gamma=0.5), expected)

@@ -1,4 +1,4 @@
-"""Losses and advantages give the numbers and gradients of TRL's own code where TRL has the same algorithm. Its trainers run unbuilt: only their loss is called."""
+"""Losses and advantages give the numbers and gradients of TRL's own code where TRL has the same algorithm; of its trainers only the loss runs."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -175,7 +175,7 @@ def test_importance_correction_multiplies_the_surrogate() -> None:
 
 
 def test_rloo_takes_the_same_direction_as_trls_while_the_policy_is_the_old_one() -> None:
-    """TRL clips the ratio of a whole response, we those of its tokens: at the first optimizer step both gradients are A_i times that of log pi(y_i)."""
+    """TRL clips a response's ratio, we those of its tokens: at the first optimizer step both gradients are A_i times that of log pi(y_i)."""
     data = case()
     data["new"] = data["old"].clone()
     trainer: Any = object.__new__(RLOOTrainer)

@@ -123,7 +123,8 @@ def report(case: Case, results: dict[str, list[Figures]]) -> list[str]:
     sync = statistics.median(row["sync_s"] / row["step_s"] for row in ours)
     memory = max(r["peak_rss_mb"] for r in ours) / max(r["peak_rss_mb"] for r in trl)
     lines += [
-        f"  whole step, TRL's time / ours: {statistics.median(pairs):.2f} [{min(pairs):.2f}, {max(pairs):.2f}]{target}; per token {statistics.median(speed):.2f}",
+        f"  whole step, TRL's time / ours: {statistics.median(pairs):.2f} [{min(pairs):.2f}, {max(pairs):.2f}]{target}; "
+        f"per token {statistics.median(speed):.2f}",
         f"  update against a bare forward and backward over the same real tokens: {bare:.2f} (target 0.9)",
         f"  sync's share of the step: {100 * sync:.1f} % (target below 5 on b); peak memory against TRL's: {memory:.2f} (target 1)",
         f"  largest gap between sampler and trainer: {max(row['gap'] for row in ours):.1e} nats",
@@ -147,8 +148,8 @@ def growth(folder: Path, rounds: int) -> list[str]:
         seconds, tokens = median(rows, "step_s"), median(rows, "response_tokens")
         first = first or seconds
         lines.append(
-            f"  {label:<18} step {seconds:6.3f} s ({seconds / first:4.2f} x)   {tokens:6.0f} response tokens   generation {median(rows, 'rollout_s'):6.3f} s   "
-            f"update {median(rows, 'update_s'):6.3f} s   sync {median(rows, 'sync_s'):6.3f} s"
+            f"  {label:<18} step {seconds:6.3f} s ({seconds / first:4.2f} x)   {tokens:6.0f} response tokens   "
+            f"generation {median(rows, 'rollout_s'):6.3f} s   update {median(rows, 'update_s'):6.3f} s   sync {median(rows, 'sync_s'):6.3f} s"
         )
     return lines
 

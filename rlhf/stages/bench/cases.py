@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison. Both train GRPO with one optimizer step per rollout, AdamW in float32, no KL penalty (TRL's default) and the same clip range."""
+    """One comparison: GRPO, one optimizer step per rollout, AdamW in float32, no KL penalty (TRL's default), the same clip range."""
 
     name: str
     model: str  # directory of the starting policy
