@@ -149,6 +149,31 @@ class PreferenceLoss(Enum):
     sft = "sft"
 
 
+class FDivergence(Enum):
+    """What DPO keeps policy and reference close by (Wang et al. 2023, arXiv:2309.16240); by TRL's names."""
+
+    reverse_kl = "reverse_kl"
+    forward_kl = "forward_kl"
+    js_divergence = "js_divergence"
+    alpha_divergence = "alpha_divergence"
+
+
+class KTOLoss(Enum):
+    """Losses of TRL's KTOTrainer, by its names."""
+
+    kto = "kto"
+    apo_zero_unpaired = "apo_zero_unpaired"  # APO-zero (arXiv:2408.06266) for single answers; no KL estimate
+
+
+class CPOLoss(Enum):
+    """Losses of TRL's CPOTrainer, by its names."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"  # of the log-probability per token
+    simpo = "simpo"  # of the log-probability per token, with a target margin
+
+
 class Rule(Enum):
     """What the watch looks for (rlhf/watch.py)."""
 
@@ -197,6 +222,9 @@ class DataFormat(Enum):
     alpaca_preference = "alpaca_preference"
     sharegpt_preference = "sharegpt_preference"
     swift_preference = "swift_preference"
+    unpaired = "unpaired"
+    sharegpt_unpaired = "sharegpt_unpaired"
+    messages_unpaired = "messages_unpaired"
 
 
 class Recipe(Enum):
@@ -452,6 +480,116 @@ class RewardStage(OfflineStage):
         super(RewardStage, self).__post_init__()
         _check(self.centering_coef >= 0, "stage.centering_coef", self.centering_coef, "at least 0")
         _check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
+
+
+_SMOOTHED = (PreferenceLoss.robust, PreferenceLoss.exo_pair, PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
+# f-DPO's rewards hold a term that only the difference of the two sides cancels; TRL refuses the other losses, too.
+_OF_DIFFERENCES = (
+    PreferenceLoss.sigmoid,
+    PreferenceLoss.sigmoid_norm,
+    PreferenceLoss.hinge,
+    PreferenceLoss.ipo,
+    PreferenceLoss.exo_pair,
+    PreferenceLoss.robust,
+    PreferenceLoss.discopop,
+    PreferenceLoss.sft,
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class PreferenceStage(OfflineStage):
+    """Direct preference optimisation from pairs, against a frozen reference, on TRL's DPOTrainer."""
+
+    name: str = "dpo"
+    learning_rate: float = 1e-6
+    losses: list[PreferenceLoss] = field(default_factory=lambda: [PreferenceLoss.sigmoid])  # their weighted sum is minimised
+    weights: list[float] | None = None  # one per loss; None: 1 each
+    beta: float = 0.1  # strength of the tie to the reference; ipo: the paper's tau
+    label_smoothing: float = 0.0  # robust, aot: share of labels taken to be flipped; exo_pair: the paper's epsilon
+    f_divergence: FDivergence = FDivergence.reverse_kl
+    f_alpha: float | None = None  # f_divergence=alpha_divergence; None: 0.5
+    ld_alpha: float | None = None  # weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411); None: 1
+    discopop_tau: float = 0.05  # temperature of the discopop loss
+
+    def __post_init__(self) -> None:
+        super(PreferenceStage, self).__post_init__()
+        names = [loss.value for loss in self.losses]
+        _check(len(names) > 0, "stage.losses", names, "at least one loss")
+        _check(len(set(names)) == len(names), "stage.losses", names, "each loss once; stage.weights says how much of it")
+        if self.weights is not None:
+            _check(len(self.weights) == len(names), "stage.weights", self.weights, f"one weight for each of {len(names)} losses")
+            fits = all(weight >= 0 for weight in self.weights) and any(weight > 0 for weight in self.weights)
+            _check(fits, "stage.weights", self.weights, "weights of at least 0, one of them above 0")
+        _check(self.beta > 0, "stage.beta", self.beta, "above 0")
+        _check(0 <= self.label_smoothing < 0.5, "stage.label_smoothing", self.label_smoothing, "in [0, 0.5)")
+        smoothed = any(loss in _SMOOTHED for loss in self.losses)
+        what = f"0 with losses={names}: only {', '.join(loss.value for loss in _SMOOTHED)} read it"
+        _check(smoothed or self.label_smoothing == 0, "stage.label_smoothing", self.label_smoothing, what)
+        exo = PreferenceLoss.exo_pair in self.losses
+        _check(not exo or self.label_smoothing > 0, "stage.label_smoothing", self.label_smoothing, "above 0 with exo_pair, which takes its logarithm")
+        if self.f_divergence is not FDivergence.reverse_kl:
+            what = f"reverse_kl with losses={names}: another divergence is defined for {', '.join(loss.value for loss in _OF_DIFFERENCES)} only"
+            _check(all(loss in _OF_DIFFERENCES for loss in self.losses), "stage.f_divergence", self.f_divergence.value, what)
+        alpha = self.f_divergence is FDivergence.alpha_divergence
+        _check(self.f_alpha is None or alpha, "stage.f_alpha", self.f_alpha, "null without f_divergence=alpha_divergence")
+        _check(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "stage.ld_alpha", self.ld_alpha, "in [0, 1]")
+        _check(self.discopop_tau > 0, "stage.discopop_tau", self.discopop_tau, "above 0")
+
+
+@dataclass(slots=True, kw_only=True)
+class KTOStage(OfflineStage):
+    """Preference optimisation from single answers, each judged good or bad, on TRL's KTOTrainer."""
+
+    name: str = "kto"
+    learning_rate: float = 1e-6
+    loss: KTOLoss = KTOLoss.kto
+    beta: float = 0.1  # strength of the tie to the reference
+    desirable_weight: float = 1.0  # of the good answers' losses
+    undesirable_weight: float = 1.0  # of the bad answers' losses
+
+    def __post_init__(self) -> None:
+        super(KTOStage, self).__post_init__()
+        _check(self.beta > 0, "stage.beta", self.beta, "above 0")
+        _check(self.desirable_weight > 0, "stage.desirable_weight", self.desirable_weight, "above 0")
+        _check(self.undesirable_weight > 0, "stage.undesirable_weight", self.undesirable_weight, "above 0")
+
+
+@dataclass(slots=True, kw_only=True)
+class CPOStage(OfflineStage):
+    """Preference optimisation from pairs without a reference, on TRL's CPOTrainer: CPO and SimPO."""
+
+    name: str = "cpo"
+    learning_rate: float = 1e-6
+    loss: CPOLoss = CPOLoss.sigmoid
+    beta: float = 0.1  # scale of the log-probabilities' difference; ipo: the paper's tau
+    nll_coef: float = 1.0  # weight of the chosen answers' negative log-likelihood per token
+    gamma: float = 0.0  # simpo: the target margin between the scaled rewards
+    label_smoothing: float = 0.0  # sigmoid, simpo: share of labels taken to be flipped
+
+    def __post_init__(self) -> None:
+        super(CPOStage, self).__post_init__()
+        _check(self.beta > 0, "stage.beta", self.beta, "above 0")
+        _check(self.nll_coef >= 0, "stage.nll_coef", self.nll_coef, "at least 0")
+        _check(self.gamma >= 0, "stage.gamma", self.gamma, "at least 0")
+        simpo = self.loss is CPOLoss.simpo
+        _check(simpo or self.gamma == 0, "stage.gamma", self.gamma, f"0 with loss={self.loss.value}: only simpo has a target margin")
+        _check(0 <= self.label_smoothing < 0.5, "stage.label_smoothing", self.label_smoothing, "in [0, 0.5)")
+        smoothed = self.loss in (CPOLoss.sigmoid, CPOLoss.simpo)
+        what = f"0 with loss={self.loss.value}: only sigmoid and simpo read it"
+        _check(smoothed or self.label_smoothing == 0, "stage.label_smoothing", self.label_smoothing, what)
+
+
+@dataclass(slots=True, kw_only=True)
+class ORPOStage(OfflineStage):
+    """Fine-tuning and preference in one loss, from pairs without a reference, on TRL's ORPOTrainer."""
+
+    name: str = "orpo"
+    learning_rate: float = 5e-6
+    beta: float = 0.1  # weight of the odds-ratio term, the paper's lambda
+
+    def __post_init__(self) -> None:
+        super(ORPOStage, self).__post_init__()
+        _check(self.beta > 0, "stage.beta", self.beta, "above 0")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -721,6 +859,10 @@ class Config:
 STAGES: dict[str, type] = {
     "sft": SFTStage,
     "reward": RewardStage,
+    "dpo": PreferenceStage,
+    "kto": KTOStage,
+    "cpo": CPOStage,
+    "orpo": ORPOStage,
     "ppo": OnlineStage,
     "eval": EvalStage,
     "doctor": DoctorStage,

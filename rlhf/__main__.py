@@ -15,6 +15,8 @@ from rlhf import config, distributed
 from rlhf.types import UserError
 
 _NO_STAGE_NEEDED = ("--help", "-h", "--hydra-help", "--version", "--info", "-i")
+# Schemas whose stage lives in a module of another name.
+_MODULES = {"ppo": "online", "dpo": "preference", "kto": "preference", "cpo": "preference", "orpo": "preference"}
 _SUMMARIES = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in STAGES.items()}
 
 
@@ -41,7 +43,7 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn that it has to guess this
     stage = cfg.stage.name
     schema_name = config.stage_schema(stage)
-    module = {"ppo": "online"}.get(schema_name, schema_name)
+    module = _MODULES.get(schema_name, schema_name)
     if schema_name not in ("chain", "doctor"):
         from rlhf import preflight
         from rlhf.data import recipes

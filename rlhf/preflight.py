@@ -16,17 +16,23 @@ from conf.schema import (
     AdapterKind,
     Advantage,
     Config,
+    CPOStage,
     CriticInit,
     EngineConfig,
     EngineKind,
     EvalStage,
     Judge,
+    KTOLoss,
+    KTOStage,
     LoraSync,
     ModelConfig,
     ModelKind,
     OfflineStage,
     Offload,
     OnlineStage,
+    ORPOStage,
+    PreferenceLoss,
+    PreferenceStage,
     RewardStage,
     RolloutBackend,
 )
@@ -280,6 +286,40 @@ def check_margin(cfg: Config) -> None:
         reading.check_first_margin(cfg)
 
 
+_HEADS = ("lm_head", "embed_out")  # names of language-model heads
+
+
+def check_preference(cfg: Config) -> list[str]:
+    """What the offline preference stages can't do: dropout, an adapter on the head, losses of several rows with one row a pass."""
+    stage, adapter = cfg.stage, cfg.adapter
+    if not isinstance(stage, (PreferenceStage, KTOStage, CPOStage, ORPOStage)):
+        return []
+    if adapter.kind is not AdapterKind.none and adapter.dropout > 0:
+        raise UserError(
+            f"adapter.dropout={adapter.dropout}: TRL turns dropout off for stage={stage.name}, so that the losses compare weights alone. "
+            "Set adapter.dropout=0."
+        )
+    head = next((name for name in adapter.targets if name in _HEADS), None) if adapter.kind is not AdapterKind.none else None
+    if head is not None and isinstance(stage, (PreferenceStage, KTOStage)):
+        raise UserError(
+            f"adapter.targets={list(adapter.targets)} holds the language-model head {head!r}, where stage={stage.name} would never train an adapter: "
+            "leave it out."
+        )
+    rows = cfg.engine.micro_batch_size or stage.batch_size // distributed.world_size()
+    where = "stage.batch_size / ranks" if cfg.engine.micro_batch_size is None else "engine.micro_batch_size"
+    if isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto and rows < 2:
+        raise UserError(
+            f"{where} = {rows}: stage.loss=kto compares each answer of a forward pass with another's prompt. "
+            "Expected at least 2, or stage.loss=apo_zero_unpaired."
+        )
+    if not isinstance(stage, PreferenceStage):
+        return []
+    sorted_losses = [loss.value for loss in stage.losses if loss in (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)]
+    if not sorted_losses or rows == stage.batch_size:
+        return []
+    return [f"stage.losses: {', '.join(sorted_losses)} sorts the pairs of one forward pass, which are {rows} of stage.batch_size={stage.batch_size}."]
+
+
 def check_run_directory(cfg: Config) -> None:
     """The run directory is new, or the run resumes or overwrites it. Rank 0's disk alone matters."""
     if distributed.is_main() and not cfg.run.dry_run:
@@ -300,6 +340,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_model,
     check_data,
     check_margin,
+    check_preference,
     check_judges,
     check_reward,
     check_lengths,

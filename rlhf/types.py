@@ -62,6 +62,15 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedAnswer:
+    """One answer judged by itself: `completion` is a good answer to `prompt`, or a bad one."""
+
+    prompt: object  # string or messages; "" when the text is whole
+    completion: object
+    good: bool
+
+
+@dataclass(frozen=True, slots=True)
 class FullWeights:
     """All weights, one at a time: a collective under ZeRO-3, so every rank consumes the whole iterator."""
 

@@ -2,6 +2,7 @@
 
     sft         TRL columns: {"text"}, {"prompt", "completion"} or {"messages"}
     preference  rlhf.types.PreferencePair
+    unpaired    rlhf.types.JudgedAnswer, or a PreferencePair that stands for two of them
     prompt      a string or a list of messages
 
 Pure functions: a row (a dictionary) in, a record out; a row that doesn't fit raises `RowError`, which says why. Not read: tool
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from rlhf.types import PreferencePair
+from rlhf.types import JudgedAnswer, PreferencePair
 
 Row = Mapping[str, Any]
 Message = dict[str, str]
@@ -41,6 +42,7 @@ class Use(Enum):
 
     sft = "sft"
     preference = "preference"
+    unpaired = "unpaired"
     prompt = "prompt"
 
 
@@ -303,6 +305,39 @@ def _pair_swift(row: Row) -> PreferencePair:
     return make_pair(row, chat[:-1], chat[-1:], _assistant(text_of(row, "rejected_response")))
 
 
+_JUDGEMENTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def judgement_of(row: Row, key: str) -> bool:
+    """Whether a row's answer is good: true or false, 1 or 0, also as a table's text. Raises RowError."""
+    value = value_of(row, key)
+    found = _JUDGEMENTS.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
+    if found is None:
+        raise RowError(f"key {key!r}: expected true or false (or 1 or 0), found {describe(value)}")
+    return found
+
+
+def _unpaired_plain(row: Row) -> JudgedAnswer:
+    prompt, completion = text_or_chat(row, "prompt") if value_of(row, "prompt") != "" else "", answer_of(row, "completion")
+    if prompt and isinstance(prompt, list) != isinstance(completion, list):
+        raise RowError(f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found {describe(completion)}")
+    return JudgedAnswer(prompt=prompt, completion=completion, good=judgement_of(row, "label"))
+
+
+def _unpaired_chat(chat: Chat, key: str, good: bool) -> JudgedAnswer:
+    if chat[-1]["role"] != "assistant" or len(chat) < 2:
+        raise RowError(f"key {key!r}: expected a conversation that ends with the judged answer, found role {chat[-1]['role']!r} at its end")
+    return JudgedAnswer(prompt=chat[:-1], completion=chat[-1:], good=good)
+
+
+def _unpaired_sharegpt(row: Row) -> JudgedAnswer:
+    return _unpaired_chat(_sharegpt_chat(row), "conversations", judgement_of(row, "kto_tag"))
+
+
+def _unpaired_messages(row: Row) -> JudgedAnswer:
+    return _unpaired_chat(chat_of(row, "messages"), "messages", judgement_of(row, "label"))
+
+
 def _prompt_plain(row: Row) -> str | Chat:
     prompt = text_or_chat(row, "prompt")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
@@ -330,12 +365,13 @@ class Format:
     columns: str  # for messages
     sft: Callable[[Row], dict[str, Any]] | None = None
     pair: Callable[[Row], PreferencePair] | None = None
+    unpaired: Callable[[Row], JudgedAnswer] | None = None
     prompt: Callable[[Row], str | Chat] | None = None
     test: Callable[[Row], bool] = field(default=lambda row: True)
     consumed: tuple[str, ...] = ()  # columns that make the prompt; the others are a prompt's fields
 
     def converter(self, use: Use) -> Callable[[Row], Any] | None:
-        return {Use.sft: self.sft, Use.preference: self.pair, Use.prompt: self.prompt}[use]
+        return {Use.sft: self.sft, Use.preference: self.pair, Use.unpaired: self.unpaired or self.pair, Use.prompt: self.prompt}[use]
 
 
 def _is_chat(row: Row, key: str) -> bool:
@@ -401,6 +437,30 @@ FORMATS: tuple[Format, ...] = (
         pair=_pair_implicit,
         prompt=_prompt_of_pair(_pair_implicit),
         consumed=("chosen", "rejected"),
+    ),
+    Format(
+        "unpaired",
+        ("prompt", "completion", "label"),
+        "prompt, completion (texts or lists of messages), label (true: a good answer)",
+        unpaired=_unpaired_plain,
+        prompt=_prompt_plain,
+        consumed=("prompt",),
+    ),
+    Format(
+        "messages_unpaired",
+        ("messages", "label"),
+        "messages of {role, content}, label (true: a good answer)",
+        unpaired=_unpaired_messages,
+        prompt=lambda row: without_answer(chat_of(row, "messages"), "messages"),
+        consumed=("messages",),
+    ),
+    Format(
+        "sharegpt_unpaired",
+        ("conversations", "kto_tag"),
+        "conversations of {from, value}, kto_tag (true: a good answer)",
+        unpaired=_unpaired_sharegpt,
+        prompt=lambda row: without_answer(_sharegpt_chat(row), "conversations"),
+        consumed=("conversations", "system"),
     ),
     Format(
         "prompt_completion",
@@ -482,6 +542,8 @@ def texts_in(value: Any) -> list[str]:
         return [value] if value else []
     if isinstance(value, PreferencePair):
         return texts_in([value.prompt, value.chosen, value.rejected])
+    if isinstance(value, JudgedAnswer):
+        return texts_in([value.prompt, value.completion])
     if isinstance(value, Mapping):
         return texts_in(value["content"]) if set(value) == {"role", "content"} else texts_in(list(value.values()))
     return [t for v in value for t in texts_in(v)] if isinstance(value, (list, tuple)) else []

@@ -13,15 +13,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Config, DataConfig, DataFormat, OfflineStage, RewardStage
+from conf.schema import Config, CPOStage, DataConfig, DataFormat, KTOStage, OfflineStage, ORPOStage, PreferenceStage, RewardStage
 from rlhf import distributed
 from rlhf.data import encoding
 from rlhf.data.files import SourceRow, check_file, read_rows, scan
 from rlhf.data.formats import Format, RowError, Use, by_name, detect, judging_key, nearest, nearest_format, texts_in
 from rlhf.data.formats import reading as formats_for
-from rlhf.types import PreferencePair, Prompt, UserError
+from rlhf.types import JudgedAnswer, PreferencePair, Prompt, UserError
 
-__all__ = ["check_first_rows", "preference_dataset", "preference_pairs", "prompts", "read_rows", "sft_dataset", "sft_rows", "stage_texts", "use_of"]
+__all__ = [
+    "check_first_rows",
+    "judged_answers",
+    "preference_dataset",
+    "preference_pairs",
+    "prompts",
+    "read_rows",
+    "sft_dataset",
+    "sft_rows",
+    "stage_texts",
+    "unpaired_dataset",
+    "use_of",
+]
 
 LOG = logging.getLogger("rlhf.data")
 REJECTED_FILE = "data_rejected.jsonl"
@@ -30,8 +42,10 @@ _PROBE = 20  # first rows among which the format is looked for
 _USES = {
     Use.sft: "texts or prompts with completions",
     Use.preference: "pairs of a chosen and a rejected answer",
+    Use.unpaired: "answers judged good or bad, or pairs of a chosen and a rejected answer",
     Use.prompt: "prompts",
 }
+_OF_PAIRS = (RewardStage, PreferenceStage, CPOStage, ORPOStage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +72,10 @@ class Loaded:
 
 def use_of(cfg: Config) -> Use:
     """What ``data.path`` is to the configured stage."""
-    if isinstance(cfg.stage, RewardStage):
+    if isinstance(cfg.stage, _OF_PAIRS):
         return Use.preference
+    if isinstance(cfg.stage, KTOStage):
+        return Use.unpaired
     return Use.sft if isinstance(cfg.stage, OfflineStage) else Use.prompt
 
 
@@ -105,7 +121,7 @@ def choose_format(path: Path, rows: Sequence[SourceRow], use: Use, data: DataCon
 
 def _shape(value: Any) -> str:
     """Text or conversations: what every row of a file must have in common."""
-    part = value.chosen if isinstance(value, PreferencePair) else value
+    part = value.chosen if isinstance(value, PreferencePair) else value.completion if isinstance(value, JudgedAnswer) else value
     if isinstance(part, dict):
         part = next(iter(part.values()))
     return "messages" if isinstance(part, list) else "text"
@@ -288,6 +304,27 @@ def preference_pairs(cfg: Config) -> tuple[list[PreferencePair], list[Preference
     return train.values(), held.values()
 
 
+def judged_answers(cfg: Config) -> tuple[list[JudgedAnswer], list[JudgedAnswer]]:
+    """Training and held-out answers, a pair as its two sides; answers to one prompt stay on one side. Raises UserError."""
+
+    def group(value: JudgedAnswer | PreferencePair) -> Any:
+        return value.prompt or (value.chosen if isinstance(value, PreferencePair) else value.completion)
+
+    def single(value: JudgedAnswer | PreferencePair) -> list[JudgedAnswer]:
+        if isinstance(value, JudgedAnswer):
+            return [value]
+        return [JudgedAnswer(value.prompt, value.chosen, True), JudgedAnswer(value.prompt, value.rejected, False)]
+
+    train, held = _train_and_eval(cfg, Use.unpaired, group)
+    _require_eval(held, cfg)
+    answers = [a for value in train.values() for a in single(value)]
+    labels = {answer.good for answer in answers}
+    if len(labels) == 1:
+        found = "good" if labels == {True} else "bad"
+        raise UserError(f"{train.path}: each of its {len(answers)} training answers is judged {found}: expected good ones and bad ones.")
+    return answers, [a for value in held.values() for a in single(value)]
+
+
 def _dataset(rows: list[dict[str, Any]]) -> Any:
     from datasets import Dataset
 
@@ -316,6 +353,17 @@ def preference_dataset(cfg: Config) -> tuple[Any, Any]:
         }
 
     return _dataset([row(p) for p in train]), _dataset([row(p) for p in held])
+
+
+def unpaired_dataset(cfg: Config) -> tuple[Any, Any]:
+    """(train, eval) as datasets.Dataset: completion, label, prompt where the rows have one. Raises UserError."""
+    train, held = judged_answers(cfg)
+    with_prompt = any(answer.prompt for answer in [*train, *held])
+
+    def row(answer: JudgedAnswer) -> dict[str, Any]:
+        return {**({"prompt": answer.prompt} if with_prompt else {}), "completion": answer.completion, "label": answer.good}
+
+    return _dataset([row(a) for a in train]), _dataset([row(a) for a in held])
 
 
 def _tokenise(tokenizer: Any, loaded: Loaded, data: DataConfig) -> list[Prompt]:

@@ -5,10 +5,8 @@ import logging
 from typing import Any
 
 import datasets
-import torch
 from trl import SFTConfig, SFTTrainer
 
-from conf.schema import ModelConfig
 from rlhf import distributed
 from rlhf.data.encoding import IGNORED, encode_completion, encode_conversation, encode_text, is_chat, prompt_ids, require_template
 from rlhf.data.reading import sft_dataset, stage_texts
@@ -19,7 +17,6 @@ from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.sft")
 _SAMPLES = 4  # held-out rows that the trained policy continues
-_SAMPLE_TOKENS = 48
 
 
 def encode_row(tokenizer: Any, row: dict[str, Any], *, completion_only: bool) -> tuple[list[int], list[int]]:
@@ -68,30 +65,6 @@ def encode_dataset(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_len
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
-def sample_rows(model_cfg: ModelConfig, tokenizer: Any, directory: str, rows: datasets.Dataset, max_length: int) -> list[dict[str, Any]]:
-    """A few held-out rows continued greedily by the saved policy, as samples.jsonl has them."""
-    model = load_causal_lm(model_cfg, tokenizer, directory).to(distributed.device()).eval()
-    out = []
-    for row in rows.select(range(min(_SAMPLES, len(rows)))):
-        context = sample_context(tokenizer, row)
-        room = min(_SAMPLE_TOKENS, max_length - len(context))
-        if not context or room < 1:
-            continue
-        input_ids = torch.tensor([context], device=model.device)
-        with torch.inference_mode():
-            whole = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=room)[0]
-        written = whole[len(context) :].tolist()
-        out.append(
-            {
-                "prompt": tokenizer.decode(context),
-                "response": tokenizer.decode(written, skip_special_tokens=True),
-                "response_length": len(written),
-                "finish_reason": "stop" if tokenizer.eos_token_id in written else "length",
-            }
-        )
-    return out
-
-
 def sample_context(tokenizer: Any, row: dict[str, Any]) -> list[int]:
     """What a sample starts from: the row's prompt, its conversation up to the first answer, or the first quarter of its text."""
     if "prompt" in row:
@@ -136,8 +109,8 @@ def _run(ctx: RunContext) -> None:
     trained = trainer.accelerator.unwrap_model(trainer.model)
     common.save_policy(trained, tokenizer, ctx)
     if distributed.is_main():
-        samples = sample_rows(cfg.model, tokenizer, str(ctx.model_dir), eval_rows, stage.max_length)
-        ctx.tracker.samples(steps, samples)
+        contexts = [sample_context(tokenizer, row) for row in eval_rows.select(range(min(_SAMPLES, len(eval_rows))))]
+        ctx.tracker.samples(steps, common.greedy_samples(cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length))
     shown = {
         "held-out loss before": metrics.get("initial/eval_loss"),
         "held-out loss": metrics["eval_loss"],

@@ -17,17 +17,18 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
-from conf.schema import AdapterKind, Config, Dtype, EngineConfig, EngineKind, ModelKind, OfflineStage, Offload, Scheduler
+from conf.schema import AdapterKind, Config, Dtype, EngineConfig, EngineKind, ModelConfig, ModelKind, OfflineStage, Offload, Scheduler
 from policy.adapters import attach
 from policy.deepspeed_engine import ensure_process_group, gather_zero3, prepare_cpu
 from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
 from rlhf import console, distributed
-from rlhf.models import load_tokenizer, resolve_dtype, train_tokenizer
+from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
 from rlhf.run import RunContext
 from rlhf.types import TrainingDiverged, UserError
 
 LOG = logging.getLogger("rlhf.stages")
+_SAMPLE_TOKENS = 48
 _SCHEDULERS = {Scheduler.constant: "constant_with_warmup", Scheduler.linear: "linear", Scheduler.cosine: "cosine"}
 
 
@@ -246,7 +247,7 @@ def save_batch(directory: Path, micro_batches: Sequence[dict[str, Any]], tokeniz
     place = directory / f"diverged_step{step}_rank{distributed.rank()}.safetensors"
     tensors = {f"{i}.{k}": v.detach().cpu().clone() for i, batch in enumerate(micro_batches) for k, v in batch.items() if isinstance(v, torch.Tensor)}
     save_file(tensors, str(place))
-    texts = [tokenizer.batch_decode(batch["input_ids"]) for batch in micro_batches]
+    texts = [[text for k, ids in batch.items() if k.endswith("input_ids") for text in tokenizer.batch_decode(ids)] for batch in micro_batches]
     content = {"step": step, "rank": distributed.rank(), **{k: str(v) for k, v in figures.items()}, "micro_batches": texts}
     place.with_suffix(".json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return place
@@ -360,6 +361,29 @@ def save_policy(model: Any, tokenizer: Any, ctx: RunContext) -> None:
     if distributed.is_main():
         tokenizer.save_pretrained(ctx.model_dir)
     distributed.barrier()
+
+
+def greedy_samples(model_cfg: ModelConfig, tokenizer: Any, directory: Path, contexts: Sequence[list[int]], max_length: int) -> list[dict[str, Any]]:
+    """What the saved policy writes after each of `contexts` (token ids), greedily, as samples.jsonl has it; contexts without room are left out."""
+    model = load_causal_lm(model_cfg, tokenizer, str(directory)).to(distributed.device()).eval()
+    out = []
+    for context in contexts:
+        room = min(_SAMPLE_TOKENS, max_length - len(context))
+        if not context or room < 1:
+            continue
+        input_ids = torch.tensor([context], device=model.device)
+        with torch.inference_mode():
+            whole = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=room)[0]
+        written = whole[len(context) :].tolist()
+        out.append(
+            {
+                "prompt": tokenizer.decode(context),
+                "response": tokenizer.decode(written, skip_special_tokens=True),
+                "response_length": len(written),
+                "finish_reason": "stop" if tokenizer.eos_token_id in written else "length",
+            }
+        )
+    return out
 
 
 def record_inputs(ctx: RunContext, kind: str) -> None:
