@@ -22,7 +22,7 @@ _HEADLINES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss/policy", "loss", "train_loss")),
     ("score", ("objective/scores", "reward/total")),
     ("KL", ("objective/kl",)),
-    ("accuracy", ("accuracy", "mean_token_accuracy")),
+    ("accuracy", ("accuracy", "rewards/accuracies", "mean_token_accuracy")),
     ("eval loss", ("eval_loss",)),
     ("length", ("rollout/response_length",)),
 )
