@@ -1,12 +1,14 @@
 """stage=dpo, ipo, kto, cpo, simpo, orpo: they learn, their losses are the papers', their tokens are encoding.py's, and their models load alone."""
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -48,14 +50,33 @@ PRESETS = ("dpo", "ipo", "kto", "cpo", "simpo", "orpo")
 RISE = {"dpo": 0.5, "ipo": 0.5, "kto": 0.3, "cpo": 0.5, "simpo": 1.0, "orpo": 0.02}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads only wait for each other with models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def preset_of(name: str) -> Any:
+    return composing.compose([f"stage={name}", "model=tiny"]).stage
+
+
 def stage_of(preset: str, **changes: Any) -> Any:
     """A preset's stage as it composes, made small."""
-    return dataclasses.replace(composing.compose([f"stage={preset}", "model=tiny"]).stage, **(COMMON | changes))
+    return dataclasses.replace(preset_of(preset), **(COMMON | changes))
 
 
-def run(folder: Path, name: str, stage: Any, *, rows: list[dict[str, Any]] | None = None, **groups: Any) -> Path:
+def run(folder: Path, name: str, stage: Any, *, rows: list[dict[str, Any]] | None = None, plots: bool = False, **groups: Any) -> Path:
+    """Run the stage. Plots take longer than all the rest of a tiny run, so they are left out unless asked for."""
     ctx = RunContext.open(trl_tools.config(stage, folder, name, rows or trl_tools.pair_rows(80), **groups))
-    preference.run(ctx)
+    if plots:
+        preference.run(ctx)
+    else:
+        with mock.patch("rlhf.plots.plot_run", return_value=[]):
+            preference.run(ctx)
     return ctx.dir
 
 
@@ -70,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(folder: Path) -> Path:
-    return run(folder, "base", stage_of("dpo"))
+    return run(folder, "base", stage_of("dpo"), plots=True)
 
 
 @pytest.fixture(scope="module")
@@ -165,33 +186,23 @@ def answer_logprob(model: Any, context: list[int], answer: list[int]) -> float:
     return float(logprobs[max(len(context) - 1, 0) :].sum())
 
 
-@pytest.mark.parametrize("adapter", [AdapterKind.none, AdapterKind.lora])
+@pytest.mark.parametrize("adapter", [AdapterKind.none, AdapterKind.lora], ids=["full", "lora"])
 def test_the_saved_model_has_the_reported_margin_against_the_start(adapter: AdapterKind, folder: Path, start: Path) -> None:
     """Both are read back from their directories alone: the reference was the start, and model/ holds whole, best weights."""
     stage = stage_of("dpo", learning_rate=1e-2)
-    cfg = trl_tools.config(
-        stage,
-        folder,
-        f"saved_{adapter.value}",
-        trl_tools.pair_rows(80),
-        model=ModelConfig(path=str(start)),
-        adapter=dataclasses.replace(LORA, kind=adapter),
-    )
-    ctx = RunContext.open(cfg)
-    preference.run(ctx)
-    assert (ctx.dir / "adapter" / "adapter_model.safetensors").exists() == (adapter is AdapterKind.lora)
-    assert not (ctx.dir / "adapter" / "ref").exists() and not (ctx.model_dir / "adapter_config.json").exists()
-    tokenizer, trained, reference = (
-        AutoTokenizer.from_pretrained(ctx.model_dir),
-        AutoModelForCausalLM.from_pretrained(ctx.model_dir),
-        AutoModelForCausalLM.from_pretrained(start),
-    )
+    groups = {"model": ModelConfig(path=str(start)), "adapter": dataclasses.replace(LORA, kind=adapter)}
+    place = run(folder, f"saved_{adapter.value}", stage, **groups)
+    cfg = trl_tools.config(stage, folder, f"saved_{adapter.value}", trl_tools.pair_rows(80))
+    assert (place / "adapter" / "adapter_model.safetensors").exists() == (adapter is AdapterKind.lora)
+    assert not (place / "adapter" / "ref").exists() and not (place / "model" / "adapter_config.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    trained, reference = AutoModelForCausalLM.from_pretrained(place / "model"), AutoModelForCausalLM.from_pretrained(start)
     margins = []
     for row in preference_dataset(cfg)[1]:
         sides = [response_ids(tokenizer, row[side]) for side in ("chosen", "rejected")]
         ratios = [answer_logprob(trained, c, s) - answer_logprob(reference, c, s) for c in [prompt_ids(tokenizer, row["prompt"])] for s in sides]
         margins.append(stage.beta * (ratios[0] - ratios[1]))
-    reported = metrics_of(ctx.dir)["eval_rewards/margins"]
+    reported = metrics_of(place)["eval_rewards/margins"]
     assert reported == pytest.approx(sum(margins) / len(margins), abs=1e-4) and reported > 0.05
 
 

@@ -1,4 +1,4 @@
-"""SFT and reward models under DeepSpeed's ZeRO on two CPU ranks take the same steps as the torch engine in one process."""
+"""SFT, reward models and DPO under DeepSpeed's ZeRO on two CPU ranks take the same steps as the torch engine in one process."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from tests import trl_tools
 pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-4  # nats of loss, and weights
 TWO_RANKS = [(stage, zero, adapter) for stage in ("sft", "reward") for zero in (1, 2, 3) for adapter in ("none", "lora")]
+TWO_RANKS += [("dpo", 3, "none"), ("dpo", 2, "lora")]  # the reference is a second engine, or the adapter turned off
 ONE_RANK = [("sft", 3, "none"), ("reward", 2, "lora")]  # engine=zero* without torchrun
 
 
@@ -26,6 +27,7 @@ def launch(folder: Path, name: str, command: list[str], cases: list[tuple[str, i
         "out": str(folder / name),
         "sft": str(folder / "sft.jsonl"),
         "reward": str(folder / "reward.jsonl"),
+        "dpo": str(folder / "reward.jsonl"),
         "model": str(folder / "model"),
         "cases": cases,
     }
@@ -48,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     load_causal_lm(ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY), tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    torch_cases: list[tuple[str, int | None, str]] = [(stage, None, adapter) for stage in ("sft", "reward") for adapter in ("none", "lora")]
+    torch_cases: list[tuple[str, int | None, str]] = [(stage, None, adapter) for stage in ("sft", "reward", "dpo") for adapter in ("none", "lora")]
     launch(folder, "one", [], [*torch_cases, *ONE_RANK])
     launch(folder, "two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], list(TWO_RANKS))
     return folder

@@ -1,7 +1,7 @@
-"""Run SFT and reward stages under ZeRO on every rank of a torchrun launch, many configurations in one: `test_zero_trl` starts it.
+"""Run SFT, reward and preference stages under ZeRO on every rank of a torchrun launch, many configurations in one: `test_zero_trl` starts it.
 
 usage: torchrun ... -m tests.zero_trl_worker SPEC.json
-where SPEC is {"out", "sft", "reward", "model", "cases": [[stage, zero_stage or null, adapter], ...]}
+where SPEC is {"out", "sft", "reward", "dpo", "model", "cases": [[stage, zero_stage or null, adapter], ...]}
 """
 
 import importlib
@@ -21,6 +21,7 @@ from conf.schema import (
     EngineConfig,
     EngineKind,
     ModelConfig,
+    PreferenceStage,
     RewardStage,
     RunConfig,
     SFTStage,
@@ -30,14 +31,16 @@ from conf.schema import (
 from rlhf import distributed
 from rlhf.run import RunContext
 
-STAGES = {"sft": SFTStage, "reward": RewardStage}
+STAGES: dict[str, Any] = {"sft": SFTStage, "reward": RewardStage, "dpo": PreferenceStage}
+MODULES = {"dpo": "preference"}
+RATES = {"dpo": 5e-3}  # it starts where its loss is flat for an adapter
 
 
 def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str) -> Config:
     """One configuration: `zero` None is the torch engine. Four steps of eight rows in two accumulated halves."""
     deepspeed = zero is not None
     return Config(
-        stage=STAGES[stage](steps=4, batch_size=8, eval_steps=4, max_length=32, learning_rate=1e-3, warmup_ratio=0.25),
+        stage=STAGES[stage](steps=4, batch_size=8, eval_steps=4, max_length=32, learning_rate=RATES.get(stage, 1e-3), warmup_ratio=0.25),
         run=RunConfig(dir=spec["out"], name=f"{'torch' if zero is None else f'zero{zero}'}-{adapter}"),
         model=ModelConfig(path=spec["model"]),
         adapter=AdapterConfig(kind=AdapterKind[adapter], rank=4),
@@ -50,7 +53,7 @@ def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str
 def run_case(spec: dict[str, Any], stage: str, zero: int | None, adapter: str) -> Path:
     """Run one configuration. Returns its run directory."""
     cfg = case_config(spec, stage, zero, adapter)
-    importlib.import_module(f"rlhf.stages.{stage}").run(RunContext.open(cfg))
+    importlib.import_module(f"rlhf.stages.{MODULES.get(stage, stage)}").run(RunContext.open(cfg))
     distributed.barrier()
     return Path(cfg.run.dir) / cfg.run.name / stage
 
