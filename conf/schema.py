@@ -686,6 +686,34 @@ class EvalStage:
 
 
 @dataclass(slots=True, kw_only=True)
+class ServeRewardStage:
+    """Serves the reward model of reward.path over HTTP, for reward terms of kind remote."""
+
+    name: str = "serve_reward"
+    host: str = "127.0.0.1"  # address to bind to; any other than this machine's own needs token_env
+    port: int = 8100  # 0: any free one
+    token_env: str | None = None  # environment variable that holds the bearer token; None: one is made and printed at the start
+    max_batch: int = 256  # items in one request, and items of several requests that the model scores together
+    max_body_mib: float = 16.0  # MiB of one request
+    max_waiting: int = 64  # requests that wait for the model; more are sent away with 503 and Retry-After
+    grace_s: int = 30  # seconds that open requests get after SIGTERM or Ctrl-C
+    log_every_s: float = 10.0  # seconds between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        own = self.host in ("127.0.0.1", "localhost", "::1")
+        _check(bool(self.host), "stage.host", self.host, "an address, such as 127.0.0.1")
+        _check(
+            own or self.token_env is not None, "stage.token_env", self.token_env, f"the name of an environment variable with stage.host={self.host}"
+        )
+        _check(0 <= self.port <= 65535, "stage.port", self.port, "in [0, 65535]")
+        _check(self.max_batch >= 1, "stage.max_batch", self.max_batch, "at least 1 item")
+        _check(self.max_body_mib > 0, "stage.max_body_mib", self.max_body_mib, "above 0 MiB")
+        _check(self.max_waiting >= 1, "stage.max_waiting", self.max_waiting, "at least 1 request")
+        _check(self.grace_s >= 1, "stage.grace_s", self.grace_s, "at least 1 second")
+        _check(self.log_every_s > 0, "stage.log_every_s", self.log_every_s, "above 0 seconds")
+
+
+@dataclass(slots=True, kw_only=True)
 class DoctorStage:
     """Versions, devices, memory, engines: usable, or why not."""
 
@@ -723,6 +751,7 @@ STAGES: dict[str, type] = {
     "reward": RewardStage,
     "ppo": OnlineStage,
     "eval": EvalStage,
+    "serve_reward": ServeRewardStage,
     "doctor": DoctorStage,
     "chain": ChainStage,
 }

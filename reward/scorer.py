@@ -68,6 +68,16 @@ def check_tokenizers(path: str | Path, reward_tokenizer: Any, manifest: Manifest
         )
 
 
+def text_ids(tokenizer: Any, manifest: Manifest, prompt: Any, response: str, *, finished: bool) -> list[int]:
+    """Token ids of a text that the reward model's own tokenizer reads, in the format that it was trained on.
+
+    `prompt` is a string or, for a reward model of conversations only, messages; a string becomes the user's turn there.
+    """
+    if manifest.conversational and not is_chat(prompt):
+        prompt = [{"role": "user", "content": prompt}]
+    return prompt_ids(tokenizer, prompt) + response_ids(tokenizer, response, finished=finished)
+
+
 class _Stateless:
     """A scorer whose scores depend on nothing that came before."""
 
@@ -101,12 +111,8 @@ class RewardModelScorer(_Stateless):
         prompt, source = rollout.prompt, rollout.prompt.source
         if self.same_tokenizer and (self.same_template or not is_chat(source)):
             return [*prompt.token_ids, *rollout.token_ids]
-        text: Any = prompt.text if source is None else source
-        if self.manifest.conversational and not is_chat(text):
-            text = [{"role": "user", "content": text}]
-        if not self.manifest.conversational and is_chat(text):
-            text = prompt.text
-        return prompt_ids(self.tokenizer, text) + response_ids(self.tokenizer, rollout.text, finished=rollout.finish_reason == "stop")
+        text: Any = prompt.text if source is None or (is_chat(source) and not self.manifest.conversational) else source
+        return text_ids(self.tokenizer, self.manifest, text, rollout.text, finished=rollout.finish_reason == "stop")
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Raw scores, one term named reward_model. Raises UserError naming the prompt of a text that is too long or whose score is not finite."""

@@ -29,6 +29,7 @@ from conf.schema import (
     OnlineStage,
     RewardStage,
     RolloutBackend,
+    ServeRewardStage,
 )
 from rlhf import distributed, run, tracking
 from rlhf.data import reading
@@ -113,6 +114,8 @@ def _divides(key: str, value: int, unit: int, what: str) -> None:
 def check_model(cfg: Config) -> None:
     """The model's directory is one; a GGUF file is in it."""
     model = cfg.model
+    if isinstance(cfg.stage, ServeRewardStage):
+        return  # its model is reward.path
     if isinstance(cfg.stage, EvalStage):
         for key, path in (("stage.before", cfg.stage.before), ("stage.after", cfg.stage.after)):
             if path is not None:
@@ -174,6 +177,8 @@ def check_lengths(cfg: Config) -> None:
 
 def check_data(cfg: Config) -> None:
     """Data files exist, are not empty, and their first rows fit the stage."""
+    if isinstance(cfg.stage, ServeRewardStage):
+        return  # its texts come over the network
     if cfg.data.chat_template is not None and not Path(cfg.data.chat_template).expanduser().is_file():
         raise UserError(f"data.chat_template={cfg.data.chat_template}: no such file. Expected a file with a Jinja template.")
     use = reading.use_of(cfg)
@@ -234,6 +239,20 @@ def _check_reward_tokenizer(cfg: Config, manifest: Any) -> None:
     scorer, models = importlib.import_module("reward.scorer"), importlib.import_module("reward.model")
     reward_tokenizer, _ = models.load_reward_tokenizer(cfg.reward.path)
     scorer.check_tokenizers(cfg.reward.path, reward_tokenizer, manifest, policy)
+
+
+def check_serving(cfg: Config) -> None:
+    """stage=serve_reward has a reward model and, where it is asked for, a token."""
+    stage, reward = cfg.stage, cfg.reward
+    if not isinstance(stage, ServeRewardStage):
+        return
+    if distributed.world_size() > 1:
+        raise UserError(f"stage=serve_reward serves one reward model from one process, but {_ranks()} were launched. Run it without torchrun.")
+    if reward.path is None:
+        raise UserError("stage=serve_reward needs reward.path, which is not set. Set reward.path=<a reward run>/model.")
+    importlib.import_module("reward.model").load_reward_tokenizer(reward.path)
+    if stage.token_env is not None:
+        importlib.import_module("reward.remote").bearer_token(stage.token_env, "stage.token_env")
 
 
 def check_reference(cfg: Config) -> None:
@@ -302,6 +321,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_margin,
     check_judges,
     check_reward,
+    check_serving,
     check_lengths,
     check_tracking,
     check_run_directory,
