@@ -6,9 +6,11 @@
     GET  {url}/health  -> 200 while the server lives
 
 `finished` is false for a response that hit the length limit, `fields` holds the row's other columns. Where /info names the tokenizer
-and template of the policy, an item also carries `token_ids`, prompt and response as they were sampled: text that is tokenised anew
-need not give the same tokens. Failures that may pass (no connection, no answer in time, 429, 5xx) are tried again after a growing
-pause; everything else stops the run and names the prompt. Nothing is ever scored 0.
+and template of the policy, an item also carries `token_ids`, prompt and response as they were sampled (text that is tokenised anew
+need not give the same tokens), and the request their `tokenizer_hash`, which the server compares with its own.
+
+Failures that may pass (no connection, no answer in time, 429, 5xx) are tried again after a growing pause; everything else stops the
+run and names the prompt. Nothing is ever scored 0.
 """
 
 import asyncio
@@ -222,7 +224,9 @@ class RemoteScorer:
                 raise UserError(
                     f"{self.where}: the row of {_name(rollout)} can't be sent as JSON: {error}. Its columns beside the prompt: {columns}."
                 ) from error
-        return f'{{"items": [{", ".join(items)}]}}'.encode()
+        # A server that was restarted with another reward model must not read ids that mean other tokens to it.
+        read = "" if self._hashes is None else f', "tokenizer_hash": {json.dumps(self._hashes[0])}'
+        return f'{{"items": [{", ".join(items)}]{read}}}'.encode()
 
     async def _batch(self, client: httpx.AsyncClient, batch: Sequence[Rollout], deadline: float) -> list[float]:
         blame = f"in a batch of {len(batch)} responses; the first is to {_name(batch[0])}"

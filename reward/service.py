@@ -61,6 +61,7 @@ class ScoreRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     items: list[Item]
+    tokenizer_hash: str | None = None  # of the tokenizer that the items' token_ids come from
 
 
 class Refused(Exception):
@@ -233,10 +234,10 @@ async def read_body(request: Request, most: int) -> bytes:
     raise Refused(413, f"the body has more than {most} bytes: send fewer items at once")
 
 
-def parse(body: bytes, max_batch: int) -> list[Item]:
-    """The items of a request. Raises Refused with the place of the first thing that is wrong."""
+def parse(body: bytes, max_batch: int, tokenizer_hash: str) -> list[Item]:
+    """The items of a request to a reward model with the tokenizer `tokenizer_hash`. Raises Refused with the place of what is wrong."""
     try:
-        items = ScoreRequest.model_validate_json(body).items
+        request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         first = max(found, key=lambda e: len(e["loc"]))  # of a value that fits none of two types, what is nearest to fitting
@@ -246,8 +247,14 @@ def parse(body: bytes, max_batch: int) -> list[Item]:
         index = place[1] if len(place) > 1 and isinstance(place[1], int) else None
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
         raise Refused(422, f"{name or 'the body'}: {first['msg']}", index) from error
+    items = request.items
     if len(items) > max_batch:
         raise Refused(422, f"items: found {len(items)}, expected at most {max_batch} (max_batch of /info)")
+    given = next((i for i, item in enumerate(items) if item.token_ids is not None), None)
+    if given is not None and request.tokenizer_hash != tokenizer_hash:
+        raise Refused(
+            422, f"items[{given}].token_ids: of the tokenizer {request.tokenizer_hash}, expected tokenizer_hash {tokenizer_hash} (of /info)", given
+        )
     return items
 
 
@@ -308,7 +315,7 @@ def create_app(
 
     @app.post("/score", dependencies=protected)
     async def score(request: Request) -> dict[str, Any]:
-        items = parse(await read_body(request, max_body), max_batch)
+        items = parse(await read_body(request, max_body), max_batch, model.manifest.tokenizer_hash)
         return {"scores": await batcher.score(items), "model": model.path}
 
     return app

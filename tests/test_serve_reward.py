@@ -1,6 +1,7 @@
 """stage=serve_reward: over HTTP the numbers of the local scorer, refusals with a place, one batch at a time, and an end in peace."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -80,9 +81,9 @@ def plain(plain_model: Path) -> Iterator[tuple[str, ServedModel, Counts]]:
         yield service
 
 
-def post(url: str, items: Any, token: str | None = TOKEN) -> httpx.Response:
+def post(url: str, items: Any, token: str | None = TOKEN, **more: Any) -> httpx.Response:
     headers = {"authorization": f"Bearer {token}"} if token is not None else {}
-    return httpx.post(f"{url}/score", json={"items": items}, headers=headers, trust_env=False, timeout=20)
+    return httpx.post(f"{url}/score", json={"items": items, **more}, headers=headers, trust_env=False, timeout=20)
 
 
 def message_of(answer: httpx.Response) -> str:
@@ -199,9 +200,25 @@ GOOD = {"prompt": "the film", "response": " good"}
     ],
 )
 def test_what_can_t_be_scored_gets_422_with_its_place(plain: tuple[str, ServedModel, Counts], items: Any, item: int | None, message: str) -> None:
-    answer = post(plain[0], items)
+    answer = post(plain[0], items, tokenizer_hash=plain[1].manifest.tokenizer_hash)
     assert answer.status_code == 422 and re.search(message, message_of(answer)), answer.text
     assert answer.json()["error"]["item"] == item
+
+
+def test_tokens_of_another_tokenizer_are_refused(plain: tuple[str, ServedModel, Counts], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the server was restarted with another reward model in mid-run."""
+    for more in ({}, {"tokenizer_hash": "other"}):
+        answer = post(plain[0], [GOOD, {**GOOD, "token_ids": [1, 2]}], **more)
+        assert answer.status_code == 422 and "items[1].token_ids: of the tokenizer" in message_of(answer) and answer.json()["error"]["item"] == 1
+    assert post(plain[0], [GOOD], tokenizer_hash="other").status_code == 200
+    monkeypatch.setenv("SERVED_TOKEN", TOKEN)
+    far = RemoteScorer(Term(url=plain[0], token_env="SERVED_TOKEN"), "far", policy_tokenizer=tokenizer)
+    plain_prompts = [r for r in sampled(tokenizer) if isinstance(r.prompt.source, str)]
+    assert len(far.score(plain_prompts).total) == 3
+    manifest = plain[1].manifest
+    monkeypatch.setattr(plain[1], "manifest", dataclasses.replace(manifest, tokenizer_hash="another model's"))
+    with pytest.raises(UserError, match=r"HTTP 422.*expected tokenizer_hash another model's"):
+        far.score(plain_prompts)
 
 
 def test_template_that_refuses_messages_is_the_client_s_error(tmp_path: Path) -> None:
