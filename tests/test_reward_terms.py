@@ -1,4 +1,4 @@
-"""Reward terms: composition from the command line, weights, clipping, normalisation over ranks and restarts, ensembles, and what preflight refuses."""
+"""Reward terms: from the command line, weights, clipping, normalisation over ranks and restarts, ensembles, and what preflight refuses."""
 
 import json
 import math
@@ -216,7 +216,7 @@ def test_ensemble_puts_members_on_their_held_out_scale(tmp_path: Path) -> None:
     assert found.total == pytest.approx([(r - 0.1) / 2.0 for r in raw], abs=1e-6)
     assert found.extras["spread"] == pytest.approx([0.5] * len(raw), abs=1e-6)
     shifted.manifest = replace(shifted.manifest, score_std=0.0)
-    with pytest.raises(UserError, match="score_std over held-out texts is 0.0"):
+    with pytest.raises(UserError, match=r"score_std over held-out texts is 0\.0"):
         EnsembleScorer([single, shifted], Combine.mean, 1.0)
 
 
@@ -328,5 +328,5 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path) -> None:
         preflight.check(config.compose([*overrides, f"+reward.terms.a={{kind:model,paths:[{tmp_path}/none]}}"]))
     assert isinstance(exact.stage, OnlineStage)
     exact.stage.critic_init = CriticInit.reward
-    with pytest.raises(UserError, match="critic_init=reward needs reward.path"):
+    with pytest.raises(UserError, match=r"critic_init=reward needs reward\.path"):
         preflight.check(exact)
