@@ -251,6 +251,7 @@ class Recipe(Enum):
     none = "none"
     reviews = "reviews"
     smollm2 = "smollm2"
+    gym = "gym"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -461,6 +462,28 @@ class RewardConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class GymConfig:
+    """``data.recipe=gym``: procedural tasks of reasoning-gym with their verifiers (rlhf/data/gym.py)."""
+
+    tasks: list[str] = field(default_factory=lambda: ["chain_sum"])  # reasoning-gym's names; rows are shared out evenly
+    rows: int = 1024  # training prompts, all tasks together
+    eval_rows: int = 128  # held-out prompts
+    seed: int | None = None  # of the tasks; None: run.seed
+    options: dict[str, Any] = field(default_factory=dict)  # by task, its own options: +data.gym.options.chain_sum.max_terms=3
+    suffix: str = ""  # after each question, such as how to write the answer
+    chat: bool = False  # prompts as messages, for a policy with a chat template
+    system: str | None = None  # system message, with chat
+
+    def __post_init__(self) -> None:
+        _check(len(self.tasks) > 0 and len(set(self.tasks)) == len(self.tasks), "data.gym.tasks", self.tasks, "at least one task, each once")
+        _check(self.rows >= len(self.tasks), "data.gym.rows", self.rows, f"at least one for each of {len(self.tasks)} tasks")
+        _check(self.eval_rows >= 1, "data.gym.eval_rows", self.eval_rows, "at least 1")
+        _check(set(self.options) <= set(self.tasks), "data.gym.options", sorted(self.options), f"options of the tasks {', '.join(self.tasks)}")
+        _check(all(isinstance(o, dict) for o in self.options.values()), "data.gym.options", self.options, "a dictionary for each task")
+        _check(self.chat or self.system is None, "data.gym.system", self.system, "null without data.gym.chat=true")
+
+
+@dataclass(slots=True, kw_only=True)
 class DataConfig:
     """Where rows come from. ``recipe`` builds them from a package's own data under ``<run.dir>/<run.name>/data``."""
 
@@ -468,6 +491,7 @@ class DataConfig:
     eval_path: str | None = None  # held-out rows; None: eval_fraction of path
     format: DataFormat = DataFormat.auto  # auto: detected by the columns, and said aloud
     recipe: Recipe = Recipe.none
+    gym: GymConfig = field(default_factory=GymConfig)
     eval_fraction: float = 0.1  # of data.path, when there is no eval_path
     max_rows: int | None = None  # the first rows only
     max_bad_rows: int = 0  # rows that may not fit before the run stops

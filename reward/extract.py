@@ -85,13 +85,13 @@ def _decimal(match: re.Match[str]) -> Decimal | None:
         top = _PRECISION.divide(top, bottom)
     if not top.is_finite():
         return None
-    return -top if match["sign"] == "-" else top
+    return top.copy_negate() if match["sign"] == "-" else top  # a plain minus would round to the context's 28 digits
 
 
 def close(found: Decimal, expected: Decimal, tolerance: float) -> bool:
     """Whether |found - expected| <= tolerance x max(1, |expected|), in decimal arithmetic: 0.1 + 0.2 is 0.3, and large integers stay exact."""
-    difference = abs(_PRECISION.subtract(found, expected))
-    return difference <= _PRECISION.multiply(Decimal(str(tolerance)), max(Decimal(1), abs(expected)))
+    difference = _PRECISION.subtract(found, expected).copy_abs()
+    return difference <= _PRECISION.multiply(Decimal(str(tolerance)), max(Decimal(1), expected.copy_abs()))
 
 
 def normalise(text: str, *, ignore_case: bool, ignore_punctuation: bool) -> str:
@@ -122,11 +122,13 @@ def letter_of(text: str, letters: str, marker: str | None) -> str | None:
     said = re.findall(rf"(?i:answer|choice|option)(?i:\s+is)?\s*:?[\s*_(\[]*({one})(?![\w'])", text)
     if said:
         return str(said[-1])
+    bracketed = set(re.findall(rf"\(({one})\)", text))
+    if len(bracketed) > 1:
+        return None
     start = re.match(rf"[\s*_(\[]*({one})(?:[\s*_]*[)\].:]|[\s*_]*$|[\s*_]*\n)", text)
     if start:
         return start[1]
-    bracketed = set(re.findall(rf"\(({one})\)", text))
-    return bracketed.pop() if len(bracketed) == 1 else None
+    return bracketed.pop() if bracketed else None
 
 
 def _lone_letter(span: str | None, letters: str) -> str | None:

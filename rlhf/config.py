@@ -12,6 +12,7 @@ from rlhf.types import UserError
 
 CONF_DIR = Path(schema.__file__).resolve().parent
 NAME = "<name>"  # stands in a dotted option for the name of a dictionary's item
+ANYTHING = "<anything>"  # below it every key is valid
 GROUPS = ("stage", "model", "adapter", "engine", "rollout", "reward", "data", "tracking", "experiment")
 _GROUP_SCHEMAS = {
     "model": schema.ModelConfig,
@@ -59,6 +60,11 @@ def _items(annotation: Any) -> type | None:
     return _subdataclass(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else None
 
 
+def _free(annotation: Any) -> bool:
+    """A dictionary of anything (`data.gym.options`): whoever reads it checks it."""
+    return typing.get_origin(annotation) is dict and typing.get_args(annotation)[1] is Any
+
+
 def valid_keys(stages: Sequence[str]) -> list[str]:
     """Every dotted option that the given stages have; the items of a dictionary as `reward.terms.<name>.weight`."""
 
@@ -74,6 +80,8 @@ def valid_keys(stages: Sequence[str]) -> list[str]:
             item = _items(hints[f.name])
             if item is not None:
                 out.extend([f"{key}.{NAME}", *walk(item, f"{key}.{NAME}.")])
+            if _free(hints[f.name]):
+                out.append(f"{key}.{ANYTHING}")
         return out
 
     keys = [k for k in walk(schema.Config, "") if k != "stage"]
@@ -84,6 +92,9 @@ def valid_keys(stages: Sequence[str]) -> list[str]:
 
 def _named(key: str, keys: Sequence[str]) -> tuple[str, str]:
     """`key` with the name of a dictionary's item as `<name>`, and that name: reward.terms.brevity.kind -> reward.terms.<name>.kind, brevity."""
+    for place in (k for k in keys if k.endswith(f".{ANYTHING}")):
+        if key.startswith(place.removesuffix(ANYTHING)):
+            return place, ""
     for place in (k.removesuffix(f".{NAME}") for k in keys if k.endswith(f".{NAME}")):
         if key.startswith(place + "."):
             name, dot, rest = key.removeprefix(place + ".").partition(".")
@@ -103,10 +114,15 @@ def merge_items(arguments: Sequence[str]) -> list[str]:
     `+reward.terms.brevity.kind=length` becomes `++reward.terms={brevity:{kind:length}}`: a typed item springs up whole, defaults included, so
     Hydra would refuse to add its second field and to set its first.
     """
-    places = [k.removesuffix(f".{NAME}") for k in valid_keys([]) if k.endswith(f".{NAME}")]
+    known = valid_keys([])
+    places = [k.removesuffix(f".{NAME}") for k in known if k.endswith(f".{NAME}")]
+    free = tuple(k.removesuffix(ANYTHING) for k in known if k.endswith(f".{ANYTHING}"))
     out = []
     for argument in arguments:
         key, equals, value = argument.lstrip("+").partition("=")
+        if key.startswith(free):
+            out.append(f"++{key}={value}")
+            continue
         place = next((p for p in places if key.startswith(p + ".")), None)
         if place is None or not equals:
             out.append(argument)
