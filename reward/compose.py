@@ -8,7 +8,7 @@ step to step whatever the running statistics are.
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,11 +63,11 @@ class CompositeScorer:
                 total[row] += term.weight * value
         return Scores(total=total, terms=values, extras=extras)
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
+    def state_dict(self) -> dict[str, object]:
         """Statistics by the name of their term; JSON can hold it. The same on every rank."""
         return {term.name: term.moments.state_dict() for term in self.terms if term.normalise}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+    def load_state_dict(self, state: dict[str, object]) -> None:
         """Take over what `state_dict` gave. Raises UserError when the terms that are normalised are not the same."""
         expected = {term.name for term in self.terms if term.normalise}
         if set(state) != expected:
@@ -76,8 +76,9 @@ class CompositeScorer:
                 f"{', '.join(sorted(expected)) or 'none'}. Resume with the terms that the run started with."
             )
         for term in self.terms:
-            if term.normalise:
-                term.moments.load_state_dict(dict(state[term.name]))
+            moments = state.get(term.name)
+            if isinstance(moments, dict):
+                term.moments.load_state_dict(moments)
 
 
 def _counted(term: Term, raw: Sequence[float]) -> list[float]:
@@ -98,16 +99,3 @@ def checked(name: str, values: Sequence[Any], rollouts: Sequence[Rollout]) -> li
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise UserError(f"reward.terms.{name}: returned {value!r} for {name_prompt(rollout)}; expected a finite number.")
     return [float(value) for value in values]
-
-
-def state_of(scorer: Scorer) -> dict[str, dict[str, float]]:
-    """What a checkpoint keeps of a scorer; empty for one without state."""
-    return scorer.state_dict() if isinstance(scorer, CompositeScorer) else {}
-
-
-def load_state(scorer: Scorer, state: Mapping[str, Mapping[str, float]]) -> None:
-    """Continue with what `state_of` gave. Raises UserError when the terms have changed."""
-    if isinstance(scorer, CompositeScorer):
-        scorer.load_state_dict(state)
-    elif state:
-        raise UserError(f"The checkpoint holds statistics of the reward terms {', '.join(sorted(state))}, but reward.terms is empty.")

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from conf.schema import Combine
-from reward.scorer import RewardModelScorer
+from reward.scorer import RewardModelScorer, Stateless
 from rlhf.types import Rollout, Scores, UserError
 
 
@@ -25,7 +25,7 @@ def combine(members: Sequence[Sequence[float]], how: Combine, spread_coef: float
     return means, spreads
 
 
-class EnsembleScorer:
+class EnsembleScorer(Stateless):
     """Reward models scored side by side; extras hold `spread`.
 
     A reward model's zero and unit are arbitrary (only differences were trained), so each score is first put on the scale of the model's own

@@ -68,17 +68,22 @@ def check_tokenizers(path: str | Path, reward_tokenizer: Any, manifest: Manifest
         )
 
 
-class _Stateless:
+class Stateless:
     """A scorer whose scores depend on nothing that came before."""
 
     def state_dict(self) -> dict[str, object]:
         return {}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Nothing to take over."""
+        """Nothing to take over. Raises UserError when there is something: the checkpoint is of another reward."""
+        if state:
+            raise UserError(
+                f"The checkpoint holds statistics of the reward terms {', '.join(sorted(state))}, but the reward has no such terms. "
+                "Resume with the terms that the run started with."
+            )
 
 
-class RewardModelScorer(_Stateless):
+class RewardModelScorer(Stateless):
     """A reward model read at the last response token, in float32 at the head.
 
     With the policy's tokenizer and template the policy's token ids are scored as they are; with other ones the prompt's messages
@@ -147,7 +152,7 @@ def load_function(spec: str, key: str = "reward.function") -> Callable[..., Any]
     return function
 
 
-class FunctionScorer(_Stateless):
+class FunctionScorer(Stateless):
     """A Python function, plain or async, with TRL's reward signature: ``f(prompts, completions, completion_ids, **columns) -> list[float]``.
 
     Prompts are the rows' own (strings or messages); completions strings, or ``[{"role": "assistant", ...}]`` for messages; columns

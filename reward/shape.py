@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from conf.schema import LengthUnit, RewardTerm
+from reward.scorer import Stateless
 from rlhf.types import Rollout, Scores
 
 
@@ -16,7 +17,7 @@ def band_score(length: int, low: int | None, high: int | None, ramp: int) -> flo
     return -min(1.0, (short + long) / ramp)
 
 
-class LengthScorer:
+class LengthScorer(Stateless):
     """`band_score` of the response in tokens (the end-of-sequence token is one) or in characters of its text."""
 
     def __init__(self, term: RewardTerm) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from reward.scorer import name_prompt
+from reward.scorer import Stateless, name_prompt
 from rlhf.types import Rollout, Scores, UserError
 
 
@@ -38,7 +38,7 @@ def read_reference(name: str, verifier: Verifier, columns: Mapping[str, object],
         raise UserError(f"reward.terms.{name}, column {' and '.join(map(repr, verifier.columns))} of {place}: {error}.") from error
 
 
-class VerifierScorer:
+class VerifierScorer(Stateless):
     """Runs a verifier over responses. A reference is read once for all responses to one prompt."""
 
     def __init__(self, name: str, verifier: Verifier) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from conf.schema import Combine, CriticInit, OnlineStage, RewardConfig, RewardTerm, TermKind
 from reward import compose, terms
-from reward.compose import CompositeScorer, Term, load_state, state_of
+from reward.compose import CompositeScorer, Term
 from reward.ensemble import EnsembleScorer, combine
-from reward.scorer import FunctionScorer, RewardModelScorer, make_scorer
+from reward.scorer import FunctionScorer, RewardModelScorer, Stateless, make_scorer
 from reward.shape import band_score
 from rlhf import config, preflight
 from rlhf.types import Prompt, Rollout, Scores, UserError
@@ -32,7 +32,7 @@ def plain(text: str, name: str = "p0", tokens: int | None = None, **fields: Any)
     return Rollout(Prompt(id=name, text=f"ask {name}", token_ids=(1, 2), fields=fields), text, ids, [0.0] * len(ids), "stop", 0)
 
 
-class Fixed:
+class Fixed(Stateless):
     """A scorer that says what it was told to."""
 
     def __init__(self, values: list[float], **extras: list[float]) -> None:
@@ -140,13 +140,13 @@ def test_ranks_share_the_statistics_also_one_without_responses(monkeypatch: pyte
         total = scorer.score([plain("x")] * len(own)).total
         mean, std = statistics.mean([*own, *other]), statistics.stdev([*own, *other])
         assert total == pytest.approx([(v - mean) / std for v in own])
-        assert scorer.state_dict()["a"]["count"] == len(own) + 2
+        assert scorer.terms[0].moments.count == len(own) + 2
     assert len(asked) == 6
 
 
 def test_no_responses_at_all_change_nothing() -> None:
     scorer = CompositeScorer([Term("a", Fixed([]), normalise=True)])
-    assert scorer.score([]).total == [] and scorer.state_dict()["a"]["count"] == 0
+    assert scorer.score([]).total == [] and scorer.terms[0].moments.count == 0
 
 
 def test_a_resumed_scorer_goes_on_where_the_first_stopped() -> None:
@@ -155,18 +155,18 @@ def test_a_resumed_scorer_goes_on_where_the_first_stopped() -> None:
 
     first, second = make(), make()
     first.score([plain("x")] * 3)
-    load_state(second, json.loads(json.dumps(state_of(first))))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for scorer in (first, second):
         scorer.terms[0].scorer = Fixed([2.0, 3.0])
         scorer.terms[1].scorer = Fixed([1.0, 1.0])
     assert first.score([plain("x")] * 2).total == second.score([plain("x")] * 2).total
-    assert state_of(first) == state_of(second) and set(state_of(first)) == {"a"}
+    assert first.state_dict() == second.state_dict() and set(first.state_dict()) == {"a"}
     with pytest.raises(UserError, match=r"statistics of the reward terms a, but reward\.terms normalises none"):
-        load_state(CompositeScorer([Term("a", Fixed([]))]), state_of(first))
+        CompositeScorer([Term("a", Fixed([]))]).load_state_dict(first.state_dict())
     function = FunctionScorer("operator:truth")
-    load_state(function, state_of(function))
-    with pytest.raises(UserError, match=r"reward terms a, but reward\.terms is empty"):
-        load_state(function, state_of(first))
+    function.load_state_dict(function.state_dict())
+    with pytest.raises(UserError, match="reward terms a, but the reward has no such terms"):
+        function.load_state_dict(first.state_dict())
 
 
 @pytest.mark.parametrize(
