@@ -25,12 +25,13 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
+from conf.schema import RewardTerm
 from reward.model import template_hash, tokenizer_fingerprint
-from reward.scorer import _name
+from reward.scorer import Stateless, name_prompt
 from rlhf.data.encoding import is_chat
 from rlhf.types import Rollout, Scores, UserError
 
@@ -40,21 +41,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first repetition, doubl
 _QUOTED = 300  # characters of a server's answer in an error
 _MOST_TOKEN = 4096  # characters of a bearer token
 _JITTER = random.Random()  # of its own: the global generator is the run's, and its draws must not depend on a network
-
-
-class RemoteTerm(Protocol):
-    """What this file reads of a reward term."""
-
-    @property
-    def url(self) -> str | None: ...  # http(s)://host[:port][/path]
-    @property
-    def token_env(self) -> str | None: ...  # environment variable that holds the bearer token; None: no token
-    @property
-    def timeout_s(self) -> float: ...  # seconds until one request counts as lost
-    @property
-    def retries(self) -> int: ...  # repetitions of a request after the first
-    @property
-    def batch_size(self) -> int: ...  # responses per request
 
 
 def bearer_token(variable: str, key: str) -> str:
@@ -91,6 +77,13 @@ def checked_url(url: str | None, key: str) -> httpx.URL:
     return parsed
 
 
+def check_remote(term: RewardTerm, key: str) -> None:
+    """For preflight: the address is one and the token is there; the server itself is asked with the first responses. Raises UserError."""
+    checked_url(term.url, f"{key}.url")
+    if term.token_env is not None:
+        bearer_token(term.token_env, f"{key}.token_env")
+
+
 def pause_s(attempt: int) -> float:
     """Seconds before repetition `attempt` (from 0): doubling, capped, the upper half drawn at random so that clients don't return in step."""
     return min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * _JITTER.uniform(0.5, 1.0)
@@ -120,14 +113,14 @@ class Info:
     max_batch: int | None = None  # items that one request may hold
 
 
-class RemoteScorer:
+class RemoteScorer(Stateless):
     """Scores from a server, one term called `name`.
 
     `policy_tokenizer` lets the scorer compare tokenizers with the server's, so that the same reward model gives the numbers over HTTP
     that it gives in this process; without one, texts are sent and nothing is compared.
     """
 
-    def __init__(self, term: RemoteTerm, name: str, *, policy_tokenizer: Any = None) -> None:
+    def __init__(self, term: RewardTerm, name: str, *, policy_tokenizer: Any = None) -> None:
         key = f"reward.terms.{name}"
         self.term, self.name = term, name
         self.url = checked_url(term.url, f"{key}.url")
@@ -145,12 +138,6 @@ class RemoteScorer:
         """Scores in the rollouts' order. Raises UserError naming a prompt for whatever is not a finite number per response in time."""
         values = asyncio.run(self._score(rollouts)) if rollouts else []
         return Scores(total=values, terms={self.name: list(values)})
-
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Nothing to take over: what a server remembers is its own business."""
 
     async def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
         headers = {"content-type": "application/json", **({"authorization": f"Bearer {self.token}"} if self.token else {})}
@@ -181,7 +168,7 @@ class RemoteScorer:
 
     async def _ask(self, client: httpx.AsyncClient, first: Rollout) -> Info:
         """GET /info. Raises UserError when the server's reward model can't read the policy's texts, as a local one would."""
-        blame = f"nothing was scored yet; the first response is to {_name(first)}"
+        blame = f"nothing was scored yet; the first response is to {name_prompt(first)}"
         answer = await self._send(client, "GET", "/info", None, blame, self._deadline(1))
         if answer.status_code in (404, 405):  # not ours; the protocol doesn't need it
             return Info()
@@ -222,14 +209,14 @@ class RemoteScorer:
             except (TypeError, ValueError) as error:
                 columns = ", ".join(rollout.prompt.fields) or "none"
                 raise UserError(
-                    f"{self.where}: the row of {_name(rollout)} can't be sent as JSON: {error}. Its columns beside the prompt: {columns}."
+                    f"{self.where}: the row of {name_prompt(rollout)} can't be sent as JSON: {error}. Its columns beside the prompt: {columns}."
                 ) from error
         # A server that was restarted with another reward model must not read ids that mean other tokens to it.
         read = "" if self._hashes is None else f', "tokenizer_hash": {json.dumps(self._hashes[0])}'
         return f'{{"items": [{", ".join(items)}]{read}}}'.encode()
 
     async def _batch(self, client: httpx.AsyncClient, batch: Sequence[Rollout], deadline: float) -> list[float]:
-        blame = f"in a batch of {len(batch)} responses; the first is to {_name(batch[0])}"
+        blame = f"in a batch of {len(batch)} responses; the first is to {name_prompt(batch[0])}"
         answer = self._accepted(await self._send(client, "POST", "/score", self._body(batch), blame, deadline), batch)
         content = self._json(answer, blame)
         scores = content.get("scores")
@@ -238,7 +225,7 @@ class RemoteScorer:
             raise UserError(f"{self.where}: expected scores, a list of {len(batch)} numbers, one per response, found {found}; {blame}.")
         for value, rollout in zip(scores, batch, strict=True):
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise UserError(f"{self.where}: returned {self._quote(repr(value))} for {_name(rollout)}; expected a finite number.")
+                raise UserError(f"{self.where}: returned {self._quote(repr(value))} for {name_prompt(rollout)}; expected a finite number.")
         self._notice(content.get("model"))
         return [float(value) for value in scores]
 
@@ -293,7 +280,7 @@ class RemoteScorer:
                 rollout = batch[error["item"]]
         except (ValueError, KeyError, TypeError, AttributeError):
             pass  # not our server's form: its text is quoted as it is
-        raise UserError(f"{self.where}: HTTP {answer.status_code} {self._quote(text)} for {_name(rollout)}. {hint}")
+        raise UserError(f"{self.where}: HTTP {answer.status_code} {self._quote(text)} for {name_prompt(rollout)}. {hint}")
 
     def _json(self, answer: httpx.Response, blame: str) -> dict[str, Any]:
         try:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from conf.schema import RewardTerm, TermKind
 from reward import remote
 from reward.model import template_hash, tokenizer_fingerprint
 from reward.remote import RemoteScorer, checked_url, pause_s, retry_after_s
@@ -25,13 +26,8 @@ from tests.trl_tools import CHATML, tiny_tokenizer
 TOKEN = "secret-token-of-the-test"
 
 
-@dataclass(slots=True)
-class Term:
-    url: str | None = None
-    token_env: str | None = None
-    timeout_s: float = 5.0
-    retries: int = 2
-    batch_size: int = 2
+def term(**fields: Any) -> RewardTerm:
+    return RewardTerm(kind=TermKind.remote, **{"timeout_s": 5.0, "retries": 2, "batch_size": 2, **fields})
 
 
 @dataclass(slots=True)
@@ -108,8 +104,8 @@ class Fake:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/api"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def scorer(self, policy_tokenizer: Any = None, **term: Any) -> RemoteScorer:
-        return RemoteScorer(Term(url=self.url, **term), "far", policy_tokenizer=policy_tokenizer)
+    def scorer(self, policy_tokenizer: Any = None, **fields: Any) -> RemoteScorer:
+        return RemoteScorer(term(url=self.url, **fields), "far", policy_tokenizer=policy_tokenizer)
 
 
 @pytest.fixture
@@ -177,7 +173,7 @@ def test_connection_refused_names_the_address(monkeypatch: pytest.MonkeyPatch) -
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(UserError, match=rf"http://127.0.0.1:{port}\).*ConnectError.*attempt 2 of 2.*'p0'.*Is the server up"):
-        RemoteScorer(Term(url=f"http://127.0.0.1:{port}/", retries=1), "far").score(rollouts())
+        RemoteScorer(term(url=f"http://127.0.0.1:{port}/", retries=1), "far").score(rollouts())
 
 
 def test_retry_after_is_kept_to(fake: Fake) -> None:
@@ -277,14 +273,14 @@ def test_tokens_that_are_none(fake: Fake, monkeypatch: pytest.MonkeyPatch, value
 @pytest.mark.parametrize("url", [None, "", "127.0.0.1:80", "ftp://host/x", "http://", "http://host:notaport"])
 def test_urls_that_are_none(url: str | None) -> None:
     with pytest.raises(UserError, match=r"reward.terms.far.url.*Expected reward.terms.far.url=http\(s\)://host"):
-        RemoteScorer(Term(url=url), "far")
+        RemoteScorer(term(url=url), "far")
 
 
 def test_token_over_plain_http_is_said_aloud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("FAR_TOKEN", TOKEN)
     for url, warned in (("http://10.1.2.3:80", True), ("https://10.1.2.3", False), ("http://localhost:8100", False), ("http://[::1]:8100", False)):
         caplog.clear()
-        RemoteScorer(Term(url=url, token_env="FAR_TOKEN"), "far")
+        RemoteScorer(term(url=url, token_env="FAR_TOKEN"), "far")
         assert ("unencrypted" in caplog.text) is warned
 
 

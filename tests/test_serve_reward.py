@@ -23,12 +23,13 @@ import uvicorn
 
 from conf.schema import RewardConfig, ServeRewardStage
 from reward.remote import RemoteScorer
-from reward.scorer import RewardModelScorer
+from reward.scorer import RewardModelScorer, make_scorer
 from reward.service import Batcher, Counts, Item, Refused, ServedModel, create_app
+from reward.terms import check_terms
 from rlhf import config, preflight
 from rlhf.stages.serve_reward import address, listen
 from rlhf.types import Rollout, UserError
-from tests.test_remote import Term
+from tests.test_remote import term
 from tests.test_scorer import other_tokenizer, rollout, save_reward_model
 from tests.trl_tools import CHATML, tiny_tokenizer
 
@@ -119,14 +120,34 @@ def test_scores_over_http_are_the_local_ones(
     assert local.same_tokenizer is (policy != "other tokenizer") and local.same_template is (policy == "same")
     monkeypatch.setenv("SERVED_TOKEN", TOKEN)
     with serving(path) as (url, _, counts):
-        far = RemoteScorer(Term(url=url, token_env="SERVED_TOKEN", batch_size=8), "far", policy_tokenizer=reader)
+        far = RemoteScorer(term(url=url, token_env="SERVED_TOKEN", batch_size=8), "far", policy_tokenizer=reader)
         expected = local.score(rollouts).total
         assert far.score(rollouts).terms == {"far": expected}
         assert (counts.requests, counts.items, counts.batches, counts.errors) == (1, 4, 1, 0)
         assert counts.tokens == sum(len(local.token_ids(r)) for r in rollouts)
-        smaller = RemoteScorer(Term(url=url, token_env="SERVED_TOKEN", batch_size=1), "far", policy_tokenizer=reader)
+        smaller = RemoteScorer(term(url=url, token_env="SERVED_TOKEN", batch_size=1), "far", policy_tokenizer=reader)
         assert smaller.score(rollouts).total == pytest.approx(expected, abs=1e-6)
     assert len({round(score, 4) for score in expected}) == 4, "scores that are all alike would show nothing"
+
+
+def test_composed_reward_asks_the_server_as_the_panel_says(
+    plain: tuple[str, ServedModel, Counts], plain_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options that the panel shows give a scorer whose term has the local numbers, also for tokens that were sampled in other pieces."""
+    rollouts = sampled(tokenizer)
+    expected = RewardModelScorer(str(plain_model), RewardConfig(), CPU, policy_tokenizer=tokenizer).score(rollouts).total
+    options = [f"+reward.terms.remote.{key}={value}" for key, value in {"kind": "remote", "url": plain[0], "token_env": "SERVED_TOKEN"}.items()]
+    reward = config.compose(["stage=grpo", *options, "+reward.terms.remote.weight=0.5"]).reward
+    monkeypatch.delenv("SERVED_TOKEN", raising=False)
+    with pytest.raises(UserError, match=r"reward.terms.remote.token_env=SERVED_TOKEN.*is not set"):
+        check_terms(reward)
+    monkeypatch.setenv("SERVED_TOKEN", TOKEN)
+    check_terms(reward)
+    found = make_scorer(reward, device=CPU, policy_tokenizer=tokenizer).score(rollouts)
+    assert found.terms == {"remote": expected} and found.total == pytest.approx([0.5 * score for score in expected])
+    reward.terms["remote"].url = "http://me:secret@host"
+    with pytest.raises(UserError, match=r"reward.terms.remote.url holds a user"):
+        check_terms(reward)
 
 
 def test_reward_model_that_can_t_read_the_policy_is_refused_as_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +156,7 @@ def test_reward_model_that_can_t_read_the_policy_is_refused_as_locally(tmp_path:
     monkeypatch.setenv("SERVED_TOKEN", TOKEN)
     with serving(tmp_path / "model") as (url, _, counts):
         with pytest.raises(UserError, match="another tokenizer than the policy and no chat template"):
-            RemoteScorer(Term(url=url, token_env="SERVED_TOKEN"), "far", policy_tokenizer=reader).score(sampled(reader))
+            RemoteScorer(term(url=url, token_env="SERVED_TOKEN"), "far", policy_tokenizer=reader).score(sampled(reader))
         assert counts.items == 0
 
 
@@ -173,7 +194,7 @@ def test_wrong_token_stops_a_policy_run_without_repetition(
 ) -> None:
     monkeypatch.setenv("SERVED_TOKEN", "wrong")
     with pytest.raises(UserError, match=r"HTTP 401.*prompt 'p0'.*token_env"):
-        RemoteScorer(Term(url=plain[0], token_env="SERVED_TOKEN"), "far").score(sampled(tokenizer))
+        RemoteScorer(term(url=plain[0], token_env="SERVED_TOKEN"), "far").score(sampled(tokenizer))
 
 
 GOOD = {"prompt": "the film", "response": " good"}
@@ -212,7 +233,7 @@ def test_tokens_of_another_tokenizer_are_refused(plain: tuple[str, ServedModel, 
         assert answer.status_code == 422 and "items[1].token_ids: of the tokenizer" in message_of(answer) and answer.json()["error"]["item"] == 1
     assert post(plain[0], [GOOD], tokenizer_hash="other").status_code == 200
     monkeypatch.setenv("SERVED_TOKEN", TOKEN)
-    far = RemoteScorer(Term(url=plain[0], token_env="SERVED_TOKEN"), "far", policy_tokenizer=tokenizer)
+    far = RemoteScorer(term(url=plain[0], token_env="SERVED_TOKEN"), "far", policy_tokenizer=tokenizer)
     plain_prompts = [r for r in sampled(tokenizer) if isinstance(r.prompt.source, str)]
     assert len(far.score(plain_prompts).total) == 3
     manifest = plain[1].manifest
@@ -380,7 +401,7 @@ def test_process_serves_a_policy_run_and_ends_in_peace(tmp_path: Path, plain_mod
     rollouts = [r for r in sampled(tokenizer) for _ in range(3)]
     expected = RewardModelScorer(str(plain_model), RewardConfig(), CPU, policy_tokenizer=tokenizer).score(rollouts).total
     with process(tmp_path, plain_model, "served", "stage.token_env=SERVED_TOKEN", "stage.max_batch=4") as (child, url, said):
-        far = RemoteScorer(Term(url=url, token_env="SERVED_TOKEN", batch_size=64), "far", policy_tokenizer=tokenizer)
+        far = RemoteScorer(term(url=url, token_env="SERVED_TOKEN", batch_size=64), "far", policy_tokenizer=tokenizer)
         assert far.score(rollouts).total == pytest.approx(expected, abs=1e-6)
         assert post(url, [GOOD], "wrong").status_code == 401
         child.send_signal(signal.SIGTERM)
