@@ -5,11 +5,14 @@ enumerations instead of ``Literal`` (which OmegaConf refuses); ranges in ``__pos
 before anything loads. ``None`` always means "not set; the stage says what follows from that".
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-MISSING = "???"  # OmegaConf's marker of a mandatory value
+MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
+_TAKEN = ("step", "prompt", "response", "score", "kl", "response_length", "finish_reason", "clipped")  # a reward term can't have these names
 
 
 def _check(condition: bool, key: str, value: object, expected: str) -> None:
@@ -205,6 +208,51 @@ class Judge(Enum):
     function = "function"
 
 
+class TermKind(Enum):
+    """What a reward term looks at (reward/terms.py)."""
+
+    model = "model"  # one reward model, or an ensemble
+    function = "function"  # pkg.module:function with TRL's reward signature
+    exact = "exact"  # the row's answer, as text
+    numeric = "numeric"  # the row's answer, as a number
+    math = "math"  # the row's answer, as a mathematical expression
+    choice = "choice"  # the row's answer, as a letter
+    regex = "regex"  # a pattern that has to be found
+    json_schema = "json_schema"  # JSON that a schema allows
+    instructions = "instructions"  # the row's constraints
+    code = "code"  # Python that passes the row's tests
+    gym = "gym"  # a reasoning-gym task, by its own verifier
+    length = "length"  # a band of lengths
+    format = "format"  # a pattern that the whole response has to match
+    remote = "remote"  # a reward model behind HTTP
+
+
+class Combine(Enum):
+    """One score from several reward models' (Coste et al. 2023, arXiv:2310.02743)."""
+
+    mean = "mean"
+    minimum = "minimum"
+    pessimistic = "pessimistic"  # mean - spread_coef x standard deviation
+
+
+class Isolation(Enum):
+    """How code that a policy wrote is kept apart (reward/sandbox.py)."""
+
+    auto = "auto"  # namespaces where the kernel gives them, else limits alone (said aloud)
+    namespaces = "namespaces"  # no network, no view of other processes, a file system without the user's files
+    limits = "limits"  # resource limits and an audit hook
+
+
+class LengthUnit(Enum):
+    tokens = "tokens"
+    characters = "characters"
+
+
+class FormatStyle(Enum):
+    think = "think"  # <think>...</think> and then anything, as TRL's think_format_reward
+    think_answer = "think_answer"  # <think>...</think> <answer>...</answer> and nothing else
+
+
 class DataFormat(Enum):
     """Formats of data files; which of them a stage reads is in rlhf/data/formats.py."""
 
@@ -231,6 +279,7 @@ class Recipe(Enum):
     none = "none"
     reviews = "reviews"
     smollm2 = "smollm2"
+    gym = "gym"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -358,15 +407,108 @@ class RolloutConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class RewardTerm:
+    """One term of a composed reward: a kind, how it counts, and what the kind needs. To set a field of another kind is an error (reward/terms.py)."""
+
+    kind: TermKind = MISSING
+    weight: float = 1.0  # of the value after clip and normalise; 0: logged, but trains nothing
+    clip: float | None = None  # the raw value into [-clip, clip], before any statistics
+    normalise: bool = False  # by a running mean and standard deviation of the clipped values, over all ranks; in training only
+    # -- model
+    paths: list[str] = field(default_factory=list)  # directories that stage=reward wrote; several: an ensemble, each put on its held-out scale first
+    combine: Combine = Combine.mean
+    spread_coef: float = 1.0  # combine=pessimistic: standard deviations subtracted from the mean
+    # -- function
+    function: str | None = None  # pkg.module:function
+    # -- exact, numeric, math, choice, json_schema, instructions, code, gym
+    column: str | None = None  # data column that a response is held against; None: answer, schema, constraints, tests, metadata, by kind
+    # -- exact, numeric, choice, json_schema: where in the response the answer stands
+    marker: str | None = None  # None: by kind; "\\boxed{}": its content; "<tag>": up to "</tag>"; else the rest of the line after it
+    # -- exact
+    ignore_case: bool = True
+    ignore_punctuation: bool = True
+    # -- numeric
+    tolerance: float = 1e-6  # absolute, and relative to the answer
+    # -- choice
+    letters: str = "ABCDE"
+    # -- regex, format
+    pattern: str | None = None  # Python's syntax; regex: null takes each row's own from `column`
+    style: FormatStyle | None = None  # format: a pattern with a name
+    # -- json_schema
+    schema_file: str | None = None  # JSON file; null: each row's own from `column`
+    # -- instructions, code
+    all_or_nothing: bool = False  # 1 for all constraints (tests), else 0; false: their share
+    # -- code
+    time_limit_s: float = 5.0  # per response: wall time and CPU time
+    memory_mb: int = 512  # address space of a process
+    isolation: Isolation = Isolation.auto
+    # -- length
+    low: int | None = None  # units; 0 inside [low, high]
+    high: int | None = None
+    ramp: int = 32  # units outside the band at which the value has fallen to -1
+    unit: LengthUnit = LengthUnit.tokens
+    # -- remote
+    url: str | None = None
+    token_env: str | None = None  # environment variable that holds the bearer token
+    timeout_s: float = 30.0  # per request
+    retries: int = 3
+    batch_size: int = 64  # responses per request
+
+    def check(self, key: str) -> None:
+        """Ranges; `key` is the term's place, since a term doesn't know its own name."""
+        _check(math.isfinite(self.weight), f"{key}.weight", self.weight, "a finite number")
+        _check(self.clip is None or self.clip > 0, f"{key}.clip", self.clip, "above 0")
+        _check(self.spread_coef >= 0, f"{key}.spread_coef", self.spread_coef, "at least 0")
+        _check(self.tolerance >= 0, f"{key}.tolerance", self.tolerance, "at least 0")
+        letters = len(set(self.letters)) == len(self.letters) >= 2 and self.letters.isalnum() and self.letters == self.letters.upper()
+        _check(letters, f"{key}.letters", self.letters, "at least two different capital letters or digits")
+        _check(self.time_limit_s > 0, f"{key}.time_limit_s", self.time_limit_s, "above 0 s")
+        _check(self.memory_mb >= 64, f"{key}.memory_mb", self.memory_mb, "at least 64 MB, which Python itself needs")
+        _check(self.low is None or self.low >= 0, f"{key}.low", self.low, "at least 0")
+        _check(self.high is None or self.high >= (self.low or 0), f"{key}.high", self.high, f"at least low={self.low or 0}")
+        _check(self.ramp >= 1, f"{key}.ramp", self.ramp, "at least 1")
+        _check(self.timeout_s > 0, f"{key}.timeout_s", self.timeout_s, "above 0 s")
+        _check(self.retries >= 0, f"{key}.retries", self.retries, "at least 0")
+        _check(self.batch_size >= 1, f"{key}.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(slots=True, kw_only=True)
 class RewardConfig:
-    """What scores a response: a reward model's directory, or a function with TRL's reward signature."""
+    """What scores a response: a reward model's directory, a function with TRL's reward signature, or a weighted sum of terms."""
 
     path: str | None = None  # directory of a reward model that stage=reward wrote
     function: str | None = None  # pkg.module:function, called as f(prompts=..., completions=...) -> list[float]
+    terms: dict[str, RewardTerm] = field(default_factory=dict)  # by name, which becomes the metric reward/<name>
     batch_tokens: int = 8192  # tokens per scoring batch
 
     def __post_init__(self) -> None:
         _check(self.batch_tokens >= 1, "reward.batch_tokens", self.batch_tokens, "at least 1 token")
+        for name in self.terms:
+            _check(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None, "reward.terms", name, "names of letters, digits and _")
+            _check(name not in _TAKEN, "reward.terms", name, f"a name beside those of samples.jsonl and the metrics ({', '.join(_TAKEN)})")
+            self.terms[name].check(f"reward.terms.{name}")
+
+
+@dataclass(slots=True, kw_only=True)
+class GymConfig:
+    """``data.recipe=gym``: procedural tasks of reasoning-gym with their verifiers (rlhf/data/gym.py)."""
+
+    tasks: list[str] = field(default_factory=lambda: ["chain_sum"])  # reasoning-gym's names; rows are shared out evenly
+    rows: int = 1024  # training prompts, all tasks together
+    eval_rows: int = 128  # held-out prompts
+    seed: int | None = None  # of the tasks; None: run.seed
+    options: dict[str, Any] = field(default_factory=dict)  # by task, its own options: +data.gym.options.chain_sum.max_terms=3
+    suffix: str = ""  # after each question, such as how to write the answer
+    chat: bool = False  # prompts as messages, for a policy with a chat template
+    system: str | None = None  # system message, with chat
+
+    def __post_init__(self) -> None:
+        _check(len(self.tasks) > 0 and len(set(self.tasks)) == len(self.tasks), "data.gym.tasks", self.tasks, "at least one task, each once")
+        _check(self.rows >= len(self.tasks), "data.gym.rows", self.rows, f"at least one for each of {len(self.tasks)} tasks")
+        _check(self.eval_rows >= 1, "data.gym.eval_rows", self.eval_rows, "at least 1")
+        _check(set(self.options) <= set(self.tasks), "data.gym.options", sorted(self.options), f"options of the tasks {', '.join(self.tasks)}")
+        _check(all(isinstance(o, dict) for o in self.options.values()), "data.gym.options", self.options, "a dictionary for each task")
+        _check(self.chat or self.system is None, "data.gym.system", self.system, "null without data.gym.chat=true")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -377,6 +519,7 @@ class DataConfig:
     eval_path: str | None = None  # held-out rows; None: eval_fraction of path
     format: DataFormat = DataFormat.auto  # auto: detected by the columns, and said aloud
     recipe: Recipe = Recipe.none
+    gym: GymConfig = field(default_factory=GymConfig)
     eval_fraction: float = 0.1  # of data.path, when there is no eval_path
     max_rows: int | None = None  # the first rows only
     max_bad_rows: int = 0  # rows that may not fit before the run stops
@@ -824,6 +967,34 @@ class EvalStage:
 
 
 @dataclass(slots=True, kw_only=True)
+class ServeRewardStage:
+    """Serves the reward model of reward.path over HTTP, for reward terms of kind remote."""
+
+    name: str = "serve_reward"
+    host: str = "127.0.0.1"  # address to bind to; any other than this machine's own needs token_env
+    port: int = 8100  # 0: any free one
+    token_env: str | None = None  # environment variable that holds the bearer token; None: one is made and printed at the start
+    max_batch: int = 256  # items in one request, and items of several requests that the model scores together
+    max_body_mib: float = 16.0  # MiB of one request
+    max_waiting: int = 64  # requests that wait for the model; more are sent away with 503 and Retry-After
+    grace_s: int = 30  # seconds that open requests get after SIGTERM or Ctrl-C
+    log_every_s: float = 10.0  # seconds between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        own = self.host in ("127.0.0.1", "localhost", "::1")
+        _check(bool(self.host), "stage.host", self.host, "an address, such as 127.0.0.1")
+        _check(
+            own or self.token_env is not None, "stage.token_env", self.token_env, f"the name of an environment variable with stage.host={self.host}"
+        )
+        _check(0 <= self.port <= 65535, "stage.port", self.port, "in [0, 65535]")
+        _check(self.max_batch >= 1, "stage.max_batch", self.max_batch, "at least 1 item")
+        _check(self.max_body_mib > 0, "stage.max_body_mib", self.max_body_mib, "above 0 MiB")
+        _check(self.max_waiting >= 1, "stage.max_waiting", self.max_waiting, "at least 1 request")
+        _check(self.grace_s >= 1, "stage.grace_s", self.grace_s, "at least 1 second")
+        _check(self.log_every_s > 0, "stage.log_every_s", self.log_every_s, "above 0 seconds")
+
+
+@dataclass(slots=True, kw_only=True)
 class DoctorStage:
     """Versions, devices, memory, engines: usable, or why not."""
 
@@ -865,6 +1036,7 @@ STAGES: dict[str, type] = {
     "orpo": ORPOStage,
     "ppo": OnlineStage,
     "eval": EvalStage,
+    "serve_reward": ServeRewardStage,
     "doctor": DoctorStage,
     "chain": ChainStage,
 }

@@ -63,13 +63,13 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     (path / MANIFEST_FILE).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a reward model's directory. Raises UserError for anything else."""
-    check_model_path(str(path), "reward.path")
+def read_manifest(path: str | Path, key: str = "reward.path") -> Manifest:
+    """The manifest of a reward model's directory, `key` being the option that names it. Raises UserError for anything else."""
+    check_model_path(str(path), key)
     place = Path(path).expanduser() / MANIFEST_FILE
     if not place.is_file():
         raise UserError(
-            f"reward.path={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the model/ directory that stage=reward wrote."
+            f"{key}={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the model/ directory that stage=reward wrote."
         )
     content = json.loads(place.read_text(encoding="utf-8"))
     version = content.get("format_version")
@@ -81,20 +81,20 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest(**content)
 
 
-def load_reward_tokenizer(path: str | Path) -> tuple[Any, Manifest]:
+def load_reward_tokenizer(path: str | Path, key: str = "reward.path") -> tuple[Any, Manifest]:
     """Tokenizer and manifest, without weights. Raises UserError when the tokenizer is not the one the model was trained with."""
     from transformers import AutoTokenizer
 
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, key)
     tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()))
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_hash:
         raise UserError(
-            f"reward.path={path}: its tokenizer files are not those that the reward model was trained with (the hash in {MANIFEST_FILE} differs)."
+            f"{key}={path}: its tokenizer files are not those that the reward model was trained with (the hash in {MANIFEST_FILE} differs)."
         )
     return tokenizer, manifest
 
 
-def load_reward_module(path: str | Path, dtype: torch.dtype) -> Any:
+def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.path") -> Any:
     """The weights of a reward model's directory as a classifier with one label, in evaluation mode, on the CPU. Raises UserError for missing ones."""
     from transformers import AutoModelForSequenceClassification
 
@@ -102,9 +102,9 @@ def load_reward_module(path: str | Path, dtype: torch.dtype) -> Any:
         str(Path(path).expanduser()), num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     if info["missing_keys"]:  # transformers would fill them with random numbers
-        raise UserError(f"reward.path={path}: its weights lack {', '.join(sorted(info['missing_keys']))}, so it is not a whole reward model.")
+        raise UserError(f"{key}={path}: its weights lack {', '.join(sorted(info['missing_keys']))}, so it is not a whole reward model.")
     if not hasattr(module, "score"):
-        raise UserError(f"reward.path={path}: {type(module).__name__} has no head named score, so its last token can't be read.")
+        raise UserError(f"{key}={path}: {type(module).__name__} has no head named score, so its last token can't be read.")
     return module.eval()
 
 

@@ -20,7 +20,7 @@ from rlhf.types import Rollout, Scorer, Scores, UserError
 _SHOWN = 120  # characters of a prompt in an error
 
 
-def _name(rollout: Rollout) -> str:
+def name_prompt(rollout: Rollout) -> str:
     """How an error names a response's prompt."""
     text = rollout.prompt.text
     return f"prompt {rollout.prompt.id!r} ({text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''})"
@@ -58,42 +58,67 @@ def same_reading(manifest: Manifest, policy_tokenizer: Any) -> bool:
     return tokenizer_fingerprint(policy_tokenizer) == manifest.tokenizer_hash
 
 
-def check_tokenizers(path: str | Path, reward_tokenizer: Any, manifest: Manifest, policy_tokenizer: Any) -> None:
+def check_tokenizers(path: str | Path, reward_tokenizer: Any, manifest: Manifest, policy_tokenizer: Any, key: str = "reward.path") -> None:
     """A reward model with another tokenizer than the policy's reads text, so it needs a template of its own. Raises UserError."""
     if not same_reading(manifest, policy_tokenizer) and reward_tokenizer.chat_template is None:
         raise UserError(
-            f"reward.path={path}: the reward model has another tokenizer than the policy and no chat template, so the policy's texts can't be put "
+            f"{key}={path}: the reward model has another tokenizer than the policy and no chat template, so the policy's texts can't be put "
             "into its own format. Expected: a reward model trained from the policy (stage=reward model.path=<the policy's model directory>), or one "
             "with a template (stage=reward data.chat_template=<file>)."
         )
 
 
-class _Stateless:
+def text_ids(tokenizer: Any, manifest: Manifest, prompt: Any, response: str, *, finished: bool) -> list[int]:
+    """Token ids of a text that the reward model's own tokenizer reads, in the format that it was trained on.
+
+    `prompt` is a string or, for a reward model of conversations only, messages; a string becomes the user's turn there.
+    """
+    if manifest.conversational and not is_chat(prompt):
+        prompt = [{"role": "user", "content": prompt}]
+    return prompt_ids(tokenizer, prompt) + response_ids(tokenizer, response, finished=finished)
+
+
+class Stateless:
     """A scorer whose scores depend on nothing that came before."""
 
     def state_dict(self) -> dict[str, object]:
         return {}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Nothing to take over."""
+        """Nothing to take over. Raises UserError when there is something: the checkpoint is of another reward."""
+        if state:
+            raise UserError(
+                f"The checkpoint holds statistics of the reward terms {', '.join(sorted(state))}, but the reward has no such terms. "
+                "Resume with the terms that the run started with."
+            )
 
 
-class RewardModelScorer(_Stateless):
+class RewardModelScorer(Stateless):
     """A reward model read at the last response token, in float32 at the head.
 
     With the policy's tokenizer and template the policy's token ids are scored as they are; with other ones the prompt's messages
     and the response's text are tokenised anew, in the format that the reward model was trained on.
     """
 
-    def __init__(self, path: str, reward_cfg: RewardConfig, device: torch.device, *, policy_tokenizer: Any, dtype: torch.dtype | None = None) -> None:
-        self.tokenizer, self.manifest = load_reward_tokenizer(path)
-        check_tokenizers(path, self.tokenizer, self.manifest, policy_tokenizer)
+    def __init__(
+        self,
+        path: str,
+        reward_cfg: RewardConfig,
+        device: torch.device,
+        *,
+        policy_tokenizer: Any,
+        dtype: torch.dtype | None = None,
+        key: str = "reward.path",
+    ) -> None:
+        """Load the directory `path`, which the option `key` names in errors."""
+        self.tokenizer, self.manifest = load_reward_tokenizer(path, key)
+        check_tokenizers(path, self.tokenizer, self.manifest, policy_tokenizer, key)
         self.same_tokenizer = same_reading(self.manifest, policy_tokenizer)
         self.same_template = template_hash(policy_tokenizer) == self.manifest.chat_template_hash
-        self.path = path
+        self.place = f"{key}={path}"
         self.budget = reward_cfg.batch_tokens
         self.device = device
-        self.module: Any = load_reward_module(path, resolve_dtype(Dtype.auto) if dtype is None else dtype).to(device)
+        self.module: Any = load_reward_module(path, resolve_dtype(Dtype.auto) if dtype is None else dtype, key).to(device)
         self.limit = int(getattr(self.module.config.get_text_config(), "max_position_embeddings", 2**31))
 
     def token_ids(self, rollout: Rollout) -> list[int]:
@@ -101,52 +126,48 @@ class RewardModelScorer(_Stateless):
         prompt, source = rollout.prompt, rollout.prompt.source
         if self.same_tokenizer and (self.same_template or not is_chat(source)):
             return [*prompt.token_ids, *rollout.token_ids]
-        text: Any = prompt.text if source is None else source
-        if self.manifest.conversational and not is_chat(text):
-            text = [{"role": "user", "content": text}]
-        if not self.manifest.conversational and is_chat(text):
-            text = prompt.text
-        return prompt_ids(self.tokenizer, text) + response_ids(self.tokenizer, rollout.text, finished=rollout.finish_reason == "stop")
+        text: Any = prompt.text if source is None or (is_chat(source) and not self.manifest.conversational) else source
+        return text_ids(self.tokenizer, self.manifest, text, rollout.text, finished=rollout.finish_reason == "stop")
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Raw scores, one term named reward_model. Raises UserError naming the prompt of a text that is too long or whose score is not finite."""
         rows = [self.token_ids(rollout) for rollout in rollouts]
         for rollout, row in zip(rollouts, rows, strict=True):
             if not 0 < len(row) <= self.limit:
-                raise UserError(f"reward.path={self.path}: {_name(rollout)} with its response has {len(row)} tokens; expected 1 to {self.limit}.")
+                raise UserError(f"{self.place}: {name_prompt(rollout)} with its response has {len(row)} tokens; expected 1 to {self.limit}.")
         scores = score_ids(self.module, rows, self.budget, self.device)
         for rollout, score in zip(rollouts, scores, strict=True):
             if not math.isfinite(score):
-                raise UserError(f"reward.path={self.path}: the score of a response to {_name(rollout)} is {score}, expected a finite number.")
+                raise UserError(f"{self.place}: the score of a response to {name_prompt(rollout)} is {score}, expected a finite number.")
         return Scores(total=scores, terms={"reward_model": list(scores)})
 
 
-def load_function(spec: str) -> Callable[..., Any]:
-    """The function that ``pkg.module:function`` names. Raises UserError."""
+def load_function(spec: str, key: str = "reward.function") -> Callable[..., Any]:
+    """The function that ``pkg.module:function`` names, `key` being the option that holds it. Raises UserError."""
     module_name, colon, name = spec.partition(":")
     if not colon or not module_name or not name:
-        raise UserError(f"reward.function={spec}: expected pkg.module:function.")
+        raise UserError(f"{key}={spec}: expected pkg.module:function.")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"reward.function={spec}: importing {module_name} failed: {error}") from error
+        raise UserError(f"{key}={spec}: importing {module_name} failed: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
-        raise UserError(f"reward.function={spec}: {module_name} has no function {name}. Its functions: {', '.join(sorted(known)) or 'none'}.")
+        raise UserError(f"{key}={spec}: {module_name} has no function {name}. Its functions: {', '.join(sorted(known)) or 'none'}.")
     return function
 
 
-class FunctionScorer(_Stateless):
+class FunctionScorer(Stateless):
     """A Python function, plain or async, with TRL's reward signature: ``f(prompts, completions, completion_ids, **columns) -> list[float]``.
 
     Prompts are the rows' own (strings or messages); completions strings, or ``[{"role": "assistant", ...}]`` for messages; columns
     are the rows' other fields, None where a row lacks one. A function without ``**kwargs`` gets what it names.
     """
 
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
-        self.function = load_function(spec)
+    def __init__(self, spec: str, key: str = "reward.function") -> None:
+        self.place = f"{key}={spec}"
+        self.function = load_function(spec, key)
         self.term = spec.partition(":")[2]
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
@@ -162,8 +183,8 @@ class FunctionScorer(_Stateless):
         if not hasattr(values, "__len__") or len(values) != len(rollouts):
             found = f"{len(values)} values" if hasattr(values, "__len__") else f"{type(values).__name__} {values!r}"
             raise UserError(
-                f"reward.function={self.spec}: expected a list of {len(rollouts)} numbers, one per completion, found {found}; "
-                f"the first completion is to {_name(rollouts[0])}."
+                f"{self.place}: expected a list of {len(rollouts)} numbers, one per completion, found {found}; "
+                f"the first completion is to {name_prompt(rollouts[0])}."
             )
         total = [self._number(value, rollout) for value, rollout in zip(values, rollouts, strict=True)]
         return Scores(total=total, terms={self.term: list(total)})
@@ -178,41 +199,64 @@ class FunctionScorer(_Stateless):
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             missing = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and p.name not in given]
             if missing:
-                raise UserError(f"reward.function={self.spec}: takes {', '.join(missing)}, which no row has. The rows give {', '.join(given)}.")
+                raise UserError(f"{self.place}: takes {', '.join(missing)}, which no row has. The rows give {', '.join(given)}.")
             given = {p.name: given[p.name] for p in parameters if p.name in given}
         result = self.function(**given)
         return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
 
     def _blame(self, rollouts: Sequence[Rollout], error: Exception) -> UserError:
         """The error with the first prompt that fails by itself, or with the whole batch where none does."""
-        culprit, found = f"a batch of {len(rollouts)} responses, none of which fails by itself; the first is to {_name(rollouts[0])}", error
+        culprit, found = f"a batch of {len(rollouts)} responses, none of which fails by itself; the first is to {name_prompt(rollouts[0])}", error
         for rollout in rollouts:
             try:
                 self._call([rollout])
             except Exception as alone:  # noqa: BLE001 - it is reported, whatever it is
-                culprit, found = _name(rollout), alone
+                culprit, found = name_prompt(rollout), alone
                 break
-        return UserError(f"reward.function={self.spec} raised {type(found).__name__}: {found}; for {culprit}.")
+        return UserError(f"{self.place} raised {type(found).__name__}: {found}; for {culprit}.")
 
     def _number(self, value: Any, rollout: Rollout) -> float:
         plain = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         if isinstance(plain, numbers.Real) and math.isfinite(plain):
             return float(plain)
-        raise UserError(f"reward.function={self.spec}: returned {value!r} for {_name(rollout)}; expected a finite number.")
+        raise UserError(f"{self.place}: returned {value!r} for {name_prompt(rollout)}; expected a finite number.")
 
 
 async def _await(result: Any) -> Any:
     return await result
 
 
-def make_scorer(reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any) -> Scorer:
-    """The scorer that ``reward.path`` or ``reward.function`` names. Raises UserError for none or both."""
-    if (reward_cfg.path is None) == (reward_cfg.function is None):
-        found = "neither" if reward_cfg.path is None else "both"
-        raise UserError(
-            f"reward.path and reward.function: expected one of them, found {found}. reward.path=<a reward run>/model or reward.function=pkg.module:f."
-        )
+def make_scorer(reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any, training: bool = True) -> Scorer:
+    """The scorer that ``reward.path``, ``reward.function`` or ``reward.terms`` names. Raises UserError for none or several.
+
+    With `training` false no term is normalised: its statistics would move from one call to the next, and scores have to be comparable.
+    """
+    check_source(reward_cfg)
+    if reward_cfg.terms:
+        from reward.terms import make_composite
+
+        return make_composite(reward_cfg, device=device, policy_tokenizer=policy_tokenizer, training=training)
     if reward_cfg.function is not None:
         return FunctionScorer(reward_cfg.function)
     assert reward_cfg.path is not None
     return RewardModelScorer(reward_cfg.path, reward_cfg, device, policy_tokenizer=policy_tokenizer)
+
+
+def check_source(reward_cfg: RewardConfig) -> None:
+    """Scores come from one place. Raises UserError for none and for several."""
+    given = {
+        f"reward.path={reward_cfg.path}": reward_cfg.path is not None,
+        f"reward.function={reward_cfg.function}": reward_cfg.function is not None,
+        f"reward.terms ({', '.join(reward_cfg.terms)})": bool(reward_cfg.terms),
+    }
+    found = [place for place, is_set in given.items() if is_set]
+    if not found:
+        raise UserError(
+            "reward.path, reward.function and reward.terms: expected one of them, found none. Set reward.path=<a reward run>/model, "
+            "reward.function=pkg.module:function, or terms such as +reward.terms.accuracy.kind=numeric."
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{' and '.join(found)}: expected one of them, found {len(found)}. Several sources become terms: "
+            "reward.terms.<name>.kind=model with paths=[<directory>], kind=function with function=pkg.module:function."
+        )

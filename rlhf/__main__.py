@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # Hydra would shorten a bug's traceback unless it is told not to, and comment on a job's bad input unless it never sees it.
         os.environ["HYDRA_FULL_ERROR"] = "1"
-        sys.argv = [sys.argv[0], *arguments]
+        sys.argv = [sys.argv[0], *config.merge_items(arguments)]
         failed: list[UserError] = []
 
         def job(cfg: Any) -> None:

@@ -11,6 +11,8 @@ from conf import schema
 from rlhf.types import UserError
 
 CONF_DIR = Path(schema.__file__).resolve().parent
+NAME = "<name>"  # stands in a dotted option for the name of a dictionary's item
+ANYTHING = "<anything>"  # below it every key is valid
 GROUPS = ("stage", "model", "adapter", "engine", "rollout", "reward", "data", "tracking", "experiment")
 _GROUP_SCHEMAS = {
     "model": schema.ModelConfig,
@@ -53,8 +55,18 @@ def _subdataclass(annotation: Any) -> type | None:
     return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
 
 
+def _items(annotation: Any) -> type | None:
+    """What a dictionary of dataclasses by name holds (`reward.terms`)."""
+    return _subdataclass(typing.get_args(annotation)[1]) if typing.get_origin(annotation) is dict else None
+
+
+def _free(annotation: Any) -> bool:
+    """A dictionary of anything (`data.gym.options`): whoever reads it checks it."""
+    return typing.get_origin(annotation) is dict and typing.get_args(annotation)[1] is Any
+
+
 def valid_keys(stages: Sequence[str]) -> list[str]:
-    """Every dotted option that the given stages have."""
+    """Every dotted option that the given stages have; the items of a dictionary as `reward.terms.<name>.weight`."""
 
     def walk(cls: type, prefix: str) -> list[str]:
         out = []
@@ -65,12 +77,72 @@ def valid_keys(stages: Sequence[str]) -> list[str]:
             out.append(key)
             if inner is not None:
                 out.extend(walk(inner, key + "."))
+            item = _items(hints[f.name])
+            if item is not None:
+                out.extend([f"{key}.{NAME}", *walk(item, f"{key}.{NAME}.")])
+            if _free(hints[f.name]):
+                out.append(f"{key}.{ANYTHING}")
         return out
 
     keys = [k for k in walk(schema.Config, "") if k != "stage"]
     for stage in stages:
         keys.extend(k for k in walk(schema.STAGES[stage], "stage.") if k not in keys)
     return keys
+
+
+def _named(key: str, keys: Sequence[str]) -> tuple[str, str]:
+    """`key` with the name of a dictionary's item as `<name>`, and that name: reward.terms.brevity.kind -> reward.terms.<name>.kind, brevity."""
+    for place in (k for k in keys if k.endswith(f".{ANYTHING}")):
+        if key.startswith(place.removesuffix(ANYTHING)):
+            return place, ""
+    for place in (k.removesuffix(f".{NAME}") for k in keys if k.endswith(f".{NAME}")):
+        if key.startswith(place + "."):
+            name, dot, rest = key.removeprefix(place + ".").partition(".")
+            return f"{place}.{NAME}{dot}{rest}", name
+    return key, ""
+
+
+def _keys_of(key: str, value: Any) -> list[str]:
+    """`key`, and the keys inside a dictionary that it is set to."""
+    inner = [k for name, v in value.items() for k in _keys_of(f"{key}.{name}", v)] if isinstance(value, dict) else []
+    return [key, *inner]
+
+
+def merge_items(arguments: Sequence[str]) -> list[str]:
+    """Overrides of a dictionary's items, with or without ``+``, in the one form that Hydra merges into them.
+
+    `+reward.terms.brevity.kind=length` becomes `++reward.terms={brevity:{kind:length}}`: a typed item springs up whole, defaults included, so
+    Hydra would refuse to add its second field and to set its first.
+    """
+    known = valid_keys([])
+    places = [k.removesuffix(f".{NAME}") for k in known if k.endswith(f".{NAME}")]
+    free = tuple(k.removesuffix(ANYTHING) for k in known if k.endswith(f".{ANYTHING}"))
+    out = []
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if key.startswith(free):
+            out.append(f"++{key}={value}")
+            continue
+        place = next((p for p in places if key.startswith(p + ".")), None)
+        if place is None or not equals:
+            out.append(argument)
+            continue
+        path = key.removeprefix(place + ".").split(".")
+        before, after = "".join(f"{{{part}:" for part in path), "}" * len(path)
+        out.append(f"++{place}=" + ",".join(f"{before}{one}{after}" for one in _choices(argument, value)))
+    return out
+
+
+def _choices(argument: str, value: str) -> list[str]:
+    """The values of a sweep, or the one value as it was written."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        raise UserError(f"The command line can't be read: {error}") from error
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [value]
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
@@ -111,9 +183,11 @@ def check_overrides(arguments: Sequence[str]) -> None:
                     f"Nearest: {key}={_nearest(str(override.value()), known)}."
                 )
             continue
-        if key not in keys:
-            where = f" of stage={stages[0]}" if len(stages) == 1 else ""
-            raise UserError(f"{key}: no such option{where}. Nearest: {_nearest(key, keys + list(GROUPS))}.")
+        where = f" of stage={stages[0]}" if len(stages) == 1 else ""
+        for one in _keys_of(key, override.value() if not override.is_sweep_override() else None):
+            found, name = _named(one, keys)
+            if found not in keys:
+                raise UserError(f"{one}: no such option{where}. Nearest: {_nearest(found, keys + list(GROUPS)).replace(NAME, name or NAME)}.")
 
 
 def stage_schema(preset: str) -> str:
@@ -130,12 +204,13 @@ def stage_schema(preset: str) -> str:
 def to_dataclass(cfg: Any) -> schema.Config:
     """A composed DictConfig as dataclasses: unknown keys and out-of-range values end here. Raises UserError."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
         out = OmegaConf.to_object(cfg)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        place = f"{error.full_key}: " if isinstance(error, MissingMandatoryValue) else ""
+        raise UserError(place + str(error).splitlines()[0]) from error
     assert isinstance(out, schema.Config)
     return out
 
@@ -167,7 +242,7 @@ def compose(overrides: Sequence[str]) -> schema.Config:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         try:
-            composed = hydra_compose("config", overrides=list(overrides))
+            composed = hydra_compose("config", overrides=merge_items(overrides))
         except HydraException as error:
             raise UserError(explain(error)) from error
     return to_dataclass(composed)

@@ -35,6 +35,7 @@ from conf.schema import (
     PreferenceStage,
     RewardStage,
     RolloutBackend,
+    ServeRewardStage,
 )
 from rlhf import distributed, run, tracking
 from rlhf.data import reading
@@ -119,6 +120,8 @@ def _divides(key: str, value: int, unit: int, what: str) -> None:
 def check_model(cfg: Config) -> None:
     """The model's directory is one; a GGUF file is in it."""
     model = cfg.model
+    if isinstance(cfg.stage, ServeRewardStage):
+        return  # its model is reward.path
     if isinstance(cfg.stage, EvalStage):
         for key, path in (("stage.before", cfg.stage.before), ("stage.after", cfg.stage.after)):
             if path is not None:
@@ -170,7 +173,9 @@ def check_lengths(cfg: Config) -> None:
             f"{rollout.max_response_length}). Lower the buffer; a fifth of the length is usual."
         )
     longest = cfg.data.max_prompt_length + rollout.max_response_length
-    for name, most in ((where, limit), (f"reward.path={cfg.reward.path}: its positions", max_positions(cfg.reward.path))):
+    terms = importlib.import_module("reward.terms")
+    readers = [(f"{key}={path}: its positions", max_positions(path)) for key, path in terms.model_paths(cfg.reward)]
+    for name, most in ((where, limit), *readers):
         if most is not None and longest > most:
             raise UserError(
                 f"data.max_prompt_length={cfg.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens "
@@ -180,6 +185,8 @@ def check_lengths(cfg: Config) -> None:
 
 def check_data(cfg: Config) -> None:
     """Data files exist, are not empty, and their first rows fit the stage."""
+    if isinstance(cfg.stage, ServeRewardStage):
+        return  # its texts come over the network
     if cfg.data.chat_template is not None and not Path(cfg.data.chat_template).expanduser().is_file():
         raise UserError(f"data.chat_template={cfg.data.chat_template}: no such file. Expected a file with a Jinja template.")
     use = reading.use_of(cfg)
@@ -209,27 +216,29 @@ def check_judges(cfg: Config) -> None:
 
 
 def check_reward(cfg: Config) -> None:
-    """An online stage has one source of scores, and it is a reward model whose tokens or texts the policy's can become."""
+    """An online stage has one source of scores; its terms have what they need; its reward models can read what the policy writes."""
     stage, reward = cfg.stage, cfg.reward
     if not isinstance(stage, (OnlineStage, EvalStage)):
         return
-    if isinstance(stage, OnlineStage):
-        if reward.path is None and reward.function is None:
-            raise UserError(
-                f"stage={stage.name} needs scores, but neither reward.path nor reward.function is set. "
-                "Set reward.path=<a reward run>/model, or reward.function=pkg.module:function."
-            )
-        if reward.path is not None and reward.function is not None:
-            raise UserError(f"reward.path={reward.path} and reward.function={reward.function}: expected one of them, found both.")
-        if stage.advantage is Advantage.gae and stage.critic_init is CriticInit.reward and reward.path is None:
-            raise UserError("stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy, or reward.path.")
-    if reward.path is not None:
-        # The packages above this module are loaded by name, as stages are: imports point one way (tests/test_layers.py).
-        manifest = importlib.import_module("reward.model").read_manifest(reward.path)
-        _check_reward_tokenizer(cfg, manifest)
+    given = reward.path is not None or reward.function is not None or bool(reward.terms)
+    if not given and isinstance(stage, EvalStage):
+        return
+    # The packages above this module are loaded by name, as stages are: imports point one way (tests/test_layers.py).
+    terms = importlib.import_module("reward.terms")
+    terms.check_terms(reward)
+    critic = isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae and stage.critic_init is CriticInit.reward
+    if critic and reward.path is None:
+        raise UserError("stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy, or reward.path.")
+    for key, path in terms.model_paths(reward):
+        manifest = importlib.import_module("reward.model").read_manifest(path, key)
+        _check_reward_tokenizer(cfg, path, manifest, key)
+    if reward.terms:
+        for key, data_path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
+            if data_path is not None:
+                terms.check_rows(reward, reading.first_fields(cfg, data_path, reading.use_of(cfg), key))
 
 
-def _check_reward_tokenizer(cfg: Config, manifest: Any) -> None:
+def _check_reward_tokenizer(cfg: Config, reward_path: str, manifest: Any, key: str) -> None:
     """Compare the tokenizers where both are on the disk; the scorer does it again with what it loaded."""
     path = cfg.model.path
     if path is None or cfg.model.gguf_file is not None or not Path(path).expanduser().is_dir():
@@ -238,8 +247,22 @@ def _check_reward_tokenizer(cfg: Config, manifest: Any) -> None:
 
     policy = load_tokenizer(cfg.model, cfg.data.chat_template)
     scorer, models = importlib.import_module("reward.scorer"), importlib.import_module("reward.model")
-    reward_tokenizer, _ = models.load_reward_tokenizer(cfg.reward.path)
-    scorer.check_tokenizers(cfg.reward.path, reward_tokenizer, manifest, policy)
+    reward_tokenizer, _ = models.load_reward_tokenizer(reward_path, key)
+    scorer.check_tokenizers(reward_path, reward_tokenizer, manifest, policy, key)
+
+
+def check_serving(cfg: Config) -> None:
+    """stage=serve_reward has a reward model and, where it is asked for, a token."""
+    stage, reward = cfg.stage, cfg.reward
+    if not isinstance(stage, ServeRewardStage):
+        return
+    if distributed.world_size() > 1:
+        raise UserError(f"stage=serve_reward serves one reward model from one process, but {_ranks()} were launched. Run it without torchrun.")
+    if reward.path is None:
+        raise UserError("stage=serve_reward needs reward.path, which is not set. Set reward.path=<a reward run>/model.")
+    importlib.import_module("reward.model").load_reward_tokenizer(reward.path)
+    if stage.token_env is not None:
+        importlib.import_module("reward.remote").bearer_token(stage.token_env, "stage.token_env")
 
 
 def check_reference(cfg: Config) -> None:
@@ -343,6 +366,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_preference,
     check_judges,
     check_reward,
+    check_serving,
     check_lengths,
     check_tracking,
     check_run_directory,

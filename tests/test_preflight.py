@@ -165,13 +165,13 @@ def test_margin(sft: Config, tmp_path: Path) -> None:
 def test_reward_source(ppo: Config, tmp_path: Path) -> None:
     path = ppo.reward.path
     ppo.reward.path = None
-    refused(ppo, "neither reward.path nor reward.function is set")
+    refused(ppo, r"reward.path, reward.function and reward.terms: expected one of them, found none")
     ppo.reward.function = "tests.toys:short_is_good"
     refused(ppo, "stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy")
     ppo.stage.critic_init = CriticInit.policy
     assert preflight.check(ppo) == []
     ppo.reward.path = path
-    refused(ppo, "expected one of them, found both")
+    refused(ppo, "expected one of them, found 2")
     ppo.reward = RewardConfig(path=ppo.model.path)
     refused(ppo, r"reward.path=.*policy: holds no reward_model.json, so it is not a reward model")
     ppo.reward.path = str(tmp_path / "nowhere" / "model")

@@ -284,7 +284,7 @@ def test_make_scorer_takes_one_of_the_two(saved: Path, tokenizer: Any) -> None:
     spec = f"{__name__}:lengths"
     assert isinstance(make_scorer(RewardConfig(path=str(saved)), device=CPU, policy_tokenizer=tokenizer), RewardModelScorer)
     assert isinstance(make_scorer(RewardConfig(function=spec), device=CPU, policy_tokenizer=tokenizer), FunctionScorer)
-    with pytest.raises(UserError, match="found neither"):
+    with pytest.raises(UserError, match="found none"):
         make_scorer(RewardConfig(), device=CPU, policy_tokenizer=tokenizer)
-    with pytest.raises(UserError, match="found both"):
+    with pytest.raises(UserError, match="found 2"):
         make_scorer(RewardConfig(path=str(saved), function=spec), device=CPU, policy_tokenizer=tokenizer)

@@ -198,14 +198,24 @@ def write_rejected(cfg: Config, loaded: Loaded) -> Path:
 
 def check_first_rows(cfg: Config, path: str, use: Use, key: str) -> None:
     """For preflight: the file is there, not empty, and its first rows have a format that fits. Raises UserError."""
+    loaded = _first_rows(cfg, path, use, key)
+    if len(loaded.rejected) > cfg.data.max_bad_rows:
+        row, reason = loaded.rejected[0]
+        raise UserError(f"{loaded.path}, row {row.number}: {reason} (read as format {loaded.format.name}: {loaded.format.columns}).")
+
+
+def first_fields(cfg: Config, path: str, use: Use, key: str) -> list[tuple[str, dict[str, Any]]]:
+    """For preflight: (place, columns beside the prompt) of the first rows that fit. Raises UserError as `check_first_rows`."""
+    loaded = _first_rows(cfg, path, use, key)
+    return [(f"{loaded.path}, row {record.number}", record.fields) for record in loaded.records]
+
+
+def _first_rows(cfg: Config, path: str, use: Use, key: str) -> Loaded:
     place = check_file(path, key)
     rows = list(scan(path, _PROBE + cfg.data.max_bad_rows, key))
     if not rows:
         raise UserError(f"{key}={path} holds no rows: expected {_USES[use]}.")
-    loaded = convert(place, rows, choose_format(place, rows, use, cfg.data), use)
-    if len(loaded.rejected) > cfg.data.max_bad_rows:
-        row, reason = loaded.rejected[0]
-        raise UserError(f"{place}, row {row.number}: {reason} (read as format {loaded.format.name}: {loaded.format.columns}).")
+    return convert(place, rows, choose_format(place, rows, use, cfg.data), use)
 
 
 def check_first_margin(cfg: Config) -> None:

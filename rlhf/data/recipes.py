@@ -1,16 +1,17 @@
 """Data sets built from what installed packages carry, so that demos and proofs run on real input without a hub.
 
 Files appear under ``<run.dir>/<run.name>/data`` with a ``meta.json`` that says what they were built from; what a recipe holds is
-written in its own module (rlhf/data/reviews.py, rlhf/data/smollm2.py).
+written in its own module (rlhf/data/reviews.py, rlhf/data/smollm2.py, rlhf/data/gym.py).
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from conf.schema import Config, Recipe
+from conf.schema import Config, GymConfig, Recipe
 from rlhf import distributed
-from rlhf.data import reviews, smollm2
+from rlhf.data import gym, reviews, smollm2
 from rlhf.data.packages import package_file, sha256
 from rlhf.types import UserError
 
@@ -25,7 +26,9 @@ def ensure(cfg: Config) -> None:
     """
     if cfg.data.recipe is Recipe.none:
         return
-    if distributed.is_main():
+    if distributed.is_main() and cfg.data.recipe is Recipe.gym:
+        _gym(directory(cfg), cfg.data.gym, cfg.run.seed, cfg.run.overwrite)
+    elif distributed.is_main():
         _BUILDERS[cfg.data.recipe](directory(cfg), cfg.run.seed, cfg.run.overwrite)
     distributed.barrier()
 
@@ -50,6 +53,13 @@ def _smollm2(folder: Path, seed: int, overwrite: bool) -> None:
     if not is_current(folder, origin, overwrite):
         write_all(folder, smollm2.rows(reviews.read_reviews(table), seed), origin)
     smollm2.convert(gguf, folder / smollm2.MODEL_FOLDER)
+
+
+def _gym(folder: Path, options: GymConfig, run_seed: int, overwrite: bool) -> None:
+    seed = run_seed if options.seed is None else options.seed
+    origin = {"recipe": "gym", "format": gym.FORMAT_VERSION, "seed": seed, "source": gym.REQUIREMENT, "options": dataclasses.asdict(options)}
+    if not is_current(folder, origin, overwrite):
+        write_all(folder, gym.rows(options, seed), origin)
 
 
 def is_current(folder: Path, origin: Mapping[str, object], overwrite: bool) -> bool:

@@ -16,6 +16,7 @@ from policy.batching import Batch, collate, plan_micro_batches
 from policy.kl import kl_per_token
 from policy.model import PolicyModule, full_weights
 from reward.scorer import make_scorer
+from reward.terms import model_paths
 from rlhf import console, distributed
 from rlhf.data import reading
 from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype
@@ -40,7 +41,7 @@ def run(ctx: RunContext) -> None:
     prompts = _prompts(cfg, tokenizer)
     judges = make_judges(stage, tokenizer)
     scorer = _scorer(cfg, tokenizer)
-    for kind, path in (("before", paths[0]), ("after", paths[1]), ("reward", cfg.reward.path)):
+    for kind, path in (("before", paths[0]), ("after", paths[1]), *(("reward", path) for _, path in model_paths(cfg.reward))):
         ctx.add_parent(kind, path)
     ctx.add_data(cfg.data.eval_path or cfg.data.path)
     ctx.add_data(stage.judge_path if Judge.classifier in stage.judges else None)
@@ -120,9 +121,9 @@ def make_judges(stage: EvalStage, tokenizer: Any) -> list[ResponseJudge]:
 
 def _scorer(cfg: Config, tokenizer: Any) -> Scorer | None:
     """What trained the policy; None where no reward is configured, then there is no score among the figures."""
-    if cfg.reward.path is None and cfg.reward.function is None:
+    if cfg.reward.path is None and cfg.reward.function is None and not cfg.reward.terms:
         return None
-    return make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
+    return make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer, training=False)
 
 
 def _judge(rollouts: Sequence[Rollout], judges: Sequence[ResponseJudge], scorer: Scorer | None) -> dict[str, list[float]]:

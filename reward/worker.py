@@ -1,0 +1,153 @@
+"""A process that evaluates text for the verifiers of mathematics and of reasoning-gym.
+
+Both hand a response to parsers that can be made to compute without end (9^9^9^9), to fill the memory, or, in reasoning-gym, to run it as Python.
+A process of its own can be ended: a response that uses up its CPU time or memory is wrong, and the next one finds a fresh process.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LOG = logging.getLogger(__name__)
+_ROOT = Path(__file__).resolve().parents[1]
+_START_S = 180.0  # imports, on a machine under load
+_WALL_FACTOR = 20.0  # wall time per CPU time before the machine, not the response, is at fault
+
+
+class WorkerError(RuntimeError):
+    """The process itself failed: no fault of the response."""
+
+
+class BrokenReference(ValueError):
+    """The row's reference can't be used."""
+
+
+class _Ended(Exception):
+    """The process ended, or was ended for its CPU time."""
+
+
+class Worker:
+    """One process, started when it is first asked, ended with this object or with the program. Threads take turns."""
+
+    def __init__(self, kind: str, *, cpu_s: float = 3.0, memory_mb: int = 4096) -> None:
+        """`kind`: math or gym. `cpu_s`: CPU seconds for one response; `memory_mb`: address space, libraries included."""
+        self.kind, self.cpu_s, self.memory_mb = kind, cpu_s, memory_mb
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+        self._folder = tempfile.TemporaryDirectory(prefix="rlhf-worker-")
+        self._holder: list[subprocess.Popen[bytes]] = []
+        self._finalizer = weakref.finalize(self, _end_all, self._holder)
+
+    def check(self, reference: Any) -> None:
+        """Raises BrokenReference where the reference can't be used, WorkerError where the process can't."""
+        with self._lock:
+            try:
+                self._ask({"reference": reference})
+            except _Ended as error:
+                raise WorkerError(f"the {self.kind} process {error} on a reference alone: {reference!r}") from error
+
+    def score(self, reference: Any, response: str) -> float:
+        """In [0, 1]; 0 for a response that used up its time or the memory. Raises as `check`."""
+        with self._lock:
+            try:
+                return float(self._ask({"reference": reference, "response": response}))
+            except _Ended as error:
+                LOG.debug("The %s process %s on %r", self.kind, error, response[:200])
+        self.check(reference)  # a process that ends without the response as well is not ended by it
+        return 0.0
+
+    def close(self) -> None:
+        self._finalizer()
+        self._folder.cleanup()
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        process = self._process if self._process is not None and self._process.poll() is None else self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._ended("ended") from error
+        answer = json.loads(self._line(process, self.cpu_s))
+        if "broken" in answer:
+            raise BrokenReference(answer["broken"])
+        return answer["score"]
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}  # no secrets
+        process = subprocess.Popen(
+            [sys.executable, "-m", "reward.worker_child", self.kind, str(self.memory_mb), self._folder.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=_ROOT,
+            env=keep | {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"},
+            start_new_session=True,
+        )
+        self._process, self._buffer = process, b""
+        self._holder[:] = [process]
+        try:
+            self._line(process, _START_S)
+        except _Ended as error:
+            raise WorkerError(
+                f"the {self.kind} process {error} before it was ready. Start it by hand to see why: "
+                f"python -m reward.worker_child {self.kind} {self.memory_mb} /tmp"
+            ) from error
+        return process
+
+    def _line(self, process: subprocess.Popen[bytes], cpu_s: float) -> bytes:
+        """The next line, or _Ended after `cpu_s` seconds of CPU; WorkerError where wall time passes and no CPU time does."""
+        assert process.stdout is not None
+        began, used = time.monotonic(), _cpu_seconds(process.pid)
+        while b"\n" not in self._buffer:
+            if select.select([process.stdout], [], [], 0.05)[0]:
+                chunk = os.read(process.stdout.fileno(), 65536)
+                if not chunk:
+                    raise self._ended("ended")
+                self._buffer += chunk
+            elif _cpu_seconds(process.pid) - used > cpu_s:
+                raise self._ended(f"used more than {cpu_s} s of CPU")
+            elif time.monotonic() - began > _WALL_FACTOR * cpu_s:
+                self._ended("")
+                raise WorkerError(
+                    f"the {self.kind} process gave no answer within {_WALL_FACTOR * cpu_s:.0f} s though it computed for less than {cpu_s} s"
+                )
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _ended(self, why: str) -> _Ended:
+        _end_all(self._holder)
+        self._process = None
+        return _Ended(why)
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def _end_all(processes: list[subprocess.Popen[bytes]]) -> None:
+    while processes:
+        process = processes.pop()
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        process.wait()

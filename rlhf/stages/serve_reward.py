@@ -1,0 +1,106 @@
+"""``stage=serve_reward``: the reward model of reward.path over HTTP, until SIGTERM or Ctrl-C. The protocol is in reward/remote.py."""
+
+import contextlib
+import logging
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+from conf.schema import Config, ServeRewardStage
+from reward.remote import bearer_token
+from reward.service import Counts, ServedModel, create_app
+from rlhf import console, distributed
+from rlhf.run import RunContext
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.stages.serve_reward")
+TOKEN_ENV = "RLHF_REWARD_TOKEN"  # what a generated token is called in the commands that are shown
+_MIB = 1 << 20
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port that is taken is known before weights load. Raises UserError."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+    except OSError as error:
+        raise UserError(f"stage.host={host}: can't be resolved ({error}). Expected an address of this machine, such as 127.0.0.1.") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"stage.host={host} stage.port={port}: can't listen there ({error}). Choose another stage.port (0: any free one) or stage.host."
+        ) from error
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    """``http://host:port`` of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def announce(cfg: Config, url: str, token: str, directory: str) -> None:
+    """Where the service is and how a policy run uses it. A generated token appears here and nowhere else."""
+    stage = cfg.stage
+    variable = stage.token_env or TOKEN_ENV
+    figures = {"reward model": str(cfg.reward.path), "url": url, "token": f"in the environment variable {variable}"}
+    if stage.token_env is None:
+        figures["token"] = f"export {variable}={token}"
+    terms = {"kind": "remote", "url": url, "token_env": variable}
+    command = " ".join(["python -m rlhf stage=grpo ...", *(f"+reward.terms.remote.{key}={value}" for key, value in terms.items())])
+    console.closing_panel("serve_reward: ready, Ctrl-C stops it", figures, {"run": directory}, command)
+
+
+@contextlib.contextmanager
+def ignoring_signals() -> Iterator[None]:
+    """uvicorn ends in peace on SIGTERM and Ctrl-C and then raises them again, which would end the process before its summary is written."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(ctx: RunContext) -> None:
+    """Load, serve, and leave a summary of what was served. Raises UserError for a port or a token that can't be used."""
+    import uvicorn
+
+    cfg, stage = ctx.cfg, ctx.cfg.stage
+    assert isinstance(stage, ServeRewardStage) and cfg.reward.path is not None
+    with ctx.closing():
+        token = bearer_token(stage.token_env, "stage.token_env") if stage.token_env is not None else secrets.token_urlsafe(32)
+        ctx.add_parent("reward", cfg.reward.path)
+        with listen(stage.host, stage.port) as listener:
+            model = ServedModel(cfg.reward.path, distributed.device(), batch_tokens=cfg.reward.batch_tokens)
+            counts = Counts()
+            logged = time.monotonic()
+
+            def log_line() -> None:
+                nonlocal logged
+                if time.monotonic() - logged >= stage.log_every_s:
+                    ctx.tracker.log(counts.batches, counts.metrics())
+                    logged = time.monotonic()
+
+            limits = {"max_batch": stage.max_batch, "max_body": int(stage.max_body_mib * _MIB), "max_waiting": stage.max_waiting}
+            app = create_app(model, token=token, counts=counts, after=log_line, **limits)
+            # log_config=None: the run's own logging; no access log, which would be a line per batch of a policy run
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=stage.grace_s,
+            )
+            listener.listen()
+            announce(cfg, address(listener), token, str(ctx.dir))
+            with ignoring_signals():
+                uvicorn.Server(config).run(sockets=[listener])
+        ctx.tracker.log(counts.batches, counts.metrics())
+        ctx.finish(steps=counts.batches, metrics=counts.metrics(), model=None)
