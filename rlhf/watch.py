@@ -15,7 +15,6 @@ from rlhf import distributed
 from rlhf.types import Rollout, Scores
 
 Gather = Callable[[Any], list[Any]]  # rlhf.distributed.gather: one value per rank, on every rank
-SPREAD = "_spread"  # ending of the names in Scores.extras that tell how far an ensemble's members are apart
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float:
@@ -51,40 +50,24 @@ def response_statistics(rollouts: Sequence[Rollout], scores: Scores, gather: Gat
     """Figures of one step's responses over all ranks; one collective. Every rank computes them from the same rows, so ranks agree exactly.
 
     reward/length_correlation, reward/finished_correlation, reward/format_correlation: of the score with the tokens of a response, with having
-    ended by itself, with its share of punctuation and markdown. reward/truncated: share cut off at the length limit. group/*: of the responses
-    to one prompt: size_min, size_max, equal (share of groups of two or more whose scores are all equal; 0 without such groups), std (mean
-    standard deviation within a group, dividing by its size), gain (mean of the best score less the group's mean). reward/<name>: mean of each
-    of the scorer's ``<name>_spread``.
+    ended by itself, with its share of punctuation and markdown. reward/truncated: share cut off at the length limit. group/std: mean over the
+    prompts of the standard deviation of their responses' scores (dividing by their number). group/gain: mean over the prompts of the best score
+    less the mean.
     """
     rows = [
         _Response(r.prompt.id, score, len(r.token_ids), r.finish_reason == "stop", markup_share(r.text))
         for r, score in zip(rollouts, scores.total, strict=True)
     ]
-    spreads = {name: list(values) for name, values in scores.extras.items() if name.endswith(SPREAD)}
-    parts = gather((rows, spreads))
-    rows = [row for part, _ in parts for row in part]
+    rows = [row for part in gather(rows) for row in part]
     totals = [row.score for row in rows]
-    out = {
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt, []).append(row.score)
+    return {
         "reward/length_correlation": correlation(totals, [float(row.tokens) for row in rows]),
         "reward/finished_correlation": correlation(totals, [float(row.finished) for row in rows]),
         "reward/format_correlation": correlation(totals, [row.markup for row in rows]),
         "reward/truncated": statistics.fmean(not row.finished for row in rows),
-    }
-    out |= group_statistics([row.prompt for row in rows], totals)
-    return out | {f"reward/{name}": statistics.fmean(v for _, extra in parts for v in extra[name]) for name in spreads}
-
-
-def group_statistics(prompts: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
-    """The group/* figures of `response_statistics` from prompt ids and scores, in any order."""
-    groups: dict[str, list[float]] = {}
-    for prompt, score in zip(prompts, scores, strict=True):
-        groups.setdefault(prompt, []).append(score)
-    sizes = [len(group) for group in groups.values()]
-    several = [group for group in groups.values() if len(group) > 1]
-    return {
-        "group/size_min": float(min(sizes)),
-        "group/size_max": float(max(sizes)),
-        "group/equal": statistics.fmean(min(g) == max(g) for g in several) if several else 0.0,
         "group/std": statistics.fmean(statistics.pstdev(g) for g in groups.values()),
         "group/gain": statistics.fmean(max(g) - statistics.fmean(g) for g in groups.values()),
     }
@@ -193,7 +176,7 @@ class Watch:
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """Update number `step` was made; `metrics` are those of its rollouts, which the policy after `step` - 1 updates wrote."""
         point = self._point(step - 1)
-        point.kl, point.score = metrics["objective/kl"], metrics["objective/scores"]
+        point.kl, point.score = metrics.get("objective/kl"), metrics["objective/scores"]
         return [
             *self._report(Rule.kl, self.cfg.kl, step, self._strays(point.kl)),
             *self._report(Rule.length, self.cfg.length, step, self._runs_on(metrics["reward/truncated"])),
@@ -227,8 +210,8 @@ class Watch:
             f"errors): the policy exploits the reward. The judge was highest at step {self.best_step}."
         )
 
-    def _strays(self, kl: float) -> str | None:
-        if kl <= self.cfg.kl_max:
+    def _strays(self, kl: float | None) -> str | None:
+        if kl is None or kl <= self.cfg.kl_max:  # no reference, no KL: preflight refuses the rule then
             return None
         return f"objective/kl is {kl:.3g} nats per response, above stage.watch.kl_max={self.cfg.kl_max:g}."
 

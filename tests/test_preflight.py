@@ -285,6 +285,7 @@ def test_the_held_out_judge_of_a_watch(ppo: Config, tmp_path: Path) -> None:
         return replace(ppo, stage=OnlineStage(watch=WatchConfig(**options)))
 
     refused(watch(divergence=Action.stop), "stage.watch.divergence=stop compares the score with a held-out judge, but there is none")
+    refused(replace(ppo, stage=OnlineStage(reference=False, kl_coef=0.0, watch=WatchConfig(kl=Action.warn))), "stage.watch.kl=warn needs a KL")
     refused(watch(judge_path=str(tmp_path / "jdge")), "stage.watch.judge_path=.*jdge: no such directory")
     refused(watch(judge_path=str(tmp_path / "policy")), "stage.watch.judge_path=.*policy: holds no .* so it is not a reward model")
     refused(watch(judge_path=ppo.reward.path), "stage.watch.judge_path=.*reward is reward.path too: a judge that also trains")

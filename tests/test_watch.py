@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from conf.schema import Action, Rule, WatchConfig
 from rlhf.plots import plot_frontier, plot_run
 from rlhf.types import Prompt, Rollout, Scores
-from rlhf.watch import Judgement, Point, Trend, Watch, correlation, group_statistics, markup_share, response_statistics, trend
+from rlhf.watch import Judgement, Point, Trend, Watch, correlation, markup_share, response_statistics, trend
 
 
 def rollout(prompt: str, tokens: int, text: str = "ab", finished: bool = True) -> Rollout:
@@ -63,30 +63,23 @@ def test_markup_share_counts_what_is_neither_word_nor_space() -> None:
 
 def test_statistics_of_a_step_by_hand() -> None:
     rollouts = [rollout("p", 1, "a"), rollout("p", 3, "a!", finished=False), rollout("q", 2, "bb"), rollout("q", 2, "bb")]
-    scores = Scores([1.0, 3.0, 2.0, 2.0], {}, {"rm_spread": [0.0, 1.0, 0.5, 0.5], "other": [9.0] * 4})
+    scores = Scores([1.0, 3.0, 2.0, 2.0], {})
     assert response_statistics(rollouts, scores) == pytest.approx(
         {
             "reward/length_correlation": 1.0,
             "reward/finished_correlation": -math.sqrt(2 / 3),  # deviations (-1, 1, 0, 0) and (1/4, -3/4, 1/4, 1/4): -1 / sqrt(2 * 3/4)
             "reward/format_correlation": math.sqrt(2 / 3),
             "reward/truncated": 0.25,
-            "group/size_min": 2.0,
-            "group/size_max": 2.0,
-            "group/equal": 0.5,
             "group/std": 0.5,  # (1 + 0) / 2
             "group/gain": 0.5,
-            "reward/rm_spread": 0.5,
         }
     )
 
 
-def test_groups_of_one_and_of_several() -> None:
-    alone = group_statistics(["a", "b"], [1.0, 1.0])
-    assert alone == {"group/size_min": 1.0, "group/size_max": 1.0, "group/equal": 0.0, "group/std": 0.0, "group/gain": 0.0}
-    mixed = group_statistics(["a", "b", "a", "c", "a"], [0.0, 5.0, 3.0, 5.0, 3.0])
-    assert (mixed["group/size_min"], mixed["group/size_max"], mixed["group/equal"]) == (1.0, 3.0, 0.0)
-    assert mixed["group/std"] == pytest.approx(math.sqrt(2) / 3)
-    assert mixed["group/gain"] == pytest.approx(1 / 3)
+def test_groups_of_several_sizes_whose_responses_are_not_side_by_side() -> None:
+    found = response_statistics([rollout(name, 1) for name in "abaca"], Scores([0.0, 5.0, 3.0, 5.0, 3.0], {}))
+    assert found["group/std"] == pytest.approx(math.sqrt(2) / 3)  # a: (0, 3, 3), of standard deviation sqrt(2); b and c are alone
+    assert found["group/gain"] == pytest.approx(1 / 3)
 
 
 @settings(max_examples=50)
@@ -95,13 +88,11 @@ def test_how_responses_are_split_over_ranks_changes_nothing(ranks: int, seed: in
     rng = random.Random(seed)
     rollouts = [rollout(rng.choice("pqr"), rng.randint(1, 9), rng.choice(["a", "a!", "*b* c"]), rng.random() < 0.7) for _ in range(12)]
     scores = [rng.gauss(0, 1) for _ in rollouts]
-    spread = [rng.random() for _ in rollouts]
     order = rng.sample(range(12), 12)
     cuts = [0, *sorted(rng.randint(0, 12) for _ in range(ranks - 1)), 12]
 
     def figures(rows: Sequence[int], gather: Any) -> dict[str, float]:
-        extras = {"rm_spread": [spread[i] for i in rows]}
-        return response_statistics([rollouts[i] for i in rows], Scores([scores[i] for i in rows], {}, extras), gather)
+        return response_statistics([rollouts[i] for i in rows], Scores([scores[i] for i in rows], {}), gather)
 
     shares = [order[a:b] for a, b in itertools.pairwise(cuts)]
     sent: list[Any] = []

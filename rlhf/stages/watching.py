@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,10 @@ class HeldOutJudge:
     def __call__(self, generator: Generator) -> Judgement:
         """One response per prompt from the weights that `generator` holds; over all ranks, in the order of the prompts. A collective."""
         rollouts = generator.generate(self.prompts, n=1, seed=self.seed) if self.prompts else []
-        scores = self.judge.score(rollouts).total if rollouts else []
-        proxies = self.proxy.score(rollouts).total if rollouts else []
+        scores = self.judge.score(rollouts).total
+        state = self.proxy.state_dict()
+        proxies = self.proxy.score(rollouts).total  # on ranks without a prompt too: a scorer may be collective
+        self.proxy.load_state_dict(state)  # held-out responses don't count in its running statistics
         mine = (scores, proxies, [len(r.token_ids) for r in rollouts], [r.finish_reason == "length" for r in rollouts])
         parts = distributed.gather(mine)
         return Judgement(*([value for part in parts for value in part[i]] for i in range(len(mine))))
@@ -144,8 +147,8 @@ class Watching:
         self.judged: dict[int, dict[str, float]] = {}
 
     def begin(self, generator: Generator) -> dict[str, float]:
-        """Judge the policy before its first update; its figures, or none without a judge."""
-        return self._judge(0, generator) if self.judge is not None else {}
+        """Judge the policy before its first update; the judge's figures."""
+        return self._judge(0, generator)
 
     def after(self, step: int, metrics: Mapping[str, float], generator: Generator) -> dict[str, float]:
         """Update number `step` was made and the generator holds its weights. Returns the judge's figures and a 1 for each alarm.
@@ -160,11 +163,13 @@ class Watching:
 
     def _judge(self, step: int, generator: Generator) -> dict[str, float]:
         assert self.judge is not None
+        began = time.perf_counter()
         judgement = self.judge(generator)
         figures = judgement.metrics()
         self.judged[step] = figures
         self.keeper.consider(step, figures["judge/score"])
-        return figures | self._ring(self.watch.judged(step, judgement), step)
+        alarms = self._ring(self.watch.judged(step, judgement), step)
+        return figures | alarms | {"time/judge_s": time.perf_counter() - began}
 
     def _ring(self, alarms: Sequence[Alarm], step: int) -> dict[str, float]:
         for alarm in alarms:
@@ -204,10 +209,11 @@ class Watching:
     def _word(self, which: Callable[[Any], int]) -> str:
         return f"{self.judged[which(self.judged)]['judge/score']:.3f}"
 
-    def plot(self, path: Path) -> bool:
-        """Draw the frontier; rank 0's work. Returns whether there was anything to draw."""
+    def plot(self, directory: Path) -> list[Path]:
+        """Draw the frontier; rank 0's work. Returns the files, none where nothing was measured."""
+        path = directory / "frontier.png"
         best = None if self.keeper.best is None else self.keeper.best[0]
-        return plot_frontier(list(self.watch.points.values()), path, best, self.stopped)
+        return [path] if plot_frontier(list(self.watch.points.values()), path, best, self.stopped) else []
 
     def state_dict(self) -> dict[str, Any]:
         return {"watch": self.watch.state_dict(), "judged": [[step, figures] for step, figures in self.judged.items()]}
