@@ -1,19 +1,24 @@
 """The held-out judge, the kept weights, and a run that is stopped when it exploits its reward."""
 
-import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from conf.schema import Action, Config, OnlineStage, WatchConfig
-from rlhf import distributed
+from rlhf import config, distributed
+from rlhf.run import RunContext
+from rlhf.stages import online
 from rlhf.stages.watching import RECORD, HeldOutJudge, Keeper, Watching, held_out, share_out
 from rlhf.types import Prompt, Rollout, Scores
 from rlhf.watch import Judgement
+from tests import toys
 
 
 def prompt(name: str) -> Prompt:
@@ -216,5 +221,88 @@ def test_state_goes_through_json(tmp_path: Path) -> None:
     assert second.summary()["judge/score_first"] == pytest.approx(0.0) and second.summary()["watch/best_step"] == 2.0
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+TINY = ["model=tiny", "model.tiny.vocab_size=300", "model.tiny.hidden_size=32", "model.tiny.intermediate_size=48", "model.tiny.layers=2"]
+TINY += ["model.tiny.heads=1", "model.tiny.max_positions=64", "data.max_prompt_length=32", "rollout=hf", "rollout.max_response_length=8"]
+EXPLOIT = ["stage=grpo", *TINY, "tracking=none", "reward.function=tests.toys:even_tokens", "stage.watch.judge_function=tests.toys:mostly_even"]
+EXPLOIT += ["stage.kl_coef=0", "stage.learning_rate=1e-2", "stage.prompts_per_step=4", "stage.watch.judge_every=3", "stage.watch.judge_prompts=48"]
+EXPLOIT += ["stage.warmup_ratio=0", "stage.watch.length=off", "stage.watch.divergence_judgements=3"]
+
+
+def run_online(folder: Path, *overrides: str) -> Path:
+    """A random tiny policy that learns to write even token ids, watched by a judge that values three quarters of them most."""
+    rows = [toys.write_jsonl(folder / f"{name}.jsonl", [{"prompt": f"{word} {i}"} for i in range(16) for word in words]) for name, words in WORDS]
+    cfg = config.compose([*EXPLOIT, f"run.dir={folder}", f"data.path={rows[0]}", f"data.eval_path={rows[1]}", *overrides])
+    online.run(RunContext.open(cfg, ()))
+    return folder / cfg.run.name / "grpo"
+
+
+WORDS = (("train", ("alpha", "beta", "gamma")), ("held_out", ("delta", "epsilon", "zeta")))
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def exploited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_online(tmp_path_factory.mktemp("exploited"), "stage.steps=60", "stage.watch.divergence=stop", "stage.save_steps=1")
+
+
+def test_a_policy_that_exploits_its_reward_is_stopped(exploited: Path) -> None:
+    rows, summary = lines(exploited), json.loads((exploited / "summary.json").read_text(encoding="utf-8"))
+    stopped, best = int(summary["metrics"]["watch/stopped_step"]), int(summary["metrics"]["watch/best_step"])
+    assert [row["step"] for row in rows] == list(range(stopped + 1)) and summary["steps"] == stopped < 60
+    judged = {row["step"]: row for row in rows if "judge/score" in row}
+    assert list(judged) == list(range(0, stopped + 1, 3))
+    assert judged[stopped]["watch/divergence"] == 1.0 and [row["step"] for row in rows if "watch/divergence" in row] == [stopped]
+    assert 0 < best < stopped
+    assert judged[best]["judge/score"] == max(row["judge/score"] for row in judged.values()) > judged[0]["judge/score"] + 0.05
+    assert judged[stopped]["judge/score"] < judged[best]["judge/score"] and judged[stopped]["judge/proxy"] > judged[best]["judge/proxy"]
+    assert all(row["time/judge_s"] > 0 for row in judged.values())
+    for name in ("frontier", "watch", "group"):
+        assert (exploited / "plots" / f"{name}.png").exists()
+
+
+def test_the_model_is_what_was_kept_bit_for_bit_and_not_the_last(exploited: Path) -> None:
+    metrics = json.loads((exploited / "summary.json").read_text(encoding="utf-8"))["metrics"]
+    assert (exploited / "model" / "model.safetensors").read_bytes() == (exploited / "best" / "model" / "model.safetensors").read_bytes()
+    assert (exploited / "model" / "tokenizer.json").exists()
+    model = list(AutoModelForCausalLM.from_pretrained(exploited / "model", dtype=torch.float32).parameters())
+    best, last = (trained(exploited, int(metrics[f"watch/{name}_step"])) for name in ("best", "stopped"))
+    assert all(torch.equal(p, q) for p, q in zip(model, best, strict=True)), "the weights of the step that the judge valued most"
+    assert not any(torch.equal(p, q) for p, q in zip(model, last, strict=True)), "the last weights are others"
+
+
+def trained(run: Path, step: int) -> list[torch.Tensor]:
+    """The policy's parameters after `step` updates, from its checkpoint."""
+    state = torch.load(run / "checkpoints" / f"step-{step}" / "policy" / "engine.pt", weights_only=True)
+    return list(state["masters"])
+
+
+def test_watching_changes_nothing_of_the_training(exploited: Path, tmp_path: Path) -> None:
+    alone = run_online(tmp_path, "stage.steps=6", "stage.watch.judge_function=null")
+    names = ("objective/scores", "objective/kl", "loss/policy", "reward/length_correlation")
+    assert not (alone / "best").exists() and "judge/score" not in lines(alone)[-1]
+    for ours, theirs in zip(lines(alone), lines(exploited)[1:7], strict=True):
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
+def test_a_resumed_run_stops_where_the_straight_one_did(exploited: Path, tmp_path: Path) -> None:
+    """As a kill in the middle leaves it: the checkpoint of a step after the first judgements, and a best that may be later."""
+    stopped = int(json.loads((exploited / "summary.json").read_text(encoding="utf-8"))["metrics"]["watch/stopped_step"])
+    folder = tmp_path / "again"
+    shutil.copytree(exploited.parents[1], folder)
+    broken = folder / "default" / "grpo"
+    for step in range(stopped - 3, stopped + 1):
+        shutil.rmtree(broken / "checkpoints" / f"step-{step}")
+    shutil.rmtree(broken / "model")
+    (broken / "summary.json").unlink()
+    model = f"model.path={broken / 'start'}"
+    again = run_online(folder, "stage.steps=60", "stage.watch.divergence=stop", "run.resume=true", model)
+    for ours, theirs in zip(lines(again), lines(exploited), strict=True):
+        assert {k: v for k, v in ours.items() if "judge/" in k or "watch/" in k} == {
+            k: v for k, v in theirs.items() if "judge/" in k or "watch/" in k
+        }
+    ours, theirs = (json.loads((run / "summary.json").read_text(encoding="utf-8"))["metrics"] for run in (again, exploited))
+    assert {k: v for k, v in ours.items() if "judge/" in k or "watch/" in k} == {k: v for k, v in theirs.items() if "judge/" in k or "watch/" in k}
+    assert (again / "model" / "model.safetensors").read_bytes() == (exploited / "model" / "model.safetensors").read_bytes()
