@@ -49,7 +49,7 @@ def test_correlation_by_hand_and_of_what_never_varies() -> None:
     # deviations (-1, 0, 1) and (-1, -1, 2): covariance 3, norms sqrt(2) and sqrt(6)
     assert correlation([1.0, 2.0, 3.0], [1.0, 1.0, 4.0]) == pytest.approx(3 / math.sqrt(12))
     assert correlation([1.0, 2.0], [5.0, 3.0]) == pytest.approx(-1.0)
-    assert correlation([0.1, 0.1, 0.1], [1.0, 2.0, 3.0]) == 0.0
+    assert correlation([0.8, 0.8, 0.8], [7.6, 4.2, 2.6]) == 0.0, "exactly, although rounding gives the deviations a sign"
     assert correlation([1.0, 2.0, 3.0], [0.7, 0.7, 0.7]) == 0.0
     assert correlation([1.0], [2.0]) == 0.0
     assert correlation([0.0, 1e-320], [0.0, 1.0]) == 0.0
@@ -119,7 +119,8 @@ def test_a_trend_is_the_mean_of_the_prompts_slopes_and_their_standard_error() ->
     assert found.slope == pytest.approx(0.2)
     assert found.error == pytest.approx(0.1 / math.sqrt(3))
     assert found.errors == pytest.approx(2 * math.sqrt(3))
-    assert trend([0, 1, 2], [[0.1, 0.1]] * 3) == Trend(0.0, 0.0) and Trend(0.0, 0.0).errors == 0.0
+    assert trend([0, 10, 25], [[0.7, 0.7]] * 3) == Trend(0.0, 0.0), "exactly, although rounding gives the slopes a sign"
+    assert Trend(0.0, 0.0).errors == 0.0
     assert Trend(-1.0, 0.0).errors == -math.inf
 
 
@@ -136,6 +137,9 @@ def test_divergence_needs_both_trends_beyond_their_noise() -> None:
     assert "steps 0, 10, 20" in alarms[0].message and "rose by 0.1 a step" in alarms[0].message and "highest at step 0" in alarms[0].message
     assert ring(rising, rising) == ring(falling, flat) == ring(falling, falling) == ring(flat, rising) == []
     assert ring(falling[:2], rising[:2]) == [], "two judgements are too few here"
+    cfg.divergence_sd = 0.0
+    assert ring(flat, rising) == ring(falling, flat) == [], "what stays is no trend, however little is asked"
+    cfg.divergence_sd = 2.0
     noisy = [[5.0, 1.0], [4.0, 2.0], [1.0, 4.0]]  # slopes -0.2 and +0.15: falls on average, within its noise
     assert ring(noisy, rising) == []
 

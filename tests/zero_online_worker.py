@@ -28,6 +28,10 @@ SETTINGS = [
     "engine.micro_tokens=40",
     "engine.logits_chunk=7",
     "adapter.rank=4",
+    "stage.watch.judge_function=tests.toys:mostly_even",
+    "stage.watch.judge_every=2",
+    "stage.watch.judge_prompts=3",
+    "data.eval_fraction=0.25",
 ]
 
 
