@@ -188,10 +188,13 @@ def plot_run(dir: Path) -> list[Path]:
 def plot_frontier(points: Sequence[Point], path: Path, best: int | None = None, stopped: int | None = None) -> bool:
     """What the distance from the reference buys: the score that trains, and the judge, against KL; each point is a state of the policy.
 
-    `best` and `stopped` are steps to mark. Returns whether there was anything to draw.
+    `best` and `stopped` are steps to mark. A run's last weights wrote no rollouts, so they are drawn at the KL of one update before. Returns
+    whether there was anything to draw.
     """
-    scores = [(p.step, p.kl, p.score) for p in points if p.kl is not None and p.score is not None]
-    judged = [(p.step, p.kl, p.judge) for p in points if p.kl is not None and p.judge is not None]
+    measured = {p.step: p.kl for p in points if p.kl is not None}
+    placed = [(p, measured.get(p.step, measured.get(p.step - 1))) for p in points]
+    scores = [(p.step, kl, p.score) for p, kl in placed if kl is not None and p.score is not None]
+    judged = [(p.step, kl, p.judge) for p, kl in placed if kl is not None and p.judge is not None]
     panels = [(title, sorted(rows)) for title, rows in (("Score that trains", scores), ("Held-out judge", judged)) if rows]
     if not panels:
         return False

@@ -216,11 +216,17 @@ def test_a_judgements_figures() -> None:
     assert found == {"judge/score": 2.0, "judge/score_se": pytest.approx(1.0), "judge/proxy": 3.0, "judge/length": 4.0, "judge/truncated": 0.5}
 
 
-def test_the_frontier_is_drawn_where_there_is_one(tmp_path: Path) -> None:
+def test_the_frontier_is_drawn_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
     from matplotlib.image import imread
 
+    drawn: list[tuple[list[float], list[float]]] = []
+    original = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **options: (drawn.append((list(x), list(y))), original(self, x, y, **options))[1])
     points = [Point(i, i / 2, float(i), 1.0 - abs(i - 3) if i % 2 else None) for i in range(8)]
-    assert plot_frontier(points, tmp_path / "plots" / "frontier.png", best=3, stopped=7)
+    last = Point(8, None, None, -5.0)  # no rollouts come from the last weights
+    assert plot_frontier([last, *points], tmp_path / "plots" / "frontier.png", best=3, stopped=8)
+    assert drawn == [([i / 2 for i in range(8)], [float(i) for i in range(8)]), ([0.5, 1.5, 2.5, 3.5, 3.5], [-1.0, 1.0, -1.0, -3.0, -5.0])]
     both = imread(tmp_path / "plots" / "frontier.png")
     assert plot_frontier([Point(p.step, p.kl, p.score) for p in points], tmp_path / "score.png", best=3)
     assert both.shape[1] > 1.5 * imread(tmp_path / "score.png").shape[1], "without a judge there is one panel"
