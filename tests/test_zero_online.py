@@ -39,6 +39,7 @@ def launch(folder: Path, ranks: int, start: Path, runs: list[str]) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     toys.write_jsonl(folder / "prompts.jsonl", toys.prompt_rows())
+    toys.write_jsonl(folder / "held_out.jsonl", [{"prompt": f"omega {number}"} for number in range(3)])
     torch.manual_seed(0)
     tokenizer = train_tokenizer([str(row["prompt"]) for row in toys.prompt_rows()], 300, 64)
     shape = TinyConfig(vocab_size=300, hidden_size=32, intermediate_size=48, layers=2, heads=1, max_positions=64)
