@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conf.schema import Action, Config, OnlineStage, WatchConfig
+from reward.compose import CompositeScorer, Term
 from rlhf import config, distributed
 from rlhf.run import RunContext
 from rlhf.stages import online
-from rlhf.stages.watching import RECORD, HeldOutJudge, Keeper, Watching, held_out, share_out
+from rlhf.stages.watching import RECORD, HeldOutJudge, Keeper, Watching, comparable, held_out, share_out
 from rlhf.types import Prompt, Rollout, Scores
 from rlhf.watch import Judgement
 from tests import toys
@@ -43,17 +44,15 @@ class Lengths:
 
     def __init__(self, sign: float) -> None:
         self.sign = sign
-        self.scored = 0  # responses: the state that training's statistics are made of
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        self.scored += len(rollouts)
         return Scores([self.sign * len(r.token_ids) for r in rollouts], {})
 
     def state_dict(self) -> dict[str, object]:
-        return {"scored": self.scored}
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scored = state["scored"]
+        assert not state
 
 
 def write_number(value: list[int]) -> Any:
@@ -81,7 +80,18 @@ def test_judge_and_proxy_score_the_same_responses_with_the_same_seed_each_time()
     expected = Judgement([-2.0, -3.0], [2.0, 3.0], [2, 3], [False, True])
     assert judge(generator) == judge(generator) == expected
     assert generator.calls == [(["p2", "p3"], 1, 5, False)] * 2
-    assert judge.proxy.state_dict() == {"scored": 0}, "judging leaves training's statistics as they are"
+
+
+def test_the_reward_is_judged_without_running_statistics() -> None:
+    rollouts = FakeGenerator().generate([prompt("p2"), prompt("p4")])
+    training = CompositeScorer([Term("a", Lengths(1.0), weight=2.0, clip=3.0, normalise=True), Term("b", Lengths(-1.0))])
+    training.score(rollouts)
+    before = training.state_dict()
+    judged = comparable(training)
+    assert judged.score(rollouts).total == judged.score(rollouts).total == [2.0 * 2 - 2, 2.0 * 3 - 4]
+    assert training.state_dict() == before and training.score(rollouts).total != [2.0, 2.0]
+    lengths = Lengths(1.0)
+    assert comparable(lengths) is lengths
 
 
 def test_a_judgement_is_the_same_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

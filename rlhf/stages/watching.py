@@ -5,11 +5,12 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from conf.schema import Action, Config, OnlineStage, WatchConfig
+from reward.compose import CompositeScorer
 from reward.scorer import FunctionScorer, RewardModelScorer
 from rlhf import distributed
 from rlhf.data import reading
@@ -28,16 +29,14 @@ class HeldOutJudge:
 
     prompts: list[Prompt]  # this rank's share
     judge: Scorer
-    proxy: Scorer
+    proxy: Scorer  # without a state: see comparable()
     seed: int  # of every judgement: the same prompts with the same random numbers, so that only the policy changes
 
     def __call__(self, generator: Generator) -> Judgement:
         """One response per prompt from the weights that `generator` holds; over all ranks, in the order of the prompts. A collective."""
         rollouts = generator.generate(self.prompts, n=1, seed=self.seed) if self.prompts else []
         scores = self.judge.score(rollouts).total
-        state = self.proxy.state_dict()
-        proxies = self.proxy.score(rollouts).total  # on ranks without a prompt too: a scorer may be collective
-        self.proxy.load_state_dict(state)  # held-out responses don't count in its running statistics
+        proxies = self.proxy.score(rollouts).total
         mine = (scores, proxies, [len(r.token_ids) for r in rollouts], [r.finish_reason == "length" for r in rollouts])
         parts = distributed.gather(mine)
         return Judgement(*([value for part in parts for value in part[i]] for i in range(len(mine))))
@@ -66,7 +65,15 @@ def make_judge(cfg: Config, tokenizer: Any, proxy: Scorer) -> HeldOutJudge | Non
     if len(prompts) < watch.judge_prompts:
         LOG.warning("stage.watch.judge_prompts=%d, but only %d different prompts are held out; all are used.", watch.judge_prompts, len(prompts))
     mine = share_out(prompts, distributed.rank(), distributed.world_size())
-    return HeldOutJudge(mine, _judge_scorer(cfg, watch, tokenizer), proxy, seed=cfg.run.seed)
+    return HeldOutJudge(mine, _judge_scorer(cfg, watch, tokenizer), comparable(proxy), seed=cfg.run.seed)
+
+
+def comparable(scorer: Scorer) -> Scorer:
+    """The same reward, models shared, with no term normalised: running statistics move the scale from one judgement to the next, and held-out
+    responses have no part in training's statistics."""
+    if not isinstance(scorer, CompositeScorer):
+        return scorer
+    return CompositeScorer([replace(term, normalise=False) for term in scorer.terms])
 
 
 def _judge_scorer(cfg: Config, watch: WatchConfig, tokenizer: Any) -> Scorer:
