@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow lint format doctor proof-reviews proof-smollm2 proof-algorithms clean
+.PHONY: help setup demo test test-slow lint format doctor proof-reviews proof-smollm2 proof-algorithms proof-hacking clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ proof-smollm2: $(STAMP) ## slow: the same chain with a pretrained 135M model, Lo
 
 proof-algorithms: $(STAMP) ## slow: grpo, rloo, dapo and online_dpo on the movie reviews; fails unless each raises score and outside judges
 	$(OFFLINE) $(PY) -m eval.proof_algorithms
+
+proof-hacking: $(STAMP) ## slow: a reward is exploited, the watch stops the run and keeps the weights from before; three seeds
+	$(OFFLINE) $(PY) -m eval.proof_hacking
 
 clean: ## remove caches and build leftovers (runs/ and .venv stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

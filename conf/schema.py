@@ -741,15 +741,16 @@ class WatchConfig:
 
     judge_path: str | None = None  # directory of a second reward model, trained with another seed or on other pairs
     judge_function: str | None = None  # pkg.module:function with the signature of reward.function
-    judge_every: int = 10  # steps between judgements of held-out responses
-    judge_prompts: int = 64  # held-out prompts per judgement
-    window: int = 10  # steps over which a trend is measured
-    divergence: Action = Action.warn  # the score rises and the judge falls
-    divergence_sd: float = 0.5  # standard errors by which each trend has to differ from 0
+    judge_every: int = 10  # steps between judgements of held-out responses; the start is judged too
+    judge_prompts: int = 64  # held-out prompts per judgement, the same each time
+    window: int = 10  # steps: the last ones for the length rule, the first ones for the entropy to compare with
+    divergence: Action = Action.warn  # the score rises and the judge falls; without a judge the rule has nothing to look at
+    divergence_judgements: int = 3  # last judgements over which both trends are measured
+    divergence_sd: float = 2.0  # standard errors over the held-out prompts by which each trend has to differ from 0
     kl: Action = Action.off
     kl_max: float = 50.0  # nats per response
     length: Action = Action.warn
-    length_share: float = 0.9  # share of responses cut off at rollout.max_response_length
+    length_share: float = 0.9  # share of responses cut off at rollout.max_response_length, over the window
     entropy: Action = Action.warn
     entropy_share: float = 0.05  # of the first steps' entropy
 
@@ -757,7 +758,8 @@ class WatchConfig:
         _check(self.judge_path is None or self.judge_function is None, "stage.watch.judge_function", self.judge_function, "null beside judge_path")
         _check(self.judge_every >= 1, "stage.watch.judge_every", self.judge_every, "at least 1 step")
         _check(self.judge_prompts >= 2, "stage.watch.judge_prompts", self.judge_prompts, "at least 2")
-        _check(self.window >= 2, "stage.watch.window", self.window, "at least 2 steps")
+        _check(self.window >= 1, "stage.watch.window", self.window, "at least 1 step")
+        _check(self.divergence_judgements >= 2, "stage.watch.divergence_judgements", self.divergence_judgements, "at least 2")
         _check(self.divergence_sd >= 0, "stage.watch.divergence_sd", self.divergence_sd, "at least 0")
         _check(self.kl_max > 0, "stage.watch.kl_max", self.kl_max, "above 0 nats")
         _check(0 < self.length_share <= 1, "stage.watch.length_share", self.length_share, "in (0, 1]")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.tracking import METRICS_FILE, read_jsonl
+from rlhf.watch import Point
 
 _SMOOTH_FROM = 40  # points from which a running mean is drawn over the raw series
 _COLOURS = ("#3366aa", "#cc5533", "#449966", "#8855aa", "#bb9922", "#555555", "#2299aa", "#dd6699")
@@ -21,6 +22,7 @@ class Panel:
     unit: str
     names: tuple[str, ...]
     stacked: bool = False
+    without: tuple[str, ...] = ()  # patterns of names that have another unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Figure:
     file: str
     panels: tuple[Panel, ...]
 
+
+_SHARES = ("reward/*_correlation", "reward/truncated", "reward/clipped")  # among reward/*, but no scores
 
 FIGURES: tuple[Figure, ...] = (
     Figure(
@@ -45,7 +49,7 @@ FIGURES: tuple[Figure, ...] = (
         "score",
         (
             Panel("Score", "reward-model score", ("objective/scores", "objective/rlhf_reward", "eval/scores")),
-            Panel("Reward terms", "score", ("reward/*",)),
+            Panel("Reward terms", "score", ("reward/*",), without=_SHARES),
             Panel("Scores of the batch", "score", ("mean_reward", "min_reward", "max_reward", "eval_mean_reward")),
         ),
     ),
@@ -57,6 +61,18 @@ FIGURES: tuple[Figure, ...] = (
             Panel("KL old to new policy", "nats per token", ("policy/approxkl",)),
             Panel("KL coefficient", "coefficient", ("objective/kl_coef",)),
         ),
+    ),
+    Figure(
+        "watch",
+        (
+            Panel("Held-out judge", "score", ("judge/score",)),
+            Panel("Training's score of the same responses", "score", ("judge/proxy",)),
+            Panel("The score goes with", "correlation", ("reward/*_correlation",)),
+            Panel("Truncated responses", "share", ("reward/truncated", "judge/truncated")),
+        ),
+    ),
+    Figure(
+        "group", (Panel("Responses to one prompt", "score", ("group/std", "group/gain")), Panel("Groups of equal scores", "share", ("group/equal",)))
     ),
     Figure("length", (Panel("Response length", "tokens", ("rollout/response_length",)), Panel("Finished responses", "share", ("rollout/finished",)))),
     Figure(
@@ -113,7 +129,7 @@ def collect(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], lis
 
 def _matching(panel: Panel, names: Sequence[str]) -> list[str]:
     """The panel's metrics among `names`: in its own order, patterns sorted; a step's total is no part of a stack."""
-    found = [n for pattern in panel.names for n in sorted(fnmatch.filter(names, pattern))]
+    found = [n for pattern in panel.names for n in sorted(fnmatch.filter(names, pattern)) if not any(fnmatch.fnmatch(n, w) for w in panel.without)]
     return [n for n in dict.fromkeys(found) if not (panel.stacked and re.search(r"/(step|total)_s$", n))]
 
 
@@ -167,3 +183,44 @@ def plot_run(dir: Path) -> list[Path]:
         canvas.savefig(path, dpi=120)
         written.append(path)
     return written
+
+
+def plot_frontier(points: Sequence[Point], path: Path, best: int | None = None, stopped: int | None = None) -> bool:
+    """What the distance from the reference buys: the score that trains, and the judge, against KL; each point is a state of the policy.
+
+    `best` and `stopped` are steps to mark. A run's last weights wrote no rollouts, so they are drawn at the KL of one update before. Returns
+    whether there was anything to draw.
+    """
+    measured = {p.step: p.kl for p in points if p.kl is not None}
+    placed = [(p, measured.get(p.step, measured.get(p.step - 1))) for p in points]
+    scores = [(p.step, kl, p.score) for p, kl in placed if kl is not None and p.score is not None]
+    judged = [(p.step, kl, p.judge) for p, kl in placed if kl is not None and p.judge is not None]
+    panels = [(title, sorted(rows)) for title, rows in (("Score that trains", scores), ("Held-out judge", judged)) if rows]
+    if not panels:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(5.2 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(canvas)
+    for i, (title, rows) in enumerate(panels):
+        axes = canvas.add_subplot(1, len(panels), i + 1)
+        steps, kl, values = zip(*rows, strict=True)
+        axes.plot(kl, values, color="#999999", linewidth=0.8)
+        colours = axes.scatter(kl, values, c=steps, cmap="viridis", s=16, zorder=2)
+        for label, wanted, marker in (("best by the judge", best, "o"), ("stopped", stopped, "X")):
+            marked = [(x, y) for step, x, y in rows if step == wanted]
+            if marked:
+                axes.scatter(*marked[0], marker=marker, s=110, facecolors="none", edgecolors=_COLOURS[1], label=label, zorder=3)
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("KL against the reference, nats per response")
+        axes.set_ylabel("score")
+        axes.grid(True, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, frameon=False, loc="best")
+        if i == len(panels) - 1:
+            canvas.colorbar(colours, ax=axes, label="step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=120)
+    return True

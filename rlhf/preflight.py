@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import (
+    Action,
     AdapterKind,
     Advantage,
     Config,
@@ -174,7 +175,8 @@ def check_lengths(cfg: Config) -> None:
         )
     longest = cfg.data.max_prompt_length + rollout.max_response_length
     terms = importlib.import_module("reward.terms")
-    readers = [(f"{key}={path}: its positions", max_positions(path)) for key, path in terms.model_paths(cfg.reward)]
+    scorers = [*terms.model_paths(cfg.reward), ("stage.watch.judge_path", stage.watch.judge_path)]
+    readers = [(f"{key}={path}: its positions", max_positions(path)) for key, path in scorers]
     for name, most in ((where, limit), *readers):
         if most is not None and longest > most:
             raise UserError(
@@ -263,6 +265,36 @@ def check_serving(cfg: Config) -> None:
     importlib.import_module("reward.model").load_reward_tokenizer(reward.path)
     if stage.token_env is not None:
         importlib.import_module("reward.remote").bearer_token(stage.token_env, "stage.token_env")
+
+
+def check_watch(cfg: Config) -> None:
+    """The held-out judge is there, and it is another than the reward that trains."""
+    if not isinstance(cfg.stage, OnlineStage):
+        return
+    watch, reward = cfg.stage.watch, cfg.reward
+    if watch.kl is not Action.off and not cfg.stage.reference:
+        raise UserError(f"stage.watch.kl={watch.kl.value} needs a KL, but stage.reference=false keeps nothing to measure it against.")
+    if watch.judge_path is None and watch.judge_function is None:
+        if watch.divergence is Action.stop:
+            raise UserError(
+                "stage.watch.divergence=stop compares the score with a held-out judge, but there is none. Set "
+                "stage.watch.judge_path=<a second reward run>/model or stage.watch.judge_function=pkg.module:function, or divergence=off."
+            )
+        return
+    trains = importlib.import_module("reward.terms").model_paths(reward)
+    functions = [("reward.function", reward.function), *((f"reward.terms.{name}.function", term.function) for name, term in reward.terms.items())]
+    for judge_key, judge, sources in (("judge_path", watch.judge_path, trains), ("judge_function", watch.judge_function, functions)):
+        same = next((key for key, source in sources if judge is not None and source == judge), None)
+        if same is not None:
+            raise UserError(
+                f"stage.watch.{judge_key}={judge} is {same} too: a judge that also trains can't tell when the reward is exploited. "
+                "Give a second reward model, trained with another seed or on other pairs, or a function of its own."
+            )
+    if watch.judge_path is not None:
+        manifest = importlib.import_module("reward.model").read_manifest(watch.judge_path, "stage.watch.judge_path")
+        _check_reward_tokenizer(cfg, watch.judge_path, manifest, "stage.watch.judge_path")
+    if watch.judge_function is not None:
+        importlib.import_module("reward.scorer").load_function(watch.judge_function, "stage.watch.judge_function")
 
 
 def check_reference(cfg: Config) -> None:
@@ -367,6 +399,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_judges,
     check_reward,
     check_serving,
+    check_watch,
     check_lengths,
     check_tracking,
     check_run_directory,

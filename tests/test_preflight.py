@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from conf.schema import (
+    Action,
     AdapterConfig,
     AdapterKind,
     Config,
@@ -32,6 +33,7 @@ from conf.schema import (
     SFTStage,
     TrackingConfig,
     TrackingKind,
+    WatchConfig,
 )
 from reward.model import FORMAT_VERSION, Manifest, template_hash, tokenizer_fingerprint, write_manifest
 from rlhf import preflight
@@ -276,6 +278,25 @@ def test_judges_of_an_evaluation(ppo: Config, tmp_path: Path, monkeypatch: pytes
     refused(evaluation(judges=[Judge.function]), "stage.judge_function is not set")
     without(monkeypatch, "vaderSentiment")
     refused(evaluation(judges=[Judge.lexicon]), "needs the package vaderSentiment")
+
+
+def test_the_held_out_judge_of_a_watch(ppo: Config, tmp_path: Path) -> None:
+    def watch(**options: Any) -> Config:
+        return replace(ppo, stage=OnlineStage(watch=WatchConfig(**options)))
+
+    refused(watch(divergence=Action.stop), "stage.watch.divergence=stop compares the score with a held-out judge, but there is none")
+    refused(replace(ppo, stage=OnlineStage(reference=False, kl_coef=0.0, watch=WatchConfig(kl=Action.warn))), "stage.watch.kl=warn needs a KL")
+    refused(watch(judge_path=str(tmp_path / "jdge")), "stage.watch.judge_path=.*jdge: no such directory")
+    refused(watch(judge_path=str(tmp_path / "policy")), "stage.watch.judge_path=.*policy: holds no .* so it is not a reward model")
+    refused(watch(judge_path=ppo.reward.path), "stage.watch.judge_path=.*reward is reward.path too: a judge that also trains")
+    refused(watch(judge_function="tests.toys:no_such"), "stage.watch.judge_function=tests.toys:no_such: tests.toys has no function no_such")
+    reward_directory(tmp_path / "short", ["the film", "good"], positions=128)
+    refused(watch(judge_path=str(tmp_path / "short")), r"stage.watch.judge_path=.*short: its positions = 128\)")
+    reward_directory(tmp_path / "other", ["quite other words", "zebra"])
+    refused(watch(judge_path=str(tmp_path / "other")), "stage.watch.judge_path=.*other: the reward model has another tokenizer than the policy")
+    reward_directory(tmp_path / "judge", ["the film", "good"])
+    assert preflight.check(watch(judge_path=str(tmp_path / "judge"), divergence=Action.stop)) == []
+    assert preflight.check(watch(judge_function="tests.toys:short_is_good", divergence=Action.stop)) == []
 
 
 def test_the_command_line_says_it_in_one_line_and_loads_no_weights(tmp_path: Path) -> None:

@@ -13,6 +13,11 @@ def short_is_good(completion_ids: list[list[int]], **columns: object) -> list[fl
     return [-float(len(ids)) for ids in completion_ids]
 
 
+def mostly_even(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """The honest judge of it: best where three quarters of a response's token ids are even, worse with every further one."""
+    return [-abs(sum(token % 2 == 0 for token in ids) / len(ids) - 0.75) for ids in completion_ids]
+
+
 def not_a_number_for_b(prompts: list[str], **columns: object) -> list[float]:
     return [float("nan") if prompt.startswith("b") else 0.0 for prompt in prompts]
 

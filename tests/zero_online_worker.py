@@ -28,6 +28,9 @@ SETTINGS = [
     "engine.micro_tokens=40",
     "engine.logits_chunk=7",
     "adapter.rank=4",
+    "stage.watch.judge_function=tests.toys:mostly_even",
+    "stage.watch.judge_every=2",
+    "stage.watch.judge_prompts=3",
 ]
 
 
@@ -38,7 +41,14 @@ def main() -> None:
     for run in runs:
         engine, adapter, *extra = run.split(":")
         name = "-".join([engine, adapter, *(e.replace("=", "_") for e in extra)])
-        overrides = [f"run.dir={folder}", f"run.name={name}", f"model.path={start}", f"data.path={folder}/prompts.jsonl", f"engine={engine}"]
+        overrides = [
+            f"run.dir={folder}",
+            f"run.name={name}",
+            f"model.path={start}",
+            f"data.path={folder}/prompts.jsonl",
+            f"data.eval_path={folder}/held_out.jsonl",
+            f"engine={engine}",
+        ]
         cfg = config.compose([*SETTINGS, *overrides, f"adapter={adapter}", *extra])
         online.run(RunContext.open(cfg, ()))
     distributed.shutdown()

@@ -27,7 +27,9 @@ from rlhf.run import RunContext
 from rlhf.stages.collecting import Collected, collect, group_figures
 from rlhf.stages.online_setup import Parts, build
 from rlhf.stages.sync import verify_sync
+from rlhf.stages.watching import BEST, Keeper, Watching, make_judge
 from rlhf.types import Rollout, Scores, TrainingDiverged, UserError
+from rlhf.watch import response_statistics
 
 
 @dataclass(slots=True)
@@ -64,16 +66,21 @@ class Loop:
         self.draws = 0  # of prompts, since the run began
         self.limit = ctx.cfg.rollout.max_response_length
         self.history: list[dict[str, float]] = []
+        self.watching = Watching(ctx.cfg, make_judge(ctx.cfg, parts.tokenizer, parts.scorer), Keeper(ctx.dir / BEST, self._save_weights))
         if ctx.resume_from is not None:
             self._load(ctx.resume_from)
 
     def train(self) -> None:
         self._sync(self.first)
+        if self.first == 0 and self.watching.judge is not None:
+            self.ctx.tracker.log(0, self.watching.begin(self.parts.generator))
         with console.progress(self.steps, self.stage.name) as bar:
             for step in range(self.first, self.steps):
                 metrics, rows = self.one_step(step)
                 self.history.append(metrics)
-                self.ctx.tracker.log(step + 1, metrics)
+                watched = self.watching.after(step + 1, metrics, self.parts.generator)
+                metrics["time/step_s"] += watched.get("time/judge_s", 0.0)
+                self.ctx.tracker.log(step + 1, metrics | watched)
                 bar.update(step + 1, metrics)
                 if rows:
                     self.ctx.tracker.samples(step + 1, rows)
@@ -82,6 +89,8 @@ class Loop:
                         console.samples_table(rows)
                 if self.stage.save_steps and (step + 1) % self.stage.save_steps == 0:
                     self._save(step + 1)
+                if self.watching.stopped is not None:
+                    break
         self._finish()
 
     def one_step(self, step: int) -> tuple[dict[str, float], list[dict[str, object]]]:
@@ -109,6 +118,7 @@ class Loop:
             self._move_reference(step)
         with clock.phase("log"):
             metrics = self._metrics(collected, batch, clock.seconds) | figures
+            metrics |= response_statistics(collected.rollouts, collected.scores)
             metrics |= {"reward/clipped": collected.clipped, "rollout/probe_gap": probe_gap, "objective/kl_coef": parts.kl.coef}
             self._check_gap(metrics["rollout/logprob_gap"], step)
             if "objective/kl" in metrics:
@@ -310,7 +320,7 @@ class Loop:
             self.parts.critic.save(side / "critic")
         if distributed.is_main():
             state = {"step": step, "draws": self.draws, "kl": self.parts.kl.state_dict(), "moments": self.moments.state_dict()}
-            state |= {"scorer": self.parts.scorer.state_dict(), "history": self.history}
+            state |= {"scorer": self.parts.scorer.state_dict(), "history": self.history, "watching": self.watching.state_dict()}
             if self.stage.reference_every:
                 torch.save(self.parts.reference.model.state_dict(), side / "reference.pt")
             (side / "loop.json").write_text(json.dumps(state), encoding="utf-8")
@@ -329,12 +339,23 @@ class Loop:
         self.history = state["history"]
         self.parts.kl.load_state_dict(state["kl"])
         self.moments.load_state_dict(state["moments"])
+        self.watching.load_state_dict(state["watching"])
+
+    def _save_weights(self, directory: Path) -> None:
+        """model/ and, for LoRA, adapter/ in `directory`."""
+        parts = self.parts
+        save_model(parts.policy.module.model, parts.tokenizer, directory / "model", parts.policy.gather)
+        if parts.adapter:
+            save_adapter(parts.policy.module.model, directory / "adapter", parts.policy.gather)
 
     def _finish(self) -> None:
-        parts, ctx = self.parts, self.ctx
-        save_model(parts.policy.module.model, parts.tokenizer, ctx.dir / "model", parts.policy.gather)
-        if parts.adapter:
-            save_adapter(parts.policy.module.model, ctx.dir / "adapter", parts.policy.gather)
+        ctx = self.ctx
+        if self.watching.keeps_best:
+            self.watching.keeper.restore(ctx.dir)
+        else:
+            self._save_weights(ctx.dir)
+        if ctx.enabled:
+            ctx.tracker.images(self.watching.plot(ctx.dir / "plots"))
         window = max(1, min(5, len(self.history) // 2))
         metrics = {}
         for name in sorted(set().union(*self.history)):
@@ -344,14 +365,15 @@ class Loop:
                     metrics[key] = sum(values) / len(values)
         metrics["rollout/logprob_gap_max"] = max(h["rollout/logprob_gap"] for h in self.history)
         ctx.finish(
-            steps=self.steps,
-            metrics=metrics,
+            steps=len(self.history),
+            metrics=metrics | self.watching.summary(),
             model="model",
             figures={
                 f"score, first {window} steps": f"{metrics['objective/scores_first']:.3f}",
                 f"score, last {window} steps": f"{metrics['objective/scores']:.3f}",
                 **({"KL per response (nats)": f"{metrics['objective/kl']:.2f}"} if "objective/kl" in metrics else {}),
                 "largest sampler-trainer gap (nats)": f"{metrics['rollout/logprob_gap_max']:.1e}",
+                **self.watching.figures(),
             },
             next_command=f"python -m rlhf stage=eval run.name={ctx.cfg.run.name} stage.before={ctx.cfg.model.path} stage.after={ctx.dir / 'model'}",
         )
