@@ -821,7 +821,12 @@ class EvalStage:
     def __post_init__(self) -> None:
         _check(self.prompts >= 2, "stage.prompts", self.prompts, "at least 2")
         _check(self.samples_per_prompt >= 1, "stage.samples_per_prompt", self.samples_per_prompt, "at least 1")
-        _check(not self.greedy or self.samples_per_prompt == 1, "stage.samples_per_prompt", self.samples_per_prompt, "1 with greedy=true, whose responses are all the same")
+        _check(
+            not self.greedy or self.samples_per_prompt == 1,
+            "stage.samples_per_prompt",
+            self.samples_per_prompt,
+            "1 with greedy=true, whose responses are all the same",
+        )
         _check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
         _check(self.shown >= 0, "stage.shown", self.shown, "at least 0")
 
