@@ -53,8 +53,8 @@ def test_training_holds_both_orders_and_held_out_files_one(built: dict[str, list
 
 def test_same_seed_same_rows_other_seed_other_rows(built: dict[str, list[arithmetic.Row]]) -> None:
     assert arithmetic.rows(3) == built
-    other = arithmetic.rows(4)
-    assert {row["prompt"] for row in other["prompts_eval.jsonl"]} != {row["prompt"] for row in built["prompts_eval.jsonl"]}
+    mine, other = ({tuple(sorted(numbers(row))) for row in rows["prompts_eval.jsonl"]} for rows in (built, arithmetic.rows(4)))
+    assert len(mine & other) < 50, "another seed holds out other sums, not the same ones in another order"
 
 
 def test_ensure_writes_the_files(tmp_path: Path) -> None:
