@@ -15,10 +15,10 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow lint format doctor proof-reviews proof-smollm2 proof-algorithms proof-hacking clean
+.PHONY: help setup demo test test-slow lint format doctor bench bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv from the lock (again only when the lock or pyproject.toml changed)
 
@@ -61,6 +61,15 @@ proof-algorithms: $(STAMP) ## slow: grpo, rloo, dapo and online_dpo on the movie
 
 proof-hacking: $(STAMP) ## slow: a reward is exploited, the watch stops the run and keeps the weights from before; three seeds
 	$(OFFLINE) $(PY) -m eval.proof_hacking
+
+proof-arithmetic: $(STAMP) ## slow: sums from scratch by SFT and GRPO, three seeds; fails unless exact match rises by 20 points in each
+	$(OFFLINE) $(PY) -m eval.proof_arithmetic
+
+bench: $(STAMP) ## slow: whole online steps beside TRL's GRPOTrainer, taking turns; nothing else may run (about 25 min on 2 cores)
+	$(OFFLINE) $(PY) -m rlhf.stages.bench
+
+bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
+	$(OFFLINE) $(PY) -m rlhf.stages.bench --growth
 
 clean: ## remove caches and build leftovers (runs/ and .venv stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

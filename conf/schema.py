@@ -280,6 +280,7 @@ class Recipe(Enum):
     reviews = "reviews"
     smollm2 = "smollm2"
     gym = "gym"
+    arithmetic = "arithmetic"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -955,6 +956,7 @@ class EvalStage:
     after: str | None = None  # model directory of the trained policy
     prompts: int = 256
     samples_per_prompt: int = 1
+    greedy: bool = False  # the most likely token each time instead of sampling; KL is then along these responses
     judges: list[Judge] = field(default_factory=list)
     judge_path: str | None = None  # labelled texts (text, label) that train the classifier judge
     judge_function: str | None = None  # pkg.module:function for the function judge
@@ -964,6 +966,12 @@ class EvalStage:
     def __post_init__(self) -> None:
         _check(self.prompts >= 2, "stage.prompts", self.prompts, "at least 2")
         _check(self.samples_per_prompt >= 1, "stage.samples_per_prompt", self.samples_per_prompt, "at least 1")
+        _check(
+            not self.greedy or self.samples_per_prompt == 1,
+            "stage.samples_per_prompt",
+            self.samples_per_prompt,
+            "1 with greedy=true, whose responses are all the same",
+        )
         _check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
         _check(self.shown >= 0, "stage.shown", self.shown, "at least 0")
 

@@ -1,10 +1,11 @@
 """What the proofs share: run the chain as a user would, read its run directories, hold figures against bounds."""
 
+import argparse
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,34 @@ def report(title: str, checks: Iterable[Check], console: Console | None = None) 
         table.add_row(f"[{colour}]{'pass' if check.passed else 'FAIL'}[/]", check.name, f"{check.found:.4g}", check.expected)
     (console or Console(width=110)).print(table)
     return bool(listed) and all(check.passed for check in listed)
+
+
+def prove_seeds(
+    experiment: str, check_run: Callable[[Path], list[Check]], arguments: Sequence[str] | None = None, *, description: str | None = None
+) -> int:
+    """The command line of a proof of several seeds: run the chain and check it, seed by seed. Returns 0 when every seed passed, else 1.
+
+    `check_run` takes ``<runs>/proof-<experiment>-<seed>``; further arguments are overrides of the chain.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m eval.proof_{experiment}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="root of the run directories")
+    parser.add_argument("--check-only", action="store_true", help="check existing runs, run nothing")
+    options, overrides = parser.parse_known_args(arguments)
+    passed = True
+    for seed in options.seeds:
+        name = f"proof-{experiment}-{seed}"
+        if not options.check_only:
+            code = run_chain(experiment, name, seed, options.runs, overrides)
+            if code != 0:
+                print(f"seed {seed}: the chain ended with exit code {code}", file=sys.stderr)
+                passed = False
+                continue
+        try:
+            passed &= report(f"{experiment}, seed {seed}", check_run(options.runs / name))
+        except MissingRun as error:
+            print(f"seed {seed}: {error}", file=sys.stderr)
+            passed = False
+    return 0 if passed else 1

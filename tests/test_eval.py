@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.schema import Judge, ModelConfig, ModelKind, TinyConfig
 from eval import report, verifiable
@@ -275,6 +275,28 @@ def test_a_policy_that_moved(policies: Path, tmp_path: Path, capsys: pytest.Capt
     assert sum(row["kl"] for row in rows) / sum(row["response_length"] for row in rows) == pytest.approx(found["eval/kl_per_token"], rel=1e-5)
     assert {"histogram_score.png", "differences.png"} <= {path.name for path in (run / "plots").glob("*.png")}
     assert "Before and after on 16 held-out prompts" in capsys.readouterr().out
+
+
+def test_greedy_writes_the_most_likely_tokens(policies: Path, tmp_path: Path) -> None:
+    """The same responses whatever the seed, and they are the arg max token by token; sampling differs from them."""
+
+    def responses(name: str, *overrides: str) -> tuple[list[str], list[str]]:
+        run_eval(policies, tmp_path, "start", "moved", f"run.name={name}", *overrides)
+        lines = (tmp_path / name / "eval" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["response_before"] for line in lines], [json.loads(line)["response"] for line in lines]
+
+    before, after = responses("a", "stage.greedy=true", "run.seed=1")
+    assert responses("b", "stage.greedy=true", "run.seed=2") == (before, after) != responses("c", "run.seed=1")
+    tokenizer = AutoTokenizer.from_pretrained(policies / "moved")
+    model = AutoModelForCausalLM.from_pretrained(policies / "moved", dtype=torch.float32).eval()
+    ids = tokenizer(str(toys.prompt_rows()[0]["prompt"]), return_tensors="pt")["input_ids"]
+    written: list[int] = []
+    while len(written) < 8 and tokenizer.eos_token_id not in written:
+        with torch.no_grad():
+            written.append(int(model(torch.cat([ids, torch.tensor([written], dtype=torch.long)], dim=1)).logits[0, -1].argmax()))
+    assert after[0] == tokenizer.decode(written, skip_special_tokens=True)
+    with pytest.raises(UserError, match=r"stage\.samples_per_prompt=2 is out of range: expected 1 with greedy=true"):
+        config.compose(["stage=eval", "stage.greedy=true", "stage.samples_per_prompt=2"])
 
 
 def test_kl_is_that_of_whole_distributions(policies: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from eval import proof_reviews, proof_smollm2, proofs
+from eval import proof_arithmetic, proof_reviews, proof_smollm2, proofs
 from eval.proofs import Check, MissingRun
 
 GOOD_STEP: dict[str, float] = {
@@ -36,13 +36,22 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
-def write_runs(folder: Path) -> Path:
-    """The run directories of a chain that passes both proofs."""
-    for stage, metrics in GOOD.items():
+GOOD_ARITHMETIC: dict[str, dict[str, Any]] = {
+    "chain": {},
+    "sft": {},
+    "grpo": {},
+    "eval": {"eval/function_before": 0.5, "eval/function_after": 0.9, "eval/function_delta": 0.4},
+}
+ONLINE = ("ppo", "grpo")
+
+
+def write_runs(folder: Path, good: dict[str, dict[str, Any]] = GOOD) -> Path:
+    """The run directories of a chain that passes: both proofs of PPO, or with GOOD_ARITHMETIC that of GRPO."""
+    for stage, metrics in good.items():
         (folder / stage).mkdir(parents=True)
-        summary = {"stage": stage, "steps": 10, "wall_s": 700.0 if stage == "chain" else 200.0, "peak_rss_mb": 2000.0, "metrics": metrics}
+        summary = {"stage": stage, "steps": 10, "wall_s": 500.0 if stage == "chain" else 200.0, "peak_rss_mb": 2000.0, "metrics": metrics}
         (folder / stage / "summary.json").write_text(json.dumps(summary))
-        steps = [{"step": i + 1, **GOOD_STEP, "objective/scores": float(i)} for i in range(10)] if stage == "ppo" else [{"step": 1}]
+        steps = [{"step": i + 1, **GOOD_STEP, "objective/scores": float(i)} for i in range(10)] if stage in ONLINE else [{"step": 1}]
         (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     return folder
 
@@ -54,8 +63,8 @@ def change_summary(folder: Path, stage: str, name: str, value: object) -> None:
     path.write_text(json.dumps(summary))
 
 
-def change_step(folder: Path, step: int, name: str, value: object) -> None:
-    path = folder / "ppo" / "metrics.jsonl"
+def change_step(folder: Path, step: int, name: str, value: object, stage: str = "ppo") -> None:
+    path = folder / stage / "metrics.jsonl"
     steps = [json.loads(line) for line in path.read_text().splitlines()]
     steps[step][name] = value
     path.write_text("".join(json.dumps(line) + "\n" for line in steps))
@@ -136,6 +145,40 @@ def test_smollm2_fails_on_a_gap_or_a_falling_score(tmp_path: Path) -> None:
     change_step(folder, 9, "rollout/probe_gap", 2e-3)
     change_step(folder, 9, "objective/scores", -100.0)
     assert len(failed(proof_smollm2.check_run(folder))) == 3
+
+
+def test_a_good_run_passes_the_arithmetic_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_runs(tmp_path / "proof-arithmetic-4", GOOD_ARITHMETIC)
+    assert failed(proof_arithmetic.check_run(folder)) == []
+    assert proof_arithmetic.main(["--check-only", "--seeds", "4", "--runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "0.5" in shown and "0.9" in shown, "before and after are shown"
+    assert proof_arithmetic.main(["--check-only", "--seeds", "4", "5", "--runs", str(tmp_path)]) == 1, "every seed has to pass"
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value", "check"),
+    [
+        ("eval", "eval/function_delta", 0.199, "its rise"),
+        ("eval", "eval/function_delta", float("nan"), "its rise"),
+        ("eval", "eval/function_before", 0.81, "before GRPO"),
+        ("eval", "eval/function_after", 0.19, "after GRPO"),
+        ("grpo", "wall_s", 600.5, "wall time of GRPO"),
+        ("chain", "wall_s", 600.5, "wall time of the chain"),
+    ],
+)
+def test_arithmetic_fails_on_each_figure(tmp_path: Path, stage: str, name: str, value: float, check: str) -> None:
+    folder = write_runs(tmp_path / "proof-arithmetic-0", GOOD_ARITHMETIC)
+    change_summary(folder, stage, name, value)
+    wrong = failed(proof_arithmetic.check_run(folder))
+    assert len(wrong) == 1 and check in wrong[0]
+    assert proof_arithmetic.main(["--check-only", "--seeds", "0", "--runs", str(tmp_path)]) == 1
+
+
+def test_arithmetic_looks_at_the_gap_of_every_step(tmp_path: Path) -> None:
+    folder = write_runs(tmp_path, GOOD_ARITHMETIC)
+    change_step(folder, 6, "rollout/logprob_gap", 1e-4, "grpo")
+    assert failed(proof_arithmetic.check_run(folder)) == ["largest rollout/logprob_gap of all steps, nats"]
 
 
 def test_what_is_missing_is_named_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
-"""Data sets built from what installed packages carry, so that demos and proofs run on real input without a hub.
+"""Data sets built from what installed packages carry, or from the seed alone, so that demos and proofs run on real input without a hub.
 
 Files appear under ``<run.dir>/<run.name>/data`` with a ``meta.json`` that says what they were built from; what a recipe holds is
-written in its own module (rlhf/data/reviews.py, rlhf/data/smollm2.py, rlhf/data/gym.py).
+written in its own module (rlhf/data/reviews.py, rlhf/data/smollm2.py, rlhf/data/gym.py, rlhf/data/arithmetic.py).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conf.schema import Config, GymConfig, Recipe
 from rlhf import distributed
-from rlhf.data import gym, reviews, smollm2
+from rlhf.data import arithmetic, gym, reviews, smollm2
 from rlhf.data.packages import package_file, sha256
 from rlhf.types import UserError
 
@@ -62,6 +62,12 @@ def _gym(folder: Path, options: GymConfig, run_seed: int, overwrite: bool) -> No
         write_all(folder, gym.rows(options, seed), origin)
 
 
+def _arithmetic(folder: Path, seed: int, overwrite: bool) -> None:
+    origin = {"recipe": "arithmetic", "format": arithmetic.FORMAT_VERSION, "seed": seed}
+    if not is_current(folder, origin, overwrite):
+        write_all(folder, arithmetic.rows(seed), origin)
+
+
 def is_current(folder: Path, origin: Mapping[str, object], overwrite: bool) -> bool:
     """Whether `folder` holds every file of its meta.json, built from `origin`. Raises UserError for another origin unless `overwrite`."""
     place = folder / META
@@ -88,4 +94,4 @@ def write_all(folder: Path, files: Rows, origin: Mapping[str, object]) -> None:
     (folder / META).write_text(json.dumps({"origin": origin, "files": written}, indent=2) + "\n", encoding="utf-8")
 
 
-_BUILDERS: dict[Recipe, Callable[[Path, int, bool], None]] = {Recipe.reviews: _reviews, Recipe.smollm2: _smollm2}
+_BUILDERS: dict[Recipe, Callable[[Path, int, bool], None]] = {Recipe.reviews: _reviews, Recipe.smollm2: _smollm2, Recipe.arithmetic: _arithmetic}

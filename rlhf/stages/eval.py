@@ -145,11 +145,11 @@ def _generate(ctx: RunContext, tokenizer: Any, after: Any, prompts: Sequence[Pro
         tokenizer.save_pretrained(start)
     generator: Generator = make_generator(cfg, model_path=start, tokenizer=tokenizer, model_factory=load_before, adapter_rank=None)
     try:
-        old = generator.generate(prompts, n=stage.samples_per_prompt, seed=cfg.run.seed)
+        old = generator.generate(prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy)
         generator.sync(full_weights(after), 1)
         probe = [*prompts[0].token_ids, *old[0].token_ids[:_PROBE_TOKENS]]
         verify_sync(generator, probe, probe_logprobs(after, probe), _tolerance(cfg), 1)
-        return old, generator.generate(prompts, n=stage.samples_per_prompt, seed=cfg.run.seed)
+        return old, generator.generate(prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy)
     finally:
         generator.close()
 
