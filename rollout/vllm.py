@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from conf.schema import RolloutConfig
 from rlhf import distributed
@@ -74,6 +75,61 @@ def engine_lora_rank(adapter_rank: int, wished: int | None, allowed: Sequence[in
     return wished if wished is not None else holding[0]
 
 
+def _multiply_one_adapter_at_once() -> None:
+    """Make vLLM's LoRA layers on a CPU multiply a batch that has one adapter by that adapter's matrices.
+
+    vLLM's own code copies both matrices for every token of the batch, since each could have another adapter: with a 135M model, 16
+    sequences and rank 8 that doubled the time of a decoding step (measured: 176 ms against 92 ms without an adapter). Ours is taken where all
+    tokens have the same adapter and numbers are float32; everything else goes the old way. The results agree to float32 rounding.
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    original = PunicaWrapperCPU.add_lora_linear
+    if getattr(original, "one_adapter", False):
+        return
+
+    def add_lora_linear(
+        self: Any,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        """y[:, slice i] += scale * x A_i^T B_i^T. `x` [n, in], `y` [n, out]; A_i [slots, 1, rank, in], B_i [slots, 1, size i, rank]."""
+        adapters = self.token_lora_indices
+        slot = int(adapters[0]) if len(adapters) else -1
+        rows, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        plain = x.dtype is torch.float32 and len(rows) == len(outputs) == len(adapters)
+        if slot < 0 or not plain or not bool((adapters == slot).all()):
+            original(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
+            return
+        start = 0
+        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            outputs[:, start : start + size].addmm_(rows @ a[slot, 0].T, b[slot, 0].T, alpha=scale)
+            start += size
+
+    original_logits = PunicaWrapperCPU.add_lora_logits
+
+    def add_lora_logits(self: Any, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any) -> None:
+        """y += scale * x A^T B^T at the head, whose matrices vLLM keeps (as zeros) for an adapter without them."""
+        adapters = self.sampler_indices
+        slot = int(adapters[0]) if len(adapters) else -1
+        rows, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        plain = x.dtype is torch.float32 and len(rows) == len(outputs) == len(adapters)
+        a, b = lora_a_stacked[slot, 0], lora_b_stacked[slot, 0]
+        if slot < 0 or not plain or b.shape[0] != outputs.shape[1] or not bool((adapters == slot).all()):
+            original_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
+            return
+        outputs.addmm_(rows @ a.T, b.T, alpha=scale)
+
+    add_lora_linear.one_adapter = True  # type: ignore[attr-defined]
+    PunicaWrapperCPU.add_lora_linear = add_lora_linear
+    PunicaWrapperCPU.add_lora_logits = add_lora_logits
+
+
 class VLLMGenerator:
     """One vLLM engine per rank. After a sync of an adapter the engine applies it; otherwise it holds the policy's whole weights."""
 
@@ -92,6 +148,7 @@ class VLLMGenerator:
         """`max_tokens`: prompt and response together. `specs`: transformers' state dict of the model. `adapter_rank` None: whole weights only."""
         self.version = 0
         self.sent: dict[str, str] = {}
+        self._readable: frozenset[str] | None = None  # names whose tensors the engine holds as they were sent; known after the first look
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self.sampling = Sampling.from_config(cfg)
         self._specs = {name: Spec(spec.shape, dtype) for name, spec in specs.items()}
@@ -109,6 +166,8 @@ class VLLMGenerator:
             if adapter_rank is not None:
                 rank = engine_lora_rank(adapter_rank, cfg.max_lora_rank, get_args(MaxLoRARanks))
                 extra |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+                if not torch.cuda.is_available():
+                    _multiply_one_adapter_at_once()
                 shared = Path("/dev/shm")  # memory, where there is such a place
                 self._directory = tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=shared if os.access(shared, os.W_OK) else None)
             if torch.cuda.is_available():
@@ -191,7 +250,7 @@ class VLLMGenerator:
         elif self._directory is not None:
             raise SyncError(f"weight sync {version}: the trainer sent whole weights to an engine that was started for a LoRA adapter.")
         else:
-            incoming = Incoming(weights.tensors, self._specs)
+            incoming = Incoming(weights.tensors, self._specs, self._readable)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(incoming)})
             incoming.finish(version)
             self.sent = incoming.checksums
@@ -213,7 +272,7 @@ class VLLMGenerator:
             if alone:
                 raise SyncError(f"weight sync {version}: the adapter's {', '.join(alone[:5])} is missing.")
             self._adapter_specs = specs_of(weights.tensors)
-        incoming = Incoming(weights.tensors.items(), self._adapter_specs)
+        incoming = Incoming(weights.tensors.items(), self._adapter_specs, hashed=())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in incoming}
         incoming.finish(version)
         place = Path(self._directory.name)
@@ -227,6 +286,7 @@ class VLLMGenerator:
     def checksums(self) -> dict[str, str]:
         """Checksums of the weights that the engine holds as plain tensors. On a CPU linear layers are packed for oneDNN and left out."""
         (found,) = self._llm.apply_model(lambda model: readable_checksums(model, self._specs)) if self._lora is None else ({},)
+        self._readable = frozenset(found) if self._lora is None else None
         return found
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Weights on their way into a generator: names and shapes are checked, and every tensor leaves a checksum to compare with later."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +51,12 @@ class Incoming:
     early would leave the others waiting.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]], specs: Mapping[str, Spec]) -> None:
-        self.checksums: dict[str, str] = {}  # of each tensor that was passed on, in the dtype that the generator holds
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], specs: Mapping[str, Spec], hashed: Container[str] | None = None) -> None:
+        """`hashed`: names that leave a checksum; None: all of them. A checksum takes about half as long as the copy that it guards."""
+        self.checksums: dict[str, str] = {}  # of the hashed tensors that were passed on, in the dtype that the generator holds
         self._specs = specs
+        self._hashed = hashed
+        self._seen: set[str] = set()
         self._wrong: list[str] = []
         self._passing = self._pass(tensors)
 
@@ -65,12 +68,14 @@ class Incoming:
             spec = self._specs.get(name)
             if spec is None:
                 self._wrong.append(f"{name} (the generator's model has no such parameter)")
-            elif name in self.checksums:
+            elif name in self._seen:
                 self._wrong.append(f"{name} (sent twice)")
             elif tuple(tensor.shape) != spec.shape:
                 self._wrong.append(f"{name} (shape {list(tensor.shape)}, expected {list(spec.shape)})")
             else:
-                self.checksums[name] = checksum(tensor.to(spec.dtype))
+                self._seen.add(name)
+                if self._hashed is None or name in self._hashed:
+                    self.checksums[name] = checksum(tensor.to(spec.dtype))
                 yield name, tensor
 
     def finish(self, version: int) -> None:
@@ -78,7 +83,7 @@ class Incoming:
         for _ in self._passing:
             pass
         wrong_names = {text.split(" ", 1)[0] for text in self._wrong}
-        missing = [f"{name} (missing)" for name in self._specs if name not in self.checksums and name not in wrong_names]
+        missing = [f"{name} (missing)" for name in self._specs if name not in self._seen and name not in wrong_names]
         wrong = self._wrong + missing
         if wrong:
             more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

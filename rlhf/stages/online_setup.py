@@ -25,7 +25,7 @@ from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, Scorer, U
 from rollout import make_generator
 
 log = logging.getLogger(__name__)
-_PROBE_TOKENS = 16
+_PROBE_TOKENS = 24  # every weight but unused rows of the embedding has a part in each logprob; those are compared by checksum
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ def build(ctx: RunContext) -> Parts:
     elif stage.reference:
         reference = _freeze(PolicyModule(base_model(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature), cfg, half)
     greedy = generator.generate(prompts[:1], n=1, seed=0, greedy=True)[0]
-    probe = distributed.broadcast(tuple(prompts[0].token_ids) + tuple(greedy.token_ids[:_PROBE_TOKENS]))
+    probe = distributed.broadcast((*prompts[0].token_ids, *greedy.token_ids[:_PROBE_TOKENS])[-_PROBE_TOKENS:])
     kl: FixedKL | AdaptiveKL = FixedKL(stage.kl_coef)
     if stage.kl_controller is KLController.adaptive:
         kl = AdaptiveKL(stage.kl_coef, stage.kl_target, stage.kl_horizon)
