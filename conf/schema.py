@@ -440,7 +440,7 @@ class RewardTerm:
     # -- instructions, code
     all_or_nothing: bool = False  # 1 for all constraints (tests), else 0; false: their share
     # -- code
-    time_limit_s: float = 5.0  # per response: wall time and CPU time
+    time_limit_s: float = 5.0  # CPU time of each test; all of a response's tests together have four times as much wall time
     memory_mb: int = 512  # address space of a process
     isolation: Isolation = Isolation.auto
     # -- length

@@ -68,6 +68,13 @@ def test_tests_do_not_see_each_other(namespaces: bool) -> None:
     assert [o.passed for o in found] == [True, True]
 
 
+@pytest.mark.parametrize("namespaces", MODES)
+def test_the_standard_library_is_compiled_beforehand(namespaces: bool) -> None:
+    """What a runner imports comes as byte code: compiling it would be charged to the response."""
+    test = "import asyncio, os\nassert os.path.exists(asyncio.__cached__), asyncio.__cached__"
+    assert outcome("", namespaces=namespaces, test=test).passed
+
+
 BREAKERS = {
     "endless loop": ("while True: pass", "timeout"),
     "endless sleep": ("import time\ntime.sleep(1000)", "timeout"),
