@@ -1,8 +1,11 @@
-"""Sums of two two-digit numbers, made from the seed: few of them worked out for SFT, many with their answer alone for a verifiable reward.
+"""Sums of two two-digit numbers, made from the seed: demonstrations that often forget the carry, and problems whose answer can be verified.
 
 A problem is an unordered pair of numbers. 37+58 and 58+37 are one problem in two wordings, and a problem belongs to one file only, so
-that a held-out sum was never seen in either wording. Supervised rows are kept few: a model trained on them gets a part of the held-out
-sums right and the rest wrong by a carry or a digit, which is where trying several times, and a verifier, can teach something.
+that a held-out sum was never seen in either wording.
+
+The demonstrations are by a careless hand: where the units carry, FORGETS of them leave the carry out (37+58=85). Supervised training copies the
+demonstrator, right and wrong alike, at the same share whatever its length; an answer that is sampled several times is then right now and
+then, which a verifier can tell. What is left to learn is thus known, and does not hang on the step at which SFT happens to stop.
 """
 
 import random
@@ -11,14 +14,26 @@ from collections.abc import Sequence
 Row = dict[str, object]
 Problem = tuple[int, int]  # the smaller number first
 
-FORMAT_VERSION = 1  # raised whenever the same seed would give other rows
+FORMAT_VERSION = 2  # raised whenever the same seed would give other rows
 LOWEST, HIGHEST = 10, 99
-PROBLEMS = {"sft": 500, "sft_eval": 64, "prompts_eval": 256}  # per file; prompts.jsonl gets all others
+PROBLEMS = {"sft": 2000, "sft_eval": 128, "prompts_eval": 256}  # per file; prompts.jsonl gets all others
+FORGETS = 0.7  # share of the demonstrated sums with a carry that leave it out
 
 
 def question(first: int, second: int) -> str:
     """What the policy reads."""
     return f"{first}+{second}="
+
+
+def carries(first: int, second: int) -> bool:
+    """Whether the units add up to 10 or more."""
+    return first % 10 + second % 10 >= 10
+
+
+def demonstrated(first: int, second: int, rng: random.Random) -> str:
+    """The careless hand's answer: the sum, or the sum without its units' carry."""
+    forgotten = carries(first, second) and rng.random() < FORGETS
+    return str(first + second - (10 if forgotten else 0))
 
 
 def all_problems() -> list[Problem]:
@@ -42,12 +57,14 @@ def wordings(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def rows(seed: int) -> dict[str, list[Row]]:
-    """All files of the recipe. Training files hold both wordings of a problem, held-out ones a wording drawn by chance."""
+    """All files of the recipe. Training files hold both wordings of a problem, held-out ones a wording drawn by chance; `answer` is always right."""
     problems, rng = assign(seed), random.Random(f"{seed}:arithmetic rows")
     out: dict[str, list[Row]] = {}
     for name, chosen in problems.items():
         order = [rng.choice([(a, b), (b, a)]) for a, b in chosen] if name.endswith("_eval") else wordings(chosen)
         rng.shuffle(order)
-        answered = "completion" if name.startswith("sft") else "answer"
-        out[f"{name}.jsonl"] = [{"prompt": question(a, b), answered: str(a + b)} for a, b in order]
+        if name.startswith("sft"):
+            out[f"{name}.jsonl"] = [{"prompt": question(a, b), "completion": demonstrated(a, b, rng)} for a, b in order]
+        else:
+            out[f"{name}.jsonl"] = [{"prompt": question(a, b), "answer": str(a + b)} for a, b in order]
     return out
