@@ -40,7 +40,7 @@ def main() -> None:
     distributed.set_threads(1)
     for run in runs:
         engine, adapter, *extra = run.split(":")
-        name = "-".join([engine, adapter, *(e.replace("=", "_") for e in extra)])
+        name = run.replace(":", "-").replace("=", "_")
         overrides = [
             f"run.dir={folder}",
             f"run.name={name}",
@@ -49,7 +49,9 @@ def main() -> None:
             f"data.eval_path={folder}/held_out.jsonl",
             f"engine={engine}",
         ]
-        cfg = config.compose([*SETTINGS, *overrides, f"adapter={adapter}", *extra])
+        preset = [e for e in extra if e.startswith("stage=")]
+        settings = [*preset, *SETTINGS[1:]] if preset else SETTINGS
+        cfg = config.compose([*settings, *overrides, f"adapter={adapter}", *(e for e in extra if e not in preset)])
         online.run(RunContext.open(cfg, ()))
     distributed.shutdown()
 

@@ -23,6 +23,7 @@ class Collected:
     rollouts: list[Rollout]  # every response of every draw
     scores: Scores  # of all of them, raw
     finals: torch.Tensor  # [B] after clipping, normalisation and penalties
+    groups: list[int]  # [B]: responses to one prompt in one draw are compared with each other
     rows: list[int]  # those that train, in order
     pairs: list[tuple[int, int]]  # of places in `rows`: (better, worse)
     baselines: torch.Tensor | None  # [B] final scores of the greedy response to the same prompt
@@ -87,17 +88,17 @@ def collect(
 ) -> Collected:
     """Draw prompts, write and score responses, and select what trains.
 
-    With selection=unequal prompts are drawn again, at most `stage.resample` times, until every rank has its share of groups whose scores
-    differ; what is above the share is left out. `first_draw` counts the draws of prompts since the run began, so a resumed run draws on
-    where it stopped. Collective.
+    With selection=unequal prompts are drawn again, at most `stage.resample` times, until all ranks together have `stage.prompts_per_step` groups
+    whose scores differ; what is above that is left out, and ranks may hold unequally many. `first_draw` counts the draws of prompts since
+    the run began, so a resumed run draws on where it stopped. Collective.
     """
-    per_rank = stage.prompts_per_step // distributed.world_size()
     rollouts: list[Rollout] = []
+    keys: list[tuple[int, str]] = []
     parts: list[Scores] = []
     finals: list[torch.Tensor] = []
     clipped: list[float] = []
     selected: list[int] = []
-    draws = 0
+    draws = full = 0  # draws of prompts; groups found over all ranks
     while True:
         with phase("rollout"):
             drawn = step_prompts(prompts, first_draw + draws, stage.prompts_per_step, seed)
@@ -108,20 +109,26 @@ def collect(
             final, share = final_scores(scored.total, written, stage, limit, moments)
         start = len(rollouts)
         rollouts += written
+        keys += [(draws, rollout.prompt.id) for rollout in written]
         parts.append(scored)
         finals.append(final)
         clipped.append(share)
         if stage.selection is not Selection.unequal:
             break
-        kept = select(final.tolist(), group_index([r.prompt.id for r in written]).tolist(), Selection.unequal).rows
-        selected += [start + row for row in kept]
-        missing = per_rank * stage.samples_per_prompt - len(selected)
-        if draws > stage.resample or distributed.all_max([float(missing)])[0] <= 0:
+        groups = unequal_groups(written, final)
+        counts = distributed.gather(len(groups))
+        room = stage.prompts_per_step - full  # the first groups of all ranks' are kept, so that the number of ranks changes nothing
+        mine = max(0, min(len(groups), room - sum(counts[: distributed.rank()])))
+        selected += [start + row for rows in groups[:mine] for row in rows]
+        full += sum(counts)
+        if draws > stage.resample or full >= stage.prompts_per_step:
             break
+    numbers = group_index(keys).tolist()
     everything = Collected(
         rollouts=rollouts,
         scores=_joined(parts),
         finals=torch.cat(finals),
+        groups=numbers,
         rows=list(range(len(rollouts))),
         pairs=[],
         baselines=None,
@@ -129,15 +136,21 @@ def collect(
         clipped=sum(clipped) / len(clipped),
     )
     if stage.selection is Selection.unequal:
-        everything.rows = selected[: per_rank * stage.samples_per_prompt]
+        everything.rows = selected
     elif stage.selection is not Selection.all:
-        chosen = select(everything.finals.tolist(), group_index([r.prompt.id for r in rollouts]).tolist(), stage.selection)
+        chosen = select(everything.finals.tolist(), numbers, stage.selection)
         place = {row: i for i, row in enumerate(chosen.rows)}
         everything.rows = chosen.rows
         everything.pairs = [(place[a], place[b]) for a, b in chosen.pairs]
     if stage.advantage is Advantage.greedy:
         everything.baselines = _greedy_baselines(generator, score, rollouts, stage, limit, moments, phase)
     return everything
+
+
+def unequal_groups(rollouts: Sequence[Rollout], finals: torch.Tensor) -> list[list[int]]:
+    """Row numbers of each prompt's responses, of those prompts whose responses' scores differ."""
+    scores = finals.tolist()
+    return [rows for rows in rows_by_group(group_index([r.prompt.id for r in rollouts]).tolist()) if not all_equal(scores, rows)]
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:
@@ -170,10 +183,10 @@ def _greedy_baselines(
     return torch.tensor([by_prompt[rollout.prompt.id] for rollout in rollouts], dtype=torch.float32)
 
 
-def group_figures(rollouts: Sequence[Rollout], finals: torch.Tensor) -> dict[str, float]:
+def group_figures(collected: Collected) -> dict[str, float]:
     """Sums over this rank: groups, groups whose scores are all equal, and the size of the largest and (negated) smallest group for a maximum."""
-    scores = finals.tolist()
-    members = rows_by_group(group_index([r.prompt.id for r in rollouts]).tolist())
+    scores = collected.finals.tolist()
+    members = rows_by_group(collected.groups)
     equal = sum(all_equal(scores, rows) for rows in members)
     sizes = [len(rows) for rows in members]
     return {"groups": float(len(members)), "equal": float(equal), "largest": float(max(sizes)), "smallest": -float(min(sizes))}

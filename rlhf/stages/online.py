@@ -150,7 +150,7 @@ class Loop:
         batch = TrainBatch(
             tokens=tokens,
             keep=torch.tensor(keep, device=device),
-            groups=group_index([r.prompt.id for r in rollouts], device),
+            groups=group_index([collected.groups[row] for row in rows], device),
             pairs=collected.pairs,
             rollout_logprobs=sampled.to(device),
             old_logprobs=None,
@@ -232,7 +232,7 @@ class Loop:
         assert batch.old_logprobs is not None and batch.entropy is not None
         gap = torch.where(mask, (batch.rollout_logprobs - batch.old_logprobs).abs(), 0.0)
         total = torch.tensor(scored.total, dtype=torch.float64)
-        groups = group_figures(rollouts, collected.finals)
+        groups = group_figures(collected)
         sums: dict[str, float] = {
             "responses": len(rollouts),
             "tokens": sum(len(r.token_ids) for r in rollouts),
