@@ -13,6 +13,7 @@ What stands between the response and the machine, in the order of what it withst
     environment       none is passed on; standard input is empty; output goes to a file under the file limit.
     audit hook        in the runner (PEP 578): refuses sockets, processes, ctypes, and files outside of the box. Code that sets out to can get around
                       it (it shares the interpreter); it is what keeps ordinary mistakes and lazy hacks off where there are no namespaces.
+                      The network in particular is closed by it alone there: a program started past it can connect.
 
 What it does not stop: a response that reads its runner's memory to forge a success (the tests run in the same interpreter), bugs of the kernel, and
 a share of the CPU's time within the limits. For hostile code put the whole training job into a container or a virtual machine.

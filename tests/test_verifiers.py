@@ -1,7 +1,10 @@
 """Verifiers: where the answer stands, what counts as the same, what a broken reference or response does, and agreement with TRL's rewards."""
 
+import contextlib
 import json
 import logging
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from decimal import Decimal
@@ -21,7 +24,7 @@ from reward.math_answer import MathAnswer
 from reward.shape import band_score
 from reward.verifiers import make_verifier
 from reward.verify import VerifierScorer
-from reward.worker import Worker, WorkerError
+from reward.worker import Worker, WorkerError, _Ended
 from rlhf.types import UserError
 from tests.test_reward_terms import plain
 
@@ -302,8 +305,24 @@ def test_schemas_that_are_none(tmp_path: Path) -> None:
         make_verifier("t", RewardTerm(kind=TermKind.json_schema, schema_file=str(place)))
     with pytest.raises(UserError, match="column 'schema' of prompt 'p0'"):
         score(TermKind.json_schema, "1", {"type": 3})
-    with pytest.raises(UserError, match="Unresolvable"):
-        score(TermKind.json_schema, "1", {"$ref": "http://127.0.0.1:9/none.json"})
+
+
+def test_a_schema_elsewhere_is_not_fetched() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        asked: list[bool] = []
+
+        def answer() -> None:
+            with contextlib.suppress(TimeoutError):
+                server.accept()[0].close()
+                asked.append(True)
+
+        listener = threading.Thread(target=answer)
+        listener.start()
+        with pytest.raises(UserError, match=r"for prompt 'p0'"):
+            score(TermKind.json_schema, "1", {"$ref": f"http://127.0.0.1:{server.getsockname()[1]}/none.json"})
+        listener.join()
+    assert not asked
 
 
 # --- references
@@ -476,6 +495,17 @@ def test_math_references_and_processes_that_fail(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(WorkerError, match=r"ended before it was ready.*python -m reward\.worker_child math"):
         broken.score("3", r"\boxed{3}")
     broken.close()
+
+
+def test_a_process_that_ends_on_the_reference_too_is_not_the_response_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that the machine lacks, say, ends every process: those responses are not wrong."""
+
+    def ends(*_: Any) -> Any:
+        raise _Ended("ended")
+
+    monkeypatch.setattr(Worker, "_ask", ends)
+    with pytest.raises(WorkerError, match="the math process ended on a reference alone: '3'"):
+        Worker("math").score("3", r"\boxed{3}")
 
 
 def test_a_process_that_computes_nothing_is_not_the_response_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
