@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf import config
+from rlhf.data import recipes
 from rlhf.stages.bench.cases import Case
 from rlhf.stages.bench.protocol import Figures, Worker
 from rlhf.types import UserError
@@ -36,8 +38,13 @@ def train_small(folder: Path, name: str, shape: Sequence[str]) -> str:
     """A tiny model that writes review sentences, so that answers end by themselves; trained once per folder."""
     model = folder / name / "sft" / "model"
     if not model.is_dir():
-        command = [sys.executable, "-m", "rlhf", "stage=sft", "experiment=reviews", f"run.dir={folder}", f"run.name={name}", "run.overwrite=true"]
-        command += ["tracking=none", "stage.steps=120", "stage.eval_steps=120", *shape]
+        shared = ["stage=sft", "experiment=reviews", f"run.dir={folder}", f"run.name={name}"]
+        recipes.ensure(config.compose(shared))
+        held_out = folder / name / "held_out.jsonl"  # a few rows: this model only has to end its sentences
+        lines = (folder / name / "data" / "sft_eval.jsonl").read_text(encoding="utf-8").splitlines()[:32]
+        held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        command = [sys.executable, "-m", "rlhf", *shared, "run.overwrite=true", "tracking=none", "stage.steps=120", "stage.eval_steps=120"]
+        command += [f"data.eval_path={held_out}", *shape]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise UserError(f"training the model of case a failed:\n{done.stderr[-2000:]}")
@@ -57,13 +64,7 @@ def case_a(folder: Path) -> Case:
 
 
 def case_b(folder: Path, *, lora: bool) -> Case:
-    from conf.schema import Recipe
-    from rlhf import config
-    from rlhf.data import recipes
-
-    cfg = config.compose(["stage=ppo", "experiment=smollm2", f"run.dir={folder}", "run.name=bench-135m"])
-    assert cfg.data.recipe is Recipe.smollm2
-    recipes.ensure(cfg)
+    recipes.ensure(config.compose(["stage=ppo", "experiment=smollm2", f"run.dir={folder}", "run.name=bench-135m"]))
     place = folder / "bench-135m" / "data"
     rows = [json.loads(line)["prompt"] for line in (place / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
     rows = [[{"role": "user", "content": f"Continue this review of a film in your own words: {row[-1]['content']}"}] for row in rows]
