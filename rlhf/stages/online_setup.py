@@ -17,6 +17,7 @@ from policy.packing import can_share_prompts
 from policy.prepare import Layout, needs_old_logprobs
 from reward.model import load_reward_model
 from reward.scorer import make_scorer
+from reward.terms import model_paths
 from rlhf import distributed
 from rlhf.data import reading
 from rlhf.models import load_causal_lm, load_classifier, load_tokenizer, resolve_dtype, train_tokenizer
@@ -137,8 +138,8 @@ def _tokenizer(cfg: Config) -> Any:
 def _register(ctx: RunContext) -> None:
     if ctx.cfg.model.path is not None:
         ctx.add_parent("policy", ctx.cfg.model.path)
-    if ctx.cfg.reward.path is not None:
-        ctx.add_parent("reward", ctx.cfg.reward.path)
+    for _, path in model_paths(ctx.cfg.reward):
+        ctx.add_parent("reward", path)
     if ctx.cfg.data.path is not None:
         ctx.add_data(ctx.cfg.data.path)
 
