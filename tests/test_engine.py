@@ -3,19 +3,21 @@
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from conf.schema import AdapterConfig, AdapterKind, OnlineStage, Scheduler
+from conf.schema import AdapterConfig, AdapterKind, Advantage, OnlineStage, PolicyLoss, Scheduler
 from policy.adapters import attach, enable_checkpointing
 from policy.batching import collate
 from policy.engine import NonFinite, OptimSettings, TorchEngine
 from policy.model import CriticModule, PolicyModule, adapter_weights, full_weights, iterate_weights
-from policy.prepare import prepare
+from policy.prepare import Layout, TrainBatch, needs_old_logprobs, prepare
 from policy.saving import save_adapter, save_model
 from policy.update import update
+from rlhf import config
 from rlhf.types import UserError
 
 VOCAB, PAD = 64, 0
@@ -23,7 +25,7 @@ OPTIM = OptimSettings(
     learning_rate=1e-2,
     weight_decay=0.0,
     betas=(0.9, 0.999),
-    eps=1e-8,
+    eps=1e-4,  # with 1e-8 an element whose gradient is rounding noise would move as far as any other
     max_grad_norm=0.0,
     scheduler=Scheduler.constant,
     warmup_steps=0,
@@ -171,16 +173,51 @@ def test_engine_state_round_trips(tmp_path) -> None:  # type: ignore[no-untyped-
     assert torch.equal(straight.module.weight, resumed.module.weight)
 
 
-def rollout_batch(rows: int = 7):  # type: ignore[no-untyped-def]
+def rollout_batch(rows: int = 7, pairs: list[tuple[int, int]] | None = None) -> tuple[TrainBatch, torch.Tensor]:
+    """Random rollouts of two prompts, (batch, scores)."""
     generator = torch.Generator().manual_seed(5)
 
     def ids(low: int, high: int) -> list[int]:
         length = int(torch.randint(low, high, (1,), generator=generator))
         return torch.randint(1, VOCAB, (length,), generator=generator).tolist()
 
-    prompts, responses = [ids(2, 6) for _ in range(rows)], [ids(1, 9) for _ in range(rows)]
-    tokens = collate(prompts, responses, PAD)
-    return tokens, torch.randn(tokens.response_mask.shape, generator=generator) - 4.0, torch.randn(rows, generator=generator)
+    both, responses = [ids(2, 6), ids(2, 6)], [ids(1, 9) for _ in range(rows)]
+    tokens = collate([both[row % 2] for row in range(rows)], responses, PAD)
+    sampled = torch.randn(tokens.response_mask.shape, generator=generator) - 4.0
+    batch = TrainBatch(
+        tokens=tokens,
+        keep=torch.ones(rows, dtype=torch.bool),
+        groups=torch.arange(rows) % 2,
+        pairs=pairs or [],
+        rollout_logprobs=torch.where(tokens.response_mask, sampled, 0.0),
+        old_logprobs=None,
+        entropy=None,
+        ref_logprobs=None,
+        values=None,
+        rewards=torch.zeros(0),
+        advantages=torch.zeros(0),
+        returns=None,
+    )
+    return batch, torch.randn(rows, generator=generator)
+
+
+def prepared(
+    stage: OnlineStage, policy: Any, critic: Any, reference: Any, layout: Layout, *, kl_coef: float = 0.0, passes: bool = True
+) -> TrainBatch:
+    pairs = [(0, 2), (5, 1), (4, 6)] if stage.policy_loss is PolicyLoss.dpo else None
+    batch, scores = rollout_batch(pairs=pairs)
+    kept = replace(batch, keep=torch.tensor([True] * 6 + [stage.policy_loss is PolicyLoss.dpo]))  # one row is left out, as a truncated one may be
+    if critic is not None:
+        kept = batch
+    both = {"policy": policy, "reference": reference, "critic": critic}
+    return prepare(kept, scores, scores.flip(0), **both, stage=stage, kl_coef=kl_coef, layout=layout, passes=passes)
+
+
+def updated(
+    batch: TrainBatch, stage: OnlineStage, policy: Any, critic: Any, reference: Any, layout: Layout, kl_coef: float = 0.0
+) -> dict[str, float]:
+    modules = {"policy": policy, "critic": critic, "reference": reference}
+    return update(batch, **modules, stage=stage, layout=layout, kl_coef=kl_coef, constant_length=8, seed=1)
 
 
 def engines(adapter: AdapterConfig | None = None, checkpointing: bool = False) -> tuple[TorchEngine, TorchEngine]:
@@ -193,41 +230,91 @@ def engines(adapter: AdapterConfig | None = None, checkpointing: bool = False) -
     return TorchEngine(PolicyModule(model, chunk=5), OPTIM, device), TorchEngine(CriticModule(critic), OPTIM, device)
 
 
+PPO = OnlineStage(epochs=2, minibatches=1, prompts_per_step=7, entropy_coef=0.01)
+
+
 def trained(
-    budget: int, *, adapter: AdapterConfig | None = None, checkpointing: bool = False, stage: OnlineStage | None = None
+    layout: Layout, *, adapter: AdapterConfig | None = None, checkpointing: bool = False, stage: OnlineStage = PPO, passes: bool = True
 ) -> dict[str, torch.Tensor]:
-    stage = stage or OnlineStage(epochs=2, minibatches=1, prompts_per_step=7, entropy_coef=0.01)
+    """Every weight after the stage's update, and its figures."""
     policy, critic = engines(adapter, checkpointing)
-    torch.manual_seed(11)
+    critic = critic if stage.advantage is Advantage.gae else None
+    policy.module.entropy_grad = stage.entropy_coef > 0
     reference = "adapter" if adapter is not None else PolicyModule(causal(seed=4), chunk=5)
-    tokens, sampled, scores = rollout_batch()
-    batch = prepare(tokens, sampled, scores, policy=policy, reference=reference, critic=critic, stage=stage, kl_coef=0.1, budget=budget)
-    figures = update(batch, policy=policy, critic=critic, stage=stage, budget=budget, seed=1)
-    out = {n: p.detach().clone() for n, p in policy.module.named_parameters()} | {
-        f"critic.{n}": p.detach() for n, p in critic.module.named_parameters()
-    }
-    return out | {"loss": torch.tensor([figures["loss/policy"], figures["loss/value"], figures["policy/approxkl"]])}
+    batch = prepared(stage, policy, critic, reference, layout, kl_coef=0.1, passes=passes)
+    figures = updated(batch, stage, policy, critic, reference, layout, kl_coef=0.1)
+    out = {n: p.detach().clone() for n, p in policy.module.named_parameters()}
+    if critic is not None:
+        out |= {f"critic.{n}": p.detach() for n, p in critic.module.named_parameters()}
+    return out | {name: torch.tensor(figures[name]) for name in ("loss/policy", "loss/entropy", "policy/approxkl")}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    start = {name.removeprefix("model."): tensor for name, tensor in causal().named_parameters()}
+    moved = [float((one[f"model.{name}"] - tensor).abs().max()) for name, tensor in start.items() if f"model.{name}" in one]
+    assert not moved or max(moved) > 3e-3, "the comparison would hold for an update that does nothing"
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("adapter", [None, lora()])
 def test_the_micro_batch_split_changes_no_update(adapter: AdapterConfig | None) -> None:
-    whole, split = trained(10_000, adapter=adapter), trained(20, adapter=adapter)
-    for name, tensor in whole.items():
-        torch.testing.assert_close(split[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+    assert_same(trained(Layout(10_000), adapter=adapter), trained(Layout(20), adapter=adapter))
+
+
+def preset(name: str, *overrides: str) -> OnlineStage:
+    stage = config.compose([f"stage={name}", "stage.prompts_per_step=7", "stage.samples_per_prompt=4", *overrides]).stage
+    assert isinstance(stage, OnlineStage)
+    return stage
+
+
+PRESETS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "remax", "raft", "online_dpo"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("layout", [Layout(20), Layout(10_000, shared=True, hidden_size=32), Layout(24, shared=True, hidden_size=32)])
+def test_neither_the_split_nor_shared_prompts_change_an_update_of_any_preset(name: str, layout: Layout) -> None:
+    """Two passes, so that ratios, bounds and the importance correction matter in the second."""
+    extra = [] if name == "online_dpo" else ["stage.importance_cap=1.5", "stage.importance_level=sequence"]
+    stage = preset(name, "stage.epochs=2", "stage.minibatches=1", *extra)
+    assert_same(trained(Layout(10_000), stage=stage), trained(layout, stage=stage))
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "raft", "online_dpo"])
+@pytest.mark.parametrize("adapter", [None, lora()])
+def test_a_single_update_measures_on_its_way_what_a_pass_before_it_would(name: str, adapter: AdapterConfig | None) -> None:
+    stage = preset(name, "stage.epochs=1", "stage.minibatches=1")
+    layout = Layout(40, shared=True, hidden_size=32)
+    assert not needs_old_logprobs(stage)
+    assert_same(trained(layout, stage=stage, adapter=adapter), trained(layout, stage=stage, adapter=adapter, passes=False))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["stage=grpo"], False),
+        (["stage=grpo", "stage.epochs=2"], True),
+        (["stage=gspo"], True),
+        (["stage=rloo"], True),
+        (["stage=rloo", "stage.kl_coef=0"], False),
+        (["stage=rloo", "stage.kl_coef=0", "stage.reference=false"], False),
+        (["stage=grpo", "stage.kl_place=both"], True),
+    ],
+)
+def test_when_logprobs_before_the_update_take_a_pass_of_their_own(overrides: list[str], needed: bool) -> None:
+    assert needs_old_logprobs(config.compose(overrides).stage) is needed
 
 
 def test_gradient_checkpointing_changes_no_update() -> None:
-    plain, recomputed = trained(40), trained(40, checkpointing=True)
-    for name, tensor in plain.items():
-        torch.testing.assert_close(recomputed[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+    assert_same(trained(Layout(40)), trained(Layout(40), checkpointing=True))
 
 
 def test_an_update_early_stops_at_the_kl_bound() -> None:
     policy, critic = engines()
     stage = OnlineStage(epochs=6, prompts_per_step=7, stop_kl=1e-6)
-    tokens, sampled, scores = rollout_batch()
-    batch = prepare(tokens, sampled, scores, policy=policy, reference=None, critic=critic, stage=stage, kl_coef=0.0, budget=99)
-    figures = update(batch, policy=policy, critic=critic, stage=stage, budget=99, seed=1)
+    batch = prepared(stage, policy, critic, None, Layout(99))
+    figures = updated(batch, stage, policy, critic, None, Layout(99))
     assert figures["policy/stopped_early"] == 1.0
     assert figures["policy/updates"] == 2.0  # the first has KL 0 by definition
 
@@ -235,22 +322,20 @@ def test_an_update_early_stops_at_the_kl_bound() -> None:
 def test_a_loss_that_is_not_finite_stops_before_any_step() -> None:
     policy, critic = engines()
     stage = OnlineStage(epochs=1, prompts_per_step=7)
-    tokens, sampled, scores = rollout_batch()
-    batch = prepare(tokens, sampled, scores, policy=policy, reference=None, critic=critic, stage=stage, kl_coef=0.0, budget=99)
+    batch = prepared(stage, policy, critic, None, Layout(99))
     batch.returns[0, 0] = math.nan
     before = {n: p.detach().clone() for n, p in policy.module.named_parameters()}
     with pytest.raises(NonFinite, match="loss/value=nan"):
-        update(batch, policy=policy, critic=critic, stage=stage, budget=99, seed=1)
+        updated(batch, stage, policy, critic, None, Layout(99))
     assert all(torch.equal(before[n], p) for n, p in policy.module.named_parameters())
 
 
 def test_reference_is_the_policy_with_its_adapter_off() -> None:
     policy, critic = engines(lora())
     shake(policy.module)
-    tokens, sampled, scores = rollout_batch()
-    stage = OnlineStage(prompts_per_step=7)
-    batch = prepare(tokens, sampled, scores, policy=policy, reference="adapter", critic=critic, stage=stage, kl_coef=0.1, budget=99)
+    batch = prepared(OnlineStage(prompts_per_step=7), policy, critic, "adapter", Layout(99), kl_coef=0.1)
+    tokens = batch.tokens
     separate, _ = PolicyModule(causal(), chunk=99)(tokens.input_ids, tokens.positions, tokens.response_ids, tokens.response_mask)
-    assert batch.ref_logprobs is not None
+    assert batch.ref_logprobs is not None and batch.old_logprobs is not None
     torch.testing.assert_close(batch.ref_logprobs, separate.detach(), atol=1e-5, rtol=1e-5)
-    assert float(batch.kl.abs().sum()) > 0.1
+    assert float((batch.old_logprobs - batch.ref_logprobs).abs().sum()) > 0.1

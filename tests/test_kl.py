@@ -12,7 +12,7 @@ from conf.schema import KLController, KLEstimator, OnlineStage
 from policy.kl import AdaptiveKL, FixedKL, kl_per_token
 from rlhf.types import UserError
 
-ESTIMATORS = list(KLEstimator)
+ESTIMATORS = [KLEstimator.k1, KLEstimator.k2, KLEstimator.k3]  # k3_weighted is a loss: tests/test_trl_agreement.py
 
 
 def reference(logprobs: np.ndarray, ref_logprobs: np.ndarray, estimator: KLEstimator) -> np.ndarray:

@@ -184,8 +184,10 @@ def test_what_vllm_lets_read(start: Start, tiny_model: Callable[..., Path]) -> N
     generator, model = start("vllm", tied=False), load(tiny_model(tied=False))
     generator.sync(full_weights(model), 8)
     plain = {name for name in model.state_dict() if "norm" in name or name in (PLAIN, "lm_head.weight")}
-    assert plain <= set(generator.checksums())
-    assert set(generator.sent) == set(model.state_dict())
+    readable = set(generator.checksums())
+    assert plain <= readable
+    generator.sync(full_weights(model), 9)  # from the second sync on only what can be compared is hashed
+    assert set(generator.sent) == readable
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
