@@ -343,7 +343,7 @@ class AdapterConfig:
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names, or all-linear
     rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
     dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353)
-    merge_on_save: bool = False  # SFT: model/ holds merged weights, not the adapter; reward and online stages always write them whole
+    merge_on_save: bool = False  # SFT: model/ holds merged weights, not the adapter; every other stage writes them whole
 
     def __post_init__(self) -> None:
         _check(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
