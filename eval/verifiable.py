@@ -10,11 +10,11 @@ def decided(completions: list[Any], **_: Any) -> list[float]:
     return [float(_text(c).lstrip().startswith(PREFERRED)) for c in completions]
 
 
-def exact_answer(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
-    """1 for a completion that is its row's `answer` and nothing else, spaces around it aside; else 0. Raises ValueError for a row without one."""
+def final_answer(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+    """1 for a completion whose last word is its row's `answer`; else 0. Raises ValueError for a row without one."""
     if any(expected is None for expected in answer):
         raise ValueError("expected a column `answer` in every row, found a row without one")
-    return [float(_text(c).strip() == str(expected).strip()) for c, expected in zip(completions, answer, strict=True)]
+    return [float(_text(c).split()[-1:] == [str(expected).strip()]) for c, expected in zip(completions, answer, strict=True)]
 
 
 def _text(completion: Any) -> str:

@@ -37,7 +37,9 @@ def test_demonstrations_forget_the_carry_and_nothing_else(built: dict[str, list[
     for row in (*built["sft.jsonl"], *built["sft_eval.jsonl"]):
         first, second = numbers(row)
         assert set(row) == {"prompt", "completion"}
-        short_by = first + second - int(str(row["completion"]))
+        units, tens, answer = map(int, str(row["completion"]).split(" "))
+        assert (units, tens) == (first % 10 + second % 10, first // 10 + second // 10)
+        short_by = first + second - answer
         assert short_by in (0, 10)
         if first % 10 + second % 10 >= 10:
             forgotten.append(short_by == 10)
@@ -93,10 +95,10 @@ def test_every_digit_is_a_token_of_the_experiments_tokenizer(built: dict[str, li
                 assert len(tokenizer(text)["input_ids"]) == len(text) <= room
 
 
-def test_exact_answer_wants_the_answer_and_nothing_else() -> None:
-    completions = ["95", " 95\n", "95 ", "950", "095", "9 5", "", "37+58=95", [{"role": "assistant", "content": "95"}]]
+def test_the_final_answer_is_the_last_word() -> None:
+    completions = ["95", "15 8 95\n", "95 ", "15 8 950", "095", "9 5", "", "95 8", [{"role": "assistant", "content": "15 8 95"}]]
     expected = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
-    assert verifiable.exact_answer(completions=completions, answer=["95"] * len(completions), prompts=[""] * len(completions)) == expected
-    assert verifiable.exact_answer(completions=["7", "8"], answer=[7, "7"]) == [1.0, 0.0]
+    assert verifiable.final_answer(completions=completions, answer=["95"] * len(completions), prompts=[""] * len(completions)) == expected
+    assert verifiable.final_answer(completions=["7", "8"], answer=[7, "7"]) == [1.0, 0.0]
     with pytest.raises(ValueError, match="row without one"):
-        verifiable.exact_answer(completions=["95", "95"], answer=["95", None])
+        verifiable.final_answer(completions=["95", "95"], answer=["95", None])

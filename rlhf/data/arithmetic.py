@@ -1,9 +1,12 @@
-"""Sums of two two-digit numbers, made from the seed: demonstrations that often forget the carry, and problems whose answer can be verified.
+"""Sums of two two-digit numbers, made from the seed: worked examples that often forget the carry, and problems whose answer can be verified.
+
+An example says the sum of the units, that of the tens, and the answer: 37+58=15 8 95. With the two steps a policy of half a million parameters
+learns the sums within 500 steps; without them it stayed for 800 steps at 5 % right for one of two seeds (measured).
 
 A problem is an unordered pair of numbers. 37+58 and 58+37 are one problem in two wordings, and a problem belongs to one file only, so
 that a held-out sum was never seen in either wording.
 
-The demonstrations are by a careless hand: where the units carry, FORGETS of them leave the carry out (37+58=85). Supervised training copies the
+The demonstrations are by a careless hand: where the units carry, FORGETS of them leave the carry out (37+58=15 8 85). Supervised training copies the
 demonstrator, right and wrong alike, at the same share whatever its length; an answer that is sampled several times is then right now and
 then, which a verifier can tell. What is left to learn is thus known, and does not hang on the step at which SFT happens to stop.
 """
@@ -14,7 +17,7 @@ from collections.abc import Sequence
 Row = dict[str, object]
 Problem = tuple[int, int]  # the smaller number first
 
-FORMAT_VERSION = 2  # raised whenever the same seed would give other rows
+FORMAT_VERSION = 3  # raised whenever the same seed would give other rows
 LOWEST, HIGHEST = 10, 99
 PROBLEMS = {"sft": 2000, "sft_eval": 128, "prompts_eval": 256}  # per file; prompts.jsonl gets all others
 FORGETS = 0.7  # share of the demonstrated sums with a carry that leave it out
@@ -31,9 +34,9 @@ def carries(first: int, second: int) -> bool:
 
 
 def demonstrated(first: int, second: int, rng: random.Random) -> str:
-    """The careless hand's answer: the sum, or the sum without its units' carry."""
+    """The careless hand's work: units, tens, and the sum, or the sum without its units' carry."""
     forgotten = carries(first, second) and rng.random() < FORGETS
-    return str(first + second - (10 if forgotten else 0))
+    return f"{first % 10 + second % 10} {first // 10 + second // 10} {first + second - (10 if forgotten else 0)}"
 
 
 def all_problems() -> list[Problem]:

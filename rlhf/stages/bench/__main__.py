@@ -34,7 +34,7 @@ LARGE = ["model.tiny.vocab_size=8000", "model.tiny.hidden_size=512", "model.tiny
 TARGETS = {"a": 3.0, "b-lora": 2.0}  # whole step against TRL's
 
 
-def train_small(folder: Path, name: str, shape: Sequence[str]) -> str:
+def train_small(folder: Path, name: str, shape: Sequence[str], steps: int = 120) -> str:
     """A tiny model that writes review sentences, so that answers end by themselves; trained once per folder."""
     model = folder / name / "sft" / "model"
     if not model.is_dir():
@@ -43,7 +43,7 @@ def train_small(folder: Path, name: str, shape: Sequence[str]) -> str:
         held_out = folder / name / "held_out.jsonl"  # a few rows: this model only has to end its sentences
         lines = (folder / name / "data" / "sft_eval.jsonl").read_text(encoding="utf-8").splitlines()[:32]
         held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        command = [sys.executable, "-m", "rlhf", *shared, "run.overwrite=true", "tracking=none", "stage.steps=120", "stage.eval_steps=120"]
+        command = [sys.executable, "-m", "rlhf", *shared, "run.overwrite=true", "tracking=none", f"stage.steps={steps}", f"stage.eval_steps={steps}"]
         command += [f"data.eval_path={held_out}", *shape]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -136,7 +136,7 @@ def report(case: Case, results: dict[str, list[Figures]]) -> list[str]:
 def growth(folder: Path, rounds: int) -> list[str]:
     """Our step's time on case a with one quantity changed at a time."""
     base = case_a(folder)
-    large = train_small(folder, "bench-20m", LARGE)
+    large = train_small(folder, "bench-20m", LARGE, steps=30)
     cases = {
         "case a": base,
         "response limit x2": replace(base, name="a-long", max_response=96),
