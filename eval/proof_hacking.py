@@ -4,12 +4,11 @@ python -m eval.proof_hacking --seeds 0 1 2        runs and checks (minutes a see
 python -m eval.proof_hacking --check-only         checks the runs that are there
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.proofs import Check, MissingRun, Run, read_run, report, run_chain
+from eval.proofs import Check, MissingRun, Run, prove_seeds, read_run
 from rlhf.data.packages import sha256
 
 EXPERIMENT = "hacking"
@@ -55,26 +54,7 @@ def check_run(folder: Path) -> list[Check]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.proof_hacking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="root of the run directories")
-    parser.add_argument("--check-only", action="store_true", help="check existing runs, run nothing")
-    options, overrides = parser.parse_known_args(arguments)
-    passed = True
-    for seed in options.seeds:
-        name = f"proof-hacking-{seed}"
-        if not options.check_only:
-            code = run_chain(EXPERIMENT, name, seed, options.runs, overrides)
-            if code != 0:
-                print(f"seed {seed}: the chain ended with exit code {code}", file=sys.stderr)
-                passed = False
-                continue
-        try:
-            passed &= report(f"{EXPERIMENT}, seed {seed}", check_run(options.runs / name))
-        except MissingRun as error:
-            print(f"seed {seed}: {error}", file=sys.stderr)
-            passed = False
-    return 0 if passed else 1
+    return prove_seeds(EXPERIMENT, check_run, arguments, description=__doc__)
 
 
 if __name__ == "__main__":
