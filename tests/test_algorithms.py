@@ -95,7 +95,7 @@ def test_dynamic_sampling_trains_only_groups_whose_scores_differ(tmp_path: Path)
     rows = metrics(run_preset("dapo", tmp_path, *settings, "stage.learning_rate=1e-5", steps=3))
     for row in rows:
         assert row["rollout/draws"] > 1 and 0 < row["group/equal"] < 1
-        assert row["rollout/trained_responses"] <= 16
+        assert row["rollout/trained_responses"] <= 8 * row["group/size_max"]
     assert sum(row["rollout/trained_responses"] for row in rows) >= 3 * 12
     assert sum(row["rollout/response_tokens"] for row in rows) > sum(row["rollout/trained_responses"] for row in rows)
 
