@@ -155,10 +155,11 @@ def needs_old_logprobs(stage: OnlineStage) -> bool:
     """Whether the update needs the policy's logprobs before its first optimizer step, and not just during it.
 
     With one optimizer step per rollout the logprobs of that step are those before the update, so a pass is saved; not where the rewards hold a
-    KL penalty.
+    KL penalty, nor where a step trains the critic alone.
     """
     several = stage.epochs * stage.minibatches > 1
-    return several or (stage.reference and stage.kl_coef > 0 and stage.kl_place is not KLPlace.loss)
+    critic_alone = stage.advantage is Advantage.gae and stage.critic_warmup > 0
+    return several or critic_alone or (stage.reference and stage.kl_coef > 0 and stage.kl_place is not KLPlace.loss)
 
 
 def prepare(

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import KLPlace, OnlineStage, PolicyLoss
+from conf.schema import KLEstimator, KLPlace, OnlineStage, PolicyLoss
 from policy.engine import NonFinite
+from policy.kl import kl_per_token
 from policy.losses import aggregation_units, aggregation_weights, entropy_bonus, importance_weights, kl_loss, policy_loss, value_loss
 from policy.preference import PairLogprobs, combined_loss
 from policy.prepare import Layout, Packs, TrainBatch, adapter_disabled, plan, run_policy
+from policy.shapes import masked_sum
 from rlhf import distributed
 
 Pair = tuple[int, int]
@@ -228,7 +230,9 @@ class _Step:
         loss = combined_loss(logs, stage.dpo_losses, stage.dpo_weights, beta=stage.dpo_beta, label_smoothing=stage.label_smoothing)
         margins = stage.dpo_beta * ((sums[better] - ref[better]) - (sums[worse] - ref[worse])).detach()
         loss = loss.sum() / self.pairs
-        self.sums.add(policy=loss.detach(), margin=margins.sum(), correct=(margins > 0).sum())
+        old = _cut(self.batch.old_logprobs, rows, logprobs.shape[1])
+        approxkl = masked_sum(kl_per_token(old, logprobs.detach(), KLEstimator.k3), mask)
+        self.sums.add(policy=loss.detach(), margin=margins.sum(), correct=(margins > 0).sum(), approxkl=approxkl)
         return loss
 
     def _critic(self, rows: list[int], *, spare: bool, last: bool) -> None:
@@ -253,7 +257,7 @@ class _Step:
         figures = {"loss/policy": total["policy"], "loss/entropy": total["entropy"]}
         if self.pairwise:
             figures |= {"policy/pairs": self.pairs, "policy/pair_margin": total["margin"] / self.pairs}
-            figures |= {"policy/pair_accuracy": total["correct"] / self.pairs, "policy/approxkl": 0.0}
+            figures |= {"policy/pair_accuracy": total["correct"] / self.pairs, "policy/approxkl": total["approxkl"] / tokens}
         else:
             trained = self.train_policy
             figures |= {"policy/clipfrac": total["clipped"] / tokens, "policy/approxkl": total["approxkl"] / tokens}

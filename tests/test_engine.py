@@ -300,6 +300,8 @@ def test_a_single_update_measures_on_its_way_what_a_pass_before_it_would(name: s
         (["stage=rloo", "stage.kl_coef=0"], False),
         (["stage=rloo", "stage.kl_coef=0", "stage.reference=false"], False),
         (["stage=grpo", "stage.kl_place=both"], True),
+        (["stage=ppo", "stage.epochs=1", "stage.kl_coef=0"], False),
+        (["stage=ppo", "stage.epochs=1", "stage.kl_coef=0", "stage.critic_warmup=1"], True),
     ],
 )
 def test_when_logprobs_before_the_update_take_a_pass_of_their_own(overrides: list[str], needed: bool) -> None:
