@@ -177,9 +177,12 @@ class Watch:
         """Update number `step` was made; `metrics` are those of its rollouts, which the policy after `step` - 1 updates wrote."""
         point = self._point(step - 1)
         point.kl, point.score = metrics.get("objective/kl"), metrics["objective/scores"]
+        alarms = self._report(Rule.length, self.cfg.length, step, self._runs_on(metrics["reward/truncated"]))
+        if "objective/entropy" not in metrics:  # nothing trained in this step, so neither KL nor entropy was measured
+            return alarms
         return [
             *self._report(Rule.kl, self.cfg.kl, step, self._strays(point.kl)),
-            *self._report(Rule.length, self.cfg.length, step, self._runs_on(metrics["reward/truncated"])),
+            *alarms,
             *self._report(Rule.entropy, self.cfg.entropy, step, self._collapses(metrics["objective/entropy"])),
         ]
 

@@ -103,6 +103,7 @@ def test_dynamic_sampling_trains_only_groups_whose_scores_differ(tmp_path: Path)
 def test_a_step_whose_groups_are_all_equal_takes_no_optimizer_step(tmp_path: Path) -> None:
     run = run_preset("dapo", tmp_path, "reward.function=tests.toys:constant", "stage.resample=1", "stage.overlong_buffer=0", steps=2)
     for row in metrics(run):
+        assert not {"objective/kl", "objective/entropy", "objective/rlhf_reward"} & row.keys(), "a mean over nothing is no figure"
         assert row["policy/updates"] == 0 and row["group/equal"] == 1 and row["rollout/trained_responses"] == 0 and row["rollout/draws"] == 2
     start = load_file(run / "start" / "model.safetensors")
     assert all(torch.equal(tensor, start[name]) for name, tensor in final_weights(run).items() if name in start)

@@ -244,3 +244,11 @@ def test_correlations_are_not_drawn_among_the_reward_terms(tmp_path: Path, monke
     plot_run(tmp_path)
     assert drawn["Reward terms"] == ["reward/model"]
     assert drawn["The score goes with"] == ["reward/length_correlation"] and drawn["Held-out judge"] == ["judge/score"]
+
+
+def test_a_step_that_trained_nothing_neither_rings_nor_ends_an_episode() -> None:
+    """Dynamic sampling may find no group to train on: there is no KL and no entropy then, which is not a collapse."""
+    watch = Watch(WatchConfig(window=2, kl=Action.warn, kl_max=1.0))
+    nothing = {"objective/scores": 0.0, "reward/truncated": 0.0}
+    alarms = [watch.observe(step, figures) for step, figures in enumerate([metrics(kl=2.0), nothing, metrics(kl=2.0), nothing], start=1)]
+    assert [[alarm.rule for alarm in found] for found in alarms] == [[Rule.kl], [], [], []]

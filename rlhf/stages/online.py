@@ -262,8 +262,6 @@ class Loop:
         metrics = {
             "objective/scores": s["scores"] / n,
             "objective/scores_std": math.sqrt(max(0.0, s["scores_square"] / n - (s["scores"] / n) ** 2)),
-            "objective/rlhf_reward": s["rlhf_reward"] / trained,
-            "objective/entropy": s["entropy"] / tokens,
             "rollout/response_length": s["tokens"] / n,
             "rollout/response_tokens": s["tokens"],
             "rollout/trained_responses": s["trained"],
@@ -276,6 +274,10 @@ class Loop:
             "group/size_min": -smallest,
             "group/size_max": largest,
         }
+        if not s["trained_tokens"]:  # no response was left to train: there is nothing to take a mean of, and 0 would look like a collapse
+            s.pop("kl", None)
+        else:
+            metrics |= {"objective/rlhf_reward": s["rlhf_reward"] / trained, "objective/entropy": s["entropy"] / tokens}
         if "kl" in s:
             metrics |= {"objective/kl": s["kl"] / trained, "objective/kl_per_token": s["kl"] / tokens}
         if "returns" in s:
