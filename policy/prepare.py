@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -45,13 +45,14 @@ class TrainBatch:
     groups: Tensor  # [B] long: the prompt of each row
     pairs: list[tuple[int, int]]  # rows (better, worse), policy_loss=dpo
     rollout_logprobs: Tensor  # nats, by the sampler
-    old_logprobs: Tensor | None  # nats, by the trainer before the update; None until the update's only pass fills it in
-    entropy: Tensor | None  # nats, of the policy before the update; None as above
-    ref_logprobs: Tensor | None  # nats, by the reference
-    values: Tensor | None  # units of the score
-    rewards: Tensor  # score at the last token less the KL penalty
-    advantages: Tensor
-    returns: Tensor | None
+    # what `prepare` fills in
+    old_logprobs: Tensor | None = None  # nats, by the trainer before the update; None until the update's only pass fills it in
+    entropy: Tensor | None = None  # nats, of the policy before the update; None as above
+    ref_logprobs: Tensor | None = None  # nats, by the reference
+    values: Tensor | None = None  # units of the score
+    rewards: Tensor = field(default_factory=lambda: torch.zeros(0))  # score at the last token less the KL penalty
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    returns: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:

@@ -27,6 +27,11 @@ def all_equal(scores: Sequence[float], rows: Sequence[int]) -> bool:
     return max(scores[row] for row in rows) == min(scores[row] for row in rows)
 
 
+def unequal_groups(scores: Sequence[float], groups: Sequence[int]) -> list[list[int]]:
+    """Row numbers of the groups whose scores are not all equal, groups by first appearance."""
+    return [rows for rows in rows_by_group(groups) if not all_equal(scores, rows)]
+
+
 def select(scores: Sequence[float], groups: Sequence[int], selection: Selection) -> Selected:
     """The rows that train. `scores`, `groups`: [B]. Ties go to the first row.
 
@@ -35,19 +40,17 @@ def select(scores: Sequence[float], groups: Sequence[int], selection: Selection)
     best         the best row of every group (Dong et al. 2023, arXiv:2304.06767)
     best_worst   the best and the worst row of every group whose scores are not all equal (Guo et al. 2024, arXiv:2402.04792)
     """
-    members = rows_by_group(groups)
     match selection:
         case Selection.all:
             return Selected(list(range(len(scores))), [])
         case Selection.unequal:
-            return Selected([row for rows in members if not all_equal(scores, rows) for row in rows], [])
+            return Selected([row for rows in unequal_groups(scores, groups) for row in rows], [])
         case Selection.best:
-            return Selected([max(rows, key=lambda row: (scores[row], -row)) for rows in members], [])
+            return Selected([max(rows, key=lambda row: (scores[row], -row)) for rows in rows_by_group(groups)], [])
         case Selection.best_worst:
             pairs = [
                 (max(rows, key=lambda row: (scores[row], -row)), min(rows, key=lambda row: (scores[row], row)))
-                for rows in members
-                if not all_equal(scores, rows)
+                for rows in unequal_groups(scores, groups)
             ]
             return Selected([row for pair in pairs for row in pair], pairs)
     raise ValueError(f"unknown selection {selection!r}")

@@ -190,13 +190,6 @@ def rollout_batch(rows: int = 7, pairs: list[tuple[int, int]] | None = None) -> 
         groups=torch.arange(rows) % 2,
         pairs=pairs or [],
         rollout_logprobs=torch.where(tokens.response_mask, sampled, 0.0),
-        old_logprobs=None,
-        entropy=None,
-        ref_logprobs=None,
-        values=None,
-        rewards=torch.zeros(0),
-        advantages=torch.zeros(0),
-        returns=None,
     )
     return batch, torch.randn(rows, generator=generator)
 

@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
-from conf.schema import TinyConfig
-from rlhf.models import tiny_config, train_tokenizer
-from tests import toys
-from tests.test_zero_online import launch
+from tests.test_zero_online import launch, start_folder
 
 pytestmark = pytest.mark.distributed
 SIZES = "stage.samples_per_prompt=4:stage.epochs=1"
@@ -32,14 +28,7 @@ def run_directory(folder: Path, run: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zero-algorithms")
-    toys.write_jsonl(folder / "prompts.jsonl", toys.prompt_rows())
-    toys.write_jsonl(folder / "held_out.jsonl", [{"prompt": f"omega {number}"} for number in range(3)])
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer([str(row["prompt"]) for row in toys.prompt_rows()], 300, 64)
-    shape = TinyConfig(vocab_size=300, hidden_size=32, intermediate_size=48, layers=2, heads=1, max_positions=64)
-    LlamaForCausalLM(tiny_config(shape, tokenizer)).save_pretrained(folder / "start")
-    tokenizer.save_pretrained(folder / "start")
+    folder = start_folder(tmp_path_factory.mktemp("zero-algorithms"))
     plain = dict.fromkeys(f"torch:{engine.split(':')[1]}:{settings}" for engine, settings in RUNS)
     launch(folder, 1, folder / "start", list(plain))
     launch(folder, 2, folder / "start", [f"{engine}:{settings}" for engine, settings in RUNS])

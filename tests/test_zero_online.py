@@ -35,9 +35,8 @@ def launch(folder: Path, ranks: int, start: Path, runs: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zero")
+def start_folder(folder: Path) -> Path:
+    """Prompts, held-out prompts and the starting policy of every launch, in `folder`."""
     toys.write_jsonl(folder / "prompts.jsonl", toys.prompt_rows())
     toys.write_jsonl(folder / "held_out.jsonl", [{"prompt": f"omega {number}"} for number in range(3)])
     torch.manual_seed(0)
@@ -45,6 +44,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = TinyConfig(vocab_size=300, hidden_size=32, intermediate_size=48, layers=2, heads=1, max_positions=64)
     LlamaForCausalLM(tiny_config(shape, tokenizer)).save_pretrained(folder / "start")
     tokenizer.save_pretrained(folder / "start")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = start_folder(tmp_path_factory.mktemp("zero"))
     launch(folder, 1, folder / "start", ["torch:none", "torch:lora"])
     launch(folder, 2, folder / "start", RUNS)
     return folder

@@ -8,7 +8,7 @@ import torch
 
 from conf.schema import Advantage, OnlineStage, Selection
 from policy.advantages import group_index
-from policy.selection import all_equal, rows_by_group, select
+from policy.selection import all_equal, rows_by_group, select, unequal_groups
 from rlhf import distributed
 from rlhf.moments import RunningMoments
 from rlhf.types import Generator, Prompt, Rollout, Scores
@@ -115,7 +115,7 @@ def collect(
         clipped.append(share)
         if stage.selection is not Selection.unequal:
             break
-        groups = unequal_groups(written, final)
+        groups = unequal_groups(final.tolist(), group_index([rollout.prompt.id for rollout in written]).tolist())
         counts = distributed.gather(len(groups))
         room = stage.prompts_per_step - full  # the first groups of all ranks' are kept, so that the number of ranks changes nothing
         mine = max(0, min(len(groups), room - sum(counts[: distributed.rank()])))
@@ -145,12 +145,6 @@ def collect(
     if stage.advantage is Advantage.greedy:
         everything.baselines = _greedy_baselines(generator, score, rollouts, stage, limit, moments, phase)
     return everything
-
-
-def unequal_groups(rollouts: Sequence[Rollout], finals: torch.Tensor) -> list[list[int]]:
-    """Row numbers of each prompt's responses, of those prompts whose responses' scores differ."""
-    scores = finals.tolist()
-    return [rows for rows in rows_by_group(group_index([r.prompt.id for r in rollouts]).tolist()) if not all_equal(scores, rows)]
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:

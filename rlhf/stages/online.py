@@ -146,20 +146,12 @@ class Loop:
         for row, rollout in enumerate(rollouts):
             sampled[row, : len(rollout.rollout_logprobs)] = torch.tensor(rollout.rollout_logprobs)
         keep = [bool(collected.rows) and not (stage.mask_truncated and r.finish_reason == "length") for r in rollouts]
-        empty = torch.zeros(0)
         batch = TrainBatch(
             tokens=tokens,
             keep=torch.tensor(keep, device=device),
             groups=group_index([collected.groups[row] for row in rows], device),
             pairs=collected.pairs,
             rollout_logprobs=sampled.to(device),
-            old_logprobs=None,
-            entropy=None,
-            ref_logprobs=None,
-            values=None,
-            rewards=empty,
-            advantages=empty,
-            returns=None,
         )
         return prepare(
             batch,
