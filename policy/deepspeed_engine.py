@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import EngineConfig, Offload
+from conf.choices import Offload
+from conf.schema import EngineConfig
 from policy.engine import NonFinite, OptimSettings
 from policy.model import trainable
 from rlhf import distributed

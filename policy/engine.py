@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from conf.schema import EngineConfig, EngineKind, Scheduler, TrainStage
+from conf.choices import EngineKind, Scheduler
+from conf.schema import EngineConfig
+from conf.stages import TrainStage
 from policy.model import no_gather, trainable
 from rlhf.types import UserError
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from conf.schema import KLEstimator
+from conf.choices import KLEstimator
 from policy.shapes import same_shape
 from rlhf.types import UserError
 

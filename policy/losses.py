@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conf.schema import Aggregation, ImportanceMode, KLEstimator, Level, PolicyLoss
+from conf.choices import Aggregation, ImportanceMode, KLEstimator, Level, PolicyLoss
 from policy.kl import kl_per_token
 from policy.shapes import check_mask, masked_sum, same_shape
 

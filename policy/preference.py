@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conf.schema import PreferenceLoss
+from conf.choices import PreferenceLoss
 
-WHOLE_BATCH = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)  # they sort a batch, so no pair has a loss of its own
 _DISCOPOP_TAU = 0.05  # Lu et al. 2024, arXiv:2406.08414, section 4
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import Advantage, KLPlace, OnlineStage
+from conf.choices import Advantage, KLPlace
+from conf.stages import OnlineStage
 from policy.advantages import (
     gae,
     group_advantages,

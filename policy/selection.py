@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conf.schema import Selection
+from conf.choices import Selection
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import KLEstimator, KLPlace, OnlineStage, PolicyLoss
+from conf.choices import KLEstimator, KLPlace, PolicyLoss
+from conf.stages import OnlineStage
 from policy.engine import NonFinite
 from policy.kl import kl_per_token
 from policy.losses import aggregation_units, aggregation_weights, entropy_bonus, importance_weights, kl_loss, policy_loss, value_loss

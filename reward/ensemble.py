@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from conf.schema import Combine
+from conf.choices import Combine
 from reward.scorer import RewardModelScorer, Stateless
 from rlhf.types import Rollout, Scores, UserError
 

@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.schema import Isolation
+from conf.choices import Isolation
 
 LOG = logging.getLogger(__name__)
 _CHILD = Path(__file__).with_name("sandbox_child.py")

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from conf.schema import Dtype, RewardConfig
+from conf.choices import Dtype
+from conf.schema import RewardConfig
 from reward.model import Manifest, last_token_scores, load_reward_module, load_reward_tokenizer, template_hash, tokenizer_fingerprint
 from rlhf.data.encoding import is_chat, prompt_ids, response_ids
 from rlhf.models import resolve_dtype

@@ -28,7 +28,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from conf.schema import Dtype
+from conf.choices import Dtype
 from reward.model import load_reward_model
 from reward.scorer import score_ids, text_ids
 from rlhf.data.encoding import is_chat

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from conf.schema import LengthUnit, RewardTerm
+from conf.choices import LengthUnit
+from conf.schema import RewardTerm
 from reward.scorer import Stateless
 from rlhf.types import Rollout, Scores
 

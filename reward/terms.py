@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from conf.schema import RewardConfig, RewardTerm, TermKind
+from conf.choices import TermKind
+from conf.schema import RewardConfig, RewardTerm
 from reward.compose import CompositeScorer, Term
 from reward.ensemble import EnsembleScorer
 from reward.scorer import FunctionScorer, RewardModelScorer, check_source, load_function

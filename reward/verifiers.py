@@ -8,7 +8,8 @@ from typing import Any
 
 import regex
 
-from conf.schema import FormatStyle, RewardTerm, TermKind
+from conf.choices import FormatStyle, TermKind
+from conf.schema import RewardTerm
 from reward.extract import after_marker, boxed, close, fenced, letter_of, normalise, number_of, numbers_in
 from reward.verify import Verifier
 from rlhf.types import UserError

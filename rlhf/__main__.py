@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from conf.schema import STAGES, Config
+from conf.schema import Config
+from conf.stages import STAGES
 from rlhf import config, distributed
 from rlhf.types import UserError
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf import schema
+from conf.stages import STAGES
 from rlhf.types import UserError
 
 CONF_DIR = Path(schema.__file__).resolve().parent
@@ -33,7 +34,7 @@ def register() -> None:
     store.store(group="schema", name="config", node=schema.Config, package="_global_")
     for name, node in _GROUP_SCHEMAS.items():
         store.store(group="schema", name=name, node=node)
-    for name, node in schema.STAGES.items():
+    for name, node in STAGES.items():
         store.store(group="schema/stage", name=name, node=node)
 
 
@@ -41,7 +42,7 @@ def choices(group: str) -> list[str]:
     """Names of the presets in ``conf/<group>``, in the order of the stages where the group is ``stage``."""
     names = sorted(str(p.relative_to(CONF_DIR / group).with_suffix("")) for p in (CONF_DIR / group).glob("*.yaml"))
     if group == "stage":
-        order = list(schema.STAGES)
+        order = list(STAGES)
         names.sort(key=lambda n: order.index(n) if n in order else len(order))
     return names
 
@@ -86,7 +87,7 @@ def valid_keys(stages: Sequence[str]) -> list[str]:
 
     keys = [k for k in walk(schema.Config, "") if k != "stage"]
     for stage in stages:
-        keys.extend(k for k in walk(schema.STAGES[stage], "stage.") if k not in keys)
+        keys.extend(k for k in walk(STAGES[stage], "stage.") if k not in keys)
     return keys
 
 
@@ -167,7 +168,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
                     raise UserError(
                         f"stage={stage}: no such stage. Stages: {', '.join(known_stages)}. Nearest: stage={_nearest(stage, known_stages)}."
                     )
-    stage_names = [stage_schema(s) for s in stages] or list(schema.STAGES)
+    stage_names = [stage_schema(s) for s in stages] or list(STAGES)
     keys = valid_keys(stage_names)
     for override in overrides:
         key = override.key_or_group

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from conf.schema import Dtype, ModelConfig, ModelKind, TinyConfig
+from conf.choices import Dtype, ModelKind
+from conf.schema import ModelConfig, TinyConfig
 from rlhf.types import UserError
 
 BOS, EOS, PAD, UNK = "<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>"

@@ -12,32 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.schema import (
+from conf.choices import (
     Action,
     AdapterKind,
     Advantage,
-    Config,
-    CPOStage,
     CriticInit,
-    EngineConfig,
     EngineKind,
-    EvalStage,
     Judge,
     KTOLoss,
-    KTOStage,
     LoraSync,
-    ModelConfig,
     ModelKind,
-    OfflineStage,
     Offload,
-    OnlineStage,
-    ORPOStage,
     PreferenceLoss,
-    PreferenceStage,
-    RewardStage,
     RolloutBackend,
-    ServeRewardStage,
 )
+from conf.schema import Config, EngineConfig, ModelConfig
+from conf.stages import CPOStage, EvalStage, KTOStage, OfflineStage, OnlineStage, ORPOStage, PreferenceStage, RewardStage, ServeRewardStage
 from rlhf import distributed, run, tracking
 from rlhf.data import reading
 from rlhf.data.files import check_file

@@ -14,7 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from conf.schema import Config, TrackingConfig, TrackingKind, WandbMode
+from conf.choices import TrackingKind, WandbMode
+from conf.schema import Config, TrackingConfig
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.tracking")

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.schema import Action, Rule, WatchConfig
+from conf.choices import Action, Rule
+from conf.stages import WatchConfig
 from rlhf import distributed
 from rlhf.types import Rollout, Scores
 

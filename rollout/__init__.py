@@ -5,7 +5,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from conf.schema import Config, LoraSync, RolloutBackend, RolloutConfig
+from conf.choices import LoraSync, RolloutBackend
+from conf.schema import Config, RolloutConfig
 from rlhf.types import Generator, UserError
 
 log = logging.getLogger(__name__)

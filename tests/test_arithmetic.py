@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import Recipe
+from conf.choices import Recipe
 from eval import verifiable
 from rlhf import config as configuration
 from rlhf.data import arithmetic, recipes

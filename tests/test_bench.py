@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conf.schema import Advantage
+from conf.choices import Advantage
 from rlhf import config
 from rlhf.stages.bench.__main__ import report
 from rlhf.stages.bench.cases import Case, distinct_words

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from conf import schema
+from conf.choices import EngineKind
+from conf.stages import STAGES
 from rlhf import config
 from rlhf.__main__ import list_stages, main
 from rlhf.types import UserError
@@ -18,7 +19,7 @@ _PRESETS = [(group, name) for group in _OPTIONAL_GROUPS for name in config.choic
 @pytest.mark.parametrize("stage", config.choices("stage"))
 def test_every_stage_composes_to_its_own_schema(stage: str) -> None:
     cfg = config.compose([f"stage={stage}"])
-    assert type(cfg.stage) is schema.STAGES[config.stage_schema(stage)]
+    assert type(cfg.stage) is STAGES[config.stage_schema(stage)]
     assert cfg.stage.name == stage
 
 
@@ -29,7 +30,7 @@ def test_every_preset_of_every_group_composes(group: str, name: str) -> None:
     if group in kinds:
         assert kinds[group].value == name
     if group == "engine":
-        assert name == ("torch" if cfg.engine.kind is schema.EngineKind.torch else f"zero{cfg.engine.zero_stage}")
+        assert name == ("torch" if cfg.engine.kind is EngineKind.torch else f"zero{cfg.engine.zero_stage}")
 
 
 @pytest.mark.parametrize(("experiment", "stage"), itertools.product(config.choices("experiment"), config.choices("stage")))
@@ -90,7 +91,7 @@ def test_without_a_stage_the_stages_are_listed(capsys: pytest.CaptureFixture[str
     assert main([]) == 0
     out = capsys.readouterr().out
     assert out.strip() == list_stages()
-    assert all(f"stage={name}" in out for name in schema.STAGES)
+    assert all(f"stage={name}" in out for name in STAGES)
     assert main(["model=tiny"]) == 2
 
 

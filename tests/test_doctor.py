@@ -7,18 +7,9 @@ from typing import Any
 
 import pytest
 
-from conf.schema import (
-    Config,
-    DoctorStage,
-    EngineConfig,
-    EngineKind,
-    ModelConfig,
-    RewardConfig,
-    RolloutBackend,
-    RolloutConfig,
-    TrackingConfig,
-    TrackingKind,
-)
+from conf.choices import EngineKind, RolloutBackend, TrackingKind
+from conf.schema import Config, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, TrackingConfig
+from conf.stages import DoctorStage
 from reward.model import Manifest, template_hash, tokenizer_fingerprint, write_manifest
 from rlhf.models import train_tokenizer
 from rlhf.stages import doctor

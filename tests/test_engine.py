@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from conf.schema import AdapterConfig, AdapterKind, Advantage, OnlineStage, PolicyLoss, Scheduler
+from conf.choices import AdapterKind, Advantage, PolicyLoss, Scheduler
+from conf.schema import AdapterConfig
+from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
 from policy.batching import collate
 from policy.engine import NonFinite, OptimSettings, TorchEngine

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conf.schema import Judge, ModelConfig, ModelKind, TinyConfig
+from conf.choices import Judge, ModelKind
+from conf.schema import ModelConfig, TinyConfig
 from eval import report, verifiable
 from eval.compare import Answers, Comparison, compare, side_by_side
 from eval.judges import ClassifierJudge, FunctionJudge, LexiconJudge, judged_text

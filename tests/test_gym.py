@@ -11,7 +11,9 @@ import reasoning_gym
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import Config, DataConfig, DoctorStage, GymConfig, Recipe, RewardTerm, RunConfig, TermKind
+from conf.choices import Recipe, TermKind
+from conf.schema import Config, DataConfig, GymConfig, RewardTerm, RunConfig
+from conf.stages import DoctorStage
 from reward.gym import Gym
 from reward.verify import VerifierScorer
 from rlhf import config, preflight

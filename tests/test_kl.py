@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import KLController, KLEstimator, OnlineStage
+from conf.choices import KLController, KLEstimator
+from conf.stages import OnlineStage
 from policy.kl import AdaptiveKL, FixedKL, kl_per_token
 from rlhf.types import UserError
 

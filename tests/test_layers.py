@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("conf", "rlhf", "rollout", "reward", "policy", "eval")
-SHARED = ("conf.schema", "rlhf.types", "rlhf.data", "rlhf.models", "rlhf.distributed", "rlhf.moments")
+SHARED = ("conf.choices", "conf.schema", "conf.stages", "rlhf.types", "rlhf.data", "rlhf.models", "rlhf.distributed", "rlhf.moments")
 SOLE_IMPORTER = {"vllm": "rollout/vllm.py", "deepspeed": "policy/deepspeed_engine.py", "wandb": "rlhf/tracking.py"}
 
 
@@ -96,9 +96,11 @@ def test_backend_has_one_lazy_importer(library: str, path: str) -> None:
 
 
 def test_configuration_needs_the_standard_library_only() -> None:
-    path = ROOT / "conf" / "schema.py"
-    names = {found.module.split(".")[0] for found in imports_of(path.read_text(encoding="utf-8"), "conf/schema.py")}
-    assert names <= {"dataclasses", "enum", "math", "re", "typing"}
+    files = sorted((ROOT / "conf").glob("*.py"))
+    assert {"choices.py", "schema.py", "stages.py"} <= {path.name for path in files}
+    for path in files:
+        names = {found.module.split(".")[0] for found in imports_of(path.read_text(encoding="utf-8"), f"conf/{path.name}")}
+        assert names <= {"conf", "dataclasses", "enum", "math", "re", "typing"}, path
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conf.schema import OnlineStage
+from conf.stages import OnlineStage
 from rlhf import config
 from rlhf.moments import RunningMoments
 from rlhf.run import RunContext

@@ -17,21 +17,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conf.schema import (
-    AdapterConfig,
-    AdapterKind,
-    CPOStage,
-    DataConfig,
-    EngineConfig,
-    FDivergence,
-    KTOLoss,
-    KTOStage,
-    ModelConfig,
-    ModelKind,
-    PreferenceLoss,
-    PreferenceStage,
-    RunConfig,
-)
+from conf.choices import AdapterKind, FDivergence, KTOLoss, ModelKind, PreferenceLoss
+from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
+from conf.stages import CPOStage, KTOStage, PreferenceStage
 from rlhf import config as composing
 from rlhf import preflight
 from rlhf.data.encoding import IGNORED, encode_answer, prompt_ids, response_ids

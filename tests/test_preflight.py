@@ -9,32 +9,9 @@ from typing import Any
 
 import pytest
 
-from conf.schema import (
-    Action,
-    AdapterConfig,
-    AdapterKind,
-    Config,
-    CriticInit,
-    DataConfig,
-    EngineConfig,
-    EngineKind,
-    EvalStage,
-    Judge,
-    LoraSync,
-    ModelConfig,
-    ModelKind,
-    Offload,
-    OnlineStage,
-    RewardConfig,
-    RewardStage,
-    RolloutBackend,
-    RolloutConfig,
-    RunConfig,
-    SFTStage,
-    TrackingConfig,
-    TrackingKind,
-    WatchConfig,
-)
+from conf.choices import Action, AdapterKind, CriticInit, EngineKind, Judge, LoraSync, ModelKind, Offload, RolloutBackend, TrackingKind
+from conf.schema import AdapterConfig, Config, DataConfig, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TrackingConfig
+from conf.stages import EvalStage, OnlineStage, RewardStage, SFTStage, WatchConfig
 from reward.model import FORMAT_VERSION, Manifest, template_hash, tokenizer_fingerprint, write_manifest
 from rlhf import preflight
 from rlhf.models import tiny_config, train_tokenizer

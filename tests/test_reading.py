@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Config, DataConfig, DataFormat, OnlineStage, RewardStage, RunConfig, SFTStage
+from conf.choices import DataFormat
+from conf.schema import Config, DataConfig, RunConfig
+from conf.stages import OnlineStage, RewardStage, SFTStage
 from rlhf.data import files, formats, reading
 from rlhf.data.formats import Use
 from rlhf.models import train_tokenizer

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import Config, DataConfig, DoctorStage, Recipe, RunConfig
+from conf.choices import Recipe
+from conf.schema import Config, DataConfig, RunConfig
+from conf.stages import DoctorStage
 from rlhf.data import packages, recipes, reviews
 from rlhf.data.reviews import Review, Sentence
 from rlhf.types import UserError

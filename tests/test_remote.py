@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from conf.schema import RewardTerm, TermKind
+from conf.choices import TermKind
+from conf.schema import RewardTerm
 from reward import remote
 from reward.model import template_hash, tokenizer_fingerprint
 from reward.remote import RemoteScorer, checked_url, pause_s, retry_after_s

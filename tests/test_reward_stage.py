@@ -12,7 +12,9 @@ import torch
 from datasets import Dataset
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from conf.schema import AdapterConfig, AdapterKind, ModelConfig, ModelKind, RewardConfig, RewardStage
+from conf.choices import AdapterKind, ModelKind
+from conf.schema import AdapterConfig, ModelConfig, RewardConfig
+from conf.stages import RewardStage
 from reward.losses import pairwise_loss
 from reward.model import load_reward_model, read_manifest
 from reward.scorer import RewardModelScorer

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import Combine, CriticInit, OnlineStage, RewardConfig, RewardTerm, TermKind
+from conf.choices import Combine, CriticInit, TermKind
+from conf.schema import RewardConfig, RewardTerm
+from conf.stages import OnlineStage
 from reward import compose, terms
 from reward.compose import CompositeScorer, Term
 from reward.ensemble import EnsembleScorer, combine

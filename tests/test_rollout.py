@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
-from conf.schema import AdapterConfig, AdapterKind, Config, DataConfig, LoraSync, OnlineStage, RolloutBackend, RolloutConfig
+from conf.choices import AdapterKind, LoraSync, RolloutBackend
+from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig
+from conf.stages import OnlineStage
 from rlhf.types import Generator, Prompt, Rollout, UserError
 from rollout.sampling import Sampling, draw, response_seeds, sampling_logprobs
 

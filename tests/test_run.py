@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 
-from conf.schema import Config, DataConfig, OnlineStage, RunConfig, SFTStage, TrackingConfig, TrackingKind
+from conf.choices import TrackingKind
+from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
+from conf.stages import OnlineStage, SFTStage
 from rlhf import run
 from rlhf.run import RunContext
 from rlhf.types import UserError
@@ -187,7 +189,9 @@ def test_seed_everything_makes_every_generator_repeat_itself() -> None:
 
 RANK_PROGRAM = """
 import sys
-from conf.schema import Config, RunConfig, SFTStage, TrackingConfig, TrackingKind
+from conf.choices import TrackingKind
+from conf.schema import Config, RunConfig, TrackingConfig
+from conf.stages import SFTStage
 from rlhf import distributed
 from rlhf.run import RunContext
 from rlhf.types import UserError

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import Isolation, RewardTerm, TermKind
+from conf.choices import Isolation, TermKind
+from conf.schema import RewardTerm
 from reward import sandbox
 from reward.code import Code
 from reward.sandbox import Limits, Outcome, SandboxError, run_tests

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
-from conf.schema import ModelConfig, ModelKind, RewardConfig
+from conf.choices import ModelKind
+from conf.schema import ModelConfig, RewardConfig
 from reward.model import MANIFEST_FILE, Manifest, load_reward_model, read_manifest, template_hash, tokenizer_fingerprint, write_manifest
 from reward.scorer import FunctionScorer, RewardModelScorer, make_scorer, token_batches
 from rlhf.data.encoding import encode_answer, prompt_ids, response_ids

@@ -21,7 +21,8 @@ import pytest
 import torch
 import uvicorn
 
-from conf.schema import RewardConfig, ServeRewardStage
+from conf.schema import RewardConfig
+from conf.stages import ServeRewardStage
 from reward.remote import RemoteScorer
 from reward.scorer import RewardModelScorer, make_scorer
 from reward.service import Batcher, Counts, Item, Refused, ServedModel, create_app

@@ -14,7 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conf.schema import STAGES, Config
+from conf.schema import Config
+from conf.stages import STAGES
 from rlhf.config import valid_keys
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from conf.schema import AdapterConfig, AdapterKind, DataConfig, EngineConfig, ModelConfig, ModelKind, RunConfig, Scheduler, SFTStage
+from conf.choices import AdapterKind, ModelKind, Scheduler
+from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
+from conf.stages import SFTStage
 from rlhf.models import load_causal_lm, load_tokenizer
 from rlhf.run import RunContext
 from rlhf.stages import sft

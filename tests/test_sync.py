@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
-from conf.schema import AdapterConfig, AdapterKind, Config, DataConfig, OnlineStage, RolloutBackend, RolloutConfig
+from conf.choices import AdapterKind, RolloutBackend
+from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig
+from conf.stages import OnlineStage
 from policy.adapters import attach
 from policy.model import adapter_weights, full_weights
 from rlhf.stages.sync import verify_sync

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from conf.schema import Config, OnlineStage, RunConfig, TrackingConfig, TrackingKind, WandbMode
+from conf.choices import TrackingKind, WandbMode
+from conf.schema import Config, RunConfig, TrackingConfig
+from conf.stages import OnlineStage
 from rlhf import console, tracking
 from rlhf.tracking import Tracker
 from rlhf.types import UserError

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
-from conf.schema import Aggregation, ImportanceMode, KLEstimator, Level, PolicyLoss, PreferenceLoss
+from conf.choices import Aggregation, ImportanceMode, KLEstimator, Level, PolicyLoss, PreferenceLoss
 from policy.advantages import group_advantages, group_index, leave_one_out_advantages
 from policy.losses import aggregation_units, aggregation_weights, importance_weights, kl_loss, policy_loss
 from policy.preference import PairLogprobs, combined_loss, preference_loss

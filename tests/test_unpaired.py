@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Config, DataConfig, KTOStage, RewardStage, RunConfig
+from conf.schema import Config, DataConfig, RunConfig
+from conf.stages import KTOStage, RewardStage
 from rlhf.data import formats, reading
 from rlhf.data.formats import Use
 from rlhf.types import JudgedAnswer, PreferencePair, UserError

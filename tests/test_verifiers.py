@@ -16,7 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from trl.rewards import accuracy_reward, get_soft_overlong_punishment, think_format_reward
 
-from conf.schema import FormatStyle, RewardTerm, TermKind
+from conf.choices import FormatStyle, TermKind
+from conf.schema import RewardTerm
 from reward import verifiers
 from reward.extract import after_marker, close, letter_of, normalise, numbers_in
 from reward.instructions import INSTRUCTIONS, Instructions, in_script, sentences

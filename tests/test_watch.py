@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.schema import Action, Rule, WatchConfig
+from conf.choices import Action, Rule
+from conf.stages import WatchConfig
 from rlhf.plots import plot_frontier, plot_run
 from rlhf.types import Prompt, Rollout, Scores
 from rlhf.watch import Judgement, Point, Trend, Watch, correlation, markup_share, response_statistics, trend

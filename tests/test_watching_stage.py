@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conf.schema import Action, Config, OnlineStage, WatchConfig
+from conf.choices import Action
+from conf.schema import Config
+from conf.stages import OnlineStage, WatchConfig
 from reward.compose import CompositeScorer, Term
 from rlhf import config, distributed
 from rlhf.run import RunContext

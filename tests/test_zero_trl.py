@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf.schema import ModelConfig, ModelKind
+from conf.choices import ModelKind
+from conf.schema import ModelConfig
 from rlhf.models import load_causal_lm
 from tests import trl_tools
 

@@ -5,19 +5,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from conf.schema import (
-    Config,
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    ModelKind,
-    RewardStage,
-    RunConfig,
-    SFTStage,
-    TinyConfig,
-    TrackingConfig,
-    TrackingKind,
-)
+from conf.choices import ModelKind, TrackingKind
+from conf.schema import Config, DataConfig, EngineConfig, ModelConfig, RunConfig, TinyConfig, TrackingConfig
+from conf.stages import RewardStage, SFTStage
 from rlhf.models import train_tokenizer
 
 TINY = TinyConfig(vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2, max_positions=64)

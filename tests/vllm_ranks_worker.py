@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
-from conf.schema import Config, DataConfig, OnlineStage, RolloutBackend, RolloutConfig
+from conf.choices import RolloutBackend
+from conf.schema import Config, DataConfig, RolloutConfig
+from conf.stages import OnlineStage
 from policy.model import full_weights
 from rlhf import distributed
 from rlhf.types import Prompt

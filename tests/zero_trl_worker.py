@@ -13,21 +13,9 @@ from typing import Any
 
 import torch
 
-from conf.schema import (
-    AdapterConfig,
-    AdapterKind,
-    Config,
-    DataConfig,
-    EngineConfig,
-    EngineKind,
-    ModelConfig,
-    PreferenceStage,
-    RewardStage,
-    RunConfig,
-    SFTStage,
-    TrackingConfig,
-    TrackingKind,
-)
+from conf.choices import AdapterKind, EngineKind, TrackingKind
+from conf.schema import AdapterConfig, Config, DataConfig, EngineConfig, ModelConfig, RunConfig, TrackingConfig
+from conf.stages import PreferenceStage, RewardStage, SFTStage
 from rlhf import distributed
 from rlhf.run import RunContext
 

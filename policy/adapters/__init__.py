@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from conf.schema import AdapterConfig, AdapterKind
+from conf.choices import AdapterKind
+from conf.schema import AdapterConfig
 from rlhf.types import UserError
 
 

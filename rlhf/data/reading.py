@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Config, CPOStage, DataConfig, DataFormat, KTOStage, OfflineStage, ORPOStage, PreferenceStage, RewardStage
+from conf.choices import DataFormat
+from conf.schema import Config, DataConfig
+from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage, RewardStage
 from rlhf import distributed
 from rlhf.data import encoding
 from rlhf.data.files import SourceRow, check_file, read_rows, scan

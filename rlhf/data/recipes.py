@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from conf.schema import Config, GymConfig, Recipe
+from conf.choices import Recipe
+from conf.schema import Config, GymConfig
 from rlhf import distributed
 from rlhf.data import arithmetic, gym, reviews, smollm2
 from rlhf.data.packages import package_file, sha256

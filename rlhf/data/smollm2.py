@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.schema import Dtype, ModelConfig
+from conf.choices import Dtype
+from conf.schema import ModelConfig
 from rlhf.data.reviews import Review, Row, verdict_sentences
 from rlhf.models import load_causal_lm, load_tokenizer
 

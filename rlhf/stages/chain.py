@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from conf.schema import ChainStage
+from conf.stages import ChainStage
 from rlhf import config, distributed
 from rlhf.run import RunContext
 from rlhf.types import UserError

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from conf.schema import Advantage, OnlineStage, Selection
+from conf.choices import Advantage, Selection
+from conf.stages import OnlineStage
 from policy.advantages import group_index
 from policy.selection import all_equal, rows_by_group, select, unequal_groups
 from rlhf import distributed

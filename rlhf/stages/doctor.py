@@ -17,7 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from conf.schema import Config, EngineKind, RolloutBackend, TrackingKind, WandbMode
+from conf.choices import EngineKind, RolloutBackend, TrackingKind, WandbMode
+from conf.schema import Config
 from reward.model import Manifest, load_reward_tokenizer, template_hash
 from reward.scorer import check_tokenizers as require_compatible
 from reward.scorer import same_reading

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from conf.schema import Config, EvalStage, Judge, KLEstimator, ModelConfig, RewardConfig
+from conf.choices import Judge, KLEstimator
+from conf.schema import Config, ModelConfig, RewardConfig
+from conf.stages import EvalStage
 from eval import report
 from eval.compare import Answers, compare, side_by_side
 from eval.judges import ClassifierJudge, FunctionJudge, LexiconJudge, ResponseJudge

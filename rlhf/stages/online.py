@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from conf.schema import OnlineStage
+from conf.stages import OnlineStage
 from policy.advantages import group_index
 from policy.batching import Batch, collate
 from policy.engine import NonFinite

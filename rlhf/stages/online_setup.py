@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from conf.schema import AdapterKind, Advantage, Config, CriticInit, EngineKind, KLController, LoraSync, ModelKind, OnlineStage
+from conf.choices import AdapterKind, Advantage, CriticInit, EngineKind, KLController, LoraSync, ModelKind
+from conf.schema import Config
+from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
 from policy.engine import Engine, OptimSettings, make_engine
 from policy.kl import AdaptiveKL, FixedKL

@@ -18,12 +18,14 @@ import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from conf.schema import Config, CPOStage, FDivergence, KTOLoss, KTOStage, ORPOStage, PreferenceStage
+from conf.choices import FDivergence, KTOLoss
+from conf.schema import Config
+from conf.stages import CPOStage, KTOStage, ORPOStage, PreferenceStage
 from policy.model import base_of, is_peft
 from policy.saving import save_adapter
 from rlhf import distributed
 from rlhf.data.encoding import IGNORED, Message, is_chat, prompt_ids, require_template, response_ids, split_answer
-from rlhf.data.reading import preference_dataset, stage_texts, unpaired_dataset
+from rlhf.data.reading import preference_dataset, unpaired_dataset
 from rlhf.models import load_causal_lm
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
@@ -326,10 +328,7 @@ def run(ctx: RunContext) -> None:
 
 def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
-    plan = common.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
-    common.check_engine(cfg.engine)
-    common.quiet_libraries()
-    tokenizer = common.load_stage_tokenizer(cfg, lambda: stage_texts(cfg))
+    plan, tokenizer = common.begin(cfg)
     train, held_out = read(cfg, tokenizer, plan.micro)
     common.record_inputs(ctx, "policy")
     steps, metrics = _train(ctx, plan, tokenizer, train, held_out)

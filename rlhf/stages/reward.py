@@ -21,7 +21,7 @@ from reward.model import Manifest, load_reward_module, template_hash, tokenizer_
 from reward.scorer import score_ids
 from rlhf import distributed
 from rlhf.data.encoding import encode_answer, is_chat, require_template
-from rlhf.data.reading import preference_dataset, stage_texts
+from rlhf.data.reading import preference_dataset
 from rlhf.models import load_classifier, resolve_dtype
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
@@ -199,10 +199,7 @@ def run(ctx: RunContext) -> None:
 
 def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
-    plan = common.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
-    common.check_engine(cfg.engine)
-    common.quiet_libraries()
-    tokenizer = common.load_stage_tokenizer(cfg, lambda: stage_texts(cfg))
+    plan, tokenizer = common.begin(cfg)
     train_rows, eval_rows = preference_dataset(cfg)
     common.record_inputs(ctx, "policy")
     train = encode_pairs(tokenizer, train_rows, name="training", max_length=stage.max_length, margin=stage.margin)

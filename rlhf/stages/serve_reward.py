@@ -8,7 +8,8 @@ import socket
 import time
 from collections.abc import Iterator
 
-from conf.schema import Config, ServeRewardStage
+from conf.schema import Config
+from conf.stages import ServeRewardStage
 from reward.remote import bearer_token
 from reward.service import Counts, ServedModel, create_app
 from rlhf import console, distributed

@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf import distributed
 from rlhf.data.encoding import IGNORED, encode_completion, encode_conversation, encode_text, is_chat, prompt_ids, require_template
-from rlhf.data.reading import sft_dataset, stage_texts
+from rlhf.data.reading import sft_dataset
 from rlhf.models import load_causal_lm
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
@@ -84,10 +84,7 @@ def run(ctx: RunContext) -> None:
 
 def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
-    plan = common.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
-    common.check_engine(cfg.engine)
-    common.quiet_libraries()
-    tokenizer = common.load_stage_tokenizer(cfg, lambda: stage_texts(cfg))
+    plan, tokenizer = common.begin(cfg)
     train_rows, eval_rows = sft_dataset(cfg)
     common.record_inputs(ctx, "policy")
     encode = {"max_length": stage.max_length, "completion_only": stage.completion_only}

@@ -17,12 +17,15 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
-from conf.schema import AdapterKind, Config, Dtype, EngineConfig, EngineKind, ModelConfig, ModelKind, OfflineStage, Offload, Scheduler
+from conf.choices import AdapterKind, Dtype, EngineKind, ModelKind, Offload, Scheduler
+from conf.schema import Config, EngineConfig, ModelConfig
+from conf.stages import OfflineStage
 from policy.adapters import attach
 from policy.deepspeed_engine import ensure_process_group, gather_zero3, prepare_cpu
 from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
 from rlhf import console, distributed
+from rlhf.data.reading import stage_texts
 from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
 from rlhf.run import RunContext
 from rlhf.types import TrainingDiverged, UserError
@@ -69,17 +72,25 @@ def check_engine(engine: EngineConfig) -> None:
     ensure_process_group()
 
 
-def load_stage_tokenizer(cfg: Config, texts: Callable[[], Any]) -> Any:
-    """The model's tokenizer; for ``model=tiny`` without a path one trained on the stage's own `texts`. ``data.chat_template`` wins."""
+def load_stage_tokenizer(cfg: Config) -> Any:
+    """The model's tokenizer; for ``model=tiny`` without a path one trained on the stage's own texts. ``data.chat_template`` wins."""
     if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
-    tokenizer = train_tokenizer(texts(), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
+    tokenizer = train_tokenizer(stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
     if cfg.data.chat_template is not None:
         place = Path(cfg.data.chat_template)
         if not place.is_file():
             raise UserError(f"data.chat_template={cfg.data.chat_template}: no such file.")
         tokenizer.chat_template = place.read_text(encoding="utf-8")
     return tokenizer
+
+
+def begin(cfg: Config) -> tuple[BatchPlan, Any]:
+    """How every stage on TRL opens: batch plan and tokenizer, and DeepSpeed's process group where it is the engine. Raises UserError."""
+    plan = plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
+    check_engine(cfg.engine)
+    quiet_libraries()
+    return plan, load_stage_tokenizer(cfg)
 
 
 def check_positions(model_config: Any, longest: int) -> None:

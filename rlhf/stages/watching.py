@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Action, Config, OnlineStage, WatchConfig
+from conf.choices import Action
+from conf.schema import Config
+from conf.stages import OnlineStage, WatchConfig
 from reward.compose import CompositeScorer
 from reward.scorer import FunctionScorer, RewardModelScorer
 from rlhf import distributed

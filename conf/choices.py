@@ -1,0 +1,265 @@
+"""The named choices of the options in conf/schema.py and conf/stages.py. Standard library only."""
+
+from enum import Enum
+
+
+class Dtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class ModelKind(Enum):
+    tiny = "tiny"
+    pretrained = "pretrained"
+
+
+class AdapterKind(Enum):
+    none = "none"
+    lora = "lora"
+
+
+class EngineKind(Enum):
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class RolloutBackend(Enum):
+    auto = "auto"
+    vllm = "vllm"
+    hf = "hf"
+
+
+class LoraSync(Enum):
+    auto = "auto"
+    adapter = "adapter"
+    merged = "merged"
+
+
+class TrackingKind(Enum):
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+class Scheduler(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class KLEstimator(Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+    k3_weighted = "k3_weighted"  # k3 times the ratio of new to old probability; in a loss only
+
+
+class KLPlace(Enum):
+    reward = "reward"
+    loss = "loss"
+    both = "both"
+
+
+class Advantage(Enum):
+    gae = "gae"  # with a critic
+    group = "group"  # score less the mean of its prompt's group
+    leave_one_out = "leave_one_out"  # score less the mean of the others in its group
+    reinforce_pp = "reinforce_pp"  # rewards to go, normalised over the whole batch
+    greedy = "greedy"  # score less that of the greedy response to the same prompt
+    none = "none"  # 1 everywhere: the loss imitates what the selection kept
+
+
+class PolicyLoss(Enum):
+    clip = "clip"
+    gspo = "gspo"
+    cispo = "cispo"
+    nll = "nll"
+    dpo = "dpo"
+
+
+class Aggregation(Enum):
+    token = "token"  # sum over tokens / tokens of the step
+    sequence = "sequence"  # mean over responses of their token means
+    constant = "constant"  # sum over tokens / (responses x a constant)
+
+
+class Selection(Enum):
+    all = "all"
+    unequal = "unequal"  # groups whose scores differ; more prompts are drawn in place of the others
+    best = "best"  # the best response of each group
+    best_worst = "best_worst"  # the best and the worst of each group, as a pair
+
+
+class ImportanceMode(Enum):
+    truncate = "truncate"
+    mask = "mask"
+
+
+class Level(Enum):
+    token = "token"
+    sequence = "sequence"
+
+
+class PreferenceLoss(Enum):
+    """Losses of TRL's DPOTrainer, by its names; which of them single pairs define is in policy/preference.py."""
+
+    sigmoid = "sigmoid"
+    sigmoid_norm = "sigmoid_norm"
+    hinge = "hinge"
+    ipo = "ipo"
+    exo_pair = "exo_pair"
+    nca_pair = "nca_pair"
+    robust = "robust"
+    bco_pair = "bco_pair"
+    sppo_hard = "sppo_hard"
+    aot = "aot"
+    aot_unpaired = "aot_unpaired"
+    apo_zero = "apo_zero"
+    apo_down = "apo_down"
+    discopop = "discopop"
+    sft = "sft"
+
+
+class FDivergence(Enum):
+    """What DPO keeps policy and reference close by (Wang et al. 2023, arXiv:2309.16240); by TRL's names."""
+
+    reverse_kl = "reverse_kl"
+    forward_kl = "forward_kl"
+    js_divergence = "js_divergence"
+    alpha_divergence = "alpha_divergence"
+
+
+class KTOLoss(Enum):
+    """Losses of TRL's KTOTrainer, by its names."""
+
+    kto = "kto"
+    apo_zero_unpaired = "apo_zero_unpaired"  # APO-zero (arXiv:2408.06266) for single answers; no KL estimate
+
+
+class CPOLoss(Enum):
+    """Losses of TRL's CPOTrainer, by its names."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"  # of the log-probability per token
+    simpo = "simpo"  # of the log-probability per token, with a target margin
+
+
+class Rule(Enum):
+    """What the watch looks for (rlhf/watch.py)."""
+
+    divergence = "divergence"  # the score rises while the held-out judge falls
+    kl = "kl"  # nats per response above a limit
+    length = "length"  # too many responses at the length limit
+    entropy = "entropy"  # the entropy has collapsed
+
+
+class Action(Enum):
+    off = "off"
+    warn = "warn"
+    stop = "stop"
+
+
+class KLController(Enum):
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+class CriticInit(Enum):
+    reward = "reward"
+    policy = "policy"
+
+
+class Judge(Enum):
+    lexicon = "lexicon"
+    classifier = "classifier"
+    function = "function"
+
+
+class TermKind(Enum):
+    """What a reward term looks at (reward/terms.py)."""
+
+    model = "model"  # one reward model, or an ensemble
+    function = "function"  # pkg.module:function with TRL's reward signature
+    exact = "exact"  # the row's answer, as text
+    numeric = "numeric"  # the row's answer, as a number
+    math = "math"  # the row's answer, as a mathematical expression
+    choice = "choice"  # the row's answer, as a letter
+    regex = "regex"  # a pattern that has to be found
+    json_schema = "json_schema"  # JSON that a schema allows
+    instructions = "instructions"  # the row's constraints
+    code = "code"  # Python that passes the row's tests
+    gym = "gym"  # a reasoning-gym task, by its own verifier
+    length = "length"  # a band of lengths
+    format = "format"  # a pattern that the whole response has to match
+    remote = "remote"  # a reward model behind HTTP
+
+
+class Combine(Enum):
+    """One score from several reward models' (Coste et al. 2023, arXiv:2310.02743)."""
+
+    mean = "mean"
+    minimum = "minimum"
+    pessimistic = "pessimistic"  # mean - spread_coef x standard deviation
+
+
+class Isolation(Enum):
+    """How code that a policy wrote is kept apart (reward/sandbox.py)."""
+
+    auto = "auto"  # namespaces where the kernel gives them, else limits alone (said aloud)
+    namespaces = "namespaces"  # no network, no view of other processes, a file system without the user's files
+    limits = "limits"  # resource limits and an audit hook
+
+
+class LengthUnit(Enum):
+    tokens = "tokens"
+    characters = "characters"
+
+
+class FormatStyle(Enum):
+    think = "think"  # <think>...</think> and then anything, as TRL's think_format_reward
+    think_answer = "think_answer"  # <think>...</think> <answer>...</answer> and nothing else
+
+
+class DataFormat(Enum):
+    """Formats of data files; which of them a stage reads is in rlhf/data/formats.py."""
+
+    auto = "auto"
+    text = "text"
+    prompt = "prompt"
+    prompt_completion = "prompt_completion"
+    messages = "messages"
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+    preference = "preference"
+    implicit_preference = "implicit_preference"
+    ultrafeedback = "ultrafeedback"
+    hh_rlhf = "hh_rlhf"
+    alpaca_preference = "alpaca_preference"
+    sharegpt_preference = "sharegpt_preference"
+    swift_preference = "swift_preference"
+    unpaired = "unpaired"
+    sharegpt_unpaired = "sharegpt_unpaired"
+    messages_unpaired = "messages_unpaired"
+
+
+class Recipe(Enum):
+    none = "none"
+    reviews = "reviews"
+    smollm2 = "smollm2"
+    gym = "gym"
+    arithmetic = "arithmetic"
