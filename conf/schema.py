@@ -30,8 +30,6 @@ from conf.choices import (
 )
 
 MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
-
-
 _TAKEN = ("step", "prompt", "response", "score", "kl", "response_length", "finish_reason", "clipped")  # a reward term can't have these names
 
 

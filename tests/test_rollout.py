@@ -279,3 +279,37 @@ def test_dora_is_not_for_vllm(tiny_model: Callable[..., Path], monkeypatch: pyte
     cfg.adapter = AdapterConfig(kind=AdapterKind.lora, dora=True)
     with pytest.raises(UserError, match=r"rollout.lora_sync=adapter: vLLM does not apply DoRA.*merged"):
         make(cfg, tiny_model(), model_factory=never, adapter_rank=16)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("adapters", [[1, 1, 1, 1], [0, 1, 1, 0]])
+def test_one_adapter_at_once_gives_what_an_adapter_per_token_gives(adapters: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of one adapter is multiplied as a whole; a mixed one goes vLLM's way. Both against float64."""
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    from rollout.vllm import _multiply_one_adapter_at_once
+
+    _multiply_one_adapter_at_once()
+    gathered: list[int] = []
+    shrink = punica_cpu.bgmv_shrink
+    monkeypatch.setattr(punica_cpu, "bgmv_shrink", lambda *args: (gathered.append(1), shrink(*args)))
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, rank, sizes, scale = len(adapters), 6, 3, (4, 5), 0.5
+    x, y = torch.randn(tokens, width, generator=generator), torch.randn(tokens, sum(sizes), generator=generator)
+    a = tuple(torch.randn(2, 1, rank, width, generator=generator) for _ in sizes)
+    b = tuple(torch.randn(2, 1, size, rank, generator=generator) for size in sizes)
+    expected = y.double()
+    for token, slot in enumerate(adapters):
+        update = [b_.double()[slot, 0] @ (a_.double()[slot, 0] @ x[token].double()) for a_, b_ in zip(a, b, strict=True)]
+        expected[token] += scale * torch.cat(update)
+    wrapper = object.__new__(punica_cpu.PunicaWrapperCPU)
+    wrapper._token_lora_indices = wrapper._sampler_indices = torch.tensor(adapters)
+    wrapper.indices_len, wrapper.is_prefill, wrapper.no_lora = [tokens] * 5, False, False
+    found = y.clone()
+    wrapper.add_lora_linear(found, x, a, b, scale, sizes)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    mixed = len(set(adapters)) > 1
+    assert bool(gathered) is mixed
+    found = y[:, : sizes[0]].clone()
+    wrapper.add_lora_logits(found, x, a[0], b[0], scale)
+    torch.testing.assert_close(found.double(), expected[:, : sizes[0]], rtol=1e-5, atol=1e-5)

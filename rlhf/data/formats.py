@@ -9,32 +9,30 @@ Pure functions: a row (a dictionary) in, a record out; a row that doesn't fit ra
 calls, images, and files whose pairs must be made first (ranks, labels, ratings).
 """
 
-import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from rlhf.data.rows import (
+    Chat,
+    Row,
+    RowError,
+    answer_of,
+    chat_of,
+    describe,
+    judgement_of,
+    margin_of,
+    nearest,
+    optional_text,
+    text_of,
+    text_or_chat,
+    value_of,
+    without_answer,
+)
 from rlhf.types import JudgedAnswer, PreferencePair
 
-Row = Mapping[str, Any]
-Message = dict[str, str]
-Chat = list[Message]
-
 HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-_ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 class Use(Enum):
@@ -44,119 +42,6 @@ class Use(Enum):
     preference = "preference"
     unpaired = "unpaired"
     prompt = "prompt"
-
-
-class RowError(ValueError):
-    """Why one row doesn't fit: the key, what was expected there and what was found."""
-
-
-def describe(value: Any) -> str:
-    """A value's kind and the start of its text, for messages."""
-    kinds = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
-    kind = kinds.get(type(value), type(value).__name__)
-    if isinstance(value, (list, dict)):
-        return f"{kind} of {len(value)}"
-    shown = repr(value)
-    return kind if value is None else f"{kind} {shown if len(shown) <= 60 else shown[:57] + '...'}"
-
-
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word most like `word`, or None when none is close."""
-    close = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=1, cutoff=0.6)
-    return next((k for k in known if k.lower() == close[0]), None) if close else None
-
-
-def value_of(row: Row, key: str) -> Any:
-    """The value of a required key. Raises RowError naming the nearest key there is."""
-    if key not in row:
-        near = nearest(key, [k for k in row if isinstance(k, str)])
-        hint = f"; nearest key: {near!r}" if near else ""
-        raise RowError(f"key {key!r}: expected, but missing; found keys: {', '.join(map(str, row)) or 'none'}{hint}")
-    return row[key]
-
-
-def text_of(row: Row, key: str, *, empty: bool = False) -> str:
-    """A required text. Raises RowError."""
-    value = value_of(row, key)
-    if not isinstance(value, str):
-        raise RowError(f"key {key!r}: expected text, found {describe(value)}")
-    if not value and not empty:
-        raise RowError(f"key {key!r}: expected text, found an empty one")
-    return value
-
-
-def optional_text(row: Row, key: str) -> str:
-    """An optional text; absent, null and empty are the same."""
-    return "" if row.get(key) is None else text_of(row, key, empty=True)
-
-
-def chat_of(row: Row, key: str, value: Any = None, *, role: str = "role", content: str = "content") -> Chat:
-    """A list of messages, as {"role", "content"} with transformers' role names. Raises RowError naming the message."""
-    messages = value_of(row, key) if value is None else value
-    if not isinstance(messages, list) or not messages:
-        raise RowError(f"key {key!r}: expected a list of messages, found {describe(messages)}")
-    return [_message(m, f"{key}[{i}]", role, content) for i, m in enumerate(messages)]
-
-
-def _message(message: Any, place: str, role: str, content: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise RowError(f"key {place!r}: expected an object with {role!r} and {content!r}, found {describe(message)}")
-    try:
-        speaker, text = text_of(message, role), text_of(message, content, empty=True)
-    except RowError as error:
-        raise RowError(f"{place}: {error}") from None
-    known = dict.fromkeys(_ROLES) if role == "role" else _SPEAKERS
-    if speaker not in known:
-        raise RowError(f"{place}: key {role!r}: expected one of {', '.join(known)}, found {speaker!r}; nearest: {nearest(speaker, list(known))!r}")
-    return {"role": speaker if role == "role" else _SPEAKERS[speaker], "content": text}
-
-
-def text_or_chat(row: Row, key: str) -> str | Chat:
-    """A text, or a list of messages. Raises RowError."""
-    value = value_of(row, key)
-    if isinstance(value, str):
-        return text_of(row, key)
-    if not isinstance(value, list):
-        raise RowError(f"key {key!r}: expected text or a list of messages, found {describe(value)}")
-    return chat_of(row, key, value)
-
-
-def answer_of(row: Row, key: str) -> str | Chat:
-    """A response: a text, or messages that end with an assistant's. Raises RowError."""
-    value = text_or_chat(row, key)
-    if isinstance(value, list) and value[-1]["role"] != "assistant":
-        raise RowError(f"key {key!r}: expected the last message to be an assistant's, found role {value[-1]['role']!r}")
-    return value
-
-
-def without_answer(chat: Chat, key: str) -> Chat:
-    """A conversation as a prompt: without the assistant's turn that ends it, where there is one. Raises RowError when nothing is left."""
-    prompt = chat[:-1] if chat[-1]["role"] == "assistant" else chat
-    if not prompt:
-        raise RowError(f"key {key!r}: expected a message before the assistant's, found the assistant's alone")
-    return prompt
-
-
-def margin_of(row: Row) -> float | None:
-    """``margin``, or the difference of ``score_chosen`` and ``score_rejected``; None without either. Raises RowError."""
-
-    def number(key: str) -> float:
-        try:
-            value = math.nan if isinstance(row[key], bool) else float(row[key])
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise RowError(f"key {key!r}: expected a finite number, found {describe(row[key])}")
-        return value
-
-    def present(key: str) -> bool:
-        return row.get(key) is not None and row[key] != ""
-
-    if present("margin"):
-        return number("margin")
-    if present("score_chosen") and present("score_rejected"):
-        return number("score_chosen") - number("score_rejected")
-    return None
 
 
 def make_pair(row: Row, prompt: str | Chat, chosen: str | Chat, rejected: str | Chat) -> PreferencePair:
@@ -303,18 +188,6 @@ def _pair_swift(row: Row) -> PreferencePair:
     if chat[-1]["role"] != "assistant" or len(chat) < 2:
         raise RowError(f"key 'messages': expected a conversation that ends with the chosen answer, found role {chat[-1]['role']!r} at its end")
     return make_pair(row, chat[:-1], chat[-1:], _assistant(text_of(row, "rejected_response")))
-
-
-_JUDGEMENTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-
-
-def judgement_of(row: Row, key: str) -> bool:
-    """Whether a row's answer is good: true or false, 1 or 0, also as a table's text. Raises RowError."""
-    value = value_of(row, key)
-    found = _JUDGEMENTS.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
-    if found is None:
-        raise RowError(f"key {key!r}: expected true or false (or 1 or 0), found {describe(value)}")
-    return found
 
 
 def _unpaired_plain(row: Row) -> JudgedAnswer:

@@ -19,8 +19,9 @@ from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceS
 from rlhf import distributed
 from rlhf.data import encoding
 from rlhf.data.files import SourceRow, check_file, read_rows, scan
-from rlhf.data.formats import Format, RowError, Use, by_name, detect, judging_key, nearest, nearest_format, texts_in
+from rlhf.data.formats import Format, Use, by_name, detect, judging_key, nearest_format, texts_in
 from rlhf.data.formats import reading as formats_for
+from rlhf.data.rows import RowError, nearest
 from rlhf.types import JudgedAnswer, PreferencePair, Prompt, UserError
 
 __all__ = [

@@ -71,7 +71,7 @@ class Loop:
             self._load(ctx.resume_from)
 
     def train(self) -> None:
-        self._sync(self.first)
+        self.sync(self.first)
         if self.first == 0 and self.watching.judge is not None:
             self.ctx.tracker.log(0, self.watching.begin(self.parts.generator))
         with console.progress(self.steps, self.stage.name) as bar:
@@ -114,7 +114,7 @@ class Loop:
         with clock.phase("update"):
             figures = self._update(batch, collected, step)
         with clock.phase("sync"):
-            probe_gap = self._sync(step + 1)
+            probe_gap = self.sync(step + 1)
             self._move_reference(step)
         with clock.phase("log"):
             metrics = self._metrics(collected, batch, clock.seconds) | figures
@@ -190,7 +190,7 @@ class Loop:
         if self.stage.reference_every and (step + 1) % self.stage.reference_every == 0:
             mix_weights(self.parts.reference.model, self.parts.policy.module.model, self.stage.reference_mix)
 
-    def _sync(self, version: int) -> float:
+    def sync(self, version: int) -> float:
         """Send the weights and prove that they arrived. Returns the probe's largest gap in nats; raises SyncError."""
         parts = self.parts
         parts.generator.sync(parts.weights(), version)

@@ -79,7 +79,7 @@ def main() -> None:
     ctx = RunContext.open(cfg, ())
     parts = build(ctx)
     loop = Loop(ctx, parts)
-    loop._sync(0)
+    loop.sync(0)
     numbers = itertools.count()
 
     def step() -> Figures:
