@@ -10,6 +10,7 @@ from conf.choices import Advantage, Selection
 from conf.stages import OnlineStage
 from policy.advantages import group_index
 from policy.selection import all_equal, rows_by_group, select, unequal_groups
+from reward.shape import band_score
 from rlhf import distributed
 from rlhf.moments import RunningMoments
 from rlhf.types import Generator, Prompt, Rollout, Scores
@@ -72,7 +73,7 @@ def overlong(lengths: Sequence[int], limit: int, buffer: int) -> torch.Tensor:
 
     Yu et al. 2025, arXiv:2503.14476, equation 13, whose responses may run past `limit`; ours are cut there.
     """
-    return ((torch.tensor(lengths, dtype=torch.float32) - (limit - buffer)) / buffer).clamp(0.0, 1.0)
+    return torch.tensor([-band_score(length, None, limit - buffer, buffer) for length in lengths], dtype=torch.float32)
 
 
 def collect(
