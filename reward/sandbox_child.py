@@ -224,6 +224,8 @@ def kill_all(uid: int, alone: bool) -> None:
                     os.kill(-1, signal.SIGKILL)
                 finally:
                     os._exit(0)
+            # Waited for, or the reaping below would find it alive on a busy machine, round after round; a response may stop it, as the same user.
+            os.waitpid(helper, os.WUNTRACED)
         for pid in children():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

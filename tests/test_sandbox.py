@@ -178,6 +178,21 @@ def test_a_process_left_behind_in_its_own_session_is_ended(namespaces: bool) -> 
 
 
 @pytest.mark.parametrize("namespaces", MODES)
+def test_one_processor_is_enough(namespaces: bool) -> None:
+    """The supervisor and what it ends share one: it must not wait for a process that each of its own rounds starts anew."""
+    assert sandbox._probe(namespaces) is None  # the library is copied and compiled once, which takes its time
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        began = time.monotonic()
+        found = run_tests("x = 1", ["assert x == 1"] * 5, SHORT, namespaces=namespaces)
+    finally:
+        os.sched_setaffinity(0, before)
+    assert [o.passed for o in found] == [True] * 5
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("namespaces", MODES)
 def test_a_file_outside_is_not_written(namespaces: bool, outside: Path) -> None:
     target = outside / "written"
     for code in (
