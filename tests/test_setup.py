@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements" / "lock-cpu-py311.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "llm", "llama-cpp-python"}  # the lock's header says why
-EXTRAS = ("cpu", "demo", "smollm2", "gym", "test", "dev")
+EXTRAS = ("cpu", "demo", "smollm2", "gym", "embeddings", "test", "dev")
 
 
 def pins() -> list[tuple[str, str]]:
