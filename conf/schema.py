@@ -270,7 +270,7 @@ class GymConfig:
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    """Where rows come from. ``recipe`` builds them from a package's own data under ``<run.dir>/<run.name>/data``."""
+    """Where rows come from. ``recipe`` builds them from a package's own data under ``<run.dir>/<run.name>/recipe``."""
 
     path: str | None = None  # JSON, JSONL, CSV or Parquet
     eval_path: str | None = None  # held-out rows; None: eval_fraction of path
