@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conf.choices import DataTarget, FileKind
@@ -19,7 +19,6 @@ from tests.format_rows import ANY_TEXT, TEXT, canonical, format_row
 
 PAIRS_OF = [(target, kind) for target, kinds in TARGETS.items() for kind in kinds]
 TEXTS_ONLY = (DataTarget.shp, DataTarget.csv, DataTarget.xlsx)
-CHATS_CHANGE = (DataTarget.hh_rlhf,)  # conversations become transcripts
 
 
 def read(row: dict[str, Any], kind: Use) -> list[dict[str, Any]]:
@@ -31,12 +30,25 @@ def read(row: dict[str, Any], kind: Use) -> list[dict[str, Any]]:
     values = []
     for made in several.pairs:
         both = kind is Use.unpaired and isinstance(made.value, PreferencePair)
-        values += [columns_of(value, made.fields) for value in (both_sides(made.value) if both else [made.value])]
+        values += [columns_of(value, made.fields, found.answers) for value in (both_sides(made.value) if both else [made.value])]
     return values
 
 
 def content(columns: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in columns.items() if k in ("text", "prompt", "completion", "messages", "chosen", "rejected", "margin", "label")}
+
+
+def unheld(target: DataTarget, row: dict[str, Any]) -> str | None:
+    """Why a target has no place for a row of the strategies; None where it has."""
+    chat = isinstance(row["prompt"], list)
+    if chat and target in TEXTS_ONLY:
+        return "expected text"
+    if chat and target is DataTarget.hh_rlhf and row["prompt"][0]["role"] == "system":
+        return "role 'system': hh-rlhf has"
+    margin = row.get("margin") or 0.0
+    if target is DataTarget.alpaca_eval and 0 < margin <= 1 and 1.5 - margin / 2 == 1.5:
+        return "too small for a preference beside a tie"
+    return None
 
 
 def test_every_target_has_a_writer() -> None:
@@ -51,8 +63,8 @@ def test_every_target_has_a_writer() -> None:
 def test_canonical_rows_come_back(target: DataTarget, kind: Use, chat: bool, data: st.DataObject) -> None:
     """Without a note: the same row, own columns included. With one: what is read again is written and read without change."""
     row = data.draw(canonical(kind, chat))
-    if chat and target in TEXTS_ONLY:
-        with pytest.raises(RowError, match="expected text"):
+    if (reason := unheld(target, row)) is not None:
+        with pytest.raises(RowError, match=reason):
             convert(kind, row, target)
         return
     written, notes = convert(kind, row, target)
@@ -96,11 +108,9 @@ def test_every_format_read_written_and_read_again(format_: formats.Format, data:
     row = data.draw(format_row(format_.name))
     assert formats.detect(row) is format_, "the columns tell the format"
     for kind in (kind for kind in Use if format_.reads(kind)):
-        try:
-            first = [columns_of(made.value, made.fields) for made in format_.read(row, kind).pairs]
-        except RowError as error:  # two texts that the draw made equal, or a prompt inside them
-            assume("the same" not in str(error) and "found whole texts" not in str(error))
-            raise
+        if kind is Use.prompt and isinstance(row.get("chosen"), str) and format_.name == "implicit_preference":
+            continue  # whole texts share no prompt
+        first = [columns_of(made.value, made.fields, format_.answers) for made in format_.read(row, kind).pairs]
         if kind is Use.unpaired and format_.unpaired is None:
             continue  # pairs, which the next kind covers
         assert first
