@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 
+from conf.choices import DataTarget, FileKind
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import CPOStage, KTOStage, OnlineStage, ORPOStage, PreferenceStage, RewardStage, SFTStage
 from rlhf import preflight
 from rlhf.data import reading
 from rlhf.data.formats import FORMATS, Use, by_name
 from rlhf.data.templates import template_text
+from rlhf.data.writing import convert, write_rows
 from rlhf.models import train_tokenizer
+from rlhf.run import RunContext
+from rlhf.stages import reward
+from tests import trl_tools
 from tests.format_rows import Drawn, published_rows, tool_rows, training_rows
 
 STAGES = {
@@ -67,3 +72,20 @@ def test_a_stage_reads_the_format_that_it_finds(name: str, stage: type, use: Use
     sides = 2 if use is Use.unpaired and format_.unpaired is None else 1
     assert len(train) + len(held) == records * sides and len(train) > len(held) > 0
     assert f"rows.jsonl: {records} rows, read as {name} (" in caplog.text
+
+
+def test_a_reward_model_learns_from_a_sheet_that_people_filled_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Pairs written as an Excel label sheet, ties and skips added, and trained on by path."""
+    ties = [{"pair_id": f"t{i}", "prompt": "the film", "response_a": "x", "response_b": "y", "preference": ("tie", "skip")[i % 2]} for i in range(6)]
+    sheet = [row for pair in trl_tools.pair_rows(80) for row in convert(Use.preference, pair, DataTarget.xlsx)[0]]
+    write_rows([*sheet, *ties], tmp_path / "sheet.xlsx", FileKind.xlsx)
+    stage = RewardStage(steps=12, batch_size=8, eval_steps=6, max_length=40, learning_rate=5e-3, warmup_ratio=0.0, bootstrap=200)
+    cfg = trl_tools.config(stage, tmp_path, "sheet", [], data=DataConfig(path=str(tmp_path / "sheet.xlsx"), eval_fraction=0.2))
+    ctx = RunContext.open(cfg)
+    reward.run(ctx)
+    metrics = json.loads((ctx.dir / "summary.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["eval/accuracy"] > 0.9
+    assert "6 judgements give no pair and are set aside" in caplog.text
+    manifest = json.loads((ctx.dir / "manifest.json").read_text(encoding="utf-8"))
+    assert [entry["path"] for entry in manifest["data"]] == [str(tmp_path / "sheet.xlsx")]
+    assert len((ctx.dir / "data_rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 6
