@@ -15,7 +15,7 @@ from typing import Any
 
 from conf.choices import DataTarget, FileKind
 from rlhf.data.files import excel_text
-from rlhf.data.formats import Use, detect
+from rlhf.data.formats import FORMATS, Use, detect
 from rlhf.data.prepare.items import CONTENT, Item
 from rlhf.data.rows import RowError, describe
 from rlhf.data.targets import TARGETS, Draft, Row
@@ -44,6 +44,7 @@ _NESTED = (
     "responses",
     "answers",
 )
+_TELLING = {key for format_ in FORMATS for key in format_.keys} | {"chosen_model", "models", "kto_tag"}  # columns that formats are told by
 _BATCH = 1024  # rows of a Parquet row group
 _CELL = 32767  # characters that an Excel cell holds
 
@@ -88,6 +89,13 @@ def _with_own(row: Row, draft: Draft) -> Row:
     for key in [key for key in own if key in row]:
         draft.notes.append(f"{key} is not carried: the format has its own {key}")
         del own[key]
+    if not _TELLING.isdisjoint(own):
+        _drop_misleading(row, own, draft)
+    return {**row, **own}
+
+
+def _drop_misleading(row: Row, own: Row, draft: Draft) -> None:
+    """Take those of a row's own columns out with which it would be read as another format, to other values."""
     for use in Use:
         while own and not _reads_alike(row, {**own, **row}, use):
             found = detect({**own, **row}, use)
@@ -95,7 +103,6 @@ def _with_own(row: Row, draft: Draft) -> Row:
             for key in keys or list(own):
                 draft.notes.append(f"{key} is not carried: with it the row would look like another format")
                 del own[key]
-    return {**row, **own}
 
 
 def _reads_alike(row: Row, other: Row, use: Use) -> bool:
