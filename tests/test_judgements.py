@@ -205,7 +205,7 @@ def test_one_row_gives_pairs_and_reasons() -> None:
         (ranker(["m9", "m1"]), "expected each of the ids m1, m2, m3 at most once, found m9, m1"),
         (ranker({"good": ["m1"], "bad": ["m2"]}), "expected one ranked list, found the lists good, bad"),
         (ranker({"rank": "m1"}), "expected a list of ids from the best to the worst, found text 'm1'"),
-        (argilla({"value": "response-3"}), "expected one of response-0, response-1 (or tie), found 'response-3'; nearest: 'response-0'"),
+        (argilla({"value": "response-3"}), "expected one of response-0, response-1 (or tie), found 'response-3'; nearest: 'response-1'"),
         (argilla({"value": 1}), "expected an answer's name or a list of {value, rank}, found a number 1"),
         (
             {"fields": {"prompt": "Hi", "response-0": "a"}, "responses": {}},

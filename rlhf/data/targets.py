@@ -395,7 +395,7 @@ def _prompt_alpaca(draft: Draft) -> list[Row]:
     return [{**_alpaca_context(_turns(draft, draft.columns["prompt"])), "output": ""}]
 
 
-_SHEET = {Use.sft: _table, Use.preference: _pair_sheet, Use.unpaired: _table, Use.prompt: _table}
+_SHEET: dict[Use, Callable[[Draft], list[Row]]] = {Use.sft: _table, Use.preference: _pair_sheet, Use.unpaired: _table, Use.prompt: _table}
 TARGETS: dict[DataTarget, dict[Use, Callable[[Draft], list[Row]]]] = {
     DataTarget.trl: dict.fromkeys(Use, _same),
     DataTarget.kto: {Use.unpaired: _same, Use.preference: _pair_kto},

@@ -73,7 +73,7 @@ def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list
     content = {key: columns[key] for key in _OF_KIND[kind] if columns.get(key) is not None}
     draft = Draft(content, {key: value for key, value in columns.items() if key not in content}, [])
     lost = [key for key in draft.own if key in _CANONICAL and draft.own[key] is not None]
-    if "margin" not in content and all(draft.own.get(key) not in (None, "") for key in ("score_chosen", "score_rejected")):
+    if kind is Use.preference and "margin" not in content and all(draft.own.get(key) not in (None, "") for key in ("score_chosen", "score_rejected")):
         lost += ["score_chosen", "score_rejected"]
     lost += [key for key in _TURNED if key in draft.own and (to is not DataTarget.trl or key == "kto_tag")]
     for key in lost:
