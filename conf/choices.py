@@ -255,6 +255,49 @@ class DataFormat(Enum):
     unpaired = "unpaired"
     sharegpt_unpaired = "sharegpt_unpaired"
     messages_unpaired = "messages_unpaired"
+    alpaca_unpaired = "alpaca_unpaired"
+    shp = "shp"
+    nectar = "nectar"
+    alpaca_eval = "alpaca_eval"
+    alpaca_eval_annotation = "alpaca_eval_annotation"
+    mt_bench_answer = "mt_bench_answer"
+    mt_bench_judgment = "mt_bench_judgment"
+    rewardbench = "rewardbench"
+    label_studio = "label_studio"
+    label_studio_ranker = "label_studio_ranker"
+    argilla = "argilla"
+    label_sheet = "label_sheet"
+
+
+class DataTarget(Enum):
+    """Formats that stage=data writes (rlhf/data/writing.py)."""
+
+    trl = "trl"  # the columns that every stage reads, whatever the kind
+    kto = "kto"  # TRL's unpaired columns; a pair becomes two rows
+    messages = "messages"  # OpenAI's; pairs in ms-swift's way (rejected_response)
+    sharegpt = "sharegpt"  # with LLaMA-Factory's chosen and rejected, or kto_tag
+    alpaca = "alpaca"  # with LLaMA-Factory's chosen and rejected, or kto_tag
+    hh_rlhf = "hh_rlhf"
+    ultrafeedback = "ultrafeedback"
+    shp = "shp"
+    nectar = "nectar"
+    rewardbench = "rewardbench"
+    alpaca_eval = "alpaca_eval"  # outputs, or annotations for pairs
+    label_studio = "label_studio"
+    label_studio_ranker = "label_studio_ranker"
+    argilla = "argilla"
+    csv = "csv"  # a label sheet for pairs, else TRL's columns, in a CSV file
+    xlsx = "xlsx"  # the same in an Excel file
+
+
+class FileKind(Enum):
+    """Files that rows are written to."""
+
+    jsonl = "jsonl"
+    json = "json"
+    csv = "csv"
+    parquet = "parquet"
+    xlsx = "xlsx"
 
 
 class Recipe(Enum):

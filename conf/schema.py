@@ -14,8 +14,10 @@ from conf.choices import (
     AdapterKind,
     Combine,
     DataFormat,
+    DataTarget,
     Dtype,
     EngineKind,
+    FileKind,
     FormatStyle,
     Isolation,
     LengthUnit,
@@ -269,18 +271,52 @@ class GymConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class SourceConfig:
+    """One source of a mixture; `path` as in data.path."""
+
+    path: str = MISSING
+    weight: float | None = None  # its part of the mixture, relative to the others'; None for all: every row of every source
+    cap: int | None = None  # at most so many rows, drawn by run.seed
+    format: DataFormat = DataFormat.auto
+    columns: dict[str, Any] = field(default_factory=dict)
+    subset: str | None = None
+    split: str | None = None
+
+    def check(self, key: str) -> None:
+        """Ranges; `key` is the source's place, since it doesn't know its own name."""
+        check(self.weight is None or (math.isfinite(self.weight) and self.weight > 0), f"{key}.weight", self.weight, "above 0")
+        check(self.cap is None or self.cap >= 1, f"{key}.cap", self.cap, "at least 1 row")
+        _check_columns(f"{key}.columns", self.columns)
+
+
+def _check_columns(key: str, columns: dict[str, Any]) -> None:
+    named = all(isinstance(name, str) and name for name in columns.values())
+    check(named and len(set(columns.values())) == len(columns), key, columns, "a different column's name for each")
+
+
+@dataclass(slots=True, kw_only=True)
 class DataConfig:
     """Where rows come from. ``recipe`` builds them from a package's own data under ``<run.dir>/<run.name>/data``."""
 
-    path: str | None = None  # JSON, JSONL, CSV or Parquet
+    path: str | None = None  # JSON, JSONL, CSV, Parquet or XLSX file, glob, datasets directory or hub name; with #500 at most so many rows
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # a mixture by name, in place of path
+    registry: str | None = None  # LLaMA-Factory's dataset_info.json
+    dataset: str | None = None  # its entries to read, in place of path: NAME or "NAME,NAME"
     eval_path: str | None = None  # held-out rows; None: eval_fraction of path
     format: DataFormat = DataFormat.auto  # auto: detected by the columns, and said aloud
+    columns: dict[str, Any] = field(default_factory=dict)  # a format's column: the file's; applied before detection
+    subset: str | None = None  # configuration of a hub's data set
+    split: str | None = None  # of a data set with several; None: train, or the only one
+    join: list[str] = field(default_factory=list)  # MT-Bench: files of questions and of answers, whose texts the rows refer to
+    to: DataTarget = DataTarget.trl  # stage=data: the format that it writes
+    file: FileKind | None = None  # stage=data: the files that it writes; None: csv and xlsx as `to` says, else jsonl
+    preview: int = 0  # stage=data: so many rows' tokens in colour
     recipe: Recipe = Recipe.none
     gym: GymConfig = field(default_factory=GymConfig)
     eval_fraction: float = 0.1  # of data.path, when there is no eval_path
     max_rows: int | None = None  # the first rows only
     max_bad_rows: int = 0  # rows that may not fit before the run stops
-    chat_template: str | None = None  # file with a Jinja template for a tokenizer without one
+    chat_template: str | None = None  # a name (chatml, llama-3 ...: rlhf/data/templates) or a Jinja file; None: the tokenizer's own
     max_prompt_length: int = 256  # tokens; longer prompts are an error unless truncate_prompts
     truncate_prompts: bool = False  # keep the last max_prompt_length tokens
 
@@ -288,6 +324,15 @@ class DataConfig:
         check(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "in (0, 1)")
         check(self.max_rows is None or self.max_rows >= 1, "data.max_rows", self.max_rows, "at least 1")
         check(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "at least 0")
+        check(self.preview >= 0, "data.preview", self.preview, "at least 0 rows")
+        _check_columns("data.columns", self.columns)
+        for name, source in self.sources.items():
+            source.check(f"data.sources.{name}")
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        check(len(weighted) in (0, len(self.sources)), "data.sources", weighted, "a weight for every source or for none")
+        given = [key for key in ("path", "sources", "dataset") if getattr(self, key)]
+        check(len(given) <= 1, "data", given, "one of path, sources and dataset")
+        check((self.dataset is None) == (self.registry is None), "data.dataset", self.dataset, "set where data.registry is, and only there")
         check(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
 
 

@@ -93,13 +93,17 @@ def valid_keys(stages: Sequence[str]) -> list[str]:
 
 def _named(key: str, keys: Sequence[str]) -> tuple[str, str]:
     """`key` with the name of a dictionary's item as `<name>`, and that name: reward.terms.brevity.kind -> reward.terms.<name>.kind, brevity."""
-    for place in (k for k in keys if k.endswith(f".{ANYTHING}")):
-        if key.startswith(place.removesuffix(ANYTHING)):
-            return place, ""
+    free = [k for k in keys if k.endswith(f".{ANYTHING}")]
+
+    def anything(one: str) -> str:
+        return next((place for place in free if one.startswith(place.removesuffix(ANYTHING))), one)
+
+    if anything(key) != key:
+        return anything(key), ""
     for place in (k.removesuffix(f".{NAME}") for k in keys if k.endswith(f".{NAME}")):
         if key.startswith(place + "."):
             name, dot, rest = key.removeprefix(place + ".").partition(".")
-            return f"{place}.{NAME}{dot}{rest}", name
+            return anything(f"{place}.{NAME}{dot}{rest}"), name
     return key, ""
 
 

@@ -9,6 +9,7 @@ import torch
 
 from conf.choices import Dtype, ModelKind
 from conf.schema import ModelConfig, TinyConfig
+from rlhf.data.templates import template_text
 from rlhf.types import UserError
 
 BOS, EOS, PAD, UNK = "<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>"
@@ -64,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> A
 
 
 def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
-    """The tokenizer of ``cfg.path`` (GGUF included); a pad token is set where there is none. `chat_template` is a file's path."""
+    """The tokenizer of ``cfg.path`` (GGUF included); a pad token is set where there is none. `chat_template`: a name or a file."""
     from transformers import AutoTokenizer
 
     check_model_path(cfg.path)
@@ -75,10 +76,7 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
-        place = Path(chat_template)
-        if not place.is_file():
-            raise UserError(f"data.chat_template={chat_template}: no such file.")
-        tokenizer.chat_template = place.read_text(encoding="utf-8")
+        tokenizer.chat_template = template_text(chat_template)
     return tokenizer
 
 

@@ -29,8 +29,9 @@ from conf.choices import (
 from conf.schema import Config, EngineConfig, ModelConfig
 from conf.stages import CPOStage, EvalStage, KTOStage, OfflineStage, OnlineStage, ORPOStage, PreferenceStage, RewardStage, ServeRewardStage
 from rlhf import distributed, run, tracking
-from rlhf.data import reading
+from rlhf.data import mixture, reading
 from rlhf.data.files import check_file
+from rlhf.data.templates import template_text
 from rlhf.models import check_model_path
 from rlhf.types import UserError
 
@@ -179,17 +180,14 @@ def check_data(cfg: Config) -> None:
     """Data files exist, are not empty, and their first rows fit the stage."""
     if isinstance(cfg.stage, ServeRewardStage):
         return  # its texts come over the network
-    if cfg.data.chat_template is not None and not Path(cfg.data.chat_template).expanduser().is_file():
-        raise UserError(f"data.chat_template={cfg.data.chat_template}: no such file. Expected a file with a Jinja template.")
-    use = reading.use_of(cfg)
+    if cfg.data.chat_template is not None:
+        template_text(cfg.data.chat_template)
     if isinstance(cfg.stage, EvalStage):
-        if cfg.data.path is None and cfg.data.eval_path is None:
+        if mixture.given(cfg.data) is None and cfg.data.eval_path is None:
             raise UserError("data.path and data.eval_path are not set: stage=eval needs a file of prompts.")
     else:
-        reading.required_path(cfg)
-    for key, path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
-        if path is not None:
-            reading.check_first_rows(cfg, path, use, key)
+        reading.required_sources(cfg)
+    reading.check_first_rows(cfg, reading.use_of(cfg))
 
 
 def check_judges(cfg: Config) -> None:
@@ -225,9 +223,7 @@ def check_reward(cfg: Config) -> None:
         manifest = importlib.import_module("reward.model").read_manifest(path, key)
         _check_reward_tokenizer(cfg, path, manifest, key)
     if reward.terms:
-        for key, data_path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
-            if data_path is not None:
-                terms.check_rows(reward, reading.first_fields(cfg, data_path, reading.use_of(cfg), key))
+        terms.check_rows(reward, reading.first_fields(cfg, reading.use_of(cfg)))
 
 
 def _check_reward_tokenizer(cfg: Config, reward_path: str, manifest: Any, key: str) -> None:

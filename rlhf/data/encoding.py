@@ -25,13 +25,20 @@ def require_template(tokenizer: Any, what: str) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
             f"{what}: the rows hold chat messages, but the tokenizer has no chat template. "
-            "Set data.chat_template to a file with a Jinja template, or give plain text rows."
+            "Set data.chat_template to a name (chatml, llama-3 ...) or a file with a Jinja template, or give plain text rows."
         )
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template."""
-    return list(tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=generation_prompt, return_dict=True)["input_ids"])
+    """Token ids of a conversation under the tokenizer's chat template. Raises UserError where the template refuses it."""
+    from jinja2 import TemplateError
+
+    try:
+        return list(
+            tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=generation_prompt, return_dict=True)["input_ids"]
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses a conversation of {len(messages)} messages: {error}") from error
 
 
 def prompt_ids(tokenizer: Any, prompt: str | list[Message]) -> list[int]:

@@ -1,9 +1,12 @@
-"""Rows out of JSON, JSON lines, CSV and Parquet files, with their row numbers and what is wrong with them."""
+"""Rows out of JSON, JSON lines, CSV, Parquet and Excel files, with their row numbers and what is wrong with them."""
 
 import codecs
 import csv
+import datetime
 import difflib
 import json
+import logging
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,17 +16,25 @@ from typing import Any
 
 from rlhf.types import UserError
 
-SUFFIXES = {".json": "JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".csv": "CSV", ".parquet": "Parquet"}
+LOG = logging.getLogger("rlhf.data")
+SUFFIXES = {".json": "JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".csv": "CSV", ".parquet": "Parquet", ".xlsx": "Excel"}
+_EXCEL_ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")  # how Excel's files hold characters that XML can't (ECMA-376, ST_Xstring)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row of a file: its number from 1 (a CSV's header not counted), and its columns or why they could not be read."""
+    """One row of a file: its number from 1 (a header not counted), and its columns or why they could not be read."""
 
     number: int
     columns: dict[str, Any]
     problem: str | None = None
     raw: object = None  # what stood there, when there is a problem
+    origin: str = ""  # the file, or the name of the data set
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"{self.origin}, row {self.number}"
 
 
 def check_file(path: str | Path, key: str = "data.path") -> Path:
@@ -49,7 +60,8 @@ def check_file(path: str | Path, key: str = "data.path") -> Path:
 def scan(path: str | Path, max_rows: int | None = None, key: str = "data.path") -> Iterator[SourceRow]:
     """The first `max_rows` rows (all when None), one by one; a row that can't be read comes with its `problem`.
 
-    Raises UserError where the file as a whole can't be read: see `check_file`, and text that isn't UTF-8.
+    JSON lines, CSV, Parquet and Excel files are never held whole; a JSON array is. Raises UserError where the file as a whole can't be
+    read: see `check_file`, and text that isn't UTF-8.
     """
     place = check_file(path, key)
     suffix = place.suffix.lower()
@@ -57,9 +69,23 @@ def scan(path: str | Path, max_rows: int | None = None, key: str = "data.path") 
         rows = _parquet(place)
     elif suffix == ".csv":
         rows = _csv(place)
+    elif suffix == ".xlsx":
+        rows = _excel(place)
     else:
         rows = _json(place)
     return islice(rows, max_rows)
+
+
+def count_rows(path: str | Path, key: str = "data.path") -> int:
+    """How many rows `scan` gives, those that can't be read among them; without parsing them where that can be."""
+    place = check_file(path, key)
+    suffix = place.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_file(place).metadata.num_rows
+    if suffix in (".json", ".jsonl", ".ndjson") and not _holds_array(place):
+        with place.open("rb") as source:
+            return sum(not line.isspace() for line in source)
+    return sum(1 for _ in scan(place, key=key))
 
 
 def read_rows(path: str | Path, max_rows: int | None = None, key: str = "data.path") -> list[dict[str, Any]]:
@@ -67,64 +93,109 @@ def read_rows(path: str | Path, max_rows: int | None = None, key: str = "data.pa
     rows = []
     for row in scan(path, max_rows, key):
         if row.problem is not None:
-            raise UserError(f"{path}, row {row.number}: {row.problem}.")
+            raise UserError(f"{row.place}: {row.problem}.")
         rows.append(row.columns)
     if not rows:
         raise UserError(f"{key}={path} holds no rows: expected at least one.")
     return rows
 
 
-def _decode(path: Path, line: bytes, place: str) -> str:
-    """UTF-8, a byte order mark left out. Raises UserError naming the byte."""
-    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+def _decode(path: Path, line: bytes, place: str, *, first: bool) -> str:
+    """UTF-8; of the `first` line a byte order mark is left out. Raises UserError naming the byte."""
+    if first and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path} is UTF-16 (it begins with its byte order mark): expected UTF-8. Save it as UTF-8.")
     try:
-        return line.decode("utf-8").removeprefix("\ufeff")
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise UserError(f"{path}, {place}, byte {error.start + 1}: expected UTF-8 text, found 0x{byte:02x}. Save it as UTF-8.") from error
+    return text.removeprefix("\ufeff") if first else text
 
 
 def _kind(value: Any) -> str:
     return {list: "an array", dict: "an object", str: "text", bool: "true/false", type(None): "null"}.get(type(value), "a number")
 
 
-def _row(number: int, value: Any) -> SourceRow:
+def _row(origin: str, number: int, value: Any) -> SourceRow:
     if isinstance(value, dict):
-        return SourceRow(number, value)
-    return SourceRow(number, {}, f"expected an object of columns, found {_kind(value)}", value)
+        return SourceRow(number, value, origin=origin)
+    return SourceRow(number, {}, f"expected an object of columns, found {_kind(value)}", value, origin)
+
+
+def _holds_array(path: Path) -> bool:
+    with path.open("rb") as source:
+        return source.read(4096).decode("utf-8", "ignore").removeprefix("\ufeff").lstrip().startswith("[")
 
 
 def _json(path: Path) -> Iterator[SourceRow]:
-    with path.open("rb") as source:
-        start = source.read(4096).decode("utf-8", "ignore").removeprefix("\ufeff").lstrip()
-    return _json_array(path) if start.startswith("[") else _json_lines(path)
+    return _json_array(path) if _holds_array(path) else _json_lines(path)
+
+
+def _unreadable(error: ValueError | RecursionError) -> str:
+    """What json.loads complains of: a place and a reason, a number of too many digits, or too many brackets."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _json_array(path: Path) -> Iterator[SourceRow]:
+    text = _decode(path, path.read_bytes(), "the file", first=True)
     try:
-        values = json.loads(_decode(path, path.read_bytes(), "the file"))
+        values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); expected an array of rows.") from error
+        hint = ""
+        first, _, rest = text.partition("\n")
+        if error.msg == "Extra data" and rest.strip() and _is_json(first):
+            hint = " (a row a line wants objects {...}, not arrays)"
+        raise UserError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); expected an array of rows{hint}."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({_unreadable(error)}); expected an array of rows.") from error
     for number, value in enumerate(values, start=1):
-        yield _row(number, value)
+        yield _row(str(path), number, value)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_lines(path: Path) -> Iterator[SourceRow]:
-    number = 0
+    number, origin = 0, str(path)
     with path.open("rb") as source:
         for at, line in enumerate(source, start=1):
-            text = _decode(path, line, f"line {at}").strip()
+            text = _decode(path, line, f"line {at}", first=at == 1).strip()
             if not text:
                 continue
             number += 1
             try:
                 value = json.loads(text)
-            except json.JSONDecodeError as error:
-                problem = f"not valid JSON at line {at}, column {error.colno} ({error.msg}); expected one whole object a line, or an array of objects"
-                yield SourceRow(number, {}, problem, text)
+            except (ValueError, RecursionError) as error:
+                column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                problem = f"not valid JSON at line {at}{column} ({_unreadable(error)}); expected one whole object a line, or an array of objects"
+                yield SourceRow(number, {}, problem, text, origin)
                 continue
-            yield _row(number, value)
+            yield _row(origin, number, value)
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    doubled = sorted({name for name in header if header.count(name) > 1})
+    if doubled:
+        raise UserError(f"{path}: the header names {', '.join(map(repr, doubled))} more than once; expected a column each.")
+
+
+def _delimiter(path: Path) -> str:
+    """Comma, unless the header has none and has semicolons or tabs, as spreadsheets of some countries write them."""
+    with path.open("rb") as source:
+        header = source.readline().decode("utf-8", "ignore")
+    found = next((mark for mark in (";", "\t") if mark in header), ",") if "," not in header else ","
+    if found != ",":
+        LOG.info("%s: its header has no comma, so cells are taken as separated by %r", path, found)
+    return found
 
 
 def _csv(path: Path) -> Iterator[SourceRow]:
@@ -133,33 +204,96 @@ def _csv(path: Path) -> Iterator[SourceRow]:
     def lines() -> Iterator[str]:
         with path.open("rb") as source:
             for at, line in enumerate(source, start=1):
-                yield _decode(path, line, f"line {at}")
+                yield _decode(path, line, f"line {at}", first=at == 1)
 
-    reader = csv.reader(lines())
-    header = next(reader, [])
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled:
-        raise UserError(f"{path}: the header names {', '.join(map(repr, doubled))} more than once; expected a column each.")
-    number = 0
-    for cells in reader:
-        if not cells:
-            continue
-        number += 1
-        if len(cells) == len(header):
-            yield SourceRow(number, dict(zip(header, cells, strict=True)))
-        else:
-            yield SourceRow(number, {}, f"expected {len(header)} cells as in the header, found {len(cells)}", cells)
+    reader = csv.reader(lines(), delimiter=_delimiter(path), strict=True)
+    number, origin = 0, str(path)
+    try:
+        header = next(reader, [])
+        _check_header(path, header)
+        for cells in reader:
+            if not cells:
+                continue
+            number += 1
+            if len(cells) == len(header):
+                yield SourceRow(number, dict(zip(header, cells, strict=True)), origin=origin)
+            else:
+                yield SourceRow(number, {}, f"expected {len(header)} cells as in the header, found {len(cells)}", cells, origin)
+    except csv.Error as error:
+        raise UserError(f"{path}, row {number + 1}, line {reader.line_num}: not valid CSV ({error}).") from error
 
 
-def _parquet(path: Path) -> Iterator[SourceRow]:
+def _parquet_file(path: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
+
+
+def _parquet(path: Path) -> Iterator[SourceRow]:
+    import pyarrow
+
+    number, origin = 0, str(path)
+    try:
+        for batch in _parquet_file(path).iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield SourceRow(number, value)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
+                yield SourceRow(number, value, origin=origin)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}, after row {number}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
+
+
+def excel_text(text: str) -> str:
+    """`text` as an Excel cell holds it: what XML can't carry, a carriage return and what looks like such an escape become _xHHHH_."""
+    text = _EXCEL_ESCAPE.sub(lambda match: "_x005F" + match[0], text)
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", lambda match: f"_x{ord(match[0]):04X}_", text)
+
+
+def _excel_cell(value: Any) -> str:
+    """A cell as text, as CSV would hold it: a whole number without a point, nothing as ""."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    return _EXCEL_ESCAPE.sub(lambda match: chr(int(match[1], 16)), str(value))
+
+
+def _excel(path: Path) -> Iterator[SourceRow]:
+    """Rows of the first sheet; wholly empty ones are not rows."""
+    from xml.etree.ElementTree import ParseError
+    from zipfile import BadZipFile
+
+    import openpyxl
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    number, origin = 0, str(path)
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        if len(book.sheetnames) > 1:
+            LOG.warning("%s has the sheets %s: only the first is read.", path, ", ".join(book.sheetnames))
+        rows = book.worksheets[0].iter_rows(values_only=True)
+        header = [_excel_cell(cell) for cell in next(rows, ())]
+        while header and not header[-1]:
+            header.pop()
+        _check_header(path, header)
+        for cells in rows:
+            texts = [_excel_cell(cell) for cell in cells]
+            if not any(texts):
+                continue
+            number += 1
+            extra = [text for text in texts[len(header) :] if text]
+            if extra:
+                yield SourceRow(number, {}, f"expected {len(header)} cells as in the header, found {extra[0]!r} beyond them", texts, origin)
+                continue
+            texts += [""] * (len(header) - len(texts))
+            yield SourceRow(number, dict(zip(header, texts[: len(header)], strict=True)), origin=origin)
+        book.close()
+    except (BadZipFile, InvalidFileException, ParseError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path}, after row {number}: not a readable Excel file ({type(error).__name__}: {error}).") from error

@@ -1,27 +1,30 @@
 """Data files as what stages take: TRL data sets, preference pairs, tokenised prompts. Says aloud which format it detected.
 
 A row that doesn't fit is rejected with its file, row number, key, what was expected and what was found; the run stops when more than
-``data.max_bad_rows`` are, and the rejected rows lie in ``data_rejected.jsonl`` in the run directory either way.
+``data.max_bad_rows`` are, and the rejected rows lie in ``data_rejected.jsonl`` in the run directory either way. So do judgements that give no
+pair (ties, skips), which fit and are counted apart.
 """
 
 import hashlib
 import json
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from conf.choices import DataFormat
 from conf.schema import Config, DataConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage, RewardStage
 from rlhf import distributed
 from rlhf.data import encoding
-from rlhf.data.files import SourceRow, check_file, read_rows, scan
-from rlhf.data.formats import Format, Use, by_name, detect, judging_key, nearest_format, texts_in
+from rlhf.data.converting import PROBE, USES, Conversion, Record, both_sides
+from rlhf.data.files import SourceRow, read_rows
+from rlhf.data.formats import Format, Use, texts_in
 from rlhf.data.formats import reading as formats_for
-from rlhf.data.rows import RowError, nearest
+from rlhf.data.mixture import Source, eval_sources, given, mixed, train_sources
 from rlhf.types import JudgedAnswer, PreferencePair, Prompt, UserError
 
 __all__ = [
@@ -41,36 +44,32 @@ __all__ = [
 LOG = logging.getLogger("rlhf.data")
 REJECTED_FILE = "data_rejected.jsonl"
 _SHOWN = 3  # rejected rows quoted in an error
-_PROBE = 20  # first rows among which the format is looked for
-_USES = {
-    Use.sft: "texts or prompts with completions",
-    Use.preference: "pairs of a chosen and a rejected answer",
-    Use.unpaired: "answers judged good or bad, or pairs of a chosen and a rejected answer",
-    Use.prompt: "prompts",
-}
 _OF_PAIRS = (RewardStage, PreferenceStage, CPOStage, ORPOStage)
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A row that fits: its number, what it was turned into, and the columns that a prompt is not made of."""
-
-    number: int
-    value: Any
-    fields: dict[str, Any]
 
 
 @dataclass(slots=True)
 class Loaded:
-    """A file's rows in the form of one use."""
+    """All rows of one side (training, held out) in the form of one use."""
 
-    path: Path
-    format: Format
+    place: str  # for messages: the file, or the option
+    rows: int = 0  # of the files, fitting or not
+    formats: dict[str, Format] = field(default_factory=dict)  # by file
     records: list[Record] = field(default_factory=list)
     rejected: list[tuple[SourceRow, str]] = field(default_factory=list)
+    aside: list[tuple[SourceRow, str]] = field(default_factory=list)
 
     def values(self) -> list[Any]:
         return [r.value for r in self.records]
+
+    def quote(self, rows: Sequence[tuple[SourceRow, str]]) -> str:
+        """The first few rows with their reasons, for a message."""
+        several = len(self.formats) > 1
+        reasons = "; ".join(f"{row.place if several else f'row {row.number}'}: {reason}" for row, reason in rows[:_SHOWN])
+        return f"{reasons}{f'; and {len(rows) - _SHOWN} more' if len(rows) > _SHOWN else ''}"
+
+    def layout(self) -> str:
+        """The formats that the files have, for a message."""
+        return " and ".join(dict.fromkeys(f"{f.name} ({f.columns})" for f in self.formats.values()))
 
 
 def use_of(cfg: Config) -> Use:
@@ -82,104 +81,51 @@ def use_of(cfg: Config) -> Use:
     return Use.sft if isinstance(cfg.stage, OfflineStage) else Use.prompt
 
 
-def choose_format(path: Path, rows: Sequence[SourceRow], use: Use, data: DataConfig) -> Format:
-    """``data.format``, or the first format for `use` that one of the first rows shows.
-
-    Raises UserError: a format that the use can't take; columns that fit none, with the nearest format and what it lacks.
-    """
-    if data.format is not DataFormat.auto:
-        chosen = by_name(data.format.value)
-        if chosen.converter(use) is None:
-            names = ", ".join(f.name for f in formats_for(use))
-            raise UserError(f"data.format={chosen.name} can't be read as {_USES[use]}. Formats that can: {names}.")
-        return chosen
-    readable = [r for r in rows if r.problem is None]
-    for row in readable:
-        found = detect(row.columns, use)
-        if found is not None:
-            mark = judging_key(row.columns)
-            if use is Use.sft and mark is not None:
-                raise UserError(
-                    f"{path}, row {row.number}: the column {mark!r} judges each answer, so this is an unpaired preference file: SFT would also "
-                    f"learn the bad answers. Keep the good rows in a file of their own, or set data.format={found.name} to train on all of them."
-                )
-            return found
-    if not readable:
-        row = rows[0]
-        raise UserError(f"{path}, row {row.number}: {row.problem}.")
-    first = readable[0]
-    other = detect(first.columns)
-    found_keys = ", ".join(map(str, first.columns)) or "none"
-    if other is not None and other.name == "text" and use is Use.prompt:
-        raise UserError(f"{path}: a file of whole texts (column 'text') can't be prompts: expected a column 'prompt' with the text to continue.")
-    closest, missing = nearest_format(first.columns, use)
-    near = nearest(missing, [str(k) for k in first.columns])
-    what = "fit no format" if other is None else f"are format {other.name}"
-    raise UserError(
-        f"{path}, row {first.number}: expected {_USES[use]}, but its keys ({found_keys}) {what}. "
-        f"Nearest format: {closest.name} ({closest.columns}), which needs the key {missing!r}{f' (nearest key found: {near!r})' if near else ''}. "
-        f"All formats that can be read so: {', '.join(f.name for f in formats_for(use))}."
+def _convert(sources: Sequence[Source], use: Use, cfg: Config, max_rows: int | None) -> Loaded:
+    """Read rows and turn them into records of `use`; those that don't fit, and ties, are kept apart with their reasons."""
+    names = [part.origin for source in sources for part in source.parts]
+    out = Loaded(names[0] if len(names) == 1 else sources[0].name if len(sources) == 1 else ", ".join(source.name for source in sources))
+    conversion = Conversion(
+        use,
+        sources,
+        rejected=lambda row, reason: out.rejected.append((row, reason)),
+        aside=lambda row, reason: out.aside.append((row, reason)),
+        probe=PROBE + cfg.data.max_bad_rows,
     )
-
-
-def _shape(value: Any) -> str:
-    """Text or conversations: what every row of a file must have in common."""
-    part = value.chosen if isinstance(value, PreferencePair) else value.completion if isinstance(value, JudgedAnswer) else value
-    if isinstance(part, dict):
-        part = next(iter(part.values()))
-    return "messages" if isinstance(part, list) else "text"
-
-
-def convert(path: Path, rows: Iterable[SourceRow], format_: Format, use: Use) -> Loaded:
-    """Turn rows into records of `use`; rows that don't fit are kept apart with their reason."""
-    converter = format_.converter(use)
-    assert converter is not None
-    out = Loaded(path, format_)
-    shape: tuple[str, int] | None = None
-    for row in rows:
-        if row.problem is not None:
-            out.rejected.append((row, row.problem))
-            continue
-        try:
-            value = converter(row.columns)
-        except RowError as error:
-            out.rejected.append((row, str(error)))
-            continue
-        found = _shape(value)
-        shape = shape or (found, row.number)
-        if found != shape[0]:
-            out.rejected.append((row, f"expected {shape[0]} as in row {shape[1]}, found {found}"))
-            continue
-        out.records.append(Record(row.number, value, {k: v for k, v in row.columns.items() if k not in format_.consumed}))
+    for row in islice(mixed(sources, cfg.run.seed), max_rows):
+        out.rows += 1
+        out.records.extend(conversion.records(row))
+    out.formats = conversion.formats
+    if not out.rows:
+        raise UserError(f"{sources[0].key}={sources[0].name} holds no rows: expected {USES[use]}.")
     return out
 
 
-def load(cfg: Config, path: str, use: Use, key: str) -> Loaded:
-    """Read a whole file for `use`. Raises UserError for the file, and when more than ``data.max_bad_rows`` rows don't fit."""
-    data = cfg.data
-    rows = list(scan(path, data.max_rows, key))
-    if not rows:
-        raise UserError(f"{key}={path} holds no rows: expected {_USES[use]}.")
-    place = Path(path).expanduser()
-    loaded = convert(place, rows, choose_format(place, rows[: _PROBE + data.max_bad_rows], use, data), use)
+def load(cfg: Config, sources: Sequence[Source], use: Use) -> Loaded:
+    """Read whole files for `use`. Raises UserError for a file, and when more than ``data.max_bad_rows`` rows don't fit."""
+    for note in (note for source in sources for note in source.notes):
+        if distributed.is_main():
+            LOG.info(note)
+    loaded = _convert(sources, use, cfg, cfg.data.max_rows)
+    kept = write_rejected(cfg, loaded) if loaded.rejected or loaded.aside else None
+    if loaded.aside:
+        LOG.warning("%s: %d judgements give no pair and are set aside in %s: %s.", loaded.place, len(loaded.aside), kept, loaded.quote(loaded.aside))
     if loaded.rejected:
-        kept = write_rejected(cfg, loaded)
-        reasons = "; ".join(f"row {row.number}: {reason}" for row, reason in loaded.rejected[:_SHOWN])
-        more = f"; and {len(loaded.rejected) - _SHOWN} more" if len(loaded.rejected) > _SHOWN else ""
-        wanted = f"{loaded.format.name} ({loaded.format.columns})"
-        said = f"{place}: {len(loaded.rejected)} of {len(rows)} rows don't fit format {wanted}: {reasons}{more}."
-        if len(loaded.rejected) > data.max_bad_rows:
-            raise UserError(f"{said} data.max_bad_rows={data.max_bad_rows} allows no more. Rejected rows: {kept}.")
+        said = f"{loaded.place}: {len(loaded.rejected)} of {loaded.rows} rows don't fit format {loaded.layout()}: {loaded.quote(loaded.rejected)}."
+        if len(loaded.rejected) > cfg.data.max_bad_rows:
+            raise UserError(f"{said} data.max_bad_rows={cfg.data.max_bad_rows} allows no more. Rejected rows: {kept}.")
         LOG.warning("%s They are left out and kept in %s.", said, kept)
     if not loaded.records:
-        raise UserError(f"{key}={path} holds no row that fits: expected {_USES[use]}.")
+        raise UserError(f"{sources[0].key}={sources[0].name} holds no row that fits: expected {USES[use]}.")
     if distributed.is_main():
-        LOG.info("%s: %d rows, read as %s (%s)", place, len(loaded.records), loaded.format.name, loaded.format.columns)
+        counts = Counter(record.origin for record in loaded.records)
+        for origin, format_ in loaded.formats.items():
+            LOG.info("%s: %d rows, read as %s (%s)", origin, counts[origin], format_.name, format_.columns)
     return loaded
 
 
 def write_rejected(cfg: Config, loaded: Loaded) -> Path:
-    """Keep rejected rows: in the run directory where it exists, else beside it. Rows of an earlier read of the same file are replaced."""
+    """Keep rejected rows: in the run directory where it exists, else beside it. Rows of an earlier read of the same files are replaced."""
     folder = Path(cfg.run.dir).expanduser() / cfg.run.name
     if (folder / cfg.stage.name).is_dir():
         folder = folder / cfg.stage.name
@@ -187,62 +133,65 @@ def write_rejected(cfg: Config, loaded: Loaded) -> Path:
     if not distributed.is_main():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    source = str(loaded.path)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [line for line in lines if json.loads(line)["file"] != source]
-    for row, reason in loaded.rejected:
-        content = row.columns if row.problem is None else row.raw
-        lines.append(json.dumps({"file": source, "row": row.number, "reason": reason, "content": content}, ensure_ascii=False, default=str))
+    lines = [line for line in lines if json.loads(line)["file"] not in loaded.formats]
+    for set_aside, rows in ((False, loaded.rejected), (True, loaded.aside)):
+        for row, reason in rows:
+            content = row.columns if row.problem is None else row.raw
+            entry = {"file": row.origin, "row": row.number, "reason": reason, "set_aside": set_aside, "content": content}
+            lines.append(json.dumps(entry, ensure_ascii=False, default=str))
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     beside.replace(path)
     return path
 
 
-def check_first_rows(cfg: Config, path: str, use: Use, key: str) -> None:
-    """For preflight: the file is there, not empty, and its first rows have a format that fits. Raises UserError."""
-    loaded = _first_rows(cfg, path, use, key)
-    if len(loaded.rejected) > cfg.data.max_bad_rows:
-        row, reason = loaded.rejected[0]
-        raise UserError(f"{loaded.path}, row {row.number}: {reason} (read as format {loaded.format.name}: {loaded.format.columns}).")
+def _sides(cfg: Config) -> list[list[Source]]:
+    return [sources for sources in (train_sources(cfg), eval_sources(cfg)) if sources]
 
 
-def first_fields(cfg: Config, path: str, use: Use, key: str) -> list[tuple[str, dict[str, Any]]]:
-    """For preflight: (place, columns beside the prompt) of the first rows that fit. Raises UserError as `check_first_rows`."""
-    loaded = _first_rows(cfg, path, use, key)
-    return [(f"{loaded.path}, row {record.number}", record.fields) for record in loaded.records]
+def check_first_rows(cfg: Config, use: Use) -> None:
+    """For preflight: each file is there, not empty, and its first rows have a format that fits. Raises UserError."""
+    for sources in _sides(cfg):
+        for loaded in _first_rows(cfg, sources, use):
+            if len(loaded.rejected) > cfg.data.max_bad_rows:
+                row, reason = loaded.rejected[0]
+                raise UserError(f"{row.place}: {reason} (read as format {loaded.layout()}).")
 
 
-def _first_rows(cfg: Config, path: str, use: Use, key: str) -> Loaded:
-    place = check_file(path, key)
-    rows = list(scan(path, _PROBE + cfg.data.max_bad_rows, key))
-    if not rows:
-        raise UserError(f"{key}={path} holds no rows: expected {_USES[use]}.")
-    return convert(place, rows, choose_format(place, rows, use, cfg.data), use)
+def first_fields(cfg: Config, use: Use) -> list[tuple[str, dict[str, Any]]]:
+    """For preflight: (place, columns beside the prompt) of each file's first rows that fit. Raises UserError as `check_first_rows`."""
+    firsts = [loaded for sources in _sides(cfg) for loaded in _first_rows(cfg, sources, use)]
+    return [(record.place, record.fields) for loaded in firsts for record in loaded.records]
+
+
+def _first_rows(cfg: Config, sources: Sequence[Source], use: Use) -> list[Loaded]:
+    """The first rows of each file by itself."""
+    alone = [replace(source, parts=(part,), cap=None, weight=None) for source in sources for part in source.parts]
+    return [_convert([source], use, cfg, PROBE + cfg.data.max_bad_rows) for source in alone]
 
 
 def check_first_margin(cfg: Config) -> None:
-    """For preflight: the first row that fits has the margin that ``stage.margin=true`` needs. Raises UserError."""
-    path = Path(required_path(cfg)).expanduser()
-    rows = list(scan(path, _PROBE + cfg.data.max_bad_rows))
-    _require_margins(convert(path, rows, choose_format(path, rows, Use.preference, cfg.data), Use.preference))
+    """For preflight: the first rows that fit have the margin that ``stage.margin=true`` needs. Raises UserError."""
+    for loaded in _first_rows(cfg, train_sources(cfg), Use.preference):
+        _require_margins(loaded)
 
 
 def _require_margins(loaded: Loaded) -> None:
     lacking = next((r for r in loaded.records if r.value.margin is None), None)
     if lacking is not None:
         raise UserError(
-            f"{loaded.path}, row {lacking.number}: stage.margin=true, but the row has no margin: "
-            "expected a column 'margin' (or score_chosen and score_rejected)."
+            f"{lacking.place}: stage.margin=true, but the row has no margin: expected a column 'margin' (or score_chosen and score_rejected)."
         )
 
 
-def required_path(cfg: Config) -> str:
-    """``data.path``. Raises UserError when it isn't set."""
-    if cfg.data.path is None:
+def required_sources(cfg: Config) -> list[Source]:
+    """The training rows' sources. Raises UserError when none is set."""
+    sources = train_sources(cfg)
+    if not sources:
         names = ", ".join(f.name for f in formats_for(use_of(cfg)))
-        raise UserError(f"data.path is not set: stage={cfg.stage.name} needs a file of {_USES[use_of(cfg)]} (formats: {names}).")
-    return cfg.data.path
+        raise UserError(f"data.path is not set: stage={cfg.stage.name} needs a file of {USES[use_of(cfg)]} (formats: {names}).")
+    return sources
 
 
 def stable_hash(value: Any) -> str:
@@ -273,9 +222,9 @@ def split_rows(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[
 
 def _train_and_eval(cfg: Config, use: Use, group: Callable[[Any], Any]) -> tuple[Loaded, Loaded]:
     """Training and held-out records: ``data.eval_path``, or a share of ``data.path`` drawn by ``run.seed``."""
-    train = load(cfg, required_path(cfg), use, "data.path")
+    train = load(cfg, required_sources(cfg), use)
     if cfg.data.eval_path is not None:
-        return train, load(cfg, cfg.data.eval_path, use, "data.eval_path")
+        return train, load(cfg, eval_sources(cfg), use)
     return _split(train, [stable_hash(group(r.value)) for r in train.records], cfg)
 
 
@@ -287,7 +236,7 @@ def _split(loaded: Loaded, groups: Sequence[str], cfg: Config) -> tuple[Loaded, 
 
 def _require_eval(held: Loaded, cfg: Config) -> None:
     if not held.records:
-        raise UserError(f"data.path={cfg.data.path}: all its rows have one prompt, so none can be held out. Give a second file as data.eval_path.")
+        raise UserError(f"{given(cfg.data)}: all its rows have one prompt, so none can be held out. Give a second file as data.eval_path.")
 
 
 def sft_rows(cfg: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -298,7 +247,7 @@ def sft_rows(cfg: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
     train, held = _train_and_eval(cfg, Use.sft, group)
     if not held.records:  # one prompt in all rows, as in instruction data with a fixed instruction: then rows are held out
-        train, held = _split(train, [str(r.number) for r in train.records], cfg)
+        train, held = _split(train, [r.place for r in train.records], cfg)
     _require_eval(held, cfg)
     return train.values(), held.values()
 
@@ -326,7 +275,7 @@ def judged_answers(cfg: Config) -> tuple[list[JudgedAnswer], list[JudgedAnswer]]
     def single(value: JudgedAnswer | PreferencePair) -> list[JudgedAnswer]:
         if isinstance(value, JudgedAnswer):
             return [value]
-        return [JudgedAnswer(value.prompt, value.chosen, True), JudgedAnswer(value.prompt, value.rejected, False)]
+        return both_sides(value)
 
     train, held = _train_and_eval(cfg, Use.unpaired, group)
     _require_eval(held, cfg)
@@ -334,7 +283,7 @@ def judged_answers(cfg: Config) -> tuple[list[JudgedAnswer], list[JudgedAnswer]]
     labels = {answer.good for answer in answers}
     if len(labels) == 1:
         found = "good" if labels == {True} else "bad"
-        raise UserError(f"{train.path}: each of its {len(answers)} training answers is judged {found}: expected good ones and bad ones.")
+        raise UserError(f"{train.place}: each of its {len(answers)} training answers is judged {found}: expected good ones and bad ones.")
     return answers, [a for value in held.values() for a in single(value)]
 
 
@@ -385,17 +334,18 @@ def _tokenise(tokenizer: Any, loaded: Loaded, data: DataConfig) -> list[Prompt]:
     for record in loaded.records:
         ids = encoding.prompt_ids(tokenizer, record.value)
         if not ids:
-            raise UserError(f"{loaded.path}, row {record.number}: the prompt has no tokens, so there is nothing to continue.")
+            raise UserError(f"{record.place}: the prompt has no tokens, so there is nothing to continue.")
         cut = len(ids) > limit
         if cut:
-            long.append((len(ids), record.number))
+            long.append((len(ids), record.number, record.place))
             ids = ids[-limit:]
         text = record.value if isinstance(record.value, str) and not cut else tokenizer.decode(ids)
         out.append(Prompt(id=stable_hash(record.value), text=text, token_ids=tuple(ids), source=record.value, fields=record.fields))
     if long and not data.truncate_prompts:
-        tokens, number = max(long)
+        tokens, number, place = max(long)
+        where = f"row {number}" if len(loaded.formats) == 1 else place
         raise UserError(
-            f"{loaded.path}: {len(long)} of {len(out)} prompts are longer than data.max_prompt_length={limit} tokens; the longest is row {number} "
+            f"{loaded.place}: {len(long)} of {len(out)} prompts are longer than data.max_prompt_length={limit} tokens; the longest is {where} "
             f"with {tokens}. Raise data.max_prompt_length, or set data.truncate_prompts=true to keep each prompt's last tokens."
         )
     return out
@@ -414,11 +364,11 @@ def prompts(cfg: Config, tokenizer: Any, split: str = "train") -> list[Prompt]:
         _require_eval(held, cfg)
     chosen = train if split == "train" else held
     if isinstance(chosen.records[0].value, list):
-        encoding.require_template(tokenizer, str(chosen.path))
+        encoding.require_template(tokenizer, chosen.place)
     return _tokenise(tokenizer, chosen, cfg.data)
 
 
 def stage_texts(cfg: Config) -> Iterable[str]:
     """Every text in the rows of ``data.path``, as the stage reads them: what a tiny model's tokenizer is trained on."""
-    for record in load(cfg, required_path(cfg), use_of(cfg), "data.path").records:
+    for record in load(cfg, required_sources(cfg), use_of(cfg)).records:
         yield from texts_in(record.value)

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ _SPEAKERS = {
     "assistant": "assistant",
     "system": "system",
 }
+_HALVES = re.compile("[\ud800-\udfff]")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -59,6 +61,8 @@ def text_of(row: Row, key: str, *, empty: bool = False) -> str:
         raise RowError(f"key {key!r}: expected text, found {describe(value)}")
     if not value and not empty:
         raise RowError(f"key {key!r}: expected text, found an empty one")
+    if _HALVES.search(value):
+        raise RowError(f"key {key!r}: expected text, found half of a surrogate pair (U+D800 to U+DFFF), which no encoding holds")
     return value
 
 
@@ -114,25 +118,28 @@ def without_answer(chat: Chat, key: str) -> Chat:
     return prompt
 
 
+def number_of(row: Row, key: str) -> float:
+    """A required finite number, also as a table's text. Raises RowError."""
+    found = value_of(row, key)
+    try:
+        value = math.nan if isinstance(found, bool) else float(found)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise RowError(f"key {key!r}: expected a finite number, found {describe(found)}")
+    return value
+
+
 def margin_of(row: Row) -> float | None:
     """``margin``, or the difference of ``score_chosen`` and ``score_rejected``; None without either. Raises RowError."""
-
-    def number(key: str) -> float:
-        try:
-            value = math.nan if isinstance(row[key], bool) else float(row[key])
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise RowError(f"key {key!r}: expected a finite number, found {describe(row[key])}")
-        return value
 
     def present(key: str) -> bool:
         return row.get(key) is not None and row[key] != ""
 
     if present("margin"):
-        return number("margin")
+        return number_of(row, "margin")
     if present("score_chosen") and present("score_rejected"):
-        return number("score_chosen") - number("score_rejected")
+        return number_of(row, "score_chosen") - number_of(row, "score_rejected")
     return None
 
 

@@ -21,6 +21,7 @@ from reward.scorer import make_scorer
 from reward.terms import model_paths
 from rlhf import console, distributed
 from rlhf.data import reading
+from rlhf.data.mixture import data_files, given
 from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype
 from rlhf.run import RunContext
 from rlhf.stages.sync import verify_sync
@@ -45,7 +46,8 @@ def run(ctx: RunContext) -> None:
     scorer = _scorer(cfg, tokenizer)
     for kind, path in (("before", paths[0]), ("after", paths[1]), *(("reward", path) for _, path in model_paths(cfg.reward))):
         ctx.add_parent(kind, path)
-    ctx.add_data(cfg.data.eval_path or cfg.data.path)
+    for file in data_files(cfg):
+        ctx.add_data(file)
     ctx.add_data(stage.judge_path if Judge.classifier in stage.judges else None)
 
     after_model = load_causal_lm(_model(cfg, paths[1]), tokenizer)
@@ -96,7 +98,8 @@ def same_tokenizer(cfg: Config, before: str, after: str) -> Any:
 def _prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
     """The first ``stage.prompts`` held-out prompts; a lone data.eval_path is taken whole."""
     assert isinstance(cfg.stage, EvalStage)
-    source = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=cfg.data.path or cfg.data.eval_path))
+    whole = given(cfg.data) is None
+    source = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=cfg.data.eval_path)) if whole else cfg
     prompts = reading.prompts(source, tokenizer, split="eval")
     if len(prompts) < cfg.stage.prompts:
         LOG.warning("stage.prompts=%d, but there are only %d held-out prompts; all of them are used.", cfg.stage.prompts, len(prompts))

@@ -22,6 +22,8 @@ from reward.scorer import make_scorer
 from reward.terms import model_paths
 from rlhf import distributed
 from rlhf.data import reading
+from rlhf.data.mixture import data_files
+from rlhf.data.templates import template_text
 from rlhf.models import load_causal_lm, load_classifier, load_tokenizer, resolve_dtype, train_tokenizer
 from rlhf.run import RunContext, seed_everything
 from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, Scorer, UserError
@@ -134,7 +136,10 @@ def _layout(cfg: Config, model: Any) -> Layout:
 def _tokenizer(cfg: Config) -> Any:
     if cfg.model.path is not None:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
-    return train_tokenizer(reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
+    tokenizer = train_tokenizer(reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
+    if cfg.data.chat_template is not None:
+        tokenizer.chat_template = template_text(cfg.data.chat_template)
+    return tokenizer
 
 
 def _register(ctx: RunContext) -> None:
@@ -142,8 +147,8 @@ def _register(ctx: RunContext) -> None:
         ctx.add_parent("policy", ctx.cfg.model.path)
     for _, path in model_paths(ctx.cfg.reward):
         ctx.add_parent("reward", path)
-    if ctx.cfg.data.path is not None:
-        ctx.add_data(ctx.cfg.data.path)
+    for path in data_files(ctx.cfg):
+        ctx.add_data(path)
 
 
 def _start_directory(ctx: RunContext, tokenizer: Any) -> str:

@@ -25,7 +25,9 @@ from policy.deepspeed_engine import ensure_process_group, gather_zero3, prepare_
 from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
 from rlhf import console, distributed
+from rlhf.data.mixture import data_files
 from rlhf.data.reading import stage_texts
+from rlhf.data.templates import template_text
 from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
 from rlhf.run import RunContext
 from rlhf.types import TrainingDiverged, UserError
@@ -78,10 +80,7 @@ def load_stage_tokenizer(cfg: Config) -> Any:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
     tokenizer = train_tokenizer(stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
     if cfg.data.chat_template is not None:
-        place = Path(cfg.data.chat_template)
-        if not place.is_file():
-            raise UserError(f"data.chat_template={cfg.data.chat_template}: no such file.")
-        tokenizer.chat_template = place.read_text(encoding="utf-8")
+        tokenizer.chat_template = template_text(cfg.data.chat_template)
     return tokenizer
 
 
@@ -400,7 +399,7 @@ def greedy_samples(model_cfg: ModelConfig, tokenizer: Any, directory: Path, cont
 def record_inputs(ctx: RunContext, kind: str) -> None:
     """The run's manifest names what it read: the model it starts from (as `kind`) and its data files."""
     ctx.add_parent(kind, ctx.cfg.model.path)
-    for path in (ctx.cfg.data.path, ctx.cfg.data.eval_path):
+    for path in data_files(ctx.cfg):
         ctx.add_data(path)
 
 

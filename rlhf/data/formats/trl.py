@@ -1,0 +1,109 @@
+"""TRL's own columns: whole texts, prompts, prompts with completions, pairs with an explicit or an implicit prompt, judged answers."""
+
+from typing import Any
+
+from rlhf.data.formats.base import Format, has_chat, make_pair, prompt_of_pair, prompt_or_nothing, split_chats
+from rlhf.data.rows import Chat, Row, RowError, answer_of, describe, judgement_of, text_of, text_or_chat
+from rlhf.types import JudgedAnswer, PreferencePair
+
+
+def _sft_text(row: Row) -> dict[str, Any]:
+    return {"text": text_of(row, "text")}
+
+
+def _sft_prompt_completion(row: Row) -> dict[str, Any]:
+    prompt, completion = text_or_chat(row, "prompt"), answer_of(row, "completion")
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise RowError(f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found {describe(completion)}")
+    return {"prompt": prompt, "completion": completion}
+
+
+def pair_explicit(row: Row) -> PreferencePair:
+    """prompt, chosen and rejected as they stand. Raises RowError."""
+    prompt = prompt_or_nothing(row, "prompt")
+    return make_pair(row, prompt, answer_of(row, "chosen"), answer_of(row, "rejected"))
+
+
+def pair_implicit(row: Row) -> PreferencePair:
+    """chosen and rejected with their prompt inside: conversations are split, texts stay whole. Raises RowError."""
+    chosen, rejected = answer_of(row, "chosen"), answer_of(row, "rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        if chosen == rejected:
+            return make_pair(row, "", chosen, rejected)  # raises
+        return make_pair(row, *split_chats(chosen, rejected))
+    return make_pair(row, "", chosen, rejected)
+
+
+def _unpaired(row: Row) -> JudgedAnswer:
+    prompt, completion = prompt_or_nothing(row, "prompt"), answer_of(row, "completion")
+    if prompt and isinstance(prompt, list) != isinstance(completion, list):
+        raise RowError(f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found {describe(completion)}")
+    return JudgedAnswer(prompt=prompt, completion=completion, good=judgement_of(row, "label"))
+
+
+def prompt_plain(row: Row) -> str | Chat:
+    """The column prompt, which ends before the assistant's turn. Raises RowError."""
+    prompt = text_or_chat(row, "prompt")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise RowError("key 'prompt': expected messages that end before the assistant's turn, found an assistant's message last")
+    return prompt
+
+
+def _pair_ultrafeedback(row: Row) -> PreferencePair:
+    prompt, pair = text_of(row, "prompt"), pair_implicit(row)
+    assert isinstance(pair.prompt, list)
+    last = pair.prompt[-1]
+    first_user = next((m["content"] for m in pair.prompt if m["role"] == "user"), None)
+    if prompt not in (last["content"], first_user):
+        raise RowError(f"key 'prompt': expected the conversation's user message {describe(first_user)}, found {describe(prompt)}")
+    return pair
+
+
+ULTRAFEEDBACK = Format(
+    "ultrafeedback",
+    ("prompt", "chosen", "rejected"),
+    "prompt (text); chosen, rejected (whole conversations)",
+    pair=_pair_ultrafeedback,
+    prompt=prompt_of_pair(_pair_ultrafeedback),
+    test=lambda row: isinstance(row["prompt"], str) and has_chat(row, "chosen") and has_chat(row, "rejected"),
+    consumed=("prompt",),
+    answers=("chosen", "rejected", "margin"),
+)
+PREFERENCE = Format(
+    "preference",
+    ("prompt", "chosen", "rejected"),
+    "prompt, chosen, rejected (texts or lists of messages)",
+    pair=pair_explicit,
+    prompt=prompt_plain,
+    consumed=("prompt",),
+    answers=("chosen", "rejected", "margin"),
+)
+IMPLICIT = Format(
+    "implicit_preference",
+    ("chosen", "rejected"),
+    "chosen, rejected (whole texts or whole conversations)",
+    pair=pair_implicit,
+    prompt=prompt_of_pair(pair_implicit),
+    consumed=("chosen", "rejected"),
+    answers=("margin",),
+)
+UNPAIRED = Format(
+    "unpaired",
+    ("prompt", "completion", "label"),
+    "prompt, completion (texts or lists of messages), label (true: a good answer)",
+    unpaired=_unpaired,
+    prompt=prompt_plain,
+    consumed=("prompt",),
+    answers=("completion", "label"),
+)
+PROMPT_COMPLETION = Format(
+    "prompt_completion",
+    ("prompt", "completion"),
+    "prompt, completion (texts or lists of messages)",
+    sft=_sft_prompt_completion,
+    prompt=prompt_plain,
+    consumed=("prompt",),
+    answers=("completion",),
+)
+PROMPT = Format("prompt", ("prompt",), "prompt (text or a list of messages)", prompt=prompt_plain, consumed=("prompt",))
+TEXT = Format("text", ("text",), "text", sft=_sft_text, answers=("text",))
