@@ -7,6 +7,7 @@ Without weights the sources follow one another.
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,6 +18,7 @@ from conf.choices import DataFormat
 from conf.schema import Config, DataConfig, SourceConfig
 from rlhf.data.files import SourceRow
 from rlhf.data.parts import Part, parts_of
+from rlhf.data.rows import RowError
 from rlhf.types import UserError
 
 Row = dict[str, Any]
@@ -42,8 +44,12 @@ class Source:
         """All rows of one of its parts, transformed."""
         for row in part.open():
             columns = row.columns
-            for transform in self.transforms if row.problem is None else ():
-                columns = transform(columns)
+            try:
+                for transform in self.transforms if row.problem is None else ():
+                    columns = transform(columns)
+            except RowError as error:
+                yield replace(row, problem=str(error), raw=row.columns)
+                continue
             yield row if columns is row.columns else replace(row, columns=columns)
 
     def size(self) -> int:
@@ -63,11 +69,19 @@ def train_sources(cfg: Config) -> list[Source]:
     """What data.path, data.sources or data.dataset name; empty when none is set. Raises UserError for what isn't there."""
     data = cfg.data
     if data.sources:
-        return [_named(name, source, data) for name, source in data.sources.items()]
+        out = [_named(name, source, data) for name, source in data.sources.items()]
+        origins = Counter(part.origin for source in out for part in source.parts)
+        twice = next((origin for origin, times in origins.items() if times > 1), None)
+        if twice is not None:
+            raise UserError(f"data.sources: {twice} is in more than one of them. Name it once, with the weight that it shall have.")
+        return out
     if data.dataset is not None:
         from rlhf.data import registry
 
         assert data.registry is not None
+        if data.format is not DataFormat.auto or data.columns:
+            option = "data.columns" if data.columns else f"data.format={data.format.value}"
+            raise UserError(f"{option} and data.dataset={data.dataset}: the registry says both format and columns. Leave {option} out.")
         return registry.sources(Path(data.registry).expanduser(), data.dataset)
     return [] if data.path is None else [_plain(data.path, "data.path", data)]
 

@@ -1,0 +1,202 @@
+"""LLaMA-Factory's dataset_info.json, so that its users bring their registry along (data.registry, data.dataset).
+
+    {"NAME": {"file_name": "x.json" | "hf_hub_url": "OWNER/NAME", "formatting": "alpaca" | "sharegpt", "ranking": true, "subset": ..., "split": ...,
+              "num_samples": N, "columns": {"prompt": "instruction", ...}, "tags": {"role_tag": "from", ...}}}
+
+Recalled, not read in its source; what an entry leaves out is assumed as there and said aloud. `columns` maps a role to the file's column, `tags` a role
+to the file's word. Their rows become ours: alpaca (instruction, input, output ...), sharegpt (conversations of {from, value}), with chosen and
+rejected for ranking and kto_tag for judged answers. num_samples draws rows by run.seed. Not read: tools, images and other media (refused where a row
+holds some), and places other than a file and the Hugging Face hub.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conf.choices import DataFormat
+from rlhf.data.files import SUFFIXES
+from rlhf.data.mixture import Row, Source, Transform
+from rlhf.data.parts import Part, parts_of
+from rlhf.data.rows import RowError, nearest
+from rlhf.types import UserError
+
+_ENTRY = ("file_name", "hf_hub_url", "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags")
+_ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # role: its column where the entry names none
+_COLUMNS = {
+    "alpaca": ("prompt", "query", "response", "history", "system", "chosen", "rejected", "kto_tag"),
+    "sharegpt": ("messages", "system", "chosen", "rejected", "kto_tag"),
+}
+_MEDIA = ("tools", "images", "videos", "audios")
+_OURS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}  # what we call a role's column
+_TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+_SPEAKERS = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}  # ours
+
+
+def sources(path: Path, names: str) -> list[Source]:
+    """The entries NAME or NAME,NAME of the registry, one after the other. Raises UserError naming file, entry and key."""
+    entries = _read(path)
+    out = []
+    for name in (one.strip() for one in names.split(",")):
+        if name not in entries:
+            near = nearest(name, list(entries))
+            hint = f" Nearest: {near}." if near else ""
+            raise UserError(f"data.dataset={names}: {path} has no entry {name!r}; it has {', '.join(list(entries)[:20])}.{hint}")
+        out.append(_source(path, name, entries[name]))
+    return out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"data.registry={path}: no such file. Expected LLaMA-Factory's dataset_info.json.")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, byte {error.start + 1}: expected UTF-8 text. Save it as UTF-8.") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: expected an object of entries by name, found {type(entries).__name__}.")
+    return entries
+
+
+def _source(path: Path, name: str, entry: Any) -> Source:
+    place = f"{path}, entry {name!r}"
+    _check_entry(place, entry)
+    formatting = entry.get("formatting", "alpaca")
+    columns = _columns(place, entry, formatting)
+    tags = _TAGS | _strings(place, entry, "tags", tuple(_TAGS))
+    judged, ranking = "kto_tag" in columns, bool(entry.get("ranking", False))
+    if ranking and judged:
+        raise UserError(f"{place}: expected ranking or a kto_tag, found both.")
+    kind = f"{formatting}_preference" if ranking else f"{formatting}_unpaired" if judged else formatting
+    transform = alpaca_rows(columns) if formatting == "alpaca" else sharegpt_rows(columns, tags)
+    count = entry.get("num_samples")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise UserError(f"{place}, key 'num_samples': expected a number of rows of at least 1, found {count!r}.")
+    key = f"data.dataset (entry {name!r} of {path})"
+    return Source(key, name, _parts(path, place, key, entry), DataFormat[kind], (transform,), count, notes=_assumed(place, entry, kind))
+
+
+def _check_entry(place: str, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{place}: expected an object, found {type(entry).__name__}.")
+    elsewhere = [key for key in _ELSEWHERE if key in entry]
+    if not any(key in entry for key in ("file_name", "hf_hub_url")):
+        found = f" Found {elsewhere[0]!r}, a place that is not read." if elsewhere else ""
+        raise UserError(f"{place}: expected 'file_name' or 'hf_hub_url'.{found}")
+    unknown = next((key for key in entry if key not in (*_ENTRY, *_ELSEWHERE)), None)
+    if unknown is not None:
+        raise UserError(f"{place}: unknown key {unknown!r}; nearest: {nearest(unknown, _ENTRY)!r}. Known keys: {', '.join(_ENTRY)}.")
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in _COLUMNS:
+        raise UserError(
+            f"{place}, key 'formatting': expected alpaca or sharegpt, found {formatting!r}; nearest: {nearest(str(formatting), list(_COLUMNS))!r}."
+        )
+
+
+def _strings(place: str, entry: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[str, str]:
+    found = entry.get(key) or {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise UserError(f"{place}, key {key!r}: expected an object of texts, found {found!r}.")
+    unknown = next((one for one in found if one not in known), None)
+    if unknown is not None:
+        raise UserError(f"{place}, key {key!r}: unknown {unknown!r}; nearest: {nearest(unknown, known)!r}. Known: {', '.join(known)}.")
+    return found
+
+
+def _columns(place: str, entry: Mapping[str, Any], formatting: str) -> dict[str, str]:
+    """The file's column of each role that the entry's rows have."""
+    given = _strings(place, entry, "columns", (*_COLUMNS[formatting], *_MEDIA))
+    if formatting == "alpaca":
+        columns = _ALPACA | given
+        if entry.get("ranking"):
+            columns.pop("response", None)
+            columns = {"chosen": "chosen", "rejected": "rejected"} | columns
+        return columns
+    defaults = {"messages": "conversations"}
+    if entry.get("ranking"):
+        defaults |= {"chosen": "chosen", "rejected": "rejected"}
+    return defaults | given
+
+
+def _parts(path: Path, place: str, key: str, entry: Mapping[str, Any]) -> tuple[Part, ...]:
+    subset, split = entry.get("subset"), entry.get("split")
+    if "file_name" not in entry:
+        if "folder" in entry:
+            raise UserError(f"{place}, key 'folder': a folder of a hub's data set is not read. Give its files as 'file_name'.")
+        return parts_of(str(entry["hf_hub_url"]), key, subset, split)
+    file = path.parent / str(entry["file_name"])
+    if file.is_dir() and not any((file / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        files = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES)
+        if not files:
+            raise UserError(f"{place}, key 'file_name': the directory {file} holds no file that ends with {', '.join(SUFFIXES)}.")
+        return tuple(part for one in files for part in parts_of(str(one), key))
+    return parts_of(str(file), key, subset, split if file.is_dir() else None)
+
+
+def _assumed(place: str, entry: Mapping[str, Any], kind: str) -> tuple[str, ...]:
+    assumed = []
+    if "formatting" not in entry:
+        assumed.append("formatting alpaca")
+    if not entry.get("columns"):
+        assumed.append("the columns' usual names")
+    if kind.startswith("sharegpt") and not entry.get("tags"):
+        assumed.append("the tags from/value and human/gpt")
+    if "hf_hub_url" in entry and "file_name" in entry:
+        assumed.append("the file rather than the hub")
+    said = f" Assumed, as LLaMA-Factory does: {', '.join(assumed)}." if assumed else ""
+    return (f"{place}: read as {kind}.{said}",)
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with our names for the roles' columns; columns of other roles keep theirs. A column that has our name by chance is left out."""
+    ours = {_OURS.get(role, role): row[column] for role, column in columns.items() if column in row and role not in _MEDIA}
+    shadowed = {_OURS.get(role, role) for role in (*_COLUMNS["alpaca"], *_COLUMNS["sharegpt"])}
+    others = {key: value for key, value in row.items() if key not in columns.values() and key not in shadowed}
+    return {**others, **ours}
+
+
+def alpaca_rows(columns: Mapping[str, str]) -> Transform:
+    """Rows of an alpaca entry as instruction, input, output, system, history (chosen, rejected or kto_tag)."""
+
+    def transform(row: Row) -> Row:
+        _refuse_media(row, columns)
+        return _renamed(row, columns)
+
+    return transform
+
+
+def sharegpt_rows(columns: Mapping[str, str], tags: Mapping[str, str]) -> Transform:
+    """Rows of a sharegpt entry as conversations of {from, value} with the speakers human, gpt and system."""
+    speakers = {tags[tag]: ours for tag, ours in _SPEAKERS.items()}
+
+    def message(found: Any) -> Any:
+        if not isinstance(found, Mapping) or tags["role_tag"] not in found or tags["content_tag"] not in found:
+            return found  # refused, with its place, when it is read
+        speaker = found[tags["role_tag"]]
+        return {"from": speakers.get(speaker, speaker) if isinstance(speaker, str) else speaker, "value": found[tags["content_tag"]]}
+
+    def transform(row: Row) -> Row:
+        _refuse_media(row, columns)
+        out = _renamed(row, columns)
+        if isinstance(out.get("conversations"), list):
+            out["conversations"] = [message(one) for one in out["conversations"]]
+        return out | {side: message(out[side]) for side in ("chosen", "rejected") if side in out}
+
+    return transform
+
+
+def _refuse_media(row: Row, columns: Mapping[str, str]) -> None:
+    held = next((role for role in _MEDIA if role in columns and row.get(columns[role])), None)
+    if held is not None:
+        raise RowError(f"key {columns[held]!r}: {held} are not read")
