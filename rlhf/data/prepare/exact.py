@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from conf.preparation.duplicates import ExactDuplicates
 from rlhf.data.prepare.items import Context, Item
-from rlhf.data.prepare.texts import normalised, text_of
+from rlhf.data.prepare.texts import normalised, sides
 
 _SHARDS = 256
 _FIRST = 64  # slots of an empty shard
@@ -91,8 +91,9 @@ def exact_duplicates(options: ExactDuplicates, items: Iterator[Item], context: C
     """Keep the first row of each text."""
     seen = Seen()
     for item in items:
-        text = text_of(item.columns, options.part)
-        first = seen.first(normalised(text) if options.normalise else text, item.origin, item.number)
+        good, bad = sides(item.columns, options.part, context.kind)
+        text = f"{normalised(good)}\0{normalised(bad)}" if options.normalise else f"{good}\0{bad}"
+        first = seen.first(text, item.origin, item.number)
         if first is None:
             yield item
         else:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from conf.preparation.cleaning import Perplexity
@@ -10,7 +9,6 @@ from conf.schema import ModelConfig
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.quality import extremes, filter_scored
 from rlhf.data.prepare.texts import imitated
-from rlhf.types import UserError
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -54,16 +52,16 @@ def perplexities(texts: Sequence[str], model: Any, tokenizer: Any, *, max_tokens
 def perplexity(options: Perplexity, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Leave out rows by the perplexity of what they are to teach; rows with nothing to imitate, or of one token, pass and are counted."""
     from rlhf import distributed
-    from rlhf.models import load_causal_lm, load_tokenizer
+    from rlhf.models import check_model_path, load_causal_lm, load_tokenizer
 
-    if not (Path(options.model).expanduser() / "config.json").is_file():
-        raise UserError(f"step perplexity: model={options.model}: expected a model's directory with config.json, such as runs/<name>/sft/model.")
+    check_model_path(options.model, "step perplexity: model")
     config = ModelConfig(path=options.model)
     tokenizer = load_tokenizer(config)
     model = load_causal_lm(config, tokenizer).to(distributed.device()).eval()
     rows = list(items)
     texts = ["\n".join(imitated(row.columns, options.part, context.kind).values()) for row in rows]
-    values = perplexities(texts, model, tokenizer, max_tokens=options.max_tokens, batch_tokens=options.batch_tokens)
+    limit = min(options.max_tokens, getattr(model.config, "max_position_embeddings", None) or options.max_tokens)
+    values = perplexities(texts, model, tokenizer, max_tokens=limit, batch_tokens=options.batch_tokens)
     judged = [i for i, value in enumerate(values) if value is not None]
     scores = [float(value) for value in values if value is not None]
     context.figures["too_short_kept"] = len(rows) - len(judged)

@@ -67,6 +67,21 @@ def imitated(columns: dict[str, Any], part: Part, kind: Use) -> dict[str, str]:
     return texts_of(columns, part)
 
 
+def sides(columns: dict[str, Any], part: Part, kind: Use) -> tuple[str, str]:
+    """What makes two rows the same: the text, and apart from it what is judged bad, "" where nothing is.
+
+    A pair with its sides swapped, or an answer judged the other way, has the same words and says the opposite: no duplicate.
+    """
+    if part is Part.prompt or kind not in (Use.preference, Use.unpaired):
+        return text_of(columns, part), ""
+    bad = "rejected" if kind is Use.preference else "completion"
+    if kind is Use.unpaired and columns["label"]:
+        return text_of(columns, part), ""
+    others = {k: v for k, v in columns.items() if k != bad}
+    good = text_of(others, part) if part is Part.whole or answers_of(others) else ""
+    return good, answers_of(columns)[bad]
+
+
 def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
     """Every `n` neighbouring tokens."""
     return zip(*(tokens[i:] for i in range(n)), strict=False)
