@@ -1,0 +1,139 @@
+"""``stage=data``: rows of any format through the steps of data.pipeline into train.jsonl and eval.jsonl, with what was left out and why.
+
+The run directory holds, beside the files of every run, train.jsonl, eval.jsonl (after a split, or with data.eval_path), rejected.jsonl (step,
+reason, file, row, content), and steps/ with each step's rows, from which run.resume=true goes on.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf import console
+from rlhf.data.formats import Use
+from rlhf.data.mixture import data_files
+from rlhf.data.prepare import ingest, store
+from rlhf.data.prepare.items import Item
+from rlhf.data.prepare.pipeline import stream, write_rejected
+from rlhf.data.prepare.store import StepReport
+from rlhf.run import RunContext, sha256
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.stages.data")
+SPLITS = ("train", "eval")
+# The stage that prepared rows are for.
+_NEXT = {Use.sft: "sft", Use.preference: "reward", Use.unpaired: "kto", Use.prompt: "ppo"}
+_SHOWN = 3  # reasons of a step in the table
+
+
+class Outputs:
+    """train.jsonl and eval.jsonl, written beside their places until all rows are there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._places = {split: folder / f"{split}.jsonl" for split in SPLITS}
+        self._beside = {split: place.with_name(place.name + ".tmp") for split, place in self._places.items()}
+        self._files = {split: beside.open("w", encoding="utf-8") for split, beside in self._beside.items()}
+        self.rows = dict.fromkeys(SPLITS, 0)
+
+    def write(self, item: Item) -> None:
+        self._files[item.split].write(store.line(item.columns))
+        self.rows[item.split] += 1
+
+    def close(self, *, held_out: bool) -> dict[str, Path]:
+        """The files by split; eval.jsonl only where rows are held out."""
+        out = {}
+        for split, place in self._places.items():
+            self._files[split].close()
+            if split == "train" or held_out:
+                self._beside[split].replace(place)
+                out[split] = place
+            else:
+                self._beside[split].unlink()
+                place.unlink(missing_ok=True)
+        return out
+
+
+def run(ctx: RunContext) -> None:
+    """Prepare the rows of data.path (and data.eval_path). Raises UserError where nothing is left to train on."""
+    cfg = ctx.cfg
+    kind = ingest.kind_of(cfg)
+    steps = ingest.steps_of(cfg, kind)
+    hashes = {str(path): str(ctx.add_data(path)) for path in data_files(cfg)}
+    identity = ingest.identity(cfg, kind, hashes)
+    if identity is None and cfg.data.cache:
+        LOG.info("Rows of a hub may change, so no step's rows are kept: every run starts from the first step.")
+    held_out = cfg.data.eval_path is not None
+    done: list[StepReport] = []
+    rows = stream(
+        ingest.source(cfg, kind, ctx.dir),
+        steps,
+        kind=kind,
+        folder=ctx.dir,
+        done=done,
+        identity=identity,
+        held_out=held_out,
+        keep=cfg.data.cache,
+    )
+    outputs = Outputs(ctx.dir)
+    for item in rows:
+        outputs.write(item)
+    files = outputs.close(held_out=held_out or any(step.options.splits for step in steps))
+    files["rejected"] = write_rejected(ctx.dir, done)
+    _report(ctx, kind, done, outputs.rows, files)
+
+
+def _report(ctx: RunContext, kind: Use, done: Sequence[StepReport], rows: dict[str, int], files: dict[str, Path]) -> None:
+    """Table, metrics, manifest and the closing panel."""
+    for report in done:
+        ctx.tracker.log(report.number, step_metrics(report))
+    console.table([table_row(report) for report in done], title=f"Preparation of {kind.value} rows")
+    if not rows["train"]:
+        raise UserError(f"No row is left to train on: every one was left out by a step. {files['rejected']} says which, and why.")
+    splits = [report for report in done if report.step == "split"]
+    if splits:
+        ctx.record("split", splits[0].figures)
+    ctx.record("kind", kind.value)
+    ctx.record("steps", [dataclasses.asdict(report) for report in done])
+    ctx.record("outputs", [{"path": str(path), "rows": rows.get(name), "sha256": sha256(path)} for name, path in files.items()])
+    figures = {"rows read": done[0].rows_in, "to train on": rows["train"], "held out": rows["eval"], "left out": sum(r.rejected for r in done)}
+    metrics = {"data/rows_read": done[0].rows_in, "data/rows_train": rows["train"], "data/rows_eval": rows["eval"]}
+    metrics |= {f"rejected/{report.number:02d}-{report.step}": report.rejected for report in done}
+    ctx.finish(
+        steps=len(done) - 1,
+        metrics=metrics,
+        model=None,
+        figures={name: str(value) for name, value in figures.items()},
+        files=files,
+        next_command=next_command(kind, files),
+    )
+
+
+def step_metrics(report: StepReport) -> dict[str, float]:
+    """A step's line of metrics.jsonl: its counts, its time, and those of its own figures that are numbers."""
+    own = {
+        f"{report.step}/{name}": value for name, value in report.figures.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    counts = {"data/rows_in": report.rows_in, "data/rows_out": report.rows_out, "data/rejected": report.rejected, "data/reused": int(report.reused)}
+    return {**counts, "time/step_s": report.seconds, **own}
+
+
+def table_row(report: StepReport) -> dict[str, Any]:
+    """A step's line of the terminal's table."""
+    reasons = sorted(report.reasons.items(), key=lambda pair: -pair[1])
+    shown = [f"{count} {reason}" for reason, count in reasons[:_SHOWN]]
+    if len(reasons) > _SHOWN:
+        shown.append(f"{len(reasons) - _SHOWN} more reasons")
+    return {
+        "step": report.step,
+        "in": report.rows_in,
+        "out": report.rows_out,
+        "left out": report.rejected,
+        "seconds": "kept" if report.reused else f"{report.seconds:.1f}",
+        "why": "; ".join(shown),
+    }
+
+
+def next_command(kind: Use, files: dict[str, Path]) -> str:
+    held = f" data.eval_path={files['eval']}" if "eval" in files else ""
+    return f"python -m rlhf stage={_NEXT[kind]} data.path={files['train']}{held}"
