@@ -40,6 +40,12 @@ class Outputs:
         self._files[item.split].write(store.line(item.columns))
         self.rows[item.split] += 1
 
+    def abandon(self) -> None:
+        """The run fails: no half-written file stays."""
+        for split, beside in self._beside.items():
+            self._files[split].close()
+            beside.unlink()
+
     def close(self, *, held_out: bool) -> dict[str, Path]:
         """The files by split; eval.jsonl only where rows are held out."""
         out = {}
@@ -76,8 +82,12 @@ def run(ctx: RunContext) -> None:
         keep=cfg.data.cache,
     )
     outputs = Outputs(ctx.dir)
-    for item in rows:
-        outputs.write(item)
+    try:
+        for item in rows:
+            outputs.write(item)
+    except BaseException:
+        outputs.abandon()
+        raise
     files = outputs.close(held_out=held_out or any(step.options.splits for step in steps))
     files["rejected"] = write_rejected(ctx.dir, done)
     _report(ctx, kind, done, outputs.rows, files)
@@ -111,9 +121,8 @@ def _report(ctx: RunContext, kind: Use, done: Sequence[StepReport], rows: dict[s
 
 def step_metrics(report: StepReport) -> dict[str, float]:
     """A step's line of metrics.jsonl: its counts, its time, and those of its own figures that are numbers."""
-    own = {
-        f"{report.step}/{name}": value for name, value in report.figures.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
+    numbers = {name: value for name, value in report.figures.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    own = {f"{report.step}/{name}": value for name, value in numbers.items()}
     counts = {"data/rows_in": report.rows_in, "data/rows_out": report.rows_out, "data/rejected": report.rejected, "data/reused": int(report.reused)}
     return {**counts, "time/step_s": report.seconds, **own}
 
