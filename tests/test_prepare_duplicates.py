@@ -212,15 +212,16 @@ def test_seeds_change_the_permutations_and_not_the_result() -> None:
 # ---- cosine ----
 
 
+SHORT = st.lists(st.sampled_from("abcdef"), max_size=6).map(" ".join)
+
+
 def cosines(texts: list[str]) -> np.ndarray:
     matrix = tfidf_vectors([(text, "") for text in texts]).toarray().astype(np.float64)
     return matrix @ matrix.T
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.lists(st.sampled_from("abcdef"), max_size=6).map(" ".join), min_size=1, max_size=12, unique=True), st.sampled_from([0.3, 0.7, 0.95])
-)
+@given(st.lists(SHORT, min_size=1, max_size=12, unique=True), st.sampled_from([0.3, 0.7, 0.95]))
 def test_sparse_pairs_are_all_pairs_above_the_threshold(texts: list[str], threshold: float) -> None:
     likeness = cosines(texts)
     expected = {(i, j) for i, j in combinations(range(len(texts)), 2) if likeness[i, j] >= threshold}
