@@ -127,7 +127,7 @@ def test_what_cannot_run_is_refused_before_the_run_directory_is_made(tmp_path: P
 def test_steps_belong_to_stage_data(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two"}])
     arguments = ["stage=sft", "model=tiny", f"data.path={source}", "data=clean", f"run.dir={tmp_path}", "tracking=none", "run.dry_run=true"]
-    with pytest.raises(UserError, match="data.pipeline holds 7 steps, which stage=sft doesn't run: run stage=data"):
+    with pytest.raises(UserError, match=r"data\.pipeline holds 7 steps, which stage=sft doesn't run: run stage=data"):
         execute(config.compose(arguments), arguments)
 
 
@@ -162,7 +162,7 @@ def test_a_resumed_run_takes_the_steps_that_still_hold(tmp_path: Path, pairs: Pa
     write(pairs, [*read(pairs), {"prompt": "new", "chosen": "a", "rejected": "b", "id": 100}])
     data(tmp_path, pairs, *first, "run.resume=true")
     assert not any(line["data/reused"] for line in read(folder / "metrics.jsonl"))
-    with pytest.raises(UserError, match="Continue it with run.resume=true"):
+    with pytest.raises(UserError, match=r"Continue it with run\.resume=true"):
         data(tmp_path, pairs, *first)
 
 
