@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rlhf.types import UserError
 CONF_DIR = Path(schema.__file__).resolve().parent
 NAME = "<name>"  # stands in a dotted option for the name of a dictionary's item
 ANYTHING = "<anything>"  # below it every key is valid
+_PATH = re.compile(r"(\+{0,2}data\.(?:path|eval_path|registry|sources\.[^.=]+\.path))=([^'\"\[{,][^'\",]*)")
 GROUPS = ("stage", "model", "adapter", "engine", "rollout", "reward", "data", "tracking", "experiment")
 _GROUP_SCHEMAS = {
     "model": schema.ModelConfig,
@@ -119,6 +121,7 @@ def merge_items(arguments: Sequence[str]) -> list[str]:
     `+reward.terms.brevity.kind=length` becomes `++reward.terms={brevity:{kind:length}}`: a typed item springs up whole, defaults included, so
     Hydra would refuse to add its second field and to set its first.
     """
+    arguments = quote_paths(arguments)
     known = valid_keys([])
     places = [k.removesuffix(f".{NAME}") for k in known if k.endswith(f".{NAME}")]
     free = tuple(k.removesuffix(ANYTHING) for k in known if k.endswith(f".{ANYTHING}"))
@@ -135,6 +138,15 @@ def merge_items(arguments: Sequence[str]) -> list[str]:
         path = key.removeprefix(place + ".").split(".")
         before, after = "".join(f"{{{part}:" for part in path), "}" * len(path)
         out.append(f"++{place}=" + ",".join(f"{before}{one}{after}" for one in _choices(argument, value)))
+    return out
+
+
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """Overrides whose path holds a cap or a glob (data.path=rows.jsonl#500), quoted as Hydra's grammar wants them; others as they are."""
+    out = []
+    for argument in arguments:
+        match = _PATH.fullmatch(argument)
+        out.append(f'{match[1]}="{match[2]}"' if match is not None and any(mark in match[2] for mark in "#[]") else argument)
     return out
 
 
@@ -158,7 +170,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
     parser = OverridesParser.create()
     try:
-        overrides = [parser.parse_override(a) for a in get_args(list(arguments)).overrides]
+        overrides = [parser.parse_override(a) for a in get_args(quote_paths(arguments)).overrides]
     except HydraException as error:
         raise UserError(f"The command line can't be read: {error}") from error
     known_stages = choices("stage")

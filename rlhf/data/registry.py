@@ -3,8 +3,8 @@
     {"NAME": {"file_name": "x.json" | "hf_hub_url": "OWNER/NAME", "formatting": "alpaca" | "sharegpt", "ranking": true, "subset": ..., "split": ...,
               "num_samples": N, "columns": {"prompt": "instruction", ...}, "tags": {"role_tag": "from", ...}}}
 
-Recalled, not read in its source; what an entry leaves out is assumed as there and said aloud. `columns` maps a role to the file's column, `tags` a role
-to the file's word. Their rows become ours: alpaca (instruction, input, output ...), sharegpt (conversations of {from, value}), with chosen and
+Recalled, not read in its source; what an entry leaves out is assumed as there and said aloud. `columns` maps a role to the file's column, `tags`
+a role to the file's word. Their rows become ours: alpaca (instruction, input, output ...), sharegpt (conversations of {from, value}), with chosen and
 rejected for ranking and kto_tag for judged answers. num_samples draws rows by run.seed. Not read: tools, images and other media (refused where a row
 holds some), and places other than a file and the Hugging Face hub.
 """

@@ -1,0 +1,250 @@
+"""Rows in canonical columns out into files: `convert` gives a target's rows (rlhf/data/targets.py), `write_rows` writes them to a file of any kind.
+
+A row that comes without a note reads back as the same row, its own columns included; a note says what reads back otherwise.
+"""
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from conf.choices import DataTarget, FileKind
+from rlhf.data.files import excel_text
+from rlhf.data.formats import Use, detect
+from rlhf.data.prepare.items import CONTENT, Item
+from rlhf.data.rows import RowError, describe
+from rlhf.data.targets import TARGETS, Row, Source
+from rlhf.types import UserError
+
+_CANONICAL = (*CONTENT, "margin", "label")
+_OF_KIND = {
+    Use.sft: ("text", "prompt", "completion", "messages"),
+    Use.preference: ("prompt", "chosen", "rejected", "margin"),
+    Use.unpaired: ("prompt", "completion", "label"),
+    Use.prompt: ("prompt",),
+}
+_TURNED = ("kto_tag", "system", "history", "input", "rejected_response")  # own columns that would change what a conversation or a pair is
+# columns whose lists and objects are a row's content, in whatever format
+_NESTED = (
+    "prompt",
+    "completion",
+    "messages",
+    "chosen",
+    "rejected",
+    "conversations",
+    "history",
+    "data",
+    "annotations",
+    "fields",
+    "responses",
+    "answers",
+)
+_BATCH = 1024  # rows of a Parquet row group
+_CELL = 32767  # characters that an Excel cell holds
+
+
+def check_target(to: DataTarget, kind: Use) -> None:
+    """Whether `to` holds rows of `kind`. Raises UserError with the targets that do."""
+    if kind not in TARGETS[to]:
+        known = ", ".join(target.value for target, kinds in TARGETS.items() if kind in kinds)
+        holds = ", ".join(use.value for use in TARGETS[to])
+        raise UserError(f"data.to={to.value} holds rows of the kind {holds}, found rows of the kind {kind.value}. Targets for them: {known}.")
+
+
+def file_kind(to: DataTarget, wanted: FileKind | None) -> FileKind:
+    """data.file, or what the target is called after, or JSON lines."""
+    if wanted is not None:
+        return wanted
+    return {DataTarget.csv: FileKind.csv, DataTarget.xlsx: FileKind.xlsx}.get(to, FileKind.jsonl)
+
+
+def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list[Row], list[str]]:
+    """The rows of `to` that a row of `kind` becomes (two for a pair as judged answers), and notes on what reads back otherwise.
+
+    Raises RowError for a row that `to` can't hold, UserError for a kind that it can't.
+    """
+    check_target(to, kind)
+    content = {key: columns[key] for key in _OF_KIND[kind] if columns.get(key) is not None}
+    source = Source(content, {key: value for key, value in columns.items() if key not in content}, [])
+    lost = [key for key in source.own if key in _CANONICAL and source.own[key] is not None]
+    if "margin" not in content and all(source.own.get(key) not in (None, "") for key in ("score_chosen", "score_rejected")):
+        lost += ["score_chosen", "score_rejected"]
+    lost += [key for key in _TURNED if key in source.own and (to is not DataTarget.trl or key == "kto_tag")]
+    for key in lost:
+        source.notes.append(f"{key} is not carried: it would be read as part of the row's content")
+    source.own = {key: value for key, value in source.own.items() if key not in lost and key not in _CANONICAL}
+    rows = TARGETS[to][kind](source)
+    return [_with_own(row, source) for row in rows], source.notes
+
+
+def _with_own(row: Row, source: Source) -> Row:
+    """A target's row with the row's own columns beside it, those left out that would make it look like another format."""
+    own = dict(source.own)
+    for key in [key for key in own if key in row]:
+        source.notes.append(f"{key} is not carried: the format has its own {key}")
+        del own[key]
+    for use in (*Use, None):
+        expected = detect(row, use)
+        while own and (found := detect({**own, **row}, use)) is not expected:
+            keys = [] if found is None else [key for key in own if key in found.keys]
+            for key in keys or list(own):
+                source.notes.append(f"{key} is not carried: with it the row would look like another format")
+                del own[key]
+    return {**row, **own}
+
+
+@dataclass(slots=True)
+class Written:
+    """What was written, and what of it reads back otherwise: notes by how many rows have them."""
+
+    path: Path
+    rows: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+def write_items(
+    items: Iterable[Item], kind: Use, to: DataTarget, path: Path, rejected: Callable[[Item, str], None], file: FileKind | None = None
+) -> Written:
+    """Write items as rows of `to` into `path`; an item that the format or the file can't hold goes to `rejected` with the reason.
+
+    Nothing is held in memory. Raises UserError for a kind that `to` can't hold.
+    """
+    check_target(to, kind)
+    container = file_kind(to, file)
+    out = Written(path)
+
+    def rows() -> Iterator[Row]:
+        for item in items:
+            try:
+                made, notes = convert(kind, item.columns, to)
+                if container in (FileKind.csv, FileKind.xlsx):
+                    made = [_cells(row, notes, container) for row in made]
+            except RowError as error:
+                rejected(item, f"data.to={to.value}: {error}")
+                continue
+            out.notes.update(set(notes))
+            yield from made
+
+    out.rows = write_rows(rows(), path, container)
+    return out
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "" if value is None else str(value)
+
+
+def _cells(row: Row, notes: list[str], container: FileKind) -> Row:
+    """A row as texts, which is all that a table's cells hold. Raises RowError for content that is none."""
+    out: Row = {}
+    for key, value in row.items():
+        if isinstance(value, (list, dict)):
+            if key in _NESTED:
+                raise RowError(f"key {key!r}: a {container.value} cell holds text, found {describe(value)}. data.file=jsonl or parquet holds it")
+            notes.append(f"{key} is not carried: a {container.value} cell holds text")
+            continue
+        text = value if isinstance(value, str) else _in_words(value)
+        if text is not value:
+            notes.append(f"{key} becomes text")
+        if container is FileKind.xlsx and len(excel_text(text)) > _CELL:
+            raise RowError(f"key {key!r}: an Excel cell holds at most {_CELL} characters, found {len(text)}. data.file=csv holds more")
+        out[key] = text
+    return out
+
+
+def write_rows(rows: Iterable[Row], path: Path, kind: FileKind) -> int:
+    """Write rows, one by one, through a file of JSON lines beside `path`; how many there were. Tables have every column that some row has.
+
+    Raises UserError where a file of this kind can't hold them together.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    spool = path.with_name(path.name + ".tmp")
+    count, columns = 0, dict[str, None]()
+    with spool.open("w", encoding="utf-8") as out:
+        for row in rows:
+            columns.update(dict.fromkeys(row))
+            out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            count += 1
+    if kind is FileKind.jsonl:
+        os.replace(spool, path)
+        return count
+    {FileKind.json: _write_json, FileKind.csv: _write_csv, FileKind.xlsx: _write_xlsx, FileKind.parquet: _write_parquet}[kind](
+        spool, path, list(columns)
+    )
+    spool.unlink()
+    return count
+
+
+def _spooled(spool: Path) -> Iterator[Row]:
+    with spool.open("rb") as source:
+        for line in source:
+            yield json.loads(line)
+
+
+def _write_json(spool: Path, path: Path, columns: list[str]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.write("[")
+        for at, row in enumerate(_spooled(spool)):
+            out.write((",\n" if at else "\n") + json.dumps(row, ensure_ascii=False))
+        out.write("\n]\n")
+
+
+def _write_csv(spool: Path, path: Path, columns: list[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns, restval="", quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_spooled(spool))
+
+
+def _write_xlsx(spool: Path, path: Path, columns: list[str]) -> None:
+    """One sheet; every cell is text, so that nothing becomes a formula, a date or a number."""
+    import openpyxl
+    from openpyxl.cell import WriteOnlyCell
+
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("rows")
+
+    def cell(text: str) -> Any:
+        out = WriteOnlyCell(sheet, excel_text(text))
+        out.data_type = "s"
+        return out
+
+    sheet.append([cell(name) for name in columns])
+    for row in _spooled(spool):
+        sheet.append([cell(_in_words(row.get(name, ""))) for name in columns])
+    book.save(path)
+
+
+def _write_parquet(spool: Path, path: Path, columns: list[str]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def batches() -> Iterator[list[Row]]:
+        rows = _spooled(spool)
+        while batch := list(islice(rows, _BATCH)):
+            yield batch
+
+    place = "found"
+    try:
+        schemas = []
+        for batch in batches():
+            arrays = {}
+            for name in columns:
+                place = f"found in column {name!r}"
+                arrays[name] = pyarrow.array([row.get(name) for row in batch])
+            schemas.append(pyarrow.table(arrays).schema)
+        place = "found in its columns"
+        schema = pyarrow.unify_schemas(schemas, promote_options="permissive") if schemas else pyarrow.schema([])
+        with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+            for batch in batches():
+                writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{path}: a Parquet column holds values of one type, but {place}: {str(error).splitlines()[0]}. Set data.file=jsonl."
+        ) from error
