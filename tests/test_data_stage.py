@@ -194,3 +194,22 @@ def test_from_the_command_line_the_clean_preset_prepares_and_no_model_library_lo
     assert Counter(row["step"] for row in read(folder / "rejected.jsonl"))["exact_duplicates"] == 4
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "torch" in loaded and not loaded & {"transformers", "trl", "datasets", "sentence_transformers", "vllm"}
+
+
+def test_rows_go_out_in_other_formats_beside_those_that_stages_read(tmp_path: Path, pairs: Path) -> None:
+    folder = data(tmp_path, pairs, "data.max_bad_rows=1", "data.pipeline=[split]", "data.to=alpaca", "data.file=json")
+    train = json.loads((folder / "train.alpaca.json").read_text(encoding="utf-8"))
+    assert len(train) == len(read(folder / "train.jsonl")) and {"instruction", "chosen", "rejected"} <= set(train[0])
+    assert (folder / "eval.alpaca.json").is_file()
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert "train.alpaca.json" in {Path(entry["path"]).name for entry in manifest["outputs"]}
+    with pytest.raises(UserError, match=r"data\.to=hh_rlhf holds rows of the kind preference, found rows of the kind sft"):
+        data(tmp_path, write(tmp_path / "texts.jsonl", [{"text": "a"}]), "data.to=hh_rlhf", "run.overwrite=true")
+
+
+def test_a_preview_shows_tokens_and_needs_a_tokenizer(tmp_path: Path, pairs: Path, capsys: pytest.CaptureFixture[str], tiny_model: Any) -> None:
+    data(tmp_path, pairs, "data.max_bad_rows=1", "data.preview=2", f"model.path={tiny_model()}")
+    shown = capsys.readouterr().out
+    assert "shared prefix:" in shown and "train.jsonl, row 2" in shown and "train.jsonl, row 3" not in shown
+    with pytest.raises(UserError, match=r"data\.preview=1 shows tokens, but model\.path is not set"):
+        data(tmp_path, pairs, "data.max_bad_rows=1", "data.preview=1", "run.overwrite=true")

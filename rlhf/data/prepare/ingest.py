@@ -15,6 +15,7 @@ from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.pipeline import READ, REJECTED_FILE, Source
 from rlhf.data.prepare.plan import Planned, digest, plan
+from rlhf.data.writing import check_target
 from rlhf.types import UserError
 
 _SHOWN = 3  # rows quoted in an error
@@ -40,6 +41,11 @@ def check(cfg: Config) -> None:
     kind = kind_of(cfg)
     eval_sources(cfg)
     steps_of(cfg, kind)
+    check_target(cfg.data.to, kind)
+    if cfg.data.preview and cfg.model.path is None:
+        raise UserError(
+            f"data.preview={cfg.data.preview} shows tokens, but model.path is not set: expected the model's directory (or its tokenizer's)."
+        )
 
 
 def identity(cfg: Config, kind: Use, hashes: Mapping[str, str]) -> str | None:
