@@ -5,11 +5,15 @@ reason, file, row, content), and steps/ with each step's rows, from which run.re
 """
 
 import dataclasses
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from conf.choices import DataTarget, FileKind
+from conf.schema import Config
 from rlhf import console
 from rlhf.data.formats import Use
 from rlhf.data.mixture import data_files
@@ -17,6 +21,7 @@ from rlhf.data.prepare import ingest, store
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.pipeline import stream, write_rejected
 from rlhf.data.prepare.store import StepReport
+from rlhf.data.writing import file_kind, write_items
 from rlhf.run import RunContext, sha256
 from rlhf.types import UserError
 
@@ -90,7 +95,48 @@ def run(ctx: RunContext) -> None:
         raise
     files = outputs.close(held_out=held_out or any(step.options.splits for step in steps))
     files["rejected"] = write_rejected(ctx.dir, done)
+    files |= write_targets(cfg, kind, files, ctx.dir)
     _report(ctx, kind, done, outputs.rows, files)
+    if cfg.data.preview:
+        preview(cfg, kind, files["train"])
+
+
+def _written(path: Path) -> Iterator[Item]:
+    """The rows of a file that the stage wrote."""
+    with path.open(encoding="utf-8") as source:
+        for number, text in enumerate(source, start=1):
+            yield Item(json.loads(text), str(path), number)
+
+
+def write_targets(cfg: Config, kind: Use, files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """The files of data.to and data.file, beside those that stages read; what a row loses in them is said, rows that don't fit are rejected."""
+    to, container = cfg.data.to, file_kind(cfg.data.to, cfg.data.file)
+    if to is DataTarget.trl and container is FileKind.jsonl:
+        return {}
+    out: dict[str, Path] = {}
+    with files["rejected"].open("a", encoding="utf-8") as rejected:
+
+        def leave_out(item: Item, reason: str) -> None:
+            rejected.write(store.line(store.rejected_row(f"to {to.value}", reason, item.origin, item.number, item.columns)))
+
+        for split in (split for split in SPLITS if split in files):
+            target = folder / f"{split}.{to.value}.{container.value}"
+            written = write_items(_written(files[split]), kind, to, target, leave_out, cfg.data.file)
+            for note, rows in written.notes.most_common():
+                LOG.warning("%s: %d rows: %s.", target.name, rows, note)
+            out[f"{split} as {to.value}"] = target
+    return out
+
+
+def preview(cfg: Config, kind: Use, path: Path) -> None:
+    """The first rows' tokens in colour, as the model of model.path reads them."""
+    from rlhf.data.preview import preview_row, render
+    from rlhf.models import load_tokenizer
+
+    tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template)
+    limit = cfg.data.max_prompt_length if kind is Use.prompt else None
+    rows = islice(_written(path), cfg.data.preview)
+    console.console().print(render([preview_row(tokenizer, kind, item.columns, item.place, limit) for item in rows]))
 
 
 def _report(ctx: RunContext, kind: Use, done: Sequence[StepReport], rows: dict[str, int], files: dict[str, Path]) -> None:

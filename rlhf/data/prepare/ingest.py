@@ -43,9 +43,7 @@ def check(cfg: Config) -> None:
     steps_of(cfg, kind)
     check_target(cfg.data.to, kind)
     if cfg.data.preview and cfg.model.path is None:
-        raise UserError(
-            f"data.preview={cfg.data.preview} shows tokens, but model.path is not set: expected the model's directory (or its tokenizer's)."
-        )
+        raise UserError(f"data.preview={cfg.data.preview} shows tokens, but model.path is not set: expected a directory with a tokenizer.")
 
 
 def identity(cfg: Config, kind: Use, hashes: Mapping[str, str]) -> str | None:
