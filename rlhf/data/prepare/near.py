@@ -183,6 +183,7 @@ class Sets:
         self._matrix.sum_duplicates()  # an n-gram counts once, however often it occurs
         self._matrix.data[:] = 1
         self._sizes = np.diff(self._matrix.indptr)
+        self._marks = np.zeros(self._matrix.shape[1], dtype=np.int32)  # scratch: 1 at one text's n-grams
 
     def jaccard(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of each pair of texts."""
@@ -196,10 +197,11 @@ class Sets:
     def jaccard_with(self, one: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of one text with each of the others."""
         row = self._at[one]
-        dense = np.zeros(self._matrix.shape[1], dtype=np.int32)
-        dense[self._matrix.indices[self._matrix.indptr[row] : self._matrix.indptr[row + 1]]] = 1
+        own = self._matrix.indices[self._matrix.indptr[row] : self._matrix.indptr[row + 1]]
         at = self._at[others]
-        common = self._matrix[at] @ dense
+        self._marks[own] = 1
+        common = self._matrix[at] @ self._marks
+        self._marks[own] = 0
         return common / (self._sizes[row] + self._sizes[at] - common)
 
 
@@ -250,6 +252,8 @@ def _cluster(texts: Sequence[Sides], threshold: float, ngram: int, signature: ND
         labels = components(len(texts), *_both(edges))
 
     def check() -> None:
+        if not pending:
+            return
         one, other = _both(pending)
         pending.clear()
         codes = np.unique(np.minimum(one, other) * len(texts) + np.maximum(one, other))
