@@ -93,7 +93,7 @@ def corpus(seed: int, families: int = 25, size: int = 5) -> list[str]:
     vocabulary = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(150)]
     out = []
     for _ in range(families):
-        text = " ".join(rng.choices(vocabulary, k=rng.randint(6, 30)))
+        text = " ".join(rng.choices(vocabulary, k=rng.randint(6, 60)))
         out += [edited(rng, text, edits) for edits in range(size)]
     rng.shuffle(out)
     return out
@@ -139,7 +139,7 @@ def test_buckets_are_those_of_datasketch() -> None:
 
     texts = [(text, "") for text in corpus(seed=5, families=12)]
     signature = near.signatures(texts, 5, 128, 0)
-    lsh = MinHashLSH(threshold=0.8, num_perm=128, weights=near._WEIGHTS)
+    lsh = MinHashLSH(num_perm=128, params=(21, 6))
     for row, values in enumerate(signature):
         lsh.insert(row, MinHash(hashvalues=values, scheme="affine32"))
     for row, values in enumerate(signature):
@@ -163,10 +163,12 @@ def test_blocks_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert found([text for text, _ in texts]) == by_definition([text for text, _ in texts], 0.8)
 
 
-def test_at_the_threshold_hardly_a_pair_is_missed() -> None:
-    ranges = near.bands(0.8, 128)
-    missed = (1 - 0.8 ** (ranges[0][1] - ranges[0][0])) ** len(ranges)
-    assert missed < 1e-3
+@pytest.mark.parametrize(("threshold", "width", "number"), [(0.5, 3, 42), (0.8, 6, 21), (0.9, 9, 14), (1.0, 128, 1)])
+def test_bands_are_as_wide_as_the_share_that_they_miss_allows(threshold: float, width: int, number: int) -> None:
+    ranges = near.bands(threshold, 128)
+    assert ranges == [(i * width, (i + 1) * width) for i in range(number)]
+    assert (1 - threshold**width) ** number <= 0.005
+    assert threshold == 1 or (1 - threshold ** (width + 1)) ** (128 // (width + 1)) > 0.005, "wider bands would do"
 
 
 LONG = "the film is a warm and funny portrait of two brothers who inherit a bakery in a small town by the sea"

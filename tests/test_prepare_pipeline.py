@@ -333,7 +333,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.dictionaries(st.text(), JSON, max_size=4), max_size=6))
 def test_rows_come_back_as_they_were_kept(tmp_path_factory: pytest.TempPathFactory, columns: list[dict[str, Any]]) -> None:
     folder = tmp_path_factory.mktemp("kept")

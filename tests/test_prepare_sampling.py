@@ -1,5 +1,6 @@
 """Steps balance and split, and SMOTE for classifier heads."""
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -77,14 +78,21 @@ def test_balance_leaves_held_out_rows_alone() -> None:
     assert report.figures["before"] == {"food": 2, "ships": 2}
 
 
+def spoken(counts: dict[str, int], seed: int = 0) -> list[Item]:
+    """`counts[topic]` rows of random words of each topic, which is in column `topic`."""
+    rng = random.Random(seed)
+    words = {topic: " ".join(texts).split() for topic, texts in TOPICS.items()}
+    rows = [(topic, " ".join(rng.choices(words[topic], k=12))) for topic, count in counts.items() for _ in range(count)]
+    return [Item({"text": text, "topic": topic}, "rows.jsonl", number) for number, (topic, text) in enumerate(rows, start=1)]
+
+
 @pytest.mark.parametrize("by", ["kmeans", "hdbscan"])
 def test_balance_by_what_texts_say(by: str) -> None:
-    rows = labelled({"food": 24, "ships": 8})
-    options = {"clusters": 2} if by == "kmeans" else {"min_cluster": 4}
-    kept, _, report = apply(rows, "balance", by=by, how="weight", **options)
+    options = {"clusters": 2} if by == "kmeans" else {"min_cluster": 6}
+    kept, _, report = apply(spoken({"food": 60, "ships": 20}), "balance", by=by, how="weight", **options)
     mean = {topic: np.mean([item.columns["weight"] for item in kept if item.columns["topic"] == topic]) for topic in TOPICS}
     assert mean["ships"] > 1.5 * mean["food"]
-    assert sum(report.figures["before"].values()) == 32
+    assert sum(report.figures["before"].values()) == 80
 
 
 def test_a_missing_label_is_named_with_the_nearest() -> None:

@@ -106,7 +106,7 @@ class Quality(StepOptions):
     min_alphabetic_words: float | None = 0.8  # share of words with a letter
     max_bullet_lines: float | None = 0.9  # share of lines that begin with a bullet point
     max_ellipsis_lines: float | None = 0.3  # share of lines that end with an ellipsis
-    max_symbol_characters: float | None = 0.5  # share of characters that are no letter, digit or space (ours, not Gopher's)
+    max_symbol_characters: float | None = 0.7  # share of characters that are no letter, digit or space (ours, not Gopher's)
     low_word_length: float | None = 3.0  # mean characters a word, in scripts with spaces
     high_word_length: float | None = 10.0
     max_duplicate_lines: float | None = 0.3  # share of lines that stood before

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.preparation.cleaning import Found, Patterns, Personal
-from rlhf.data.prepare.items import Context, Item, parts, replace_texts
+from rlhf.data.prepare.items import Context, Item, replace_texts
 from rlhf.data.prepare.texts import emptied
 from rlhf.types import UserError
 
@@ -73,7 +73,7 @@ _IBAN = r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]
 _DIGIT_BEFORE, _DIGIT_AFTER = r"(?<![\w.+-])", r"(?![\w-]|\.\d)"
 _CARD = rf"{_DIGIT_BEFORE}\d(?:[ -]?\d){{12,18}}{_DIGIT_AFTER}"
 _IP = (
-    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?![\w:]|\.\d)"
+    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)"
     r"|(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){1,6}(?![\w:])|::(?:[0-9A-Fa-f]{1,4}:){0,6}[0-9A-Fa-f]{1,4}(?![\w:]))"
 )
 _PHONE = (
@@ -104,19 +104,22 @@ def word_pattern(path: str) -> Pattern:
     return Pattern("word", re.compile(rf"{before}(?:{alternatives}){after}", re.IGNORECASE))
 
 
-def count_in(text: str, pattern: Pattern) -> int:
-    return sum(pattern.real(match.group()) for match in pattern.pattern.finditer(text))
+def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]:
+    """`text` with each real find replaced by its mark, and the finds by pattern. Looks again until nothing is found: a mark may free a neighbour."""
+    counts: Counter[str] = Counter()
+    while True:
+        before = counts.total()
+        for pattern in patterns:
 
+            def mark(match: re.Match[str], found: Pattern = pattern) -> str:
+                if not found.real(match.group()):
+                    return match.group()
+                counts[found.name] += 1
+                return found.mark()
 
-def redact(text: str, patterns: Sequence[Pattern]) -> str:
-    """`text` with each real find replaced by its mark."""
-    for pattern in patterns:
-
-        def mark(match: re.Match[str], found: Pattern = pattern) -> str:
-            return found.mark() if found.real(match.group()) else match.group()
-
-        text = pattern.pattern.sub(mark, text)
-    return text
+            text = pattern.pattern.sub(mark, text)
+        if counts.total() == before:
+            return text, counts
 
 
 def patterns(options: Patterns, items: Iterator[Item], context: Context) -> Iterator[Item]:
@@ -125,33 +128,26 @@ def patterns(options: Patterns, items: Iterator[Item], context: Context) -> Iter
     if options.words is not None:
         active.append((word_pattern(options.words), options.words_found))
     marks = [pattern for pattern, _ in active]
-    counts: Counter[str] = Counter()
+    rejecting = [pattern.name for pattern, found in active if found is Found.reject]
+    totals: Counter[str] = Counter()
     for item in items:
-        finds = _finds(item, marks)
-        counts.update(finds)
-        bad = [pattern.name for pattern, found in active if found is Found.reject and finds[pattern.name]]
-        if bad:
-            context.rejected(item, f"holds {', '.join(bad)}")
+        counts: Counter[str] = Counter()
+
+        def clean(where: str, text: str, counts: Counter[str] = counts) -> str:
+            text, found = redacted(text, marks)
+            counts.update(found)
+            return text
+
+        columns = replace_texts(item.columns, clean)
+        totals.update(counts)
+        bad = [name for name in rejecting if counts[name]]
+        reason = f"holds {', '.join(bad)}" if bad else None
+        if reason is None and counts:
+            emptying = emptied(item.columns, columns)
+            reason = f"{emptying} after redaction" if emptying is not None else None
+        if reason is not None:
+            context.rejected(item, reason)
             continue
-        if finds:
-            columns = replace_texts(item.columns, lambda where, text: redact(text, marks))
-            reason = emptied(item.columns, columns)
-            if reason is not None:
-                context.rejected(item, f"{reason} after redaction")
-                continue
-            item.columns = columns
+        item.columns = columns
         yield item
-    context.figures.update(dict(counts.most_common()))
-
-
-def _finds(item: Item, marks: Sequence[Pattern]) -> Counter[str]:
-    """Finds by pattern in all texts of a row; what one pattern takes is hidden from the next."""
-    counts: Counter[str] = Counter()
-    for _, text in parts(item.columns):
-        left = text
-        for pattern in marks:
-            found = count_in(left, pattern)
-            if found:
-                counts[pattern.name] += found
-                left = redact(left, [pattern])
-    return counts
+    context.figures.update(dict(totals.most_common()))

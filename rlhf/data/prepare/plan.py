@@ -59,10 +59,10 @@ def plan(pipeline: Sequence[object], *, kind: Use | None = None, seed: int = 0, 
         name, given = _entry(entry, f"data.pipeline[{index}]")
         place = f"data.pipeline[{index}] ({name})"
         options = _options(place, name, given)
-        if kind is not None and kind.value not in options.kinds:
-            raise UserError(f"{place}: takes rows of kind {', '.join(sorted(options.kinds))}; these are of kind {kind.value}.")
         if options.after_split and split_at is None:
             raise UserError(f"{place}: runs after the split only, so that nothing made from a row can end on both sides. Put step split before it.")
+        if kind is not None and kind.value not in options.kinds:
+            raise UserError(f"{place}: takes rows of kind {', '.join(sorted(options.kinds))}; these are of kind {kind.value}.")
         if options.splits and split_at is not None:
             raise UserError(f"{place}: {split_at} already says which rows are held out: expected one split.")
         _check_files(place, options)
