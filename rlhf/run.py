@@ -195,15 +195,15 @@ def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
         for change in changed_options(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, cfg):
             LOG.warning("resume: the configuration differs from the run's: %s", change)
     found = latest_checkpoint(directory)
-    stored = (directory / STEPS_FOLDER).is_dir()  # stage=data: it finds out by itself which of its steps still hold
-    if found is None and not stored and (directory / SUMMARY_FILE).exists():
+    has_steps = (directory / STEPS_FOLDER).is_dir()  # stage=data: it finds out by itself which of its steps still hold
+    if found is None and not has_steps and (directory / SUMMARY_FILE).exists():
         raise UserError(f"{directory} is a finished run without a checkpoint, so there is nothing to resume. Run it anew with run.overwrite=true.")
     step = found[1] if found is not None else -1
     dropped = truncate(directory / METRICS_FILE, step)
     truncate(directory / SAMPLES_FILE, step)
     (directory / SUMMARY_FILE).unlink(missing_ok=True)
     if found is None:
-        if not stored:
+        if not has_steps:
             LOG.warning("resume: %s holds no checkpoint; the run starts from step 0.", directory)
         return _Opened(resumed=True)
     LOG.info("resume: continuing from %s; %d metric lines after it were dropped.", found[0], dropped)

@@ -67,7 +67,7 @@ def test_rows_in_rows_out_with_everything_accounted_for(tmp_path: Path, pairs: P
     outputs = {Path(entry["path"]).name: entry for entry in manifest["outputs"]}
     assert outputs["train.jsonl"]["rows"] == len(train) and len(outputs["eval.jsonl"]["sha256"]) == 64
     shown = capsys.readouterr().out
-    assert "exact_duplicates" in shown and "stage=reward data.path=" in shown
+    assert "exact_duplicates" in shown and "python -m rlhf stage=reward" in shown
     assert not list(folder.rglob("*.tmp"))
 
 

@@ -189,7 +189,7 @@ def test_symbol_ratios_by_hand() -> None:
         ("12 34 56 seven 8 9 10", "share of words with a letter 0.14, expected at least 0.8"),
         ("- one\n- two\n- three", "share of bullet lines 1.00"),
         (
-            "one...\ntwo...\nhere are many more words so that the ellipses among all of them are few",
+            "one...\ntwo...\nhere are many more words in one line, so that the ellipses among all of them together are rather few",
             "share of lines that end with an ellipsis",
         ),
         ("same line\nother words\nsame line\nsame line", "share of repeated lines 0.50"),

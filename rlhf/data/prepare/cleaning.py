@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from conf.preparation.cleaning import Language, Length, Repair, Unit
 from rlhf.data.prepare.items import Context, Item, replace_texts
 from rlhf.data.prepare.texts import emptied, texts_of, words
 from rlhf.data.rows import nearest
 from rlhf.types import UserError
+
+Form = Literal["NFC", "NFKC"]
 
 # ---- repair ----
 
@@ -49,7 +51,7 @@ def tidy_spaces(text: str) -> str:
 
 
 @cache
-def _ftfy_config(form: str) -> Any:
+def _ftfy_config(form: Form) -> Any:
     import ftfy
 
     # Quotes and full-width signs are how people write, in Chinese above all: not defects. HTML has an option of its own.
@@ -58,7 +60,7 @@ def _ftfy_config(form: str) -> Any:
 
 def mend(text: str, options: Repair, *, touching: bool) -> str:
     """One text as step repair leaves it; `touching`: its ends stay, since another text begins there."""
-    form = "NFKC" if options.nfkc else "NFC"
+    form: Form = "NFKC" if options.nfkc else "NFC"
     if options.encoding:
         import ftfy
 

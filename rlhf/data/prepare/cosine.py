@@ -82,4 +82,4 @@ def cosine_duplicates(options: CosineDuplicates, items: Iterator[Item], context:
         matrix = vectors(list(seen), options.vectors, options.model)
         pairs = dense_pairs(matrix, options.threshold) if isinstance(matrix, np.ndarray) else sparse_pairs(matrix, options.threshold)
         labels = components(len(seen), *pairs)[unique_of]
-    yield from keep_one(rows, labels, options.keep, options.column, "cosine duplicate", context)
+    yield from keep_one(rows, labels.tolist(), options.keep, options.column, "cosine duplicate", context)

@@ -8,6 +8,7 @@ from pathlib import Path
 from conf.choices import DataKind
 from conf.schema import Config
 from rlhf.data import sources
+from rlhf.data.converting import PROBE, Conversion
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use
 from rlhf.data.mixture import eval_sources, given, train_sources
@@ -36,11 +37,14 @@ def steps_of(cfg: Config, kind: Use | None = None) -> list[Planned]:
 
 
 def check(cfg: Config) -> None:
-    """For preflight: the steps are right by themselves, the files are there, and the steps can take what they hold. Raises UserError."""
+    """For preflight: the steps are right by themselves, the files have a format of the kind, and the steps can take it. Raises UserError."""
     steps_of(cfg)
     kind = kind_of(cfg)
-    eval_sources(cfg)
     steps_of(cfg, kind)
+    for wanted in (train_sources(cfg), eval_sources(cfg)):
+        conversion = Conversion(kind, wanted, lambda row, reason: None, lambda row, reason: None, PROBE + cfg.data.max_bad_rows)
+        for part in (part for source in wanted for part in source.parts):
+            conversion.format_of(part.origin)
     check_target(cfg.data.to, kind)
     if cfg.data.preview and cfg.model.path is None:
         raise UserError(f"data.preview={cfg.data.preview} shows tokens, but model.path is not set: expected a directory with a tokenizer.")

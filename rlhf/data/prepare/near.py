@@ -293,4 +293,4 @@ def near_duplicates(options: NearDuplicates, items: Iterator[Item], context: Con
     rows = list(items)
     texts = [sides(item.columns, options.part, context.kind) for item in rows]
     labels = near_clusters(texts, threshold=options.threshold, ngram=options.ngram, count=options.permutations, seed=context.seed)
-    yield from keep_one(rows, labels, options.keep, options.column, "near duplicate", context)
+    yield from keep_one(rows, labels.tolist(), options.keep, options.column, "near duplicate", context)
