@@ -114,7 +114,7 @@ def measure_near(rows: int, folder: Path) -> Near:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     labels = near_clusters([(text, "") for text in data.texts])
     due = [pair for pair in data.planted if similar(*(grams(data.texts[i]) for i in pair)) >= 0.8]
-    return Near(rows, seconds, peak, len(out.items), len(due), sum(labels[a] == labels[b] for a, b in due))
+    return Near(rows, seconds, peak, len(out.items), len(due), sum(int(labels[a] == labels[b]) for a, b in due))
 
 
 def similar(one: set[str], other: set[str]) -> float:
