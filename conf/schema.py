@@ -297,7 +297,7 @@ def _check_columns(key: str, columns: dict[str, Any]) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    """Where rows come from. ``recipe`` builds them from a package's own data under ``<run.dir>/<run.name>/data``."""
+    """Where rows come from. ``recipe`` builds them from a package's own data under ``<run.dir>/<run.name>/recipe``."""
 
     path: str | None = None  # JSON, JSONL, CSV, Parquet or XLSX file, glob, datasets directory or hub name; with #500 at most so many rows
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # a mixture by name, in place of path

@@ -58,8 +58,8 @@ class Plan:
             f"stage.before={place}/sft/model",
             f"stage.after={place}/{algorithm}/model",
             f"reward.path={place}/reward/model",
-            f"data.eval_path={place}/data/prompts_eval.jsonl",
-            f"stage.judge_path={place}/data/judge.jsonl",
+            f"data.eval_path={place}/recipe/prompts_eval.jsonl",
+            f"stage.judge_path={place}/recipe/judge.jsonl",
             "data.recipe=none",
         )
 

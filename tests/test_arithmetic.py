@@ -76,7 +76,7 @@ def test_same_seed_same_rows_other_seed_other_rows(built: dict[str, list[arithme
 
 def test_ensure_writes_the_files(tmp_path: Path) -> None:
     recipes.ensure(config(tmp_path, recipe=Recipe.arithmetic))
-    folder = tmp_path / "r" / "data"
+    folder = tmp_path / "r" / "recipe"
     assert {path.name for path in folder.iterdir()} == {*FILES, recipes.META}
     stamp = (folder / "sft.jsonl").stat().st_mtime_ns
     recipes.ensure(config(tmp_path, recipe=Recipe.arithmetic))

@@ -40,8 +40,8 @@ def test_every_experiment_composes_with_every_stage(experiment: str, stage: str)
 
 
 def test_experiment_settings_belong_to_one_stage_and_yield_to_the_command_line() -> None:
-    assert config.compose(["stage=sft", "experiment=reviews"]).data.path == "runs/reviews/data/sft.jsonl"
-    assert config.compose(["stage=ppo", "experiment=reviews"]).data.path == "runs/reviews/data/prompts.jsonl"
+    assert config.compose(["stage=sft", "experiment=reviews"]).data.path == "runs/reviews/recipe/sft.jsonl"
+    assert config.compose(["stage=ppo", "experiment=reviews"]).data.path == "runs/reviews/recipe/prompts.jsonl"
     assert config.compose(["stage=ppo", "experiment=reviews", "run.name=x"]).model.path == "runs/x/sft/model"
     assert config.compose(["stage=ppo", "experiment=reviews", "data.path=mine.jsonl"]).data.path == "mine.jsonl"
 

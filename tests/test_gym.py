@@ -162,11 +162,11 @@ def test_a_task_whose_verifier_takes_anything_is_refused(verifier: Gym) -> None:
 
 def test_recipe_writes_once_and_preflight_accepts_it(tmp_path: Path) -> None:
     overrides = ["stage=ppo", "reward=gym", "data.recipe=gym", "data.gym.tasks=[chain_sum,lcm]", "data.gym.rows=12", "data.gym.eval_rows=4"]
-    overrides += ["data.gym.options.chain_sum.max_terms=3", f"run.dir={tmp_path}", "run.name=r", f"data.path={tmp_path}/r/data/prompts.jsonl"]
+    overrides += ["data.gym.options.chain_sum.max_terms=3", f"run.dir={tmp_path}", "run.name=r", f"data.path={tmp_path}/r/recipe/prompts.jsonl"]
     cfg = config.compose([*overrides, "model=tiny", "tracking=none", "rollout=hf", "stage.critic_init=policy"])
     assert cfg.data.gym.options == {"chain_sum": {"max_terms": 3}}
     recipes.ensure(cfg)
-    meta = json.loads((tmp_path / "r" / "data" / recipes.META).read_text())
+    meta = json.loads((tmp_path / "r" / "recipe" / recipes.META).read_text())
     assert meta["files"]["prompts.jsonl"]["rows"] == 12 and meta["origin"]["options"]["options"] == {"chain_sum": {"max_terms": 3}}
     assert preflight.check(cfg) == []
     cfg.data.gym.rows = 13
@@ -178,7 +178,7 @@ def test_the_recipe_s_seed_is_its_own_or_the_run_s(tmp_path: Path) -> None:
     def prompts(name: str, run_seed: int, seed: int | None) -> str:
         data = DataConfig(recipe=Recipe.gym, gym=GymConfig(rows=4, eval_rows=1, seed=seed))
         recipes.ensure(Config(stage=DoctorStage(), run=RunConfig(dir=str(tmp_path), name=name, seed=run_seed), data=data))
-        return (tmp_path / name / "data" / "prompts.jsonl").read_text()
+        return (tmp_path / name / "recipe" / "prompts.jsonl").read_text()
 
     assert prompts("a", 1, None) == prompts("b", 2, 1) != prompts("c", 2, None)
 

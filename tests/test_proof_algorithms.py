@@ -115,7 +115,7 @@ def test_commands_are_those_of_a_user_and_compose(tmp_path: Path, monkeypatch: p
         if cfg.stage.name == "eval":
             assert Path(cfg.run.dir) / cfg.run.name / "eval" == plan.evaluation(trained)
             assert cfg.stage.before == cfg.model.path == f"{plan.folder}/sft/model" and cfg.stage.after == f"{plan.folder}/{trained}/model"
-            assert cfg.stage.judge_path == f"{plan.folder}/data/judge.jsonl" and cfg.data.eval_path == f"{plan.folder}/data/prompts_eval.jsonl"
+            assert cfg.stage.judge_path == f"{plan.folder}/recipe/judge.jsonl" and cfg.data.eval_path == f"{plan.folder}/recipe/prompts_eval.jsonl"
             assert [judge.value for judge in cfg.stage.judges] == list(proof_algorithms.JUDGES)
         else:
             assert Path(cfg.run.dir) / cfg.run.name / cfg.stage.name == plan.folder / trained
@@ -126,7 +126,7 @@ def test_commands_are_those_of_a_user_and_compose(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_experiment_sets_each_algorithm_s_own_data_and_size(algorithm: str) -> None:
     cfg = config.compose([f"stage={algorithm}", "experiment=reviews", "run.name=x"])
-    assert (cfg.model.path, cfg.reward.path, cfg.data.path) == ("runs/x/sft/model", "runs/x/reward/model", "runs/x/data/prompts.jsonl")
+    assert (cfg.model.path, cfg.reward.path, cfg.data.path) == ("runs/x/sft/model", "runs/x/reward/model", "runs/x/recipe/prompts.jsonl")
     assert cfg.stage.prompts_per_step * cfg.stage.samples_per_prompt == 64 and 60 <= cfg.stage.steps <= 80
     assert cfg.rollout.max_response_length == config.compose(["stage=eval", "experiment=reviews"]).rollout.max_response_length
 

@@ -46,7 +46,8 @@ def tokenizer(texts: list[str] | None = None) -> Any:
 # ---- files ----
 
 
-def test_the_four_kinds_of_files_hold_the_same_rows(tmp_path: Path) -> None:
+def test_the_five_kinds_of_files_hold_the_same_rows(tmp_path: Path) -> None:
+    import openpyxl
     import pyarrow
     import pyarrow.parquet
 
@@ -58,7 +59,11 @@ def test_the_four_kinds_of_files_hold_the_same_rows(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for suffix in ("jsonl", "json", "csv", "parquet"):
+    book = openpyxl.Workbook()
+    for cells in (list(rows[0]), *(list(row.values()) for row in rows)):
+        book.active.append(cells)
+    book.save(tmp_path / "a.xlsx")
+    for suffix in ("jsonl", "json", "csv", "parquet", "xlsx"):
         assert files.read_rows(tmp_path / f"a.{suffix}") == rows, suffix
         assert files.read_rows(tmp_path / f"a.{suffix}", max_rows=1) == rows[:1], suffix
 
@@ -83,7 +88,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
         ("a.jsonl", b"\n\n", "holds no rows"),
         ("a.json", b"[]", "holds no rows"),
         ("a.csv", b"text\n", "holds no rows"),
-        ("a.txt", b"x", r"ends with .json, .jsonl, .ndjson, .csv, .parquet; found '?.txt"),
+        ("a.txt", b"x", r"ends with .json, .jsonl, .ndjson, .csv, .parquet, .xlsx; found '?.txt"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "row 2: not valid JSON at line 2, column"),
         ("a.jsonl", b'{"text": "x"}\n\n[1]\n', "row 2: expected an object of columns, found an array"),
         ("a.json", b'[{"text": "x"},\n {"text" 1}]', "line 2, column 10: not valid JSON"),
@@ -93,12 +98,62 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
         ("a.csv", b"text,label\nx,1\ny\n", "row 2: expected 2 cells as in the header, found 1"),
         ("a.csv", b"text,text\nx,1\n", "the header names 'text' more than once"),
         ("a.parquet", b"not parquet at all", "not a readable Parquet file"),
+        ("a.parquet", b"PAR1" + bytes(64) + b"PAR1", "not a readable Parquet file"),
+        ("a.xlsx", b"not a workbook", r"not a readable Excel file \(BadZipFile"),
+        ("a.xlsx", b"PK\x05\x06" + bytes(18), "not a readable Excel file"),
+        ("a.csv", b'text,label\nx,"1\ny,2\n', "row 1, line 3: not valid CSV"),
+        ("a.csv", b'text,label\nx,"1"z\n', "row 1, line 2: not valid CSV"),
+        ("a.csv", b"text\nx\n\xe9\n", "line 3, byte 1: expected UTF-8 text, found 0xe9"),
+        ("a.jsonl", b"[" * 100000 + b"\n", "nested too deeply"),
+        ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"1" * 5000 + b"}\n", "row 2: not valid JSON at line 2"),
+        ("a.jsonl", b"[1]\n[2]\n", r"expected an array of rows \(a row a line wants objects"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         files.read_rows(tmp_path / name)
+
+
+def test_cells_of_a_workbook_are_the_texts_that_csv_would_hold(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import datetime
+
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    sheet = book.active
+    for cells in (
+        ["text", "n", "note", None],
+        [42, 1.5, None, None],
+        [None, None, None],
+        ["=1+1", True, datetime.date(2026, 1, 2)],
+        ["x"],
+        ["y", 1, "", "beyond"],
+    ):
+        sheet.append(cells)
+    book.create_sheet("more")
+    book.save(tmp_path / "a.xlsx")
+    rows = list(files.scan(tmp_path / "a.xlsx"))
+    assert [row.columns for row in rows[:3:2]] == [{"text": "42", "n": "1.5", "note": ""}, {"text": "x", "n": "", "note": ""}]
+    assert rows[1].columns["n"] == "true" and rows[1].columns["note"].startswith("2026-01-02")
+    assert rows[3].problem == "expected 3 cells as in the header, found 'beyond' beyond them" and rows[3].number == 4
+    assert "has the sheets Sheet, more: only the first is read" in caplog.text
+
+
+def test_semicolons_and_tabs_separate_cells_where_the_header_has_no_comma(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "a.csv").write_text("prompt;note\na, b;c\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("prompt\tnote\na;b\tc\n", encoding="utf-8")
+    (tmp_path / "c.csv").write_text("prompt,no;te\na,c\n", encoding="utf-8")
+    assert files.read_rows(tmp_path / "a.csv") == [{"prompt": "a, b", "note": "c"}]
+    assert files.read_rows(tmp_path / "b.csv") == [{"prompt": "a;b", "note": "c"}]
+    assert files.read_rows(tmp_path / "c.csv") == [{"prompt": "a", "no;te": "c"}]
+    assert "a.csv: its header has no comma, so cells are taken as separated by ';'" in caplog.text
+
+
+def test_a_byte_order_mark_inside_a_file_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufefftext\nx\n\ufeffy\n".encode())
+    assert [row["text"] for row in files.read_rows(tmp_path / "a.csv")] == ["x", "\ufeffy"]
 
 
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
@@ -318,7 +373,7 @@ def test_answers_that_are_judged_bad_are_not_trained_on_by_accident(tmp_path: Pa
 
 def test_a_chosen_format_that_the_stage_cannot_read(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "t.jsonl", [{"text": "a"}]))
-    with pytest.raises(UserError, match=r"data.format=text can't be read as pairs .* Formats that can: hh_rlhf"):
+    with pytest.raises(UserError, match=r"data.format=text can't be read as pairs .* Formats that can: .*hh_rlhf"):
         reading.preference_pairs(config(tmp_path, RewardStage(), path=path, format=DataFormat.text))
 
 
@@ -334,7 +389,7 @@ def test_rejected_rows_stop_the_run_or_are_kept_aside(tmp_path: Path) -> None:
         reading.sft_rows(config(tmp_path, SFTStage(), path=str(path), max_bad_rows=1))
     written = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
     assert [(w["row"], w["content"]) for w in written] == [(11, {"text": 5}), (12, "{broken")]
-    assert all(w["file"] == str(path) and w["reason"] for w in written)
+    assert all(w["file"] == str(path) and w["reason"] and w["set_aside"] is False for w in written)
     (tmp_path / "runs" / "r" / "sft").mkdir()
     cfg = config(tmp_path, SFTStage(), path=str(path), max_bad_rows=2)
     for _ in range(2):  # the second read replaces the first one's rows
@@ -458,5 +513,5 @@ def test_the_detected_format_is_said_aloud(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_data_path_not_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.path is not set: stage=reward needs a file of pairs .*formats: hh_rlhf"):
+    with pytest.raises(UserError, match=r"data.path is not set: stage=reward needs a file of pairs .*formats: .*hh_rlhf"):
         reading.preference_pairs(config(tmp_path, RewardStage()))

@@ -122,7 +122,7 @@ def test_same_seed_same_rows_other_seed_other_rows(built: dict[str, list[reviews
 
 def test_ensure_writes_once_and_tells_another_seed_apart(tmp_path: Path, small_package: Path) -> None:
     recipes.ensure(config(tmp_path))
-    folder = tmp_path / "r" / "data"
+    folder = tmp_path / "r" / "recipe"
     meta = json.loads((folder / recipes.META).read_text())
     assert meta["origin"]["seed"] == 0 and meta["files"]["sft.jsonl"]["rows"] > 0
     stamp = (folder / "sft.jsonl").stat().st_mtime_ns
@@ -137,7 +137,7 @@ def test_ensure_writes_once_and_tells_another_seed_apart(tmp_path: Path, small_p
 
 def test_ensure_rebuilds_a_missing_file(tmp_path: Path, small_package: Path) -> None:
     recipes.ensure(config(tmp_path))
-    place = tmp_path / "r" / "data" / "pairs.jsonl"
+    place = tmp_path / "r" / "recipe" / "pairs.jsonl"
     content = place.read_bytes()
     place.unlink()
     recipes.ensure(config(tmp_path))
@@ -168,8 +168,8 @@ def test_missing_package_names_the_install_command(tmp_path: Path, monkeypatch: 
 def test_the_real_package(tmp_path: Path) -> None:
     """The rows of the demo: enough of each, both labels, near the sizes that its settings were chosen for."""
     recipes.ensure(config(tmp_path))
-    meta = json.loads((tmp_path / "r" / "data" / recipes.META).read_text())
+    meta = json.loads((tmp_path / "r" / "recipe" / recipes.META).read_text())
     least = {"sft": 6000, "sft_eval": 200, "pairs": 5000, "pairs_eval": 600, "prompts": 1500, "prompts_eval": 600, "judge": 2000}
     assert {name: meta["files"][f"{name}.jsonl"]["rows"] >= count for name, count in least.items()} == dict.fromkeys(least, True)
-    labels = [json.loads(line)["label"] for line in (tmp_path / "r" / "data" / "judge.jsonl").read_text().splitlines()]
+    labels = [json.loads(line)["label"] for line in (tmp_path / "r" / "recipe" / "judge.jsonl").read_text().splitlines()]
     assert 0.4 < sum(labels) / len(labels) < 0.6

@@ -1,6 +1,6 @@
 """Rows of files as records of a use: which format a file has, what each row gives, and which rows don't fit or are set aside."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -139,9 +139,9 @@ class Conversion:
         return out
 
 
-def columns_of(value: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """A record in the columns of rlhf/data/prepare/items.py; of its fields those that have no canonical name."""
-    own = {key: value for key, value in fields.items() if key not in _CANONICAL}
+def columns_of(value: Any, fields: Mapping[str, Any], answers: Sequence[str] = ()) -> dict[str, Any]:
+    """A record in the columns of rlhf/data/prepare/items.py, then its fields without canonical names and without its format's `answers`."""
+    own = {key: value for key, value in fields.items() if key not in _CANONICAL and key not in answers}
     if isinstance(value, PreferencePair):
         margin = {} if value.margin is None else {"margin": value.margin}
         return {"prompt": value.prompt, "chosen": value.chosen, "rejected": value.rejected, **margin, **own}

@@ -1,6 +1,6 @@
 """Data sets built from what installed packages carry, or from the seed alone, so that demos and proofs run on real input without a hub.
 
-Files appear under ``<run.dir>/<run.name>/data`` with a ``meta.json`` that says what they were built from; what a recipe holds is
+Files appear under ``<run.dir>/<run.name>/recipe`` with a ``meta.json`` that says what they were built from; what a recipe holds is
 written in its own module (rlhf/data/reviews.py, rlhf/data/smollm2.py, rlhf/data/gym.py, rlhf/data/arithmetic.py).
 """
 
@@ -36,7 +36,7 @@ def ensure(cfg: Config) -> None:
 
 def directory(cfg: Config) -> Path:
     """Where the recipe's files live."""
-    return Path(cfg.run.dir).expanduser() / cfg.run.name / "data"
+    return Path(cfg.run.dir).expanduser() / cfg.run.name / "recipe"
 
 
 def _reviews(folder: Path, seed: int, overwrite: bool) -> None:

@@ -37,7 +37,8 @@ def items(cfg: Config, kind: Use, rejected: LeftOut, aside: LeftOut, split: str 
             if kind is Use.unpaired and isinstance(record.value, PreferencePair):
                 values = list(both_sides(record.value))
             for value in values:
-                yield Item(columns_of(value, record.fields), record.origin, record.number, split)
+                columns = columns_of(value, record.fields, conversion.format_of(record.origin).answers)
+                yield Item(columns, record.origin, record.number, split)
 
 
 def natural_use(cfg: Config) -> Use:

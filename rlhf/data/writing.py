@@ -15,10 +15,10 @@ from typing import Any
 
 from conf.choices import DataTarget, FileKind
 from rlhf.data.files import excel_text
-from rlhf.data.formats import Use, detect
+from rlhf.data.formats import FORMATS, Use, detect
 from rlhf.data.prepare.items import CONTENT, Item
 from rlhf.data.rows import RowError, describe
-from rlhf.data.targets import TARGETS, Row, Source
+from rlhf.data.targets import TARGETS, Draft, Row
 from rlhf.types import UserError
 
 _CANONICAL = (*CONTENT, "margin", "label")
@@ -44,6 +44,7 @@ _NESTED = (
     "responses",
     "answers",
 )
+_TELLING = {key for format_ in FORMATS for key in format_.keys} | {"chosen_model", "models", "kto_tag"}  # columns that formats are told by
 _BATCH = 1024  # rows of a Parquet row group
 _CELL = 32767  # characters that an Excel cell holds
 
@@ -70,32 +71,49 @@ def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list
     """
     check_target(to, kind)
     content = {key: columns[key] for key in _OF_KIND[kind] if columns.get(key) is not None}
-    source = Source(content, {key: value for key, value in columns.items() if key not in content}, [])
-    lost = [key for key in source.own if key in _CANONICAL and source.own[key] is not None]
-    if "margin" not in content and all(source.own.get(key) not in (None, "") for key in ("score_chosen", "score_rejected")):
+    draft = Draft(content, {key: value for key, value in columns.items() if key not in content}, [])
+    lost = [key for key in draft.own if key in _CANONICAL and draft.own[key] is not None]
+    if kind is Use.preference and "margin" not in content and all(draft.own.get(key) not in (None, "") for key in ("score_chosen", "score_rejected")):
         lost += ["score_chosen", "score_rejected"]
-    lost += [key for key in _TURNED if key in source.own and (to is not DataTarget.trl or key == "kto_tag")]
+    lost += [key for key in _TURNED if key in draft.own and (to is not DataTarget.trl or key == "kto_tag")]
     for key in lost:
-        source.notes.append(f"{key} is not carried: it would be read as part of the row's content")
-    source.own = {key: value for key, value in source.own.items() if key not in lost and key not in _CANONICAL}
-    rows = TARGETS[to][kind](source)
-    return [_with_own(row, source) for row in rows], source.notes
+        draft.notes.append(f"{key} is not carried: it would be read as part of the row's content")
+    draft.own = {key: value for key, value in draft.own.items() if key not in lost and key not in _CANONICAL}
+    rows = TARGETS[to][kind](draft)
+    return [_with_own(row, draft) for row in rows], draft.notes
 
 
-def _with_own(row: Row, source: Source) -> Row:
+def _with_own(row: Row, draft: Draft) -> Row:
     """A target's row with the row's own columns beside it, those left out that would make it look like another format."""
-    own = dict(source.own)
+    own = dict(draft.own)
     for key in [key for key in own if key in row]:
-        source.notes.append(f"{key} is not carried: the format has its own {key}")
+        draft.notes.append(f"{key} is not carried: the format has its own {key}")
         del own[key]
-    for use in (*Use, None):
-        expected = detect(row, use)
-        while own and (found := detect({**own, **row}, use)) is not expected:
+    if not _TELLING.isdisjoint(own):
+        _drop_misleading(row, own, draft)
+    return {**row, **own}
+
+
+def _drop_misleading(row: Row, own: Row, draft: Draft) -> None:
+    """Take those of a row's own columns out with which it would be read as another format, to other values."""
+    for use in Use:
+        while own and not _reads_alike(row, {**own, **row}, use):
+            found = detect({**own, **row}, use)
             keys = [] if found is None else [key for key in own if key in found.keys]
             for key in keys or list(own):
-                source.notes.append(f"{key} is not carried: with it the row would look like another format")
+                draft.notes.append(f"{key} is not carried: with it the row would look like another format")
                 del own[key]
-    return {**row, **own}
+
+
+def _reads_alike(row: Row, other: Row, use: Use) -> bool:
+    """Whether two rows give the same values when their formats are detected."""
+    first, second = detect(row, use), detect(other, use)
+    if first is second or first is None or second is None:
+        return first is second
+    try:
+        return [made.value for made in first.read(row, use).pairs] == [made.value for made in second.read(other, use).pairs]
+    except RowError:
+        return False
 
 
 @dataclass(slots=True)

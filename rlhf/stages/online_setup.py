@@ -147,8 +147,8 @@ def _register(ctx: RunContext) -> None:
         ctx.add_parent("policy", ctx.cfg.model.path)
     for _, path in model_paths(ctx.cfg.reward):
         ctx.add_parent("reward", path)
-    for path in data_files(ctx.cfg):
-        ctx.add_data(path)
+    for file in data_files(ctx.cfg):
+        ctx.add_data(file)
 
 
 def _start_directory(ctx: RunContext, tokenizer: Any) -> str:

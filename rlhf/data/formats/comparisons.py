@@ -243,7 +243,7 @@ MT_BENCH_JUDGMENT = Format(
     pairs=_pairs_mt_bench,
     prompt=_first_question,
     consumed=(MT_QUESTION,),
-    answers=(MT_ANSWER_1, MT_ANSWER_2, "margin"),
+    answers=(MT_ANSWER_1, MT_ANSWER_2, "g1_winner", "g2_winner", "margin"),
 )
 MT_BENCH_ANSWER = Format(
     "mt_bench_answer",

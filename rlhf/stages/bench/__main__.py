@@ -2,7 +2,7 @@
 
 python -m rlhf.stages.bench                       cases a, b-lora and b-full, five measured steps each (about 25 minutes on 2 cores)
 python -m rlhf.stages.bench --cases a --rounds 9
-python -m rlhf.stages.bench --growth              how our cost grows on case a: response length x2, group x2, model x4
+python -m rlhf.stages.bench --growth              how our cost grows: response length x2, group x2, model x4
 
 Case a: a 5M-parameter model trained for a minute on review sentences, 8 prompts x 8 short answers of uneven length. Case b: SmolLM2-135M-Instruct,
 4 chat prompts x 4 answers of up to 48 tokens, with LoRA (rank 8, all linear layers) and with full weights. Time nothing beside it.
@@ -41,7 +41,7 @@ def train_small(folder: Path, name: str, shape: Sequence[str], steps: int = 120)
         shared = ["stage=sft", "experiment=reviews", f"run.dir={folder}", f"run.name={name}"]
         recipes.ensure(config.compose(shared))
         held_out = folder / name / "held_out.jsonl"  # a few rows: this model only has to end its sentences
-        lines = (folder / name / "data" / "sft_eval.jsonl").read_text(encoding="utf-8").splitlines()[:32]
+        lines = (folder / name / "recipe" / "sft_eval.jsonl").read_text(encoding="utf-8").splitlines()[:32]
         held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "rlhf", *shared, "run.overwrite=true", "tracking=none", f"stage.steps={steps}", f"stage.eval_steps={steps}"]
         command += [f"data.eval_path={held_out}", *shape]
@@ -52,7 +52,7 @@ def train_small(folder: Path, name: str, shape: Sequence[str], steps: int = 120)
 
 
 def review_prompts(folder: Path, name: str, count: int) -> list[str]:
-    lines = (folder / name / "data" / "prompts_eval.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / name / "recipe" / "prompts_eval.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines[:count]]
 
 
@@ -65,7 +65,7 @@ def case_a(folder: Path) -> Case:
 
 def case_b(folder: Path, *, lora: bool) -> Case:
     recipes.ensure(config.compose(["stage=ppo", "experiment=smollm2", f"run.dir={folder}", "run.name=bench-135m"]))
-    place = folder / "bench-135m" / "data"
+    place = folder / "bench-135m" / "recipe"
     rows = [json.loads(line)["prompt"] for line in (place / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
     rows = [[{"role": "user", "content": f"Continue this review of a film in your own words: {row[-1]['content']}"}] for row in rows]
     return Case(
@@ -134,14 +134,14 @@ def report(case: Case, results: dict[str, list[Figures]]) -> list[str]:
 
 
 def growth(folder: Path, rounds: int) -> list[str]:
-    """Our step's time on case a with one quantity changed at a time."""
-    base = case_a(folder)
-    large = train_small(folder, "bench-20m", LARGE, steps=30)
+    """Our step's time with one quantity changed at a time. The models hardly trained, so that answers run to the limit and a limit is a length."""
+    small, large = (train_small(folder, name, shape, steps=1) for name, shape in (("growth-5m", SMALL), ("growth-20m", LARGE)))
+    base = replace(case_a(folder), name="growth", model=small, prompts=review_prompts(folder, "growth-5m", 8))
     cases = {
-        "case a": base,
-        "response limit x2": replace(base, name="a-long", max_response=96),
-        "group x2": replace(base, name="a-group", samples=16),
-        "model x4": replace(base, name="a-large", model=large, prompts=review_prompts(folder, "bench-20m", 8)),
+        "base": base,
+        "response length x2": replace(base, name="growth-length", max_response=2 * base.max_response),
+        "group x2": replace(base, name="growth-group", samples=2 * base.samples),
+        "model x4": replace(base, name="growth-model", model=large),
     }
     lines, first = [], None
     for label, case in cases.items():
