@@ -117,7 +117,8 @@ def test_near_clusters_of_tiny_texts_are_those_of_the_definition(texts: list[str
 def test_large_buckets_give_the_same_clusters_as_all_pairs() -> None:
     base = " ".join(f"word{i}" for i in range(60))
     rng = random.Random(1)
-    texts = [edited(rng, base, 3) for _ in range(near._SMALL_BUCKET * 3)]  # every pair shares bands
+    texts = [edited(rng, base, rng.randint(0, 16)) for _ in range(near._SMALL_BUCKET * 4)]  # many share bands, not all of them are near
+    assert any(near.buckets(near.signatures([(t, "") for t in texts], 5, 128, 0), band).large() for band in near.bands(0.8, 128))
     texts += [f"quite another text of its own, number {i} of them all" for i in range(40)]
     assert found(texts, 0.8) == by_definition(texts, 0.8)
 
