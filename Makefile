@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow lint format doctor bench bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking clean
+.PHONY: help setup demo test test-slow lint format doctor bench bench-data bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ proof-arithmetic: $(STAMP) ## slow: sums from scratch by SFT and GRPO, three see
 
 bench: $(STAMP) ## slow: whole online steps beside TRL's GRPOTrainer, taking turns; nothing else may run (about 25 min on 2 cores)
 	$(OFFLINE) $(PY) -m rlhf.stages.bench
+
+bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, and a 2 GiB file streamed through two steps (about 10 min on 2 cores)
+	$(OFFLINE) $(PY) -m eval.bench_data
 
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
 	$(OFFLINE) $(PY) -m rlhf.stages.bench --growth

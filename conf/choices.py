@@ -300,6 +300,16 @@ class FileKind(Enum):
     xlsx = "xlsx"
 
 
+class DataKind(Enum):
+    """What rows are to stage=data (rlhf.data.formats.Use)."""
+
+    auto = "auto"
+    sft = "sft"
+    preference = "preference"
+    unpaired = "unpaired"
+    prompt = "prompt"
+
+
 class Recipe(Enum):
     none = "none"
     reviews = "reviews"

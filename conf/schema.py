@@ -14,6 +14,7 @@ from conf.choices import (
     AdapterKind,
     Combine,
     DataFormat,
+    DataKind,
     DataTarget,
     Dtype,
     EngineKind,
@@ -319,6 +320,10 @@ class DataConfig:
     chat_template: str | None = None  # a name (chatml, llama-3 ...: rlhf/data/templates) or a Jinja file; None: the tokenizer's own
     max_prompt_length: int = 256  # tokens; longer prompts are an error unless truncate_prompts
     truncate_prompts: bool = False  # keep the last max_prompt_length tokens
+    # -- stage=data
+    kind: DataKind = DataKind.auto  # what the rows become; auto: what the detected format is
+    pipeline: list[Any] = field(default_factory=list)  # steps in order: a name, or {step: NAME, option: value ...} (conf/preparation)
+    cache: bool = True  # keep each step's rows in the run directory, so that run.resume=true starts from the last step that is still right
 
     def __post_init__(self) -> None:
         check(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "in (0, 1)")

@@ -477,6 +477,13 @@ class ServeRewardStage:
 
 
 @dataclass(slots=True, kw_only=True)
+class DataStage:
+    """Reads rows of any format, runs the steps of data.pipeline over them, writes what the training stages read; its options are the data group's."""
+
+    name: str = "data"
+
+
+@dataclass(slots=True, kw_only=True)
 class DoctorStage:
     """Versions, devices, memory, engines: usable, or why not."""
 
@@ -504,6 +511,7 @@ STAGES: dict[str, type] = {
     "ppo": OnlineStage,
     "eval": EvalStage,
     "serve_reward": ServeRewardStage,
+    "data": DataStage,
     "doctor": DoctorStage,
     "chain": ChainStage,
 }

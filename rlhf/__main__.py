@@ -66,7 +66,8 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
         return
     from rlhf.run import RunContext
 
-    quiet_libraries()
+    if schema_name != "data":  # it loads no model by itself, and transformers takes seconds to import
+        quiet_libraries()
     run(RunContext.open(cfg, argv))
 
 

@@ -27,10 +27,11 @@ from conf.choices import (
     RolloutBackend,
 )
 from conf.schema import Config, EngineConfig, ModelConfig
-from conf.stages import CPOStage, EvalStage, KTOStage, OfflineStage, OnlineStage, ORPOStage, PreferenceStage, RewardStage, ServeRewardStage
+from conf.stages import CPOStage, DataStage, EvalStage, KTOStage, OfflineStage, OnlineStage, ORPOStage, PreferenceStage, RewardStage, ServeRewardStage
 from rlhf import distributed, run, tracking
 from rlhf.data import mixture, reading
 from rlhf.data.files import check_file
+from rlhf.data.prepare import ingest
 from rlhf.data.templates import template_text
 from rlhf.models import check_model_path
 from rlhf.types import UserError
@@ -112,8 +113,8 @@ def _divides(key: str, value: int, unit: int, what: str) -> None:
 def check_model(cfg: Config) -> None:
     """The model's directory is one; a GGUF file is in it."""
     model = cfg.model
-    if isinstance(cfg.stage, ServeRewardStage):
-        return  # its model is reward.path
+    if isinstance(cfg.stage, (ServeRewardStage, DataStage)):
+        return  # its model is reward.path; steps of data.pipeline name theirs
     if isinstance(cfg.stage, EvalStage):
         for key, path in (("stage.before", cfg.stage.before), ("stage.after", cfg.stage.after)):
             if path is not None:
@@ -178,8 +179,8 @@ def check_lengths(cfg: Config) -> None:
 
 def check_data(cfg: Config) -> None:
     """Data files exist, are not empty, and their first rows fit the stage."""
-    if isinstance(cfg.stage, ServeRewardStage):
-        return  # its texts come over the network
+    if isinstance(cfg.stage, (ServeRewardStage, DataStage)):
+        return  # its texts come over the network; check_preparation looks at what is prepared
     if cfg.data.chat_template is not None:
         template_text(cfg.data.chat_template)
     if isinstance(cfg.stage, EvalStage):
@@ -188,6 +189,20 @@ def check_data(cfg: Config) -> None:
     else:
         reading.required_sources(cfg)
     reading.check_first_rows(cfg, reading.use_of(cfg))
+
+
+def check_preparation(cfg: Config) -> None:
+    """stage=data: sources are there, and the steps can run on what they hold. Any other stage reads prepared rows, so it has no steps."""
+    if isinstance(cfg.stage, DataStage):
+        if distributed.world_size() > 1:
+            raise UserError(f"stage=data runs in one process, but {_ranks()} were launched. Run it without torchrun.")
+        ingest.check(cfg)
+    elif cfg.data.pipeline and not isinstance(cfg.stage, ServeRewardStage):
+        steps = f"{len(cfg.data.pipeline)} steps"
+        raise UserError(
+            f"data.pipeline holds {steps}, which stage={cfg.stage.name} doesn't run: run stage=data with it first, and give what that "
+            "writes (train.jsonl, eval.jsonl) as data.path and data.eval_path."
+        )
 
 
 def check_judges(cfg: Config) -> None:
@@ -380,6 +395,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_rollout,
     check_model,
     check_data,
+    check_preparation,
     check_margin,
     check_preference,
     check_judges,

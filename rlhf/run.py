@@ -29,6 +29,7 @@ from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.run")
 CONFIG_FILE, MANIFEST_FILE, SUMMARY_FILE = "config.yaml", "manifest.json", "summary.json"
+STEPS_FOLDER = "steps"  # of stage=data
 PACKAGES = (
     "torch",
     "transformers",
@@ -194,14 +195,16 @@ def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
         for change in changed_options(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, cfg):
             LOG.warning("resume: the configuration differs from the run's: %s", change)
     found = latest_checkpoint(directory)
-    if found is None and (directory / SUMMARY_FILE).exists():
+    has_steps = (directory / STEPS_FOLDER).is_dir()  # stage=data: it finds out by itself which of its steps still hold
+    if found is None and not has_steps and (directory / SUMMARY_FILE).exists():
         raise UserError(f"{directory} is a finished run without a checkpoint, so there is nothing to resume. Run it anew with run.overwrite=true.")
     step = found[1] if found is not None else -1
     dropped = truncate(directory / METRICS_FILE, step)
     truncate(directory / SAMPLES_FILE, step)
     (directory / SUMMARY_FILE).unlink(missing_ok=True)
     if found is None:
-        LOG.warning("resume: %s holds no checkpoint; the run starts from step 0.", directory)
+        if not has_steps:
+            LOG.warning("resume: %s holds no checkpoint; the run starts from step 0.", directory)
         return _Opened(resumed=True)
     LOG.info("resume: continuing from %s; %d metric lines after it were dropped.", found[0], dropped)
     return _Opened(resume_from=found[0], resumed=True)
@@ -308,10 +311,16 @@ class RunContext:
             self._manifest["parents"].append(entry)
             self._write_manifest()
 
-    def add_data(self, path: str | Path | None) -> None:
-        """Record a data file with its hash. Raises UserError when there is no such file."""
+    def record(self, key: str, value: Any) -> None:
+        """Put an entry of the stage's own into the manifest."""
+        if self.enabled:
+            self._manifest[key] = json_value(value)
+            self._write_manifest()
+
+    def add_data(self, path: str | Path | None) -> str | None:
+        """Record a data file with its hash, which it gives back (on rank 0). Raises UserError when there is no such file."""
         if not self.enabled or path is None:
-            return
+            return None
         place = Path(path).expanduser()
         if not place.is_file():
             raise UserError(f"data file {place}: no such file.")
@@ -319,6 +328,7 @@ class RunContext:
         if entry not in self._manifest["data"]:
             self._manifest["data"].append(entry)
             self._write_manifest()
+        return str(entry["sha256"])
 
     @contextlib.contextmanager
     def closing(self) -> Iterator["RunContext"]:

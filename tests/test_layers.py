@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("conf", "rlhf", "rollout", "reward", "policy", "eval")
-SHARED = ("conf.choices", "conf.schema", "conf.stages", "rlhf.types", "rlhf.data", "rlhf.models", "rlhf.distributed", "rlhf.moments")
+SHARED = (
+    "conf.choices",
+    "conf.preparation",
+    "conf.schema",
+    "conf.stages",
+    "rlhf.types",
+    "rlhf.data",
+    "rlhf.models",
+    "rlhf.distributed",
+    "rlhf.moments",
+)
 SOLE_IMPORTER = {"vllm": "rollout/vllm.py", "deepspeed": "policy/deepspeed_engine.py", "wandb": "rlhf/tracking.py"}
 
 
@@ -96,10 +106,10 @@ def test_backend_has_one_lazy_importer(library: str, path: str) -> None:
 
 
 def test_configuration_needs_the_standard_library_only() -> None:
-    files = sorted((ROOT / "conf").glob("*.py"))
+    files = sorted((ROOT / "conf").rglob("*.py"))
     assert {"choices.py", "schema.py", "stages.py"} <= {path.name for path in files}
     for path in files:
-        names = {found.module.split(".")[0] for found in imports_of(path.read_text(encoding="utf-8"), f"conf/{path.name}")}
+        names = {found.module.split(".")[0] for found in imports_of(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())}
         assert names <= {"conf", "dataclasses", "enum", "math", "re", "typing"}, path
 
 

@@ -1,15 +1,49 @@
 """What every preparation step has."""
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
+
+
+class Part(Enum):
+    """Which texts of a row a step looks at (rlhf/data/prepare/texts.py)."""
+
+    whole = "whole"  # all of them as one
+    prompt = "prompt"  # what is asked; of a whole text the text itself
+    answer = "answer"  # what answers it: both sides of a pair
+
+
+class Keep(Enum):
+    """The one row of a cluster of duplicates that stays."""
+
+    first = "first"  # in the order of the rows
+    longest = "longest"  # most characters in all its texts; of equals the first
+    best = "best"  # highest number in `column`; of equals the first
+
+
+class Vectors(Enum):
+    """What texts are compared as."""
+
+    tfidf = "tfidf"  # words and pairs of words, weighted by rarity
+    embedding = "embedding"  # a sentence-embedding model's directory, `model`
 
 
 @dataclass(slots=True, kw_only=True)
 class StepOptions:
-    """One step of data.pipeline. `apply` is loaded when the step runs: (options, items, context) -> items, see rlhf/data/prepare/items.py."""
+    """One step of data.pipeline. `apply` is loaded when the step runs: (options, items, context) -> items, see rlhf/data/prepare/items.py.
+
+    A file or directory that an option names belongs into `files`: it is checked before a row is read, and a change of its content makes
+    the step run again.
+    """
 
     step: ClassVar[str]  # its name in data.pipeline
     apply: ClassVar[str]  # pkg.module:function
     streaming: ClassVar[bool] = False  # takes one item at a time; else it holds all of them in memory
     kinds: ClassVar[frozenset[str]] = frozenset({"sft", "preference", "unpaired", "prompt"})  # rows that it can take
     after_split: ClassVar[bool] = False  # refused before a split step
+    splits: ClassVar[bool] = False  # it sets Item.split: one such step a pipeline
+    version: ClassVar[int] = 1  # raised whenever the same rows and options give another result: a run that resumes then does the step again
+
+    def files(self) -> dict[str, str]:
+        """Option -> the file or directory that it names."""
+        return {}

@@ -1,0 +1,135 @@
+"""Step balance: groups of training rows by a column or by what they say, evened out by copies, by leaving out, or by weights."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+
+from conf.preparation.sampling import Balance, Balancing, Grouping
+from rlhf.data.prepare.clusters import members
+from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.texts import sides
+from rlhf.data.prepare.vectors import vectors
+from rlhf.data.rows import describe, nearest
+from rlhf.types import UserError
+
+WEIGHT = "weight"  # the column that losses read
+
+
+def column_groups(items: Sequence[Item], column: str, step: str) -> list[str]:
+    """[N] the value of a column, as text. Raises UserError for a row without it."""
+    out = []
+    for item in items:
+        value = item.columns.get(column)
+        if not isinstance(value, (str, bool, int, float)):
+            near = nearest(column, [str(k) for k in item.columns])
+            found = f"found {describe(value)}" if column in item.columns else f"but it is missing{f'; nearest: {near!r}' if near else ''}"
+            raise UserError(f"{item.place}: step {step} needs a text, number or true/false in column {column!r}, {found}.")
+        out.append(str(value))
+    return out
+
+
+def cluster_groups(matrix: Any, options: Balance, seed: int) -> list[str | None]:
+    """[N] cluster of each row by k-means or HDBSCAN; None for a row in no dense region."""
+    if options.by is Grouping.kmeans:
+        from sklearn.cluster import KMeans
+
+        if matrix.shape[0] < options.clusters:
+            raise UserError(f"step balance: clusters={options.clusters}, but there are {matrix.shape[0]} training rows.")
+        labels = KMeans(options.clusters, n_init=4, random_state=seed).fit_predict(matrix)
+        return [f"cluster {label}" for label in labels]
+    from sklearn.cluster import HDBSCAN
+
+    if not isinstance(matrix, np.ndarray):
+        matrix = _reduced(matrix, seed)
+    labels = HDBSCAN(min_cluster_size=options.min_cluster, copy=True).fit_predict(matrix)
+    return [None if label < 0 else f"cluster {label}" for label in labels]
+
+
+def _reduced(matrix: Any, seed: int) -> Any:
+    """[N, at most 50] latent semantic analysis of sparse rows, unit length: density means little in thousands of dimensions."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.preprocessing import normalize
+
+    size = max(1, min(50, matrix.shape[0] - 1, matrix.shape[1] - 1))
+    return normalize(TruncatedSVD(size, random_state=seed).fit_transform(matrix))
+
+
+def weights(groups: Sequence[str | None]) -> list[float]:
+    """[N] N / (K n_k) for a row of group k, and 1 for a row of none; their mean is 1, since each of the K groups sums to N / K."""
+    counts = Counter(group for group in groups if group is not None)
+    total = sum(counts.values())
+    return [1.0 if group is None else total / (len(counts) * counts[group]) for group in groups]
+
+
+def central(matrix: Any, rows: Sequence[int], count: int) -> list[int]:
+    """The `count` of `rows` whose vectors are nearest to their mean, in the order of the rows."""
+    part = matrix[np.array(rows)]
+    mean = np.asarray(part.mean(axis=0)).ravel()
+    mean /= max(float(np.linalg.norm(mean)), 1e-12)
+    likeness = np.asarray(part @ mean).ravel()  # rows are unit vectors, so the largest product is the smallest distance
+    best = np.argsort(-likeness, kind="stable")[:count]
+    return sorted(rows[i] for i in best)
+
+
+def _copies(rows: Sequence[int], count: int, rng: random.Random) -> list[int]:
+    """`count` rows more: every row once before any comes twice."""
+    out: list[int] = []
+    while len(out) < count:
+        out += rng.sample(list(rows), min(len(rows), count - len(out)))
+    return out
+
+
+def balance(options: Balance, items: Iterator[Item], context: Context) -> Iterator[Item]:
+    """Even out the training rows. Copies follow after all rows; they name the row that they are copies of."""
+    everything = list(items)
+    train = [item for item in everything if item.split == "train"]
+    if not train:
+        yield from everything
+        return
+    matrix = None
+    if options.by is not Grouping.column or options.how is Balancing.under:
+        matrix = vectors([sides(item.columns, options.part, context.kind) for item in train], options.vectors, options.model)
+    groups: list[str | None]
+    groups = (
+        [*column_groups(train, str(options.column), "balance")] if options.by is Grouping.column else cluster_groups(matrix, options, context.seed)
+    )
+    context.figures["before"] = _counts(groups)
+    if options.how is Balancing.weight:
+        for item, weight in zip(train, weights(groups), strict=True):
+            item.columns[WEIGHT] = round(weight, 6)
+        yield from everything
+        return
+    by_group = [(groups[rows[0]], rows) for rows in members(_numbers(groups)) if groups[rows[0]] is not None]
+    if options.how is Balancing.over:
+        yield from everything
+        smallest = math.ceil(max((len(rows) for _, rows in by_group), default=0) / options.ratio)
+        rng = random.Random(f"{context.seed}:over")
+        extra = [index for _, rows in by_group for index in _copies(rows, max(0, smallest - len(rows)), rng)]
+        for index in extra:
+            item = train[index]
+            yield Item(deepcopy(item.columns), item.origin, item.number, item.split)
+        context.figures["after"] = _counts([*groups, *(groups[index] for index in extra)])
+        return
+    largest = math.floor(min((len(rows) for _, rows in by_group), default=0) * options.ratio)
+    out = {index: name for name, rows in by_group for index in set(rows) - set(central(matrix, rows, largest))}
+    gone = {id(train[index]): name for index, name in out.items()}
+    for item in everything:
+        if id(item) in gone:
+            context.rejected(item, f"group {gone[id(item)]!r} has more than {largest} rows, and others are nearer to its centre")
+        else:
+            yield item
+    context.figures["after"] = _counts([group for index, group in enumerate(groups) if index not in out])
+
+
+def _numbers(groups: Sequence[str | None]) -> list[int]:
+    names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    return [names[group] for group in groups]
+
+
+def _counts(groups: Sequence[str | None]) -> dict[str, int]:
+    return {("in no cluster" if name is None else name): count for name, count in Counter(groups).most_common()}

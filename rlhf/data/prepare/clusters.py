@@ -1,0 +1,70 @@
+"""Clusters of duplicates: connected components of pairs, and the one row of each that stays."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from conf.preparation.base import Keep
+from rlhf.data.prepare.items import Context, Item, joined
+from rlhf.data.rows import describe
+from rlhf.types import UserError
+
+
+def components(count: int, left: Any, right: Any) -> Any:
+    """[count] a cluster's number for each node, from the edges left[i]-right[i]."""
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    edges = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+    return connected_components(edges, directed=False)[1]
+
+
+def members(labels: Sequence[int]) -> list[list[int]]:
+    """Rows of each cluster, in order; clusters in the order of their first rows."""
+    found: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        found.setdefault(int(label), []).append(row)
+    return list(found.values())
+
+
+def score(item: Item, column: str) -> float:
+    """The number in a column. Raises UserError naming the row."""
+    value = item.columns.get(column)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{item.place}: keep=best needs a number in column {column!r}, found {describe(value)}.")
+    return number
+
+
+def chosen(items: Sequence[Item], rows: Sequence[int], keep: Keep, column: str | None) -> int:
+    """The row of a cluster that stays. Where some are held out it is one of these, so that no training row resembles a held-out one."""
+    candidates = [row for row in rows if items[row].split == "eval"] or list(rows)
+    if keep is Keep.longest:
+        return max(candidates, key=lambda row: (len(joined(items[row].columns)), -row))
+    if keep is Keep.best:
+        assert column is not None
+        return max(candidates, key=lambda row: (score(items[row], column), -row))
+    return candidates[0]
+
+
+def keep_one(items: Sequence[Item], labels: Sequence[int], keep: Keep, column: str | None, what: str, context: Context) -> Iterator[Item]:
+    """One row of each cluster; the others are rejected as `what` of it. Figures: clusters of two rows and more, and the largest."""
+    stays = list(range(len(items)))  # [N] the row that stays for each
+    several = [rows for rows in members(labels) if len(rows) > 1]
+    size = {}
+    for rows in several:
+        kept = chosen(items, rows, keep, column)
+        size[kept] = len(rows)
+        for row in rows:
+            stays[row] = kept
+    for row, item in enumerate(items):
+        kept = stays[row]
+        if kept == row:
+            yield item
+        else:
+            context.rejected(item, f"{what} of {items[kept].place} (cluster of {size[kept]})")
+    context.figures.update(clusters=len(several), largest=max(size.values(), default=0))

@@ -1,0 +1,209 @@
+"""Runs the steps of data.pipeline over rows: streaming as far as the steps allow, counted, every rejected row written, results kept for a resume.
+
+    steps = plan(pipeline, kind=Use.sft, seed=0)
+    done: list[StepReport] = []
+    for item in stream(source, steps, kind=Use.sft, folder=folder, done=done): ...
+
+Consecutive streaming steps pass one row at a time. A step that needs all rows gets them, and its own structures are freed before the next
+step begins. Each step's rows are written to `folder`/steps as they pass; the directory gets its name when the step is complete.
+"""
+
+import importlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.data.formats import Use
+from rlhf.data.prepare import store
+from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.plan import Planned, digest, keys, option_values, plan
+from rlhf.data.prepare.store import StepReport
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.data.prepare")
+REJECTED_FILE = "rejected.jsonl"
+READ = "read"  # the name of the reading among the steps
+
+# Gives the rows, and rejects through the context those that don't fit; one that can't be read at all as an item with what stood there.
+Source = Callable[[Context], Iterator[Item]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What `run` gives back."""
+
+    items: list[Item]
+    steps: list[StepReport]  # the reading first
+    rejected: Path  # JSON lines: step, reason, file, row, content
+
+
+class _Running:
+    """One step at work: counts what goes in, comes out and is rejected, and the time that is its own."""
+
+    def __init__(self, report: StepReport, context: Context, target: Path, keep: bool, apply: Callable[[Iterator[Item]], Iterator[Item]]) -> None:
+        self.report, self.context = report, context
+        self._apply = apply
+        self._waited = 0.0  # seconds in which the steps before had the word
+        self._complete = False  # the rows that came in have ended
+        self._writer = store.Writer(target, items=keep)
+        context.rejected = self._reject
+
+    def _reject(self, item: Item, reason: str) -> None:
+        self.report.count(reason)
+        self._writer.reject(store.rejected_row(self.report.step, reason, item.origin, item.number, item.columns))
+
+    def _incoming(self, rows: Iterator[Item]) -> Iterator[Item]:
+        while True:
+            began = time.perf_counter()
+            item = next(rows, None)
+            self._waited += time.perf_counter() - began
+            if item is None:
+                self._complete = True
+                return
+            self.report.rows_in += 1
+            yield item
+
+    def stream(self, rows: Iterator[Item]) -> Iterator[Item]:
+        """What comes out, one by one."""
+        spent, began = 0.0, time.perf_counter()
+        inner = iter(self._apply(self._incoming(rows)))
+        spent += time.perf_counter() - began
+        while True:
+            began = time.perf_counter()
+            item = next(inner, None)
+            spent += time.perf_counter() - began
+            if item is None:
+                break
+            self.report.rows_out += 1
+            self._writer.item(item)
+            yield item
+        self.report.seconds = round(spent - self._waited, 3)
+
+    def finish(self) -> StepReport:
+        """The step is through. Raises RuntimeError for one that left rows unread or dropped some in silence."""
+        report = self.report
+        if report.number == 0:
+            report.rows_in = report.rows_out + report.rejected
+        elif not self._complete:
+            raise RuntimeError(f"step {report.step} ended before its rows did ({report.rows_in} read)")
+        if report.rows_out < report.rows_in - report.rejected:
+            missing = report.rows_in - report.rejected - report.rows_out
+            raise RuntimeError(f"step {report.step}: {missing} rows are gone without a reason: every one has to pass context.rejected")
+        report.figures = store.plain(self.context.figures)
+        self._writer.close(report)
+        LOG.info("%s: %d rows in, %d out (%.1f s)", report.step, report.rows_in, report.rows_out, report.seconds)
+        return report
+
+    def abandon(self) -> None:
+        self._writer.abandon()
+
+
+def _load(path: str) -> Callable[..., Iterator[Item]]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _start(step: Planned, number: int, key: str | None, folder: Path, kind: Use, split_done: bool, keep: bool) -> _Running:
+    context = Context(kind=kind, seed=step.seed, folder=folder, split_done=split_done)
+    options, function = step.options, _load(step.options.apply)
+
+    def apply(rows: Iterator[Item]) -> Iterator[Item]:
+        return function(options, rows, context)
+
+    report = StepReport(number, step.name, option_values(options), key)
+    return _Running(report, context, store.place(folder, number, step.name), keep, apply)
+
+
+def stream(
+    source: Source,
+    steps: Sequence[Planned],
+    *,
+    kind: Use,
+    folder: Path,
+    done: list[StepReport],
+    identity: str | None = None,
+    held_out: bool = False,
+    keep: bool = True,
+) -> Iterator[Item]:
+    """The rows that come out of the last step; `done` gets a report for the reading and for each step, complete when the iterator is exhausted.
+
+    identity: what the source's rows are, such as its files' hashes; steps whose results for it lie in `folder` are not run again. None: all
+    run, and nothing is kept. keep: False writes no rows, only what was rejected. held_out: rows of split eval come in.
+    """
+    names = [READ, *(step.name for step in steps)]
+    targets = [store.place(folder, number, name) for number, name in enumerate(names)]
+    known = keys(steps, identity, kind) if identity is not None else [None] * len(names)
+    first = store.reusable(targets, [str(k) for k in known]) if identity is not None else 0
+    store.remove_others(folder, targets)
+    for target in targets[: first + 1] if first else []:
+        report = store.read_report(target)
+        assert report is not None
+        report.reused = True
+        done.append(report)
+    open_steps: list[_Running] = []
+    try:
+        if first:
+            LOG.info("%d of %d steps are taken from %s", first, len(steps), folder / store.FOLDER)
+            rows = store.read_items(targets[first])
+        else:
+            reading = _reading(source, known[0], folder, kind, held_out)
+            open_steps.append(reading)
+            rows = reading.stream(iter(()))
+        split_done = held_out or any(step.options.splits for step in steps[:first])
+        for number, step in enumerate(steps[first:], start=first + 1):
+            running = _start(step, number, known[number], folder, kind, split_done, keep and identity is not None)
+            open_steps.append(running)
+            rows = running.stream(rows)
+            split_done = split_done or step.options.splits
+            if not step.options.streaming:
+                rows = iter(list(rows))  # to its end, so that what the step held is freed before the next one begins
+                _finish(open_steps, done)
+        yield from rows
+        _finish(open_steps, done)
+    finally:
+        for running in open_steps:  # a step failed, or whoever reads stopped early
+            running.abandon()
+
+
+def _reading(source: Source, key: str | None, folder: Path, kind: Use, held_out: bool) -> _Running:
+    context = Context(kind=kind, seed=0, folder=folder, split_done=held_out)
+    report = StepReport(0, READ, {}, key)
+    return _Running(report, context, store.place(folder, 0, READ), False, lambda rows: source(context))
+
+
+def _finish(open_steps: list[_Running], done: list[StepReport]) -> None:
+    while open_steps:
+        done.append(open_steps[0].finish())
+        open_steps.pop(0)
+
+
+def write_rejected(folder: Path, done: Sequence[StepReport]) -> Path:
+    """rejected.jsonl in `folder`: every row that the reading and the steps left out."""
+    return store.gather_rejected([store.place(folder, report.number, report.step) for report in done], folder / REJECTED_FILE)
+
+
+def run(
+    items: Iterable[Item],
+    pipeline: Sequence[object],
+    *,
+    kind: Use | str,
+    seed: int = 0,
+    folder: Path | str,
+    identity: str | None = None,
+) -> Prepared:
+    """A whole pipeline over items in memory, for use as a library.
+
+    pipeline: as data.pipeline, [{"step": "length", "low": 10}, "exact_duplicates"]; kind: sft, preference, unpaired or prompt; folder: where
+    rejected rows (and steps' own files) go; identity: a name for these items, under which results are kept there and found again.
+    Raises UserError before the first item is taken where the pipeline can't run.
+    """
+    if not isinstance(kind, Use) and kind not in {use.value for use in Use}:
+        raise UserError(f"kind={kind!r}: expected one of {', '.join(use.value for use in Use)}.")
+    use, place = Use(kind), Path(folder).expanduser()
+    steps = plan(pipeline, kind=use, seed=seed)
+    done: list[StepReport] = []
+    key = None if identity is None else digest(identity)
+    kept = list(stream(lambda context: iter(items), steps, kind=use, folder=place, done=done, identity=key))
+    return Prepared(kept, done, write_rejected(place, done))

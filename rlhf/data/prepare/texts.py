@@ -1,0 +1,102 @@
+"""Which texts of a row a step looks at, what counts as the same text, and words in any script."""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from conf.preparation.base import Part
+from rlhf.data.formats import Use
+from rlhf.data.prepare.items import answers_of, joined, prompt_of
+
+# Scripts that put no space between words: each character counts as a word, as text classifiers without a dictionary do.
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
+_SPACED = r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]+"
+
+
+@cache
+def _patterns() -> tuple[Any, Any, Any]:
+    import regex
+
+    word = regex.compile(rf"(?V1){_UNSPACED}|{_SPACED}(?:['\u2019\-]{_SPACED})*")
+    spaced = regex.compile(rf"(?V1){_SPACED}(?:['\u2019\-]{_SPACED})*")
+    return word, spaced, regex.compile(r"[^\p{L}\p{M}\p{N}\s]")
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits (with the hyphens and apostrophes inside them); single characters of scripts without spaces."""
+    return _patterns()[0].findall(text)
+
+
+def spaced_words(text: str) -> list[str]:
+    """The words of scripts with spaces alone."""
+    return _patterns()[1].findall(text)
+
+
+def symbols(text: str) -> int:
+    """Characters that are no letter, mark, digit or white space."""
+    return len(_patterns()[2].findall(text))
+
+
+def normalised(text: str) -> str:
+    """What counts as the same text: NFKC, case folded, white space as single spaces, none at the ends."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def texts_of(columns: dict[str, Any], part: Part) -> dict[str, str]:
+    """Name -> text of what `part` means; of rows without an answer, part=answer is the prompt."""
+    if part is Part.whole:
+        return {"row": joined(columns)}
+    answers = answers_of(columns) if part is Part.answer else {}
+    return answers or {"prompt": prompt_of(columns)}
+
+
+def text_of(columns: dict[str, Any], part: Part) -> str:
+    """The same as one text: both sides of a pair, a line each."""
+    return "\n".join(texts_of(columns, part).values())
+
+
+def imitated(columns: dict[str, Any], part: Part, kind: Use) -> dict[str, str]:
+    """`texts_of` without the answers that teach by being bad: a pair's rejected side, an answer judged bad (then nothing is left)."""
+    if part is Part.prompt:
+        return texts_of(columns, part)
+    if kind is Use.preference:
+        return texts_of({k: v for k, v in columns.items() if k != "rejected"}, part)
+    if kind is Use.unpaired and not columns["label"]:
+        return {}
+    return texts_of(columns, part)
+
+
+def sides(columns: dict[str, Any], part: Part, kind: Use) -> tuple[str, str]:
+    """What makes two rows the same: the text, and apart from it what is judged bad, "" where nothing is.
+
+    A pair with its sides swapped, or an answer judged the other way, has the same words and says the opposite: no duplicate.
+    """
+    if part is Part.prompt or kind not in (Use.preference, Use.unpaired):
+        return text_of(columns, part), ""
+    bad = "rejected" if kind is Use.preference else "completion"
+    if kind is Use.unpaired and columns["label"]:
+        return text_of(columns, part), ""
+    others = {k: v for k, v in columns.items() if k != bad}
+    good = text_of(others, part) if part is Part.whole or answers_of(others) else ""
+    return good, answers_of(columns)[bad]
+
+
+def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    """Every `n` neighbouring tokens."""
+    return zip(*(tokens[i:] for i in range(n)), strict=False)
+
+
+def emptied(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Why changed columns are no row any more: a text that is gone, two sides of a pair that became one; None where they still are."""
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, str) and isinstance(old, str) and old.strip() and not value.strip():
+            return f"nothing is left of key {key!r}"
+        if isinstance(value, list) and isinstance(old, list):
+            for i, (message, was) in enumerate(zip(value, old, strict=True)):
+                if isinstance(message, dict) and was.get("content", "").strip() and not message.get("content", "").strip():
+                    return f"nothing is left of key '{key}[{i}]'"
+    if "chosen" in after and "rejected" in after and after["chosen"] == after["rejected"]:
+        return "keys 'chosen' and 'rejected' have become the same"
+    return None

@@ -1,0 +1,194 @@
+"""``stage=data``: rows of any format through the steps of data.pipeline into train.jsonl and eval.jsonl, with what was left out and why.
+
+The run directory holds, beside the files of every run, train.jsonl, eval.jsonl (after a split, or with data.eval_path), rejected.jsonl (step,
+reason, file, row, content), and steps/ with each step's rows, from which run.resume=true goes on.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from conf.choices import DataTarget, FileKind
+from conf.schema import Config
+from rlhf import console
+from rlhf.data.formats import Use
+from rlhf.data.mixture import data_files
+from rlhf.data.prepare import ingest, store
+from rlhf.data.prepare.items import Item
+from rlhf.data.prepare.pipeline import stream, write_rejected
+from rlhf.data.prepare.store import StepReport
+from rlhf.data.writing import file_kind, write_items
+from rlhf.run import RunContext, sha256
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.stages.data")
+SPLITS = ("train", "eval")
+# The stage that prepared rows are for.
+_NEXT = {Use.sft: "sft", Use.preference: "reward", Use.unpaired: "kto", Use.prompt: "ppo"}
+_SHOWN = 3  # reasons of a step in the table
+
+
+class Outputs:
+    """train.jsonl and eval.jsonl, written beside their places until all rows are there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._places = {split: folder / f"{split}.jsonl" for split in SPLITS}
+        self._beside = {split: place.with_name(place.name + ".tmp") for split, place in self._places.items()}
+        self._files = {split: beside.open("w", encoding="utf-8") for split, beside in self._beside.items()}
+        self.rows = dict.fromkeys(SPLITS, 0)
+
+    def write(self, item: Item) -> None:
+        self._files[item.split].write(store.line(item.columns))
+        self.rows[item.split] += 1
+
+    def abandon(self) -> None:
+        """The run fails: no half-written file stays."""
+        for split, beside in self._beside.items():
+            self._files[split].close()
+            beside.unlink()
+
+    def close(self, *, held_out: bool) -> dict[str, Path]:
+        """The files by split; eval.jsonl only where rows are held out."""
+        out = {}
+        for split, place in self._places.items():
+            self._files[split].close()
+            if split == "train" or held_out:
+                self._beside[split].replace(place)
+                out[split] = place
+            else:
+                self._beside[split].unlink()
+                place.unlink(missing_ok=True)
+        return out
+
+
+def run(ctx: RunContext) -> None:
+    """Prepare the rows of data.path (and data.eval_path). Raises UserError where nothing is left to train on."""
+    cfg = ctx.cfg
+    kind = ingest.kind_of(cfg)
+    steps = ingest.steps_of(cfg, kind)
+    hashes = {str(path): str(ctx.add_data(path)) for path in data_files(cfg)}
+    identity = ingest.identity(cfg, kind, hashes)
+    if identity is None and cfg.data.cache:
+        LOG.info("Rows of a hub may change, so no step's rows are kept: every run starts from the first step.")
+    held_out = cfg.data.eval_path is not None
+    done: list[StepReport] = []
+    rows = stream(
+        ingest.source(cfg, kind, ctx.dir),
+        steps,
+        kind=kind,
+        folder=ctx.dir,
+        done=done,
+        identity=identity,
+        held_out=held_out,
+        keep=cfg.data.cache,
+    )
+    outputs = Outputs(ctx.dir)
+    try:
+        for item in rows:
+            outputs.write(item)
+    except BaseException:
+        outputs.abandon()
+        raise
+    files = outputs.close(held_out=held_out or any(step.options.splits for step in steps))
+    files["rejected"] = write_rejected(ctx.dir, done)
+    files |= write_targets(cfg, kind, files, ctx.dir)
+    _report(ctx, kind, done, outputs.rows, files)
+    if cfg.data.preview:
+        preview(cfg, kind, files["train"])
+
+
+def _written(path: Path) -> Iterator[Item]:
+    """The rows of a file that the stage wrote."""
+    with path.open(encoding="utf-8") as source:
+        for number, text in enumerate(source, start=1):
+            yield Item(json.loads(text), str(path), number)
+
+
+def write_targets(cfg: Config, kind: Use, files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """The files of data.to and data.file, beside those that stages read; what a row loses in them is said, rows that don't fit are rejected."""
+    to, container = cfg.data.to, file_kind(cfg.data.to, cfg.data.file)
+    if to is DataTarget.trl and container is FileKind.jsonl:
+        return {}
+    out: dict[str, Path] = {}
+    with files["rejected"].open("a", encoding="utf-8") as rejected:
+
+        def leave_out(item: Item, reason: str) -> None:
+            rejected.write(store.line(store.rejected_row(f"to {to.value}", reason, item.origin, item.number, item.columns)))
+
+        for split in (split for split in SPLITS if split in files):
+            target = folder / f"{split}.{to.value}.{container.value}"
+            written = write_items(_written(files[split]), kind, to, target, leave_out, cfg.data.file)
+            for note, rows in written.notes.most_common():
+                LOG.warning("%s: %d rows: %s.", target.name, rows, note)
+            out[f"{split} as {to.value}"] = target
+    return out
+
+
+def preview(cfg: Config, kind: Use, path: Path) -> None:
+    """The first rows' tokens in colour, as the model of model.path reads them."""
+    from rlhf.data.preview import preview_row, render
+    from rlhf.models import load_tokenizer
+
+    tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template)
+    limit = cfg.data.max_prompt_length if kind is Use.prompt else None
+    rows = islice(_written(path), cfg.data.preview)
+    console.console().print(render([preview_row(tokenizer, kind, item.columns, item.place, limit) for item in rows]))
+
+
+def _report(ctx: RunContext, kind: Use, done: Sequence[StepReport], rows: dict[str, int], files: dict[str, Path]) -> None:
+    """Table, metrics, manifest and the closing panel."""
+    for report in done:
+        ctx.tracker.log(report.number, step_metrics(report))
+    console.table([table_row(report) for report in done], title=f"Preparation of {kind.value} rows")
+    if not rows["train"]:
+        raise UserError(f"No row is left to train on: every one was left out by a step. {files['rejected']} says which, and why.")
+    splits = [report for report in done if report.step == "split"]
+    if splits:
+        ctx.record("split", splits[0].figures)
+    ctx.record("kind", kind.value)
+    ctx.record("steps", [dataclasses.asdict(report) for report in done])
+    ctx.record("outputs", [{"path": str(path), "rows": rows.get(name), "sha256": sha256(path)} for name, path in files.items()])
+    figures = {"rows read": done[0].rows_in, "to train on": rows["train"], "held out": rows["eval"], "left out": sum(r.rejected for r in done)}
+    metrics = {"data/rows_read": done[0].rows_in, "data/rows_train": rows["train"], "data/rows_eval": rows["eval"]}
+    metrics |= {f"rejected/{report.number:02d}-{report.step}": report.rejected for report in done}
+    ctx.finish(
+        steps=len(done) - 1,
+        metrics=metrics,
+        model=None,
+        figures={name: str(value) for name, value in figures.items()},
+        files=files,
+        next_command=next_command(kind, files),
+    )
+
+
+def step_metrics(report: StepReport) -> dict[str, float]:
+    """A step's line of metrics.jsonl: its counts, its time, and those of its own figures that are numbers."""
+    numbers = {name: value for name, value in report.figures.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    own = {f"{report.step}/{name}": value for name, value in numbers.items()}
+    counts = {"data/rows_in": report.rows_in, "data/rows_out": report.rows_out, "data/rejected": report.rejected, "data/reused": int(report.reused)}
+    return {**counts, "time/step_s": report.seconds, **own}
+
+
+def table_row(report: StepReport) -> dict[str, Any]:
+    """A step's line of the terminal's table."""
+    reasons = sorted(report.reasons.items(), key=lambda pair: -pair[1])
+    shown = [f"{count} {reason}" for reason, count in reasons[:_SHOWN]]
+    if len(reasons) > _SHOWN:
+        shown.append(f"{len(reasons) - _SHOWN} more reasons")
+    return {
+        "step": report.step,
+        "in": report.rows_in,
+        "out": report.rows_out,
+        "left out": report.rejected,
+        "seconds": "kept" if report.reused else f"{report.seconds:.1f}",
+        "why": "; ".join(shown),
+    }
+
+
+def next_command(kind: Use, files: dict[str, Path]) -> str:
+    held = f" data.eval_path={files['eval']}" if "eval" in files else ""
+    return f"python -m rlhf stage={_NEXT[kind]} data.path={files['train']}{held}"
