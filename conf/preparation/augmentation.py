@@ -1,5 +1,74 @@
-"""Steps of data.pipeline: new rows from old ones, after the split."""
+"""Steps of data.pipeline: new rows from old ones, after the split.
 
+Only what is asked is changed, never an answer: a prompt, the users' messages of a conversation, or a whole text.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from conf.preparation.annotation import check_choice
 from conf.preparation.base import StepOptions
+from conf.schema import check
 
-STEPS: tuple[type[StepOptions], ...] = ()
+OPERATIONS = ("synonym", "insert", "swap", "delete")
+LANGUAGES = ("auto", "en", "zh")
+
+
+@dataclass(slots=True, kw_only=True)
+class AugmentOptions(StepOptions):
+    """Easy data augmentation (Wei and Zou 2019): each new row is its original with one operation on a share of its words."""
+
+    step: ClassVar[str] = "augment"
+    apply: ClassVar[str] = "rlhf.data.prepare.augment:augment"
+    streaming: ClassVar[bool] = True
+    after_split: ClassVar[bool] = True
+
+    copies: int = 4  # new rows for each row; the operations take turns
+    operations: list[str] = field(default_factory=lambda: list(OPERATIONS))
+    share: float = 0.1  # of a text's words that an operation changes, one word at least; the paper's alpha
+    synonyms: str | None = None  # YAML file: list of groups of words that mean the same, or word -> list of words; needed for synonym and insert
+    language: str = "auto"  # auto: Chinese where a text has Chinese characters; en: words between spaces; zh: jieba's words
+    keep: list[str] = field(default_factory=list)  # words that stay as they are, as words with digits always do
+
+    def __post_init__(self) -> None:
+        check(self.copies >= 1, "data.pipeline: augment.copies", self.copies, "at least 1")
+        check(0 < self.share <= 1, "data.pipeline: augment.share", self.share, "in (0, 1]")
+        known = len(self.operations) > 0 and len(set(self.operations)) == len(self.operations) and set(self.operations) <= set(OPERATIONS)
+        check(known, "data.pipeline: augment.operations", self.operations, f"some of {', '.join(OPERATIONS)}, each once")
+        check_choice(self.language, "augment.language", LANGUAGES)
+        words = self.synonyms is not None or not set(self.operations) & {"synonym", "insert"}
+        check(words, "data.pipeline: augment.synonyms", self.synonyms, "a YAML file, or operations without synonym and insert")
+
+
+@dataclass(slots=True, kw_only=True)
+class BackTranslateOptions(StepOptions):
+    """A new row for each row, its text translated into another language and back."""
+
+    step: ClassVar[str] = "back_translate"
+    apply: ClassVar[str] = "rlhf.data.prepare.translate:back_translate"
+    after_split: ClassVar[bool] = True
+
+    source: str = "en"  # language of the rows
+    pivot: str = "de"  # language in between
+    there: str | None = None  # model directory (Marian or another sequence-to-sequence model) from source to pivot
+    back: str | None = None  # model directory from pivot to source
+    translator: str = "model"  # model: the two directories; argos: argostranslate's installed packages; or pkg.module:function
+    batch_size: int = 16  # texts translated together
+    max_new_tokens: int = 512  # of a translation
+    beams: int = 1
+
+    def __post_init__(self) -> None:
+        models = self.there is not None and self.back is not None
+        key = "data.pipeline: back_translate.translator"
+        if self.translator == "model":
+            check(models, key, self.translator, "the model directories there and back, or another translator")
+        else:
+            check(self.translator == "argos" or ":" in self.translator, key, self.translator, "model, argos or pkg.module:function")
+            check(self.there is None and self.back is None, key, self.translator, "model where model directories are given")
+        check(self.source != self.pivot, "data.pipeline: back_translate.pivot", self.pivot, f"another language than source={self.source}")
+        check(self.batch_size >= 1, "data.pipeline: back_translate.batch_size", self.batch_size, "at least 1")
+        check(self.max_new_tokens >= 1, "data.pipeline: back_translate.max_new_tokens", self.max_new_tokens, "at least 1")
+        check(self.beams >= 1, "data.pipeline: back_translate.beams", self.beams, "at least 1")
+
+
+STEPS: tuple[type[StepOptions], ...] = (AugmentOptions, BackTranslateOptions)

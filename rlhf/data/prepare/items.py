@@ -10,7 +10,7 @@ Columns are TRL's, which every stage reads (rlhf/data/formats.py), followed by t
 A prompt or an answer is a text or a list of messages.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -47,6 +47,8 @@ class Context:
     split_done: bool = False  # a split step came before
     rejected: Callable[[Item, str], None] = lambda item, reason: None  # an item that is left out, and why: never drop one in silence
     figures: dict[str, Any] = field(default_factory=dict)  # the step's own figures for the report, as JSON can hold them
+    # (reward model's directory, [(prompt, chosen, rejected)]) -> [(score, score)]: the stage gives it, since reward/ is not ours to import
+    score_pairs: Callable[[str, Sequence[tuple[Any, Any, Any]]], Sequence[tuple[float, float]]] | None = None
 
 
 class Step(Protocol[Options_contra]):
