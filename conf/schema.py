@@ -317,6 +317,7 @@ class DataConfig:
     eval_fraction: float = 0.1  # of data.path, when there is no eval_path
     max_rows: int | None = None  # the first rows only
     max_bad_rows: int = 0  # rows that may not fit before the run stops
+    weight_column: str | None = "weight"  # a row's weight in the loss, where the rows have such a column; null: not used
     chat_template: str | None = None  # a name (chatml, llama-3 ...: rlhf/data/templates) or a Jinja file; None: the tokenizer's own
     max_prompt_length: int = 256  # tokens; longer prompts are an error unless truncate_prompts
     truncate_prompts: bool = False  # keep the last max_prompt_length tokens

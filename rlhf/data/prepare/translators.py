@@ -78,8 +78,8 @@ class ArgosTranslator:
             translate = importlib.import_module("argostranslate.translate")
         except ImportError as error:
             raise UserError(
-                f"{_PLACE}.translator=argos needs the package argostranslate, which is not among the toolkit's requirements: pip install argostranslate, "
-                "and its language packages for both directions. Or use translator=model with two model directories."
+                f"{_PLACE}.translator=argos needs the package argostranslate, which the toolkit doesn't ask for: pip install argostranslate, and its "
+                "language packages for both directions. Or use translator=model with two model directories."
             ) from error
         languages = {language.code: language for language in translate.get_installed_languages()}
         self._translations: dict[tuple[str, str], Any] = {}
