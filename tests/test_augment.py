@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conf.preparation.augmentation import AugmentOptions, BackTranslateOptions
+from conf.preparation.augmentation import Augment, BackTranslate
 from rlhf.data.formats import Use
 from rlhf.data.prepare import eda
 from rlhf.data.prepare.augment import augment
@@ -123,9 +123,9 @@ def test_deletion_leaves_one_space_and_one_word() -> None:
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> AugmentOptions:
+def options(tmp_path: Path) -> Augment:
     (tmp_path / "synonyms.yaml").write_text(SYNONYMS, encoding="utf-8")
-    return AugmentOptions(synonyms=str(tmp_path / "synonyms.yaml"), share=0.3)
+    return Augment(synonyms=str(tmp_path / "synonyms.yaml"), share=0.3)
 
 
 def user(text: str) -> Row:
@@ -162,7 +162,7 @@ def answers(row: Row) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", list(ROWS))
-def test_new_rows_follow_their_original_and_keep_every_answer(options: AugmentOptions, tmp_path: Path, kind: Use) -> None:
+def test_new_rows_follow_their_original_and_keep_every_answer(options: Augment, tmp_path: Path, kind: Use) -> None:
     for row in ROWS[kind]:
         ran = steps.run(augment, options, [row], tmp_path, kind, split_done=True)
         assert ran.rows[0] == row
@@ -175,34 +175,34 @@ def test_new_rows_follow_their_original_and_keep_every_answer(options: AugmentOp
         assert len(set(made)) == len(made), "no copy twice"
 
 
-def test_pairs_stay_pairs_of_one_prompt(options: AugmentOptions, tmp_path: Path) -> None:
+def test_pairs_stay_pairs_of_one_prompt(options: Augment, tmp_path: Path) -> None:
     ran = steps.run(augment, options, ROWS[Use.preference], tmp_path, split_done=True)
     for new in ran.rows:
         assert isinstance(new["prompt"], type(new["chosen"])) and new["chosen"] != new["rejected"]
 
 
-def test_only_training_rows_grow_and_only_after_a_split(options: AugmentOptions, tmp_path: Path) -> None:
+def test_only_training_rows_grow_and_only_after_a_split(options: Augment, tmp_path: Path) -> None:
     held = [Item({"prompt": "a great film"}, "f", 1, "eval"), Item({"prompt": "a great film"}, "f", 2, "train")]
     ran = steps.run(augment, options, iter(held), tmp_path, Use.prompt, split_done=True)
     assert ran.kept[0].split == "eval" and all(item.split == "train" and item.number == 2 for item in ran.kept[1:]) and len(ran.kept) > 2
     with pytest.raises(UserError, match="expected a split step before it"):
         steps.run(augment, options, ROWS[Use.prompt], tmp_path, Use.prompt)
-    assert AugmentOptions.after_split and BackTranslateOptions.after_split
+    assert Augment.after_split and BackTranslate.after_split
 
 
-def test_a_second_step_does_not_grow_what_a_first_made(options: AugmentOptions, tmp_path: Path) -> None:
+def test_a_second_step_does_not_grow_what_a_first_made(options: Augment, tmp_path: Path) -> None:
     once = steps.run(augment, options, ROWS[Use.prompt], tmp_path, Use.prompt, split_done=True)
     twice = steps.run(augment, options, iter(once.kept), tmp_path, Use.prompt, split_done=True)
     assert twice.figures["counts"]["rows"] == 1
 
 
-def test_whole_texts_of_pairs_have_nothing_to_change(options: AugmentOptions, tmp_path: Path) -> None:
+def test_whole_texts_of_pairs_have_nothing_to_change(options: Augment, tmp_path: Path) -> None:
     rows = [{"prompt": "", "chosen": "a great film", "rejected": "no film"}]
     ran = steps.run(augment, options, rows, tmp_path, split_done=True)
     assert ran.rows == rows and ran.figures["counts"]["nothing_asked"] == 1
 
 
-def test_the_seed_and_the_row_decide(options: AugmentOptions, tmp_path: Path) -> None:
+def test_the_seed_and_the_row_decide(options: Augment, tmp_path: Path) -> None:
     rows = [{"prompt": f"a great film number {word} to see"} for word in ("one", "two", "three")]
 
     def made(given: list[Row] | Any, seed: int) -> dict[int, list[Row]]:
@@ -214,7 +214,7 @@ def test_the_seed_and_the_row_decide(options: AugmentOptions, tmp_path: Path) ->
     assert alone.rows == made(rows, 1)[3], "the rows before it don't matter"
 
 
-def test_operations_take_turns(options: AugmentOptions, tmp_path: Path) -> None:
+def test_operations_take_turns(options: Augment, tmp_path: Path) -> None:
     rows = [{"prompt": f"what a great film this one is {word}"} for word in "abcdefghijklmnopqrst"]
     counts = steps.run(augment, options, rows, tmp_path, Use.prompt, split_done=True).figures["counts"]
     assert counts["rows"] == 20 and all(counts[name] >= 14 for name in OPERATIONS), counts
@@ -233,20 +233,20 @@ def test_operations_take_turns(options: AugmentOptions, tmp_path: Path) -> None:
 def test_bad_synonyms_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        steps.run(augment, AugmentOptions(synonyms=str(tmp_path / "s.yaml")), ROWS[Use.prompt], tmp_path, Use.prompt, split_done=True)
+        steps.run(augment, Augment(synonyms=str(tmp_path / "s.yaml")), ROWS[Use.prompt], tmp_path, Use.prompt, split_done=True)
 
 
 def test_synonyms_are_asked_for() -> None:
     with pytest.raises(ValueError, match=r"augment\.synonyms=None is out of range"):
-        AugmentOptions()
-    assert AugmentOptions(operations=["swap", "delete"]).copies == 4
+        Augment()
+    assert Augment(operations=["swap", "delete"]).copies == 4
     one_way = make_synonyms({"film": ["movie"]}, "test")
     assert one_way("Film") == ("movie",) and one_way("movie") == ()
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plain, plain, plain)
-def test_any_text_gives_whole_rows(options: AugmentOptions, tmp_path: Path, prompt: str, chosen: str, rejected: str) -> None:
+def test_any_text_gives_whole_rows(options: Augment, tmp_path: Path, prompt: str, chosen: str, rejected: str) -> None:
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     for new in steps.run(augment, options, [row], tmp_path, split_done=True).rows:
         assert (new["chosen"], new["rejected"]) == (chosen, rejected) and (new["prompt"].strip() or new["prompt"] == prompt)
@@ -269,7 +269,7 @@ class Reversing:
 
 
 def test_back_translation_counts_what_it_leaves_out(tmp_path: Path) -> None:
-    options = BackTranslateOptions(translator="x:y")
+    options = BackTranslate(translator="x:y")
     texts = ["a film", "lost", "void", "same  film", "a film"]
     translator = Reversing()
     ran = steps.run(
@@ -284,14 +284,14 @@ def test_back_translation_counts_what_it_leaves_out(tmp_path: Path) -> None:
 def test_back_translation_keeps_answers_and_held_out_rows(tmp_path: Path) -> None:
     rows = [Item({"prompt": "a", "chosen": "b", "rejected": "c"}, "f", n, split) for n, split in ((1, "train"), (2, "eval"))]
     step = lambda o, i, c: back_translate(o, i, c, Reversing())  # noqa: E731
-    ran = steps.run(step, BackTranslateOptions(translator="x:y"), iter(rows), tmp_path, split_done=True)
+    ran = steps.run(step, BackTranslate(translator="x:y"), iter(rows), tmp_path, split_done=True)
     assert [(item.number, item.columns["prompt"], item.columns["chosen"]) for item in ran.kept] == [
         (1, "a", "b"),
         (1, "a indeed", "b"),
         (2, "a", "b"),
     ]
     with pytest.raises(UserError, match="expected a split step"):
-        steps.run(step, BackTranslateOptions(translator="x:y"), iter(rows), tmp_path)
+        steps.run(step, BackTranslate(translator="x:y"), iter(rows), tmp_path)
 
 
 def shout(texts: list[str], source: str, target: str) -> list[str]:
@@ -304,7 +304,7 @@ def short(texts: list[str], source: str, target: str) -> list[str]:
 
 def test_a_function_translates(tmp_path: Path) -> None:
     def run(name: str) -> steps.Ran:
-        options = BackTranslateOptions(translator=f"{__name__}:{name}", pivot="fr")
+        options = BackTranslate(translator=f"{__name__}:{name}", pivot="fr")
         return steps.run(back_translate, options, [{"prompt": "a"}, {"prompt": "b"}], tmp_path, Use.prompt, split_done=True)
 
     assert [row["prompt"] for row in run("shout").rows] == ["a", "a (en-fr) (fr-en)", "b", "b (en-fr) (fr-en)"]
@@ -316,8 +316,8 @@ def test_a_function_translates(tmp_path: Path) -> None:
 
 def test_translators_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs the package argostranslate"):
-        steps.run(back_translate, BackTranslateOptions(translator="argos"), [{"prompt": "a"}], tmp_path, Use.prompt, split_done=True)
-    empty = BackTranslateOptions(there=str(tmp_path), back=str(tmp_path))
+        steps.run(back_translate, BackTranslate(translator="argos"), [{"prompt": "a"}], tmp_path, Use.prompt, split_done=True)
+    empty = BackTranslate(there=str(tmp_path), back=str(tmp_path))
     with pytest.raises(UserError, match=r"holds no config\.json"):
         steps.run(back_translate, empty, [{"prompt": "a"}], tmp_path, Use.prompt, split_done=True)
     for wrong in (
@@ -328,7 +328,7 @@ def test_translators_that_are_not_there_are_refused(tmp_path: Path) -> None:
         {"translator": "a:b", "pivot": "en"},
     ):
         with pytest.raises(ValueError, match=r"back_translate\."):
-            BackTranslateOptions(**wrong)
+            BackTranslate(**wrong)
 
 
 def marian(folder: Path, seed: int) -> Path:
@@ -384,7 +384,7 @@ def test_marian_models_translate(tmp_path: Path) -> None:
     rows = [{"prompt": text} for text in ("the film was great", "a bad plot", "what a film " * 40, "the end was not good and the actor was bad")]
     results = []
     for batch_size in (1, 4):
-        options = BackTranslateOptions(there=str(there), back=str(back), batch_size=batch_size, max_new_tokens=12)
+        options = BackTranslate(there=str(there), back=str(back), batch_size=batch_size, max_new_tokens=12)
         results.append(steps.run(back_translate, options, rows, tmp_path, Use.prompt, split_done=True))
     one, other = results
     assert one.rows == other.rows and one.figures == other.figures

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conf.preparation.annotation import FILTERS, LabelNoiseOptions
+from conf.preparation.annotation import FILTERS, LabelNoise
 from conf.stages import RewardStage
 from rlhf.data.formats import Use
 from rlhf.data.packages import sha256
@@ -49,7 +49,7 @@ def test_sigmoid_is_exact_and_never_overflows() -> None:
 @pytest.mark.parametrize("method", FILTERS)
 def test_planted_noise_is_found(tmp_path: Path, method: str) -> None:
     rows, wrong = scored(2000, 0.1, 0.7)
-    ran = steps.run(label_noise, LabelNoiseOptions(method=method), rows, tmp_path)
+    ran = steps.run(label_noise, LabelNoise(method=method), rows, tmp_path)
     recall, precision = quality(set(ran.left_out), wrong)
     assert recall > 0.9 and precision > 0.9, (recall, precision)
     assert ran.figures["found"] == len(ran.rejected) and len(ran.rows) + len(ran.rejected) == 2000
@@ -58,7 +58,7 @@ def test_planted_noise_is_found(tmp_path: Path, method: str) -> None:
 
 def test_clean_labels_are_left_alone(tmp_path: Path) -> None:
     rows, _ = scored(2000, 0.0, 0.7)
-    assert len(steps.run(label_noise, LabelNoiseOptions(), rows, tmp_path).rejected) < 15
+    assert len(steps.run(label_noise, LabelNoise(), rows, tmp_path).rejected) < 15
 
 
 def test_the_sides_order_means_nothing() -> None:
@@ -74,12 +74,12 @@ def test_the_sides_order_means_nothing() -> None:
 
 def test_flags_and_weights_keep_every_row(tmp_path: Path) -> None:
     rows, wrong = scored(600, 0.1, 0.7)
-    flagged = steps.run(label_noise, LabelNoiseOptions(action="flag"), rows, tmp_path).rows
+    flagged = steps.run(label_noise, LabelNoise(action="flag"), rows, tmp_path).rows
     assert len(flagged) == 600 and {type(row["label_noise"]) for row in flagged} == {bool}
     found = {i + 1 for i, row in enumerate(flagged) if row["label_noise"]}
-    assert found == set(steps.run(label_noise, LabelNoiseOptions(), rows, tmp_path).left_out)
+    assert found == set(steps.run(label_noise, LabelNoise(), rows, tmp_path).left_out)
     rows[0]["weight"] = "2"
-    weighed = steps.run(label_noise, LabelNoiseOptions(action="weight"), rows, tmp_path).rows
+    weighed = steps.run(label_noise, LabelNoise(action="weight"), rows, tmp_path).rows
     assert weighed[0]["weight"] == pytest.approx(2 * flagged[0]["label_quality"])
     assert weighed[1]["weight"] == pytest.approx(flagged[1]["label_quality"]) and "label_noise" not in weighed[1]
     weights = np.array([row["weight"] for row in weighed])
@@ -92,7 +92,7 @@ def test_judged_answers_by_a_probability(tmp_path: Path) -> None:
     wrong = rng.random(1000) < 0.1
     good = np.clip(np.where(truth, 0.85, 0.15) + rng.normal(0, 0.08, 1000), 0.01, 0.99)
     rows = [{"prompt": "p", "completion": "c", "label": bool(t != w), "p_good": float(p)} for t, w, p in zip(truth, wrong, good, strict=True)]
-    ran = steps.run(label_noise, LabelNoiseOptions(probability="p_good"), rows, tmp_path, Use.unpaired)
+    ran = steps.run(label_noise, LabelNoise(probability="p_good"), rows, tmp_path, Use.unpaired)
     recall, precision = quality(set(ran.left_out), wrong)
     assert recall > 0.9 and precision > 0.9
 
@@ -113,7 +113,7 @@ def test_missing_scores_are_refused(tmp_path: Path, options: dict[str, Any], kin
     rows = [{"prompt": "p", "chosen": "x", "rejected": "y", "label": True, "score_chosen": 0.5, "score_rejected": 0.1} for _ in range(3)]
     rows[1] |= change
     with pytest.raises(UserError, match=message):
-        steps.run(label_noise, LabelNoiseOptions(**options), rows, tmp_path, kind)
+        steps.run(label_noise, LabelNoise(**options), rows, tmp_path, kind)
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
@@ -125,7 +125,7 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         {"method": "best"},
     ):
         with pytest.raises(ValueError, match="label_noise"):
-            LabelNoiseOptions(**wrong)
+            LabelNoise(**wrong)
 
 
 # ---- a reward model of the project's own ----
@@ -155,7 +155,7 @@ def fresh_pairs(count: int) -> tuple[list[Row], np.ndarray]:
 
 def test_the_runs_own_reward_model_finds_exchanged_sides(trained: tuple[Path, Path], tmp_path: Path) -> None:
     rows, wrong = fresh_pairs(120)
-    options = LabelNoiseOptions(reward_model=str(trained[0]))
+    options = LabelNoise(reward_model=str(trained[0]))
     ran = steps.run(label_noise, options, rows, tmp_path, score_pairs=pair_scorer(2048))
     recall, precision = quality(set(ran.left_out), wrong)
     assert recall >= 0.9 and precision >= 0.9, (recall, precision)
@@ -164,14 +164,14 @@ def test_the_runs_own_reward_model_finds_exchanged_sides(trained: tuple[Path, Pa
 def test_a_model_that_was_trained_on_the_rows_is_refused(trained: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = trained
     rows, _ = fresh_pairs(16)
-    options = LabelNoiseOptions(reward_model=str(model))
+    options = LabelNoise(reward_model=str(model))
     with pytest.raises(UserError, match="was trained on"):
         steps.run(label_noise, options, steps.items(rows, str(data)), tmp_path, score_pairs=pair_scorer(2048))
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(data.read_bytes())
     with pytest.raises(UserError, match="was trained on"):  # by content, not by name
-        steps.run(label_noise, LabelNoiseOptions(reward_model=str(model)), steps.items(rows, str(copy)), tmp_path, score_pairs=pair_scorer(2048))
-    allowed = LabelNoiseOptions(reward_model=str(model), seen=True)
+        steps.run(label_noise, LabelNoise(reward_model=str(model)), steps.items(rows, str(copy)), tmp_path, score_pairs=pair_scorer(2048))
+    allowed = LabelNoise(reward_model=str(model), seen=True)
     assert steps.run(label_noise, allowed, steps.items(rows, str(data)), tmp_path, score_pairs=pair_scorer(2048)).kept
 
 
@@ -187,10 +187,10 @@ def test_folds_are_scored_by_their_own_models(tmp_path: Path) -> None:
         assert {number % 2 for number in numbers} == {int(directory[-1])}
         return [(rows[n]["score_chosen"], rows[n]["score_rejected"]) for n in numbers]
 
-    options = LabelNoiseOptions(reward_model=str(tmp_path / "without_{fold}"), fold="fold")
+    options = LabelNoise(reward_model=str(tmp_path / "without_{fold}"), fold="fold")
     ran = steps.run(label_noise, options, rows, tmp_path, score_pairs=score)
     assert seen == {str(tmp_path / "without_0"): 200, str(tmp_path / "without_1"): 200}
-    assert set(ran.left_out) == set(steps.run(label_noise, LabelNoiseOptions(), rows, tmp_path).left_out)
+    assert set(ran.left_out) == set(steps.run(label_noise, LabelNoise(), rows, tmp_path).left_out)
     del rows[7]["fold"]
     with pytest.raises(UserError, match=r"row 8: column 'fold': expected the row's fold, found nothing"):
         steps.run(label_noise, options, rows, tmp_path, score_pairs=score)
@@ -199,7 +199,7 @@ def test_folds_are_scored_by_their_own_models(tmp_path: Path) -> None:
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     rows, _ = scored(3, 0.0, 0.1)
     with pytest.raises(UserError, match=r"row 1: the reward model's scores are \[nan, 0.0\]"):
-        steps.run(label_noise, LabelNoiseOptions(reward_model="x"), rows, tmp_path, score_pairs=lambda d, p: [(float("nan"), 0.0)] * len(p))
+        steps.run(label_noise, LabelNoise(reward_model="x"), rows, tmp_path, score_pairs=lambda d, p: [(float("nan"), 0.0)] * len(p))
 
 
 def test_the_manifest_is_read_as_runs_write_it(trained: tuple[Path, Path]) -> None:

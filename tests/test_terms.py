@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.preparation.annotation import TermsOptions
+from conf.preparation.annotation import Terms
 from rlhf.data.formats import Use
 from rlhf.data.prepare.terms import exchange, make_dictionary, terms
 from rlhf.types import UserError
@@ -61,9 +61,9 @@ def test_counts_say_what_was_exchanged() -> None:
     assert changes == {("car", "automobile"): 2, ("car", "motor car"): 1, ("machine learning", "ML"): 1}
 
 
-def write(folder: Path, text: str) -> TermsOptions:
+def write(folder: Path, text: str) -> Terms:
     (folder / "terms.yaml").write_text(text, encoding="utf-8")
-    return TermsOptions(dictionary=str(folder / "terms.yaml"))
+    return Terms(dictionary=str(folder / "terms.yaml"))
 
 
 def test_the_step_changes_every_text_and_reports_it(tmp_path: Path) -> None:
@@ -87,13 +87,20 @@ def test_the_step_changes_every_text_and_reports_it(tmp_path: Path) -> None:
     assert [line["row"] for line in report] == [1, 3] and "auto -> car" in report[0]["exchanged"]
 
 
+def test_a_pair_whose_sides_become_equal_is_left_out(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": "an auto", "rejected": "an automobile"}, {"prompt": "p", "chosen": "auto", "rejected": "bus"}]
+    ran = steps.run(terms, write(tmp_path, "car: [automobile, auto]"), rows, tmp_path)
+    assert ran.numbers == [2] and "have become the same" in ran.left_out[1] and ran.rejected[0][0].columns == rows[0]
+    assert ran.figures["rows_changed"] == 1
+
+
 def test_columns_limit_what_is_changed(tmp_path: Path) -> None:
     write(tmp_path, "car: automobile")
-    options = TermsOptions(dictionary=str(tmp_path / "terms.yaml"), columns=["prompt"])
+    options = Terms(dictionary=str(tmp_path / "terms.yaml"), columns=["prompt"])
     rows = [{"prompt": "automobile", "chosen": "automobile", "rejected": "x"}]
     assert steps.run(terms, options, rows, tmp_path).rows == [{"prompt": "car", "chosen": "automobile", "rejected": "x"}]
-    with pytest.raises(ValueError, match=r"terms\.columns"):
-        TermsOptions(dictionary="x", columns=["note"])
+    with pytest.raises(ValueError, match=r"columns=\[.note.\] is out of range"):
+        Terms(dictionary="x", columns=["note"])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +123,7 @@ def test_bad_dictionaries_are_refused(tmp_path: Path, text: str, message: str) -
 
 def test_a_missing_dictionary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        steps.run(terms, TermsOptions(dictionary=str(tmp_path / "none.yaml")), [{"text": "x"}], tmp_path, Use.sft)
+        steps.run(terms, Terms(dictionary=str(tmp_path / "none.yaml")), [{"text": "x"}], tmp_path, Use.sft)
 
 
 plain = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)

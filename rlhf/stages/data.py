@@ -23,6 +23,7 @@ from rlhf.data.prepare.pipeline import stream, write_rejected
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.writing import file_kind, write_items
 from rlhf.run import RunContext, sha256
+from rlhf.stages.pair_scores import pair_scorer
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.data")
@@ -85,6 +86,7 @@ def run(ctx: RunContext) -> None:
         identity=identity,
         held_out=held_out,
         keep=cfg.data.cache,
+        score_pairs=pair_scorer(cfg.reward.batch_tokens),
     )
     outputs = Outputs(ctx.dir)
     try:

@@ -111,7 +111,7 @@ def make_synonyms(content: Any, place: str) -> Synonyms:
 
 def read_synonyms(path: str) -> Synonyms:
     """Raises UserError for a file that can't be read as synonyms."""
-    return make_synonyms(read_yaml(path, "augment.synonyms"), f"augment.synonyms={path}")
+    return make_synonyms(read_yaml(path, "step augment: synonyms"), f"step augment: synonyms={path}")
 
 
 @dataclass(frozen=True, slots=True)

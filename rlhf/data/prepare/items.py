@@ -19,6 +19,8 @@ from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
 
 CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")  # columns that hold texts or messages
+# (a reward model's directory, [(prompt, chosen, rejected)]) -> [(score of chosen, score of rejected)]
+ScorePairs = Callable[[str, Sequence[tuple[Any, Any, Any]]], Sequence[tuple[float, float]]]
 Options_contra = TypeVar("Options_contra", bound=StepOptions, contravariant=True)
 
 
@@ -47,8 +49,7 @@ class Context:
     split_done: bool = False  # a split step came before
     rejected: Callable[[Item, str], None] = lambda item, reason: None  # an item that is left out, and why: never drop one in silence
     figures: dict[str, Any] = field(default_factory=dict)  # the step's own figures for the report, as JSON can hold them
-    # (reward model's directory, [(prompt, chosen, rejected)]) -> [(score, score)]: the stage gives it, since reward/ is not ours to import
-    score_pairs: Callable[[str, Sequence[tuple[Any, Any, Any]]], Sequence[tuple[float, float]]] | None = None
+    score_pairs: ScorePairs | None = None  # the stage gives it: reward/ is not ours to import
 
 
 class Step(Protocol[Options_contra]):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.preparation.annotation import JudgedOptions
+from conf.preparation.annotation import JudgedOptions, Repeats
 from rlhf.data.agreement import Label
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import CONTENT, Context, Item
@@ -64,7 +64,7 @@ def label_column(options: JudgedOptions, kind: Use) -> str:
         return options.label
     if kind is Use.unpaired:
         return "label"
-    raise UserError(f"data.pipeline: {options.step}.label is not set: rows of kind {kind.value} hold no judgement of their own. Name its column.")
+    raise UserError(f"step {options.step}: label is not set: rows of kind {kind.value} hold no judgement of their own. Name its column.")
 
 
 def texts_of(item: Item, options: JudgedOptions, kind: Use) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) ->
         subject = out.setdefault(key, Subject(key, texts))
         if digest(subject.texts) != digest(texts):
             raise UserError(
-                f"data.pipeline: {options.step}: {item.place} and {subject.judgements[0].item.place} have {options.item}={key!r} and other texts: "
+                f"step {options.step}: {item.place} and {subject.judgements[0].item.place} have {options.item}={key!r} and other texts: "
                 "expected one item's rows to have the same."
             )
         subject.rows.append(item)
@@ -129,7 +129,7 @@ def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) ->
     return list(out.values())
 
 
-def _add(subject: Subject, judgement: Judgement, repeats: str, step: str) -> None:
+def _add(subject: Subject, judgement: Judgement, repeats: Repeats, step: str) -> None:
     at = next((i for i, j in enumerate(subject.judgements) if j.annotator == judgement.annotator), None)
     if at is None:
         subject.judgements.append(judgement)
@@ -137,10 +137,10 @@ def _add(subject: Subject, judgement: Judgement, repeats: str, step: str) -> Non
     before = subject.judgements[at]
     if before.label == judgement.label:
         return
-    if repeats == "error":
+    if repeats is Repeats.error:
         raise UserError(
-            f"data.pipeline: {step}: annotator {judgement.annotator!r} judges one item as {before.label!r} in {before.item.place} and as "
-            f"{judgement.label!r} in {judgement.item.place}. Expected one judgement; {step}.repeats=last lets the later one count."
+            f"step {step}: annotator {judgement.annotator!r} judges one item as {before.label!r} in {before.item.place} and as "
+            f"{judgement.label!r} in {judgement.item.place}. Expected one judgement; repeats=last lets the later one count."
         )
     subject.judgements[at] = judgement
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.preparation.annotation import LabelNoiseOptions
+from conf.preparation.annotation import Contradicted, LabelNoise
 from rlhf.data.formats import Use
 from rlhf.data.packages import sha256
 from rlhf.data.prepare.items import Context, Item
@@ -55,7 +55,7 @@ def _number(item: Item, column: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         found = repr(value) if column in item.columns else "no such column"
-        raise UserError(f"data.pipeline: label_noise: {item.place}: column {column!r}: expected a finite number, found {found}.")
+        raise UserError(f"step label_noise: {item.place}: column {column!r}: expected a finite number, found {found}.")
     return number
 
 
@@ -76,23 +76,23 @@ def check_unseen(directory: str, items: Sequence[Item]) -> None:
         place = Path(origin).expanduser()
         if place.is_file() and sha256(place) in seen:
             raise UserError(
-                f"data.pipeline: label_noise.reward_model={directory} was trained on {origin}, whose rows it would judge: its scores have learned "
+                f"step label_noise: reward_model={directory} was trained on {origin}, whose rows it would judge: its scores have learned "
                 "their labels, right and wrong. Expected a model that has not seen them: train one without each fold of the file "
-                "(label_noise.fold), or set label_noise.seen=true to use it all the same."
+                "(option fold), or set seen=true to use it all the same."
             )
 
 
-def _pair_scores(options: LabelNoiseOptions, items: Sequence[Item], context: Context) -> np.ndarray:
+def _pair_scores(options: LabelNoise, items: Sequence[Item], context: Context) -> np.ndarray:
     """[N, 2] scores of the chosen and the rejected side."""
     if options.reward_model is None:
         columns = (options.score_chosen, options.score_rejected)
         return np.array([[_number(item, column) for column in columns] for item in items], dtype=np.float64)
     if context.score_pairs is None:
-        raise UserError("data.pipeline: label_noise.reward_model needs a stage that can load it: run stage=data, or give scores as columns.")
+        raise UserError("step label_noise: reward_model needs a stage that can load it: run stage=data, or give scores as columns.")
     folds: dict[str, list[int]] = {}
     for i, item in enumerate(items):
         if options.fold is not None and item.columns.get(options.fold) in (None, ""):
-            raise UserError(f"data.pipeline: label_noise: {item.place}: column {options.fold!r}: expected the row's fold, found nothing.")
+            raise UserError(f"step label_noise: {item.place}: column {options.fold!r}: expected the row's fold, found nothing.")
         folds.setdefault(str(item.columns[options.fold]) if options.fold is not None else "", []).append(i)
     scores = np.full((len(items), 2), np.nan)
     for fold, rows in folds.items():
@@ -103,45 +103,39 @@ def _pair_scores(options: LabelNoiseOptions, items: Sequence[Item], context: Con
         scores[rows] = np.array(context.score_pairs(directory, pairs), dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(bad):
-        raise UserError(
-            f"data.pipeline: label_noise: {items[bad[0]].place}: the reward model's scores are {scores[bad[0]].tolist()}, expected numbers."
-        )
+        raise UserError(f"step label_noise: {items[bad[0]].place}: the reward model's scores are {scores[bad[0]].tolist()}, expected numbers.")
     return scores
 
 
-def _good_probability(options: LabelNoiseOptions, items: Sequence[Item]) -> np.ndarray:
+def _good_probability(options: LabelNoise, items: Sequence[Item]) -> np.ndarray:
     """[N] from the column that names it."""
     if options.probability is None:
-        raise UserError("data.pipeline: label_noise.probability is not set: judged answers need a column with the probability that one is good.")
+        raise UserError("step label_noise: probability is not set: judged answers need a column with the probability that one is good.")
     out = np.array([_number(item, options.probability) for item in items])
     for item, value in zip(items, out, strict=True):
         if not 0 <= value <= 1:
-            raise UserError(
-                f"data.pipeline: label_noise: {item.place}: column {options.probability!r}: expected a number in [0, 1], found {value:g}."
-            )
+            raise UserError(f"step label_noise: {item.place}: column {options.probability!r}: expected a number in [0, 1], found {value:g}.")
     return out
 
 
-def judge(options: LabelNoiseOptions, items: Sequence[Item], context: Context) -> tuple[np.ndarray, np.ndarray]:
+def judge(options: LabelNoise, items: Sequence[Item], context: Context) -> tuple[np.ndarray, np.ndarray]:
     """[N] which labels are contradicted, and [N] the probability that each is right. Raises UserError for scores that are missing."""
     if context.kind is Use.preference:
         scores = _pair_scores(options, items, context)
         right = sigmoid(scores[:, 0] - scores[:, 1])
-        return pair_issues(right, options.method), right
+        return pair_issues(right, options.method.value), right
     good = _good_probability(options, items)
     labels = np.array([int(item.columns["label"]) for item in items])
     if min((labels == 1).sum(), (labels == 0).sum()) < LEAST:
-        raise UserError(
-            f"data.pipeline: label_noise: expected at least {LEAST} good and {LEAST} bad answers, found {labels.sum()} good of {len(labels)}."
-        )
-    return _issues(labels, good, options.method), np.where(labels == 1, good, 1.0 - good)
+        raise UserError(f"step label_noise: expected at least {LEAST} good and {LEAST} bad answers, found {labels.sum()} good of {len(labels)}.")
+    return _issues(labels, good, options.method.value), np.where(labels == 1, good, 1.0 - good)
 
 
 def _weight(item: Item) -> float:
     return _number(item, "weight") if item.columns.get("weight") not in (None, "") else 1.0
 
 
-def label_noise(options: LabelNoiseOptions, items: Iterator[Item], context: Context) -> Iterator[Item]:
+def label_noise(options: LabelNoise, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Every row but those that are rejected; `flag` and `weight` keep all of them and say what was found in columns.
 
     label_quality is the probability that the label is right, as the model has it; label_noise whether confident learning contradicts the label.
@@ -155,15 +149,15 @@ def label_noise(options: LabelNoiseOptions, items: Iterator[Item], context: Cont
         found=int(issues.sum()),
         share=float(issues.mean()),
         mean_quality=float(right.mean()),
-        method=options.method,
-        action=options.action,
+        method=options.method.value,
+        action=options.action.value,
     )
     for item, issue, quality in zip(rows, issues.tolist(), right.tolist(), strict=True):
-        if options.action == "reject":
+        if options.action is Contradicted.reject:
             if issue:
-                context.rejected(item, f"its label is contradicted: the model gives it the probability {quality:.3f}")
+                context.rejected(item, f"the model contradicts its label, to which it gives the probability {quality:.3f}")
                 continue
-        elif options.action == "flag":
+        elif options.action is Contradicted.flag:
             item.columns = {**item.columns, "label_noise": issue, "label_quality": quality}
         else:
             item.columns = {**item.columns, "weight": _weight(item) * quality}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.preparation.annotation import ReviewOptions
+from conf.preparation.annotation import Review
 from rlhf.data.aggregation import votes_by_item
 from rlhf.data.agreement import sorted_labels
 from rlhf.data.files import read_rows
@@ -102,7 +102,7 @@ def read_decisions(path: str, found: Sequence[Subject], labels: Sequence[Any]) -
     """
     known = {subject.id: subject for subject in found}
     out: dict[str, Decision] = {}
-    for number, row in enumerate(read_rows(path, key="review.decisions"), start=1):
+    for number, row in enumerate(read_rows(path, key="step review: decisions"), start=1):
         place = f"{path}, row {number}"
         lacking = [key for key in ("id", "decision") if key not in row]
         if lacking:
@@ -129,7 +129,7 @@ def read_decisions(path: str, found: Sequence[Subject], labels: Sequence[Any]) -
     return out
 
 
-def review(options: ReviewOptions, items: Iterator[Item], context: Context) -> Iterator[Item]:
+def review(options: Review, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Rows pass as they are; items that `decisions` decides become one row each, and dropped ones are rejected.
 
     Writes the queue of the items that are disputed, with the decisions that were read. Raises UserError as `subjects` and `read_decisions`,
@@ -143,7 +143,7 @@ def review(options: ReviewOptions, items: Iterator[Item], context: Context) -> I
     if options.decisions is None:
         filled = next((p for suffix in (".csv", ".jsonl") if _filled(p := stem.with_name(stem.name + suffix))), None)
         if filled is not None:
-            raise UserError(f"{filled} holds decisions that would be lost. Name it as review.decisions, or set another review.queue.")
+            raise UserError(f"step review: {filled} holds decisions that would be lost. Name it as decisions, or set another queue.")
     queued = [subject for subject in found if subject.id in decisions or disputed(subject, options.agreed)]
     write_queue([queue_row(subject, decisions.get(subject.id)) for subject in queued], stem)
     dropped = sum(decision.label == DROP for decision in decisions.values())
@@ -164,6 +164,8 @@ def review(options: ReviewOptions, items: Iterator[Item], context: Context) -> I
         elif subject.id not in done:
             done.add(subject.id)
             if decision.label == DROP:
-                reject(subject, f"dropped in review{f': {decision.comment}' if decision.comment else ''}", context)
+                reject(subject, f"dropped in review{f': {decision.comment!r}' if decision.comment else ''}", context)
             else:
+                for other in subject.rows[1:]:
+                    context.rejected(other, f"decided in review, with '{subject.rows[0].place}'")
                 yield settled(subject, decision.label, options, context.kind, {REVIEWED: True, options.annotator: REVIEWER})

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conf.preparation.annotation import TermsOptions
+from conf.preparation.annotation import Terms
 from rlhf.data.prepare.items import Context, Item, replace_texts
+from rlhf.data.prepare.texts import emptied
 from rlhf.data.prepare.words import bounded, in_case_of, read_yaml, word_list
 from rlhf.types import UserError
 
@@ -33,11 +34,14 @@ class Dictionary:
 
 def read_dictionary(path: str) -> Dictionary:
     """Raises UserError: not a mapping of terms to words, no word at all, a word of two terms, a term that is another's word."""
-    content = read_yaml(path, "terms.dictionary")
+    content = read_yaml(path, "step terms: dictionary")
     if not isinstance(content, dict):
-        raise UserError(f"terms.dictionary={path}: expected a mapping of each term to its other words, found {type(content).__name__}.")
-    terms = {word_list(term, f"terms.dictionary={path}")[0]: word_list(words, f"terms.dictionary={path}, {term}") for term, words in content.items()}
-    return make_dictionary(terms, f"terms.dictionary={path}")
+        raise UserError(f"step terms: dictionary={path}: expected a mapping of each term to its other words, found {type(content).__name__}.")
+    terms = {
+        word_list(term, f"step terms: dictionary={path}")[0]: word_list(words, f"step terms: dictionary={path}, {term}")
+        for term, words in content.items()
+    }
+    return make_dictionary(terms, f"step terms: dictionary={path}")
 
 
 def make_dictionary(terms: Mapping[str, list[str]], place: str) -> Dictionary:
@@ -85,8 +89,8 @@ def exchange(text: str, dictionary: Dictionary, changes: Counter[tuple[str, str]
     return dictionary.pattern.sub(replaced, text)
 
 
-def terms(options: TermsOptions, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Every row, with its texts in canonical terms. Figures: rows changed, and for each term its words, how often and in how many rows."""
+def terms(options: Terms, items: Iterator[Item], context: Context) -> Iterator[Item]:
+    """Every row, with its texts in canonical terms; a pair whose sides these make equal is left out. Figures: rows changed, and for each term its words, how often and in how many rows."""
     dictionary = read_dictionary(options.dictionary)
     counts: dict[str, dict[str, Any]] = {}
     examples: list[dict[str, str]] = []
@@ -100,6 +104,10 @@ def terms(options: TermsOptions, items: Iterator[Item], context: Context) -> Ite
                 return exchange(text, dictionary, into) if not options.columns or where.partition("[")[0] in options.columns else text
 
             columns = replace_texts(item.columns, change)
+            problem = emptied(item.columns, columns) if changes else None
+            if problem is not None:  # two sides that differed in their words alone
+                context.rejected(item, f"with canonical terms {problem}")
+                continue
             if changes:
                 context.figures["rows_changed"] += 1
                 context.figures["exchanges"] += changes.total()

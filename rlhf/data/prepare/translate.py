@@ -3,7 +3,7 @@ augmentation Edunov et al. 2018). What is changed, and where new rows go, is as 
 
 from collections.abc import Iterator, Sequence
 
-from conf.preparation.augmentation import BackTranslateOptions
+from conf.preparation.augmentation import BackTranslate
 from rlhf.data.prepare.asked import asked, changed, may_grow, text_at
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.translators import Translator, make_translator
@@ -23,13 +23,13 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def back_translate(options: BackTranslateOptions, items: Iterator[Item], context: Context, translator: Translator | None = None) -> Iterator[Item]:
+def back_translate(options: BackTranslate, items: Iterator[Item], context: Context, translator: Translator | None = None) -> Iterator[Item]:
     """Every row, each of the training split followed by its new one; a translation that is empty or says the same gives none and is counted.
 
     Raises UserError before a split, and for a translator that can't be loaded.
     """
     if not context.split_done:
-        raise UserError("data.pipeline: back_translate: expected a split step before it, so that no copy of a held-out row trains.")
+        raise UserError("step back_translate: expected a split step before it, so that no copy of a held-out row trains.")
     translator = translator or make_translator(options)
     rows = list(items)
     places = [asked(item.columns, context.kind) if may_grow(item) else [] for item in rows]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from conf.preparation.augmentation import BackTranslateOptions
+from conf.preparation.augmentation import BackTranslate
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
-_PLACE = "data.pipeline: back_translate"
+_PLACE = "step back_translate"
 
 
 class Translator(Protocol):
@@ -78,8 +78,8 @@ class ArgosTranslator:
             translate = importlib.import_module("argostranslate.translate")
         except ImportError as error:
             raise UserError(
-                f"{_PLACE}.translator=argos needs the package argostranslate, which the toolkit doesn't ask for: pip install argostranslate, and its "
-                "language packages for both directions. Or use translator=model with two model directories."
+                f"{_PLACE}: translator=argos needs the package argostranslate, which the toolkit doesn't ask for: pip install argostranslate, and "
+                "its language packages for both directions. Or use translator=model with two model directories."
             ) from error
         languages = {language.code: language for language in translate.get_installed_languages()}
         self._translations: dict[tuple[str, str], Any] = {}
@@ -87,7 +87,7 @@ class ArgosTranslator:
             found = languages[source].get_translation(languages[target]) if source in languages and target in languages else None
             if found is None:
                 have = ", ".join(sorted(languages)) or "none"
-                raise UserError(f"{_PLACE}.translator=argos: no installed package from {source} to {target}. Languages that are installed: {have}.")
+                raise UserError(f"{_PLACE}: translator=argos: no installed package from {source} to {target}. Languages that are installed: {have}.")
             self._translations[source, target] = found
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str]:
@@ -102,18 +102,20 @@ class FunctionTranslator:
         try:
             self.function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"{_PLACE}.translator={spec}: can't be loaded ({error}). Expected pkg.module:function that Python can import.") from error
+            raise UserError(
+                f"{_PLACE}: translator={spec}: can't be loaded ({error}). Expected pkg.module:function that Python can import."
+            ) from error
         self.spec = spec
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str]:
         out = self.function(list(texts), source, target)
         if not isinstance(out, (list, tuple)) or len(out) != len(texts) or not all(isinstance(text, str) for text in out):
             found = f"{len(out)} values" if isinstance(out, (list, tuple)) else type(out).__name__
-            raise UserError(f"{_PLACE}.translator={self.spec}: expected a list of {len(texts)} texts, found {found}.")
+            raise UserError(f"{_PLACE}: translator={self.spec}: expected a list of {len(texts)} texts, found {found}.")
         return list(out)
 
 
-def make_translator(options: BackTranslateOptions) -> Translator:
+def make_translator(options: BackTranslate) -> Translator:
     """Raises UserError for what can't be loaded."""
     there, back = (options.source, options.pivot), (options.pivot, options.source)
     if options.translator == "argos":
