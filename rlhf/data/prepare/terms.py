@@ -90,7 +90,10 @@ def exchange(text: str, dictionary: Dictionary, changes: Counter[tuple[str, str]
 
 
 def terms(options: Terms, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Every row, with its texts in canonical terms; a pair whose sides these make equal is left out. Figures: rows changed, and for each term its words, how often and in how many rows."""
+    """Every row, with its texts in canonical terms; a pair whose sides these make equal is left out.
+
+    Figures: rows changed, and for each term its words, how often and in how many rows. Raises UserError as `read_dictionary`.
+    """
     dictionary = read_dictionary(options.dictionary)
     counts: dict[str, dict[str, Any]] = {}
     examples: list[dict[str, str]] = []
