@@ -103,7 +103,7 @@ def make_synonyms(content: Any, place: str) -> Synonyms:
                 add(word, words)
     elif isinstance(content, dict):
         for word, others in content.items():
-            add(word_list(word, place)[0], word_list(others, f"{place}, {word}"))
+            add(word_list([word], place)[0], word_list(others, f"{place}, {word}"))
     else:
         raise UserError(f"{place}: expected a list of groups of words, or a mapping of words to lists; found {type(content).__name__}.")
     return Synonyms({word: tuple(others) for word, others in found.items() if others})

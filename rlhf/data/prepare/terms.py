@@ -38,7 +38,7 @@ def read_dictionary(path: str) -> Dictionary:
     if not isinstance(content, dict):
         raise UserError(f"step terms: dictionary={path}: expected a mapping of each term to its other words, found {type(content).__name__}.")
     terms = {
-        word_list(term, f"step terms: dictionary={path}")[0]: word_list(words, f"step terms: dictionary={path}, {term}")
+        word_list([term], f"step terms: dictionary={path}")[0]: word_list(words, f"step terms: dictionary={path}, {term}")
         for term, words in content.items()
     }
     return make_dictionary(terms, f"step terms: dictionary={path}")
