@@ -150,7 +150,7 @@ def test_alpha_is_crowd_kits(rows: list[list[int | None]]) -> None:
     assert agreement(labels, level=Level.interval, resamples=2).krippendorff.value == pytest.approx(squared, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.lists(st.sampled_from("xyz"), min_size=3, max_size=3), min_size=1, max_size=10))
 def test_kappas_are_scikit_learns_and_nltks(rows: list[list[str]]) -> None:
     labels = from_rows(rows)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Annotation, label noise and augmentation as steps of a pipeline: counted, refused in the wrong place, resumed, and from the command's configuration."""
+"""Annotation, label noise and augmentation as steps of a pipeline: counted, refused in the wrong place, resumed, and in stage=data."""
 
 import json
 from pathlib import Path

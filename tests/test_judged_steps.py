@@ -94,6 +94,8 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert ran.rows == [{"text": "a", "topic": "y", "key": "k", "sure": pytest.approx(2 / 3), "annotators": 3}]
     with pytest.raises(UserError, match=r"step aggregate: label is not set: rows of kind sft"):
         steps.run(aggregate, Aggregate(), rows, tmp_path, Use.sft)
+    with pytest.raises(UserError, match=r"step review: no row has a judgement. rows.jsonl, row 1: column 'annotator': expected who judged"):
+        steps.run(review, Review(label="topic"), rows, tmp_path, Use.sft)
 
 
 def test_ratings_have_an_ordinal_alpha(tmp_path: Path) -> None:

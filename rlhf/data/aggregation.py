@@ -7,6 +7,7 @@ Pure functions of rlhf.data.agreement's triples. With two labels an item Dawid-S
 how often each label occurs; it needs three or more on many items to be worth its name.
 """
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -132,7 +133,9 @@ def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggre
     people = {name: i for i, name in enumerate(sorted({label.annotator for label in labels}))}
     # numbers in place of what they stand for: crowd-kit treats true/false labels and mixed kinds apart
     table = pandas.DataFrame([(items[i], people[a], index[label]) for i, a, label in labels], columns=["task", "worker", "label"])
-    model = DawidSkene(n_iter=iterations).fit(table)
+    with warnings.catch_warnings():  # crowd-kit's own calls that a later pandas will refuse; the lock has a pandas that takes them
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"crowdkit\.")
+        model = DawidSkene(n_iter=iterations).fit(table)
     assert model.probas_ is not None and model.priors_ is not None and model.errors_ is not None
     probabilities = model.probas_.reindex(index=range(len(items)), columns=range(len(names)), fill_value=0.0).to_numpy()
     verdicts = [_verdict(item, counted, names, probabilities[items[item]]) for item, counted in votes.items()]

@@ -25,6 +25,7 @@ _CHINESE = (
     "的 了 着 过 和 与 或 但 而 也 都 就 在 是 有 不 没 没有 我 你 他 她 它 我们 你们 他们 这 那 这个 那个 个 吗 呢 吧 啊 把 被 给 对 从 到 为 "
     "以 之 其 什么 怎么"
 )
+_CLOSING = tuple(".,;:!?)]}")
 STOP_WORDS = frozenset([*_ENGLISH.split(), *_CHINESE.split()])
 
 
@@ -183,8 +184,8 @@ def delete_words(text: Words, change: Change) -> str:
         if i not in gone:
             words.append(word)
             between.append(after)
-        elif between[-1].endswith(" ") or not between[-1]:
-            between[-1] += after.removeprefix(" ")  # of the spaces on its two sides one is left
+        elif between[-1].endswith(" ") or not between[-1]:  # of the spaces on its two sides one is left, and none before a full stop
+            between[-1] = (between[-1].removesuffix(" ") if after[:1] in _CLOSING else between[-1]) + after.removeprefix(" ")
         else:
             between[-1] += after
     if between[-1].endswith(" ") and not text.between[-1].endswith(" "):

@@ -106,10 +106,13 @@ def subject_id(item: Item, texts: dict[str, Any], options: JudgedOptions) -> str
 def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) -> list[Subject]:
     """Rows by what they judge, in order of appearance; rows without a judgement go to `context.rejected`.
 
-    An annotator's repeated equal judgements of an item count once. Raises UserError for differing ones unless the last is to count, and
-    for rows that have one item's id and other texts.
+    An annotator's repeated equal judgements of an item count once. Raises UserError for differing ones unless the last is to count, for
+    rows that have one item's id and other texts, and where no row has a judgement.
     """
     out: dict[str, Subject] = {}
+    lacking: list[str] = []
+    if not by_side(options, context.kind):
+        label_column(options, context.kind)
     for item in items:
         try:
             texts = texts_of(item, options, context.kind)
@@ -117,6 +120,7 @@ def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) ->
             judgement = _judgement(item, texts, options, context.kind)
         except ValueError as error:
             context.rejected(item, str(error))
+            lacking.append(f"{item.place}: {error}")
             continue
         subject = out.setdefault(key, Subject(key, texts))
         if digest(subject.texts) != digest(texts):
@@ -126,6 +130,8 @@ def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) ->
             )
         subject.rows.append(item)
         _add(subject, judgement, options.repeats, options.step)
+    if lacking and not out:
+        raise UserError(f"step {options.step}: no row has a judgement. {lacking[0]}. The options item, annotator and label name the columns.")
     return list(out.values())
 
 
