@@ -19,7 +19,7 @@ from trl import RewardTrainer, SFTConfig, SFTTrainer
 
 from conf.choices import CPOLoss, KTOLoss, ModelKind, PreferenceLoss
 from conf.schema import Config, DataConfig, EngineConfig, ModelConfig, RunConfig
-from conf.stages import CPOStage, KTOStage, ORPOStage, PPOStage, PreferenceStage, RewardStage, SFTStage
+from conf.stages import CPOStage, KTOStage, OnlineStage, ORPOStage, PreferenceStage, RewardStage, SFTStage
 from rlhf.data import reading
 from rlhf.models import load_causal_lm, load_classifier
 from rlhf.run import RunContext
@@ -122,7 +122,7 @@ def test_bad_weights_are_refused(tmp_path: Path, change: Row, message: str) -> N
 
 
 def test_a_prompts_weight_is_said_to_be_of_no_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cfg = config(tmp_path, [{"prompt": f"p{i}", "weight": 2} for i in range(4)], PPOStage())
+    cfg = config(tmp_path, [{"prompt": f"p{i}", "weight": 2} for i in range(4)], OnlineStage())
     assert reading.prompts(cfg, trl_tools.tiny_tokenizer())[0].fields == {"weight": 2}
     assert "the column 'weight' weighs no prompt: stage=ppo has no loss that takes it" in caplog.text
 
