@@ -63,6 +63,9 @@ def keeping(trainer_class: type) -> type:
     """`trainer_class` whose batches keep the weights: its collator, and the columns that it takes from the data."""
 
     class Keeping(trainer_class):
+        data_collator: Any
+        _signature_columns: Any
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.data_collator = WithWeights(self.data_collator)
@@ -78,7 +81,9 @@ def keeping(trainer_class: type) -> type:
 def weighted_sft(trainer_class: type) -> type:
     """`trainer_class` (SFT) that multiplies the log-probabilities [B, L - 1], of which its loss is the sum, by the rows' weights."""
 
-    class WeightedSFT(keeping(trainer_class)):
+    base: Any = keeping(trainer_class)
+
+    class WeightedSFT(base):
         def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             weights = inputs.get(COLUMN)
             if weights is None:
@@ -105,7 +110,9 @@ def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, margin: Tensor 
 def weighted_reward(trainer_class: type) -> type:
     """`trainer_class` (reward) whose loss is `pair_loss` where rows have weights; its metrics are TRL's."""
 
-    class WeightedReward(keeping(trainer_class)):
+    base: Any = keeping(trainer_class)
+
+    class WeightedReward(base):
         def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             weights = inputs.get(COLUMN)
             if weights is None:
@@ -129,7 +136,9 @@ def scale_gradient(values: Tensor, weights: Tensor) -> None:
 def weighted_gradients(trainer_class: type) -> type:
     """`trainer_class` (DPO, KTO, CPO, ORPO) whose gradient of each row is multiplied by its weight; the loss that it returns is unweighted."""
 
-    class WeightedGradients(keeping(trainer_class)):
+    base: Any = keeping(trainer_class)
+
+    class WeightedGradients(base):
         def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             weights = inputs.get(COLUMN)
             if weights is None:

@@ -30,7 +30,7 @@ LEAST = 2  # labels of a kind, below which no threshold can be told
 def sigmoid(values: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)), without overflow."""
     small = np.exp(-np.abs(values))
-    return np.where(values >= 0, 1.0, small) / (1.0 + small)
+    return np.asarray(np.where(values >= 0, 1.0, small) / (1.0 + small))
 
 
 def pair_issues(right: np.ndarray, method: str) -> np.ndarray:
@@ -99,7 +99,7 @@ def _pair_scores(options: LabelNoise, items: Sequence[Item], context: Context) -
         directory = options.reward_model.replace("{fold}", fold)
         if not options.seen:
             check_unseen(directory, [items[i] for i in rows])
-        pairs = [tuple(items[i].columns.get(key) for key in ("prompt", "chosen", "rejected")) for i in rows]
+        pairs = [(c.get("prompt"), c.get("chosen"), c.get("rejected")) for c in (items[i].columns for i in rows)]
         scores[rows] = np.array(context.score_pairs(directory, pairs), dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(bad):
