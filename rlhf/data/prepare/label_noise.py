@@ -36,7 +36,7 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
 def pair_issues(right: np.ndarray, method: str) -> np.ndarray:
     """[N] which pairs' labels are contradicted, from `right` [N], the probability that the chosen side is the better one."""
     labels = np.concatenate([np.ones(len(right), dtype=np.int64), np.zeros(len(right), dtype=np.int64)])
-    return _issues(labels, np.concatenate([right, 1.0 - right]), method).reshape(2, -1).any(axis=0)
+    return np.asarray(_issues(labels, np.concatenate([right, 1.0 - right]), method).reshape(2, -1).any(axis=0))
 
 
 def _issues(labels: np.ndarray, one: np.ndarray, method: str) -> np.ndarray:
