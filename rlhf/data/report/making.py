@@ -9,14 +9,41 @@ from conf.choices import TaskClass
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item
 from rlhf.data.report import writing
+from rlhf.data.report.annotators import annotators, gold
+from rlhf.data.report.content import clustered, diversity, labels, languages
+from rlhf.data.report.duplicates import duplicates, leakage
+from rlhf.data.report.lengths import lengths
+from rlhf.data.report.noise import noise
 from rlhf.data.report.origins import origins
+from rlhf.data.report.pairs import judged, pairs
 from rlhf.data.report.records import Report, Section, Settings
+from rlhf.data.report.standards import standards
+from rlhf.data.report.suspects import suspects
+from rlhf.data.report.templates import templates
 
 
 def examine(train: Sequence[Item], held: Sequence[Item], settings: Settings, formats: Mapping[str, str]) -> list[Section]:
-    """Every detector's section."""
+    """Every detector's section. Duplicates and leakage are about the splits; everything else looks at all rows."""
     items = [*train, *held]
-    return [origins(items, settings, formats)]
+    of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
+    held_out = [duplicates(held, settings, "eval")] if held else []
+    return [
+        origins(items, settings, formats),
+        lengths(items, settings),
+        duplicates(train, settings, "train"),
+        *held_out,
+        leakage(train, held, settings),
+        *(check(items, settings) for check in of_kind),
+        labels(items, settings),
+        suspects(items, settings),
+        noise(items, settings),
+        templates(items, settings),
+        languages(items, settings),
+        clustered(items, settings),
+        diversity(items, settings),
+        annotators(items, settings),
+        gold(items, settings),
+    ]
 
 
 def make(
@@ -39,5 +66,6 @@ def make(
     """
     settings = Settings(kind=kind, limit=limit, task=task, named=named, seed=seed, tokenizer=tokenizer)
     sections = examine(train, held, settings, formats or {})
-    report = Report(kind.value, {"train": len(train), "eval": len(held)}, tuple(sections), ())
+    by_name = {section.name: section for section in sections}
+    report = Report(kind.value, {"train": len(train), "eval": len(held)}, tuple(sections), standards(by_name, len(train), task))
     return report if folder is None else replace(report, files=writing.write(report, folder))

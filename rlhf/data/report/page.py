@@ -16,7 +16,8 @@ _STYLE = """
   --fail: #a51d24; --warn: #7a4b00; --info: #1f5fa8; --pass: #17663a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --paper: #14171b; --soft: #20252b; --line: #454d57; --link: #8fbcf5;
   --fail: #ff9a9a; --warn: #f2c46d; --info: #8fbcf5; --pass: #84d6a3; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 72rem; padding: 1rem 1.25rem 4rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 72rem;
+  padding: 1rem 1.25rem 4rem; }
 h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 a { color: var(--link); } nav ul { display: flex; flex-wrap: wrap; gap: 0 1.25rem; list-style: none; padding: 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: .75rem 0; } caption { text-align: left; font-weight: 600; padding: .25rem 0; }
@@ -38,7 +39,8 @@ def render(report: Report) -> str:
     body = [
         "<header><h1>Data report</h1>",
         f"<p>{count:,} rows read as {_text(report.kind)}: {report.rows['train']:,} to train on, {report.rows['eval']:,} held out.</p></header>",
-        f'<nav aria-label="Sections"><ul><li><a href="#findings">Findings</a></li><li><a href="#standards">Quality standards</a></li>{links}</ul></nav>',
+        '<nav aria-label="Sections"><ul><li><a href="#findings">Findings</a></li><li><a href="#standards">Quality standards</a></li>',
+        f"{links}</ul></nav>",
         "<main>",
         _findings(report.findings()),
         _standards(report.standards),
@@ -96,7 +98,7 @@ def _finding(finding: Finding) -> str:
 def _remedy(remedy: str) -> str:
     """Text; what stands in backticks is set as code."""
     parts = remedy.split("`")
-    return "".join(f"<code>{_text(part)}</code>" if i % 2 else _text(part) + " " * part.endswith(" ") for i, part in enumerate(parts))
+    return "".join(f"<code>{html.escape(part)}</code>" if i % 2 else html.escape(part) for i, part in enumerate(parts))
 
 
 def _standards(standards: Iterable[Standard]) -> str:

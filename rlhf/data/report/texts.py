@@ -15,7 +15,7 @@ def _word() -> Any:
     import regex
 
     dense = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-    return regex.compile(rf"[{dense}]\p{{M}}*|[\p{{L}}\p{{N}}\p{{M}}--[{dense}]]+(?:['’\-][\p{{L}}\p{{N}}\p{{M}}--[{dense}]]+)*", regex.V1)
+    return regex.compile(rf"[{dense}]\p{{M}}*|[\p{{L}}\p{{N}}\p{{M}}--[{dense}]]+(?:['\u2019\-][\p{{L}}\p{{N}}\p{{M}}--[{dense}]]+)*", regex.V1)
 
 
 def words(text: str) -> list[str]:
