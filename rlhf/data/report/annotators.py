@@ -8,10 +8,10 @@ from typing import Any
 from rlhf.data.agreement import Agreement, Label, agreement
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item, joined, prompt_of
+from rlhf.data.prepare.texts import normalised
 from rlhf.data.report.pairs import sides
 from rlhf.data.report.records import Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
-from rlhf.data.report.similar import exact_key
 from rlhf.data.report.texts import wilson
 
 ANNOTATOR = "annotator"
@@ -23,15 +23,15 @@ _SIDES = {"chosen": True, "true": True, "1": True, "1.0": True, "rejected": Fals
 def judged_item(item: Item, kind: Use) -> str:
     """What a row judges, the same for every annotator: its texts without the label, a pair's in either order."""
     if kind is not Use.preference:
-        return exact_key(joined(item.columns))
-    prompt = exact_key(prompt_of(item.columns)) if item.columns.get("prompt") else ""
-    return json.dumps([prompt, *sorted(map(exact_key, sides(item)))], ensure_ascii=False)
+        return normalised(joined(item.columns))
+    prompt = normalised(prompt_of(item.columns)) if item.columns.get("prompt") else ""
+    return json.dumps([prompt, *sorted(map(normalised, sides(item)))], ensure_ascii=False)
 
 
 def judgement(item: Item, kind: Use) -> str | None:
     """The label that a row gives: of a pair whether the first of its two texts (in the order of `judged_item`) is better; else its column label."""
     if kind is Use.preference:
-        chosen, rejected = map(exact_key, sides(item))
+        chosen, rejected = map(normalised, sides(item))
         return None if chosen == rejected else str(chosen < rejected)
     value = item.columns.get("label")
     return str(value) if isinstance(value, (str, bool, int)) else None

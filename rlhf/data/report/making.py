@@ -11,7 +11,7 @@ from rlhf.data.prepare.items import Item
 from rlhf.data.report import writing
 from rlhf.data.report.annotators import annotators, gold
 from rlhf.data.report.content import clustered, diversity, labels, languages
-from rlhf.data.report.duplicates import duplicates, leakage
+from rlhf.data.report.duplicates import asked, duplicates, leakage, whole
 from rlhf.data.report.lengths import lengths
 from rlhf.data.report.noise import noise
 from rlhf.data.report.origins import origins
@@ -26,13 +26,13 @@ def examine(train: Sequence[Item], held: Sequence[Item], settings: Settings, for
     """Every detector's section. Duplicates and leakage are about the splits; everything else looks at all rows."""
     items = [*train, *held]
     of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
-    held_out = [duplicates(held, settings, "eval")] if held else []
+    rows = whole(items, settings)
     return [
         origins(items, settings, formats),
         lengths(items, settings),
-        duplicates(train, settings, "train"),
-        *held_out,
-        leakage(train, held, settings),
+        duplicates(rows, settings, "train"),
+        *([duplicates(rows, settings, "eval")] if held else []),
+        leakage(rows, asked(items, settings) if train and held else rows, settings),
         *(check(items, settings) for check in of_kind),
         labels(items, settings),
         suspects(items, settings),

@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from rlhf.data.prepare.items import Item, answers_of, joined, prompt_of
+from rlhf.data.prepare.texts import normalised
 from rlhf.data.report.records import Histogram, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
-from rlhf.data.report.similar import exact_key
 from rlhf.data.report.texts import wilson, words
 
 BIASED = 0.6  # share of pairs with the longer side chosen (or the shorter one) from which length is worth a warning
@@ -24,8 +24,8 @@ def contradicting(items: Sequence[Item]) -> list[tuple[int, int]]:
     found: dict[tuple[str, frozenset[str]], dict[str, int]] = defaultdict(dict)
     pairs = []
     for index, item in enumerate(items):
-        prompt = exact_key(prompt_of(item.columns)) if item.columns.get("prompt") else ""
-        chosen, rejected = map(exact_key, sides(item))
+        prompt = normalised(prompt_of(item.columns)) if item.columns.get("prompt") else ""
+        chosen, rejected = map(normalised, sides(item))
         pairs.append((chosen, (prompt, frozenset((chosen, rejected)))))
         if chosen != rejected:
             found[prompt, frozenset((chosen, rejected))].setdefault(chosen, index)
@@ -58,7 +58,7 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
     if not items:
         return Section("pairs", title, {}, unmeasured="there are no rows")
     texts = [sides(item) for item in items]
-    equal = [(item, "both sides are the same") for item, (a, b) in zip(items, texts, strict=True) if exact_key(a) == exact_key(b)]
+    equal = [(item, "both sides are the same") for item, (a, b) in zip(items, texts, strict=True) if normalised(a) == normalised(b)]
     against = [(items[i], f"{items[j].place} judges the same two answers the other way") for i, j in contradicting(items)]
     lengths = [(len(words(a)), len(words(b))) for a, b in texts]
     share, low, high, correlation = length_preference([a - b for a, b in lengths])
@@ -106,7 +106,7 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
 def judged(items: Sequence[Item], settings: Settings) -> Section:
     """Answers judged by themselves: the same answer to the same prompt, once good and once bad."""
     found: dict[str, dict[str, int]] = defaultdict(dict)
-    keys = [exact_key(joined(item.columns)) for item in items]
+    keys = [normalised(joined(item.columns)) for item in items]
     for index, (item, key) in enumerate(zip(items, keys, strict=True)):
         found[key].setdefault(str(item.columns["label"]), index)
     against = [

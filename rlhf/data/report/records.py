@@ -114,7 +114,7 @@ class Settings:
     task: TaskClass | None = None
     named: int = 100  # rows that a finding names
     seed: int = 0
-    near: float = 0.8  # Jaccard similarity of word 3-shingles from which two texts are near-duplicates
+    near: float = 0.8  # as option threshold of step near_duplicates
     sample: int = 20_000  # rows at most that clusters and languages are counted on
     tokenizer: Any = None
 

@@ -3,24 +3,15 @@
 import math
 import unicodedata
 from collections.abc import Iterable
-from functools import cache
-from typing import Any
+
+from rlhf.data.prepare.texts import words as split_words
 
 EXCERPT = 160  # characters
 
 
-@cache
-def _word() -> Any:
-    """Words of scripts that put spaces between them; single characters of those that don't (Han, kana, Thai, Lao, Khmer, Myanmar)."""
-    import regex
-
-    dense = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-    return regex.compile(rf"[{dense}]\p{{M}}*|[\p{{L}}\p{{N}}\p{{M}}--[{dense}]]+(?:['\u2019\-][\p{{L}}\p{{N}}\p{{M}}--[{dense}]]+)*", regex.V1)
-
-
 def words(text: str) -> list[str]:
     """Lower-case words; a Chinese, Japanese, Thai, Lao, Khmer or Burmese character counts as one. Punctuation is left out."""
-    return [str(w) for w in _word().findall(text.lower())]
+    return split_words(text.lower())
 
 
 def safe(text: str) -> str:
