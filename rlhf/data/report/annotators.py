@@ -1,63 +1,37 @@
 """What the people who judged say about the labels: agreement between them, accuracy against gold items."""
 
-import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rlhf.data.agreement import Agreement, Label, agreement
+from conf.preparation.annotation import JudgedOptions
+from rlhf.data.agreement import Agreement, agreement
 from rlhf.data.formats import Use
-from rlhf.data.prepare.items import Item, joined, prompt_of
-from rlhf.data.prepare.texts import normalised
-from rlhf.data.report.pairs import sides
+from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.judgements import Subject, subjects
 from rlhf.data.report.records import Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import wilson
 
-ANNOTATOR = "annotator"
+ANNOTATOR = "annotator"  # column that names who judged: what the steps aggregate and review expect
 GOLD = ("gold", "gold_label")  # columns with the label that is known to be right
-_IDS = ("item_id", "pair_id", "id")
 _SIDES = {"chosen": True, "true": True, "1": True, "1.0": True, "rejected": False, "false": False, "0": False, "0.0": False}
 
 
-def judged_item(item: Item, kind: Use) -> str:
-    """What a row judges, the same for every annotator: its texts without the label, a pair's in either order."""
-    if kind is not Use.preference:
-        return normalised(joined(item.columns))
-    prompt = normalised(prompt_of(item.columns)) if item.columns.get("prompt") else ""
-    return json.dumps([prompt, *sorted(map(normalised, sides(item)))], ensure_ascii=False)
+def annotated(items: Sequence[Item], settings: Settings) -> list[Subject]:
+    """What the rows with an annotator judge, as the steps aggregate and review see it; of one annotator's several labels the last counts."""
+    named = [item for item in items if item.columns.get(ANNOTATOR) not in (None, "")]
+    own = settings.kind in (Use.preference, Use.unpaired)  # such rows are judgements by themselves
+    options = JudgedOptions(annotator=ANNOTATOR, label=None if own else "label", repeats="last")
+    return subjects(named, options, Context(kind=settings.kind, seed=settings.seed, folder=Path()))
 
 
-def judgement(item: Item, kind: Use) -> str | None:
-    """The label that a row gives: of a pair whether the first of its two texts (in the order of `judged_item`) is better; else its column label."""
-    if kind is Use.preference:
-        chosen, rejected = map(normalised, sides(item))
-        return None if chosen == rejected else str(chosen < rejected)
-    value = item.columns.get("label")
-    return str(value) if isinstance(value, (str, bool, int)) else None
-
-
-def judgements(items: Sequence[Item], kind: Use) -> list[tuple[Label, Item]]:
-    """Every label by a named annotator, with its row; of one annotator's several labels of an item the last counts."""
-    found: dict[tuple[str, str], tuple[Label, Item]] = {}
-    for item in items:
-        annotator, label = item.columns.get(ANNOTATOR), judgement(item, kind)
-        if annotator is None or annotator == "" or label is None:
-            continue
-        key = (judged_item(item, kind), str(annotator))
-        found[key] = (Label(*key, label), item)
-    return list(found.values())
-
-
-def disputed(labels: Sequence[tuple[Label, Item]]) -> list[list[tuple[Item, str]]]:
+def disputed(judged: Sequence[Subject]) -> list[list[tuple[Item, str]]]:
     """The rows of each item that annotators label differently."""
-    by_item: dict[str, list[tuple[Label, Item]]] = defaultdict(list)
-    for label, item in labels:
-        by_item[label.item].append((label, item))
     return [
-        [(item, f"by {label.annotator}, against {len(members) - 1} other labels of this item") for label, item in members]
-        for members in by_item.values()
-        if len({label.label for label, _ in members}) > 1
+        [(j.item, f"by {j.annotator}, who differs from another of {len(subject.judgements)} annotators") for j in subject.judgements]
+        for subject in judged
+        if len({str(j.label) for j in subject.judgements}) > 1
     ]
 
 
@@ -69,11 +43,12 @@ def kappa_of(found: Agreement) -> tuple[str, float | None]:
 def annotators(items: Sequence[Item], settings: Settings) -> Section:
     """Agreement of the annotators named in column `annotator`."""
     title = "Annotators"
-    labels = judgements(items, settings.kind)
-    found = agreement([label for label, _ in labels], seed=settings.seed) if labels else None
+    judged = annotated(items, settings)
+    labels = [label for subject in judged for label in subject.labels()]
+    found = agreement(labels, seed=settings.seed) if labels else None
     if found is None or found.observed.items == 0:
         return Section("annotators", title, {}, unmeasured=f"no two rows hold labels of one item by different annotators (column {ANNOTATOR})")
-    differing = disputed(labels)
+    differing = disputed(judged)
     name, kappa = kappa_of(found)
     message = f"annotators differ on {len(differing)} of {found.observed.items} items"
     rows = [row for members in differing for row in members]
