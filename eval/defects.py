@@ -7,7 +7,7 @@ Every defect is planted in rows of its own. Copies stand behind what they copy.
 
 import random
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,13 +147,15 @@ def mojibake(text: str, rng: random.Random) -> str:
 
 
 def garble(text: str, rng: random.Random) -> str:
-    """As many characters, seven of ten of them symbols."""
-    return " ".join(
-        "".join(rng.choice("#$%^*@~|{}[]=+_/\\") if rng.random() < 0.7 else rng.choice(string.ascii_lowercase) for _ in w) for w in text.split()
-    )
+    """As many characters, 70 % of them symbols and the others letters by chance."""
+    visible = sum(not c.isspace() for c in text)
+    count = round(0.7 * visible)
+    noise = [rng.choice("#$%^*@~|{}[]=+_/\\") for _ in range(count)] + [rng.choice(string.ascii_lowercase) for _ in range(visible - count)]
+    rng.shuffle(noise)
+    return "".join(c if c.isspace() else noise.pop() for c in text)
 
 
-def one_side(row: Row, change: Any, rng: random.Random) -> Row:
+def one_side(row: Row, change: Callable[[str, random.Random], str], rng: random.Random) -> Row:
     """The row with one of its sides changed."""
     side = rng.choice(("chosen", "rejected"))
     return {**row, side: change(row[side], rng)}
@@ -195,7 +197,7 @@ def plant(reviews: Sequence[Review], seed: int, sizes: Sizes) -> Planted:
     vocabulary = sorted({w for text in good[:500] + bad[:500] for w in text.split() if w.isalpha()})
     pool = iter(rows)
     clean = [next(pool) for _ in range(sizes.train)]
-    _in_place(out, pool, clean, sizes, rng)
+    _in_place(out, pool, sizes, rng)
     for i in range(sizes.long):
         here = slice(i * LONG, (i + 1) * LONG)
         out.add({"chosen": " ".join(good[here]), "rejected": " ".join(bad[here])}, "truncated")
@@ -207,13 +209,14 @@ def plant(reviews: Sequence[Review], seed: int, sizes: Sizes) -> Planted:
         out.add(next(pool), held=True)
     for row in rng.sample(clean, sizes.leaked):
         out.add(recased(row, rng), "row_leakage_exact", held=True)
-    taken = {id(row) for row in clean[: sizes.near + sizes.exact + sizes.contradictions]}
-    for row in rng.sample([row for row in clean if id(row) not in taken], sizes.leaked_near):
-        out.add(near_copy(row, vocabulary, rng), "row_leakage_near", held=True)
+    copied = sizes.near + sizes.exact + sizes.contradictions  # rows at the start that have a copy already
+    for i in rng.sample(range(copied, len(clean)), sizes.leaked_near):
+        out.add(near_copy(clean[i], vocabulary, rng), "row_leakage_near", held=True)
+        out.truth.setdefault("leaked_near_originals", set()).add((TRAIN, first + i))  # what step near_duplicates leaves out instead
     return out
 
 
-def _in_place(out: Planted, pool: Any, clean: Sequence[Row], sizes: Sizes, rng: random.Random) -> None:
+def _in_place(out: Planted, pool: Iterator[Row], sizes: Sizes, rng: random.Random) -> None:
     """Rows with a defect of their own."""
     for _ in range(sizes.equal):
         row = next(pool)
@@ -237,15 +240,10 @@ def _copies(out: Planted, clean: Sequence[Row], first: int, vocabulary: Sequence
         out.add(exchanged(clean[i]), "contradictions")
 
 
-def judged(reviews: Sequence[Review], seed: int, rows: int, share: float) -> list[Row]:
-    """Answers judged by themselves, of which `share` are good."""
+def judged(good: Sequence[str], bad: Sequence[str], seed: int, rows: int, share: float) -> list[Row]:
+    """Answers judged by themselves, of which `share` are good, drawn from good and bad sentences."""
     rng = random.Random(f"{seed}:judged")
-    good, bad = sentences(reviews, rng)
     count = round(share * rows)
-    out = [
-        {"prompt": "Write about a film.", "completion": t, "label": label}
-        for texts, n, label in ((good, count, True), (bad, rows - count, False))
-        for t in texts[:n]
-    ]
-    rng.shuffle(out)
-    return out
+    drawn = [(text, True) for text in rng.sample(good, count)] + [(text, False) for text in rng.sample(bad, rows - count)]
+    rng.shuffle(drawn)
+    return [{"prompt": "Write about a film.", "completion": text, "label": label} for text, label in drawn]
