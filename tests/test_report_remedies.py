@@ -27,7 +27,7 @@ def test_remedies_name_something() -> None:
 @pytest.mark.parametrize(("check", "code"), CODE)
 def test_steps_and_options_of_remedies_exist(check: str, code: str) -> None:
     if not code.startswith("{"):
-        assert code.split("=")[0] in OPTIONS
+        assert code.split("=", maxsplit=1)[0] in OPTIONS
         return
     entry = yaml.safe_load(code)
     fields = {f.name for f in dataclasses.fields(STEPS[entry.pop("step")])}
