@@ -86,6 +86,11 @@ def test_rows_of_several_annotators_are_no_duplicates() -> None:
     assert rows_of(repeats(rows, UNPAIRED), "near_duplicates") == []
 
 
+def test_a_row_that_balancing_drew_again_is_no_duplicate() -> None:
+    rows = texts("one", "two", "one")
+    assert rows_of(repeats([*rows, rows[1], rows[1]], SFT), "exact_duplicates") == [3]
+
+
 def test_near_duplicates_leave_out_the_first_of_each_cluster() -> None:
     swapped = LONG.replace("seven", "eight")
     section = repeats(texts("something else entirely stands here", LONG, swapped, LONG + " today", LONG), SFT)
@@ -102,8 +107,8 @@ def test_a_pair_with_its_sides_exchanged_is_no_near_duplicate() -> None:
 
 
 def test_chinese_near_duplicates() -> None:
-    text = "这部电影的故事非常感人，演员的表演也很自然，我会推荐给所有的朋友们去看一看"
-    assert rows_of(repeats(texts(text, text.replace("自然", "精彩"), "天气很好我们去公园散步吧"), SFT), "near_duplicates") == [2]
+    text = "这部电影的故事非常感人，演员的表演也很自然，我会推荐给所有的朋友们去看一看，因为它让我想起了小时候和家人一起度过的那些快乐时光"
+    assert rows_of(repeats(texts(text, text.replace("小时候", "小时侯"), "天气很好我们去公园散步吧"), SFT), "near_duplicates") == [2]
 
 
 def test_what_connects_two_splits_is_no_duplicate_in_either() -> None:

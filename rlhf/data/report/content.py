@@ -15,7 +15,7 @@ from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import entropy, words
 
 LABELS = ("label", "kto_tag", "category", "class", "topic", "sentiment")  # columns that may name a row's class
-_CLASSES = (2, 50)  # different values that a column of classes may have
+_CLASSES = 50  # different values that a column of classes may have
 IMBALANCE = 3.0  # rows of the largest class per row of the smallest from which balance is worth a warning
 _SURE = 0.9  # probability from which another language is believed
 _LETTERS = 20  # letters that a text needs before its language is judged
@@ -80,7 +80,8 @@ def label_columns(items: Sequence[Item]) -> dict[str, Counter[str]]:
     for name in LABELS:
         values = [item.columns[name] for item in items if isinstance(item.columns.get(name), (str, bool, int))]
         counts = Counter(map(str, values))
-        if values and (name == "label" or _CLASSES[0] <= len(counts) <= min(_CLASSES[1], max(2, len(values) // 2))):
+        least = 1 if name == "label" else 2  # one label for all rows is worth a word, one topic is not
+        if least <= len(counts) <= min(_CLASSES, max(2, len(values) // 2)):
             out[name] = counts
     return out
 
@@ -127,7 +128,9 @@ def cluster(texts: Sequence[str], seed: int) -> Clustering:
 
     vectorizer = TfidfVectorizer(analyzer=words, min_df=2, max_df=0.5, max_features=5000, sublinear_tf=True)
     vectors = vectorizer.fit_transform(texts)
-    k = max(2, min(_CLUSTERS, int(math.sqrt(len(texts) / 2))))
+    vectors.sort_indices()
+    rows = {(vectors[i].indices.tobytes(), vectors[i].data.tobytes()) for i in range(len(texts))}
+    k = min(_CLUSTERS, len(rows), max(2, int(math.sqrt(len(texts) / 2))))
     model = KMeans(n_clusters=k, n_init=1, max_iter=50, random_state=seed).fit(vectors)
     order = [label for label, _ in Counter(model.labels_.tolist()).most_common()]
     place = {label: i for i, label in enumerate(order)}

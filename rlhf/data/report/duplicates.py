@@ -45,14 +45,17 @@ def asked(items: Sequence[Item], settings: Settings) -> Compared:
 
 
 def copies(rows: Compared, split: str) -> list[tuple[int, int]]:
-    """(row, the first row of the split that it repeats). The same judgement by another annotator is no copy."""
+    """(row, the first row of the split that it repeats). No copies: the judgement of another annotator, and one row drawn again by step balance."""
     first: dict[tuple[Key, str], int] = {}
+    places: set[tuple[str, int, Key]] = set()
     out = []
     for index, (item, key) in enumerate(zip(rows.items, rows.keys, strict=True)):
-        if item.split == split and key != _NOTHING:
-            earlier = first.setdefault((key, str(item.columns.get("annotator"))), index)
-            if earlier != index:
-                out.append((index, earlier))
+        if item.split != split or key == _NOTHING or (item.origin, item.number, key) in places:
+            continue
+        places.add((item.origin, item.number, key))
+        earlier = first.setdefault((key, str(item.columns.get("annotator"))), index)
+        if earlier != index:
+            out.append((index, earlier))
     return out
 
 

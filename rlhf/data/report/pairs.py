@@ -99,7 +99,7 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
         ("correlation of length difference (words) and preference", correlation),
     )
     differences = {"chosen - rejected": [float(a - b) for a, b in lengths]}
-    plots = (Histogram("Length of the chosen side minus the rejected one", "words", differences, mark=0.0),)
+    plots = (Histogram("Length of the chosen side minus the rejected one", "words", differences, mark=0.0, mark_name="equal"),)
     return Section("pairs", title, figures, tuple(findings), (Table("Pairs", ("figure", "value"), rows),), plots)
 
 

@@ -35,20 +35,20 @@ def draw(plot: Histogram | Bars, number: int) -> str:
 
 
 def _histogram(axes: Any, plot: Histogram) -> None:
-    """Shares of each series, since series may have different sizes; the last bin holds everything above it."""
+    """Shares of each series, since series may have different sizes; the outer bins hold the 1 % beyond them too."""
     import numpy as np
 
     values = {name: np.asarray(v, dtype=float) for name, v in plot.series.items() if len(v)}
     every = np.concatenate(list(values.values()))
-    low, high = float(every.min()), float(np.quantile(every, 0.99))
+    low, high = (float(q) for q in np.quantile(every, [0.01, 0.99]))
     if plot.mark is not None and high < plot.mark < 3 * high:
         high = plot.mark * 1.05
     edges = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
     for (name, found), colour in zip(values.items(), COLOURS * (1 + len(values) // len(COLOURS)), strict=False):
         weights = np.full(len(found), 1.0 / len(found))
         axes.hist(np.clip(found, edges[0], edges[-1]), bins=edges, weights=weights, histtype="step", linewidth=1.8, color=colour, label=name)
-    if plot.mark is not None and plot.mark <= edges[-1]:
-        axes.axvline(plot.mark, color=_INK, linewidth=1.0, linestyle="--", label="limit")
+    if plot.mark is not None and edges[0] <= plot.mark <= edges[-1]:
+        axes.axvline(plot.mark, color=_INK, linewidth=1.0, linestyle="--", label=plot.mark_name)
     axes.set_xlabel(plot.unit)
     axes.set_ylabel("share of rows")
     if len(axes.get_legend_handles_labels()[1]) > 1:

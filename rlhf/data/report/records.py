@@ -79,7 +79,8 @@ class Histogram:
     title: str
     unit: str
     series: Mapping[str, Sequence[float]]
-    mark: float | None = None  # a limit to draw
+    mark: float | None = None  # a value to draw a line at
+    mark_name: str = "limit"
 
 
 @dataclass(frozen=True, slots=True)
