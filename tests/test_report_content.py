@@ -129,6 +129,11 @@ def test_diversity_by_hand() -> None:
     assert compression_ratio([LONG] * 20) > 5 > compression_ratio([LONG]) and compression_ratio([]) == 0.0
 
 
+def test_coverage_of_held_out_words() -> None:
+    rows = [*texts("a b c"), *texts("b c d x", split="eval")]
+    assert diversity(rows, SFT).figures["held_out_words_covered"] == 0.5 and diversity(texts("a"), SFT).figures["held_out_words_covered"] is None
+
+
 def test_a_sample_is_fixed_by_the_seed_and_keeps_the_order() -> None:
     rows = texts(*map(str, range(100)))
     some = sampled(rows, Settings(kind=Use.sft, sample=10, seed=3))

@@ -175,13 +175,26 @@ def compression_ratio(texts: Sequence[str]) -> float:
     return len(raw) / len(zlib.compress(raw, 6)) if raw else 0.0
 
 
+_DIVERSITY = {
+    "rows": "rows looked at",
+    "words": "words",
+    "vocabulary": "different words",
+    "once": "words that occur once",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "compression_ratio": "compression ratio",
+    "held_out_words_covered": "share of the held-out rows' different words that training rows have",
+}
+
+
 def diversity(items: Sequence[Item], settings: Settings) -> Section:
     """How many different things the rows say. The figures fall (the ratio rises) with more text: compare equal amounts only."""
     some = sampled(items, settings)
     texts = [joined(item.columns) for item in some]
     split = [words(text) for text in texts]
     vocabulary = Counter(word for text in split for word in text)
-    figures = {
+    by_split = {name: {w for item, text in zip(some, split, strict=True) if item.split == name for w in text} for name in ("train", "eval")}
+    figures: dict[str, int | float | None] = {
         "rows": len(some),
         "words": sum(vocabulary.values()),
         "vocabulary": len(vocabulary),
@@ -189,19 +202,7 @@ def diversity(items: Sequence[Item], settings: Settings) -> Section:
         "distinct_1": distinct(split, 1),
         "distinct_2": distinct(split, 2),
         "compression_ratio": compression_ratio(texts),
+        "held_out_words_covered": len(by_split["eval"] & by_split["train"]) / len(by_split["eval"]) if by_split["eval"] else None,
     }
-    said = {
-        "rows": "rows looked at",
-        "words": "words",
-        "vocabulary": "different words",
-        "once": "words that occur once",
-        "distinct_1": "distinct-1",
-        "distinct_2": "distinct-2",
-        "compression_ratio": "compression ratio",
-    }
-    return Section(
-        "diversity",
-        "Coverage and diversity",
-        figures,
-        tables=(Table("Diversity", ("figure", "value"), tuple((said[k], v) for k, v in figures.items())),),
-    )
+    table = Table("Coverage and diversity", ("figure", "value"), tuple((said, figures[name]) for name, said in _DIVERSITY.items()))
+    return Section("diversity", "Coverage and diversity", figures, tables=(table,))
