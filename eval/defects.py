@@ -207,10 +207,11 @@ def plant(reviews: Sequence[Review], seed: int, sizes: Sizes) -> Planted:
     _copies(out, clean, first, vocabulary, sizes, rng)
     for _ in range(sizes.held):
         out.add(next(pool), held=True)
-    for row in rng.sample(clean, sizes.leaked):
-        out.add(recased(row, rng), "row_leakage_exact", held=True)
     copied = sizes.near + sizes.exact + sizes.contradictions  # rows at the start that have a copy already
-    for i in rng.sample(range(copied, len(clean)), sizes.leaked_near):
+    originals = rng.sample(range(copied, len(clean)), sizes.leaked + sizes.leaked_near)
+    for i in originals[: sizes.leaked]:
+        out.add(recased(clean[i], rng), "row_leakage_exact", held=True)
+    for i in originals[sizes.leaked :]:
         out.add(near_copy(clean[i], vocabulary, rng), "row_leakage_near", held=True)
         out.truth.setdefault("leaked_near_originals", set()).add((TRAIN, first + i))  # what step near_duplicates leaves out instead
     return out

@@ -279,26 +279,23 @@ def test_a_template_that_doubles_the_first_token_and_one_that_refuses() -> None:
     assert rows_of(templates(rows, Settings(kind=Use.sft, tokenizer=doubling)), "double_bos") == [1, 2]
     refusing = tiny_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHATML)
     section = templates(rows, Settings(kind=Use.sft, tokenizer=refusing))
-    assert rows_of(section, "unrendered") == [2] and found(section, "unrendered").rows[0].note == "no system message"
+    assert rows_of(section, "unrendered") == [2] and found(section, "unrendered").rows[0].note.endswith(
+        "refuses a conversation of 2 messages: no system message"
+    )
 
 
 # ---- annotators, gold items, standards ----
 
 
-def annotated(*votes: tuple[str, str, bool]) -> list[Item]:
-    """(item, annotator, whether side "a" wins) as pairs."""
-    rows = [
-        {"chosen": f"a {name}" if wins else f"b {name}", "rejected": f"b {name}" if wins else f"a {name}", "annotator": who}
-        for name, who, wins in votes
-    ]
-    return items(*({"prompt": "", **row} for row in rows))
+def voted(*votes: tuple[str, str, bool]) -> list[Item]:
+    """(answer, annotator, whether it is good)."""
+    return items(*({"prompt": "p", "completion": name, "label": good, "annotator": who} for name, who, good in votes))
 
 
 def test_kappa_of_two_annotators_is_cohens() -> None:
-    # 2 of 4 items: agreement 0.75; x says a 3 of 4, y 2 of 4: chance 0.5; kappa 0.5
+    # agreement on 3 of 4; x says good 3 times of 4, y twice: chance 3/4 * 2/4 + 1/4 * 2/4 = 0.5; kappa (0.75 - 0.5) / 0.5
     votes = [("1", True, True), ("2", True, True), ("3", True, False), ("4", False, False)]
-    rows = annotated(*[(n, "x", x) for n, x, _ in votes], *[(n, "y", y) for n, _, y in votes])
-    section = annotators(rows, PREFERENCE)
+    section = annotators(voted(*[(n, "x", x) for n, x, _ in votes], *[(n, "y", y) for n, _, y in votes]), UNPAIRED)
     assert section.figures["kappa"]["name"] == "Cohen's kappa" and section.figures["kappa"]["value"] == pytest.approx(0.5)
     assert rows_of(section, "disagreement") == [3, 7] and found(section, "disagreement").message == "annotators differ on 1 of 4 items"
     verdict = kappa(section)
@@ -307,22 +304,25 @@ def test_kappa_of_two_annotators_is_cohens() -> None:
 
 def test_agreeing_annotators_pass_and_one_annotator_is_not_measurable() -> None:
     same = [("1", True), ("2", False), ("3", True)]
-    section = annotators(annotated(*[(n, who, v) for who in ("x", "y", "z") for n, v in same]), PREFERENCE)
+    section = annotators(voted(*[(n, who, v) for who in ("x", "y", "z") for n, v in same]), UNPAIRED)
     assert section.figures["kappa"] == {"name": "Fleiss' kappa", "value": pytest.approx(1.0)} and kappa(section).verdict is Verdict.passed
-    alone = annotators(annotated(("1", "x", True), ("2", "x", False)), PREFERENCE)
+    alone = annotators(voted(("1", "x", True), ("2", "x", False)), UNPAIRED)
     assert alone.unmeasured is not None and kappa(alone).verdict is Verdict.unknown
-    always = annotators(annotated(("1", "x", True), ("1", "y", True)), PREFERENCE)
+    always = annotators(voted(("1", "x", True), ("1", "y", True)), UNPAIRED)
     assert kappa(always).verdict is Verdict.unknown and "every label is the same" in kappa(always).found
 
 
-def test_judged_answers_and_classes_have_annotators_too() -> None:
+def test_annotators_of_pairs_judge_the_same_pair_in_either_order() -> None:
+    sides = [("a", "b", "x"), ("b", "a", "y"), ("c", "d", "x"), ("c", "d", "y"), ("e", "f", "x")]
+    section = annotators(items(*({"prompt": "", "chosen": c, "rejected": r, "annotator": who} for c, r, who in sides)), PREFERENCE)
+    assert rows_of(section, "disagreement") == [1, 2] and section.figures["observed"]["value"] == 0.5 and section.figures["observed"]["items"] == 2
+
+
+def test_classes_have_annotators_too() -> None:
     rows = items(
-        *(
-            {"prompt": "p", "completion": c, "label": v, "annotator": who}
-            for c, who, v in (("a", "x", True), ("a", "y", False), ("b", "x", False), ("b", "y", False))
-        )
+        *({"text": t, "label": v, "annotator": who} for t, who, v in (("a", "x", "war"), ("a", "y", "love"), ("b", "x", "war"), ("b", "y", "war")))
     )
-    assert rows_of(annotators(rows, UNPAIRED), "disagreement") == [1, 2]
+    assert rows_of(annotators(rows, SFT), "disagreement") == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_pairs_with_exchanged_sides_are_suspect() -> None:
     wrong = {7, 50, 51, 120, 199, 260, 333}
     section = suspects(sided(400, wrong), PREFERENCE)
     named = {n - 1 for n in rows_of(section, "suspect_labels")}
-    assert named >= wrong and len(named) <= 2 * len(wrong) and section.figures["accuracy"] > 0.9
+    assert len(named & wrong) >= 6 and len(named - wrong) <= 1 and section.figures["accuracy"] > 0.9
     assert found(section, "suspect_labels").severity is Severity.info
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.preparation.annotation import JudgedOptions, Repeats
+from conf.preparation.annotation import Aggregate, Repeats
 from rlhf.data.agreement import Agreement, agreement
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
@@ -22,7 +22,7 @@ def annotated(items: Sequence[Item], settings: Settings) -> list[Subject]:
     """What the rows with an annotator judge, as the steps aggregate and review see it; of one annotator's several labels the last counts."""
     named = [item for item in items if item.columns.get(ANNOTATOR) not in (None, "")]
     own = settings.kind in (Use.preference, Use.unpaired)  # such rows are judgements by themselves
-    options = JudgedOptions(annotator=ANNOTATOR, label=None if own else "label", repeats=Repeats.last)
+    options = Aggregate(annotator=ANNOTATOR, label=None if own else "label", repeats=Repeats.last)
     return subjects(named, options, Context(kind=settings.kind, seed=settings.seed, folder=Path()))
 
 

@@ -8,6 +8,7 @@ from rlhf.data.prepare.items import CONTENT, Item
 from rlhf.data.report.records import Histogram, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile, words
+from rlhf.types import UserError
 
 _ANSWERS = ("chosen", "rejected", "completion")
 _BATCH = 1024  # texts tokenised at a time
@@ -54,8 +55,6 @@ def sequence_lengths(tokenizer: Any, items: Sequence[Item], lengths: Sequence[Ma
     Texts: what is before and what follows, the special tokens that the tokenizer adds, and end-of-sequence. Conversations: through the chat
     template; one that it can't render, or that has no template, counts by its texts.
     """
-    from jinja2 import TemplateError
-
     special = tokenizer.num_special_tokens_to_add(pair=False) + 1  # and end-of-sequence
     out, broken = [], 0
     for item, found in zip(items, lengths, strict=True):
@@ -65,7 +64,7 @@ def sequence_lengths(tokenizer: Any, items: Sequence[Item], lengths: Sequence[Ma
             continue
         try:
             out.append(max(_rendered(tokenizer, chat) for chat in chats))
-        except (ValueError, TemplateError):
+        except (ValueError, UserError):
             out.append(row_length(found) + special)
             broken += 1
     return out, broken

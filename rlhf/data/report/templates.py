@@ -11,6 +11,7 @@ from rlhf.data.prepare.items import Item, parts
 from rlhf.data.report.lengths import conversations
 from rlhf.data.report.records import Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
+from rlhf.types import UserError
 
 # Markers of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi, GPT-2, DeepSeek and Alpaca. A text that holds one was formatted already.
 MARKERS = (
@@ -95,7 +96,7 @@ def marker_pattern(tokenizer: Any = None) -> re.Pattern[str]:
 
 
 def encoded(tokenizer: Any, columns: Mapping[str, Any]) -> list[list[int]]:
-    """Token ids of every sequence of a row as the stages encode it. Raises ValueError and jinja2.TemplateError."""
+    """Token ids of every sequence of a row as the stages encode it. Raises ValueError and UserError for one that can't be."""
     chats = list(conversations(columns))
     if chats:
         if tokenizer.chat_template is None:
@@ -126,8 +127,6 @@ def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tu
 
     Looked at are the first rows, which show what the template does to all, and every row whose text holds one of the two tokens itself.
     """
-    from jinja2 import TemplateError
-
     out: dict[str, list[tuple[Item, str]]] = {"double_bos": [], "double_eos": [], "unrendered": []}
     marks = [str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
     for number, item in enumerate(items):
@@ -135,7 +134,7 @@ def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tu
             continue
         try:
             bos, eos = doubled(tokenizer, encoded(tokenizer, item.columns))
-        except (ValueError, TemplateError) as error:
+        except (ValueError, UserError) as error:
             out["unrendered"].append((item, str(error)))
             continue
         if bos:
