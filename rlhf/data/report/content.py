@@ -92,7 +92,9 @@ def labels(items: Sequence[Item], settings: Settings) -> Section:
     found = label_columns(items)
     if not found:
         return Section("labels", title, {}, unmeasured=f"no row has a column of classes ({', '.join(LABELS)})")
-    figures, findings, tables = {}, [], []
+    figures: dict[str, Any] = {}
+    findings: list[Finding] = []
+    tables: list[Table] = []
     for name, counts in found.items():
         total, (largest, most), (smallest, fewest) = sum(counts.values()), counts.most_common(1)[0], counts.most_common()[-1]
         ratio = most / fewest

@@ -27,7 +27,10 @@ def draw(plot: Histogram | Bars, number: int) -> str:
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.set_facecolor("none")
-        (_histogram if isinstance(plot, Histogram) else _bars)(axes, plot)
+        if isinstance(plot, Histogram):
+            _histogram(axes, plot)
+        else:
+            _bars(axes, plot)
         axes.spines[["top", "right"]].set_visible(False)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

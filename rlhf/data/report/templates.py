@@ -72,7 +72,7 @@ def ending_problem(columns: Mapping[str, Any], kind: Use) -> str | None:
     return None
 
 
-def empty_problem(columns: Mapping[str, Any]) -> str | None:
+def empty_problem(columns: dict[str, Any]) -> str | None:
     """A turn or an answer without a visible character. An empty prompt is none: the texts are whole then."""
     for where, text in parts(columns):
         if not text.strip() and where != "prompt":
@@ -80,7 +80,7 @@ def empty_problem(columns: Mapping[str, Any]) -> str | None:
     return None
 
 
-def marker_problem(columns: Mapping[str, Any], markers: re.Pattern[str]) -> str | None:
+def marker_problem(columns: dict[str, Any], markers: re.Pattern[str]) -> str | None:
     """A text that holds a template's markers."""
     for where, text in parts(columns):
         found = markers.search(text)

@@ -1,5 +1,6 @@
 """The report on a screen: short, as rich tables. Whatever a row holds is text, never markup."""
 
+from pathlib import Path
 from typing import Any
 
 from rlhf.data.report.records import Report, Severity, Verdict
@@ -36,6 +37,6 @@ def tables(report: Report) -> list[Any]:
         standards.add_row(cell(s.name), Text(s.verdict.value, style=_VERDICTS[s.verdict]), cell(s.found), cell(s.expected))
     findings = made("Findings", ("", "check", "found", "rows", "mend it"))
     for f in report.findings():
-        places = "; ".join(f"{r.file}, row {r.row}" for r in f.rows[:_PLACES]) + (" ..." if f.total > _PLACES else "")
+        places = "; ".join(f"{Path(r.file).name}, row {r.row}" for r in f.rows[:_PLACES]) + (" ..." if f.total > _PLACES else "")
         findings.add_row(Text(f.severity.value, style=_COLOURS[f.severity]), cell(f.check), cell(f.message), cell(places), cell(f.remedy))
     return [*out, standards, findings]
