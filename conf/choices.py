@@ -316,3 +316,11 @@ class Recipe(Enum):
     smollm2 = "smollm2"
     gym = "gym"
     arithmetic = "arithmetic"
+
+
+class TaskClass(Enum):
+    """How hard the task is that the rows teach: what the report asks for in rows."""
+
+    simple = "simple"  # 1,000 to 5,000 rows, such as one style or one label
+    medium = "medium"  # 5,000 to 20,000
+    complex = "complex"  # 20,000 and more, such as open conversation

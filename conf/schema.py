@@ -27,6 +27,7 @@ from conf.choices import (
     Offload,
     Recipe,
     RolloutBackend,
+    TaskClass,
     TermKind,
     TrackingKind,
     WandbMode,
@@ -317,6 +318,7 @@ class DataConfig:
     eval_fraction: float = 0.1  # of data.path, when there is no eval_path
     max_rows: int | None = None  # the first rows only
     max_bad_rows: int = 0  # rows that may not fit before the run stops
+    weight_column: str | None = "weight"  # a row's weight in the loss, where the rows have such a column; null: not used
     chat_template: str | None = None  # a name (chatml, llama-3 ...: rlhf/data/templates) or a Jinja file; None: the tokenizer's own
     max_prompt_length: int = 256  # tokens; longer prompts are an error unless truncate_prompts
     truncate_prompts: bool = False  # keep the last max_prompt_length tokens
@@ -324,6 +326,10 @@ class DataConfig:
     kind: DataKind = DataKind.auto  # what the rows become; auto: what the detected format is
     pipeline: list[Any] = field(default_factory=list)  # steps in order: a name, or {step: NAME, option: value ...} (conf/preparation)
     cache: bool = True  # keep each step's rows in the run directory, so that run.resume=true starts from the last step that is still right
+    report: bool = False  # examine the prepared rows; report.json and report.html in the run directory
+    report_limit: int = 1024  # tokens of a row from which the report counts it as truncated: the stage.max_length that will train on it
+    report_rows: int = 100  # rows that a finding of the report names
+    task: TaskClass | None = None  # what the rows are to teach; the report then checks that there are enough
 
     def __post_init__(self) -> None:
         check(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "in (0, 1)")
@@ -339,6 +345,8 @@ class DataConfig:
         check(len(given) <= 1, "data", given, "one of path, sources and dataset")
         check((self.dataset is None) == (self.registry is None), "data.dataset", self.dataset, "set where data.registry is, and only there")
         check(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
+        check(self.report_limit >= 2, "data.report_limit", self.report_limit, "at least 2 tokens")
+        check(self.report_rows >= 1, "data.report_rows", self.report_rows, "at least 1")
 
 
 @dataclass(slots=True, kw_only=True)

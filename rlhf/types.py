@@ -59,6 +59,7 @@ class PreferencePair:
     chosen: object
     rejected: object
     margin: float | None = None
+    weight: float | None = None  # in the loss; None: like every other row
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class JudgedAnswer:
     prompt: object  # string or messages; "" when the text is whole
     completion: object
     good: bool
+    weight: float | None = None  # in the loss; None: like every other row
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,4 +152,4 @@ def columns_of(value: Any, fields: Mapping[str, Any], answers: Sequence[str] = (
 
 def both_sides(pair: PreferencePair) -> list[JudgedAnswer]:
     """A pair as a good answer and a bad one."""
-    return [JudgedAnswer(pair.prompt, pair.chosen, True), JudgedAnswer(pair.prompt, pair.rejected, False)]
+    return [JudgedAnswer(pair.prompt, pair.chosen, True, pair.weight), JudgedAnswer(pair.prompt, pair.rejected, False, pair.weight)]

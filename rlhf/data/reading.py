@@ -8,6 +8,7 @@ pair (ties, skips), which fit and are counted apart.
 import hashlib
 import json
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,7 @@ from rlhf.data.files import SourceRow, read_rows
 from rlhf.data.formats import Format, Use, texts_in
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.mixture import Source, eval_sources, given, mixed, train_sources
+from rlhf.data.rows import describe
 from rlhf.types import JudgedAnswer, PreferencePair, Prompt, UserError
 
 __all__ = [
@@ -121,7 +123,47 @@ def load(cfg: Config, sources: Sequence[Source], use: Use) -> Loaded:
         counts = Counter(record.origin for record in loaded.records)
         for origin, format_ in loaded.formats.items():
             LOG.info("%s: %d rows, read as %s (%s)", origin, counts[origin], format_.name, format_.columns)
-    return loaded
+    return with_weights(loaded, cfg, use)
+
+
+def with_weights(loaded: Loaded, cfg: Config, use: Use) -> Loaded:
+    """`loaded` with each row's ``data.weight_column`` in its value, where the rows have that column; said aloud, used or not.
+
+    Raises UserError for a row that lacks a weight, or has one that is no finite number of at least 0, and for weights that are all 0.
+    """
+    column = cfg.data.weight_column
+    if column is None or not any(column in record.fields for record in loaded.records):
+        return loaded
+    if use is Use.prompt or not isinstance(cfg.stage, OfflineStage):
+        if use is Use.prompt and distributed.is_main():
+            LOG.warning("%s: the column %r weighs no prompt: stage=%s has no loss that takes it", loaded.place, column, cfg.stage.name)
+        return loaded
+    weights = [_weight(record, column) for record in loaded.records]
+    if not any(weights):
+        raise UserError(f"{loaded.place}: column {column!r}: every weight is 0, so nothing would be trained.")
+    if distributed.is_main():
+        LOG.info("%s: the column %r weighs the rows in the loss, from %g to %g", loaded.place, column, min(weights), max(weights))
+    records = [replace(record, value=_weighed(record.value, weight)) for record, weight in zip(loaded.records, weights, strict=True)]
+    return replace(loaded, records=records)
+
+
+def _weight(record: Record, column: str) -> float:
+    value = record.fields.get(column)
+    try:
+        weight = math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        found = describe(value) if column in record.fields else "no such column, which other rows have"
+        raise UserError(
+            f"{record.place}: column {column!r}: expected a weight of at least 0, found {found}. "
+            "Set data.weight_column=null if the column means something else."
+        )
+    return weight
+
+
+def _weighed(value: Any, weight: float) -> Any:
+    return {**value, "weight": weight} if isinstance(value, dict) else replace(value, weight=weight)
 
 
 def write_rejected(cfg: Config, loaded: Loaded) -> Path:
@@ -243,7 +285,7 @@ def sft_rows(cfg: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and held-out rows in TRL's columns: text, prompt and completion, or messages. Raises UserError."""
 
     def group(row: dict[str, Any]) -> Any:
-        return row.get("prompt", row)
+        return row.get("prompt", {key: value for key, value in row.items() if key != "weight"})
 
     train, held = _train_and_eval(cfg, Use.sft, group)
     if not held.records:  # one prompt in all rows, as in instruction data with a fixed instruction: then rows are held out
@@ -294,13 +336,16 @@ def _dataset(rows: list[dict[str, Any]]) -> Any:
 
 
 def sft_dataset(cfg: Config) -> tuple[Any, Any]:
-    """(train, eval) as datasets.Dataset in TRL's SFT columns; strings or lists of messages. Raises UserError."""
+    """(train, eval) as datasets.Dataset in TRL's SFT columns; strings or lists of messages; weight where rows have one. Raises UserError."""
     train, held = sft_rows(cfg)
     return _dataset(train), _dataset(held)
 
 
 def preference_dataset(cfg: Config) -> tuple[Any, Any]:
-    """(train, eval) as datasets.Dataset: chosen, rejected, prompt where the rows have one, margin where every row has one. Raises UserError."""
+    """(train, eval) as datasets.Dataset: chosen, rejected, prompt and weight where the rows have one, margin where every row has one.
+
+    Raises UserError.
+    """
     train, held = preference_pairs(cfg)
     both = [*train, *held]
     with_prompt = any(pair.prompt for pair in both)
@@ -312,18 +357,20 @@ def preference_dataset(cfg: Config) -> tuple[Any, Any]:
             "chosen": pair.chosen,
             "rejected": pair.rejected,
             **({"margin": pair.margin} if with_margin else {}),
+            **({"weight": pair.weight} if pair.weight is not None else {}),
         }
 
     return _dataset([row(p) for p in train]), _dataset([row(p) for p in held])
 
 
 def unpaired_dataset(cfg: Config) -> tuple[Any, Any]:
-    """(train, eval) as datasets.Dataset: completion, label, prompt where the rows have one. Raises UserError."""
+    """(train, eval) as datasets.Dataset: completion, label, prompt and weight where the rows have one. Raises UserError."""
     train, held = judged_answers(cfg)
     with_prompt = any(answer.prompt for answer in [*train, *held])
 
     def row(answer: JudgedAnswer) -> dict[str, Any]:
-        return {**({"prompt": answer.prompt} if with_prompt else {}), "completion": answer.completion, "label": answer.good}
+        weight = {"weight": answer.weight} if answer.weight is not None else {}
+        return {**({"prompt": answer.prompt} if with_prompt else {}), "completion": answer.completion, "label": answer.good, **weight}
 
     return _dataset([row(a) for a in train]), _dataset([row(a) for a in held])
 

@@ -23,6 +23,7 @@ from rlhf.data.prepare.pipeline import stream, write_rejected
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.writing import file_kind, write_items
 from rlhf.run import RunContext, sha256
+from rlhf.stages.pair_scores import pair_scorer
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.data")
@@ -85,17 +86,23 @@ def run(ctx: RunContext) -> None:
         identity=identity,
         held_out=held_out,
         keep=cfg.data.cache,
+        score_pairs=pair_scorer(cfg.reward.batch_tokens),
     )
     outputs = Outputs(ctx.dir)
+    examined: list[Item] = []  # the report looks at all rows together
     try:
         for item in rows:
             outputs.write(item)
+            if cfg.data.report:
+                examined.append(item)
     except BaseException:
         outputs.abandon()
         raise
     files = outputs.close(held_out=held_out or any(step.options.splits for step in steps))
     files["rejected"] = write_rejected(ctx.dir, done)
     files |= write_targets(cfg, kind, files, ctx.dir)
+    if examined:
+        files |= _examine(ctx, kind, examined, done)
     _report(ctx, kind, done, outputs.rows, files)
     if cfg.data.preview:
         preview(cfg, kind, files["train"])
@@ -137,6 +144,17 @@ def preview(cfg: Config, kind: Use, path: Path) -> None:
     limit = cfg.data.max_prompt_length if kind is Use.prompt else None
     rows = islice(_written(path), cfg.data.preview)
     console.console().print(render([preview_row(tokenizer, kind, item.columns, item.place, limit) for item in rows]))
+
+
+def _examine(ctx: RunContext, kind: Use, items: Sequence[Item], done: Sequence[StepReport]) -> dict[str, Path]:
+    """data.report=true: report.json and report.html in the run directory, and the same in short on the screen."""
+    from rlhf.data.report.staged import of_stage
+    from rlhf.data.report.terminal import tables
+
+    report = of_stage(ctx.cfg, kind, items, done, ctx.dir)
+    for table in tables(report):
+        console.console().print(table)
+    return {f"report ({suffix})": path for suffix, path in report.files.items()}
 
 
 def _report(ctx: RunContext, kind: Use, done: Sequence[StepReport], rows: dict[str, int], files: dict[str, Path]) -> None:

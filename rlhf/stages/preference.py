@@ -18,7 +18,7 @@ import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from conf.choices import FDivergence, KTOLoss
+from conf.choices import FDivergence, KTOLoss, PreferenceLoss
 from conf.schema import Config
 from conf.stages import CPOStage, KTOStage, ORPOStage, PreferenceStage
 from policy.model import base_of, is_peft
@@ -29,10 +29,12 @@ from rlhf.data.reading import preference_dataset, unpaired_dataset
 from rlhf.models import load_causal_lm
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
+from rlhf.stages import weights
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.preference")
 _SAMPLES = 4  # held-out prompts that the trained policy answers
+_SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 _BALANCE = (1.0, 4 / 3)  # KTO's equation 8: weighted good answers for each weighted bad one
 Ids = list[int]
 
@@ -53,7 +55,7 @@ def encode_sides(tokenizer: Any, prompt: str | list[Message] | None, answers: Se
 
 
 def encode_rows(tokenizer: Any, rows: datasets.Dataset, sides: Sequence[str], *, name: str, max_length: int) -> datasets.Dataset:
-    """``prompt_ids`` and ``<side>_ids`` of every row, and its ``label`` where it has one.
+    """``prompt_ids`` and ``<side>_ids`` of every row, and its ``label`` and ``weight`` where it has one.
 
     Rows with a side of more than `max_length` tokens are left out and counted aloud: an answer that is cut has no end to learn. Raises
     UserError for a row that can't be encoded and when no row is left.
@@ -61,6 +63,7 @@ def encode_rows(tokenizer: Any, rows: datasets.Dataset, sides: Sequence[str], *,
     if any(is_chat(rows[0].get(key)) for key in ("prompt", *sides)):
         require_template(tokenizer, f"{name} data")
     columns: dict[str, list[Any]] = {"prompt_ids": [], **{f"{side}_ids": [] for side in sides}, **({"label": []} if "label" in rows[0] else {})}
+    row_weights: list[float] = []
     for number, row in enumerate(rows):
         try:
             context, answers = encode_sides(tokenizer, row.get("prompt"), [row[side] for side in sides])
@@ -71,12 +74,13 @@ def encode_rows(tokenizer: Any, rows: datasets.Dataset, sides: Sequence[str], *,
         values = {"prompt_ids": context, "label": row.get("label"), **{f"{side}_ids": ids for side, ids in zip(sides, answers, strict=True)}}
         for column, kept in columns.items():
             kept.append(values[column])
+        row_weights.append(row.get(weights.COLUMN, 1.0))
     left = len(columns["prompt_ids"])
     if not left:
         raise UserError(f"{name}: each of the {len(rows)} rows is longer than stage.max_length={max_length} tokens.")
     if left < len(rows):
         LOG.warning("%s: %d of %d rows are longer than stage.max_length=%d tokens and are left out", name, len(rows) - left, len(rows), max_length)
-    return datasets.Dataset.from_dict(columns)
+    return weights.weigh(datasets.Dataset.from_dict(columns), row_weights if weights.COLUMN in rows.column_names else None)
 
 
 def longest_row(rows: datasets.Dataset, *, mixed: bool = False) -> int:
@@ -90,8 +94,8 @@ def longest_row(rows: datasets.Dataset, *, mixed: bool = False) -> int:
 def labelled(rows: datasets.Dataset) -> datasets.Dataset:
     """Pairs in the columns of TRL's CPO and ORPO collator: whole sequences, and labels that leave the prompt out."""
 
-    def columns(row: dict[str, Ids]) -> dict[str, Ids]:
-        out: dict[str, Ids] = {}
+    def columns(row: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {weights.COLUMN: row[weights.COLUMN]} if weights.COLUMN in row else {}
         for side in ("chosen", "rejected"):
             context, answer = row["prompt_ids"], row[f"{side}_ids"]
             out[f"{side}_input_ids"] = context + answer
@@ -221,7 +225,7 @@ def dpo_trainer(stage: PreferenceStage, arguments: dict[str, Any], model: Any, r
         discopop_tau=stage.discopop_tau,
     )
     check_head(model)
-    return _without_copy(common.guarded(pretokenised(DPOTrainer))(model=model, ref_model=reference, args=args, **data))
+    return _without_copy(common.guarded(weights.weighted_gradients(pretokenised(DPOTrainer)))(model=model, ref_model=reference, args=args, **data))
 
 
 def kto_trainer(stage: KTOStage, arguments: dict[str, Any], model: Any, reference: Any, **data: Any) -> Any:
@@ -236,7 +240,9 @@ def kto_trainer(stage: KTOStage, arguments: dict[str, Any], model: Any, referenc
     check_head(model)
     collate = DataCollatorForUnpairedPreference(pad_token_id=data["processing_class"].pad_token_id, max_length=stage.max_length)
     collator = KLPairs(collate) if stage.loss is KTOLoss.kto else collate
-    trainer = common.guarded(pretokenised(KTOTrainer))(model=model, ref_model=reference, args=args, data_collator=collator, **data)
+    trainer = common.guarded(weights.weighted_gradients(pretokenised(KTOTrainer)))(
+        model=model, ref_model=reference, args=args, data_collator=collator, **data
+    )
     return _without_copy(trainer)
 
 
@@ -259,7 +265,7 @@ def cpo_trainer(stage: CPOStage | ORPOStage, arguments: dict[str, Any], model: A
             simpo_gamma=stage.gamma,
             label_smoothing=stage.label_smoothing,
         )
-    return common.guarded(counting(pretokenised(trainer_class)))(model=model, args=args, **data)
+    return common.guarded(weights.weighted_gradients(counting(pretokenised(trainer_class))))(model=model, args=args, **data)
 
 
 def make_trainer(
@@ -287,6 +293,7 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> tuple[datasets.Dataset, dat
     unpaired = isinstance(stage, KTOStage)
     sides = ("completion",) if unpaired else ("chosen", "rejected")
     raw = unpaired_dataset(cfg) if unpaired else preference_dataset(cfg)
+    check_weights(cfg, raw[0])
     train, held_out = (
         encode_rows(tokenizer, rows, sides, name=name, max_length=stage.max_length) for name, rows in zip(("training", "held-out"), raw, strict=True)
     )
@@ -305,6 +312,20 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> tuple[datasets.Dataset, dat
         if len(train) < stage.batch_size:  # otherwise every step is a whole batch
             train = without_lone_row(train, micro, "training")
     return train, held_out
+
+
+def check_weights(cfg: Config, rows: datasets.Dataset) -> None:
+    """Says what the rows' weights do. Raises UserError for the losses that compare the sorted rows of a batch."""
+    if weights.COLUMN not in rows.column_names:
+        return
+    column = cfg.data.weight_column
+    sorting = [loss.value for loss in getattr(cfg.stage, "losses", []) if loss in _SORTING]
+    if sorting:
+        raise UserError(
+            f"stage.losses={sorting[0]} sorts the rows of a batch, so no row has a loss that its weight (column {column!r}) could multiply. "
+            "Use another loss, or set data.weight_column=null to weigh all rows the same."
+        )
+    LOG.info("the column %r multiplies each row's gradient; the losses that are logged weigh all rows the same", column)
 
 
 def sample_contexts(held_out: datasets.Dataset) -> list[Ids]:

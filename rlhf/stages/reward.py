@@ -25,6 +25,7 @@ from rlhf.data.reading import preference_dataset
 from rlhf.models import load_classifier, resolve_dtype
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
+from rlhf.stages import weights
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.reward")
@@ -37,7 +38,7 @@ _CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval
 class EncodedPairs:
     """Pairs as the trainer reads them, and where each stands in the rows that they come from."""
 
-    data: datasets.Dataset  # chosen_ids, rejected_ids, and margin where the stage uses it
+    data: datasets.Dataset  # chosen_ids, rejected_ids, margin where the stage uses it, weight where the rows have one
     rows: list[int]  # row number of each pair
 
 
@@ -53,6 +54,7 @@ def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_lengt
     if margin and "margin" not in rows.column_names:
         raise UserError(f"stage.margin=true, but the {name} pairs have no margin. Columns: {', '.join(rows.column_names)}.")
     columns: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": [], **({"margin": []} if margin else {})}
+    row_weights: list[float] = []
     kept: list[int] = []
     for number, row in enumerate(rows):
         try:
@@ -67,6 +69,7 @@ def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_lengt
         kept.append(number)
         columns["chosen_ids"].append(chosen)
         columns["rejected_ids"].append(rejected)
+        row_weights.append(row.get(weights.COLUMN, 1.0))
         if margin:
             columns["margin"].append(float(row["margin"]))
     if not kept:
@@ -75,7 +78,8 @@ def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_lengt
         LOG.warning(
             "%s: %d of %d pairs are longer than stage.max_length=%d tokens and are left out", name, len(rows) - len(kept), len(rows), max_length
         )
-    return EncodedPairs(datasets.Dataset.from_dict(columns), kept)
+    data = weights.weigh(datasets.Dataset.from_dict(columns), row_weights if weights.COLUMN in rows.column_names else None)
+    return EncodedPairs(data, kept)
 
 
 def padding_token(tokenizer: Any, *pairs: EncodedPairs) -> str:
@@ -237,7 +241,9 @@ def _train(
     common.check_positions(model.config, longest)
     model = common.with_adapter(model, cfg, "SEQ_CLS")
     args = TRLRewardConfig(**common.trainer_arguments(ctx, plan), center_rewards_coefficient=stage.centering_coef or None)
-    trainer = common.guarded(RewardTrainer)(model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+    trainer = common.guarded(weights.weighted_reward(RewardTrainer))(
+        model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
     steps, metrics = common.fit(trainer, ctx)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft(trained):

@@ -13,6 +13,7 @@ from rlhf.data.reading import sft_dataset
 from rlhf.models import load_causal_lm
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
+from rlhf.stages import weights
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.sft")
@@ -35,7 +36,7 @@ def encode_row(tokenizer: Any, row: dict[str, Any], *, completion_only: bool) ->
 
 
 def encode_dataset(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_length: int, completion_only: bool, cut: bool) -> datasets.Dataset:
-    """`rows` as input_ids and labels, cut to `max_length` tokens when `cut` (packing splits them itself).
+    """`rows` as input_ids and labels, and weight where they have one, cut to `max_length` tokens when `cut` (packing splits them itself).
 
     Rows whose trained tokens all lie beyond the cut are left out; how many were cut and left out is said aloud. Raises UserError
     for a row that can't be encoded and when no row is left.
@@ -44,6 +45,7 @@ def encode_dataset(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_len
         require_template(tokenizer, f"{name} data")
     ids: list[list[int]] = []
     labels: list[list[int]] = []
+    row_weights: list[float] = []
     shortened = 0
     for number, row in enumerate(rows):
         try:
@@ -57,12 +59,15 @@ def encode_dataset(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_len
         if any(label != IGNORED for label in row_labels[1:]):
             ids.append(row_ids)
             labels.append(row_labels)
+            row_weights.append(row.get(weights.COLUMN, 1.0))
     dropped = len(rows) - len(ids)
     if not ids:
         raise UserError(f"{name}: none of the {len(rows)} rows has a token to train within stage.max_length={max_length} tokens.")
     if shortened or dropped:
         LOG.warning("%s: of %d rows, %d cut to stage.max_length=%d tokens, %d with nothing to train", name, len(rows), shortened, max_length, dropped)
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    encoded = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    trained = [sum(label != IGNORED for label in row_labels[1:]) for row_labels in labels]
+    return weights.weigh(encoded, row_weights if weights.COLUMN in rows.column_names else None, trained)
 
 
 def sample_context(tokenizer: Any, row: dict[str, Any]) -> list[int]:
@@ -86,6 +91,11 @@ def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
     plan, tokenizer = common.begin(cfg)
     train_rows, eval_rows = sft_dataset(cfg)
+    if stage.packing and weights.COLUMN in train_rows.column_names:
+        raise UserError(
+            f"stage.packing=true joins rows, and the rows' weights (column {cfg.data.weight_column!r}) would be lost. Set stage.packing=false, or "
+            "data.weight_column=null to weigh all rows the same."
+        )
     common.record_inputs(ctx, "policy")
     encode = {"max_length": stage.max_length, "completion_only": stage.completion_only}
     train = encode_dataset(tokenizer, train_rows, name="training", cut=not stage.packing, **encode)
@@ -101,7 +111,9 @@ def _run(ctx: RunContext) -> None:
         eval_packing=False,  # the held-out loss is that of whole rows
         completion_only_loss=False,  # the labels say which tokens train
     )
-    trainer = common.guarded(SFTTrainer)(model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+    trainer = common.guarded(weights.weighted_sft(SFTTrainer))(
+        model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
     steps, metrics = common.fit(trainer, ctx)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     common.save_policy(trained, tokenizer, ctx)

@@ -10,7 +10,7 @@ Columns are TRL's, which every stage reads (rlhf/data/formats.py), followed by t
 A prompt or an answer is a text or a list of messages.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,6 +19,8 @@ from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
 
 CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")  # columns that hold texts or messages
+# (a reward model's directory, [(prompt, chosen, rejected)]) -> [(score of chosen, score of rejected)]
+ScorePairs = Callable[[str, Sequence[tuple[Any, Any, Any]]], Sequence[tuple[float, float]]]
 Options_contra = TypeVar("Options_contra", bound=StepOptions, contravariant=True)
 
 
@@ -47,6 +49,7 @@ class Context:
     split_done: bool = False  # a split step came before
     rejected: Callable[[Item, str], None] = lambda item, reason: None  # an item that is left out, and why: never drop one in silence
     figures: dict[str, Any] = field(default_factory=dict)  # the step's own figures for the report, as JSON can hold them
+    score_pairs: ScorePairs | None = None  # the stage gives it: reward/ is not ours to import
 
 
 class Step(Protocol[Options_contra]):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf.data.formats import Use
 from rlhf.data.prepare import store
-from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.items import Context, Item, ScorePairs
 from rlhf.data.prepare.plan import Planned, digest, keys, option_values, plan
 from rlhf.data.prepare.store import StepReport
 from rlhf.types import UserError
@@ -105,8 +105,10 @@ def _load(path: str) -> Callable[..., Iterator[Item]]:
     return getattr(importlib.import_module(module), name)
 
 
-def _start(step: Planned, number: int, key: str | None, folder: Path, kind: Use, split_done: bool, keep: bool) -> _Running:
-    context = Context(kind=kind, seed=step.seed, folder=folder, split_done=split_done)
+def _start(
+    step: Planned, number: int, key: str | None, folder: Path, kind: Use, split_done: bool, keep: bool, score_pairs: ScorePairs | None
+) -> _Running:
+    context = Context(kind=kind, seed=step.seed, folder=folder, split_done=split_done, score_pairs=score_pairs)
     options, function = step.options, _load(step.options.apply)
 
     def apply(rows: Iterator[Item]) -> Iterator[Item]:
@@ -126,11 +128,13 @@ def stream(
     identity: str | None = None,
     held_out: bool = False,
     keep: bool = True,
+    score_pairs: ScorePairs | None = None,
 ) -> Iterator[Item]:
     """The rows that come out of the last step; `done` gets a report for the reading and for each step, complete when the iterator is exhausted.
 
     identity: what the source's rows are, such as its files' hashes; steps whose results for it lie in `folder` are not run again. None: all
     run, and nothing is kept. keep: False writes no rows, only what was rejected. held_out: rows of split eval come in.
+    score_pairs: what loads a reward model and scores pairs, for step label_noise.
     """
     names = [READ, *(step.name for step in steps)]
     targets = [store.place(folder, number, name) for number, name in enumerate(names)]
@@ -153,7 +157,7 @@ def stream(
             rows = reading.stream(iter(()))
         split_done = held_out or any(step.options.splits for step in steps[:first])
         for number, step in enumerate(steps[first:], start=first + 1):
-            running = _start(step, number, known[number], folder, kind, split_done, keep and identity is not None)
+            running = _start(step, number, known[number], folder, kind, split_done, keep and identity is not None, score_pairs)
             open_steps.append(running)
             rows = running.stream(rows)
             split_done = split_done or step.options.splits

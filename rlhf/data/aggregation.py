@@ -1,0 +1,150 @@
+"""One label for each item out of several annotators' labels, how sure it is, and how good each annotator is.
+
+    majority      the most frequent label. A tie stays a tie: the item has no label and names the tied ones; nothing is drawn by chance
+    dawid_skene   each annotator's confusion matrix and each item's label by expectation-maximisation (Dawid and Skene 1979), crowd-kit's
+
+Pure functions of rlhf.data.agreement's triples. With two labels an item Dawid-Skene can't tell which annotator is right other than by
+how often each label occurs; it needs three or more on many items to be worth its name.
+"""
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.data.agreement import Label, check_single, sorted_labels
+
+_SAME = 1e-9  # probabilities closer than this are a tie
+_ITERATIONS = 200  # at most, of expectation-maximisation
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an item's annotators say together."""
+
+    item: str
+    label: Any  # None: a tie
+    confidence: float  # majority: share of the labels; dawid_skene: probability
+    votes: dict[Any, int]  # labels given, the most frequent first
+    tied: tuple[Any, ...] = ()  # the labels that tie
+
+
+@dataclass(frozen=True, slots=True)
+class Annotator:
+    """How good one annotator is.
+
+    majority: against the majority of an item's other annotators, so that nobody agrees with himself; dawid_skene: the model's estimate for
+    an item drawn like those of the data.
+    """
+
+    name: str
+    judgements: int
+    accuracy: float | None  # None: no item where it can be told
+    confusion: dict[Any, dict[Any, float]] = field(default_factory=dict)  # label of the item -> label given -> probability
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """Verdicts in the items' order, annotators by name."""
+
+    verdicts: list[Verdict]
+    annotators: list[Annotator]
+    iterations: int | None = None  # of dawid_skene
+    converged: bool | None = None
+
+
+def leading(votes: Counter[Any]) -> tuple[Any, ...]:
+    """The most frequent labels: one, or those that tie, sorted."""
+    most = max(votes.values())
+    return sorted_labels(label for label, times in votes.items() if times == most)
+
+
+def votes_by_item(labels: Sequence[Label]) -> dict[str, Counter[Any]]:
+    """Counts of the labels of each item, in order of appearance. Raises ValueError for a repeated judgement."""
+    check_single(labels)
+    out: dict[str, Counter[Any]] = {}
+    for label in labels:
+        out.setdefault(label.item, Counter())[label.label] += 1
+    return out
+
+
+def _ordered(votes: Counter[Any]) -> dict[Any, int]:
+    place = {name: i for i, name in enumerate(sorted_labels(votes))}
+    return dict(sorted(votes.items(), key=lambda pair: (-pair[1], place[pair[0]])))
+
+
+def _shares(table: dict[Any, Counter[Any]]) -> dict[Any, dict[Any, float]]:
+    return {true: {given: times / sum(row.values()) for given, times in sorted(row.items(), key=str)} for true, row in sorted(table.items(), key=str)}
+
+
+def majority(labels: Sequence[Label]) -> Aggregation:
+    """The most frequent label of each item. Raises ValueError for a repeated judgement."""
+    votes = votes_by_item(labels)
+    verdicts = []
+    for item, counted in votes.items():
+        first = leading(counted)
+        verdicts.append(
+            Verdict(
+                item=item,
+                label=first[0] if len(first) == 1 else None,
+                confidence=counted[first[0]] / counted.total(),
+                votes=_ordered(counted),
+                tied=first if len(first) > 1 else (),
+            )
+        )
+    judged: Counter[str] = Counter()
+    tables: dict[str, dict[Any, Counter[Any]]] = defaultdict(lambda: defaultdict(Counter))
+    for item, name, given in labels:
+        judged[name] += 1
+        others = votes[item] - Counter([given])
+        first = leading(others) if others else ()
+        if len(first) == 1:
+            tables[name][first[0]][given] += 1
+    annotators = []
+    for name in sorted(judged):
+        rows = tables[name]
+        compared = sum(row.total() for row in rows.values())
+        right = sum(row[true] for true, row in rows.items())
+        annotators.append(Annotator(name, judged[name], right / compared if compared else None, _shares(rows)))
+    return Aggregation(verdicts, annotators)
+
+
+def _verdict(item: str, votes: Counter[Any], names: Sequence[Hashable], probabilities: Sequence[float]) -> Verdict:
+    best = max(probabilities)
+    first = tuple(name for name, p in zip(names, probabilities, strict=True) if best - p <= _SAME)
+    return Verdict(item, first[0] if len(first) == 1 else None, float(best), _ordered(votes), first if len(first) > 1 else ())
+
+
+def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggregation:
+    """Labels, probabilities and confusion matrices by crowd-kit's DawidSkene; starts at the shares of the votes, so nothing is drawn.
+
+    Raises ValueError for a repeated judgement and without labels.
+    """
+    import pandas
+    from crowdkit.aggregation.classification import DawidSkene
+
+    votes = votes_by_item(labels)
+    if not votes:
+        raise ValueError("no labels to aggregate")
+    names = sorted_labels(label.label for label in labels)
+    index = {name: i for i, name in enumerate(names)}
+    items = {item: i for i, item in enumerate(votes)}
+    people = {name: i for i, name in enumerate(sorted({label.annotator for label in labels}))}
+    # numbers in place of what they stand for: crowd-kit treats true/false labels and mixed kinds apart
+    table = pandas.DataFrame([(items[i], people[a], index[label]) for i, a, label in labels], columns=["task", "worker", "label"])
+    with warnings.catch_warnings():  # crowd-kit's own calls that a later pandas will refuse; the lock has a pandas that takes them
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"crowdkit\.")
+        model = DawidSkene(n_iter=iterations).fit(table)
+    assert model.probas_ is not None and model.priors_ is not None and model.errors_ is not None
+    probabilities = model.probas_.reindex(index=range(len(items)), columns=range(len(names)), fill_value=0.0).to_numpy()
+    verdicts = [_verdict(item, counted, names, probabilities[items[item]]) for item, counted in votes.items()]
+    priors = model.priors_.reindex(range(len(names)), fill_value=0.0).to_numpy()
+    judged = Counter(label.annotator for label in labels)
+    annotators = []
+    for name, number in people.items():
+        errors = model.errors_.loc[number].reindex(index=range(len(names)), columns=range(len(names)), fill_value=0.0).to_numpy()  # [given, true]
+        confusion = {names[k]: {names[given]: float(errors[given, k]) for given in range(len(names))} for k in range(len(names))}
+        annotators.append(Annotator(name, judged[name], float((priors * errors.diagonal()).sum() / priors.sum()), confusion))
+    done = len(model.loss_history_)
+    return Aggregation(verdicts, annotators, iterations=done, converged=done < iterations)

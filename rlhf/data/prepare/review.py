@@ -1,0 +1,171 @@
+"""The step `review`: items that annotators disagree on, as a queue file for a person to decide, and its decisions read back.
+
+Queue files, CSV (opens in a spreadsheet) and JSON lines with the same rows:
+
+    id          of the item; a hash of its texts where no column names it
+    prompt, a, b, ...   the texts that were judged; conversations as one text
+    labels      who said what
+    decision    empty, for the person: a label, or drop
+    comment     free
+
+A decided item leaves the step as one row with that label and `reviewed: true`; the step `aggregate` after it takes the decision as it is.
+Reading decisions changes nothing but what they name, so reading them twice gives the same rows.
+"""
+
+import csv
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.preparation.annotation import Review
+from rlhf.data.aggregation import votes_by_item
+from rlhf.data.agreement import sorted_labels
+from rlhf.data.files import read_rows
+from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.judgements import REVIEWED, SIDES, Subject, by_side, reject, settled, subjects, typed
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.data")
+DROP = "drop"  # the decision that leaves an item out
+REVIEWER = "review"  # who a decided row's annotator is
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One filled-in row of a queue file."""
+
+    label: Any  # DROP leaves the item out
+    comment: str
+
+
+def readable(value: Any) -> str:
+    """A content column as one text: messages with their roles."""
+    if isinstance(value, str):
+        return value
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in value)
+
+
+def _lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def disputed(subject: Subject, agreed: float) -> bool:
+    """Whether the most frequent label has a smaller share than `agreed`; what a person has decided is not."""
+    if subject.reviewed:
+        return False
+    votes = votes_by_item(subject.labels())[subject.id]
+    return max(votes.values()) / votes.total() < agreed
+
+
+def queue_row(subject: Subject, decision: Decision | None) -> Row:
+    """A subject as a row of the queue file."""
+    said = "; ".join(f"{j.annotator}: {j.label}" for j in subject.judgements)
+    texts = {key: readable(value) for key, value in subject.texts.items()}
+    label, comment = (decision.label, decision.comment) if decision else ("", "")
+    return {"id": subject.id, **texts, "labels": said, "decision": label, "comment": comment}
+
+
+def write_queue(rows: Sequence[Row], stem: Path) -> None:
+    """`stem`.csv and `stem`.jsonl, each replaced whole."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(key for row in rows for key in row)) or ["id", "labels", "decision", "comment"]
+    table, lines = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".jsonl")
+    beside = stem.with_name(stem.name + ".tmp")
+    with beside.open("w", encoding="utf-8-sig", newline="") as out:  # the byte order mark tells spreadsheets that it is UTF-8
+        writer = csv.DictWriter(out, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(table)
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.replace(lines)
+
+
+def _filled(path: Path) -> bool:
+    """Whether somebody has written decisions into an existing queue file."""
+    if not path.is_file():
+        return False
+    try:
+        return any(str(row.get("decision") or "").strip() for row in read_rows(path))
+    except UserError:  # half-edited, or without rows: nobody's decisions are lost by reading on, but they would be by writing
+        return path.stat().st_size > 0 and len(path.read_bytes().splitlines()) > 1
+
+
+def read_decisions(path: str, found: Sequence[Subject], labels: Sequence[Any]) -> dict[str, Decision]:
+    """Decisions by id; rows with an empty decision are passed over.
+
+    Raises UserError naming file and row: no id, an item that the data doesn't have, texts that were edited, a decision that is no label,
+    and two different ones for an item.
+    """
+    known = {subject.id: subject for subject in found}
+    out: dict[str, Decision] = {}
+    for number, row in enumerate(read_rows(path, key="step review: decisions"), start=1):
+        place = f"{path}, row {number}"
+        lacking = [key for key in ("id", "decision") if key not in row]
+        if lacking:
+            raise UserError(f"{place}: expected the columns of a queue file that the step review wrote, found none called {lacking[0]!r}.")
+        key, text = str(row["id"]), str("" if row["decision"] is None else row["decision"]).strip()
+        if not text:
+            continue
+        subject = known.get(key)
+        if subject is None:
+            raise UserError(f"{place}: the data has no item {key!r}. Expected the queue file of the same rows; take the row out if they are gone.")
+        for column, value in subject.texts.items():
+            if column not in row or _lines(str(row[column])) != _lines(readable(value)):
+                raise UserError(
+                    f"{place}: item {key!r} was judged with another text in {column!r} than the data has: the queue file was edited there, or "
+                    "the data changed. Decide it again in a fresh queue file."
+                )
+        label = DROP if text.lower() == DROP and DROP not in map(str, labels) else typed(text, labels)
+        if label != DROP and label not in labels:
+            raise UserError(f"{place}: decision {text!r}: expected one of {', '.join(map(str, labels))}, or {DROP}.")
+        decision = Decision(label, str(row.get("comment") or ""))
+        if key in out and out[key].label != label:
+            raise UserError(f"{place}: item {key!r} is decided twice, as {out[key].label!r} and as {label!r}: expected one decision.")
+        out[key] = decision
+    return out
+
+
+def review(options: Review, items: Iterator[Item], context: Context) -> Iterator[Item]:
+    """Rows pass as they are; items that `decisions` decides become one row each, and dropped ones are rejected.
+
+    Writes the queue of the items that are disputed, with the decisions that were read. Raises UserError as `subjects` and `read_decisions`,
+    and where a queue file would replace one that holds decisions which are not read.
+    """
+    rows = list(items)
+    found = subjects(rows, options, context)
+    labels: Sequence[Any] = SIDES if by_side(options, context.kind) else sorted_labels(j.label for s in found for j in s.judgements)
+    decisions = read_decisions(options.decisions, found, labels) if options.decisions is not None else {}
+    stem = context.folder / options.queue
+    if options.decisions is None:
+        filled = next((p for suffix in (".csv", ".jsonl") if _filled(p := stem.with_name(stem.name + suffix))), None)
+        if filled is not None:
+            raise UserError(f"step review: {filled} holds decisions that would be lost. Name it as decisions, or set another queue.")
+    queued = [subject for subject in found if subject.id in decisions or disputed(subject, options.agreed)]
+    write_queue([queue_row(subject, decisions.get(subject.id)) for subject in queued], stem)
+    dropped = sum(decision.label == DROP for decision in decisions.values())
+    counts = {"items": len(found), "queued": len(queued), "decided": len(decisions) - dropped, "dropped": dropped}
+    context.figures.update(counts, queue=f"{options.queue}.csv")
+    waiting = len(queued) - len(decisions)
+    if waiting:
+        LOG.info("review: %d items wait for a decision in %s.csv: fill in a copy outside the run directory, name it as decisions", waiting, stem)
+    subject_of = {id(row): subject for subject in found for row in subject.rows}
+    done: set[str] = set()
+    for row in rows:
+        subject = subject_of.get(id(row))
+        if subject is None:  # rejected above
+            continue
+        decision = decisions.get(subject.id)
+        if decision is None:
+            yield row
+        elif subject.id not in done:
+            done.add(subject.id)
+            if decision.label == DROP:
+                reject(subject, f"dropped in review{f': {decision.comment!r}' if decision.comment else ''}", context)
+            else:
+                for other in subject.rows[1:]:
+                    context.rejected(other, f"decided in review, with '{subject.rows[0].place}'")
+                yield settled(subject, decision.label, options, context.kind, {REVIEWED: True, options.annotator: REVIEWER})

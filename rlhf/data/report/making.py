@@ -1,0 +1,81 @@
+"""The whole examination, in the report's order."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from conf.choices import TaskClass
+from rlhf.data.formats import Use
+from rlhf.data.prepare.items import Item
+from rlhf.data.prepare.store import StepReport
+from rlhf.data.report import writing
+from rlhf.data.report.annotators import annotators, gold
+from rlhf.data.report.content import clustered, diversity, labels, languages
+from rlhf.data.report.duplicates import asked, duplicates, leakage, whole
+from rlhf.data.report.lengths import lengths
+from rlhf.data.report.noise import noise
+from rlhf.data.report.origins import origins, preparation
+from rlhf.data.report.pairs import judged, pairs
+from rlhf.data.report.records import Report, Section, Settings
+from rlhf.data.report.standards import standards
+from rlhf.data.report.suspects import suspects
+from rlhf.data.report.templates import templates
+
+
+def examine(
+    train: Sequence[Item], held: Sequence[Item], settings: Settings, formats: Mapping[str, str], steps: Sequence[StepReport]
+) -> list[Section]:
+    """Every detector's section. Duplicates and leakage are about the splits; everything else looks at all rows."""
+    items = [*train, *held]
+    of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
+    rows = whole(items, settings)
+    return [
+        origins(items, settings, formats),
+        preparation(steps),
+        lengths(items, settings),
+        duplicates(rows, settings, "train"),
+        *([duplicates(rows, settings, "eval")] if held else []),
+        leakage(rows, asked(items, settings) if train and held else rows, settings),
+        *(check(items, settings) for check in of_kind),
+        labels(items, settings),
+        suspects(items, settings),
+        noise(items, settings),
+        templates(items, settings),
+        languages(items, settings),
+        clustered(items, settings),
+        diversity(items, settings),
+        annotators(items, settings),
+        gold(items, settings),
+    ]
+
+
+def make(
+    train: Sequence[Item],
+    held: Sequence[Item],
+    kind: Use,
+    folder: Path | None,
+    *,
+    formats: Mapping[str, str] | None = None,
+    steps: Sequence[StepReport] = (),
+    tokenizer: Any = None,
+    limit: int = 1024,
+    task: TaskClass | None = None,
+    named: int = 100,
+    seed: int = 0,
+) -> Report:
+    """Examine training rows and held-out ones (which may be none), and write report.json and report.html into `folder` (None: write nothing).
+
+    formats: by an item's origin, the format that its file was read as. steps: what the pipeline did before. tokenizer: of the model that
+    will train; without one lengths are characters and words. limit: tokens of a row that training keeps. task: what the rows are to teach.
+    named: rows that a finding names. Raises ValueError for an item in the list of another split than its own.
+    """
+    for split, items in (("train", train), ("eval", held)):
+        strange = next((item for item in items if item.split != split), None)
+        if strange is not None:
+            raise ValueError(f"{strange.place}: expected a row of split {split} in this list, found split {strange.split}")
+    settings = Settings(kind=kind, limit=limit, task=task, named=named, seed=seed, tokenizer=tokenizer)
+    sections = examine(train, held, settings, formats or {}, steps)
+    by_name = {section.name: section for section in sections}
+    report = Report(kind.value, {"train": len(train), "eval": len(held)}, tuple(sections), standards(by_name, len(train), task))
+    return report if folder is None else replace(report, files=writing.write(report, folder))

@@ -1,0 +1,86 @@
+"""Texts that came through something that broke them: markup, wrong encodings, noise, one thing said over and over."""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+from rlhf.data.prepare.items import Item, parts
+from rlhf.data.report.records import Section, Settings, Severity, Table, finding
+from rlhf.data.report.remedies import REMEDIES
+from rlhf.data.report.texts import words
+
+_TAGS = "a|b|i|u|p|br|hr|li|ul|ol|td|tr|th|em|h[1-6]|div|span|font|table|tbody|strong|center|script|style|img|input|form|button|body|html|head|iframe"
+HTML = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>|&(?:amp|lt|gt|quot|apos|nbsp|#\d{{1,6}}|#x[0-9a-f]{{1,6}});", re.IGNORECASE)
+_FENCED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)  # code keeps its tags and its symbols
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ud800-\udfff]")
+MIN_WORDLIKE = 0.5  # share of visible characters that are letters, marks or digits
+_VISIBLE = 12  # visible characters that a text needs before its symbols are counted
+MAX_RUN = 10  # equal characters in a row (dots, dashes and other rules may go on)
+_LINES = frozenset(".-=_*#~+ \n\t")
+MIN_DISTINCT = 0.5  # different 3-grams of words / all of them
+_REPEATABLE = 20  # words that a text needs before its repetitions are counted
+
+
+def html_problem(text: str) -> str | None:
+    """A tag or an entity outside code."""
+    found = HTML.search(_FENCED.sub(" ", text))
+    return f"holds {found.group()}" if found else None
+
+
+def encoding_problem(text: str) -> str | None:
+    """Mojibake by ftfy's heuristic, or characters that no text has: control characters, replacement characters, lone surrogates."""
+    from ftfy.badness import is_bad
+
+    found = _CONTROL.search(text)
+    if found:
+        return f"holds U+{ord(found.group()):04X}"
+    return "decoded with the wrong encoding" if is_bad(text) else None
+
+
+def garbled_problem(text: str) -> str | None:
+    """Mostly symbols, or one character many times over."""
+    plain = _FENCED.sub(" ", text)
+    visible = [c for c in plain if not c.isspace()]
+    if len(visible) >= _VISIBLE:
+        share = len("".join(words(plain))) / len(visible)
+        if share < MIN_WORDLIKE:
+            return f"{1 - share:.0%} of its characters are neither letters nor digits"
+    run = next((c for c, same in groupby(plain) if c not in _LINES and sum(1 for _ in same) > MAX_RUN), None)
+    return f"{run!r} more than {MAX_RUN} times in a row" if run else None
+
+
+def repetition_problem(text: str) -> str | None:
+    """Few different 3-grams of words."""
+    found = words(text)
+    if len(found) < _REPEATABLE:
+        return None
+    grams = [tuple(found[i : i + 3]) for i in range(len(found) - 2)]
+    share = len(set(grams)) / len(grams)
+    return f"{1 - share:.0%} of its 3-grams of words stood before" if share < MIN_DISTINCT else None
+
+
+_CHECKS = {"html": html_problem, "encoding": encoding_problem, "garbled": garbled_problem, "repetition": repetition_problem}
+_SAID = {
+    "html": (Severity.warn, "rows hold HTML tags or entities"),
+    "encoding": (Severity.warn, "rows hold mojibake, control or replacement characters"),
+    "garbled": (Severity.warn, "rows are mostly symbols or one character"),
+    "repetition": (Severity.info, "rows say the same words over and over"),
+}
+
+
+def noise(items: Sequence[Item], settings: Settings) -> Section:
+    """Every check of broken text, each text of a row by itself."""
+    found: dict[str, list[tuple[Item, str]]] = {check: [] for check in _CHECKS}
+    for item in items:
+        for check, problem in _CHECKS.items():
+            said = next((f"{where} {p}" for where, text in parts(item.columns) if (p := problem(text))), None)
+            if said is not None:
+                found[check].append((item, said))
+    findings = [
+        f
+        for check, rows in found.items()
+        for f in finding(check, _SAID[check][0], f"{len(rows)} {_SAID[check][1]}", REMEDIES[check], rows, settings.named)
+    ]
+    figures = {check: len(rows) for check, rows in found.items()}
+    table = Table("Broken text", ("check", "rows"), tuple((_SAID[check][1], n) for check, n in figures.items()))
+    return Section("noise", "Broken text", figures, tuple(findings), (table,))

@@ -1,0 +1,123 @@
+"""report.html: one file without any external resource, for light and dark screens; whatever a row holds is shown, never run.
+
+Everything that stands between tags goes through `_text`, and a content security policy forbids scripts and requests besides.
+"""
+
+import html
+from collections.abc import Iterable
+
+from rlhf.data.report.plots import draw
+from rlhf.data.report.records import Finding, Report, Section, Severity, Standard, Verdict
+from rlhf.data.report.texts import safe
+
+_SHOWN = 20  # rows of a finding on the page; report.json has as many as data.report_rows
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f2f4f7; --line: #c9d0d8; --link: #1f5fa8;
+  --fail: #a51d24; --warn: #7a4b00; --info: #1f5fa8; --pass: #17663a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --paper: #14171b; --soft: #20252b; --line: #454d57; --link: #8fbcf5;
+  --fail: #ff9a9a; --warn: #f2c46d; --info: #8fbcf5; --pass: #84d6a3; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 72rem;
+  padding: 1rem 1.25rem 4rem; }
+h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+a { color: var(--link); } nav ul { display: flex; flex-wrap: wrap; gap: 0 1.25rem; list-style: none; padding: 0; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .75rem 0; } caption { text-align: left; font-weight: 600; padding: .25rem 0; }
+th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; } th { background: var(--soft); }
+td.number { text-align: right; font-variant-numeric: tabular-nums; } td bdi { overflow-wrap: anywhere; }
+.finding { border-left: .3rem solid var(--line); background: var(--soft); padding: .5rem .9rem; margin: .9rem 0; }
+.finding.fail { border-color: var(--fail); } .finding.warn { border-color: var(--warn); } .finding.info { border-color: var(--info); }
+.finding p { margin: .25rem 0; } .mark { font-weight: 700; } .fail .mark, .mark.fail { color: var(--fail); } .warn .mark { color: var(--warn); }
+.info .mark { color: var(--info); } .mark.pass { color: var(--pass); } code { font-size: .92em; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; } figcaption { font-weight: 600; } svg { max-width: 100%; height: auto; } summary { cursor: pointer; }
+"""
+
+
+def render(report: Report) -> str:
+    """The page."""
+    numbers = iter(range(1, 1 + sum(len(section.plots) for section in report.sections)))
+    count = sum(report.rows.values())
+    links = "".join(f'<li><a href="#{_text(s.name)}">{_text(s.title)}</a></li>' for s in report.sections)
+    body = [
+        "<header><h1>Data report</h1>",
+        f"<p>{count:,} rows read as {_text(report.kind)}: {report.rows['train']:,} to train on, {report.rows['eval']:,} held out.</p></header>",
+        '<nav aria-label="Sections"><ul><li><a href="#findings">Findings</a></li><li><a href="#standards">Quality standards</a></li>',
+        f"{links}</ul></nav>",
+        "<main>",
+        _findings(report.findings()),
+        _standards(report.standards),
+        *(_section(section, numbers) for section in report.sections),
+        "</main>",
+    ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Data report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    """Any text, inert between tags and inside a quoted attribute."""
+    return html.escape(safe(str(value)), quote=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _cell(value: str | int | float | None) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f'<td class="number">{_number(value)}</td>'
+    return f'<td><bdi dir="auto">{_text("" if value is None else value)}</bdi></td>'
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str | int | float | None]]) -> str:
+    head = "".join(f'<th scope="col">{_text(c)}</th>' for c in columns)
+    body = "".join("<tr>" + "".join(_cell(v) for v in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><caption>{_text(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _findings(findings: list[Finding]) -> str:
+    counts = {severity: sum(f.severity is severity for f in findings) for severity in Severity}
+    said = ", ".join(f"{counts[s]} {s.value}" for s in (Severity.fail, Severity.warn, Severity.info))
+    inner = "".join(_finding(f) for f in findings) or "<p>Nothing was found.</p>"
+    return f'<section id="findings"><h2>Findings</h2><p>{said}.</p>{inner}</section>'
+
+
+def _finding(finding: Finding) -> str:
+    mark = finding.severity.value
+    out = f'<article class="finding {mark}"><p><span class="mark">{mark}</span> <strong>{_text(finding.check)}</strong>: {_text(finding.message)}</p>'
+    out += f"<p>Mend it: {_remedy(finding.remedy)}</p>"
+    if finding.rows:
+        shown = finding.rows[:_SHOWN]
+        rows = [(f"{r.file}, row {r.row}", r.split, r.note, r.excerpt) for r in shown]
+        title = f"The first {len(shown)} of {finding.total:,} rows" if finding.total > len(shown) else f"All {finding.total:,} rows"
+        out += f"<details><summary>{title}</summary>{_table(title, ('place', 'split', 'what', 'text'), rows)}</details>"
+    return out + "</article>"
+
+
+def _remedy(remedy: str) -> str:
+    """Text; what stands in backticks is set as code."""
+    parts = remedy.split("`")
+    return "".join(f"<code>{html.escape(part)}</code>" if i % 2 else html.escape(part) for i, part in enumerate(parts))
+
+
+def _standards(standards: Iterable[Standard]) -> str:
+    marks = {Verdict.passed: "pass", Verdict.failed: "fail", Verdict.unknown: ""}
+    head = "".join(f'<th scope="col">{c}</th>' for c in ("standard", "verdict", "found", "expected", "set by", "remedy"))
+    rows = "".join(
+        f'<tr><th scope="row">{_text(s.name)}</th><td><span class="mark {marks[s.verdict]}">{s.verdict.value}</span></td>'
+        f"<td>{_text(s.found)}</td><td>{_text(s.expected)}</td><td>{_text(s.source)}</td><td>{_remedy(s.remedy)}</td></tr>"
+        for s in standards
+    )
+    inner = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<section id="standards"><h2>Quality standards</h2>{inner}</section>'
+
+
+def _section(section: Section, numbers: Iterable[int]) -> str:
+    parts = [f'<section id="{_text(section.name)}"><h2>{_text(section.title)}</h2>']
+    if section.unmeasured is not None:
+        parts.append(f"<p>Not measured: {_text(section.unmeasured)}.</p>")
+    parts += [_table(t.title, t.columns, t.rows) for t in section.tables]
+    for plot, number in zip(section.plots, numbers, strict=False):
+        parts.append(f"<figure><figcaption>{_text(plot.title)}</figcaption>{draw(plot, number)}</figure>")
+    return "".join(parts) + "</section>"

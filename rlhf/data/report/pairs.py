@@ -1,0 +1,121 @@
+"""Preference pairs: sides that are equal, judgements that contradict each other, and whether length decides."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from rlhf.data.prepare.items import Item, answers_of, joined, prompt_of
+from rlhf.data.prepare.texts import normalised
+from rlhf.data.report.records import Histogram, Section, Settings, Severity, Table, finding
+from rlhf.data.report.remedies import REMEDIES
+from rlhf.data.report.texts import wilson, words
+
+BIASED = 0.6  # share of pairs with the longer side chosen (or the shorter one) from which length is worth a warning
+
+
+def sides(item: Item) -> tuple[str, str]:
+    """The texts of the chosen and of the rejected answer."""
+    answers = answers_of(item.columns)
+    return answers["chosen"], answers["rejected"]
+
+
+def contradicting(items: Sequence[Item]) -> list[tuple[int, int]]:
+    """(row, the first row that judges the same two answers to the same prompt the other way), for every row of such a pair of two texts."""
+    found: dict[tuple[str, frozenset[str]], dict[str, int]] = defaultdict(dict)
+    pairs = []
+    for index, item in enumerate(items):
+        prompt = normalised(prompt_of(item.columns)) if item.columns.get("prompt") else ""
+        chosen, rejected = map(normalised, sides(item))
+        pairs.append((chosen, (prompt, frozenset((chosen, rejected)))))
+        if chosen != rejected:
+            found[prompt, frozenset((chosen, rejected))].setdefault(chosen, index)
+    out = []
+    for index, (chosen, pair) in enumerate(pairs):
+        others = [first for winner, first in found.get(pair, {}).items() if winner != chosen]
+        out += [(index, other) for other in others]
+    return out
+
+
+def length_preference(differences: Sequence[float]) -> tuple[float, float, float, float]:
+    """What length says about preference, from the differences chosen - rejected in length.
+
+    Returns the share of pairs with the longer side chosen among those that differ, its 95 % interval, and the correlation of the length
+    difference with being chosen, each pair taken both ways round: x = +d, y = +1 and x = -d, y = -1, so both means are 0 and it is
+    mean(d) / sqrt(mean(d^2)). Without a pair that differs: (0.5, 0, 1, 0).
+    """
+    differing = [d for d in differences if d]
+    if not differing:
+        return 0.5, 0.0, 1.0, 0.0
+    longer = sum(d > 0 for d in differing)
+    low, high = wilson(longer, len(differing))
+    mean = sum(differences) / len(differences)
+    return longer / len(differing), low, high, mean / math.sqrt(sum(d * d for d in differences) / len(differences))
+
+
+def pairs(items: Sequence[Item], settings: Settings) -> Section:
+    """Every check of pairs."""
+    title = "Pairs"
+    if not items:
+        return Section("pairs", title, {}, unmeasured="there are no rows")
+    texts = [sides(item) for item in items]
+    equal = [(item, "both sides are the same") for item, (a, b) in zip(items, texts, strict=True) if normalised(a) == normalised(b)]
+    against = [(items[i], f"{items[j].place} judges the same two answers the other way") for i, j in contradicting(items)]
+    lengths = [(len(words(a)), len(words(b))) for a, b in texts]
+    share, low, high, correlation = length_preference([a - b for a, b in lengths])
+    findings = [
+        *finding(
+            "equal_sides", Severity.fail, f"{len(equal)} pairs have the same text on both sides", REMEDIES["equal_sides"], equal, settings.named
+        ),
+        *finding(
+            "contradictions",
+            Severity.fail,
+            f"{len(against)} rows judge the same two answers to the same prompt in opposite ways",
+            REMEDIES["contradictions"],
+            against,
+            settings.named,
+        ),
+    ]
+    if (low > 0.5 and share >= BIASED) or (high < 0.5 and share <= 1 - BIASED):
+        longer = share > 0.5
+        marked = [(item, f"{a} against {b} words") for item, (a, b) in zip(items, lengths, strict=True) if a != b and (a > b) == longer]
+        said = f"the {'longer' if longer else 'shorter'} side is chosen in {max(share, 1 - share):.0%} of the pairs whose lengths differ"
+        findings += finding("length_bias", Severity.warn, said, REMEDIES["length_bias"], marked, settings.named)
+    figures = {
+        "pairs": len(items),
+        "equal_sides": len(equal),
+        "contradicting_rows": len(against),
+        "longer_chosen": share,
+        "longer_chosen_low": low,
+        "longer_chosen_high": high,
+        "length_correlation": correlation,
+        "equal_length": sum(a == b for a, b in lengths),
+    }
+    rows = (
+        ("pairs", len(items)),
+        ("equal sides", len(equal)),
+        ("rows that another one contradicts", len(against)),
+        ("longer side chosen, share", share),
+        ("its 95 % interval", f"{low:.3f} to {high:.3f}"),
+        ("correlation of length difference (words) and preference", correlation),
+    )
+    differences = {"chosen - rejected": [float(a - b) for a, b in lengths]}
+    plots = (Histogram("Length of the chosen side minus the rejected one", "words", differences, mark=0.0, mark_name="equal"),)
+    return Section("pairs", title, figures, tuple(findings), (Table("Pairs", ("figure", "value"), rows),), plots)
+
+
+def judged(items: Sequence[Item], settings: Settings) -> Section:
+    """Answers judged by themselves: the same answer to the same prompt, once good and once bad."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    keys = [normalised(joined(item.columns)) for item in items]
+    for index, (item, key) in enumerate(zip(items, keys, strict=True)):
+        found[key].setdefault(str(item.columns["label"]), index)
+    against = [
+        (item, f"{items[first].place} judges the same answer the other way")
+        for item, key in zip(items, keys, strict=True)
+        for label, first in found[key].items()
+        if label != str(item.columns["label"])
+    ]
+    message = f"{len(against)} rows judge the same answer to the same prompt in opposite ways"
+    findings = finding("contradictions", Severity.fail, message, REMEDIES["contradictions"], against, settings.named)
+    table = Table("Judged answers", ("figure", "value"), (("answers", len(items)), ("rows that another one contradicts", len(against))))
+    return Section("judged", "Judged answers", {"answers": len(items), "contradicting_rows": len(against)}, findings, (table,))

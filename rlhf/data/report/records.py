@@ -1,0 +1,146 @@
+"""What a detector returns, and what the report is made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from conf.choices import TaskClass
+from rlhf.data.formats import Use
+from rlhf.data.prepare.items import Item, joined
+from rlhf.data.report.texts import excerpt
+
+VERSION = 1  # of report.json; raised whenever a field changes its name or meaning
+
+
+class Severity(Enum):
+    """How a finding is meant."""
+
+    info = "info"  # worth knowing
+    warn = "warn"  # likely to hurt what is trained
+    fail = "fail"  # wrong for certain
+
+
+class Verdict(Enum):
+    passed = "pass"
+    failed = "fail"
+    unknown = "not measurable"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A row that a finding names."""
+
+    file: str
+    row: int  # from 1
+    split: str  # train, eval
+    note: str  # what is wrong in this row, such as the row that it repeats
+    excerpt: str  # the start of its text, on one line, without control characters
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong or worth knowing, the rows that show it, and the option that mends it."""
+
+    check: str
+    severity: Severity
+    message: str
+    remedy: str
+    total: int = 0  # rows that show it; 0: a matter of all rows together
+    rows: tuple[Named, ...] = ()  # the first of them
+
+
+@dataclass(frozen=True, slots=True)
+class Standard:
+    """A quality standard with its verdict."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    expected: str
+    source: str  # who sets it
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Figures for people: cells are texts or numbers, as many a row as there are columns."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | float | None, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Values of several series over the same bins. Titles and names are the report's own words, never a row's."""
+
+    title: str
+    unit: str
+    series: Mapping[str, Sequence[float]]
+    mark: float | None = None  # a value to draw a line at
+    mark_name: str = "limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """One bar a label. Labels are the report's own words, never a row's."""
+
+    title: str
+    unit: str
+    labels: tuple[str, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What one detector says: figures for programs, findings, and tables and plots for people."""
+
+    name: str  # its key in report.json
+    title: str
+    figures: Mapping[str, Any]  # as JSON can hold them
+    findings: tuple[Finding, ...] = ()
+    tables: tuple[Table, ...] = ()
+    plots: tuple[Histogram | Bars, ...] = ()
+    unmeasured: str | None = None  # why there is nothing to say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What every detector may need beside the rows."""
+
+    kind: Use
+    limit: int = 1024  # tokens
+    task: TaskClass | None = None
+    named: int = 100  # rows that a finding names
+    seed: int = 0
+    near: float = 0.8  # as option threshold of step near_duplicates
+    sample: int = 20_000  # rows at most that clusters and languages are counted on
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The whole examination."""
+
+    kind: str
+    rows: Mapping[str, int]  # by split
+    sections: tuple[Section, ...]
+    standards: tuple[Standard, ...]
+    files: Mapping[str, Path] = field(default_factory=dict)  # where it was written
+
+    def findings(self) -> list[Finding]:
+        """All findings, the gravest first, else in the order of the sections."""
+        order = {Severity.fail: 0, Severity.warn: 1, Severity.info: 2}
+        return sorted((f for section in self.sections for f in section.findings), key=lambda f: order[f.severity])
+
+
+def named(rows: Sequence[tuple[Item, str]], limit: int) -> tuple[Named, ...]:
+    """The first `limit` of (row, what is wrong in it)."""
+    return tuple(Named(item.origin, item.number, item.split, note, excerpt(joined(item.columns))) for item, note in rows[:limit])
+
+
+def finding(check: str, severity: Severity, message: str, remedy: str, rows: Sequence[tuple[Item, str]], limit: int) -> tuple[Finding, ...]:
+    """A finding about `rows`, of which it names `limit`; nothing when there are none."""
+    return (Finding(check, severity, message, remedy, len(rows), named(rows, limit)),) if rows else ()

@@ -1,0 +1,54 @@
+"""Scores of preference pairs by a saved reward model, for the preparation step `label_noise`: Context.score_pairs of rlhf/data/prepare/items.py."""
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from conf.choices import Dtype
+from reward.model import load_reward_model
+from reward.scorer import score_ids
+from rlhf import distributed
+from rlhf.data.encoding import encode_answer, require_template
+from rlhf.models import resolve_dtype
+from rlhf.types import UserError
+
+Pair = tuple[Any, Any, Any]  # prompt, chosen, rejected: texts or messages
+
+
+def score_pairs(directory: str, pairs: Sequence[Pair], *, batch_tokens: int) -> list[tuple[float, float]]:
+    """Scores of the chosen and the rejected side of each pair, read as stage=reward trains on them.
+
+    Raises UserError: no reward model, rows of messages without a template, a pair that can't be encoded, or one longer than the model.
+    """
+    device = distributed.device()
+    loaded = load_reward_model(directory, resolve_dtype(Dtype.auto))
+    if any(isinstance(chosen, list) for _, chosen, _ in pairs):
+        require_template(loaded.tokenizer, f"label_noise.reward_model={directory}")
+    module: Any = loaded.module
+    limit = int(getattr(module.config.get_text_config(), "max_position_embeddings", 2**31))
+    rows = []
+    for number, (prompt, *sides) in enumerate(pairs):
+        for side in sides:
+            try:
+                ids = encode_answer(loaded.tokenizer, prompt, side)
+            except ValueError as error:
+                raise UserError(f"label_noise: pair {number}: {error}.") from error
+            if not 0 < len(ids) <= limit:
+                raise UserError(
+                    f"label_noise.reward_model={directory}: a side of pair {number} has {len(ids)} tokens, expected 1 to {limit}. "
+                    "Leave longer rows out with a length step before."
+                )
+            rows.append(ids)
+    scores = score_ids(module.to(device), rows, batch_tokens, device)
+    del module, loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return list(zip(scores[::2], scores[1::2], strict=True))
+
+
+def pair_scorer(batch_tokens: int) -> Callable[[str, Sequence[Pair]], list[tuple[float, float]]]:
+    """What a stage puts into Context.score_pairs."""
+    return lambda directory, pairs: score_pairs(directory, pairs, batch_tokens=batch_tokens)

@@ -1,0 +1,155 @@
+"""Rows that weigh more or less in the losses of TRL's trainers, by the column ``data.weight_column``.
+
+Weights are divided by their mean over the rows (SFT: over the tokens that train), so their scale means nothing and equal ones change nothing; not by
+the mean of a batch, which would make a row's weight hang on its neighbours. Each trainer is subclassed once:
+
+    SFT          each token's loss times its row's weight; the loss divides by the number of tokens as before
+    reward       each pair's loss times its weight, its centring term too
+    DPO and its kin   (KTO, CPO, ORPO) TRL keeps the loss of a single row to itself, so the gradient that flows into a row's log-probabilities is
+                 multiplied: the same update, since each row's loss depends on that row's log-probabilities alone (KTO's KL estimate has no
+                 gradient). The losses that are logged there are those of rows that weigh the same
+
+Refused: packing, which joins rows of different weights, and the losses that sort a batch (aot), which belong to no single row.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.types import UserError
+
+COLUMN = "weight"
+Inputs = dict[str, Any]
+
+
+def normalised(weights: Sequence[float], sizes: Sequence[int] | None = None) -> list[float]:
+    """`weights` over their mean, in which each row counts `sizes` times (once without). Raises UserError when that mean is 0."""
+    if len(set(weights)) == 1 and weights[0] > 0:
+        return [1.0] * len(weights)
+    counts = [1] * len(weights) if sizes is None else sizes
+    mean = math.fsum(w * n for w, n in zip(weights, counts, strict=True)) / sum(counts)
+    if mean <= 0:
+        raise UserError("data.weight_column: the weights of all rows that are short enough are 0, so nothing would be trained.")
+    return [w / mean for w in weights]
+
+
+def weigh(rows: datasets.Dataset, weights: Sequence[float] | None, sizes: Sequence[int] | None = None) -> datasets.Dataset:
+    """`rows` with their normalised weights as a column; as they are without weights. Raises UserError as `normalised`."""
+    return rows if weights is None else rows.add_column(COLUMN, normalised(weights, sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class WithWeights:
+    """A collator that hands the weights on, [B] float32."""
+
+    collate: Callable[[list[Inputs]], Inputs]
+
+    def __call__(self, rows: list[Inputs]) -> Inputs:
+        batch = self.collate([{key: value for key, value in row.items() if key != COLUMN} for row in rows])
+        return {**batch, COLUMN: torch.tensor([row[COLUMN] for row in rows], dtype=torch.float32)} if COLUMN in rows[0] else batch
+
+
+def _without(inputs: Inputs) -> Inputs:
+    return {key: value for key, value in inputs.items() if key != COLUMN}
+
+
+def keeping(trainer_class: type) -> type:
+    """`trainer_class` whose batches keep the weights: its collator, and the columns that it takes from the data."""
+
+    class Keeping(trainer_class):
+        data_collator: Any
+        _signature_columns: Any
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.data_collator = WithWeights(self.data_collator)
+
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            if COLUMN not in self._signature_columns:
+                self._signature_columns = [*self._signature_columns, COLUMN]
+
+    return Keeping
+
+
+def weighted_sft(trainer_class: type) -> type:
+    """`trainer_class` (SFT) that multiplies the log-probabilities [B, L - 1], of which its loss is the sum, by the rows' weights."""
+
+    base: Any = keeping(trainer_class)
+
+    class WeightedSFT(base):
+        def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            weights = inputs.get(COLUMN)
+            if weights is None:
+                return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+
+            def weighing(*args: Any, **kwargs: Any) -> Any:
+                outputs = model(*args, **kwargs)
+                if getattr(outputs, "log_probs", None) is not None:
+                    outputs.log_probs = outputs.log_probs * weights[:, None].to(outputs.log_probs.dtype)
+                return outputs
+
+            return super().compute_loss(weighing, _without(inputs), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+
+    return WeightedSFT
+
+
+def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, margin: Tensor | None, centering: float | None) -> Tensor:
+    """Bradley-Terry loss of scores [B], TRL's with each pair's terms times its weight: mean of w (-log sigmoid(c - r - m) + centering (c + r)^2)."""
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    loss = (-F.logsigmoid(difference) * weights).mean()
+    return loss if centering is None else loss + centering * ((chosen + rejected) ** 2 * weights).mean()
+
+
+def weighted_reward(trainer_class: type) -> type:
+    """`trainer_class` (reward) whose loss is `pair_loss` where rows have weights; its metrics are TRL's."""
+
+    base: Any = keeping(trainer_class)
+
+    class WeightedReward(base):
+        def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            weights = inputs.get(COLUMN)
+            if weights is None:
+                return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            _, outputs = super().compute_loss(model, _without(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch)
+            chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
+            loss = pair_loss(chosen, rejected, weights, inputs.get("margin"), self.args.center_rewards_coefficient)
+            return (loss, outputs) if return_outputs else loss
+
+    return WeightedReward
+
+
+def scale_gradient(values: Tensor, weights: Tensor) -> None:
+    """The gradient that flows into row i of `values` [N, ...] is multiplied by weights[i mod B]; N is a multiple of B."""
+    if not values.requires_grad:
+        return
+    rows = weights.repeat(values.shape[0] // weights.shape[0]).view(-1, *[1] * (values.dim() - 1))
+    values.register_hook(lambda gradient: gradient * rows.to(gradient.dtype))
+
+
+def weighted_gradients(trainer_class: type) -> type:
+    """`trainer_class` (DPO, KTO, CPO, ORPO) whose gradient of each row is multiplied by its weight; the loss that it returns is unweighted."""
+
+    base: Any = keeping(trainer_class)
+
+    class WeightedGradients(base):
+        def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            weights = inputs.get(COLUMN)
+            if weights is None:
+                return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+
+            def weighing(*args: Any, **kwargs: Any) -> Any:
+                outputs = model(*args, **kwargs)
+                read = outputs.log_probs if getattr(outputs, "log_probs", None) is not None else outputs.logits
+                scale_gradient(read, weights)
+                return outputs
+
+            return super().compute_loss(weighing, _without(inputs), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+
+    return WeightedGradients
