@@ -106,7 +106,7 @@ def sorted_labels(values: Iterable[Hashable]) -> tuple[Any, ...]:
     """Distinct labels: numbers by size, anything else by kind and text."""
     distinct = set(values)
     if all(_is_number(v) for v in distinct):
-        return tuple(sorted(distinct, key=float))  # type: ignore[arg-type]
+        return tuple(sorted(distinct, key=float))
     return tuple(sorted(distinct, key=lambda v: (type(v).__name__, str(v))))
 
 
