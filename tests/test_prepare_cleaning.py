@@ -302,6 +302,7 @@ def test_perplexity_leaves_out_by_threshold_and_by_rank(tiny_model: Callable[...
         ("card 4111 1111 1111 1111 ok", "card [CREDIT_CARD] ok"),
         ("pay to DE89 3704 0044 0532 0130 00.", "pay to [IBAN]."),
         ("GB82WEST12345698765432", "[IBAN]"),
+        ("+1 212 555 0123+1 212 555 01231", "[PHONE][PHONE]"),  # the second stands alone once the first is gone
     ],
 )
 def test_personal_data_is_found(text: str, redacted: str) -> None:

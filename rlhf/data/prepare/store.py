@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from rlhf.data.prepare.items import Item
 
 FOLDER, ITEMS, REJECTED, REPORT = "steps", "items.jsonl", "rejected.jsonl", "step.json"
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
 _MOST_REASONS = 20  # different reasons counted apart
 _NUMBERS = re.compile(r"\d+(?:[.,]\d+)*")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
@@ -51,7 +52,7 @@ class StepReport:
 
 def line(value: Any) -> str:
     """One line of JSON lines; text that UTF-8 can't hold (a lone surrogate) is escaped."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = _ENCODE(value)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
