@@ -150,7 +150,7 @@ OPTION = re.compile(r"\b((?:run|model|adapter|engine|rollout|reward|data|trackin
 @pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "docs/configuration.md"])
 def test_documented_options_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = {match[1] for match in OPTION.finditer(text)} - {"run.py", "data.jsonl"}
+    named = {match[1] for match in OPTION.finditer(text)} - {"run.py", "data.jsonl", "data.md"}
     assert named
     assert named <= set(valid_keys(list(STAGES)))
 
@@ -163,5 +163,5 @@ def test_documented_defaults_are_the_schema_s() -> None:
     config = Config(stage=None)
     for key, documented in rows:
         value = functools.reduce(getattr, key.split("."), config)
-        shown = {None: "null", False: "false"}.get(value) if value is None or value is False else getattr(value, "value", value)
+        shown = {None: "null", False: "false", True: "true"}[value] if value is None or isinstance(value, bool) else getattr(value, "value", value)
         assert str(shown) == documented.strip(), key
