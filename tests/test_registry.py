@@ -80,6 +80,16 @@ OPENAI = {
             {"formatting": "sharegpt"},
             {"messages": [user("Hi"), bot("Hello")]},
         ),
+        (
+            Use.sft,
+            {"talk": [{"who": "S", "said": "Be kind."}, {"who": "Q", "said": "Hi"}, {"who": "A", "said": "Hello"}]},
+            {
+                "formatting": "sharegpt",
+                "columns": {"messages": "talk"},
+                "tags": {"role_tag": "who", "content_tag": "said", "user_tag": "Q", "assistant_tag": "A", "system_tag": "S"},
+            },
+            {"messages": [{"role": "system", "content": "Be kind."}, user("Hi"), bot("Hello")]},
+        ),
         (Use.sft, {"messages": [user("Hi"), bot("Hello")]}, OPENAI, {"messages": [user("Hi"), bot("Hello")]}),
         (
             Use.preference,

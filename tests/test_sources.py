@@ -228,6 +228,7 @@ def test_columns_are_renamed_before_the_format_is_looked_for(tmp_path: Path) -> 
     out, _, _ = items(cfg, Use.sft)
     assert [item.columns for item in out] == [{"prompt": "q", "completion": "a"}], "text has a meaning of its own, so it doesn't stay"
     assert mixture.rename({"a": 1, "b": 2}, {"a": "b"}) == {"a": 2}
+    assert mixture.rename({"b": 2, "a": 1}, {"a": "b"}) == {"a": 2}
     assert mixture.rename({"a": 1, "b": 2}, {"a": "b", "b": "a"}) == {"b": 1, "a": 2}
     assert mixture.rename({"a": 1}, {"x": "missing"}) == {"a": 1}
 

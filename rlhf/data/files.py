@@ -248,7 +248,7 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
 
 def excel_text(text: str) -> str:
     """`text` as an Excel cell holds it: what XML can't carry, a carriage return and what looks like such an escape become _xHHHH_."""
-    text = _EXCEL_ESCAPE.sub(lambda match: "_x005F" + match[0], text)
+    text = re.sub(r"_(?=x[0-9A-Fa-f]{4}_)", "_x005F_", text)
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", lambda match: f"_x{ord(match[0]):04X}_", text)
 
 
