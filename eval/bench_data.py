@@ -9,7 +9,6 @@ count); what has to be found was planted, so the counts are checked, too.
 
 import argparse
 import json
-import os
 import random
 import re
 import resource
@@ -168,20 +167,31 @@ class Streamed:
     rejected: dict[str, int]  # by step
 
 
+# A small process between this one and the one that is measured: a process begins with the peak of the one that started it.
+_WATCH = """
+import os, sys
+quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
+_, status, usage = os.wait4(child, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def measure_stream(path: Path, folder: Path) -> Streamed:
     """stage=data in a process of its own: reading, length filter, exact de-duplication, writing."""
     pipeline = f"[{{step: length, low: {SHORT}}}, exact_duplicates]"
     command = [sys.executable, "-m", "rlhf", "stage=data", f"data.path={path}", f"data.pipeline={pipeline}", "data.cache=false", "tracking=none"]
     began = time.perf_counter()
-    child = subprocess.Popen([*command, f"run.dir={folder}", "run.name=bench"], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _WATCH, *command, f"run.dir={folder}", "run.name=bench"], stdout=subprocess.PIPE, text=True, check=False
+    )
     seconds = time.perf_counter() - began
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"stage=data ended with exit code {child.returncode}")
+    if done.returncode:
+        raise RuntimeError(f"stage=data ended with exit code {done.returncode}")
     summary = json.loads((folder / "bench" / "data" / "summary.json").read_text(encoding="utf-8"))["metrics"]
     rejected = {name.partition("-")[2]: int(value) for name, value in summary.items() if name.startswith("rejected/")}
-    return Streamed(seconds, usage.ru_maxrss / 2**20, int(summary["data/rows_train"]), rejected)
+    return Streamed(seconds, int(done.stdout) / 2**20, int(summary["data/rows_train"]), rejected)
 
 
 def near_checks(results: Sequence[Near]) -> list[Check]:

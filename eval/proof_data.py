@@ -92,7 +92,7 @@ def named_rows(found: Mapping[str, Any], check: str) -> set[Place]:
 
 def rejected_rows(path: Path, step: str) -> set[Place]:
     """The rows that a step left out, from rejected.jsonl."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return {(Path(line["file"]).name, line["row"]) for line in lines if line["step"] == step}
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -33,6 +32,7 @@ from reward.model import load_reward_model
 from reward.scorer import score_ids, text_ids
 from rlhf.data.encoding import is_chat
 from rlhf.models import resolve_dtype
+from rlhf.types import UserError
 
 LOG = logging.getLogger("reward.service")
 RETRY_AFTER_S = 1  # what a busy server asks its clients to wait
@@ -124,8 +124,8 @@ class ServedModel:
             raise Refused(422, f"items[{i}].prompt: found messages, but this reward model reads plain text: send the rendered prompt as a string", i)
         try:
             return text_ids(self.tokenizer, self.manifest, prompt, item.response, finished=item.finished)
-        except TemplateError as error:
-            raise Refused(422, f"items[{i}].prompt: the chat template of the reward model refuses these messages: {error}", i) from error
+        except UserError as error:
+            raise Refused(422, f"items[{i}].prompt: {error}", i) from error
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         return score_ids(self.module, rows, self.budget, self.device)

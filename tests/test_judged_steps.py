@@ -166,7 +166,7 @@ def test_every_row_is_kept_merged_or_rejected(tmp_path: Path, rows: list[tuple[i
 
 
 def queue(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def decide(source: Path, target: Path, decisions: dict[str, str], *, edit: dict[str, str] | None = None) -> Path:

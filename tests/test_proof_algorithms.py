@@ -127,7 +127,8 @@ def test_commands_are_those_of_a_user_and_compose(tmp_path: Path, monkeypatch: p
 def test_experiment_sets_each_algorithm_s_own_data_and_size(algorithm: str) -> None:
     cfg = config.compose([f"stage={algorithm}", "experiment=reviews", "run.name=x"])
     assert (cfg.model.path, cfg.reward.path, cfg.data.path) == ("runs/x/sft/model", "runs/x/reward/model", "runs/x/recipe/prompts.jsonl")
-    assert cfg.stage.prompts_per_step * cfg.stage.samples_per_prompt == 64 and 60 <= cfg.stage.steps <= 80
+    size = cfg.stage.prompts_per_step * cfg.stage.samples_per_prompt
+    assert size == (64 if algorithm == "online_dpo" else 128) and cfg.stage.steps == 80
     assert cfg.rollout.max_response_length == config.compose(["stage=eval", "experiment=reviews"]).rollout.max_response_length
 
 

@@ -377,6 +377,16 @@ def test_a_chosen_format_that_the_stage_cannot_read(tmp_path: Path) -> None:
         reading.preference_pairs(config(tmp_path, RewardStage(), path=path, format=DataFormat.text))
 
 
+def test_rejected_rows_may_hold_any_line_end(tmp_path: Path) -> None:
+    """A second reading keeps the first one's rejected rows, which JSON lines end with a line feed alone."""
+    path = jsonl(tmp_path / "t.jsonl", [{"text": "good"}, {"text": "fine"}, {"prompt": "a\u2028b\x85c"}])
+    other = jsonl(tmp_path / "o.jsonl", [{"text": "good"}, {"text": "fine"}, {"text": 5}])
+    for source in (path, other):
+        reading.sft_rows(config(tmp_path, SFTStage(), path=str(source), max_bad_rows=1))
+    lines = (tmp_path / "runs" / "r" / "data_rejected.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["content"] for line in lines if line] == [{"prompt": "a\u2028b\x85c"}, {"text": 5}]
+
+
 def test_rejected_rows_stop_the_run_or_are_kept_aside(tmp_path: Path) -> None:
     rows: list[Any] = [{"text": f"row {i}"} for i in range(10)]
     path = jsonl(tmp_path / "t.jsonl", [*rows, {"text": 5}])

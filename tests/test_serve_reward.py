@@ -248,7 +248,7 @@ def test_template_that_refuses_messages_is_the_client_s_error(tmp_path: Path) ->
     save_reward_model(tmp_path / "model", strict, conversational=True)
     with serving(tmp_path / "model") as (url, _, _):
         answer = post(url, [{**GOOD, "prompt": [{"role": "user", "content": "a"}]}])
-    assert answer.status_code == 422 and "refuses these messages: turns must alternate" in message_of(answer)
+    assert answer.status_code == 422 and "the chat template refuses a conversation of 1 messages: turns must alternate" in message_of(answer)
 
 
 def test_bodies_that_are_no_json_or_too_large(plain: tuple[str, ServedModel, Counts]) -> None:

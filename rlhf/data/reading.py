@@ -175,7 +175,7 @@ def write_rejected(cfg: Config, loaded: Loaded) -> Path:
     if not distributed.is_main():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []  # a text may hold other line ends
     lines = [line for line in lines if json.loads(line)["file"] not in loaded.formats]
     for set_aside, rows in ((False, loaded.rejected), (True, loaded.aside)):
         for row, reason in rows:

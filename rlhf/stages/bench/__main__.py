@@ -41,7 +41,7 @@ def train_small(folder: Path, name: str, shape: Sequence[str], steps: int = 120)
         shared = ["stage=sft", "experiment=reviews", f"run.dir={folder}", f"run.name={name}"]
         recipes.ensure(config.compose(shared))
         held_out = folder / name / "held_out.jsonl"  # a few rows: this model only has to end its sentences
-        lines = (folder / name / "recipe" / "sft_eval.jsonl").read_text(encoding="utf-8").splitlines()[:32]
+        lines = (folder / name / "recipe" / "sft_eval.jsonl").read_text(encoding="utf-8").split("\n")[:32]
         held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "rlhf", *shared, "run.overwrite=true", "tracking=none", f"stage.steps={steps}", f"stage.eval_steps={steps}"]
         command += [f"data.eval_path={held_out}", *shape]
@@ -52,7 +52,7 @@ def train_small(folder: Path, name: str, shape: Sequence[str], steps: int = 120)
 
 
 def review_prompts(folder: Path, name: str, count: int) -> list[str]:
-    lines = (folder / name / "recipe" / "prompts_eval.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / name / "recipe" / "prompts_eval.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line)["prompt"] for line in lines[:count]]
 
 
@@ -66,7 +66,7 @@ def case_a(folder: Path) -> Case:
 def case_b(folder: Path, *, lora: bool) -> Case:
     recipes.ensure(config.compose(["stage=ppo", "experiment=smollm2", f"run.dir={folder}", "run.name=bench-135m"]))
     place = folder / "bench-135m" / "recipe"
-    rows = [json.loads(line)["prompt"] for line in (place / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
+    rows = [json.loads(line)["prompt"] for line in (place / "prompts.jsonl").read_text(encoding="utf-8").split("\n")[:4]]
     rows = [[{"role": "user", "content": f"Continue this review of a film in your own words: {row[-1]['content']}"}] for row in rows]
     return Case(
         name="b-lora" if lora else "b-full",
