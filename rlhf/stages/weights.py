@@ -55,12 +55,8 @@ class WithWeights:
         return {**batch, COLUMN: torch.tensor([row[COLUMN] for row in rows], dtype=torch.float32)} if COLUMN in rows[0] else batch
 
 
-def _without(inputs: Inputs) -> Inputs:
-    return {key: value for key, value in inputs.items() if key != COLUMN}
-
-
 def keeping(trainer_class: type) -> type:
-    """`trainer_class` whose batches keep the weights: its collator, and the columns that it takes from the data."""
+    """`trainer_class` whose batches keep the weights (its collator, and the columns that it takes from the data), for `weighted_loss`."""
 
     class Keeping(trainer_class):
         data_collator: Any
@@ -75,6 +71,17 @@ def keeping(trainer_class: type) -> type:
             if COLUMN not in self._signature_columns:
                 self._signature_columns = [*self._signature_columns, COLUMN]
 
+        def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+            if COLUMN not in inputs:
+                return super().compute_loss(model, inputs, **options)
+            rest = {key: value for key, value in inputs.items() if key != COLUMN}
+            return self.weighted_loss(inputs[COLUMN], model, rest, **options)
+
+        def weighted_loss(self, weights: Tensor, model: Any, inputs: Inputs, **options: Any) -> Any:
+            """compute_loss with each row's weight [B]; without weights in `inputs`, compute_loss is the trainer's own."""
+            raise NotImplementedError
+
     return Keeping
 
 
@@ -84,18 +91,14 @@ def weighted_sft(trainer_class: type) -> type:
     base: Any = keeping(trainer_class)
 
     class WeightedSFT(base):
-        def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            weights = inputs.get(COLUMN)
-            if weights is None:
-                return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-
+        def weighted_loss(self, weights: Tensor, model: Any, inputs: Inputs, **options: Any) -> Any:
             def weighing(*args: Any, **kwargs: Any) -> Any:
                 outputs = model(*args, **kwargs)
                 if getattr(outputs, "log_probs", None) is not None:
                     outputs.log_probs = outputs.log_probs * weights[:, None].to(outputs.log_probs.dtype)
                 return outputs
 
-            return super().compute_loss(weighing, _without(inputs), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(weighing, inputs, **options)
 
     return WeightedSFT
 
@@ -113,14 +116,11 @@ def weighted_reward(trainer_class: type) -> type:
     base: Any = keeping(trainer_class)
 
     class WeightedReward(base):
-        def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            weights = inputs.get(COLUMN)
-            if weights is None:
-                return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            _, outputs = super().compute_loss(model, _without(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch)
+        def weighted_loss(self, weights: Tensor, model: Any, inputs: Inputs, **options: Any) -> Any:
+            _, outputs = super().compute_loss(model, inputs, **{**options, "return_outputs": True})
             chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
             loss = pair_loss(chosen, rejected, weights, inputs.get("margin"), self.args.center_rewards_coefficient)
-            return (loss, outputs) if return_outputs else loss
+            return (loss, outputs) if options["return_outputs"] else loss
 
     return WeightedReward
 
@@ -139,17 +139,13 @@ def weighted_gradients(trainer_class: type) -> type:
     base: Any = keeping(trainer_class)
 
     class WeightedGradients(base):
-        def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            weights = inputs.get(COLUMN)
-            if weights is None:
-                return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-
+        def weighted_loss(self, weights: Tensor, model: Any, inputs: Inputs, **options: Any) -> Any:
             def weighing(*args: Any, **kwargs: Any) -> Any:
                 outputs = model(*args, **kwargs)
                 read = outputs.log_probs if getattr(outputs, "log_probs", None) is not None else outputs.logits
                 scale_gradient(read, weights)
                 return outputs
 
-            return super().compute_loss(weighing, _without(inputs), return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(weighing, inputs, **options)
 
     return WeightedGradients
