@@ -7,7 +7,7 @@ Label Studio's `swapped` says that answer1 is not the first of the answers as th
 decides alone, and `swapped` stays a field.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf.data.formats.base import Format, Made, Several, of_two, prompt_or_nothing, ranked
@@ -32,6 +32,17 @@ def _annotations(row: Row) -> list[Mapping[str, Any]]:
     if not isinstance(annotations, list) or not all(isinstance(a, Mapping) for a in annotations):
         raise RowError(f"key 'annotations': expected a list of objects, found {describe(annotations)}")
     return annotations
+
+
+def _judging(row: Row, out: Several) -> Iterator[tuple[Mapping[str, Any], dict[str, str], str, str]]:
+    """(annotation, who, how messages call it, its place) of every annotation that is no skip; skips are set aside in `out`. Raises RowError."""
+    for i, annotation in enumerate(_annotations(row)):
+        who = _annotator(annotation.get("completed_by"))
+        said = f"annotation {i + 1}{' by ' + who['annotator'] if who else ''}"
+        if annotation.get("was_cancelled"):
+            out.aside.append(f"{said}: skipped (was_cancelled)")
+        else:
+            yield annotation, who, said, f"annotations[{i}]"
 
 
 def _annotator(value: Any) -> dict[str, str]:
@@ -92,13 +103,8 @@ def _pairs_label_studio(row: Row) -> Several:
     first, second = text_of(data, names[0]), text_of(data, names[1])
     prompt = prompt_or_nothing(data, "prompt")
     extra = _task_fields(data, ("prompt", *names))
-    for i, annotation in enumerate(_annotations(row)):
-        who = _annotator(annotation.get("completed_by"))
-        said = f"annotation {i + 1}{' by ' + who['annotator'] if who else ''}"
-        if annotation.get("was_cancelled"):
-            out.aside.append(f"{said}: skipped (was_cancelled)")
-            continue
-        side = _side(_results(annotation, f"annotations[{i}]"))
+    for annotation, who, said, place in _judging(row, out):
+        side = _side(_results(annotation, place))
         if isinstance(side, str):
             out.aside.append(f"{said}: {side}")
             continue
@@ -145,13 +151,8 @@ def _pairs_ranker(row: Row) -> Several:
     data, out = _data(row), Several()
     items, prompt = _items(data), prompt_or_nothing(data, "prompt")
     extra = _task_fields(data, ("prompt", "items"))
-    for i, annotation in enumerate(_annotations(row)):
-        who = _annotator(annotation.get("completed_by"))
-        said = f"annotation {i + 1}{' by ' + who['annotator'] if who else ''}"
-        if annotation.get("was_cancelled"):
-            out.aside.append(f"{said}: skipped (was_cancelled)")
-            continue
-        lists = [(value, place) for kind, value, place in _results(annotation, f"annotations[{i}]") if kind == "ranker"]
+    for annotation, who, said, place in _judging(row, out):
+        lists = [(value, where) for kind, value, where in _results(annotation, place) if kind == "ranker"]
         if not lists:
             out.aside.append(f"{said}: nothing was ranked")
             continue
