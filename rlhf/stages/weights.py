@@ -12,6 +12,7 @@ the mean of a batch, which would make a row's weight hang on its neighbours. Eac
 Refused: packing, which joins rows of different weights, and the losses that sort a batch (aot), which belong to no single row.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,15 @@ class WithWeights:
         return {**batch, COLUMN: torch.tensor([row[COLUMN] for row in rows], dtype=torch.float32)} if COLUMN in rows[0] else batch
 
 
-def keeping(trainer_class: type) -> type:
-    """`trainer_class` whose batches keep the weights (its collator, and the columns that it takes from the data), for `weighted_loss`."""
+# (the trainer, its own compute_loss(model, inputs, return_outputs=), model, inputs without weights, weights [B], return_outputs) -> as compute_loss.
+# Outputs are asked for where they are wanted only: SFTTrainer recomputes them by a pass of their own.
+WeightedLoss = Callable[[Any, Callable[..., Any], Any, Inputs, Tensor, bool], Any]
 
-    class Keeping(trainer_class):
+
+def weighted(trainer_class: type, loss: WeightedLoss) -> type:
+    """`trainer_class` whose batches keep the weights (its collator, and the columns that it takes from the data), and whose loss then is `loss`."""
+
+    class Weighted(trainer_class):
         data_collator: Any
         _signature_columns: Any
 
@@ -72,35 +78,44 @@ def keeping(trainer_class: type) -> type:
                 self._signature_columns = [*self._signature_columns, COLUMN]
 
         def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+            plain = functools.partial(super().compute_loss, num_items_in_batch=num_items_in_batch)
             if COLUMN not in inputs:
-                return super().compute_loss(model, inputs, **options)
+                return plain(model, inputs, return_outputs=return_outputs)
             rest = {key: value for key, value in inputs.items() if key != COLUMN}
-            return self.weighted_loss(inputs[COLUMN], model, rest, **options)
+            return loss(self, plain, model, rest, inputs[COLUMN], return_outputs)
 
-        def weighted_loss(self, weights: Tensor, model: Any, inputs: Inputs, **options: Any) -> Any:
-            """compute_loss with each row's weight [B]; without weights in `inputs`, compute_loss is the trainer's own."""
-            raise NotImplementedError
+    return Weighted
 
-    return Keeping
+
+def changed(model: Any, change: Callable[[Any], None]) -> Callable[..., Any]:
+    """`model` as a function whose outputs went through `change`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        outputs = model(*args, **kwargs)
+        change(outputs)
+        return outputs
+
+    return call
 
 
 def weighted_sft(trainer_class: type) -> type:
     """`trainer_class` (SFT) that multiplies the log-probabilities [B, L - 1], of which its loss is the sum, by the rows' weights."""
 
-    base: Any = keeping(trainer_class)
+    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, weights: Tensor, return_outputs: bool) -> Any:
+        weighed = False
 
-    class WeightedSFT(base):
-        def weighted_loss(self, weights: Tensor, model: Any, inputs: Inputs, **options: Any) -> Any:
-            def weighing(*args: Any, **kwargs: Any) -> Any:
-                outputs = model(*args, **kwargs)
-                if getattr(outputs, "log_probs", None) is not None:
-                    outputs.log_probs = outputs.log_probs * weights[:, None].to(outputs.log_probs.dtype)
-                return outputs
+        def weigh_tokens(outputs: Any) -> None:
+            nonlocal weighed
+            if getattr(outputs, "log_probs", None) is not None:  # TRL calls the model once more, for metrics that need whole logits
+                outputs.log_probs = outputs.log_probs * weights[:, None].to(outputs.log_probs.dtype)
+                weighed = True
 
-            return super().compute_loss(weighing, inputs, **options)
+        result = plain(changed(model, weigh_tokens), inputs, return_outputs=return_outputs)
+        if not weighed:
+            raise RuntimeError("SFTTrainer took its loss from something else than the model's log_probs, so the rows' weights went nowhere")
+        return result
 
-    return WeightedSFT
+    return weighted(trainer_class, loss)
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, margin: Tensor | None, centering: float | None) -> Tensor:
@@ -113,16 +128,13 @@ def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, margin: Tensor 
 def weighted_reward(trainer_class: type) -> type:
     """`trainer_class` (reward) whose loss is `pair_loss` where rows have weights; its metrics are TRL's."""
 
-    base: Any = keeping(trainer_class)
+    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, weights: Tensor, return_outputs: bool) -> Any:
+        _, outputs = plain(model, inputs, return_outputs=True)
+        chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
+        value = pair_loss(chosen, rejected, weights, inputs.get("margin"), trainer.args.center_rewards_coefficient)
+        return (value, outputs) if return_outputs else value
 
-    class WeightedReward(base):
-        def weighted_loss(self, weights: Tensor, model: Any, inputs: Inputs, **options: Any) -> Any:
-            _, outputs = super().compute_loss(model, inputs, **{**options, "return_outputs": True})
-            chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
-            loss = pair_loss(chosen, rejected, weights, inputs.get("margin"), self.args.center_rewards_coefficient)
-            return (loss, outputs) if options["return_outputs"] else loss
-
-    return WeightedReward
+    return weighted(trainer_class, loss)
 
 
 def scale_gradient(values: Tensor, weights: Tensor) -> None:
@@ -136,16 +148,10 @@ def scale_gradient(values: Tensor, weights: Tensor) -> None:
 def weighted_gradients(trainer_class: type) -> type:
     """`trainer_class` (DPO, KTO, CPO, ORPO) whose gradient of each row is multiplied by its weight; the loss that it returns is unweighted."""
 
-    base: Any = keeping(trainer_class)
+    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, weights: Tensor, return_outputs: bool) -> Any:
+        def scale(outputs: Any) -> None:
+            scale_gradient(outputs.log_probs if getattr(outputs, "log_probs", None) is not None else outputs.logits, weights)
 
-    class WeightedGradients(base):
-        def weighted_loss(self, weights: Tensor, model: Any, inputs: Inputs, **options: Any) -> Any:
-            def weighing(*args: Any, **kwargs: Any) -> Any:
-                outputs = model(*args, **kwargs)
-                read = outputs.log_probs if getattr(outputs, "log_probs", None) is not None else outputs.logits
-                scale_gradient(read, weights)
-                return outputs
+        return plain(changed(model, scale), inputs, return_outputs=return_outputs)
 
-            return super().compute_loss(weighing, inputs, **options)
-
-    return WeightedGradients
+    return weighted(trainer_class, loss)
