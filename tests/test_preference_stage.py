@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,13 +38,7 @@ PRESETS = ("dpo", "ipo", "kto", "cpo", "simpo", "orpo")
 RISE = {"dpo": 0.5, "ipo": 0.5, "kto": 0.3, "cpo": 0.5, "simpo": 1.0, "orpo": 0.02}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads only wait for each other with models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
