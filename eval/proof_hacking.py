@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.proofs import Check, MissingRun, Run, prove_seeds, read_run
-from rlhf.data.packages import sha256
+from rlhf.data.hashing import sha256
 
 EXPERIMENT = "hacking"
 STAGES = ("sft", "grpo")

@@ -128,7 +128,7 @@ def merge_items(arguments: Sequence[str]) -> list[str]:
     out = []
     for argument in arguments:
         key, equals, value = argument.lstrip("+").partition("=")
-        if key.startswith(free):
+        if key.startswith(free) or (f"{key}." in free and value.startswith("{")):
             out.append(f"++{key}={value}")
             continue
         place = next((p for p in places if key.startswith(p + ".")), None)

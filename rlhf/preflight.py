@@ -20,6 +20,7 @@ from conf.choices import (
     EngineKind,
     Judge,
     KTOLoss,
+    LabelMode,
     LoraSync,
     ModelKind,
     Offload,
@@ -27,7 +28,19 @@ from conf.choices import (
     RolloutBackend,
 )
 from conf.schema import Config, EngineConfig, ModelConfig
-from conf.stages import CPOStage, DataStage, EvalStage, KTOStage, OfflineStage, OnlineStage, ORPOStage, PreferenceStage, RewardStage, ServeRewardStage
+from conf.stages import (
+    CPOStage,
+    DataStage,
+    EvalStage,
+    KTOStage,
+    LabelStage,
+    OfflineStage,
+    OnlineStage,
+    ORPOStage,
+    PreferenceStage,
+    RewardStage,
+    ServeRewardStage,
+)
 from rlhf import distributed, run, tracking
 from rlhf.data import mixture, reading
 from rlhf.data.files import check_file
@@ -179,8 +192,8 @@ def check_lengths(cfg: Config) -> None:
 
 def check_data(cfg: Config) -> None:
     """Data files exist, are not empty, and their first rows fit the stage."""
-    if isinstance(cfg.stage, (ServeRewardStage, DataStage)):
-        return  # its texts come over the network; check_preparation looks at what is prepared
+    if isinstance(cfg.stage, (ServeRewardStage, DataStage, LabelStage)):
+        return  # texts come over the network; check_preparation looks at what is prepared, check_label at what is labelled
     if cfg.data.chat_template is not None:
         template_text(cfg.data.chat_template)
     if isinstance(cfg.stage, EvalStage):
@@ -203,6 +216,22 @@ def check_preparation(cfg: Config) -> None:
             f"data.pipeline holds {steps}, which stage={cfg.stage.name} doesn't run: run stage=data with it first, and give what that "
             "writes (train.jsonl, eval.jsonl) as data.path and data.eval_path."
         )
+
+
+def check_label(cfg: Config) -> None:
+    """stage=label: answers or labels have a source, and what is asked for can be had."""
+    if not isinstance(cfg.stage, LabelStage):
+        return
+    if distributed.world_size() > 1:
+        raise UserError(f"stage=label runs in one process, but {_ranks()} were launched. Run it without torchrun.")
+    if cfg.label.mode is LabelMode.export:
+        from rlhf.data.labelling.checks_export import check_export
+
+        check_export(cfg)
+    else:
+        from rlhf.data.labelling.checks_import import check_import
+
+        check_import(cfg)
 
 
 def check_judges(cfg: Config) -> None:
@@ -396,6 +425,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_model,
     check_data,
     check_preparation,
+    check_label,
     check_margin,
     check_preference,
     check_judges,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -22,8 +21,11 @@ from typing import Any
 
 import yaml
 
+from conf.choices import LabelMode
 from conf.schema import Config
+from conf.stages import LabelStage
 from rlhf import console, distributed
+from rlhf.data.hashing import sha256
 from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, plain_config, redact, truncate
 from rlhf.types import UserError
 
@@ -59,8 +61,9 @@ def seed_everything(seed: int) -> None:
 
 
 def run_directory(cfg: Config) -> Path:
-    """``<run.dir>/<run.name>/<stage>``."""
-    return Path(cfg.run.dir).expanduser() / cfg.run.name / cfg.stage.name
+    """``<run.dir>/<run.name>/<stage>``; labels that come back have a directory beside the export's, ``labels``."""
+    importing = isinstance(cfg.stage, LabelStage) and cfg.label.mode is LabelMode["import"]
+    return Path(cfg.run.dir).expanduser() / cfg.run.name / ("labels" if importing else cfg.stage.name)
 
 
 def check_directory(cfg: Config) -> None:
@@ -94,15 +97,6 @@ def latest_checkpoint(directory: Path) -> tuple[Path, int] | None:
         return None
     step, path = max(found)
     return path, step
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as source:
-        while piece := source.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def json_value(value: Any) -> Any:
@@ -329,6 +323,16 @@ class RunContext:
             self._manifest["data"].append(entry)
             self._write_manifest()
         return str(entry["sha256"])
+
+    def publish(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any] | None = None) -> None:
+        """Record a versioned artifact of this run: its files with their hashes, and what is known of it. Further calls with a name add versions."""
+        if not self.enabled:
+            return
+        listed = [{"path": str(path.relative_to(self.dir)), "sha256": sha256(path), "bytes": path.stat().st_size} for path in files]
+        entry = {"name": name, "kind": kind, "files": listed, "metadata": json_value(dict(metadata or {}))}
+        if entry not in self._manifest.setdefault("artifacts", []):
+            self._manifest["artifacts"].append(entry)
+            self._write_manifest()
 
     @contextlib.contextmanager
     def closing(self) -> Iterator["RunContext"]:

@@ -10,7 +10,7 @@ import pytest
 from conf.preparation.annotation import Contradicted, LabelNoise, NoiseFilter
 from conf.stages import RewardStage
 from rlhf.data.formats import Use
-from rlhf.data.packages import sha256
+from rlhf.data.hashing import sha256
 from rlhf.data.prepare.label_noise import label_noise, pair_issues, sigmoid
 from rlhf.run import RunContext
 from rlhf.stages import reward

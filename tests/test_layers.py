@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("conf", "rlhf", "rollout", "reward", "policy", "eval")
 SHARED = (
+    "conf.checks",
     "conf.choices",
+    "conf.labelling",
     "conf.preparation",
     "conf.schema",
     "conf.stages",

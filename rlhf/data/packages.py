@@ -1,6 +1,5 @@
 """Files that come inside installed packages, found through the package's own file list."""
 
-import hashlib
 import importlib.metadata
 from pathlib import Path
 
@@ -18,9 +17,3 @@ def package_file(distribution: str, name: str, requirement: str) -> Path:
     if not found or not found[0].is_file():
         raise UserError(f"{remedy} (the installed one has no file {name}).")
     return found[0]
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

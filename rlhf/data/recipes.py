@@ -13,7 +13,8 @@ from conf.choices import Recipe
 from conf.schema import Config, GymConfig
 from rlhf import distributed
 from rlhf.data import arithmetic, gym, reviews, smollm2
-from rlhf.data.packages import package_file, sha256
+from rlhf.data.hashing import sha256
+from rlhf.data.packages import package_file
 from rlhf.types import UserError
 
 Rows = Mapping[str, Sequence[Mapping[str, object]]]

@@ -4,8 +4,6 @@ A row is one annotator's judgement. Of a pair the judgement is which side is cho
 of a judged answer it is the column label; any other column can be named.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from conf.preparation.annotation import JudgedOptions, Repeats
 from rlhf.data.agreement import Label
 from rlhf.data.formats import Use
+from rlhf.data.hashing import digest
 from rlhf.data.prepare.items import CONTENT, Context, Item
 from rlhf.types import UserError
 
@@ -45,12 +44,6 @@ class Subject:
 
     def labels(self) -> list[Label]:
         return [Label(self.id, j.annotator, j.label) for j in self.judgements]
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits of a value's content; line ends are all one, since spreadsheets change them."""
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True).replace("\\r\\n", "\\n").replace("\\r", "\\n")
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def by_side(options: JudgedOptions, kind: Use) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from conf.preparation.annotation import Contradicted, LabelNoise
 from rlhf.data.formats import Use
-from rlhf.data.packages import sha256
+from rlhf.data.hashing import sha256
 from rlhf.data.prepare.items import Context, Item
 from rlhf.types import UserError
 

@@ -14,7 +14,7 @@ from typing import Any
 from conf.preparation import STEPS
 from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
-from rlhf.data.packages import sha256
+from rlhf.data.hashing import sha256
 from rlhf.data.rows import describe, nearest
 from rlhf.types import UserError
 
