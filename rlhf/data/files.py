@@ -223,27 +223,30 @@ def _csv(path: Path) -> Iterator[SourceRow]:
         raise UserError(f"{path}, row {number + 1}, line {reader.line_num}: not valid CSV ({error}).") from error
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _parquet_file(path: Path) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # of a damaged file Arrow's own errors and those of Unicode, sizes and memory
+        raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)}).") from error
 
 
 def _parquet(path: Path) -> Iterator[SourceRow]:
-    import pyarrow
-
     number, origin = 0, str(path)
     try:
         for batch in _parquet_file(path).iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
                 yield SourceRow(number, value, origin=origin)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}, after row {number}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(f"{path}, after row {number}: not a readable Parquet file ({_first_line(error)}).") from error
 
 
 def excel_text(text: str) -> str:
@@ -267,11 +270,7 @@ def _excel_cell(value: Any) -> str:
 
 def _excel(path: Path) -> Iterator[SourceRow]:
     """Rows of the first sheet; wholly empty ones are not rows."""
-    from xml.etree.ElementTree import ParseError
-    from zipfile import BadZipFile
-
     import openpyxl
-    from openpyxl.utils.exceptions import InvalidFileException
 
     number, origin = 0, str(path)
     try:
@@ -295,5 +294,7 @@ def _excel(path: Path) -> Iterator[SourceRow]:
             texts += [""] * (len(header) - len(texts))
             yield SourceRow(number, dict(zip(header, texts[: len(header)], strict=True)), origin=origin)
         book.close()
-    except (BadZipFile, InvalidFileException, ParseError, KeyError, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged workbook openpyxl raises whatever zip, zlib, XML and its own classes raise
         raise UserError(f"{path}, after row {number}: not a readable Excel file ({type(error).__name__}: {error}).") from error
