@@ -127,4 +127,6 @@ def _refusal(url: str, status: int | None, said: str) -> str:
         return f"label.url={url}: the token's user may not do this ({said})."
     if status == 404:
         return f"label.url={url}: no such project, or no Label Studio server ({said}). Check label.project, and that the token's user can open it."
+    if status is None or status < 400:  # an answer that the SDK can't read
+        return f"label.url={url}: expected the address of a Label Studio server, found one that answers: {said}."
     return f"label.url={url}: the server answers {status}: {said}."
