@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conf.choices import LabelKind, LabelTarget
-from rlhf.data import formats
+from rlhf.data import cells, formats
 from rlhf.data.hashing import digest
 from rlhf.data.labelling.records import Answer, Export, Judgement, Task, Unreadable, Verdict
-from rlhf.data.labelling.targets import TARGETS, detect, label_studio, read_labels, sheet
+from rlhf.data.labelling.targets import TARGETS, detect, label_studio, read_labels
 from rlhf.data.labelling.targets.shared import suggestion
 from rlhf.types import UserError
 from tests.label_exports import NASTY, TEXT, TOOLS, Tool, export, exports, fill_label_studio, judgements, task, without_place
@@ -343,9 +343,10 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 @given(text=TEXT)
 @FAST
 def test_marks_come_off(text: str) -> None:
-    for starts in ((), sheet._FORMULA):
-        marked = sheet.mark(text, starts)
-        assert marked and sheet.unmark(marked) == text
+    for starts in ((), cells.FORMULA):
+        marked = cells.mark(text, starts)
+        assert marked and cells.unmark(marked) == text and not (starts and marked.startswith(starts))
+    assert not cells.inert(text).startswith(cells.FORMULA) and (cells.inert(text) == text or cells.bare(cells.inert(text)) == text)
 
 
 def test_a_sheet_saved_as_csv_from_excel_reads_the_same(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelKind
+from rlhf.data.cells import FORMULA, mark, unmark
 from rlhf.data.files import excel_text, scan
 from rlhf.data.labelling.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.data.labelling.targets.shared import check_texts, guidance, most_answers, write_text
@@ -31,7 +32,6 @@ from rlhf.types import UserError
 
 CSV_FILE, XLSX_FILE, GUIDE_FILE = "label_sheet.csv", "label_sheet.xlsx", "label_sheet.txt"
 CELL = 32_767  # characters that an Excel cell holds, in UTF-16
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001 - full-width signs begin formulas in some languages
 _PREFERENCES = {"a": Verdict.left, "b": Verdict.right, "tie": Verdict.tie, "skip": Verdict.skip}
 HOW = {
     LabelKind.pair: "Fill in the column preference: a (response_a is better), b (response_b is better), tie or skip (you can't say).",
@@ -53,7 +53,7 @@ def write_csv(export: Export, folder: Path) -> list[Path]:
     writer = csv.DictWriter(out, columns(export), quoting=csv.QUOTE_ALL, lineterminator="\r\n")
     writer.writeheader()
     for task in export.tasks:
-        texts = {name: mark(text, _FORMULA) for name, text in texts_of(task, export.kind).items()}
+        texts = {name: mark(text, FORMULA) for name, text in texts_of(task, export.kind).items()}
         writer.writerow({"pair_id": task.id, **texts})
     return [write_text(folder / CSV_FILE, "\ufeff" + out.getvalue()), _guide(export, folder)]
 
@@ -115,16 +115,6 @@ def texts_of(task: Task, kind: LabelKind) -> dict[str, str]:
     """Prompt and responses by column, as they are shown."""
     places = _places(kind, len(task.answers))
     return {"prompt": as_text(task.prompt), **{f"response_{place}": text for place, text in zip(places, task.shown, strict=True)}}
-
-
-def mark(text: str, starts: tuple[str, ...] = ()) -> str:
-    """`text` with an apostrophe before it where it is empty, begins with one, or with any of `starts`."""
-    return f"'{text}" if not text or text.startswith(("'", *starts)) else text
-
-
-def unmark(cell: str) -> str:
-    """What `mark` was given."""
-    return cell.removeprefix("'")
 
 
 def _excel_row(task: Task, kind: LabelKind) -> dict[str, str]:
