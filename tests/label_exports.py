@@ -186,14 +186,14 @@ def fill_argilla(files: list[Path], said: list[Judgement]) -> Path:
     return path
 
 
-def _cells(said: Judgement) -> dict[str, Any]:
+def _cells(said: Judgement, row: dict[str, Any]) -> dict[str, Any]:
     """What an annotator writes into a row."""
-    pair = len(said.shown or ()) == 2 and said.verdict is not Verdict.ranked
     words = {Verdict.left: "a", Verdict.right: "B", Verdict.tie: "Tie ", Verdict.skip: "SKIP"}
     ranking = " > ".join("=".join(str(place + 1) for place in group) for group in said.ranking)
-    stars = {f"rating_{'ab'[place] if pair else place + 1}": value for place, value in enumerate(said.ratings) if value is not None}
+    stars = {f"rating_{'ab'[place] if 'preference' in row else place + 1}": value for place, value in enumerate(said.ratings) if value is not None}
     value = ranking if said.verdict is Verdict.ranked else words[said.verdict]
-    return {"preference": value, "ranking": value, "annotator": said.annotator, "comment": said.comment, **stars}
+    given = {"preference": value, "ranking": value, "annotator": said.annotator, "comment": said.comment, **stars}
+    return {key: cell for key, cell in given.items() if key in row}
 
 
 def _filled(rows: list[dict[str, Any]], said: list[Judgement]) -> list[dict[str, Any]]:
@@ -201,7 +201,7 @@ def _filled(rows: list[dict[str, Any]], said: list[Judgement]) -> list[dict[str,
     out = []
     for row in rows:
         mine = [judgement for judgement in said if judgement.task == row["pair_id"]]
-        out += [row | {key: value for key, value in _cells(judgement).items() if key in row} for judgement in mine] or [row]
+        out += [row | _cells(judgement, row) for judgement in mine] or [row]
     return out
 
 
@@ -243,7 +243,7 @@ def fill_jsonl(files: list[Path], said: list[Judgement]) -> Path:
     out = []
     for row in rows:
         for judgement in [judgement for judgement in said if judgement.task == row["pair_id"]] or [None]:
-            mine = {} if judgement is None else {key: value for key, value in _cells(judgement).items() if key in row}
+            mine = {} if judgement is None else _cells(judgement, row)
             known = {} if judgement is None else {"seconds": judgement.seconds, "time": judgement.time, "annotation": judgement.annotation}
             out.append(row | mine | known)
     path = files[0].with_name("filled.jsonl")

@@ -387,6 +387,7 @@ def test_an_excel_cell_that_is_too_small_is_an_error(text: str, tmp_path: Path) 
         ({"preference": "left"}, "key 'preference': expected a, b, tie, skip, or nothing where it is not labelled yet, found text 'left'"),
         ({"preference": "a", "rating_a": "6"}, "key 'rating_a': expected a whole number from 1 to 5, or nothing, found text '6'"),
         ({"preference": "a", "rating_a": "good"}, "key 'rating_a': expected a finite number"),
+        ({"ranking": "2>1", "rating_3": "2"}, "key 'rating_3': expected nothing, since the row has 2 responses, found text '2'"),
         ({"preference": "a", "pair_id": ""}, "key 'pair_id': expected text, found an empty one"),
         ({"ranking": "3>1"}, "key 'ranking': expected at least two numbers from 1 to 2"),
         ({"ranking": "1"}, "expected at least two numbers"),
@@ -401,7 +402,8 @@ def test_cells_that_say_nothing_clear(row: dict[str, str], reason: str, tmp_path
     names = ["response_1", "response_2"] if ranking else ["response_a", "response_b"]
     said = {"ranking": "2=1"} if ranking else {"preference": "B"}
     good = {"pair_id": "x-1", "prompt": "p", names[0]: "a", names[1]: "b", **said}
-    rows = [good | {"rating_a": ""}, good | {"rating_a": ""} | row]
+    empty = dict.fromkeys(("rating_1", "rating_2", "rating_3"), "") if ranking else {"rating_a": ""}
+    rows = [good | empty, good | empty | row]
     path = tmp_path / "labels.csv"
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = csv.DictWriter(out, list(rows[0]))

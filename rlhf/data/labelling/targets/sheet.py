@@ -178,13 +178,14 @@ def _judgement(row: Mapping[str, Any], place: str, texts: Texts) -> Judgement | 
     if not text:
         return None
     prompt, shown = texts(row)
-    verdict, ranking = _verdict(text, said, None if shown is None else len(shown))
+    count = None if shown is None else len(shown)
+    verdict, ranking = _verdict(text, said, count)
     return Judgement(
         task=text_of(row, "pair_id"),
         annotator=optional_text(row, "annotator").strip(),
         verdict=verdict,
         ranking=ranking,
-        ratings=_ratings(row),
+        ratings=_ratings(row, count),
         comment=optional_text(row, "comment"),
         seconds=None if row.get("seconds") in (None, "") else number_of(row, "seconds"),
         time=optional_text(row, "time") or None,
@@ -216,14 +217,16 @@ def _verdict(text: str, said: str, count: int | None) -> tuple[Verdict, tuple[tu
     return Verdict.ranked, tuple(tuple(sorted(int(number) - 1 for number in group)) for group in groups)
 
 
-def _ratings(row: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """From the columns rating_a and rating_b, or rating_1 ...; () where none is given. Raises RowError."""
-    found: dict[str, int | None] = {}
-    names = ["rating_a", "rating_b"] if "ranking" not in row else [name.replace("response", "rating") for name in response_columns(row)]
-    for name in names or [name for name in row if name.startswith("rating_")]:
-        value = row.get(name)
+def _ratings(row: Mapping[str, Any], count: int | None) -> tuple[int | None, ...]:
+    """From the columns rating_a and rating_b, or rating_1 ..., of `count` responses; () where none is given. Raises RowError."""
+    columns = sorted((name for name in row if re.fullmatch(r"rating_([ab]|[1-9][0-9]{0,3})", name)), key=lambda name: (len(name), name))
+    found: list[int | None] = []
+    for place, name in enumerate(columns):
+        value = row[name]
         stars = None if value is None or value == "" else number_of(row, name)
         if stars is not None and stars not in range(1, 6):
             raise RowError(f"key {name!r}: expected a whole number from 1 to 5, or nothing, found {describe(value)}")
-        found[name] = None if stars is None else int(stars)
-    return tuple(found.values()) if any(value is not None for value in found.values()) else ()
+        if stars is not None and count is not None and place >= count:
+            raise RowError(f"key {name!r}: expected nothing, since the row has {count} responses, found {describe(value)}")
+        found.append(None if stars is None else int(stars))
+    return tuple(found[:count]) if any(value is not None for value in found) else ()
