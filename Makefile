@@ -9,13 +9,17 @@ LOCK := requirements/lock-cpu-py311.txt
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# The server has requirements of its own that no lock of ours could hold beside vLLM's.
+LABELSTUDIO := .venv-labelstudio
+LABELSTUDIO_VERSION := 1.23.2
+LABELSTUDIO_STAMP := $(LABELSTUDIO)/.installed-$(LABELSTUDIO_VERSION)
 # -qq: errors only
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow lint format doctor bench bench-data bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data clean
+.PHONY: help setup demo test test-slow test-labelstudio lint format doctor bench bench-data bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +41,15 @@ test: $(STAMP) ## all tests but the slow ones (up to 25 min on 2 cores)
 
 test-slow: $(STAMP) ## the slow tests only
 	$(OFFLINE) $(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+test-labelstudio: $(STAMP) $(LABELSTUDIO_STAMP) ## a real Label Studio server on loopback: push, labels, pull (the server's packages, 1 GB, stay)
+	$(OFFLINE) LABEL_STUDIO=$(abspath $(LABELSTUDIO))/bin/label-studio $(PY) -m pytest -m labelstudio tests/test_labelstudio_server.py $(PYTEST_ARGS)
+
+$(LABELSTUDIO_STAMP):
+	@echo "Installing label-studio $(LABELSTUDIO_VERSION) into $(LABELSTUDIO) (minutes the first time) ..."
+	@test -x $(LABELSTUDIO)/bin/python || $(PYTHON) -m venv $(LABELSTUDIO)
+	@$(LABELSTUDIO)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) label-studio==$(LABELSTUDIO_VERSION)
+	@touch $@
 
 lint: $(STAMP) ## ruff (rules and format) and mypy; changes nothing
 	$(VENV)/bin/ruff check .
@@ -77,6 +90,6 @@ bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, and a 2 GiB file
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
 	$(OFFLINE) $(PY) -m rlhf.stages.bench --growth
 
-clean: ## remove caches and build leftovers (runs/ and .venv stay)
+clean: ## remove caches and build leftovers (runs/ and the environments stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(LABELSTUDIO) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

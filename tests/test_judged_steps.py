@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,31 @@ def test_decisions_are_never_written_over(tmp_path: Path) -> None:
         steps.run(review, Review(), rows, tmp_path, Use.unpaired)
     steps.run(review, Review(decisions=str(place)), rows, tmp_path, Use.unpaired)
     assert queue(tmp_path / "review.jsonl")[0]["decision"] is True, "they are kept in the queue that is written anew"
+
+
+def test_the_queue_holds_no_formula_and_comes_back(tmp_path: Path) -> None:
+    """Texts, ids, labels, comments and earlier decisions that a spreadsheet would calculate; as often as they are written and read."""
+    rows = [
+        {"prompt": text, "completion": "@c", "topic": label, "annotator": f"={label}", "key": f"=id{i}"}
+        for i, text in enumerate(("=1+1", "-- no", "'quoted", "\tx"))
+        for label in ("=good", "bad")
+    ]
+    options = Review(label="topic", item="key")
+    steps.run(review, options, rows, tmp_path, Use.sft)
+    place = tmp_path / "review.csv"
+    for number in range(3):
+        with place.open(encoding="utf-8-sig", newline="") as lines:
+            found = list(csv.DictReader(lines))
+        assert len(found) == 4 and not [cell for row in found for cell in row.values() if cell.startswith(("=", "-", "@", "\t"))]
+        if number == 0:
+            found = [row | {"decision": "=good", "comment": "-- so"} for row in found]
+        with (filled := tmp_path / f"filled{number}.csv").open("w", encoding="utf-8", newline="") as out:
+            writer = csv.DictWriter(out, found[0].keys())
+            writer.writeheader()
+            writer.writerows(found)
+        ran = steps.run(review, replace(options, decisions=str(filled)), rows, tmp_path / str(number), Use.sft)
+        assert [(row["prompt"], row["topic"]) for row in ran.rows] == [(text, "=good") for text in ("=1+1", "-- no", "'quoted", "\tx")]
+        place = tmp_path / str(number) / "review.csv"
 
 
 def test_agreed_sets_the_share(tmp_path: Path) -> None:

@@ -22,7 +22,12 @@ SHARED = (
     "rlhf.distributed",
     "rlhf.moments",
 )
-SOLE_IMPORTER = {"vllm": "rollout/vllm.py", "deepspeed": "policy/deepspeed_engine.py", "wandb": "rlhf/tracking.py"}
+SOLE_IMPORTER = {
+    "vllm": "rollout/vllm.py",
+    "deepspeed": "policy/deepspeed_engine.py",
+    "wandb": "rlhf/tracking.py",
+    "label_studio_sdk": "rlhf/data/labelling/server.py",
+}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The step `review`: items that annotators disagree on, as a queue file for a person to decide, and its decisions read back.
 
-Queue files, CSV (opens in a spreadsheet) and JSON lines with the same rows:
+Queue files, CSV (opens in a spreadsheet, so what one would take for a formula has an apostrophe before it) and JSON lines with the same rows:
 
     id          of the item; a hash of its texts where no column names it
     prompt, a, b, ...   the texts that were judged; conversations as one text
@@ -23,6 +23,7 @@ from typing import Any
 from conf.preparation.annotation import Review
 from rlhf.data.aggregation import votes_by_item
 from rlhf.data.agreement import sorted_labels
+from rlhf.data.cells import bare, inert
 from rlhf.data.files import read_rows
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.judgements import REVIEWED, SIDES, Subject, by_side, reject, settled, subjects, typed
@@ -78,7 +79,7 @@ def write_queue(rows: Sequence[Row], stem: Path) -> None:
     with beside.open("w", encoding="utf-8-sig", newline="") as out:  # the byte order mark tells spreadsheets that it is UTF-8
         writer = csv.DictWriter(out, names)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: inert(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows)
     beside.replace(table)
     beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     beside.replace(lines)
@@ -110,19 +111,22 @@ def read_decisions(path: str, found: Sequence[Subject], labels: Sequence[Any]) -
         key, text = str(row["id"]), str("" if row["decision"] is None else row["decision"]).strip()
         if not text:
             continue
+        key = key if key in known else bare(key)
         subject = known.get(key)
         if subject is None:
             raise UserError(f"{place}: the data has no item {key!r}. Expected the queue file of the same rows; take the row out if they are gone.")
         for column, value in subject.texts.items():
-            if column not in row or _lines(str(row[column])) != _lines(readable(value)):
+            if column not in row or _lines(str(row[column])) not in (_lines(readable(value)), _lines(inert(readable(value)))):
                 raise UserError(
                     f"{place}: item {key!r} was judged with another text in {column!r} than the data has: the queue file was edited there, or "
                     "the data changed. Decide it again in a fresh queue file."
                 )
         label = DROP if text.lower() == DROP and DROP not in map(str, labels) else typed(text, labels)
         if label != DROP and label not in labels:
+            label = typed(bare(text), labels)
+        if label != DROP and label not in labels:
             raise UserError(f"{place}: decision {text!r}: expected one of {', '.join(map(str, labels))}, or {DROP}.")
-        decision = Decision(label, str(row.get("comment") or ""))
+        decision = Decision(label, bare(str(row.get("comment") or "")))
         if key in out and out[key].label != label:
             raise UserError(f"{place}: item {key!r} is decided twice, as {out[key].label!r} and as {label!r}: expected one decision.")
         out[key] = decision
