@@ -212,7 +212,7 @@ function keyTable(data) {
   rows.push([["Enter"], "Next task"], [["p"], "Back to the task before"], [["u", "⌫"], "Undo the last choice"]);
   if (data.ratings) rows.push([["r"], "Rate: then 1 to 5 for each answer"]);
   if (data.comments) rows.push([["c"], "Write a comment; Esc leaves it"]);
-  rows.push([["n"], "Next task without a label"], [["l"], "List of tasks"], [["f"], "Letters of one width, for code and tables"], [["d"], "Download the labels"], [["?"], "This help"]);
+  rows.push([["n"], "Next task without a label"], [["l"], "List of tasks"], [["f"], "Fixed-width letters, for code and tables"], [["d"], "Download the labels"], [["?"], "This help"]);
   return rows;
 }
 

@@ -1,0 +1,1 @@
+"""Tasks as the files of labelling tools, and labels read back."""
