@@ -24,6 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # The lock's header says why.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "llm", "llama-cpp-python", "datamodel-code-generator", "doclang"}
 UNUSED_REQUIREMENTS = {("label-studio-sdk", "opencv-python-headless")}
+SHIPPED = (".py", ".yaml", ".jinja", ".html", ".css", ".js")  # suffixes that the wheel must hold
 EXTRAS = ("cpu", "demo", "smollm2", "gym", "embeddings", "labelstudio", "test", "dev")
 
 
@@ -139,7 +140,7 @@ def test_wheel_holds_every_package_and_preset(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=copy, capture_output=True, text=True, check=True)
     with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
         inside = set(wheel.namelist())
-    sources = [path for name in packages for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".yaml")]
+    sources = [path for name in packages for path in (ROOT / name).rglob("*") if path.suffix in SHIPPED]
     wanted = {path.relative_to(ROOT).as_posix() for path in sources}
     assert len(wanted) > 20
     assert wanted <= inside
