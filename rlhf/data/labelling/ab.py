@@ -90,11 +90,11 @@ def rule(alpha: float, pairs: int | None) -> str:
 
 
 def bets(effect: float | None) -> Bets:
-    """The fractions to bet and their weights: half the capital on what pays best at `effect`, the rest spread evenly over the fractions' logarithm."""
+    """The fractions to bet and their weights: three quarters on what pays best at `effect`, the rest evenly over the logarithm, for other effects."""
     weights = np.full(len(_FRACTIONS), 1 / len(_FRACTIONS))
     if effect is None:
         return _FRACTIONS, weights
-    return np.append(_FRACTIONS, 2 * effect), np.append(weights / 2, 0.5)
+    return np.append(_FRACTIONS, 2 * effect), np.append(weights / 4, 0.75)
 
 
 def log_capital(outcomes: np.ndarray, chosen: Bets) -> tuple[np.ndarray, np.ndarray]:
@@ -107,14 +107,8 @@ def log_capital(outcomes: np.ndarray, chosen: Bets) -> tuple[np.ndarray, np.ndar
     return up, down
 
 
-def log_e_values(outcomes: np.ndarray, chosen: Bets) -> np.ndarray:
-    """Logarithm of the e-value against a mean of 1/2 after each outcome, [..., N]."""
-    up, down = log_capital(outcomes, chosen)
-    return np.logaddexp(up, down) - math.log(2)
-
-
 def _log_e(counts: tuple[float, float], logs: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
-    """`log_e_values` after so many wins of each side, in any order. `logs`: of the weights, of 1 + c and of 1 - c, each [G]."""
+    """Logarithm of the e-value against 1/2 after so many wins of each side, in any order. `logs`: of the weights, of 1 + c and of 1 - c, each [G]."""
     weights, plus, minus = logs
     both = np.concatenate([weights + counts[0] * plus + counts[1] * minus, weights + counts[1] * plus + counts[0] * minus])
     most = both.max()
@@ -269,7 +263,7 @@ def _log_refuted(m: float, values: np.ndarray, counts: np.ndarray, chosen: Bets)
 
 
 def confidence_interval(given: np.ndarray, alpha: float, chosen: Bets) -> tuple[float, float]:
-    """The means that `given` [N] do not refute at 1 / alpha: one time of the confidence sequence. It holds the mean of `given`, whose e-value is at most 1."""
+    """The means that `given` [N] do not refute at 1 / alpha: one time of the confidence sequence. The mean itself is one."""
     from scipy.optimize import brentq
 
     if not len(given):
