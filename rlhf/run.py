@@ -317,7 +317,7 @@ class RunContext:
         if found is None:
             return {}
         if found.get("changed"):
-            LOG.warning("%s was changed since the run in %s published it.", place, self.dir / found["run"])
+            LOG.warning("%s was changed since the run in %s published it.", place, os.path.normpath(self.dir / found["run"]))
         for artifact in found["artifacts"] if "wandb" in found else ():
             self.tracker.use(artifact["name"], artifact["digest"], found["wandb"])
         return {"from": found}

@@ -295,9 +295,8 @@ class _TensorBoardSink:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         # TensorBoard renders Markdown: texts stand in indented blocks, where nothing is markup
         columns, cells = table_cells(rows)
-        blocks = [
-            f"{column}:\n\n" + "\n".join(f"    {line}" for line in str(cell).splitlines()) for row in cells for column, cell in zip(columns, row)
-        ]
+        named = [(column, str(cell)) for row in cells for column, cell in zip(columns, row, strict=True)]
+        blocks = [f"{column}:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) for column, text in named]
         self._writer.add_text(name, "\n\n".join(blocks), step)
 
     def artifact(self, name: str, kind: str, files: Mapping[str, Path], metadata: Mapping[str, Any], alias: str) -> None:
@@ -412,15 +411,15 @@ class Tracker:
         if self._sink is not None and rows:
             self._sink.table(name, rows, step)
 
-    def artifact(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any], root: Path, digest: str) -> None:
-        """Log a version of an artifact: `files`, named relative to `root`. `digest` of their content is the alias by which `use` finds the version."""
+    def artifact(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any], root: Path, alias: str) -> None:
+        """Log a version of an artifact: `files`, named relative to `root`. By `alias`, a digest of their content, `use` finds this version."""
         if self._sink is not None:
-            self._sink.artifact(name, kind, {path.relative_to(root).as_posix(): path for path in files}, metadata, digest)
+            self._sink.artifact(name, kind, {path.relative_to(root).as_posix(): path for path in files}, metadata, alias)
 
-    def use(self, name: str, digest: str, run: Mapping[str, Any]) -> None:
+    def use(self, name: str, alias: str, run: Mapping[str, Any]) -> None:
         """Say that this run reads another run's artifact. `run`: that run's `wandb_run`. W&B online only, and no error where it does not know it."""
         if self._sink is not None:
-            self._sink.use(name, digest, run)
+            self._sink.use(name, alias, run)
 
     @property
     def wandb_run(self) -> dict[str, Any] | None:
