@@ -50,7 +50,7 @@ _NAME_LENGTH = 128  # of an artifact, at W&B
 
 def artifact_name(name: str) -> str:
     """`name` as W&B takes it: letters, digits, ``-``, ``_`` and ``.``, at most 128 of them; without what looks like a secret."""
-    fits = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(redact("", name))).strip("-") or "artifact"
+    fits = re.sub(r"[^A-Za-z0-9_.]+", "-", str(redact("", name))).strip("-") or "artifact"
     return fits if len(fits) <= _NAME_LENGTH else f"{fits[: _NAME_LENGTH - 17]}-{digest(name)}"
 
 

@@ -28,6 +28,7 @@ from rlhf.types import UserError
 Bets = tuple[np.ndarray, np.ndarray]  # fractions c in (0, 1), and their weights, which add up to 1
 MOST_PAIRS = 200_000  # of a plan: what nobody will label, and what is still computed in seconds
 _FRACTIONS = np.geomspace(0.02, 0.95, 24)
+_MOST_LOG = 700.0  # of a capital: near the largest number
 _EDGE = 1e-9  # how near to 0 and 1 an interval's ends are looked for
 
 
@@ -97,13 +98,13 @@ def bets(effect: float | None) -> Bets:
     return np.append(_FRACTIONS, 2 * effect), np.append(weights / 4, 0.75)
 
 
-def log_capital(outcomes: np.ndarray, chosen: Bets) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of K_up(1/2) and K_down(1/2), means over the bets, after each outcome. `outcomes` and both results: [..., N]."""
+def capital(outcomes: np.ndarray, chosen: Bets) -> tuple[np.ndarray, np.ndarray]:
+    """K_up(1/2) and K_down(1/2), means over the bets, after each outcome; e^700 stands for all above. `outcomes` and both results: [..., N]."""
     lead = 2 * outcomes - 1
-    up, down = np.full(outcomes.shape, -np.inf), np.full(outcomes.shape, -np.inf)
+    up, down = np.zeros(outcomes.shape), np.zeros(outcomes.shape)
     for fraction, weight in zip(*chosen, strict=True):
-        up = np.logaddexp(up, math.log(weight) + np.cumsum(np.log1p(fraction * lead), axis=-1))
-        down = np.logaddexp(down, math.log(weight) + np.cumsum(np.log1p(-fraction * lead), axis=-1))
+        up += weight * np.exp(np.minimum(np.cumsum(np.log1p(fraction * lead), axis=-1), _MOST_LOG))
+        down += weight * np.exp(np.minimum(np.cumsum(np.log1p(-fraction * lead), axis=-1), _MOST_LOG))
     return up, down
 
 
@@ -322,9 +323,9 @@ def sequential_test(given: Sequence[float], planned: Plan | None = None, *, alph
         raise ValueError(f"identical is {identical}, expected a count")
     labelled, end = _checked(given), planned.pairs if planned is not None else None
     chosen = bets(planned.effect if planned is not None else None)
-    up, down = log_capital(labelled[:end], chosen)
-    log_e = np.logaddexp(up, down) - math.log(2)
-    crossed = np.flatnonzero(log_e >= -math.log(level))
+    up, down = capital(labelled[:end], chosen)
+    e_values = (up + down) / 2
+    crossed = np.flatnonzero(e_values >= 1 / level)
     stopped = int(crossed[0]) + 1 if len(crossed) else None
     if stopped is not None:
         decision = "b is better" if up[stopped - 1] > down[stopped - 1] else "a is better"
@@ -333,7 +334,7 @@ def sequential_test(given: Sequence[float], planned: Plan | None = None, *, alph
     else:
         decision = f"not decided: {len(labelled)}{'' if end is None else f' of {end}'} pairs"
     every = np.concatenate([labelled, np.full(identical, 0.5)])
-    last = (stopped or len(log_e)) - 1
+    last = (stopped or len(e_values)) - 1
     return ABResult(
         decision=decision,
         rule=rule(level, end),
@@ -346,7 +347,7 @@ def sequential_test(given: Sequence[float], planned: Plan | None = None, *, alph
         identical=identical,
         win_rate=float(np.mean(every)) if len(every) else None,
         alpha=level,
-        e_value=float(np.exp(min(700.0, log_e[last]))) if len(log_e) else 1.0,
+        e_value=float(e_values[last]) if len(e_values) else 1.0,
         interval=confidence_interval(every, level, chosen),
         fixed_interval=wilson_interval(every, level),
     )
