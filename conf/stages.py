@@ -103,11 +103,13 @@ class RewardStage(OfflineStage):
 
     name: str = "reward"
     margin: bool = False  # subtract each row's `margin` from the score difference (Llama 2, arXiv:2307.09288)
+    soft_label: bool = False  # each row's `soft_label`, the probability that chosen is better, is what the loss is to find; 0.5 is a tie
     centering_coef: float = 0.0  # weight of (chosen + rejected)^2 (Eisenstein et al. 2023, arXiv:2312.09244)
     bootstrap: int = 1000  # resamples for the accuracy's 95 % interval
 
     def __post_init__(self) -> None:
         super(RewardStage, self).__post_init__()
+        check(not (self.margin and self.soft_label), "stage.soft_label", self.soft_label, "false with stage.margin=true")
         check(self.centering_coef >= 0, "stage.centering_coef", self.centering_coef, "at least 0")
         check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
 

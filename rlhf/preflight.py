@@ -365,10 +365,10 @@ def check_rollout(cfg: Config) -> list[str]:
     return [] if have_vllm or backend is RolloutBackend.hf else ["rollout=auto: vLLM is not installed, so responses come from Hugging Face generate."]
 
 
-def check_margin(cfg: Config) -> None:
-    """stage.margin needs margins; every row is looked at when the file is read."""
-    if isinstance(cfg.stage, RewardStage) and cfg.stage.margin:
-        reading.check_first_margin(cfg)
+def check_strength(cfg: Config) -> None:
+    """stage.margin needs margins, stage.soft_label soft labels; every row is looked at when the file is read."""
+    if isinstance(cfg.stage, RewardStage) and (cfg.stage.margin or cfg.stage.soft_label):
+        reading.check_first_strength(cfg)
 
 
 _HEADS = ("lm_head", "embed_out")  # names of language-model heads
@@ -426,7 +426,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_data,
     check_preparation,
     check_label,
-    check_margin,
+    check_strength,
     check_preference,
     check_judges,
     check_reward,

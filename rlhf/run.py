@@ -26,12 +26,14 @@ from conf.schema import Config
 from conf.stages import LabelStage
 from rlhf import console, distributed
 from rlhf.data.hashing import sha256
-from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, plain_config, redact, truncate
+from rlhf.lineage import MANIFEST_FILE, artifact_digest, origin
+from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, artifact_name, plain_config, redact, truncate
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.run")
-CONFIG_FILE, MANIFEST_FILE, SUMMARY_FILE = "config.yaml", "manifest.json", "summary.json"
+CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 STEPS_FOLDER = "steps"  # of stage=data
+MODEL = "model"  # kind of artifact
 PACKAGES = (
     "torch",
     "transformers",
@@ -241,6 +243,8 @@ class RunContext:
             self._manifest = self._first_manifest(argv, opened)
             self._write_manifest()
         self.tracker = Tracker(cfg, directory, self.stage, enabled=self.enabled, resume=opened.resumed)
+        if self.tracker.wandb_run is not None:
+            self.record("wandb", self.tracker.wandb_run)
 
     @classmethod
     def open(cls, cfg: Config, argv: Sequence[str] = ()) -> "RunContext":
@@ -291,7 +295,7 @@ class RunContext:
         return self.dir / "checkpoints"
 
     def add_parent(self, kind: str, path: str | Path | None) -> None:
-        """Record what this run builds on (`kind`: policy, reward, ...): its path, and its summary's hash where it is a run of ours."""
+        """Record what this run builds on (`kind`: policy, reward, ...): its path, its summary's hash, and as ``from`` the run of ours it lies in."""
         if not self.enabled or path is None:
             return
         place = Path(path).expanduser()
@@ -301,9 +305,22 @@ class RunContext:
             "path": str(path),
             "summary_sha256": sha256(summary) if summary else None,
         }
+        if place.exists():
+            entry |= self._origin(place)
         if entry not in self._manifest["parents"]:
             self._manifest["parents"].append(entry)
             self._write_manifest()
+
+    def _origin(self, place: Path, file_sha256: str | None = None) -> dict[str, Any]:
+        """The entry ``from`` of an input (rlhf/lineage.py), of which the tracker learns, too; nothing for an input from elsewhere."""
+        found = origin(place, self.dir, file_sha256)
+        if found is None:
+            return {}
+        if found.get("changed"):
+            LOG.warning("%s was changed since the run in %s published it.", place, os.path.normpath(self.dir / found["run"]))
+        for artifact in found["artifacts"] if "wandb" in found else ():
+            self.tracker.use(artifact["name"], artifact["digest"], found["wandb"])
+        return {"from": found}
 
     def record(self, key: str, value: Any) -> None:
         """Put an entry of the stage's own into the manifest."""
@@ -318,21 +335,31 @@ class RunContext:
         place = Path(path).expanduser()
         if not place.is_file():
             raise UserError(f"data file {place}: no such file.")
-        entry = {"path": str(path), "sha256": sha256(place), "bytes": place.stat().st_size}
+        entry: dict[str, Any] = {"path": str(path), "sha256": sha256(place), "bytes": place.stat().st_size}
+        entry |= self._origin(place, entry["sha256"])
         if entry not in self._manifest["data"]:
             self._manifest["data"].append(entry)
             self._write_manifest()
         return str(entry["sha256"])
 
-    def publish(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any] | None = None) -> None:
-        """Record a versioned artifact of this run: its files with their hashes, and what is known of it. Further calls with a name add versions."""
+    def publish(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any] | None = None, root: Path | None = None) -> None:
+        """Record a versioned artifact of this run: its files with their hashes, and what is known of it. Further calls with a name add versions.
+
+        The tracker gets it too, its files named relative to `root` (the run directory); a model only with ``tracking.log_model``. Names are made to
+        fit W&B, and what looks like a secret is left out of name and metadata.
+        """
         if not self.enabled:
             return
         listed = [{"path": str(path.relative_to(self.dir)), "sha256": sha256(path), "bytes": path.stat().st_size} for path in files]
-        entry = {"name": name, "kind": kind, "files": listed, "metadata": json_value(dict(metadata or {}))}
-        if entry not in self._manifest.setdefault("artifacts", []):
-            self._manifest["artifacts"].append(entry)
-            self._write_manifest()
+        known = redact("", json_value(dict(metadata or {})))
+        entry = {"name": artifact_name(name), "kind": kind, "files": listed, "metadata": known}
+        entry["digest"] = artifact_digest(entry)
+        if entry in self._manifest.setdefault("artifacts", []):
+            return
+        self._manifest["artifacts"].append(entry)
+        self._write_manifest()
+        if kind != MODEL or self.cfg.tracking.log_model:
+            self.tracker.artifact(entry["name"], kind, files, known, root or self.dir, entry["digest"])
 
     @contextlib.contextmanager
     def closing(self) -> Iterator["RunContext"]:
@@ -377,7 +404,10 @@ class RunContext:
         }
         plots = plot_run(self.dir)
         self.tracker.images(plots)
-        self.tracker.finish(model_dir, json_value(metrics))
+        if model_dir is not None:
+            weights = sorted(path for path in model_dir.rglob("*") if path.is_file())
+            self.publish(f"{self.cfg.run.name}-{self.stage}", MODEL, weights, {"stage": self.stage, "steps": steps}, model_dir)
+        self.tracker.finish(json_value(metrics))
         write_json(self.dir / SUMMARY_FILE, summary)  # last: whoever sees it sees a whole run
         shown: dict[str, Path | str] = {"run": self.dir, **({"model": model_dir} if model_dir else {}), **(files or {})}
         if plots:

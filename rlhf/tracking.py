@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from conf.choices import TrackingKind, WandbMode
 from conf.schema import Config, TrackingConfig
+from rlhf.data.hashing import digest
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.tracking")
@@ -42,6 +43,36 @@ def redact(name: str, value: Any) -> Any:
     if _SECRET_NAME.search(name) and value is not None:
         return REDACTED
     return _SECRET_VALUE.sub(REDACTED, value) if isinstance(value, str) else value
+
+
+_NAME_LENGTH = 128  # of an artifact, at W&B
+
+
+def artifact_name(name: str) -> str:
+    """`name` as W&B takes it: letters, digits, ``-``, ``_`` and ``.``, at most 128 of them; without what looks like a secret."""
+    fits = re.sub(r"[^A-Za-z0-9_.]+", "-", str(redact("", name))).strip("-") or "artifact"
+    return fits if len(fits) <= _NAME_LENGTH else f"{fits[: _NAME_LENGTH - 17]}-{digest(name)}"
+
+
+def table_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns, and the cells of each row: numbers, texts, or null, one kind a column (else all as text); other values as JSON. Nothing secret."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(name: str, value: Any) -> Any:
+        found = redact(name, _plain(value))
+        if isinstance(found, float) and not math.isfinite(found):
+            return None
+        return found if found is None or isinstance(found, (bool, int, float, str)) else json.dumps(found, ensure_ascii=False, default=str)
+
+    def kind(value: Any) -> type:
+        return bool if isinstance(value, bool) else float if isinstance(value, (int, float)) else str
+
+    cells = [[cell(name, row.get(name)) for name in columns] for row in rows]
+    for i in range(len(columns)):
+        if len({kind(row[i]) for row in cells if row[i] is not None}) > 1:
+            for row in cells:
+                row[i] = None if row[i] is None else str(row[i])
+    return columns, cells
 
 
 def plain_config(cfg: Config) -> dict[str, Any]:
@@ -142,9 +173,15 @@ class _Sink(Protocol):
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None: ...
+
     def images(self, paths: Sequence[Path]) -> None: ...
 
-    def finish(self, model_dir: Path | None, summary: Mapping[str, Any], exit_code: int) -> None: ...
+    def artifact(self, name: str, kind: str, files: Mapping[str, Path], metadata: Mapping[str, Any], alias: str) -> None: ...
+
+    def use(self, name: str, alias: str, run: Mapping[str, Any]) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None: ...
 
 
 class _WandbSink:
@@ -157,8 +194,7 @@ class _WandbSink:
 
         self._wandb = wandb
         self._mode = wandb_mode(cfg.tracking)
-        self._stage = stage
-        self._log_model = cfg.tracking.log_model
+        self._used: set[str] = set()
         self._home = directory / "wandb"
         self._home.mkdir(parents=True, exist_ok=True)
         id_file = self._home / RUN_ID_FILE
@@ -198,30 +234,48 @@ class _WandbSink:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Where the run is, for those who read its manifest."""
+        return {"project": self._run.project, "entity": self._run.entity or None, "run_id": self._run.id, "mode": self._mode.value}
+
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        columns = list(dict.fromkeys(k for row in rows for k in row))
-        table = self._wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in rows])
-        self._run.log({"samples": table}, step=step)
+        self.table("samples", rows, step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        columns, cells = table_cells(rows)
+        self._run.log({name: self._wandb.Table(columns=columns, data=cells)}, step=step)
 
     def images(self, paths: Sequence[Path]) -> None:
         self._run.log({f"plots/{p.stem}": self._wandb.Image(str(p)) for p in paths})
 
-    def finish(self, model_dir: Path | None, summary: Mapping[str, Any], exit_code: int) -> None:
+    def artifact(self, name: str, kind: str, files: Mapping[str, Path], metadata: Mapping[str, Any], alias: str) -> None:
+        artifact = self._wandb.Artifact(name, type=kind, metadata=dict(metadata))
+        # immutable + skip_cache: read in place, no second copy of the weights in the user's home
+        for inside, path in files.items():
+            artifact.add_file(str(path.resolve()), name=inside, policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=["latest", alias])
+
+    def use(self, name: str, alias: str, run: Mapping[str, Any]) -> None:
+        reference = "/".join([*(str(run[key]) for key in ("entity", "project") if run.get(key)), f"{name}:{alias}"])
+        if self._mode is WandbMode.offline or reference in self._used:  # W&B can't look an artifact up offline
+            return
+        self._used.add(reference)
+        try:
+            self._run.use_artifact(reference)
+        except (self._wandb.errors.Error, ValueError, OSError) as error:
+            LOG.warning("W&B does not know the artifact %s (%s): the lineage is in manifest.json only. Was its run synced?", reference, error)
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         for name, value in summary.items():
             self._run.summary[name] = value
-        if model_dir is not None and self._log_model:
-            artifact = self._wandb.Artifact(f"{self._stage}-{self._run.id}", type="model")
-            # immutable + skip_cache: read in place, no second copy of the weights in the user's home
-            for path in sorted(p for p in model_dir.rglob("*") if p.is_file()):
-                artifact.add_file(str(path.resolve()), name=str(path.relative_to(model_dir)), policy="immutable", skip_cache=True)
-            self._run.log_artifact(artifact)
         self._run.finish(exit_code=exit_code)
 
 
 class _TensorBoardSink:
     """Event files in ``<run directory>/tensorboard``."""
 
-    sync_command = None
+    sync_command, identity = None, None
 
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -236,8 +290,20 @@ class _TensorBoardSink:
         self._writer.flush()
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        text = "\n\n".join("  \n".join(f"**{k}**: {v}" for k, v in row.items()) for row in rows)
-        self._writer.add_text("samples", text, step)
+        self.table("samples", rows, step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        # TensorBoard renders Markdown: texts stand in indented blocks, where nothing is markup
+        columns, cells = table_cells(rows)
+        named = [(column, str(cell)) for row in cells for column, cell in zip(columns, row, strict=True)]
+        blocks = [f"{column}:\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) for column, text in named]
+        self._writer.add_text(name, "\n\n".join(blocks), step)
+
+    def artifact(self, name: str, kind: str, files: Mapping[str, Path], metadata: Mapping[str, Any], alias: str) -> None:
+        """TensorBoard has none; the run's manifest has them."""
+
+    def use(self, name: str, alias: str, run: Mapping[str, Any]) -> None:
+        """Likewise."""
 
     def images(self, paths: Sequence[Path]) -> None:
         from matplotlib.image import imread
@@ -245,7 +311,7 @@ class _TensorBoardSink:
         for path in paths:
             self._writer.add_image(f"plots/{path.stem}", imread(path)[..., :3], self._step, dataformats="HWC")
 
-    def finish(self, model_dir: Path | None, summary: Mapping[str, Any], exit_code: int) -> None:
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         for name, value in summary.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"summary/{name}", value, self._step)
@@ -340,6 +406,27 @@ class Tracker:
         else:
             self._pending = (step, clean)
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Rows as a table of the tracker (W&B: a Table; TensorBoard: text). Markup in texts stays text; what looks like a secret is left out."""
+        if self._sink is not None and rows:
+            self._sink.table(name, rows, step)
+
+    def artifact(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any], root: Path, alias: str) -> None:
+        """Log a version of an artifact: `files`, named relative to `root`. By `alias`, a digest of their content, `use` finds this version."""
+        if self._sink is not None:
+            self._sink.artifact(name, kind, {path.relative_to(root).as_posix(): path for path in files}, metadata, alias)
+
+    def use(self, name: str, alias: str, run: Mapping[str, Any]) -> None:
+        """Say that this run reads another run's artifact. `run`: that run's `wandb_run`. W&B online only, and no error where it does not know it."""
+        if self._sink is not None:
+            self._sink.use(name, alias, run)
+
+    @property
+    def wandb_run(self) -> dict[str, Any] | None:
+        """project, entity, run_id and mode of the W&B run; None without one."""
+        found: dict[str, Any] | None = getattr(self._sink, "identity", None)
+        return found
+
     def images(self, paths: Sequence[Path]) -> None:
         """Show the plots in the tracker; the files themselves stay where they are."""
         if self._sink is not None and paths:
@@ -350,8 +437,8 @@ class Tracker:
         """The command that uploads an offline W&B run; None where there is nothing to upload."""
         return getattr(self._sink, "sync_command", None)
 
-    def finish(self, model_dir: Path | None = None, summary: Mapping[str, Any] | None = None, exit_code: int = 0) -> None:
-        """Close everything once; `model_dir` becomes W&B's model artifact, `summary` its summary. Further calls do nothing."""
+    def finish(self, summary: Mapping[str, Any] | None = None, exit_code: int = 0) -> None:
+        """Close everything once; `summary` becomes W&B's summary. Further calls do nothing."""
         if not self.enabled or self._closed:
             return
         self._closed = True
@@ -359,7 +446,7 @@ class Tracker:
         if self._sink is not None:
             if self._pending is not None:
                 self._sink.samples(*self._pending)
-            self._sink.finish(model_dir, split_nonfinite(summary or {})[0], exit_code)
+            self._sink.finish(split_nonfinite(summary or {})[0], exit_code)
 
 
 def _last_line(path: Path) -> tuple[dict[str, Any] | None, int]:

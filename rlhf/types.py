@@ -60,6 +60,7 @@ class PreferencePair:
     rejected: object
     margin: float | None = None
     weight: float | None = None  # in the loss; None: like every other row
+    soft_label: float | None = None  # probability that `chosen` is better; None: it is
 
 
 @dataclass(frozen=True, slots=True)

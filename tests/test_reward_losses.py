@@ -57,6 +57,68 @@ def test_swapped_probabilities_add_up_to_one() -> None:
     assert total.item() == pytest.approx(1.0)
 
 
+def test_soft_labels_hand_computed() -> None:
+    # sigmoid(ln 3) = 3/4: with p = 1/4 the loss is 1/4 ln(4/3) + 3/4 ln 4; a tie of equal scores costs ln 2
+    chosen, rejected, soft = torch.tensor([math.log(3), 5.0]), torch.tensor([0.0, 5.0]), torch.tensor([0.25, 0.5])
+    expected = (math.log(4 / 3) / 4 + 3 * math.log(4) / 4 + LN2) / 2
+    assert pairwise_loss(chosen, rejected, soft_label=soft).item() == pytest.approx(expected)
+
+
+def test_soft_labels_float64_reference() -> None:
+    rng = np.random.default_rng(1)
+    chosen, rejected = rng.normal(size=(2, 50)) * 5
+    soft = rng.uniform(size=50)
+    likely = 1 / (1 + np.exp(-(chosen - rejected)))
+    expected = np.mean(-soft * np.log(likely) - (1 - soft) * np.log(1 - likely)) + 0.02 * np.mean((chosen + rejected) ** 2)
+    tensors = [torch.tensor(a, dtype=torch.float32) for a in (chosen, rejected, soft)]
+    assert pairwise_loss(tensors[0], tensors[1], None, 0.02, tensors[2]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_certain_soft_label_is_the_plain_loss() -> None:
+    chosen, rejected = torch.tensor([0.5, -1.0, 30.0]), torch.tensor([0.0, 1.0, -70.0])
+    assert torch.equal(pairwise_loss(chosen, rejected, soft_label=torch.ones(3)), pairwise_loss(chosen, rejected))
+    assert torch.equal(pairwise_loss(chosen, rejected, soft_label=torch.zeros(3)), pairwise_loss(rejected, chosen))
+
+
+def test_soft_label_of_swapped_sides_is_the_complement() -> None:
+    chosen, rejected, soft = torch.tensor([0.5, -1.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.3])
+    torch.testing.assert_close(pairwise_loss(chosen, rejected, soft_label=soft), pairwise_loss(rejected, chosen, soft_label=1 - soft))
+
+
+def test_gradient_of_soft_labels_is_how_far_the_probability_is_off() -> None:
+    """d loss / d chosen = (sigmoid(chosen - rejected) - p) / B: none where the scores say what the label says."""
+    chosen = torch.tensor([0.5, -1.0, math.log(3)], dtype=torch.float32, requires_grad=True)
+    rejected, soft = torch.tensor([0.0, 1.0, 0.0], requires_grad=True), torch.tensor([0.6, 0.5, 0.75])
+    pairwise_loss(chosen, rejected, soft_label=soft).backward()
+    off = (torch.sigmoid(chosen - rejected).detach() - soft) / 3
+    torch.testing.assert_close(chosen.grad, off)
+    torch.testing.assert_close(rejected.grad, -off)
+    assert abs(float(chosen.grad[2])) < 1e-7
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1.1, 0.5]), torch.tensor([-0.1, 0.5]), torch.tensor([float("nan"), 0.5])])
+def test_soft_labels_that_are_no_probabilities(wrong: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"soft labels in \[0, 1\]"):
+        pairwise_loss(torch.zeros(2), torch.zeros(2), soft_label=wrong)
+    with pytest.raises(ValueError, match="no margin beside them"):
+        pairwise_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), soft_label=torch.full((2,), 0.5))
+
+
+@pytest.mark.parametrize("soft", [None, torch.tensor([0.9, 0.5, 0.1])])
+@pytest.mark.parametrize("coef", [None, 0.1])
+def test_what_trains_is_this_equation(soft: Tensor | None, coef: float | None) -> None:
+    """rlhf.stages.weights.pair_loss: the same without weights and with equal ones; by any weights the weighted mean of single pairs."""
+    from rlhf.stages.weights import pair_loss
+
+    chosen, rejected, weights = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.0, 1.0, 2.5]), torch.tensor([0.5, 2.0, 0.0])
+    whole = pairwise_loss(chosen, rejected, None, coef or 0.0, soft)
+    torch.testing.assert_close(pair_loss(chosen, rejected, None, None, coef, soft), whole)
+    torch.testing.assert_close(pair_loss(chosen, rejected, torch.ones(3), None, coef, soft), whole)
+    single = [pairwise_loss(chosen[i : i + 1], rejected[i : i + 1], None, coef or 0.0, None if soft is None else soft[i : i + 1]) for i in range(3)]
+    expected = sum(w * loss for w, loss in zip(weights, single, strict=True)) / 3
+    torch.testing.assert_close(pair_loss(chosen, rejected, weights, None, coef, soft), expected)
+
+
 def test_large_differences_neither_overflow_nor_vanish() -> None:
     assert pairwise_loss(torch.tensor([0.0]), torch.tensor([500.0])).item() == pytest.approx(500.0)
     assert pairwise_loss(torch.tensor([500.0]), torch.tensor([0.0])).item() == 0.0

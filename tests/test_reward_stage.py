@@ -13,11 +13,12 @@ from datasets import Dataset
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from conf.choices import AdapterKind, ModelKind
-from conf.schema import AdapterConfig, ModelConfig, RewardConfig
+from conf.schema import AdapterConfig, EngineConfig, ModelConfig, RewardConfig
 from conf.stages import RewardStage
 from reward.losses import pairwise_loss
 from reward.model import load_reward_model, read_manifest
 from reward.scorer import RewardModelScorer
+from rlhf import preflight
 from rlhf.data.encoding import prompt_ids, response_ids
 from rlhf.data.reading import preference_dataset
 from rlhf.models import load_classifier
@@ -208,6 +209,112 @@ def test_margin_option_needs_the_column(folder: Path) -> None:
     rows = [{k: v for k, v in row.items() if k != "margin"} for row in trl_tools.pair_rows(20)]
     with pytest.raises(UserError, match=r"stage.margin=true, but the row has no margin"):
         run(config(folder, "no_margin", rows=rows, stage={"margin": True}))
+
+
+# ---- soft labels ----
+
+
+def soft_rows(count: int = 120) -> list[dict[str, Any]]:
+    """Good words win for certain; of pairs of good words, of which nothing tells which is better, one is chosen at random and said to be a tie."""
+    rows = []
+    for i, row in enumerate(trl_tools.pair_rows(count)):
+        noise = {"rejected": row["chosen"].replace("good", "great") + " end"} if i % 2 else {}
+        rows.append({**row, **noise, "soft_label": 0.5 if i % 2 else 0.9})
+    return rows
+
+
+def test_soft_labels_are_what_the_margins_come_to_say(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ties end near a margin of 0 and the others near log(0.9 / 0.1) = 2.2; without soft labels the margins know no bound."""
+    steps = {"steps": 60, "eval_steps": 20, "soft_label": True}
+    cfg = config(folder, "soft", rows=soft_rows(), stage=steps)
+    with caplog.at_level("INFO", "rlhf.data"):
+        place = run(cfg)
+    assert "soft labels from 0.5 to 0.9" in caplog.text
+    metrics = json.loads((place / "summary.json").read_text())["metrics"]
+    pairs = held_out(cfg)
+    soft = np.array([row["soft_label"] for row in pairs])
+    loaded = load_reward_model(place / "model", torch.float32)
+    tokenizer = loaded.tokenizer
+    encoded = encode_pairs(tokenizer, Dataset.from_list(pairs), name="x", max_length=40, margin=False, soft_label=True).data
+    judged = reward.judge(loaded.module, encoded, 2048, torch.device("cpu"))
+    margins = judged.chosen - judged.rejected
+    assert abs(float(np.mean(margins[soft == 0.5]))) < 0.7 and 1.4 < float(np.mean(margins[soft == 0.9])) < 3.2
+    said = 1 / (1 + np.exp(-margins))
+    assert (
+        metrics["eval/calibration_error"] == pytest.approx(float(np.mean(np.abs(said - soft))), abs=1e-5) and metrics["eval/calibration_error"] < 0.15
+    )
+    assert metrics["eval/ties"] == float(np.sum(soft == 0.5)) > 3 and metrics["eval/pairs"] == len(soft)
+    assert metrics["eval/accuracy"] == np.mean(margins[soft == 0.9] > 0) > 0.9
+    assert metrics["eval_accuracy"] == pytest.approx(metrics["eval/accuracy"]), "TRL's figure leaves ties out, too"
+    expected = np.mean(-soft * np.log(said) - (1 - soft) * np.log(1 - said))
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-4) and metrics["eval_loss"] < metrics["initial/eval_loss"] - 0.05
+
+
+def test_certain_soft_labels_are_the_plain_run_and_micro_batches_change_nothing(folder: Path) -> None:
+    rows = trl_tools.pair_rows(48)
+    plain = run(config(folder, "plain", rows=rows, stage={"steps": 3, "eval_steps": 3}))
+    certain = run(config(folder, "certain", rows=[row | {"soft_label": 1} for row in rows], stage={"steps": 3, "eval_steps": 3, "soft_label": True}))
+    assert trl_tools.losses(certain) == pytest.approx(trl_tools.losses(plain), abs=1e-6)
+    one, other = (trl_tools.metric_lines(place) for place in (plain, certain))
+    assert [line.get("accuracy") for line in one] == pytest.approx([line.get("accuracy") for line in other])
+    mixed = [row | {"soft_label": 0.5 + 0.1 * (i % 5), "weight": 1 + i % 3} for i, row in enumerate(rows)]
+    stage = {"steps": 3, "eval_steps": 3, "soft_label": True, "centering_coef": 0.1}
+    whole = run(config(folder, "whole", rows=mixed, stage=stage))
+    split = run(config(folder, "split", rows=mixed, stage=stage, engine=EngineConfig(micro_batch_size=2)))
+    assert trl_tools.losses(split) == pytest.approx(trl_tools.losses(whole), abs=1e-5) and trl_tools.losses(split) != trl_tools.losses(plain)
+
+
+def test_figures_of_soft_labels_by_hand() -> None:
+    judged = Judged(
+        np.array([2.0, 1.0, 0.0, 3.0]),
+        np.array([1.0, 1.0, 2.0, -1.0]),
+        np.array([5, 4, 3, 9]),
+        np.array([4, 4, 6, 2]),
+        np.array([0.9, 0.5, 0.2, 0.4]),
+    )
+    metrics = judgement_metrics(judged, 10, 0)
+    assert metrics["eval/accuracy"] == pytest.approx(2 / 3)  # right, a tie left out, right the other way, wrong
+    assert metrics["eval/length_baseline"] == pytest.approx((1 + 1 + 0) / 3) and (metrics["eval/ties"], metrics["eval/pairs"]) == (1, 4)
+    off = [abs(1 / (1 + np.exp(-m)) - p) for m, p in ((1, 0.9), (0, 0.5), (-2, 0.2), (4, 0.4))]
+    assert metrics["eval/calibration_error"] == pytest.approx(np.mean(off))
+    assert "ties" in reward.pairs_shown(metrics) and "1 ties" in reward.pairs_shown(metrics)
+    with pytest.raises(UserError, match=r"each of the 4 held-out pairs has soft_label 0.5.*data.eval_path"):
+        judgement_metrics(dataclasses.replace(judged, soft_labels=np.full(4, 0.5)), 10, 0)
+
+
+def test_held_out_ties_only_are_refused_before_training(folder: Path) -> None:
+    rows = [row | {"soft_label": 0.5} for row in trl_tools.pair_rows(20)]
+    cfg = config(folder, "ties", rows=rows, stage={"soft_label": True})
+    with pytest.raises(UserError, match=r"held-out pairs has soft_label 0.5"):
+        run(cfg)
+    assert not (Path(cfg.run.dir) / "ties" / "reward" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, r"row 1: stage.soft_label=true, but the row has no column 'soft_label'"),
+        ("often", r"column 'soft_label': expected a probability from 0 to 1, found text 'often'"),
+        (1.5, r"expected a probability from 0 to 1, found a number 1.5"),
+    ],
+)
+def test_soft_labels_are_checked_before_weights_load(folder: Path, change: Any, message: str) -> None:
+    rows = [row if change is None else row | {"soft_label": change} for row in trl_tools.pair_rows(20)]
+    with pytest.raises(UserError, match=message):
+        preflight.check_strength(config(folder, "unchecked", rows=rows, stage={"soft_label": True}))
+
+
+def test_margin_and_soft_label_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"stage.soft_label.*false with stage.margin=true"):
+        RewardStage(margin=True, soft_label=True)
+
+
+def test_a_column_that_nobody_reads_is_said_aloud(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row | {"soft_label": 0.7} for row in trl_tools.pair_rows(20)]
+    train, _ = preference_dataset(config(folder, "unread", rows=rows))
+    assert "soft_label" not in train.column_names and "the column 'soft_label' is not read" in caplog.text
+    train, held = preference_dataset(config(folder, "read", rows=rows, stage={"soft_label": True}))
+    assert set(train["soft_label"]) == set(held["soft_label"]) == {0.7}
 
 
 def test_manifest_is_what_it_says(base: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_run_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pytest.C
 
 
 def test_parents_are_recorded_with_their_summarys_hash(tmp_path: Path) -> None:
-    one_run(tmp_path)
+    one_run(tmp_path).model_dir.mkdir()
     summary = tmp_path / "r" / "sft" / "summary.json"
     ctx = RunContext.open(config(tmp_path, OnlineStage()))
     ctx.add_parent("policy", tmp_path / "r" / "sft" / "model")
@@ -83,7 +83,12 @@ def test_parents_are_recorded_with_their_summarys_hash(tmp_path: Path) -> None:
     ctx.add_parent("reference", None)
     parents = json.loads((ctx.dir / "manifest.json").read_text(encoding="utf-8"))["parents"]
     assert parents == [
-        {"kind": "policy", "path": str(tmp_path / "r" / "sft" / "model"), "summary_sha256": run.sha256(summary)},
+        {
+            "kind": "policy",
+            "path": str(tmp_path / "r" / "sft" / "model"),
+            "summary_sha256": run.sha256(summary),
+            "from": {"run": "../sft", "stage": "sft", "artifacts": []},
+        },
         {"kind": "reward", "path": "org/name", "summary_sha256": None},
     ]
 

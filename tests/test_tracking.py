@@ -114,7 +114,8 @@ def test_wandb_offline_records_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     for step in (1, 2, 3):
         tracker.log(step, {"objective/scores": float(step)})
         tracker.samples(step, [{"prompt": "p", "response": "r", "score": 0.5, "kl": 0.1}])
-    tracker.finish(model, {"objective/scores": 3.0})
+    tracker.artifact("proj-ppo", "model", [model / "weights.bin"], {}, model, "0123456789abcdef")
+    tracker.finish({"objective/scores": 3.0})
     wandb.teardown()  # its process writes on for some milliseconds after finish; an ending program waits for it likewise
     assert tables == [1, 2, 3]  # the first, every second, and at the end the last
     assert seen["mode"] == "offline" and seen["group"] == "proj" and seen["name"] == "proj/ppo" and seen["job_type"] == "ppo"
@@ -231,6 +232,137 @@ def test_other_ranks_are_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     console.samples_table([{"prompt": "a"}])
     console.closing_panel("ppo")
     assert capsys.readouterr().out == ""
+
+
+class FakeRun:
+    """What tracking asks of a W&B run."""
+
+    project, entity, id = "rlhf", "lab", "abcd1234"
+
+    def __init__(self) -> None:
+        self.summary: dict[str, Any] = {}
+        self.logged: list[tuple[dict[str, Any], int]] = []
+        self.artifacts: list[tuple[Any, list[str]]] = []
+        self.used: list[str] = []
+        self.unknown: set[str] = set()
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((values, step))
+
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+        self.artifacts.append((artifact, aliases))
+
+    def use_artifact(self, reference: str) -> None:
+        import wandb
+
+        if reference in self.unknown:
+            raise wandb.errors.CommError("no such artifact")
+        self.used.append(reference)
+
+    def finish(self, exit_code: int) -> None:
+        """Nothing to close."""
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Tracker, FakeRun]:
+    """A tracker that believes to be online."""
+    import wandb
+
+    run = FakeRun()
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    return Tracker(config(TrackingKind.wandb, mode=WandbMode.online), tmp_path / "run", "reward"), run
+
+
+def test_artifacts_are_logged_by_name_and_content(online: tuple[Tracker, FakeRun], tmp_path: Path) -> None:
+    tracker, run = online
+    files = [tmp_path / "run" / "out" / "a.txt", tmp_path / "run" / "b.txt"]
+    files[0].parent.mkdir()
+    for path in files:
+        path.write_text(path.name, encoding="utf-8")
+    tracker.artifact("x-export", "label-export", files, {"tasks": 3}, tmp_path / "run", "0f" * 8)
+    (artifact, aliases), *rest = run.artifacts
+    assert not rest and (artifact.name, artifact.type, aliases) == ("x-export", "label-export", ["latest", "0f" * 8])
+    assert artifact.metadata == {"tasks": 3} and set(artifact.manifest.entries) == {"out/a.txt", "b.txt"}
+    assert tracker.wandb_run == {"project": "rlhf", "entity": "lab", "run_id": "abcd1234", "mode": "online"}
+
+
+def test_another_runs_artifact_is_used_once_and_an_unknown_one_is_no_error(online: tuple[Tracker, FakeRun], caplog: pytest.LogCaptureFixture) -> None:
+    tracker, run = online
+    theirs = {"project": "p", "entity": "e", "run_id": "1", "mode": "offline"}
+    for _ in range(2):
+        tracker.use("x-labels", "0f" * 8, theirs)
+    tracker.use("x-data", "1e" * 8, theirs | {"entity": None})
+    assert run.used == [f"e/p/x-labels:{'0f' * 8}", f"p/x-data:{'1e' * 8}"] and not caplog.text
+    run.unknown.add("e/p/gone:00")
+    tracker.use("gone", "00", theirs)
+    assert "does not know the artifact e/p/gone:00 (no such artifact): the lineage is in manifest.json only" in caplog.text
+
+
+def test_offline_nothing_is_looked_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """W&B itself raises there."""
+    tracker = Tracker(config(TrackingKind.wandb), tmp_path, "reward")
+    with pytest.raises(TypeError, match="offline"):
+        tracker._sink._run.use_artifact("e/p/x:latest")  # type: ignore[union-attr]
+    tracker.use("x", "00", {"project": "p", "entity": "e", "run_id": "1", "mode": "offline"})
+    identity = tracker.wandb_run
+    tracker.finish()
+    assert (
+        not [r for r in caplog.records if r.name.startswith("rlhf")]
+        and identity is not None
+        and identity["mode"] == "offline"
+        and identity["project"] == "rlhf"
+    )
+
+
+def test_tables_hold_text_as_text(online: tuple[Tracker, FakeRun]) -> None:
+    tracker, run = online
+    rows = [{"prompt": "<b>hi</b>", "chosen": "a", "by": {"x": 1}, "n": 1}, {"prompt": "hf_" + "a" * 24, "chosen": 2, "margin": math.nan, "n": 0.5}]
+    tracker.table("labels", rows, 7)
+    tracker.table("labels", [], 8)
+    (values, step), *rest = run.logged
+    table = values["labels"]
+    assert step == 7 and not rest and table.columns == ["prompt", "chosen", "by", "n", "margin"]
+    assert table.data == [["<b>hi</b>", "a", '{"x": 1}', 1, None], ["***", "2", None, 0.5, None]]
+
+
+def test_a_table_without_a_tracker_is_nothing(tmp_path: Path) -> None:
+    tracker = Tracker(config(), tmp_path, "label")
+    before = sorted(tmp_path.iterdir())
+    tracker.table("labels", [{"a": 1}], 1)
+    tracker.artifact("x", "labels", [], {}, tmp_path, "00")
+    tracker.use("x", "00", {})
+    assert sorted(tmp_path.iterdir()) == before and tracker.wandb_run is None
+
+
+def test_tensorboard_shows_markup_as_it_stands(tmp_path: Path) -> None:
+    import numpy as np
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.text.text_plugin import text_array_to_html
+
+    tracker = Tracker(config(TrackingKind.tensorboard), tmp_path, "label")
+    tracker.table("labels", [{"prompt": "a\n<script>x</script>\n# b ![i](http://x/y)", "chosen": "`c`"}], 3)
+    tracker.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("labels/text_summary")
+    shown = text_array_to_html(np.array(event.tensor_proto.string_val), enable_markdown=True)
+    assert event.step == 3 and "&lt;script&gt;x&lt;/script&gt;" in shown and "<script" not in shown and "<h1" not in shown and "<img" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [("x-labels", "x-labels"), ("exp 1/x: \u00e4-labels", "exp-1-x-labels"), ("///", "artifact"), ("hf_" + "a" * 24, "artifact"), ("a.b_c", "a.b_c")],
+)
+def test_artifact_names_fit(name: str, fits: str) -> None:
+    from wandb.sdk.artifacts._validators import validate_artifact_name
+
+    assert validate_artifact_name(tracking.artifact_name(name)) == fits
+
+
+def test_long_artifact_names_stay_apart() -> None:
+    one, other = tracking.artifact_name("x" * 200), tracking.artifact_name("x" * 199 + "y")
+    assert len(one) == len(other) == 128 and one != other
 
 
 def test_durations() -> None:

@@ -45,6 +45,7 @@ __all__ = [
 
 LOG = logging.getLogger("rlhf.data")
 REJECTED_FILE = "data_rejected.jsonl"
+SOFT_LABEL = "soft_label"  # column
 _SHOWN = 3  # rejected rows quoted in an error
 _OF_PAIRS = (RewardStage, PreferenceStage, CPOStage, ORPOStage)
 
@@ -123,7 +124,7 @@ def load(cfg: Config, sources: Sequence[Source], use: Use) -> Loaded:
         counts = Counter(record.origin for record in loaded.records)
         for origin, format_ in loaded.formats.items():
             LOG.info("%s: %d rows, read as %s (%s)", origin, counts[origin], format_.name, format_.columns)
-    return with_weights(loaded, cfg, use)
+    return with_soft_labels(with_weights(loaded, cfg, use), cfg)
 
 
 def with_weights(loaded: Loaded, cfg: Config, use: Use) -> Loaded:
@@ -148,22 +149,55 @@ def with_weights(loaded: Loaded, cfg: Config, use: Use) -> Loaded:
 
 
 def _weight(record: Record, column: str) -> float:
+    remedy = "Set data.weight_column=null if the column means something else."
+    return _number(record, column, lambda weight: weight >= 0, "a weight of at least 0", remedy)
+
+
+def _number(record: Record, column: str, fits: Callable[[float], bool], expected: str, remedy: str) -> float:
+    """A finite number, also as a table's text. Raises UserError."""
     value = record.fields.get(column)
     try:
-        weight = math.nan if value is None or isinstance(value, bool) else float(value)
+        number = math.nan if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
+        number = math.nan
+    if not (math.isfinite(number) and fits(number)):
         found = describe(value) if column in record.fields else "no such column, which other rows have"
-        raise UserError(
-            f"{record.place}: column {column!r}: expected a weight of at least 0, found {found}. "
-            "Set data.weight_column=null if the column means something else."
-        )
-    return weight
+        raise UserError(f"{record.place}: column {column!r}: expected {expected}, found {found}. {remedy}")
+    return number
 
 
 def _weighed(value: Any, weight: float) -> Any:
     return {**value, "weight": weight} if isinstance(value, dict) else replace(value, weight=weight)
+
+
+def with_soft_labels(loaded: Loaded, cfg: Config) -> Loaded:
+    """`loaded` with each row's column soft_label in its value, where ``stage.soft_label=true`` asks for it; said aloud where nobody asks.
+
+    Raises UserError for a row that lacks one, or has one that is no probability.
+    """
+    if not isinstance(cfg.stage, RewardStage):
+        return loaded
+    if not cfg.stage.soft_label:
+        if any(SOFT_LABEL in record.fields for record in loaded.records) and distributed.is_main():
+            LOG.warning(
+                "%s: the column %r is not read, each chosen answer counts as better: stage.soft_label=true reads it", loaded.place, SOFT_LABEL
+            )
+        return loaded
+    labels = [_soft_label(record) for record in loaded.records]
+    if distributed.is_main():
+        ties = sum(label == 0.5 for label in labels)
+        LOG.info("%s: soft labels from %g to %g, %d of %d are ties", loaded.place, min(labels), max(labels), ties, len(labels))
+    return replace(loaded, records=[replace(r, value=replace(r.value, soft_label=p)) for r, p in zip(loaded.records, labels, strict=True)])
+
+
+def _soft_label(record: Record) -> float:
+    if SOFT_LABEL not in record.fields:
+        raise UserError(
+            f"{record.place}: stage.soft_label=true, but the row has no column {SOFT_LABEL!r}: expected the probability that chosen is better "
+            "(stage=label label.mode=import label.strength=soft_label writes it). Set stage.soft_label=false to take every chosen answer as better."
+        )
+    remedy = "It is the probability that chosen is better; 0.5 is a tie."
+    return _number(record, SOFT_LABEL, lambda p: 0 <= p <= 1, "a probability from 0 to 1", remedy)
 
 
 def write_rejected(cfg: Config, loaded: Loaded) -> Path:
@@ -213,10 +247,14 @@ def _first_rows(cfg: Config, sources: Sequence[Source], use: Use) -> list[Loaded
     return [_convert([source], use, cfg, PROBE + cfg.data.max_bad_rows) for source in alone]
 
 
-def check_first_margin(cfg: Config) -> None:
-    """For preflight: the first rows that fit have the margin that ``stage.margin=true`` needs. Raises UserError."""
-    for loaded in _first_rows(cfg, train_sources(cfg), Use.preference):
-        _require_margins(loaded)
+def check_first_strength(cfg: Config) -> None:
+    """For preflight: the first rows that fit have what ``stage.margin=true`` or ``stage.soft_label=true`` needs. Raises UserError."""
+    for sources in _sides(cfg):
+        for loaded in _first_rows(cfg, sources, Use.preference):
+            if cfg.stage.margin:
+                _require_margins(loaded)
+            for record in loaded.records if cfg.stage.soft_label else ():
+                _soft_label(record)
 
 
 def _require_margins(loaded: Loaded) -> None:
@@ -342,7 +380,8 @@ def sft_dataset(cfg: Config) -> tuple[Any, Any]:
 
 
 def preference_dataset(cfg: Config) -> tuple[Any, Any]:
-    """(train, eval) as datasets.Dataset: chosen, rejected, prompt and weight where the rows have one, margin where every row has one.
+    """(train, eval) as datasets.Dataset: chosen, rejected, prompt, weight and soft_label where the rows have one, margin where every
+    row has one.
 
     Raises UserError.
     """
@@ -358,6 +397,7 @@ def preference_dataset(cfg: Config) -> tuple[Any, Any]:
             "rejected": pair.rejected,
             **({"margin": pair.margin} if with_margin else {}),
             **({"weight": pair.weight} if pair.weight is not None else {}),
+            **({SOFT_LABEL: pair.soft_label} if pair.soft_label is not None else {}),
         }
 
     return _dataset([row(p) for p in train]), _dataset([row(p) for p in held])

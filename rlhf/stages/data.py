@@ -170,6 +170,8 @@ def _report(ctx: RunContext, kind: Use, done: Sequence[StepReport], rows: dict[s
     ctx.record("kind", kind.value)
     ctx.record("steps", [dataclasses.asdict(report) for report in done])
     ctx.record("outputs", [{"path": str(path), "rows": rows.get(name), "sha256": sha256(path)} for name, path in files.items()])
+    published = [path for name, path in files.items() if name.split()[0] in SPLITS]
+    ctx.publish(f"{ctx.cfg.run.name}-data", "dataset", published, {"kind": kind.value, "rows": {name: rows.get(name) for name in SPLITS}})
     figures = {"rows read": done[0].rows_in, "to train on": rows["train"], "held out": rows["eval"], "left out": sum(r.rejected for r in done)}
     metrics = {"data/rows_read": done[0].rows_in, "data/rows_train": rows["train"], "data/rows_eval": rows["eval"]}
     metrics |= {f"rejected/{report.number:02d}-{report.step}": report.rejected for report in done}

@@ -38,11 +38,11 @@ _CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval
 class EncodedPairs:
     """Pairs as the trainer reads them, and where each stands in the rows that they come from."""
 
-    data: datasets.Dataset  # chosen_ids, rejected_ids, margin where the stage uses it, weight where the rows have one
+    data: datasets.Dataset  # chosen_ids, rejected_ids, margin or soft_label where the stage uses it, weight where the rows have one
     rows: list[int]  # row number of each pair
 
 
-def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_length: int, margin: bool) -> EncodedPairs:
+def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_length: int, margin: bool, soft_label: bool = False) -> EncodedPairs:
     """Token ids of both answers of every pair; pairs longer than `max_length` tokens are left out and counted aloud.
 
     A pair is never cut: the score is read at its last token. Raises UserError for a pair that can't be encoded, a missing or
@@ -53,7 +53,8 @@ def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_lengt
         require_template(tokenizer, f"{name} pairs")
     if margin and "margin" not in rows.column_names:
         raise UserError(f"stage.margin=true, but the {name} pairs have no margin. Columns: {', '.join(rows.column_names)}.")
-    columns: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": [], **({"margin": []} if margin else {})}
+    strength = "margin" if margin else weights.SOFT_LABEL if soft_label else None
+    columns: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": [], **({strength: []} if strength else {})}
     row_weights: list[float] = []
     kept: list[int] = []
     for number, row in enumerate(rows):
@@ -70,8 +71,8 @@ def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_lengt
         columns["chosen_ids"].append(chosen)
         columns["rejected_ids"].append(rejected)
         row_weights.append(row.get(weights.COLUMN, 1.0))
-        if margin:
-            columns["margin"].append(float(row["margin"]))
+        if strength:
+            columns[strength].append(float(row[strength]))
     if not kept:
         raise UserError(f"{name}: each of the {len(rows)} pairs is longer than stage.max_length={max_length} tokens.")
     if len(kept) < len(rows):
@@ -97,12 +98,13 @@ def padding_token(tokenizer: Any, *pairs: EncodedPairs) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Scores of held-out pairs and the tokens of their two sides, all of length N."""
+    """Scores of held-out pairs, the tokens of their two sides, and the probabilities that chosen is better, all of length N."""
 
     chosen: np.ndarray
     rejected: np.ndarray
     chosen_tokens: np.ndarray
     rejected_tokens: np.ndarray
+    soft_labels: np.ndarray | None = None  # None: each chosen answer is better
 
 
 def bootstrap_interval(accuracy: float, count: int, resamples: int, seed: int) -> tuple[float, float]:
@@ -120,21 +122,45 @@ def length_baseline(chosen_tokens: np.ndarray, rejected_tokens: np.ndarray) -> f
     return float(np.mean((chosen_tokens > rejected_tokens) + 0.5 * (chosen_tokens == rejected_tokens)))
 
 
+def leaning(soft_labels: np.ndarray) -> np.ndarray:
+    """1 where chosen is the better side of a held-out pair, -1 where rejected is, 0 for a tie; [N]. Raises UserError when all are ties."""
+    lean = np.sign(soft_labels - 0.5)
+    if not lean.any():
+        raise UserError(
+            f"each of the {len(lean)} held-out pairs has soft_label 0.5, so none has a right answer to judge the model by. "
+            "Give decided pairs as data.eval_path, or raise data.eval_fraction."
+        )
+    return lean
+
+
 def judgement_metrics(judged: Judged, resamples: int, seed: int) -> dict[str, float]:
-    """What a reward model is worth on held-out pairs; an equal score counts as wrong."""
+    """What a reward model is worth on held-out pairs; an equal score counts as wrong.
+
+    With soft labels, pairs of exactly 1/2 have no right answer and are counted apart; below 1/2 the rejected side is the right one. Then
+    eval/calibration_error is the mean distance of sigmoid(margin) from the soft label. Raises UserError when every pair is a tie.
+    """
     margins = judged.chosen - judged.rejected
-    accuracy = float(np.mean(margins > 0))
-    low, high = bootstrap_interval(accuracy, len(margins), resamples, seed)
+    lean = np.ones(len(margins)) if judged.soft_labels is None else leaning(judged.soft_labels)
+    decided = lean != 0
+    accuracy = float(np.mean((lean * margins > 0)[decided]))
+    low, high = bootstrap_interval(accuracy, int(decided.sum()), resamples, seed)
     scores = np.concatenate([judged.chosen, judged.rejected])
+    first = np.where(lean > 0, judged.chosen_tokens, judged.rejected_tokens)[decided]
+    second = np.where(lean > 0, judged.rejected_tokens, judged.chosen_tokens)[decided]
+    soft: dict[str, float] = {}
+    if judged.soft_labels is not None:
+        said = 0.5 * (1 + np.tanh(margins / 2))  # sigmoid, without overflow
+        soft = {"eval/ties": float(np.sum(~decided)), "eval/calibration_error": float(np.mean(np.abs(said - judged.soft_labels)))}
     return {
         "eval/accuracy": accuracy,
         "eval/accuracy_low": low,
         "eval/accuracy_high": high,
-        "eval/length_baseline": length_baseline(judged.chosen_tokens, judged.rejected_tokens),
+        "eval/length_baseline": length_baseline(first, second),
         "eval/margin": float(np.mean(margins)),
         "eval/score_mean": float(np.mean(scores)),
         "eval/score_std": float(np.std(scores)),
         "eval/pairs": float(len(margins)),
+        **soft,
     }
 
 
@@ -146,7 +172,8 @@ def judge(module: Any, pairs: datasets.Dataset, budget: int, device: torch.devic
     sides = np.full((2, len(pairs)), np.nan)
     for numbers, values in distributed.gather((list(mine), scores)):
         sides[0, numbers], sides[1, numbers] = values[: len(numbers)], values[len(numbers) :]
-    return Judged(sides[0], sides[1], np.array([len(ids) for ids in chosen]), np.array([len(ids) for ids in rejected]))
+    soft_labels = np.array(pairs[weights.SOFT_LABEL]) if weights.SOFT_LABEL in pairs.column_names else None
+    return Judged(sides[0], sides[1], np.array([len(ids) for ids in chosen]), np.array([len(ids) for ids in rejected]), soft_labels)
 
 
 def plot_judged(judged: Judged, metrics: dict[str, float], directory: Path) -> Path:
@@ -195,6 +222,12 @@ def manifest_of(cfg: Config, tokenizer: Any, *, conversational: bool, metrics: d
     )
 
 
+def pairs_shown(metrics: dict[str, float]) -> str:
+    """How many held-out pairs there are, and how many of them the accuracy leaves out."""
+    ties = metrics.get("eval/ties", 0.0)
+    return f"{metrics['eval/pairs']:.0f}" + (f" ({ties:.0f} ties have no right answer and are not in the accuracy)" if ties else "")
+
+
 def run(ctx: RunContext) -> None:
     """Train, keep the best weights by held-out loss, save a self-contained model/ (and adapter/ for LoRA), judge it on held-out pairs."""
     with ctx.closing():
@@ -206,8 +239,11 @@ def _run(ctx: RunContext) -> None:
     plan, tokenizer = common.begin(cfg)
     train_rows, eval_rows = preference_dataset(cfg)
     common.record_inputs(ctx, "policy")
-    train = encode_pairs(tokenizer, train_rows, name="training", max_length=stage.max_length, margin=stage.margin)
-    held_out = encode_pairs(tokenizer, eval_rows, name="held-out", max_length=stage.max_length, margin=stage.margin)
+    options = {"max_length": stage.max_length, "margin": stage.margin, "soft_label": stage.soft_label}
+    train = encode_pairs(tokenizer, train_rows, name="training", **options)
+    held_out = encode_pairs(tokenizer, eval_rows, name="held-out", **options)
+    if stage.soft_label:
+        leaning(np.array(held_out.data[weights.SOFT_LABEL]))  # raises here rather than after training
     tokenizer.pad_token = padding_token(tokenizer, train, held_out)
     steps, metrics = _train(ctx, plan, tokenizer, train.data, held_out.data)
     # The figures are those of the saved weights, read back as every later stage reads them.
@@ -224,7 +260,7 @@ def _run(ctx: RunContext) -> None:
         "held-out accuracy": f"{metrics['eval/accuracy']:.3f} (95 %: {metrics['eval/accuracy_low']:.3f} to {metrics['eval/accuracy_high']:.3f})",
         "the longer side wins": f"{metrics['eval/length_baseline']:.3f}",
         "mean margin": metrics["eval/margin"],
-        "held-out pairs": int(metrics["eval/pairs"]),
+        "held-out pairs": pairs_shown(metrics),
     }
     following = f"python -m rlhf stage=ppo model.path=<policy> reward.path={ctx.model_dir} data.path=<prompts>"
     ctx.finish(steps=steps, metrics=metrics, figures=shown, next_command=following)

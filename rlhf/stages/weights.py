@@ -1,4 +1,4 @@
-"""Rows that weigh more or less in the losses of TRL's trainers, by the column ``data.weight_column``.
+"""Rows that weigh more or less in the losses of TRL's trainers, by the column ``data.weight_column``; and pairs whose better side is a probability.
 
 Weights are divided by their mean over the rows (SFT: over the tokens that train), so their scale means nothing and equal ones change nothing; not by
 the mean of a batch, which would make a row's weight hang on its neighbours. Each trainer is subclassed once:
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from rlhf.types import UserError
 
-COLUMN = "weight"
+COLUMN, SOFT_LABEL = "weight", "soft_label"
+_CARRIED = (COLUMN, SOFT_LABEL)  # columns that reach the loss
 Inputs = dict[str, Any]
 
 
@@ -47,18 +48,18 @@ def weigh(rows: datasets.Dataset, weights: Sequence[float] | None, sizes: Sequen
 
 @dataclass(frozen=True, slots=True)
 class WithWeights:
-    """A collator that hands the weights on, [B] float32."""
+    """A collator that hands the weights and soft labels on, [B] float32 each."""
 
     collate: Callable[[list[Inputs]], Inputs]
 
     def __call__(self, rows: list[Inputs]) -> Inputs:
-        batch = self.collate([{key: value for key, value in row.items() if key != COLUMN} for row in rows])
-        return {**batch, COLUMN: torch.tensor([row[COLUMN] for row in rows], dtype=torch.float32)} if COLUMN in rows[0] else batch
+        batch = self.collate([{key: value for key, value in row.items() if key not in _CARRIED} for row in rows])
+        return {**batch, **{name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in _CARRIED if name in rows[0]}}
 
 
-# (the trainer, its own compute_loss(model, inputs, return_outputs=), model, inputs without weights, weights [B], return_outputs) -> as compute_loss.
+# (the trainer, its own compute_loss(model, inputs, return_outputs=), model, inputs, weights and soft labels [B], return_outputs) -> as compute_loss.
 # Outputs are asked for where they are wanted only: SFTTrainer recomputes them by a pass of their own.
-WeightedLoss = Callable[[Any, Callable[..., Any], Any, Inputs, Tensor, bool], Any]
+WeightedLoss = Callable[[Any, Callable[..., Any], Any, Inputs, dict[str, Tensor], bool], Any]
 
 
 def weighted(trainer_class: type, loss: WeightedLoss) -> type:
@@ -74,15 +75,15 @@ def weighted(trainer_class: type, loss: WeightedLoss) -> type:
 
         def _set_signature_columns_if_needed(self) -> None:
             super()._set_signature_columns_if_needed()
-            if COLUMN not in self._signature_columns:
-                self._signature_columns = [*self._signature_columns, COLUMN]
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *_CARRIED]))
 
         def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             plain = functools.partial(super().compute_loss, num_items_in_batch=num_items_in_batch)
-            if COLUMN not in inputs:
+            carried = {key: inputs[key] for key in _CARRIED if key in inputs}
+            if not carried:
                 return plain(model, inputs, return_outputs=return_outputs)
-            rest = {key: value for key, value in inputs.items() if key != COLUMN}
-            return loss(self, plain, model, rest, inputs[COLUMN], return_outputs)
+            rest = {key: value for key, value in inputs.items() if key not in _CARRIED}
+            return loss(self, plain, model, rest, carried, return_outputs)
 
     return Weighted
 
@@ -101,8 +102,9 @@ def changed(model: Any, change: Callable[[Any], None]) -> Callable[..., Any]:
 def weighted_sft(trainer_class: type) -> type:
     """`trainer_class` (SFT) that multiplies the log-probabilities [B, L - 1], of which its loss is the sum, by the rows' weights."""
 
-    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, weights: Tensor, return_outputs: bool) -> Any:
+    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, carried: dict[str, Tensor], return_outputs: bool) -> Any:
         weighed = False
+        weights = carried[COLUMN]
 
         def weigh_tokens(outputs: Any) -> None:
             nonlocal weighed
@@ -118,20 +120,49 @@ def weighted_sft(trainer_class: type) -> type:
     return weighted(trainer_class, loss)
 
 
-def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, margin: Tensor | None, centering: float | None) -> Tensor:
-    """Bradley-Terry loss of scores [B], TRL's with each pair's terms times its weight: mean of w (-log sigmoid(c - r - m) + centering (c + r)^2)."""
+def pair_loss(
+    chosen: Tensor, rejected: Tensor, weights: Tensor | None, margin: Tensor | None, centering: float | None, soft_label: Tensor | None = None
+) -> Tensor:
+    """Loss of scores [B], TRL's with each pair's terms times its weight: mean of w (preference + centering (chosen + rejected)^2).
+
+    preference is -log sigmoid(chosen - rejected - margin), or with soft labels p the cross-entropy -(p log sigmoid(d) + (1 - p) log sigmoid(-d))
+    of d = chosen - rejected. `reward.losses.pairwise_loss` is the same without weights.
+    """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
-    loss = (-F.logsigmoid(difference) * weights).mean()
-    return loss if centering is None else loss + centering * ((chosen + rejected) ** 2 * weights).mean()
+    preference = -F.logsigmoid(difference)
+    if soft_label is not None:
+        preference = soft_label * preference - (1 - soft_label) * F.logsigmoid(-difference)
+    loss = (preference if weights is None else preference * weights).mean()
+    if centering is None:
+        return loss
+    square = (chosen + rejected) ** 2
+    return loss + centering * (square if weights is None else square * weights).mean()
+
+
+def decided_accuracy(trainer: Any, difference: Tensor, soft_label: Tensor) -> None:
+    """The batch's pairs with a right answer, one by one, in place of what TRL just added to its accuracy: there each pair counts, as won by chosen.
+
+    difference: chosen - rejected, [B]. A pair with a soft label of exactly 1/2 has no right answer.
+    """
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    lean = soft_label - 0.5
+    pairs = trainer.accelerator.gather_for_metrics(torch.stack([lean, (lean * difference.detach() > 0).to(lean.dtype)], dim=1))
+    metrics["accuracy"].pop()
+    metrics["accuracy"].extend(pairs[pairs[:, 0] != 0, 1].tolist())
+    if not metrics["accuracy"]:
+        del metrics["accuracy"]
 
 
 def weighted_reward(trainer_class: type) -> type:
-    """`trainer_class` (reward) whose loss is `pair_loss` where rows have weights; its metrics are TRL's."""
+    """`trainer_class` (reward) whose loss is `pair_loss` where rows have weights or soft labels; its metrics are TRL's, but `decided_accuracy`."""
 
-    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, weights: Tensor, return_outputs: bool) -> Any:
+    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, carried: dict[str, Tensor], return_outputs: bool) -> Any:
         _, outputs = plain(model, inputs, return_outputs=True)
         chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
-        value = pair_loss(chosen, rejected, weights, inputs.get("margin"), trainer.args.center_rewards_coefficient)
+        soft_label = carried.get(SOFT_LABEL)
+        value = pair_loss(chosen, rejected, carried.get(COLUMN), inputs.get("margin"), trainer.args.center_rewards_coefficient, soft_label)
+        if soft_label is not None:
+            decided_accuracy(trainer, chosen - rejected, soft_label)
         return (value, outputs) if return_outputs else value
 
     return weighted(trainer_class, loss)
@@ -148,7 +179,9 @@ def scale_gradient(values: Tensor, weights: Tensor) -> None:
 def weighted_gradients(trainer_class: type) -> type:
     """`trainer_class` (DPO, KTO, CPO, ORPO) whose gradient of each row is multiplied by its weight; the loss that it returns is unweighted."""
 
-    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, weights: Tensor, return_outputs: bool) -> Any:
+    def loss(trainer: Any, plain: Callable[..., Any], model: Any, inputs: Inputs, carried: dict[str, Tensor], return_outputs: bool) -> Any:
+        weights = carried[COLUMN]
+
         def scale(outputs: Any) -> None:
             scale_gradient(outputs.log_probs if getattr(outputs, "log_probs", None) is not None else outputs.logits, weights)
 
