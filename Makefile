@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow test-labelstudio lint format doctor bench bench-data bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data clean
+.PHONY: help setup demo test test-slow test-labelstudio lint format doctor bench bench-data bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ proof-arithmetic: $(STAMP) ## slow: sums from scratch by SFT and GRPO, three see
 
 proof-data: $(STAMP) ## slow: planted defects in real pairs; recall and precision of every detector of the data report, at least 0.95 where exact
 	$(OFFLINE) $(PY) -m eval.proof_data
+
+proof-labels: $(STAMP) ## slow: pairs chosen for a simulated annotator against random ones, three seeds; fails unless 70 % of the labels do in each
+	$(OFFLINE) $(PY) -m eval.proof_labels
 
 bench: $(STAMP) ## slow: whole online steps beside TRL's GRPOTrainer, taking turns; nothing else may run (about 25 min on 2 cores)
 	$(OFFLINE) $(PY) -m rlhf.stages.bench

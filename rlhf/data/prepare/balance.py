@@ -13,7 +13,7 @@ from conf.preparation.sampling import Balance, Balancing, Grouping
 from rlhf.data.prepare.clusters import members
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.texts import sides
-from rlhf.data.prepare.vectors import vectors
+from rlhf.data.prepare.vectors import reduced, vectors
 from rlhf.data.rows import describe, nearest
 from rlhf.types import UserError
 
@@ -45,18 +45,9 @@ def cluster_groups(matrix: Any, options: Balance, seed: int) -> list[str | None]
     from sklearn.cluster import HDBSCAN
 
     if not isinstance(matrix, np.ndarray):
-        matrix = _reduced(matrix, seed)
+        matrix = reduced(matrix, seed)
     labels = HDBSCAN(min_cluster_size=options.min_cluster, copy=True).fit_predict(matrix)
     return [None if label < 0 else f"cluster {label}" for label in labels]
-
-
-def _reduced(matrix: Any, seed: int) -> Any:
-    """[N, at most 50] latent semantic analysis of sparse rows, unit length: density means little in thousands of dimensions."""
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.preprocessing import normalize
-
-    size = max(1, min(50, matrix.shape[0] - 1, matrix.shape[1] - 1))
-    return normalize(TruncatedSVD(size, random_state=seed).fit_transform(matrix))
 
 
 def weights(groups: Sequence[str | None]) -> list[float]:

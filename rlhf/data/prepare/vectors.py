@@ -67,3 +67,12 @@ def embeddings(texts: Sequence[Sides], model: str) -> Any:
 def vectors(texts: Sequence[Sides], how: Vectors, model: str | None) -> Any:
     """Unit rows, sparse or dense."""
     return tfidf_vectors(texts) if how is Vectors.tfidf else embeddings(texts, str(model))
+
+
+def reduced(matrix: Any, seed: int) -> Any:
+    """[N, at most 50] latent semantic analysis of sparse rows, unit length: density and nearness mean little in thousands of dimensions."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.preprocessing import normalize
+
+    size = max(1, min(50, matrix.shape[0] - 1, matrix.shape[1] - 1))
+    return normalize(TruncatedSVD(size, random_state=seed).fit_transform(matrix))
