@@ -150,8 +150,6 @@ def test_runs_may_move_together_and_changes_are_said(chain: dict[str, Path], tmp
     content["artifacts"][1]["files"][0]["sha256"] = "0" * 64
     (moved / "x" / "labels" / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
     assert lineage.lineage(moved / "x" / "reward").parents[0].notes == ("x-labels was replaced since",)
-    shutil.rmtree(moved / "x" / "label")
-    shutil.rmtree(chain["root"] / "elsewhere", ignore_errors=True)
 
 
 def test_what_is_gone_or_changed_is_said(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-4  # nats of loss, and weights
 TWO_RANKS = [(stage, zero, adapter) for stage in ("sft", "reward") for zero in (1, 2, 3) for adapter in ("none", "lora")]
 TWO_RANKS += [("dpo", 3, "none"), ("dpo", 2, "lora")]  # the reference is a second engine, or the adapter turned off
+TWO_RANKS += [("soft", 2, "none")]
 ONE_RANK = [("sft", 3, "none"), ("reward", 2, "lora")]  # engine=zero* without torchrun
 
 
@@ -28,6 +29,7 @@ def launch(folder: Path, name: str, command: list[str], cases: list[tuple[str, i
         "out": str(folder / name),
         "sft": str(folder / "sft.jsonl"),
         "reward": str(folder / "reward.jsonl"),
+        "soft": str(folder / "soft.jsonl"),
         "dpo": str(folder / "reward.jsonl"),
         "model": str(folder / "model"),
         "cases": cases,
@@ -47,12 +49,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     trl_tools.write_rows(folder / "sft.jsonl", trl_tools.sft_rows())
     trl_tools.write_rows(folder / "reward.jsonl", trl_tools.pair_rows())
+    soft = [row | {"soft_label": 0.5 if i % 3 == 0 else 0.95, "weight": 1 + i % 2} for i, row in enumerate(trl_tools.pair_rows())]
+    trl_tools.write_rows(folder / "soft.jsonl", soft)
     tokenizer = trl_tools.tiny_tokenizer()
     torch.manual_seed(0)
     load_causal_lm(ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY), tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     torch_cases: list[tuple[str, int | None, str]] = [(stage, None, adapter) for stage in ("sft", "reward", "dpo") for adapter in ("none", "lora")]
-    launch(folder, "one", [], [*torch_cases, *ONE_RANK])
+    launch(folder, "one", [], [*torch_cases, ("soft", None, "none"), *ONE_RANK])
     launch(folder, "two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], list(TWO_RANKS))
     return folder
 

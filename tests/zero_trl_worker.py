@@ -1,9 +1,10 @@
 """Run SFT, reward and preference stages under ZeRO on every rank of a torchrun launch, many configurations in one: `test_zero_trl` starts it.
 
 usage: torchrun ... -m tests.zero_trl_worker SPEC.json
-where SPEC is {"out", "sft", "reward", "dpo", "model", "cases": [[stage, zero_stage or null, adapter], ...]}
+where SPEC is {"out", "sft", "reward", "soft", "dpo", "model", "cases": [[stage, zero_stage or null, adapter], ...]}
 """
 
+import functools
 import importlib
 import json
 import logging
@@ -19,8 +20,9 @@ from conf.stages import PreferenceStage, RewardStage, SFTStage
 from rlhf import distributed
 from rlhf.run import RunContext
 
-STAGES: dict[str, Any] = {"sft": SFTStage, "reward": RewardStage, "dpo": PreferenceStage}
-MODULES = {"dpo": "preference"}
+SOFT = functools.partial(RewardStage, name="soft", soft_label=True, centering_coef=0.05)  # its rows have weights, too
+STAGES: dict[str, Any] = {"sft": SFTStage, "reward": RewardStage, "soft": SOFT, "dpo": PreferenceStage}
+MODULES = {"dpo": "preference", "soft": "reward"}
 RATES = {"dpo": 5e-3}  # it starts where its loss is flat for an adapter
 
 
