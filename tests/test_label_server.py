@@ -67,7 +67,7 @@ def test_what_is_refused(status: int, body: str, message: str, tmp_path: Path) -
         ):
             with pytest.raises(UserError, match=f"(?is)label.url={url}.*{message}") as error:
                 call()
-            assert TOKEN not in str(error.value) and error.value.__suppress_context__
+            assert TOKEN not in str(error.value) and error.value.__suppress_context__ and error.value.__cause__ is None
     assert all(" /under/a/path/api/" in one and one.endswith(f"Token {TOKEN}") for one in asked) and len(asked) == 2
     assert list(tmp_path.iterdir()) == []
 

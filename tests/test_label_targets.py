@@ -240,6 +240,15 @@ def test_label_studio_annotators(who: Any, name: str, tmp_path: Path) -> None:
     assert [(one.annotator, one.verdict) for one in found if isinstance(one, Judgement)] == [(name, Verdict.cancelled)]
 
 
+def test_label_studio_no_stars_are_no_rating(tmp_path: Path) -> None:
+    """The editor's key for ratings goes from five stars to none, which it sends as 0."""
+    rows = label_studio.task_rows(one_task())
+    stars = [{"to_name": f"answer{place}", "type": "rating", "value": {"rating": count}} for place, count in ((1, 0), (2, 3))]
+    rows[0]["annotations"] = [{"id": 1, "result": [selected("left"), *stars]}, {"id": 2, "result": [selected("left"), stars[0]]}]
+    found = read(write_rows(tmp_path / "x.json", rows))
+    assert [one.ratings for one in found if isinstance(one, Judgement)] == [(None, 3), ()]
+
+
 def test_a_choice_counts_before_the_order_that_every_annotation_has(tmp_path: Path) -> None:
     """The editor's Ranker sends the order as shown where nothing was moved: with a skip it is none, here and in stage=data."""
     rows = label_studio.task_rows(one_task(LabelKind.ranking))

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +183,61 @@ def test_what_the_server_refuses_names_the_remedy(site: Site, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"no such project.*label\.project"):
         server.pull(url=site.url + "/", token=site.token, project=987654, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def rlhf(folder: Path, token: str, *options: str) -> None:
+    """One command of the toolkit, with the token in its environment alone. Raises AssertionError with what it printed."""
+    command = [sys.executable, "-m", "rlhf", "stage=label", "rollout=hf", "tracking=none", f"run.dir={folder}", "run.name=pairs", *options]
+    done = subprocess.run(command, env={**os.environ, "LABEL_STUDIO_API_KEY": token}, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert token not in done.stdout + done.stderr
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_the_whole_way_of_a_label(site: Site, second: Person, tmp_path: Path) -> None:
+    """stage=label pushes, people label, stage=label pulls and imports: each annotation is a label or a refused row, and a second import adds none."""
+    samples = [
+        {"step": step, "prompt": f"p{i} {SCRIPT}", "response": f"answer {i} of {step}", "score": step + i} for step in (0, 1) for i in range(6)
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
+    given = [
+        f"label.samples=[{tmp_path / 'samples.jsonl'}]",
+        "label.budget=6",
+        "label.targets=[label_studio]",
+        "label.overlap=2",
+        "label.ratings=true",
+    ]
+    rlhf(tmp_path, site.token, *given, "label.push=true", f"label.url={site.url}")
+    out = tmp_path / "pairs" / "label"
+    project = json.loads((out / "server.json").read_text(encoding="utf-8"))["project"]
+    orders = {row["id"]: row["order"] for row in lines(out / "tasks.jsonl")}
+    said: dict[str, str] = {}
+    for number, (task_id, on_site) in enumerate(site.numbers(project).items()):
+        for who in (site.owner, second):
+            left = {0: "first", 1: "second"}[orders[task_id][0]]
+            results, outcome = [
+                ([selected("left")], left),
+                ([selected("right")], {"first": "second", "second": "first"}[left]),
+                ([chosen("tie")], "tie"),
+                ([chosen("skip")], "skip"),
+                ([], "cancelled"),
+                ([], "refused"),
+            ][(number + (who is second)) % 6]
+            said[str(who.annotate(on_site, project, results, was_cancelled=outcome == "cancelled"))] = outcome
+    back = ["label.mode=import", "label.pull=true", "data.max_bad_rows=2"]
+    rlhf(tmp_path, site.token, *back)
+    labels = tmp_path / "pairs" / "labels"
+    found = {row["annotation"]: row["outcome"] for row in lines(labels / "labels.jsonl")}
+    refused = {row["place"].rsplit(" ", 1)[1]: "refused" for row in lines(labels / "refused.jsonl")}
+    assert found | refused == said and len(said) == 12 and len(refused) == 2
+    rlhf(tmp_path, site.token, *back, "run.resume=true")
+    first, again = lines(labels / "imports.jsonl")
+    assert (first["new"], again["new"], again["known"], again["refused"]) == (10, 0, 10, 2)
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and site.token.encode() in path.read_bytes()]
+    assert written == [], "the token is stored nowhere"
 
 
 @pytest.mark.browser

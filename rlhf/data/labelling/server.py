@@ -21,7 +21,7 @@ from rlhf.types import UserError
 _BATCH = 200  # tasks of a request; servers take at most 250,000 and 200 MB
 _TITLE = 50  # characters of a project's title
 _TIMEOUT = 120.0  # seconds without an answer
-_IMPORT = 600.0  # seconds for a server that imports in the background
+_IMPORT = 600.0  # seconds for a server that imports or exports in the background
 _WHERE = "Label Studio has personal access tokens under Account & Settings."
 
 
@@ -74,7 +74,7 @@ def pull(*, url: str, token: str, project: int, folder: Path) -> Path:
     path = folder / f"label_studio_project_{project}.json"
     with _session(url, token) as client:
         client.projects.get(id=project)  # asks before the export does, which answers 404 for other reasons too
-        content = client.projects.exports.as_binary(project, export_type="JSON")
+        content = client.projects.exports.as_binary(project, export_type="JSON", timeout=int(_IMPORT))
     try:
         rows = json.loads(content)
     except ValueError as error:

@@ -13,10 +13,9 @@ from typing import NamedTuple
 from conf.choices import LabelTarget
 from rlhf.data.files import SourceRow, check_file, scan
 from rlhf.data.labelling.records import Export, Judgement, Unreadable
-from rlhf.data.labelling.targets import argilla, jsonl, label_studio, sheet
+from rlhf.data.labelling.targets import argilla, jsonl, label_studio, page, sheet
 from rlhf.types import UserError
 
-PAGE_FORMAT = "rlhf-labels"  # the key `format` of the page's labels
 Labels = Iterator[Judgement | Unreadable]
 
 
@@ -27,20 +26,8 @@ class Target(NamedTuple):
     read: Callable[[Path], Labels]
 
 
-def _write_page(export: Export, folder: Path) -> list[Path]:
-    from rlhf.data.labelling.targets import page
-
-    return page.write(export, folder)
-
-
-def _read_page(path: Path) -> Labels:
-    from rlhf.data.labelling.targets import page
-
-    return page.read(path)
-
-
 TARGETS: dict[LabelTarget, Target] = {
-    LabelTarget.page: Target(_write_page, _read_page),
+    LabelTarget.page: Target(page.write, page.read),
     LabelTarget.label_studio: Target(label_studio.write, label_studio.read),
     LabelTarget.argilla: Target(argilla.write, argilla.read),
     LabelTarget.csv: Target(sheet.write_csv, sheet.read),
@@ -81,7 +68,7 @@ def _is_page(path: Path) -> bool:
             found = json.loads(head + source.read())
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.get("format") == PAGE_FORMAT
+    return isinstance(found, dict) and found.get("format") == page.FORMAT
 
 
 def _target(row: SourceRow, suffix: str) -> LabelTarget | None:

@@ -174,9 +174,8 @@ def _of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadab
 
 def _judgement(annotation: Mapping[str, Any], key: str, task: str, prompt: str, texts: dict[str, str], place: str) -> Judgement:
     results = results_of(annotation, key)
-    verdict, ranking = Verdict.cancelled, ()
-    if not annotation.get("was_cancelled"):
-        verdict, ranking = _verdict(results, list(texts))
+    cancelled = bool(annotation.get("was_cancelled"))
+    verdict, ranking = (Verdict.cancelled, ()) if cancelled else _verdict(results, list(texts))
     return Judgement(
         task=task,
         annotator=annotator_of(annotation.get("completed_by")).get("annotator", ""),
