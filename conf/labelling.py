@@ -61,7 +61,8 @@ class LabelConfig:
     token_env: str = "LABEL_STUDIO_API_KEY"  # environment variable that holds an access token
     # -- import
     export: str | None = None  # the export's run directory; None: that of the same run.name
-    files: list[str] = field(default_factory=list)  # what came back, in any of the formats
+    files: list[str] = field(default_factory=list)  # what came back, in any of the formats; a pattern takes every file that fits
+    annotator: str | None = None  # who made the labels of files that do not say; None: such a row is refused
     aggregate: LabelAggregate = LabelAggregate.majority
     min_labels: int = 1  # labels that a task needs
     min_confidence: float = 0.0  # verdicts below it go to the review queue

@@ -3,8 +3,8 @@ comparisons with reduction of biases", arXiv:1906.03711, their factorBT without 
 
     P(annotator k prefers the answer shown first) = r_k sigmoid(s_first - s_second) + (1 - r_k) b_k
 
-s are the answers' strengths (log-odds), r_k is how often k looks at the answers at all, b_k where his choice falls when he does not: on the first shown
-(1) or the second (0). A tie counts as half a preference for each.
+s are the answers' strengths (log-odds), r_k is how often k looks at the answers at all, b_k how often his choice falls on the one shown first when he
+does not. A tie counts as half a preference for each.
 
 crowd-kit's NoisyBradleyTerry has this likelihood, but its version 1.4.2 does not maximise it: its gradient of b and r is written one place too far
 down, keeps each annotator's last comparison only and so replaces an answer's gradient too, and its regularisation has the sign that drives strengths

@@ -15,7 +15,7 @@
         fast         {n, share}: labels with a time, and faster than the answers can be read (100 characters a second)
         reliability  what label.aggregate holds of the annotator (rlhf.data.labelling.verdicts)
         suspicions   in words; [] for nothing
-    agreement    rlhf.data.agreement's figures over the pairs (first, tie, second: ordinal for Krippendorff's alpha)
+    agreement    rlhf.data.agreement's figures over the votes that count (first, tie, second: ordinal for Krippendorff's alpha)
     pairs        {judged, used, few_labels, split, unsure, tie, empty, disputed, unjudged}: by what became of them
 
 low and high are Wilson's 95 % interval.
@@ -37,6 +37,7 @@ from rlhf.data.report.texts import wilson
 READING = 100.0  # characters a second, about 1,200 words a minute: nobody reads faster
 _FEW = 5  # cases below which nothing is suspected
 _FAST, _SIDE, _GOLD, _ITSELF, _RELIABLE = 0.2, 0.01, 0.8, 0.7, 0.5
+_SILENT = (Outcome.skip, Outcome.cancelled)  # no judgement
 Figures = dict[str, Any]
 
 
@@ -71,7 +72,7 @@ def side_shown(label: Checked, task: Task) -> Verdict:
 
 def gold_right(label: Checked, task: Task) -> bool | None:
     """Whether a label finds the better answer of a gold task; None where it says nothing."""
-    if task.best is None or label.outcome in (Outcome.skip, Outcome.cancelled):
+    if task.best is None or label.outcome in _SILENT:
         return None
     if label.outcome is Outcome.ranked:
         return label.ranking[0] == (task.best,)
@@ -154,7 +155,7 @@ def _model(votes: Sequence[Vote], situation: Situation) -> Figures:
 
 
 def _fast(labels: Sequence[Checked], ledgers: Ledgers) -> Figures:
-    said = [label for label in labels if label.seconds is not None and label.outcome not in (Outcome.skip, Outcome.cancelled)]
+    said = [label for label in labels if label.seconds is not None and label.outcome not in _SILENT]
     least = [sum(len(answer.text) for answer in ledgers.tasks[label.task][1].answers) / READING for label in said]
     fast = sum((label.seconds or 0.0) < seconds for label, seconds in zip(said, least, strict=True))
     return {"n": len(said), "share": fast / len(said) if said else None}
@@ -177,10 +178,10 @@ def suspicions(figures: Figures) -> list[str]:
     return out
 
 
-def agreement_of(votes: Votes, seed: int) -> Agreement:
+def agreement_of(votes: Iterable[Vote], seed: int) -> Agreement:
     """Of the votes, first < tie < second."""
     names = [Outcome.first.value, Outcome.tie.value, Outcome.second.value]
-    labels = [Label(vote.pair, vote.annotator, vote.outcome.value) for vote in votes.votes]
+    labels = [Label(vote.pair, vote.annotator, vote.outcome.value) for vote in votes]
     return agreement(labels, level=Level.ordinal, order=names, seed=seed)
 
 
@@ -222,11 +223,7 @@ def annotators(situation: Situation, agreed: Agreement) -> list[Figures]:
 def pairs(situation: Situation) -> dict[str, int]:
     """What became of the pairs; unjudged: main tasks without a vote that counts."""
     fates = Counter(situation.fates.values())
-    judged = {
-        label.task
-        for label in situation.labels
-        if label.annotator not in situation.without and label.outcome not in (Outcome.skip, Outcome.cancelled)
-    }
+    judged = {label.task for label in situation.labels if label.annotator not in situation.without and label.outcome not in _SILENT}
     asked = {task.id for _, task in situation.ledgers.tasks.values() if task.role is Role.main}
     disputed = sum(verdict.disputed for verdict in situation.aggregated.verdicts)
     return {
@@ -239,9 +236,11 @@ def pairs(situation: Situation) -> dict[str, int]:
 
 def report(situation: Situation, seed: int) -> Figures:
     """annotators, agreement, pairs and the aggregation's own figures."""
-    agreed = agreement_of(situation.votes, seed)
+    everybody = agreement_of(situation.votes.votes, seed)
+    counted = [vote for vote in situation.votes.votes if vote.annotator not in situation.without]
+    agreed = agreement_of(counted, seed) if situation.without else everybody
     return {
-        "annotators": annotators(situation, agreed),
+        "annotators": annotators(situation, everybody),
         "agreement": agreed.figures(),
         "pairs": pairs(situation),
         "aggregation": situation.aggregated.figures,

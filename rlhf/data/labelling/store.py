@@ -80,7 +80,7 @@ def _supersedes(new: Checked, old: Checked) -> bool:
     return new.time is None or old.time is None or moment(new.time) >= moment(old.time)
 
 
-class _Lines:
+class Lines:
     """A file of JSON lines that one process appends to."""
 
     def __init__(self, path: Path) -> None:
@@ -132,7 +132,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         """Raises UserError where labels.jsonl is not what imports wrote, or another import is at work."""
         self.path = folder / LABELS_FILE
-        self._lines = _Lines(self.path)
+        self._lines = Lines(self.path)
         self._stored: list[tuple[Checked, int]] = []
         self._by_key: dict[tuple[str, str, str], list[int]] = {}  # places in _stored
         self._current: dict[tuple[str, str, str], int] = {}
@@ -192,7 +192,7 @@ class Store:
 
 def keep_refused(folder: Path, refused: Iterable[Refused], number: int) -> int:
     """Append to refused.jsonl what is not there yet; gives the rows added."""
-    lines = _Lines(folder / REFUSED_FILE)
+    lines = Lines(folder / REFUSED_FILE)
     try:
         there = {row.get("id") for row in lines.rows}
         rows: dict[str, dict[str, Any]] = {}

@@ -9,13 +9,13 @@ it leaves out say nothing. An annotator has one vote on a pair: that of the newe
     bradley_terry   strengths of answers and reliabilities of annotators (rlhf.data.labelling.bradley_terry); ties count half for each
 
 `first_better` is the probability that a new careful annotator prefers the first answer. For majority and dawid_skene it is the share w of n votes
-(a tie is half a vote; dawid_skene: the posterior's) under a uniform prior, (n w + 1) / (n + 2) (Laplace): one vote of one gives 2/3. Bradley-Terry has
-a prior of its own.
+(a tie is half a vote; dawid_skene: the posterior's) under a uniform prior, (n w + 1) / (n + 2) (Laplace): one vote of one gives 2/3.
+Bradley-Terry has a prior of its own.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
