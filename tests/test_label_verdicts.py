@@ -61,7 +61,7 @@ def test_majority_by_hand() -> None:
     assert [v.disputed for v in (one, two, split, tied)] == [False, True, True, True]
 
 
-def careless(seed: int, pairs_: int = 120) -> list[dict[str, str | Outcome]]:
+def careless(seed: int, pairs_: int = 80) -> list[dict[str, str | Outcome]]:
     """Three who find the good answer nine times in ten, and one who guesses."""
     rng = np.random.default_rng(seed)
     accuracy = {"ann": 0.9, "bob": 0.9, "cy": 0.9, "guess": 0.5}
@@ -74,8 +74,9 @@ def test_who_guesses_is_found_out_and_counts_less(method: LabelAggregate) -> Non
     reliability = {name: value for name, value in found.reliability.items() if value is not None}
     assert set(reliability) == {"ann", "bob", "cy", "guess"}
     assert reliability["guess"] + 0.2 < min(reliability[name] for name in ("ann", "bob", "cy"))
-    right = np.mean([winner(v) == "good" for v in found.verdicts])
-    assert right > (0.95 if method is LabelAggregate.dawid_skene else 0.9)
+    decided = [winner(v) for v in found.verdicts if v.outcome is not None]
+    assert np.mean([name == "good" for name in decided]) > 0.95
+    assert len(decided) == len(found.verdicts) or method is LabelAggregate.majority, "only the majority can be split"
 
 
 def simulated(reliability: dict[str, float], side: dict[str, float], seed: int = 0) -> tuple[np.ndarray, list[Comparison]]:
@@ -96,7 +97,8 @@ def test_bradley_terry_recovers_order_reliability_and_side() -> None:
     strength, comparisons = simulated(true, {"ann": 0.5, "bob": 0.5, "cy": 0.5, "left": 0.9})
     found = fit(comparisons)
     assert found.converged
-    assert found.reliability["left"] < 0.35 < 0.8 < min(found.reliability[name] for name in ("ann", "bob", "cy"))
+    assert found.reliability["left"] < 0.35
+    assert min(found.reliability[name] for name in ("ann", "bob", "cy")) > 0.8
     assert found.first_side["left"] > 0.8
     assert np.corrcoef(strength, [found.strength[f"{i:02d}"] for i in range(30)])[0, 1] > 0.93
     assert fit(comparisons[::-1]).strength == pytest.approx(found.strength, abs=1e-3), "nothing is drawn"

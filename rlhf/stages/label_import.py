@@ -5,6 +5,7 @@ The labels directory (runs/<run.name>/labels) holds, beside the files of every r
     labels.jsonl     every label that was ever imported, once (rlhf.data.labelling.store)
     refused.jsonl    every row that was refused, with its place, its id and why
     imports.jsonl    a line an import: what was read, what it added, the version it led to
+    pulled/          what label.pull=true fetched from a server
     exports/<id>     the ledgers that labels were checked against
     versions/<n>, latest    what the labels came to (rlhf.data.labelling.versions)
 """
@@ -31,7 +32,7 @@ from rlhf.run import RunContext
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.label")
-IMPORTS_FILE = "imports.jsonl"
+IMPORTS_FILE, PULLED_FOLDER = "imports.jsonl", "pulled"
 _SHOWN = 3  # refused rows quoted in an error
 
 
@@ -94,19 +95,21 @@ def settings_of(label: LabelConfig) -> versions.Settings:
 def _rows(ctx: RunContext, export: Path | None) -> Iterator[tuple[Source, Iterable[Judgement | Unreadable]]]:
     """What comes back, source by source."""
     cfg = ctx.cfg
-    files = label_files(cfg)
-    if files:
-        from rlhf.data.labelling.targets import read_labels
-
-        for place in files:
-            target, rows = read_labels(place)
-            LOG.info("%s: read as %s", place, target.value)
-            yield Source(str(place), target.value, ctx.add_data(place)), rows
+    for place in label_files(cfg):
+        yield _source(ctx, place)
     if cfg.label.pull:
         from rlhf.data.labelling.server import pull
 
-        project = server_project(cfg, export)
-        yield Source(f"{cfg.label.url}, project {project}", "label_studio", None), pull(str(cfg.label.url), access_token(cfg), project)
+        place = pull(url=str(cfg.label.url), token=access_token(cfg), project=server_project(cfg, export), folder=ctx.dir / PULLED_FOLDER)
+        yield _source(ctx, place)
+
+
+def _source(ctx: RunContext, place: Path) -> tuple[Source, Iterable[Judgement | Unreadable]]:
+    from rlhf.data.labelling.targets import read_labels
+
+    target, rows = read_labels(place)
+    LOG.info("%s: read as %s", place, target.value)
+    return Source(str(place), target.value, ctx.add_data(place)), rows
 
 
 def _read(ctx: RunContext, ledgers: Ledgers, export: Path | None) -> tuple[list[Source], list[Checked], list[Refused]]:

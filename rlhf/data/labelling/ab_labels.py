@@ -13,13 +13,14 @@ _NO_TIME = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 
 
 def policies(export: Export) -> tuple[str, str]:
-    """The two policies, a and b: as the export names them, else by name. Raises UserError where its tasks compare any others."""
-    found = sorted({answer.policy for task in export.tasks if task.role is Role.main for answer in task.answers})
-    named = export.details["ab"]
-    a, b = str(named.get("a", found[0])), str(named.get("b", found[-1]))
-    if sorted((a, b)) != found:
-        raise UserError(f"export {export.id} is an A/B test of {a!r} and {b!r}, but its tasks compare answers of {', '.join(map(repr, found))}.")
-    return a, b
+    """The two policies, a and b, as the export names them. Raises UserError where its tasks compare any others."""
+    found = {answer.policy for task in export.tasks if task.role is Role.main for answer in task.answers}
+    named = [str(name) for name in export.details["ab"].get("policies", ())]
+    if len(named) != 2 or set(named) != found:
+        raise UserError(
+            f"export {export.id} is an A/B test of {' and '.join(named) or 'nothing'}, but compares {', '.join(map(repr, sorted(found)))}."
+        )
+    return named[0], named[1]
 
 
 def judged(situation: Situation, export: Export) -> list[tuple[str, str | None]]:

@@ -6,7 +6,8 @@ it leaves out say nothing. An annotator has one vote on a pair: that of the newe
 
     majority        the most frequent vote; a split one decides nothing
     dawid_skene     each annotator's confusion matrix (rlhf.data.aggregation)
-    bradley_terry   strengths of answers and reliabilities of annotators (rlhf.data.labelling.bradley_terry); ties count half for each
+    bradley_terry   strengths of answers and reliabilities of annotators (rlhf.data.labelling.bradley_terry); ties count half for each. A pair is a
+                    tie where most votes say so
 
 `first_better` is the probability that a new careful annotator prefers the first answer. For majority and dawid_skene it is the share w of n votes
 (a tie is half a vote; dawid_skene: the posterior's) under a uniform prior, (n w + 1) / (n + 2) (Laplace): one vote of one gives 2/3.
@@ -197,9 +198,12 @@ def _by_strength(votes: Votes, counts: Mapping[str, Counter[Outcome]]) -> Aggreg
         first, second = _names(votes.pairs[key])
         p = 1 / (1 + math.exp(found.strength[second] - found.strength[first]))
         outcome: Outcome | None = Outcome.first if p > 0.5 else Outcome.second
-        if abs(p - 0.5) < _EVEN:
-            outcome = Outcome.tie if counts[key].most_common(1)[0][0] is Outcome.tie else None
-        verdicts.append(Verdict(votes.pairs[key], outcome, max(p, 1 - p), p, dict(counts[key])))
+        confidence, ties = max(p, 1 - p), counts[key][Outcome.tie]
+        if ties > max(counts[key][Outcome.first], counts[key][Outcome.second]):  # the model has no word for a tie, so the votes decide
+            outcome, confidence = Outcome.tie, ties / counts[key].total()
+        elif abs(p - 0.5) < _EVEN:
+            outcome = None
+        verdicts.append(Verdict(votes.pairs[key], outcome, confidence, p, dict(counts[key])))
     figures = {"iterations": found.iterations, "converged": found.converged, "first_side": found.first_side}
     notes = () if found.converged else (f"the Bradley-Terry model has not converged after {found.iterations} iterations",)
     return Aggregated(tuple(verdicts), dict(found.reliability), figures, notes)
