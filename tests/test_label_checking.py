@@ -47,8 +47,8 @@ def labelled(draw: st.DrawFn) -> tuple[Export, list[Checked]]:
     out = []
     for annotator in draw(st.lists(NAMES, max_size=4, unique=True)):
         for task in export.tasks:
-            of_kind = [Outcome.first, Outcome.second, Outcome.tie] if export.kind is LabelKind.pair else [Outcome.ranked]
-            outcome = draw(st.sampled_from([*of_kind, Outcome.skip, Outcome.cancelled]))
+            of_kind = [Outcome.first, Outcome.second] if export.kind is LabelKind.pair else [Outcome.ranked]
+            outcome = draw(st.sampled_from([*of_kind, Outcome.tie, Outcome.skip, Outcome.cancelled]))
             size = len(task.answers)
             stars = st.one_of(st.none(), st.integers(1, 5))
             out.append(
@@ -142,10 +142,9 @@ def test_a_ranking_names_places_once(groups: tuple[tuple[int, ...], ...]) -> Non
 
 
 def test_sides_are_no_ranking() -> None:
-    for verdict in (Verdict.left, Verdict.tie):
-        found = check_one(Judgement(RANKING.tasks[0].id, "ann", verdict), ledgers_of(RANKING))
-        assert isinstance(found, Refused)
-        assert "asks for a ranking" in found.reason
+    found = check_one(Judgement(RANKING.tasks[0].id, "ann", Verdict.left), ledgers_of(RANKING))
+    assert isinstance(found, Refused)
+    assert "asks for a ranking" in found.reason
 
 
 def test_who_judged_can_be_said_for_the_whole_file() -> None:

@@ -137,6 +137,8 @@ RANKED = export_of([{"prompt": "p", "answers": [Answer(t) for t in "abcd"]}], ki
 def test_a_ranking_is_its_pairs() -> None:
     [task] = RANKED.tasks
     place = {answer.text: i for i, answer in enumerate(task.answers)}
+    tied = aggregate(LabelAggregate.majority, collect(ledgers_of(RANKED), [label(task, Outcome.tie)]))
+    assert [verdict.outcome for verdict in tied.verdicts] == [Outcome.tie] * 6
     said = Checked(RANKED.id, task.id, "ann", Outcome.ranked, ranking=((place["c"],), tuple(sorted((place["a"], place["b"])))))
     found = aggregate(LabelAggregate.majority, collect(ledgers_of(RANKED), [said]))
     rows = set()

@@ -178,7 +178,7 @@ def _check_when(judgement: Judgement) -> None:
 
 _OF_KIND = {
     LabelKind.pair: (Verdict.left, Verdict.right, Verdict.tie, Verdict.skip, Verdict.cancelled),
-    LabelKind.ranking: (Verdict.ranked, Verdict.skip, Verdict.cancelled),
+    LabelKind.ranking: (Verdict.ranked, Verdict.tie, Verdict.skip, Verdict.cancelled),  # tie: all are equal
 }
 
 

@@ -41,7 +41,7 @@ def _why(verdicts: list[Verdict], situation: Situation, kind: LabelKind, labels:
             out.append(f"confidence {verdict.confidence:.3f}: {votes}")
         elif fate is not Fate.few_labels and verdict.disputed and situation.votes.asked[verdict.pair.id] == 1 and kind is LabelKind.pair:
             out.append(f"annotators differ: {votes}")
-    said = [label for label in labels if label.annotator not in situation.without and label.outcome is Outcome.ranked]
+    said = [label for label in labels if label.annotator not in situation.without and label.outcome in (Outcome.ranked, Outcome.tie)]
     once = len({label.export for label in said}) == 1
     if kind is LabelKind.ranking and not out and once and len({_best(label) for label in said}) > 1:
         out.append("annotators differ on the best one")

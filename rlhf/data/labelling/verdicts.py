@@ -27,7 +27,7 @@ from rlhf.data.agreement import Label
 from rlhf.data.formats.base import assistant
 from rlhf.data.hashing import digest
 from rlhf.data.labelling import bradley_terry
-from rlhf.data.labelling.checking import CHOICES, Checked, Ledgers, Outcome
+from rlhf.data.labelling.checking import Checked, Ledgers, Outcome
 from rlhf.data.labelling.records import Answer, Role, Task
 
 _EVEN = 1e-3  # Bradley-Terry probabilities closer to 1/2 than this decide nothing
@@ -114,10 +114,11 @@ def pair_id(prompt: Any, a: Answer, b: Answer) -> str:
 
 def comparisons(label: Checked, task: Task) -> Iterable[tuple[int, int, Outcome]]:
     """Every two places of Task.answers that a label compares, the smaller first, and how."""
-    if label.outcome in CHOICES:
+    if label.outcome in (Outcome.first, Outcome.second):
         yield 0, 1, label.outcome
         return
-    rank = {place: r for r, group in enumerate(label.ranking) for place in group}
+    ranking = (tuple(range(len(task.answers))),) if label.outcome is Outcome.tie else label.ranking
+    rank = {place: r for r, group in enumerate(ranking) for place in group}
     places = sorted(rank)
     for n, i in enumerate(places):
         for j in places[n + 1 :]:
