@@ -26,7 +26,7 @@ from rlhf.data.labelling.ab_labels import ab_figures
 from rlhf.data.labelling.checking import Checked, Ledgers, Refused, check
 from rlhf.data.labelling.checks_import import access_token, export_folder, label_files, server_project
 from rlhf.data.labelling.records import Judgement, Unreadable
-from rlhf.data.labelling.report import Situation, agreement_rows, annotator_rows, report
+from rlhf.data.labelling.report import Situation, agreement_rows, annotator_rows, bias_rows, report
 from rlhf.data.labelling.store import Added, Lines, Store, keep_refused
 from rlhf.run import RunContext
 from rlhf.types import UserError
@@ -198,7 +198,8 @@ def next_command(version: versions.Version, strength: Strength) -> str | None:
 
 
 def _show(figures: Mapping[str, Any]) -> None:
-    console.table(annotator_rows(figures["annotators"]), title="Annotators")
+    console.table(annotator_rows(figures["annotators"]), title="Annotators (95 % intervals)")
+    console.table(bias_rows(figures["annotators"]), title="What their choices go with")
     console.table(agreement_rows(figures["agreement"]), title="Agreement")
     console.table([figures["pairs"]], title="Pairs, by what became of them")
     for one in figures["ab"]:

@@ -258,31 +258,51 @@ def _percent(found: Figures) -> str:
     return f"{found['share']:.0%}{interval} of {found['n']}"
 
 
+def _name(figures: Figures) -> str:
+    return str(figures["annotator"]) + ("" if figures["counts"] else " (doesn't count)")
+
+
 def annotator_rows(figures: Iterable[Figures]) -> list[dict[str, Any]]:
-    """A table's rows: what matters first."""
+    """A table's rows: how much and how well."""
     out = []
     for one in figures:
-        said = one["verdicts"]
-        out.append(
-            {
-                "annotator": one["annotator"] + ("" if one["counts"] else " (doesn't count)"),
-                "labels": one["labels"],
-                "left/right/tie/skip": "/".join(str(n) for n in (said["left"], said["right"], said["tie"], said["skip"] + said["cancelled"])),
-                "seconds": "" if one["seconds"]["median"] is None else f"{one['seconds']['median']:.1f}",
-                "gold": _percent(one["gold"]),
-                "itself": _percent(one["itself"]),
-                "others": _percent(one["others"]),
-                "left": _percent(one["left"]),
-                "longer": _percent(one["longer"]),
-                "model": _percent(one["model"]),
-                "suspicions": "; ".join(one["suspicions"]),
-            }
-        )
+        said, median = one["verdicts"], one["seconds"]["median"]
+        row = {
+            "annotator": _name(one),
+            "labels": one["labels"],
+            "tie/skip": f"{said['tie']}/{said['skip'] + said['cancelled']}",
+            "median s": "" if median is None else f"{median:.1f}",
+            "gold": _percent(one["gold"]),
+            "itself": _percent(one["itself"]),
+            "others": _percent(one["others"]),
+            "reliability": "" if one["reliability"] is None else f"{one['reliability']:.2f}",
+            "suspicions": "; ".join(one["suspicions"]) or "none",
+        }
+        out.append(row)
+    return out
+
+
+def bias_rows(figures: Iterable[Figures]) -> list[dict[str, Any]]:
+    """A table's rows: what the choices go with. The longer answer: against how often the verdicts and the scores prefer it in the same pairs."""
+    out = []
+    for one in figures:
+        left, longer = one["left"], one["longer"]
+        row = {
+            "annotator": _name(one),
+            "left side": _percent(left) + ("" if left["p"] is None else f", p = {left['p']:.2g}"),
+            "longer answer": _percent(longer),
+            "by verdicts": "" if longer["verdicts"] is None else f"{longer['verdicts']:.0%}",
+            "by scores": "" if longer["model"] is None else f"{longer['model']:.0%}",
+            "higher score": _percent(one["model"]),
+        }
+        out.append(row)
     return out
 
 
 def agreement_rows(figures: Figures) -> list[dict[str, Any]]:
-    """Coefficients with their intervals, then Cohen's kappa of each two annotators."""
+    """Coefficients with their intervals, then Cohen's kappa of each two annotators; none where no pair has two labels."""
+    if not figures["observed"]["items"]:
+        return []
     rows = [
         {"coefficient": name, "value": found["value"], "95 % interval": _interval(found), "pairs": found["items"]}
         for name, found in (
