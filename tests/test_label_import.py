@@ -1,5 +1,6 @@
 """stage=label label.mode=import from the command line's side: labels in any format in, versions of preference data out, again and again."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from rlhf.data.labelling.checking import Outcome
 from rlhf.data.labelling.records import Export, Judgement, Verdict
 from rlhf.data.reading import read_rows
 from rlhf.types import UserError
+from tests.label_exports import fill_label_studio
 from tests.labels import export_of, on_disk, pairs, say
 
 Row = dict[str, Any]
@@ -230,7 +232,7 @@ def test_ab_test_of_the_labels(tmp_path: Path) -> None:
         ({"label.files": "[/tmp]"}, "label.files: /tmp is a directory"),
         ({"label.export": "nowhere"}, "nowhere/export.json: no such file"),
         ({"run.name": "other"}, "label.export is not set, and .*other/label holds no export"),
-        ({"label.pull": "true", "label.url": "http://127.0.0.1:1"}, "label.pull=true needs a project"),
+        ({"label.pull": "true", "label.url": "http://127.0.0.1:1"}, "label.pull=true: the export was not pushed to a server"),
         (
             {"label.pull": "true", "label.url": "http://127.0.0.1:1", "label.project": "3"},
             "needs an access token in the environment variable LABEL_STUDIO",
@@ -242,6 +244,34 @@ def test_what_can_be_known_beforehand(tmp_path: Path, export: Export, options: d
     with pytest.raises(UserError, match=message):
         labels(tmp_path, **options)
     assert not (tmp_path / "runs" / "t" / "labels").exists()
+
+
+def test_labels_of_a_server(tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the server gives is a file of its own format, kept in the labels directory; who it is comes from the export."""
+    from rlhf.data.labelling import server
+    from rlhf.data.labelling.targets import label_studio
+
+    judgements = [dataclasses.replace(one, annotation=str(n)) for n, one in enumerate(said(export, "ann"))]
+    asked: Row = {}
+
+    def pull(*, url: str, token: str, project: int, folder: Path) -> Path:
+        asked.update(url=url, token=token, project=project)
+        filled = fill_label_studio(label_studio.write(export, folder), judgements)
+        return filled.rename(folder / "project.json")
+
+    monkeypatch.setattr(server, "pull", pull)
+    monkeypatch.setenv("TOKEN_OF_TEST", "s3cret")
+    (tmp_path / "runs" / "t" / "label" / "server.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "project": 7}))
+    folder = labels(tmp_path, **{"label.pull": "true", "label.token_env": "TOKEN_OF_TEST"})
+    assert asked == {"url": "http://127.0.0.1:1", "token": "s3cret", "project": 7}
+    labels(tmp_path, **{"label.pull": "true", "label.url": "http://127.0.0.1:2", "label.project": "8", "label.token_env": "TOKEN_OF_TEST"})
+    assert (asked["url"], asked["project"]) == ("http://127.0.0.1:2", 8)
+    assert len(read(folder / "labels.jsonl")) == len(export.tasks)
+    [source] = read(folder / "imports.jsonl")[0]["sources"]
+    assert (source["name"], source["target"], source["rows"]) == (str(folder / "pulled" / "project.json"), "label_studio", len(export.tasks))
+    card = json.loads((folder / "latest" / "card.json").read_text(encoding="utf-8"))
+    assert card["sources"] == [{"name": source["name"], "sha256": source["sha256"]}]
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()], "the token is written nowhere"
 
 
 def test_labels_are_not_overwritten(tmp_path: Path, export: Export) -> None:

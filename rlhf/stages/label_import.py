@@ -24,7 +24,7 @@ from rlhf import console
 from rlhf.data.labelling import known, versions
 from rlhf.data.labelling.ab_labels import ab_figures
 from rlhf.data.labelling.checking import Checked, Ledgers, Refused, check
-from rlhf.data.labelling.checks_import import access_token, export_folder, label_files, server_project
+from rlhf.data.labelling.checks_import import access_token, export_folder, label_files, server_of
 from rlhf.data.labelling.records import Judgement, Unreadable
 from rlhf.data.labelling.report import Situation, agreement_rows, annotator_rows, bias_rows, report
 from rlhf.data.labelling.store import Added, Lines, Store, keep_refused
@@ -66,7 +66,9 @@ def import_labels(ctx: RunContext) -> None:
             added = store.add(checked, number)
             situation = versions.settle(ledgers, store.stored, settings_of(cfg.label))
         figures = {**report(situation, cfg.run.seed), "ab": ab_figures(situation)}
-        version, made = _version(ctx, situation, figures, copies)
+        earlier = [source for one in imports.rows for source in one["sources"]]
+        read = {source["sha256"]: source for source in (*earlier, *map(dataclasses.asdict, sources))}
+        version, made = _version(ctx, situation, figures, copies, [{key: source[key] for key in ("name", "sha256")} for source in read.values()])
         row = {
             "import": number,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -100,7 +102,8 @@ def _rows(ctx: RunContext, export: Path | None) -> Iterator[tuple[Source, Iterab
     if cfg.label.pull:
         from rlhf.data.labelling.server import pull
 
-        place = pull(url=str(cfg.label.url), token=access_token(cfg), project=server_project(cfg, export), folder=ctx.dir / PULLED_FOLDER)
+        url, project = server_of(cfg, export)
+        place = pull(url=url, token=access_token(cfg), project=project, folder=ctx.dir / PULLED_FOLDER)
         yield _source(ctx, place)
 
 
@@ -141,7 +144,9 @@ def _check_refused(refused: Sequence[Refused], allowed: int, folder: Path) -> No
     LOG.warning("%d rows were refused (data.max_bad_rows=%d):\n%s%s", len(refused), allowed, quoted, more)
 
 
-def _version(ctx: RunContext, situation: Situation, figures: Mapping[str, Any], copies: Mapping[str, Path]) -> tuple[versions.Version, bool]:
+def _version(
+    ctx: RunContext, situation: Situation, figures: Mapping[str, Any], copies: Mapping[str, Path], sources: Sequence[Mapping[str, Any]]
+) -> tuple[versions.Version, bool]:
     """The newest version, and whether this import made it."""
     cfg, folder = ctx.cfg, ctx.dir
     settings = settings_of(cfg.label)
@@ -151,7 +156,7 @@ def _version(ctx: RunContext, situation: Situation, figures: Mapping[str, Any], 
         versions.point(folder, before.number)  # a kill may have come between the version and its link
         _publish(ctx, name, before)
         return before, False
-    made = versions.write(folder, name, situation, settings, figures, copies)
+    made = versions.write(folder, name, situation, settings, figures, copies, sources)
     _publish(ctx, name, made)
     return made, True
 

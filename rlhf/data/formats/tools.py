@@ -16,7 +16,8 @@ from rlhf.data.rows import Chat, Row, RowError, describe, nearest, number_of, op
 # ---- Label Studio ----
 
 
-def _data(row: Row) -> Mapping[str, Any]:
+def data_of(row: Row) -> Mapping[str, Any]:
+    """A task's data. Raises RowError."""
     data = value_of(row, "data")
     if not isinstance(data, Mapping):
         raise RowError(f"key 'data': expected an object with the task, found {describe(data)}")
@@ -24,10 +25,11 @@ def _data(row: Row) -> Mapping[str, Any]:
 
 
 def _prompt_of_task(row: Row) -> str | Chat:
-    return text_or_chat(_data(row), "prompt")
+    return text_or_chat(data_of(row), "prompt")
 
 
-def _annotations(row: Row) -> list[Mapping[str, Any]]:
+def annotations_of(row: Row) -> list[Mapping[str, Any]]:
+    """A task's annotations; none is an empty list. Raises RowError."""
     annotations = row.get("annotations") or []
     if not isinstance(annotations, list) or not all(isinstance(a, Mapping) for a in annotations):
         raise RowError(f"key 'annotations': expected a list of objects, found {describe(annotations)}")
@@ -36,8 +38,8 @@ def _annotations(row: Row) -> list[Mapping[str, Any]]:
 
 def _judging(row: Row, out: Several) -> Iterator[tuple[Mapping[str, Any], dict[str, str], str, str]]:
     """(annotation, who, how messages call it, its place) of every annotation that is no skip; skips are set aside in `out`. Raises RowError."""
-    for i, annotation in enumerate(_annotations(row)):
-        who = _annotator(annotation.get("completed_by"))
+    for i, annotation in enumerate(annotations_of(row)):
+        who = annotator_of(annotation.get("completed_by"))
         said = f"annotation {i + 1}{' by ' + who['annotator'] if who else ''}"
         if annotation.get("was_cancelled"):
             out.aside.append(f"{said}: skipped (was_cancelled)")
@@ -45,14 +47,14 @@ def _judging(row: Row, out: Several) -> Iterator[tuple[Mapping[str, Any], dict[s
             yield annotation, who, said, f"annotations[{i}]"
 
 
-def _annotator(value: Any) -> dict[str, str]:
+def annotator_of(value: Any) -> dict[str, str]:
     """Who judged: a number, a name, or an object with one of them."""
     if isinstance(value, Mapping):
         value = value.get("email") or value.get("username") or value.get("id")
     return {} if value is None else {"annotator": str(value)}
 
 
-def _results(annotation: Mapping[str, Any], place: str) -> list[tuple[str, Mapping[str, Any], str]]:
+def results_of(annotation: Mapping[str, Any], place: str) -> list[tuple[str, Mapping[str, Any], str]]:
     """(type, value, place) of an annotation's results. Raises RowError."""
     results = annotation.get("result") or []
     if not isinstance(results, list):
@@ -66,31 +68,41 @@ def _results(annotation: Mapping[str, Any], place: str) -> list[tuple[str, Mappi
     return out
 
 
-def _choice_of(value: Mapping[str, Any], place: str) -> str:
+def choice_of(value: Mapping[str, Any], place: str) -> str:
+    """The one choice of a result of the type choices. Raises RowError."""
     choices = value.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], str):
         raise RowError(f"key '{place}.value.choices': expected one choice, found {describe(choices)}")
     return choices[0]
 
 
-def _side(results: list[tuple[str, Mapping[str, Any], str]]) -> int | str:
-    """1 (left) or 2 (right), or why there is none. Raises RowError."""
-    selected, choices = [], []
+def choices_of(results: list[tuple[str, Mapping[str, Any], str]]) -> list[str]:
+    """What was chosen beside the answers, such as a tie. Raises RowError."""
+    return [choice_of(value, place) for kind, value, place in results if kind == "choices"]
+
+
+def sides_of(results: list[tuple[str, Mapping[str, Any], str]]) -> list[int]:
+    """The sides that were selected, without repeats: 1 for left, 2 for right. Raises RowError."""
+    selected = []
     for kind, value, place in results:
         if kind == "pairwise":
             side = value.get("selected")
             if side not in ("left", "right"):
                 raise RowError(f"key '{place}.value.selected': expected left or right, found {describe(side)}")
             selected.append(1 if side == "left" else 2)
-        elif kind == "choices":
-            choices.append(_choice_of(value, place))
+    return list(dict.fromkeys(selected))
+
+
+def _side(results: list[tuple[str, Mapping[str, Any], str]]) -> int | str:
+    """1 (left) or 2 (right), or why there is none. Raises RowError."""
+    selected, choices = sides_of(results), choices_of(results)
     if choices and selected:
         return f"a side was selected and {choices[0]!r} chosen too"
     if choices:
         return f"a tie or a skip: {choices[0]!r} was chosen"
     if not selected:
         return "no side was selected"
-    return selected[0] if len(set(selected)) == 1 else "both sides were selected"
+    return selected[0] if len(selected) == 1 else "both sides were selected"
 
 
 def _task_fields(data: Mapping[str, Any], shown: tuple[str, ...]) -> dict[str, Any]:
@@ -98,13 +110,13 @@ def _task_fields(data: Mapping[str, Any], shown: tuple[str, ...]) -> dict[str, A
 
 
 def _pairs_label_studio(row: Row) -> Several:
-    data, out = _data(row), Several()
+    data, out = data_of(row), Several()
     names = next((n for n in _ANSWER_NAMES if all(k in data for k in n)), _ANSWER_NAMES[0])
     first, second = text_of(data, names[0]), text_of(data, names[1])
     prompt = prompt_or_nothing(data, "prompt")
     extra = _task_fields(data, ("prompt", *names))
     for annotation, who, said, place in _judging(row, out):
-        side = _side(_results(annotation, place))
+        side = _side(results_of(annotation, place))
         if isinstance(side, str):
             out.aside.append(f"{said}: {side}")
             continue
@@ -127,7 +139,7 @@ LABEL_STUDIO = Format(
 )
 
 
-def _rank(value: Mapping[str, Any], place: str) -> list[str]:
+def rank_of(value: Mapping[str, Any], place: str) -> list[str]:
     """Ids from the best to the worst: {"ranker": {"rank": [...]}}, whatever the one list is called, or a bare list. Raises RowError."""
     found = value.get("ranker")
     if isinstance(found, Mapping):
@@ -140,23 +152,28 @@ def _rank(value: Mapping[str, Any], place: str) -> list[str]:
     return [str(one) for one in found]
 
 
-def _items(data: Mapping[str, Any]) -> dict[str, str]:
+def items_of(data: Mapping[str, Any], *, empty: bool = False) -> dict[str, str]:
+    """Texts to rank by their ids, in the order as shown. Raises RowError."""
     items = value_of(data, "items")
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         raise RowError(f"key 'data.items': expected a list of objects with 'id' and 'body', found {describe(items)}")
-    return {str(value_of(item, "id")): text_of(item, "body") for item in items}
+    return {str(value_of(item, "id")): text_of(item, "body", empty=empty) for item in items}
 
 
 def _pairs_ranker(row: Row) -> Several:
-    data, out = _data(row), Several()
-    items, prompt = _items(data), prompt_or_nothing(data, "prompt")
+    data, out = data_of(row), Several()
+    items, prompt = items_of(data), prompt_or_nothing(data, "prompt")
     extra = _task_fields(data, ("prompt", "items"))
     for annotation, who, said, place in _judging(row, out):
-        lists = [(value, where) for kind, value, where in _results(annotation, place) if kind == "ranker"]
+        results = results_of(annotation, place)
+        if choices := choices_of(results):  # the editor sends an order with every annotation, also where nothing was moved
+            out.aside.append(f"{said}: a tie or a skip: {choices[0]!r} was chosen")
+            continue
+        lists = [(value, where) for kind, value, where in results if kind == "ranker"]
         if not lists:
             out.aside.append(f"{said}: nothing was ranked")
             continue
-        order = _rank(*lists[-1])
+        order = rank_of(*lists[-1])
         unknown = next((one for one in order if one not in items), None)
         if unknown is not None or len(set(order)) != len(order):
             raise RowError(f"key '{lists[-1][1]}.value.ranker': expected each of the ids {', '.join(items)} at most once, found {', '.join(order)}")
@@ -185,12 +202,12 @@ LABEL_STUDIO_RANKER = Format(
 # ---- Argilla ----
 
 
-def _shown(fields: Mapping[str, Any]) -> dict[str, str]:
+def answers_of(fields: Mapping[str, Any], *, empty: bool = False) -> dict[str, str]:
     """The answers by their names: response-0, response-1 ..., in this order. Raises RowError."""
     names = sorted((k for k in fields if k.replace("_", "-").startswith("response-")), key=lambda k: (len(k), k))
     if len(names) < 2:
         raise RowError(f"key 'fields': expected prompt, response-0 and response-1, found keys: {', '.join(fields) or 'none'}")
-    return {name: text_of(fields, name) for name in names}
+    return {name: text_of(fields, name, empty=empty) for name in names}
 
 
 def _question(responses: Mapping[str, Any]) -> list[Any]:
@@ -230,11 +247,11 @@ def _pairs_argilla(row: Row) -> Several:
     responses, metadata = row.get("responses") or {}, row.get("metadata") or {}
     if not isinstance(responses, Mapping) or not isinstance(metadata, Mapping):
         raise RowError("keys 'responses' and 'metadata': expected objects, found something else")
-    shown, prompt = _shown(fields), prompt_or_nothing(fields, "prompt")
+    shown, prompt = answers_of(fields), prompt_or_nothing(fields, "prompt")
     for i, response in enumerate(_question(responses)):
         if not isinstance(response, Mapping):
             raise RowError(f"key 'responses[{i}]': expected an object with 'value', found {describe(response)}")
-        who = _annotator(response.get("user_id"))
+        who = annotator_of(response.get("user_id"))
         said = f"response {i + 1}{' by ' + who['annotator'] if who else ''}"
         status = optional_text(response, "status") or "submitted"
         if status != "submitted" or response.get("value") is None:

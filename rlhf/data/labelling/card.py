@@ -54,9 +54,10 @@ def make_card(
     exports: Sequence[Card],
     settings: Mapping[str, Any],
     files: Mapping[str, Card],
+    sources: Sequence[Card],
     previous: int | None,
 ) -> Card:
-    """card.json. `files`: rows and sha256 by name."""
+    """card.json. `files`: rows and sha256 by name; `sources`: name and sha256 of what was imported so far."""
     people = [
         {key: one[key] for key in ("annotator", "counts", "labels", "gold", "itself", "others", "reliability", "suspicions")}
         for one in report["annotators"]
@@ -73,6 +74,7 @@ def make_card(
         "agreement": agreement,
         "annotators": people,
         "exports": list(exports),
+        "sources": list(sources),
         "settings": dict(settings),
         "files": dict(files),
         "ab": report.get("ab", []),
@@ -134,6 +136,7 @@ def markdown(card: Card) -> str:
     for result in card["ab"]:
         lines += [f"## A/B test of export {result['export']}", "", f"{_plain(result['b'])} against {_plain(result['a'])}: {result['decision']}.", ""]
         lines += [result["rule"], ""]
+    lines += ["## Imported from", "", *_table(("file", "sha256"), [(source["name"], source["sha256"]) for source in card["sources"]])]
     lines += ["## How verdicts were made", "", *_table(("setting", "value"), list(card["settings"].items()))]
     for export in card["exports"]:
         lines += [

@@ -59,20 +59,20 @@ def label_files(cfg: Config) -> list[Path]:
     return list(dict.fromkeys(out))
 
 
-def server_project(cfg: Config, export: Path | None) -> int:
-    """label.project, or the one that the export created. Raises UserError."""
-    if cfg.label.project is not None:
-        return cfg.label.project
+def server_of(cfg: Config, export: Path | None) -> tuple[str, int]:
+    """Address and project: label.url and label.project, or those that the export was pushed to. Raises UserError."""
+    url, project = cfg.label.url, cfg.label.project
+    if url is not None and project is not None:
+        return url, project
+    remedy = "Set label.url=ADDRESS and label.project=NUMBER."
     place = export / SERVER_FILE if export is not None else None
     if place is None or not place.is_file():
-        raise UserError(
-            f"label.pull=true needs a project, and {'no export' if place is None else place} names one: expected what label.push=true wrote. "
-            "Set label.project=NUMBER."
-        )
+        raise UserError(f"label.pull=true: the export was not pushed to a server ({place or SERVER_FILE}: no such file). {remedy}")
     try:
-        return int(json.loads(place.read_text(encoding="utf-8"))["project"])
+        pushed = json.loads(place.read_text(encoding="utf-8"))
+        return url or str(pushed["url"]), int(pushed["project"]) if project is None else project
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place} can't be read: {type(error).__name__}: {error}. Set label.project=NUMBER.") from error
+        raise UserError(f"{place} can't be read: {type(error).__name__}: {error}. {remedy}") from error
 
 
 def access_token(cfg: Config) -> str:
@@ -97,7 +97,7 @@ def check_import(cfg: Config) -> None:
         for place in files:
             detect(place)
     if cfg.label.pull:
-        server_project(cfg, export)
+        server_of(cfg, export)
         access_token(cfg)
     if not files and not cfg.label.pull and not (labels_folder(cfg) / LABELS_FILE).is_file():
         raise UserError("label.mode=import has nothing to read: expected label.files=[FILE, ...], or label.pull=true for a Label Studio project.")

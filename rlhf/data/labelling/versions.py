@@ -138,8 +138,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def write(folder: Path, name: str, situation: Situation, settings: Settings, report: Mapping[str, Any], ledgers: Mapping[str, Path]) -> Version:
-    """The next version, and the link `latest` to it. `ledgers`: each export's folder in the labels directory."""
+def write(
+    folder: Path,
+    name: str,
+    situation: Situation,
+    settings: Settings,
+    report: Mapping[str, Any],
+    ledgers: Mapping[str, Path],
+    sources: Sequence[Mapping[str, Any]] = (),
+) -> Version:
+    """The next version, and the link `latest` to it.
+
+    ledgers: each export's folder in the labels directory; sources: name and sha256 of what was imported so far, for the card.
+    """
     before = newest(folder)
     number = before.number + 1 if before is not None else 1
     place, beside = folder / FOLDER / str(number), folder / FOLDER / f".{number}.tmp"
@@ -163,6 +174,7 @@ def write(folder: Path, name: str, situation: Situation, settings: Settings, rep
         exports=[export_entry(situation.ledgers.exports[export], ledger) for export, ledger in sorted(ledgers.items())],
         settings=settings.figures(),
         files={file: {"rows": len(lines), "sha256": sha256(beside / file)} for file, lines in content.items()},
+        sources=[dict(source) for source in sources],
         previous=before.number if before is not None else None,
     )
     (beside / "card.md").write_text(markdown(card), encoding="utf-8", errors="replace")
