@@ -369,7 +369,7 @@ class LabelAggregate(Enum):
 
     majority = "majority"
     dawid_skene = "dawid_skene"
-    bradley_terry = "bradley_terry"  # with each annotator's reliability (Chen et al. 2013, as crowd-kit's NoisyBradleyTerry)
+    bradley_terry = "bradley_terry"  # with each annotator's reliability and side bias (rlhf/data/labelling/bradley_terry.py)
 
 
 class Strength(Enum):

@@ -56,12 +56,13 @@ class LabelConfig:
     # -- a Label Studio server
     push: bool = False  # create a project and import the tasks
     pull: bool = False  # fetch the project's labels
-    url: str | None = None  # of the server
+    url: str | None = None  # of the server; None with label.pull: the one that the export was pushed to
     project: int | None = None  # its number; None: the one that the export created
     token_env: str = "LABEL_STUDIO_API_KEY"  # environment variable that holds an access token
     # -- import
     export: str | None = None  # the export's run directory; None: that of the same run.name
-    files: list[str] = field(default_factory=list)  # what came back, in any of the formats
+    files: list[str] = field(default_factory=list)  # what came back, in any of the formats; a pattern takes every file that fits
+    annotator: str | None = None  # who made the labels of files that do not say; None: such a row is refused
     aggregate: LabelAggregate = LabelAggregate.majority
     min_labels: int = 1  # labels that a task needs
     min_confidence: float = 0.0  # verdicts below it go to the review queue
@@ -88,8 +89,7 @@ class LabelConfig:
         check(len(self.targets) > 0 and len(set(self.targets)) == len(self.targets), "label.targets", [t.value for t in self.targets], "each once")
         check(bool(self.title.strip()), "label.title", self.title, "a title")
         check(self.overlap >= 1, "label.overlap", self.overlap, "at least 1 annotator")
-        server = self.push or self.pull
-        check(not server or bool(self.url), "label.url", self.url, "the server's address with label.push or label.pull")
+        check(not self.push or bool(self.url), "label.url", self.url, "the server's address with label.push")
         check(not self.push or self.mode is LabelMode.export, "label.push", self.push, "false with label.mode=import")
         check(not self.pull or self.mode is LabelMode["import"], "label.pull", self.pull, "false with label.mode=export")
         check(bool(self.token_env), "label.token_env", self.token_env, "the name of an environment variable")

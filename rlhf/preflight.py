@@ -126,8 +126,8 @@ def _divides(key: str, value: int, unit: int, what: str) -> None:
 def check_model(cfg: Config) -> None:
     """The model's directory is one; a GGUF file is in it."""
     model = cfg.model
-    if isinstance(cfg.stage, (ServeRewardStage, DataStage)):
-        return  # its model is reward.path; steps of data.pipeline name theirs
+    if isinstance(cfg.stage, (ServeRewardStage, DataStage, LabelStage)):
+        return  # its model is reward.path; steps of data.pipeline name theirs; check_label looks at policies
     if isinstance(cfg.stage, EvalStage):
         for key, path in (("stage.before", cfg.stage.before), ("stage.after", cfg.stage.after)):
             if path is not None:

@@ -62,10 +62,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def goes_on(cfg: Config) -> bool:
+    """Whether the run adds to its directory, whatever run.resume says: labels come back bit by bit, into one ``labels`` directory."""
+    return isinstance(cfg.stage, LabelStage) and cfg.label.mode is LabelMode["import"]
+
+
 def run_directory(cfg: Config) -> Path:
     """``<run.dir>/<run.name>/<stage>``; labels that come back have a directory beside the export's, ``labels``."""
-    importing = isinstance(cfg.stage, LabelStage) and cfg.label.mode is LabelMode["import"]
-    return Path(cfg.run.dir).expanduser() / cfg.run.name / ("labels" if importing else cfg.stage.name)
+    return Path(cfg.run.dir).expanduser() / cfg.run.name / ("labels" if goes_on(cfg) else cfg.stage.name)
 
 
 def check_directory(cfg: Config) -> None:
@@ -76,6 +80,13 @@ def check_directory(cfg: Config) -> None:
     if not directory.is_dir():
         raise UserError(f"{directory} is a file: expected the run's directory. Choose another run.name or run.dir.")
     if not any(directory.iterdir()) or cfg.run.resume:
+        return
+    if goes_on(cfg):
+        if cfg.run.overwrite:
+            raise UserError(
+                f"run.overwrite=true would delete the labels in {directory}, which people made. An import adds to them by itself: leave it out. "
+                "To start anew, choose another run.name or move the directory away."
+            )
         return
     if not cfg.run.overwrite:
         raise UserError(
@@ -211,11 +222,14 @@ def _prepare(directory: Path, cfg: Config) -> _Opened:
     check_directory(cfg)
     opened = _Opened()
     if directory.exists() and any(directory.iterdir()):
-        if cfg.run.resume:
+        if goes_on(cfg):
+            truncate(directory / METRICS_FILE, sys.maxsize)  # only a line that a kill tore goes
+            opened = _Opened(resumed=True)
+        elif cfg.run.resume:
             opened = _prepare_resume(directory, cfg)
         else:
             shutil.rmtree(directory)
-    elif cfg.run.resume:
+    elif cfg.run.resume and not goes_on(cfg):
         LOG.warning("resume: %s does not exist yet; the run starts from step 0.", directory)
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / (CONFIG_FILE + ".tmp")
@@ -269,7 +283,9 @@ class RunContext:
             "resume_from": str(opened.resume_from) if opened.resume_from else None,
         }
         path = self.dir / MANIFEST_FILE
-        earlier = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if opened.resumed and path.is_file() else []
+        stored = json.loads(path.read_text(encoding="utf-8")) if opened.resumed and path.is_file() else {}
+        earlier = stored.get("starts", [])
+        kept = {key: stored[key] for key in ("parents", "data", "artifacts") if key in stored} if goes_on(self.cfg) else {}
         return {
             "stage": self.stage,
             "seed": self.cfg.run.seed,
@@ -281,6 +297,7 @@ class RunContext:
             "parents": [],
             "data": [],
             "starts": [*earlier, start],
+            **kept,
         }
 
     def _write_manifest(self) -> None:

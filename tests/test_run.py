@@ -1,5 +1,6 @@
 """The run directory: refused, resumed, replaced, and what is written into it."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,9 +15,10 @@ import pytest
 import torch
 import yaml
 
-from conf.choices import TrackingKind
+from conf.choices import LabelMode, TrackingKind
+from conf.labelling import LabelConfig
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
-from conf.stages import OnlineStage, SFTStage
+from conf.stages import LabelStage, OnlineStage, SFTStage
 from rlhf import run
 from rlhf.run import RunContext
 from rlhf.types import UserError
@@ -194,7 +196,8 @@ def test_seed_everything_makes_every_generator_repeat_itself() -> None:
 
 RANK_PROGRAM = """
 import sys
-from conf.choices import TrackingKind
+from conf.choices import LabelMode, TrackingKind
+from conf.labelling import LabelConfig
 from conf.schema import Config, RunConfig, TrackingConfig
 from conf.stages import SFTStage
 from rlhf import distributed
@@ -230,3 +233,46 @@ def test_only_rank_0_writes_and_every_rank_is_refused(tmp_path: Path) -> None:
     assert json.loads((directory / "summary.json").read_text(encoding="utf-8"))["metrics"] == {"rank": 0}
     assert json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["world_size"] == 2
     assert done.stdout.count("peak memory") == 1
+
+
+def importing(tmp_path: Path, **options: Any) -> Config:
+    label = LabelConfig(mode=LabelMode["import"])
+    return Config(
+        stage=LabelStage(), run=RunConfig(dir=str(tmp_path), name="r", **options), tracking=TrackingConfig(kind=TrackingKind.none), label=label
+    )
+
+
+def test_an_import_of_labels_goes_on_in_its_directory(tmp_path: Path) -> None:
+    data = tmp_path / "labels.csv"
+    data.write_text("x\n")
+    for number in (1, 2):
+        ctx = RunContext.open(importing(tmp_path, resume=number == 2), [f"import {number}"])
+        assert ctx.dir == tmp_path / "r" / "labels"
+        assert ctx.resume_from is None
+        (ctx.dir / "labels.jsonl").open("a").write("kept\n")
+        ctx.add_data(data)
+        ctx.publish(f"v{number}", "preference-data", [ctx.dir / "labels.jsonl"])
+        ctx.tracker.log(number, {"label/new": number})
+        ctx.finish(steps=number, metrics={}, model=None)
+        with (ctx.dir / "metrics.jsonl").open("ab") as out:
+            out.write(b'{"step": 9, "la')  # what a kill would leave
+    assert (ctx.dir / "labels.jsonl").read_text() == "kept\nkept\n"
+    manifest = json.loads((ctx.dir / "manifest.json").read_text())
+    assert [start["argv"] for start in manifest["starts"]] == [["import 1"], ["import 2"]]
+    assert [artifact["name"] for artifact in manifest["artifacts"]] == ["v1", "v2"], "earlier versions stay on record"
+    assert len(manifest["data"]) == 1
+    ctx = RunContext.open(importing(tmp_path))
+    assert steps(ctx.dir / "metrics.jsonl") == [1, 2]
+    assert (ctx.dir / "summary.json").is_file(), "what the last import left stays true until this one is done"
+    ctx.tracker.finish()
+    with pytest.raises(UserError, match=r"run\.overwrite=true would delete the labels"):
+        RunContext.open(importing(tmp_path, overwrite=True))
+    assert (ctx.dir / "labels.jsonl").is_file()
+
+
+def test_an_export_of_labels_is_a_run_like_any_other(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(importing(tmp_path), label=LabelConfig())
+    RunContext.open(cfg).tracker.finish()
+    assert (tmp_path / "r" / "label").is_dir()
+    with pytest.raises(UserError, match=r"run\.resume=true"):
+        RunContext.open(cfg)

@@ -28,6 +28,7 @@ class Verdict:
     confidence: float  # majority: share of the labels; dawid_skene: probability
     votes: dict[Any, int]  # labels given, the most frequent first
     tied: tuple[Any, ...] = ()  # the labels that tie
+    probabilities: dict[Any, float] = field(default_factory=dict)  # of each label: majority: its share of the labels; dawid_skene: the posterior
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ def majority(labels: Sequence[Label]) -> Aggregation:
                 confidence=counted[first[0]] / counted.total(),
                 votes=_ordered(counted),
                 tied=first if len(first) > 1 else (),
+                probabilities={label: times / counted.total() for label, times in _ordered(counted).items()},
             )
         )
     judged: Counter[str] = Counter()
@@ -113,7 +115,9 @@ def majority(labels: Sequence[Label]) -> Aggregation:
 def _verdict(item: str, votes: Counter[Any], names: Sequence[Hashable], probabilities: Sequence[float]) -> Verdict:
     best = max(probabilities)
     first = tuple(name for name, p in zip(names, probabilities, strict=True) if best - p <= _SAME)
-    return Verdict(item, first[0] if len(first) == 1 else None, float(best), _ordered(votes), first if len(first) > 1 else ())
+    tied = first if len(first) > 1 else ()
+    shares = {name: float(p) for name, p in zip(names, probabilities, strict=True)}
+    return Verdict(item, None if tied else first[0], float(best), _ordered(votes), tied, shares)
 
 
 def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggregation:
