@@ -221,7 +221,7 @@ def _finish(ctx: RunContext, made: Export, clock: Clock, files: Mapping[LabelTar
     shown["prompts"] = str(counts["prompts"])
     if "ab" in made.details:
         ab = made.details["ab"]
-        shown["A/B"] = f"{' against '.join(ab['policies'])}: {ab['asked']} pairs of {ab['pairs']} planned, {ab['identical']} prompts answered alike"
+        shown["A/B"] = f"{ab['a']} against {ab['b']}: {ab['asked']} pairs of {ab['pairs']} planned, {ab['identical']} prompts answered alike"
     shown |= {f"to label ({target.value})": _HOW[target] for target in files}
     if project is not None:
         shown["server"] = f"project {project}"

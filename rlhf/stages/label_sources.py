@@ -76,11 +76,22 @@ def answered(ctx: RunContext, clock: Clock) -> Found:
     questions = [Question(candidates[c.candidates].prompt, tuple(candidates[c.candidates].answers[i] for i in c.answers), c.by.value) for c in chosen]
     counts = gathered.counts | {"cut": cut}
     if planned is not None:
-        ties, empty, missing = (gathered.counts[name] for name in ("ties", "empty", "missing"))
-        details["ab"] = planned.figures() | {"policies": policies, "identical": ties, "empty": empty, "missing": missing, "asked": len(questions)}
+        details["ab"] = planned.figures() | {"a": policies[0], "b": policies[1], "asked": len(questions), **_alike(gathered, len(questions))}
         _say_plan(planned.pairs, len(questions), gathered, policies)
     _say_lost(gathered.counts | {"cut": cut}, cfg)
     return Found(questions, counts, details)
+
+
+def _alike(gathered: Gathered, asked: int) -> dict[str, int]:
+    """What nobody has to be asked about. Where the budget takes a part of the pairs, `identical` is as large a part of the prompts answered alike:
+    all of them beside a sample of the others would pull the win rate towards 1/2."""
+    counts = gathered.counts
+    return {
+        "identical": round(counts["ties"] * asked / len(gathered.candidates)),
+        "identical_of_all_prompts": counts["ties"],
+        "empty": counts["empty"],
+        "missing": counts["missing"],
+    }
 
 
 def _nothing(gathered: Gathered, size: int, label: LabelConfig) -> str:
