@@ -286,6 +286,8 @@ def check_reward(cfg: Config) -> None:
     # The packages above this module are loaded by name, as stages are: imports point one way (tests/test_layers.py).
     terms = importlib.import_module("reward.terms")
     terms.check_terms(reward)
+    if reward.function is not None:
+        importlib.import_module("reward.scorer").load_function(reward.function)
     critic = isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae and stage.critic_init is CriticInit.reward
     if critic and reward.path is None:
         raise UserError("stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy, or reward.path.")

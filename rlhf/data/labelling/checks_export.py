@@ -4,7 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from conf.choices import ChoiceMethod, LabelKind
+from conf.choices import ChoiceMethod, LabelKind, LabelTarget
 from conf.labelling import LabelConfig
 from conf.schema import Config
 from rlhf.data import mixture, reading
@@ -74,7 +74,7 @@ def check_export(cfg: Config) -> None:
         )
     _check_gold(cfg)
     instructions_text(label.instructions)
-    _check_server(label)
+    _check_tools(label)
 
 
 def _check_policies(cfg: Config) -> None:
@@ -149,7 +149,12 @@ def _check_gold(cfg: Config) -> None:
     reading.check_sources(cfg, [mixture.one_source(label.gold_path, "label.gold_path")], Use.preference)
 
 
-def _check_server(label: LabelConfig) -> None:
+def _check_tools(label: LabelConfig) -> None:
+    if label.ratings and label.kind is LabelKind.ranking and (label.push or LabelTarget.label_studio in label.targets):
+        raise UserError(
+            "label.ratings=true with label.kind=ranking: Label Studio can't ask for ratings beside a ranking. Set label.ratings=false, or leave "
+            "label_studio out of label.targets (and label.push=false)."
+        )
     if not label.push:
         return
     if importlib.util.find_spec("label_studio_sdk") is None:
