@@ -8,7 +8,8 @@ import importlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,8 @@ def check_lengths(cfg: Config) -> None:
         raise UserError(
             f"stage.max_length={stage.max_length} tokens are more than the model reads ({where} = {limit}). Set stage.max_length={limit} or less."
         )
+    if isinstance(stage, LabelStage):
+        _check_label_lengths(cfg)
     if not isinstance(stage, OnlineStage):
         return
     if stage.overlong_buffer > rollout.max_response_length:
@@ -178,16 +181,36 @@ def check_lengths(cfg: Config) -> None:
             f"stage.overlong_buffer={stage.overlong_buffer} tokens are more than a response has (rollout.max_response_length="
             f"{rollout.max_response_length}). Lower the buffer; a fifth of the length is usual."
         )
-    longest = cfg.data.max_prompt_length + rollout.max_response_length
     terms = importlib.import_module("reward.terms")
     scorers = [*terms.model_paths(cfg.reward), ("stage.watch.judge_path", stage.watch.judge_path)]
-    readers = [(f"{key}={path}: its positions", max_positions(path)) for key, path in scorers]
-    for name, most in ((where, limit), *readers):
-        if most is not None and longest > most:
+    _check_room(cfg, [(where, limit), *((f"{key}={path}: its positions", max_positions(path)) for key, path in scorers)])
+
+
+def _check_room(cfg: Config, readers: Sequence[tuple[str, int | None]]) -> None:
+    """The longest prompt and response together fit every model that reads them."""
+    prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
+    for name, most in readers:
+        if most is not None and prompt + response > most:
             raise UserError(
-                f"data.max_prompt_length={cfg.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens "
+                f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = {prompt + response} tokens "
                 f"are more than the model reads ({name} = {most}). Lower one of them."
             )
+
+
+def _label_policies(cfg: Config) -> dict[str, str]:
+    """Name and directory of the policies that stage=label lets write; none in any other stage, or where nothing is written."""
+    if not isinstance(cfg.stage, LabelStage) or cfg.label.mode is not LabelMode.export:
+        return {}
+    from rlhf.data.labelling.checks_export import policies_of
+
+    return policies_of(cfg)
+
+
+def _check_label_lengths(cfg: Config) -> None:
+    policies = _label_policies(cfg)
+    if policies:
+        scorers = importlib.import_module("reward.terms").model_paths(cfg.reward)
+        _check_room(cfg, [(f"{key}={path}: its positions", max_positions(path)) for key, path in (*policies.items(), *scorers)])
 
 
 def check_data(cfg: Config) -> None:
@@ -228,6 +251,8 @@ def check_label(cfg: Config) -> None:
         from rlhf.data.labelling.checks_export import check_export
 
         check_export(cfg)
+        if cfg.run.resume and distributed.is_main():
+            importlib.import_module("rlhf.stages.label_export").existing(run.run_directory(cfg), cfg)
     else:
         from rlhf.data.labelling.checks_import import check_import
 
@@ -252,20 +277,24 @@ def check_judges(cfg: Config) -> None:
 def check_reward(cfg: Config) -> None:
     """An online stage has one source of scores; its terms have what they need; its reward models can read what the policy writes."""
     stage, reward = cfg.stage, cfg.reward
-    if not isinstance(stage, (OnlineStage, EvalStage)):
+    policies = _label_policies(cfg)
+    if not isinstance(stage, (OnlineStage, EvalStage)) and not policies:
         return
     given = reward.path is not None or reward.function is not None or bool(reward.terms)
-    if not given and isinstance(stage, EvalStage):
+    if not given and not isinstance(stage, OnlineStage):
         return
     # The packages above this module are loaded by name, as stages are: imports point one way (tests/test_layers.py).
     terms = importlib.import_module("reward.terms")
     terms.check_terms(reward)
+    if reward.function is not None:
+        importlib.import_module("reward.scorer").load_function(reward.function)
     critic = isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae and stage.critic_init is CriticInit.reward
     if critic and reward.path is None:
         raise UserError("stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy, or reward.path.")
     for key, path in terms.model_paths(reward):
         manifest = importlib.import_module("reward.model").read_manifest(path, key)
-        _check_reward_tokenizer(cfg, path, manifest, key)
+        for policy in policies.values() or [cfg.model.path]:
+            _check_reward_tokenizer(replace(cfg, model=replace(cfg.model, path=policy)), path, manifest, key)
     if reward.terms:
         terms.check_rows(reward, reading.first_fields(cfg, reading.use_of(cfg)))
 
@@ -344,7 +373,7 @@ def check_reference(cfg: Config) -> None:
 
 def check_rollout(cfg: Config) -> list[str]:
     """The generator is installed and can take the adapter's weights."""
-    if not isinstance(cfg.stage, (OnlineStage, EvalStage)):
+    if not isinstance(cfg.stage, (OnlineStage, EvalStage)) and not _label_policies(cfg):
         return []
     backend = cfg.rollout.backend
     have_vllm = installed("vllm")

@@ -26,6 +26,7 @@ from conf.schema import Config
 from conf.stages import LabelStage
 from rlhf import console, distributed
 from rlhf.data.hashing import sha256
+from rlhf.data.labelling.ledger import EXPORT_FILE
 from rlhf.lineage import MANIFEST_FILE, artifact_digest, origin
 from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, artifact_name, plain_config, redact, truncate
 from rlhf.types import UserError
@@ -34,6 +35,8 @@ LOG = logging.getLogger("rlhf.run")
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 STEPS_FOLDER = "steps"  # of stage=data
 MODEL = "model"  # kind of artifact
+ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
+_FINDS_OUT = (STEPS_FOLDER, ANSWERS_FOLDER, EXPORT_FILE)  # left by stages that find out by themselves what still holds
 PACKAGES = (
     "torch",
     "transformers",
@@ -202,15 +205,15 @@ def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
         for change in changed_options(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, cfg):
             LOG.warning("resume: the configuration differs from the run's: %s", change)
     found = latest_checkpoint(directory)
-    has_steps = (directory / STEPS_FOLDER).is_dir()  # stage=data: it finds out by itself which of its steps still hold
-    if found is None and not has_steps and (directory / SUMMARY_FILE).exists():
+    finds_out = any((directory / name).exists() for name in _FINDS_OUT)
+    if found is None and not finds_out and (directory / SUMMARY_FILE).exists():
         raise UserError(f"{directory} is a finished run without a checkpoint, so there is nothing to resume. Run it anew with run.overwrite=true.")
     step = found[1] if found is not None else -1
     dropped = truncate(directory / METRICS_FILE, step)
     truncate(directory / SAMPLES_FILE, step)
     (directory / SUMMARY_FILE).unlink(missing_ok=True)
     if found is None:
-        if not has_steps:
+        if not finds_out:
             LOG.warning("resume: %s holds no checkpoint; the run starts from step 0.", directory)
         return _Opened(resumed=True)
     LOG.info("resume: continuing from %s; %d metric lines after it were dropped.", found[0], dropped)

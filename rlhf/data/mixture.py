@@ -91,6 +91,11 @@ def eval_sources(cfg: Config) -> list[Source]:
     return [] if cfg.data.eval_path is None else [_plain(cfg.data.eval_path, "data.eval_path", cfg.data)]
 
 
+def one_source(path: str, key: str) -> Source:
+    """The rows of `path`, in whatever format, `key` being the option that names it. Raises UserError for what isn't there."""
+    return _plain(path, key, DataConfig())
+
+
 def given(data: DataConfig) -> str | None:
     """The training rows' option with its value, for messages; None when none is set."""
     if data.sources:

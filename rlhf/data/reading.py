@@ -229,10 +229,15 @@ def _sides(cfg: Config) -> list[list[Source]]:
 def check_first_rows(cfg: Config, use: Use) -> None:
     """For preflight: each file is there, not empty, and its first rows have a format that fits. Raises UserError."""
     for sources in _sides(cfg):
-        for loaded in _first_rows(cfg, sources, use):
-            if len(loaded.rejected) > cfg.data.max_bad_rows:
-                row, reason = loaded.rejected[0]
-                raise UserError(f"{row.place}: {reason} (read as format {loaded.layout()}).")
+        check_sources(cfg, sources, use)
+
+
+def check_sources(cfg: Config, sources: Sequence[Source], use: Use) -> None:
+    """For preflight: `check_first_rows` of these files. Raises UserError."""
+    for loaded in _first_rows(cfg, sources, use):
+        if len(loaded.rejected) > cfg.data.max_bad_rows:
+            row, reason = loaded.rejected[0]
+            raise UserError(f"{row.place}: {reason} (read as format {loaded.layout()}).")
 
 
 def first_fields(cfg: Config, use: Use) -> list[tuple[str, dict[str, Any]]]:
@@ -449,10 +454,23 @@ def prompts(cfg: Config, tokenizer: Any, split: str = "train") -> list[Prompt]:
     train, held = _train_and_eval(cfg, Use.prompt, lambda prompt: prompt)
     if split == "eval":
         _require_eval(held, cfg)
-    chosen = train if split == "train" else held
-    if isinstance(chosen.records[0].value, list):
-        encoding.require_template(tokenizer, chosen.place)
-    return _tokenise(tokenizer, chosen, cfg.data)
+    return tokenised(tokenizer, train if split == "train" else held, cfg.data)
+
+
+def distinct_prompts(cfg: Config, count: int | None) -> Loaded:
+    """The first `count` different prompts of the training rows (all for None), none of them held out. Raises UserError."""
+    loaded = load(cfg, required_sources(cfg), Use.prompt)
+    first: dict[str, Record] = {}
+    for record in loaded.records:
+        first.setdefault(stable_hash(record.value), record)
+    return replace(loaded, records=list(first.values())[:count])
+
+
+def tokenised(tokenizer: Any, loaded: Loaded, data: DataConfig) -> list[Prompt]:
+    """Records of prompts as a policy reads them. Raises UserError: no chat template for conversations, prompts that are too long."""
+    if isinstance(loaded.records[0].value, list):
+        encoding.require_template(tokenizer, loaded.place)
+    return _tokenise(tokenizer, loaded, data)
 
 
 def stage_texts(cfg: Config) -> Iterable[str]:

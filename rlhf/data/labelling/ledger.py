@@ -3,6 +3,7 @@
     tasks.jsonl   a line a task with all that is hidden: whose answers, scores, order shown, gold, repeats. Annotators must not get it
     export.json   the export's id, kind, instructions, hash of tasks.jsonl, and how it was made
     out/          the files for annotators: nothing in it tells who wrote an answer
+    server.json   where the tasks were pushed to, if they were
 
 The import reads both and refuses them when tasks.jsonl is not the one that export.json was written with.
 """
@@ -18,6 +19,7 @@ from rlhf.data.labelling.records import Answer, Export, Role, Task
 from rlhf.types import UserError
 
 TASKS_FILE, EXPORT_FILE, OUT_FOLDER = "tasks.jsonl", "export.json", "out"
+SERVER_FILE = "server.json"  # {"url", "project"} of a Label Studio server that the tasks were pushed to
 _VERSION = 1
 
 
