@@ -51,7 +51,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, "run.seed", self.seed, "an integer of at least 0")
-        check(bool(self.name) and ".." not in self.name, "run.name", self.name, "a directory name without '..'")
+        inside = bool(self.name.strip("/.")) and ".." not in self.name and not self.name.startswith(("/", "~")) and "\x00" not in self.name
+        check(inside, "run.name", self.name, "a directory name inside run.dir: relative, without '..'")
         check(not (self.resume and self.overwrite), "run.overwrite", self.overwrite, "false when run.resume=true")
 
 
@@ -85,6 +86,10 @@ class ModelConfig:
     attn_implementation: str | None = None  # None: transformers' choice (sdpa)
     trust_remote_code: bool = False
     tiny: TinyConfig = field(default_factory=TinyConfig)
+
+    def __post_init__(self) -> None:
+        inside = self.gguf_file is None or (bool(self.gguf_file) and not self.gguf_file.startswith("/") and ".." not in self.gguf_file.split("/"))
+        check(inside, "model.gguf_file", self.gguf_file, "a file's name inside model.path")
 
 
 @dataclass(slots=True, kw_only=True)

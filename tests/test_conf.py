@@ -79,6 +79,9 @@ def test_bad_overrides_name_the_key_and_the_nearest_valid_one(overrides: list[st
         ("adapter.rank=0", "adapter.rank"),
         ("engine.offload=cpu", "engine.offload"),
         ("run.name=../up", "run.name"),
+        ("run.name=/tmp/x", "run.name"),
+        ("run.name=.", "run.name"),
+        ("model.gguf_file=../x.gguf", "model.gguf_file"),
         ("data.eval_fraction=1", "data.eval_fraction"),
     ],
 )

@@ -157,6 +157,8 @@ def test_a_directory_of_files(tmp_path: Path) -> None:
         ({"tags": {"role": "x"}}, r"key 'tags': unknown 'role'; nearest: 'role_tag'"),
         ({"num_samples": 0}, r"key 'num_samples': expected a number of rows of at least 1, found 0"),
         ({"ranking": True, "columns": {"kto_tag": "x"}}, r"expected ranking or a kto_tag, found both"),
+        ({"file_name": "../rows.json"}, "key 'file_name': ../rows.json is outside of"),
+        ({"file_name": "/etc/passwd"}, "key 'file_name': /etc/passwd is outside of"),
         ({"file_name": "no.json"}, r"data.dataset \(entry 'mine' of .*dataset_info.json\)=.*no.json: no such file"),
     ],
 )

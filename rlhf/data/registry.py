@@ -136,6 +136,8 @@ def _parts(path: Path, place: str, key: str, entry: Mapping[str, Any]) -> tuple[
             raise UserError(f"{place}, key 'folder': a folder of a hub's data set is not read. Give its files as 'file_name'.")
         return parts_of(str(entry["hf_hub_url"]), key, subset, split)
     file = path.parent / str(entry["file_name"])
+    if not file.resolve().is_relative_to(path.parent.resolve()):
+        raise UserError(f"{place}, key 'file_name': {entry['file_name']} is outside of {path.parent}. A registry names files of its own folder only.")
     if file.is_dir() and not any((file / name).is_file() for name in ("state.json", "dataset_dict.json")):
         files = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES)
         if not files:
