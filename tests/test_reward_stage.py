@@ -218,7 +218,8 @@ def soft_rows(count: int = 120) -> list[dict[str, Any]]:
     """Good words win for certain; of pairs of good words, of which nothing tells which is better, one is chosen at random and said to be a tie."""
     rows = []
     for i, row in enumerate(trl_tools.pair_rows(count)):
-        noise = {"rejected": row["chosen"].replace("good", "great") + " end"} if i % 2 else {}
+        sides = (row["chosen"], row["chosen"].replace("good", "great") + " end")
+        noise = {"chosen": sides[i % 4 == 1], "rejected": sides[i % 4 == 3]} if i % 2 else {}
         rows.append({**row, **noise, "soft_label": 0.5 if i % 2 else 0.9})
     return rows
 
