@@ -36,6 +36,12 @@ def check_model_path(path: str | None, key: str = "model.path") -> None:
         raise UserError(f"{key}={path}: no such directory.{hint}")
     if not any((place / n).exists() for n in ("config.json", "adapter_config.json")) and not list(place.glob("*.gguf")):
         raise UserError(f"{key}={path}: holds no config.json, adapter_config.json or *.gguf, so it is not a model directory.")
+    pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in place.glob(suffix) if p.name != "training_args.bin")
+    if pickles and not any(any(place.glob(suffix)) for suffix in ("*.safetensors", "*.gguf")):
+        raise UserError(
+            f"{key}={path}: its weights are {', '.join(pickles[:3])}, pickles, which can run code when they are loaded. Expected *.safetensors: "
+            "have whoever made them save them so (save_pretrained does)."
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:

@@ -1,0 +1,97 @@
+"""What comes from others runs no code: weights, adapters, checkpoints, model repositories, chat templates (docs/security.md)."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.schema import ModelConfig
+from rlhf.models import load_causal_lm, load_classifier, load_tokenizer
+from rlhf.types import UserError
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.mark), "w"))
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
+    """A copy of a model's directory that a stranger could have made."""
+    return Path(shutil.copytree(tiny_model(), tmp_path / "foreign"))
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    return tmp_path / "code_ran"
+
+
+def pickled(payload: Any, place: Path) -> None:
+    place.write_bytes(pickle.dumps(payload))
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_classifier])
+def test_pickled_weights_are_refused(foreign: Path, mark: Path, load: Callable[..., Any]) -> None:
+    tokenizer = load_tokenizer(ModelConfig(path=str(foreign)))
+    (foreign / "model.safetensors").unlink()
+    pickled(Payload(mark), foreign / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin.*safetensors"):
+        load(ModelConfig(path=str(foreign)), tokenizer)
+    assert not mark.exists()
+
+
+def test_a_pickled_adapter_is_refused(foreign: Path, mark: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(path=str(foreign)))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    content = {"peft_type": "LORA", "base_model_name_or_path": str(foreign), "r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(content), encoding="utf-8")
+    pickled(Payload(mark), adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.bin.*safetensors"):
+        load_causal_lm(ModelConfig(path=str(adapter)), tokenizer)
+    assert not mark.exists()
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(mark: Path, tmp_path: Path) -> None:
+    from conf.schema import EngineConfig
+    from conf.stages import SFTStage
+    from policy.engine import OptimSettings, make_engine
+
+    engine = make_engine(torch.nn.Linear(2, 2), EngineConfig(), OptimSettings.from_stage(SFTStage(), total_steps=2), torch.device("cpu"), half=False)
+    torch.save({"model": Payload(mark)}, tmp_path / "engine.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        engine.load(tmp_path)
+    assert not mark.exists()
+
+
+def test_code_of_a_model_repository_does_not_run_unless_it_is_asked_for(foreign: Path, mark: Path) -> None:
+    config = json.loads((foreign / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}}
+    (foreign / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (foreign / "strange.py").write_text(f"open({str(mark)!r}, 'w')\n", encoding="utf-8")
+    with pytest.raises((ValueError, UserError)):
+        load_causal_lm(ModelConfig(path=str(foreign)), load_tokenizer(ModelConfig(path=str(foreign))))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__.os.system('true') }}"],
+)
+def test_a_chat_template_reaches_no_python(foreign: Path, template: str) -> None:
+    from jinja2.exceptions import SecurityError
+
+    (foreign / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = load_tokenizer(ModelConfig(path=str(foreign)))
+    with pytest.raises(SecurityError):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
