@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf import config
+from rlhf import config, preflight
 from rlhf.__main__ import execute
 from rlhf.data.labelling.checking import Outcome
+from rlhf.data.labelling.ledger import read_export
 from rlhf.data.labelling.records import Export, Judgement, Verdict
-from rlhf.data.reading import read_rows
+from rlhf.data.reading import preference_pairs
+from rlhf.tracking import Tracker
 from rlhf.types import UserError
 from tests.label_exports import fill_label_studio
 from tests.labels import export_of, on_disk, pairs, say
@@ -196,10 +199,12 @@ def test_a_review_export_joins_the_same_labels(tmp_path: Path, export: Export) -
     queue = read(folder / "latest" / "review.jsonl")
     assert len(queue) == 12
     assert read(folder / "latest" / "train.jsonl") == []
-    again = export_of(
-        [{"prompt": row["prompt"], "answers": [a["text"] for a in row["answers"]]} for row in queue], created="2026-04-01T00:00:00Z", seed=3
-    )
-    place = on_disk(again, tmp_path / "runs" / "t-review" / "label")
+    arguments = ["stage=label", f"label.review={folder}/latest/review.jsonl", "label.targets=[jsonl]", "tracking=none"]
+    arguments += [f"run.dir={tmp_path / 'runs'}", "run.name=t-review", "run.seed=3"]
+    execute(config.compose(arguments), arguments)
+    place = tmp_path / "runs" / "t-review" / "label"
+    again = read_export(place)
+    assert len(again.tasks) == 12
     labels(tmp_path, write(tmp_path / "review.jsonl", rows_of(said(again, "cy"))), **{"label.export": place, "label.eval_fraction": 0})
     rows = read(folder / "latest" / "train.jsonl")
     assert len(rows) == 12
@@ -283,17 +288,36 @@ def test_labels_are_not_overwritten(tmp_path: Path, export: Export) -> None:
     assert len(read(folder / "labels.jsonl")) == 15
 
 
-def test_what_stands_in_the_rows_is_read_by_the_reward_stage(tmp_path: Path, export: Export) -> None:
-    chat = export_of([{"prompt": [{"role": "user", "content": "Hi"}], "answers": ["good one", ""]}], seed=9)
-    place = on_disk(chat, tmp_path / "chat")
-    folder = labels(
-        tmp_path, write(tmp_path / "c.jsonl", rows_of([say(chat.tasks[0], "good one")])), **{"label.export": place, "label.strength": "margin"}
-    )
-    [row] = (
-        [*read_rows(folder / "latest" / "train.jsonl")] if read(folder / "latest" / "train.jsonl") else [*read_rows(folder / "latest" / "eval.jsonl")]
-    )
-    from rlhf.data.formats import Use, detect
+@pytest.mark.parametrize(("strength", "option"), [("none", ""), ("margin", "stage.margin=true"), ("soft_label", "stage.soft_label=true")])
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_reward_stage_reads_the_rows(tmp_path: Path, chat: bool, strength: str, option: str) -> None:
+    prompts: list[Any] = [[{"role": "user", "content": f"Hi {n}"}] if chat else f"Hi {n}" for n in range(8)]
+    asked = export_of([{"prompt": prompt, "answers": [f"good one {n}", f"bad {n}"]} for n, prompt in enumerate(prompts)])
+    place = on_disk(asked, tmp_path / "export")
+    rows = rows_of([say(task, Outcome.tie if n == 0 else f"good one {n}") for n, task in enumerate(asked.tasks)])
+    folder = labels(tmp_path, write(tmp_path / "c.jsonl", rows), **{"label.export": place, "label.strength": strength, "label.eval_fraction": 0})
+    cfg = config.compose(["stage=reward", "model=tiny", "tracking=none", f"data.path={folder}/latest/train.jsonl", *([option] if option else [])])
+    preflight.check(cfg)
+    train, held = preference_pairs(cfg)
+    found = {str(pair.prompt if isinstance(pair.prompt, str) else pair.prompt[0]["content"]): pair for pair in [*train, *held]}
+    assert set(found) == {f"Hi {n}" for n in range(0 if strength == "soft_label" else 1, 8)}
+    for n in range(1, 8):
+        assert found[f"Hi {n}"].chosen == ([{"role": "assistant", "content": f"good one {n}"}] if chat else f"good one {n}")
+    if strength == "margin":
+        assert found["Hi 3"].margin == pytest.approx(math.log(2))
+    if strength == "soft_label":
+        assert (found["Hi 0"].soft_label, found["Hi 3"].soft_label) == (0.5, pytest.approx(2 / 3))
 
-    assert detect(row, Use.preference).name == "preference"
-    assert row["chosen"] == [{"role": "assistant", "content": "good one"}]
-    assert row["margin"] == pytest.approx(0.6931, abs=1e-4)
+
+def test_the_trackers_table(tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[tuple[str, int, list[Row]]] = []
+    monkeypatch.setattr(Tracker, "table", lambda self, name, rows, step: tables.append((name, step, list(rows))))
+    judged = [*said(export, "ann"), say(export.tasks[0], "bad 0", "bob")]
+    labels(tmp_path, write(tmp_path / "all.jsonl", rows_of(judged)))
+    [(name, step, rows)] = tables
+    assert (name, step, len(rows)) == ("labels", 1, 12)
+    split = next(row for row in rows if row["prompt"] == "prompt 0")
+    assert (split["verdict"], split["fate"]) == ("split", "split")
+    better = "first" if split["first"] == "good answer 0" else "second"
+    worse = {"first": "second", "second": "first"}[better]
+    assert split["labels"] == f"ann: {better}; bob: {worse}"

@@ -92,7 +92,11 @@ def crowd(count: int = 60, seed: int = 0) -> tuple[Export, list[Checked]]:
 @pytest.mark.parametrize("method", [LabelAggregate.majority, LabelAggregate.bradley_terry])
 def test_who_does_not_look_is_suspected(method: LabelAggregate) -> None:
     export, labels = crowd()
-    found = figures_of(situation_of(export, labels, aggregate=method))
+    situation = situation_of(export, labels, aggregate=method)
+    found = figures_of(situation)
+    if method is LabelAggregate.bradley_terry:
+        assert situation.aggregated.figures["first_side"]["lefty"] > 0.8
+        assert found["lefty"]["reliability"] < 0.4
     assert [found["ann"]["suspicions"], found["bob"]["suspicions"]] == [[], []]
     said = "; ".join(found["lefty"]["suspicions"])
     assert "faster than the answers can be read" in said

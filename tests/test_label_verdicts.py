@@ -1,5 +1,6 @@
 """Votes, verdicts and preference rows."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -174,6 +175,15 @@ def test_one_vote_an_annotator_and_pair() -> None:
     [pair] = found.pairs.values()
     assert (pair.export, pair.task, found.asked[pair.id]) == (again.id, again.tasks[0].id, 2)
     assert not collect(ledgers, [label(main, "x")], without=frozenset({"ann"})).votes
+
+
+def test_a_pair_is_the_same_in_whatever_order_an_export_keeps_its_answers() -> None:
+    export = export_of([{"prompt": "p", "answers": ["x", "y"]}])
+    [task] = export.tasks
+    other = dataclasses.replace(export, id="other", tasks=(dataclasses.replace(task, id="other-0", answers=task.answers[::-1]),))
+    found = collect(ledgers_of(export, other), [label(task, "x"), label(other.tasks[0], "x", "bob")])
+    [verdict] = aggregate(LabelAggregate.majority, found).verdicts
+    assert (preference_row(verdict, Strength.none)["chosen"], verdict.confidence, verdict.labels) == ("x", 1.0, 2)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from rlhf.data.labelling import known, versions
 from rlhf.data.labelling.ab_labels import ab_figures
 from rlhf.data.labelling.checking import Checked, Ledgers, Refused, check
 from rlhf.data.labelling.checks_import import access_token, export_folder, label_files, server_of
-from rlhf.data.labelling.records import Judgement, Unreadable
+from rlhf.data.labelling.records import Judgement, Unreadable, as_text
 from rlhf.data.labelling.report import Situation, agreement_rows, annotator_rows, bias_rows, report
 from rlhf.data.labelling.store import Added, Lines, Store, keep_refused
 from rlhf.run import RunContext
@@ -34,6 +34,7 @@ from rlhf.types import UserError
 LOG = logging.getLogger("rlhf.stages.label")
 IMPORTS_FILE, PULLED_FOLDER = "imports.jsonl", "pulled"
 _SHOWN = 3  # refused rows quoted in an error
+_TABLE = 1000  # pairs in the tracker's table; report.json and labels.jsonl have all
 
 
 @dataclasses.dataclass(slots=True)
@@ -166,7 +167,7 @@ def _publish(ctx: RunContext, name: str, version: versions.Version) -> None:
     rows = {file.partition(".")[0]: found["rows"] for file, found in card["files"].items()}
     exports = [export["id"] for export in card["exports"]]
     metadata = {"version": version.number, "rows": rows, "settings": card["settings"], "exports": exports, "identity": card["identity"]}
-    ctx.publish(name, "preference-data", version.files, metadata)
+    ctx.publish(name, "preference-data", version.files, metadata, root=version.folder)
 
 
 # ---- what is shown ----
@@ -190,6 +191,31 @@ def metrics_of(situation: Situation, figures: Mapping[str, Any], added: Added, r
         "label/krippendorff_alpha": agreement["krippendorff_alpha"]["value"],
     }
     return {name: value for name, value in counted.items() if value is not None}
+
+
+def table_rows(situation: Situation) -> list[dict[str, Any]]:
+    """The tracker's table of labelled pairs: the first answer in the place in which no side counts, and who said what."""
+    said: dict[str, list[str]] = {}
+    for vote in situation.votes.votes:
+        said.setdefault(vote.pair, []).append(f"{vote.annotator}: {vote.outcome.value}")
+    rows = []
+    for verdict in situation.aggregated.verdicts[:_TABLE]:
+        first, second = verdict.pair.answers
+        row = {
+            "prompt": as_text(verdict.pair.prompt),
+            "first": first.text,
+            "second": second.text,
+            "verdict": "split" if verdict.outcome is None else verdict.outcome.value,
+            "confidence": verdict.confidence,
+            "first_better": verdict.first_better,
+            "labels": "; ".join(said[verdict.pair.id]),
+            "fate": situation.fates[verdict.pair.id].value,
+            "first_policy": first.policy,
+            "second_policy": second.policy,
+            "task": verdict.pair.task,
+        }
+        rows.append(row)
+    return rows
 
 
 def next_command(version: versions.Version, strength: Strength) -> str | None:
@@ -238,6 +264,7 @@ def _finish(
         LOG.warning("%s", note)
     metrics = metrics_of(situation, figures, added, len(refused), version)
     ctx.tracker.log(number, metrics)
+    ctx.tracker.table("labels", table_rows(situation), number)
     ctx.record("version", {"number": version.number, "new": made, "identity": version.card["identity"]})
     review = version.card["files"]["review.jsonl"]["rows"]
     pairs = Counter(figures["pairs"])

@@ -7,11 +7,9 @@ from pathlib import Path
 
 from conf.schema import Config
 from rlhf.data.labelling import known
-from rlhf.data.labelling.ledger import EXPORT_FILE, read_export
+from rlhf.data.labelling.ledger import EXPORT_FILE, SERVER_FILE, read_export
 from rlhf.data.labelling.store import LABELS_FILE
 from rlhf.types import UserError
-
-SERVER_FILE = "server.json"  # of an export that was pushed: {"url", "project"}
 
 
 def home(cfg: Config) -> Path:
