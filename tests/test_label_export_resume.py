@@ -70,7 +70,8 @@ def test_what_people_may_be_labelling_is_not_changed(tmp_path: Path, tiny_model:
     assert (place / "summary.json").read_bytes() == summary and read_export(place) == first
     with pytest.raises(UserError, match=r"exists. Continue it with run.resume=true"):
         run_export(tmp_path, *chosen)
-    assert run_export(tmp_path, *chosen, "run.overwrite=true")[1].id != first.id
+    run_export(tmp_path, f"model.path={tiny_model()}", "label.budget=4", "run.overwrite=true")
+    assert len(read_export(place).tasks) == 4
 
 
 def test_answers_of_a_stopped_export_are_not_written_again(tmp_path: Path, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +114,7 @@ def test_kept_answers_of_other_options_are_not_taken(tmp_path: Path, tiny_model:
 def test_every_option_is_part_of_an_export_or_may_change() -> None:
     """A new option of the label group has to be put on one side."""
     later = {"mode", "targets", "push", "pull", "url", "project", "token_env", "export", "files", "aggregate", "min_labels", "min_confidence"}
-    later |= {"min_gold_accuracy", "strength", "eval_fraction"}
+    later |= {"annotator", "min_gold_accuracy", "strength", "eval_fraction"}
     assert {f.name for f in dataclasses.fields(LabelConfig)} == later | {*label_export._ASKED, *label_export._TOLD}
 
 

@@ -29,9 +29,15 @@ from rlhf.tracking import plain_config
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.label")
-_GROUPS = ("label", "model", "data", "rollout", "reward")  # whose options decide what an export holds
 _ASKED = ("policies", "samples", "review", "prompts", "responses", "kind", "group", "budget", "choice", "vectors", "gold_path", "gold_share")
 _TOLD = ("repeat_share", "title", "instructions", "ratings", "comments", "prelabel", "overlap", "ab")
+_DECIDE: dict[str, tuple[str, ...] | None] = {  # options that decide what an export holds, by group; None: all of the group
+    "label": (*_ASKED, *_TOLD),
+    "model": ("path", "gguf_file"),
+    "data": None,
+    "rollout": ("max_response_length", "temperature", "top_p", "top_k"),
+    "reward": ("path", "function", "terms"),
+}
 _HOW = {
     LabelTarget.page: "open it in a browser, judge by keyboard, download the labels",
     LabelTarget.label_studio: "import the tasks with the labelling config (or label.push=true)",
@@ -81,12 +87,11 @@ def _register(ctx: RunContext) -> None:
 
 
 def options_of(cfg: Config) -> dict[str, Any]:
-    """The options that decided what is in an export, as far as they are not the defaults."""
+    """The options that decided what is in an export, as far as they are not the defaults; those of targets, servers and imports may change."""
     given, usual = plain_config(cfg), plain_config(Config(stage=cfg.stage))
     out = {"run.seed": cfg.run.seed}
-    for group in _GROUPS:
-        keys = (*_ASKED, *_TOLD) if group == "label" else given[group]  # not those of targets, of a server and of the import: they may change
-        out |= {f"{group}.{key}": given[group][key] for key in keys if given[group][key] != usual[group][key]}
+    for group, keys in _DECIDE.items():
+        out |= {f"{group}.{key}": given[group][key] for key in keys or given[group] if given[group][key] != usual[group][key]}
     return out
 
 
@@ -221,7 +226,7 @@ def _finish(ctx: RunContext, made: Export, clock: Clock, files: Mapping[LabelTar
     shown["prompts"] = str(counts["prompts"])
     if "ab" in made.details:
         ab = made.details["ab"]
-        shown["A/B"] = f"{ab['a']} against {ab['b']}: {ab['asked']} pairs of {ab['pairs']} planned, {ab['identical']} prompts answered alike"
+        shown["A/B"] = f"{' against '.join(ab['policies'])}: {ab['asked']} pairs of {ab['pairs']} planned, {ab['identical']} prompts answered alike"
     shown |= {f"to label ({target.value})": _HOW[target] for target in files}
     if project is not None:
         shown["server"] = f"project {project}"

@@ -76,7 +76,7 @@ def answered(ctx: RunContext, clock: Clock) -> Found:
     questions = [Question(candidates[c.candidates].prompt, tuple(candidates[c.candidates].answers[i] for i in c.answers), c.by.value) for c in chosen]
     counts = gathered.counts | {"cut": cut}
     if planned is not None:
-        details["ab"] = planned.figures() | {"a": policies[0], "b": policies[1], "asked": len(questions), **_alike(gathered, len(questions))}
+        details["ab"] = planned.figures() | {"policies": policies, "asked": len(questions), **_alike(gathered, len(questions))}
         _say_plan(planned.pairs, len(questions), gathered, policies)
     _say_lost(gathered.counts | {"cut": cut}, cfg)
     return Found(questions, counts, details)
