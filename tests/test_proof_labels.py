@@ -98,7 +98,11 @@ def test_the_commands_of_a_seed_and_a_failure(tmp_path: Path, monkeypatch: pytes
     class Failed:
         returncode = 3
 
-    monkeypatch.setattr(proof_labels.subprocess, "run", lambda command, check: seen.append(command) or Failed())
+    def fail(command: list[str], *, check: bool) -> Failed:
+        seen.append(command)
+        return Failed()
+
+    monkeypatch.setattr(proof_labels.subprocess, "run", fail)
     write_run(tmp_path / "proof-labels-7")
     assert proof_labels.main(["--seeds", "7", "--runs", str(tmp_path)]) == 1, "whatever an earlier run left behind"
     assert len(seen) == 1, "without a policy there is nothing to label"
