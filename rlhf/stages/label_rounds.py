@@ -159,6 +159,7 @@ def train(base: Sequence[str], folder: Path, rows: Sequence[Row], held_out: Path
     """stage=reward on `rows`, as the run `folder`/reward. Returns its accuracy on the held-out pairs, and its model's directory."""
     from rlhf import preflight
     from rlhf.stages import reward
+    from rlhf.stages.trl_common import total_steps
 
     cfg = config.compose(["stage=reward", *base])
     data = write_rows(folder / "train.jsonl", rows)
@@ -167,8 +168,8 @@ def train(base: Sequence[str], folder: Path, rows: Sequence[Row], held_out: Path
         run=dataclasses.replace(cfg.run, dir=str(folder.parent), name=folder.name, seed=seed, overwrite=True),
         data=dataclasses.replace(cfg.data, recipe=Recipe.none, path=str(data), eval_path=str(held_out)),
     )
-    steps = max(1, round(cfg.stage.epochs * (len(rows) // cfg.stage.batch_size)))
-    cfg.stage.steps = cfg.stage.eval_steps = steps  # one evaluation, after the last step: held-out pairs must choose nothing
+    # One evaluation, after the last step: held-out pairs must choose nothing.
+    cfg.stage.steps = cfg.stage.eval_steps = total_steps(cfg.stage, len(rows))
     preflight.check(cfg)
     reward.run(RunContext.open(cfg))
     place = folder / "reward"

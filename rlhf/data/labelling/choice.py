@@ -87,7 +87,7 @@ def choose(
     counts = split_budget(budget, shares or {ChoiceMethod.random: 1.0})
     scored = any(counts.get(method) for method in _SCORED)
     options = _options(candidates, 2 if kind is LabelKind.pair else group, across=across, scored=scored, seed=seed)
-    if scored and len(options.draw) and np.isnan(options.uncertainty).all():
+    if scored and len(options.draw) and not _has_scores(options).any():
         methods = ", ".join(method.value for method in _SCORED if counts.get(method))
         raise UserError(
             f"label.choice={methods}: no task has answers that all have scores. Set reward.path=<a reward run>/model, take samples with scores, "
