@@ -31,8 +31,9 @@ _PAIR, _RANK, _LIST = "pw", "rank", "results"  # names of controls, as in FORMAT
 _SIDES = ("answer1", "answer2")
 # what an XML attribute holds and the editor shows as it is
 _LITERAL = re.compile("[^$\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]*")
+# spaces as they are: .htx-text is what the documentation and older editors have, .lsf-richtext__line what 1.23 has
 _STYLE = """
-.htx-text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.htx-text, .lsf-richtext__line { white-space: pre-wrap; overflow-wrap: anywhere; }
 .htx-ranker-item p { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 _CARD = "flex: 1 1 0; min-width: 0; padding: 0.75em; border: 1px solid #ddd; border-radius: 6px;"
