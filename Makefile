@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# processes that share the tests; each takes up to 4 GiB
+WORKERS ?= 2
 LOCK := requirements/lock-cpu-py311.txt
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +21,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow test-labelstudio lint format doctor bench bench-data bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
+.PHONY: help setup demo test test-slow test-labelstudio fuzz lint format doctor bench bench-data bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +39,7 @@ demo: $(STAMP) ## the main job on real movie reviews: SFT, reward model, PPO on 
 	$(OFFLINE) $(PY) -m rlhf stage=chain experiment=reviews run.name=demo run.overwrite=true
 
 test: $(STAMP) ## all tests but the slow ones (up to 25 min on 2 cores)
-	$(OFFLINE) $(PY) -m pytest $(PYTEST_ARGS)
+	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## the slow tests only
 	$(OFFLINE) $(PY) -m pytest -m slow $(PYTEST_ARGS)
@@ -50,6 +52,9 @@ $(LABELSTUDIO_STAMP):
 	@test -x $(LABELSTUDIO)/bin/python || $(PYTHON) -m venv $(LABELSTUDIO)
 	@$(LABELSTUDIO)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) label-studio==$(LABELSTUDIO_VERSION)
 	@touch $@
+
+fuzz: $(STAMP) ## slow: thousands of bad options, rows and damaged files; fails unless each ends in an error of ours (about 5 min)
+	$(OFFLINE) $(PY) -m pytest -m slow tests/test_fuzz.py -s $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy; changes nothing
 	$(VENV)/bin/ruff check .

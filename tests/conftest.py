@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-for _name, _value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "2", "TQDM_DISABLE": "1"}.items():
+# A worker of several (`make test`) computes on one thread, so that they don't wait for each other's.
+_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+for _name, _value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": _THREADS, "TQDM_DISABLE": "1"}.items():
     os.environ.setdefault(_name, _value)
+os.environ["COLUMNS"] = "160"  # tables are as wide wherever the tests run
 
 
 @pytest.fixture(scope="session")
