@@ -86,7 +86,7 @@ def check_cache(cfg: Config) -> None:
 
 
 def cache_bytes_per_token(cfg: Config) -> int | None:
-    """Keys and values of a token in all layers, by a configuration on the disk; None where there is none to read."""
+    """Keys and values of a token in all layers, by a configuration on the disk; None where there is none to read (rlhf.preflight says what is wrong)."""
     width = 2 if cfg.model.dtype in (Dtype.bfloat16, Dtype.float16) else 4
     if cfg.model.path is None:
         tiny = cfg.model.tiny
@@ -94,9 +94,13 @@ def cache_bytes_per_token(cfg: Config) -> int | None:
     place = Path(cfg.model.path).expanduser() / "config.json"
     if not place.is_file():
         return None
-    content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    layers, heads, hidden = (content.get(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    if not all(isinstance(value, int) and value > 0 for value in (layers, heads, hidden)):
+    try:
+        content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return None
+    found = [content.get(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")]
+    layers, heads, hidden = (value if isinstance(value, int) else 0 for value in found)
+    if min(layers, heads, hidden) < 1:  # another family's names
         return None
     size = content.get("head_dim") or hidden // heads
     return int(2 * layers * (content.get("num_key_value_heads") or heads) * size * width)
@@ -116,13 +120,17 @@ def check_padding(cfg: Config) -> list[str]:
 
 
 def policy_tokenizer(cfg: Config) -> Any:
-    """The policy's tokenizer where it is on the disk and quickly read, else None."""
+    """The policy's tokenizer where it is on the disk and quickly read, else None. Raises UserError for one that can't be read."""
     path = cfg.model.path
     if path is None or cfg.model.gguf_file is not None or not Path(path).expanduser().is_dir():
         return None
     from rlhf.models import load_tokenizer
 
-    return load_tokenizer(cfg.model, cfg.data.chat_template)
+    try:
+        return load_tokenizer(cfg.model, cfg.data.chat_template)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise UserError(f"model.path={path}: its tokenizer can't be read ({first}). Give a directory with the tokenizer's files in it.") from error
 
 
 def reading_note(key: str, path: str, reward_tokenizer: Any, manifest: Any, policy: Any) -> list[str]:

@@ -173,6 +173,14 @@ def test_padding_that_is_the_end_is_said_once_and_does_no_harm(ppo: Config, tmp_
     assert "padding is the end-of-sequence token '<|eos|>'" in note and "Masks come from lengths" in note and "set pad_token" in note
 
 
+def test_files_that_can_not_be_read_are_named(ppo: Config) -> None:
+    (Path(str(ppo.model.path)) / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"model.path=.*policy: its tokenizer can't be read"):
+        conflicts.policy_tokenizer(ppo)
+    (Path(str(ppo.model.path)) / "config.json").write_text("{", encoding="utf-8")
+    assert conflicts.cache_bytes_per_token(ppo) is None
+
+
 def test_a_reward_model_that_reads_text_says_so(ppo: Config, tmp_path: Path) -> None:
     reward_directory(tmp_path / "other", text="entirely different words", template=CHATML)
     (note,) = preflight.check(replace(ppo, reward=RewardConfig(path=str(tmp_path / "other"))))

@@ -16,7 +16,7 @@ from rlhf.memory.machine import Machine
 from rlhf.memory.shapes import Shape, adapter_parameters
 from rlhf.memory.states import Counts, Setting, States, frozen_states, training_states
 
-PROCESS_HOST_GIB = 1.2  # one rank's interpreter with torch, transformers, DeepSpeed and vLLM imported (measured: 0.5 to 1.2)
+PROCESS_HOST_GIB = 1.2  # one rank's interpreter: 0.5 measured with torch, transformers and PEFT imported; the rest is left for DeepSpeed and vLLM
 PROCESS_DEVICE_GIB = 1.5  # CUDA context, NCCL and fragmentation of one rank; assumed, not measured here
 HEADROOM = 0.95  # share of a device that a plan may fill
 
