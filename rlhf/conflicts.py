@@ -86,7 +86,7 @@ def check_cache(cfg: Config) -> None:
 
 
 def cache_bytes_per_token(cfg: Config) -> int | None:
-    """Keys and values of a token in all layers, by a configuration on the disk; None where there is none to read (rlhf.preflight says what is wrong)."""
+    """Keys and values of a token in all layers, by a configuration on the disk; None where there is none to read (check_lengths says why)."""
     width = 2 if cfg.model.dtype in (Dtype.bfloat16, Dtype.float16) else 4
     if cfg.model.path is None:
         tiny = cfg.model.tiny
@@ -128,7 +128,9 @@ def policy_tokenizer(cfg: Config) -> Any:
 
     try:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing more special for a broken file
         first = str(error).strip().split("\n", 1)[0]
         raise UserError(f"model.path={path}: its tokenizer can't be read ({first}). Give a directory with the tokenizer's files in it.") from error
 
