@@ -262,7 +262,7 @@ def test_run_prints_the_report_and_names_what_failed(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MY_SECRET", "s3cr3t-value")
     findings = [Finding("a", State.ok, "fine [x]"), Finding("b", State.fail, "broken", "mend s3cr3t-value")]
     monkeypatch.setattr(doctor, "examine", lambda cfg: findings)
-    with pytest.raises(UserError, match="1 of 2 checks failed") as error:
+    with pytest.raises(UserError, match="1 of 3 checks failed") as error:
         doctor.run(SimpleNamespace(cfg=config()))
     assert "b: broken" in str(error.value)
     pasted = capsys.readouterr().out.split("bug report")[1]
