@@ -65,13 +65,9 @@ def test_checkpointing_keeps_a_blocks_input_alone() -> None:
     model, shape = model_and_shape("sdpa", torch.float32, 4, 0)
     enable_checkpointing(model)
     model.train()
-    inputs: list[int] = []  # torch's checkpoint holds a block's input by itself, not as a saved tensor
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].untyped_storage().nbytes()))
     p = Pass(ROWS * LENGTH, 4, length=LENGTH, checkpointing=True)
     in_the_pass = activations.kept(shape, p) - p.tokens * activations.block_bytes(shape, p)  # a block is computed anew on the way back
-    saved = measure(model)
-    assert len(inputs) == shape.layers and in_the_pass == pytest.approx(saved + sum(inputs), rel=0.05)
+    assert in_the_pass == pytest.approx(measure(model), rel=0.05)
     assert activations.kept(shape, p) < activations.kept(shape, Pass(ROWS * LENGTH, 4, length=LENGTH)) / 2.5
 
 
