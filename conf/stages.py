@@ -497,6 +497,7 @@ class DoctorStage:
     """Versions, devices, memory, engines: usable, or why not."""
 
     name: str = "doctor"
+    plan: str = "ppo"  # the training stage whose memory is planned: ppo, grpo, sft, dpo, reward ...
 
 
 @dataclass(slots=True, kw_only=True)

@@ -57,8 +57,7 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
             distributed.set_threads(cfg.engine.threads)
     if cfg.run.dry_run:
         if distributed.is_main():
-            print(config.to_yaml(cfg))
-            print(f"dry run: stage={stage} composes and passes its checks; no weights were loaded.")
+            importlib.import_module("rlhf.stages.dry_run").show(cfg, argv)
         return
     run = importlib.import_module(f"rlhf.stages.{module}").run
     if schema_name == "doctor":

@@ -218,6 +218,19 @@ def stage_schema(preset: str) -> str:
     raise UserError(f"conf/stage/{preset}.yaml: its defaults list names no /schema/stage/<schema>@_here_.")
 
 
+def stage_preset(preset: str) -> Any:
+    """The stage of ``conf/stage/<preset>.yaml`` as a dataclass, without composing the rest. Raises UserError for no such preset."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    known = choices("stage")
+    if preset not in known:
+        raise UserError(f"no stage {preset!r}. Stages: {', '.join(known)}. Nearest: {_nearest(preset, known)}.")
+    values = yaml.safe_load((CONF_DIR / "stage" / f"{preset}.yaml").read_text(encoding="utf-8"))
+    values.pop("defaults")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(STAGES[stage_schema(preset)]), values))
+
+
 def to_dataclass(cfg: Any) -> schema.Config:
     """A composed DictConfig as dataclasses: unknown keys and out-of-range values end here. Raises UserError."""
     from omegaconf import OmegaConf

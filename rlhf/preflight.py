@@ -42,7 +42,7 @@ from conf.stages import (
     RewardStage,
     ServeRewardStage,
 )
-from rlhf import distributed, run, tracking
+from rlhf import conflicts, distributed, run, tracking
 from rlhf.data import mixture, reading
 from rlhf.data.files import check_file
 from rlhf.data.prepare import ingest
@@ -77,11 +77,12 @@ def check(cfg: Config) -> list[str]:
 
 def check_launch(cfg: Config) -> None:
     """Ranks, engine and its packages agree."""
-    ranks = distributed.world_size()
+    ranks = conflicts.ranks_of(cfg)
     engine = cfg.engine
     trains = isinstance(cfg.stage, (OfflineStage, OnlineStage))
     if trains and engine.kind is EngineKind.torch and ranks > 1:
-        raise UserError(f"engine=torch trains in one process, but {ranks} ranks were launched. Use engine=zero0, zero1, zero2 or zero3.")
+        asked = f"engine.gpus={ranks}" if cfg.run.dry_run and cfg.engine.gpus is not None else f"{ranks} ranks were launched"
+        raise UserError(f"engine=torch trains in one process, but {asked}. Use engine=zero0, zero1, zero2 or zero3.")
     if trains and engine.kind is EngineKind.deepspeed and not installed("deepspeed"):
         raise UserError(
             f"engine=zero{engine.zero_stage} needs the package deepspeed, which is not installed: `pip install deepspeed`, or engine=torch."
@@ -96,24 +97,24 @@ def _check_offload(engine: EngineConfig) -> None:
 
 def check_batches(cfg: Config) -> None:
     """Rows per step spread evenly over ranks, micro-batches and minibatches."""
-    ranks, stage, micro = distributed.world_size(), cfg.stage, cfg.engine.micro_batch_size
+    ranks, stage, micro = conflicts.ranks_of(cfg), cfg.stage, cfg.engine.micro_batch_size
     if isinstance(stage, OfflineStage):
         unit = ranks * (micro or 1)
-        what = _ranks() if micro is None else f"{_ranks()} x engine.micro_batch_size={micro}"
+        what = _ranks(ranks) if micro is None else f"{_ranks(ranks)} x engine.micro_batch_size={micro}"
         _divides("stage.batch_size", stage.batch_size, unit, what)
     if isinstance(stage, OnlineStage):
-        _divides("stage.prompts_per_step", stage.prompts_per_step, ranks, _ranks())
+        _divides("stage.prompts_per_step", stage.prompts_per_step, ranks, _ranks(ranks))
         share = stage.prompts_per_step // ranks * stage.samples_per_prompt
         if share % stage.minibatches:
             raise UserError(
-                f"stage.minibatches={stage.minibatches} doesn't divide the {share} rollouts of each of {_ranks()} "
+                f"stage.minibatches={stage.minibatches} doesn't divide the {share} rollouts of each of {_ranks(ranks)} "
                 f"(prompts_per_step={stage.prompts_per_step} x samples_per_prompt={stage.samples_per_prompt} / ranks). "
                 f"Expected a divisor of {share}, such as {math.gcd(share, stage.minibatches)}."
             )
 
 
-def _ranks() -> str:
-    ranks = distributed.world_size()
+def _ranks(count: int | None = None) -> str:
+    ranks = distributed.world_size() if count is None else count
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
@@ -274,15 +275,15 @@ def check_judges(cfg: Config) -> None:
         raise UserError("stage.judges holds lexicon, which needs the package vaderSentiment: `pip install vaderSentiment`, or leave lexicon out.")
 
 
-def check_reward(cfg: Config) -> None:
+def check_reward(cfg: Config) -> list[str]:
     """An online stage has one source of scores; its terms have what they need; its reward models can read what the policy writes."""
     stage, reward = cfg.stage, cfg.reward
     policies = _label_policies(cfg)
     if not isinstance(stage, (OnlineStage, EvalStage)) and not policies:
-        return
+        return []
     given = reward.path is not None or reward.function is not None or bool(reward.terms)
     if not given and not isinstance(stage, OnlineStage):
-        return
+        return []
     # The packages above this module are loaded by name, as stages are: imports point one way (tests/test_layers.py).
     terms = importlib.import_module("reward.terms")
     terms.check_terms(reward)
@@ -291,25 +292,25 @@ def check_reward(cfg: Config) -> None:
     critic = isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae and stage.critic_init is CriticInit.reward
     if critic and reward.path is None:
         raise UserError("stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy, or reward.path.")
+    notes = []
     for key, path in terms.model_paths(reward):
         manifest = importlib.import_module("reward.model").read_manifest(path, key)
         for policy in policies.values() or [cfg.model.path]:
-            _check_reward_tokenizer(replace(cfg, model=replace(cfg.model, path=policy)), path, manifest, key)
+            notes += _check_reward_tokenizer(replace(cfg, model=replace(cfg.model, path=policy)), path, manifest, key)
     if reward.terms:
         terms.check_rows(reward, reading.first_fields(cfg, reading.use_of(cfg)))
+    return notes
 
 
-def _check_reward_tokenizer(cfg: Config, reward_path: str, manifest: Any, key: str) -> None:
-    """Compare the tokenizers where both are on the disk; the scorer does it again with what it loaded."""
-    path = cfg.model.path
-    if path is None or cfg.model.gguf_file is not None or not Path(path).expanduser().is_dir():
-        return
-    from rlhf.models import load_tokenizer
-
-    policy = load_tokenizer(cfg.model, cfg.data.chat_template)
+def _check_reward_tokenizer(cfg: Config, reward_path: str, manifest: Any, key: str) -> list[str]:
+    """Compare the tokenizers where both are on the disk, and say how the policy's texts are read; the scorer does it again with what it loaded."""
+    policy = conflicts.policy_tokenizer(cfg)
+    if policy is None:
+        return []
     scorer, models = importlib.import_module("reward.scorer"), importlib.import_module("reward.model")
     reward_tokenizer, _ = models.load_reward_tokenizer(reward_path, key)
     scorer.check_tokenizers(reward_path, reward_tokenizer, manifest, policy, key)
+    return conflicts.reading_note(key, reward_path, reward_tokenizer, manifest, policy)
 
 
 def check_serving(cfg: Config) -> None:
@@ -326,10 +327,10 @@ def check_serving(cfg: Config) -> None:
         importlib.import_module("reward.remote").bearer_token(stage.token_env, "stage.token_env")
 
 
-def check_watch(cfg: Config) -> None:
+def check_watch(cfg: Config) -> list[str]:
     """The held-out judge is there, and it is another than the reward that trains."""
     if not isinstance(cfg.stage, OnlineStage):
-        return
+        return []
     watch, reward = cfg.stage.watch, cfg.reward
     if watch.kl is not Action.off and not cfg.stage.reference:
         raise UserError(f"stage.watch.kl={watch.kl.value} needs a KL, but stage.reference=false keeps nothing to measure it against.")
@@ -339,7 +340,7 @@ def check_watch(cfg: Config) -> None:
                 "stage.watch.divergence=stop compares the score with a held-out judge, but there is none. Set "
                 "stage.watch.judge_path=<a second reward run>/model or stage.watch.judge_function=pkg.module:function, or divergence=off."
             )
-        return
+        return []
     trains = importlib.import_module("reward.terms").model_paths(reward)
     functions = [("reward.function", reward.function), *((f"reward.terms.{name}.function", term.function) for name, term in reward.terms.items())]
     for judge_key, judge, sources in (("judge_path", watch.judge_path, trains), ("judge_function", watch.judge_function, functions)):
@@ -351,9 +352,10 @@ def check_watch(cfg: Config) -> None:
             )
     if watch.judge_path is not None:
         manifest = importlib.import_module("reward.model").read_manifest(watch.judge_path, "stage.watch.judge_path")
-        _check_reward_tokenizer(cfg, watch.judge_path, manifest, "stage.watch.judge_path")
+        return _check_reward_tokenizer(cfg, watch.judge_path, manifest, "stage.watch.judge_path")
     if watch.judge_function is not None:
         importlib.import_module("reward.scorer").load_function(watch.judge_function, "stage.watch.judge_function")
+    return []
 
 
 def check_reference(cfg: Config) -> None:
@@ -452,6 +454,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_reference,
     check_rollout,
     check_model,
+    *conflicts.CHECKS,
     check_data,
     check_preparation,
     check_label,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from conf.choices import EngineKind, RolloutBackend, TrackingKind
-from conf.schema import Config, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, TrackingConfig
+from conf.choices import EngineKind, RolloutBackend, TermKind, TrackingKind
+from conf.schema import Config, EngineConfig, ModelConfig, RewardConfig, RewardTerm, RolloutConfig, TrackingConfig
 from conf.stages import DoctorStage
 from reward.model import Manifest, template_hash, tokenizer_fingerprint, write_manifest
 from rlhf.models import train_tokenizer
@@ -46,6 +46,15 @@ def test_other_version_warns_with_both_numbers() -> None:
     (finding,) = doctor.check_versions({**INSTALLED, "peft": "9.9"}, INSTALLED)
     assert finding.state is State.warn
     assert "peft 9.9 (lock 1.0)" in finding.found
+
+
+def test_without_a_lock_the_packages_own_bounds_count() -> None:
+    asked = ["torch==2.13.0", "trl<1.17,>=1.16", "peft>=0.21; extra == 'test'", "vllm==0.32.0; extra == 'cuda'"]
+    installed = {**INSTALLED, "torch": "2.13.0+cpu", "trl": "1.16.2"}
+    assert states(doctor.check_versions(installed, None, asked)) == {("requirements", State.ok)}
+    (finding,) = doctor.check_versions({**installed, "trl": "1.18"}, None, asked)
+    assert finding.state is State.warn and "1 out of bounds: trl 1.18 (expected <1.17,>=1.16)" in finding.found
+    assert any(one.startswith("torch") for one in doctor.own_requirements())
 
 
 def test_both_vllm_packages_fail() -> None:
@@ -171,7 +180,66 @@ def test_tokenizers_are_loaded_and_compared(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
     write_manifest(tmp_path / "reward", manifest(tokenizer()))
     found = doctor.check_tokenizers(config(model=ModelConfig(path=str(tmp_path / "policy")), reward=RewardConfig(path=str(tmp_path / "reward"))))
-    assert [(f.name, f.state) for f in found] == [("model.path", State.ok), ("reward.path", State.ok), ("tokenizers", State.ok)]
+    states_found = [(f.name, f.state) for f in found]
+    assert states_found == [("model.path", State.ok), ("reference", State.info), ("reward.path", State.ok), ("tokenizers", State.ok)]
+    terms = {"a": RewardTerm(kind=TermKind.model, paths=[str(tmp_path / "reward"), str(tmp_path / "nowhere")])}
+    found = doctor.check_tokenizers(config(model=ModelConfig(path=str(tmp_path / "policy")), reward=RewardConfig(terms=terms)))
+    assert [(f.name, f.state) for f in found[2:]] == [
+        ("reward.terms.a.paths", State.ok),
+        ("tokenizers", State.ok),
+        ("reward.terms.a.paths", State.fail),
+    ]
+
+
+def test_padding_that_is_the_end_is_mentioned(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.pad_token = made.eos_token
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    found = {f.name: f for f in doctor.check_tokenizers(config(model=ModelConfig(path=str(tmp_path))))}
+    assert found["padding"].state is State.info and "masks come from lengths" in found["padding"].found
+
+
+def asked(plan: str = "ppo", *, params: float | None = 7e9, gpus: int = 8, memory: float | None = None) -> Config:
+    cfg = config(model=ModelConfig(params=params), engine=EngineConfig(gpus=gpus, gpu_memory_gib=memory))
+    cfg.stage = DoctorStage(plan=plan)
+    return cfg
+
+
+def test_seven_billion_parameters_on_eight_devices() -> None:
+    found, finding = doctor.check_plan(asked())
+    assert found is not None and found.fits and finding.state is State.ok
+    assert found.lines[0].startswith("full training fits on 8 devices of 80 GiB") and "engine=zero3" in found.lines[0]
+    assert any("no GPU here: devices of 80 GiB are assumed" in note for note in found.notes)
+    assert any("a reward model of the policy's size is assumed" in note for note in found.notes)
+    assert any("doesn't train on a 4-bit base" in note for note in found.notes)
+
+
+def test_a_model_that_fits_nowhere_fails() -> None:
+    found, finding = doctor.check_plan(asked(params=7e10, gpus=2))
+    assert found is not None and not found.fits and finding.state is State.fail and "doesn't fit on 2 devices" in finding.found
+
+
+@pytest.mark.parametrize("plan", ["grpo", "sft", "dpo", "reward", "kto", "orpo"])
+def test_every_training_stage_can_be_planned(plan: str) -> None:
+    found, _ = doctor.check_plan(asked(plan, params=1e9, memory=40.0))
+    assert found is not None and found.fits and len(found.renderables) == 2
+
+
+def test_what_is_not_asked_or_can_not_be_planned() -> None:
+    assert doctor.check_plan(asked(params=None))[1].state is State.info
+    assert "stage.plan=eval trains nothing. Stages that do: " in doctor.check_plan(asked("eval"))[1].found
+    assert "stage.plan=pp: no stage 'pp'. Stages: " in doctor.check_plan(asked("pp"))[1].found
+
+
+def test_the_answer_is_printed_and_is_in_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "180")
+    doctor.console.cache_clear()
+    monkeypatch.setattr(doctor, "examine", lambda cfg: [Finding("a", State.ok, "fine")])
+    doctor.run(SimpleNamespace(cfg=asked()))
+    out = capsys.readouterr().out
+    assert "zero3" in out and "LoRA r=16" in out and "critic" in out
+    assert "memory plan  full training fits on 8 devices" in out.split("bug report")[1]
 
 
 def test_path_that_is_no_model_fails_and_is_named(tmp_path: Path) -> None:
@@ -194,7 +262,7 @@ def test_run_prints_the_report_and_names_what_failed(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MY_SECRET", "s3cr3t-value")
     findings = [Finding("a", State.ok, "fine [x]"), Finding("b", State.fail, "broken", "mend s3cr3t-value")]
     monkeypatch.setattr(doctor, "examine", lambda cfg: findings)
-    with pytest.raises(UserError, match="1 of 2 checks failed") as error:
+    with pytest.raises(UserError, match="1 of 3 checks failed") as error:
         doctor.run(SimpleNamespace(cfg=config()))
     assert "b: broken" in str(error.value)
     pasted = capsys.readouterr().out.split("bug report")[1]

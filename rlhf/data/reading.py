@@ -110,7 +110,7 @@ def load(cfg: Config, sources: Sequence[Source], use: Use) -> Loaded:
         if distributed.is_main():
             LOG.info(note)
     loaded = _convert(sources, use, cfg, cfg.data.max_rows)
-    kept = write_rejected(cfg, loaded) if loaded.rejected or loaded.aside else None
+    kept = None if cfg.run.dry_run or not (loaded.rejected or loaded.aside) else write_rejected(cfg, loaded)  # a dry run leaves nothing behind
     if loaded.aside:
         LOG.warning("%s: %d judgements give no pair and are set aside in %s: %s.", loaded.place, len(loaded.aside), kept, loaded.quote(loaded.aside))
     if loaded.rejected:

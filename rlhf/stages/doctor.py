@@ -22,8 +22,10 @@ from conf.schema import Config
 from reward.model import Manifest, load_reward_tokenizer, template_hash
 from reward.scorer import check_tokenizers as require_compatible
 from reward.scorer import same_reading
+from reward.terms import model_paths
 from rlhf.console import console
 from rlhf.models import load_tokenizer
+from rlhf.stages.doctor_memory import Answer, answer
 from rlhf.tracking import wandb_login, wandb_mode
 from rlhf.types import UserError
 
@@ -82,8 +84,37 @@ def installed_versions() -> dict[str, str]:
     return {normalise(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()}
 
 
-def check_versions(installed: Mapping[str, str], lock: Mapping[str, str] | None) -> list[Finding]:
-    """Missing core packages fail; versions other than the lock's, and packages that are known to break others, warn or fail."""
+def own_requirements() -> list[str]:
+    """What the installed package itself asks for (pyproject.toml's bounds); nothing where only its source is on the path."""
+    try:
+        return importlib.metadata.requires("rlhf-toolkit") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def check_bounds(installed: Mapping[str, str], requirements: Sequence[str]) -> Finding:
+    """For an installation without the lock (a wheel): every requirement but those of extras is there and within its bounds."""
+    from packaging.requirements import Requirement
+
+    asked = [one for one in map(Requirement, requirements) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = []
+    for one in asked:
+        found = installed.get(normalise(one.name))
+        if found is None or not one.specifier.contains(found, prereleases=True):
+            wrong.append(f"{one.name} {found or 'missing'} (expected {one.specifier or 'any'})")
+    if not wrong:
+        return Finding("requirements", State.ok, f"no lock file here (installed from a wheel); all {len(asked)} requirements are within their bounds")
+    shown = ", ".join(sorted(wrong)[:8])
+    return Finding(
+        "requirements", State.warn, f"{len(wrong)} out of bounds: {shown}{' ...' if len(wrong) > 8 else ''}", "pip install -U rlhf-toolkit"
+    )
+
+
+def check_versions(installed: Mapping[str, str], lock: Mapping[str, str] | None, requirements: Sequence[str] = ()) -> list[Finding]:
+    """Missing core packages fail; versions other than the lock's, and packages that are known to break others, warn or fail.
+
+    Without a lock the package's own `requirements` are looked at.
+    """
     out = []
     missing = [name for name in CORE if name not in installed]
     if missing:
@@ -101,9 +132,10 @@ def check_versions(installed: Mapping[str, str], lock: Mapping[str, str] | None)
                 "pip uninstall torchvision: text needs none of it",
             )
         )
+    if lock is None and requirements:
+        return [*out, check_bounds(installed, requirements)]
     if lock is None:
-        out.append(Finding("lock", State.info, "no lock file beside the package (installed from a wheel)"))
-        return out
+        return [*out, Finding("lock", State.info, "no lock file beside the package (installed from a wheel)")]
     differ = sorted(name for name, version in lock.items() if name in installed and installed[name].split("+")[0] != version)
     absent = sorted(name for name in lock if name not in installed)
     if not differ and not absent:
@@ -315,20 +347,47 @@ def load_side(key: str, load: Callable[[], Any]) -> tuple[Any, Finding]:
 
 
 def check_tokenizers(cfg: Config) -> list[Finding]:
-    """Load the tokenizers that ``model.path`` and ``reward.path`` name and hold them side by side."""
+    """Load the tokenizers of the policy and of every reward model, and hold them side by side."""
     out = []
-    policy, reward = None, None
+    policy = None
     if cfg.model.path is not None:
         policy, finding = load_side("model.path", lambda: load_tokenizer(cfg.model, cfg.data.chat_template))
         out.append(finding)
-    if cfg.reward.path is not None:
-        path = cfg.reward.path
-        reward, finding = load_side("reward.path", lambda: load_reward_tokenizer(path))
+    if policy is not None:
+        out.append(Finding("reference", State.info, "the policy's start, so it has the policy's tokenizer and template"))
+        if policy.pad_token_id == policy.eos_token_id:
+            out.append(
+                Finding("padding", State.info, f"is the end-of-sequence token {policy.eos_token!r}: masks come from lengths, so ends still train")
+            )
+    for key, path in model_paths(cfg.reward):
+        reward, finding = load_side(key, lambda key=key, path=path: load_reward_tokenizer(path, key))
         out.append(finding)
         if policy is not None and reward is not None:
             tokenizer, manifest = reward
             out.append(compare_tokenizers(path, tokenizer, manifest, policy))
     return out
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def check_plan(cfg: Config) -> tuple[Answer | None, Finding]:
+    """Whether the model that is asked about fits, on the devices that are here or asked about."""
+    try:
+        found = answer(cfg)
+    except UserError as error:
+        return None, Finding("memory plan", State.fail, str(error), "name a model's directory, or its size as model.params=7e9")
+    if found is None:
+        return None, Finding("memory plan", State.info, "not asked for", "model.path=<directory> or model.params=7e9, with engine.gpus=<number>")
+    remedy = "" if found.fits else "more or larger devices (engine.gpus, engine.gpu_memory_gib), a smaller model, or shorter rows"
+    return found, Finding("memory plan", State.ok if found.fits else State.fail, " ".join(found.lines), remedy)
+
+
+def print_plan(found: Answer) -> None:
+    for renderable in found.renderables:
+        console().print(renderable)
+    for line in (*found.lines, *(f"  {note}" for note in found.notes)):
+        console().print(line, markup=False, soft_wrap=True)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -373,7 +432,7 @@ def examine(cfg: Config) -> list[Finding]:
     lock = read_lock(LOCK.read_text(encoding="utf-8")) if LOCK.is_file() else None
     return [
         check_python((sys.version_info.major, sys.version_info.minor, sys.version_info.micro)),
-        *check_versions(installed, lock),
+        *check_versions(installed, lock, own_requirements()),
         *check_machine(cfg.run.dir),
         *check_torch(installed),
         check_transformers(),
@@ -392,7 +451,10 @@ class HasConfig(Protocol):
 
 def run(ctx: HasConfig) -> None:
     """Print the table and the text for a bug report; raise UserError (exit code 1) naming what failed."""
-    findings = examine(ctx.cfg)
+    found, finding = check_plan(ctx.cfg)
+    if found is not None:
+        print_plan(found)  # first: the backends take half a minute to try
+    findings = [*examine(ctx.cfg), finding]
     print_table(findings)
     print("\nFor a bug report (home paths and secrets removed):\n")
     print(redact(as_text(findings), home=str(Path.home()), environ=os.environ))

@@ -1,0 +1,62 @@
+"""What ``stage=doctor`` says of memory: does the model that is asked about fit, and with which setting."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from conf.choices import AdapterKind
+from conf.schema import Config
+from conf.stages import DoctorStage, OfflineStage, OnlineStage
+from rlhf import config
+from rlhf.memory import fit, tables
+from rlhf.memory.machine import machine_of
+from rlhf.memory.subjects import can_plan, shapes_of
+from rlhf.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`lines` in words, for the report; `renderables` for the terminal; `fits`: full training or LoRA does, on some engine."""
+
+    fits: bool
+    lines: list[str]
+    renderables: list[Any]
+    notes: list[str]
+
+
+def planned(cfg: Config) -> Config:
+    """`cfg` with the stage that ``stage.plan`` names, its rows as long as the data and rollout groups say. Raises UserError for no such stage."""
+    doctor = cfg.stage
+    assert isinstance(doctor, DoctorStage)
+    try:
+        stage = config.stage_preset(doctor.plan)
+    except UserError as error:
+        raise UserError(f"stage.plan={doctor.plan}: {error}") from error
+    if not isinstance(stage, (OnlineStage, OfflineStage)):
+        names = ", ".join(name for name in config.choices("stage") if isinstance(config.stage_preset(name), (OnlineStage, OfflineStage)))
+        raise UserError(f"stage.plan={doctor.plan} trains nothing. Stages that do: {names}.")
+    if isinstance(stage, OfflineStage):
+        stage = replace(stage, max_length=cfg.data.max_prompt_length + cfg.rollout.max_response_length)
+    return replace(cfg, stage=stage)
+
+
+def answer(cfg: Config) -> Answer | None:
+    """The tables; None where nothing says which model is asked about. Raises UserError for a model that can't be counted."""
+    if not can_plan(cfg):
+        return None
+    chosen = planned(cfg)
+    machine = machine_of(chosen, all_devices=True)
+    shapes, notes = shapes_of(chosen, assume_reward=True)
+    rows = fit.rows(chosen, shapes, machine)
+    lines = tables.answers(rows, machine)
+    best = fit.recommended(rows, chosen.adapter.kind) or next((r for r in (fit.recommended(rows, kind) for kind in AdapterKind) if r), None)
+    where = "GiB per device" if machine.cuda else "GiB per rank"
+    renderables = [tables.fit_table(rows, f"stage={chosen.stage.name}: {where} by role at the peak, host GiB of all ranks")]
+    if best is not None:
+        renderables.append(tables.plan_table(best.plan, "with " + " ".join(best.overrides)))
+    sizes = f"micro-batches of {chosen.engine.micro_tokens} tokens"
+    if isinstance(chosen.stage, OfflineStage):
+        sizes = f"stage.batch_size={chosen.stage.batch_size}"
+    lengths = f"{chosen.data.max_prompt_length} + {chosen.rollout.max_response_length}"
+    notes += [*machine.notes, f"rows of {lengths} tokens (data.max_prompt_length + rollout.max_response_length), {sizes}"]
+    notes += [*(best.plan.notes if best is not None else ()), tables.qlora_note(shapes.policy)]
+    return Answer(best is not None, lines, renderables, notes)

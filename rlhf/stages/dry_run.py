@@ -1,0 +1,173 @@
+"""``run.dry_run=true`` of a training stage: the launch command, the arithmetic of its batches, its first rows as tokens, and its memory plan.
+
+Tokenizers and data files are read; no weights are, and nothing is written.
+"""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conf.choices import ModelKind
+from conf.schema import Config
+from conf.stages import OfflineStage, OnlineStage
+from rlhf import config, conflicts
+from rlhf.console import console
+from rlhf.data import reading
+from rlhf.data.converting import both_sides, columns_of
+from rlhf.data.formats import Use
+from rlhf.data.preview import RowPreview, preview_row, render
+from rlhf.memory.machine import machine_of
+from rlhf.memory.plan import HEADROOM, plan
+from rlhf.memory.subjects import can_plan, shapes_of
+from rlhf.memory.tables import plan_table
+from rlhf.run import redact_arguments
+from rlhf.types import PreferencePair
+
+ROWS = 2  # shown as tokens where data.preview doesn't say how many
+
+
+def show(cfg: Config, argv: Sequence[str]) -> None:
+    """Print all that is known before weights load. Raises UserError for data that the stage could not train on."""
+    print(config.to_yaml(cfg))
+    if isinstance(cfg.stage, (OfflineStage, OnlineStage)):
+        _training(cfg, argv)
+    print(f"dry run: stage={cfg.stage.name} composes and passes its checks; no weights were loaded.")
+
+
+def _training(cfg: Config, argv: Sequence[str]) -> None:
+    ranks = conflicts.ranks_of(cfg)
+    print(f"launch: {launch_command(argv, ranks)}")
+    tokenizer = tokenizer_of(cfg)
+    rows = read_rows(cfg, tokenizer)
+    _print_figures("batches", online_arithmetic(cfg, ranks, rows.count) if isinstance(cfg.stage, OnlineStage) else _offline(cfg, ranks, rows.count))
+    if rows.previews:
+        console().print(render(rows.previews))
+    if can_plan(cfg):
+        _print_plan(cfg)
+
+
+def launch_command(argv: Sequence[str], ranks: int) -> str:
+    """The command that runs what `argv` describes, for a shell; secrets are left out."""
+    arguments = [one for one in redact_arguments(argv) if one.lstrip("+").partition("=")[0] != "run.dry_run"]
+    launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
+    return shlex.join([*launcher, "-m", "rlhf", *arguments])
+
+
+def tokenizer_of(cfg: Config) -> Any:
+    """The tokenizer that the stage will have; for ``model=tiny`` without a path one trained on the stage's own texts."""
+    from rlhf.data.templates import template_text
+    from rlhf.models import load_tokenizer, train_tokenizer
+
+    if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
+        return load_tokenizer(cfg.model, cfg.data.chat_template)
+    tokenizer = train_tokenizer(reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
+    if cfg.data.chat_template is not None:
+        tokenizer.chat_template = template_text(cfg.data.chat_template)
+    return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The training rows: how many, and the first as tokens."""
+
+    count: int
+    previews: list[RowPreview]
+
+
+def read_rows(cfg: Config, tokenizer: Any) -> Rows:
+    """The training rows as the stage will have them. Raises UserError as the stage would for rows that don't fit, or prompts that are too long."""
+    use, shown = reading.use_of(cfg), cfg.data.preview or ROWS
+    if use is Use.prompt:
+        prompts = reading.prompts(cfg, tokenizer)
+        columns = [{"prompt": prompt.source} for prompt in prompts[:shown]]
+        return Rows(len(prompts), _previews(tokenizer, use, columns, cfg.data.max_prompt_length))
+    values: list[Any]
+    if use is Use.sft:
+        values = reading.sft_rows(cfg)[0]
+    else:
+        values = reading.preference_pairs(cfg)[0] if use is Use.preference else reading.judged_answers(cfg)[0]
+    first = values[:shown]
+    if use is Use.unpaired:
+        first = [side for value in first for side in (both_sides(value) if isinstance(value, PreferencePair) else [value])]
+    return Rows(len(values), _previews(tokenizer, use, [columns_of(value, {}) for value in first], cfg.stage.max_length))
+
+
+def _previews(tokenizer: Any, use: Use, columns: Sequence[dict[str, Any]], limit: int) -> list[RowPreview]:
+    return [preview_row(tokenizer, use, one, f"training row {number}", limit) for number, one in enumerate(columns, start=1)]
+
+
+# ---- arithmetic ----
+
+
+def online_arithmetic(cfg: Config, ranks: int, prompts: int) -> dict[str, str]:
+    """How prompts become optimizer steps, over all ranks."""
+    stage = cfg.stage
+    assert isinstance(stage, OnlineStage) and stage.steps is not None
+    responses = stage.prompts_per_step * stage.samples_per_prompt
+    updates = stage.epochs * stage.minibatches
+    longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+    rows = math.ceil(responses / stage.minibatches / ranks)
+    together = max(1, cfg.engine.micro_tokens // longest)
+    micro = math.ceil(rows / together)
+    drawn = stage.steps * stage.prompts_per_step
+    return {
+        "responses of a step": f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} samples = {responses}, {_each(responses, ranks)}",
+        "optimizer steps of a step": f"{stage.epochs} epochs x {stage.minibatches} minibatches = {updates}",
+        "rows of an optimizer step": f"{responses} responses / {stage.minibatches} minibatches / {_ranks(ranks)} = {rows} on each",
+        "micro-batches": (
+            f"at most {micro} of {together} rows on each rank: {cfg.engine.micro_tokens} tokens (engine.micro_tokens) / {longest} of the longest row"
+        ),
+        "steps": f"{stage.steps} (stage.steps), {stage.steps * updates} optimizer steps, {stage.steps * responses} responses",
+        "data": f"{drawn} prompts drawn from {prompts}: {drawn / prompts:.3g} passes",
+    }
+
+
+def offline_arithmetic(stage: OfflineStage, micro: int, accumulation: int, ranks: int, rows: int, steps: int) -> dict[str, str]:
+    """How rows become optimizer steps, over all ranks."""
+    whole = max(1, rows // stage.batch_size)
+    source = "stage.steps" if stage.steps is not None else f"{stage.epochs:g} epochs x {whole} whole batches"
+    return {
+        "rows of a step": f"{micro} rows x {accumulation} micro-batches x {_ranks(ranks)} = {micro * accumulation * ranks} (stage.batch_size)",
+        "steps": f"{steps} ({source})",
+        "data": f"{rows} training rows, {steps * stage.batch_size} trained: {steps * stage.batch_size / rows:.3g} passes",
+    }
+
+
+def _offline(cfg: Config, ranks: int, rows: int) -> dict[str, str]:
+    from rlhf.stages.trl_common import plan_batches, total_steps
+
+    spread = plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
+    return offline_arithmetic(cfg.stage, spread.micro, spread.accumulation, ranks, rows, total_steps(cfg.stage, rows))
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
+
+
+def _each(total: int, ranks: int) -> str:
+    return "all on one rank" if ranks == 1 else f"{total // ranks} on each of {ranks} ranks"
+
+
+def _print_figures(title: str, figures: dict[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in figures.items():
+        table.add_row(name, value)
+    console().print(table)
+
+
+def _print_plan(cfg: Config) -> None:
+    machine = machine_of(cfg, all_devices=False)
+    shapes, notes = shapes_of(cfg, assume_reward=False)
+    found = plan(cfg, shapes, machine)
+    console().print(plan_table(found, "memory plan"))
+    for note in (*notes, *machine.notes, *found.notes, *([found.problem] if found.problem else [])):
+        print(f"  {note}")
+    limit = HEADROOM * machine.device_gib
+    verdict = "fits" if found.fits else "does not fit: python -m rlhf stage=doctor with the same options says which setting does"
+    print(f"  peak {found.device_gib:.1f} GiB of {limit:.1f} usable on each {'device' if machine.cuda else 'rank'}: {verdict}")

@@ -1,0 +1,109 @@
+"""run.dry_run: the launch command, the arithmetic, the first rows as tokens and the memory plan, from a directory without weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.choices import EngineKind, RolloutBackend, TrackingKind
+from conf.schema import Config, DataConfig, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TrackingConfig
+from conf.stages import DataStage, OnlineStage, SFTStage
+from rlhf import config
+from rlhf.__main__ import execute
+from rlhf.console import console
+from rlhf.stages import dry_run
+from rlhf.stages.trl_common import plan_batches, total_steps
+from rlhf.types import UserError
+from tests.test_conflicts import model_directory
+
+
+@pytest.fixture
+def grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A model's directory with a configuration and a tokenizer, but no weights."""
+    monkeypatch.setenv("COLUMNS", "200")
+    console.cache_clear()
+    model_directory(tmp_path / "policy")
+    rows = [{"prompt": f"the film {i}", "chosen": "good", "rejected": "film"} for i in range(40)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Config(
+        stage=config.stage_preset("grpo"),
+        run=RunConfig(dir=str(tmp_path / "runs"), name="r", dry_run=True),
+        model=ModelConfig(path=str(tmp_path / "policy")),
+        reward=RewardConfig(function="tests.toys:short_is_good"),
+        rollout=RolloutConfig(backend=RolloutBackend.hf),
+        data=DataConfig(path=str(tmp_path / "p.jsonl")),
+        tracking=TrackingConfig(kind=TrackingKind.none),
+    )
+
+
+def shown(cfg: Config, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    execute(cfg, argv)
+    return capsys.readouterr().out
+
+
+def test_an_online_stage_shows_all_and_loads_and_writes_nothing(grpo: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    assert not any(name.endswith((".safetensors", ".bin")) for name in before)
+    out = shown(grpo, capsys, "stage=grpo", "run.dry_run=true", "data.path=a b.jsonl", "tracking.api_key=abcdef123")
+    assert "name: grpo" in out  # the resolved configuration
+    assert "launch: python -m rlhf stage=grpo 'data.path=a b.jsonl' 'tracking.api_key=***'\n" in out
+    assert "8 prompts x 8 samples = 64, all on one rank" in out and "100 (stage.steps), 100 optimizer steps, 6400 responses" in out
+    assert "training row 1" in out and "training row 2" in out and "training row 3" not in out and "the film" in out
+    assert "memory plan" in out and "reference" in out and "usable on each rank: fits" in out
+    assert out.rstrip().endswith("dry run: stage=grpo composes and passes its checks; no weights were loaded.")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("preset", ["dpo", "reward", "kto", "sft"])
+def test_offline_stages(preset: str, grpo: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if preset == "sft":
+        rows = [{"prompt": f"the film {i} ", "completion": "good"} for i in range(40)]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    stage = replace(config.stage_preset(preset), batch_size=8)
+    out = shown(replace(grpo, stage=stage, reward=RewardConfig()), capsys)
+    assert "8 rows x 1 micro-batches x 1 rank = 8 (stage.batch_size)" in out
+    assert "memory plan" in out and "training row 1" in out and "of a response" in out
+
+
+def test_several_devices_are_launched_by_torchrun_and_share_the_work(grpo: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = replace(grpo, engine=EngineConfig(kind=EngineKind.deepspeed, zero_stage=2, gpus=8, gpu_memory_gib=24.0))
+    out = shown(cfg, capsys, "stage=grpo", "engine=zero2", "engine.gpus=8")
+    assert "launch: torchrun --standalone --nproc_per_node 8 -m rlhf stage=grpo engine=zero2 engine.gpus=8\n" in out
+    assert "8 prompts x 8 samples = 64, 8 on each of 8 ranks" in out and "GiB per device" in out and "22.8 usable on each device: fits" in out
+
+
+def test_rows_that_do_not_fit_end_a_dry_run_without_a_file(grpo: Config, tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"prompt": f"the film {i}"}) + "\n" for i in range(80))
+    (tmp_path / "p.jsonl").write_text(rows + '{"promt": "y"}\n', encoding="utf-8")  # beyond the rows that preflight looks at
+    with pytest.raises(UserError, match="1 of 81 rows don't fit"):
+        execute(grpo, [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_stages_that_do_not_train_only_compose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run.show(Config(stage=DataStage()), [])
+    out = capsys.readouterr().out
+    assert "launch:" not in out and "dry run: stage=data composes" in out
+
+
+def test_online_arithmetic(grpo: Config) -> None:
+    stage = OnlineStage(steps=10, prompts_per_step=16, samples_per_prompt=4, epochs=2, minibatches=2)
+    cfg = replace(grpo, stage=stage, engine=EngineConfig(micro_tokens=1000))
+    found = dry_run.online_arithmetic(cfg, ranks=4, prompts=80)
+    assert found["responses of a step"] == "16 prompts x 4 samples = 64, 16 on each of 4 ranks"
+    assert found["optimizer steps of a step"] == "2 epochs x 2 minibatches = 4"
+    assert found["rows of an optimizer step"].endswith("= 8 on each")
+    assert found["micro-batches"].startswith("at most 3 of 3 rows on each rank: 1000 tokens (engine.micro_tokens) / 320")  # 8 rows by threes
+    assert found["steps"] == "10 (stage.steps), 40 optimizer steps, 640 responses"
+    assert found["data"] == "160 prompts drawn from 80: 2 passes"
+
+
+@pytest.mark.parametrize(("rows", "steps", "expected"), [(100, None, 6), (100, 5, 5), (3, None, 2)])
+def test_offline_arithmetic_is_the_trainers(rows: int, steps: int | None, expected: int) -> None:
+    stage: Any = SFTStage(batch_size=32, epochs=2.0, steps=steps)
+    spread = plan_batches(32, 4, 2)
+    found = dry_run.offline_arithmetic(stage, spread.micro, spread.accumulation, 2, rows, total_steps(stage, rows))
+    assert found["rows of a step"] == "4 rows x 4 micro-batches x 2 ranks = 32 (stage.batch_size)"
+    assert found["steps"].startswith(f"{expected} (")

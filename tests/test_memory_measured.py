@@ -1,0 +1,93 @@
+"""The memory plan against measured peaks: real optimizer steps of this toolkit's engines, each in a process of its own (tests/memory_worker.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.choices import AdapterKind, EngineKind
+from conf.schema import AdapterConfig
+from rlhf.memory import activations, shapes, total
+from rlhf.memory.activations import Pass
+from rlhf.memory.plan import counts_of
+from rlhf.memory.states import Setting, training_states
+from tests.memory_worker import BIG, CHUNK
+
+ROOT = Path(__file__).resolve().parents[1]
+# Every tensor of 64 KiB or more is a mapping of its own and goes back when it is freed: what is measured is what is held, not what the heap kept.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def measured(case: dict[str, Any], tmp_path: Path, ranks: int = 1) -> float:
+    """Bytes of rank 0 beyond its libraries, at its peak."""
+    environment = {
+        **os.environ,
+        **HEAP,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment["PYTHONPATH"] = str(ROOT)
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*launcher, str(ROOT / "tests" / "memory_worker.py"), json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line.split("measured", 1)[1]) for line in done.stdout.splitlines() if "measured" in line]
+    return float(next(one["bytes"] for one in found if one["rank"] == 0))
+
+
+def planned(case: dict[str, Any], ranks: int = 1) -> float:
+    """What the plan says of the same case: states at their worst moment, with the activations of a micro-batch where those are live."""
+    shape = shapes.shape_of_config(shapes.llama(**BIG), "x")
+    rank, half, plain = case.get("adapter", 0), bool(case.get("half")), case["engine"] == "torch"
+    adapter = shapes.adapter_parameters(shape, AdapterConfig(kind=AdapterKind.lora, rank=rank)) if rank else 0
+    setting = Setting(
+        kind=EngineKind(case["engine"]), zero=case.get("zero", 0), ranks=ranks, half=half, fused=plain, float32_trained=half and plain and bool(rank)
+    )
+    states = training_states(counts_of(shape, shape.parameters, adapter), setting)
+    p = Pass(case["tokens"], setting.width, length=128, adapter=rank, adapter_float32=plain, checkpointing=bool(case.get("checkpointing")))
+    head = activations.policy_head(shape, min(CHUNK, case["tokens"]), setting.width, temperature=1.0, entropy_grad=False, grad=True)
+    live = activations.kept(shape, p) + max(head, activations.backward_transient(shape, p))
+    held = total(states.resident)
+    return max((held + total(states.backward) + states.gathered).device + live, (held + total(states.step)).device)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"engine": "torch", "tokens": 64},
+        {"engine": "torch", "tokens": 64, "half": True},
+        {"engine": "torch", "tokens": 64, "adapter": 64},
+        {"engine": "torch", "tokens": 2048},
+        {"engine": "torch", "tokens": 2048, "checkpointing": True},
+        {"engine": "deepspeed", "zero": 0, "tokens": 64},
+        {"engine": "deepspeed", "zero": 1, "tokens": 64},
+        {"engine": "deepspeed", "zero": 2, "tokens": 64},
+        {"engine": "deepspeed", "zero": 3, "tokens": 64},
+    ],
+    ids=lambda case: "-".join(f"{key}={value}" for key, value in case.items()),
+)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(case: dict[str, Any], tmp_path: Path) -> None:
+    found, expected = measured(case, tmp_path), planned(case)
+    print(f"{case}: measured {found / 1e6:.0f} MB, planned {expected / 1e6:.0f}")
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_two_ranks_share_what_their_stage_says(zero: int, tmp_path: Path) -> None:
+    case = {"engine": "deepspeed", "zero": zero, "tokens": 64}
+    found, expected = measured(case, tmp_path, ranks=2), planned(case, ranks=2)
+    print(f"{case} on two ranks: measured {found / 1e6:.0f} MB, planned {expected / 1e6:.0f}")
+    assert expected == pytest.approx(found, rel=0.15)
