@@ -48,10 +48,12 @@ class RunConfig:
     resume: bool = False  # continue from the last checkpoint of an existing run directory
     overwrite: bool = False  # delete an existing run directory of this stage and start anew
     dry_run: bool = False  # resolve, check and print; load no weights
+    keep_checkpoints: int = 2  # newest checkpoints kept, beside the best; 0: all
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, "run.seed", self.seed, "an integer of at least 0")
         check(bool(self.name) and ".." not in self.name, "run.name", self.name, "a directory name without '..'")
+        check(self.keep_checkpoints >= 0, "run.keep_checkpoints", self.keep_checkpoints, "at least 1, or 0 for all")
         check(not (self.resume and self.overwrite), "run.overwrite", self.overwrite, "false when run.resume=true")
 
 

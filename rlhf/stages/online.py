@@ -21,7 +21,7 @@ from policy.model import mix_weights
 from policy.prepare import Layout, TrainBatch, policy_logprobs, prepare
 from policy.saving import save_adapter, save_model
 from policy.update import update
-from rlhf import console, distributed
+from rlhf import checkpoints, console, distributed, randomness
 from rlhf.moments import RunningMoments
 from rlhf.run import RunContext
 from rlhf.stages.collecting import Collected, collect, group_figures
@@ -72,6 +72,8 @@ class Loop:
 
     def train(self) -> None:
         self.sync(self.first)
+        if self.ctx.resume_from is not None:
+            randomness.load(self.ctx.resume_from)  # last, so that nothing draws between here and the next step
         if self.first == 0 and self.watching.judge is not None:
             self.ctx.tracker.log(0, self.watching.begin(self.parts.generator))
         with console.progress(self.steps, self.stage.name) as bar:
@@ -306,20 +308,19 @@ class Loop:
         return place
 
     def _save(self, step: int) -> None:
-        """Resume state of all ranks, written to the side and renamed."""
-        final = self.ctx.dir / "checkpoints" / f"step-{step}"
-        side = final.with_name(final.name + ".part")
-        self.parts.policy.save(side / "policy")
-        if self.parts.critic is not None:
-            self.parts.critic.save(side / "critic")
-        if distributed.is_main():
+        """Resume state of all ranks. A collective."""
+        with checkpoints.written(self.ctx.checkpoint_dir / f"step-{step}", keep=self.cfg.run.keep_checkpoints) as side:
+            self.parts.policy.save(side / "policy")
+            if self.parts.critic is not None:
+                self.parts.critic.save(side / "critic")
+            randomness.save(side)
+            if not distributed.is_main():
+                return
             state = {"step": step, "draws": self.draws, "kl": self.parts.kl.state_dict(), "moments": self.moments.state_dict()}
             state |= {"scorer": self.parts.scorer.state_dict(), "history": self.history, "watching": self.watching.state_dict()}
             if self.stage.reference_every:
                 torch.save(self.parts.reference.model.state_dict(), side / "reference.pt")
             (side / "loop.json").write_text(json.dumps(state), encoding="utf-8")
-            side.rename(final)
-        distributed.barrier()
 
     def _load(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / "loop.json").read_text(encoding="utf-8"))

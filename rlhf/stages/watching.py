@@ -12,6 +12,7 @@ from typing import Any
 from conf.choices import Action
 from conf.schema import Config
 from conf.stages import OnlineStage, WatchConfig
+from policy.saving import replacing
 from reward.compose import CompositeScorer
 from reward.scorer import FunctionScorer, RewardModelScorer
 from rlhf import distributed
@@ -139,7 +140,8 @@ class Keeper:
         if distributed.is_main():
             for kept in self.place.iterdir():
                 if kept.is_dir():
-                    shutil.copytree(kept, directory / kept.name, dirs_exist_ok=True)
+                    with replacing(directory / kept.name) as side:
+                        shutil.copytree(kept, side, dirs_exist_ok=True)
         distributed.barrier()
 
 
