@@ -28,7 +28,7 @@ from rlhf.data.labelling.ledger import EXPORT_FILE
 from rlhf.lineage import MANIFEST_FILE, artifact_digest, origin
 from rlhf.randomness import seed_everything
 from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, artifact_name, plain_config, redact, truncate
-from rlhf.types import UserError
+from rlhf.types import Interrupted, UserError
 
 LOG = logging.getLogger("rlhf.run")
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
@@ -379,7 +379,7 @@ class RunContext:
         try:
             yield self
         except BaseException as error:
-            self.tracker.finish(exit_code=1)
+            self.tracker.finish(exit_code=error.code if isinstance(error, Interrupted) else 1)
             ours = not isinstance(error, PermissionError) or str(error.filename).startswith(str(self.dir))
             if ours and checkpoints.storage_error(error):
                 raise UserError(f"{self.dir} takes no more: {error}. Make room or give write access, then go on with run.resume=true.") from error

@@ -357,6 +357,7 @@ class Tracker:
         self._offset = 0  # where that line starts in the file
         self._pending: tuple[int, list[dict[str, Any]]] | None = None  # samples not yet in the tracker's table
         self._tabled = False
+        self._told = 0  # the highest step that the tracker beside the files knows
         self._sink: _Sink | None = None
         self._closed = False
         if not enabled:
@@ -399,8 +400,20 @@ class Tracker:
             line["nonfinite"] = bad
         self._line = line
         write_line(self._file, self._offset, json.dumps(line), self.dir / METRICS_FILE)
-        if self._sink is not None:
+        if self._sink is not None and step >= self._told:  # W&B takes no step twice; after a rewind it has those up to here already
+            self._told = step
             self._sink.log(step, plain)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`, because the run went back to it. What a tracker beside the files has been told stays there."""
+        if not self.enabled:
+            return
+        self._file.close()
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            truncate(self.dir / name, step)
+        self._line, self._offset = _last_line(self.dir / METRICS_FILE)
+        self._file = (self.dir / METRICS_FILE).open("r+b", buffering=0)
+        self._pending = None
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append `rows` to samples.jsonl; every ``tracking.samples_every`` steps (and at the first and the last) also to the tracker's table."""

@@ -30,9 +30,12 @@ from rlhf import checkpoints, console, distributed
 from rlhf.data.mixture import data_files
 from rlhf.data.reading import stage_texts
 from rlhf.data.templates import template_text
+from rlhf.interrupts import Stopping
 from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
+from rlhf.rss import Resident
 from rlhf.run import RunContext
-from rlhf.types import TrainingDiverged, UserError
+from rlhf.types import Interrupted, TrainingDiverged, UserError
+from rlhf.watchdog import Watchdog
 
 LOG = logging.getLogger("rlhf.stages")
 _SAMPLE_TOKENS = 48
@@ -294,14 +297,30 @@ def save_batch(directory: Path, micro_batches: Sequence[dict[str, Any]], tokeniz
 class Reporter(TrainerCallback):
     """TRL's metrics under their own names to the tracker and the progress bar, with the training throughput; marks the last step for evaluation."""
 
-    def __init__(self, ctx: RunContext, bar: console.Bar) -> None:
-        self.ctx, self.bar = ctx, bar
+    def __init__(self, ctx: RunContext, bar: console.Bar, stopping: Stopping, watchdog: Watchdog) -> None:
+        self.ctx, self.bar, self.stopping, self.watchdog = ctx, bar, stopping, watchdog
+        self.signal: int | None = None  # that ended training
+        self.resident = Resident()
         self.last: dict[str, float] = {}  # the latest value of each training metric
         self._busy_s = 0.0  # seconds in steps since the last log
         self.tokens = 0.0
         self._began = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run knows the figures from before."""
+        for entry in state.log_history:
+            if "eval_loss" not in entry:
+                self.last.update({k: float(v) for k, v in entry.items() if k != "step"})
+        self.tokens = self.last.get("num_tokens", 0.0)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("evaluate")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("save")
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("step")
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -311,6 +330,10 @@ class Reporter(TrainerCallback):
             control.should_save = True
         if state.global_step >= state.max_steps:
             control.should_log = control.should_evaluate = control.should_save = True
+        self.signal = self.stopping.agreed()
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+        self.watchdog.phase("log and save")
         if control.should_save:  # what the trainer sums up between two logs is not in its checkpoint
             control.should_log = True
 
@@ -323,6 +346,7 @@ class Reporter(TrainerCallback):
             metrics["train/tokens_per_s"] = (metrics.get("num_tokens", self.tokens) - self.tokens) / self._busy_s
             self.tokens, self._busy_s = metrics.get("num_tokens", self.tokens), 0.0
         if not evaluated:
+            metrics |= self.resident.figures()  # of this rank
             self.last.update(metrics)
         self.ctx.tracker.log(state.global_step, metrics)
         self.bar.update(state.global_step, metrics)
@@ -347,15 +371,17 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
-    with console.progress(steps, ctx.stage) as bar:
-        reporter = Reporter(ctx, bar)
+    if ctx.resume_from is not None and hasattr(trainer, "_total_train_tokens"):  # TRL counts tokens, and forgets them
+        trainer._total_train_tokens = tokens_before(ctx.resume_from)
+    with console.progress(steps, ctx.stage) as bar, Stopping() as stopping, Watchdog(ctx.cfg.run.phase_timeout_s) as watchdog:
+        reporter = Reporter(ctx, bar, stopping, watchdog)
         trainer.add_callback(reporter)
-        if ctx.resume_from is not None and hasattr(trainer, "_total_train_tokens"):  # TRL counts tokens, and forgets them
-            reporter.tokens = trainer._total_train_tokens = tokens_before(ctx.resume_from)
         trainer.train(resume_from_checkpoint=str(ctx.resume_from) if ctx.resume_from is not None else None)
     # transformers remembers ZeRO-3 for the whole process: a model that one rank loads for itself afterwards would wait for the others
     unset_hf_deepspeed_config()
     state = trainer.state
+    if reporter.signal is not None:
+        raise Interrupted(reporter.signal, state.global_step, ctx.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
     if not state.best_global_step:
         raise TrainingDiverged(
             f"eval_loss was not finite in any of the evaluations up to step {state.global_step}, so there are no best weights to keep."
