@@ -89,6 +89,7 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the loss's gradient; `last` marks the last micro-batch before `step` (which only DeepSpeed needs to know)."""
+        self._norm = None
         loss.backward()
 
     def clip(self) -> float | None:

@@ -244,6 +244,11 @@ def guarded(trainer_class: type) -> type:
             self.micro_batches = []
             return norm
 
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            # A run that resumes after its last step, because it was killed before its end, would take one step more.
+            if self.state.global_step < self.state.max_steps:
+                super()._run_epoch(*args, **kwargs)
+
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             """As transformers saves, then sealed, and only then may older ones go; a disk that takes no more is a UserError."""
             limit, self.args.save_total_limit = self.args.save_total_limit, None
