@@ -79,7 +79,7 @@ def resume(commands: list[list[str]], *launcher: str, **environment: str) -> Non
     given = [[*command, "run.resume=true"] for command in commands]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, *launcher, "-m", "tests.resume_worker", json.dumps(given)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=2800, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

@@ -91,7 +91,7 @@ FAULTS = (
     Fault("Ctrl-C twice", 130, "update", 4, "interrupt_twice", says="ended at once"),
     Fault("torn checkpoint", _KILLED, "update", 6, "kill", after=tear_newest, lost=2 * EVERY - 1),
     Fault("full disk", 1, "save", 2, "fill_disk", says="could not be written"),
-    Fault("hang", EXIT_HUNG, "rollout", 4, "hang", options=("tracking=none", "run.phase_timeout_s=20"), says="phase rollout took longer"),
+    Fault("hang", EXIT_HUNG, "rollout", 4, "hang", options=("tracking=none", "run.phase_timeout_s=60"), says="phase rollout took longer"),
     Fault("tracker down", 0, options=("tracking=wandb", "tracking.mode=auto"), environment=_NO_SERVER, says="tracked offline instead", lost=0),
     Fault("NaN, rewound", 0, "reward", 4, "nan", options=("tracking=none", "stage.on_nonfinite=rewind"), same=False, lost=0),
     Fault("NaN, stopped", 1, "reward", 4, "nan", says="returned nan"),
@@ -112,6 +112,7 @@ class Outcome:
 def run(folder: Path, name: str, fault: Fault, *, resume: bool) -> tuple[int, str]:
     """Start the run, with the fault unless it resumes; exit code and output."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | fault.environment
+    env |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     if fault.action and not resume:
         env[FAULT] = json.dumps({"point": fault.point, "times": fault.times, "action": fault.action, "rank": fault.rank})
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={fault.ranks}"] if fault.ranks > 1 else []

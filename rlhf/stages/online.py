@@ -99,6 +99,7 @@ class Loop:
         if self.ctx.resume_from is not None:
             randomness.load(self.ctx.resume_from)  # last, so that nothing draws between here and the next step
         if self.step == 0 and self.watching.judge is not None:
+            self.watchdog.phase("judge")
             self.ctx.tracker.log(0, self.watching.begin(self.parts.generator))
         with console.progress(self.steps, self.stage.name) as bar, Stopping() as stopping:
             while self.step < self.steps and self.watching.stopped is None:
