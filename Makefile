@@ -21,7 +21,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow test-labelstudio fuzz lint format doctor bench bench-data bench-growth proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
+.PHONY: help setup demo test test-slow test-labelstudio fuzz lint format doctor bench bench-data bench-growth chaos soak proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,12 @@ bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, and a 2 GiB file
 
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
 	$(OFFLINE) $(PY) -m rlhf.stages.bench --growth
+
+chaos: $(STAMP) ## slow: faults put into real runs (kills, signals, torn files, full disk, NaN, hangs); each has to be survived (about 10 min)
+	$(OFFLINE) $(PY) -m rlhf.stages.chaos
+
+soak: $(STAMP) ## slow: 200 steps of a tiny model; fails where memory grows by more than 2 % after the warm-up
+	$(OFFLINE) $(PY) -m rlhf.stages.soak
 
 clean: ## remove caches and build leftovers (runs/ and the environments stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

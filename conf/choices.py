@@ -174,6 +174,14 @@ class Action(Enum):
     stop = "stop"
 
 
+class OnNonFinite(Enum):
+    """What follows from a score, loss or gradient that is NaN, infinite or (where a limit is set) a spike."""
+
+    stop = "stop"  # the run ends
+    skip = "skip"  # the update is left out
+    rewind = "rewind"  # back to the last checkpoint, and on with other prompts
+
+
 class KLController(Enum):
     fixed = "fixed"
     adaptive = "adaptive"

@@ -48,11 +48,15 @@ class RunConfig:
     resume: bool = False  # continue from the last checkpoint of an existing run directory
     overwrite: bool = False  # delete an existing run directory of this stage and start anew
     dry_run: bool = False  # resolve, check and print; load no weights
+    keep_checkpoints: int = 2  # newest checkpoints kept, beside the best; 0: all
+    phase_timeout_s: float | None = 3600.0  # seconds that a phase of training (rollout, update, save ...) may take before the run ends; None: any
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, "run.seed", self.seed, "an integer of at least 0")
         inside = bool(self.name.strip("/.")) and ".." not in self.name and not self.name.startswith(("/", "~")) and "\x00" not in self.name
         check(inside, "run.name", self.name, "a directory name inside run.dir: relative, without '..'")
+        check(self.phase_timeout_s is None or self.phase_timeout_s > 0, "run.phase_timeout_s", self.phase_timeout_s, "above 0 s, or null")
+        check(self.keep_checkpoints >= 0, "run.keep_checkpoints", self.keep_checkpoints, "at least 1, or 0 for all")
         check(not (self.resume and self.overwrite), "run.overwrite", self.overwrite, "false when run.resume=true")
 
 

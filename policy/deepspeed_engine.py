@@ -57,6 +57,7 @@ class DeepSpeedEngine:
         self.cfg = cfg
         self.optim = optim
         self.steps = 0
+        self._waiting = False  # whether a gradient waits for its step
         _same_head_calls(module, cfg)
         params = trainable(module)
         optimizer = torch.optim.AdamW(params, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
@@ -75,6 +76,17 @@ class DeepSpeedEngine:
         """Add the loss's gradient; `last` marks the last micro-batch before `step`. Collective under ZeRO."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+        self._waiting = last
+
+    def clip(self) -> float | None:
+        """None: DeepSpeed clips inside its step, and tells the norm after it."""
+        return None
+
+    def discard(self) -> None:
+        """Forget the gradient. DeepSpeed holds it in buffers that only a step empties, so one is taken: `load` has to follow. Collective."""
+        if self._waiting:
+            self.engine.step()
+            self._waiting = False
 
     def step(self) -> float:
         """One optimizer step on all ranks. Returns the gradient's norm over all ranks before clipping.
@@ -86,6 +98,7 @@ class DeepSpeedEngine:
         norm = None
         if self.cfg.zero_stage == 0:  # plain data parallelism: gradients are whole and averaged by now, and DeepSpeed records no norm
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in trainable(self.module) if p.grad is not None]))
+        self._waiting = False
         self.engine.step()
         self.steps += 1
         norm = self.engine.get_global_grad_norm() if norm is None else norm

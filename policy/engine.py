@@ -17,7 +17,7 @@ from rlhf.types import UserError
 
 
 class NonFinite(Exception):
-    """A loss or a gradient is NaN or infinite; the stage saves the batch and stops."""
+    """A loss or a gradient is NaN or infinite, or a spike: it must not be applied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,9 @@ class Engine(Protocol):
 
     def __call__(self, *args: Tensor) -> Any: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
+    def clip(self) -> float | None: ...
     def step(self) -> float: ...
+    def discard(self) -> None: ...
     def gather(self, params: list[nn.Parameter]) -> AbstractContextManager[Any]: ...
     def save(self, directory: Path) -> None: ...
     def load(self, directory: Path) -> None: ...
@@ -75,6 +77,7 @@ class TorchEngine:
         self.module = module.to(device)
         self.optim = optim
         self.steps = 0
+        self._norm: float | None = None  # of the gradient that waits for its step, once it is clipped
         self.params = trainable(module)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone().requires_grad_() for p in self.params]
         self.optimizer = torch.optim.AdamW(
@@ -86,18 +89,32 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the loss's gradient; `last` marks the last micro-batch before `step` (which only DeepSpeed needs to know)."""
+        self._norm = None
         loss.backward()
+
+    def clip(self) -> float | None:
+        """Clip the gradient that waits for its step; returns its norm before that. Nothing else changes."""
+        if self._norm is None:
+            for param, master in zip(self.params, self.masters, strict=True):
+                if master is not param:
+                    master.grad = None if param.grad is None else param.grad.float()
+                    param.grad = None
+            self._norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.optim.max_grad_norm or math.inf))
+        return self._norm
+
+    def discard(self) -> None:
+        """Forget the gradient; weights, optimizer and step count stay as they are."""
+        self._norm = None
+        for tensor in (*self.params, *self.masters):
+            tensor.grad = None
 
     def step(self) -> float:
         """One optimizer step. Returns the gradient's norm before clipping; raises NonFinite before a bad gradient is applied."""
-        for param, master in zip(self.params, self.masters, strict=True):
-            if master is not param:
-                master.grad = None if param.grad is None else param.grad.float()
-                param.grad = None
-        limit = self.optim.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, limit))
+        norm = self.clip()
+        assert norm is not None
         if not math.isfinite(norm):
             raise NonFinite(f"the gradient's norm is {norm}")
+        self._norm = None
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.step()

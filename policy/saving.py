@@ -1,5 +1,8 @@
 """Writing a trained policy so that the next stage loads it."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,26 @@ from policy.model import Gather, adapter_weights, base_of, is_peft, iterate_weig
 from rlhf import distributed
 
 
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` that takes its place at the end, so that a reader never sees half of it; after an error nothing is left of it."""
+    side = directory.with_name(directory.name + ".part")
+    shutil.rmtree(side, ignore_errors=True)
+    side.mkdir(parents=True)
+    try:
+        yield side
+        if directory.exists():
+            shutil.rmtree(directory)
+        side.rename(directory)
+    except BaseException:
+        shutil.rmtree(side, ignore_errors=True)
+        raise
+
+
 def save_model(model: Any, tokenizer: Any, directory: Path, gather: Gather = no_gather, dtype: torch.dtype | None = None) -> None:
     """Whole weights (an adapter merged in; in `dtype` where given), configuration, tokenizer and chat template.
 
-    Collective under ZeRO-3; rank 0 writes.
+    Collective under ZeRO-3; rank 0 writes, to the side: `directory` is replaced as a whole.
     """
     state: dict[str, torch.Tensor] = {}
     base = base_of(model)
@@ -25,14 +44,14 @@ def save_model(model: Any, tokenizer: Any, directory: Path, gather: Gather = no_
         kept = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         state[name.replace(".modules_to_save.default.", ".")] = kept.clone().contiguous()
     if distributed.is_main():
-        directory.mkdir(parents=True, exist_ok=True)
-        base.save_pretrained(directory, state_dict=state)
-        tokenizer.save_pretrained(directory)
+        with replacing(directory) as side:
+            base.save_pretrained(side, state_dict=state)
+            tokenizer.save_pretrained(side)
     distributed.barrier()
 
 
 def save_adapter(model: Any, directory: Path, gather: Gather = no_gather) -> None:
-    """The LoRA adapter alone, in PEFT's format. Collective under ZeRO-3; rank 0 writes."""
+    """The LoRA adapter alone, in PEFT's format. Collective under ZeRO-3; rank 0 writes, to the side: `directory` is replaced as a whole."""
     import json
 
     from safetensors.torch import save_file
@@ -40,11 +59,10 @@ def save_adapter(model: Any, directory: Path, gather: Gather = no_gather) -> Non
     assert is_peft(model), "only an adapter model has an adapter to save"
     weights = adapter_weights(model, gather)
     if distributed.is_main():
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: t.cpu().contiguous() for n, t in weights.tensors.items()}, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"}
-        )
-        (directory / "adapter_config.json").write_text(json.dumps(weights.config, indent=2, default=str), encoding="utf-8")
+        tensors = {n: t.cpu().contiguous() for n, t in weights.tensors.items()}
+        with replacing(directory) as side:
+            save_file(tensors, str(side / "adapter_model.safetensors"), metadata={"format": "pt"})
+            (side / "adapter_config.json").write_text(json.dumps(weights.config, indent=2, default=str), encoding="utf-8")
     distributed.barrier()
 
 

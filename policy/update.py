@@ -1,5 +1,6 @@
 """The update: epochs x minibatches x micro-batches over one step's rollouts, the same gradient however it is split."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.choices import KLEstimator, KLPlace, PolicyLoss
+from conf.choices import KLEstimator, KLPlace, OnNonFinite, PolicyLoss
 from conf.stages import OnlineStage
+from policy.brake import Brake
 from policy.engine import NonFinite
 from policy.kl import kl_per_token
 from policy.losses import aggregation_units, aggregation_weights, entropy_bonus, importance_weights, kl_loss, policy_loss, value_loss
@@ -17,6 +19,7 @@ from policy.prepare import Layout, Packs, TrainBatch, adapter_disabled, plan, ru
 from policy.shapes import masked_sum
 from rlhf import distributed
 
+LOG = logging.getLogger("policy.update")
 Pair = tuple[int, int]
 _NAMES = ("policy", "kl", "value", "entropy", "clipped", "value_clipped", "approxkl", "ratio", "weight", "correct", "margin")
 
@@ -47,13 +50,16 @@ def update(
     constant_length: int,
     seed: int,
     train_policy: bool = True,
+    brake: Brake | None = None,
 ) -> dict[str, float]:
     """Take the step's optimizer steps. Returns means over all of them (policy/clipfrac, policy/approxkl, loss/policy, ...).
 
     `seed` draws the minibatches; every rank holds as many. `reference` is used where `batch` has no reference logprobs yet: then the one
     pass of this update measures old, entropy and reference logprobs on its way and leaves them in `batch`. A minibatch in which no rank has
-    a token to train takes no optimizer step. Raises NonFinite: a bad loss is never applied.
+    a token to train takes no optimizer step. `brake` looks for spikes. Raises NonFinite: a bad loss or gradient is never applied; with
+    stage.on_nonfinite=skip it is left out instead, and policy/skipped counts it.
     """
+    brake = brake or Brake(None, None, 1)
     policy.module.train()
     if critic is not None:
         critic.module.train()
@@ -66,13 +72,23 @@ def update(
     generator = torch.Generator().manual_seed(seed)
     items: list[Any] = list(batch.pairs) if stage.policy_loss is PolicyLoss.dpo else batch.keep.nonzero().flatten().tolist()
     history: list[dict[str, float]] = []
-    stopped = 0.0
+    stopped = skipped = 0.0
     for _ in range(stage.epochs):
         order = torch.randperm(len(items), generator=generator).tolist()
         for number in range(stage.minibatches):
             chosen = [items[i] for i in order[len(order) * number // stage.minibatches : len(order) * (number + 1) // stage.minibatches]]
-            step = _Step(batch, policy, critic, stage, layout, kl_coef, constant_length, train_policy, measure)
-            figures = step.run(chosen)
+            step = _Step(batch, policy, critic, stage, layout, kl_coef, constant_length, train_policy, measure, brake)
+            try:
+                figures = step.run(chosen)
+            except NonFinite as error:
+                for engine in (policy, critic):
+                    if engine is not None:
+                        engine.discard()
+                if stage.on_nonfinite is not OnNonFinite.skip:
+                    raise
+                LOG.warning("an update was left out (stage.on_nonfinite=skip): %s", error)
+                skipped += 1
+                continue
             if figures is None:
                 continue
             history.append(figures)
@@ -82,7 +98,7 @@ def update(
         if stopped:
             break
     means = {name: sum(h[name] for h in history) / len(history) for name in history[0]} if history else {}
-    return means | {"policy/updates": float(len(history)), "policy/stopped_early": stopped}
+    return means | {"policy/updates": float(len(history)), "policy/stopped_early": stopped, "policy/skipped": skipped}
 
 
 class _Measure:
@@ -125,7 +141,9 @@ class _Step:
         constant_length: int,
         train_policy: bool,
         measure: _Measure | None,
+        brake: Brake,
     ) -> None:
+        self.brake = brake
         self.batch, self.policy, self.critic, self.stage, self.layout = batch, policy, critic, stage, layout
         self.kl_coef, self.constant_length, self.train_policy, self.measure = kl_coef, constant_length, train_policy, measure
         self.pairwise = stage.policy_loss is PolicyLoss.dpo
@@ -148,10 +166,20 @@ class _Step:
         total = self.sums.reduced()
         if not all(torch.isfinite(torch.tensor(list(total.values())))):
             raise NonFinite(f"loss/policy={total['policy']}, loss/value={total['value']}, entropy={total['entropy']}")
-        norms = {"policy/lr": self.policy.rate, "policy/grad_norm": self.policy.step() if self.train_policy else 0.0}
+        figures = self._figures(total)
+        self.brake.check("loss", {name: figures[name] for name in ("loss/policy", "loss/value") if name in figures})
+        return figures | {"policy/lr": self.policy.rate, "policy/grad_norm": 0.0} | self._optimise()
+
+    def _optimise(self) -> dict[str, float]:
+        """The optimizers' steps and the norms of their gradients; neither is taken where an engine can tell that one of them must not be."""
+        engines = {"policy/grad_norm": self.policy} if self.train_policy else {}
         if self.critic is not None:
-            norms["value/grad_norm"] = self.critic.step()
-        return self._figures(total) | norms
+            engines["value/grad_norm"] = self.critic
+        known = {name: norm for name, engine in engines.items() if (norm := engine.clip()) is not None}
+        self.brake.check("grad_norm", known)
+        norms = {name: engine.step() for name, engine in engines.items()}
+        self.brake.check("grad_norm", {name: norm for name, norm in norms.items() if name not in known})
+        return norms
 
     def _micro_batch(self, packs: Packs, pairs: Sequence[Pair], *, last: bool) -> None:
         """Forward and backward of one micro-batch; an empty one runs a row at weight 0, for the ranks that have rows."""

@@ -15,7 +15,7 @@ from typing import Any
 from reward.scorer import name_prompt
 from rlhf import distributed
 from rlhf.moments import RunningMoments
-from rlhf.types import Rollout, Scorer, Scores, UserError
+from rlhf.types import NonFiniteScore, Rollout, Scorer, Scores, UserError
 
 _LEAST_STD = 1e-6  # below it all values are one and the same, and their normalised value is 0
 
@@ -97,5 +97,5 @@ def checked(name: str, values: Sequence[Any], rollouts: Sequence[Rollout]) -> li
         raise UserError(f"reward.terms.{name}: expected {len(rollouts)} scores, one per response, found {len(values)}{first}.")
     for value, rollout in zip(values, rollouts, strict=True):
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"reward.terms.{name}: returned {value!r} for {name_prompt(rollout)}; expected a finite number.")
+            raise NonFiniteScore(f"reward.terms.{name}: returned {value!r} for {name_prompt(rollout)}; expected a finite number.")
     return [float(value) for value in values]

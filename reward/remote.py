@@ -33,7 +33,7 @@ from conf.schema import RewardTerm
 from reward.model import template_hash, tokenizer_fingerprint
 from reward.scorer import Stateless, name_prompt
 from rlhf.data.encoding import is_chat
-from rlhf.types import Rollout, Scores, UserError
+from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
 
 LOG = logging.getLogger("reward.remote")
 IN_FLIGHT = 4  # requests at the same time: enough to keep a server busy while it tokenises the next
@@ -225,7 +225,7 @@ class RemoteScorer(Stateless):
             raise UserError(f"{self.where}: expected scores, a list of {len(batch)} numbers, one per response, found {found}; {blame}.")
         for value, rollout in zip(scores, batch, strict=True):
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise UserError(f"{self.where}: returned {self._quote(repr(value))} for {name_prompt(rollout)}; expected a finite number.")
+                raise NonFiniteScore(f"{self.where}: returned {self._quote(repr(value))} for {name_prompt(rollout)}; expected a finite number.")
         self._notice(content.get("model"))
         return [float(value) for value in scores]
 

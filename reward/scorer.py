@@ -16,7 +16,7 @@ from conf.schema import RewardConfig
 from reward.model import Manifest, last_token_scores, load_reward_module, load_reward_tokenizer, template_hash, tokenizer_fingerprint
 from rlhf.data.encoding import is_chat, prompt_ids, response_ids
 from rlhf.models import resolve_dtype
-from rlhf.types import Rollout, Scorer, Scores, UserError
+from rlhf.types import NonFiniteScore, Rollout, Scorer, Scores, UserError
 
 _SHOWN = 120  # characters of a prompt in an error
 
@@ -139,7 +139,7 @@ class RewardModelScorer(Stateless):
         scores = score_ids(self.module, rows, self.budget, self.device)
         for rollout, score in zip(rollouts, scores, strict=True):
             if not math.isfinite(score):
-                raise UserError(f"{self.place}: the score of a response to {name_prompt(rollout)} is {score}, expected a finite number.")
+                raise NonFiniteScore(f"{self.place}: the score of a response to {name_prompt(rollout)} is {score}, expected a finite number.")
         return Scores(total=scores, terms={"reward_model": list(scores)})
 
 
@@ -220,7 +220,7 @@ class FunctionScorer(Stateless):
         plain = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         if isinstance(plain, numbers.Real) and math.isfinite(plain):
             return float(plain)
-        raise UserError(f"{self.place}: returned {value!r} for {name_prompt(rollout)}; expected a finite number.")
+        raise NonFiniteScore(f"{self.place}: returned {value!r} for {name_prompt(rollout)}; expected a finite number.")
 
 
 async def _await(result: Any) -> Any:

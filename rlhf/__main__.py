@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,11 @@ from typing import Any
 from conf.schema import Config
 from conf.stages import STAGES
 from rlhf import config, distributed
-from rlhf.types import UserError
+from rlhf.types import Interrupted, UserError
+from rlhf.watchdog import record_failure
 
+_BROKEN_OFF = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket")  # what a collective says whose peer is gone
+_WAIT_FOR_CAUSE_S = 5.0  # torchrun looks at its ranks every 0.1 s
 _NO_STAGE_NEEDED = ("--help", "-h", "--hydra-help", "--version", "--info", "-i")
 # Schemas whose stage lives in a module of another name.
 _MODULES = {"ppo": "online", "dpo": "preference", "kto": "preference", "cpo": "preference", "orpo": "preference"}
@@ -49,7 +54,9 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
         from rlhf import preflight
         from rlhf.data import recipes
 
-        distributed.initialise()
+        limit = cfg.run.phase_timeout_s or 0.0
+        # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause, their timeout would tell a consequence.
+        distributed.initialise(max(30.0, limit / 60 + 10.0))
         recipes.ensure(cfg)
         for note in preflight.check(cfg):
             logging.getLogger("rlhf").warning(note)
@@ -99,12 +106,25 @@ def _job(cfg: Any) -> None:
 
 
 def _fail(error: Exception) -> int:
+    record_failure(f"error: {error}")
     print(f"error: {error}", file=sys.stderr)
     return 1
 
 
+def _crash(error: BaseException) -> None:
+    """A bug's traceback goes on its way, and into torchrun's report.
+
+    A rank whose collective broke off because another rank ended waits a moment: torchrun shows the first failure that it sees as the cause, and
+    that has to be the other one's.
+    """
+    if distributed.world_size() > 1 and any(word in str(error).lower() for word in _BROKEN_OFF):
+        time.sleep(_WAIT_FOR_CAUSE_S)
+    record_failure("".join(traceback.format_exception(error)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, 1 for bad input or a stopped run, 2 for a missing stage."""
+    """Exit code 0; 1 for bad input or a stopped run, 2 for a missing stage; 130 after Ctrl-C and 143 after SIGTERM (rlhf/interrupts.py), and 124
+    for a phase that hung (rlhf/watchdog.py)."""
     given = list(sys.argv[1:] if argv is None else argv)
     # argparse, which Hydra uses, wants all overrides side by side: move them before the flags.
     arguments = sorted(given, key=lambda a: a.startswith("-") or ("=" not in a and not a.startswith("~")))
@@ -122,12 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["HYDRA_FULL_ERROR"] = "1"
         sys.argv = [sys.argv[0], *config.merge_items(arguments)]
         failed: list[UserError] = []
+        interrupted: list[Interrupted] = []
 
         def job(cfg: Any) -> None:
             try:
                 _job(cfg)
             except UserError as error:
                 failed.append(error)
+            except Interrupted as error:
+                interrupted.append(error)
 
         try:
             hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")(job)()
@@ -135,9 +158,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(config.explain(error)) from error
         for failure in failed:
             _fail(failure)
+        for stop in interrupted:
+            if distributed.is_main():
+                print(stop, file=sys.stderr)
+            return stop.code
         return 1 if failed else 0
     except UserError as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT outside of training; nothing was saved.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        _crash(error)
+        raise
     finally:
         distributed.shutdown()
 

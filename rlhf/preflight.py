@@ -25,6 +25,7 @@ from conf.choices import (
     LoraSync,
     ModelKind,
     Offload,
+    OnNonFinite,
     PreferenceLoss,
     RolloutBackend,
 )
@@ -327,6 +328,17 @@ def check_serving(cfg: Config) -> None:
         importlib.import_module("reward.remote").bearer_token(stage.token_env, "stage.token_env")
 
 
+def check_nonfinite(cfg: Config) -> None:
+    """DeepSpeed tells a gradient's norm after its step, when there is nothing left to leave out."""
+    if not isinstance(cfg.stage, OnlineStage) or cfg.stage.on_nonfinite is not OnNonFinite.skip:
+        return
+    if cfg.engine.kind is EngineKind.deepspeed:
+        raise UserError(
+            f"stage.on_nonfinite=skip needs engine=torch: engine=zero{cfg.engine.zero_stage} tells a gradient's norm only after it was applied. "
+            "Set stage.on_nonfinite=rewind (with stage.save_steps), or stop."
+        )
+
+
 def check_watch(cfg: Config) -> list[str]:
     """The held-out judge is there, and it is another than the reward that trains."""
     if not isinstance(cfg.stage, OnlineStage):
@@ -463,6 +475,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_judges,
     check_reward,
     check_serving,
+    check_nonfinite,
     check_watch,
     check_lengths,
     check_tracking,

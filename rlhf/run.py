@@ -9,8 +9,6 @@ import logging
 import math
 import os
 import platform
-import random
-import re
 import resource
 import shutil
 import subprocess
@@ -24,12 +22,13 @@ import yaml
 from conf.choices import LabelMode
 from conf.schema import Config
 from conf.stages import LabelStage
-from rlhf import console, distributed
+from rlhf import checkpoints, console, distributed
 from rlhf.data.hashing import sha256
 from rlhf.data.labelling.ledger import EXPORT_FILE
 from rlhf.lineage import MANIFEST_FILE, artifact_digest, origin
+from rlhf.randomness import seed_everything
 from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, artifact_name, plain_config, redact, truncate
-from rlhf.types import UserError
+from rlhf.types import Interrupted, UserError
 
 LOG = logging.getLogger("rlhf.run")
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
@@ -37,6 +36,7 @@ STEPS_FOLDER = "steps"  # of stage=data
 MODEL = "model"  # kind of artifact
 ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 _FINDS_OUT = (STEPS_FOLDER, ANSWERS_FOLDER, EXPORT_FILE)  # left by stages that find out by themselves what still holds
+CHECKPOINTS = "checkpoints"
 PACKAGES = (
     "torch",
     "transformers",
@@ -52,17 +52,6 @@ PACKAGES = (
     "hydra-core",
     "wandb",
 )
-_CHECKPOINT = re.compile(r"(?:step|checkpoint)-(\d+)")  # ours, and the name that transformers' Trainer gives
-
-
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (every device). Samplers and data loaders take their own seeds from ``run.seed``."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below us draw from the global generator
-    torch.manual_seed(seed)
 
 
 def goes_on(cfg: Config) -> bool:
@@ -103,16 +92,14 @@ def check_directory(cfg: Config) -> None:
 
 
 def latest_checkpoint(directory: Path) -> tuple[Path, int] | None:
-    """The newest ``checkpoints/step-N`` of a run directory and its N; None when there is none."""
-    found = []
-    for path in (directory / "checkpoints").glob("*"):
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match is not None and path.is_dir():
-            found.append((int(match.group(1)), path))
-    if not found:
-        return None
-    step, path = max(found)
-    return path, step
+    """The newest whole checkpoint of a run directory and its step, None when there is none; torn ones that are newer are moved out of the way."""
+    folder = directory / CHECKPOINTS
+    checkpoints.clear_parts(folder)
+    found, torn = checkpoints.newest(folder)
+    instead = f"the run goes on from {found[0].name}" if found else "there is no earlier one"
+    for path, wrong in torn:
+        LOG.warning("resume: checkpoint %s is passed over: %s. It was moved to %s; %s.", path.name, wrong, checkpoints.set_aside(path), instead)
+    return found
 
 
 def json_value(value: Any) -> Any:
@@ -273,6 +260,8 @@ class RunContext:
                 opened = _prepare(directory, cfg)
             except UserError as error:  # the other ranks wait for the outcome below, good or bad
                 opened = _Opened(error=str(error))
+            except OSError as error:
+                opened = _Opened(error=f"the run directory {directory} can't be written: {error}. Make room there, or choose another run.dir.")
         opened = distributed.broadcast(opened)
         if opened.error is not None:
             raise UserError(opened.error)
@@ -312,7 +301,7 @@ class RunContext:
 
     @property
     def checkpoint_dir(self) -> Path:
-        return self.dir / "checkpoints"
+        return self.dir / CHECKPOINTS
 
     def add_parent(self, kind: str, path: str | Path | None) -> None:
         """Record what this run builds on (`kind`: policy, reward, ...): its path, its summary's hash, and as ``from`` the run of ours it lies in."""
@@ -383,11 +372,17 @@ class RunContext:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator["RunContext"]:
-        """Around a stage: whatever ends it, the tracker is closed (as failed when an exception passes)."""
+        """Around a stage: whatever ends it, the tracker is closed (as failed when an exception passes).
+
+        A disk that takes no more becomes a UserError.
+        """
         try:
             yield self
-        except BaseException:
-            self.tracker.finish(exit_code=1)
+        except BaseException as error:
+            self.tracker.finish(exit_code=error.code if isinstance(error, Interrupted) else 1)
+            ours = not isinstance(error, PermissionError) or str(error.filename).startswith(str(self.dir))
+            if ours and checkpoints.storage_error(error):
+                raise UserError(f"{self.dir} takes no more: {error}. Make room or give write access, then go on with run.resume=true.") from error
             raise
         self.tracker.finish()
 

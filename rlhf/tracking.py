@@ -1,6 +1,8 @@
 """Metrics of a run: metrics.jsonl and samples.jsonl always, W&B or TensorBoard beside them. The only importer of wandb."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -98,8 +100,25 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every complete line of a file that `Tracker` wrote; a torn last line (a killed run) is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")  # bytes: a line may be torn inside a character
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_line(file: io.FileIO, offset: int, text: str, path: Path) -> None:
+    """Replace what `file` (unbuffered) holds from `offset` on with `text` and a line end.
+
+    Raises UserError when the disk takes no more; nothing of the line is then left.
+    """
+    rest = memoryview((text + "\n").encode())
+    try:
+        file.truncate(offset)
+        file.seek(offset)
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(offset)
+        raise UserError(f"{path} can't be written: {error}. Make room there, then go on with run.resume=true.") from error
 
 
 def truncate(path: Path, last_step: int) -> int:
@@ -338,6 +357,7 @@ class Tracker:
         self._offset = 0  # where that line starts in the file
         self._pending: tuple[int, list[dict[str, Any]]] | None = None  # samples not yet in the tracker's table
         self._tabled = False
+        self._told = 0  # the highest step that the tracker beside the files knows
         self._sink: _Sink | None = None
         self._closed = False
         if not enabled:
@@ -346,7 +366,7 @@ class Tracker:
         if resume:
             self._line, self._offset = _last_line(self.dir / METRICS_FILE)
             self._started -= float(self._line["time_s"]) if self._line else 0.0
-        self._file = (self.dir / METRICS_FILE).open("r+b" if (self.dir / METRICS_FILE).exists() else "w+b")
+        self._file = (self.dir / METRICS_FILE).open("r+b" if (self.dir / METRICS_FILE).exists() else "w+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
         if cfg.tracking.kind is TrackingKind.wandb:
             self._sink = _WandbSink(cfg, self.dir, stage, resume)
@@ -379,25 +399,34 @@ class Tracker:
         if bad:
             line["nonfinite"] = bad
         self._line = line
-        self._file.seek(self._offset)
-        self._file.truncate()
-        self._file.write((json.dumps(line) + "\n").encode())
-        self._file.flush()
-        if self._sink is not None:
+        write_line(self._file, self._offset, json.dumps(line), self.dir / METRICS_FILE)
+        if self._sink is not None and step >= self._told:  # W&B takes no step twice; after a rewind it has those up to here already
+            self._told = step
             self._sink.log(step, plain)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`, because the run went back to it. What a tracker beside the files has been told stays there."""
+        if not self.enabled:
+            return
+        self._file.close()
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            truncate(self.dir / name, step)
+        self._line, self._offset = _last_line(self.dir / METRICS_FILE)
+        self._file = (self.dir / METRICS_FILE).open("r+b", buffering=0)
+        self._pending = None
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append `rows` to samples.jsonl; every ``tracking.samples_every`` steps (and at the first and the last) also to the tracker's table."""
         if not self.enabled or not rows:
             return
         clean = []
-        with (self.dir / SAMPLES_FILE).open("a", encoding="utf-8") as out:
-            for row in rows:
-                values, bad = split_nonfinite({"step": step, **{k: _plain(v) for k, v in row.items()}})
-                if bad:
-                    values["nonfinite"] = bad
-                out.write(json.dumps(values, ensure_ascii=False) + "\n")
-                clean.append(values)
+        for row in rows:
+            values, bad = split_nonfinite({"step": step, **{k: _plain(v) for k, v in row.items()}})
+            if bad:
+                values["nonfinite"] = bad
+            clean.append(values)
+        with (self.dir / SAMPLES_FILE).open("ab", buffering=0) as out:
+            write_line(out, out.tell(), "\n".join(json.dumps(values, ensure_ascii=False) for values in clean), self.dir / SAMPLES_FILE)
         if self._sink is None or not self._every:
             return
         if not self._tabled or step % self._every == 0:

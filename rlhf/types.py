@@ -1,7 +1,9 @@
 """Records that stages pass around and the protocols that backends fulfil. Shapes: B responses, T response tokens."""
 
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,6 +15,19 @@ class UserError(Exception):
 
 class TrainingDiverged(UserError):
     """NaN or infinity in a loss, a reward or a gradient; the message names the file that holds the batch."""
+
+
+class NonFiniteScore(UserError):
+    """A score is no finite number; the message names the reward and the prompt."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a whole step, which is saved; `code` is the process's exit code (130 after Ctrl-C, 143 after SIGTERM)."""
+
+    def __init__(self, number: int, step: int, checkpoint: Path) -> None:
+        self.code = 128 + number
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} after step {step}, which is saved in {checkpoint}. Go on with run.resume=true.")
 
 
 class SyncError(UserError):

@@ -19,7 +19,7 @@ from conf.choices import LabelMode, TrackingKind
 from conf.labelling import LabelConfig
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import LabelStage, OnlineStage, SFTStage
-from rlhf import run
+from rlhf import checkpoints, run
 from rlhf.run import RunContext
 from rlhf.types import UserError
 
@@ -34,13 +34,19 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def whole_checkpoint(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "state").write_text(path.name, encoding="utf-8")
+    checkpoints.seal(path)
+
+
 def one_run(tmp_path: Path, checkpoint: int | None = None, finish: bool = True) -> RunContext:
     ctx = RunContext.open(config(tmp_path))
     for step in range(1, 6):
         ctx.tracker.log(step, {"loss": 1.0 / step})
         ctx.tracker.samples(step, [{"prompt": "a", "response": "b"}])
     if checkpoint is not None:
-        (ctx.checkpoint_dir / f"step-{checkpoint}").mkdir(parents=True)
+        whole_checkpoint(ctx.checkpoint_dir / f"step-{checkpoint}")
     if finish:
         ctx.finish(steps=5, metrics={"loss": 0.2}, model=None)
     else:
@@ -118,10 +124,11 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:
 
 def test_resume_continues_from_the_newest_checkpoint_without_a_step_twice(tmp_path: Path) -> None:
     first = one_run(tmp_path, checkpoint=3, finish=False)
-    (first.checkpoint_dir / "step-2").mkdir()
-    (first.checkpoint_dir / "step-10.tmp").mkdir()  # a save that was killed
+    whole_checkpoint(first.checkpoint_dir / "step-2")
+    (first.checkpoint_dir / "step-10.part").mkdir()  # a save that was killed
     ctx = RunContext.open(config(tmp_path, resume=True))
     assert ctx.resume_from == first.checkpoint_dir / "step-3"
+    assert not (first.checkpoint_dir / "step-10.part").exists()
     assert steps(ctx.dir / "metrics.jsonl") == [1, 2, 3] and steps(ctx.dir / "samples.jsonl") == [1, 2, 3]
     for step in (4, 5, 6):
         ctx.tracker.log(step, {"loss": 0.0})

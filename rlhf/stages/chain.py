@@ -1,11 +1,13 @@
 """stage=chain: SFT, reward model, PPO and evaluation from one command, each stage in a process of its own."""
 
+import signal
 import subprocess
 import sys
 import time
 
 from conf.stages import ChainStage
 from rlhf import config, distributed
+from rlhf.interrupts import Stopping
 from rlhf.run import RunContext
 from rlhf.types import UserError
 
@@ -14,6 +16,18 @@ def commands(stages: list[str], overrides: list[str]) -> list[list[str]]:
     """One command per stage: the chain's own overrides without its ``stage`` ones."""
     shared = [o for o in overrides if not o.lstrip("+").startswith(("stage=", "stage."))]
     return [[sys.executable, "-m", "rlhf", f"stage={stage}", *shared] for stage in stages]
+
+
+def run_stage(command: list[str]) -> int:
+    """A stage in a process of its own; its exit code. SIGTERM is passed on to it; Ctrl-C reaches it by itself. Either lets it save first."""
+    with subprocess.Popen(command) as process:
+
+        def pass_on(number: int) -> None:
+            if number == signal.SIGTERM:
+                process.send_signal(number)
+
+        with Stopping(pass_on):
+            return process.wait()
 
 
 def run(ctx: RunContext) -> None:
@@ -29,7 +43,9 @@ def run(ctx: RunContext) -> None:
     for name, command in zip(stage.stages, planned, strict=True):
         began = time.perf_counter()
         ctx.tracker.log(len(metrics), {"chain/stage": float(len(metrics))})
-        code = subprocess.run(command, check=False).returncode
+        code = run_stage(command)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise SystemExit(code)  # the stage has said what it saved
         if code != 0:
             raise UserError(f"stage={name} of the chain ended with exit code {code}. Its command: python {' '.join(command[1:])}")
         metrics[f"time/{name}_s"] = time.perf_counter() - began

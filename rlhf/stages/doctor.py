@@ -4,6 +4,7 @@ Each check returns findings; nothing is changed, and no weights load. Backends a
 importing one can end the interpreter (an illegal instruction on an old CPU) or patch torch for everything after it.
 """
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -360,7 +361,7 @@ def check_tokenizers(cfg: Config) -> list[Finding]:
                 Finding("padding", State.info, f"is the end-of-sequence token {policy.eos_token!r}: masks come from lengths, so ends still train")
             )
     for key, path in model_paths(cfg.reward):
-        reward, finding = load_side(key, lambda key=key, path=path: load_reward_tokenizer(path, key))
+        reward, finding = load_side(key, functools.partial(load_reward_tokenizer, path, key))
         out.append(finding)
         if policy is not None and reward is not None:
             tokenizer, manifest = reward

@@ -88,7 +88,7 @@ def read_rows(cfg: Config, tokenizer: Any) -> Rows:
         values = reading.sft_rows(cfg)[0]
     else:
         values = reading.preference_pairs(cfg)[0] if use is Use.preference else reading.judged_answers(cfg)[0]
-    first = values[:shown]
+    first: list[Any] = values[:shown]
     if use is Use.unpaired:
         first = [side for value in first for side in (both_sides(value) if isinstance(value, PreferencePair) else [value])]
     return Rows(len(values), _previews(tokenizer, use, [columns_of(value, {}) for value in first], cfg.stage.max_length))

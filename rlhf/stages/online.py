@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,34 +13,44 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from conf.choices import OnNonFinite
 from conf.stages import OnlineStage
 from policy.advantages import group_index
 from policy.batching import Batch, collate
+from policy.brake import Brake
 from policy.engine import NonFinite
 from policy.kl import kl_per_token
 from policy.model import mix_weights
 from policy.prepare import Layout, TrainBatch, policy_logprobs, prepare
 from policy.saving import save_adapter, save_model
 from policy.update import update
-from rlhf import console, distributed
+from rlhf import checkpoints, console, distributed, randomness
+from rlhf.interrupts import Stopping
 from rlhf.moments import RunningMoments
+from rlhf.rss import Resident
 from rlhf.run import RunContext
 from rlhf.stages.collecting import Collected, collect, group_figures
 from rlhf.stages.online_setup import Parts, build
 from rlhf.stages.sync import verify_sync
 from rlhf.stages.watching import BEST, Keeper, Watching, make_judge
-from rlhf.types import Rollout, Scores, TrainingDiverged, UserError
+from rlhf.types import Interrupted, NonFiniteScore, Rollout, Scores, TrainingDiverged, UserError
 from rlhf.watch import response_statistics
+from rlhf.watchdog import Watchdog
+
+LOG = logging.getLogger("rlhf.stages.online")
+_DUMPS = 5  # batches written before further ones replace each other
 
 
 @dataclass(slots=True)
 class Clock:
     """Seconds per phase of one step."""
 
+    watchdog: Watchdog
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.watchdog.phase(name)
         start = time.perf_counter()
         yield
         self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + time.perf_counter() - start
@@ -47,23 +58,35 @@ class Clock:
 
 def run(ctx: RunContext) -> None:
     """Train a policy online. Reads model.path, reward.path (or reward.function) and data.path; writes the run directory of DESIGN."""
-    with ctx.closing():
+    with ctx.closing(), Watchdog(ctx.cfg.run.phase_timeout_s) as watchdog:
+        watchdog.phase("build")
         parts = build(ctx)
         with contextlib.closing(parts.generator):
-            Loop(ctx, parts).train()
+            Loop(ctx, parts, watchdog).train()
+
+
+class BadStep(TrainingDiverged):
+    """A step that must not be applied, on every rank alike; what follows is stage.on_nonfinite's. `scores`: a score is no number."""
+
+    def __init__(self, message: str, *, scores: bool = False) -> None:
+        super().__init__(message)
+        self.scores = scores
 
 
 class Loop:
     """State that lives as long as the run: step number, KL controller, score statistics."""
 
-    def __init__(self, ctx: RunContext, parts: Parts) -> None:
-        self.ctx, self.parts, self.cfg = ctx, parts, ctx.cfg
+    def __init__(self, ctx: RunContext, parts: Parts, watchdog: Watchdog | None = None) -> None:
+        self.ctx, self.parts, self.cfg, self.watchdog = ctx, parts, ctx.cfg, watchdog or Watchdog(None)
         stage = ctx.cfg.stage
         assert isinstance(stage, OnlineStage) and stage.steps is not None
         self.stage, self.steps = stage, stage.steps
         self.moments = RunningMoments()
-        self.first = 0
+        self.step = 0  # updates done
         self.draws = 0  # of prompts, since the run began
+        self.brake = Brake.from_stage(stage)
+        self.rewinds = self.dumps = 0
+        self.resident = Resident()
         self.limit = ctx.cfg.rollout.max_response_length
         self.history: list[dict[str, float]] = []
         self.watching = Watching(ctx.cfg, make_judge(ctx.cfg, parts.tokenizer, parts.scorer), Keeper(ctx.dir / BEST, self._save_weights))
@@ -71,13 +94,28 @@ class Loop:
             self._load(ctx.resume_from)
 
     def train(self) -> None:
-        self.sync(self.first)
-        if self.first == 0 and self.watching.judge is not None:
+        self.watchdog.phase("sync")
+        self.sync(self.step)
+        if self.ctx.resume_from is not None:
+            randomness.load(self.ctx.resume_from)  # last, so that nothing draws between here and the next step
+        if self.step == 0 and self.watching.judge is not None:
+            self.watchdog.phase("judge")
             self.ctx.tracker.log(0, self.watching.begin(self.parts.generator))
-        with console.progress(self.steps, self.stage.name) as bar:
-            for step in range(self.first, self.steps):
-                metrics, rows = self.one_step(step)
+        with console.progress(self.steps, self.stage.name) as bar, Stopping() as stopping:
+            while self.step < self.steps and self.watching.stopped is None:
+                step, began = self.step, time.perf_counter()
+                try:
+                    metrics, rows = self.one_step(step)
+                except BadStep as error:
+                    if self.stage.on_nonfinite is OnNonFinite.rewind:
+                        self._rewind(error)
+                        continue
+                    if not (error.scores and self.stage.on_nonfinite is OnNonFinite.skip):
+                        raise
+                    metrics, rows = self._leave_out(error, began), []
+                self.step += 1
                 self.history.append(metrics)
+                self.watchdog.phase("judge")
                 watched = self.watching.after(step + 1, metrics, self.parts.generator)
                 metrics["time/step_s"] += watched.get("time/judge_s", 0.0)
                 self.ctx.tracker.log(step + 1, metrics | watched)
@@ -87,16 +125,26 @@ class Loop:
                     every = self.cfg.tracking.samples_every
                     if every and (step + 1) % every == 0:
                         console.samples_table(rows)
-                if self.stage.save_steps and (step + 1) % self.stage.save_steps == 0:
-                    self._save(step + 1)
-                if self.watching.stopped is not None:
-                    break
+                self._end_step(step + 1, stopping)
+        self.watchdog.phase("finish")
         self._finish()
+
+    def _end_step(self, step: int, stopping: Stopping) -> None:
+        """Save where it is due or a signal asks the run to stop, which raises Interrupted."""
+        signal = stopping.agreed()
+        if signal is not None or (self.stage.save_steps and step % self.stage.save_steps == 0):
+            self.watchdog.phase("save")
+            self._save(step)
+        if signal is not None:
+            raise Interrupted(signal, step, self._checkpoint(step))
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.ctx.checkpoint_dir / f"step-{step}"
 
     def one_step(self, step: int) -> tuple[dict[str, float], list[dict[str, object]]]:
         """One online step; returns its metrics over all ranks and this rank's sample rows."""
         stage, parts = self.stage, self.parts
-        began, clock = time.perf_counter(), Clock()
+        began, clock = time.perf_counter(), Clock(self.watchdog)
         collected = collect(
             parts.generator,
             lambda rollouts: self._score(rollouts, step),
@@ -125,16 +173,25 @@ class Loop:
                 parts.kl.update(metrics["objective/kl"], int(metrics["rollout/trained_responses"]))
             rows = self._sample_rows(collected, batch, step)
         trained = metrics["rollout/trained_tokens"] * figures["policy/updates"] / stage.minibatches
+        memory = self.resident.figures()
+        metrics |= dict(zip(memory, distributed.all_max(list(memory.values())), strict=True))  # of the rank that has most
         metrics |= clock.seconds
         metrics["train/tokens_per_s"] = trained / max(clock.seconds["time/update_s"], 1e-9)
         metrics["time/step_s"] = time.perf_counter() - began
         return metrics, rows
 
     def _score(self, rollouts: list[Rollout], step: int) -> Scores:
+        """Scores of this rank's responses. Every rank raises when one of them can't score: BadStep where a score is no finite number."""
+        wrong, scores = None, None
         try:
-            return self.parts.scorer.score(rollouts)
+            scores = self.parts.scorer.score(rollouts)
         except UserError as error:
-            raise TrainingDiverged(f"step {step + 1}: {error} The batch is in {self._dump(rollouts, None, None, step)}.") from error
+            wrong = (f"{error} The batch is in {self._dump(rollouts, None, None, step)}.", isinstance(error, NonFiniteScore))
+        first = next((found for found in distributed.gather(wrong) if found is not None), None)
+        if first is not None:
+            raise (BadStep(f"step {step + 1}: {first[0]}", scores=True) if first[1] else TrainingDiverged(f"step {step + 1}: {first[0]}"))
+        assert scores is not None
+        return scores
 
     def _prepare(self, collected: Collected) -> TrainBatch:
         """The rows that train as tensors. A rank without any holds one row at weight 0, for the collectives that the others take part in."""
@@ -169,7 +226,7 @@ class Loop:
     def _update(self, batch: TrainBatch, collected: Collected, step: int) -> dict[str, float]:
         parts, stage = self.parts, self.stage
         try:
-            return update(
+            figures = update(
                 batch,
                 policy=parts.policy,
                 critic=parts.critic,
@@ -180,10 +237,37 @@ class Loop:
                 constant_length=stage.constant_length or self.limit,
                 seed=self.cfg.run.seed * 1_000_003 + step,
                 train_policy=parts.critic is None or step >= stage.critic_warmup,
+                brake=self.brake,
             )
         except NonFinite as error:
             place = self._dump(collected.rollouts, collected.scores.total, batch, step)
-            raise TrainingDiverged(f"step {step + 1}: {error}. The batch is in {place}.") from error
+            raise BadStep(f"step {step + 1}: {error}. The batch is in {place}.") from error
+        if figures["policy/skipped"]:
+            self._dump(collected.rollouts, collected.scores.total, batch, step)
+        return figures
+
+    def _leave_out(self, error: BadStep, began: float) -> dict[str, float]:
+        """The step's responses have no scores: nothing is learned from them, and the next step draws other prompts. Its figures."""
+        LOG.warning("the step was left out (stage.on_nonfinite=skip): %s", error)
+        self.draws += 1
+        self.sync(self.step + 1)
+        return {"train/skipped": 1.0, "time/step_s": time.perf_counter() - began}
+
+    def _rewind(self, error: BadStep) -> None:
+        """Back to the newest checkpoint, with prompts that come after those of the step that failed. A collective; raises `error` where it can't."""
+        found = distributed.broadcast(checkpoints.newest(self.ctx.checkpoint_dir)[0] if distributed.is_main() else None)
+        self.rewinds += 1
+        if found is None or self.rewinds > self.stage.rewinds:
+            why = "there is no whole checkpoint to go back to" if found is None else f"stage.rewinds={self.stage.rewinds} times it was tried already"
+            raise TrainingDiverged(f"{error} stage.on_nonfinite=rewind: {why}.") from error
+        if distributed.is_main():
+            LOG.warning("back to %s, on with other prompts (rewind %d of %d): %s", found[0].name, self.rewinds, self.stage.rewinds, error)
+        draws = self.draws + 1
+        self._load(found[0])
+        self.draws = max(draws, self.draws)
+        self.ctx.tracker.rewind(self.step)
+        self.sync(self.step)
+        randomness.load(found[0])
 
     def _move_reference(self, step: int) -> None:
         """Every `stage.reference_every` steps the reference's weights become a mix with the policy's (Gorbatovski et al. 2024, arXiv:2404.09656)."""
@@ -212,8 +296,8 @@ class Loop:
         """Sampler and trainer saw the same weights, so untruncated sampling must agree on every token."""
         sampling = self.cfg.rollout
         exact = sampling.top_p == 1.0 and sampling.top_k == 0
-        if exact and gap > self.parts.tolerance:
-            raise TrainingDiverged(
+        if not math.isfinite(gap) or (exact and gap > self.parts.tolerance):
+            raise BadStep(
                 f"step {step + 1}: rollout/logprob_gap is {gap:.2e} nats, above {self.parts.tolerance:.0e} (rollout.gap_tolerance): "
                 "the sampler's logprobs are not the trainer's, so the update would train on another policy's samples."
             )
@@ -294,8 +378,11 @@ class Loop:
         return rows
 
     def _dump(self, rollouts: list[Rollout], scores: list[float] | None, batch: TrainBatch | None, step: int) -> Path:
-        """Write the batch that stopped the run; returns where."""
+        """Write the batch that must not be applied, one in place of another once there are `_DUMPS` of them; returns where."""
         place = self.ctx.dir / f"diverged-step-{step + 1}-rank-{distributed.rank()}"
+        self.dumps += 1
+        if self.dumps > _DUMPS:
+            place = self.ctx.dir / f"diverged-last-rank-{distributed.rank()}"
         place.mkdir(parents=True, exist_ok=True)
         with (place / "rollouts.jsonl").open("w", encoding="utf-8") as file:
             for i, r in enumerate(rollouts):
@@ -306,20 +393,20 @@ class Loop:
         return place
 
     def _save(self, step: int) -> None:
-        """Resume state of all ranks, written to the side and renamed."""
-        final = self.ctx.dir / "checkpoints" / f"step-{step}"
-        side = final.with_name(final.name + ".part")
-        self.parts.policy.save(side / "policy")
-        if self.parts.critic is not None:
-            self.parts.critic.save(side / "critic")
-        if distributed.is_main():
+        """Resume state of all ranks. A collective."""
+        with checkpoints.written(self._checkpoint(step), keep=self.cfg.run.keep_checkpoints) as side:
+            self.parts.policy.save(side / "policy")
+            if self.parts.critic is not None:
+                self.parts.critic.save(side / "critic")
+            randomness.save(side)
+            if not distributed.is_main():
+                return
             state = {"step": step, "draws": self.draws, "kl": self.parts.kl.state_dict(), "moments": self.moments.state_dict()}
+            state |= {"brake": self.brake.state_dict(), "rewinds": self.rewinds}
             state |= {"scorer": self.parts.scorer.state_dict(), "history": self.history, "watching": self.watching.state_dict()}
             if self.stage.reference_every:
                 torch.save(self.parts.reference.model.state_dict(), side / "reference.pt")
             (side / "loop.json").write_text(json.dumps(state), encoding="utf-8")
-            side.rename(final)
-        distributed.barrier()
 
     def _load(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / "loop.json").read_text(encoding="utf-8"))
@@ -329,7 +416,9 @@ class Loop:
         if self.stage.reference_every:
             self.parts.reference.model.load_state_dict(torch.load(checkpoint / "reference.pt", weights_only=True, map_location="cpu"))
         self.parts.scorer.load_state_dict(state["scorer"])
-        self.first, self.draws = state["step"], state["draws"]
+        self.step, self.draws = state["step"], state["draws"]
+        self.brake.load_state_dict(state["brake"])
+        self.rewinds = max(self.rewinds, state["rewinds"])
         self.history = state["history"]
         self.parts.kl.load_state_dict(state["kl"])
         self.moments.load_state_dict(state["moments"])
@@ -357,7 +446,11 @@ class Loop:
                 values = [h[name] for h in part if name in h]  # a step without an update has no figures of it
                 if values:
                     metrics[key] = sum(values) / len(values)
-        metrics["rollout/logprob_gap_max"] = max(h["rollout/logprob_gap"] for h in self.history)
+        if "objective/scores" not in metrics:
+            raise TrainingDiverged(f"none of the {len(self.history)} steps had finite scores: each was left out (stage.on_nonfinite=skip).")
+        metrics["rollout/logprob_gap_max"] = max(h["rollout/logprob_gap"] for h in self.history if "rollout/logprob_gap" in h)
+        metrics["train/skipped_total"] = sum(h.get("train/skipped", 0.0) + h.get("policy/skipped", 0.0) for h in self.history)
+        metrics["train/rewinds"] = float(self.rewinds)
         ctx.finish(
             steps=len(self.history),
             metrics=metrics | self.watching.summary(),

@@ -17,6 +17,7 @@ from policy.kl import AdaptiveKL, FixedKL
 from policy.model import CriticModule, PolicyModule, adapter_weights, base_of, full_weights, has_dropout
 from policy.packing import can_share_prompts
 from policy.prepare import Layout, needs_old_logprobs
+from policy.saving import replacing
 from reward.model import load_reward_model
 from reward.scorer import make_scorer
 from reward.terms import model_paths
@@ -162,8 +163,9 @@ def _start_directory(ctx: RunContext, tokenizer: Any) -> str:
     if distributed.is_main() and not (place / "config.json").exists():
         if model.kind is ModelKind.tiny and model.path is None:
             log.warning("model=tiny without model.path: the policy starts from random weights, written to %s", place)
-        load_causal_lm(model, tokenizer).save_pretrained(place)
-        tokenizer.save_pretrained(place)
+        with replacing(place) as side:
+            load_causal_lm(model, tokenizer).save_pretrained(side)
+            tokenizer.save_pretrained(side)
     distributed.barrier()
     return str(place)
 

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from conf.choices import AdapterKind, Dtype, EngineKind, ModelKind, Offload, Scheduler
@@ -24,13 +26,16 @@ from policy.adapters import attach
 from policy.deepspeed_engine import ensure_process_group, gather_zero3, prepare_cpu
 from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
-from rlhf import console, distributed
+from rlhf import checkpoints, console, distributed
 from rlhf.data.mixture import data_files
 from rlhf.data.reading import stage_texts
 from rlhf.data.templates import template_text
+from rlhf.interrupts import Stopping
 from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
+from rlhf.rss import Resident
 from rlhf.run import RunContext
-from rlhf.types import TrainingDiverged, UserError
+from rlhf.types import Interrupted, TrainingDiverged, UserError
+from rlhf.watchdog import Watchdog
 
 LOG = logging.getLogger("rlhf.stages")
 _SAMPLE_TOKENS = 48
@@ -181,7 +186,7 @@ def trainer_arguments(ctx: RunContext, plan: BatchPlan) -> dict[str, Any]:
         "eval_on_start": ctx.resume_from is None,
         "save_strategy": "steps",
         "save_steps": stage.eval_steps,
-        "save_total_limit": 2,  # the best and the last
+        "save_total_limit": cfg.run.keep_checkpoints + 1 if cfg.run.keep_checkpoints else None,  # the last ones, and the best
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
@@ -239,6 +244,37 @@ def guarded(trainer_class: type) -> type:
             self.micro_batches = []
             return norm
 
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            # A run that resumes after its last step, because it was killed before its end, would take one step more.
+            if self.state.global_step < self.state.max_steps:
+                super()._run_epoch(*args, **kwargs)
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            """As transformers saves, then sealed, and only then may older ones go; a disk that takes no more is a UserError."""
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            folder = Path(self.args.output_dir)
+            place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            try:
+                with checkpoints.storing(f"checkpoint {place}", place, folder):
+                    super()._save_checkpoint(model, trial)
+                    distributed.barrier()
+                    if distributed.is_main():
+                        checkpoints.seal(place)
+            finally:
+                self.args.save_total_limit = limit
+            distributed.barrier()
+            if distributed.is_main():
+                rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+        def _load_best_model(self) -> None:
+            wrong = checkpoints.problem(Path(self.state.best_model_checkpoint)) if distributed.is_main() else None
+            wrong = distributed.broadcast(wrong)
+            if wrong is not None:
+                raise UserError(
+                    f"the best checkpoint {self.state.best_model_checkpoint} can't be loaded back: {wrong}. Train anew with run.overwrite=true."
+                )
+            super()._load_best_model()
+
         def _diverged(self, what: str, value: float) -> None:
             where = save_batch(self.run_dir, self.micro_batches, self.processing_class, self.state.global_step + 1, {what: value})
             raise TrainingDiverged(
@@ -266,14 +302,30 @@ def save_batch(directory: Path, micro_batches: Sequence[dict[str, Any]], tokeniz
 class Reporter(TrainerCallback):
     """TRL's metrics under their own names to the tracker and the progress bar, with the training throughput; marks the last step for evaluation."""
 
-    def __init__(self, ctx: RunContext, bar: console.Bar) -> None:
-        self.ctx, self.bar = ctx, bar
+    def __init__(self, ctx: RunContext, bar: console.Bar, stopping: Stopping, watchdog: Watchdog) -> None:
+        self.ctx, self.bar, self.stopping, self.watchdog = ctx, bar, stopping, watchdog
+        self.signal: int | None = None  # that ended training
+        self.resident = Resident()
         self.last: dict[str, float] = {}  # the latest value of each training metric
         self._busy_s = 0.0  # seconds in steps since the last log
-        self._tokens = 0.0
+        self.tokens = 0.0
         self._began = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run knows the figures from before."""
+        for entry in state.log_history:
+            if "eval_loss" not in entry:
+                self.last.update({k: float(v) for k, v in entry.items() if k != "step"})
+        self.tokens = self.last.get("num_tokens", 0.0)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("evaluate")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("save")
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("step")
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -283,6 +335,12 @@ class Reporter(TrainerCallback):
             control.should_save = True
         if state.global_step >= state.max_steps:
             control.should_log = control.should_evaluate = control.should_save = True
+        self.signal = self.stopping.agreed()
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+        self.watchdog.phase("log and save")
+        if control.should_save:  # what the trainer sums up between two logs is not in its checkpoint
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "train_runtime" in logs:  # the trainer's closing line repeats what the run's summary holds
@@ -290,9 +348,10 @@ class Reporter(TrainerCallback):
         metrics = {k: float(v) for k, v in logs.items() if not k.startswith("eval_") or not k.endswith(("_runtime", "_per_second"))}
         evaluated = "eval_loss" in metrics
         if not evaluated and self._busy_s > 0:
-            metrics["train/tokens_per_s"] = (metrics.get("num_tokens", self._tokens) - self._tokens) / self._busy_s
-            self._tokens, self._busy_s = metrics.get("num_tokens", self._tokens), 0.0
+            metrics["train/tokens_per_s"] = (metrics.get("num_tokens", self.tokens) - self.tokens) / self._busy_s
+            self.tokens, self._busy_s = metrics.get("num_tokens", self.tokens), 0.0
         if not evaluated:
+            metrics |= self.resident.figures()  # of this rank
             self.last.update(metrics)
         self.ctx.tracker.log(state.global_step, metrics)
         self.bar.update(state.global_step, metrics)
@@ -317,13 +376,17 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
-    with console.progress(steps, ctx.stage) as bar:
-        reporter = Reporter(ctx, bar)
+    if ctx.resume_from is not None and hasattr(trainer, "_total_train_tokens"):  # TRL counts tokens, and forgets them
+        trainer._total_train_tokens = tokens_before(ctx.resume_from)
+    with console.progress(steps, ctx.stage) as bar, Stopping() as stopping, Watchdog(ctx.cfg.run.phase_timeout_s) as watchdog:
+        reporter = Reporter(ctx, bar, stopping, watchdog)
         trainer.add_callback(reporter)
         trainer.train(resume_from_checkpoint=str(ctx.resume_from) if ctx.resume_from is not None else None)
     # transformers remembers ZeRO-3 for the whole process: a model that one rank loads for itself afterwards would wait for the others
     unset_hf_deepspeed_config()
     state = trainer.state
+    if reporter.signal is not None:
+        raise Interrupted(reporter.signal, state.global_step, ctx.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
     if not state.best_global_step:
         raise TrainingDiverged(
             f"eval_loss was not finite in any of the evaluations up to step {state.global_step}, so there are no best weights to keep."
@@ -336,6 +399,12 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
 def _evaluation(entry: dict[str, float]) -> dict[str, float]:
     """The figures of one evaluation among a log entry's, timings left out."""
     return {k: float(v) for k, v in entry.items() if k.startswith("eval_") and not k.endswith(("_runtime", "_per_second"))}
+
+
+def tokens_before(checkpoint: Path) -> float:
+    """The tokens that were trained before a checkpoint of the Trainer's, as its last log before it says."""
+    history = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+    return next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), 0)
 
 
 def gather_of(cfg: Config) -> Gather:

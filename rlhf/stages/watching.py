@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conf.choices import Action
+from conf.choices import Action, Rule
 from conf.schema import Config
 from conf.stages import OnlineStage, WatchConfig
+from policy.saving import replacing
 from reward.compose import CompositeScorer
 from reward.scorer import FunctionScorer, RewardModelScorer
 from rlhf import distributed
@@ -139,7 +140,8 @@ class Keeper:
         if distributed.is_main():
             for kept in self.place.iterdir():
                 if kept.is_dir():
-                    shutil.copytree(kept, directory / kept.name, dirs_exist_ok=True)
+                    with replacing(directory / kept.name) as side:
+                        shutil.copytree(kept, side, dirs_exist_ok=True)
         distributed.barrier()
 
 
@@ -153,6 +155,7 @@ class Watching:
         self.watch = Watch(self.cfg)
         self.judge, self.keeper = judge, keeper
         self.stopped: int | None = None  # updates done when a rule stopped the run
+        self._stopped_by: Rule | None = None
         self.judged: dict[int, dict[str, float]] = {}
 
     def begin(self, generator: Generator) -> dict[str, float]:
@@ -164,7 +167,7 @@ class Watching:
 
         The judge has its word every ``judge_every`` steps and after the last.
         """
-        alarms = self.watch.observe(step, metrics)
+        alarms = self.watch.observe(step, metrics) if "objective/scores" in metrics else []  # a step that was left out has no scores
         out = self._ring(alarms, step)
         if self.judge is not None and (step % self.cfg.judge_every == 0 or step == self.last):
             out |= self._judge(step, generator)
@@ -185,7 +188,7 @@ class Watching:
             if distributed.is_main():
                 LOG.warning("step %d, stage.watch.%s=%s: %s", step, alarm.rule.value, alarm.action.value, alarm.message)
             if alarm.action is Action.stop:
-                self.stopped = step
+                self.stopped, self._stopped_by = step, alarm.rule
         return {f"watch/{alarm.rule.value}": 1.0 for alarm in alarms}
 
     @property
@@ -225,8 +228,13 @@ class Watching:
         return [path] if plot_frontier(list(self.watch.points.values()), path, best, self.stopped) else []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"watch": self.watch.state_dict(), "judged": [[step, figures] for step, figures in self.judged.items()]}
+        stopped = None if self._stopped_by is None else [self.stopped, self._stopped_by.value]
+        return {"watch": self.watch.state_dict(), "judged": [[step, figures] for step, figures in self.judged.items()], "stopped": stopped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.watch.load_state_dict(state["watch"])
         self.judged = {int(step): figures for step, figures in state["judged"]}
+        if state["stopped"] is not None:
+            step, rule = state["stopped"]
+            if getattr(self.cfg, rule) is Action.stop:  # who resumes with another action wants the run to go on
+                self.stopped, self._stopped_by = step, Rule(rule)

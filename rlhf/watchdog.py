@@ -1,0 +1,76 @@
+"""No phase without a time limit: one that hangs dumps the stack of every thread, names phase and rank, and ends the process."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import threading
+import time
+from types import TracebackType
+
+from rlhf import distributed
+
+EXIT_HUNG = 124  # as timeout(1) reports it
+_GRACE_S = 60.0  # after which C code ends a process whose interpreter can't run: then without the phase's name, with exit code 1
+
+
+def record_failure(message: str) -> None:
+    """What torchrun shows as this rank's failure in its last lines; nothing without torchrun."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place is None or os.path.exists(place):  # the first cause counts
+        return
+    with contextlib.suppress(OSError), open(place, "w", encoding="utf-8") as file:
+        json.dump({"message": message, "timestamp": int(time.time())}, file)
+
+
+class Watchdog:
+    """Watches the phases of one run; `limit` in seconds, None: it only remembers the phase's name."""
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+        self.name = "start"
+        self._deadline = float("inf")
+        self._changed = threading.Condition()
+        self._running = False
+
+    def __enter__(self) -> "Watchdog":
+        self._running = True
+        self.phase(self.name)
+        if self.limit is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._changed:
+            self._running = False
+            self._changed.notify()
+        if self.limit is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+    def phase(self, name: str) -> None:
+        """`name` begins now, and the one before it is over."""
+        with self._changed:
+            self.name = name
+            if self.limit is None or not self._running:
+                return
+            self._deadline = time.monotonic() + self.limit
+            self._changed.notify()
+        faulthandler.dump_traceback_later(self.limit + _GRACE_S, exit=True, file=2)
+
+    def _watch(self) -> None:
+        with self._changed:
+            while self._running:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    self._end()
+                self._changed.wait(max(left, 0.0))
+
+    def _end(self) -> None:
+        message = (
+            f"rank {distributed.rank()}: phase {self.name} took longer than run.phase_timeout_s={self.limit:g}. The stacks above say where each "
+            "thread stood. If the phase is merely slow, raise the limit; run.resume=true goes on from the last checkpoint."
+        )
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        record_failure(message)
+        os.write(2, f"error: {message}\n".encode())
+        os._exit(EXIT_HUNG)
