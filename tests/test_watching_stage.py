@@ -257,7 +257,9 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def exploited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_online(tmp_path_factory.mktemp("exploited"), "stage.steps=60", "stage.watch.divergence=stop", "stage.save_steps=1")
+    return run_online(
+        tmp_path_factory.mktemp("exploited"), "stage.steps=60", "stage.watch.divergence=stop", "stage.save_steps=1", "run.keep_checkpoints=0"
+    )
 
 
 def test_a_policy_that_exploits_its_reward_is_stopped(exploited: Path) -> None:

@@ -50,8 +50,8 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self.watchdog.phase(name)
         start = time.perf_counter()
+        self.watchdog.phase(name)
         yield
         self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + time.perf_counter() - start
 
@@ -172,9 +172,9 @@ class Loop:
             if "objective/kl" in metrics:
                 parts.kl.update(metrics["objective/kl"], int(metrics["rollout/trained_responses"]))
             rows = self._sample_rows(collected, batch, step)
+            memory = self.resident.figures()
+            metrics |= dict(zip(memory, distributed.all_max(list(memory.values())), strict=True))  # of the rank that has most
         trained = metrics["rollout/trained_tokens"] * figures["policy/updates"] / stage.minibatches
-        memory = self.resident.figures()
-        metrics |= dict(zip(memory, distributed.all_max(list(memory.values())), strict=True))  # of the rank that has most
         metrics |= clock.seconds
         metrics["train/tokens_per_s"] = trained / max(clock.seconds["time/update_s"], 1e-9)
         metrics["time/step_s"] = time.perf_counter() - began
