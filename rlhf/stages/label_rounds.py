@@ -29,6 +29,7 @@ from conf.schema import Config
 from eval.annotator import Annotator, judge
 from eval.judges import ClassifierJudge
 from rlhf import config, distributed
+from rlhf.data.labelling.candidates import Response, gather
 from rlhf.data.labelling.choice import Chosen, choose, text_vectors
 from rlhf.data.labelling.records import Answer, Candidates, Judgement, Task, Verdict, as_text
 from rlhf.run import RunContext
@@ -123,7 +124,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def sample_answers(cfg: Config, prompts_split: str, count: int | None) -> list[Candidates]:
-    """label.responses answers of the policy to each of the first `count` prompts, texts that come twice taken once."""
+    """label.responses answers of the policy to each of the first `count` prompts, as an export would gather them."""
     from rlhf.data import reading
     from rlhf.models import load_causal_lm, load_tokenizer
     from rollout import make_generator
@@ -138,10 +139,7 @@ def sample_answers(cfg: Config, prompts_split: str, count: int | None) -> list[C
         rollouts = generator.generate(prompts, n=cfg.label.responses, seed=cfg.run.seed)
     finally:
         generator.close()
-    texts: dict[str, dict[str, None]] = {}
-    for rollout in rollouts:
-        texts.setdefault(rollout.prompt.text, {})[rollout.text] = None
-    return [Candidates(prompt, tuple(Answer(text) for text in answers)) for prompt, answers in texts.items()]
+    return list(gather([Response(rollout.prompt.text, rollout.text, "policy") for rollout in rollouts], least=2).candidates)
 
 
 def make_world(cfg: Config, folder: Path) -> World:

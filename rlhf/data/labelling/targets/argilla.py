@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelKind
-from rlhf.data.files import scan
 from rlhf.data.formats.tools import annotator_of, answers_of
 from rlhf.data.labelling.records import Export, Judgement, Task, Unreadable, Verdict, as_text
-from rlhf.data.labelling.targets.shared import MODEL_VERSION, check_texts, most_answers, suggestion, write_text
+from rlhf.data.labelling.targets.shared import MODEL_VERSION, check_texts, most_answers, read_rows, suggestion, write_text
 from rlhf.data.rows import RowError, describe, number_of, optional_text, text_of, value_of
 
 RECORDS_FILE, SETTINGS_FILE = "argilla_records.json", "argilla_settings.json"
@@ -104,11 +103,7 @@ def _question(name: str, title: str, settings: dict[str, Any], *, required: bool
 
 def read(path: Path) -> Iterator[Judgement | Unreadable]:
     """Of every user's response to every record. Raises UserError where the file as a whole can't be read."""
-    for row in scan(path, key="label.files"):
-        if row.problem is not None:
-            yield Unreadable(row.place, "", row.problem)
-        else:
-            yield from _of_record(row.columns, row.place)
+    return read_rows(path, _of_record)
 
 
 def _of_record(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadable]:

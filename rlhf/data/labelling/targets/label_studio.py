@@ -19,10 +19,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from conf.choices import LabelKind
-from rlhf.data.files import scan
 from rlhf.data.formats.tools import annotations_of, annotator_of, choices_of, data_of, items_of, rank_of, results_of, sides_of
 from rlhf.data.labelling.records import Export, Judgement, Task, Unreadable, Verdict, as_text
-from rlhf.data.labelling.targets.shared import MODEL_VERSION, check_texts, suggestion, write_text
+from rlhf.data.labelling.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion, write_text
 from rlhf.data.rows import RowError, describe, text_of, value_of
 from rlhf.types import UserError
 
@@ -148,11 +147,7 @@ def _add_pair(view: ElementTree.Element, ratings: bool) -> None:
 
 def read(path: Path) -> Iterator[Judgement | Unreadable]:
     """Of every annotation in a JSON export. Raises UserError where the file as a whole can't be read."""
-    for row in scan(path, key="label.files"):
-        if row.problem is not None:
-            yield Unreadable(row.place, "", row.problem)
-        else:
-            yield from _of_row(row.columns, row.place)
+    return read_rows(path, _of_row)
 
 
 def _of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadable]:

@@ -1,12 +1,14 @@
-"""What the targets share: what goes to people beside the answers, suggestions, files written whole."""
+"""What the targets share: what goes to people beside the answers, suggestions, files written whole, rows read back."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rlhf.data.labelling.records import Export, Task, as_text
+from rlhf.data.files import scan
+from rlhf.data.labelling.records import Export, Judgement, Task, Unreadable, as_text
 from rlhf.types import UserError
 
 MODEL_VERSION = "reward-model"  # who suggests; the model's own name may tell whose answers it scores
@@ -71,3 +73,12 @@ def write_text(path: Path, text: str) -> Path:
         out.write(text)
     beside.replace(path)
     return path
+
+
+def read_rows(path: Path, of_row: Callable[[Mapping[str, Any], str], Iterable[Judgement | Unreadable]]) -> Iterator[Judgement | Unreadable]:
+    """What `of_row` makes of each row's columns and place; a row that can't be parsed is Unreadable. Raises UserError for an unreadable file."""
+    for row in scan(path, key="label.files"):
+        if row.problem is not None:
+            yield Unreadable(row.place, "", row.problem)
+        else:
+            yield from of_row(row.columns, row.place)

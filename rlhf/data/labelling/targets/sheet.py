@@ -24,9 +24,9 @@ from typing import Any
 
 from conf.choices import LabelKind
 from rlhf.data.cells import FORMULA, mark, unmark
-from rlhf.data.files import excel_text, scan
+from rlhf.data.files import excel_text
 from rlhf.data.labelling.records import Export, Judgement, Task, Unreadable, Verdict, as_text
-from rlhf.data.labelling.targets.shared import check_texts, guidance, most_answers, write_text
+from rlhf.data.labelling.targets.shared import check_texts, guidance, most_answers, read_rows, write_text
 from rlhf.data.rows import RowError, describe, number_of, optional_text, text_of, value_of
 from rlhf.types import UserError
 
@@ -135,23 +135,23 @@ def _excel_row(task: Task, kind: LabelKind) -> dict[str, str]:
 
 def read(path: Path) -> Iterator[Judgement | Unreadable]:
     """Of every filled-in row. Raises UserError where the file as a whole can't be read."""
-    yield from judgements(path, _sheet_texts)
+    return judgements(path, _sheet_texts)
 
 
 def judgements(path: Path, texts: Texts) -> Iterator[Judgement | Unreadable]:
     """Of every row with a preference or a ranking. Raises UserError where the file as a whole can't be read."""
-    for row in scan(path, key="label.files"):
-        if row.problem is not None:
-            yield Unreadable(row.place, "", row.problem)
-            continue
-        task = row.columns.get("pair_id")
+
+    def of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadable]:
+        task = row.get("pair_id")
         try:
-            found = _judgement(row.columns, row.place, texts)
+            found = _judgement(row, place, texts)
         except RowError as error:
-            yield Unreadable(row.place, task if isinstance(task, str) else "", str(error))
-            continue
+            yield Unreadable(place, task if isinstance(task, str) else "", str(error))
+            return
         if found is not None:
             yield found
+
+    return read_rows(path, of_row)
 
 
 def _sheet_texts(row: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
