@@ -31,7 +31,7 @@ from eval.judges import ClassifierJudge
 from rlhf import config, distributed
 from rlhf.data.labelling.candidates import Response, gather
 from rlhf.data.labelling.choice import Chosen, choose, text_vectors
-from rlhf.data.labelling.records import Answer, Candidates, Judgement, Task, Verdict, as_text
+from rlhf.data.labelling.records import Candidates, Judgement, Task, Verdict, as_text
 from rlhf.run import RunContext
 from rlhf.types import UserError
 
