@@ -241,6 +241,7 @@ class _WandbSink:
             # The user asked for `auto`, and the metrics are safe in files: go on offline, and say so.
             LOG.warning("W&B could not start online (%s); this run is tracked offline instead.", error)
             self._mode = WandbMode.offline
+            wandb.teardown()  # else W&B's service takes the id for that of a run that goes on
             self._run = wandb.init(mode="offline", **options)
 
     @property
