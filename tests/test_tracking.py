@@ -174,6 +174,10 @@ def test_wandb_that_cannot_start_is_never_passed_over(tmp_path: Path, monkeypatc
     tracker.finish()
     assert modes == ["online", "online", "offline"]
     assert "could not start online (no network)" in caplog.text and tracker.sync_command is not None
+    from wandb.sdk.lib import wbauth
+
+    wbauth.unauthenticate_session()  # W&B keeps the key of this test for its process
+    wandb.teardown()
 
 
 def test_tensorboard_holds_scalars_samples_and_images(tmp_path: Path) -> None:
