@@ -13,10 +13,11 @@ import pytest
 from conf.choices import AdapterKind, Advantage, Dtype, EngineKind, ModelKind, RolloutBackend, TrackingKind
 from conf.schema import AdapterConfig, Config, DataConfig, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TrackingConfig
 from conf.stages import OnlineStage, SFTStage
-from reward.model import FORMAT_VERSION, Manifest, template_hash, tokenizer_fingerprint, write_manifest
+from reward.model import write_manifest
 from rlhf import conflicts, preflight
 from rlhf.models import tiny_config, train_tokenizer
 from rlhf.types import UserError
+from tests import toys
 
 CHATML = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -38,18 +39,7 @@ def reward_directory(path: Path, **options: Any) -> None:
     tokenizer = model_directory(path, **options)
     write_manifest(
         path,
-        Manifest(
-            base="tiny",
-            tokenizer_hash=tokenizer_fingerprint(tokenizer),
-            chat_template_hash=template_hash(tokenizer),
-            conversational=tokenizer.chat_template is not None,
-            max_length=64,
-            dtype="float32",
-            score_mean=0.0,
-            score_std=1.0,
-            held_out_texts=2,
-            format_version=FORMAT_VERSION,
-        ),
+        toys.reward_manifest(tokenizer),
     )
 
 

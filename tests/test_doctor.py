@@ -10,11 +10,12 @@ import pytest
 from conf.choices import EngineKind, RolloutBackend, TermKind, TrackingKind
 from conf.schema import Config, EngineConfig, ModelConfig, RewardConfig, RewardTerm, RolloutConfig, TrackingConfig
 from conf.stages import DoctorStage
-from reward.model import Manifest, template_hash, tokenizer_fingerprint, write_manifest
+from reward.model import Manifest, write_manifest
 from rlhf.models import train_tokenizer
 from rlhf.stages import doctor
 from rlhf.stages.doctor import GIB, Finding, Probe, State
 from rlhf.types import UserError
+from tests import toys
 
 INSTALLED = dict.fromkeys(doctor.CORE, "1.0")
 
@@ -141,17 +142,7 @@ def tokenizer(text: str = "a good film . a bad film .", template: str | None = N
 
 
 def manifest(reward: Any) -> Manifest:
-    return Manifest(
-        base="tiny",
-        tokenizer_hash=tokenizer_fingerprint(reward),
-        chat_template_hash=template_hash(reward),
-        conversational=reward.chat_template is not None,
-        max_length=8,
-        dtype="float32",
-        score_mean=0.0,
-        score_std=1.0,
-        held_out_texts=2,
-    )
+    return toys.reward_manifest(reward, max_length=8)
 
 
 def compare(reward: Any, policy: Any) -> Finding:

@@ -246,17 +246,21 @@ USE = st.sampled_from(sorted(USES, key=lambda use: use.value))
 
 @pytest.mark.usefixtures("apart")
 def test_overrides() -> None:
+    seen.clear()
     fuzzed(FEW)(given(overrides())(try_overrides))()
     assert seen["overrides: bad"] > FEW / 4 and seen["overrides: good"] > 0
 
 
 def test_rows() -> None:
+    seen.clear()
     fuzzed(FEW)(given(USE, broken_rows())(lambda use, rows: read_all(use, lines(rows), ".jsonl")))()
     assert seen[".jsonl: bad"] > FEW / 4
 
 
 def test_files() -> None:
+    seen.clear()
     fuzzed(FEW)(given(USE, DAMAGE)(lambda use, damage: read_all(use, damage.done(), damage.suffix)))()
+    assert sum(count for kind, count in seen.items() if kind.endswith("bad")) > FEW / 4
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ import pytest
 from conf.choices import Action, AdapterKind, CriticInit, EngineKind, Judge, LoraSync, ModelKind, Offload, RolloutBackend, TrackingKind
 from conf.schema import AdapterConfig, Config, DataConfig, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TrackingConfig
 from conf.stages import EvalStage, OnlineStage, RewardStage, SFTStage, WatchConfig
-from reward.model import FORMAT_VERSION, Manifest, template_hash, tokenizer_fingerprint, write_manifest
+from reward.model import write_manifest
 from rlhf import preflight
 from rlhf.models import tiny_config, train_tokenizer
 from rlhf.types import UserError
+from tests import toys
 
 
 def model_directory(path: Path, texts: list[str], positions: int = 512) -> Any:
@@ -30,18 +31,7 @@ def model_directory(path: Path, texts: list[str], positions: int = 512) -> Any:
 
 def reward_directory(path: Path, texts: list[str], positions: int = 512) -> None:
     tokenizer = model_directory(path, texts, positions)
-    manifest = Manifest(
-        base="tiny",
-        tokenizer_hash=tokenizer_fingerprint(tokenizer),
-        chat_template_hash=template_hash(tokenizer),
-        conversational=False,
-        max_length=64,
-        dtype="float32",
-        score_mean=0.0,
-        score_std=1.0,
-        held_out_texts=2,
-        format_version=FORMAT_VERSION,
-    )
+    manifest = toys.reward_manifest(tokenizer)
     write_manifest(path, manifest)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def even_first_token(completion_ids: list[list[int]], **columns: object) -> list[float]:
@@ -38,3 +39,21 @@ def even_tokens(completion_ids: list[list[int]], **columns: object) -> list[floa
 
 def constant(completion_ids: list[list[int]], **columns: object) -> list[float]:
     return [1.0] * len(completion_ids)
+
+
+def reward_manifest(tokenizer: Any, max_length: int = 64) -> Any:
+    """The manifest of a reward model with this tokenizer, its weights never looked at."""
+    from reward.model import FORMAT_VERSION, Manifest, template_hash, tokenizer_fingerprint
+
+    return Manifest(
+        base="tiny",
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+        chat_template_hash=template_hash(tokenizer),
+        conversational=tokenizer.chat_template is not None,
+        max_length=max_length,
+        dtype="float32",
+        score_mean=0.0,
+        score_std=1.0,
+        held_out_texts=2,
+        format_version=FORMAT_VERSION,
+    )
