@@ -101,7 +101,7 @@ bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group 
 chaos: $(STAMP) ## slow: faults put into real runs (kills, signals, torn files, full disk, NaN, hangs); each has to be survived (about 10 min)
 	$(OFFLINE) $(PY) -m rlhf.stages.chaos
 
-soak: $(STAMP) ## slow: 200 steps of a tiny model; fails where memory grows by more than 2 % after the warm-up
+soak: $(STAMP) ## slow: 200 steps of tiny models (ppo, ZeRO-2, vLLM, LoRA, sft); fails where memory grows by more than 2 % after the warm-up
 	$(OFFLINE) $(PY) -m rlhf.stages.soak
 
 clean: ## remove caches and build leftovers (runs/ and the environments stay)

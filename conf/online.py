@@ -64,6 +64,7 @@ class OnlineStage(TrainStage):
     epochs: int = 2  # passes over one step's rollouts
     minibatches: int = 1  # optimizer steps per pass
     scheduler: Scheduler = Scheduler.constant
+    save_steps: int = 20  # steps between checkpoints; 0: none, so that a run that is killed begins anew
     # -- what must not be applied: NaN, infinities, and spikes where a limit is set
     on_nonfinite: OnNonFinite = OnNonFinite.stop
     rewinds: int = 3  # on_nonfinite=rewind: at most so many in a run

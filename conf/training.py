@@ -40,7 +40,7 @@ class TrainStage:
     scheduler: Scheduler = Scheduler.cosine
     warmup_ratio: float = 0.05  # share of the steps with a rising learning rate
     max_grad_norm: float = 1.0  # 0: no clipping
-    save_steps: int = 0  # steps between checkpoints; 0: only the best and the last where the stage keeps them
+    save_steps: int = 0  # steps between checkpoints beside those after each evaluation; 0: no others
 
     def __post_init__(self) -> None:
         check(self.steps is None or self.steps >= 1, "stage.steps", self.steps, "at least 1")

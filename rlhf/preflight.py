@@ -43,7 +43,7 @@ from conf.stages import (
     RewardStage,
     ServeRewardStage,
 )
-from rlhf import conflicts, distributed, run, tracking
+from rlhf import conflicts, distributed, room, run, tracking
 from rlhf.data import mixture, reading
 from rlhf.data.files import check_file
 from rlhf.data.prepare import ingest
@@ -480,4 +480,5 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_lengths,
     check_tracking,
     check_run_directory,
+    room.check_room,
 )

@@ -1,4 +1,4 @@
-"""The judges of `make chaos` and `make soak`: they see a leak, a torn or doubled line, a torn checkpoint and a figure that is another one."""
+"""The judge of `make chaos`: it sees a torn or doubled line, a torn checkpoint and a figure that is another one."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from rlhf import checkpoints
 from rlhf.rss import Resident
-from rlhf.stages import chaos, soak
+from rlhf.stages import chaos
 
 STRAIGHT = [{"step": step, "time_s": 1.0, "loss/policy": 0.5 / step} for step in (1, 2, 3)]
 
@@ -64,26 +64,6 @@ def test_the_report_fails_for_a_fault_that_was_not_survived(capsys: pytest.Captu
     assert chaos.report([good]) == 0
     assert chaos.report([good, bad]) == 1
     assert "2 faults tried, 1 survived; 1 steps were taken again" in capsys.readouterr().out
-
-
-def test_growth_by_hand() -> None:
-    warm = [50.0] * 40  # the warm-up does not count
-    assert soak.growth([*warm, *[100.0] * 160]) == 0.0
-    assert soak.growth([*warm, *[100.0] * 20, *[101.0] * 120, *[103.0] * 20]) == pytest.approx(0.03)
-    assert soak.growth([*warm, *[100.0] * 100, 500.0, *[100.0] * 59]) == 0.0, "one step's peak is no growth"
-    with pytest.raises(ValueError, match="79 steps are too few: expected at least 80"):
-        soak.growth([1.0] * 79)
-
-
-@pytest.mark.parametrize(("last", "code"), [(101.9, 0), (102.1, 1)])
-def test_soak_fails_above_two_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str], last: float, code: int) -> None:
-    place = tmp_path / "soak" / "ppo"
-    place.mkdir(parents=True)
-    resident = [*[100.0] * 180, *[last] * 20]
-    lines = [json.dumps({"step": i, "memory/rss_mb": value}) for i, value in enumerate(resident, start=1)]
-    (place / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert soak.main(["--dir", str(tmp_path), "--check-only"]) == code
-    assert "limit 2%" in capsys.readouterr().out
 
 
 def test_resident_memory_sees_what_is_allocated() -> None:

@@ -36,6 +36,7 @@ def overrides(case: Case, folder: Path) -> list[str]:
         f"stage.samples_per_prompt={case.samples}",
         f"stage.learning_rate={case.learning_rate}",
         "stage.kl_coef=0.0",
+        "stage.save_steps=0",  # as TRL's save_strategy="no"
         "stage.reference=false",
         f"rollout.max_response_length={case.max_response}",
         f"rollout.kv_cache_gib={case.kv_cache_gib}",
