@@ -49,7 +49,7 @@ def copies(cfg: Config) -> int:
     if isinstance(stage, OnlineStage):
         if not stage.save_steps or stage.steps is None:
             return 0
-        written = stage.steps // stage.save_steps
+        written = -(-stage.steps // stage.save_steps)  # the last step's too
         return written if keep == 0 else min(written, keep + 1)
     return 2 if keep == 0 else keep + 2  # how many evaluations there will be is known only when the rows are read
 

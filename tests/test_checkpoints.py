@@ -173,6 +173,14 @@ def test_a_run_resumes_from_the_checkpoint_before_a_torn_one(straight: Path, tmp
     assert [step for step, _ in checkpoints.numbered(place / "checkpoints")] == [3, 2]
 
 
+def test_the_last_step_is_saved_and_a_longer_run_goes_on_from_it(tmp_path: Path) -> None:
+    place = run_ppo(tmp_path, *SHORT, "stage.save_steps=2", "run.keep_checkpoints=0")
+    assert [step for step, _ in checkpoints.numbered(place / "checkpoints")] == [3, 2]
+    run_ppo(tmp_path, *SHORT, "stage.save_steps=2", "stage.steps=4", "run.keep_checkpoints=0", "run.resume=true")
+    starts = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["starts"]
+    assert starts[-1]["resume_from"].endswith("step-3") and [row["step"] for row in metrics(place)] == [1, 2, 3, 4]
+
+
 def test_a_full_disk_stops_the_run_and_loses_nothing_before(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = online.randomness.save
 

@@ -34,7 +34,7 @@ def needed(given: Any) -> float:
 def test_too_little_room_is_said_with_the_remedies(tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     given = cfg(tmp_path, tiny_model())
     with_free(monkeypatch, needed(given) * 0.99)
-    with pytest.raises(UserError, match=r"run.dir=.* GiB are free there, but the run needs about .*: the model, and 3 checkpoints of .*stage.save_steps=0"):
+    with pytest.raises(UserError, match=r"run.dir=.* GiB are free there, but the run needs .*: the model, and 3 checkpoints of .*save_steps=0"):
         room.check_room(given)
     with_free(monkeypatch, needed(given) * 1.01)
     room.check_room(given)

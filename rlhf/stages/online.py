@@ -130,9 +130,9 @@ class Loop:
         self._finish()
 
     def _end_step(self, step: int, stopping: Stopping) -> None:
-        """Save where it is due or a signal asks the run to stop, which raises Interrupted."""
-        signal = stopping.agreed()
-        if signal is not None or (self.stage.save_steps and step % self.stage.save_steps == 0):
+        """Save where it is due, after the last step too (a run can be made longer), and where a signal stops the run, which raises Interrupted."""
+        signal, every = stopping.agreed(), self.stage.save_steps
+        if signal is not None or (every and (step % every == 0 or step == self.steps)):
             self.watchdog.phase("save")
             self._save(step)
         if signal is not None:
