@@ -65,12 +65,6 @@ class OnlineStage(TrainStage):
     minibatches: int = 1  # optimizer steps per pass
     scheduler: Scheduler = Scheduler.constant
     save_steps: int = 20  # steps between checkpoints; 0: none, so that a run that is killed begins anew
-    # -- what must not be applied: NaN, infinities, and spikes where a limit is set
-    on_nonfinite: OnNonFinite = OnNonFinite.stop
-    rewinds: int = 3  # on_nonfinite=rewind: at most so many in a run
-    spike_loss: float | None = None  # times the median size of the losses of the last updates; None: no limit
-    spike_grad_norm: float | None = None  # times the median gradient norm of the last updates; None: no limit
-    spike_window: int = 20  # updates that a median is taken over; there is no limit before them
     # -- what is learned from a score
     advantage: Advantage = Advantage.gae
     advantage_std: bool = True  # group: divide by the group's standard deviation
@@ -157,10 +151,6 @@ class OnlineStage(TrainStage):
         check(self.overlong_penalty >= 0, "stage.overlong_penalty", self.overlong_penalty, "at least 0")
         check(self.importance_cap is None or self.importance_cap >= 1, "stage.importance_cap", self.importance_cap, "at least 1")
         check(self.samples_kept >= 0, "stage.samples_kept", self.samples_kept, "at least 0")
-        check(self.rewinds >= 1, "stage.rewinds", self.rewinds, "at least 1")
-        check(self.spike_loss is None or self.spike_loss > 1, "stage.spike_loss", self.spike_loss, "above 1")
-        check(self.spike_grad_norm is None or self.spike_grad_norm > 1, "stage.spike_grad_norm", self.spike_grad_norm, "above 1")
-        check(self.spike_window >= 2, "stage.spike_window", self.spike_window, "at least 2 updates")
         rewind = self.on_nonfinite is OnNonFinite.rewind
         check(not rewind or self.save_steps > 0, "stage.save_steps", self.save_steps, "above 0 with on_nonfinite=rewind, which goes to a checkpoint")
         self._check_kl()

@@ -7,6 +7,7 @@ from conf.choices import (
     CPOLoss,
     FDivergence,
     KTOLoss,
+    OnNonFinite,
     PreferenceLoss,
     Scheduler,
 )
@@ -41,6 +42,12 @@ class TrainStage:
     warmup_ratio: float = 0.05  # share of the steps with a rising learning rate
     max_grad_norm: float = 1.0  # 0: no clipping
     save_steps: int = 0  # steps between checkpoints beside those after each evaluation; 0: no others
+    # -- what must not be applied: NaN, infinities, and spikes where a limit is set
+    on_nonfinite: OnNonFinite = OnNonFinite.stop
+    rewinds: int = 3  # on_nonfinite=rewind: at most so many in a run
+    spike_loss: float | None = None  # times the median size of the losses of the last updates; None: no limit
+    spike_grad_norm: float | None = None  # times the median gradient norm of the last updates; None: no limit
+    spike_window: int = 20  # updates that a median is taken over; there is no limit before them
 
     def __post_init__(self) -> None:
         check(self.steps is None or self.steps >= 1, "stage.steps", self.steps, "at least 1")
@@ -52,6 +59,10 @@ class TrainStage:
         check(0 <= self.warmup_ratio <= 1, "stage.warmup_ratio", self.warmup_ratio, "in [0, 1]")
         check(self.max_grad_norm >= 0, "stage.max_grad_norm", self.max_grad_norm, "at least 0 (0: no clipping)")
         check(self.save_steps >= 0, "stage.save_steps", self.save_steps, "at least 0")
+        check(self.rewinds >= 1, "stage.rewinds", self.rewinds, "at least 1")
+        check(self.spike_loss is None or self.spike_loss > 1, "stage.spike_loss", self.spike_loss, "above 1")
+        check(self.spike_grad_norm is None or self.spike_grad_norm > 1, "stage.spike_grad_norm", self.spike_grad_norm, "above 1")
+        check(self.spike_window >= 2, "stage.spike_window", self.spike_window, "at least 2 updates")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from conf.stages import OnlineStage
+from conf.stages import TrainStage
 from policy.engine import NonFinite
 
 
@@ -22,7 +22,7 @@ class Brake:
         self._last: dict[str, list[float]] = {}
 
     @staticmethod
-    def from_stage(stage: OnlineStage) -> "Brake":
+    def from_stage(stage: TrainStage) -> "Brake":
         return Brake(stage.spike_loss, stage.spike_grad_norm, stage.spike_window)
 
     def check(self, kind: str, figures: Mapping[str, float]) -> None:

@@ -18,6 +18,7 @@ from conf.choices import (
     AdapterKind,
     Advantage,
     CriticInit,
+    Dtype,
     EngineKind,
     Judge,
     KTOLoss,
@@ -329,13 +330,19 @@ def check_serving(cfg: Config) -> None:
 
 
 def check_nonfinite(cfg: Config) -> None:
-    """DeepSpeed tells a gradient's norm after its step, when there is nothing left to leave out."""
-    if not isinstance(cfg.stage, OnlineStage) or cfg.stage.on_nonfinite is not OnNonFinite.skip:
+    """A step can be left out only before it is applied: DeepSpeed tells a gradient's norm after its step, and float16's scaler wants each of them."""
+    stage = cfg.stage
+    if not isinstance(stage, (OfflineStage, OnlineStage)) or stage.on_nonfinite is not OnNonFinite.skip:
         return
     if cfg.engine.kind is EngineKind.deepspeed:
         raise UserError(
             f"stage.on_nonfinite=skip needs engine=torch: engine=zero{cfg.engine.zero_stage} tells a gradient's norm only after it was applied. "
-            "Set stage.on_nonfinite=rewind (with stage.save_steps), or stop."
+            "Set stage.on_nonfinite=rewind (an online stage then needs stage.save_steps), or stop."
+        )
+    if cfg.model.dtype is Dtype.float16:
+        raise UserError(
+            "stage.on_nonfinite=skip with model.dtype=float16: its loss scaler leaves out steps that overflow by itself and counts them. "
+            "Set stage.on_nonfinite=stop or rewind, or model.dtype=bfloat16."
         )
 
 

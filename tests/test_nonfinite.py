@@ -179,7 +179,7 @@ def test_the_brake_by_hand() -> None:
 
 def test_settings_that_can_not_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"stage.save_steps=0 is out of range: expected above 0 with on_nonfinite=rewind"):
-        OnlineStage(on_nonfinite=OnNonFinite.rewind)
+        OnlineStage(on_nonfinite=OnNonFinite.rewind, save_steps=0)
     cfg = config.compose(["stage=ppo", "model=tiny", "engine=zero2", "stage.on_nonfinite=skip", "data.path=x"])
     with pytest.raises(UserError, match=r"stage.on_nonfinite=skip needs engine=torch.*Set stage.on_nonfinite=rewind"):
         preflight.check_nonfinite(cfg)

@@ -19,7 +19,7 @@ from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, Ru
 from conf.stages import SFTStage
 from rlhf.models import load_causal_lm, load_tokenizer
 from rlhf.run import RunContext
-from rlhf.stages import sft
+from rlhf.stages import guarding, sft
 from rlhf.stages import trl_common as common
 from rlhf.types import TrainingDiverged, UserError
 from tests import trl_tools
@@ -229,18 +229,22 @@ class FakeTrainer:
 
 
 def test_a_bad_gradient_saves_every_micro_batch_of_its_step(tmp_path: Path) -> None:
-    trainer = common.guarded(FakeTrainer)(1.0, 2.0)
-    trainer.run_dir, trainer.micro_batches = tmp_path, []
+    trainer = guarding.guarded(FakeTrainer)(1.0, 2.0)
+
+    def fresh() -> guarding.Guard:
+        return guarding.Guard(SFTStage(**STAGE), tmp_path, tmp_path, lambda step, figures: None)
+
+    trainer.guard = fresh()
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
     trainer.compute_loss(None, batch)
-    assert trainer._get_grad_norm(None) == 2.0 and trainer.micro_batches == []
+    assert trainer._get_grad_norm(None) == 2.0 and trainer.guard.micro_batches == []
     trainer.norm = math.nan
     trainer.compute_loss(None, batch)
     trainer.compute_loss(None, batch)
     with pytest.raises(TrainingDiverged, match="step 5: the gradient's norm is nan"):
         trainer._get_grad_norm(None)
     assert set(load_file(tmp_path / "diverged_step5_rank0.safetensors")) == {"0.input_ids", "1.input_ids"}
-    trainer.loss, trainer.micro_batches = math.inf, []
+    trainer.loss, trainer.guard = math.inf, fresh()
     with pytest.raises(TrainingDiverged, match="step 5: the loss is inf"):
         trainer.compute_loss(None, batch)
     trainer.model.training = False
@@ -249,14 +253,14 @@ def test_a_bad_gradient_saves_every_micro_batch_of_its_step(tmp_path: Path) -> N
 
 def test_passes_are_whole_batches_of_the_same_rows_for_every_split() -> None:
     steps = 0
-    sampler = common.WholeBatches(21, 8, 3, lambda: steps)
+    sampler = guarding.WholeBatches(21, 8, 3, lambda: steps)
     first = list(sampler)
     assert len(first) == len(set(first)) == len(sampler) == 16 and set(first) < set(range(21))
     steps = 1
     assert list(sampler) == first, "the same pass, as a resumed run would ask for"
     steps = 2
     assert list(sampler) != first
-    assert sorted(common.WholeBatches(5, 8, 3, lambda: 0)) == [0, 1, 2, 3, 4]
+    assert sorted(guarding.WholeBatches(5, 8, 3, lambda: 0)) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from rlhf.models import load_causal_lm, load_classifier
 from rlhf.run import RunContext
 from rlhf.stages import preference, reward, sft, weights
 from rlhf.stages import trl_common as common
+from rlhf.stages.guarding import Guard, guarded
 from rlhf.types import UserError
 from tests import trl_tools
 
@@ -170,16 +171,16 @@ class Bench:
         model = copy.deepcopy(self.classifier if isinstance(stage, RewardStage) else self.policy)
         if isinstance(stage, SFTStage):
             args = SFTConfig(**arguments, completion_only_loss=False)
-            trainer = common.guarded(weights.weighted_sft(SFTTrainer))(model=model, args=args, processing_class=self.tokenizer, **both)
+            trainer = guarded(weights.weighted_sft(SFTTrainer))(model=model, args=args, processing_class=self.tokenizer, **both)
         elif isinstance(stage, RewardStage):
             rewards = TRLRewardConfig(**arguments, center_rewards_coefficient=stage.centering_coef or None)
             tokenizer = copy.deepcopy(self.tokenizer)
             tokenizer.pad_token = reward.padding_token(tokenizer, reward.EncodedPairs(self.sides, []))
-            trainer = common.guarded(weights.weighted_reward(RewardTrainer))(model=model, args=rewards, processing_class=tokenizer, **both)
+            trainer = guarded(weights.weighted_reward(RewardTrainer))(model=model, args=rewards, processing_class=tokenizer, **both)
         else:
             reference = copy.deepcopy(self.reference).requires_grad_(False) if preference.has_reference(stage) else None
             trainer = preference.make_trainer(stage, arguments, model, reference, self.tokenizer, rows, rows)
-        trainer.run_dir, trainer.global_batch, trainer.micro_batches = self.folder, ROWS, []
+        trainer.global_batch, trainer.guard = ROWS, Guard(stage, self.folder, self.folder, lambda step, figures: None)
         return trainer
 
     def gradient(self, stage: Any, given: list[float] | None, rows: list[int] | None = None) -> tuple[float, torch.Tensor]:

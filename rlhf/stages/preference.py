@@ -30,6 +30,7 @@ from rlhf.models import load_causal_lm
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
 from rlhf.stages import weights
+from rlhf.stages.guarding import guarded
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.preference")
@@ -225,7 +226,7 @@ def dpo_trainer(stage: PreferenceStage, arguments: dict[str, Any], model: Any, r
         discopop_tau=stage.discopop_tau,
     )
     check_head(model)
-    return _without_copy(common.guarded(weights.weighted_gradients(pretokenised(DPOTrainer)))(model=model, ref_model=reference, args=args, **data))
+    return _without_copy(guarded(weights.weighted_gradients(pretokenised(DPOTrainer)))(model=model, ref_model=reference, args=args, **data))
 
 
 def kto_trainer(stage: KTOStage, arguments: dict[str, Any], model: Any, reference: Any, **data: Any) -> Any:
@@ -240,7 +241,7 @@ def kto_trainer(stage: KTOStage, arguments: dict[str, Any], model: Any, referenc
     check_head(model)
     collate = DataCollatorForUnpairedPreference(pad_token_id=data["processing_class"].pad_token_id, max_length=stage.max_length)
     collator = KLPairs(collate) if stage.loss is KTOLoss.kto else collate
-    trainer = common.guarded(weights.weighted_gradients(pretokenised(KTOTrainer)))(
+    trainer = guarded(weights.weighted_gradients(pretokenised(KTOTrainer)))(
         model=model, ref_model=reference, args=args, data_collator=collator, **data
     )
     return _without_copy(trainer)
@@ -265,7 +266,7 @@ def cpo_trainer(stage: CPOStage | ORPOStage, arguments: dict[str, Any], model: A
             simpo_gamma=stage.gamma,
             label_smoothing=stage.label_smoothing,
         )
-    return common.guarded(weights.weighted_gradients(counting(pretokenised(trainer_class))))(model=model, args=args, **data)
+    return guarded(weights.weighted_gradients(counting(pretokenised(trainer_class))))(model=model, args=args, **data)
 
 
 def make_trainer(

@@ -26,6 +26,7 @@ from rlhf.models import load_classifier, resolve_dtype
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
 from rlhf.stages import weights
+from rlhf.stages.guarding import guarded
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.reward")
@@ -277,7 +278,7 @@ def _train(
     common.check_positions(model.config, longest)
     model = common.with_adapter(model, cfg, "SEQ_CLS")
     args = TRLRewardConfig(**common.trainer_arguments(ctx, plan), center_rewards_coefficient=stage.centering_coef or None)
-    trainer = common.guarded(weights.weighted_reward(RewardTrainer))(
+    trainer = guarded(weights.weighted_reward(RewardTrainer))(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
     steps, metrics = common.fit(trainer, ctx)

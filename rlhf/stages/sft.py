@@ -14,6 +14,7 @@ from rlhf.models import load_causal_lm
 from rlhf.run import RunContext, seed_everything
 from rlhf.stages import trl_common as common
 from rlhf.stages import weights
+from rlhf.stages.guarding import guarded
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.sft")
@@ -111,7 +112,7 @@ def _run(ctx: RunContext) -> None:
         eval_packing=False,  # the held-out loss is that of whole rows
         completion_only_loss=False,  # the labels say which tokens train
     )
-    trainer = common.guarded(weights.weighted_sft(SFTTrainer))(
+    trainer = guarded(weights.weighted_sft(SFTTrainer))(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
     steps, metrics = common.fit(trainer, ctx)

@@ -4,19 +4,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from safetensors.torch import save_file
-from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
 from conf.choices import AdapterKind, Dtype, EngineKind, ModelKind, Offload, Scheduler
@@ -26,7 +24,7 @@ from policy.adapters import attach
 from policy.deepspeed_engine import ensure_process_group, gather_zero3, prepare_cpu
 from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
-from rlhf import checkpoints, console, distributed
+from rlhf import console, distributed
 from rlhf.data.mixture import data_files
 from rlhf.data.reading import stage_texts
 from rlhf.data.templates import template_text
@@ -34,6 +32,7 @@ from rlhf.interrupts import Stopping
 from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
 from rlhf.rss import Resident
 from rlhf.run import RunContext
+from rlhf.stages.guarding import Guard
 from rlhf.types import Interrupted, TrainingDiverged, UserError
 from rlhf.watchdog import Watchdog
 
@@ -195,110 +194,6 @@ def trainer_arguments(ctx: RunContext, plan: BatchPlan) -> dict[str, Any]:
     }
 
 
-class WholeBatches(Sampler[int]):
-    """Shuffled passes over `rows`, each cut to whole batches of `batch_size`, so that a step trains the same rows however it is split.
-
-    The order is a function of `seed` and the pass alone, and the pass one of the steps done: every rank draws the same, and a resumed
-    run what an uninterrupted one would. Rows left over differ from pass to pass. Fewer rows than one batch are a batch.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, steps_done: Callable[[], int]) -> None:
-        self.rows, self.seed, self.steps_done = rows, seed, steps_done
-        self.batches = max(1, rows // batch_size)  # per pass
-        self.length = min(rows, self.batches * batch_size)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.steps_done() // self.batches)
-        return iter(torch.randperm(self.rows, generator=generator)[: self.length].tolist())
-
-
-def guarded(trainer_class: type) -> type:
-    """`trainer_class` that stops at the first loss or gradient that is NaN or infinite and saves the batch that caused it."""
-
-    class Guarded(trainer_class):
-        run_dir: Path
-        global_batch: int  # rows per optimizer step, over all ranks
-        micro_batches: list[dict[str, Any]]  # of the current optimizer step, on this rank
-
-        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            if self.model.training:
-                loss = result[0] if return_outputs else result
-                self.micro_batches.append(inputs)
-                # All ranks learn of it, so that none waits for a rank that has stopped.
-                if distributed.all_max([float(not bool(torch.isfinite(loss).all()))])[0]:
-                    self._diverged("loss", float(loss))
-            return result
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
-            return WholeBatches(len(self.train_dataset), self.global_batch, self.args.seed, lambda: self.state.global_step)
-
-        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-            # transformers calls this once per optimizer step, with torch's engine before the weights change
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-            if norm is not None and not math.isfinite(float(norm)) and not self.args.fp16:  # float16's loss scaler skips such steps itself
-                self._diverged("gradient's norm", float(norm))
-            self.micro_batches = []
-            return norm
-
-        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-            # A run that resumes after its last step, because it was killed before its end, would take one step more.
-            if self.state.global_step < self.state.max_steps:
-                super()._run_epoch(*args, **kwargs)
-
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            """As transformers saves, then sealed, and only then may older ones go; a disk that takes no more is a UserError."""
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
-            folder = Path(self.args.output_dir)
-            place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            try:
-                with checkpoints.storing(f"checkpoint {place}", place, folder):
-                    super()._save_checkpoint(model, trial)
-                    distributed.barrier()
-                    if distributed.is_main():
-                        checkpoints.seal(place)
-            finally:
-                self.args.save_total_limit = limit
-            distributed.barrier()
-            if distributed.is_main():
-                rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-        def _load_best_model(self) -> None:
-            wrong = checkpoints.problem(Path(self.state.best_model_checkpoint)) if distributed.is_main() else None
-            wrong = distributed.broadcast(wrong)
-            if wrong is not None:
-                raise UserError(
-                    f"the best checkpoint {self.state.best_model_checkpoint} can't be loaded back: {wrong}. Train anew with run.overwrite=true."
-                )
-            super()._load_best_model()
-
-        def _diverged(self, what: str, value: float) -> None:
-            where = save_batch(self.run_dir, self.micro_batches, self.processing_class, self.state.global_step + 1, {what: value})
-            raise TrainingDiverged(
-                f"step {self.state.global_step + 1}: the {what} is {value}, so training stopped. The batch that caused it: {where} "
-                f"(its texts beside it as .json). Look at its rows, or lower stage.learning_rate={self.args.learning_rate}."
-            )
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """TRL writes a card with links of its own into every checkpoint; the run's manifest says more."""
-
-    return Guarded
-
-
-def save_batch(directory: Path, micro_batches: Sequence[dict[str, Any]], tokenizer: Any, step: int, figures: dict[str, float]) -> Path:
-    """This rank's micro-batches of one optimizer step as tensors, and their texts as JSON beside it. Returns the tensors' file."""
-    place = directory / f"diverged_step{step}_rank{distributed.rank()}.safetensors"
-    tensors = {f"{i}.{k}": v.detach().cpu().clone() for i, batch in enumerate(micro_batches) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-    save_file(tensors, str(place))
-    texts = [[text for k, ids in batch.items() if k.endswith("input_ids") for text in tokenizer.batch_decode(ids)] for batch in micro_batches]
-    content = {"step": step, "rank": distributed.rank(), **{k: str(v) for k, v in figures.items()}, "micro_batches": texts}
-    place.with_suffix(".json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return place
-
-
 class Reporter(TrainerCallback):
     """TRL's metrics under their own names to the tracker and the progress bar, with the training throughput; marks the last step for evaluation."""
 
@@ -372,7 +267,10 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
     steps = total_steps(stage, len(trainer.train_dataset))
     trainer.args.max_steps = steps
     trainer.args.warmup_steps = math.ceil(stage.warmup_ratio * steps)
-    trainer.run_dir, trainer.global_batch, trainer.micro_batches = ctx.dir, stage.batch_size, []
+    trainer.global_batch = stage.batch_size
+    trainer.guard = guard = Guard(stage, ctx.dir, ctx.checkpoint_dir, ctx.tracker.log)
+    if ctx.resume_from is not None:
+        guard.load(ctx.resume_from)
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
@@ -393,7 +291,9 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
         )
     evaluations = {entry["step"]: _evaluation(entry) for entry in state.log_history if "eval_loss" in entry}
     initial = {f"initial/{k}": v for k, v in evaluations.get(0, {}).items()}
-    return state.global_step, {**reporter.last, **evaluations[state.best_global_step], "best_step": float(state.best_global_step), **initial}
+    left_out = {"train/skipped_total": float(guard.skipped), "train/rewinds": float(guard.rewinds)}
+    best = {**evaluations[state.best_global_step], "best_step": float(state.best_global_step)}
+    return state.global_step, {**reporter.last, **left_out, **best, **initial}
 
 
 def _evaluation(entry: dict[str, float]) -> dict[str, float]:
