@@ -28,6 +28,7 @@ from rlhf.models import load_causal_lm
 from rlhf.run import RunContext
 from rlhf.stages import preference
 from rlhf.stages import trl_common as common
+from rlhf.stages.guarding import Guard
 from rlhf.types import UserError
 from tests import trl_tools
 
@@ -256,7 +257,7 @@ class Bench:
         data = self.answers if isinstance(stage, KTOStage) else self.pairs
         model, reference = preference.start_of(self.policy).requires_grad_(True), preference.start_of(self.reference)
         trainer = preference.make_trainer(stage, arguments, model, reference if preference.has_reference(stage) else None, self.tokenizer, data, data)
-        trainer.run_dir, trainer.global_batch, trainer.micro_batches = self.out, len(data), []
+        trainer.global_batch, trainer.guard = len(data), Guard(stage, self.out, self.out, lambda step, figures: None)
         return trainer
 
     def batch(self, trainer: Any) -> dict[str, Any]:
@@ -476,7 +477,7 @@ def test_the_reference_of_an_adapter_is_the_adapter_turned_off(bench: Bench) -> 
     assert list(trainer.model.peft_config) == ["default"]
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert trained and all(".default." in n for n in trained)
-    trainer.run_dir, trainer.micro_batches = bench.out, []
+    trainer.guard = Guard(cfg.stage, bench.out, bench.out, lambda step, figures: None)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
