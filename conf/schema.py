@@ -89,13 +89,18 @@ class ModelConfig:
     dtype: Dtype = Dtype.auto  # auto: float32 on CPU, bfloat16 on CUDA
     attn_implementation: str | None = None  # None: transformers' choice (sdpa)
     trust_remote_code: bool = False
-    params: float | None = None  # stage=doctor: plan memory for a model of so many parameters, where there is no model.path
+    params: float | None = None  # stage=doctor: plan memory for a model of so many parameters (7e9, or 7b), where there is no model.path
     tiny: TinyConfig = field(default_factory=TinyConfig)
 
     def __post_init__(self) -> None:
         inside = self.gguf_file is None or (bool(self.gguf_file) and not self.gguf_file.startswith("/") and ".." not in self.gguf_file.split("/"))
         check(inside, "model.gguf_file", self.gguf_file, "a file's name inside model.path")
-        check(self.params is None or self.params >= 1e6, "model.params", self.params, "at least 1e6 parameters")
+        check(
+            self.params is None or 1e6 <= self.params <= 1e13,
+            "model.params",
+            self.params,
+            "a number of parameters from 1e6 to 1e13, such as 7e9 or 7b",
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,8 +144,9 @@ class EngineConfig:
         check(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         check(self.micro_tokens >= 1, "engine.micro_tokens", self.micro_tokens, "at least 1 token")
         check(self.logits_chunk >= 1, "engine.logits_chunk", self.logits_chunk, "at least 1 token")
-        check(self.gpus is None or self.gpus >= 1, "engine.gpus", self.gpus, "at least 1")
-        check(self.gpu_memory_gib is None or self.gpu_memory_gib > 0, "engine.gpu_memory_gib", self.gpu_memory_gib, "above 0 GiB")
+        check(self.gpus is None or 1 <= self.gpus <= 100_000, "engine.gpus", self.gpus, "1 to 100000")
+        finite = self.gpu_memory_gib is None or 0 < self.gpu_memory_gib < math.inf
+        check(finite, "engine.gpu_memory_gib", self.gpu_memory_gib, "a finite number above 0 GiB")
         check(self.micro_batch_size is None or self.micro_batch_size >= 1, "engine.micro_batch_size", self.micro_batch_size, "at least 1")
         check(self.kind is EngineKind.deepspeed or self.zero_stage == 0, "engine.zero_stage", self.zero_stage, "0 with engine=torch")
         check(self.kind is EngineKind.deepspeed or self.offload is Offload.none, "engine.offload", self.offload.value, "none with engine=torch")

@@ -16,6 +16,8 @@ CONF_DIR = Path(schema.__file__).resolve().parent
 NAME = "<name>"  # stands in a dotted option for the name of a dictionary's item
 ANYTHING = "<anything>"  # below it every key is valid
 _PATH = re.compile(r"(\+{0,2}data\.(?:path|eval_path|registry|sources\.[^.=]+\.path))=([^'\"\[{,][^'\",]*)")
+_SIZE = re.compile(r"(\+{0,2}model\.params=)(\d+\.?\d*)([kmbt])", re.IGNORECASE)
+_POWERS = {"k": 3, "m": 6, "b": 9, "t": 12}
 GROUPS = ("stage", "model", "adapter", "engine", "rollout", "reward", "data", "tracking", "experiment")
 _GROUP_SCHEMAS = {
     "model": schema.ModelConfig,
@@ -121,7 +123,7 @@ def merge_items(arguments: Sequence[str]) -> list[str]:
     `+reward.terms.brevity.kind=length` becomes `++reward.terms={brevity:{kind:length}}`: a typed item springs up whole, defaults included, so
     Hydra would refuse to add its second field and to set its first.
     """
-    arguments = quote_paths(arguments)
+    arguments = [_spelled_out(one) for one in quote_paths(arguments)]
     known = valid_keys([])
     places = [k.removesuffix(f".{NAME}") for k in known if k.endswith(f".{NAME}")]
     free = tuple(k.removesuffix(ANYTHING) for k in known if k.endswith(f".{ANYTHING}"))
@@ -148,6 +150,12 @@ def quote_paths(arguments: Sequence[str]) -> list[str]:
         match = _PATH.fullmatch(argument)
         out.append(f'{match[1]}="{match[2]}"' if match is not None and any(mark in match[2] for mark in "#[]") else argument)
     return out
+
+
+def _spelled_out(argument: str) -> str:
+    """model.params=7b as model.params=7e9; k, m, b and t are thousands, millions, billions and trillions. Others as they are."""
+    match = _SIZE.fullmatch(argument)
+    return f"{match[1]}{match[2]}e{_POWERS[match[3].lower()]}" if match is not None else argument
 
 
 def _choices(argument: str, value: str) -> list[str]:

@@ -229,7 +229,8 @@ def test_the_answer_is_printed_and_is_in_the_report(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "examine", lambda cfg: [Finding("a", State.ok, "fine")])
     doctor.run(SimpleNamespace(cfg=asked()))
     out = capsys.readouterr().out
-    assert "zero3" in out and "LoRA r=16" in out and "critic" in out
+    assert "zero3" in out and "LoRA of rank 16" in out and "critic" in out
+    assert out.startswith("full training fits on 8 devices")  # the answer comes first
     assert "memory plan  full training fits on 8 devices" in out.split("bug report")[1]
 
 

@@ -160,8 +160,10 @@ def test_counts_are_those_of_the_model_itself() -> None:
 def test_a_model_that_is_not_named() -> None:
     with pytest.raises(UserError, match=r"model.path is not set: a memory plan needs a model's directory, or model.params="):
         shapes.read_shape(ModelConfig())
-    with pytest.raises(UserError, match=r"model.path=/nowhere: its configuration can't be read .* or model.params="):
+    with pytest.raises(UserError, match=r"model.path=/nowhere: no such directory"):
         shapes.read_shape(ModelConfig(path="/nowhere"))
+    with pytest.raises(UserError, match=r"model.path=no-such-model: its configuration can't be read .* or model.params="):
+        shapes.read_shape(ModelConfig(path="no-such-model"))
 
 
 # ---- roles, moments, peaks ----

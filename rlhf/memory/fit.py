@@ -11,6 +11,7 @@ from rlhf.memory.machine import Machine
 from rlhf.memory.plan import Plan, Shapes, offloads, plan, sequences_at_once
 
 _FLOOR = 512  # tokens of a micro-batch below which nothing is proposed
+_SCORED = 2048  # tokens of a scoring batch, where the usual ones are too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Row:
     cfg: Config
     plan: Plan
     changes: tuple[str, ...]  # overrides beyond engine, offload and adapter that the plan took
+    four_bit: bool = False  # QLoRA, for comparison: the toolkit doesn't train it
 
     @property
     def overrides(self) -> list[str]:
@@ -48,17 +50,28 @@ def engines(cfg: Config, machine: Machine) -> Iterator[Config]:
 
 
 def rows(cfg: Config, shapes: Shapes, machine: Machine) -> list[Row]:
-    """A row for every engine, offload and adapter; where one doesn't fit as it is, with the least of the changes that make it fit."""
-    out = []
-    for setting in engines(cfg, machine):
-        tried = [Row(one, plan(one, shapes, machine), changes) for one, changes in eased(setting, shapes, machine)]
-        out.append(next((row for row in tried if row.plan.fits), tried[0]))
+    """A row for every engine, offload and adapter, and for QLoRA where it can be had; where one doesn't fit as it is, with the least of the changes
+    that make it fit, or that leave the least missing."""
+    settings = list(engines(cfg, machine))
+    out = [_row(setting, shapes, machine) for setting in settings]
+    for setting, lora in zip(settings, tuple(out), strict=True):
+        # bitsandbytes' packed weights can't be partitioned or offloaded as they are
+        if setting.adapter.kind is AdapterKind.none or setting.engine.zero_stage == 3 or setting.engine.offload is not Offload.none:
+            continue
+        alike = Row(lora.cfg, plan(lora.cfg, shapes, machine, four_bit=True), lora.changes, four_bit=True)
+        out.append(alike if alike.plan.fits else _row(setting, shapes, machine, four_bit=True))
     return out
+
+
+def _row(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Row:
+    tried = [Row(one, plan(one, shapes, machine, four_bit=four_bit), changes, four_bit) for one, changes in eased(cfg, shapes, machine)]
+    least = min(tried, key=lambda row: (row.plan.problem is not None, row.plan.device_gib))
+    return next((row for row in tried if row.plan.fits), least)
 
 
 def eased(cfg: Config, shapes: Shapes, machine: Machine) -> Iterator[tuple[Config, tuple[str, ...]]]:
     """`cfg` as it is; then with an adapter for the critic of a policy that has one; vLLM's share set to what it needs; gradient checkpointing;
-    smaller micro-batches. Each with those before it."""
+    smaller scoring batches; smaller micro-batches. Each with those before it."""
     yield cfg, ()
     changes: list[str] = []
     stage = cfg.stage
@@ -81,8 +94,13 @@ def eased(cfg: Config, shapes: Shapes, machine: Machine) -> Iterator[tuple[Confi
         cfg = replace(cfg, engine=replace(cfg.engine, gradient_checkpointing=True))
         yield cfg, tuple(changes)
     if isinstance(cfg.stage, OnlineStage):
+        longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+        if shapes.rewards and cfg.reward.batch_tokens > max(_SCORED, longest):
+            changes.append(f"reward.batch_tokens={max(_SCORED, longest)}")
+            cfg = replace(cfg, reward=replace(cfg.reward, batch_tokens=max(_SCORED, longest)))
+            yield cfg, tuple(changes)
         tokens = cfg.engine.micro_tokens
-        while tokens // 2 >= max(_FLOOR, cfg.data.max_prompt_length + cfg.rollout.max_response_length):
+        while tokens // 2 >= max(_FLOOR, longest):
             tokens //= 2
             yield replace(cfg, engine=replace(cfg.engine, micro_tokens=tokens)), (*changes, f"engine.micro_tokens={tokens}")
         return
@@ -93,7 +111,7 @@ def eased(cfg: Config, shapes: Shapes, machine: Machine) -> Iterator[tuple[Confi
 
 
 def recommended(found: Sequence[Row], adapter: AdapterKind) -> Row | None:
-    """The first that fits with this adapter: the fewest changes, then no offload, then the lowest ZeRO stage; fewer exchanges make a faster step."""
-    fitting = [row for row in found if row.plan.fits and row.cfg.adapter.kind is adapter]
+    """The first that fits with this adapter: no offload, then the fewest changes, then the lowest ZeRO stage; fewer exchanges make a faster step."""
+    fitting = [row for row in found if row.plan.fits and row.cfg.adapter.kind is adapter and not row.four_bit]
     order = list(Offload)
     return min(fitting, key=lambda row: (order.index(row.cfg.engine.offload), len(row.changes), row.cfg.engine.zero_stage), default=None)

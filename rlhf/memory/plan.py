@@ -70,8 +70,21 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        fits_host = self.machine.host_gib is None or not self.machine.cuda or self.host_gib <= self.machine.host_gib
-        return self.problem is None and self.device_gib <= HEADROOM * self.machine.device_gib and fits_host
+        return self.obstacle is None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it doesn't fit; None where it does."""
+        machine, worst = self.machine, self.peak()
+        if self.problem is not None:
+            return self.problem
+        if self.device_gib > HEADROOM * machine.device_gib:
+            role = max(worst.roles, key=lambda name: worst.roles[name].device)
+            where = f"{self.device_gib:.1f} GiB in {worst.phase.value}, of which {worst.roles[role].device / GIB:.1f} for the {role}"
+            return f"{where}; each rank loads the whole model there" if worst.phase is Phase.start and machine.ranks > 1 else where
+        if machine.cuda and machine.host_gib is not None and self.host_gib > machine.host_gib:
+            return f"{self.host_gib:.0f} GiB of host memory, and {machine.host_gib:.0f} are here"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +95,15 @@ class Shapes:
     rewards: tuple[tuple[str, Shape], ...] = ()  # by option: those that score, and the judge of a watch
 
 
-def plan(cfg: Config, shapes: Shapes, machine: Machine) -> Plan:
-    """The plan of a training stage. Raises UserError for an adapter that the model has no place for."""
+def plan(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Plan:
+    """The plan of a training stage; `four_bit`: with an adapter beside a base in 4 bits (QLoRA, which the toolkit itself doesn't train).
+
+    Raises UserError for an adapter that the model has no place for.
+    """
     if isinstance(cfg.stage, OnlineStage):
-        return _online(cfg, shapes, machine)
+        return _online(cfg, shapes, machine, four_bit)
     if isinstance(cfg.stage, OfflineStage):
-        return _offline(cfg, shapes.policy, machine)
+        return _offline(cfg, shapes.policy, machine, four_bit)
     raise TypeError(f"{type(cfg.stage).__name__} trains nothing")
 
 
@@ -96,11 +112,12 @@ def process(machine: Machine) -> Bytes:
     return Bytes(PROCESS_DEVICE_GIB * GIB, PROCESS_HOST_GIB * GIB) if machine.cuda else Bytes(PROCESS_HOST_GIB * GIB)
 
 
-def counts_of(shape: Shape, parameters: int, adapter: int) -> Counts:
-    """`parameters` of a module with `shape`'s blocks, of which an adapter's train beside them, or all."""
+def counts_of(shape: Shape, parameters: int, adapter: int, *, four_bit: bool = False) -> Counts:
+    """A module with `shape`'s blocks, of which an adapter's parameters train beside `parameters`, or all. `four_bit`: its linear layers are quantised."""
     if not adapter:
         return Counts(parameters, parameters, shape.largest, shape.largest_layer)
-    return Counts(parameters + adapter, adapter, adapter // max(1, len(shape.linears)), shape.largest_layer)
+    layers = [one.inputs * one.outputs for one in shape.linears] if four_bit else [0]
+    return Counts(parameters + adapter, adapter, adapter // max(1, len(shape.linears)), shape.largest_layer, sum(layers), max(layers))
 
 
 def setting_of(cfg: Config, machine: Machine, *, trl: bool) -> Setting:
@@ -147,13 +164,13 @@ def _step(states: States) -> Bytes:
 # ---- online ----
 
 
-def _online(cfg: Config, shapes: Shapes, machine: Machine) -> Plan:
+def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Plan:
     stage, shape = cfg.stage, shapes.policy
     assert isinstance(stage, OnlineStage)
     setting = setting_of(cfg, machine, trl=False)
     adapter = adapter_parameters(shape, cfg.adapter)
-    policy = training_states(counts_of(shape, shape.parameters, adapter), setting)
-    critic = _critic(cfg, shapes, setting, adapter) if stage.advantage is Advantage.gae else None
+    policy = training_states(counts_of(shape, shape.parameters, adapter, four_bit=four_bit), setting)
+    critic = _critic(cfg, shapes, setting, adapter, four_bit) if stage.advantage is Advantage.gae else None
     own_reference = stage.reference and (not adapter or bool(stage.reference_every))
     reference = frozen_states(shape.parameters, setting, shape.largest_layer) if own_reference else None
     generator = _generator(cfg, shape, machine, adapter)
@@ -181,7 +198,7 @@ def _shares_prompts(cfg: Config) -> bool:
     return cfg.engine.share_prompts is not False and stage.samples_per_prompt > 1 and stage.advantage is not Advantage.gae
 
 
-def _critic(cfg: Config, shapes: Shapes, setting: Setting, adapter: int) -> tuple[Shape, States]:
+def _critic(cfg: Config, shapes: Shapes, setting: Setting, adapter: int, four_bit: bool) -> tuple[Shape, States]:
     """The critic's shape, the reward model's or the policy's, and its states."""
     stage = cfg.stage
     from_reward = stage.critic_init is CriticInit.reward and shapes.rewards
@@ -190,7 +207,7 @@ def _critic(cfg: Config, shapes: Shapes, setting: Setting, adapter: int) -> tupl
     if stage.critic_adapter:
         inner = adapter_parameters(shape, replace(cfg.adapter, kind=AdapterKind.lora)) if not adapter or from_reward else adapter
     own = replace(setting, float32_trained=setting.half and setting.kind is EngineKind.torch and bool(inner))
-    return shape, training_states(counts_of(shape, shape.classifier, inner), own)
+    return shape, training_states(counts_of(shape, shape.classifier, inner, four_bit=four_bit), own)
 
 
 def _starting(idle: dict[str, Bytes], policy: States, critic: tuple[Shape, States] | None, reference: States | None) -> list[Moment]:
@@ -317,14 +334,14 @@ def _generator(cfg: Config, shape: Shape, machine: Machine, adapter: int) -> _Ge
 # ---- offline ----
 
 
-def _offline(cfg: Config, shape: Shape, machine: Machine) -> Plan:
+def _offline(cfg: Config, shape: Shape, machine: Machine, four_bit: bool) -> Plan:
     """TRL's trainers: one model, and a reference for DPO and KTO with full weights (rlhf/stages/preference.py: start_of)."""
     stage = cfg.stage
     setting = setting_of(cfg, machine, trl=True)
     adapter = adapter_parameters(shape, cfg.adapter)
     classifier = isinstance(stage, RewardStage)
     parameters = shape.classifier if classifier else shape.parameters
-    states = training_states(counts_of(shape, parameters, adapter), setting)
+    states = training_states(counts_of(shape, parameters, adapter, four_bit=four_bit), setting)
     held = replace(setting, half=setting.half and not setting.float32_trained) if not adapter else setting
     reference = frozen_states(parameters, held, shape.largest_layer) if isinstance(stage, (PreferenceStage, KTOStage)) and not adapter else None
     rows = cfg.engine.micro_batch_size or max(1, stage.batch_size // machine.ranks)

@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.choices import AdapterKind, ModelKind
 from conf.schema import AdapterConfig, ModelConfig, TinyConfig
+from rlhf.models import check_model_path
 from rlhf.types import UserError
 
 _HEAD_SIZE, _MAX_KV_HEADS, _WIDTH_PER_LAYER = 128, 8, 128  # Llama 2 and 3: heads of 128, 8 of them for keys, and 128 columns a layer
@@ -90,6 +91,7 @@ def read_shape(model: ModelConfig, path: str | None = None, key: str = "model.pa
 def _read_config(model: ModelConfig, path: str, key: str) -> Any:
     from transformers import AutoConfig
 
+    check_model_path(path, key)
     place = Path(path).expanduser()
     source, extra = str(place) if place.is_dir() else path, {}
     if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():

@@ -13,6 +13,7 @@ from rlhf.memory import NOTHING, Bytes, total
 
 BUCKET = 5e8  # elements of DeepSpeed's gradient bucket (zero_optimization.reduce_bucket_size), and of its all-reduce without ZeRO
 MAX_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered (stage3_max_live_parameters)
+NF4_BITS = 4.127  # a 4-bit weight with its share of doubly quantised constants (Dettmers et al. 2023, arXiv:2305.14314, section 3)
 SUB_GROUP = 1e9  # parameters that ZeRO-3 steps at once (sub_group_size)
 _SWAP_BUFFERS, _PARAM_BUFFERS, _PARAM_BUFFER = (
     4,
@@ -29,6 +30,13 @@ class Counts:
     trained: int
     largest: int  # elements of the largest tensor that trains
     largest_layer: int  # parameters of the largest module by itself, frozen or not
+    quantised: int = 0  # frozen parameters held in 4 bits (QLoRA)
+    quantised_layer: int = 0  # elements of the largest such layer, which a pass has in full precision for a moment
+
+    def weights(self, width: float, trained_width: float | None = None) -> float:
+        """Bytes of all weights, `width` a weight; those that train at `trained_width`."""
+        frozen = width * (self.total - self.trained - self.quantised) + NF4_BITS / 8 * self.quantised
+        return frozen + (width if trained_width is None else trained_width) * self.trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +81,13 @@ def textbook(parameters: float, zero: int, ranks: int) -> float:
 def training_states(counts: Counts, setting: Setting) -> States:
     """States of a module that trains."""
     if setting.kind is EngineKind.torch:
-        return _torch(counts, setting)
-    if setting.zero == 0:
-        return _replicated(counts, setting)
-    return _zero3(counts, setting) if setting.zero == 3 else _zero12(counts, setting)
+        states = _torch(counts, setting)
+    elif setting.zero == 0:
+        states = _replicated(counts, setting)
+    else:
+        states = _zero3(counts, setting) if setting.zero == 3 else _zero12(counts, setting)
+    states.gathered += Bytes(setting.width * counts.quantised_layer)
+    return states
 
 
 def frozen_states(parameters: float, setting: Setting, largest_layer: float) -> States:
@@ -109,7 +120,7 @@ def _loading(whole: float, setting: Setting) -> Bytes:
 def _torch(counts: Counts, s: Setting) -> States:
     """policy/engine.py: TorchEngine, and TRL without DeepSpeed."""
     trained_width = 4 if s.float32_trained else s.width
-    weights = s.width * (counts.total - counts.trained) + trained_width * counts.trained
+    weights = counts.weights(s.width, trained_width)
     masters = 4 * counts.trained if trained_width == 2 else 0
     gradients = trained_width * counts.trained
     # the second micro-batch's gradient of a tensor exists before it is added to the first's
@@ -124,19 +135,20 @@ def _torch(counts: Counts, s: Setting) -> States:
 def _replicated(counts: Counts, s: Setting) -> States:
     """engine=zero0: plain data parallelism. In bfloat16 DeepSpeed converts all weights, an adapter's too, and keeps float32 copies of what trains."""
     w = s.width
-    resident = {"weights": Bytes(w * counts.total), "masters": Bytes(4 * counts.trained if s.half else 0), "Adam": Bytes(8 * counts.trained)}
+    weights = counts.weights(w)
+    resident = {"weights": Bytes(weights), "masters": Bytes(4 * counts.trained if s.half else 0), "Adam": Bytes(8 * counts.trained)}
     reduce = w * min(counts.trained, BUCKET) if s.ranks > 1 else 0.0
     backward = {"gradients": Bytes(w * (counts.trained + counts.largest)), "gradient bucket": Bytes(reduce)}
     gradients = (6 if s.half else 4) * counts.trained  # the half-precision ones stay until the step is done
     step = {"gradients": Bytes(gradients), "AdamW's temporaries": Bytes(temporaries(counts.trained, counts.largest, s))}
-    return States(resident=resident, backward=backward, step=step, start=_loading(w * counts.total, s))
+    return States(resident=resident, backward=backward, step=step, start=_loading(weights, s))
 
 
 def _zero12(counts: Counts, s: Setting) -> States:
     """ZeRO-1 shares out masters and moments, ZeRO-2 gradients as well; the masters are a copy in float32 training, too."""
     w, part = s.width, counts.trained / s.ranks
     bucket = w * (BUCKET if s.cuda else min(counts.trained, BUCKET))  # on a CPU pages that are never written cost nothing
-    weights = Bytes(w * counts.total)
+    weights = Bytes(counts.weights(w))
     if s.offload is Offload.none:
         resident = {"weights": weights, "masters": Bytes(4 * part), "Adam": Bytes(8 * part)}
         gradients = Bytes(w * (counts.trained if s.zero == 1 else part) + w * counts.largest)
@@ -145,11 +157,11 @@ def _zero12(counts: Counts, s: Setting) -> States:
         flattening = w * part + (w + 4 if s.half else 4) * part
         stepping = 4 * part + temporaries(part, part, s)
         step = {"gradients": Bytes(4 * part), "flattening, AdamW's temporaries": Bytes(max(flattening, stepping) - 4 * part)}
-        return States(resident=resident, backward=backward, step=step, start=_loading(w * counts.total, s))
+        return States(resident=resident, backward=backward, step=step, start=_loading(weights.device, s))
     resident = {"weights": weights, "masters": Bytes(host=4 * part), "Adam": Bytes(host=8 * part), "half copy": Bytes(host=w * part)}
     backward = {"gradients": Bytes(w * 2 * counts.largest, 4 * part), "gradient bucket": Bytes(bucket)}
     step = {"gradients": Bytes(host=4 * part), "AdamW's temporaries": Bytes(host=temporaries(part, part, s, on_host=True))}
-    return States(resident=_on_host(resident, s), backward=_on_host(backward, s), step=_on_host(step, s), start=_loading(w * counts.total, s))
+    return States(resident=_on_host(resident, s), backward=_on_host(backward, s), step=_on_host(step, s), start=_loading(weights.device, s))
 
 
 def _zero3(counts: Counts, s: Setting) -> States:

@@ -9,9 +9,9 @@ from rlhf.memory.fit import Row, recommended
 from rlhf.memory.machine import Machine
 from rlhf.memory.plan import Plan
 from rlhf.memory.shapes import Shape
+from rlhf.memory.states import NF4_BITS
 
 _ORDER = ("policy", "reward model", "critic", "reference", "reward", "generator", "process")
-_NF4_BITS = 4.127  # a 4-bit weight with its share of doubly quantised constants (Dettmers et al. 2023, arXiv:2305.14314, section 3)
 
 
 def gib(count: float) -> str:
@@ -44,57 +44,91 @@ def plan_table(plan: Plan, title: str) -> Any:
     return table
 
 
-def fit_table(rows: Sequence[Row], title: str) -> Any:
-    """A line for every engine, offload and adapter: GiB per device by role at the peak, and whether it fits."""
+def fit_table(rows: Sequence[Row], title: str, width: int) -> Any:
+    """A line for every engine, offload and adapter: GiB per device at the peak, and whether it fits; below it, the changes that its letters mean.
+
+    Roles have columns where `width` characters hold them.
+    """
+    from rich.console import Console, Group
+    from rich.text import Text
+
+    letters: dict[str, str] = {}
+    for row in rows:
+        for text in _texts(row):
+            letters.setdefault(text, chr(ord("a") + len(letters)))
+    roles = roles_of(*(row.plan for row in rows))
+    table = _fit_table(rows, title, letters, roles)
+    if Console(width=1000).measure(table).maximum > width:
+        table = _fit_table(rows, title, letters, [])
+    return Group(table, *(Text(f" {letter}  {text}") for text, letter in letters.items()))
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+    """What the last column's letters of a row stand for: its changes, and why it can't run whatever fits."""
+    return (*row.changes, *([row.plan.problem] if row.plan.problem else []))
+
+
+def _fit_table(rows: Sequence[Row], title: str, letters: dict[str, str], roles: Sequence[str]) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    roles = roles_of(*(row.plan for row in rows))
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("engine", "offload", "trains"):
-        table.add_column(heading)
-    for heading in (*roles, "all", "peak in", "host"):
-        table.add_column(heading, justify="left" if heading == "peak in" else "right")
-    table.add_column("fits")
+        table.add_column(heading, no_wrap=True)
+    for heading in (*roles, "all"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("peak in", no_wrap=True)
+    table.add_column("host", justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
     table.add_column("with", overflow="fold")
-    previous: AdapterKind | None = None
+    best = [row for row in (recommended(rows, kind) for kind in AdapterKind) if row is not None]
+    previous = ""
     for row in rows:
-        engine, adapter, moment = row.cfg.engine, row.cfg.adapter.kind, row.plan.peak()
-        if previous not in (None, adapter):
+        trained = trains(row)
+        if previous not in ("", trained):
             table.add_section()
-        previous = adapter
+        previous = trained
+        engine, moment = row.cfg.engine, row.plan.peak()
         name = "torch" if engine.kind is EngineKind.torch else f"zero{engine.zero_stage}"
         offload = "" if engine.offload is Offload.none else engine.offload.value
         cells = [gib(moment.roles.get(role, Bytes()).device) for role in roles]
-        fits = "[green]yes[/]" if row.plan.fits else "[red]no[/]"
         host = f"{row.plan.host_gib:.0f}" if row.plan.machine.cuda else ""
-        changes = " ".join(row.changes) if row.plan.fits else row.plan.problem or ""
-        trains = "all" if adapter is AdapterKind.none else f"LoRA r={row.cfg.adapter.rank}"
-        table.add_row(name, offload, trains, *cells, gib(moment.total.device), moment.phase.value, host, fits, changes.replace("[", r"\["))
+        fits = ("[dim]would[/]" if row.four_bit else "[green]yes[/]") if row.plan.fits else "[red]no[/]"
+        letter = " ".join(letters[text] for text in _texts(row)) + (" *" if row in best else "")
+        style = "bold" if row in best else None
+        table.add_row(name, offload, trained, *cells, gib(moment.total.device), moment.phase.value, host, fits, letter.strip(), style=style)
     return table
+
+
+def trains(row: Row) -> str:
+    """What a row trains."""
+    if row.cfg.adapter.kind is AdapterKind.none:
+        return "all"
+    return "QLoRA" if row.four_bit else "LoRA"
 
 
 def answers(rows: Sequence[Row], machine: Machine) -> list[str]:
     """Whether it fits, and with which overrides: a line for full training and one for LoRA."""
-    where = f"{machine.ranks} device{'s' if machine.ranks > 1 else ''} of {machine.device_gib:.0f} GiB"
+    where = f"{machine.ranks} device{'s' if machine.ranks > 1 else ''} of {machine.device_gib:.3g} GiB"
     if not machine.cuda:
         where = f"{machine.host_gib:.0f} GiB of memory and {machine.ranks} rank{'s' if machine.ranks > 1 else ''}"
-    out = []
+    out, each = [], " each" if machine.ranks > 1 else ""
     for adapter, name in ((AdapterKind.none, "full training"), (AdapterKind.lora, "LoRA")):
         row = recommended(rows, adapter)
         if row is None:
-            least = min((r for r in rows if r.cfg.adapter.kind is adapter), key=lambda r: r.plan.device_gib)
-            why = f": {least.plan.problem}" if least.plan.problem else f": {least.plan.device_gib:.1f} GiB at the least"
-            out.append(f"{name} doesn't fit on {where} with any engine{why}.")
+            own = [r for r in rows if r.cfg.adapter.kind is adapter and not r.four_bit]
+            least = min(own, key=lambda r: (r.plan.problem is not None, r.plan.device_gib))
+            out.append(f"{name} doesn't fit on {where} with any engine. The least is with {' '.join(least.overrides)}: {least.plan.obstacle}.")
         else:
-            out.append(f"{name} fits on {where}, {row.plan.device_gib:.1f} GiB each, with: {' '.join(row.overrides)}")
+            out.append(f"{name} fits on {where}, {row.plan.device_gib:.1f} GiB{each}, with: {' '.join(row.overrides)}")
     return out
 
 
 def qlora_note(shape: Shape) -> str:
     """What a 4-bit base would save; the toolkit doesn't train one."""
     linear = sum(one.inputs * one.outputs for one in shape.linears)
-    quantised = linear * _NF4_BITS / 8 + 2 * (shape.parameters - linear)
+    quantised = linear * NF4_BITS / 8 + 2 * (shape.parameters - linear)
     return (
-        f"QLoRA: this toolkit doesn't train on a 4-bit base. It would hold the frozen weights in {quantised / GIB:.1f} GiB in place of "
-        f"{2 * shape.parameters / GIB:.1f}."
+        f"QLoRA: this toolkit doesn't train on a 4-bit base; its lines are for comparison. Frozen weights would take {quantised / GIB:.1f} GiB "
+        f"in place of {2 * shape.parameters / GIB:.1f}."
     )

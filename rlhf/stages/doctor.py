@@ -385,10 +385,12 @@ def check_plan(cfg: Config) -> tuple[Answer | None, Finding]:
 
 
 def print_plan(found: Answer) -> None:
+    for line in found.lines:
+        console().print(line, markup=False, soft_wrap=True, style="bold")
     for renderable in found.renderables:
         console().print(renderable)
-    for line in (*found.lines, *(f"  {note}" for note in found.notes)):
-        console().print(line, markup=False, soft_wrap=True)
+    for note in found.notes:
+        console().print(f"  {note}", markup=False, soft_wrap=True)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

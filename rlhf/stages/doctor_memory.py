@@ -7,6 +7,7 @@ from conf.choices import AdapterKind
 from conf.schema import Config
 from conf.stages import DoctorStage, OfflineStage, OnlineStage
 from rlhf import config
+from rlhf.console import console
 from rlhf.memory import fit, tables
 from rlhf.memory.machine import machine_of
 from rlhf.memory.subjects import can_plan, shapes_of
@@ -49,8 +50,9 @@ def answer(cfg: Config) -> Answer | None:
     rows = fit.rows(chosen, shapes, machine)
     lines = tables.answers(rows, machine)
     best = fit.recommended(rows, chosen.adapter.kind) or next((r for r in (fit.recommended(rows, kind) for kind in AdapterKind) if r), None)
-    where = "GiB per device" if machine.cuda else "GiB per rank"
-    renderables = [tables.fit_table(rows, f"stage={chosen.stage.name}: {where} by role at the peak, host GiB of all ranks")]
+    where = "device" if machine.cuda else "rank"
+    title = f"stage={chosen.stage.name}: GiB per {where} at the peak; host: GiB of all ranks; LoRA of rank {chosen.adapter.rank}; *: recommended"
+    renderables = [tables.fit_table(rows, title, console().width)]
     if best is not None:
         renderables.append(tables.plan_table(best.plan, "with " + " ".join(best.overrides)))
     sizes = f"micro-batches of {chosen.engine.micro_tokens} tokens"
