@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from conf.choices import AdapterKind, EngineKind, Scheduler
+from conf.choices import AdapterKind, EngineKind, Offload, Scheduler
 from conf.schema import AdapterConfig, EngineConfig
 from policy.adapters import attach, enable_checkpointing
 from policy.engine import OptimSettings, make_engine
@@ -42,7 +42,7 @@ def train(dims: dict[str, Any], case: dict[str, Any], tokens: int) -> None:
     if case.get("checkpointing"):
         enable_checkpointing(model)
     kind = EngineKind(case["engine"])
-    cfg = EngineConfig(kind=kind, zero_stage=case.get("zero", 0))
+    cfg = EngineConfig(kind=kind, zero_stage=case.get("zero", 0), offload=Offload(case.get("offload", "none")))
     optim = OptimSettings(1e-4, 0.0, (0.9, 0.999), 1e-8, 1.0, Scheduler.constant, 0, 2)
     module = PolicyModule(model, chunk=CHUNK)
     module.entropy_grad = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conf.choices import AdapterKind, EngineKind
+from conf.choices import AdapterKind, EngineKind, Offload
 from conf.schema import AdapterConfig
 from rlhf.memory import activations, shapes, total
 from rlhf.memory.activations import Pass
@@ -49,7 +49,13 @@ def planned(case: dict[str, Any], ranks: int = 1) -> float:
     rank, half, plain = case.get("adapter", 0), bool(case.get("half")), case["engine"] == "torch"
     adapter = shapes.adapter_parameters(shape, AdapterConfig(kind=AdapterKind.lora, rank=rank)) if rank else 0
     setting = Setting(
-        kind=EngineKind(case["engine"]), zero=case.get("zero", 0), ranks=ranks, half=half, fused=plain, float32_trained=half and plain and bool(rank)
+        kind=EngineKind(case["engine"]),
+        zero=case.get("zero", 0),
+        offload=Offload(case.get("offload", "none")),
+        ranks=ranks,
+        half=half,
+        fused=plain,
+        float32_trained=half and plain and bool(rank),
     )
     states = training_states(counts_of(shape, shape.parameters, adapter), setting)
     p = Pass(case["tokens"], setting.width, length=128, adapter=rank, adapter_float32=plain, checkpointing=bool(case.get("checkpointing")))

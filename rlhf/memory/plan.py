@@ -113,7 +113,7 @@ def process(machine: Machine) -> Bytes:
 
 
 def counts_of(shape: Shape, parameters: int, adapter: int, *, four_bit: bool = False) -> Counts:
-    """A module with `shape`'s blocks, of which an adapter's parameters train beside `parameters`, or all. `four_bit`: its linear layers are quantised."""
+    """A module of `parameters`, all of which train, or an adapter beside them. `four_bit`: its linear layers are quantised."""
     if not adapter:
         return Counts(parameters, parameters, shape.largest, shape.largest_layer)
     layers = [one.inputs * one.outputs for one in shape.linears] if four_bit else [0]
