@@ -1,6 +1,8 @@
 """run.dry_run: the launch command, the arithmetic, the first rows as tokens and the memory plan, from a directory without weights."""
 
+import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,15 @@ import pytest
 from conf.choices import EngineKind, RolloutBackend, TrackingKind
 from conf.schema import Config, DataConfig, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TrackingConfig
 from conf.stages import DataStage, OnlineStage, SFTStage
+from policy import engine as policy_engine
 from rlhf import config
 from rlhf.__main__ import execute
 from rlhf.console import console
-from rlhf.stages import dry_run
+from rlhf.run import RunContext
+from rlhf.stages import dry_run, online
 from rlhf.stages.trl_common import plan_batches, total_steps
 from rlhf.types import UserError
+from tests import test_online, toys, trl_tools
 from tests.test_conflicts import model_directory
 
 
@@ -104,6 +109,75 @@ def test_online_arithmetic(grpo: Config) -> None:
 def test_offline_arithmetic_is_the_trainers(rows: int, steps: int | None, expected: int) -> None:
     stage: Any = SFTStage(batch_size=32, epochs=2.0, steps=steps)
     spread = plan_batches(32, 4, 2)
-    found = dry_run.offline_arithmetic(stage, spread.micro, spread.accumulation, 2, rows, total_steps(stage, rows))
+    found = dry_run.offline_arithmetic(stage, spread.micro, spread.accumulation, 2, rows, rows, total_steps(stage, rows))
     assert found["rows of a step"] == "4 rows x 4 micro-batches x 2 ranks = 32 (stage.batch_size)"
     assert found["steps"].startswith(f"{expected} (")
+
+
+# ---- the figures against runs ----
+
+
+def steps_shown(cfg: Config, capsys: pytest.CaptureFixture[str]) -> int:
+    """The number of steps that a dry run of `cfg` prints."""
+    out = shown(replace(cfg, run=replace(cfg.run, dry_run=True)), capsys)
+    return int(re.search(r"steps\s*│\s*(\d+) \(", out)[1])  # type: ignore[index]
+
+
+LIMITS = {"sft": 32, "packed": 32}
+ROWS: dict[str, Any] = {
+    "sft": trl_tools.sft_rows,
+    "packed": trl_tools.sft_rows,
+    "reward": trl_tools.pair_rows,
+    "dpo": trl_tools.pair_rows,
+    "kto": trl_tools.pair_rows,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "packed",
+        "reward",
+        pytest.param("sft", marks=pytest.mark.slow),
+        pytest.param("dpo", marks=pytest.mark.slow),
+        pytest.param("kto", marks=pytest.mark.slow),
+    ],
+)
+def test_offline_steps_are_the_trainers_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One pass over rows of which some are too long: what is printed before is what the trainer has counted after."""
+    monkeypatch.setenv("COLUMNS", "200")
+    console.cache_clear()
+    preset = config.stage_preset("sft" if name == "packed" else name)
+    stage = replace(preset, epochs=1.0, steps=None, batch_size=4, eval_steps=100, max_length=LIMITS.get(name, 10))
+    if name == "packed":
+        stage = replace(stage, packing=True)
+    cfg = trl_tools.config(stage, tmp_path, name, ROWS[name]())
+    expected = steps_shown(cfg, capsys)
+    module = {"packed": "sft", "dpo": "preference", "kto": "preference"}.get(name, name)
+    ctx = RunContext.open(cfg)
+    importlib.import_module(f"rlhf.stages.{module}").run(ctx)
+    done = max(line["step"] for line in trl_tools.metric_lines(ctx.dir))
+    assert done == expected == json.loads((ctx.dir / "summary.json").read_text())["steps"]
+    read = len(ROWS[name]()) * 4 // 5 * (2 if name == "kto" else 1)
+    assert name == "sft" or expected != read // 4  # rows were left out, or packed, so that the file's rows alone would have given another number
+
+
+def test_online_updates_are_those_that_were_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    console.cache_clear()
+    made = ["stage.samples_per_prompt=2", "stage.minibatches=2", "stage.epochs=3", "stage.steps=2", "rollout.max_response_length=2"]
+    overrides = ["stage=ppo", *test_online.TINY, *made, "engine.micro_tokens=70", "stage.prompts_per_step=4", "stage.critic_init=policy"]
+    rows = toys.write_jsonl(tmp_path / "prompts.jsonl", toys.prompt_rows())
+    given = [f"run.dir={tmp_path}", f"data.path={rows}", "reward.function=tests.toys:even_first_token", "rollout=hf", "tracking=none"]
+    cfg = config.compose([*overrides, *given])
+    out = shown(replace(cfg, run=replace(cfg.run, dry_run=True)), capsys)
+    counted = []
+    step = policy_engine.TorchEngine.step
+    monkeypatch.setattr(policy_engine.TorchEngine, "step", lambda self: (counted.append(type(self.module).__name__), step(self))[1])
+    online.run(RunContext.open(cfg, ()))
+    lines = trl_tools.metric_lines(tmp_path / "default" / "ppo")
+    updates = sum(line["policy/updates"] for line in lines)
+    assert f"3 epochs x 2 minibatches = {counted.count('PolicyModule') // 2}" in out
+    assert f"2 (stage.steps), {updates:.0f} optimizer steps, 16 responses" in out and updates == counted.count("PolicyModule") == 12
+    assert counted.count("CriticModule") == 12
+    assert sum(line["rollout/trained_responses"] for line in lines) == 16

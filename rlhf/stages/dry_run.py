@@ -11,7 +11,7 @@ from typing import Any
 
 from conf.choices import ModelKind
 from conf.schema import Config
-from conf.stages import OfflineStage, OnlineStage
+from conf.stages import OfflineStage, OnlineStage, RewardStage, SFTStage
 from rlhf import config, conflicts
 from rlhf.console import console
 from rlhf.data import reading
@@ -41,7 +41,8 @@ def _training(cfg: Config, argv: Sequence[str]) -> None:
     print(f"launch: {launch_command(argv, ranks)}")
     tokenizer = tokenizer_of(cfg)
     rows = read_rows(cfg, tokenizer)
-    _print_figures("batches", online_arithmetic(cfg, ranks, rows.count) if isinstance(cfg.stage, OnlineStage) else _offline(cfg, ranks, rows.count))
+    online = isinstance(cfg.stage, OnlineStage)
+    _print_figures("batches", online_arithmetic(cfg, ranks, rows.count) if online else _offline(cfg, tokenizer, ranks, rows.count))
     if rows.previews:
         console().print(render(rows.previews))
     if can_plan(cfg):
@@ -124,22 +125,43 @@ def online_arithmetic(cfg: Config, ranks: int, prompts: int) -> dict[str, str]:
     }
 
 
-def offline_arithmetic(stage: OfflineStage, micro: int, accumulation: int, ranks: int, rows: int, steps: int) -> dict[str, str]:
-    """How rows become optimizer steps, over all ranks."""
+def offline_arithmetic(stage: OfflineStage, micro: int, accumulation: int, ranks: int, read: int, rows: int, steps: int) -> dict[str, str]:
+    """How rows become optimizer steps, over all ranks; `read` rows are in the data, `rows` of them train, or so many packed ones."""
     whole = max(1, rows // stage.batch_size)
+    packed = isinstance(stage, SFTStage) and stage.packing
+    kept = "" if rows == read and not packed else f", {'packed into' if packed else 'of which'} {rows}{'' if packed else ' can train'}"
     source = "stage.steps" if stage.steps is not None else f"{stage.epochs:g} epochs x {whole} whole batches"
     return {
         "rows of a step": f"{micro} rows x {accumulation} micro-batches x {_ranks(ranks)} = {micro * accumulation * ranks} (stage.batch_size)",
         "steps": f"{steps} ({source})",
-        "data": f"{rows} training rows, {steps * stage.batch_size} trained: {steps * stage.batch_size / rows:.3g} passes",
+        "data": f"{read} training rows{kept}, {steps * stage.batch_size} trained: {steps * stage.batch_size / rows:.3g} passes",
     }
 
 
-def _offline(cfg: Config, ranks: int, rows: int) -> dict[str, str]:
+def _offline(cfg: Config, tokenizer: Any, ranks: int, rows: int) -> dict[str, str]:
     from rlhf.stages.trl_common import plan_batches, total_steps
 
     spread = plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
-    return offline_arithmetic(cfg.stage, spread.micro, spread.accumulation, ranks, rows, total_steps(cfg.stage, rows))
+    kept = trained_rows(cfg, tokenizer, spread.micro)
+    return offline_arithmetic(cfg.stage, spread.micro, spread.accumulation, ranks, rows, kept, total_steps(cfg.stage, kept))
+
+
+def trained_rows(cfg: Config, tokenizer: Any, micro: int) -> int:
+    """Rows that train: those that the stage's own reading keeps, and packed where it packs them. Raises UserError as the stage would."""
+    from rlhf.stages import preference, reward, sft
+
+    stage = cfg.stage
+    if isinstance(stage, RewardStage):
+        return len(reward.read(cfg, tokenizer)[0].data)
+    if not isinstance(stage, SFTStage):
+        return len(preference.read(cfg, tokenizer, micro)[0])
+    rows = sft.read(cfg, tokenizer)[0]
+    if not stage.packing:
+        return len(rows)
+    from trl import SFTConfig
+    from trl.data_utils import pack_dataset
+
+    return len(pack_dataset(rows, stage.max_length, SFTConfig.packing_strategy))
 
 
 def _ranks(count: int) -> str:

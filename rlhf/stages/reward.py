@@ -235,14 +235,20 @@ def run(ctx: RunContext) -> None:
         _run(ctx)
 
 
+def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]:
+    """Encoded training and held-out pairs, and whether they are conversations. Raises UserError."""
+    stage = cfg.stage
+    train_rows, eval_rows = preference_dataset(cfg)
+    options = {"max_length": stage.max_length, "margin": stage.margin, "soft_label": stage.soft_label}
+    train = encode_pairs(tokenizer, train_rows, name="training", **options)
+    return train, encode_pairs(tokenizer, eval_rows, name="held-out", **options), is_chat(train_rows[0]["chosen"])
+
+
 def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
     plan, tokenizer = common.begin(cfg)
-    train_rows, eval_rows = preference_dataset(cfg)
+    train, held_out, conversational = read(cfg, tokenizer)
     common.record_inputs(ctx, "policy")
-    options = {"max_length": stage.max_length, "margin": stage.margin, "soft_label": stage.soft_label}
-    train = encode_pairs(tokenizer, train_rows, name="training", **options)
-    held_out = encode_pairs(tokenizer, eval_rows, name="held-out", **options)
     if stage.soft_label:
         leaning(np.array(held_out.data[weights.SOFT_LABEL]))  # raises here rather than after training
     tokenizer.pad_token = padding_token(tokenizer, train, held_out)
@@ -253,7 +259,7 @@ def _run(ctx: RunContext) -> None:
     judged = judge(module, held_out.data, cfg.reward.batch_tokens, device)
     metrics |= judgement_metrics(judged, stage.bootstrap, cfg.run.seed)
     if distributed.is_main():
-        write_manifest(ctx.model_dir, manifest_of(cfg, tokenizer, conversational=is_chat(train_rows[0]["chosen"]), metrics=metrics))
+        write_manifest(ctx.model_dir, manifest_of(cfg, tokenizer, conversational=conversational, metrics=metrics))
         ctx.tracker.samples(steps, sample_rows(tokenizer, held_out.data, judged))
         plot = plot_judged(judged, metrics, ctx.dir / "plots")
         ctx.tracker.images([plot])

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 from trl import SFTConfig, SFTTrainer
 
+from conf.schema import Config
 from rlhf import distributed
 from rlhf.data.encoding import IGNORED, encode_completion, encode_conversation, encode_text, is_chat, prompt_ids, require_template
 from rlhf.data.reading import sft_dataset
@@ -88,19 +89,25 @@ def run(ctx: RunContext) -> None:
         _run(ctx)
 
 
-def _run(ctx: RunContext) -> None:
-    cfg, stage = ctx.cfg, ctx.cfg.stage
-    plan, tokenizer = common.begin(cfg)
+def read(cfg: Config, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset]:
+    """Encoded training and held-out rows, and the held-out ones as they were. Raises UserError."""
+    stage = cfg.stage
     train_rows, eval_rows = sft_dataset(cfg)
     if stage.packing and weights.COLUMN in train_rows.column_names:
         raise UserError(
             f"stage.packing=true joins rows, and the rows' weights (column {cfg.data.weight_column!r}) would be lost. Set stage.packing=false, or "
             "data.weight_column=null to weigh all rows the same."
         )
-    common.record_inputs(ctx, "policy")
     encode = {"max_length": stage.max_length, "completion_only": stage.completion_only}
     train = encode_dataset(tokenizer, train_rows, name="training", cut=not stage.packing, **encode)
-    held_out = encode_dataset(tokenizer, eval_rows, name="held-out", cut=True, **encode)
+    return train, encode_dataset(tokenizer, eval_rows, name="held-out", cut=True, **encode), eval_rows
+
+
+def _run(ctx: RunContext) -> None:
+    cfg, stage = ctx.cfg, ctx.cfg.stage
+    plan, tokenizer = common.begin(cfg)
+    train, held_out, eval_rows = read(cfg, tokenizer)
+    common.record_inputs(ctx, "policy")
     seed_everything(cfg.run.seed)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=common.training_dtype(cfg)), tokenizer)
     longest = stage.max_length if stage.packing else max(len(ids) for rows in (train, held_out) for ids in rows["input_ids"])
