@@ -13,6 +13,7 @@ from rlhf import distributed
 from rlhf.memory import GIB
 from rlhf.types import UserError
 
+_PLANNED_GIB = 0.25  # weights below which a run doesn't take the second for its memory plan
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks of vLLM 0.32, which takes 20 s to import
 
 
@@ -148,6 +149,31 @@ def reading_note(key: str, path: str, reward_tokenizer: Any, manifest: Any, poli
         f"{key}={path}: the reward model has {what}, so prompts and responses go to it as text, which its own tokenizer and template put into tokens "
         "anew. To score the policy's own tokens, train it from the policy: stage=reward model.path=<the policy's model directory>."
     ]
+
+
+def check_memory(cfg: Config) -> list[str]:
+    """Says where the memory plan doesn't fit the devices. Parts of it are assumed, so this is a warning."""
+    if not isinstance(cfg.stage, (OfflineStage, OnlineStage)) or cfg.run.dry_run or weights_gib(cfg.model.path) < _PLANNED_GIB:
+        return []
+    from rlhf.memory.machine import machine_of
+    from rlhf.memory.plan import HEADROOM, plan
+    from rlhf.memory.subjects import shapes_of
+
+    machine = machine_of(cfg, all_devices=False)
+    shapes, _ = shapes_of(cfg, assume_reward=False)
+    found = plan(cfg, shapes, machine)
+    if found.fits:
+        return []
+    usable = f"{HEADROOM * machine.device_gib:.1f} GiB are usable on each {'device' if machine.cuda else 'rank'}"
+    return [
+        f"the memory plan doesn't fit, {usable}: {found.obstacle}. "
+        f"`python -m rlhf stage=doctor stage.plan={cfg.stage.name}` with the same model and engine options says which setting does."
+    ]
+
+
+def weights_gib(path: str | None) -> float:
+    """GiB of a model's safetensors files; 0 for what isn't on the disk."""
+    return sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors")) / GIB if path is not None else 0.0
 
 
 CHECKS = (check_devices, check_precision, check_lora_rank, check_cache, check_padding)

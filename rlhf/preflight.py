@@ -298,20 +298,28 @@ def check_reward(cfg: Config) -> list[str]:
     for key, path in terms.model_paths(reward):
         manifest = importlib.import_module("reward.model").read_manifest(path, key)
         for policy in policies.values() or [cfg.model.path]:
-            notes += _check_reward_tokenizer(replace(cfg, model=replace(cfg.model, path=policy)), path, manifest, key)
+            notes += _check_reward_tokenizer(replace(cfg, model=replace(cfg.model, path=policy)), path, manifest, key, critic=critic)
     if reward.terms:
         terms.check_rows(reward, reading.first_fields(cfg, reading.use_of(cfg)))
     return notes
 
 
-def _check_reward_tokenizer(cfg: Config, reward_path: str, manifest: Any, key: str) -> list[str]:
-    """Compare the tokenizers where both are on the disk, and say how the policy's texts are read; the scorer does it again with what it loaded."""
+def _check_reward_tokenizer(cfg: Config, reward_path: str, manifest: Any, key: str, *, critic: bool = False) -> list[str]:
+    """Compare the tokenizers where both are on the disk, and say how the policy's texts are read; the scorer does it again with what it loaded.
+
+    `critic`: the critic starts from the reward model, and reads the policy's own tokens.
+    """
     policy = conflicts.policy_tokenizer(cfg)
     if policy is None:
         return []
     scorer, models = importlib.import_module("reward.scorer"), importlib.import_module("reward.model")
     reward_tokenizer, _ = models.load_reward_tokenizer(reward_path, key)
     scorer.check_tokenizers(reward_path, reward_tokenizer, manifest, policy, key)
+    if critic and reward_tokenizer.get_vocab() != policy.get_vocab():
+        raise UserError(
+            f"stage.critic_init=reward: the reward model {reward_path} has another tokenizer ({len(reward_tokenizer)} entries) than the policy "
+            f"({len(policy)}), so its weights can't read the policy's tokens. Set stage.critic_init=policy."
+        )
     return conflicts.reading_note(key, reward_path, reward_tokenizer, manifest, policy)
 
 
@@ -485,6 +493,7 @@ CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (
     check_nonfinite,
     check_watch,
     check_lengths,
+    conflicts.check_memory,
     check_tracking,
     check_run_directory,
     room.check_room,

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from conf.choices import AdapterKind, Advantage, Dtype, EngineKind, ModelKind, RolloutBackend, TrackingKind
+from conf.choices import AdapterKind, Advantage, CriticInit, Dtype, EngineKind, ModelKind, RolloutBackend, TrackingKind
 from conf.schema import AdapterConfig, Config, DataConfig, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TrackingConfig
 from conf.stages import OnlineStage, SFTStage
 from reward.model import write_manifest
 from rlhf import conflicts, preflight
+from rlhf.memory import machine
+from rlhf.memory.machine import Machine
 from rlhf.models import tiny_config, train_tokenizer
 from rlhf.types import UserError
 from tests import toys
@@ -173,8 +175,25 @@ def test_files_that_can_not_be_read_are_named(ppo: Config) -> None:
 
 def test_a_reward_model_that_reads_text_says_so(ppo: Config, tmp_path: Path) -> None:
     reward_directory(tmp_path / "other", text="entirely different words", template=CHATML)
-    (note,) = preflight.check(replace(ppo, reward=RewardConfig(path=str(tmp_path / "other"))))
+    other = replace(ppo, reward=RewardConfig(path=str(tmp_path / "other")))
+    with pytest.raises(UserError, match=r"stage.critic_init=reward: .*another tokenizer \(\d+ entries\).*Set stage.critic_init=policy."):
+        preflight.check(other)
+    (note,) = preflight.check(replace(other, stage=OnlineStage(critic_init=CriticInit.policy)))
     assert note.startswith("reward.path=") and "another tokenizer" in note and "as text" in note and "train it from the policy: stage=reward" in note
     reward_directory(tmp_path / "chat", template=CHATML)
     (note,) = preflight.check(replace(ppo, reward=RewardConfig(path=str(tmp_path / "chat"))))
     assert "another chat template than the policy" in note
+
+
+def test_a_run_that_the_memory_plan_does_not_fit_says_so(ppo: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is made where weights are large: here a file of 1 GiB that takes no room."""
+    small = Machine(ranks=1, cuda=True, device_gib=1.0, host_gib=None)
+    monkeypatch.setattr(machine, "machine_of", lambda cfg, all_devices: small)
+    assert preflight.check(ppo) == []
+    with (Path(str(ppo.model.path)) / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 30)
+    (note,) = preflight.check(ppo)
+    assert note.startswith("the memory plan doesn't fit, 0.9 GiB are usable on each device: ") and "stage=doctor stage.plan=ppo" in note
+    assert preflight.check(replace(ppo, run=replace(ppo.run, dry_run=True))) == []  # it shows the plan itself
+    monkeypatch.setattr(machine, "machine_of", lambda cfg, all_devices: replace(small, device_gib=80.0))
+    assert preflight.check(ppo) == []
