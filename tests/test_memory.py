@@ -95,6 +95,25 @@ def test_offload_is_deepspeeds_estimate_with_the_buffers_that_its_factor_stands_
     assert total(wide.resident).device == 2 * 5e8  # the bucket alone
 
 
+def test_zero_3_offload_is_deepspeeds_estimate_with_what_it_leaves_out_named() -> None:
+    """On the host theirs has 18 bytes a parameter; as without offload the weights' 2 are missing, and AdamW's temporaries stand in its factor of 1.5.
+
+    Where every rank loads the model first (zero_init=False), theirs has 4 bytes a parameter and rank: we load half precision as such, 2. On the
+    device theirs has one layer in float32; but DeepSpeed's own defaults keep up to 1e9 parameters gathered, and a bucket of 5e8 gradients.
+    """
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate
+
+    counts = replace(WHOLE, largest_layer=int(5e8))
+    states = training_states(counts, setting(3, 8, offload=Offload.cpu))
+    cpu, gpu, layer = estimate(int(P), counts.largest_layer, num_gpus_per_node=8, additional_buffer_factor=1)
+    held = 8 * (peak(states).host - states.step["AdamW's temporaries"].host)
+    assert held - 2 * P == pytest.approx(cpu, rel=1e-6)
+    loading, _, _ = estimate(int(P), counts.largest_layer, num_gpus_per_node=8, additional_buffer_factor=1, zero_init=False)
+    assert 2 * 8 * states.start.host == pytest.approx(loading, rel=1e-6)
+    assert gpu == layer == 4 * 5e8
+    assert peak(states).device == 2 * (1e9 + 5e8) + 2 * 5e8
+
+
 def test_adamws_temporaries() -> None:
     gpu = setting(2)
     assert temporaries(10, 5, replace(gpu, fused=True)) == 0

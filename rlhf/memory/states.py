@@ -137,10 +137,12 @@ def _replicated(counts: Counts, s: Setting) -> States:
     w = s.width
     weights = counts.weights(w)
     resident = {"weights": Bytes(weights), "masters": Bytes(4 * counts.trained if s.half else 0), "Adam": Bytes(8 * counts.trained)}
-    reduce = w * min(counts.trained, BUCKET) if s.ranks > 1 else 0.0
-    backward = {"gradients": Bytes(w * (counts.trained + counts.largest)), "gradient bucket": Bytes(reduce)}
+    backward = {"gradients": Bytes(w * (counts.trained + counts.largest))}
+    # After the last backward pass gradients are flattened, reduced and copied back, on one rank as well (runtime/engine.py: allreduce_bucket).
+    reducing = w * (counts.trained + min(counts.trained, BUCKET))
     gradients = (6 if s.half else 4) * counts.trained  # the half-precision ones stay until the step is done
-    step = {"gradients": Bytes(gradients), "AdamW's temporaries": Bytes(temporaries(counts.trained, counts.largest, s))}
+    stepping = gradients + temporaries(counts.trained, counts.largest, s)
+    step = {"gradients": Bytes(gradients), "gradient bucket, AdamW's temporaries": Bytes(max(reducing, stepping) - gradients)}
     return States(resident=resident, backward=backward, step=step, start=_loading(weights, s))
 
 
