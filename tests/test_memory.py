@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,11 +177,14 @@ def test_counts_are_those_of_the_model_itself() -> None:
         shapes.adapter_parameters(shape, AdapterConfig(kind=AdapterKind.lora, targets=["nose"]))
 
 
-def test_a_model_that_is_not_named() -> None:
+def test_a_model_that_is_not_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.path is not set: a memory plan needs a model's directory, or model.params="):
         shapes.read_shape(ModelConfig())
     with pytest.raises(UserError, match=r"model.path=/nowhere: no such directory"):
         shapes.read_shape(ModelConfig(path="/nowhere"))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"model.path=.*: holds no config.json, but a.gguf. Set model.gguf_file=a.gguf."):
+        shapes.read_shape(ModelConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"model.path=no-such-model: its configuration can't be read .* or model.params="):
         shapes.read_shape(ModelConfig(path="no-such-model"))
 

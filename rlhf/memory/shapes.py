@@ -100,6 +100,9 @@ def _read_config(model: ModelConfig, path: str, key: str) -> Any:
         source = str(PeftConfig.from_pretrained(str(place)).base_model_name_or_path)
     elif model.gguf_file is not None and path == model.path:
         extra = {"gguf_file": model.gguf_file}
+    elif place.is_dir() and not (place / "config.json").is_file():
+        name = min(file.name for file in place.glob("*.gguf"))  # check_model_path leaves nothing else
+        raise UserError(f"{key}={path}: holds no config.json, but {name}. Set model.gguf_file={name}.")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code, **extra)
     except (OSError, ValueError, KeyError) as error:
