@@ -2,12 +2,18 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+import transformers
 
 from conf.choices import EngineKind, RolloutBackend, TrackingKind
 from conf.schema import Config, DataConfig, EngineConfig, ModelConfig, RewardConfig, RolloutConfig, RunConfig, TrackingConfig
@@ -23,10 +29,19 @@ from rlhf.types import UserError
 from tests import test_online, toys, trl_tools
 from tests.test_conflicts import model_directory
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture
 def grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A model's directory with a configuration and a tokenizer, but no weights."""
+    """A model's directory with a configuration and a tokenizer, but no weights; to load some would fail in any case."""
+
+    def refused(*args: Any, **options: Any) -> None:
+        pytest.fail("a dry run loads weights")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refused)
+    monkeypatch.setattr(safetensors.torch, "load_file", refused)
+    monkeypatch.setattr(torch, "load", refused)
     monkeypatch.setenv("COLUMNS", "200")
     console.cache_clear()
     model_directory(tmp_path / "policy")
@@ -112,6 +127,29 @@ def test_offline_arithmetic_is_the_trainers(rows: int, steps: int | None, expect
     found = dry_run.offline_arithmetic(stage, spread.micro, spread.accumulation, 2, rows, rows, total_steps(stage, rows))
     assert found["rows of a step"] == "4 rows x 4 micro-batches x 2 ranks = 32 (stage.batch_size)"
     assert found["steps"].startswith(f"{expected} (")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("preset", ["ppo", "grpo"])
+def test_two_ranks_print_once(preset: str, grpo: Config, tmp_path: Path) -> None:
+    """The command line under torchrun with ZeRO-3: one rank prints, both look."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rlhf"]
+    options = [f"stage={preset}", "engine=zero3", "rollout=hf", "tracking=none", "run.dry_run=true", f"run.dir={tmp_path / 'runs'}"]
+    options += [
+        f"model.path={grpo.model.path}",
+        f"data.path={grpo.data.path}",
+        "reward.function=tests.toys:short_is_good",
+        "stage.prompts_per_step=8",
+    ]
+    options += ["stage.critic_init=policy"] if preset == "ppo" else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*launcher, *options], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for once in ("launch: torchrun --standalone --nproc_per_node 2 -m rlhf", "memory plan", f"dry run: stage={preset} composes", "training row 1"):
+        assert done.stdout.count(once) == 1, once
+    assert "4 on each of 2 ranks" in done.stdout if preset == "ppo" else "32 on each of 2 ranks" in done.stdout
+    assert not (tmp_path / "runs").exists()
 
 
 # ---- the figures against runs ----

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def measured(case: dict[str, Any], tmp_path: Path, ranks: int = 1) -> float:
     command = [*launcher, str(ROOT / "tests" / "memory_worker.py"), json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=800)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line.split("measured", 1)[1]) for line in done.stdout.splitlines() if "measured" in line]
+    found = [json.loads(one) for one in re.findall(r"measured (\{[^}]*\})", done.stdout)]  # two ranks may write into one line
     return float(next(one["bytes"] for one in found if one["rank"] == 0))
 
 

@@ -160,7 +160,9 @@ def _zero12(counts: Counts, s: Setting) -> States:
         stepping = 4 * part + temporaries(part, part, s)
         step = {"gradients": Bytes(4 * part), "flattening, AdamW's temporaries": Bytes(max(flattening, stepping) - 4 * part)}
         return States(resident=resident, backward=backward, step=step, start=_loading(weights.device, s))
-    resident = {"weights": weights, "masters": Bytes(host=4 * part), "Adam": Bytes(host=8 * part), "half copy": Bytes(host=w * part)}
+    resident = {"weights": weights, "masters": Bytes(host=4 * part), "Adam": Bytes(host=8 * part), "weights to send": Bytes(host=w * part)}
+    # Where a step has several micro-batches, the gradients of those before the last wait on the host, and never leave it again.
+    resident["gradients of micro-batches"] = Bytes(host=w * (part + counts.largest))
     backward = {"gradients": Bytes(w * 2 * counts.largest, 4 * part), "gradient bucket": Bytes(bucket)}
     step = {"gradients": Bytes(host=4 * part), "AdamW's temporaries": Bytes(host=temporaries(part, part, s, on_host=True))}
     return States(resident=_on_host(resident, s), backward=_on_host(backward, s), step=_on_host(step, s), start=_loading(weights.device, s))
