@@ -136,6 +136,15 @@ def policy_tokenizer(cfg: Config) -> Any:
         raise UserError(f"model.path={path}: its tokenizer can't be read ({first}). Give a directory with the tokenizer's files in it.") from error
 
 
+def check_critic(reward_path: str, reward_tokenizer: Any, policy: Any) -> None:
+    """A critic that starts from the reward model reads the policy's own tokens; its template has no part in that."""
+    if reward_tokenizer.get_vocab() != policy.get_vocab():
+        raise UserError(
+            f"stage.critic_init=reward: the reward model {reward_path} has another tokenizer ({len(reward_tokenizer)} entries) than the policy "
+            f"({len(policy)}), so its weights can't read the policy's tokens. Set stage.critic_init=policy."
+        )
+
+
 def reading_note(key: str, path: str, reward_tokenizer: Any, manifest: Any, policy: Any) -> list[str]:
     """How a reward model reads responses whose tokenizer or template isn't its own; nothing where it is."""
     scorer, models = importlib.import_module("reward.scorer"), importlib.import_module("reward.model")

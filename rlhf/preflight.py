@@ -315,11 +315,8 @@ def _check_reward_tokenizer(cfg: Config, reward_path: str, manifest: Any, key: s
     scorer, models = importlib.import_module("reward.scorer"), importlib.import_module("reward.model")
     reward_tokenizer, _ = models.load_reward_tokenizer(reward_path, key)
     scorer.check_tokenizers(reward_path, reward_tokenizer, manifest, policy, key)
-    if critic and reward_tokenizer.get_vocab() != policy.get_vocab():
-        raise UserError(
-            f"stage.critic_init=reward: the reward model {reward_path} has another tokenizer ({len(reward_tokenizer)} entries) than the policy "
-            f"({len(policy)}), so its weights can't read the policy's tokens. Set stage.critic_init=policy."
-        )
+    if critic:
+        conflicts.check_critic(reward_path, reward_tokenizer, policy)
     return conflicts.reading_note(key, reward_path, reward_tokenizer, manifest, policy)
 
 
