@@ -16,7 +16,10 @@ from rlhf.memory.machine import Machine
 from rlhf.memory.shapes import Shape, adapter_parameters
 from rlhf.memory.states import Counts, Setting, States, frozen_states, training_states
 
-PROCESS_HOST_GIB = 1.2  # one rank's interpreter: 0.5 measured with torch, transformers and PEFT imported; the rest is left for DeepSpeed and vLLM
+# One rank's process by itself, as measured on a CPU: the peak of whole runs of models below 2M parameters, by stage, engine and generator.
+# vLLM: 0.26 in short runs, 0.25 to 0.6 in the six online runs of docs/proofs.md that were looked at.
+INTERPRETER_GIB, TRL_GIB, DEEPSPEED_GIB, VLLM_GIB = 0.54, 0.07, 0.05, 0.45
+PROCESS_HOST_GIB = 1.2  # the same beside a GPU, with the host's side of CUDA; assumed, not measured here
 PROCESS_DEVICE_GIB = 1.5  # CUDA context, NCCL and fragmentation of one rank; assumed, not measured here
 HEADROOM = 0.95  # share of a device that a plan may fill
 
@@ -107,9 +110,14 @@ def plan(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = Fals
     raise TypeError(f"{type(cfg.stage).__name__} trains nothing")
 
 
-def process(machine: Machine) -> Bytes:
+def process(cfg: Config, machine: Machine) -> Bytes:
     """What a rank takes before any model."""
-    return Bytes(PROCESS_DEVICE_GIB * GIB, PROCESS_HOST_GIB * GIB) if machine.cuda else Bytes(PROCESS_HOST_GIB * GIB)
+    if machine.cuda:
+        return Bytes(PROCESS_DEVICE_GIB * GIB, PROCESS_HOST_GIB * GIB)
+    held = INTERPRETER_GIB + (DEEPSPEED_GIB if cfg.engine.kind is EngineKind.deepspeed else 0.0)
+    if isinstance(cfg.stage, OfflineStage):
+        return Bytes((held + TRL_GIB) * GIB)
+    return Bytes((held + (VLLM_GIB if cfg.rollout.backend is not RolloutBackend.hf else 0.0)) * GIB)
 
 
 def counts_of(shape: Shape, parameters: int, adapter: int, *, four_bit: bool = False) -> Counts:
@@ -182,7 +190,7 @@ def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Pl
         idle["reference"] = _held(reference)
     if shapes.rewards:
         idle["reward"] = scorers
-    idle |= {"generator": generator.idle, "process": process(machine)}
+    idle |= {"generator": generator.idle, "process": process(cfg, machine)}
     moments = [
         *_starting(idle, policy, critic, reference),
         Moment(Phase.rollout, "responses", {**idle, "generator": generator.busy}),
@@ -353,13 +361,13 @@ def _offline(cfg: Config, shape: Shape, machine: Machine, four_bit: bool) -> Pla
         fused = isinstance(stage, (SFTStage, PreferenceStage, KTOStage))
         head = activations.trl_head(shape, tokens, half_width, fused=fused, trained=not adapter)
     acts = Bytes(activations.kept(shape, p) + max(head, activations.backward_transient(shape, p)))
-    idle = {"policy": _held(states), "process": process(machine)}
+    idle = {"policy": _held(states), "process": process(cfg, machine)}
     name = "reward model" if classifier else "policy"
     if name != "policy":
         idle = {name: idle["policy"], "process": idle["process"]}
     if reference is not None:
         idle["reference"] = _held(reference)
-    moments = [Moment(Phase.start, name, {"process": process(machine), name: states.start})]
+    moments = [Moment(Phase.start, name, {"process": idle["process"], name: states.start})]
     if reference is not None:
         moments.append(Moment(Phase.start, "reference", {**idle, name: states.start, "reference": reference.start}))
         passing = Bytes(activations.forward_transient(shape, p)) + reference.gathered

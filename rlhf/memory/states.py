@@ -149,7 +149,11 @@ def _replicated(counts: Counts, s: Setting) -> States:
 def _zero12(counts: Counts, s: Setting) -> States:
     """ZeRO-1 shares out masters and moments, ZeRO-2 gradients as well; the masters are a copy in float32 training, too."""
     w, part = s.width, counts.trained / s.ranks
-    bucket = w * (BUCKET if s.cuda else min(counts.trained, BUCKET))  # on a CPU pages that are never written cost nothing
+    filled = w * min(counts.trained, BUCKET)
+    # On a CPU pages that are never written cost nothing, and under ZeRO-1, which fills the bucket after the pass, a gradient goes as it is copied in.
+    bucket = w * BUCKET if s.cuda else filled if s.zero == 2 else 0.0
+    if s.ranks > 1:  # the bucket's slices for each rank are flattened into a copy before they are reduced (stage_1_and_2.py: allreduce_bucket)
+        bucket += filled
     weights = Bytes(counts.weights(w))
     if s.offload is Offload.none:
         resident = {"weights": weights, "masters": Bytes(4 * part), "Adam": Bytes(8 * part)}
