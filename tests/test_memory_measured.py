@@ -12,10 +12,16 @@ import pytest
 
 from conf.choices import AdapterKind, EngineKind, Offload
 from conf.schema import AdapterConfig
+from reward.model import write_manifest
+from rlhf import config
 from rlhf.memory import activations, shapes, total
 from rlhf.memory.activations import Pass
-from rlhf.memory.plan import counts_of
+from rlhf.memory.machine import Machine
+from rlhf.memory.plan import counts_of, plan
 from rlhf.memory.states import Setting, training_states
+from rlhf.memory.subjects import shapes_of
+from rlhf.models import train_tokenizer
+from tests import toys
 from tests.memory_worker import BIG, CHUNK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,4 +103,48 @@ def test_two_ranks_share_what_their_stage_says(zero: int, tmp_path: Path) -> Non
     case = {"engine": "deepspeed", "zero": zero, "tokens": 64}
     found, expected = measured(case, tmp_path, ranks=2), planned(case, ranks=2)
     print(f"{case} on two ranks: measured {found / 1e6:.0f} MB, planned {expected / 1e6:.0f}")
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+def big_models(folder: Path) -> None:
+    """folder/policy and folder/reward: random weights, 60M parameters each, which outweigh the interpreter."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    tokenizer = train_tokenizer(["the film is good"], 300, 512)
+    made = shapes.llama(vocab=len(tokenizer), hidden=768, intermediate=2304, layers=8, heads=12, kv_heads=12, tied=True)
+    made.max_position_embeddings, made.num_labels = 512, 1
+    made.bos_token_id, made.eos_token_id, made.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    for name, model_class in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+        model_class.from_config(made, dtype=torch.float32).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_manifest(folder / "reward", toys.reward_manifest(tokenizer, max_length=512))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("engine", ["torch", "zero2"])
+def test_a_whole_run_takes_what_its_plan_says(engine: str, tmp_path: Path) -> None:
+    """stage=ppo from the command line, with the usual malloc: policy, critic, reference, reward model and generator, against memory/peak_rss_mb."""
+    big_models(tmp_path)
+    toys.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"the film is {i}"} for i in range(64)])
+    options = ["stage=ppo", f"engine={engine}", "rollout=hf", "tracking=none", f"run.dir={tmp_path / 'runs'}", f"data.path={tmp_path / 'p.jsonl'}"]
+    options += [f"model.path={tmp_path / 'policy'}", f"reward.path={tmp_path / 'reward'}", "stage.prompts_per_step=8", "stage.steps=2"]
+    options += ["data.max_prompt_length=96", "rollout.max_response_length=32", "engine.micro_tokens=1024", "reward.batch_tokens=2048"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext"),
+    }
+    command = [sys.executable, "-m", "rlhf", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=1400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "runs" / "default" / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = json.loads(lines[-1])["memory/peak_rss_mb"] / 1024
+    cfg = config.compose(options)
+    models, _ = shapes_of(cfg, assume_reward=False)
+    expected = plan(cfg, models, Machine(ranks=1, cuda=False, device_gib=64.0, host_gib=64.0)).device_gib
+    print(f"stage=ppo engine={engine}: measured {found:.2f} GiB, planned {expected:.2f}")
     assert expected == pytest.approx(found, rel=0.15)
