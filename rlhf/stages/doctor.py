@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -433,14 +434,14 @@ def examine(cfg: Config) -> list[Finding]:
     """Every finding, in the report's order."""
     installed = installed_versions()
     lock = read_lock(LOCK.read_text(encoding="utf-8")) if LOCK.is_file() else None
+    with ThreadPoolExecutor() as pool:  # each imports for many seconds in a process of its own
+        backends = [pool.submit(check_transformers), pool.submit(check_vllm, cfg), pool.submit(check_deepspeed, cfg)]
     return [
         check_python((sys.version_info.major, sys.version_info.minor, sys.version_info.micro)),
         *check_versions(installed, lock, own_requirements()),
         *check_machine(cfg.run.dir),
         *check_torch(installed),
-        check_transformers(),
-        check_vllm(cfg),
-        check_deepspeed(cfg),
+        *(backend.result() for backend in backends),
         check_wandb(cfg),
         *check_tokenizers(cfg),
     ]
