@@ -20,7 +20,7 @@ from policy.model import PolicyModule
 from rlhf import distributed
 from rlhf.memory.shapes import llama
 
-BIG = {"vocab": 4000, "hidden": 512, "intermediate": 1536, "layers": 10, "heads": 8, "kv_heads": 8, "tied": True}  # 36M parameters
+BIG: dict[str, Any] = {"vocab": 4000, "hidden": 512, "intermediate": 1536, "layers": 10, "heads": 8, "kv_heads": 8, "tied": True}  # 36M parameters
 SMALL = {**BIG, "hidden": 64, "intermediate": 96, "layers": 1, "heads": 2, "kv_heads": 2}
 CHUNK = 64
 

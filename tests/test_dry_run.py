@@ -211,7 +211,12 @@ def test_online_updates_are_those_that_were_printed(tmp_path: Path, monkeypatch:
     out = shown(replace(cfg, run=replace(cfg.run, dry_run=True)), capsys)
     counted = []
     step = policy_engine.TorchEngine.step
-    monkeypatch.setattr(policy_engine.TorchEngine, "step", lambda self: (counted.append(type(self.module).__name__), step(self))[1])
+
+    def counting(self: policy_engine.TorchEngine) -> float:
+        counted.append(type(self.module).__name__)
+        return step(self)
+
+    monkeypatch.setattr(policy_engine.TorchEngine, "step", counting)
     online.run(RunContext.open(cfg, ()))
     lines = trl_tools.metric_lines(tmp_path / "default" / "ppo")
     updates = sum(line["policy/updates"] for line in lines)
