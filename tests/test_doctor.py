@@ -12,7 +12,7 @@ from conf.schema import Config, EngineConfig, ModelConfig, RewardConfig, RewardT
 from conf.stages import DoctorStage
 from reward.model import Manifest, write_manifest
 from rlhf.__main__ import main
-from rlhf.config import compose
+from rlhf.config import merge_items
 from rlhf.models import train_tokenizer
 from rlhf.stages import doctor
 from rlhf.stages.doctor import GIB, Finding, Probe, State
@@ -342,7 +342,9 @@ def test_sizes_that_nothing_has(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "parameters"), [("7b", 7e9), ("7B", 7e9), ("0.5b", 5e8), ("500m", 5e8), ("135M", 1.35e8), ("1.5t", 1.5e12), ("7e9", 7e9)]
+    ("written", "number"),
+    [("7b", "7e9"), ("+model.params=0.5B", "0.5e9"), ("500m", "500e6"), ("1.5t", "1.5e12"), ("7e9", "7e9"), ("7c", "7c"), ("b", "b")],
 )
-def test_sizes_as_people_write_them(written: str, parameters: float) -> None:
-    assert compose(["stage=doctor", f"model.params={written}"]).model.params == parameters
+def test_sizes_as_people_write_them(written: str, number: str) -> None:
+    given = written if "=" in written else f"model.params={written}"
+    assert merge_items([given, "stage.plan=7b"]) == [given.partition("=")[0] + f"={number}", "stage.plan=7b"]

@@ -171,16 +171,7 @@ ROWS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "packed",
-        "reward",
-        pytest.param("sft", marks=pytest.mark.slow),
-        pytest.param("dpo", marks=pytest.mark.slow),
-        pytest.param("kto", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward", "dpo", "kto"))])
 def test_offline_steps_are_the_trainers_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One pass over rows of which some are too long: what is printed before is what the trainer has counted after."""
     monkeypatch.setenv("COLUMNS", "200")

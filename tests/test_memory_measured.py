@@ -129,7 +129,7 @@ def test_a_whole_run_takes_what_its_plan_says(engine: str, tmp_path: Path) -> No
     big_models(tmp_path)
     toys.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"the film is {i}"} for i in range(64)])
     options = ["stage=ppo", f"engine={engine}", "rollout=hf", "tracking=none", f"run.dir={tmp_path / 'runs'}", f"data.path={tmp_path / 'p.jsonl'}"]
-    options += [f"model.path={tmp_path / 'policy'}", f"reward.path={tmp_path / 'reward'}", "stage.prompts_per_step=8", "stage.steps=2"]
+    options += [f"model.path={tmp_path / 'policy'}", f"reward.path={tmp_path / 'reward'}", "stage.prompts_per_step=8", "stage.steps=1"]
     options += ["data.max_prompt_length=96", "rollout.max_response_length=32", "engine.micro_tokens=1024", "reward.batch_tokens=2048"]
     environment = {
         **os.environ,
