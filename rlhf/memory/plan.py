@@ -17,8 +17,8 @@ from rlhf.memory.shapes import Shape, adapter_parameters
 from rlhf.memory.states import Counts, Setting, States, frozen_states, training_states
 
 # One rank's process by itself, as measured on a CPU: the peak of whole runs of models below 2M parameters, by stage, engine and generator.
-# vLLM: 0.26 in short runs, 0.25 to 0.6 in the six online runs of docs/proofs.md that were looked at.
-INTERPRETER_GIB, TRL_GIB, DEEPSPEED_GIB, VLLM_GIB = 0.54, 0.07, 0.05, 0.45
+# vLLM 0.26 in short runs, 0.25 to 0.6 in the online runs of docs/proofs.md; TRL 0.04 to 0.25, with the rows of the data.
+INTERPRETER_GIB, TRL_GIB, DEEPSPEED_GIB, VLLM_GIB = 0.54, 0.12, 0.05, 0.45
 PROCESS_HOST_GIB = 1.2  # the same beside a GPU, with the host's side of CUDA; assumed, not measured here
 PROCESS_DEVICE_GIB = 1.5  # CUDA context, NCCL and fragmentation of one rank; assumed, not measured here
 HEADROOM = 0.95  # share of a device that a plan may fill
