@@ -86,6 +86,8 @@ def planned(case: dict[str, Any], ranks: int = 1) -> float:
         {"engine": "deepspeed", "zero": 1, "tokens": 64},
         {"engine": "deepspeed", "zero": 2, "tokens": 64},
         {"engine": "deepspeed", "zero": 3, "tokens": 64},
+        {"engine": "deepspeed", "zero": 2, "tokens": 64, "offload": "cpu"},
+        {"engine": "deepspeed", "zero": 3, "tokens": 64, "offload": "cpu"},
     ],
     ids=lambda case: "-".join(f"{key}={value}" for key, value in case.items()),
 )

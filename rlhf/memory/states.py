@@ -192,14 +192,10 @@ def _zero3(counts: Counts, s: Setting) -> States:
         resident = {"gradients": Bytes(host=w * part), "swap buffers": Bytes(host=swap)}  # weights, masters and moments lie on the disk
         step = {"float32 gradients": Bytes(host=4 * group), "AdamW's temporaries": Bytes(host=temporaries(group, group, s, on_host=True))}
     resident["gradient bucket"] = Bytes(bucket)
-    step = _on_host(step, s)
-    # Every bucket's gradients are copied in the order of the ranks before they are reduced, on one rank as well (comm/coalesced_collectives.py).
-    scattered = w * min(counts.trained, BUCKET)
-    if counts.trained > BUCKET:
-        passing["bucket's copy"] = Bytes(scattered)
-    else:  # one bucket, emptied after the pass
-        step["bucket's copy"] = Bytes(max(0.0, scattered - total(step).device))
-    return States(resident=_on_host(resident, s), backward=passing, gathered=gathered, step=step, start=start)
+    # Every bucket's gradients are copied in the order of the ranks before they are reduced, on one rank as well (comm/coalesced_collectives.py), and
+    # the last bucket before the weights that the pass has gathered are let go.
+    passing["bucket's copy"] = Bytes(w * min(counts.trained, BUCKET))
+    return States(resident=_on_host(resident, s), backward=passing, gathered=gathered, step=_on_host(step, s), start=start)
 
 
 def _gathered(parameters: float, largest_layer: float, s: Setting) -> Bytes:
