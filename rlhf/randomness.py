@@ -73,8 +73,8 @@ def begin_anew(saved: int | str, seed: int) -> None:
     """Seed this rank's generators in place of those of a checkpoint from `saved` ranks, which belong to other ranks and other rows."""
     if distributed.is_main():
         LOG.warning(
-            "resume: the random generators of %s ranks don't fit %d: each rank's start anew from run.seed and the step (dropout draws from them; "
-            "prompts, samples and minibatches do not).",
+            "resume: the random generators of %s ranks don't fit %d: each rank's start anew from run.seed and the step. Dropout draws from them; "
+            "prompts and samples do not.",
             saved,
             distributed.world_size(),
         )

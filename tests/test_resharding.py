@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 ZERO = {stage: EngineConfig(kind=EngineKind.deepspeed, zero_stage=stage) for stage in range(4)}
 COMMON = ["model.dtype=float32", "engine.threads=1", "tracking=none", "run.keep_checkpoints=0", "stage.steps=4", "stage.learning_rate=1e-3"]
 ONLINE = ["rollout=hf", "data.max_prompt_length=24", "reward.function=tests.toys:even_tokens", "rollout.max_response_length=4"]
-ONLINE += ["stage.save_steps=2", "stage.prompts_per_step=8", "stage.minibatches=2", "stage.samples_kept=4"]
+ONLINE += ["stage.save_steps=2", "stage.prompts_per_step=8", "stage.epochs=2", "stage.samples_kept=4"]
 PPO = ["stage=ppo", *COMMON, *ONLINE, "stage.critic_init=policy", "stage.critic_learning_rate=1e-3", "stage.kl_controller=adaptive"]
 GRPO = ["stage=grpo", *COMMON, *ONLINE, "stage.samples_per_prompt=2", "adapter=lora", "adapter.rank=4"]
 SFT = ["stage=sft", *COMMON, "stage.batch_size=8", "stage.eval_steps=2", "stage.max_length=48", "stage.weight_decay=0.1"]
