@@ -1,5 +1,6 @@
 """DeepSpeed: the only file that imports it, lazily, so that engine=torch never pays for it."""
 
+import logging
 import math
 import os
 from argparse import Namespace
@@ -200,14 +201,19 @@ def reading(engine: Any, directory: Path) -> Iterator[None]:
     DeepSpeed takes this from its configuration, which is made before a checkpoint is known, and one run may load both. Raises UserError where
     a rank would hold no part of some parameter group, which the universal form's loader can't do without.
     """
-    config = engine._config
-    before, config.load_universal_checkpoint = config.load_universal_checkpoint, is_universal(directory)
+    config, logger = engine._config, logging.getLogger("DeepSpeed")
+    before, level = config.load_universal_checkpoint, logger.level
+    config.load_universal_checkpoint = is_universal(directory)
     try:
         if config.load_universal_checkpoint:
             _check_parts(engine)
+            logger.setLevel(logging.ERROR)  # it warns that there is no tensor parallelism
         yield
+        if config.load_universal_checkpoint:
+            mend_universal(engine, directory)
     finally:
         config.load_universal_checkpoint = before
+        logger.setLevel(level)
 
 
 def _check_parts(engine: Any) -> None:
@@ -221,13 +227,21 @@ def _check_parts(engine: Any) -> None:
         )
 
 
-def restore_groups(engine: Any, directory: Path) -> None:
-    """After loading a universal form: each group of weights gets its own hyperparameters back. DeepSpeed's ZeRO-3 gives all those of the first."""
+def mend_universal(engine: Any, directory: Path) -> None:
+    """After DeepSpeed loaded a universal form: what its ZeRO-3 loader gets wrong where the weights are in several groups.
+
+    It gives all groups the hyperparameters of the first, so that weights without decay decay, and the same tensor as step count, which each
+    optimizer step then counts up once per group.
+    """
     tag = (directory / "latest_universal").read_text(encoding="utf-8").strip()
     with torch.serialization.safe_globals(checkpoint_classes()):
         saved = torch.load(directory / tag / "zero" / "optimizer_state.pt", weights_only=True, map_location="cpu")["param_groups"]
-    for group, values in zip(engine.optimizer.param_groups, saved, strict=True):
+    optimizer = engine.optimizer.optimizer
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
         group.update({k: v for k, v in values.items() if k != "params"})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def checkpoint_classes() -> list[Any]:

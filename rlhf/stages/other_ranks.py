@@ -7,7 +7,7 @@ from typing import Any
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from conf.schema import EngineConfig
-from policy.deepspeed_engine import is_universal, reading, restore_groups
+from policy.deepspeed_engine import is_universal, reading, mend_universal
 from policy.model import is_peft
 from rlhf import checkpoints, distributed, randomness, resharding
 
@@ -46,7 +46,7 @@ class OtherRanks:
         """Called when DeepSpeed has loaded its part."""
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None and is_universal(Path(checkpoint)):
-            restore_groups(self.model_wrapped, Path(checkpoint))
+            mend_universal(self.model_wrapped, Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """transformers leaves out what it does not find, without a word."""
