@@ -7,7 +7,7 @@ from typing import Any
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from conf.schema import EngineConfig
-from policy.deepspeed_engine import is_universal, reading, mend_universal
+from policy.deepspeed_engine import is_universal, mend_universal, reading
 from policy.model import is_peft
 from rlhf import checkpoints, distributed, randomness, resharding
 
