@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from conf.choices import EngineKind, Offload
 from conf.schema import EngineConfig
+from policy.deepspeed_engine import mend_universal
 from rlhf import checkpoints, randomness, resharding
 from rlhf.types import UserError
 from tests import toys, trl_tools
@@ -244,6 +246,25 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path, mon
         resharding.ready(place, ZERO[1])
     assert checkpoints.problem(place) is None
     assert not list((tmp_path / checkpoints.UNIVERSAL).iterdir())
+
+
+def test_groups_of_weights_keep_their_own_steps_and_hyperparameters(tmp_path: Path) -> None:
+    """As DeepSpeed's ZeRO-3 leaves an optimizer of two groups: one step count for both, and the first group's decay in the second."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": decay} for p, decay in zip(params, (0.1, 0.0), strict=True)], lr=0.1)
+    (tmp_path / "tag" / "zero").mkdir(parents=True)
+    (tmp_path / "latest_universal").write_text("tag", encoding="utf-8")
+    torch.save({"param_groups": optimizer.state_dict()["param_groups"]}, tmp_path / "tag" / "zero" / "optimizer_state.pt")
+    optimizer.param_groups[1]["weight_decay"] = 0.1
+    step = torch.tensor(3.0)
+    for param in params:
+        optimizer.state[param] = {"step": step, "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+        param.grad = torch.ones(2)
+    mend_universal(SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer)), tmp_path)
+    optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [4.0, 4.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [group["params"] for group in optimizer.param_groups] == [[params[0]], [params[1]]]
 
 
 def test_generators_of_other_ranks_start_anew_and_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
