@@ -123,18 +123,18 @@ def started(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.timeout(1400)
-def test_two_ranks_go_on_as_one(started: Path) -> None:
-    check(started, ["ppo1", "warming3", "lora2", "sft1", "up", "whole"], 2, 1)
+CHANGES = {
+    "2 to 1": (["ppo1", "warming3", "lora2", "sft1", "up", "whole"], 2, 1),
+    "1 to 2": (["ppo1", "warming3", "sft3", "down"], 1, 2),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(1400)
-def test_one_rank_goes_on_as_two(started: Path) -> None:
-    check(started, ["ppo1", "warming3", "sft3", "down"], 1, 2)
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_or_two_ranks_go_on_as_the_other(started: Path, change: str) -> None:
+    check(started, *CHANGES[change])
 
 
 @pytest.mark.slow
