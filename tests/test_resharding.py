@@ -36,7 +36,8 @@ SFT = ["stage=sft", *COMMON, "stage.batch_size=8", "stage.eval_steps=2", "stage.
 # name -> options, and the engine that it goes on with where that is another
 CASES: dict[str, tuple[list[str], str | None]] = {
     "ppo1": ([*PPO, "engine=zero1", "stage.reward_normalise=true"], None),
-    "warming3": ([*PPO, "engine=zero3", "stage.critic_warmup=3"], None),  # at the checkpoint the policy's optimizer has taken no step
+    # At the checkpoint the policy's optimizer has taken no step. Adam's first step is the sign of each gradient, noise included: eps smooths it.
+    "warming3": ([*PPO, "engine=zero3", "stage.critic_warmup=3", "stage.adam_eps=1e-5"], None),
     "lora2": ([*GRPO, "engine=zero2"], None),
     "sft1": ([*SFT, "engine=zero1"], None),
     "sft3": ([*SFT, "engine=zero3"], None),
@@ -70,9 +71,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def trained(run: Path) -> list[dict[str, float]]:
-    """The metric lines; without evaluations, which TRL splits by rank."""
-    kept = [{k: v for k, v in row.items() if not k.startswith("eval_")} for row in rows(run / "metrics.jsonl")]
-    return [row for row in kept if len(row) > 1]
+    """The metric lines; of TRL's, which are means of the ranks' means, those alone that do not depend on who held which row."""
+    kept = rows(run / "metrics.jsonl")
+    if run.name == "sft":
+        kept = [{k: v for k, v in row.items() if k in ("step", "loss", "grad_norm", "learning_rate", "num_tokens")} for row in kept]
+    return kept
 
 
 def check(folder: Path, names: list[str], before: int, after: int) -> None:
