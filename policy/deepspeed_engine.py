@@ -1,8 +1,11 @@
 """DeepSpeed: the only file that imports it, lazily, so that engine=torch never pays for it."""
 
+import logging
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +127,9 @@ class DeepSpeedEngine:
         distributed.barrier()
 
     def load(self, directory: Path) -> None:
-        path, state = self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=False)
+        """What `save` wrote on as many ranks, or its universal form (policy/universal.py)."""
+        with reading(self.engine, directory):
+            path, state = self.engine.load_checkpoint(str(directory), tag="engine", load_module_strict=False)
         if path is None:
             raise UserError(f"{directory}: DeepSpeed finds no checkpoint of {distributed.world_size()} ranks there.")
         self.steps = state["steps"]
@@ -182,6 +187,80 @@ def zero_config(cfg: EngineConfig, *, hidden_size: int, half: bool, max_grad_nor
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def is_universal(directory: Path) -> bool:
+    """Whether a checkpoint folder that DeepSpeed wrote was converted to its universal form."""
+    return (directory / "latest_universal").is_file()
+
+
+@contextmanager
+def reading(engine: Any, directory: Path) -> Iterator[None]:
+    """While inside, DeepSpeed's `engine` loads `directory` as what it is: its own ranks' files, or the universal form. A collective.
+
+    DeepSpeed takes this from its configuration, which is made before a checkpoint is known, and one run may load both. Raises UserError where
+    a rank would hold no part of some parameter group, which the universal form's loader can't do without.
+    """
+    config, logger = engine._config, logging.getLogger("DeepSpeed")
+    before, level = config.load_universal_checkpoint, logger.level
+    config.load_universal_checkpoint = is_universal(directory)
+    try:
+        if config.load_universal_checkpoint:
+            _check_parts(engine)
+            logger.setLevel(logging.ERROR)  # it warns that there is no tensor parallelism
+        yield
+        if config.load_universal_checkpoint:
+            mend_universal(engine, directory)
+    finally:
+        config.load_universal_checkpoint = before
+        logger.setLevel(level)
+
+
+def _check_parts(engine: Any) -> None:
+    groups = getattr(engine.optimizer, "bit16_groups", getattr(engine.optimizer, "bf16_groups", []))  # of ZeRO-1 and 2
+    without = distributed.gather(any(all(getattr(p, "_hp_mapping", None) is None for p in group) for group in groups))
+    if any(without):
+        ranks = ", ".join(str(rank) for rank, empty in enumerate(without) if empty)
+        raise UserError(
+            f"the model is too small for {len(without)} ranks: rank {ranks} would hold no part of some group of weights, and DeepSpeed can't load a "
+            "universal checkpoint then. Resume on fewer ranks, or at engine=zero3."
+        )
+
+
+def mend_universal(engine: Any, directory: Path) -> None:
+    """After DeepSpeed loaded a universal form: what its ZeRO-3 loader gets wrong where the weights are in several groups.
+
+    It gives all groups the hyperparameters of the first, so that weights without decay decay, and the same tensor as step count, which each
+    optimizer step then counts up once per group.
+    """
+    tag = (directory / "latest_universal").read_text(encoding="utf-8").strip()
+    with torch.serialization.safe_globals(checkpoint_classes()):
+        saved = torch.load(directory / tag / "zero" / "optimizer_state.pt", weights_only=True, map_location="cpu")["param_groups"]
+    optimizer = engine.optimizer.optimizer
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update({k: v for k, v in values.items() if k != "params"})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
+def checkpoint_classes() -> list[Any]:
+    """The classes that DeepSpeed pickles into its checkpoints, for ``torch.load(weights_only=True)``."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def to_universal(source: Path, target: Path, *, workers: int) -> None:
+    """DeepSpeed's converter: the folder `source` of one engine's files to the folder `target`, and ``latest_universal`` beside that."""
+    prepare_cpu()
+    from deepspeed.checkpoint import ds_to_universal
+
+    # "inject": what a client of Megatron's would have recorded; nothing of ours is split by tensor or pipeline.
+    given = {"input_folder": str(source), "output_folder": str(target), "num_extract_workers": workers, "num_merge_workers": workers}
+    ds_to_universal.main(Namespace(**given, keep_temp_folder=False, strict=True, inject_missing_state=True))
 
 
 def gather_zero3(params: list[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -22,6 +22,7 @@ from rlhf.types import UserError
 LOG = logging.getLogger("rlhf.checkpoints")
 SEAL = "checksums.json"
 TORN = "torn"  # folder beside the checkpoints: those that a resumed run passed over
+UNIVERSAL = "universal"  # folder beside the checkpoints: what rlhf.resharding converted; it goes when a newer checkpoint is whole
 _NAME = re.compile(r"(?:step|checkpoint)-(\d+)")  # ours, and the name that transformers' Trainer gives
 _PART = ".part"
 _HASHING_THREADS = 4  # hashlib lets go of the interpreter's lock, so files are hashed side by side
@@ -115,6 +116,11 @@ def clear_parts(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def clear_universal(folder: Path) -> None:
+    """Remove converted checkpoints: they can be had anew, and take as much room as the state itself."""
+    shutil.rmtree(folder / UNIVERSAL, ignore_errors=True)
+
+
 def prune(folder: Path, keep: int) -> None:
     """Leave the newest `keep` checkpoints (0: all)."""
     for _, path in numbered(folder)[keep:] if keep else []:
@@ -168,6 +174,7 @@ def written(final: Path, *, keep: int) -> Iterator[Path]:
                     shutil.rmtree(final)
                 side.rename(final)
                 prune(folder, keep)
+                clear_universal(folder)
         except UserError as error:
             wrong = str(error)
     _agree(wrong)

@@ -58,11 +58,24 @@ def save(directory: Path) -> None:
     torch.save(state(), _file(directory))
 
 
-def load(directory: Path) -> None:
-    """This rank's generators from `directory`; a warning where the run that saved had fewer ranks."""
+def load(directory: Path, seed: int) -> None:
+    """This rank's generators from `directory`; where another number of ranks saved it, all ranks start anew from `seed`, and rank 0 says so."""
     import torch
 
-    if not _file(directory).is_file():
-        LOG.warning("resume: %s holds no random state of rank %d, which was not there; it goes on from run.seed.", directory, distributed.rank())
+    saved = len(list(directory.glob("random-*.pt")))
+    if saved != distributed.world_size():
+        begin_anew(saved, seed)
         return
     restore(torch.load(_file(directory), weights_only=True))
+
+
+def begin_anew(saved: int | str, seed: int) -> None:
+    """Seed this rank's generators in place of those of a checkpoint from `saved` ranks, which belong to other ranks and other rows."""
+    if distributed.is_main():
+        LOG.warning(
+            "resume: the random generators of %s ranks don't fit %d: each rank's start anew from run.seed and the step. Dropout draws from them; "
+            "prompts and samples do not.",
+            saved,
+            distributed.world_size(),
+        )
+    seed_everything(seed)

@@ -22,7 +22,7 @@ import yaml
 from conf.choices import LabelMode
 from conf.schema import Config
 from conf.stages import LabelStage
-from rlhf import checkpoints, console, distributed
+from rlhf import checkpoints, console, distributed, resharding
 from rlhf.data.hashing import sha256
 from rlhf.data.labelling.ledger import EXPORT_FILE
 from rlhf.lineage import MANIFEST_FILE, artifact_digest, origin
@@ -195,6 +195,9 @@ def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
     finds_out = any((directory / name).exists() for name in _FINDS_OUT)
     if found is None and not finds_out and (directory / SUMMARY_FILE).exists():
         raise UserError(f"{directory} is a finished run without a checkpoint, so there is nothing to resume. Run it anew with run.overwrite=true.")
+    place, said = (None, None) if found is None else resharding.ready(found[0], cfg.engine)
+    if said is not None:
+        LOG.warning("resume: %s.", said)
     step = found[1] if found is not None else -1
     dropped = truncate(directory / METRICS_FILE, step)
     truncate(directory / SAMPLES_FILE, step)
@@ -204,7 +207,7 @@ def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
             LOG.warning("resume: %s holds no checkpoint; the run starts from step 0.", directory)
         return _Opened(resumed=True)
     LOG.info("resume: continuing from %s; %d metric lines after it were dropped.", found[0], dropped)
-    return _Opened(resume_from=found[0], resumed=True)
+    return _Opened(resume_from=place, resumed=True)
 
 
 def _prepare(directory: Path, cfg: Config) -> _Opened:
@@ -273,6 +276,7 @@ class RunContext:
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "argv": redact_arguments(argv),
             "resume_from": str(opened.resume_from) if opened.resume_from else None,
+            "world_size": distributed.world_size(),
         }
         path = self.dir / MANIFEST_FILE
         stored = json.loads(path.read_text(encoding="utf-8")) if opened.resumed and path.is_file() else {}

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from conf.choices import OnNonFinite
 from conf.stages import OfflineStage
 from policy.brake import Brake
 from policy.engine import NonFinite
-from policy.model import is_peft
-from rlhf import checkpoints, distributed
+from rlhf import checkpoints, distributed, resharding
+from rlhf.stages.other_ranks import OtherRanks
 from rlhf.types import TrainingDiverged, UserError
 
 LOG = logging.getLogger("rlhf.stages")
@@ -102,7 +101,7 @@ def guarded(trainer_class: type) -> type:
     order of rows are not turned back, so the steps in between have been for nothing.
     """
 
-    class Guarded(trainer_class):
+    class Guarded(OtherRanks, trainer_class):
         guard: Guard
         global_batch: int  # rows per optimizer step, over all ranks
 
@@ -177,7 +176,7 @@ def guarded(trainer_class: type) -> type:
                 )
             schedule = self.lr_scheduler.state_dict()
             if self.is_deepspeed_enabled:
-                deepspeed_load_checkpoint(self.model_wrapped, str(checkpoint), load_module_strict=not is_peft(self.model))
+                checkpoint = self._load_zero(checkpoint)
             else:
                 self._load_from_checkpoint(str(checkpoint))
             self._load_optimizer_and_scheduler(str(checkpoint))
@@ -201,7 +200,9 @@ def guarded(trainer_class: type) -> type:
                     distributed.barrier()
                     if distributed.is_main():
                         self.guard.save(place)
+                        resharding.record(place, self.engine)
                         checkpoints.seal(place)
+                        checkpoints.clear_universal(folder)
             finally:
                 self.args.save_total_limit = limit
             distributed.barrier()

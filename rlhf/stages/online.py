@@ -24,7 +24,7 @@ from policy.model import mix_weights
 from policy.prepare import Layout, TrainBatch, policy_logprobs, prepare
 from policy.saving import save_adapter, save_model
 from policy.update import update
-from rlhf import checkpoints, console, distributed, randomness
+from rlhf import checkpoints, console, distributed, randomness, resharding
 from rlhf.interrupts import Stopping
 from rlhf.moments import RunningMoments
 from rlhf.rss import Resident
@@ -97,7 +97,7 @@ class Loop:
         self.watchdog.phase("sync")
         self.sync(self.step)
         if self.ctx.resume_from is not None:
-            randomness.load(self.ctx.resume_from)  # last, so that nothing draws between here and the next step
+            randomness.load(self.ctx.resume_from, self._generator_seed())  # last, so that nothing draws between here and the next step
         if self.step == 0 and self.watching.judge is not None:
             self.watchdog.phase("judge")
             self.ctx.tracker.log(0, self.watching.begin(self.parts.generator))
@@ -263,11 +263,16 @@ class Loop:
         if distributed.is_main():
             LOG.warning("back to %s, on with other prompts (rewind %d of %d): %s", found[0].name, self.rewinds, self.stage.rewinds, error)
         draws = self.draws + 1
-        self._load(found[0])
+        checkpoint = resharding.agreed(found[0], self.cfg.engine)
+        self._load(checkpoint)
         self.draws = max(draws, self.draws)
         self.ctx.tracker.rewind(self.step)
         self.sync(self.step)
-        randomness.load(found[0])
+        randomness.load(checkpoint, self._generator_seed())
+
+    def _generator_seed(self) -> int:
+        """Where the random generators start that no checkpoint has for this number of ranks."""
+        return self.cfg.run.seed * 1_000_003 + self.step
 
     def _move_reference(self, step: int) -> None:
         """Every `stage.reference_every` steps the reference's weights become a mix with the policy's (Gorbatovski et al. 2024, arXiv:2404.09656)."""
@@ -406,6 +411,7 @@ class Loop:
             state |= {"scorer": self.parts.scorer.state_dict(), "history": self.history, "watching": self.watching.state_dict()}
             if self.stage.reference_every:
                 torch.save(self.parts.reference.model.state_dict(), side / "reference.pt")
+            resharding.record(side, self.cfg.engine)
             (side / "loop.json").write_text(json.dumps(state), encoding="utf-8")
 
     def _load(self, checkpoint: Path) -> None:
@@ -438,6 +444,7 @@ class Loop:
         else:
             self._save_weights(ctx.dir)
         if ctx.enabled:
+            checkpoints.clear_universal(ctx.checkpoint_dir)
             ctx.tracker.images(self.watching.plot(ctx.dir / "plots"))
         window = max(1, min(5, len(self.history) // 2))
         metrics = {}

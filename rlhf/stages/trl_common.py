@@ -21,7 +21,7 @@ from conf.choices import AdapterKind, Dtype, EngineKind, ModelKind, Offload, Sch
 from conf.schema import Config, EngineConfig, ModelConfig
 from conf.stages import OfflineStage
 from policy.adapters import attach
-from policy.deepspeed_engine import ensure_process_group, gather_zero3, prepare_cpu
+from policy.deepspeed_engine import ensure_process_group, gather_zero3, is_universal, prepare_cpu
 from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
 from rlhf import console, distributed
@@ -122,8 +122,11 @@ def with_adapter(model: Any, cfg: Config, task: str) -> Any:
     return model
 
 
-def deepspeed_config(engine: EngineConfig) -> dict[str, Any] | None:
-    """The dict for ``TrainingArguments(deepspeed=...)``; "auto" is filled in by transformers from the other arguments. None for torch."""
+def deepspeed_config(engine: EngineConfig, *, universal: bool = False) -> dict[str, Any] | None:
+    """The dict for ``TrainingArguments(deepspeed=...)``; "auto" is filled in by transformers from the other arguments. None for torch.
+
+    universal: the checkpoint to resume from is in DeepSpeed's universal form.
+    """
     if engine.kind is EngineKind.torch:
         return None
     zero: dict[str, Any] = {"stage": engine.zero_stage}
@@ -147,6 +150,7 @@ def deepspeed_config(engine: EngineConfig) -> dict[str, Any] | None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        "checkpoint": {"load_universal": universal},
     }
 
 
@@ -174,7 +178,7 @@ def trainer_arguments(ctx: RunContext, plan: BatchPlan) -> dict[str, Any]:
         "fp16": dtype is torch.float16,
         "use_cpu": on_cpu,
         "gradient_checkpointing": cfg.engine.gradient_checkpointing,
-        "deepspeed": deepspeed_config(cfg.engine),
+        "deepspeed": deepspeed_config(cfg.engine, universal=ctx.resume_from is not None and is_universal(ctx.resume_from)),
         "seed": cfg.run.seed,
         "data_seed": cfg.run.seed,
         "logging_steps": stage.log_steps,
@@ -267,7 +271,7 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
     steps = total_steps(stage, len(trainer.train_dataset))
     trainer.args.max_steps = steps
     trainer.args.warmup_steps = math.ceil(stage.warmup_ratio * steps)
-    trainer.global_batch = stage.batch_size
+    trainer.global_batch, trainer.engine = stage.batch_size, ctx.cfg.engine
     trainer.guard = guard = Guard(stage, ctx.dir, ctx.checkpoint_dir, ctx.tracker.log)
     if ctx.resume_from is not None:
         guard.load(ctx.resume_from)
