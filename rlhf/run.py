@@ -26,6 +26,7 @@ from rlhf import checkpoints, console, distributed, redaction
 from rlhf.data.hashing import sha256
 from rlhf.data.labelling.ledger import EXPORT_FILE
 from rlhf.lineage import MANIFEST_FILE, artifact_digest, origin
+from rlhf.models import json_object
 from rlhf.randomness import seed_everything
 from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, artifact_name, plain_config, truncate
 from rlhf.types import Interrupted, UserError
@@ -38,6 +39,7 @@ MODEL = "model"  # kind of artifact
 ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 _FINDS_OUT = (STEPS_FOLDER, ANSWERS_FOLDER, EXPORT_FILE)  # left by stages that find out by themselves what still holds
 CHECKPOINTS = "checkpoints"
+_NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
 PACKAGES = (
     "torch",
     "transformers",
@@ -186,12 +188,22 @@ class _Opened:
     resumed: bool = False
 
 
+def _stored_config(place: Path) -> dict[str, Any]:
+    """The configuration of the run so far; an unreadable one is said, for it only serves to tell what changed."""
+    if not place.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(place.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        LOG.warning("resume: %s can't be read (%s), so what changed in the configuration is not known.", place, str(error).splitlines()[0])
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
     """Bring an existing run back to its newest checkpoint: later lines of its files go, a stale summary too."""
-    stored = directory / CONFIG_FILE
-    if stored.is_file():
-        for change in changed_options(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, cfg):
-            LOG.warning("resume: the configuration differs from the run's: %s", change)
+    for change in changed_options(_stored_config(directory / CONFIG_FILE), cfg):
+        LOG.warning("resume: the configuration differs from the run's: %s", change)
     found = latest_checkpoint(directory)
     finds_out = any((directory / name).exists() for name in _FINDS_OUT)
     if found is None and not finds_out and (directory / SUMMARY_FILE).exists():
@@ -224,6 +236,8 @@ def _prepare(directory: Path, cfg: Config) -> _Opened:
         LOG.warning("resume: %s does not exist yet; the run starts from step 0.", directory)
     directory.mkdir(parents=True, exist_ok=True)
     clear_halves(directory)  # of a start that was killed
+    if opened.resumed and (directory / MANIFEST_FILE).exists():
+        json_object(directory / MANIFEST_FILE, _NO_MANIFEST)  # here, where every rank learns of it
     beside = directory / (CONFIG_FILE + ".tmp")
     beside.write_text(yaml.safe_dump(plain_config(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
     os.replace(beside, directory / CONFIG_FILE)
@@ -278,8 +292,8 @@ class RunContext:
             "resume_from": str(opened.resume_from) if opened.resume_from else None,
         }
         path = self.dir / MANIFEST_FILE
-        stored = json.loads(path.read_text(encoding="utf-8")) if opened.resumed and path.is_file() else {}
-        earlier = stored.get("starts", [])
+        stored = json_object(path, _NO_MANIFEST) if opened.resumed and path.is_file() else {}
+        earlier = stored["starts"] if isinstance(stored.get("starts"), list) else []
         kept = {key: stored[key] for key in ("parents", "data", "artifacts") if key in stored} if goes_on(self.cfg) else {}
         return {
             "stage": self.stage,

@@ -82,11 +82,23 @@ def _plain(value: Any) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every complete line of a file that `Tracker` wrote; a torn last line (a killed run) is left out."""
+    """Every complete line of a file that `Tracker` wrote; a torn last line (a killed run) is left out. Raises UserError for any other damage."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")  # bytes: a line may be torn inside a character
-    return [json.loads(line) for line in lines[:-1] if line]
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}, line {number}: expected an object with a step, as a run writes it; found {line[:60]!r}. Restore or remove it.")
+        rows.append(row)
+    return rows
 
 
 def write_line(file: io.FileIO, offset: int, text: str, path: Path) -> None:

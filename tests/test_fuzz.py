@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from conf.schema import Config
@@ -28,11 +28,12 @@ from rlhf.types import UserError
 from tests.format_rows import CHARACTERS, drawn, published_rows, tool_rows, training_rows
 
 FEW, MANY, BAD = 60, 1500, 2000
+PHASES = (Phase.generate, Phase.shrink)  # what explains a failure runs it hundreds of times more
 seen: Counter[str] = Counter()  # by kind of input: good, bad
 
 
 def fuzzed(examples: int) -> Callable[[Any], Any]:
-    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None, phases=PHASES)
 
 
 def complain(error: UserError, kind: str) -> None:
