@@ -34,7 +34,7 @@ from tests.test_fuzz import JSON, fuzzed
 from tests.test_label_import import labels, rows_of, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FEW, MANY = 12, 150
+FEW, MANY = 8, 150
 seen: Counter[str] = Counter()
 
 BYTES = st.binary(min_size=1, max_size=16) | st.sampled_from([b"\x00", b"\xff\xfe", b"{", b"[" * 2000, b"9" * 5000, b"NaN", b'"', b"\xed\xa0\x80"])

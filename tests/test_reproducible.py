@@ -71,7 +71,8 @@ def test_another_seed_gives_another_run(folder: Path, stage: str) -> None:
 @pytest.mark.vllm
 def test_vllms_rollouts_are_the_same_in_two_processes(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     write_data(tmp_path)
-    for name in ("here", "there", "seed"):
-        elsewhere([[*options("ppo", tmp_path, tiny_model(), name), *VLLM, *(["run.seed=1"] if name == "seed" else [])]])
+    given = {name: [*options("ppo", tmp_path, tiny_model(), name), *VLLM] for name in ("here", "there", "seed")}
+    elsewhere([given["here"]])
+    elsewhere([given["there"], [*given["seed"], "run.seed=1"]])
     here, there, seed = (tmp_path / name / "ppo" for name in ("here", "there", "seed"))
     assert same_runs(here, there) and not same_runs(here, seed)
