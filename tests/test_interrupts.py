@@ -205,6 +205,34 @@ def test_a_sign_of_life_a_rest_and_an_inner_run_each_put_the_limit_off() -> None
     assert out == "lives\n" and process.returncode == watchdog.EXIT_HUNG and "phase outer took longer" in said
 
 
+STUCK_IN_C = """
+import ctypes, time
+from rlhf import watchdog
+
+watchdog._GRACE_S = 0.2
+with watchdog.Watchdog(0.3):
+    pass
+time.sleep(1.0)
+print("outlived", flush=True)
+with watchdog.Watchdog(0.3) as dog:
+    dog.phase("c")
+    ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock, so no thread of Python's can run
+"""
+
+
+def test_a_hang_that_keeps_the_interpreters_lock_ends_too_and_no_timer_outlives_its_run() -> None:
+    with program(STUCK_IN_C) as process:
+        out, said = process.communicate(timeout=120)
+    assert out == "outlived\n" and process.returncode == 1 and "Timeout (0:00:00.5" in said and "most recent call first" in said
+
+
+def test_the_first_cause_is_the_one_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for message in ("the cause", "a consequence"):
+        watchdog.record_failure(message)
+    assert json.loads((tmp_path / "error.json").read_text(encoding="utf-8"))["message"] == "the cause"
+
+
 class Phases(watchdog.Watchdog):
     """Remembers the phases in order, each once where it is repeated at once."""
 
