@@ -294,7 +294,7 @@ class RunContext:
         path = self.dir / MANIFEST_FILE
         stored = json_object(path, _NO_MANIFEST) if opened.resumed and path.is_file() else {}
         earlier = stored["starts"] if isinstance(stored.get("starts"), list) else []
-        kept = {key: stored[key] for key in ("parents", "data", "artifacts") if key in stored} if goes_on(self.cfg) else {}
+        kept: dict[str, Any] = {key: stored[key] for key in ("parents", "data", "artifacts") if key in stored} if goes_on(self.cfg) else {}
         return {
             "stage": self.stage,
             "seed": self.cfg.run.seed,
