@@ -18,7 +18,7 @@ from conf.schema import RunConfig
 from conf.stages import SFTStage
 from rlhf import checkpoints, run, tracking
 from rlhf.run import RunContext
-from rlhf.stages import online, sft, trl_common
+from rlhf.stages import guarding, online, sft
 from rlhf.types import UserError
 from tests import trl_tools
 from tests.test_online import metrics, run_ppo
@@ -276,7 +276,7 @@ def test_a_torn_checkpoint_of_the_trainers_is_passed_over(tmp_path: Path, caplog
 
 def test_a_torn_best_checkpoint_is_not_taken_for_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is loaded back after the last step, hours after it was written."""
-    find = trl_common.rotate_checkpoints
+    find = guarding.rotate_checkpoints
 
     def torn(folder: str, *args: Any, **kwargs: Any) -> None:
         find(folder, *args, **kwargs)
@@ -285,7 +285,7 @@ def test_a_torn_best_checkpoint_is_not_taken_for_the_result(tmp_path: Path, monk
             for best in Path(folder).iterdir():
                 changed(best / "model.safetensors")
 
-    monkeypatch.setattr(trl_common, "rotate_checkpoints", torn)
+    monkeypatch.setattr(guarding, "rotate_checkpoints", torn)
     with pytest.raises(UserError, match=r"the best checkpoint .* can't be loaded back: model.safetensors is not what was written"):
         run_sft(tmp_path, "best")
     assert not (tmp_path / "runs" / "best" / "sft" / "model").exists()
