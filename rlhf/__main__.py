@@ -106,8 +106,8 @@ def _job(cfg: Any) -> None:
         group = dataclass_cfg.tracking.group or f"{dataclass_cfg.run.name}-sweep"
         task = [o for o in hydra.overrides.task if not o.startswith(("run.name=", "tracking.group="))]
         command = [sys.executable, "-m", "rlhf", *task, f"run.name={name}", f"tracking.group={group}"]
-        code = interrupts.run_child(command)
         _clean_sweep_file(Path(hydra.sweep.dir) / "multirun.yaml")
+        code = interrupts.run_child(command)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise SystemExit(code)  # the job has said what it saved
         if code != 0:

@@ -393,18 +393,23 @@ class RunContext:
 
         Nothing half-written stays, and a disk that takes no more becomes a UserError.
         """
-        try:
-            with self.watchdog:
+        with self.watchdog:
+            try:
                 yield self
-        except BaseException as error:
-            if self.enabled:
-                clear_halves(self.dir)
-            self.tracker.finish(exit_code=error.code if isinstance(error, Interrupted) else 1)
-            ours = not isinstance(error, PermissionError) or str(error.filename).startswith(str(self.dir))
-            if ours and checkpoints.storage_error(error):
-                raise UserError(f"{self.dir} takes no more: {error}. Make room or give write access, then go on with run.resume=true.") from error
-            raise
-        self.tracker.finish()
+            except BaseException as error:
+                self._close_failed(error)
+                raise
+            self.tracker.finish()
+
+    def _close_failed(self, error: BaseException) -> None:
+        """Nothing half-written stays, and the tracker knows of the failure. Raises UserError for a disk that takes no more."""
+        self.watchdog.phase("close")
+        if self.enabled:
+            clear_halves(self.dir)
+        self.tracker.finish(exit_code=error.code if isinstance(error, Interrupted) else 1)
+        ours = not isinstance(error, PermissionError) or str(error.filename).startswith(str(self.dir))
+        if ours and checkpoints.storage_error(error):
+            raise UserError(f"{self.dir} takes no more: {error}. Make room or give write access, then go on with run.resume=true.") from error
 
     def finish(
         self,

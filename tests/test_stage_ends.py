@@ -121,6 +121,15 @@ def test_a_hang_in_evals_generation_ends_it(
     assert "rank 0: phase generate after took longer than" in said and "in hangs" in said and closed == [True]
 
 
+def test_a_tracker_that_does_not_close_is_a_hang_too(folder: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = RunContext.open(config.compose([*sft_options(folder, tiny_model()), "run.name=close"]), ())
+    seen: list[tuple[str, bool, int]] = []
+    monkeypatch.setattr(ctx.tracker, "finish", lambda exit_code: seen.append((ctx.watchdog.name, ctx.watchdog._running, exit_code)))
+    with pytest.raises(RuntimeError, match="a bug of ours"), ctx.closing():
+        raise RuntimeError("a bug of ours")
+    assert seen == [("close", True, 1)]
+
+
 # ---- the phases of stages without steps ----
 
 
