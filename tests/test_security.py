@@ -135,6 +135,23 @@ def test_code_of_a_tokenizers_repository_does_not_run_unless_it_is_asked_for(for
     assert mark.exists()
 
 
+def test_a_sheet_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openpyxl import Workbook
+
+    from rlhf.data import files
+
+    book = Workbook()
+    for _ in range(3000):
+        book.active.append(["a" * 500])
+    book.save(tmp_path / "rows.xlsx")
+    size = (tmp_path / "rows.xlsx").stat().st_size
+    assert len(list(files.scan(tmp_path / "rows.xlsx"))) == 2999, "below a gigabyte any sheet is read"
+    monkeypatch.setattr(files, "_MOST_UNPACKED", 10 * size)
+    monkeypatch.setattr(files, "_MOST_RATIO", 2)
+    with pytest.raises(UserError, match=rf"rows.xlsx: {size} bytes unpack to .* GiB"):
+        list(files.scan(tmp_path / "rows.xlsx"))
+
+
 def calls() -> Iterator[tuple[str, ast.Call]]:
     """Every call in the product, with its place."""
     for path in sorted(path for package in ("rlhf", "reward", "policy", "rollout", "eval") for path in (ROOT / package).rglob("*.py")):
