@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Config
+from conf.choices import TrackingKind
+from conf.schema import Config, RunConfig, TrackingConfig
+from conf.stages import SFTStage
 from rlhf import __main__ as command_line
 from rlhf import redaction
+from rlhf.run import RunContext
 from rlhf.stages import data as data_stage
 from rlhf.types import UserError
 
@@ -120,6 +123,21 @@ def test_a_run_writes_no_secret(tmp_path: Path, planted: list[str], capfd: pytes
     config = (run / "config.yaml").read_text(encoding="utf-8")
     assert "https://***@host/group" in config and config.count("'***'") >= 5
     assert any("***" in argument for argument in json.loads((run / "manifest.json").read_text(encoding="utf-8"))["argv"])
+
+
+def test_what_a_stage_records_in_the_manifest_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", PLANTED["DB_PASSWORD"])
+    cfg = Config(stage=SFTStage(), run=RunConfig(dir=str(tmp_path)), tracking=TrackingConfig(kind=TrackingKind.none))
+    ctx = RunContext.open(cfg, [f"note={PLANTED['DB_PASSWORD']}"])
+    ctx.record("server", {"url": f"http://me:{TYPED[2]}@host", "token": TYPED[3], "project": 7, "name": PLANTED["DB_PASSWORD"]})
+    ctx.tracker.finish()
+    assert json.loads((ctx.dir / "manifest.json").read_text(encoding="utf-8"))["server"] == {
+        "url": "http://***@host",
+        "token": "***",
+        "project": 7,
+        "name": "***",
+    }
+    assert leaked(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [UserError, RuntimeError])

@@ -28,7 +28,7 @@ def elsewhere(commands: list[list[str]]) -> None:
     """The commands in a new process, of another hash seed."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "17"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(commands)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", PROGRAM, json.dumps(commands)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
@@ -69,6 +69,7 @@ def test_another_seed_gives_another_run(folder: Path, stage: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.timeout(1200)
 def test_vllms_rollouts_are_the_same_in_two_processes(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     write_data(tmp_path)
     given = {name: [*options("ppo", tmp_path, tiny_model(), name), *VLLM] for name in ("here", "there", "seed")}
