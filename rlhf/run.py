@@ -194,7 +194,7 @@ def _stored_config(place: Path) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(place.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         LOG.warning("resume: %s can't be read (%s), so what changed in the configuration is not known.", place, str(error).splitlines()[0])
         return {}
     return content if isinstance(content, dict) else {}
