@@ -397,7 +397,11 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The stage without a second of matplotlib and Hydra for every example."""
     composed = config.compose(["stage=label", "label.mode=import", "tracking=none"])
 
+    whole = config.compose
+
     def quickly(given_: list[str]) -> Config:
+        if "label.mode=import" not in given_:
+            return whole(given_)
         options = dict(one.split("=", 1) for one in given_)
         run = dataclasses.replace(composed.run, dir=options["run.dir"], name=options["run.name"])
         files = options["label.files"].strip("[]").split(",")
