@@ -93,6 +93,7 @@ class LabelConfig:
         check(not self.push or self.mode is LabelMode.export, "label.push", self.push, "false with label.mode=import")
         check(not self.pull or self.mode is LabelMode["import"], "label.pull", self.pull, "false with label.mode=export")
         check(bool(self.token_env), "label.token_env", self.token_env, "the name of an environment variable")
+        check(self.project is None or self.project >= 1, "label.project", self.project, "the number of a project, at least 1")
         check(self.min_labels >= 1, "label.min_labels", self.min_labels, "at least 1")
         check(0 <= self.min_confidence <= 1, "label.min_confidence", self.min_confidence, "in [0, 1]")
         gold = self.min_gold_accuracy

@@ -74,7 +74,10 @@ class TinyConfig:
 
     def __post_init__(self) -> None:
         check(self.vocab_size >= 260, "model.tiny.vocab_size", self.vocab_size, "at least 260 (256 bytes + special tokens)")
-        check(self.hidden_size % self.heads == 0, "model.tiny.hidden_size", self.hidden_size, f"a multiple of heads={self.heads}")
+        check(self.heads >= 1, "model.tiny.heads", self.heads, "at least 1")
+        multiple = self.hidden_size >= 1 and self.hidden_size % self.heads == 0
+        check(multiple, "model.tiny.hidden_size", self.hidden_size, f"a multiple of heads={self.heads}")
+        check(self.intermediate_size >= 1, "model.tiny.intermediate_size", self.intermediate_size, "at least 1")
         check(self.layers >= 1, "model.tiny.layers", self.layers, "at least 1")
         check(self.max_positions >= 8, "model.tiny.max_positions", self.max_positions, "at least 8 tokens")
 
@@ -144,6 +147,7 @@ class EngineConfig:
         check(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         check(self.micro_tokens >= 1, "engine.micro_tokens", self.micro_tokens, "at least 1 token")
         check(self.logits_chunk >= 1, "engine.logits_chunk", self.logits_chunk, "at least 1 token")
+        check(self.threads is None or self.threads >= 1, "engine.threads", self.threads, "at least 1")
         check(self.gpus is None or 1 <= self.gpus <= 100_000, "engine.gpus", self.gpus, "1 to 100000")
         finite = self.gpu_memory_gib is None or 0 < self.gpu_memory_gib < math.inf
         check(finite, "engine.gpu_memory_gib", self.gpu_memory_gib, "a finite number above 0 GiB")
@@ -180,6 +184,7 @@ class RolloutConfig:
         check(self.kv_cache_gib > 0, "rollout.kv_cache_gib", self.kv_cache_gib, "above 0 GiB")
         check(0 < self.gpu_memory_utilization < 1, "rollout.gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1)")
         check(self.max_num_seqs >= 1, "rollout.max_num_seqs", self.max_num_seqs, "at least 1")
+        check(self.max_lora_rank is None or self.max_lora_rank >= 1, "rollout.max_lora_rank", self.max_lora_rank, "at least 1")
         check(self.gap_tolerance is None or self.gap_tolerance > 0, "rollout.gap_tolerance", self.gap_tolerance, "above 0 nats")
 
 

@@ -11,11 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.models import check_model_path
+from rlhf.models import check_model_path, json_object, readable
 from rlhf.types import UserError
 
 MANIFEST_FILE = "reward_model.json"
 FORMAT_VERSION = 1
+_KINDS: dict[str, Any] = {  # what reading relies on
+    "tokenizer_hash": str,
+    "chat_template_hash": str | None,
+    "conversational": bool,
+    "max_length": int,
+    "score_mean": float | int,
+    "score_std": float | int,
+}
 _PROBE = "Grüße, reward model! 12 + 3 = 15?\n\tA  well-aligned answer."  # letters, digits, spaces and a non-ASCII character
 
 
@@ -71,14 +79,20 @@ def read_manifest(path: str | Path, key: str = "reward.path") -> Manifest:
         raise UserError(
             f"{key}={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the model/ directory that stage=reward wrote."
         )
-    content = json.loads(place.read_text(encoding="utf-8"))
+    content = json_object(place, "this is no reward model that can be used")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{place}: format_version is {version!r}, expected {FORMAT_VERSION}. Train the reward model again with this version.")
     names = {f.name for f in dataclasses.fields(Manifest)}
     if set(content) != names:
         raise UserError(f"{place}: expected the keys {', '.join(sorted(names))}; found {', '.join(sorted(content))}.")
-    return Manifest(**content)
+    manifest = Manifest(**content)
+    wrong = next(
+        (name for name, kind in _KINDS.items() if not isinstance(content[name], kind) or isinstance(content[name], bool) is not (kind is bool)), None
+    )
+    if wrong is not None:
+        raise UserError(f"{place}, key {wrong!r}: expected {_KINDS[wrong]}, found {content[wrong]!r}. Restore it, or train the reward model again.")
+    return manifest
 
 
 def load_reward_tokenizer(path: str | Path, key: str = "reward.path") -> tuple[Any, Manifest]:
@@ -86,7 +100,8 @@ def load_reward_tokenizer(path: str | Path, key: str = "reward.path") -> tuple[A
     from transformers import AutoTokenizer
 
     manifest = read_manifest(path, key)
-    tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()))
+    with readable(f"{key}={path}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()))
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_hash:
         raise UserError(
             f"{key}={path}: its tokenizer files are not those that the reward model was trained with (the hash in {MANIFEST_FILE} differs)."
@@ -98,9 +113,11 @@ def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.
     """The weights of a reward model's directory as a classifier with one label, in evaluation mode, on the CPU. Raises UserError for missing ones."""
     from transformers import AutoModelForSequenceClassification
 
-    module, info = AutoModelForSequenceClassification.from_pretrained(
-        str(Path(path).expanduser()), num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+    place = str(Path(path).expanduser())
+    with readable(f"{key}={path}: the reward model"):
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            place, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"{key}={path}: its weights lack {', '.join(sorted(info['missing_keys']))}, so it is not a whole reward model.")
     if not hasattr(module, "score"):

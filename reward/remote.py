@@ -23,6 +23,7 @@ import math
 import numbers
 import os
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,11 @@ _JITTER = random.Random()  # of its own: the global generator is the run's, and 
 
 
 def bearer_token(variable: str, key: str) -> str:
-    """The token in the environment variable that the option `key` names. Raises UserError, never quoting the token."""
+    """The token in the environment variable that the option `key` names. Raises UserError, never quoting the token, not even in place of the name."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+        raise UserError(
+            f"{key} is no environment variable's name of capital letters, digits and underscores. Put the token into one and give its name."
+        )
     token = os.environ.get(variable, "").strip()
     if not token:
         raise UserError(f"{key}={variable}: this environment variable is not set, expected a bearer token in it. Remedy: export {variable}=<token>.")

@@ -4,19 +4,20 @@ import contextlib
 import importlib
 import logging
 import os
-import subprocess
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf import config, distributed
+from rlhf import config, distributed, interrupts, redaction
 from rlhf.types import Interrupted, UserError
-from rlhf.watchdog import record_failure
+from rlhf.watchdog import Watchdog, record_failure
 
 _BROKEN_OFF = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket")  # what a collective says whose peer is gone
 _WAIT_FOR_CAUSE_S = 5.0  # torchrun looks at its ranks every 0.1 s
@@ -55,11 +56,15 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
         from rlhf.data import recipes
 
         limit = cfg.run.phase_timeout_s or 0.0
-        # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause, their timeout would tell a consequence.
-        distributed.initialise(max(30.0, limit / 60 + 10.0))
-        recipes.ensure(cfg)
-        for note in preflight.check(cfg):
-            logging.getLogger("rlhf").warning(note)
+        with Watchdog(cfg.run.phase_timeout_s) as watchdog:
+            watchdog.phase("launch")
+            # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause, their timeout would tell a consequence.
+            distributed.initialise(max(30.0, limit / 60 + 10.0))
+            watchdog.phase("download")
+            recipes.ensure(cfg)
+            watchdog.phase("preflight")
+            for note in preflight.check(cfg):
+                logging.getLogger("rlhf").warning(note)
         if not cfg.run.dry_run:
             distributed.set_threads(cfg.engine.threads)
     if cfg.run.dry_run:
@@ -74,7 +79,10 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
 
     if schema_name != "data":  # it loads no model by itself, and transformers takes seconds to import
         quiet_libraries()
-    run(RunContext.open(cfg, argv))
+    with Watchdog(cfg.run.phase_timeout_s) as watchdog:
+        watchdog.phase("open the run")
+        ctx = RunContext.open(cfg, argv)
+    run(ctx)
 
 
 def quiet_libraries() -> None:
@@ -98,16 +106,27 @@ def _job(cfg: Any) -> None:
         group = dataclass_cfg.tracking.group or f"{dataclass_cfg.run.name}-sweep"
         task = [o for o in hydra.overrides.task if not o.startswith(("run.name=", "tracking.group="))]
         command = [sys.executable, "-m", "rlhf", *task, f"run.name={name}", f"tracking.group={group}"]
-        code = subprocess.run(command, check=False).returncode
+        _clean_sweep_file(Path(hydra.sweep.dir) / "multirun.yaml")
+        code = interrupts.run_child(command)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise SystemExit(code)  # the job has said what it saved
         if code != 0:
             raise UserError(f"multirun job {hydra.job.num} ended with exit code {code}: {' '.join(command[1:])}")
         return
     execute(config.to_dataclass(cfg), sys.argv[1:])
 
 
+def _clean_sweep_file(place: Path) -> None:
+    """What Hydra writes of a multirun holds the command line as it was typed."""
+    if place.is_file():
+        written = place.read_text(encoding="utf-8")
+        place.write_text(redaction.text(written), encoding="utf-8")
+
+
 def _fail(error: Exception) -> int:
-    record_failure(f"error: {error}")
-    print(f"error: {error}", file=sys.stderr)
+    message = redaction.text(f"error: {error}")
+    record_failure(message)
+    print(message, file=sys.stderr)
     return 1
 
 
@@ -119,10 +138,16 @@ def _crash(error: BaseException) -> None:
     """
     if distributed.world_size() > 1 and any(word in str(error).lower() for word in _BROKEN_OFF):
         time.sleep(_WAIT_FOR_CAUSE_S)
-    record_failure("".join(traceback.format_exception(error)))
+    record_failure(redaction.text("".join(traceback.format_exception(error))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`_main` with signals that end it in order (rlhf/interrupts.py), and without secrets in what it logs (rlhf/redaction.py)."""
+    with redaction.redacted_logs(), interrupts.terminable():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     """Exit code 0; 1 for bad input or a stopped run, 2 for a missing stage; 130 after Ctrl-C and 143 after SIGTERM (rlhf/interrupts.py), and 124
     for a phase that hung (rlhf/watchdog.py)."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -142,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["HYDRA_FULL_ERROR"] = "1"
         sys.argv = [sys.argv[0], *config.merge_items(arguments)]
         failed: list[UserError] = []
+        crashed: list[Exception] = []
         interrupted: list[Interrupted] = []
 
         def job(cfg: Any) -> None:
@@ -151,11 +177,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed.append(error)
             except Interrupted as error:
                 interrupted.append(error)
+            except Exception as error:  # noqa: BLE001 - past Hydra, which would print the overrides as they were typed, secrets included
+                crashed.append(error)
 
         try:
             hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")(job)()
         except HydraException as error:
             raise UserError(config.explain(error)) from error
+        for crash in crashed:
+            raise crash
         for failure in failed:
             _fail(failure)
         for stop in interrupted:
@@ -165,9 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if failed else 0
     except UserError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print("stopped by SIGINT outside of training; nothing was saved.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, interrupts.Terminated) else signal.SIGINT
+        print(f"stopped by {signal.Signals(number).name} outside of training; nothing was saved.", file=sys.stderr)
+        return 128 + number
     except Exception as error:
         _crash(error)
         raise
@@ -176,4 +207,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = redaction.excepthook
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Sequence
@@ -246,11 +247,27 @@ def to_dataclass(cfg: Any) -> schema.Config:
 
     try:
         out = OmegaConf.to_object(cfg)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError) as error:
         place = f"{error.full_key}: " if isinstance(error, MissingMandatoryValue) else ""
         raise UserError(place + str(error).splitlines()[0]) from error
     assert isinstance(out, schema.Config)
+    _check_finite("", out)
     return out
+
+
+def _check_finite(key: str, value: Any) -> None:
+    """No option is infinite or no number: null is how a limit is left out. Raises UserError."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _check_finite(f"{key}.{field.name}".lstrip("."), getattr(value, field.name))
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _check_finite(f"{key}.{name}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_finite(key, inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: expected a finite number (null where the option may be left out).")
 
 
 def explain(error: Exception) -> str:

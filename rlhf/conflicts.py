@@ -1,7 +1,6 @@
 """Options that exclude each other, and what is handled but worth saying: checks of `rlhf.preflight`, one message each, with the mend."""
 
 import importlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from conf.schema import Config
 from conf.stages import EvalStage, OfflineStage, OnlineStage
 from rlhf import distributed
 from rlhf.memory import GIB
+from rlhf.models import json_object, load_tokenizer
 from rlhf.types import UserError
 
 _PLANNED_GIB = 0.25  # weights below which a run doesn't take the second for its memory plan
@@ -95,16 +95,13 @@ def cache_bytes_per_token(cfg: Config) -> int | None:
     place = Path(cfg.model.path).expanduser() / "config.json"
     if not place.is_file():
         return None
-    try:
-        content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return None
+    content = json_object(place, "this model can't be loaded")
     found = [content.get(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")]
     layers, heads, hidden = (value if isinstance(value, int) else 0 for value in found)
     if min(layers, heads, hidden) < 1:  # another family's names
         return None
-    size = content.get("head_dim") or hidden // heads
-    return int(2 * layers * (content.get("num_key_value_heads") or heads) * size * width)
+    size, kv_heads = content.get("head_dim") or hidden // heads, content.get("num_key_value_heads") or heads
+    return 2 * layers * kv_heads * size * width if isinstance(size, int) and isinstance(kv_heads, int) else None
 
 
 def check_padding(cfg: Config) -> list[str]:
@@ -125,15 +122,7 @@ def policy_tokenizer(cfg: Config) -> Any:
     path = cfg.model.path
     if path is None or cfg.model.gguf_file is not None or not Path(path).expanduser().is_dir():
         return None
-    from rlhf.models import load_tokenizer
-
-    try:
-        return load_tokenizer(cfg.model, cfg.data.chat_template)
-    except UserError:
-        raise
-    except Exception as error:
-        first = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"model.path={path}: its tokenizer can't be read ({first}). Give a directory with the tokenizer's files in it.") from error
+    return load_tokenizer(cfg.model, cfg.data.chat_template)
 
 
 def check_critic(reward_path: str, reward_tokenizer: Any, policy: Any) -> None:

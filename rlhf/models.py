@@ -1,7 +1,10 @@
 """Loading and building what stages share: tokenizers, language models, sequence classifiers. Weights only from safetensors or GGUF."""
 
+import contextlib
+import json
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,31 @@ def check_model_path(path: str | None, key: str = "model.path") -> None:
         )
 
 
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Around a library that reads files of others: whatever it makes of damaged ones becomes a UserError that begins with `what`."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of damaged files come errors of JSON, safetensors, tokenizers' Rust, torch, and of code that trusts a number
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} can't be read ({type(error).__name__}: {first}). Restore its files, or give another directory.") from error
+
+
+def json_object(place: Path, what: str) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises UserError that ends with `what`, what follows from that it can't be read."""
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}, line {error.lineno}: not valid JSON ({error.msg}), so {what}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{place} can't be read ({type(error).__name__}: {error}), so {what}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{place}: expected an object, found {type(content).__name__}, so {what}.")
+    return content
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:
     """A byte-level BPE tokenizer with four special tokens, trained on `texts`; any string round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -76,7 +104,8 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
 
     check_model_path(cfg.path)
     extra = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code, **extra)
+    with readable(f"model.path={cfg.path}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code, **extra)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path={cfg.path}: its tokenizer has no end-of-sequence token, so no response could end.")
     if tokenizer.pad_token_id is None:
@@ -143,10 +172,27 @@ def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) ->
     if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=cfg.trust_remote_code).merge_and_unload()
+        with readable(f"the adapter {path}"), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT would fill them with random numbers
+            model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=cfg.trust_remote_code).merge_and_unload()
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **extra)
+        model = _whole(AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **extra)
     return _clean(model, tokenizer)
+
+
+def _whole(auto: Any, path: str, *, head: bool = True, **options: Any) -> Any:
+    """``from_pretrained`` that raises UserError for a directory that lacks weights, which transformers would fill with random numbers.
+
+    head: whether the head has to be there, too; a classifier made of a language model gets a fresh one.
+    """
+    with readable(f"the model {path}"):
+        model, info = auto.from_pretrained(path, output_loading_info=True, **options)
+    prefix = "" if head else f"{model.base_model_prefix}."
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(f"the model {path}: its weights lack {shown}, so it is not whole. Restore its files, or give another directory.")
+    return model
 
 
 def load_classifier(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
@@ -164,5 +210,6 @@ def load_classifier(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -
     extra: dict[str, Any] = _gguf(cfg.gguf_file) if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
     if cfg.attn_implementation:
         extra["attn_implementation"] = cfg.attn_implementation
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, trust_remote_code=cfg.trust_remote_code, **extra)
+    options = {"num_labels": 1, "dtype": dtype, "trust_remote_code": cfg.trust_remote_code, **extra}
+    model = _whole(AutoModelForSequenceClassification, path, head=False, **options)
     return _clean(model, tokenizer)

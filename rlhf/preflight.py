@@ -6,7 +6,6 @@ checked by the stage that loads them.
 
 import importlib
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -49,7 +48,7 @@ from rlhf.data import mixture, reading
 from rlhf.data.files import check_file
 from rlhf.data.prepare import ingest
 from rlhf.data.templates import template_text
-from rlhf.models import check_model_path
+from rlhf.models import check_model_path, json_object
 from rlhf.types import UserError
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -155,10 +154,7 @@ def max_positions(path: str | None) -> int | None:
     place = Path(path).expanduser() / "config.json" if path is not None else None
     if place is None or not place.is_file():
         return None
-    try:
-        content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}, line {error.lineno}: not valid JSON ({error.msg}), so this model can't be loaded.") from error
+    content = json_object(place, "this model can't be loaded")
     return next((int(content[name]) for name in _POSITIONS if isinstance(content.get(name), int)), None)
 
 

@@ -96,9 +96,9 @@ def _weight_files(path: str) -> int | None:
     if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
         try:
             place = Path(str(json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])).expanduser()
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None  # what is wrong with it is said where it is loaded
-    return sum(file.stat().st_size for file in place.glob("*.safetensors")) or None
+    return sum(file.stat().st_size for file in place.glob("*.safetensors") if file.is_file()) or None
 
 
 def size_of(folder: Path) -> int:

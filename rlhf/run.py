@@ -22,13 +22,15 @@ import yaml
 from conf.choices import LabelMode
 from conf.schema import Config
 from conf.stages import LabelStage
-from rlhf import checkpoints, console, distributed, resharding
+from rlhf import checkpoints, console, distributed, redaction, resharding
 from rlhf.data.hashing import sha256
 from rlhf.data.labelling.ledger import EXPORT_FILE
 from rlhf.lineage import MANIFEST_FILE, artifact_digest, origin
+from rlhf.models import json_object
 from rlhf.randomness import seed_everything
-from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, artifact_name, plain_config, redact, truncate
+from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, Tracker, artifact_name, plain_config, truncate
 from rlhf.types import Interrupted, UserError
+from rlhf.watchdog import Watchdog
 
 LOG = logging.getLogger("rlhf.run")
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
@@ -37,6 +39,7 @@ MODEL = "model"  # kind of artifact
 ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 _FINDS_OUT = (STEPS_FOLDER, ANSWERS_FOLDER, EXPORT_FILE)  # left by stages that find out by themselves what still holds
 CHECKPOINTS = "checkpoints"
+_NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
 PACKAGES = (
     "torch",
     "transformers",
@@ -120,6 +123,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
+def clear_halves(directory: Path) -> None:
+    """Remove what lies in `directory` under the names that files and folders have while they are written."""
+    for path in directory.glob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def versions() -> dict[str, str]:
     """Installed versions of the packages that a result depends on, and python's."""
     out = {"python": platform.python_version()}
@@ -142,15 +154,6 @@ def git_commit() -> dict[str, Any] | None:
     if head.returncode != 0 or Path(top.stdout.strip()) != root:  # a repository around us says nothing about us
         return None
     return {"sha": head.stdout.strip(), "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip())}
-
-
-def redact_arguments(argv: Sequence[str]) -> list[str]:
-    """The command line without secrets: ``+some.api_key=abc`` becomes ``+some.api_key=***``."""
-    out = []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        out.append(f"{name}={redact(name, value)}" if equals else str(redact("", argument)))
-    return out
 
 
 def peak_rss_mb() -> float:
@@ -185,12 +188,22 @@ class _Opened:
     resumed: bool = False
 
 
+def _stored_config(place: Path) -> dict[str, Any]:
+    """The configuration of the run so far; an unreadable one is said, for it only serves to tell what changed."""
+    if not place.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(place.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        LOG.warning("resume: %s can't be read (%s), so what changed in the configuration is not known.", place, str(error).splitlines()[0])
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
     """Bring an existing run back to its newest checkpoint: later lines of its files go, a stale summary too."""
-    stored = directory / CONFIG_FILE
-    if stored.is_file():
-        for change in changed_options(yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, cfg):
-            LOG.warning("resume: the configuration differs from the run's: %s", change)
+    for change in changed_options(_stored_config(directory / CONFIG_FILE), cfg):
+        LOG.warning("resume: the configuration differs from the run's: %s", change)
     found = latest_checkpoint(directory)
     finds_out = any((directory / name).exists() for name in _FINDS_OUT)
     if found is None and not finds_out and (directory / SUMMARY_FILE).exists():
@@ -225,6 +238,9 @@ def _prepare(directory: Path, cfg: Config) -> _Opened:
     elif cfg.run.resume and not goes_on(cfg):
         LOG.warning("resume: %s does not exist yet; the run starts from step 0.", directory)
     directory.mkdir(parents=True, exist_ok=True)
+    clear_halves(directory)  # of a start that was killed
+    if opened.resumed and (directory / MANIFEST_FILE).exists():
+        json_object(directory / MANIFEST_FILE, _NO_MANIFEST)  # here, where every rank learns of it
     beside = directory / (CONFIG_FILE + ".tmp")
     beside.write_text(yaml.safe_dump(plain_config(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
     os.replace(beside, directory / CONFIG_FILE)
@@ -235,12 +251,13 @@ class RunContext:
     """One stage's run. Every rank holds one; only rank 0's writes to the disk.
 
     cfg: the configuration; stage: its name; dir: the run directory; tracker: metrics and samples; resume_from: the checkpoint to
-    continue from, or None; model_dir, checkpoint_dir: where the stage saves.
+    continue from, or None; model_dir, checkpoint_dir: where the stage saves; watchdog: of its phases, from `closing` on.
     """
 
     def __init__(self, cfg: Config, directory: Path, opened: _Opened, argv: Sequence[str]) -> None:
         self.cfg = cfg
         self.argv = tuple(argv)
+        self.watchdog = Watchdog(cfg.run.phase_timeout_s)
         self.stage: str = cfg.stage.name
         self.dir = directory
         self.resume_from = opened.resume_from
@@ -274,14 +291,14 @@ class RunContext:
     def _first_manifest(self, argv: Sequence[str], opened: _Opened) -> dict[str, Any]:
         start = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "argv": redact_arguments(argv),
+            "argv": redaction.arguments(argv),
             "resume_from": str(opened.resume_from) if opened.resume_from else None,
             "world_size": distributed.world_size(),
         }
         path = self.dir / MANIFEST_FILE
-        stored = json.loads(path.read_text(encoding="utf-8")) if opened.resumed and path.is_file() else {}
-        earlier = stored.get("starts", [])
-        kept = {key: stored[key] for key in ("parents", "data", "artifacts") if key in stored} if goes_on(self.cfg) else {}
+        stored = json_object(path, _NO_MANIFEST) if opened.resumed and path.is_file() else {}
+        earlier = stored["starts"] if isinstance(stored.get("starts"), list) else []
+        kept: dict[str, Any] = {key: stored[key] for key in ("parents", "data", "artifacts") if key in stored} if goes_on(self.cfg) else {}
         return {
             "stage": self.stage,
             "seed": self.cfg.run.seed,
@@ -338,7 +355,7 @@ class RunContext:
     def record(self, key: str, value: Any) -> None:
         """Put an entry of the stage's own into the manifest."""
         if self.enabled:
-            self._manifest[key] = json_value(value)
+            self._manifest[key] = redaction.redact(key, json_value(value))
             self._write_manifest()
 
     def add_data(self, path: str | Path | None) -> str | None:
@@ -364,7 +381,7 @@ class RunContext:
         if not self.enabled:
             return
         listed = [{"path": str(path.relative_to(self.dir)), "sha256": sha256(path), "bytes": path.stat().st_size} for path in files]
-        known = redact("", json_value(dict(metadata or {})))
+        known = redaction.redact("", json_value(dict(metadata or {})))
         entry = {"name": artifact_name(name), "kind": kind, "files": listed, "metadata": known}
         entry["digest"] = artifact_digest(entry)
         if entry in self._manifest.setdefault("artifacts", []):
@@ -376,19 +393,27 @@ class RunContext:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator["RunContext"]:
-        """Around a stage: whatever ends it, the tracker is closed (as failed when an exception passes).
+        """Around a stage, whose phases it watches: whatever ends it, the tracker is closed (as failed when an exception passes).
 
-        A disk that takes no more becomes a UserError.
+        Nothing half-written stays, and a disk that takes no more becomes a UserError.
         """
-        try:
-            yield self
-        except BaseException as error:
-            self.tracker.finish(exit_code=error.code if isinstance(error, Interrupted) else 1)
-            ours = not isinstance(error, PermissionError) or str(error.filename).startswith(str(self.dir))
-            if ours and checkpoints.storage_error(error):
-                raise UserError(f"{self.dir} takes no more: {error}. Make room or give write access, then go on with run.resume=true.") from error
-            raise
-        self.tracker.finish()
+        with self.watchdog:
+            try:
+                yield self
+            except BaseException as error:
+                self._close_failed(error)
+                raise
+            self.tracker.finish()
+
+    def _close_failed(self, error: BaseException) -> None:
+        """Nothing half-written stays, and the tracker knows of the failure. Raises UserError for a disk that takes no more."""
+        self.watchdog.phase("close")
+        if self.enabled:
+            clear_halves(self.dir)
+        self.tracker.finish(exit_code=error.code if isinstance(error, Interrupted) else 1)
+        ours = not isinstance(error, PermissionError) or str(error.filename).startswith(str(self.dir))
+        if ours and checkpoints.storage_error(error):
+            raise UserError(f"{self.dir} takes no more: {error}. Make room or give write access, then go on with run.resume=true.") from error
 
     def finish(
         self,

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from conf.choices import TrackingKind, WandbMode
 from conf.schema import Config, TrackingConfig
 from rlhf.data.hashing import digest
+from rlhf.redaction import redact, redacted_arguments
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.tracking")
@@ -29,22 +30,6 @@ def split_nonfinite(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     """`values` with NaN and infinities as None (JSON has neither), and the names they had."""
     bad = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
     return {k: None if k in bad else v for k, v in values.items()}, bad
-
-
-_SECRET_NAME = re.compile(r"(^|[._-])(api[_-]?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b([0-9a-f]{40}|hf_[A-Za-z0-9]{20,}|wandb_v1_[A-Za-z0-9_]{20,}|sk-[A-Za-z0-9_-]{20,})\b")
-REDACTED = "***"
-
-
-def redact(name: str, value: Any) -> Any:
-    """`value`, or ``***`` where the option's name or the text's form is that of a secret."""
-    if isinstance(value, dict):
-        return {k: redact(str(k), v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [redact(name, v) for v in value]
-    if _SECRET_NAME.search(name) and value is not None:
-        return REDACTED
-    return _SECRET_VALUE.sub(REDACTED, value) if isinstance(value, str) else value
 
 
 _NAME_LENGTH = 128  # of an artifact, at W&B
@@ -97,11 +82,23 @@ def _plain(value: Any) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every complete line of a file that `Tracker` wrote; a torn last line (a killed run) is left out."""
+    """Every complete line of a file that `Tracker` wrote; a torn last line (a killed run) is left out. Raises UserError for any other damage."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")  # bytes: a line may be torn inside a character
-    return [json.loads(line) for line in lines[:-1] if line]
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}, line {number}: expected an object with a step, as a run writes it; found {line[:60]!r}. Restore or remove it.")
+        rows.append(row)
+    return rows
 
 
 def write_line(file: io.FileIO, offset: int, text: str, path: Path) -> None:
@@ -220,11 +217,11 @@ class _WandbSink:
         run_id = id_file.read_text(encoding="utf-8").strip() if resume and id_file.exists() else secrets.token_hex(4)
         id_file.write_text(run_id, encoding="utf-8")
         options: dict[str, Any] = {
-            "project": cfg.tracking.project,
-            "entity": cfg.tracking.entity,
-            "group": cfg.tracking.group or cfg.run.name,
-            "tags": list(cfg.tracking.tags) or None,
-            "name": f"{cfg.run.name}/{stage}",
+            "project": redact("", cfg.tracking.project),
+            "entity": redact("", cfg.tracking.entity),
+            "group": redact("", cfg.tracking.group or cfg.run.name),
+            "tags": redact("", list(cfg.tracking.tags)) or None,
+            "name": redact("", f"{cfg.run.name}/{stage}"),
             "job_type": stage,
             "id": run_id,
             "dir": str(directory),
@@ -234,7 +231,7 @@ class _WandbSink:
         if self._mode is WandbMode.online and resume:
             options["resume"] = "allow"  # offline, W&B joins runs of the same id when they are synced
         try:
-            self._run = wandb.init(mode="online" if self._mode is WandbMode.online else "offline", **options)
+            self._run = self._start(self._mode, options)
         except wandb.errors.Error as error:
             if cfg.tracking.mode is WandbMode.online or self._mode is WandbMode.offline:
                 raise UserError(f"tracking=wandb could not start: {error}. Set tracking.mode=offline, or tracking=none.") from error
@@ -242,7 +239,11 @@ class _WandbSink:
             LOG.warning("W&B could not start online (%s); this run is tracked offline instead.", error)
             self._mode = WandbMode.offline
             wandb.teardown()  # else W&B's service takes the id for that of a run that goes on
-            self._run = wandb.init(mode="offline", **options)
+            self._run = self._start(self._mode, options)
+
+    def _start(self, mode: WandbMode, options: Mapping[str, Any]) -> Any:
+        with redacted_arguments():  # W&B records the command line
+            return self._wandb.init(mode="online" if mode is WandbMode.online else "offline", **options)
 
     @property
     def sync_command(self) -> str | None:

@@ -1,4 +1,8 @@
-"""No phase without a time limit: one that hangs dumps the stack of every thread, names phase and rank, and ends the process."""
+"""No phase without a time limit: one that hangs dumps the stack of every thread, names phase and rank, and ends the process.
+
+A run has one watchdog (`RunContext.watchdog`). A phase that takes rows one by one says with `alive` that it goes on, so that the limit is one of
+standing still, whatever the number of rows.
+"""
 
 import contextlib
 import faulthandler
@@ -11,6 +15,7 @@ from types import TracebackType
 from rlhf import distributed
 
 EXIT_HUNG = 124  # as timeout(1) reports it
+_ALIVE_EVERY_S = 1.0  # a sign of life between two of which this has not passed is not looked at
 _GRACE_S = 60.0  # after which C code ends a process whose interpreter can't run: then without the phase's name, with exit code 1
 
 
@@ -23,6 +28,15 @@ def record_failure(message: str) -> None:
         json.dump({"message": message, "timestamp": int(time.time())}, file)
 
 
+_watching: "list[Watchdog]" = []  # those entered, the innermost last: it alone watches, as the C code's timer is one for the process
+
+
+def alive() -> None:
+    """The phase under way has come on, and its time begins again. Cheap enough for every row; nothing where no watchdog is."""
+    if _watching:
+        _watching[-1].alive()
+
+
 class Watchdog:
     """Watches the phases of one run; `limit` in seconds, None: it only remembers the phase's name."""
 
@@ -32,8 +46,12 @@ class Watchdog:
         self._deadline = float("inf")
         self._changed = threading.Condition()
         self._running = False
+        self._armed = 0.0  # when the limit was last set anew
 
     def __enter__(self) -> "Watchdog":
+        if _watching:
+            _watching[-1].rest()
+        _watching.append(self)
         self._running = True
         self.phase(self.name)
         if self.limit is not None:
@@ -46,16 +64,36 @@ class Watchdog:
             self._changed.notify()
         if self.limit is not None:
             faulthandler.cancel_dump_traceback_later()
+        _watching.remove(self)
+        if _watching:
+            _watching[-1]._arm()
 
     def phase(self, name: str) -> None:
         """`name` begins now, and the one before it is over."""
+        self.name = name
+        self._arm()
+
+    def alive(self) -> None:
+        """The phase goes on."""
+        if self.limit is not None and time.monotonic() - self._armed > min(_ALIVE_EVERY_S, self.limit / 10):
+            self._arm()
+
+    def rest(self) -> None:
+        """No limit until the next phase: what waits for others, such as a server, may take for ever."""
+        self._arm(float("inf"))
+
+    def _arm(self, limit: float | None = None) -> None:
+        """The phase may take its limit, or `limit` seconds, from now on."""
         with self._changed:
-            self.name = name
             if self.limit is None or not self._running:
                 return
-            self._deadline = time.monotonic() + self.limit
+            self._armed = time.monotonic()
+            self._deadline = self._armed + (self.limit if limit is None else limit)
             self._changed.notify()
-        faulthandler.dump_traceback_later(self.limit + _GRACE_S, exit=True, file=2)
+        if limit is None:
+            faulthandler.dump_traceback_later(self.limit + _GRACE_S, exit=True, file=2)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         with self._changed:
@@ -63,7 +101,7 @@ class Watchdog:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     self._end()
-                self._changed.wait(max(left, 0.0))
+                self._changed.wait(None if left == float("inf") else max(left, 0.0))
 
     def _end(self) -> None:
         message = (

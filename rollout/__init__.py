@@ -65,7 +65,10 @@ def _checked_config(cfg: Config, model_path: str, max_tokens: int) -> Any:
     """The model's configuration. Raises UserError when a prompt and a response don't fit into its positions."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
+    from rlhf.models import readable
+
+    with readable(f"the model {model_path}: its configuration"):
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
         raise UserError(

@@ -25,11 +25,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The stages that a chain starts, each with exit code 0."""
     out: list[str] = []
 
-    def run_stage(command: Sequence[str]) -> int:
+    def run_child(command: Sequence[str]) -> int:
         out.append(next(one for one in command if one.startswith("stage=")).removeprefix("stage="))
         return 0
 
-    monkeypatch.setattr(chain, "run_stage", run_stage)
+    monkeypatch.setattr(chain, "run_child", run_child)
     return out
 
 

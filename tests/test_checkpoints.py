@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from conf.schema import RunConfig
 from conf.stages import SFTStage
 from rlhf import checkpoints, run, tracking
 from rlhf.run import RunContext
-from rlhf.stages import online, sft
+from rlhf.stages import guarding, online, sft
 from rlhf.types import UserError
 from tests import trl_tools
 from tests.test_online import metrics, run_ppo
@@ -99,6 +100,47 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in range(13, 16):
         write(tmp_path, step, keep=0)
     assert [step for step, _ in checkpoints.numbered(tmp_path)] == [15, 14, 13, 12, 11]
+
+
+def test_all_is_on_the_disk_before_the_seal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses power between the two must not leave a seal over files that were never written."""
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{number}')).name}")
+        sync(number)
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append(f"name {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write(tmp_path, 1)
+    assert sorted(done[:2]) == ["sync engine.pt", "sync loop.json"]
+    assert done[2:] == ["sync checksums.json.part", "name checksums.json"]
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+
+    def killed(path: Path) -> None:
+        assert not (path / checkpoints.SEAL).exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.prune(tmp_path, 1)
+    assert checkpoints.problem(tmp_path / "step-1") is not None and checkpoints.problem(tmp_path / "step-2") is None
+
+
+def test_what_a_killed_save_left_is_removed_on_resume(tmp_path: Path) -> None:
+    write(tmp_path / "checkpoints", 1)
+    (tmp_path / "checkpoints" / "step-2.part" / "policy").mkdir(parents=True)
+    assert run.latest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "step-1", 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
@@ -230,6 +272,23 @@ def test_a_torn_checkpoint_of_the_trainers_is_passed_over(tmp_path: Path, caplog
     run_sft(tmp_path, "torn", run=RunConfig(dir=str(tmp_path / "runs"), name="torn", resume=True))
     assert "checkpoint-4 is passed over: optimizer.pt has" in caplog.text and f"goes on from checkpoint-{before[0]}" in caplog.text
     assert timeless(metrics(place)) == rows and (place / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_torn_best_checkpoint_is_not_taken_for_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded back after the last step, hours after it was written."""
+    find = guarding.rotate_checkpoints
+
+    def torn(folder: str, *args: Any, **kwargs: Any) -> None:
+        find(folder, *args, **kwargs)
+        place = Path(folder) / "checkpoint-4"
+        if place.is_dir():
+            for best in Path(folder).iterdir():
+                changed(best / "model.safetensors")
+
+    monkeypatch.setattr(guarding, "rotate_checkpoints", torn)
+    with pytest.raises(UserError, match=r"the best checkpoint .* can't be loaded back: model.safetensors is not what was written"):
+        run_sft(tmp_path, "best")
+    assert not (tmp_path / "runs" / "best" / "sft" / "model").exists()
 
 
 def test_the_trainers_full_disk_stops_the_run_and_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,8 @@ def test_files_that_can_not_be_read_are_named(ppo: Config) -> None:
     with pytest.raises(UserError, match=r"model.path=.*policy: its tokenizer can't be read"):
         conflicts.policy_tokenizer(ppo)
     (Path(str(ppo.model.path)) / "config.json").write_text("{", encoding="utf-8")
-    assert conflicts.cache_bytes_per_token(ppo) is None
+    with pytest.raises(UserError, match=r"config.json, line 1: not valid JSON"):
+        conflicts.cache_bytes_per_token(ppo)
 
 
 def test_a_reward_model_that_reads_text_says_so(ppo: Config, tmp_path: Path) -> None:

@@ -4,11 +4,14 @@
 """
 
 import dataclasses
+import enum
 import functools
 import io
 import json
 import os
 import tempfile
+import types
+import typing
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from conf.schema import Config
@@ -28,11 +31,12 @@ from rlhf.types import UserError
 from tests.format_rows import CHARACTERS, drawn, published_rows, tool_rows, training_rows
 
 FEW, MANY, BAD = 60, 1500, 2000
+PHASES = (Phase.generate, Phase.shrink)  # what explains a failure runs it hundreds of times more
 seen: Counter[str] = Counter()  # by kind of input: good, bad
 
 
 def fuzzed(examples: int) -> Callable[[Any], Any]:
-    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None, phases=PHASES)
 
 
 def complain(error: UserError, kind: str) -> None:
@@ -106,6 +110,116 @@ def try_overrides(given_: list[str]) -> None:
         complain(error, "overrides: bad")
     else:
         seen["overrides: good"] += 1
+
+
+# ---- options of which it is known that they are wrong ----
+
+WRONG = {  # by what an option holds: values that it can't take
+    bool: ["maybe", "1.5", "[true]", "{a: 1}"],
+    int: ["1.5", "x", "[1]", "{a: 1}", "nan", "1e999"],
+    float: ["x", "nan", "inf", "-inf", "1e999", "[1.0]", "{a: 1}"],
+    str: ["[1]", "{a: 1}"],
+    enum.Enum: ["nosuch", "7.5", "[x]", "{a: 1}", "''"],
+    list: ["7", "x", "{a: 1}", "true"],
+    dict: ["7", "[1]", "x"],
+}
+
+
+def wrong_values(hint: Any) -> list[str]:
+    """Values that an option of this annotation must refuse; none for one that takes anything."""
+    kinds = [one for one in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]) if one is not type(None)]
+    if len(kinds) != 1 or kinds[0] is Any:
+        return []
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    found = next((values for known, values in WRONG.items() if isinstance(kind, type) and issubclass(kind, known)), [])
+    return found if hint in kinds and type(None) not in typing.get_args(hint) else [value for value in found if value != "''"]
+
+
+@functools.cache
+def options_of(stage: str) -> tuple[tuple[str, str], ...]:
+    """Every option of a stage with each value that it must refuse."""
+    out: list[tuple[str, str]] = []
+
+    def walk(value: Any, prefix: str) -> None:
+        hints = typing.get_type_hints(type(value))
+        for one in dataclasses.fields(value):
+            inner = getattr(value, one.name)
+            if dataclasses.is_dataclass(inner):
+                walk(inner, f"{prefix}{one.name}.")
+            else:
+                out.extend((prefix + one.name, wrong) for wrong in wrong_values(hints[one.name]))
+
+    walk(config.compose([f"stage={stage}", "tracking=none", "model=tiny", "data.path=rows.jsonl"]), "")
+    return tuple(out)
+
+
+# Two options that exclude each other, or one that lacks another, on top of what each stage needs.
+CONFLICTS = (
+    ("ppo", "stage.reference=false stage.kl_coef=0.1"),
+    ("ppo", "stage.prompts_per_step=3 stage.minibatches=2"),
+    ("ppo", "stage.critic_init=reward"),
+    ("ppo", "data.max_prompt_length=500 rollout.max_response_length=100"),
+    ("ppo", "model.dtype=float16"),
+    ("ppo", "stage.reference_every=2 stage.reference=false stage.kl_coef=0"),
+    ("ppo", "stage.on_nonfinite=rewind stage.save_steps=0"),
+    ("ppo", "stage.watch.divergence=stop"),
+    ("ppo", "stage.watch.kl=stop stage.reference=false stage.kl_coef=0"),
+    ("ppo", "run.resume=true run.overwrite=true"),
+    ("grpo", "stage.samples_per_prompt=1"),
+    ("grpo", "stage.kl_controller=adaptive stage.kl_coef=0"),
+    ("grpo", "adapter=lora adapter.rank=1024 rollout=vllm"),
+    ("grpo", "adapter=lora adapter.rank=16 rollout=vllm rollout.max_lora_rank=8"),
+    ("grpo", "engine=zero3 engine.gpus=2"),
+    ("grpo", "engine=torch engine.gpus=2"),
+    ("grpo", "engine=zero2 engine.offload=nvme"),
+    ("reward", "stage.batch_size=8 engine.micro_batch_size=3"),
+    ("reward", "model.gguf_file=x.gguf"),
+    ("reward", "stage.max_length=513"),
+    ("reward", "data.eval_path=nowhere.jsonl"),
+    ("reward", "tracking=wandb tracking.mode=nosuch"),
+    ("dpo", "stage.batch_size=8 engine.micro_batch_size=16"),
+    ("dpo", "engine=zero1 engine.offload=nvme engine.nvme_path=nowhere"),
+    ("data", "data.pipeline=[nosuch]"),
+    ("data", "data.pipeline=[{step: split, fraction: 1.5}]"),
+    ("data", "data.to=trl data.file=nosuch"),
+)
+INTERPOLATIONS = ("${nosuch}", "${run}", "${stage.nosuch}", "${oc.env:NO_SUCH_VARIABLE}", "${nosuch:1}", "${model.path", "${${run.name}}")
+
+
+@st.composite
+def wrong_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """A command that would run, with one thing in it that is wrong by a known rule; and which kind of thing."""
+    kind = draw(st.sampled_from(["type", "type", "type", "conflict", "interpolation", "group", "name"]))
+    stage = draw(st.sampled_from(sorted(READY)))
+    if kind == "type":
+        key, value = draw(st.sampled_from(options_of(stage)))
+        wrong = [f"{key}={value}"]
+    elif kind == "conflict":
+        stage, options = draw(st.sampled_from(CONFLICTS))
+        wrong = options.split(" ") if "[" not in options else [options]
+    elif kind == "interpolation":
+        wrong = [
+            f"{draw(st.sampled_from(['run.name', 'run.seed', 'model.path', 'tracking.group', 'data.path']))}={draw(st.sampled_from(INTERPOLATIONS))}"
+        ]
+    elif kind == "group":
+        wrong = [f"{draw(st.sampled_from(config.GROUPS))}={draw(st.text('abcxyz_', min_size=1, max_size=6))}9"]
+    else:
+        key = draw(st.sampled_from(options_of(stage)))[0]
+        at = draw(st.integers(0, len(key) - 1))
+        wrong = [f"{draw(st.sampled_from(['', '+', '++']))}{key[:at]}{draw(st.sampled_from('qxz'))}{key[at + 1 :]}=1"]
+    keys = {one.partition("=")[0] for one in wrong}
+    needed = [f"stage={stage}", "tracking=none", "model=tiny", "data.path=rows.jsonl", "rollout=hf", *READY[stage]]
+    return kind, [*(one for one in needed if one.partition("=")[0] not in keys), *wrong]
+
+
+def try_wrong(command: tuple[str, list[str]]) -> None:
+    kind, given_ = command
+    try:
+        preflight.check(config.compose(given_))
+    except UserError as error:
+        complain(error, f"wrong {kind}: bad")
+    else:
+        raise AssertionError(f"accepted: {' '.join(given_)}")
 
 
 # ---- rows and files ----
@@ -251,6 +365,13 @@ def test_overrides() -> None:
     assert seen["overrides: bad"] > FEW / 4 and seen["overrides: good"] > 0
 
 
+@pytest.mark.usefixtures("apart")
+def test_what_is_wrong_by_a_known_rule_is_refused() -> None:
+    seen.clear()
+    fuzzed(FEW // 3)(given(wrong_commands())(try_wrong))()
+    assert len(seen) >= 4, "of the five kinds"
+
+
 def test_rows() -> None:
     seen.clear()
     fuzzed(FEW)(given(USE, broken_rows())(lambda use, rows: read_all(use, lines(rows), ".jsonl")))()
@@ -270,6 +391,7 @@ def test_thousands() -> None:
     """What `make fuzz` runs."""
     seen.clear()
     fuzzed(MANY)(given(overrides())(try_overrides))()
+    fuzzed(MANY)(given(wrong_commands())(try_wrong))()
     fuzzed(MANY)(given(USE, broken_rows())(lambda use, rows: read_all(use, lines(rows), ".jsonl")))()
     fuzzed(MANY)(given(USE, DAMAGE)(lambda use, damage: read_all(use, damage.done(), damage.suffix)))()
     bad = sum(count for kind, count in seen.items() if kind.endswith("bad"))

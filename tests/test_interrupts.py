@@ -15,8 +15,8 @@ import pytest
 
 from rlhf import __main__ as command_line
 from rlhf import checkpoints, config, interrupts, watchdog
+from rlhf import run as rlhf_run
 from rlhf.run import RunContext
-from rlhf.stages import online, trl_common
 from rlhf.types import Interrupted
 from tests.test_resume import options, rows, write_data
 
@@ -67,6 +67,23 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         assert process.stderr is not None
         said = process.stderr.read()
     assert "stops after this step" in said and "SIGTERM again: ended at once" in said
+
+
+def test_a_signal_to_a_forked_child_is_not_the_runs() -> None:
+    """A pool ends its workers by SIGTERM: they have to end, and the run has not to stop."""
+    with interrupts.terminable(), interrupts.Stopping() as stopping:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert ended[0] == child and os.waitstatus_to_exitcode(ended[1]) == -signal.SIGTERM
+        time.sleep(0.1)
+        assert stopping.received is None
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +179,60 @@ def test_a_hang_names_phase_and_rank_and_shows_every_stack(tmp_path: Path) -> No
     assert "rank 3: phase rollout" in json.loads(place.read_text(encoding="utf-8"))["message"]
 
 
+LIVES = """
+import time
+from rlhf.watchdog import Watchdog, alive
+
+with Watchdog(0.6) as dog:
+    dog.phase("rows")
+    for _ in range(8):
+        time.sleep(0.2)
+        alive()
+    dog.rest()
+    time.sleep(1.2)
+    dog.phase("outer")
+    with Watchdog(60) as inner:
+        inner.phase("inner")
+        time.sleep(1.2)
+    print("lives", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_sign_of_life_a_rest_and_an_inner_run_each_put_the_limit_off() -> None:
+    with program(LIVES) as process:
+        out, said = process.communicate(timeout=120)
+    assert out == "lives\n" and process.returncode == watchdog.EXIT_HUNG and "phase outer took longer" in said
+
+
+STUCK_IN_C = """
+import ctypes, time
+from rlhf import watchdog
+
+watchdog._GRACE_S = 0.2
+with watchdog.Watchdog(0.3):
+    pass
+time.sleep(1.0)
+print("outlived", flush=True)
+with watchdog.Watchdog(0.3) as dog:
+    dog.phase("c")
+    ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock, so no thread of Python's can run
+"""
+
+
+def test_a_hang_that_keeps_the_interpreters_lock_ends_too_and_no_timer_outlives_its_run() -> None:
+    with program(STUCK_IN_C) as process:
+        out, said = process.communicate(timeout=120)
+    assert out == "outlived\n" and process.returncode == 1 and "Timeout (0:00:00.5" in said and "most recent call first" in said
+
+
+def test_the_first_cause_is_the_one_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for message in ("the cause", "a consequence"):
+        watchdog.record_failure(message)
+    assert json.loads((tmp_path / "error.json").read_text(encoding="utf-8"))["message"] == "the cause"
+
+
 class Phases(watchdog.Watchdog):
     """Remembers the phases in order, each once where it is repeated at once."""
 
@@ -176,8 +247,7 @@ class Phases(watchdog.Watchdog):
 @pytest.fixture
 def phases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Phases.seen = []
-    monkeypatch.setattr(online, "Watchdog", Phases)
-    monkeypatch.setattr(trl_common, "Watchdog", Phases)
+    monkeypatch.setattr(rlhf_run, "Watchdog", Phases)
     return Phases.seen
 
 
@@ -189,17 +259,18 @@ def test_every_phase_of_a_step_is_watched(folder: Path, tiny_model: Callable[...
 
 def test_every_phase_of_the_trainers_is_watched(folder: Path, tiny_model: Callable[..., Path], phases: list[str]) -> None:
     run([*options("sft", folder, tiny_model(), "phases"), "stage.steps=2", "stage.eval_steps=1"])
-    assert phases == ["start", "evaluate", "save", "step", "log and save", "evaluate", "save", "step", "log and save", "evaluate", "save"]
+    step = ["step", "log and save", "evaluate", "save"]
+    assert phases == ["start", "data", "build", "start", "evaluate", "save", *step, *step, "save the model", "samples", "finish"]
 
 
 # ---- a chain ----
 
 WAITS = """
 import sys
-from rlhf.stages.chain import run_stage
+from rlhf.interrupts import run_child
 
 child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('in', flush=True); time.sleep(60)"
-print(run_stage([sys.executable, "-c", child]), flush=True)
+print(run_child([sys.executable, "-c", child]), flush=True)
 """
 
 

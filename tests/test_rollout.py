@@ -18,6 +18,8 @@ from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
 from rlhf.types import Generator, Prompt, Rollout, UserError
 from rollout.sampling import Sampling, draw, response_seeds, sampling_logprobs
+from tests.test_reproducible import VLLM, same_runs
+from tests.test_resume import options, run, write_data
 
 BACKENDS = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
 SAMPLINGS = [
@@ -148,6 +150,17 @@ def test_a_seed_fixes_the_tokens(backend: str, generators: Callable[[str], Any])
     assert [r.token_ids for r in fewer] == [first[0].token_ids, first[3].token_ids], "a response depends on its own seed alone"
     unseeded = [generator.generate(PROMPTS[:1], n=1)[0].token_ids for _ in range(2)]
     assert unseeded[0] != unseeded[1]
+
+
+@pytest.mark.vllm
+def test_whole_runs_on_vllm_with_one_seed_are_the_same(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Each with an engine of its own. In processes of their own: tests/test_reproducible.py."""
+    write_data(tmp_path)
+    runs = []
+    for name, seed in (("one", 0), ("other", 0), ("seed", 1)):
+        given = [*options("ppo", tmp_path, tiny_model(), name), *VLLM, f"run.seed={seed}", "stage.watch.judge_function=null"]
+        runs.append(run("ppo", given))
+    assert same_runs(runs[0], runs[1]) and not same_runs(runs[0], runs[2])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

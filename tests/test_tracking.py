@@ -197,23 +197,6 @@ def test_tensorboard_holds_scalars_samples_and_images(tmp_path: Path) -> None:
     assert events.Tags()["images"] == ["plots/kl"] and "samples/text_summary" in events.Tags()["tensors"]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "shown"),
-    [
-        ("api_key", "abc", "***"),
-        ("wandb.api-key", "abc", "***"),
-        ("auth_token", "abc", "***"),
-        ("micro_tokens", "64", "64"),
-        ("tokens", "a", "a"),
-        ("x", "hf_" + "a" * 24, "***"),
-        ("x", "see " + "0f" * 20 + " there", "see *** there"),
-        ("password", None, None),
-    ],
-)
-def test_redact(name: str, value: Any, shown: Any) -> None:
-    assert tracking.redact(name, value) == shown
-
-
 def test_the_console_writes_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     console.console.cache_clear()
     with console.progress(3, "ppo") as bar:

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,7 @@ from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
 SUFFIXES = {".json": "JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".csv": "CSV", ".parquet": "Parquet", ".xlsx": "Excel"}
+_MOST_UNPACKED, _MOST_RATIO = 2**30, 200  # bytes, and times its size; deflate comes to 1030 for zeros, texts to 20
 _EXCEL_ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")  # how Excel's files hold characters that XML can't (ECMA-376, ST_Xstring)
 
 
@@ -268,12 +270,27 @@ def _excel_cell(value: Any) -> str:
     return _EXCEL_ESCAPE.sub(lambda match: chr(int(match[1], 16)), str(value))
 
 
+def _check_unpacked(path: Path) -> None:
+    """An Excel file is a zip archive. Raises UserError for one that is small and unpacks to more than a sheet could hold: a zip bomb.
+
+    zipfile never gives more of a member than its header says.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    packed = path.stat().st_size
+    if unpacked > _MOST_UNPACKED and unpacked > _MOST_RATIO * packed:
+        raise UserError(
+            f"{path}: {packed} bytes unpack to {unpacked / 2**30:.1f} GiB, so this is no sheet of texts. Save the rows as CSV or JSON lines."
+        )
+
+
 def _excel(path: Path) -> Iterator[SourceRow]:
     """Rows of the first sheet; wholly empty ones are not rows."""
     import openpyxl
 
     number, origin = 0, str(path)
     try:
+        _check_unpacked(path)
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         if len(book.sheetnames) > 1:
             LOG.warning("%s has the sheets %s: only the first is read.", path, ", ".join(book.sheetnames))

@@ -64,6 +64,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, byte {error.start + 1}: expected UTF-8 text. Save it as UTF-8.") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or too many brackets
+        raise UserError(f"{path}: not valid JSON ({type(error).__name__}: {error}).") from error
     if not isinstance(entries, dict):
         raise UserError(f"{path}: expected an object of entries by name, found {type(entries).__name__}.")
     return entries
@@ -98,7 +100,7 @@ def _check_entry(place: str, entry: Any) -> None:
     if unknown is not None:
         raise UserError(f"{place}: unknown key {unknown!r}; nearest: {nearest(unknown, _ENTRY)!r}. Known keys: {', '.join(_ENTRY)}.")
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in _COLUMNS:
+    if not isinstance(formatting, str) or formatting not in _COLUMNS:
         raise UserError(
             f"{place}, key 'formatting': expected alpaca or sharegpt, found {formatting!r}; nearest: {nearest(str(formatting), list(_COLUMNS))!r}."
         )

@@ -105,7 +105,7 @@ def _read_config(model: ModelConfig, path: str, key: str) -> Any:
         raise UserError(f"{key}={path}: holds no config.json, but {name}. Set model.gguf_file={name}.")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as in rlhf.models.readable
         first = str(error).strip().split("\n", 1)[0]
         raise UserError(
             f"{key}={path}: its configuration can't be read ({first}). Give a model's directory, or model.params=<parameters>."

@@ -3,7 +3,6 @@
 import json
 import logging
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import yaml
 from conf.schema import Config
 from conf.stages import ChainStage
 from rlhf import config, distributed
-from rlhf.interrupts import Stopping
+from rlhf.interrupts import run_child
 from rlhf.run import CONFIG_FILE, SUMMARY_FILE, RunContext, changed_options, run_directory
 from rlhf.types import UserError
 
@@ -24,18 +23,6 @@ def commands(stages: list[str], overrides: list[str]) -> list[list[str]]:
     """One command per stage: the chain's own overrides without its ``stage`` ones."""
     shared = [o for o in overrides if not o.lstrip("+").startswith(("stage=", "stage."))]
     return [[sys.executable, "-m", "rlhf", f"stage={stage}", *shared] for stage in stages]
-
-
-def run_stage(command: list[str]) -> int:
-    """A stage in a process of its own; its exit code. SIGTERM is passed on to it; Ctrl-C reaches it by itself. Either lets it save first."""
-    with subprocess.Popen(command) as process:
-
-        def pass_on(number: int) -> None:
-            if number == signal.SIGTERM:
-                process.send_signal(number)
-
-        with Stopping(pass_on):
-            return process.wait()
 
 
 def finished(composed: Sequence[Config]) -> list[float]:
@@ -84,7 +71,7 @@ def run(ctx: RunContext) -> None:
             metrics[f"time/{name}_s"] = done[number]
             continue
         began = time.perf_counter()
-        code = run_stage(command)
+        code = run_child(command)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise SystemExit(code)  # the stage has said what it saved
         if code != 0:

@@ -14,7 +14,7 @@ from typing import Any
 
 from conf.choices import DataTarget, FileKind
 from conf.schema import Config
-from rlhf import console
+from rlhf import console, watchdog
 from rlhf.data.formats import Use
 from rlhf.data.mixture import data_files
 from rlhf.data.prepare import ingest, store
@@ -68,7 +68,13 @@ class Outputs:
 
 def run(ctx: RunContext) -> None:
     """Prepare the rows of data.path (and data.eval_path). Raises UserError where nothing is left to train on."""
+    with ctx.closing():
+        _run(ctx)
+
+
+def _run(ctx: RunContext) -> None:
     cfg = ctx.cfg
+    ctx.watchdog.phase("hash")
     kind = ingest.kind_of(cfg)
     steps = ingest.steps_of(cfg, kind)
     hashes = {str(path): str(ctx.add_data(path)) for path in data_files(cfg)}
@@ -87,7 +93,9 @@ def run(ctx: RunContext) -> None:
         held_out=held_out,
         keep=cfg.data.cache,
         score_pairs=pair_scorer(cfg.reward.batch_tokens),
+        alive=ctx.watchdog.alive,
     )
+    ctx.watchdog.phase("steps")
     outputs = Outputs(ctx.dir)
     examined: list[Item] = []  # the report looks at all rows together
     try:
@@ -98,9 +106,11 @@ def run(ctx: RunContext) -> None:
     except BaseException:
         outputs.abandon()
         raise
+    ctx.watchdog.phase("write")
     files = outputs.close(held_out=held_out or any(step.options.splits for step in steps))
     files["rejected"] = write_rejected(ctx.dir, done)
     files |= write_targets(cfg, kind, files, ctx.dir)
+    ctx.watchdog.phase("report")
     if examined:
         files |= _examine(ctx, kind, examined, done)
     _report(ctx, kind, done, outputs.rows, files)
@@ -112,6 +122,7 @@ def _written(path: Path) -> Iterator[Item]:
     """The rows of a file that the stage wrote."""
     with path.open(encoding="utf-8") as source:
         for number, text in enumerate(source, start=1):
+            watchdog.alive()
             yield Item(json.loads(text), str(path), number)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from conf.choices import ModelKind
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage, RewardStage, SFTStage
-from rlhf import config, conflicts
+from rlhf import config, conflicts, redaction
 from rlhf.console import console
 from rlhf.data import reading
 from rlhf.data.converting import both_sides, columns_of
@@ -22,7 +22,6 @@ from rlhf.memory.machine import machine_of
 from rlhf.memory.plan import HEADROOM, plan
 from rlhf.memory.subjects import can_plan, shapes_of
 from rlhf.memory.tables import plan_table
-from rlhf.run import redact_arguments
 from rlhf.types import PreferencePair
 
 ROWS = 2  # shown as tokens where data.preview doesn't say how many
@@ -51,7 +50,7 @@ def _training(cfg: Config, argv: Sequence[str]) -> None:
 
 def launch_command(argv: Sequence[str], ranks: int) -> str:
     """The command that runs what `argv` describes, for a shell; secrets are left out."""
-    arguments = [one for one in redact_arguments(argv) if one.lstrip("+").partition("=")[0] != "run.dry_run"]
+    arguments = [one for one in redaction.arguments(argv) if one.lstrip("+").partition("=")[0] != "run.dry_run"]
     launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
     return shlex.join([*launcher, "-m", "rlhf", *arguments])
 

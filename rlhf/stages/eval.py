@@ -35,8 +35,14 @@ _GAP_FLOAT32, _GAP_HALF = 1e-4, 0.05  # nats, as in training
 
 def run(ctx: RunContext) -> None:
     """Compare ``stage.before`` with ``stage.after``. Reads prompts from data.eval_path (or the held-out share of data.path)."""
+    with ctx.closing():
+        _run(ctx)
+
+
+def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
     assert isinstance(stage, EvalStage)
+    ctx.watchdog.phase("build")
     if distributed.world_size() > 1:
         raise UserError("stage=eval runs in one process: start it without torchrun.")
     paths = _paths(stage)
@@ -52,8 +58,11 @@ def run(ctx: RunContext) -> None:
 
     after_model = load_causal_lm(_model(cfg, paths[1]), tokenizer)
     old, new = _generate(ctx, tokenizer, after_model, prompts)
+    ctx.watchdog.phase("judge")
     before, after = Answers(old, _judge(old, judges, scorer)), Answers(new, _judge(new, judges, scorer))
+    ctx.watchdog.phase("kl")
     kl = response_kl(after_model, load_causal_lm(_model(cfg, paths[0]), tokenizer), new, tokenizer.pad_token_id, cfg)
+    ctx.watchdog.phase("compare")
     comparison = compare(before, after, kl, resamples=stage.bootstrap, seed=cfg.run.seed)
 
     rows = side_by_side(before, after, kl)
@@ -150,10 +159,13 @@ def _generate(ctx: RunContext, tokenizer: Any, after: Any, prompts: Sequence[Pro
         tokenizer.save_pretrained(start)
     generator: Generator = make_generator(cfg, model_path=start, tokenizer=tokenizer, model_factory=load_before, adapter_rank=None)
     try:
+        ctx.watchdog.phase("generate before")
         old = generator.generate(prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy)
+        ctx.watchdog.phase("sync")
         generator.sync(full_weights(after), 1)
         probe = [*prompts[0].token_ids, *old[0].token_ids[:_PROBE_TOKENS]]
         verify_sync(generator, probe, probe_logprobs(after, probe), _tolerance(cfg), 1)
+        ctx.watchdog.phase("generate after")
         return old, generator.generate(prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy)
     finally:
         generator.close()

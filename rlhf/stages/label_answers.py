@@ -26,6 +26,7 @@ from rlhf.data.labelling.candidates import Response
 from rlhf.models import load_causal_lm, load_tokenizer
 from rlhf.run import ANSWERS_FOLDER, RunContext
 from rlhf.types import Prompt, Rollout, Scores, UserError
+from rlhf.watchdog import Watchdog
 from rollout import make_generator
 
 LOG = logging.getLogger("rlhf.stages.label")
@@ -35,11 +36,13 @@ LOG = logging.getLogger("rlhf.stages.label")
 class Clock:
     """Seconds by phase."""
 
+    watchdog: Watchdog
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.watchdog.phase(name)
         try:
             yield
         finally:

@@ -50,7 +50,7 @@ _HOW = {
 
 def export(ctx: RunContext) -> None:
     """Write an export, or go on with the one that is there. Raises UserError where nothing is left to ask, with the reason."""
-    clock = Clock()
+    clock = Clock(ctx.watchdog)
     _register(ctx)
     made = existing(ctx.dir, ctx.cfg)
     if made is None:
@@ -63,7 +63,9 @@ def export(ctx: RunContext) -> None:
     published = [ctx.dir / EXPORT_FILE, ctx.dir / TASKS_FILE, *(path for paths in files.values() for path in paths)]
     known = {"export": made.id, "kind": made.kind.value, "tasks": len(made.tasks), **{k: made.details[k] for k in ("source", "policies", "seed")}}
     ctx.publish(f"{ctx.cfg.run.name}-export", "label-export", published, known)
+    ctx.watchdog.phase("push")
     project = _push(ctx, made)
+    ctx.watchdog.phase("finish")
     _finish(ctx, made, clock, files, project)
 
 

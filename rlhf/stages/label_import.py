@@ -24,7 +24,8 @@ from rlhf import console
 from rlhf.data.labelling import known, versions
 from rlhf.data.labelling.ab_labels import ab_figures
 from rlhf.data.labelling.checking import Checked, Ledgers, Refused, check
-from rlhf.data.labelling.checks_import import access_token, export_folder, label_files, server_of
+from rlhf.data.labelling.checks_export import access_token
+from rlhf.data.labelling.checks_import import export_folder, label_files, server_of
 from rlhf.data.labelling.records import Judgement, Unreadable, as_text
 from rlhf.data.labelling.report import Situation, agreement_rows, annotator_rows, bias_rows, report
 from rlhf.data.labelling.store import Added, Lines, Store, keep_refused
@@ -61,9 +62,11 @@ def import_labels(ctx: RunContext) -> None:
     try:
         number = len(imports.rows) + 1
         with Store(folder) as store:
+            ctx.watchdog.phase("read")
             sources, checked, refused = _read(ctx, ledgers, export)
             keep_refused(folder, refused, number)
             _check_refused(refused, cfg.data.max_bad_rows, folder)
+            ctx.watchdog.phase("aggregate")
             added = store.add(checked, number)
             situation = versions.settle(ledgers, store.stored, settings_of(cfg.label))
         figures = {**report(situation, cfg.run.seed), "ab": ab_figures(situation)}
@@ -81,6 +84,7 @@ def import_labels(ctx: RunContext) -> None:
         imports.append([row])
     finally:
         imports.close()
+    ctx.watchdog.phase("finish")
     _finish(ctx, number, situation, figures, added, refused, version, made)
 
 
@@ -104,7 +108,7 @@ def _rows(ctx: RunContext, export: Path | None) -> Iterator[tuple[Source, Iterab
         from rlhf.data.labelling.server import pull
 
         url, project = server_of(cfg, export)
-        place = pull(url=url, token=access_token(cfg), project=project, folder=ctx.dir / PULLED_FOLDER)
+        place = pull(url=url, token=access_token(cfg.label, "label.pull=true"), project=project, folder=ctx.dir / PULLED_FOLDER)
         yield _source(ctx, place)
 
 
@@ -122,6 +126,7 @@ def _read(ctx: RunContext, ledgers: Ledgers, export: Path | None) -> tuple[list[
     refused: list[Refused] = []
     for source, rows in _rows(ctx, export):
         for one in check(rows, ledgers, ctx.cfg.label.annotator):
+            ctx.watchdog.alive()
             source.rows += 1
             if isinstance(one, Refused):
                 source.refused += 1

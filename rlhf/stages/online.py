@@ -58,11 +58,11 @@ class Clock:
 
 def run(ctx: RunContext) -> None:
     """Train a policy online. Reads model.path, reward.path (or reward.function) and data.path; writes the run directory of DESIGN."""
-    with ctx.closing(), Watchdog(ctx.cfg.run.phase_timeout_s) as watchdog:
-        watchdog.phase("build")
+    with ctx.closing():
+        ctx.watchdog.phase("build")
         parts = build(ctx)
         with contextlib.closing(parts.generator):
-            Loop(ctx, parts, watchdog).train()
+            Loop(ctx, parts).train()
 
 
 class BadStep(TrainingDiverged):
@@ -76,8 +76,8 @@ class BadStep(TrainingDiverged):
 class Loop:
     """State that lives as long as the run: step number, KL controller, score statistics."""
 
-    def __init__(self, ctx: RunContext, parts: Parts, watchdog: Watchdog | None = None) -> None:
-        self.ctx, self.parts, self.cfg, self.watchdog = ctx, parts, ctx.cfg, watchdog or Watchdog(None)
+    def __init__(self, ctx: RunContext, parts: Parts) -> None:
+        self.ctx, self.parts, self.cfg, self.watchdog = ctx, parts, ctx.cfg, ctx.watchdog
         stage = ctx.cfg.stage
         assert isinstance(stage, OnlineStage) and stage.steps is not None
         self.stage, self.steps = stage, stage.steps

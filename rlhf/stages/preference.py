@@ -23,7 +23,7 @@ from conf.schema import Config
 from conf.stages import CPOStage, KTOStage, ORPOStage, PreferenceStage
 from policy.model import base_of, is_peft
 from policy.saving import save_adapter
-from rlhf import distributed
+from rlhf import distributed, watchdog
 from rlhf.data.encoding import IGNORED, Message, is_chat, prompt_ids, require_template, response_ids, split_answer
 from rlhf.data.reading import preference_dataset, unpaired_dataset
 from rlhf.models import load_causal_lm
@@ -66,6 +66,7 @@ def encode_rows(tokenizer: Any, rows: datasets.Dataset, sides: Sequence[str], *,
     columns: dict[str, list[Any]] = {"prompt_ids": [], **{f"{side}_ids": [] for side in sides}, **({"label": []} if "label" in rows[0] else {})}
     row_weights: list[float] = []
     for number, row in enumerate(rows):
+        watchdog.alive()
         try:
             context, answers = encode_sides(tokenizer, row.get("prompt"), [row[side] for side in sides])
         except ValueError as error:
@@ -350,10 +351,12 @@ def run(ctx: RunContext) -> None:
 
 def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
+    ctx.watchdog.phase("data")
     plan, tokenizer = common.begin(cfg)
     train, held_out = read(cfg, tokenizer, plan.micro)
     common.record_inputs(ctx, "policy")
     steps, metrics = _train(ctx, plan, tokenizer, train, held_out)
+    ctx.watchdog.phase("samples")
     if distributed.is_main():
         samples = common.greedy_samples(cfg.model, tokenizer, ctx.model_dir, sample_contexts(held_out), stage.max_length)
         ctx.tracker.samples(steps, samples)
@@ -364,6 +367,7 @@ def _run(ctx: RunContext) -> None:
         "held-out margin": metrics.get("eval_rewards/margins"),
         "best step": int(metrics["best_step"]),
     }
+    ctx.watchdog.phase("finish")
     following = f"python -m rlhf stage=eval stage.before={cfg.model.path or '<the start>'} stage.after={ctx.model_dir} data.path=<prompts>"
     ctx.finish(steps=steps, metrics=metrics, figures={k: v for k, v in shown.items() if v is not None}, next_command=following)
 
@@ -373,6 +377,7 @@ def _train(
 ) -> tuple[int, dict[str, float]]:
     """Train and save; nothing of the trainer is left when it returns. Steps and figures."""
     cfg, stage = ctx.cfg, ctx.cfg.stage
+    ctx.watchdog.phase("build")
     seed_everything(cfg.run.seed)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=common.training_dtype(cfg)), tokenizer)
     mixed = isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto
@@ -383,6 +388,7 @@ def _train(
     reference = start_of(model) if has_reference(stage) else None
     trainer = make_trainer(stage, common.trainer_arguments(ctx, plan), model, reference, tokenizer, train, held_out)
     steps, metrics = common.fit(trainer, ctx)
+    ctx.watchdog.phase("save the model")
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft(trained):
         save_adapter(trained, ctx.dir / "adapter", common.gather_of(cfg))

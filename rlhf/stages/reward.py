@@ -19,7 +19,7 @@ from policy.model import is_peft
 from policy.saving import save_adapter
 from reward.model import Manifest, load_reward_module, template_hash, tokenizer_fingerprint, write_manifest
 from reward.scorer import score_ids
-from rlhf import distributed
+from rlhf import distributed, watchdog
 from rlhf.data.encoding import encode_answer, is_chat, require_template
 from rlhf.data.reading import preference_dataset
 from rlhf.models import load_classifier, resolve_dtype
@@ -59,6 +59,7 @@ def encode_pairs(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_lengt
     row_weights: list[float] = []
     kept: list[int] = []
     for number, row in enumerate(rows):
+        watchdog.alive()
         try:
             chosen = encode_answer(tokenizer, row.get("prompt"), row["chosen"])
             rejected = encode_answer(tokenizer, row.get("prompt"), row["rejected"])
@@ -246,6 +247,7 @@ def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]
 
 def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
+    ctx.watchdog.phase("data")
     plan, tokenizer = common.begin(cfg)
     train, held_out, conversational = read(cfg, tokenizer)
     common.record_inputs(ctx, "policy")
@@ -253,6 +255,7 @@ def _run(ctx: RunContext) -> None:
         leaning(np.array(held_out.data[weights.SOFT_LABEL]))  # raises here rather than after training
     tokenizer.pad_token = padding_token(tokenizer, train, held_out)
     steps, metrics = _train(ctx, plan, tokenizer, train.data, held_out.data)
+    ctx.watchdog.phase("judge")
     # The figures are those of the saved weights, read back as every later stage reads them.
     device = distributed.device()
     module = load_reward_module(ctx.model_dir, resolve_dtype(cfg.model.dtype)).to(device)
@@ -269,6 +272,7 @@ def _run(ctx: RunContext) -> None:
         "mean margin": metrics["eval/margin"],
         "held-out pairs": pairs_shown(metrics),
     }
+    ctx.watchdog.phase("finish")
     following = f"python -m rlhf stage=ppo model.path=<policy> reward.path={ctx.model_dir} data.path=<prompts>"
     ctx.finish(steps=steps, metrics=metrics, figures=shown, next_command=following)
 
@@ -278,6 +282,7 @@ def _train(
 ) -> tuple[int, dict[str, float]]:
     """Train and save; nothing of the trainer is left when it returns. Steps and figures."""
     cfg, stage = ctx.cfg, ctx.cfg.stage
+    ctx.watchdog.phase("build")
     seed_everything(cfg.run.seed)
     model = load_classifier(dataclasses.replace(cfg.model, dtype=common.training_dtype(cfg)), tokenizer)
     longest = max(len(ids) for rows in (train, held_out) for side in ("chosen_ids", "rejected_ids") for ids in rows[side])
@@ -288,6 +293,7 @@ def _train(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
     steps, metrics = common.fit(trainer, ctx)
+    ctx.watchdog.phase("save the model")
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft(trained):
         save_adapter(trained, ctx.dir / "adapter", common.gather_of(cfg))

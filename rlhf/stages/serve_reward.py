@@ -77,6 +77,7 @@ def run(ctx: RunContext) -> None:
     with ctx.closing():
         token = bearer_token(stage.token_env, "stage.token_env") if stage.token_env is not None else secrets.token_urlsafe(32)
         ctx.add_parent("reward", cfg.reward.path)
+        ctx.watchdog.phase("build")
         with listen(stage.host, stage.port) as listener:
             model = ServedModel(cfg.reward.path, distributed.device(), batch_tokens=cfg.reward.batch_tokens)
             counts = Counts()
@@ -101,7 +102,9 @@ def run(ctx: RunContext) -> None:
             )
             listener.listen()
             announce(cfg, address(listener), token, str(ctx.dir))
+            ctx.watchdog.rest()  # requests may come at any time, or never
             with ignoring_signals():
                 uvicorn.Server(config).run(sockets=[listener])
+        ctx.watchdog.phase("finish")
         ctx.tracker.log(counts.batches, counts.metrics())
         ctx.finish(steps=counts.batches, metrics=counts.metrics(), model=None)

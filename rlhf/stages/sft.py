@@ -8,7 +8,7 @@ import datasets
 from trl import SFTConfig, SFTTrainer
 
 from conf.schema import Config
-from rlhf import distributed
+from rlhf import distributed, watchdog
 from rlhf.data.encoding import IGNORED, encode_completion, encode_conversation, encode_text, is_chat, prompt_ids, require_template
 from rlhf.data.reading import sft_dataset
 from rlhf.models import load_causal_lm
@@ -50,6 +50,7 @@ def encode_dataset(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_len
     row_weights: list[float] = []
     shortened = 0
     for number, row in enumerate(rows):
+        watchdog.alive()
         try:
             row_ids, row_labels = encode_row(tokenizer, row, completion_only=completion_only)
         except ValueError as error:
@@ -105,9 +106,11 @@ def read(cfg: Config, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Datase
 
 def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
+    ctx.watchdog.phase("data")
     plan, tokenizer = common.begin(cfg)
     train, held_out, eval_rows = read(cfg, tokenizer)
     common.record_inputs(ctx, "policy")
+    ctx.watchdog.phase("build")
     seed_everything(cfg.run.seed)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=common.training_dtype(cfg)), tokenizer)
     longest = stage.max_length if stage.packing else max(len(ids) for rows in (train, held_out) for ids in rows["input_ids"])
@@ -123,8 +126,10 @@ def _run(ctx: RunContext) -> None:
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
     steps, metrics = common.fit(trainer, ctx)
+    ctx.watchdog.phase("save the model")
     trained = trainer.accelerator.unwrap_model(trainer.model)
     common.save_policy(trained, tokenizer, ctx)
+    ctx.watchdog.phase("samples")
     if distributed.is_main():
         contexts = [sample_context(tokenizer, row) for row in eval_rows.select(range(min(_SAMPLES, len(eval_rows))))]
         ctx.tracker.samples(steps, common.greedy_samples(cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length))
@@ -134,4 +139,5 @@ def _run(ctx: RunContext) -> None:
         "held-out token accuracy": metrics["eval_mean_token_accuracy"],
         "best step": int(metrics["best_step"]),
     }
+    ctx.watchdog.phase("finish")
     ctx.finish(steps=steps, metrics=metrics, figures=shown, next_command=f"python -m rlhf stage=reward model.path={ctx.model_dir} data.path=<pairs>")

@@ -34,7 +34,6 @@ from rlhf.rss import Resident
 from rlhf.run import RunContext
 from rlhf.stages.guarding import Guard
 from rlhf.types import Interrupted, TrainingDiverged, UserError
-from rlhf.watchdog import Watchdog
 
 LOG = logging.getLogger("rlhf.stages")
 _SAMPLE_TOKENS = 48
@@ -201,8 +200,8 @@ def trainer_arguments(ctx: RunContext, plan: BatchPlan) -> dict[str, Any]:
 class Reporter(TrainerCallback):
     """TRL's metrics under their own names to the tracker and the progress bar, with the training throughput; marks the last step for evaluation."""
 
-    def __init__(self, ctx: RunContext, bar: console.Bar, stopping: Stopping, watchdog: Watchdog) -> None:
-        self.ctx, self.bar, self.stopping, self.watchdog = ctx, bar, stopping, watchdog
+    def __init__(self, ctx: RunContext, bar: console.Bar, stopping: Stopping) -> None:
+        self.ctx, self.bar, self.stopping, self.watchdog = ctx, bar, stopping, ctx.watchdog
         self.signal: int | None = None  # that ended training
         self.resident = Resident()
         self.last: dict[str, float] = {}  # the latest value of each training metric
@@ -280,9 +279,10 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
     if ctx.resume_from is not None and hasattr(trainer, "_total_train_tokens"):  # TRL counts tokens, and forgets them
         trainer._total_train_tokens = tokens_before(ctx.resume_from)
-    with console.progress(steps, ctx.stage) as bar, Stopping() as stopping, Watchdog(ctx.cfg.run.phase_timeout_s) as watchdog:
-        reporter = Reporter(ctx, bar, stopping, watchdog)
+    with console.progress(steps, ctx.stage) as bar, Stopping() as stopping:
+        reporter = Reporter(ctx, bar, stopping)
         trainer.add_callback(reporter)
+        ctx.watchdog.phase("start")
         trainer.train(resume_from_checkpoint=str(ctx.resume_from) if ctx.resume_from is not None else None)
     # transformers remembers ZeRO-3 for the whole process: a model that one rank loads for itself afterwards would wait for the others
     unset_hf_deepspeed_config()

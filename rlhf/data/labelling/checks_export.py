@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from conf.choices import ChoiceMethod, LabelKind, LabelTarget
@@ -161,10 +162,30 @@ def _check_tools(label: LabelConfig) -> None:
         raise UserError(
             "label.push=true needs the package label-studio-sdk, which is not installed: `pip install label-studio-sdk`, or label.push=false."
         )
-    if not str(label.url).startswith(("http://", "https://")):
-        raise UserError(f"label.url={label.url}: expected the address of a Label Studio server, such as http://localhost:8080.")
-    if not os.environ.get(label.token_env):
+    check_address(str(label.url))
+    access_token(label, "label.push=true")
+
+
+def check_address(url: str) -> None:
+    """The server's address, which manifests and error messages show. Raises UserError, never quoting a password in it."""
+    expected = "expected the address of a Label Studio server, such as http://localhost:8080"
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise UserError(f"label.url holds a user: {expected}. An access token goes into the environment variable that label.token_env names.")
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"label.url={url}: {expected}.")
+
+
+def access_token(label: LabelConfig, wanted_by: str) -> str:
+    """Of the server, from the environment. Raises UserError, not quoting what may be the token itself in place of the variable's name."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", label.token_env):
         raise UserError(
-            f"label.push=true needs an access token in the environment variable {label.token_env} (label.token_env), which is not set. "
+            "label.token_env is no environment variable's name of capital letters, digits and underscores. Put the access token into a variable, "
+            "such as LABEL_STUDIO_API_KEY, and give its name."
+        )
+    token = os.environ.get(label.token_env, "").strip()
+    if not token:
+        raise UserError(
+            f"{wanted_by} needs an access token in the environment variable {label.token_env} (label.token_env), which is not set. "
             "Label Studio shows it under Account & Settings."
         )
+    return token

@@ -2,11 +2,11 @@
 
 import glob
 import json
-import os
 from pathlib import Path
 
 from conf.schema import Config
 from rlhf.data.labelling import known
+from rlhf.data.labelling.checks_export import access_token, check_address
 from rlhf.data.labelling.ledger import EXPORT_FILE, SERVER_FILE, read_export
 from rlhf.data.labelling.store import LABELS_FILE
 from rlhf.types import UserError
@@ -60,6 +60,8 @@ def label_files(cfg: Config) -> list[Path]:
 def server_of(cfg: Config, export: Path | None) -> tuple[str, int]:
     """Address and project: label.url and label.project, or those that the export was pushed to. Raises UserError."""
     url, project = cfg.label.url, cfg.label.project
+    if url is not None:
+        check_address(url)
     if url is not None and project is not None:
         return url, project
     remedy = "Set label.url=ADDRESS and label.project=NUMBER."
@@ -71,16 +73,6 @@ def server_of(cfg: Config, export: Path | None) -> tuple[str, int]:
         return url or str(pushed["url"]), int(pushed["project"]) if project is None else project
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place} can't be read: {type(error).__name__}: {error}. {remedy}") from error
-
-
-def access_token(cfg: Config) -> str:
-    """Of the server, from the environment. Raises UserError."""
-    token = os.environ.get(cfg.label.token_env, "").strip()
-    if not token:
-        raise UserError(
-            f"label.pull=true needs an access token in the environment variable {cfg.label.token_env} (label.token_env), which is not set."
-        )
-    return token
 
 
 def check_import(cfg: Config) -> None:
@@ -96,6 +88,6 @@ def check_import(cfg: Config) -> None:
             detect(place)
     if cfg.label.pull:
         server_of(cfg, export)
-        access_token(cfg)
+        access_token(cfg.label, "label.pull=true")
     if not files and not cfg.label.pull and not (labels_folder(cfg) / LABELS_FILE).is_file():
         raise UserError("label.mode=import has nothing to read: expected label.files=[FILE, ...], or label.pull=true for a Label Studio project.")

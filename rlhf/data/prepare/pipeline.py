@@ -28,6 +28,11 @@ READ = "read"  # the name of the reading among the steps
 
 # Gives the rows, and rejects through the context those that don't fit; one that can't be read at all as an item with what stood there.
 Source = Callable[[Context], Iterator[Item]]
+Alive = Callable[[], None]  # told of every row that a step takes or gives
+
+
+def _nobody() -> None:
+    """Nobody watches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,7 @@ class _Running:
 
     def __init__(self, report: StepReport, context: Context, target: Path, keep: bool, apply: Callable[[Iterator[Item]], Iterator[Item]]) -> None:
         self.report, self.context = report, context
+        self.alive: Alive = _nobody
         self._apply = apply
         self._waited = 0.0  # seconds in which the steps before had the word
         self._complete = False  # the rows that came in have ended
@@ -63,6 +69,7 @@ class _Running:
                 self._complete = True
                 return
             self.report.rows_in += 1
+            self.alive()
             yield item
 
     def stream(self, rows: Iterator[Item]) -> Iterator[Item]:
@@ -77,6 +84,7 @@ class _Running:
             if item is None:
                 break
             self.report.rows_out += 1
+            self.alive()
             self._writer.item(item)
             yield item
         self.report.seconds = round(spent - self._waited, 3)
@@ -129,12 +137,13 @@ def stream(
     held_out: bool = False,
     keep: bool = True,
     score_pairs: ScorePairs | None = None,
+    alive: Alive = _nobody,
 ) -> Iterator[Item]:
     """The rows that come out of the last step; `done` gets a report for the reading and for each step, complete when the iterator is exhausted.
 
     identity: what the source's rows are, such as its files' hashes; steps whose results for it lie in `folder` are not run again. None: all
     run, and nothing is kept. keep: False writes no rows, only what was rejected. held_out: rows of split eval come in.
-    score_pairs: what loads a reward model and scores pairs, for step label_noise.
+    score_pairs: what loads a reward model and scores pairs, for step label_noise. alive: called at every row of every step.
     """
     names = [READ, *(step.name for step in steps)]
     targets = [store.place(folder, number, name) for number, name in enumerate(names)]
@@ -153,11 +162,13 @@ def stream(
             rows = store.read_items(targets[first])
         else:
             reading = _reading(source, known[0], folder, kind, held_out)
+            reading.alive = alive
             open_steps.append(reading)
             rows = reading.stream(iter(()))
         split_done = held_out or any(step.options.splits for step in steps[:first])
         for number, step in enumerate(steps[first:], start=first + 1):
             running = _start(step, number, known[number], folder, kind, split_done, keep and identity is not None, score_pairs)
+            running.alive = alive
             open_steps.append(running)
             rows = running.stream(rows)
             split_done = split_done or step.options.splits
