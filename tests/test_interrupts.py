@@ -162,6 +162,30 @@ def test_a_hang_names_phase_and_rank_and_shows_every_stack(tmp_path: Path) -> No
     assert "rank 3: phase rollout" in json.loads(place.read_text(encoding="utf-8"))["message"]
 
 
+class Ends(watchdog.Watchdog):
+    """Remembers when it would have ended the process."""
+
+    at: float | None = None
+
+    def _end(self) -> None:
+        self.at, self._running = time.monotonic(), False
+
+
+@pytest.mark.parametrize(("waiting", "ranks", "least"), [(True, 2, 1.2), (False, 2, 0.2), (True, 1, 0.2)])
+def test_a_rank_that_waits_for_others_ends_after_the_one_that_hangs(monkeypatch: pytest.MonkeyPatch, waiting: bool, ranks: int, least: float) -> None:
+    """Else torchrun would show the first rank of those that end within a second as the cause."""
+    monkeypatch.setattr(watchdog, "_OTHERS_FIRST_S", 1.0)
+    monkeypatch.setattr(watchdog.distributed, "world_size", lambda: ranks)
+    names: dict[str, Any] = {"sleep": time.sleep}
+    exec(compile("def all_gather(s): sleep(s)", "torch/distributed/distributed_c10d.py", "exec"), names)
+    with Ends(0.2) as dog:
+        began = time.monotonic()
+        dog.phase("score")
+        (names["all_gather"] if waiting else time.sleep)(1.5)
+        assert dog.at is not None and least <= dog.at - began < least + 0.3
+        assert dog._extended is (waiting and ranks > 1)
+
+
 class Phases(watchdog.Watchdog):
     """Remembers the phases in order, each once where it is repeated at once."""
 
