@@ -147,10 +147,12 @@ ACTIONS: dict[str, Callable[[str], None]] = {
 
 
 def install(chosen: dict[str, Any]) -> None:
-    """Wrap the points at which a fault can be, from outside."""
-    from rlhf import checkpoints
+    """Wrap the points at which a fault can be, from outside. Plots are left out: they would take a third of the time of runs as short as these."""
+    from rlhf import checkpoints, plots
     from rlhf.watchdog import Watchdog
 
+    plots.plot_run = lambda directory: []
+    plots.plot_frontier = lambda *points: False
     seen: Counter[str] = Counter()
 
     def reached(point: str) -> None:
@@ -190,7 +192,7 @@ def _break_line(chosen: dict[str, Any]) -> None:
                 file.seek(offset)
                 file.write(text.encode()[: len(text) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif due and offset // _PAGE != (offset + len(text.encode())) // _PAGE:
+            elif due and -(-offset // _PAGE) != -(-(offset + len(text.encode()) + 1) // _PAGE):
                 seen["done"] += 1
                 ACTIONS[chosen["action"]](chosen.get("place", ""))
         write(file, offset, text, path)

@@ -31,7 +31,7 @@ _PPO = (
     "rollout.max_response_length=4",
     "reward.function=rlhf.stages.chaos_child:even_tokens",
     "stage.critic_init=policy",
-    "stage.prompts_per_step=4",
+    "stage.prompts_per_step=8",
     "stage.reward_normalise=true",
     "stage.kl_controller=adaptive",
     f"stage.save_steps={EVERY}",
@@ -94,7 +94,8 @@ def tear_newest(run: Path) -> None:
 
 _NO_SERVER = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "10"}
 _LIMITED = ("tracking=none", "run.phase_timeout_s=60")
-_FULL = r"No space left on device|I/O error"
+_FULL = r"No space left on device"
+_NO_ROOM = r"could not be written: .*\(0\.0 MiB were free there\)"
 # "sync" comes once before the first step; "update" 4 is in step 4, between the checkpoints of steps 2 and 4.
 _PHASES = (("rollout", 4), ("score", 4), ("update", 4), ("sync", 5))
 _KILLS = (
@@ -111,10 +112,10 @@ _SIGNALS = (
 _DISKS = (
     Fault("torn checkpoint", KILLED, "update", 6, "kill", after=tear_newest, lost=2 * EVERY - 1),
     Fault("files that may not grow", 1, "save", 2, "limit_files", says="could not be written"),
-    Fault("full disk at a checkpoint", 1, disk=Disk.small, says=rf"checkpoint .*step-4 could not be written: .*({_FULL}).*whole .* is .*step-2"),
-    Fault("full disk at metrics.jsonl", 1, "metrics.jsonl", 3, "fill", disk=Disk.roomy, says=rf"metrics.jsonl can't be written: .*({_FULL})"),
-    Fault("full disk at samples.jsonl", 1, "samples.jsonl", 3, "fill", disk=Disk.roomy, says=rf"samples.jsonl can't be written: .*({_FULL})"),
-    Fault("full disk at the model", 1, "finish", 1, "fill", disk=Disk.roomy, says=rf"takes no more: .*({_FULL})", lost=0),
+    Fault("full disk at a checkpoint", 1, disk=Disk.small, says=rf"checkpoint .*step-4 {_NO_ROOM}.*whole .* is .*step-2"),
+    Fault("full disk at metrics.jsonl", 1, "metrics.jsonl", 3, "fill", disk=Disk.roomy, says=rf"metrics.jsonl can't be written: .*{_FULL}"),
+    Fault("full disk at samples.jsonl", 1, "samples.jsonl", 3, "fill", disk=Disk.roomy, says=rf"samples.jsonl can't be written: .*{_FULL}"),
+    Fault("full disk at the model", 1, "finish", 1, "fill", disk=Disk.roomy, says=rf"takes no more: .*{_FULL}", lost=0),
     Fault("disk turns read-only", 1, "rollout", 4, "read_only", disk=Disk.roomy, says="Read-only file system"),
     Fault("read-only disk from the start", 1, disk=Disk.sealed, says="can't be written: .*Read-only file system"),
 )
@@ -129,7 +130,7 @@ _OFFLINE = (
     Fault("sft: kill -9 in a step", KILLED, "step", 4, "kill", kind=Kind.sft),
     Fault("sft: kill -9 in save", KILLED, "seal", 2, "kill_now", kind=Kind.sft),
     Fault("sft: SIGTERM", 143, "step", 3, "terminate", kind=Kind.sft, says="stopped by SIGTERM after step 3", lost=0),
-    Fault("sft: full disk at a checkpoint", 1, kind=Kind.sft, disk=Disk.small, says=rf"checkpoint .*-4 could not be written: .*({_FULL})"),
+    Fault("sft: full disk at a checkpoint", 1, kind=Kind.sft, disk=Disk.small, says=rf"checkpoint .*-4 {_NO_ROOM}"),
 )
 _VLLM = (Fault("vLLM: kill -9 in rollout", KILLED, "rollout", 4, "kill_engine", kind=Kind.vllm, says=f"{ENGINES}0"),)
 _SIGKILLED = r"rank +: 1 [\s\S]*Signal 9 \(SIGKILL\)"
