@@ -159,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for failure in failed:
             _fail(failure)
         for stop in interrupted:
+            record_failure(str(stop))
             if distributed.is_main():
                 print(stop, file=sys.stderr)
             return stop.code

@@ -131,8 +131,12 @@ def test_the_command_lines_exit_code(
 
     monkeypatch.setattr(command_line, "execute", stopped)
     monkeypatch.setattr(sys, "argv", ["rlhf"])
+    place = folder / f"error-{code}.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place))
     assert command_line.main(["stage=data", f"data.path={folder / 'sft.jsonl'}"]) == code
     assert "stopped by" in capsys.readouterr().err
+    if isinstance(error, Interrupted):
+        assert "stopped by SIGTERM after step 3" in json.loads(place.read_text(encoding="utf-8"))["message"], "torchrun's last lines"
 
 
 # ---- hangs ----
@@ -178,7 +182,8 @@ def test_a_rank_that_waits_for_others_ends_after_the_one_that_hangs(monkeypatch:
     monkeypatch.setattr(watchdog.distributed, "world_size", lambda: ranks)
     names: dict[str, Any] = {"sleep": time.sleep}
     exec(compile("def all_gather(s): sleep(s)", "torch/distributed/distributed_c10d.py", "exec"), names)
-    with Ends(0.2) as dog:
+    dog = Ends(0.2)
+    with dog:
         began = time.monotonic()
         dog.phase("score")
         (names["all_gather"] if waiting else time.sleep)(1.5)

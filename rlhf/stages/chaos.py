@@ -243,8 +243,8 @@ def try_fault(fault: Fault, folder: Path, straight: Straight, no_mounts: str = "
     if fault.disk is None:
         _break_and_resume(outcome, folder, name, straight)
         return outcome
-    size = straight.room(1.5) if fault.disk is Disk.small else chaos_disk.ROOMY // 4
-    with chaos_disk.mounted(folder / name, size):
+    sizes = {Disk.small: straight.room(1.5), Disk.full: 2 * chaos_disk.PAGE}
+    with chaos_disk.mounted(folder / name, sizes.get(fault.disk, chaos_disk.ROOMY // 4)):
         if fault.disk is Disk.sealed:
             chaos_disk.seal_off(folder / name)
         _break_and_resume(outcome, folder, name, straight)

@@ -151,7 +151,7 @@ def install(chosen: dict[str, Any]) -> None:
     from rlhf import checkpoints, plots
     from rlhf.watchdog import Watchdog
 
-    plots.plot_run = lambda directory: []
+    plots.plot_run = lambda dir: []
     plots.plot_frontier = lambda *points: False
     seen: Counter[str] = Counter()
 

@@ -60,6 +60,7 @@ class Disk(Enum):
     small = "too small for the second checkpoint"
     roomy = "with room for everything"
     sealed = "read-only from the start"
+    full = "full once the configuration is written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ _DISKS = (
     Fault("full disk at samples.jsonl", 1, "samples.jsonl", 3, "fill", disk=Disk.roomy, says=rf"samples.jsonl can't be written: .*{_FULL}"),
     Fault("full disk at the model", 1, "finish", 1, "fill", disk=Disk.roomy, says=rf"takes no more: .*{_FULL}", lost=0),
     Fault("disk turns read-only", 1, "rollout", 4, "read_only", disk=Disk.roomy, says="Read-only file system"),
+    Fault("full disk from the start", 1, disk=Disk.full, says=rf"the run directory .* can't be written: .*{_FULL}"),
     Fault("read-only disk from the start", 1, disk=Disk.sealed, says="can't be written: .*Read-only file system"),
 )
 _REST = (
@@ -141,6 +143,7 @@ _RANKS = (
     ),
     Fault("2 ranks: kill -9 of the one that seals", 1, "seal", 2, "kill_now", kind=Kind.ranks, cause=r"rank +: 0 [\s\S]*Signal 9 \(SIGKILL\)"),
     Fault("2 ranks: SIGTERM to torchrun", 1, "update", 3, "terminate_launcher", kind=Kind.ranks, says="stopped by SIGTERM after step 3", lost=0),
+    Fault("2 ranks: SIGTERM to one", 1, "update", 3, "terminate", 1, Kind.ranks, cause="stopped by SIGTERM after step 3", lost=0),
     Fault("2 ranks: one hangs", 1, "rollout", 4, "hang", 1, Kind.ranks, _LIMITED, cause=r"rank +: 1 [\s\S]*rank 1: phase rollout took longer"),
     Fault("2 ranks: the reward of one raises", 1, "reward", 4, "raise", 1, Kind.ranks, cause="step 4: .*the reward of rank 1 is broken"),
     Fault("2 ranks: NaN in one's reward", 1, "reward", 4, "nan", 1, Kind.ranks, cause="step 4: .*returned nan", dumped=True),
