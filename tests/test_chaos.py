@@ -20,7 +20,7 @@ from tests.test_interrupts import program
 
 STEPS = chaos_faults.STEPS
 METRICS = [{"step": step, "time_s": 1.0, "loss/policy": 0.5 / step} for step in range(1, STEPS + 1)]
-SAMPLES = [{"step": step, "prompt": f"p{i}", "response": "r", "score": 0.5, "kl": None} for step in range(1, STEPS + 1) for i in range(2)]
+SAMPLES = [{"step": step, "prompt": f"p{i}", "response": "one\u2028line", "score": 0.5, "kl": None} for step in range(1, STEPS + 1) for i in range(2)]
 
 
 def finished(folder: Path, metrics: list[dict[str, Any]], samples: list[dict[str, Any]] = SAMPLES, end: str = "\n", weight: float = 1.0) -> Path:
@@ -28,7 +28,7 @@ def finished(folder: Path, metrics: list[dict[str, Any]], samples: list[dict[str
     (folder / "model").mkdir(parents=True)
     save_file({"w": torch.full((2,), weight)}, str(folder / "model" / "model.safetensors"))
     for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
-        (folder / name).write_text("\n".join(json.dumps(row) for row in rows) + end, encoding="utf-8")
+        (folder / name).write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + end, encoding="utf-8")
     with checkpoints.written(folder / "checkpoints" / "step-2", keep=2) as side:
         (side / "state").write_text("2" * 5000, encoding="utf-8")
     return folder

@@ -127,7 +127,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     if content and not content.endswith("\n"):
         raise ValueError(f"{path.name}: its last line is torn")
     try:
-        return [json.loads(line) for line in content.splitlines()]
+        return [json.loads(line) for line in content.split("\n")[:-1]]  # splitlines() would end a line at U+2028, too
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 

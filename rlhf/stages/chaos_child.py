@@ -5,6 +5,7 @@ The environment variable `FAULT` holds a JSON object: `point` (a phase of the wa
 of ACTIONS, or "nan" at the reward), `rank`, and `place` (a directory that the action needs).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -69,10 +70,11 @@ def engine_processes() -> list[int]:
     found, waiting = [], [os.getpid()]
     while waiting:
         for children in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
-            for child in map(int, children.read_text().split()):
-                waiting.append(child)
-                if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(child)
+            with contextlib.suppress(OSError):  # a process that has just ended
+                for child in map(int, children.read_text().split()):
+                    waiting.append(child)
+                    if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        found.append(child)
     return found
 
 
