@@ -2,6 +2,7 @@
 
 python -m rlhf.stages.chaos                        every fault (minutes)
 python -m rlhf.stages.chaos --only torn disk       those whose name holds one of the words
+python -m rlhf.stages.chaos --ranks 2              those of runs with two ranks
 
 Each fault has to end the process with the exit code that the documentation states and to leave no process behind; with two ranks the first cause
 has to stand in torchrun's last lines. The resumed run has to say where it goes on, and to finish with one line a step and one row a sample, each
@@ -356,9 +357,10 @@ def try_all(chosen: Sequence[Fault], folder: Path, no_mounts: str) -> list[Outco
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="faults whose name holds one of these")
+    parser.add_argument("--ranks", type=int, help="faults of runs with so many ranks")
     parser.add_argument("--keep", metavar="DIR", help="leave the runs and their output there (what lay on a tmpfs goes)")
     given = parser.parse_args(arguments)
-    chosen = [fault for fault in FAULTS if any(word in fault.name for word in given.only)]
+    chosen = [f for f in FAULTS if any(word in f.name for word in given.only) and given.ranks in (None, f.kind.count)]
     no_mounts = ""
     if any(fault.disk is not None for fault in chosen):
         no_mounts = chaos_disk.enter(sys.argv[1:] if arguments is None else arguments)
