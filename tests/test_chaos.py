@@ -206,7 +206,9 @@ print("; ".join(said), chaos_disk._below(place), list(place.iterdir()))
 """
 
 
-def test_a_disk_fills_up_grows_turns_read_only_and_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", chaos_disk._WAYS)
+def test_a_disk_fills_up_grows_turns_read_only_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: tuple[str, ...]) -> None:
+    monkeypatch.setattr(chaos_disk, "_WAYS", (way,))
     prefix, why = chaos_disk.way()
     if not prefix:
         pytest.skip(f"nothing can be mounted here: {why}")
@@ -233,6 +235,21 @@ def test_where_nothing_can_be_mounted_the_fault_is_not_tried(
 def test_a_small_disk_holds_one_checkpoint_and_not_two(straight: chaos.Straight) -> None:
     one, rest = 2 * chaos_disk.PAGE + chaos_disk.PAGE, 2 * chaos_disk.PAGE  # a checkpoint's state and seal; metrics and samples
     assert straight.room(1.0) == one + rest and straight.room(1.5) == one * 3 // 2 + rest
+
+
+def test_an_error_in_the_harness_is_this_faults_problem_and_the_others_are_tried(
+    tmp_path: Path, straight: chaos.Straight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tried(fault: Fault, *given: Any) -> chaos.Outcome:
+        if fault is FAULTS[1]:
+            raise FileNotFoundError("metrics.jsonl")
+        return chaos.Outcome(fault, fault.code)
+
+    monkeypatch.setattr(chaos, "try_fault", tried)
+    monkeypatch.setattr(chaos, "straight_run", lambda folder, kind: straight)
+    outcomes = chaos.try_all(FAULTS, tmp_path, "")
+    assert [outcome.fault.name for outcome in outcomes] == [fault.name for fault in FAULTS], "each once, in order, whatever its kind"
+    assert [outcome.problems for outcome in outcomes if outcome.problems] == [["FileNotFoundError: metrics.jsonl"]] and outcomes[1].problems
 
 
 def test_the_report_fails_for_a_fault_that_was_not_survived(capsys: pytest.CaptureFixture[str]) -> None:

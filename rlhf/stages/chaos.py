@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -335,22 +336,29 @@ def straight_run(folder: Path, kind: Kind) -> Straight:
     return Straight.of(folder / f"straight-{kind.name}" / kind.stage)
 
 
+def attempt(fault: Fault, folder: Path, straight: Straight, no_mounts: str) -> Outcome:
+    """`try_fault`, with what it did on the screen. An error in here is a problem of this fault's, and the others are tried all the same."""
+    began = time.monotonic()
+    try:
+        outcome = try_fault(fault, folder, straight, no_mounts)
+    except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        outcome = Outcome(fault, problems=[f"{type(error).__name__}: {error}"])
+    said = f"not tried: {outcome.not_tried}" if outcome.not_tried else "; ".join(outcome.problems) or "survived"
+    print(f"{fault.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    return outcome
+
+
 def try_all(chosen: Sequence[Fault], folder: Path, no_mounts: str) -> list[Outcome]:
     """Every fault after the straight runs of its kind, as many side by side as there are cores for their ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     outcomes: dict[str, Outcome] = {}
-
-    def attempt(fault: Fault) -> None:
-        began = time.monotonic()
-        outcome = outcomes[fault.name] = try_fault(fault, folder, straight[fault.kind], no_mounts)
-        said = f"not tried: {outcome.not_tried}" if outcome.not_tried else "; ".join(outcome.problems) or "survived"
-        print(f"{fault.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
-
     for ranks in sorted({fault.kind.count for fault in chosen}):
         with ThreadPoolExecutor(max(1, cores // ranks)) as pool:
             kinds = [kind for kind in Kind if kind.count == ranks and any(fault.kind is kind for fault in chosen)]
-            straight = dict(zip(kinds, pool.map(lambda kind: straight_run(folder, kind), kinds), strict=True))
-            list(pool.map(attempt, [fault for fault in chosen if fault.kind.count == ranks]))
+            straight = dict(zip(kinds, pool.map(straight_run, repeat(folder), kinds), strict=True))
+            now = [fault for fault in chosen if fault.kind.count == ranks]
+            done = pool.map(attempt, now, repeat(folder), [straight[fault.kind] for fault in now], repeat(no_mounts))
+            outcomes |= {outcome.fault.name: outcome for outcome in done}
     return [outcomes[fault.name] for fault in chosen]
 
 
