@@ -98,7 +98,7 @@ bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, and a 2 GiB file
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
 	$(OFFLINE) $(PY) -m rlhf.stages.bench --growth
 
-chaos: $(STAMP) ## slow: faults put into real runs (kills, signals, torn files, full disk, NaN, hangs); each has to be survived (about 10 min)
+chaos: $(STAMP) ## slow: faults put into real runs (kills, signals, torn files, full disks, NaN, hangs); each has to be survived (about 20 min)
 	$(OFFLINE) $(PY) -m rlhf.stages.chaos
 
 soak: $(STAMP) ## slow: 200 steps of tiny models (ppo, ZeRO-2, vLLM, LoRA, sft); fails where memory grows by more than 2 % after the warm-up

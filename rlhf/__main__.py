@@ -189,6 +189,7 @@ def _main(argv: Sequence[str] | None) -> int:
         for failure in failed:
             _fail(failure)
         for stop in interrupted:
+            record_failure(str(stop))
             if distributed.is_main():
                 print(stop, file=sys.stderr)
             return stop.code

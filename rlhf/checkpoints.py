@@ -136,12 +136,15 @@ def storing(what: str, half: Path, folder: Path) -> Iterator[None]:
     except Exception as error:
         if not storage_error(error):
             raise
+        free = shutil.disk_usage(
+            next(place for place in (folder, *folder.parents) if place.is_dir())
+        ).free  # torch's writer says nothing of a full disk
         shutil.rmtree(half, ignore_errors=True)
         whole = next((path.name for _, path in numbered(folder) if (path / SEAL).is_file()), None)
         left = f"The last whole checkpoint is {folder / whole}" if whole else "There is no earlier checkpoint"
         raise UserError(
-            f"{what} could not be written: {error}. Nothing half-written was left. {left}. Make room or give write access, then go on with "
-            "run.resume=true."
+            f"{what} could not be written: {error} ({free:.1f} MiB were free there). Nothing half-written was left. {left}. Make room or give "
+            "write access, then go on with run.resume=true."
         ) from error
 
 

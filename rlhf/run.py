@@ -40,6 +40,7 @@ ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 _FINDS_OUT = (STEPS_FOLDER, ANSWERS_FOLDER, EXPORT_FILE)  # left by stages that find out by themselves what still holds
 CHECKPOINTS = "checkpoints"
 _NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
+_CANT_WRITE = "the run directory {} can't be written: {}. Make room there, or choose another run.dir."
 PACKAGES = (
     "torch",
     "transformers",
@@ -281,12 +282,17 @@ class RunContext:
             except UserError as error:  # the other ranks wait for the outcome below, good or bad
                 opened = _Opened(error=str(error))
             except OSError as error:
-                opened = _Opened(error=f"the run directory {directory} can't be written: {error}. Make room there, or choose another run.dir.")
+                opened = _Opened(error=_CANT_WRITE.format(directory, error))
         opened = distributed.broadcast(opened)
         if opened.error is not None:
             raise UserError(opened.error)
         seed_everything(cfg.run.seed)
-        return cls(cfg, directory, opened, argv)
+        try:
+            return cls(cfg, directory, opened, argv)
+        except OSError as error:
+            if not checkpoints.storage_error(error):
+                raise
+            raise UserError(_CANT_WRITE.format(directory, error)) from error
 
     def _first_manifest(self, argv: Sequence[str], opened: _Opened) -> dict[str, Any]:
         start = {

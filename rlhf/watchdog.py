@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import sys
 import threading
 import time
 from types import TracebackType
@@ -17,6 +18,8 @@ from rlhf import distributed
 EXIT_HUNG = 124  # as timeout(1) reports it
 _ALIVE_EVERY_S = 1.0  # a sign of life between two of which this has not passed is not looked at
 _GRACE_S = 60.0  # after which C code ends a process whose interpreter can't run: then without the phase's name, with exit code 1
+_OTHERS_FIRST_S = 10.0  # longer for a rank that waits for others: torchrun shows the first failure as the cause, in whole seconds
+_COLLECTIVES = "distributed_c10d"  # torch's file of them
 
 
 def record_failure(message: str) -> None:
@@ -37,13 +40,28 @@ def alive() -> None:
         _watching[-1].alive()
 
 
+def in_collective() -> bool:
+    """Whether the main thread waits for other ranks, as far as its Python frames say: CUDA's collectives return before they are done."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if _COLLECTIVES in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Watchdog:
-    """Watches the phases of one run; `limit` in seconds, None: it only remembers the phase's name."""
+    """Watches the phases of one run; `limit` in seconds, None: it only remembers the phase's name.
+
+    Where one rank hangs the others soon wait for it, so that all their limits are over at about the same time. Those that wait go on for
+    `_OTHERS_FIRST_S`: the one that hangs ends first, and is what torchrun shows as the cause.
+    """
 
     def __init__(self, limit: float | None) -> None:
         self.limit = limit
         self.name = "start"
         self._deadline = float("inf")
+        self._extended = False  # the deadline, because this rank waits for others
         self._changed = threading.Condition()
         self._running = False
         self._armed = 0.0  # when the limit was last set anew
@@ -87,7 +105,7 @@ class Watchdog:
         with self._changed:
             if self.limit is None or not self._running:
                 return
-            self._armed = time.monotonic()
+            self._armed, self._extended = time.monotonic(), False
             self._deadline = self._armed + (self.limit if limit is None else limit)
             self._changed.notify()
         if limit is None:
@@ -99,14 +117,18 @@ class Watchdog:
         with self._changed:
             while self._running:
                 left = self._deadline - time.monotonic()
+                if left <= 0 and not self._extended and distributed.world_size() > 1 and in_collective():
+                    self._deadline, self._extended = self._deadline + _OTHERS_FIRST_S, True
+                    continue
                 if left <= 0:
                     self._end()
                 self._changed.wait(None if left == float("inf") else max(left, 0.0))
 
     def _end(self) -> None:
+        others = "It waited for the other ranks, one of which may be the cause. " if self._extended else ""
         message = (
-            f"rank {distributed.rank()}: phase {self.name} took longer than run.phase_timeout_s={self.limit:g}. The stacks above say where each "
-            "thread stood. If the phase is merely slow, raise the limit; run.resume=true goes on from the last checkpoint."
+            f"rank {distributed.rank()}: phase {self.name} took longer than run.phase_timeout_s={self.limit:g}. {others}The stacks above say where "
+            "each thread stood. If the phase is merely slow, raise the limit; run.resume=true goes on from the last checkpoint."
         )
         faulthandler.dump_traceback(file=2, all_threads=True)
         record_failure(message)

@@ -148,8 +148,12 @@ def test_the_command_lines_exit_code(
 
     monkeypatch.setattr(command_line, "execute", stopped)
     monkeypatch.setattr(sys, "argv", ["rlhf"])
+    place = folder / f"error-{code}.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place))
     assert command_line.main(["stage=data", f"data.path={folder / 'sft.jsonl'}"]) == code
     assert "stopped by" in capsys.readouterr().err
+    if isinstance(error, Interrupted):
+        assert "stopped by SIGTERM after step 3" in json.loads(place.read_text(encoding="utf-8"))["message"], "torchrun's last lines"
 
 
 # ---- hangs ----
@@ -231,6 +235,31 @@ def test_the_first_cause_is_the_one_that_is_kept(tmp_path: Path, monkeypatch: py
     for message in ("the cause", "a consequence"):
         watchdog.record_failure(message)
     assert json.loads((tmp_path / "error.json").read_text(encoding="utf-8"))["message"] == "the cause"
+
+
+class Ends(watchdog.Watchdog):
+    """Remembers when it would have ended the process."""
+
+    at: float | None = None
+
+    def _end(self) -> None:
+        self.at, self._running = time.monotonic(), False
+
+
+@pytest.mark.parametrize(("waiting", "ranks", "least"), [(True, 2, 1.2), (False, 2, 0.2), (True, 1, 0.2)])
+def test_a_rank_that_waits_for_others_ends_after_the_one_that_hangs(monkeypatch: pytest.MonkeyPatch, waiting: bool, ranks: int, least: float) -> None:
+    """Else torchrun would show the first rank of those that end within a second as the cause."""
+    monkeypatch.setattr(watchdog, "_OTHERS_FIRST_S", 1.0)
+    monkeypatch.setattr(watchdog.distributed, "world_size", lambda: ranks)
+    names: dict[str, Any] = {"sleep": time.sleep}
+    exec(compile("def all_gather(s): sleep(s)", "torch/distributed/distributed_c10d.py", "exec"), names)
+    dog = Ends(0.2)
+    with dog:
+        began = time.monotonic()
+        dog.phase("score")
+        (names["all_gather"] if waiting else time.sleep)(1.5)
+        assert dog.at is not None and least <= dog.at - began < least + 0.9
+        assert dog._extended is (waiting and ranks > 1)
 
 
 class Phases(watchdog.Watchdog):

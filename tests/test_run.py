@@ -1,6 +1,7 @@
 """The run directory: refused, resumed, replaced, and what is written into it."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -32,6 +33,18 @@ def config(tmp_path: Path, stage: Any = None, **options: Any) -> Config:
 
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, UserError), (errno.EINTR, OSError)])
+def test_a_disk_that_is_full_before_the_manifest_is_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    def refuse(path: Path, content: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run, "write_json", refuse)
+    with pytest.raises(kind, match="can't be written: .*No space left" if kind is UserError else "Interrupted"):
+        RunContext.open(config(tmp_path), ())
 
 
 def whole_checkpoint(path: Path) -> None:

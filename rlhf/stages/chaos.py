@@ -2,13 +2,17 @@
 
 python -m rlhf.stages.chaos                        every fault (minutes)
 python -m rlhf.stages.chaos --only torn disk       those whose name holds one of the words
+python -m rlhf.stages.chaos --ranks 2              those of runs with two ranks
 
-Each fault has to end the process with the exit code that the documentation states, and the resumed run to finish with one line a step, each of
-them equal to the straight run's (after a NaN and a rewind: one line a step). The steps that a resumed run takes again are those since its last
-whole checkpoint, and no more.
+Each fault has to end the process with the exit code that the documentation states and to leave no process behind; with two ranks the first cause
+has to stand in torchrun's last lines. The resumed run has to say where it goes on, and to finish with one line a step and one row a sample, each
+of them equal to the straight run's, and with its weights (after a NaN that was rewound or left out: up to the step before). The steps that a
+resumed run takes again are those since its last whole checkpoint, and no more. Full and read-only disks are real ones: tmpfs, where this machine
+lets us mount; elsewhere those faults are reported as not tried.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -16,87 +20,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from rlhf import checkpoints, console
 from rlhf.run import CHECKPOINTS, MANIFEST_FILE, SUMMARY_FILE
+from rlhf.stages import chaos_disk
 from rlhf.stages.chaos_child import FAULT
-from rlhf.tracking import METRICS_FILE
-from rlhf.watchdog import EXIT_HUNG
+from rlhf.stages.chaos_faults import EVERY, FAULTS, STEPS, Disk, Fault, Kind
+from rlhf.tracking import METRICS_FILE, SAMPLES_FILE, read_jsonl
 
-STEPS, EVERY = 6, 2  # steps of a run, and between its checkpoints
 _TIMEOUT_S = 600
+_LEAVING_S = 20.0  # that a run's processes have after the first of them ended
 _TOLERANCE = 1e-6
-_KILLED = -9
-_OPTIONS = (
-    "stage=ppo",
-    "model=tiny",
-    "model.tiny.vocab_size=300",
-    "model.tiny.hidden_size=32",
-    "model.tiny.intermediate_size=48",
-    "model.tiny.layers=2",
-    "model.tiny.heads=1",
-    "model.tiny.max_positions=64",
-    "model.dtype=float32",
-    "engine.threads=1",
-    "data.max_prompt_length=32",
-    "rollout=hf",
-    "rollout.max_response_length=4",
-    "reward.function=rlhf.stages.chaos_child:even_tokens",
-    "stage.critic_init=policy",
-    "stage.prompts_per_step=4",
-    "stage.reward_normalise=true",
-    "stage.kl_controller=adaptive",
-    f"stage.steps={STEPS}",
-    f"stage.save_steps={EVERY}",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that goes wrong, and how the process then has to end."""
-
-    name: str
-    code: int  # of the process that it happens to
-    point: str = ""
-    times: int = 0
-    action: str = ""
-    rank: int = 0
-    ranks: int = 1
-    options: tuple[str, ...] = ("tracking=none",)
-    environment: dict[str, str] = field(default_factory=dict)
-    after: Callable[[Path], None] | None = None  # done to the run directory before the resume
-    says: str = ""  # what has to be read in the process's output
-    same: bool = True  # the figures are those of the straight run
-    lost: int = EVERY  # steps taken again, at most
-
-
-def tear_newest(run: Path) -> None:
-    """The newest checkpoint loses half of its largest file."""
-    _, newest = checkpoints.numbered(run / CHECKPOINTS)[0]
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    with largest.open("r+b") as file:
-        file.truncate(largest.stat().st_size // 2)
-
-
-_ZERO = ("engine=zero1", "tracking=none")
-_NO_SERVER = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "10"}
-FAULTS = (
-    *(Fault(f"kill -9 in {phase}", _KILLED, phase, times, "kill") for phase, times in (("rollout", 4), ("score", 4), ("update", 4), ("sync", 5))),
-    Fault("kill -9 in save", _KILLED, "seal", 2, "kill_now"),
-    Fault("SIGTERM", 143, "update", 3, "terminate", says="stopped by SIGTERM after step 3", lost=0),
-    Fault("Ctrl-C twice", 130, "update", 4, "interrupt_twice", says="ended at once"),
-    Fault("torn checkpoint", _KILLED, "update", 6, "kill", after=tear_newest, lost=2 * EVERY - 1),
-    Fault("full disk", 1, "save", 2, "fill_disk", says="could not be written"),
-    Fault("hang", EXIT_HUNG, "rollout", 4, "hang", options=("tracking=none", "run.phase_timeout_s=60"), says="phase rollout took longer"),
-    Fault("tracker down", 0, options=("tracking=wandb", "tracking.mode=auto"), environment=_NO_SERVER, says="tracked offline instead", lost=0),
-    Fault("NaN, rewound", 0, "reward", 4, "nan", options=("tracking=none", "stage.on_nonfinite=rewind"), same=False, lost=0),
-    Fault("NaN, stopped", 1, "reward", 4, "nan", says="returned nan"),
-    Fault("one of two ranks killed", 1, "update", 4, "kill", rank=1, ranks=2, options=_ZERO, says="rank 1|rank      : 1", same=False),
-)
+_RUN = "RLHF_CHAOS_RUN"  # in the environment of every process of a run
+_CAUSE = "Root Cause (first observed failure):"
 
 
 @dataclass(slots=True)
@@ -104,99 +47,244 @@ class Outcome:
     """What a fault did."""
 
     fault: Fault
-    code: int
-    lost: int = 0  # steps taken again after the resume
+    code: int | None = None
+    again: int = 0  # steps taken again after the resume
+    lost: int = 0  # lines of metrics.jsonl and rows of samples.jsonl that the straight run has and this one has not
     problems: list[str] = field(default_factory=list)
+    not_tried: str = ""  # why
 
 
-def run(folder: Path, name: str, fault: Fault, *, resume: bool) -> tuple[int, str]:
-    """Start the run, with the fault unless it resumes; exit code and output."""
+@dataclass(frozen=True, slots=True)
+class Straight:
+    """A run that nothing happened to."""
+
+    place: Path
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+    @staticmethod
+    def of(place: Path) -> "Straight":
+        return Straight(place, lines(place / METRICS_FILE), lines(place / SAMPLES_FILE))
+
+    def room(self, checkpoints_: float) -> int:
+        """Bytes of a tmpfs that holds the start of the run and so many checkpoints."""
+        ends = [self.place / name for name in (CHECKPOINTS, "model", "plots")]
+        one = chaos_disk.room(checkpoints.numbered(self.place / CHECKPOINTS)[0][1])
+        return chaos_disk.room(self.place) - sum(map(chaos_disk.room, ends)) + round(checkpoints_ * one)
+
+
+# ---- starting runs ----
+
+
+def launch(folder: Path, name: str, fault: Fault, *, resume: bool) -> tuple[int | None, str]:
+    """Start the run, with the fault unless it resumes; exit code (None: it never ended) and output."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | fault.environment
-    env |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    env |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), _RUN: str(folder / name)}
     if fault.action and not resume:
-        env[FAULT] = json.dumps({"point": fault.point, "times": fault.times, "action": fault.action, "rank": fault.rank})
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={fault.ranks}"] if fault.ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "rlhf.stages.chaos_child", *_OPTIONS, *fault.options]
-    command += [f"run.dir={folder}", f"run.name={name}", f"data.path={folder / 'prompts.jsonl'}", *(["run.resume=true"] if resume else [])]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
-    return done.returncode, done.stdout + done.stderr
+        chosen = {"point": fault.point, "times": fault.times, "action": fault.action, "rank": fault.rank, "place": str(folder / name)}
+        env[FAULT] = json.dumps(chosen)
+    ranks = fault.kind.count
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "rlhf.stages.chaos_child", *fault.kind.options, *fault.options]
+    command += [f"run.dir={folder}", f"run.name={name}", f"data.path={folder / fault.kind.data}", *(["run.resume=true"] if resume else [])]
+    log = folder / f"{name}{'.resumed' if resume else ''}.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+        code: int | None = None
+        try:
+            code = process.wait(_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return code, log.read_text(encoding="utf-8", errors="replace")
 
 
-def lines(run_directory: Path) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl; a torn one raises ValueError, also the last."""
-    content = (run_directory / METRICS_FILE).read_text(encoding="utf-8")
+def left_behind(token: str, patience: float) -> list[str]:
+    """Command lines of the processes of a run that are still there after `patience` seconds; they are ended."""
+    wanted = f"{_RUN}={token}".encode()
+
+    def living() -> dict[int, str]:
+        found = {}
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # a process that has just ended, or another user's
+                if wanted in (place / "environ").read_bytes().split(b"\0"):
+                    found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return found
+
+    deadline = time.monotonic() + patience
+    while (processes := living()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, 9)
+    return list(processes.values())
+
+
+# ---- comparing ----
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a file of metrics or samples; a torn one raises ValueError, also the last."""
+    content = path.read_text(encoding="utf-8")
     if content and not content.endswith("\n"):
-        raise ValueError("its last line is torn")
-    return [json.loads(line) for line in content.splitlines()]
+        raise ValueError(f"{path.name}: its last line is torn")
+    try:
+        return [json.loads(line) for line in content.split("\n")[:-1]]  # splitlines() would end a line at U+2028, too
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
-def figures(row: dict[str, Any]) -> dict[str, float]:
+def figures(row: dict[str, Any]) -> dict[str, Any]:
     """A line without what the clock and the machine decide."""
-    return {k: v for k, v in row.items() if isinstance(v, (int, float)) and not k.startswith(("time", "memory/")) and not k.endswith("_per_s")}
+    return {k: v for k, v in row.items() if not k.startswith(("time", "memory/")) and not k.endswith("_per_s")}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    numbers = isinstance(one, (int, float)) and isinstance(other, (int, float))
+    return abs(one - other) <= _TOLERANCE if numbers else bool(one == other)
 
 
 def differences(rows: Sequence[dict[str, Any]], straight: Sequence[dict[str, Any]]) -> list[str]:
-    """The figures of a finished run that are not the straight run's, by step."""
+    """What in rows of metrics or samples is not the straight run's, by step."""
     out = []
     for row, expected in zip(rows, straight, strict=True):
         ours, theirs = figures(row), figures(expected)
-        wrong = [k for k in theirs.keys() | ours.keys() if k not in ours or k not in theirs or abs(ours[k] - theirs[k]) > _TOLERANCE]
+        wrong = [k for k in theirs.keys() | ours.keys() if k not in ours or k not in theirs or not _equal(ours[k], theirs[k])]
         if wrong:
-            out.append(f"step {row['step']}: {', '.join(sorted(wrong)[:3])} differ")
+            out.append(f"step {expected['step']}: {', '.join(sorted(wrong)[:3])} differ")
     return out
 
 
-def try_fault(fault: Fault, folder: Path, straight: Sequence[dict[str, Any]]) -> Outcome:
-    """Run into the fault, go on, and compare."""
-    name = re.sub(r"[^a-z0-9]+", "_", fault.name.lower())
-    place = folder / name / "ppo"
-    code, said = run(folder, name, fault, resume=False)
-    outcome = Outcome(fault, code)
-    if code != fault.code:
-        outcome.problems.append(f"exit code {code} instead of {fault.code}: {said[-300:]}")
+def lost_lines(metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], straight: Straight) -> int:
+    """Steps without a line of metrics, and samples without a row. A step that says of itself that it was left out has no samples."""
+    have = {row["step"] for row in metrics}
+    left_out = {row["step"] for row in metrics if row.get("train/skipped")}
+    lost = sum(row["step"] not in have for row in straight.metrics)
+    for step in {row["step"] for row in straight.samples} - left_out:
+        counts = [sum(row["step"] == step for row in rows) for rows in (straight.samples, samples)]
+        lost += max(0, counts[0] - counts[1])
+    return lost
+
+
+def weights_differ(place: Path, straight: Path) -> str | None:
+    """Which of the saved model's tensors are not the straight run's."""
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (place, straight))
+    if ours.keys() != theirs.keys():
+        return "the model has other tensors"
+    wrong = [name for name in theirs if float((ours[name] - theirs[name]).abs().max()) > _TOLERANCE]
+    return f"the model's {', '.join(wrong[:3])} differ" if wrong else None
+
+
+def check_finished(place: Path, straight: Straight, *, same: int) -> list[str]:
+    """What is wrong with a run that has ended: one line a step, the samples of each, whole checkpoints, nothing half-written, and up to step
+    `same` the straight run's figures; with all of them its weights, too."""
+    try:
+        metrics, samples = lines(place / METRICS_FILE), lines(place / SAMPLES_FILE)
+    except ValueError as error:
+        return [str(error)]
+    if [row["step"] for row in metrics] != [row["step"] for row in straight.metrics]:
+        return [f"{METRICS_FILE} has the steps {[row['step'] for row in metrics]}"]
+    problems = []
+    if lost := lost_lines(metrics, samples, straight):
+        problems.append(f"{SAMPLES_FILE} lacks {lost} rows")
+    if len(samples) > len(straight.samples):
+        problems.append(f"{SAMPLES_FILE} has {len(samples)} rows instead of {len(straight.samples)}")
+    for rows, expected in ((metrics, straight.metrics), (samples, straight.samples)):
+        parts = [[row for row in part if row["step"] <= same] for part in (rows, expected)]
+        if len(parts[0]) == len(parts[1]):  # else it was said above
+            problems += differences(*parts)
+    problems += [f"{path.name}: {wrong}" for _, path in checkpoints.numbered(place / CHECKPOINTS) if (wrong := checkpoints.problem(path))]
+    problems += [f"{path} was left" for pattern in ("*.part", "*.tmp") for path in place.rglob(pattern)]
+    if not (place / "model" / "model.safetensors").is_file():
+        problems.append("no model was saved")
+    elif same >= STEPS and (wrong := weights_differ(place, straight.place)):
+        problems.append(wrong)
+    return problems
+
+
+def check_said(fault: Fault, said: str) -> list[str]:
+    """What is wrong with a broken run's output."""
+    problems = []
     if fault.says and not re.search(fault.says, said):
-        outcome.problems.append(f"its output does not say {fault.says!r}")
-    if not (place / SUMMARY_FILE).exists():
-        reached = max((row["step"] for row in _whole_lines(place)), default=0)
-        if fault.after is not None:
-            fault.after(place)
-        code, said = run(folder, name, fault, resume=True)
-        if code != 0:
-            outcome.problems.append(f"the resumed run ended with exit code {code}: {said[-300:]}")
-            return outcome
-        outcome.lost = reached - _resumed_at(place)
-        if outcome.lost > fault.lost:
-            outcome.problems.append(f"{outcome.lost} steps were taken again, expected at most {fault.lost}")
-    outcome.problems += check_finished(place, straight, same=fault.same)
+        problems.append(f"its output does not say {fault.says!r}")
+    if fault.cause and not re.search(fault.cause, said.rpartition(_CAUSE)[2] if _CAUSE in said else ""):
+        problems.append(f"torchrun's last lines do not say {fault.cause!r}")
+    return problems
+
+
+def check_dump(place: Path, straight: Straight) -> list[str]:
+    """What is wrong with the batches that were refused: each of the step's responses has to be there."""
+    rows = [row for path in sorted(place.glob("diverged-step-*/rollouts.jsonl")) for row in lines(path)]
+    expected = sum(row["step"] == 1 for row in straight.samples)
+    whole = [row for row in rows if row["token_ids"] and len(row["token_ids"]) == len(row["rollout_logprobs"]) and "prompt" in row]
+    return [] if len(whole) >= expected else [f"of the batch that was refused {len(whole)} responses were saved, expected {expected}"]
+
+
+def check_resumed(place: Path, said: str, reached: int) -> tuple[int, list[str]]:
+    """The steps that a resumed run takes again, and what is wrong with what it says of that."""
+    start = json.loads((place / MANIFEST_FILE).read_text(encoding="utf-8"))["starts"][-1]
+    if not start["resume_from"]:
+        return reached, [] if "the run starts from step 0" in said else ["the resumed run does not say that it starts from step 0"]
+    again = reached - int(start["resume_from"].rsplit("-", 1)[1])
+    expected = f"continuing from {start['resume_from']}; {again} metric lines after it were dropped"
+    return again, [] if expected in said else [f"the resumed run does not say {expected!r}"]
+
+
+# ---- a fault ----
+
+
+def try_fault(fault: Fault, folder: Path, straight: Straight, no_mounts: str = "") -> Outcome:
+    """Run into the fault, go on, and compare. `no_mounts`: why nothing can be mounted, where that is so."""
+    outcome = Outcome(fault)
+    if fault.disk is not None and no_mounts:
+        outcome.not_tried = no_mounts
+        return outcome
+    name = re.sub(r"[^a-z0-9]+", "_", fault.name.lower()).strip("_")
+    if fault.disk is None:
+        _break_and_resume(outcome, folder, name, straight)
+        return outcome
+    sizes = {Disk.small: straight.room(1.5), Disk.full: 2 * chaos_disk.PAGE}
+    with chaos_disk.mounted(folder / name, sizes.get(fault.disk, chaos_disk.ROOMY // 4)):
+        if fault.disk is Disk.sealed:
+            chaos_disk.seal_off(folder / name)
+        _break_and_resume(outcome, folder, name, straight)
     return outcome
 
 
-def _whole_lines(place: Path) -> list[dict[str, Any]]:
-    """As far as a killed run got; its last line may be torn."""
-    content = (place / METRICS_FILE).read_text(encoding="utf-8")
-    return [json.loads(line) for line in content.split("\n")[:-1]]
+def _break_and_resume(outcome: Outcome, folder: Path, name: str, straight: Straight) -> None:
+    fault, place = outcome.fault, folder / name / outcome.fault.kind.stage
+    outcome.code, said = launch(folder, name, fault, resume=False)
+    left = left_behind(str(folder / name), _LEAVING_S)
+    problems = outcome.problems
+    problems += [f"left behind: {command[:150]}" for command in left]
+    if outcome.code != fault.code:
+        problems.append(f"exit code {outcome.code} instead of {fault.code}: {said[-300:]}")
+    problems += check_said(fault, said)
+    if fault.dumped:
+        problems += check_dump(place, straight)
+    if not (place / SUMMARY_FILE).exists():
+        reached = max((row["step"] for row in read_jsonl(place / METRICS_FILE)), default=0)  # the last line may be torn
+        if fault.disk is not None:
+            chaos_disk.restore(folder / name)
+            chaos_disk.enlarge(folder / name)
+        if fault.after is not None:
+            fault.after(place)
+        code, said = launch(folder, name, fault, resume=True)
+        problems += [f"left behind by the resumed run: {command[:150]}" for command in left_behind(str(folder / name), _LEAVING_S)]
+        if code != 0:
+            problems.append(f"the resumed run ended with exit code {code}: {said[-300:]}")
+            return
+        outcome.again, wrong = check_resumed(place, said, reached)
+        problems += wrong
+        if outcome.again > fault.lost:
+            problems.append(f"{outcome.again} steps were taken again, expected at most {fault.lost}")
+    outcome.lost = lost_lines(read_jsonl(place / METRICS_FILE), read_jsonl(place / SAMPLES_FILE), straight)
+    problems += check_finished(place, straight, same=fault.same)
 
 
-def _resumed_at(place: Path) -> int:
-    """The step of the checkpoint that the last start went on from; 0 for none."""
-    start = json.loads((place / MANIFEST_FILE).read_text(encoding="utf-8"))["starts"][-1]
-    return int(start["resume_from"].rsplit("-", 1)[1]) if start["resume_from"] else 0
-
-
-def check_finished(place: Path, straight: Sequence[dict[str, Any]], *, same: bool) -> list[str]:
-    """What is wrong with a run that has ended: one line a step, whole checkpoints, nothing half-written, and (`same`) the straight run's figures."""
-    try:
-        rows = lines(place)
-    except ValueError as error:
-        return [f"{METRICS_FILE}: {error}"]
-    if [row["step"] for row in rows] != [row["step"] for row in straight]:
-        return [f"{METRICS_FILE} has the steps {[row['step'] for row in rows]}"]
-    problems = differences(rows, straight) if same else []
-    problems += [f"{path.name}: {wrong}" for _, path in checkpoints.numbered(place / CHECKPOINTS) if (wrong := checkpoints.problem(path))]
-    problems += [f"{path} was left" for path in place.rglob("*.part")]
-    if not (place / "model" / "model.safetensors").is_file():
-        problems.append("no model was saved")
-    return problems
+# ---- all of them ----
 
 
 def report(outcomes: Sequence[Outcome]) -> int:
@@ -204,10 +292,11 @@ def report(outcomes: Sequence[Outcome]) -> int:
     rows = [
         {
             "fault": o.fault.name,
-            "exit code": o.code,
-            "survived": "no" if o.problems else "yes",
-            "steps taken again": o.lost,
+            "exit code": "" if o.code is None else o.code,
+            "survived": "not tried" if o.not_tried else "no" if o.problems else "yes",
+            "steps taken again": "" if o.not_tried else o.again,
             "at most": o.fault.lost,
+            "lines lost": "" if o.not_tried else o.lost,
         }
         for o in outcomes
     ]
@@ -215,32 +304,81 @@ def report(outcomes: Sequence[Outcome]) -> int:
     for outcome in outcomes:
         for problem in outcome.problems:
             print(f"{outcome.fault.name}: {problem}", file=sys.stderr)
-    survived = sum(not o.problems for o in outcomes)
-    print(f"{len(outcomes)} faults tried, {survived} survived; {sum(o.lost for o in outcomes)} steps were taken again in all")
-    return 0 if survived == len(outcomes) else 1
+    tried = [o for o in outcomes if not o.not_tried]
+    survived = sum(not o.problems for o in tried)
+    print(
+        f"{len(tried)} faults tried, {survived} survived; {sum(o.again for o in tried)} steps were taken again in all, and "
+        f"{sum(o.lost for o in tried)} lines of metrics and samples lost"
+    )
+    for reason in sorted({o.not_tried for o in outcomes if o.not_tried}):
+        names = ", ".join(o.fault.name for o in outcomes if o.not_tried == reason)
+        print(f"not tried: {names}: nothing can be mounted here ({reason})")
+    return 0 if survived == len(tried) else 1
+
+
+def write_data(folder: Path) -> None:
+    """The rows that the runs read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [(word, number) for number in range(8) for word in ("alpha", "beta", "gamma", "delta")]
+    rows = {
+        "prompts.jsonl": [{"prompt": f"{word} {number}"} for word, number in pairs],
+        "texts.jsonl": [{"prompt": f"{word} {number}", "completion": f" {word} follows {number + 1}"} for word, number in pairs],
+    }
+    for name, content in rows.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+
+
+def straight_run(folder: Path, kind: Kind) -> Straight:
+    """Raises RuntimeError where it fails."""
+    code, said = launch(folder, f"straight-{kind.name}", Fault("none", 0, kind=kind), resume=False)
+    if code != 0:
+        raise RuntimeError(f"the straight run of {kind.name} ended with exit code {code}: {said[-2000:]}")
+    return Straight.of(folder / f"straight-{kind.name}" / kind.stage)
+
+
+def attempt(fault: Fault, folder: Path, straight: Straight, no_mounts: str) -> Outcome:
+    """`try_fault`, with what it did on the screen. An error in here is a problem of this fault's, and the others are tried all the same."""
+    began = time.monotonic()
+    try:
+        outcome = try_fault(fault, folder, straight, no_mounts)
+    except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        outcome = Outcome(fault, problems=[f"{type(error).__name__}: {error}"])
+    said = f"not tried: {outcome.not_tried}" if outcome.not_tried else "; ".join(outcome.problems) or "survived"
+    print(f"{fault.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    return outcome
+
+
+def try_all(chosen: Sequence[Fault], folder: Path, no_mounts: str) -> list[Outcome]:
+    """Every fault after the straight runs of its kind, as many side by side as there are cores for their ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    outcomes: dict[str, Outcome] = {}
+    for ranks in sorted({fault.kind.count for fault in chosen}):
+        with ThreadPoolExecutor(max(1, cores // ranks)) as pool:
+            kinds = [kind for kind in Kind if kind.count == ranks and any(fault.kind is kind for fault in chosen)]
+            straight = dict(zip(kinds, pool.map(straight_run, repeat(folder), kinds), strict=True))
+            now = [fault for fault in chosen if fault.kind.count == ranks]
+            done = pool.map(attempt, now, repeat(folder), [straight[fault.kind] for fault in now], repeat(no_mounts))
+            outcomes |= {outcome.fault.name: outcome for outcome in done}
+    return [outcomes[fault.name] for fault in chosen]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="faults whose name holds one of these")
-    parser.add_argument("--keep", metavar="DIR", help="leave the runs there")
+    parser.add_argument("--ranks", type=int, help="faults of runs with so many ranks")
+    parser.add_argument("--keep", metavar="DIR", help="leave the runs and their output there (what lay on a tmpfs goes)")
     given = parser.parse_args(arguments)
+    chosen = [f for f in FAULTS if any(word in f.name for word in given.only) and given.ranks in (None, f.kind.count)]
+    no_mounts = ""
+    if any(fault.disk is not None for fault in chosen):
+        no_mounts = chaos_disk.enter(sys.argv[1:] if arguments is None else arguments)
+    began = time.monotonic()
     folder = Path(given.keep or tempfile.mkdtemp(prefix="chaos-")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = [{"prompt": f"{word} {number}"} for number in range(8) for word in ("alpha", "beta", "gamma", "delta")]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     try:
-        code, said = run(folder, "straight", Fault("none", 0), resume=False)
-        if code != 0:
-            print(f"the straight run ended with exit code {code}: {said[-2000:]}", file=sys.stderr)
-            return 1
-        straight = lines(folder / "straight" / "ppo")
-        chosen = [fault for fault in FAULTS if any(word in fault.name for word in given.only)]
-        outcomes = []
-        for fault in chosen:
-            outcomes.append(try_fault(fault, folder, straight))
-            print(f"{fault.name}: {'; '.join(outcomes[-1].problems) or 'survived'}", flush=True)
-        return report(outcomes)
+        write_data(folder)
+        code = report(try_all(chosen, folder, no_mounts))
+        print(f"in {console.duration(time.monotonic() - began)}")
+        return code
     finally:
         if given.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
