@@ -186,7 +186,7 @@ def launch(given: list[str], folder: Path, ranks: int = 1, **fault: Any) -> int:
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "rlhf.stages.chaos_child", *given]
-    done = subprocess.run(command, cwd=ROOT, env=env | {FAULT: json.dumps(fault)}, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env | {FAULT: json.dumps(fault)}, capture_output=True, text=True, timeout=800, check=False)
     print(done.stdout[-2000:], done.stderr[-4000:])
     return done.returncode
 
