@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from conf.choices import AdapterKind, Advantage, CriticInit, EngineKind
@@ -26,21 +27,43 @@ def check_room(cfg: Config) -> None:
     """
     if not isinstance(cfg.stage, (OfflineStage, OnlineStage)) or cfg.run.dry_run or not distributed.is_main():
         return
-    place = run_directory(cfg)
-    free = shutil.disk_usage(_existing(place)).free + size_of(place / CHECKPOINTS)  # those that are there make room for new ones
+    free = free_bytes(cfg)
     count, weights = copies(cfg), weight_bytes(cfg)
     if weights is None or (count + 1) * _MOST * weights < free:
         return  # the usual case, without counting parameters
-    shapes, _ = shapes_of(cfg, assume_reward=False)
-    one, model = checkpoint_bytes(cfg, shapes), weight_width(cfg) * shapes.policy.parameters
-    needed = count * one + model
-    if needed > free:
+    need = need_of(cfg, shapes_of(cfg, assume_reward=False)[0])
+    if need.total > free:
         none = " stage.save_steps=0 writes none, and a killed run then begins anew." if isinstance(cfg.stage, OnlineStage) else ""
         raise UserError(
-            f"run.dir={cfg.run.dir}: {free / GIB:.1f} GiB are free there, but the run needs about {needed / GIB:.1f}: the model, and {count} "
-            f"checkpoints of {one / GIB:.1f} GiB at once (run.keep_checkpoints={cfg.run.keep_checkpoints}, the one that is being written, and a "
-            f"trainer's best). Make room, set run.dir to another disk, lower run.keep_checkpoints, or train LoRA (adapter=lora).{none}"
+            f"run.dir={cfg.run.dir}: {free / GIB:.1f} GiB are free there, but the run needs about {need.total / GIB:.1f}: the model, and "
+            f"{need.count} checkpoints of {need.checkpoint / GIB:.1f} GiB at once (run.keep_checkpoints={cfg.run.keep_checkpoints}, the one that is "
+            "being written, and a trainer's best). Make room, set run.dir to another disk, lower run.keep_checkpoints, or train LoRA "
+            f"(adapter=lora).{none}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a run writes to the disk, in bytes."""
+
+    count: int  # checkpoints that lie there at one moment
+    checkpoint: float
+    model: float
+
+    @property
+    def total(self) -> float:
+        return self.count * self.checkpoint + self.model
+
+
+def need_of(cfg: Config, shapes: Shapes) -> Need:
+    """Checkpoints and model of a training stage."""
+    return Need(copies(cfg), checkpoint_bytes(cfg, shapes), weight_width(cfg) * shapes.policy.parameters)
+
+
+def free_bytes(cfg: Config) -> float:
+    """What the disk of the run's directory has, with what the run's earlier checkpoints hold, since new ones take their place."""
+    place = run_directory(cfg)
+    return shutil.disk_usage(_existing(place)).free + size_of(place / CHECKPOINTS)
 
 
 def copies(cfg: Config) -> int:

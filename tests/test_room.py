@@ -1,5 +1,6 @@
 """A run whose checkpoints would not fit on the disk is refused before anything loads."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from rlhf import config, room
 from rlhf.memory.subjects import shapes_of
+from rlhf.stages import dry_run
 from rlhf.types import UserError
 from tests.test_online import run_ppo
 
@@ -29,6 +31,16 @@ def needed(given: Any) -> float:
     """GiB of the checkpoints and the model."""
     shapes, _ = shapes_of(given, assume_reward=False)
     return (room.copies(given) * room.checkpoint_bytes(given, shapes) + 4 * shapes.policy.parameters) / 2**30
+
+
+def test_a_dry_run_says_it(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = cfg(tmp_path, tiny_model())
+    for share, said in ((0.99, "does not fit"), (1.01, "fits")):
+        with_free(monkeypatch, needed(given) * share)
+        dry_run._print_plan(given)
+        assert re.search(rf"disk of run.dir: 3 checkpoints of .* free: {said}$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_too_little_room_is_said_with_the_remedies(tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 from conf.choices import ModelKind
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage, RewardStage, SFTStage
-from rlhf import config, conflicts, redaction
+from rlhf import config, conflicts, redaction, room
 from rlhf.console import console
 from rlhf.data import reading
 from rlhf.data.converting import both_sides, columns_of
 from rlhf.data.formats import Use
 from rlhf.data.preview import RowPreview, preview_row, render
+from rlhf.memory import GIB
 from rlhf.memory.machine import machine_of
 from rlhf.memory.plan import HEADROOM, plan
 from rlhf.memory.subjects import can_plan, shapes_of
@@ -191,4 +192,7 @@ def _print_plan(cfg: Config) -> None:
         print(f"  {note}")
     limit = HEADROOM * machine.device_gib
     verdict = "fits" if found.fits else "does not fit: python -m rlhf stage=doctor with the same options says which setting does"
+    need, free = room.need_of(cfg, shapes), room.free_bytes(cfg)
+    held = f"{need.count} checkpoints of {need.checkpoint / GIB:.2g} GiB at once and the model: {need.total / GIB:.2g} GiB"
+    print(f"  disk of run.dir: {held} of {free / GIB:.1f} free: {'fits' if need.total <= free else 'does not fit'}")
     print(f"  peak {found.device_gib:.1f} GiB of {limit:.1f} usable on each {'device' if machine.cuda else 'rank'}: {verdict}")

@@ -6,7 +6,6 @@ what a run leaves behind.
 
 import copy
 import dataclasses
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
@@ -22,7 +20,6 @@ from conf.choices import FDivergence, KTOLoss, PreferenceLoss
 from conf.schema import Config
 from conf.stages import CPOStage, KTOStage, ORPOStage, PreferenceStage
 from policy.model import base_of, is_peft
-from policy.saving import save_adapter
 from rlhf import distributed, watchdog
 from rlhf.data.encoding import IGNORED, Message, is_chat, prompt_ids, require_template, response_ids, split_answer
 from rlhf.data.reading import preference_dataset, unpaired_dataset
@@ -387,14 +384,7 @@ def _train(
     # Copied before the trainer's arguments exist: from then on transformers would load ZeRO-3 models in shards.
     reference = start_of(model) if has_reference(stage) else None
     trainer = make_trainer(stage, common.trainer_arguments(ctx, plan), model, reference, tokenizer, train, held_out)
-    steps, metrics = common.fit(trainer, ctx)
-    ctx.watchdog.phase("save the model")
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft(trained):
-        save_adapter(trained, ctx.dir / "adapter", common.gather_of(cfg))
-    common.save_whole(trained, tokenizer, ctx.model_dir, cfg)
-    del trainer, trained, model, reference
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    steps, metrics = common.fit_and_save(trainer, tokenizer, ctx)
+    del trainer, model, reference
+    common.free_memory()
     return steps, metrics

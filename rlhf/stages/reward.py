@@ -1,7 +1,6 @@
 """``stage=reward``: a pairwise reward model on TRL's RewardTrainer, judged on held-out pairs beside a length-only baseline."""
 
 import dataclasses
-import gc
 import logging
 import math
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from trl import RewardConfig as TRLRewardConfig
 from trl import RewardTrainer
 
 from conf.schema import Config
-from policy.model import is_peft
-from policy.saving import save_adapter
 from reward.model import Manifest, load_reward_module, template_hash, tokenizer_fingerprint, write_manifest
 from reward.scorer import score_ids
 from rlhf import distributed, watchdog
@@ -292,14 +289,7 @@ def _train(
     trainer = guarded(weights.weighted_reward(RewardTrainer))(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
-    steps, metrics = common.fit(trainer, ctx)
-    ctx.watchdog.phase("save the model")
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft(trained):
-        save_adapter(trained, ctx.dir / "adapter", common.gather_of(cfg))
-    common.save_whole(trained, tokenizer, ctx.model_dir, cfg)
-    del trainer, trained, model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    steps, metrics = common.fit_and_save(trainer, tokenizer, ctx)
+    del trainer, model
+    common.free_memory()
     return steps, metrics

@@ -1,5 +1,6 @@
 """What the stages on TRL's trainers share: batch arithmetic, precision, DeepSpeed's configuration, metrics, divergence, saving."""
 
+import gc
 import json
 import logging
 import math
@@ -319,6 +320,24 @@ def gather_of(cfg: Config) -> Gather:
 def save_whole(model: Any, tokenizer: Any, directory: Path, cfg: Config) -> None:
     """Whole weights in ``model.dtype``, which need not be the dtype that they trained in."""
     save_model(model, tokenizer, directory, gather_of(cfg), resolve_dtype(cfg.model.dtype))
+
+
+def fit_and_save(trainer: Any, tokenizer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
+    """`fit`, then whole weights as ``model/`` and, for LoRA, ``adapter/``. Steps and figures."""
+    steps, metrics = fit(trainer, ctx)
+    ctx.watchdog.phase("save the model")
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if is_peft(trained):
+        save_adapter(trained, ctx.dir / "adapter", gather_of(ctx.cfg))
+    save_whole(trained, tokenizer, ctx.model_dir, ctx.cfg)
+    return steps, metrics
+
+
+def free_memory() -> None:
+    """Give back what no name holds any more: trainers and their models hold each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def base_directory(cfg: Config) -> bool:
