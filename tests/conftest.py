@@ -1,5 +1,6 @@
 """What all tests share: no network, few threads, and tiny models with their tokenizer in a directory."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,12 +34,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             for param in model.parameters():
                 if param.ndim == 2:
                     param.data.mul_(4.0)  # the initial 0.02 would leave every distribution flat
-            made[tied] = tmp_path_factory.mktemp("tied" if tied else "untied")
-            model.save_pretrained(made[tied])
-            tokenizer.save_pretrained(made[tied])
+            place = tmp_path_factory.mktemp("tied" if tied else "untied")
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+            made[tied] = place
         return made[tied]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left() -> Iterator[None]:
+    """A command line that ran in this process leaves no handler behind: it would write to a stream that pytest has closed by then."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in list(root.handlers):
+        if handler not in before and type(handler) in (logging.StreamHandler, logging.FileHandler):
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")

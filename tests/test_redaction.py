@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_text(monkeypatch: pytest.MonkeyPatch, message: str, shown: str) -> None
 
 
 @pytest.fixture
-def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The command line of a small run with secrets all over it, each of which would be in some file."""
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
@@ -79,7 +80,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     rows = [{"prompt": f"p{i}", "completion": f"answer {i}"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tags = "[" + ",".join([*TYPED[:2], '"${oc.env:OPENAI_API_KEY}"', '"${oc.env:WANDB_API_KEY}"']) + "]"
-    return [
+    yield [
         "stage=data",
         f"data.path={tmp_path / 'rows.jsonl'}",
         f"run.dir={tmp_path / 'runs'}",
@@ -90,6 +91,9 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "tracking.project=${oc.env:HF_TOKEN}",
         f"tracking.tags={tags}",
     ]
+    import wandb
+
+    wandb.teardown()  # its process would keep the planted key for the tests that follow
 
 
 def leaked(folder: Path, *shown: str) -> list[str]:

@@ -83,7 +83,7 @@ def test_random_states_with_code_in_them_are_refused(mark: Path, tmp_path: Path)
 
     torch.save({"python": Payload(mark)}, tmp_path / "random-0.pt")
     with pytest.raises(pickle.UnpicklingError):
-        randomness.load(tmp_path)
+        randomness.load(tmp_path, 0)
     assert not mark.exists()
 
 
@@ -104,7 +104,9 @@ def test_code_of_a_model_repository_does_not_run_unless_it_is_asked_for(
     tokenizer = load_tokenizer(ModelConfig(path=str(foreign)))
     config = json.loads((foreign / "config.json").read_text(encoding="utf-8"))
     (foreign / "config.json").write_text(json.dumps(config | {"model_type": "strange", "auto_map": STRANGE}), encoding="utf-8")
-    code = f"open({str(mark)!r}, 'w')\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    # Classes of their own: transformers marks what it loaded so, and saves its source beside the weights from then on.
+    code = f"open({str(mark)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM\nclass Config(LlamaConfig): model_type = 'strange'\n"
+    code += "class Model(LlamaForCausalLM): config_class = Config\n"
     (foreign / "strange.py").write_text(code, encoding="utf-8")
     place = foreign
     if adapter:

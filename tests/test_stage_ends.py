@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,10 @@ def test_every_phase_of_an_export_is_watched(folder: Path, tiny_model: Callable[
 
 
 @pytest.fixture
-def stopped(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def stopped(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
     """Runs a command line in this process, and checks how it ended; what it said."""
     monkeypatch.setattr(sys, "argv", ["rlhf"])
+    as_started = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def run(given: list[str], number: signal.Signals) -> str:
@@ -185,7 +186,8 @@ def stopped(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
         return capfd.readouterr().err
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, as_started)
 
 
 def send(number: signal.Signals) -> None:

@@ -131,7 +131,8 @@ def test_wandb_offline_records_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     again = Tracker(cfg, tmp_path, "ppo", resume=True)
     again.finish(exit_code=1)
     assert again.sync_command is not None and again.sync_command.count("offline-run-") == 2
-    assert {p.name.rsplit("-", 1)[1] for p in (tmp_path / "wandb").glob("offline-run-*")} == {seen["id"]}
+    # offline-run-<second>-<id>, and -1 behind it for another one of the same second
+    assert {p.name.split("-")[3] for p in (tmp_path / "wandb").glob("offline-run-*")} == {seen["id"]}
 
 
 def test_wandb_is_online_where_a_login_exists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

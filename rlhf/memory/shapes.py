@@ -85,7 +85,8 @@ def read_shape(model: ModelConfig, path: str | None = None, key: str = "model.pa
         return assumed_shape(model.params, eager=model.attn_implementation == "eager")
     if place is None:
         raise UserError("model.path is not set: a memory plan needs a model's directory, or model.params=<parameters>, such as model.params=7e9.")
-    return shape_of_config(_read_config(model, place, key), f"{key}={place}", eager=model.attn_implementation == "eager")
+    eager = model.attn_implementation == "eager"
+    return shape_of_config(_read_config(model, place, key), f"{key}={place}", eager=eager, trust_remote_code=model.trust_remote_code)
 
 
 def _read_config(model: ModelConfig, path: str, key: str) -> Any:
@@ -162,7 +163,7 @@ def assumed_shape(parameters: float, *, eager: bool = False) -> Shape:
     return shape_of_config(config, f"a Llama of {parameters:.3g} parameters, assumed", eager=eager)
 
 
-def shape_of_config(config: Any, name: str, *, eager: bool = False) -> Shape:
+def shape_of_config(config: Any, name: str, *, eager: bool = False, trust_remote_code: bool = False) -> Shape:
     """Counts from the model that `config` makes, built without memory on torch's meta device. Raises UserError for one that can't be built."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -170,7 +171,7 @@ def shape_of_config(config: Any, name: str, *, eager: bool = False) -> Shape:
     text = config.get_text_config()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
         raise UserError(f"{name}: its model can't be built from its configuration ({error}), so its parameters can't be counted.") from error
     parameters = list(model.parameters())  # tied tensors come once
