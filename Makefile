@@ -39,7 +39,7 @@ demo: $(STAMP) ## the main job on real movie reviews: SFT, reward model, PPO on 
 	$(OFFLINE) $(PY) -m rlhf stage=chain experiment=reviews run.name=demo run.overwrite=true
 
 test: $(STAMP) ## all tests but the slow ones (up to 25 min on 2 cores)
-	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## the slow tests only
 	$(OFFLINE) $(PY) -m pytest -m slow $(PYTEST_ARGS)

@@ -14,6 +14,23 @@ for _name, _value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", 
 os.environ["COLUMNS"] = "160"  # tables are as wide wherever the tests run
 
 
+# Files that take minutes: first, so that at the end of a shared run no process waits long for the other (make test, --dist loadfile).
+_LONG = (
+    "test_zero_trl",
+    "test_zero_online",
+    "test_zero_algorithms",
+    "test_reproducible",
+    "test_resume",
+    "test_algorithms",
+    "test_online",
+    "test_rollout",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny_model(tied=True) -> directory of a two-layer float32 Llama (vocabulary 300, head size 32) and its tokenizer; made once."""

@@ -131,6 +131,7 @@ def test_a_reference_that_follows_at_every_step_whole_is_the_policy_before_the_s
     assert still[-1]["objective/kl"] > 1e-2
 
 
+@pytest.mark.slow  # tests/test_resume.py resumes a moving reference in every run
 def test_a_moving_reference_is_resumed(tmp_path: Path) -> None:
     import shutil
 

@@ -98,6 +98,7 @@ def test_phases_add_up_and_sampler_and_trainer_agree(bandit: Path) -> None:
         assert row["rollout/probe_gap"] < 1e-4
 
 
+@pytest.mark.slow  # tests/test_resume.py resumes both in every run
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_resuming_equals_never_having_stopped(tmp_path: Path, adapter: str) -> None:
     shared = [
