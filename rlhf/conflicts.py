@@ -8,7 +8,7 @@ from typing import Any
 from conf.choices import AdapterKind, Dtype, LoraSync, ModelKind, RolloutBackend
 from conf.schema import Config
 from conf.stages import EvalStage, OfflineStage, OnlineStage
-from rlhf import distributed
+from rlhf import distributed, room
 from rlhf.memory import GIB
 from rlhf.models import json_object, load_tokenizer
 from rlhf.types import UserError
@@ -151,7 +151,9 @@ def reading_note(key: str, path: str, reward_tokenizer: Any, manifest: Any, poli
 
 def check_memory(cfg: Config) -> list[str]:
     """Says where the memory plan doesn't fit the devices. Parts of it are assumed, so this is a warning."""
-    if not isinstance(cfg.stage, (OfflineStage, OnlineStage)) or cfg.run.dry_run or weights_gib(cfg.model.path) < _PLANNED_GIB:
+    if not isinstance(cfg.stage, (OfflineStage, OnlineStage)) or cfg.run.dry_run or cfg.model.path is None:
+        return []
+    if (room.weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
         return []
     from rlhf.memory.machine import machine_of
     from rlhf.memory.plan import HEADROOM, plan
@@ -167,11 +169,6 @@ def check_memory(cfg: Config) -> list[str]:
         f"the memory plan doesn't fit, {usable}: {found.obstacle}. "
         f"`python -m rlhf stage=doctor stage.plan={cfg.stage.name}` with the same model and engine options says which setting does."
     ]
-
-
-def weights_gib(path: str | None) -> float:
-    """GiB of a model's safetensors files; 0 for what isn't on the disk."""
-    return sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors")) / GIB if path is not None else 0.0
 
 
 CHECKS = (check_devices, check_precision, check_lora_rank, check_cache, check_padding)

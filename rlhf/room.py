@@ -63,7 +63,7 @@ def need_of(cfg: Config, shapes: Shapes) -> Need:
 def free_bytes(cfg: Config) -> float:
     """What the disk of the run's directory has, with what the run's earlier checkpoints hold, since new ones take their place."""
     place = run_directory(cfg)
-    return shutil.disk_usage(_existing(place)).free + size_of(place / CHECKPOINTS)
+    return shutil.disk_usage(existing_parent(place)).free + size_of(place / CHECKPOINTS)
 
 
 def copies(cfg: Config) -> int:
@@ -106,14 +106,14 @@ def weight_bytes(cfg: Config) -> int | None:
     """Size of the weight files of the policy and of a critic's start; None where the policy's are not on this disk."""
     if cfg.model.path is None or cfg.model.gguf_file is not None:
         return None
-    policy = _weight_files(cfg.model.path)
+    policy = weight_files(cfg.model.path)
     if policy is None or not isinstance(cfg.stage, OnlineStage) or cfg.stage.advantage is not Advantage.gae:
         return policy
-    rewards = [_weight_files(path) or 0 for _, path in importlib.import_module("reward.terms").model_paths(cfg.reward)]
+    rewards = [weight_files(path) or 0 for _, path in importlib.import_module("reward.terms").model_paths(cfg.reward)]
     return policy + max([policy, *rewards])
 
 
-def _weight_files(path: str) -> int | None:
+def weight_files(path: str) -> int | None:
     """Bytes of a model directory's weights, an adapter's base in its place; None where there are none."""
     place = Path(path).expanduser()
     if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
@@ -129,6 +129,6 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def _existing(place: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next(path for path in (place, *place.parents) if path.is_dir())
+def existing_parent(path: Path) -> Path:
+    """The nearest directory that exists: where a run directory would be made."""
+    return next(place for place in (path, *path.parents) if place.exists())

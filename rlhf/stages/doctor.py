@@ -27,6 +27,7 @@ from reward.scorer import same_reading
 from reward.terms import model_paths
 from rlhf.console import console
 from rlhf.models import load_tokenizer
+from rlhf.room import existing_parent
 from rlhf.stages.doctor_memory import Answer, answer
 from rlhf.tracking import wandb_login, wandb_mode
 from rlhf.types import UserError
@@ -190,11 +191,6 @@ def check_disk(label: str, free: float, least: float, remedy: str) -> Finding:
     """`free` in bytes, `least` in GiB."""
     found = f"{free / GIB:.1f} GiB free"
     return Finding(label, State.ok, found) if free / GIB >= least else Finding(label, State.warn, found, remedy)
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest directory that exists: where a run directory would be made."""
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def check_machine(run_dir: str) -> list[Finding]:
