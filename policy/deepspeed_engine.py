@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import pkgutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,16 @@ from policy.engine import NonFinite, OptimSettings
 from policy.model import trainable
 from rlhf import distributed
 from rlhf.types import UserError
+
+# What DeepSpeed pickles into a checkpoint beside tensors and plain values. Anything else could be code, and DeepSpeed would run it.
+CHECKPOINT_CLASSES = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    }
+)
 
 
 def prepare_cpu() -> None:
@@ -246,11 +257,7 @@ def mend_universal(engine: Any, directory: Path) -> None:
 
 def checkpoint_classes() -> list[Any]:
     """The classes that DeepSpeed pickles into its checkpoints, for ``torch.load(weights_only=True)``."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    return [pkgutil.resolve_name(name) for name in sorted(CHECKPOINT_CLASSES)]
 
 
 def to_universal(source: Path, target: Path, *, workers: int) -> None:

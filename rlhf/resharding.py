@@ -5,6 +5,7 @@ stage. Its universal form (Lian et al. 2024, arXiv:2406.18820) is whole tensors 
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -19,15 +20,6 @@ from rlhf.types import UserError
 
 LAYOUT = "layout.json"
 ROOT = Path(__file__).resolve().parents[1]
-# What DeepSpeed pickles into a checkpoint beside tensors and plain values. Anything else could be code, and DeepSpeed would run it.
-_CLASSES = frozenset(
-    {
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.utils.tensor_fragment.fragment_address",
-    }
-)
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -124,10 +116,11 @@ def check_pickles(checkpoint: Path) -> None:
     """Raises UserError where a file names anything that DeepSpeed does not write, since DeepSpeed unpickles its files. Nothing is unpickled here."""
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
+    known = importlib.import_module("policy.deepspeed_engine").CHECKPOINT_CLASSES
     for root in deepspeed_roots(checkpoint):
         for path in sorted(root.rglob("*.pt")):
             try:
-                strange = sorted(set(get_unsafe_globals_in_checkpoint(path)) - _CLASSES)
+                strange = sorted(set(get_unsafe_globals_in_checkpoint(path)) - known)
             except Exception as error:  # whatever a crafted file makes of the reader
                 raise UserError(f"{path} is no file that torch.save wrote ({error}). {_FOREIGN}") from error
             if strange:
