@@ -6,6 +6,7 @@ of ACTIONS, or "nan" at the reward), `rank`, and `place` (a directory that the a
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -114,8 +115,9 @@ def _fill(place: str) -> None:
         try:
             while True:
                 out.write(b"\0" * 2**20)
-        except OSError:
-            pass
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
 
 
 def _read_only(place: str) -> None:

@@ -94,137 +94,147 @@ class Guard:
         self.skipped, self.rewinds = max(self.skipped, state["skipped"]), max(self.rewinds, state["rewinds"])
 
 
-def guarded(trainer_class: type) -> type:
-    """`trainer_class` that applies no loss or gradient that is NaN, infinite or a spike: it stops, leaves the step out, or goes back (`Guard`).
+class Guarding(OtherRanks):
+    """To be mixed into a Trainer, before it: no loss or gradient that is NaN, infinite or a spike is applied (`Guard`).
 
     A rewind takes weights and optimizer back to the newest checkpoint and goes on with the rows that follow; step count, learning rate and the
     order of rows are not turned back, so the steps in between have been for nothing.
     """
 
-    class Guarded(OtherRanks, trainer_class):
-        guard: Guard
-        global_batch: int  # rows per optimizer step, over all ranks
+    guard: Guard
+    global_batch: int  # rows per optimizer step, over all ranks
+    # The trainer's:
+    train_dataset: Any
+    processing_class: Any
+    optimizer: Any
+    lr_scheduler: Any
+    _tr_loss: Any
+    _globalstep_last_logged: int
+    _load_from_checkpoint: Any
 
-        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            if self.model.training:
-                loss = result[0] if return_outputs else result
-                self.guard.micro_batches.append(inputs)
-                # All ranks learn of it, so that none waits for a rank that has stopped.
-                if distributed.all_max([float(not bool(torch.isfinite(loss).all()))])[0]:
-                    self._refuse("loss", float(loss.detach()))
-            return result
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+        if self.model.training:
+            loss = result[0] if return_outputs else result
+            self.guard.micro_batches.append(inputs)
+            # All ranks learn of it, so that none waits for a rank that has stopped.
+            if distributed.all_max([float(not bool(torch.isfinite(loss).all()))])[0]:
+                self._refuse("loss", float(loss.detach()))
+        return result
 
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            if not self.guard.micro_batches:
-                self._loss_before = self._tr_loss.clone()  # what the trainer has summed up for its next log
-            loss = super().training_step(*args, **kwargs)
-            if self.guard.stage.spike_loss is not None:
-                self.guard.losses.append(float(loss))
-            return loss
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.guard.micro_batches:
+            self._loss_before = self._tr_loss.clone()  # what the trainer has summed up for its next log
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.guard.stage.spike_loss is not None:
+            self.guard.losses.append(float(loss))
+        return loss
 
-        def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
-            return WholeBatches(len(self.train_dataset), self.global_batch, self.args.seed, lambda: self.state.global_step)
+    def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
+        return WholeBatches(len(self.train_dataset), self.global_batch, self.args.seed, lambda: self.state.global_step)
 
-        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-            # transformers calls this once per optimizer step; with torch's engine the weights have not changed by then
-            guard = self.guard
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-            if norm is not None and not math.isfinite(float(norm)) and not self.args.fp16:  # float16's loss scaler skips such steps itself
-                self._refuse("gradient's norm", float(norm))
-            if guard.bad is None:
-                self._look_for_spikes(norm)
-            if guard.bad is not None and guard.stage.on_nonfinite is OnNonFinite.skip:
-                model.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
-            guard.micro_batches = []
-            return norm
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # transformers calls this once per optimizer step; with torch's engine the weights have not changed by then
+        guard = self.guard
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        if norm is not None and not math.isfinite(float(norm)) and not self.args.fp16:  # float16's loss scaler skips such steps itself
+            self._refuse("gradient's norm", float(norm))
+        if guard.bad is None:
+            self._look_for_spikes(norm)
+        if guard.bad is not None and guard.stage.on_nonfinite is OnNonFinite.skip:
+            model.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
+        guard.micro_batches = []
+        return norm
 
-        def _look_for_spikes(self, norm: Any) -> None:
-            guard, what, value = self.guard, "loss", 0.0
-            try:
-                if guard.stage.spike_loss is not None:
-                    value = distributed.all_sum([math.fsum(guard.losses)])[0] / distributed.world_size()
-                    guard.brake.check("loss", {"the loss": value})
-                if guard.stage.spike_grad_norm is not None and norm is not None:
-                    what, value = "gradient's norm", float(norm)
-                    guard.brake.check("grad_norm", {"the gradient's norm": value})
-            except NonFinite as error:
-                self._refuse(what, value, str(error))
+    def _look_for_spikes(self, norm: Any) -> None:
+        guard, what, value = self.guard, "loss", 0.0
+        try:
+            if guard.stage.spike_loss is not None:
+                value = distributed.all_sum([math.fsum(guard.losses)])[0] / distributed.world_size()
+                guard.brake.check("loss", {"the loss": value})
+            if guard.stage.spike_grad_norm is not None and norm is not None:
+                what, value = "gradient's norm", float(norm)
+                guard.brake.check("grad_norm", {"the gradient's norm": value})
+        except NonFinite as error:
+            self._refuse(what, value, str(error))
 
-        def _maybe_log_save_evaluate(self, tr_loss: Any, *args: Any, **kwargs: Any) -> None:
-            # transformers calls this after each optimizer step, before it saves or evaluates
-            guard = self.guard
-            guard.losses = []
-            if guard.bad is not None:
-                if guard.stage.on_nonfinite is OnNonFinite.rewind:
-                    self._rewind(guard.checkpoint())
-                    guard.record(self.state.global_step, {"train/skipped": 1.0, "train/rewinds": float(guard.rewinds)})
-                else:
-                    LOG.warning("the step was left out (stage.on_nonfinite=skip): %s", guard.bad)
-                    guard.record(self.state.global_step, {"train/skipped": 1.0})
-                guard.skipped += 1
-                guard.bad = None
-                tr_loss.copy_(self._loss_before)
-                self._globalstep_last_logged += 1  # the loss that is logged next is the mean of the steps that trained
-            super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
-
-        def _rewind(self, checkpoint: Path) -> None:
-            """Weights and optimizer as `checkpoint` has them. A collective under DeepSpeed."""
-            if distributed.is_main():
-                LOG.warning(
-                    "weights and optimizer go back to %s, on with other rows (rewind %d): %s", checkpoint.name, self.guard.rewinds, self.guard.bad
-                )
-            schedule = self.lr_scheduler.state_dict()
-            if self.is_deepspeed_enabled:
-                checkpoint = self._load_zero(checkpoint)
+    def _maybe_log_save_evaluate(self, tr_loss: Any, *args: Any, **kwargs: Any) -> None:
+        # transformers calls this after each optimizer step, before it saves or evaluates
+        guard = self.guard
+        guard.losses = []
+        if guard.bad is not None:
+            if guard.stage.on_nonfinite is OnNonFinite.rewind:
+                self._rewind(guard.checkpoint())
+                guard.record(self.state.global_step, {"train/skipped": 1.0, "train/rewinds": float(guard.rewinds)})
             else:
-                self._load_from_checkpoint(str(checkpoint))
-            self._load_optimizer_and_scheduler(str(checkpoint))
-            self.lr_scheduler.load_state_dict(schedule)
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
+                LOG.warning("the step was left out (stage.on_nonfinite=skip): %s", guard.bad)
+                guard.record(self.state.global_step, {"train/skipped": 1.0})
+            guard.skipped += 1
+            guard.bad = None
+            tr_loss.copy_(self._loss_before)
+            self._globalstep_last_logged += 1  # the loss that is logged next is the mean of the steps that trained
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)  # type: ignore[misc]
 
-        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-            # A run that resumes after its last step, because it was killed before its end, would take one step more.
-            if self.state.global_step < self.state.max_steps:
-                super()._run_epoch(*args, **kwargs)
+    def _rewind(self, checkpoint: Path) -> None:
+        """Weights and optimizer as `checkpoint` has them. A collective under DeepSpeed."""
+        if distributed.is_main():
+            LOG.warning(
+                "weights and optimizer go back to %s, on with other rows (rewind %d): %s", checkpoint.name, self.guard.rewinds, self.guard.bad
+            )
+        schedule = self.lr_scheduler.state_dict()
+        if self.is_deepspeed_enabled:
+            checkpoint = self._load_zero(checkpoint)
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        self.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            """As transformers saves, then sealed, and only then may older ones go; a disk that takes no more is a UserError."""
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
-            folder = Path(self.args.output_dir)
-            place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            try:
-                with checkpoints.storing(f"checkpoint {place}", place, folder):
-                    super()._save_checkpoint(model, trial)
-                    distributed.barrier()
-                    if distributed.is_main():
-                        self.guard.save(place)
-                        resharding.record(place, self.engine)
-                        checkpoints.seal(place)
-                        checkpoints.clear_universal(folder)
-            finally:
-                self.args.save_total_limit = limit
-            distributed.barrier()
-            if distributed.is_main():
-                rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that resumes after its last step, because it was killed before its end, would take one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
-        def _load_best_model(self) -> None:
-            wrong = checkpoints.problem(Path(self.state.best_model_checkpoint)) if distributed.is_main() else None
-            wrong = distributed.broadcast(wrong)
-            if wrong is not None:
-                raise UserError(
-                    f"the best checkpoint {self.state.best_model_checkpoint} can't be loaded back: {wrong}. Train anew with run.overwrite=true."
-                )
-            super()._load_best_model()
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As transformers saves, then sealed, and only then may older ones go; a disk that takes no more is a UserError."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir)
+        place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with checkpoints.storing(f"checkpoint {place}", place, folder):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                distributed.barrier()
+                if distributed.is_main():
+                    self.guard.save(place)
+                    resharding.record(place, self.engine)
+                    checkpoints.seal(place)
+                    checkpoints.clear_universal(folder)
+        finally:
+            self.args.save_total_limit = limit
+        distributed.barrier()
+        if distributed.is_main():
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
 
-        def _refuse(self, what: str, value: float, why: str | None = None) -> None:
-            self.guard.refuse(self.state.global_step + 1, what, value, self.processing_class, why)
+    def _load_best_model(self) -> None:
+        wrong = checkpoints.problem(Path(self.state.best_model_checkpoint)) if distributed.is_main() else None
+        wrong = distributed.broadcast(wrong)
+        if wrong is not None:
+            raise UserError(
+                f"the best checkpoint {self.state.best_model_checkpoint} can't be loaded back: {wrong}. Train anew with run.overwrite=true."
+            )
+        super()._load_best_model()
 
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """TRL writes a card with links of its own into every checkpoint; the run's manifest says more."""
+    def _refuse(self, what: str, value: float, why: str | None = None) -> None:
+        self.guard.refuse(self.state.global_step + 1, what, value, self.processing_class, why)
 
-    return Guarded
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes a card with links of its own into every checkpoint; the run's manifest says more."""
+
+
+def guarded(trainer_class: type) -> type:
+    """`trainer_class` with `Guarding`: it stops, leaves a bad step out, or goes back."""
+    return type("Guarded", (Guarding, trainer_class), {})
 
 
 def save_batch(directory: Path, micro_batches: Sequence[dict[str, Any]], tokenizer: Any, name: str, step: int, figures: dict[str, float]) -> Path:
