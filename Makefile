@@ -38,7 +38,7 @@ $(STAMP): $(LOCK) pyproject.toml
 demo: $(STAMP) ## the main job on real movie reviews: SFT, reward model, PPO on vLLM, evaluation (up to 15 min on 2 cores)
 	$(OFFLINE) $(PY) -m rlhf stage=chain experiment=reviews run.name=demo run.overwrite=true
 
-test: $(STAMP) ## all tests but the slow ones (up to 25 min on 2 cores)
+test: $(STAMP) ## all tests but the slow ones (up to 28 min on 2 cores)
 	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## the slow tests only

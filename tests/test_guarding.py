@@ -140,9 +140,19 @@ def test_rewind_goes_back_to_the_checkpoint_and_on_with_other_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, adapter: AdapterConfig
 ) -> None:
     FAULTS[fault](monkeypatch)
+    used: list[float] = []
+    norm = guarding.Guarding._get_grad_norm
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Right before the optimizer's step."""
+        used.append(self.optimizer.param_groups[0]["lr"])
+        return norm(self, *args, **kwargs)
+
     with monkeypatch.context() as patch:
         go_back_to_the_first(patch)
+        patch.setattr(guarding.Guarding, "_get_grad_norm", noting)
         place = run(tmp_path, stage=REWIND, adapter=adapter)
+    assert used == pytest.approx([STAGE["learning_rate"] * (5 - step) / 5 for step in range(5)]), "the step after a rewind has its own rate"
     assert same(place, 3, 1) and not same(place, 2, 1) and not same(place, 4, 3)
     check_rewound(place)
 
