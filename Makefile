@@ -45,7 +45,7 @@ test-slow: $(STAMP) ## the slow tests only
 	$(OFFLINE) $(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 test-labelstudio: $(STAMP) $(LABELSTUDIO_STAMP) ## a real Label Studio server on loopback: push, labels, pull (the server's packages, 1 GB, stay)
-	$(OFFLINE) LABEL_STUDIO=$(abspath $(LABELSTUDIO))/bin/label-studio $(PY) -m pytest -m labelstudio tests/test_labelstudio_server.py $(PYTEST_ARGS)
+	$(OFFLINE) LABEL_STUDIO=$(abspath $(LABELSTUDIO))/bin/label-studio $(PY) -m pytest -m labelstudio tests/labels/test_labelstudio_server.py $(PYTEST_ARGS)
 
 $(LABELSTUDIO_STAMP):
 	@echo "Installing label-studio $(LABELSTUDIO_VERSION) into $(LABELSTUDIO) (minutes the first time) ..."
@@ -69,40 +69,40 @@ doctor: $(STAMP) ## what this machine can run, and why not the rest
 	$(OFFLINE) $(PY) -m rlhf stage=doctor tracking=none
 
 proof-reviews: $(STAMP) ## slow: the demo with three seeds; fails unless all three meet the acceptance
-	$(OFFLINE) $(PY) -m eval.proof_reviews
+	$(OFFLINE) $(PY) -m benchmarks.proofs.reviews
 
 proof-smollm2: $(STAMP) ## slow: the same chain with a pretrained 135M model, LoRA and a chat template
-	$(OFFLINE) $(PY) -m eval.proof_smollm2
+	$(OFFLINE) $(PY) -m benchmarks.proofs.smollm2
 
 proof-algorithms: $(STAMP) ## slow: grpo, rloo, dapo and online_dpo on the movie reviews; fails unless each raises score and outside judges
-	$(OFFLINE) $(PY) -m eval.proof_algorithms
+	$(OFFLINE) $(PY) -m benchmarks.proofs.algorithms
 
 proof-hacking: $(STAMP) ## slow: a reward is exploited, the watch stops the run and keeps the weights from before; three seeds
-	$(OFFLINE) $(PY) -m eval.proof_hacking
+	$(OFFLINE) $(PY) -m benchmarks.proofs.hacking
 
 proof-arithmetic: $(STAMP) ## slow: sums from scratch by SFT and GRPO, three seeds; fails unless exact match rises by 20 points in each
-	$(OFFLINE) $(PY) -m eval.proof_arithmetic
+	$(OFFLINE) $(PY) -m benchmarks.proofs.arithmetic
 
 proof-data: $(STAMP) ## slow: planted defects in real pairs; recall and precision of every detector of the data report, at least 0.95 where exact
-	$(OFFLINE) $(PY) -m eval.proof_data
+	$(OFFLINE) $(PY) -m benchmarks.proofs.data
 
 proof-labels: $(STAMP) ## slow: pairs chosen for a simulated annotator against random ones, three seeds; fails unless 70 % of the labels do in each
-	$(OFFLINE) $(PY) -m eval.proof_labels
+	$(OFFLINE) $(PY) -m benchmarks.proofs.labels
 
 bench: $(STAMP) ## slow: whole online steps beside TRL's GRPOTrainer, taking turns; nothing else may run (about 25 min on 2 cores)
-	$(OFFLINE) $(PY) -m rlhf.stages.bench
+	$(OFFLINE) $(PY) -m benchmarks.speed
 
 bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, and a 2 GiB file streamed through two steps (about 10 min on 2 cores)
-	$(OFFLINE) $(PY) -m eval.bench_data
+	$(OFFLINE) $(PY) -m benchmarks.data
 
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
-	$(OFFLINE) $(PY) -m rlhf.stages.bench --growth
+	$(OFFLINE) $(PY) -m benchmarks.speed --growth
 
 chaos: $(STAMP) ## slow: faults put into real runs (kills, signals, torn files, full disks, NaN, hangs); each has to be survived (about 20 min)
-	$(OFFLINE) $(PY) -m rlhf.stages.chaos
+	$(OFFLINE) $(PY) -m benchmarks.chaos.harness
 
 soak: $(STAMP) ## slow: 200 steps of tiny models (ppo, ZeRO-2, vLLM, LoRA, sft); fails where memory grows by more than 2 % after the warm-up
-	$(OFFLINE) $(PY) -m rlhf.stages.soak
+	$(OFFLINE) $(PY) -m benchmarks.soak
 
 clean: ## remove caches and build leftovers (runs/ and the environments stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

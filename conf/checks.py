@@ -1,4 +1,6 @@
-"""What every schema needs: the marker of a mandatory value, and the error of a value out of range. Standard library only."""
+"""What every schema needs: the marker of a mandatory value, and the error of a value out of range.
+Standard library only.
+"""
 
 from typing import Any
 

@@ -115,7 +115,9 @@ class Level(Enum):
 
 
 class PreferenceLoss(Enum):
-    """Losses of TRL's DPOTrainer, by its names; which of them single pairs define is in policy/preference.py."""
+    """Losses of TRL's DPOTrainer, by its names; which of them single pairs define is in
+    policy/preference.py.
+    """
 
     sigmoid = "sigmoid"
     sigmoid_norm = "sigmoid_norm"
@@ -135,7 +137,9 @@ class PreferenceLoss(Enum):
 
 
 class FDivergence(Enum):
-    """What DPO keeps policy and reference close by (Wang et al. 2023, arXiv:2309.16240); by TRL's names."""
+    """What DPO keeps policy and reference close by (Wang et al. 2023, arXiv:2309.16240); by TRL's
+    names.
+    """
 
     reverse_kl = "reverse_kl"
     forward_kl = "forward_kl"
@@ -147,7 +151,8 @@ class KTOLoss(Enum):
     """Losses of TRL's KTOTrainer, by its names."""
 
     kto = "kto"
-    apo_zero_unpaired = "apo_zero_unpaired"  # APO-zero (arXiv:2408.06266) for single answers; no KL estimate
+    # APO-zero (arXiv:2408.06266) for single answers; no KL estimate
+    apo_zero_unpaired = "apo_zero_unpaired"
 
 
 class CPOLoss(Enum):
@@ -160,7 +165,7 @@ class CPOLoss(Enum):
 
 
 class Rule(Enum):
-    """What the watch looks for (rlhf/watch.py)."""
+    """What the watch looks for (rlhf/online/watch.py)."""
 
     divergence = "divergence"  # the score rises while the held-out judge falls
     kl = "kl"  # nats per response above a limit
@@ -175,7 +180,9 @@ class Action(Enum):
 
 
 class OnNonFinite(Enum):
-    """What follows from a score, loss or gradient that is NaN, infinite or (where a limit is set) a spike."""
+    """What follows from a score, loss or gradient that is NaN, infinite or (where a limit is set) a
+    spike.
+    """
 
     stop = "stop"  # the run ends
     skip = "skip"  # the update is left out
@@ -229,7 +236,8 @@ class Isolation(Enum):
     """How code that a policy wrote is kept apart (reward/sandbox.py)."""
 
     auto = "auto"  # namespaces where the kernel gives them, else limits alone (said aloud)
-    namespaces = "namespaces"  # no network, no view of other processes, a file system without the user's files
+    # no network, no view of other processes, a file system without the user's files
+    namespaces = "namespaces"
     limits = "limits"  # resource limits and an audit hook
 
 
@@ -334,7 +342,8 @@ class TaskClass(Enum):
     complex = "complex"  # 20,000 and more, such as open conversation
 
 
-# `import` can't be written as an attribute, hence the functional form: tasks for people go out, their labels come back.
+# `import` can't be written as an attribute, hence the functional form: tasks for people go out,
+# their labels come back.
 LabelMode = Enum("LabelMode", [("export", "export"), ("import", "import")])
 
 
@@ -360,7 +369,8 @@ class ChoiceMethod(Enum):
     """How pairs are chosen under a budget."""
 
     random = "random"
-    uncertainty = "uncertainty"  # the reward model's margin nearest to zero; with an ensemble, its members' spread counts too
+    # the reward model's margin nearest to zero; with an ensemble, its members' spread counts too
+    uncertainty = "uncertainty"
     diversity = "diversity"  # one pair for each cluster of prompts
     uncertain_diverse = "uncertain_diverse"  # the most uncertain pair of each cluster of prompts
 
@@ -377,7 +387,8 @@ class LabelAggregate(Enum):
 
     majority = "majority"
     dawid_skene = "dawid_skene"
-    bradley_terry = "bradley_terry"  # with each annotator's reliability and side bias (rlhf/data/labelling/bradley_terry.py)
+    # with each annotator's reliability and side bias (rlhf/labels/bradley_terry.py)
+    bradley_terry = "bradley_terry"
 
 
 class Strength(Enum):
@@ -385,4 +396,5 @@ class Strength(Enum):
 
     none = "none"
     margin = "margin"  # column margin, for stage.margin=true
-    soft_label = "soft_label"  # column soft_label, the probability that chosen is better, for stage.soft_label=true
+    # column soft_label, the probability that chosen is better, for stage.soft_label=true
+    soft_label = "soft_label"

@@ -1,11 +1,22 @@
-"""The options of every stage, a dataclass each. Those of training stages are in conf/training.py and conf/online.py, and are found here, too."""
+"""The options of every stage, a dataclass each. Those of training stages are in conf/training.py
+and conf/online.py, and are found here, too.
+"""
 
 from dataclasses import dataclass, field
 
 from conf.checks import check
 from conf.choices import Judge
 from conf.online import OnlineStage, WatchConfig
-from conf.training import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage, RewardStage, SFTStage, TrainStage
+from conf.training import (
+    CPOStage,
+    KTOStage,
+    OfflineStage,
+    ORPOStage,
+    PreferenceStage,
+    RewardStage,
+    SFTStage,
+    TrainStage,
+)
 
 __all__ = [
     "STAGES",
@@ -30,14 +41,17 @@ __all__ = [
 
 @dataclass(slots=True, kw_only=True)
 class EvalStage:
-    """Two policies on the same held-out prompts: reward model, outside judges, KL, length, diversity."""
+    """Two policies on the same held-out prompts: reward model, outside judges, KL, length,
+    diversity.
+    """
 
     name: str = "eval"
     before: str | None = None  # model directory of the starting policy
     after: str | None = None  # model directory of the trained policy
     prompts: int = 256
     samples_per_prompt: int = 1
-    greedy: bool = False  # the most likely token each time instead of sampling; KL is then along these responses
+    # the most likely token each time instead of sampling; KL is then along these responses
+    greedy: bool = False
     judges: list[Judge] = field(default_factory=list)
     judge_path: str | None = None  # labelled texts (text, label) that train the classifier judge
     judge_function: str | None = None  # pkg.module:function for the function judge
@@ -46,7 +60,12 @@ class EvalStage:
 
     def __post_init__(self) -> None:
         check(self.prompts >= 2, "stage.prompts", self.prompts, "at least 2")
-        check(self.samples_per_prompt >= 1, "stage.samples_per_prompt", self.samples_per_prompt, "at least 1")
+        check(
+            self.samples_per_prompt >= 1,
+            "stage.samples_per_prompt",
+            self.samples_per_prompt,
+            "at least 1",
+        )
         check(
             not self.greedy or self.samples_per_prompt == 1,
             "stage.samples_per_prompt",
@@ -64,10 +83,13 @@ class ServeRewardStage:
     name: str = "serve_reward"
     host: str = "127.0.0.1"  # address to bind to; any other than this machine's own needs token_env
     port: int = 8100  # 0: any free one
-    token_env: str | None = None  # environment variable that holds the bearer token; None: one is made and printed at the start
-    max_batch: int = 256  # items in one request, and items of several requests that the model scores together
+    # environment variable that holds the bearer token; None: one is made and printed at the start
+    token_env: str | None = None
+    # items in one request, and items of several requests that the model scores together
+    max_batch: int = 256
     max_body_mib: float = 16.0  # MiB of one request
-    max_waiting: int = 64  # requests that wait for the model; more are sent away with 503 and Retry-After
+    # requests that wait for the model; more are sent away with 503 and Retry-After
+    max_waiting: int = 64
     grace_s: int = 30  # seconds that open requests get after SIGTERM or Ctrl-C
     log_every_s: float = 10.0  # seconds between lines of metrics.jsonl
 
@@ -75,7 +97,10 @@ class ServeRewardStage:
         own = self.host in ("127.0.0.1", "localhost", "::1")
         check(bool(self.host), "stage.host", self.host, "an address, such as 127.0.0.1")
         check(
-            own or self.token_env is not None, "stage.token_env", self.token_env, f"the name of an environment variable with stage.host={self.host}"
+            own or self.token_env is not None,
+            "stage.token_env",
+            self.token_env,
+            f"the name of an environment variable with stage.host={self.host}",
         )
         check(0 <= self.port <= 65535, "stage.port", self.port, "in [0, 65535]")
         check(self.max_batch >= 1, "stage.max_batch", self.max_batch, "at least 1 item")
@@ -87,14 +112,18 @@ class ServeRewardStage:
 
 @dataclass(slots=True, kw_only=True)
 class DataStage:
-    """Reads rows of any format, runs the steps of data.pipeline over them, writes what the training stages read; its options are the data group's."""
+    """Reads rows of any format, runs the steps of data.pipeline over them, writes what the training
+    stages read; its options are the data group's.
+    """
 
     name: str = "data"
 
 
 @dataclass(slots=True, kw_only=True)
 class LabelStage:
-    """Pairs and rankings for people to judge (label.mode=export), and their labels back as preference data (label.mode=import)."""
+    """Pairs and rankings for people to judge (label.mode=export), and their labels back as
+    preference data (label.mode=import).
+    """
 
     name: str = "label"
 

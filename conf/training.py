@@ -1,4 +1,6 @@
-"""The options of the stages that train on rows, and what every training stage has; on the conventions of conf/schema.py."""
+"""The options of the stages that train on rows, and what every training stage has; on the
+conventions of conf/schema.py.
+"""
 
 from dataclasses import dataclass, field
 
@@ -12,9 +14,15 @@ from conf.choices import (
     Scheduler,
 )
 
-_SMOOTHED = (PreferenceLoss.robust, PreferenceLoss.exo_pair, PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
+_SMOOTHED = (
+    PreferenceLoss.robust,
+    PreferenceLoss.exo_pair,
+    PreferenceLoss.aot,
+    PreferenceLoss.aot_unpaired,
+)
 
-# f-DPO's rewards hold a term that only the difference of the two sides cancels; TRL refuses the other losses, too.
+# f-DPO's rewards hold a term that only the difference of the two sides cancels; TRL refuses the
+# other losses, too.
 _OF_DIFFERENCES = (
     PreferenceLoss.sigmoid,
     PreferenceLoss.sigmoid_norm,
@@ -32,7 +40,8 @@ class TrainStage:
     """What every training stage has."""
 
     name: str = MISSING
-    steps: int | None = None  # optimizer steps (SFT, reward) or online iterations (ppo); None: from epochs
+    # optimizer steps (SFT, reward) or online iterations (ppo); None: from epochs
+    steps: int | None = None
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -41,12 +50,15 @@ class TrainStage:
     scheduler: Scheduler = Scheduler.cosine
     warmup_ratio: float = 0.05  # share of the steps with a rising learning rate
     max_grad_norm: float = 1.0  # 0: no clipping
-    save_steps: int = 0  # steps between checkpoints beside those after each evaluation; 0: no others
+    # steps between checkpoints beside those after each evaluation; 0: no others
+    save_steps: int = 0
     # -- what must not be applied: NaN, infinities, and spikes where a limit is set
     on_nonfinite: OnNonFinite = OnNonFinite.stop
     rewinds: int = 3  # on_nonfinite=rewind: at most so many in a run
-    spike_loss: float | None = None  # times the median size of the losses of the last updates; None: no limit
-    spike_grad_norm: float | None = None  # times the median gradient norm of the last updates; None: no limit
+    # times the median size of the losses of the last updates; None: no limit
+    spike_loss: float | None = None
+    # times the median gradient norm of the last updates; None: no limit
+    spike_grad_norm: float | None = None
     spike_window: int = 20  # updates that a median is taken over; there is no limit before them
 
     def __post_init__(self) -> None:
@@ -57,11 +69,26 @@ class TrainStage:
         check(0 <= self.adam_beta2 < 1, "stage.adam_beta2", self.adam_beta2, "in [0, 1)")
         check(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "above 0")
         check(0 <= self.warmup_ratio <= 1, "stage.warmup_ratio", self.warmup_ratio, "in [0, 1]")
-        check(self.max_grad_norm >= 0, "stage.max_grad_norm", self.max_grad_norm, "at least 0 (0: no clipping)")
+        check(
+            self.max_grad_norm >= 0,
+            "stage.max_grad_norm",
+            self.max_grad_norm,
+            "at least 0 (0: no clipping)",
+        )
         check(self.save_steps >= 0, "stage.save_steps", self.save_steps, "at least 0")
         check(self.rewinds >= 1, "stage.rewinds", self.rewinds, "at least 1")
-        check(self.spike_loss is None or self.spike_loss > 1, "stage.spike_loss", self.spike_loss, "above 1")
-        check(self.spike_grad_norm is None or self.spike_grad_norm > 1, "stage.spike_grad_norm", self.spike_grad_norm, "above 1")
+        check(
+            self.spike_loss is None or self.spike_loss > 1,
+            "stage.spike_loss",
+            self.spike_loss,
+            "above 1",
+        )
+        check(
+            self.spike_grad_norm is None or self.spike_grad_norm > 1,
+            "stage.spike_grad_norm",
+            self.spike_grad_norm,
+            "above 1",
+        )
         check(self.spike_window >= 2, "stage.spike_window", self.spike_window, "at least 2 updates")
 
 
@@ -83,7 +110,12 @@ class OfflineStage(TrainStage):
         check(self.batch_size >= 1, "stage.batch_size", self.batch_size, "at least 1")
         check(self.max_length >= 2, "stage.max_length", self.max_length, "at least 2 tokens")
         check(self.eval_steps >= 1, "stage.eval_steps", self.eval_steps, "at least 1")
-        check(self.patience is None or self.patience >= 1, "stage.patience", self.patience, "at least 1")
+        check(
+            self.patience is None or self.patience >= 1,
+            "stage.patience",
+            self.patience,
+            "at least 1",
+        )
         check(self.log_steps >= 1, "stage.log_steps", self.log_steps, "at least 1")
 
 
@@ -92,7 +124,8 @@ class SFTStage(OfflineStage):
     """Supervised fine-tuning on TRL's SFTTrainer."""
 
     name: str = "sft"
-    completion_only: bool = True  # loss on completions (assistant turns) only, where rows have prompts
+    # loss on completions (assistant turns) only, where rows have prompts
+    completion_only: bool = True
     packing: bool = False
 
 
@@ -101,14 +134,23 @@ class RewardStage(OfflineStage):
     """Pairwise reward model (Bradley-Terry) on TRL's RewardTrainer."""
 
     name: str = "reward"
-    margin: bool = False  # subtract each row's `margin` from the score difference (Llama 2, arXiv:2307.09288)
-    soft_label: bool = False  # each row's `soft_label`, the probability that chosen is better, is what the loss is to find; 0.5 is a tie
-    centering_coef: float = 0.0  # weight of (chosen + rejected)^2 (Eisenstein et al. 2023, arXiv:2312.09244)
+    # subtract each row's `margin` from the score difference (Llama 2, arXiv:2307.09288)
+    margin: bool = False
+    # each row's `soft_label`, the probability that chosen is better, is what the loss is to find;
+    # 0.5 is a tie
+    soft_label: bool = False
+    # weight of (chosen + rejected)^2 (Eisenstein et al. 2023, arXiv:2312.09244)
+    centering_coef: float = 0.0
     bootstrap: int = 1000  # resamples for the accuracy's 95 % interval
 
     def __post_init__(self) -> None:
         super(RewardStage, self).__post_init__()
-        check(not (self.margin and self.soft_label), "stage.soft_label", self.soft_label, "false with stage.margin=true")
+        check(
+            not (self.margin and self.soft_label),
+            "stage.soft_label",
+            self.soft_label,
+            "false with stage.margin=true",
+        )
         check(self.centering_coef >= 0, "stage.centering_coef", self.centering_coef, "at least 0")
         check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
 
@@ -119,37 +161,85 @@ class PreferenceStage(OfflineStage):
 
     name: str = "dpo"
     learning_rate: float = 1e-6
-    losses: list[PreferenceLoss] = field(default_factory=lambda: [PreferenceLoss.sigmoid])  # their weighted sum is minimised
+    # their weighted sum is minimised
+    losses: list[PreferenceLoss] = field(default_factory=lambda: [PreferenceLoss.sigmoid])
     weights: list[float] | None = None  # one per loss; None: 1 each
     beta: float = 0.1  # strength of the tie to the reference; ipo: the paper's tau
-    label_smoothing: float = 0.0  # robust, aot: share of labels taken to be flipped; exo_pair: the paper's epsilon
+    # robust, aot: share of labels taken to be flipped; exo_pair: the paper's epsilon
+    label_smoothing: float = 0.0
     f_divergence: FDivergence = FDivergence.reverse_kl
     f_alpha: float | None = None  # f_divergence=alpha_divergence; None: 0.5
-    ld_alpha: float | None = None  # weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411); None: 1
+    # weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411); None: 1
+    ld_alpha: float | None = None
     discopop_tau: float = 0.05  # temperature of the discopop loss
 
     def __post_init__(self) -> None:
         super(PreferenceStage, self).__post_init__()
         names = [loss.value for loss in self.losses]
         check(len(names) > 0, "stage.losses", names, "at least one loss")
-        check(len(set(names)) == len(names), "stage.losses", names, "each loss once; stage.weights says how much of it")
+        check(
+            len(set(names)) == len(names),
+            "stage.losses",
+            names,
+            "each loss once; stage.weights says how much of it",
+        )
         if self.weights is not None:
-            check(len(self.weights) == len(names), "stage.weights", self.weights, f"one weight for each of {len(names)} losses")
-            fits = all(weight >= 0 for weight in self.weights) and any(weight > 0 for weight in self.weights)
+            check(
+                len(self.weights) == len(names),
+                "stage.weights",
+                self.weights,
+                f"one weight for each of {len(names)} losses",
+            )
+            fits = all(weight >= 0 for weight in self.weights) and any(
+                weight > 0 for weight in self.weights
+            )
             check(fits, "stage.weights", self.weights, "weights of at least 0, one of them above 0")
         check(self.beta > 0, "stage.beta", self.beta, "above 0")
-        check(0 <= self.label_smoothing < 0.5, "stage.label_smoothing", self.label_smoothing, "in [0, 0.5)")
+        check(
+            0 <= self.label_smoothing < 0.5,
+            "stage.label_smoothing",
+            self.label_smoothing,
+            "in [0, 0.5)",
+        )
         smoothed = any(loss in _SMOOTHED for loss in self.losses)
         what = f"0 with losses={names}: only {', '.join(loss.value for loss in _SMOOTHED)} read it"
-        check(smoothed or self.label_smoothing == 0, "stage.label_smoothing", self.label_smoothing, what)
+        check(
+            smoothed or self.label_smoothing == 0,
+            "stage.label_smoothing",
+            self.label_smoothing,
+            what,
+        )
         exo = PreferenceLoss.exo_pair in self.losses
-        check(not exo or self.label_smoothing > 0, "stage.label_smoothing", self.label_smoothing, "above 0 with exo_pair, which takes its logarithm")
+        check(
+            not exo or self.label_smoothing > 0,
+            "stage.label_smoothing",
+            self.label_smoothing,
+            "above 0 with exo_pair, which takes its logarithm",
+        )
         if self.f_divergence is not FDivergence.reverse_kl:
-            what = f"reverse_kl with losses={names}: another divergence is defined for {', '.join(loss.value for loss in _OF_DIFFERENCES)} only"
-            check(all(loss in _OF_DIFFERENCES for loss in self.losses), "stage.f_divergence", self.f_divergence.value, what)
+            what = (
+                f"reverse_kl with losses={names}: another divergence is defined for "
+                f"{', '.join(loss.value for loss in _OF_DIFFERENCES)} only"
+            )
+            check(
+                all(loss in _OF_DIFFERENCES for loss in self.losses),
+                "stage.f_divergence",
+                self.f_divergence.value,
+                what,
+            )
         alpha = self.f_divergence is FDivergence.alpha_divergence
-        check(self.f_alpha is None or alpha, "stage.f_alpha", self.f_alpha, "null without f_divergence=alpha_divergence")
-        check(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "stage.ld_alpha", self.ld_alpha, "in [0, 1]")
+        check(
+            self.f_alpha is None or alpha,
+            "stage.f_alpha",
+            self.f_alpha,
+            "null without f_divergence=alpha_divergence",
+        )
+        check(
+            self.ld_alpha is None or 0 <= self.ld_alpha <= 1,
+            "stage.ld_alpha",
+            self.ld_alpha,
+            "in [0, 1]",
+        )
         check(self.discopop_tau > 0, "stage.discopop_tau", self.discopop_tau, "above 0")
 
 
@@ -168,7 +258,12 @@ class KTOStage(OfflineStage):
         super(KTOStage, self).__post_init__()
         check(self.beta > 0, "stage.beta", self.beta, "above 0")
         check(self.desirable_weight > 0, "stage.desirable_weight", self.desirable_weight, "above 0")
-        check(self.undesirable_weight > 0, "stage.undesirable_weight", self.undesirable_weight, "above 0")
+        check(
+            self.undesirable_weight > 0,
+            "stage.undesirable_weight",
+            self.undesirable_weight,
+            "above 0",
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -189,11 +284,26 @@ class CPOStage(OfflineStage):
         check(self.nll_coef >= 0, "stage.nll_coef", self.nll_coef, "at least 0")
         check(self.gamma >= 0, "stage.gamma", self.gamma, "at least 0")
         simpo = self.loss is CPOLoss.simpo
-        check(simpo or self.gamma == 0, "stage.gamma", self.gamma, f"0 with loss={self.loss.value}: only simpo has a target margin")
-        check(0 <= self.label_smoothing < 0.5, "stage.label_smoothing", self.label_smoothing, "in [0, 0.5)")
+        check(
+            simpo or self.gamma == 0,
+            "stage.gamma",
+            self.gamma,
+            f"0 with loss={self.loss.value}: only simpo has a target margin",
+        )
+        check(
+            0 <= self.label_smoothing < 0.5,
+            "stage.label_smoothing",
+            self.label_smoothing,
+            "in [0, 0.5)",
+        )
         smoothed = self.loss in (CPOLoss.sigmoid, CPOLoss.simpo)
         what = f"0 with loss={self.loss.value}: only sigmoid and simpo read it"
-        check(smoothed or self.label_smoothing == 0, "stage.label_smoothing", self.label_smoothing, what)
+        check(
+            smoothed or self.label_smoothing == 0,
+            "stage.label_smoothing",
+            self.label_smoothing,
+            what,
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,4 +1,6 @@
-"""Two policies' responses to the same prompts as figures before and after, each difference with its interval. Pure."""
+"""Two policies' responses to the same prompts as figures before and after, each difference with its
+interval. Pure.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,9 @@ DISTINCT = 2  # n of the diversity figure
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One policy's responses, [B], with a list of B numbers per judge; the reward model's is called `score`."""
+    """One policy's responses, [B], with a list of B numbers per judge; the reward model's is called
+    `score`.
+    """
 
     rollouts: list[Rollout]
     judgements: dict[str, list[float]]
@@ -22,7 +26,9 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One figure of both policies. The interval is that of the difference; None for figures that are no averages over responses."""
+    """One figure of both policies. The interval is that of the difference; None for figures that
+    are no averages over responses.
+    """
 
     name: str
     before: float
@@ -39,47 +45,75 @@ class Comparison:
     """Everything that the evaluation says in figures."""
 
     differences: list[Difference]
-    score_shift: Interval | None  # change of the score in standard deviations of the scores before; None without a score
+    # change of the score in standard deviations of the scores before; None without a score
+    score_shift: Interval | None
     kl_per_token: float  # nats, KL(after || before) over the tokens that `after` wrote
     kl_per_response: Interval  # nats, summed over a response
 
     def metrics(self) -> dict[str, float]:
-        """Flat names: eval/<figure>_before, _after, _delta, and _low, _high of the 95 % interval of the difference."""
+        """Flat names: eval/<figure>_before, _after, _delta, and _low, _high of the 95 % interval of
+        the difference.
+        """
         out: dict[str, float] = {}
         for d in self.differences:
-            out |= {f"eval/{d.name}_before": d.before, f"eval/{d.name}_after": d.after, f"eval/{d.name}_delta": d.delta}
+            out |= {
+                f"eval/{d.name}_before": d.before,
+                f"eval/{d.name}_after": d.after,
+                f"eval/{d.name}_delta": d.delta,
+            }
             if d.interval is not None:
-                out |= {f"eval/{d.name}_low": d.interval.low, f"eval/{d.name}_high": d.interval.high}
+                out |= {
+                    f"eval/{d.name}_low": d.interval.low,
+                    f"eval/{d.name}_high": d.interval.high,
+                }
             if d.name == f"distinct_{DISTINCT}":
                 out[f"eval/{d.name}_ratio"] = d.after / d.before if d.before else math.nan
         if self.score_shift is not None:
             shift = self.score_shift
-            out |= {"eval/score_shift_sd": shift.estimate, "eval/score_shift_sd_low": shift.low, "eval/score_shift_sd_high": shift.high}
+            out |= {
+                "eval/score_shift_sd": shift.estimate,
+                "eval/score_shift_sd_low": shift.low,
+                "eval/score_shift_sd_high": shift.high,
+            }
         kl = self.kl_per_response
         out |= {"eval/kl_per_token": self.kl_per_token, "eval/kl_per_response": kl.estimate}
         return out | {"eval/kl_per_response_low": kl.low, "eval/kl_per_response_high": kl.high}
 
 
-def compare(before: Answers, after: Answers, kl: Sequence[float], *, resamples: int, seed: int) -> Comparison:
+def compare(
+    before: Answers, after: Answers, kl: Sequence[float], *, resamples: int, seed: int
+) -> Comparison:
     """Figures of both policies.
 
-    `kl` [B]: nats per response of `after`, summed over its tokens. Raises ValueError when the two did not answer the same prompts in the
-    same order with the same judges.
+    `kl` [B]: nats per response of `after`, summed over its tokens. Raises ValueError when the two
+    did not answer the same prompts in the same order with the same judges.
     """
     ids = [rollout.prompt.id for rollout in before.rollouts]
     if ids != [rollout.prompt.id for rollout in after.rollouts]:
         raise ValueError("before and after must answer the same prompts in the same order")
     if before.judgements.keys() != after.judgements.keys():
-        raise ValueError(f"before and after have different judges: {sorted(before.judgements)} and {sorted(after.judgements)}")
+        raise ValueError(
+            f"before and after have different judges: {sorted(before.judgements)} and "
+            f"{sorted(after.judgements)}"
+        )
 
     def averaged(name: str, old: Sequence[float], new: Sequence[float]) -> Difference:
         interval = paired_difference(old, new, ids, resamples=resamples, seed=seed)
-        return Difference(name, float(per_prompt(old, ids).mean()), float(per_prompt(new, ids).mean()), interval)
+        return Difference(
+            name, float(per_prompt(old, ids).mean()), float(per_prompt(new, ids).mean()), interval
+        )
 
-    differences = [averaged(name, before.judgements[name], after.judgements[name]) for name in before.judgements]
+    differences = [
+        averaged(name, before.judgements[name], after.judgements[name])
+        for name in before.judgements
+    ]
     differences.append(averaged("length", lengths(before.rollouts), lengths(after.rollouts)))
     differences.append(averaged("finished", finished(before.rollouts), finished(after.rollouts)))
-    differences.append(Difference(f"distinct_{DISTINCT}", distinct(before.rollouts), distinct(after.rollouts), None))
+    differences.append(
+        Difference(
+            f"distinct_{DISTINCT}", distinct(before.rollouts), distinct(after.rollouts), None
+        )
+    )
     score = next((d for d in differences if d.name == "score"), None)
     tokens = sum(len(rollout.token_ids) for rollout in after.rollouts)
     return Comparison(
@@ -91,11 +125,15 @@ def compare(before: Answers, after: Answers, kl: Sequence[float], *, resamples: 
 
 
 def _in_deviations(score: Difference, before: Sequence[float]) -> Interval | None:
-    """The score's difference over the standard deviation of the scores before; None where they don't vary."""
+    """The score's difference over the standard deviation of the scores before; None where they
+    don't vary.
+    """
     deviation = float(np.std(np.asarray(before, dtype=np.float64)))
     if score.interval is None or deviation == 0:
         return None
-    return Interval(score.delta / deviation, score.interval.low / deviation, score.interval.high / deviation)
+    return Interval(
+        score.delta / deviation, score.interval.low / deviation, score.interval.high / deviation
+    )
 
 
 def lengths(rollouts: Sequence[Rollout]) -> list[float]:
@@ -113,12 +151,25 @@ def distinct(rollouts: Sequence[Rollout]) -> float:
     return distinct_n([rollout.text.split() for rollout in rollouts], DISTINCT)
 
 
-def side_by_side(before: Answers, after: Answers, kl: Sequence[float]) -> list[Mapping[str, object]]:
+def side_by_side(
+    before: Answers, after: Answers, kl: Sequence[float]
+) -> list[Mapping[str, object]]:
     """A row per response for samples.jsonl: prompt, both responses and their figures."""
     rows: list[Mapping[str, object]] = []
     for i, (old, new) in enumerate(zip(before.rollouts, after.rollouts, strict=True)):
-        row: dict[str, object] = {"prompt": old.prompt.text, "response_before": old.text, "response": new.text}
+        row: dict[str, object] = {
+            "prompt": old.prompt.text,
+            "response_before": old.text,
+            "response": new.text,
+        }
         for name in before.judgements:
             row |= {f"{name}_before": before.judgements[name][i], name: after.judgements[name][i]}
-        rows.append(row | {"kl": kl[i], "response_length": len(new.token_ids), "finish_reason": new.finish_reason})
+        rows.append(
+            row
+            | {
+                "kl": kl[i],
+                "response_length": len(new.token_ids),
+                "finish_reason": new.finish_reason,
+            }
+        )
     return rows

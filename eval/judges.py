@@ -1,4 +1,6 @@
-"""Judges that training never sees: a lexicon, a classifier trained on texts of its own, a function. A number per response, higher is better."""
+"""Judges that training never sees: a lexicon, a classifier trained on texts of its own, a function.
+A number per response, higher is better.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,11 +21,17 @@ class ResponseJudge(Protocol):
 
 def judged_text(rollout: Rollout) -> str:
     """What a judge reads: the response, after its prompt where it continues a plain text."""
-    return rollout.text if isinstance(rollout.prompt.source, list) else rollout.prompt.text + rollout.text
+    return (
+        rollout.text
+        if isinstance(rollout.prompt.source, list)
+        else rollout.prompt.text + rollout.text
+    )
 
 
 class LexiconJudge:
-    """VADER's compound sentiment in [-1, 1] (Hutto and Gilbert 2014): a fixed lexicon with rules for negation and emphasis."""
+    """VADER's compound sentiment in [-1, 1] (Hutto and Gilbert 2014): a fixed lexicon with rules
+    for negation and emphasis.
+    """
 
     name = "lexicon"
 
@@ -31,22 +39,35 @@ class LexiconJudge:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
-            raise UserError("stage.judges holds lexicon, which needs the package vaderSentiment: pip install vaderSentiment==3.3.2") from error
+            raise UserError(
+                "stage.judges holds lexicon, which needs the package vaderSentiment: pip install "
+                "vaderSentiment==3.3.2"
+            ) from error
         self._analyser: Any = SentimentIntensityAnalyzer()
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float]:
-        return [float(self._analyser.polarity_scores(judged_text(rollout))["compound"]) for rollout in rollouts]
+        return [
+            float(self._analyser.polarity_scores(judged_text(rollout))["compound"])
+            for rollout in rollouts
+        ]
 
 
 class ClassifierJudge:
-    """Probability in [0, 1] that a text is positive: TF-IDF of words and word pairs, logistic regression."""
+    """Probability in [0, 1] that a text is positive: TF-IDF of words and word pairs, logistic
+    regression.
+    """
 
     name = "classifier"
 
     def __init__(self, texts: Sequence[str], labels: Sequence[int], source: str) -> None:
-        """Train on `texts`; `source` names them in errors. Raises UserError when they hold fewer than two labels."""
+        """Train on `texts`; `source` names them in errors. Raises UserError when they hold fewer
+        than two labels.
+        """
         if len(set(labels)) != 2:
-            raise UserError(f"{source}: a classifier judge needs texts of two labels, 0 and 1; found {sorted(set(labels))}.")
+            raise UserError(
+                f"{source}: a classifier judge needs texts of two labels, 0 and 1; found "
+                f"{sorted(set(labels))}."
+            )
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
@@ -59,13 +80,16 @@ class ClassifierJudge:
 
     @classmethod
     def from_file(cls, path: str) -> "ClassifierJudge":
-        """Train on a file's rows `text`, `label` (0 or 1). Raises UserError naming the row that has neither."""
+        """Train on a file's rows `text`, `label` (0 or 1). Raises UserError naming the row that has
+        neither.
+        """
         texts, labels = [], []
         for number, row in enumerate(read_rows(path, key="stage.judge_path"), start=1):
             text, label = row.get("text"), row.get("label")
             if not isinstance(text, str) or label not in (0, 1):
                 raise UserError(
-                    f"stage.judge_path={path}, row {number}: expected a text and a label of 0 or 1, found keys {sorted(row)} and label {label!r}."
+                    f"stage.judge_path={path}, row {number}: expected a text and a label of 0 or "
+                    f"1, found keys {sorted(row)} and label {label!r}."
                 )
             texts.append(text)
             labels.append(int(label))

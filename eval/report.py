@@ -23,11 +23,33 @@ def table_rows(comparison: Comparison) -> list[dict[str, str]]:
     if comparison.score_shift is not None:
         shift = comparison.score_shift
         change = f"{shift.estimate:+.2f}  [{shift.low:+.2f}, {shift.high:+.2f}]"
-        rows.insert(1, {"figure": "  in standard deviations", "before": "0", "after": f"{shift.estimate:.2f}", "difference [95 %]": change})
+        rows.insert(
+            1,
+            {
+                "figure": "  in standard deviations",
+                "before": "0",
+                "after": f"{shift.estimate:.2f}",
+                "difference [95 %]": change,
+            },
+        )
     kl = comparison.kl_per_response
-    rows.append({"figure": "KL (nats per token)", "before": "0", "after": f"{comparison.kl_per_token:.3f}", "difference [95 %]": ""})
+    rows.append(
+        {
+            "figure": "KL (nats per token)",
+            "before": "0",
+            "after": f"{comparison.kl_per_token:.3f}",
+            "difference [95 %]": "",
+        }
+    )
     interval = f"{kl.estimate:+.2f}  [{kl.low:+.2f}, {kl.high:+.2f}]"
-    rows.append({"figure": "KL (nats per response)", "before": "0", "after": f"{kl.estimate:.2f}", "difference [95 %]": interval})
+    rows.append(
+        {
+            "figure": "KL (nats per response)",
+            "before": "0",
+            "after": f"{kl.estimate:.2f}",
+            "difference [95 %]": interval,
+        }
+    )
     return rows
 
 
@@ -38,18 +60,29 @@ def _row(difference: Difference) -> dict[str, str]:
     elif difference.before:
         change += f"  ({difference.after / difference.before:.0%} of before)"
     label = _LABELS.get(difference.name, difference.name)
-    return {"figure": label, "before": f"{difference.before:.3f}", "after": f"{difference.after:.3f}", "difference [95 %]": change}
+    return {
+        "figure": label,
+        "before": f"{difference.before:.3f}",
+        "after": f"{difference.after:.3f}",
+        "difference [95 %]": change,
+    }
 
 
 def sample_rows(rows: Sequence[Mapping[str, object]], shown: int) -> list[dict[str, object]]:
     """The first `shown` samples side by side, with the score where there is one."""
     columns = ("prompt", "response_before", "response", "score_before", "score")
     names = {"response_before": "before", "response": "after"}
-    return [{names.get(key, key): row[key] for key in columns if key in row} for row in rows[:shown]]
+    return [
+        {names.get(key, key): row[key] for key in columns if key in row} for row in rows[:shown]
+    ]
 
 
-def plot(comparison: Comparison, scores: Mapping[str, Mapping[str, Sequence[float]]], folder: Path) -> list[Path]:
-    """PNGs into `folder`: a histogram of each judge's values (`scores`: judge -> before, after -> values), and the differences with intervals."""
+def plot(
+    comparison: Comparison, scores: Mapping[str, Mapping[str, Sequence[float]]], folder: Path
+) -> list[Path]:
+    """PNGs into `folder`: a histogram of each judge's values (`scores`: judge -> before, after ->
+    values), and the differences with intervals.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -60,16 +93,26 @@ def plot(comparison: Comparison, scores: Mapping[str, Mapping[str, Sequence[floa
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         every = [*values["before"], *values["after"]]
-        span = (min(every), max(every)) if min(every) < max(every) else (min(every) - 0.5, max(every) + 0.5)
+        span = (
+            (min(every), max(every))
+            if min(every) < max(every)
+            else (min(every) - 0.5, max(every) + 0.5)
+        )
         for side in ("before", "after"):
-            axes.hist(list(values[side]), bins=30, range=span, alpha=0.6, label=side, color=_COLOURS[side])
+            axes.hist(
+                list(values[side]), bins=30, range=span, alpha=0.6, label=side, color=_COLOURS[side]
+            )
         axes.set_title(f"{_LABELS.get(name, name)}, {len(values['before'])} responses each")
         axes.set_xlabel(_LABELS.get(name, name))
         axes.set_ylabel("responses")
         axes.legend()
         paths.append(folder / f"histogram_{name}.png")
         figure.savefig(paths[-1], dpi=110)
-    paths.append(_plot_differences([d for d in comparison.differences if d.name in scores], folder / "differences.png"))
+    paths.append(
+        _plot_differences(
+            [d for d in comparison.differences if d.name in scores], folder / "differences.png"
+        )
+    )
     return paths
 
 
@@ -80,11 +123,26 @@ def _plot_differences(differences: Sequence[Difference], path: Path) -> Path:
 
     figure = Figure(figsize=(2.6 * max(1, len(differences)), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, difference in zip(figure.subplots(1, max(1, len(differences)), squeeze=False)[0], differences, strict=False):
-        axes.bar(["before", "after"], [difference.before, difference.after], color=list(_COLOURS.values()))
+    for axes, difference in zip(
+        figure.subplots(1, max(1, len(differences)), squeeze=False)[0], differences, strict=False
+    ):
+        axes.bar(
+            ["before", "after"],
+            [difference.before, difference.after],
+            color=list(_COLOURS.values()),
+        )
         if difference.interval is not None:
-            below, above = difference.delta - difference.interval.low, difference.interval.high - difference.delta
-            axes.errorbar(["after"], [difference.after], yerr=[[max(0.0, below)], [max(0.0, above)]], color="black", capsize=4)
+            below, above = (
+                difference.delta - difference.interval.low,
+                difference.interval.high - difference.delta,
+            )
+            axes.errorbar(
+                ["after"],
+                [difference.after],
+                yerr=[[max(0.0, below)], [max(0.0, above)]],
+                color="black",
+                capsize=4,
+            )
         axes.axhline(0.0, color="black", linewidth=0.6)
         axes.set_title(_LABELS.get(difference.name, difference.name), fontsize=9)
     figure.suptitle("Means; the whisker is the 95 % interval of the difference", fontsize=9)

@@ -1,4 +1,6 @@
-"""From scores per response to advantages per token. Shapes: B responses, T response tokens; `response_mask` is boolean [B, T]."""
+"""From scores per response to advantages per token. Shapes: B responses, T response tokens;
+`response_mask` is boolean [B, T].
+"""
 
 from collections.abc import Hashable, Sequence
 
@@ -6,19 +8,24 @@ import torch
 from torch import Tensor
 
 from policy.shapes import check_mask, masked_sum, same_shape
-from rlhf.moments import SumOverRanks, moments, sample_std
+from rlhf.process.moments import SumOverRanks, moments, sample_std
 
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards per token, [B, T] in units of the score, 0 outside the mask (Ziegler et al. 2019, arXiv:1909.08593, equation 2).
+    """Rewards per token, [B, T] in units of the score, 0 outside the mask (Ziegler et al. 2019,
+    arXiv:1909.08593, equation 2).
 
         rewards_t = -kl_coef * kl_t + [t is the last response token] * score
 
-    `scores` [B]; `kl` [B, T] nats. Raises ValueError where a row has no response token, because its score would vanish.
+    `scores` [B]; `kl` [B, T] nats. Raises ValueError where a row has no response token, because its
+    score would vanish.
     """
     same_shape(2, kl=kl, response_mask=response_mask)
     if scores.shape != response_mask.shape[:1]:
-        raise ValueError(f"expected one score per row, found scores {tuple(scores.shape)} for a mask {tuple(response_mask.shape)}")
+        raise ValueError(
+            f"expected one score per row, found scores {tuple(scores.shape)} for a mask "
+            f"{tuple(response_mask.shape)}"
+        )
     check_mask(response_mask)
     empty = (~response_mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
@@ -30,16 +37,19 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
 
 
 @torch.no_grad()
-def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16) -> (advantages, returns), both [B, T].
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16) ->
+    (advantages, returns), both [B, T].
 
         delta_t = r_t + gamma * V_next(t) - V_t
         A_t     = delta_t + gamma * lambda * A_next(t)
         R_t     = A_t + V_t
 
-    next(t) is the next token under the mask, so tokens that the policy did not write neither act nor discount; after the last one
-    V and A are 0 (a response is a whole episode, also when it was cut off). Rewards and values outside the mask are not read; the
-    results there are 0.
+    next(t) is the next token under the mask, so tokens that the policy did not write neither act
+    nor discount; after the last one V and A are 0 (a response is a whole episode, also when it was
+    cut off). Rewards and values outside the mask are not read; the results there are 0.
     """
     same_shape(2, rewards=rewards, values=values, response_mask=response_mask)
     check_mask(response_mask)
@@ -59,37 +69,49 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
 
 @torch.no_grad()
 def rewards_to_go(rewards: Tensor, response_mask: Tensor, *, gamma: float) -> Tensor:
-    """Discounted sum of the rewards from each token to the response's end, [B, T]; 0 outside the mask.
+    """Discounted sum of the rewards from each token to the response's end, [B, T]; 0 outside the
+    mask.
 
         G_t = r_t + gamma * G_next(t)
 
-    GAE with lambda 1 and values 0; next(t) is the next token under the mask. Rewards outside it are not read.
+    GAE with lambda 1 and values 0; next(t) is the next token under the mask. Rewards outside it are
+    not read.
     """
-    advantages, _ = gae(rewards, torch.zeros_like(rewards), response_mask, gamma=gamma, gae_lambda=1.0)
+    advantages, _ = gae(
+        rewards, torch.zeros_like(rewards), response_mask, gamma=gamma, gae_lambda=1.0
+    )
     return advantages
 
 
 def group_index(keys: Sequence[Hashable], device: torch.device | str | None = None) -> Tensor:
     """[B] long: the number of each row's group, groups counted by first appearance."""
     numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.long, device=device)
+    return torch.tensor(
+        [numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.long, device=device
+    )
 
 
 @torch.no_grad()
 def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, sample standard deviation, size) of each row's own group, all [B] float64.
 
-    `values`, `groups` [B]. Two passes, the standard deviation divides by size - 1. Groups may differ in size. Raises ValueError for a group
-    of one: a response alone has nothing to be compared with, and its raw score would train.
+    `values`, `groups` [B]. Two passes, the standard deviation divides by size - 1. Groups may
+    differ in size. Raises ValueError for a group of one: a response alone has nothing to be
+    compared with, and its raw score would train.
     """
     if values.dim() != 1 or values.shape != groups.shape:
-        raise ValueError(f"expected values and groups of one shape [B], found {tuple(values.shape)} and {tuple(groups.shape)}")
+        raise ValueError(
+            f"expected values and groups of one shape [B], found {tuple(values.shape)} and "
+            f"{tuple(groups.shape)}"
+        )
     exact = values.double()
     count = int(groups.max()) + 1 if len(groups) else 0
     size = torch.bincount(groups, minlength=count).double()
     if bool((size < 2).any()):
         alone = (size < 2).nonzero().flatten().tolist()
-        raise ValueError(f"expected at least two responses per group, found groups {alone[:8]} of one")
+        raise ValueError(
+            f"expected at least two responses per group, found groups {alone[:8]} of one"
+        )
     mean = exact.new_zeros(count).index_add(0, groups, exact) / size
     squares = exact.new_zeros(count).index_add(0, groups, (exact - mean[groups]).square())
     return mean[groups], (squares / (size - 1)).sqrt()[groups], size[groups]
@@ -97,21 +119,26 @@ def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @torch.no_grad()
 def group_advantages(scores: Tensor, groups: Tensor, *, std: bool, floor: float = 1e-6) -> Tensor:
-    """Scores against their own group, [B] float32 (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+    """Scores against their own group, [B] float32 (Shao et al. 2024, arXiv:2402.03300, section
+    4.1.2).
 
-        A_i = (s_i - mean_g) / max(std_g, floor)          std=False: without the division (Liu et al. 2025, arXiv:2503.20783)
+        A_i = (s_i - mean_g) / max(std_g, floor)          std=False: without the division (Liu et
+        al. 2025, arXiv:2503.20783)
 
-    A group of equal scores gets exactly 0. `scores`, `groups` [B]; `floor` in units of the score. Raises ValueError for a group of one.
+    A group of equal scores gets exactly 0. `scores`, `groups` [B]; `floor` in units of the score.
+    Raises ValueError for a group of one.
     """
     mean, deviation, _ = group_moments(scores, groups)
     centred = scores.double() - mean
-    centred = torch.where(centred.abs() <= 1e-9 * mean.abs(), 0.0, centred)  # what rounding the mean leaves of equal scores
+    # what rounding the mean leaves of equal scores
+    centred = torch.where(centred.abs() <= 1e-9 * mean.abs(), 0.0, centred)
     return (centred / deviation.clamp(min=floor) if std else centred).float()
 
 
 @torch.no_grad()
 def leave_one_out_advantages(scores: Tensor, groups: Tensor) -> Tensor:
-    """Scores against the mean of the others in their group, [B] float32 (Kool et al. 2019; Ahmadian et al. 2024, arXiv:2402.14740, equation 8).
+    """Scores against the mean of the others in their group, [B] float32 (Kool et al. 2019; Ahmadian
+    et al. 2024, arXiv:2402.14740, equation 8).
 
         A_i = s_i - 1/(k-1) sum_{j != i} s_j = k/(k-1) (s_i - mean_g)
 
@@ -122,30 +149,41 @@ def leave_one_out_advantages(scores: Tensor, groups: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def masked_moments(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks | None = None) -> tuple[float, float, int]:
-    """(mean, sample standard deviation, count) of `values` [...] where `mask` [...] is True, over all ranks.
+def masked_moments(
+    values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks | None = None
+) -> tuple[float, float, int]:
+    """(mean, sample standard deviation, count) of `values` [...] where `mask` [...] is True, over
+    all ranks.
 
-    The standard deviation divides by count - 1 and is 0 for a single value.
-    Two passes in float64: the one-pass E[x^2] - E[x]^2 cancels when the mean is large. With `sum_over_ranks` it is a collective, and a rank
-    with an empty mask takes part. Raises ValueError, on every rank, where there is no value at all or one that isn't finite.
+    The standard deviation divides by count - 1 and is 0 for a single value. Two passes in float64:
+    the one-pass E[x^2] - E[x]^2 cancels when the mean is large. With `sum_over_ranks` it is a
+    collective, and a rank with an empty mask takes part. Raises ValueError, on every rank, where
+    there is no value at all or one that isn't finite.
     """
     same_shape(values.dim(), values=values, mask=mask)
     check_mask(mask)
     exact = values.double()
     count, mean, m2 = moments(
-        int(mask.sum()), float(masked_sum(exact, mask)), lambda about: float(masked_sum((exact - about).square(), mask)), sum_over_ranks
+        int(mask.sum()),
+        float(masked_sum(exact, mask)),
+        lambda about: float(masked_sum((exact - about).square(), mask)),
+        sum_over_ranks,
     )
     return mean, sample_std(m2, count), count
 
 
-def whiten(values: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool, floor: float = 1e-5) -> Tensor:
+def whiten(
+    values: Tensor, mask: Tensor, mean: float, std: float, *, shift: bool, floor: float = 1e-5
+) -> Tensor:
     """Scale `values` [...] to unit standard deviation under `mask`; 0 outside it.
 
         shift=True:  (values - mean) / max(std, floor)     for advantages: mean 0
-        shift=False:  values         / max(std, floor)     for rewards: a positive scale, which leaves the optimal policy as it is
+        shift=False:  values         / max(std, floor)     for rewards: a positive scale, which
+        leaves the optimal policy as it is
 
-    `shift=False` does not add an unscaled mean back, as (values - mean) / std + mean would: that is a constant bonus per token and pays for
-    length. The floor, in units of `values`, keeps float32 rounding of equal values from becoming a signal of size 1.
+    `shift=False` does not add an unscaled mean back, as (values - mean) / std + mean would: that is
+    a constant bonus per token and pays for length. The floor, in units of `values`, keeps float32
+    rounding of equal values from becoming a signal of size 1.
     """
     same_shape(values.dim(), values=values, mask=mask)
     check_mask(mask)

@@ -8,15 +8,19 @@ from torch import Tensor
 
 
 def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -> list[list[int]]:
-    """Rows (indices into `lengths`, tokens) in bins whose padded size, rows x longest row, is at most `budget` tokens.
+    """Rows (indices into `lengths`, tokens) in bins whose padded size, rows x longest row, is at
+    most `budget` tokens.
 
-    Rows are sorted by length, longest first, so that a bin wastes little on padding and the largest allocation comes first. A row longer than
-    the budget gets a bin of its own. `at_least` bins are made by halving the bin of the largest padded size; where there are fewer rows than
-    that, empty lists make up the number and the caller pads (ranks must agree on the number of micro-batches). Every row is in exactly one
-    bin, and the same lengths always give the same plan.
+    Rows are sorted by length, longest first, so that a bin wastes little on padding and the largest
+    allocation comes first. A row longer than the budget gets a bin of its own. `at_least` bins are
+    made by halving the bin of the largest padded size; where there are fewer rows than that, empty
+    lists make up the number and the caller pads (ranks must agree on the number of micro-batches).
+    Every row is in exactly one bin, and the same lengths always give the same plan.
     """
     if budget < 1 or at_least < 1:
-        raise ValueError(f"expected a budget and at_least of 1 or more, found {budget=}, {at_least=}")
+        raise ValueError(
+            f"expected a budget and at_least of 1 or more, found {budget=}, {at_least=}"
+        )
     if any(length < 1 for length in lengths):
         raise ValueError(f"expected lengths of at least 1 token, found {min(lengths)}")
     bins: list[list[int]] = []
@@ -38,16 +42,20 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B prompts with their responses. L is the longest prompt + response, T the longest response; padding is on the right."""
+    """B prompts with their responses. L is the longest prompt + response, T the longest response;
+    padding is on the right.
+    """
 
     input_ids: Tensor  # [B, L] long: prompt, then response
     response_ids: Tensor  # [B, T] long
     response_mask: Tensor  # [B, T] bool: True at response tokens
-    positions: Tensor  # [B, T] long: index into L of the hidden state that predicts response token t (0 where padded)
+    # [B, T] long: index into L of the hidden state that predicts response token t (0 where padded)
+    positions: Tensor
     lengths: Tensor  # [B] long: tokens of prompt + response
 
     def select(self, rows: Sequence[int]) -> "Batch":
-        """These rows in this order, without the columns that hold only padding: L and T shrink to the longest row chosen.
+        """These rows in this order, without the columns that hold only padding: L and T shrink to
+        the longest row chosen.
 
         Cut other [B, T] tensors alike with ``tensor[rows, : selected.response_ids.shape[1]]``.
         """
@@ -74,23 +82,39 @@ class Batch:
 
 
 def collate(
-    prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None
+    prompt_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device | str | None = None,
 ) -> Batch:
-    """Pad token lists to a `Batch`. The mask comes from lengths alone, so `pad_id` may be a token that responses use (often it is eos).
+    """Pad token lists to a `Batch`. The mask comes from lengths alone, so `pad_id` may be a token
+    that responses use (often it is eos).
 
-    Raises ValueError where the numbers of prompts and responses differ, or a prompt is empty (nothing would predict the first response token).
+    Raises ValueError where the numbers of prompts and responses differ, or a prompt is empty
+    (nothing would predict the first response token).
     """
     if len(prompt_ids) != len(response_ids):
-        raise ValueError(f"expected as many prompts as responses, found {len(prompt_ids)} and {len(response_ids)}")
+        raise ValueError(
+            f"expected as many prompts as responses, found {len(prompt_ids)} and "
+            f"{len(response_ids)}"
+        )
     empty = [row for row, prompt in enumerate(prompt_ids) if not len(prompt)]
     if empty:
-        raise ValueError(f"expected at least one token in every prompt, found none in rows {empty[:8]}")
+        raise ValueError(
+            f"expected at least one token in every prompt, found none in rows {empty[:8]}"
+        )
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompt_ids], dtype=torch.long)
     response_lengths = torch.tensor([len(response) for response in response_ids], dtype=torch.long)
     columns = torch.arange(int(response_lengths.max()) if len(response_lengths) else 0)
     response_mask = columns < response_lengths[:, None]
     batch = Batch(
-        input_ids=_pad([[*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)], pad_id),
+        input_ids=_pad(
+            [
+                [*prompt, *response]
+                for prompt, response in zip(prompt_ids, response_ids, strict=True)
+            ],
+            pad_id,
+        ),
         response_ids=_pad(response_ids, pad_id),
         response_mask=response_mask,
         positions=torch.where(response_mask, prompt_lengths[:, None] - 1 + columns, 0),
@@ -102,4 +126,6 @@ def collate(
 def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     """Ragged lists -> [B, longest] long, padded on the right."""
     longest = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), longest)
+    return torch.tensor(
+        [[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.long
+    ).reshape(len(rows), longest)

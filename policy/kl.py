@@ -15,13 +15,16 @@ _ERROR_CLIP = 0.2  # Ziegler et al. 2019, section 2.2
 def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
     """Estimate KL(pi || ref) at every token, for tokens sampled from pi. All [B, T], nats.
 
-    With log r = ref_logprobs - logprobs (Schulman 2020, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html):
+    With log r = ref_logprobs - logprobs (Schulman 2020, "Approximating KL divergence",
+    http://joschu.net/blog/kl-approx.html):
 
-        k1 = -log r             unbiased, may be negative; its gradient has zero mean, so it belongs in a reward, not in a loss
+        k1 = -log r             unbiased, may be negative; its gradient has zero mean, so it belongs
+        in a reward, not in a loss
         k2 = (log r)^2 / 2      biased, low variance, never negative
         k3 = (r - 1) - log r    unbiased, low variance, never negative up to rounding
 
-    Differentiable in both arguments. There is no mask: positions outside the response hold whatever the inputs there give.
+    Differentiable in both arguments. There is no mask: positions outside the response hold whatever
+    the inputs there give.
     """
     same_shape(2, logprobs=logprobs, ref_logprobs=ref_logprobs)
     log_r = ref_logprobs - logprobs
@@ -31,9 +34,13 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator)
         case KLEstimator.k2:
             return 0.5 * log_r.square()
         case KLEstimator.k3:
-            return torch.expm1(log_r) - log_r  # expm1: near r = 1, exp(log_r) - 1 would leave rounding noise only
+            # expm1: near r = 1, exp(log_r) - 1 would leave rounding noise only
+            return torch.expm1(log_r) - log_r
         case KLEstimator.k3_weighted:
-            raise ValueError("k3_weighted needs the ratio of new to old probability: it is a loss (policy.losses.kl_loss)")
+            raise ValueError(
+                "k3_weighted needs the ratio of new to old probability: it is a loss "
+                "(policy.losses.kl_loss)"
+            )
     raise ValueError(f"unknown KL estimator {estimator!r}")
 
 
@@ -62,7 +69,8 @@ class FixedKL:
 
 
 class AdaptiveKL:
-    """Proportional control of the coefficient in log space (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+    """Proportional control of the coefficient in log space (Ziegler et al. 2019, arXiv:1909.08593,
+    section 2.2).
 
         error = clip((KL - target) / target, -0.2, 0.2)
         coef <- coef * (1 + error * responses / horizon)
@@ -72,21 +80,28 @@ class AdaptiveKL:
 
     def __init__(self, coef: float, target: float, horizon: int) -> None:
         if coef <= 0 or target <= 0 or horizon < 1:
-            raise ValueError(f"expected coef > 0, target > 0 and horizon >= 1, found {coef=}, {target=}, {horizon=}")
+            raise ValueError(
+                f"expected coef > 0, target > 0 and horizon >= 1, found {coef=}, {target=}, "
+                f"{horizon=}"
+            )
         self.coef = coef
         self.target = target
         self.horizon = horizon
 
     def update(self, kl_per_response: float, responses: int) -> None:
-        """Move the coefficient after a step that saw `responses` responses (over all ranks) with this mean KL in nats.
+        """Move the coefficient after a step that saw `responses` responses (over all ranks) with
+        this mean KL in nats.
 
-        Raises ValueError for a KL that isn't finite and UserError where the horizon is so short that one step could turn the coefficient negative.
+        Raises ValueError for a KL that isn't finite and UserError where the horizon is so short
+        that one step could turn the coefficient negative.
         """
         _check_measurement(kl_per_response, responses)
         if _ERROR_CLIP * responses >= self.horizon:
             raise UserError(
-                f"stage.kl_horizon={self.horizon}: one step of {responses} responses could bring the KL coefficient to 0 or below; "
-                f"expected more than {_ERROR_CLIP} x {responses} = {_ERROR_CLIP * responses:g} responses."
+                f"stage.kl_horizon={self.horizon}: one step of {responses} responses could bring "
+                "the KL coefficient to 0 or below; "
+                f"expected more than {_ERROR_CLIP} x {responses} = {_ERROR_CLIP * responses:g} "
+                "responses."
             )
         error = min(max(kl_per_response / self.target - 1.0, -_ERROR_CLIP), _ERROR_CLIP)
         self.coef *= 1.0 + error * responses / self.horizon

@@ -11,35 +11,58 @@ _ROWS = 64  # at a time, so that what is read again is still in the cache
 
 
 def selected_logprobs(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, chunk: int, temperature: float = 1.0, entropy_grad: bool = True
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    *,
+    chunk: int,
+    temperature: float = 1.0,
+    entropy_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Logprob of each label and entropy of its distribution, both [N] float32 nats, with the exact gradient of both
-    (of the logprobs alone with `entropy_grad` False).
+    """Logprob of each label and entropy of its distribution, both [N] float32 nats, with the exact
+    gradient of both (of the logprobs alone with `entropy_grad` False).
 
-        logprobs_i = log softmax(head(hidden_i) / temperature)[labels_i],    entropy_i = -sum_v p_iv log p_iv
+        logprobs_i = log softmax(head(hidden_i) / temperature)[labels_i],    entropy_i = -sum_v p_iv
+        log p_iv
 
-    `hidden` [N, H], `labels` [N] long; `head` maps [n, H] to logits [n, V]. The logits of at most `chunk` rows exist at a time: where there are
-    several chunks and gradients are wanted, backward computes each chunk's logits anew (activation checkpointing) instead of keeping [N, V].
+    `hidden` [N, H], `labels` [N] long; `head` maps [n, H] to logits [n, V]. The logits of at most
+    `chunk` rows exist at a time: where there are several chunks and gradients are wanted, backward
+    computes each chunk's logits anew (activation checkpointing) instead of keeping [N, V].
 
-    `head` is called max(1, ceil(N / chunk)) times: N = 0 gives empty results that still reach the head's weights. Under ZeRO-3 a call is a
-    collective, so all ranks must bring equally many rows there (measured: two ranks of 14 and 8 rows in chunks of 4 never return).
+    `head` is called max(1, ceil(N / chunk)) times: N = 0 gives empty results that still reach the
+    head's weights. Under ZeRO-3 a call is a collective, so all ranks must bring equally many rows
+    there (measured: two ranks of 14 and 8 rows in chunks of 4 never return).
     """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
-        raise ValueError(f"expected hidden [N, H] and labels [N], found {tuple(hidden.shape)} and {tuple(labels.shape)}")
+        raise ValueError(
+            f"expected hidden [N, H] and labels [N], found {tuple(hidden.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
     if chunk < 1 or not temperature > 0:
-        raise ValueError(f"expected a chunk of at least 1 row and a temperature above 0, found {chunk=}, {temperature=}")
+        raise ValueError(
+            f"expected a chunk of at least 1 row and a temperature above 0, found {chunk=}, "
+            f"{temperature=}"
+        )
     recompute = hidden.shape[0] > chunk and torch.is_grad_enabled()
     logprobs, entropies = [], []
     for part, part_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         arguments = (part, head, part_labels, temperature, entropy_grad)
-        logprob, entropy = checkpoint(_chunk_logprobs, *arguments, use_reentrant=False) if recompute else _chunk_logprobs(*arguments)
+        logprob, entropy = (
+            checkpoint(_chunk_logprobs, *arguments, use_reentrant=False)
+            if recompute
+            else _chunk_logprobs(*arguments)
+        )
         logprobs.append(logprob)
         entropies.append(entropy)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
 def _chunk_logprobs(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, temperature: float, entropy_grad: bool
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    temperature: float,
+    entropy_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     logits = head(hidden).float()
     if temperature != 1.0:
@@ -52,10 +75,12 @@ def _chunk_logprobs(
 
 
 class _LabelLogprobs(torch.autograd.Function):
-    """Logprob of each label (with a gradient) and entropy (without), from logits [n, V] in the one buffer that holds them.
+    """Logprob of each label (with a gradient) and entropy (without), from logits [n, V] in the one
+    buffer that holds them.
 
-    The logits are overwritten by their probabilities, a few rows at a time, and those by the gradient: [n, V] exists once where log_softmax,
-    its exponential and their gradients would be four. The caller must own the logits, and backward works once.
+    The logits are overwritten by their probabilities, a few rows at a time, and those by the
+    gradient: [n, V] exists once where log_softmax, its exponential and their gradients would be
+    four. The caller must own the logits, and backward works once.
     """
 
     @staticmethod
@@ -68,13 +93,15 @@ class _LabelLogprobs(torch.autograd.Function):
             logprobs[part] = log_p.gather(1, labels[part, None]).squeeze(1)
             torch.exp(log_p, out=buffer[part])
             entropy[part] = -torch.linalg.vecdot(buffer[part], log_p)
-        ctx.save_for_backward(buffer, labels)  # by this way only can activation checkpointing drop it and compute it anew
+        # by this way only can activation checkpointing drop it and compute it anew
+        ctx.save_for_backward(buffer, labels)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient, labels = ctx.saved_tensors  # a second backward ends here: torch sees that the buffer has changed
+        # a second backward ends here: torch sees that the buffer has changed
+        gradient, labels = ctx.saved_tensors
         upstream = gradients[0]
         gradient.mul_(-upstream[:, None])
         gradient[torch.arange(len(upstream), device=gradient.device), labels] += upstream

@@ -1,9 +1,12 @@
-"""The losses of one micro-batch. Shapes: B responses, T response tokens; `response_mask` is boolean [B, T].
+"""The losses of one micro-batch. Shapes: B responses, T response tokens; `response_mask` is boolean
+[B, T].
 
-Every loss is a sum over this micro-batch's tokens divided by `denominator`, the tokens (or responses) of the whole optimizer step over all
-micro-batches and ranks. Gradients that are summed over micro-batches and ranks then do not depend on the split. (An engine that averages
-over ranks multiplies by their number.) NaN outside the mask reaches neither a loss nor a gradient: sums select, and so does the one input
-with a gradient, because 0 (the gradient that a masked sum hands back) times a NaN derivative would be NaN.
+Every loss is a sum over this micro-batch's tokens divided by `denominator`, the tokens (or
+responses) of the whole optimizer step over all micro-batches and ranks. Gradients that are summed
+over micro-batches and ranks then do not depend on the split. (An engine that averages over ranks
+multiplies by their number.) NaN outside the mask reaches neither a loss nor a gradient: sums
+select, and so does the one input with a gradient, because 0 (the gradient that a masked sum hands
+back) times a NaN derivative would be NaN.
 """
 
 from dataclasses import dataclass
@@ -28,15 +31,19 @@ class PolicyStats:
 
 def _check_denominator(denominator: float) -> None:
     if not denominator > 0:
-        raise ValueError(f"expected the token count of the optimizer step, above 0, found {denominator}")
+        raise ValueError(
+            f"expected the token count of the optimizer step, above 0, found {denominator}"
+        )
 
 
 def aggregation_weights(response_mask: Tensor, aggregation: Aggregation) -> Tensor:
-    """What each token counts in the loss, [B, T] float32, 0 outside the mask; divided by `aggregation_units` of the whole optimizer step.
+    """What each token counts in the loss, [B, T] float32, 0 outside the mask; divided by
+    `aggregation_units` of the whole optimizer step.
 
-    token       1                     mean over all tokens (Yu et al. 2025, arXiv:2503.14476, equation 8)
-    sequence    1 / response length   mean over responses of their means (Shao et al. 2024, arXiv:2402.03300, equation 3)
-    constant    1                     sum over a fixed number: no length bias (Liu et al. 2025, arXiv:2503.20783, section 3.1)
+    token       1                     mean over all tokens (Yu et al. 2025, arXiv:2503.14476,
+    equation 8) sequence    1 / response length   mean over responses of their means (Shao et al.
+    2024, arXiv:2402.03300, equation 3) constant    1                     sum over a fixed number:
+    no length bias (Liu et al. 2025, arXiv:2503.20783, section 3.1)
     """
     check_mask(response_mask)
     weights = response_mask.float()
@@ -45,8 +52,11 @@ def aggregation_weights(response_mask: Tensor, aggregation: Aggregation) -> Tens
     return weights
 
 
-def aggregation_units(response_mask: Tensor, aggregation: Aggregation, constant_length: int) -> float:
-    """The sum over these rows of what the step's loss is divided by: tokens, responses, or responses x `constant_length`.
+def aggregation_units(
+    response_mask: Tensor, aggregation: Aggregation, constant_length: int
+) -> float:
+    """The sum over these rows of what the step's loss is divided by: tokens, responses, or
+    responses x `constant_length`.
 
     Rows without a token under the mask do not count.
     """
@@ -75,25 +85,44 @@ def policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """-1/denominator * sum_t w_t * surrogate_t -> (loss scalar, stats). With rho_t = exp(logprobs_t - old_logprobs_t) and sg a constant:
+    """-1/denominator * sum_t w_t * surrogate_t -> (loss scalar, stats). With rho_t = exp(logprobs_t
+    - old_logprobs_t) and sg a constant:
 
-        clip    min(rho_t A_t, clip(rho_t, 1 - cliprange, 1 + high) A_t)      PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7); with
-                high above cliprange DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476, section 3.1)
-        gspo    the same with s = exp(mean_t log rho_t), one ratio per response (Zheng et al. 2025, arXiv:2507.18071, equations 5 to 7)
-        cispo   sg(min(rho_t, 1 + high)) A_t logprobs_t                       (MiniMax 2025, arXiv:2506.13585, equation 4, no lower bound)
-        nll     A_t logprobs_t                                                likelihood, A_t is 1 for imitation
+        clip    min(rho_t A_t, clip(rho_t, 1 - cliprange, 1 + high) A_t)      PPO (Schulman et al.
+        2017, arXiv:1707.06347, equation 7); with
+                high above cliprange DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476, section
+                3.1)
+        gspo    the same with s = exp(mean_t log rho_t), one ratio per response (Zheng et al. 2025,
+        arXiv:2507.18071, equations 5 to 7)
+        cispo   sg(min(rho_t, 1 + high)) A_t logprobs_t                       (MiniMax 2025,
+        arXiv:2506.13585, equation 4, no lower bound)
+        nll     A_t logprobs_t                                                likelihood, A_t is 1
+        for imitation
 
-    `cliprange_high` None: as `cliprange`. With `dual_clip` c > 1 the clipped terms are at least c * A_t where A_t < 0, which bounds the loss of
-    an unlucky ratio (Ye et al. 2020, arXiv:1912.09729, equation 5). `weights` w are constants: `aggregation_weights`, `importance_weights` or
-    their product. All tensors [B, T]; only `logprobs` gets a gradient.
+    `cliprange_high` None: as `cliprange`. With `dual_clip` c > 1 the clipped terms are at least c *
+    A_t where A_t < 0, which bounds the loss of an unlucky ratio (Ye et al. 2020, arXiv:1912.09729,
+    equation 5). `weights` w are constants: `aggregation_weights`, `importance_weights` or their
+    product. All tensors [B, T]; only `logprobs` gets a gradient.
     """
-    same_shape(2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, response_mask=response_mask)
+    same_shape(
+        2,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        response_mask=response_mask,
+    )
     check_mask(response_mask)
     _check_denominator(denominator)
-    new, old, advantages = torch.where(response_mask, logprobs, 0.0), torch.where(response_mask, old_logprobs, 0.0).detach(), advantages.detach()
+    new, old, advantages = (
+        torch.where(response_mask, logprobs, 0.0),
+        torch.where(response_mask, old_logprobs, 0.0).detach(),
+        advantages.detach(),
+    )
     log_ratio = new - old
     if kind is PolicyLoss.gspo:
-        log_ratio = (log_ratio.sum(dim=1, keepdim=True) / response_mask.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(new)
+        log_ratio = (
+            log_ratio.sum(dim=1, keepdim=True) / response_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        ).expand_as(new)
     ratio = torch.exp(log_ratio)
     high = cliprange if cliprange_high is None else cliprange_high
     match kind:
@@ -118,7 +147,9 @@ def policy_loss(
     return -masked_sum(surrogate, response_mask) / denominator, stats
 
 
-def _clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None) -> tuple[Tensor, Tensor]:
+def _clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
     """(surrogate, where a bound holds), both of the ratio's shape."""
     unclipped = ratio * advantages
     clipped = ratio.clamp(1.0 - low, 1.0 + high) * advantages
@@ -143,20 +174,33 @@ def kl_loss(
     denominator: float,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """1/denominator * sum_t w_t * KL_t, a scalar in nats; multiply it by the coefficient and add it to the loss.
+    """1/denominator * sum_t w_t * KL_t, a scalar in nats; multiply it by the coefficient and add it
+    to the loss.
 
-        k2, k3         `kl_per_token` at the new policy's logprobs. The gradient of k2 is that of the divergence, as long as policy and sampler agree.
-        k3_weighted    rho_t * k3_t with rho_t = exp(logprobs_t - old_logprobs_t): value and gradient stay unbiased after the policy has moved
+        k2, k3         `kl_per_token` at the new policy's logprobs. The gradient of k2 is that of
+        the divergence, as long as policy and sampler agree.
+        k3_weighted    rho_t * k3_t with rho_t = exp(logprobs_t - old_logprobs_t): value and
+        gradient stay unbiased after the policy has moved
                        (DeepSeek-AI 2025, "DeepSeek-V3.2", section 3.1)
 
-    All tensors [B, T]; only `logprobs` gets a gradient. Raises ValueError for k1, whose gradient has zero mean.
+    All tensors [B, T]; only `logprobs` gets a gradient. Raises ValueError for k1, whose gradient
+    has zero mean.
     """
-    same_shape(2, logprobs=logprobs, ref_logprobs=ref_logprobs, old_logprobs=old_logprobs, response_mask=response_mask)
+    same_shape(
+        2,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        old_logprobs=old_logprobs,
+        response_mask=response_mask,
+    )
     check_mask(response_mask)
     _check_denominator(denominator)
     if estimator is KLEstimator.k1:
         raise ValueError("k1 has a gradient of zero mean and penalises nothing in a loss")
-    new, ref = torch.where(response_mask, logprobs, 0.0), torch.where(response_mask, ref_logprobs, 0.0).detach()
+    new, ref = (
+        torch.where(response_mask, logprobs, 0.0),
+        torch.where(response_mask, ref_logprobs, 0.0).detach(),
+    )
     if estimator is KLEstimator.k3_weighted:
         ratio = torch.exp(new - torch.where(response_mask, old_logprobs, 0.0).detach())
         kl = ratio * kl_per_token(new, ref, KLEstimator.k3)
@@ -169,26 +213,45 @@ def kl_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *, cliprange_value: float, denominator: float
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    response_mask: Tensor,
+    *,
+    cliprange_value: float,
+    denominator: float,
 ) -> tuple[Tensor, Tensor]:
-    """Clipped value loss of PPO's first implementation (Dhariwal et al. 2017, OpenAI Baselines ppo2) -> (loss scalar, clipped-token count).
+    """Clipped value loss of PPO's first implementation (Dhariwal et al. 2017, OpenAI Baselines
+    ppo2) -> (loss scalar, clipped-token count).
 
-        L = 1/denominator * sum_t 1/2 * max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) - R_t)^2),    c = cliprange_value
+        L = 1/denominator * sum_t 1/2 * max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) -
+        R_t)^2),    c = cliprange_value
 
-    All tensors [B, T] in units of the score; only `values` gets a gradient. Counted are tokens whose clipped error is the larger one.
+    All tensors [B, T] in units of the score; only `values` gets a gradient. Counted are tokens
+    whose clipped error is the larger one.
     """
-    same_shape(2, values=values, old_values=old_values, returns=returns, response_mask=response_mask)
+    same_shape(
+        2, values=values, old_values=old_values, returns=returns, response_mask=response_mask
+    )
     check_mask(response_mask)
     _check_denominator(denominator)
-    values, old, returns = torch.where(response_mask, values, 0.0), old_values.detach(), returns.detach()
+    values, old, returns = (
+        torch.where(response_mask, values, 0.0),
+        old_values.detach(),
+        returns.detach(),
+    )
     error = (values - returns).square()
-    clipped_error = (torch.clamp(values, old - cliprange_value, old + cliprange_value) - returns).square()
+    clipped_error = (
+        torch.clamp(values, old - cliprange_value, old + cliprange_value) - returns
+    ).square()
     loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), response_mask) / denominator
     return loss, masked_sum((clipped_error > error).float(), response_mask).detach()
 
 
 def entropy_bonus(entropy: Tensor, response_mask: Tensor, *, denominator: float) -> Tensor:
-    """sum_t H_t / denominator, a scalar in nats per token; subtract it from the loss, times its coefficient. `entropy` [B, T]."""
+    """sum_t H_t / denominator, a scalar in nats per token; subtract it from the loss, times its
+    coefficient. `entropy` [B, T].
+    """
     same_shape(2, entropy=entropy, response_mask=response_mask)
     check_mask(response_mask)
     _check_denominator(denominator)
@@ -207,11 +270,15 @@ def importance_weights(
 ) -> Tensor:
     """Importance ratios trainer / sampler probability, constants, [B, T].
 
-        truncate    min(ratio, cap)                          (Ionides 2008, "Truncated importance sampling")
-        mask        ratio where it is at most cap, else 0    the token, or the whole response, gives no gradient
-        sequence    the ratio of the whole response, exp(sum_t log ratio_t), at each of its tokens; it needs `response_mask`
+        truncate    min(ratio, cap)                          (Ionides 2008, "Truncated importance
+        sampling")
+        mask        ratio where it is at most cap, else 0    the token, or the whole response, gives
+        no gradient
+        sequence    the ratio of the whole response, exp(sum_t log ratio_t), at each of its tokens;
+        it needs `response_mask`
 
-    They correct for tokens that the sampler drew from a slightly different (stale, or lower-precision) policy than the trainer's.
+    They correct for tokens that the sampler drew from a slightly different (stale, or
+    lower-precision) policy than the trainer's.
     """
     same_shape(2, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
     if not cap > 0:
@@ -221,7 +288,11 @@ def importance_weights(
         if response_mask is None:
             raise ValueError("the ratio of a whole response needs its response_mask")
         same_shape(2, old_logprobs=old_logprobs, response_mask=response_mask)
-        log_ratio = torch.where(response_mask, log_ratio, 0.0).sum(dim=1, keepdim=True).expand_as(old_logprobs)
+        log_ratio = (
+            torch.where(response_mask, log_ratio, 0.0)
+            .sum(dim=1, keepdim=True)
+            .expand_as(old_logprobs)
+        )
     ratio = torch.exp(log_ratio)
     if mode is ImportanceMode.mask:
         return torch.where(ratio <= cap, ratio, 0.0)

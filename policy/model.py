@@ -1,7 +1,8 @@
-"""The modules that engines train: token ids in, float32 figures at response positions out; and where their weights are.
+"""The modules that engines train: token ids in, float32 figures at response positions out; and
+where their weights are.
 
-Batches are right-padded and causal, so a real token never attends to padding and no attention mask is needed: the hidden state
-at a real position is the same whatever follows it.
+Batches are right-padded and causal, so a real token never attends to padding and no attention mask
+is needed: the hidden state at a real position is the same whatever follows it.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.logprobs import selected_logprobs
-from rlhf import distributed
+from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, UserError
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 _PEFT_PREFIX = "base_model.model."
-_DROPOUT = ("attention_dropout", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout")
+_DROPOUT = (
+    "attention_dropout",
+    "attn_pdrop",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "resid_pdrop",
+    "embd_pdrop",
+    "dropout",
+)
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -43,7 +52,8 @@ class PolicyModule(nn.Module):
         for name in _SCALED_LOGITS:
             if getattr(config, name, None) not in (None, 1, 1.0):
                 raise UserError(
-                    f"model.path: {config.model_type} rescales its logits ({name}={getattr(config, name)}), which the policy's head does not do."
+                    f"model.path: {config.model_type} rescales its logits "
+                    f"({name}={getattr(config, name)}), which the policy's head does not do."
                 )
         self.model = model
         self.chunk = chunk
@@ -61,38 +71,65 @@ class PolicyModule(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`input_ids` [B, L]; `positions`, `response_ids`, `response_mask` [B, T] -> logprobs, entropy, both [B, T] float32 nats (0 where masked).
+        """`input_ids` [B, L]; `positions`, `response_ids`, `response_mask` [B, T] -> logprobs,
+        entropy, both [B, T] float32 nats (0 where masked).
 
-        With prompts shared, `input_ids` are [G, L] packs and `owner`, `position_ids`, `attention_mask` those of `policy.packing.Packed`.
+        With prompts shared, `input_ids` are [G, L] packs and `owner`, `position_ids`,
+        `attention_mask` those of `policy.packing.Packed`.
         """
         lm = base_of(self.model)
         hidden = _hidden(lm, input_ids, position_ids, attention_mask)  # [B, L, H], or [G, L, H]
         rows = torch.arange(positions.shape[0], device=input_ids.device) if owner is None else owner
         rows = rows[:, None].expand_as(positions)
-        picked, labels = hidden[rows[response_mask], positions[response_mask]], response_ids[response_mask]  # [N, H], [N]
+        # [N, H], [N]
+        picked, labels = (
+            hidden[rows[response_mask], positions[response_mask]],
+            response_ids[response_mask],
+        )
         tokens = len(labels)
         if self.same_calls:
             spare = int(distributed.all_max([tokens])[0]) - tokens
             picked, labels = F.pad(picked, (0, 0, 0, spare)), F.pad(labels, (0, spare))
         flat_logprobs, flat_entropy = selected_logprobs(
-            picked, lm.get_output_embeddings(), labels, chunk=self.chunk, temperature=self.temperature, entropy_grad=self.entropy_grad
+            picked,
+            lm.get_output_embeddings(),
+            labels,
+            chunk=self.chunk,
+            temperature=self.temperature,
+            entropy_grad=self.entropy_grad,
         )
         flat_logprobs, flat_entropy = flat_logprobs[:tokens], flat_entropy[:tokens]
         zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=input_ids.device)
-        return zeros.masked_scatter(response_mask, flat_logprobs), zeros.masked_scatter(response_mask, flat_entropy)
+        return zeros.masked_scatter(response_mask, flat_logprobs), zeros.masked_scatter(
+            response_mask, flat_entropy
+        )
 
 
-def _hidden(lm: Any, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-    """Last hidden states [B, L, H]. Without a mask the last column is left out (L - 1): the last token of a response predicts nothing."""
+def _hidden(
+    lm: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Last hidden states [B, L, H]. Without a mask the last column is left out (L - 1): the last
+    token of a response predicts nothing.
+    """
     backbone = getattr(lm, lm.base_model_prefix)
     if attention_mask is None:
         kept = input_ids[:, : max(input_ids.shape[1] - 1, 1)]
         return backbone(input_ids=kept, use_cache=False).last_hidden_state
-    return backbone(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return backbone(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+    ).last_hidden_state
 
 
 class CriticModule(nn.Module):
-    """A sequence classifier read at every response position: the value of the state before each response token."""
+    """A sequence classifier read at every response position: the value of the state before each
+    response token.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -119,17 +156,22 @@ def has_dropout(model: nn.Module) -> bool:
     """Whether a training pass gives other logprobs than an evaluation pass."""
     config = base_of(model).config.get_text_config()
     named = any(float(getattr(config, name, 0.0) or 0.0) > 0 for name in _DROPOUT)
-    return named or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return named or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    )
 
 
 @torch.no_grad()
 def mix_weights(target: Any, source: Any, share: float) -> None:
-    """target = share * source + (1 - share) * target, tensor by tensor; adapters of `source` merged in. Whole weights only (not ZeRO-3)."""
+    """target = share * source + (1 - share) * target, tensor by tensor; adapters of `source` merged
+    in. Whole weights only (not ZeRO-3).
+    """
     held = target.state_dict()
     done: set[int] = set()
     for name, tensor in iterate_weights(source):
         own = held[name]
-        if own.data_ptr() not in done and own.is_floating_point():  # tied tensors come under each name
+        # tied tensors come under each name
+        if own.data_ptr() not in done and own.is_floating_point():
             done.add(own.data_ptr())
             own.lerp_(tensor.to(own), share)
 
@@ -148,10 +190,12 @@ def _persistent(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model's state dict by transformers' name, adapters merged in, gathered one layer at a time.
+    """Every tensor of the model's state dict by transformers' name, adapters merged in, gathered
+    one layer at a time.
 
-    Under ZeRO-3 every rank must consume the whole iterator. The trained weights are left bit for bit as they were: a merged
-    layer gets its original back rather than the sum less the update, which would drift. Merged and gathered tensors are copies.
+    Under ZeRO-3 every rank must consume the whole iterator. The trained weights are left bit for
+    bit as they were: a merged layer gets its original back rather than the sum less the update,
+    which would drift. Merged and gathered tensors are copies.
     """
     lora_layers = _lora_layers(model)
     inside = {id(sub) for layer in lora_layers.values() for sub in layer.modules()}
@@ -171,7 +215,10 @@ def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[st
         elif id(module) not in inside:
             params = list(module.parameters(recurse=False))
             with gather(params) if params else nullcontext():
-                own = [(_clean_name(n), t.clone() if copy else t) for n, t in _persistent(module, prefix)]
+                own = [
+                    (_clean_name(n), t.clone() if copy else t)
+                    for n, t in _persistent(module, prefix)
+                ]
             yield from own
 
 
@@ -193,8 +240,13 @@ def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
 
     params = trainable(model)
     with gather(params):
-        # The base weights may be partitioned (empty) under ZeRO-3: hand PEFT the adapter's tensors only.
+        # The base weights may be partitioned (empty) under ZeRO-3: hand PEFT the adapter's tensors
+        # only.
         own = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     config = model.peft_config["default"].to_dict()
-    config = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
-    return AdapterWeights(get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False), config)
+    config = {
+        k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()
+    }
+    return AdapterWeights(
+        get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False), config
+    )

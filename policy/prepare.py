@@ -1,4 +1,6 @@
-"""From rollouts and scores to what an update needs: logprobs, KL, per-token rewards, advantages and returns."""
+"""From rollouts and scores to what an update needs: logprobs, KL, per-token rewards, advantages and
+returns.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +25,7 @@ from policy.advantages import (
 from policy.batching import Batch, plan_micro_batches
 from policy.kl import kl_per_token
 from policy.packing import pack, pack_groups, pack_length
-from rlhf import distributed
+from rlhf.process import distributed
 
 Packs = list[list[int]]  # rows of one micro-batch, those of a pack side by side
 
@@ -39,7 +41,9 @@ class Layout:
 
 @dataclass(slots=True)
 class TrainBatch:
-    """This rank's responses of one step; all tensors [B, T] float32 over response tokens, 0 where masked. None: not known, or not needed."""
+    """This rank's responses of one step; all tensors [B, T] float32 over response tokens, 0 where
+    masked. None: not known, or not needed.
+    """
 
     tokens: Batch
     keep: Tensor  # [B] bool: rows that train
@@ -47,11 +51,13 @@ class TrainBatch:
     pairs: list[tuple[int, int]]  # rows (better, worse), policy_loss=dpo
     rollout_logprobs: Tensor  # nats, by the sampler
     # what `prepare` fills in
-    old_logprobs: Tensor | None = None  # nats, by the trainer before the update; None until the update's only pass fills it in
+    # nats, by the trainer before the update; None until the update's only pass fills it in
+    old_logprobs: Tensor | None = None
     entropy: Tensor | None = None  # nats, of the policy before the update; None as above
     ref_logprobs: Tensor | None = None  # nats, by the reference
     values: Tensor | None = None  # units of the score
-    rewards: Tensor = field(default_factory=lambda: torch.zeros(0))  # score at the last token less the KL penalty
+    # score at the last token less the KL penalty
+    rewards: Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
     returns: Tensor | None = None
 
@@ -66,12 +72,20 @@ class TrainBatch:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for a dump."""
-        out = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return out | {"input_ids": self.tokens.input_ids, "response_mask": self.tokens.response_mask}
+        out = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return out | {
+            "input_ids": self.tokens.input_ids,
+            "response_mask": self.tokens.response_mask,
+        }
 
 
 def aligned_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Micro-batches of at most `budget` tokens, as many on every rank: ZeRO's collectives need the same number of passes.
+    """Micro-batches of at most `budget` tokens, as many on every rank: ZeRO's collectives need the
+    same number of passes.
 
     A rank with fewer gets empty ones, for which the caller runs a row at weight 0.
     """
@@ -80,8 +94,16 @@ def aligned_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]
     return own if most == len(own) else plan_micro_batches(lengths, budget, at_least=most)
 
 
-def plan(batch: Batch, groups: Tensor, rows: Sequence[int], layout: Layout, pairs: Sequence[tuple[int, int]] = ()) -> list[Packs]:
-    """Micro-batches of `rows`, or of whole `pairs` where they are given; as many on every rank, some of them empty. Collective."""
+def plan(
+    batch: Batch,
+    groups: Tensor,
+    rows: Sequence[int],
+    layout: Layout,
+    pairs: Sequence[tuple[int, int]] = (),
+) -> list[Packs]:
+    """Micro-batches of `rows`, or of whole `pairs` where they are given; as many on every rank,
+    some of them empty. Collective.
+    """
     lengths = batch.lengths.tolist()
     responses = batch.response_mask.sum(dim=1).tolist()
     prompts = [length - response for length, response in zip(lengths, responses, strict=True)]
@@ -92,18 +114,29 @@ def plan(batch: Batch, groups: Tensor, rows: Sequence[int], layout: Layout, pair
             chosen = list(rows)
             numbers = groups.tolist()
             local = pack_groups(
-                [numbers[r] for r in chosen], [prompts[r] for r in chosen], [responses[r] for r in chosen], hidden_size=layout.hidden_size
+                [numbers[r] for r in chosen],
+                [prompts[r] for r in chosen],
+                [responses[r] for r in chosen],
+                hidden_size=layout.hidden_size,
             )
             packs = [[chosen[i] for i in part] for part in local]
         sizes = [pack_length(part, prompts, responses) for part in packs]
         return [[packs[i] for i in part] for part in aligned_micro_batches(sizes, layout.budget)]
     if pairs:
         sizes = [max(lengths[row] for row in pair) for pair in pairs]
-        return [[[row] for i in part for row in pairs[i]] for part in aligned_micro_batches(sizes, max(1, layout.budget // 2))]
-    return [[[rows[i]] for i in part] for part in aligned_micro_batches([lengths[row] for row in rows], layout.budget)]
+        return [
+            [[row] for i in part for row in pairs[i]]
+            for part in aligned_micro_batches(sizes, max(1, layout.budget // 2))
+        ]
+    return [
+        [[rows[i]] for i in part]
+        for part in aligned_micro_batches([lengths[row] for row in rows], layout.budget)
+    ]
 
 
-def run_policy(engine: Any, batch: Batch, packs: Packs, layout: Layout) -> tuple[list[int], Batch, Tensor, Tensor]:
+def run_policy(
+    engine: Any, batch: Batch, packs: Packs, layout: Layout
+) -> tuple[list[int], Batch, Tensor, Tensor]:
     """(rows, their batch, logprobs [b, t], entropy [b, t]) of one micro-batch."""
     rows = [row for part in packs for row in part]
     part = batch.select(rows)
@@ -116,16 +149,34 @@ def run_policy(engine: Any, batch: Batch, packs: Packs, layout: Layout) -> tuple
         local.append(list(range(counted, counted + len(pack_rows))))
         counted += len(pack_rows)
     packed = pack(part, local)
-    logprobs, entropy = engine(packed.input_ids, packed.positions, *plain, packed.owner, packed.position_ids, packed.attention_mask)
+    logprobs, entropy = engine(
+        packed.input_ids,
+        packed.positions,
+        *plain,
+        packed.owner,
+        packed.position_ids,
+        packed.attention_mask,
+    )
     return rows, part, logprobs, entropy
 
 
 def policy_logprobs(
-    engine: Any, batch: Batch, groups: Tensor, rows: Sequence[int], layout: Layout, *, adapter_off: bool = False
+    engine: Any,
+    batch: Batch,
+    groups: Tensor,
+    rows: Sequence[int],
+    layout: Layout,
+    *,
+    adapter_off: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Logprobs and entropy [B, T] of `rows` by the trainer, 0 elsewhere; `adapter_off`: by the frozen weights under the adapter. Collective."""
+    """Logprobs and entropy [B, T] of `rows` by the trainer, 0 elsewhere; `adapter_off`: by the
+    frozen weights under the adapter. Collective.
+    """
     getattr(engine, "module", engine).eval()
-    out = [torch.zeros(batch.response_mask.shape, dtype=torch.float32, device=batch.input_ids.device) for _ in range(2)]
+    out = [
+        torch.zeros(batch.response_mask.shape, dtype=torch.float32, device=batch.input_ids.device)
+        for _ in range(2)
+    ]
     with torch.no_grad(), adapter_disabled(engine) if adapter_off else nullcontext():
         for packs in plan(batch, groups, rows, layout):
             done, part, logprobs, entropy = run_policy(engine, batch, packs or [[0]], layout)
@@ -154,14 +205,20 @@ def critic_values(engine: Any, batch: Batch, budget: int) -> Tensor:
 
 
 def needs_old_logprobs(stage: OnlineStage) -> bool:
-    """Whether the update needs the policy's logprobs before its first optimizer step, and not just during it.
+    """Whether the update needs the policy's logprobs before its first optimizer step, and not just
+    during it.
 
-    With one optimizer step per rollout the logprobs of that step are those before the update, so a pass is saved; not where the rewards hold a
-    KL penalty, nor where a step trains the critic alone.
+    With one optimizer step per rollout the logprobs of that step are those before the update, so a
+    pass is saved; not where the rewards hold a KL penalty, nor where a step trains the critic
+    alone.
     """
     several = stage.epochs * stage.minibatches > 1
     critic_alone = stage.advantage is Advantage.gae and stage.critic_warmup > 0
-    return several or critic_alone or (stage.reference and stage.kl_coef > 0 and stage.kl_place is not KLPlace.loss)
+    return (
+        several
+        or critic_alone
+        or (stage.reference and stage.kl_coef > 0 and stage.kl_place is not KLPlace.loss)
+    )
 
 
 def prepare(
@@ -177,10 +234,11 @@ def prepare(
     layout: Layout,
     passes: bool,
 ) -> TrainBatch:
-    """Fill in what the update needs. `scores` [B] are final (clipped, normalised, penalised); `baselines` [B]: scores of greedy responses.
+    """Fill in what the update needs. `scores` [B] are final (clipped, normalised, penalised);
+    `baselines` [B]: scores of greedy responses.
 
-    `reference`: a frozen module, "adapter" (the policy with its adapter off), or None. `passes` False: the update measures logprobs itself.
-    Collective.
+    `reference`: a frozen module, "adapter" (the policy with its adapter off), or None. `passes`
+    False: the update measures logprobs itself. Collective.
     """
     tokens, mask = batch.tokens, batch.mask
     rows = batch.keep.nonzero().flatten().tolist()
@@ -200,12 +258,20 @@ def prepare(
         rewards = whiten(rewards, mask, mean, std, shift=False)
     if stage.advantage is Advantage.gae:
         assert values is not None, "advantage=gae has a critic"
-        advantages, returns = gae(rewards, values, mask, gamma=stage.gamma, gae_lambda=stage.gae_lambda)
+        advantages, returns = gae(
+            rewards, values, mask, gamma=stage.gamma, gae_lambda=stage.gae_lambda
+        )
     elif not rows:  # a rank's spare row has no group
         advantages = torch.zeros_like(rewards)
     else:
-        advantages = advantages_without_critic(rewards, scores, batch.groups, baselines, mask, stage)
-    if stage.whiten_advantages and stage.advantage is not Advantage.none and distributed.all_sum([float(batch.train_mask.sum())])[0] > 0:
+        advantages = advantages_without_critic(
+            rewards, scores, batch.groups, baselines, mask, stage
+        )
+    if (
+        stage.whiten_advantages
+        and stage.advantage is not Advantage.none
+        and distributed.all_sum([float(batch.train_mask.sum())])[0] > 0
+    ):
         mean, std, _ = masked_moments(advantages, batch.train_mask, distributed.all_sum)
         advantages = whiten(advantages, mask, mean, std, shift=True)
     return replace(
@@ -220,17 +286,27 @@ def prepare(
     )
 
 
-def reference_logprobs(policy: Any, reference: Any, tokens: Batch, groups: Tensor, rows: Sequence[int], layout: Layout) -> Tensor:
+def reference_logprobs(
+    policy: Any, reference: Any, tokens: Batch, groups: Tensor, rows: Sequence[int], layout: Layout
+) -> Tensor:
     """Logprobs [B, T] of `rows` by the reference, 0 elsewhere. Collective."""
     if reference == "adapter":
         return policy_logprobs(policy, tokens, groups, rows, layout, adapter_off=True)[0]
     return policy_logprobs(reference, tokens, groups, rows, layout)[0]
 
 
-def advantages_without_critic(rewards: Tensor, scores: Tensor, groups: Tensor, baselines: Tensor | None, mask: Tensor, stage: OnlineStage) -> Tensor:
+def advantages_without_critic(
+    rewards: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    baselines: Tensor | None,
+    mask: Tensor,
+    stage: OnlineStage,
+) -> Tensor:
     """Advantages [B, T], 0 outside the mask, of every estimator that needs no critic.
 
-    `rewards` [B, T] hold the KL penalty where it belongs in the reward, so a group is compared by its penalised scores.
+    `rewards` [B, T] hold the KL penalty where it belongs in the reward, so a group is compared by
+    its penalised scores.
     """
     totals = rewards.sum(dim=1)
     match stage.advantage:
@@ -242,11 +318,17 @@ def advantages_without_critic(rewards: Tensor, scores: Tensor, groups: Tensor, b
             per_row = torch.ones_like(totals)
         case Advantage.reinforce_pp:
             to_go = rewards_to_go(rewards, mask, gamma=stage.gamma)
-            baseline = group_moments(scores, groups)[0].float() if stage.group_baseline else torch.zeros_like(totals)
+            baseline = (
+                group_moments(scores, groups)[0].float()
+                if stage.group_baseline
+                else torch.zeros_like(totals)
+            )
             return torch.where(mask, to_go - baseline[:, None], 0.0)
         case Advantage.greedy:
             assert baselines is not None, "advantage=greedy scores greedy responses"
-            return torch.where(mask, rewards_to_go(rewards, mask, gamma=stage.gamma) - baselines[:, None], 0.0)
+            return torch.where(
+                mask, rewards_to_go(rewards, mask, gamma=stage.gamma) - baselines[:, None], 0.0
+            )
         case _:
             raise ValueError(f"{stage.advantage} needs a critic")
     return torch.where(mask, per_row[:, None].to(rewards.dtype), 0.0)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from policy.model import Gather, adapter_weights, base_of, is_peft, iterate_weights, no_gather
-from rlhf import distributed
+from rlhf.process import distributed
 
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that takes its place at the end, so that a reader never sees half of it; after an error nothing is left of it."""
+    """A folder beside `directory` that takes its place at the end, so that a reader never sees half
+    of it; after an error nothing is left of it.
+    """
     side = directory.with_name(directory.name + ".part")
     shutil.rmtree(side, ignore_errors=True)
     side.mkdir(parents=True)
@@ -28,8 +30,15 @@ def replacing(directory: Path) -> Iterator[Path]:
         raise
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path, gather: Gather = no_gather, dtype: torch.dtype | None = None) -> None:
-    """Whole weights (an adapter merged in; in `dtype` where given), configuration, tokenizer and chat template.
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    gather: Gather = no_gather,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Whole weights (an adapter merged in; in `dtype` where given), configuration, tokenizer and
+    chat template.
 
     Collective under ZeRO-3; rank 0 writes, to the side: `directory` is replaced as a whole.
     """
@@ -51,7 +60,9 @@ def save_model(model: Any, tokenizer: Any, directory: Path, gather: Gather = no_
 
 
 def save_adapter(model: Any, directory: Path, gather: Gather = no_gather) -> None:
-    """The LoRA adapter alone, in PEFT's format. Collective under ZeRO-3; rank 0 writes, to the side: `directory` is replaced as a whole."""
+    """The LoRA adapter alone, in PEFT's format. Collective under ZeRO-3; rank 0 writes, to the
+    side: `directory` is replaced as a whole.
+    """
     import json
 
     from safetensors.torch import save_file
@@ -62,7 +73,9 @@ def save_adapter(model: Any, directory: Path, gather: Gather = no_gather) -> Non
         tensors = {n: t.cpu().contiguous() for n, t in weights.tensors.items()}
         with replacing(directory) as side:
             save_file(tensors, str(side / "adapter_model.safetensors"), metadata={"format": "pt"})
-            (side / "adapter_config.json").write_text(json.dumps(weights.config, indent=2, default=str), encoding="utf-8")
+            (side / "adapter_config.json").write_text(
+                json.dumps(weights.config, indent=2, default=str), encoding="utf-8"
+            )
     distributed.barrier()
 
 

@@ -1,4 +1,6 @@
-"""Which responses of a step train: groups whose scores differ, the best of each group, or its best and worst as a pair."""
+"""Which responses of a step train: groups whose scores differ, the best of each group, or its best
+and worst as a pair.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +10,9 @@ from conf.choices import Selection
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """Row numbers. `pairs` hold (better, worse) and are empty unless the selection makes pairs; every row of a pair is in `rows`."""
+    """Row numbers. `pairs` hold (better, worse) and are empty unless the selection makes pairs;
+    every row of a pair is in `rows`.
+    """
 
     rows: list[int]
     pairs: list[tuple[int, int]]
@@ -35,10 +39,10 @@ def unequal_groups(scores: Sequence[float], groups: Sequence[int]) -> list[list[
 def select(scores: Sequence[float], groups: Sequence[int], selection: Selection) -> Selected:
     """The rows that train. `scores`, `groups`: [B]. Ties go to the first row.
 
-    all          every row
-    unequal      rows of groups whose scores are not all equal (Yu et al. 2025, arXiv:2503.14476, section 3.2)
-    best         the best row of every group (Dong et al. 2023, arXiv:2304.06767)
-    best_worst   the best and the worst row of every group whose scores are not all equal (Guo et al. 2024, arXiv:2402.04792)
+    all          every row unequal      rows of groups whose scores are not all equal (Yu et al.
+    2025, arXiv:2503.14476, section 3.2) best         the best row of every group (Dong et al. 2023,
+    arXiv:2304.06767) best_worst   the best and the worst row of every group whose scores are not
+    all equal (Guo et al. 2024, arXiv:2402.04792)
     """
     match selection:
         case Selection.all:
@@ -46,10 +50,16 @@ def select(scores: Sequence[float], groups: Sequence[int], selection: Selection)
         case Selection.unequal:
             return Selected([row for rows in unequal_groups(scores, groups) for row in rows], [])
         case Selection.best:
-            return Selected([max(rows, key=lambda row: (scores[row], -row)) for rows in rows_by_group(groups)], [])
+            return Selected(
+                [max(rows, key=lambda row: (scores[row], -row)) for rows in rows_by_group(groups)],
+                [],
+            )
         case Selection.best_worst:
             pairs = [
-                (max(rows, key=lambda row: (scores[row], -row)), min(rows, key=lambda row: (scores[row], row)))
+                (
+                    max(rows, key=lambda row: (scores[row], -row)),
+                    min(rows, key=lambda row: (scores[row], row)),
+                )
                 for rows in unequal_groups(scores, groups)
             ]
             return Selected([row for pair in pairs for row in pair], pairs)

@@ -1,9 +1,10 @@
-"""A reward of several terms: each scored, clipped and normalised by itself, then summed with weights.
+"""A reward of several terms: each scored, clipped and normalised by itself, then summed with
+weights.
 
     total = sum over terms of weight x normalised(clipped(raw))
 
-A term is any Scorer. What it wrote as `total` are its raw values; they stay apart in Scores.terms, so that reward/<term> is comparable from
-step to step whatever the running statistics are.
+A term is any Scorer. What it wrote as `total` are its raw values; they stay apart in Scores.terms,
+so that reward/<term> is comparable from step to step whatever the running statistics are.
 """
 
 import math
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reward.scorer import name_prompt
-from rlhf import distributed
-from rlhf.moments import RunningMoments
+from rlhf.process import distributed
+from rlhf.process.moments import RunningMoments
 from rlhf.types import NonFiniteScore, Rollout, Scorer, Scores, UserError
 
 _LEAST_STD = 1e-6  # below it all values are one and the same, and their normalised value is 0
@@ -28,14 +29,16 @@ class Term:
     scorer: Scorer
     weight: float = 1.0
     clip: float | None = None  # raw values into [-clip, clip]
-    normalise: bool = False  # by mean and standard deviation of all clipped values so far, this batch included
+    # by mean and standard deviation of all clipped values so far, this batch included
+    normalise: bool = False
     moments: RunningMoments = field(default_factory=RunningMoments)
 
 
 class CompositeScorer:
     """The weighted sum of terms.
 
-    Where a term is normalised `score` is a collective: every rank calls it, also one that has no responses.
+    Where a term is normalised `score` is a collective: every rank calls it, also one that has no
+    responses.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:
@@ -45,7 +48,8 @@ class CompositeScorer:
         self.terms = list(terms)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Raw values by term, their total, and extras: `<term>_clipped` (1 where the clip took effect) and what a term's scorer tells of itself.
+        """Raw values by term, their total, and extras: `<term>_clipped` (1 where the clip took
+        effect) and what a term's scorer tells of itself.
 
         Raises UserError naming term and prompt for a value that is no finite number.
         """
@@ -68,12 +72,16 @@ class CompositeScorer:
         return {term.name: term.moments.state_dict() for term in self.terms if term.normalise}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take over what `state_dict` gave. Raises UserError when the terms that are normalised are not the same."""
+        """Take over what `state_dict` gave. Raises UserError when the terms that are normalised are
+        not the same.
+        """
         expected = {term.name for term in self.terms if term.normalise}
         if set(state) != expected:
             raise UserError(
-                f"The checkpoint holds statistics of the reward terms {', '.join(sorted(state)) or 'none'}, but reward.terms normalises "
-                f"{', '.join(sorted(expected)) or 'none'}. Resume with the terms that the run started with."
+                "The checkpoint holds statistics of the reward terms "
+                f"{', '.join(sorted(state)) or 'none'}, but reward.terms normalises "
+                f"{', '.join(sorted(expected)) or 'none'}. Resume with the terms that the run "
+                "started with."
             )
         for term in self.terms:
             moments = state.get(term.name)
@@ -83,7 +91,11 @@ class CompositeScorer:
 
 def _counted(term: Term, raw: Sequence[float]) -> list[float]:
     """What the term adds before its weight."""
-    values = list(raw) if term.clip is None else [min(max(value, -term.clip), term.clip) for value in raw]
+    values = (
+        list(raw)
+        if term.clip is None
+        else [min(max(value, -term.clip), term.clip) for value in raw]
+    )
     if not term.normalise or distributed.all_sum([len(values)]) == [0.0]:
         return values
     term.moments.update(values, distributed.all_sum)
@@ -94,8 +106,14 @@ def checked(name: str, values: Sequence[Any], rollouts: Sequence[Rollout]) -> li
     """One finite number per response. Raises UserError naming term and prompt."""
     if len(values) != len(rollouts):
         first = f"; the first response is to {name_prompt(rollouts[0])}" if rollouts else ""
-        raise UserError(f"reward.terms.{name}: expected {len(rollouts)} scores, one per response, found {len(values)}{first}.")
+        raise UserError(
+            f"reward.terms.{name}: expected {len(rollouts)} scores, one per response, found "
+            f"{len(values)}{first}."
+        )
     for value, rollout in zip(values, rollouts, strict=True):
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise NonFiniteScore(f"reward.terms.{name}: returned {value!r} for {name_prompt(rollout)}; expected a finite number.")
+            raise NonFiniteScore(
+                f"reward.terms.{name}: returned {value!r} for {name_prompt(rollout)}; expected a "
+                "finite number."
+            )
     return [float(value) for value in values]

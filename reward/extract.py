@@ -1,7 +1,9 @@
-r"""Where the answer stands in a response. Pure functions from text to text; None where there is none.
+r"""Where the answer stands in a response. Pure functions from text to text; None where there is
+none.
 
-"#### 42"                       marker "####": the rest of the line after its last occurrence (GSM8K, Cobbe et al. 2021, arXiv:2110.14168)
-"so \boxed{\frac{1}{2}}."       marker "\boxed{}": what stands between the balanced braces of the last one (MATH, Hendrycks et al. 2021)
+"#### 42"                       marker "####": the rest of the line after its last occurrence
+(GSM8K, Cobbe et al. 2021, arXiv:2110.14168) "so \boxed{\frac{1}{2}}."       marker "\boxed{}": what
+stands between the balanced braces of the last one (MATH, Hendrycks et al. 2021)
 "<answer>yes</answer>"          marker "<answer>": what stands between the last pair of tags
 """
 
@@ -16,9 +18,13 @@ _TAG = re.compile(r"<([A-Za-z_][\w-]*)>")
 _LONGEST_NUMBER = 400  # characters; longer ones are no answer that anyone means, and cost time
 _PRECISION = Context(prec=450, Emax=10**6, Emin=-(10**6), traps=[InvalidOperation])
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"(?P<sign>(?<![\w)\]}}])[-+])?(?:\$\s?)?(?P<top>(?:{_DIGITS})(?:[eE][-+]?\d{{1,6}})?)(?:\s*/\s*(?P<bottom>{_DIGITS}))?")
+_NUMBER = re.compile(
+    rf"(?P<sign>(?<![\w)\]}}])[-+])?(?:\$\s?)?(?P<top>(?:{_DIGITS})(?:[eE][-+]?\d{{1,6}})?)(?:\s*/\s*(?P<bottom>{_DIGITS}))?"
+)
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+\d.,]+)\s*\}\s*\{\s*([-+\d.,]+)\s*\}")
-_FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(
+    r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE
+)
 
 
 def boxed(text: str) -> str | None:
@@ -50,7 +56,9 @@ def after_marker(text: str, marker: str) -> str | None:
 
 
 def number_of(value: Any) -> Decimal | None:
-    """The number in a span of text (its last one), or a number itself; None for anything else, true and false included."""
+    """The number in a span of text (its last one), or a number itself; None for anything else, true
+    and false included.
+    """
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
@@ -61,11 +69,19 @@ def number_of(value: Any) -> Decimal | None:
 
 
 def numbers_in(text: str) -> list[Decimal]:
-    """Numbers in reading order: signs, thousands with commas, decimals, exponents, a/b and LaTeX fractions of plain numbers.
+    """Numbers in reading order: signs, thousands with commas, decimals, exponents, a/b and LaTeX
+    fractions of plain numbers.
 
-    A minus right after a word or a bracket is an operator. Currency and percent signs are passed over: 50% is 50.
+    A minus right after a word or a bracket is an operator. Currency and percent signs are passed
+    over: 50% is 50.
     """
-    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "$")
+    text = (
+        text.replace("\u2212", "-")
+        .replace("{,}", ",")
+        .replace("\\,", "")
+        .replace("\\!", "")
+        .replace("\\$", "$")
+    )
     out = []
     for match in _NUMBER.finditer(_FRACTION.sub(r"\1/\2", text)):
         number = _decimal(match)
@@ -85,23 +101,36 @@ def _decimal(match: re.Match[str]) -> Decimal | None:
         top = _PRECISION.divide(top, bottom)
     if not top.is_finite():
         return None
-    return top.copy_negate() if match["sign"] == "-" else top  # a plain minus would round to the context's 28 digits
+    # a plain minus would round to the context's 28 digits
+    return top.copy_negate() if match["sign"] == "-" else top
 
 
 def close(found: Decimal, expected: Decimal, tolerance: float) -> bool:
-    """Whether |found - expected| <= tolerance x max(1, |expected|), in decimal arithmetic: 0.1 + 0.2 is 0.3, and large integers stay exact."""
+    """Whether |found - expected| <= tolerance x max(1, |expected|), in decimal arithmetic: 0.1 +
+    0.2 is 0.3, and large integers stay exact.
+    """
     difference = _PRECISION.subtract(found, expected).copy_abs()
-    return difference <= _PRECISION.multiply(Decimal(str(tolerance)), max(Decimal(1), expected.copy_abs()))
+    return difference <= _PRECISION.multiply(
+        Decimal(str(tolerance)), max(Decimal(1), expected.copy_abs())
+    )
 
 
 def normalise(text: str, *, ignore_case: bool, ignore_punctuation: bool) -> str:
-    """Unicode NFKC, single spaces; case folded; punctuation removed but for the point, comma and sign of a number (3.5 is not 35)."""
+    """Unicode NFKC, single spaces; case folded; punctuation removed but for the point, comma and
+    sign of a number (3.5 is not 35).
+    """
     text = unicodedata.normalize("NFKC", text)
     if ignore_case:
         text = text.casefold()
     if ignore_punctuation:
         text = re.sub(r"(?<!\d)[.,]|[.,](?!\d)|-(?!\d)|(?<=\w)-", " ", text)
-        text = "".join(c if c in ".,-" or not (c in string.punctuation or unicodedata.category(c).startswith("P")) else " " for c in text)
+        text = "".join(
+            c
+            if c in ".,-"
+            or not (c in string.punctuation or unicodedata.category(c).startswith("P"))
+            else " "
+            for c in text
+        )
     return " ".join(text.split())
 
 
@@ -112,7 +141,9 @@ def fenced(text: str, languages: tuple[str, ...]) -> str | None:
 
 
 def letter_of(text: str, letters: str, marker: str | None) -> str | None:
-    r"""The letter that a response chose: after `marker`, else in \boxed{}, after "answer is", at its start, or the only one in brackets."""
+    r"""The letter that a response chose: after `marker`, else in \boxed{}, after "answer is", at
+    its start, or the only one in brackets.
+    """
     if marker is not None:
         return _lone_letter(after_marker(text, marker), letters)
     found = _lone_letter(boxed(text), letters)
@@ -132,7 +163,9 @@ def letter_of(text: str, letters: str, marker: str | None) -> str | None:
 
 
 def _lone_letter(span: str | None, letters: str) -> str | None:
-    """A span that is a letter and nothing more than its decoration: "(b)", "**B**", "\text{B}", "B. Paris"."""
+    """A span that is a letter and nothing more than its decoration: "(b)", "**B**", "\text{B}", "B.
+    Paris".
+    """
     if span is None:
         return None
     span = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", span).strip()

@@ -1,8 +1,11 @@
-"""Verifiable instructions, with the names and arguments of IFEval (Zhou et al. 2023, arXiv:2311.07911), and a few more.
+"""Verifiable instructions, with the names and arguments of IFEval (Zhou et al. 2023,
+arXiv:2311.07911), and a few more.
 
-A row's column holds a list of {"id": ..., arguments}, or that list as JSON text; arguments that are null are left out: IFEval's files have them.
-Departures: sentences are counted by their closing marks (IFEval: NLTK's punkt); casing doesn't ask whether the text is English; a script
-(language:script) takes the place of a guessed language. An empty response follows nothing, as there.
+A row's column holds a list of {"id": ..., arguments}, or that list as JSON text; arguments that are
+null are left out: IFEval's files have them. Departures: sentences are counted by their closing
+marks (IFEval: NLTK's punkt); casing doesn't ask whether the text is English; a script
+(language:script) takes the place of a guessed language. An empty response follows nothing, as
+there.
 """
 
 import json
@@ -24,7 +27,12 @@ RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "more than": lambda found, wanted: found > wanted,
     "exactly": lambda found, wanted: found == wanted,
 }
-_KINDS: dict[str, tuple[type, ...]] = {"text": (str,), "whole number": (int,), "list of texts": (list,), "relation": (str,)}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "whole number": (int,),
+    "list of texts": (list,),
+    "relation": (str,),
+}
 
 
 # --- counting
@@ -35,13 +43,17 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str) -> int:
-    """Runs of text that hold a word and end with a closing mark, a line's end after an empty line, or the end of the text."""
+    """Runs of text that hold a word and end with a closing mark, a line's end after an empty line,
+    or the end of the text.
+    """
     parts = re.split(r"(?:[.!?]+[\"')\]]*(?=\s|$))|[\u3002\uff01\uff1f]+|\n\s*\n", text)
     return sum(bool(re.search(r"\w", part)) for part in parts)
 
 
 def paragraphs(text: str, separator: str) -> list[str]:
-    """The paragraphs that `separator`, a pattern, leaves; empty ones at the ends are none, an empty one between them is one."""
+    """The paragraphs that `separator`, a pattern, leaves; empty ones at the ends are none, an empty
+    one between them is one.
+    """
     parts = re.split(separator, text)
     while parts and not parts[0].strip():
         parts.pop(0)
@@ -56,7 +68,9 @@ def occurrences(text: str, keyword: str) -> int:
 
 
 def in_script(text: str, script: str) -> bool:
-    """Whether all letters are of one script, by their Unicode names: LATIN, CYRILLIC, GREEK, ARABIC, HEBREW, HANGUL, CJK, HIRAGANA ..."""
+    """Whether all letters are of one script, by their Unicode names: LATIN, CYRILLIC, GREEK,
+    ARABIC, HEBREW, HANGUL, CJK, HIRAGANA ...
+    """
     names = [unicodedata.name(c, "") for c in text if c.isalpha()]
     return bool(names) and all(name.startswith(script.upper()) for name in names)
 
@@ -75,7 +89,10 @@ def _sections(text: str, splitter: str) -> int:
 
 
 def _highlights(text: str) -> int:
-    found = [*re.findall(r"(?<!\*)\*([^\n*]+)\*(?!\*)", text), *re.findall(r"\*\*([^\n*]+)\*\*", text)]
+    found = [
+        *re.findall(r"(?<!\*)\*([^\n*]+)\*(?!\*)", text),
+        *re.findall(r"\*\*([^\n*]+)\*\*", text),
+    ]
     return sum(bool(part.strip()) for part in found)
 
 
@@ -88,7 +105,11 @@ def _nth_first_word(text: str, count: int, nth: int, first: str) -> bool:
 
 def _two(text: str) -> bool:
     parts = paragraphs(text, r"\*{6}")
-    return len(parts) == 2 and parts[0].strip() != parts[1].strip() and all(part.strip() for part in parts)
+    return (
+        len(parts) == 2
+        and parts[0].strip() != parts[1].strip()
+        and all(part.strip() for part in parts)
+    )
 
 
 # --- what there is to ask for
@@ -96,22 +117,34 @@ def _two(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One kind of constraint: its arguments by name and kind, and whether a text with at least one character follows it."""
+    """One kind of constraint: its arguments by name and kind, and whether a text with at least one
+    character follows it.
+    """
 
     arguments: Mapping[str, str]
     followed: Callable[[str, Mapping[str, Any]], bool]
 
 
-def _counted(count: Callable[[str], int], number: str, relation: str | None = "relation") -> Instruction:
+def _counted(
+    count: Callable[[str], int], number: str, relation: str | None = "relation"
+) -> Instruction:
     """A count held against a number, with a relation of its own or equal to it."""
     names = {number: "whole number"} | ({} if relation is None else {relation: "relation"})
-    return Instruction(names, lambda text, a: RELATIONS["exactly" if relation is None else a[relation]](count(text), a[number]))
+    return Instruction(
+        names,
+        lambda text, a: RELATIONS["exactly" if relation is None else a[relation]](
+            count(text), a[number]
+        ),
+    )
 
 
 INSTRUCTIONS: dict[str, Instruction] = {
-    "keywords:existence": Instruction({"keywords": "list of texts"}, lambda t, a: all(occurrences(t, k) for k in a["keywords"])),
+    "keywords:existence": Instruction(
+        {"keywords": "list of texts"}, lambda t, a: all(occurrences(t, k) for k in a["keywords"])
+    ),
     "keywords:forbidden_words": Instruction(
-        {"forbidden_words": "list of texts"}, lambda t, a: not any(occurrences(t, k) for k in a["forbidden_words"])
+        {"forbidden_words": "list of texts"},
+        lambda t, a: not any(occurrences(t, k) for k in a["forbidden_words"]),
     ),
     "keywords:frequency": Instruction(
         {"keyword": "text", "frequency": "whole number", "relation": "relation"},
@@ -119,74 +152,123 @@ INSTRUCTIONS: dict[str, Instruction] = {
     ),
     "keywords:letter_frequency": Instruction(
         {"letter": "text", "let_frequency": "whole number", "let_relation": "relation"},
-        lambda t, a: RELATIONS[a["let_relation"]](t.lower().count(a["letter"].lower()), a["let_frequency"]),
+        lambda t, a: RELATIONS[a["let_relation"]](
+            t.lower().count(a["letter"].lower()), a["let_frequency"]
+        ),
     ),
     "length_constraints:number_words": _counted(lambda t: len(words(t)), "num_words"),
     "length_constraints:number_sentences": _counted(sentences, "num_sentences"),
-    "length_constraints:number_paragraphs": _counted(lambda t: len(paragraphs(t, r"\s?\*\*\*\s?")), "num_paragraphs", None),
+    "length_constraints:number_paragraphs": _counted(
+        lambda t: len(paragraphs(t, r"\s?\*\*\*\s?")), "num_paragraphs", None
+    ),
     "length_constraints:number_characters": _counted(len, "num_characters"),  # not in IFEval
     "length_constraints:nth_paragraph_first_word": Instruction(
         {"num_paragraphs": "whole number", "nth_paragraph": "whole number", "first_word": "text"},
         lambda t, a: _nth_first_word(t, a["num_paragraphs"], a["nth_paragraph"], a["first_word"]),
     ),
     "detectable_content:number_placeholders": Instruction(
-        {"num_placeholders": "whole number"}, lambda t, a: len(re.findall(r"\[[^\[\]\n]+\]", t)) >= a["num_placeholders"]
+        {"num_placeholders": "whole number"},
+        lambda t, a: len(re.findall(r"\[[^\[\]\n]+\]", t)) >= a["num_placeholders"],
     ),
     "detectable_content:postscript": Instruction(
-        {"postscript_marker": "text"}, lambda t, a: re.search(rf"(?im)^\s*{re.escape(a['postscript_marker'])}.*\S", t) is not None
+        {"postscript_marker": "text"},
+        lambda t, a: re.search(rf"(?im)^\s*{re.escape(a['postscript_marker'])}.*\S", t) is not None,
     ),
-    "detectable_format:number_bullet_lists": _counted(lambda t: len(re.findall(r"(?m)^\s*[*\-•](?![*\-])\s*\S.*$", t)), "num_bullets", None),
+    "detectable_format:number_bullet_lists": _counted(
+        lambda t: len(re.findall(r"(?m)^\s*[*\-•](?![*\-])\s*\S.*$", t)), "num_bullets", None
+    ),
     "detectable_format:number_highlighted_sections": Instruction(
         {"num_highlights": "whole number"}, lambda t, a: _highlights(t) >= a["num_highlights"]
     ),
     "detectable_format:multiple_sections": Instruction(
-        {"section_spliter": "text", "num_sections": "whole number"}, lambda t, a: _sections(t, a["section_spliter"]) >= a["num_sections"]
+        {"section_spliter": "text", "num_sections": "whole number"},
+        lambda t, a: _sections(t, a["section_spliter"]) >= a["num_sections"],
     ),
-    "detectable_format:title": Instruction({}, lambda t, a: re.search(r"<<[^\n<>]*\w[^\n<>]*>>", t) is not None),
+    "detectable_format:title": Instruction(
+        {}, lambda t, a: re.search(r"<<[^\n<>]*\w[^\n<>]*>>", t) is not None
+    ),
     "detectable_format:json_format": Instruction({}, lambda t, a: _is_json(t)),
     "change_case:english_capital": Instruction({}, lambda t, a: t.isupper()),
     "change_case:english_lowercase": Instruction({}, lambda t, a: t.islower()),
-    "change_case:capital_word_frequency": _counted(lambda t: sum(w.isupper() for w in words(t)), "capital_frequency", "capital_relation"),
-    "startend:start_checker": Instruction({"start_phrase": "text"}, lambda t, a: t.strip().lower().startswith(a["start_phrase"].strip().lower())),
-    "startend:end_checker": Instruction({"end_phrase": "text"}, lambda t, a: t.strip().strip('"').lower().endswith(a["end_phrase"].strip().lower())),
-    "startend:quotation": Instruction({}, lambda t, a: len(t.strip()) > 1 and t.strip()[0] == t.strip()[-1] == '"'),
+    "change_case:capital_word_frequency": _counted(
+        lambda t: sum(w.isupper() for w in words(t)), "capital_frequency", "capital_relation"
+    ),
+    "startend:start_checker": Instruction(
+        {"start_phrase": "text"},
+        lambda t, a: t.strip().lower().startswith(a["start_phrase"].strip().lower()),
+    ),
+    "startend:end_checker": Instruction(
+        {"end_phrase": "text"},
+        lambda t, a: t.strip().strip('"').lower().endswith(a["end_phrase"].strip().lower()),
+    ),
+    "startend:quotation": Instruction(
+        {}, lambda t, a: len(t.strip()) > 1 and t.strip()[0] == t.strip()[-1] == '"'
+    ),
     "punctuation:no_comma": Instruction({}, lambda t, a: "," not in t),
     "combination:two_responses": Instruction({}, lambda t, a: _two(t)),
     "combination:repeat_prompt": Instruction(
-        {"prompt_to_repeat": "text"}, lambda t, a: t.strip().lower().startswith(a["prompt_to_repeat"].strip().lower())
+        {"prompt_to_repeat": "text"},
+        lambda t, a: t.strip().lower().startswith(a["prompt_to_repeat"].strip().lower()),
     ),
-    "language:script": Instruction({"script": "text"}, lambda t, a: in_script(t, a["script"])),  # not in IFEval
+    # not in IFEval
+    "language:script": Instruction({"script": "text"}, lambda t, a: in_script(t, a["script"])),
 }
 
 
 def read_constraint(value: Any) -> tuple[Instruction, dict[str, Any]]:
-    """One {"id": ..., arguments} as the instruction and its arguments. Raises ValueError for what there isn't, and for a wrong argument."""
+    """One {"id": ..., arguments} as the instruction and its arguments. Raises ValueError for what
+    there isn't, and for a wrong argument.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("id"), str):
         raise ValueError(f"expected an object with an id, found {describe(value)}")
     name = value["id"]
     instruction = INSTRUCTIONS.get(name)
     if instruction is None:
-        raise ValueError(f"there is no constraint {name!r}; nearest: {nearest(name, list(INSTRUCTIONS))!r}; all: {', '.join(INSTRUCTIONS)}")
-    given = {key: argument for key, argument in value.items() if key != "id" and argument is not None}
+        raise ValueError(
+            f"there is no constraint {name!r}; nearest: {nearest(name, list(INSTRUCTIONS))!r}; "
+            f"all: {', '.join(INSTRUCTIONS)}"
+        )
+    given = {
+        key: argument for key, argument in value.items() if key != "id" and argument is not None
+    }
     if set(given) != set(instruction.arguments):
-        raise ValueError(f"{name}: expected the arguments {', '.join(instruction.arguments) or 'none'}; found {', '.join(given) or 'none'}")
+        raise ValueError(
+            f"{name}: expected the arguments {', '.join(instruction.arguments) or 'none'}; found "
+            f"{', '.join(given) or 'none'}"
+        )
     for key, kind in instruction.arguments.items():
         found = given[key]
         if isinstance(found, float) and found.is_integer():
             given[key] = found = int(found)  # as data frames write whole numbers beside nulls
         fits = isinstance(found, _KINDS[kind]) and not isinstance(found, bool)
-        fits = fits and (kind != "relation" or found in RELATIONS) and (kind != "whole number" or found >= 0)
-        fits = fits and (kind != "list of texts" or (found and all(isinstance(item, str) and item for item in found))) and found != ""
+        fits = (
+            fits
+            and (kind != "relation" or found in RELATIONS)
+            and (kind != "whole number" or found >= 0)
+        )
+        fits = (
+            fits
+            and (
+                kind != "list of texts"
+                or (found and all(isinstance(item, str) and item for item in found))
+            )
+            and found != ""
+        )
         if not fits:
             wanted = f"one of {', '.join(RELATIONS)}" if kind == "relation" else f"a {kind}"
             raise ValueError(f"{name}: {key}: expected {wanted}, found {describe(found)}")
     if "nth_paragraph" in given and not 1 <= given["nth_paragraph"] <= given["num_paragraphs"]:
-        raise ValueError(f"{name}: nth_paragraph={given['nth_paragraph']}: expected 1 to num_paragraphs={given['num_paragraphs']}")
+        raise ValueError(
+            f"{name}: nth_paragraph={given['nth_paragraph']}: expected 1 to "
+            f"num_paragraphs={given['num_paragraphs']}"
+        )
     return instruction, given
 
 
 class Instructions:
-    """The share of the row's constraints that the response follows, or 1 for all of them and else 0."""
+    """The share of the row's constraints that the response follows, or 1 for all of them and else
+    0.
+    """
 
     workers = 1
 
@@ -203,5 +285,9 @@ class Instructions:
     def score(self, response: str, reference: list[tuple[Instruction, dict[str, Any]]]) -> float:
         if not response.strip():
             return 0.0
-        followed = sum(instruction.followed(response, arguments) for instruction, arguments in reference)
-        return float(followed == len(reference)) if self.all_or_nothing else followed / len(reference)
+        followed = sum(
+            instruction.followed(response, arguments) for instruction, arguments in reference
+        )
+        return (
+            float(followed == len(reference)) if self.all_or_nothing else followed / len(reference)
+        )

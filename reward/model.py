@@ -1,4 +1,6 @@
-"""A reward model on disk: weights, tokenizer, template and a manifest of its own, so that any stage loads it from its directory alone."""
+"""A reward model on disk: weights, tokenizer, template and a manifest of its own, so that any stage
+loads it from its directory alone.
+"""
 
 import dataclasses
 import hashlib
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.models import check_model_path, json_object, readable
+from rlhf.models.loading import check_model_path, json_object, readable
 from rlhf.types import UserError
 
 MANIFEST_FILE = "reward_model.json"
@@ -24,7 +26,8 @@ _KINDS: dict[str, Any] = {  # what reading relies on
     "score_mean": float | int,
     "score_std": float | int,
 }
-_PROBE = "Grüße, reward model! 12 + 3 = 15?\n\tA  well-aligned answer."  # letters, digits, spaces and a non-ASCII character
+# letters, digits, spaces and a non-ASCII character
+_PROBE = "Grüße, reward model! 12 + 3 = 15?\n\tA  well-aligned answer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,9 @@ class RewardModel:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Equal for tokenizers that give the same ids to the same text. Padding is left out: it never changes a text's ids."""
+    """Equal for tokenizers that give the same ids to the same text. Padding is left out: it never
+    changes a text's ids.
+    """
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
@@ -63,40 +68,66 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def template_hash(tokenizer: Any) -> str | None:
     """Of the tokenizer's chat template; None without one."""
     template = tokenizer.chat_template
-    return None if template is None else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+    return (
+        None
+        if template is None
+        else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+    )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Makes the model directory `path` a reward model's."""
-    (path / MANIFEST_FILE).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    (path / MANIFEST_FILE).write_text(
+        json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def read_manifest(path: str | Path, key: str = "reward.path") -> Manifest:
-    """The manifest of a reward model's directory, `key` being the option that names it. Raises UserError for anything else."""
+    """The manifest of a reward model's directory, `key` being the option that names it. Raises
+    UserError for anything else.
+    """
     check_model_path(str(path), key)
     place = Path(path).expanduser() / MANIFEST_FILE
     if not place.is_file():
         raise UserError(
-            f"{key}={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the model/ directory that stage=reward wrote."
+            f"{key}={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the "
+            "model/ directory that stage=reward wrote."
         )
     content = json_object(place, "this is no reward model that can be used")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{place}: format_version is {version!r}, expected {FORMAT_VERSION}. Train the reward model again with this version.")
+        raise UserError(
+            f"{place}: format_version is {version!r}, expected {FORMAT_VERSION}. Train the "
+            "reward model again with this version."
+        )
     names = {f.name for f in dataclasses.fields(Manifest)}
     if set(content) != names:
-        raise UserError(f"{place}: expected the keys {', '.join(sorted(names))}; found {', '.join(sorted(content))}.")
+        raise UserError(
+            f"{place}: expected the keys {', '.join(sorted(names))}; found "
+            f"{', '.join(sorted(content))}."
+        )
     manifest = Manifest(**content)
     wrong = next(
-        (name for name, kind in _KINDS.items() if not isinstance(content[name], kind) or isinstance(content[name], bool) is not (kind is bool)), None
+        (
+            name
+            for name, kind in _KINDS.items()
+            if not isinstance(content[name], kind)
+            or isinstance(content[name], bool) is not (kind is bool)
+        ),
+        None,
     )
     if wrong is not None:
-        raise UserError(f"{place}, key {wrong!r}: expected {_KINDS[wrong]}, found {content[wrong]!r}. Restore it, or train the reward model again.")
+        raise UserError(
+            f"{place}, key {wrong!r}: expected {_KINDS[wrong]}, found {content[wrong]!r}. "
+            "Restore it, or train the reward model again."
+        )
     return manifest
 
 
 def load_reward_tokenizer(path: str | Path, key: str = "reward.path") -> tuple[Any, Manifest]:
-    """Tokenizer and manifest, without weights. Raises UserError when the tokenizer is not the one the model was trained with."""
+    """Tokenizer and manifest, without weights. Raises UserError when the tokenizer is not the one
+    the model was trained with.
+    """
     from transformers import AutoTokenizer
 
     manifest = read_manifest(path, key)
@@ -104,13 +135,16 @@ def load_reward_tokenizer(path: str | Path, key: str = "reward.path") -> tuple[A
         tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()))
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_hash:
         raise UserError(
-            f"{key}={path}: its tokenizer files are not those that the reward model was trained with (the hash in {MANIFEST_FILE} differs)."
+            f"{key}={path}: its tokenizer files are not those that the reward model was trained "
+            f"with (the hash in {MANIFEST_FILE} differs)."
         )
     return tokenizer, manifest
 
 
 def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.path") -> Any:
-    """The weights of a reward model's directory as a classifier with one label, in evaluation mode, on the CPU. Raises UserError for missing ones."""
+    """The weights of a reward model's directory as a classifier with one label, in evaluation mode,
+    on the CPU. Raises UserError for missing ones.
+    """
     from transformers import AutoModelForSequenceClassification
 
     place = str(Path(path).expanduser())
@@ -119,9 +153,15 @@ def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.
             place, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     if info["missing_keys"]:  # transformers would fill them with random numbers
-        raise UserError(f"{key}={path}: its weights lack {', '.join(sorted(info['missing_keys']))}, so it is not a whole reward model.")
+        raise UserError(
+            f"{key}={path}: its weights lack {', '.join(sorted(info['missing_keys']))}, so it is "
+            "not a whole reward model."
+        )
     if not hasattr(module, "score"):
-        raise UserError(f"{key}={path}: {type(module).__name__} has no head named score, so its last token can't be read.")
+        raise UserError(
+            f"{key}={path}: {type(module).__name__} has no head named score, so its last token "
+            "can't be read."
+        )
     return module.eval()
 
 
@@ -132,14 +172,21 @@ def load_reward_model(path: str | Path, dtype: torch.dtype) -> RewardModel:
 
 
 def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Scores [B] float32 read at each row's last token. `input_ids` [B, L] right-padded, `lengths` [B].
+    """Scores [B] float32 read at each row's last token. `input_ids` [B, L] right-padded, `lengths`
+    [B].
 
-    The position comes from the length, not from the first padding id, since padding may be the end-of-sequence token; the head
-    runs in float32, where half precision would round scores to a few hundredths.
+    The position comes from the length, not from the first padding id, since padding may be the
+    end-of-sequence token; the head runs in float32, where half precision would round scores to a
+    few hundredths.
     """
     backbone = getattr(module, module.base_model_prefix)
     mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :] < lengths[:, None]
-    hidden = backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state  # [B, L, H]
+    # [B, L, H]
+    hidden = backbone(
+        input_ids=input_ids, attention_mask=mask.long(), use_cache=False
+    ).last_hidden_state
     last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1].float()  # [B, H]
     bias = module.score.bias
-    return F.linear(last, module.score.weight.float(), None if bias is None else bias.float()).squeeze(-1)
+    return F.linear(
+        last, module.score.weight.float(), None if bias is None else bias.float()
+    ).squeeze(-1)

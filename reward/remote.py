@@ -1,16 +1,21 @@
-"""A reward model or verifier behind HTTP. Its counterpart here is ``stage=serve_reward``; any server that keeps the protocol will do.
+"""A reward model or verifier behind HTTP. Its counterpart here is ``stage=serve_reward``; any
+server that keeps the protocol will do.
 
-    POST {url}/score   {"items": [{"prompt": <string or messages>, "response": "...", "finished": true, "fields": {...}}]}
-                       -> {"scores": [...], "model": "..."}     one finite number per item, in the items' order
-    GET  {url}/info    -> the reward model's manifest (reward/model.py) with max_batch; a server without it answers 404
+    POST {url}/score   {"items": [{"prompt": <string or messages>, "response": "...", "finished":
+    true, "fields": {...}}]}
+                       -> {"scores": [...], "model": "..."}     one finite number per item, in the
+                       items' order
+    GET  {url}/info    -> the reward model's manifest (reward/model.py) with max_batch; a server
+    without it answers 404
     GET  {url}/health  -> 200 while the server lives
 
-`finished` is false for a response that hit the length limit, `fields` holds the row's other columns. Where /info names the tokenizer
-and template of the policy, an item also carries `token_ids`, prompt and response as they were sampled (text that is tokenised anew
-need not give the same tokens), and the request their `tokenizer_hash`, which the server compares with its own.
+`finished` is false for a response that hit the length limit, `fields` holds the row's other
+columns. Where /info names the tokenizer and template of the policy, an item also carries
+`token_ids`, prompt and response as they were sampled (text that is tokenised anew need not give the
+same tokens), and the request their `tokenizer_hash`, which the server compares with its own.
 
-Failures that may pass (no connection, no answer in time, 429, 5xx) are tried again after a growing pause; everything else stops the
-run and names the prompt. Nothing is ever scored 0.
+Failures that may pass (no connection, no answer in time, 429, 5xx) are tried again after a growing
+pause; everything else stops the run and names the prompt. Nothing is ever scored 0.
 """
 
 import asyncio
@@ -33,28 +38,39 @@ import httpx
 from conf.schema import RewardTerm
 from reward.model import template_hash, tokenizer_fingerprint
 from reward.scorer import Stateless, name_prompt
-from rlhf.data.encoding import is_chat
+from rlhf.models.encoding import is_chat
 from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
 
 LOG = logging.getLogger("reward.remote")
 IN_FLIGHT = 4  # requests at the same time: enough to keep a server busy while it tokenises the next
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first repetition, doubling from one to the next
+# before the first repetition, doubling from one to the next
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _QUOTED = 300  # characters of a server's answer in an error
 _MOST_TOKEN = 4096  # characters of a bearer token
-_JITTER = random.Random()  # of its own: the global generator is the run's, and its draws must not depend on a network
+# of its own: the global generator is the run's, and its draws must not depend on a network
+_JITTER = random.Random()
 
 
 def bearer_token(variable: str, key: str) -> str:
-    """The token in the environment variable that the option `key` names. Raises UserError, never quoting the token, not even in place of the name."""
+    """The token in the environment variable that the option `key` names. Raises UserError, never
+    quoting the token, not even in place of the name.
+    """
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
         raise UserError(
-            f"{key} is no environment variable's name of capital letters, digits and underscores. Put the token into one and give its name."
+            f"{key} is no environment variable's name of capital letters, digits and "
+            "underscores. Put the token into one and give its name."
         )
     token = os.environ.get(variable, "").strip()
     if not token:
-        raise UserError(f"{key}={variable}: this environment variable is not set, expected a bearer token in it. Remedy: export {variable}=<token>.")
+        raise UserError(
+            f"{key}={variable}: this environment variable is not set, expected a bearer token in "
+            f"it. Remedy: export {variable}=<token>."
+        )
     if len(token) > _MOST_TOKEN or not all("!" <= c <= "~" for c in token):
-        raise UserError(f"{key}={variable}: its value can't be a bearer token: expected at most {_MOST_TOKEN} printable ASCII characters, no spaces.")
+        raise UserError(
+            f"{key}={variable}: its value can't be a bearer token: expected at most "
+            f"{_MOST_TOKEN} printable ASCII characters, no spaces."
+        )
     return token
 
 
@@ -76,26 +92,35 @@ def checked_url(url: str | None, key: str) -> httpx.URL:
     except httpx.InvalidURL as error:
         raise UserError(f"{key} is no URL: {error}. {remedy}.") from error
     if parsed.userinfo or parsed.query or parsed.fragment:
-        raise UserError(f"{key} holds a user, a query or a fragment. {remedy}; a secret goes into the environment variable that token_env names.")
+        raise UserError(
+            f"{key} holds a user, a query or a fragment. {remedy}; a secret goes into the "
+            "environment variable that token_env names."
+        )
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UserError(f"{key}={url}: has no scheme or host that can be reached. {remedy}.")
     return parsed
 
 
 def check_remote(term: RewardTerm, key: str) -> None:
-    """For preflight: the address is one and the token is there; the server itself is asked with the first responses. Raises UserError."""
+    """For preflight: the address is one and the token is there; the server itself is asked with the
+    first responses. Raises UserError.
+    """
     checked_url(term.url, f"{key}.url")
     if term.token_env is not None:
         bearer_token(term.token_env, f"{key}.token_env")
 
 
 def pause_s(attempt: int) -> float:
-    """Seconds before repetition `attempt` (from 0): doubling, capped, the upper half drawn at random so that clients don't return in step."""
+    """Seconds before repetition `attempt` (from 0): doubling, capped, the upper half drawn at
+    random so that clients don't return in step.
+    """
     return min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * _JITTER.uniform(0.5, 1.0)
 
 
 def retry_after_s(answer: httpx.Response) -> float:
-    """Seconds that the Retry-After header asks to wait (RFC 9110, section 10.2.3: a number or a date); 0 without a readable one."""
+    """Seconds that the Retry-After header asks to wait (RFC 9110, section 10.2.3: a number or a
+    date); 0 without a readable one.
+    """
     value = answer.headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
         return float(value)
@@ -121,33 +146,52 @@ class Info:
 class RemoteScorer(Stateless):
     """Scores from a server, one term called `name`.
 
-    `policy_tokenizer` lets the scorer compare tokenizers with the server's, so that the same reward model gives the numbers over HTTP
-    that it gives in this process; without one, texts are sent and nothing is compared.
+    `policy_tokenizer` lets the scorer compare tokenizers with the server's, so that the same reward
+    model gives the numbers over HTTP that it gives in this process; without one, texts are sent and
+    nothing is compared.
     """
 
     def __init__(self, term: RewardTerm, name: str, *, policy_tokenizer: Any = None) -> None:
         key = f"reward.terms.{name}"
         self.term, self.name = term, name
         self.url = checked_url(term.url, f"{key}.url")
-        self.token = None if term.token_env is None else bearer_token(term.token_env, f"{key}.token_env")
+        self.token = (
+            None if term.token_env is None else bearer_token(term.token_env, f"{key}.token_env")
+        )
         self._base = str(self.url).rstrip("/")
         self.where = f"{key} ({self._base})"
-        self._hashes = None if policy_tokenizer is None else (tokenizer_fingerprint(policy_tokenizer), template_hash(policy_tokenizer))
+        self._hashes = (
+            None
+            if policy_tokenizer is None
+            else (tokenizer_fingerprint(policy_tokenizer), template_hash(policy_tokenizer))
+        )
         self._info: Info | None = None  # asked for with the first responses
         self._model: str | None = None
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it would write a line per request
         if self.token is not None and self.url.scheme == "http" and not is_loopback(self.url.host):
-            LOG.warning("%s: the token travels unencrypted; use https unless the network between is trusted.", self.where)
+            LOG.warning(
+                "%s: the token travels unencrypted; use https unless the network between is "
+                "trusted.",
+                self.where,
+            )
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Scores in the rollouts' order. Raises UserError naming a prompt for whatever is not a finite number per response in time."""
+        """Scores in the rollouts' order. Raises UserError naming a prompt for whatever is not a
+        finite number per response in time.
+        """
         values = asyncio.run(self._score(rollouts)) if rollouts else []
         return Scores(total=values, terms={self.name: list(values)})
 
     async def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        headers = {"content-type": "application/json", **({"authorization": f"Bearer {self.token}"} if self.token else {})}
-        # A proxy can't reach this machine's loopback address; time limits are ours, since httpx's hold per read, not per answer.
-        async with httpx.AsyncClient(headers=headers, timeout=None, trust_env=not is_loopback(self.url.host)) as client:
+        headers = {
+            "content-type": "application/json",
+            **({"authorization": f"Bearer {self.token}"} if self.token else {}),
+        }
+        # A proxy can't reach this machine's loopback address; time limits are ours, since httpx's
+        # hold per read, not per answer.
+        async with httpx.AsyncClient(
+            headers=headers, timeout=None, trust_env=not is_loopback(self.url.host)
+        ) as client:
             if self._info is None:
                 self._info = await self._ask(client, rollouts[0])
             size = min(self.term.batch_size, self._info.max_batch or self.term.batch_size)
@@ -160,34 +204,55 @@ class RemoteScorer(Stateless):
                     return await self._batch(client, batch, deadline)
 
             try:
-                async with asyncio.TaskGroup() as group:  # the first failure cancels the requests beside it
+                # the first failure cancels the requests beside it
+                async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(one(batch)) for batch in batches]
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from failures.exceptions[0].__cause__
             return [value for task in tasks for value in task.result()]
 
     def _deadline(self, rounds: int) -> float:
-        """The event loop's time after which no attempt begins: `rounds` requests, one after the other, have used up every repetition and pause."""
-        pauses = sum(min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) for attempt in range(self.term.retries))
-        return asyncio.get_running_loop().time() + rounds * ((self.term.retries + 1) * self.term.timeout_s + pauses)
+        """The event loop's time after which no attempt begins: `rounds` requests, one after the
+        other, have used up every repetition and pause.
+        """
+        pauses = sum(
+            min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) for attempt in range(self.term.retries)
+        )
+        return asyncio.get_running_loop().time() + rounds * (
+            (self.term.retries + 1) * self.term.timeout_s + pauses
+        )
 
     async def _ask(self, client: httpx.AsyncClient, first: Rollout) -> Info:
-        """GET /info. Raises UserError when the server's reward model can't read the policy's texts, as a local one would."""
+        """GET /info. Raises UserError when the server's reward model can't read the policy's texts,
+        as a local one would.
+        """
         blame = f"nothing was scored yet; the first response is to {name_prompt(first)}"
         answer = await self._send(client, "GET", "/info", None, blame, self._deadline(1))
         if answer.status_code in (404, 405):  # not ours; the protocol doesn't need it
             return Info()
         content = self._json(self._accepted(answer, [first]), blame)
-        types: dict[str, type] = {"tokenizer_hash": str, "chat_template_hash": str, "conversational": bool, "max_batch": int}
-        known = {key: content[key] for key, kind in types.items() if isinstance(content.get(key), kind)}
+        types: dict[str, type] = {
+            "tokenizer_hash": str,
+            "chat_template_hash": str,
+            "conversational": bool,
+            "max_batch": int,
+        }
+        known = {
+            key: content[key] for key, kind in types.items() if isinstance(content.get(key), kind)
+        }
         info = Info(**known)
         if info.max_batch is not None and info.max_batch < 1:
-            raise UserError(f"{self.where}: /info says max_batch={info.max_batch}, expected at least 1; {blame}.")
+            raise UserError(
+                f"{self.where}: /info says max_batch={info.max_batch}, expected at least 1; "
+                f"{blame}."
+            )
         other = self._hashes is not None and info.tokenizer_hash not in (None, self._hashes[0])
         if other and info.chat_template_hash is None:
             raise UserError(
-                f"{self.where}: the server's reward model has another tokenizer than the policy and no chat template, so the policy's texts can't be "
-                "put into its own format. Expected: a reward model trained from the policy, or one with a template "
+                f"{self.where}: the server's reward model has another tokenizer than the policy "
+                "and no chat template, so the policy's texts can't be "
+                "put into its own format. Expected: a reward model trained from the policy, or "
+                "one with a template "
                 "(stage=reward data.chat_template=<file>)."
             )
         return info
@@ -197,12 +262,22 @@ class RemoteScorer(Stateless):
         assert self._info is not None
         prompt = rollout.prompt
         text = prompt.text if prompt.source is None else prompt.source
-        item: dict[str, Any] = {"response": rollout.text, "finished": rollout.finish_reason == "stop", "fields": prompt.fields}
+        item: dict[str, Any] = {
+            "response": rollout.text,
+            "finished": rollout.finish_reason == "stop",
+            "fields": prompt.fields,
+        }
         if self._info.conversational is False and is_chat(text):
             text = prompt.text  # a reward model of plain text has no turns
         item["prompt"] = text
-        same_template = self._hashes is not None and self._hashes[1] == self._info.chat_template_hash
-        if self._hashes is not None and self._hashes[0] == self._info.tokenizer_hash and (same_template or not is_chat(prompt.source)):
+        same_template = (
+            self._hashes is not None and self._hashes[1] == self._info.chat_template_hash
+        )
+        if (
+            self._hashes is not None
+            and self._hashes[0] == self._info.tokenizer_hash
+            and (same_template or not is_chat(prompt.source))
+        ):
             item["token_ids"] = [*prompt.token_ids, *rollout.token_ids]
         return item
 
@@ -214,23 +289,43 @@ class RemoteScorer(Stateless):
             except (TypeError, ValueError) as error:
                 columns = ", ".join(rollout.prompt.fields) or "none"
                 raise UserError(
-                    f"{self.where}: the row of {name_prompt(rollout)} can't be sent as JSON: {error}. Its columns beside the prompt: {columns}."
+                    f"{self.where}: the row of {name_prompt(rollout)} can't be sent as JSON: "
+                    f"{error}. Its columns beside the prompt: {columns}."
                 ) from error
-        # A server that was restarted with another reward model must not read ids that mean other tokens to it.
+        # A server that was restarted with another reward model must not read ids that mean other
+        # tokens to it.
         read = "" if self._hashes is None else f', "tokenizer_hash": {json.dumps(self._hashes[0])}'
         return f'{{"items": [{", ".join(items)}]{read}}}'.encode()
 
-    async def _batch(self, client: httpx.AsyncClient, batch: Sequence[Rollout], deadline: float) -> list[float]:
+    async def _batch(
+        self, client: httpx.AsyncClient, batch: Sequence[Rollout], deadline: float
+    ) -> list[float]:
         blame = f"in a batch of {len(batch)} responses; the first is to {name_prompt(batch[0])}"
-        answer = self._accepted(await self._send(client, "POST", "/score", self._body(batch), blame, deadline), batch)
+        answer = self._accepted(
+            await self._send(client, "POST", "/score", self._body(batch), blame, deadline), batch
+        )
         content = self._json(answer, blame)
         scores = content.get("scores")
         if not isinstance(scores, list) or len(scores) != len(batch):
-            found = f"{len(scores)} values" if isinstance(scores, list) else f"{self._quote(repr(scores))}"
-            raise UserError(f"{self.where}: expected scores, a list of {len(batch)} numbers, one per response, found {found}; {blame}.")
+            found = (
+                f"{len(scores)} values"
+                if isinstance(scores, list)
+                else f"{self._quote(repr(scores))}"
+            )
+            raise UserError(
+                f"{self.where}: expected scores, a list of {len(batch)} numbers, one per "
+                f"response, found {found}; {blame}."
+            )
         for value, rollout in zip(scores, batch, strict=True):
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise NonFiniteScore(f"{self.where}: returned {self._quote(repr(value))} for {name_prompt(rollout)}; expected a finite number.")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, numbers.Real)
+                or not math.isfinite(value)
+            ):
+                raise NonFiniteScore(
+                    f"{self.where}: returned {self._quote(repr(value))} for "
+                    f"{name_prompt(rollout)}; expected a finite number."
+                )
         self._notice(content.get("model"))
         return [float(value) for value in scores]
 
@@ -238,11 +333,26 @@ class RemoteScorer(Stateless):
         """A server that was restarted with another reward model gives scores of another scale."""
         if isinstance(model, str) and model != self._model:
             if self._model is not None:
-                LOG.warning("%s: the server now scores with %s, before with %s.", self.where, self._quote(model), self._quote(self._model))
+                LOG.warning(
+                    "%s: the server now scores with %s, before with %s.",
+                    self.where,
+                    self._quote(model),
+                    self._quote(self._model),
+                )
             self._model = model
 
-    async def _send(self, client: httpx.AsyncClient, method: str, path: str, body: bytes | None, blame: str, deadline: float) -> httpx.Response:
-        """An answer that is final, good or bad; failures that may pass are repeated. Raises UserError when they don't."""
+    async def _send(
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body: bytes | None,
+        blame: str,
+        deadline: float,
+    ) -> httpx.Response:
+        """An answer that is final, good or bad; failures that may pass are repeated. Raises
+        UserError when they don't.
+        """
         loop = asyncio.get_running_loop()
         for attempt in range(self.term.retries + 1):
             pause = pause_s(attempt)
@@ -254,9 +364,15 @@ class RemoteScorer(Stateless):
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {self._quote(str(error))}"
             except httpx.RequestError as error:
-                raise UserError(f"{self.where}: the answer can't be read: {type(error).__name__}: {self._quote(str(error))}; {blame}.") from error
+                raise UserError(
+                    f"{self.where}: the answer can't be read: {type(error).__name__}: "
+                    f"{self._quote(str(error))}; {blame}."
+                ) from error
             else:
-                if answer.status_code != httpx.codes.TOO_MANY_REQUESTS and not answer.is_server_error:
+                if (
+                    answer.status_code != httpx.codes.TOO_MANY_REQUESTS
+                    and not answer.is_server_error
+                ):
                     return answer
                 problem = f"HTTP {answer.status_code} {self._quote(answer.text)}"
                 pause = max(pause, retry_after_s(answer))
@@ -264,19 +380,34 @@ class RemoteScorer(Stateless):
             if attempt == self.term.retries:
                 break
             if loop.time() + pause >= deadline:
-                problem += f", and {pause:.3g} s to wait before the next attempt would pass the limit of the whole call"
+                problem += (
+                    f", and {pause:.3g} s to wait before the next attempt would pass the "
+                    "limit of the whole call"
+                )
                 break
             LOG.warning("%s: %s (%s); again in %.3g s.", self.where, problem, tried, pause)
             await asyncio.sleep(pause)
-        raise UserError(f"{self.where}: {path} failed: {problem} ({tried}); {blame}. Is the server up? Otherwise raise timeout_s or retries.")
+        raise UserError(
+            f"{self.where}: {path} failed: {problem} ({tried}); {blame}. Is the server up? "
+            "Otherwise raise timeout_s or retries."
+        )
 
     def _accepted(self, answer: httpx.Response, batch: Sequence[Rollout]) -> httpx.Response:
-        """A 2xx answer as it is. Raises UserError for any other, naming the item that the server blames, or the batch's first."""
+        """A 2xx answer as it is. Raises UserError for any other, naming the item that the server
+        blames, or the batch's first.
+        """
         if answer.is_success:
             return answer
         token = "Does the environment variable that token_env names hold the server's token?"
-        hints = {401: token, 403: token, 404: f"Is there a server of the protocol at this url ({self._base}/score)?", 413: "Lower batch_size."}
-        hint = hints.get(answer.status_code, "The server refuses this request, so it was not repeated.")
+        hints = {
+            401: token,
+            403: token,
+            404: f"Is there a server of the protocol at this url ({self._base}/score)?",
+            413: "Lower batch_size.",
+        }
+        hint = hints.get(
+            answer.status_code, "The server refuses this request, so it was not repeated."
+        )
         rollout, text = batch[0], answer.text
         try:
             error = json.loads(text)["error"]
@@ -285,15 +416,22 @@ class RemoteScorer(Stateless):
                 rollout = batch[error["item"]]
         except (ValueError, KeyError, TypeError, AttributeError):
             pass  # not our server's form: its text is quoted as it is
-        raise UserError(f"{self.where}: HTTP {answer.status_code} {self._quote(text)} for {name_prompt(rollout)}. {hint}")
+        raise UserError(
+            f"{self.where}: HTTP {answer.status_code} {self._quote(text)} for "
+            f"{name_prompt(rollout)}. {hint}"
+        )
 
     def _json(self, answer: httpx.Response, blame: str) -> dict[str, Any]:
         try:
             content = json.loads(answer.content)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.where}: the answer is not JSON: {self._quote(answer.text)}; {blame}.") from error
+            raise UserError(
+                f"{self.where}: the answer is not JSON: {self._quote(answer.text)}; {blame}."
+            ) from error
         if not isinstance(content, dict):
-            raise UserError(f"{self.where}: expected a JSON object, found {self._quote(answer.text)}; {blame}.")
+            raise UserError(
+                f"{self.where}: expected a JSON object, found {self._quote(answer.text)}; {blame}."
+            )
         return content
 
     def _quote(self, text: str) -> str:

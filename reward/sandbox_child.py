@@ -1,9 +1,12 @@
-"""The inside of reward/sandbox.py: a script of its own that imports nothing of the toolkit. Reads a job on stdin, writes a report on stdout.
+"""The inside of reward/sandbox.py: a script of its own that imports nothing of the toolkit. Reads a
+job on stdin, writes a report on stdout.
 
     supervisor (trusted; init of its own process namespace where there is one)
-      runner, one per test: loses its rights, takes its limits, executes the response and then the test
+      runner, one per test: loses its rights, takes its limits, executes the response and then the
+      test
 
-The supervisor never executes a line of the response. It believes a test's success only with a number that it drew for that runner.
+The supervisor never executes a line of the response. It believes a test's success only with a
+number that it drew for that runner.
 """
 
 import contextlib
@@ -21,7 +24,14 @@ import types
 from collections.abc import Callable
 from typing import NoReturn
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
+    0x20000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
@@ -47,26 +57,48 @@ def text(value: str | None) -> bytes | None:
     return None if value is None else os.fsencode(value)
 
 
-def mount(source: str | None, target: str, kind: str | None = None, flags: int = 0, data: str | None = None) -> None:
+def mount(
+    source: str | None,
+    target: str,
+    kind: str | None = None,
+    flags: int = 0,
+    data: str | None = None,
+) -> None:
     call("mount", text(source), text(target), text(kind), ctypes.c_ulong(flags), text(data))
 
 
 def protect(path: str, *, recursive: bool) -> None:
     """Make a mount read-only, without setuid programs and devices; flags that it has stay."""
-    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
-    call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, text(path), AT_RECURSIVE if recursive else 0, attributes, ctypes.c_size_t(len(attributes)))
+    attributes = struct.pack(
+        "QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0
+    )
+    call(
+        "syscall",
+        SYS_MOUNT_SETATTR,
+        AT_FDCWD,
+        text(path),
+        AT_RECURSIVE if recursive else 0,
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
 
 
 # --- namespaces
 
 
 def leave_namespaces() -> None:
-    """New network (without interfaces), mount, process, IPC and host name namespaces; without root also a user namespace that gives the right to."""
+    """New network (without interfaces), mount, process, IPC and host name namespaces; without root
+    also a user namespace that gives the right to.
+    """
     flags = CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
     uid, gid = os.getuid(), os.getgid()
     if uid != 0:
         call("unshare", CLONE_NEWUSER | flags)
-        for name, content in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        for name, content in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(content)
     else:
@@ -74,11 +106,27 @@ def leave_namespaces() -> None:
 
 
 def own_root(box: str, uid: int, gid: int, size_mb: int) -> None:
-    """A file system of the interpreter's files (read-only), three devices and an empty /box of `size_mb`; the rest of the machine's is gone."""
+    """A file system of the interpreter's files (read-only), three devices and an empty /box of
+    `size_mb`; the rest of the machine's is gone.
+    """
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", box, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=0755")
-    wanted = ["/usr", "/lib", "/lib64", "/bin", "/etc/localtime", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"]
-    wanted += [prefix for prefix in {sys.base_prefix, sys.base_exec_prefix} if not prefix.startswith("/usr/") and prefix != "/usr"]
+    wanted = [
+        "/usr",
+        "/lib",
+        "/lib64",
+        "/bin",
+        "/etc/localtime",
+        "/etc/ld.so.cache",
+        "/dev/null",
+        "/dev/zero",
+        "/dev/urandom",
+    ]
+    wanted += [
+        prefix
+        for prefix in {sys.base_prefix, sys.base_exec_prefix}
+        if not prefix.startswith("/usr/") and prefix != "/usr"
+    ]
     for path in wanted:
         inside = box + path
         if not os.path.exists(path):
@@ -99,7 +147,13 @@ def own_root(box: str, uid: int, gid: int, size_mb: int) -> None:
     os.makedirs(f"{box}/box")
     os.makedirs(f"{box}/old")
     os.symlink("/box", f"{box}/tmp")
-    mount("tmpfs", f"{box}/box", "tmpfs", MS_NOSUID | MS_NODEV, f"size={size_mb}m,mode=0700,uid={uid},gid={gid}")
+    mount(
+        "tmpfs",
+        f"{box}/box",
+        "tmpfs",
+        MS_NOSUID | MS_NODEV,
+        f"size={size_mb}m,mode=0700,uid={uid},gid={gid}",
+    )
     os.chdir(box)
     call("syscall", SYS_PIVOT_ROOT, text("."), text("old"))
     os.chdir("/")
@@ -120,8 +174,14 @@ def become(job: dict, uid: int, gid: int) -> None:
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
-    call("syscall", SYS_CAPSET, struct.pack("Ii", 0x20080522, 0), struct.pack("IIIIII", 0, 0, 0, 0, 0, 0))
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after the change of user, which clears it
+    call(
+        "syscall",
+        SYS_CAPSET,
+        struct.pack("Ii", 0x20080522, 0),
+        struct.pack("IIIIII", 0, 0, 0, 0, 0, 0),
+    )
+    # after the change of user, which clears it
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     mega = 1 << 20
     for which, most in (
         (resource.RLIMIT_CORE, 0),
@@ -133,31 +193,87 @@ def become(job: dict, uid: int, gid: int) -> None:
     ):
         hard = resource.getrlimit(which)[1]
         soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        late = 1 if which == resource.RLIMIT_CPU else 0  # a second later, so that SIGXCPU says what it was before SIGKILL doesn't
-        resource.setrlimit(which, (soft, soft + late if hard == resource.RLIM_INFINITY else min(soft + late, hard)))
+        # a second later, so that SIGXCPU says what it was before SIGKILL doesn't
+        late = 1 if which == resource.RLIMIT_CPU else 0
+        resource.setrlimit(
+            which, (soft, soft + late if hard == resource.RLIM_INFINITY else min(soft + late, hard))
+        )
 
 
 def close_files(keep: int) -> None:
-    """Standard input empty, output into a file of the box under the file limit, nothing else of the supervisor's."""
-    null, out = os.open("/dev/null", os.O_RDONLY), os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    """Standard input empty, output into a file of the box under the file limit, nothing else of the
+    supervisor's.
+    """
+    null, out = (
+        os.open("/dev/null", os.O_RDONLY),
+        os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+    )
     for target, source in ((0, null), (1, out), (2, out)):
         os.dup2(source, target)
     os.closerange(3, keep)
     os.closerange(keep + 1, 4096)
 
 
-PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "pty.spawn", "os.kill", "os.killpg"}
-NETWORK = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethost", "socket.sendto", "socket.sendmsg")
-ONE_PATH = {"os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.truncate", "os.utime", "os.setxattr", "os.removexattr", "shutil.rmtree"}
+PROCESSES = {
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+    "pty.spawn",
+    "os.kill",
+    "os.killpg",
+}
+NETWORK = (
+    "socket.connect",
+    "socket.bind",
+    "socket.getaddrinfo",
+    "socket.gethost",
+    "socket.sendto",
+    "socket.sendmsg",
+)
+ONE_PATH = {
+    "os.remove",
+    "os.rmdir",
+    "os.mkdir",
+    "os.chmod",
+    "os.chown",
+    "os.truncate",
+    "os.utime",
+    "os.setxattr",
+    "os.removexattr",
+    "shutil.rmtree",
+}
 TWO_PATHS = {"os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"}
-OTHER = {"resource.setrlimit", "resource.prlimit", "gc.get_objects", "gc.get_referrers", "gc.get_referents", "os.unshare"}
+OTHER = {
+    "resource.setrlimit",
+    "resource.prlimit",
+    "gc.get_objects",
+    "gc.get_referrers",
+    "gc.get_referents",
+    "os.unshare",
+}
 
 
 def make_hook(box: str) -> Callable[[str, tuple], None]:
-    """The audit hook (PEP 578): refuses sockets, processes, foreign functions, and files outside of the box but for reading the interpreter's."""
+    """The audit hook (PEP 578): refuses sockets, processes, foreign functions, and files outside of
+    the box but for reading the interpreter's.
+    """
     realpath, fspath, fsdecode, join = os.path.realpath, os.fspath, os.fsdecode, os.path.join
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    readable = tuple(join(realpath(p), "") for p in {sys.base_prefix, sys.base_exec_prefix, "/usr/lib", "/usr/share", "/lib", *sys.path})
+    readable = tuple(
+        join(realpath(p), "")
+        for p in {
+            sys.base_prefix,
+            sys.base_exec_prefix,
+            "/usr/lib",
+            "/usr/share",
+            "/lib",
+            *sys.path,
+        }
+    )
     single = ("/dev/null", "/dev/urandom", "/dev/zero", realpath("/etc/localtime"))
     home = (join(realpath(box), ""), realpath(box))
 
@@ -202,7 +318,10 @@ def run_one(code: str, test: str, box: str, token: bytes, pipe: int) -> NoReturn
         write(pipe, token + b"P")
     except BaseException as error:  # noqa: BLE001 - whatever the response raises is its failure
         with contextlib.suppress(BaseException):
-            write(pipe, token + b"F" + f"{type(error).__name__}: {error}".encode(errors="replace")[:DETAIL])
+            write(
+                pipe,
+                token + b"F" + f"{type(error).__name__}: {error}".encode(errors="replace")[:DETAIL],
+            )
     leave(0)
 
 
@@ -210,7 +329,9 @@ def run_one(code: str, test: str, box: str, token: bytes, pipe: int) -> NoReturn
 
 
 def kill_all(uid: int, alone: bool) -> None:
-    """End every process that the runner may have left behind, whatever session it moved to, and wait until they are gone."""
+    """End every process that the runner may have left behind, whatever session it moved to, and
+    wait until they are gone.
+    """
     deadline = time.monotonic() + REAP_SECONDS
     while True:
         if alone:
@@ -218,13 +339,16 @@ def kill_all(uid: int, alone: bool) -> None:
                 os.kill(-1, signal.SIGKILL)  # all of the namespace but its init, which this is
         elif os.getuid() == 0:
             helper = os.fork()
-            if helper == 0:  # as the runner's user, whom nobody else on the machine is: one call ends all of its processes
+            # as the runner's user, whom nobody else on the machine is: one call ends all of its
+            # processes
+            if helper == 0:
                 try:
                     os.setresuid(uid, uid, uid)
                     os.kill(-1, signal.SIGKILL)
                 finally:
                     os._exit(0)
-            # Waited for, or the reaping below would find it alive on a busy machine, round after round; a response may stop it, as the same user.
+            # Waited for, or the reaping below would find it alive on a busy machine, round after
+            # round; a response may stop it, as the same user.
             os.waitpid(helper, os.WUNTRACED)
         for pid in children():
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -235,12 +359,16 @@ def kill_all(uid: int, alone: bool) -> None:
         except ChildProcessError:
             return
         if time.monotonic() > deadline:
-            raise RuntimeError(f"processes of a response are still there {REAP_SECONDS} s after they were killed")
+            raise RuntimeError(
+                f"processes of a response are still there {REAP_SECONDS} s after they were killed"
+            )
         time.sleep(0.002)
 
 
 def children() -> list[int]:
-    """Processes whose parent this is (orphans of a runner come to it): where /proc is gone, the namespace's kill has seen to them."""
+    """Processes whose parent this is (orphans of a runner come to it): where /proc is gone, the
+    namespace's kill has seen to them.
+    """
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             return [int(pid) for pid in file.read().split()]
@@ -248,7 +376,9 @@ def children() -> list[int]:
         return []
 
 
-def judge(job: dict, test: str, box: str, uid: int, gid: int, deadline: float, alone: bool) -> list[str]:
+def judge(
+    job: dict, test: str, box: str, uid: int, gid: int, deadline: float, alone: bool
+) -> list[str]:
     """One test in a runner of its own: [outcome, detail]."""
     token = secrets.token_hex(16).encode()
     reader, writer = os.pipe()
@@ -284,7 +414,11 @@ def judge(job: dict, test: str, box: str, uid: int, gid: int, deadline: float, a
         return ["timeout", f"no end after {job['wall_s']} s"]
     if status is not None and os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        return ["timeout", f"more than {job['cpu_s']} s of CPU"] if number == signal.SIGXCPU else ["failed", f"ended by signal {number}"]
+        return (
+            ["timeout", f"more than {job['cpu_s']} s of CPU"]
+            if number == signal.SIGXCPU
+            else ["failed", f"ended by signal {number}"]
+        )
     return ["failed", "ended before the test did"]
 
 
@@ -322,7 +456,9 @@ def main() -> NoReturn:
             if os.getuid() == 0:
                 os.chown(box, uid, gid)
             os.chdir(box)
-        report: dict[str, object] = {"results": supervise(job, box, uid, gid, alone=job["namespaces"])}
+        report: dict[str, object] = {
+            "results": supervise(job, box, uid, gid, alone=job["namespaces"])
+        }
     except BaseException as error:  # noqa: BLE001 - it is reported, and raises in the trainer
         report = {"error": f"{type(error).__name__}: {error}"}
     sys.stdout.write(json.dumps(report))

@@ -1,11 +1,13 @@
-"""A reward model as a web service: the counterpart of reward/remote.py, whose docstring has the protocol.
+"""A reward model as a web service: the counterpart of reward/remote.py, whose docstring has the
+protocol.
 
     ServedModel    texts -> token ids -> scores, as reward/scorer.py reads them
     Batcher        requests that wait are scored together; the model runs one batch at a time
-    create_app     routes, bearer token, limits, and errors as {"error": {"message": ..., "item": <index or null>}}
+    create_app     routes, bearer token, limits, and errors as {"error": {"message": ..., "item":
+    <index or null>}}
 
-Statuses: 400 no JSON, 401 no or another token, 413 body too large, 422 an item that can't be scored (the message names it), 503 too many
-requests wait.
+Statuses: 400 no JSON, 401 no or another token, 413 body too large, 422 an item that can't be scored
+(the message names it), 503 too many requests wait.
 """
 
 import asyncio
@@ -30,8 +32,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from conf.choices import Dtype
 from reward.model import load_reward_model
 from reward.scorer import score_ids, text_ids
-from rlhf.data.encoding import is_chat
-from rlhf.models import resolve_dtype
+from rlhf.models.encoding import is_chat
+from rlhf.models.loading import resolve_dtype
 from rlhf.types import UserError
 
 LOG = logging.getLogger("reward.service")
@@ -46,7 +48,9 @@ class Message(BaseModel):
 
 
 class Item(BaseModel):
-    """One response to score. `token_ids`, prompt and response as sampled, is for clients whose tokenizer and template /info names."""
+    """One response to score. `token_ids`, prompt and response as sampled, is for clients whose
+    tokenizer and template /info names.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -86,7 +90,10 @@ class Counts:
     def metrics(self) -> dict[str, float]:
         """Flat names for metrics.jsonl and summary.json."""
         names = {"model_s": "time/score_s"}
-        return {names.get(key, f"serve/{key}"): float(value) for key, value in dataclasses.asdict(self).items()}
+        return {
+            names.get(key, f"serve/{key}"): float(value)
+            for key, value in dataclasses.asdict(self).items()
+        }
 
 
 class ServedModel:
@@ -106,24 +113,48 @@ class ServedModel:
         """What the model reads of each item. Raises Refused naming the item that it can't read."""
         rows = []
         for i, item in enumerate(items):
-            row = self._given(i, item.token_ids) if item.token_ids is not None else self._read(i, item)
+            row = (
+                self._given(i, item.token_ids)
+                if item.token_ids is not None
+                else self._read(i, item)
+            )
             if not 0 < len(row) <= self.limit:
-                raise Refused(422, f"items[{i}]: prompt and response have {len(row)} tokens, expected 1 to {self.limit}", i)
+                raise Refused(
+                    422,
+                    f"items[{i}]: prompt and response have {len(row)} tokens, expected 1 to "
+                    f"{self.limit}",
+                    i,
+                )
             rows.append(row)
         return rows
 
     def _given(self, i: int, ids: list[int]) -> list[int]:
         wrong = next((t for t in ids if not 0 <= t < self.vocabulary), None)
         if wrong is not None:
-            raise Refused(422, f"items[{i}].token_ids: found {wrong}, expected ids in [0, {self.vocabulary})", i)
+            raise Refused(
+                422,
+                f"items[{i}].token_ids: found {wrong}, expected ids in [0, {self.vocabulary})",
+                i,
+            )
         return ids
 
     def _read(self, i: int, item: Item) -> list[int]:
-        prompt = item.prompt if isinstance(item.prompt, str) else [message.model_dump() for message in item.prompt]
+        prompt = (
+            item.prompt
+            if isinstance(item.prompt, str)
+            else [message.model_dump() for message in item.prompt]
+        )
         if is_chat(prompt) and not self.manifest.conversational:
-            raise Refused(422, f"items[{i}].prompt: found messages, but this reward model reads plain text: send the rendered prompt as a string", i)
+            raise Refused(
+                422,
+                f"items[{i}].prompt: found messages, but this reward model reads plain text: "
+                "send the rendered prompt as a string",
+                i,
+            )
         try:
-            return text_ids(self.tokenizer, self.manifest, prompt, item.response, finished=item.finished)
+            return text_ids(
+                self.tokenizer, self.manifest, prompt, item.response, finished=item.finished
+            )
         except UserError as error:
             raise Refused(422, f"items[{i}].prompt: {error}", i) from error
 
@@ -138,17 +169,34 @@ class ServedModel:
 @dataclass(slots=True)
 class _Waiting:
     rows: list[list[int]]
-    scores: asyncio.Future[list[float]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    scores: asyncio.Future[list[float]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class Batcher:
-    """Puts requests that arrive while the model runs into its next batch, whole requests of at most `max_batch` items together.
+    """Puts requests that arrive while the model runs into its next batch, whole requests of at most
+    `max_batch` items together.
 
-    Tokenizer and model have a thread each: neither can be used by two threads at once, and the event loop stays free for others.
+    Tokenizer and model have a thread each: neither can be used by two threads at once, and the
+    event loop stays free for others.
     """
 
-    def __init__(self, model: ServedModel, *, max_batch: int, max_waiting: int, counts: Counts, after: Callable[[], None]) -> None:
-        self.model, self.max_batch, self.max_waiting, self.counts = model, max_batch, max_waiting, counts
+    def __init__(
+        self,
+        model: ServedModel,
+        *,
+        max_batch: int,
+        max_waiting: int,
+        counts: Counts,
+        after: Callable[[], None],
+    ) -> None:
+        self.model, self.max_batch, self.max_waiting, self.counts = (
+            model,
+            max_batch,
+            max_waiting,
+            counts,
+        )
         self._after = after  # called after every run of the model
         self._open = 0  # requests between arrival and answer
         self._queue: deque[_Waiting] = deque()
@@ -159,7 +207,9 @@ class Batcher:
     async def score(self, items: Sequence[Item]) -> list[float]:
         """Scores of one request's items. Raises Refused."""
         if self._open >= self.max_waiting:
-            raise Refused(503, f"{self._open} requests wait already; try again in {RETRY_AFTER_S} s")
+            raise Refused(
+                503, f"{self._open} requests wait already; try again in {RETRY_AFTER_S} s"
+            )
         self._open += 1
         try:
             loop = asyncio.get_running_loop()
@@ -174,7 +224,11 @@ class Batcher:
             self._open -= 1
         wrong = next((i for i, score in enumerate(scores) if not math.isfinite(score)), None)
         if wrong is not None:
-            raise Refused(422, f"items[{wrong}]: its score is {scores[wrong]}, expected a finite number", wrong)
+            raise Refused(
+                422,
+                f"items[{wrong}]: its score is {scores[wrong]}, expected a finite number",
+                wrong,
+            )
         return scores
 
     async def run(self) -> None:
@@ -185,7 +239,9 @@ class Batcher:
             rows = [row for waiting in batch for row in waiting.rows]
             began = time.perf_counter()
             try:
-                scores = await asyncio.get_running_loop().run_in_executor(self._scoring, self.model.scores, rows)
+                scores = await asyncio.get_running_loop().run_in_executor(
+                    self._scoring, self.model.scores, rows
+                )
             except Exception as error:  # noqa: BLE001 - each request of the batch gets it, and the next batch its chance
                 for waiting in batch:
                     if not waiting.scores.done():
@@ -235,30 +291,42 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def parse(body: bytes, max_batch: int, tokenizer_hash: str) -> list[Item]:
-    """The items of a request to a reward model with the tokenizer `tokenizer_hash`. Raises Refused with the place of what is wrong."""
+    """The items of a request to a reward model with the tokenizer `tokenizer_hash`. Raises Refused
+    with the place of what is wrong.
+    """
     try:
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
-        first = max(found, key=lambda e: len(e["loc"]))  # of a value that fits none of two types, what is nearest to fitting
+        # of a value that fits none of two types, what is nearest to fitting
+        first = max(found, key=lambda e: len(e["loc"]))
         if first["type"] == "json_invalid":
             raise Refused(400, f"the body is no JSON: {first['msg']}") from error
         place = [part for part in first["loc"] if part not in ("str", "list[Message]")]
         index = place[1] if len(place) > 1 and isinstance(place[1], int) else None
-        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+        name = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in place
+        ).lstrip(".")
         raise Refused(422, f"{name or 'the body'}: {first['msg']}", index) from error
     items = request.items
     if len(items) > max_batch:
-        raise Refused(422, f"items: found {len(items)}, expected at most {max_batch} (max_batch of /info)")
+        raise Refused(
+            422, f"items: found {len(items)}, expected at most {max_batch} (max_batch of /info)"
+        )
     given = next((i for i, item in enumerate(items) if item.token_ids is not None), None)
     if given is not None and request.tokenizer_hash != tokenizer_hash:
         raise Refused(
-            422, f"items[{given}].token_ids: of the tokenizer {request.tokenizer_hash}, expected tokenizer_hash {tokenizer_hash} (of /info)", given
+            422,
+            f"items[{given}].token_ids: of the tokenizer {request.tokenizer_hash}, expected "
+            f"tokenizer_hash {tokenizer_hash} (of /info)",
+            given,
         )
     return items
 
 
-def _error(status: int, message: str, item: int | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+def _error(
+    status: int, message: str, item: int | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "item": item}}, status, headers)
 
 
@@ -268,7 +336,12 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         counts.errors += 1
-        return _error(error.status, error.message, error.item, {"retry-after": str(RETRY_AFTER_S)} if error.status == 503 else None)
+        return _error(
+            error.status,
+            error.message,
+            error.item,
+            {"retry-after": str(RETRY_AFTER_S)} if error.status == 503 else None,
+        )
 
     @app.exception_handler(StarletteHTTPException)
     async def http(_: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -282,10 +355,19 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
 
 
 def create_app(
-    model: ServedModel, *, token: str, max_batch: int, max_body: int, max_waiting: int, counts: Counts, after: Callable[[], None] = lambda: None
+    model: ServedModel,
+    *,
+    token: str,
+    max_batch: int,
+    max_body: int,
+    max_waiting: int,
+    counts: Counts,
+    after: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The service. `max_body` in bytes; `after` is called after every run of the model."""
-    batcher = Batcher(model, max_batch=max_batch, max_waiting=max_waiting, counts=counts, after=after)
+    batcher = Batcher(
+        model, max_batch=max_batch, max_waiting=max_waiting, counts=counts, after=after
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -297,11 +379,19 @@ def create_app(
     async def authorised(request: Request) -> None:
         counts.requests += request.url.path == "/score"
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
-            raise HTTPException(401, "expected the header Authorization: Bearer <token of this server>", {"www-authenticate": "Bearer"})
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.strip().encode(), token.encode()
+        ):
+            raise HTTPException(
+                401,
+                "expected the header Authorization: Bearer <token of this server>",
+                {"www-authenticate": "Bearer"},
+            )
 
     # No documentation pages: they would be open to all and load scripts from elsewhere.
-    app = FastAPI(title="reward model", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="reward model", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
     _answer_errors(app, counts)
     protected: list[Any] = [Depends(authorised)]
 

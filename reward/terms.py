@@ -44,12 +44,16 @@ def check_fields(name: str, term: RewardTerm) -> None:
         if f.name not in own and getattr(term, f.name) != default:
             readers = ", ".join(kind.value for kind, names in FIELDS.items() if f.name in names)
             raise UserError(
-                f"reward.terms.{name}.{f.name} is set, but kind={term.kind.value} doesn't read it (its options: {', '.join(own)}). "
+                f"reward.terms.{name}.{f.name} is set, but kind={term.kind.value} doesn't read "
+                f"it (its options: {', '.join(own)}). "
                 f"Leave it out; kinds that read it: {readers}."
             )
     key = f"reward.terms.{name}"
     if term.kind is TermKind.model and not term.paths:
-        raise UserError(f"{key}: kind=model needs paths, the directories of one or more reward models: {key}.paths=[<a reward run>/model].")
+        raise UserError(
+            f"{key}: kind=model needs paths, the directories of one or more reward models: "
+            f"{key}.paths=[<a reward run>/model]."
+        )
     if term.kind is TermKind.function and term.function is None:
         raise UserError(f"{key}: kind=function needs {key}.function=pkg.module:function.")
     if term.kind is TermKind.length and term.low is None and term.high is None:
@@ -58,16 +62,35 @@ def check_fields(name: str, term: RewardTerm) -> None:
         found = "neither" if term.pattern is None else "both"
         raise UserError(f"{key}: kind=format needs {key}.style or {key}.pattern, found {found}.")
     if term.kind is TermKind.remote and term.url is None:
-        raise UserError(f"{key}: kind=remote needs {key}.url=http://HOST:PORT/..., the address of a reward model.")
+        raise UserError(
+            f"{key}: kind=remote needs {key}.url=http://HOST:PORT/..., the address of a reward "
+            "model."
+        )
 
 
-def make_term(name: str, term: RewardTerm, reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any) -> Scorer:
+def make_term(
+    name: str,
+    term: RewardTerm,
+    reward_cfg: RewardConfig,
+    *,
+    device: torch.device,
+    policy_tokenizer: Any,
+) -> Scorer:
     """The scorer of one term. Raises UserError for what its kind lacks."""
     check_fields(name, term)
     key = f"reward.terms.{name}"
     if term.kind is TermKind.model:
-        members = [RewardModelScorer(path, reward_cfg, device, policy_tokenizer=policy_tokenizer, key=f"{key}.paths") for path in term.paths]
-        return members[0] if len(members) == 1 else EnsembleScorer(members, term.combine, term.spread_coef)
+        members = [
+            RewardModelScorer(
+                path, reward_cfg, device, policy_tokenizer=policy_tokenizer, key=f"{key}.paths"
+            )
+            for path in term.paths
+        ]
+        return (
+            members[0]
+            if len(members) == 1
+            else EnsembleScorer(members, term.combine, term.spread_coef)
+        )
     if term.kind is TermKind.function:
         assert term.function is not None
         return FunctionScorer(term.function, f"{key}.function")
@@ -80,17 +103,29 @@ def make_term(name: str, term: RewardTerm, reward_cfg: RewardConfig, *, device: 
     return VerifierScorer(name, make_verifier(name, term))
 
 
-def make_composite(reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any, training: bool = True) -> CompositeScorer:
+def make_composite(
+    reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any, training: bool = True
+) -> CompositeScorer:
     """``reward.terms`` as one scorer; without `training` nothing is normalised."""
     terms = []
     for name, term in reward_cfg.terms.items():
         scorer = make_term(name, term, reward_cfg, device=device, policy_tokenizer=policy_tokenizer)
-        terms.append(Term(name, scorer, weight=term.weight, clip=term.clip, normalise=term.normalise and training))
+        terms.append(
+            Term(
+                name,
+                scorer,
+                weight=term.weight,
+                clip=term.clip,
+                normalise=term.normalise and training,
+            )
+        )
     return CompositeScorer(terms)
 
 
 def check_terms(reward_cfg: RewardConfig) -> None:
-    """For preflight, before weights load: fields, patterns, schemas, functions, packages. Raises UserError."""
+    """For preflight, before weights load: fields, patterns, schemas, functions, packages. Raises
+    UserError.
+    """
     check_source(reward_cfg)
     for name, term in reward_cfg.terms.items():
         check_fields(name, term)
@@ -107,7 +142,9 @@ def check_terms(reward_cfg: RewardConfig) -> None:
 
 
 def check_rows(reward_cfg: RewardConfig, rows: Sequence[tuple[str, Mapping[str, object]]]) -> None:
-    """For preflight: the rows (place in the data, columns) have what the verifiers need. Raises UserError naming row, column and term."""
+    """For preflight: the rows (place in the data, columns) have what the verifiers need. Raises
+    UserError naming row, column and term.
+    """
     for name, term in reward_cfg.terms.items():
         if term.kind in VERIFIED:
             verifier = make_verifier(name, term)
@@ -116,6 +153,12 @@ def check_rows(reward_cfg: RewardConfig, rows: Sequence[tuple[str, Mapping[str, 
 
 
 def model_paths(reward_cfg: RewardConfig) -> list[tuple[str, str]]:
-    """(option, directory) of every reward model that scores: ``reward.path`` and those of the terms."""
+    """(option, directory) of every reward model that scores: ``reward.path`` and those of the
+    terms.
+    """
     out = [] if reward_cfg.path is None else [("reward.path", reward_cfg.path)]
-    return out + [(f"reward.terms.{name}.paths", path) for name, term in reward_cfg.terms.items() for path in term.paths]
+    return out + [
+        (f"reward.terms.{name}.paths", path)
+        for name, term in reward_cfg.terms.items()
+        for path in term.paths
+    ]

@@ -1,4 +1,6 @@
-"""Verifiers that need no more than text: exact, numeric, choice, regex, JSON schema, format. The larger ones have files of their own."""
+"""Verifiers that need no more than text: exact, numeric, choice, regex, JSON schema, format. The
+larger ones have files of their own.
+"""
 
 import json
 import math
@@ -10,11 +12,21 @@ import regex
 
 from conf.choices import FormatStyle, TermKind
 from conf.schema import RewardTerm
-from reward.extract import after_marker, boxed, close, fenced, letter_of, normalise, number_of, numbers_in
+from reward.extract import (
+    after_marker,
+    boxed,
+    close,
+    fenced,
+    letter_of,
+    normalise,
+    number_of,
+    numbers_in,
+)
 from reward.verify import Verifier
 from rlhf.types import UserError
 
-_PATTERN_SECONDS = 2.0  # a pattern that takes longer on one response goes back and forth without end
+# a pattern that takes longer on one response goes back and forth without end
+_PATTERN_SECONDS = 2.0
 STYLES = {
     FormatStyle.think: r"<think>(?!.*<think>)(.*?)</think>.*",
     FormatStyle.think_answer: r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?think>|</?answer>).)*</answer>\s*",
@@ -28,16 +40,36 @@ class Exact:
 
     def __init__(self, term: RewardTerm) -> None:
         self.columns: tuple[str, ...] = (term.column or "answer",)
-        self.marker, self.ignore_case, self.ignore_punctuation = term.marker, term.ignore_case, term.ignore_punctuation
+        self.marker, self.ignore_case, self.ignore_punctuation = (
+            term.marker,
+            term.ignore_case,
+            term.ignore_punctuation,
+        )
 
     def _plain(self, text: str) -> str:
-        return normalise(text, ignore_case=self.ignore_case, ignore_punctuation=self.ignore_punctuation)
+        return normalise(
+            text, ignore_case=self.ignore_case, ignore_punctuation=self.ignore_punctuation
+        )
 
     def reference(self, *values: Any) -> set[str]:
         answers = values[0] if isinstance(values[0], list) else [values[0]]
-        out = {self._plain(str(a)) for a in answers if isinstance(a, (str, int, float)) and not isinstance(a, bool)}
-        if not answers or len([a for a in answers if isinstance(a, (str, int, float)) and not isinstance(a, bool)]) < len(answers) or "" in out:
-            raise ValueError(f"expected a text that is more than punctuation, or a list of such texts, found {values[0]!r}")
+        out = {
+            self._plain(str(a))
+            for a in answers
+            if isinstance(a, (str, int, float)) and not isinstance(a, bool)
+        }
+        if (
+            not answers
+            or len(
+                [a for a in answers if isinstance(a, (str, int, float)) and not isinstance(a, bool)]
+            )
+            < len(answers)
+            or "" in out
+        ):
+            raise ValueError(
+                "expected a text that is more than punctuation, or a list of such texts, found "
+                f"{values[0]!r}"
+            )
         return out
 
     def score(self, response: str, reference: set[str]) -> float:
@@ -48,8 +80,9 @@ class Exact:
 class Numeric:
     r"""1 where the answer is the row's number within the tolerance.
 
-    With a marker only what it points at counts: the first number of a line ("#### 42 apples"), the last one in \boxed{} or a tag ("x = 42").
-    Without one: \boxed{} where there is one, else after "####" where there is one, else the last number of the response.
+    With a marker only what it points at counts: the first number of a line ("#### 42 apples"), the
+    last one in \boxed{} or a tag ("x = 42"). Without one: \boxed{} where there is one, else after
+    "####" where there is one, else the last number of the response.
     """
 
     workers = 1
@@ -59,9 +92,15 @@ class Numeric:
         self.marker, self.tolerance = term.marker, term.tolerance
 
     def reference(self, *values: Any) -> Any:
-        number = number_of(values[0]) if not isinstance(values[0], str) else self._answer(values[0], None)
+        number = (
+            number_of(values[0])
+            if not isinstance(values[0], str)
+            else self._answer(values[0], None)
+        )
         if number is None:
-            raise ValueError(f"expected a number, or a text that ends with one, found {values[0]!r}")
+            raise ValueError(
+                f"expected a number, or a text that ends with one, found {values[0]!r}"
+            )
         return number
 
     def score(self, response: str, reference: Any) -> float:
@@ -91,7 +130,11 @@ class Choice:
 
     def reference(self, *values: Any) -> str:
         text = str(values[0]).strip()
-        found = text.upper() if len(text) == 1 and text.upper() in self.letters else letter_of(text, self.letters, None)
+        found = (
+            text.upper()
+            if len(text) == 1 and text.upper() in self.letters
+            else letter_of(text, self.letters, None)
+        )
         if found is None:
             raise ValueError(f"expected one of the letters {self.letters}, found {values[0]!r}")
         return found
@@ -109,12 +152,17 @@ def compile_pattern(pattern: str, flags: int = 0) -> Any:
 
 
 def found_in(pattern: Any, text: str, *, whole: bool) -> bool:
-    """Whether the pattern matches somewhere, or all of the text. Raises TimeoutError for a pattern that backtracks without end."""
+    """Whether the pattern matches somewhere, or all of the text. Raises TimeoutError for a pattern
+    that backtracks without end.
+    """
     try:
-        return (pattern.fullmatch if whole else pattern.search)(text, timeout=_PATTERN_SECONDS) is not None
+        return (pattern.fullmatch if whole else pattern.search)(
+            text, timeout=_PATTERN_SECONDS
+        ) is not None
     except TimeoutError as error:
         raise TimeoutError(
-            f"the pattern {pattern.pattern!r} took more than {_PATTERN_SECONDS} s on {len(text)} characters: make it simpler"
+            f"the pattern {pattern.pattern!r} took more than {_PATTERN_SECONDS} s on {len(text)} "
+            "characters: make it simpler"
         ) from error
 
 
@@ -157,7 +205,9 @@ class Format:
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON: no NaN, no number that becomes infinite. Raises ValueError, also for text nested too deeply to read."""
+    """Strict JSON: no NaN, no number that becomes infinite. Raises ValueError, also for text nested
+    too deeply to read.
+    """
 
     def finite(digits: str) -> float:
         value = float(digits)
@@ -172,9 +222,11 @@ def parse_json(text: str) -> Any:
 
 
 class JsonSchema:
-    """1 where the response is JSON that the schema allows: the term's file, or each row's own schema (an object, or its text).
+    """1 where the response is JSON that the schema allows: the term's file, or each row's own
+    schema (an object, or its text).
 
-    The JSON is what `marker` points at; without one the content of the last fenced block, else the whole response.
+    The JSON is what `marker` points at; without one the content of the last fenced block, else the
+    whole response.
     """
 
     workers = 1
@@ -202,8 +254,11 @@ class JsonSchema:
         try:
             kind.check_schema(schema)
         except SchemaError as error:
-            raise ValueError(f"no valid JSON schema at {error.json_path}: {error.message}") from error
-        return kind(schema, registry=Registry())  # an empty registry: a reference to another address fails instead of being fetched
+            raise ValueError(
+                f"no valid JSON schema at {error.json_path}: {error.message}"
+            ) from error
+        # an empty registry: a reference to another address fails instead of being fetched
+        return kind(schema, registry=Registry())
 
     def reference(self, *values: Any) -> Any:
         if not values:
@@ -268,7 +323,9 @@ VERIFIED = frozenset(_MAKERS)
 
 
 def make_verifier(name: str, term: RewardTerm) -> Verifier:
-    """The verifier of a term. Raises UserError for a pattern or schema that doesn't compile and for a package that is missing."""
+    """The verifier of a term. Raises UserError for a pattern or schema that doesn't compile and for
+    a package that is missing.
+    """
     try:
         return _MAKERS[term.kind](term)
     except (ValueError, ImportError) as error:

@@ -1,4 +1,6 @@
-"""Responses held against their row's own reference: what a verifier is, and the scorer that runs one."""
+"""Responses held against their row's own reference: what a verifier is, and the scorer that runs
+one.
+"""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +11,17 @@ from rlhf.types import Rollout, Scores, UserError
 
 
 class Verifier(Protocol):
-    """Decides about one response. What the response says can only ever make it wrong; what the row or the machine lacks raises."""
+    """Decides about one response. What the response says can only ever make it wrong; what the row
+    or the machine lacks raises.
+    """
 
     columns: tuple[str, ...]  # of the row, that the reference is made of
     workers: int  # responses checked side by side, in threads
 
     def reference(self, *values: Any) -> Any:
-        """What a row's columns say, checked once per prompt. Raises ValueError saying what was expected and what was found."""
+        """What a row's columns say, checked once per prompt. Raises ValueError saying what was
+        expected and what was found.
+        """
         ...
 
     def score(self, response: str, reference: Any) -> float:
@@ -24,18 +30,24 @@ class Verifier(Protocol):
 
 
 def read_reference(name: str, verifier: Verifier, columns: Mapping[str, object], place: str) -> Any:
-    """The reference of one row; `place` says where the row stands. Raises UserError for a missing column and for a broken reference."""
+    """The reference of one row; `place` says where the row stands. Raises UserError for a missing
+    column and for a broken reference.
+    """
     for column in verifier.columns:
         if columns.get(column) is None:
             found = ", ".join(key for key, value in columns.items() if value is not None) or "none"
             raise UserError(
-                f"reward.terms.{name} needs the column {column!r}, which {place} lacks (its columns beside the prompt: {found}). "
+                f"reward.terms.{name} needs the column {column!r}, which {place} lacks (its "
+                f"columns beside the prompt: {found}). "
                 f"Add it to the data, or name another one with reward.terms.{name}.column."
             )
     try:
         return verifier.reference(*(columns[column] for column in verifier.columns))
     except ValueError as error:
-        raise UserError(f"reward.terms.{name}, column {' and '.join(map(repr, verifier.columns))} of {place}: {error}.") from error
+        raise UserError(
+            f"reward.terms.{name}, column {' and '.join(map(repr, verifier.columns))} of "
+            f"{place}: {error}."
+        ) from error
 
 
 class VerifierScorer(Stateless):
@@ -45,17 +57,24 @@ class VerifierScorer(Stateless):
         self.name, self.verifier = name, verifier
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Raises UserError naming the prompt where the reference is missing or broken, or where checking failed by no fault of the response."""
+        """Raises UserError naming the prompt where the reference is missing or broken, or where
+        checking failed by no fault of the response.
+        """
         references: dict[str, Any] = {}
         for rollout in rollouts:
             if rollout.prompt.id not in references:
-                references[rollout.prompt.id] = read_reference(self.name, self.verifier, rollout.prompt.fields, name_prompt(rollout))
+                references[rollout.prompt.id] = read_reference(
+                    self.name, self.verifier, rollout.prompt.fields, name_prompt(rollout)
+                )
 
         def one(rollout: Rollout) -> float:
             try:
                 return float(self.verifier.score(rollout.text, references[rollout.prompt.id]))
             except Exception as error:
-                raise UserError(f"reward.terms.{self.name} raised {type(error).__name__}: {error}; for {name_prompt(rollout)}.") from error
+                raise UserError(
+                    f"reward.terms.{self.name} raised {type(error).__name__}: {error}; for "
+                    f"{name_prompt(rollout)}."
+                ) from error
 
         if self.verifier.workers > 1 and len(rollouts) > 1:
             with ThreadPoolExecutor(self.verifier.workers) as pool:

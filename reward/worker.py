@@ -1,7 +1,8 @@
 """A process that evaluates text for the verifiers of mathematics and of reasoning-gym.
 
-Both hand a response to parsers that can be made to compute without end (9^9^9^9), to fill the memory, or, in reasoning-gym, to run it as Python.
-A process of its own can be ended: a response that uses up its CPU time or memory is wrong, and the next one finds a fresh process.
+Both hand a response to parsers that can be made to compute without end (9^9^9^9), to fill the
+memory, or, in reasoning-gym, to run it as Python. A process of its own can be ended: a response
+that uses up its CPU time or memory is wrong, and the next one finds a fresh process.
 """
 
 import contextlib
@@ -39,10 +40,14 @@ class _Ended(Exception):
 
 
 class Worker:
-    """One process, started when it is first asked, ended with this object or with the program. Threads take turns."""
+    """One process, started when it is first asked, ended with this object or with the program.
+    Threads take turns.
+    """
 
     def __init__(self, kind: str, *, cpu_s: float = 3.0, memory_mb: int = 4096) -> None:
-        """`kind`: math or gym. `cpu_s`: CPU seconds for one response; `memory_mb`: address space, libraries included."""
+        """`kind`: math or gym. `cpu_s`: CPU seconds for one response; `memory_mb`: address space,
+        libraries included.
+        """
         self.kind, self.cpu_s, self.memory_mb = kind, cpu_s, memory_mb
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,12 +57,16 @@ class Worker:
         self._finalizer = weakref.finalize(self, _end_all, self._holder)
 
     def check(self, reference: Any) -> None:
-        """Raises BrokenReference where the reference can't be used, WorkerError where the process can't."""
+        """Raises BrokenReference where the reference can't be used, WorkerError where the process
+        can't.
+        """
         with self._lock:
             try:
                 self._ask({"reference": reference})
             except _Ended as error:
-                raise WorkerError(f"the {self.kind} process {error} on a reference alone: {reference!r}") from error
+                raise WorkerError(
+                    f"the {self.kind} process {error} on a reference alone: {reference!r}"
+                ) from error
 
     def score(self, reference: Any, response: str) -> float:
         """In [0, 1]; 0 for a response that used up its time or the memory. Raises as `check`."""
@@ -74,7 +83,11 @@ class Worker:
         self._folder.cleanup()
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        process = self._process if self._process is not None and self._process.poll() is None else self._start()
+        process = (
+            self._process
+            if self._process is not None and self._process.poll() is None
+            else self._start()
+        )
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -87,14 +100,32 @@ class Worker:
         return answer["score"]
 
     def _start(self) -> subprocess.Popen[bytes]:
-        keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}  # no secrets
+        # no secrets
+        keep = {
+            name: os.environ[name]
+            for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+            if name in os.environ
+        }
         process = subprocess.Popen(
-            [sys.executable, "-m", "reward.worker_child", self.kind, str(self.memory_mb), self._folder.name],
+            [
+                sys.executable,
+                "-m",
+                "reward.worker_child",
+                self.kind,
+                str(self.memory_mb),
+                self._folder.name,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=_ROOT,
-            env=keep | {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"},
+            env=keep
+            | {
+                "PYTHONHASHSEED": "0",
+                "OPENBLAS_NUM_THREADS": "1",
+                "OMP_NUM_THREADS": "1",
+                "LANG": "C.UTF-8",
+            },
             start_new_session=True,
         )
         self._process, self._buffer = process, b""
@@ -103,13 +134,16 @@ class Worker:
             self._line(process, _START_S)
         except _Ended as error:
             raise WorkerError(
-                f"the {self.kind} process {error} before it was ready. Start it by hand to see why: "
+                f"the {self.kind} process {error} before it was ready. Start it by hand to see "
+                "why: "
                 f"python -m reward.worker_child {self.kind} {self.memory_mb} /tmp"
             ) from error
         return process
 
     def _line(self, process: subprocess.Popen[bytes], cpu_s: float) -> bytes:
-        """The next line, or _Ended after `cpu_s` seconds of CPU; WorkerError where wall time passes and no CPU time does."""
+        """The next line, or _Ended after `cpu_s` seconds of CPU; WorkerError where wall time passes
+        and no CPU time does.
+        """
         assert process.stdout is not None
         began, used = time.monotonic(), _cpu_seconds(process.pid)
         while b"\n" not in self._buffer:
@@ -123,7 +157,8 @@ class Worker:
             elif time.monotonic() - began > _WALL_FACTOR * cpu_s:
                 self._ended("")
                 raise WorkerError(
-                    f"the {self.kind} process gave no answer within {_WALL_FACTOR * cpu_s:.0f} s though it computed for less than {cpu_s} s"
+                    f"the {self.kind} process gave no answer within {_WALL_FACTOR * cpu_s:.0f} s "
+                    f"though it computed for less than {cpu_s} s"
                 )
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line

@@ -1,8 +1,9 @@
-"""The other side of reward/worker.py: answers one JSON line per request, holding responses against references with libraries that evaluate text.
+"""The other side of reward/worker.py: answers one JSON line per request, holding responses against
+references with libraries that evaluate text.
 
-python -m reward.worker_child math|gym MEMORY_MB TEMPORARY_DIRECTORY
-request   {"reference": ..., "response": ...}; without "response" the reference alone is checked
-answer    {"score": number}, {"score": null} for a checked reference, {"broken": why} for one that can't be used
+python -m reward.worker_child math|gym MEMORY_MB TEMPORARY_DIRECTORY request   {"reference": ...,
+"response": ...}; without "response" the reference alone is checked answer    {"score": number},
+{"score": null} for a checked reference, {"broken": why} for one that can't be used
 """
 
 import json
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from reward.extract import after_marker
-from rlhf.data import gym_entry
+from rlhf.process import metadata as gym_entry
 
 Checker = Callable[[Any], Any]
 _ANCHORS = ("$", "\\boxed", "\\(", "\\[", "\\begin")
@@ -34,18 +35,34 @@ class MathChecker:
         from math_verify import LatexExtractionConfig, parse, verify
 
         for name in ("math_verify.parser", "math_verify.grader"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # it would warn that its own time limits are off; ours is the parent's
+            # it would warn that its own time limits are off; ours is the parent's
+            logging.getLogger(name).setLevel(logging.ERROR)
         normalisation = NormalizationConfig(units=True)
-        extraction = LatexExtractionConfig(normalization_config=normalisation, boxed_match_priority=0, try_extract_without_anchor=False)
+        extraction = LatexExtractionConfig(
+            normalization_config=normalisation,
+            boxed_match_priority=0,
+            try_extract_without_anchor=False,
+        )
         self._parse: Any = lambda text: parse(text, parsing_timeout=None)
-        self._parse_answer: Any = lambda text: parse(text, extraction_config=[extraction], extraction_mode="first_match", parsing_timeout=None)
+        self._parse_answer: Any = lambda text: parse(
+            text,
+            extraction_config=[extraction],
+            extraction_mode="first_match",
+            parsing_timeout=None,
+        )
         self._verify: Any = lambda gold, answer: verify(gold, answer, timeout_seconds=None)
 
     def reference(self, value: Any) -> Any:
-        """A row's answer as expressions. Text without LaTeX delimiters is one expression as a whole: x^2+1 is no number 2."""
+        """A row's answer as expressions. Text without LaTeX delimiters is one expression as a
+        whole: x^2+1 is no number 2.
+        """
         text = str(value).strip()
         text = (after_marker(text, "####") or "") if "####" in text else text
-        gold = self._parse(text) if any(anchor in text for anchor in _ANCHORS) else self._parse(f"\\boxed{{{text}}}")
+        gold = (
+            self._parse(text)
+            if any(anchor in text for anchor in _ANCHORS)
+            else self._parse(f"\\boxed{{{text}}}")
+        )
         if all(isinstance(item, str) for item in gold):
             gold = [*self._parse(text), *gold]  # 50%, say
         if not gold:
@@ -57,7 +74,9 @@ class MathChecker:
 
 
 class GymChecker:
-    """A reasoning-gym task's own score_answer, which for some tasks evaluates the response as Python or SymPy."""
+    """A reasoning-gym task's own score_answer, which for some tasks evaluates the response as
+    Python or SymPy.
+    """
 
     def __init__(self) -> None:
         import reasoning_gym
@@ -67,7 +86,11 @@ class GymChecker:
 
     def reference(self, value: Any) -> Any:
         task, config = value["task"], gym_entry.decode(value["config"])
-        entry = {"question": value["question"], "answer": value["answer"], "metadata": gym_entry.decode(value["metadata"])}
+        entry = {
+            "question": value["question"],
+            "answer": value["answer"],
+            "metadata": gym_entry.decode(value["metadata"]),
+        }
         key = json.dumps([task, value["config"]], sort_keys=True)
         try:
             if key not in self._tasks:
@@ -76,9 +99,15 @@ class GymChecker:
                 self._tasks[key].score_answer(entry["answer"], entry)
             careless = _score_or_zero(self._tasks[key], _NONSENSE, entry)
         except Exception as error:
-            raise Broken(f"the task {task!r} can't score its own answer {entry['answer']!r} ({type(error).__name__}: {error})") from error
+            raise Broken(
+                f"the task {task!r} can't score its own answer {entry['answer']!r} "
+                f"({type(error).__name__}: {error})"
+            ) from error
         if careless >= 1:
-            raise Broken(f"the task {task!r} gives full marks to {_NONSENSE!r}, so its verifier verifies nothing")
+            raise Broken(
+                f"the task {task!r} gives full marks to {_NONSENSE!r}, so its verifier verifies "
+                "nothing"
+            )
         return self._tasks[key], entry
 
     def score(self, reference: Any, response: str) -> float:
@@ -86,7 +115,9 @@ class GymChecker:
 
 
 def _score_or_zero(dataset: Any, response: str, entry: dict[str, Any]) -> float:
-    """The task's score; it scored the task's own answer, so what raises here is what the response says: a wrong answer."""
+    """The task's score; it scored the task's own answer, so what raises here is what the response
+    says: a wrong answer.
+    """
     try:
         return float(dataset.score_answer(response, entry))
     except Exception:  # noqa: BLE001 - see above
@@ -94,7 +125,9 @@ def _score_or_zero(dataset: Any, response: str, entry: dict[str, Any]) -> float:
 
 
 def refuse_effects(directory: str) -> None:
-    """An audit hook as in the code sandbox: a response that is evaluated opens no socket, starts no process and writes no file."""
+    """An audit hook as in the code sandbox: a response that is evaluated opens no socket, starts no
+    process and writes no file.
+    """
     from reward.sandbox_child import make_hook
 
     sys.addaudithook(make_hook(directory))
@@ -120,7 +153,11 @@ def main() -> None:
             if key not in known:
                 known = known if len(known) < _KEPT else {}
                 known[key] = checker.reference(request["reference"])
-            answer = {"score": checker.score(known[key], request["response"]) if "response" in request else None}
+            answer = {
+                "score": checker.score(known[key], request["response"])
+                if "response" in request
+                else None
+            }
         except Broken as error:
             answer = {"broken": str(error)}
         answers.write(json.dumps(answer) + "\n")

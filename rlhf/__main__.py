@@ -15,21 +15,32 @@ from typing import Any
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf import config, distributed, interrupts, redaction
+from rlhf.cli import config
+from rlhf.process import distributed, interrupts, redaction
+from rlhf.process.watchdog import Watchdog, record_failure
 from rlhf.types import Interrupted, UserError
-from rlhf.watchdog import Watchdog, record_failure
 
-_BROKEN_OFF = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket")  # what a collective says whose peer is gone
+# what a collective says whose peer is gone
+_BROKEN_OFF = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket")
 _WAIT_FOR_CAUSE_S = 5.0  # torchrun looks at its ranks every 0.1 s
 _NO_STAGE_NEEDED = ("--help", "-h", "--hydra-help", "--version", "--info", "-i")
 # Schemas whose stage lives in a module of another name.
-_MODULES = {"ppo": "online", "dpo": "preference", "kto": "preference", "cpo": "preference", "orpo": "preference"}
+_MODULES = {
+    "ppo": "online",
+    "dpo": "preference",
+    "kto": "preference",
+    "cpo": "preference",
+    "orpo": "preference",
+}
 _SUMMARIES = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in STAGES.items()}
 
 
 def list_stages() -> str:
     """What ``python -m rlhf`` says without a stage."""
-    rows = [f"  stage={name:<8} {_SUMMARIES[config.stage_schema(name)]}" for name in config.choices("stage")]
+    rows = [
+        f"  stage={name:<8} {_SUMMARIES[config.stage_schema(name)]}"
+        for name in config.choices("stage")
+    ]
     experiments = ", ".join(config.choices("experiment")) or "none"
     return "\n".join(
         [
@@ -45,20 +56,23 @@ def list_stages() -> str:
 
 def execute(cfg: Config, argv: Sequence[str]) -> None:
     """Run one stage in this process; bad input raises UserError before any weight loads."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # fork after threads would warn at every data worker
+    # fork after threads would warn at every data worker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if distributed.device().type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn that it has to guess this
+        # accelerate imports DeepSpeed, which would warn that it has to guess this
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     stage = cfg.stage.name
     schema_name = config.stage_schema(stage)
     module = _MODULES.get(schema_name, schema_name)
     if schema_name not in ("chain", "doctor"):
-        from rlhf import preflight
-        from rlhf.data import recipes
+        from rlhf.checks import preflight
+        from rlhf.data.recipes import build as recipes
 
         limit = cfg.run.phase_timeout_s or 0.0
         with Watchdog(cfg.run.phase_timeout_s) as watchdog:
             watchdog.phase("launch")
-            # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause, their timeout would tell a consequence.
+            # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause,
+            # their timeout would tell a consequence.
             distributed.initialise(max(30.0, limit / 60 + 10.0))
             watchdog.phase("download")
             recipes.ensure(cfg)
@@ -75,9 +89,10 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
     if schema_name == "doctor":
         run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
         return
-    from rlhf.run import RunContext
+    from rlhf.run.context import RunContext
 
-    if schema_name != "data":  # it loads no model by itself, and transformers takes seconds to import
+    # it loads no model by itself, and transformers takes seconds to import
+    if schema_name != "data":
         quiet_libraries()
     with Watchdog(cfg.run.phase_timeout_s) as watchdog:
         watchdog.phase("open the run")
@@ -100,18 +115,30 @@ def _job(cfg: Any) -> None:
 
     hydra = HydraConfig.get()
     if hydra.mode is RunMode.MULTIRUN:
-        # A process per job: vLLM, DeepSpeed and torch keep state that a second job in the same process would inherit.
+        # A process per job: vLLM, DeepSpeed and torch keep state that a second job in the same
+        # process would inherit.
         dataclass_cfg = config.to_dataclass(cfg)
         name = f"{dataclass_cfg.run.name}-{hydra.job.num}"
         group = dataclass_cfg.tracking.group or f"{dataclass_cfg.run.name}-sweep"
-        task = [o for o in hydra.overrides.task if not o.startswith(("run.name=", "tracking.group="))]
-        command = [sys.executable, "-m", "rlhf", *task, f"run.name={name}", f"tracking.group={group}"]
+        task = [
+            o for o in hydra.overrides.task if not o.startswith(("run.name=", "tracking.group="))
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "rlhf",
+            *task,
+            f"run.name={name}",
+            f"tracking.group={group}",
+        ]
         _clean_sweep_file(Path(hydra.sweep.dir) / "multirun.yaml")
         code = interrupts.run_child(command)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise SystemExit(code)  # the job has said what it saved
         if code != 0:
-            raise UserError(f"multirun job {hydra.job.num} ended with exit code {code}: {' '.join(command[1:])}")
+            raise UserError(
+                f"multirun job {hydra.job.num} ended with exit code {code}: {' '.join(command[1:])}"
+            )
         return
     execute(config.to_dataclass(cfg), sys.argv[1:])
 
@@ -133,8 +160,8 @@ def _fail(error: Exception) -> int:
 def _crash(error: BaseException) -> None:
     """A bug's traceback goes on its way, and into torchrun's report.
 
-    A rank whose collective broke off because another rank ended waits a moment: torchrun shows the first failure that it sees as the cause, and
-    that has to be the other one's.
+    A rank whose collective broke off because another rank ended waits a moment: torchrun shows the
+    first failure that it sees as the cause, and that has to be the other one's.
     """
     if distributed.world_size() > 1 and any(word in str(error).lower() for word in _BROKEN_OFF):
         time.sleep(_WAIT_FOR_CAUSE_S)
@@ -142,19 +169,28 @@ def _crash(error: BaseException) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`_main` with signals that end it in order (rlhf/interrupts.py), and without secrets in what it logs (rlhf/redaction.py)."""
+    """`_main` with signals that end it in order (rlhf/process/interrupts.py), and without secrets
+    in what it logs (rlhf/process/redaction.py).
+    """
     with redaction.redacted_logs(), interrupts.terminable():
         return _main(argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    """Exit code 0; 1 for bad input or a stopped run, 2 for a missing stage; 130 after Ctrl-C and 143 after SIGTERM (rlhf/interrupts.py), and 124
-    for a phase that hung (rlhf/watchdog.py)."""
+    """Exit code 0; 1 for bad input or a stopped run, 2 for a missing stage; 130 after Ctrl-C and
+    143 after SIGTERM (rlhf/process/interrupts.py), and 124 for a phase that hung
+    (rlhf/process/watchdog.py).
+    """
     given = list(sys.argv[1:] if argv is None else argv)
     # argparse, which Hydra uses, wants all overrides side by side: move them before the flags.
-    arguments = sorted(given, key=lambda a: a.startswith("-") or ("=" not in a and not a.startswith("~")))
-    if not any(a.lstrip("+").startswith("stage=") for a in arguments) and not any(a in _NO_STAGE_NEEDED for a in arguments):
-        with contextlib.suppress(BrokenPipeError):  # a reader such as `head` may close the pipe early
+    arguments = sorted(
+        given, key=lambda a: a.startswith("-") or ("=" not in a and not a.startswith("~"))
+    )
+    if not any(a.lstrip("+").startswith("stage=") for a in arguments) and not any(
+        a in _NO_STAGE_NEEDED for a in arguments
+    ):
+        # a reader such as `head` may close the pipe early
+        with contextlib.suppress(BrokenPipeError):
             print(list_stages(), flush=True)
         return 0 if not arguments else 2
     try:
@@ -163,7 +199,8 @@ def _main(argv: Sequence[str] | None) -> int:
         import hydra
         from hydra.errors import HydraException
 
-        # Hydra would shorten a bug's traceback unless it is told not to, and comment on a job's bad input unless it never sees it.
+        # Hydra would shorten a bug's traceback unless it is told not to, and comment on a job's bad
+        # input unless it never sees it.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         sys.argv = [sys.argv[0], *config.merge_items(arguments)]
         failed: list[UserError] = []
@@ -181,7 +218,9 @@ def _main(argv: Sequence[str] | None) -> int:
                 crashed.append(error)
 
         try:
-            hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")(job)()
+            hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")(
+                job
+            )()
         except HydraException as error:
             raise UserError(config.explain(error)) from error
         for crash in crashed:
@@ -198,7 +237,10 @@ def _main(argv: Sequence[str] | None) -> int:
         return _fail(error)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, interrupts.Terminated) else signal.SIGINT
-        print(f"stopped by {signal.Signals(number).name} outside of training; nothing was saved.", file=sys.stderr)
+        print(
+            f"stopped by {signal.Signals(number).name} outside of training; nothing was saved.",
+            file=sys.stderr,
+        )
         return 128 + number
     except Exception as error:
         _crash(error)

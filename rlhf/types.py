@@ -1,4 +1,6 @@
-"""Records that stages pass around and the protocols that backends fulfil. Shapes: B responses, T response tokens."""
+"""Records that stages pass around and the protocols that backends fulfil. Shapes: B responses, T
+response tokens.
+"""
 
 import signal
 from collections.abc import Iterable, Sequence
@@ -10,11 +12,15 @@ import torch
 
 
 class UserError(Exception):
-    """Bad input: the message names the place and the remedy. The command line prints it without a traceback."""
+    """Bad input: the message names the place and the remedy. The command line prints it without a
+    traceback.
+    """
 
 
 class TrainingDiverged(UserError):
-    """NaN or infinity in a loss, a reward or a gradient; the message names the file that holds the batch."""
+    """NaN or infinity in a loss, a reward or a gradient; the message names the file that holds the
+    batch.
+    """
 
 
 class NonFiniteScore(UserError):
@@ -22,12 +28,17 @@ class NonFiniteScore(UserError):
 
 
 class Interrupted(Exception):
-    """A signal ended the run after a whole step, which is saved; `code` is the process's exit code (130 after Ctrl-C, 143 after SIGTERM)."""
+    """A signal ended the run after a whole step, which is saved; `code` is the process's exit code
+    (130 after Ctrl-C, 143 after SIGTERM).
+    """
 
     def __init__(self, number: int, step: int, checkpoint: Path) -> None:
         self.code = 128 + number
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}, which is saved in {checkpoint}. Go on with run.resume=true.")
+        super().__init__(
+            f"stopped by {name} after step {step}, which is saved in {checkpoint}. Go on with "
+            "run.resume=true."
+        )
 
 
 class SyncError(UserError):
@@ -42,7 +53,8 @@ class Prompt:
     text: str  # what the tokens say (template applied)
     token_ids: tuple[int, ...]  # [P]
     source: object = None  # the row's own prompt: a string, or a list of messages
-    fields: dict[str, object] = field(default_factory=dict)  # the row's other columns, for reward functions
+    # the row's other columns, for reward functions
+    fields: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -63,7 +75,8 @@ class Scores:
 
     total: list[float]
     terms: dict[str, list[float]]  # raw, before weights
-    extras: dict[str, list[float]] = field(default_factory=dict)  # what a scorer tells beside its score, such as <term>_spread of an ensemble
+    # what a scorer tells beside its score, such as <term>_spread of an ensemble
+    extras: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +103,19 @@ class JudgedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class FullWeights:
-    """All weights, one at a time: a collective under ZeRO-3, so every rank consumes the whole iterator."""
+    """All weights, one at a time: a collective under ZeRO-3, so every rank consumes the whole
+    iterator.
+    """
 
-    tensors: Iterable[tuple[str, torch.Tensor]]  # transformers' state-dict names, tied tensors under each name
+    # transformers' state-dict names, tied tensors under each name
+    tensors: Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """A LoRA adapter: PEFT's state dict (its save format's names) and the fields of its adapter_config.json."""
+    """A LoRA adapter: PEFT's state dict (its save format's names) and the fields of its
+    adapter_config.json.
+    """
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, object]
@@ -108,12 +126,21 @@ class Generator(Protocol):
 
     version: int
 
-    def generate(self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, greedy: bool = False) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        greedy: bool = False,
+    ) -> list[Rollout]:
         """`n` responses per prompt, in prompt order (all of a prompt's responses side by side)."""
         ...
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1: length len(token_ids) - 1, temperature 1."""
+        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1: length len(token_ids) - 1,
+        temperature 1.
+        """
         ...
 
     def sync(self, weights: FullWeights | AdapterWeights, version: int) -> None:

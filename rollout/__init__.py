@@ -1,4 +1,6 @@
-"""Prompts in, responses with their logprobs out: by vLLM, or by transformers where vLLM is not installed."""
+"""Prompts in, responses with their logprobs out: by vLLM, or by transformers where vLLM is not
+installed.
+"""
 
 import importlib.util
 import logging
@@ -13,28 +15,43 @@ log = logging.getLogger(__name__)
 
 
 def resolve_backend(cfg: RolloutConfig) -> RolloutBackend:
-    """The backend that runs: `auto` is vLLM where it is installed. Raises UserError when vLLM is asked for and missing."""
+    """The backend that runs: `auto` is vLLM where it is installed. Raises UserError when vLLM is
+    asked for and missing.
+    """
     installed = importlib.util.find_spec("vllm") is not None
     if cfg.backend is RolloutBackend.vllm and not installed:
         raise UserError(
-            "rollout=vllm, but vLLM is not installed: `pip install 'rlhf-toolkit[cpu]'` on a machine without a GPU, "
+            "rollout=vllm, but vLLM is not installed: `pip install 'rlhf-toolkit[cpu]'` on a "
+            "machine without a GPU, "
             "`pip install 'rlhf-toolkit[cuda]'` with one; or set rollout=hf."
         )
     if cfg.backend is not RolloutBackend.auto:
         return cfg.backend
     if not installed:
-        log.warning("rollout=auto: vLLM is not installed, so Hugging Face generate writes the responses, which is slower.")
+        log.warning(
+            "rollout=auto: vLLM is not installed, so Hugging Face generate writes the responses, "
+            "which is slower."
+        )
     return RolloutBackend.vllm if installed else RolloutBackend.hf
 
 
-def make_generator(cfg: Config, *, model_path: str, tokenizer: Any, model_factory: Callable[[], Any], adapter_rank: int | None) -> Generator:
-    """A generator that starts from `model_path` (vLLM) or from what `model_factory` builds (transformers).
+def make_generator(
+    cfg: Config,
+    *,
+    model_path: str,
+    tokenizer: Any,
+    model_factory: Callable[[], Any],
+    adapter_rank: int | None,
+) -> Generator:
+    """A generator that starts from `model_path` (vLLM) or from what `model_factory` builds
+    (transformers).
 
-    `adapter_rank` None: syncs send whole weights; else syncs send a LoRA adapter of that rank, which `model_factory` has attached.
-    Raises UserError, before weights load, for what the model or the backend can't do.
+    `adapter_rank` None: syncs send whole weights; else syncs send a LoRA adapter of that rank,
+    which `model_factory` has attached. Raises UserError, before weights load, for what the model or
+    the backend can't do.
     """
-    from rlhf import distributed
-    from rlhf.models import resolve_dtype
+    from rlhf.models.loading import resolve_dtype
+    from rlhf.process import distributed
 
     backend = resolve_backend(cfg.rollout)
     max_tokens = cfg.data.max_prompt_length + cfg.rollout.max_response_length
@@ -44,9 +61,19 @@ def make_generator(cfg: Config, *, model_path: str, tokenizer: Any, model_factor
         from rollout.sampling import Sampling
 
         sampling, seqs = Sampling.from_config(cfg.rollout), cfg.rollout.max_num_seqs
-        return HFGenerator(model_factory, tokenizer, sampling, max_tokens=max_tokens, max_num_seqs=seqs, device=distributed.device())
+        return HFGenerator(
+            model_factory,
+            tokenizer,
+            sampling,
+            max_tokens=max_tokens,
+            max_num_seqs=seqs,
+            device=distributed.device(),
+        )
     if adapter_rank is not None and cfg.adapter.dora:
-        raise UserError(f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set rollout.lora_sync=merged (or auto).")
+        raise UserError(
+            f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set "
+            "rollout.lora_sync=merged (or auto)."
+        )
     from rollout.vllm import VLLMGenerator
 
     return VLLMGenerator(
@@ -62,24 +89,32 @@ def make_generator(cfg: Config, *, model_path: str, tokenizer: Any, model_factor
 
 
 def _checked_config(cfg: Config, model_path: str, max_tokens: int) -> Any:
-    """The model's configuration. Raises UserError when a prompt and a response don't fit into its positions."""
+    """The model's configuration. Raises UserError when a prompt and a response don't fit into its
+    positions.
+    """
     from transformers import AutoConfig
 
-    from rlhf.models import readable
+    from rlhf.models.loading import readable
 
     with readable(f"the model {model_path}: its configuration"):
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            model_path, trust_remote_code=cfg.model.trust_remote_code
+        )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
         raise UserError(
-            f"data.max_prompt_length={cfg.data.max_prompt_length} + rollout.max_response_length={cfg.rollout.max_response_length} "
-            f"= {max_tokens} tokens, but the model in {model_path} has {positions} positions: lower one of them to add up to at most {positions}."
+            f"data.max_prompt_length={cfg.data.max_prompt_length} + "
+            f"rollout.max_response_length={cfg.rollout.max_response_length} "
+            f"= {max_tokens} tokens, but the model in {model_path} has {positions} positions: "
+            f"lower one of them to add up to at most {positions}."
         )
     return config
 
 
 def _state_dict_specs(config: Any, trust_remote_code: bool) -> dict[str, Any]:
-    """Names, shapes and dtypes of the model's state dict, from its configuration alone: no weights are loaded."""
+    """Names, shapes and dtypes of the model's state dict, from its configuration alone: no weights
+    are loaded.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,6 @@
-"""Rollouts by transformers: the plain twin of rollout/vllm.py, for machines without vLLM and as its reference in tests."""
+"""Rollouts by transformers: the plain twin of rollout/vllm.py, for machines without vLLM and as its
+reference in tests.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -7,14 +9,23 @@ import torch
 from torch import Tensor
 
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError
-from rollout.sampling import Sampling, check_prompts, draw, fresh_seed, response_seeds, sampling_logprobs
+from rollout.sampling import (
+    Sampling,
+    check_prompts,
+    draw,
+    fresh_seed,
+    response_seeds,
+    sampling_logprobs,
+)
 from rollout.weights import Incoming, specs_of, weights_checksums
 
 _SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora")
 
 
 class _Chooser:
-    """A logits processor that draws each row's token with the row's own numbers, keeps its logprob and leaves generate no other choice."""
+    """A logits processor that draws each row's token with the row's own numbers, keeps its logprob
+    and leaves generate no other choice.
+    """
 
     def __init__(self, sampling: Sampling | None, uniform: Tensor) -> None:
         self.sampling = sampling  # None: greedy
@@ -34,10 +45,19 @@ class _Chooser:
 
 
 class HFGenerator:
-    """Generates with a model instance of its own, so that training in between never shows before a sync."""
+    """Generates with a model instance of its own, so that training in between never shows before a
+    sync.
+    """
 
     def __init__(
-        self, model_factory: Callable[[], Any], tokenizer: Any, sampling: Sampling, *, max_tokens: int, max_num_seqs: int, device: torch.device
+        self,
+        model_factory: Callable[[], Any],
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        max_num_seqs: int,
+        device: torch.device,
     ) -> None:
         """`max_tokens`: prompt and response together."""
         self.version = 0
@@ -55,11 +75,26 @@ class HFGenerator:
     def model(self) -> Any:
         return self._model
 
-    def generate(self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, greedy: bool = False) -> list[Rollout]:
-        """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with its logprob at temperature 1."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        greedy: bool = False,
+    ) -> list[Rollout]:
+        """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with
+        its logprob at temperature 1.
+        """
         check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
-        rows = list(zip([p for p in prompts for _ in range(n)], response_seeds(seed, prompts, n), strict=True))
+        rows = list(
+            zip(
+                [p for p in prompts for _ in range(n)],
+                response_seeds(seed, prompts, n),
+                strict=True,
+            )
+        )
         out: list[Rollout] = []
         for start in range(0, len(rows), self._max_num_seqs):
             out += self._generate_batch(rows[start : start + self._max_num_seqs], greedy)
@@ -69,17 +104,30 @@ class HFGenerator:
     def _generate_batch(self, rows: Sequence[tuple[Prompt, int]], greedy: bool) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
 
-        limit, end, pad = self.sampling.max_response_length, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        limit, end, pad = (
+            self.sampling.max_response_length,
+            self._tokenizer.eos_token_id,
+            self._tokenizer.pad_token_id,
+        )
         width = max(len(prompt.token_ids) for prompt, _ in rows)
         ids = torch.full((len(rows), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, (prompt, _) in enumerate(rows):  # left padding: every response starts in the same column
+        # left padding: every response starts in the same column
+        for row, (prompt, _) in enumerate(rows):
             ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[row, width - len(prompt.token_ids) :] = 1
-        uniform = torch.stack([torch.rand(limit, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for _, s in rows])
+        uniform = torch.stack(
+            [
+                torch.rand(limit, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+                for _, s in rows
+            ]
+        )
         chooser = _Chooser(None if greedy else self.sampling, uniform.to(self._device))
-        settings = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=pad)
-        # generate fills unset fields from the model's own settings (repetition penalties and the like): those change the policy
+        settings = GenerationConfig(
+            max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=pad
+        )
+        # generate fills unset fields from the model's own settings (repetition penalties and the
+        # like): those change the policy
         self._base.generation_config = settings
         written = self._model.generate(
             input_ids=ids.to(self._device),
@@ -89,31 +137,44 @@ class HFGenerator:
         )
         responses = written[:, width:].tolist()
         logprobs = torch.stack(chooser.logprobs, dim=1).tolist()  # [B, T]
-        return [self._rollout(prompt, responses[i], logprobs[i]) for i, (prompt, _) in enumerate(rows)]
+        return [
+            self._rollout(prompt, responses[i], logprobs[i]) for i, (prompt, _) in enumerate(rows)
+        ]
 
     def _rollout(self, prompt: Prompt, token_ids: list[int], logprobs: list[float]) -> Rollout:
-        """One row of the batch, cut after its end-of-sequence token; what generate wrote behind it is padding."""
+        """One row of the batch, cut after its end-of-sequence token; what generate wrote behind it
+        is padding.
+        """
         end = self._tokenizer.eos_token_id
         stopped = end in token_ids
         length = token_ids.index(end) + 1 if stopped else len(token_ids)
         kept = token_ids[:length]
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        return Rollout(prompt, text, kept, logprobs[:length], "stop" if stopped else "length", self.version)
+        return Rollout(
+            prompt, text, kept, logprobs[:length], "stop" if stopped else "length", self.version
+        )
 
     @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, at temperature 1: length len(token_ids) - 1."""
+        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, at temperature 1: length
+        len(token_ids) - 1.
+        """
         ids = torch.tensor([list(token_ids)], device=self._device)
         logits = self._model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # [L - 1, V]
         return logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
 
     def sync(self, weights: FullWeights | AdapterWeights, version: int) -> None:
-        """Copy the trainer's weights in, by name. Raises SyncError naming every parameter that is missing, unknown or of another shape."""
+        """Copy the trainer's weights in, by name. Raises SyncError naming every parameter that is
+        missing, unknown or of another shape.
+        """
         if isinstance(weights, AdapterWeights):
             self._check_adapter(weights, version)
             tensors: Iterator[tuple[str, Tensor]] = iter(weights.tensors.items())
         elif self._is_adapter():
-            raise SyncError(f"weight sync {version}: the trainer sent whole weights, but this generator's model is a base model with an adapter.")
+            raise SyncError(
+                f"weight sync {version}: the trainer sent whole weights, but this generator's "
+                "model is a base model with an adapter."
+            )
         else:
             tensors = iter(weights.tensors)
         targets = self._tensors()
@@ -125,7 +186,9 @@ class HFGenerator:
         self.sent, self.version = incoming.checksums, version
 
     def _tensors(self) -> Mapping[str, Tensor]:
-        """What a sync writes to: the adapter under PEFT's saved names, or the whole state dict with tied tensors under each name."""
+        """What a sync writes to: the adapter under PEFT's saved names, or the whole state dict with
+        tied tensors under each name.
+        """
         if not self._is_adapter():
             return self._model.state_dict()
         from peft import get_peft_model_state_dict
@@ -134,11 +197,17 @@ class HFGenerator:
 
     def _check_adapter(self, weights: AdapterWeights, version: int) -> None:
         if not self._is_adapter():
-            raise SyncError(f"weight sync {version}: the trainer sent an adapter, but this generator's model has none.")
+            raise SyncError(
+                f"weight sync {version}: the trainer sent an adapter, but this generator's model "
+                "has none."
+            )
         ours = self._model.peft_config["default"].to_dict()
         for name in _SCALING_FIELDS:
             if weights.config.get(name) != ours[name]:
-                raise SyncError(f"weight sync {version}: the trainer's adapter has {name}={weights.config.get(name)}, the generator's {ours[name]}.")
+                raise SyncError(
+                    f"weight sync {version}: the trainer's adapter has "
+                    f"{name}={weights.config.get(name)}, the generator's {ours[name]}."
+                )
 
     def checksums(self) -> dict[str, str]:
         """Checksums of the weights that the generator holds now, by the names in `sent`."""

@@ -1,4 +1,6 @@
-"""What both backends share: how a token is drawn, how each response gets its own seed, and which prompts fit."""
+"""What both backends share: how a token is drawn, how each response gets its own seed, and which
+prompts fit.
+"""
 
 import hashlib
 import secrets
@@ -15,7 +17,9 @@ from rlhf.types import Prompt, UserError
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The distribution that responses are drawn from: softmax(logits / temperature), then top-k, then top-p (Holtzman et al. 2020)."""
+    """The distribution that responses are drawn from: softmax(logits / temperature), then top-k,
+    then top-p (Holtzman et al. 2020).
+    """
 
     max_response_length: int  # tokens
     temperature: float = 1.0
@@ -35,23 +39,28 @@ def fresh_seed() -> int:
 def response_seeds(seed: int, prompts: Sequence[Prompt], n: int) -> list[int]:
     """Seeds in [0, 2^62) of `n` responses per prompt, side by side.
 
-    A seed depends on the call's seed, the prompt's id and how many responses to it came before, never on its place in the call:
-    prompts shared out among ranks get the responses that one rank would have drawn.
+    A seed depends on the call's seed, the prompt's id and how many responses to it came before,
+    never on its place in the call: prompts shared out among ranks get the responses that one rank
+    would have drawn.
     """
     drawn: Counter[str] = Counter()
     out = []
     for prompt in prompts:
         for _ in range(n):
-            digest = hashlib.blake2b(f"{seed}/{prompt.id}/{drawn[prompt.id]}".encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(
+                f"{seed}/{prompt.id}/{drawn[prompt.id]}".encode(), digest_size=8
+            ).digest()
             drawn[prompt.id] += 1
             out.append(int.from_bytes(digest, "big") >> 2)
     return out
 
 
 def sampling_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [B, V] of the model -> logprobs [B, V] float32 of the distribution that `sampling` draws from; tokens filtered out get -inf.
+    """Logits [B, V] of the model -> logprobs [B, V] float32 of the distribution that `sampling`
+    draws from; tokens filtered out get -inf.
 
-    Ties at the k-th logit all stay. Top-p keeps the fewest most likely tokens whose probabilities add up to at least top_p.
+    Ties at the k-th logit all stay. Top-p keeps the fewest most likely tokens whose probabilities
+    add up to at least top_p.
     """
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -61,23 +70,31 @@ def sampling_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
         ascending, order = logits.sort(dim=-1)
         outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - sampling.top_p
         outside[:, -1] = False  # the most likely token always stays
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), -torch.inf)
+        logits = logits.masked_fill(
+            torch.zeros_like(outside).scatter_(1, order, outside), -torch.inf
+        )
     return logits.log_softmax(dim=-1)
 
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Logprobs [B, V] and one uniform number in [0, 1) per row [B] float64 -> token ids [B], by inverting the distribution function."""
+    """Logprobs [B, V] and one uniform number in [0, 1) per row [B] float64 -> token ids [B], by
+    inverting the distribution function.
+    """
     cumulative = logprobs.double().exp().cumsum(dim=-1)
-    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)  # right: never a token of probability 0
+    # right: never a token of probability 0
+    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return chosen.squeeze(1).clamp_(max=logprobs.shape[-1] - 1)
 
 
 def check_prompts(prompts: Sequence[Prompt], *, room: int) -> None:
-    """Every prompt has a token and at most `room` of them. Raises UserError naming the first that doesn't."""
+    """Every prompt has a token and at most `room` of them. Raises UserError naming the first that
+    doesn't.
+    """
     for prompt in prompts:
         found = len(prompt.token_ids)
         if not 0 < found <= room:
             raise UserError(
-                f"prompt {prompt.id}: it has {found} tokens, but a prompt has to have between 1 and {room} here. "
+                f"prompt {prompt.id}: it has {found} tokens, but a prompt has to have between 1 "
+                f"and {room} here. "
                 "Raise data.max_prompt_length, set data.truncate_prompts=true or drop the row."
             )

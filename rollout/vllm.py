@@ -15,14 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.schema import RolloutConfig
-from rlhf import distributed
+from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.weights import Incoming, Spec, readable_checksums, specs_of
 
 _ADAPTER = ("policy", 1)  # name and id of the one adapter
-_CPU_BLOCK = 32  # tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is longer than most prompts
-# Warnings that mean nothing here: RotaryEmbedding got no weights in a sync (it has none; Incoming finds the missing ones), and
+# tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is
+# longer than most prompts
+_CPU_BLOCK = 32
+# Warnings that mean nothing here: RotaryEmbedding got no weights in a sync (it has none; Incoming
+# finds the missing ones), and
 # without a tokenizer the engine knows no end of sequence (each request names it).
 _QUIET = (
     "vllm.engine.arg_utils",  # that a seed is set, which a seed per request makes moot
@@ -30,10 +33,12 @@ _QUIET = (
     "vllm.renderers.base",  # that there is no tokenizer, which is as it should be
     "vllm.v1.worker.cpu_worker",  # that threads can't be set after binding
 )
-# The engine stays in this process, so that weights go over as tensors; nothing is reported to vLLM's makers.
+# The engine stays in this process, so that weights go over as tensors; nothing is reported to
+# vLLM's makers.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _ENVIRONMENT_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
-# What starting an engine changes for everyone else: our own ranks read the first, every child process would inherit the second.
+# What starting an engine changes for everyone else: our own ranks read the first, every child
+# process would inherit the second.
 _RESTORED = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
 _OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"  # would win over rollout.kv_cache_gib
 
@@ -44,7 +49,9 @@ def _errors_only(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _engine_environment() -> Iterator[None]:
-    """vLLM's environment variables, set before it is imported; what it changes for other code is put back afterwards."""
+    """vLLM's environment variables, set before it is imported; what it changes for other code is
+    put back afterwards.
+    """
     os.environ.update(_ENVIRONMENT)
     for name, value in _ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -61,26 +68,33 @@ def _engine_environment() -> Iterator[None]:
 
 
 def engine_lora_rank(adapter_rank: int, wished: int | None, allowed: Sequence[int]) -> int:
-    """The engine's max_lora_rank: `wished` (rollout.max_lora_rank), or the smallest rank allowed that holds the adapter's. Raises UserError."""
+    """The engine's max_lora_rank: `wished` (rollout.max_lora_rank), or the smallest rank allowed
+    that holds the adapter's. Raises UserError.
+    """
     holding = [rank for rank in sorted(allowed) if rank >= adapter_rank]
     names = ", ".join(str(rank) for rank in sorted(allowed))
     if wished is not None and wished not in holding:
         raise UserError(
-            f"rollout.max_lora_rank={wished}: with adapter.rank={adapter_rank} vLLM takes one of {', '.join(map(str, holding)) or 'none'}."
+            f"rollout.max_lora_rank={wished}: with adapter.rank={adapter_rank} vLLM takes one of "
+            f"{', '.join(map(str, holding)) or 'none'}."
         )
     if not holding:
         raise UserError(
-            f"adapter.rank={adapter_rank} is above every LoRA rank that vLLM takes ({names}): lower adapter.rank, or set rollout.lora_sync=merged."
+            f"adapter.rank={adapter_rank} is above every LoRA rank that vLLM takes ({names}): "
+            "lower adapter.rank, or set rollout.lora_sync=merged."
         )
     return wished if wished is not None else holding[0]
 
 
 def _multiply_one_adapter_at_once() -> None:
-    """Make vLLM's LoRA layers on a CPU multiply a batch that has one adapter by that adapter's matrices.
+    """Make vLLM's LoRA layers on a CPU multiply a batch that has one adapter by that adapter's
+    matrices.
 
-    vLLM's own code copies both matrices for every token of the batch, since each could have another adapter: with a 135M model, 16
-    sequences and rank 8 that doubled the time of a decoding step (measured: 176 ms against 92 ms without an adapter). Ours is taken where all
-    tokens have the same adapter and numbers are float32; everything else goes the old way. The results agree to float32 rounding.
+    vLLM's own code copies both matrices for every token of the batch, since each could have another
+    adapter: with a 135M model, 16 sequences and rank 8 that doubled the time of a decoding step
+    (measured: 176 ms against 92 ms without an adapter). Ours is taken where all tokens have the
+    same adapter and numbers are float32; everything else goes the old way. The results agree to
+    float32 rounding.
     """
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -98,7 +112,9 @@ def _multiply_one_adapter_at_once() -> None:
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        """y[:, slice i] += scale * x A_i^T B_i^T. `x` [n, in], `y` [n, out]; A_i [slots, 1, rank, in], B_i [slots, 1, size i, rank]."""
+        """y[:, slice i] += scale * x A_i^T B_i^T. `x` [n, in], `y` [n, out]; A_i [slots, 1, rank,
+        in], B_i [slots, 1, size i, rank].
+        """
         adapters = self.token_lora_indices
         slot = int(adapters[0]) if len(adapters) else -1
         rows, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
@@ -113,14 +129,29 @@ def _multiply_one_adapter_at_once() -> None:
 
     original_logits = PunicaWrapperCPU.add_lora_logits
 
-    def add_lora_logits(self: Any, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any) -> None:
-        """y += scale * x A^T B^T at the head, whose matrices vLLM keeps (as zeros) for an adapter without them."""
+    def add_lora_logits(
+        self: Any,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """y += scale * x A^T B^T at the head, whose matrices vLLM keeps (as zeros) for an adapter
+        without them.
+        """
         adapters = self.sampler_indices
         slot = int(adapters[0]) if len(adapters) else -1
         rows, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         plain = x.dtype is torch.float32 and len(rows) == len(outputs) == len(adapters)
         a, b = lora_a_stacked[slot, 0], lora_b_stacked[slot, 0]
-        if slot < 0 or not plain or b.shape[0] != outputs.shape[1] or not bool((adapters == slot).all()):
+        if (
+            slot < 0
+            or not plain
+            or b.shape[0] != outputs.shape[1]
+            or not bool((adapters == slot).all())
+        ):
             original_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
             return
         outputs.addmm_(rows @ a.T, b.T, alpha=scale)
@@ -131,7 +162,9 @@ def _multiply_one_adapter_at_once() -> None:
 
 
 class VLLMGenerator:
-    """One vLLM engine per rank. After a sync of an adapter the engine applies it; otherwise it holds the policy's whole weights."""
+    """One vLLM engine per rank. After a sync of an adapter the engine applies it; otherwise it
+    holds the policy's whole weights.
+    """
 
     def __init__(
         self,
@@ -145,17 +178,21 @@ class VLLMGenerator:
         adapter_rank: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """`max_tokens`: prompt and response together. `specs`: transformers' state dict of the model. `adapter_rank` None: whole weights only."""
+        """`max_tokens`: prompt and response together. `specs`: transformers' state dict of the
+        model. `adapter_rank` None: whole weights only.
+        """
         self.version = 0
         self.sent: dict[str, str] = {}
-        self._readable: frozenset[str] | None = None  # names whose tensors the engine holds as they were sent; known after the first look
+        # names whose tensors the engine holds as they were sent; known after the first look
+        self._readable: frozenset[str] | None = None
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self.sampling = Sampling.from_config(cfg)
         self._specs = {name: Spec(spec.shape, dtype) for name, spec in specs.items()}
         self._adapter_specs: dict[str, Spec] | None = None
         self._lora: Any = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self._made_group = not torch.distributed.is_initialized()  # then starting the engine makes a group of one
+        # then starting the engine makes a group of one
+        self._made_group = not torch.distributed.is_initialized()
         with _engine_environment():
             from vllm import LLM
             from vllm.config.lora import MaxLoRARanks
@@ -169,14 +206,25 @@ class VLLMGenerator:
                 if not torch.cuda.is_available():
                     _multiply_one_adapter_at_once()
                 shared = Path("/dev/shm")  # memory, where there is such a place
-                self._directory = tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=shared if os.access(shared, os.W_OK) else None)
+                self._directory = tempfile.TemporaryDirectory(
+                    prefix="rlhf-adapter-", dir=shared if os.access(shared, os.W_OK) else None
+                )
             if torch.cuda.is_available():
-                extra |= {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enforce_eager": cfg.enforce_eager}
+                extra |= {
+                    "gpu_memory_utilization": cfg.gpu_memory_utilization,
+                    "enforce_eager": cfg.enforce_eager,
+                }
                 if distributed.world_size() > 1:
-                    extra |= {"distributed_executor_backend": "external_launcher"}  # each rank's engine on its own device; else all take the first
+                    # each rank's engine on its own device; else all take the first
+                    extra |= {"distributed_executor_backend": "external_launcher"}
             else:
-                # Eager: compiling a model of 1M parameters takes 20 to 40 s at the start and saves 1.5 ms of a 15 ms step (64 sequences, 2 cores).
-                extra |= {"kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30), "enforce_eager": True, "block_size": _CPU_BLOCK}
+                # Eager: compiling a model of 1M parameters takes 20 to 40 s at the start and saves
+                # 1.5 ms of a 15 ms step (64 sequences, 2 cores).
+                extra |= {
+                    "kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30),
+                    "enforce_eager": True,
+                    "block_size": _CPU_BLOCK,
+                }
             self._llm = LLM(
                 model_path,
                 skip_tokenizer_init=True,  # token ids in, token ids out
@@ -193,8 +241,17 @@ class VLLMGenerator:
     def llm(self) -> Any:
         return self._llm
 
-    def generate(self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, greedy: bool = False) -> list[Rollout]:
-        """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with its logprob at temperature 1."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        greedy: bool = False,
+    ) -> list[Rollout]:
+        """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with
+        its logprob at temperature 1.
+        """
         check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
@@ -202,20 +259,33 @@ class VLLMGenerator:
         params = [self._params(drawn, greedy) for drawn in response_seeds(seed, prompts, n)]
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
         written = [output.outputs[0] for output in outputs]
-        texts = self._tokenizer.batch_decode([list(w.token_ids) for w in written], skip_special_tokens=True)
-        return [self._rollout(prompt, text, w) for prompt, text, w in zip(owners, texts, written, strict=True)]
+        texts = self._tokenizer.batch_decode(
+            [list(w.token_ids) for w in written], skip_special_tokens=True
+        )
+        return [
+            self._rollout(prompt, text, w)
+            for prompt, text, w in zip(owners, texts, written, strict=True)
+        ]
 
     def _params(self, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
 
         chosen = self.sampling
         how: dict[str, Any] = (
-            {"temperature": 0.0} if greedy else {"temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k, "seed": seed}
+            {"temperature": 0.0}
+            if greedy
+            else {
+                "temperature": chosen.temperature,
+                "top_p": chosen.top_p,
+                "top_k": chosen.top_k,
+                "seed": seed,
+            }
         )
         return SamplingParams(
             max_tokens=chosen.max_response_length,
             stop_token_ids=[self._tokenizer.eos_token_id],
-            ignore_eos=True,  # or vLLM adds those of generation_config.json, which end no response in training
+            # or vLLM adds those of generation_config.json, which end no response in training
+            ignore_eos=True,
             logprobs=0,  # the sampled token's alone
             detokenize=False,
             skip_clone=True,
@@ -224,53 +294,91 @@ class VLLMGenerator:
 
     def _rollout(self, prompt: Prompt, text: str, written: Any) -> Rollout:
         if written.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended the response to prompt {prompt.id} with finish_reason={written.finish_reason!r}")
+            raise RuntimeError(
+                f"vLLM ended the response to prompt {prompt.id} with "
+                f"finish_reason={written.finish_reason!r}"
+            )
         token_ids = list(written.token_ids)
-        logprobs = [position[token].logprob for position, token in zip(written.logprobs, token_ids, strict=True)]
+        logprobs = [
+            position[token].logprob
+            for position, token in zip(written.logprobs, token_ids, strict=True)
+        ]
         return Rollout(prompt, text, token_ids, logprobs, written.finish_reason, self.version)
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, at temperature 1: length len(token_ids) - 1."""
+        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, at temperature 1: length
+        len(token_ids) - 1.
+        """
         from vllm import SamplingParams
 
         *context, last = token_ids
-        # The last token is asked for by name at the first position generated, so that a sequence of max_tokens fits as well.
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, logprobs=1, logprob_token_ids=[last], detokenize=False)
-        (output,) = self._llm.generate([{"prompt_token_ids": context}], params, use_tqdm=False, lora_request=self._lora)
-        of_prompt = [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], context[1:], strict=True)]
+        # The last token is asked for by name at the first position generated, so that a sequence of
+        # max_tokens fits as well.
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            logprobs=1,
+            logprob_token_ids=[last],
+            detokenize=False,
+        )
+        (output,) = self._llm.generate(
+            [{"prompt_token_ids": context}], params, use_tqdm=False, lora_request=self._lora
+        )
+        of_prompt = [
+            position[token].logprob
+            for position, token in zip(output.prompt_logprobs[1:], context[1:], strict=True)
+        ]
         return [*of_prompt, output.outputs[0].logprobs[0][last].logprob]
 
     def sync(self, weights: FullWeights | AdapterWeights, version: int) -> None:
         """Take over the trainer's weights and forget every prefix computed with the old ones.
 
-        Raises SyncError naming every parameter that is missing, unknown or of another shape; `version` stays as it was then.
+        Raises SyncError naming every parameter that is missing, unknown or of another shape;
+        `version` stays as it was then.
         """
         if isinstance(weights, AdapterWeights):
             self._sync_adapter(weights, version)
         elif self._directory is not None:
-            raise SyncError(f"weight sync {version}: the trainer sent whole weights to an engine that was started for a LoRA adapter.")
+            raise SyncError(
+                f"weight sync {version}: the trainer sent whole weights to an engine that was "
+                "started for a LoRA adapter."
+            )
         else:
             incoming = Incoming(weights.tensors, self._specs, self._readable)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(incoming)})
             incoming.finish(version)
             self.sent = incoming.checksums
         if not self._llm.reset_prefix_cache():
-            raise SyncError(f"weight sync {version}: vLLM did not drop the prefixes that it computed with the old weights.")
+            raise SyncError(
+                f"weight sync {version}: vLLM did not drop the prefixes that it computed with "
+                "the old weights."
+            )
         self.version = version
 
     def _sync_adapter(self, weights: AdapterWeights, version: int) -> None:
-        """Write PEFT's two files and have the engine load them now, in place of the adapter that it has."""
+        """Write PEFT's two files and have the engine load them now, in place of the adapter that it
+        has.
+        """
         from vllm.lora.request import LoRARequest
 
         if self._directory is None:
-            raise SyncError(f"weight sync {version}: the trainer sent an adapter to an engine that was started for whole weights.")
+            raise SyncError(
+                f"weight sync {version}: the trainer sent an adapter to an engine that was "
+                "started for whole weights."
+            )
         if self._adapter_specs is None:
             halves = {
-                name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.") for name in weights.tensors
+                name.replace(".lora_A.", ".lora_B.")
+                if ".lora_A." in name
+                else name.replace(".lora_B.", ".lora_A.")
+                for name in weights.tensors
             }
             alone = sorted(halves - set(weights.tensors))
             if alone:
-                raise SyncError(f"weight sync {version}: the adapter's {', '.join(alone[:5])} is missing.")
+                raise SyncError(
+                    f"weight sync {version}: the adapter's {', '.join(alone[:5])} is missing."
+                )
             self._adapter_specs = specs_of(weights.tensors)
         incoming = Incoming(weights.tensors.items(), self._adapter_specs, hashed=())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in incoming}
@@ -280,22 +388,32 @@ class VLLMGenerator:
         (place / "adapter_config.json").write_text(json.dumps(weights.config), encoding="utf-8")
         name, number = _ADAPTER
         self._llm.llm_engine.add_lora(LoRARequest(name, number, str(place), load_inplace=True))
-        # From here on requests name the adapter only: with load_inplace they would read the file again at every step.
+        # From here on requests name the adapter only: with load_inplace they would read the file
+        # again at every step.
         self._lora = LoRARequest(name, number, str(place))
 
     def checksums(self) -> dict[str, str]:
-        """Checksums of the weights that the engine holds as plain tensors. On a CPU linear layers are packed for oneDNN and left out."""
-        (found,) = self._llm.apply_model(lambda model: readable_checksums(model, self._specs)) if self._lora is None else ({},)
+        """Checksums of the weights that the engine holds as plain tensors. On a CPU linear layers
+        are packed for oneDNN and left out.
+        """
+        (found,) = (
+            self._llm.apply_model(lambda model: readable_checksums(model, self._specs))
+            if self._lora is None
+            else ({},)
+        )
         self._readable = frozenset(found) if self._lora is None else None
         return found
 
     def close(self) -> None:
-        """Stop the engine, free its memory and delete the adapter's files. Close several engines of one process last started first."""
+        """Stop the engine, free its memory and delete the adapter's files. Close several engines of
+        one process last started first.
+        """
         client = self._llm.llm_engine.engine_core
         if self._made_group:
             client.shutdown()
         else:
-            # client.shutdown() also destroys the default process group, which here is the trainer's: take the engine apart by hand.
+            # client.shutdown() also destroys the default process group, which here is the
+            # trainer's: take the engine apart by hand.
             client._finalizer.detach()
             client.engine_core.model_executor.shutdown()
             client.engine_core.scheduler.shutdown()

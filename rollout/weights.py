@@ -1,4 +1,6 @@
-"""Weights on their way into a generator: names and shapes are checked, and every tensor leaves a checksum to compare with later."""
+"""Weights on their way into a generator: names and shapes are checked, and every tensor leaves a
+checksum to compare with later.
+"""
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from rlhf.types import SyncError
 _BLOCK = 1 << 17  # words summed at a time: in 64 bits they fit a core's cache
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _SHOWN = 5  # names in one message
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # as vLLM joins rows
+# as vLLM joins rows
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,9 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
 def checksum(tensor: Tensor) -> str:
     """16 hexadecimal digits of sum_i (2 i + 1) bits_i modulo 2^64, computed where the tensor is.
 
-    Odd weights are invertible modulo 2^64, so a change of any one element changes the sum, and so does a swap of unequal elements
-    (unless 2^63 divides their distance times their difference). It tells a mistake from none; it is no defence against intent.
+    Odd weights are invertible modulo 2^64, so a change of any one element changes the sum, and so
+    does a swap of unequal elements (unless 2^63 divides their distance times their difference). It
+    tells a mistake from none; it is no defence against intent.
     """
     words = tensor.detach().contiguous().reshape(-1).view(_WORDS[tensor.element_size()])
     odd = torch.arange(1, 2 * min(len(words), _BLOCK), 2, device=words.device)
@@ -46,15 +50,24 @@ def weights_checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 class Incoming:
-    """Iterates once over (name, tensor), passing on what fits the specs; `finish` raises on everything that didn't fit.
+    """Iterates once over (name, tensor), passing on what fits the specs; `finish` raises on
+    everything that didn't fit.
 
-    The source is consumed to its end whatever is found in it: under ZeRO-3 each tensor is a collective, and a rank that stopped
-    early would leave the others waiting.
+    The source is consumed to its end whatever is found in it: under ZeRO-3 each tensor is a
+    collective, and a rank that stopped early would leave the others waiting.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]], specs: Mapping[str, Spec], hashed: Container[str] | None = None) -> None:
-        """`hashed`: names that leave a checksum; None: all of them. A checksum takes about half as long as the copy that it guards."""
-        self.checksums: dict[str, str] = {}  # of the hashed tensors that were passed on, in the dtype that the generator holds
+    def __init__(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        specs: Mapping[str, Spec],
+        hashed: Container[str] | None = None,
+    ) -> None:
+        """`hashed`: names that leave a checksum; None: all of them. A checksum takes about half as
+        long as the copy that it guards.
+        """
+        # of the hashed tensors that were passed on, in the dtype that the generator holds
+        self.checksums: dict[str, str] = {}
         self._specs = specs
         self._hashed = hashed
         self._seen: set[str] = set()
@@ -72,7 +85,9 @@ class Incoming:
             elif name in self._seen:
                 self._wrong.append(f"{name} (sent twice)")
             elif tuple(tensor.shape) != spec.shape:
-                self._wrong.append(f"{name} (shape {list(tensor.shape)}, expected {list(spec.shape)})")
+                self._wrong.append(
+                    f"{name} (shape {list(tensor.shape)}, expected {list(spec.shape)})"
+                )
             else:
                 self._seen.add(name)
                 if self._hashed is None or name in self._hashed:
@@ -80,27 +95,40 @@ class Incoming:
                 yield name, tensor
 
     def finish(self, version: int) -> None:
-        """Consume what is left. Raises SyncError naming the parameters that are missing, unknown, doubled or of another shape."""
+        """Consume what is left. Raises SyncError naming the parameters that are missing, unknown,
+        doubled or of another shape.
+        """
         for _ in self._passing:
             pass
         wrong_names = {text.split(" ", 1)[0] for text in self._wrong}
-        missing = [f"{name} (missing)" for name in self._specs if name not in self._seen and name not in wrong_names]
+        missing = [
+            f"{name} (missing)"
+            for name in self._specs
+            if name not in self._seen and name not in wrong_names
+        ]
         wrong = self._wrong + missing
         if wrong:
             more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
             raise SyncError(
-                f"weight sync {version}: the trainer's weights are not those of the generator's model: {', '.join(wrong[:_SHOWN])}{more}."
+                f"weight sync {version}: the trainer's weights are not those of the generator's "
+                f"model: {', '.join(wrong[:_SHOWN])}{more}."
             )
 
 
 def readable_checksums(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str, str]:
-    """Checksums of those of `specs` that `model` holds as plain tensors, under the same name or joined with its neighbours (FUSED).
+    """Checksums of those of `specs` that `model` holds as plain tensors, under the same name or
+    joined with its neighbours (FUSED).
 
-    Rows beyond a spec's own are padding. What an engine has packed for its kernels, or keeps under another name, is left out.
+    Rows beyond a spec's own are padding. What an engine has packed for its kernels, or keeps under
+    another name, is left out.
     """
-    held = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    held = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
     found: dict[str, str] = {}
-    known: dict[tuple[int, torch.Size, tuple[int, ...], torch.dtype], str] = {}  # tied tensors, which stay where they are meanwhile, are summed once
+    # tied tensors, which stay where they are meanwhile, are summed once
+    known: dict[tuple[int, torch.Size, tuple[int, ...], torch.dtype], str] = {}
     for name, spec in specs.items():
         tensor = _plain(held, name, spec) if name in held else _slice_of_fused(held, name, specs)
         if tensor is not None:
@@ -114,10 +142,16 @@ def readable_checksums(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str,
 def _plain(held: Mapping[str, Tensor], name: str, spec: Spec) -> Tensor | None:
     tensor = held[name]
     same = tensor.dim() == len(spec.shape) and tuple(tensor.shape[1:]) == spec.shape[1:]
-    return tensor[: spec.shape[0]] if same and tensor.dim() > 0 and tensor.shape[0] >= spec.shape[0] else None
+    return (
+        tensor[: spec.shape[0]]
+        if same and tensor.dim() > 0 and tensor.shape[0] >= spec.shape[0]
+        else None
+    )
 
 
-def _slice_of_fused(held: Mapping[str, Tensor], name: str, specs: Mapping[str, Spec]) -> Tensor | None:
+def _slice_of_fused(
+    held: Mapping[str, Tensor], name: str, specs: Mapping[str, Spec]
+) -> Tensor | None:
     for fused, parts in FUSED.items():
         for part in parts:
             prefix, dot, suffix = name.partition(f".{part}.")

@@ -1,4 +1,6 @@
-"""What all tests share: no network, few threads, and tiny models with their tokenizer in a directory."""
+"""What all tests share: no network, few threads, and tiny models with their tokenizer in a
+directory.
+"""
 
 import logging
 import os
@@ -7,14 +9,21 @@ from pathlib import Path
 
 import pytest
 
-# A worker of several (`make test`) computes on one thread, so that they don't wait for each other's.
+# A worker of several (`make test`) computes on one thread, so that they don't wait for each
+# other's.
 _THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
-for _name, _value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": _THREADS, "TQDM_DISABLE": "1"}.items():
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": _THREADS,
+    "TQDM_DISABLE": "1",
+}.items():
     os.environ.setdefault(_name, _value)
 os.environ["COLUMNS"] = "160"  # tables are as wide wherever the tests run
 
 
-# Files that take minutes: first, so that at the end of a shared run no process waits long for the other (make test, --dist loadfile).
+# Files that take minutes: first, so that at the end of a shared run no process waits long for the
+# other (make test, --dist loadfile).
 _LONG = (
     "test_zero_trl",
     "test_zero_online",
@@ -33,21 +42,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny_model(tied=True) -> directory of a two-layer float32 Llama (vocabulary 300, head size 32) and its tokenizer; made once."""
+    """tiny_model(tied=True) -> directory of a two-layer float32 Llama (vocabulary 300, head size
+    32) and its tokenizer; made once.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     from conf.schema import TinyConfig
-    from rlhf.models import tiny_config, train_tokenizer
+    from rlhf.models.loading import tiny_config, train_tokenizer
 
     made: dict[bool, Path] = {}
 
     def make(*, tied: bool = True) -> Path:
         if tied not in made:
-            tiny = TinyConfig(vocab_size=300, hidden_size=64, intermediate_size=96, layers=2, heads=2, max_positions=64, tie_embeddings=tied)
-            tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 8, tiny.vocab_size, tiny.max_positions)
+            tiny = TinyConfig(
+                vocab_size=300,
+                hidden_size=64,
+                intermediate_size=96,
+                layers=2,
+                heads=2,
+                max_positions=64,
+                tie_embeddings=tied,
+            )
+            tokenizer = train_tokenizer(
+                ["the quick brown fox jumps over the lazy dog"] * 8,
+                tiny.vocab_size,
+                tiny.max_positions,
+            )
             torch.manual_seed(7)
-            model = AutoModelForCausalLM.from_config(tiny_config(tiny, tokenizer), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                tiny_config(tiny, tokenizer), dtype=torch.float32
+            )
             for param in model.parameters():
                 if param.ndim == 2:
                     param.data.mul_(4.0)  # the initial 0.02 would leave every distribution flat
@@ -62,7 +87,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def no_handlers_left() -> Iterator[None]:
-    """A command line that ran in this process leaves no handler behind: it would write to a stream that pytest has closed by then."""
+    """A command line that ran in this process leaves no handler behind: it would write to a stream
+    that pytest has closed by then.
+    """
     root = logging.getLogger()
     before = list(root.handlers)
     yield
@@ -73,7 +100,9 @@ def no_handlers_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """torch computes on one thread: with models as small as these more of them only wait for each other."""
+    """torch computes on one thread: with models as small as these more of them only wait for each
+    other.
+    """
     import torch
 
     before = torch.get_num_threads()

@@ -1,6 +1,8 @@
-"""Bad input of any kind ends in a clear error: overrides, rows and files that hypothesis breaks, never a traceback from a library.
+"""Bad input of any kind ends in a clear error: overrides, rows and files that hypothesis breaks,
+never a traceback from a library.
 
-`make test` tries a few hundred; `make fuzz` tries thousands and fails unless at least 2,000 of them were bad.
+`make test` tries a few hundred; `make fuzz` tries thousands and fails unless at least 2,000 of them
+were bad.
 """
 
 import dataclasses
@@ -24,11 +26,12 @@ from hypothesis import strategies as st
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf import config, preflight
+from rlhf.checks import preflight
+from rlhf.cli import config
 from rlhf.data import reading
 from rlhf.data.formats import Use
 from rlhf.types import UserError
-from tests.format_rows import CHARACTERS, drawn, published_rows, tool_rows, training_rows
+from tests.data.format_rows import CHARACTERS, drawn, published_rows, tool_rows, training_rows
 
 FEW, MANY, BAD = 60, 1500, 2000
 PHASES = (Phase.generate, Phase.shrink)  # what explains a failure runs it hundreds of times more
@@ -36,7 +39,14 @@ seen: Counter[str] = Counter()  # by kind of input: good, bad
 
 
 def fuzzed(examples: int) -> Callable[[Any], Any]:
-    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None, phases=PHASES)
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+        phases=PHASES,
+    )
 
 
 def complain(error: UserError, kind: str) -> None:
@@ -48,7 +58,26 @@ def complain(error: UserError, kind: str) -> None:
 
 # ---- overrides ----
 
-ODD = ("", "null", "-1", "0", "1", "1e999", "nan", "inf", "true", "[1,2", "[1,2]", "[]", "{a:1}", "{", "${x}", "${run.name}", "${oc.env:NOPE}", "???")
+ODD = (
+    "",
+    "null",
+    "-1",
+    "0",
+    "1",
+    "1e999",
+    "nan",
+    "inf",
+    "true",
+    "[1,2",
+    "[1,2]",
+    "[]",
+    "{a:1}",
+    "{",
+    "${x}",
+    "${run.name}",
+    "${oc.env:NOPE}",
+    "???",
+)
 WILD = (
     "'",
     '"',
@@ -69,9 +98,18 @@ WILD = (
     "1_000",
     "1e-400",
 )
-VALUES = st.sampled_from([*ODD, *WILD]) | st.text(CHARACTERS, max_size=12) | st.integers(-(2**70), 2**70).map(str) | st.floats().map(str)
+VALUES = (
+    st.sampled_from([*ODD, *WILD])
+    | st.text(CHARACTERS, max_size=12)
+    | st.integers(-(2**70), 2**70).map(str)
+    | st.floats().map(str)
+)
 KEYS = st.sampled_from(
-    [key.replace(config.NAME, "x").replace(config.ANYTHING, "y") for key in config.valid_keys(list(STAGES)) if not key.startswith("run.dir")]
+    [
+        key.replace(config.NAME, "x").replace(config.ANYTHING, "y")
+        for key in config.valid_keys(list(STAGES))
+        if not key.startswith("run.dir")
+    ]
 )
 UNKNOWN = st.text(st.sampled_from("abcdefgr.stage/@+~{}[]$:"), min_size=1, max_size=12)
 
@@ -88,7 +126,9 @@ READY = {
 
 @st.composite
 def overrides(draw: st.DrawFn) -> list[str]:
-    """A command that would run, and up to three overrides, of which most are wrong in some way; or any stage and the overrides alone."""
+    """A command that would run, and up to three overrides, of which most are wrong in some way; or
+    any stage and the overrides alone.
+    """
     stage = draw(st.sampled_from([*READY, *READY, *config.choices("stage")]))
     out = [f"stage={stage}", "tracking=none"]
     if stage in READY:
@@ -96,7 +136,11 @@ def overrides(draw: st.DrawFn) -> list[str]:
     taken = {one.partition("=")[0] for one in out}
     for _ in range(draw(st.integers(0, 3))):
         key = draw(st.one_of(KEYS, KEYS, KEYS, UNKNOWN, st.sampled_from(config.GROUPS)))
-        out = [one for one in out if one.partition("=")[0] != key] if key in taken and key != "stage" else out
+        out = (
+            [one for one in out if one.partition("=")[0] != key]
+            if key in taken and key != "stage"
+            else out
+        )
         out.append(f"{draw(st.sampled_from(['', '', '', '+', '++', '~']))}{key}={draw(VALUES)}")
     return out
 
@@ -127,12 +171,27 @@ WRONG = {  # by what an option holds: values that it can't take
 
 def wrong_values(hint: Any) -> list[str]:
     """Values that an option of this annotation must refuse; none for one that takes anything."""
-    kinds = [one for one in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]) if one is not type(None)]
+    kinds = [
+        one
+        for one in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint])
+        if one is not type(None)
+    ]
     if len(kinds) != 1 or kinds[0] is Any:
         return []
     kind = typing.get_origin(kinds[0]) or kinds[0]
-    found = next((values for known, values in WRONG.items() if isinstance(kind, type) and issubclass(kind, known)), [])
-    return found if hint in kinds and type(None) not in typing.get_args(hint) else [value for value in found if value != "''"]
+    found = next(
+        (
+            values
+            for known, values in WRONG.items()
+            if isinstance(kind, type) and issubclass(kind, known)
+        ),
+        [],
+    )
+    return (
+        found
+        if hint in kinds and type(None) not in typing.get_args(hint)
+        else [value for value in found if value != "''"]
+    )
 
 
 @functools.cache
@@ -149,7 +208,10 @@ def options_of(stage: str) -> tuple[tuple[str, str], ...]:
             else:
                 out.extend((prefix + one.name, wrong) for wrong in wrong_values(hints[one.name]))
 
-    walk(config.compose([f"stage={stage}", "tracking=none", "model=tiny", "data.path=rows.jsonl"]), "")
+    walk(
+        config.compose([f"stage={stage}", "tracking=none", "model=tiny", "data.path=rows.jsonl"]),
+        "",
+    )
     return tuple(out)
 
 
@@ -183,13 +245,25 @@ CONFLICTS = (
     ("data", "data.pipeline=[{step: split, fraction: 1.5}]"),
     ("data", "data.to=trl data.file=nosuch"),
 )
-INTERPOLATIONS = ("${nosuch}", "${run}", "${stage.nosuch}", "${oc.env:NO_SUCH_VARIABLE}", "${nosuch:1}", "${model.path", "${${run.name}}")
+INTERPOLATIONS = (
+    "${nosuch}",
+    "${run}",
+    "${stage.nosuch}",
+    "${oc.env:NO_SUCH_VARIABLE}",
+    "${nosuch:1}",
+    "${model.path",
+    "${${run.name}}",
+)
 
 
 @st.composite
 def wrong_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """A command that would run, with one thing in it that is wrong by a known rule; and which kind of thing."""
-    kind = draw(st.sampled_from(["type", "type", "type", "conflict", "interpolation", "group", "name"]))
+    """A command that would run, with one thing in it that is wrong by a known rule; and which kind
+    of thing.
+    """
+    kind = draw(
+        st.sampled_from(["type", "type", "type", "conflict", "interpolation", "group", "name"])
+    )
     stage = draw(st.sampled_from(sorted(READY)))
     if kind == "type":
         key, value = draw(st.sampled_from(options_of(stage)))
@@ -202,13 +276,24 @@ def wrong_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
             f"{draw(st.sampled_from(['run.name', 'run.seed', 'model.path', 'tracking.group', 'data.path']))}={draw(st.sampled_from(INTERPOLATIONS))}"
         ]
     elif kind == "group":
-        wrong = [f"{draw(st.sampled_from(config.GROUPS))}={draw(st.text('abcxyz_', min_size=1, max_size=6))}9"]
+        wrong = [
+            f"{draw(st.sampled_from(config.GROUPS))}={draw(st.text('abcxyz_', min_size=1, max_size=6))}9"
+        ]
     else:
         key = draw(st.sampled_from(options_of(stage)))[0]
         at = draw(st.integers(0, len(key) - 1))
-        wrong = [f"{draw(st.sampled_from(['', '+', '++']))}{key[:at]}{draw(st.sampled_from('qxz'))}{key[at + 1 :]}=1"]
+        wrong = [
+            f"{draw(st.sampled_from(['', '+', '++']))}{key[:at]}{draw(st.sampled_from('qxz'))}{key[at + 1 :]}=1"
+        ]
     keys = {one.partition("=")[0] for one in wrong}
-    needed = [f"stage={stage}", "tracking=none", "model=tiny", "data.path=rows.jsonl", "rollout=hf", *READY[stage]]
+    needed = [
+        f"stage={stage}",
+        "tracking=none",
+        "model=tiny",
+        "data.path=rows.jsonl",
+        "rollout=hf",
+        *READY[stage],
+    ]
     return kind, [*(one for one in needed if one.partition("=")[0] not in keys), *wrong]
 
 
@@ -226,7 +311,10 @@ def try_wrong(command: tuple[str, list[str]]) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(CHARACTERS, max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(CHARACTERS, max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(CHARACTERS, max_size=6), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 USES: dict[Use, tuple[str, Callable[[Config], Any]]] = {
@@ -256,7 +344,22 @@ def broken_rows(draw: st.DrawFn) -> list[Any]:
             elif isinstance(place, list) and place:
                 place[draw(st.integers(0, len(place) - 1))] = draw(JSON)
         elif how == "add":
-            row[draw(st.sampled_from(["prompt", "chosen", "messages", "label", "data", "margin", "weight", "text"]))] = draw(JSON)
+            row[
+                draw(
+                    st.sampled_from(
+                        [
+                            "prompt",
+                            "chosen",
+                            "messages",
+                            "label",
+                            "data",
+                            "margin",
+                            "weight",
+                            "text",
+                        ]
+                    )
+                )
+            ] = draw(JSON)
         rows[at] = draw(JSON) if how == "other" else row
     return rows
 
@@ -279,7 +382,11 @@ def read_all(use: Use, content: bytes, suffix: str) -> None:
         cfg = base(override)
         run = dataclasses.replace(cfg.run, dir=folder)
         try:
-            read(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=str(place)), run=run))
+            read(
+                dataclasses.replace(
+                    cfg, data=dataclasses.replace(cfg.data, path=str(place)), run=run
+                )
+            )
         except UserError as error:
             complain(error, f"{suffix}: bad")
         else:
@@ -299,7 +406,10 @@ def whole_file(suffix: str) -> bytes:
     if suffix == ".json":
         return json.dumps(rows).encode()
     if suffix == ".csv":
-        return ("prompt,chosen,rejected\n" + "".join(f'"{r["prompt"]}",{r["chosen"]},{r["rejected"]}\n' for r in rows)).encode()
+        return (
+            "prompt,chosen,rejected\n"
+            + "".join(f'"{r["prompt"]}",{r["chosen"]},{r["rejected"]}\n' for r in rows)
+        ).encode()
     out = io.BytesIO()
     if suffix == ".parquet":
         import pyarrow
@@ -343,13 +453,18 @@ DAMAGE = st.builds(
     suffix=st.sampled_from(SUFFIXES),
     how=st.sampled_from(["cut", "change", "change", "insert", "noise", *SUFFIXES]),
     at=st.floats(0, 1, exclude_max=True),
-    data=st.binary(min_size=1, max_size=16) | st.sampled_from([b"\xff\xfe", b"\x00", b'"', b"\n", b"\r", b"{", b"[" * 2000, b"NaN", b"\xed\xa0\x80"]),
+    data=st.binary(min_size=1, max_size=16)
+    | st.sampled_from(
+        [b"\xff\xfe", b"\x00", b'"', b"\n", b"\r", b"{", b"[" * 2000, b"NaN", b"\xed\xa0\x80"]
+    ),
 )
 
 
 @pytest.fixture
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]) -> None:
-    """A folder with what `READY` names, in which nothing that an override names by accident matters."""
+    """A folder with what `READY` names, in which nothing that an override names by accident
+    matters.
+    """
     (tmp_path / "rows.jsonl").write_bytes(whole_file(".jsonl"))
     (tmp_path / "policy").symlink_to(tiny_model())
     monkeypatch.chdir(tmp_path)
@@ -380,7 +495,9 @@ def test_rows() -> None:
 
 def test_files() -> None:
     seen.clear()
-    fuzzed(FEW)(given(USE, DAMAGE)(lambda use, damage: read_all(use, damage.done(), damage.suffix)))()
+    fuzzed(FEW)(
+        given(USE, DAMAGE)(lambda use, damage: read_all(use, damage.done(), damage.suffix))
+    )()
     assert sum(count for kind, count in seen.items() if kind.endswith("bad")) > FEW / 4
 
 
@@ -392,10 +509,17 @@ def test_thousands() -> None:
     seen.clear()
     fuzzed(MANY)(given(overrides())(try_overrides))()
     fuzzed(MANY)(given(wrong_commands())(try_wrong))()
-    fuzzed(MANY)(given(USE, broken_rows())(lambda use, rows: read_all(use, lines(rows), ".jsonl")))()
-    fuzzed(MANY)(given(USE, DAMAGE)(lambda use, damage: read_all(use, damage.done(), damage.suffix)))()
+    fuzzed(MANY)(
+        given(USE, broken_rows())(lambda use, rows: read_all(use, lines(rows), ".jsonl"))
+    )()
+    fuzzed(MANY)(
+        given(USE, DAMAGE)(lambda use, damage: read_all(use, damage.done(), damage.suffix))
+    )()
     bad = sum(count for kind, count in seen.items() if kind.endswith("bad"))
-    print(f"\n{os.path.basename(__file__)}: {sum(seen.values())} inputs, {bad} of them bad; every bad one ended in an error of ours")
+    print(
+        f"\n{os.path.basename(__file__)}: {sum(seen.values())} inputs, {bad} of them bad; every "
+        "bad one ended in an error of ours"
+    )
     for kind, count in sorted(seen.items()):
         print(f"  {kind}: {count}")
     assert bad >= BAD

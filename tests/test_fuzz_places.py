@@ -1,4 +1,5 @@
-"""Damaged files that are not rows: models, checkpoints, run directories, registries, ledgers, labels. Each ends in an error of ours, or does no harm.
+"""Damaged files that are not rows: models, checkpoints, run directories, registries, ledgers,
+labels. Each ends in an error of ours, or does no harm.
 
 `make test` tries a few of each kind; `make fuzz` hundreds.
 """
@@ -24,21 +25,27 @@ from conf.schema import Config, ModelConfig, RunConfig, TrackingConfig
 from conf.stages import SFTStage
 from policy.saving import save_adapter
 from reward.model import Manifest, load_reward_model, tokenizer_fingerprint, write_manifest
-from rlhf import checkpoints, config, preflight
+from rlhf.checks import preflight
+from rlhf.cli import config
 from rlhf.data import registry
-from rlhf.models import load_causal_lm, load_classifier, load_tokenizer
-from rlhf.run import RunContext
+from rlhf.models.loading import load_causal_lm, load_classifier, load_tokenizer
+from rlhf.run import checkpoints
+from rlhf.run.context import RunContext
 from rlhf.types import UserError
-from tests.labels import on_disk, pairs, say
+from tests.labels.labels import on_disk, pairs, say
+from tests.labels.test_label_import import labels, rows_of, write
 from tests.test_fuzz import JSON, fuzzed
-from tests.test_label_import import labels, rows_of, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW, MANY = 8, 150
 seen: Counter[str] = Counter()
 
-BYTES = st.binary(min_size=1, max_size=16) | st.sampled_from([b"\x00", b"\xff\xfe", b"{", b"[" * 2000, b"9" * 5000, b"NaN", b'"', b"\xed\xa0\x80"])
-HOW = st.sampled_from(["cut", "change", "change", "insert", "empty", "noise", "lose", "directory", "dangling"])
+BYTES = st.binary(min_size=1, max_size=16) | st.sampled_from(
+    [b"\x00", b"\xff\xfe", b"{", b"[" * 2000, b"9" * 5000, b"NaN", b'"', b"\xed\xa0\x80"]
+)
+HOW = st.sampled_from(
+    ["cut", "change", "change", "insert", "empty", "noise", "lose", "directory", "dangling"]
+)
 Damage = tuple[str, float, bytes]
 DAMAGE = st.tuples(HOW, st.floats(0, 1, exclude_max=True), BYTES)
 
@@ -55,7 +62,14 @@ def damage(place: Path, given_: Damage) -> None:
         place.symlink_to(place.parent / "nowhere")
     elif how != "lose":
         changed = content[:at] + data + content[at + len(data) :]
-        place.write_bytes({"cut": content[:at], "change": changed, "insert": content[:at] + data + content[at:], "empty": b""}.get(how, data))
+        place.write_bytes(
+            {
+                "cut": content[:at],
+                "change": changed,
+                "insert": content[:at] + data + content[at:],
+                "empty": b"",
+            }.get(how, data)
+        )
 
 
 def put(place: Path, path: list[str | int], value: Any) -> None:
@@ -88,8 +102,37 @@ def copied(source: Path, folder: Path) -> Path:
 # ---- models ----
 
 # Values of a config.json that are wrong, none of which asks for more memory than there is.
-VALUES = st.sampled_from([None, -1, 0, 1, 3, 7, 65, 1.5, "", "x", "64", [], [1], {}, {"a": 1}, True, "llama", "gpt2", "\x00", 1e-400])
-MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+VALUES = st.sampled_from(
+    [
+        None,
+        -1,
+        0,
+        1,
+        3,
+        7,
+        65,
+        1.5,
+        "",
+        "x",
+        "64",
+        [],
+        [1],
+        {},
+        {"a": 1},
+        True,
+        "llama",
+        "gpt2",
+        "\x00",
+        1e-400,
+    ]
+)
+MODEL_FILES = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +145,9 @@ class Models:
     folder: Path
 
     def use(self, place: Path) -> None:
-        """What every stage does with a model: its checks before anything loads, tokenizer, weights, a forward pass."""
+        """What every stage does with a model: its checks before anything loads, tokenizer, weights,
+        a forward pass.
+        """
         cfg = ModelConfig(path=str(place))
         preflight.check(dataclasses.replace(base(), model=cfg))
         tokenizer = load_tokenizer(cfg)
@@ -115,22 +160,40 @@ class Models:
 
 @functools.cache
 def base() -> Config:
-    return config.compose(["stage=sft", "tracking=none", "data.path=rows.jsonl", "model.path=policy", "stage.max_length=64"])
+    return config.compose(
+        [
+            "stage=sft",
+            "tracking=none",
+            "data.path=rows.jsonl",
+            "model.path=policy",
+            "stage.max_length=64",
+        ]
+    )
 
 
 @pytest.fixture
-def models(tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Models:
+def models(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Models:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n' * 4, encoding="utf-8"
+    )
     policy, reward = Path(shutil.copytree(tiny_model(), tmp_path / "policy")), tmp_path / "reward"
     tokenizer = load_tokenizer(ModelConfig(path=str(policy)))
     load_classifier(ModelConfig(path=str(policy)), tokenizer).save_pretrained(reward)
     tokenizer.save_pretrained(reward)
-    write_manifest(reward, Manifest("tiny", tokenizer_fingerprint(tokenizer), None, False, 32, "float32", 0.0, 1.0, 4))
+    write_manifest(
+        reward,
+        Manifest("tiny", tokenizer_fingerprint(tokenizer), None, False, 32, "float32", 0.0, 1.0, 4),
+    )
     adapter = tmp_path / "adapter"
     from peft import LoraConfig, get_peft_model
 
-    lora = get_peft_model(load_causal_lm(ModelConfig(path=str(policy)), tokenizer), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    lora = get_peft_model(
+        load_causal_lm(ModelConfig(path=str(policy)), tokenizer),
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
     lora.peft_config["default"].base_model_name_or_path = str(policy)
     save_adapter(lora, adapter)
     tokenizer.save_pretrained(adapter)
@@ -167,19 +230,53 @@ def damaged_adapter(models: Models, name: str, how: Damage) -> None:
     tried(f"adapter, {name}", lambda: models.use(place))
 
 
-CONFIG_KEYS = ["architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
-CONFIG_KEYS += ["num_hidden_layers", "vocab_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "dtype"]
+CONFIG_KEYS = [
+    "architectures",
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+]
+CONFIG_KEYS += [
+    "num_hidden_layers",
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_act",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "dtype",
+]
 CONFIG_KEYS += ["eos_token_id", "pad_token_id", "rope_parameters", "attention_bias"]
 
 
 def fuzz_models(models: Models, examples: int) -> None:
-    fuzzed(examples)(given(st.sampled_from(MODEL_FILES), DAMAGE)(lambda name, how: damaged_model(models, name, how)))()
-    fuzzed(examples)(given(st.sampled_from(CONFIG_KEYS), VALUES)(lambda key, value: changed_config(models, key, value)))()
-    fuzzed(examples)(given(st.sampled_from([*MODEL_FILES[:3], "reward_model.json"]), DAMAGE)(lambda name, how: damaged_reward(models, name, how)))()
-    keys = [field.name for field in dataclasses.fields(Manifest)]
-    fuzzed(examples)(given(st.sampled_from(keys), VALUES)(lambda key, value: changed_manifest(models, key, value)))()
     fuzzed(examples)(
-        given(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]), DAMAGE)(lambda name, how: damaged_adapter(models, name, how))
+        given(st.sampled_from(MODEL_FILES), DAMAGE)(
+            lambda name, how: damaged_model(models, name, how)
+        )
+    )()
+    fuzzed(examples)(
+        given(st.sampled_from(CONFIG_KEYS), VALUES)(
+            lambda key, value: changed_config(models, key, value)
+        )
+    )()
+    fuzzed(examples)(
+        given(st.sampled_from([*MODEL_FILES[:3], "reward_model.json"]), DAMAGE)(
+            lambda name, how: damaged_reward(models, name, how)
+        )
+    )()
+    keys = [field.name for field in dataclasses.fields(Manifest)]
+    fuzzed(examples)(
+        given(st.sampled_from(keys), VALUES)(
+            lambda key, value: changed_manifest(models, key, value)
+        )
+    )()
+    fuzzed(examples)(
+        given(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]), DAMAGE)(
+            lambda name, how: damaged_adapter(models, name, how)
+        )
     )()
 
 
@@ -190,7 +287,9 @@ def test_models(models: Models) -> None:
 
 
 @pytest.mark.parametrize("kind", ["policy", "reward", "adapter"])
-def test_a_model_that_lacks_a_tensor_is_never_filled_with_random_numbers(models: Models, kind: str) -> None:
+def test_a_model_that_lacks_a_tensor_is_never_filled_with_random_numbers(
+    models: Models, kind: str
+) -> None:
     from safetensors.torch import load_file, save_file
 
     place = copied(getattr(models, kind), models.folder)
@@ -201,8 +300,12 @@ def test_a_model_that_lacks_a_tensor_is_never_filled_with_random_numbers(models:
     with pytest.raises(UserError, match=r"q_proj"):
         load_reward_model(place, torch.float32) if kind == "reward" else models.use(place)
     if kind == "policy":
-        with pytest.raises(UserError, match=r"lack model\.layers\.0\.self_attn\.q_proj\.weight, so it is not whole"):
-            load_classifier(ModelConfig(path=str(place)), load_tokenizer(ModelConfig(path=str(place))))
+        with pytest.raises(
+            UserError, match=r"lack model\.layers\.0\.self_attn\.q_proj\.weight, so it is not whole"
+        ):
+            load_classifier(
+                ModelConfig(path=str(place)), load_tokenizer(ModelConfig(path=str(place)))
+            )
 
 
 # ---- GGUF ----
@@ -235,7 +338,13 @@ def write_gguf(place: Path, tokens: list[str]) -> None:
     ):
         add(value)
     rng = np.random.default_rng(0)
-    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "output": (len(tokens), 32), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes = {
+        "token_embd": (len(tokens), 32),
+        "output_norm": (32,),
+        "output": (len(tokens), 32),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+    }
     shapes |= {f"blk.0.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
     shapes |= {"blk.0.ffn_gate": (48, 32), "blk.0.ffn_up": (48, 32), "blk.0.ffn_down": (32, 48)}
     for name, shape in shapes.items():
@@ -285,9 +394,17 @@ def checkpoint(folder: Path) -> Path:
         torch.save({"steps": 2, "masters": [torch.zeros(50)]}, side / "engine.pt")
         (side / "loop.json").write_text('{"step": 2}', encoding="utf-8")
     for name in ("metrics.jsonl", "samples.jsonl"):
-        (place / name).write_text("".join(json.dumps({"step": step, "time_s": 1.0, "loss": 1.5}) + "\n" for step in (1, 2, 3)), encoding="utf-8")
+        (place / name).write_text(
+            "".join(
+                json.dumps({"step": step, "time_s": 1.0, "loss": 1.5}) + "\n" for step in (1, 2, 3)
+            ),
+            encoding="utf-8",
+        )
     (place / "config.yaml").write_text("stage:\n  name: sft\nrun:\n  seed: 0\n", encoding="utf-8")
-    (place / "manifest.json").write_text(json.dumps({"stage": "sft", "starts": [{"time": "t"}], "parents": [], "data": []}), encoding="utf-8")
+    (place / "manifest.json").write_text(
+        json.dumps({"stage": "sft", "starts": [{"time": "t"}], "parents": [], "data": []}),
+        encoding="utf-8",
+    )
     return place
 
 
@@ -301,13 +418,23 @@ def damaged_run(folder: Path, name: str, how: Damage) -> None:
     file = place / "checkpoints" / "step-2" / name if name in INSIDE else place / name
     before = file.read_bytes()
     damage(file, how)
-    cfg = Config(stage=SFTStage(), run=RunConfig(dir=str(folder / "runs"), name="r", resume=True), tracking=TrackingConfig(kind=TrackingKind.none))
+    cfg = Config(
+        stage=SFTStage(),
+        run=RunConfig(dir=str(folder / "runs"), name="r", resume=True),
+        tracking=TrackingConfig(kind=TrackingKind.none),
+    )
 
     def resume() -> None:
         ctx = RunContext.open(cfg)
         ctx.tracker.finish()
-        if name in INSIDE and ctx.resume_from is not None and (not file.is_file() or (file.read_bytes() != before and name != checkpoints.SEAL)):
-            raise AssertionError(f"the run goes on from a checkpoint whose {name} is damaged ({how[0]})")
+        if (
+            name in INSIDE
+            and ctx.resume_from is not None
+            and (not file.is_file() or (file.read_bytes() != before and name != checkpoints.SEAL))
+        ):
+            raise AssertionError(
+                f"the run goes on from a checkpoint whose {name} is damaged ({how[0]})"
+            )
         if name in INSIDE and ctx.resume_from is None:
             raise UserError(f"{name} was passed over, as it should be")
 
@@ -317,16 +444,20 @@ def damaged_run(folder: Path, name: str, how: Damage) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A run opens without asking git and every package's version, and warns to nobody."""
-    monkeypatch.setattr("rlhf.run.git_commit", lambda: None)
-    monkeypatch.setattr("rlhf.run.versions", dict)
+    monkeypatch.setattr("rlhf.run.context.git_commit", lambda: None)
+    monkeypatch.setattr("rlhf.run.context.versions", dict)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
 
 
 def fuzz_runs(folder: Path, examples: int) -> None:
-    fuzzed(examples)(given(st.sampled_from(INSIDE), DAMAGE)(lambda name, how: damaged_run(folder, name, how)))()
-    fuzzed(examples)(given(st.sampled_from(BESIDE), DAMAGE)(lambda name, how: damaged_run(folder, name, how)))()
+    fuzzed(examples)(
+        given(st.sampled_from(INSIDE), DAMAGE)(lambda name, how: damaged_run(folder, name, how))
+    )()
+    fuzzed(examples)(
+        given(st.sampled_from(BESIDE), DAMAGE)(lambda name, how: damaged_run(folder, name, how))
+    )()
 
 
 @pytest.mark.usefixtures("quick")
@@ -338,8 +469,17 @@ def test_run_directories(tmp_path: Path) -> None:
 
 # ---- registries ----
 
-ENTRY = {"file_name": "rows.json", "formatting": "alpaca", "columns": {"prompt": "instruction"}, "tags": {"role_tag": "from"}, "num_samples": 2}
-ENTRIES = st.dictionaries(st.sampled_from([*ENTRY, "ranking", "subset", "split", "folder", "script_url", "x"]), JSON | st.just("../rows.json"))
+ENTRY = {
+    "file_name": "rows.json",
+    "formatting": "alpaca",
+    "columns": {"prompt": "instruction"},
+    "tags": {"role_tag": "from"},
+    "num_samples": 2,
+}
+ENTRIES = st.dictionaries(
+    st.sampled_from([*ENTRY, "ranking", "subset", "split", "folder", "script_url", "x"]),
+    JSON | st.just("../rows.json"),
+)
 
 
 def read_registry(folder: Path) -> None:
@@ -348,7 +488,9 @@ def read_registry(folder: Path) -> None:
 
 
 def strange_registry(folder: Path, changes: dict[str, Any], how: Damage | None) -> None:
-    (folder / "rows.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]), encoding="utf-8")
+    (folder / "rows.json").write_text(
+        json.dumps([{"instruction": "a", "output": "b"}]), encoding="utf-8"
+    )
     place = folder / "dataset_info.json"
     if place.is_dir() and not place.is_symlink():
         place.rmdir()
@@ -360,7 +502,11 @@ def strange_registry(folder: Path, changes: dict[str, Any], how: Damage | None) 
 
 
 def fuzz_registries(folder: Path, examples: int) -> None:
-    fuzzed(examples)(given(ENTRIES, st.none() | st.none() | DAMAGE)(lambda changes, how: strange_registry(folder, changes, how)))()
+    fuzzed(examples)(
+        given(ENTRIES, st.none() | st.none() | DAMAGE)(
+            lambda changes, how: strange_registry(folder, changes, how)
+        )
+    )()
 
 
 def test_registries(tmp_path: Path) -> None:
@@ -380,7 +526,10 @@ def damaged_labels(folder: Path, source: Path, name: str, how: Damage) -> None:
     place.mkdir(parents=True)
     copied(source / "runs", place / "runs")
     shutil.copy(source / "labels.jsonl", place / "labels.jsonl")
-    damage(place / "labels.jsonl" if name == "labels.jsonl" else place / "runs" / "t" / "label" / name, how)
+    damage(
+        place / "labels.jsonl" if name == "labels.jsonl" else place / "runs" / "t" / "label" / name,
+        how,
+    )
     tried(f"labels, {name}", lambda: labels(place, place / "labels.jsonl"))
 
 
@@ -388,8 +537,14 @@ def fuzz_labels(folder: Path, examples: int) -> None:
     source = folder / "source"
     made = pairs(3)
     on_disk(made, source / "runs" / "t" / "label")
-    write(source / "labels.jsonl", rows_of([say(task, task.answers[0].text) for task in made.tasks]))
-    fuzzed(examples)(given(st.sampled_from(LEDGER), DAMAGE)(lambda name, how: damaged_labels(folder, source, name, how)))()
+    write(
+        source / "labels.jsonl", rows_of([say(task, task.answers[0].text) for task in made.tasks])
+    )
+    fuzzed(examples)(
+        given(st.sampled_from(LEDGER), DAMAGE)(
+            lambda name, how: damaged_labels(folder, source, name, how)
+        )
+    )()
 
 
 @pytest.fixture
@@ -405,10 +560,12 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         options = dict(one.split("=", 1) for one in given_)
         run = dataclasses.replace(composed.run, dir=options["run.dir"], name=options["run.name"])
         files = options["label.files"].strip("[]").split(",")
-        return dataclasses.replace(composed, run=run, label=dataclasses.replace(composed.label, files=files))
+        return dataclasses.replace(
+            composed, run=run, label=dataclasses.replace(composed.label, files=files)
+        )
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("rlhf.plots.plot_run", lambda _: [])
+        patched.setattr("rlhf.run.plots.plot_run", lambda _: [])
         patched.setattr(config, "compose", quickly)
         yield
 
@@ -429,12 +586,20 @@ def test_labels(tmp_path: Path) -> None:
 def test_hundreds(models: Models, tmp_path: Path) -> None:
     """What `make fuzz` runs."""
     seen.clear()
-    for part, examples in ((fuzz_gguf, MANY), (fuzz_runs, 2 * MANY), (fuzz_registries, 3 * MANY), (fuzz_labels, MANY)):
+    for part, examples in (
+        (fuzz_gguf, MANY),
+        (fuzz_runs, 2 * MANY),
+        (fuzz_registries, 3 * MANY),
+        (fuzz_labels, MANY),
+    ):
         (tmp_path / part.__name__).mkdir()
         part(tmp_path / part.__name__, examples)
     fuzz_models(models, MANY)
     bad = sum(count for kind, count in seen.items() if kind.endswith("bad"))
-    print(f"\n{os.path.basename(__file__)}: {sum(seen.values())} inputs, {bad} of them bad; every bad one ended in an error of ours")
+    print(
+        f"\n{os.path.basename(__file__)}: {sum(seen.values())} inputs, {bad} of them bad; every "
+        "bad one ended in an error of ours"
+    )
     for kind, count in sorted(seen.items()):
         print(f"  {kind}: {count}")
     assert bad >= 5 * MANY

@@ -20,15 +20,15 @@ SHARED = (
     "conf.training",
     "rlhf.types",
     "rlhf.data",
-    "rlhf.models",
-    "rlhf.distributed",
-    "rlhf.moments",
+    "rlhf.models.loading",
+    "rlhf.process.distributed",
+    "rlhf.process.moments",
 )
 SOLE_IMPORTER = {
     "vllm": "rollout/vllm.py",
-    "deepspeed": "policy/deepspeed_engine.py",
-    "wandb": "rlhf/tracking.py",
-    "label_studio_sdk": "rlhf/data/labelling/server.py",
+    "deepspeed": "policy/engines/deepspeed.py",
+    "wandb": "rlhf/run/tracking.py",
+    "label_studio_sdk": "rlhf/labels/server.py",
 }
 
 
@@ -58,7 +58,10 @@ def imports_of(source: str, path: str) -> Iterator[Import]:
             elif isinstance(child, ast.ImportFrom):
                 base = package[: len(package) - child.level + 1] if child.level else []
                 origin = ".".join([*base, *([child.module] if child.module else [])])
-                yield from (Import(path, child.lineno, f"{origin}.{alias.name}", eager) for alias in child.names)
+                yield from (
+                    Import(path, child.lineno, f"{origin}.{alias.name}", eager)
+                    for alias in child.names
+                )
             else:
                 yield from walk(child, eager and not lazy(child))
 
@@ -85,9 +88,15 @@ def allowed(importer: str, module: str) -> bool:
         return inside(module, owner) or any(inside(module, name) for name in SHARED)
     if importer.startswith("rlhf/stages/"):
         return not inside(module, "rlhf.__main__")
-    if importer in ("rlhf/types.py", "rlhf/models.py", "rlhf/distributed.py", "rlhf/moments.py") or importer.startswith("rlhf/data/"):
+    if importer in (
+        "rlhf/types.py",
+        "rlhf/models/loading.py",
+        "rlhf/process/distributed.py",
+        "rlhf/process/moments.py",
+    ) or importer.startswith("rlhf/data/"):
         return any(inside(module, name) for name in SHARED)
-    # What carries a run (run, tracking, config, preflight, __main__ ...) knows no package and no stage: stages are loaded by name.
+    # What carries a run (run, tracking, config, preflight, __main__ ...) knows no package and no
+    # stage: stages are loaded by name.
     return inside(module, "conf") or (inside(module, "rlhf") and not inside(module, "rlhf.stages"))
 
 
@@ -96,7 +105,11 @@ def source_files() -> list[Path]:
 
 
 def all_imports() -> list[Import]:
-    return [found for path in source_files() for found in imports_of(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())]
+    return [
+        found
+        for path in source_files()
+        for found in imports_of(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    ]
 
 
 def test_imports_point_one_way() -> None:
@@ -118,7 +131,12 @@ def test_configuration_needs_the_standard_library_only() -> None:
     files = sorted((ROOT / "conf").rglob("*.py"))
     assert {"choices.py", "schema.py", "stages.py"} <= {path.name for path in files}
     for path in files:
-        names = {found.module.split(".")[0] for found in imports_of(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())}
+        names = {
+            found.module.split(".")[0]
+            for found in imports_of(
+                path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+            )
+        }
         assert names <= {"conf", "dataclasses", "enum", "math", "re", "typing"}, path
 
 
@@ -127,9 +145,19 @@ def test_configuration_needs_the_standard_library_only() -> None:
     [
         ("import vllm", "rollout/vllm.py", "vllm", True),
         ("def f():\n    from vllm import LLM", "rollout/vllm.py", "vllm.LLM", False),
-        ("try:\n    import wandb\nexcept ImportError:\n    raise", "rlhf/tracking.py", "wandb", True),
+        (
+            "try:\n    import wandb\nexcept ImportError:\n    raise",
+            "rlhf/run/tracking.py",
+            "wandb",
+            True,
+        ),
         ("class A:\n    import deepspeed", "policy/x.py", "deepspeed", True),
-        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vllm", "rollout/x.py", "vllm", False),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vllm",
+            "rollout/x.py",
+            "vllm",
+            False,
+        ),
         ("from . import kl", "policy/losses.py", "policy.kl", True),
         ("from ..reward import model", "policy/adapters/x.py", "policy.reward.model", True),
     ],
@@ -145,11 +173,11 @@ def test_walk_sees_every_kind_of_import(source: str, path: str, module: str, eag
         ("policy/losses.py", "reward.losses", False),
         ("policy/losses.py", "policy.kl", True),
         ("rollout/hf.py", "rlhf.types.Prompt", True),
-        ("rollout/hf.py", "rlhf.tracking", False),
+        ("rollout/hf.py", "rlhf.run.tracking", False),
         ("eval/report.py", "rollout.hf", False),
-        ("rlhf/stages/online.py", "policy.losses", True),
-        ("rlhf/models.py", "policy.model", False),
-        ("rlhf/run.py", "rlhf.stages.online", False),
+        ("rlhf/online/loop.py", "policy.losses", True),
+        ("rlhf/models/loading.py", "policy.model", False),
+        ("rlhf/run/context.py", "rlhf.online.loop", False),
         ("conf/schema.py", "rlhf.types", False),
     ],
 )

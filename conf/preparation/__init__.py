@@ -1,8 +1,12 @@
-"""The steps of data.pipeline and their options: one dataclass a step, on the conventions of conf/schema.py; standard library only."""
+"""The steps of data.pipeline and their options: one dataclass a step, on the conventions of
+conf/schema.py; standard library only.
+"""
 
 from conf.preparation import annotation, augmentation, cleaning, duplicates, sampling
 from conf.preparation.base import StepOptions
 
 STEPS: dict[str, type[StepOptions]] = {
-    options.step: options for module in (cleaning, duplicates, sampling, annotation, augmentation) for options in module.STEPS
+    options.step: options
+    for module in (cleaning, duplicates, sampling, annotation, augmentation)
+    for options in module.STEPS
 }

@@ -12,7 +12,8 @@ _CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
 
 class Method(Enum):
     majority = "majority"  # the most frequent label; a tie stays a tie
-    dawid_skene = "dawid_skene"  # each annotator's confusion matrix and each item's label, estimated together
+    # each annotator's confusion matrix and each item's label, estimated together
+    dawid_skene = "dawid_skene"
 
 
 class Scale(Enum):
@@ -41,16 +42,20 @@ class Contradicted(Enum):
 class NoiseFilter(Enum):
     """How labels are picked: cleanlab's filter_by."""
 
-    prune_by_noise_rate = "prune_by_noise_rate"  # as many as the estimated noise, those that the model contradicts the most
+    # as many as the estimated noise, those that the model contradicts the most
+    prune_by_noise_rate = "prune_by_noise_rate"
     prune_by_class = "prune_by_class"
     both = "both"
     confident_learning = "confident_learning"
-    predicted_neq_given = "predicted_neq_given"  # each one that the model finds less likely than another
+    # each one that the model finds less likely than another
+    predicted_neq_given = "predicted_neq_given"
 
 
 @dataclass(slots=True, kw_only=True)
 class Terms(StepOptions):
-    """Other words for one thing become its canonical term, by a dictionary in YAML: canonical term -> list of other words."""
+    """Other words for one thing become its canonical term, by a dictionary in YAML: canonical term
+    -> list of other words.
+    """
 
     step: ClassVar[str] = "terms"
     apply: ClassVar[str] = "rlhf.data.prepare.terms:terms"
@@ -60,7 +65,12 @@ class Terms(StepOptions):
     columns: list[str] = field(default_factory=list)  # which content columns; []: all of them
 
     def __post_init__(self) -> None:
-        check(set(self.columns) <= set(_CONTENT), "columns", self.columns, f"some of {', '.join(_CONTENT)}")
+        check(
+            set(self.columns) <= set(_CONTENT),
+            "columns",
+            self.columns,
+            f"some of {', '.join(_CONTENT)}",
+        )
 
     def files(self) -> dict[str, str]:
         return {"dictionary": self.dictionary}
@@ -70,9 +80,13 @@ class Terms(StepOptions):
 class JudgedOptions(StepOptions):
     """How several annotators' labels lie in the rows: one row for each label."""
 
-    item: str | None = None  # column that says which rows judge the same thing; None: rows with the same texts (of a pair, in either order)
+    # column that says which rows judge the same thing; None: rows with the same texts (of a pair,
+    # in either order)
+    item: str | None = None
     annotator: str = "annotator"  # column that names who judged
-    label: str | None = None  # column with the judgement; None: of a pair which side is chosen, of a judged answer the column label
+    # column with the judgement; None: of a pair which side is chosen, of a judged answer the column
+    # label
+    label: str | None = None
     repeats: Repeats = Repeats.error
 
     def __post_init__(self) -> None:
@@ -87,12 +101,15 @@ class Aggregate(JudgedOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.aggregate:aggregate"
 
     method: Method = Method.majority
-    tie_label: str | None = None  # the label of an item whose annotators tie; None: the item is left out
+    # the label of an item whose annotators tie; None: the item is left out
+    tie_label: str | None = None
     min_labels: int = 1  # items with fewer labels are left out
-    min_confidence: float = 0.0  # items below it are left out; share of the votes, or Dawid-Skene's probability
+    # items below it are left out; share of the votes, or Dawid-Skene's probability
+    min_confidence: float = 0.0
     confidence: str = "confidence"  # column for it
     level: Scale = Scale.nominal
-    order: list[str] = field(default_factory=list)  # ordinal labels from lowest to highest; []: numbers by size
+    # ordinal labels from lowest to highest; []: numbers by size
+    order: list[str] = field(default_factory=list)
     resamples: int = 1000  # bootstrap of the agreement figures
 
     def __post_init__(self) -> None:
@@ -101,24 +118,36 @@ class Aggregate(JudgedOptions):
         check(0 <= self.min_confidence <= 1, "min_confidence", self.min_confidence, "in [0, 1]")
         check(bool(self.confidence), "confidence", self.confidence, "a column's name")
         check(self.resamples >= 1, "resamples", self.resamples, "at least 1")
-        check(not self.order or self.level is Scale.ordinal, "order", self.order, "[] unless level=ordinal")
+        check(
+            not self.order or self.level is Scale.ordinal,
+            "order",
+            self.order,
+            "[] unless level=ordinal",
+        )
 
 
 @dataclass(slots=True, kw_only=True)
 class Review(JudgedOptions):
-    """A queue file of the items that annotators disagree on, for a person to decide; read back with `decisions`."""
+    """A queue file of the items that annotators disagree on, for a person to decide; read back with
+    `decisions`.
+    """
 
     step: ClassVar[str] = "review"
     apply: ClassVar[str] = "rlhf.data.prepare.review:review"
 
-    decisions: str | None = None  # a queue file (CSV or JSON lines) with its decision column filled in; None: only write the queue
+    # a queue file (CSV or JSON lines) with its decision column filled in; None: only write the
+    # queue
+    decisions: str | None = None
     queue: str = "review"  # name of the queue files in the run directory, without suffix
-    agreed: float = 1.0  # items whose most frequent label has a smaller share of the labels than this are queued
+    # items whose most frequent label has a smaller share of the labels than this are queued
+    agreed: float = 1.0
 
     def __post_init__(self) -> None:
         JudgedOptions.__post_init__(self)
         check(0 < self.agreed <= 1, "agreed", self.agreed, "in (0, 1]")
-        plain = bool(self.queue) and not set(self.queue) & set("/\\") and self.queue not in (".", "..")
+        plain = (
+            bool(self.queue) and not set(self.queue) & set("/\\") and self.queue not in (".", "..")
+        )
         check(plain, "queue", self.queue, "a file name without a folder")
 
     def files(self) -> dict[str, str]:
@@ -127,28 +156,49 @@ class Review(JudgedOptions):
 
 @dataclass(slots=True, kw_only=True)
 class LabelNoise(StepOptions):
-    """Labels that a model contradicts with confidence (confident learning), from scores of a model that has not seen the rows."""
+    """Labels that a model contradicts with confidence (confident learning), from scores of a model
+    that has not seen the rows.
+    """
 
     step: ClassVar[str] = "label_noise"
     apply: ClassVar[str] = "rlhf.data.prepare.label_noise:label_noise"
     kinds: ClassVar[frozenset[str]] = frozenset({"preference", "unpaired"})
 
-    reward_model: str | None = None  # directory of a reward model that scores the pairs; {fold} in it stands for the row's fold
-    fold: str | None = None  # column of a row's fold: its model was trained without the rows of that fold
-    seen: bool = False  # the model may have been trained on these rows: scores then say less than they seem to
-    score_chosen: str = "score_chosen"  # columns with scores of a pair's sides, where no reward model is given
+    # directory of a reward model that scores the pairs; {fold} in it stands for the row's fold
+    reward_model: str | None = None
+    # column of a row's fold: its model was trained without the rows of that fold
+    fold: str | None = None
+    # the model may have been trained on these rows: scores then say less than they seem to
+    seen: bool = False
+    # columns with scores of a pair's sides, where no reward model is given
+    score_chosen: str = "score_chosen"
     score_rejected: str = "score_rejected"
-    probability: str | None = None  # column with the probability that the answer is good, for judged answers
+    # column with the probability that the answer is good, for judged answers
+    probability: str | None = None
     method: NoiseFilter = NoiseFilter.prune_by_noise_rate
     action: Contradicted = Contradicted.reject
 
     def __post_init__(self) -> None:
         named = self.reward_model is not None and "{fold}" in self.reward_model
-        check(named == (self.fold is not None), "fold", self.fold, "a column where reward_model holds {fold}, else null")
-        check(self.reward_model is None or self.probability is None, "probability", self.probability, "null beside a reward model")
+        check(
+            named == (self.fold is not None),
+            "fold",
+            self.fold,
+            "a column where reward_model holds {fold}, else null",
+        )
+        check(
+            self.reward_model is None or self.probability is None,
+            "probability",
+            self.probability,
+            "null beside a reward model",
+        )
 
     def files(self) -> dict[str, str]:
-        return {} if self.reward_model is None or self.fold is not None else {"reward_model": self.reward_model}
+        return (
+            {}
+            if self.reward_model is None or self.fold is not None
+            else {"reward_model": self.reward_model}
+        )
 
 
 STEPS: tuple[type[StepOptions], ...] = (Terms, Aggregate, Review, LabelNoise)

@@ -30,19 +30,24 @@ class Vectors(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class StepOptions:
-    """One step of data.pipeline. `apply` is loaded when the step runs: (options, items, context) -> items, see rlhf/data/prepare/items.py.
+    """One step of data.pipeline. `apply` is loaded when the step runs: (options, items, context) ->
+    items, see rlhf/data/prepare/items.py.
 
-    A file or directory that an option names belongs into `files`: it is checked before a row is read, and a change of its content makes
-    the step run again.
+    A file or directory that an option names belongs into `files`: it is checked before a row is
+    read, and a change of its content makes the step run again.
     """
 
     step: ClassVar[str]  # its name in data.pipeline
     apply: ClassVar[str]  # pkg.module:function
-    streaming: ClassVar[bool] = False  # takes one item at a time; else it holds all of them in memory
-    kinds: ClassVar[frozenset[str]] = frozenset({"sft", "preference", "unpaired", "prompt"})  # rows that it can take
+    # takes one item at a time; else it holds all of them in memory
+    streaming: ClassVar[bool] = False
+    # rows that it can take
+    kinds: ClassVar[frozenset[str]] = frozenset({"sft", "preference", "unpaired", "prompt"})
     after_split: ClassVar[bool] = False  # refused before a split step
     splits: ClassVar[bool] = False  # it sets Item.split: one such step a pipeline
-    version: ClassVar[int] = 1  # raised whenever the same rows and options give another result: a run that resumes then does the step again
+    # raised whenever the same rows and options give another result: a run that resumes then does
+    # the step again
+    version: ClassVar[int] = 1
 
     def files(self) -> dict[str, str]:
         """Option -> the file or directory that it names."""

@@ -20,15 +20,21 @@ class ExactDuplicates(StepOptions):
 
 
 def _check_keep(keep: Keep, column: str | None) -> None:
-    check((keep is Keep.best) == (column is not None), "column", column, "a column of numbers with keep=best, else null")
+    check(
+        (keep is Keep.best) == (column is not None),
+        "column",
+        column,
+        "a column of numbers with keep=best, else null",
+    )
 
 
 @dataclass(slots=True, kw_only=True)
 class NearDuplicates(StepOptions):
     """Keeps one row of each cluster of texts that share most of their character n-grams.
 
-    Two texts are near duplicates when the Jaccard similarity of their sets of n-grams, after normalisation, is at least `threshold`. MinHash
-    with banding (Broder 1997; datasketch) proposes pairs, and each pair is checked exactly; so none is wrong, and a few near the threshold are
+    Two texts are near duplicates when the Jaccard similarity of their sets of n-grams, after
+    normalisation, is at least `threshold`. MinHash with banding (Broder 1997; datasketch) proposes
+    pairs, and each pair is checked exactly; so none is wrong, and a few near the threshold are
     missed. Clusters are the connected components. Holds all rows, and 4 x permutations bytes a row.
     """
 
@@ -51,7 +57,8 @@ class NearDuplicates(StepOptions):
 
 @dataclass(slots=True, kw_only=True)
 class CosineDuplicates(StepOptions):
-    """Keeps one row of each cluster of texts whose vectors point the same way: every pair is compared, so none is missed.
+    """Keeps one row of each cluster of texts whose vectors point the same way: every pair is
+    compared, so none is missed.
 
     Clusters are the connected components of pairs with a cosine of at least `threshold`.
     """
@@ -68,7 +75,12 @@ class CosineDuplicates(StepOptions):
 
     def __post_init__(self) -> None:
         check(0 < self.threshold <= 1, "threshold", self.threshold, "in (0, 1]")
-        check((self.vectors is Vectors.embedding) == (self.model is not None), "model", self.model, "a directory with vectors=embedding, else null")
+        check(
+            (self.vectors is Vectors.embedding) == (self.model is not None),
+            "model",
+            self.model,
+            "a directory with vectors=embedding, else null",
+        )
         _check_keep(self.keep, self.column)
 
     def files(self) -> dict[str, str]:

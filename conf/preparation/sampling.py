@@ -29,8 +29,9 @@ class SplitBy(Enum):
 class Balance(StepOptions):
     """Evens out the groups of the training rows; held-out rows pass.
 
-    over, under: no group is more than `ratio` times as large as another. weight: rows / (groups x rows of the group), times a constant that
-    makes the mean 1, so that a weighted loss keeps its size.
+    over, under: no group is more than `ratio` times as large as another. weight: rows / (groups x
+    rows of the group), times a constant that makes the mean 1, so that a weighted loss keeps its
+    size.
     """
 
     step: ClassVar[str] = "balance"
@@ -47,11 +48,21 @@ class Balance(StepOptions):
     model: str | None = None  # directory of a sentence-embedding model, with vectors=embedding
 
     def __post_init__(self) -> None:
-        check((self.by is Grouping.column) == (self.column is not None), "column", self.column, "a column's name with by=column, else null")
+        check(
+            (self.by is Grouping.column) == (self.column is not None),
+            "column",
+            self.column,
+            "a column's name with by=column, else null",
+        )
         check(self.ratio >= 1, "ratio", self.ratio, "at least 1")
         check(self.clusters >= 2, "clusters", self.clusters, "at least 2")
         check(self.min_cluster >= 2, "min_cluster", self.min_cluster, "at least 2")
-        check((self.vectors is Vectors.embedding) == (self.model is not None), "model", self.model, "a directory with vectors=embedding, else null")
+        check(
+            (self.vectors is Vectors.embedding) == (self.model is not None),
+            "model",
+            self.model,
+            "a directory with vectors=embedding, else null",
+        )
 
     def files(self) -> dict[str, str]:
         return {} if self.model is None else {"model": self.model}
@@ -59,7 +70,9 @@ class Balance(StepOptions):
 
 @dataclass(slots=True, kw_only=True)
 class Split(StepOptions):
-    """Holds out a share of the rows. Rows whose prompts are near duplicates stay together, so that nothing leaks."""
+    """Holds out a share of the rows. Rows whose prompts are near duplicates stay together, so that
+    nothing leaks.
+    """
 
     step: ClassVar[str] = "split"
     apply: ClassVar[str] = "rlhf.data.prepare.splitting:split"
@@ -67,7 +80,8 @@ class Split(StepOptions):
 
     fraction: float = 0.1  # of the rows, held out
     by: SplitBy = SplitBy.prompt
-    threshold: float = 0.8  # Jaccard similarity from which two prompts are one (step near_duplicates); 1: only equal ones
+    # Jaccard similarity from which two prompts are one (step near_duplicates); 1: only equal ones
+    threshold: float = 0.8
     stratify: str | None = None  # column whose values are to be as frequent on both sides
     ngram: int = 5
     permutations: int = 128

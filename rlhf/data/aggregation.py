@@ -1,10 +1,14 @@
-"""One label for each item out of several annotators' labels, how sure it is, and how good each annotator is.
+"""One label for each item out of several annotators' labels, how sure it is, and how good each
+annotator is.
 
-    majority      the most frequent label. A tie stays a tie: the item has no label and names the tied ones; nothing is drawn by chance
-    dawid_skene   each annotator's confusion matrix and each item's label by expectation-maximisation (Dawid and Skene 1979), crowd-kit's
+    majority      the most frequent label. A tie stays a tie: the item has no label and names the
+    tied ones; nothing is drawn by chance
+    dawid_skene   each annotator's confusion matrix and each item's label by
+    expectation-maximisation (Dawid and Skene 1979), crowd-kit's
 
-Pure functions of rlhf.data.agreement's triples. With two labels an item Dawid-Skene can't tell which annotator is right other than by
-how often each label occurs; it needs three or more on many items to be worth its name.
+Pure functions of rlhf.data.agreement's triples. With two labels an item Dawid-Skene can't tell
+which annotator is right other than by how often each label occurs; it needs three or more on many
+items to be worth its name.
 """
 
 import warnings
@@ -28,21 +32,23 @@ class Verdict:
     confidence: float  # majority: share of the labels; dawid_skene: probability
     votes: dict[Any, int]  # labels given, the most frequent first
     tied: tuple[Any, ...] = ()  # the labels that tie
-    probabilities: dict[Any, float] = field(default_factory=dict)  # of each label: majority: its share of the labels; dawid_skene: the posterior
+    # of each label: majority: its share of the labels; dawid_skene: the posterior
+    probabilities: dict[Any, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Annotator:
     """How good one annotator is.
 
-    majority: against the majority of an item's other annotators, so that nobody agrees with himself; dawid_skene: the model's estimate for
-    an item drawn like those of the data.
+    majority: against the majority of an item's other annotators, so that nobody agrees with
+    himself; dawid_skene: the model's estimate for an item drawn like those of the data.
     """
 
     name: str
     judgements: int
     accuracy: float | None  # None: no item where it can be told
-    confusion: dict[Any, dict[Any, float]] = field(default_factory=dict)  # label of the item -> label given -> probability
+    # label of the item -> label given -> probability
+    confusion: dict[Any, dict[Any, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,9 @@ def leading(votes: Counter[Any]) -> tuple[Any, ...]:
 
 
 def votes_by_item(labels: Sequence[Label]) -> dict[str, Counter[Any]]:
-    """Counts of the labels of each item, in order of appearance. Raises ValueError for a repeated judgement."""
+    """Counts of the labels of each item, in order of appearance. Raises ValueError for a repeated
+    judgement.
+    """
     check_single(labels)
     out: dict[str, Counter[Any]] = {}
     for label in labels:
@@ -76,7 +84,10 @@ def _ordered(votes: Counter[Any]) -> dict[Any, int]:
 
 
 def _shares(table: dict[Any, Counter[Any]]) -> dict[Any, dict[Any, float]]:
-    return {true: {given: times / sum(row.values()) for given, times in sorted(row.items(), key=str)} for true, row in sorted(table.items(), key=str)}
+    return {
+        true: {given: times / sum(row.values()) for given, times in sorted(row.items(), key=str)}
+        for true, row in sorted(table.items(), key=str)
+    }
 
 
 def majority(labels: Sequence[Label]) -> Aggregation:
@@ -92,7 +103,9 @@ def majority(labels: Sequence[Label]) -> Aggregation:
                 confidence=counted[first[0]] / counted.total(),
                 votes=_ordered(counted),
                 tied=first if len(first) > 1 else (),
-                probabilities={label: times / counted.total() for label, times in _ordered(counted).items()},
+                probabilities={
+                    label: times / counted.total() for label, times in _ordered(counted).items()
+                },
             )
         )
     judged: Counter[str] = Counter()
@@ -108,11 +121,15 @@ def majority(labels: Sequence[Label]) -> Aggregation:
         rows = tables[name]
         compared = sum(row.total() for row in rows.values())
         right = sum(row[true] for true, row in rows.items())
-        annotators.append(Annotator(name, judged[name], right / compared if compared else None, _shares(rows)))
+        annotators.append(
+            Annotator(name, judged[name], right / compared if compared else None, _shares(rows))
+        )
     return Aggregation(verdicts, annotators)
 
 
-def _verdict(item: str, votes: Counter[Any], names: Sequence[Hashable], probabilities: Sequence[float]) -> Verdict:
+def _verdict(
+    item: str, votes: Counter[Any], names: Sequence[Hashable], probabilities: Sequence[float]
+) -> Verdict:
     best = max(probabilities)
     first = tuple(name for name, p in zip(names, probabilities, strict=True) if best - p <= _SAME)
     tied = first if len(first) > 1 else ()
@@ -121,7 +138,8 @@ def _verdict(item: str, votes: Counter[Any], names: Sequence[Hashable], probabil
 
 
 def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggregation:
-    """Labels, probabilities and confusion matrices by crowd-kit's DawidSkene; starts at the shares of the votes, so nothing is drawn.
+    """Labels, probabilities and confusion matrices by crowd-kit's DawidSkene; starts at the shares
+    of the votes, so nothing is drawn.
 
     Raises ValueError for a repeated judgement and without labels.
     """
@@ -135,20 +153,45 @@ def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggre
     index = {name: i for i, name in enumerate(names)}
     items = {item: i for i, item in enumerate(votes)}
     people = {name: i for i, name in enumerate(sorted({label.annotator for label in labels}))}
-    # numbers in place of what they stand for: crowd-kit treats true/false labels and mixed kinds apart
-    table = pandas.DataFrame([(items[i], people[a], index[label]) for i, a, label in labels], columns=["task", "worker", "label"])
-    with warnings.catch_warnings():  # crowd-kit's own calls that a later pandas will refuse; the lock has a pandas that takes them
+    # numbers in place of what they stand for: crowd-kit treats true/false labels and mixed kinds
+    # apart
+    table = pandas.DataFrame(
+        [(items[i], people[a], index[label]) for i, a, label in labels],
+        columns=["task", "worker", "label"],
+    )
+    # crowd-kit's own calls that a later pandas will refuse; the lock has a pandas that takes them
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"crowdkit\.")
         model = DawidSkene(n_iter=iterations).fit(table)
     assert model.probas_ is not None and model.priors_ is not None and model.errors_ is not None
-    probabilities = model.probas_.reindex(index=range(len(items)), columns=range(len(names)), fill_value=0.0).to_numpy()
-    verdicts = [_verdict(item, counted, names, probabilities[items[item]]) for item, counted in votes.items()]
+    probabilities = model.probas_.reindex(
+        index=range(len(items)), columns=range(len(names)), fill_value=0.0
+    ).to_numpy()
+    verdicts = [
+        _verdict(item, counted, names, probabilities[items[item]])
+        for item, counted in votes.items()
+    ]
     priors = model.priors_.reindex(range(len(names)), fill_value=0.0).to_numpy()
     judged = Counter(label.annotator for label in labels)
     annotators = []
     for name, number in people.items():
-        errors = model.errors_.loc[number].reindex(index=range(len(names)), columns=range(len(names)), fill_value=0.0).to_numpy()  # [given, true]
-        confusion = {names[k]: {names[given]: float(errors[given, k]) for given in range(len(names))} for k in range(len(names))}
-        annotators.append(Annotator(name, judged[name], float((priors * errors.diagonal()).sum() / priors.sum()), confusion))
+        # [given, true]
+        errors = (
+            model.errors_.loc[number]
+            .reindex(index=range(len(names)), columns=range(len(names)), fill_value=0.0)
+            .to_numpy()
+        )
+        confusion = {
+            names[k]: {names[given]: float(errors[given, k]) for given in range(len(names))}
+            for k in range(len(names))
+        }
+        annotators.append(
+            Annotator(
+                name,
+                judged[name],
+                float((priors * errors.diagonal()).sum() / priors.sum()),
+                confusion,
+            )
+        )
     done = len(model.loss_history_)
     return Aggregation(verdicts, annotators, iterations=done, converged=done < iterations)

@@ -1,17 +1,25 @@
-"""How far annotators agree: observed agreement, Cohen's and Fleiss' kappa, Krippendorff's alpha, each with a bootstrap interval.
+"""How far annotators agree: observed agreement, Cohen's and Fleiss' kappa, Krippendorff's alpha,
+each with a bootstrap interval.
 
-Pure functions of (item, annotator, label) triples; an annotator who has not judged an item simply has no triple for it.
+Pure functions of (item, annotator, label) triples; an annotator who has not judged an item simply
+has no triple for it.
 
-    observed       share of pairs of labels of one item that are equal, averaged over the items with two labels or more
+    observed       share of pairs of labels of one item that are equal, averaged over the items with
+    two labels or more
     Cohen          two annotators, over the items that both have judged (Cohen 1960)
-    Fleiss         any number of annotators (Fleiss 1971). Items may have unequal numbers of labels, in Gwet's form (Handbook of Inter-Rater
-                   Reliability, 4th ed., ch. 2): each item weighs the same, the chance of a label is its mean share over all items, and
+    Fleiss         any number of annotators (Fleiss 1971). Items may have unequal numbers of labels,
+    in Gwet's form (Handbook of Inter-Rater
+                   Reliability, 4th ed., ch. 2): each item weighs the same, the chance of a label is
+                   its mean share over all items, and
                    items with one label count towards that chance only
-    Krippendorff   any number of annotators, missing labels, nominal, ordinal or interval labels (Krippendorff 2011, "Computing
-                   Krippendorff's Alpha-Reliability"); items with one label are left out. Ordinal distance is the distance of mid-ranks
+    Krippendorff   any number of annotators, missing labels, nominal, ordinal or interval labels
+    (Krippendorff 2011, "Computing
+                   Krippendorff's Alpha-Reliability"); items with one label are left out. Ordinal
+                   distance is the distance of mid-ranks
 
-The intervals resample items (Zapf et al. 2016, BMC Med Res Methodol 16:93). crowd-kit has the nominal alpha only, at a point; its value and
-scikit-learn's kappa are what the tests hold these functions against. Where a coefficient is 0/0, as when every label is the same, it is None.
+The intervals resample items (Zapf et al. 2016, BMC Med Res Methodol 16:93). crowd-kit has the
+nominal alpha only, at a point; its value and scikit-learn's kappa are what the tests hold these
+functions against. Where a coefficient is 0/0, as when every label is the same, it is None.
 """
 
 import math
@@ -84,7 +92,10 @@ class Agreement:
 
     def figures(self) -> dict[str, Any]:
         """As JSON holds it."""
-        pairs = [{"annotators": list(names), **estimate.figures()} for names, estimate in self.cohen_pairs.items()]
+        pairs = [
+            {"annotators": list(names), **estimate.figures()}
+            for names, estimate in self.cohen_pairs.items()
+        ]
         return {
             "items": self.items,
             "judgements": self.judgements,
@@ -115,7 +126,10 @@ def check_single(labels: Iterable[Label]) -> None:
     seen: set[tuple[str, str]] = set()
     for item, annotator, _ in labels:
         if (item, annotator) in seen:
-            raise ValueError(f"annotator {annotator!r} has judged item {item!r} more than once: expected one label")
+            raise ValueError(
+                f"annotator {annotator!r} has judged item {item!r} more than once: expected one "
+                "label"
+            )
         seen.add((item, annotator))
 
 
@@ -126,11 +140,16 @@ def count(labels: Sequence[Label]) -> Counts:
     names = sorted_labels(label.label for label in labels)
     index = {name: i for i, name in enumerate(names)}
     table = np.zeros((len(items), len(names)), dtype=np.int64)
-    np.add.at(table, ([items[label.item] for label in labels], [index[label.label] for label in labels]), 1)
+    np.add.at(
+        table,
+        ([items[label.item] for label in labels], [index[label.label] for label in labels]),
+        1,
+    )
     return Counts(tuple(items), names, table)
 
 
-# ---- coefficients: patterns [P, K] are distinct rows of counts, times [R, P] how often each occurs in each of R samples; out: [R], NaN for 0/0 ----
+# ---- coefficients: patterns [P, K] are distinct rows of counts, times [R, P] how often each occurs
+# in each of R samples; out: [R], NaN for 0/0 ----
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
@@ -155,11 +174,15 @@ def fleiss_kappa(patterns: Array, times: Array) -> Array:
     return _ratio(observed_agreement(patterns, times) - chance, 1.0 - chance)
 
 
-def krippendorff_alpha(patterns: Array, times: Array, level: Level, values: Array | None = None) -> Array:
-    """1 - (n - 1) sum_u D_u / D_e over items u with two labels or more; `values` [K] are an interval scale's numbers.
+def krippendorff_alpha(
+    patterns: Array, times: Array, level: Level, values: Array | None = None
+) -> Array:
+    """1 - (n - 1) sum_u D_u / D_e over items u with two labels or more; `values` [K] are an
+    interval scale's numbers.
 
-    D_u is the sum over pairs of an item's labels of their squared distance, divided by its number of labels less one, and D_e that sum
-    over all pairs of labels (Krippendorff 2011, section E). For numbers v it is 2 (m sum v^2 - (sum v)^2) / (m - 1).
+    D_u is the sum over pairs of an item's labels of their squared distance, divided by its number
+    of labels less one, and D_e that sum over all pairs of labels (Krippendorff 2011, section E).
+    For numbers v it is 2 (m sum v^2 - (sum v)^2) / (m - 1).
     """
     sizes = patterns.sum(axis=1)
     several = sizes >= 2
@@ -171,11 +194,13 @@ def krippendorff_alpha(patterns: Array, times: Array, level: Level, values: Arra
         found, chance = often @ within, n**2 - (totals**2).sum(axis=1)
         return 1.0 - _ratio((n - 1) * found, chance)
     if level is Level.ordinal:
-        scale = np.cumsum(totals, axis=1) - totals / 2  # [R, K] mid-ranks: their difference is Krippendorff's ordinal metric
+        # [R, K] mid-ranks: their difference is Krippendorff's ordinal metric
+        scale = np.cumsum(totals, axis=1) - totals / 2
     else:
         assert values is not None
         scale = np.broadcast_to(values.astype(np.float64), totals.shape)
-    scale = scale - _ratio((totals * scale).sum(axis=1), n)[:, None]  # about their mean, so that the squares stay small
+    # about their mean, so that the squares stay small
+    scale = scale - _ratio((totals * scale).sum(axis=1), n)[:, None]
     first, second = kept @ scale.T, kept @ (scale**2).T  # [P, R]
     within = 2 * (m[:, None] * second - first**2) / (m - 1)[:, None]
     found = (often * within.T).sum(axis=1)
@@ -206,11 +231,14 @@ def _estimate(point: Array, resampled: Array, items: int) -> Estimate:
     return Estimate(float(point[0]), float(low), float(high), items)
 
 
-def _bootstrapped(table: Array, coefficient: Callable[[Array, Array], Array], resamples: int, seed: int) -> Estimate:
+def _bootstrapped(
+    table: Array, coefficient: Callable[[Array, Array], Array], resamples: int, seed: int
+) -> Estimate:
     """`coefficient` of a table of counts, and over `resamples` resamples of its items.
 
-    Items with equal counts are one pattern, and drawing items with replacement draws how often each pattern occurs, so that a resample of
-    a hundred thousand items costs as little as they have patterns.
+    Items with equal counts are one pattern, and drawing items with replacement draws how often each
+    pattern occurs, so that a resample of a hundred thousand items costs as little as they have
+    patterns.
     """
     several = int((table.sum(axis=1) >= 2).sum())
     if not len(table):
@@ -222,12 +250,18 @@ def _bootstrapped(table: Array, coefficient: Callable[[Array, Array], Array], re
     def drawn(size: int) -> Array:
         return coefficient(patterns, rng.multinomial(len(table), times / len(table), size=size))
 
-    resampled = np.concatenate([drawn(min(block, resamples - start)) for start in range(0, resamples, block)])
+    resampled = np.concatenate(
+        [drawn(min(block, resamples - start)) for start in range(0, resamples, block)]
+    )
     return _estimate(coefficient(patterns, times[None]), resampled, several)
 
 
-def cohen_pairs(labels: Sequence[Label], resamples: int = 1000, seed: int = 0) -> dict[tuple[str, str], Estimate]:
-    """Cohen's kappa of each two annotators that share an item, names sorted. Raises ValueError for a repeated judgement."""
+def cohen_pairs(
+    labels: Sequence[Label], resamples: int = 1000, seed: int = 0
+) -> dict[tuple[str, str], Estimate]:
+    """Cohen's kappa of each two annotators that share an item, names sorted. Raises ValueError for
+    a repeated judgement.
+    """
     check_single(labels)
     names = sorted_labels(label.label for label in labels)
     index = {name: i for i, name in enumerate(names)}
@@ -237,40 +271,65 @@ def cohen_pairs(labels: Sequence[Label], resamples: int = 1000, seed: int = 0) -
     tables: dict[tuple[str, str], Array] = {}
     for judgements in by_item.values():
         for (first, a), (second, b) in combinations(sorted(judgements), 2):
-            tables.setdefault((first, second), np.zeros((len(names), len(names)), dtype=np.int64))[a, b] += 1
+            tables.setdefault((first, second), np.zeros((len(names), len(names)), dtype=np.int64))[
+                a, b
+            ] += 1
     out = {}
     for pair in sorted(tables):
         table, rng = tables[pair], np.random.default_rng(seed)
         shared = int(table.sum())
-        drawn = rng.multinomial(shared, table.ravel() / shared, size=resamples).reshape(resamples, *table.shape)
+        drawn = rng.multinomial(shared, table.ravel() / shared, size=resamples).reshape(
+            resamples, *table.shape
+        )
         out[pair] = _estimate(cohen_kappa(table[None]), cohen_kappa(drawn), shared)
     return out
 
 
 def mean_cohen(pairs: Iterable[Estimate]) -> float | None:
-    """Mean kappa over pairs of annotators, each weighing as many items as it shares; pairs whose kappa is undefined are left out."""
+    """Mean kappa over pairs of annotators, each weighing as many items as it shares; pairs whose
+    kappa is undefined are left out.
+    """
     defined = [(pair.value, pair.items) for pair in pairs if pair.value is not None]
-    return sum(value * items for value, items in defined) / sum(items for _, items in defined) if defined else None
+    return (
+        sum(value * items for value, items in defined) / sum(items for _, items in defined)
+        if defined
+        else None
+    )
 
 
 def _in_order(counts: Counts, level: Level, order: Sequence[Hashable] | None) -> Counts:
-    """Columns in the scale's order. Raises ValueError for labels that the scale lacks, or that are no numbers without an order."""
+    """Columns in the scale's order. Raises ValueError for labels that the scale lacks, or that are
+    no numbers without an order.
+    """
     if level is Level.nominal:
         return counts
     if order is not None and level is Level.ordinal:
         strange = [name for name in counts.labels if name not in order]
         if strange:
-            raise ValueError(f"labels {', '.join(map(repr, strange))} are not in the order {', '.join(map(repr, order))}")
+            raise ValueError(
+                f"labels {', '.join(map(repr, strange))} are not in the order "
+                f"{', '.join(map(repr, order))}"
+            )
         columns = sorted(range(len(counts.labels)), key=lambda i: order.index(counts.labels[i]))
-        return Counts(counts.items, tuple(counts.labels[i] for i in columns), counts.table[:, columns])
+        return Counts(
+            counts.items, tuple(counts.labels[i] for i in columns), counts.table[:, columns]
+        )
     strange = [name for name in counts.labels if not _is_number(name)]
     if strange:
-        raise ValueError(f"{level.value} labels: expected numbers{'' if level is Level.interval else ' or an order'}, found {strange[0]!r}")
+        raise ValueError(
+            f"{level.value} labels: expected "
+            f"numbers{'' if level is Level.interval else ' or an order'}, found {strange[0]!r}"
+        )
     return counts
 
 
 def agreement(
-    labels: Sequence[Label], *, level: Level = Level.nominal, order: Sequence[Hashable] | None = None, resamples: int = 1000, seed: int = 0
+    labels: Sequence[Label],
+    *,
+    level: Level = Level.nominal,
+    order: Sequence[Hashable] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Agreement:
     """Every coefficient. `order`: ordinal labels from lowest to highest; None: numbers by size.
 

@@ -1,4 +1,6 @@
-"""Rows of files as records of a use: which format a file has, what each row gives, and which rows don't fit or are set aside."""
+"""Rows of files as records of a use: which format a file has, what each row gives, and which rows
+don't fit or are set aside.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,9 @@ LeftOut = Callable[[SourceRow, str], None]  # a row, and why
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row that fits, or one of the values that it gives: where it stood, the value, and the columns that the value is not made of."""
+    """A row that fits, or one of the values that it gives: where it stood, the value, and the
+    columns that the value is not made of.
+    """
 
     number: int
     value: Any
@@ -44,13 +48,17 @@ class Record:
 def choose_format(origin: str, rows: Sequence[SourceRow], use: Use, wanted: DataFormat) -> Format:
     """The `wanted` format, or the first format for `use` that one of the first rows shows.
 
-    Raises UserError: a format that the use can't take; columns that fit none, with the nearest format and what it lacks.
+    Raises UserError: a format that the use can't take; columns that fit none, with the nearest
+    format and what it lacks.
     """
     if wanted is not DataFormat.auto:
         chosen = by_name(wanted.value)
         if not chosen.reads(use):
             names = ", ".join(f.name for f in formats_for(use))
-            raise UserError(f"data.format={chosen.name} can't be read as {USES[use]}. Formats that can: {names}.")
+            raise UserError(
+                f"data.format={chosen.name} can't be read as {USES[use]}. Formats that can: "
+                f"{names}."
+            )
         return chosen
     readable = [r for r in rows if r.problem is None]
     for row in readable:
@@ -59,8 +67,10 @@ def choose_format(origin: str, rows: Sequence[SourceRow], use: Use, wanted: Data
             mark = judging_key(row.columns)
             if use is Use.sft and mark is not None:
                 raise UserError(
-                    f"{row.place}: the column {mark!r} judges each answer, so this is an unpaired preference file: SFT would also "
-                    f"learn the bad answers. Keep the good rows in a file of their own, or set data.format={found.name} to train on all of them."
+                    f"{row.place}: the column {mark!r} judges each answer, so this is an "
+                    "unpaired preference file: SFT would also "
+                    "learn the bad answers. Keep the good rows in a file of their own, or set "
+                    f"data.format={found.name} to train on all of them."
                 )
             return found
     if not readable:
@@ -69,20 +79,30 @@ def choose_format(origin: str, rows: Sequence[SourceRow], use: Use, wanted: Data
     other = detect(first.columns)
     found_keys = ", ".join(map(str, first.columns)) or "none"
     if other is not None and other.name == "text" and use is Use.prompt:
-        raise UserError(f"{origin}: a file of whole texts (column 'text') can't be prompts: expected a column 'prompt' with the text to continue.")
+        raise UserError(
+            f"{origin}: a file of whole texts (column 'text') can't be prompts: expected a "
+            "column 'prompt' with the text to continue."
+        )
     closest, missing = nearest_format(first.columns, use)
     near = nearest(missing, [str(k) for k in first.columns])
     what = "fit no format" if other is None else f"are format {other.name}"
     raise UserError(
         f"{first.place}: expected {USES[use]}, but its keys ({found_keys}) {what}. "
-        f"Nearest format: {closest.name} ({closest.columns}), which needs the key {missing!r}{f' (nearest key found: {near!r})' if near else ''}. "
+        f"Nearest format: {closest.name} ({closest.columns}), which needs the key "
+        f"{missing!r}{f' (nearest key found: {near!r})' if near else ''}. "
         f"All formats that can be read so: {', '.join(f.name for f in formats_for(use))}."
     )
 
 
 def shape_of(value: Any) -> str:
     """Text or conversations: what every row must have in common."""
-    part = value.chosen if isinstance(value, PreferencePair) else value.completion if isinstance(value, JudgedAnswer) else value
+    part = (
+        value.chosen
+        if isinstance(value, PreferencePair)
+        else value.completion
+        if isinstance(value, JudgedAnswer)
+        else value
+    )
     if isinstance(part, dict):
         part = next(iter(part.values()))
     return "messages" if isinstance(part, list) else "text"
@@ -90,7 +110,9 @@ def shape_of(value: Any) -> str:
 
 @dataclass(slots=True)
 class Conversion:
-    """Turns rows into records of one use, and hands over those that it leaves out. Formats are looked for once a file, by its first rows."""
+    """Turns rows into records of one use, and hands over those that it leaves out. Formats are
+    looked for once a file, by its first rows.
+    """
 
     use: Use
     sources: Sequence[Source]
@@ -107,12 +129,19 @@ class Conversion:
             source, part = self._part(origin)
             rows = list(islice(source.rows(part), self.probe))
             if not rows:
-                raise UserError(f"{source.key}={part.origin} holds no rows: expected {USES[self.use]}.")
+                raise UserError(
+                    f"{source.key}={part.origin} holds no rows: expected {USES[self.use]}."
+                )
             self.formats[origin] = choose_format(origin, rows, self.use, source.format)
         return self.formats[origin]
 
     def _part(self, origin: str) -> tuple[Source, Part]:
-        return next((source, part) for source in self.sources for part in source.parts if part.origin == origin)
+        return next(
+            (source, part)
+            for source in self.sources
+            for part in source.parts
+            if part.origin == origin
+        )
 
     def records(self, row: SourceRow) -> list[Record]:
         """What a row gives. Raises UserError where its file has no format."""
@@ -131,20 +160,37 @@ class Conversion:
         for made in several.pairs:
             found = shape_of(made.value)
             if self._shape is None:
-                self._shape, self._shape_place = found, f"row {row.number}" if len(self.formats) == 1 else row.place
+                self._shape, self._shape_place = (
+                    found,
+                    f"row {row.number}" if len(self.formats) == 1 else row.place,
+                )
             if found != self._shape:
-                self.rejected(row, f"expected {self._shape} as in {self._shape_place}, found {found}")
+                self.rejected(
+                    row, f"expected {self._shape} as in {self._shape_place}, found {found}"
+                )
                 return []
             out.append(Record(row.number, made.value, made.fields, row.origin))
         return out
 
 
-def columns_of(value: Any, fields: Mapping[str, Any], answers: Sequence[str] = ()) -> dict[str, Any]:
-    """A record in the columns of rlhf/data/prepare/items.py, then its fields without canonical names and without its format's `answers`."""
-    own = {key: value for key, value in fields.items() if key not in _CANONICAL and key not in answers}
+def columns_of(
+    value: Any, fields: Mapping[str, Any], answers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A record in the columns of rlhf/data/prepare/items.py, then its fields without canonical
+    names and without its format's `answers`.
+    """
+    own = {
+        key: value for key, value in fields.items() if key not in _CANONICAL and key not in answers
+    }
     if isinstance(value, PreferencePair):
         margin = {} if value.margin is None else {"margin": value.margin}
-        return {"prompt": value.prompt, "chosen": value.chosen, "rejected": value.rejected, **margin, **own}
+        return {
+            "prompt": value.prompt,
+            "chosen": value.chosen,
+            "rejected": value.rejected,
+            **margin,
+            **own,
+        }
     if isinstance(value, JudgedAnswer):
         return {"prompt": value.prompt, "completion": value.completion, "label": value.good, **own}
     return {**value, **own} if isinstance(value, dict) else {"prompt": value, **own}
@@ -152,4 +198,7 @@ def columns_of(value: Any, fields: Mapping[str, Any], answers: Sequence[str] = (
 
 def both_sides(pair: PreferencePair) -> list[JudgedAnswer]:
     """A pair as a good answer and a bad one."""
-    return [JudgedAnswer(pair.prompt, pair.chosen, True, pair.weight), JudgedAnswer(pair.prompt, pair.rejected, False, pair.weight)]
+    return [
+        JudgedAnswer(pair.prompt, pair.chosen, True, pair.weight),
+        JudgedAnswer(pair.prompt, pair.rejected, False, pair.weight),
+    ]

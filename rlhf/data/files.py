@@ -1,4 +1,6 @@
-"""Rows out of JSON, JSON lines, CSV, Parquet and Excel files, with their row numbers and what is wrong with them."""
+"""Rows out of JSON, JSON lines, CSV, Parquet and Excel files, with their row numbers and what is
+wrong with them.
+"""
 
 import codecs
 import csv
@@ -18,14 +20,25 @@ from typing import Any
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
-SUFFIXES = {".json": "JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".csv": "CSV", ".parquet": "Parquet", ".xlsx": "Excel"}
-_MOST_UNPACKED, _MOST_RATIO = 2**30, 200  # bytes, and times its size; deflate comes to 1030 for zeros, texts to 20
-_EXCEL_ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")  # how Excel's files hold characters that XML can't (ECMA-376, ST_Xstring)
+SUFFIXES = {
+    ".json": "JSON",
+    ".jsonl": "JSON lines",
+    ".ndjson": "JSON lines",
+    ".csv": "CSV",
+    ".parquet": "Parquet",
+    ".xlsx": "Excel",
+}
+# bytes, and times its size; deflate comes to 1030 for zeros, texts to 20
+_MOST_UNPACKED, _MOST_RATIO = 2**30, 200
+# how Excel's files hold characters that XML can't (ECMA-376, ST_Xstring)
+_EXCEL_ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row of a file: its number from 1 (a header not counted), and its columns or why they could not be read."""
+    """One row of a file: its number from 1 (a header not counted), and its columns or why they
+    could not be read.
+    """
 
     number: int
     columns: dict[str, Any]
@@ -40,11 +53,16 @@ class SourceRow:
 
 
 def check_file(path: str | Path, key: str = "data.path") -> Path:
-    """The file of `path`, `key` being the option that names it. Raises UserError: no such file, not a file, unknown suffix, empty."""
+    """The file of `path`, `key` being the option that names it. Raises UserError: no such file, not
+    a file, unknown suffix, empty.
+    """
     place = Path(path).expanduser()
     if place.is_dir():
         files = sorted(p.name for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
-        raise UserError(f"{key}={path} is a directory: expected a file.{' Files in it: ' + ', '.join(files[:8]) + '.' if files else ''}")
+        raise UserError(
+            f"{key}={path} is a directory: expected a "
+            f"file.{' Files in it: ' + ', '.join(files[:8]) + '.' if files else ''}"
+        )
     if not place.exists():
         names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
         near = difflib.get_close_matches(place.name, names, n=1)
@@ -53,17 +71,23 @@ def check_file(path: str | Path, key: str = "data.path") -> Path:
             where = f" There is no directory {place.parent} either."
         raise UserError(f"{key}={path}: no such file.{where}")
     if place.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{key}={path}: expected a file that ends with {', '.join(SUFFIXES)}; found {place.suffix or 'no suffix'!r}.")
+        raise UserError(
+            f"{key}={path}: expected a file that ends with {', '.join(SUFFIXES)}; found "
+            f"{place.suffix or 'no suffix'!r}."
+        )
     if place.stat().st_size == 0:
         raise UserError(f"{key}={path} is empty (0 bytes): expected at least one row.")
     return place
 
 
-def scan(path: str | Path, max_rows: int | None = None, key: str = "data.path") -> Iterator[SourceRow]:
-    """The first `max_rows` rows (all when None), one by one; a row that can't be read comes with its `problem`.
+def scan(
+    path: str | Path, max_rows: int | None = None, key: str = "data.path"
+) -> Iterator[SourceRow]:
+    """The first `max_rows` rows (all when None), one by one; a row that can't be read comes with
+    its `problem`.
 
-    JSON lines, CSV, Parquet and Excel files are never held whole; a JSON array is. Raises UserError where the file as a whole can't be
-    read: see `check_file`, and text that isn't UTF-8.
+    JSON lines, CSV, Parquet and Excel files are never held whole; a JSON array is. Raises UserError
+    where the file as a whole can't be read: see `check_file`, and text that isn't UTF-8.
     """
     place = check_file(path, key)
     suffix = place.suffix.lower()
@@ -79,7 +103,9 @@ def scan(path: str | Path, max_rows: int | None = None, key: str = "data.path") 
 
 
 def count_rows(path: str | Path, key: str = "data.path") -> int:
-    """How many rows `scan` gives, those that can't be read among them; without parsing them where that can be."""
+    """How many rows `scan` gives, those that can't be read among them; without parsing them where
+    that can be.
+    """
     place = check_file(path, key)
     suffix = place.suffix.lower()
     if suffix == ".parquet":
@@ -90,8 +116,12 @@ def count_rows(path: str | Path, key: str = "data.path") -> int:
     return sum(1 for _ in scan(place, key=key))
 
 
-def read_rows(path: str | Path, max_rows: int | None = None, key: str = "data.path") -> list[dict[str, Any]]:
-    """Every row as a dictionary. Raises UserError naming file and row for one that can't be read, and for a file without rows."""
+def read_rows(
+    path: str | Path, max_rows: int | None = None, key: str = "data.path"
+) -> list[dict[str, Any]]:
+    """Every row as a dictionary. Raises UserError naming file and row for one that can't be read,
+    and for a file without rows.
+    """
     rows = []
     for row in scan(path, max_rows, key):
         if row.problem is not None:
@@ -105,28 +135,48 @@ def read_rows(path: str | Path, max_rows: int | None = None, key: str = "data.pa
 def _decode(path: Path, line: bytes, place: str, *, first: bool) -> str:
     """UTF-8; of the `first` line a byte order mark is left out. Raises UserError naming the byte."""
     if first and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{path} is UTF-16 (it begins with its byte order mark): expected UTF-8. Save it as UTF-8.")
+        raise UserError(
+            f"{path} is UTF-16 (it begins with its byte order mark): expected UTF-8. Save it as "
+            "UTF-8."
+        )
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = line[error.start]
-        raise UserError(f"{path}, {place}, byte {error.start + 1}: expected UTF-8 text, found 0x{byte:02x}. Save it as UTF-8.") from error
+        raise UserError(
+            f"{path}, {place}, byte {error.start + 1}: expected UTF-8 text, found 0x{byte:02x}. "
+            "Save it as UTF-8."
+        ) from error
     return text.removeprefix("\ufeff") if first else text
 
 
 def _kind(value: Any) -> str:
-    return {list: "an array", dict: "an object", str: "text", bool: "true/false", type(None): "null"}.get(type(value), "a number")
+    return {
+        list: "an array",
+        dict: "an object",
+        str: "text",
+        bool: "true/false",
+        type(None): "null",
+    }.get(type(value), "a number")
 
 
 def _row(origin: str, number: int, value: Any) -> SourceRow:
     if isinstance(value, dict):
         return SourceRow(number, value, origin=origin)
-    return SourceRow(number, {}, f"expected an object of columns, found {_kind(value)}", value, origin)
+    return SourceRow(
+        number, {}, f"expected an object of columns, found {_kind(value)}", value, origin
+    )
 
 
 def _holds_array(path: Path) -> bool:
     with path.open("rb") as source:
-        return source.read(4096).decode("utf-8", "ignore").removeprefix("\ufeff").lstrip().startswith("[")
+        return (
+            source.read(4096)
+            .decode("utf-8", "ignore")
+            .removeprefix("\ufeff")
+            .lstrip()
+            .startswith("[")
+        )
 
 
 def _json(path: Path) -> Iterator[SourceRow]:
@@ -134,7 +184,9 @@ def _json(path: Path) -> Iterator[SourceRow]:
 
 
 def _unreadable(error: ValueError | RecursionError) -> str:
-    """What json.loads complains of: a place and a reason, a number of too many digits, or too many brackets."""
+    """What json.loads complains of: a place and a reason, a number of too many digits, or too many
+    brackets.
+    """
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -150,10 +202,13 @@ def _json_array(path: Path) -> Iterator[SourceRow]:
         if error.msg == "Extra data" and rest.strip() and _is_json(first):
             hint = " (a row a line wants objects {...}, not arrays)"
         raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); expected an array of rows{hint}."
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
+            f"expected an array of rows{hint}."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({_unreadable(error)}); expected an array of rows.") from error
+        raise UserError(
+            f"{path}: not valid JSON ({_unreadable(error)}); expected an array of rows."
+        ) from error
     for number, value in enumerate(values, start=1):
         yield _row(str(path), number, value)
 
@@ -177,8 +232,13 @@ def _json_lines(path: Path) -> Iterator[SourceRow]:
             try:
                 value = json.loads(text)
             except (ValueError, RecursionError) as error:
-                column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                problem = f"not valid JSON at line {at}{column} ({_unreadable(error)}); expected one whole object a line, or an array of objects"
+                column = (
+                    f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                )
+                problem = (
+                    f"not valid JSON at line {at}{column} ({_unreadable(error)}); expected "
+                    "one whole object a line, or an array of objects"
+                )
                 yield SourceRow(number, {}, problem, text, origin)
                 continue
             yield _row(origin, number, value)
@@ -187,14 +247,21 @@ def _json_lines(path: Path) -> Iterator[SourceRow]:
 def _check_header(path: Path, header: list[str]) -> None:
     doubled = sorted({name for name in header if header.count(name) > 1})
     if doubled:
-        raise UserError(f"{path}: the header names {', '.join(map(repr, doubled))} more than once; expected a column each.")
+        raise UserError(
+            f"{path}: the header names {', '.join(map(repr, doubled))} more than once; expected "
+            "a column each."
+        )
 
 
 def _delimiter(path: Path) -> str:
-    """Comma, unless the header has none and has semicolons or tabs, as spreadsheets of some countries write them."""
+    """Comma, unless the header has none and has semicolons or tabs, as spreadsheets of some
+    countries write them.
+    """
     with path.open("rb") as source:
         header = source.readline().decode("utf-8", "ignore")
-    found = next((mark for mark in (";", "\t") if mark in header), ",") if "," not in header else ","
+    found = (
+        next((mark for mark in (";", "\t") if mark in header), ",") if "," not in header else ","
+    )
     if found != ",":
         LOG.info("%s: its header has no comma, so cells are taken as separated by %r", path, found)
     return found
@@ -220,9 +287,17 @@ def _csv(path: Path) -> Iterator[SourceRow]:
             if len(cells) == len(header):
                 yield SourceRow(number, dict(zip(header, cells, strict=True)), origin=origin)
             else:
-                yield SourceRow(number, {}, f"expected {len(header)} cells as in the header, found {len(cells)}", cells, origin)
+                yield SourceRow(
+                    number,
+                    {},
+                    f"expected {len(header)} cells as in the header, found {len(cells)}",
+                    cells,
+                    origin,
+                )
     except csv.Error as error:
-        raise UserError(f"{path}, row {number + 1}, line {reader.line_num}: not valid CSV ({error}).") from error
+        raise UserError(
+            f"{path}, row {number + 1}, line {reader.line_num}: not valid CSV ({error})."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -234,7 +309,8 @@ def _parquet_file(path: Path) -> Any:
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except Exception as error:  # of a damaged file Arrow's own errors and those of Unicode, sizes and memory
+    # of a damaged file Arrow's own errors and those of Unicode, sizes and memory
+    except Exception as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)}).") from error
 
 
@@ -248,13 +324,19 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
     except UserError:
         raise
     except Exception as error:  # as above
-        raise UserError(f"{path}, after row {number}: not a readable Parquet file ({_first_line(error)}).") from error
+        raise UserError(
+            f"{path}, after row {number}: not a readable Parquet file ({_first_line(error)})."
+        ) from error
 
 
 def excel_text(text: str) -> str:
-    """`text` as an Excel cell holds it: what XML can't carry, a carriage return and what looks like such an escape become _xHHHH_."""
+    """`text` as an Excel cell holds it: what XML can't carry, a carriage return and what looks like
+    such an escape become _xHHHH_.
+    """
     text = re.sub(r"_(?=x[0-9A-Fa-f]{4}_)", "_x005F_", text)
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", lambda match: f"_x{ord(match[0]):04X}_", text)
+    return re.sub(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", lambda match: f"_x{ord(match[0]):04X}_", text
+    )
 
 
 def _excel_cell(value: Any) -> str:
@@ -271,7 +353,8 @@ def _excel_cell(value: Any) -> str:
 
 
 def _check_unpacked(path: Path) -> None:
-    """An Excel file is a zip archive. Raises UserError for one that is small and unpacks to more than a sheet could hold: a zip bomb.
+    """An Excel file is a zip archive. Raises UserError for one that is small and unpacks to more
+    than a sheet could hold: a zip bomb.
 
     zipfile never gives more of a member than its header says.
     """
@@ -280,7 +363,8 @@ def _check_unpacked(path: Path) -> None:
     packed = path.stat().st_size
     if unpacked > _MOST_UNPACKED and unpacked > _MOST_RATIO * packed:
         raise UserError(
-            f"{path}: {packed} bytes unpack to {unpacked / 2**30:.1f} GiB, so this is no sheet of texts. Save the rows as CSV or JSON lines."
+            f"{path}: {packed} bytes unpack to {unpacked / 2**30:.1f} GiB, so this is no sheet "
+            "of texts. Save the rows as CSV or JSON lines."
         )
 
 
@@ -293,7 +377,9 @@ def _excel(path: Path) -> Iterator[SourceRow]:
         _check_unpacked(path)
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         if len(book.sheetnames) > 1:
-            LOG.warning("%s has the sheets %s: only the first is read.", path, ", ".join(book.sheetnames))
+            LOG.warning(
+                "%s has the sheets %s: only the first is read.", path, ", ".join(book.sheetnames)
+            )
         rows = book.worksheets[0].iter_rows(values_only=True)
         header = [_excel_cell(cell) for cell in next(rows, ())]
         while header and not header[-1]:
@@ -306,12 +392,24 @@ def _excel(path: Path) -> Iterator[SourceRow]:
             number += 1
             extra = [text for text in texts[len(header) :] if text]
             if extra:
-                yield SourceRow(number, {}, f"expected {len(header)} cells as in the header, found {extra[0]!r} beyond them", texts, origin)
+                yield SourceRow(
+                    number,
+                    {},
+                    f"expected {len(header)} cells as in the header, found {extra[0]!r} beyond them",
+                    texts,
+                    origin,
+                )
                 continue
             texts += [""] * (len(header) - len(texts))
-            yield SourceRow(number, dict(zip(header, texts[: len(header)], strict=True)), origin=origin)
+            yield SourceRow(
+                number, dict(zip(header, texts[: len(header)], strict=True)), origin=origin
+            )
         book.close()
     except UserError:
         raise
-    except Exception as error:  # of a damaged workbook openpyxl raises whatever zip, zlib, XML and its own classes raise
-        raise UserError(f"{path}, after row {number}: not a readable Excel file ({type(error).__name__}: {error}).") from error
+    # of a damaged workbook openpyxl raises whatever zip, zlib, XML and its own classes raise
+    except Exception as error:
+        raise UserError(
+            f"{path}, after row {number}: not a readable Excel file ({type(error).__name__}: "
+            f"{error})."
+        ) from error

@@ -1,4 +1,5 @@
-"""MT-Bench keeps questions, answers and judgments in files of their own: here a row that names texts is given them (data.join).
+"""MT-Bench keeps questions, answers and judgments in files of their own: here a row that names
+texts is given them (data.join).
 
 question   {"question_id", "turns": [...]}
 answer     {"question_id", "model_id", "choices": [{"turns": [...]}]}
@@ -16,7 +17,9 @@ Row = dict[str, Any]
 
 
 def tables(paths: tuple[str, ...]) -> tuple[dict[Any, Any], dict[tuple[Any, Any], Any]]:
-    """Turns by question, and by question and model, out of the files of `paths`. Raises UserError for a row that is neither, or comes twice."""
+    """Turns by question, and by question and model, out of the files of `paths`. Raises UserError
+    for a row that is neither, or comes twice.
+    """
     questions: dict[Any, Any] = {}
     answers: dict[tuple[Any, Any], Any] = {}
     for path in paths:
@@ -27,18 +30,30 @@ def tables(paths: tuple[str, ...]) -> tuple[dict[Any, Any], dict[tuple[Any, Any]
                     raise UserError(f"{row.place}: {row.problem}.")
                 if "question_id" in columns and "turns" in columns:
                     _put(questions, columns["question_id"], columns["turns"], row.place)
-                elif {"question_id", "model_id", "choices"} <= columns.keys() and _first_choice(columns["choices"]) is not None:
-                    _put(answers, (columns["question_id"], columns["model_id"]), _first_choice(columns["choices"]), row.place)
+                elif {"question_id", "model_id", "choices"} <= columns.keys() and _first_choice(
+                    columns["choices"]
+                ) is not None:
+                    _put(
+                        answers,
+                        (columns["question_id"], columns["model_id"]),
+                        _first_choice(columns["choices"]),
+                        row.place,
+                    )
                 else:
                     raise UserError(
-                        f"{row.place}: data.join expects MT-Bench's questions (question_id, turns) or answers (question_id, model_id, choices of "
+                        f"{row.place}: data.join expects MT-Bench's questions (question_id, "
+                        "turns) or answers (question_id, model_id, choices of "
                         f"turns), found keys: {', '.join(map(str, columns))}."
                     )
     return questions, answers
 
 
 def _first_choice(choices: Any) -> Any:
-    return choices[0].get("turns") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+    return (
+        choices[0].get("turns")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict)
+        else None
+    )
 
 
 def _put(table: dict[Any, Any], key: Any, turns: Any, place: str) -> None:
@@ -47,7 +62,9 @@ def _put(table: dict[Any, Any], key: Any, turns: Any, place: str) -> None:
 
 
 def joiner(paths: tuple[str, ...]) -> Callable[[Row], Row]:
-    """A row with the texts that it names; one whose texts aren't there stays as it is, and is refused when it is read."""
+    """A row with the texts that it names; one whose texts aren't there stays as it is, and is
+    refused when it is read.
+    """
 
     load = cache(lambda: tables(paths))  # once, at the first row
 

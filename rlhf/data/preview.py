@@ -1,6 +1,8 @@
-"""How rows look to a model: every token with what it is to training, counts of BOS and EOS, and what a pair's two sides share (data.preview).
+"""How rows look to a model: every token with what it is to training, counts of BOS and EOS, and
+what a pair's two sides share (data.preview).
 
-The tokens are those that the stages train and score (rlhf/data/encoding.py), so what is seen here is what a run sees.
+The tokens are those that the stages train and score (rlhf/models/encoding.py), so what is seen here
+is what a run sees.
 """
 
 from collections.abc import Sequence
@@ -9,8 +11,8 @@ from enum import Enum
 from itertools import pairwise
 from typing import Any
 
-from rlhf.data import encoding
 from rlhf.data.formats import Use
+from rlhf.models import encoding
 from rlhf.types import UserError
 
 
@@ -19,12 +21,19 @@ class Part(Enum):
 
     prompt = "prompt"  # read, not trained
     response = "response"  # written by the policy: trained, or scored
-    masked = "masked"  # after the first answer, but not trained: the template's marks and later questions
+    # after the first answer, but not trained: the template's marks and later questions
+    masked = "masked"
     special = "special"  # one of the tokenizer's special tokens, wherever it stands
     truncated = "truncated"  # beyond the limit
 
 
-STYLES = {Part.prompt: "cyan", Part.response: "bold green", Part.masked: "bright_black", Part.special: "bold magenta", Part.truncated: "strike red"}
+STYLES = {
+    Part.prompt: "cyan",
+    Part.response: "bold green",
+    Part.masked: "bright_black",
+    Part.special: "bold magenta",
+    Part.truncated: "strike red",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,42 +64,76 @@ class RowPreview:
     shared: int | None = None
 
 
-def preview_row(tokenizer: Any, kind: Use, columns: dict[str, Any], place: str, limit: int | None = None) -> RowPreview:
-    """A row in canonical columns as tokens, those beyond `limit` marked. Raises UserError naming a row whose turns don't fit the template."""
+def preview_row(
+    tokenizer: Any, kind: Use, columns: dict[str, Any], place: str, limit: int | None = None
+) -> RowPreview:
+    """A row in canonical columns as tokens, those beyond `limit` marked. Raises UserError naming a
+    row whose turns don't fit the template.
+    """
     try:
         sequences = _sequences(tokenizer, kind, columns)
     except (ValueError, UserError) as error:
         raise UserError(f"{place}: {error}") from error
     # A prompt that is too long loses its beginning, everything else its end.
-    sides = tuple(_side(tokenizer, name, ids, labels, limit, keep_end=kind is Use.prompt) for name, ids, labels in sequences)
+    sides = tuple(
+        _side(tokenizer, name, ids, labels, limit, keep_end=kind is Use.prompt)
+        for name, ids, labels in sequences
+    )
     shared = None
     if kind is Use.preference:
         first, second = (ids for _, ids, _ in sequences)
-        shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+            min(len(first), len(second)),
+        )
     return RowPreview(place, sides, shared)
 
 
-def _sequences(tokenizer: Any, kind: Use, columns: dict[str, Any]) -> list[tuple[str, list[int], list[int]]]:
+def _sequences(
+    tokenizer: Any, kind: Use, columns: dict[str, Any]
+) -> list[tuple[str, list[int], list[int]]]:
     """(name, token ids, labels) of each of a row's sequences."""
-    chat = any(isinstance(columns.get(key), list) for key in ("prompt", "messages", "chosen", "completion"))
+    chat = any(
+        isinstance(columns.get(key), list) for key in ("prompt", "messages", "chosen", "completion")
+    )
     if chat:
         encoding.require_template(tokenizer, "preview")
     if kind is Use.prompt:
         ids = encoding.prompt_ids(tokenizer, columns["prompt"])
         return [("prompt", ids, [encoding.IGNORED] * len(ids))]
     if kind is Use.preference:
-        return [(side, *_answer(tokenizer, columns["prompt"], columns[side])) for side in ("chosen", "rejected")]
+        return [
+            (side, *_answer(tokenizer, columns["prompt"], columns[side]))
+            for side in ("chosen", "rejected")
+        ]
     if kind is Use.unpaired:
-        return [("good answer" if columns["label"] else "bad answer", *_answer(tokenizer, columns["prompt"], columns["completion"]))]
+        return [
+            (
+                "good answer" if columns["label"] else "bad answer",
+                *_answer(tokenizer, columns["prompt"], columns["completion"]),
+            )
+        ]
     if "text" in columns:
         return [("text", *encoding.encode_text(tokenizer, columns["text"]))]
     if "messages" in columns:
-        return [("conversation", *encoding.encode_conversation(tokenizer, columns["messages"], completion_only=True))]
+        return [
+            (
+                "conversation",
+                *encoding.encode_conversation(tokenizer, columns["messages"], completion_only=True),
+            )
+        ]
     prompt, completion = columns["prompt"], columns["completion"]
     if isinstance(completion, list):
-        whole = encoding.encode_conversation(tokenizer, [*prompt, *completion], completion_only=True, first=len(prompt))
+        whole = encoding.encode_conversation(
+            tokenizer, [*prompt, *completion], completion_only=True, first=len(prompt)
+        )
         return [("completion", *whole)]
-    return [("completion", *encoding.encode_completion(tokenizer, prompt, completion, completion_only=True))]
+    return [
+        (
+            "completion",
+            *encoding.encode_completion(tokenizer, prompt, completion, completion_only=True),
+        )
+    ]
 
 
 def _answer(tokenizer: Any, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
@@ -99,10 +142,20 @@ def _answer(tokenizer: Any, prompt: Any, answer: Any) -> tuple[list[int], list[i
     return [*before, *after], [*([encoding.IGNORED] * len(before)), *after]
 
 
-def _side(tokenizer: Any, name: str, ids: Sequence[int], labels: Sequence[int], limit: int | None, *, keep_end: bool) -> Side:
+def _side(
+    tokenizer: Any,
+    name: str,
+    ids: Sequence[int],
+    labels: Sequence[int],
+    limit: int | None,
+    *,
+    keep_end: bool,
+) -> Side:
     specials = set(tokenizer.all_special_ids)
     first = next((i for i, label in enumerate(labels) if label != encoding.IGNORED), len(ids))
-    start, stop = (0, len(ids)) if limit is None else (len(ids) - limit, len(ids)) if keep_end else (0, limit)
+    start, stop = (
+        (0, len(ids)) if limit is None else (len(ids) - limit, len(ids)) if keep_end else (0, limit)
+    )
     tokens = []
     for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
         trained = label != encoding.IGNORED
@@ -114,7 +167,11 @@ def _side(tokenizer: Any, name: str, ids: Sequence[int], labels: Sequence[int], 
         tokens.append(Token(token, _text(tokenizer, token), part, trained))
     kept = [t.id for t in tokens if t.part is not Part.truncated]
     return Side(
-        name, tuple(tokens), list(ids).count(tokenizer.bos_token_id), list(ids).count(tokenizer.eos_token_id), _problems(tokenizer, kept, keep_end)
+        name,
+        tuple(tokens),
+        list(ids).count(tokenizer.bos_token_id),
+        list(ids).count(tokenizer.eos_token_id),
+        _problems(tokenizer, kept, keep_end),
     )
 
 
@@ -151,8 +208,13 @@ def render(rows: Sequence[RowPreview]) -> Any:
         lines: list[Text] = []
         for side in row.sides:
             cut = sum(token.part is Part.truncated for token in side.tokens)
-            trained = sum(token.trained and token.part is not Part.truncated for token in side.tokens)
-            counts = f"{len(side.tokens)} tokens, {trained} of a response, {cut} truncated, BOS {side.bos}, EOS {side.eos}"
+            trained = sum(
+                token.trained and token.part is not Part.truncated for token in side.tokens
+            )
+            counts = (
+                f"{len(side.tokens)} tokens, {trained} of a response, {cut} truncated, BOS "
+                f"{side.bos}, EOS {side.eos}"
+            )
             lines.append(Text(f"{side.name}: {counts}", "bold"))
             tokens = Text()
             for token in side.tokens:

@@ -1,12 +1,17 @@
-"""LLaMA-Factory's dataset_info.json, so that its users bring their registry along (data.registry, data.dataset).
+"""LLaMA-Factory's dataset_info.json, so that its users bring their registry along (data.registry,
+data.dataset).
 
-    {"NAME": {"file_name": "x.json" | "hf_hub_url": "OWNER/NAME", "formatting": "alpaca" | "sharegpt", "ranking": true, "subset": ..., "split": ...,
-              "num_samples": N, "columns": {"prompt": "instruction", ...}, "tags": {"role_tag": "from", ...}}}
+    {"NAME": {"file_name": "x.json" | "hf_hub_url": "OWNER/NAME", "formatting": "alpaca" |
+    "sharegpt", "ranking": true, "subset": ..., "split": ...,
+              "num_samples": N, "columns": {"prompt": "instruction", ...}, "tags": {"role_tag":
+              "from", ...}}}
 
-Recalled, not read in its source; what an entry leaves out is assumed as there and said aloud. `columns` maps a role to the file's column, `tags`
-a role to the file's word. Their rows become ours: alpaca (instruction, input, output ...), sharegpt (conversations of {from, value}), with chosen and
-rejected for ranking and kto_tag for judged answers. num_samples draws rows by run.seed. Not read: tools, images and other media (refused where a row
-holds some), and places other than a file and the Hugging Face hub.
+Recalled, not read in its source; what an entry leaves out is assumed as there and said aloud.
+`columns` maps a role to the file's column, `tags` a role to the file's word. Their rows become
+ours: alpaca (instruction, input, output ...), sharegpt (conversations of {from, value}), with
+chosen and rejected for ranking and kto_tag for judged answers. num_samples draws rows by run.seed.
+Not read: tools, images and other media (refused where a row holds some), and places other than a
+file and the Hugging Face hub.
 """
 
 import json
@@ -21,15 +26,33 @@ from rlhf.data.parts import Part, parts_of
 from rlhf.data.rows import RowError, nearest
 from rlhf.types import UserError
 
-_ENTRY = ("file_name", "hf_hub_url", "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags")
+_ENTRY = (
+    "file_name",
+    "hf_hub_url",
+    "formatting",
+    "ranking",
+    "subset",
+    "split",
+    "folder",
+    "num_samples",
+    "columns",
+    "tags",
+)
 _ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # role: its column where the entry names none
+# role: its column where the entry names none
+_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 _COLUMNS = {
     "alpaca": ("prompt", "query", "response", "history", "system", "chosen", "rejected", "kto_tag"),
     "sharegpt": ("messages", "system", "chosen", "rejected", "kto_tag"),
 }
 _MEDIA = ("tools", "images", "videos", "audios")
-_OURS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}  # what we call a role's column
+# what we call a role's column
+_OURS = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "messages": "conversations",
+}
 _TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -43,31 +66,45 @@ _SPEAKERS = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"
 
 
 def sources(path: Path, names: str) -> list[Source]:
-    """The entries NAME or NAME,NAME of the registry, one after the other. Raises UserError naming file, entry and key."""
+    """The entries NAME or NAME,NAME of the registry, one after the other. Raises UserError naming
+    file, entry and key.
+    """
     entries = _read(path)
     out = []
     for name in (one.strip() for one in names.split(",")):
         if name not in entries:
             near = nearest(name, list(entries))
             hint = f" Nearest: {near}." if near else ""
-            raise UserError(f"data.dataset={names}: {path} has no entry {name!r}; it has {', '.join(list(entries)[:20])}.{hint}")
+            raise UserError(
+                f"data.dataset={names}: {path} has no entry {name!r}; it has "
+                f"{', '.join(list(entries)[:20])}.{hint}"
+            )
         out.append(_source(path, name, entries[name]))
     return out
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"data.registry={path}: no such file. Expected LLaMA-Factory's dataset_info.json.")
+        raise UserError(
+            f"data.registry={path}: no such file. Expected LLaMA-Factory's dataset_info.json."
+        )
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}).") from error
+        raise UserError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})."
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, byte {error.start + 1}: expected UTF-8 text. Save it as UTF-8.") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or too many brackets
+        raise UserError(
+            f"{path}, byte {error.start + 1}: expected UTF-8 text. Save it as UTF-8."
+        ) from error
+    # a number of too many digits, or too many brackets
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({type(error).__name__}: {error}).") from error
     if not isinstance(entries, dict):
-        raise UserError(f"{path}: expected an object of entries by name, found {type(entries).__name__}.")
+        raise UserError(
+            f"{path}: expected an object of entries by name, found {type(entries).__name__}."
+        )
     return entries
 
 
@@ -80,13 +117,29 @@ def _source(path: Path, name: str, entry: Any) -> Source:
     judged, ranking = "kto_tag" in columns, bool(entry.get("ranking", False))
     if ranking and judged:
         raise UserError(f"{place}: expected ranking or a kto_tag, found both.")
-    kind = f"{formatting}_preference" if ranking else f"{formatting}_unpaired" if judged else formatting
+    kind = (
+        f"{formatting}_preference"
+        if ranking
+        else f"{formatting}_unpaired"
+        if judged
+        else formatting
+    )
     transform = alpaca_rows(columns) if formatting == "alpaca" else sharegpt_rows(columns, tags)
     count = entry.get("num_samples")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise UserError(f"{place}, key 'num_samples': expected a number of rows of at least 1, found {count!r}.")
+        raise UserError(
+            f"{place}, key 'num_samples': expected a number of rows of at least 1, found {count!r}."
+        )
     key = f"data.dataset (entry {name!r} of {path})"
-    return Source(key, name, _parts(path, place, key, entry), DataFormat[kind], (transform,), count, notes=_assumed(place, entry, kind))
+    return Source(
+        key,
+        name,
+        _parts(path, place, key, entry),
+        DataFormat[kind],
+        (transform,),
+        count,
+        notes=_assumed(place, entry, kind),
+    )
 
 
 def _check_entry(place: str, entry: Any) -> None:
@@ -98,21 +151,30 @@ def _check_entry(place: str, entry: Any) -> None:
         raise UserError(f"{place}: expected 'file_name' or 'hf_hub_url'.{found}")
     unknown = next((key for key in entry if key not in (*_ENTRY, *_ELSEWHERE)), None)
     if unknown is not None:
-        raise UserError(f"{place}: unknown key {unknown!r}; nearest: {nearest(unknown, _ENTRY)!r}. Known keys: {', '.join(_ENTRY)}.")
+        raise UserError(
+            f"{place}: unknown key {unknown!r}; nearest: {nearest(unknown, _ENTRY)!r}. Known "
+            f"keys: {', '.join(_ENTRY)}."
+        )
     formatting = entry.get("formatting", "alpaca")
     if not isinstance(formatting, str) or formatting not in _COLUMNS:
         raise UserError(
-            f"{place}, key 'formatting': expected alpaca or sharegpt, found {formatting!r}; nearest: {nearest(str(formatting), list(_COLUMNS))!r}."
+            f"{place}, key 'formatting': expected alpaca or sharegpt, found {formatting!r}; "
+            f"nearest: {nearest(str(formatting), list(_COLUMNS))!r}."
         )
 
 
-def _strings(place: str, entry: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[str, str]:
+def _strings(
+    place: str, entry: Mapping[str, Any], key: str, known: tuple[str, ...]
+) -> dict[str, str]:
     found = entry.get(key) or {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise UserError(f"{place}, key {key!r}: expected an object of texts, found {found!r}.")
     unknown = next((one for one in found if one not in known), None)
     if unknown is not None:
-        raise UserError(f"{place}, key {key!r}: unknown {unknown!r}; nearest: {nearest(unknown, known)!r}. Known: {', '.join(known)}.")
+        raise UserError(
+            f"{place}, key {key!r}: unknown {unknown!r}; nearest: {nearest(unknown, known)!r}. "
+            f"Known: {', '.join(known)}."
+        )
     return found
 
 
@@ -135,15 +197,26 @@ def _parts(path: Path, place: str, key: str, entry: Mapping[str, Any]) -> tuple[
     subset, split = entry.get("subset"), entry.get("split")
     if "file_name" not in entry:
         if "folder" in entry:
-            raise UserError(f"{place}, key 'folder': a folder of a hub's data set is not read. Give its files as 'file_name'.")
+            raise UserError(
+                f"{place}, key 'folder': a folder of a hub's data set is not read. Give its "
+                "files as 'file_name'."
+            )
         return parts_of(str(entry["hf_hub_url"]), key, subset, split)
     file = path.parent / str(entry["file_name"])
     if not file.resolve().is_relative_to(path.parent.resolve()):
-        raise UserError(f"{place}, key 'file_name': {entry['file_name']} is outside of {path.parent}. A registry names files of its own folder only.")
-    if file.is_dir() and not any((file / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise UserError(
+            f"{place}, key 'file_name': {entry['file_name']} is outside of {path.parent}. A "
+            "registry names files of its own folder only."
+        )
+    if file.is_dir() and not any(
+        (file / name).is_file() for name in ("state.json", "dataset_dict.json")
+    ):
         files = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES)
         if not files:
-            raise UserError(f"{place}, key 'file_name': the directory {file} holds no file that ends with {', '.join(SUFFIXES)}.")
+            raise UserError(
+                f"{place}, key 'file_name': the directory {file} holds no file that ends with "
+                f"{', '.join(SUFFIXES)}."
+            )
         return tuple(part for one in files for part in parts_of(str(one), key))
     return parts_of(str(file), key, subset, split if file.is_dir() else None)
 
@@ -163,15 +236,27 @@ def _assumed(place: str, entry: Mapping[str, Any], kind: str) -> tuple[str, ...]
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with our names for the roles' columns; columns of other roles keep theirs. A column that has our name by chance is left out."""
-    ours = {_OURS.get(role, role): row[column] for role, column in columns.items() if column in row and role not in _MEDIA}
+    """The row with our names for the roles' columns; columns of other roles keep theirs. A column
+    that has our name by chance is left out.
+    """
+    ours = {
+        _OURS.get(role, role): row[column]
+        for role, column in columns.items()
+        if column in row and role not in _MEDIA
+    }
     shadowed = {_OURS.get(role, role) for role in (*_COLUMNS["alpaca"], *_COLUMNS["sharegpt"])}
-    others = {key: value for key, value in row.items() if key not in columns.values() and key not in shadowed}
+    others = {
+        key: value
+        for key, value in row.items()
+        if key not in columns.values() and key not in shadowed
+    }
     return {**others, **ours}
 
 
 def alpaca_rows(columns: Mapping[str, str]) -> Transform:
-    """Rows of an alpaca entry as instruction, input, output, system, history (chosen, rejected or kto_tag)."""
+    """Rows of an alpaca entry as instruction, input, output, system, history (chosen, rejected or
+    kto_tag).
+    """
 
     def transform(row: Row) -> Row:
         _refuse_media(row, columns)
@@ -181,14 +266,23 @@ def alpaca_rows(columns: Mapping[str, str]) -> Transform:
 
 
 def sharegpt_rows(columns: Mapping[str, str], tags: Mapping[str, str]) -> Transform:
-    """Rows of a sharegpt entry as conversations of {from, value} with the speakers human, gpt and system."""
+    """Rows of a sharegpt entry as conversations of {from, value} with the speakers human, gpt and
+    system.
+    """
     speakers = {tags[tag]: ours for tag, ours in _SPEAKERS.items()}
 
     def message(found: Any) -> Any:
-        if not isinstance(found, Mapping) or tags["role_tag"] not in found or tags["content_tag"] not in found:
+        if (
+            not isinstance(found, Mapping)
+            or tags["role_tag"] not in found
+            or tags["content_tag"] not in found
+        ):
             return found  # refused, with its place, when it is read
         speaker = found[tags["role_tag"]]
-        return {"from": speakers.get(speaker, speaker) if isinstance(speaker, str) else speaker, "value": found[tags["content_tag"]]}
+        return {
+            "from": speakers.get(speaker, speaker) if isinstance(speaker, str) else speaker,
+            "value": found[tags["content_tag"]],
+        }
 
     def transform(row: Row) -> Row:
         _refuse_media(row, columns)

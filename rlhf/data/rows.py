@@ -1,4 +1,6 @@
-"""What one row of a data file holds: texts, chats, margins and judgements by key. A row that doesn't fit raises `RowError`, which says why."""
+"""What one row of a data file holds: texts, chats, margins and judgements by key. A row that
+doesn't fit raises `RowError`, which says why.
+"""
 
 import difflib
 import math
@@ -31,7 +33,15 @@ class RowError(ValueError):
 
 def describe(value: Any) -> str:
     """A value's kind and the start of its text, for messages."""
-    kinds = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+    kinds = {
+        str: "text",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+        type(None): "null",
+    }
     kind = kinds.get(type(value), type(value).__name__)
     if isinstance(value, (list, dict)):
         return f"{kind} of {len(value)}"
@@ -50,7 +60,10 @@ def value_of(row: Row, key: str) -> Any:
     if key not in row:
         near = nearest(key, [k for k in row if isinstance(k, str)])
         hint = f"; nearest key: {near!r}" if near else ""
-        raise RowError(f"key {key!r}: expected, but missing; found keys: {', '.join(map(str, row)) or 'none'}{hint}")
+        raise RowError(
+            f"key {key!r}: expected, but missing; found keys: "
+            f"{', '.join(map(str, row)) or 'none'}{hint}"
+        )
     return row[key]
 
 
@@ -62,7 +75,10 @@ def text_of(row: Row, key: str, *, empty: bool = False) -> str:
     if not value and not empty:
         raise RowError(f"key {key!r}: expected text, found an empty one")
     if _HALVES.search(value):
-        raise RowError(f"key {key!r}: expected text, found half of a surrogate pair (U+D800 to U+DFFF), which no encoding holds")
+        raise RowError(
+            f"key {key!r}: expected text, found half of a surrogate pair (U+D800 to U+DFFF), "
+            "which no encoding holds"
+        )
     return value
 
 
@@ -71,8 +87,12 @@ def optional_text(row: Row, key: str) -> str:
     return "" if row.get(key) is None else text_of(row, key, empty=True)
 
 
-def chat_of(row: Row, key: str, value: Any = None, *, role: str = "role", content: str = "content") -> Chat:
-    """A list of messages, as {"role", "content"} with transformers' role names. Raises RowError naming the message."""
+def chat_of(
+    row: Row, key: str, value: Any = None, *, role: str = "role", content: str = "content"
+) -> Chat:
+    """A list of messages, as {"role", "content"} with transformers' role names. Raises RowError
+    naming the message.
+    """
     messages = value_of(row, key) if value is None else value
     if not isinstance(messages, list) or not messages:
         raise RowError(f"key {key!r}: expected a list of messages, found {describe(messages)}")
@@ -81,14 +101,20 @@ def chat_of(row: Row, key: str, value: Any = None, *, role: str = "role", conten
 
 def _message(message: Any, place: str, role: str, content: str) -> Message:
     if not isinstance(message, Mapping):
-        raise RowError(f"key {place!r}: expected an object with {role!r} and {content!r}, found {describe(message)}")
+        raise RowError(
+            f"key {place!r}: expected an object with {role!r} and {content!r}, found "
+            f"{describe(message)}"
+        )
     try:
         speaker, text = text_of(message, role), text_of(message, content, empty=True)
     except RowError as error:
         raise RowError(f"{place}: {error}") from None
     known = dict.fromkeys(_ROLES) if role == "role" else _SPEAKERS
     if speaker not in known:
-        raise RowError(f"{place}: key {role!r}: expected one of {', '.join(known)}, found {speaker!r}; nearest: {nearest(speaker, list(known))!r}")
+        raise RowError(
+            f"{place}: key {role!r}: expected one of {', '.join(known)}, found {speaker!r}; "
+            f"nearest: {nearest(speaker, list(known))!r}"
+        )
     return {"role": speaker if role == "role" else _SPEAKERS[speaker], "content": text}
 
 
@@ -106,15 +132,22 @@ def answer_of(row: Row, key: str) -> str | Chat:
     """A response: a text, or messages that end with an assistant's. Raises RowError."""
     value = text_or_chat(row, key)
     if isinstance(value, list) and value[-1]["role"] != "assistant":
-        raise RowError(f"key {key!r}: expected the last message to be an assistant's, found role {value[-1]['role']!r}")
+        raise RowError(
+            f"key {key!r}: expected the last message to be an assistant's, found role "
+            f"{value[-1]['role']!r}"
+        )
     return value
 
 
 def without_answer(chat: Chat, key: str) -> Chat:
-    """A conversation as a prompt: without the assistant's turn that ends it, where there is one. Raises RowError when nothing is left."""
+    """A conversation as a prompt: without the assistant's turn that ends it, where there is one.
+    Raises RowError when nothing is left.
+    """
     prompt = chat[:-1] if chat[-1]["role"] == "assistant" else chat
     if not prompt:
-        raise RowError(f"key {key!r}: expected a message before the assistant's, found the assistant's alone")
+        raise RowError(
+            f"key {key!r}: expected a message before the assistant's, found the assistant's alone"
+        )
     return prompt
 
 
@@ -131,7 +164,9 @@ def number_of(row: Row, key: str) -> float:
 
 
 def margin_of(row: Row) -> float | None:
-    """``margin``, or the difference of ``score_chosen`` and ``score_rejected``; None without either. Raises RowError."""
+    """``margin``, or the difference of ``score_chosen`` and ``score_rejected``; None without
+    either. Raises RowError.
+    """
 
     def present(key: str) -> bool:
         return row.get(key) is not None and row[key] != ""
@@ -147,9 +182,15 @@ _JUDGEMENTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False,
 
 
 def judgement_of(row: Row, key: str) -> bool:
-    """Whether a row's answer is good: true or false, 1 or 0, also as a table's text. Raises RowError."""
+    """Whether a row's answer is good: true or false, 1 or 0, also as a table's text. Raises
+    RowError.
+    """
     value = value_of(row, key)
-    found = _JUDGEMENTS.get(str(value).strip().lower()) if isinstance(value, (bool, int, float, str)) else None
+    found = (
+        _JUDGEMENTS.get(str(value).strip().lower())
+        if isinstance(value, (bool, int, float, str))
+        else None
+    )
     if found is None:
         raise RowError(f"key {key!r}: expected true or false (or 1 or 0), found {describe(value)}")
     return found

@@ -1,8 +1,10 @@
-"""The formats that rows are written to: one pure function a target and kind, from canonical columns (rlhf/data/prepare/items.py) to the target's row.
+"""The formats that rows are written to: one pure function a target and kind, from canonical columns
+(rlhf/data/prepare/items.py) to the target's row.
 
-A row that a target can't hold raises RowError with the reason. What a target changes or leaves out is noted. A target for conversations takes a text
-prompt as a user's message and a text answer as an assistant's, with a note. The two answers of a pair stand in the order of its column `position`,
-or in one drawn from their content, so that neither side is always first.
+A row that a target can't hold raises RowError with the reason. What a target changes or leaves out
+is noted. A target for conversations takes a text prompt as a user's message and a text answer as an
+assistant's, with a note. The two answers of a pair stand in the order of its column `position`, or
+in one drawn from their content, so that neither side is always first.
 """
 
 import hashlib
@@ -53,7 +55,9 @@ def _turns(draft: Draft, prompt: str | Chat) -> Chat:
     if isinstance(prompt, list):
         return prompt
     if not prompt:
-        raise RowError("key 'prompt': a conversation begins with what is asked, but this row's texts are whole")
+        raise RowError(
+            "key 'prompt': a conversation begins with what is asked, but this row's texts are whole"
+        )
     draft.notes.append("texts become messages of a conversation")
     return [{"role": "user", "content": prompt}]
 
@@ -62,7 +66,10 @@ def _single(answer: str | Chat, key: str, *, empty: bool = False) -> str:
     """An answer's one text. Raises RowError for an answer of several messages, or without a text."""
     if isinstance(answer, list):
         if len(answer) != 1 or answer[0]["role"] != "assistant":
-            raise RowError(f"key {key!r}: expected one message of the assistant's, found {len(answer)} messages")
+            raise RowError(
+                f"key {key!r}: expected one message of the assistant's, found {len(answer)} "
+                "messages"
+            )
         answer = answer[0]["content"]
     if not answer and not empty:
         raise RowError(f"key {key!r}: expected text, found an empty one")
@@ -71,14 +78,19 @@ def _single(answer: str | Chat, key: str, *, empty: bool = False) -> str:
 
 def _plain(value: str | Chat, key: str, *, empty: bool = False) -> str:
     if isinstance(value, list):
-        raise RowError(f"key {key!r}: expected text, found {describe(value)} messages, which this format has no place for")
+        raise RowError(
+            f"key {key!r}: expected text, found {describe(value)} messages, which this format "
+            "has no place for"
+        )
     if not value and not empty:
         raise RowError(f"key {key!r}: expected text, found an empty one")
     return value
 
 
 def _sft_turns(draft: Draft) -> tuple[Chat, Chat]:
-    """Context and answer of a row to train on; `answer` is empty where the whole conversation trains. Raises RowError for a whole text."""
+    """Context and answer of a row to train on; `answer` is empty where the whole conversation
+    trains. Raises RowError for a whole text.
+    """
     columns = draft.columns
     if "messages" in columns:
         return columns["messages"], []
@@ -93,7 +105,9 @@ def _whole(draft: Draft) -> Chat:
     """A row to train on as one conversation."""
     context, answer = _sft_turns(draft)
     if answer:
-        draft.notes.append("prompt and completion become one conversation, whose assistant's turns all train")
+        draft.notes.append(
+            "prompt and completion become one conversation, whose assistant's turns all train"
+        )
     return context + answer
 
 
@@ -105,31 +119,48 @@ def _from_value(chat: Chat) -> list[Row]:
 
 
 def _alpaca_context(chat: Chat) -> Row:
-    """instruction, input, system and history of a conversation that ends with a user's message. Raises RowError for another order."""
+    """instruction, input, system and history of a conversation that ends with a user's message.
+    Raises RowError for another order.
+    """
     out: Row = {}
     turns = list(chat)
     if turns and turns[0]["role"] == "system" and turns[0]["content"]:
         out["system"] = turns.pop(0)["content"]
     roles = [m["role"] for m in turns]
     if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"] or not turns[-1]["content"]:
-        raise RowError(f"alpaca holds a system message, then turns of user and assistant, then an instruction; found the roles {', '.join(roles)}")
+        raise RowError(
+            "alpaca holds a system message, then turns of user and assistant, then an "
+            f"instruction; found the roles {', '.join(roles)}"
+        )
     history = [[turns[i]["content"], turns[i + 1]["content"]] for i in range(0, len(turns) - 1, 2)]
-    return {"instruction": turns[-1]["content"], "input": "", **out, **({"history": history} if history else {})}
+    return {
+        "instruction": turns[-1]["content"],
+        "input": "",
+        **out,
+        **({"history": history} if history else {}),
+    }
 
 
 def _position(draft: Draft, chosen: Any, rejected: Any) -> int:
-    """1 or 2: where the chosen answer stands; as the row says, else by its content, so that neither side is preferred."""
+    """1 or 2: where the chosen answer stands; as the row says, else by its content, so that neither
+    side is preferred.
+    """
     given = draft.own.pop("position", None)
     if given in (1, 2, "1", "2"):
         return int(given)
-    digest = hashlib.sha256(json.dumps([draft.columns.get("prompt"), chosen, rejected], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([draft.columns.get("prompt"), chosen, rejected], sort_keys=True).encode()
+    )
     return 1 + digest.digest()[0] % 2
 
 
 def _pair(draft: Draft) -> tuple[str, str, int]:
     """(first, second, where the chosen one stands) of a pair of single texts."""
     columns = draft.columns
-    chosen, rejected = _single(columns["chosen"], "chosen"), _single(columns["rejected"], "rejected")
+    chosen, rejected = (
+        _single(columns["chosen"], "chosen"),
+        _single(columns["rejected"], "rejected"),
+    )
     _same_kind(columns)
     position = _position(draft, chosen, rejected)
     return (chosen, rejected, 1) if position == 1 else (rejected, chosen, 2)
@@ -170,7 +201,11 @@ def _same(draft: Draft) -> list[Row]:
 
 def _table(draft: Draft) -> list[Row]:
     """Canonical columns as cells: texts, and true or false in words."""
-    row = {key: _plain(value, key, empty=key == "prompt" and len(draft.columns) > 1) for key, value in draft.columns.items() if key in CONTENT}
+    row = {
+        key: _plain(value, key, empty=key == "prompt" and len(draft.columns) > 1)
+        for key, value in draft.columns.items()
+        if key in CONTENT
+    }
     if "label" in draft.columns:
         row["label"] = "true" if draft.columns["label"] else "false"
     return [row]
@@ -183,20 +218,37 @@ def _pair_kto(draft: Draft) -> list[Row]:
     draft.lose("margin", "each answer is judged by itself")
     columns = draft.columns
     draft.notes.append("a pair becomes two judged answers")
-    return [columns_of(answer, {}) for answer in both_sides(PreferencePair(columns["prompt"], columns["chosen"], columns["rejected"]))]
+    return [
+        columns_of(answer, {})
+        for answer in both_sides(
+            PreferencePair(columns["prompt"], columns["chosen"], columns["rejected"])
+        )
+    ]
 
 
 def _pair_messages(draft: Draft) -> list[Row]:
     columns = draft.columns
     turns = _turns(draft, columns["prompt"])
-    chosen, rejected = _single(columns["chosen"], "chosen", empty=True), _single(columns["rejected"], "rejected")
-    return [{"messages": [*turns, {"role": "assistant", "content": chosen}], "rejected_response": rejected, **draft.margin()}]
+    chosen, rejected = (
+        _single(columns["chosen"], "chosen", empty=True),
+        _single(columns["rejected"], "rejected"),
+    )
+    return [
+        {
+            "messages": [*turns, {"role": "assistant", "content": chosen}],
+            "rejected_response": rejected,
+            **draft.margin(),
+        }
+    ]
 
 
 def _pair_sharegpt(draft: Draft) -> list[Row]:
     columns = draft.columns
     turns = _from_value(_turns(draft, columns["prompt"]))
-    sides = {side: {"from": "gpt", "value": _single(columns[side], side, empty=True)} for side in ("chosen", "rejected")}
+    sides = {
+        side: {"from": "gpt", "value": _single(columns[side], side, empty=True)}
+        for side in ("chosen", "rejected")
+    }
     return [{"conversations": turns, **sides, **draft.margin()}]
 
 
@@ -210,7 +262,10 @@ def _pair_hh(draft: Draft) -> list[Row]:
     columns = draft.columns
     prompt = columns["prompt"]
     if not prompt:
-        raise RowError("key 'prompt': hh-rlhf wants a transcript before the answers, but this row's texts are whole")
+        raise RowError(
+            "key 'prompt': hh-rlhf wants a transcript before the answers, but this row's texts "
+            "are whole"
+        )
     chosen, rejected = (_single(columns[side], side, empty=True) for side in ("chosen", "rejected"))
     if any(ASSISTANT_TURN in text for text in (chosen, rejected)):
         raise RowError(f"an answer holds {ASSISTANT_TURN!r}, which begins a turn in hh-rlhf")
@@ -232,8 +287,13 @@ def _pair_ultrafeedback(draft: Draft) -> list[Row]:
     # the reader takes the first user's message or the last message for the prompt
     prompt = next((m["content"] for m in turns if m["role"] == "user"), "") or turns[-1]["content"]
     if not prompt:
-        raise RowError("key 'prompt': expected text in the first user's or the last message, found none")
-    sides = {s: [*turns, {"role": "assistant", "content": _single(columns[s], s, empty=True)}] for s in ("chosen", "rejected")}
+        raise RowError(
+            "key 'prompt': expected text in the first user's or the last message, found none"
+        )
+    sides = {
+        s: [*turns, {"role": "assistant", "content": _single(columns[s], s, empty=True)}]
+        for s in ("chosen", "rejected")
+    }
     prompt_id = draft.take("prompt_id", hashlib.sha256(prompt.encode()).hexdigest())
     return [{"prompt": prompt, "prompt_id": prompt_id, **sides, **draft.margin()}]
 
@@ -241,7 +301,15 @@ def _pair_ultrafeedback(draft: Draft) -> list[Row]:
 def _pair_shp(draft: Draft) -> list[Row]:
     prompt = _plain(draft.columns["prompt"], "prompt")
     first, second, position = _pair(draft)
-    return [{"history": prompt, "human_ref_A": first, "human_ref_B": second, "labels": int(position == 1), **draft.margin()}]
+    return [
+        {
+            "history": prompt,
+            "human_ref_A": first,
+            "human_ref_B": second,
+            "labels": int(position == 1),
+            **draft.margin(),
+        }
+    ]
 
 
 def _asked(draft: Draft) -> str | Chat:
@@ -254,7 +322,9 @@ def _asked(draft: Draft) -> str | Chat:
 def _ranks(draft: Draft) -> tuple[Any, Any]:
     """Ranks of the chosen and the rejected answer: those that they had, or 1 and 2."""
     chosen, rejected = draft.take("rank_chosen"), draft.take("rank_rejected")
-    numbers = all(isinstance(rank, (int, float)) and not isinstance(rank, bool) for rank in (chosen, rejected))
+    numbers = all(
+        isinstance(rank, (int, float)) and not isinstance(rank, bool) for rank in (chosen, rejected)
+    )
     return (chosen, rejected) if numbers and chosen < rejected else (1, 2)
 
 
@@ -263,13 +333,23 @@ def _pair_nectar(draft: Draft) -> list[Row]:
     prompt = _asked(draft)
     (first, second, position), (best, worst) = _pair(draft), _ranks(draft)
     ranks = (best, worst) if position == 1 else (worst, best)
-    return [{"prompt": prompt, "answers": [{"answer": text, "rank": rank} for text, rank in zip((first, second), ranks, strict=True)]}]
+    return [
+        {
+            "prompt": prompt,
+            "answers": [
+                {"answer": text, "rank": rank}
+                for text, rank in zip((first, second), ranks, strict=True)
+            ],
+        }
+    ]
 
 
 def _pair_rewardbench(draft: Draft) -> list[Row]:
     columns, prompt = draft.columns, _asked(draft)
     _same_kind(columns)
-    named = {name: draft.take(name, "unknown") for name in ("subset", "chosen_model", "rejected_model")}
+    named = {
+        name: draft.take(name, "unknown") for name in ("subset", "chosen_model", "rejected_model")
+    }
     sides = {side: _single(columns[side], side) for side in ("chosen", "rejected")}
     return [{"prompt": prompt, **sides, **named, **draft.margin()}]
 
@@ -279,7 +359,9 @@ def _pair_alpaca_eval(draft: Draft) -> list[Row]:
     first, second, position = _pair_of_turns(draft)
     margin = draft.columns.get("margin")
     if margin is None or not 0 < margin <= 1:
-        draft.notes.append("a margin outside (0, 1] becomes a preference of full strength, read again as 1")
+        draft.notes.append(
+            "a margin outside (0, 1] becomes a preference of full strength, read again as 1"
+        )
         margin = 1.0
     preference = 1.5 + margin / 2 * (1 if position == 2 else -1)
     if abs(preference - 1.5) * 2 != margin:
@@ -291,7 +373,10 @@ def _pair_alpaca_eval(draft: Draft) -> list[Row]:
 
 def _pair_of_turns(draft: Draft) -> tuple[str, str, int]:
     columns = draft.columns
-    chosen, rejected = _single(columns["chosen"], "chosen"), _single(columns["rejected"], "rejected")
+    chosen, rejected = (
+        _single(columns["chosen"], "chosen"),
+        _single(columns["rejected"], "rejected"),
+    )
     position = _position(draft, chosen, rejected)
     return (chosen, rejected, 1) if position == 1 else (rejected, chosen, 2)
 
@@ -300,7 +385,11 @@ def _annotation(draft: Draft, result: Row) -> Row:
     who, seconds = draft.take("annotator"), draft.take("lead_time")
     out: Row = {"was_cancelled": False, "result": [{"id": "1", "origin": "manual", **result}]}
     if who is not None:
-        out["completed_by"] = int(who) if str(who).isascii() and str(who).isdigit() and str(int(who)) == str(who) else str(who)
+        out["completed_by"] = (
+            int(who)
+            if str(who).isascii() and str(who).isdigit() and str(int(who)) == str(who)
+            else str(who)
+        )
     return out | ({} if seconds is None else {"lead_time": seconds})
 
 
@@ -315,11 +404,23 @@ def _inside(draft: Draft, *taken: str) -> Row:
 
 def _pair_label_studio(draft: Draft) -> list[Row]:
     first, second, position = _pair(draft)
-    result = {"from_name": "pw", "to_name": "pw", "type": "pairwise", "value": {"selected": "left" if position == 1 else "right"}}
+    result = {
+        "from_name": "pw",
+        "to_name": "pw",
+        "type": "pairwise",
+        "value": {"selected": "left" if position == 1 else "right"},
+    }
     annotation = _annotation(draft, result)
     swapped = draft.take("swapped", position == 2)
     own = _inside(draft, "answer1", "answer2", "items")
-    data = {**own, "prompt": draft.columns["prompt"], "answer1": first, "answer2": second, "swapped": swapped, **draft.margin()}
+    data = {
+        **own,
+        "prompt": draft.columns["prompt"],
+        "answer1": first,
+        "answer2": second,
+        "swapped": swapped,
+        **draft.margin(),
+    }
     return [{"data": data, "annotations": [annotation]}]
 
 
@@ -329,10 +430,25 @@ def _pair_ranker(draft: Draft) -> list[Row]:
     if _ranks(draft) != (1, 2):
         draft.notes.append("ranks become 1 and 2")
     order = ["m1", "m2"] if position == 1 else ["m2", "m1"]
-    annotation = _annotation(draft, {"from_name": "rank", "to_name": "results", "type": "ranker", "value": {"ranker": {"rank": order}}})
+    annotation = _annotation(
+        draft,
+        {
+            "from_name": "rank",
+            "to_name": "results",
+            "type": "ranker",
+            "value": {"ranker": {"rank": order}},
+        },
+    )
     own = _inside(draft, "items")
-    items = [{"id": name, "title": "", "body": text} for name, text in (("m1", first), ("m2", second))]
-    return [{"data": {**own, "prompt": draft.columns["prompt"], "items": items}, "annotations": [annotation]}]
+    items = [
+        {"id": name, "title": "", "body": text} for name, text in (("m1", first), ("m2", second))
+    ]
+    return [
+        {
+            "data": {**own, "prompt": draft.columns["prompt"], "items": items},
+            "annotations": [annotation],
+        }
+    ]
 
 
 def _pair_argilla(draft: Draft) -> list[Row]:
@@ -341,7 +457,11 @@ def _pair_argilla(draft: Draft) -> list[Row]:
     who, record = draft.take("annotator"), draft.take("pair_id")
     if [one for one in ("rank_chosen", "rank_rejected") if draft.take(one) is not None]:
         draft.notes.append("ranks become a choice of one answer")
-    response = {"value": f"response-{position - 1}", **({} if who is None else {"user_id": who}), "status": "submitted"}
+    response = {
+        "value": f"response-{position - 1}",
+        **({} if who is None else {"user_id": who}),
+        "status": "submitted",
+    }
     fields = {"prompt": draft.columns["prompt"], "response-0": first, "response-1": second}
     own = _inside(draft) | ({} if record is None else {"pair_id": record})
     given = {"metadata": own} if own else {}
@@ -354,10 +474,23 @@ def _pair_sheet(draft: Draft) -> list[Row]:
         _plain(draft.columns[side], side)
     first, second, position = _pair(draft)
     named = {name: draft.take(name, "") for name in ("annotator", "comment")}
-    pair_id = draft.take("pair_id", hashlib.sha256(json.dumps([prompt, *sorted((first, second))]).encode()).hexdigest()[:16])
+    pair_id = draft.take(
+        "pair_id",
+        hashlib.sha256(json.dumps([prompt, *sorted((first, second))]).encode()).hexdigest()[:16],
+    )
     preference = "a" if position == 1 else "b"
     margin = {key: repr(float(value)) for key, value in draft.margin().items()}
-    return [{"pair_id": pair_id, "prompt": prompt, "response_a": first, "response_b": second, "preference": preference, **named, **margin}]
+    return [
+        {
+            "pair_id": pair_id,
+            "prompt": prompt,
+            "response_a": first,
+            "response_b": second,
+            "preference": preference,
+            **named,
+            **margin,
+        }
+    ]
 
 
 # ---- judged answers, prompts ----
@@ -366,7 +499,10 @@ def _pair_sheet(draft: Draft) -> list[Row]:
 def _judged_turns(draft: Draft) -> Chat:
     columns = draft.columns
     turns = _turns(draft, columns["prompt"])
-    return [*turns, {"role": "assistant", "content": _single(columns["completion"], "completion", empty=True)}]
+    return [
+        *turns,
+        {"role": "assistant", "content": _single(columns["completion"], "completion", empty=True)},
+    ]
 
 
 def _unpaired_messages(draft: Draft) -> list[Row]:
@@ -380,7 +516,13 @@ def _unpaired_sharegpt(draft: Draft) -> list[Row]:
 def _unpaired_alpaca(draft: Draft) -> list[Row]:
     columns = draft.columns
     output = _single(columns["completion"], "completion")
-    return [{**_alpaca_context(_turns(draft, columns["prompt"])), "output": output, "kto_tag": columns["label"]}]
+    return [
+        {
+            **_alpaca_context(_turns(draft, columns["prompt"])),
+            "output": output,
+            "kto_tag": columns["label"],
+        }
+    ]
 
 
 def _prompt_messages(draft: Draft) -> list[Row]:
@@ -395,7 +537,12 @@ def _prompt_alpaca(draft: Draft) -> list[Row]:
     return [{**_alpaca_context(_turns(draft, draft.columns["prompt"])), "output": ""}]
 
 
-_SHEET: dict[Use, Callable[[Draft], list[Row]]] = {Use.sft: _table, Use.preference: _pair_sheet, Use.unpaired: _table, Use.prompt: _table}
+_SHEET: dict[Use, Callable[[Draft], list[Row]]] = {
+    Use.sft: _table,
+    Use.preference: _pair_sheet,
+    Use.unpaired: _table,
+    Use.prompt: _table,
+}
 TARGETS: dict[DataTarget, dict[Use, Callable[[Draft], list[Row]]]] = {
     DataTarget.trl: dict.fromkeys(Use, _same),
     DataTarget.kto: {Use.unpaired: _same, Use.preference: _pair_kto},
@@ -411,7 +558,12 @@ TARGETS: dict[DataTarget, dict[Use, Callable[[Draft], list[Row]]]] = {
         Use.unpaired: _unpaired_sharegpt,
         Use.prompt: _prompt_sharegpt,
     },
-    DataTarget.alpaca: {Use.sft: _sft_alpaca, Use.preference: _pair_alpaca, Use.unpaired: _unpaired_alpaca, Use.prompt: _prompt_alpaca},
+    DataTarget.alpaca: {
+        Use.sft: _sft_alpaca,
+        Use.preference: _pair_alpaca,
+        Use.unpaired: _unpaired_alpaca,
+        Use.prompt: _prompt_alpaca,
+    },
     DataTarget.hh_rlhf: {Use.preference: _pair_hh},
     DataTarget.ultrafeedback: {Use.preference: _pair_ultrafeedback},
     DataTarget.shp: {Use.preference: _pair_shp},

@@ -1,6 +1,8 @@
-"""Rows in canonical columns out into files: `convert` gives a target's rows (rlhf/data/targets.py), `write_rows` writes them to a file of any kind.
+"""Rows in canonical columns out into files: `convert` gives a target's rows (rlhf/data/targets.py),
+`write_rows` writes them to a file of any kind.
 
-A row that comes without a note reads back as the same row, its own columns included; a note says what reads back otherwise.
+A row that comes without a note reads back as the same row, its own columns included; a note says
+what reads back otherwise.
 """
 
 import csv
@@ -28,7 +30,8 @@ _OF_KIND = {
     Use.unpaired: ("prompt", "completion", "label"),
     Use.prompt: ("prompt",),
 }
-_TURNED = ("kto_tag", "system", "history", "input", "rejected_response")  # own columns that would change what a conversation or a pair is
+# own columns that would change what a conversation or a pair is
+_TURNED = ("kto_tag", "system", "history", "input", "rejected_response")
 # columns whose lists and objects are a row's content, in whatever format
 _NESTED = (
     "prompt",
@@ -44,7 +47,12 @@ _NESTED = (
     "responses",
     "answers",
 )
-_TELLING = {key for format_ in FORMATS for key in format_.keys} | {"chosen_model", "models", "kto_tag"}  # columns that formats are told by
+# columns that formats are told by
+_TELLING = {key for format_ in FORMATS for key in format_.keys} | {
+    "chosen_model",
+    "models",
+    "kto_tag",
+}
 _BATCH = 1024  # rows of a Parquet row group
 _CELL = 32767  # characters that an Excel cell holds
 
@@ -54,7 +62,10 @@ def check_target(to: DataTarget, kind: Use) -> None:
     if kind not in TARGETS[to]:
         known = ", ".join(target.value for target, kinds in TARGETS.items() if kind in kinds)
         holds = ", ".join(use.value for use in TARGETS[to])
-        raise UserError(f"data.to={to.value} holds rows of the kind {holds}, found rows of the kind {kind.value}. Targets for them: {known}.")
+        raise UserError(
+            f"data.to={to.value} holds rows of the kind {holds}, found rows of the kind "
+            f"{kind.value}. Targets for them: {known}."
+        )
 
 
 def file_kind(to: DataTarget, wanted: FileKind | None) -> FileKind:
@@ -65,7 +76,8 @@ def file_kind(to: DataTarget, wanted: FileKind | None) -> FileKind:
 
 
 def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list[Row], list[str]]:
-    """The rows of `to` that a row of `kind` becomes (two for a pair as judged answers), and notes on what reads back otherwise.
+    """The rows of `to` that a row of `kind` becomes (two for a pair as judged answers), and notes
+    on what reads back otherwise.
 
     Raises RowError for a row that `to` can't hold, UserError for a kind that it can't.
     """
@@ -73,18 +85,30 @@ def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list
     content = {key: columns[key] for key in _OF_KIND[kind] if columns.get(key) is not None}
     draft = Draft(content, {key: value for key, value in columns.items() if key not in content}, [])
     lost = [key for key in draft.own if key in _CANONICAL and draft.own[key] is not None]
-    if kind is Use.preference and "margin" not in content and all(draft.own.get(key) not in (None, "") for key in ("score_chosen", "score_rejected")):
+    if (
+        kind is Use.preference
+        and "margin" not in content
+        and all(draft.own.get(key) not in (None, "") for key in ("score_chosen", "score_rejected"))
+    ):
         lost += ["score_chosen", "score_rejected"]
-    lost += [key for key in _TURNED if key in draft.own and (to is not DataTarget.trl or key == "kto_tag")]
+    lost += [
+        key
+        for key in _TURNED
+        if key in draft.own and (to is not DataTarget.trl or key == "kto_tag")
+    ]
     for key in lost:
         draft.notes.append(f"{key} is not carried: it would be read as part of the row's content")
-    draft.own = {key: value for key, value in draft.own.items() if key not in lost and key not in _CANONICAL}
+    draft.own = {
+        key: value for key, value in draft.own.items() if key not in lost and key not in _CANONICAL
+    }
     rows = TARGETS[to][kind](draft)
     return [_with_own(row, draft) for row in rows], draft.notes
 
 
 def _with_own(row: Row, draft: Draft) -> Row:
-    """A target's row with the row's own columns beside it, those left out that would make it look like another format."""
+    """A target's row with the row's own columns beside it, those left out that would make it look
+    like another format.
+    """
     own = dict(draft.own)
     for key in [key for key in own if key in row]:
         draft.notes.append(f"{key} is not carried: the format has its own {key}")
@@ -95,13 +119,17 @@ def _with_own(row: Row, draft: Draft) -> Row:
 
 
 def _drop_misleading(row: Row, own: Row, draft: Draft) -> None:
-    """Take those of a row's own columns out with which it would be read as another format, to other values."""
+    """Take those of a row's own columns out with which it would be read as another format, to other
+    values.
+    """
     for use in Use:
         while own and not _reads_alike(row, {**own, **row}, use):
             found = detect({**own, **row}, use)
             keys = [] if found is None else [key for key in own if key in found.keys]
             for key in keys or list(own):
-                draft.notes.append(f"{key} is not carried: with it the row would look like another format")
+                draft.notes.append(
+                    f"{key} is not carried: with it the row would look like another format"
+                )
                 del own[key]
 
 
@@ -111,7 +139,9 @@ def _reads_alike(row: Row, other: Row, use: Use) -> bool:
     if first is second or first is None or second is None:
         return first is second
     try:
-        return [made.value for made in first.read(row, use).pairs] == [made.value for made in second.read(other, use).pairs]
+        return [made.value for made in first.read(row, use).pairs] == [
+            made.value for made in second.read(other, use).pairs
+        ]
     except RowError:
         return False
 
@@ -126,9 +156,15 @@ class Written:
 
 
 def write_items(
-    items: Iterable[Item], kind: Use, to: DataTarget, path: Path, rejected: Callable[[Item, str], None], file: FileKind | None = None
+    items: Iterable[Item],
+    kind: Use,
+    to: DataTarget,
+    path: Path,
+    rejected: Callable[[Item, str], None],
+    file: FileKind | None = None,
 ) -> Written:
-    """Write items as rows of `to` into `path`; an item that the format or the file can't hold goes to `rejected` with the reason.
+    """Write items as rows of `to` into `path`; an item that the format or the file can't hold goes
+    to `rejected` with the reason.
 
     Nothing is held in memory. Raises UserError for a kind that `to` can't hold.
     """
@@ -159,25 +195,34 @@ def _in_words(value: Any) -> str:
 
 
 def _cells(row: Row, notes: list[str], container: FileKind) -> Row:
-    """A row as texts, which is all that a table's cells hold. Raises RowError for content that is none."""
+    """A row as texts, which is all that a table's cells hold. Raises RowError for content that is
+    none.
+    """
     out: Row = {}
     for key, value in row.items():
         if isinstance(value, (list, dict)):
             if key in _NESTED:
-                raise RowError(f"key {key!r}: a {container.value} cell holds text, found {describe(value)}. data.file=jsonl or parquet holds it")
+                raise RowError(
+                    f"key {key!r}: a {container.value} cell holds text, found {describe(value)}. "
+                    "data.file=jsonl or parquet holds it"
+                )
             notes.append(f"{key} is not carried: a {container.value} cell holds text")
             continue
         text = value if isinstance(value, str) else _in_words(value)
         if text is not value:
             notes.append(f"{key} becomes text")
         if container is FileKind.xlsx and len(excel_text(text)) > _CELL:
-            raise RowError(f"key {key!r}: an Excel cell holds at most {_CELL} characters, found {len(text)}. data.file=csv holds more")
+            raise RowError(
+                f"key {key!r}: an Excel cell holds at most {_CELL} characters, found "
+                f"{len(text)}. data.file=csv holds more"
+            )
         out[key] = text
     return out
 
 
 def write_rows(rows: Iterable[Row], path: Path, kind: FileKind) -> int:
-    """Write rows, one by one, through a file of JSON lines beside `path`; how many there were. Tables have every column that some row has.
+    """Write rows, one by one, through a file of JSON lines beside `path`; how many there were.
+    Tables have every column that some row has.
 
     Raises UserError where a file of this kind can't hold them together.
     """
@@ -192,9 +237,12 @@ def write_rows(rows: Iterable[Row], path: Path, kind: FileKind) -> int:
     if kind is FileKind.jsonl:
         os.replace(spool, path)
         return count
-    {FileKind.json: _write_json, FileKind.csv: _write_csv, FileKind.xlsx: _write_xlsx, FileKind.parquet: _write_parquet}[kind](
-        spool, path, list(columns)
-    )
+    {
+        FileKind.json: _write_json,
+        FileKind.csv: _write_csv,
+        FileKind.xlsx: _write_xlsx,
+        FileKind.parquet: _write_parquet,
+    }[kind](spool, path, list(columns))
     spool.unlink()
     return count
 
@@ -215,7 +263,9 @@ def _write_json(spool: Path, path: Path, columns: list[str]) -> None:
 
 def _write_csv(spool: Path, path: Path, columns: list[str]) -> None:
     with path.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, columns, restval="", quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer = csv.DictWriter(
+            out, columns, restval="", quoting=csv.QUOTE_ALL, lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(_spooled(spool))
 
@@ -258,11 +308,16 @@ def _write_parquet(spool: Path, path: Path, columns: list[str]) -> None:
                 arrays[name] = pyarrow.array([row.get(name) for row in batch])
             schemas.append(pyarrow.table(arrays).schema)
         place = "found in its columns"
-        schema = pyarrow.unify_schemas(schemas, promote_options="permissive") if schemas else pyarrow.schema([])
+        schema = (
+            pyarrow.unify_schemas(schemas, promote_options="permissive")
+            if schemas
+            else pyarrow.schema([])
+        )
         with pyarrow.parquet.ParquetWriter(path, schema) as writer:
             for batch in batches():
                 writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"{path}: a Parquet column holds values of one type, but {place}: {str(error).splitlines()[0]}. Set data.file=jsonl."
+            f"{path}: a Parquet column holds values of one type, but {place}: "
+            f"{str(error).splitlines()[0]}. Set data.file=jsonl."
         ) from error

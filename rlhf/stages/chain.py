@@ -1,4 +1,6 @@
-"""stage=chain: SFT, reward model, PPO and evaluation from one command, each stage in a process of its own."""
+"""stage=chain: SFT, reward model, PPO and evaluation from one command, each stage in a process of
+its own.
+"""
 
 import json
 import logging
@@ -11,9 +13,10 @@ import yaml
 
 from conf.schema import Config
 from conf.stages import ChainStage
-from rlhf import config, distributed
-from rlhf.interrupts import run_child
-from rlhf.run import CONFIG_FILE, SUMMARY_FILE, RunContext, changed_options, run_directory
+from rlhf.cli import config
+from rlhf.process import distributed
+from rlhf.process.interrupts import run_child
+from rlhf.run.context import CONFIG_FILE, SUMMARY_FILE, RunContext, changed_options, run_directory
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.chain")
@@ -26,7 +29,8 @@ def commands(stages: list[str], overrides: list[str]) -> list[list[str]]:
 
 
 def finished(composed: Sequence[Config]) -> list[float]:
-    """Wall seconds of the first stages that a resumed chain leaves as they are: those that have ended.
+    """Wall seconds of the first stages that a resumed chain leaves as they are: those that have
+    ended.
 
     Raises UserError for one that ended with other options, or before a stage that it builds on.
     """
@@ -37,29 +41,39 @@ def finished(composed: Sequence[Config]) -> list[float]:
             continue
         if len(out) < place:
             raise UserError(
-                f"{directory} is finished, but stage={composed[len(out)].stage.name} of the chain, which comes before it, is not: it would be "
-                "kept as it is, from other weights. Remove it, or start the chain anew with run.overwrite=true or another run.name."
+                f"{directory} is finished, but stage={composed[len(out)].stage.name} of the "
+                "chain, which comes before it, is not: it would be "
+                "kept as it is, from other weights. Remove it, or start the chain anew with "
+                "run.overwrite=true or another run.name."
             )
         stored = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8")) or {}
         changed = changed_options(stored, cfg)
         if changed:
             raise UserError(
-                f"{directory} is finished, with other options: {'; '.join(changed[:3])}. Set them back, or start the chain anew with "
+                f"{directory} is finished, with other options: {'; '.join(changed[:3])}. Set "
+                "them back, or start the chain anew with "
                 "run.overwrite=true or another run.name."
             )
-        out.append(float(json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))["wall_s"]))
+        out.append(
+            float(json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))["wall_s"])
+        )
     return out
 
 
 def run(ctx: RunContext) -> None:
-    """Every stage is composed and checked before the first one starts; a stage that fails ends the chain with its exit code in the message.
+    """Every stage is composed and checked before the first one starts; a stage that fails ends the
+    chain with its exit code in the message.
 
-    With ``run.resume=true`` stages that have ended are left as they are, and the first that has not goes on from its last checkpoint.
+    With ``run.resume=true`` stages that have ended are left as they are, and the first that has not
+    goes on from its last checkpoint.
     """
     stage = ctx.cfg.stage
     assert isinstance(stage, ChainStage)
     if distributed.world_size() > 1:
-        raise UserError("stage=chain starts the stages itself: run it without torchrun, or launch each stage with torchrun.")
+        raise UserError(
+            "stage=chain starts the stages itself: run it without torchrun, or launch each stage "
+            "with torchrun."
+        )
     planned = commands(list(stage.stages), list(ctx.argv))
     composed = [config.compose(command[3:]) for command in planned]
     done = finished(composed) if ctx.cfg.run.resume else []
@@ -76,7 +90,8 @@ def run(ctx: RunContext) -> None:
             raise SystemExit(code)  # the stage has said what it saved
         if code != 0:
             raise UserError(
-                f"stage={name} of the chain ended with exit code {code}; run.resume=true goes on with it. Its command: python {' '.join(command[1:])}"
+                f"stage={name} of the chain ended with exit code {code}; run.resume=true goes on "
+                f"with it. Its command: python {' '.join(command[1:])}"
             )
         metrics[f"time/{name}_s"] = time.perf_counter() - began
     total = sum(metrics.values())
@@ -84,5 +99,6 @@ def run(ctx: RunContext) -> None:
         steps=len(planned),
         metrics=metrics | {"time/total_s": total},
         model=None,
-        figures={name: f"{seconds:.0f}" for name, seconds in metrics.items()} | {"seconds in all": f"{total:.0f}"},
+        figures={name: f"{seconds:.0f}" for name, seconds in metrics.items()}
+        | {"seconds in all": f"{total:.0f}"},
     )

@@ -1,7 +1,9 @@
-"""``stage=data``: rows of any format through the steps of data.pipeline into train.jsonl and eval.jsonl, with what was left out and why.
+"""``stage=data``: rows of any format through the steps of data.pipeline into train.jsonl and
+eval.jsonl, with what was left out and why.
 
-The run directory holds, beside the files of every run, train.jsonl, eval.jsonl (after a split, or with data.eval_path), rejected.jsonl (step,
-reason, file, row, content), and steps/ with each step's rows, from which run.resume=true goes on.
+The run directory holds, beside the files of every run, train.jsonl, eval.jsonl (after a split, or
+with data.eval_path), rejected.jsonl (step, reason, file, row, content), and steps/ with each step's
+rows, from which run.resume=true goes on.
 """
 
 import dataclasses
@@ -14,7 +16,6 @@ from typing import Any
 
 from conf.choices import DataTarget, FileKind
 from conf.schema import Config
-from rlhf import console, watchdog
 from rlhf.data.formats import Use
 from rlhf.data.mixture import data_files
 from rlhf.data.prepare import ingest, store
@@ -22,7 +23,9 @@ from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.pipeline import stream, write_rejected
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.writing import file_kind, write_items
-from rlhf.run import RunContext, sha256
+from rlhf.process import watchdog
+from rlhf.run import console
+from rlhf.run.context import RunContext, sha256
 from rlhf.stages.pair_scores import pair_scorer
 from rlhf.types import UserError
 
@@ -38,8 +41,12 @@ class Outputs:
 
     def __init__(self, folder: Path) -> None:
         self._places = {split: folder / f"{split}.jsonl" for split in SPLITS}
-        self._beside = {split: place.with_name(place.name + ".tmp") for split, place in self._places.items()}
-        self._files = {split: beside.open("w", encoding="utf-8") for split, beside in self._beside.items()}
+        self._beside = {
+            split: place.with_name(place.name + ".tmp") for split, place in self._places.items()
+        }
+        self._files = {
+            split: beside.open("w", encoding="utf-8") for split, beside in self._beside.items()
+        }
         self.rows = dict.fromkeys(SPLITS, 0)
 
     def write(self, item: Item) -> None:
@@ -67,7 +74,9 @@ class Outputs:
 
 
 def run(ctx: RunContext) -> None:
-    """Prepare the rows of data.path (and data.eval_path). Raises UserError where nothing is left to train on."""
+    """Prepare the rows of data.path (and data.eval_path). Raises UserError where nothing is left to
+    train on.
+    """
     with ctx.closing():
         _run(ctx)
 
@@ -80,7 +89,10 @@ def _run(ctx: RunContext) -> None:
     hashes = {str(path): str(ctx.add_data(path)) for path in data_files(cfg)}
     identity = ingest.identity(cfg, kind, hashes)
     if identity is None and cfg.data.cache:
-        LOG.info("Rows of a hub may change, so no step's rows are kept: every run starts from the first step.")
+        LOG.info(
+            "Rows of a hub may change, so no step's rows are kept: every run starts from the "
+            "first step."
+        )
     held_out = cfg.data.eval_path is not None
     done: list[StepReport] = []
     rows = stream(
@@ -127,7 +139,9 @@ def _written(path: Path) -> Iterator[Item]:
 
 
 def write_targets(cfg: Config, kind: Use, files: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """The files of data.to and data.file, beside those that stages read; what a row loses in them is said, rows that don't fit are rejected."""
+    """The files of data.to and data.file, beside those that stages read; what a row loses in them
+    is said, rows that don't fit are rejected.
+    """
     to, container = cfg.data.to, file_kind(cfg.data.to, cfg.data.file)
     if to is DataTarget.trl and container is FileKind.jsonl:
         return {}
@@ -135,11 +149,19 @@ def write_targets(cfg: Config, kind: Use, files: dict[str, Path], folder: Path) 
     with files["rejected"].open("a", encoding="utf-8") as rejected:
 
         def leave_out(item: Item, reason: str) -> None:
-            rejected.write(store.line(store.rejected_row(f"to {to.value}", reason, item.origin, item.number, item.columns)))
+            rejected.write(
+                store.line(
+                    store.rejected_row(
+                        f"to {to.value}", reason, item.origin, item.number, item.columns
+                    )
+                )
+            )
 
         for split in (split for split in SPLITS if split in files):
             target = folder / f"{split}.{to.value}.{container.value}"
-            written = write_items(_written(files[split]), kind, to, target, leave_out, cfg.data.file)
+            written = write_items(
+                _written(files[split]), kind, to, target, leave_out, cfg.data.file
+            )
             for note, rows in written.notes.most_common():
                 LOG.warning("%s: %d rows: %s.", target.name, rows, note)
             out[f"{split} as {to.value}"] = target
@@ -149,16 +171,22 @@ def write_targets(cfg: Config, kind: Use, files: dict[str, Path], folder: Path) 
 def preview(cfg: Config, kind: Use, path: Path) -> None:
     """The first rows' tokens in colour, as the model of model.path reads them."""
     from rlhf.data.preview import preview_row, render
-    from rlhf.models import load_tokenizer
+    from rlhf.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template)
     limit = cfg.data.max_prompt_length if kind is Use.prompt else None
     rows = islice(_written(path), cfg.data.preview)
-    console.console().print(render([preview_row(tokenizer, kind, item.columns, item.place, limit) for item in rows]))
+    console.console().print(
+        render([preview_row(tokenizer, kind, item.columns, item.place, limit) for item in rows])
+    )
 
 
-def _examine(ctx: RunContext, kind: Use, items: Sequence[Item], done: Sequence[StepReport]) -> dict[str, Path]:
-    """data.report=true: report.json and report.html in the run directory, and the same in short on the screen."""
+def _examine(
+    ctx: RunContext, kind: Use, items: Sequence[Item], done: Sequence[StepReport]
+) -> dict[str, Path]:
+    """data.report=true: report.json and report.html in the run directory, and the same in short on
+    the screen.
+    """
     from rlhf.data.report.staged import of_stage
     from rlhf.data.report.terminal import tables
 
@@ -168,23 +196,52 @@ def _examine(ctx: RunContext, kind: Use, items: Sequence[Item], done: Sequence[S
     return {f"report ({suffix})": path for suffix, path in report.files.items()}
 
 
-def _report(ctx: RunContext, kind: Use, done: Sequence[StepReport], rows: dict[str, int], files: dict[str, Path]) -> None:
+def _report(
+    ctx: RunContext,
+    kind: Use,
+    done: Sequence[StepReport],
+    rows: dict[str, int],
+    files: dict[str, Path],
+) -> None:
     """Table, metrics, manifest and the closing panel."""
     for report in done:
         ctx.tracker.log(report.number, step_metrics(report))
     console.table([table_row(report) for report in done], title=f"Preparation of {kind.value} rows")
     if not rows["train"]:
-        raise UserError(f"No row is left to train on: every one was left out by a step. {files['rejected']} says which, and why.")
+        raise UserError(
+            f"No row is left to train on: every one was left out by a step. {files['rejected']} "
+            "says which, and why."
+        )
     splits = [report for report in done if report.step == "split"]
     if splits:
         ctx.record("split", splits[0].figures)
     ctx.record("kind", kind.value)
     ctx.record("steps", [dataclasses.asdict(report) for report in done])
-    ctx.record("outputs", [{"path": str(path), "rows": rows.get(name), "sha256": sha256(path)} for name, path in files.items()])
+    ctx.record(
+        "outputs",
+        [
+            {"path": str(path), "rows": rows.get(name), "sha256": sha256(path)}
+            for name, path in files.items()
+        ],
+    )
     published = [path for name, path in files.items() if name.split()[0] in SPLITS]
-    ctx.publish(f"{ctx.cfg.run.name}-data", "dataset", published, {"kind": kind.value, "rows": {name: rows.get(name) for name in SPLITS}})
-    figures = {"rows read": done[0].rows_in, "to train on": rows["train"], "held out": rows["eval"], "left out": sum(r.rejected for r in done)}
-    metrics = {"data/rows_read": done[0].rows_in, "data/rows_train": rows["train"], "data/rows_eval": rows["eval"]}
+    ctx.publish(
+        f"{ctx.cfg.run.name}-data",
+        "dataset",
+        published,
+        {"kind": kind.value, "rows": {name: rows.get(name) for name in SPLITS}},
+    )
+    figures = {
+        "rows read": done[0].rows_in,
+        "to train on": rows["train"],
+        "held out": rows["eval"],
+        "left out": sum(r.rejected for r in done),
+    }
+    metrics = {
+        "data/rows_read": done[0].rows_in,
+        "data/rows_train": rows["train"],
+        "data/rows_eval": rows["eval"],
+    }
     metrics |= {f"rejected/{report.number:02d}-{report.step}": report.rejected for report in done}
     ctx.finish(
         steps=len(done) - 1,
@@ -197,10 +254,21 @@ def _report(ctx: RunContext, kind: Use, done: Sequence[StepReport], rows: dict[s
 
 
 def step_metrics(report: StepReport) -> dict[str, float]:
-    """A step's line of metrics.jsonl: its counts, its time, and those of its own figures that are numbers."""
-    numbers = {name: value for name, value in report.figures.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    """A step's line of metrics.jsonl: its counts, its time, and those of its own figures that are
+    numbers.
+    """
+    numbers = {
+        name: value
+        for name, value in report.figures.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
     own = {f"{report.step}/{name}": value for name, value in numbers.items()}
-    counts = {"data/rows_in": report.rows_in, "data/rows_out": report.rows_out, "data/rejected": report.rejected, "data/reused": int(report.reused)}
+    counts = {
+        "data/rows_in": report.rows_in,
+        "data/rows_out": report.rows_out,
+        "data/rejected": report.rejected,
+        "data/reused": int(report.reused),
+    }
     return {**counts, "time/step_s": report.seconds, **own}
 
 

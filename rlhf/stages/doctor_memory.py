@@ -1,4 +1,6 @@
-"""What ``stage=doctor`` says of memory: does the model that is asked about fit, and with which setting."""
+"""What ``stage=doctor`` says of memory: does the model that is asked about fit, and with which
+setting.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,17 +8,19 @@ from typing import Any
 from conf.choices import AdapterKind
 from conf.schema import Config
 from conf.stages import DoctorStage, OfflineStage, OnlineStage
-from rlhf import config
-from rlhf.console import console
-from rlhf.memory import fit, tables
-from rlhf.memory.machine import machine_of
-from rlhf.memory.subjects import can_plan, shapes_of
+from rlhf.checks.memory import fit, tables
+from rlhf.checks.memory.machine import machine_of
+from rlhf.checks.memory.subjects import can_plan, shapes_of
+from rlhf.cli import config
+from rlhf.run.console import console
 from rlhf.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`lines` in words, for the report; `renderables` for the terminal; `fits`: full training or LoRA does, on some engine."""
+    """`lines` in words, for the report; `renderables` for the terminal; `fits`: full training or
+    LoRA does, on some engine.
+    """
 
     fits: bool
     lines: list[str]
@@ -25,7 +29,9 @@ class Answer:
 
 
 def planned(cfg: Config) -> Config:
-    """`cfg` with the stage that ``stage.plan`` names, its rows as long as the data and rollout groups say. Raises UserError for no such stage."""
+    """`cfg` with the stage that ``stage.plan`` names, its rows as long as the data and rollout
+    groups say. Raises UserError for no such stage.
+    """
     doctor = cfg.stage
     assert isinstance(doctor, DoctorStage)
     try:
@@ -33,15 +39,23 @@ def planned(cfg: Config) -> Config:
     except UserError as error:
         raise UserError(f"stage.plan={doctor.plan}: {error}") from error
     if not isinstance(stage, (OnlineStage, OfflineStage)):
-        names = ", ".join(name for name in config.choices("stage") if isinstance(config.stage_preset(name), (OnlineStage, OfflineStage)))
+        names = ", ".join(
+            name
+            for name in config.choices("stage")
+            if isinstance(config.stage_preset(name), (OnlineStage, OfflineStage))
+        )
         raise UserError(f"stage.plan={doctor.plan} trains nothing. Stages that do: {names}.")
     if isinstance(stage, OfflineStage):
-        stage = replace(stage, max_length=cfg.data.max_prompt_length + cfg.rollout.max_response_length)
+        stage = replace(
+            stage, max_length=cfg.data.max_prompt_length + cfg.rollout.max_response_length
+        )
     return replace(cfg, stage=stage)
 
 
 def answer(cfg: Config) -> Answer | None:
-    """The tables; None where nothing says which model is asked about. Raises UserError for a model that can't be counted."""
+    """The tables; None where nothing says which model is asked about. Raises UserError for a model
+    that can't be counted.
+    """
     if not can_plan(cfg):
         return None
     chosen = planned(cfg)
@@ -49,9 +63,14 @@ def answer(cfg: Config) -> Answer | None:
     shapes, notes = shapes_of(chosen, assume_reward=True)
     rows = fit.rows(chosen, shapes, machine)
     lines = tables.answers(rows, machine)
-    best = fit.recommended(rows, chosen.adapter.kind) or next((r for r in (fit.recommended(rows, kind) for kind in AdapterKind) if r), None)
+    best = fit.recommended(rows, chosen.adapter.kind) or next(
+        (r for r in (fit.recommended(rows, kind) for kind in AdapterKind) if r), None
+    )
     where = "device" if machine.cuda else "rank"
-    title = f"stage={chosen.stage.name}: GiB per {where} at the peak; host: GiB of all ranks; LoRA of rank {chosen.adapter.rank}; *: recommended"
+    title = (
+        f"stage={chosen.stage.name}: GiB per {where} at the peak; host: GiB of all ranks; "
+        f"LoRA of rank {chosen.adapter.rank}; *: recommended"
+    )
     renderables = [tables.fit_table(rows, title, console().width)]
     if best is not None:
         renderables.append(tables.plan_table(best.plan, "with " + " ".join(best.overrides)))
@@ -59,6 +78,9 @@ def answer(cfg: Config) -> Answer | None:
     if isinstance(chosen.stage, OfflineStage):
         sizes = f"stage.batch_size={chosen.stage.batch_size}"
     lengths = f"{chosen.data.max_prompt_length} + {chosen.rollout.max_response_length}"
-    notes += [*machine.notes, f"rows of {lengths} tokens (data.max_prompt_length + rollout.max_response_length), {sizes}"]
+    notes += [
+        *machine.notes,
+        f"rows of {lengths} tokens (data.max_prompt_length + rollout.max_response_length), {sizes}",
+    ]
     notes += [*(best.plan.notes if best is not None else ()), tables.qlora_note(shapes.policy)]
     return Answer(best is not None, lines, renderables, notes)

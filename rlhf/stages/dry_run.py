@@ -1,4 +1,5 @@
-"""``run.dry_run=true`` of a training stage: the launch command, the arithmetic of its batches, its first rows as tokens, and its memory plan.
+"""``run.dry_run=true`` of a training stage: the launch command, the arithmetic of its batches, its
+first rows as tokens, and its memory plan.
 
 Tokenizers and data files are read; no weights are, and nothing is written.
 """
@@ -12,28 +13,35 @@ from typing import Any
 from conf.choices import ModelKind
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage, RewardStage, SFTStage
-from rlhf import config, conflicts, redaction, room
-from rlhf.console import console
+from rlhf.checks import conflicts
+from rlhf.checks import disk as room
+from rlhf.checks.memory import GIB
+from rlhf.checks.memory.machine import machine_of
+from rlhf.checks.memory.plan import HEADROOM, plan
+from rlhf.checks.memory.subjects import can_plan, shapes_of
+from rlhf.checks.memory.tables import plan_table
+from rlhf.cli import config
 from rlhf.data import reading
 from rlhf.data.converting import both_sides, columns_of
 from rlhf.data.formats import Use
 from rlhf.data.preview import RowPreview, preview_row, render
-from rlhf.memory import GIB
-from rlhf.memory.machine import machine_of
-from rlhf.memory.plan import HEADROOM, plan
-from rlhf.memory.subjects import can_plan, shapes_of
-from rlhf.memory.tables import plan_table
+from rlhf.process import redaction
+from rlhf.run.console import console
 from rlhf.types import PreferencePair
 
 ROWS = 2  # shown as tokens where data.preview doesn't say how many
 
 
 def show(cfg: Config, argv: Sequence[str]) -> None:
-    """Print all that is known before weights load. Raises UserError for data that the stage could not train on."""
+    """Print all that is known before weights load. Raises UserError for data that the stage could
+    not train on.
+    """
     print(config.to_yaml(cfg))
     if isinstance(cfg.stage, (OfflineStage, OnlineStage)):
         _training(cfg, argv)
-    print(f"dry run: stage={cfg.stage.name} composes and passes its checks; no weights were loaded.")
+    print(
+        f"dry run: stage={cfg.stage.name} composes and passes its checks; no weights were loaded."
+    )
 
 
 def _training(cfg: Config, argv: Sequence[str]) -> None:
@@ -42,7 +50,12 @@ def _training(cfg: Config, argv: Sequence[str]) -> None:
     tokenizer = tokenizer_of(cfg)
     rows = read_rows(cfg, tokenizer)
     online = isinstance(cfg.stage, OnlineStage)
-    _print_figures("batches", online_arithmetic(cfg, ranks, rows.count) if online else _offline(cfg, tokenizer, ranks, rows.count))
+    _print_figures(
+        "batches",
+        online_arithmetic(cfg, ranks, rows.count)
+        if online
+        else _offline(cfg, tokenizer, ranks, rows.count),
+    )
     if rows.previews:
         console().print(render(rows.previews))
     if can_plan(cfg):
@@ -51,19 +64,29 @@ def _training(cfg: Config, argv: Sequence[str]) -> None:
 
 def launch_command(argv: Sequence[str], ranks: int) -> str:
     """The command that runs what `argv` describes, for a shell; secrets are left out."""
-    arguments = [one for one in redaction.arguments(argv) if one.lstrip("+").partition("=")[0] != "run.dry_run"]
-    launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
+    arguments = [
+        one
+        for one in redaction.arguments(argv)
+        if one.lstrip("+").partition("=")[0] != "run.dry_run"
+    ]
+    launcher = (
+        ["python"] if ranks == 1 else ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
+    )
     return shlex.join([*launcher, "-m", "rlhf", *arguments])
 
 
 def tokenizer_of(cfg: Config) -> Any:
-    """The tokenizer that the stage will have; for ``model=tiny`` without a path one trained on the stage's own texts."""
-    from rlhf.data.templates import template_text
-    from rlhf.models import load_tokenizer, train_tokenizer
+    """The tokenizer that the stage will have; for ``model=tiny`` without a path one trained on the
+    stage's own texts.
+    """
+    from rlhf.models.loading import load_tokenizer, train_tokenizer
+    from rlhf.models.templates import template_text
 
     if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
-    tokenizer = train_tokenizer(reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions)
+    tokenizer = train_tokenizer(
+        reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions
+    )
     if cfg.data.chat_template is not None:
         tokenizer.chat_template = template_text(cfg.data.chat_template)
     return tokenizer
@@ -78,7 +101,9 @@ class Rows:
 
 
 def read_rows(cfg: Config, tokenizer: Any) -> Rows:
-    """The training rows as the stage will have them. Raises UserError as the stage would for rows that don't fit, or prompts that are too long."""
+    """The training rows as the stage will have them. Raises UserError as the stage would for rows
+    that don't fit, or prompts that are too long.
+    """
     use, shown = reading.use_of(cfg), cfg.data.preview or ROWS
     if use is Use.prompt:
         prompts = reading.prompts(cfg, tokenizer)
@@ -88,15 +113,31 @@ def read_rows(cfg: Config, tokenizer: Any) -> Rows:
     if use is Use.sft:
         values = reading.sft_rows(cfg)[0]
     else:
-        values = reading.preference_pairs(cfg)[0] if use is Use.preference else reading.judged_answers(cfg)[0]
+        values = (
+            reading.preference_pairs(cfg)[0]
+            if use is Use.preference
+            else reading.judged_answers(cfg)[0]
+        )
     first: list[Any] = values[:shown]
     if use is Use.unpaired:
-        first = [side for value in first for side in (both_sides(value) if isinstance(value, PreferencePair) else [value])]
-    return Rows(len(values), _previews(tokenizer, use, [columns_of(value, {}) for value in first], cfg.stage.max_length))
+        first = [
+            side
+            for value in first
+            for side in (both_sides(value) if isinstance(value, PreferencePair) else [value])
+        ]
+    return Rows(
+        len(values),
+        _previews(tokenizer, use, [columns_of(value, {}) for value in first], cfg.stage.max_length),
+    )
 
 
-def _previews(tokenizer: Any, use: Use, columns: Sequence[dict[str, Any]], limit: int) -> list[RowPreview]:
-    return [preview_row(tokenizer, use, one, f"training row {number}", limit) for number, one in enumerate(columns, start=1)]
+def _previews(
+    tokenizer: Any, use: Use, columns: Sequence[dict[str, Any]], limit: int
+) -> list[RowPreview]:
+    return [
+        preview_row(tokenizer, use, one, f"training row {number}", limit)
+        for number, one in enumerate(columns, start=1)
+    ]
 
 
 # ---- arithmetic ----
@@ -114,40 +155,69 @@ def online_arithmetic(cfg: Config, ranks: int, prompts: int) -> dict[str, str]:
     micro = math.ceil(rows / together)
     drawn = stage.steps * stage.prompts_per_step
     return {
-        "responses of a step": f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} samples = {responses}, {_each(responses, ranks)}",
-        "optimizer steps of a step": f"{stage.epochs} epochs x {stage.minibatches} minibatches = {updates}",
-        "rows of an optimizer step": f"{responses} responses / {stage.minibatches} minibatches / {_ranks(ranks)} = {rows} on each",
+        "responses of a step": f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} "
+        f"samples = {responses}, {_each(responses, ranks)}",
+        "optimizer steps of a step": f"{stage.epochs} epochs x {stage.minibatches} minibatches = "
+        f"{updates}",
+        "rows of an optimizer step": f"{responses} responses / {stage.minibatches} minibatches / "
+        f"{_ranks(ranks)} = {rows} on each",
         "micro-batches": (
-            f"at most {micro} of {together} rows on each rank: {cfg.engine.micro_tokens} tokens (engine.micro_tokens) / {longest} of the longest row"
+            f"at most {micro} of {together} rows on each rank: {cfg.engine.micro_tokens} tokens "
+            f"(engine.micro_tokens) / {longest} of the longest row"
         ),
-        "steps": f"{stage.steps} (stage.steps), {stage.steps * updates} optimizer steps, {stage.steps * responses} responses",
+        "steps": f"{stage.steps} (stage.steps), {stage.steps * updates} optimizer steps, "
+        f"{stage.steps * responses} responses",
         "data": f"{drawn} prompts drawn from {prompts}: {drawn / prompts:.3g} passes",
     }
 
 
-def offline_arithmetic(stage: OfflineStage, micro: int, accumulation: int, ranks: int, read: int, rows: int, steps: int) -> dict[str, str]:
-    """How rows become optimizer steps, over all ranks; `read` rows are in the data, `rows` of them train, or so many packed ones."""
+def offline_arithmetic(
+    stage: OfflineStage, micro: int, accumulation: int, ranks: int, read: int, rows: int, steps: int
+) -> dict[str, str]:
+    """How rows become optimizer steps, over all ranks; `read` rows are in the data, `rows` of them
+    train, or so many packed ones.
+    """
     whole = max(1, rows // stage.batch_size)
     packed = isinstance(stage, SFTStage) and stage.packing
-    kept = "" if rows == read and not packed else f", {'packed into' if packed else 'of which'} {rows}{'' if packed else ' can train'}"
-    source = "stage.steps" if stage.steps is not None else f"{stage.epochs:g} epochs x {whole} whole batches"
+    kept = (
+        ""
+        if rows == read and not packed
+        else f", {'packed into' if packed else 'of which'} {rows}{'' if packed else ' can train'}"
+    )
+    source = (
+        "stage.steps"
+        if stage.steps is not None
+        else f"{stage.epochs:g} epochs x {whole} whole batches"
+    )
     return {
-        "rows of a step": f"{micro} rows x {accumulation} micro-batches x {_ranks(ranks)} = {micro * accumulation * ranks} (stage.batch_size)",
+        "rows of a step": f"{micro} rows x {accumulation} micro-batches x {_ranks(ranks)} = "
+        f"{micro * accumulation * ranks} (stage.batch_size)",
         "steps": f"{steps} ({source})",
-        "data": f"{read} training rows{kept}, {steps * stage.batch_size} trained: {steps * stage.batch_size / rows:.3g} passes",
+        "data": f"{read} training rows{kept}, {steps * stage.batch_size} trained: "
+        f"{steps * stage.batch_size / rows:.3g} passes",
     }
 
 
 def _offline(cfg: Config, tokenizer: Any, ranks: int, rows: int) -> dict[str, str]:
-    from rlhf.stages.trl_common import plan_batches, total_steps
+    from rlhf.offline.trainer import plan_batches, total_steps
 
     spread = plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
     kept = trained_rows(cfg, tokenizer, spread.micro)
-    return offline_arithmetic(cfg.stage, spread.micro, spread.accumulation, ranks, rows, kept, total_steps(cfg.stage, kept))
+    return offline_arithmetic(
+        cfg.stage,
+        spread.micro,
+        spread.accumulation,
+        ranks,
+        rows,
+        kept,
+        total_steps(cfg.stage, kept),
+    )
 
 
 def trained_rows(cfg: Config, tokenizer: Any, micro: int) -> int:
-    """Rows that train: those that the stage's own reading keeps, and packed where it packs them. Raises UserError as the stage would."""
+    """Rows that train: those that the stage's own reading keeps, and packed where it packs them.
+    Raises UserError as the stage would.
+    """
     from rlhf.stages import preference, reward, sft
 
     stage = cfg.stage
@@ -191,8 +261,22 @@ def _print_plan(cfg: Config) -> None:
     for note in (*notes, *machine.notes, *found.notes, *([found.problem] if found.problem else [])):
         print(f"  {note}")
     limit = HEADROOM * machine.device_gib
-    verdict = "fits" if found.fits else "does not fit: python -m rlhf stage=doctor with the same options says which setting does"
+    verdict = (
+        "fits"
+        if found.fits
+        else "does not fit: python -m rlhf stage=doctor with the same options says which setting "
+        "does"
+    )
     need, free = room.need_of(cfg, shapes), room.free_bytes(cfg)
-    held = f"{need.count} checkpoints of {need.checkpoint / GIB:.2g} GiB at once and the model: {need.total / GIB:.2g} GiB"
-    print(f"  disk of run.dir: {held} of {free / GIB:.1f} free: {'fits' if need.total <= free else 'does not fit'}")
-    print(f"  peak {found.device_gib:.1f} GiB of {limit:.1f} usable on each {'device' if machine.cuda else 'rank'}: {verdict}")
+    held = (
+        f"{need.count} checkpoints of {need.checkpoint / GIB:.2g} GiB at once and the model: "
+        f"{need.total / GIB:.2g} GiB"
+    )
+    print(
+        f"  disk of run.dir: {held} of {free / GIB:.1f} free: "
+        f"{'fits' if need.total <= free else 'does not fit'}"
+    )
+    print(
+        f"  peak {found.device_gib:.1f} GiB of {limit:.1f} usable on each "
+        f"{'device' if machine.cuda else 'rank'}: {verdict}"
+    )

@@ -1,4 +1,6 @@
-"""``stage=eval``: two policies on the same held-out prompts, before and after training: scores, outside judges, KL, length, diversity."""
+"""``stage=eval``: two policies on the same held-out prompts, before and after training: scores,
+outside judges, KL, length, diversity.
+"""
 
 import dataclasses
 import logging
@@ -19,12 +21,13 @@ from policy.kl import kl_per_token
 from policy.model import PolicyModule, full_weights
 from reward.scorer import make_scorer
 from reward.terms import model_paths
-from rlhf import console, distributed
 from rlhf.data import reading
 from rlhf.data.mixture import data_files, given
-from rlhf.models import load_causal_lm, load_tokenizer, resolve_dtype
-from rlhf.run import RunContext
-from rlhf.stages.sync import verify_sync
+from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve_dtype
+from rlhf.online.sync import verify_sync
+from rlhf.process import distributed
+from rlhf.run import console
+from rlhf.run.context import RunContext
 from rlhf.types import Generator, Prompt, Rollout, Scorer, UserError
 from rollout import make_generator
 
@@ -34,7 +37,9 @@ _GAP_FLOAT32, _GAP_HALF = 1e-4, 0.05  # nats, as in training
 
 
 def run(ctx: RunContext) -> None:
-    """Compare ``stage.before`` with ``stage.after``. Reads prompts from data.eval_path (or the held-out share of data.path)."""
+    """Compare ``stage.before`` with ``stage.after``. Reads prompts from data.eval_path (or the
+    held-out share of data.path).
+    """
     with ctx.closing():
         _run(ctx)
 
@@ -50,7 +55,11 @@ def _run(ctx: RunContext) -> None:
     prompts = _prompts(cfg, tokenizer)
     judges = make_judges(stage, tokenizer)
     scorer = _scorer(cfg, tokenizer)
-    for kind, path in (("before", paths[0]), ("after", paths[1]), *(("reward", path) for _, path in model_paths(cfg.reward))):
+    for kind, path in (
+        ("before", paths[0]),
+        ("after", paths[1]),
+        *(("reward", path) for _, path in model_paths(cfg.reward)),
+    ):
         ctx.add_parent(kind, path)
     for file in data_files(cfg):
         ctx.add_data(file)
@@ -59,28 +68,51 @@ def _run(ctx: RunContext) -> None:
     after_model = load_causal_lm(_model(cfg, paths[1]), tokenizer)
     old, new = _generate(ctx, tokenizer, after_model, prompts)
     ctx.watchdog.phase("judge")
-    before, after = Answers(old, _judge(old, judges, scorer)), Answers(new, _judge(new, judges, scorer))
+    before, after = (
+        Answers(old, _judge(old, judges, scorer)),
+        Answers(new, _judge(new, judges, scorer)),
+    )
     ctx.watchdog.phase("kl")
-    kl = response_kl(after_model, load_causal_lm(_model(cfg, paths[0]), tokenizer), new, tokenizer.pad_token_id, cfg)
+    kl = response_kl(
+        after_model,
+        load_causal_lm(_model(cfg, paths[0]), tokenizer),
+        new,
+        tokenizer.pad_token_id,
+        cfg,
+    )
     ctx.watchdog.phase("compare")
     comparison = compare(before, after, kl, resamples=stage.bootstrap, seed=cfg.run.seed)
 
     rows = side_by_side(before, after, kl)
     ctx.tracker.samples(0, rows)
-    scores = {name: {"before": before.judgements[name], "after": after.judgements[name]} for name in before.judgements}
+    scores = {
+        name: {"before": before.judgements[name], "after": after.judgements[name]}
+        for name in before.judgements
+    }
     plots = report.plot(comparison, scores, ctx.dir / "plots")
     ctx.tracker.images(plots)
     metrics = comparison.metrics()
     ctx.tracker.log(0, metrics)
     console.table(report.sample_rows(rows, stage.shown), title="The same prompt before and after")
-    console.table(report.table_rows(comparison), title=f"Before and after on {len(prompts)} held-out prompts")
-    ctx.finish(steps=1, metrics=metrics, model=None, figures=_headlines(metrics), files={"samples": ctx.dir / "samples.jsonl"})
+    console.table(
+        report.table_rows(comparison), title=f"Before and after on {len(prompts)} held-out prompts"
+    )
+    ctx.finish(
+        steps=1,
+        metrics=metrics,
+        model=None,
+        figures=_headlines(metrics),
+        files={"samples": ctx.dir / "samples.jsonl"},
+    )
 
 
 def _paths(stage: EvalStage) -> tuple[str, str]:
     if stage.before is None or stage.after is None:
         missing = "stage.before" if stage.before is None else "stage.after"
-        raise UserError(f"{missing} is not set: stage=eval compares two model directories, stage.before=<before> and stage.after=<after>.")
+        raise UserError(
+            f"{missing} is not set: stage=eval compares two model directories, "
+            "stage.before=<before> and stage.after=<after>."
+        )
     return stage.before, stage.after
 
 
@@ -89,8 +121,12 @@ def _model(cfg: Config, path: str) -> ModelConfig:
 
 
 def same_tokenizer(cfg: Config, before: str, after: str) -> Any:
-    """The tokenizer of both policies. Raises UserError when theirs differ: KL between them would mean nothing."""
-    old, new = (load_tokenizer(_model(cfg, path), cfg.data.chat_template) for path in (before, after))
+    """The tokenizer of both policies. Raises UserError when theirs differ: KL between them would
+    mean nothing.
+    """
+    old, new = (
+        load_tokenizer(_model(cfg, path), cfg.data.chat_template) for path in (before, after)
+    )
     for what, ours, theirs in (
         ("vocabularies", old.get_vocab(), new.get_vocab()),
         ("end-of-sequence tokens", old.eos_token, new.eos_token),
@@ -98,7 +134,8 @@ def same_tokenizer(cfg: Config, before: str, after: str) -> Any:
     ):
         if ours != theirs:
             raise UserError(
-                f"stage.before={before} and stage.after={after} have different {what}: expected two states of one policy, "
+                f"stage.before={before} and stage.after={after} have different {what}: expected "
+                "two states of one policy, "
                 "so that the same prompt and the same tokens mean the same to both."
             )
     return old
@@ -108,65 +145,102 @@ def _prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
     """The first ``stage.prompts`` held-out prompts; a lone data.eval_path is taken whole."""
     assert isinstance(cfg.stage, EvalStage)
     whole = given(cfg.data) is None
-    source = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=cfg.data.eval_path)) if whole else cfg
+    source = (
+        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=cfg.data.eval_path))
+        if whole
+        else cfg
+    )
     prompts = reading.prompts(source, tokenizer, split="eval")
     if len(prompts) < cfg.stage.prompts:
-        LOG.warning("stage.prompts=%d, but there are only %d held-out prompts; all of them are used.", cfg.stage.prompts, len(prompts))
+        LOG.warning(
+            "stage.prompts=%d, but there are only %d held-out prompts; all of them are used.",
+            cfg.stage.prompts,
+            len(prompts),
+        )
     return prompts[: cfg.stage.prompts]
 
 
 def make_judges(stage: EvalStage, tokenizer: Any) -> list[ResponseJudge]:
-    """The judges of ``stage.judges``, trained where they need it. Raises UserError for one without what it judges by."""
+    """The judges of ``stage.judges``, trained where they need it. Raises UserError for one without
+    what it judges by.
+    """
     judges: list[ResponseJudge] = []
     for kind in stage.judges:
         if kind is Judge.lexicon:
             judges.append(LexiconJudge())
         elif kind is Judge.classifier:
             if stage.judge_path is None:
-                raise UserError("stage.judges holds classifier, but stage.judge_path is not set: expected a file of labelled texts (text, label).")
+                raise UserError(
+                    "stage.judges holds classifier, but stage.judge_path is not set: expected a "
+                    "file of labelled texts (text, label)."
+                )
             judges.append(ClassifierJudge.from_file(stage.judge_path))
         elif stage.judge_function is None:
-            raise UserError("stage.judges holds function, but stage.judge_function is not set: expected pkg.module:function.")
+            raise UserError(
+                "stage.judges holds function, but stage.judge_function is not set: expected "
+                "pkg.module:function."
+            )
         else:
-            scorer = make_scorer(RewardConfig(function=stage.judge_function), device=distributed.device(), policy_tokenizer=tokenizer)
+            scorer = make_scorer(
+                RewardConfig(function=stage.judge_function),
+                device=distributed.device(),
+                policy_tokenizer=tokenizer,
+            )
             judges.append(FunctionJudge(scorer))
     return judges
 
 
 def _scorer(cfg: Config, tokenizer: Any) -> Scorer | None:
-    """What trained the policy; None where no reward is configured, then there is no score among the figures."""
+    """What trained the policy; None where no reward is configured, then there is no score among the
+    figures.
+    """
     if cfg.reward.path is None and cfg.reward.function is None and not cfg.reward.terms:
         return None
-    return make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer, training=False)
+    return make_scorer(
+        cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer, training=False
+    )
 
 
-def _judge(rollouts: Sequence[Rollout], judges: Sequence[ResponseJudge], scorer: Scorer | None) -> dict[str, list[float]]:
+def _judge(
+    rollouts: Sequence[Rollout], judges: Sequence[ResponseJudge], scorer: Scorer | None
+) -> dict[str, list[float]]:
     values = {} if scorer is None else {"score": scorer.score(rollouts).total}
     return values | {judge.name: judge.judge(rollouts) for judge in judges}
 
 
-def _generate(ctx: RunContext, tokenizer: Any, after: Any, prompts: Sequence[Prompt]) -> tuple[list[Rollout], list[Rollout]]:
-    """Both policies' responses with the same seeds: one engine writes as before, takes over the weights of `after`, proves it and writes again."""
+def _generate(
+    ctx: RunContext, tokenizer: Any, after: Any, prompts: Sequence[Prompt]
+) -> tuple[list[Rollout], list[Rollout]]:
+    """Both policies' responses with the same seeds: one engine writes as before, takes over the
+    weights of `after`, proves it and writes again.
+    """
     cfg, stage = ctx.cfg, ctx.cfg.stage
 
     def load_before() -> Any:
         return load_causal_lm(_model(cfg, stage.before), tokenizer)
 
     start = stage.before
-    if not (Path(start) / "config.json").exists():  # an adapter alone: engines start from whole weights
+    # an adapter alone: engines start from whole weights
+    if not (Path(start) / "config.json").exists():
         start = str(ctx.dir / "start")
         load_before().save_pretrained(start)
         tokenizer.save_pretrained(start)
-    generator: Generator = make_generator(cfg, model_path=start, tokenizer=tokenizer, model_factory=load_before, adapter_rank=None)
+    generator: Generator = make_generator(
+        cfg, model_path=start, tokenizer=tokenizer, model_factory=load_before, adapter_rank=None
+    )
     try:
         ctx.watchdog.phase("generate before")
-        old = generator.generate(prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy)
+        old = generator.generate(
+            prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy
+        )
         ctx.watchdog.phase("sync")
         generator.sync(full_weights(after), 1)
         probe = [*prompts[0].token_ids, *old[0].token_ids[:_PROBE_TOKENS]]
         verify_sync(generator, probe, probe_logprobs(after, probe), _tolerance(cfg), 1)
         ctx.watchdog.phase("generate after")
-        return old, generator.generate(prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy)
+        return old, generator.generate(
+            prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy
+        )
     finally:
         generator.close()
 
@@ -187,16 +261,34 @@ def probe_logprobs(model: Any, token_ids: Sequence[int]) -> list[float]:
 
 
 @torch.inference_mode()
-def response_kl(after: Any, before: Any, rollouts: Sequence[Rollout], pad_id: int, cfg: Config) -> list[float]:
-    """KL(after || before) in nats of each response of `after`: log p_after - log p_before (k1), summed over its tokens, float32 at the head."""
+def response_kl(
+    after: Any, before: Any, rollouts: Sequence[Rollout], pad_id: int, cfg: Config
+) -> list[float]:
+    """KL(after || before) in nats of each response of `after`: log p_after - log p_before (k1),
+    summed over its tokens, float32 at the head.
+    """
     device = distributed.device()
-    modules = [PolicyModule(model.to(device).eval(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature) for model in (after, before)]
-    batch: Batch = collate([r.prompt.token_ids for r in rollouts], [r.token_ids for r in rollouts], pad_id, device)
+    modules = [
+        PolicyModule(
+            model.to(device).eval(),
+            chunk=cfg.engine.logits_chunk,
+            temperature=cfg.rollout.temperature,
+        )
+        for model in (after, before)
+    ]
+    batch: Batch = collate(
+        [r.prompt.token_ids for r in rollouts], [r.token_ids for r in rollouts], pad_id, device
+    )
     out = [0.0] * len(rollouts)
     for rows in plan_micro_batches(batch.lengths.tolist(), cfg.engine.micro_tokens):
         part = batch.select(rows)
-        logprobs, ref_logprobs = (m(part.input_ids, part.positions, part.response_ids, part.response_mask)[0] for m in modules)
-        sums = (kl_per_token(logprobs, ref_logprobs, KLEstimator.k1) * part.response_mask).sum(dim=1)
+        logprobs, ref_logprobs = (
+            m(part.input_ids, part.positions, part.response_ids, part.response_mask)[0]
+            for m in modules
+        )
+        sums = (kl_per_token(logprobs, ref_logprobs, KLEstimator.k1) * part.response_mask).sum(
+            dim=1
+        )
         for row, value in zip(rows, sums.tolist(), strict=True):
             out[row] = value
     return out
@@ -205,11 +297,16 @@ def response_kl(after: Any, before: Any, rollouts: Sequence[Rollout], pad_id: in
 def _headlines(metrics: dict[str, float]) -> dict[str, str]:
     """The few figures of the closing panel."""
     out = {}
-    for label, name in (("score up by (standard deviations)", "eval/score_shift_sd"), ("KL (nats per token)", "eval/kl_per_token")):
+    for label, name in (
+        ("score up by (standard deviations)", "eval/score_shift_sd"),
+        ("KL (nats per token)", "eval/kl_per_token"),
+    ):
         if name in metrics:
             out[label] = f"{metrics[name]:.3f}"
     for judge in ("lexicon", "classifier", "function"):
         if f"eval/{judge}_delta" in metrics:
             low, high = metrics[f"eval/{judge}_low"], metrics[f"eval/{judge}_high"]
-            out[f"judge {judge}"] = f"{metrics[f'eval/{judge}_delta']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            out[f"judge {judge}"] = (
+                f"{metrics[f'eval/{judge}_delta']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            )
     return out | {"distinct-2 (share of before)": f"{metrics['eval/distinct_2_ratio']:.2f}"}

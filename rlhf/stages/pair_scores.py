@@ -1,4 +1,6 @@
-"""Scores of preference pairs by a saved reward model, for the preparation step `label_noise`: Context.score_pairs of rlhf/data/prepare/items.py."""
+"""Scores of preference pairs by a saved reward model, for the preparation step `label_noise`:
+Context.score_pairs of rlhf/data/prepare/items.py.
+"""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -9,18 +11,21 @@ import torch
 from conf.choices import Dtype
 from reward.model import load_reward_model
 from reward.scorer import score_ids
-from rlhf import distributed
-from rlhf.data.encoding import encode_answer, require_template
-from rlhf.models import resolve_dtype
+from rlhf.models.encoding import encode_answer, require_template
+from rlhf.models.loading import resolve_dtype
+from rlhf.process import distributed
 from rlhf.types import UserError
 
 Pair = tuple[Any, Any, Any]  # prompt, chosen, rejected: texts or messages
 
 
-def score_pairs(directory: str, pairs: Sequence[Pair], *, batch_tokens: int) -> list[tuple[float, float]]:
+def score_pairs(
+    directory: str, pairs: Sequence[Pair], *, batch_tokens: int
+) -> list[tuple[float, float]]:
     """Scores of the chosen and the rejected side of each pair, read as stage=reward trains on them.
 
-    Raises UserError: no reward model, rows of messages without a template, a pair that can't be encoded, or one longer than the model.
+    Raises UserError: no reward model, rows of messages without a template, a pair that can't be
+    encoded, or one longer than the model.
     """
     device = distributed.device()
     loaded = load_reward_model(directory, resolve_dtype(Dtype.auto))
@@ -37,7 +42,8 @@ def score_pairs(directory: str, pairs: Sequence[Pair], *, batch_tokens: int) -> 
                 raise UserError(f"label_noise: pair {number}: {error}.") from error
             if not 0 < len(ids) <= limit:
                 raise UserError(
-                    f"label_noise.reward_model={directory}: a side of pair {number} has {len(ids)} tokens, expected 1 to {limit}. "
+                    f"label_noise.reward_model={directory}: a side of pair {number} has "
+                    f"{len(ids)} tokens, expected 1 to {limit}. "
                     "Leave longer rows out with a length step before."
                 )
             rows.append(ids)

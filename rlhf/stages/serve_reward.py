@@ -1,4 +1,6 @@
-"""``stage=serve_reward``: the reward model of reward.path over HTTP, until SIGTERM or Ctrl-C. The protocol is in reward/remote.py."""
+"""``stage=serve_reward``: the reward model of reward.path over HTTP, until SIGTERM or Ctrl-C. The
+protocol is in reward/remote.py.
+"""
 
 import contextlib
 import logging
@@ -12,8 +14,9 @@ from conf.schema import Config
 from conf.stages import ServeRewardStage
 from reward.remote import bearer_token
 from reward.service import Counts, ServedModel, create_app
-from rlhf import console, distributed
-from rlhf.run import RunContext
+from rlhf.process import distributed
+from rlhf.run import console
+from rlhf.run.context import RunContext
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.serve_reward")
@@ -27,14 +30,18 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
     except OSError as error:
-        raise UserError(f"stage.host={host}: can't be resolved ({error}). Expected an address of this machine, such as 127.0.0.1.") from error
+        raise UserError(
+            f"stage.host={host}: can't be resolved ({error}). Expected an address of this "
+            "machine, such as 127.0.0.1."
+        ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         listener.close()
         raise UserError(
-            f"stage.host={host} stage.port={port}: can't listen there ({error}). Choose another stage.port (0: any free one) or stage.host."
+            f"stage.host={host} stage.port={port}: can't listen there ({error}). Choose another "
+            "stage.port (0: any free one) or stage.host."
         ) from error
     return listener
 
@@ -46,21 +53,38 @@ def address(listener: socket.socket) -> str:
 
 
 def announce(cfg: Config, url: str, token: str, directory: str) -> None:
-    """Where the service is and how a policy run uses it. A generated token appears here and nowhere else."""
+    """Where the service is and how a policy run uses it. A generated token appears here and nowhere
+    else.
+    """
     stage = cfg.stage
     variable = stage.token_env or TOKEN_ENV
-    figures = {"reward model": str(cfg.reward.path), "url": url, "token": f"in the environment variable {variable}"}
+    figures = {
+        "reward model": str(cfg.reward.path),
+        "url": url,
+        "token": f"in the environment variable {variable}",
+    }
     if stage.token_env is None:
         figures["token"] = f"export {variable}={token}"
     terms = {"kind": "remote", "url": url, "token_env": variable}
-    command = " ".join(["python -m rlhf stage=grpo ...", *(f"+reward.terms.remote.{key}={value}" for key, value in terms.items())])
-    console.closing_panel("serve_reward: ready, Ctrl-C stops it", figures, {"run": directory}, command)
+    command = " ".join(
+        [
+            "python -m rlhf stage=grpo ...",
+            *(f"+reward.terms.remote.{key}={value}" for key, value in terms.items()),
+        ]
+    )
+    console.closing_panel(
+        "serve_reward: ready, Ctrl-C stops it", figures, {"run": directory}, command
+    )
 
 
 @contextlib.contextmanager
 def ignoring_signals() -> Iterator[None]:
-    """uvicorn ends in peace on SIGTERM and Ctrl-C and then raises them again, which would end the process before its summary is written."""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    """uvicorn ends in peace on SIGTERM and Ctrl-C and then raises them again, which would end the
+    process before its summary is written.
+    """
+    before = {
+        number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -69,17 +93,25 @@ def ignoring_signals() -> Iterator[None]:
 
 
 def run(ctx: RunContext) -> None:
-    """Load, serve, and leave a summary of what was served. Raises UserError for a port or a token that can't be used."""
+    """Load, serve, and leave a summary of what was served. Raises UserError for a port or a token
+    that can't be used.
+    """
     import uvicorn
 
     cfg, stage = ctx.cfg, ctx.cfg.stage
     assert isinstance(stage, ServeRewardStage) and cfg.reward.path is not None
     with ctx.closing():
-        token = bearer_token(stage.token_env, "stage.token_env") if stage.token_env is not None else secrets.token_urlsafe(32)
+        token = (
+            bearer_token(stage.token_env, "stage.token_env")
+            if stage.token_env is not None
+            else secrets.token_urlsafe(32)
+        )
         ctx.add_parent("reward", cfg.reward.path)
         ctx.watchdog.phase("build")
         with listen(stage.host, stage.port) as listener:
-            model = ServedModel(cfg.reward.path, distributed.device(), batch_tokens=cfg.reward.batch_tokens)
+            model = ServedModel(
+                cfg.reward.path, distributed.device(), batch_tokens=cfg.reward.batch_tokens
+            )
             counts = Counts()
             logged = time.monotonic()
 
@@ -89,9 +121,14 @@ def run(ctx: RunContext) -> None:
                     ctx.tracker.log(counts.batches, counts.metrics())
                     logged = time.monotonic()
 
-            limits = {"max_batch": stage.max_batch, "max_body": int(stage.max_body_mib * _MIB), "max_waiting": stage.max_waiting}
+            limits = {
+                "max_batch": stage.max_batch,
+                "max_body": int(stage.max_body_mib * _MIB),
+                "max_waiting": stage.max_waiting,
+            }
             app = create_app(model, token=token, counts=counts, after=log_line, **limits)
-            # log_config=None: the run's own logging; no access log, which would be a line per batch of a policy run
+            # log_config=None: the run's own logging; no access log, which would be a line per batch
+            # of a policy run
             config = uvicorn.Config(
                 app,
                 log_config=None,

@@ -1,4 +1,6 @@
-"""``stage=sft``: supervised fine-tuning on TRL's SFTTrainer, from plain text, prompts with completions, or conversations."""
+"""``stage=sft``: supervised fine-tuning on TRL's SFTTrainer, from plain text, prompts with
+completions, or conversations.
+"""
 
 import dataclasses
 import logging
@@ -8,22 +10,34 @@ import datasets
 from trl import SFTConfig, SFTTrainer
 
 from conf.schema import Config
-from rlhf import distributed, watchdog
-from rlhf.data.encoding import IGNORED, encode_completion, encode_conversation, encode_text, is_chat, prompt_ids, require_template
 from rlhf.data.reading import sft_dataset
-from rlhf.models import load_causal_lm
-from rlhf.run import RunContext, seed_everything
-from rlhf.stages import trl_common as common
-from rlhf.stages import weights
-from rlhf.stages.guarding import guarded
+from rlhf.models.encoding import (
+    IGNORED,
+    encode_completion,
+    encode_conversation,
+    encode_text,
+    is_chat,
+    prompt_ids,
+    require_template,
+)
+from rlhf.models.loading import load_causal_lm
+from rlhf.offline import row_weights as weights
+from rlhf.offline import trainer as common
+from rlhf.offline.guards import guarded
+from rlhf.process import distributed, watchdog
+from rlhf.run.context import RunContext, seed_everything
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.sft")
 _SAMPLES = 4  # held-out rows that the trained policy continues
 
 
-def encode_row(tokenizer: Any, row: dict[str, Any], *, completion_only: bool) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one row in a form of TRL's: text, prompt + completion, or messages. Raises ValueError as the encoders."""
+def encode_row(
+    tokenizer: Any, row: dict[str, Any], *, completion_only: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one row in a form of TRL's: text, prompt + completion, or messages.
+    Raises ValueError as the encoders.
+    """
     if "text" in row:
         return encode_text(tokenizer, row["text"])
     if "messages" in row:
@@ -32,16 +46,29 @@ def encode_row(tokenizer: Any, row: dict[str, Any], *, completion_only: bool) ->
     if not is_chat(completion):
         return encode_completion(tokenizer, prompt, completion, completion_only=completion_only)
     if is_chat(prompt) and len(completion) == 1 and completion[0].get("role") == "assistant":
-        return encode_completion(tokenizer, prompt, str(completion[0]["content"]), completion_only=completion_only)
+        return encode_completion(
+            tokenizer, prompt, str(completion[0]["content"]), completion_only=completion_only
+        )
     before = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
-    return encode_conversation(tokenizer, [*before, *completion], completion_only=completion_only, first=len(before))
+    return encode_conversation(
+        tokenizer, [*before, *completion], completion_only=completion_only, first=len(before)
+    )
 
 
-def encode_dataset(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_length: int, completion_only: bool, cut: bool) -> datasets.Dataset:
-    """`rows` as input_ids and labels, and weight where they have one, cut to `max_length` tokens when `cut` (packing splits them itself).
+def encode_dataset(
+    tokenizer: Any,
+    rows: datasets.Dataset,
+    *,
+    name: str,
+    max_length: int,
+    completion_only: bool,
+    cut: bool,
+) -> datasets.Dataset:
+    """`rows` as input_ids and labels, and weight where they have one, cut to `max_length` tokens
+    when `cut` (packing splits them itself).
 
-    Rows whose trained tokens all lie beyond the cut are left out; how many were cut and left out is said aloud. Raises UserError
-    for a row that can't be encoded and when no row is left.
+    Rows whose trained tokens all lie beyond the cut are left out; how many were cut and left out is
+    said aloud. Raises UserError for a row that can't be encoded and when no row is left.
     """
     if any(is_chat(rows[0].get(key)) for key in ("prompt", "completion", "messages")):
         require_template(tokenizer, f"{name} data")
@@ -65,16 +92,30 @@ def encode_dataset(tokenizer: Any, rows: datasets.Dataset, *, name: str, max_len
             row_weights.append(row.get(weights.COLUMN, 1.0))
     dropped = len(rows) - len(ids)
     if not ids:
-        raise UserError(f"{name}: none of the {len(rows)} rows has a token to train within stage.max_length={max_length} tokens.")
+        raise UserError(
+            f"{name}: none of the {len(rows)} rows has a token to train within "
+            f"stage.max_length={max_length} tokens."
+        )
     if shortened or dropped:
-        LOG.warning("%s: of %d rows, %d cut to stage.max_length=%d tokens, %d with nothing to train", name, len(rows), shortened, max_length, dropped)
+        LOG.warning(
+            "%s: of %d rows, %d cut to stage.max_length=%d tokens, %d with nothing to train",
+            name,
+            len(rows),
+            shortened,
+            max_length,
+            dropped,
+        )
     encoded = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
     trained = [sum(label != IGNORED for label in row_labels[1:]) for row_labels in labels]
-    return weights.weigh(encoded, row_weights if weights.COLUMN in rows.column_names else None, trained)
+    return weights.weigh(
+        encoded, row_weights if weights.COLUMN in rows.column_names else None, trained
+    )
 
 
 def sample_context(tokenizer: Any, row: dict[str, Any]) -> list[int]:
-    """What a sample starts from: the row's prompt, its conversation up to the first answer, or the first quarter of its text."""
+    """What a sample starts from: the row's prompt, its conversation up to the first answer, or the
+    first quarter of its text.
+    """
     if "prompt" in row:
         return prompt_ids(tokenizer, row["prompt"])
     if "messages" in row:
@@ -85,23 +126,32 @@ def sample_context(tokenizer: Any, row: dict[str, Any]) -> list[int]:
 
 
 def run(ctx: RunContext) -> None:
-    """Fine-tune, keep the best weights by held-out loss, save model/ (and adapter/), sample, summarise."""
+    """Fine-tune, keep the best weights by held-out loss, save model/ (and adapter/), sample,
+    summarise.
+    """
     with ctx.closing():
         _run(ctx)
 
 
-def read(cfg: Config, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset]:
+def read(
+    cfg: Config, tokenizer: Any
+) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset]:
     """Encoded training and held-out rows, and the held-out ones as they were. Raises UserError."""
     stage = cfg.stage
     train_rows, eval_rows = sft_dataset(cfg)
     if stage.packing and weights.COLUMN in train_rows.column_names:
         raise UserError(
-            f"stage.packing=true joins rows, and the rows' weights (column {cfg.data.weight_column!r}) would be lost. Set stage.packing=false, or "
+            "stage.packing=true joins rows, and the rows' weights (column "
+            f"{cfg.data.weight_column!r}) would be lost. Set stage.packing=false, or "
             "data.weight_column=null to weigh all rows the same."
         )
     encode = {"max_length": stage.max_length, "completion_only": stage.completion_only}
     train = encode_dataset(tokenizer, train_rows, name="training", cut=not stage.packing, **encode)
-    return train, encode_dataset(tokenizer, eval_rows, name="held-out", cut=True, **encode), eval_rows
+    return (
+        train,
+        encode_dataset(tokenizer, eval_rows, name="held-out", cut=True, **encode),
+        eval_rows,
+    )
 
 
 def _run(ctx: RunContext) -> None:
@@ -112,8 +162,14 @@ def _run(ctx: RunContext) -> None:
     common.record_inputs(ctx, "policy")
     ctx.watchdog.phase("build")
     seed_everything(cfg.run.seed)
-    model = load_causal_lm(dataclasses.replace(cfg.model, dtype=common.training_dtype(cfg)), tokenizer)
-    longest = stage.max_length if stage.packing else max(len(ids) for rows in (train, held_out) for ids in rows["input_ids"])
+    model = load_causal_lm(
+        dataclasses.replace(cfg.model, dtype=common.training_dtype(cfg)), tokenizer
+    )
+    longest = (
+        stage.max_length
+        if stage.packing
+        else max(len(ids) for rows in (train, held_out) for ids in rows["input_ids"])
+    )
     common.check_positions(model.config, longest)
     model = common.with_adapter(model, cfg, "CAUSAL_LM")
     args = SFTConfig(
@@ -123,7 +179,11 @@ def _run(ctx: RunContext) -> None:
         completion_only_loss=False,  # the labels say which tokens train
     )
     trainer = guarded(weights.weighted_sft(SFTTrainer))(
-        model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
     )
     steps, metrics = common.fit(trainer, ctx)
     ctx.watchdog.phase("save the model")
@@ -131,8 +191,14 @@ def _run(ctx: RunContext) -> None:
     common.save_policy(trained, tokenizer, ctx)
     ctx.watchdog.phase("samples")
     if distributed.is_main():
-        contexts = [sample_context(tokenizer, row) for row in eval_rows.select(range(min(_SAMPLES, len(eval_rows))))]
-        ctx.tracker.samples(steps, common.greedy_samples(cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length))
+        contexts = [
+            sample_context(tokenizer, row)
+            for row in eval_rows.select(range(min(_SAMPLES, len(eval_rows))))
+        ]
+        ctx.tracker.samples(
+            steps,
+            common.greedy_samples(cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length),
+        )
     shown = {
         "held-out loss before": metrics.get("initial/eval_loss"),
         "held-out loss": metrics["eval_loss"],
@@ -140,4 +206,9 @@ def _run(ctx: RunContext) -> None:
         "best step": int(metrics["best_step"]),
     }
     ctx.watchdog.phase("finish")
-    ctx.finish(steps=steps, metrics=metrics, figures=shown, next_command=f"python -m rlhf stage=reward model.path={ctx.model_dir} data.path=<pairs>")
+    ctx.finish(
+        steps=steps,
+        metrics=metrics,
+        figures=shown,
+        next_command=f"python -m rlhf stage=reward model.path={ctx.model_dir} data.path=<pairs>",
+    )

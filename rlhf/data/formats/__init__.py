@@ -11,7 +11,20 @@ from rlhf.data.formats.base import Format, Made, Several, Use
 from rlhf.data.rows import Row, RowError, nearest
 from rlhf.types import JudgedAnswer, PreferencePair
 
-__all__ = ["FORMATS", "Format", "Made", "RowError", "Several", "Use", "by_name", "detect", "judging_key", "nearest_format", "reading", "texts_in"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Made",
+    "RowError",
+    "Several",
+    "Use",
+    "by_name",
+    "detect",
+    "judging_key",
+    "nearest_format",
+    "reading",
+    "texts_in",
+]
 
 # The most particular first: the first one that fits a row names the file.
 FORMATS: tuple[Format, ...] = (
@@ -56,7 +69,9 @@ def reading(use: Use) -> list[Format]:
 
 
 def detect(row: Row, use: Use | None = None) -> Format | None:
-    """The format that a row's columns show, among those for `use` when it is given; None when none fits."""
+    """The format that a row's columns show, among those for `use` when it is given; None when none
+    fits.
+    """
     known = FORMATS if use is None else reading(use)
     return next((f for f in known if all(k in row for k in f.keys) and f.test(row)), None)
 
@@ -69,15 +84,21 @@ def nearest_format(row: Row, use: Use) -> tuple[Format, str]:
 
     def distance(format_: Format) -> tuple[float, int, int]:
         # a column that is there under a misspelt name counts half
-        cost = sum(0.5 if nearest(k, [c for c in row if c not in format_.keys]) else 1.0 for k in lacking(format_))
-        return cost / len(format_.keys), -len(format_.keys), -FORMATS.index(format_)  # the plainer one of equals
+        cost = sum(
+            0.5 if nearest(k, [c for c in row if c not in format_.keys]) else 1.0
+            for k in lacking(format_)
+        )
+        # the plainer one of equals
+        return cost / len(format_.keys), -len(format_.keys), -FORMATS.index(format_)
 
     best = min(reading(use), key=distance)
     return best, (lacking(best) or [""])[0]
 
 
 def judging_key(row: Row) -> str | None:
-    """The true/false column by which an unpaired preference row says whether its answer is good; None for other rows."""
+    """The true/false column by which an unpaired preference row says whether its answer is good;
+    None for other rows.
+    """
     if not any(k in row for k in ("completion", "conversations", "messages", "output")):
         return None
     return next((k for k in ("label", "kto_tag") if isinstance(row.get(k), bool)), None)
@@ -92,5 +113,9 @@ def texts_in(value: Any) -> list[str]:
     if isinstance(value, JudgedAnswer):
         return texts_in([value.prompt, value.completion])
     if isinstance(value, Mapping):
-        return texts_in(value["content"]) if set(value) == {"role", "content"} else texts_in(list(value.values()))
+        return (
+            texts_in(value["content"])
+            if set(value) == {"role", "content"}
+            else texts_in(list(value.values()))
+        )
     return [t for v in value for t in texts_in(v)] if isinstance(value, (list, tuple)) else []

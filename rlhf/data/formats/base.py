@@ -1,12 +1,14 @@
-"""What a format is: the columns that tell it, and the pure functions that turn its rows into what stages use.
+"""What a format is: the columns that tell it, and the pure functions that turn its rows into what
+stages use.
 
     sft         TRL columns: {"text"}, {"prompt", "completion"} or {"messages"}
     preference  rlhf.types.PreferencePair
     unpaired    rlhf.types.JudgedAnswer, or a PreferencePair that stands for two of them
     prompt      a string or a list of messages
 
-A row that doesn't fit raises `RowError`, which says why. A row of judgements (ranks, several annotators) gives any number of pairs, and a reason for
-each judgement that gives none, such as a tie: it fits, but is set aside.
+A row that doesn't fit raises `RowError`, which says why. A row of judgements (ranks, several
+annotators) gives any number of pairs, and a reason for each judgement that gives none, such as a
+tie: it fits, but is set aside.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +31,9 @@ class Use(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a row gives: a value of the use, and what else is known of it (the columns that are no part of the value)."""
+    """What a row gives: a value of the use, and what else is known of it (the columns that are no
+    part of the value).
+    """
 
     value: Any
     fields: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +49,9 @@ class Several:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One format: the columns that tell it, a further test of a row that has them, and what it can be turned into."""
+    """One format: the columns that tell it, a further test of a row that has them, and what it can
+    be turned into.
+    """
 
     name: str  # as data.format names it
     keys: tuple[str, ...]  # required columns
@@ -57,7 +63,9 @@ class Format:
     prompt: Callable[[Row], str | Chat] | None = None
     test: Callable[[Row], bool] = field(default=lambda row: True)
     consumed: tuple[str, ...] = ()  # columns that make the prompt; the others are a prompt's fields
-    answers: tuple[str, ...] = ()  # columns that make the rest: no longer a row's own once it is turned into pairs, answers or texts
+    # columns that make the rest: no longer a row's own once it is turned into pairs, answers or
+    # texts
+    answers: tuple[str, ...] = ()
 
     def reads(self, use: Use) -> bool:
         """Whether its rows can be turned into `use`."""
@@ -86,25 +94,46 @@ class Format:
         return Several([Made(made.value, own | made.fields) for made in out.pairs], out.aside)
 
 
-def make_pair(row: Row, prompt: str | Chat, chosen: str | Chat, rejected: str | Chat) -> PreferencePair:
+def make_pair(
+    row: Row, prompt: str | Chat, chosen: str | Chat, rejected: str | Chat
+) -> PreferencePair:
     """A pair whose sides differ and are of one kind. Raises RowError."""
     if isinstance(chosen, list) != isinstance(rejected, list):
-        raise RowError(f"key 'rejected': expected what 'chosen' is ({describe(chosen)}), found {describe(rejected)}")
+        raise RowError(
+            f"key 'rejected': expected what 'chosen' is ({describe(chosen)}), found "
+            f"{describe(rejected)}"
+        )
     if prompt and isinstance(prompt, list) != isinstance(chosen, list):
-        raise RowError(f"key 'chosen': expected what 'prompt' is ({describe(prompt)}), found {describe(chosen)}")
+        raise RowError(
+            f"key 'chosen': expected what 'prompt' is ({describe(prompt)}), found "
+            f"{describe(chosen)}"
+        )
     if chosen == rejected:
-        raise RowError("keys 'chosen' and 'rejected': expected two different answers, found the same twice")
+        raise RowError(
+            "keys 'chosen' and 'rejected': expected two different answers, found the same twice"
+        )
     return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin_of(row))
 
 
 def split_chats(chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
-    """Two whole conversations as the prompt that they share and the two last turns. Raises RowError where they part earlier."""
+    """Two whole conversations as the prompt that they share and the two last turns. Raises RowError
+    where they part earlier.
+    """
     prompt, other = chosen[:-1], rejected[:-1]
     if prompt != other:
-        at = next((i for i, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b), min(len(prompt), len(other)))
-        raise RowError(f"keys 'chosen' and 'rejected': expected conversations that differ in the last message only, found another message {at}")
+        at = next(
+            (i for i, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b),
+            min(len(prompt), len(other)),
+        )
+        raise RowError(
+            "keys 'chosen' and 'rejected': expected conversations that differ in the last "
+            f"message only, found another message {at}"
+        )
     if not prompt:
-        raise RowError("keys 'chosen' and 'rejected': expected whole conversations, found the assistant's message alone and no 'prompt'")
+        raise RowError(
+            "keys 'chosen' and 'rejected': expected whole conversations, found the assistant's "
+            "message alone and no 'prompt'"
+        )
     return prompt, chosen[-1:], rejected[-1:]
 
 
@@ -121,7 +150,10 @@ def answer_like(prompt: str | Chat, text: str) -> str | Chat:
 def judged_chat(chat: Chat, key: str, good: bool) -> JudgedAnswer:
     """A conversation whose last turn is judged. Raises RowError."""
     if chat[-1]["role"] != "assistant" or len(chat) < 2:
-        raise RowError(f"key {key!r}: expected a conversation that ends with the judged answer, found role {chat[-1]['role']!r} at its end")
+        raise RowError(
+            f"key {key!r}: expected a conversation that ends with the judged answer, found role "
+            f"{chat[-1]['role']!r} at its end"
+        )
     return JudgedAnswer(prompt=chat[:-1], completion=chat[-1:], good=good)
 
 
@@ -132,7 +164,10 @@ def prompt_of_pair(convert: Callable[[Row], PreferencePair]) -> Callable[[Row], 
         found = convert(row).prompt
         assert isinstance(found, (str, list))
         if not found:
-            raise RowError("keys 'chosen' and 'rejected': expected a prompt that the two answers share, found whole texts")
+            raise RowError(
+                "keys 'chosen' and 'rejected': expected a prompt that the two answers share, "
+                "found whole texts"
+            )
         return found
 
     return prompt
@@ -141,7 +176,9 @@ def prompt_of_pair(convert: Callable[[Row], PreferencePair]) -> Callable[[Row], 
 def with_assistant(chat: Chat, key: str) -> Chat:
     """A conversation to train on. Raises RowError."""
     if not any(m["role"] == "assistant" for m in chat):
-        raise RowError(f"key {key!r}: expected at least one assistant's message to train on, found none")
+        raise RowError(
+            f"key {key!r}: expected at least one assistant's message to train on, found none"
+        )
     return chat
 
 
@@ -155,10 +192,14 @@ def prompt_or_nothing(row: Row, key: str) -> str | Chat:
     return "" if value_of(row, key) == "" else text_or_chat(row, key)
 
 
-def ranked(prompt: str | Chat, answers: list[tuple[str, str, float]], extra: Mapping[str, Any]) -> Several:
-    """Every pair of differently ranked answers: (name, text, rank), the smallest rank being the best. Equal ranks are ties, set aside.
+def ranked(
+    prompt: str | Chat, answers: list[tuple[str, str, float]], extra: Mapping[str, Any]
+) -> Several:
+    """Every pair of differently ranked answers: (name, text, rank), the smallest rank being the
+    best. Equal ranks are ties, set aside.
 
-    A pair's fields are `extra`, rank_chosen and rank_rejected, and position: 1 where the chosen one stood before the other. Raises RowError.
+    A pair's fields are `extra`, rank_chosen and rank_rejected, and position: 1 where the chosen one
+    stood before the other. Raises RowError.
     """
     out = Several()
     for i, (name, text, rank) in enumerate(answers):
@@ -171,14 +212,29 @@ def ranked(prompt: str | Chat, answers: list[tuple[str, str, float]], extra: Map
                 continue
             first = rank < other_rank
             chosen, rejected = (text, other_text) if first else (other_text, text)
-            pair = PreferencePair(prompt, answer_like(prompt, chosen), answer_like(prompt, rejected))
-            fields = {"rank_chosen": min(rank, other_rank), "rank_rejected": max(rank, other_rank), "position": 1 if first else 2}
+            pair = PreferencePair(
+                prompt, answer_like(prompt, chosen), answer_like(prompt, rejected)
+            )
+            fields = {
+                "rank_chosen": min(rank, other_rank),
+                "rank_rejected": max(rank, other_rank),
+                "position": 1 if first else 2,
+            }
             out.pairs.append(Made(pair, {**extra, **fields}))
     return out
 
 
-def of_two(row: Row, prompt: str | Chat, first: str, second: str, choice: int, extra: Mapping[str, Any] | None = None) -> Made:
-    """The pair of two answers of which the one at place `choice` (1 or 2) was preferred; its field `position` says so. Raises RowError."""
+def of_two(
+    row: Row,
+    prompt: str | Chat,
+    first: str,
+    second: str,
+    choice: int,
+    extra: Mapping[str, Any] | None = None,
+) -> Made:
+    """The pair of two answers of which the one at place `choice` (1 or 2) was preferred; its field
+    `position` says so. Raises RowError.
+    """
     chosen, rejected = (first, second) if choice == 1 else (second, first)
     pair = make_pair(row, prompt, answer_like(prompt, chosen), answer_like(prompt, rejected))
     return Made(pair, {**(extra or {}), "position": choice})

@@ -1,9 +1,22 @@
-"""Conversations in the layouts of the tools that train on them: OpenAI's messages (ms-swift's pairs), ShareGPT and Alpaca (LLaMA-Factory's pairs)."""
+"""Conversations in the layouts of the tools that train on them: OpenAI's messages (ms-swift's
+pairs), ShareGPT and Alpaca (LLaMA-Factory's pairs).
+"""
 
 from typing import Any
 
 from rlhf.data.formats.base import Format, assistant, judged_chat, make_pair, with_assistant
-from rlhf.data.rows import Chat, Row, RowError, chat_of, describe, judgement_of, optional_text, text_of, value_of, without_answer
+from rlhf.data.rows import (
+    Chat,
+    Row,
+    RowError,
+    chat_of,
+    describe,
+    judgement_of,
+    optional_text,
+    text_of,
+    value_of,
+    without_answer,
+)
 from rlhf.types import JudgedAnswer, PreferencePair
 
 # ---- messages ----
@@ -16,7 +29,10 @@ def _sft_messages(row: Row) -> dict[str, Any]:
 def _pair_swift(row: Row) -> PreferencePair:
     chat = chat_of(row, "messages")
     if chat[-1]["role"] != "assistant" or len(chat) < 2:
-        raise RowError(f"key 'messages': expected a conversation that ends with the chosen answer, found role {chat[-1]['role']!r} at its end")
+        raise RowError(
+            "key 'messages': expected a conversation that ends with the chosen answer, found "
+            f"role {chat[-1]['role']!r} at its end"
+        )
     return make_pair(row, chat[:-1], chat[-1:], assistant(text_of(row, "rejected_response")))
 
 
@@ -73,7 +89,9 @@ def _pair_sharegpt(row: Row) -> PreferencePair:
         message = value_of(row, key)
         chat = chat_of(row, key, [message], role="from", content="value")
         if chat[0]["role"] != "assistant":
-            raise RowError(f"key {key!r}: expected the assistant's message, found one of {message['from']!r}")
+            raise RowError(
+                f"key {key!r}: expected the assistant's message, found one of {message['from']!r}"
+            )
         return chat
 
     return make_pair(row, _sharegpt_chat(row), side("chosen"), side("rejected"))
@@ -119,20 +137,33 @@ SHAREGPT = Format(
 
 
 def alpaca_prompt(row: Row) -> Chat:
-    """system, history as turns, then the instruction and, below a blank line, its input. Raises RowError."""
+    """system, history as turns, then the instruction and, below a blank line, its input. Raises
+    RowError.
+    """
     chat: Chat = []
     if system := optional_text(row, "system"):
         chat.append({"role": "system", "content": system})
     history = row.get("history") or []
     if not isinstance(history, (list, tuple)):
-        raise RowError(f"key 'history': expected a list of [question, answer], found {describe(history)}")
+        raise RowError(
+            f"key 'history': expected a list of [question, answer], found {describe(history)}"
+        )
     for i, turn in enumerate(history):
-        if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
-            raise RowError(f"key 'history[{i}]': expected [question, answer], found {describe(turn)}")
+        if not (
+            isinstance(turn, (list, tuple))
+            and len(turn) == 2
+            and all(isinstance(t, str) for t in turn)
+        ):
+            raise RowError(
+                f"key 'history[{i}]': expected [question, answer], found {describe(turn)}"
+            )
         chat += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     extra = optional_text(row, "input")
     instruction = text_of(row, "instruction")
-    return [*chat, {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}]
+    return [
+        *chat,
+        {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction},
+    ]
 
 
 def sft_alpaca(row: Row) -> dict[str, Any]:
@@ -141,11 +172,18 @@ def sft_alpaca(row: Row) -> dict[str, Any]:
 
 
 def _pair_alpaca(row: Row) -> PreferencePair:
-    return make_pair(row, alpaca_prompt(row), assistant(text_of(row, "chosen")), assistant(text_of(row, "rejected")))
+    return make_pair(
+        row,
+        alpaca_prompt(row),
+        assistant(text_of(row, "chosen")),
+        assistant(text_of(row, "rejected")),
+    )
 
 
 def _unpaired_alpaca(row: Row) -> JudgedAnswer:
-    return JudgedAnswer(alpaca_prompt(row), assistant(text_of(row, "output")), judgement_of(row, "kto_tag"))
+    return JudgedAnswer(
+        alpaca_prompt(row), assistant(text_of(row, "output")), judgement_of(row, "kto_tag")
+    )
 
 
 ALPACA_COLUMNS = ("instruction", "input", "system", "history")

@@ -1,17 +1,30 @@
-"""What annotation tools give back: Label Studio (pairwise and ranker), Argilla, and plain sheets for people without a tool.
+"""What annotation tools give back: Label Studio (pairwise and ranker), Argilla, and plain sheets
+for people without a tool.
 
-A tie, a skip, a cancelled or missing annotation is no training pair: it is set aside with its reason. Each annotation gives a pair of its own, with
-the fields `annotator`, `pair_id` where the tool has one, and `position` (1 or 2: where the chosen answer was shown).
+A tie, a skip, a cancelled or missing annotation is no training pair: it is set aside with its
+reason. Each annotation gives a pair of its own, with the fields `annotator`, `pair_id` where the
+tool has one, and `position` (1 or 2: where the chosen answer was shown).
 
-Label Studio's `swapped` says that answer1 is not the first of the answers as they were generated; the selected side is the side as shown, so it
-decides alone, and `swapped` stays a field.
+Label Studio's `swapped` says that answer1 is not the first of the answers as they were generated;
+the selected side is the side as shown, so it decides alone, and `swapped` stays a field.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf.data.formats.base import Format, Made, Several, of_two, prompt_or_nothing, ranked
-from rlhf.data.rows import Chat, Row, RowError, describe, nearest, number_of, optional_text, text_of, text_or_chat, value_of
+from rlhf.data.rows import (
+    Chat,
+    Row,
+    RowError,
+    describe,
+    nearest,
+    number_of,
+    optional_text,
+    text_of,
+    text_or_chat,
+    value_of,
+)
 
 # ---- Label Studio ----
 
@@ -32,12 +45,18 @@ def annotations_of(row: Row) -> list[Mapping[str, Any]]:
     """A task's annotations; none is an empty list. Raises RowError."""
     annotations = row.get("annotations") or []
     if not isinstance(annotations, list) or not all(isinstance(a, Mapping) for a in annotations):
-        raise RowError(f"key 'annotations': expected a list of objects, found {describe(annotations)}")
+        raise RowError(
+            f"key 'annotations': expected a list of objects, found {describe(annotations)}"
+        )
     return annotations
 
 
-def _judging(row: Row, out: Several) -> Iterator[tuple[Mapping[str, Any], dict[str, str], str, str]]:
-    """(annotation, who, how messages call it, its place) of every annotation that is no skip; skips are set aside in `out`. Raises RowError."""
+def _judging(
+    row: Row, out: Several
+) -> Iterator[tuple[Mapping[str, Any], dict[str, str], str, str]]:
+    """(annotation, who, how messages call it, its place) of every annotation that is no skip; skips
+    are set aside in `out`. Raises RowError.
+    """
     for i, annotation in enumerate(annotations_of(row)):
         who = annotator_of(annotation.get("completed_by"))
         said = f"annotation {i + 1}{' by ' + who['annotator'] if who else ''}"
@@ -54,7 +73,9 @@ def annotator_of(value: Any) -> dict[str, str]:
     return {} if value is None else {"annotator": str(value)}
 
 
-def results_of(annotation: Mapping[str, Any], place: str) -> list[tuple[str, Mapping[str, Any], str]]:
+def results_of(
+    annotation: Mapping[str, Any], place: str
+) -> list[tuple[str, Mapping[str, Any], str]]:
     """(type, value, place) of an annotation's results. Raises RowError."""
     results = annotation.get("result") or []
     if not isinstance(results, list):
@@ -63,7 +84,10 @@ def results_of(annotation: Mapping[str, Any], place: str) -> list[tuple[str, Map
     for i, result in enumerate(results):
         where = f"{place}.result[{i}]"
         if not isinstance(result, Mapping) or not isinstance(result.get("value"), Mapping):
-            raise RowError(f"key {where!r}: expected an object with 'type' and 'value', found {describe(result)}")
+            raise RowError(
+                f"key {where!r}: expected an object with 'type' and 'value', found "
+                f"{describe(result)}"
+            )
         out.append((str(result.get("type")), result["value"], where))
     return out
 
@@ -72,7 +96,9 @@ def choice_of(value: Mapping[str, Any], place: str) -> str:
     """The one choice of a result of the type choices. Raises RowError."""
     choices = value.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], str):
-        raise RowError(f"key '{place}.value.choices': expected one choice, found {describe(choices)}")
+        raise RowError(
+            f"key '{place}.value.choices': expected one choice, found {describe(choices)}"
+        )
     return choices[0]
 
 
@@ -88,7 +114,9 @@ def sides_of(results: list[tuple[str, Mapping[str, Any], str]]) -> list[int]:
         if kind == "pairwise":
             side = value.get("selected")
             if side not in ("left", "right"):
-                raise RowError(f"key '{place}.value.selected': expected left or right, found {describe(side)}")
+                raise RowError(
+                    f"key '{place}.value.selected': expected left or right, found {describe(side)}"
+                )
             selected.append(1 if side == "left" else 2)
     return list(dict.fromkeys(selected))
 
@@ -120,14 +148,23 @@ def _pairs_label_studio(row: Row) -> Several:
         if isinstance(side, str):
             out.aside.append(f"{said}: {side}")
             continue
-        seconds = {"lead_time": annotation["lead_time"]} if annotation.get("lead_time") is not None else {}
+        seconds = (
+            {"lead_time": annotation["lead_time"]}
+            if annotation.get("lead_time") is not None
+            else {}
+        )
         out.pairs.append(of_two(data, prompt, first, second, side, {**extra, **who, **seconds}))
     if not out.pairs and not out.aside:
         out.aside.append("not annotated yet")
     return out
 
 
-_ANSWER_NAMES = (("answer1", "answer2"), ("response_a", "response_b"), ("answer_a", "answer_b"), ("text1", "text2"))
+_ANSWER_NAMES = (
+    ("answer1", "answer2"),
+    ("response_a", "response_b"),
+    ("answer_a", "answer_b"),
+    ("text1", "text2"),
+)
 LABEL_STUDIO = Format(
     "label_studio",
     ("data",),
@@ -140,15 +177,23 @@ LABEL_STUDIO = Format(
 
 
 def rank_of(value: Mapping[str, Any], place: str) -> list[str]:
-    """Ids from the best to the worst: {"ranker": {"rank": [...]}}, whatever the one list is called, or a bare list. Raises RowError."""
+    """Ids from the best to the worst: {"ranker": {"rank": [...]}}, whatever the one list is called,
+    or a bare list. Raises RowError.
+    """
     found = value.get("ranker")
     if isinstance(found, Mapping):
         lists = list(found.values())
         if len(lists) != 1 and "rank" not in found:
-            raise RowError(f"key '{place}.value.ranker': expected one ranked list, found the lists {', '.join(map(str, found))}")
+            raise RowError(
+                f"key '{place}.value.ranker': expected one ranked list, found the lists "
+                f"{', '.join(map(str, found))}"
+            )
         found = found.get("rank", lists[0] if lists else None)
     if not isinstance(found, list) or not all(isinstance(one, (str, int)) for one in found):
-        raise RowError(f"key '{place}.value.ranker': expected a list of ids from the best to the worst, found {describe(found)}")
+        raise RowError(
+            f"key '{place}.value.ranker': expected a list of ids from the best to the worst, "
+            f"found {describe(found)}"
+        )
     return [str(one) for one in found]
 
 
@@ -156,7 +201,10 @@ def items_of(data: Mapping[str, Any], *, empty: bool = False) -> dict[str, str]:
     """Texts to rank by their ids, in the order as shown. Raises RowError."""
     items = value_of(data, "items")
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
-        raise RowError(f"key 'data.items': expected a list of objects with 'id' and 'body', found {describe(items)}")
+        raise RowError(
+            "key 'data.items': expected a list of objects with 'id' and 'body', found "
+            f"{describe(items)}"
+        )
     return {str(value_of(item, "id")): text_of(item, "body", empty=empty) for item in items}
 
 
@@ -166,7 +214,8 @@ def _pairs_ranker(row: Row) -> Several:
     extra = _task_fields(data, ("prompt", "items"))
     for annotation, who, said, place in _judging(row, out):
         results = results_of(annotation, place)
-        if choices := choices_of(results):  # the editor sends an order with every annotation, also where nothing was moved
+        # the editor sends an order with every annotation, also where nothing was moved
+        if choices := choices_of(results):
             out.aside.append(f"{said}: a tie or a skip: {choices[0]!r} was chosen")
             continue
         lists = [(value, where) for kind, value, where in results if kind == "ranker"]
@@ -176,7 +225,10 @@ def _pairs_ranker(row: Row) -> Several:
         order = rank_of(*lists[-1])
         unknown = next((one for one in order if one not in items), None)
         if unknown is not None or len(set(order)) != len(order):
-            raise RowError(f"key '{lists[-1][1]}.value.ranker': expected each of the ids {', '.join(items)} at most once, found {', '.join(order)}")
+            raise RowError(
+                f"key '{lists[-1][1]}.value.ranker': expected each of the ids {', '.join(items)} "
+                f"at most once, found {', '.join(order)}"
+            )
         out.aside += [f"{said}: {one} was not ranked" for one in items if one not in order]
         shown = [(one, items[one], float(order.index(one) + 1)) for one in items if one in order]
         several = ranked(prompt, shown, {**extra, **who})
@@ -204,9 +256,15 @@ LABEL_STUDIO_RANKER = Format(
 
 def answers_of(fields: Mapping[str, Any], *, empty: bool = False) -> dict[str, str]:
     """The answers by their names: response-0, response-1 ..., in this order. Raises RowError."""
-    names = sorted((k for k in fields if k.replace("_", "-").startswith("response-")), key=lambda k: (len(k), k))
+    names = sorted(
+        (k for k in fields if k.replace("_", "-").startswith("response-")),
+        key=lambda k: (len(k), k),
+    )
     if len(names) < 2:
-        raise RowError(f"key 'fields': expected prompt, response-0 and response-1, found keys: {', '.join(fields) or 'none'}")
+        raise RowError(
+            "key 'fields': expected prompt, response-0 and response-1, found keys: "
+            f"{', '.join(fields) or 'none'}"
+        )
     return {name: text_of(fields, name, empty=empty) for name in names}
 
 
@@ -215,29 +273,44 @@ def _question(responses: Mapping[str, Any]) -> list[Any]:
     if not responses:
         return []
     if "preference" not in responses and len(responses) > 1:
-        raise RowError(f"key 'responses': expected the question 'preference', found the questions {', '.join(responses)}")
+        raise RowError(
+            "key 'responses': expected the question 'preference', found the questions "
+            f"{', '.join(responses)}"
+        )
     found = responses.get("preference", next(iter(responses.values())))
     if found is not None and not isinstance(found, list):
         raise RowError(f"key 'responses': expected a list of responses, found {describe(found)}")
     return found or []
 
 
-def _argilla_ranks(value: Any, shown: Mapping[str, str], place: str) -> list[tuple[str, str, float]] | str:
-    """(name, text, rank) of each ranked answer; why there are none. The chosen one of a label question stands before all others."""
+def _argilla_ranks(
+    value: Any, shown: Mapping[str, str], place: str
+) -> list[tuple[str, str, float]] | str:
+    """(name, text, rank) of each ranked answer; why there are none. The chosen one of a label
+    question stands before all others.
+    """
     if isinstance(value, str):
         if value in shown:
             return [(name, text, 1.0 if name == value else 2.0) for name, text in shown.items()]
         if value.strip().lower() in ("tie", "both", "neither", "none", "equal", "skip", "same"):
             return f"a tie or a skip: {value!r} was chosen"
-        raise RowError(f"key {place!r}: expected one of {', '.join(shown)} (or tie), found {value!r}; nearest: {nearest(value, list(shown))!r}")
+        raise RowError(
+            f"key {place!r}: expected one of {', '.join(shown)} (or tie), found {value!r}; "
+            f"nearest: {nearest(value, list(shown))!r}"
+        )
     if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
         out = [(text_of(one, "value"), number_of(one, "rank")) for one in value]
         unknown = next((name for name, _ in out if name not in shown), None)
         if unknown is not None:
-            raise RowError(f"key {place!r}: expected ranks of {', '.join(shown)}, found one of {unknown!r}")
+            raise RowError(
+                f"key {place!r}: expected ranks of {', '.join(shown)}, found one of {unknown!r}"
+            )
         ranks = dict(out)
         return [(name, text, ranks[name]) for name, text in shown.items() if name in ranks]
-    raise RowError(f"key {place!r}: expected an answer's name or a list of {{value, rank}}, found {describe(value)}")
+    raise RowError(
+        f"key {place!r}: expected an answer's name or a list of {{value, rank}}, found "
+        f"{describe(value)}"
+    )
 
 
 def _pairs_argilla(row: Row) -> Several:
@@ -250,7 +323,9 @@ def _pairs_argilla(row: Row) -> Several:
     shown, prompt = answers_of(fields), prompt_or_nothing(fields, "prompt")
     for i, response in enumerate(_question(responses)):
         if not isinstance(response, Mapping):
-            raise RowError(f"key 'responses[{i}]': expected an object with 'value', found {describe(response)}")
+            raise RowError(
+                f"key 'responses[{i}]': expected an object with 'value', found {describe(response)}"
+            )
         who = annotator_of(response.get("user_id"))
         said = f"response {i + 1}{' by ' + who['annotator'] if who else ''}"
         status = optional_text(response, "status") or "submitted"
@@ -264,7 +339,8 @@ def _pairs_argilla(row: Row) -> Several:
         label = isinstance(response["value"], str)
         several = ranked(prompt, found, {**metadata, **who})
         out.pairs += [_unranked(made) for made in several.pairs] if label else several.pairs
-        # Of a label question the answers that lost are not compared with each other, so they are no ties.
+        # Of a label question the answers that lost are not compared with each other, so they are no
+        # ties.
         out.aside += [] if label else [f"{said}: {reason}" for reason in several.aside]
         if label and not several.pairs:
             out.aside.append(f"{said}: the answers are the same text")
@@ -275,7 +351,14 @@ def _pairs_argilla(row: Row) -> Several:
 
 
 def _unranked(made: Made) -> Made:
-    return Made(made.value, {key: value for key, value in made.fields.items() if key not in ("rank_chosen", "rank_rejected")})
+    return Made(
+        made.value,
+        {
+            key: value
+            for key, value in made.fields.items()
+            if key not in ("rank_chosen", "rank_rejected")
+        },
+    )
 
 
 ARGILLA = Format(
@@ -285,7 +368,16 @@ ARGILLA = Format(
     pairs=_pairs_argilla,
     prompt=lambda row: text_or_chat(value_of(row, "fields"), "prompt"),
     test=lambda row: isinstance(row["fields"], Mapping),
-    consumed=("fields", "id", "metadata", "suggestions", "responses", "vectors", "status", "_server_id"),
+    consumed=(
+        "fields",
+        "id",
+        "metadata",
+        "suggestions",
+        "responses",
+        "vectors",
+        "status",
+        "_server_id",
+    ),
 )
 
 # ---- sheets ----
@@ -298,9 +390,21 @@ def _pairs_sheet(row: Row) -> Several:
     if said in ("tie", "skip"):
         return Several(aside=[f"a {said}"])
     if said not in ("a", "b"):
-        raise RowError(f"key 'preference': expected a, b, tie or skip, found {describe(row['preference'])}")
+        raise RowError(
+            f"key 'preference': expected a, b, tie or skip, found {describe(row['preference'])}"
+        )
     prompt = prompt_or_nothing(row, "prompt")
-    return Several([of_two(row, prompt, text_of(row, "response_a"), text_of(row, "response_b"), 1 if said == "a" else 2)])
+    return Several(
+        [
+            of_two(
+                row,
+                prompt,
+                text_of(row, "response_a"),
+                text_of(row, "response_b"),
+                1 if said == "a" else 2,
+            )
+        ]
+    )
 
 
 LABEL_SHEET = Format(

@@ -1,9 +1,27 @@
-"""TRL's own columns: whole texts, prompts, prompts with completions, pairs with an explicit or an implicit prompt, judged answers."""
+"""TRL's own columns: whole texts, prompts, prompts with completions, pairs with an explicit or an
+implicit prompt, judged answers.
+"""
 
 from typing import Any
 
-from rlhf.data.formats.base import Format, has_chat, make_pair, prompt_of_pair, prompt_or_nothing, split_chats
-from rlhf.data.rows import Chat, Row, RowError, answer_of, describe, judgement_of, text_of, text_or_chat
+from rlhf.data.formats.base import (
+    Format,
+    has_chat,
+    make_pair,
+    prompt_of_pair,
+    prompt_or_nothing,
+    split_chats,
+)
+from rlhf.data.rows import (
+    Chat,
+    Row,
+    RowError,
+    answer_of,
+    describe,
+    judgement_of,
+    text_of,
+    text_or_chat,
+)
 from rlhf.types import JudgedAnswer, PreferencePair
 
 
@@ -14,7 +32,10 @@ def _sft_text(row: Row) -> dict[str, Any]:
 def _sft_prompt_completion(row: Row) -> dict[str, Any]:
     prompt, completion = text_or_chat(row, "prompt"), answer_of(row, "completion")
     if isinstance(prompt, list) != isinstance(completion, list):
-        raise RowError(f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found {describe(completion)}")
+        raise RowError(
+            f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found "
+            f"{describe(completion)}"
+        )
     return {"prompt": prompt, "completion": completion}
 
 
@@ -25,7 +46,9 @@ def pair_explicit(row: Row) -> PreferencePair:
 
 
 def pair_implicit(row: Row) -> PreferencePair:
-    """chosen and rejected with their prompt inside: conversations are split, texts stay whole. Raises RowError."""
+    """chosen and rejected with their prompt inside: conversations are split, texts stay whole.
+    Raises RowError.
+    """
     chosen, rejected = answer_of(row, "chosen"), answer_of(row, "rejected")
     if isinstance(chosen, list) and isinstance(rejected, list):
         if chosen == rejected:
@@ -37,7 +60,10 @@ def pair_implicit(row: Row) -> PreferencePair:
 def _unpaired(row: Row) -> JudgedAnswer:
     prompt, completion = prompt_or_nothing(row, "prompt"), answer_of(row, "completion")
     if prompt and isinstance(prompt, list) != isinstance(completion, list):
-        raise RowError(f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found {describe(completion)}")
+        raise RowError(
+            f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found "
+            f"{describe(completion)}"
+        )
     return JudgedAnswer(prompt=prompt, completion=completion, good=judgement_of(row, "label"))
 
 
@@ -45,7 +71,10 @@ def prompt_plain(row: Row) -> str | Chat:
     """The column prompt, which ends before the assistant's turn. Raises RowError."""
     prompt = text_or_chat(row, "prompt")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise RowError("key 'prompt': expected messages that end before the assistant's turn, found an assistant's message last")
+        raise RowError(
+            "key 'prompt': expected messages that end before the assistant's turn, found an "
+            "assistant's message last"
+        )
     return prompt
 
 
@@ -55,7 +84,10 @@ def _pair_ultrafeedback(row: Row) -> PreferencePair:
     last = pair.prompt[-1]
     first_user = next((m["content"] for m in pair.prompt if m["role"] == "user"), None)
     if prompt not in (last["content"], first_user):
-        raise RowError(f"key 'prompt': expected the conversation's user message {describe(first_user)}, found {describe(prompt)}")
+        raise RowError(
+            f"key 'prompt': expected the conversation's user message {describe(first_user)}, "
+            f"found {describe(prompt)}"
+        )
     return pair
 
 
@@ -65,7 +97,9 @@ ULTRAFEEDBACK = Format(
     "prompt (text); chosen, rejected (whole conversations)",
     pair=_pair_ultrafeedback,
     prompt=prompt_of_pair(_pair_ultrafeedback),
-    test=lambda row: isinstance(row["prompt"], str) and has_chat(row, "chosen") and has_chat(row, "rejected"),
+    test=lambda row: (
+        isinstance(row["prompt"], str) and has_chat(row, "chosen") and has_chat(row, "rejected")
+    ),
     consumed=("prompt",),
     answers=("chosen", "rejected", "margin"),
 )
@@ -105,5 +139,11 @@ PROMPT_COMPLETION = Format(
     consumed=("prompt",),
     answers=("completion",),
 )
-PROMPT = Format("prompt", ("prompt",), "prompt (text or a list of messages)", prompt=prompt_plain, consumed=("prompt",))
+PROMPT = Format(
+    "prompt",
+    ("prompt",),
+    "prompt (text or a list of messages)",
+    prompt=prompt_plain,
+    consumed=("prompt",),
+)
 TEXT = Format("text", ("text",), "text", sft=_sft_text, answers=("text",))

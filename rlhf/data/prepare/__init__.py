@@ -1,4 +1,6 @@
-"""Preparation: a pipeline of steps over rows (data.pipeline), each with its count in and out and a reason for every row that it leaves out."""
+"""Preparation: a pipeline of steps over rows (data.pipeline), each with its count in and out and a
+reason for every row that it leaves out.
+"""
 
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.pipeline import Prepared, run, stream

@@ -1,11 +1,20 @@
-"""The step `aggregate`: rows of several annotators become one row an item, with the label that they give together."""
+"""The step `aggregate`: rows of several annotators become one row an item, with the label that they
+give together.
+"""
 
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 from conf.preparation.annotation import Aggregate, Method
-from rlhf.data.aggregation import Aggregation, Annotator, Verdict, dawid_skene, majority, votes_by_item
+from rlhf.data.aggregation import (
+    Aggregation,
+    Annotator,
+    Verdict,
+    dawid_skene,
+    majority,
+    votes_by_item,
+)
 from rlhf.data.agreement import Label, Level, agreement
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.judgements import by_side, reject, settled, subjects, typed
@@ -15,33 +24,59 @@ LOG = logging.getLogger("rlhf.data")
 
 
 def _annotator_figures(annotator: Annotator) -> dict[str, Any]:
-    confusion = {str(true): {str(given): share for given, share in row.items()} for true, row in annotator.confusion.items()}
-    return {"annotator": annotator.name, "judgements": annotator.judgements, "accuracy": annotator.accuracy, "confusion": confusion}
+    confusion = {
+        str(true): {str(given): share for given, share in row.items()}
+        for true, row in annotator.confusion.items()
+    }
+    return {
+        "annotator": annotator.name,
+        "judgements": annotator.judgements,
+        "accuracy": annotator.accuracy,
+        "confusion": confusion,
+    }
 
 
 def _aggregated(options: Aggregate, labels: list[Label]) -> Aggregation:
     if options.method is Method.majority:
         return majority(labels)
     if all(votes.total() < 3 for votes in votes_by_item(labels).values()):
-        LOG.warning("step aggregate: no item has three labels, so method=dawid_skene can't tell who is right: majority says the same")
+        LOG.warning(
+            "step aggregate: no item has three labels, so method=dawid_skene can't tell who is "
+            "right: majority says the same"
+        )
     found = dawid_skene(labels)
     if not found.converged:
-        LOG.warning("step aggregate: Dawid-Skene has not converged after %s iterations", found.iterations)
+        LOG.warning(
+            "step aggregate: Dawid-Skene has not converged after %s iterations", found.iterations
+        )
     return found
 
 
 def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """One row an item, in the place of its first; the others are left out as merged, and so are items that tie or have little to go by.
+    """One row an item, in the place of its first; the others are left out as merged, and so are
+    items that tie or have little to go by.
 
-    Agreement and annotators go to the figures. What a person has decided in a review stays as it is and counts for none of them.
-    Raises UserError as `subjects`, and for labels that don't fit the level.
+    Agreement and annotators go to the figures. What a person has decided in a review stays as it is
+    and counts for none of them. Raises UserError as `subjects`, and for labels that don't fit the
+    level.
     """
     found = subjects(items, options, context)
     if options.tie_label is not None and by_side(options, context.kind):
-        raise UserError(f"step aggregate: tie_label={options.tie_label!r}: a pair is chosen and rejected and can't tie. Set it to null.")
+        raise UserError(
+            f"step aggregate: tie_label={options.tie_label!r}: a pair is chosen and rejected and "
+            "can't tie. Set it to null."
+        )
     labels = [label for subject in found if not subject.reviewed for label in subject.labels()]
     verdicts = _verdicts(options, labels, context) if labels else {}
-    counts = {"rows": len(labels), "items": len(found), "reviewed": 0, "kept": 0, "ties": 0, "few_labels": 0, "unsure": 0}
+    counts = {
+        "rows": len(labels),
+        "items": len(found),
+        "reviewed": 0,
+        "kept": 0,
+        "ties": 0,
+        "few_labels": 0,
+        "unsure": 0,
+    }
     context.figures["counts"] = counts
     for subject in found:
         if subject.reviewed:
@@ -54,19 +89,37 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
                 counts[problem[0]] += 1
                 reject(subject, problem[1], context)
                 continue
-            label = typed(options.tie_label, [row.label for row in labels]) if verdict.tied and options.tie_label is not None else verdict.label
+            label = (
+                typed(options.tie_label, [row.label for row in labels])
+                if verdict.tied and options.tie_label is not None
+                else verdict.label
+            )
             confidence, given = verdict.confidence, sum(verdict.votes.values())
         counts["kept"] += 1
         for row in subject.rows[1:]:
-            context.rejected(row, f"judges the same as '{subject.rows[0].place}', into whose row it was merged")
-        yield settled(subject, label, options, context.kind, {options.confidence: confidence, "annotators": given})
+            context.rejected(
+                row, f"judges the same as '{subject.rows[0].place}', into whose row it was merged"
+            )
+        yield settled(
+            subject,
+            label,
+            options,
+            context.kind,
+            {options.confidence: confidence, "annotators": given},
+        )
 
 
 def _verdicts(options: Aggregate, labels: list[Label], context: Context) -> dict[str, Verdict]:
     """By item. Writes the figures."""
     order = [typed(name, [label.label for label in labels]) for name in options.order] or None
     try:
-        agreed = agreement(labels, level=Level(options.level.value), order=order, resamples=options.resamples, seed=context.seed)
+        agreed = agreement(
+            labels,
+            level=Level(options.level.value),
+            order=order,
+            resamples=options.resamples,
+            seed=context.seed,
+        )
     except ValueError as error:
         raise UserError(f"step aggregate: level={options.level.value}: {error}.") from error
     result = _aggregated(options, labels)
@@ -86,7 +139,13 @@ def _problem(options: Aggregate, verdict: Verdict) -> tuple[str, str] | None:
     if given < options.min_labels:
         return "few_labels", f"labels of the item: {given}, min_labels={options.min_labels}"
     if verdict.tied and options.tie_label is None:
-        return "ties", f"its annotators tie between {', '.join(repr(str(label)) for label in verdict.tied)}"
+        return (
+            "ties",
+            f"its annotators tie between {', '.join(repr(str(label)) for label in verdict.tied)}",
+        )
     if verdict.confidence < options.min_confidence:
-        return "unsure", f"confidence {verdict.confidence:.3f}, min_confidence={options.min_confidence:g}"
+        return (
+            "unsure",
+            f"confidence {verdict.confidence:.3f}, min_confidence={options.min_confidence:g}",
+        )
     return None

@@ -1,4 +1,6 @@
-"""The texts of a row that augmentation may change: what is asked, never an answer, so that a label stays right."""
+"""The texts of a row that augmentation may change: what is asked, never an answer, so that a label
+stays right.
+"""
 
 from typing import Any
 
@@ -7,18 +9,32 @@ from rlhf.data.prepare.items import Item, replace_texts
 
 
 def asked(columns: dict[str, Any], kind: Use) -> list[str]:
-    """Where, in the terms of `replace_texts`, the texts are: a prompt or its users' messages, a conversation's, or a whole text.
+    """Where, in the terms of `replace_texts`, the texts are: a prompt or its users' messages, a
+    conversation's, or a whole text.
 
-    Empty for rows without any, such as pairs of whole texts, whose prompt can't be told from its answers.
+    Empty for rows without any, such as pairs of whole texts, whose prompt can't be told from its
+    answers.
     """
     if "messages" in columns:
-        return [f"messages[{i}]" for i, message in enumerate(columns["messages"]) if message["role"] == "user" and message["content"].strip()]
+        return [
+            f"messages[{i}]"
+            for i, message in enumerate(columns["messages"])
+            if message["role"] == "user" and message["content"].strip()
+        ]
     prompt = columns.get("prompt")
     if isinstance(prompt, list):
-        return [f"prompt[{i}]" for i, message in enumerate(prompt) if message["role"] == "user" and message["content"].strip()]
+        return [
+            f"prompt[{i}]"
+            for i, message in enumerate(prompt)
+            if message["role"] == "user" and message["content"].strip()
+        ]
     if isinstance(prompt, str) and prompt.strip():
         return ["prompt"]
-    return ["text"] if kind is Use.sft and isinstance(columns.get("text"), str) and columns["text"].strip() else []
+    return (
+        ["text"]
+        if kind is Use.sft and isinstance(columns.get("text"), str) and columns["text"].strip()
+        else []
+    )
 
 
 def text_at(columns: dict[str, Any], where: str) -> str:
@@ -28,9 +44,16 @@ def text_at(columns: dict[str, Any], where: str) -> str:
 
 
 def changed(item: Item, texts: dict[str, str], how: str) -> Item:
-    """A new row for the training split: the item's columns with `texts` by place, and two that say how it was made and from which row."""
+    """A new row for the training split: the item's columns with `texts` by place, and two that say
+    how it was made and from which row.
+    """
     columns = replace_texts(item.columns, texts.get)
-    return Item({**columns, "augmented": how, "augmented_from": item.place}, item.origin, item.number, item.split)
+    return Item(
+        {**columns, "augmented": how, "augmented_from": item.place},
+        item.origin,
+        item.number,
+        item.split,
+    )
 
 
 def may_grow(item: Item) -> bool:

@@ -1,7 +1,8 @@
 """The step `augment`: new training rows by easy data augmentation, see rlhf/data/prepare/eda.py.
 
-Only rows of the training split grow, so that no copy of a held-out row trains. A pair's prompt is changed once for both sides. A new row follows its
-original and says in its columns `augmented` (the operation) and `augmented_from` (file and row).
+Only rows of the training split grow, so that no copy of a held-out row trains. A pair's prompt is
+changed once for both sides. A new row follows its original and says in its columns `augmented` (the
+operation) and `augmented_from` (file and row).
 """
 
 import random
@@ -14,8 +15,11 @@ from rlhf.data.prepare.items import Context, Item
 from rlhf.types import UserError
 
 
-def copies(item: Item, options: Augment, synonyms: Synonyms, context: Context, counts: dict[str, int]) -> Iterator[Item]:
-    """Up to `options.copies` new rows; one that equals its original or another of its copies is left out and counted.
+def copies(
+    item: Item, options: Augment, synonyms: Synonyms, context: Context, counts: dict[str, int]
+) -> Iterator[Item]:
+    """Up to `options.copies` new rows; one that equals its original or another of its copies is
+    left out and counted.
 
     What is drawn depends on the seed and the row alone, not on the rows before it.
     """
@@ -30,8 +34,13 @@ def copies(item: Item, options: Augment, synonyms: Synonyms, context: Context, c
     seen = [originals]
     for number in range(options.copies):
         name = options.operations[(first + number) % len(options.operations)].value
-        change = Change(rng, options.share, synonyms, frozenset(word.lower() for word in options.keep))
-        texts = {where: OPERATIONS[name](words, change) if words.words else originals[where] for where, words in pieces.items()}
+        change = Change(
+            rng, options.share, synonyms, frozenset(word.lower() for word in options.keep)
+        )
+        texts = {
+            where: OPERATIONS[name](words, change) if words.words else originals[where]
+            for where, words in pieces.items()
+        }
         if texts in seen or not all(text.strip() for text in texts.values()):
             counts["unchanged"] += 1
             continue
@@ -41,11 +50,21 @@ def copies(item: Item, options: Augment, synonyms: Synonyms, context: Context, c
 
 
 def augment(options: Augment, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Every row, each of the training split followed by its new ones. Raises UserError before a split and for synonyms that can't be read."""
+    """Every row, each of the training split followed by its new ones. Raises UserError before a
+    split and for synonyms that can't be read.
+    """
     if not context.split_done:
-        raise UserError("step augment: expected a split step before it, so that no copy of a held-out row trains.")
+        raise UserError(
+            "step augment: expected a split step before it, so that no copy of a held-out row "
+            "trains."
+        )
     synonyms = read_synonyms(options.synonyms) if options.synonyms is not None else Synonyms({})
-    counts = {"rows": 0, **{operation.value: 0 for operation in options.operations}, "unchanged": 0, "nothing_asked": 0}
+    counts = {
+        "rows": 0,
+        **{operation.value: 0 for operation in options.operations},
+        "unchanged": 0,
+        "nothing_asked": 0,
+    }
     context.figures["counts"] = counts
     for item in items:
         yield item

@@ -1,4 +1,6 @@
-"""Step balance: groups of training rows by a column or by what they say, evened out by copies, by leaving out, or by weights."""
+"""Step balance: groups of training rows by a column or by what they say, evened out by copies, by
+leaving out, or by weights.
+"""
 
 import math
 import random
@@ -27,8 +29,15 @@ def column_groups(items: Sequence[Item], column: str, step: str) -> list[str]:
         value = item.columns.get(column)
         if not isinstance(value, (str, bool, int, float)):
             near = nearest(column, [str(k) for k in item.columns])
-            found = f"found {describe(value)}" if column in item.columns else f"but it is missing{f'; nearest: {near!r}' if near else ''}"
-            raise UserError(f"{item.place}: step {step} needs a text, number or true/false in column {column!r}, {found}.")
+            found = (
+                f"found {describe(value)}"
+                if column in item.columns
+                else f"but it is missing{f'; nearest: {near!r}' if near else ''}"
+            )
+            raise UserError(
+                f"{item.place}: step {step} needs a text, number or true/false in column "
+                f"{column!r}, {found}."
+            )
         out.append(str(value))
     return out
 
@@ -39,7 +48,10 @@ def cluster_groups(matrix: Any, options: Balance, seed: int) -> list[str | None]
         from sklearn.cluster import KMeans
 
         if matrix.shape[0] < options.clusters:
-            raise UserError(f"step balance: clusters={options.clusters}, but there are {matrix.shape[0]} training rows.")
+            raise UserError(
+                f"step balance: clusters={options.clusters}, but there are {matrix.shape[0]} "
+                "training rows."
+            )
         labels = KMeans(options.clusters, n_init=4, random_state=seed).fit_predict(matrix)
         return [f"cluster {label}" for label in labels]
     from sklearn.cluster import HDBSCAN
@@ -51,7 +63,9 @@ def cluster_groups(matrix: Any, options: Balance, seed: int) -> list[str | None]
 
 
 def weights(groups: Sequence[str | None]) -> list[float]:
-    """[N] N / (K n_k) for a row of group k, and 1 for a row of none; their mean is 1, since each of the K groups sums to N / K."""
+    """[N] N / (K n_k) for a row of group k, and 1 for a row of none; their mean is 1, since each of
+    the K groups sums to N / K.
+    """
     counts = Counter(group for group in groups if group is not None)
     total = sum(counts.values())
     return [1.0 if group is None else total / (len(counts) * counts[group]) for group in groups]
@@ -62,7 +76,8 @@ def central(matrix: Any, rows: Sequence[int], count: int) -> list[int]:
     part = matrix[np.array(rows)]
     mean = np.asarray(part.mean(axis=0)).ravel()
     mean /= max(float(np.linalg.norm(mean)), 1e-12)
-    likeness = np.asarray(part @ mean).ravel()  # rows are unit vectors, so the largest product is the smallest distance
+    # rows are unit vectors, so the largest product is the smallest distance
+    likeness = np.asarray(part @ mean).ravel()
     best = np.argsort(-likeness, kind="stable")[:count]
     return sorted(rows[i] for i in best)
 
@@ -76,7 +91,9 @@ def _copies(rows: Sequence[int], count: int, rng: random.Random) -> list[int]:
 
 
 def balance(options: Balance, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Even out the training rows. Copies follow after all rows; they name the row that they are copies of."""
+    """Even out the training rows. Copies follow after all rows; they name the row that they are
+    copies of.
+    """
     everything = list(items)
     train = [item for item in everything if item.split == "train"]
     if not train:
@@ -84,10 +101,16 @@ def balance(options: Balance, items: Iterator[Item], context: Context) -> Iterat
         return
     matrix = None
     if options.by is not Grouping.column or options.how is Balancing.under:
-        matrix = vectors([sides(item.columns, options.part, context.kind) for item in train], options.vectors, options.model)
+        matrix = vectors(
+            [sides(item.columns, options.part, context.kind) for item in train],
+            options.vectors,
+            options.model,
+        )
     groups: list[str | None]
     groups = (
-        [*column_groups(train, str(options.column), "balance")] if options.by is Grouping.column else cluster_groups(matrix, options, context.seed)
+        [*column_groups(train, str(options.column), "balance")]
+        if options.by is Grouping.column
+        else cluster_groups(matrix, options, context.seed)
     )
     context.figures["before"] = _counts(groups)
     if options.how is Balancing.weight:
@@ -95,26 +118,42 @@ def balance(options: Balance, items: Iterator[Item], context: Context) -> Iterat
             item.columns[WEIGHT] = round(weight, 6)
         yield from everything
         return
-    by_group = [(groups[rows[0]], rows) for rows in members(_numbers(groups)) if groups[rows[0]] is not None]
+    by_group = [
+        (groups[rows[0]], rows) for rows in members(_numbers(groups)) if groups[rows[0]] is not None
+    ]
     if options.how is Balancing.over:
         yield from everything
         smallest = math.ceil(max((len(rows) for _, rows in by_group), default=0) / options.ratio)
         rng = random.Random(f"{context.seed}:over")
-        extra = [index for _, rows in by_group for index in _copies(rows, max(0, smallest - len(rows)), rng)]
+        extra = [
+            index
+            for _, rows in by_group
+            for index in _copies(rows, max(0, smallest - len(rows)), rng)
+        ]
         for index in extra:
             item = train[index]
             yield Item(deepcopy(item.columns), item.origin, item.number, item.split)
         context.figures["after"] = _counts([*groups, *(groups[index] for index in extra)])
         return
     largest = math.floor(min((len(rows) for _, rows in by_group), default=0) * options.ratio)
-    out = {index: name for name, rows in by_group for index in set(rows) - set(central(matrix, rows, largest))}
+    out = {
+        index: name
+        for name, rows in by_group
+        for index in set(rows) - set(central(matrix, rows, largest))
+    }
     gone = {id(train[index]): name for index, name in out.items()}
     for item in everything:
         if id(item) in gone:
-            context.rejected(item, f"group {gone[id(item)]!r} has more than {largest} rows, and others are nearer to its centre")
+            context.rejected(
+                item,
+                f"group {gone[id(item)]!r} has more than {largest} rows, and others are nearer "
+                "to its centre",
+            )
         else:
             yield item
-    context.figures["after"] = _counts([group for index, group in enumerate(groups) if index not in out])
+    context.figures["after"] = _counts(
+        [group for index, group in enumerate(groups) if index not in out]
+    )
 
 
 def _numbers(groups: Sequence[str | None]) -> list[int]:
@@ -123,4 +162,7 @@ def _numbers(groups: Sequence[str | None]) -> list[int]:
 
 
 def _counts(groups: Sequence[str | None]) -> dict[str, int]:
-    return {("in no cluster" if name is None else name): count for name, count in Counter(groups).most_common()}
+    return {
+        ("in no cluster" if name is None else name): count
+        for name, count in Counter(groups).most_common()
+    }

@@ -21,31 +21,35 @@ Form = Literal["NFC", "NFKC"]
 
 _FENCED = re.compile(r"(```.*?(?:```|\Z))", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
-_BLOCK = (
-    "address|article|aside|blockquote|center|dd|div|dl|dt|figure|footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tbody|td|th|tr|ul"
-)
+_BLOCK = "address|article|aside|blockquote|center|dd|div|dl|dt|figure|footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tbody|td|th|tr|ul"
 _INLINE = (
     "a|abbr|acronym|b|big|body|button|cite|code|col|colgroup|del|em|font|head|html|i|iframe|img|input|ins|kbd|label|link|mark|meta|option|q|s|samp|"
     "select|small|span|strike|strong|sub|sup|tfoot|thead|time|title|tt|u|var|wbr"
 )
 _BREAK = re.compile(rf"\s*</?(?:br|{_BLOCK})(?:\s[^<>]*)?/?>\s*", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_INLINE})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")  # no-break, en, em ...; not the ideographic one, which indents
+# no-break, en, em ...; not the ideographic one, which indents
+_ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 _NO_WIDTH = re.compile("[\u200b\u2060\ufeff]")  # not the joiners, which emoji and Persian need
 _RUN = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _LINE_END = re.compile(r"[ \t]+(?=\n)")
 _EMPTY_LINES = re.compile(r"\n{3,}")
-_TOUCHING = ("prompt", "chosen", "rejected", "completion")  # texts, not messages, that stand side by side: the space between them is part of one
+# texts, not messages, that stand side by side: the space between them is part of one
+_TOUCHING = ("prompt", "chosen", "rejected", "completion")
 
 
 def strip_html(text: str) -> str:
-    """Without comments, scripts and HTML's own tags (<T> and a < b stay); breaks and blocks are line ends, entities their characters."""
+    """Without comments, scripts and HTML's own tags (<T> and a < b stay); breaks and blocks are
+    line ends, entities their characters.
+    """
     text = _COMMENT.sub("", text)
     return html.unescape(_TAG.sub("", _BREAK.sub("\n", text)))
 
 
 def tidy_spaces(text: str) -> str:
-    """Plain single spaces between words, none at a line's end, at most one empty line; indentation stays."""
+    """Plain single spaces between words, none at a line's end, at most one empty line; indentation
+    stays.
+    """
     text = _NO_WIDTH.sub("", _ODD_SPACE.sub(" ", text))
     return _EMPTY_LINES.sub("\n\n", _LINE_END.sub("", _RUN.sub(" ", text)))
 
@@ -54,12 +58,21 @@ def tidy_spaces(text: str) -> str:
 def _ftfy_config(form: Form) -> Any:
     import ftfy
 
-    # Quotes and full-width signs are how people write, in Chinese above all: not defects. HTML has an option of its own.
-    return ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False, normalization=form, explain=False)
+    # Quotes and full-width signs are how people write, in Chinese above all: not defects. HTML has
+    # an option of its own.
+    return ftfy.TextFixerConfig(
+        unescape_html=False,
+        uncurl_quotes=False,
+        fix_character_width=False,
+        normalization=form,
+        explain=False,
+    )
 
 
 def mend(text: str, options: Repair, *, touching: bool) -> str:
-    """One text as step repair leaves it; `touching`: its ends stay, since another text begins there."""
+    """One text as step repair leaves it; `touching`: its ends stay, since another text begins
+    there.
+    """
     form: Form = "NFKC" if options.nfkc else "NFC"
     if options.encoding:
         import ftfy
@@ -70,9 +83,13 @@ def mend(text: str, options: Repair, *, touching: bool) -> str:
     core = text.strip()
     if not core:
         return text if touching else ""
-    start = text.index(core[0])  # strip() takes white space only, so the first character of the core is its first occurrence
+    # strip() takes white space only, so the first character of the core is its first occurrence
+    start = text.index(core[0])
     lead, tail = text[:start], text[start + len(core) :]
-    prose = [_prose(piece, options) if i % 2 == 0 else piece for i, piece in enumerate(_FENCED.split(core))]
+    prose = [
+        _prose(piece, options) if i % 2 == 0 else piece
+        for i, piece in enumerate(_FENCED.split(core))
+    ]
     out = "".join(prose)
     if not options.whitespace or touching:
         return lead + out + tail
@@ -115,12 +132,17 @@ def _identifier() -> Any:
 
 
 def language(options: Language, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Keep rows whose texts are in one of `keep`; short texts are kept. Raises UserError for a language that py3langid doesn't know."""
+    """Keep rows whose texts are in one of `keep`; short texts are kept. Raises UserError for a
+    language that py3langid doesn't know.
+    """
     identifier = _identifier()
     for code in options.keep:
         if code not in identifier.labels:
             known = sorted(identifier.labels)
-            raise UserError(f"step language: keep={code}: no such language code; nearest: {nearest(code, known)!r}. Known: {', '.join(known)}.")
+            raise UserError(
+                f"step language: keep={code}: no such language code; nearest: "
+                f"{nearest(code, known)!r}. Known: {', '.join(known)}."
+            )
     found: Counter[str] = Counter()
     short = 0
     wanted = ", ".join(options.keep)
@@ -133,9 +155,14 @@ def language(options: Language, items: Iterator[Item], context: Context) -> Iter
             code, probability = identifier.classify(text)
             found[code] += 1
             if probability < options.min_probability:
-                reason = f"{where}: language undecided ({code} is the likeliest, probability {probability:.2f})"
+                reason = (
+                    f"{where}: language undecided ({code} is the likeliest, probability "
+                    f"{probability:.2f})"
+                )
             elif code not in options.keep:
-                reason = f"{where}: language {code} (probability {probability:.2f}), expected {wanted}"
+                reason = (
+                    f"{where}: language {code} (probability {probability:.2f}), expected {wanted}"
+                )
         if reason is None:
             yield item
         else:
@@ -147,10 +174,15 @@ def language(options: Language, items: Iterator[Item], context: Context) -> Iter
 
 
 def load_tokenizer(place: str) -> Callable[[str], int]:
-    """Counts a text's tokens without special ones. Raises UserError for a directory without a tokenizer."""
+    """Counts a text's tokens without special ones. Raises UserError for a directory without a
+    tokenizer.
+    """
     folder = Path(place).expanduser()
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"step length: tokenizer={place}: expected a directory with tokenizer.json, found none there.")
+        raise UserError(
+            f"step length: tokenizer={place}: expected a directory with tokenizer.json, found "
+            "none there."
+        )
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

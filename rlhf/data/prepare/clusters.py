@@ -36,12 +36,16 @@ def score(item: Item, column: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{item.place}: keep=best needs a number in column {column!r}, found {describe(value)}.")
+        raise UserError(
+            f"{item.place}: keep=best needs a number in column {column!r}, found {describe(value)}."
+        )
     return number
 
 
 def chosen(items: Sequence[Item], rows: Sequence[int], keep: Keep, column: str | None) -> int:
-    """The row of a cluster that stays. Where some are held out it is one of these, so that no training row resembles a held-out one."""
+    """The row of a cluster that stays. Where some are held out it is one of these, so that no
+    training row resembles a held-out one.
+    """
     candidates = [row for row in rows if items[row].split == "eval"] or list(rows)
     if keep is Keep.longest:
         return max(candidates, key=lambda row: (len(joined(items[row].columns)), -row))
@@ -51,8 +55,17 @@ def chosen(items: Sequence[Item], rows: Sequence[int], keep: Keep, column: str |
     return candidates[0]
 
 
-def keep_one(items: Sequence[Item], labels: Sequence[int], keep: Keep, column: str | None, what: str, context: Context) -> Iterator[Item]:
-    """One row of each cluster; the others are rejected as `what` of it. Figures: clusters of two rows and more, and the largest."""
+def keep_one(
+    items: Sequence[Item],
+    labels: Sequence[int],
+    keep: Keep,
+    column: str | None,
+    what: str,
+    context: Context,
+) -> Iterator[Item]:
+    """One row of each cluster; the others are rejected as `what` of it. Figures: clusters of two
+    rows and more, and the largest.
+    """
     stays = list(range(len(items)))  # [N] the row that stays for each
     several = [rows for rows in members(labels) if len(rows) > 1]
     size = {}

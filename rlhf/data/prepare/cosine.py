@@ -1,4 +1,6 @@
-"""Step cosine_duplicates: all pairs of unit vectors with a cosine above a threshold, without looking at all pairs."""
+"""Step cosine_duplicates: all pairs of unit vectors with a cosine above a threshold, without
+looking at all pairs.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,11 +21,14 @@ _SLACK = 1e-6  # float32 rounding of a dot product
 
 
 def prefixes(matrix: Any, threshold: float) -> Any:
-    """[N, V] the rarest features of each row, ones: two rows with a cosine of at least `threshold` have one of them in common.
+    """[N, V] the rarest features of each row, ones: two rows with a cosine of at least `threshold`
+    have one of them in common.
 
-    Bayardo et al. 2007 (Scaling Up All Pairs Similarity Search, WWW), with the rows' own norms: order features from rare to frequent. If f is the
-    first one that x and y share, x.y is a sum over f and later ones, so x.y <= |x from f on| (Cauchy-Schwarz, |y| = 1). Hence where
-    |x from f on| < threshold the pair is below it; so f is among the features at which the rest of x still weighs `threshold`, and as much of y.
+    Bayardo et al. 2007 (Scaling Up All Pairs Similarity Search, WWW), with the rows' own norms:
+    order features from rare to frequent. If f is the first one that x and y share, x.y is a sum
+    over f and later ones, so x.y <= |x from f on| (Cauchy-Schwarz, |y| = 1). Hence where |x from f
+    on| < threshold the pair is below it; so f is among the features at which the rest of x still
+    weighs `threshold`, and as much of y.
     """
     from scipy.sparse import csr_array
 
@@ -35,7 +40,8 @@ def prefixes(matrix: Any, threshold: float) -> Any:
     order = np.lexsort((rank[matrix.indices], row))  # within each row from rare to frequent
     squares = matrix.data[order].astype(np.float64) ** 2
     before = np.append(0.0, np.cumsum(squares))  # of all entries in front, over all rows
-    rest = np.repeat(before[matrix.indptr[1:]], counts) - before[:-1]  # squared norm from an entry to the end of its row
+    # squared norm from an entry to the end of its row
+    rest = np.repeat(before[matrix.indptr[1:]], counts) - before[:-1]
     kept = rest >= (threshold - _SLACK) ** 2
     columns = matrix.indices[order][kept]
     starts = np.append(0, np.cumsum(np.bincount(row[kept], minlength=matrix.shape[0])))
@@ -64,15 +70,21 @@ def dense_pairs(matrix: NDArray[np.float32], threshold: float) -> Pairs:
     """All pairs i < j of unit rows with a cosine of at least `threshold`, block by block."""
     left, right = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for start in range(0, len(matrix), _ROWS):
-        one, other = np.nonzero(matrix[start : start + _ROWS] @ matrix[start:].T >= threshold - _SLACK)
+        one, other = np.nonzero(
+            matrix[start : start + _ROWS] @ matrix[start:].T >= threshold - _SLACK
+        )
         later = other > one
         left.append(one[later] + start)
         right.append(other[later] + start)
     return np.concatenate(left), np.concatenate(right)
 
 
-def cosine_duplicates(options: CosineDuplicates, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Keep one row of each cluster. Equal texts are put together before vectors are compared, so that a thousand copies are no half million pairs."""
+def cosine_duplicates(
+    options: CosineDuplicates, items: Iterator[Item], context: Context
+) -> Iterator[Item]:
+    """Keep one row of each cluster. Equal texts are put together before vectors are compared, so
+    that a thousand copies are no half million pairs.
+    """
     rows = list(items)
     texts = [sides(item.columns, options.part, context.kind) for item in rows]
     seen: dict[tuple[str, str], int] = {}
@@ -80,6 +92,12 @@ def cosine_duplicates(options: CosineDuplicates, items: Iterator[Item], context:
     labels = unique_of
     if len(seen) > 1:
         matrix = vectors(list(seen), options.vectors, options.model)
-        pairs = dense_pairs(matrix, options.threshold) if isinstance(matrix, np.ndarray) else sparse_pairs(matrix, options.threshold)
+        pairs = (
+            dense_pairs(matrix, options.threshold)
+            if isinstance(matrix, np.ndarray)
+            else sparse_pairs(matrix, options.threshold)
+        )
         labels = components(len(seen), *pairs)[unique_of]
-    yield from keep_one(rows, labels.tolist(), options.keep, options.column, "cosine duplicate", context)
+    yield from keep_one(
+        rows, labels.tolist(), options.keep, options.column, "cosine duplicate", context
+    )

@@ -1,7 +1,9 @@
-"""Easy data augmentation (Wei and Zou 2019, EMNLP, "EDA"): the four operations on one text, for English and Chinese.
+"""Easy data augmentation (Wei and Zou 2019, EMNLP, "EDA"): the four operations on one text, for
+English and Chinese.
 
-A text is words and what stands between them; joined they are the text again. Words are what letters and apostrophes make up, in Chinese what jieba's
-segmentation cuts. Stop words are not replaced and give no synonyms to insert, as in the paper. Words with a digit are never touched, nor are those of
+A text is words and what stands between them; joined they are the text again. Words are what letters
+and apostrophes make up, in Chinese what jieba's segmentation cuts. Stop words are not replaced and
+give no synonyms to insert, as in the paper. Words with a digit are never touched, nor are those of
 `keep`: a question with another number has another answer.
 """
 
@@ -15,10 +17,13 @@ from rlhf.data.prepare.words import has_han, in_case_of, read_yaml, word_list
 from rlhf.types import UserError
 
 _WORD = r"[\p{L}\p{M}\p{N}_]+(?:['\u2019\-][\p{L}\p{M}\p{N}_]+)*"
-# Words of grammar rather than of meaning. Short on purpose: what is missing here and has no synonym is never replaced anyway.
+# Words of grammar rather than of meaning. Short on purpose: what is missing here and has no synonym
+# is never replaced anyway.
 _ENGLISH = (
-    "a an the and or but nor so yet if then than that this these those i you he she it we they me him her us them my your his its our their "
-    "is am are was were be been being do does did have has had will would shall should can could may might must not no of to in on at by for "
+    "a an the and or but nor so yet if then than that this these those i you he she it we they "
+    "me him her us them my your his its our their "
+    "is am are was were be been being do does did have has had will would shall should can could "
+    "may might must not no of to in on at by for "
     "with from as into about over under again there here when where why how what which who whom"
 )
 _CHINESE = (
@@ -74,7 +79,9 @@ def cut(text: str, language: str = "auto") -> Words:
 
 def joined(words: Sequence[str], between: Sequence[str]) -> str:
     """The text of words and what stands between them."""
-    return between[0] + "".join(word + after for word, after in zip(words, between[1:], strict=True))
+    return between[0] + "".join(
+        word + after for word, after in zip(words, between[1:], strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,31 +95,43 @@ class Synonyms:
 
 
 def make_synonyms(content: Any, place: str) -> Synonyms:
-    """From a list of groups of equal words, or a mapping word -> its synonyms (one way). Raises UserError for anything else."""
+    """From a list of groups of equal words, or a mapping word -> its synonyms (one way). Raises
+    UserError for anything else.
+    """
     found: dict[str, list[str]] = {}
 
     def add(word: str, others: Sequence[str]) -> None:
         known = found.setdefault(word.lower(), [])
-        known.extend(other for other in others if other.lower() != word.lower() and other not in known)
+        known.extend(
+            other for other in others if other.lower() != word.lower() and other not in known
+        )
 
     if isinstance(content, list):
         for number, group in enumerate(content, start=1):
             words = word_list(group, f"{place}, group {number}")
             if len(words) < 2:
-                raise UserError(f"{place}, group {number}: expected two words or more that mean the same, found {len(words)}.")
+                raise UserError(
+                    f"{place}, group {number}: expected two words or more that mean the same, "
+                    f"found {len(words)}."
+                )
             for word in words:
                 add(word, words)
     elif isinstance(content, dict):
         for word, others in content.items():
             add(word_list([word], place)[0], word_list(others, f"{place}, {word}"))
     else:
-        raise UserError(f"{place}: expected a list of groups of words, or a mapping of words to lists; found {type(content).__name__}.")
+        raise UserError(
+            f"{place}: expected a list of groups of words, or a mapping of words to lists; found "
+            f"{type(content).__name__}."
+        )
     return Synonyms({word: tuple(others) for word, others in found.items() if others})
 
 
 def read_synonyms(path: str) -> Synonyms:
     """Raises UserError for a file that can't be read as synonyms."""
-    return make_synonyms(read_yaml(path, "step augment: synonyms"), f"step augment: synonyms={path}")
+    return make_synonyms(
+        read_yaml(path, "step augment: synonyms"), f"step augment: synonyms={path}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +149,19 @@ class Change:
 
     def free(self, words: Sequence[str]) -> list[int]:
         """Positions of the words that may be changed."""
-        return [i for i, word in enumerate(words) if not any(c.isdigit() for c in word) and word.lower() not in self.keep]
+        return [
+            i
+            for i, word in enumerate(words)
+            if not any(c.isdigit() for c in word) and word.lower() not in self.keep
+        ]
 
     def meaningful(self, words: Sequence[str]) -> list[int]:
         """Of those, the words with synonyms that are no stop words."""
-        return [i for i in self.free(words) if words[i].lower() not in STOP_WORDS and self.synonyms(words[i])]
+        return [
+            i
+            for i in self.free(words)
+            if words[i].lower() not in STOP_WORDS and self.synonyms(words[i])
+        ]
 
 
 def replace_synonyms(text: Words, change: Change) -> str:
@@ -171,7 +198,9 @@ def swap_words(text: Words, change: Change) -> str:
 
 
 def delete_words(text: Words, change: Change) -> str:
-    """Each word with the probability `share`; one word at least is left, and one at least goes where there are two."""
+    """Each word with the probability `share`; one word at least is left, and one at least goes
+    where there are two.
+    """
     places = change.free(text.words)
     if len(text.words) < 2 or not places:
         return joined(text.words, text.between)
@@ -184,8 +213,11 @@ def delete_words(text: Words, change: Change) -> str:
         if i not in gone:
             words.append(word)
             between.append(after)
-        elif between[-1].endswith(" ") or not between[-1]:  # of the spaces on its two sides one is left, and none before a full stop
-            between[-1] = (between[-1].removesuffix(" ") if after[:1] in _CLOSING else between[-1]) + after.removeprefix(" ")
+        # of the spaces on its two sides one is left, and none before a full stop
+        elif between[-1].endswith(" ") or not between[-1]:
+            between[-1] = (
+                between[-1].removesuffix(" ") if after[:1] in _CLOSING else between[-1]
+            ) + after.removeprefix(" ")
         else:
             between[-1] += after
     if between[-1].endswith(" ") and not text.between[-1].endswith(" "):

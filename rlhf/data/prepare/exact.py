@@ -17,8 +17,8 @@ _GROWTH = 1.5
 class HashTable:
     """128-bit keys with a number each, in arrays of machine words: 24 bytes a slot.
 
-    Open addressing with linear probing (Knuth, The Art of Computer Programming 3, 6.4). 256 shards grow one at a time, so that growing never
-    holds two copies of the whole.
+    Open addressing with linear probing (Knuth, The Art of Computer Programming 3, 6.4). 256 shards
+    grow one at a time, so that growing never holds two copies of the whole.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,9 @@ class HashTable:
         return sum(24 * len(values) for values in self._value)
 
     def add(self, high: int, low: int, value: int) -> int | None:
-        """Store `value` (above 0) under a new key and give None; of a known key the value that it has."""
+        """Store `value` (above 0) under a new key and give None; of a known key the value that it
+        has.
+        """
         shard = high & (_SHARDS - 1)
         highs, lows, values = self._high[shard], self._low[shard], self._value[shard]
         slots = len(values)
@@ -75,19 +77,25 @@ class Seen:
         self._names: list[str] = []
 
     def first(self, text: str, origin: str, number: int) -> tuple[str, int] | None:
-        """None for a text that is new, else where it stood first. Equal 128-bit hashes (BLAKE2b) count as equal texts."""
+        """None for a text that is new, else where it stood first. Equal 128-bit hashes (BLAKE2b)
+        count as equal texts.
+        """
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if origin not in self._origins:
             self._origins[origin] = len(self._names)
             self._names.append(origin)
         value = (self._origins[origin] << _ROW_BITS | number) + 1  # 0 is a free slot
-        found = self._table.add(int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little"), value)
+        found = self._table.add(
+            int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little"), value
+        )
         if found is None:
             return None
         return self._names[(found - 1) >> _ROW_BITS], (found - 1) & ((1 << _ROW_BITS) - 1)
 
 
-def exact_duplicates(options: ExactDuplicates, items: Iterator[Item], context: Context) -> Iterator[Item]:
+def exact_duplicates(
+    options: ExactDuplicates, items: Iterator[Item], context: Context
+) -> Iterator[Item]:
     """Keep the first row of each text."""
     seen = Seen()
     for item in items:

@@ -18,15 +18,19 @@ from typing import Any, Protocol, TypeVar
 from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
 
-CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")  # columns that hold texts or messages
-# (a reward model's directory, [(prompt, chosen, rejected)]) -> [(score of chosen, score of rejected)]
+# columns that hold texts or messages
+CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
+# (a reward model's directory, [(prompt, chosen, rejected)]) -> [(score of chosen, score of
+# rejected)]
 ScorePairs = Callable[[str, Sequence[tuple[Any, Any, Any]]], Sequence[tuple[float, float]]]
 Options_contra = TypeVar("Options_contra", bound=StepOptions, contravariant=True)
 
 
 @dataclass(slots=True)
 class Item:
-    """One row. A step may change `columns` of the item that it was given; `origin` and `number` stay what they are."""
+    """One row. A step may change `columns` of the item that it was given; `origin` and `number`
+    stay what they are.
+    """
 
     columns: dict[str, Any]
     origin: str  # file, or the name of the source
@@ -47,19 +51,27 @@ class Context:
     seed: int
     folder: Path  # the run directory: a step's own files go below it
     split_done: bool = False  # a split step came before
-    rejected: Callable[[Item, str], None] = lambda item, reason: None  # an item that is left out, and why: never drop one in silence
-    figures: dict[str, Any] = field(default_factory=dict)  # the step's own figures for the report, as JSON can hold them
+    # an item that is left out, and why: never drop one in silence
+    rejected: Callable[[Item, str], None] = lambda item, reason: None
+    # the step's own figures for the report, as JSON can hold them
+    figures: dict[str, Any] = field(default_factory=dict)
     score_pairs: ScorePairs | None = None  # the stage gives it: reward/ is not ours to import
 
 
 class Step(Protocol[Options_contra]):
-    """What StepOptions.apply names. A streaming step yields as it reads; another one may hold all items. The order of what is kept stays."""
+    """What StepOptions.apply names. A streaming step yields as it reads; another one may hold all
+    items. The order of what is kept stays.
+    """
 
-    def __call__(self, options: Options_contra, items: Iterator[Item], context: Context) -> Iterator[Item]: ...
+    def __call__(
+        self, options: Options_contra, items: Iterator[Item], context: Context
+    ) -> Iterator[Item]: ...
 
 
 def parts(columns: dict[str, Any]) -> list[tuple[str, str]]:
-    """(where, text) of every text in the content columns: ("prompt", ...), ("chosen[0]", ...) for a message."""
+    """(where, text) of every text in the content columns: ("prompt", ...), ("chosen[0]", ...) for a
+    message.
+    """
     out: list[tuple[str, str]] = []
     for key in CONTENT:
         value = columns.get(key)
@@ -71,24 +83,33 @@ def parts(columns: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def replace_texts(columns: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """New columns with every text of the content columns as `change(where, text)` gives it; the given ones stay as they are."""
+    """New columns with every text of the content columns as `change(where, text)` gives it; the
+    given ones stay as they are.
+    """
     out = dict(columns)
     for key in CONTENT:
         value = columns.get(key)
         if isinstance(value, str):
             out[key] = change(key, value)
         elif isinstance(value, list):
-            out[key] = [{**message, "content": change(f"{key}[{i}]", message["content"])} for i, message in enumerate(value)]
+            out[key] = [
+                {**message, "content": change(f"{key}[{i}]", message["content"])}
+                for i, message in enumerate(value)
+            ]
     return out
 
 
 def joined(columns: dict[str, Any]) -> str:
-    """All texts of a row in one, a line each: what lengths, duplicates and clusters look at unless an option says otherwise."""
+    """All texts of a row in one, a line each: what lengths, duplicates and clusters look at unless
+    an option says otherwise.
+    """
     return "\n".join(text for _, text in parts(columns) if text)
 
 
 def prompt_of(columns: dict[str, Any]) -> str:
-    """The texts of what is asked: the prompt, or a conversation's turns before the last answer; of a whole text the text itself."""
+    """The texts of what is asked: the prompt, or a conversation's turns before the last answer; of
+    a whole text the text itself.
+    """
     value = columns.get("prompt") or columns.get("messages")
     if isinstance(value, list):
         turns = value[:-1] if "messages" in columns and value[-1]["role"] == "assistant" else value
@@ -97,12 +118,20 @@ def prompt_of(columns: dict[str, Any]) -> str:
 
 
 def answers_of(columns: dict[str, Any]) -> dict[str, str]:
-    """The texts that answer, by column: chosen and rejected, a completion, a conversation's assistant turns, or a whole text."""
+    """The texts that answer, by column: chosen and rejected, a completion, a conversation's
+    assistant turns, or a whole text.
+    """
     out = {}
     for key in ("chosen", "rejected", "completion", "text"):
         value = columns.get(key)
         if value is not None:
-            out[key] = value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+            out[key] = (
+                value
+                if isinstance(value, str)
+                else "\n".join(message["content"] for message in value)
+            )
     if not out and isinstance(columns.get("messages"), list):
-        out["messages"] = "\n".join(m["content"] for m in columns["messages"] if m["role"] == "assistant")
+        out["messages"] = "\n".join(
+            m["content"] for m in columns["messages"] if m["role"] == "assistant"
+        )
     return out

@@ -1,7 +1,8 @@
 """Rows that judge one thing, put together: what the steps `aggregate` and `review` share.
 
-A row is one annotator's judgement. Of a pair the judgement is which side is chosen, and rows with the sides exchanged judge the same pair;
-of a judged answer it is the column label; any other column can be named.
+A row is one annotator's judgement. Of a pair the judgement is which side is chosen, and rows with
+the sides exchanged judge the same pair; of a judged answer it is the column label; any other column
+can be named.
 """
 
 from collections.abc import Iterable
@@ -11,8 +12,8 @@ from typing import Any
 from conf.preparation.annotation import JudgedOptions, Repeats
 from rlhf.data.agreement import Label
 from rlhf.data.formats import Use
-from rlhf.data.hashing import digest
 from rlhf.data.prepare.items import CONTENT, Context, Item
+from rlhf.process.hashing import digest
 from rlhf.types import UserError
 
 REVIEWED = "reviewed"  # column of a row whose label a person has decided
@@ -52,12 +53,17 @@ def by_side(options: JudgedOptions, kind: Use) -> bool:
 
 
 def label_column(options: JudgedOptions, kind: Use) -> str:
-    """The column with the judgement. Raises UserError where none is named and rows have none of their own."""
+    """The column with the judgement. Raises UserError where none is named and rows have none of
+    their own.
+    """
     if options.label is not None:
         return options.label
     if kind is Use.unpaired:
         return "label"
-    raise UserError(f"step {options.step}: label is not set: rows of kind {kind.value} hold no judgement of their own. Name its column.")
+    raise UserError(
+        f"step {options.step}: label is not set: rows of kind {kind.value} hold no judgement of "
+        "their own. Name its column."
+    )
 
 
 def texts_of(item: Item, options: JudgedOptions, kind: Use) -> dict[str, Any]:
@@ -80,9 +86,15 @@ def _judgement(item: Item, texts: dict[str, Any], options: JudgedOptions, kind: 
     column = label_column(options, kind)
     label = item.columns.get(column)
     if label is None or label == "":
-        raise ValueError(f"column {column!r}: expected a label, found {'nothing' if column in item.columns else 'no column'}")
+        raise ValueError(
+            f"column {column!r}: expected a label, found "
+            f"{'nothing' if column in item.columns else 'no column'}"
+        )
     if not isinstance(label, (str, bool, int, float)):
-        raise ValueError(f"column {column!r}: expected a text, a number or true/false, found {type(label).__name__}")
+        raise ValueError(
+            f"column {column!r}: expected a text, a number or true/false, found "
+            f"{type(label).__name__}"
+        )
     return Judgement(item, str(name), label)
 
 
@@ -97,10 +109,12 @@ def subject_id(item: Item, texts: dict[str, Any], options: JudgedOptions) -> str
 
 
 def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) -> list[Subject]:
-    """Rows by what they judge, in order of appearance; rows without a judgement go to `context.rejected`.
+    """Rows by what they judge, in order of appearance; rows without a judgement go to
+    `context.rejected`.
 
-    An annotator's repeated equal judgements of an item count once. Raises UserError for differing ones unless the last is to count, for
-    rows that have one item's id and other texts, and where no row has a judgement.
+    An annotator's repeated equal judgements of an item count once. Raises UserError for differing
+    ones unless the last is to count, for rows that have one item's id and other texts, and where no
+    row has a judgement.
     """
     out: dict[str, Subject] = {}
     lacking: list[str] = []
@@ -118,18 +132,24 @@ def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) ->
         subject = out.setdefault(key, Subject(key, texts))
         if digest(subject.texts) != digest(texts):
             raise UserError(
-                f"step {options.step}: {item.place} and {subject.judgements[0].item.place} have {options.item}={key!r} and other texts: "
+                f"step {options.step}: {item.place} and {subject.judgements[0].item.place} have "
+                f"{options.item}={key!r} and other texts: "
                 "expected one item's rows to have the same."
             )
         subject.rows.append(item)
         _add(subject, judgement, options.repeats, options.step)
     if lacking and not out:
-        raise UserError(f"step {options.step}: no row has a judgement. {lacking[0]}. The options item, annotator and label name the columns.")
+        raise UserError(
+            f"step {options.step}: no row has a judgement. {lacking[0]}. The options item, "
+            "annotator and label name the columns."
+        )
     return list(out.values())
 
 
 def _add(subject: Subject, judgement: Judgement, repeats: Repeats, step: str) -> None:
-    at = next((i for i, j in enumerate(subject.judgements) if j.annotator == judgement.annotator), None)
+    at = next(
+        (i for i, j in enumerate(subject.judgements) if j.annotator == judgement.annotator), None
+    )
     if at is None:
         subject.judgements.append(judgement)
         return
@@ -138,25 +158,35 @@ def _add(subject: Subject, judgement: Judgement, repeats: Repeats, step: str) ->
         return
     if repeats is Repeats.error:
         raise UserError(
-            f"step {step}: annotator {judgement.annotator!r} judges one item as {before.label!r} in {before.item.place} and as "
-            f"{judgement.label!r} in {judgement.item.place}. Expected one judgement; repeats=last lets the later one count."
+            f"step {step}: annotator {judgement.annotator!r} judges one item as {before.label!r} "
+            f"in {before.item.place} and as "
+            f"{judgement.label!r} in {judgement.item.place}. Expected one judgement; "
+            "repeats=last lets the later one count."
         )
     subject.judgements[at] = judgement
 
 
-def settled(subject: Subject, label: Any, options: JudgedOptions, kind: Use, extra: dict[str, Any]) -> Item:
-    """The item's one row, with its label and `extra` columns; other columns are those of the first row, its annotator left out.
+def settled(
+    subject: Subject, label: Any, options: JudgedOptions, kind: Use, extra: dict[str, Any]
+) -> Item:
+    """The item's one row, with its label and `extra` columns; other columns are those of the first
+    row, its annotator left out.
 
-    A pair's margin is the mean over the rows that chose its better side, where all of those have one.
+    A pair's margin is the mean over the rows that chose its better side, where all of those have
+    one.
     """
     first = subject.judgements[0].item
     columns = {key: value for key, value in first.columns.items() if key != options.annotator}
     if by_side(options, kind):
-        columns["chosen"], columns["rejected"] = (subject.texts[side] for side in (SIDES if label == "a" else SIDES[::-1]))
+        columns["chosen"], columns["rejected"] = (
+            subject.texts[side] for side in (SIDES if label == "a" else SIDES[::-1])
+        )
         margins = [j.item.columns.get("margin") for j in subject.judgements if j.label == label]
         columns.pop("margin", None)
         if margins and all(margin is not None for margin in margins):
-            columns["margin"] = sum(float(margin) for margin in margins if margin is not None) / len(margins)
+            columns["margin"] = sum(
+                float(margin) for margin in margins if margin is not None
+            ) / len(margins)
     else:
         columns[label_column(options, kind)] = label
     return Item({**columns, **extra}, first.origin, first.number, first.split)
@@ -169,5 +199,7 @@ def reject(subject: Subject, reason: str, context: Context) -> None:
 
 
 def typed(text: str, labels: Iterable[Any]) -> Any:
-    """The one of `labels` that `text` writes: a number or true/false where they are such; the text where none is written so."""
+    """The one of `labels` that `text` writes: a number or true/false where they are such; the text
+    where none is written so.
+    """
     return next((label for label in labels if str(label).lower() == text.lower()), text)

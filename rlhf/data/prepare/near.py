@@ -1,8 +1,10 @@
-"""Step near_duplicates: MinHash with banding over character n-grams, every candidate pair checked exactly.
+"""Step near_duplicates: MinHash with banding over character n-grams, every candidate pair checked
+exactly.
 
-Texts are compared as sets of hashed n-grams of their normalised form. All of it runs over whole arrays: n-grams are rolling hashes of code
-points, signatures the minima of datasketch's permutations over them (the same numbers as datasketch.MinHash gives), buckets neighbours in
-sorted band keys (those of datasketch.MinHashLSH, without its dictionaries of sets).
+Texts are compared as sets of hashed n-grams of their normalised form. All of it runs over whole
+arrays: n-grams are rolling hashes of code points, signatures the minima of datasketch's
+permutations over them (the same numbers as datasketch.MinHash gives), buckets neighbours in sorted
+band keys (those of datasketch.MinHashLSH, without its dictionaries of sets).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,12 +20,16 @@ from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.texts import normalised, sides
 
 Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides
-_OTHER = np.uint64(1 << 22)  # added to the code points of what is judged bad: another alphabet, so that it never equals the good side
+# added to the code points of what is judged bad: another alphabet, so that it never equals the good
+# side
+_OTHER = np.uint64(1 << 22)
 _FILL = np.uint64(1 << 21)  # stands behind a text of fewer characters than an n-gram has
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 18  # characters hashed at once
 _BLOCK = 1 << 14  # n-grams permuted at once: they stay in the processor's cache
-_MISSED = 0.005  # share of the pairs at the threshold that the bands may leave out; of more similar ones they leave out fewer
+# share of the pairs at the threshold that the bands may leave out; of more similar ones they leave
+# out fewer
+_MISSED = 0.005
 _MOST_PAIRS = 1 << 21  # candidate pairs held before they are checked
 _PAIRS_AT_ONCE = 1 << 15
 _SMALL_BUCKET = 32  # rows up to which all pairs of a bucket are candidates at once
@@ -49,13 +55,20 @@ def _mix32(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 def _codes(text: Sides, ngram: int) -> NDArray[np.uint64]:
     """Code points of a text's two sides, at least `ngram` of them."""
-    good, bad = (np.frombuffer(side.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64) for side in text)
+    good, bad = (
+        np.frombuffer(side.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
+        for side in text
+    )
     lacking = ngram - len(good) - len(bad)
     return np.concatenate([good, bad + _OTHER, np.full(max(0, lacking), _FILL)])
 
 
-def ngram_hashes(texts: Sequence[Sides], ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """64-bit hashes of every text's n-grams one after the other, and where each text's begin; every text has at least one."""
+def ngram_hashes(
+    texts: Sequence[Sides], ngram: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """64-bit hashes of every text's n-grams one after the other, and where each text's begin; every
+    text has at least one.
+    """
     codes = [_codes(text, ngram) for text in texts]
     lengths = np.array([len(c) for c in codes], dtype=np.int64)
     whole = np.concatenate(codes)
@@ -75,11 +88,17 @@ def permutations(count: int, seed: int) -> NDArray[np.uint32]:
     """[2, count] factors and summands of datasketch's permutations h -> a h + b modulo 2^32."""
     from datasketch import MinHash
 
-    return np.asarray(MinHash(num_perm=count, seed=seed, scheme="affine32").permutations, dtype=np.uint32)
+    return np.asarray(
+        MinHash(num_perm=count, seed=seed, scheme="affine32").permutations, dtype=np.uint32
+    )
 
 
-def minima(hashes: NDArray[np.uint64], starts: NDArray[np.int64], permutation: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """[N, P] MinHash signatures: the smallest permuted value of each text's n-grams, from the upper half of their hashes."""
+def minima(
+    hashes: NDArray[np.uint64], starts: NDArray[np.int64], permutation: NDArray[np.uint32]
+) -> NDArray[np.uint32]:
+    """[N, P] MinHash signatures: the smallest permuted value of each text's n-grams, from the upper
+    half of their hashes.
+    """
     mixed = _mix32((hashes >> np.uint64(32)).astype(np.uint32))
     out = np.empty((len(starts), permutation.shape[1]), dtype=np.uint32)
     factors, summands = permutation
@@ -117,10 +136,12 @@ def signatures(texts: Sequence[Sides], ngram: int, count: int, seed: int) -> NDA
 
 
 def bands(threshold: float, count: int) -> list[tuple[int, int]]:
-    """Columns of a signature that make each band: as many as leave out at most _MISSED of the pairs at the threshold.
+    """Columns of a signature that make each band: as many as leave out at most _MISSED of the pairs
+    at the threshold.
 
-    A pair of similarity s shares no band of r columns with probability (1 - s^r)^b (Leskovec et al., Mining of Massive Datasets, 3.4). More
-    columns mean fewer candidates to check. datasketch's own choice weighs the areas under that curve, which misses 13 % at a threshold of 0.8.
+    A pair of similarity s shares no band of r columns with probability (1 - s^r)^b (Leskovec et
+    al., Mining of Massive Datasets, 3.4). More columns mean fewer candidates to check. datasketch's
+    own choice weighs the areas under that curve, which misses 13 % at a threshold of 0.8.
     """
     fitting = [r for r in range(1, count + 1) if (1 - threshold**r) ** (count // r) <= _MISSED]
     width = max(fitting, default=1)
@@ -129,7 +150,9 @@ def bands(threshold: float, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """Groups of at least two rows that share a band: `order[starts[i] : starts[i] + sizes[i]]` is one, rows ascending."""
+    """Groups of at least two rows that share a band: `order[starts[i] : starts[i] + sizes[i]]` is
+    one, rows ascending.
+    """
 
     order: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -137,13 +160,17 @@ class Buckets:
 
     def rows(self) -> NDArray[np.int64]:
         """Of all groups."""
-        return self.order[np.repeat(self.starts - np.append(0, np.cumsum(self.sizes)[:-1]), self.sizes) + np.arange(self.sizes.sum())]
+        return self.order[
+            np.repeat(self.starts - np.append(0, np.cumsum(self.sizes)[:-1]), self.sizes)
+            + np.arange(self.sizes.sum())
+        ]
 
     def pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """All pairs of the groups of at most _SMALL_BUCKET rows."""
         left, right = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for size in np.unique(self.sizes[self.sizes <= _SMALL_BUCKET]):
-            groups = self.order[self.starts[self.sizes == size][:, None] + np.arange(size)]  # [groups, size]
+            # [groups, size]
+            groups = self.order[self.starts[self.sizes == size][:, None] + np.arange(size)]
             one, other = np.triu_indices(int(size), k=1)
             left.append(groups[:, one].ravel())
             right.append(groups[:, other].ravel())
@@ -152,7 +179,10 @@ class Buckets:
     def large(self) -> list[NDArray[np.int64]]:
         """The other groups."""
         big = self.sizes > _SMALL_BUCKET
-        return [self.order[start : start + size] for start, size in zip(self.starts[big], self.sizes[big], strict=True)]
+        return [
+            self.order[start : start + size]
+            for start, size in zip(self.starts[big], self.sizes[big], strict=True)
+        ]
 
 
 def buckets(signature: NDArray[np.uint32], band: tuple[int, int]) -> Buckets:
@@ -182,19 +212,28 @@ class Sets:
         columns = np.unique(np.concatenate(hashes), return_inverse=True)[1].astype(np.int32)
         del hashes
         starts = np.append(0, np.cumsum(np.concatenate(counts)))
-        self._matrix = csr_array((np.ones(len(columns), dtype=np.int32), columns, starts), shape=(len(rows), int(columns.max()) + 1))
+        self._matrix = csr_array(
+            (np.ones(len(columns), dtype=np.int32), columns, starts),
+            shape=(len(rows), int(columns.max()) + 1),
+        )
         self._matrix.sum_duplicates()  # an n-gram counts once, however often it occurs
         self._matrix.data[:] = 1
         self._sizes = np.diff(self._matrix.indptr)
-        self._marks = np.zeros(self._matrix.shape[1], dtype=np.int32)  # scratch: 1 at one text's n-grams
+        # scratch: 1 at one text's n-grams
+        self._marks = np.zeros(self._matrix.shape[1], dtype=np.int32)
 
     def jaccard(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of each pair of texts."""
         out = np.empty(len(left))
         for start in range(0, len(left), _PAIRS_AT_ONCE):
-            one, other = self._at[left[start : start + _PAIRS_AT_ONCE]], self._at[right[start : start + _PAIRS_AT_ONCE]]
+            one, other = (
+                self._at[left[start : start + _PAIRS_AT_ONCE]],
+                self._at[right[start : start + _PAIRS_AT_ONCE]],
+            )
             common = self._matrix[one].multiply(self._matrix[other]).sum(axis=1)
-            out[start : start + _PAIRS_AT_ONCE] = common / (self._sizes[one] + self._sizes[other] - common)
+            out[start : start + _PAIRS_AT_ONCE] = common / (
+                self._sizes[one] + self._sizes[other] - common
+            )
         return out
 
     def jaccard_with(self, one: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -208,8 +247,12 @@ class Sets:
         return common / (self._sizes[row] + self._sizes[at] - common)
 
 
-def _large_bucket(rows: NDArray[np.int64], labels: NDArray[np.int64], sets: Sets, threshold: float) -> list[tuple[int, int]]:
-    """Edges that join a large bucket's rows as all its pairs would: rows that are already in one cluster are not compared."""
+def _large_bucket(
+    rows: NDArray[np.int64], labels: NDArray[np.int64], sets: Sets, threshold: float
+) -> list[tuple[int, int]]:
+    """Edges that join a large bucket's rows as all its pairs would: rows that are already in one
+    cluster are not compared.
+    """
     local = labels[rows].copy()
     edges: list[tuple[int, int]] = []
     for pivot in range(len(rows) - 1):
@@ -224,22 +267,44 @@ def _large_bucket(rows: NDArray[np.int64], labels: NDArray[np.int64], sets: Sets
     return edges
 
 
-def near_clusters(texts: Sequence[Sides], *, threshold: float = 0.8, ngram: int = 5, count: int = 128, seed: int = 0) -> NDArray[np.int64]:
-    """[N] number of each text's cluster: connected components of the pairs whose n-gram sets have a Jaccard similarity of at least `threshold`.
+def near_clusters(
+    texts: Sequence[Sides],
+    *,
+    threshold: float = 0.8,
+    ngram: int = 5,
+    count: int = 128,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """[N] number of each text's cluster: connected components of the pairs whose n-gram sets have a
+    Jaccard similarity of at least `threshold`.
 
-    Exact for every pair that shares a band; of the pairs at the threshold itself 2 in 1,000 share none (the defaults), of more similar ones fewer.
+    Exact for every pair that shares a band; of the pairs at the threshold itself 2 in 1,000 share
+    none (the defaults), of more similar ones fewer.
     """
     plain = [(normalised(good), normalised(bad)) for good, bad in texts]
     seen: dict[Sides, int] = {}
-    unique_of = np.array([seen.setdefault(text, len(seen)) for text in plain], dtype=np.int64)  # [N] equal texts are one
+    # [N] equal texts are one
+    unique_of = np.array([seen.setdefault(text, len(seen)) for text in plain], dtype=np.int64)
     unique = list(seen)
     del plain, seen
     if len(unique) < 2:
         return unique_of
-    return _cluster(unique, threshold - 1e-9, ngram, signatures(unique, ngram, count, seed), bands(threshold, count))[unique_of]
+    return _cluster(
+        unique,
+        threshold - 1e-9,
+        ngram,
+        signatures(unique, ngram, count, seed),
+        bands(threshold, count),
+    )[unique_of]
 
 
-def _cluster(texts: Sequence[Sides], threshold: float, ngram: int, signature: NDArray[np.uint32], ranges: Sequence[tuple[int, int]]) -> Any:
+def _cluster(
+    texts: Sequence[Sides],
+    threshold: float,
+    ngram: int,
+    signature: NDArray[np.uint32],
+    ranges: Sequence[tuple[int, int]],
+) -> Any:
     """[N] cluster numbers of different texts."""
     found = [buckets(signature, band) for band in ranges]
     involved = np.unique(np.concatenate([part.rows() for part in found]))
@@ -277,20 +342,34 @@ def _cluster(texts: Sequence[Sides], threshold: float, ngram: int, signature: ND
         mark = bucket.tobytes()
         if mark not in done:
             done.add(mark)
-            more = np.array(_large_bucket(bucket, labels, sets, threshold), dtype=np.int64).reshape(-1, 2)
+            more = np.array(_large_bucket(bucket, labels, sets, threshold), dtype=np.int64).reshape(
+                -1, 2
+            )
             if len(more):
                 edges.append((more[:, 0], more[:, 1]))
                 join()
     return labels
 
 
-def _both(pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _both(
+    pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.concatenate([one for one, _ in pairs]), np.concatenate([other for _, other in pairs])
 
 
-def near_duplicates(options: NearDuplicates, items: Iterator[Item], context: Context) -> Iterator[Item]:
+def near_duplicates(
+    options: NearDuplicates, items: Iterator[Item], context: Context
+) -> Iterator[Item]:
     """Keep one row of each cluster."""
     rows = list(items)
     texts = [sides(item.columns, options.part, context.kind) for item in rows]
-    labels = near_clusters(texts, threshold=options.threshold, ngram=options.ngram, count=options.permutations, seed=context.seed)
-    yield from keep_one(rows, labels.tolist(), options.keep, options.column, "near duplicate", context)
+    labels = near_clusters(
+        texts,
+        threshold=options.threshold,
+        ngram=options.ngram,
+        count=options.permutations,
+        seed=context.seed,
+    )
+    yield from keep_one(
+        rows, labels.tolist(), options.keep, options.column, "near duplicate", context
+    )

@@ -12,7 +12,9 @@ from rlhf.data.prepare.texts import imitated
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices by length, in groups whose padded size is at most `most` tokens (one text alone may be longer)."""
+    """Indices by length, in groups whose padded size is at most `most` tokens (one text alone may
+    be longer).
+    """
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if group and lengths[index] * (len(group) + 1) > most:
@@ -24,35 +26,57 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def mean_nll(model: Any, ids: Sequence[Sequence[int]], pad_id: int) -> list[float]:
-    """[B] nats per predicted token of each text (its first token is given), float32 at the head. Every text has at least two tokens."""
+    """[B] nats per predicted token of each text (its first token is given), float32 at the head.
+    Every text has at least two tokens.
+    """
     import torch
 
     with torch.inference_mode():
         width = max(map(len, ids))
-        tokens = torch.tensor([[*text, *[pad_id] * (width - len(text))] for text in ids], device=model.device)  # [B, T]
-        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in ids], device=model.device)  # [B, T], from lengths
+        # [B, T]
+        tokens = torch.tensor(
+            [[*text, *[pad_id] * (width - len(text))] for text in ids], device=model.device
+        )
+        # [B, T], from lengths
+        mask = torch.tensor(
+            [[1] * len(text) + [0] * (width - len(text)) for text in ids], device=model.device
+        )
         logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1].float()  # [B, T-1, V]
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")  # [B, T-1] nats
+        # [B, T-1] nats
+        nll = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
         counted = mask[:, 1:]
         return ((nll * counted).sum(dim=1) / counted.sum(dim=1)).tolist()
 
 
-def perplexities(texts: Sequence[str], model: Any, tokenizer: Any, *, max_tokens: int, batch_tokens: int) -> list[float | None]:
-    """[N] perplexity of each text's first `max_tokens` tokens; None for one of fewer than two tokens, of which nothing is predicted."""
-    ids = [list(tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]) if text else [] for text in texts]
+def perplexities(
+    texts: Sequence[str], model: Any, tokenizer: Any, *, max_tokens: int, batch_tokens: int
+) -> list[float | None]:
+    """[N] perplexity of each text's first `max_tokens` tokens; None for one of fewer than two
+    tokens, of which nothing is predicted.
+    """
+    ids = [
+        list(tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]) if text else []
+        for text in texts
+    ]
     known = [i for i, tokens in enumerate(ids) if len(tokens) >= 2]
     out: list[float | None] = [None] * len(texts)
     for group in batches([len(ids[i]) for i in known], batch_tokens):
         rows = [known[i] for i in group]
-        for row, nll in zip(rows, mean_nll(model, [ids[i] for i in rows], tokenizer.pad_token_id), strict=True):
+        for row, nll in zip(
+            rows, mean_nll(model, [ids[i] for i in rows], tokenizer.pad_token_id), strict=True
+        ):
             out[row] = math.exp(nll) if nll < 700 else math.inf
     return out
 
 
 def perplexity(options: Perplexity, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Leave out rows by the perplexity of what they are to teach; rows with nothing to imitate, or of one token, pass and are counted."""
-    from rlhf import distributed
-    from rlhf.models import check_model_path, load_causal_lm, load_tokenizer
+    """Leave out rows by the perplexity of what they are to teach; rows with nothing to imitate, or
+    of one token, pass and are counted.
+    """
+    from rlhf.models.loading import check_model_path, load_causal_lm, load_tokenizer
+    from rlhf.process import distributed
 
     check_model_path(options.model, "step perplexity: model")
     config = ModelConfig(path=options.model)
@@ -60,10 +84,17 @@ def perplexity(options: Perplexity, items: Iterator[Item], context: Context) -> 
     model = load_causal_lm(config, tokenizer).to(distributed.device()).eval()
     rows = list(items)
     texts = ["\n".join(imitated(row.columns, options.part, context.kind).values()) for row in rows]
-    limit = min(options.max_tokens, getattr(model.config, "max_position_embeddings", None) or options.max_tokens)
-    values = perplexities(texts, model, tokenizer, max_tokens=limit, batch_tokens=options.batch_tokens)
+    limit = min(
+        options.max_tokens,
+        getattr(model.config, "max_position_embeddings", None) or options.max_tokens,
+    )
+    values = perplexities(
+        texts, model, tokenizer, max_tokens=limit, batch_tokens=options.batch_tokens
+    )
     judged = [i for i, value in enumerate(values) if value is not None]
     scores = [float(value) for value in values if value is not None]
     context.figures["too_short_kept"] = len(rows) - len(judged)
-    reasons = extremes("perplexity", scores, low=options.low, high=options.high, high_share=options.high_share)
+    reasons = extremes(
+        "perplexity", scores, low=options.low, high=options.high, high_share=options.high_share
+    )
     yield from filter_scored(rows, judged, scores, reasons, options.column, context)

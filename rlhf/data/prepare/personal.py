@@ -1,7 +1,9 @@
-"""Step patterns: e-mail addresses, telephone numbers, IP addresses, payment cards, IBANs, and words of a list.
+"""Step patterns: e-mail addresses, telephone numbers, IP addresses, payment cards, IBANs, and words
+of a list.
 
-A pattern finds candidates, a check keeps those that are real: Luhn's digit for cards (ISO/IEC 7812-1), remainder 1 modulo 97 for IBANs
-(ISO 13616), the number of digits for telephone numbers (ITU-T E.164), the standard library's parser for IP addresses.
+A pattern finds candidates, a check keeps those that are real: Luhn's digit for cards (ISO/IEC
+7812-1), remainder 1 modulo 97 for IBANs (ISO 13616), the number of digits for telephone numbers
+(ITU-T E.164), the standard library's parser for IP addresses.
 """
 
 import ipaddress
@@ -33,7 +35,9 @@ def is_card(text: str) -> bool:
 
 
 def is_iban(text: str) -> bool:
-    """15 to 34 characters whose number, country and check digits moved to the end, leaves 1 modulo 97."""
+    """15 to 34 characters whose number, country and check digits moved to the end, leaves 1 modulo
+    97.
+    """
     code = re.sub(r"[ -]", "", text).upper()
     if not 15 <= len(code) <= 34:
         return False
@@ -66,10 +70,13 @@ class Pattern:
         return f"[{self.name.upper()}]"
 
 
-# Written for ASCII: \w and \d are A-Z, a-z, 0-9 and _, so that an address between Chinese characters stands alone.
+# Written for ASCII: \w and \d are A-Z, a-z, 0-9 and _, so that an address between Chinese
+# characters stands alone.
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _EMAIL = rf"(?<![\w.%+-])[A-Za-z0-9](?:[\w.%+-]{{0,62}}[\w%+-])?@(?:{_LABEL}\.)+[A-Za-z]{{2,24}}(?![\w@])"
-_IBAN = r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?(?![A-Za-z0-9])"
+_IBAN = (
+    r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?(?![A-Za-z0-9])"
+)
 _DIGIT_BEFORE, _DIGIT_AFTER = r"(?<![\w.+-])", r"(?![\w-]|\.\d)"
 _CARD = rf"{_DIGIT_BEFORE}\d(?:[ -]?\d){{12,18}}{_DIGIT_AFTER}"
 _IP = (
@@ -77,7 +84,9 @@ _IP = (
     r"|(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){1,6}(?![\w:])|::(?:[0-9A-Fa-f]{1,4}:){0,6}[0-9A-Fa-f]{1,4}(?![\w:]))"
 )
 _PHONE = (
-    rf"{_DIGIT_BEFORE}(?:\+\d{{1,3}}[ .-]?(?:\(\d{{1,4}}\)[ .-]?)?\d{{1,4}}(?:[ .-]?\d{{2,4}}){{1,5}}"  # +44 20 7946 0958
+    # +44 20 7946 0958
+    rf"{_DIGIT_BEFORE}(?:\+\d{{1,3}}[ .-]?(?:\(\d{{1,4}}\)[ .-]?)?\d{{1,4}}(?:[ "
+    rf".-]?\d{{2,4}}){{1,5}}"
     rf"|\(\d{{3}}\)[ .-]?\d{{3}}[ .-]\d{{4}}|\d{{3}}[ .-]\d{{3}}[ .-]\d{{4}}"  # (212) 555-0123
     rf"|1[3-9]\d{{9}}|1[3-9]\d[ -]\d{{4}}[ -]\d{{4}}){_DIGIT_AFTER}"  # 138 0013 8000
 )
@@ -94,18 +103,31 @@ KNOWN: Mapping[Personal, Pattern] = {
 
 def word_pattern(path: str) -> Pattern:
     """The words and phrases of a file, a line each. Raises UserError for a file without any."""
-    lines = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    ]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
-        raise UserError(f"step patterns: words={path}: expected a word or phrase a line, found none.")
-    alternatives = "|".join(r"\s+".join(map(re.escape, line.split())) for line in sorted(set(found), key=lambda w: (-len(w), w)))
-    # A letter beside a word makes it another one, except in scripts without spaces, where every neighbour is a letter.
-    before, after = r"(?<![^\W\d_\u3040-\u30ff\u3400-\u9fff])", r"(?![^\W\d_\u3040-\u30ff\u3400-\u9fff])"
+        raise UserError(
+            f"step patterns: words={path}: expected a word or phrase a line, found none."
+        )
+    alternatives = "|".join(
+        r"\s+".join(map(re.escape, line.split()))
+        for line in sorted(set(found), key=lambda w: (-len(w), w))
+    )
+    # A letter beside a word makes it another one, except in scripts without spaces, where every
+    # neighbour is a letter.
+    before, after = (
+        r"(?<![^\W\d_\u3040-\u30ff\u3400-\u9fff])",
+        r"(?![^\W\d_\u3040-\u30ff\u3400-\u9fff])",
+    )
     return Pattern("word", re.compile(rf"{before}(?:{alternatives}){after}", re.IGNORECASE))
 
 
 def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]:
-    """`text` with each real find replaced by its mark, and the finds by pattern. Looks again until nothing is found: a mark may free a neighbour."""
+    """`text` with each real find replaced by its mark, and the finds by pattern. Looks again until
+    nothing is found: a mark may free a neighbour.
+    """
     counts: Counter[str] = Counter()
     while True:
         before = counts.total()
@@ -123,7 +145,9 @@ def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]
 
 
 def patterns(options: Patterns, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Redact or reject. Patterns are looked for one after the other, each in what the ones before left."""
+    """Redact or reject. Patterns are looked for one after the other, each in what the ones before
+    left.
+    """
     active = [(pattern, options.found) for kind, pattern in KNOWN.items() if kind in options.find]
     if options.words is not None:
         active.append((word_pattern(options.words), options.words_found))

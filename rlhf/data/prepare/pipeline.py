@@ -1,11 +1,13 @@
-"""Runs the steps of data.pipeline over rows: streaming as far as the steps allow, counted, every rejected row written, results kept for a resume.
+"""Runs the steps of data.pipeline over rows: streaming as far as the steps allow, counted, every
+rejected row written, results kept for a resume.
 
     steps = plan(pipeline, kind=Use.sft, seed=0)
     done: list[StepReport] = []
     for item in stream(source, steps, kind=Use.sft, folder=folder, done=done): ...
 
-Consecutive streaming steps pass one row at a time. A step that needs all rows gets them, and its own structures are freed before the next
-step begins. Each step's rows are written to `folder`/steps as they pass; the directory gets its name when the step is complete.
+Consecutive streaming steps pass one row at a time. A step that needs all rows gets them, and its
+own structures are freed before the next step begins. Each step's rows are written to `folder`/steps
+as they pass; the directory gets its name when the step is complete.
 """
 
 import importlib
@@ -26,7 +28,8 @@ LOG = logging.getLogger("rlhf.data.prepare")
 REJECTED_FILE = "rejected.jsonl"
 READ = "read"  # the name of the reading among the steps
 
-# Gives the rows, and rejects through the context those that don't fit; one that can't be read at all as an item with what stood there.
+# Gives the rows, and rejects through the context those that don't fit; one that can't be read at
+# all as an item with what stood there.
 Source = Callable[[Context], Iterator[Item]]
 Alive = Callable[[], None]  # told of every row that a step takes or gives
 
@@ -45,9 +48,18 @@ class Prepared:
 
 
 class _Running:
-    """One step at work: counts what goes in, comes out and is rejected, and the time that is its own."""
+    """One step at work: counts what goes in, comes out and is rejected, and the time that is its
+    own.
+    """
 
-    def __init__(self, report: StepReport, context: Context, target: Path, keep: bool, apply: Callable[[Iterator[Item]], Iterator[Item]]) -> None:
+    def __init__(
+        self,
+        report: StepReport,
+        context: Context,
+        target: Path,
+        keep: bool,
+        apply: Callable[[Iterator[Item]], Iterator[Item]],
+    ) -> None:
         self.report, self.context = report, context
         self.alive: Alive = _nobody
         self._apply = apply
@@ -58,7 +70,9 @@ class _Running:
 
     def _reject(self, item: Item, reason: str) -> None:
         self.report.count(reason)
-        self._writer.reject(store.rejected_row(self.report.step, reason, item.origin, item.number, item.columns))
+        self._writer.reject(
+            store.rejected_row(self.report.step, reason, item.origin, item.number, item.columns)
+        )
 
     def _incoming(self, rows: Iterator[Item]) -> Iterator[Item]:
         while True:
@@ -90,18 +104,31 @@ class _Running:
         self.report.seconds = round(spent - self._waited, 3)
 
     def finish(self) -> StepReport:
-        """The step is through. Raises RuntimeError for one that left rows unread or dropped some in silence."""
+        """The step is through. Raises RuntimeError for one that left rows unread or dropped some in
+        silence.
+        """
         report = self.report
         if report.number == 0:
             report.rows_in = report.rows_out + report.rejected
         elif not self._complete:
-            raise RuntimeError(f"step {report.step} ended before its rows did ({report.rows_in} read)")
+            raise RuntimeError(
+                f"step {report.step} ended before its rows did ({report.rows_in} read)"
+            )
         if report.rows_out < report.rows_in - report.rejected:
             missing = report.rows_in - report.rejected - report.rows_out
-            raise RuntimeError(f"step {report.step}: {missing} rows are gone without a reason: every one has to pass context.rejected")
+            raise RuntimeError(
+                f"step {report.step}: {missing} rows are gone without a reason: every one has to "
+                "pass context.rejected"
+            )
         report.figures = store.plain(self.context.figures)
         self._writer.close(report)
-        LOG.info("%s: %d rows in, %d out (%.1f s)", report.step, report.rows_in, report.rows_out, report.seconds)
+        LOG.info(
+            "%s: %d rows in, %d out (%.1f s)",
+            report.step,
+            report.rows_in,
+            report.rows_out,
+            report.seconds,
+        )
         return report
 
     def abandon(self) -> None:
@@ -114,9 +141,18 @@ def _load(path: str) -> Callable[..., Iterator[Item]]:
 
 
 def _start(
-    step: Planned, number: int, key: str | None, folder: Path, kind: Use, split_done: bool, keep: bool, score_pairs: ScorePairs | None
+    step: Planned,
+    number: int,
+    key: str | None,
+    folder: Path,
+    kind: Use,
+    split_done: bool,
+    keep: bool,
+    score_pairs: ScorePairs | None,
 ) -> _Running:
-    context = Context(kind=kind, seed=step.seed, folder=folder, split_done=split_done, score_pairs=score_pairs)
+    context = Context(
+        kind=kind, seed=step.seed, folder=folder, split_done=split_done, score_pairs=score_pairs
+    )
     options, function = step.options, _load(step.options.apply)
 
     def apply(rows: Iterator[Item]) -> Iterator[Item]:
@@ -139,11 +175,13 @@ def stream(
     score_pairs: ScorePairs | None = None,
     alive: Alive = _nobody,
 ) -> Iterator[Item]:
-    """The rows that come out of the last step; `done` gets a report for the reading and for each step, complete when the iterator is exhausted.
+    """The rows that come out of the last step; `done` gets a report for the reading and for each
+    step, complete when the iterator is exhausted.
 
-    identity: what the source's rows are, such as its files' hashes; steps whose results for it lie in `folder` are not run again. None: all
-    run, and nothing is kept. keep: False writes no rows, only what was rejected. held_out: rows of split eval come in.
-    score_pairs: what loads a reward model and scores pairs, for step label_noise. alive: called at every row of every step.
+    identity: what the source's rows are, such as its files' hashes; steps whose results for it lie
+    in `folder` are not run again. None: all run, and nothing is kept. keep: False writes no rows,
+    only what was rejected. held_out: rows of split eval come in. score_pairs: what loads a reward
+    model and scores pairs, for step label_noise. alive: called at every row of every step.
     """
     names = [READ, *(step.name for step in steps)]
     targets = [store.place(folder, number, name) for number, name in enumerate(names)]
@@ -167,13 +205,23 @@ def stream(
             rows = reading.stream(iter(()))
         split_done = held_out or any(step.options.splits for step in steps[:first])
         for number, step in enumerate(steps[first:], start=first + 1):
-            running = _start(step, number, known[number], folder, kind, split_done, keep and identity is not None, score_pairs)
+            running = _start(
+                step,
+                number,
+                known[number],
+                folder,
+                kind,
+                split_done,
+                keep and identity is not None,
+                score_pairs,
+            )
             running.alive = alive
             open_steps.append(running)
             rows = running.stream(rows)
             split_done = split_done or step.options.splits
             if not step.options.streaming:
-                rows = iter(list(rows))  # to its end, so that what the step held is freed before the next one begins
+                # to its end, so that what the step held is freed before the next one begins
+                rows = iter(list(rows))
                 _finish(open_steps, done)
         yield from rows
         _finish(open_steps, done)
@@ -185,7 +233,9 @@ def stream(
 def _reading(source: Source, key: str | None, folder: Path, kind: Use, held_out: bool) -> _Running:
     context = Context(kind=kind, seed=0, folder=folder, split_done=held_out)
     report = StepReport(0, READ, {}, key)
-    return _Running(report, context, store.place(folder, 0, READ), False, lambda rows: source(context))
+    return _Running(
+        report, context, store.place(folder, 0, READ), False, lambda rows: source(context)
+    )
 
 
 def _finish(open_steps: list[_Running], done: list[StepReport]) -> None:
@@ -196,7 +246,9 @@ def _finish(open_steps: list[_Running], done: list[StepReport]) -> None:
 
 def write_rejected(folder: Path, done: Sequence[StepReport]) -> Path:
     """rejected.jsonl in `folder`: every row that the reading and the steps left out."""
-    return store.gather_rejected([store.place(folder, report.number, report.step) for report in done], folder / REJECTED_FILE)
+    return store.gather_rejected(
+        [store.place(folder, report.number, report.step) for report in done], folder / REJECTED_FILE
+    )
 
 
 def run(
@@ -210,9 +262,10 @@ def run(
 ) -> Prepared:
     """A whole pipeline over items in memory, for use as a library.
 
-    pipeline: as data.pipeline, [{"step": "length", "low": 10}, "exact_duplicates"]; kind: sft, preference, unpaired or prompt; folder: where
-    rejected rows (and steps' own files) go; identity: a name for these items, under which results are kept there and found again.
-    Raises UserError before the first item is taken where the pipeline can't run.
+    pipeline: as data.pipeline, [{"step": "length", "low": 10}, "exact_duplicates"]; kind: sft,
+    preference, unpaired or prompt; folder: where rejected rows (and steps' own files) go; identity:
+    a name for these items, under which results are kept there and found again. Raises UserError
+    before the first item is taken where the pipeline can't run.
     """
     if not isinstance(kind, Use) and kind not in {use.value for use in Use}:
         raise UserError(f"kind={kind!r}: expected one of {', '.join(use.value for use in Use)}.")
@@ -220,5 +273,7 @@ def run(
     steps = plan(pipeline, kind=use, seed=seed)
     done: list[StepReport] = []
     key = None if identity is None else digest(identity)
-    kept = list(stream(lambda context: iter(items), steps, kind=use, folder=place, done=done, identity=key))
+    kept = list(
+        stream(lambda context: iter(items), steps, kind=use, folder=place, done=done, identity=key)
+    )
     return Prepared(kept, done, write_rejected(place, done))

@@ -14,16 +14,18 @@ from typing import Any
 from conf.preparation import STEPS
 from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
-from rlhf.data.hashing import sha256
 from rlhf.data.rows import describe, nearest
+from rlhf.process.hashing import sha256
 from rlhf.types import UserError
 
 READING_VERSION = 1  # raised whenever the same file gives other rows
 
 # Steps that people ask for and that can't be: the reason, and what to do instead.
 REFUSED = {
-    "smote": "SMOTE interpolates between two rows' vectors, and a point between two embeddings is no text that a model could be trained on. "
-    "Use step balance (over-sampling, under-sampling or weights) for texts; for a classifier head on embeddings call rlhf.data.prepare.smote.smote",
+    "smote": "SMOTE interpolates between two rows' vectors, and a point between two embeddings "
+    "is no text that a model could be trained on. "
+    "Use step balance (over-sampling, under-sampling or weights) for texts; for a classifier "
+    "head on embeddings call rlhf.data.prepare.smote.smote",
 }
 
 
@@ -41,16 +43,21 @@ class Planned:
 
 
 def step_seed(seed: int, name: str, occurrence: int) -> int:
-    """A step's own seed: of the run's seed, its name and how many steps of that name come before, so that other steps don't change it."""
+    """A step's own seed: of the run's seed, its name and how many steps of that name come before,
+    so that other steps don't change it.
+    """
     return random.Random(f"{seed}:step:{name}:{occurrence}").getrandbits(31)
 
 
-def plan(pipeline: Sequence[object], *, kind: Use | None = None, seed: int = 0, held_out: bool = False) -> list[Planned]:
+def plan(
+    pipeline: Sequence[object], *, kind: Use | None = None, seed: int = 0, held_out: bool = False
+) -> list[Planned]:
     """Steps of `pipeline` (mappings {step: NAME, option: value ...}, or bare names), in order.
 
-    `kind`: what the rows are; None where that isn't known yet, and then not checked. `held_out`: rows of split eval come in, as after a split.
-    Raises UserError: an unknown step or option (with the nearest), a value out of range, a step that can't take the rows, one for after the
-    split before it, a second split, a file that is missing.
+    `kind`: what the rows are; None where that isn't known yet, and then not checked. `held_out`:
+    rows of split eval come in, as after a split. Raises UserError: an unknown step or option (with
+    the nearest), a value out of range, a step that can't take the rows, one for after the split
+    before it, a second split, a file that is missing.
     """
     out: list[Planned] = []
     seen: Counter[str] = Counter()
@@ -60,11 +67,19 @@ def plan(pipeline: Sequence[object], *, kind: Use | None = None, seed: int = 0, 
         place = f"data.pipeline[{index}] ({name})"
         options = _options(place, name, given)
         if options.after_split and split_at is None:
-            raise UserError(f"{place}: runs after the split only, so that nothing made from a row can end on both sides. Put step split before it.")
+            raise UserError(
+                f"{place}: runs after the split only, so that nothing made from a row can end on "
+                "both sides. Put step split before it."
+            )
         if kind is not None and kind.value not in options.kinds:
-            raise UserError(f"{place}: takes rows of kind {', '.join(sorted(options.kinds))}; these are of kind {kind.value}.")
+            raise UserError(
+                f"{place}: takes rows of kind {', '.join(sorted(options.kinds))}; these are of "
+                f"kind {kind.value}."
+            )
         if options.splits and split_at is not None:
-            raise UserError(f"{place}: {split_at} already says which rows are held out: expected one split.")
+            raise UserError(
+                f"{place}: {split_at} already says which rows are held out: expected one split."
+            )
         _check_files(place, options)
         out.append(Planned(place, options, step_seed(seed, name, seen[name])))
         seen[name] += 1
@@ -79,15 +94,24 @@ def _entry(entry: object, place: str) -> tuple[str, Mapping[str, Any]]:
     if isinstance(entry, Mapping):
         if "step" not in entry:
             near = nearest("step", [str(k) for k in entry])
-            raise UserError(f"{place}: expected {{step: NAME, option: value ...}}, found no 'step'{f'; nearest key: {near!r}' if near else ''}.")
+            raise UserError(
+                f"{place}: expected {{step: NAME, option: value ...}}, found no "
+                f"'step'{f'; nearest key: {near!r}' if near else ''}."
+            )
         name, given = entry["step"], {str(k): v for k, v in entry.items() if k != "step"}
     if not isinstance(name, str):
-        raise UserError(f"{place}: expected a step's name or {{step: NAME, option: value ...}}, found {describe(name)}.")
+        raise UserError(
+            f"{place}: expected a step's name or {{step: NAME, option: value ...}}, found "
+            f"{describe(name)}."
+        )
     if name in REFUSED:
         raise UserError(f"{place}: step {name} is refused: {REFUSED[name]}.")
     if name not in STEPS:
         near = nearest(name, list(STEPS))
-        raise UserError(f"{place}: no such step {name!r}.{f' Nearest: {near}.' if near else ''} Steps: {', '.join(STEPS)}.")
+        raise UserError(
+            f"{place}: no such step {name!r}.{f' Nearest: {near}.' if near else ''} Steps: "
+            f"{', '.join(STEPS)}."
+        )
     return name, given
 
 
@@ -101,7 +125,10 @@ def _options(place: str, name: str, given: Mapping[str, Any]) -> StepOptions:
     for key in given:
         if key not in known:
             near = nearest(key, known)
-            raise UserError(f"{place}: no such option {key!r}.{f' Nearest: {near}.' if near else ''} Options: {', '.join(known) or 'none'}.")
+            raise UserError(
+                f"{place}: no such option {key!r}.{f' Nearest: {near}.' if near else ''} "
+                f"Options: {', '.join(known) or 'none'}."
+            )
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), dict(given)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -114,8 +141,15 @@ def _check_files(place: str, options: StepOptions) -> None:
     for option, name in options.files().items():
         path = Path(name).expanduser()
         if not path.exists():
-            near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-            raise UserError(f"{place}: {option}={name}: no such file or directory.{f' Nearest in {path.parent}: {near}.' if near else ''}")
+            near = (
+                nearest(path.name, [p.name for p in path.parent.iterdir()])
+                if path.parent.is_dir()
+                else None
+            )
+            raise UserError(
+                f"{place}: {option}={name}: no such file or "
+                f"directory.{f' Nearest in {path.parent}: {near}.' if near else ''}"
+            )
 
 
 def option_values(options: StepOptions) -> dict[str, Any]:
@@ -133,7 +167,9 @@ def option_values(options: StepOptions) -> dict[str, Any]:
 
 def digest(*parts: object) -> str:
     """32 hexadecimal digits of values that JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()
+    ).hexdigest()[:32]
 
 
 def content_hash(name: str) -> str:
@@ -141,14 +177,20 @@ def content_hash(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         return sha256(path)
-    return digest(*([str(p.relative_to(path)), sha256(p)] for p in sorted(path.rglob("*")) if p.is_file()))
+    return digest(
+        *([str(p.relative_to(path)), sha256(p)] for p in sorted(path.rglob("*")) if p.is_file())
+    )
 
 
 def keys(steps: Sequence[Planned], source: str, kind: Use) -> list[str]:
-    """What each result stands for, the reading's first: a step's depends on what came in, its name, version, options, seed and files."""
+    """What each result stands for, the reading's first: a step's depends on what came in, its name,
+    version, options, seed and files.
+    """
     out = [digest("read", READING_VERSION, source, kind.value)]
     for step in steps:
         options = step.options
         files = {option: content_hash(name) for option, name in sorted(options.files().items())}
-        out.append(digest(out[-1], step.name, options.version, option_values(options), step.seed, files))
+        out.append(
+            digest(out[-1], step.name, options.version, option_values(options), step.seed, files)
+        )
     return out

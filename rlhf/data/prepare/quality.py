@@ -1,7 +1,8 @@
-"""Steps quality and tfidf: how much of a text is symbols or repetition, and how ordinary its words are.
+"""Steps quality and tfidf: how much of a text is symbols or repetition, and how ordinary its words
+are.
 
-The ratios are those of Gopher's MassiveText (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1). What stood before counts as repeated, its
-first occurrence doesn't.
+The ratios are those of Gopher's MassiveText (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1).
+What stood before counts as repeated, its first occurrence doesn't.
 """
 
 from collections import Counter
@@ -44,7 +45,9 @@ def repeated(pieces: Sequence[str]) -> tuple[float, float]:
 
 
 def top_ngram(tokens: Sequence[str], n: int) -> float:
-    """Share of the words' characters in the commonest n-gram, all its occurrences; 0 where none occurs twice."""
+    """Share of the words' characters in the commonest n-gram, all its occurrences; 0 where none
+    occurs twice.
+    """
     counts = Counter(ngrams(tokens, n))
     if not counts:
         return 0.0
@@ -56,14 +59,18 @@ def top_ngram(tokens: Sequence[str], n: int) -> float:
 
 
 def duplicate_ngrams(tokens: Sequence[str], n: int) -> float:
-    """Share of the words' characters in n-grams that stood before; a character in several of them counts once."""
+    """Share of the words' characters in n-grams that stood before; a character in several of them
+    counts once.
+    """
     seen: set[tuple[str, ...]] = set()
     covered = [False] * len(tokens)
     for start, gram in enumerate(ngrams(tokens, n)):
         if gram in seen:
             covered[start : start + n] = [True] * n
         seen.add(gram)
-    return sum(len(t) for t, c in zip(tokens, covered, strict=True) if c) / max(1, sum(map(len, tokens)))
+    return sum(len(t) for t, c in zip(tokens, covered, strict=True) if c) / max(
+        1, sum(map(len, tokens))
+    )
 
 
 def _lines(text: str) -> list[str]:
@@ -82,7 +89,11 @@ def verdict(text: str, options: Quality) -> str | None:
     """The first rule that a text breaks, with its figure and threshold; None where it breaks none."""
 
     def above(what: str, value: float, limit: float | None) -> str | None:
-        return f"{what} {value:.2f}, expected at most {limit:g}" if limit is not None and value > limit else None
+        return (
+            f"{what} {value:.2f}, expected at most {limit:g}"
+            if limit is not None and value > limit
+            else None
+        )
 
     found = above("share of symbols", symbol_characters(text), options.max_symbol_characters)
     if found is not None:
@@ -94,25 +105,53 @@ def verdict(text: str, options: Quality) -> str | None:
     line_count, line_characters = repeated(lines)
     paragraph_count, paragraph_characters = repeated(paragraphs)
     checks = [
-        above("hash signs and ellipses per word", symbol_words(text, tokens), options.max_symbol_words),
-        above("share of bullet lines", _share(lines, lambda line: line.startswith(_BULLETS)), options.max_bullet_lines),
-        above("share of lines that end with an ellipsis", _share(lines, lambda line: line.endswith(_ELLIPSES)), options.max_ellipsis_lines),
+        above(
+            "hash signs and ellipses per word", symbol_words(text, tokens), options.max_symbol_words
+        ),
+        above(
+            "share of bullet lines",
+            _share(lines, lambda line: line.startswith(_BULLETS)),
+            options.max_bullet_lines,
+        ),
+        above(
+            "share of lines that end with an ellipsis",
+            _share(lines, lambda line: line.endswith(_ELLIPSES)),
+            options.max_ellipsis_lines,
+        ),
         above("share of repeated lines", line_count, options.max_duplicate_lines),
         above("share of repeated paragraphs", paragraph_count, options.max_duplicate_paragraphs),
-        above("share of characters in repeated lines", line_characters, options.max_duplicate_line_characters),
-        above("share of characters in repeated paragraphs", paragraph_characters, options.max_duplicate_paragraph_characters),
+        above(
+            "share of characters in repeated lines",
+            line_characters,
+            options.max_duplicate_line_characters,
+        ),
+        above(
+            "share of characters in repeated paragraphs",
+            paragraph_characters,
+            options.max_duplicate_paragraph_characters,
+        ),
         _alphabetic(text, options),
         _word_length(text, options),
     ]
     lower = [token.lower() for token in tokens]
-    checks += [above(f"share of the commonest {n}-gram", top_ngram(lower, n), limit) for n, limit in enumerate(options.max_top_ngrams, start=2)]
-    checks += [above(f"share of repeated {n}-grams", duplicate_ngrams(lower, n), at) for n, at in enumerate(options.max_duplicate_ngrams, start=5)]
+    checks += [
+        above(f"share of the commonest {n}-gram", top_ngram(lower, n), limit)
+        for n, limit in enumerate(options.max_top_ngrams, start=2)
+    ]
+    checks += [
+        above(f"share of repeated {n}-grams", duplicate_ngrams(lower, n), at)
+        for n, at in enumerate(options.max_duplicate_ngrams, start=5)
+    ]
     return next((check for check in checks if check is not None), None)
 
 
 def _alphabetic(text: str, options: Quality) -> str | None:
     limit, value = options.min_alphabetic_words, alphabetic_words(text)
-    return f"share of words with a letter {value:.2f}, expected at least {limit:g}" if limit is not None and value < limit else None
+    return (
+        f"share of words with a letter {value:.2f}, expected at least {limit:g}"
+        if limit is not None and value < limit
+        else None
+    )
 
 
 def _word_length(text: str, options: Quality) -> str | None:
@@ -131,7 +170,14 @@ def quality(options: Quality, items: Iterator[Item], context: Context) -> Iterat
     """Leave out rows with a text to be imitated that breaks a rule."""
     for item in items:
         texts = imitated(item.columns, options.part, context.kind)
-        reason = next((f"{where}: {found}" for where, text in texts.items() if (found := verdict(text, options)) is not None), None)
+        reason = next(
+            (
+                f"{where}: {found}"
+                for where, text in texts.items()
+                if (found := verdict(text, options)) is not None
+            ),
+            None,
+        )
         if reason is None:
             yield item
         else:
@@ -139,12 +185,17 @@ def quality(options: Quality, items: Iterator[Item], context: Context) -> Iterat
 
 
 def tfidf_scores(texts: Sequence[str]) -> Any:
-    """[N] mean TF-IDF weight of each text's words, as conf.preparation.cleaning.Tfidf defines it; 0 for a text without words."""
+    """[N] mean TF-IDF weight of each text's words, as conf.preparation.cleaning.Tfidf defines it; 0
+    for a text without words.
+    """
     import numpy as np
     from sklearn.feature_extraction.text import CountVectorizer
 
     try:
-        counts = CountVectorizer(analyzer=lambda text: words(text.lower()), dtype=np.float64).fit_transform(texts)  # [N, V]
+        # [N, V]
+        counts = CountVectorizer(
+            analyzer=lambda text: words(text.lower()), dtype=np.float64
+        ).fit_transform(texts)
     except ValueError:  # no text holds a word
         return np.zeros(len(texts))
     documents = np.bincount(counts.indices, minlength=counts.shape[1])  # [V] texts with the word
@@ -154,9 +205,17 @@ def tfidf_scores(texts: Sequence[str]) -> Any:
 
 
 def extremes(
-    what: str, scores: Sequence[float], *, low: float | None, high: float | None, low_share: float = 0.0, high_share: float = 0.0
+    what: str,
+    scores: Sequence[float],
+    *,
+    low: float | None,
+    high: float | None,
+    low_share: float = 0.0,
+    high_share: float = 0.0,
 ) -> list[str | None]:
-    """[N] why a score is too low or too high, by its rank (equal scores in the order of the rows) or by itself; None where it is neither."""
+    """[N] why a score is too low or too high, by its rank (equal scores in the order of the rows)
+    or by itself; None where it is neither.
+    """
     order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
     lowest, highest = int(low_share * len(scores)), int(high_share * len(scores))
     out: list[str | None] = [None] * len(scores)
@@ -174,9 +233,16 @@ def extremes(
 
 
 def filter_scored(
-    rows: Sequence[Item], judged: Sequence[int], scores: Sequence[float], reasons: Sequence[str | None], column: str | None, context: Context
+    rows: Sequence[Item],
+    judged: Sequence[int],
+    scores: Sequence[float],
+    reasons: Sequence[str | None],
+    column: str | None,
+    context: Context,
 ) -> Iterator[Item]:
-    """The rows without a reason, in order; those at `judged` have a score, which goes into `column` where one is named."""
+    """The rows without a reason, in order; those at `judged` have a score, which goes into `column`
+    where one is named.
+    """
     verdicts = dict(zip(judged, zip(scores, reasons, strict=True), strict=True))
     for index, row in enumerate(rows):
         score, reason = verdicts.get(index, (None, None))
@@ -187,7 +253,11 @@ def filter_scored(
         else:
             context.rejected(row, reason)
     if scores:
-        context.figures.update(mean=round(sum(scores) / len(scores), 4), lowest=round(min(scores), 4), highest=round(max(scores), 4))
+        context.figures.update(
+            mean=round(sum(scores) / len(scores), 4),
+            lowest=round(min(scores), 4),
+            highest=round(max(scores), 4),
+        )
 
 
 def tfidf(options: Tfidf, items: Iterator[Item], context: Context) -> Iterator[Item]:
@@ -195,7 +265,9 @@ def tfidf(options: Tfidf, items: Iterator[Item], context: Context) -> Iterator[I
     rows = list(items)
     texts = [imitated(row.columns, options.part, context.kind) for row in rows]
     judged = [index for index, found in enumerate(texts) if found]
-    scores = [float(score) for score in tfidf_scores(["\n".join(texts[i].values()) for i in judged])]
+    scores = [
+        float(score) for score in tfidf_scores(["\n".join(texts[i].values()) for i in judged])
+    ]
     shares = {"low_share": options.low_share, "high_share": options.high_share}
     reasons = extremes("TF-IDF score", scores, low=options.low, high=options.high, **shares)
     yield from filter_scored(rows, judged, scores, reasons, options.column, context)

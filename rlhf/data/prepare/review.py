@@ -1,6 +1,8 @@
-"""The step `review`: items that annotators disagree on, as a queue file for a person to decide, and its decisions read back.
+"""The step `review`: items that annotators disagree on, as a queue file for a person to decide, and
+its decisions read back.
 
-Queue files, CSV (opens in a spreadsheet, so what one would take for a formula has an apostrophe before it) and JSON lines with the same rows:
+Queue files, CSV (opens in a spreadsheet, so what one would take for a formula has an apostrophe
+before it) and JSON lines with the same rows:
 
     id          of the item; a hash of its texts where no column names it
     prompt, a, b, ...   the texts that were judged; conversations as one text
@@ -8,8 +10,9 @@ Queue files, CSV (opens in a spreadsheet, so what one would take for a formula h
     decision    empty, for the person: a label, or drop
     comment     free
 
-A decided item leaves the step as one row with that label and `reviewed: true`; the step `aggregate` after it takes the decision as it is.
-Reading decisions changes nothing but what they name, so reading them twice gives the same rows.
+A decided item leaves the step as one row with that label and `reviewed: true`; the step `aggregate`
+after it takes the decision as it is. Reading decisions changes nothing but what they name, so
+reading them twice gives the same rows.
 """
 
 import csv
@@ -26,7 +29,16 @@ from rlhf.data.agreement import sorted_labels
 from rlhf.data.cells import bare, inert
 from rlhf.data.files import read_rows
 from rlhf.data.prepare.items import Context, Item
-from rlhf.data.prepare.judgements import REVIEWED, SIDES, Subject, by_side, reject, settled, subjects, typed
+from rlhf.data.prepare.judgements import (
+    REVIEWED,
+    SIDES,
+    Subject,
+    by_side,
+    reject,
+    settled,
+    subjects,
+    typed,
+)
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
@@ -55,7 +67,9 @@ def _lines(text: str) -> str:
 
 
 def disputed(subject: Subject, agreed: float) -> bool:
-    """Whether the most frequent label has a smaller share than `agreed`; what a person has decided is not."""
+    """Whether the most frequent label has a smaller share than `agreed`; what a person has decided
+    is not.
+    """
     if subject.reviewed:
         return False
     votes = votes_by_item(subject.labels())[subject.id]
@@ -73,15 +87,26 @@ def queue_row(subject: Subject, decision: Decision | None) -> Row:
 def write_queue(rows: Sequence[Row], stem: Path) -> None:
     """`stem`.csv and `stem`.jsonl, each replaced whole."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(key for row in rows for key in row)) or ["id", "labels", "decision", "comment"]
+    names = list(dict.fromkeys(key for row in rows for key in row)) or [
+        "id",
+        "labels",
+        "decision",
+        "comment",
+    ]
     table, lines = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".jsonl")
     beside = stem.with_name(stem.name + ".tmp")
-    with beside.open("w", encoding="utf-8-sig", newline="") as out:  # the byte order mark tells spreadsheets that it is UTF-8
+    # the byte order mark tells spreadsheets that it is UTF-8
+    with beside.open("w", encoding="utf-8-sig", newline="") as out:
         writer = csv.DictWriter(out, names)
         writer.writeheader()
-        writer.writerows({key: inert(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows)
+        writer.writerows(
+            {key: inert(value) if isinstance(value, str) else value for key, value in row.items()}
+            for row in rows
+        )
     beside.replace(table)
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     beside.replace(lines)
 
 
@@ -91,15 +116,19 @@ def _filled(path: Path) -> bool:
         return False
     try:
         return any(str(row.get("decision") or "").strip() for row in read_rows(path))
-    except UserError:  # half-edited, or without rows: nobody's decisions are lost by reading on, but they would be by writing
+    # half-edited, or without rows: nobody's decisions are lost by reading on, but they would be by
+    # writing
+    except UserError:
         return path.stat().st_size > 0 and len(path.read_bytes().splitlines()) > 1
 
 
-def read_decisions(path: str, found: Sequence[Subject], labels: Sequence[Any]) -> dict[str, Decision]:
+def read_decisions(
+    path: str, found: Sequence[Subject], labels: Sequence[Any]
+) -> dict[str, Decision]:
     """Decisions by id; rows with an empty decision are passed over.
 
-    Raises UserError naming file and row: no id, an item that the data doesn't have, texts that were edited, a decision that is no label,
-    and two different ones for an item.
+    Raises UserError naming file and row: no id, an item that the data doesn't have, texts that were
+    edited, a decision that is no label, and two different ones for an item.
     """
     known = {subject.id: subject for subject in found}
     out: dict[str, Decision] = {}
@@ -107,55 +136,103 @@ def read_decisions(path: str, found: Sequence[Subject], labels: Sequence[Any]) -
         place = f"{path}, row {number}"
         lacking = [key for key in ("id", "decision") if key not in row]
         if lacking:
-            raise UserError(f"{place}: expected the columns of a queue file that the step review wrote, found none called {lacking[0]!r}.")
+            raise UserError(
+                f"{place}: expected the columns of a queue file that the step review wrote, "
+                f"found none called {lacking[0]!r}."
+            )
         key, text = str(row["id"]), str("" if row["decision"] is None else row["decision"]).strip()
         if not text:
             continue
         key = key if key in known else bare(key)
         subject = known.get(key)
         if subject is None:
-            raise UserError(f"{place}: the data has no item {key!r}. Expected the queue file of the same rows; take the row out if they are gone.")
+            raise UserError(
+                f"{place}: the data has no item {key!r}. Expected the queue file of the same "
+                "rows; take the row out if they are gone."
+            )
         for column, value in subject.texts.items():
-            if column not in row or _lines(str(row[column])) not in (_lines(readable(value)), _lines(inert(readable(value)))):
+            if column not in row or _lines(str(row[column])) not in (
+                _lines(readable(value)),
+                _lines(inert(readable(value))),
+            ):
                 raise UserError(
-                    f"{place}: item {key!r} was judged with another text in {column!r} than the data has: the queue file was edited there, or "
+                    f"{place}: item {key!r} was judged with another text in {column!r} than the "
+                    "data has: the queue file was edited there, or "
                     "the data changed. Decide it again in a fresh queue file."
                 )
-        label = DROP if text.lower() == DROP and DROP not in map(str, labels) else typed(text, labels)
+        label = (
+            DROP if text.lower() == DROP and DROP not in map(str, labels) else typed(text, labels)
+        )
         if label != DROP and label not in labels:
             label = typed(bare(text), labels)
         if label != DROP and label not in labels:
-            raise UserError(f"{place}: decision {text!r}: expected one of {', '.join(map(str, labels))}, or {DROP}.")
+            raise UserError(
+                f"{place}: decision {text!r}: expected one of {', '.join(map(str, labels))}, or "
+                f"{DROP}."
+            )
         decision = Decision(label, bare(str(row.get("comment") or "")))
         if key in out and out[key].label != label:
-            raise UserError(f"{place}: item {key!r} is decided twice, as {out[key].label!r} and as {label!r}: expected one decision.")
+            raise UserError(
+                f"{place}: item {key!r} is decided twice, as {out[key].label!r} and as "
+                f"{label!r}: expected one decision."
+            )
         out[key] = decision
     return out
 
 
 def review(options: Review, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Rows pass as they are; items that `decisions` decides become one row each, and dropped ones are rejected.
+    """Rows pass as they are; items that `decisions` decides become one row each, and dropped ones
+    are rejected.
 
-    Writes the queue of the items that are disputed, with the decisions that were read. Raises UserError as `subjects` and `read_decisions`,
-    and where a queue file would replace one that holds decisions which are not read.
+    Writes the queue of the items that are disputed, with the decisions that were read. Raises
+    UserError as `subjects` and `read_decisions`, and where a queue file would replace one that
+    holds decisions which are not read.
     """
     rows = list(items)
     found = subjects(rows, options, context)
-    labels: Sequence[Any] = SIDES if by_side(options, context.kind) else sorted_labels(j.label for s in found for j in s.judgements)
-    decisions = read_decisions(options.decisions, found, labels) if options.decisions is not None else {}
+    labels: Sequence[Any] = (
+        SIDES
+        if by_side(options, context.kind)
+        else sorted_labels(j.label for s in found for j in s.judgements)
+    )
+    decisions = (
+        read_decisions(options.decisions, found, labels) if options.decisions is not None else {}
+    )
     stem = context.folder / options.queue
     if options.decisions is None:
-        filled = next((p for suffix in (".csv", ".jsonl") if _filled(p := stem.with_name(stem.name + suffix))), None)
+        filled = next(
+            (
+                p
+                for suffix in (".csv", ".jsonl")
+                if _filled(p := stem.with_name(stem.name + suffix))
+            ),
+            None,
+        )
         if filled is not None:
-            raise UserError(f"step review: {filled} holds decisions that would be lost. Name it as decisions, or set another queue.")
-    queued = [subject for subject in found if subject.id in decisions or disputed(subject, options.agreed)]
+            raise UserError(
+                f"step review: {filled} holds decisions that would be lost. Name it as "
+                "decisions, or set another queue."
+            )
+    queued = [
+        subject for subject in found if subject.id in decisions or disputed(subject, options.agreed)
+    ]
     write_queue([queue_row(subject, decisions.get(subject.id)) for subject in queued], stem)
     dropped = sum(decision.label == DROP for decision in decisions.values())
-    counts = {"items": len(found), "queued": len(queued), "decided": len(decisions) - dropped, "dropped": dropped}
+    counts = {
+        "items": len(found),
+        "queued": len(queued),
+        "decided": len(decisions) - dropped,
+        "dropped": dropped,
+    }
     context.figures.update(counts, queue=f"{options.queue}.csv")
     waiting = len(queued) - len(decisions)
     if waiting:
-        LOG.info("review: %d items wait for a decision in %s.csv: fill in a copy outside the run directory, name it as decisions", waiting, stem)
+        LOG.info(
+            "review: %d items wait for a decision in %s.csv: fill in a copy outside the run "
+            "directory, name it as decisions",
+            waiting,
+            stem,
+        )
     subject_of = {id(row): subject for subject in found for row in subject.rows}
     done: set[str] = set()
     for row in rows:
@@ -168,8 +245,18 @@ def review(options: Review, items: Iterator[Item], context: Context) -> Iterator
         elif subject.id not in done:
             done.add(subject.id)
             if decision.label == DROP:
-                reject(subject, f"dropped in review{f': {decision.comment!r}' if decision.comment else ''}", context)
+                reject(
+                    subject,
+                    f"dropped in review{f': {decision.comment!r}' if decision.comment else ''}",
+                    context,
+                )
             else:
                 for other in subject.rows[1:]:
                     context.rejected(other, f"decided in review, with '{subject.rows[0].place}'")
-                yield settled(subject, decision.label, options, context.kind, {REVIEWED: True, options.annotator: REVIEWER})
+                yield settled(
+                    subject,
+                    decision.label,
+                    options,
+                    context.kind,
+                    {REVIEWED: True, options.annotator: REVIEWER},
+                )

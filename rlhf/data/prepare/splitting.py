@@ -13,10 +13,14 @@ from rlhf.data.prepare.near import near_clusters
 from rlhf.types import UserError
 
 
-def draw(groups: Sequence[Sequence[int]], strata: Sequence[str], fraction: float, seed: int) -> list[int]:
-    """Rows held out: groups in random order, each taken where it brings the strata nearer to `fraction` of their rows.
+def draw(
+    groups: Sequence[Sequence[int]], strata: Sequence[str], fraction: float, seed: int
+) -> list[int]:
+    """Rows held out: groups in random order, each taken where it brings the strata nearer to
+    `fraction` of their rows.
 
-    At least one group, and never all of them. With one stratum that is the usual draw, which no group may overshoot by more than half its size.
+    At least one group, and never all of them. With one stratum that is the usual draw, which no
+    group may overshoot by more than half its size.
     """
     order = list(range(len(groups)))
     random.Random(f"{seed}:split").shuffle(order)
@@ -27,7 +31,9 @@ def draw(groups: Sequence[Sequence[int]], strata: Sequence[str], fraction: float
     for index in order:
         inside = Counter(strata[row] for row in groups[index])
         # Only the strata of this group change; nearer means a smaller sum of squared differences.
-        gain = sum((wanted[s] - taken[s]) ** 2 - (wanted[s] - taken[s] - n) ** 2 for s, n in inside.items())
+        gain = sum(
+            (wanted[s] - taken[s]) ** 2 - (wanted[s] - taken[s] - n) ** 2 for s, n in inside.items()
+        )
         if gain > 0:
             taken.update(inside)
             held.append(index)
@@ -47,22 +53,46 @@ def split(options: Split, items: Iterator[Item], context: Context) -> Iterator[I
         groups = [[index] for index in range(len(rows))]
     else:
         texts = [(prompt_of(item.columns), "") for item in rows]
-        found = near_clusters(texts, threshold=options.threshold, ngram=options.ngram, count=options.permutations, seed=context.seed)
+        found = near_clusters(
+            texts,
+            threshold=options.threshold,
+            ngram=options.ngram,
+            count=options.permutations,
+            seed=context.seed,
+        )
         groups = members(found.tolist())
     if len(groups) < 2:
         raise UserError(
-            f"step split: all {len(rows)} prompts are one or near duplicates (threshold={options.threshold:g}), so no cluster of them can be held "
-            "out. Set by=row to hold out rows of a data set with one prompt for all, or raise the threshold."
+            f"step split: all {len(rows)} prompts are one or near duplicates "
+            f"(threshold={options.threshold:g}), so no cluster of them can be held "
+            "out. Set by=row to hold out rows of a data set with one prompt for all, or raise "
+            "the threshold."
         )
-    strata = column_groups(rows, options.stratify, "split") if options.stratify is not None else [""] * len(rows)
+    strata = (
+        column_groups(rows, options.stratify, "split")
+        if options.stratify is not None
+        else [""] * len(rows)
+    )
     held = set(draw(groups, strata, options.fraction, context.seed))
     for index, item in enumerate(rows):
         item.split = "eval" if index in held else "train"
         yield item
     largest = max(map(len, groups))
-    context.figures.update(train=len(rows) - len(held), eval=len(held), groups=len(groups), largest_group=largest, seed=context.seed)
+    context.figures.update(
+        train=len(rows) - len(held),
+        eval=len(held),
+        groups=len(groups),
+        largest_group=largest,
+        seed=context.seed,
+    )
     if options.stratify is not None:
-        shares = {name: round(sum(strata[i] == name for i in held) / count, 4) for name, count in sorted(Counter(strata).items())}
+        shares = {
+            name: round(sum(strata[i] == name for i in held) / count, 4)
+            for name, count in sorted(Counter(strata).items())
+        }
         context.figures["held_out_share"] = shares
     names = "".join(f"{rows[i].origin}\t{rows[i].number}\n" for i in sorted(held))
-    context.figures["eval_rows_sha256"] = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()  # the same rows, the same split
+    # the same rows, the same split
+    context.figures["eval_rows_sha256"] = hashlib.sha256(
+        names.encode("utf-8", "surrogatepass")
+    ).hexdigest()

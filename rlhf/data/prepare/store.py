@@ -1,6 +1,8 @@
-"""What a step left behind: its rows, the rows that it rejected and its figures, in a directory that appears when all of it is written.
+"""What a step left behind: its rows, the rows that it rejected and its figures, in a directory that
+appears when all of it is written.
 
-steps/<number>-<name>/items.jsonl      [origin, row, split, columns] of each row that came out (where rows are kept)
+steps/<number>-<name>/items.jsonl      [origin, row, split, columns] of each row that came out
+(where rows are kept)
                       rejected.jsonl   step, reason, file, row, content of each row that it left out
                       step.json        the report, with the key of what it stands for
 """
@@ -19,7 +21,8 @@ from typing import Any, TextIO
 from rlhf.data.prepare.items import Item
 
 FOLDER, ITEMS, REJECTED, REPORT = "steps", "items.jsonl", "rejected.jsonl", "step.json"
-_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
+# json.dumps would make an encoder for each row
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 _MOST_REASONS = 20  # different reasons counted apart
 _NUMBERS = re.compile(r"\d+(?:[.,]\d+)*")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
@@ -38,7 +41,8 @@ class StepReport:
     rejected: int = 0
     seconds: float = 0.0  # its own, without the steps before it
     reused: bool = False  # taken from an earlier run
-    reasons: dict[str, int] = field(default_factory=dict)  # rejected rows by reason, numbers and quotes left out
+    # rejected rows by reason, numbers and quotes left out
+    reasons: dict[str, int] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def count(self, reason: str) -> None:
@@ -61,7 +65,9 @@ def line(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it and gives it back: dates, decimals and bytes of a table as text, tuples as lists, NaN as null."""
+    """`value` as JSON can hold it and gives it back: dates, decimals and bytes of a table as text,
+    tuples as lists, NaN as null.
+    """
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -85,14 +91,18 @@ def place(folder: Path, number: int, name: str) -> Path:
 
 
 class Writer:
-    """Writes one step's directory beside its place; `close` puts it there. What a killed run leaves has another name and is never read."""
+    """Writes one step's directory beside its place; `close` puts it there. What a killed run leaves
+    has another name and is never read.
+    """
 
     def __init__(self, target: Path, *, items: bool) -> None:
         self._target, self._beside = target, target.with_name(target.name + ".tmp")
         shutil.rmtree(self._beside, ignore_errors=True)
         self._beside.mkdir(parents=True)
         self._rejected: TextIO = (self._beside / REJECTED).open("w", encoding="utf-8")
-        self._items: TextIO | None = (self._beside / ITEMS).open("w", encoding="utf-8") if items else None
+        self._items: TextIO | None = (
+            (self._beside / ITEMS).open("w", encoding="utf-8") if items else None
+        )
 
     def item(self, item: Item) -> None:
         if self._items is not None:
@@ -108,7 +118,10 @@ class Writer:
                 handle.flush()
                 os.fsync(handle.fileno())
                 handle.close()
-        (self._beside / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (self._beside / REPORT).write_text(
+            json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+        )
         shutil.rmtree(self._target, ignore_errors=True)
         os.replace(self._beside, self._target)
 
@@ -135,7 +148,8 @@ def read_items(target: Path) -> Iterator[Item]:
 
 
 def reusable(targets: Sequence[Path], keys: Sequence[str]) -> int:
-    """How many steps (the reading at 0 not counted) need not run: up to the last one whose rows are kept and stand for its key.
+    """How many steps (the reading at 0 not counted) need not run: up to the last one whose rows are
+    kept and stand for its key.
 
     Every step before it must have left its report and rejected rows, too.
     """

@@ -1,10 +1,12 @@
 """The step `terms`: other words for one thing become its canonical term.
 
-The dictionary is a YAML file, `canonical term: [other word, ...]`. Whole words are exchanged, the longest first and in one pass, so that what was
-put in is never changed again; a canonical term that stands in the text already is left alone, and with it any shorter word inside it.
-An entry without other words only protects its term. A word in small letters is found in any capitals, and a term in small letters takes on those of
-what it replaces; a word with capitals of its own is found as it is written. In scripts without spaces between words (Chinese, Japanese, Thai ...) a
-word is found wherever it stands: protect the longer words that contain it.
+The dictionary is a YAML file, `canonical term: [other word, ...]`. Whole words are exchanged, the
+longest first and in one pass, so that what was put in is never changed again; a canonical term that
+stands in the text already is left alone, and with it any shorter word inside it. An entry without
+other words only protects its term. A word in small letters is found in any capitals, and a term in
+small letters takes on those of what it replaces; a word with capitals of its own is found as it is
+written. In scripts without spaces between words (Chinese, Japanese, Thai ...) a word is found
+wherever it stands: protect the longer words that contain it.
 """
 
 import json
@@ -33,12 +35,19 @@ class Dictionary:
 
 
 def read_dictionary(path: str) -> Dictionary:
-    """Raises UserError: not a mapping of terms to words, no word at all, a word of two terms, a term that is another's word."""
+    """Raises UserError: not a mapping of terms to words, no word at all, a word of two terms, a
+    term that is another's word.
+    """
     content = read_yaml(path, "step terms: dictionary")
     if not isinstance(content, dict):
-        raise UserError(f"step terms: dictionary={path}: expected a mapping of each term to its other words, found {type(content).__name__}.")
+        raise UserError(
+            f"step terms: dictionary={path}: expected a mapping of each term to its other words, "
+            f"found {type(content).__name__}."
+        )
     terms = {
-        word_list([term], f"step terms: dictionary={path}")[0]: word_list(words, f"step terms: dictionary={path}, {term}")
+        word_list([term], f"step terms: dictionary={path}")[0]: word_list(
+            words, f"step terms: dictionary={path}, {term}"
+        )
         for term, words in content.items()
     }
     return make_dictionary(terms, f"step terms: dictionary={path}")
@@ -52,23 +61,34 @@ def make_dictionary(terms: Mapping[str, list[str]], place: str) -> Dictionary:
     for term, words in terms.items():
         for word in words:
             if owner.setdefault(word.lower(), term) != term:
-                raise UserError(f"{place}: {word!r} stands for {owner[word.lower()]!r} and for {term!r}: expected one of them.")
+                raise UserError(
+                    f"{place}: {word!r} stands for {owner[word.lower()]!r} and for {term!r}: "
+                    "expected one of them."
+                )
     if not owner:
         raise UserError(f"{place}: no term has another word, so there is nothing to exchange.")
     for term in terms:
         other = owner.get(term.lower(), term)
         if other != term:
-            raise UserError(f"{place}: {term!r} is a term and another word for {other!r}: expected one of them.")
-    exact = {word: term for term, words in terms.items() for word in words if not word.islower()} | {term: term for term in terms}
+            raise UserError(
+                f"{place}: {term!r} is a term and another word for {other!r}: expected one of them."
+            )
+    exact = {
+        word: term for term, words in terms.items() for word in words if not word.islower()
+    } | {term: term for term in terms}
     small = {word: term for term, words in terms.items() for word in words if word.islower()}
     small = {term: term for term in terms if term.islower()} | small
     found = sorted({*exact, *small}, key=lambda word: (-len(word), word))
-    pattern = regex.compile("|".join(f"(?i:{bounded(w)})" if w in small else bounded(w) for w in found), regex.V1)
+    pattern = regex.compile(
+        "|".join(f"(?i:{bounded(w)})" if w in small else bounded(w) for w in found), regex.V1
+    )
     return Dictionary(pattern, exact, small)
 
 
 def exchange(text: str, dictionary: Dictionary, changes: Counter[tuple[str, str]]) -> str:
-    """`text` with canonical terms; what was exchanged is added to `changes` as (term, word as the dictionary has it)."""
+    """`text` with canonical terms; what was exchanged is added to `changes` as (term, word as the
+    dictionary has it).
+    """
 
     def replaced(match: Any) -> str:
         found = match.group()
@@ -78,7 +98,9 @@ def exchange(text: str, dictionary: Dictionary, changes: Counter[tuple[str, str]
             new = term
         else:
             term = dictionary.small.get(word, "")
-            if not term:  # capitals that small letters don't come back from, such as a dotted I: leave what is not surely the word
+            # capitals that small letters don't come back from, such as a dotted I: leave what is
+            # not surely the word
+            if not term:
                 return found
             new = in_case_of(found, term)
         if word == term or new == found:
@@ -90,9 +112,11 @@ def exchange(text: str, dictionary: Dictionary, changes: Counter[tuple[str, str]
 
 
 def terms(options: Terms, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Every row, with its texts in canonical terms; a pair whose sides these make equal is left out.
+    """Every row, with its texts in canonical terms; a pair whose sides these make equal is left
+    out.
 
-    Figures: rows changed, and for each term its words, how often and in how many rows. Raises UserError as `read_dictionary`.
+    Figures: rows changed, and for each term its words, how often and in how many rows. Raises
+    UserError as `read_dictionary`.
     """
     dictionary = read_dictionary(options.dictionary)
     counts: dict[str, dict[str, Any]] = {}
@@ -104,7 +128,11 @@ def terms(options: Terms, items: Iterator[Item], context: Context) -> Iterator[I
             changes: Counter[tuple[str, str]] = Counter()
 
             def change(where: str, text: str, into: Counter[tuple[str, str]] = changes) -> str:
-                return exchange(text, dictionary, into) if not options.columns or where.partition("[")[0] in options.columns else text
+                return (
+                    exchange(text, dictionary, into)
+                    if not options.columns or where.partition("[")[0] in options.columns
+                    else text
+                )
 
             columns = replace_texts(item.columns, change)
             problem = emptied(item.columns, columns) if changes else None
@@ -121,7 +149,13 @@ def terms(options: Terms, items: Iterator[Item], context: Context) -> Iterator[I
                 for term in {term for term, _ in changes}:
                     counts[term]["rows"] += 1
                 said = [f"{word} -> {term}" for term, word in changes]
-                report.write(json.dumps({"file": item.origin, "row": item.number, "exchanged": said}, ensure_ascii=False) + "\n")
+                report.write(
+                    json.dumps(
+                        {"file": item.origin, "row": item.number, "exchanged": said},
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
                 if len(examples) < _EXAMPLES:
                     examples.append({"place": item.place, "exchanged": "; ".join(said)})
                 item.columns = columns

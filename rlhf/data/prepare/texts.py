@@ -9,9 +9,12 @@ from conf.preparation.base import Part
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import answers_of, joined, prompt_of
 
-# Scripts that put no space between words: each character counts as a word, as text classifiers without a dictionary do.
+# Scripts that put no space between words: each character counts as a word, as text classifiers
+# without a dictionary do.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
-_SPACED = r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]+"
+_SPACED = (
+    r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]+"
+)
 
 
 @cache
@@ -24,7 +27,9 @@ def _patterns() -> tuple[Any, Any, Any]:
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits (with the hyphens and apostrophes inside them); single characters of scripts without spaces."""
+    """Runs of letters and digits (with the hyphens and apostrophes inside them); single characters
+    of scripts without spaces.
+    """
     return _patterns()[0].findall(text)
 
 
@@ -39,7 +44,9 @@ def symbols(text: str) -> int:
 
 
 def normalised(text: str) -> str:
-    """What counts as the same text: NFKC, case folded, white space as single spaces, none at the ends."""
+    """What counts as the same text: NFKC, case folded, white space as single spaces, none at the
+    ends.
+    """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -57,7 +64,9 @@ def text_of(columns: dict[str, Any], part: Part) -> str:
 
 
 def imitated(columns: dict[str, Any], part: Part, kind: Use) -> dict[str, str]:
-    """`texts_of` without the answers that teach by being bad: a pair's rejected side, an answer judged bad (then nothing is left)."""
+    """`texts_of` without the answers that teach by being bad: a pair's rejected side, an answer
+    judged bad (then nothing is left).
+    """
     if part is Part.prompt:
         return texts_of(columns, part)
     if kind is Use.preference:
@@ -68,9 +77,11 @@ def imitated(columns: dict[str, Any], part: Part, kind: Use) -> dict[str, str]:
 
 
 def sides(columns: dict[str, Any], part: Part, kind: Use) -> tuple[str, str]:
-    """What makes two rows the same: the text, and apart from it what is judged bad, "" where nothing is.
+    """What makes two rows the same: the text, and apart from it what is judged bad, "" where
+    nothing is.
 
-    A pair with its sides swapped, or an answer judged the other way, has the same words and says the opposite: no duplicate.
+    A pair with its sides swapped, or an answer judged the other way, has the same words and says
+    the opposite: no duplicate.
     """
     if part is Part.prompt or kind not in (Use.preference, Use.unpaired):
         return text_of(columns, part), ""
@@ -88,14 +99,20 @@ def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def emptied(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """Why changed columns are no row any more: a text that is gone, two sides of a pair that became one; None where they still are."""
+    """Why changed columns are no row any more: a text that is gone, two sides of a pair that became
+    one; None where they still are.
+    """
     for key, value in after.items():
         old = before.get(key)
         if isinstance(value, str) and isinstance(old, str) and old.strip() and not value.strip():
             return f"nothing is left of key {key!r}"
         if isinstance(value, list) and isinstance(old, list):
             for i, (message, was) in enumerate(zip(value, old, strict=True)):
-                if isinstance(message, dict) and was.get("content", "").strip() and not message.get("content", "").strip():
+                if (
+                    isinstance(message, dict)
+                    and was.get("content", "").strip()
+                    and not message.get("content", "").strip()
+                ):
                     return f"nothing is left of key '{key}[{i}]'"
     if "chosen" in after and "rejected" in after and after["chosen"] == after["rejected"]:
         return "keys 'chosen' and 'rejected' have become the same"

@@ -1,5 +1,7 @@
-"""The step `back_translate`: a new training row for each row, its text translated into another language and back (Sennrich et al. 2016; as
-augmentation Edunov et al. 2018). What is changed, and where new rows go, is as in the step `augment`."""
+"""The step `back_translate`: a new training row for each row, its text translated into another
+language and back (Sennrich et al. 2016; as augmentation Edunov et al. 2018). What is changed, and
+where new rows go, is as in the step `augment`.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,32 +12,58 @@ from rlhf.data.prepare.translators import Translator, make_translator
 from rlhf.types import UserError
 
 
-def there_and_back(texts: Sequence[str], translator: Translator, source: str, pivot: str) -> dict[str, str]:
+def there_and_back(
+    texts: Sequence[str], translator: Translator, source: str, pivot: str
+) -> dict[str, str]:
     """Each different text with its back-translation; empty where either direction gave nothing."""
     distinct = list(dict.fromkeys(texts))
     between = translator.translate(distinct, source, pivot) if distinct else []
-    kept = [(text, middle) for text, middle in zip(distinct, between, strict=True) if middle.strip()]
+    kept = [
+        (text, middle) for text, middle in zip(distinct, between, strict=True) if middle.strip()
+    ]
     back = translator.translate([middle for _, middle in kept], pivot, source) if kept else []
-    return dict.fromkeys(distinct, "") | {text: found.strip() for (text, _), found in zip(kept, back, strict=True)}
+    return dict.fromkeys(distinct, "") | {
+        text: found.strip() for (text, _), found in zip(kept, back, strict=True)
+    }
 
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def back_translate(options: BackTranslate, items: Iterator[Item], context: Context, translator: Translator | None = None) -> Iterator[Item]:
-    """Every row, each of the training split followed by its new one; a translation that is empty or says the same gives none and is counted.
+def back_translate(
+    options: BackTranslate,
+    items: Iterator[Item],
+    context: Context,
+    translator: Translator | None = None,
+) -> Iterator[Item]:
+    """Every row, each of the training split followed by its new one; a translation that is empty or
+    says the same gives none and is counted.
 
     Raises UserError before a split, and for a translator that can't be loaded.
     """
     if not context.split_done:
-        raise UserError("step back_translate: expected a split step before it, so that no copy of a held-out row trains.")
+        raise UserError(
+            "step back_translate: expected a split step before it, so that no copy of a held-out "
+            "row trains."
+        )
     translator = translator or make_translator(options)
     rows = list(items)
     places = [asked(item.columns, context.kind) if may_grow(item) else [] for item in rows]
-    texts = [text_at(item.columns, where) for item, found in zip(rows, places, strict=True) for where in found]
+    texts = [
+        text_at(item.columns, where)
+        for item, found in zip(rows, places, strict=True)
+        for where in found
+    ]
     translated = there_and_back(texts, translator, options.source, options.pivot)
-    counts = {"rows": sum(map(may_grow, rows)), "texts": len(translated), "new": 0, "empty": 0, "equal": 0, "nothing_asked": 0}
+    counts = {
+        "rows": sum(map(may_grow, rows)),
+        "texts": len(translated),
+        "new": 0,
+        "empty": 0,
+        "equal": 0,
+        "nothing_asked": 0,
+    }
     context.figures["counts"] = counts
     for item, found in zip(rows, places, strict=True):
         yield item
@@ -46,7 +74,9 @@ def back_translate(options: BackTranslate, items: Iterator[Item], context: Conte
             counts["nothing_asked"] += 1
         elif not all(new.values()):
             counts["empty"] += 1
-        elif all(_plain(text) == _plain(text_at(item.columns, where)) for where, text in new.items()):
+        elif all(
+            _plain(text) == _plain(text_at(item.columns, where)) for where, text in new.items()
+        ):
             counts["equal"] += 1
         else:
             counts["new"] += 1

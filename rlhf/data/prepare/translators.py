@@ -1,4 +1,6 @@
-"""What `back_translate` translates with: model directories, argostranslate's packages, or a function of the user's."""
+"""What `back_translate` translates with: model directories, argostranslate's packages, or a
+function of the user's.
+"""
 
 import importlib
 import logging
@@ -14,24 +16,43 @@ _PLACE = "step back_translate"
 
 
 class Translator(Protocol):
-    """Texts from one language into another, in the texts' order. Languages are codes such as en, de, zh."""
+    """Texts from one language into another, in the texts' order. Languages are codes such as en,
+    de, zh.
+    """
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str]: ...
 
 
 class ModelTranslator:
-    """Sequence-to-sequence models from local directories, one for each direction; Marian's (opus-mt) need no more than their directory.
+    """Sequence-to-sequence models from local directories, one for each direction; Marian's
+    (opus-mt) need no more than their directory.
 
-    Greedy, or with `beams`, so the same text always has the same translation. A text that is longer than the model's positions can't be
-    translated whole and comes back empty, which the step counts.
+    Greedy, or with `beams`, so the same text always has the same translation. A text that is longer
+    than the model's positions can't be translated whole and comes back empty, which the step
+    counts.
     """
 
-    def __init__(self, directories: dict[tuple[str, str], str], *, batch_size: int, max_new_tokens: int, beams: int) -> None:
-        self.directories, self.batch_size, self.max_new_tokens, self.beams = directories, batch_size, max_new_tokens, beams
+    def __init__(
+        self,
+        directories: dict[tuple[str, str], str],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        beams: int,
+    ) -> None:
+        self.directories, self.batch_size, self.max_new_tokens, self.beams = (
+            directories,
+            batch_size,
+            max_new_tokens,
+            beams,
+        )
         self._loaded: dict[tuple[str, str], tuple[Any, Any]] = {}
         for (source, target), directory in directories.items():
             if not (Path(directory).expanduser() / "config.json").is_file():
-                raise UserError(f"{_PLACE}: {source} to {target}: {directory} holds no config.json, so it is not a model's directory.")
+                raise UserError(
+                    f"{_PLACE}: {source} to {target}: {directory} holds no config.json, so it is "
+                    "not a model's directory."
+                )
 
     def _model(self, direction: tuple[str, str]) -> tuple[Any, Any]:
         if direction not in self._loaded:
@@ -42,8 +63,14 @@ class ModelTranslator:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model, info = AutoModelForSeq2SeqLM.from_pretrained(directory, output_loading_info=True)
             if info["missing_keys"]:  # transformers would fill them with random numbers
-                raise UserError(f"{_PLACE}: {directory}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}, so it is not a whole model.")
-            self._loaded[direction] = AutoTokenizer.from_pretrained(directory), model.to(device).eval()
+                raise UserError(
+                    f"{_PLACE}: {directory}: its weights lack "
+                    f"{', '.join(sorted(info['missing_keys'])[:3])}, so it is not a whole model."
+                )
+            self._loaded[direction] = (
+                AutoTokenizer.from_pretrained(directory),
+                model.to(device).eval(),
+            )
         return self._loaded[direction]
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str]:
@@ -57,15 +84,26 @@ class ModelTranslator:
         out = [""] * len(texts)
         if len(fits) < len(texts):
             LOG.warning(
-                "%s: %d texts are longer than the %s tokens that the model from %s to %s reads", _PLACE, len(texts) - len(fits), limit, source, target
+                "%s: %d texts are longer than the %s tokens that the model from %s to %s reads",
+                _PLACE,
+                len(texts) - len(fits),
+                limit,
+                source,
+                target,
             )
         for start in range(0, len(fits), self.batch_size):
             batch = fits[start : start + self.batch_size]
-            inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", padding=True).to(model.device)
+            inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", padding=True).to(
+                model.device
+            )
             room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - 1)
             with torch.inference_mode():
-                written = model.generate(**inputs, do_sample=False, num_beams=self.beams, max_new_tokens=room)
-            for i, text in zip(batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+                written = model.generate(
+                    **inputs, do_sample=False, num_beams=self.beams, max_new_tokens=room
+                )
+            for i, text in zip(
+                batch, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True
+            ):
                 out[i] = text
         return out
 
@@ -78,16 +116,25 @@ class ArgosTranslator:
             translate = importlib.import_module("argostranslate.translate")
         except ImportError as error:
             raise UserError(
-                f"{_PLACE}: translator=argos needs the package argostranslate, which the toolkit doesn't ask for: pip install argostranslate, and "
-                "its language packages for both directions. Or use translator=model with two model directories."
+                f"{_PLACE}: translator=argos needs the package argostranslate, which the toolkit "
+                "doesn't ask for: pip install argostranslate, and "
+                "its language packages for both directions. Or use translator=model with two "
+                "model directories."
             ) from error
         languages = {language.code: language for language in translate.get_installed_languages()}
         self._translations: dict[tuple[str, str], Any] = {}
         for source, target in directions:
-            found = languages[source].get_translation(languages[target]) if source in languages and target in languages else None
+            found = (
+                languages[source].get_translation(languages[target])
+                if source in languages and target in languages
+                else None
+            )
             if found is None:
                 have = ", ".join(sorted(languages)) or "none"
-                raise UserError(f"{_PLACE}: translator=argos: no installed package from {source} to {target}. Languages that are installed: {have}.")
+                raise UserError(
+                    f"{_PLACE}: translator=argos: no installed package from {source} to "
+                    f"{target}. Languages that are installed: {have}."
+                )
             self._translations[source, target] = found
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str]:
@@ -103,15 +150,23 @@ class FunctionTranslator:
             self.function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(
-                f"{_PLACE}: translator={spec}: can't be loaded ({error}). Expected pkg.module:function that Python can import."
+                f"{_PLACE}: translator={spec}: can't be loaded ({error}). Expected "
+                "pkg.module:function that Python can import."
             ) from error
         self.spec = spec
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str]:
         out = self.function(list(texts), source, target)
-        if not isinstance(out, (list, tuple)) or len(out) != len(texts) or not all(isinstance(text, str) for text in out):
+        if (
+            not isinstance(out, (list, tuple))
+            or len(out) != len(texts)
+            or not all(isinstance(text, str) for text in out)
+        ):
             found = f"{len(out)} values" if isinstance(out, (list, tuple)) else type(out).__name__
-            raise UserError(f"{_PLACE}: translator={self.spec}: expected a list of {len(texts)} texts, found {found}.")
+            raise UserError(
+                f"{_PLACE}: translator={self.spec}: expected a list of {len(texts)} texts, found "
+                f"{found}."
+            )
         return list(out)
 
 
@@ -124,5 +179,8 @@ def make_translator(options: BackTranslate) -> Translator:
         return FunctionTranslator(options.translator)
     assert options.there is not None and options.back is not None
     return ModelTranslator(
-        {there: options.there, back: options.back}, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, beams=options.beams
+        {there: options.there, back: options.back},
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        beams=options.beams,
     )

@@ -25,7 +25,9 @@ def terms(text: Sides) -> list[str]:
 
 
 def tfidf_vectors(texts: Sequence[Sides]) -> Any:
-    """[N, V] sparse rows of length 1 (scikit-learn's smoothed idf); a text without a word is a row of zeros."""
+    """[N, V] sparse rows of length 1 (scikit-learn's smoothed idf); a text without a word is a row
+    of zeros.
+    """
     from scipy.sparse import csr_array
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -36,29 +38,42 @@ def tfidf_vectors(texts: Sequence[Sides]) -> Any:
 
 
 def embeddings(texts: Sequence[Sides], model: str) -> Any:
-    """[N, D] float32 rows of length 1 from a directory that sentence-transformers can load; with bad sides [N, 2 D], each half by itself.
+    """[N, D] float32 rows of length 1 from a directory that sentence-transformers can load; with
+    bad sides [N, 2 D], each half by itself.
 
     Raises UserError for a directory that holds no such model.
     """
     from pathlib import Path
 
-    from rlhf import distributed
+    from rlhf.process import distributed
 
     place = Path(model).expanduser()
     if not (place / "modules.json").is_file() and not (place / "config.json").is_file():
-        raise UserError(f"model={model}: expected a sentence-embedding model's directory (modules.json), found none there.")
+        raise UserError(
+            f"model={model}: expected a sentence-embedding model's directory (modules.json), "
+            "found none there."
+        )
     from sentence_transformers import SentenceTransformer
 
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-    encoder = SentenceTransformer(str(place), device=str(distributed.device()), local_files_only=True)
+    encoder = SentenceTransformer(
+        str(place), device=str(distributed.device()), local_files_only=True
+    )
 
     def encode(parts: list[str]) -> Any:
-        return encoder.encode(parts, batch_size=64, show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True).astype(np.float32)
+        return encoder.encode(
+            parts,
+            batch_size=64,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+            normalize_embeddings=True,
+        ).astype(np.float32)
 
     good = encode([text[0] for text in texts])
     if not any(text[1] for text in texts):
         return good
-    present = np.array([[bool(side) for side in text] for text in texts], dtype=np.float32)  # [N, 2]
+    # [N, 2]
+    present = np.array([[bool(side) for side in text] for text in texts], dtype=np.float32)
     bad = encode([text[1] for text in texts])
     both = np.concatenate([good * present[:, :1], bad * present[:, 1:]], axis=1)
     return both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
@@ -70,7 +85,9 @@ def vectors(texts: Sequence[Sides], how: Vectors, model: str | None) -> Any:
 
 
 def reduced(matrix: Any, seed: int) -> Any:
-    """[N, at most 50] latent semantic analysis of sparse rows, unit length: density and nearness mean little in thousands of dimensions."""
+    """[N, at most 50] latent semantic analysis of sparse rows, unit length: density and nearness
+    mean little in thousands of dimensions.
+    """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
 

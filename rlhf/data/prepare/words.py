@@ -1,4 +1,6 @@
-"""Words, boundaries and capitals, for the steps that exchange words: text in scripts with and without spaces between words."""
+"""Words, boundaries and capitals, for the steps that exchange words: text in scripts with and
+without spaces between words.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -21,7 +23,9 @@ def _compiled(pattern: str) -> Any:
 
 
 def bounded(term: str) -> str:
-    """A pattern for `term` as a whole word: no letter of a script with spaces may go on where the term begins or ends with one."""
+    """A pattern for `term` as a whole word: no letter of a script with spaces may go on where the
+    term begins or ends with one.
+    """
     import regex
 
     letter = _compiled(_SPACED_LETTER)
@@ -35,7 +39,9 @@ def has_han(text: str) -> bool:
 
 
 def in_case_of(model: str, word: str) -> str:
-    """`word`, where it is all small letters, with the capitals of `model`: ALL, First, or none. Capitals of its own stay."""
+    """`word`, where it is all small letters, with the capitals of `model`: ALL, First, or none.
+    Capitals of its own stay.
+    """
     if not word.islower():
         return word
     cased = [c for c in model if c.isupper() or c.islower()]
@@ -54,17 +60,25 @@ def read_yaml(path: str, key: str) -> Any:
     try:
         content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}={path}: not a readable YAML file ({' '.join(str(error).split())}).") from error
+        raise UserError(
+            f"{key}={path}: not a readable YAML file ({' '.join(str(error).split())})."
+        ) from error
     if not content:
         raise UserError(f"{key}={path} is empty: expected at least one entry.")
     return content
 
 
 def word_list(value: Any, place: str) -> list[str]:
-    """A YAML value as words: a text or a list of texts. Raises UserError; YAML reads no, yes, on and numbers as something else."""
+    """A YAML value as words: a text or a list of texts. Raises UserError; YAML reads no, yes, on
+    and numbers as something else.
+    """
     words: Sequence[Any] = [] if value is None else value if isinstance(value, list) else [value]
     for word in words:
         if not isinstance(word, str) or not word.strip():
-            kind = "an empty one" if isinstance(word, str) else f"{word!r}; put it in quotes if it is a word"
+            kind = (
+                "an empty one"
+                if isinstance(word, str)
+                else f"{word!r}; put it in quotes if it is a word"
+            )
             raise UserError(f"{place}: expected words, found {kind}.")
     return [word.strip() for word in words]

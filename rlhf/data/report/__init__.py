@@ -1,6 +1,8 @@
-"""The doctor of data sets (stage=data data.report=true): what is in the rows, what is wrong with them, and which option mends it.
+"""The doctor of data sets (stage=data data.report=true): what is in the rows, what is wrong with
+them, and which option mends it.
 
-`make` examines rows and writes report.json and report.html; `terminal.tables` shows the same on a screen.
+`make` examines rows and writes report.json and report.html; `terminal.tables` shows the same on a
+screen.
 """
 
 from rlhf.data.report.making import make

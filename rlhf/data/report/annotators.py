@@ -1,4 +1,6 @@
-"""What the people who judged say about the labels: agreement between them, accuracy against gold items."""
+"""What the people who judged say about the labels: agreement between them, accuracy against gold
+items.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +17,22 @@ from rlhf.data.report.texts import wilson
 
 ANNOTATOR = "annotator"  # column that names who judged: what the steps aggregate and review expect
 GOLD = ("gold", "gold_label")  # columns with the label that is known to be right
-_SIDES = {"chosen": True, "true": True, "1": True, "1.0": True, "rejected": False, "false": False, "0": False, "0.0": False}
+_SIDES = {
+    "chosen": True,
+    "true": True,
+    "1": True,
+    "1.0": True,
+    "rejected": False,
+    "false": False,
+    "0": False,
+    "0.0": False,
+}
 
 
 def annotated(items: Sequence[Item], settings: Settings) -> list[Subject]:
-    """What the rows with an annotator judge, as the steps aggregate and review see it; of one annotator's several labels the last counts."""
+    """What the rows with an annotator judge, as the steps aggregate and review see it; of one
+    annotator's several labels the last counts.
+    """
     named = [item for item in items if item.columns.get(ANNOTATOR) not in (None, "")]
     own = settings.kind in (Use.preference, Use.unpaired)  # such rows are judgements by themselves
     options = Aggregate(annotator=ANNOTATOR, label=None if own else "label", repeats=Repeats.last)
@@ -29,7 +42,14 @@ def annotated(items: Sequence[Item], settings: Settings) -> list[Subject]:
 def disputed(judged: Sequence[Subject]) -> list[list[tuple[Item, str]]]:
     """The rows of each item that annotators label differently."""
     return [
-        [(j.item, f"by {j.annotator}, who differs from another of {len(subject.judgements)} annotators") for j in subject.judgements]
+        [
+            (
+                j.item,
+                f"by {j.annotator}, who differs from another of {len(subject.judgements)} "
+                "annotators",
+            )
+            for j in subject.judgements
+        ]
         for subject in judged
         if len({str(j.label) for j in subject.judgements}) > 1
     ]
@@ -37,7 +57,11 @@ def disputed(judged: Sequence[Subject]) -> list[list[tuple[Item, str]]]:
 
 def kappa_of(found: Agreement) -> tuple[str, float | None]:
     """The kappa that fits: Cohen's of two annotators, Fleiss' of more."""
-    return ("Cohen's kappa", found.cohen) if found.annotators == 2 else ("Fleiss' kappa", found.fleiss.value)
+    return (
+        ("Cohen's kappa", found.cohen)
+        if found.annotators == 2
+        else ("Fleiss' kappa", found.fleiss.value)
+    )
 
 
 def annotators(items: Sequence[Item], settings: Settings) -> Section:
@@ -47,12 +71,20 @@ def annotators(items: Sequence[Item], settings: Settings) -> Section:
     labels = [label for subject in judged for label in subject.labels()]
     found = agreement(labels, seed=settings.seed) if labels else None
     if found is None or found.observed.items == 0:
-        return Section("annotators", title, {}, unmeasured=f"no two rows hold labels of one item by different annotators (column {ANNOTATOR})")
+        return Section(
+            "annotators",
+            title,
+            {},
+            unmeasured="no two rows hold labels of one item by different annotators (column "
+            f"{ANNOTATOR})",
+        )
     differing = disputed(judged)
     name, kappa = kappa_of(found)
     message = f"annotators differ on {len(differing)} of {found.observed.items} items"
     rows = [row for members in differing for row in members]
-    findings = finding("disagreement", Severity.warn, message, REMEDIES["disagreement"], rows, settings.named)
+    findings = finding(
+        "disagreement", Severity.warn, message, REMEDIES["disagreement"], rows, settings.named
+    )
     figures = {**found.figures(), "kappa": {"name": name, "value": kappa}}
     shown = (
         ("items with two labels or more", found.observed.items),
@@ -62,13 +94,17 @@ def annotators(items: Sequence[Item], settings: Settings) -> Section:
         ("Fleiss' kappa", found.fleiss.value),
         ("Krippendorff's alpha", found.krippendorff.value),
     )
-    return Section("annotators", title, figures, findings, (Table("Agreement", ("figure", "value"), shown),))
+    return Section(
+        "annotators", title, figures, findings, (Table("Agreement", ("figure", "value"), shown),)
+    )
 
 
 def gold_verdict(columns: Mapping[str, Any], kind: Use) -> bool | None:
-    """Whether a row's label is what its gold column says; None without a gold label that can be compared.
+    """Whether a row's label is what its gold column says; None without a gold label that can be
+    compared.
 
-    A pair's gold says which side is better: chosen or rejected (or true, false, 1, 0: whether the chosen one is).
+    A pair's gold says which side is better: chosen or rejected (or true, false, 1, 0: whether the
+    chosen one is).
     """
     gold = next((columns[key] for key in GOLD if columns.get(key) not in (None, "")), None)
     if gold is None:
@@ -89,14 +125,33 @@ def gold(items: Sequence[Item], settings: Settings) -> Section:
     verdicts = [(item, gold_verdict(item.columns, settings.kind)) for item in items]
     known = [(item, v) for item, v in verdicts if v is not None]
     if not known:
-        return Section("gold", title, {}, unmeasured=f"no row has a label and a gold label ({' or '.join(GOLD)})")
+        return Section(
+            "gold",
+            title,
+            {},
+            unmeasured=f"no row has a label and a gold label ({' or '.join(GOLD)})",
+        )
     right = sum(v for _, v in known)
     low, high = wilson(right, len(known))
     wrong = [(item, "the label is not the gold one") for item, v in known if not v]
     message = f"{len(wrong)} of {len(known)} gold items have another label"
-    findings = finding("wrong_labels", Severity.fail, message, REMEDIES["wrong_labels"], wrong, settings.named)
-    figures = {"items": len(known), "right": right, "accuracy": right / len(known), "low": low, "high": high}
+    findings = finding(
+        "wrong_labels", Severity.fail, message, REMEDIES["wrong_labels"], wrong, settings.named
+    )
+    figures = {
+        "items": len(known),
+        "right": right,
+        "accuracy": right / len(known),
+        "low": low,
+        "high": high,
+    }
     table = Table(
-        "Gold items", ("figure", "value"), (("items", len(known)), ("accuracy", right / len(known)), ("95 % interval", f"{low:.3f} to {high:.3f}"))
+        "Gold items",
+        ("figure", "value"),
+        (
+            ("items", len(known)),
+            ("accuracy", right / len(known)),
+            ("95 % interval", f"{low:.3f} to {high:.3f}"),
+        ),
     )
     return Section("gold", title, figures, findings, (table,))

@@ -14,9 +14,11 @@ from rlhf.data.report.records import Bars, Finding, Section, Settings, Severity,
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import entropy, words
 
-LABELS = ("label", "kto_tag", "category", "class", "topic", "sentiment")  # columns that may name a row's class
+# columns that may name a row's class
+LABELS = ("label", "kto_tag", "category", "class", "topic", "sentiment")
 _CLASSES = 50  # different values that a column of classes may have
-IMBALANCE = 3.0  # rows of the largest class per row of the smallest from which balance is worth a warning
+# rows of the largest class per row of the smallest from which balance is worth a warning
+IMBALANCE = 3.0
 _SURE = 0.9  # probability from which another language is believed
 _LETTERS = 20  # letters that a text needs before its language is judged
 _CLUSTERS = 20  # at most
@@ -28,7 +30,12 @@ def sampled(items: Sequence[Item], settings: Settings) -> list[Item]:
     """At most `settings.sample` of the rows, drawn by the seed, in their order."""
     if len(items) <= settings.sample:
         return list(items)
-    return [items[i] for i in sorted(random.Random(f"{settings.seed}:report").sample(range(len(items)), settings.sample))]
+    return [
+        items[i]
+        for i in sorted(
+            random.Random(f"{settings.seed}:report").sample(range(len(items)), settings.sample)
+        )
+    ]
 
 
 # ---- languages ----
@@ -43,7 +50,8 @@ def _identifier() -> Any:
 
 def language(text: str) -> tuple[str, float]:
     """(ISO 639-1 code, probability) of a text; ("und", 0) for one with too few letters to tell."""
-    letters = sum(c.isalpha() * (3 if ord(c) > 0x2E80 else 1) for c in text)  # a Chinese character says as much as a short word
+    # a Chinese character says as much as a short word
+    letters = sum(c.isalpha() * (3 if ord(c) > 0x2E80 else 1) for c in text)
     if letters < _LETTERS:
         return "und", 0.0
     code, probability = _identifier().classify(text)
@@ -51,36 +59,78 @@ def language(text: str) -> tuple[str, float]:
 
 
 def languages(items: Sequence[Item], settings: Settings) -> Section:
-    """The mix of languages; rows that are surely in another one than most are named where most share one."""
+    """The mix of languages; rows that are surely in another one than most are named where most
+    share one.
+    """
     title = "Languages"
     some = sampled(items, settings)
     if not some:
         return Section("languages", title, {}, unmeasured="there are no rows")
     found = [language(joined(item.columns)) for item in some]
     counts = Counter(code for code, _ in found)
-    main, most = max(((c, n) for c, n in counts.items() if c != "und"), key=lambda pair: pair[1], default=("und", 0))
-    others = [(item, f"{code}, probability {p:.2f}") for item, (code, p) in zip(some, found, strict=True) if code not in (main, "und") and p >= _SURE]
+    main, most = max(
+        ((c, n) for c, n in counts.items() if c != "und"),
+        key=lambda pair: pair[1],
+        default=("und", 0),
+    )
+    others = [
+        (item, f"{code}, probability {p:.2f}")
+        for item, (code, p) in zip(some, found, strict=True)
+        if code not in (main, "und") and p >= _SURE
+    ]
     findings: tuple[Finding, ...] = ()
     if most > len(some) / 2:
-        message = f"{len(others)} of {len(some)} rows looked at are in another language than most ({main})"
-        findings = finding("languages", Severity.info, message, REMEDIES["languages"], others, settings.named)
-    figures = {"rows": len(some), "counts": dict(counts.most_common()), "main": main, "others": len(others)}
+        message = (
+            f"{len(others)} of {len(some)} rows looked at are in another language than "
+            f"most ({main})"
+        )
+        findings = finding(
+            "languages", Severity.info, message, REMEDIES["languages"], others, settings.named
+        )
+    figures = {
+        "rows": len(some),
+        "counts": dict(counts.most_common()),
+        "main": main,
+        "others": len(others),
+    }
     rows = tuple((code, n, n / len(some)) for code, n in counts.most_common(12))
     top = counts.most_common(8)
-    plots = (Bars("Languages", "rows", tuple(code for code, _ in top), tuple(float(n) for _, n in top)),) if len(counts) > 1 else ()
-    return Section("languages", title, figures, findings, (Table("Languages", ("language", "rows", "share"), rows),), plots)
+    plots = (
+        (
+            Bars(
+                "Languages", "rows", tuple(code for code, _ in top), tuple(float(n) for _, n in top)
+            ),
+        )
+        if len(counts) > 1
+        else ()
+    )
+    return Section(
+        "languages",
+        title,
+        figures,
+        findings,
+        (Table("Languages", ("language", "rows", "share"), rows),),
+        plots,
+    )
 
 
 # ---- labels ----
 
 
 def label_columns(items: Sequence[Item]) -> dict[str, Counter[str]]:
-    """The columns that name classes, with the rows of each: a known name, and few different values beside the number of rows."""
+    """The columns that name classes, with the rows of each: a known name, and few different values
+    beside the number of rows.
+    """
     out = {}
     for name in LABELS:
-        values = [item.columns[name] for item in items if isinstance(item.columns.get(name), (str, bool, int))]
+        values = [
+            item.columns[name]
+            for item in items
+            if isinstance(item.columns.get(name), (str, bool, int))
+        ]
         counts = Counter(map(str, values))
-        least = 1 if name == "label" else 2  # one label for all rows is worth a word, one topic is not
+        # one label for all rows is worth a word, one topic is not
+        least = 1 if name == "label" else 2
         if least <= len(counts) <= min(_CLASSES, max(2, len(values) // 2)):
             out[name] = counts
     return out
@@ -91,23 +141,49 @@ def labels(items: Sequence[Item], settings: Settings) -> Section:
     title = "Labels"
     found = label_columns(items)
     if not found:
-        return Section("labels", title, {}, unmeasured=f"no row has a column of classes ({', '.join(LABELS)})")
+        return Section(
+            "labels", title, {}, unmeasured=f"no row has a column of classes ({', '.join(LABELS)})"
+        )
     figures: dict[str, Any] = {}
     findings: list[Finding] = []
     tables: list[Table] = []
     for name, counts in found.items():
-        total, (largest, most), (smallest, fewest) = sum(counts.values()), counts.most_common(1)[0], counts.most_common()[-1]
+        total, (largest, most), (smallest, fewest) = (
+            sum(counts.values()),
+            counts.most_common(1)[0],
+            counts.most_common()[-1],
+        )
         ratio = most / fewest
         balance = entropy(counts.values()) / math.log(len(counts)) if len(counts) > 1 else 0.0
         figures[name] = {"counts": dict(counts.most_common()), "ratio": ratio, "balance": balance}
-        tables.append(Table(f"Column {name}", ("class", "rows", "share"), tuple((c, n, n / total) for c, n in counts.most_common())))
-        rare = [(item, f"{name} is {smallest}") for item in items if str(item.columns.get(name)) == smallest and name in item.columns]
+        tables.append(
+            Table(
+                f"Column {name}",
+                ("class", "rows", "share"),
+                tuple((c, n, n / total) for c, n in counts.most_common()),
+            )
+        )
+        rare = [
+            (item, f"{name} is {smallest}")
+            for item in items
+            if str(item.columns.get(name)) == smallest and name in item.columns
+        ]
         if len(counts) == 1:
-            said, rows = f"every row has {name}={largest}", [(item, f"{name} is {largest}") for item in items if name in item.columns]
-            findings += finding("one_class", Severity.warn, said, REMEDIES["one_class"], rows, settings.named)
+            said, rows = (
+                f"every row has {name}={largest}",
+                [(item, f"{name} is {largest}") for item in items if name in item.columns],
+            )
+            findings += finding(
+                "one_class", Severity.warn, said, REMEDIES["one_class"], rows, settings.named
+            )
         elif ratio >= IMBALANCE:
-            said = f"column {name}: {most} rows of {largest} to {fewest} of {smallest}, which is {ratio:.1f} to 1"
-            findings += finding("imbalance", Severity.warn, said, REMEDIES["imbalance"], rare, settings.named)
+            said = (
+                f"column {name}: {most} rows of {largest} to {fewest} of {smallest}, which is "
+                f"{ratio:.1f} to 1"
+            )
+            findings += finding(
+                "imbalance", Severity.warn, said, REMEDIES["imbalance"], rare, settings.named
+            )
     return Section("labels", title, figures, tuple(findings), tuple(tables))
 
 
@@ -123,12 +199,16 @@ class Clustering:
 
 
 def cluster(texts: Sequence[str], seed: int) -> Clustering:
-    """k-means on TF-IDF of words, k = sqrt(n / 2) up to 20 (rule of thumb of Mardia, Kent and Bibby 1979). Raises ValueError: no shared words."""
+    """k-means on TF-IDF of words, k = sqrt(n / 2) up to 20 (rule of thumb of Mardia, Kent and Bibby
+    1979). Raises ValueError: no shared words.
+    """
     import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(analyzer=words, min_df=2, max_df=0.5, max_features=5000, sublinear_tf=True)
+    vectorizer = TfidfVectorizer(
+        analyzer=words, min_df=2, max_df=0.5, max_features=5000, sublinear_tf=True
+    )
     vectors = vectorizer.fit_transform(texts)
     vectors.sort_indices()
     rows = {(vectors[i].indices.tobytes(), vectors[i].data.tobytes()) for i in range(len(texts))}
@@ -137,7 +217,10 @@ def cluster(texts: Sequence[str], seed: int) -> Clustering:
     order = [label for label, _ in Counter(model.labels_.tolist()).most_common()]
     place = {label: i for i, label in enumerate(order)}
     names = vectorizer.get_feature_names_out()
-    terms = [[str(names[t]) for t in np.argsort(-model.cluster_centers_[label], kind="stable")[:6]] for label in order]
+    terms = [
+        [str(names[t]) for t in np.argsort(-model.cluster_centers_[label], kind="stable")[:6]]
+        for label in order
+    ]
     return Clustering([place[label] for label in model.labels_.tolist()], terms)
 
 
@@ -146,23 +229,62 @@ def clustered(items: Sequence[Item], settings: Settings) -> Section:
     title = "Clusters"
     some = sampled(items, settings)
     if len(some) < _CLUSTER_ROWS:
-        return Section("clusters", title, {}, unmeasured=f"{len(some)} rows are too few: at least {_CLUSTER_ROWS}")
+        return Section(
+            "clusters",
+            title,
+            {},
+            unmeasured=f"{len(some)} rows are too few: at least {_CLUSTER_ROWS}",
+        )
     try:
         found = cluster([joined(item.columns) for item in some], settings.seed)
     except ValueError as error:  # scikit-learn: no word is in two texts but not in half of them
-        return Section("clusters", title, {}, unmeasured=f"the texts share no words that tell them apart ({error})")
+        return Section(
+            "clusters",
+            title,
+            {},
+            unmeasured=f"the texts share no words that tell them apart ({error})",
+        )
     counts = Counter(found.members)
     sizes = [counts[i] for i in range(len(found.terms)) if counts[i]]
     effective = math.exp(entropy(sizes))
-    figures = {"rows": len(some), "clusters": len(sizes), "effective": effective, "sizes": sizes, "largest_share": sizes[0] / len(some)}
+    figures = {
+        "rows": len(some),
+        "clusters": len(sizes),
+        "effective": effective,
+        "sizes": sizes,
+        "largest_share": sizes[0] / len(some),
+    }
     findings: tuple[Finding, ...] = ()
     if sizes[0] / len(some) > _LARGEST:
-        rows = [(item, "in the largest cluster") for item, c in zip(some, found.members, strict=True) if c == 0]
-        said = f"one cluster of {len(sizes)} holds {sizes[0] / len(some):.0%} of the rows ({', '.join(found.terms[0][:3])})"
-        findings = finding("one_cluster", Severity.warn, said, REMEDIES["one_cluster"], rows, settings.named)
-    rows_shown = tuple((i + 1, n, n / len(some), ", ".join(found.terms[i])) for i, n in enumerate(sizes))
-    plot = Bars("Rows by cluster", "rows", tuple(str(i + 1) for i in range(len(sizes))), tuple(map(float, sizes)))
-    return Section("clusters", title, figures, findings, (Table("Clusters", ("cluster", "rows", "share", "words"), rows_shown),), (plot,))
+        rows = [
+            (item, "in the largest cluster")
+            for item, c in zip(some, found.members, strict=True)
+            if c == 0
+        ]
+        said = (
+            f"one cluster of {len(sizes)} holds {sizes[0] / len(some):.0%} of the rows "
+            f"({', '.join(found.terms[0][:3])})"
+        )
+        findings = finding(
+            "one_cluster", Severity.warn, said, REMEDIES["one_cluster"], rows, settings.named
+        )
+    rows_shown = tuple(
+        (i + 1, n, n / len(some), ", ".join(found.terms[i])) for i, n in enumerate(sizes)
+    )
+    plot = Bars(
+        "Rows by cluster",
+        "rows",
+        tuple(str(i + 1) for i in range(len(sizes))),
+        tuple(map(float, sizes)),
+    )
+    return Section(
+        "clusters",
+        title,
+        figures,
+        findings,
+        (Table("Clusters", ("cluster", "rows", "share", "words"), rows_shown),),
+        (plot,),
+    )
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
@@ -172,7 +294,9 @@ def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
 
 
 def compression_ratio(texts: Sequence[str]) -> float:
-    """Bytes / compressed bytes of all texts together (Shaib et al. 2024, arXiv:2403.00553): the more they repeat each other, the higher."""
+    """Bytes / compressed bytes of all texts together (Shaib et al. 2024, arXiv:2403.00553): the
+    more they repeat each other, the higher.
+    """
     raw = "\n".join(texts).encode("utf-8", "surrogatepass")
     return len(raw) / len(zlib.compress(raw, 6)) if raw else 0.0
 
@@ -190,12 +314,19 @@ _DIVERSITY = {
 
 
 def diversity(items: Sequence[Item], settings: Settings) -> Section:
-    """How many different things the rows say. The figures fall (the ratio rises) with more text: compare equal amounts only."""
+    """How many different things the rows say. The figures fall (the ratio rises) with more text:
+    compare equal amounts only.
+    """
     some = sampled(items, settings)
     texts = [joined(item.columns) for item in some]
     split = [words(text) for text in texts]
     vocabulary = Counter(word for text in split for word in text)
-    by_split = {name: {w for item, text in zip(some, split, strict=True) if item.split == name for w in text} for name in ("train", "eval")}
+    by_split = {
+        name: {
+            w for item, text in zip(some, split, strict=True) if item.split == name for w in text
+        }
+        for name in ("train", "eval")
+    }
     figures: dict[str, int | float | None] = {
         "rows": len(some),
         "words": sum(vocabulary.values()),
@@ -204,7 +335,13 @@ def diversity(items: Sequence[Item], settings: Settings) -> Section:
         "distinct_1": distinct(split, 1),
         "distinct_2": distinct(split, 2),
         "compression_ratio": compression_ratio(texts),
-        "held_out_words_covered": len(by_split["eval"] & by_split["train"]) / len(by_split["eval"]) if by_split["eval"] else None,
+        "held_out_words_covered": len(by_split["eval"] & by_split["train"]) / len(by_split["eval"])
+        if by_split["eval"]
+        else None,
     }
-    table = Table("Coverage and diversity", ("figure", "value"), tuple((said, figures[name]) for name, said in _DIVERSITY.items()))
+    table = Table(
+        "Coverage and diversity",
+        ("figure", "value"),
+        tuple((said, figures[name]) for name, said in _DIVERSITY.items()),
+    )
     return Section("diversity", "Coverage and diversity", figures, tables=(table,))

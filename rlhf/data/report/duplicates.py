@@ -1,6 +1,7 @@
 """Rows that repeat others: within a split duplicates, across the splits leakage.
 
-What counts as the same and as nearly the same is what the steps exact_duplicates, near_duplicates and split of data.pipeline mean by it.
+What counts as the same and as nearly the same is what the steps exact_duplicates, near_duplicates
+and split of data.pipeline mean by it.
 """
 
 from collections import defaultdict
@@ -20,7 +21,9 @@ _NOTHING: Key = ("", "")
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Some rows, one of whose texts are compared. Lists have the rows' length; rows with nothing to compare have the key _NOTHING."""
+    """Some rows, one of whose texts are compared. Lists have the rows' length; rows with nothing to
+    compare have the key _NOTHING.
+    """
 
     items: Sequence[Item]
     keys: list[Key]  # equal for equal rows
@@ -28,7 +31,9 @@ class Compared:
 
 
 def _compared(items: Sequence[Item], keys: list[Key], settings: Settings) -> Compared:
-    clusters = near_clusters(keys, threshold=settings.near, seed=settings.seed).tolist() if items else []
+    clusters = (
+        near_clusters(keys, threshold=settings.near, seed=settings.seed).tolist() if items else []
+    )
     return Compared(items, keys, clusters)
 
 
@@ -40,12 +45,19 @@ def whole(items: Sequence[Item], settings: Settings) -> Compared:
 
 def asked(items: Sequence[Item], settings: Settings) -> Compared:
     """Rows by what they ask, where they ask something."""
-    texts = [prompt_of(item.columns) if item.columns.get("prompt") or item.columns.get("messages") else "" for item in items]
+    texts = [
+        prompt_of(item.columns)
+        if item.columns.get("prompt") or item.columns.get("messages")
+        else ""
+        for item in items
+    ]
     return _compared(items, [(normalised(text), "") for text in texts], settings)
 
 
 def copies(rows: Compared, split: str) -> list[tuple[int, int]]:
-    """(row, the first row of the split that it repeats). No copies: the judgement of another annotator, and one row drawn again by step balance."""
+    """(row, the first row of the split that it repeats). No copies: the judgement of another
+    annotator, and one row drawn again by step balance.
+    """
     first: dict[tuple[Key, str], int] = {}
     places: set[tuple[str, int, Key]] = set()
     out = []
@@ -60,12 +72,16 @@ def copies(rows: Compared, split: str) -> list[tuple[int, int]]:
 
 
 def alike(rows: Compared, split: str) -> list[tuple[int, int, int]]:
-    """(row, the first row of its cluster, different texts in the cluster) of the split's near-duplicates. Equal rows count once."""
+    """(row, the first row of its cluster, different texts in the cluster) of the split's
+    near-duplicates. Equal rows count once.
+    """
     members: dict[int, dict[Key, int]] = defaultdict(dict)
     for index, (item, key) in enumerate(zip(rows.items, rows.keys, strict=True)):
         if item.split == split and key != _NOTHING:
             members[rows.clusters[index]].setdefault(key, index)
-    found = [(i, min(texts.values()), len(texts)) for texts in members.values() for i in texts.values()]
+    found = [
+        (i, min(texts.values()), len(texts)) for texts in members.values() for i in texts.values()
+    ]
     return sorted((i, first, count) for i, first, count in found if i != first)
 
 
@@ -73,38 +89,72 @@ def duplicates(rows: Compared, settings: Settings, split: str) -> Section:
     """Rows of one split that repeat an earlier one: what de-duplication would leave out."""
     total = sum(item.split == split for item in rows.items)
     exact = [(rows.items[i], f"the same as {rows.items[j].place}") for i, j in copies(rows, split)]
-    near = [(rows.items[i], f"nearly the same as {rows.items[j].place} (cluster of {n})") for i, j, n in alike(rows, split)]
+    near = [
+        (rows.items[i], f"nearly the same as {rows.items[j].place} (cluster of {n})")
+        for i, j, n in alike(rows, split)
+    ]
     findings = (
-        *_found("exact_duplicates", f"{len(exact)} of {total} {split} rows repeat an earlier row", exact, settings),
-        *_found("near_duplicates", f"{len(near)} of {total} {split} rows are nearly the same as an earlier row", near, settings),
+        *_found(
+            "exact_duplicates",
+            f"{len(exact)} of {total} {split} rows repeat an earlier row",
+            exact,
+            settings,
+        ),
+        *_found(
+            "near_duplicates",
+            f"{len(near)} of {total} {split} rows are nearly the same as an earlier row",
+            near,
+            settings,
+        ),
     )
     figures = {"rows": total, "exact": len(exact), "near": len(near), "threshold": settings.near}
-    counted = (("exact", len(exact), _share(exact, total)), ("near", len(near), _share(near, total)))
+    counted = (
+        ("exact", len(exact), _share(exact, total)),
+        ("near", len(near), _share(near, total)),
+    )
     table = Table(f"Duplicates, {split}", ("kind", "rows", "share"), counted)
-    return Section(f"duplicates_{split}", f"Duplicates among {split} rows", figures, findings, (table,))
+    return Section(
+        f"duplicates_{split}", f"Duplicates among {split} rows", figures, findings, (table,)
+    )
 
 
 def crossing(rows: Compared) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(held-out row, the first training row that is the same); and (held-out row, the first training row of its cluster) of the others."""
+    """(held-out row, the first training row that is the same); and (held-out row, the first
+    training row of its cluster) of the others.
+    """
     same: dict[Key, int] = {}
     like: dict[int, int] = {}
     for index, item in enumerate(rows.items):
         if item.split == "train" and rows.keys[index] != _NOTHING:
             same.setdefault(rows.keys[index], index)
             like.setdefault(rows.clusters[index], index)
-    held = [i for i, item in enumerate(rows.items) if item.split == "eval" and rows.keys[i] != _NOTHING]
+    held = [
+        i for i, item in enumerate(rows.items) if item.split == "eval" and rows.keys[i] != _NOTHING
+    ]
     exact = [(i, same[rows.keys[i]]) for i in held if rows.keys[i] in same]
-    near = [(i, like[rows.clusters[i]]) for i in held if rows.keys[i] not in same and rows.clusters[i] in like]
+    near = [
+        (i, like[rows.clusters[i]])
+        for i in held
+        if rows.keys[i] not in same and rows.clusters[i] in like
+    ]
     return exact, near
 
 
 def leakage(rows: Compared, prompts: Compared, settings: Settings) -> Section:
-    """Held-out rows whose content, or whose prompt, training rows hold as well. Both arguments are about the same rows."""
+    """Held-out rows whose content, or whose prompt, training rows hold as well. Both arguments are
+    about the same rows.
+    """
     title = "Leakage between training and evaluation"
     held = sum(item.split == "eval" for item in rows.items)
     if held in (0, len(rows.items)):
-        return Section("leakage", title, {}, unmeasured="there are no held-out rows" if not held else "there are no training rows")
-    figures: dict[str, int | None] = {"eval_rows": held, "prompt_exact": None, "prompt_near": None}  # null: not compared
+        return Section(
+            "leakage",
+            title,
+            {},
+            unmeasured="there are no held-out rows" if not held else "there are no training rows",
+        )
+    # null: not compared
+    figures: dict[str, int | None] = {"eval_rows": held, "prompt_exact": None, "prompt_near": None}
     findings: tuple[Finding, ...] = ()
     shown: list[tuple[str, str, int, float]] = []
     compared = {"row": rows}
@@ -113,13 +163,33 @@ def leakage(rows: Compared, prompts: Compared, settings: Settings) -> Section:
     for what, found in compared.items():
         exact, near = crossing(found)
         same = [(found.items[i], f"the same {what} as {found.items[j].place}") for i, j in exact]
-        like = [(found.items[i], f"nearly the same {what} as {found.items[j].place}") for i, j in near]
+        like = [
+            (found.items[i], f"nearly the same {what} as {found.items[j].place}") for i, j in near
+        ]
         figures |= {f"{what}_exact": len(same), f"{what}_near": len(like)}
         counted = f"of {held} held-out rows"
-        findings += _found(f"{what}_leakage_exact", f"{len(same)} {counted}: the same {what} trains", same, settings, Severity.fail)
-        findings += _found(f"{what}_leakage_near", f"{len(like)} {counted}: a nearly equal {what} trains", like, settings)
-        shown += [(f"{what}s", "exact", len(same), _share(same, held)), (f"{what}s", "near", len(like), _share(like, held))]
-    table = Table("Held-out rows that training has seen", ("compared", "kind", "held-out rows", "share"), tuple(shown))
+        findings += _found(
+            f"{what}_leakage_exact",
+            f"{len(same)} {counted}: the same {what} trains",
+            same,
+            settings,
+            Severity.fail,
+        )
+        findings += _found(
+            f"{what}_leakage_near",
+            f"{len(like)} {counted}: a nearly equal {what} trains",
+            like,
+            settings,
+        )
+        shown += [
+            (f"{what}s", "exact", len(same), _share(same, held)),
+            (f"{what}s", "near", len(like), _share(like, held)),
+        ]
+    table = Table(
+        "Held-out rows that training has seen",
+        ("compared", "kind", "held-out rows", "share"),
+        tuple(shown),
+    )
     return Section("leakage", title, figures, findings, (table,))
 
 
@@ -127,5 +197,11 @@ def _share(rows: Sequence[object], total: int) -> float:
     return len(rows) / total if total else 0.0
 
 
-def _found(check: str, message: str, rows: Sequence[tuple[Item, str]], settings: Settings, severity: Severity = Severity.warn) -> tuple[Finding, ...]:
+def _found(
+    check: str,
+    message: str,
+    rows: Sequence[tuple[Item, str]],
+    settings: Settings,
+    severity: Severity = Severity.warn,
+) -> tuple[Finding, ...]:
     return finding(check, severity, message, REMEDIES[check], rows, settings.named)

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf.data import encoding
 from rlhf.data.prepare.items import CONTENT, Item
 from rlhf.data.report.records import Histogram, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile, words
+from rlhf.models import encoding
 from rlhf.types import UserError
 
 _ANSWERS = ("chosen", "rejected", "completion")
@@ -31,29 +31,44 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, special tokens not counted."""
     out: list[int] = []
     for start in range(0, len(texts), _BATCH):
-        out += [len(ids) for ids in tokenizer(list(texts[start : start + _BATCH]), add_special_tokens=False)["input_ids"]]
+        out += [
+            len(ids)
+            for ids in tokenizer(list(texts[start : start + _BATCH]), add_special_tokens=False)[
+                "input_ids"
+            ]
+        ]
     return out
 
 
 def column_lengths(items: Sequence[Item], measure: Any) -> list[dict[str, int]]:
     """Per row, the length of each content column; `measure`: texts -> lengths."""
     texts = [column_texts(item.columns) for item in items]
-    flat = iter(measure([text for columns in texts for found in columns.values() for text in found]))
-    return [{key: sum(next(flat) for _ in found) for key, found in columns.items()} for columns in texts]
+    flat = iter(
+        measure([text for columns in texts for found in columns.values() for text in found])
+    )
+    return [
+        {key: sum(next(flat) for _ in found) for key, found in columns.items()} for columns in texts
+    ]
 
 
 def row_length(lengths: Mapping[str, int]) -> int:
-    """The length of the longest sequence of a row: the prompt with its longest answer, or the whole text."""
+    """The length of the longest sequence of a row: the prompt with its longest answer, or the whole
+    text.
+    """
     answers = [lengths[key] for key in _ANSWERS if key in lengths]
     rest = sum(n for key, n in lengths.items() if key not in _ANSWERS)
     return rest + max(answers, default=0)
 
 
-def sequence_lengths(tokenizer: Any, items: Sequence[Item], lengths: Sequence[Mapping[str, int]]) -> tuple[list[int], int]:
-    """Tokens of each row's longest sequence as the stages encode it, and the number of conversations that the template can't render.
+def sequence_lengths(
+    tokenizer: Any, items: Sequence[Item], lengths: Sequence[Mapping[str, int]]
+) -> tuple[list[int], int]:
+    """Tokens of each row's longest sequence as the stages encode it, and the number of
+    conversations that the template can't render.
 
-    Texts: what is before and what follows, the special tokens that the tokenizer adds, and end-of-sequence. Conversations: through the chat
-    template; one that it can't render, or that has no template, counts by its texts.
+    Texts: what is before and what follows, the special tokens that the tokenizer adds, and
+    end-of-sequence. Conversations: through the chat template; one that it can't render, or that has
+    no template, counts by its texts.
     """
     special = tokenizer.num_special_tokens_to_add(pair=False) + 1  # and end-of-sequence
     out, broken = [], 0
@@ -79,7 +94,9 @@ def _rendered(tokenizer: Any, chat: list[dict[str, Any]]) -> int:
 
 
 def conversations(columns: Mapping[str, Any]) -> Iterable[list[dict[str, Any]]]:
-    """The whole conversations of a row: the prompt with each answer, the prompt alone where nothing answers, or its messages. None for texts."""
+    """The whole conversations of a row: the prompt with each answer, the prompt alone where nothing
+    answers, or its messages. None for texts.
+    """
     prompt = columns.get("prompt")
     before = prompt if isinstance(prompt, list) else []
     answers = [columns[key] for key in _ANSWERS if isinstance(columns.get(key), list)]
@@ -105,7 +122,9 @@ def summary(values: Sequence[int]) -> dict[str, float]:
 
 
 def lengths(items: Sequence[Item], settings: Settings) -> Section:
-    """Lengths by column and of whole rows, in tokens where a tokenizer is given, else in words and characters; and who is over the limit."""
+    """Lengths by column and of whole rows, in tokens where a tokenizer is given, else in words and
+    characters; and who is over the limit.
+    """
     title = "Lengths"
     if not items:
         return Section("lengths", title, {}, unmeasured="there are no rows")
@@ -120,13 +139,18 @@ def lengths(items: Sequence[Item], settings: Settings) -> Section:
         whole, broken = sequence_lengths(settings.tokenizer, items, by_column)
     columns = {key: [found[key] for found in by_column if key in found] for key in CONTENT}
     columns = {key: values for key, values in columns.items() if values} | {"row": whole}
-    over = [(item, f"{n} {unit}") for item, n in zip(items, whole, strict=True) if n > settings.limit]
+    over = [
+        (item, f"{n} {unit}") for item, n in zip(items, whole, strict=True) if n > settings.limit
+    ]
     share = len(over) / len(items)
-    stands_in = "" if unit == "tokens" else " (words stand in for tokens: set model.path to count tokens)"
+    stands_in = (
+        "" if unit == "tokens" else " (words stand in for tokens: set model.path to count tokens)"
+    )
     findings = finding(
         "truncated",
         Severity.warn if share >= _WORRYING else Severity.info,
-        f"{len(over)} of {len(items)} rows ({share:.1%}) are longer than {settings.limit} {unit}{stands_in}",
+        f"{len(over)} of {len(items)} rows ({share:.1%}) are longer than {settings.limit} "
+        f"{unit}{stands_in}",
         REMEDIES["truncated"],
         over,
         settings.named,
@@ -143,10 +167,17 @@ def lengths(items: Sequence[Item], settings: Settings) -> Section:
     tables = [Table(f"Lengths in {unit}", heads, _lines(columns))]
     if characters:
         counted = {key: [found[key] for found in characters if key in found] for key in CONTENT}
-        counted = {key: values for key, values in counted.items() if values} | {"row": [row_length(found) for found in characters]}
+        counted = {key: values for key, values in counted.items() if values} | {
+            "row": [row_length(found) for found in characters]
+        }
         figures["characters"] = {key: summary(values) for key, values in counted.items()}
         tables.append(Table("Lengths in characters", heads, _lines(counted)))
-    plot = Histogram(f"Lengths of rows and columns in {unit}", unit, {k: [float(v) for v in values] for k, values in columns.items()}, settings.limit)
+    plot = Histogram(
+        f"Lengths of rows and columns in {unit}",
+        unit,
+        {k: [float(v) for v in values] for k, values in columns.items()},
+        settings.limit,
+    )
     return Section("lengths", title, figures, findings, tuple(tables), (plot,))
 
 

@@ -24,9 +24,15 @@ from rlhf.data.report.templates import templates
 
 
 def examine(
-    train: Sequence[Item], held: Sequence[Item], settings: Settings, formats: Mapping[str, str], steps: Sequence[StepReport]
+    train: Sequence[Item],
+    held: Sequence[Item],
+    settings: Settings,
+    formats: Mapping[str, str],
+    steps: Sequence[StepReport],
 ) -> list[Section]:
-    """Every detector's section. Duplicates and leakage are about the splits; everything else looks at all rows."""
+    """Every detector's section. Duplicates and leakage are about the splits; everything else looks
+    at all rows.
+    """
     items = [*train, *held]
     of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
     rows = whole(items, settings)
@@ -64,18 +70,30 @@ def make(
     named: int = 100,
     seed: int = 0,
 ) -> Report:
-    """Examine training rows and held-out ones (which may be none), and write report.json and report.html into `folder` (None: write nothing).
+    """Examine training rows and held-out ones (which may be none), and write report.json and
+    report.html into `folder` (None: write nothing).
 
-    formats: by an item's origin, the format that its file was read as. steps: what the pipeline did before. tokenizer: of the model that
-    will train; without one lengths are characters and words. limit: tokens of a row that training keeps. task: what the rows are to teach.
-    named: rows that a finding names. Raises ValueError for an item in the list of another split than its own.
+    formats: by an item's origin, the format that its file was read as. steps: what the pipeline did
+    before. tokenizer: of the model that will train; without one lengths are characters and words.
+    limit: tokens of a row that training keeps. task: what the rows are to teach. named: rows that a
+    finding names. Raises ValueError for an item in the list of another split than its own.
     """
     for split, items in (("train", train), ("eval", held)):
         strange = next((item for item in items if item.split != split), None)
         if strange is not None:
-            raise ValueError(f"{strange.place}: expected a row of split {split} in this list, found split {strange.split}")
-    settings = Settings(kind=kind, limit=limit, task=task, named=named, seed=seed, tokenizer=tokenizer)
+            raise ValueError(
+                f"{strange.place}: expected a row of split {split} in this list, found split "
+                f"{strange.split}"
+            )
+    settings = Settings(
+        kind=kind, limit=limit, task=task, named=named, seed=seed, tokenizer=tokenizer
+    )
     sections = examine(train, held, settings, formats or {}, steps)
     by_name = {section.name: section for section in sections}
-    report = Report(kind.value, {"train": len(train), "eval": len(held)}, tuple(sections), standards(by_name, len(train), task))
+    report = Report(
+        kind.value,
+        {"train": len(train), "eval": len(held)},
+        tuple(sections),
+        standards(by_name, len(train), task),
+    )
     return report if folder is None else replace(report, files=writing.write(report, folder))

@@ -1,4 +1,6 @@
-"""Texts that came through something that broke them: markup, wrong encodings, noise, one thing said over and over."""
+"""Texts that came through something that broke them: markup, wrong encodings, noise, one thing said
+over and over.
+"""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +12,10 @@ from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
 
 _TAGS = "a|b|i|u|p|br|hr|li|ul|ol|td|tr|th|em|h[1-6]|div|span|font|table|tbody|strong|center|script|style|img|input|form|button|body|html|head|iframe"
-HTML = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>|&(?:amp|lt|gt|quot|apos|nbsp|#\d{{1,6}}|#x[0-9a-f]{{1,6}});", re.IGNORECASE)
+HTML = re.compile(
+    rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>|&(?:amp|lt|gt|quot|apos|nbsp|#\d{{1,6}}|#x[0-9a-f]{{1,6}});",
+    re.IGNORECASE,
+)
 _FENCED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)  # code keeps its tags and its symbols
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ud800-\udfff]")
 MIN_WORDLIKE = 0.5  # share of visible characters that are letters, marks or digits
@@ -28,7 +33,9 @@ def html_problem(text: str) -> str | None:
 
 
 def encoding_problem(text: str) -> str | None:
-    """Mojibake by ftfy's heuristic, or characters that no text has: control characters, replacement characters, lone surrogates."""
+    """Mojibake by ftfy's heuristic, or characters that no text has: control characters, replacement
+    characters, lone surrogates.
+    """
     from ftfy.badness import is_bad
 
     found = _CONTROL.search(text)
@@ -45,7 +52,10 @@ def garbled_problem(text: str) -> str | None:
         share = len("".join(words(plain))) / len(visible)
         if share < MIN_WORDLIKE:
             return f"{1 - share:.0%} of its characters are neither letters nor digits"
-    run = next((c for c, same in groupby(plain) if c not in _LINES and sum(1 for _ in same) > MAX_RUN), None)
+    run = next(
+        (c for c, same in groupby(plain) if c not in _LINES and sum(1 for _ in same) > MAX_RUN),
+        None,
+    )
     return f"{run!r} more than {MAX_RUN} times in a row" if run else None
 
 
@@ -59,7 +69,12 @@ def repetition_problem(text: str) -> str | None:
     return f"{1 - share:.0%} of its 3-grams of words stood before" if share < MIN_DISTINCT else None
 
 
-_CHECKS = {"html": html_problem, "encoding": encoding_problem, "garbled": garbled_problem, "repetition": repetition_problem}
+_CHECKS = {
+    "html": html_problem,
+    "encoding": encoding_problem,
+    "garbled": garbled_problem,
+    "repetition": repetition_problem,
+}
 _SAID = {
     "html": (Severity.warn, "rows hold HTML tags or entities"),
     "encoding": (Severity.warn, "rows hold mojibake, control or replacement characters"),
@@ -73,14 +88,28 @@ def noise(items: Sequence[Item], settings: Settings) -> Section:
     found: dict[str, list[tuple[Item, str]]] = {check: [] for check in _CHECKS}
     for item in items:
         for check, problem in _CHECKS.items():
-            said = next((f"{where} {p}" for where, text in parts(item.columns) if (p := problem(text))), None)
+            said = next(
+                (f"{where} {p}" for where, text in parts(item.columns) if (p := problem(text))),
+                None,
+            )
             if said is not None:
                 found[check].append((item, said))
     findings = [
         f
         for check, rows in found.items()
-        for f in finding(check, _SAID[check][0], f"{len(rows)} {_SAID[check][1]}", REMEDIES[check], rows, settings.named)
+        for f in finding(
+            check,
+            _SAID[check][0],
+            f"{len(rows)} {_SAID[check][1]}",
+            REMEDIES[check],
+            rows,
+            settings.named,
+        )
     ]
     figures = {check: len(rows) for check, rows in found.items()}
-    table = Table("Broken text", ("check", "rows"), tuple((_SAID[check][1], n) for check, n in figures.items()))
+    table = Table(
+        "Broken text",
+        ("check", "rows"),
+        tuple((_SAID[check][1], n) for check, n in figures.items()),
+    )
     return Section("noise", "Broken text", figures, tuple(findings), (table,))

@@ -11,10 +11,16 @@ _MANY = 50  # different values from which a column `source` is text rather than 
 
 
 def origins(items: Sequence[Item], settings: Settings, formats: Mapping[str, str]) -> Section:
-    """Rows by split, file, format and source. `formats`: by file, the format that its columns showed."""
+    """Rows by split, file, format and source. `formats`: by file, the format that its columns
+    showed.
+    """
     by_file = Counter(item.origin for item in items)
     by_format = Counter(formats.get(item.origin, "unknown") for item in items)
-    sources = Counter(str(item.columns["source"]) for item in items if isinstance(item.columns.get("source"), (str, int)))
+    sources = Counter(
+        str(item.columns["source"])
+        for item in items
+        if isinstance(item.columns.get("source"), (str, int))
+    )
     if len(sources) > _MANY:
         sources = Counter()
     figures = {
@@ -24,11 +30,22 @@ def origins(items: Sequence[Item], settings: Settings, formats: Mapping[str, str
         "by_format": dict(by_format),
         "by_source": dict(sources.most_common()),
     }
-    splits = {name: Counter(item.split for item in items if item.origin == name) for name in by_file}
-    files = tuple((name, formats.get(name, "unknown"), count, splits[name]["train"], splits[name]["eval"]) for name, count in by_file.most_common())
+    splits = {
+        name: Counter(item.split for item in items if item.origin == name) for name in by_file
+    }
+    files = tuple(
+        (name, formats.get(name, "unknown"), count, splits[name]["train"], splits[name]["eval"])
+        for name, count in by_file.most_common()
+    )
     tables = [Table("Rows by file", ("file", "format", "rows", "train", "eval"), files)]
     if sources:
-        tables.append(Table("Rows by source", ("source", "rows", "share"), tuple((s, n, n / len(items)) for s, n in sources.most_common())))
+        tables.append(
+            Table(
+                "Rows by source",
+                ("source", "rows", "share"),
+                tuple((s, n, n / len(items)) for s, n in sources.most_common()),
+            )
+        )
     return Section("rows", "Rows", figures, tables=tuple(tables))
 
 
@@ -39,10 +56,26 @@ def preparation(steps: Sequence[StepReport]) -> Section:
         return Section("preparation", title, {}, unmeasured="no step has run")
     figures = {
         "steps": [
-            {"step": s.step, "options": s.options, "rows_in": s.rows_in, "rows_out": s.rows_out, "rejected": s.rejected, "reasons": s.reasons}
+            {
+                "step": s.step,
+                "options": s.options,
+                "rows_in": s.rows_in,
+                "rows_out": s.rows_out,
+                "rejected": s.rejected,
+                "reasons": s.reasons,
+            }
             for s in steps
         ]
     }
-    shown = tuple((s.step, s.rows_in, s.rows_out, s.rejected, max(s.reasons, key=lambda r: s.reasons[r], default="")) for s in steps)
+    shown = tuple(
+        (
+            s.step,
+            s.rows_in,
+            s.rows_out,
+            s.rejected,
+            max(s.reasons, key=lambda r: s.reasons[r], default=""),
+        )
+        for s in steps
+    )
     table = Table("Steps", ("step", "rows in", "rows out", "rejected", "most often because"), shown)
     return Section("preparation", title, figures, tables=(table,))

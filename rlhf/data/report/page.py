@@ -1,6 +1,8 @@
-"""report.html: one file without any external resource, for light and dark screens; whatever a row holds is shown, never run.
+"""report.html: one file without any external resource, for light and dark screens; whatever a row
+holds is shown, never run.
 
-Everything that stands between tags goes through `_text`, and a content security policy forbids scripts and requests besides.
+Everything that stands between tags goes through `_text`, and a content security policy forbids
+scripts and requests besides.
 """
 
 import html
@@ -35,11 +37,15 @@ def render(report: Report) -> str:
     """The page."""
     numbers = iter(range(1, 1 + sum(len(section.plots) for section in report.sections)))
     count = sum(report.rows.values())
-    links = "".join(f'<li><a href="#{_text(s.name)}">{_text(s.title)}</a></li>' for s in report.sections)
+    links = "".join(
+        f'<li><a href="#{_text(s.name)}">{_text(s.title)}</a></li>' for s in report.sections
+    )
     body = [
         "<header><h1>Data report</h1>",
-        f"<p>{count:,} rows read as {_text(report.kind)}: {report.rows['train']:,} to train on, {report.rows['eval']:,} held out.</p></header>",
-        '<nav aria-label="Sections"><ul><li><a href="#findings">Findings</a></li><li><a href="#standards">Quality standards</a></li>',
+        f"<p>{count:,} rows read as {_text(report.kind)}: {report.rows['train']:,} to train on, "
+        f"{report.rows['eval']:,} held out.</p></header>",
+        '<nav aria-label="Sections"><ul><li><a href="#findings">Findings</a></li><li><a '
+        'href="#standards">Quality standards</a></li>',
         f"{links}</ul></nav>",
         "<main>",
         _findings(report.findings()),
@@ -50,8 +56,11 @@ def render(report: Report) -> str:
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Data report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<meta name="viewport" '
+        'content="width=device-width, initial-scale=1">\n'
+        f"<title>Data report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
     )
 
 
@@ -70,27 +79,41 @@ def _cell(value: str | int | float | None) -> str:
     return f'<td><bdi dir="auto">{_text("" if value is None else value)}</bdi></td>'
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str | int | float | None]]) -> str:
+def _table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[str | int | float | None]]
+) -> str:
     head = "".join(f'<th scope="col">{_text(c)}</th>' for c in columns)
     body = "".join("<tr>" + "".join(_cell(v) for v in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><caption>{_text(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        "<div "
+        f'class="wide"><table><caption>{_text(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _findings(findings: list[Finding]) -> str:
     counts = {severity: sum(f.severity is severity for f in findings) for severity in Severity}
-    said = ", ".join(f"{counts[s]} {s.value}" for s in (Severity.fail, Severity.warn, Severity.info))
+    said = ", ".join(
+        f"{counts[s]} {s.value}" for s in (Severity.fail, Severity.warn, Severity.info)
+    )
     inner = "".join(_finding(f) for f in findings) or "<p>Nothing was found.</p>"
     return f'<section id="findings"><h2>Findings</h2><p>{said}.</p>{inner}</section>'
 
 
 def _finding(finding: Finding) -> str:
     mark = finding.severity.value
-    out = f'<article class="finding {mark}"><p><span class="mark">{mark}</span> <strong>{_text(finding.check)}</strong>: {_text(finding.message)}</p>'
+    out = (
+        f'<article class="finding {mark}"><p><span class="mark">{mark}</span> '
+        f"<strong>{_text(finding.check)}</strong>: {_text(finding.message)}</p>"
+    )
     out += f"<p>Mend it: {_remedy(finding.remedy)}</p>"
     if finding.rows:
         shown = finding.rows[:_SHOWN]
         rows = [(f"{r.file}, row {r.row}", r.split, r.note, r.excerpt) for r in shown]
-        title = f"The first {len(shown)} of {finding.total:,} rows" if finding.total > len(shown) else f"All {finding.total:,} rows"
+        title = (
+            f"The first {len(shown)} of {finding.total:,} rows"
+            if finding.total > len(shown)
+            else f"All {finding.total:,} rows"
+        )
         out += f"<details><summary>{title}</summary>{_table(title, ('place', 'split', 'what', 'text'), rows)}</details>"
     return out + "</article>"
 
@@ -98,18 +121,28 @@ def _finding(finding: Finding) -> str:
 def _remedy(remedy: str) -> str:
     """Text; what stands in backticks is set as code."""
     parts = remedy.split("`")
-    return "".join(f"<code>{html.escape(part)}</code>" if i % 2 else html.escape(part) for i, part in enumerate(parts))
+    return "".join(
+        f"<code>{html.escape(part)}</code>" if i % 2 else html.escape(part)
+        for i, part in enumerate(parts)
+    )
 
 
 def _standards(standards: Iterable[Standard]) -> str:
     marks = {Verdict.passed: "pass", Verdict.failed: "fail", Verdict.unknown: ""}
-    head = "".join(f'<th scope="col">{c}</th>' for c in ("standard", "verdict", "found", "expected", "set by", "remedy"))
+    head = "".join(
+        f'<th scope="col">{c}</th>'
+        for c in ("standard", "verdict", "found", "expected", "set by", "remedy")
+    )
     rows = "".join(
-        f'<tr><th scope="row">{_text(s.name)}</th><td><span class="mark {marks[s.verdict]}">{s.verdict.value}</span></td>'
+        f'<tr><th scope="row">{_text(s.name)}</th><td><span class="mark '
+        f'{marks[s.verdict]}">{s.verdict.value}</span></td>'
         f"<td>{_text(s.found)}</td><td>{_text(s.expected)}</td><td>{_text(s.source)}</td><td>{_remedy(s.remedy)}</td></tr>"
         for s in standards
     )
-    inner = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    inner = (
+        "<div "
+        f'class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
     return f'<section id="standards"><h2>Quality standards</h2>{inner}</section>'
 
 
@@ -119,5 +152,7 @@ def _section(section: Section, numbers: Iterable[int]) -> str:
         parts.append(f"<p>Not measured: {_text(section.unmeasured)}.</p>")
     parts += [_table(t.title, t.columns, t.rows) for t in section.tables]
     for plot, number in zip(section.plots, numbers, strict=False):
-        parts.append(f"<figure><figcaption>{_text(plot.title)}</figcaption>{draw(plot, number)}</figure>")
+        parts.append(
+            f"<figure><figcaption>{_text(plot.title)}</figcaption>{draw(plot, number)}</figure>"
+        )
     return "".join(parts) + "</section>"

@@ -1,4 +1,6 @@
-"""Preference pairs: sides that are equal, judgements that contradict each other, and whether length decides."""
+"""Preference pairs: sides that are equal, judgements that contradict each other, and whether length
+decides.
+"""
 
 import math
 from collections import defaultdict
@@ -10,7 +12,9 @@ from rlhf.data.report.records import Histogram, Section, Settings, Severity, Tab
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import wilson, words
 
-BIASED = 0.6  # share of pairs with the longer side chosen (or the shorter one) from which length is worth a warning
+# share of pairs with the longer side chosen (or the shorter one) from which length is worth a
+# warning
+BIASED = 0.6
 
 
 def sides(item: Item) -> tuple[str, str]:
@@ -20,7 +24,9 @@ def sides(item: Item) -> tuple[str, str]:
 
 
 def contradicting(items: Sequence[Item]) -> list[tuple[int, int]]:
-    """(row, the first row that judges the same two answers to the same prompt the other way), for every row of such a pair of two texts."""
+    """(row, the first row that judges the same two answers to the same prompt the other way), for
+    every row of such a pair of two texts.
+    """
     found: dict[tuple[str, frozenset[str]], dict[str, int]] = defaultdict(dict)
     pairs = []
     for index, item in enumerate(items):
@@ -39,9 +45,10 @@ def contradicting(items: Sequence[Item]) -> list[tuple[int, int]]:
 def length_preference(differences: Sequence[float]) -> tuple[float, float, float, float]:
     """What length says about preference, from the differences chosen - rejected in length.
 
-    Returns the share of pairs with the longer side chosen among those that differ, its 95 % interval, and the correlation of the length
-    difference with being chosen, each pair taken both ways round: x = +d, y = +1 and x = -d, y = -1, so both means are 0 and it is
-    mean(d) / sqrt(mean(d^2)). Without a pair that differs: (0.5, 0, 1, 0).
+    Returns the share of pairs with the longer side chosen among those that differ, its 95 %
+    interval, and the correlation of the length difference with being chosen, each pair taken both
+    ways round: x = +d, y = +1 and x = -d, y = -1, so both means are 0 and it is mean(d) /
+    sqrt(mean(d^2)). Without a pair that differs: (0.5, 0, 1, 0).
     """
     differing = [d for d in differences if d]
     if not differing:
@@ -49,7 +56,12 @@ def length_preference(differences: Sequence[float]) -> tuple[float, float, float
     longer = sum(d > 0 for d in differing)
     low, high = wilson(longer, len(differing))
     mean = sum(differences) / len(differences)
-    return longer / len(differing), low, high, mean / math.sqrt(sum(d * d for d in differences) / len(differences))
+    return (
+        longer / len(differing),
+        low,
+        high,
+        mean / math.sqrt(sum(d * d for d in differences) / len(differences)),
+    )
 
 
 def pairs(items: Sequence[Item], settings: Settings) -> Section:
@@ -58,13 +70,25 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
     if not items:
         return Section("pairs", title, {}, unmeasured="there are no rows")
     texts = [sides(item) for item in items]
-    equal = [(item, "both sides are the same") for item, (a, b) in zip(items, texts, strict=True) if normalised(a) == normalised(b)]
-    against = [(items[i], f"{items[j].place} judges the same two answers the other way") for i, j in contradicting(items)]
+    equal = [
+        (item, "both sides are the same")
+        for item, (a, b) in zip(items, texts, strict=True)
+        if normalised(a) == normalised(b)
+    ]
+    against = [
+        (items[i], f"{items[j].place} judges the same two answers the other way")
+        for i, j in contradicting(items)
+    ]
     lengths = [(len(words(a)), len(words(b))) for a, b in texts]
     share, low, high, correlation = length_preference([a - b for a, b in lengths])
     findings = [
         *finding(
-            "equal_sides", Severity.fail, f"{len(equal)} pairs have the same text on both sides", REMEDIES["equal_sides"], equal, settings.named
+            "equal_sides",
+            Severity.fail,
+            f"{len(equal)} pairs have the same text on both sides",
+            REMEDIES["equal_sides"],
+            equal,
+            settings.named,
         ),
         *finding(
             "contradictions",
@@ -77,9 +101,18 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
     ]
     if (low > 0.5 and share >= BIASED) or (high < 0.5 and share <= 1 - BIASED):
         longer = share > 0.5
-        marked = [(item, f"{a} against {b} words") for item, (a, b) in zip(items, lengths, strict=True) if a != b and (a > b) == longer]
-        said = f"the {'longer' if longer else 'shorter'} side is chosen in {max(share, 1 - share):.0%} of the pairs whose lengths differ"
-        findings += finding("length_bias", Severity.warn, said, REMEDIES["length_bias"], marked, settings.named)
+        marked = [
+            (item, f"{a} against {b} words")
+            for item, (a, b) in zip(items, lengths, strict=True)
+            if a != b and (a > b) == longer
+        ]
+        said = (
+            f"the {'longer' if longer else 'shorter'} side is chosen in "
+            f"{max(share, 1 - share):.0%} of the pairs whose lengths differ"
+        )
+        findings += finding(
+            "length_bias", Severity.warn, said, REMEDIES["length_bias"], marked, settings.named
+        )
     figures = {
         "pairs": len(items),
         "equal_sides": len(equal),
@@ -99,8 +132,23 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
         ("correlation of length difference (words) and preference", correlation),
     )
     differences = {"chosen - rejected": [float(a - b) for a, b in lengths]}
-    plots = (Histogram("Length of the chosen side minus the rejected one", "words", differences, mark=0.0, mark_name="equal"),)
-    return Section("pairs", title, figures, tuple(findings), (Table("Pairs", ("figure", "value"), rows),), plots)
+    plots = (
+        Histogram(
+            "Length of the chosen side minus the rejected one",
+            "words",
+            differences,
+            mark=0.0,
+            mark_name="equal",
+        ),
+    )
+    return Section(
+        "pairs",
+        title,
+        figures,
+        tuple(findings),
+        (Table("Pairs", ("figure", "value"), rows),),
+        plots,
+    )
 
 
 def judged(items: Sequence[Item], settings: Settings) -> Section:
@@ -116,6 +164,23 @@ def judged(items: Sequence[Item], settings: Settings) -> Section:
         if label != str(item.columns["label"])
     ]
     message = f"{len(against)} rows judge the same answer to the same prompt in opposite ways"
-    findings = finding("contradictions", Severity.fail, message, REMEDIES["contradictions"], against, settings.named)
-    table = Table("Judged answers", ("figure", "value"), (("answers", len(items)), ("rows that another one contradicts", len(against))))
-    return Section("judged", "Judged answers", {"answers": len(items), "contradicting_rows": len(against)}, findings, (table,))
+    findings = finding(
+        "contradictions",
+        Severity.fail,
+        message,
+        REMEDIES["contradictions"],
+        against,
+        settings.named,
+    )
+    table = Table(
+        "Judged answers",
+        ("figure", "value"),
+        (("answers", len(items)), ("rows that another one contradicts", len(against))),
+    )
+    return Section(
+        "judged",
+        "Judged answers",
+        {"answers": len(items), "contradicting_rows": len(against)},
+        findings,
+        (table,),
+    )

@@ -1,6 +1,8 @@
-"""The report's plots as SVG that stands inside a page: no external resource, text and axes in the page's own colour.
+"""The report's plots as SVG that stands inside a page: no external resource, text and axes in the
+page's own colour.
 
-No row text comes into a plot: matplotlib's fonts lack the glyphs of many scripts, and the page's tables show such names.
+No row text comes into a plot: matplotlib's fonts lack the glyphs of many scripts, and the page's
+tables show such names.
 """
 
 import html
@@ -11,7 +13,8 @@ from typing import Any
 from rlhf.data.report.records import Bars, Histogram
 
 _INK = "#123456"  # stands for the page's text colour in what matplotlib draws
-COLOURS = ("#4a83c4", "#d0683f", "#4c9f70", "#9a6cc0", "#b08a2e", "#7f7f7f")  # at least 3:1 on white and on the dark page
+# at least 3:1 on white and on the dark page
+COLOURS = ("#4a83c4", "#d0683f", "#4c9f70", "#9a6cc0", "#b08a2e", "#7f7f7f")
 _BINS = 40
 
 
@@ -21,8 +24,18 @@ def draw(plot: Histogram | Bars, number: int) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 10, **ink}):
+    ink = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+    )
+    with mpl.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "report",
+            "font.family": "sans-serif",
+            "font.size": 10,
+            **ink,
+        }
+    ):
         figure = Figure(figsize=(6.4, 3.0), layout="constrained", facecolor="none")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -33,12 +46,18 @@ def draw(plot: Histogram | Bars, number: int) -> str:
             _bars(axes, plot)
         axes.spines[["top", "right"]].set_visible(False)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            out,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     return _inline(out.getvalue(), plot.title, number)
 
 
 def _histogram(axes: Any, plot: Histogram) -> None:
-    """Shares of each series, since series may have different sizes; the outer bins hold the 1 % beyond them too."""
+    """Shares of each series, since series may have different sizes; the outer bins hold the 1 %
+    beyond them too.
+    """
     import numpy as np
 
     values = {name: np.asarray(v, dtype=float) for name, v in plot.series.items() if len(v)}
@@ -47,9 +66,19 @@ def _histogram(axes: Any, plot: Histogram) -> None:
     if plot.mark is not None and high < plot.mark < 3 * high:
         high = plot.mark * 1.05
     edges = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
-    for (name, found), colour in zip(values.items(), COLOURS * (1 + len(values) // len(COLOURS)), strict=False):
+    for (name, found), colour in zip(
+        values.items(), COLOURS * (1 + len(values) // len(COLOURS)), strict=False
+    ):
         weights = np.full(len(found), 1.0 / len(found))
-        axes.hist(np.clip(found, edges[0], edges[-1]), bins=edges, weights=weights, histtype="step", linewidth=1.8, color=colour, label=name)
+        axes.hist(
+            np.clip(found, edges[0], edges[-1]),
+            bins=edges,
+            weights=weights,
+            histtype="step",
+            linewidth=1.8,
+            color=colour,
+            label=name,
+        )
     if plot.mark is not None and edges[0] <= plot.mark <= edges[-1]:
         axes.axvline(plot.mark, color=_INK, linewidth=1.0, linestyle="--", label=plot.mark_name)
     axes.set_xlabel(plot.unit)
@@ -66,9 +95,13 @@ def _bars(axes: Any, plot: Bars) -> None:
 
 
 def _inline(svg: str, title: str, number: int) -> str:
-    """Without the XML head, with ids of its own, with the page's text colour, and with a name for those who don't see it."""
+    """Without the XML head, with ids of its own, with the page's text colour, and with a name for
+    those who don't see it.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="([^"]+)"', rf'id="plot{number}-\1"', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1plot{number}-", svg)
     svg = svg.replace(_INK, "currentColor")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title, quote=True)}" ', 1)
+    return svg.replace(
+        "<svg ", f'<svg role="img" aria-label="{html.escape(title, quote=True)}" ', 1
+    )

@@ -41,7 +41,9 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong or worth knowing, the rows that show it, and the option that mends it."""
+    """One thing that is wrong or worth knowing, the rows that show it, and the option that mends
+    it.
+    """
 
     check: str
     severity: Severity
@@ -74,7 +76,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Values of several series over the same bins. Titles and names are the report's own words, never a row's."""
+    """Values of several series over the same bins. Titles and names are the report's own words,
+    never a row's.
+    """
 
     title: str
     unit: str
@@ -133,14 +137,29 @@ class Report:
     def findings(self) -> list[Finding]:
         """All findings, the gravest first, else in the order of the sections."""
         order = {Severity.fail: 0, Severity.warn: 1, Severity.info: 2}
-        return sorted((f for section in self.sections for f in section.findings), key=lambda f: order[f.severity])
+        return sorted(
+            (f for section in self.sections for f in section.findings),
+            key=lambda f: order[f.severity],
+        )
 
 
 def named(rows: Sequence[tuple[Item, str]], limit: int) -> tuple[Named, ...]:
     """The first `limit` of (row, what is wrong in it)."""
-    return tuple(Named(item.origin, item.number, item.split, note, excerpt(joined(item.columns))) for item, note in rows[:limit])
+    return tuple(
+        Named(item.origin, item.number, item.split, note, excerpt(joined(item.columns)))
+        for item, note in rows[:limit]
+    )
 
 
-def finding(check: str, severity: Severity, message: str, remedy: str, rows: Sequence[tuple[Item, str]], limit: int) -> tuple[Finding, ...]:
+def finding(
+    check: str,
+    severity: Severity,
+    message: str,
+    remedy: str,
+    rows: Sequence[tuple[Item, str]],
+    limit: int,
+) -> tuple[Finding, ...]:
     """A finding about `rows`, of which it names `limit`; nothing when there are none."""
-    return (Finding(check, severity, message, remedy, len(rows), named(rows, limit)),) if rows else ()
+    return (
+        (Finding(check, severity, message, remedy, len(rows), named(rows, limit)),) if rows else ()
+    )

@@ -1,4 +1,6 @@
-"""The JSON schema (draft 2020-12) of report.json: what other programs may rely on. Section figures are named in their detectors' files."""
+"""The JSON schema (draft 2020-12) of report.json: what other programs may rely on. Section figures
+are named in their detectors' files.
+"""
 
 from typing import Any
 
@@ -10,7 +12,12 @@ _COUNT = {"type": "integer", "minimum": 0}
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
     """An object with exactly these properties."""
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 _ROW = _object(
@@ -37,7 +44,10 @@ SCHEMA: dict[str, Any] = {
                 "additionalProperties": _object(
                     {
                         "title": _TEXT,
-                        "unmeasured": {"type": ["string", "null"], "description": "why there is nothing to say, or null"},
+                        "unmeasured": {
+                            "type": ["string", "null"],
+                            "description": "why there is nothing to say, or null",
+                        },
                         "figures": {"type": "object"},
                     }
                 ),
@@ -50,9 +60,20 @@ SCHEMA: dict[str, Any] = {
                         "check": _TEXT,
                         "severity": {"enum": [s.value for s in Severity]},
                         "message": _TEXT,
-                        "remedy": {"type": "string", "description": "what mends it; options stand in backticks"},
-                        "total": {"type": "integer", "minimum": 0, "description": "rows that show it; 0: a matter of all rows together"},
-                        "rows": {"type": "array", "items": _ROW, "description": "the first of them, at most data.report_rows"},
+                        "remedy": {
+                            "type": "string",
+                            "description": "what mends it; options stand in backticks",
+                        },
+                        "total": {
+                            "type": "integer",
+                            "minimum": 0,
+                            "description": "rows that show it; 0: a matter of all rows together",
+                        },
+                        "rows": {
+                            "type": "array",
+                            "items": _ROW,
+                            "description": "the first of them, at most data.report_rows",
+                        },
                     }
                 ),
             },

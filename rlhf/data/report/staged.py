@@ -15,7 +15,9 @@ from rlhf.data.report.records import Report
 
 
 def formats_read(cfg: Config, kind: Use) -> dict[str, str]:
-    """By origin, the format that each file (or other part of a source) is read as. Raises UserError as `choose_format`."""
+    """By origin, the format that each file (or other part of a source) is read as. Raises UserError
+    as `choose_format`.
+    """
     out = {}
     for source in (*train_sources(cfg), *eval_sources(cfg)):
         for part in source.parts:
@@ -25,11 +27,15 @@ def formats_read(cfg: Config, kind: Use) -> dict[str, str]:
     return out
 
 
-def of_stage(cfg: Config, kind: Use, items: Sequence[Item], steps: Sequence[StepReport], folder: Path) -> Report:
-    """Examine what came out of the steps, and write the report into `folder`. Lengths are tokens where model.path is set."""
+def of_stage(
+    cfg: Config, kind: Use, items: Sequence[Item], steps: Sequence[StepReport], folder: Path
+) -> Report:
+    """Examine what came out of the steps, and write the report into `folder`. Lengths are tokens
+    where model.path is set.
+    """
     tokenizer = None
     if cfg.model.path is not None:
-        from rlhf.models import load_tokenizer
+        from rlhf.models.loading import load_tokenizer
 
         tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template)
     return make(

@@ -1,7 +1,8 @@
-"""Labels that the other rows contradict, found without a reward model: a linear model of words, held out row by row, and confident learning.
+"""Labels that the other rows contradict, found without a reward model: a linear model of words,
+held out row by row, and confident learning.
 
-Coarse on purpose: it costs seconds, and it sees words only. What it names is worth a look, not worth dropping; step label_noise of
-data.pipeline judges with the run's own reward model.
+Coarse on purpose: it costs seconds, and it sees words only. What it names is worth a look, not
+worth dropping; step label_noise of data.pipeline judges with the run's own reward model.
 """
 
 import random
@@ -17,27 +18,43 @@ from rlhf.data.report.texts import words
 
 _ROWS = 200  # that the model needs
 _FOLDS = 5
-DOUBT = 0.05  # held-out probability of its own label below which a row is named: on real pairs, with 71 % right, confident learning alone named 25 %
-MIN_ACCURACY = 0.6  # of the held-out rows below which words don't tell good from bad, and the model's doubts say nothing
+# held-out probability of its own label below which a row is named: on real pairs, with 71 % right,
+# confident learning alone named 25 %
+DOUBT = 0.05
+# of the held-out rows below which words don't tell good from bad, and the model's doubts say
+# nothing
+MIN_ACCURACY = 0.6
 
 
 def held_out_probabilities(features: Any, targets: Sequence[int], seed: int) -> Any:
-    """[N, 2] P(target = 0), P(target = 1) of each row by a logistic regression fitted on the other folds."""
+    """[N, 2] P(target = 0), P(target = 1) of each row by a logistic regression fitted on the other
+    folds.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
-    return cross_val_predict(LogisticRegression(C=10.0, max_iter=1000), features, list(targets), cv=folds, method="predict_proba")
+    return cross_val_predict(
+        LogisticRegression(C=10.0, max_iter=1000),
+        features,
+        list(targets),
+        cv=folds,
+        method="predict_proba",
+    )
 
 
 def _features(items: Sequence[Item], settings: Settings) -> tuple[Any, list[int]]:
-    """TF-IDF of the answer, or of pairs the first side's minus the second's, sides drawn by the seed; and which one is right."""
+    """TF-IDF of the answer, or of pairs the first side's minus the second's, sides drawn by the
+    seed; and which one is right.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(analyzer=words, min_df=2, sublinear_tf=True)
     if settings.kind is Use.preference:
         texts = [answers_of(item.columns) for item in items]
-        vectors = vectorizer.fit_transform([t["chosen"] for t in texts] + [t["rejected"] for t in texts])
+        vectors = vectorizer.fit_transform(
+            [t["chosen"] for t in texts] + [t["rejected"] for t in texts]
+        )
         difference = vectors[: len(items)] - vectors[len(items) :]
         rng = random.Random(f"{settings.seed}:suspects")
         targets = [rng.randrange(2) for _ in items]
@@ -49,15 +66,25 @@ def _features(items: Sequence[Item], settings: Settings) -> tuple[Any, list[int]
 
 
 def suspects(items: Sequence[Item], settings: Settings) -> Section:
-    """Rows whose label a model of the other rows contradicts with confidence (Northcutt et al. 2021, arXiv:1911.00068)."""
+    """Rows whose label a model of the other rows contradicts with confidence (Northcutt et al.
+    2021, arXiv:1911.00068).
+    """
     title = "Suspect labels"
     if settings.kind not in (Use.preference, Use.unpaired):
         return Section("suspects", title, {}, unmeasured="the rows hold no judgement")
     some = sampled(items, settings)
     if len(some) < _ROWS:
-        return Section("suspects", title, {}, unmeasured=f"{len(some)} rows are too few: at least {_ROWS}")
-    if settings.kind is Use.unpaired and min(sum(bool(i.columns["label"]) == side for i in some) for side in (True, False)) < _FOLDS:
-        return Section("suspects", title, {}, unmeasured=f"one of the labels has fewer than {_FOLDS} rows")
+        return Section(
+            "suspects", title, {}, unmeasured=f"{len(some)} rows are too few: at least {_ROWS}"
+        )
+    if (
+        settings.kind is Use.unpaired
+        and min(sum(bool(i.columns["label"]) == side for i in some) for side in (True, False))
+        < _FOLDS
+    ):
+        return Section(
+            "suspects", title, {}, unmeasured=f"one of the labels has fewer than {_FOLDS} rows"
+        )
     try:
         features, targets = _features(some, settings)
     except ValueError as error:  # scikit-learn: no word is in two texts
@@ -66,14 +93,35 @@ def suspects(items: Sequence[Item], settings: Settings) -> Section:
     from cleanlab.filter import find_label_issues
 
     probabilities = held_out_probabilities(features, targets, settings.seed)
-    accuracy = sum(int(p[1] >= 0.5) == t for p, t in zip(probabilities, targets, strict=True)) / len(some)
+    accuracy = sum(
+        int(p[1] >= 0.5) == t for p, t in zip(probabilities, targets, strict=True)
+    ) / len(some)
     figures = {"rows": len(some), "accuracy": accuracy}
     if accuracy < MIN_ACCURACY:
         reason = f"words alone tell good from bad in {accuracy:.0%} of held-out rows only"
         return Section("suspects", title, figures, unmeasured=reason)
     flagged = find_label_issues(np.array(targets), probabilities, filter_by="both", n_jobs=1)
-    rows = [(item, f"probability {p[t]:.2f}") for item, p, t, bad in zip(some, probabilities, targets, flagged, strict=True) if bad and p[t] < DOUBT]
-    message = f"{len(rows)} of {len(some)} rows looked at: the words of the other rows speak against the label"
-    findings = finding("suspect_labels", Severity.info, message, REMEDIES["suspect_labels"], rows, settings.named)
-    shown = (("rows looked at", len(some)), ("held-out accuracy of the model of words", accuracy), ("suspect rows", len(rows)))
-    return Section("suspects", title, {**figures, "suspect": len(rows)}, findings, (Table("Suspect labels", ("figure", "value"), shown),))
+    rows = [
+        (item, f"probability {p[t]:.2f}")
+        for item, p, t, bad in zip(some, probabilities, targets, flagged, strict=True)
+        if bad and p[t] < DOUBT
+    ]
+    message = (
+        f"{len(rows)} of {len(some)} rows looked at: the words of the other rows speak "
+        "against the label"
+    )
+    findings = finding(
+        "suspect_labels", Severity.info, message, REMEDIES["suspect_labels"], rows, settings.named
+    )
+    shown = (
+        ("rows looked at", len(some)),
+        ("held-out accuracy of the model of words", accuracy),
+        ("suspect rows", len(rows)),
+    )
+    return Section(
+        "suspects",
+        title,
+        {**figures, "suspect": len(rows)},
+        findings,
+        (Table("Suspect labels", ("figure", "value"), shown),),
+    )

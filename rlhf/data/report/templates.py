@@ -5,15 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from rlhf.data import encoding
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item, parts
 from rlhf.data.report.lengths import conversations
 from rlhf.data.report.records import Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
+from rlhf.models import encoding
 from rlhf.types import UserError
 
-# Markers of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi, GPT-2, DeepSeek and Alpaca. A text that holds one was formatted already.
+# Markers of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi, GPT-2, DeepSeek and Alpaca. A text that
+# holds one was formatted already.
 MARKERS = (
     "<|im_start|>",
     "<|im_end|>",
@@ -40,7 +41,8 @@ _LOOKED_AT = 100  # rows rendered in search of what the template itself does wro
 
 
 def role_problem(chat: Sequence[Mapping[str, Any]]) -> str | None:
-    """What is wrong with the order of a conversation's roles; None: nothing. An optional system message, then user and assistant in turns.
+    """What is wrong with the order of a conversation's roles; None: nothing. An optional system
+    message, then user and assistant in turns.
 
     A tool's message follows an assistant's or another tool's, and the assistant speaks after it.
     """
@@ -54,7 +56,11 @@ def role_problem(chat: Sequence[Mapping[str, Any]]) -> str | None:
         return "a system message alone"
     if turns[0]["role"] != "user":
         return f"the first turn is the {turns[0]['role']}'s, not the user's"
-    may_follow = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+    may_follow = {
+        "user": ("assistant",),
+        "assistant": ("user", "tool"),
+        "tool": ("assistant", "tool"),
+    }
     for i, (before, after) in enumerate(pairwise(turns), start=start + 1):
         if after["role"] not in may_follow[before["role"]]:
             return f"message {i} is the {after['role']}'s and follows the {before['role']}'s"
@@ -73,7 +79,9 @@ def ending_problem(columns: Mapping[str, Any], kind: Use) -> str | None:
 
 
 def empty_problem(columns: dict[str, Any]) -> str | None:
-    """A turn or an answer without a visible character. An empty prompt is none: the texts are whole then."""
+    """A turn or an answer without a visible character. An empty prompt is none: the texts are whole
+    then.
+    """
     for where, text in parts(columns):
         if not text.strip() and where != "prompt":
             return f"{where} is empty"
@@ -91,12 +99,20 @@ def marker_problem(columns: dict[str, Any], markers: re.Pattern[str]) -> str | N
 
 def marker_pattern(tokenizer: Any = None) -> re.Pattern[str]:
     """MARKERS, and the tokenizer's own special tokens where one is given."""
-    special = [str(token) for token in tokenizer.all_special_tokens] if tokenizer is not None else []
-    return re.compile("|".join(re.escape(m) for m in sorted({*MARKERS, *special}, key=lambda m: (-len(m), m)) if m))
+    special = (
+        [str(token) for token in tokenizer.all_special_tokens] if tokenizer is not None else []
+    )
+    return re.compile(
+        "|".join(
+            re.escape(m) for m in sorted({*MARKERS, *special}, key=lambda m: (-len(m), m)) if m
+        )
+    )
 
 
 def encoded(tokenizer: Any, columns: Mapping[str, Any]) -> list[list[int]]:
-    """Token ids of every sequence of a row as the stages encode it. Raises ValueError and UserError for one that can't be."""
+    """Token ids of every sequence of a row as the stages encode it. Raises ValueError and UserError
+    for one that can't be.
+    """
     chats = list(conversations(columns))
     if chats:
         if tokenizer.chat_template is None:
@@ -108,14 +124,22 @@ def encoded(tokenizer: Any, columns: Mapping[str, Any]) -> list[list[int]]:
             for chat in chats
         ]
     prompt = columns.get("prompt") or ""
-    answers = [columns[key] for key in ("chosen", "rejected", "completion") if isinstance(columns.get(key), str)]
+    answers = [
+        columns[key]
+        for key in ("chosen", "rejected", "completion")
+        if isinstance(columns.get(key), str)
+    ]
     if "text" in columns:
         return [encoding.encode_text(tokenizer, columns["text"])[0]]
-    return [encoding.encode_answer(tokenizer, prompt, answer) for answer in answers] or [encoding.prompt_ids(tokenizer, prompt)]
+    return [encoding.encode_answer(tokenizer, prompt, answer) for answer in answers] or [
+        encoding.prompt_ids(tokenizer, prompt)
+    ]
 
 
 def doubled(tokenizer: Any, sequences: Iterable[Sequence[int]]) -> tuple[bool, bool]:
-    """Whether a sequence begins with two beginning-of-sequence tokens, and whether one ends with two end-of-sequence tokens."""
+    """Whether a sequence begins with two beginning-of-sequence tokens, and whether one ends with
+    two end-of-sequence tokens.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     found = [list(ids) for ids in sequences]
     begins = bos is not None and any(ids[:2] == [bos, bos] for ids in found)
@@ -125,12 +149,15 @@ def doubled(tokenizer: Any, sequences: Iterable[Sequence[int]]) -> tuple[bool, b
 def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tuple[Item, str]]]:
     """By check, the rows whose sequence has a doubled token, or that the template can't render.
 
-    Looked at are the first rows, which show what the template does to all, and every row whose text holds one of the two tokens itself.
+    Looked at are the first rows, which show what the template does to all, and every row whose text
+    holds one of the two tokens itself.
     """
     out: dict[str, list[tuple[Item, str]]] = {"double_bos": [], "double_eos": [], "unrendered": []}
     marks = [str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
     for number, item in enumerate(items):
-        if number >= _LOOKED_AT and not any(mark in text for _, text in parts(item.columns) for mark in marks):
+        if number >= _LOOKED_AT and not any(
+            mark in text for _, text in parts(item.columns) for mark in marks
+        ):
             continue
         try:
             bos, eos = doubled(tokenizer, encoded(tokenizer, item.columns))
@@ -146,11 +173,18 @@ def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tu
 
 def templates(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of conversations and templates."""
-    found: dict[str, list[tuple[Item, str]]] = {"role_order": [], "empty_turns": [], "wrong_end": [], "template_markers": []}
+    found: dict[str, list[tuple[Item, str]]] = {
+        "role_order": [],
+        "empty_turns": [],
+        "wrong_end": [],
+        "template_markers": [],
+    }
     markers = marker_pattern(settings.tokenizer)
     for item in items:
         problems = {
-            "role_order": next((p for p in map(role_problem, conversations(item.columns)) if p), None),
+            "role_order": next(
+                (p for p in map(role_problem, conversations(item.columns)) if p), None
+            ),
             "empty_turns": empty_problem(item.columns),
             "wrong_end": ending_problem(item.columns, settings.kind),
             "template_markers": marker_problem(item.columns, markers),
@@ -164,7 +198,11 @@ def templates(items: Sequence[Item], settings: Settings) -> Section:
         "role_order": (Severity.warn, "conversations whose roles don't take turns"),
         "empty_turns": (Severity.fail, "rows with an empty turn or answer"),
         "wrong_end": (Severity.fail, "conversations that end with the wrong turn"),
-        "template_markers": (Severity.warn, "rows whose text holds a chat template's markers, so that a template would be applied twice"),
+        "template_markers": (
+            Severity.warn,
+            "rows whose text holds a chat template's markers, so that a template would be "
+            "applied twice",
+        ),
         "double_bos": (Severity.warn, "rows that begin with two beginning-of-sequence tokens"),
         "double_eos": (Severity.warn, "rows that end with two end-of-sequence tokens"),
         "unrendered": (Severity.fail, "conversations that the chat template refuses"),
@@ -172,8 +210,19 @@ def templates(items: Sequence[Item], settings: Settings) -> Section:
     findings = [
         f
         for check, rows in found.items()
-        for f in finding(check, said[check][0], f"{len(rows)} {said[check][1]}", REMEDIES[check], rows, settings.named)
+        for f in finding(
+            check,
+            said[check][0],
+            f"{len(rows)} {said[check][1]}",
+            REMEDIES[check],
+            rows,
+            settings.named,
+        )
     ]
     figures = {check: len(rows) for check, rows in found.items()}
-    table = Table("Template problems", ("check", "rows"), tuple((said[check][1], n) for check, n in figures.items()))
+    table = Table(
+        "Template problems",
+        ("check", "rows"),
+        tuple((said[check][1], n) for check, n in figures.items()),
+    )
     return Section("templates", "Conversations and templates", figures, tuple(findings), (table,))

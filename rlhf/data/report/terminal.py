@@ -17,7 +17,14 @@ def tables(report: Report) -> list[Any]:
     from rich.text import Text
 
     def cell(value: object) -> Text:
-        return Text(f"{value:.4g}" if isinstance(value, float) else "" if value is None else safe(str(value)), overflow="fold")
+        return Text(
+            f"{value:.4g}"
+            if isinstance(value, float)
+            else ""
+            if value is None
+            else safe(str(value)),
+            overflow="fold",
+        )
 
     def made(title: str, columns: tuple[str, ...]) -> Table:
         table = Table(title=Text(title), title_justify="left")
@@ -34,9 +41,22 @@ def tables(report: Report) -> list[Any]:
             out.append(table)
     standards = made("Quality standards", ("standard", "verdict", "found", "expected"))
     for s in report.standards:
-        standards.add_row(cell(s.name), Text(s.verdict.value, style=_VERDICTS[s.verdict]), cell(s.found), cell(s.expected))
+        standards.add_row(
+            cell(s.name),
+            Text(s.verdict.value, style=_VERDICTS[s.verdict]),
+            cell(s.found),
+            cell(s.expected),
+        )
     findings = made("Findings", ("", "check", "found", "rows", "mend it"))
     for f in report.findings():
-        places = "; ".join(f"{Path(r.file).name}, row {r.row}" for r in f.rows[:_PLACES]) + (" ..." if f.total > _PLACES else "")
-        findings.add_row(Text(f.severity.value, style=_COLOURS[f.severity]), cell(f.check), cell(f.message), cell(places), cell(f.remedy))
+        places = "; ".join(f"{Path(r.file).name}, row {r.row}" for r in f.rows[:_PLACES]) + (
+            " ..." if f.total > _PLACES else ""
+        )
+        findings.add_row(
+            Text(f.severity.value, style=_COLOURS[f.severity]),
+            cell(f.check),
+            cell(f.message),
+            cell(places),
+            cell(f.remedy),
+        )
     return [*out, standards, findings]

@@ -10,17 +10,24 @@ EXCERPT = 160  # characters
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words; a Chinese, Japanese, Thai, Lao, Khmer or Burmese character counts as one. Punctuation is left out."""
+    """Lower-case words; a Chinese, Japanese, Thai, Lao, Khmer or Burmese character counts as one.
+    Punctuation is left out.
+    """
     return split_words(text.lower())
 
 
 def safe(text: str) -> str:
-    """`text` on one line and fit for any file or screen: white space in one blank, control, format and lone surrogate characters as \ufffd."""
+    """`text` on one line and fit for any file or screen: white space in one blank, control, format
+    and lone surrogate characters as \ufffd.
+    """
     flat = " ".join(text.split())
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in flat)
+    return "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in flat
+    )
 
 
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they would reorder what stands beside the text
+# they would reorder what stands beside the text
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def excerpt(text: str, length: int = EXCERPT) -> str:
@@ -30,7 +37,9 @@ def excerpt(text: str, length: int = EXCERPT) -> str:
 
 
 def quantile(ordered: list[float], share: float) -> float:
-    """The value below which `share` of the sorted values lie, between neighbours linearly. Raises ValueError without values."""
+    """The value below which `share` of the sorted values lie, between neighbours linearly. Raises
+    ValueError without values.
+    """
     if not ordered:
         raise ValueError("expected at least one value")
     at = share * (len(ordered) - 1)

@@ -9,7 +9,10 @@ from rlhf.data.report.records import VERSION, Finding, Report, Section, Standard
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:
-    rows = [{"file": r.file, "row": r.row, "split": r.split, "note": r.note, "excerpt": r.excerpt} for r in finding.rows]
+    rows = [
+        {"file": r.file, "row": r.row, "split": r.split, "note": r.note, "excerpt": r.excerpt}
+        for r in finding.rows
+    ]
     return {
         "check": finding.check,
         "severity": finding.severity.value,
@@ -32,7 +35,11 @@ def standard_json(standard: Standard) -> dict[str, Any]:
 
 
 def section_json(section: Section) -> dict[str, Any]:
-    return {"title": section.title, "unmeasured": section.unmeasured, "figures": dict(section.figures)}
+    return {
+        "title": section.title,
+        "unmeasured": section.unmeasured,
+        "figures": dict(section.figures),
+    }
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -48,14 +55,20 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def write(report: Report, folder: Path) -> dict[str, Path]:
-    """Write both files into `folder`; returns them by kind. An interrupted write leaves the old file."""
+    """Write both files into `folder`; returns them by kind. An interrupted write leaves the old
+    file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {"json": json.dumps(as_json(report), ensure_ascii=False, indent=1, allow_nan=False) + "\n", "html": page.render(report)}
+    texts = {
+        "json": json.dumps(as_json(report), ensure_ascii=False, indent=1, allow_nan=False) + "\n",
+        "html": page.render(report),
+    }
     out = {}
     for suffix, text in texts.items():
         path = folder / f"report.{suffix}"
         beside = path.with_suffix(f".{suffix}.tmp")
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes its JSON escape
+        # a lone surrogate becomes its JSON escape
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         beside.replace(path)
         out[suffix] = path
     return out

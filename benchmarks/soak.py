@@ -1,0 +1,173 @@
+"""Whether a run's memory grows: 200 steps of a tiny model, resident memory after the warm-up
+against that at the end.
+
+python -m benchmarks.soak                      runs and checks every case (minutes)
+python -m benchmarks.soak --cases ppo sft      those of these names
+python -m benchmarks.soak --check-only         checks the runs that are there
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.run import console
+from rlhf.run.tracking import METRICS_FILE, read_jsonl
+from rlhf.types import UserError
+
+# steps: in all, left out at the start, and those whose median is one end of the comparison
+STEPS, WARM_UP, WINDOW = 200, 40, 20
+LIMIT = 0.02  # of growth
+COMMON = (
+    "model=tiny",
+    "model.tiny.vocab_size=300",
+    "model.tiny.hidden_size=64",
+    "model.tiny.intermediate_size=96",
+    "model.tiny.layers=2",
+    "model.tiny.heads=2",
+    "model.tiny.max_positions=64",
+    "tracking=none",
+    f"stage.steps={STEPS}",
+    "stage.save_steps=20",
+)
+_ONLINE = (
+    "data.max_prompt_length=32",
+    "rollout.max_response_length=16",
+    "rollout.kv_cache_gib=0.05",
+    "reward.function=benchmarks.soak:even_tokens",
+    "stage.prompts_per_step=8",
+)
+_PPO = (
+    "stage=ppo",
+    *_ONLINE,
+    "stage.critic_init=policy",
+    "stage.reward_normalise=true",
+    "stage.kl_controller=adaptive",
+)
+CASES: dict[str, tuple[str, ...]] = {
+    "ppo": (*_PPO, "rollout=hf"),
+    "ppo-zero2": (*_PPO, "rollout=hf", "engine=zero2"),
+    "ppo-vllm": (*_PPO, "rollout=vllm"),
+    "grpo-vllm-lora": (
+        "stage=grpo",
+        *_ONLINE,
+        "stage.samples_per_prompt=2",
+        "rollout=vllm",
+        "adapter=lora",
+        "adapter.rank=8",
+    ),
+    "sft": (
+        "stage=sft",
+        "stage.batch_size=8",
+        "stage.max_length=32",
+        "stage.eval_steps=20",
+        "stage.log_steps=1",
+    ),
+}
+
+
+def even_tokens(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """A reward that costs nothing: the share of even token ids."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def growth(resident: Sequence[float], warm_up: int = WARM_UP, window: int = WINDOW) -> float:
+    """Median of the last `window` steps over that of the first `window` after the warm-up, less 1.
+    Raises ValueError for fewer steps than that.
+    """
+    if len(resident) < warm_up + 2 * window:
+        raise ValueError(
+            f"{len(resident)} steps are too few: expected at least {warm_up + 2 * window}"
+        )
+    return (
+        statistics.median(resident[-window:])
+        / statistics.median(resident[warm_up : warm_up + window])
+        - 1.0
+    )
+
+
+def stage_of(case: str) -> str:
+    """The stage that a case runs, which names its run directory."""
+    return CASES[case][0].removeprefix("stage=")
+
+
+def write_rows(place: Path, stage: str) -> None:
+    """Rows for the stage: prompts, or texts."""
+    key = "text" if stage == "sft" else "prompt"
+    rows = [
+        {key: f"{word} {number}"}
+        for number in range(16)
+        for word in ("alpha", "beta", "gamma", "delta")
+    ]
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run(directory: Path, case: str) -> None:
+    """The run, in a process of its own; raises CalledProcessError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = directory / f"soak_{stage_of(case)}.jsonl"
+    write_rows(rows, stage_of(case))
+    command = [sys.executable, "-m", "rlhf", *CASES[case], *COMMON]
+    command += [
+        f"run.dir={directory}",
+        f"run.name=soak-{case}",
+        f"data.path={rows}",
+        "run.overwrite=true",
+        "tracking.samples_every=0",
+    ]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def resident_of(directory: Path, case: str) -> list[float]:
+    """Resident memory after each step that was logged, MiB. Raises UserError for a run that is not
+    there.
+    """
+    path = directory / f"soak-{case}" / stage_of(case) / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such run. Leave --check-only out to run it.")
+    return [row["memory/rss_mb"] for row in read_jsonl(path) if "memory/rss_mb" in row]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 where no case's memory grows beyond the limit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", default="runs", type=Path, help="root of the runs' directories")
+    parser.add_argument(
+        "--cases", nargs="+", choices=sorted(CASES), default=list(CASES), help="cases to run"
+    )
+    parser.add_argument("--check-only", action="store_true", help="check the runs that are there")
+    given = parser.parse_args(arguments)
+    rows, worst = [], 0.0
+    for case in given.cases:
+        if not given.check_only:
+            run(given.dir, case)
+        resident = resident_of(given.dir, case)
+        found = growth(resident)
+        worst = max(worst, found)
+        at = {
+            f"step {step}": f"{resident[step - 1]:.1f}" for step in (WARM_UP, 80, 120, 160, STEPS)
+        }
+        rows.append(
+            {
+                "case": case,
+                **at,
+                "growth": f"{found:+.2%}",
+                "passes": "yes" if found <= LIMIT else "no",
+            }
+        )
+    console.table(rows, title=f"resident memory, MiB, of runs of {STEPS} steps")
+    print(
+        f"growth is from steps {WARM_UP + 1}-{WARM_UP + WINDOW} to {STEPS - WINDOW + 1}-{STEPS}, "
+        f"medians; at most {LIMIT:.0%} passes"
+    )
+    return 0 if worst <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

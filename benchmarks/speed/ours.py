@@ -1,0 +1,126 @@
+"""Worker: this project's online loop, one step per request (`python -m benchmarks.speed.ours CASE
+READ WRITE`).
+"""
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.speed.cases import Case
+from benchmarks.speed.protocol import Figures, serve
+from policy.model import base_of
+from rlhf.cli import config
+from rlhf.online.loop import Loop
+from rlhf.online.setup import build
+from rlhf.process import distributed
+from rlhf.run.context import RunContext
+
+
+def overrides(case: Case, folder: Path) -> list[str]:
+    """The case as command line options."""
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": p}) + "\n" for p in case.prompts), encoding="utf-8"
+    )
+    return [
+        "stage=grpo",
+        "rollout=vllm",
+        "tracking=none",
+        f"run.dir={folder}",
+        f"model.path={case.model}",
+        f"data.path={folder}/prompts.jsonl",
+        f"data.eval_path={folder}/prompts.jsonl",
+        "reward.function=benchmarks.speed.cases:distinct_words",
+        f"stage.prompts_per_step={len(case.prompts)}",
+        f"stage.samples_per_prompt={case.samples}",
+        f"stage.learning_rate={case.learning_rate}",
+        "stage.kl_coef=0.0",
+        "stage.save_steps=0",  # as TRL's save_strategy="no"
+        "stage.reference=false",
+        f"rollout.max_response_length={case.max_response}",
+        f"rollout.kv_cache_gib={case.kv_cache_gib}",
+        f"rollout.max_num_seqs={len(case.prompts) * case.samples}",
+        f"data.max_prompt_length={case.max_prompt}",
+        f"engine.micro_tokens={case.micro_tokens}",
+        *(
+            ["adapter=lora", f"adapter.rank={case.rank}", f"adapter.alpha={2 * case.rank}"]
+            if case.lora
+            else []
+        ),
+    ]
+
+
+def bare_pass(
+    module: Any, rows: int, prompt_tokens: int, response_tokens: int, *, budget: int
+) -> float:
+    """Seconds of forward and backward alone over as many real tokens: no padding, no optimizer, the
+    head at response tokens only, cross-entropy.
+
+    The tokens of all `rows` are laid out as rectangles of the mean row, at most `budget` tokens at
+    a time.
+    """
+    lm = base_of(module.model)
+    backbone, device = getattr(lm, lm.base_model_prefix), distributed.device()
+    total = prompt_tokens + response_tokens
+    length = max(2, round(total / rows))
+    module.train()
+    seconds, left = 0.0, total
+    while left > 0:
+        tokens = min(left, max(1, budget // length) * length)
+        ids = torch.randint(
+            0, lm.config.vocab_size, (max(1, round(tokens / length)), length), device=device
+        )
+        answered = min(ids.numel(), round(ids.numel() * response_tokens / total))
+        labels = torch.randint(0, lm.config.vocab_size, (answered,), device=device)
+        began = time.perf_counter()
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:answered]
+        F.cross_entropy(
+            lm.get_output_embeddings()(hidden).float(), labels, reduction="sum"
+        ).backward()
+        seconds += time.perf_counter() - began
+        left -= tokens
+    for parameter in module.parameters():
+        parameter.grad = None
+    return seconds
+
+
+def main() -> None:
+    case, folder = Case.load(sys.argv[1]), Path(tempfile.mkdtemp(prefix="bench-"))
+    cfg = config.compose(overrides(case, folder))
+    distributed.set_threads(cfg.engine.threads)
+    ctx = RunContext.open(cfg, ())
+    parts = build(ctx)
+    loop = Loop(ctx, parts)
+    loop.sync(0)
+    numbers = itertools.count()
+
+    def step() -> Figures:
+        metrics, _ = loop.one_step(next(numbers))
+        prompt_tokens = sum(len(p.token_ids) for p in parts.prompts) * case.samples
+        response_tokens = round(metrics["rollout/response_tokens"])
+        rows = len(case.prompts) * case.samples
+        bare = bare_pass(
+            parts.policy.module, rows, prompt_tokens, response_tokens, budget=case.micro_tokens
+        )
+        return {
+            "step_s": metrics["time/step_s"],
+            "rollout_s": metrics["time/rollout_s"],
+            "update_s": metrics["time/prepare_s"] + metrics["time/update_s"],
+            "sync_s": metrics["time/sync_s"],
+            "response_tokens": float(response_tokens),
+            "update_tokens": float(prompt_tokens + response_tokens),
+            "bare_s": bare,
+            "gap": metrics["rollout/logprob_gap"],
+        }
+
+    serve(step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A worker takes one training step for each line that it reads and answers with the step's figures,
+so that two of them can take turns.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Figures = dict[str, float]
+
+
+def serve(step: Callable[[], Figures], ready: Figures | None = None) -> None:
+    """Worker: say that everything is loaded, then step on demand until the other end closes. The
+    pipe's numbers are the last two arguments.
+    """
+    reader, writer = os.fdopen(int(sys.argv[-2]), "r"), os.fdopen(int(sys.argv[-1]), "w")
+    answer: Figures | None = ready or {}
+    while True:
+        print(json.dumps(answer), file=writer, flush=True)
+        if reader.readline().strip() != "step":
+            return
+        answer = step() | {
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        }
+
+
+@dataclass(slots=True)
+class Worker:
+    """The parent's end."""
+
+    process: subprocess.Popen[bytes]
+    reader: object
+    writer: object
+    log: Path
+
+    @staticmethod
+    def start(module: str, case: Path, log: Path) -> "Worker":
+        """Start ``python -m module case`` and wait until it has loaded everything. Raises
+        RuntimeError with its log's end when it dies.
+        """
+        to_read, child_write = os.pipe()
+        child_read, to_write = os.pipe()
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(case), str(child_read), str(child_write)],
+                pass_fds=(child_read, child_write),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        os.close(child_read)
+        os.close(child_write)
+        worker = Worker(process, os.fdopen(to_read, "r"), os.fdopen(to_write, "w"), log)
+        worker._answer()
+        return worker
+
+    def step(self) -> Figures:
+        """One step's figures."""
+        print("step", file=self.writer, flush=True)  # type: ignore[call-overload]
+        return self._answer()
+
+    def _answer(self) -> Figures:
+        line = self.reader.readline()  # type: ignore[attr-defined]
+        if not line:
+            tail = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise RuntimeError(
+                f"the worker ended with exit code {self.process.wait()}; the end of "
+                f"{self.log}:\n{tail}"
+            )
+        figures: Figures = json.loads(line)
+        return figures
+
+    def close(self) -> None:
+        self.writer.close()  # type: ignore[attr-defined]
+        self.process.wait(timeout=120)
+        self.reader.close()  # type: ignore[attr-defined]

@@ -1,0 +1,218 @@
+"""Resuming on another number of ranks, or at another ZeRO stage: a checkpoint says how it was
+saved, and one that doesn't fit is converted aside.
+
+ZeRO splits weights and optimizer state over the ranks, so DeepSpeed loads a checkpoint only where
+it was saved: on as many ranks, at the same stage. Its universal form (Lian et al. 2024,
+arXiv:2406.18820) is whole tensors by name, which any number of ranks can split again.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conf.choices import EngineKind, Offload
+from conf.schema import EngineConfig
+from rlhf.process import distributed
+from rlhf.run import checkpoints
+from rlhf.types import UserError
+
+LAYOUT = "layout.json"
+ROOT = Path(__file__).resolve().parents[1]
+_LAUNCHER = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """How a checkpoint's state is spread."""
+
+    engine: str
+    zero_stage: int
+    ranks: int
+    offload: str
+
+    @staticmethod
+    def of(engine: EngineConfig) -> "Layout":
+        """This launch's."""
+        stage = engine.zero_stage if engine.kind is EngineKind.deepspeed else 0
+        return Layout(engine.kind.value, stage, distributed.world_size(), engine.offload.value)
+
+    def __str__(self) -> str:
+        name = (
+            f"zero{self.zero_stage}" if self.engine == EngineKind.deepspeed.value else self.engine
+        )
+        offload = "" if self.offload == Offload.none.value else f" engine.offload={self.offload}"
+        return f"engine={name}{offload} on {self.ranks} rank{'' if self.ranks == 1 else 's'}"
+
+
+def record(directory: Path, engine: EngineConfig) -> None:
+    """Write the layout of this launch into a checkpoint; rank 0's to call, before the checkpoint is
+    sealed.
+    """
+    (directory / LAYOUT).write_text(
+        json.dumps(dataclasses.asdict(Layout.of(engine))) + "\n", encoding="utf-8"
+    )
+
+
+def recorded(directory: Path) -> Layout | None:
+    """The layout that a checkpoint was saved in; None where it is older than the record."""
+    path = directory / LAYOUT
+    return Layout(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def ready(checkpoint: Path, engine: EngineConfig) -> tuple[Path, str | None]:
+    """A whole checkpoint in a form that this launch loads: itself, or its universal form, converted
+    once; and what to say of it, if anything.
+
+    Rank 0's to call, before anything loads. Raises UserError where it can't be had, or where
+    loading would run what DeepSpeed never wrote.
+    """
+    check_pickles(checkpoint)
+    saved, now = recorded(checkpoint), Layout.of(engine)
+    if saved is None:
+        _check_unrecorded(checkpoint, now)
+    if saved is None or dataclasses.replace(saved, offload=now.offload) == now:
+        return checkpoint, None
+    _refuse(checkpoint, saved, now)
+    if now.zero_stage == 0:  # nothing is split, so there is nothing to convert
+        return (
+            checkpoint,
+            f"checkpoint {checkpoint.name} was saved by {saved}, and goes on with {now}",
+        )
+    return universal(
+        checkpoint, saved
+    ), f"checkpoint {checkpoint.name} was saved by {saved}; its universal form is loaded by {now}"
+
+
+def _check_unrecorded(checkpoint: Path, now: Layout) -> None:
+    """A checkpoint from before layouts were recorded goes on as it was saved; its ranks are counted
+    by their files. Raises UserError.
+    """
+    ranks = max(
+        (len(list(root.rglob("*_optim_states.pt"))) for root in deepspeed_roots(checkpoint)),
+        default=0,
+    )
+    if ranks not in (0, now.ranks):
+        raise UserError(
+            f"the checkpoint {checkpoint} was saved by {ranks} ranks, before checkpoints had a "
+            f"{LAYOUT}, and this launch has {now}. "
+            f"Resume on {ranks} ranks; the checkpoints saved then can go on with any number."
+        )
+
+
+def agreed(checkpoint: Path, engine: EngineConfig) -> Path:
+    """`ready` on rank 0, its outcome on every rank. A collective; raises UserError on all ranks
+    alike.
+    """
+    found: tuple[Path | None, str | None] = (None, None)
+    if distributed.is_main():
+        try:
+            found = ready(checkpoint, engine)[0], None
+        except UserError as error:
+            found = None, str(error)
+    place, wrong = distributed.broadcast(found)
+    if place is None:
+        raise UserError(wrong)
+    return place
+
+
+def _refuse(checkpoint: Path, saved: Layout, now: Layout) -> None:
+    """Raises UserError for a change of layout that no conversion covers."""
+    why = None
+    if saved.engine != now.engine:
+        why = "The torch engine and DeepSpeed keep their state in different forms"
+    elif saved.zero_stage != now.zero_stage and 0 in (saved.zero_stage, now.zero_stage):
+        why = "ZeRO-0 keeps no state that is split, so it has no universal form"
+    elif Offload.nvme.value in (saved.offload, now.offload):
+        why = "State on NVMe is read back only by the ranks that wrote it"
+    if why is not None:
+        raise UserError(
+            f"the checkpoint {checkpoint} was saved by {saved}, but this launch has {now}. "
+            f"{why}. Resume as it was saved, "
+            "or begin a new run with model.path at the weights of this one."
+        )
+
+
+def check_pickles(checkpoint: Path) -> None:
+    """Raises UserError where a file names anything that DeepSpeed does not write, since DeepSpeed
+    unpickles its files. Nothing is unpickled here.
+    """
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    known = importlib.import_module("policy.engines.deepspeed").CHECKPOINT_CLASSES
+    for root in deepspeed_roots(checkpoint):
+        for path in sorted(root.rglob("*.pt")):
+            try:
+                strange = sorted(set(get_unsafe_globals_in_checkpoint(path)) - known)
+            except Exception as error:  # whatever a crafted file makes of the reader
+                raise UserError(
+                    f"{path} is no file that torch.save wrote ({error}). {_FOREIGN}"
+                ) from error
+            if strange:
+                raise UserError(
+                    f"{path} would load {', '.join(strange[:3])}, which DeepSpeed never writes. "
+                    f"{_FOREIGN}"
+                )
+
+
+_FOREIGN = (
+    "DeepSpeed unpickles its checkpoints, so it would run code in there. Resume from an "
+    "earlier checkpoint of your own: move this one away."
+)
+
+
+def deepspeed_roots(checkpoint: Path) -> list[Path]:
+    """The folders of a checkpoint that DeepSpeed wrote: each holds a file that names the folder of
+    its state.
+    """
+    return sorted(
+        {path.parent for name in ("latest", "latest_universal") for path in checkpoint.rglob(name)}
+    )
+
+
+def universal(checkpoint: Path, saved: Layout) -> Path:
+    """The universal form of a sealed checkpoint, under ``universal/`` beside it: converted at the
+    first call, the original untouched.
+
+    DeepSpeed's converter runs in a process of its own, on the CPU: it forks, and this one may hold
+    a GPU. Raises UserError.
+    """
+    target = checkpoint.parent / checkpoints.UNIVERSAL / checkpoint.name
+    if target.is_dir() and checkpoints.problem(target) is None:
+        return target
+    side = target.with_name(target.name + ".part")
+    for old in (side, target):
+        shutil.rmtree(old, ignore_errors=True)
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
+    environment |= {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    with checkpoints.storing(f"the universal form of {checkpoint}", side, checkpoint.parent):
+        side.mkdir(parents=True)
+        command = [sys.executable, "-m", "policy.engines.universal", str(checkpoint), str(side)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            shutil.rmtree(side, ignore_errors=True)
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise UserError(
+                f"the checkpoint {checkpoint} can't be brought to another layout: {last}. Resume "
+                f"with {saved}, as it was saved."
+            )
+        checkpoints.seal(side)
+        side.rename(target)
+    return target

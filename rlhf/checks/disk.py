@@ -1,0 +1,189 @@
+"""Whether the disk has room for what a training stage will write, asked before anything loads."""
+
+import importlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.choices import AdapterKind, Advantage, CriticInit, EngineKind
+from conf.schema import Config
+from conf.stages import OfflineStage, OnlineStage
+from rlhf.checks.memory import GIB
+from rlhf.checks.memory.plan import Shapes
+from rlhf.checks.memory.shapes import adapter_parameters
+from rlhf.checks.memory.subjects import shapes_of
+from rlhf.process import distributed
+from rlhf.run.context import CHECKPOINTS, run_directory
+from rlhf.types import UserError
+
+# bytes of a checkpoint for a byte of a model's weights: at most 16 a parameter that trains and 4 of
+# its reference, of 2 bytes each
+_MOST = 10.0
+
+
+def check_room(cfg: Config) -> None:
+    """The last checkpoints, one more while it is written, and the model fit on the disk of run.dir.
+    Raises UserError.
+
+    A model that is not on this disk, a GGUF file's and ``model=tiny`` without a path are not
+    counted.
+    """
+    if (
+        not isinstance(cfg.stage, (OfflineStage, OnlineStage))
+        or cfg.run.dry_run
+        or not distributed.is_main()
+    ):
+        return
+    free = free_bytes(cfg)
+    count, weights = copies(cfg), weight_bytes(cfg)
+    if weights is None or (count + 1) * _MOST * weights < free:
+        return  # the usual case, without counting parameters
+    need = need_of(cfg, shapes_of(cfg, assume_reward=False)[0])
+    if need.total > free:
+        none = (
+            " stage.save_steps=0 writes none, and a killed run then begins anew."
+            if isinstance(cfg.stage, OnlineStage)
+            else ""
+        )
+        raise UserError(
+            f"run.dir={cfg.run.dir}: {free / GIB:.1f} GiB are free there, but the run needs "
+            f"about {need.total / GIB:.1f}: the model, and "
+            f"{need.count} checkpoints of {need.checkpoint / GIB:.1f} GiB at once "
+            f"(run.keep_checkpoints={cfg.run.keep_checkpoints}, the one that is "
+            "being written, and a trainer's best). Make room, set run.dir to another disk, lower "
+            "run.keep_checkpoints, or train LoRA "
+            f"(adapter=lora).{none}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a run writes to the disk, in bytes."""
+
+    count: int  # checkpoints that lie there at one moment
+    checkpoint: float
+    model: float
+
+    @property
+    def total(self) -> float:
+        return self.count * self.checkpoint + self.model
+
+
+def need_of(cfg: Config, shapes: Shapes) -> Need:
+    """Checkpoints and model of a training stage."""
+    return Need(
+        copies(cfg), checkpoint_bytes(cfg, shapes), weight_width(cfg) * shapes.policy.parameters
+    )
+
+
+def free_bytes(cfg: Config) -> float:
+    """What the disk of the run's directory has, with what the run's earlier checkpoints hold, since
+    new ones take their place.
+    """
+    place = run_directory(cfg)
+    return shutil.disk_usage(existing_parent(place)).free + size_of(place / CHECKPOINTS)
+
+
+def copies(cfg: Config) -> int:
+    """Checkpoints that lie on the disk at one moment: those that are kept, the one being written,
+    and TRL's best.
+    """
+    stage, keep = cfg.stage, cfg.run.keep_checkpoints
+    if isinstance(stage, OnlineStage):
+        if not stage.save_steps or stage.steps is None:
+            return 0
+        written = -(-stage.steps // stage.save_steps)  # the last step's too
+        return written if keep == 0 else min(written, keep + 1)
+    # how many evaluations there will be is known only when the rows are read
+    return 2 if keep == 0 else keep + 2
+
+
+def checkpoint_bytes(cfg: Config, shapes: Shapes) -> float:
+    """Bytes of one checkpoint over all ranks: float32 masters and Adam's two moments of what
+    trains; the weights as well, where DeepSpeed or TRL's trainers write them; a reference that
+    moves.
+    """
+    stage, width = cfg.stage, weight_width(cfg)
+    adapter = adapter_parameters(shapes.policy, cfg.adapter)
+    policy = adapter or shapes.policy.parameters
+    own = width if cfg.engine.kind is EngineKind.deepspeed or isinstance(stage, OfflineStage) else 0
+    if not isinstance(stage, OnlineStage):
+        masters = 4 if cfg.engine.kind is EngineKind.deepspeed else 0
+        return (8.0 + masters + own) * policy
+    size = (12.0 + own) * policy
+    if stage.advantage is Advantage.gae:
+        shape = (
+            shapes.rewards[0][1]
+            if stage.critic_init is CriticInit.reward and shapes.rewards
+            else shapes.policy
+        )
+        critic = (
+            adapter_parameters(shape, cfg.adapter)
+            if stage.critic_adapter and cfg.adapter.kind is not AdapterKind.none
+            else shape.classifier
+        )
+        size += (12.0 + own) * critic
+    return size + (width * shapes.policy.parameters if stage.reference_every else 0.0)
+
+
+def weight_width(cfg: Config) -> int:
+    """Bytes of a weight."""
+    from rlhf.models.loading import resolve_dtype
+
+    return int(resolve_dtype(cfg.model.dtype).itemsize)
+
+
+def weight_bytes(cfg: Config) -> int | None:
+    """Size of the weight files of the policy and of a critic's start; None where the policy's are
+    not on this disk.
+    """
+    if cfg.model.path is None or cfg.model.gguf_file is not None:
+        return None
+    policy = weight_files(cfg.model.path)
+    if (
+        policy is None
+        or not isinstance(cfg.stage, OnlineStage)
+        or cfg.stage.advantage is not Advantage.gae
+    ):
+        return policy
+    rewards = [
+        weight_files(path) or 0
+        for _, path in importlib.import_module("reward.terms").model_paths(cfg.reward)
+    ]
+    return policy + max([policy, *rewards])
+
+
+def weight_files(path: str) -> int | None:
+    """Bytes of a model directory's weights, an adapter's base in its place; None where there are
+    none.
+    """
+    place = Path(path).expanduser()
+    if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+        try:
+            place = Path(
+                str(
+                    json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))[
+                        "base_model_name_or_path"
+                    ]
+                )
+            ).expanduser()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None  # what is wrong with it is said where it is loaded
+    return (
+        sum(file.stat().st_size for file in place.glob("*.safetensors") if file.is_file()) or None
+    )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of a folder's files; 0 where there is none."""
+    return (
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if folder.is_dir()
+        else 0
+    )
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest directory that exists: where a run directory would be made."""
+    return next(place for place in (path, *path.parents) if place.exists())

@@ -1,0 +1,131 @@
+"""What a forward pass keeps for its backward pass, and what a pass without one has at once.
+
+Counted tensor by tensor as autograd saves them in transformers' Llama with PyTorch's
+scaled-dot-product attention (sdpa), for one token of a block: hidden size h, queries q and keys k
+columns, inner width i, a heads, w bytes a number. tests/checks/test_memory_activations.py counts
+the saved tensors.
+
+    each norm       its input in float32, 4h; one number, 4; where its weight trains the normalised
+    input, w h; its output, w h
+    attention       queries, keys, values and result, w (2q + 2k); the logarithms of the softmax's
+    sums, 4a
+                    eager: keys and values repeated for every head, and a row of probabilities, in
+                    half precision in float32 as well
+    feed-forward    gate, its activation, up, their product, 4 w i
+    LoRA            a frozen layer keeps no input, but each adapter its own: in half precision a
+    float32 copy, as PEFT's adapters are float32
+    autocast        float32 norms, and a half-precision copy of what each linear layer reads
+
+Korthikanti et al. 2022 (arXiv:2205.05198, equation 1) count a GPT block in half precision with
+dropout and with attention scores kept: s b h (34 + 5 a s / h). It is in `korthikanti`; ours differs
+since sdpa keeps no scores, there is no dropout, and RMSNorm computes in float32.
+"""
+
+from dataclasses import dataclass
+
+from rlhf.checks.memory.shapes import Shape
+
+# logits that TRL's fused head has at once (trl/kernels/chunked_logprob.py)
+HEAD_TILE = 4096 * 16384
+
+
+def korthikanti(s: int, b: int, h: int, a: int, *, recompute: bool = False) -> float:
+    """Bytes of activations of one GPT block: s tokens, b rows, hidden size h, a heads; with full
+    recomputation the input alone (2 s b h).
+    """
+    return float(2 * s * b * h if recompute else s * b * h * (34 + 5 * a * s / h))
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass: what decides how much it keeps."""
+
+    tokens: int  # padding included
+    width: int  # bytes of a weight, and of an activation but under autocast
+    length: int = 0  # tokens of a row, for attention that keeps its scores
+    adapter: int = 0  # rank of the adapter beside frozen weights; 0: the weights train
+    # PEFT's own; under DeepSpeed's bf16 an adapter is bfloat16 as all else
+    adapter_float32: bool = True
+    autocast: bool = False  # float32 weights that train, half-precision products (TRL)
+    masked: bool = False  # a mask of ours (shared prompts): keys are repeated for every head
+    checkpointing: bool = False
+
+
+def block_bytes(shape: Shape, p: Pass) -> float:
+    """Bytes that one block keeps for one token."""
+    h, w = shape.hidden, 2 if p.autocast else p.width
+    copies = p.adapter > 0 and p.adapter_float32 and w == 2
+    queries = shape.heads * shape.head_size
+    keys = queries if p.masked or shape.eager else shape.kv_heads * shape.head_size
+    norm = 4 * h + 4 + (0 if p.adapter else p.width * h) + (0 if copies or p.autocast else w * h)
+    attention = w * (2 * queries + 2 * keys)
+    attention += shape.heads * (p.length * (w + (4 if w == 2 else 0)) if shape.eager else 4)
+    mlp = w * (3 if copies else 4) * shape.intermediate
+    inputs = 0.0
+    if copies:
+        inputs = 4 * shape.adapted
+    elif p.autocast:
+        # of queries, keys, values, gate and up; the other two layers read half precision as it is
+        inputs = w * 5 * h
+    inner = (4 if copies else w) * p.adapter * len(shape.linears) / shape.layers
+    return 2 * norm + attention + mlp + inputs + inner
+
+
+def kept(shape: Shape, p: Pass) -> float:
+    """Bytes of activations that live at the end of the forward pass, the head left out."""
+    # of a block, for one token: all that checkpointing keeps (the paper's 2 s b h)
+    inputs = p.width * shape.hidden
+    last_norm = (4 if p.adapter else 4 + p.width) * shape.hidden
+    # half-precision copies of the weights
+    casts = 2.0 * sum(one.inputs * one.outputs for one in shape.linears) if p.autocast else 0.0
+    if p.checkpointing:
+        return (
+            p.tokens * (shape.layers * inputs + block_bytes(shape, p) + last_norm)
+            + casts / shape.layers
+        )
+    return p.tokens * (shape.layers * block_bytes(shape, p) + last_norm) + casts
+
+
+def backward_transient(shape: Shape, p: Pass) -> float:
+    """Gradients of activations that a block's backward pass has at once: those of the
+    feed-forward's three inner tensors and of its input.
+    """
+    return p.tokens * p.width * (3 * shape.intermediate + 2 * shape.hidden)
+
+
+def forward_transient(shape: Shape, p: Pass) -> float:
+    """What a pass without gradients has at once: the residual, a norm's float32 copies, and the
+    three inner tensors of a feed-forward layer.
+    """
+    return p.tokens * (p.width * (3 * shape.hidden + 3 * shape.intermediate) + 8 * shape.hidden)
+
+
+def policy_head(
+    shape: Shape, rows: int, width: int, *, temperature: float, entropy_grad: bool, grad: bool
+) -> float:
+    """Bytes of the logits of `rows` tokens, the most of a chunk (policy/logprobs.py), and of the
+    head's hidden states.
+
+    The logits are float32. Without a gradient of the entropy they exist once, since probabilities
+    and gradient overwrite them; half-precision ones exist beside them while they are converted and,
+    as gradients, on the way back; with a temperature other than 1 there are two. With a gradient of
+    the entropy the logarithm, its exponential, their product and three gradients make five.
+    """
+    once = 4 * rows * shape.vocab
+    if entropy_grad and grad:
+        return 5.0 * once
+    return once * (2.0 if temperature != 1.0 else 1.5 if width == 2 else 1.0)
+
+
+def trl_head(shape: Shape, tokens: int, width: int, *, fused: bool, trained: bool) -> float:
+    """Bytes of TRL's heads: `fused` (SFT, DPO, KTO) a tile of logits and, where the head trains,
+    its float32 gradient; else all logits.
+
+    All logits: themselves, in float32, their log-softmax and its gradient.
+    """
+    if fused:
+        return float(
+            min(HEAD_TILE, tokens * shape.vocab) * (width + 4)
+            + (4 * shape.vocab * shape.hidden if trained else 0)
+        )
+    return float(tokens * shape.vocab * (12 + (4 if width == 2 else 0)))

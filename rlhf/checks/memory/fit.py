@@ -1,0 +1,173 @@
+"""Does it fit, and with which setting: the plan of every engine, offload and adapter on the machine
+that is asked about.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from conf.choices import AdapterKind, Advantage, EngineKind, Offload, RolloutBackend
+from conf.schema import Config
+from conf.stages import OnlineStage
+from rlhf.checks.memory import generation
+from rlhf.checks.memory.machine import Machine
+from rlhf.checks.memory.plan import Plan, Shapes, offloads, plan, sequences_at_once
+
+_FLOOR = 512  # tokens of a micro-batch below which nothing is proposed
+_SCORED = 2048  # tokens of a scoring batch, where the usual ones are too many
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One setting: its plan, as configured and, where that doesn't fit, with what makes it fit."""
+
+    cfg: Config
+    plan: Plan
+    changes: tuple[str, ...]  # overrides beyond engine, offload and adapter that the plan took
+    four_bit: bool = False  # QLoRA, for comparison: the toolkit doesn't train it
+
+    @property
+    def overrides(self) -> list[str]:
+        engine = self.cfg.engine
+        out = [
+            "engine=torch" if engine.kind is EngineKind.torch else f"engine=zero{engine.zero_stage}"
+        ]
+        if engine.offload is not Offload.none:
+            out.append(f"engine.offload={engine.offload.value}")
+        if engine.offload is Offload.nvme:
+            out.append(f"engine.nvme_path={engine.nvme_path}")
+        out.append(f"adapter={self.cfg.adapter.kind.value}")
+        return [*out, *self.changes]
+
+
+def engines(cfg: Config, machine: Machine) -> Iterator[Config]:
+    """Every engine and offload on this number of ranks, each with and without an adapter; the
+    simplest first.
+    """
+    kinds = [(EngineKind.torch, 0)] if machine.ranks == 1 else []
+    kinds += [(EngineKind.deepspeed, zero) for zero in range(4)]
+    for adapter in (AdapterKind.none, AdapterKind.lora):
+        for kind, zero in kinds:
+            for offload in offloads(kind, zero):
+                if offload is not Offload.none and not machine.cuda:
+                    continue  # the host is the device
+                nvme = cfg.engine.nvme_path or "<directory>"
+                engine = replace(
+                    cfg.engine,
+                    kind=kind,
+                    zero_stage=zero,
+                    offload=offload,
+                    nvme_path=nvme if offload is Offload.nvme else None,
+                )
+                yield replace(cfg, engine=engine, adapter=replace(cfg.adapter, kind=adapter))
+
+
+def rows(cfg: Config, shapes: Shapes, machine: Machine) -> list[Row]:
+    """A row for every engine, offload and adapter, and for QLoRA where it can be had; where one
+    doesn't fit as it is, with the least of the changes that make it fit, or that leave the least
+    missing.
+    """
+    settings = list(engines(cfg, machine))
+    out = [_row(setting, shapes, machine) for setting in settings]
+    for setting, lora in zip(settings, tuple(out), strict=True):
+        # bitsandbytes' packed weights can't be partitioned or offloaded as they are
+        if (
+            setting.adapter.kind is AdapterKind.none
+            or setting.engine.zero_stage == 3
+            or setting.engine.offload is not Offload.none
+        ):
+            continue
+        alike = Row(
+            lora.cfg, plan(lora.cfg, shapes, machine, four_bit=True), lora.changes, four_bit=True
+        )
+        out.append(alike if alike.plan.fits else _row(setting, shapes, machine, four_bit=True))
+    return out
+
+
+def _row(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Row:
+    tried = [
+        Row(one, plan(one, shapes, machine, four_bit=four_bit), changes, four_bit)
+        for one, changes in eased(cfg, shapes, machine)
+    ]
+    least = min(tried, key=lambda row: (row.plan.problem is not None, row.plan.device_gib))
+    return next((row for row in tried if row.plan.fits), least)
+
+
+def eased(
+    cfg: Config, shapes: Shapes, machine: Machine
+) -> Iterator[tuple[Config, tuple[str, ...]]]:
+    """`cfg` as it is; then with an adapter for the critic of a policy that has one; vLLM's share
+    set to what it needs; gradient checkpointing; smaller scoring batches; smaller micro-batches.
+    Each with those before it.
+    """
+    yield cfg, ()
+    changes: list[str] = []
+    stage = cfg.stage
+    if (
+        isinstance(stage, OnlineStage)
+        and stage.advantage is Advantage.gae
+        and cfg.adapter.kind is not AdapterKind.none
+        and not stage.critic_adapter
+    ):
+        changes.append("stage.critic_adapter=true")
+        cfg = replace(cfg, stage=replace(stage, critic_adapter=True))
+        yield cfg, tuple(changes)
+    if (
+        isinstance(cfg.stage, OnlineStage)
+        and machine.cuda
+        and cfg.rollout.backend is not RolloutBackend.hf
+    ):
+        width = 2 if machine.half(cfg.model.dtype) else 4
+        longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+        # a fourth of a step's sequences at once keeps vLLM busy; the others wait for their turn
+        at_once = max(1, sequences_at_once(cfg, machine.ranks) // 4)
+        share = generation.least_share(shapes.policy, width, longest, at_once, machine.device_gib)
+        if share < 1 and abs(share - cfg.rollout.gpu_memory_utilization) > 1e-9:
+            changes.append(f"rollout.gpu_memory_utilization={share:.2f}")
+            cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_utilization=round(share, 2)))
+            yield cfg, tuple(changes)
+    if not cfg.engine.gradient_checkpointing:
+        changes.append("engine.gradient_checkpointing=true")
+        cfg = replace(cfg, engine=replace(cfg.engine, gradient_checkpointing=True))
+        yield cfg, tuple(changes)
+    if isinstance(cfg.stage, OnlineStage):
+        longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+        if shapes.rewards and cfg.reward.batch_tokens > max(_SCORED, longest):
+            changes.append(f"reward.batch_tokens={max(_SCORED, longest)}")
+            cfg = replace(cfg, reward=replace(cfg.reward, batch_tokens=max(_SCORED, longest)))
+            yield cfg, tuple(changes)
+        tokens = cfg.engine.micro_tokens
+        while tokens // 2 >= max(_FLOOR, longest):
+            tokens //= 2
+            yield (
+                replace(cfg, engine=replace(cfg.engine, micro_tokens=tokens)),
+                (*changes, f"engine.micro_tokens={tokens}"),
+            )
+        return
+    size = cfg.engine.micro_batch_size or max(1, cfg.stage.batch_size // machine.ranks)
+    while size % 2 == 0:
+        size //= 2
+        yield (
+            replace(cfg, engine=replace(cfg.engine, micro_batch_size=size)),
+            (*changes, f"engine.micro_batch_size={size}"),
+        )
+
+
+def recommended(found: Sequence[Row], adapter: AdapterKind) -> Row | None:
+    """The first that fits with this adapter: no offload, then the fewest changes, then the lowest
+    ZeRO stage; fewer exchanges make a faster step.
+    """
+    fitting = [
+        row
+        for row in found
+        if row.plan.fits and row.cfg.adapter.kind is adapter and not row.four_bit
+    ]
+    order = list(Offload)
+    return min(
+        fitting,
+        key=lambda row: (
+            order.index(row.cfg.engine.offload),
+            len(row.changes),
+            row.cfg.engine.zero_stage,
+        ),
+        default=None,
+    )

@@ -1,0 +1,275 @@
+"""A model's shape and its parameter counts: exact from a configuration, without weights, or of a
+Llama of a given size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.choices import AdapterKind, ModelKind
+from conf.schema import AdapterConfig, ModelConfig, TinyConfig
+from rlhf.models.loading import check_model_path
+from rlhf.types import UserError
+
+# Llama 2 and 3: heads of 128, 8 of them for keys, and 128 columns a layer
+_HEAD_SIZE, _MAX_KV_HEADS, _WIDTH_PER_LAYER = 128, 8, 128
+# vocabulary and tied embeddings of an assumed model from 3e9 parameters on, as Llama 3
+_LARGE = (128_256, False)
+_SMALL = (49_152, True)  # below, as SmolLM2
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer by the last part of its module's name."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """All that a memory plan needs of a causal language model."""
+
+    name: str  # what it is, for messages
+    parameters: int  # tied tensors counted once
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocab: int
+    tied: bool
+    linears: tuple[Linear, ...]  # every linear layer but the head
+    largest: int  # elements of the largest tensor
+    # parameters that one module holds by itself, the most: what ZeRO-3 gathers at once
+    largest_layer: int
+    eager: bool = False  # attention keeps its scores (attn_implementation=eager)
+
+    @property
+    def head(self) -> int:
+        """Parameters that the language-model head has for itself."""
+        return 0 if self.tied else self.vocab * self.hidden
+
+    @property
+    def classifier(self) -> int:
+        """Parameters of the same backbone with a scalar head: a reward model, or a critic."""
+        return self.parameters - self.head + self.hidden
+
+    @property
+    def adapted(self) -> int:
+        """Width of the inputs of all linear layers of one block."""
+        return sum(linear.inputs for linear in self.linears) // self.layers
+
+
+def adapter_parameters(shape: Shape, adapter: AdapterConfig) -> int:
+    """Parameters that train beside a frozen model: r (in + out) for each layer adapted (Hu et al.
+    2021, arXiv:2106.09685); DoRA adds out.
+
+    0 without an adapter. Raises UserError for targets that the model has not.
+    """
+    if adapter.kind is AdapterKind.none:
+        return 0
+    chosen = [
+        one
+        for one in shape.linears
+        if adapter.targets == ["all-linear"] or one.name in adapter.targets
+    ]
+    if not chosen:
+        names = ", ".join(sorted({one.name for one in shape.linears}))
+        raise UserError(
+            f"adapter.targets={list(adapter.targets)}: no such module; the model's linear "
+            f"modules are {names}."
+        )
+    return sum(
+        adapter.rank * (one.inputs + one.outputs) + (one.outputs if adapter.dora else 0)
+        for one in chosen
+    )
+
+
+def read_shape(model: ModelConfig, path: str | None = None, key: str = "model.path") -> Shape:
+    """The shape of `path` or ``model.path``, of ``model=tiny``, or of an assumed model of
+    ``model.params``. No weights are read.
+
+    Raises UserError where none of them is given and for a directory whose configuration can't be
+    read.
+    """
+    place = path or model.path
+    if place is None and model.kind is ModelKind.tiny and model.params is None:
+        return shape_of_config(
+            _tiny(model.tiny), "model=tiny", eager=model.attn_implementation == "eager"
+        )
+    if place is None and model.params is not None:
+        return assumed_shape(model.params, eager=model.attn_implementation == "eager")
+    if place is None:
+        raise UserError(
+            "model.path is not set: a memory plan needs a model's directory, or "
+            "model.params=<parameters>, such as model.params=7e9."
+        )
+    eager = model.attn_implementation == "eager"
+    return shape_of_config(
+        _read_config(model, place, key),
+        f"{key}={place}",
+        eager=eager,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _read_config(model: ModelConfig, path: str, key: str) -> Any:
+    from transformers import AutoConfig
+
+    check_model_path(path, key)
+    place = Path(path).expanduser()
+    source, extra = str(place) if place.is_dir() else path, {}
+    if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+        from peft import PeftConfig
+
+        source = str(PeftConfig.from_pretrained(str(place)).base_model_name_or_path)
+    elif model.gguf_file is not None and path == model.path:
+        extra = {"gguf_file": model.gguf_file}
+    elif place.is_dir() and not (place / "config.json").is_file():
+        # check_model_path leaves nothing else
+        name = min(file.name for file in place.glob("*.gguf"))
+        raise UserError(
+            f"{key}={path}: holds no config.json, but {name}. Set model.gguf_file={name}."
+        )
+    try:
+        return AutoConfig.from_pretrained(
+            source, trust_remote_code=model.trust_remote_code, **extra
+        )
+    except Exception as error:  # as in rlhf.models.loading.readable
+        first = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"{key}={path}: its configuration can't be read ({first}). Give a model's directory, "
+            "or model.params=<parameters>."
+        ) from error
+
+
+def _tiny(tiny: TinyConfig) -> Any:
+    """As rlhf.models.loading.tiny_config, with all the tokens that the tokenizer may get."""
+    return llama(
+        vocab=tiny.vocab_size, hidden=tiny.hidden_size, intermediate=tiny.intermediate_size, layers=tiny.layers, heads=tiny.heads,
+        kv_heads=tiny.heads, tied=tiny.tie_embeddings,
+    )  # fmt: skip
+
+
+def llama(
+    *,
+    vocab: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    tied: bool,
+) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )
+
+
+def assumed_shape(parameters: float, *, eager: bool = False) -> Shape:
+    """A Llama of so many parameters: 128 columns a layer, heads of 128, at most 8 of them for keys
+    and values, three and a half times as wide inside.
+
+    With 8.03e9 parameters these are Llama 3 8B's own figures. The number of layers is the even one
+    that comes nearest; the inner width is then set so that the count is the one asked for. Wanted
+    exactly: model.path.
+    """
+    vocab, tied = _LARGE if parameters >= 3e9 else _SMALL
+    embeddings = 1 if tied else 2
+
+    def outside_mlp(layers: int) -> tuple[int, int, int]:
+        """(hidden, key-value heads, parameters without the three matrices of the feed-forward
+        layers)
+        """
+        hidden = _WIDTH_PER_LAYER * layers
+        heads = hidden // _HEAD_SIZE
+        kv = max(n for n in range(1, _MAX_KV_HEADS + 1) if heads % n == 0)
+        block = 2 * hidden * hidden + 2 * hidden * kv * _HEAD_SIZE + 2 * hidden
+        return hidden, kv, embeddings * vocab * hidden + layers * block + hidden
+
+    def count(layers: int) -> float:
+        hidden, _, rest = outside_mlp(layers)
+        return rest + layers * 3 * hidden * 3.5 * hidden
+
+    layers = min(range(2, 202, 2), key=lambda n: abs(count(n) - parameters))
+    hidden, kv, rest = outside_mlp(layers)
+    intermediate = max(hidden, round((parameters - rest) / (3 * layers * hidden)))
+    config = llama(
+        vocab=vocab,
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=layers,
+        heads=hidden // _HEAD_SIZE,
+        kv_heads=kv,
+        tied=tied,
+    )
+    return shape_of_config(config, f"a Llama of {parameters:.3g} parameters, assumed", eager=eager)
+
+
+def shape_of_config(
+    config: Any, name: str, *, eager: bool = False, trust_remote_code: bool = False
+) -> Shape:
+    """Counts from the model that `config` makes, built without memory on torch's meta device.
+    Raises UserError for one that can't be built.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"{name}: its model can't be built from its configuration ({error}), so its "
+            "parameters can't be counted."
+        ) from error
+    parameters = list(model.parameters())  # tied tensors come once
+    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
+    return Shape(
+        name=name,
+        parameters=sum(p.numel() for p in parameters),
+        layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        intermediate=int(
+            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+        ),
+        heads=heads,
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(text, "head_dim", None) or hidden // heads),
+        vocab=int(text.vocab_size),
+        tied=model.get_output_embeddings() is None
+        or model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        linears=tuple(_linears(model)),
+        largest=max(p.numel() for p in parameters),
+        largest_layer=max(
+            sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()
+        ),
+        eager=eager,
+    )
+
+
+def _linears(model: Any) -> Sequence[Linear]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    out, head = [], model.get_output_embeddings()
+    for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Linear) and module is not head:
+            out.append(Linear(last, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):  # GPT-2's linear layers
+            out.append(Linear(last, module.weight.shape[0], module.weight.shape[1]))
+    return out

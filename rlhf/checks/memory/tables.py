@@ -1,0 +1,170 @@
+"""Plans as tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from conf.choices import AdapterKind, EngineKind, Offload
+from rlhf.checks.memory import GIB, Bytes
+from rlhf.checks.memory.fit import Row, recommended
+from rlhf.checks.memory.machine import Machine
+from rlhf.checks.memory.plan import Plan
+from rlhf.checks.memory.shapes import Shape
+from rlhf.checks.memory.states import NF4_BITS
+
+_ORDER = ("policy", "reward model", "critic", "reference", "reward", "generator", "process")
+
+
+def gib(count: float) -> str:
+    size = count / GIB
+    return "" if size < 0.0005 else f"{size:.3f}" if size < 0.1 else f"{size:.1f}"
+
+
+def roles_of(*plans: Plan) -> list[str]:
+    """Every role of the plans, those that train first."""
+    found = {role for plan in plans for moment in plan.moments for role in moment.roles}
+    return sorted(found, key=lambda role: (_ORDER.index(role), role))
+
+
+def plan_table(plan: Plan, title: str) -> Any:
+    """GiB per device by role and phase, each phase at its worst moment; the host's below."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("GiB per device" if plan.machine.cuda else "GiB per rank")
+    for phase in plan.phases:
+        table.add_column(phase.value, justify="right")
+    peaks = [plan.peak(phase) for phase in plan.phases]
+    for role in roles_of(plan):
+        table.add_row(role, *(gib(moment.roles.get(role, Bytes()).device) for moment in peaks))
+    table.add_section()
+    table.add_row("all", *(gib(moment.total.device) for moment in peaks), style="bold")
+    if plan.machine.cuda:
+        hosts = [
+            max(m.total.host for m in plan.moments if m.phase is phase) for phase in plan.phases
+        ]
+        table.add_row("host, all ranks", *(gib(plan.machine.ranks * held) for held in hosts))
+    return table
+
+
+def fit_table(rows: Sequence[Row], title: str, width: int) -> Any:
+    """A line for every engine, offload and adapter: GiB per device at the peak, and whether it
+    fits; below it, the changes that its letters mean.
+
+    Roles have columns where `width` characters hold them.
+    """
+    from rich.console import Console, Group
+    from rich.text import Text
+
+    letters: dict[str, str] = {}
+    for row in rows:
+        for text in _texts(row):
+            letters.setdefault(text, chr(ord("a") + len(letters)))
+    roles = roles_of(*(row.plan for row in rows))
+    table = _fit_table(rows, title, letters, roles)
+    if Console(width=1000).measure(table).maximum > width:
+        table = _fit_table(rows, title, letters, [])
+    return Group(table, *(Text(f" {letter}  {text}") for text, letter in letters.items()))
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+    """What the last column's letters of a row stand for: its changes, and why it can't run whatever
+    fits.
+    """
+    return (*row.changes, *([row.plan.problem] if row.plan.problem else []))
+
+
+def _fit_table(
+    rows: Sequence[Row], title: str, letters: dict[str, str], roles: Sequence[str]
+) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for heading in ("engine", "offload", "trains"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (*roles, "all"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("peak in", no_wrap=True)
+    table.add_column("host", justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    table.add_column("with", overflow="fold")
+    best = [row for row in (recommended(rows, kind) for kind in AdapterKind) if row is not None]
+    previous = ""
+    for row in rows:
+        trained = trains(row)
+        if previous not in ("", trained):
+            table.add_section()
+        previous = trained
+        engine, moment = row.cfg.engine, row.plan.peak()
+        name = "torch" if engine.kind is EngineKind.torch else f"zero{engine.zero_stage}"
+        offload = "" if engine.offload is Offload.none else engine.offload.value
+        cells = [gib(moment.roles.get(role, Bytes()).device) for role in roles]
+        host = f"{row.plan.host_gib:.0f}" if row.plan.machine.cuda else ""
+        fits = (
+            ("[dim]would[/]" if row.four_bit else "[green]yes[/]")
+            if row.plan.fits
+            else "[red]no[/]"
+        )
+        letter = " ".join(letters[text] for text in _texts(row)) + (" *" if row in best else "")
+        style = "bold" if row in best else None
+        table.add_row(
+            name,
+            offload,
+            trained,
+            *cells,
+            gib(moment.total.device),
+            moment.phase.value,
+            host,
+            fits,
+            letter.strip(),
+            style=style,
+        )
+    return table
+
+
+def trains(row: Row) -> str:
+    """What a row trains."""
+    if row.cfg.adapter.kind is AdapterKind.none:
+        return "all"
+    return "QLoRA" if row.four_bit else "LoRA"
+
+
+def answers(rows: Sequence[Row], machine: Machine) -> list[str]:
+    """Whether it fits, and with which overrides: a line for full training and one for LoRA."""
+    where = (
+        f"{machine.ranks} device{'s' if machine.ranks > 1 else ''} of {machine.device_gib:.3g} GiB"
+    )
+    if not machine.cuda:
+        where = (
+            f"{machine.host_gib:.0f} GiB of memory and {machine.ranks} "
+            f"rank{'s' if machine.ranks > 1 else ''}"
+        )
+    out, each = [], " each" if machine.ranks > 1 else ""
+    for adapter, name in ((AdapterKind.none, "full training"), (AdapterKind.lora, "LoRA")):
+        row = recommended(rows, adapter)
+        if row is None:
+            own = [r for r in rows if r.cfg.adapter.kind is adapter and not r.four_bit]
+            least = min(own, key=lambda r: (r.plan.problem is not None, r.plan.device_gib))
+            out.append(
+                f"{name} doesn't fit on {where} with any engine. The least is with "
+                f"{' '.join(least.overrides)}: {least.plan.obstacle}."
+            )
+        else:
+            out.append(
+                f"{name} fits on {where}, {row.plan.device_gib:.1f} GiB{each}, with: "
+                f"{' '.join(row.overrides)}"
+            )
+    return out
+
+
+def qlora_note(shape: Shape) -> str:
+    """What a 4-bit base would save; the toolkit doesn't train one."""
+    linear = sum(one.inputs * one.outputs for one in shape.linears)
+    quantised = linear * NF4_BITS / 8 + 2 * (shape.parameters - linear)
+    return (
+        "QLoRA: this toolkit doesn't train on a 4-bit base; its lines are for comparison. "
+        f"Frozen weights would take {quantised / GIB:.1f} GiB "
+        f"in place of {2 * shape.parameters / GIB:.1f}."
+    )

@@ -1,0 +1,135 @@
+"""Data sets built from what installed packages carry, or from the seed alone, so that demos and
+proofs run on real input without a hub.
+
+Files appear under ``<run.dir>/<run.name>/recipe`` with a ``meta.json`` that says what they were
+built from; what a recipe holds is written in its own module (rlhf/data/recipes/reviews.py,
+rlhf/data/recipes/smollm2.py, rlhf/data/recipes/gym.py, rlhf/data/recipes/arithmetic.py).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from conf.choices import Recipe
+from conf.schema import Config, GymConfig
+from rlhf.data.recipes import arithmetic, gym, reviews, smollm2
+from rlhf.data.recipes.packages import package_file
+from rlhf.process import distributed
+from rlhf.process.hashing import sha256
+from rlhf.types import UserError
+
+Rows = Mapping[str, Sequence[Mapping[str, object]]]
+META = "meta.json"
+
+
+def ensure(cfg: Config) -> None:
+    """Build ``cfg.data.recipe``'s files where they are missing: rank 0 writes, every rank waits.
+
+    Raises UserError when the package is missing, or when the directory holds rows of another recipe
+    or seed and ``run.overwrite`` is false.
+    """
+    if cfg.data.recipe is Recipe.none:
+        return
+    if distributed.is_main() and cfg.data.recipe is Recipe.gym:
+        _gym(directory(cfg), cfg.data.gym, cfg.run.seed, cfg.run.overwrite)
+    elif distributed.is_main():
+        _BUILDERS[cfg.data.recipe](directory(cfg), cfg.run.seed, cfg.run.overwrite)
+    distributed.barrier()
+
+
+def directory(cfg: Config) -> Path:
+    """Where the recipe's files live."""
+    return Path(cfg.run.dir).expanduser() / cfg.run.name / "recipe"
+
+
+def _reviews(folder: Path, seed: int, overwrite: bool) -> None:
+    table = package_file(reviews.DISTRIBUTION, reviews.TABLE, reviews.REQUIREMENT)
+    origin = {
+        "recipe": "reviews",
+        "format": reviews.FORMAT_VERSION,
+        "seed": seed,
+        "source": reviews.REQUIREMENT,
+        "source_sha256": sha256(table),
+    }
+    if not is_current(folder, origin, overwrite):
+        write_all(folder, reviews.rows(reviews.read_reviews(table), seed), origin)
+
+
+def _smollm2(folder: Path, seed: int, overwrite: bool) -> None:
+    table = package_file(reviews.DISTRIBUTION, reviews.TABLE, reviews.REQUIREMENT)
+    gguf = package_file(smollm2.DISTRIBUTION, smollm2.GGUF, smollm2.REQUIREMENT)
+    origin = {
+        "recipe": "smollm2",
+        "format": smollm2.FORMAT_VERSION,
+        "seed": seed,
+        "source": reviews.REQUIREMENT,
+        "source_sha256": sha256(table),
+    }
+    origin |= {"model": smollm2.REQUIREMENT, "model_sha256": sha256(gguf)}
+    if not is_current(folder, origin, overwrite):
+        write_all(folder, smollm2.rows(reviews.read_reviews(table), seed), origin)
+    smollm2.convert(gguf, folder / smollm2.MODEL_FOLDER)
+
+
+def _gym(folder: Path, options: GymConfig, run_seed: int, overwrite: bool) -> None:
+    seed = run_seed if options.seed is None else options.seed
+    origin = {
+        "recipe": "gym",
+        "format": gym.FORMAT_VERSION,
+        "seed": seed,
+        "source": gym.REQUIREMENT,
+        "options": dataclasses.asdict(options),
+    }
+    if not is_current(folder, origin, overwrite):
+        write_all(folder, gym.rows(options, seed), origin)
+
+
+def _arithmetic(folder: Path, seed: int, overwrite: bool) -> None:
+    origin = {"recipe": "arithmetic", "format": arithmetic.FORMAT_VERSION, "seed": seed}
+    if not is_current(folder, origin, overwrite):
+        write_all(folder, arithmetic.rows(seed), origin)
+
+
+def is_current(folder: Path, origin: Mapping[str, object], overwrite: bool) -> bool:
+    """Whether `folder` holds every file of its meta.json, built from `origin`. Raises UserError for
+    another origin unless `overwrite`.
+    """
+    place = folder / META
+    if not place.is_file():
+        return False
+    meta = json.loads(place.read_text(encoding="utf-8"))
+    found = meta["origin"]
+    differs = [
+        f"{key}: found {found.get(key)!r}, expected {value!r}"
+        for key, value in origin.items()
+        if found.get(key) != value
+    ]
+    if differs and not overwrite:
+        raise UserError(
+            f"{folder} holds other rows than the recipe gives ({'; '.join(differs)}): choose "
+            "another run.name, or set run.overwrite=true."
+        )
+    return not differs and all((folder / name).is_file() for name in meta["files"])
+
+
+def write_all(folder: Path, files: Rows, origin: Mapping[str, object]) -> None:
+    """Write each list as JSON lines, then meta.json: its presence says that all files are complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / META).unlink(missing_ok=True)
+    for name, rows in files.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / name).write_text(text, encoding="utf-8")
+    written = {
+        name: {"rows": len(rows), "sha256": sha256(folder / name)} for name, rows in files.items()
+    }
+    (folder / META).write_text(
+        json.dumps({"origin": origin, "files": written}, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+_BUILDERS: dict[Recipe, Callable[[Path, int, bool], None]] = {
+    Recipe.reviews: _reviews,
+    Recipe.smollm2: _smollm2,
+    Recipe.arithmetic: _arithmetic,
+}

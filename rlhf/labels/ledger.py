@@ -1,0 +1,113 @@
+"""An export in its run directory.
+
+    tasks.jsonl   a line a task with all that is hidden: whose answers, scores, order shown, gold,
+    repeats. Annotators must not get it
+    export.json   the export's id, kind, instructions, hash of tasks.jsonl, and how it was made
+    out/          the files for annotators: nothing in it tells who wrote an answer
+    server.json   where the tasks were pushed to, if they were
+
+The import reads both and refuses them when tasks.jsonl is not the one that export.json was written
+with.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from conf.choices import LabelKind
+from rlhf.labels.records import Answer, Export, Role, Task
+from rlhf.process.hashing import sha256
+from rlhf.types import UserError
+
+TASKS_FILE, EXPORT_FILE, OUT_FOLDER = "tasks.jsonl", "export.json", "out"
+# {"url", "project"} of a Label Studio server that the tasks were pushed to
+SERVER_FILE = "server.json"
+_VERSION = 1
+
+
+def task_row(task: Task) -> dict[str, Any]:
+    """A task as a line of tasks.jsonl."""
+    return {
+        "id": task.id,
+        "role": task.role.value,
+        "prompt": task.prompt,
+        "answers": [dataclasses.asdict(answer) for answer in task.answers],
+        "order": list(task.order),
+        "chosen_by": task.chosen_by,
+        "best": task.best,
+        "repeats": task.repeats,
+    }
+
+
+def task_of(row: dict[str, Any]) -> Task:
+    """What `task_row` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+    task = Task(
+        id=row["id"],
+        prompt=row["prompt"],
+        answers=tuple(Answer(**answer) for answer in row["answers"]),
+        order=tuple(row["order"]),
+        role=Role(row["role"]),
+        chosen_by=row["chosen_by"],
+        best=row["best"],
+        repeats=row["repeats"],
+    )
+    if sorted(task.order) != list(range(len(task.answers))) or len(task.answers) < 2:
+        raise ValueError(f"order {list(task.order)} of {len(task.answers)} answers")
+    return task
+
+
+def write_export(export: Export, folder: Path) -> None:
+    """tasks.jsonl and export.json, each written to the side and renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / TASKS_FILE
+    beside = place.with_name(place.name + ".tmp")
+    with beside.open("w", encoding="utf-8", newline="\n") as out:
+        for task in export.tasks:
+            out.write(json.dumps(task_row(task), ensure_ascii=False) + "\n")
+    beside.replace(place)
+    header = {
+        "version": _VERSION,
+        **{
+            f.name: getattr(export, f.name)
+            for f in dataclasses.fields(export)
+            if f.name not in ("tasks", "kind")
+        },
+    }
+    header |= {"kind": export.kind.value, "tasks": len(export.tasks), "sha256": sha256(place)}
+    beside = folder / (EXPORT_FILE + ".tmp")
+    beside.write_text(json.dumps(header, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(folder / EXPORT_FILE)
+
+
+def read_export(folder: Path) -> Export:
+    """Raises UserError where the folder holds no export, or one whose ledger was changed."""
+    header_file, tasks_file = folder / EXPORT_FILE, folder / TASKS_FILE
+    for place in (header_file, tasks_file):
+        if not place.is_file():
+            raise UserError(
+                f"{place}: no such file. Expected the run directory of stage=label "
+                "label.mode=export; name it with label.export=DIRECTORY."
+            )
+    try:
+        header = json.loads(header_file.read_text(encoding="utf-8"))
+        if header["version"] != _VERSION:
+            raise UserError(f"{header_file}: version {header['version']}, expected {_VERSION}.")
+        if header["sha256"] != sha256(tasks_file):
+            raise UserError(
+                f"{tasks_file} was changed since {header_file.name} was written. Restore it: "
+                "without it no label can be trusted."
+            )
+        with tasks_file.open(encoding="utf-8") as source:
+            tasks = tuple(task_of(json.loads(line)) for line in source)
+        fields = {
+            f.name: header[f.name]
+            for f in dataclasses.fields(Export)
+            if f.name not in ("tasks", "kind")
+        }
+        return Export(tasks=tasks, kind=LabelKind(header["kind"]), **fields)
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{folder}: its {TASKS_FILE} and {EXPORT_FILE} can't be read: "
+            f"{type(error).__name__}: {error}."
+        ) from error

@@ -1,0 +1,178 @@
+"""A Label Studio server: tasks out to a project of their own, its labels back as the file of its
+JSON export. Sole importer of label_studio_sdk.
+
+The token is the caller's: it is neither stored nor logged, and taken out of what a server answers
+before that is shown. A personal access token is a JSON Web Token that the SDK exchanges for one
+that lasts some minutes, again and again; anything else it sends as a legacy token, which servers
+refuse unless their administrator allows them.
+"""
+
+import html
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.labels.records import Export
+from rlhf.labels.targets import label_studio
+from rlhf.labels.targets.shared import check_texts
+from rlhf.types import UserError
+
+_BATCH = 200  # tasks of a request; servers take at most 250,000 and 200 MB
+_TITLE = 50  # characters of a project's title
+_TIMEOUT = 120.0  # seconds without an answer
+_IMPORT = 600.0  # seconds for a server that imports or exports in the background
+_WHERE = "Label Studio has personal access tokens under Account & Settings."
+
+
+def push(export: Export, *, url: str, token: str) -> int:
+    """A new project with the export's tasks; its number. A project that could not be filled is
+    deleted.
+
+    Raises UserError for a server that can't be reached or refuses the token, and for what it
+    refuses of configuration or tasks.
+    """
+    check_texts(export)
+    config, rows = label_studio.config_xml(export), label_studio.task_rows(export)
+    with _session(url, token) as client:
+        project = client.projects.create(
+            title=f"{export.title[: _TITLE - len(export.id) - 3]} ({export.id})",
+            description=export.title,
+            label_config=config,
+            # Label Studio shows it as HTML
+            expert_instruction=html.escape(export.instructions).replace("\n", "<br>"),
+            show_instruction=bool(export.instructions),
+            maximum_annotations=export.overlap,
+            enable_empty_annotation=False,
+            show_skip_button=True,
+            show_collab_predictions=export.prelabel,
+        )
+        number = int(project.id)
+        try:
+            for start in range(0, len(rows), _BATCH):
+                client.projects.import_tasks(id=number, request=rows[start : start + _BATCH])
+            _await_tasks(
+                lambda: int(client.projects.get(id=number).task_number or 0), len(rows), url
+            )
+        except BaseException:
+            client.projects.delete(id=number)
+            raise
+    return number
+
+
+def _await_tasks(count: Callable[[], int], expected: int, url: str) -> None:
+    """Until the project has its tasks: some servers import in the background. Raises UserError when
+    it has not got them in time.
+    """
+    end = time.monotonic() + _IMPORT
+    while (found := count()) != expected:
+        if found > expected or time.monotonic() > end:
+            raise UserError(
+                f"label.url={url}: the server has {found} tasks, expected the {expected} that "
+                "were sent."
+            )
+        time.sleep(2)
+
+
+def pull(*, url: str, token: str, project: int, folder: Path) -> Path:
+    """The project's JSON export with all tasks and annotations, those skipped too, as a file in
+    `folder`, replaced whole.
+
+    Raises UserError for a server that can't be reached or refuses the token, and for a project that
+    it has not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"label_studio_project_{project}.json"
+    with _session(url, token) as client:
+        # asks before the export does, which answers 404 for other reasons too
+        client.projects.get(id=project)
+        content = client.projects.exports.as_binary(
+            project, export_type="JSON", timeout=int(_IMPORT)
+        )
+    try:
+        rows = json.loads(content)
+    except ValueError as error:
+        raise UserError(
+            f"label.url={url}: the export of project {project} is no JSON ({error})."
+        ) from error
+    if not isinstance(rows, list):
+        raise UserError(f"label.url={url}: the export of project {project} is no list of tasks.")
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+    return path
+
+
+@contextmanager
+def _session(url: str, token: str) -> Iterator[Any]:
+    """A client of the server at `url`; its errors become UserErrors without the token."""
+    if not token.strip():
+        raise UserError(
+            f"label.url={url}: no access token. Put one into the environment variable that "
+            f"label.token_env names. {_WHERE}"
+        )
+    try:
+        import httpx
+        from label_studio_sdk import LabelStudio
+        from label_studio_sdk.core.api_error import ApiError
+    except ImportError as error:
+        raise UserError(
+            "label.push and label.pull need the package label-studio-sdk: pip install --no-deps "
+            '"label-studio-sdk==2.1.2".'
+        ) from error
+    try:
+        with httpx.Client(timeout=_TIMEOUT, follow_redirects=True) as http:
+            # the slash keeps a path in the address when the SDK joins its own to it
+            yield LabelStudio(
+                base_url=url.rstrip("/") + "/", api_key=token.strip(), httpx_client=http
+            )
+    except ApiError as error:
+        # the error's own text may hold what was sent
+        raise UserError(_refusal(url, error.status_code, _said(error.body, token))) from None
+    except httpx.InvalidURL as error:
+        raise UserError(
+            f"label.url={url}: no address ({error}). Expected one such as http://localhost:8080."
+        ) from None
+    except httpx.HTTPError as error:
+        reason = _said(str(error) or type(error).__name__, token)
+        raise UserError(
+            f"label.url={url}: the server can't be reached ({reason}). Is it running, and is the "
+            "address right?"
+        ) from None
+    except json.JSONDecodeError:
+        raise UserError(
+            f"label.url={url}: the answer is no JSON. Expected the address of a Label Studio "
+            "server."
+        ) from None
+
+
+def _said(body: Any, token: str) -> str:
+    """What a server answered, short and without the token."""
+    if isinstance(body, dict):
+        body = "; ".join(
+            str(body[key]) for key in ("detail", "validation_errors") if body.get(key)
+        ) or json.dumps(body, default=str)
+    return str(body).replace(token.strip(), "[token]")[:500]
+
+
+def _refusal(url: str, status: int | None, said: str) -> str:
+    if status == 401:
+        return (
+            f"label.url={url}: the server refuses the access token ({said}). Expected a "
+            f"personal access token that is still valid. {_WHERE}"
+        )
+    if status == 403:
+        return f"label.url={url}: the token's user may not do this ({said})."
+    if status == 404:
+        return (
+            f"label.url={url}: no such project, or no Label Studio server ({said}). Check "
+            "label.project, and that the token's user can open it."
+        )
+    if status is None or status < 400:  # an answer that the SDK can't read
+        return (
+            f"label.url={url}: expected the address of a Label Studio server, found one that "
+            f"answers: {said}."
+        )
+    return f"label.url={url}: the server answers {status}: {said}."

@@ -1,0 +1,106 @@
+"""Tasks as the files of labelling tools, and labels read back: a module a tool, each with what it
+writes and how it reads in its docstring.
+
+A reader gives every judgement that a file holds, and an Unreadable for each row that is none, so
+that nothing is lost in silence. It does not know the export: whether a task is one of it, and
+whether its texts are those that were asked about, is for the import to check.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from conf.choices import LabelTarget
+from rlhf.data.files import SourceRow, check_file, scan
+from rlhf.labels.records import Export, Judgement, Unreadable
+from rlhf.labels.targets import argilla, jsonl, label_studio, page, sheet
+from rlhf.types import UserError
+
+Labels = Iterator[Judgement | Unreadable]
+
+
+class Target(NamedTuple):
+    """One tool."""
+
+    write: Callable[[Export, Path], list[Path]]  # files into a folder, which is made
+    read: Callable[[Path], Labels]
+
+
+TARGETS: dict[LabelTarget, Target] = {
+    LabelTarget.page: Target(page.write, page.read),
+    LabelTarget.label_studio: Target(label_studio.write, label_studio.read),
+    LabelTarget.argilla: Target(argilla.write, argilla.read),
+    LabelTarget.csv: Target(sheet.write_csv, sheet.read),
+    LabelTarget.xlsx: Target(sheet.write_xlsx, sheet.read),
+    LabelTarget.jsonl: Target(jsonl.write, jsonl.read),
+}
+_EXPECTED = (
+    "expected the labels that the page downloads, Label Studio's export of the type JSON, "
+    "Argilla's records, or a sheet or JSON lines with pair_id "
+    "and preference or ranking"
+)
+
+
+def detect(path: Path) -> LabelTarget:
+    """What a file of labels comes from, by its first row. Raises UserError naming the formats, and
+    the export type to choose in Label Studio.
+    """
+    if path.suffix.lower() in (".html", ".htm"):
+        raise UserError(
+            f"label.files={path} is a page: {_EXPECTED}. The page's labels are the file that its "
+            "download button saves."
+        )
+    place = check_file(path, "label.files")
+    if _is_page(place):
+        return LabelTarget.page
+    first = next((row for row in scan(place, key="label.files") if row.problem is None), None)
+    if first is None:
+        raise UserError(f"label.files={path} holds no row that can be read: {_EXPECTED}.")
+    found = _target(first, place.suffix.lower())
+    if found is None:
+        keys = ", ".join(map(str, islice(first.columns, 12))) or "none"
+        raise UserError(f"label.files={path}: {_EXPECTED}; found the columns {keys}.")
+    return found
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is what the page downloads: one object, over any number of lines, that says
+    so.
+    """
+    if path.suffix.lower() != ".json":
+        return False
+    try:
+        with path.open(encoding="utf-8-sig") as source:
+            if not (head := source.read(64).lstrip()).startswith("{"):  # an array of rows
+                return False
+            found = json.loads(head + source.read())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("format") == page.FORMAT
+
+
+def _target(row: SourceRow, suffix: str) -> LabelTarget | None:
+    columns = row.columns
+    if isinstance(columns.get("data"), dict):
+        return LabelTarget.label_studio
+    if isinstance(columns.get("fields"), dict):
+        return LabelTarget.argilla
+    if "annotation_id" in columns and "lead_time" in columns:
+        raise UserError(
+            f"{row.origin} is Label Studio's export of the type "
+            f"{'CSV' if suffix == '.csv' else 'JSON-MIN'}, which does not say what was skipped. "
+            "Export it again with the type JSON."
+        )
+    if "pair_id" in columns and ("preference" in columns or "ranking" in columns):
+        return {".csv": LabelTarget.csv, ".xlsx": LabelTarget.xlsx}.get(suffix, LabelTarget.jsonl)
+    return None
+
+
+def read_labels(path: Path) -> tuple[LabelTarget, Labels]:
+    """What a file of labels comes from, and its judgements one by one. Raises UserError where it is
+    none, or can't be read.
+    """
+    target = detect(path)
+    return target, TARGETS[target].read(path)

@@ -1,0 +1,337 @@
+"""Label Studio: tasks to import with the labelling configuration, and its JSON export read back.
+
+    label_studio_tasks.json   [{"data": {prompt, answer1, answer2, pair_id, swapped, export_id},
+    "predictions"}]; `items` for a ranking's answers
+    label_studio_config.xml   Pairwise with choices for a tie and a skip, or Ranker; ratings and a
+    comment as the export asks for them
+
+Texts are shown by <Text> and by an item's `body`, which the editor escapes; its HyperText, Markdown
+and an item's `html` would not be. The editor puts data in place of $name in attributes of the
+configuration (parseValue of its utils/data.js), once: texts in the data are not looked at again,
+and a title or instructions that hold a $ are themselves put into the data.
+
+Read is the export type JSON: a Judgement an annotation. Drafts and predictions are no labels. With
+every annotation the editor's Ranker sends an order, also where nothing was moved: so with a choice
+of tie or skip beside it the choice counts.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from conf.choices import LabelKind
+from rlhf.data.formats.tools import (
+    annotations_of,
+    annotator_of,
+    choices_of,
+    data_of,
+    items_of,
+    rank_of,
+    results_of,
+    sides_of,
+)
+from rlhf.data.rows import RowError, describe, text_of, value_of
+from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
+from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion, write_text
+from rlhf.types import UserError
+
+TASKS_FILE, CONFIG_FILE = "label_studio_tasks.json", "label_studio_config.xml"
+_PAIR, _RANK, _LIST = "pw", "rank", "results"  # names of controls, as in FORMATS
+_SIDES = ("answer1", "answer2")
+# what an XML attribute holds and the editor shows as it is
+_LITERAL = re.compile("[^$\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]*")
+# spaces as they are: .htx-text is what the documentation and older editors have,
+# .lsf-richtext__line what 1.23 has
+_STYLE = """
+.htx-text, .lsf-richtext__line { white-space: pre-wrap; overflow-wrap: anywhere; }
+.htx-ranker-item p { white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+_CARD = "flex: 1 1 0; min-width: 0; padding: 0.75em; border: 1px solid #ddd; border-radius: 6px;"
+_CHOICES = {
+    LabelKind.pair: {"tie": "Equally good", "skip": "Can't say"},
+    LabelKind.ranking: {"tie": "All equally good", "skip": "Can't say"},
+}
+
+# ---- out ----
+
+
+def write(export: Export, folder: Path) -> list[Path]:
+    """Tasks and configuration into `folder`; the files. Raises UserError for ratings of rankings,
+    and for text that no encoding holds.
+    """
+    check_texts(export)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = write_text(folder / CONFIG_FILE, config_xml(export))
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in task_rows(export))
+    return [write_text(folder / TASKS_FILE, f"[\n{lines}\n]\n"), config]
+
+
+def task_rows(export: Export) -> list[dict[str, Any]]:
+    """The tasks as Label Studio imports them."""
+    return [_task_row(task, export) for task in export.tasks]
+
+
+def _task_row(task: Task, export: Export) -> dict[str, Any]:
+    data: dict[str, Any] = {"prompt": as_text(task.prompt)}
+    if export.kind is LabelKind.pair:
+        data |= dict(zip(_SIDES, task.shown, strict=True))
+        data["swapped"] = task.swapped
+    else:
+        data["items"] = [
+            {"id": _item(place), "title": "", "body": text} for place, text in enumerate(task.shown)
+        ]
+    data |= {"pair_id": task.id, "export_id": export.id, **_by_name(export)}
+    predictions = _predictions(task, export)
+    return {"data": data, **({"predictions": predictions} if predictions else {})}
+
+
+def _item(place: int) -> str:
+    """An item's id: the editor shows it, and sorts ids that are numbers."""
+    return f"answer{place + 1}"
+
+
+def _by_name(export: Export) -> dict[str, str]:
+    """Of title and instructions those that the configuration can only name: what an attribute can't
+    hold, and what the editor would change.
+    """
+    texts = {"title": export.title, "instructions": export.instructions}
+    return {name: text for name, text in texts.items() if not _LITERAL.fullmatch(text)}
+
+
+def _predictions(task: Task, export: Export) -> list[dict[str, Any]]:
+    found = suggestion(task) if export.prelabel else None
+    if found is None:
+        return []
+    if export.kind is LabelKind.pair:
+        # the editor names the control itself in to_name; what is imported must name an object
+        # (validate_prediction of label_studio_sdk)
+        result = {
+            "from_name": _PAIR,
+            "to_name": _SIDES[0],
+            "type": "pairwise",
+            "value": {"selected": ("left", "right")[found.order[0]]},
+        }
+    else:
+        order = [_item(place) for place in found.order]
+        result = {
+            "from_name": _RANK,
+            "to_name": _LIST,
+            "type": "ranker",
+            "value": {"ranker": {_RANK: order}},
+        }
+    return [
+        {
+            "model_version": MODEL_VERSION,
+            "score": found.probability,
+            "result": [{"id": "suggestion", **result}],
+        }
+    ]
+
+
+def config_xml(export: Export) -> str:
+    """The labelling configuration. Raises UserError for ratings of rankings, which the Ranker has
+    not.
+    """
+    if export.ratings and export.kind is LabelKind.ranking:
+        raise UserError(
+            "label.ratings=true with label.kind=ranking: Label Studio's Ranker has no ratings of "
+            "its items. Set label.ratings=false, or leave "
+            "label_studio out of label.targets."
+        )
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Style").text = _STYLE
+    named = _by_name(export)
+    _add(view, "Header", value="$title" if "title" in named else export.title, size="3")
+    if export.instructions:
+        _text(
+            view,
+            "instructions",
+            "$instructions" if "instructions" in named else export.instructions,
+        )
+    _text(_add(view, "View", style=f"{_CARD} margin: 1em 0;"), "prompt", "$prompt")
+    if export.kind is LabelKind.pair:
+        _add_pair(view, export.ratings)
+    else:
+        _add(view, "List", name=_LIST, value="$items", title="Drag the best to the top")
+        _add(view, "Ranker", name=_RANK, toName=_LIST)
+    choices = _add(
+        view, "Choices", name="verdict", toName="prompt", choice="single-radio", showInline="true"
+    )
+    for alias, shown in _CHOICES[export.kind].items():
+        _add(choices, "Choice", alias=alias, value=shown)
+    if export.comments:
+        _add(
+            view,
+            "TextArea",
+            name="comment",
+            toName="prompt",
+            placeholder="Comment",
+            rows="2",
+            maxSubmissions="1",
+            editable="true",
+        )
+    ElementTree.indent(view)
+    return ElementTree.tostring(view, encoding="unicode") + "\n"
+
+
+def _add(parent: ElementTree.Element, tag: str, **attributes: str) -> ElementTree.Element:
+    return ElementTree.SubElement(parent, tag, attributes)
+
+
+def _text(parent: ElementTree.Element, name: str, value: str) -> None:
+    """Text as it is: never taken for a link to it, nothing in it to mark."""
+    _add(parent, "Text", name=name, value=value, valueType="text", selectionEnabled="false")
+
+
+def _add_pair(view: ElementTree.Element, ratings: bool) -> None:
+    _add(view, "Header", value="Click on the better answer, or choose below", size="6")
+    _add(view, "Pairwise", name=_PAIR, toName=",".join(_SIDES))
+    sides = _add(view, "View", style="display: flex; gap: 1em;")
+    for i, side in enumerate(_SIDES, start=1):
+        card = _add(sides, "View", style=_CARD)
+        _text(card, side, f"${side}")
+        if ratings:
+            _add(card, "Rating", name=f"rating{i}", toName=side, maxRating="5")
+
+
+# ---- back ----
+
+
+def read(path: Path) -> Iterator[Judgement | Unreadable]:
+    """Of every annotation in a JSON export. Raises UserError where the file as a whole can't be
+    read.
+    """
+    return read_rows(path, _of_row)
+
+
+def _of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadable]:
+    task = ""
+    try:
+        data, annotations = data_of(row), annotations_of(row)
+        task = text_of(data, "pair_id")
+        prompt = text_of(data, "prompt", empty=True)
+        texts = (
+            items_of(data, empty=True)
+            if "items" in data
+            else {side: text_of(data, side, empty=True) for side in _SIDES}
+        )
+    except RowError as error:
+        yield Unreadable(place, task, str(error))
+        return
+    for i, annotation in enumerate(annotations):
+        where = f"{place}, annotation {annotation.get('id', i + 1)}"
+        try:
+            yield _judgement(annotation, f"annotations[{i}]", task, prompt, texts, where)
+        except RowError as error:
+            yield Unreadable(where, task, str(error))
+
+
+def _judgement(
+    annotation: Mapping[str, Any],
+    key: str,
+    task: str,
+    prompt: str,
+    texts: dict[str, str],
+    place: str,
+) -> Judgement:
+    results = results_of(annotation, key)
+    cancelled = bool(annotation.get("was_cancelled"))
+    verdict, ranking = (Verdict.cancelled, ()) if cancelled else _verdict(results, list(texts))
+    return Judgement(
+        task=task,
+        annotator=annotator_of(annotation.get("completed_by")).get("annotator", ""),
+        verdict=verdict,
+        ranking=ranking,
+        ratings=_ratings(annotation.get("result") or [], list(texts), key),
+        comment=_comment(results),
+        seconds=_seconds(annotation, key),
+        time=None if annotation.get("created_at") is None else str(annotation["created_at"]),
+        annotation="" if annotation.get("id") is None else str(annotation["id"]),
+        place=place,
+        prompt=prompt,
+        shown=tuple(texts.values()),
+    )
+
+
+def _verdict(
+    results: list[tuple[str, Mapping[str, Any], str]], names: list[str]
+) -> tuple[Verdict, tuple[tuple[int, ...], ...]]:
+    """What was said, with the ranking where it is one. Raises RowError for nothing, and for two
+    things.
+    """
+    choices, sides = choices_of(results), sides_of(results)
+    orders = [(value, place) for kind, value, place in results if kind == "ranker"]
+    unknown = next((choice for choice in choices if choice not in ("tie", "skip")), None)
+    if unknown is not None:
+        raise RowError(f"expected one of the choices tie and skip, found {unknown!r}")
+    if len(set(choices)) + len(sides) > 1:
+        said = [
+            *(f"answer{side} selected" for side in sides),
+            *(f"{choice!r} chosen" for choice in choices),
+        ]
+        raise RowError(f"expected one verdict, found {' and '.join(said)}")
+    if choices:
+        return Verdict(choices[0]), ()
+    if sides:
+        return (Verdict.left, Verdict.right)[sides[0] - 1], ()
+    if not orders:
+        raise RowError(
+            "submitted without a verdict: expected a selected answer, an order, or a choice of "
+            "tie or skip"
+        )
+    order = rank_of(*orders[-1])
+    if len(order) < 2 or len(set(order)) < len(order) or not set(order) <= set(names):
+        raise RowError(
+            f"expected each of {', '.join(names)} at most once and at least two of them, found "
+            f"{', '.join(order) or 'none'}"
+        )
+    return Verdict.ranked, tuple((names.index(one),) for one in order)
+
+
+def _ratings(
+    results: list[Mapping[str, Any]], names: list[str], key: str
+) -> tuple[int | None, ...]:
+    """Stars by place, from the results of the type rating, whose to_name is the answer; no stars
+    are no rating. Raises RowError.
+    """
+    found: dict[str, int] = {}
+    for i, result in enumerate(results):
+        if result.get("type") == "rating":
+            stars = value_of(result["value"], "rating")
+            if isinstance(stars, bool) or stars not in range(6):
+                raise RowError(
+                    f"key '{key}.result[{i}].value.rating': expected a whole number from 0 to 5, "
+                    f"found {describe(stars)}"
+                )
+            if result.get("to_name") not in names:
+                raise RowError(
+                    f"key '{key}.result[{i}].to_name': expected one of {', '.join(names)}, found "
+                    f"{describe(result.get('to_name'))}"
+                )
+            if stars:
+                found[str(result["to_name"])] = int(stars)
+    return tuple(found.get(name) for name in names) if found else ()
+
+
+def _comment(results: list[tuple[str, Mapping[str, Any], str]]) -> str:
+    """The texts of every TextArea, a line each. Raises RowError."""
+    lines: list[str] = []
+    for kind, value, place in results:
+        if kind == "textarea":
+            texts = [text] if isinstance(text := value.get("text"), str) else text
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise RowError(f"key '{place}.value.text': expected texts, found {describe(texts)}")
+            lines += texts
+    return "\n".join(lines)
+
+
+def _seconds(annotation: Mapping[str, Any], key: str) -> float | None:
+    value = annotation.get("lead_time")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowError(f"key '{key}.lead_time': expected seconds, found {describe(value)}")
+    return float(value)

@@ -1,0 +1,256 @@
+"""A labelling page of our own: one HTML file for a person with a browser and no server, and the
+labels file that it downloads.
+
+The page holds what annotators may know and nothing else: the export's id, kind, title and
+instructions, and of each task its id, its prompt and the answers' texts in the order shown. A text
+is data to it: it stands in the file as JSON in which no markup can begin, reaches the screen
+through `textContent` alone, and a content security policy lets nothing run or load but the page's
+own script and style.
+
+Labels file (JSON): {"format": "rlhf-labels", "version": 1, "export", "annotator", "saved",
+"labels": [{"task", "verdict", "ranking", "ratings", "comment", "seconds", "time", "prompt",
+"shown"}]}; a label's fields are those of `Judgement`. Its sources are in web/.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from conf.choices import LabelKind
+from rlhf.labels.records import Export, Judgement, Unreadable, Verdict
+from rlhf.types import UserError
+
+FORMAT, VERSION = "rlhf-labels", 1
+# in this order: each uses those before it
+_SCRIPTS = ("labels.js", "view.js", "page.js", "keys.js")
+# What could end or open an element or a comment, what old JavaScript took for line ends, and lone
+# surrogates, which UTF-8 can't hold.
+_UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+_VERDICTS = {
+    verdict.value: verdict
+    for verdict in (Verdict.left, Verdict.right, Verdict.tie, Verdict.skip, Verdict.ranked)
+}
+
+
+def write(export: Export, folder: Path) -> list[Path]:
+    """label-<export>.html. Raises UserError for a prompt that is neither a text nor messages of
+    texts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"label-{export.id}.html"
+    beside = place.with_name(place.name + ".tmp")
+    beside.write_text(render(export), encoding="utf-8", newline="\n")
+    beside.replace(place)
+    return [place]
+
+
+def render(export: Export) -> str:
+    """The page."""
+    style = _source("page.css")
+    script = "\n".join(_source(name) for name in _SCRIPTS)
+    policy = {
+        "default-src": "'none'",  # no request of any kind
+        "script-src": f"'sha256-{_hash(script)}'",
+        "style-src": f"'sha256-{_hash(style)}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        # a text can't be assigned where it would be read as markup or code
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    parts = {
+        "policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "style": style,
+        "script": script,
+        "data": embedded(page_data(export)),
+    }
+    return Template(_source("page.html")).substitute(parts)
+
+
+def page_data(export: Export) -> dict[str, Any]:
+    """All that the page knows. Raises UserError as `write`."""
+    tasks = []
+    for task in export.tasks:
+        if not isinstance(task.prompt, str) and not _is_chat(task.prompt):
+            raise UserError(
+                f"task {task.id}: its prompt must be a text or a list of {{role, content}} texts "
+                f"to be shown; found {task.prompt!r}."
+            )
+        tasks.append({"id": task.id, "prompt": task.prompt, "shown": list(task.shown)})
+    return {
+        "export": export.id,
+        "kind": LabelKind(export.kind).value,
+        "title": export.title,
+        "instructions": export.instructions,
+        "ratings": export.ratings,
+        "comments": export.comments,
+        "tasks": tasks,
+    }
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand inside a script element: nothing in it is markup, and it reads back as
+    `value`.
+    """
+    return _UNSAFE.sub(
+        lambda found: f"\\u{ord(found[0]):04x}",
+        json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")),
+    )
+
+
+def read(path: Path) -> Iterator[Judgement | Unreadable]:
+    """The labels of a file that the page downloaded. Raises UserError at once for a file of another
+    format or version.
+    """
+    file = _labels_file(path)
+    labels = file["labels"]
+
+    def judgements() -> Iterator[Judgement | Unreadable]:
+        for number, entry in enumerate(labels, 1):
+            place = f"{path}, label {number}"
+            try:
+                yield _judgement(entry, file["annotator"], place)
+            except ValueError as error:
+                named = entry.get("task") if isinstance(entry, dict) else None
+                yield Unreadable(place, named if isinstance(named, str) else "", str(error))
+
+    return judgements()
+
+
+def _labels_file(path: Path) -> dict[str, Any]:
+    expected = "Expected a labels file as the labelling page downloads it"
+    try:
+        file = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}. {expected}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no JSON: {error}. {expected}.") from error
+    if not isinstance(file, dict) or file.get("format") != FORMAT:
+        found = file.get("format") if isinstance(file, dict) else type(file).__name__
+        raise UserError(f"{path}: format {found!r}. {expected}: format {FORMAT!r}.")
+    if type(file.get("version")) is not int or file["version"] != VERSION:
+        raise UserError(
+            f"{path}: version {file.get('version')!r}, expected {VERSION}. Make the labels file "
+            "with the page of this toolkit's version."
+        )
+    if not isinstance(file.get("annotator"), str) or not file["annotator"].strip():
+        raise UserError(
+            f"{path}: annotator {file.get('annotator')!r}. {expected}: with the annotator's name."
+        )
+    if not isinstance(file.get("labels"), list):
+        raise UserError(
+            f"{path}: labels is {type(file.get('labels')).__name__}. {expected}: with a list of "
+            "labels."
+        )
+    return file
+
+
+def _judgement(entry: Any, annotator: str, place: str) -> Judgement:
+    """Raises ValueError saying what does not fit."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object, found {type(entry).__name__}")
+    task, verdict, comment = entry.get("task"), entry.get("verdict"), entry.get("comment", "")
+    if not isinstance(task, str) or not task:
+        raise ValueError(f"task: expected an id, found {task!r}")
+    if not isinstance(verdict, str) or verdict not in _VERDICTS:
+        raise ValueError(f"verdict: expected one of {', '.join(_VERDICTS)}, found {verdict!r}")
+    if not isinstance(comment, str):
+        raise ValueError(f"comment: expected a text, found {comment!r}")
+    prompt, shown = entry.get("prompt"), entry.get("shown")
+    if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):
+        raise ValueError(f"prompt: expected a text or messages, found {prompt!r}")
+    if shown is not None and not _is_list(shown, str):
+        raise ValueError(f"shown: expected a list of texts, found {shown!r}")
+    return Judgement(
+        task=task,
+        annotator=annotator,
+        verdict=_VERDICTS[verdict],
+        ranking=_ranking(entry.get("ranking", []), _VERDICTS[verdict], shown),
+        ratings=_ratings(entry.get("ratings", []), shown),
+        comment=comment,
+        seconds=_seconds(entry.get("seconds")),
+        time=_time(entry.get("time")),
+        place=place,
+        prompt=prompt,
+        shown=None if shown is None else tuple(shown),
+    )
+
+
+def _ranking(value: Any, verdict: Verdict, shown: list[str] | None) -> tuple[tuple[int, ...], ...]:
+    """Raises ValueError."""
+    if not isinstance(value, list) or not all(group and _is_list(group, int) for group in value):
+        raise ValueError(f"ranking: expected lists of places, the best first, found {value!r}")
+    places = [place for group in value for place in group]
+    if (verdict is Verdict.ranked) != bool(places):
+        raise ValueError(f"ranking: {value!r} does not go with verdict {verdict.value}")
+    if len(set(places)) < len(places) or any(
+        place < 0 or (shown is not None and place >= len(shown)) for place in places
+    ):
+        raise ValueError(
+            f"ranking: expected each place, counted from 0, at most once, found {value!r}"
+        )
+    return tuple(map(tuple, value))
+
+
+def _ratings(value: Any, shown: list[str] | None) -> tuple[int | None, ...]:
+    """Raises ValueError."""
+    fits = isinstance(value, list) and all(
+        rating is None or (type(rating) is int and 1 <= rating <= 5) for rating in value
+    )
+    if not fits or (value and shown is not None and len(value) != len(shown)):
+        raise ValueError(f"ratings: expected 1 to 5 or null of each answer, found {value!r}")
+    return tuple(value)
+
+
+def _seconds(value: Any) -> float | None:
+    """Raises ValueError."""
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"seconds: expected a number from 0, found {value!r}")
+    return float(value)
+
+
+def _time(value: Any) -> str | None:
+    """Raises ValueError."""
+    if value is not None:
+        try:
+            datetime.fromisoformat(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"time: expected ISO 8601, found {value!r}") from None
+    return value
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(part) is kind for part in value)
+
+
+def _is_chat(value: Any) -> bool:
+    texts = ("role", "content")
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in texts) for m in value
+    )
+
+
+def _source(name: str) -> str:
+    """One of the page's sources, its line ends LF: so browsers hash them."""
+    return (
+        resources.files(__package__)
+        .joinpath("web")
+        .joinpath(name)
+        .read_text(encoding="utf-8")
+        .strip()
+    )
+
+
+def _hash(text: str) -> str:
+    """For a content security policy."""
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

@@ -1,0 +1,300 @@
+"""A sheet for people without a tool, as CSV or Excel file, and the filled-in sheet read back.
+
+    pairs      pair_id, prompt, response_a, response_b, preference, annotator, comment
+    preference: a, b, tie or skip
+    rankings   pair_id, prompt, response_1, response_2 ..., ranking, annotator, comment
+    ranking: 2>1=3, tie or skip
+
+with rating_a, rating_b or rating_1 ... (1 to 5) before the annotator, where the export asks for
+them. A row without a preference or ranking is not labelled yet and gives nothing. Several
+annotators are several files, or several rows with the same pair_id; a row whose column annotator is
+empty has the annotator "". Columns may be left out or moved, and further ones added; only pair_id
+and preference or ranking are needed.
+
+Prompt and responses are written so that spreadsheets show them and the reader gives them exactly:
+- In CSV a text that a spreadsheet would take for a formula (it begins with = + - @, a tab or a line
+  end) has an apostrophe before it. In Excel files
+  every cell is of the type text, which is never a formula, so there it needs none.
+- In both a text that begins with an apostrophe, and an empty one, has one more. The reader takes
+  one leading apostrophe off.
+- In Excel files what XML can't hold is written as _xHHHH_, Excel's own way, and a cell holds 32,767
+  characters.
+"""
+
+import csv
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from conf.choices import LabelKind
+from rlhf.data.cells import FORMULA, mark, unmark
+from rlhf.data.files import excel_text
+from rlhf.data.rows import RowError, describe, number_of, optional_text, text_of, value_of
+from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
+from rlhf.labels.targets.shared import check_texts, guidance, most_answers, read_rows, write_text
+from rlhf.types import UserError
+
+CSV_FILE, XLSX_FILE, GUIDE_FILE = "label_sheet.csv", "label_sheet.xlsx", "label_sheet.txt"
+CELL = 32_767  # characters that an Excel cell holds, in UTF-16
+_PREFERENCES = {"a": Verdict.left, "b": Verdict.right, "tie": Verdict.tie, "skip": Verdict.skip}
+HOW = {
+    LabelKind.pair: "Fill in the column preference: a (response_a is better), b (response_b is "
+    "better), tie or skip (you can't say).",
+    LabelKind.ranking: "Fill in the column ranking with the numbers of the responses, the best "
+    "first: 2>1=3 says that the second is the best and the "
+    "other two are equal. Or write tie (all are equal) or skip (you can't say).",
+}
+_REST = (
+    "Leave what you have not decided empty. Write your name into the column annotator. Do "
+    "not change the columns pair_id, prompt and responses."
+)
+
+# prompt and responses of a row, None where it has none
+Texts = Callable[[Mapping[str, Any]], tuple[Any, tuple[str, ...] | None]]
+
+# ---- out ----
+
+
+def write_csv(export: Export, folder: Path) -> list[Path]:
+    """The sheet and its instructions; UTF-8 with a byte order mark, which tells spreadsheets so.
+    Raises UserError for text that no encoding holds.
+    """
+    check_texts(export)
+    folder.mkdir(parents=True, exist_ok=True)
+    out = StringIO(newline="")
+    writer = csv.DictWriter(out, columns(export), quoting=csv.QUOTE_ALL, lineterminator="\r\n")
+    writer.writeheader()
+    for task in export.tasks:
+        texts = {name: mark(text, FORMULA) for name, text in texts_of(task, export.kind).items()}
+        writer.writerow({"pair_id": task.id, **texts})
+    return [write_text(folder / CSV_FILE, "\ufeff" + out.getvalue()), _guide(export, folder)]
+
+
+def write_xlsx(export: Export, folder: Path) -> list[Path]:
+    """The sheet and its instructions. Raises UserError for text that a cell can't hold, naming the
+    task.
+    """
+    import openpyxl
+    from openpyxl.styles import Alignment, Font
+    from openpyxl.utils import get_column_letter
+    from openpyxl.worksheet.datavalidation import DataValidation
+
+    check_texts(export)
+    folder.mkdir(parents=True, exist_ok=True)
+    book, names = openpyxl.Workbook(), columns(export)
+    sheet = book.active
+    sheet.title = "labels"
+    for row, cells in enumerate(
+        [
+            dict(zip(names, names, strict=True)),
+            *(_excel_row(task, export.kind) for task in export.tasks),
+        ],
+        start=1,
+    ):
+        for column, name in enumerate(names, start=1):
+            cell = sheet.cell(row, column)
+            cell.number_format, cell.alignment = "@", Alignment(wrap_text=True, vertical="top")
+            if name in cells:
+                cell.value = cells[name]
+                cell.data_type = "s"  # never a formula, whatever it begins with
+            if row == 1:
+                cell.font = Font(bold=True)
+    for column, name in enumerate(names, start=1):
+        wide = name == "prompt" or name.startswith("response_")
+        sheet.column_dimensions[get_column_letter(column)].width = 60 if wide else 14
+    sheet.freeze_panes = "B2"
+    if export.kind is LabelKind.pair and export.tasks:
+        choice = DataValidation(
+            "list", formula1=f'"{",".join(_PREFERENCES)}"', allow_blank=True, showErrorMessage=True
+        )
+        choice.add(
+            f"{get_column_letter(names.index('preference') + 1)}2:{get_column_letter(names.index('preference') + 1)}{len(export.tasks) + 1}"
+        )
+        sheet.add_data_validation(choice)
+    path = folder / XLSX_FILE
+    beside = path.with_name(path.name + ".tmp")
+    book.save(beside)
+    beside.replace(path)
+    return [path, _guide(export, folder)]
+
+
+def _guide(export: Export, folder: Path) -> Path:
+    return write_text(folder / GUIDE_FILE, guidance(export, f"{HOW[export.kind]} {_REST}"))
+
+
+def columns(export: Export) -> list[str]:
+    """Of the sheet, in their order."""
+    places = _places(export.kind, most_answers(export))
+    ratings = [f"rating_{place}" for place in places] if export.ratings else []
+    said = "preference" if export.kind is LabelKind.pair else "ranking"
+    responses = [f"response_{place}" for place in places]
+    return [
+        "pair_id",
+        "prompt",
+        *responses,
+        said,
+        *ratings,
+        "annotator",
+        *(["comment"] if export.comments else []),
+    ]
+
+
+def _places(kind: LabelKind, count: int) -> list[str]:
+    return ["a", "b"] if kind is LabelKind.pair else [str(place + 1) for place in range(count)]
+
+
+def texts_of(task: Task, kind: LabelKind) -> dict[str, str]:
+    """Prompt and responses by column, as they are shown."""
+    places = _places(kind, len(task.answers))
+    return {
+        "prompt": as_text(task.prompt),
+        **{f"response_{place}": text for place, text in zip(places, task.shown, strict=True)},
+    }
+
+
+def _excel_row(task: Task, kind: LabelKind) -> dict[str, str]:
+    """Raises UserError for a text that a cell can't hold."""
+    out = {"pair_id": task.id}
+    for name, text in texts_of(task, kind).items():
+        out[name] = excel_text(mark(text))
+        if (length := len(out[name].encode("utf-16-le")) // 2) > CELL:
+            raise UserError(
+                f"task {task.id}: its {name} has {length:,} characters as an Excel cell, which "
+                f"holds {CELL:,}. Leave xlsx out of label.targets "
+                "(csv and page hold more), or take shorter texts."
+            )
+    return out
+
+
+# ---- back ----
+
+
+def read(path: Path) -> Iterator[Judgement | Unreadable]:
+    """Of every filled-in row. Raises UserError where the file as a whole can't be read."""
+    return judgements(path, _sheet_texts)
+
+
+def judgements(path: Path, texts: Texts) -> Iterator[Judgement | Unreadable]:
+    """Of every row with a preference or a ranking. Raises UserError where the file as a whole can't
+    be read.
+    """
+
+    def of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadable]:
+        task = row.get("pair_id")
+        try:
+            found = _judgement(row, place, texts)
+        except RowError as error:
+            yield Unreadable(place, task if isinstance(task, str) else "", str(error))
+            return
+        if found is not None:
+            yield found
+
+    return read_rows(path, of_row)
+
+
+def _sheet_texts(row: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
+    """A sheet's: marks taken off, and cells without text left out, which a shorter task's row has
+    at its end.
+    """
+    cells = [text_of(row, name, empty=True) for name in response_columns(row)]
+    while cells and not cells[-1]:
+        cells.pop()
+    prompt = unmark(text_of(row, "prompt", empty=True)) if "prompt" in row else None
+    return prompt, tuple(map(unmark, cells)) if response_columns(row) else None
+
+
+def response_columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns of the responses that a row has: response_a and response_b, or response_1,
+    response_2 ... in the order of their numbers.
+    """
+    pair = [name for name in ("response_a", "response_b") if name in row]
+    numbered = (name for name in row if re.fullmatch(r"response_[1-9][0-9]*", name))
+    return pair or sorted(numbered, key=lambda name: int(name.removeprefix("response_")))
+
+
+def _judgement(row: Mapping[str, Any], place: str, texts: Texts) -> Judgement | None:
+    """None for a row that is not labelled yet. Raises RowError."""
+    said = "ranking" if "ranking" in row else "preference"
+    value = value_of(row, said)
+    text = "" if value is None else text_of(row, said, empty=True).strip().lower()
+    if not text:
+        return None
+    prompt, shown = texts(row)
+    count = None if shown is None else len(shown)
+    verdict, ranking = _verdict(text, said, count)
+    return Judgement(
+        task=text_of(row, "pair_id"),
+        annotator=optional_text(row, "annotator").strip(),
+        verdict=verdict,
+        ranking=ranking,
+        ratings=_ratings(row, count),
+        comment=optional_text(row, "comment"),
+        seconds=None if row.get("seconds") in (None, "") else number_of(row, "seconds"),
+        time=optional_text(row, "time") or None,
+        annotation=optional_text(row, "annotation"),
+        place=place,
+        prompt=prompt,
+        shown=shown,
+    )
+
+
+def _verdict(
+    text: str, said: str, count: int | None
+) -> tuple[Verdict, tuple[tuple[int, ...], ...]]:
+    """What the cell says; `count`: how many responses the row has, None where it does not say.
+    Raises RowError.
+    """
+    if said == "preference":
+        if text not in _PREFERENCES:
+            raise RowError(
+                "key 'preference': expected a, b, tie, skip, or nothing where it is not "
+                f"labelled yet, found {describe(text)}"
+            )
+        return _PREFERENCES[text], ()
+    if text in ("tie", "skip"):
+        return Verdict(text), ()
+    groups = [[number.strip() for number in group.split("=")] for group in text.split(">")]
+    numbers = [number for group in groups for number in group]
+    last = math.inf if count is None else count
+    whole = all(
+        re.fullmatch("[1-9][0-9]{0,3}", number) and int(number) <= last for number in numbers
+    )
+    if not whole or len(set(numbers)) < len(numbers) or len(numbers) < 2:
+        known = "of the responses" if count is None else f"from 1 to {count}"
+        raise RowError(
+            f"key 'ranking': expected at least two numbers {known}, each once, with > or = "
+            "between them, such as 2>1, or tie, skip, or nothing where "
+            f"it is not labelled yet, found {describe(text)}"
+        )
+    return Verdict.ranked, tuple(
+        tuple(sorted(int(number) - 1 for number in group)) for group in groups
+    )
+
+
+def _ratings(row: Mapping[str, Any], count: int | None) -> tuple[int | None, ...]:
+    """From the columns rating_a and rating_b, or rating_1 ..., of `count` responses; () where none
+    is given. Raises RowError.
+    """
+    columns = sorted(
+        (name for name in row if re.fullmatch(r"rating_([ab]|[1-9][0-9]{0,3})", name)),
+        key=lambda name: (len(name), name),
+    )
+    found: list[int | None] = []
+    for place, name in enumerate(columns):
+        value = row[name]
+        stars = None if value is None or value == "" else number_of(row, name)
+        if stars is not None and stars not in range(1, 6):
+            raise RowError(
+                f"key {name!r}: expected a whole number from 1 to 5, or nothing, found "
+                f"{describe(value)}"
+            )
+        if stars is not None and count is not None and place >= count:
+            raise RowError(
+                f"key {name!r}: expected nothing, since the row has {count} responses, found "
+                f"{describe(value)}"
+            )
+        found.append(None if stars is None else int(stars))
+    return tuple(found[:count]) if any(value is not None for value in found) else ()

@@ -1,0 +1,337 @@
+"""One verdict for each pair of answers out of everybody's labels, and preference rows out of the
+verdicts.
+
+What is judged is a pair: a prompt and two answers, whatever task or export asked for it. A ranking
+is all pairs of the answers that it names; those it leaves out say nothing. An annotator has one
+vote on a pair: that of the newest export, and there that of the task rather than of its repetition
+(which then serves self-agreement alone). Skips and cancelled tasks are no votes. Gold tasks are not
+aggregated: their answer was known.
+
+    majority        the most frequent vote; a split one decides nothing
+    dawid_skene     each annotator's confusion matrix (rlhf.data.aggregation)
+    bradley_terry   strengths of answers and reliabilities of annotators
+    (rlhf.labels.bradley_terry); ties count half for each. A pair is a
+                    tie where most votes say so
+
+`first_better` is the probability that a new careful annotator prefers the first answer. For
+majority and dawid_skene it is the share w of n votes (a tie is half a vote; dawid_skene: the
+posterior's) under a uniform prior, (n w + 1) / (n + 2) (Laplace): one vote of one gives 2/3.
+Bradley-Terry has a prior of its own.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from conf.choices import LabelAggregate, Strength
+from rlhf.data import aggregation
+from rlhf.data.agreement import Label
+from rlhf.data.formats.base import assistant
+from rlhf.labels import bradley_terry
+from rlhf.labels.checking import Checked, Ledgers, Outcome
+from rlhf.labels.records import Answer, Role, Task
+from rlhf.process.hashing import digest
+
+_EVEN = 1e-3  # Bradley-Terry probabilities closer to 1/2 than this decide nothing
+_OTHER = {Outcome.first: Outcome.second, Outcome.second: Outcome.first, Outcome.tie: Outcome.tie}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to a prompt, in the order of their ids, so that it is the same pair in every
+    export.
+    """
+
+    prompt: Any
+    answers: tuple[Answer, Answer]
+    export: str  # the newest that asked for it
+    task: str
+
+    @property
+    def id(self) -> str:
+        return pair_id(self.prompt, *self.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """What one annotator says of one pair."""
+
+    pair: str
+    annotator: str
+    outcome: Outcome  # first, second or tie of Pair.answers
+    first_shown: bool  # answers[0] stood on the left, or further up
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """All pairs that somebody has compared, and the votes on them."""
+
+    pairs: dict[str, Pair]
+    votes: tuple[Vote, ...]
+    asked: dict[str, int]  # by pair: exports in which somebody has voted on it
+
+
+class Fate(Enum):
+    """What becomes of a pair."""
+
+    used = "used"  # a preference row
+    few_labels = "few_labels"  # waits for more
+    split = "split"  # as many for one as for the other
+    unsure = "unsure"  # below label.min_confidence
+    tie = "tie"  # neither is better, and no soft label says so
+    empty = "empty"  # an answer without text, which no stage reads
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the annotators of a pair say together."""
+
+    pair: Pair
+    outcome: Outcome | None  # None: split
+    confidence: float  # of `outcome`
+    first_better: float  # probability, smoothed
+    votes: dict[Outcome, int]
+
+    @property
+    def labels(self) -> int:
+        return sum(self.votes.values())
+
+    @property
+    def disputed(self) -> bool:
+        return len(self.votes) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """All verdicts, and how good the method holds each annotator to be."""
+
+    verdicts: tuple[Verdict, ...]
+    # majority: agreement with the others' majority; dawid_skene: accuracy; bradley_terry: r
+    reliability: dict[str, float | None]
+    # iterations, converged, ... of the method
+    figures: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def pair_id(prompt: Any, a: Answer, b: Answer) -> str:
+    """The same for both orders."""
+    return digest([digest(prompt), *sorted((a.id, b.id))])
+
+
+def comparisons(label: Checked, task: Task) -> Iterable[tuple[int, int, Outcome]]:
+    """Every two places of Task.answers that a label compares, the smaller first, and how."""
+    if label.outcome in (Outcome.first, Outcome.second):
+        yield 0, 1, label.outcome
+        return
+    ranking = (tuple(range(len(task.answers))),) if label.outcome is Outcome.tie else label.ranking
+    rank = {place: r for r, group in enumerate(ranking) for place in group}
+    places = sorted(rank)
+    for n, i in enumerate(places):
+        for j in places[n + 1 :]:
+            yield (
+                i,
+                j,
+                Outcome.tie
+                if rank[i] == rank[j]
+                else Outcome.first
+                if rank[i] < rank[j]
+                else Outcome.second,
+            )
+
+
+def collect(
+    ledgers: Ledgers, labels: Iterable[Checked], without: frozenset[str] = frozenset()
+) -> Votes:
+    """The votes of the labels on main and repeated tasks, those of the annotators `without` left
+    out. One for each annotator and pair.
+    """
+    best: dict[tuple[str, str], tuple[tuple[Any, ...], Vote]] = {}
+    pairs: dict[str, tuple[tuple[str, str, str], Pair]] = {}
+    asked: dict[str, set[str]] = defaultdict(set)
+    for label in labels:
+        export, task = ledgers.tasks[label.task]
+        if task.role is Role.gold or label.annotator in without:
+            continue
+        for i, j, said in comparisons(label, task):
+            first, second, outcome = i, j, said
+            if task.answers[i].id > task.answers[j].id:
+                first, second, outcome = j, i, _OTHER[said]
+            answers = (task.answers[first], task.answers[second])
+            key = pair_id(task.prompt, *answers)
+            asked[key].add(export.id)
+            source = task.repeats or task.id
+            newest = (export.created, export.id, source)
+            if key not in pairs or newest > pairs[key][0]:
+                pairs[key] = newest, Pair(task.prompt, answers, export.id, source)
+            vote = Vote(
+                key, label.annotator, outcome, task.order.index(first) < task.order.index(second)
+            )
+            rank = (export.created, export.id, task.role is Role.main, task.id)
+            there = best.get((key, label.annotator))
+            if there is None or rank > there[0]:
+                best[key, label.annotator] = rank, vote
+    votes = tuple(vote for _, (_, vote) in sorted(best.items()))
+    return Votes(
+        {key: pairs[key][1] for key in sorted(pairs)},
+        votes,
+        {key: len(exports) for key, exports in asked.items()},
+    )
+
+
+# ---- aggregation ----
+
+
+def aggregate(method: LabelAggregate, votes: Votes) -> Aggregated:
+    """Verdicts in the order of the pairs' ids."""
+    if not votes.votes:
+        return Aggregated((), {})
+    counts: dict[str, Counter[Outcome]] = defaultdict(Counter)
+    for vote in votes.votes:
+        counts[vote.pair][vote.outcome] += 1
+    if method is LabelAggregate.bradley_terry:
+        return _by_strength(votes, counts)
+    labels = [Label(vote.pair, vote.annotator, vote.outcome.value) for vote in votes.votes]
+    found = (
+        aggregation.majority(labels)
+        if method is LabelAggregate.majority
+        else aggregation.dawid_skene(labels)
+    )
+    notes = []
+    if method is LabelAggregate.dawid_skene:
+        if all(counted.total() < 3 for counted in counts.values()):
+            notes.append(
+                "no pair has three labels, so Dawid-Skene can't tell who is right: majority says "
+                "the same"
+            )
+        if not found.converged:
+            notes.append(f"Dawid-Skene has not converged after {found.iterations} iterations")
+    verdicts = []
+    for one in found.verdicts:
+        n = counts[one.item].total()
+        won = (
+            one.probabilities.get(Outcome.first.value, 0.0)
+            + one.probabilities.get(Outcome.tie.value, 0.0) / 2
+        )
+        outcome = None if one.label is None else Outcome(one.label)
+        verdicts.append(
+            Verdict(
+                votes.pairs[one.item],
+                outcome,
+                one.confidence,
+                (n * won + 1) / (n + 2),
+                dict(counts[one.item]),
+            )
+        )
+    figures = (
+        {}
+        if found.iterations is None
+        else {"iterations": found.iterations, "converged": found.converged}
+    )
+    reliability = {annotator.name: annotator.accuracy for annotator in found.annotators}
+    return Aggregated(
+        tuple(sorted(verdicts, key=lambda v: v.pair.id)), reliability, figures, tuple(notes)
+    )
+
+
+def _by_strength(votes: Votes, counts: Mapping[str, Counter[Outcome]]) -> Aggregated:
+    better = {Outcome.first: 1.0, Outcome.second: 0.0, Outcome.tie: 0.5}
+    rows = []
+    for vote in votes.votes:
+        first, second = _names(votes.pairs[vote.pair])
+        won = better[vote.outcome]
+        shown = (first, second, won) if vote.first_shown else (second, first, 1 - won)
+        rows.append(bradley_terry.Comparison(vote.annotator, *shown))
+    found = bradley_terry.fit(rows)
+    verdicts = []
+    for key in sorted(counts):
+        first, second = _names(votes.pairs[key])
+        p = 1 / (1 + math.exp(found.strength[second] - found.strength[first]))
+        outcome: Outcome | None = Outcome.first if p > 0.5 else Outcome.second
+        confidence, ties = max(p, 1 - p), counts[key][Outcome.tie]
+        # the model has no word for a tie, so the votes decide
+        if ties > max(counts[key][Outcome.first], counts[key][Outcome.second]):
+            outcome, confidence = Outcome.tie, ties / counts[key].total()
+        elif abs(p - 0.5) < _EVEN:
+            outcome = None
+        verdicts.append(Verdict(votes.pairs[key], outcome, confidence, p, dict(counts[key])))
+    figures = {
+        "iterations": found.iterations,
+        "converged": found.converged,
+        "first_side": found.first_side,
+    }
+    notes = (
+        ()
+        if found.converged
+        else (f"the Bradley-Terry model has not converged after {found.iterations} iterations",)
+    )
+    return Aggregated(tuple(verdicts), dict(found.reliability), figures, notes)
+
+
+def _names(pair: Pair) -> tuple[str, str]:
+    prompt = digest(pair.prompt)
+    return f"{prompt} {pair.answers[0].id}", f"{prompt} {pair.answers[1].id}"
+
+
+# ---- preference rows ----
+
+
+def fate(verdict: Verdict, *, min_labels: int, min_confidence: float, strength: Strength) -> Fate:
+    """What becomes of a pair."""
+    if verdict.labels < min_labels:
+        return Fate.few_labels
+    if verdict.outcome is None:
+        return Fate.split
+    if verdict.confidence < min_confidence:
+        return Fate.unsure
+    if verdict.outcome is Outcome.tie and strength is not Strength.soft_label:
+        return Fate.tie
+    if isinstance(verdict.pair.prompt, str) and not all(
+        answer.text for answer in verdict.pair.answers
+    ):
+        return Fate.empty
+    return Fate.used
+
+
+def preference_row(verdict: Verdict, strength: Strength) -> dict[str, Any]:
+    """TRL's columns of a pair whose fate it is to be used, and what stands behind it. A tie is a
+    pair at 1/2, the first answer as chosen.
+
+    margin: log-odds of soft_label; soft_label: probability that chosen is better, in [0.5, 1).
+    """
+    first, second = verdict.pair.answers
+    tie = verdict.outcome is Outcome.tie
+    p = (
+        0.5
+        if tie
+        else verdict.first_better
+        if verdict.outcome is Outcome.first
+        else 1 - verdict.first_better
+    )
+    chosen, rejected = (second, first) if verdict.outcome is Outcome.second else (first, second)
+    text = isinstance(verdict.pair.prompt, str)
+    row: dict[str, Any] = {
+        "prompt": verdict.pair.prompt,
+        "chosen": chosen.text if text else assistant(chosen.text),
+        "rejected": rejected.text if text else assistant(rejected.text),
+    }
+    if strength is Strength.margin:
+        row["margin"] = math.log(p / (1 - p))
+    elif strength is Strength.soft_label:
+        row["soft_label"] = p
+    return {
+        **row,
+        "confidence": verdict.confidence,
+        "annotators": verdict.labels,
+        "task": verdict.pair.task,
+        "export": verdict.pair.export,
+    }
+
+
+def held_out(prompt: Any, fraction: float) -> bool:
+    """Whether a prompt's pairs are in eval.jsonl: by a hash of the prompt alone, so that it never
+    changes sides as labels come in.
+    """
+    return int(digest(["held out", digest(prompt)]), 16) / 16**16 < fraction

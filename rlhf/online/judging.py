@@ -1,0 +1,315 @@
+"""The watch of an online run: the held-out judge, the rules, and the weights that the judge valued
+most.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from conf.choices import Action, Rule
+from conf.schema import Config
+from conf.stages import OnlineStage, WatchConfig
+from policy.saving import replacing
+from reward.compose import CompositeScorer
+from reward.scorer import FunctionScorer, RewardModelScorer
+from rlhf.data import reading
+from rlhf.online.watch import Alarm, Judgement, Watch
+from rlhf.process import distributed
+from rlhf.run.plots import plot_frontier
+from rlhf.types import Generator, Prompt, Scorer
+
+LOG = logging.getLogger("rlhf.online.judging")
+BEST = "best"  # directory in the run's: model/, adapter/ and RECORD
+RECORD = "judge.json"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutJudge:
+    """Scores the policy's responses to held-out prompts by the judge and by the reward that trains."""
+
+    prompts: list[Prompt]  # this rank's share
+    judge: Scorer
+    proxy: Scorer  # without a state: see comparable()
+    # of every judgement: the same prompts with the same random numbers, so that only the policy
+    # changes
+    seed: int
+
+    def __call__(self, generator: Generator) -> Judgement:
+        """One response per prompt from the weights that `generator` holds; over all ranks, in the
+        order of the prompts. A collective.
+        """
+        rollouts = generator.generate(self.prompts, n=1, seed=self.seed) if self.prompts else []
+        scores = self.judge.score(rollouts).total
+        proxies = self.proxy.score(rollouts).total
+        mine = (
+            scores,
+            proxies,
+            [len(r.token_ids) for r in rollouts],
+            [r.finish_reason == "length" for r in rollouts],
+        )
+        parts = distributed.gather(mine)
+        return Judgement(
+            *([value for part in parts for value in part[i]] for i in range(len(mine)))
+        )
+
+
+def held_out(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The first `count` different prompts. The same prompt twice would weigh double in a
+    judgement's standard errors.
+    """
+    different: dict[str, Prompt] = {}
+    for prompt in prompts:
+        different.setdefault(prompt.id, prompt)
+    return list(different.values())[:count]
+
+
+def share_out(prompts: Sequence[Prompt], rank: int, ranks: int) -> list[Prompt]:
+    """Consecutive shares whose sizes differ by at most one; an empty one where there are more ranks
+    than prompts.
+    """
+    return list(prompts[len(prompts) * rank // ranks : len(prompts) * (rank + 1) // ranks])
+
+
+def make_judge(cfg: Config, tokenizer: Any, proxy: Scorer) -> HeldOutJudge | None:
+    """The judge that ``stage.watch`` names, with its held-out prompts; None where it names none.
+    Raises UserError.
+    """
+    assert isinstance(cfg.stage, OnlineStage)
+    watch = cfg.stage.watch
+    if watch.judge_path is None and watch.judge_function is None:
+        return None
+    prompts = held_out(reading.prompts(cfg, tokenizer, split="eval"), watch.judge_prompts)
+    if len(prompts) < watch.judge_prompts:
+        LOG.warning(
+            "stage.watch.judge_prompts=%d, but only %d different prompts are held out; all are "
+            "used.",
+            watch.judge_prompts,
+            len(prompts),
+        )
+    mine = share_out(prompts, distributed.rank(), distributed.world_size())
+    return HeldOutJudge(
+        mine, _judge_scorer(cfg, watch, tokenizer), comparable(proxy), seed=cfg.run.seed
+    )
+
+
+def comparable(scorer: Scorer) -> Scorer:
+    """The same reward, models shared, with no term normalised: running statistics move the scale
+    from one judgement to the next, and held-out responses have no part in training's statistics.
+    """
+    if not isinstance(scorer, CompositeScorer):
+        return scorer
+    return CompositeScorer([replace(term, normalise=False) for term in scorer.terms])
+
+
+def _judge_scorer(cfg: Config, watch: WatchConfig, tokenizer: Any) -> Scorer:
+    if watch.judge_function is not None:
+        return FunctionScorer(watch.judge_function, "stage.watch.judge_function")
+    assert watch.judge_path is not None
+    return RewardModelScorer(
+        watch.judge_path,
+        cfg.reward,
+        distributed.device(),
+        policy_tokenizer=tokenizer,
+        key="stage.watch.judge_path",
+    )
+
+
+class Keeper:
+    """Keeps in one directory the weights of the highest judgement so far; of equal ones the later,
+    which has the higher score.
+
+    What lies in the directory is what is kept, also after a resume: a judgement made after the
+    checkpoint was one of this run's policy too. A new best is written to the side and renamed, so
+    that whole weights lie there at any time.
+    """
+
+    def __init__(self, place: Path, save: Callable[[Path], None]) -> None:
+        """`save` writes the current weights into a directory; every rank calls it."""
+        self.place = place
+        self._save = save
+        self.best: tuple[int, float] | None = distributed.broadcast(
+            self._found() if distributed.is_main() else None
+        )
+
+    @property
+    def _side(self) -> Path:
+        return self.place.with_name(self.place.name + ".part")
+
+    @property
+    def _old(self) -> Path:
+        return self.place.with_name(self.place.name + ".old")
+
+    def _found(self) -> tuple[int, float] | None:
+        """What an earlier start of this run kept; a swap that was cut short is undone."""
+        if not self.place.exists() and self._old.exists():
+            self._old.rename(self.place)
+        if not (self.place / RECORD).is_file():
+            return None
+        record = json.loads((self.place / RECORD).read_text(encoding="utf-8"))
+        return int(record["step"]), float(record["judge"])
+
+    def consider(self, step: int, judge: float) -> bool:
+        """Save the weights if `judge`, their value, is the highest so far. A collective; returns
+        whether they were saved.
+        """
+        if self.best is not None and judge < self.best[1]:
+            return False
+        if distributed.is_main():
+            shutil.rmtree(self._side, ignore_errors=True)
+        distributed.barrier()
+        self._save(self._side)
+        if distributed.is_main():
+            (self._side / RECORD).write_text(
+                json.dumps({"step": step, "judge": judge}) + "\n", encoding="utf-8"
+            )
+            shutil.rmtree(self._old, ignore_errors=True)
+            if self.place.exists():
+                self.place.rename(self._old)
+            self._side.rename(self.place)
+            shutil.rmtree(self._old, ignore_errors=True)
+        distributed.barrier()
+        self.best = (step, judge)
+        return True
+
+    def restore(self, directory: Path) -> None:
+        """Copy what is kept, without its record, into `directory`. A collective."""
+        if distributed.is_main():
+            for kept in self.place.iterdir():
+                if kept.is_dir():
+                    with replacing(directory / kept.name) as side:
+                        shutil.copytree(kept, side, dirs_exist_ok=True)
+        distributed.barrier()
+
+
+class Watching:
+    """What the loop calls: `begin` once, `after` each step, and at the end `summary`, `figures`,
+    `plot`.
+    """
+
+    def __init__(self, cfg: Config, judge: HeldOutJudge | None, keeper: Keeper) -> None:
+        assert isinstance(cfg.stage, OnlineStage)
+        self.cfg: WatchConfig = cfg.stage.watch
+        self.last = cfg.stage.steps
+        self.watch = Watch(self.cfg)
+        self.judge, self.keeper = judge, keeper
+        self.stopped: int | None = None  # updates done when a rule stopped the run
+        self._stopped_by: Rule | None = None
+        self.judged: dict[int, dict[str, float]] = {}
+
+    def begin(self, generator: Generator) -> dict[str, float]:
+        """Judge the policy before its first update; the judge's figures."""
+        return self._judge(0, generator)
+
+    def after(
+        self, step: int, metrics: Mapping[str, float], generator: Generator
+    ) -> dict[str, float]:
+        """Update number `step` was made and the generator holds its weights. Returns the judge's
+        figures and a 1 for each alarm.
+
+        The judge has its word every ``judge_every`` steps and after the last.
+        """
+        # a step that was left out has no scores
+        alarms = self.watch.observe(step, metrics) if "objective/scores" in metrics else []
+        out = self._ring(alarms, step)
+        if self.judge is not None and (step % self.cfg.judge_every == 0 or step == self.last):
+            out |= self._judge(step, generator)
+        return out
+
+    def _judge(self, step: int, generator: Generator) -> dict[str, float]:
+        assert self.judge is not None
+        began = time.perf_counter()
+        judgement = self.judge(generator)
+        figures = judgement.metrics()
+        self.judged[step] = figures
+        self.keeper.consider(step, figures["judge/score"])
+        alarms = self._ring(self.watch.judged(step, judgement), step)
+        return figures | alarms | {"time/judge_s": time.perf_counter() - began}
+
+    def _ring(self, alarms: Sequence[Alarm], step: int) -> dict[str, float]:
+        for alarm in alarms:
+            if distributed.is_main():
+                LOG.warning(
+                    "step %d, stage.watch.%s=%s: %s",
+                    step,
+                    alarm.rule.value,
+                    alarm.action.value,
+                    alarm.message,
+                )
+            if alarm.action is Action.stop:
+                self.stopped, self._stopped_by = step, alarm.rule
+        return {f"watch/{alarm.rule.value}": 1.0 for alarm in alarms}
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run's model is what the keeper holds: a rule stopped it, and a judge said
+        which weights were best.
+        """
+        return self.stopped is not None and self.keeper.best is not None
+
+    def summary(self) -> dict[str, float]:
+        """Figures for summary.json: where the run stopped, what was kept, the judge's first, best
+        and last word.
+        """
+        out = {} if self.stopped is None else {"watch/stopped_step": float(self.stopped)}
+        if self.keeper.best is None or not self.judged:
+            return out
+        out |= {
+            "watch/best_step": float(self.keeper.best[0]),
+            "judge/score_best": self.keeper.best[1],
+        }
+        steps = sorted(self.judged)
+        for name, value in self.judged[steps[0]].items():
+            out |= {f"{name}_first": value, name: self.judged[steps[-1]][name]}
+        return out
+
+    def figures(self) -> dict[str, str]:
+        """Lines of the closing panel."""
+        out = {}
+        if self.keeper.best is not None and self.judged:
+            step, judge = self.keeper.best
+            out["judge, first, best, last"] = (
+                f"{self._word(min)}, {judge:.3f} at step {step}, {self._word(max)}"
+            )
+        if self.stopped is not None:
+            kept = (
+                f"; model/ holds the weights of step {self.keeper.best[0]}"
+                if self.keeper.best is not None
+                else ""
+            )
+            out["stopped by the watch"] = f"after step {self.stopped}{kept}"
+        return out
+
+    def _word(self, which: Callable[[Any], int]) -> str:
+        return f"{self.judged[which(self.judged)]['judge/score']:.3f}"
+
+    def plot(self, directory: Path) -> list[Path]:
+        """Draw the frontier; rank 0's work. Returns the files, none where nothing was measured."""
+        path = directory / "frontier.png"
+        best = None if self.keeper.best is None else self.keeper.best[0]
+        return (
+            [path]
+            if plot_frontier(list(self.watch.points.values()), path, best, self.stopped)
+            else []
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        stopped = None if self._stopped_by is None else [self.stopped, self._stopped_by.value]
+        return {
+            "watch": self.watch.state_dict(),
+            "judged": [[step, figures] for step, figures in self.judged.items()],
+            "stopped": stopped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.watch.load_state_dict(state["watch"])
+        self.judged = {int(step): figures for step, figures in state["judged"]}
+        if state["stopped"] is not None:
+            step, rule = state["stopped"]
+            # who resumes with another action wants the run to go on
+            if getattr(self.cfg, rule) is Action.stop:
+                self.stopped, self._stopped_by = step, Rule(rule)

@@ -1,0 +1,287 @@
+"""What the online loop is made of, built from the configuration in the order that fails soonest."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.choices import (
+    AdapterKind,
+    Advantage,
+    CriticInit,
+    EngineKind,
+    KLController,
+    LoraSync,
+    ModelKind,
+)
+from conf.schema import Config
+from conf.stages import OnlineStage
+from policy.adapters import attach, enable_checkpointing
+from policy.engines.torch import Engine, OptimSettings, make_engine
+from policy.kl import AdaptiveKL, FixedKL
+from policy.model import (
+    CriticModule,
+    PolicyModule,
+    adapter_weights,
+    base_of,
+    full_weights,
+    has_dropout,
+)
+from policy.packing import can_share_prompts
+from policy.prepare import Layout, needs_old_logprobs
+from policy.saving import replacing
+from reward.model import load_reward_model
+from reward.scorer import make_scorer
+from reward.terms import model_paths
+from rlhf.data import reading
+from rlhf.data.mixture import data_files
+from rlhf.models.loading import (
+    load_causal_lm,
+    load_classifier,
+    load_tokenizer,
+    resolve_dtype,
+    train_tokenizer,
+)
+from rlhf.models.templates import template_text
+from rlhf.process import distributed
+from rlhf.run.context import RunContext, seed_everything
+from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, Scorer, UserError
+from rollout import make_generator
+
+log = logging.getLogger(__name__)
+# every weight but unused rows of the embedding has a part in each logprob; those are compared by
+# checksum
+_PROBE_TOKENS = 24
+
+
+@dataclass(slots=True)
+class Parts:
+    """Everything that a step uses."""
+
+    tokenizer: Any
+    prompts: list[Prompt]
+    policy: Engine
+    critic: Engine | None  # advantage=gae
+    reference: Any  # frozen module, "adapter" (the policy with its adapter off), or None
+    layout: Layout
+    passes: bool  # whether logprobs before the update take a pass of their own
+    scorer: Scorer
+    generator: Generator
+    kl: FixedKL | AdaptiveKL
+    weights: Callable[[], FullWeights | AdapterWeights]
+    adapter: bool
+    probe: tuple[int, ...]  # fixed token ids whose logprobs prove each sync
+    tolerance: float  # nats
+
+
+def build(ctx: RunContext) -> Parts:
+    """Load the models and start the engines. Raises UserError for what preflight could not know."""
+    cfg = ctx.cfg
+    stage = cfg.stage
+    assert isinstance(stage, OnlineStage) and stage.steps is not None
+    seed_everything(cfg.run.seed)
+    tokenizer = _tokenizer(cfg)
+    prompts = reading.prompts(cfg, tokenizer, split="train")
+    _register(ctx)
+    start = _start_directory(ctx, tokenizer)
+    scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
+    half = resolve_dtype(cfg.model.dtype) is not torch.float32
+    updates = stage.steps * stage.epochs * stage.minibatches
+    lora = cfg.adapter.kind is not AdapterKind.none
+    merged = lora and (
+        cfg.rollout.lora_sync is LoraSync.merged
+        or (cfg.rollout.lora_sync is LoraSync.auto and cfg.adapter.dora)
+    )
+
+    def base_model() -> Any:
+        return load_causal_lm(replace(cfg.model, path=start, gguf_file=None), tokenizer)
+
+    def generator_model() -> Any:
+        model = base_model()
+        return attach(model, cfg.adapter, task="CAUSAL_LM") if lora and not merged else model
+
+    policy_model = attach(base_model(), cfg.adapter, task="CAUSAL_LM")
+    if cfg.engine.gradient_checkpointing:
+        enable_checkpointing(policy_model)
+    module = PolicyModule(
+        policy_model, chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature
+    )
+    module.entropy_grad = stage.entropy_coef > 0
+    generator = make_generator(
+        cfg,
+        model_path=start,
+        tokenizer=tokenizer,
+        model_factory=generator_model,
+        adapter_rank=cfg.adapter.rank if lora and not merged else None,
+    )
+    device = distributed.device()
+    policy = make_engine(
+        module, cfg.engine, OptimSettings.from_stage(stage, total_steps=updates), device, half=half
+    )
+    critic = None
+    if stage.advantage is Advantage.gae:
+        critic_settings = OptimSettings.from_stage(
+            stage, total_steps=updates, learning_rate=stage.critic_learning_rate
+        )
+        critic = make_engine(
+            CriticModule(_critic(cfg, tokenizer, start)),
+            cfg.engine,
+            critic_settings,
+            device,
+            half=half,
+        )
+    reference: Any = None
+    if stage.reference and lora and not stage.reference_every:
+        reference = "adapter"
+    elif stage.reference:
+        reference = _freeze(
+            PolicyModule(
+                base_model(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature
+            ),
+            cfg,
+            half,
+        )
+    greedy = generator.generate(prompts[:1], n=1, seed=0, greedy=True)[0]
+    probe = distributed.broadcast(
+        (*prompts[0].token_ids, *greedy.token_ids[:_PROBE_TOKENS])[-_PROBE_TOKENS:]
+    )
+    kl: FixedKL | AdaptiveKL = FixedKL(stage.kl_coef)
+    if stage.kl_controller is KLController.adaptive:
+        kl = AdaptiveKL(stage.kl_coef, stage.kl_target, stage.kl_horizon)
+    return Parts(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        policy=policy,
+        critic=critic,
+        reference=reference,
+        scorer=scorer,
+        generator=generator,
+        layout=_layout(cfg, policy_model),
+        # Under dropout the logprobs of a training pass are not those of the policy that wrote the
+        # responses.
+        passes=needs_old_logprobs(stage) or has_dropout(policy_model),
+        kl=kl,
+        weights=lambda: (adapter_weights if lora and not merged else full_weights)(
+            policy_model, policy.gather
+        ),
+        adapter=lora,
+        probe=probe,
+        tolerance=cfg.rollout.gap_tolerance or (0.05 if half else 1e-4),
+    )
+
+
+def _layout(cfg: Config, model: Any) -> Layout:
+    """Whether prompts are shared. Raises UserError where engine.share_prompts=true can't be had."""
+    stage, base = cfg.stage, base_of(model)
+    wished = cfg.engine.share_prompts
+    able = can_share_prompts(base)
+    if wished and not able:
+        raise UserError(
+            f"engine.share_prompts=true: {base.config.model_type} with "
+            f"attn_implementation={base.config._attn_implementation} takes no mask of ours. "
+            "Expected a model with full causal attention under sdpa. Set engine.share_prompts=null."
+        )
+    shared = (
+        able
+        and wished is not False
+        and stage.samples_per_prompt > 1
+        and stage.advantage is not Advantage.gae
+    )
+    return Layout(
+        budget=cfg.engine.micro_tokens,
+        shared=shared,
+        hidden_size=int(base.config.get_text_config().hidden_size),
+    )
+
+
+def _tokenizer(cfg: Config) -> Any:
+    if cfg.model.path is not None:
+        return load_tokenizer(cfg.model, cfg.data.chat_template)
+    tokenizer = train_tokenizer(
+        reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions
+    )
+    if cfg.data.chat_template is not None:
+        tokenizer.chat_template = template_text(cfg.data.chat_template)
+    return tokenizer
+
+
+def _register(ctx: RunContext) -> None:
+    if ctx.cfg.model.path is not None:
+        ctx.add_parent("policy", ctx.cfg.model.path)
+    for _, path in model_paths(ctx.cfg.reward):
+        ctx.add_parent("reward", path)
+    for file in data_files(ctx.cfg):
+        ctx.add_data(file)
+
+
+def _start_directory(ctx: RunContext, tokenizer: Any) -> str:
+    """A directory that transformers and vLLM both load: model.path, or the start written out where
+    it is GGUF, an adapter or tiny.
+    """
+    model = ctx.cfg.model
+    whole = (
+        model.path is not None
+        and model.gguf_file is None
+        and not (Path(model.path) / "adapter_config.json").exists()
+    )
+    if whole:
+        assert model.path is not None
+        return model.path
+    place = ctx.dir / "start"
+    if distributed.is_main() and not (place / "config.json").exists():
+        if model.kind is ModelKind.tiny and model.path is None:
+            log.warning(
+                "model=tiny without model.path: the policy starts from random weights, written "
+                "to %s",
+                place,
+            )
+        with replacing(place) as side:
+            load_causal_lm(model, tokenizer).save_pretrained(side)
+            tokenizer.save_pretrained(side)
+    distributed.barrier()
+    return str(place)
+
+
+def _critic(cfg: Config, tokenizer: Any, start: str) -> Any:
+    """The critic's model: the reward model's weights, or the policy's start with a head that
+    predicts 0.
+    """
+    stage = cfg.stage
+    assert isinstance(stage, OnlineStage)
+    if stage.critic_init is CriticInit.reward:
+        assert cfg.reward.path is not None, (
+            "preflight refuses critic_init=reward without reward.path"
+        )
+        loaded = load_reward_model(cfg.reward.path, resolve_dtype(cfg.model.dtype))
+        if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"stage.critic_init=reward: the reward model {cfg.reward.path} has another "
+                "tokenizer than the policy, so its weights can't read the "
+                "policy's tokens. Use stage.critic_init=policy."
+            )
+        model = loaded.module
+    else:
+        model = load_classifier(replace(cfg.model, path=start, gguf_file=None), tokenizer)
+        torch.nn.init.zeros_(model.score.weight)
+    model.requires_grad_(True)
+    if stage.critic_adapter:
+        adapter = (
+            cfg.adapter
+            if cfg.adapter.kind is not AdapterKind.none
+            else replace(cfg.adapter, kind=AdapterKind.lora)
+        )
+        model = attach(model, adapter, task="SEQ_CLS")
+    if cfg.engine.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def _freeze(module: PolicyModule, cfg: Config, half: bool) -> Any:
+    if cfg.engine.kind is EngineKind.deepspeed:
+        from policy.engines.deepspeed import freeze
+
+        return freeze(module, cfg.engine, distributed.device(), half=half)
+    return module.requires_grad_(False).eval().to(distributed.device())

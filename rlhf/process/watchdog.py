@@ -1,0 +1,167 @@
+"""No phase without a time limit: one that hangs dumps the stack of every thread, names phase and
+rank, and ends the process.
+
+A run has one watchdog (`RunContext.watchdog`). A phase that takes rows one by one says with `alive`
+that it goes on, so that the limit is one of standing still, whatever the number of rows.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+
+from rlhf.process import distributed
+
+EXIT_HUNG = 124  # as timeout(1) reports it
+_ALIVE_EVERY_S = 1.0  # a sign of life between two of which this has not passed is not looked at
+# after which C code ends a process whose interpreter can't run: then without the phase's name, with
+# exit code 1
+_GRACE_S = 60.0
+# longer for a rank that waits for others: torchrun shows the first failure as the cause, in whole
+# seconds
+_OTHERS_FIRST_S = 10.0
+_COLLECTIVES = "distributed_c10d"  # torch's file of them
+
+
+def record_failure(message: str) -> None:
+    """What torchrun shows as this rank's failure in its last lines; nothing without torchrun."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place is None or os.path.exists(place):  # the first cause counts
+        return
+    with contextlib.suppress(OSError), open(place, "w", encoding="utf-8") as file:
+        json.dump({"message": message, "timestamp": int(time.time())}, file)
+
+
+# those entered, the innermost last: it alone watches, as the C code's timer is one for the process
+_watching: "list[Watchdog]" = []
+
+
+def alive() -> None:
+    """The phase under way has come on, and its time begins again. Cheap enough for every row;
+    nothing where no watchdog is.
+    """
+    if _watching:
+        _watching[-1].alive()
+
+
+def in_collective() -> bool:
+    """Whether the main thread waits for other ranks, as far as its Python frames say: CUDA's
+    collectives return before they are done.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if _COLLECTIVES in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Watchdog:
+    """Watches the phases of one run; `limit` in seconds, None: it only remembers the phase's name.
+
+    Where one rank hangs the others soon wait for it, so that all their limits are over at about the
+    same time. Those that wait go on for `_OTHERS_FIRST_S`: the one that hangs ends first, and is
+    what torchrun shows as the cause.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+        self.name = "start"
+        self._deadline = float("inf")
+        self._extended = False  # the deadline, because this rank waits for others
+        self._changed = threading.Condition()
+        self._running = False
+        self._armed = 0.0  # when the limit was last set anew
+
+    def __enter__(self) -> "Watchdog":
+        if _watching:
+            _watching[-1].rest()
+        _watching.append(self)
+        self._running = True
+        self.phase(self.name)
+        if self.limit is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._changed:
+            self._running = False
+            self._changed.notify()
+        if self.limit is not None:
+            faulthandler.cancel_dump_traceback_later()
+        _watching.remove(self)
+        if _watching:
+            _watching[-1]._arm()
+
+    def phase(self, name: str) -> None:
+        """`name` begins now, and the one before it is over."""
+        self.name = name
+        self._arm()
+
+    def alive(self) -> None:
+        """The phase goes on."""
+        if self.limit is not None and time.monotonic() - self._armed > min(
+            _ALIVE_EVERY_S, self.limit / 10
+        ):
+            self._arm()
+
+    def rest(self) -> None:
+        """No limit until the next phase: what waits for others, such as a server, may take for
+        ever.
+        """
+        self._arm(float("inf"))
+
+    def _arm(self, limit: float | None = None) -> None:
+        """The phase may take its limit, or `limit` seconds, from now on."""
+        with self._changed:
+            if self.limit is None or not self._running:
+                return
+            self._armed, self._extended = time.monotonic(), False
+            self._deadline = self._armed + (self.limit if limit is None else limit)
+            self._changed.notify()
+        if limit is None:
+            faulthandler.dump_traceback_later(self.limit + _GRACE_S, exit=True, file=2)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while self._running:
+                left = self._deadline - time.monotonic()
+                if (
+                    left <= 0
+                    and not self._extended
+                    and distributed.world_size() > 1
+                    and in_collective()
+                ):
+                    self._deadline, self._extended = self._deadline + _OTHERS_FIRST_S, True
+                    continue
+                if left <= 0:
+                    self._end()
+                self._changed.wait(None if left == float("inf") else max(left, 0.0))
+
+    def _end(self) -> None:
+        others = (
+            "It waited for the other ranks, one of which may be the cause. "
+            if self._extended
+            else ""
+        )
+        message = (
+            f"rank {distributed.rank()}: phase {self.name} took longer than "
+            f"run.phase_timeout_s={self.limit:g}. {others}The stacks above say where "
+            "each thread stood. If the phase is merely slow, raise the limit; run.resume=true "
+            "goes on from the last checkpoint."
+        )
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        record_failure(message)
+        os.write(2, f"error: {message}\n".encode())
+        os._exit(EXIT_HUNG)

@@ -1,0 +1,60 @@
+"""The judge of `make soak` sees a leak."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import soak
+from rlhf.cli import config
+from rlhf.types import UserError
+
+
+def test_growth_by_hand() -> None:
+    warm = [50.0] * 40  # the warm-up does not count
+    assert soak.growth([*warm, *[100.0] * 160]) == 0.0
+    assert soak.growth([*warm, *[100.0] * 20, *[101.0] * 120, *[103.0] * 20]) == pytest.approx(0.03)
+    assert soak.growth([*warm, *[100.0] * 100, 500.0, *[100.0] * 59]) == 0.0, (
+        "one step's peak is no growth"
+    )
+    with pytest.raises(ValueError, match="79 steps are too few: expected at least 80"):
+        soak.growth([1.0] * 79)
+
+
+def write_run(root: Path, case: str, last: float) -> None:
+    place = root / f"soak-{case}" / soak.stage_of(case)
+    place.mkdir(parents=True)
+    resident = [*[100.0] * 180, *[last] * 20]
+    lines = [
+        json.dumps({"step": i, "memory/rss_mb": value}) for i, value in enumerate(resident, start=1)
+    ]
+    (place / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(("last", "code"), [(101.9, 0), (102.1, 1)])
+def test_soak_fails_above_two_percent_in_any_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], last: float, code: int
+) -> None:
+    write_run(tmp_path, "sft", last)
+    write_run(tmp_path, "ppo", 100.0)
+    assert soak.main(["--dir", str(tmp_path), "--check-only", "--cases", "sft", "ppo"]) == code
+    said = capsys.readouterr().out
+    assert f"{last - 100:+.2f}%" in said and "+0.00%" in said
+
+
+def test_a_run_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"soak-ppo-vllm.*no such run"):
+        soak.main(["--dir", str(tmp_path), "--check-only", "--cases", "ppo-vllm"])
+
+
+@pytest.mark.parametrize("case", soak.CASES)
+def test_each_case_composes_to_what_its_name_says(case: str) -> None:
+    cfg = config.compose([*soak.CASES[case], *soak.COMMON, "data.path=x"])
+    assert (
+        cfg.stage.name == soak.stage_of(case) == case.partition("-")[0]
+        and cfg.stage.steps == soak.STEPS
+    )
+    assert ("vllm" in case) == (cfg.rollout.backend.value == "vllm") and ("lora" in case) == (
+        cfg.adapter.kind.value == "lora"
+    )
+    assert cfg.engine.zero_stage == (2 if "zero2" in case else 0)

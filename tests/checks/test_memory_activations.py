@@ -1,0 +1,175 @@
+"""The memory plan's activations against the tensors that autograd saves, one by one; the published
+formula against a block of its time.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from conf.choices import AdapterKind
+from conf.schema import AdapterConfig
+from policy.adapters import attach, enable_checkpointing
+from policy.logprobs import selected_logprobs
+from policy.model import base_of
+from rlhf.checks.memory import activations, shapes
+from rlhf.checks.memory.activations import Pass
+
+ROWS, LENGTH = 4, 128
+
+
+def saved_bytes(module: nn.Module, run: Any) -> int:
+    """Bytes of the storages that autograd keeps for `run`, the module's own weights left out, each
+    counted once.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    seen: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage  # held, so that no other can take its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    assert out is not None
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def model_and_shape(
+    attention: str, dtype: torch.dtype, kv_heads: int, rank: int
+) -> tuple[Any, shapes.Shape]:
+    from transformers import AutoModelForCausalLM
+
+    config = shapes.llama(
+        vocab=1000, hidden=256, intermediate=640, layers=4, heads=4, kv_heads=kv_heads, tied=True
+    )
+    model: Any = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=attention
+    )
+    if rank:
+        model = attach(model, AdapterConfig(kind=AdapterKind.lora, rank=rank), task="CAUSAL_LM")
+    return model, shapes.shape_of_config(config, "x", eager=attention == "eager")
+
+
+def measure(model: Any, **more: Any) -> int:
+    ids = torch.randint(0, 1000, (ROWS, LENGTH))
+    return saved_bytes(
+        model,
+        lambda: base_of(model).model(input_ids=ids, use_cache=False, **more).last_hidden_state,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pass_keeps_what_the_formula_says(
+    attention: str, dtype: torch.dtype, kv_heads: int, rank: int
+) -> None:
+    model, shape = model_and_shape(attention, dtype, kv_heads, rank)
+    expected = activations.kept(
+        shape, Pass(ROWS * LENGTH, dtype.itemsize, length=LENGTH, adapter=rank)
+    )
+    assert expected == pytest.approx(measure(model), rel=0.05)
+
+
+def test_checkpointing_keeps_a_blocks_input_alone() -> None:
+    model, shape = model_and_shape("sdpa", torch.float32, 4, 0)
+    enable_checkpointing(model)
+    model.train()
+    p = Pass(ROWS * LENGTH, 4, length=LENGTH, checkpointing=True)
+    # a block is computed anew on the way back
+    in_the_pass = activations.kept(shape, p) - p.tokens * activations.block_bytes(shape, p)
+    assert in_the_pass == pytest.approx(measure(model), rel=0.05)
+    assert (
+        activations.kept(shape, p)
+        < activations.kept(shape, Pass(ROWS * LENGTH, 4, length=LENGTH)) / 2.5
+    )
+
+
+def test_autocast_keeps_half_precision_copies_of_inputs_and_weights() -> None:
+    model, shape = model_and_shape("sdpa", torch.float32, 2, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure(model)
+    assert activations.kept(
+        shape, Pass(ROWS * LENGTH, 4, length=LENGTH, autocast=True)
+    ) == pytest.approx(found, rel=0.1)
+
+
+def test_a_mask_of_ours_repeats_the_keys() -> None:
+    model, shape = model_and_shape("sdpa", torch.float32, 2, 0)
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None].expand(ROWS, -1, -1, -1)
+    expected = activations.kept(shape, Pass(ROWS * LENGTH, 4, length=LENGTH, masked=True))
+    assert expected == pytest.approx(measure(model, attention_mask=mask), rel=0.05)
+    assert expected > 1.03 * activations.kept(shape, Pass(ROWS * LENGTH, 4, length=LENGTH))
+
+
+def test_the_heads_logits_exist_as_often_as_the_formula_says() -> None:
+    """Kept between the passes, of one chunk; what is there only for a moment is in the measured
+    peaks (tests/checks/test_memory_measured.py).
+    """
+    _, shape = model_and_shape("sdpa", torch.float32, 4, 0)
+    rows = 64
+    head = nn.Linear(shape.hidden, shape.vocab, bias=False)
+    hidden, labels = (
+        torch.randn(rows, shape.hidden, requires_grad=True),
+        torch.randint(0, shape.vocab, (rows,)),
+    )
+    inputs = hidden.untyped_storage().nbytes() + labels.untyped_storage().nbytes()
+    found = saved_bytes(
+        head, lambda: selected_logprobs(hidden, head, labels, chunk=rows, entropy_grad=False)
+    )
+    plain = activations.policy_head(shape, rows, 4, temperature=1.0, entropy_grad=False, grad=True)
+    assert plain == pytest.approx(found - inputs, rel=0.02)
+    with_entropy = (
+        saved_bytes(
+            head, lambda: selected_logprobs(hidden, head, labels, chunk=rows, entropy_grad=True)
+        )
+        - inputs
+    )
+    assert (
+        plain
+        < with_entropy
+        < activations.policy_head(shape, rows, 4, temperature=1.0, entropy_grad=True, grad=True)
+    )
+
+
+class Block(nn.Module):
+    """The block of Korthikanti et al. 2022, section 4.1: dropout of 0.1 in three places, attention
+    scores that are kept, GELU, half precision.
+    """
+
+    def __init__(self, h: int, a: int) -> None:
+        super().__init__()
+        self.a = a
+        self.norms = nn.ModuleList(nn.LayerNorm(h) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.Linear(h, h) for _ in range(3))
+        self.out, self.up, self.down = nn.Linear(h, h), nn.Linear(h, 4 * h), nn.Linear(4 * h, h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, h = x.shape
+        y = self.norms[0](x)
+        q, k, v = (linear(y).view(b, s, self.a, h // self.a).transpose(1, 2) for linear in self.qkv)
+        scores = (q @ k.transpose(2, 3)) / math.sqrt(h // self.a)
+        p = functional.dropout(scores.softmax(-1), 0.1)
+        x = x + functional.dropout(self.out((p @ v).transpose(1, 2).reshape(b, s, h)), 0.1)
+        y = self.up(self.norms[1](x))
+        return x + functional.dropout(self.down(functional.gelu(y)), 0.1)
+
+
+def test_the_published_formula_counts_the_block_that_it_was_made_for() -> None:
+    """Equation 1: s b h (34 + 5 a s / h). PyTorch's dropout keeps its mask in half precision on a
+    CPU, where the paper has one byte.
+    """
+    s, b, h, a = 64, 2, 128, 4
+    block = Block(h, a).to(torch.bfloat16)
+    x = torch.randn(b, s, h, dtype=torch.bfloat16, requires_grad=True)
+    found = saved_bytes(block, lambda: block(x))
+    masks = s * b * (a * s + 2 * h)  # elements of the three masks, one byte less each in the paper
+    assert found - masks == pytest.approx(activations.korthikanti(s, b, h, a), rel=0.02)
+    assert activations.korthikanti(s, b, h, a, recompute=True) == 2 * s * b * h

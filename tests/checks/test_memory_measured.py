@@ -1,0 +1,233 @@
+"""The memory plan against measured peaks: real optimizer steps of this toolkit's engines, each in a
+process of its own (tests/checks/memory_worker.py).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.choices import AdapterKind, EngineKind, Offload
+from conf.schema import AdapterConfig
+from reward.model import write_manifest
+from rlhf.checks.memory import activations, shapes, total
+from rlhf.checks.memory.activations import Pass
+from rlhf.checks.memory.machine import Machine
+from rlhf.checks.memory.plan import counts_of, plan
+from rlhf.checks.memory.states import Setting, training_states
+from rlhf.checks.memory.subjects import shapes_of
+from rlhf.cli import config
+from rlhf.models.loading import train_tokenizer
+from tests import toys
+from tests.checks.memory_worker import BIG, CHUNK
+
+ROOT = Path(__file__).resolve().parents[2]
+# Every tensor of 64 KiB or more is a mapping of its own and goes back when it is freed: what is
+# measured is what is held, not what the heap kept.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def measured(case: dict[str, Any], tmp_path: Path, ranks: int = 1) -> float:
+    """Bytes of rank 0 beyond its libraries, at its peak."""
+    environment = {
+        **os.environ,
+        **HEAP,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment["PYTHONPATH"] = str(ROOT)
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*launcher, str(ROOT / "tests" / "memory_worker.py"), json.dumps(case)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=800
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # two ranks may write into one line
+    found = [json.loads(one) for one in re.findall(r"measured (\{[^}]*\})", done.stdout)]
+    return float(next(one["bytes"] for one in found if one["rank"] == 0))
+
+
+def planned(case: dict[str, Any], ranks: int = 1) -> float:
+    """What the plan says of the same case: states at their worst moment, with the activations of a
+    micro-batch where those are live.
+    """
+    shape = shapes.shape_of_config(shapes.llama(**BIG), "x")
+    rank, half, plain = case.get("adapter", 0), bool(case.get("half")), case["engine"] == "torch"
+    adapter = (
+        shapes.adapter_parameters(shape, AdapterConfig(kind=AdapterKind.lora, rank=rank))
+        if rank
+        else 0
+    )
+    setting = Setting(
+        kind=EngineKind(case["engine"]),
+        zero=case.get("zero", 0),
+        offload=Offload(case.get("offload", "none")),
+        ranks=ranks,
+        half=half,
+        fused=plain,
+        float32_trained=half and plain and bool(rank),
+    )
+    states = training_states(counts_of(shape, shape.parameters, adapter), setting)
+    p = Pass(
+        case["tokens"],
+        setting.width,
+        length=128,
+        adapter=rank,
+        adapter_float32=plain,
+        checkpointing=bool(case.get("checkpointing")),
+    )
+    head = activations.policy_head(
+        shape,
+        min(CHUNK, case["tokens"]),
+        setting.width,
+        temperature=1.0,
+        entropy_grad=False,
+        grad=True,
+    )
+    live = activations.kept(shape, p) + max(head, activations.backward_transient(shape, p))
+    held = total(states.resident)
+    return max(
+        (held + total(states.backward) + states.gathered).device + live,
+        (held + total(states.step)).device,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"engine": "torch", "tokens": 64},
+        {"engine": "torch", "tokens": 64, "half": True},
+        {"engine": "torch", "tokens": 64, "adapter": 64},
+        {"engine": "torch", "tokens": 2048},
+        {"engine": "torch", "tokens": 2048, "checkpointing": True},
+        {"engine": "deepspeed", "zero": 0, "tokens": 64},
+        {"engine": "deepspeed", "zero": 1, "tokens": 64},
+        {"engine": "deepspeed", "zero": 2, "tokens": 64},
+        {"engine": "deepspeed", "zero": 3, "tokens": 64},
+        {"engine": "deepspeed", "zero": 2, "tokens": 64, "offload": "cpu"},
+        {"engine": "deepspeed", "zero": 3, "tokens": 64, "offload": "cpu"},
+    ],
+    ids=lambda case: "-".join(f"{key}={value}" for key, value in case.items()),
+)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(
+    case: dict[str, Any], tmp_path: Path
+) -> None:
+    found, expected = measured(case, tmp_path), planned(case)
+    print(f"{case}: measured {found / 1e6:.0f} MB, planned {expected / 1e6:.0f}")
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_two_ranks_share_what_their_stage_says(zero: int, tmp_path: Path) -> None:
+    case = {"engine": "deepspeed", "zero": zero, "tokens": 64}
+    found, expected = measured(case, tmp_path, ranks=2), planned(case, ranks=2)
+    print(f"{case} on two ranks: measured {found / 1e6:.0f} MB, planned {expected / 1e6:.0f}")
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+def big_models(folder: Path) -> None:
+    """folder/policy and folder/reward: random weights, 60M parameters each, which outweigh the
+    interpreter.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    tokenizer = train_tokenizer(["the film is good"], 300, 512)
+    made = shapes.llama(
+        vocab=len(tokenizer),
+        hidden=768,
+        intermediate=2304,
+        layers=8,
+        heads=12,
+        kv_heads=12,
+        tied=True,
+    )
+    made.max_position_embeddings, made.num_labels = 512, 1
+    made.bos_token_id, made.eos_token_id, made.pad_token_id = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+    for name, model_class in (
+        ("policy", AutoModelForCausalLM),
+        ("reward", AutoModelForSequenceClassification),
+    ):
+        model_class.from_config(made, dtype=torch.float32).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_manifest(folder / "reward", toys.reward_manifest(tokenizer, max_length=512))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("engine", ["torch", "zero2"])
+def test_a_whole_run_takes_what_its_plan_says(engine: str, tmp_path: Path) -> None:
+    """stage=ppo from the command line, with the usual malloc: policy, critic, reference, reward
+    model and generator, against memory/peak_rss_mb.
+    """
+    big_models(tmp_path)
+    toys.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"the film is {i}"} for i in range(64)])
+    options = [
+        "stage=ppo",
+        f"engine={engine}",
+        "rollout=hf",
+        "tracking=none",
+        f"run.dir={tmp_path / 'runs'}",
+        f"data.path={tmp_path / 'p.jsonl'}",
+    ]
+    options += [
+        f"model.path={tmp_path / 'policy'}",
+        f"reward.path={tmp_path / 'reward'}",
+        "stage.prompts_per_step=8",
+        "stage.steps=1",
+    ]
+    options += [
+        "data.max_prompt_length=96",
+        "rollout.max_response_length=32",
+        "engine.micro_tokens=1024",
+        "reward.batch_tokens=2048",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext"),
+    }
+    command = [sys.executable, "-m", "rlhf", *options]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+        timeout=1400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (
+        (tmp_path / "runs" / "default" / "ppo" / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
+    found = json.loads(lines[-1])["memory/peak_rss_mb"] / 1024
+    cfg = config.compose(options)
+    models, _ = shapes_of(cfg, assume_reward=False)
+    expected = plan(
+        cfg, models, Machine(ranks=1, cuda=False, device_gib=64.0, host_gib=64.0)
+    ).device_gib
+    print(f"stage=ppo engine={engine}: measured {found:.2f} GiB, planned {expected:.2f}")
+    assert expected == pytest.approx(found, rel=0.15)

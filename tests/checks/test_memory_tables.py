@@ -1,0 +1,124 @@
+"""The doctor's table of settings as a user sees it: it fits a narrow terminal, names every change,
+and marks what it recommends.
+"""
+
+import io
+from dataclasses import replace
+
+import pytest
+
+from conf.choices import AdapterKind
+from rlhf.checks.memory import fit, tables
+from rlhf.checks.memory.fit import Row, rows
+from rlhf.checks.memory.machine import Machine
+from rlhf.checks.memory.plan import Shapes, plan
+from rlhf.checks.memory.states import NF4_BITS
+from tests.checks.test_memory import GPU, SHAPE, made
+
+
+def drawn(found: list[Row], width: int) -> str:
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=width).print(tables.fit_table(found, "a title", width))
+    return out.getvalue()
+
+
+def fitted(gib: float = 80.0, stage: str = "ppo") -> list[Row]:
+    return rows(
+        made(stage), Shapes(SHAPE(), (("reward.path", SHAPE()),)), replace(GPU, device_gib=gib)
+    )
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_no_cell_is_cut_or_folded(width: int) -> None:
+    found = fitted(6.0)
+    text = drawn(found, width)
+    lines = [line for line in text.splitlines() if line.strip().startswith(("torch", "zero"))]
+    assert (
+        len(lines) == len(found) and "…" not in text and max(map(len, text.splitlines())) <= width
+    )
+    assert [tuple(line.split()[:1]) for line in lines] == [
+        (f"zero{row.cfg.engine.zero_stage}",) for row in found
+    ]
+    assert ("reference" in text) is (width >= 120) and "fits" in text and "host" in text
+
+
+def test_letters_stand_for_every_change_and_the_recommended_lines_are_marked() -> None:
+    found = fitted(12.0)
+    text = drawn(found, 80)
+    changes = {change for row in found for change in row.changes}
+    assert changes
+    legend = dict(
+        line.split(maxsplit=1) for line in text.splitlines() if line[:1] == " " and "=" in line
+    )
+    assert {change.strip() for change in legend.values()} == changes
+    marked = [line for line in text.splitlines() if line.rstrip().endswith("*")]
+    best = [
+        row for row in (fit.recommended(found, kind) for kind in AdapterKind) if row is not None
+    ]
+    assert len(marked) == len(best) > 0
+    for line, row in zip(marked, best, strict=True):
+        assert f"zero{row.cfg.engine.zero_stage}" in line and " yes " in line
+        assert [legend[letter].strip() for letter in line.split("yes")[1].split()[:-1]] == list(
+            row.changes
+        )
+
+
+def test_qlora_is_there_for_comparison_and_never_recommended() -> None:
+    found = fitted()
+    compared = [row for row in found if row.four_bit]
+    assert [row.cfg.engine.zero_stage for row in compared] == [0, 1, 2]
+    assert {tables.trains(row) for row in found} == {"all", "LoRA", "QLoRA"}
+    alike = {
+        row.cfg.engine.zero_stage: row
+        for row in found
+        if tables.trains(row) == "LoRA" and row.cfg.engine.offload.value == "none"
+    }
+    shape = SHAPE()
+    linear = sum(one.inputs * one.outputs for one in shape.linears)
+    for row in compared:
+        lora = plan(row.cfg, Shapes(shape, (("reward.path", shape),)), GPU)
+        # between passes
+        idle, held = (
+            row.plan.moments[-1].roles["policy"].device,
+            lora.moments[-1].roles["policy"].device,
+        )
+        assert held - idle == pytest.approx(linear * (2 - NF4_BITS / 8))
+        assert row.changes == alike[row.cfg.engine.zero_stage].changes and " would " in drawn(
+            [row], 80
+        )
+    assert fit.recommended(compared, AdapterKind.lora) is None
+
+
+def test_what_does_not_fit_is_shown_at_its_least_with_the_reason() -> None:
+    machine = replace(GPU, device_gib=10.0, ranks=1)
+    models = Shapes(SHAPE(), (("reward.path", SHAPE()),))
+    found = rows(made("ppo"), models, machine)
+    # QLoRA's rows come after them
+    for setting, row in zip(fit.engines(made("ppo"), machine), found, strict=False):
+        tried = [plan(cfg, models, machine) for cfg, _ in fit.eased(setting, models, machine)]
+        assert row.plan.fits or row.plan.device_gib == min(
+            one.device_gib for one in tried if one.problem is None
+        )
+    assert not all(row.plan.fits for row in found)
+    full = tables.answers(found, machine)[0]
+    assert full.startswith(
+        "full training doesn't fit on 1 device of 10 GiB with any engine. The least is with engine="
+    )
+    assert "GiB in " in full and "of which" in full
+
+
+def test_the_obstacle_is_named() -> None:
+    machine = Machine(ranks=8, cuda=True, device_gib=80.0, host_gib=2.0)
+    models = Shapes(SHAPE(), (("reward.path", SHAPE()),))
+    short = plan(made("grpo"), models, machine)
+    assert (
+        short.obstacle is not None
+        and short.obstacle.endswith("GiB of host memory, and 2 are here")
+        and not short.fits
+    )
+    fits = plan(made("grpo"), models, GPU)
+    assert fits.obstacle is None and fits.fits
+    big = plan(made("grpo"), Shapes(replace(SHAPE(), parameters=int(7e10))), replace(GPU, ranks=64))
+    assert big.obstacle is not None and "doesn't hold vLLM's weights" in big.obstacle

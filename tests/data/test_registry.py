@@ -1,0 +1,323 @@
+"""LLaMA-Factory's dataset_info.json: its entries read as its users wrote them, and every message
+for one that can't be.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.choices import DataFormat
+from conf.schema import Config, DataConfig, RunConfig
+from conf.stages import KTOStage, RewardStage, SFTStage
+from rlhf.data import reading, sources
+from rlhf.data.formats import Use
+from rlhf.types import JudgedAnswer, PreferencePair, UserError
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def registry(folder: Path, rows: Any, **entry: Any) -> Config:
+    """A registry with the entry `mine` over `rows`."""
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "dataset_info.json").write_text(
+        json.dumps(
+            {"mine": {"file_name": "rows.json", **entry}, "other": {"file_name": "rows.json"}}
+        ),
+        encoding="utf-8",
+    )
+    data = DataConfig(registry=str(folder / "dataset_info.json"), dataset="mine")
+    return Config(stage=SFTStage(), run=RunConfig(dir=str(folder / "runs"), name="r"), data=data)
+
+
+def columns(cfg: Config, kind: Use) -> list[dict[str, Any]]:
+    left: list[str] = []
+    out = [
+        item.columns
+        for item in sources.items(
+            cfg,
+            kind,
+            lambda row, reason: left.append(reason),
+            lambda row, reason: left.append(reason),
+        )
+    ]
+    assert not left
+    return out
+
+
+OPENAI = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages"},
+    "tags": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "entry", "expected"),
+    [
+        (
+            Use.sft,
+            {"instruction": "Hi", "input": "you", "output": "Hello"},
+            {},
+            {"prompt": [user("Hi\n\nyou")], "completion": [bot("Hello")]},
+        ),
+        (
+            Use.sft,
+            {"q": "Hi", "a": "Hello", "sys": "Be kind.", "past": [["x", "y"]], "topic": "t"},
+            {
+                "columns": {
+                    "prompt": "q",
+                    "query": "",
+                    "response": "a",
+                    "system": "sys",
+                    "history": "past",
+                }
+            },
+            {
+                "prompt": [
+                    {"role": "system", "content": "Be kind."},
+                    user("x"),
+                    bot("y"),
+                    user("Hi"),
+                ],
+                "completion": [bot("Hello")],
+                "topic": "t",
+            },
+        ),
+        (
+            Use.sft,
+            {"instruction": "Hi", "output": "Hello", "system": "unused"},
+            {},
+            {"prompt": [user("Hi")], "completion": [bot("Hello")]},
+        ),
+        (
+            Use.preference,
+            {"instruction": "Hi", "input": "", "good": "Hello", "bad": "No"},
+            {
+                "ranking": True,
+                "columns": {
+                    "prompt": "instruction",
+                    "query": "input",
+                    "chosen": "good",
+                    "rejected": "bad",
+                },
+            },
+            {"prompt": [user("Hi")], "chosen": [bot("Hello")], "rejected": [bot("No")]},
+        ),
+        (
+            Use.unpaired,
+            {"instruction": "Hi", "output": "No", "ok": False},
+            {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "ok"}},
+            {"prompt": [user("Hi")], "completion": [bot("No")], "label": False},
+        ),
+        (
+            Use.sft,
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                ]
+            },
+            {"formatting": "sharegpt"},
+            {"messages": [user("Hi"), bot("Hello")]},
+        ),
+        (
+            Use.sft,
+            {
+                "talk": [
+                    {"who": "S", "said": "Be kind."},
+                    {"who": "Q", "said": "Hi"},
+                    {"who": "A", "said": "Hello"},
+                ]
+            },
+            {
+                "formatting": "sharegpt",
+                "columns": {"messages": "talk"},
+                "tags": {
+                    "role_tag": "who",
+                    "content_tag": "said",
+                    "user_tag": "Q",
+                    "assistant_tag": "A",
+                    "system_tag": "S",
+                },
+            },
+            {"messages": [{"role": "system", "content": "Be kind."}, user("Hi"), bot("Hello")]},
+        ),
+        (
+            Use.sft,
+            {"messages": [user("Hi"), bot("Hello")]},
+            OPENAI,
+            {"messages": [user("Hi"), bot("Hello")]},
+        ),
+        (
+            Use.preference,
+            {"messages": [user("Hi")], "chosen": bot("Hello"), "rejected": bot("No")},
+            OPENAI
+            | {
+                "ranking": True,
+                "columns": {"messages": "messages", "chosen": "chosen", "rejected": "rejected"},
+            },
+            {"prompt": [user("Hi")], "chosen": [bot("Hello")], "rejected": [bot("No")]},
+        ),
+        (
+            Use.unpaired,
+            {"messages": [user("Hi"), bot("No")], "label": True},
+            OPENAI | {"columns": {"messages": "messages", "kto_tag": "label"}},
+            {"prompt": [user("Hi")], "completion": [bot("No")], "label": True},
+        ),
+    ],
+)
+def test_entries(
+    tmp_path: Path, kind: Use, row: dict[str, Any], entry: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    cfg = registry(tmp_path, [row], **entry)
+    assert columns(cfg, kind) == [expected]
+    assert sources.natural_use(cfg) is kind
+
+
+def test_stages_read_a_registry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    rows = [{"instruction": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(8)]
+    cfg = registry(tmp_path, rows, ranking=True)
+    cfg.stage = RewardStage()
+    train, held = reading.preference_pairs(cfg)
+    assert len(train) + len(held) == 8 and train[0].chosen == [bot("a")]
+    assert isinstance(train[0], PreferencePair)
+    assert (
+        "entry 'mine': read as alpaca_preference. Assumed, as LLaMA-Factory does: formatting "
+        "alpaca, the columns' usual names." in caplog.text
+    )
+    judged = registry(
+        tmp_path,
+        [{"instruction": f"p{i}", "output": "a", "tag": i % 2 == 0} for i in range(8)],
+        columns={"kto_tag": "tag"},
+    )
+    judged.stage = KTOStage()
+    answers, others = reading.judged_answers(judged)
+    assert {type(answer) for answer in answers} == {JudgedAnswer} and len(answers) + len(
+        others
+    ) == 8
+
+
+def test_num_samples_and_several_entries(tmp_path: Path) -> None:
+    cfg = registry(
+        tmp_path, [{"instruction": str(i), "output": "x"} for i in range(20)], num_samples=5
+    )
+    assert len(columns(cfg, Use.sft)) == 5
+    content = json.loads((tmp_path / "dataset_info.json").read_text(encoding="utf-8"))
+    (tmp_path / "more.jsonl").write_text('{"instruction": "z", "output": "x"}\n', encoding="utf-8")
+    content["other"]["file_name"] = "more.jsonl"
+    (tmp_path / "dataset_info.json").write_text(json.dumps(content), encoding="utf-8")
+    cfg.data.dataset = "mine, other"
+    assert len(columns(cfg, Use.sft)) == 6
+
+
+def test_a_directory_of_files(tmp_path: Path) -> None:
+    cfg = registry(tmp_path, [], file_name="many")
+    (tmp_path / "many").mkdir()
+    with pytest.raises(UserError, match=r"the directory .*many holds no file that ends with"):
+        columns(cfg, Use.sft)
+    for name in "ab":
+        (tmp_path / "many" / f"{name}.json").write_text(
+            json.dumps([{"instruction": name, "output": "x"}]), encoding="utf-8"
+        )
+    assert [row["prompt"][0]["content"] for row in columns(cfg, Use.sft)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"formating": "sharegpt"},
+            r"entry 'mine': unknown key 'formating'; nearest: 'formatting'",
+        ),
+        (
+            {"formatting": "share_gpt"},
+            r"key 'formatting': expected alpaca or sharegpt, found 'share_gpt'; nearest: 'sharegpt'",
+        ),
+        ({"columns": {"promt": "x"}}, r"key 'columns': unknown 'promt'; nearest: 'prompt'"),
+        ({"columns": ["x"]}, r"key 'columns': expected an object of texts"),
+        ({"tags": {"role": "x"}}, r"key 'tags': unknown 'role'; nearest: 'role_tag'"),
+        (
+            {"num_samples": 0},
+            r"key 'num_samples': expected a number of rows of at least 1, found 0",
+        ),
+        (
+            {"ranking": True, "columns": {"kto_tag": "x"}},
+            r"expected ranking or a kto_tag, found both",
+        ),
+        ({"file_name": "../rows.json"}, "key 'file_name': ../rows.json is outside of"),
+        ({"file_name": "/etc/passwd"}, "key 'file_name': /etc/passwd is outside of"),
+        (
+            {"file_name": "no.json"},
+            r"data.dataset \(entry 'mine' of .*dataset_info.json\)=.*no.json: no such file",
+        ),
+    ],
+)
+def test_an_entry_that_cannot_be_read(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
+    cfg = registry(tmp_path, [{"instruction": "a", "output": "b"}], **entry)
+    with pytest.raises(UserError, match=message):
+        columns(cfg, Use.sft)
+
+
+def test_a_place_that_is_not_read_and_rows_with_images(tmp_path: Path) -> None:
+    cfg = registry(
+        tmp_path,
+        [{"instruction": "a", "output": "b", "pics": ["x.png"]}],
+        columns={"images": "pics"},
+    )
+    left: list[str] = []
+    assert (
+        list(
+            sources.items(
+                cfg, Use.sft, lambda row, reason: left.append(reason), lambda row, reason: None
+            )
+        )
+        == []
+    )
+    assert left == ["key 'pics': images are not read"]
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"mine": {"ms_hub_url": "a/b"}}), encoding="utf-8"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"expected 'file_name' or 'hf_hub_url'. Found 'ms_hub_url', a place that is not read",
+    ):
+        columns(cfg, Use.sft)
+
+
+def test_a_registry_that_cannot_be_read(tmp_path: Path) -> None:
+    cfg = registry(tmp_path, [])
+    cfg.data.dataset = "min"
+    with pytest.raises(UserError, match=r"has no entry 'min'; it has mine, other. Nearest: mine"):
+        columns(cfg, Use.sft)
+    (tmp_path / "dataset_info.json").write_text('{"mine": \n}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"dataset_info.json, line 2, column 1: not valid JSON"):
+        columns(cfg, Use.sft)
+    (tmp_path / "dataset_info.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"expected an object of entries by name, found list"):
+        columns(cfg, Use.sft)
+    cfg.data.registry = str(tmp_path / "no.json")
+    with pytest.raises(
+        UserError, match=r"no.json: no such file. Expected LLaMA-Factory's dataset_info.json"
+    ):
+        columns(cfg, Use.sft)
+    cfg = registry(tmp_path, [])
+    cfg.data.format = DataFormat.alpaca
+    with pytest.raises(
+        UserError, match=r"the registry says both format and columns. Leave data.format=alpaca out"
+    ):
+        columns(cfg, Use.sft)

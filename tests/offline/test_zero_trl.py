@@ -1,0 +1,151 @@
+"""SFT, reward models and DPO under DeepSpeed's ZeRO on two CPU ranks take the same steps as the
+torch engine in one process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conf.choices import ModelKind
+from conf.schema import ModelConfig
+from rlhf.models.loading import load_causal_lm
+from tests.offline import trl_tools
+
+pytestmark = pytest.mark.distributed
+TOLERANCE = 1e-4  # nats of loss, and weights
+TWO_RANKS = [
+    (stage, zero, adapter)
+    for stage in ("sft", "reward")
+    for zero in (1, 2, 3)
+    for adapter in ("none", "lora")
+]
+# the reference is a second engine, or the adapter turned off
+TWO_RANKS += [("dpo", 3, "none"), ("dpo", 2, "lora")]
+TWO_RANKS += [("soft", 2, "none")]
+ONE_RANK = [("sft", 3, "none"), ("reward", 2, "lora")]  # engine=zero* without torchrun
+
+
+def launch(
+    folder: Path, name: str, command: list[str], cases: list[tuple[str, int | None, str]]
+) -> Path:
+    """Run `cases` in one launch; returns the directory of its runs."""
+    spec = {
+        "out": str(folder / name),
+        "sft": str(folder / "sft.jsonl"),
+        "reward": str(folder / "reward.jsonl"),
+        "soft": str(folder / "soft.jsonl"),
+        "dpo": str(folder / "reward.jsonl"),
+        "model": str(folder / "model"),
+        "cases": cases,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(spec), encoding="utf-8")
+    extra = {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    } | extra
+    whole = [
+        sys.executable,
+        *command,
+        "-m",
+        "tests.offline.zero_trl_worker",
+        str(folder / f"{name}.json"),
+    ]
+    done = subprocess.run(
+        whole, env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with one/ (torch engine, and ZeRO at one rank without a launcher) and two/ (ZeRO on
+    two ranks).
+    """
+    folder = tmp_path_factory.mktemp("zero")
+    trl_tools.write_rows(folder / "sft.jsonl", trl_tools.sft_rows())
+    trl_tools.write_rows(folder / "reward.jsonl", trl_tools.pair_rows())
+    soft = [
+        row | {"soft_label": 0.5 if i % 3 == 0 else 0.95, "weight": 1 + i % 2}
+        for i, row in enumerate(trl_tools.pair_rows())
+    ]
+    trl_tools.write_rows(folder / "soft.jsonl", soft)
+    tokenizer = trl_tools.tiny_tokenizer()
+    torch.manual_seed(0)
+    load_causal_lm(
+        ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY), tokenizer
+    ).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    torch_cases: list[tuple[str, int | None, str]] = [
+        (stage, None, adapter) for stage in ("sft", "reward", "dpo") for adapter in ("none", "lora")
+    ]
+    launch(folder, "one", [], [*torch_cases, ("soft", None, "none"), *ONE_RANK])
+    launch(
+        folder,
+        "two",
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+        list(TWO_RANKS),
+    )
+    return folder
+
+
+def check_losses(expected_run: Path, found_run: Path) -> None:
+    expected, found = trl_tools.losses(expected_run), trl_tools.losses(found_run)
+    assert len(found) == len(expected) == 4
+    assert found == pytest.approx(expected, abs=TOLERANCE)
+    first, last = (
+        json.loads((run / "summary.json").read_text())["metrics"]["eval_loss"]
+        for run in (expected_run, found_run)
+    )
+    assert first < trl_tools.metric_lines(expected_run)[0]["eval_loss"] - 10 * TOLERANCE, (
+        "a model that stands still would pass"
+    )
+    # TRL weighs held-out batches equally, so their split over ranks shows
+    assert first == pytest.approx(last, abs=1e-2)
+
+
+def check_weights(expected_run: Path, found_run: Path) -> None:
+    compared = 0
+    for path in [
+        *expected_run.glob("model/*.safetensors"),
+        *expected_run.glob("adapter/*.safetensors"),
+    ]:
+        expected, found = load_file(path), load_file(found_run / path.relative_to(expected_run))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=TOLERANCE, rtol=0, msg=name)
+            compared += 1
+    assert compared >= 20
+
+
+@pytest.mark.parametrize(("stage", "zero", "adapter"), TWO_RANKS)
+def test_two_ranks_equal_the_torch_engine(runs: Path, stage: str, zero: int, adapter: str) -> None:
+    expected, found = (
+        runs / "one" / f"torch-{adapter}" / stage,
+        runs / "two" / f"zero{zero}-{adapter}" / stage,
+    )
+    check_losses(expected, found)
+    check_weights(expected, found)
+
+
+@pytest.mark.parametrize(("stage", "zero", "adapter"), ONE_RANK)
+def test_one_rank_without_a_launcher_equals_the_torch_engine(
+    runs: Path, stage: str, zero: int, adapter: str
+) -> None:
+    expected, found = (
+        runs / "one" / f"torch-{adapter}" / stage,
+        runs / "one" / f"zero{zero}-{adapter}" / stage,
+    )
+    check_losses(expected, found)
+    check_weights(expected, found)

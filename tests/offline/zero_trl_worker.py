@@ -1,0 +1,92 @@
+"""Run SFT, reward and preference stages under ZeRO on every rank of a torchrun launch, many
+configurations in one: `test_zero_trl` starts it.
+
+usage: torchrun ... -m tests.offline.zero_trl_worker SPEC.json where SPEC is {"out", "sft",
+"reward", "soft", "dpo", "model", "cases": [[stage, zero_stage or null, adapter], ...]}
+"""
+
+import functools
+import importlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.choices import AdapterKind, EngineKind, TrackingKind
+from conf.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    RunConfig,
+    TrackingConfig,
+)
+from conf.stages import PreferenceStage, RewardStage, SFTStage
+from rlhf.process import distributed
+from rlhf.run.context import RunContext
+
+# its rows have weights, too
+SOFT = functools.partial(RewardStage, name="soft", soft_label=True, centering_coef=0.05)
+STAGES: dict[str, Any] = {
+    "sft": SFTStage,
+    "reward": RewardStage,
+    "soft": SOFT,
+    "dpo": PreferenceStage,
+}
+MODULES = {"dpo": "preference", "soft": "reward"}
+RATES = {"dpo": 5e-3}  # it starts where its loss is flat for an adapter
+
+
+def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str) -> Config:
+    """One configuration: `zero` None is the torch engine. Four steps of eight rows in two
+    accumulated halves.
+    """
+    deepspeed = zero is not None
+    return Config(
+        stage=STAGES[stage](
+            steps=4,
+            batch_size=8,
+            eval_steps=4,
+            max_length=32,
+            learning_rate=RATES.get(stage, 1e-3),
+            warmup_ratio=0.25,
+        ),
+        run=RunConfig(
+            dir=spec["out"], name=f"{'torch' if zero is None else f'zero{zero}'}-{adapter}"
+        ),
+        model=ModelConfig(path=spec["model"]),
+        adapter=AdapterConfig(kind=AdapterKind[adapter], rank=4),
+        engine=EngineConfig(
+            kind=EngineKind.deepspeed if deepspeed else EngineKind.torch,
+            zero_stage=zero or 0,
+            micro_batch_size=2,
+        ),
+        data=DataConfig(path=spec[stage], eval_fraction=0.2),
+        tracking=TrackingConfig(kind=TrackingKind.none),
+    )
+
+
+def run_case(spec: dict[str, Any], stage: str, zero: int | None, adapter: str) -> Path:
+    """Run one configuration. Returns its run directory."""
+    cfg = case_config(spec, stage, zero, adapter)
+    importlib.import_module(f"rlhf.stages.{MODULES.get(stage, stage)}").run(RunContext.open(cfg))
+    distributed.barrier()
+    return Path(cfg.run.dir) / cfg.run.name / stage
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING)
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    distributed.initialise()
+    for stage, zero, adapter in spec["cases"]:
+        run_case(spec, stage, zero, adapter)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Micro-batch plans (exhaustive, within budget, deterministic) and padded batches."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy.batching import collate, plan_micro_batches
+
+lengths_lists = st.lists(st.integers(1, 50), max_size=40)
+
+
+def padded(lengths: list[int], rows: list[int]) -> int:
+    return len(rows) * max((lengths[row] for row in rows), default=0)
+
+
+def test_plan_hand_computed() -> None:
+    # longest first: 9 alone; 5 and 4 (2 * 5 = 10); 3, 2, 2 (3 * 3 = 9)
+    assert plan_micro_batches([3, 5, 2, 9, 4, 2], budget=10) == [[3], [1, 4], [0, 2, 5]]
+
+
+def test_a_row_over_the_budget_is_alone() -> None:
+    assert plan_micro_batches([3, 25, 3, 30], budget=10) == [[3], [1], [0, 2]]
+
+
+def test_at_least_halves_the_largest_bin() -> None:
+    # one bin of 6 rows x 4 = 24 tokens, then 3 x 4 | 3 x 2, then 2 x 4 | 1 x 4
+    assert plan_micro_batches([4, 4, 4, 2, 2, 2], budget=100, at_least=2) == [[0, 1, 2], [3, 4, 5]]
+    assert plan_micro_batches([4, 4, 4, 2, 2, 2], budget=100, at_least=3) == [
+        [0, 1],
+        [2],
+        [3, 4, 5],
+    ]
+    # 2 x 5 = 10 tokens and 4 x 3 = 12: the largest is not the first
+    assert plan_micro_batches([5, 5, 3, 3, 3, 3], budget=12, at_least=3) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_missing_bins_are_empty() -> None:
+    assert plan_micro_batches([5, 7], budget=100, at_least=4) == [[1], [0], [], []]
+    assert plan_micro_batches([], budget=100) == [[]]
+
+
+@given(lengths_lists, st.integers(1, 200), st.integers(1, 12))
+def test_every_plan_holds_each_row_once_within_the_budget(
+    lengths: list[int], budget: int, at_least: int
+) -> None:
+    plan = plan_micro_batches(lengths, budget, at_least)
+    assert sorted(row for rows in plan for row in rows) == list(range(len(lengths)))
+    assert all(padded(lengths, rows) <= budget or len(rows) == 1 for rows in plan)
+    assert len(plan) >= at_least
+    assert all(plan) or len(plan) == at_least  # empty bins only make up the number ...
+    assert all(plan) or max(map(len, plan), default=0) <= 1  # ... when nothing is left to split
+    assert plan == plan_micro_batches(lengths, budget, at_least)
+    assert len(plan) <= max(at_least, len(lengths))
+
+
+@given(lengths_lists.filter(bool), st.integers(1, 200))
+def test_no_two_neighbouring_bins_could_be_one(lengths: list[int], budget: int) -> None:
+    plan = plan_micro_batches(lengths, budget)
+    for left, right in pairwise(plan):
+        assert padded(lengths, [*left, right[0]]) > budget
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "at_least"), [([0], 10, 1), ([1], 0, 1), ([1], 10, 0)]
+)
+def test_plan_refuses_nonsense(lengths: list[int], budget: int, at_least: int) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        plan_micro_batches(lengths, budget, at_least)
+
+
+PROMPTS, RESPONSES, PAD = [[1, 2, 3], [4], [5, 6]], [[7], [8, 9, PAD := 99], [10, 11]], 99
+
+
+def test_collate_hand_computed() -> None:
+    batch = collate(PROMPTS, RESPONSES, PAD)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 7], [4, 8, 9, 99], [5, 6, 10, 11]]
+    assert batch.response_ids.tolist() == [[7, 99, 99], [8, 9, 99], [10, 11, 99]]
+    # a real token that equals pad counts
+    assert batch.response_mask.tolist() == [
+        [True, False, False],
+        [True, True, True],
+        [True, True, False],
+    ]
+    assert batch.positions.tolist() == [[2, 0, 0], [0, 1, 2], [1, 2, 0]]
+    assert batch.lengths.tolist() == [4, 4, 4]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 9), min_size=1, max_size=6),
+            st.lists(st.integers(0, 9), max_size=6),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_collated_rows_can_be_read_back(pairs: list[tuple[list[int], list[int]]]) -> None:
+    batch = collate([p for p, _ in pairs], [r for _, r in pairs], pad_id=0)
+    for row, (prompt, response) in enumerate(pairs):
+        assert batch.input_ids[row, : batch.lengths[row]].tolist() == prompt + response
+        assert batch.response_ids[row][batch.response_mask[row]].tolist() == response
+        # a position's next input token is the response token that it predicts
+        positions = batch.positions[row][batch.response_mask[row]]
+        assert batch.input_ids[row, positions + 1].tolist() == response
+        assert not batch.positions[row][~batch.response_mask[row]].any()
+
+
+def test_select_equals_collating_the_same_rows() -> None:
+    prompts, responses = [*PROMPTS, [1, 2, 3, 4, 5, 6]], [*RESPONSES, [7, 8, 9, 10]]
+    whole = collate(prompts, responses, PAD)
+    for rows in ([2, 0], [1], [3, 1, 0], []):
+        ours = whole.select(rows)
+        alone = collate([prompts[r] for r in rows], [responses[r] for r in rows], PAD)
+        for name in ("input_ids", "response_ids", "response_mask", "positions", "lengths"):
+            assert torch.equal(getattr(ours, name), getattr(alone, name)), (rows, name)
+
+
+def test_to_moves_every_tensor() -> None:
+    moved = collate(PROMPTS, RESPONSES, PAD).to("meta")
+    assert {
+        getattr(moved, name).device.type
+        for name in ("input_ids", "response_ids", "response_mask", "positions", "lengths")
+    } == {"meta"}
+
+
+def test_collate_refuses_empty_prompts_and_unequal_numbers() -> None:
+    with pytest.raises(ValueError, match=r"none in rows \[1\]"):
+        collate([[1], []], [[2], [3]], PAD)
+    with pytest.raises(ValueError, match="found 1 and 2"):
+        collate([[1]], [[2], [3]], PAD)

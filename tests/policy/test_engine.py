@@ -1,0 +1,437 @@
+"""Weights that leave the trainer, the plain engine, and an update that no split changes."""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from conf.choices import AdapterKind, Advantage, PolicyLoss, Scheduler
+from conf.schema import AdapterConfig
+from conf.stages import OnlineStage
+from policy.adapters import attach, enable_checkpointing
+from policy.batching import collate
+from policy.engines.torch import NonFinite, OptimSettings, TorchEngine
+from policy.model import CriticModule, PolicyModule, adapter_weights, full_weights, iterate_weights
+from policy.prepare import Layout, TrainBatch, needs_old_logprobs, prepare
+from policy.saving import save_adapter, save_model
+from policy.update import update
+from rlhf.cli import config
+from rlhf.types import UserError
+
+VOCAB, PAD = 64, 0
+OPTIM = OptimSettings(
+    learning_rate=1e-2,
+    weight_decay=0.0,
+    betas=(0.9, 0.999),
+    # with 1e-8 an element whose gradient is rounding noise would move as far as any other
+    eps=1e-4,
+    max_grad_norm=0.0,
+    scheduler=Scheduler.constant,
+    warmup_steps=0,
+    total_steps=10,
+)
+
+
+def shape(tied: bool = True) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        num_labels=1,
+        pad_token_id=PAD,
+    )
+
+
+def causal(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(shape(tied)).float()
+
+
+def critic_model(seed: int = 1) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(shape()).float()
+
+
+def lora(**changes: object) -> AdapterConfig:
+    return replace(AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=8.0), **changes)
+
+
+def shake(model: torch.nn.Module, seed: int = 3) -> None:
+    """Move every trainable weight, so that a fresh adapter (whose update is 0) becomes visible."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param.add_(0.1 * torch.randn(param.shape, generator=generator))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_weights_are_the_state_dict_tied_names_included(tied: bool) -> None:
+    model = causal(tied)
+    sent = dict(full_weights(model).tensors)
+    expected = model.state_dict()
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(sent[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_weights_are_the_adapters_model_and_leave_the_trainer_untouched(dora: bool) -> None:
+    model = attach(causal(tied=False), lora(dora=dora), task="CAUSAL_LM")
+    shake(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    plain = causal(tied=False, seed=9)
+    plain.load_state_dict(dict(iterate_weights(model)), strict=True)
+    ids = torch.arange(1, 13)[None]
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters()), (
+        "merging drifted the trained weights"
+    )
+
+
+def test_adapter_weights_have_pefts_names_and_only_the_adapter(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from peft import PeftModel
+
+    model = attach(causal(), lora(), task="CAUSAL_LM")
+    shake(model)
+    weights = adapter_weights(model)
+    assert weights.tensors and all("lora_" in name for name in weights.tensors)
+    assert weights.config["r"] == 4
+    save_adapter(model, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(causal(), tmp_path / "adapter")
+    ids = torch.arange(1, 13)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_saved_model_loads_merged_and_alone(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from rlhf.models.loading import train_tokenizer
+
+    model = attach(causal(), lora(), task="CAUSAL_LM")
+    shake(model)
+    save_model(model, train_tokenizer(["a b c"], 300, 64), tmp_path / "model")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.arange(1, 13)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_unknown_adapter_target_names_the_linear_modules() -> None:
+    with pytest.raises(UserError, match=r"no such module; the model's linear modules are .*q_proj"):
+        attach(causal(), lora(targets=["qq_proj"]), task="CAUSAL_LM")
+
+
+def test_schedule_warms_up_then_decays() -> None:
+    settings = replace(
+        OPTIM, learning_rate=1.0, scheduler=Scheduler.cosine, warmup_steps=2, total_steps=6
+    )
+    expected = [
+        0.5,
+        1.0,
+        1.0,
+        0.5 * (1 + math.cos(math.pi / 4)),
+        0.5,
+        0.5 * (1 + math.cos(3 * math.pi / 4)),
+        0.0,
+    ]
+    assert [settings.rate(s) for s in range(7)] == pytest.approx(expected, abs=1e-12)
+    assert replace(settings, scheduler=Scheduler.linear).rate(4) == pytest.approx(0.5)
+    assert replace(settings, scheduler=Scheduler.constant).rate(5) == 1.0
+
+
+def test_half_precision_weights_keep_float32_masters() -> None:
+    """A step far below bfloat16's resolution is lost without masters; with them, many such steps
+    add up.
+    """
+    layer = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    engine = TorchEngine(layer, replace(OPTIM, learning_rate=1e-4), torch.device("cpu"))
+    for _ in range(100):
+        engine.backward(engine(torch.ones(1, 1, dtype=torch.bfloat16)).sum(), last=True)
+        engine.step()
+    assert float(layer.weight.detach()) == pytest.approx(0.99, abs=0.004)
+
+
+def test_a_gradient_that_is_not_finite_is_never_applied() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    before = layer.weight.detach().clone()
+    engine = TorchEngine(layer, OPTIM, torch.device("cpu"))
+    engine.backward((engine(torch.ones(1, 2)) * math.nan).sum(), last=True)
+    with pytest.raises(NonFinite, match="gradient"):
+        engine.step()
+    assert torch.equal(layer.weight, before)
+
+
+def test_engine_state_round_trips(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    def steps(engine: TorchEngine, n: int) -> None:
+        for i in range(n):
+            engine.backward(
+                (engine(torch.full((1, 3), float(i + engine.steps))) ** 2).sum(), last=True
+            )
+            engine.step()
+
+    torch.manual_seed(0)
+    straight = TorchEngine(torch.nn.Linear(3, 1), OPTIM, torch.device("cpu"))
+    broken = TorchEngine(copy.deepcopy(straight.module), OPTIM, torch.device("cpu"))
+    steps(straight, 3)
+    steps(broken, 3)
+    broken.save(tmp_path)
+    resumed = TorchEngine(torch.nn.Linear(3, 1), OPTIM, torch.device("cpu"))
+    resumed.load(tmp_path)
+    steps(straight, 2)
+    steps(resumed, 2)
+    assert resumed.steps == 5
+    assert torch.equal(straight.module.weight, resumed.module.weight)
+
+
+def rollout_batch(
+    rows: int = 7, pairs: list[tuple[int, int]] | None = None
+) -> tuple[TrainBatch, torch.Tensor]:
+    """Random rollouts of two prompts, (batch, scores)."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(1, VOCAB, (length,), generator=generator).tolist()
+
+    both, responses = [ids(2, 6), ids(2, 6)], [ids(1, 9) for _ in range(rows)]
+    tokens = collate([both[row % 2] for row in range(rows)], responses, PAD)
+    sampled = torch.randn(tokens.response_mask.shape, generator=generator) - 4.0
+    batch = TrainBatch(
+        tokens=tokens,
+        keep=torch.ones(rows, dtype=torch.bool),
+        groups=torch.arange(rows) % 2,
+        pairs=pairs or [],
+        rollout_logprobs=torch.where(tokens.response_mask, sampled, 0.0),
+    )
+    return batch, torch.randn(rows, generator=generator)
+
+
+def prepared(
+    stage: OnlineStage,
+    policy: Any,
+    critic: Any,
+    reference: Any,
+    layout: Layout,
+    *,
+    kl_coef: float = 0.0,
+    passes: bool = True,
+) -> TrainBatch:
+    pairs = [(0, 2), (5, 1), (4, 6)] if stage.policy_loss is PolicyLoss.dpo else None
+    batch, scores = rollout_batch(pairs=pairs)
+    # one row is left out, as a truncated one may be
+    kept = replace(batch, keep=torch.tensor([True] * 6 + [stage.policy_loss is PolicyLoss.dpo]))
+    if critic is not None:
+        kept = batch
+    both = {"policy": policy, "reference": reference, "critic": critic}
+    return prepare(
+        kept,
+        scores,
+        scores.flip(0),
+        **both,
+        stage=stage,
+        kl_coef=kl_coef,
+        layout=layout,
+        passes=passes,
+    )
+
+
+def updated(
+    batch: TrainBatch,
+    stage: OnlineStage,
+    policy: Any,
+    critic: Any,
+    reference: Any,
+    layout: Layout,
+    kl_coef: float = 0.0,
+) -> dict[str, float]:
+    modules = {"policy": policy, "critic": critic, "reference": reference}
+    return update(
+        batch, **modules, stage=stage, layout=layout, kl_coef=kl_coef, constant_length=8, seed=1
+    )
+
+
+def engines(
+    adapter: AdapterConfig | None = None, checkpointing: bool = False
+) -> tuple[TorchEngine, TorchEngine]:
+    model = causal() if adapter is None else attach(causal(), adapter, task="CAUSAL_LM")
+    critic = critic_model()
+    if checkpointing:
+        enable_checkpointing(model)
+        enable_checkpointing(critic)
+    device = torch.device("cpu")
+    return TorchEngine(PolicyModule(model, chunk=5), OPTIM, device), TorchEngine(
+        CriticModule(critic), OPTIM, device
+    )
+
+
+PPO = OnlineStage(epochs=2, minibatches=1, prompts_per_step=7, entropy_coef=0.01)
+
+
+def trained(
+    layout: Layout,
+    *,
+    adapter: AdapterConfig | None = None,
+    checkpointing: bool = False,
+    stage: OnlineStage = PPO,
+    passes: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Every weight after the stage's update, and its figures."""
+    policy, critic = engines(adapter, checkpointing)
+    critic = critic if stage.advantage is Advantage.gae else None
+    policy.module.entropy_grad = stage.entropy_coef > 0
+    reference = "adapter" if adapter is not None else PolicyModule(causal(seed=4), chunk=5)
+    batch = prepared(stage, policy, critic, reference, layout, kl_coef=0.1, passes=passes)
+    figures = updated(batch, stage, policy, critic, reference, layout, kl_coef=0.1)
+    out = {n: p.detach().clone() for n, p in policy.module.named_parameters()}
+    if critic is not None:
+        out |= {f"critic.{n}": p.detach() for n, p in critic.module.named_parameters()}
+    return out | {
+        name: torch.tensor(figures[name])
+        for name in ("loss/policy", "loss/entropy", "policy/approxkl")
+    }
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    start = {name.removeprefix("model."): tensor for name, tensor in causal().named_parameters()}
+    moved = [
+        float((one[f"model.{name}"] - tensor).abs().max())
+        for name, tensor in start.items()
+        if f"model.{name}" in one
+    ]
+    assert not moved or max(moved) > 3e-3, (
+        "the comparison would hold for an update that does nothing"
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("adapter", [None, lora()])
+def test_the_micro_batch_split_changes_no_update(adapter: AdapterConfig | None) -> None:
+    assert_same(trained(Layout(10_000), adapter=adapter), trained(Layout(20), adapter=adapter))
+
+
+def preset(name: str, *overrides: str) -> OnlineStage:
+    stage = config.compose(
+        [f"stage={name}", "stage.prompts_per_step=7", "stage.samples_per_prompt=4", *overrides]
+    ).stage
+    assert isinstance(stage, OnlineStage)
+    return stage
+
+
+PRESETS = [
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "rloo",
+    "reinforce_pp",
+    "remax",
+    "raft",
+    "online_dpo",
+]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(20),
+        Layout(10_000, shared=True, hidden_size=32),
+        Layout(24, shared=True, hidden_size=32),
+    ],
+)
+def test_neither_the_split_nor_shared_prompts_change_an_update_of_any_preset(
+    name: str, layout: Layout
+) -> None:
+    """Two passes, so that ratios, bounds and the importance correction matter in the second."""
+    extra = (
+        []
+        if name == "online_dpo"
+        else ["stage.importance_cap=1.5", "stage.importance_level=sequence"]
+    )
+    stage = preset(name, "stage.epochs=2", "stage.minibatches=1", *extra)
+    assert_same(trained(Layout(10_000), stage=stage), trained(layout, stage=stage))
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "raft", "online_dpo"])
+@pytest.mark.parametrize("adapter", [None, lora()])
+def test_a_single_update_measures_on_its_way_what_a_pass_before_it_would(
+    name: str, adapter: AdapterConfig | None
+) -> None:
+    stage = preset(name, "stage.epochs=1", "stage.minibatches=1")
+    layout = Layout(40, shared=True, hidden_size=32)
+    assert not needs_old_logprobs(stage)
+    assert_same(
+        trained(layout, stage=stage, adapter=adapter),
+        trained(layout, stage=stage, adapter=adapter, passes=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["stage=grpo"], False),
+        (["stage=grpo", "stage.epochs=2"], True),
+        (["stage=gspo"], True),
+        (["stage=rloo"], True),
+        (["stage=rloo", "stage.kl_coef=0"], False),
+        (["stage=rloo", "stage.kl_coef=0", "stage.reference=false"], False),
+        (["stage=grpo", "stage.kl_place=both"], True),
+        (["stage=ppo", "stage.epochs=1", "stage.kl_coef=0"], False),
+        (["stage=ppo", "stage.epochs=1", "stage.kl_coef=0", "stage.critic_warmup=1"], True),
+    ],
+)
+def test_when_logprobs_before_the_update_take_a_pass_of_their_own(
+    overrides: list[str], needed: bool
+) -> None:
+    assert needs_old_logprobs(config.compose(overrides).stage) is needed
+
+
+def test_gradient_checkpointing_changes_no_update() -> None:
+    assert_same(trained(Layout(40)), trained(Layout(40), checkpointing=True))
+
+
+def test_an_update_early_stops_at_the_kl_bound() -> None:
+    policy, critic = engines()
+    stage = OnlineStage(epochs=6, prompts_per_step=7, stop_kl=1e-6)
+    batch = prepared(stage, policy, critic, None, Layout(99))
+    figures = updated(batch, stage, policy, critic, None, Layout(99))
+    assert figures["policy/stopped_early"] == 1.0
+    assert figures["policy/updates"] == 2.0  # the first has KL 0 by definition
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_step() -> None:
+    policy, critic = engines()
+    stage = OnlineStage(epochs=1, prompts_per_step=7)
+    batch = prepared(stage, policy, critic, None, Layout(99))
+    batch.returns[0, 0] = math.nan
+    before = {n: p.detach().clone() for n, p in policy.module.named_parameters()}
+    with pytest.raises(NonFinite, match="loss/value=nan"):
+        updated(batch, stage, policy, critic, None, Layout(99))
+    assert all(torch.equal(before[n], p) for n, p in policy.module.named_parameters())
+
+
+def test_reference_is_the_policy_with_its_adapter_off() -> None:
+    policy, critic = engines(lora())
+    shake(policy.module)
+    batch = prepared(
+        OnlineStage(prompts_per_step=7), policy, critic, "adapter", Layout(99), kl_coef=0.1
+    )
+    tokens = batch.tokens
+    separate, _ = PolicyModule(causal(), chunk=99)(
+        tokens.input_ids, tokens.positions, tokens.response_ids, tokens.response_mask
+    )
+    assert batch.ref_logprobs is not None and batch.old_logprobs is not None
+    torch.testing.assert_close(batch.ref_logprobs, separate.detach(), atol=1e-5, rtol=1e-5)
+    assert float((batch.old_logprobs - batch.ref_logprobs).abs().sum()) > 0.1

@@ -1,0 +1,125 @@
+"""A prompt computed once for all its responses gives the numbers and gradients of one row per
+response.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from policy.batching import Batch, collate
+from policy.model import PolicyModule
+from policy.packing import can_share_prompts, pack, pack_groups, pack_length
+
+PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3], [4, 5]]
+RESPONSES = [[6, 7, 8], [9], [10, 11], [12, 13], [14, 15, 16, 17]]
+PACKS = [[0, 1, 3], [2, 4]]
+
+
+def test_layout_hand_computed() -> None:
+    packed = pack(collate(PROMPTS, RESPONSES, 0), PACKS)
+    # no response's last token
+    assert packed.input_ids.tolist() == [[1, 2, 3, 6, 7, 12], [4, 5, 10, 14, 15, 16]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 2, 3, 4]]
+    assert packed.owner.tolist() == [0, 0, 1, 0, 1]
+    assert packed.positions.tolist() == [
+        [2, 3, 4, 0],
+        [2, 0, 0, 0],
+        [1, 2, 0, 0],
+        [2, 5, 0, 0],
+        [1, 3, 4, 5],
+    ]
+    seen = packed.attention_mask[0, 0].int().tolist()
+    assert seen[4] == [1, 1, 1, 1, 1, 0]  # the second token of response 0: prompt and itself
+    assert seen[5] == [1, 1, 1, 0, 0, 1]  # response 3 sees the prompt, not response 0
+    # padding too attends to something: no softmax over nothing
+    assert packed.attention_mask.any(dim=-1).all()
+
+
+def logprobs_of(
+    module: PolicyModule, batch: Batch, packs: list[list[int]] | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logprobs, and the gradient of a weighted sum of them by parameter."""
+    module.zero_grad()
+    if packs is None:
+        out, _ = module(batch.input_ids, batch.positions, batch.response_ids, batch.response_mask)
+    else:
+        p = pack(batch, packs)
+        out, _ = module(
+            p.input_ids,
+            p.positions,
+            batch.response_ids,
+            batch.response_mask,
+            p.owner,
+            p.position_ids,
+            p.attention_mask,
+        )
+    (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+    return out.detach(), {
+        name: parameter.grad.clone()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("packs", [PACKS, [[0], [1, 3], [4, 2]], [[3, 1, 0], [2], [4]]])
+def test_logprobs_and_gradients_equal_those_of_single_rows(
+    tiny_model: Callable[..., Path], packs: list[list[int]]
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    assert can_share_prompts(model)
+    module, batch = PolicyModule(model, chunk=1000), collate(PROMPTS, RESPONSES, 0)
+    (plain, plain_gradients), (shared, shared_gradients) = (
+        logprobs_of(module, batch, choice) for choice in (None, packs)
+    )
+    torch.testing.assert_close(shared, plain, rtol=0, atol=2e-5)
+    assert float(plain.abs().max()) > 1
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+rows = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=30)
+
+
+@given(rows, st.integers(8, 4096))
+@settings(deadline=None)
+def test_every_row_is_in_one_pack_of_its_own_group(
+    drawn: list[tuple[int, int]], hidden_size: int
+) -> None:
+    groups, lengths = [group for group, _ in drawn], [length for _, length in drawn]
+    prompts = [3 + 2 * group for group in groups]
+    packs = pack_groups(groups, prompts, lengths, hidden_size=hidden_size)
+    assert sorted(row for part in packs for row in part) == list(range(len(drawn)))
+    assert all(len({groups[row] for row in part}) == 1 for part in packs)
+    assert all(
+        pack_length(part, prompts, lengths)
+        == prompts[part[0]] + sum(lengths[row] - 1 for row in part)
+        for part in packs
+    )
+
+
+def test_long_prompts_are_shared_by_all_and_long_responses_of_a_small_model_by_none() -> None:
+    assert len(pack_groups([0] * 8, [500] * 8, [10] * 8, hidden_size=2048)) == 1
+    assert len(pack_groups([0] * 8, [2] * 8, [1000] * 8, hidden_size=32)) == 8
+
+
+def test_models_with_windows_or_other_layers_are_left_alone(
+    tiny_model: Callable[..., Path],
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    assert can_share_prompts(model)
+    assert not can_share_prompts(
+        AutoModelForCausalLM.from_pretrained(
+            tiny_model(), dtype=torch.float32, attn_implementation="eager"
+        )
+    )
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert not can_share_prompts(model)
+    model.config.layer_types = None
+    model.config.model_type = "something_new"
+    assert not can_share_prompts(model)
