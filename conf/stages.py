@@ -138,7 +138,9 @@ class DoctorStage:
 
 @dataclass(slots=True, kw_only=True)
 class ChainStage:
-    """Runs other stages one after the other, each in a process of its own, with the same overrides."""
+    """Runs other stages one after the other, each in a process of its own, with the same
+    overrides.
+    """
 
     name: str = "chain"
     stages: list[str] = field(default_factory=lambda: ["sft", "reward", "ppo", "eval"])

@@ -157,7 +157,9 @@ class RewardStage(OfflineStage):
 
 @dataclass(slots=True, kw_only=True)
 class PreferenceStage(OfflineStage):
-    """Direct preference optimisation from pairs, against a frozen reference, on TRL's DPOTrainer."""
+    """Direct preference optimisation from pairs, against a frozen reference, on TRL's
+    DPOTrainer.
+    """
 
     name: str = "dpo"
     learning_rate: float = 1e-6
@@ -268,7 +270,9 @@ class KTOStage(OfflineStage):
 
 @dataclass(slots=True, kw_only=True)
 class CPOStage(OfflineStage):
-    """Preference optimisation from pairs without a reference, on TRL's CPOTrainer: CPO and SimPO."""
+    """Preference optimisation from pairs without a reference, on TRL's CPOTrainer: CPO and
+    SimPO.
+    """
 
     name: str = "cpo"
     learning_rate: float = 1e-6
@@ -308,7 +312,9 @@ class CPOStage(OfflineStage):
 
 @dataclass(slots=True, kw_only=True)
 class ORPOStage(OfflineStage):
-    """Fine-tuning and preference in one loss, from pairs without a reference, on TRL's ORPOTrainer."""
+    """Fine-tuning and preference in one loss, from pairs without a reference, on TRL's
+    ORPOTrainer.
+    """
 
     name: str = "orpo"
     learning_rate: float = 5e-6

@@ -136,7 +136,9 @@ class CriticModule(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """`input_ids` [B, L], `positions` [B, T] -> values [B, T] float32, in units of the score."""
+        """`input_ids` [B, L], `positions` [B, T] -> values [B, T] float32, in units of the
+        score.
+        """
         lm = base_of(self.model)
         hidden = _hidden(lm, input_ids)  # [B, L, H]
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None]

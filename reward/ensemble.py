@@ -55,7 +55,9 @@ class EnsembleScorer(Stateless):
         self.members, self.how, self.spread_coef = list(members), how, spread_coef
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """The combined score in held-out standard deviations. Raises UserError as the members do."""
+        """The combined score in held-out standard deviations. Raises UserError as the
+        members do.
+        """
         scaled = []
         for member in self.members:
             mean, std = member.manifest.score_mean, member.manifest.score_std

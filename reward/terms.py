@@ -1,4 +1,6 @@
-"""From ``reward.terms`` to scorers: what each kind needs, what it may not have, and who scores it."""
+"""From ``reward.terms`` to scorers: what each kind needs, what it may not have, and who
+scores it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields

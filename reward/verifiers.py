@@ -34,7 +34,9 @@ STYLES = {
 
 
 class Exact:
-    """1 where the answer's normalised text is the row's, or one of the row's where it has a list."""
+    """1 where the answer's normalised text is the row's, or one of the row's where it has a
+    list.
+    """
 
     workers = 1
 

@@ -42,7 +42,9 @@ class Interrupted(Exception):
 
 
 class SyncError(UserError):
-    """The generator's weights are not the trainer's; the message names the parameter or the probe."""
+    """The generator's weights are not the trainer's; the message names the parameter or the
+    probe.
+    """
 
 
 @dataclass(frozen=True, slots=True)

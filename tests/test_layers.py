@@ -1,4 +1,6 @@
-"""Imports point one way, and each heavy backend is imported by exactly one file, inside a function."""
+"""Imports point one way, and each heavy backend is imported by exactly one file, inside a
+function.
+"""
 
 import ast
 from collections.abc import Iterator

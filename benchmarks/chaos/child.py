@@ -36,7 +36,9 @@ class Broken(RuntimeError):
 
 
 def fault() -> dict[str, Any]:
-    """The fault of this process; an empty one where there is none, or where it is another rank's."""
+    """The fault of this process; an empty one where there is none, or where it is another
+    rank's.
+    """
     chosen: dict[str, Any] = json.loads(os.environ.get(FAULT, "{}"))
     return chosen if chosen.get("rank", 0) == int(os.environ.get("RANK", "0")) else {}
 

@@ -86,7 +86,9 @@ class Straight:
 
 
 def launch(folder: Path, name: str, fault: Fault, *, resume: bool) -> tuple[int | None, str]:
-    """Start the run, with the fault unless it resumes; exit code (None: it never ended) and output."""
+    """Start the run, with the fault unless it resumes; exit code (None: it never ended) and
+    output.
+    """
     env = (
         os.environ
         | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -106,7 +106,9 @@ def run_chain(
 
 
 def step_time_share(ppo: Run) -> float:
-    """The smallest share of a step's wall time that its phases' time/*_s add up to, over all steps."""
+    """The smallest share of a step's wall time that its phases' time/*_s add up to, over
+    all steps.
+    """
     wall = ppo.series("time/step_s")
     phases = [
         sum(

@@ -282,7 +282,9 @@ def _copies(
     sizes: Sizes,
     rng: random.Random,
 ) -> None:
-    """Copies of clean rows, of which the first stands in row `first`; each original is copied once."""
+    """Copies of clean rows, of which the first stands in row `first`; each original is
+    copied once.
+    """
     start = 0
     for check, count in (("near_duplicates", sizes.near), ("exact_duplicates", sizes.exact)):
         for row in clean[start : start + count]:
@@ -301,7 +303,9 @@ def _copies(
 def judged(
     good: Sequence[str], bad: Sequence[str], seed: int, rows: int, share: float
 ) -> list[Row]:
-    """Answers judged by themselves, of which `share` are good, drawn from good and bad sentences."""
+    """Answers judged by themselves, of which `share` are good, drawn from good and bad
+    sentences.
+    """
     rng = random.Random(f"{seed}:judged")
     count = round(share * rows)
     drawn = [(text, True) for text in rng.sample(good, count)] + [

@@ -43,7 +43,9 @@ class Curves:
 
     @property
     def share(self) -> float:
-        """Labels that the choice needs for the accuracy of all random labels, as a share of those."""
+        """Labels that the choice needs for the accuracy of all random labels, as a share of
+        those.
+        """
         return labels_needed(self.labels, self.active, self.random[-1]) / self.labels[-1]
 
 

@@ -15,7 +15,9 @@ class Unit(Enum):
 
 
 class Personal(Enum):
-    """What step `patterns` looks for; how each is recognised is in rlhf/data/prepare/personal.py."""
+    """What step `patterns` looks for; how each is recognised is in
+    rlhf/data/prepare/personal.py.
+    """
 
     email = "email"
     phone = "phone"

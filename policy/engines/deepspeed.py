@@ -178,7 +178,9 @@ class DeepSpeedEngine:
         distributed.barrier()
 
     def load(self, directory: Path) -> None:
-        """What `save` wrote on as many ranks, or its universal form (policy/engines/universal.py)."""
+        """What `save` wrote on as many ranks, or its universal form
+        (policy/engines/universal.py).
+        """
         with reading(self.engine, directory):
             path, state = self.engine.load_checkpoint(
                 str(directory), tag="engine", load_module_strict=False

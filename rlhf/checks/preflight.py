@@ -637,7 +637,9 @@ def check_preference(cfg: Config) -> list[str]:
 
 
 def check_run_directory(cfg: Config) -> None:
-    """The run directory is new, or the run resumes or overwrites it. Rank 0's disk alone matters."""
+    """The run directory is new, or the run resumes or overwrites it. Rank 0's disk alone
+    matters.
+    """
     if distributed.is_main() and not cfg.run.dry_run:
         run.check_directory(cfg)
 

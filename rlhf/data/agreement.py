@@ -209,7 +209,9 @@ def krippendorff_alpha(
 
 
 def cohen_kappa(tables: Array) -> Array:
-    """Cohen 1960, equation 2, of tables [R, K, K] of counts: one annotator's label by the other's."""
+    """Cohen 1960, equation 2, of tables [R, K, K] of counts: one annotator's label by the
+    other's.
+    """
     shares = tables / tables.sum(axis=(1, 2), keepdims=True)
     found = np.trace(shares, axis1=1, axis2=2)
     chance = (shares.sum(axis=2) * shares.sum(axis=1)).sum(axis=1)

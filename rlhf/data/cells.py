@@ -1,4 +1,6 @@
-"""Texts in the cells of CSV files that people open in spreadsheets, which take some for formulas."""
+"""Texts in the cells of CSV files that people open in spreadsheets, which take some for
+formulas.
+"""
 
 # full-width signs begin formulas where such are typed; a line end may be cut off before the rest is
 # looked at

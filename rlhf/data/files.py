@@ -133,7 +133,9 @@ def read_rows(
 
 
 def _decode(path: Path, line: bytes, place: str, *, first: bool) -> str:
-    """UTF-8; of the `first` line a byte order mark is left out. Raises UserError naming the byte."""
+    """UTF-8; of the `first` line a byte order mark is left out. Raises UserError naming the
+    byte.
+    """
     if first and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(
             f"{path} is UTF-16 (it begins with its byte order mark): expected UTF-8. Save it as "

@@ -28,7 +28,9 @@ _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 
 @dataclass(slots=True)
 class Draft:
-    """One row to write: its canonical columns, its own others, and what has to be noted about it."""
+    """One row to write: its canonical columns, its own others, and what has to be noted
+    about it.
+    """
 
     columns: Row
     own: Row
@@ -63,7 +65,9 @@ def _turns(draft: Draft, prompt: str | Chat) -> Chat:
 
 
 def _single(answer: str | Chat, key: str, *, empty: bool = False) -> str:
-    """An answer's one text. Raises RowError for an answer of several messages, or without a text."""
+    """An answer's one text. Raises RowError for an answer of several messages, or without a
+    text.
+    """
     if isinstance(answer, list):
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise RowError(

@@ -61,7 +61,9 @@ class Chosen:
 
 @dataclass(slots=True)
 class _Options:
-    """Every task that could be asked, [O] of them; prompts are numbered in the order of their ids."""
+    """Every task that could be asked, [O] of them; prompts are numbered in the order of
+    their ids.
+    """
 
     candidates: Ints  # [O] place in the candidates
     answers: Ints  # [O, G] places in their answers

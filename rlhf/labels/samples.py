@@ -158,7 +158,9 @@ def _named(config: dict[str, Any] | None, group: str) -> str | None:
 
 
 def _comparable(files: Sequence[Path]) -> bool:
-    """All runs were scored by the same reward, and none by statistics that move from step to step."""
+    """All runs were scored by the same reward, and none by statistics that move from step
+    to step.
+    """
     rewards = [
         None if (config := _config_of(file)) is None else config.get("reward") for file in files
     ]

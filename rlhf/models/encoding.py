@@ -104,7 +104,9 @@ def encode_answer(
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Plain text for SFT: token ids ending with end-of-sequence, and labels that train all of them."""
+    """Plain text for SFT: token ids ending with end-of-sequence, and labels that train all
+    of them.
+    """
     ids = [*tokenizer(text.removesuffix(tokenizer.eos_token))["input_ids"], tokenizer.eos_token_id]
     return ids, list(ids)
 

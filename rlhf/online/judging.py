@@ -30,7 +30,9 @@ RECORD = "judge.json"
 
 @dataclass(frozen=True, slots=True)
 class HeldOutJudge:
-    """Scores the policy's responses to held-out prompts by the judge and by the reward that trains."""
+    """Scores the policy's responses to held-out prompts by the judge and by the reward that
+    trains.
+    """
 
     prompts: list[Prompt]  # this rank's share
     judge: Scorer

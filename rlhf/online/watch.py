@@ -120,7 +120,9 @@ class Alarm:
 
 @dataclass(slots=True)
 class Point:
-    """One state of the policy on the frontier of score against KL; None where it was not measured."""
+    """One state of the policy on the frontier of score against KL; None where it was not
+    measured.
+    """
 
     step: int  # updates done
     kl: float | None = None  # nats per response

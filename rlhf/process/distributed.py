@@ -96,7 +96,9 @@ def broadcast(value: Any) -> Any:
 
 
 def set_threads(threads: int | None = None) -> None:
-    """torch's threads of this rank: `threads`, or the machine's cores shared out among its ranks."""
+    """torch's threads of this rank: `threads`, or the machine's cores shared out among its
+    ranks.
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -1,4 +1,6 @@
-"""Resident memory of this process as metrics of a step, so that a leak shows as a line that rises."""
+"""Resident memory of this process as metrics of a step, so that a leak shows as a line that
+rises.
+"""
 
 import psutil
 
@@ -13,7 +15,9 @@ class Resident:
         self._last: float | None = None
 
     def figures(self) -> dict[str, float]:
-        """memory/rss_mb now, memory/peak_rss_mb so far, memory/growth_mb since the last step; MiB."""
+        """memory/rss_mb now, memory/peak_rss_mb so far, memory/growth_mb since the last
+        step; MiB.
+        """
         now = self._process.memory_info().rss / 2**20
         growth = 0.0 if self._last is None else now - self._last
         self._last = now

@@ -8,7 +8,9 @@ from rlhf.run.context import RunContext
 
 
 def run(ctx: RunContext) -> None:
-    """Train a policy online: reads the model, the reward and the prompts, writes the run directory."""
+    """Train a policy online: reads the model, the reward and the prompts, writes the run
+    directory.
+    """
     with ctx.closing():
         ctx.watchdog.phase("build")
         parts = build(ctx)

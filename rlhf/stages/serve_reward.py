@@ -25,7 +25,9 @@ _MIB = 1 << 20
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a port that is taken is known before weights load. Raises UserError."""
+    """A bound socket, so that a port that is taken is known before weights load. Raises
+    UserError.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)

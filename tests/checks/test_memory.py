@@ -77,7 +77,9 @@ def model_states(states: States, *, without: tuple[str, ...] = ()) -> float:
 def test_the_textbook_figures_are_those_of_the_papers_figure_1(
     zero: int, ranks: int, gigabytes: float
 ) -> None:
-    """Rajbhandari et al. 2020, figure 1: 7.5e9 parameters on 64 ranks, in gigabytes of 1e9 bytes."""
+    """Rajbhandari et al. 2020, figure 1: 7.5e9 parameters on 64 ranks, in gigabytes of 1e9
+    bytes.
+    """
     assert textbook(7.5e9, zero, ranks) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 

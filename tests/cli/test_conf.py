@@ -1,4 +1,6 @@
-"""Every preset composes; unknown keys, bad values and missing stages are refused with the remedy."""
+"""Every preset composes; unknown keys, bad values and missing stages are refused with the
+remedy.
+"""
 
 import itertools
 import subprocess

@@ -240,7 +240,9 @@ def test_two_labels_have_one_alpha_at_every_level(rows: list[list[int | None]]) 
 
 
 def simulated(items: int, right: float, seed: int) -> list[Label]:
-    """Two annotators that each give the item's true label (a fair coin) with probability `right`."""
+    """Two annotators that each give the item's true label (a fair coin) with probability
+    `right`.
+    """
     rng = random.Random(seed)
     out = []
     for i in range(items):

@@ -35,7 +35,9 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """The elements of a page with their attributes, its text, and whether every element is closed."""
+    """The elements of a page with their attributes, its text, and whether every element is
+    closed.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -363,7 +363,9 @@ def test_a_parquet_column_of_two_types_is_named(tmp_path: Path) -> None:
 
 
 def test_parquet_types_are_those_of_the_whole_file(tmp_path: Path) -> None:
-    """A column that is empty in the first row group and a text in the next, and messages in each."""
+    """A column that is empty in the first row group and a text in the next, and messages in
+    each.
+    """
     rows: list[dict[str, Any]] = [{"messages": [user("a")], "note": None} for _ in range(1100)] + [
         {"messages": [bot("b")], "note": "x", "more": 1}
     ]

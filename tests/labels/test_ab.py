@@ -109,7 +109,9 @@ def test_the_random_walk_is_every_sequence_summed() -> None:
 
 
 def test_the_confidence_sequence_holds_the_truth_at_all_times() -> None:
-    """Of 60 runs of mean 0.65 at most about 5 % ever lose it; looked at after every 40th outcome."""
+    """Of 60 runs of mean 0.65 at most about 5 % ever lose it; looked at after every 40th
+    outcome.
+    """
     chosen, lost = ab.bets(None), 0
     for values in draw(0.75, 0.4, (60, 200), seed=6):
         ends = [ab.confidence_interval(values[:n], 0.05, chosen) for n in range(40, 201, 40)]

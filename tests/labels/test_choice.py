@@ -112,7 +112,9 @@ all_shares = st.dictionaries(st.sampled_from(list(ChoiceMethod)), st.floats(0.1,
 def tasks(
     candidates: Sequence[Candidates], group: int, across: bool
 ) -> set[tuple[str, frozenset[str]]]:
-    """Every task that may be asked, by brute force over what answers say (line ends don't count)."""
+    """Every task that may be asked, by brute force over what answers say (line ends don't
+    count).
+    """
     out = set()
     for one in candidates:
         for some in combinations(one.answers, group):

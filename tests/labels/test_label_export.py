@@ -64,7 +64,7 @@ def exported(tiny_model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 # --- two policies
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_the_budget_gold_and_repeats_go_out(exported: tuple[Path, Export]) -> None:
@@ -460,7 +460,7 @@ def test_an_adapter_writes_with_its_base(tmp_path: Path, tiny_model: Tiny) -> No
 
 
 # --- scores
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_uncertainty_takes_the_closest_pairs(tmp_path: Path, tiny_model: Tiny) -> None:

@@ -190,7 +190,7 @@ def test_a_review_goes_out_again_with_sides_drawn_anew(tmp_path: Path) -> None:
 
 
 # --- what can't be asked
-# -----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_gold_that_is_too_little_is_said(

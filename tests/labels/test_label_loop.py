@@ -32,7 +32,9 @@ def by_policy(task: Task, policy: str) -> int:
 
 
 def labels(export: Export, directory: Path, annotator: str, policy: str) -> Path:
-    """The file that went out, filled in by someone who prefers `policy` and knows the gold answers."""
+    """The file that went out, filled in by someone who prefers `policy` and knows the gold
+    answers.
+    """
     rows = [
         json.loads(line)
         for line in (directory / "out/label_tasks.jsonl").read_text(encoding="utf-8").splitlines()

@@ -28,7 +28,9 @@ from tests.labels.labels import export_of, label, ledgers_of, pairs
 def voted(
     *votes: dict[str, str | Outcome], count: int | None = None
 ) -> tuple[Ledgers, list[Checked]]:
-    """One task for each dictionary of annotator -> better answer's kind: good, bad or an Outcome."""
+    """One task for each dictionary of annotator -> better answer's kind: good, bad or an
+    Outcome.
+    """
     export = pairs(count or len(votes))
     labels = []
     for number, (task, said) in enumerate(zip(export.tasks, votes, strict=False)):

@@ -45,7 +45,9 @@ def sft_rows(count: int = 48) -> list[dict[str, Any]]:
 
 
 def pair_rows(count: int = 48) -> list[dict[str, Any]]:
-    """The chosen side says good things, the rejected side bad ones; lengths are unrelated to that."""
+    """The chosen side says good things, the rejected side bad ones; lengths are unrelated
+    to that.
+    """
     rng = random.Random(1)
 
     def answer(words: tuple[str, ...]) -> str:

@@ -200,7 +200,9 @@ def test_a_step_whose_groups_are_all_equal_takes_no_optimizer_step(tmp_path: Pat
 
 
 def test_groups_of_different_sizes_are_compared_each_within_itself(tmp_path: Path) -> None:
-    """17 draws of 16 prompts: one prompt comes twice in the step, so its group is twice as large."""
+    """17 draws of 16 prompts: one prompt comes twice in the step, so its group is twice as
+    large.
+    """
     row = metrics(run_preset("grpo", tmp_path, "stage.prompts_per_step=17", steps=1))[0]
     assert (row["group/size_min"], row["group/size_max"]) == (4, 8)
 

@@ -24,7 +24,9 @@ Row = dict[str, Any]
 
 
 def judged(marks: str, **annotators: str) -> list[Row]:
-    """Rows of judged answers: an item a character of `marks`, g good and b bad; a dot is missing."""
+    """Rows of judged answers: an item a character of `marks`, g good and b bad; a dot is
+    missing.
+    """
     return [
         {"prompt": f"p{i}", "completion": f"c{i}", "label": mark == "g", "annotator": name}
         for i in range(len(marks))

@@ -128,7 +128,9 @@ def run(given: list[str], signal_at: int | None = None, number: int = signal.SIG
 def test_a_signal_saves_the_step_and_resume_goes_on_as_if_it_never_came(
     folder: Path, tiny_model: Callable[..., Path], stage: str, number: signal.Signals, at: int
 ) -> None:
-    """At the last step, too, where nothing is left to train; it lies inside a pass over the rows."""
+    """At the last step, too, where nothing is left to train; it lies inside a pass over the
+    rows.
+    """
     name = f"{stage}-{at}"
     given = [
         *options(stage, folder, tiny_model(), name),

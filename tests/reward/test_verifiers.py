@@ -627,7 +627,9 @@ def test_math_agrees_with_trl(
 
 
 def test_math_reads_a_whole_expression_where_trl_reads_its_first_number(maths: MathAnswer) -> None:
-    """`2x+3y` without delimiters: TRL's gold is 2, which it then gives to a response that says 2."""
+    """`2x+3y` without delimiters: TRL's gold is 2, which it then gives to a response that
+    says 2.
+    """
     assert accuracy_reward([[{"role": "assistant", "content": r"\boxed{2}"}]], ["2x+3y"]) == [1.0]
     assert maths.score(r"\boxed{2}", maths.reference("2x+3y")) == 0.0
     assert maths.score(r"\boxed{3y+2x}", maths.reference("2x+3y")) == 1.0

@@ -1,4 +1,6 @@
-"""Both rollout backends against a forward pass that this file does itself, and against each other."""
+"""Both rollout backends against a forward pass that this file does itself, and against each
+other.
+"""
 
 import dataclasses
 import importlib.util
@@ -188,7 +190,9 @@ def test_a_seed_fixes_the_tokens(backend: str, generators: Callable[[str], Any])
 def test_whole_runs_on_vllm_with_one_seed_are_the_same(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Each with an engine of its own. In processes of their own: tests/stages/test_reproducible.py."""
+    """Each with an engine of its own. In processes of their own:
+    tests/stages/test_reproducible.py.
+    """
     write_data(tmp_path)
     runs = []
     for name, seed in (("one", 0), ("other", 0), ("seed", 1)):

@@ -73,7 +73,9 @@ def folder(
     tiny_model: Callable[..., Path],
     one_thread: Iterator[None],
 ) -> Path:
-    """Every stage here as `here`, as `seed` with another seed, and as `there` in another process."""
+    """Every stage here as `here`, as `seed` with another seed, and as `there` in another
+    process.
+    """
     folder = tmp_path_factory.mktemp("reproducible")
     write_data(folder)
     for stage, more in FAST.items():

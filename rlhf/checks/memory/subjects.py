@@ -1,4 +1,6 @@
-"""Which models a configuration's plan is about: the policy, what scores, and the judge of a watch."""
+"""Which models a configuration's plan is about: the policy, what scores, and the judge of a
+watch.
+"""
 
 import importlib
 from dataclasses import replace

@@ -61,7 +61,9 @@ def _jieba() -> Any:
 
 
 def cut(text: str, language: str = "auto") -> Words:
-    """Words of a text. `language`: zh, en, or auto, which is zh where there are Chinese characters."""
+    """Words of a text. `language`: zh, en, or auto, which is zh where there are Chinese
+    characters.
+    """
     chinese = language == "zh" or (language == "auto" and has_han(text))
     pieces = list(_jieba().cut(text)) if chinese else [text]
     words: list[str] = []

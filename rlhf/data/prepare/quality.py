@@ -86,7 +86,9 @@ def _share(lines: Sequence[str], holds: Callable[[str], bool]) -> float:
 
 
 def verdict(text: str, options: Quality) -> str | None:
-    """The first rule that a text breaks, with its figure and threshold; None where it breaks none."""
+    """The first rule that a text breaks, with its figure and threshold; None where it
+    breaks none.
+    """
 
     def above(what: str, value: float, limit: float | None) -> str | None:
         return (
@@ -261,7 +263,9 @@ def filter_scored(
 
 
 def tfidf(options: Tfidf, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Leave out the rows with the lowest and the highest scores; rows with nothing to imitate pass."""
+    """Leave out the rows with the lowest and the highest scores; rows with nothing to
+    imitate pass.
+    """
     rows = list(items)
     texts = [imitated(row.columns, options.part, context.kind) for row in rows]
     judged = [index for index, found in enumerate(texts) if found]

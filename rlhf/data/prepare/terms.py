@@ -54,7 +54,9 @@ def read_dictionary(path: str) -> Dictionary:
 
 
 def make_dictionary(terms: Mapping[str, list[str]], place: str) -> Dictionary:
-    """A dictionary of canonical terms and their other words. Raises UserError as `read_dictionary`."""
+    """A dictionary of canonical terms and their other words. Raises UserError as
+    `read_dictionary`.
+    """
     import regex
 
     owner: dict[str, str] = {}

@@ -114,7 +114,9 @@ def is_current(folder: Path, origin: Mapping[str, object], overwrite: bool) -> b
 
 
 def write_all(folder: Path, files: Rows, origin: Mapping[str, object]) -> None:
-    """Write each list as JSON lines, then meta.json: its presence says that all files are complete."""
+    """Write each list as JSON lines, then meta.json: its presence says that all files are
+    complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META).unlink(missing_ok=True)
     for name, rows in files.items():

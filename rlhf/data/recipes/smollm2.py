@@ -54,7 +54,9 @@ def answer(opener: str, label: int) -> list[Message]:
 
 
 def rows(reviews: Sequence[Review], seed: int) -> dict[str, list[Row]]:
-    """All files of the recipe, from Rotten Tomatoes sentences; every sentence is in one file only."""
+    """All files of the recipe, from Rotten Tomatoes sentences; every sentence is in one
+    file only.
+    """
     rng = random.Random(f"{seed}:smollm2")
     sources = [review for review in reviews if review.source == "rotten_tomatoes"]
     sentences = {

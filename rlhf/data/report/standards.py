@@ -1,4 +1,6 @@
-"""The quality standards of the field, each with a verdict: pass, fail, or not measurable and why."""
+"""The quality standards of the field, each with a verdict: pass, fail, or not measurable
+and why.
+"""
 
 from collections.abc import Mapping
 

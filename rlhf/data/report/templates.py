@@ -68,7 +68,9 @@ def role_problem(chat: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def ending_problem(columns: Mapping[str, Any], kind: Use) -> str | None:
-    """A conversation that trains must end with the assistant's turn, and one to continue must not."""
+    """A conversation that trains must end with the assistant's turn, and one to continue
+    must not.
+    """
     for chat in conversations(columns):
         last = chat[-1]["role"]
         if kind is Use.prompt and last == "assistant":

@@ -75,7 +75,9 @@ def most_answers(export: Export) -> int:
 
 
 def guidance(export: Export, how: str) -> str:
-    """Title, instructions, and how to fill in the file, for people who get no tool that shows them."""
+    """Title, instructions, and how to fill in the file, for people who get no tool that
+    shows them.
+    """
     return (
         "\n\n".join(text for text in (export.title, export.instructions.strip(), how) if text)
         + "\n"

@@ -52,7 +52,9 @@ class Clock:
 
 
 def model_of(cfg: Config, path: str) -> ModelConfig:
-    """The configuration that loads one of the policies; only model.path itself can be a GGUF file."""
+    """The configuration that loads one of the policies; only model.path itself can be a
+    GGUF file.
+    """
     gguf_file = cfg.model.gguf_file if path == cfg.model.path else None
     return dataclasses.replace(cfg.model, kind=ModelKind.pretrained, path=path, gguf_file=gguf_file)
 

@@ -171,7 +171,9 @@ def _vectors(label: LabelConfig) -> Callable[[Sequence[str]], Any] | None:
 
 
 def _plan(label: LabelConfig) -> Any:
-    """How many pairs an A/B comparison needs, said before anything is generated; None without one."""
+    """How many pairs an A/B comparison needs, said before anything is generated; None
+    without one.
+    """
     if not label.ab.enabled:
         return None
     from rlhf.labels.ab import plan
