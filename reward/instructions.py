@@ -18,7 +18,7 @@ from typing import Any
 from conf.schema import RewardTerm
 from reward.extract import fenced
 from reward.verifiers import parse_json
-from rlhf.data.rows import describe, nearest
+from rlhf.process.wording import describe, nearest
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "at least": lambda found, wanted: found >= wanted,

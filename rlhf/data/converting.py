@@ -14,7 +14,8 @@ from rlhf.data.formats import reading as formats_for
 from rlhf.data.mixture import Source
 from rlhf.data.parts import Part
 from rlhf.data.prepare.items import CONTENT
-from rlhf.data.rows import RowError, nearest
+from rlhf.data.rows import RowError
+from rlhf.process.wording import nearest
 from rlhf.types import JudgedAnswer, PreferencePair, UserError
 
 PROBE = 20  # first rows among which a format is looked for

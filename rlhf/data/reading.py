@@ -26,9 +26,9 @@ from rlhf.data.files import SourceRow, read_rows
 from rlhf.data.formats import Format, Use, texts_in
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.mixture import Source, eval_sources, given, mixed, train_sources
-from rlhf.data.rows import describe
 from rlhf.models import encoding
 from rlhf.process import distributed
+from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair, Prompt, UserError
 
 __all__ = [

@@ -23,7 +23,8 @@ from conf.choices import DataFormat
 from rlhf.data.files import SUFFIXES
 from rlhf.data.mixture import Row, Source, Transform
 from rlhf.data.parts import Part, parts_of
-from rlhf.data.rows import RowError, nearest
+from rlhf.data.rows import RowError
+from rlhf.process.wording import nearest
 from rlhf.types import UserError
 
 _ENTRY = (

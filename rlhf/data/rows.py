@@ -2,11 +2,12 @@
 doesn't fit raises `RowError`, which says why.
 """
 
-import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from rlhf.process.wording import describe, nearest
 
 Row = Mapping[str, Any]
 Message = dict[str, str]
@@ -29,30 +30,6 @@ _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 class RowError(ValueError):
     """Why one row doesn't fit: the key, what was expected there and what was found."""
-
-
-def describe(value: Any) -> str:
-    """A value's kind and the start of its text, for messages."""
-    kinds = {
-        str: "text",
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-        type(None): "null",
-    }
-    kind = kinds.get(type(value), type(value).__name__)
-    if isinstance(value, (list, dict)):
-        return f"{kind} of {len(value)}"
-    shown = repr(value)
-    return kind if value is None else f"{kind} {shown if len(shown) <= 60 else shown[:57] + '...'}"
-
-
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word most like `word`, or None when none is close."""
-    close = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=1, cutoff=0.6)
-    return next((k for k in known if k.lower() == close[0]), None) if close else None
 
 
 def value_of(row: Row, key: str) -> Any:

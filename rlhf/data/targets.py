@@ -18,7 +18,8 @@ from rlhf.data.converting import both_sides, columns_of
 from rlhf.data.formats import Use
 from rlhf.data.formats.comparisons import ASSISTANT_TURN, HUMAN_TURN
 from rlhf.data.prepare.items import CONTENT
-from rlhf.data.rows import Chat, RowError, describe
+from rlhf.data.rows import Chat, RowError
+from rlhf.process.wording import describe
 from rlhf.types import PreferencePair
 
 Row = dict[str, Any]

@@ -19,8 +19,9 @@ from conf.choices import DataTarget, FileKind
 from rlhf.data.files import excel_text
 from rlhf.data.formats import FORMATS, Use, detect
 from rlhf.data.prepare.items import CONTENT, Item
-from rlhf.data.rows import RowError, describe
+from rlhf.data.rows import RowError
 from rlhf.data.targets import TARGETS, Draft, Row
+from rlhf.process.wording import describe
 from rlhf.types import UserError
 
 _CANONICAL = (*CONTENT, "margin", "label")

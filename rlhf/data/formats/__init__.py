@@ -8,7 +8,8 @@ from typing import Any
 
 from rlhf.data.formats import chats, comparisons, tools, trl
 from rlhf.data.formats.base import Format, Made, Several, Use
-from rlhf.data.rows import Row, RowError, nearest
+from rlhf.data.rows import Row, RowError
+from rlhf.process.wording import nearest
 from rlhf.types import JudgedAnswer, PreferencePair
 
 __all__ = [

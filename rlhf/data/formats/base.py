@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from rlhf.data.rows import Chat, Row, RowError, describe, margin_of, text_or_chat, value_of
+from rlhf.data.rows import Chat, Row, RowError, margin_of, text_or_chat, value_of
+from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
 
 

@@ -10,13 +10,13 @@ from rlhf.data.rows import (
     Row,
     RowError,
     chat_of,
-    describe,
     judgement_of,
     optional_text,
     text_of,
     value_of,
     without_answer,
 )
+from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
 
 # ---- messages ----

@@ -24,13 +24,13 @@ from rlhf.data.rows import (
     Chat,
     Row,
     RowError,
-    describe,
     judgement_of,
     number_of,
     text_of,
     text_or_chat,
     value_of,
 )
+from rlhf.process.wording import describe
 from rlhf.types import PreferencePair
 
 HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"

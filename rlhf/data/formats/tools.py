@@ -17,14 +17,13 @@ from rlhf.data.rows import (
     Chat,
     Row,
     RowError,
-    describe,
-    nearest,
     number_of,
     optional_text,
     text_of,
     text_or_chat,
     value_of,
 )
+from rlhf.process.wording import describe, nearest
 
 # ---- Label Studio ----
 

@@ -12,16 +12,8 @@ from rlhf.data.formats.base import (
     prompt_or_nothing,
     split_chats,
 )
-from rlhf.data.rows import (
-    Chat,
-    Row,
-    RowError,
-    answer_of,
-    describe,
-    judgement_of,
-    text_of,
-    text_or_chat,
-)
+from rlhf.data.rows import Chat, Row, RowError, answer_of, judgement_of, text_of, text_or_chat
+from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
 
 

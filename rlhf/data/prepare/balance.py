@@ -16,7 +16,7 @@ from rlhf.data.prepare.clusters import members
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.texts import sides
 from rlhf.data.prepare.vectors import reduced, vectors
-from rlhf.data.rows import describe, nearest
+from rlhf.process.wording import describe, nearest
 from rlhf.types import UserError
 
 WEIGHT = "weight"  # the column that losses read

@@ -6,7 +6,7 @@ from typing import Any
 
 from conf.preparation.base import Keep
 from rlhf.data.prepare.items import Context, Item, joined
-from rlhf.data.rows import describe
+from rlhf.process.wording import describe
 from rlhf.types import UserError
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from conf.preparation import STEPS
 from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
-from rlhf.data.rows import describe, nearest
 from rlhf.process.hashing import sha256
+from rlhf.process.wording import describe, nearest
 from rlhf.types import UserError
 
 READING_VERSION = 1  # raised whenever the same file gives other rows

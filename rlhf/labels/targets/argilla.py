@@ -25,7 +25,7 @@ from typing import Any
 
 from conf.choices import LabelKind
 from rlhf.data.formats.tools import annotator_of, answers_of
-from rlhf.data.rows import RowError, describe, number_of, optional_text, text_of, value_of
+from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import (
     MODEL_VERSION,
@@ -35,6 +35,7 @@ from rlhf.labels.targets.shared import (
     suggestion,
     write_text,
 )
+from rlhf.process.wording import describe
 
 RECORDS_FILE, SETTINGS_FILE = "argilla_records.json", "argilla_settings.json"
 _STATUSES = ("submitted", "discarded", "draft")

@@ -33,9 +33,10 @@ from rlhf.data.formats.tools import (
     results_of,
     sides_of,
 )
-from rlhf.data.rows import RowError, describe, text_of, value_of
+from rlhf.data.rows import RowError, text_of, value_of
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion, write_text
+from rlhf.process.wording import describe
 from rlhf.types import UserError
 
 TASKS_FILE, CONFIG_FILE = "label_studio_tasks.json", "label_studio_config.xml"

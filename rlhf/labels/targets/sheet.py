@@ -32,9 +32,10 @@ from typing import Any
 from conf.choices import LabelKind
 from rlhf.data.cells import FORMULA, mark, unmark
 from rlhf.data.files import excel_text
-from rlhf.data.rows import RowError, describe, number_of, optional_text, text_of, value_of
+from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import check_texts, guidance, most_answers, read_rows, write_text
+from rlhf.process.wording import describe
 from rlhf.types import UserError
 
 CSV_FILE, XLSX_FILE, GUIDE_FILE = "label_sheet.csv", "label_sheet.xlsx", "label_sheet.txt"

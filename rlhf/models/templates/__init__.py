@@ -16,7 +16,7 @@ begin an answer with a space. plain marks no roles: a line for each message.
 from importlib import resources
 from pathlib import Path
 
-from rlhf.data.rows import nearest
+from rlhf.process.wording import nearest
 from rlhf.types import UserError
 
 NAMES = (

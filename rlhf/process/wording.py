@@ -1,0 +1,37 @@
+"""Parts of error messages: what a value is, and the known word that a misspelt one is nearest to."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+_KINDS = {
+    str: "text",
+    bool: "true/false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+_LONGEST = 60  # characters of a value that a message shows
+
+
+def describe(value: Any) -> str:
+    """A value's kind and its beginning: "text 'abc'", "a list of 3", "null"."""
+    kind = _KINDS.get(type(value), type(value).__name__)
+    if value is None:
+        return kind
+    if isinstance(value, (list, dict)):
+        return f"{kind} of {len(value)}"
+    shown = repr(value)
+    if len(shown) > _LONGEST:
+        shown = shown[: _LONGEST - 3] + "..."
+    return f"{kind} {shown}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The known word most like `word` (case is ignored), or None when none is close."""
+    close = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=1, cutoff=0.6)
+    if not close:
+        return None
+    return next((k for k in known if k.lower() == close[0]), None)
