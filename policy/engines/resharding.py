@@ -22,7 +22,7 @@ from rlhf.run import checkpoints
 from rlhf.types import UserError
 
 LAYOUT = "layout.json"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _LAUNCHER = (
     "RANK",
     "LOCAL_RANK",

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from rlhf.models.loading import json_object
 from rlhf.process import distributed, redaction
 from rlhf.process.hashing import sha256
 from rlhf.process.randomness import seed_everything
+from rlhf.process.resident import peak_rss_mb
 from rlhf.process.watchdog import Watchdog
 from rlhf.run import checkpoints, console
 from rlhf.run.lineage import MANIFEST_FILE, artifact_digest, origin
@@ -191,7 +191,7 @@ def git_commit() -> dict[str, Any] | None:
     """Commit of the toolkit's own source and whether tracked files differ from it; None outside a
     repository.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if shutil.which("git") is None:
         return None
 
@@ -212,14 +212,6 @@ def git_commit() -> dict[str, Any] | None:
         "sha": head.stdout.strip(),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()),
     }
-
-
-def peak_rss_mb() -> float:
-    """The highest resident memory of this process so far, in MiB (ru_maxrss is KiB on Linux, bytes
-    on macOS).
-    """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
