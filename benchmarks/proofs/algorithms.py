@@ -30,7 +30,7 @@ JUDGES = ("lexicon", "classifier")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ProofRuns:
     """Where the proof runs, and what every command of it is given."""
 
     runs: Path
@@ -75,7 +75,7 @@ class Plan:
         )
 
 
-def run_all(plan: Plan, algorithms: Sequence[str], *, base: bool) -> dict[str, int]:
+def run_all(plan: ProofRuns, algorithms: Sequence[str], *, base: bool) -> dict[str, int]:
     """Run what is asked for, one process after the other. Returns the exit code of each algorithm's
     first command that failed, or 0.
 
@@ -123,7 +123,7 @@ def check_algorithm(evaluation: Run) -> list[Check]:
     ]
 
 
-def compare(plan: Plan, algorithms: Sequence[str], console: Console | None = None) -> None:
+def compare(plan: ProofRuns, algorithms: Sequence[str], console: Console | None = None) -> None:
     """Print a row per algorithm that has finished: what it gained, at what distance, and how long
     it took.
     """
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check-only", action="store_true", help="check existing runs, run nothing"
     )
     options, overrides = parser.parse_known_args(arguments)
-    plan = Plan(options.runs, options.seed, tuple(overrides))
+    plan = ProofRuns(options.runs, options.seed, tuple(overrides))
     algorithms = options.algorithms or ALGORITHMS
     codes = (
         dict.fromkeys(algorithms, 0)

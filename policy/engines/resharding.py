@@ -36,7 +36,7 @@ _LAUNCHER = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Layout:
+class Sharding:
     """How a checkpoint's state is spread."""
 
     engine: str
@@ -45,10 +45,10 @@ class Layout:
     offload: str
 
     @staticmethod
-    def of(engine: EngineConfig) -> "Layout":
+    def of(engine: EngineConfig) -> "Sharding":
         """This launch's."""
         stage = engine.zero_stage if engine.kind is EngineKind.deepspeed else 0
-        return Layout(engine.kind.value, stage, distributed.world_size(), engine.offload.value)
+        return Sharding(engine.kind.value, stage, distributed.world_size(), engine.offload.value)
 
     def __str__(self) -> str:
         name = (
@@ -63,14 +63,14 @@ def record(directory: Path, engine: EngineConfig) -> None:
     sealed.
     """
     (directory / LAYOUT).write_text(
-        json.dumps(dataclasses.asdict(Layout.of(engine))) + "\n", encoding="utf-8"
+        json.dumps(dataclasses.asdict(Sharding.of(engine))) + "\n", encoding="utf-8"
     )
 
 
-def recorded(directory: Path) -> Layout | None:
+def recorded(directory: Path) -> Sharding | None:
     """The layout that a checkpoint was saved in; None where it is older than the record."""
     path = directory / LAYOUT
-    return Layout(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return Sharding(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def ready(checkpoint: Path, engine: EngineConfig) -> tuple[Path, str | None]:
@@ -81,7 +81,7 @@ def ready(checkpoint: Path, engine: EngineConfig) -> tuple[Path, str | None]:
     loading would run what DeepSpeed never wrote.
     """
     check_pickles(checkpoint)
-    saved, now = recorded(checkpoint), Layout.of(engine)
+    saved, now = recorded(checkpoint), Sharding.of(engine)
     if saved is None:
         _check_unrecorded(checkpoint, now)
     if saved is None or dataclasses.replace(saved, offload=now.offload) == now:
@@ -97,7 +97,7 @@ def ready(checkpoint: Path, engine: EngineConfig) -> tuple[Path, str | None]:
     ), f"checkpoint {checkpoint.name} was saved by {saved}; its universal form is loaded by {now}"
 
 
-def _check_unrecorded(checkpoint: Path, now: Layout) -> None:
+def _check_unrecorded(checkpoint: Path, now: Sharding) -> None:
     """A checkpoint from before layouts were recorded goes on as it was saved; its ranks are counted
     by their files. Raises UserError.
     """
@@ -129,7 +129,7 @@ def agreed(checkpoint: Path, engine: EngineConfig) -> Path:
     return place
 
 
-def _refuse(checkpoint: Path, saved: Layout, now: Layout) -> None:
+def _refuse(checkpoint: Path, saved: Sharding, now: Sharding) -> None:
     """Raises UserError for a change of layout that no conversion covers."""
     why = None
     if saved.engine != now.engine:
@@ -183,7 +183,7 @@ def deepspeed_roots(checkpoint: Path) -> list[Path]:
     )
 
 
-def universal(checkpoint: Path, saved: Layout) -> Path:
+def universal(checkpoint: Path, saved: Sharding) -> Path:
     """The universal form of a sealed checkpoint, under ``universal/`` beside it: converted at the
     first call, the original untouched.
 

@@ -24,7 +24,7 @@ _ITERATIONS = 200  # at most, of expectation-maximisation
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ItemLabel:
     """What an item's annotators say together."""
 
     item: str
@@ -53,9 +53,9 @@ class Annotator:
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """Verdicts in the items' order, annotators by name."""
+    """Labels in the items' order, annotators by name."""
 
-    verdicts: list[Verdict]
+    labels: list[ItemLabel]
     annotators: list[Annotator]
     iterations: int | None = None  # of dawid_skene
     converged: bool | None = None
@@ -93,11 +93,11 @@ def _shares(table: dict[Any, Counter[Any]]) -> dict[Any, dict[Any, float]]:
 def majority(labels: Sequence[Label]) -> Aggregation:
     """The most frequent label of each item. Raises ValueError for a repeated judgement."""
     votes = votes_by_item(labels)
-    verdicts = []
+    decided = []
     for item, counted in votes.items():
         first = leading(counted)
-        verdicts.append(
-            Verdict(
+        decided.append(
+            ItemLabel(
                 item=item,
                 label=first[0] if len(first) == 1 else None,
                 confidence=counted[first[0]] / counted.total(),
@@ -124,17 +124,17 @@ def majority(labels: Sequence[Label]) -> Aggregation:
         annotators.append(
             Annotator(name, judged[name], right / compared if compared else None, _shares(rows))
         )
-    return Aggregation(verdicts, annotators)
+    return Aggregation(decided, annotators)
 
 
-def _verdict(
+def _item_label(
     item: str, votes: Counter[Any], names: Sequence[Hashable], probabilities: Sequence[float]
-) -> Verdict:
+) -> ItemLabel:
     best = max(probabilities)
     first = tuple(name for name, p in zip(names, probabilities, strict=True) if best - p <= _SAME)
     tied = first if len(first) > 1 else ()
     shares = {name: float(p) for name, p in zip(names, probabilities, strict=True)}
-    return Verdict(item, None if tied else first[0], float(best), _ordered(votes), tied, shares)
+    return ItemLabel(item, None if tied else first[0], float(best), _ordered(votes), tied, shares)
 
 
 def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggregation:
@@ -167,8 +167,8 @@ def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggre
     probabilities = model.probas_.reindex(
         index=range(len(items)), columns=range(len(names)), fill_value=0.0
     ).to_numpy()
-    verdicts = [
-        _verdict(item, counted, names, probabilities[items[item]])
+    decided = [
+        _item_label(item, counted, names, probabilities[items[item]])
         for item, counted in votes.items()
     ]
     priors = model.priors_.reindex(range(len(names)), fill_value=0.0).to_numpy()
@@ -194,4 +194,4 @@ def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggre
             )
         )
     done = len(model.loss_history_)
-    return Aggregation(verdicts, annotators, iterations=done, converged=done < iterations)
+    return Aggregation(decided, annotators, iterations=done, converged=done < iterations)

@@ -37,7 +37,7 @@ _EDGE = 1e-9  # how near to 0 and 1 an interval's ends are looked for
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ABPlan:
     """What was decided before the first label."""
 
     # the win rate among decided pairs that is to be found is 1/2 + effect, or 1/2 - effect
@@ -222,7 +222,7 @@ def fixed_pairs(effect: float, alpha: float, power: float, ties: float) -> int:
     return math.ceil((wanted / distance) ** 2)
 
 
-def plan(effect: float, alpha: float, power: float, ties: float) -> Plan:
+def plan(effect: float, alpha: float, power: float, ties: float) -> ABPlan:
     """How many prompts to label so that `sequential_test` finds the effect with the stated power,
     however often it looks.
 
@@ -258,7 +258,7 @@ def plan(effect: float, alpha: float, power: float, ties: float) -> Plan:
             break
         most *= 2
     pairs = _least(1, most, lambda n: _after(n, found, ties) >= power)
-    return Plan(
+    return ABPlan(
         effect=effect,
         alpha=alpha,
         power=power,
@@ -271,9 +271,9 @@ def plan(effect: float, alpha: float, power: float, ties: float) -> Plan:
     )
 
 
-def plan_of(figures: Mapping[str, Any]) -> Plan:
-    """What `Plan.figures` wrote. Raises UserError for anything else."""
-    names = [f.name for f in dataclasses.fields(Plan)]
+def plan_of(figures: Mapping[str, Any]) -> ABPlan:
+    """What `ABPlan.figures` wrote. Raises UserError for anything else."""
+    names = [f.name for f in dataclasses.fields(ABPlan)]
     lacking = [
         name
         for name in names
@@ -284,7 +284,7 @@ def plan_of(figures: Mapping[str, Any]) -> Plan:
             f"the plan of the A/B test has no number for {', '.join(lacking)}: expected what "
             "stage=label label.ab.enabled=true wrote."
         )
-    return Plan(**{name: figures[name] for name in names})
+    return ABPlan(**{name: figures[name] for name in names})
 
 
 def outcomes(
@@ -389,7 +389,7 @@ def _checked(given: Sequence[float]) -> np.ndarray:
 
 def sequential_test(
     given: Sequence[float],
-    planned: Plan | None = None,
+    planned: ABPlan | None = None,
     *,
     alpha: float | None = None,
     identical: int = 0,

@@ -15,12 +15,12 @@ holds them; a share without cases is null.
         random, so 1/2 is expected; p: exact binomial test
         longer       {n, share, low, high, model, verdicts}: votes between answers of unequal
         length, and for the longer; how often the scores of
-                     the export and how often the verdicts prefer the longer one in the same pairs
+                     the export and how often the pairs' results prefer the longer one in the same pairs
         model        {n, share, low, high}: votes on pairs with unequal scores, and for the higher
         score
         fast         {n, share}: labels with a time, and faster than the answers can be read (100
         characters a second)
-        reliability  what label.aggregate holds of the annotator (rlhf.labels.verdicts)
+        reliability  what label.aggregate holds of the annotator (rlhf.labels.pairs)
         suspicions   in words; [] for nothing
     agreement    rlhf.data.agreement's figures over the votes that count (first, tie, second:
     ordinal for Krippendorff's alpha)
@@ -39,9 +39,9 @@ from typing import Any
 from rlhf.data.agreement import Agreement, Label, Level, agreement
 from rlhf.data.report.texts import wilson
 from rlhf.labels.checking import CHOICES, Checked, Ledgers, Outcome
+from rlhf.labels.pairs import Aggregated, Fate, Vote, Votes, comparisons
 from rlhf.labels.records import Role, Task, Verdict
 from rlhf.labels.store import Stored
-from rlhf.labels.verdicts import Aggregated, Fate, Vote, Votes, comparisons
 
 READING = 100.0  # characters a second, about 1,200 words a minute: nobody reads faster
 _FEW = 5  # cases below which nothing is suspected
@@ -152,7 +152,7 @@ def _left(shown: Counter[Verdict]) -> Figures:
 
 
 def _longer(
-    votes: Sequence[Vote], situation: Situation, verdicts: Mapping[str, Outcome | None]
+    votes: Sequence[Vote], situation: Situation, results: Mapping[str, Outcome | None]
 ) -> Figures:
     own, model, settled = [], [], []
     for vote in votes:
@@ -163,8 +163,8 @@ def _longer(
         own.append(vote.outcome is longer)
         if first.score is not None and second.score is not None and first.score != second.score:
             model.append((first.score > second.score) is (longer is Outcome.first))
-        if verdicts.get(vote.pair) in (Outcome.first, Outcome.second):
-            settled.append(verdicts[vote.pair] is longer)
+        if results.get(vote.pair) in (Outcome.first, Outcome.second):
+            settled.append(results[vote.pair] is longer)
     part = {
         "model": sum(model) / len(model) if model else None,
         "verdicts": sum(settled) / len(settled) if settled else None,
@@ -235,7 +235,7 @@ def agreement_of(votes: Iterable[Vote], seed: int) -> Agreement:
 def annotators(situation: Situation, agreed: Agreement) -> list[Figures]:
     """Each annotator's figures, by name."""
     ledgers, labels = situation.ledgers, situation.labels
-    verdicts = {verdict.pair.id: verdict.outcome for verdict in situation.aggregated.verdicts}
+    results = {result.pair.id: result.outcome for result in situation.aggregated.results}
     known, twice, others = (
         gold(ledgers, labels),
         itself(ledgers, labels),
@@ -270,7 +270,7 @@ def annotators(situation: Situation, agreed: Agreement) -> list[Figures]:
             "others": others.get(name, share(0, 0)),
             "cohen": sum(kappa * n for kappa, n in kappas) / items if items else None,
             "left": _left(shown),
-            "longer": _longer(votes, situation, verdicts),
+            "longer": _longer(votes, situation, results),
             "model": _model(votes, situation),
             "fast": _fast(own, ledgers),
             "reliability": situation.aggregated.reliability.get(name),
@@ -288,7 +288,7 @@ def pairs(situation: Situation) -> dict[str, int]:
         if label.annotator not in situation.without and label.outcome not in _SILENT
     }
     asked = {task.id for _, task in situation.ledgers.tasks.values() if task.role is Role.main}
-    disputed = sum(verdict.disputed for verdict in situation.aggregated.verdicts)
+    disputed = sum(result.disputed for result in situation.aggregated.results)
     return {
         "judged": len(situation.fates),
         **{fate.value: fates[fate] for fate in Fate},
@@ -346,7 +346,7 @@ def annotator_rows(figures: Iterable[Figures]) -> list[dict[str, Any]]:
 
 
 def bias_rows(figures: Iterable[Figures]) -> list[dict[str, Any]]:
-    """A table's rows: what the choices go with. The longer answer: against how often the verdicts
+    """A table's rows: what the choices go with. The longer answer: against how often the pairs' results
     and the scores prefer it in the same pairs.
     """
     out = []

@@ -7,8 +7,8 @@ A line is a line of the export's tasks.jsonl (ledger.task_row) and, beside it,
     labels   who said what so far: {export, task, annotator, counts, outcome, ranking, comment,
     time}; places are those of `answers`
 
-A task is in the queue while its verdict is split or below label.min_confidence; for mere
-disagreement it goes out again once only: when labels of a second export have come, the verdict
+A task is in the queue while its result is split or below label.min_confidence; for mere
+disagreement it goes out again once only: when labels of a second export have come, the result
 stands. Of a ranking, disagreement is who the best one is: orders of several answers are hardly ever
 equal.
 """
@@ -19,9 +19,9 @@ from typing import Any
 from conf.choices import LabelKind
 from rlhf.labels.checking import Checked, Outcome
 from rlhf.labels.ledger import task_row
+from rlhf.labels.pairs import Fate, PairResult
 from rlhf.labels.records import Role, Task
 from rlhf.labels.report import Situation
-from rlhf.labels.verdicts import Fate, Verdict
 from rlhf.process.hashing import digest
 
 
@@ -35,23 +35,23 @@ def _best(label: Checked) -> object:
 
 
 def _why(
-    verdicts: list[Verdict], situation: Situation, kind: LabelKind, labels: list[Checked]
+    results: list[PairResult], situation: Situation, kind: LabelKind, labels: list[Checked]
 ) -> list[str]:
     out = []
-    for verdict in verdicts:
+    for result in results:
         votes = ", ".join(
             f"{n} {outcome.value}"
-            for outcome, n in sorted(verdict.votes.items(), key=lambda pair: pair[0].value)
+            for outcome, n in sorted(result.votes.items(), key=lambda pair: pair[0].value)
         )
-        fate = situation.fates[verdict.pair.id]
+        fate = situation.fates[result.pair.id]
         if fate is Fate.split:
             out.append(f"split: {votes}")
         elif fate is Fate.unsure:
-            out.append(f"confidence {verdict.confidence:.3f}: {votes}")
+            out.append(f"confidence {result.confidence:.3f}: {votes}")
         elif (
             fate is not Fate.few_labels
-            and verdict.disputed
-            and situation.votes.asked[verdict.pair.id] == 1
+            and result.disputed
+            and situation.votes.asked[result.pair.id] == 1
             and kind is LabelKind.pair
         ):
             out.append(f"annotators differ: {votes}")
@@ -69,9 +69,9 @@ def _why(
 
 def review_rows(situation: Situation) -> list[dict[str, Any]]:
     """The queue, in the order of the exports and their tasks."""
-    by_task: dict[str, list[Verdict]] = defaultdict(list)
-    for verdict in situation.aggregated.verdicts:
-        by_task[verdict.pair.task].append(verdict)
+    by_task: dict[str, list[PairResult]] = defaultdict(list)
+    for result in situation.aggregated.results:
+        by_task[result.pair.task].append(result)
     said: dict[str, list[Checked]] = defaultdict(list)
     for label in situation.labels:
         said[question_id(situation.ledgers.tasks[label.task][1])].append(label)

@@ -30,9 +30,9 @@ from rlhf.data.prepare.store import line
 from rlhf.labels import store
 from rlhf.labels.card import export_entry, make_card, markdown
 from rlhf.labels.checking import Ledgers
+from rlhf.labels.pairs import Fate, aggregate, collect, fate, held_out, preference_row
 from rlhf.labels.report import Situation, below_gold, gold
 from rlhf.labels.review import review_rows
-from rlhf.labels.verdicts import Fate, aggregate, collect, fate, held_out, preference_row
 from rlhf.process.hashing import digest, sha256
 from rlhf.types import UserError
 
@@ -42,7 +42,7 @@ _FORMAT = 1  # of the files; a change makes new versions of old labels
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What verdicts and rows depend on beside the labels (conf.labelling.LabelConfig)."""
+    """What results and rows depend on beside the labels (conf.labelling.LabelConfig)."""
 
     aggregate: LabelAggregate = LabelAggregate.majority
     min_labels: int = 1
@@ -79,7 +79,7 @@ class Version:
 
 
 def settle(ledgers: Ledgers, stored: Sequence[store.Stored], settings: Settings) -> Situation:
-    """Verdicts of all labels, and what becomes of each pair."""
+    """Results of all labels, and what becomes of each pair."""
     labels = [one.label for one in stored if one.counts]
     without = below_gold(gold(ledgers, labels), settings.min_gold_accuracy)
     everybody = collect(ledgers, labels)
@@ -87,13 +87,13 @@ def settle(ledgers: Ledgers, stored: Sequence[store.Stored], settings: Settings)
         settings.aggregate, collect(ledgers, labels, without) if without else everybody
     )
     fates = {
-        verdict.pair.id: fate(
-            verdict,
+        result.pair.id: fate(
+            result,
             min_labels=settings.min_labels,
             min_confidence=settings.min_confidence,
             strength=settings.strength,
         )
-        for verdict in found.verdicts
+        for result in found.results
     }
     return Situation(ledgers, stored, everybody, found, fates, without)
 
@@ -102,12 +102,12 @@ def preference_rows(situation: Situation, settings: Settings) -> dict[str, list[
     """Rows of train.jsonl and eval.jsonl, in the order of their exports' tasks."""
     place = {task: i for i, task in enumerate(situation.ledgers.tasks)}
     out: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-    for verdict in sorted(
-        situation.aggregated.verdicts, key=lambda v: (v.pair.export, place[v.pair.task], v.pair.id)
+    for result in sorted(
+        situation.aggregated.results, key=lambda v: (v.pair.export, place[v.pair.task], v.pair.id)
     ):
-        if situation.fates[verdict.pair.id] is Fate.used:
-            side = "eval" if held_out(verdict.pair.prompt, settings.eval_fraction) else "train"
-            out[side].append(preference_row(verdict, settings.strength))
+        if situation.fates[result.pair.id] is Fate.used:
+            side = "eval" if held_out(result.pair.prompt, settings.eval_fraction) else "train"
+            out[side].append(preference_row(result, settings.strength))
     return out
 
 

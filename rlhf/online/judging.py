@@ -18,7 +18,7 @@ from policy.saving import replacing
 from reward.compose import CompositeScorer
 from reward.scorer import FunctionScorer, RewardModelScorer
 from rlhf.data import reading
-from rlhf.online.watch import Alarm, Judgement, Watch
+from rlhf.online.watch import Alarm, HeldOutScores, Watch
 from rlhf.process import distributed
 from rlhf.run.plots import plot_frontier
 from rlhf.types import Generator, Prompt, Scorer
@@ -41,7 +41,7 @@ class HeldOutJudge:
     # changes
     seed: int
 
-    def __call__(self, generator: Generator) -> Judgement:
+    def __call__(self, generator: Generator) -> HeldOutScores:
         """One response per prompt from the weights that `generator` holds; over all ranks, in the
         order of the prompts. A collective.
         """
@@ -55,7 +55,7 @@ class HeldOutJudge:
             [r.finish_reason == "length" for r in rollouts],
         )
         parts = distributed.gather(mine)
-        return Judgement(
+        return HeldOutScores(
             *([value for part in parts for value in part[i]] for i in range(len(mine)))
         )
 

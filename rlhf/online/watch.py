@@ -87,7 +87,7 @@ def response_statistics(
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class HeldOutScores:
     """What held-out responses are worth, one entry per prompt: the same prompts in the same order
     each time.
     """
@@ -185,7 +185,7 @@ class Watch:
         self.cfg = cfg
         self.points: dict[int, Point] = {}
         # the last ones, at most cfg.divergence_judgements
-        self._judgements: list[tuple[int, Judgement]] = []
+        self._judgements: list[tuple[int, HeldOutScores]] = []
         self._truncated: list[float] = []  # shares of the last steps, at most cfg.window
         self._first_entropies: list[float] = []  # at most cfg.window
         self._holding: set[Rule] = set()
@@ -200,7 +200,7 @@ class Watch:
         ]
         return max(judged)[1] if judged else None
 
-    def judged(self, step: int, judgement: Judgement) -> list[Alarm]:
+    def judged(self, step: int, judgement: HeldOutScores) -> list[Alarm]:
         """The policy after `step` updates was judged (0: before the first)."""
         self._point(step).judge = statistics.fmean(judgement.scores)
         # A resumed run may have been told to judge more prompts: only the same prompts make a
@@ -314,7 +314,7 @@ class Watch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.points = {values[0]: Point(*values) for values in state["points"]}
-        self._judgements = [(step, Judgement(*values)) for step, *values in state["judgements"]]
+        self._judgements = [(step, HeldOutScores(*values)) for step, *values in state["judgements"]]
         self._truncated = list(state["truncated"])
         self._first_entropies = list(state["first_entropies"])
         self._holding = {Rule(name) for name in state["holding"]}

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.proofs import algorithms as proof_algorithms
-from benchmarks.proofs.algorithms import ALGORITHMS, Plan, check_algorithm, compare
+from benchmarks.proofs.algorithms import ALGORITHMS, ProofRuns, check_algorithm, compare
 from benchmarks.proofs.common import read_run
 from rlhf.cli import config
 from tests.benchmarks.test_proofs import change_summary, failed
@@ -45,9 +45,9 @@ def write_run(folder: Path, metrics: dict[str, Any]) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
 
 
-def write_all(runs: Path) -> Plan:
+def write_all(runs: Path) -> ProofRuns:
     """The runs of a proof that passes."""
-    plan = Plan(runs, 0)
+    plan = ProofRuns(runs, 0)
     for algorithm in ALGORITHMS:
         write_run(plan.folder / algorithm, {})
         write_run(plan.evaluation(algorithm), GOOD)

@@ -23,7 +23,7 @@ def triples(**rows: str) -> list[Label]:
 
 def test_majority_keeps_ties() -> None:
     found = majority(triples(a="yyn.", b="ynny", c="ynyn", d="ny.."))
-    one, two, three, four = found.verdicts
+    one, two, three, four = found.labels
     assert (one.label, one.confidence, one.votes, one.tied) == ("y", 0.75, {"y": 3, "n": 1}, ())
     assert (two.label, two.confidence, two.tied) == (None, 0.5, ("n", "y"))
     assert (three.label, three.confidence) == ("n", pytest.approx(2 / 3))
@@ -56,15 +56,15 @@ def planted(items: int, seed: int = 0) -> tuple[list[Label], list[bool]]:
     return out, truth
 
 
-def right(verdicts: list, truth: list[bool]) -> float:
-    return sum(v.label is true for v, true in zip(verdicts, truth, strict=True)) / len(truth)
+def right(labels: list, truth: list[bool]) -> float:
+    return sum(v.label is true for v, true in zip(labels, truth, strict=True)) / len(truth)
 
 
 def test_dawid_skene_finds_who_guesses() -> None:
     labels, truth = planted(400)
     model, votes = dawid_skene(labels), majority(labels)
     assert model.converged
-    assert right(model.verdicts, truth) > 0.93 > right(votes.verdicts, truth) + 0.05
+    assert right(model.labels, truth) > 0.93 > right(votes.labels, truth) + 0.05
     accuracy = {a.name: a.accuracy for a in model.annotators}
     assert all(abs((accuracy[name] or 0) - 0.95) < 0.04 for name in ("good1", "good2"))
     assert all(abs((accuracy[f"guess{j}"] or 0) - 0.5) < 0.08 for j in range(3))
@@ -80,14 +80,14 @@ def test_dawid_skene_is_sure_where_it_should_be() -> None:
     labels, truth = planted(400)
     sure = [
         (v, true)
-        for v, true in zip(dawid_skene(labels).verdicts, truth, strict=True)
+        for v, true in zip(dawid_skene(labels).labels, truth, strict=True)
         if v.confidence > 0.99
     ]
     assert len(sure) > 200 and sum(v.label is true for v, true in sure) / len(sure) > 0.98
 
 
 def test_dawid_skene_keeps_ties_and_refuses_nothing() -> None:
-    tied = dawid_skene(triples(a="y", b="n")).verdicts[0]
+    tied = dawid_skene(triples(a="y", b="n")).labels[0]
     assert tied.label is None and tied.tied == ("n", "y") and tied.confidence == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no labels"):
         dawid_skene([])
@@ -116,12 +116,12 @@ def test_order_changes_nothing(rows: list[list], rng: random.Random) -> None:
         return
     shuffled = rng.sample(labels, len(labels))
     for aggregate in (majority, dawid_skene):
-        one, other = ({v.item: v for v in aggregate(rows).verdicts} for rows in (labels, shuffled))
+        one, other = ({v.item: v for v in aggregate(rows).labels} for rows in (labels, shuffled))
         assert one.keys() == other.keys()
-        for item, verdict in one.items():
-            assert verdict.votes == other[item].votes and sum(verdict.votes.values()) == sum(
+        for item, found in one.items():
+            assert found.votes == other[item].votes and sum(found.votes.values()) == sum(
                 label.item == item for label in labels
             )
-            assert verdict.confidence == pytest.approx(other[item].confidence, abs=1e-6)
+            assert found.confidence == pytest.approx(other[item].confidence, abs=1e-6)
             if aggregate is majority:
-                assert verdict == other[item]
+                assert found == other[item]

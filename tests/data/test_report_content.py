@@ -35,7 +35,7 @@ from rlhf.data.report.noise import (
     repetition_problem,
 )
 from rlhf.data.report.origins import origins
-from rlhf.data.report.records import Section, Settings, Severity, Verdict
+from rlhf.data.report.records import Section, Settings, Severity, StandardResult
 from rlhf.data.report.standards import accuracy, enough, kappa
 from rlhf.data.report.suspects import suspects
 from rlhf.data.report.templates import role_problem, templates
@@ -431,7 +431,7 @@ def test_kappa_of_two_annotators_is_cohens() -> None:
     )
     verdict = kappa(section)
     assert (
-        verdict.verdict is Verdict.failed
+        verdict.verdict is StandardResult.failed
         and verdict.found == "Cohen's kappa 0.500"
         and "Landis" in verdict.source
     )
@@ -444,13 +444,13 @@ def test_agreeing_annotators_pass_and_one_annotator_is_not_measurable() -> None:
     )
     assert (
         section.figures["kappa"] == {"name": "Fleiss' kappa", "value": pytest.approx(1.0)}
-        and kappa(section).verdict is Verdict.passed
+        and kappa(section).verdict is StandardResult.passed
     )
     alone = annotators(voted(("1", "x", True), ("2", "x", False)), UNPAIRED)
-    assert alone.unmeasured is not None and kappa(alone).verdict is Verdict.unknown
+    assert alone.unmeasured is not None and kappa(alone).verdict is StandardResult.unknown
     always = annotators(voted(("1", "x", True), ("1", "y", True)), UNPAIRED)
     assert (
-        kappa(always).verdict is Verdict.unknown
+        kappa(always).verdict is StandardResult.unknown
         and "every label is the same" in kappa(always).found
     )
 
@@ -503,9 +503,12 @@ def test_gold_labels(columns: dict[str, Any], kind: Use, expected: bool | None) 
 
 
 @pytest.mark.parametrize(
-    ("right", "verdict"), [(96, Verdict.passed), (95, Verdict.failed), (40, Verdict.failed)]
+    ("right", "verdict"),
+    [(96, StandardResult.passed), (95, StandardResult.failed), (40, StandardResult.failed)],
 )
-def test_accuracy_against_gold_must_be_above_95_percent(right: int, verdict: Verdict) -> None:
+def test_accuracy_against_gold_must_be_above_95_percent(
+    right: int, verdict: StandardResult
+) -> None:
     rows = items(
         *(
             {"prompt": "p", "completion": str(i), "label": True, "gold": i < right}
@@ -517,23 +520,25 @@ def test_accuracy_against_gold_must_be_above_95_percent(right: int, verdict: Ver
         range(right + 1, 101)
     )
     assert accuracy(section).verdict is verdict and f"{right}.0% of 100" in accuracy(section).found
-    assert accuracy(gold(items({"text": "a"}), SFT)).verdict is Verdict.unknown
+    assert accuracy(gold(items({"text": "a"}), SFT)).verdict is StandardResult.unknown
 
 
 @pytest.mark.parametrize(
     ("rows", "task", "verdict"),
     [
-        (999, TaskClass.simple, Verdict.failed),
-        (1000, TaskClass.simple, Verdict.passed),
-        (9000, TaskClass.simple, Verdict.passed),
-        (4999, TaskClass.medium, Verdict.failed),
-        (5000, TaskClass.medium, Verdict.passed),
-        (19999, TaskClass.complex, Verdict.failed),
-        (20000, TaskClass.complex, Verdict.passed),
-        (20000, None, Verdict.unknown),
+        (999, TaskClass.simple, StandardResult.failed),
+        (1000, TaskClass.simple, StandardResult.passed),
+        (9000, TaskClass.simple, StandardResult.passed),
+        (4999, TaskClass.medium, StandardResult.failed),
+        (5000, TaskClass.medium, StandardResult.passed),
+        (19999, TaskClass.complex, StandardResult.failed),
+        (20000, TaskClass.complex, StandardResult.passed),
+        (20000, None, StandardResult.unknown),
     ],
 )
-def test_enough_rows_for_the_task(rows: int, task: TaskClass | None, verdict: Verdict) -> None:
+def test_enough_rows_for_the_task(
+    rows: int, task: TaskClass | None, verdict: StandardResult
+) -> None:
     assert enough(rows, task).verdict is verdict
 
 

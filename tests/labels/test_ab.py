@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from rlhf.labels import ab
-from rlhf.labels.ab import Plan, outcomes, plan, plan_of, sequential_test
+from rlhf.labels.ab import ABPlan, outcomes, plan, plan_of, sequential_test
 from rlhf.types import UserError
 
 PLAN = plan(0.1, 0.05, 0.8, 0.2)  # the defaults of label.ab
@@ -373,7 +373,7 @@ def test_labels_that_are_refused() -> None:
 def test_a_plan_is_quick_and_small_effects_still_fit() -> None:
     small = plan(0.02, 0.05, 0.8, 0.2)
     assert (
-        isinstance(small, Plan)
+        isinstance(small, ABPlan)
         and small.fixed == 6130
         and small.fixed < small.pairs < 1.5 * small.fixed
     )

@@ -16,11 +16,11 @@ from rlhf.labels.ab_labels import judged, policies
 from rlhf.labels.card import markdown
 from rlhf.labels.checking import Checked, Outcome
 from rlhf.labels.ledger import task_of
+from rlhf.labels.pairs import Fate
 from rlhf.labels.records import Answer, Export
 from rlhf.labels.report import Situation, annotator_rows, report
 from rlhf.labels.review import review_rows
 from rlhf.labels.store import Stored
-from rlhf.labels.verdicts import Fate
 from rlhf.types import UserError
 from tests.labels.labels import export_of, label, ledgers_of, on_disk, pairs
 
@@ -155,8 +155,8 @@ def test_labels_of_those_who_fail_gold_do_not_count() -> None:
         situation_of(export, labels, min_gold_accuracy=0.7),
     )
     assert strict.without == {"lefty"}
-    assert {verdict.labels for verdict in everybody.aggregated.verdicts} == {3}
-    assert {verdict.labels for verdict in strict.aggregated.verdicts} == {2}
+    assert {result.labels for result in everybody.aggregated.results} == {3}
+    assert {result.labels for result in strict.aggregated.results} == {2}
     found = figures_of(strict)
     assert [found[name]["counts"] for name in ("ann", "bob", "lefty")] == [True, True, False]
     assert found["lefty"]["labels"] == 50, "they stay in the report"
@@ -224,8 +224,8 @@ def test_the_review_queue_goes_out_again_once() -> None:
     )
     second = [label(again.tasks[0], "bad 1", "dan"), label(again.tasks[1], "good answer 2", "dan")]
     both = situation_of([export, again], labels + second)
-    assert review_rows(both) == [], "two to one and three to one, asked twice: the verdicts stand"
-    assert {both.fates[v.pair.id] for v in both.aggregated.verdicts} == {Fate.used}
+    assert review_rows(both) == [], "two to one and three to one, asked twice: the results stand"
+    assert {both.fates[v.pair.id] for v in both.aggregated.results} == {Fate.used}
     open_again = review_rows(
         situation_of(
             [export, again], [*labels, *second, label(again.tasks[0], "good answer 1", "eve")]

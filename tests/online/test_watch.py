@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from conf.choices import Action, Rule
 from conf.stages import WatchConfig
 from rlhf.online.watch import (
-    Judgement,
+    HeldOutScores,
     Point,
     Trend,
     Watch,
@@ -41,8 +41,8 @@ def rollout(prompt: str, tokens: int, text: str = "ab", finished: bool = True) -
     )
 
 
-def judgement(scores: Sequence[float], proxies: Sequence[float]) -> Judgement:
-    return Judgement(list(scores), list(proxies), [4] * len(scores), [False] * len(scores))
+def judgement(scores: Sequence[float], proxies: Sequence[float]) -> HeldOutScores:
+    return HeldOutScores(list(scores), list(proxies), [4] * len(scores), [False] * len(scores))
 
 
 def metrics(
@@ -331,7 +331,7 @@ def test_more_prompts_after_a_resume_start_a_new_trend() -> None:
 
 
 def test_a_judgements_figures() -> None:
-    found = Judgement([1.0, 3.0], [2.0, 4.0], [3, 5], [True, False]).metrics()
+    found = HeldOutScores([1.0, 3.0], [2.0, 4.0], [3, 5], [True, False]).metrics()
     assert found == {
         "judge/score": 2.0,
         "judge/score_se": pytest.approx(1.0),

@@ -25,7 +25,7 @@ from rlhf.online.judging import (
     held_out,
     share_out,
 )
-from rlhf.online.watch import Judgement
+from rlhf.online.watch import HeldOutScores
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
@@ -98,7 +98,7 @@ def test_held_out_prompts_are_different_and_shared_out_in_order() -> None:
 def test_judge_and_proxy_score_the_same_responses_with_the_same_seed_each_time() -> None:
     generator = FakeGenerator()
     judge = HeldOutJudge([prompt("p2"), prompt("p3")], Lengths(-1.0), Lengths(1.0), seed=5)
-    expected = Judgement([-2.0, -3.0], [2.0, 3.0], [2, 3], [False, True])
+    expected = HeldOutScores([-2.0, -3.0], [2.0, 3.0], [2, 3], [False, True])
     assert judge(generator) == judge(generator) == expected
     assert generator.calls == [(["p2", "p3"], 1, 5, False)] * 2
 
@@ -185,9 +185,9 @@ class Scripted:
     def __init__(self, *said: tuple[float, float]) -> None:
         self.said = list(said)
 
-    def __call__(self, generator: object) -> Judgement:
+    def __call__(self, generator: object) -> HeldOutScores:
         judge, proxy = self.said.pop(0)
-        return Judgement([judge, judge + 0.1, judge - 0.1], [proxy] * 3, [4] * 3, [False] * 3)
+        return HeldOutScores([judge, judge + 0.1, judge - 0.1], [proxy] * 3, [4] * 3, [False] * 3)
 
 
 def watching(folder: Path, judge: Any, weights: list[int], **options: Any) -> Watching:

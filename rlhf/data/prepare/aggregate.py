@@ -10,7 +10,7 @@ from conf.preparation.annotation import Aggregate, Method
 from rlhf.data.aggregation import (
     Aggregation,
     Annotator,
-    Verdict,
+    ItemLabel,
     dawid_skene,
     majority,
     votes_by_item,
@@ -67,7 +67,7 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
             "can't tie. Set it to null."
         )
     labels = [label for subject in found if not subject.reviewed for label in subject.labels()]
-    verdicts = _verdicts(options, labels, context) if labels else {}
+    decided = _item_labels(options, labels, context) if labels else {}
     counts = {
         "rows": len(labels),
         "items": len(found),
@@ -83,18 +83,18 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
             counts["reviewed"] += 1
             label, confidence, given = subject.judgements[0].label, 1.0, 1
         else:
-            verdict = verdicts[subject.id]
-            problem = _problem(options, verdict)
+            chosen = decided[subject.id]
+            problem = _problem(options, chosen)
             if problem is not None:
                 counts[problem[0]] += 1
                 reject(subject, problem[1], context)
                 continue
             label = (
                 typed(options.tie_label, [row.label for row in labels])
-                if verdict.tied and options.tie_label is not None
-                else verdict.label
+                if chosen.tied and options.tie_label is not None
+                else chosen.label
             )
-            confidence, given = verdict.confidence, sum(verdict.votes.values())
+            confidence, given = chosen.confidence, sum(chosen.votes.values())
         counts["kept"] += 1
         for row in subject.rows[1:]:
             context.rejected(
@@ -109,7 +109,7 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
         )
 
 
-def _verdicts(options: Aggregate, labels: list[Label], context: Context) -> dict[str, Verdict]:
+def _item_labels(options: Aggregate, labels: list[Label], context: Context) -> dict[str, ItemLabel]:
     """By item. Writes the figures."""
     order = [typed(name, [label.label for label in labels]) for name in options.order] or None
     try:
@@ -130,22 +130,22 @@ def _verdicts(options: Aggregate, labels: list[Label], context: Context) -> dict
         iterations=result.iterations,
         converged=result.converged,
     )
-    return {verdict.item: verdict for verdict in result.verdicts}
+    return {decided.item: decided for decided in result.labels}
 
 
-def _problem(options: Aggregate, verdict: Verdict) -> tuple[str, str] | None:
+def _problem(options: Aggregate, chosen: ItemLabel) -> tuple[str, str] | None:
     """Which count an item that is rejected adds to, and why."""
-    given = sum(verdict.votes.values())
+    given = sum(chosen.votes.values())
     if given < options.min_labels:
         return "few_labels", f"labels of the item: {given}, min_labels={options.min_labels}"
-    if verdict.tied and options.tie_label is None:
+    if chosen.tied and options.tie_label is None:
         return (
             "ties",
-            f"its annotators tie between {', '.join(repr(str(label)) for label in verdict.tied)}",
+            f"its annotators tie between {', '.join(repr(str(label)) for label in chosen.tied)}",
         )
-    if verdict.confidence < options.min_confidence:
+    if chosen.confidence < options.min_confidence:
         return (
             "unsure",
-            f"confidence {verdict.confidence:.3f}, min_confidence={options.min_confidence:g}",
+            f"confidence {chosen.confidence:.3f}, min_confidence={options.min_confidence:g}",
         )
     return None

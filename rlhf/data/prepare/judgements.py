@@ -21,7 +21,7 @@ SIDES = ("a", "b")  # labels of a pair's answers, in the order of their texts
 
 
 @dataclass(slots=True)
-class Judgement:
+class RowJudgement:
     """One row's."""
 
     item: Item
@@ -36,7 +36,7 @@ class Subject:
     id: str
     texts: dict[str, Any]  # content columns; of a pair prompt, a and b
     rows: list[Item] = field(default_factory=list)  # every row that judges it
-    judgements: list[Judgement] = field(default_factory=list)  # one an annotator
+    judgements: list[RowJudgement] = field(default_factory=list)  # one an annotator
 
     @property
     def reviewed(self) -> bool:
@@ -75,14 +75,16 @@ def texts_of(item: Item, options: JudgedOptions, kind: Use) -> dict[str, Any]:
     return {**content, "a": first, "b": second}
 
 
-def _judgement(item: Item, texts: dict[str, Any], options: JudgedOptions, kind: Use) -> Judgement:
+def _judgement(
+    item: Item, texts: dict[str, Any], options: JudgedOptions, kind: Use
+) -> RowJudgement:
     """Raises ValueError saying what the row lacks."""
     name = item.columns.get(options.annotator)
     if name is None or str(name).strip() == "":
         found = "nothing" if options.annotator in item.columns else "no column"
         raise ValueError(f"column {options.annotator!r}: expected who judged, found {found}")
     if by_side(options, kind):
-        return Judgement(item, str(name), "a" if texts["a"] == item.columns["chosen"] else "b")
+        return RowJudgement(item, str(name), "a" if texts["a"] == item.columns["chosen"] else "b")
     column = label_column(options, kind)
     label = item.columns.get(column)
     if label is None or label == "":
@@ -95,7 +97,7 @@ def _judgement(item: Item, texts: dict[str, Any], options: JudgedOptions, kind: 
             f"column {column!r}: expected a text, a number or true/false, found "
             f"{type(label).__name__}"
         )
-    return Judgement(item, str(name), label)
+    return RowJudgement(item, str(name), label)
 
 
 def subject_id(item: Item, texts: dict[str, Any], options: JudgedOptions) -> str:
@@ -146,7 +148,7 @@ def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) ->
     return list(out.values())
 
 
-def _add(subject: Subject, judgement: Judgement, repeats: Repeats, step: str) -> None:
+def _add(subject: Subject, judgement: RowJudgement, repeats: Repeats, step: str) -> None:
     at = next(
         (i for i, j in enumerate(subject.judgements) if j.annotator == judgement.annotator), None
     )

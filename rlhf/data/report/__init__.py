@@ -6,6 +6,23 @@ screen.
 """
 
 from rlhf.data.report.making import make
-from rlhf.data.report.records import Finding, Named, Report, Section, Severity, Standard, Verdict
+from rlhf.data.report.records import (
+    Finding,
+    Named,
+    Report,
+    Section,
+    Severity,
+    Standard,
+    StandardResult,
+)
 
-__all__ = ["Finding", "Named", "Report", "Section", "Severity", "Standard", "Verdict", "make"]
+__all__ = [
+    "Finding",
+    "Named",
+    "Report",
+    "Section",
+    "Severity",
+    "Standard",
+    "StandardResult",
+    "make",
+]

@@ -9,7 +9,7 @@ import html
 from collections.abc import Iterable
 
 from rlhf.data.report.plots import draw
-from rlhf.data.report.records import Finding, Report, Section, Severity, Standard, Verdict
+from rlhf.data.report.records import Finding, Report, Section, Severity, Standard, StandardResult
 from rlhf.data.report.texts import safe
 
 _SHOWN = 20  # rows of a finding on the page; report.json has as many as data.report_rows
@@ -128,7 +128,11 @@ def _remedy(remedy: str) -> str:
 
 
 def _standards(standards: Iterable[Standard]) -> str:
-    marks = {Verdict.passed: "pass", Verdict.failed: "fail", Verdict.unknown: ""}
+    marks = {
+        StandardResult.passed: "pass",
+        StandardResult.failed: "fail",
+        StandardResult.unknown: "",
+    }
     head = "".join(
         f'<th scope="col">{c}</th>'
         for c in ("standard", "verdict", "found", "expected", "set by", "remedy")

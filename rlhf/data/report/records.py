@@ -22,7 +22,7 @@ class Severity(Enum):
     fail = "fail"  # wrong for certain
 
 
-class Verdict(Enum):
+class StandardResult(Enum):
     passed = "pass"
     failed = "fail"
     unknown = "not measurable"
@@ -58,7 +58,7 @@ class Standard:
     """A quality standard with its verdict."""
 
     name: str
-    verdict: Verdict
+    verdict: StandardResult
     found: str
     expected: str
     source: str  # who sets it

@@ -4,7 +4,7 @@ are named in their detectors' files.
 
 from typing import Any
 
-from rlhf.data.report.records import VERSION, Severity, Verdict
+from rlhf.data.report.records import VERSION, Severity, StandardResult
 
 _TEXT = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
@@ -82,7 +82,7 @@ SCHEMA: dict[str, Any] = {
                 "items": _object(
                     {
                         "name": _TEXT,
-                        "verdict": {"enum": [v.value for v in Verdict]},
+                        "verdict": {"enum": [v.value for v in StandardResult]},
                         "found": _TEXT,
                         "expected": _TEXT,
                         "source": {"type": "string", "description": "who sets it"},

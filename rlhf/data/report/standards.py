@@ -5,7 +5,7 @@ and why.
 from collections.abc import Mapping
 
 from conf.choices import TaskClass
-from rlhf.data.report.records import Section, Standard, Verdict
+from rlhf.data.report.records import Section, Standard, StandardResult
 from rlhf.data.report.remedies import REMEDIES
 
 ACCURACY = 0.95
@@ -23,13 +23,18 @@ def accuracy(gold: Section) -> Standard:
     name, expected = "accuracy of labels against gold items", f"above {ACCURACY:.0%}"
     if gold.unmeasured is not None:
         return Standard(
-            name, Verdict.unknown, gold.unmeasured, expected, source, REMEDIES["standard_accuracy"]
+            name,
+            StandardResult.unknown,
+            gold.unmeasured,
+            expected,
+            source,
+            REMEDIES["standard_accuracy"],
         )
     f = gold.figures
     found = f"{f['accuracy']:.1%} of {f['items']} (95 % interval {f['low']:.1%} to {f['high']:.1%})"
     return Standard(
         name,
-        Verdict.passed if f["accuracy"] > ACCURACY else Verdict.failed,
+        StandardResult.passed if f["accuracy"] > ACCURACY else StandardResult.failed,
         found,
         expected,
         source,
@@ -46,7 +51,7 @@ def kappa(annotators: Section) -> Standard:
     if annotators.unmeasured is not None:
         return Standard(
             name,
-            Verdict.unknown,
+            StandardResult.unknown,
             annotators.unmeasured,
             expected,
             source,
@@ -56,10 +61,12 @@ def kappa(annotators: Section) -> Standard:
     value = measured["value"]
     if not isinstance(value, float):
         reason = f"{measured['name']} is undefined: every label is the same"
-        return Standard(name, Verdict.unknown, reason, expected, source, REMEDIES["standard_kappa"])
+        return Standard(
+            name, StandardResult.unknown, reason, expected, source, REMEDIES["standard_kappa"]
+        )
     return Standard(
         name,
-        Verdict.passed if value > KAPPA else Verdict.failed,
+        StandardResult.passed if value > KAPPA else StandardResult.failed,
         f"{measured['name']} {value:.3f}",
         expected,
         source,
@@ -75,7 +82,7 @@ def enough(rows: int, task: TaskClass | None) -> Standard:
         reason = f"{rows:,} rows; set data.task to simple, medium or complex"
         return Standard(
             name,
-            Verdict.unknown,
+            StandardResult.unknown,
             reason,
             "as many as the class of task needs",
             source,
@@ -89,7 +96,7 @@ def enough(rows: int, task: TaskClass | None) -> Standard:
     )
     return Standard(
         name,
-        Verdict.passed if rows >= low else Verdict.failed,
+        StandardResult.passed if rows >= low else StandardResult.failed,
         f"{rows:,}",
         expected,
         source,

@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.report.records import Report, Severity, Verdict
+from rlhf.data.report.records import Report, Severity, StandardResult
 from rlhf.data.report.texts import safe
 
 _PLACES = 3  # rows that a finding names on a screen
 _COLOURS = {Severity.fail: "bold red", Severity.warn: "yellow", Severity.info: "dim"}
-_VERDICTS = {Verdict.passed: "green", Verdict.failed: "bold red", Verdict.unknown: "dim"}
+_VERDICTS = {
+    StandardResult.passed: "green",
+    StandardResult.failed: "bold red",
+    StandardResult.unknown: "dim",
+}
 
 
 def tables(report: Report) -> list[Any]:

@@ -253,20 +253,20 @@ def table_rows(situation: Situation) -> list[dict[str, Any]]:
     for vote in situation.votes.votes:
         said.setdefault(vote.pair, []).append(f"{vote.annotator}: {vote.outcome.value}")
     rows = []
-    for verdict in situation.aggregated.verdicts[:_TABLE]:
-        first, second = verdict.pair.answers
+    for result in situation.aggregated.results[:_TABLE]:
+        first, second = result.pair.answers
         row = {
-            "prompt": as_text(verdict.pair.prompt),
+            "prompt": as_text(result.pair.prompt),
             "first": first.text,
             "second": second.text,
-            "verdict": "split" if verdict.outcome is None else verdict.outcome.value,
-            "confidence": verdict.confidence,
-            "first_better": verdict.first_better,
-            "labels": "; ".join(said[verdict.pair.id]),
-            "fate": situation.fates[verdict.pair.id].value,
+            "verdict": "split" if result.outcome is None else result.outcome.value,
+            "confidence": result.confidence,
+            "first_better": result.first_better,
+            "labels": "; ".join(said[result.pair.id]),
+            "fate": situation.fates[result.pair.id].value,
             "first_policy": first.policy,
             "second_policy": second.policy,
-            "task": verdict.pair.task,
+            "task": result.pair.task,
         }
         rows.append(row)
     return rows

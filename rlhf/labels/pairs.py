@@ -1,5 +1,5 @@
-"""One verdict for each pair of answers out of everybody's labels, and preference rows out of the
-verdicts.
+"""One result for each pair of answers out of everybody's labels, and preference rows out of the
+results.
 
 What is judged is a pair: a prompt and two answers, whatever task or export asked for it. A ranking
 is all pairs of the answers that it names; those it leaves out say nothing. An annotator has one
@@ -86,7 +86,7 @@ class Fate(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PairResult:
     """What the annotators of a pair say together."""
 
     pair: Pair
@@ -106,9 +106,9 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """All verdicts, and how good the method holds each annotator to be."""
+    """All results, and how good the method holds each annotator to be."""
 
-    verdicts: tuple[Verdict, ...]
+    results: tuple[PairResult, ...]
     # majority: agreement with the others' majority; dawid_skene: accuracy; bradley_terry: r
     reliability: dict[str, float | None]
     # iterations, converged, ... of the method
@@ -185,7 +185,7 @@ def collect(
 
 
 def aggregate(method: LabelAggregate, votes: Votes) -> Aggregated:
-    """Verdicts in the order of the pairs' ids."""
+    """Results in the order of the pairs' ids."""
     if not votes.votes:
         return Aggregated((), {})
     counts: dict[str, Counter[Outcome]] = defaultdict(Counter)
@@ -208,16 +208,16 @@ def aggregate(method: LabelAggregate, votes: Votes) -> Aggregated:
             )
         if not found.converged:
             notes.append(f"Dawid-Skene has not converged after {found.iterations} iterations")
-    verdicts = []
-    for one in found.verdicts:
+    results = []
+    for one in found.labels:
         n = counts[one.item].total()
         won = (
             one.probabilities.get(Outcome.first.value, 0.0)
             + one.probabilities.get(Outcome.tie.value, 0.0) / 2
         )
         outcome = None if one.label is None else Outcome(one.label)
-        verdicts.append(
-            Verdict(
+        results.append(
+            PairResult(
                 votes.pairs[one.item],
                 outcome,
                 one.confidence,
@@ -232,7 +232,7 @@ def aggregate(method: LabelAggregate, votes: Votes) -> Aggregated:
     )
     reliability = {annotator.name: annotator.accuracy for annotator in found.annotators}
     return Aggregated(
-        tuple(sorted(verdicts, key=lambda v: v.pair.id)), reliability, figures, tuple(notes)
+        tuple(sorted(results, key=lambda v: v.pair.id)), reliability, figures, tuple(notes)
     )
 
 
@@ -245,7 +245,7 @@ def _by_strength(votes: Votes, counts: Mapping[str, Counter[Outcome]]) -> Aggreg
         shown = (first, second, won) if vote.first_shown else (second, first, 1 - won)
         rows.append(bradley_terry.Comparison(vote.annotator, *shown))
     found = bradley_terry.fit(rows)
-    verdicts = []
+    results = []
     for key in sorted(counts):
         first, second = _names(votes.pairs[key])
         p = 1 / (1 + math.exp(found.strength[second] - found.strength[first]))
@@ -256,7 +256,7 @@ def _by_strength(votes: Votes, counts: Mapping[str, Counter[Outcome]]) -> Aggreg
             outcome, confidence = Outcome.tie, ties / counts[key].total()
         elif abs(p - 0.5) < _EVEN:
             outcome = None
-        verdicts.append(Verdict(votes.pairs[key], outcome, confidence, p, dict(counts[key])))
+        results.append(PairResult(votes.pairs[key], outcome, confidence, p, dict(counts[key])))
     figures = {
         "iterations": found.iterations,
         "converged": found.converged,
@@ -267,7 +267,7 @@ def _by_strength(votes: Votes, counts: Mapping[str, Counter[Outcome]]) -> Aggreg
         if found.converged
         else (f"the Bradley-Terry model has not converged after {found.iterations} iterations",)
     )
-    return Aggregated(tuple(verdicts), dict(found.reliability), figures, notes)
+    return Aggregated(tuple(results), dict(found.reliability), figures, notes)
 
 
 def _names(pair: Pair) -> tuple[str, str]:
@@ -278,42 +278,42 @@ def _names(pair: Pair) -> tuple[str, str]:
 # ---- preference rows ----
 
 
-def fate(verdict: Verdict, *, min_labels: int, min_confidence: float, strength: Strength) -> Fate:
+def fate(result: PairResult, *, min_labels: int, min_confidence: float, strength: Strength) -> Fate:
     """What becomes of a pair."""
-    if verdict.labels < min_labels:
+    if result.labels < min_labels:
         return Fate.few_labels
-    if verdict.outcome is None:
+    if result.outcome is None:
         return Fate.split
-    if verdict.confidence < min_confidence:
+    if result.confidence < min_confidence:
         return Fate.unsure
-    if verdict.outcome is Outcome.tie and strength is not Strength.soft_label:
+    if result.outcome is Outcome.tie and strength is not Strength.soft_label:
         return Fate.tie
-    if isinstance(verdict.pair.prompt, str) and not all(
-        answer.text for answer in verdict.pair.answers
+    if isinstance(result.pair.prompt, str) and not all(
+        answer.text for answer in result.pair.answers
     ):
         return Fate.empty
     return Fate.used
 
 
-def preference_row(verdict: Verdict, strength: Strength) -> dict[str, Any]:
+def preference_row(result: PairResult, strength: Strength) -> dict[str, Any]:
     """TRL's columns of a pair whose fate it is to be used, and what stands behind it. A tie is a
     pair at 1/2, the first answer as chosen.
 
     margin: log-odds of soft_label; soft_label: probability that chosen is better, in [0.5, 1).
     """
-    first, second = verdict.pair.answers
-    tie = verdict.outcome is Outcome.tie
+    first, second = result.pair.answers
+    tie = result.outcome is Outcome.tie
     p = (
         0.5
         if tie
-        else verdict.first_better
-        if verdict.outcome is Outcome.first
-        else 1 - verdict.first_better
+        else result.first_better
+        if result.outcome is Outcome.first
+        else 1 - result.first_better
     )
-    chosen, rejected = (second, first) if verdict.outcome is Outcome.second else (first, second)
-    text = isinstance(verdict.pair.prompt, str)
+    chosen, rejected = (second, first) if result.outcome is Outcome.second else (first, second)
+    text = isinstance(result.pair.prompt, str)
     row: dict[str, Any] = {
-        "prompt": verdict.pair.prompt,
+        "prompt": result.pair.prompt,
         "chosen": chosen.text if text else assistant(chosen.text),
         "rejected": rejected.text if text else assistant(rejected.text),
     }
@@ -323,10 +323,10 @@ def preference_row(verdict: Verdict, strength: Strength) -> dict[str, Any]:
         row["soft_label"] = p
     return {
         **row,
-        "confidence": verdict.confidence,
-        "annotators": verdict.labels,
-        "task": verdict.pair.task,
-        "export": verdict.pair.export,
+        "confidence": result.confidence,
+        "annotators": result.labels,
+        "task": result.pair.task,
+        "export": result.pair.export,
     }
 
 

@@ -1,4 +1,4 @@
-"""Votes, verdicts and preference rows."""
+"""Votes, results and preference rows."""
 
 import dataclasses
 import math
@@ -11,17 +11,17 @@ from scipy.optimize import approx_fprime
 from conf.choices import LabelAggregate, LabelKind, Strength
 from rlhf.labels.bradley_terry import Comparison, fit, loss_and_gradient
 from rlhf.labels.checking import Checked, Ledgers, Outcome
-from rlhf.labels.records import Answer
-from rlhf.labels.verdicts import (
+from rlhf.labels.pairs import (
     Aggregated,
     Fate,
-    Verdict,
+    PairResult,
     aggregate,
     collect,
     fate,
     held_out,
     preference_row,
 )
+from rlhf.labels.records import Answer
 from tests.labels.labels import export_of, label, ledgers_of, pairs
 
 
@@ -42,29 +42,29 @@ def voted(
     return ledgers_of(export), labels
 
 
-def verdicts(method: LabelAggregate, *votes: dict[str, str | Outcome]) -> Aggregated:
+def results(method: LabelAggregate, *votes: dict[str, str | Outcome]) -> Aggregated:
     return aggregate(method, collect(*voted(*votes)))
 
 
-def winner(verdict: Verdict) -> str | None:
+def winner(result: PairResult) -> str | None:
     """The kind of the better answer."""
-    if verdict.outcome not in (Outcome.first, Outcome.second):
-        return None if verdict.outcome is None else verdict.outcome.value
-    return verdict.pair.answers[0 if verdict.outcome is Outcome.first else 1].text.split()[0]
+    if result.outcome not in (Outcome.first, Outcome.second):
+        return None if result.outcome is None else result.outcome.value
+    return result.pair.answers[0 if result.outcome is Outcome.first else 1].text.split()[0]
 
 
-def better(verdict: Verdict) -> float:
+def better(result: PairResult) -> float:
     """Probability that the good answer is better."""
     return (
-        verdict.first_better
-        if verdict.pair.answers[0].text.startswith("good")
-        else 1 - verdict.first_better
+        result.first_better
+        if result.pair.answers[0].text.startswith("good")
+        else 1 - result.first_better
     )
 
 
 def test_majority_by_hand() -> None:
     tie = Outcome.tie
-    found = verdicts(
+    found = results(
         LabelAggregate.majority,
         {"a": "good"},
         {"a": "good", "b": "good", "c": "bad"},
@@ -72,7 +72,7 @@ def test_majority_by_hand() -> None:
         {"a": tie, "b": tie, "c": "good"},
         {"a": Outcome.skip, "b": Outcome.cancelled},
     )
-    by_prompt = {verdict.pair.prompt: verdict for verdict in found.verdicts}
+    by_prompt = {result.pair.prompt: result for result in found.results}
     assert set(by_prompt) == {f"prompt {n}" for n in range(4)}, "a skip is no vote"
     one, two, split, tied = (by_prompt[f"prompt {n}"] for n in range(4))
     # (1 + 1) / (1 + 2)
@@ -104,13 +104,13 @@ def careless(seed: int, pairs_: int = 80) -> list[dict[str, str | Outcome]]:
 
 @pytest.mark.parametrize("method", LabelAggregate)
 def test_who_guesses_is_found_out_and_counts_less(method: LabelAggregate) -> None:
-    found = verdicts(method, *careless(0))
+    found = results(method, *careless(0))
     reliability = {name: value for name, value in found.reliability.items() if value is not None}
     assert set(reliability) == {"ann", "bob", "cy", "guess"}
     assert reliability["guess"] + 0.2 < min(reliability[name] for name in ("ann", "bob", "cy"))
-    decided = [winner(v) for v in found.verdicts if v.outcome is not None]
+    decided = [winner(v) for v in found.results if v.outcome is not None]
     assert np.mean([name == "good" for name in decided]) > 0.95
-    assert len(decided) == len(found.verdicts) or method is LabelAggregate.majority, (
+    assert len(decided) == len(found.results) or method is LabelAggregate.majority, (
         "only the majority can be split"
     )
 
@@ -162,13 +162,13 @@ def test_bradley_terry_of_few_labels() -> None:
     tie = Outcome.tie
     found = {
         v.pair.prompt: v
-        for v in verdicts(
+        for v in results(
             LabelAggregate.bradley_terry,
             {"a": "good"},
             {"a": tie},
             {"a": "good", "b": "bad"},
             {"a": "good", "b": "good"},
-        ).verdicts
+        ).results
     }
     one, tied, split, two = (found[f"prompt {n}"] for n in range(4))
     assert 0.6 < better(one) < 0.8, "a vote of one is not certainty"
@@ -190,7 +190,7 @@ def test_a_ranking_is_its_pairs() -> None:
     tied = aggregate(
         LabelAggregate.majority, collect(ledgers_of(RANKED), [label(task, Outcome.tie)])
     )
-    assert [verdict.outcome for verdict in tied.verdicts] == [Outcome.tie] * 6
+    assert [result.outcome for result in tied.results] == [Outcome.tie] * 6
     said = Checked(
         RANKED.id,
         task.id,
@@ -200,12 +200,12 @@ def test_a_ranking_is_its_pairs() -> None:
     )
     found = aggregate(LabelAggregate.majority, collect(ledgers_of(RANKED), [said]))
     rows = set()
-    for verdict in found.verdicts:
-        names = [answer.text for answer in verdict.pair.answers]
+    for result in found.results:
+        names = [answer.text for answer in result.pair.answers]
         rows.add(
             "=".join(sorted(names))
-            if verdict.outcome is Outcome.tie
-            else ">".join(names if verdict.outcome is Outcome.first else names[::-1])
+            if result.outcome is Outcome.tie
+            else ">".join(names if result.outcome is Outcome.first else names[::-1])
         )
     assert rows == {"c>a", "c>b", "a=b"}, "d is unranked: it says nothing"
 
@@ -257,11 +257,11 @@ def test_a_pair_is_the_same_in_whatever_order_an_export_keeps_its_answers() -> N
     found = collect(
         ledgers_of(export, other), [label(task, "x"), label(other.tasks[0], "x", "bob")]
     )
-    [verdict] = aggregate(LabelAggregate.majority, found).verdicts
+    [result] = aggregate(LabelAggregate.majority, found).results
     assert (
-        preference_row(verdict, Strength.none)["chosen"],
-        verdict.confidence,
-        verdict.labels,
+        preference_row(result, Strength.none)["chosen"],
+        result.confidence,
+        result.labels,
     ) == ("x", 1.0, 2)
 
 
@@ -281,10 +281,10 @@ def test_a_pair_is_the_same_in_whatever_order_an_export_keeps_its_answers() -> N
 def test_what_becomes_of_a_pair(
     said: dict[str, str | Outcome], options: dict[str, Any], expected: Fate
 ) -> None:
-    [verdict] = verdicts(LabelAggregate.majority, said).verdicts
+    [result] = results(LabelAggregate.majority, said).results
     assert (
         fate(
-            verdict,
+            result,
             **{"min_labels": 1, "min_confidence": 0.0, "strength": Strength.none, **options},
         )
         is expected
@@ -292,7 +292,7 @@ def test_what_becomes_of_a_pair(
 
 
 def test_rows_of_both_strengths() -> None:
-    [sure] = verdicts(LabelAggregate.majority, {"a": "bad", "b": "bad"}).verdicts
+    [sure] = results(LabelAggregate.majority, {"a": "bad", "b": "bad"}).results
     row = preference_row(sure, Strength.soft_label)
     assert row == {
         "prompt": "prompt 0",
@@ -306,19 +306,19 @@ def test_rows_of_both_strengths() -> None:
     }
     assert preference_row(sure, Strength.margin)["margin"] == pytest.approx(math.log(3))
     assert not {"margin", "soft_label"} & set(preference_row(sure, Strength.none))
-    [tie] = verdicts(
+    [tie] = results(
         LabelAggregate.majority, {"a": Outcome.tie, "b": Outcome.tie, "c": "good"}
-    ).verdicts
+    ).results
     assert preference_row(tie, Strength.soft_label)["soft_label"] == 0.5
     chat = export_of([{"prompt": [{"role": "user", "content": "Hi"}], "answers": ["", "y"]}])
     [found] = aggregate(
         LabelAggregate.majority, collect(ledgers_of(chat), [label(chat.tasks[0], "y")])
-    ).verdicts
+    ).results
     assert preference_row(found, Strength.none)["chosen"] == [{"role": "assistant", "content": "y"}]
     plain = export_of([{"prompt": "Hi", "answers": ["", "y"]}])
     [found] = aggregate(
         LabelAggregate.majority, collect(ledgers_of(plain), [label(plain.tasks[0], "y")])
-    ).verdicts
+    ).results
     assert fate(found, min_labels=1, min_confidence=0, strength=Strength.none) is Fate.empty, (
         "no stage reads an empty text as an answer"
     )
@@ -341,7 +341,7 @@ def test_the_order_of_the_answers_says_nothing(method: LabelAggregate) -> None:
             for n, (task, said) in enumerate(zip(asked.tasks, votes, strict=True))
             for who, v in said.items()
         ]
-        found = aggregate(method, collect(ledgers_of(asked), labels)).verdicts
+        found = aggregate(method, collect(ledgers_of(asked), labels)).results
         return [
             {**preference_row(v, Strength.none), "task": "", "export": "", "confidence": 0}
             for v in found
