@@ -12,8 +12,8 @@ from torch import Tensor
 
 from conf.choices import KLEstimator, KLPlace, OnNonFinite, PolicyLoss
 from conf.stages import OnlineStage
+from policy.engines.base import NonFinite
 from policy.engines.spikes import Brake
-from policy.engines.torch import NonFinite
 from policy.kl import kl_per_token
 from policy.losses import (
     aggregation_units,

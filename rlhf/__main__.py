@@ -85,9 +85,9 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
         if distributed.is_main():
             importlib.import_module("rlhf.stages.dry_run").show(cfg, argv)
         return
-    run = importlib.import_module(f"rlhf.stages.{module}").run
+    stage_module = importlib.import_module(f"rlhf.stages.{module}")
     if schema_name == "doctor":
-        run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
+        stage_module.run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
         return
     from rlhf.run.context import RunContext
 
@@ -96,8 +96,10 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
         quiet_libraries()
     with Watchdog(cfg.run.phase_timeout_s) as watchdog:
         watchdog.phase("open the run")
-        ctx = RunContext.open(cfg, argv)
-    run(ctx)
+        # stages whose checkpoints depend on the number of ranks have such a function
+        adapt = getattr(stage_module, "adapt_checkpoint", None)
+        ctx = RunContext.open(cfg, argv, adapt)
+    stage_module.run(ctx)
 
 
 def quiet_libraries() -> None:

@@ -29,7 +29,7 @@ from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.data import registry
 from rlhf.models.loading import load_causal_lm, load_classifier, load_tokenizer
-from rlhf.run import checkpoints
+from rlhf.process import checkpoints
 from rlhf.run.context import RunContext
 from rlhf.types import UserError
 from tests.labels.labels import on_disk, pairs, say

@@ -166,8 +166,9 @@ def install(chosen: dict[str, Any]) -> None:
     """Wrap the points at which a fault can be, from outside. Plots are left out: they would take a
     third of the time of runs as short as these.
     """
+    from rlhf.process import checkpoints
     from rlhf.process.watchdog import Watchdog
-    from rlhf.run import checkpoints, plots
+    from rlhf.run import plots
 
     plots.plot_run = lambda dir: []
     plots.plot_frontier = lambda *points: False

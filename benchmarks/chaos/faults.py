@@ -6,8 +6,8 @@ from enum import Enum
 from pathlib import Path
 
 from benchmarks.chaos.child import ENGINES
+from rlhf.process import checkpoints
 from rlhf.process.watchdog import EXIT_HUNG
-from rlhf.run import checkpoints
 from rlhf.run.context import CHECKPOINTS
 
 STEPS, EVERY = 6, 2  # steps of a run, and between its checkpoints

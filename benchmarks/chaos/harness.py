@@ -34,7 +34,8 @@ from typing import Any
 from benchmarks.chaos import disk as chaos_disk
 from benchmarks.chaos.child import FAULT
 from benchmarks.chaos.faults import EVERY, FAULTS, STEPS, Disk, Fault, Kind
-from rlhf.run import checkpoints, console
+from rlhf.process import checkpoints
+from rlhf.run import console
 from rlhf.run.context import CHECKPOINTS, MANIFEST_FILE, SUMMARY_FILE
 from rlhf.run.tracking import METRICS_FILE, SAMPLES_FILE, read_jsonl
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conf.choices import Offload
 from conf.schema import EngineConfig
-from policy.engines.torch import NonFinite, OptimSettings
+from policy.engines.base import NonFinite, OptimSettings
 from policy.model import trainable
 from rlhf.process import distributed
 from rlhf.types import UserError

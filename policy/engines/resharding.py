@@ -17,12 +17,11 @@ from pathlib import Path
 
 from conf.choices import EngineKind, Offload
 from conf.schema import EngineConfig
-from rlhf.process import distributed
-from rlhf.run import checkpoints
+from rlhf.process import checkpoints, distributed
 from rlhf.types import UserError
 
 LAYOUT = "layout.json"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # what the converter's process imports from
 _LAUNCHER = (
     "RANK",
     "LOCAL_RANK",
@@ -73,7 +72,7 @@ def recorded(directory: Path) -> Sharding | None:
     return Sharding(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-def ready(checkpoint: Path, engine: EngineConfig) -> tuple[Path, str | None]:
+def adapt(checkpoint: Path, engine: EngineConfig) -> tuple[Path, str | None]:
     """A whole checkpoint in a form that this launch loads: itself, or its universal form, converted
     once; and what to say of it, if anything.
 
@@ -113,14 +112,14 @@ def _check_unrecorded(checkpoint: Path, now: Sharding) -> None:
         )
 
 
-def agreed(checkpoint: Path, engine: EngineConfig) -> Path:
-    """`ready` on rank 0, its outcome on every rank. A collective; raises UserError on all ranks
+def adapt_on_all_ranks(checkpoint: Path, engine: EngineConfig) -> Path:
+    """`adapt` on rank 0, its outcome on every rank. A collective; raises UserError on all ranks
     alike.
     """
     found: tuple[Path | None, str | None] = (None, None)
     if distributed.is_main():
         try:
-            found = ready(checkpoint, engine)[0], None
+            found = adapt(checkpoint, engine)[0], None
         except UserError as error:
             found = None, str(error)
     place, wrong = distributed.broadcast(found)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.stages import TrainStage
-from policy.engines.torch import NonFinite
+from policy.engines.base import NonFinite
 
 
 class Brake:

@@ -12,8 +12,7 @@ from conf.schema import EngineConfig
 from policy.engines import resharding
 from policy.engines.deepspeed import is_universal, mend_universal, reading
 from policy.model import is_peft
-from rlhf.process import distributed, randomness
-from rlhf.run import checkpoints
+from rlhf.process import checkpoints, distributed, randomness
 
 
 class OtherRanks:
@@ -32,7 +31,7 @@ class OtherRanks:
     def _load_best_model(self) -> None:
         """The best checkpoint may be of before a resume on another number of ranks."""
         best = self.state.best_model_checkpoint
-        place = resharding.agreed(Path(best), self.engine)
+        place = resharding.adapt_on_all_ranks(Path(best), self.engine)
         self.state.best_model_checkpoint = str(place)
         with (
             reading(self.model_wrapped, place)
@@ -49,7 +48,7 @@ class OtherRanks:
         """Weights and optimizer of a sealed checkpoint, whatever layout it has, into the living
         engine. Returns the folder they came from.
         """
-        place = resharding.agreed(checkpoint, self.engine)
+        place = resharding.adapt_on_all_ranks(checkpoint, self.engine)
         with reading(self.model_wrapped, place):
             deepspeed_load_checkpoint(
                 self.model_wrapped, str(place), load_module_strict=not is_peft(self.model)

@@ -19,8 +19,8 @@ from conf.stages import OnlineStage
 from policy.advantages import group_index
 from policy.batching import Batch, collate
 from policy.engines import resharding
+from policy.engines.base import NonFinite
 from policy.engines.spikes import Brake
-from policy.engines.torch import NonFinite
 from policy.kl import kl_per_token
 from policy.model import mix_weights
 from policy.prepare import Layout, TrainBatch, policy_logprobs, prepare
@@ -31,12 +31,12 @@ from rlhf.online.judging import BEST, Keeper, Watching, make_judge
 from rlhf.online.setup import Parts
 from rlhf.online.sync import verify_sync
 from rlhf.online.watch import response_statistics
-from rlhf.process import distributed, randomness
+from rlhf.process import checkpoints, distributed, randomness
 from rlhf.process.interrupts import Stopping
 from rlhf.process.moments import RunningMoments
 from rlhf.process.resident import Resident
 from rlhf.process.watchdog import Watchdog
-from rlhf.run import checkpoints, console
+from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.types import Interrupted, NonFiniteScore, Rollout, Scores, TrainingDiverged, UserError
 
@@ -308,7 +308,7 @@ class Loop:
                 error,
             )
         draws = self.draws + 1
-        checkpoint = resharding.agreed(found[0], self.cfg.engine)
+        checkpoint = resharding.adapt_on_all_ranks(found[0], self.cfg.engine)
         self._load(checkpoint)
         self.draws = max(draws, self.draws)
         self.ctx.tracker.rewind(self.step)

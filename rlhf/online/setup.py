@@ -20,7 +20,8 @@ from conf.choices import (
 from conf.schema import Config
 from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
-from policy.engines.torch import Engine, OptimSettings, make_engine
+from policy.engines.base import Engine, OptimSettings
+from policy.engines.factory import make_engine
 from policy.kl import AdaptiveKL, FixedKL
 from policy.model import (
     CriticModule,

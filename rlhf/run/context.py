@@ -14,24 +14,23 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from conf.choices import LabelMode
-from conf.schema import Config
+from conf.schema import Config, EngineConfig
 from conf.stages import LabelStage
-from policy.engines import resharding
 from rlhf.labels.ledger import EXPORT_FILE
 from rlhf.models.loading import json_object
-from rlhf.process import distributed, redaction
+from rlhf.process import checkpoints, distributed, redaction
 from rlhf.process.hashing import sha256
 from rlhf.process.randomness import seed_everything
 from rlhf.process.resident import peak_rss_mb
 from rlhf.process.watchdog import Watchdog
-from rlhf.run import checkpoints, console
+from rlhf.run import console
 from rlhf.run.lineage import MANIFEST_FILE, artifact_digest, origin
 from rlhf.run.tracking import (
     METRICS_FILE,
@@ -51,6 +50,10 @@ ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 # left by stages that find out by themselves what still holds
 _FINDS_OUT = (STEPS_FOLDER, ANSWERS_FOLDER, EXPORT_FILE)
 CHECKPOINTS = "checkpoints"
+# From a checkpoint and this launch's engine to the folder that the engine can load, and a warning
+# or None. Raises UserError where there is no such folder. Stages whose checkpoints depend on the
+# number of ranks bring one (policy.engines.resharding.adapt).
+AdaptCheckpoint = Callable[[Path, EngineConfig], tuple[Path, str | None]]
 _NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
 _CANT_WRITE = (
     "the run directory {} can't be written: {}. Make room there, or choose another run.dir."
@@ -264,7 +267,7 @@ def _stored_config(place: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
+def _prepare_resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> _Opened:
     """Bring an existing run back to its newest checkpoint: later lines of its files go, a stale
     summary too.
     """
@@ -277,10 +280,14 @@ def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
             f"{directory} is a finished run without a checkpoint, so there is nothing to resume. "
             "Run it anew with run.overwrite=true."
         )
-    place, said = (None, None) if found is None else resharding.ready(found[0], cfg.engine)
-    if said is not None:
-        LOG.warning("resume: %s.", said)
-    step = found[1] if found is not None else -1
+    step = -1
+    resume_from = None
+    if found is not None:
+        resume_from, step = found
+        if adapt is not None:
+            resume_from, warning = adapt(resume_from, cfg.engine)
+            if warning is not None:
+                LOG.warning("resume: %s.", warning)
     dropped = truncate(directory / METRICS_FILE, step)
     truncate(directory / SAMPLES_FILE, step)
     (directory / SUMMARY_FILE).unlink(missing_ok=True)
@@ -291,10 +298,10 @@ def _prepare_resume(directory: Path, cfg: Config) -> _Opened:
     LOG.info(
         "resume: continuing from %s; %d metric lines after it were dropped.", found[0], dropped
     )
-    return _Opened(resume_from=place, resumed=True)
+    return _Opened(resume_from=resume_from, resumed=True)
 
 
-def _prepare(directory: Path, cfg: Config) -> _Opened:
+def _prepare(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> _Opened:
     """Rank 0: make the directory ready. Raises UserError."""
     check_directory(cfg)
     opened = _Opened()
@@ -303,7 +310,7 @@ def _prepare(directory: Path, cfg: Config) -> _Opened:
             truncate(directory / METRICS_FILE, sys.maxsize)  # only a line that a kill tore goes
             opened = _Opened(resumed=True)
         elif cfg.run.resume:
-            opened = _prepare_resume(directory, cfg)
+            opened = _prepare_resume(directory, cfg, adapt)
         else:
             shutil.rmtree(directory)
     elif cfg.run.resume and not goes_on(cfg):
@@ -347,15 +354,19 @@ class RunContext:
             self.record("wandb", self.tracker.wandb_run)
 
     @classmethod
-    def open(cls, cfg: Config, argv: Sequence[str] = ()) -> "RunContext":
+    def open(
+        cls, cfg: Config, argv: Sequence[str] = (), adapt: AdaptCheckpoint | None = None
+    ) -> "RunContext":
         """Create, resume or replace the run directory and seed everything. Every rank calls it;
         raises UserError on every rank.
+
+        `adapt` brings the checkpoint of a resumed run into a form that this launch can load.
         """
         directory = run_directory(cfg)
         opened = _Opened()
         if distributed.is_main():
             try:
-                opened = _prepare(directory, cfg)
+                opened = _prepare(directory, cfg, adapt)
             except UserError as error:  # the other ranks wait for the outcome below, good or bad
                 opened = _Opened(error=str(error))
             except OSError as error:

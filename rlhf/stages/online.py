@@ -2,9 +2,12 @@
 
 import contextlib
 
+from policy.engines import resharding
 from rlhf.online.loop import Loop
 from rlhf.online.setup import build
 from rlhf.run.context import RunContext
+
+adapt_checkpoint = resharding.adapt  # before a resume
 
 
 def run(ctx: RunContext) -> None:

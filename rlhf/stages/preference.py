@@ -20,6 +20,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from conf.choices import FDivergence, KTOLoss, PreferenceLoss
 from conf.schema import Config
 from conf.stages import CPOStage, KTOStage, ORPOStage, PreferenceStage
+from policy.engines import resharding
 from policy.model import base_of, is_peft
 from rlhf.data.reading import preference_dataset, unpaired_dataset
 from rlhf.models.encoding import (
@@ -40,6 +41,7 @@ from rlhf.run.context import RunContext, seed_everything
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.preference")
+adapt_checkpoint = resharding.adapt  # before a resume
 _SAMPLES = 4  # held-out prompts that the trained policy answers
 _SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 _BALANCE = (1.0, 4 / 3)  # KTO's equation 8: weighted good answers for each weighted bad one

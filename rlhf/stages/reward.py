@@ -16,6 +16,7 @@ from trl import RewardConfig as TRLRewardConfig
 from trl import RewardTrainer
 
 from conf.schema import Config
+from policy.engines import resharding
 from reward.model import (
     Manifest,
     load_reward_module,
@@ -35,6 +36,7 @@ from rlhf.run.context import RunContext, seed_everything
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.reward")
+adapt_checkpoint = resharding.adapt  # before a resume
 _SAMPLES = 8  # held-out pairs in samples.jsonl
 Rows = datasets.Dataset
 _CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval

@@ -10,6 +10,7 @@ import datasets
 from trl import SFTConfig, SFTTrainer
 
 from conf.schema import Config
+from policy.engines import resharding
 from rlhf.data.reading import sft_dataset
 from rlhf.models.encoding import (
     IGNORED,
@@ -29,6 +30,7 @@ from rlhf.run.context import RunContext, seed_everything
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.sft")
+adapt_checkpoint = resharding.adapt  # before a resume
 _SAMPLES = 4  # held-out rows that the trained policy continues
 
 

@@ -19,8 +19,8 @@ from benchmarks.chaos import disk as chaos_disk
 from benchmarks.chaos import faults as chaos_faults
 from benchmarks.chaos import harness as chaos
 from benchmarks.chaos.faults import FAULTS, Disk, Fault, Kind
+from rlhf.process import checkpoints
 from rlhf.process.resident import Resident
-from rlhf.run import checkpoints
 from tests.process.test_interrupts import program
 
 STEPS = chaos_faults.STEPS

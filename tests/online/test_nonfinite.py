@@ -13,8 +13,9 @@ import torch
 
 from conf.choices import OnNonFinite
 from conf.stages import OnlineStage
+from policy.engines.base import NonFinite
 from policy.engines.spikes import Brake
-from policy.engines.torch import NonFinite, TorchEngine
+from policy.engines.torch import TorchEngine
 from policy.model import PolicyModule
 from rlhf.checks import preflight
 from rlhf.cli import config

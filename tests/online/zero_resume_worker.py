@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from policy.engines import resharding
 from policy.model import trainable
 from rlhf.cli import config
 from rlhf.online import loop as online
@@ -118,7 +119,7 @@ def main() -> None:
             poison(**given["poison"])
         cfg = config.compose(command)
         importlib.import_module(f"rlhf.stages.{MODULES[cfg.stage.name]}").run(
-            RunContext.open(cfg, ())
+            RunContext.open(cfg, (), resharding.adapt)
         )
         distributed.barrier()
         if given.get("poison") and distributed.is_main():

@@ -14,7 +14,8 @@ from conf.schema import AdapterConfig
 from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
 from policy.batching import collate
-from policy.engines.torch import NonFinite, OptimSettings, TorchEngine
+from policy.engines.base import NonFinite, OptimSettings
+from policy.engines.torch import TorchEngine
 from policy.model import CriticModule, PolicyModule, adapter_weights, full_weights, iterate_weights
 from policy.prepare import Layout, TrainBatch, needs_old_logprobs, prepare
 from policy.saving import save_adapter, save_model

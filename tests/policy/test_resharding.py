@@ -21,8 +21,7 @@ from conf.choices import EngineKind, Offload
 from conf.schema import EngineConfig
 from policy.engines import resharding
 from policy.engines.deepspeed import mend_universal
-from rlhf.process import randomness
-from rlhf.run import checkpoints
+from rlhf.process import checkpoints, randomness
 from rlhf.types import UserError
 from tests import toys
 from tests.offline import trl_tools
@@ -296,7 +295,7 @@ def test_the_same_layout_is_loaded_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = saved_by(tmp_path, monkeypatch, ZERO[3], 1)
-    assert resharding.ready(place, ZERO[3]) == (place, None)
+    assert resharding.adapt(place, ZERO[3]) == (place, None)
 
 
 def test_a_checkpoint_without_a_record_goes_on_as_it_was_saved(
@@ -306,13 +305,13 @@ def test_a_checkpoint_without_a_record_goes_on_as_it_was_saved(
     (place / resharding.LAYOUT).unlink()
     engine = deepspeed_folder(place, {}).parent
     torch.save({}, engine / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    assert resharding.ready(place, ZERO[2]) == (place, None)
+    assert resharding.adapt(place, ZERO[2]) == (place, None)
     torch.save({}, engine / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     with pytest.raises(
         UserError,
         match=r"was saved by 2 ranks, before checkpoints had a layout.json.* Resume on 2 ranks",
     ):
-        resharding.ready(place, ZERO[2])
+        resharding.adapt(place, ZERO[2])
 
 
 TORCH = EngineConfig()
@@ -346,7 +345,7 @@ def test_what_can_not_be_converted_is_refused_before_anything_loads(
     before, ranks, now, said = REFUSED[name]
     place = saved_by(tmp_path, monkeypatch, before, ranks)
     with pytest.raises(UserError, match=said) as raised:
-        resharding.ready(place, now)
+        resharding.adapt(place, now)
     assert "Resume as it was saved, or begin a new run with model.path" in str(raised.value)
     assert checkpoints.problem(place) is None and [path.name for path in tmp_path.iterdir()] == [
         "step-2"
@@ -357,7 +356,7 @@ def test_zero0_goes_on_with_any_number_of_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = saved_by(tmp_path, monkeypatch, ZERO[0], 4)
-    assert resharding.ready(place, ZERO[0]) == (
+    assert resharding.adapt(place, ZERO[0]) == (
         place,
         "checkpoint step-2 was saved by engine=zero0 on 4 ranks, and goes on with engine=zero0 "
         "on 1 rank",
@@ -378,7 +377,7 @@ def test_a_pickle_that_deepspeed_did_not_write_is_never_unpickled(tmp_path: Path
     with pytest.raises(
         UserError, match=r"mp_rank_00_model_states.pt would load .*, which DeepSpeed never writes"
     ):
-        resharding.ready(tmp_path / "step-2", ZERO[1])
+        resharding.adapt(tmp_path / "step-2", ZERO[1])
     assert not mark.exists()
     torch.load(file, weights_only=False)
     assert mark.exists(), "loading it would have run it"
@@ -387,7 +386,7 @@ def test_a_pickle_that_deepspeed_did_not_write_is_never_unpickled(tmp_path: Path
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     deepspeed_folder(tmp_path / "step-2", {}).write_bytes(b"\x80\x04cos\nsystem\n")
     with pytest.raises(UserError, match=r"is no file that torch.save wrote"):
-        resharding.ready(tmp_path / "step-2", ZERO[1])
+        resharding.adapt(tmp_path / "step-2", ZERO[1])
 
 
 def test_a_conversion_that_fails_says_why_and_leaves_nothing(
@@ -399,7 +398,7 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(
         match=r"can't be brought to another layout: .*holds no state of DeepSpeed's. Resume with "
         r"engine=zero1 on 2 ranks",
     ):
-        resharding.ready(place, ZERO[1])
+        resharding.adapt(place, ZERO[1])
     assert checkpoints.problem(place) is None
     assert not list((tmp_path / checkpoints.UNIVERSAL).iterdir())
 

@@ -17,8 +17,7 @@ import pytest
 
 from rlhf import __main__ as command_line
 from rlhf.cli import config
-from rlhf.process import interrupts, watchdog
-from rlhf.run import checkpoints
+from rlhf.process import checkpoints, interrupts, watchdog
 from rlhf.run import context as rlhf_run
 from rlhf.run.context import RunContext
 from rlhf.types import Interrupted

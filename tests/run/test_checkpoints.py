@@ -20,8 +20,9 @@ from conf.schema import RunConfig
 from conf.stages import SFTStage
 from rlhf.offline import guards as guarding
 from rlhf.online import loop as online
-from rlhf.run import checkpoints, tracking
+from rlhf.process import checkpoints
 from rlhf.run import context as run
+from rlhf.run import tracking
 from rlhf.run.context import RunContext
 from rlhf.stages import sft
 from rlhf.types import UserError

@@ -20,7 +20,7 @@ from conf.choices import LabelMode, TrackingKind
 from conf.labelling import LabelConfig
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import LabelStage, OnlineStage, SFTStage
-from rlhf.run import checkpoints
+from rlhf.process import checkpoints
 from rlhf.run import context as run
 from rlhf.run.context import RunContext
 from rlhf.types import UserError

@@ -9,7 +9,6 @@ cut short.
 import contextlib
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -21,7 +20,6 @@ from rlhf.process import distributed
 from rlhf.process.hashing import sha256
 from rlhf.types import UserError
 
-LOG = logging.getLogger("rlhf.run.checkpoints")
 SEAL = "checksums.json"
 TORN = "torn"  # folder beside the checkpoints: those that a resumed run passed over
 # folder beside the checkpoints: what policy.engines.resharding converted; it goes when a newer
