@@ -261,7 +261,7 @@ def _label_policies(cfg: Config) -> dict[str, str]:
         return {}
     from rlhf.labels.checks_export import policies_of
 
-    return policies_of(cfg)
+    return policies_of(cfg.label, cfg.model.path)
 
 
 def _check_label_lengths(cfg: Config) -> None:
@@ -315,27 +315,12 @@ def check_preparation(cfg: Config) -> None:
         )
 
 
-def check_label(cfg: Config) -> None:
+def check_label(cfg: Config) -> list[str]:
     """stage=label: answers or labels have a source, and what is asked for can be had."""
     if not isinstance(cfg.stage, LabelStage):
-        return
-    if distributed.world_size() > 1:
-        raise UserError(
-            f"stage=label runs in one process, but {_ranks()} were launched. Run it without "
-            "torchrun."
-        )
-    if cfg.label.mode is LabelMode.export:
-        from rlhf.labels.checks_export import check_export
-
-        check_export(cfg)
-        if cfg.run.resume and distributed.is_main():
-            importlib.import_module("rlhf.stages.labelling.exporting").existing(
-                run.run_directory(cfg), cfg
-            )
-    else:
-        from rlhf.labels.checks_import import check_import
-
-        check_import(cfg)
+        return []
+    notes: list[str] = importlib.import_module("rlhf.stages.label").check(cfg)
+    return notes
 
 
 def check_judges(cfg: Config) -> None:

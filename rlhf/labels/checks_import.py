@@ -1,39 +1,39 @@
-"""What can be known of label.mode=import before anything loads, and where its options lead."""
+"""The options of ``label.mode=import``: the files, the export and the server that they name.
+
+`run_home` is what the runs of one run.name share, ``<run.dir>/<run.name>``.
+"""
 
 import glob
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from conf.schema import Config
-from rlhf.labels import known
+from conf.labelling import LabelConfig
+from rlhf.labels import known_exports
 from rlhf.labels.checks_export import access_token, check_address
 from rlhf.labels.ledger import EXPORT_FILE, SERVER_FILE, read_export
 from rlhf.labels.store import LABELS_FILE
+from rlhf.labels.targets import detect
 from rlhf.types import UserError
 
 
-def home(cfg: Config) -> Path:
-    """What the runs of one run.name share."""
-    return Path(cfg.run.dir).expanduser() / cfg.run.name
-
-
-def labels_folder(cfg: Config) -> Path:
+def labels_folder(run_home: Path) -> Path:
     """The labels directory (rlhf.run.context.run_directory)."""
-    return home(cfg) / "labels"
+    return run_home / "labels"
 
 
-def export_folder(cfg: Config) -> Path | None:
-    """The export of label.export, or that of the same run.name; None where there is none but the
-    labels directory knows exports already.
+def export_folder(label: LabelConfig, run_home: Path) -> Path | None:
+    """``label.export``, or the export of the same run.name. None where neither exists but the
+    labels directory knows exports from earlier imports.
 
     Raises UserError.
     """
-    if cfg.label.export is not None:
-        return Path(cfg.label.export).expanduser()
-    own = home(cfg) / "label"
+    if label.export is not None:
+        return Path(label.export).expanduser()
+    own = run_home / "label"
     if (own / EXPORT_FILE).is_file():
         return own
-    if known.places(labels_folder(cfg)):
+    if known_exports.paths(labels_folder(run_home)):
         return None
     raise UserError(
         f"label.export is not set, and {own} holds no export: expected the run directory of "
@@ -42,75 +42,76 @@ def export_folder(cfg: Config) -> Path | None:
     )
 
 
-def label_files(cfg: Config) -> list[Path]:
-    """label.files, patterns such as inbox/*.json resolved, each file once. Raises UserError."""
-    out: list[Path] = []
-    for given in cfg.label.files:
-        place = Path(given).expanduser()
-        if place.is_dir():
+def label_files(patterns: Sequence[str]) -> list[Path]:
+    """The files that ``label.files`` names, each once; a pattern such as inbox/*.json stands for
+    all files that it matches. Raises UserError.
+    """
+    files: list[Path] = []
+    for given in patterns:
+        path = Path(given).expanduser()
+        if path.is_dir():
             raise UserError(
                 f"label.files: {given} is a directory: expected a file, or a pattern such as "
-                f"{place}/*.json."
+                f"{path}/*.json."
             )
-        if place.is_file():
-            out.append(place)
+        if path.is_file():
+            files.append(path)
             continue
-        found = [
-            Path(path)
-            for path in sorted(glob.glob(str(place), recursive=True))
-            if Path(path).is_file()
-        ]
-        if not found:
+        matches = sorted(glob.glob(str(path), recursive=True))
+        matching_files = [Path(match) for match in matches if Path(match).is_file()]
+        if not matching_files:
             raise UserError(
                 f"label.files: {given}: no such file. Expected what came back from annotators, "
                 "in any format of label.targets."
             )
-        out.extend(found)
-    return list(dict.fromkeys(out))
+        files.extend(matching_files)
+    return list(dict.fromkeys(files))
 
 
-def server_of(cfg: Config, export: Path | None) -> tuple[str, int]:
-    """Address and project: label.url and label.project, or those that the export was pushed to.
-    Raises UserError.
+def server_of(label: LabelConfig, export: Path | None) -> tuple[str, int]:
+    """Address and project of the server: ``label.url`` and ``label.project``, or those that the
+    export in the folder `export` was pushed to. Raises UserError.
     """
-    url, project = cfg.label.url, cfg.label.project
+    url, project = label.url, label.project
     if url is not None:
         check_address(url)
     if url is not None and project is not None:
         return url, project
     remedy = "Set label.url=ADDRESS and label.project=NUMBER."
-    place = export / SERVER_FILE if export is not None else None
-    if place is None or not place.is_file():
+    path = export / SERVER_FILE if export is not None else None
+    if path is None or not path.is_file():
         raise UserError(
-            f"label.pull=true: the export was not pushed to a server ({place or SERVER_FILE}: no "
+            f"label.pull=true: the export was not pushed to a server ({path or SERVER_FILE}: no "
             f"such file). {remedy}"
         )
     try:
-        pushed = json.loads(place.read_text(encoding="utf-8"))
-        return url or str(pushed["url"]), int(pushed["project"]) if project is None else project
+        pushed = json.loads(path.read_text(encoding="utf-8"))
+        if url is None:
+            url = str(pushed["url"])
+        if project is None:
+            project = int(pushed["project"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{place} can't be read: {type(error).__name__}: {error}. {remedy}"
+            f"{path} can't be read: {type(error).__name__}: {error}. {remedy}"
         ) from error
+    return url, project
 
 
-def check_import(cfg: Config) -> None:
-    """An export that labels belong to, and labels, new ones or some that are there already. Raises
-    UserError.
+def check_import(label: LabelConfig, run_home: Path) -> None:
+    """There is an export that labels belong to, and there are labels: new ones, or those of
+    earlier imports. Raises UserError.
     """
-    export = export_folder(cfg)
+    export = export_folder(label, run_home)
     if export is not None:
         read_export(export)
-    files = label_files(cfg)
-    if files:
-        from rlhf.labels.targets import detect
-
-        for place in files:
-            detect(place)
-    if cfg.label.pull:
-        server_of(cfg, export)
-        access_token(cfg.label, "label.pull=true")
-    if not files and not cfg.label.pull and not (labels_folder(cfg) / LABELS_FILE).is_file():
+    files = label_files(label.files)
+    for path in files:
+        detect(path)
+    if label.pull:
+        server_of(label, export)
+        access_token(label.token_env, "label.pull=true")
+    earlier = (labels_folder(run_home) / LABELS_FILE).is_file()
+    if not files and not label.pull and not earlier:
         raise UserError(
             "label.mode=import has nothing to read: expected label.files=[FILE, ...], or "
             "label.pull=true for a Label Studio project."

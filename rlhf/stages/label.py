@@ -2,18 +2,97 @@
 preference data (label.mode=import).
 """
 
+from pathlib import Path
+
 from conf.choices import LabelMode
-from rlhf.run.context import RunContext
+from conf.schema import Config, RewardConfig
+from rlhf.data import mixture, reading
+from rlhf.data.formats import Use
+from rlhf.labels import checks_export
+from rlhf.labels.checks_import import check_import
+from rlhf.labels.samples import check_review, check_samples
+from rlhf.models.loading import check_model_path
+from rlhf.models.templates import template_text
+from rlhf.process import distributed
+from rlhf.run.context import RunContext, run_directory
+from rlhf.stages.labelling.exporting import existing, export
+from rlhf.stages.labelling.importing import import_labels
+from rlhf.types import UserError
 
 
 def run(ctx: RunContext) -> None:
     """Export or import. Raises UserError for what does not fit."""
     with ctx.closing():
         if ctx.cfg.label.mode is LabelMode.export:
-            from rlhf.stages.labelling.exporting import export
-
             export(ctx)
         else:
-            from rlhf.stages.labelling.importing import import_labels
-
             import_labels(ctx)
+
+
+def check(cfg: Config) -> list[str]:
+    """Answers or labels have a source, and what is asked for can be done. Returns notes worth a
+    warning. Raises UserError.
+    """
+    ranks = distributed.world_size()
+    if ranks > 1:
+        raise UserError(
+            f"stage=label runs in one process, but {ranks} ranks were launched. Run it without "
+            "torchrun."
+        )
+    if cfg.label.mode is not LabelMode.export:
+        check_import(cfg.label, Path(cfg.run.dir).expanduser() / cfg.run.name)
+        return []
+    check_export(cfg)
+    if cfg.run.resume and distributed.is_main():
+        existing(run_directory(cfg), cfg)
+    return []
+
+
+def check_export(cfg: Config) -> None:
+    """The answers, and the options about them. Raises UserError."""
+    label = cfg.label
+    policies = checks_export.policies_of(label, cfg.model.path)
+    if label.review is not None:
+        refuse_reward(cfg.reward, "label.review")
+        checks_export.check_review_options(label)
+        check_review(label.review, label.kind)
+        scored = True  # nothing more can be known yet: the tasks hold their scores
+    elif label.samples:
+        refuse_reward(cfg.reward, "label.samples")
+        scores = [check_samples(path) for path in label.samples]
+        scored = all(scores)
+        if mixture.given(cfg.data) is not None:
+            reading.check_first_rows(cfg, Use.prompt)
+            if cfg.model.path is not None:
+                check_model_path(cfg.model.path)
+    else:
+        for name, path in policies.items():
+            check_model_path(path, f"label.policies.{name}" if label.policies else "model.path")
+        checks_export.check_policies(label, policies)
+        if cfg.data.chat_template is not None:
+            template_text(cfg.data.chat_template)
+        reading.required_sources(cfg)
+        reading.check_first_rows(cfg, Use.prompt)
+        scored = bool(given_rewards(cfg.reward))
+    checks_export.check_scores(label, scored=scored)
+    checks_export.check_gold_options(label, policies)
+    if label.gold_path is not None:
+        gold = mixture.one_source(label.gold_path, "label.gold_path")
+        reading.check_sources(cfg, [gold], Use.preference)
+    checks_export.instructions_text(label.instructions)
+    checks_export.check_tools(label)
+
+
+def given_rewards(reward: RewardConfig) -> list[str]:
+    """Which of the options that score answers are set."""
+    return [name for name in ("path", "function", "terms") if getattr(reward, name)]
+
+
+def refuse_reward(reward: RewardConfig, key: str) -> None:
+    """No reward scores the answers of `key`, which have scores already. Raises UserError."""
+    given = given_rewards(reward)
+    if given:
+        raise UserError(
+            f"reward.{given[0]} is set, but the answers of {key} have the scores of the run that "
+            f"wrote them. Leave reward.{given[0]} out."
+        )

@@ -295,7 +295,7 @@ POLICY = "model.path={tied}"
         ),
         (
             [POLICY, "label.ab.enabled=true"],
-            r"label.ab.enabled=true compares two policies, found 1",
+            r"label.ab.enabled=true compares two policies",
         ),
         (
             [POLICY, "label.choice={uncertainty: 0.5, random: 0.5}"],

@@ -119,7 +119,7 @@ def export(ctx: RunContext) -> None:
 def _register(ctx: RunContext) -> None:
     """The manifest names what the export is made of."""
     cfg, label = ctx.cfg, ctx.cfg.label
-    policies = policies_of(cfg)
+    policies = policies_of(cfg.label, cfg.model.path)
     for path in policies.values():
         ctx.add_parent("policy", path)
     for _, path in model_paths(cfg.reward):

@@ -20,7 +20,7 @@ from typing import Any
 
 from conf.choices import Strength
 from conf.labelling import LabelConfig
-from rlhf.labels import known, versions
+from rlhf.labels import known_exports, versions
 from rlhf.labels.ab_labels import ab_figures
 from rlhf.labels.checking import Checked, Ledgers, Refused, check
 from rlhf.labels.checks_export import access_token
@@ -54,12 +54,13 @@ def import_labels(ctx: RunContext) -> None:
     of it is stored but refused.jsonl.
     """
     cfg, folder = ctx.cfg, ctx.dir
-    export = export_folder(cfg)
+    run_home = folder.parent
+    export = export_folder(cfg.label, run_home)
     if export is not None:
-        known.take(folder, export)
+        known_exports.copy(folder, export)
         ctx.add_parent("export", export)
-    copies = known.places(folder)
-    ledgers = known.ledgers(copies)
+    copies = known_exports.paths(folder)
+    ledgers = known_exports.read(copies)
     imports = Lines(folder / IMPORTS_FILE)  # held open: one import at a time
     try:
         number = len(imports.rows) + 1
@@ -114,15 +115,15 @@ def _rows(
 ) -> Iterator[tuple[Source, Iterable[Judgement | Unreadable]]]:
     """What comes back, source by source."""
     cfg = ctx.cfg
-    for place in label_files(cfg):
+    for place in label_files(cfg.label.files):
         yield _source(ctx, place)
     if cfg.label.pull:
         from rlhf.labels.server import pull
 
-        url, project = server_of(cfg, export)
+        url, project = server_of(cfg.label, export)
         place = pull(
             url=url,
-            token=access_token(cfg.label, "label.pull=true"),
+            token=access_token(cfg.label.token_env, "label.pull=true"),
             project=project,
             folder=ctx.dir / PULLED_FOLDER,
         )

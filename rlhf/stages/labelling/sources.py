@@ -246,7 +246,7 @@ def _say_lost(counts: Mapping[str, int], cfg: Config) -> None:
 
 def _from_policies(ctx: RunContext, clock: Clock) -> tuple[list[Response], int, dict[str, Any]]:
     cfg = ctx.cfg
-    policies = policies_of(cfg)
+    policies = policies_of(cfg.label, cfg.model.path)
     count = 1 if cfg.label.ab.enabled else cfg.label.responses
     if count < cfg.label.responses:
         LOG.info(
@@ -383,4 +383,6 @@ def gold_tasks(cfg: Config, main: Sequence[Question]) -> list[Question]:
     if not label.prelabel:
         return drawn
     # A suggestion that gold tasks lack would give them away.
-    return label_answers.score_questions(cfg, drawn, next(iter(policies_of(cfg).values())))
+    return label_answers.score_questions(
+        cfg, drawn, next(iter(policies_of(cfg.label, cfg.model.path).values()))
+    )
