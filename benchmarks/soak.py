@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.run import console
-from rlhf.run.tracking import METRICS_FILE, read_jsonl
+from rlhf.run.tracking.files import METRICS_FILE, read_jsonl
 from rlhf.types import UserError
 
 # steps: in all, left out at the start, and those whose median is one end of the comparison

@@ -204,9 +204,9 @@ def _break_line(chosen: dict[str, Any]) -> None:
     before the first line that needs another page, since on a full disk a file still fills the page
     that it has.
     """
-    from rlhf.run import tracking
+    from rlhf.run.tracking import tracker
 
-    write = tracking.write_line
+    write = tracker.write_line
     seen: Counter[str] = Counter()
 
     def writing(file: Any, offset: int, text: str, path: Path) -> None:
@@ -222,7 +222,7 @@ def _break_line(chosen: dict[str, Any]) -> None:
                 ACTIONS[chosen["action"]](chosen.get("place", ""))
         write(file, offset, text, path)
 
-    tracking.write_line = writing
+    tracker.write_line = writing
 
 
 if __name__ == "__main__":

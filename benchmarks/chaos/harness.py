@@ -37,7 +37,7 @@ from benchmarks.chaos.faults import EVERY, FAULTS, STEPS, Disk, Fault, Kind
 from rlhf.process import checkpoints
 from rlhf.run import console
 from rlhf.run.context import CHECKPOINTS, MANIFEST_FILE, SUMMARY_FILE
-from rlhf.run.tracking import METRICS_FILE, SAMPLES_FILE, read_jsonl
+from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE, read_jsonl
 
 _TIMEOUT_S = 600
 _LEAVING_S = 20.0  # that a run's processes have after the first of them ended

@@ -53,7 +53,7 @@ from rlhf.models.loading import check_model_path, json_object
 from rlhf.models.templates import template_text
 from rlhf.process import distributed
 from rlhf.run import context as run
-from rlhf.run import tracking
+from rlhf.run.tracking import tracker
 from rlhf.types import UserError
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -632,7 +632,7 @@ def check_run_directory(cfg: Config) -> None:
 def check_tracking(cfg: Config) -> None:
     """The tracker is installed, and logged in where it has to be."""
     if distributed.is_main() and not cfg.run.dry_run:
-        tracking.check(cfg.tracking)
+        tracker.check(cfg.tracking)
 
 
 CHECKS: tuple[Callable[[Config], list[str] | None], ...] = (

@@ -32,14 +32,14 @@ from rlhf.process.resident import peak_rss_mb
 from rlhf.process.watchdog import Watchdog
 from rlhf.run import console
 from rlhf.run.lineage import MANIFEST_FILE, artifact_digest, origin
-from rlhf.run.tracking import (
+from rlhf.run.tracking.files import (
     METRICS_FILE,
     SAMPLES_FILE,
-    Tracker,
     artifact_name,
     plain_config,
     truncate,
 )
+from rlhf.run.tracking.tracker import Tracker
 from rlhf.types import Interrupted, UserError
 
 LOG = logging.getLogger("rlhf.run.context")

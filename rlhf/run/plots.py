@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.online.watch import Point
-from rlhf.run.tracking import METRICS_FILE, read_jsonl
+from rlhf.run.tracking.files import METRICS_FILE, read_jsonl
 
 _SMOOTH_FROM = 40  # points from which a running mean is drawn over the raw series
 _COLOURS = ("#3366aa", "#cc5533", "#449966", "#8855aa", "#bb9922", "#555555", "#2299aa", "#dd6699")

@@ -29,7 +29,7 @@ from reward.terms import model_paths
 from rlhf.checks.disk import existing_parent
 from rlhf.models.loading import load_tokenizer
 from rlhf.run.console import console
-from rlhf.run.tracking import wandb_login, wandb_mode
+from rlhf.run.tracking.wandb import wandb_login, wandb_mode
 from rlhf.stages.doctor_memory import Answer, answer
 from rlhf.types import UserError
 

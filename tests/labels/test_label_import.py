@@ -18,7 +18,7 @@ from rlhf.data.reading import preference_pairs
 from rlhf.labels.checking import Outcome
 from rlhf.labels.ledger import read_export
 from rlhf.labels.records import Export, Judgement, Verdict
-from rlhf.run.tracking import Tracker
+from rlhf.run.tracking.tracker import Tracker
 from rlhf.types import UserError
 from tests.labels.label_exports import fill_label_studio
 from tests.labels.labels import export_of, on_disk, pairs, say

@@ -22,8 +22,8 @@ from rlhf.offline import guards as guarding
 from rlhf.online import loop as online
 from rlhf.process import checkpoints
 from rlhf.run import context as run
-from rlhf.run import tracking
 from rlhf.run.context import RunContext
+from rlhf.run.tracking import files
 from rlhf.stages import sft
 from rlhf.types import UserError
 from tests.offline import trl_tools
@@ -229,16 +229,16 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
 def test_a_metric_line_that_the_disk_refuses_leaves_none_of_it(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with path.open("w+b", buffering=0) as file:
-        tracking.write_line(file, 0, '{"step": 1}', path)
+        files.write_line(file, 0, '{"step": 1}', path)
         with largest_file(20), pytest.raises(UserError, match=r"metrics.jsonl can't be written"):
-            tracking.write_line(file, 12, json.dumps({"step": 2, "long": "x" * 50}), path)
+            files.write_line(file, 12, json.dumps({"step": 2, "long": "x" * 50}), path)
     assert path.read_text(encoding="utf-8") == '{"step": 1}\n'
 
 
 def test_a_line_torn_inside_a_character_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_bytes('{"step": 1}\n{"step": 2, "response": "é'.encode()[:-1])
-    assert tracking.truncate(path, 5) == 0
+    assert files.truncate(path, 5) == 0
     assert path.read_bytes() == b'{"step": 1}\n'
 
 

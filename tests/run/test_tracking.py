@@ -12,8 +12,10 @@ import torch
 from conf.choices import TrackingKind, WandbMode
 from conf.schema import Config, RunConfig, TrackingConfig
 from conf.stages import OnlineStage
-from rlhf.run import console, tracking
-from rlhf.run.tracking import Tracker
+from rlhf.run import console
+from rlhf.run.tracking import files
+from rlhf.run.tracking import wandb as wandb_backend
+from rlhf.run.tracking.tracker import Tracker, check
 from rlhf.types import UserError
 
 
@@ -91,7 +93,7 @@ def test_a_torn_last_line_is_no_obstacle_to_a_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "time_s": 5.0, "a": 1}\n{"step": 2, "time_s": 9.0, "a"', encoding="utf-8"
     )
-    assert tracking.truncate(tmp_path / "metrics.jsonl", 2) == 0
+    assert files.truncate(tmp_path / "metrics.jsonl", 2) == 0
     tracker = Tracker(config(), tmp_path, "ppo", resume=True)
     tracker.log(2, {"a": 2.0})
     rows = lines(tmp_path / "metrics.jsonl")
@@ -127,8 +129,13 @@ def test_wandb_offline_records_the_run(
     cfg.reward.function = "hf_" + "a" * 30  # the form of a secret, wherever it stands
     tracker = Tracker(cfg, tmp_path, "ppo")
     tables: list[int] = []
-    record = tracker._sink.samples  # type: ignore[union-attr]
-    tracker._sink.samples = lambda step, rows: (tables.append(step), record(step, rows))  # type: ignore[union-attr, method-assign]
+    record = tracker._backend.table  # type: ignore[union-attr]
+
+    def table(name: str, rows: Any, step: int) -> None:
+        tables.append(step)
+        record(name, rows, step)
+
+    tracker._backend.table = table  # type: ignore[union-attr, method-assign]
     for step in (1, 2, 3):
         tracker.log(step, {"objective/scores": float(step)})
         tracker.samples(step, [{"prompt": "p", "response": "r", "score": 0.5, "kl": 0.1}])
@@ -173,31 +180,31 @@ def test_wandb_is_online_where_a_login_exists(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     auto = TrackingConfig(kind=TrackingKind.wandb)
-    assert tracking.wandb_mode(auto) is WandbMode.offline
+    assert wandb_backend.wandb_mode(auto) is WandbMode.offline
     with pytest.raises(
         UserError, match=r"tracking.mode=online, but W&B finds no login: run `wandb login`"
     ):
-        tracking.check(TrackingConfig(kind=TrackingKind.wandb, mode=WandbMode.online))
+        check(TrackingConfig(kind=TrackingKind.wandb, mode=WandbMode.online))
     (tmp_path / "netrc").write_text(
         "machine api.wandb.ai\n  login user\n  password " + "0123456789" * 4 + "\n",
         encoding="utf-8",
     )
     (tmp_path / "netrc").chmod(0o600)
-    assert tracking.wandb_mode(auto) is WandbMode.online
+    assert wandb_backend.wandb_mode(auto) is WandbMode.online
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert tracking.wandb_mode(auto) is WandbMode.offline
+    assert wandb_backend.wandb_mode(auto) is WandbMode.offline
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(UserError, match="WANDB_MODE=disabled does not go with tracking=wandb"):
-        tracking.check(auto)
+        check(auto)
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     assert (
-        tracking.wandb_mode(TrackingConfig(kind=TrackingKind.wandb, mode=WandbMode.online))
+        wandb_backend.wandb_mode(TrackingConfig(kind=TrackingKind.wandb, mode=WandbMode.online))
         is WandbMode.online
     )
     monkeypatch.setenv("WANDB_API_KEY", "short")
     with pytest.raises(UserError, match="the W&B login is invalid"):
-        tracking.check(auto)
+        check(auto)
 
 
 def test_wandb_that_cannot_start_is_never_passed_over(
@@ -379,7 +386,7 @@ def test_offline_nothing_is_looked_up(tmp_path: Path, caplog: pytest.LogCaptureF
     """W&B itself raises there."""
     tracker = Tracker(config(TrackingKind.wandb), tmp_path, "reward")
     with pytest.raises(TypeError, match="offline"):
-        tracker._sink._run.use_artifact("e/p/x:latest")  # type: ignore[union-attr]
+        tracker._backend._run.use_artifact("e/p/x:latest")  # type: ignore[union-attr]
     tracker.use("x", "00", {"project": "p", "entity": "e", "run_id": "1", "mode": "offline"})
     identity = tracker.wandb_run
     tracker.finish()
@@ -450,11 +457,11 @@ def test_tensorboard_shows_markup_as_it_stands(tmp_path: Path) -> None:
 def test_artifact_names_fit(name: str, fits: str) -> None:
     from wandb.sdk.artifacts._validators import validate_artifact_name
 
-    assert validate_artifact_name(tracking.artifact_name(name)) == fits
+    assert validate_artifact_name(files.artifact_name(name)) == fits
 
 
 def test_long_artifact_names_stay_apart() -> None:
-    one, other = tracking.artifact_name("x" * 200), tracking.artifact_name("x" * 199 + "y")
+    one, other = files.artifact_name("x" * 200), files.artifact_name("x" * 199 + "y")
     assert len(one) == len(other) == 128 and one != other
 
 

@@ -32,7 +32,7 @@ from rlhf.labels.ledger import (
 )
 from rlhf.labels.records import Export, Role
 from rlhf.run.context import RunContext, write_json
-from rlhf.run.tracking import plain_config
+from rlhf.run.tracking.files import plain_config
 from rlhf.stages.labelling.answers import Clock
 from rlhf.stages.labelling.sources import answered, gold_tasks, require_scores, review
 from rlhf.types import UserError
