@@ -2,7 +2,7 @@
 don't fit or are set aside.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,7 +13,6 @@ from rlhf.data.formats import Format, Use, by_name, detect, judging_key, nearest
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.mixture import Source
 from rlhf.data.parts import Part
-from rlhf.data.prepare.items import CONTENT
 from rlhf.data.rows import RowError
 from rlhf.process.wording import nearest
 from rlhf.types import JudgedAnswer, PreferencePair, UserError
@@ -25,7 +24,6 @@ USES = {
     Use.unpaired: "answers judged good or bad, or pairs of a chosen and a rejected answer",
     Use.prompt: "prompts",
 }
-_CANONICAL = (*CONTENT, "margin", "label")  # columns whose meaning is the toolkit's own
 LeftOut = Callable[[SourceRow, str], None]  # a row, and why
 
 
@@ -172,34 +170,3 @@ class Conversion:
                 return []
             out.append(Record(row.number, made.value, made.fields, row.origin))
         return out
-
-
-def columns_of(
-    value: Any, fields: Mapping[str, Any], answers: Sequence[str] = ()
-) -> dict[str, Any]:
-    """A record in the columns of rlhf/data/prepare/items.py, then its fields without canonical
-    names and without its format's `answers`.
-    """
-    own = {
-        key: value for key, value in fields.items() if key not in _CANONICAL and key not in answers
-    }
-    if isinstance(value, PreferencePair):
-        margin = {} if value.margin is None else {"margin": value.margin}
-        return {
-            "prompt": value.prompt,
-            "chosen": value.chosen,
-            "rejected": value.rejected,
-            **margin,
-            **own,
-        }
-    if isinstance(value, JudgedAnswer):
-        return {"prompt": value.prompt, "completion": value.completion, "label": value.good, **own}
-    return {**value, **own} if isinstance(value, dict) else {"prompt": value, **own}
-
-
-def both_sides(pair: PreferencePair) -> list[JudgedAnswer]:
-    """A pair as a good answer and a bad one."""
-    return [
-        JudgedAnswer(pair.prompt, pair.chosen, True, pair.weight),
-        JudgedAnswer(pair.prompt, pair.rejected, False, pair.weight),
-    ]

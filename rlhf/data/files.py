@@ -8,7 +8,6 @@ import datetime
 import difflib
 import json
 import logging
-import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.cells import from_excel_text
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
@@ -30,8 +30,6 @@ SUFFIXES = {
 }
 # bytes, and times its size; deflate comes to 1030 for zeros, texts to 20
 _MOST_UNPACKED, _MOST_RATIO = 2**30, 200
-# how Excel's files hold characters that XML can't (ECMA-376, ST_Xstring)
-_EXCEL_ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,16 +329,6 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
         ) from error
 
 
-def excel_text(text: str) -> str:
-    """`text` as an Excel cell holds it: what XML can't carry, a carriage return and what looks like
-    such an escape become _xHHHH_.
-    """
-    text = re.sub(r"_(?=x[0-9A-Fa-f]{4}_)", "_x005F_", text)
-    return re.sub(
-        "[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", lambda match: f"_x{ord(match[0]):04X}_", text
-    )
-
-
 def _excel_cell(value: Any) -> str:
     """A cell as text, as CSV would hold it: a whole number without a point, nothing as ""."""
     if value is None:
@@ -351,7 +339,7 @@ def _excel_cell(value: Any) -> str:
         return str(int(value))
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
         return value.isoformat()
-    return _EXCEL_ESCAPE.sub(lambda match: chr(int(match[1], 16)), str(value))
+    return from_excel_text(str(value))
 
 
 def _check_unpacked(path: Path) -> None:

@@ -240,7 +240,7 @@ def _named(name: str, source: SourceConfig, data: DataConfig) -> Source:
 def _transforms(columns: dict[str, Any], data: DataConfig) -> tuple[Transform, ...]:
     out: list[Transform] = [lambda row: rename(row, columns)] if columns else []
     if data.join:
-        from rlhf.data import mt_bench
+        from rlhf.data.formats import mt_bench
 
         out.append(mt_bench.joiner(tuple(data.join)))
     return tuple(out)

@@ -21,10 +21,11 @@ from typing import Any
 
 from conf.schema import Config, DataConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage, RewardStage
-from rlhf.data.converting import PROBE, USES, Conversion, Record, both_sides
+from rlhf.data.converting import PROBE, USES, Conversion, Record
 from rlhf.data.files import SourceRow, read_rows
 from rlhf.data.formats import Format, Use, texts_in
 from rlhf.data.formats import reading as formats_for
+from rlhf.data.formats.base import both_sides
 from rlhf.data.mixture import Source, eval_sources, given, mixed, train_sources
 from rlhf.models import encoding
 from rlhf.process import distributed

@@ -7,9 +7,10 @@ from itertools import islice
 
 from conf.choices import DataFormat
 from conf.schema import Config
-from rlhf.data.converting import PROBE, Conversion, LeftOut, both_sides, choose_format, columns_of
+from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use, by_name, detect
+from rlhf.data.formats.base import both_sides, columns_of
 from rlhf.data.mixture import eval_sources, mixed, train_sources
 from rlhf.data.prepare.items import Item
 from rlhf.types import PreferencePair, UserError

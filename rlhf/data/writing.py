@@ -1,38 +1,27 @@
-"""Rows in canonical columns out into files: `convert` gives a target's rows (rlhf/data/targets.py),
-`write_rows` writes them to a file of any kind.
-
-A row that comes without a note reads back as the same row, its own columns included; a note says
-what reads back otherwise.
+"""Rows in the toolkit's own columns into a file of any kind and format: `write_items` converts them
+(rlhf/data/targets.py), `write_rows` writes the rows of a format.
 """
 
 import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from conf.choices import DataTarget, FileKind
-from rlhf.data.files import excel_text
-from rlhf.data.formats import FORMATS, Use, detect
-from rlhf.data.prepare.items import CONTENT, Item
+from rlhf.data.cells import CELL_LIMIT, cell_length, excel_text
+from rlhf.data.formats import Use
+from rlhf.data.formats.draft import Row
+from rlhf.data.prepare.items import Item
 from rlhf.data.rows import RowError
-from rlhf.data.targets import TARGETS, Draft, Row
+from rlhf.data.targets import check_target, convert
 from rlhf.process.wording import describe
 from rlhf.types import UserError
 
-_CANONICAL = (*CONTENT, "margin", "label")
-_OF_KIND = {
-    Use.sft: ("text", "prompt", "completion", "messages"),
-    Use.preference: ("prompt", "chosen", "rejected", "margin"),
-    Use.unpaired: ("prompt", "completion", "label"),
-    Use.prompt: ("prompt",),
-}
-# own columns that would change what a conversation or a pair is
-_TURNED = ("kto_tag", "system", "history", "input", "rejected_response")
 # columns whose lists and objects are a row's content, in whatever format
 _NESTED = (
     "prompt",
@@ -48,25 +37,7 @@ _NESTED = (
     "responses",
     "answers",
 )
-# columns that formats are told by
-_TELLING = {key for format_ in FORMATS for key in format_.keys} | {
-    "chosen_model",
-    "models",
-    "kto_tag",
-}
 _BATCH = 1024  # rows of a Parquet row group
-_CELL = 32767  # characters that an Excel cell holds
-
-
-def check_target(to: DataTarget, kind: Use) -> None:
-    """Whether `to` holds rows of `kind`. Raises UserError with the targets that do."""
-    if kind not in TARGETS[to]:
-        known = ", ".join(target.value for target, kinds in TARGETS.items() if kind in kinds)
-        holds = ", ".join(use.value for use in TARGETS[to])
-        raise UserError(
-            f"data.to={to.value} holds rows of the kind {holds}, found rows of the kind "
-            f"{kind.value}. Targets for them: {known}."
-        )
 
 
 def file_kind(to: DataTarget, wanted: FileKind | None) -> FileKind:
@@ -74,77 +45,6 @@ def file_kind(to: DataTarget, wanted: FileKind | None) -> FileKind:
     if wanted is not None:
         return wanted
     return {DataTarget.csv: FileKind.csv, DataTarget.xlsx: FileKind.xlsx}.get(to, FileKind.jsonl)
-
-
-def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list[Row], list[str]]:
-    """The rows of `to` that a row of `kind` becomes (two for a pair as judged answers), and notes
-    on what reads back otherwise.
-
-    Raises RowError for a row that `to` can't hold, UserError for a kind that it can't.
-    """
-    check_target(to, kind)
-    content = {key: columns[key] for key in _OF_KIND[kind] if columns.get(key) is not None}
-    draft = Draft(content, {key: value for key, value in columns.items() if key not in content}, [])
-    lost = [key for key in draft.own if key in _CANONICAL and draft.own[key] is not None]
-    if (
-        kind is Use.preference
-        and "margin" not in content
-        and all(draft.own.get(key) not in (None, "") for key in ("score_chosen", "score_rejected"))
-    ):
-        lost += ["score_chosen", "score_rejected"]
-    lost += [
-        key
-        for key in _TURNED
-        if key in draft.own and (to is not DataTarget.trl or key == "kto_tag")
-    ]
-    for key in lost:
-        draft.notes.append(f"{key} is not carried: it would be read as part of the row's content")
-    draft.own = {
-        key: value for key, value in draft.own.items() if key not in lost and key not in _CANONICAL
-    }
-    rows = TARGETS[to][kind](draft)
-    return [_with_own(row, draft) for row in rows], draft.notes
-
-
-def _with_own(row: Row, draft: Draft) -> Row:
-    """A target's row with the row's own columns beside it, those left out that would make it look
-    like another format.
-    """
-    own = dict(draft.own)
-    for key in [key for key in own if key in row]:
-        draft.notes.append(f"{key} is not carried: the format has its own {key}")
-        del own[key]
-    if not _TELLING.isdisjoint(own):
-        _drop_misleading(row, own, draft)
-    return {**row, **own}
-
-
-def _drop_misleading(row: Row, own: Row, draft: Draft) -> None:
-    """Take those of a row's own columns out with which it would be read as another format, to other
-    values.
-    """
-    for use in Use:
-        while own and not _reads_alike(row, {**own, **row}, use):
-            found = detect({**own, **row}, use)
-            keys = [] if found is None else [key for key in own if key in found.keys]
-            for key in keys or list(own):
-                draft.notes.append(
-                    f"{key} is not carried: with it the row would look like another format"
-                )
-                del own[key]
-
-
-def _reads_alike(row: Row, other: Row, use: Use) -> bool:
-    """Whether two rows give the same values when their formats are detected."""
-    first, second = detect(row, use), detect(other, use)
-    if first is second or first is None or second is None:
-        return first is second
-    try:
-        return [made.value for made in first.read(row, use).pairs] == [
-            made.value for made in second.read(other, use).pairs
-        ]
-    except RowError:
-        return False
 
 
 @dataclass(slots=True)
@@ -212,9 +112,9 @@ def _cells(row: Row, notes: list[str], container: FileKind) -> Row:
         text = value if isinstance(value, str) else _in_words(value)
         if text is not value:
             notes.append(f"{key} becomes text")
-        if container is FileKind.xlsx and len(excel_text(text)) > _CELL:
+        if container is FileKind.xlsx and cell_length(excel_text(text)) > CELL_LIMIT:
             raise RowError(
-                f"key {key!r}: an Excel cell holds at most {_CELL} characters, found "
+                f"key {key!r}: an Excel cell holds at most {CELL_LIMIT} characters, found "
                 f"{len(text)}. data.file=csv holds more"
             )
         out[key] = text

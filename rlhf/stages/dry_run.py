@@ -22,8 +22,8 @@ from rlhf.checks.memory.subjects import can_plan, shapes_of
 from rlhf.checks.memory.tables import plan_table
 from rlhf.cli import config
 from rlhf.data import reading
-from rlhf.data.converting import both_sides, columns_of
 from rlhf.data.formats import Use
+from rlhf.data.formats.base import both_sides, columns_of
 from rlhf.data.preview import RowPreview, preview_row, render
 from rlhf.process import redaction
 from rlhf.run.console import console

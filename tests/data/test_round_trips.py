@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from conf.choices import DataTarget, FileKind
 from rlhf.data import files, formats
-from rlhf.data.converting import both_sides, columns_of
 from rlhf.data.formats import FORMATS, Use
+from rlhf.data.formats.base import both_sides, columns_of
 from rlhf.data.rows import RowError
 from rlhf.data.targets import TARGETS
 from rlhf.data.writing import convert, write_rows

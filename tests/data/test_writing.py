@@ -301,10 +301,9 @@ def test_items_are_written_with_counted_notes_and_the_rest_rejected(tmp_path: Pa
         "tags is not carried: a csv cell holds text": 1,
         "n becomes text": 2,
     }
-    assert rejected == [
-        "3: data.to=csv: key 'prompt': expected text, found a list of 1 messages, which this "
-        "format has no place for"
-    ]
+    assert len(rejected) == 1
+    for part in ("3: data.to=csv:", "'prompt'", "a list of 1"):
+        assert part in rejected[0]
     assert [row["n"] for row in files.read_rows(out.path)] == ["3", "4"]
     assert [p.name for p in out.path.parent.iterdir()] == ["sheet.csv"], "nothing else is left"
     out, rejected = write([CHATS, PAIR], tmp_path / "trl.csv", DataTarget.trl, FileKind.csv)

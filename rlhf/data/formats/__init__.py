@@ -1,12 +1,24 @@
-"""Formats of data files: told apart by their columns, turned into what stages use (base.Use).
+"""Formats of data files, a module each or a few related ones: recognised by their columns, turned
+into what stages use (base.Use), and written from the toolkit's own columns (draft.py).
 
-Pure functions over rows (dictionaries). Not read: tool calls and images.
+A new format is a `Format` in a module here, named in FORMATS (and in conf.choices.DataFormat); its
+writers are named in rlhf/data/targets.py. All are pure functions over rows (dictionaries). Not
+read: tool calls and images.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.formats import chats, comparisons, tools, trl
+from rlhf.data.formats import (
+    alpaca_eval,
+    argilla,
+    chats,
+    comparisons,
+    label_studio,
+    mt_bench,
+    sheet,
+    trl,
+)
 from rlhf.data.formats.base import Format, Made, Several, Use
 from rlhf.data.rows import Row, RowError
 from rlhf.process.wording import nearest
@@ -27,19 +39,19 @@ __all__ = [
     "texts_in",
 ]
 
-# The most particular first: the first one that fits a row names the file.
+# The most particular first: the first format that fits a row is the file's.
 FORMATS: tuple[Format, ...] = (
-    tools.LABEL_STUDIO_RANKER,
-    tools.LABEL_STUDIO,
-    tools.ARGILLA,
+    label_studio.LABEL_STUDIO_RANKER,
+    label_studio.LABEL_STUDIO,
+    argilla.ARGILLA,
     comparisons.HH_RLHF,
     comparisons.SHP,
     comparisons.NECTAR,
-    comparisons.MT_BENCH_JUDGMENT,
-    comparisons.MT_BENCH_ANSWER,
-    comparisons.ALPACA_EVAL_ANNOTATION,
+    mt_bench.MT_BENCH_JUDGMENT,
+    mt_bench.MT_BENCH_ANSWER,
+    alpaca_eval.ALPACA_EVAL_ANNOTATION,
     comparisons.REWARDBENCH,
-    tools.LABEL_SHEET,
+    sheet.LABEL_SHEET,
     chats.ALPACA_PREFERENCE,
     chats.SHAREGPT_PREFERENCE,
     chats.SWIFT_PREFERENCE,
@@ -53,7 +65,7 @@ FORMATS: tuple[Format, ...] = (
     trl.PROMPT_COMPLETION,
     chats.MESSAGES,
     chats.SHAREGPT,
-    comparisons.ALPACA_EVAL,
+    alpaca_eval.ALPACA_EVAL,
     chats.ALPACA,
     trl.PROMPT,
     trl.TEXT,
@@ -85,11 +97,9 @@ def nearest_format(row: Row, use: Use) -> tuple[Format, str]:
 
     def distance(format_: Format) -> tuple[float, int, int]:
         # a column that is there under a misspelt name counts half
-        cost = sum(
-            0.5 if nearest(k, [c for c in row if c not in format_.keys]) else 1.0
-            for k in lacking(format_)
-        )
-        # the plainer one of equals
+        others = [column for column in row if column not in format_.keys]
+        cost = sum(0.5 if nearest(key, others) else 1.0 for key in lacking(format_))
+        # the plainer of equals
         return cost / len(format_.keys), -len(format_.keys), -FORMATS.index(format_)
 
     best = min(reading(use), key=distance)
@@ -114,9 +124,8 @@ def texts_in(value: Any) -> list[str]:
     if isinstance(value, JudgedAnswer):
         return texts_in([value.prompt, value.completion])
     if isinstance(value, Mapping):
-        return (
-            texts_in(value["content"])
-            if set(value) == {"role", "content"}
-            else texts_in(list(value.values()))
-        )
-    return [t for v in value for t in texts_in(v)] if isinstance(value, (list, tuple)) else []
+        is_message = set(value) == {"role", "content"}
+        return texts_in(value["content"] if is_message else list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return [text for part in value for text in texts_in(part)]
+    return []

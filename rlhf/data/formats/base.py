@@ -1,5 +1,5 @@
-"""What a format is: the columns that tell it, and the pure functions that turn its rows into what
-stages use.
+"""What a format is: the columns by which it is recognised, and the pure functions that turn its
+rows into what stages use.
 
     sft         TRL columns: {"text"}, {"prompt", "completion"} or {"messages"}
     preference  rlhf.types.PreferencePair
@@ -8,10 +8,12 @@ stages use.
 
 A row that doesn't fit raises `RowError`, which says why. A row of judgements (ranks, several
 annotators) gives any number of pairs, and a reason for each judgement that gives none, such as a
-tie: it fits, but is set aside.
+tie: such a row fits, but is set aside.
+
+What every format's reader shares is here; what the writers share is in draft.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -19,6 +21,10 @@ from typing import Any
 from rlhf.data.rows import Chat, Row, RowError, margin_of, text_or_chat, value_of
 from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
+
+# the toolkit's own columns that hold texts or messages, and all of its own columns
+CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
+CANONICAL = (*CONTENT, "margin", "label")
 
 
 class Use(Enum):
@@ -32,9 +38,7 @@ class Use(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a row gives: a value of the use, and what else is known of it (the columns that are no
-    part of the value).
-    """
+    """One value that a row gives for a use, and the row's columns that are no part of it."""
 
     value: Any
     fields: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +46,7 @@ class Made:
 
 @dataclass(slots=True)
 class Several:
-    """What a row of judgements gives: pairs, and why a judgement gives none."""
+    """What a row of judgements gives: pairs, and the reason for each judgement that gives none."""
 
     pairs: list[Made] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
@@ -50,8 +54,8 @@ class Several:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One format: the columns that tell it, a further test of a row that has them, and what it can
-    be turned into.
+    """One format: its required columns, a further test of a row that has them, and a function for
+    each use that its rows can be read for.
     """
 
     name: str  # as data.format names it
@@ -59,13 +63,13 @@ class Format:
     columns: str  # for messages
     sft: Callable[[Row], dict[str, Any]] | None = None
     pair: Callable[[Row], PreferencePair] | None = None
-    pairs: Callable[[Row], Several] | None = None  # in place of `pair`
+    pairs: Callable[[Row], Several] | None = None  # instead of `pair`
     unpaired: Callable[[Row], JudgedAnswer] | None = None
     prompt: Callable[[Row], str | Chat] | None = None
     test: Callable[[Row], bool] = field(default=lambda row: True)
-    consumed: tuple[str, ...] = ()  # columns that make the prompt; the others are a prompt's fields
-    # columns that make the rest: no longer a row's own once it is turned into pairs, answers or
-    # texts
+    # columns that the prompt is made of: the others are a prompt's fields
+    consumed: tuple[str, ...] = ()
+    # columns that answers or texts are made of: no fields of a pair, an answer or a text
     answers: tuple[str, ...] = ()
 
     def reads(self, use: Use) -> bool:
@@ -79,7 +83,7 @@ class Format:
         }[use]
 
     def read(self, row: Row, use: Use) -> Several:
-        """What `row` gives for `use`, which `reads` allows. Raises RowError."""
+        """What `row` gives for `use`, which `reads` must allow. Raises RowError."""
         single: Callable[[Row], Any] | None = {
             Use.sft: self.sft,
             Use.preference: self.pair,
@@ -95,10 +99,15 @@ class Format:
         return Several([Made(made.value, own | made.fields) for made in out.pairs], out.aside)
 
 
+# ---- pairs ----
+
+
 def make_pair(
     row: Row, prompt: str | Chat, chosen: str | Chat, rejected: str | Chat
 ) -> PreferencePair:
-    """A pair whose sides differ and are of one kind. Raises RowError."""
+    """A pair with the margin of `row`. Raises RowError where the sides are the same, or where
+    prompt and sides are not all texts or all conversations.
+    """
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise RowError(
             f"key 'rejected': expected what 'chosen' is ({describe(chosen)}), found "
@@ -116,19 +125,23 @@ def make_pair(
     return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin_of(row))
 
 
+def first_difference(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The index at which two sequences first differ; the shorter one's length when neither does."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
 def split_chats(chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
-    """Two whole conversations as the prompt that they share and the two last turns. Raises RowError
-    where they part earlier.
+    """(shared prompt, chosen answer, rejected answer) of two whole conversations. Raises RowError
+    where they differ before their last message.
     """
     prompt, other = chosen[:-1], rejected[:-1]
     if prompt != other:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b),
-            min(len(prompt), len(other)),
-        )
         raise RowError(
             "keys 'chosen' and 'rejected': expected conversations that differ in the last "
-            f"message only, found another message {at}"
+            f"message only, found another message {first_difference(prompt, other)}"
         )
     if not prompt:
         raise RowError(
@@ -138,69 +151,54 @@ def split_chats(chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
     return prompt, chosen[-1:], rejected[-1:]
 
 
-def assistant(text: str) -> Chat:
-    """An answer as a conversation's turn."""
-    return [{"role": "assistant", "content": text}]
-
-
-def answer_like(prompt: str | Chat, text: str) -> str | Chat:
-    """An answer in its prompt's form: a text after a text, a turn after a conversation."""
-    return assistant(text) if isinstance(prompt, list) else text
-
-
-def judged_chat(chat: Chat, key: str, good: bool) -> JudgedAnswer:
-    """A conversation whose last turn is judged. Raises RowError."""
-    if chat[-1]["role"] != "assistant" or len(chat) < 2:
-        raise RowError(
-            f"key {key!r}: expected a conversation that ends with the judged answer, found role "
-            f"{chat[-1]['role']!r} at its end"
-        )
-    return JudgedAnswer(prompt=chat[:-1], completion=chat[-1:], good=good)
-
-
 def prompt_of_pair(convert: Callable[[Row], PreferencePair]) -> Callable[[Row], str | Chat]:
-    """The prompt of rows whose prompt is known only once the pair is made."""
+    """A reader of prompts for rows whose prompt is known only once the pair is made."""
 
     def prompt(row: Row) -> str | Chat:
-        found = convert(row).prompt
-        assert isinstance(found, (str, list))
-        if not found:
+        shared = convert(row).prompt
+        assert isinstance(shared, (str, list))
+        if not shared:
             raise RowError(
                 "keys 'chosen' and 'rejected': expected a prompt that the two answers share, "
                 "found whole texts"
             )
-        return found
+        return shared
 
     return prompt
 
 
-def with_assistant(chat: Chat, key: str) -> Chat:
-    """A conversation to train on. Raises RowError."""
-    if not any(m["role"] == "assistant" for m in chat):
-        raise RowError(
-            f"key {key!r}: expected at least one assistant's message to train on, found none"
-        )
-    return chat
+def both_sides(pair: PreferencePair) -> list[JudgedAnswer]:
+    """A pair as a good answer and a bad one."""
+    return [
+        JudgedAnswer(pair.prompt, pair.chosen, True, pair.weight),
+        JudgedAnswer(pair.prompt, pair.rejected, False, pair.weight),
+    ]
 
 
-def has_chat(row: Row, key: str) -> bool:
-    """Whether a column holds a list, which messages are."""
-    return isinstance(row.get(key), list)
-
-
-def prompt_or_nothing(row: Row, key: str) -> str | Chat:
-    """A prompt that may be "", where the answers are whole texts. Raises RowError."""
-    return "" if value_of(row, key) == "" else text_or_chat(row, key)
+def of_two(
+    row: Row,
+    prompt: str | Chat,
+    first: str,
+    second: str,
+    choice: int,
+    extra: Mapping[str, Any] | None = None,
+) -> Made:
+    """The pair of two answers of which number `choice` (1 or 2) was preferred, with the field
+    `position` for it. Raises RowError.
+    """
+    chosen, rejected = (first, second) if choice == 1 else (second, first)
+    pair = make_pair(row, prompt, answer_like(prompt, chosen), answer_like(prompt, rejected))
+    return Made(pair, {**(extra or {}), "position": choice})
 
 
 def ranked(
     prompt: str | Chat, answers: list[tuple[str, str, float]], extra: Mapping[str, Any]
 ) -> Several:
-    """Every pair of differently ranked answers: (name, text, rank), the smallest rank being the
-    best. Equal ranks are ties, set aside.
+    """Every pair of differently ranked answers. `answers` are (name, text, rank), the smallest rank
+    being the best; equal ranks are ties, which are set aside.
 
-    A pair's fields are `extra`, rank_chosen and rank_rejected, and position: 1 where the chosen one
-    stood before the other. Raises RowError.
+    A pair's fields are `extra`, rank_chosen and rank_rejected, and position: 1 where the chosen
+    answer stands before the other. Raises RowError.
     """
     out = Several()
     for i, (name, text, rank) in enumerate(answers):
@@ -225,17 +223,76 @@ def ranked(
     return out
 
 
-def of_two(
-    row: Row,
-    prompt: str | Chat,
-    first: str,
-    second: str,
-    choice: int,
-    extra: Mapping[str, Any] | None = None,
-) -> Made:
-    """The pair of two answers of which the one at place `choice` (1 or 2) was preferred; its field
-    `position` says so. Raises RowError.
+# ---- prompts and answers ----
+
+
+def assistant(text: str) -> Chat:
+    """An answer as a conversation's turn."""
+    return [{"role": "assistant", "content": text}]
+
+
+def answer_like(prompt: str | Chat, text: str) -> str | Chat:
+    """An answer in its prompt's form: a text after a text, a turn after a conversation."""
+    return assistant(text) if isinstance(prompt, list) else text
+
+
+def judged_chat(chat: Chat, key: str, good: bool) -> JudgedAnswer:
+    """A conversation whose last turn is judged. Raises RowError."""
+    if chat[-1]["role"] != "assistant" or len(chat) < 2:
+        raise RowError(
+            f"key {key!r}: expected a conversation that ends with the judged answer, found role "
+            f"{chat[-1]['role']!r} at its end"
+        )
+    return JudgedAnswer(prompt=chat[:-1], completion=chat[-1:], good=good)
+
+
+def with_assistant(chat: Chat, key: str) -> Chat:
+    """A conversation to train on. Raises RowError when it has no assistant's message."""
+    if not any(m["role"] == "assistant" for m in chat):
+        raise RowError(
+            f"key {key!r}: expected at least one assistant's message to train on, found none"
+        )
+    return chat
+
+
+def has_chat(row: Row, key: str) -> bool:
+    """Whether a column holds a list, as messages are."""
+    return isinstance(row.get(key), list)
+
+
+def prompt_or_nothing(row: Row, key: str) -> str | Chat:
+    """A prompt that may be "", where the answers are whole texts. Raises RowError."""
+    return "" if value_of(row, key) == "" else text_or_chat(row, key)
+
+
+def annotator_of(value: Any) -> dict[str, str]:
+    """The field `annotator` from a number, a name, or an object that holds an email, a username or
+    an id; nothing for null.
     """
-    chosen, rejected = (first, second) if choice == 1 else (second, first)
-    pair = make_pair(row, prompt, answer_like(prompt, chosen), answer_like(prompt, rejected))
-    return Made(pair, {**(extra or {}), "position": choice})
+    if isinstance(value, Mapping):
+        value = value.get("email") or value.get("username") or value.get("id")
+    return {} if value is None else {"annotator": str(value)}
+
+
+# ---- back into columns ----
+
+
+def columns_of(
+    value: Any, fields: Mapping[str, Any], answers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A value of a use in the toolkit's own columns (see rlhf/data/prepare/items.py), followed by
+    those `fields` that are neither canonical nor among its format's `answers`.
+    """
+    own = {
+        key: value for key, value in fields.items() if key not in CANONICAL and key not in answers
+    }
+    if isinstance(value, PreferencePair):
+        columns = {"prompt": value.prompt, "chosen": value.chosen, "rejected": value.rejected}
+        if value.margin is not None:
+            columns["margin"] = value.margin
+        return {**columns, **own}
+    if isinstance(value, JudgedAnswer):
+        return {"prompt": value.prompt, "completion": value.completion, "label": value.good, **own}
+    if isinstance(value, dict):
+        return {**value, **own}
+    return {"prompt": value, **own}

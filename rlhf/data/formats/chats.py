@@ -4,7 +4,17 @@ pairs), ShareGPT and Alpaca (LLaMA-Factory's pairs).
 
 from typing import Any
 
-from rlhf.data.formats.base import Format, assistant, judged_chat, make_pair, with_assistant
+from rlhf.data.formats.base import Format, Use, assistant, judged_chat, make_pair, with_assistant
+from rlhf.data.formats.draft import (
+    Draft,
+    Writer,
+    judged_turns,
+    prompt_turns,
+    single_text,
+    trained_turns,
+    two_texts,
+    whole_conversation,
+)
 from rlhf.data.rows import (
     Chat,
     Row,
@@ -71,6 +81,35 @@ MESSAGES = Format(
     consumed=("messages",),
 )
 
+
+def _write_sft_messages(draft: Draft) -> list[dict[str, Any]]:
+    return [{"messages": whole_conversation(draft)}]
+
+
+def _write_pair_messages(draft: Draft) -> list[dict[str, Any]]:
+    columns = draft.columns
+    turns = prompt_turns(draft)
+    chosen = single_text(columns["chosen"], "chosen", empty=True)
+    rejected = single_text(columns["rejected"], "rejected")
+    chat = [*turns, *assistant(chosen)]
+    return [{"messages": chat, "rejected_response": rejected, **draft.margin()}]
+
+
+def _write_unpaired_messages(draft: Draft) -> list[dict[str, Any]]:
+    return [{"messages": judged_turns(draft), "label": draft.columns["label"]}]
+
+
+def _write_prompt_messages(draft: Draft) -> list[dict[str, Any]]:
+    return [{"messages": prompt_turns(draft)}]
+
+
+WRITE_MESSAGES: dict[Use, Writer] = {
+    Use.sft: _write_sft_messages,
+    Use.preference: _write_pair_messages,
+    Use.unpaired: _write_unpaired_messages,
+    Use.prompt: _write_prompt_messages,
+}
+
 # ---- ShareGPT ----
 
 
@@ -132,6 +171,48 @@ SHAREGPT = Format(
     prompt=_prompt_sharegpt,
     consumed=_SHAREGPT,
 )
+
+
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+def _sharegpt_turns(chat: Chat) -> list[dict[str, Any]]:
+    """Messages as {from, value}. Raises RowError for a role that ShareGPT has no word for."""
+    unknown = next((m["role"] for m in chat if m["role"] not in _SPEAKERS), None)
+    if unknown is not None:
+        raise RowError(f"role {unknown!r}: ShareGPT has {', '.join(_SPEAKERS.values())} only")
+    return [{"from": _SPEAKERS[m["role"]], "value": m["content"]} for m in chat]
+
+
+def _write_sft_sharegpt(draft: Draft) -> list[dict[str, Any]]:
+    return [{"conversations": _sharegpt_turns(whole_conversation(draft))}]
+
+
+def _write_pair_sharegpt(draft: Draft) -> list[dict[str, Any]]:
+    turns = _sharegpt_turns(prompt_turns(draft))
+    chosen, rejected = two_texts(draft, empty=True)
+    sides = {
+        "chosen": {"from": "gpt", "value": chosen},
+        "rejected": {"from": "gpt", "value": rejected},
+    }
+    return [{"conversations": turns, **sides, **draft.margin()}]
+
+
+def _write_unpaired_sharegpt(draft: Draft) -> list[dict[str, Any]]:
+    turns = _sharegpt_turns(judged_turns(draft))
+    return [{"conversations": turns, "kto_tag": draft.columns["label"]}]
+
+
+def _write_prompt_sharegpt(draft: Draft) -> list[dict[str, Any]]:
+    return [{"conversations": _sharegpt_turns(prompt_turns(draft))}]
+
+
+WRITE_SHAREGPT: dict[Use, Writer] = {
+    Use.sft: _write_sft_sharegpt,
+    Use.preference: _write_pair_sharegpt,
+    Use.unpaired: _write_unpaired_sharegpt,
+    Use.prompt: _write_prompt_sharegpt,
+}
 
 # ---- Alpaca ----
 
@@ -214,3 +295,57 @@ ALPACA = Format(
     consumed=ALPACA_COLUMNS,
     answers=("output",),
 )
+
+
+def alpaca_columns(chat: Chat) -> dict[str, Any]:
+    """instruction, input, system and history of a conversation that ends with a user's message.
+    Raises RowError for another order of roles.
+    """
+    system: dict[str, Any] = {}
+    turns = list(chat)
+    if turns and turns[0]["role"] == "system" and turns[0]["content"]:
+        system = {"system": turns.pop(0)["content"]}
+    roles = [m["role"] for m in turns]
+    if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"] or not turns[-1]["content"]:
+        raise RowError(
+            "alpaca holds a system message, then turns of user and assistant, then an "
+            f"instruction; found the roles {', '.join(roles)}"
+        )
+    out = {"instruction": turns[-1]["content"], "input": "", **system}
+    history = [[turns[i]["content"], turns[i + 1]["content"]] for i in range(0, len(turns) - 1, 2)]
+    if history:
+        out["history"] = history
+    return out
+
+
+def write_sft_alpaca(draft: Draft) -> list[dict[str, Any]]:
+    """The last answer as the output. Raises RowError."""
+    context, answer = trained_turns(draft)
+    if not answer:
+        context, answer = context[:-1], context[-1:]
+        draft.notes.append("of the conversation only the last answer trains")
+    return [{**alpaca_columns(context), "output": single_text(answer, "completion")}]
+
+
+def _write_pair_alpaca(draft: Draft) -> list[dict[str, Any]]:
+    chosen, rejected = two_texts(draft)
+    context = alpaca_columns(prompt_turns(draft))
+    return [{**context, "chosen": chosen, "rejected": rejected, **draft.margin()}]
+
+
+def _write_unpaired_alpaca(draft: Draft) -> list[dict[str, Any]]:
+    output = single_text(draft.columns["completion"], "completion")
+    context = alpaca_columns(prompt_turns(draft))
+    return [{**context, "output": output, "kto_tag": draft.columns["label"]}]
+
+
+def _write_prompt_alpaca(draft: Draft) -> list[dict[str, Any]]:
+    return [{**alpaca_columns(prompt_turns(draft)), "output": ""}]
+
+
+WRITE_ALPACA: dict[Use, Writer] = {
+    Use.sft: write_sft_alpaca,
+    Use.preference: _write_pair_alpaca,
+    Use.unpaired: _write_unpaired_alpaca,
+    Use.prompt: _write_prompt_alpaca,
+}

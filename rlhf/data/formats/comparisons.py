@@ -1,25 +1,34 @@
-"""Published comparisons of answers: Anthropic's hh-rlhf, SHP, Nectar, RewardBench, AlpacaEval and
-MT-Bench.
+"""Published comparisons of answers: Anthropic's hh-rlhf, SHP, Nectar and RewardBench.
 
 Recalled rather than read in their own source: hh-rlhf, SHP, Nectar. Taken as they are known: SHP's
 label 1 says that A is better; Nectar's rank 1 is the best. RewardBench 2 (several chosen and
 rejected texts a row) is read as all pairs of one of each.
 """
 
-import math
 from typing import Any
 
 from rlhf.data.formats.base import (
     Format,
     Made,
     Several,
+    Use,
     assistant,
+    first_difference,
     make_pair,
     of_two,
     prompt_of_pair,
     ranked,
 )
-from rlhf.data.formats.chats import ALPACA_COLUMNS, alpaca_prompt, sft_alpaca
+from rlhf.data.formats.draft import (
+    Draft,
+    Writer,
+    plain_text,
+    ranks_of,
+    require_same_form,
+    required_prompt,
+    shown_pair,
+    two_texts,
+)
 from rlhf.data.rows import (
     Chat,
     Row,
@@ -53,10 +62,7 @@ def _pair_hh(row: Row) -> PreferencePair:
     prompt, chosen = _split_transcript(row, "chosen")
     other, rejected = _split_transcript(row, "rejected")
     if prompt != other:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b),
-            min(len(prompt), len(other)),
-        )
+        at = first_difference(prompt, other)
         raise RowError(
             "keys 'chosen' and 'rejected': expected the same transcript up to the last "
             f"'Assistant:', found a difference at character {at}: "
@@ -81,23 +87,46 @@ HH_RLHF = Format(
     answers=("margin",),
 )
 
+
+def _write_hh(draft: Draft) -> list[dict[str, Any]]:
+    prompt = draft.columns["prompt"]
+    if not prompt:
+        raise RowError(
+            "key 'prompt': hh-rlhf wants a transcript before the answers, but this row's texts "
+            "are whole"
+        )
+    chosen, rejected = two_texts(draft, empty=True)
+    if any(ASSISTANT_TURN in text for text in (chosen, rejected)):
+        raise RowError(f"an answer holds {ASSISTANT_TURN!r}, which begins a turn in hh-rlhf")
+    if not isinstance(prompt, str) or not prompt.endswith(ASSISTANT_TURN):
+        prompt = _transcript(prompt)
+        chosen, rejected = f" {chosen}", f" {rejected}"
+        draft.notes.append("prompt and answers become a transcript, read again as text")
+    return [{"chosen": prompt + chosen, "rejected": prompt + rejected, **draft.margin()}]
+
+
+def _transcript(prompt: str | Chat) -> str:
+    """A prompt as turns of Human: and Assistant:, up to the answer. Raises RowError for a role that
+    a transcript has no word for.
+    """
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    marks = {"user": HUMAN_TURN, "assistant": ASSISTANT_TURN}
+    unknown = next((m["role"] for m in turns if m["role"] not in marks), None)
+    if unknown is not None:
+        raise RowError(f"role {unknown!r}: hh-rlhf has Human: and Assistant: only")
+    return "".join(f"{marks[m['role']]} {m['content']}" for m in turns) + ASSISTANT_TURN
+
+
+WRITE_HH_RLHF: dict[Use, Writer] = {Use.preference: _write_hh}
+
 # ---- SHP ----
 
 
 def _pairs_shp(row: Row) -> Several:
     first_is_better = judgement_of(row, "labels")
     prompt = text_of(row, "history")
-    return Several(
-        [
-            of_two(
-                row,
-                prompt,
-                text_of(row, "human_ref_A"),
-                text_of(row, "human_ref_B"),
-                1 if first_is_better else 2,
-            )
-        ]
-    )
+    first, second = text_of(row, "human_ref_A"), text_of(row, "human_ref_B")
+    return Several([of_two(row, prompt, first, second, 1 if first_is_better else 2)])
 
 
 SHP = Format(
@@ -111,6 +140,21 @@ SHP = Format(
     answers=("human_ref_A", "human_ref_B", "labels", "margin"),
 )
 
+
+def _write_shp(draft: Draft) -> list[dict[str, Any]]:
+    prompt = plain_text(draft.columns["prompt"], "prompt")
+    first, second, position = shown_pair(draft)
+    row = {
+        "history": prompt,
+        "human_ref_A": first,
+        "human_ref_B": second,
+        "labels": int(position == 1),
+    }
+    return [{**row, **draft.margin()}]
+
+
+WRITE_SHP: dict[Use, Writer] = {Use.preference: _write_shp}
+
 # ---- Nectar ----
 
 
@@ -121,19 +165,19 @@ def _pairs_nectar(row: Row) -> Several:
             "key 'answers': expected a list of at least two answers with ranks, found "
             f"{describe(answers)}"
         )
-    found = []
+    ranks = []
     for i, answer in enumerate(answers):
-        place = f"answers[{i}]"
+        key = f"answers[{i}]"
         if not isinstance(answer, dict):
             raise RowError(
-                f"key {place!r}: expected an object with 'answer' and 'rank', found "
+                f"key {key!r}: expected an object with 'answer' and 'rank', found "
                 f"{describe(answer)}"
             )
         try:
-            found.append((place, text_of(answer, "answer"), number_of(answer, "rank")))
+            ranks.append((key, text_of(answer, "answer"), number_of(answer, "rank")))
         except RowError as error:
-            raise RowError(f"{place}: {error}") from None
-    return ranked(text_or_chat(row, "prompt"), found, {})
+            raise RowError(f"{key}: {error}") from None
+    return ranked(text_or_chat(row, "prompt"), ranks, {})
 
 
 NECTAR = Format(
@@ -149,6 +193,19 @@ NECTAR = Format(
     consumed=("prompt",),
     answers=("answers", "margin"),
 )
+
+
+def _write_nectar(draft: Draft) -> list[dict[str, Any]]:
+    draft.lose("margin", "Nectar has ranks")
+    prompt = required_prompt(draft)
+    first, second, position = shown_pair(draft)
+    best, worst = ranks_of(draft)
+    ranks = (best, worst) if position == 1 else (worst, best)
+    answers = [{"answer": first, "rank": ranks[0]}, {"answer": second, "rank": ranks[1]}]
+    return [{"prompt": prompt, "answers": answers}]
+
+
+WRITE_NECTAR: dict[Use, Writer] = {Use.preference: _write_nectar}
 
 # ---- RewardBench ----
 
@@ -174,7 +231,7 @@ def _pairs_rewardbench(row: Row) -> Several:
     )
 
 
-def _strings(value: Any) -> bool:
+def _is_text_or_texts(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list) and all(isinstance(v, str) for v in value)
     )
@@ -188,178 +245,22 @@ REWARDBENCH = Format(
     prompt=lambda row: text_or_chat(row, "prompt"),
     test=lambda row: (
         ("chosen_model" in row or "models" in row)
-        and _strings(row["chosen"])
-        and _strings(row["rejected"])
+        and _is_text_or_texts(row["chosen"])
+        and _is_text_or_texts(row["rejected"])
     ),
     consumed=("prompt",),
     answers=("chosen", "rejected", "margin"),
 )
 
-# ---- AlpacaEval ----
+
+def _write_rewardbench(draft: Draft) -> list[dict[str, Any]]:
+    prompt = required_prompt(draft)
+    require_same_form(draft.columns)
+    names = ("subset", "chosen_model", "rejected_model")
+    named = {name: draft.take(name, "unknown") for name in names}
+    chosen, rejected = two_texts(draft)
+    sides = {"chosen": chosen, "rejected": rejected}
+    return [{"prompt": prompt, **sides, **named, **draft.margin()}]
 
 
-def _pairs_alpaca_eval(row: Row) -> Several:
-    """1 is output_1, 2 is output_2; what lies between is graded, and its distance from 1.5
-    (doubled) is the margin, in (0, 1].
-    """
-    value = value_of(row, "preference")
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return Several(aside=["the annotator gave no preference"])
-    preference = number_of(row, "preference")
-    if preference in (0, 1.5):  # 0: how older annotators wrote a draw
-        return Several(aside=[f"a tie: preference is {preference:g}"])
-    if not 1 <= preference <= 2:
-        raise RowError(
-            "key 'preference': expected a number from 1 (output_1) to 2 (output_2), found "
-            f"{describe(value)}"
-        )
-    made = of_two(
-        row,
-        alpaca_prompt(row),
-        text_of(row, "output_1"),
-        text_of(row, "output_2"),
-        1 if preference < 1.5 else 2,
-    )
-    pair = made.value
-    return Several(
-        [
-            Made(
-                PreferencePair(pair.prompt, pair.chosen, pair.rejected, abs(preference - 1.5) * 2),
-                made.fields,
-            )
-        ]
-    )
-
-
-ALPACA_EVAL_ANNOTATION = Format(
-    "alpaca_eval_annotation",
-    ("instruction", "output_1", "output_2", "preference"),
-    "instruction, output_1, output_2, preference (1 to 2)",
-    pairs=_pairs_alpaca_eval,
-    prompt=alpaca_prompt,
-    consumed=ALPACA_COLUMNS,
-    answers=("output_1", "output_2", "preference", "margin"),
-)
-ALPACA_EVAL = Format(
-    "alpaca_eval",
-    ("instruction", "output", "generator"),
-    "instruction, output, generator",
-    sft=sft_alpaca,
-    prompt=alpaca_prompt,
-    test=lambda row: "kto_tag" not in row,
-    consumed=ALPACA_COLUMNS,
-    answers=("output",),
-)
-
-# ---- MT-Bench: answers and judgments name their texts; rlhf/data/mt_bench.py puts them into the
-# row ----
-
-MT_QUESTION, MT_ANSWER_1, MT_ANSWER_2 = "question_turns", "answer_turns_1", "answer_turns_2"
-
-
-def _turns(row: Row, key: str, what: str) -> list[str]:
-    if key not in row:
-        raise RowError(
-            f"this row names its {what} but holds no text of "
-            f"{'it' if what == 'question' else 'them'}: expected "
-            "data.join=[questions, answers], the files of MT-Bench's questions and of the "
-            "models' answers"
-        )
-    turns = row[key]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-        raise RowError(f"{what}: expected a list of turns, each a text, found {describe(turns)}")
-    return turns
-
-
-def _dialogue(question: list[str], answers: list[str], turns: int) -> Chat:
-    if len(question) < turns or len(answers) < turns:
-        raise RowError(
-            f"expected at least {turns} turns, found {len(question)} of the question and "
-            f"{len(answers)} of the answer"
-        )
-    chat: Chat = []
-    for asked, answered in zip(question[:turns], answers[:turns], strict=True):
-        chat += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return chat
-
-
-def _sft_mt_bench(row: Row) -> dict[str, Any]:
-    choices = value_of(row, "choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise RowError(
-            f"key 'choices': expected a list of objects with 'turns', found {describe(choices)}"
-        )
-    question = _turns(row, MT_QUESTION, "question")
-    answers = _turns({MT_ANSWER_1: value_of(choices[0], "turns")}, MT_ANSWER_1, "answers")
-    return {"messages": _dialogue(question, answers, min(len(question), len(answers)))}
-
-
-_WINNERS = ("model_1", "model_2", "tie", "error")
-
-
-def _winner(row: Row, key: str) -> str:
-    winner = text_of(row, key)
-    if winner not in _WINNERS:
-        raise RowError(f"key {key!r}: expected one of {', '.join(_WINNERS)}, found {winner!r}")
-    return winner
-
-
-def _pairs_mt_bench(row: Row) -> Several:
-    """Two games with the answers in either order: only where both have the same winner is there
-    one, as MT-Bench counts it.
-    """
-    first, second = _winner(row, "g1_winner"), _winner(row, "g2_winner")
-    if "error" in (first, second):
-        return Several(aside=["the judge's answer was not understood (error)"])
-    if first != second or first == "tie":
-        return Several(aside=[f"a tie: game 1 says {first}, game 2 {second}"])
-    turn = number_of(row, "turn") if "turn" in row else 1.0
-    if turn not in (1, 2):
-        raise RowError(f"key 'turn': expected 1 or 2, found {describe(row['turn'])}")
-    question = _turns(row, MT_QUESTION, "question")
-    sides = [
-        _dialogue(question, _turns(row, key, "answers"), int(turn))
-        for key in (MT_ANSWER_1, MT_ANSWER_2)
-    ]
-    if sides[0][:-1] != sides[1][:-1]:
-        return Several(
-            aside=[
-                "turn 2 compares conversations whose first answers differ, which are no two "
-                "answers to one prompt"
-            ]
-        )
-    return Several(
-        [
-            of_two(
-                row,
-                sides[0][:-1],
-                sides[0][-1]["content"],
-                sides[1][-1]["content"],
-                1 if first == "model_1" else 2,
-            )
-        ]
-    )
-
-
-def _first_question(row: Row) -> Chat:
-    return [{"role": "user", "content": _turns(row, MT_QUESTION, "question")[0]}]
-
-
-MT_BENCH_JUDGMENT = Format(
-    "mt_bench_judgment",
-    ("question_id", "model_1", "model_2", "g1_winner", "g2_winner"),
-    "question_id, model_1, model_2, g1_winner, g2_winner; the texts come from data.join",
-    pairs=_pairs_mt_bench,
-    prompt=_first_question,
-    consumed=(MT_QUESTION,),
-    answers=(MT_ANSWER_1, MT_ANSWER_2, "g1_winner", "g2_winner", "margin"),
-)
-MT_BENCH_ANSWER = Format(
-    "mt_bench_answer",
-    ("question_id", "model_id", "choices"),
-    "question_id, model_id, choices of {turns}; the questions come from data.join",
-    sft=_sft_mt_bench,
-    prompt=_first_question,
-    consumed=(MT_QUESTION,),
-    answers=("choices",),
-)
+WRITE_REWARDBENCH: dict[Use, Writer] = {Use.preference: _write_rewardbench}

@@ -1,17 +1,23 @@
 """TRL's own columns: whole texts, prompts, prompts with completions, pairs with an explicit or an
-implicit prompt, judged answers.
+implicit prompt, judged answers; and UltraFeedback's pairs, which have the prompt beside them.
 """
 
+import hashlib
 from typing import Any
 
 from rlhf.data.formats.base import (
     Format,
+    Use,
+    assistant,
+    both_sides,
+    columns_of,
     has_chat,
     make_pair,
     prompt_of_pair,
     prompt_or_nothing,
     split_chats,
 )
+from rlhf.data.formats.draft import Draft, Writer, prompt_turns, two_texts
 from rlhf.data.rows import Chat, Row, RowError, answer_of, judgement_of, text_of, text_or_chat
 from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
@@ -139,3 +145,41 @@ PROMPT = Format(
     consumed=("prompt",),
 )
 TEXT = Format("text", ("text",), "text", sft=_sft_text, answers=("text",))
+
+
+# ---- writing ----
+
+
+def _write_columns(draft: Draft) -> list[dict[str, Any]]:
+    return [dict(draft.columns)]
+
+
+def _write_judged(draft: Draft) -> list[dict[str, Any]]:
+    """A pair as two judged answers."""
+    draft.lose("margin", "each answer is judged by itself")
+    draft.notes.append("a pair becomes two judged answers")
+    columns = draft.columns
+    pair = PreferencePair(columns["prompt"], columns["chosen"], columns["rejected"])
+    return [columns_of(answer, {}) for answer in both_sides(pair)]
+
+
+def _write_ultrafeedback(draft: Draft) -> list[dict[str, Any]]:
+    turns = prompt_turns(draft)
+    # the reader accepts the first user's message or the last message as the prompt
+    prompt = next((m["content"] for m in turns if m["role"] == "user"), "") or turns[-1]["content"]
+    if not prompt:
+        raise RowError(
+            "key 'prompt': expected text in the first user's or the last message, found none"
+        )
+    chosen, rejected = two_texts(draft, empty=True)
+    sides = {
+        "chosen": [*turns, *assistant(chosen)],
+        "rejected": [*turns, *assistant(rejected)],
+    }
+    prompt_id = draft.take("prompt_id", hashlib.sha256(prompt.encode()).hexdigest())
+    return [{"prompt": prompt, "prompt_id": prompt_id, **sides, **draft.margin()}]
+
+
+WRITE_TRL: dict[Use, Writer] = dict.fromkeys(Use, _write_columns)
+WRITE_KTO: dict[Use, Writer] = {Use.unpaired: _write_columns, Use.preference: _write_judged}
+WRITE_ULTRAFEEDBACK: dict[Use, Writer] = {Use.preference: _write_ultrafeedback}

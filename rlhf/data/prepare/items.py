@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from conf.preparation.base import StepOptions
-from rlhf.data.formats import Use
+from rlhf.data.formats.base import CONTENT, Use
 
-# columns that hold texts or messages
-CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
 # (a reward model's directory, [(prompt, chosen, rejected)]) -> [(score of chosen, score of
 # rejected)]
 ScorePairs = Callable[[str, Sequence[tuple[Any, Any, Any]]], Sequence[tuple[float, float]]]

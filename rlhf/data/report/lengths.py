@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf.data.prepare.items import CONTENT, Item
+from rlhf.data.formats.base import CONTENT
+from rlhf.data.prepare.items import Item
 from rlhf.data.report.records import Histogram, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile, words

@@ -24,8 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelKind
-from rlhf.data.formats.tools import annotator_of, answers_of
-from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
+from rlhf.data.formats.argilla import (
+    STATUSES,
+    answer_name,
+    answers_of,
+    mapping_of,
+    responses_by_user,
+)
+from rlhf.data.rows import RowError, number_of, optional_text, text_of
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import (
     MODEL_VERSION,
@@ -38,7 +44,6 @@ from rlhf.labels.targets.shared import (
 from rlhf.process.wording import describe
 
 RECORDS_FILE, SETTINGS_FILE = "argilla_records.json", "argilla_settings.json"
-_STATUSES = ("submitted", "discarded", "draft")
 
 # ---- out ----
 
@@ -60,7 +65,7 @@ def write(export: Export, folder: Path) -> list[Path]:
 
 
 def _record(task: Task, export: Export) -> dict[str, Any]:
-    answers = {_name(place): text for place, text in enumerate(task.shown)}
+    answers = {answer_name(place): text for place, text in enumerate(task.shown)}
     # Argilla's metadata has no true and false
     swapped = {"swapped": str(task.swapped).lower()} if export.kind is LabelKind.pair else {}
     return {
@@ -72,22 +77,18 @@ def _record(task: Task, export: Export) -> dict[str, Any]:
     }
 
 
-def _name(place: int) -> str:
-    return f"response-{place}"
-
-
 def _suggestions(task: Task, export: Export) -> dict[str, Any]:
     found = suggestion(task) if export.prelabel else None
     if found is None:
         return {}
-    names = [_name(place) for place in found.order]
+    names = [answer_name(place) for place in found.order]
     # the SDK wants a ranking's names alone, in their order
     value = names[0] if export.kind is LabelKind.pair else names
     return {"preference": {"value": value, "score": found.probability, "agent": MODEL_VERSION}}
 
 
 def _settings(export: Export) -> dict[str, Any]:
-    names = {_name(place): f"Answer {place + 1}" for place in range(most_answers(export))}
+    names = {answer_name(place): f"Answer {place + 1}" for place in range(most_answers(export))}
     answers = [{"value": name, "text": text} for name, text in names.items()]
     if export.kind is LabelKind.pair:
         options = [
@@ -168,7 +169,7 @@ def read(path: Path) -> Iterator[Judgement | Unreadable]:
 def _of_record(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadable]:
     task = ""
     try:
-        fields, metadata = _mapping(row, "fields"), _mapping(row, "metadata")
+        fields, metadata = mapping_of(row, "fields"), mapping_of(row, "metadata")
         named = next((source for source in (metadata, row) if source.get("pair_id")), None)
         task = (
             text_of(named, "pair_id")
@@ -179,7 +180,7 @@ def _of_record(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unrea
             text_of(fields, "prompt", empty=True),
             answers_of({k: v for k, v in fields.items() if v is not None}, empty=True),
         )
-        users = _by_user(row.get("responses") or {})
+        users = responses_by_user(row.get("responses") or {})
     except RowError as error:
         yield Unreadable(place, task, str(error))
         return
@@ -199,63 +200,14 @@ def _of_record(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unrea
             )  # fmt: skip
 
 
-def _mapping(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = row.get(key) or {}
-    if not isinstance(value, Mapping):
-        raise RowError(f"key {key!r}: expected an object, found {describe(value)}")
-    return value
-
-
-def _by_user(responses: Any) -> dict[str, dict[str, Any]]:
-    """Each user's {"status", "values": {question: value}, and what else the response has}, from
-    either form. Raises RowError.
-    """
-    out: dict[str, dict[str, Any]] = {}
-    if isinstance(responses, list):
-        for i, response in enumerate(responses):
-            if not isinstance(response, Mapping):
-                raise RowError(
-                    f"key 'responses[{i}]': expected an object, found {describe(response)}"
-                )
-            values = {
-                name: value_of(_mapping({name: answer}, name), "value")
-                for name, answer in _mapping(response, "values").items()
-            }
-            user = annotator_of(response.get("user_id")).get("annotator", "")
-            if user in out:
-                raise RowError(f"key 'responses[{i}]': a second response of user {user!r}")
-            out[user] = {**response, "values": values}
-        return out
-    for question, answers in _mapping({"responses": responses}, "responses").items():
-        if not isinstance(answers, list) or not all(
-            isinstance(answer, Mapping) for answer in answers
-        ):
-            raise RowError(
-                f"key 'responses.{question}': expected a list of objects with 'value' and "
-                f"'user_id', found {describe(answers)}"
-            )
-        for answer in answers:
-            user = annotator_of(answer.get("user_id")).get("annotator", "")
-            response = out.setdefault(user, {"status": answer.get("status"), "values": {}})
-            if question in response["values"]:
-                raise RowError(f"key 'responses.{question}': a second answer of user {user!r}")
-            if answer.get("status") != response["status"]:
-                raise RowError(
-                    f"key 'responses.{question}': user {user!r} has the statuses "
-                    f"{response['status']} and {answer.get('status')}"
-                )
-            response["values"][question] = value_of(answer, "value")
-    return out
-
-
 Said = tuple[Verdict, tuple[tuple[int, ...], ...], tuple[int | None, ...], str]
 
 
 def _judgement(response: Mapping[str, Any], user: str, answers: Mapping[str, str]) -> Said | None:
     """Verdict, ranking, ratings and comment of a response; None for a draft. Raises RowError."""
     status, values = optional_text(response, "status") or "submitted", response["values"]
-    if status not in _STATUSES:
-        raise RowError(f"key 'status': expected one of {', '.join(_STATUSES)}, found {status!r}")
+    if status not in STATUSES:
+        raise RowError(f"key 'status': expected one of {', '.join(STATUSES)}, found {status!r}")
     if status == "draft":
         return None
     ratings, comment = _ratings(values, answers), optional_text(values, "comment")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelKind
+from rlhf.data.formats.sheet import response_columns
 from rlhf.data.rows import text_of
 from rlhf.labels.records import Export, Judgement, Task, Unreadable
 from rlhf.labels.targets import sheet
@@ -45,7 +46,7 @@ def _row(task: Task, export: Export) -> dict[str, Any]:
     texts = sheet.texts_of(task, export.kind) | {"prompt": task.prompt}
     row: dict[str, Any] = {"pair_id": task.id, "export_id": export.id, **texts, said: None}
     if export.ratings:
-        row |= {name.replace("response", "rating"): None for name in sheet.response_columns(texts)}
+        row |= {name.replace("response", "rating"): None for name in response_columns(texts)}
     row |= {"annotator": "", **({"comment": ""} if export.comments else {})}
     found = suggestion(task) if export.prelabel else None
     if found is not None:
@@ -64,7 +65,7 @@ def read(path: Path) -> Iterator[Judgement | Unreadable]:
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[Any, tuple[str, ...] | None]:
-    names = sheet.response_columns(row)
+    names = response_columns(row)
     return row.get("prompt"), tuple(
         text_of(row, name, empty=True) for name in names
     ) if names else None

@@ -23,25 +23,34 @@ from typing import Any
 from xml.etree import ElementTree
 
 from conf.choices import LabelKind
-from rlhf.data.formats.tools import (
+from rlhf.data.formats.base import annotator_of
+from rlhf.data.formats.label_studio import (
+    LIST,
+    PAIR,
+    RANK,
+    SIDES,
+    Result,
     annotations_of,
-    annotator_of,
     choices_of,
+    comment_of,
     data_of,
     items_of,
+    last_ranking,
+    pairwise_result,
     rank_of,
+    ranker_items,
+    ranker_result,
+    ratings_of,
     results_of,
+    seconds_of,
     sides_of,
 )
-from rlhf.data.rows import RowError, text_of, value_of
+from rlhf.data.rows import RowError, text_of
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion, write_text
-from rlhf.process.wording import describe
 from rlhf.types import UserError
 
 TASKS_FILE, CONFIG_FILE = "label_studio_tasks.json", "label_studio_config.xml"
-_PAIR, _RANK, _LIST = "pw", "rank", "results"  # names of controls, as in FORMATS
-_SIDES = ("answer1", "answer2")
 # what an XML attribute holds and the editor shows as it is
 _LITERAL = re.compile("[^$\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]*")
 # spaces as they are: .htx-text is what the documentation and older editors have,
@@ -78,12 +87,10 @@ def task_rows(export: Export) -> list[dict[str, Any]]:
 def _task_row(task: Task, export: Export) -> dict[str, Any]:
     data: dict[str, Any] = {"prompt": as_text(task.prompt)}
     if export.kind is LabelKind.pair:
-        data |= dict(zip(_SIDES, task.shown, strict=True))
+        data |= dict(zip(SIDES, task.shown, strict=True))
         data["swapped"] = task.swapped
     else:
-        data["items"] = [
-            {"id": _item(place), "title": "", "body": text} for place, text in enumerate(task.shown)
-        ]
+        data["items"] = ranker_items({_item(at): text for at, text in enumerate(task.shown)})
     data |= {"pair_id": task.id, "export_id": export.id, **_by_name(export)}
     predictions = _predictions(task, export)
     return {"data": data, **({"predictions": predictions} if predictions else {})}
@@ -109,20 +116,9 @@ def _predictions(task: Task, export: Export) -> list[dict[str, Any]]:
     if export.kind is LabelKind.pair:
         # the editor names the control itself in to_name; what is imported must name an object
         # (validate_prediction of label_studio_sdk)
-        result = {
-            "from_name": _PAIR,
-            "to_name": _SIDES[0],
-            "type": "pairwise",
-            "value": {"selected": ("left", "right")[found.order[0]]},
-        }
+        result = pairwise_result(found.order[0] + 1, target=SIDES[0])
     else:
-        order = [_item(place) for place in found.order]
-        result = {
-            "from_name": _RANK,
-            "to_name": _LIST,
-            "type": "ranker",
-            "value": {"ranker": {_RANK: order}},
-        }
+        result = ranker_result([_item(place) for place in found.order])
     return [
         {
             "model_version": MODEL_VERSION,
@@ -156,8 +152,8 @@ def config_xml(export: Export) -> str:
     if export.kind is LabelKind.pair:
         _add_pair(view, export.ratings)
     else:
-        _add(view, "List", name=_LIST, value="$items", title="Drag the best to the top")
-        _add(view, "Ranker", name=_RANK, toName=_LIST)
+        _add(view, "List", name=LIST, value="$items", title="Drag the best to the top")
+        _add(view, "Ranker", name=RANK, toName=LIST)
     choices = _add(
         view, "Choices", name="verdict", toName="prompt", choice="single-radio", showInline="true"
     )
@@ -189,9 +185,9 @@ def _text(parent: ElementTree.Element, name: str, value: str) -> None:
 
 def _add_pair(view: ElementTree.Element, ratings: bool) -> None:
     _add(view, "Header", value="Click on the better answer, or choose below", size="6")
-    _add(view, "Pairwise", name=_PAIR, toName=",".join(_SIDES))
+    _add(view, "Pairwise", name=PAIR, toName=",".join(SIDES))
     sides = _add(view, "View", style="display: flex; gap: 1em;")
-    for i, side in enumerate(_SIDES, start=1):
+    for i, side in enumerate(SIDES, start=1):
         card = _add(sides, "View", style=_CARD)
         _text(card, side, f"${side}")
         if ratings:
@@ -217,7 +213,7 @@ def _of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadab
         texts = (
             items_of(data, empty=True)
             if "items" in data
-            else {side: text_of(data, side, empty=True) for side in _SIDES}
+            else {side: text_of(data, side, empty=True) for side in SIDES}
         )
     except RowError as error:
         yield Unreadable(place, task, str(error))
@@ -246,9 +242,9 @@ def _judgement(
         annotator=annotator_of(annotation.get("completed_by")).get("annotator", ""),
         verdict=verdict,
         ranking=ranking,
-        ratings=_ratings(annotation.get("result") or [], list(texts), key),
-        comment=_comment(results),
-        seconds=_seconds(annotation, key),
+        ratings=ratings_of(results, list(texts)),
+        comment=comment_of(results),
+        seconds=seconds_of(annotation, key),
         time=None if annotation.get("created_at") is None else str(annotation["created_at"]),
         annotation="" if annotation.get("id") is None else str(annotation["id"]),
         place=place,
@@ -258,13 +254,13 @@ def _judgement(
 
 
 def _verdict(
-    results: list[tuple[str, Mapping[str, Any], str]], names: list[str]
+    results: list[Result], names: list[str]
 ) -> tuple[Verdict, tuple[tuple[int, ...], ...]]:
     """What was said, with the ranking where it is one. Raises RowError for nothing, and for two
     things.
     """
     choices, sides = choices_of(results), sides_of(results)
-    orders = [(value, place) for kind, value, place in results if kind == "ranker"]
+    ranking = last_ranking(results)
     unknown = next((choice for choice in choices if choice not in ("tie", "skip")), None)
     if unknown is not None:
         raise RowError(f"expected one of the choices tie and skip, found {unknown!r}")
@@ -278,61 +274,15 @@ def _verdict(
         return Verdict(choices[0]), ()
     if sides:
         return (Verdict.left, Verdict.right)[sides[0] - 1], ()
-    if not orders:
+    if ranking is None:
         raise RowError(
             "submitted without a verdict: expected a selected answer, an order, or a choice of "
             "tie or skip"
         )
-    order = rank_of(*orders[-1])
+    order = rank_of(ranking)
     if len(order) < 2 or len(set(order)) < len(order) or not set(order) <= set(names):
         raise RowError(
             f"expected each of {', '.join(names)} at most once and at least two of them, found "
             f"{', '.join(order) or 'none'}"
         )
     return Verdict.ranked, tuple((names.index(one),) for one in order)
-
-
-def _ratings(
-    results: list[Mapping[str, Any]], names: list[str], key: str
-) -> tuple[int | None, ...]:
-    """Stars by place, from the results of the type rating, whose to_name is the answer; no stars
-    are no rating. Raises RowError.
-    """
-    found: dict[str, int] = {}
-    for i, result in enumerate(results):
-        if result.get("type") == "rating":
-            stars = value_of(result["value"], "rating")
-            if isinstance(stars, bool) or stars not in range(6):
-                raise RowError(
-                    f"key '{key}.result[{i}].value.rating': expected a whole number from 0 to 5, "
-                    f"found {describe(stars)}"
-                )
-            if result.get("to_name") not in names:
-                raise RowError(
-                    f"key '{key}.result[{i}].to_name': expected one of {', '.join(names)}, found "
-                    f"{describe(result.get('to_name'))}"
-                )
-            if stars:
-                found[str(result["to_name"])] = int(stars)
-    return tuple(found.get(name) for name in names) if found else ()
-
-
-def _comment(results: list[tuple[str, Mapping[str, Any], str]]) -> str:
-    """The texts of every TextArea, a line each. Raises RowError."""
-    lines: list[str] = []
-    for kind, value, place in results:
-        if kind == "textarea":
-            texts = [text] if isinstance(text := value.get("text"), str) else text
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise RowError(f"key '{place}.value.text': expected texts, found {describe(texts)}")
-            lines += texts
-    return "\n".join(lines)
-
-
-def _seconds(annotation: Mapping[str, Any], key: str) -> float | None:
-    value = annotation.get("lead_time")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowError(f"key '{key}.lead_time': expected seconds, found {describe(value)}")
-    return float(value)

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelKind
-from rlhf.data.cells import FORMULA, mark, unmark
-from rlhf.data.files import excel_text
+from rlhf.data.cells import CELL_LIMIT, FORMULA, cell_length, excel_text, mark, unmark
+from rlhf.data.formats.sheet import SIDES, response_column, response_columns
 from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import check_texts, guidance, most_answers, read_rows, write_text
@@ -39,7 +39,6 @@ from rlhf.process.wording import describe
 from rlhf.types import UserError
 
 CSV_FILE, XLSX_FILE, GUIDE_FILE = "label_sheet.csv", "label_sheet.xlsx", "label_sheet.txt"
-CELL = 32_767  # characters that an Excel cell holds, in UTF-16
 _PREFERENCES = {"a": Verdict.left, "b": Verdict.right, "tie": Verdict.tie, "skip": Verdict.skip}
 HOW = {
     LabelKind.pair: "Fill in the column preference: a (response_a is better), b (response_b is "
@@ -131,7 +130,7 @@ def columns(export: Export) -> list[str]:
     places = _places(export.kind, most_answers(export))
     ratings = [f"rating_{place}" for place in places] if export.ratings else []
     said = "preference" if export.kind is LabelKind.pair else "ranking"
-    responses = [f"response_{place}" for place in places]
+    responses = [response_column(place) for place in places]
     return [
         "pair_id",
         "prompt",
@@ -144,7 +143,7 @@ def columns(export: Export) -> list[str]:
 
 
 def _places(kind: LabelKind, count: int) -> list[str]:
-    return ["a", "b"] if kind is LabelKind.pair else [str(place + 1) for place in range(count)]
+    return list(SIDES) if kind is LabelKind.pair else [str(place + 1) for place in range(count)]
 
 
 def texts_of(task: Task, kind: LabelKind) -> dict[str, str]:
@@ -152,7 +151,7 @@ def texts_of(task: Task, kind: LabelKind) -> dict[str, str]:
     places = _places(kind, len(task.answers))
     return {
         "prompt": as_text(task.prompt),
-        **{f"response_{place}": text for place, text in zip(places, task.shown, strict=True)},
+        **{response_column(place): text for place, text in zip(places, task.shown, strict=True)},
     }
 
 
@@ -161,10 +160,10 @@ def _excel_row(task: Task, kind: LabelKind) -> dict[str, str]:
     out = {"pair_id": task.id}
     for name, text in texts_of(task, kind).items():
         out[name] = excel_text(mark(text))
-        if (length := len(out[name].encode("utf-16-le")) // 2) > CELL:
+        if (length := cell_length(out[name])) > CELL_LIMIT:
             raise UserError(
                 f"task {task.id}: its {name} has {length:,} characters as an Excel cell, which "
-                f"holds {CELL:,}. Leave xlsx out of label.targets "
+                f"holds {CELL_LIMIT:,}. Leave xlsx out of label.targets "
                 "(csv and page hold more), or take shorter texts."
             )
     return out
@@ -205,15 +204,6 @@ def _sheet_texts(row: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...] | 
         cells.pop()
     prompt = unmark(text_of(row, "prompt", empty=True)) if "prompt" in row else None
     return prompt, tuple(map(unmark, cells)) if response_columns(row) else None
-
-
-def response_columns(row: Mapping[str, Any]) -> list[str]:
-    """The columns of the responses that a row has: response_a and response_b, or response_1,
-    response_2 ... in the order of their numbers.
-    """
-    pair = [name for name in ("response_a", "response_b") if name in row]
-    numbered = (name for name in row if re.fullmatch(r"response_[1-9][0-9]*", name))
-    return pair or sorted(numbered, key=lambda name: int(name.removeprefix("response_")))
 
 
 def _judgement(row: Mapping[str, Any], place: str, texts: Texts) -> Judgement | None:
