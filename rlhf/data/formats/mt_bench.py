@@ -87,8 +87,9 @@ def _pairs_mt_bench(row: Row) -> Several:
                 "answers to one prompt"
             ]
         )
-    texts = [side[-1]["content"] for side in sides]
-    return Several([of_two(row, sides[0][:-1], *texts, 1 if first == "model_1" else 2)])
+    answer_1, answer_2 = (side[-1]["content"] for side in sides)
+    choice = 1 if first == "model_1" else 2
+    return Several([of_two(row, sides[0][:-1], answer_1, answer_2, choice)])
 
 
 def _first_question(row: Row) -> Chat:
