@@ -233,7 +233,7 @@ class Combine(Enum):
 
 
 class Isolation(Enum):
-    """How code that a policy wrote is kept apart (reward/sandbox.py)."""
+    """How code that a policy wrote is kept apart (reward/sandbox/run.py)."""
 
     auto = "auto"  # namespaces where the kernel gives them, else limits alone (said aloud)
     # no network, no view of other processes, a file system without the user's files

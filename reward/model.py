@@ -1,10 +1,12 @@
-"""A reward model on disk: weights, tokenizer, template and a manifest of its own, so that any stage
-loads it from its directory alone.
+"""A reward model: its directory (weights, tokenizer, template and a manifest, so that any stage
+loads it from there alone), and how it reads and scores texts.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.models.encoding import is_chat, prompt_ids, response_ids
 from rlhf.models.loading import check_model_path, json_object, readable
 from rlhf.types import UserError
 
@@ -190,3 +193,76 @@ def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor
     return F.linear(
         last, module.score.weight.float(), None if bias is None else bias.float()
     ).squeeze(-1)
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Row numbers by rising length, in batches of at most `budget` tokens padding included (a
+    longer row comes alone).
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and lengths[row] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def score_ids(
+    module: Any, rows: Sequence[Sequence[int]], budget: int, device: torch.device
+) -> list[float]:
+    """Scores of rows of token ids, in the rows' order, `budget` tokens at a time."""
+    out = [math.nan] * len(rows)
+    lengths = [len(row) for row in rows]
+    for batch in token_batches(lengths, budget):
+        # what fills the padding is never attended to
+        input_ids = torch.zeros(len(batch), lengths[batch[-1]], dtype=torch.long)
+        for line, i in enumerate(batch):
+            input_ids[line, : lengths[i]] = torch.tensor(rows[i])
+        sizes = torch.tensor([lengths[i] for i in batch], device=device)
+        for i, score in zip(
+            batch, last_token_scores(module, input_ids.to(device), sizes).tolist(), strict=True
+        ):
+            out[i] = score
+    return out
+
+
+def same_reading(manifest: Manifest, policy_tokenizer: Any) -> bool:
+    """Whether the policy's tokens can go into the reward model as they are."""
+    return tokenizer_fingerprint(policy_tokenizer) == manifest.tokenizer_hash
+
+
+def check_tokenizers(
+    path: str | Path,
+    reward_tokenizer: Any,
+    manifest: Manifest,
+    policy_tokenizer: Any,
+    key: str = "reward.path",
+) -> None:
+    """A reward model with another tokenizer than the policy's reads text, so it needs a template of
+    its own. Raises UserError.
+    """
+    if not same_reading(manifest, policy_tokenizer) and reward_tokenizer.chat_template is None:
+        raise UserError(
+            f"{key}={path}: the reward model has another tokenizer than the policy and no chat "
+            "template, so the policy's texts can't be put "
+            "into its own format. Expected: a reward model trained from the policy (stage=reward "
+            "model.path=<the policy's model directory>), or one "
+            "with a template (stage=reward data.chat_template=<file>)."
+        )
+
+
+def text_ids(
+    tokenizer: Any, manifest: Manifest, prompt: Any, response: str, *, finished: bool
+) -> list[int]:
+    """Token ids of a text that the reward model's own tokenizer reads, in the format that it was
+    trained on.
+
+    `prompt` is a string or, for a reward model of conversations only, messages; a string becomes
+    the user's turn there.
+    """
+    if manifest.conversational and not is_chat(prompt):
+        prompt = [{"role": "user", "content": prompt}]
+    return prompt_ids(tokenizer, prompt) + response_ids(tokenizer, response, finished=finished)

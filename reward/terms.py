@@ -1,21 +1,25 @@
-"""From ``reward.terms`` to scorers: what each kind needs, what it may not have, and who
-scores it.
+"""From the configuration to scorers: what each kind of reward term needs, which options it may not
+have, and who scores it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import torch
 
 from conf.choices import TermKind
 from conf.schema import RewardConfig, RewardTerm
-from reward.compose import CompositeScorer, Term
-from reward.ensemble import EnsembleScorer
-from reward.scorer import FunctionScorer, RewardModelScorer, check_source, load_function
-from reward.shape import LengthScorer
-from reward.verifiers import VERIFIED, make_verifier
-from reward.verify import VerifierScorer, read_reference
+from reward.base import Verifier, check_source
+from reward.scorers.composite import CompositeScorer, Term
+from reward.scorers.function import FunctionScorer, load_function
+from reward.scorers.length import LengthScorer
+from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer
+from reward.scorers.verified import VerifierScorer, read_reference
+from reward.verifiers.code import Code
+from reward.verifiers.instructions import Instructions
+from reward.verifiers.library import Gym, MathAnswer
+from reward.verifiers.text import Choice, Exact, Format, JsonSchema, Numeric, Regex
 from rlhf.types import Scorer, UserError
 
 _COMMON = ("kind", "weight", "clip", "normalise")
@@ -35,20 +39,42 @@ FIELDS: dict[TermKind, tuple[str, ...]] = {
     TermKind.format: ("pattern", "style"),
     TermKind.remote: ("url", "token_env", "timeout_s", "retries", "batch_size"),
 }
-"""The fields that each kind reads beside `_COMMON`."""
+"""The options that each kind reads beside `_COMMON`."""
+
+_MAKERS: dict[TermKind, Callable[[RewardTerm], Verifier]] = {
+    TermKind.exact: Exact,
+    TermKind.numeric: Numeric,
+    TermKind.choice: Choice,
+    TermKind.regex: Regex,
+    TermKind.format: Format,
+    TermKind.json_schema: JsonSchema,
+    TermKind.math: MathAnswer,
+    TermKind.instructions: Instructions,
+    TermKind.code: Code,
+    TermKind.gym: Gym,
+}
+VERIFIED = frozenset(_MAKERS)
+"""The kinds that check a response against its row, or against a pattern."""
+
+
+def _default(option: Field[Any]) -> Any:
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return option.default
 
 
 def check_fields(name: str, term: RewardTerm) -> None:
-    """The term has what its kind needs and nothing that only other kinds read. Raises UserError."""
+    """Raises UserError where an option is missing that the term's kind needs, or one is set that
+    only other kinds read.
+    """
     own = (*_COMMON, *FIELDS[term.kind])
-    for f in fields(RewardTerm):
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if f.name not in own and getattr(term, f.name) != default:
-            readers = ", ".join(kind.value for kind, names in FIELDS.items() if f.name in names)
+    for option in fields(RewardTerm):
+        if option.name not in own and getattr(term, option.name) != _default(option):
+            readers = [kind.value for kind, names in FIELDS.items() if option.name in names]
             raise UserError(
-                f"reward.terms.{name}.{f.name} is set, but kind={term.kind.value} doesn't read "
-                f"it (its options: {', '.join(own)}). "
-                f"Leave it out; kinds that read it: {readers}."
+                f"reward.terms.{name}.{option.name} is set, but kind={term.kind.value} doesn't "
+                f"read it (its options: {', '.join(own)}). "
+                f"Leave it out; kinds that read it: {', '.join(readers)}."
             )
     key = f"reward.terms.{name}"
     if term.kind is TermKind.model and not term.paths:
@@ -70,6 +96,16 @@ def check_fields(name: str, term: RewardTerm) -> None:
         )
 
 
+def make_verifier(name: str, term: RewardTerm) -> Verifier:
+    """The verifier of a term. Raises UserError for a pattern or schema that doesn't compile, and
+    for a missing package.
+    """
+    try:
+        return _MAKERS[term.kind](term)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"reward.terms.{name} (kind={term.kind.value}): {error}.") from error
+
+
 def make_term(
     name: str,
     term: RewardTerm,
@@ -88,16 +124,14 @@ def make_term(
             )
             for path in term.paths
         ]
-        return (
-            members[0]
-            if len(members) == 1
-            else EnsembleScorer(members, term.combine, term.spread_coef)
-        )
+        if len(members) == 1:
+            return members[0]
+        return EnsembleScorer(members, term.combine, term.spread_coef)
     if term.kind is TermKind.function:
         assert term.function is not None
         return FunctionScorer(term.function, f"{key}.function")
     if term.kind is TermKind.remote:
-        from reward.remote import RemoteScorer
+        from reward.scorers.remote import RemoteScorer  # loads httpx, which other kinds don't need
 
         return RemoteScorer(term, name, policy_tokenizer=policy_tokenizer)
     if term.kind is TermKind.length:
@@ -108,7 +142,7 @@ def make_term(
 def make_composite(
     reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any, training: bool = True
 ) -> CompositeScorer:
-    """``reward.terms`` as one scorer; without `training` nothing is normalised."""
+    """``reward.terms`` as one scorer; with `training` false no term is normalised."""
     terms = []
     for name, term in reward_cfg.terms.items():
         scorer = make_term(name, term, reward_cfg, device=device, policy_tokenizer=policy_tokenizer)
@@ -124,8 +158,28 @@ def make_composite(
     return CompositeScorer(terms)
 
 
+def make_scorer(
+    reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any, training: bool = True
+) -> Scorer:
+    """The scorer that ``reward.path``, ``reward.function`` or ``reward.terms`` names. Raises
+    UserError for none or several.
+
+    With `training` false no term is normalised: its statistics would move from one call to the
+    next, and scores have to be comparable.
+    """
+    check_source(reward_cfg)
+    if reward_cfg.terms:
+        return make_composite(
+            reward_cfg, device=device, policy_tokenizer=policy_tokenizer, training=training
+        )
+    if reward_cfg.function is not None:
+        return FunctionScorer(reward_cfg.function)
+    assert reward_cfg.path is not None
+    return RewardModelScorer(reward_cfg.path, reward_cfg, device, policy_tokenizer=policy_tokenizer)
+
+
 def check_terms(reward_cfg: RewardConfig) -> None:
-    """For preflight, before weights load: fields, patterns, schemas, functions, packages. Raises
+    """Check the terms before weights load: options, patterns, schemas, functions, packages. Raises
     UserError.
     """
     check_source(reward_cfg)
@@ -136,31 +190,19 @@ def check_terms(reward_cfg: RewardConfig) -> None:
             assert term.function is not None
             load_function(term.function, f"{key}.function")
         if term.kind is TermKind.remote:
-            from reward.remote import check_remote
+            from reward.http import check_remote
 
-            check_remote(term, key)
+            check_remote(term.url, term.token_env, key)
         if term.kind in VERIFIED:
             make_verifier(name, term)
 
 
 def check_rows(reward_cfg: RewardConfig, rows: Sequence[tuple[str, Mapping[str, object]]]) -> None:
-    """For preflight: the rows (place in the data, columns) have what the verifiers need. Raises
-    UserError naming row, column and term.
+    """Check that `rows`, (how a message names the row, its columns), hold what the verifiers need.
+    Raises UserError naming row, column and term.
     """
     for name, term in reward_cfg.terms.items():
         if term.kind in VERIFIED:
             verifier = make_verifier(name, term)
-            for place, columns in rows:
-                read_reference(name, verifier, columns, place)
-
-
-def model_paths(reward_cfg: RewardConfig) -> list[tuple[str, str]]:
-    """(option, directory) of every reward model that scores: ``reward.path`` and those of the
-    terms.
-    """
-    out = [] if reward_cfg.path is None else [("reward.path", reward_cfg.path)]
-    return out + [
-        (f"reward.terms.{name}.paths", path)
-        for name, term in reward_cfg.terms.items()
-        for path in term.paths
-    ]
+            for row_name, columns in rows:
+                read_reference(name, verifier, columns, row_name)

@@ -196,11 +196,8 @@ def reading_note(
     """How a reward model reads responses whose tokenizer or template isn't its own; nothing where
     it is.
     """
-    scorer, models = (
-        importlib.import_module("reward.scorer"),
-        importlib.import_module("reward.model"),
-    )
-    if not scorer.same_reading(manifest, policy):
+    models = importlib.import_module("reward.model")
+    if not models.same_reading(manifest, policy):
         what = (
             f"another tokenizer ({len(reward_tokenizer)} entries) than the policy ({len(policy)})"
         )

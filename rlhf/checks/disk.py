@@ -149,7 +149,7 @@ def weight_bytes(cfg: Config) -> int | None:
         return policy
     rewards = [
         weight_files(path) or 0
-        for _, path in importlib.import_module("reward.terms").model_paths(cfg.reward)
+        for _, path in importlib.import_module("reward.base").model_paths(cfg.reward)
     ]
     return policy + max([policy, *rewards])
 

@@ -230,8 +230,10 @@ def check_lengths(cfg: Config) -> None:
             "(rollout.max_response_length="
             f"{rollout.max_response_length}). Lower the buffer; a fifth of the length is usual."
         )
-    terms = importlib.import_module("reward.terms")
-    scorers = [*terms.model_paths(cfg.reward), ("stage.watch.judge_path", stage.watch.judge_path)]
+    scorers = [
+        *importlib.import_module("reward.base").model_paths(cfg.reward),
+        ("stage.watch.judge_path", stage.watch.judge_path),
+    ]
     _check_room(
         cfg,
         [
@@ -267,7 +269,7 @@ def _label_policies(cfg: Config) -> dict[str, str]:
 def _check_label_lengths(cfg: Config) -> None:
     policies = _label_policies(cfg)
     if policies:
-        scorers = importlib.import_module("reward.terms").model_paths(cfg.reward)
+        scorers = importlib.import_module("reward.base").model_paths(cfg.reward)
         _check_room(
             cfg,
             [
@@ -363,7 +365,7 @@ def check_reward(cfg: Config) -> list[str]:
     terms = importlib.import_module("reward.terms")
     terms.check_terms(reward)
     if reward.function is not None:
-        importlib.import_module("reward.scorer").load_function(reward.function)
+        importlib.import_module("reward.scorers.function").load_function(reward.function)
     critic = (
         isinstance(stage, OnlineStage)
         and stage.advantage is Advantage.gae
@@ -375,7 +377,7 @@ def check_reward(cfg: Config) -> list[str]:
             "stage.critic_init=policy, or reward.path."
         )
     notes = []
-    for key, path in terms.model_paths(reward):
+    for key, path in importlib.import_module("reward.base").model_paths(reward):
         manifest = importlib.import_module("reward.model").read_manifest(path, key)
         for policy in policies.values() or [cfg.model.path]:
             notes += _check_reward_tokenizer(
@@ -401,12 +403,9 @@ def _check_reward_tokenizer(
     policy = conflicts.policy_tokenizer(cfg)
     if policy is None:
         return []
-    scorer, models = (
-        importlib.import_module("reward.scorer"),
-        importlib.import_module("reward.model"),
-    )
+    models = importlib.import_module("reward.model")
     reward_tokenizer, _ = models.load_reward_tokenizer(reward_path, key)
-    scorer.check_tokenizers(reward_path, reward_tokenizer, manifest, policy, key)
+    models.check_tokenizers(reward_path, reward_tokenizer, manifest, policy, key)
     if critic:
         conflicts.check_critic(reward_path, reward_tokenizer, policy)
     return conflicts.reading_note(key, reward_path, reward_tokenizer, manifest, policy)
@@ -429,7 +428,7 @@ def check_serving(cfg: Config) -> None:
         )
     importlib.import_module("reward.model").load_reward_tokenizer(reward.path)
     if stage.token_env is not None:
-        importlib.import_module("reward.remote").bearer_token(stage.token_env, "stage.token_env")
+        importlib.import_module("reward.http").bearer_token(stage.token_env, "stage.token_env")
 
 
 def check_nonfinite(cfg: Config) -> None:
@@ -475,7 +474,7 @@ def check_watch(cfg: Config) -> list[str]:
                 "stage.watch.judge_function=pkg.module:function, or divergence=off."
             )
         return []
-    trains = importlib.import_module("reward.terms").model_paths(reward)
+    trains = importlib.import_module("reward.base").model_paths(reward)
     functions = [
         ("reward.function", reward.function),
         *((f"reward.terms.{name}.function", term.function) for name, term in reward.terms.items()),
@@ -498,7 +497,7 @@ def check_watch(cfg: Config) -> list[str]:
         )
         return _check_reward_tokenizer(cfg, watch.judge_path, manifest, "stage.watch.judge_path")
     if watch.judge_function is not None:
-        importlib.import_module("reward.scorer").load_function(
+        importlib.import_module("reward.scorers.function").load_function(
             watch.judge_function, "stage.watch.judge_function"
         )
     return []

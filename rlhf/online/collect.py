@@ -12,7 +12,7 @@ from conf.choices import Advantage, Selection
 from conf.stages import OnlineStage
 from policy.advantages import group_index
 from policy.selection import all_equal, rows_by_group, select, unequal_groups
-from reward.shape import band_score
+from reward.scorers.length import band_score
 from rlhf.process import distributed
 from rlhf.process.moments import RunningMoments
 from rlhf.types import Generator, Prompt, Rollout, Scores

@@ -15,8 +15,9 @@ from conf.choices import Action, Rule
 from conf.schema import Config
 from conf.stages import OnlineStage, WatchConfig
 from policy.saving import replacing
-from reward.compose import CompositeScorer
-from reward.scorer import FunctionScorer, RewardModelScorer
+from reward.scorers.composite import CompositeScorer
+from reward.scorers.function import FunctionScorer
+from reward.scorers.reward_model import RewardModelScorer
 from rlhf.data import reading
 from rlhf.online.watch import Alarm, HeldOutScores, Watch
 from rlhf.process import distributed

@@ -34,9 +34,9 @@ from policy.model import (
 from policy.packing import can_share_prompts
 from policy.prepare import Layout, needs_old_logprobs
 from policy.saving import replacing
+from reward.base import model_paths
 from reward.model import load_reward_model
-from reward.scorer import make_scorer
-from reward.terms import model_paths
+from reward.terms import make_scorer
 from rlhf.data import reading
 from rlhf.data.mixture import data_files
 from rlhf.models.loading import (

@@ -22,10 +22,9 @@ from typing import Any, Protocol
 
 from conf.choices import EngineKind, RolloutBackend, TrackingKind, WandbMode
 from conf.schema import Config
-from reward.model import Manifest, load_reward_tokenizer, template_hash
-from reward.scorer import check_tokenizers as require_compatible
-from reward.scorer import same_reading
-from reward.terms import model_paths
+from reward.base import model_paths
+from reward.model import Manifest, load_reward_tokenizer, same_reading, template_hash
+from reward.model import check_tokenizers as require_compatible
 from rlhf.checks.disk import existing_parent
 from rlhf.models.loading import load_tokenizer
 from rlhf.run.console import console

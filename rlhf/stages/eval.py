@@ -19,8 +19,8 @@ from eval.judges import ClassifierJudge, FunctionJudge, LexiconJudge, ResponseJu
 from policy.batching import Batch, collate, plan_micro_batches
 from policy.kl import kl_per_token
 from policy.model import PolicyModule, full_weights
-from reward.scorer import make_scorer
-from reward.terms import model_paths
+from reward.base import model_paths
+from reward.terms import make_scorer
 from rlhf.data import reading
 from rlhf.data.mixture import data_files, given
 from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve_dtype

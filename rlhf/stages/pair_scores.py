@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from conf.choices import Dtype
-from reward.model import load_reward_model
-from reward.scorer import score_ids
+from reward.model import load_reward_model, score_ids
 from rlhf.models.encoding import encode_answer, require_template
 from rlhf.models.loading import resolve_dtype
 from rlhf.process import distributed

@@ -20,11 +20,11 @@ from policy.engines import resharding
 from reward.model import (
     Manifest,
     load_reward_module,
+    score_ids,
     template_hash,
     tokenizer_fingerprint,
     write_manifest,
 )
-from reward.scorer import score_ids
 from rlhf.data.reading import preference_dataset
 from rlhf.models.encoding import encode_answer, is_chat, require_template
 from rlhf.models.loading import load_classifier, resolve_dtype

@@ -1,5 +1,5 @@
 """``stage=serve_reward``: the reward model of reward.path over HTTP, until SIGTERM or Ctrl-C. The
-protocol is in reward/remote.py.
+protocol is in reward/scorers/remote.py.
 """
 
 import contextlib
@@ -12,8 +12,10 @@ from collections.abc import Iterator
 
 from conf.schema import Config
 from conf.stages import ServeRewardStage
-from reward.remote import bearer_token
-from reward.service import Counts, ServedModel, create_app
+from reward.http import bearer_token
+from reward.service.app import create_app
+from reward.service.batcher import Counts
+from reward.service.served import ServedModel
 from rlhf.process import distributed
 from rlhf.run import console
 from rlhf.run.context import RunContext

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from conf.choices import Action
 from conf.schema import Config
 from conf.stages import OnlineStage, WatchConfig
-from reward.compose import CompositeScorer, Term
+from reward.scorers.composite import CompositeScorer, Term
 from rlhf.cli import config
 from rlhf.online.judging import (
     RECORD,

@@ -20,9 +20,11 @@ import pytest
 
 from conf.choices import TermKind
 from conf.schema import RewardTerm
-from reward import remote
+from reward import http
+from reward.http import checked_url, pause_s, retry_after_s
 from reward.model import template_hash, tokenizer_fingerprint
-from reward.remote import RemoteScorer, checked_url, pause_s, retry_after_s
+from reward.scorers import remote
+from reward.scorers.remote import RemoteScorer
 from rlhf.types import Prompt, Rollout, UserError
 from tests.offline.trl_tools import CHATML, tiny_tokenizer
 
@@ -132,7 +134,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.01)
     made = Fake()
     yield made
     made.server.shutdown()
@@ -217,7 +219,7 @@ def test_what_does_not_pass_stops_in_time(fake: Fake, bad: Reply, message: str) 
 
 
 def test_connection_refused_names_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(

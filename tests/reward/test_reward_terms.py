@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from conf.choices import Combine, CriticInit, TermKind
 from conf.schema import RewardConfig, RewardTerm
 from conf.stages import OnlineStage
-from reward import compose, terms
-from reward.compose import CompositeScorer, Term
-from reward.ensemble import EnsembleScorer, combine
-from reward.scorer import FunctionScorer, RewardModelScorer, Stateless, make_scorer
-from reward.shape import band_score
+from reward import terms
+from reward.base import Stateless
+from reward.scorers import composite
+from reward.scorers.composite import CompositeScorer, Term
+from reward.scorers.function import FunctionScorer
+from reward.scorers.length import band_score
+from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer, combine
+from reward.terms import make_scorer
 from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.types import Prompt, Rollout, Scores, UserError
@@ -186,7 +189,7 @@ def test_ranks_share_the_statistics_also_one_without_responses(
         mean = (sum(own) + sum(other)) / (len(own) + 2)
         return [values[0] + sum((v - mean) ** 2 for v in other)]
 
-    monkeypatch.setattr(compose.distributed, "all_sum", all_sum)
+    monkeypatch.setattr(composite.distributed, "all_sum", all_sum)
     for own in ([2.0, 4.0], []):
         scorer = CompositeScorer([Term("a", Fixed(own), normalise=True)])
         total = scorer.score([plain("x")] * len(own)).total

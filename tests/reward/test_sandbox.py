@@ -16,11 +16,11 @@ import pytest
 
 from conf.choices import Isolation, TermKind
 from conf.schema import RewardTerm
-from reward import sandbox
-from reward.code import Code
-from reward.sandbox import Limits, Outcome, SandboxError, run_tests
-from reward.verifiers import make_verifier
-from reward.verify import VerifierScorer
+from reward.sandbox import run as sandbox
+from reward.sandbox.run import Limits, Outcome, SandboxError, run_tests
+from reward.scorers.verified import VerifierScorer
+from reward.terms import make_verifier
+from reward.verifiers.code import Code
 from rlhf.types import UserError
 from tests.reward.test_reward_terms import plain
 
@@ -420,7 +420,7 @@ def test_a_user_without_root_gets_the_namespaces_too() -> None:
     code = (
         "import sys; sys.path.insert(0, '.')\n"
         "import os; os.setgroups([]); os.setgid(12345); os.setuid(12345)\n"
-        "from reward import sandbox\n"
+        "from reward.sandbox import run as sandbox\n"
         "print(sandbox._probe(True), sandbox._probe(False))\n"
         'test = \'import os; assert (os.getuid(), sorted(os.listdir("/"))[:2]) == (12345, '
         '["bin", "box"])\'\n'

@@ -23,10 +23,13 @@ from reward.model import (
     load_reward_model,
     read_manifest,
     template_hash,
+    token_batches,
     tokenizer_fingerprint,
     write_manifest,
 )
-from reward.scorer import FunctionScorer, RewardModelScorer, make_scorer, token_batches
+from reward.scorers.function import FunctionScorer
+from reward.scorers.reward_model import RewardModelScorer
+from reward.terms import make_scorer
 from rlhf.models.encoding import encode_answer, prompt_ids, response_ids
 from rlhf.models.loading import load_classifier, train_tokenizer
 from rlhf.types import Prompt, Rollout, UserError

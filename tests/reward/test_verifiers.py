@@ -20,14 +20,13 @@ from trl.rewards import accuracy_reward, get_soft_overlong_punishment, think_for
 
 from conf.choices import FormatStyle, TermKind
 from conf.schema import RewardTerm
-from reward import verifiers
-from reward.extract import after_marker, close, letter_of, normalise, numbers_in
-from reward.instructions import INSTRUCTIONS, Instructions, in_script, sentences
-from reward.math_answer import MathAnswer
-from reward.shape import band_score
-from reward.verifiers import make_verifier
-from reward.verify import VerifierScorer
-from reward.worker import Worker, WorkerError, _Ended
+from reward.scorers.length import band_score
+from reward.scorers.verified import VerifierScorer
+from reward.terms import make_verifier
+from reward.verifiers.extract import after_marker, close, letter_of, normalise, numbers_in
+from reward.verifiers.instructions import INSTRUCTIONS, Instructions, in_script, sentences
+from reward.verifiers.library import MathAnswer
+from reward.verifiers.worker import Worker, WorkerError, _Ended
 from rlhf.types import UserError
 from tests.reward.test_reward_terms import plain
 
@@ -248,7 +247,7 @@ def test_regex_of_the_term_and_of_the_row() -> None:
 
 
 def test_a_pattern_that_backtracks_without_end_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifiers, "_PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr("reward.verifiers.text._PATTERN_SECONDS", 0.2)
     began = time.monotonic()
     with pytest.raises(
         UserError, match=r"TimeoutError: the pattern .* took more than 0\.2 s.*for prompt 'p0'"
@@ -652,10 +651,10 @@ def test_math_references_and_processes_that_fail(
         maths.reference(["3"])
     with pytest.raises(ValueError, match="expected a mathematical expression, found '\\$\\$'"):
         maths.reference("$$")
-    monkeypatch.setattr("reward.worker.sys.executable", "/bin/false")
+    monkeypatch.setattr("reward.verifiers.worker.sys.executable", "/bin/false")
     broken = Worker("math")
     with pytest.raises(
-        WorkerError, match=r"ended before it was ready.*python -m reward\.worker_child math"
+        WorkerError, match=r"ended before it was ready.*python -m reward\.verifiers\.worker_child math"
     ):
         broken.score("3", r"\boxed{3}")
     broken.close()
@@ -677,10 +676,10 @@ def test_a_process_that_ends_on_the_reference_too_is_not_the_response_s_fault(
 def test_a_process_that_computes_nothing_is_not_the_response_s_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("reward.worker._WALL_FACTOR", 1e-4)
-    monkeypatch.setattr("reward.worker._cpu_seconds", lambda pid: 0.0)
+    monkeypatch.setattr("reward.verifiers.worker._WALL_FACTOR", 1e-4)
+    monkeypatch.setattr("reward.verifiers.worker._cpu_seconds", lambda pid: 0.0)
     slow = Worker("math")
-    monkeypatch.setattr("reward.worker._START_S", 1e7)
+    monkeypatch.setattr("reward.verifiers.worker._START_S", 1e7)
     with pytest.raises(
         WorkerError, match="gave no answer within 0 s though it computed for less than"
     ):

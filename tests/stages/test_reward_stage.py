@@ -19,7 +19,7 @@ from conf.schema import AdapterConfig, EngineConfig, ModelConfig, RewardConfig
 from conf.stages import RewardStage
 from reward.losses import pairwise_loss
 from reward.model import load_reward_model, read_manifest
-from reward.scorer import RewardModelScorer
+from reward.scorers.reward_model import RewardModelScorer
 from rlhf.checks import preflight
 from rlhf.data.reading import preference_dataset
 from rlhf.models.encoding import prompt_ids, response_ids

@@ -25,10 +25,12 @@ import uvicorn
 
 from conf.schema import RewardConfig
 from conf.stages import ServeRewardStage
-from reward.remote import RemoteScorer
-from reward.scorer import RewardModelScorer, make_scorer
-from reward.service import Batcher, Counts, Item, Refused, ServedModel, create_app
-from reward.terms import check_terms
+from reward.scorers.remote import RemoteScorer
+from reward.scorers.reward_model import RewardModelScorer
+from reward.service.app import create_app
+from reward.service.batcher import Batcher, Counts
+from reward.service.served import Item, Refused, ServedModel
+from reward.terms import check_terms, make_scorer
 from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.stages.serve_reward import address, listen

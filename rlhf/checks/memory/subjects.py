@@ -31,7 +31,7 @@ def shapes_of(cfg: Config, *, assume_reward: bool) -> tuple[Shapes, list[str]]:
     stage = cfg.stage
     if not isinstance(stage, OnlineStage):
         return Shapes(policy), notes
-    paths = importlib.import_module("reward.terms").model_paths(cfg.reward)
+    paths = importlib.import_module("reward.base").model_paths(cfg.reward)
     if stage.watch.judge_path is not None:
         paths = [*paths, ("stage.watch.judge_path", stage.watch.judge_path)]
     plain = ModelConfig(trust_remote_code=cfg.model.trust_remote_code)

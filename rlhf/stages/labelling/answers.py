@@ -18,7 +18,7 @@ from typing import Any
 
 from conf.choices import ModelKind
 from conf.schema import Config, ModelConfig, RewardConfig
-from reward.scorer import make_scorer
+from reward.terms import make_scorer
 from rlhf.data import reading
 from rlhf.labels.asking import Question
 from rlhf.labels.candidates import Response

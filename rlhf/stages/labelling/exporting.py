@@ -18,7 +18,7 @@ from typing import Any
 
 from conf.choices import ChoiceMethod, LabelTarget
 from conf.schema import Config
-from reward.terms import model_paths
+from reward.base import model_paths
 from rlhf.data import mixture
 from rlhf.labels.asking import ask, most_repeats, share_of
 from rlhf.labels.checks_export import instructions_text, policies_of

@@ -11,7 +11,7 @@ from typing import Any
 from conf.choices import ChoiceMethod, LabelKind
 from conf.labelling import LabelConfig
 from conf.schema import Config, DataConfig
-from reward.terms import model_paths
+from reward.base import model_paths
 from rlhf.data import mixture, reading
 from rlhf.data.formats import Use
 from rlhf.labels.asking import Question, gold_questions, share_of

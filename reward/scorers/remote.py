@@ -19,16 +19,10 @@ pause; everything else stops the run and names the prompt. Nothing is ever score
 """
 
 import asyncio
-import datetime
-import email.utils
-import ipaddress
 import json
 import logging
 import math
 import numbers
-import os
-import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,101 +30,22 @@ from typing import Any
 import httpx
 
 from conf.schema import RewardTerm
+from reward.base import Stateless, name_prompt
+from reward.http import (
+    all_pauses_s,
+    bearer_token,
+    checked_url,
+    is_loopback,
+    pause_s,
+    retry_after_s,
+)
 from reward.model import template_hash, tokenizer_fingerprint
-from reward.scorer import Stateless, name_prompt
 from rlhf.models.encoding import is_chat
 from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
 
 LOG = logging.getLogger("reward.remote")
 IN_FLIGHT = 4  # requests at the same time: enough to keep a server busy while it tokenises the next
-# before the first repetition, doubling from one to the next
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _QUOTED = 300  # characters of a server's answer in an error
-_MOST_TOKEN = 4096  # characters of a bearer token
-# of its own: the global generator is the run's, and its draws must not depend on a network
-_JITTER = random.Random()
-
-
-def bearer_token(variable: str, key: str) -> str:
-    """The token in the environment variable that the option `key` names. Raises UserError, never
-    quoting the token, not even in place of the name.
-    """
-    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
-        raise UserError(
-            f"{key} is no environment variable's name of capital letters, digits and "
-            "underscores. Put the token into one and give its name."
-        )
-    token = os.environ.get(variable, "").strip()
-    if not token:
-        raise UserError(
-            f"{key}={variable}: this environment variable is not set, expected a bearer token in "
-            f"it. Remedy: export {variable}=<token>."
-        )
-    if len(token) > _MOST_TOKEN or not all("!" <= c <= "~" for c in token):
-        raise UserError(
-            f"{key}={variable}: its value can't be a bearer token: expected at most "
-            f"{_MOST_TOKEN} printable ASCII characters, no spaces."
-        )
-    return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine's own loopback address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def checked_url(url: str | None, key: str) -> httpx.URL:
-    """The server's address. Raises UserError, never quoting what may be a secret in it."""
-    remedy = f"Expected {key}=http(s)://host[:port][/path]"
-    if url is None:
-        raise UserError(f"{key} is not set: a remote reward needs its server's address. {remedy}.")
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise UserError(f"{key} is no URL: {error}. {remedy}.") from error
-    if parsed.userinfo or parsed.query or parsed.fragment:
-        raise UserError(
-            f"{key} holds a user, a query or a fragment. {remedy}; a secret goes into the "
-            "environment variable that token_env names."
-        )
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UserError(f"{key}={url}: has no scheme or host that can be reached. {remedy}.")
-    return parsed
-
-
-def check_remote(term: RewardTerm, key: str) -> None:
-    """For preflight: the address is one and the token is there; the server itself is asked with the
-    first responses. Raises UserError.
-    """
-    checked_url(term.url, f"{key}.url")
-    if term.token_env is not None:
-        bearer_token(term.token_env, f"{key}.token_env")
-
-
-def pause_s(attempt: int) -> float:
-    """Seconds before repetition `attempt` (from 0): doubling, capped, the upper half drawn at
-    random so that clients don't return in step.
-    """
-    return min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * _JITTER.uniform(0.5, 1.0)
-
-
-def retry_after_s(answer: httpx.Response) -> float:
-    """Seconds that the Retry-After header asks to wait (RFC 9110, section 10.2.3: a number or a
-    date); 0 without a readable one.
-    """
-    value = answer.headers.get("retry-after", "").strip()
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=datetime.UTC)
-    return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +127,14 @@ class RemoteScorer(Stateless):
             return [value for task in tasks for value in task.result()]
 
     def _deadline(self, rounds: int) -> float:
-        """The event loop's time after which no attempt begins: `rounds` requests, one after the
-        other, have used up every repetition and pause.
+        """The event loop's time after which no attempt starts.
+
+        By then `rounds` requests, one after the other, could have used up all their retries and
+        pauses.
         """
-        pauses = sum(
-            min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) for attempt in range(self.term.retries)
-        )
-        return asyncio.get_running_loop().time() + rounds * (
-            (self.term.retries + 1) * self.term.timeout_s + pauses
-        )
+        retries = self.term.retries
+        seconds_per_request = (retries + 1) * self.term.timeout_s + all_pauses_s(retries)
+        return asyncio.get_running_loop().time() + rounds * seconds_per_request
 
     async def _ask(self, client: httpx.AsyncClient, first: Rollout) -> Info:
         """GET /info. Raises UserError when the server's reward model can't read the policy's texts,

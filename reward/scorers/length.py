@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from conf.choices import LengthUnit
 from conf.schema import RewardTerm
-from reward.scorer import Stateless
+from reward.base import Stateless
 from rlhf.types import Rollout, Scores
 
 

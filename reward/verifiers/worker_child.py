@@ -1,7 +1,7 @@
-"""The other side of reward/worker.py: answers one JSON line per request, holding responses against
+"""The other side of reward/verifiers/worker.py: answers one JSON line per request, holding responses against
 references with libraries that evaluate text.
 
-python -m reward.worker_child math|gym MEMORY_MB TEMPORARY_DIRECTORY request   {"reference": ...,
+python -m reward.verifiers.worker_child math|gym MEMORY_MB TEMPORARY_DIRECTORY request   {"reference": ...,
 "response": ...}; without "response" the reference alone is checked answer    {"score": number},
 {"score": null} for a checked reference, {"broken": why} for one that can't be used
 """
@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from reward.extract import after_marker
+from reward.sandbox.hook import make_hook
+from reward.verifiers.extract import after_marker
 from rlhf.process import metadata as gym_entry
 
 Checker = Callable[[Any], Any]
@@ -128,8 +129,6 @@ def refuse_effects(directory: str) -> None:
     """An audit hook as in the code sandbox: a response that is evaluated opens no socket, starts no
     process and writes no file.
     """
-    from reward.sandbox_child import make_hook
-
     sys.addaudithook(make_hook(directory))
 
 

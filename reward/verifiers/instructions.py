@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.schema import RewardTerm
-from reward.extract import fenced
-from reward.verifiers import parse_json
+from reward.verifiers.extract import fenced
+from reward.verifiers.text import parse_json
 from rlhf.process.wording import describe, nearest
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {

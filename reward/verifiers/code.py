@@ -5,8 +5,8 @@ import os
 from typing import Any
 
 from conf.schema import RewardTerm
-from reward.extract import fenced
-from reward.sandbox import Limits, SandboxError, isolation, run_tests
+from reward.sandbox.run import Limits, SandboxError, isolation, run_tests
+from reward.verifiers.extract import fenced
 
 
 class Code:

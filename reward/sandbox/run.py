@@ -56,7 +56,7 @@ from pathlib import Path
 from conf.choices import Isolation
 
 LOG = logging.getLogger(__name__)
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = Path(__file__).with_name("child.py")
 # beyond the response's own time: starting Python, and ending what it started, on a machine under
 # load
 _MARGIN_S = 60.0

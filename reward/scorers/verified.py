@@ -4,29 +4,10 @@ one.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
-from reward.scorer import Stateless, name_prompt
+from reward.base import Stateless, Verifier, name_prompt
 from rlhf.types import Rollout, Scores, UserError
-
-
-class Verifier(Protocol):
-    """Decides about one response. What the response says can only ever make it wrong; what the row
-    or the machine lacks raises.
-    """
-
-    columns: tuple[str, ...]  # of the row, that the reference is made of
-    workers: int  # responses checked side by side, in threads
-
-    def reference(self, *values: Any) -> Any:
-        """What a row's columns say, checked once per prompt. Raises ValueError saying what was
-        expected and what was found.
-        """
-        ...
-
-    def score(self, response: str, reference: Any) -> float:
-        """In [0, 1]. A response that can't be read is wrong: 0."""
-        ...
 
 
 def read_reference(name: str, verifier: Verifier, columns: Mapping[str, object], place: str) -> Any:

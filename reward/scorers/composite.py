@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reward.scorer import name_prompt
+from reward.base import name_prompt
 from rlhf.process import distributed
 from rlhf.process.moments import RunningMoments
 from rlhf.types import NonFiniteScore, Rollout, Scorer, Scores, UserError

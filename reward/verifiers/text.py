@@ -4,15 +4,14 @@ larger ones have files of their own.
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import regex
 
-from conf.choices import FormatStyle, TermKind
+from conf.choices import FormatStyle
 from conf.schema import RewardTerm
-from reward.extract import (
+from reward.verifiers.extract import (
     after_marker,
     boxed,
     close,
@@ -22,8 +21,6 @@ from reward.extract import (
     number_of,
     numbers_in,
 )
-from reward.verify import Verifier
-from rlhf.types import UserError
 
 # a pattern that takes longer on one response goes back and forth without end
 _PATTERN_SECONDS = 2.0
@@ -283,52 +280,3 @@ class JsonSchema:
             return float(reference.is_valid(value))
         except RecursionError:
             return 0.0  # the response nests too deeply
-
-
-def _math(term: RewardTerm) -> Verifier:
-    from reward.math_answer import MathAnswer
-
-    return MathAnswer(term)
-
-
-def _instructions(term: RewardTerm) -> Verifier:
-    from reward.instructions import Instructions
-
-    return Instructions(term)
-
-
-def _code(term: RewardTerm) -> Verifier:
-    from reward.code import Code
-
-    return Code(term)
-
-
-def _gym(term: RewardTerm) -> Verifier:
-    from reward.gym import Gym
-
-    return Gym(term)
-
-
-_MAKERS: dict[TermKind, Callable[[RewardTerm], Verifier]] = {
-    TermKind.exact: Exact,
-    TermKind.numeric: Numeric,
-    TermKind.choice: Choice,
-    TermKind.regex: Regex,
-    TermKind.format: Format,
-    TermKind.json_schema: JsonSchema,
-    TermKind.math: _math,
-    TermKind.instructions: _instructions,
-    TermKind.code: _code,
-    TermKind.gym: _gym,
-}
-VERIFIED = frozenset(_MAKERS)
-
-
-def make_verifier(name: str, term: RewardTerm) -> Verifier:
-    """The verifier of a term. Raises UserError for a pattern or schema that doesn't compile and for
-    a package that is missing.
-    """
-    try:
-        return _MAKERS[term.kind](term)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"reward.terms.{name} (kind={term.kind.value}): {error}.") from error

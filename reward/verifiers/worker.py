@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 LOG = logging.getLogger(__name__)
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _START_S = 180.0  # imports, on a machine under load
 _WALL_FACTOR = 20.0  # wall time per CPU time before the machine, not the response, is at fault
 
@@ -110,7 +110,7 @@ class Worker:
             [
                 sys.executable,
                 "-m",
-                "reward.worker_child",
+                "reward.verifiers.worker_child",
                 self.kind,
                 str(self.memory_mb),
                 self._folder.name,
@@ -136,7 +136,7 @@ class Worker:
             raise WorkerError(
                 f"the {self.kind} process {error} before it was ready. Start it by hand to see "
                 "why: "
-                f"python -m reward.worker_child {self.kind} {self.memory_mb} /tmp"
+                f"python -m reward.verifiers.worker_child {self.kind} {self.memory_mb} /tmp"
             ) from error
         return process
 

@@ -1,0 +1,155 @@
+"""Scores by a reward model, or by several as one score with their disagreement (Coste et al. 2023,
+arXiv:2310.02743; Eisenstein et al. 2023, arXiv:2312.09244).
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from conf.choices import Combine, Dtype
+from conf.schema import RewardConfig
+from reward.base import Stateless, name_prompt
+from reward.model import (
+    check_tokenizers,
+    load_reward_module,
+    load_reward_tokenizer,
+    same_reading,
+    score_ids,
+    template_hash,
+    text_ids,
+)
+from rlhf.models.encoding import is_chat
+from rlhf.models.loading import resolve_dtype
+from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
+
+
+class RewardModelScorer(Stateless):
+    """A reward model read at the last response token, in float32 at the head.
+
+    With the policy's tokenizer and template the policy's token ids are scored as they are; with
+    other ones the prompt's messages and the response's text are tokenised anew, in the format that
+    the reward model was trained on.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        reward_cfg: RewardConfig,
+        device: torch.device,
+        *,
+        policy_tokenizer: Any,
+        dtype: torch.dtype | None = None,
+        key: str = "reward.path",
+    ) -> None:
+        """Load the directory `path`, which the option `key` names in errors."""
+        self.tokenizer, self.manifest = load_reward_tokenizer(path, key)
+        check_tokenizers(path, self.tokenizer, self.manifest, policy_tokenizer, key)
+        self.same_tokenizer = same_reading(self.manifest, policy_tokenizer)
+        self.same_template = template_hash(policy_tokenizer) == self.manifest.chat_template_hash
+        self.place = f"{key}={path}"
+        self.budget = reward_cfg.batch_tokens
+        self.device = device
+        self.module: Any = load_reward_module(
+            path, resolve_dtype(Dtype.auto) if dtype is None else dtype, key
+        ).to(device)
+        self.limit = int(
+            getattr(self.module.config.get_text_config(), "max_position_embeddings", 2**31)
+        )
+
+    def token_ids(self, rollout: Rollout) -> list[int]:
+        """What the reward model reads: prompt, response, and end-of-sequence where the policy ended
+        its response.
+        """
+        prompt, source = rollout.prompt, rollout.prompt.source
+        if self.same_tokenizer and (self.same_template or not is_chat(source)):
+            return [*prompt.token_ids, *rollout.token_ids]
+        text: Any = (
+            prompt.text
+            if source is None or (is_chat(source) and not self.manifest.conversational)
+            else source
+        )
+        return text_ids(
+            self.tokenizer,
+            self.manifest,
+            text,
+            rollout.text,
+            finished=rollout.finish_reason == "stop",
+        )
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Raw scores, one term named reward_model. Raises UserError naming the prompt of a text
+        that is too long or whose score is not finite.
+        """
+        rows = [self.token_ids(rollout) for rollout in rollouts]
+        for rollout, row in zip(rollouts, rows, strict=True):
+            if not 0 < len(row) <= self.limit:
+                raise UserError(
+                    f"{self.place}: {name_prompt(rollout)} with its response has {len(row)} "
+                    f"tokens; expected 1 to {self.limit}."
+                )
+        scores = score_ids(self.module, rows, self.budget, self.device)
+        for rollout, score in zip(rollouts, scores, strict=True):
+            if not math.isfinite(score):
+                raise NonFiniteScore(
+                    f"{self.place}: the score of a response to {name_prompt(rollout)} is "
+                    f"{score}, expected a finite number."
+                )
+        return Scores(total=scores, terms={"reward_model": list(scores)})
+
+
+def combine(
+    members: Sequence[Sequence[float]], how: Combine, spread_coef: float = 1.0
+) -> tuple[list[float], list[float]]:
+    """(score, spread) per response from `members` [models][B] on one scale.
+
+    The spread is the population standard deviation over the models; pessimistic is mean -
+    spread_coef x spread. (Coste et al. subtract the variance, equation 3; the standard deviation
+    has the score's own unit, so that its coefficient means the same at every scale.)
+    """
+    columns = list(zip(*members, strict=True))
+    means = [statistics.fmean(column) for column in columns]
+    spreads = [statistics.pstdev(column) for column in columns]
+    if how is Combine.minimum:
+        return [min(column) for column in columns], spreads
+    if how is Combine.pessimistic:
+        return [
+            mean - spread_coef * spread for mean, spread in zip(means, spreads, strict=True)
+        ], spreads
+    return means, spreads
+
+
+class EnsembleScorer(Stateless):
+    """Reward models scored side by side; extras hold `spread`.
+
+    A reward model's zero and unit are arbitrary (only differences were trained), so each score is
+    first put on the scale of the model's own held-out texts: (score - score_mean) / score_std of
+    its manifest. Else the minimum would always be the same model.
+    """
+
+    def __init__(
+        self, members: Sequence[RewardModelScorer], how: Combine, spread_coef: float
+    ) -> None:
+        """Raises UserError for a member whose held-out scores don't differ."""
+        for member in members:
+            spread = member.manifest.score_std
+            if not (math.isfinite(spread) and spread > 0):
+                raise UserError(
+                    f"{member.place}: its score_std over held-out texts is {spread}, so it can't "
+                    "be put on one scale with the other models of the "
+                    "ensemble. Expected: a reward model whose scores differ."
+                )
+        self.members, self.how, self.spread_coef = list(members), how, spread_coef
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """The combined score in held-out standard deviations. Raises UserError as the
+        members do.
+        """
+        scaled = []
+        for member in self.members:
+            mean, std = member.manifest.score_mean, member.manifest.score_std
+            scaled.append([(score - mean) / std for score in member.score(rollouts).total])
+        total, spread = combine(scaled, self.how, self.spread_coef)
+        return Scores(total=total, terms={"ensemble": list(total)}, extras={"spread": spread})
