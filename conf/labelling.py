@@ -1,10 +1,9 @@
-"""Options of ``stage=label``: the group ``label``, on the conventions of conf/schema.py."""
+"""Options of ``stage=label``: the group ``label``."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from conf.checks import check
 from conf.choices import (
     ChoiceMethod,
     LabelAggregate,
@@ -14,85 +13,154 @@ from conf.choices import (
     Strength,
     TextVectors,
 )
+from conf.options import check, check_options, names, nested, option
 
 
 @dataclass(slots=True, kw_only=True)
 class ABConfig:
     """A blind comparison of two policies by labels: planned at the export, decided at the import by
-    the rule that was stated.
+    the rule that the plan states.
     """
 
-    enabled: bool = False  # pairs are made of one answer of each of the two policies only
-    # smallest distance of the win rate from 1/2 that is to be found: 0.1 is 60 % against 40 %
-    effect: float = 0.1
-    alpha: float = 0.05  # error rate of the sequential test, however often it looks
-    power: float = 0.8  # probability of finding `effect`
-    ties: float = 0.2  # share of ties that the plan expects
+    enabled: bool = option(
+        False, "Make pairs of one answer of each of the two policies, and no others."
+    )
+    effect: float = option(
+        0.1,
+        "Smallest distance of the win rate from 1/2 that is to be detected: 0.1 is 60 % against "
+        "40 %.",
+        above=0,
+        below=0.5,
+    )
+    alpha: float = option(
+        0.05,
+        "Error rate of the sequential test, however often its result is looked at.",
+        above=0,
+        below=0.5,
+    )
+    power: float = option(0.8, "Probability of detecting `effect`.", at_least=0.5, below=1)
+    ties: float = option(0.2, "Share of ties that the plan expects.", at_least=0, below=1)
 
     def __post_init__(self) -> None:
-        check(0 < self.effect < 0.5, "label.ab.effect", self.effect, "in (0, 0.5)")
-        check(0 < self.alpha < 0.5, "label.ab.alpha", self.alpha, "in (0, 0.5)")
-        check(0.5 <= self.power < 1, "label.ab.power", self.power, "in [0.5, 1)")
-        check(0 <= self.ties < 1, "label.ab.ties", self.ties, "in [0, 1)")
+        check_options(self, "label.ab")
 
 
 @dataclass(slots=True, kw_only=True)
 class LabelConfig:
     """Tasks out to people (``mode=export``), their labels back (``mode=import``)."""
 
-    mode: LabelMode = LabelMode.export
-    # -- export: where answers come from (one of policies, samples and review; without any,
-    # model.path is the policy)
-    # model directories by name; names never reach the annotators
-    policies: dict[str, Any] = field(default_factory=dict)
-    samples: list[str] = field(default_factory=list)  # samples.jsonl files that runs wrote
-    # review.jsonl of an import: what annotators disagreed on goes out again
-    review: str | None = None
-    prompts: int | None = None  # the first so many of data.path; None: all
-    responses: int = 4  # per prompt and policy
-    # -- export: what a person's time goes to
-    kind: LabelKind = LabelKind.pair
-    group: int = 4  # answers in a ranking
-    budget: int = 200  # tasks, gold and repeated ones not counted
-    # share of the budget by method: {uncertainty: 0.7, random: 0.3}; empty: random
-    choice: dict[str, Any] = field(default_factory=dict)
-    vectors: TextVectors = TextVectors.tfidf  # of prompts, for clusters
-    gold_path: str | None = None  # preference rows whose answer is known
-    gold_share: float = 0.1  # gold tasks, as a share of the budget; only with gold_path
-    # tasks that are shown twice, sides drawn anew, as a share of the budget
-    repeat_share: float = 0.0
-    # -- export: what annotators see
-    targets: list[LabelTarget] = field(default_factory=lambda: [LabelTarget.page])
-    title: str = "Which answer is better?"
-    instructions: str = ""  # a text, or a .md or .txt file
-    ratings: bool = False  # a rating from 1 to 5 of each side as well
-    comments: bool = True  # a field for a comment
-    # the reward model's preference as a suggestion, where a tool can show one
-    prelabel: bool = False
-    overlap: int = 1  # annotators wanted for each task
-    # -- a Label Studio server
-    push: bool = False  # create a project and import the tasks
-    pull: bool = False  # fetch the project's labels
-    # of the server; None with label.pull: the one that the export was pushed to
-    url: str | None = None
-    project: int | None = None  # its number; None: the one that the export created
-    token_env: str = "LABEL_STUDIO_API_KEY"  # environment variable that holds an access token
-    # -- import
-    export: str | None = None  # the export's run directory; None: that of the same run.name
-    # what came back, in any of the formats; a pattern takes every file that fits
-    files: list[str] = field(default_factory=list)
-    # who made the labels of files that do not say; None: such a row is refused
-    annotator: str | None = None
-    aggregate: LabelAggregate = LabelAggregate.majority
-    min_labels: int = 1  # labels that a task needs
-    min_confidence: float = 0.0  # verdicts below it go to the review queue
-    # labels of annotators below it on gold tasks don't count
-    min_gold_accuracy: float | None = None
-    strength: Strength = Strength.none
-    eval_fraction: float = 0.1  # of the prompts, held out
-    ab: ABConfig = field(default_factory=ABConfig)
+    mode: LabelMode = option(LabelMode.export, "Write tasks, or read what people judged.")
+    policies: dict[str, Any] = option(
+        {},
+        "Model directories by name; the names never reach the annotators; without policies, "
+        "samples and review, model.path is the policy.",
+        section="export: where answers come from",
+    )
+    samples: list[str] = option([], "Files samples.jsonl that runs wrote.")
+    review: str | None = option(
+        None, "A review.jsonl of an import: what annotators disagreed on is asked again."
+    )
+    prompts: int | None = option(
+        None, "Use so many first prompts of data.path; null: all.", unit="prompts", at_least=1
+    )
+    responses: int = option(
+        4, "Responses of each policy to a prompt.", unit="responses", at_least=1
+    )
+    kind: LabelKind = option(
+        LabelKind.pair, "What one task asks.", section="export: what people's time is spent on"
+    )
+    group: int = option(4, "Answers in a ranking.", unit="answers", at_least=2)
+    budget: int = option(
+        200, "Number of tasks; gold and repeated ones are not counted.", unit="tasks", at_least=1
+    )
+    choice: dict[str, Any] = option(
+        {}, "Share of the budget by method: {uncertainty: 0.7, random: 0.3}; empty: random."
+    )
+    vectors: TextVectors = option(
+        TextVectors.tfidf, "What prompts are compared as when they are clustered."
+    )
+    gold_path: str | None = option(None, "Preference rows whose answer is known: gold tasks.")
+    gold_share: float = option(
+        0.1,
+        "Gold tasks as a share of the budget; only with gold_path.",
+        at_least=0,
+        at_most=1,
+    )
+    repeat_share: float = option(
+        0.0,
+        "Tasks that are asked twice, their sides drawn anew, as a share of the budget.",
+        at_least=0,
+        at_most=1,
+    )
+    targets: list[LabelTarget] = option(
+        [LabelTarget.page],
+        "What the tasks are written for, each once.",
+        section="export: what annotators see",
+    )
+    title: str = option("Which answer is better?", "Title of the page.", filled=True)
+    instructions: str = option("", "What annotators read first: a text, or a .md or .txt file.")
+    ratings: bool = option(False, "Ask for a rating from 1 to 5 of each side, too.")
+    comments: bool = option(True, "Show a field for a comment.")
+    prelabel: bool = option(
+        False, "Show the reward model's preference as a suggestion, where a tool can."
+    )
+    overlap: int = option(1, "Annotators wanted for each task.", unit="annotators", at_least=1)
+    push: bool = option(
+        False, "Create a project and import the tasks.", section="a Label Studio server"
+    )
+    pull: bool = option(False, "Fetch the project's labels.")
+    url: str | None = option(
+        None,
+        "Address of the server; null with pull=true: the one that the export was pushed to.",
+    )
+    project: int | None = option(
+        None, "Number of the project; null: the one that the export created.", at_least=1
+    )
+    token_env: str = option(
+        "LABEL_STUDIO_API_KEY", "Environment variable that holds an access token.", filled=True
+    )
+    export: str | None = option(
+        None,
+        "Run directory of the export; null: that of the same run.name.",
+        section="import",
+    )
+    files: list[str] = option(
+        [], "What came back, in any of the formats; a glob takes every file that matches."
+    )
+    annotator: str | None = option(
+        None, "Who made labels that do not name anyone; null: such a row is refused."
+    )
+    aggregate: LabelAggregate = option(
+        LabelAggregate.majority, "How several labels of a task become one verdict."
+    )
+    min_labels: int = option(1, "Labels that a task needs.", unit="labels", at_least=1)
+    min_confidence: float = option(
+        0.0,
+        "Verdicts with a smaller confidence go to the review queue.",
+        at_least=0,
+        at_most=1,
+    )
+    min_gold_accuracy: float | None = option(
+        None,
+        "Labels of annotators with a smaller accuracy on gold tasks don't count; null: all count.",
+        at_least=0,
+        at_most=1,
+    )
+    strength: Strength = option(
+        Strength.none, "What a pair's strength becomes in the preference data."
+    )
+    eval_fraction: float = option(
+        0.1, "Share of the prompts that is held out.", at_least=0, below=1
+    )
+    ab: ABConfig = nested(ABConfig, section="A/B comparison")
 
     def __post_init__(self) -> None:
+        check_options(self, "label")
+        self._check_export()
+        self._check_choice()
+        self._check_server()
+
+    def _check_export(self) -> None:
         given = [key for key in ("policies", "samples", "review") if getattr(self, key)]
         check(len(given) <= 1, "label", given, "one of policies, samples and review")
         check(
@@ -102,34 +170,40 @@ class LabelConfig:
             "a model directory for each name",
         )
         check(
-            not self.ab.enabled or len(self.policies) in (0, 2),
-            "label.ab.enabled",
-            sorted(self.policies),
-            "two policies",
-        )
-        check(
-            not self.ab.enabled or self.kind is LabelKind.pair,
-            "label.kind",
-            self.kind.value,
-            "pair with label.ab.enabled=true",
-        )
-        check(
-            self.prompts is None or self.prompts >= 1, "label.prompts", self.prompts, "at least 1"
-        )
-        check(self.responses >= 1, "label.responses", self.responses, "at least 1")
-        check(self.group >= 2, "label.group", self.group, "at least 2 answers")
-        check(self.budget >= 1, "label.budget", self.budget, "at least 1 task")
-        self._check_choice()
-        check(0 <= self.gold_share <= 1, "label.gold_share", self.gold_share, "in [0, 1]")
-        check(0 <= self.repeat_share <= 1, "label.repeat_share", self.repeat_share, "in [0, 1]")
-        check(
             len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
             "label.targets",
-            [t.value for t in self.targets],
-            "each once",
+            names(self.targets),
+            "at least one, each once",
         )
-        check(bool(self.title.strip()), "label.title", self.title, "a title")
-        check(self.overlap >= 1, "label.overlap", self.overlap, "at least 1 annotator")
+        if self.ab.enabled:
+            check(
+                len(self.policies) in (0, 2),
+                "label.ab.enabled",
+                sorted(self.policies),
+                "two policies",
+            )
+            check(
+                self.kind is LabelKind.pair,
+                "label.kind",
+                self.kind.value,
+                "pair with label.ab.enabled=true",
+            )
+
+    def _check_choice(self) -> None:
+        methods = names(list(ChoiceMethod))
+        check(
+            set(self.choice) <= set(methods),
+            "label.choice",
+            sorted(self.choice),
+            f"shares of {', '.join(methods)}",
+        )
+        shares = list(self.choice.values())
+        complete = all(_is_share(share) for share in shares) and (
+            not shares or math.isclose(sum(shares), 1.0, abs_tol=1e-6)
+        )
+        check(complete, "label.choice", self.choice, "shares that add up to 1")
+
+    def _check_server(self) -> None:
         check(
             not self.push or bool(self.url),
             "label.url",
@@ -148,42 +222,7 @@ class LabelConfig:
             self.pull,
             "false with label.mode=export",
         )
-        check(
-            bool(self.token_env),
-            "label.token_env",
-            self.token_env,
-            "the name of an environment variable",
-        )
-        check(
-            self.project is None or self.project >= 1,
-            "label.project",
-            self.project,
-            "the number of a project, at least 1",
-        )
-        check(self.min_labels >= 1, "label.min_labels", self.min_labels, "at least 1")
-        check(
-            0 <= self.min_confidence <= 1, "label.min_confidence", self.min_confidence, "in [0, 1]"
-        )
-        gold = self.min_gold_accuracy
-        check(gold is None or 0 <= gold <= 1, "label.min_gold_accuracy", gold, "in [0, 1]")
-        check(0 <= self.eval_fraction < 1, "label.eval_fraction", self.eval_fraction, "in [0, 1)")
 
-    def _check_choice(self) -> None:
-        names = [method.value for method in ChoiceMethod]
-        check(
-            set(self.choice) <= set(names),
-            "label.choice",
-            sorted(self.choice),
-            f"shares of {', '.join(names)}",
-        )
-        shares = list(self.choice.values())
-        numbers = all(
-            isinstance(share, (int, float)) and not isinstance(share, bool) and share >= 0
-            for share in shares
-        )
-        check(
-            numbers and (not shares or math.isclose(sum(shares), 1.0, abs_tol=1e-6)),
-            "label.choice",
-            self.choice,
-            "shares that add up to 1",
-        )
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0

@@ -1,10 +1,8 @@
-"""The options of the online loop and of its watch; on the conventions of conf/schema.py."""
+"""Options of the online loop; its watch has its own in conf/watch.py."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from conf.checks import check
 from conf.choices import (
-    Action,
     Advantage,
     Aggregation,
     CriticInit,
@@ -19,63 +17,12 @@ from conf.choices import (
     Scheduler,
     Selection,
 )
-from conf.training import TrainStage
+from conf.options import check, names, nested, option, same_option
+from conf.training import TrainStage, check_exo_pair, check_weights
+from conf.watch import WatchConfig
 
-
-@dataclass(slots=True, kw_only=True)
-class WatchConfig:
-    """Looks at the reward from outside while it trains; a rule that holds warns or stops the run
-    (Gao et al. 2022, arXiv:2210.10760).
-    """
-
-    # directory of a second reward model, trained with another seed or on other pairs
-    judge_path: str | None = None
-    judge_function: str | None = None  # pkg.module:function with the signature of reward.function
-    judge_every: int = 10  # steps between judgements of held-out responses; the start is judged too
-    judge_prompts: int = 64  # held-out prompts per judgement, the same each time
-    # steps: the last ones for the length rule, the first ones for the entropy to compare with
-    window: int = 10
-    # the score rises and the judge falls; without a judge the rule has nothing to look at
-    divergence: Action = Action.warn
-    divergence_judgements: int = 3  # last judgements over which both trends are measured
-    # standard errors over the held-out prompts by which each trend has to differ from 0
-    divergence_sd: float = 2.0
-    kl: Action = Action.off
-    kl_max: float = 50.0  # nats per response
-    length: Action = Action.warn
-    # share of responses cut off at rollout.max_response_length, over the window
-    length_share: float = 0.9
-    entropy: Action = Action.warn
-    entropy_share: float = 0.05  # of the first steps' entropy
-
-    def __post_init__(self) -> None:
-        check(
-            self.judge_path is None or self.judge_function is None,
-            "stage.watch.judge_function",
-            self.judge_function,
-            "null beside judge_path",
-        )
-        check(self.judge_every >= 1, "stage.watch.judge_every", self.judge_every, "at least 1 step")
-        check(
-            self.judge_prompts >= 2, "stage.watch.judge_prompts", self.judge_prompts, "at least 2"
-        )
-        check(self.window >= 1, "stage.watch.window", self.window, "at least 1 step")
-        check(
-            self.divergence_judgements >= 2,
-            "stage.watch.divergence_judgements",
-            self.divergence_judgements,
-            "at least 2",
-        )
-        check(
-            self.divergence_sd >= 0, "stage.watch.divergence_sd", self.divergence_sd, "at least 0"
-        )
-        check(self.kl_max > 0, "stage.watch.kl_max", self.kl_max, "above 0 nats")
-        check(
-            0 < self.length_share <= 1, "stage.watch.length_share", self.length_share, "in (0, 1]"
-        )
-        check(
-            0 < self.entropy_share < 1, "stage.watch.entropy_share", self.entropy_share, "in (0, 1)"
-        )
+# Losses that sort a whole batch.
+_OF_BATCHES = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,185 +31,199 @@ class OnlineStage(TrainStage):
     defaults are PPO's.
     """
 
-    name: str = "ppo"
-    steps: int | None = 100
-    prompts_per_step: int = 64  # over all ranks
-    samples_per_prompt: int = 1
-    epochs: int = 2  # passes over one step's rollouts
-    minibatches: int = 1  # optimizer steps per pass
-    scheduler: Scheduler = Scheduler.constant
-    # steps between checkpoints; 0: none, so that a run that is killed begins anew
-    save_steps: int = 20
-    # -- what is learned from a score
-    advantage: Advantage = Advantage.gae
-    advantage_std: bool = True  # group: divide by the group's standard deviation
-    # reinforce_pp: subtract the group's mean score first (REINFORCE++-baseline)
-    group_baseline: bool = False
-    policy_loss: PolicyLoss = PolicyLoss.clip
-    aggregation: Aggregation = Aggregation.token
-    # tokens, aggregation=constant; None: rollout.max_response_length
-    constant_length: int | None = None
-    selection: Selection = Selection.all
-    resample: int = 3  # further draws of prompts per step, selection=unequal
-    # -- the critic, advantage=gae
-    critic_learning_rate: float = 1e-4
-    critic_init: CriticInit = CriticInit.reward
-    critic_adapter: bool = False  # LoRA critic with the adapter group's shape
-    critic_warmup: int = 0  # first steps that train the critic only
-    gamma: float = 1.0
-    gae_lambda: float = 1.0
-    cliprange_value: float = 0.2
-    vf_coef: float = 1.0
-    # -- the distance from the reference
-    kl_coef: float = 0.05  # weight of the KL penalty per token; above 0 it needs a reference
-    kl_place: KLPlace = KLPlace.reward
-    kl_estimator: KLEstimator = KLEstimator.k1  # in the reward, and of objective/kl
-    kl_loss_estimator: KLEstimator = KLEstimator.k3_weighted  # in the loss
-    kl_controller: KLController = KLController.fixed
-    # nats per response, adaptive control (Ziegler et al. 2019, arXiv:1909.08593)
-    kl_target: float = 6.0
-    kl_horizon: int = 10000  # responses, adaptive control
-    reference: bool = True  # keep a frozen start (or the adapter off) to measure KL against
-    # steps between moves of the reference towards the policy (Gorbatovski et al. 2024,
-    # arXiv:2404.09656); 0: it stays
-    reference_every: int = 0
-    reference_mix: float = 0.6  # the policy's share of a moved reference's weights
-    # -- the policy's loss
-    cliprange: float = 0.2
-    # upper bound 1 + this; None: cliprange. cispo: the ratio's upper bound is 1 + this
-    cliprange_high: float | None = None
-    # lower bound for negative advantages (Ye et al. 2020, arXiv:1912.09729)
-    dual_clip: float | None = None
-    entropy_coef: float = 0.0
-    dpo_beta: float = 0.1  # policy_loss=dpo
-    dpo_losses: list[PreferenceLoss] = field(default_factory=lambda: [PreferenceLoss.sigmoid])
-    dpo_weights: list[float] | None = None  # one per loss; None: 1 each
-    label_smoothing: float = 0.0  # policy_loss=dpo: robust, exo_pair
-    # importance correction between sampler and trainer; None: none
-    importance_cap: float | None = None
-    # above the cap: cut to it, or leave the token (sequence) out
-    importance_mode: ImportanceMode = ImportanceMode.truncate
-    importance_level: Level = Level.token
-    # -- scores before the update
-    whiten_advantages: bool = True
-    # divided by the standard deviation; the mean is scaled, not subtracted
-    whiten_rewards: bool = False
-    reward_clip: float | None = None  # raw scores into [-clip, clip], before any statistics
-    reward_normalise: bool = False  # by a running mean and standard deviation of the scores
-    # nats per token between old and new policy that ends a step's update early
-    stop_kl: float | None = None
-    # subtracted from the score of a response that hit the length limit
-    truncation_penalty: float = 0.0
-    # tokens before the limit over which the penalty below grows (Yu et al. 2025, arXiv:2503.14476);
-    # 0: off
-    overlong_buffer: int = 0
-    overlong_penalty: float = 1.0  # subtracted at the limit
-    mask_truncated: bool = False  # responses that hit the limit give no gradient
-    samples_kept: int = 8  # rollouts written to samples.jsonl per step
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    name: str = same_option(TrainStage, "name", "ppo")
+    steps: int | None = same_option(TrainStage, "steps", 100, "Iterations of the loop.")
+    scheduler: Scheduler = same_option(TrainStage, "scheduler", Scheduler.constant)
+    save_steps: int = same_option(
+        TrainStage,
+        "save_steps",
+        20,
+        "Steps between checkpoints; 0: none, so that a run that is killed begins anew.",
+    )
+    prompts_per_step: int = option(
+        64,
+        "Prompts of one step, over all ranks.",
+        unit="prompts",
+        at_least=1,
+        section="rollouts of a step",
+    )
+    samples_per_prompt: int = option(1, "Responses to each prompt.", unit="responses", at_least=1)
+    epochs: int = option(2, "Passes over one step's rollouts.", at_least=1)
+    minibatches: int = option(1, "Optimizer steps in one pass.", at_least=1)
+    samples_kept: int = option(
+        8, "Rollouts of each step that samples.jsonl gets.", unit="rollouts", at_least=0
+    )
+    advantage: Advantage = option(
+        Advantage.gae,
+        "What a token's score is compared with.",
+        section="what is learned from a score",
+    )
+    advantage_std: bool = option(True, "advantage=group: divide by the group's standard deviation.")
+    group_baseline: bool = option(
+        False,
+        "advantage=reinforce_pp: subtract the group's mean score first (REINFORCE++-baseline).",
+    )
+    policy_loss: PolicyLoss = option(PolicyLoss.clip, "The policy's loss.")
+    aggregation: Aggregation = option(
+        Aggregation.token, "How the terms of tokens become one number."
+    )
+    constant_length: int | None = option(
+        None,
+        "aggregation=constant: the constant; null: rollout.max_response_length.",
+        unit="tokens",
+        at_least=1,
+    )
+    selection: Selection = option(Selection.all, "Which responses are learned from.")
+    resample: int = option(
+        3, "selection=unequal: further draws of prompts in one step.", unit="draws", at_least=0
+    )
+    critic_learning_rate: float = option(
+        1e-4,
+        "Highest learning rate of the critic.",
+        above=0,
+        section="the critic, with advantage=gae",
+    )
+    critic_init: CriticInit = option(
+        CriticInit.reward,
+        "Weights that the critic starts from: the reward model's or the policy's.",
+    )
+    critic_adapter: bool = option(
+        False, "Train a LoRA adapter of the critic, in the shape that the adapter group says."
+    )
+    critic_warmup: int = option(
+        0, "First steps that train the critic only.", unit="steps", at_least=0
+    )
+    gamma: float = option(1.0, "Discount per token.", above=0, at_most=1)
+    gae_lambda: float = option(
+        1.0, "The lambda of generalised advantage estimation.", at_least=0, at_most=1
+    )
+    cliprange_value: float = option(
+        0.2, "Largest change of a value from the old critic's.", above=0
+    )
+    vf_coef: float = option(1.0, "Weight of the critic's loss.", at_least=0)
+    kl_coef: float = option(
+        0.05,
+        "Weight of the KL penalty per token; above 0 it needs a reference.",
+        at_least=0,
+        section="the distance from the reference",
+    )
+    kl_place: KLPlace = option(KLPlace.reward, "Where the KL penalty is: reward, loss or both.")
+    kl_estimator: KLEstimator = option(
+        KLEstimator.k1, "Estimator of the KL in the reward and of the metric objective/kl."
+    )
+    kl_loss_estimator: KLEstimator = option(
+        KLEstimator.k3_weighted, "Estimator of the KL in the loss."
+    )
+    kl_controller: KLController = option(
+        KLController.fixed,
+        "Keep kl_coef, or steer it towards kl_target (Ziegler et al. 2019, arXiv:1909.08593).",
+    )
+    kl_target: float = option(
+        6.0, "kl_controller=adaptive: the KL aimed at.", unit="nats per response", above=0
+    )
+    kl_horizon: int = option(
+        10000,
+        "kl_controller=adaptive: responses over which the coefficient adapts.",
+        unit="responses",
+        at_least=1,
+    )
+    reference: bool = option(
+        True, "Keep the frozen start (LoRA: the adapter turned off) to measure the KL against."
+    )
+    reference_every: int = option(
+        0,
+        "Steps between moves of the reference towards the policy (Gorbatovski et al. 2024, "
+        "arXiv:2404.09656); 0: it stays.",
+        unit="steps",
+        at_least=0,
+    )
+    reference_mix: float = option(
+        0.6, "The policy's share of a moved reference's weights.", above=0, at_most=1
+    )
+    cliprange: float = option(
+        0.2,
+        "The ratio of new to old probability is clipped to [1 - cliprange, 1 + cliprange_high].",
+        above=0,
+        section="the policy's loss",
+    )
+    cliprange_high: float | None = option(
+        None, "See cliprange; null: equal to it; with cispo the only bound.", above=0
+    )
+    dual_clip: float | None = option(
+        None,
+        "Bound of the loss for negative advantages (Ye et al. 2020, arXiv:1912.09729); null: none.",
+        above=1,
+    )
+    entropy_coef: float = option(0.0, "Weight of the entropy, which is maximised.")
+    dpo_beta: float = option(0.1, "policy_loss=dpo: strength of the tie to the reference.", above=0)
+    dpo_losses: list[PreferenceLoss] = option(
+        [PreferenceLoss.sigmoid], "policy_loss=dpo: losses whose weighted sum is minimised."
+    )
+    dpo_weights: list[float] | None = option(
+        None, "policy_loss=dpo: a weight for each loss; null: 1 each."
+    )
+    label_smoothing: float = option(
+        0.0,
+        "policy_loss=dpo with robust: share of pairs that are taken to be flipped; with exo_pair "
+        "the paper's epsilon.",
+        at_least=0,
+        below=0.5,
+    )
+    importance_cap: float | None = option(
+        None,
+        "Largest importance weight that corrects the difference of sampler and trainer; null: no "
+        "correction.",
+        at_least=1,
+    )
+    importance_mode: ImportanceMode = option(
+        ImportanceMode.truncate,
+        "Above the cap, cut the weight to it, or leave the token (sequence) out.",
+    )
+    importance_level: Level = option(
+        Level.token, "Whether tokens or sequences have an importance weight."
+    )
+    stop_kl: float | None = option(
+        None,
+        "KL between old and new policy that ends a step's update early; null: none does.",
+        unit="nats per token",
+        above=0,
+    )
+    whiten_advantages: bool = option(
+        True,
+        "Subtract the mean of the advantages, divide by their standard deviation.",
+        section="scores before the update",
+    )
+    whiten_rewards: bool = option(
+        False, "Divide rewards by their standard deviation; their mean is scaled, not subtracted."
+    )
+    reward_clip: float | None = option(
+        None,
+        "Cut raw scores to [-reward_clip, reward_clip], before any statistics; null: do not.",
+        above=0,
+    )
+    reward_normalise: bool = option(
+        False, "Normalise scores by their running mean and standard deviation."
+    )
+    truncation_penalty: float = option(
+        0.0, "Subtracted from the score of a response that is cut off.", at_least=0
+    )
+    overlong_buffer: int = option(
+        0,
+        "Tokens before rollout.max_response_length over which overlong_penalty grows (Yu et al. "
+        "2025, arXiv:2503.14476); 0: off.",
+        unit="tokens",
+        at_least=0,
+    )
+    overlong_penalty: float = option(
+        1.0, "Subtracted from the score at the length limit.", at_least=0
+    )
+    mask_truncated: bool = option(False, "Responses that are cut off give no gradient.")
+    watch: WatchConfig = nested(WatchConfig, section="the watch")
 
-    def __post_init__(self) -> None:
-        super(OnlineStage, self).__post_init__()
+    def check_relations(self) -> None:
         check(self.steps is not None, "stage.steps", self.steps, "a number of online iterations")
         check(
-            self.prompts_per_step >= 1,
-            "stage.prompts_per_step",
-            self.prompts_per_step,
-            "at least 1",
-        )
-        check(
-            self.samples_per_prompt >= 1,
-            "stage.samples_per_prompt",
-            self.samples_per_prompt,
-            "at least 1",
-        )
-        check(self.epochs >= 1, "stage.epochs", self.epochs, "at least 1")
-        check(self.minibatches >= 1, "stage.minibatches", self.minibatches, "at least 1")
-        check(
-            self.constant_length is None or self.constant_length >= 1,
-            "stage.constant_length",
-            self.constant_length,
-            "at least 1 token",
-        )
-        check(self.resample >= 0, "stage.resample", self.resample, "at least 0")
-        check(
-            self.critic_learning_rate > 0,
-            "stage.critic_learning_rate",
-            self.critic_learning_rate,
-            "above 0",
-        )
-        check(self.critic_warmup >= 0, "stage.critic_warmup", self.critic_warmup, "at least 0")
-        check(self.kl_coef >= 0, "stage.kl_coef", self.kl_coef, "at least 0")
-        check(self.kl_target > 0, "stage.kl_target", self.kl_target, "above 0 nats")
-        check(self.kl_horizon >= 1, "stage.kl_horizon", self.kl_horizon, "at least 1 response")
-        check(
-            self.reference_every >= 0,
-            "stage.reference_every",
-            self.reference_every,
-            "at least 0 steps",
-        )
-        check(0 < self.reference_mix <= 1, "stage.reference_mix", self.reference_mix, "in (0, 1]")
-        check(0 < self.gamma <= 1, "stage.gamma", self.gamma, "in (0, 1]")
-        check(0 <= self.gae_lambda <= 1, "stage.gae_lambda", self.gae_lambda, "in [0, 1]")
-        check(self.cliprange > 0, "stage.cliprange", self.cliprange, "above 0")
-        check(
-            self.cliprange_high is None or self.cliprange_high > 0,
-            "stage.cliprange_high",
-            self.cliprange_high,
-            "above 0",
-        )
-        check(self.cliprange_value > 0, "stage.cliprange_value", self.cliprange_value, "above 0")
-        check(
-            self.dual_clip is None or self.dual_clip > 1,
-            "stage.dual_clip",
-            self.dual_clip,
-            "above 1",
-        )
-        check(self.vf_coef >= 0, "stage.vf_coef", self.vf_coef, "at least 0")
-        check(self.dpo_beta > 0, "stage.dpo_beta", self.dpo_beta, "above 0")
-        check(
-            0 <= self.label_smoothing < 0.5,
-            "stage.label_smoothing",
-            self.label_smoothing,
-            "in [0, 0.5)",
-        )
-        check(
-            self.reward_clip is None or self.reward_clip > 0,
-            "stage.reward_clip",
-            self.reward_clip,
-            "above 0",
-        )
-        check(
-            self.stop_kl is None or self.stop_kl > 0, "stage.stop_kl", self.stop_kl, "above 0 nats"
-        )
-        check(
-            self.truncation_penalty >= 0,
-            "stage.truncation_penalty",
-            self.truncation_penalty,
-            "at least 0",
-        )
-        check(
-            self.overlong_buffer >= 0,
-            "stage.overlong_buffer",
-            self.overlong_buffer,
-            "at least 0 tokens",
-        )
-        check(
-            self.overlong_penalty >= 0,
-            "stage.overlong_penalty",
-            self.overlong_penalty,
-            "at least 0",
-        )
-        check(
-            self.importance_cap is None or self.importance_cap >= 1,
-            "stage.importance_cap",
-            self.importance_cap,
-            "at least 1",
-        )
-        check(self.samples_kept >= 0, "stage.samples_kept", self.samples_kept, "at least 0")
-        rewind = self.on_nonfinite is OnNonFinite.rewind
-        check(
-            not rewind or self.save_steps > 0,
+            self.on_nonfinite is not OnNonFinite.rewind or self.save_steps > 0,
             "stage.save_steps",
             self.save_steps,
             "above 0 with on_nonfinite=rewind, which goes to a checkpoint",
@@ -270,13 +231,22 @@ class OnlineStage(TrainStage):
         self._check_kl()
         self._check_groups()
         self._check_pairs()
-        rollouts = self.prompts_per_step * self.samples_per_prompt
+        self._check_minibatches()
+
+    @property
+    def _responses(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def _narrowed(self) -> bool:
+        return self.selection in (Selection.best, Selection.best_worst)
+
+    def _check_minibatches(self) -> None:
         check(
-            self.selection in (Selection.best, Selection.best_worst)
-            or rollouts % self.minibatches == 0,
+            self._narrowed or self._responses % self.minibatches == 0,
             "stage.minibatches",
             self.minibatches,
-            f"a divisor of prompts_per_step x samples_per_prompt = {rollouts}",
+            f"a divisor of prompts_per_step x samples_per_prompt = {self._responses}",
         )
 
     def _check_kl(self) -> None:
@@ -286,16 +256,14 @@ class OnlineStage(TrainStage):
             self.kl_estimator.value,
             "k1, k2 or k3: a reward has no ratio to weigh by",
         )
-        if self.kl_place is not KLPlace.reward:
-            check(
-                self.kl_loss_estimator is not KLEstimator.k1,
-                "stage.kl_loss_estimator",
-                self.kl_loss_estimator.value,
-                "k2, k3 or k3_weighted: the gradient of k1 in a loss has zero mean, so it "
-                "penalises nothing",
-            )
+        check(
+            self.kl_place is KLPlace.reward or self.kl_loss_estimator is not KLEstimator.k1,
+            "stage.kl_loss_estimator",
+            self.kl_loss_estimator.value,
+            "k2, k3 or k3_weighted: the gradient of k1 in a loss has zero mean, so it "
+            "penalises nothing",
+        )
         if self.kl_controller is KLController.adaptive:
-            rollouts = self.prompts_per_step * self.samples_per_prompt
             check(
                 self.kl_coef > 0,
                 "stage.kl_coef",
@@ -305,10 +273,10 @@ class OnlineStage(TrainStage):
             # One step scales the coefficient by at least 1 - 0.2 x responses / horizon, which must
             # stay positive.
             check(
-                5 * self.kl_horizon > rollouts,
+                5 * self.kl_horizon > self._responses,
                 "stage.kl_horizon",
                 self.kl_horizon,
-                f"above a fifth of the {rollouts} responses per step",
+                f"above a fifth of the {self._responses} responses per step",
             )
 
     def _check_groups(self) -> None:
@@ -317,19 +285,15 @@ class OnlineStage(TrainStage):
             or self.group_baseline
             or self.selection is not Selection.all
         )
-        what = (
-            f"at least 2 with advantage={self.advantage.value}, "
-            f"selection={self.selection.value}: a response alone has nothing to compare with"
-        )
         check(
             not compared or self.samples_per_prompt >= 2,
             "stage.samples_per_prompt",
             self.samples_per_prompt,
-            what,
+            f"at least 2 with advantage={self.advantage.value}, "
+            f"selection={self.selection.value}: a response alone has nothing to compare with",
         )
-        narrowed = self.selection in (Selection.best, Selection.best_worst)
         check(
-            not narrowed or self.advantage is Advantage.none,
+            not self._narrowed or self.advantage is Advantage.none,
             "stage.advantage",
             self.advantage.value,
             f"none with selection={self.selection.value}, which leaves nothing of a group to "
@@ -366,26 +330,18 @@ class OnlineStage(TrainStage):
             self.kl_place.value,
             "reward with policy_loss=dpo, whose beta is its KL penalty",
         )
-        check(len(self.dpo_losses) > 0, "stage.dpo_losses", self.dpo_losses, "at least one loss")
-        whole = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
+        self._check_dpo_losses()
+
+    def _check_dpo_losses(self) -> None:
+        losses = self.dpo_losses
+        check(len(losses) > 0, "stage.dpo_losses", losses, "at least one loss")
         check(
-            not any(loss in whole for loss in self.dpo_losses),
+            not any(loss in _OF_BATCHES for loss in losses),
             "stage.dpo_losses",
-            [loss.value for loss in self.dpo_losses],
+            names(losses),
             "losses of single pairs: aot and aot_unpaired sort a whole batch, which "
             "micro-batches never see at once (stage=dpo has them)",
         )
-        smooth = PreferenceLoss.exo_pair in self.dpo_losses
-        check(
-            not smooth or self.label_smoothing > 0,
-            "stage.label_smoothing",
-            self.label_smoothing,
-            "above 0 with exo_pair, which takes its logarithm",
-        )
-        count = len(self.dpo_losses)
-        check(
-            self.dpo_weights is None or len(self.dpo_weights) == count,
-            "stage.dpo_weights",
-            self.dpo_weights,
-            f"one weight for each of {count} losses",
-        )
+        check_exo_pair(losses, self.label_smoothing)
+        if self.dpo_weights is not None:
+            check_weights("stage.dpo_weights", self.dpo_weights, len(losses))

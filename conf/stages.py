@@ -1,12 +1,12 @@
-"""The options of every stage, a dataclass each. Those of training stages are in conf/training.py
-and conf/online.py, and are found here, too.
+"""The options of every stage, a dataclass each; `STAGES` names them. The training stages' are in
+conf/training.py and conf/online.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from conf.checks import check
 from conf.choices import Judge
-from conf.online import OnlineStage, WatchConfig
+from conf.online import OnlineStage
+from conf.options import check, check_options, option
 from conf.training import (
     CPOStage,
     KTOStage,
@@ -17,6 +17,7 @@ from conf.training import (
     SFTStage,
     TrainStage,
 )
+from conf.watch import WatchConfig
 
 __all__ = [
     "STAGES",
@@ -39,75 +40,87 @@ __all__ = [
 ]
 
 
+_NAME = "Name of the preset; stage=NAME sets it."
+
+
 @dataclass(slots=True, kw_only=True)
 class EvalStage:
     """Two policies on the same held-out prompts: reward model, outside judges, KL, length,
     diversity.
     """
 
-    name: str = "eval"
-    before: str | None = None  # model directory of the starting policy
-    after: str | None = None  # model directory of the trained policy
-    prompts: int = 256
-    samples_per_prompt: int = 1
-    # the most likely token each time instead of sampling; KL is then along these responses
-    greedy: bool = False
-    judges: list[Judge] = field(default_factory=list)
-    judge_path: str | None = None  # labelled texts (text, label) that train the classifier judge
-    judge_function: str | None = None  # pkg.module:function for the function judge
-    bootstrap: int = 1000
-    shown: int = 4  # samples side by side
+    name: str = option("eval", _NAME)
+    before: str | None = option(None, "Model directory of the starting policy.")
+    after: str | None = option(None, "Model directory of the trained policy.")
+    prompts: int = option(256, "Held-out prompts.", unit="prompts", at_least=2)
+    samples_per_prompt: int = option(
+        1, "Responses of each policy to a prompt.", unit="responses", at_least=1
+    )
+    greedy: bool = option(
+        False,
+        "Take the most likely token each time instead of sampling; KL is then measured along these "
+        "responses.",
+    )
+    judges: list[Judge] = option([], "Judges from outside, beside the reward model.")
+    judge_path: str | None = option(
+        None, "Labelled texts (text, label) that train the judge classifier."
+    )
+    judge_function: str | None = option(None, "pkg.module:function of the judge function.")
+    bootstrap: int = option(1000, "Resamples for 95 % intervals.", unit="resamples", at_least=1)
+    shown: int = option(4, "Samples shown side by side.", unit="samples", at_least=0)
 
     def __post_init__(self) -> None:
-        check(self.prompts >= 2, "stage.prompts", self.prompts, "at least 2")
-        check(
-            self.samples_per_prompt >= 1,
-            "stage.samples_per_prompt",
-            self.samples_per_prompt,
-            "at least 1",
-        )
+        check_options(self, "stage")
         check(
             not self.greedy or self.samples_per_prompt == 1,
             "stage.samples_per_prompt",
             self.samples_per_prompt,
             "1 with greedy=true, whose responses are all the same",
         )
-        check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
-        check(self.shown >= 0, "stage.shown", self.shown, "at least 0")
 
 
 @dataclass(slots=True, kw_only=True)
 class ServeRewardStage:
     """Serves the reward model of reward.path over HTTP, for reward terms of kind remote."""
 
-    name: str = "serve_reward"
-    host: str = "127.0.0.1"  # address to bind to; any other than this machine's own needs token_env
-    port: int = 8100  # 0: any free one
-    # environment variable that holds the bearer token; None: one is made and printed at the start
-    token_env: str | None = None
-    # items in one request, and items of several requests that the model scores together
-    max_batch: int = 256
-    max_body_mib: float = 16.0  # MiB of one request
-    # requests that wait for the model; more are sent away with 503 and Retry-After
-    max_waiting: int = 64
-    grace_s: int = 30  # seconds that open requests get after SIGTERM or Ctrl-C
-    log_every_s: float = 10.0  # seconds between lines of metrics.jsonl
+    name: str = option("serve_reward", _NAME)
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; any other than this machine's own needs token_env.",
+        filled=True,
+    )
+    port: int = option(8100, "Port; 0: any free one.", at_least=0, at_most=65535)
+    token_env: str | None = option(
+        None,
+        "Environment variable that holds the bearer token; null: a token is made and printed at "
+        "the start.",
+    )
+    max_batch: int = option(
+        256,
+        "Most items of one request, and of several requests that are scored together.",
+        unit="items",
+        at_least=1,
+    )
+    max_body_mib: float = option(16.0, "Largest request.", unit="MiB", above=0)
+    max_waiting: int = option(
+        64,
+        "Requests that may wait for the model; more are answered with 503 and Retry-After.",
+        unit="requests",
+        at_least=1,
+    )
+    grace_s: int = option(
+        30, "Time that open requests get after SIGTERM or Ctrl-C.", unit="s", at_least=1
+    )
+    log_every_s: float = option(10.0, "Time between lines of metrics.jsonl.", unit="s", above=0)
 
     def __post_init__(self) -> None:
-        own = self.host in ("127.0.0.1", "localhost", "::1")
-        check(bool(self.host), "stage.host", self.host, "an address, such as 127.0.0.1")
+        check_options(self, "stage")
         check(
-            own or self.token_env is not None,
+            self.host in ("127.0.0.1", "localhost", "::1") or self.token_env is not None,
             "stage.token_env",
             self.token_env,
             f"the name of an environment variable with stage.host={self.host}",
         )
-        check(0 <= self.port <= 65535, "stage.port", self.port, "in [0, 65535]")
-        check(self.max_batch >= 1, "stage.max_batch", self.max_batch, "at least 1 item")
-        check(self.max_body_mib > 0, "stage.max_body_mib", self.max_body_mib, "above 0 MiB")
-        check(self.max_waiting >= 1, "stage.max_waiting", self.max_waiting, "at least 1 request")
-        check(self.grace_s >= 1, "stage.grace_s", self.grace_s, "at least 1 second")
-        check(self.log_every_s > 0, "stage.log_every_s", self.log_every_s, "above 0 seconds")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,24 +129,26 @@ class DataStage:
     stages read; its options are the data group's.
     """
 
-    name: str = "data"
+    name: str = option("data", _NAME)
 
 
 @dataclass(slots=True, kw_only=True)
 class LabelStage:
     """Pairs and rankings for people to judge (label.mode=export), and their labels back as
-    preference data (label.mode=import).
+    preference data (label.mode=import); its options are the label group's.
     """
 
-    name: str = "label"
+    name: str = option("label", _NAME)
 
 
 @dataclass(slots=True, kw_only=True)
 class DoctorStage:
     """Versions, devices, memory, engines: usable, or why not."""
 
-    name: str = "doctor"
-    plan: str = "ppo"  # the training stage whose memory is planned: ppo, grpo, sft, dpo, reward ...
+    name: str = option("doctor", _NAME)
+    plan: str = option(
+        "ppo", "Training stage whose memory is planned: ppo, grpo, sft, dpo, reward ..."
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,11 +157,13 @@ class ChainStage:
     overrides.
     """
 
-    name: str = "chain"
-    stages: list[str] = field(default_factory=lambda: ["sft", "reward", "ppo", "eval"])
+    name: str = option("chain", _NAME)
+    stages: list[str] = option(
+        ["sft", "reward", "ppo", "eval"], "Stages in their order.", filled=True
+    )
 
     def __post_init__(self) -> None:
-        check(len(self.stages) > 0, "stage.stages", self.stages, "at least one stage")
+        check_options(self, "stage")
 
 
 STAGES: dict[str, type] = {

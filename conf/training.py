@@ -1,10 +1,8 @@
-"""The options of the stages that train on rows, and what every training stage has; on the
-conventions of conf/schema.py.
-"""
+"""Options of the stages that train on rows, and what every training stage has."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from conf.checks import MISSING, check
 from conf.choices import (
     CPOLoss,
     FDivergence,
@@ -13,7 +11,9 @@ from conf.choices import (
     PreferenceLoss,
     Scheduler,
 )
+from conf.options import MISSING, check, check_options, names, option, same_option
 
+# The losses that read stage.label_smoothing.
 _SMOOTHED = (
     PreferenceLoss.robust,
     PreferenceLoss.exo_pair,
@@ -34,125 +34,147 @@ _OF_DIFFERENCES = (
     PreferenceLoss.sft,
 )
 
+_LABEL_SMOOTHING = "Share of labels that are taken to be flipped"
+
 
 @dataclass(slots=True, kw_only=True)
 class TrainStage:
     """What every training stage has."""
 
-    name: str = MISSING
-    # optimizer steps (SFT, reward) or online iterations (ppo); None: from epochs
-    steps: int | None = None
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    scheduler: Scheduler = Scheduler.cosine
-    warmup_ratio: float = 0.05  # share of the steps with a rising learning rate
-    max_grad_norm: float = 1.0  # 0: no clipping
-    # steps between checkpoints beside those after each evaluation; 0: no others
-    save_steps: int = 0
-    # -- what must not be applied: NaN, infinities, and spikes where a limit is set
-    on_nonfinite: OnNonFinite = OnNonFinite.stop
-    rewinds: int = 3  # on_nonfinite=rewind: at most so many in a run
-    # times the median size of the losses of the last updates; None: no limit
-    spike_loss: float | None = None
-    # times the median gradient norm of the last updates; None: no limit
-    spike_grad_norm: float | None = None
-    spike_window: int = 20  # updates that a median is taken over; there is no limit before them
+    name: str = option(MISSING, "Name of the preset; stage=NAME sets it.")
+    steps: int | None = option(
+        None,
+        "Optimizer steps; null: as many as epochs passes over the data take.",
+        unit="steps",
+        at_least=1,
+        section="training",
+    )
+    learning_rate: float = option(1e-4, "Highest learning rate of AdamW.", above=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay of AdamW.", at_least=0)
+    adam_beta1: float = option(0.9, "Decay rate of AdamW's mean of gradients.", at_least=0, below=1)
+    adam_beta2: float = option(
+        0.999, "Decay rate of AdamW's mean of squared gradients.", at_least=0, below=1
+    )
+    adam_eps: float = option(1e-8, "Term that keeps AdamW from dividing by zero.", above=0)
+    scheduler: Scheduler = option(
+        Scheduler.cosine, "How the learning rate develops after the warm-up."
+    )
+    warmup_ratio: float = option(
+        0.05, "Share of the steps in which the learning rate rises.", at_least=0, at_most=1
+    )
+    max_grad_norm: float = option(
+        1.0, "Largest gradient norm, larger ones are scaled down to it; 0: no clipping.", at_least=0
+    )
+    save_steps: int = option(
+        0,
+        "Steps between checkpoints beside those after each evaluation; 0: no others.",
+        unit="steps",
+        at_least=0,
+    )
+    on_nonfinite: OnNonFinite = option(
+        OnNonFinite.stop,
+        "What follows from a loss or gradient that is NaN, infinite or, where a limit is set, a "
+        "spike.",
+        section="updates that must not be applied",
+    )
+    rewinds: int = option(3, "on_nonfinite=rewind: the most rewinds of one run.", at_least=1)
+    spike_loss: float | None = option(
+        None,
+        "A loss is a spike from so many times the median size of the last updates' losses; null: "
+        "no limit.",
+        above=1,
+    )
+    spike_grad_norm: float | None = option(
+        None,
+        "A gradient is a spike from so many times the median norm of the last updates; null: no "
+        "limit.",
+        above=1,
+    )
+    spike_window: int = option(
+        20,
+        "Updates that a median is taken over; there is no limit before them.",
+        unit="updates",
+        at_least=2,
+    )
 
     def __post_init__(self) -> None:
-        check(self.steps is None or self.steps >= 1, "stage.steps", self.steps, "at least 1")
-        check(self.learning_rate > 0, "stage.learning_rate", self.learning_rate, "above 0")
-        check(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, "at least 0")
-        check(0 <= self.adam_beta1 < 1, "stage.adam_beta1", self.adam_beta1, "in [0, 1)")
-        check(0 <= self.adam_beta2 < 1, "stage.adam_beta2", self.adam_beta2, "in [0, 1)")
-        check(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "above 0")
-        check(0 <= self.warmup_ratio <= 1, "stage.warmup_ratio", self.warmup_ratio, "in [0, 1]")
-        check(
-            self.max_grad_norm >= 0,
-            "stage.max_grad_norm",
-            self.max_grad_norm,
-            "at least 0 (0: no clipping)",
-        )
-        check(self.save_steps >= 0, "stage.save_steps", self.save_steps, "at least 0")
-        check(self.rewinds >= 1, "stage.rewinds", self.rewinds, "at least 1")
-        check(
-            self.spike_loss is None or self.spike_loss > 1,
-            "stage.spike_loss",
-            self.spike_loss,
-            "above 1",
-        )
-        check(
-            self.spike_grad_norm is None or self.spike_grad_norm > 1,
-            "stage.spike_grad_norm",
-            self.spike_grad_norm,
-            "above 1",
-        )
-        check(self.spike_window >= 2, "stage.spike_window", self.spike_window, "at least 2 updates")
+        check_options(self, "stage")
+        self.check_relations()
+
+    def check_relations(self) -> None:
+        """Raise ValueError where options of the stage contradict each other."""
 
 
 @dataclass(slots=True, kw_only=True)
 class OfflineStage(TrainStage):
     """What the stages on TRL's trainers share."""
 
-    epochs: float = 1.0  # passes over the data when steps is None
-    batch_size: int = 32  # sequences (SFT) or pairs (reward) per optimizer step, over all ranks
-    max_length: int = 512  # tokens of prompt + response
-    eval_steps: int = 50  # steps between evaluations
-    patience: int | None = None  # evaluations without improvement before stopping; None: never
-    log_steps: int = 1  # steps between metric lines
-
-    def __post_init__(self) -> None:
-        # slots=True makes a new class, so super() without arguments would not find it
-        super(OfflineStage, self).__post_init__()
-        check(self.epochs > 0, "stage.epochs", self.epochs, "above 0")
-        check(self.batch_size >= 1, "stage.batch_size", self.batch_size, "at least 1")
-        check(self.max_length >= 2, "stage.max_length", self.max_length, "at least 2 tokens")
-        check(self.eval_steps >= 1, "stage.eval_steps", self.eval_steps, "at least 1")
-        check(
-            self.patience is None or self.patience >= 1,
-            "stage.patience",
-            self.patience,
-            "at least 1",
-        )
-        check(self.log_steps >= 1, "stage.log_steps", self.log_steps, "at least 1")
+    epochs: float = option(
+        1.0, "Passes over the data when steps is null.", above=0, section="batches and evaluation"
+    )
+    batch_size: int = option(
+        32,
+        "Sequences (sft, kto) or pairs in one optimizer step, over all ranks.",
+        unit="rows",
+        at_least=1,
+    )
+    max_length: int = option(
+        512, "Longest prompt and response together.", unit="tokens", at_least=2
+    )
+    eval_steps: int = option(50, "Steps between evaluations.", unit="steps", at_least=1)
+    patience: int | None = option(
+        None,
+        "Evaluations without improvement before the run stops; null: it never stops early.",
+        unit="evaluations",
+        at_least=1,
+    )
+    log_steps: int = option(1, "Steps between lines of metrics.jsonl.", unit="steps", at_least=1)
 
 
 @dataclass(slots=True, kw_only=True)
 class SFTStage(OfflineStage):
     """Supervised fine-tuning on TRL's SFTTrainer."""
 
-    name: str = "sft"
-    # loss on completions (assistant turns) only, where rows have prompts
-    completion_only: bool = True
-    packing: bool = False
+    name: str = same_option(TrainStage, "name", "sft")
+    completion_only: bool = option(
+        True,
+        "Loss on completions (assistant turns) only, where rows have prompts.",
+        section="supervised fine-tuning",
+    )
+    packing: bool = option(False, "Put several rows into one sequence.")
 
 
 @dataclass(slots=True, kw_only=True)
 class RewardStage(OfflineStage):
     """Pairwise reward model (Bradley-Terry) on TRL's RewardTrainer."""
 
-    name: str = "reward"
-    # subtract each row's `margin` from the score difference (Llama 2, arXiv:2307.09288)
-    margin: bool = False
-    # each row's `soft_label`, the probability that chosen is better, is what the loss is to find;
-    # 0.5 is a tie
-    soft_label: bool = False
-    # weight of (chosen + rejected)^2 (Eisenstein et al. 2023, arXiv:2312.09244)
-    centering_coef: float = 0.0
-    bootstrap: int = 1000  # resamples for the accuracy's 95 % interval
+    name: str = same_option(TrainStage, "name", "reward")
+    margin: bool = option(
+        False,
+        "Subtract each row's column margin from the score difference (Llama 2, arXiv:2307.09288).",
+        section="reward model",
+    )
+    soft_label: bool = option(
+        False,
+        "Train towards each row's column soft_label, the probability that chosen is better; 0.5 "
+        "is a tie.",
+    )
+    centering_coef: float = option(
+        0.0,
+        "Weight of (chosen + rejected)^2 (Eisenstein et al. 2023, arXiv:2312.09244).",
+        at_least=0,
+    )
+    bootstrap: int = option(
+        1000, "Resamples for the accuracy's 95 % interval.", unit="resamples", at_least=1
+    )
 
-    def __post_init__(self) -> None:
-        super(RewardStage, self).__post_init__()
+    def check_relations(self) -> None:
         check(
             not (self.margin and self.soft_label),
             "stage.soft_label",
             self.soft_label,
             "false with stage.margin=true",
         )
-        check(self.centering_coef >= 0, "stage.centering_coef", self.centering_coef, "at least 0")
-        check(self.bootstrap >= 1, "stage.bootstrap", self.bootstrap, "at least 1")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -161,111 +183,108 @@ class PreferenceStage(OfflineStage):
     DPOTrainer.
     """
 
-    name: str = "dpo"
-    learning_rate: float = 1e-6
-    # their weighted sum is minimised
-    losses: list[PreferenceLoss] = field(default_factory=lambda: [PreferenceLoss.sigmoid])
-    weights: list[float] | None = None  # one per loss; None: 1 each
-    beta: float = 0.1  # strength of the tie to the reference; ipo: the paper's tau
-    # robust, aot: share of labels taken to be flipped; exo_pair: the paper's epsilon
-    label_smoothing: float = 0.0
-    f_divergence: FDivergence = FDivergence.reverse_kl
-    f_alpha: float | None = None  # f_divergence=alpha_divergence; None: 0.5
-    # weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411); None: 1
-    ld_alpha: float | None = None
-    discopop_tau: float = 0.05  # temperature of the discopop loss
+    name: str = same_option(TrainStage, "name", "dpo")
+    learning_rate: float = same_option(TrainStage, "learning_rate", 1e-6)
+    losses: list[PreferenceLoss] = option(
+        [PreferenceLoss.sigmoid], "Losses whose weighted sum is minimised.", section="the loss"
+    )
+    weights: list[float] | None = option(None, "A weight for each loss; null: 1 each.")
+    beta: float = option(
+        0.1, "Strength of the tie to the reference; with ipo the paper's tau.", above=0
+    )
+    label_smoothing: float = option(
+        0.0,
+        f"{_LABEL_SMOOTHING} (robust, aot); with exo_pair the paper's epsilon.",
+        at_least=0,
+        below=0.5,
+    )
+    f_divergence: FDivergence = option(
+        FDivergence.reverse_kl, "Divergence that ties the policy to the reference."
+    )
+    f_alpha: float | None = option(None, "The alpha of f_divergence=alpha_divergence; null: 0.5.")
+    ld_alpha: float | None = option(
+        None,
+        "Weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411); null: 1.",
+        at_least=0,
+        at_most=1,
+    )
+    discopop_tau: float = option(0.05, "Temperature of the discopop loss.", above=0)
 
-    def __post_init__(self) -> None:
-        super(PreferenceStage, self).__post_init__()
-        names = [loss.value for loss in self.losses]
-        check(len(names) > 0, "stage.losses", names, "at least one loss")
+    def check_relations(self) -> None:
+        self._check_losses()
+        self._check_smoothing()
+        self._check_divergence()
+
+    def _check_losses(self) -> None:
+        given = names(self.losses)
+        check(len(given) > 0, "stage.losses", given, "at least one loss")
         check(
-            len(set(names)) == len(names),
+            len(set(given)) == len(given),
             "stage.losses",
-            names,
+            given,
             "each loss once; stage.weights says how much of it",
         )
         if self.weights is not None:
+            check_weights("stage.weights", self.weights, len(given))
+            positive = all(weight >= 0 for weight in self.weights) and sum(self.weights) > 0
             check(
-                len(self.weights) == len(names),
+                positive,
                 "stage.weights",
                 self.weights,
-                f"one weight for each of {len(names)} losses",
+                "weights of at least 0, and at least one above 0",
             )
-            fits = all(weight >= 0 for weight in self.weights) and any(
-                weight > 0 for weight in self.weights
-            )
-            check(fits, "stage.weights", self.weights, "weights of at least 0, one of them above 0")
-        check(self.beta > 0, "stage.beta", self.beta, "above 0")
+
+    def _check_smoothing(self) -> None:
         check(
-            0 <= self.label_smoothing < 0.5,
+            self.label_smoothing == 0 or any(loss in _SMOOTHED for loss in self.losses),
             "stage.label_smoothing",
             self.label_smoothing,
-            "in [0, 0.5)",
+            f"0 with losses={names(self.losses)}: only {', '.join(names(_SMOOTHED))} read it",
         )
-        smoothed = any(loss in _SMOOTHED for loss in self.losses)
-        what = f"0 with losses={names}: only {', '.join(loss.value for loss in _SMOOTHED)} read it"
-        check(
-            smoothed or self.label_smoothing == 0,
-            "stage.label_smoothing",
-            self.label_smoothing,
-            what,
-        )
-        exo = PreferenceLoss.exo_pair in self.losses
-        check(
-            not exo or self.label_smoothing > 0,
-            "stage.label_smoothing",
-            self.label_smoothing,
-            "above 0 with exo_pair, which takes its logarithm",
-        )
+        check_exo_pair(self.losses, self.label_smoothing)
+
+    def _check_divergence(self) -> None:
         if self.f_divergence is not FDivergence.reverse_kl:
-            what = (
-                f"reverse_kl with losses={names}: another divergence is defined for "
-                f"{', '.join(loss.value for loss in _OF_DIFFERENCES)} only"
-            )
             check(
                 all(loss in _OF_DIFFERENCES for loss in self.losses),
                 "stage.f_divergence",
                 self.f_divergence.value,
-                what,
+                f"reverse_kl with losses={names(self.losses)}: another divergence is defined for "
+                f"{', '.join(names(_OF_DIFFERENCES))} only",
             )
-        alpha = self.f_divergence is FDivergence.alpha_divergence
         check(
-            self.f_alpha is None or alpha,
+            self.f_alpha is None or self.f_divergence is FDivergence.alpha_divergence,
             "stage.f_alpha",
             self.f_alpha,
             "null without f_divergence=alpha_divergence",
         )
-        check(
-            self.ld_alpha is None or 0 <= self.ld_alpha <= 1,
-            "stage.ld_alpha",
-            self.ld_alpha,
-            "in [0, 1]",
-        )
-        check(self.discopop_tau > 0, "stage.discopop_tau", self.discopop_tau, "above 0")
+
+
+def check_weights(key: str, weights: Sequence[float], losses: int) -> None:
+    """Raise ValueError unless there is a weight for each of so many losses."""
+    check(len(weights) == losses, key, weights, f"one weight for each of {losses} losses")
+
+
+def check_exo_pair(losses: Sequence[PreferenceLoss], smoothing: float) -> None:
+    """Raise ValueError for the loss exo_pair without label smoothing."""
+    check(
+        PreferenceLoss.exo_pair not in losses or smoothing > 0,
+        "stage.label_smoothing",
+        smoothing,
+        "above 0 with exo_pair, which takes its logarithm",
+    )
 
 
 @dataclass(slots=True, kw_only=True)
 class KTOStage(OfflineStage):
     """Preference optimisation from single answers, each judged good or bad, on TRL's KTOTrainer."""
 
-    name: str = "kto"
-    learning_rate: float = 1e-6
-    loss: KTOLoss = KTOLoss.kto
-    beta: float = 0.1  # strength of the tie to the reference
-    desirable_weight: float = 1.0  # of the good answers' losses
-    undesirable_weight: float = 1.0  # of the bad answers' losses
-
-    def __post_init__(self) -> None:
-        super(KTOStage, self).__post_init__()
-        check(self.beta > 0, "stage.beta", self.beta, "above 0")
-        check(self.desirable_weight > 0, "stage.desirable_weight", self.desirable_weight, "above 0")
-        check(
-            self.undesirable_weight > 0,
-            "stage.undesirable_weight",
-            self.undesirable_weight,
-            "above 0",
-        )
+    name: str = same_option(TrainStage, "name", "kto")
+    learning_rate: float = same_option(TrainStage, "learning_rate", 1e-6)
+    loss: KTOLoss = option(KTOLoss.kto, "The loss.", section="the loss")
+    beta: float = option(0.1, "Strength of the tie to the reference.", above=0)
+    desirable_weight: float = option(1.0, "Weight of the good answers' losses.", above=0)
+    undesirable_weight: float = option(1.0, "Weight of the bad answers' losses.", above=0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -274,39 +293,36 @@ class CPOStage(OfflineStage):
     SimPO.
     """
 
-    name: str = "cpo"
-    learning_rate: float = 1e-6
-    loss: CPOLoss = CPOLoss.sigmoid
-    beta: float = 0.1  # scale of the log-probabilities' difference; ipo: the paper's tau
-    nll_coef: float = 1.0  # weight of the chosen answers' negative log-likelihood per token
-    gamma: float = 0.0  # simpo: the target margin between the scaled rewards
-    label_smoothing: float = 0.0  # sigmoid, simpo: share of labels taken to be flipped
+    name: str = same_option(TrainStage, "name", "cpo")
+    learning_rate: float = same_option(TrainStage, "learning_rate", 1e-6)
+    loss: CPOLoss = option(CPOLoss.sigmoid, "The loss.", section="the loss")
+    beta: float = option(
+        0.1,
+        "Scale of the log-probabilities' difference; with ipo the paper's tau.",
+        above=0,
+    )
+    nll_coef: float = option(
+        1.0,
+        "Weight of the chosen answers' negative log-likelihood per token.",
+        at_least=0,
+    )
+    gamma: float = option(0.0, "simpo: the target margin between the scaled rewards.", at_least=0)
+    label_smoothing: float = option(
+        0.0, f"{_LABEL_SMOOTHING} (sigmoid, simpo).", at_least=0, below=0.5
+    )
 
-    def __post_init__(self) -> None:
-        super(CPOStage, self).__post_init__()
-        check(self.beta > 0, "stage.beta", self.beta, "above 0")
-        check(self.nll_coef >= 0, "stage.nll_coef", self.nll_coef, "at least 0")
-        check(self.gamma >= 0, "stage.gamma", self.gamma, "at least 0")
-        simpo = self.loss is CPOLoss.simpo
+    def check_relations(self) -> None:
         check(
-            simpo or self.gamma == 0,
+            self.loss is CPOLoss.simpo or self.gamma == 0,
             "stage.gamma",
             self.gamma,
             f"0 with loss={self.loss.value}: only simpo has a target margin",
         )
         check(
-            0 <= self.label_smoothing < 0.5,
+            self.loss in (CPOLoss.sigmoid, CPOLoss.simpo) or self.label_smoothing == 0,
             "stage.label_smoothing",
             self.label_smoothing,
-            "in [0, 0.5)",
-        )
-        smoothed = self.loss in (CPOLoss.sigmoid, CPOLoss.simpo)
-        what = f"0 with loss={self.loss.value}: only sigmoid and simpo read it"
-        check(
-            smoothed or self.label_smoothing == 0,
-            "stage.label_smoothing",
-            self.label_smoothing,
-            what,
+            f"0 with loss={self.loss.value}: only sigmoid and simpo read it",
         )
 
 
@@ -316,10 +332,11 @@ class ORPOStage(OfflineStage):
     ORPOTrainer.
     """
 
-    name: str = "orpo"
-    learning_rate: float = 5e-6
-    beta: float = 0.1  # weight of the odds-ratio term, the paper's lambda
-
-    def __post_init__(self) -> None:
-        super(ORPOStage, self).__post_init__()
-        check(self.beta > 0, "stage.beta", self.beta, "above 0")
+    name: str = same_option(TrainStage, "name", "orpo")
+    learning_rate: float = same_option(TrainStage, "learning_rate", 5e-6)
+    beta: float = option(
+        0.1,
+        "Weight of the odds-ratio term, the paper's lambda.",
+        above=0,
+        section="the loss",
+    )

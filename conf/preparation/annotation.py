@@ -1,11 +1,11 @@
 """Steps of data.pipeline: terms, labels of several annotators, label noise."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from conf.options import MISSING, check, check_options, option
 from conf.preparation.base import StepOptions
-from conf.schema import MISSING, check
 
 _CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
 
@@ -61,10 +61,11 @@ class Terms(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.terms:terms"
     streaming: ClassVar[bool] = True
 
-    dictionary: str = MISSING  # YAML file; an entry without other words protects its term
-    columns: list[str] = field(default_factory=list)  # which content columns; []: all of them
+    dictionary: str = option(MISSING, "YAML file; an entry without other words protects its term.")
+    columns: list[str] = option([], "Content columns that are changed; []: all of them.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         check(
             set(self.columns) <= set(_CONTENT),
             "columns",
@@ -80,17 +81,20 @@ class Terms(StepOptions):
 class JudgedOptions(StepOptions):
     """How several annotators' labels lie in the rows: one row for each label."""
 
-    # column that says which rows judge the same thing; None: rows with the same texts (of a pair,
-    # in either order)
-    item: str | None = None
-    annotator: str = "annotator"  # column that names who judged
-    # column with the judgement; None: of a pair which side is chosen, of a judged answer the column
-    # label
-    label: str | None = None
-    repeats: Repeats = Repeats.error
-
-    def __post_init__(self) -> None:
-        check(bool(self.annotator), "annotator", self.annotator, "a column's name")
+    item: str | None = option(
+        None,
+        "Column that says which rows judge the same thing; null: rows with the same texts (of a "
+        "pair, in either order).",
+    )
+    annotator: str = option("annotator", "Column that names who judged.", filled=True)
+    label: str | None = option(
+        None,
+        "Column with the judgement; null: of a pair which side is chosen, of a judged answer the "
+        "column label.",
+    )
+    repeats: Repeats = option(
+        Repeats.error, "What becomes of an annotator's second, different judgement of an item."
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,24 +104,31 @@ class Aggregate(JudgedOptions):
     step: ClassVar[str] = "aggregate"
     apply: ClassVar[str] = "rlhf.data.prepare.aggregate:aggregate"
 
-    method: Method = Method.majority
-    # the label of an item whose annotators tie; None: the item is left out
-    tie_label: str | None = None
-    min_labels: int = 1  # items with fewer labels are left out
-    # items below it are left out; share of the votes, or Dawid-Skene's probability
-    min_confidence: float = 0.0
-    confidence: str = "confidence"  # column for it
-    level: Scale = Scale.nominal
-    # ordinal labels from lowest to highest; []: numbers by size
-    order: list[str] = field(default_factory=list)
-    resamples: int = 1000  # bootstrap of the agreement figures
+    method: Method = option(Method.majority, "How several labels become one.")
+    tie_label: str | None = option(
+        None, "Label of an item whose annotators tie; null: the item is left out."
+    )
+    min_labels: int = option(1, "Items with fewer labels are left out.", unit="labels", at_least=1)
+    min_confidence: float = option(
+        0.0,
+        "Items with a smaller confidence (share of the votes, or Dawid-Skene's probability) are "
+        "left out.",
+        at_least=0,
+        at_most=1,
+    )
+    confidence: str = option("confidence", "Column that gets the confidence.", filled=True)
+    level: Scale = option(
+        Scale.nominal, "What the difference of two labels means to Krippendorff's alpha."
+    )
+    order: list[str] = option(
+        [], "Ordinal labels from lowest to highest; []: numbers, by their size."
+    )
+    resamples: int = option(
+        1000, "Resamples for the intervals of the agreement figures.", unit="resamples", at_least=1
+    )
 
     def __post_init__(self) -> None:
-        JudgedOptions.__post_init__(self)
-        check(self.min_labels >= 1, "min_labels", self.min_labels, "at least 1")
-        check(0 <= self.min_confidence <= 1, "min_confidence", self.min_confidence, "in [0, 1]")
-        check(bool(self.confidence), "confidence", self.confidence, "a column's name")
-        check(self.resamples >= 1, "resamples", self.resamples, "at least 1")
+        check_options(self)
         check(
             not self.order or self.level is Scale.ordinal,
             "order",
@@ -135,16 +146,21 @@ class Review(JudgedOptions):
     step: ClassVar[str] = "review"
     apply: ClassVar[str] = "rlhf.data.prepare.review:review"
 
-    # a queue file (CSV or JSON lines) with its decision column filled in; None: only write the
-    # queue
-    decisions: str | None = None
-    queue: str = "review"  # name of the queue files in the run directory, without suffix
-    # items whose most frequent label has a smaller share of the labels than this are queued
-    agreed: float = 1.0
+    decisions: str | None = option(
+        None,
+        "A queue file (CSV or JSON lines) with its column decision filled in; null: only write the "
+        "queue.",
+    )
+    queue: str = option("review", "Name of the queue files in the run directory, without a suffix.")
+    agreed: float = option(
+        1.0,
+        "Items whose most frequent label has a smaller share of the labels are queued.",
+        above=0,
+        at_most=1,
+    )
 
     def __post_init__(self) -> None:
-        JudgedOptions.__post_init__(self)
-        check(0 < self.agreed <= 1, "agreed", self.agreed, "in (0, 1]")
+        check_options(self)
         plain = (
             bool(self.queue) and not set(self.queue) & set("/\\") and self.queue not in (".", "..")
         )
@@ -164,21 +180,35 @@ class LabelNoise(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.label_noise:label_noise"
     kinds: ClassVar[frozenset[str]] = frozenset({"preference", "unpaired"})
 
-    # directory of a reward model that scores the pairs; {fold} in it stands for the row's fold
-    reward_model: str | None = None
-    # column of a row's fold: its model was trained without the rows of that fold
-    fold: str | None = None
-    # the model may have been trained on these rows: scores then say less than they seem to
-    seen: bool = False
-    # columns with scores of a pair's sides, where no reward model is given
-    score_chosen: str = "score_chosen"
-    score_rejected: str = "score_rejected"
-    # column with the probability that the answer is good, for judged answers
-    probability: str | None = None
-    method: NoiseFilter = NoiseFilter.prune_by_noise_rate
-    action: Contradicted = Contradicted.reject
+    reward_model: str | None = option(
+        None,
+        "Directory of a reward model that scores the pairs; {fold} in it stands for the row's "
+        "fold.",
+    )
+    fold: str | None = option(
+        None, "Column of a row's fold: its model was trained without the rows of that fold."
+    )
+    seen: bool = option(
+        False,
+        "Accept a model that may have been trained on these rows: its scores then say less than "
+        "they seem to.",
+    )
+    score_chosen: str = option(
+        "score_chosen", "Column with the chosen side's score, without a reward model."
+    )
+    score_rejected: str = option(
+        "score_rejected", "Column with the rejected side's score, without a reward model."
+    )
+    probability: str | None = option(
+        None, "Column with the probability that the answer is good, for judged answers."
+    )
+    method: NoiseFilter = option(NoiseFilter.prune_by_noise_rate, "How labels are picked.")
+    action: Contradicted = option(
+        Contradicted.reject, "What becomes of a row whose label the model contradicts."
+    )
 
     def __post_init__(self) -> None:
+        check_options(self)
         named = self.reward_model is not None and "{fold}" in self.reward_model
         check(
             named == (self.fold is not None),
@@ -194,11 +224,9 @@ class LabelNoise(StepOptions):
         )
 
     def files(self) -> dict[str, str]:
-        return (
-            {}
-            if self.reward_model is None or self.fold is not None
-            else {"reward_model": self.reward_model}
-        )
+        if self.reward_model is None or self.fold is not None:
+            return {}
+        return {"reward_model": self.reward_model}
 
 
 STEPS: tuple[type[StepOptions], ...] = (Terms, Aggregate, Review, LabelNoise)

@@ -4,12 +4,12 @@ Only what is asked is changed, never an answer: a prompt, the users' messages of
 a whole text.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from conf.options import check, check_options, names, option
 from conf.preparation.base import StepOptions
-from conf.schema import check
 
 
 class Operation(Enum):
@@ -38,27 +38,31 @@ class Augment(StepOptions):
     streaming: ClassVar[bool] = True
     after_split: ClassVar[bool] = True
 
-    copies: int = 4  # new rows for each row; the operations take turns
-    operations: list[Operation] = field(default_factory=lambda: list(Operation))
-    # of a text's words that an operation changes, one word at least; the paper's alpha
-    share: float = 0.1
-    # YAML file: list of groups of words that mean the same, or word -> list of words; for synonym
-    # and insert
-    synonyms: str | None = None
-    language: WordLanguage = WordLanguage.auto
-    # words that stay as they are, as words with digits always do
-    keep: list[str] = field(default_factory=list)
+    copies: int = option(
+        4, "New rows for each row; the operations take turns.", unit="rows", at_least=1
+    )
+    operations: list[Operation] = option(list(Operation), "The operations, each once.")
+    share: float = option(
+        0.1,
+        "Share of a text's words that an operation changes, at least one word; the paper's alpha.",
+        above=0,
+        at_most=1,
+    )
+    synonyms: str | None = option(
+        None,
+        "YAML file for synonym and insert: a list of groups of words that mean the same, or "
+        "word -> list of words.",
+    )
+    language: WordLanguage = option(WordLanguage.auto, "How words are separated.")
+    keep: list[str] = option([], "Words that stay as they are, as words with digits always do.")
 
     def __post_init__(self) -> None:
-        check(self.copies >= 1, "copies", self.copies, "at least 1")
-        check(0 < self.share <= 1, "share", self.share, "in (0, 1]")
+        check_options(self)
         once = len(self.operations) > 0 and len(set(self.operations)) == len(self.operations)
-        check(once, "operations", [o.value for o in self.operations], "at least one, each once")
-        words = self.synonyms is not None or not {Operation.synonym, Operation.insert} & set(
-            self.operations
-        )
+        check(once, "operations", names(self.operations), "at least one, each once")
+        needed = {Operation.synonym, Operation.insert} & set(self.operations)
         check(
-            words,
+            self.synonyms is not None or not needed,
             "synonyms",
             self.synonyms,
             "a YAML file, or operations without synonym and insert",
@@ -76,55 +80,57 @@ class BackTranslate(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.translate:back_translate"
     after_split: ClassVar[bool] = True
 
-    source: str = "en"  # language of the rows
-    pivot: str = "de"  # language in between
-    # model directory (Marian or another sequence-to-sequence model) from source to pivot
-    there: str | None = None
-    back: str | None = None  # model directory from pivot to source
-    # model: the two directories; argos: argostranslate's installed packages; or pkg.module:function
-    translator: str = "model"
-    batch_size: int = 16  # texts translated together
-    max_new_tokens: int = 512  # of a translation
-    beams: int = 1
+    source: str = option("en", "Language of the rows.")
+    pivot: str = option("de", "Language in between.")
+    there: str | None = option(
+        None,
+        "Directory of a model from source to pivot: Marian or another sequence-to-sequence model.",
+    )
+    back: str | None = option(None, "Directory of a model from pivot to source.")
+    translator: str = option(
+        "model",
+        "model: the two directories; argos: the installed packages of argostranslate; or "
+        "pkg.module:function.",
+    )
+    batch_size: int = option(16, "Texts translated together.", unit="texts", at_least=1)
+    max_new_tokens: int = option(512, "Longest translation.", unit="tokens", at_least=1)
+    beams: int = option(1, "Beams of the search; 1: greedy.", at_least=1)
 
     def __post_init__(self) -> None:
-        models = self.there is not None and self.back is not None
-        if self.translator == "model":
-            check(
-                models,
-                "translator",
-                self.translator,
-                "the model directories `there` and `back`, or another translator",
-            )
-        else:
-            check(
-                self.translator == "argos" or ":" in self.translator,
-                "translator",
-                self.translator,
-                "model, argos or pkg.module:function",
-            )
-            check(
-                self.there is None and self.back is None,
-                "translator",
-                self.translator,
-                "model where model directories are given",
-            )
+        check_options(self)
+        self._check_translator()
         check(
             self.source != self.pivot,
             "pivot",
             self.pivot,
             f"another language than source={self.source}",
         )
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        check(self.beams >= 1, "beams", self.beams, "at least 1")
+
+    def _check_translator(self) -> None:
+        if self.translator == "model":
+            check(
+                self.there is not None and self.back is not None,
+                "translator",
+                self.translator,
+                "the model directories `there` and `back`, or another translator",
+            )
+            return
+        check(
+            self.translator == "argos" or ":" in self.translator,
+            "translator",
+            self.translator,
+            "model, argos or pkg.module:function",
+        )
+        check(
+            self.there is None and self.back is None,
+            "translator",
+            self.translator,
+            "model where model directories are given",
+        )
 
     def files(self) -> dict[str, str]:
-        return {
-            key: path
-            for key, path in (("there", self.there), ("back", self.back))
-            if path is not None
-        }
+        directories = {"there": self.there, "back": self.back}
+        return {name: path for name, path in directories.items() if path is not None}
 
 
 STEPS: tuple[type[StepOptions], ...] = (Augment, BackTranslate)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from conf.options import check, check_options
+
 
 class Part(Enum):
     """Which texts of a row a step looks at (rlhf/data/prepare/texts.py)."""
@@ -49,6 +51,19 @@ class StepOptions:
     # the step again
     version: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        check_options(self)
+
     def files(self) -> dict[str, str]:
         """Option -> the file or directory that it names."""
         return {}
+
+
+def check_embedding(vectors: Vectors, model: str | None) -> None:
+    """Raise ValueError unless a model's directory is given exactly with vectors=embedding."""
+    check(
+        (vectors is Vectors.embedding) == (model is not None),
+        "model",
+        model,
+        "a directory with vectors=embedding, else null",
+    )

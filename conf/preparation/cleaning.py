@@ -1,11 +1,11 @@
 """Steps of data.pipeline: text repair, language, lengths, quality, personal data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from conf.options import MISSING, check, check_options, option
 from conf.preparation.base import Part, StepOptions
-from conf.schema import MISSING, check
 
 
 class Unit(Enum):
@@ -29,14 +29,14 @@ class Personal(Enum):
 class Found(Enum):
     """What happens to a row with a pattern in it."""
 
-    # the place is replaced: [EMAIL], [PHONE], [IP], [CREDIT_CARD], [IBAN], [WORD]
+    # the match is replaced: [EMAIL], [PHONE], [IP], [CREDIT_CARD], [IBAN], [WORD]
     redact = "redact"
     reject = "reject"  # the row is left out
 
 
 @dataclass(slots=True, kw_only=True)
 class Repair(StepOptions):
-    """Mends texts: mojibake and control characters (ftfy), Unicode form, white space, HTML. Code
+    """Repairs texts: mojibake and control characters (ftfy), Unicode form, white space, HTML. Code
     between ``` fences keeps its spaces and tags.
     """
 
@@ -44,16 +44,25 @@ class Repair(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.cleaning:repair"
     streaming: ClassVar[bool] = True
 
-    # ftfy: text decoded wrongly, control characters, lone surrogates, line ends; quotes and
-    # full-width signs stay
-    encoding: bool = True
-    # NFKC instead of NFC: also changes meaning (10³ becomes 103) and full-width punctuation
-    nfkc: bool = False
-    # one space between words, no space at a line's end, at most one empty line; where prompt and
-    # answer meet, nothing
-    whitespace: bool = True
-    # tags go, <br> and blocks become line ends, entities characters; for text out of web pages
-    html: bool = False
+    encoding: bool = option(
+        True,
+        "Repair with ftfy: text that was decoded wrongly, control characters, lone surrogates, "
+        "line ends; quotes and full-width signs stay.",
+    )
+    nfkc: bool = option(
+        False,
+        "NFKC instead of NFC: also changes meaning (10³ becomes 103) and full-width punctuation.",
+    )
+    whitespace: bool = option(
+        True,
+        "One space between words, no space at a line's end, at most one empty line; where prompt "
+        "and answer meet, nothing changes.",
+    )
+    html: bool = option(
+        False,
+        "Remove tags, turn <br> and blocks into line ends and entities into characters; for text "
+        "of web pages.",
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,16 +73,21 @@ class Language(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.cleaning:language"
     streaming: ClassVar[bool] = True
 
-    keep: list[str] = field(default_factory=lambda: ["en"])  # ISO 639-1 codes
-    # of the likeliest language; below it the row is left out as undecided
-    min_probability: float = 0.5
-    min_characters: int = 20  # shorter texts tell too little: they are kept, and counted
-    part: Part = Part.whole
-
-    def __post_init__(self) -> None:
-        check(len(self.keep) > 0, "keep", self.keep, "at least one language, such as [en]")
-        check(0 <= self.min_probability <= 1, "min_probability", self.min_probability, "in [0, 1]")
-        check(self.min_characters >= 0, "min_characters", self.min_characters, "at least 0")
+    keep: list[str] = option(["en"], "ISO 639-1 codes of the languages.", filled=True)
+    min_probability: float = option(
+        0.5,
+        "Smallest probability of the likeliest language; below it the row is left out as "
+        "undecided.",
+        at_least=0,
+        at_most=1,
+    )
+    min_characters: int = option(
+        20,
+        "Shorter texts tell too little: they are kept, and counted.",
+        unit="characters",
+        at_least=0,
+    )
+    part: Part = option(Part.whole, "Which texts of a row are looked at.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,26 +98,24 @@ class Length(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.cleaning:length"
     streaming: ClassVar[bool] = True
 
-    low: int | None = None  # at least so many units
-    high: int | None = None  # at most
-    unit: Unit = Unit.characters
-    tokenizer: str | None = None  # directory, with unit=tokens
-    part: Part = Part.whole  # answer: each side by itself
+    low: int | None = option(None, "Shortest length, in units; null: no limit.", at_least=0)
+    high: int | None = option(None, "Longest length, in units; null: no limit.")
+    unit: Unit = option(Unit.characters, "What lengths are counted in.")
+    tokenizer: str | None = option(None, "Directory of a tokenizer; needed with unit=tokens.")
+    part: Part = option(
+        Part.whole, "Which texts of a row are counted; of answers each side by itself."
+    )
 
     def __post_init__(self) -> None:
+        check_options(self)
         check(
             self.low is not None or self.high is not None,
             "low",
             self.low,
             "a number here or in `high`: without both nothing is filtered",
         )
-        check(self.low is None or self.low >= 0, "low", self.low, "at least 0")
-        check(
-            self.high is None or self.high >= (self.low or 0),
-            "high",
-            self.high,
-            f"at least low={self.low or 0}",
-        )
+        low = self.low or 0
+        check(self.high is None or self.high >= low, "high", self.high, f"at least low={low}")
         check(
             (self.unit is Unit.tokens) == (self.tokenizer is not None),
             "tokenizer",
@@ -129,53 +141,69 @@ class Quality(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.quality:quality"
     streaming: ClassVar[bool] = True
 
-    part: Part = Part.answer
-    min_words: int = 30  # fewer: the repetition and word-length rules don't apply
-    max_symbol_words: float | None = 0.1  # hash signs and ellipses per word
-    min_alphabetic_words: float | None = 0.8  # share of words with a letter
-    max_bullet_lines: float | None = 0.9  # share of lines that begin with a bullet point
-    max_ellipsis_lines: float | None = 0.3  # share of lines that end with an ellipsis
-    # share of characters that are no letter, digit or space (ours, not Gopher's)
-    max_symbol_characters: float | None = 0.7
-    low_word_length: float | None = 3.0  # mean characters a word, in scripts with spaces
-    high_word_length: float | None = 10.0
-    max_duplicate_lines: float | None = 0.3  # share of lines that stood before
-    max_duplicate_paragraphs: float | None = 0.3
-    # share of characters in lines that stood before
-    max_duplicate_line_characters: float | None = 0.2
-    max_duplicate_paragraph_characters: float | None = 0.2
-    # share of characters in the commonest 2-, 3-, 4-gram of words
-    max_top_ngrams: list[float] = field(default_factory=lambda: [0.20, 0.18, 0.16])
-    # in 5- to 10-grams that occur twice
-    max_duplicate_ngrams: list[float] = field(
-        default_factory=lambda: [0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
+    part: Part = option(Part.answer, "Which texts of a row are looked at.")
+    min_words: int = option(
+        30,
+        "With fewer words the repetition and word-length rules don't apply.",
+        unit="words",
+        at_least=1,
+    )
+    max_symbol_words: float | None = option(
+        0.1, "Largest number of hash signs and ellipses per word.", at_least=0
+    )
+    min_alphabetic_words: float | None = option(
+        0.8, "Smallest share of words with a letter.", at_least=0, at_most=1
+    )
+    max_bullet_lines: float | None = option(
+        0.9, "Largest share of lines that begin with a bullet point.", at_least=0, at_most=1
+    )
+    max_ellipsis_lines: float | None = option(
+        0.3, "Largest share of lines that end with an ellipsis.", at_least=0, at_most=1
+    )
+    max_symbol_characters: float | None = option(
+        0.7,
+        "Largest share of characters that are no letter, digit or space (ours, not Gopher's).",
+        at_least=0,
+        at_most=1,
+    )
+    low_word_length: float | None = option(
+        3.0,
+        "Smallest mean length of a word, in scripts with spaces.",
+        unit="characters",
+        at_least=0,
+    )
+    high_word_length: float | None = option(
+        10.0,
+        "Largest mean length of a word, in scripts with spaces.",
+        unit="characters",
+        at_least=0,
+    )
+    max_duplicate_lines: float | None = option(
+        0.3, "Largest share of lines that occurred before.", at_least=0, at_most=1
+    )
+    max_duplicate_paragraphs: float | None = option(
+        0.3, "Largest share of paragraphs that occurred before.", at_least=0, at_most=1
+    )
+    max_duplicate_line_characters: float | None = option(
+        0.2, "Largest share of characters in lines that occurred before.", at_least=0, at_most=1
+    )
+    max_duplicate_paragraph_characters: float | None = option(
+        0.2,
+        "Largest share of characters in paragraphs that occurred before.",
+        at_least=0,
+        at_most=1,
+    )
+    max_top_ngrams: list[float] = option(
+        [0.20, 0.18, 0.16],
+        "Largest shares of characters in the commonest 2-, 3- and 4-gram of words; []: no rule.",
+    )
+    max_duplicate_ngrams: list[float] = option(
+        [0.15, 0.14, 0.13, 0.12, 0.11, 0.10],
+        "Largest shares of characters in 5- to 10-grams of words that occur twice; []: no rule.",
     )
 
     def __post_init__(self) -> None:
-        check(self.min_words >= 1, "min_words", self.min_words, "at least 1")
-        for name in ("max_symbol_words", "low_word_length", "high_word_length"):
-            check(
-                getattr(self, name) is None or getattr(self, name) >= 0,
-                name,
-                getattr(self, name),
-                "at least 0, or null",
-            )
-        for name in (
-            "min_alphabetic_words",
-            "max_bullet_lines",
-            "max_ellipsis_lines",
-            "max_symbol_characters",
-            "max_duplicate_lines",
-            "max_duplicate_paragraphs",
-            "max_duplicate_line_characters",
-            "max_duplicate_paragraph_characters",
-        ):
-            check(
-                getattr(self, name) is None or 0 <= getattr(self, name) <= 1,
-                name,
-                getattr(self, name),
-                "in [0, 1], or null",
-            )
+        check_options(self)
         check(
             len(self.max_top_ngrams) in (0, 3),
             "max_top_ngrams",
@@ -203,16 +231,25 @@ class Tfidf(StepOptions):
     step: ClassVar[str] = "tfidf"
     apply: ClassVar[str] = "rlhf.data.prepare.quality:tfidf"
 
-    part: Part = Part.answer  # of a pair the chosen side, of judged answers the good ones
-    low_share: float = 0.01  # share of the rows with the lowest scores that goes
-    high_share: float = 0.01  # share with the highest scores
-    low: float | None = None  # a score below it goes, whatever its rank
-    high: float | None = None
-    column: str | None = None  # column that the score is written into
+    part: Part = option(
+        Part.answer, "Which texts of a row: of a pair the chosen side, of judged answers the good."
+    )
+    low_share: float = option(
+        0.01, "Share of the rows with the lowest scores that is left out.", at_least=0, below=1
+    )
+    high_share: float = option(
+        0.01, "Share of the rows with the highest scores that is left out.", at_least=0, below=1
+    )
+    low: float | None = option(
+        None, "A row with a smaller score is left out, whatever its rank; null: no limit."
+    )
+    high: float | None = option(
+        None, "A row with a larger score is left out, whatever its rank; null: no limit."
+    )
+    column: str | None = option(None, "Column that the score is written into; null: none.")
 
     def __post_init__(self) -> None:
-        for name in ("low_share", "high_share"):
-            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        check_options(self)
         check(
             self.low_share + self.high_share < 1,
             "high_share",
@@ -239,29 +276,40 @@ class Perplexity(StepOptions):
     step: ClassVar[str] = "perplexity"
     apply: ClassVar[str] = "rlhf.data.prepare.perplexity:perplexity"
 
-    model: str = MISSING  # directory of a causal language model, such as runs/<run.name>/sft/model
-    part: Part = Part.answer  # of a pair the chosen side, of judged answers the good ones
-    low: float | None = None
-    high: float | None = None
-    high_share: float = 0.0  # share of the rows with the highest perplexity that goes
-    max_tokens: int = 512  # of a text; what follows is not looked at
-    batch_tokens: int = 4096  # padded tokens a forward pass
-    column: str | None = None  # column that the perplexity is written into
+    model: str = option(
+        MISSING,
+        "Directory of a causal language model, such as runs/<run.name>/sft/model.",
+    )
+    part: Part = option(
+        Part.answer, "Which texts of a row: of a pair the chosen side, of judged answers the good."
+    )
+    low: float | None = option(
+        None,
+        "Smallest perplexity that is kept (a certain text has 1); null: no limit.",
+        at_least=1,
+    )
+    high: float | None = option(None, "Largest perplexity that is kept; null: no limit.")
+    high_share: float = option(
+        0.0,
+        "Share of the rows with the highest perplexity that is left out.",
+        at_least=0,
+        below=1,
+    )
+    max_tokens: int = option(
+        512,
+        "Tokens of a text that are read (the first one is not predicted); the rest is ignored.",
+        unit="tokens",
+        at_least=2,
+    )
+    batch_tokens: int = option(
+        4096, "Tokens of one forward pass, padding included; at least max_tokens.", unit="tokens"
+    )
+    column: str | None = option(None, "Column that the perplexity is written into; null: none.")
 
     def __post_init__(self) -> None:
-        check(
-            self.low is None or self.low >= 1,
-            "low",
-            self.low,
-            "at least 1, the perplexity of a certain text",
-        )
-        check(
-            self.high is None or self.high >= (self.low or 1),
-            "high",
-            self.high,
-            f"at least {self.low or 1}",
-        )
-        check(0 <= self.high_share < 1, "high_share", self.high_share, "in [0, 1)")
+        check_options(self)
+        low = self.low or 1
+        check(self.high is None or self.high >= low, "high", self.high, f"at least {low}")
         acts = (
             self.low is not None
             or self.high is not None
@@ -273,12 +321,6 @@ class Perplexity(StepOptions):
             "high",
             self.high,
             "a number here, in `low` or `high_share`, or a `column`: without any nothing is done",
-        )
-        check(
-            self.max_tokens >= 2,
-            "max_tokens",
-            self.max_tokens,
-            "at least 2: the first token is not predicted",
         )
         check(
             self.batch_tokens >= self.max_tokens,
@@ -301,14 +343,17 @@ class Patterns(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.personal:patterns"
     streaming: ClassVar[bool] = True
 
-    find: list[Personal] = field(default_factory=lambda: list(Personal))
-    found: Found = Found.redact
-    # text file, a word or phrase a line (profanity, names); case doesn't matter, whole words only;
-    # # starts a comment
-    words: str | None = None
-    words_found: Found = Found.reject
+    find: list[Personal] = option(list(Personal), "Kinds of personal data that are looked for.")
+    found: Found = option(Found.redact, "What happens to a row that holds personal data.")
+    words: str | None = option(
+        None,
+        "Text file with a word or phrase a line (profanity, names): whole words, in any case; # "
+        "starts a comment.",
+    )
+    words_found: Found = option(Found.reject, "What happens to a row that holds such a word.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         check(
             len(self.find) > 0 or self.words is not None,
             "find",

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from conf.preparation.base import Keep, Part, StepOptions, Vectors
-from conf.schema import check
+from conf.options import check, check_options, option
+from conf.preparation.base import Keep, Part, StepOptions, Vectors, check_embedding
 
 
 @dataclass(slots=True, kw_only=True)
@@ -15,8 +15,8 @@ class ExactDuplicates(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.exact:exact_duplicates"
     streaming: ClassVar[bool] = True
 
-    part: Part = Part.whole
-    normalise: bool = True  # NFKC, case and white space make no difference
+    part: Part = option(Part.whole, "Which texts of a row are compared.")
+    normalise: bool = option(True, "NFKC, case and white space make no difference.")
 
 
 def _check_keep(keep: Keep, column: str | None) -> None:
@@ -41,17 +41,19 @@ class NearDuplicates(StepOptions):
     step: ClassVar[str] = "near_duplicates"
     apply: ClassVar[str] = "rlhf.data.prepare.near:near_duplicates"
 
-    part: Part = Part.whole
-    threshold: float = 0.8
-    ngram: int = 5  # characters
-    permutations: int = 128
-    keep: Keep = Keep.first
-    column: str | None = None  # numbers, with keep=best
+    part: Part = option(Part.whole, "Which texts of a row are compared.")
+    threshold: float = option(
+        0.8, "Jaccard similarity from which two texts are near duplicates.", above=0, at_most=1
+    )
+    ngram: int = option(5, "Length of the n-grams.", unit="characters", at_least=1)
+    permutations: int = option(
+        128, "Permutations of MinHash: more miss fewer pairs and need more memory.", at_least=16
+    )
+    keep: Keep = option(Keep.first, "Which row of a cluster is kept.")
+    column: str | None = option(None, "Column of numbers; needed with keep=best.")
 
     def __post_init__(self) -> None:
-        check(0 < self.threshold <= 1, "threshold", self.threshold, "in (0, 1]")
-        check(self.ngram >= 1, "ngram", self.ngram, "at least 1 character")
-        check(self.permutations >= 16, "permutations", self.permutations, "at least 16")
+        check_options(self)
         _check_keep(self.keep, self.column)
 
 
@@ -66,21 +68,20 @@ class CosineDuplicates(StepOptions):
     step: ClassVar[str] = "cosine_duplicates"
     apply: ClassVar[str] = "rlhf.data.prepare.cosine:cosine_duplicates"
 
-    part: Part = Part.whole
-    threshold: float = 0.95
-    vectors: Vectors = Vectors.tfidf
-    model: str | None = None  # directory of a sentence-embedding model, with vectors=embedding
-    keep: Keep = Keep.first
-    column: str | None = None  # numbers, with keep=best
+    part: Part = option(Part.whole, "Which texts of a row are compared.")
+    threshold: float = option(
+        0.95, "Cosine from which two texts are duplicates.", above=0, at_most=1
+    )
+    vectors: Vectors = option(Vectors.tfidf, "What texts are compared as.")
+    model: str | None = option(
+        None, "Directory of a sentence-embedding model; needed with vectors=embedding."
+    )
+    keep: Keep = option(Keep.first, "Which row of a cluster is kept.")
+    column: str | None = option(None, "Column of numbers; needed with keep=best.")
 
     def __post_init__(self) -> None:
-        check(0 < self.threshold <= 1, "threshold", self.threshold, "in (0, 1]")
-        check(
-            (self.vectors is Vectors.embedding) == (self.model is not None),
-            "model",
-            self.model,
-            "a directory with vectors=embedding, else null",
-        )
+        check_options(self)
+        check_embedding(self.vectors, self.model)
         _check_keep(self.keep, self.column)
 
     def files(self) -> dict[str, str]:

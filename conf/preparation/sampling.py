@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from conf.preparation.base import Part, StepOptions, Vectors
-from conf.schema import check
+from conf.options import check, check_options, option
+from conf.preparation.base import Part, StepOptions, Vectors, check_embedding
 
 
 class Grouping(Enum):
@@ -37,32 +37,29 @@ class Balance(StepOptions):
     step: ClassVar[str] = "balance"
     apply: ClassVar[str] = "rlhf.data.prepare.balance:balance"
 
-    by: Grouping = Grouping.column
-    column: str | None = None  # with by=column
-    how: Balancing = Balancing.under
-    ratio: float = 1.0  # of the largest to the smallest group that may remain
-    clusters: int = 8  # with by=kmeans
-    min_cluster: int = 5  # rows, with by=hdbscan
-    part: Part = Part.whole  # whose vectors are clustered and measured
-    vectors: Vectors = Vectors.tfidf
-    model: str | None = None  # directory of a sentence-embedding model, with vectors=embedding
+    by: Grouping = option(Grouping.column, "What makes the groups.")
+    column: str | None = option(None, "Column whose values are the groups, with by=column.")
+    how: Balancing = option(Balancing.under, "How the groups are evened out.")
+    ratio: float = option(
+        1.0, "Ratio of the largest to the smallest group that may remain.", at_least=1
+    )
+    clusters: int = option(8, "Number of clusters, with by=kmeans.", at_least=2)
+    min_cluster: int = option(5, "Smallest cluster, with by=hdbscan.", unit="rows", at_least=2)
+    part: Part = option(Part.whole, "Which texts of a row are clustered and measured.")
+    vectors: Vectors = option(Vectors.tfidf, "What texts are compared as.")
+    model: str | None = option(
+        None, "Directory of a sentence-embedding model; needed with vectors=embedding."
+    )
 
     def __post_init__(self) -> None:
+        check_options(self)
         check(
             (self.by is Grouping.column) == (self.column is not None),
             "column",
             self.column,
             "a column's name with by=column, else null",
         )
-        check(self.ratio >= 1, "ratio", self.ratio, "at least 1")
-        check(self.clusters >= 2, "clusters", self.clusters, "at least 2")
-        check(self.min_cluster >= 2, "min_cluster", self.min_cluster, "at least 2")
-        check(
-            (self.vectors is Vectors.embedding) == (self.model is not None),
-            "model",
-            self.model,
-            "a directory with vectors=embedding, else null",
-        )
+        check_embedding(self.vectors, self.model)
 
     def files(self) -> dict[str, str]:
         return {} if self.model is None else {"model": self.model}
@@ -78,19 +75,23 @@ class Split(StepOptions):
     apply: ClassVar[str] = "rlhf.data.prepare.splitting:split"
     splits: ClassVar[bool] = True
 
-    fraction: float = 0.1  # of the rows, held out
-    by: SplitBy = SplitBy.prompt
-    # Jaccard similarity from which two prompts are one (step near_duplicates); 1: only equal ones
-    threshold: float = 0.8
-    stratify: str | None = None  # column whose values are to be as frequent on both sides
-    ngram: int = 5
-    permutations: int = 128
-
-    def __post_init__(self) -> None:
-        check(0 < self.fraction < 1, "fraction", self.fraction, "in (0, 1)")
-        check(0 < self.threshold <= 1, "threshold", self.threshold, "in (0, 1]")
-        check(self.ngram >= 1, "ngram", self.ngram, "at least 1 character")
-        check(self.permutations >= 16, "permutations", self.permutations, "at least 16")
+    fraction: float = option(0.1, "Share of the rows that is held out.", above=0, below=1)
+    by: SplitBy = option(SplitBy.prompt, "Which rows stay on one side.")
+    threshold: float = option(
+        0.8,
+        "Jaccard similarity from which two prompts stay on one side; 1: equal ones only.",
+        above=0,
+        at_most=1,
+    )
+    stratify: str | None = option(
+        None, "Column whose values are to be as frequent on both sides; null: none."
+    )
+    ngram: int = option(
+        5, "Length of the n-grams that prompts are compared by.", unit="characters", at_least=1
+    )
+    permutations: int = option(
+        128, "Permutations of MinHash: more miss fewer pairs and need more memory.", at_least=16
+    )
 
 
 STEPS: tuple[type[StepOptions], ...] = (Balance, Split)

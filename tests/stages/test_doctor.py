@@ -455,14 +455,12 @@ def test_the_exit_code_says_whether_it_fits(
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e30])
 def test_sizes_that_nothing_has(value: float) -> None:
-    with pytest.raises(
-        ValueError, match="expected a number of parameters from 1e6 to 1e13, such as 7e9 or 7b"
-    ):
+    with pytest.raises(ValueError, match=r"model.params=.* expected .*in \[1e6, 1e13\]"):
         ModelConfig(params=value)
     if value != 1e30:
-        with pytest.raises(ValueError, match="expected a finite number above 0 GiB"):
+        with pytest.raises(ValueError, match=r"engine.gpu_memory_gib=.* above 0 GiB"):
             EngineConfig(gpu_memory_gib=value)
-    with pytest.raises(ValueError, match=r"engine.gpus=.* expected 1 to 100000"):
+    with pytest.raises(ValueError, match=r"engine.gpus=0 .*expected in \[1, 100000\]"):
         EngineConfig(gpus=0)
 
 

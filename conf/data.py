@@ -1,0 +1,231 @@
+"""The group ``data``: where rows come from, how they are read, and what stage=data writes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from conf.choices import DataFormat, DataKind, DataTarget, FileKind, Recipe, TaskClass
+from conf.options import MISSING, check, check_options, nested, option
+
+
+@dataclass(slots=True, kw_only=True)
+class GymConfig:
+    """``data.recipe=gym``: procedural tasks of reasoning-gym with their verifiers
+    (rlhf/data/recipes/gym.py).
+    """
+
+    tasks: list[str] = option(
+        ["chain_sum"], "Tasks by reasoning-gym's names; each gets the same number of rows."
+    )
+    rows: int = option(1024, "Training prompts of all tasks together.", unit="rows")
+    eval_rows: int = option(128, "Held-out prompts.", unit="rows", at_least=1)
+    seed: int | None = option(None, "Seed of the tasks; null: run.seed.")
+    options: dict[str, Any] = option(
+        {}, "By task, its own options: data.gym.options.chain_sum.max_terms=3."
+    )
+    suffix: str = option("", "Text after each question, such as how to write the answer.")
+    chat: bool = option(False, "Prompts are messages, for a policy with a chat template.")
+    system: str | None = option(None, "System message; needs chat=true; null: no system message.")
+
+    def __post_init__(self) -> None:
+        check_options(self, "data.gym")
+        check(
+            len(self.tasks) > 0 and len(set(self.tasks)) == len(self.tasks),
+            "data.gym.tasks",
+            self.tasks,
+            "at least one task, each once",
+        )
+        check(
+            self.rows >= len(self.tasks),
+            "data.gym.rows",
+            self.rows,
+            f"at least one for each of {len(self.tasks)} tasks",
+        )
+        check(
+            set(self.options) <= set(self.tasks),
+            "data.gym.options",
+            sorted(self.options),
+            f"options of the tasks {', '.join(self.tasks)}",
+        )
+        check(
+            all(isinstance(values, dict) for values in self.options.values()),
+            "data.gym.options",
+            self.options,
+            "a dictionary for each task",
+        )
+        check(
+            self.chat or self.system is None,
+            "data.gym.system",
+            self.system,
+            "null without data.gym.chat=true",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class SourceConfig:
+    """One source of a mixture; its options mean what those of the group ``data`` mean."""
+
+    path: str = option(MISSING, "Rows of this source, written as data.path is.")
+    weight: float | None = option(
+        None,
+        "Share of the mixture, relative to the other sources; null for all sources: every row of "
+        "each.",
+        above=0,
+    )
+    cap: int | None = option(
+        None,
+        "Take at most so many rows, drawn by run.seed; null: all.",
+        unit="rows",
+        at_least=1,
+    )
+    format: DataFormat = option(DataFormat.auto, "Format of the rows; auto: by their columns.")
+    columns: dict[str, Any] = option({}, "A format's column: the column of this source.")
+    subset: str | None = option(None, "Configuration of a hub's data set.")
+    split: str | None = option(
+        None, "Split of a data set that has several; null: train, or the only one."
+    )
+
+    def check(self, key: str) -> None:
+        """Check ranges; `key` is the source's dotted name, which it doesn't know by itself."""
+        check_options(self, key)
+        _check_columns(f"{key}.columns", self.columns)
+
+
+def _check_columns(key: str, columns: dict[str, Any]) -> None:
+    named = all(isinstance(name, str) and name for name in columns.values())
+    check(
+        named and len(set(columns.values())) == len(columns),
+        key,
+        columns,
+        "a different column's name for each",
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """Where rows come from and how they are read. ``recipe`` builds them from a package's own data
+    in ``<run.dir>/<run.name>/recipe``.
+    """
+
+    path: str | None = option(
+        None,
+        "Rows: a JSON, JSONL, CSV, Parquet or XLSX file, a glob, a datasets directory or a hub "
+        "name; #500 at its end draws 500 rows.",
+        section="where rows come from",
+    )
+    sources: dict[str, SourceConfig] = option({}, "A mixture of sources by name; replaces path.")
+    registry: str | None = option(None, "A dataset_info.json of LLaMA-Factory.")
+    dataset: str | None = option(
+        None, 'Entries of the registry to read: NAME or "NAME,NAME"; replaces path.'
+    )
+    eval_path: str | None = option(
+        None, "Held-out rows; null: eval_fraction of data.path is held out."
+    )
+    format: DataFormat = option(
+        DataFormat.auto, "Format of the rows; auto: detected by their columns, and logged."
+    )
+    columns: dict[str, Any] = option(
+        {}, "A format's column: the file's column; renamed before the format is detected."
+    )
+    subset: str | None = option(None, "Configuration of a hub's data set.")
+    split: str | None = option(
+        None, "Split of a data set that has several; null: train, or the only one."
+    )
+    join: list[str] = option(
+        [], "MT-Bench: files of questions and answers whose texts the rows refer to."
+    )
+    recipe: Recipe = option(
+        Recipe.none, "Build the rows from a package's own data.", section="recipes"
+    )
+    gym: GymConfig = nested(GymConfig)
+    eval_fraction: float = option(
+        0.1,
+        "Share of data.path that is held out where there is no eval_path.",
+        above=0,
+        below=1,
+        section="how rows are read",
+    )
+    max_rows: int | None = option(
+        None, "Read the first rows only; null: all.", unit="rows", at_least=1
+    )
+    max_bad_rows: int = option(
+        0, "Rows that may be unreadable before the run stops.", unit="rows", at_least=0
+    )
+    weight_column: str | None = option(
+        "weight",
+        "Column that weighs a row in the loss, where the rows have it; null: no weights.",
+    )
+    chat_template: str | None = option(
+        None,
+        "A Jinja file or a name (chatml, llama-3 ...: rlhf/models/templates); null: the "
+        "tokenizer's own.",
+    )
+    max_prompt_length: int = option(
+        256,
+        "Longest prompt; longer ones are an error unless truncate_prompts=true.",
+        unit="tokens",
+        at_least=1,
+    )
+    truncate_prompts: bool = option(
+        False, "Keep the last max_prompt_length tokens of longer prompts."
+    )
+    kind: DataKind = option(
+        DataKind.auto,
+        "What the rows become; auto: what the detected format is.",
+        section="stage=data",
+    )
+    pipeline: list[Any] = option(
+        [],
+        "Preparation steps in order: a name, or {step: NAME, option: value ...} "
+        "(conf/preparation).",
+    )
+    to: DataTarget = option(DataTarget.trl, "Format that it writes.")
+    file: FileKind | None = option(
+        None, "Kind of file that it writes; null: csv or xlsx as `to` says, else jsonl."
+    )
+    preview: int = option(0, "Rows whose tokens are shown in colour.", unit="rows", at_least=0)
+    cache: bool = option(
+        True,
+        "Keep each step's rows in the run directory, so that run.resume=true continues after the "
+        "last step that is still valid.",
+    )
+    report: bool = option(
+        False, "Examine the prepared rows: report.json and report.html in the run directory."
+    )
+    report_limit: int = option(
+        1024,
+        "Tokens from which the report counts a row as truncated: the stage.max_length that will "
+        "train on it.",
+        unit="tokens",
+        at_least=2,
+    )
+    report_rows: int = option(
+        100, "Rows that a finding of the report lists.", unit="rows", at_least=1
+    )
+    task: TaskClass | None = option(
+        None,
+        "What the rows are to teach; the report then checks that there are enough; null: no check.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "data")
+        _check_columns("data.columns", self.columns)
+        self._check_sources()
+        given = [key for key in ("path", "sources", "dataset") if getattr(self, key)]
+        check(len(given) <= 1, "data", given, "one of path, sources and dataset")
+        check(
+            (self.dataset is None) == (self.registry is None),
+            "data.dataset",
+            self.dataset,
+            "set where data.registry is, and only there",
+        )
+
+    def _check_sources(self) -> None:
+        for name, source in self.sources.items():
+            source.check(f"data.sources.{name}")
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        check(
+            len(weighted) in (0, len(self.sources)),
+            "data.sources",
+            weighted,
+            "a weight for every source or for none",
+        )

@@ -1,0 +1,182 @@
+"""The group ``reward``: what scores a response."""
+
+import re
+from dataclasses import dataclass
+
+from conf.choices import Combine, FormatStyle, Isolation, LengthUnit, TermKind
+from conf.options import MISSING, check, check_options, option
+
+# A term's name becomes a column of samples.jsonl and a metric, so it can't be one of theirs.
+_TAKEN = (
+    "step",
+    "prompt",
+    "response",
+    "score",
+    "kl",
+    "response_length",
+    "finish_reason",
+    "clipped",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class RewardTerm:
+    """One term of a composed reward: a kind, how it counts, and what the kind needs. To set an
+    option that only other kinds read is an error (reward/terms.py).
+    """
+
+    kind: TermKind = option(MISSING, "What the term looks at.")
+    weight: float = option(
+        1.0,
+        "Factor of the value after clip and normalise; 0: the term is logged, but trains nothing.",
+    )
+    clip: float | None = option(
+        None,
+        "Cut the raw value to [-clip, clip], before any statistics; null: do not cut it.",
+        above=0,
+    )
+    normalise: bool = option(
+        False,
+        "In training, normalise by a running mean and standard deviation of the cut values, over "
+        "all ranks.",
+    )
+    paths: list[str] = option(
+        [],
+        "Directories that stage=reward wrote; several are an ensemble, each put on the scale of "
+        "its held-out scores first.",
+        section="kind=model",
+    )
+    combine: Combine = option(Combine.mean, "How the scores of an ensemble become one.")
+    spread_coef: float = option(
+        1.0,
+        "combine=pessimistic: standard deviations that are subtracted from the mean.",
+        at_least=0,
+    )
+    function: str | None = option(
+        None, "pkg.module:function with TRL's reward signature.", section="kind=function"
+    )
+    column: str | None = option(
+        None,
+        "Data column that a response is compared with; null: answer, schema, constraints, tests or "
+        "metadata, by the kind.",
+        section="kinds that compare a response with its row",
+    )
+    marker: str | None = option(
+        None,
+        "Where in the response the answer is: \\boxed{} takes its content, <tag> what follows up "
+        "to </tag>, another text the rest of its line; null: by the kind.",
+    )
+    ignore_case: bool = option(True, "kind=exact: upper and lower case are equal.")
+    ignore_punctuation: bool = option(True, "kind=exact: punctuation makes no difference.")
+    tolerance: float = option(
+        1e-6,
+        "kind=numeric: largest difference, absolute and relative to the answer.",
+        at_least=0,
+    )
+    letters: str = option("ABCDE", "kind=choice: the letters that an answer can be.")
+    pattern: str | None = option(
+        None,
+        "Regular expression of Python; null with kind=regex: each row's own from column.",
+        section="kind=regex, kind=format, kind=json_schema",
+    )
+    style: FormatStyle | None = option(None, "kind=format: a pattern by its name.")
+    schema_file: str | None = option(
+        None, "kind=json_schema: a JSON file; null: each row's own schema from column."
+    )
+    all_or_nothing: bool = option(
+        False,
+        "1 when all constraints or tests pass, else 0; false: the share that pass.",
+        section="kind=instructions, kind=code",
+    )
+    time_limit_s: float = option(
+        5.0,
+        "kind=code: CPU time of each test; all tests of a response together have four times as "
+        "much wall time.",
+        unit="s",
+        above=0,
+    )
+    memory_mb: int = option(
+        512,
+        "kind=code: address space of a process; Python itself needs 64 MB.",
+        unit="MB",
+        at_least=64,
+    )
+    isolation: Isolation = option(
+        Isolation.auto, "kind=code: how the code is kept apart from the machine."
+    )
+    low: int | None = option(
+        None,
+        "Shortest length without a penalty, in units; null: no lower limit.",
+        at_least=0,
+        section="kind=length",
+    )
+    high: int | None = option(
+        None, "Longest length without a penalty, in units; null: no upper limit."
+    )
+    ramp: int = option(
+        32, "Units outside of low and high at which the value has fallen to -1.", at_least=1
+    )
+    unit: LengthUnit = option(LengthUnit.tokens, "What lengths are counted in.")
+    url: str | None = option(
+        None, "Address of a server such as stage=serve_reward.", section="kind=remote"
+    )
+    token_env: str | None = option(
+        None, "Environment variable that holds the bearer token; null: no token is sent."
+    )
+    timeout_s: float = option(30.0, "Longest time that a request may take.", unit="s", above=0)
+    retries: int = option(3, "Further attempts after a request that failed.", at_least=0)
+    batch_size: int = option(64, "Responses in one request.", unit="responses", at_least=1)
+
+    def check(self, key: str) -> None:
+        """Check ranges; `key` is the term's dotted name, which it doesn't know by itself."""
+        check_options(self, key)
+        letters = (
+            len(set(self.letters)) == len(self.letters) >= 2
+            and self.letters.isalnum()
+            and self.letters == self.letters.upper()
+        )
+        check(
+            letters,
+            f"{key}.letters",
+            self.letters,
+            "at least two different capital letters or digits",
+        )
+        low = self.low or 0
+        check(
+            self.high is None or self.high >= low, f"{key}.high", self.high, f"at least low={low}"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class RewardConfig:
+    """What scores a response: a reward model's directory, a function with TRL's reward signature,
+    or a weighted sum of terms.
+    """
+
+    path: str | None = option(None, "Directory of a reward model that stage=reward wrote.")
+    function: str | None = option(
+        None,
+        "pkg.module:function, called as f(prompts=..., completions=...), that returns a list of "
+        "numbers.",
+    )
+    terms: dict[str, RewardTerm] = option(
+        {}, "Weighted terms by name; the name becomes the metric reward/<name>."
+    )
+    batch_tokens: int = option(8192, "Tokens that are scored together.", unit="tokens", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "reward")
+        for name, term in self.terms.items():
+            check(
+                re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None,
+                "reward.terms",
+                name,
+                "names of letters, digits and _",
+            )
+            check(
+                name not in _TAKEN,
+                "reward.terms",
+                name,
+                f"a name beside those of samples.jsonl and the metrics ({', '.join(_TAKEN)})",
+            )
+            term.check(f"reward.terms.{name}")
