@@ -1,4 +1,4 @@
-"""The named choices of the options in conf/schema.py and conf/stages.py. Standard library only."""
+"""The named choices of the options (conf/options.py). Standard library only."""
 
 from enum import Enum
 

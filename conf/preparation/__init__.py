@@ -1,5 +1,5 @@
-"""The steps of data.pipeline and their options: one dataclass a step, on the conventions of
-conf/schema.py; standard library only.
+"""The steps of data.pipeline and their options: one dataclass a step, with the conventions of
+conf/schema.py. Standard library only.
 """
 
 from conf.preparation import annotation, augmentation, cleaning, duplicates, sampling

@@ -555,7 +555,7 @@ def _offline(cfg: Config, shape: Shape, machine: Machine, four_bit: bool) -> Pla
 
 
 def offloads(kind: EngineKind, zero: int) -> tuple[Offload, ...]:
-    """What engine.offload may be beside an engine (conf/schema.py): none below ZeRO-1, nvme with
+    """What engine.offload may be beside an engine (conf/engine.py): none below ZeRO-1, nvme with
     ZeRO-3 only.
     """
     if kind is EngineKind.torch or zero == 0:
