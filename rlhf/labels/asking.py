@@ -6,6 +6,7 @@ have as many answers as the others and prompts of the same shape, sides are draw
 neither a task's number nor its place tells its role.
 """
 
+import logging
 import math
 import random
 from collections import Counter
@@ -19,6 +20,7 @@ from rlhf.models.encoding import is_chat, split_answer
 from rlhf.process.hashing import digest
 from rlhf.types import PreferencePair
 
+LOG = logging.getLogger("rlhf.labels")
 _SHUFFLES = 200  # about one in three has no repeat beside its first, at the worst
 
 
@@ -105,6 +107,21 @@ def ask(
         if question.origin
     }
     return Asked(name, tuple(tasks), origins)
+
+
+def repeat_count(share: float, main: int, gold: int) -> int:
+    """How many of the `main` questions are asked twice, for a `share` of them: as many as there is
+    room for.
+    """
+    wanted, most = share_of(share, main), most_repeats(main, gold)
+    if wanted > most:
+        LOG.warning(
+            "label.repeat_share=%g: with so few tasks a repeat would stand beside its first, so "
+            "there are %d.",
+            share,
+            most,
+        )
+    return min(wanted, most)
 
 
 def most_repeats(main: int, gold: int) -> int:

@@ -12,10 +12,12 @@ with.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelKind
+from rlhf.labels.files import write_json, write_text
 from rlhf.labels.records import Answer, Export, Role, Task
 from rlhf.process.hashing import sha256
 from rlhf.types import UserError
@@ -24,6 +26,8 @@ TASKS_FILE, EXPORT_FILE, OUT_FOLDER = "tasks.jsonl", "export.json", "out"
 # {"url", "project"} of a Label Studio server that the tasks were pushed to
 SERVER_FILE = "server.json"
 _VERSION = 1
+# fields of Export that export.json has as they are
+_HEADER = tuple(f.name for f in dataclasses.fields(Export) if f.name not in ("tasks", "kind"))
 
 
 def task_row(task: Task) -> dict[str, Any]:
@@ -58,35 +62,22 @@ def task_of(row: dict[str, Any]) -> Task:
 
 
 def write_export(export: Export, folder: Path) -> None:
-    """tasks.jsonl and export.json, each written to the side and renamed."""
+    """Write tasks.jsonl and export.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / TASKS_FILE
-    beside = place.with_name(place.name + ".tmp")
-    with beside.open("w", encoding="utf-8", newline="\n") as out:
-        for task in export.tasks:
-            out.write(json.dumps(task_row(task), ensure_ascii=False) + "\n")
-    beside.replace(place)
-    header = {
-        "version": _VERSION,
-        **{
-            f.name: getattr(export, f.name)
-            for f in dataclasses.fields(export)
-            if f.name not in ("tasks", "kind")
-        },
-    }
-    header |= {"kind": export.kind.value, "tasks": len(export.tasks), "sha256": sha256(place)}
-    beside = folder / (EXPORT_FILE + ".tmp")
-    beside.write_text(json.dumps(header, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(folder / EXPORT_FILE)
+    lines = [json.dumps(task_row(task), ensure_ascii=False) + "\n" for task in export.tasks]
+    tasks_file = write_text(folder / TASKS_FILE, "".join(lines))
+    header = {"version": _VERSION, **{name: getattr(export, name) for name in _HEADER}}
+    header |= {"kind": export.kind.value, "tasks": len(export.tasks), "sha256": sha256(tasks_file)}
+    write_json(folder / EXPORT_FILE, header)
 
 
 def read_export(folder: Path) -> Export:
     """Raises UserError where the folder holds no export, or one whose ledger was changed."""
     header_file, tasks_file = folder / EXPORT_FILE, folder / TASKS_FILE
-    for place in (header_file, tasks_file):
-        if not place.is_file():
+    for path in (header_file, tasks_file):
+        if not path.is_file():
             raise UserError(
-                f"{place}: no such file. Expected the run directory of stage=label "
+                f"{path}: no such file. Expected the run directory of stage=label "
                 "label.mode=export; name it with label.export=DIRECTORY."
             )
     try:
@@ -100,14 +91,35 @@ def read_export(folder: Path) -> Export:
             )
         with tasks_file.open(encoding="utf-8") as source:
             tasks = tuple(task_of(json.loads(line)) for line in source)
-        fields = {
-            f.name: header[f.name]
-            for f in dataclasses.fields(Export)
-            if f.name not in ("tasks", "kind")
-        }
+        fields = {name: header[name] for name in _HEADER}
         return Export(tasks=tasks, kind=LabelKind(header["kind"]), **fields)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise UserError(
             f"{folder}: its {TASKS_FILE} and {EXPORT_FILE} can't be read: "
             f"{type(error).__name__}: {error}."
         ) from error
+
+
+def read_resumable(folder: Path, options: Mapping[str, Any]) -> Export | None:
+    """The export that an earlier start wrote to `folder`; None where there is none.
+
+    `options`: those that decide what is in an export, by key, where they are not the defaults.
+    Raises UserError where the earlier start had others.
+    """
+    if not (folder / EXPORT_FILE).is_file():
+        return None
+    export = read_export(folder)
+    old, new = export.details.get("options", {}), json.loads(json.dumps(options))
+    changed = [
+        f"{key}: {old.get(key, 'default')!r} -> {new.get(key, 'default')!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder / EXPORT_FILE} was made with other options ({'; '.join(changed)}), and "
+            "people may be labelling it. Go on with the options that "
+            "it was made with (label.targets and label.push may change), or choose another "
+            "run.name."
+        )
+    return export

@@ -9,22 +9,64 @@ refuse unless their administrator allows them.
 
 import html
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf.labels.files import write_json
+from rlhf.labels.ledger import SERVER_FILE
 from rlhf.labels.records import Export
 from rlhf.labels.targets import label_studio
 from rlhf.labels.targets.shared import check_texts
 from rlhf.types import UserError
 
+LOG = logging.getLogger("rlhf.labels")
 _BATCH = 200  # tasks of a request; servers take at most 250,000 and 200 MB
 _TITLE = 50  # characters of a project's title
 _TIMEOUT = 120.0  # seconds without an answer
 _IMPORT = 600.0  # seconds for a server that imports or exports in the background
 _WHERE = "Label Studio has personal access tokens under Account & Settings."
+
+
+def pushed_to(folder: Path) -> dict[str, Any] | None:
+    """{"url", "project"} of the server that the export in `folder` was pushed to; None before
+    that.
+    """
+    path = folder / SERVER_FILE
+    if not path.is_file():
+        return None
+    server: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return server
+
+
+def push_once(export: Export, folder: Path, *, url: str, token: str) -> dict[str, Any]:
+    """Push the export in `folder`, unless that is done already; {"url", "project"}.
+
+    Raises UserError as `push`, and for another server than the one that it was pushed to.
+    """
+    server = pushed_to(folder)
+    if server is None:
+        try:
+            project = push(export, url=url, token=token)
+        except UserError as error:
+            raise UserError(
+                f"{error} Nothing is lost: the export is in {folder}. Push it again with the same "
+                "options and run.resume=true."
+            ) from error
+        server = {"url": url, "project": project}
+        write_json(folder / SERVER_FILE, server)
+        return server
+    if server["url"] != url:
+        raise UserError(
+            f"{folder / SERVER_FILE}: this export is project {server['project']} of "
+            f"{server['url']} already, so "
+            f"it can't go to {url} too. Make another."
+        )
+    LOG.info("resume: the tasks are in project %s of %s already.", server["project"], server["url"])
+    return server
 
 
 def push(export: Export, *, url: str, token: str) -> int:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from conf.choices import LabelKind, LabelTarget
 from rlhf.cli import config
+from rlhf.data import reading
 from rlhf.labels.asking import Question, ask
 from rlhf.labels.candidates import Response
 from rlhf.labels.records import Answer, Export, Role
@@ -22,7 +23,6 @@ from rlhf.labels.targets import TARGETS
 from rlhf.models.loading import load_tokenizer
 from rlhf.process.hashing import sha256
 from rlhf.stages.labelling import answers as label_answers
-from rlhf.stages.labelling import sources as label_sources
 from rlhf.types import Scores
 from tests import toys
 from tests.labels.label_steps import (
@@ -339,7 +339,7 @@ def test_ties_are_reported_in_proportion(
         for i in range(12)
         for name in ("northern", "southern")
     ]
-    monkeypatch.setattr(label_sources.label_answers, "write_answers", lambda *_: (said, 0))
+    monkeypatch.setattr(label_answers, "write_answers", lambda *_: (said, 0))
     _, export = run_export(tmp_path, *two(tiny_model), "label.ab.enabled=true", "label.budget=3")
     assert {
         name: export.details["ab"][name]
@@ -440,9 +440,7 @@ def test_an_adapter_writes_with_its_base(tmp_path: Path, tiny_model: Tiny) -> No
     )
     assert len(base_said) == len(tuned_said) == 6
     tokenizer = load_tokenizer(dataclasses.replace(cfg.model, path=str(tiny_model())))
-    prompts = label_answers.reading.tokenised(
-        tokenizer, label_answers.reading.distinct_prompts(cfg, None), cfg.data
-    )
+    prompts = reading.tokenised(tokenizer, reading.distinct_prompts(cfg, None), cfg.data)
     from rollout.hf import HFGenerator
     from rollout.sampling import Sampling
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from conf.choices import Dtype
 from conf.labelling import LabelConfig
 from rlhf.labels import server
+from rlhf.labels.export_figures import import_command
+from rlhf.labels.kept_answers import answers_key, read_kept
 from rlhf.labels.ledger import read_export
 from rlhf.labels.records import Export
 from rlhf.stages.labelling import answers as label_answers
@@ -128,7 +131,7 @@ def test_answers_of_a_stopped_export_are_not_written_again(
         if len(written) == 1:
             written.append("killed")
             raise KeyboardInterrupt
-        written.append(Path(arguments[2]).name)
+        written.append(Path(arguments[0].model.path).name)
         return real(*arguments)
 
     monkeypatch.setattr(label_answers, "_generate", generate)
@@ -144,27 +147,23 @@ def test_kept_answers_of_other_options_are_not_taken(tmp_path: Path, tiny_model:
     place, _ = run_export(tmp_path, f"model.path={tiny_model()}")
     cfg = configured(tmp_path, f"model.path={tiny_model()}")
     file = place / "answers/1.jsonl"
-    ((_, prompts),) = label_answers.read_prompts(cfg, {"policy": str(tiny_model())}).values()
+    [policy] = label_answers.read_policies(cfg, {"policy": str(tiny_model())})
+    model, dtype, prompts = str(tiny_model()), cfg.model.dtype, policy.prompts
     keys = []
     for change in ([], ["rollout.temperature=0.5"], ["rollout.max_response_length=5"]):
-        other = configured(tmp_path, f"model.path={tiny_model()}", *change)
-        keys.append(label_answers._key(other, str(tiny_model()), prompts, 4, 7))
+        rollout = configured(tmp_path, f"model.path={tiny_model()}", *change).rollout
+        keys.append(answers_key(model, dtype, rollout, prompts, 4, 7))
     keys += [
-        label_answers._key(cfg, str(tiny_model(tied=False)), prompts, 4, 7),
-        label_answers._key(cfg, str(tiny_model()), prompts[1:], 4, 7),
-    ]
-    keys += [
-        label_answers._key(cfg, str(tiny_model()), prompts, 3, 7),
-        label_answers._key(cfg, str(tiny_model()), prompts, 4, 8),
+        answers_key(str(tiny_model(tied=False)), dtype, cfg.rollout, prompts, 4, 7),
+        answers_key(model, Dtype.float16, cfg.rollout, prompts, 4, 7),
+        answers_key(model, dtype, cfg.rollout, prompts[1:], 4, 7),
+        answers_key(model, dtype, cfg.rollout, prompts, 3, 7),
+        answers_key(model, dtype, cfg.rollout, prompts, 4, 8),
     ]
     assert len(set(keys)) == len(keys)
     right = json.loads(file.read_text(encoding="utf-8").splitlines()[0])["key"]
-    kept = label_answers.read_kept(file, right, prompts, 4)
-    assert (
-        kept is not None
-        and len(kept) == 24
-        and label_answers.read_kept(file, "another", prompts, 4) is None
-    )
+    kept = read_kept(file, right, prompts, 4)
+    assert kept is not None and len(kept) == 24 and read_kept(file, "another", prompts, 4) is None
 
 
 def test_every_option_is_part_of_an_export_or_may_change() -> None:
@@ -191,9 +190,10 @@ def test_every_option_is_part_of_an_export_or_may_change() -> None:
 
 
 def test_the_next_command_brings_the_labels_back(tmp_path: Path) -> None:
-    cfg = configured(tmp_path, "run.name=two words", "label.url=http://x")
-    assert label_export.next_command(cfg, None) == (
+    from_file = import_command("two words", str(tmp_path), "http://x", None)
+    assert from_file == (
         f"python -m rlhf stage=label label.mode=import 'run.name=two words' run.dir={tmp_path} "
         "label.files=[FILE]"
     )
-    assert label_export.next_command(cfg, 7).endswith("label.pull=true label.url=http://x")
+    from_server = import_command("two words", str(tmp_path), "http://x", 7)
+    assert from_server.endswith("label.pull=true label.url=http://x")

@@ -654,7 +654,8 @@ def test_math_references_and_processes_that_fail(
     monkeypatch.setattr("reward.verifiers.worker.sys.executable", "/bin/false")
     broken = Worker("math")
     with pytest.raises(
-        WorkerError, match=r"ended before it was ready.*python -m reward\.verifiers\.worker_child math"
+        WorkerError,
+        match=r"ended before it was ready.*python -m reward\.verifiers\.worker_child math",
     ):
         broken.score("3", r"\boxed{3}")
     broken.close()

@@ -7,13 +7,15 @@ whether its texts are those that were asked about, is for the import to check.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from conf.choices import LabelTarget
 from rlhf.data.files import SourceRow, check_file, scan
+from rlhf.labels.ledger import OUT_FOLDER
 from rlhf.labels.records import Export, Judgement, Unreadable
 from rlhf.labels.targets import argilla, jsonl, label_studio, page, sheet
 from rlhf.types import UserError
@@ -104,3 +106,27 @@ def read_labels(path: Path) -> tuple[LabelTarget, Labels]:
     """
     target = detect(path)
     return target, TARGETS[target].read(path)
+
+
+def write_files(
+    export: Export, targets: Sequence[LabelTarget], folder: Path
+) -> dict[LabelTarget, list[Path]]:
+    """Write the files for annotators to out/ of the run directory `folder`; the files by target.
+
+    A file that exists stays as it is: it may hold labels by now.
+    """
+    out, temporary = folder / OUT_FOLDER, folder / (OUT_FOLDER + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    files: dict[LabelTarget, list[Path]] = {}
+    for target in targets:
+        part = temporary / target.value
+        part.mkdir(parents=True)
+        files[target] = []
+        for path in TARGETS[target].write(export, part):
+            final = out / path.relative_to(part)
+            if not final.exists():
+                final.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(final)
+            files[target].append(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    return files

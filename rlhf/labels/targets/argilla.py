@@ -32,6 +32,7 @@ from rlhf.data.formats.argilla import (
     responses_by_user,
 )
 from rlhf.data.rows import RowError, number_of, optional_text, text_of
+from rlhf.labels.files import write_text
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import (
     MODEL_VERSION,
@@ -39,7 +40,6 @@ from rlhf.labels.targets.shared import (
     most_answers,
     read_rows,
     suggestion,
-    write_text,
 )
 from rlhf.process.wording import describe
 

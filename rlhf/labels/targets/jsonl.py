@@ -21,9 +21,10 @@ from typing import Any
 from conf.choices import LabelKind
 from rlhf.data.formats.sheet import response_columns
 from rlhf.data.rows import text_of
+from rlhf.labels.files import write_text
 from rlhf.labels.records import Export, Judgement, Task, Unreadable
 from rlhf.labels.targets import sheet
-from rlhf.labels.targets.shared import check_texts, guidance, suggestion, write_text
+from rlhf.labels.targets.shared import check_texts, guidance, suggestion
 
 TASKS_FILE, GUIDE_FILE = "label_tasks.jsonl", "label_tasks.txt"
 

@@ -46,8 +46,9 @@ from rlhf.data.formats.label_studio import (
     sides_of,
 )
 from rlhf.data.rows import RowError, text_of
+from rlhf.labels.files import write_text
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
-from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion, write_text
+from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion
 from rlhf.types import UserError
 
 TASKS_FILE, CONFIG_FILE = "label_studio_tasks.json", "label_studio_config.xml"

@@ -25,6 +25,7 @@ from string import Template
 from typing import Any
 
 from conf.choices import LabelKind
+from rlhf.labels.files import write_text
 from rlhf.labels.records import Export, Judgement, Unreadable, Verdict
 from rlhf.types import UserError
 
@@ -45,11 +46,7 @@ def write(export: Export, folder: Path) -> list[Path]:
     texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"label-{export.id}.html"
-    beside = place.with_name(place.name + ".tmp")
-    beside.write_text(render(export), encoding="utf-8", newline="\n")
-    beside.replace(place)
-    return [place]
+    return [write_text(folder / f"label-{export.id}.html", render(export))]
 
 
 def render(export: Export) -> str:

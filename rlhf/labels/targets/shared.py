@@ -84,15 +84,6 @@ def guidance(export: Export, how: str) -> str:
     )
 
 
-def write_text(path: Path, text: str) -> Path:
-    """`text` as UTF-8, line ends as they are, to the side and renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8", newline="") as out:
-        out.write(text)
-    beside.replace(path)
-    return path
-
-
 def read_rows(
     path: Path, of_row: Callable[[Mapping[str, Any], str], Iterable[Judgement | Unreadable]]
 ) -> Iterator[Judgement | Unreadable]:

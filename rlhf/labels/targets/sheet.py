@@ -33,8 +33,9 @@ from conf.choices import LabelKind
 from rlhf.data.cells import CELL_LIMIT, FORMULA, cell_length, excel_text, mark, unmark
 from rlhf.data.formats.sheet import SIDES, response_column, response_columns
 from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
+from rlhf.labels.files import write_text
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
-from rlhf.labels.targets.shared import check_texts, guidance, most_answers, read_rows, write_text
+from rlhf.labels.targets.shared import check_texts, guidance, most_answers, read_rows
 from rlhf.process.wording import describe
 from rlhf.types import UserError
 

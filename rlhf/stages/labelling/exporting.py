@@ -1,41 +1,32 @@
-"""Tasks for people: answers of policies (or of a run, or of a review queue), the pairs worth
-asking, gold and repeated ones hidden among them.
+"""Tasks for people: the pairs worth asking, gold and repeated ones hidden among them.
 
 The run directory holds the ledger (rlhf/labels/ledger.py), the files for annotators in out/, and
-server.json where tasks went to a server. An export that is there is never made again:
+server.json where tasks went to a server. An export that exists is never made again:
 run.resume=true writes the files that it lacks and pushes what was not pushed.
 """
 
 import datetime
-import json
 import logging
 import os
-import shlex
-import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.choices import ChoiceMethod, LabelTarget
+from conf.choices import ChoiceMethod
 from conf.schema import Config
 from reward.base import model_paths
 from rlhf.data import mixture
-from rlhf.labels.asking import ask, most_repeats, share_of
+from rlhf.labels import export_figures
+from rlhf.labels.asking import ask, repeat_count
 from rlhf.labels.checks_export import instructions_text, policies_of
-from rlhf.labels.ledger import (
-    EXPORT_FILE,
-    OUT_FOLDER,
-    SERVER_FILE,
-    TASKS_FILE,
-    read_export,
-    write_export,
-)
-from rlhf.labels.records import Export, Role
-from rlhf.run.context import RunContext, write_json
+from rlhf.labels.ledger import EXPORT_FILE, TASKS_FILE, read_resumable, write_export
+from rlhf.labels.records import Export
+from rlhf.labels.selection import require_scores
+from rlhf.labels.server import push_once, pushed_to
+from rlhf.labels.targets import write_files
+from rlhf.process.clock import PhaseClock
+from rlhf.run.context import RunContext
 from rlhf.run.tracking.files import plain_config
-from rlhf.stages.labelling.answers import Clock
-from rlhf.stages.labelling.sources import answered, gold_tasks, require_scores, review
-from rlhf.types import UserError
+from rlhf.stages.labelling.sources import select, select_gold
 
 LOG = logging.getLogger("rlhf.stages.label")
 _ASKED = (
@@ -70,145 +61,118 @@ _DECIDE: dict[str, tuple[str, ...] | None] = {
     "rollout": ("max_response_length", "temperature", "top_p", "top_k"),
     "reward": ("path", "function", "terms"),
 }
-_HOW = {
-    LabelTarget.page: "open it in a browser, judge by keyboard, download the labels",
-    LabelTarget.label_studio: "import the tasks with the labelling config (or label.push=true)",
-    LabelTarget.argilla: "log the records into a dataset",
-    LabelTarget.csv: "fill in the judgement columns",
-    LabelTarget.xlsx: "fill in the judgement columns",
-    LabelTarget.jsonl: "add the judgements to each line",
-}
 
 
 def export(ctx: RunContext) -> None:
-    """Write an export, or go on with the one that is there. Raises UserError where nothing is left
+    """Write an export, or continue with the one that exists. Raises UserError where nothing is left
     to ask, with the reason.
     """
-    clock = Clock(ctx.watchdog)
-    _register(ctx)
-    made = existing(ctx.dir, ctx.cfg)
+    cfg = ctx.cfg
+    clock = PhaseClock(ctx.watchdog)
+    _record_origins(ctx)
+    made = existing(ctx.dir, cfg)
     if made is None:
-        made = _make(ctx, clock)
+        made = _make(cfg, ctx.dir, clock)
         write_export(made, ctx.dir)
     else:
         LOG.info(
-            "resume: export %s with %d tasks is there already, so nothing is generated.",
+            "resume: export %s with %d tasks exists already, so nothing is generated.",
             made.id,
             len(made.tasks),
         )
     with clock.phase("write"):
-        files = write_files(made, ctx.cfg.label.targets, ctx.dir)
-    published = [
-        ctx.dir / EXPORT_FILE,
-        ctx.dir / TASKS_FILE,
-        *(path for paths in files.values() for path in paths),
-    ]
-    known = {
+        files = write_files(made, cfg.label.targets, ctx.dir)
+    published = [ctx.dir / EXPORT_FILE, ctx.dir / TASKS_FILE]
+    for paths in files.values():
+        published += paths
+    metadata = {
         "export": made.id,
         "kind": made.kind.value,
         "tasks": len(made.tasks),
-        **{k: made.details[k] for k in ("source", "policies", "seed")},
+        **{key: made.details[key] for key in ("source", "policies", "seed")},
     }
-    ctx.publish(f"{ctx.cfg.run.name}-export", "label-export", published, known)
+    ctx.publish(f"{cfg.run.name}-export", "label-export", published, metadata)
     ctx.watchdog.phase("push")
     project = _push(ctx, made)
     ctx.watchdog.phase("finish")
-    _finish(ctx, made, clock, files, project)
+    metrics = export_figures.metrics_of(made, clock.seconds)
+    ctx.tracker.log(0, metrics)
+    ctx.record("export", {"id": made.id, "tasks": len(made.tasks)})
+    ctx.finish(
+        steps=1,
+        metrics=metrics,
+        model=None,
+        figures=export_figures.shown_figures(made, metrics, list(files), project),
+        files=export_figures.shown_files(ctx.dir / TASKS_FILE, files),
+        next_command=export_figures.import_command(
+            cfg.run.name, cfg.run.dir, cfg.label.url, project
+        ),
+    )
 
 
-def _register(ctx: RunContext) -> None:
-    """The manifest names what the export is made of."""
+def _record_origins(ctx: RunContext) -> None:
+    """Record in the manifest what the export is made of."""
     cfg, label = ctx.cfg, ctx.cfg.label
-    policies = policies_of(cfg.label, cfg.model.path)
-    for path in policies.values():
+    for path in policies_of(label, cfg.model.path).values():
         ctx.add_parent("policy", path)
     for _, path in model_paths(cfg.reward):
         ctx.add_parent("reward", path)
     for path in label.samples:
         ctx.add_parent("samples", Path(path).parent)
         ctx.add_data(path)
-    if label.review is not None:
+    if label.review is None:
+        files = list(mixture.data_files(cfg))
+    else:
         ctx.add_parent("review", Path(label.review).parent)
         ctx.add_data(label.review)
-    gold = (
-        []
-        if label.gold_path is None
-        else mixture.one_source(label.gold_path, "label.gold_path").parts
-    )
-    for file in [
-        *(mixture.data_files(cfg) if label.review is None else []),
-        *(file for part in gold for file in part.files),
-    ]:
+        files = []
+    if label.gold_path is not None:
+        for part in mixture.one_source(label.gold_path, "label.gold_path").parts:
+            files += part.files
+    for file in files:
         ctx.add_data(file)
 
 
 def options_of(cfg: Config) -> dict[str, Any]:
-    """The options that decided what is in an export, as far as they are not the defaults; those of
+    """The options that decide what is in an export, as far as they are not the defaults. Those of
     targets, servers and imports may change.
     """
-    given, usual = plain_config(cfg), plain_config(Config(stage=cfg.stage))
-    out = {"run.seed": cfg.run.seed}
+    given, defaults = plain_config(cfg), plain_config(Config(stage=cfg.stage))
+    options = {"run.seed": cfg.run.seed}
     for group, keys in _DECIDE.items():
-        out |= {
-            f"{group}.{key}": given[group][key]
-            for key in keys or given[group]
-            if given[group][key] != usual[group][key]
-        }
-    return out
+        for key in keys or given[group]:
+            if given[group][key] != defaults[group][key]:
+                options[f"{group}.{key}"] = given[group][key]
+    return options
 
 
 def existing(folder: Path, cfg: Config) -> Export | None:
-    """The export that an earlier start wrote there. Raises UserError where this start asks for
-    another one; preflight calls it, too.
+    """The export that an earlier start wrote to `folder`, if any. Raises UserError where it was
+    made with other options.
     """
-    if not (folder / EXPORT_FILE).is_file():
-        return None
-    made = read_export(folder)
-    old, new = made.details.get("options", {}), json.loads(json.dumps(options_of(cfg)))
-    changed = [
-        f"{key}: {old.get(key, 'default')!r} -> {new.get(key, 'default')!r}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"{folder / EXPORT_FILE} was made with other options ({'; '.join(changed)}), and "
-            "people may be labelling it. Go on with the options that "
-            "it was made with (label.targets and label.push may change), or choose another "
-            "run.name."
-        )
-    return made
+    return read_resumable(folder, options_of(cfg))
 
 
-def _make(ctx: RunContext, clock: Clock) -> Export:
-    """Answers, choice, gold and repeats, sides: everything of an export but its files."""
-    cfg, label = ctx.cfg, ctx.cfg.label
+def _make(cfg: Config, folder: Path, clock: PhaseClock) -> Export:
+    """Everything of an export but its files: answers, choice, gold and repeated tasks, sides."""
+    label = cfg.label
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    found = review(cfg) if label.review is not None else answered(ctx, clock)
-    main = found.questions
+    selection = select(cfg, folder, clock)
+    main = selection.questions
     if label.prelabel:
-        require_scores(
-            (answer.score for question in main for answer in question.answers),
-            "label.prelabel=true",
-        )
-    gold = gold_tasks(cfg, main)
-    repeats = share_of(label.repeat_share, len(main))
-    most = most_repeats(len(main), len(gold))
-    if repeats > most:
-        LOG.warning(
-            "label.repeat_share=%g: with so few tasks a repeat would stand beside its first, so "
-            "there are %d.",
-            label.repeat_share,
-            most,
-        )
-    asked = ask(main, gold, repeats=min(repeats, most), seed=cfg.run.seed, created=created)
+        scores = (answer.score for question in main for answer in question.answers)
+        require_scores(scores, "label.prelabel=true")
+    gold = select_gold(cfg, main)
+    repeats = repeat_count(label.repeat_share, len(main), len(gold))
+    asked = ask(main, gold, repeats=repeats, seed=cfg.run.seed, created=created)
+    details = dict(selection.details)
     if asked.origins:
-        found.details["origins"] = asked.origins
-    details = found.details | {
+        details["origins"] = asked.origins
+    details |= {
         "choice": dict(label.choice) or {ChoiceMethod.random.value: 1.0},
         "budget": label.budget,
         "seed": cfg.run.seed,
-        "counts": found.counts,
+        "counts": selection.counts,
         "seconds": {name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         "options": options_of(cfg),
     }
@@ -227,136 +191,16 @@ def _make(ctx: RunContext, clock: Clock) -> Export:
     )
 
 
-def write_files(
-    made: Export, targets: Sequence[LabelTarget], folder: Path
-) -> dict[LabelTarget, list[Path]]:
-    """The files for annotators by target. A file that is there stays as it is: it may hold labels
-    by now.
-    """
-    from rlhf.labels.targets import TARGETS
-
-    out, beside = folder / OUT_FOLDER, folder / (OUT_FOLDER + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    files: dict[LabelTarget, list[Path]] = {}
-    for target in targets:
-        part = beside / target.value
-        part.mkdir(parents=True)
-        files[target] = []
-        for path in TARGETS[target].write(made, part):
-            place = out / path.relative_to(part)
-            if not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(place)
-            files[target].append(place)
-    shutil.rmtree(beside, ignore_errors=True)
-    return files
-
-
 def _push(ctx: RunContext, made: Export) -> int | None:
-    """The project that the tasks are in on the server, which is made once. Raises UserError as the
-    server does; the export stays whole.
+    """The project on the server that the tasks are in; None where they are on none. Raises
+    UserError as the server does, with the export kept.
     """
-    label, record = ctx.cfg.label, ctx.dir / SERVER_FILE
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-    if known is not None:
-        ctx.record("server", known)
-    if not label.push:
-        return None if known is None else int(known["project"])
-    if known is not None and known["url"] != label.url:
-        raise UserError(
-            f"{record}: this export is project {known['project']} of {known['url']} already, so "
-            f"it can't go to {label.url} too. Make another."
-        )
-    if known is not None:
-        LOG.info(
-            "resume: the tasks are in project %s of %s already.", known["project"], known["url"]
-        )
-        return int(known["project"])
-    from rlhf.labels.server import push
-
-    assert label.url is not None, "the configuration refuses label.push without label.url"
-    try:
-        project = push(made, url=label.url, token=os.environ[label.token_env])
-    except UserError as error:
-        raise UserError(
-            f"{error} Nothing is lost: the export is in {ctx.dir}. Push it again with the same "
-            "options and run.resume=true."
-        ) from error
-    write_json(record, {"url": label.url, "project": project})
-    ctx.record("server", {"url": label.url, "project": project})
-    return project
-
-
-def _metrics(made: Export, seconds: Mapping[str, float]) -> dict[str, float]:
-    roles = {"main": Role.main, "gold": Role.gold, "repeats": Role.repeat}
-    metrics: dict[str, float] = {"label/tasks": len(made.tasks)}
-    metrics |= {
-        f"label/{name}": sum(task.role is role for task in made.tasks)
-        for name, role in roles.items()
-    }
-    metrics |= {f"label/{name}": count for name, count in made.details["counts"].items()}
-    for task in made.tasks:
-        if task.role is Role.main:
-            metrics[f"label/chosen_{task.chosen_by}"] = (
-                metrics.get(f"label/chosen_{task.chosen_by}", 0) + 1
-            )
-    return metrics | {
-        f"time/{name}_s": value for name, value in {**made.details["seconds"], **seconds}.items()
-    }
-
-
-def next_command(cfg: Config, project: int | None) -> str:
-    """What brings the labels back."""
-    where = [
-        "run.name=" + cfg.run.name,
-        *([] if cfg.run.dir == "runs" else ["run.dir=" + cfg.run.dir]),
-    ]
-    back = (
-        ["label.files=[FILE]"]
-        if project is None
-        else ["label.pull=true", f"label.url={cfg.label.url}"]
-    )
-    return " ".join(
-        ["python -m rlhf stage=label label.mode=import", *map(shlex.quote, where), *back]
-    )
-
-
-def _finish(
-    ctx: RunContext,
-    made: Export,
-    clock: Clock,
-    files: Mapping[LabelTarget, Sequence[Path]],
-    project: int | None,
-) -> None:
-    metrics = _metrics(made, clock.seconds)
-    ctx.tracker.log(0, metrics)
-    ctx.record("export", {"id": made.id, "tasks": len(made.tasks)})
-    counts = made.details["counts"]
-    shown: dict[str, Any] = {
-        "tasks": f"{metrics['label/tasks']:.0f}, of which gold {metrics['label/gold']:.0f}, "
-        f"repeated {metrics['label/repeats']:.0f}"
-    }
-    shown["prompts"] = str(counts["prompts"])
-    if "ab" in made.details:
-        ab = made.details["ab"]
-        shown["A/B"] = (
-            f"{' against '.join(ab['policies'])}: {ab['asked']} pairs of {ab['pairs']} planned, "
-            f"{ab['identical']} prompts answered alike"
-        )
-    shown |= {f"to label ({target.value})": _HOW[target] for target in files}
-    if project is not None:
-        shown["server"] = f"project {project}"
-    places: dict[str, Path | str] = {"ledger (not for annotators)": ctx.dir / TASKS_FILE}
-    places |= {
-        target.value if i == 0 else f"{target.value} {i + 1}": path
-        for target, paths in files.items()
-        for i, path in enumerate(paths)
-    }
-    ctx.finish(
-        steps=1,
-        metrics=metrics,
-        model=None,
-        figures=shown,
-        files=places,
-        next_command=next_command(ctx.cfg, project),
-    )
+    label = ctx.cfg.label
+    server = pushed_to(ctx.dir)
+    if label.push:
+        assert label.url is not None, "the configuration refuses label.push without label.url"
+        server = push_once(made, ctx.dir, url=label.url, token=os.environ[label.token_env])
+    if server is None:
+        return None
+    ctx.record("server", server)
+    return int(server["project"])
