@@ -17,6 +17,7 @@ from conf.schema import Config
 from conf.stages import STAGES
 from rlhf.cli import config
 from rlhf.process import distributed, interrupts, redaction
+from rlhf.process.quiet import quiet_libraries
 from rlhf.process.watchdog import Watchdog, record_failure
 from rlhf.types import Interrupted, UserError
 
@@ -61,54 +62,60 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
     if distributed.device().type == "cpu":
         # accelerate imports DeepSpeed, which would warn that it has to guess this
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    stage = cfg.stage.name
-    schema_name = config.stage_schema(stage)
-    module = _MODULES.get(schema_name, schema_name)
-    if schema_name not in ("chain", "doctor"):
-        from rlhf.checks import preflight
-        from rlhf.data.recipes import build as recipes
-
-        limit = cfg.run.phase_timeout_s or 0.0
-        with Watchdog(cfg.run.phase_timeout_s) as watchdog:
-            watchdog.phase("launch")
-            # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause,
-            # their timeout would tell a consequence.
-            distributed.initialise(max(30.0, limit / 60 + 10.0))
-            watchdog.phase("download")
-            recipes.ensure(cfg)
-            watchdog.phase("preflight")
-            for note in preflight.check(cfg):
-                logging.getLogger("rlhf").warning(note)
+    schema_name = config.stage_schema(cfg.stage.name)
+    # it loads no model by itself, and transformers takes seconds to import
+    if schema_name not in ("chain", "data", "doctor"):
+        quiet_libraries()
+    if schema_name in ("chain", "doctor"):
+        stage = stage_module(cfg)
+    else:
+        stage = _check(cfg)
         if not cfg.run.dry_run:
             distributed.set_threads(cfg.engine.threads)
     if cfg.run.dry_run:
         if distributed.is_main():
-            importlib.import_module("rlhf.stages.dry_run").show(cfg, argv)
+            # it takes the place of the stage's run
+            importlib.import_module("rlhf.stages.dry_run").show(cfg, argv, stage)
         return
-    stage_module = importlib.import_module(f"rlhf.stages.{module}")
     if schema_name == "doctor":
-        stage_module.run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
+        stage.run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
         return
     from rlhf.run.context import RunContext
 
-    # it loads no model by itself, and transformers takes seconds to import
-    if schema_name != "data":
-        quiet_libraries()
     with Watchdog(cfg.run.phase_timeout_s) as watchdog:
         watchdog.phase("open the run")
         # stages whose checkpoints depend on the number of ranks have such a function
-        adapt = getattr(stage_module, "adapt_checkpoint", None)
+        adapt = getattr(stage, "adapt_checkpoint", None)
         ctx = RunContext.open(cfg, argv, adapt)
-    stage_module.run(ctx)
+    stage.run(ctx)
 
 
-def quiet_libraries() -> None:
-    """One progress bar is enough: transformers draws one for every model that it loads or saves."""
-    from transformers.utils import logging as transformers_logging
+def stage_module(cfg: Config) -> Any:
+    """The module of rlhf/stages/ with the `check` and the `run` of the stage."""
+    name = config.stage_schema(cfg.stage.name)
+    return importlib.import_module(f"rlhf.stages.{_MODULES.get(name, name)}")
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+
+def _check(cfg: Config) -> Any:
+    """Join the other ranks, make sure of the data, and check the configuration; returns the stage's
+    module. Raises UserError on all ranks alike.
+    """
+    from rlhf.checks import preflight
+    from rlhf.data.recipes import build as recipes
+
+    limit = cfg.run.phase_timeout_s or 0.0
+    with Watchdog(cfg.run.phase_timeout_s) as watchdog:
+        watchdog.phase("launch")
+        # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause,
+        # their timeout would tell a consequence.
+        distributed.initialise(max(30.0, limit / 60 + 10.0))
+        watchdog.phase("download")
+        recipes.ensure(cfg)
+        watchdog.phase("preflight")
+        stage = stage_module(cfg)
+        for note in preflight.check(stage.check, cfg):
+            logging.getLogger("rlhf").warning(note)
+    return stage
 
 
 def _job(cfg: Any) -> None:

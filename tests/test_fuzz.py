@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.data import reading
 from rlhf.data.formats import Use
 from rlhf.types import UserError
+from tests.checking import check
 from tests.data.format_rows import CHARACTERS, drawn, published_rows, tool_rows, training_rows
 
 FEW, MANY, BAD = 60, 1500, 2000
@@ -149,7 +149,7 @@ def try_overrides(given_: list[str]) -> None:
     try:
         cfg = config.compose(given_)
         if cfg.stage.name not in ("chain", "doctor"):
-            preflight.check(cfg)
+            check(cfg)
     except UserError as error:
         complain(error, "overrides: bad")
     else:
@@ -300,7 +300,7 @@ def wrong_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
 def try_wrong(command: tuple[str, list[str]]) -> None:
     kind, given_ = command
     try:
-        preflight.check(config.compose(given_))
+        check(config.compose(given_))
     except UserError as error:
         complain(error, f"wrong {kind}: bad")
     else:

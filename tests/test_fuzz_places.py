@@ -25,13 +25,13 @@ from conf.schema import Config, ModelConfig, RunConfig, TrackingConfig
 from conf.stages import SFTStage
 from policy.saving import save_adapter
 from reward.model import Manifest, load_reward_model, tokenizer_fingerprint, write_manifest
-from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.data import registry
 from rlhf.models.loading import load_causal_lm, load_classifier, load_tokenizer
 from rlhf.process import checkpoints
 from rlhf.run.context import RunContext
 from rlhf.types import UserError
+from tests.checking import check
 from tests.labels.labels import on_disk, pairs, say
 from tests.labels.test_label_import import labels, rows_of, write
 from tests.test_fuzz import JSON, fuzzed
@@ -149,7 +149,7 @@ class Models:
         a forward pass.
         """
         cfg = ModelConfig(path=str(place))
-        preflight.check(dataclasses.replace(base(), model=cfg))
+        check(dataclasses.replace(base(), model=cfg))
         tokenizer = load_tokenizer(cfg)
         model = load_causal_lm(cfg, tokenizer)
         if (place / "config.json").exists():

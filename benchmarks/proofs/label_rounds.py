@@ -235,7 +235,7 @@ def train(
     pairs, and its model's directory.
     """
     from rlhf.checks import preflight
-    from rlhf.offline.trainer import total_steps
+    from rlhf.checks.launch import count_steps
     from rlhf.stages import reward
 
     cfg = config.compose(["stage=reward", *base])
@@ -250,8 +250,8 @@ def train(
         ),
     )
     # One evaluation, after the last step: held-out pairs must choose nothing.
-    cfg.stage.steps = cfg.stage.eval_steps = total_steps(cfg.stage, len(rows))
-    preflight.check(cfg)
+    cfg.stage.steps = cfg.stage.eval_steps = count_steps(cfg.stage, len(rows))
+    preflight.check(reward.check, cfg)
     reward.run(RunContext.open(cfg))
     place = folder / "reward"
     return float(
@@ -385,7 +385,7 @@ def run(ctx: RunContext, base: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Overrides as of stage=label; the rows that they read are the recipe's."""
     from rlhf.data.recipes import build as recipes
-    from rlhf.offline.trainer import quiet_libraries
+    from rlhf.process.quiet import quiet_libraries
 
     base = list(sys.argv[1:] if arguments is None else arguments)
     try:

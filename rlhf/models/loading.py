@@ -73,6 +73,39 @@ def check_model_path(path: str | None, key: str = "model.path") -> None:
         )
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a directory holds an adapter alone, without a model of its own."""
+    directory = Path(path).expanduser()
+    has_config = (directory / "config.json").is_file()
+    return (directory / "adapter_config.json").is_file() and not has_config
+
+
+def base_directory(path: str | Path) -> Path | None:
+    """The directory of the weights that `path` stands for: itself, or of an adapter the base that
+    it names; None for an adapter whose configuration can't be read.
+    """
+    directory = Path(path).expanduser()
+    if not is_adapter(directory):
+        return directory
+    text = (directory / "adapter_config.json").read_text(encoding="utf-8")
+    try:
+        return Path(str(json.loads(text)["base_model_name_or_path"])).expanduser()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def loads_as_it_is(path: str | Path) -> bool:
+    """Whether transformers and vLLM both start from `path`: a whole model's directory, or a hub's
+    name; an adapter, or a GGUF file alone, has to be written out first.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        return True
+    if (directory / "adapter_config.json").exists():
+        return False
+    return (directory / "config.json").exists()
+
+
 @contextlib.contextmanager
 def readable(what: str) -> Iterator[None]:
     """Around a library that reads files of others: whatever it makes of damaged ones becomes a
@@ -229,7 +262,7 @@ def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) ->
     )
     if cfg.attn_implementation:
         extra["attn_implementation"] = cfg.attn_implementation
-    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+    if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
         with readable(f"the adapter {path}"), warnings.catch_warnings():

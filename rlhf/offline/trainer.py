@@ -8,25 +8,23 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging as transformers_logging
 
 from conf.choices import AdapterKind, Dtype, EngineKind, ModelKind, Offload, Scheduler
 from conf.schema import Config, EngineConfig, ModelConfig
-from conf.stages import OfflineStage
 from policy.adapters import attach
 from policy.engines.deepspeed import ensure_process_group, gather_zero3, is_universal, prepare_cpu
 from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
+from rlhf.checks import launch
+from rlhf.checks.launch import BatchPlan, count_steps, plan_batches
 from rlhf.data.mixture import data_files
 from rlhf.data.reading import stage_texts
 from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
@@ -34,6 +32,7 @@ from rlhf.models.templates import template_text
 from rlhf.offline.guards import Guard
 from rlhf.process import distributed
 from rlhf.process.interrupts import Stopping
+from rlhf.process.quiet import quiet_libraries
 from rlhf.process.resident import Resident
 from rlhf.run import console
 from rlhf.run.context import RunContext
@@ -48,46 +47,12 @@ _SCHEDULERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class BatchPlan:
-    """How one optimizer step's rows are spread: ranks x micro x accumulation = the global batch."""
-
-    ranks: int
-    micro: int  # rows per forward pass and rank
-    accumulation: int  # forward passes per optimizer step and rank
-
-
-def plan_batches(batch_size: int, micro_batch_size: int | None, ranks: int) -> BatchPlan:
-    """Spread `batch_size` rows over ranks and forward passes. Raises UserError when they don't
-    divide.
-    """
-    if batch_size % ranks:
-        raise UserError(
-            f"stage.batch_size={batch_size} doesn't divide by the {ranks} ranks of this launch. "
-            f"Expected a multiple of {ranks}, "
-            f"such as stage.batch_size={math.ceil(batch_size / ranks) * ranks}."
-        )
-    micro = batch_size // ranks if micro_batch_size is None else micro_batch_size
-    if (batch_size // ranks) % micro:
-        raise UserError(
-            f"stage.batch_size={batch_size} doesn't divide by engine.micro_batch_size={micro} x "
-            f"{ranks} ranks = {micro * ranks}. "
-            "Expected a multiple of it, such as "
-            f"stage.batch_size={math.ceil(batch_size / (micro * ranks)) * micro * ranks}."
-        )
-    return BatchPlan(ranks=ranks, micro=micro, accumulation=batch_size // ranks // micro)
-
-
-def check_engine(engine: EngineConfig) -> None:
-    """The torch engine is one process; DeepSpeed any number. Prepares DeepSpeed's process group.
+def prepare_engine(engine: EngineConfig) -> None:
+    """The torch engine is one process; DeepSpeed any number, and its process group is made here.
     Raises UserError.
     """
     if engine.kind is EngineKind.torch:
-        if distributed.world_size() > 1:
-            raise UserError(
-                f"engine=torch runs in one process, but {distributed.world_size()} ranks were "
-                "launched. Use engine=zero0 (or zero1, zero2, zero3)."
-            )
+        distributed.require_one_process("engine=torch", launch.ONE_PROCESS_REMEDY)
         return
     prepare_cpu()
     ensure_process_group()
@@ -112,7 +77,7 @@ def begin(cfg: Config) -> tuple[BatchPlan, Any]:
     it is the engine. Raises UserError.
     """
     plan = plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
-    check_engine(cfg.engine)
+    prepare_engine(cfg.engine)
     quiet_libraries()
     return plan, load_stage_tokenizer(cfg)
 
@@ -314,17 +279,6 @@ class Reporter(TrainerCallback):
         self.bar.update(state.global_step, metrics)
 
 
-def total_steps(stage: OfflineStage, rows: int) -> int:
-    """Optimizer steps: ``stage.steps``, or as many as ``stage.epochs`` passes have whole batches
-    (one at least).
-    """
-    return (
-        stage.steps
-        if stage.steps is not None
-        else max(1, round(stage.epochs * max(1, rows // stage.batch_size)))
-    )
-
-
 def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
     """Train to the end, with the best weights by ``eval_loss`` loaded back.
 
@@ -332,7 +286,7 @@ def fit(trainer: Any, ctx: RunContext) -> tuple[int, dict[str, float]]:
     weights that were loaded back, and the evaluation before any step under ``initial/``.
     """
     stage = ctx.cfg.stage
-    steps = total_steps(stage, len(trainer.train_dataset))
+    steps = count_steps(stage, len(trainer.train_dataset))
     trainer.args.max_steps = steps
     trainer.args.warmup_steps = math.ceil(stage.warmup_ratio * steps)
     trainer.global_batch, trainer.engine = stage.batch_size, ctx.cfg.engine
@@ -498,12 +452,3 @@ def record_inputs(ctx: RunContext, kind: str) -> None:
     ctx.add_parent(kind, ctx.cfg.model.path)
     for path in data_files(ctx.cfg):
         ctx.add_data(path)
-
-
-def quiet_libraries() -> None:
-    """Our own bar and messages are enough: no bars per file written, and no warnings that every run
-    would show.
-    """
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from conf.choices import (
     CriticInit,
     EngineKind,
     KLController,
-    LoraSync,
     ModelKind,
 )
+from conf.rules import merges_lora, wants_shared_prompts
 from conf.schema import Config
 from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
@@ -43,6 +42,7 @@ from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
     load_tokenizer,
+    loads_as_it_is,
     resolve_dtype,
     train_tokenizer,
 )
@@ -92,10 +92,7 @@ def build(ctx: RunContext) -> Parts:
     half = resolve_dtype(cfg.model.dtype) is not torch.float32
     updates = stage.steps * stage.epochs * stage.minibatches
     lora = cfg.adapter.kind is not AdapterKind.none
-    merged = lora and (
-        cfg.rollout.lora_sync is LoraSync.merged
-        or (cfg.rollout.lora_sync is LoraSync.auto and cfg.adapter.dora)
-    )
+    merged = merges_lora(cfg.rollout, cfg.adapter)
 
     def base_model() -> Any:
         return load_causal_lm(replace(cfg.model, path=start, gguf_file=None), tokenizer)
@@ -185,12 +182,7 @@ def _layout(cfg: Config, model: Any) -> Layout:
             f"attn_implementation={base.config._attn_implementation} takes no mask of ours. "
             "Expected a model with full causal attention under sdpa. Set engine.share_prompts=null."
         )
-    shared = (
-        able
-        and wished is not False
-        and stage.samples_per_prompt > 1
-        and stage.advantage is not Advantage.gae
-    )
+    shared = able and wants_shared_prompts(cfg.engine, stage)
     return Layout(
         budget=cfg.engine.micro_tokens,
         shared=shared,
@@ -223,11 +215,7 @@ def _start_directory(ctx: RunContext, tokenizer: Any) -> str:
     it is GGUF, an adapter or tiny.
     """
     model = ctx.cfg.model
-    whole = (
-        model.path is not None
-        and model.gguf_file is None
-        and not (Path(model.path) / "adapter_config.json").exists()
-    )
+    whole = model.path is not None and model.gguf_file is None and loads_as_it_is(model.path)
     if whole:
         assert model.path is not None
         return model.path

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlhf.types import UserError
+
 
 def rank() -> int:
     """Global rank: the process group's, or the launcher's RANK before it exists."""
@@ -35,6 +37,19 @@ def is_main() -> bool:
 def device() -> torch.device:
     """This rank's accelerator, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def require_one_process(what: str, remedy: str, asked_ranks: int | None = None) -> None:
+    """Raise UserError where `what`, such as ``engine=torch``, would run on several ranks: on
+    `asked_ranks` (engine.gpus of a dry run), or on those that were launched.
+    """
+    ranks = world_size() if asked_ranks is None else asked_ranks
+    if ranks == 1:
+        return
+    cause = f"{ranks} ranks were launched"
+    if asked_ranks is not None:
+        cause = f"engine.gpus={asked_ranks}"
+    raise UserError(f"{what} runs in one process, but {cause}. {remedy}")
 
 
 def initialise(timeout_minutes: float = 30.0) -> None:

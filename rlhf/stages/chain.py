@@ -69,11 +69,8 @@ def run(ctx: RunContext) -> None:
     """
     stage = ctx.cfg.stage
     assert isinstance(stage, ChainStage)
-    if distributed.world_size() > 1:
-        raise UserError(
-            "stage=chain starts the stages itself: run it without torchrun, or launch each stage "
-            "with torchrun."
-        )
+    remedy = "Run it without torchrun, or launch each stage with torchrun."
+    distributed.require_one_process("stage=chain", remedy)
     planned = commands(list(stage.stages), list(ctx.argv))
     composed = [config.compose(command[3:]) for command in planned]
     done = finished(composed) if ctx.cfg.run.resume else []

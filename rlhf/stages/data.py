@@ -23,7 +23,7 @@ from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.pipeline import stream, write_rejected
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.writing import file_kind, write_items
-from rlhf.process import watchdog
+from rlhf.process import distributed, watchdog
 from rlhf.run import console
 from rlhf.run.context import RunContext, sha256
 from rlhf.stages.pair_scores import pair_scorer
@@ -71,6 +71,13 @@ class Outputs:
                 self._beside[split].unlink()
                 place.unlink(missing_ok=True)
         return out
+
+
+def check(cfg: Config) -> list[str]:
+    """The sources are there, and the steps can run on what they hold. Raises UserError."""
+    distributed.require_one_process("stage=data", "Run it without torchrun.")
+    ingest.check(cfg)
+    return []
 
 
 def run(ctx: RunContext) -> None:

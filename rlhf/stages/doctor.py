@@ -25,7 +25,7 @@ from conf.schema import Config
 from reward.base import model_paths
 from reward.model import Manifest, load_reward_tokenizer, same_reading, template_hash
 from reward.model import check_tokenizers as require_compatible
-from rlhf.checks.disk import existing_parent
+from rlhf.checks.capacity import existing_parent
 from rlhf.models.loading import load_tokenizer
 from rlhf.run.console import console
 from rlhf.run.tracking.wandb import wandb_login, wandb_mode

@@ -8,6 +8,8 @@ from typing import Any
 from conf.choices import AdapterKind
 from conf.schema import Config
 from conf.stages import DoctorStage, OfflineStage, OnlineStage
+from reward.base import is_set
+from reward.checks import scoring_models
 from rlhf.checks.memory import fit, tables
 from rlhf.checks.memory.machine import machine_of
 from rlhf.checks.memory.subjects import can_plan, shapes_of
@@ -60,7 +62,17 @@ def answer(cfg: Config) -> Answer | None:
         return None
     chosen = planned(cfg)
     machine = machine_of(chosen, all_devices=True)
-    shapes, notes = shapes_of(chosen, assume_reward=True)
+    scoring = []
+    if isinstance(chosen.stage, OnlineStage):
+        scoring = scoring_models(chosen.reward, chosen.stage.watch)
+    shapes, notes = shapes_of(chosen.model, scoring)
+    unscored = not shapes.rewards and not is_set(chosen.reward)
+    if isinstance(chosen.stage, OnlineStage) and unscored:
+        shapes = replace(shapes, rewards=(("reward.path", shapes.policy),))
+        notes.append(
+            "a reward model of the policy's size is assumed; reward.path, reward.function or "
+            "reward.terms say otherwise"
+        )
     rows = fit.rows(chosen, shapes, machine)
     lines = tables.answers(rows, machine)
     best = fit.recommended(rows, chosen.adapter.kind) or next(

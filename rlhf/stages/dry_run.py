@@ -12,9 +12,10 @@ from typing import Any
 
 from conf.choices import ModelKind
 from conf.schema import Config
-from conf.stages import OfflineStage, OnlineStage, RewardStage, SFTStage
-from rlhf.checks import conflicts
-from rlhf.checks import disk as room
+from conf.stages import OfflineStage, OnlineStage, SFTStage
+from reward.checks import scoring_models
+from rlhf.checks import capacity, launch
+from rlhf.checks.launch import BatchPlan
 from rlhf.checks.memory import GIB
 from rlhf.checks.memory.machine import machine_of
 from rlhf.checks.memory.plan import HEADROOM, plan
@@ -32,30 +33,30 @@ from rlhf.types import PreferencePair
 ROWS = 2  # shown as tokens where data.preview doesn't say how many
 
 
-def show(cfg: Config, argv: Sequence[str]) -> None:
-    """Print all that is known before weights load. Raises UserError for data that the stage could
-    not train on.
+def show(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
+    """Print all that is known before weights load. `stage_module` is the stage's own module. Raises
+    UserError for data that the stage could not train on.
     """
     print(config.to_yaml(cfg))
     if isinstance(cfg.stage, (OfflineStage, OnlineStage)):
-        _training(cfg, argv)
+        _show_training(cfg, argv, stage_module)
     print(
         f"dry run: stage={cfg.stage.name} composes and passes its checks; no weights were loaded."
     )
 
 
-def _training(cfg: Config, argv: Sequence[str]) -> None:
-    ranks = conflicts.ranks_of(cfg)
+def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
+    ranks = launch.count_ranks(cfg.engine, dry_run=True)
     print(f"launch: {launch_command(argv, ranks)}")
     tokenizer = tokenizer_of(cfg)
     rows = read_rows(cfg, tokenizer)
-    online = isinstance(cfg.stage, OnlineStage)
-    _print_figures(
-        "batches",
-        online_arithmetic(cfg, ranks, rows.count)
-        if online
-        else _offline(cfg, tokenizer, ranks, rows.count),
-    )
+    if isinstance(cfg.stage, OnlineStage):
+        figures = online_arithmetic(cfg, ranks, rows.count)
+    else:
+        batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
+        trained = stage_module.count_trained(cfg, tokenizer, batches.micro)
+        figures = offline_arithmetic(cfg.stage, batches, rows.count, trained)
+    _print_figures("batches", figures)
     if rows.previews:
         console().print(render(rows.previews))
     if can_plan(cfg):
@@ -160,7 +161,7 @@ def online_arithmetic(cfg: Config, ranks: int, prompts: int) -> dict[str, str]:
         "optimizer steps of a step": f"{stage.epochs} epochs x {stage.minibatches} minibatches = "
         f"{updates}",
         "rows of an optimizer step": f"{responses} responses / {stage.minibatches} minibatches / "
-        f"{_ranks(ranks)} = {rows} on each",
+        f"{launch.name_ranks(ranks)} = {rows} on each",
         "micro-batches": (
             f"at most {micro} of {together} rows on each rank: {cfg.engine.micro_tokens} tokens "
             f"(engine.micro_tokens) / {longest} of the longest row"
@@ -172,70 +173,29 @@ def online_arithmetic(cfg: Config, ranks: int, prompts: int) -> dict[str, str]:
 
 
 def offline_arithmetic(
-    stage: OfflineStage, micro: int, accumulation: int, ranks: int, read: int, rows: int, steps: int
+    stage: OfflineStage, batches: BatchPlan, read: int, rows: int
 ) -> dict[str, str]:
     """How rows become optimizer steps, over all ranks; `read` rows are in the data, `rows` of them
     train, or so many packed ones.
     """
+    steps = launch.count_steps(stage, rows)
     whole = max(1, rows // stage.batch_size)
-    packed = isinstance(stage, SFTStage) and stage.packing
-    kept = (
-        ""
-        if rows == read and not packed
-        else f", {'packed into' if packed else 'of which'} {rows}{'' if packed else ' can train'}"
-    )
-    source = (
-        "stage.steps"
-        if stage.steps is not None
-        else f"{stage.epochs:g} epochs x {whole} whole batches"
-    )
+    kept = ""
+    if isinstance(stage, SFTStage) and stage.packing:
+        kept = f", packed into {rows}"
+    elif rows != read:
+        kept = f", of which {rows} can train"
+    source = "stage.steps"
+    if stage.steps is None:
+        source = f"{stage.epochs:g} epochs x {whole} whole batches"
+    micro, accumulation, ranks = batches.micro, batches.accumulation, batches.ranks
     return {
-        "rows of a step": f"{micro} rows x {accumulation} micro-batches x {_ranks(ranks)} = "
-        f"{micro * accumulation * ranks} (stage.batch_size)",
+        "rows of a step": f"{micro} rows x {accumulation} micro-batches x "
+        f"{launch.name_ranks(ranks)} = {micro * accumulation * ranks} (stage.batch_size)",
         "steps": f"{steps} ({source})",
         "data": f"{read} training rows{kept}, {steps * stage.batch_size} trained: "
         f"{steps * stage.batch_size / rows:.3g} passes",
     }
-
-
-def _offline(cfg: Config, tokenizer: Any, ranks: int, rows: int) -> dict[str, str]:
-    from rlhf.offline.trainer import plan_batches, total_steps
-
-    spread = plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
-    kept = trained_rows(cfg, tokenizer, spread.micro)
-    return offline_arithmetic(
-        cfg.stage,
-        spread.micro,
-        spread.accumulation,
-        ranks,
-        rows,
-        kept,
-        total_steps(cfg.stage, kept),
-    )
-
-
-def trained_rows(cfg: Config, tokenizer: Any, micro: int) -> int:
-    """Rows that train: those that the stage's own reading keeps, and packed where it packs them.
-    Raises UserError as the stage would.
-    """
-    from rlhf.stages import preference, reward, sft
-
-    stage = cfg.stage
-    if isinstance(stage, RewardStage):
-        return len(reward.read(cfg, tokenizer)[0].data)
-    if not isinstance(stage, SFTStage):
-        return len(preference.read(cfg, tokenizer, micro)[0])
-    rows = sft.read(cfg, tokenizer)[0]
-    if not stage.packing:
-        return len(rows)
-    from trl import SFTConfig
-    from trl.data_utils import pack_dataset
-
-    return len(pack_dataset(rows, stage.max_length, SFTConfig.packing_strategy))
-
-
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _each(total: int, ranks: int) -> str:
@@ -255,7 +215,10 @@ def _print_figures(title: str, figures: dict[str, str]) -> None:
 
 def _print_plan(cfg: Config) -> None:
     machine = machine_of(cfg, all_devices=False)
-    shapes, notes = shapes_of(cfg, assume_reward=False)
+    scoring = []
+    if isinstance(cfg.stage, OnlineStage):
+        scoring = scoring_models(cfg.reward, cfg.stage.watch)
+    shapes, notes = shapes_of(cfg.model, scoring)
     found = plan(cfg, shapes, machine)
     console().print(plan_table(found, "memory plan"))
     for note in (*notes, *machine.notes, *found.notes, *([found.problem] if found.problem else [])):
@@ -267,7 +230,7 @@ def _print_plan(cfg: Config) -> None:
         else "does not fit: python -m rlhf stage=doctor with the same options says which setting "
         "does"
     )
-    need, free = room.need_of(cfg, shapes), room.free_bytes(cfg)
+    need, free = capacity.need_of(cfg, shapes), capacity.free_bytes(cfg)
     held = (
         f"{need.count} checkpoints of {need.checkpoint / GIB:.2g} GiB at once and the model: "
         f"{need.total / GIB:.2g} GiB"

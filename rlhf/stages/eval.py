@@ -5,12 +5,11 @@ outside judges, KL, length, diversity.
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from conf.choices import Judge, KLEstimator
+from conf.choices import Judge, KLEstimator, ModelKind
 from conf.schema import Config, ModelConfig, RewardConfig
 from conf.stages import EvalStage
 from eval import report
@@ -19,11 +18,20 @@ from eval.judges import ClassifierJudge, FunctionJudge, LexiconJudge, ResponseJu
 from policy.batching import Batch, collate, plan_micro_batches
 from policy.kl import kl_per_token
 from policy.model import PolicyModule, full_weights
-from reward.base import model_paths
-from reward.terms import make_scorer
+from reward.base import is_set, model_paths
+from reward.checks import check_reward, check_reward_model
+from reward.terms import check_rows, make_scorer
+from rlhf.checks import inputs, launch, rollout
 from rlhf.data import reading
+from rlhf.data.files import check_file
 from rlhf.data.mixture import data_files, given
-from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve_dtype
+from rlhf.models.loading import (
+    check_model_path,
+    load_causal_lm,
+    load_tokenizer,
+    loads_as_it_is,
+    resolve_dtype,
+)
 from rlhf.online.sync import verify_sync
 from rlhf.process import distributed
 from rlhf.run import console
@@ -34,6 +42,63 @@ from rollout import make_generator
 LOG = logging.getLogger("rlhf.stages.eval")
 _PROBE_TOKENS = 16
 _GAP_FLOAT32, _GAP_HALF = 1e-4, 0.05  # nats, as in training
+
+
+def check(cfg: Config) -> list[str]:
+    """All that can be known before weights load; returns notes worth a warning. Raises
+    UserError.
+    """
+    stage, data = cfg.stage, cfg.data
+    assert isinstance(stage, EvalStage)
+    notes = rollout.check_backend(cfg.rollout.backend)
+    check_policies(stage, cfg.model)
+    rollout.check_cache(cfg.rollout, cfg.model, data.max_prompt_length)
+    inputs.check_template(data)
+    if given(data) is None and data.eval_path is None:
+        raise UserError(
+            "data.path and data.eval_path are not set: stage=eval needs a file of prompts."
+        )
+    reading.check_first_rows(cfg, reading.use_of(cfg))
+    inputs.refuse_pipeline(data, stage.name)
+    check_judges(stage)
+    if is_set(cfg.reward):
+        check_reward(cfg.reward)
+        tokenizer = inputs.policy_tokenizer(cfg.model, data.chat_template)
+        for key, path in model_paths(cfg.reward):
+            notes += check_reward_model(key, path, tokenizer)
+        if cfg.reward.terms:
+            check_rows(cfg.reward, reading.first_fields(cfg, reading.use_of(cfg)))
+    return notes
+
+
+def check_policies(stage: EvalStage, model: ModelConfig) -> None:
+    """The two policies' directories are models. Raises UserError."""
+    for key, path in (("stage.before", stage.before), ("stage.after", stage.after)):
+        if path is not None:
+            check_model_path(path, key)
+    if model.path is not None or model.kind is ModelKind.tiny:
+        inputs.check_model(model)
+
+
+def check_judges(stage: EvalStage) -> None:
+    """Every judge has what it judges by. Raises UserError."""
+    if Judge.classifier in stage.judges:
+        if stage.judge_path is None:
+            raise UserError(
+                "stage.judges holds classifier, but stage.judge_path is not set: expected a file "
+                "of labelled texts (text, label)."
+            )
+        check_file(stage.judge_path, "stage.judge_path")
+    if Judge.function in stage.judges and stage.judge_function is None:
+        raise UserError(
+            "stage.judges holds function, but stage.judge_function is not set: expected "
+            "pkg.module:function."
+        )
+    if Judge.lexicon in stage.judges and not launch.installed("vaderSentiment"):
+        raise UserError(
+            "stage.judges holds lexicon, which needs the package vaderSentiment: `pip install "
+            "vaderSentiment`, or leave lexicon out."
+        )
 
 
 def run(ctx: RunContext) -> None:
@@ -48,8 +113,7 @@ def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
     assert isinstance(stage, EvalStage)
     ctx.watchdog.phase("build")
-    if distributed.world_size() > 1:
-        raise UserError("stage=eval runs in one process: start it without torchrun.")
+    distributed.require_one_process("stage=eval", "Run it without torchrun.")
     paths = _paths(stage)
     tokenizer = same_tokenizer(cfg, *paths)
     prompts = _prompts(cfg, tokenizer)
@@ -194,7 +258,7 @@ def _scorer(cfg: Config, tokenizer: Any) -> Scorer | None:
     """What trained the policy; None where no reward is configured, then there is no score among the
     figures.
     """
-    if cfg.reward.path is None and cfg.reward.function is None and not cfg.reward.terms:
+    if not is_set(cfg.reward):
         return None
     return make_scorer(
         cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer, training=False
@@ -221,7 +285,7 @@ def _generate(
 
     start = stage.before
     # an adapter alone: engines start from whole weights
-    if not (Path(start) / "config.json").exists():
+    if not loads_as_it_is(start):
         start = str(ctx.dir / "start")
         load_before().save_pretrained(start)
         tokenizer.save_pretrained(start)

@@ -2,10 +2,16 @@
 preference data (label.mode=import).
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from conf.choices import LabelMode
 from conf.schema import Config, RewardConfig
+from reward.base import is_set, model_paths
+from reward.checks import check_reward, check_reward_model
+from reward.terms import check_rows
+from rlhf.checks import inputs, rollout
 from rlhf.data import mixture, reading
 from rlhf.data.formats import Use
 from rlhf.labels import checks_export
@@ -33,19 +39,41 @@ def check(cfg: Config) -> list[str]:
     """Answers or labels have a source, and what is asked for can be done. Returns notes worth a
     warning. Raises UserError.
     """
-    ranks = distributed.world_size()
-    if ranks > 1:
-        raise UserError(
-            f"stage=label runs in one process, but {ranks} ranks were launched. Run it without "
-            "torchrun."
-        )
+    distributed.require_one_process("stage=label", "Run it without torchrun.")
     if cfg.label.mode is not LabelMode.export:
         check_import(cfg.label, Path(cfg.run.dir).expanduser() / cfg.run.name)
         return []
     check_export(cfg)
     if cfg.run.resume and distributed.is_main():
         existing(run_directory(cfg), cfg)
-    return []
+    policies = checks_export.policies_of(cfg.label, cfg.model.path)
+    if not policies:
+        return []
+    notes = rollout.check_backend(cfg.rollout.backend)
+    notes += check_readers(cfg, policies)
+    readers = inputs.directory_positions([*policies.items(), *model_paths(cfg.reward)])
+    prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
+    inputs.check_sequence_length(prompt, response, readers)
+    return notes
+
+
+def check_readers(cfg: Config, policies: Mapping[str, str]) -> list[str]:
+    """Where the answers of `policies` (name and directory) are scored, the reward's models can read
+    them. Returns notes worth a warning. Raises UserError.
+    """
+    reward = cfg.reward
+    if not is_set(reward):
+        return []
+    check_reward(reward)
+    notes = []
+    for key, path in model_paths(reward):
+        for directory in policies.values():
+            model = dataclasses.replace(cfg.model, path=directory)
+            tokenizer = inputs.policy_tokenizer(model, cfg.data.chat_template)
+            notes += check_reward_model(key, path, tokenizer)
+    if reward.terms:
+        check_rows(reward, reading.first_fields(cfg, reading.use_of(cfg)))
+    return notes
 
 
 def check_export(cfg: Config) -> None:

@@ -1,11 +1,23 @@
 """``stage=ppo``, ``grpo`` and the other online algorithms: the loop of `rlhf.online`."""
 
 import contextlib
+from collections.abc import Sequence
+from typing import Any
 
+from conf.choices import Action, Advantage, CriticInit, Dtype
+from conf.online import OnlineStage
+from conf.schema import Config, RewardConfig
 from policy.engines import resharding
+from reward.base import model_paths
+from reward.checks import check_reward, check_reward_model, scoring_models
+from reward.scorers.function import load_function
+from reward.terms import check_rows
+from rlhf.checks import capacity, inputs, launch, rollout
+from rlhf.data import reading
 from rlhf.online.loop import Loop
 from rlhf.online.setup import build
 from rlhf.run.context import RunContext
+from rlhf.types import UserError
 
 adapt_checkpoint = resharding.adapt  # before a resume
 
@@ -19,3 +31,135 @@ def run(ctx: RunContext) -> None:
         parts = build(ctx)
         with contextlib.closing(parts.generator):
             Loop(ctx, parts).train()
+
+
+def check(cfg: Config) -> list[str]:
+    """All that can be known before weights load; returns notes worth a warning. Raises
+    UserError.
+    """
+    stage = cfg.stage
+    assert isinstance(stage, OnlineStage)
+    launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
+    ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
+    launch.check_prompts_per_step(stage, ranks)
+    launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
+    check_reference(stage, cfg.engine.zero_stage)
+    check_precision(stage.name, cfg.model.dtype)
+    notes = rollout.check_backend(cfg.rollout.backend)
+    rollout.check_adapter(cfg.rollout, cfg.adapter)
+    inputs.check_model(cfg.model)
+    rollout.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
+    tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
+    notes += inputs.padding_note(cfg.model.path, tokenizer)
+    inputs.check_rows(cfg)
+    notes += check_scores(stage, cfg.reward, tokenizer)
+    if cfg.reward.terms:
+        check_rows(cfg.reward, reading.first_fields(cfg, reading.use_of(cfg)))
+    notes += check_watch(stage, cfg.reward, tokenizer)
+    check_lengths(cfg)
+    readers = scoring_models(cfg.reward, stage.watch)
+    notes += capacity.memory_notes(cfg, readers)
+    capacity.check_disk(cfg, readers)
+    return notes
+
+
+def check_reference(stage: OnlineStage, zero_stage: int) -> None:
+    """A KL penalty needs something to measure against; a reference that moves has to be whole."""
+    if stage.reference_every and (not stage.reference or zero_stage == 3):
+        hindrance = "stage.reference=false"
+        if stage.reference:
+            hindrance = "engine=zero3, which leaves no rank with the reference's whole weights"
+        raise UserError(
+            f"stage.reference_every={stage.reference_every} moves the reference, which "
+            f"{hindrance} prevents. Set stage.reference_every=0."
+        )
+    if stage.kl_coef > 0 and not stage.reference:
+        raise UserError(
+            f"stage.kl_coef={stage.kl_coef} penalises the distance from a reference, but "
+            "stage.reference=false keeps none. "
+            "Set stage.reference=true, or stage.kl_coef=0."
+        )
+
+
+def check_precision(stage: str, dtype: Dtype) -> None:
+    """float16 gradients vanish without a scaled loss, which only TRL's trainers have; DeepSpeed's
+    engine would train bfloat16 in its place.
+    """
+    if dtype is Dtype.float16:
+        raise UserError(
+            f"model.dtype=float16: stage={stage} scales no loss, so that small "
+            "gradients would vanish in float16. "
+            "Set model.dtype=bfloat16, or float32."
+        )
+
+
+def check_scores(stage: OnlineStage, reward: RewardConfig, tokenizer: Any) -> list[str]:
+    """There is one source of scores, and its reward models can read what the policy writes.
+    `tokenizer` is the policy's, None where it is not on the disk.
+    """
+    check_reward(reward)
+    critic = stage.advantage is Advantage.gae and stage.critic_init is CriticInit.reward
+    if critic and reward.path is None:
+        raise UserError(
+            "stage.critic_init=reward needs reward.path, which is not set. Set "
+            "stage.critic_init=policy, or reward.path."
+        )
+    notes = []
+    for key, path in model_paths(reward):
+        notes += check_reward_model(key, path, tokenizer, critic=critic)
+    return notes
+
+
+def check_watch(stage: OnlineStage, reward: RewardConfig, tokenizer: Any) -> list[str]:
+    """The held-out judge is there, and it is another than the reward that trains."""
+    watch = stage.watch
+    if watch.kl is not Action.off and not stage.reference:
+        raise UserError(
+            f"stage.watch.kl={watch.kl.value} needs a KL, but stage.reference=false keeps "
+            "nothing to measure it against."
+        )
+    if watch.judge_path is not None:
+        _refuse_trained("judge_path", watch.judge_path, model_paths(reward))
+        return check_reward_model("stage.watch.judge_path", watch.judge_path, tokenizer)
+    if watch.judge_function is not None:
+        functions = [("reward.function", reward.function)]
+        for name, term in reward.terms.items():
+            functions.append((f"reward.terms.{name}.function", term.function))
+        _refuse_trained("judge_function", watch.judge_function, functions)
+        load_function(watch.judge_function, "stage.watch.judge_function")
+        return []
+    if watch.divergence is Action.stop:
+        raise UserError(
+            "stage.watch.divergence=stop compares the score with a held-out judge, but there "
+            "is none. Set "
+            "stage.watch.judge_path=<a second reward run>/model or "
+            "stage.watch.judge_function=pkg.module:function, or divergence=off."
+        )
+    return []
+
+
+def _refuse_trained(key: str, judge: str, sources: Sequence[tuple[str, str | None]]) -> None:
+    for trained_key, source in sources:
+        if source == judge:
+            raise UserError(
+                f"stage.watch.{key}={judge} is {trained_key} too: a judge that also trains can't "
+                "tell when the reward is exploited. "
+                "Give a second reward model, trained with another seed or on other pairs, or a "
+                "function of its own."
+            )
+
+
+def check_lengths(cfg: Config) -> None:
+    """Prompt and response fit the positions of every model that reads them."""
+    stage, response = cfg.stage, cfg.rollout.max_response_length
+    if stage.overlong_buffer > response:
+        raise UserError(
+            f"stage.overlong_buffer={stage.overlong_buffer} tokens are more than a response has "
+            f"(rollout.max_response_length={response}). Lower the buffer; a fifth of the length "
+            "is usual."
+        )
+    readers = [
+        inputs.model_positions(cfg.model),
+        *inputs.directory_positions(scoring_models(cfg.reward, stage.watch)),
+    ]
+    inputs.check_sequence_length(cfg.data.max_prompt_length, response, readers)

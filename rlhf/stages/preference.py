@@ -17,11 +17,12 @@ import datasets
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from conf.choices import FDivergence, KTOLoss, PreferenceLoss
-from conf.schema import Config
+from conf.choices import AdapterKind, FDivergence, KTOLoss, PreferenceLoss
+from conf.schema import AdapterConfig, Config
 from conf.stages import CPOStage, KTOStage, ORPOStage, PreferenceStage
 from policy.engines import resharding
 from policy.model import base_of, is_peft
+from rlhf.checks import launch
 from rlhf.data.reading import preference_dataset, unpaired_dataset
 from rlhf.models.encoding import (
     IGNORED,
@@ -33,6 +34,7 @@ from rlhf.models.encoding import (
     split_answer,
 )
 from rlhf.models.loading import load_causal_lm
+from rlhf.offline import checks
 from rlhf.offline import row_weights as weights
 from rlhf.offline import trainer as common
 from rlhf.offline.guards import guarded
@@ -40,6 +42,7 @@ from rlhf.process import distributed, watchdog
 from rlhf.run.context import RunContext, seed_everything
 from rlhf.types import UserError
 
+_HEADS = ("lm_head", "embed_out")  # names of language-model heads
 LOG = logging.getLogger("rlhf.stages.preference")
 adapt_checkpoint = resharding.adapt  # before a resume
 _SAMPLES = 4  # held-out prompts that the trained policy answers
@@ -49,6 +52,61 @@ Ids = list[int]
 
 
 # ---- rows to tokens ----
+
+
+def check(cfg: Config) -> list[str]:
+    """All that can be known before weights load; returns notes worth a warning. Raises
+    UserError.
+    """
+    stage = cfg.stage
+    notes = checks.check(cfg)
+    check_adapter(stage, cfg.adapter)
+    micro = cfg.engine.micro_batch_size
+    where = "stage.batch_size / ranks" if micro is None else "engine.micro_batch_size"
+    ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
+    rows = launch.plan_batches(stage.batch_size, micro, ranks).micro
+    if isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto and rows < 2:
+        raise UserError(
+            f"{where} = {rows}: stage.loss=kto compares each answer of a forward pass with "
+            "another's prompt. "
+            "Expected at least 2, or stage.loss=apo_zero_unpaired."
+        )
+    if isinstance(stage, PreferenceStage) and rows != stage.batch_size:
+        notes += sorting_note(stage, rows)
+    return notes
+
+
+def check_adapter(stage: Any, adapter: AdapterConfig) -> None:
+    """The adapter has no dropout, and isn't put on a head that would not train. Raises
+    UserError.
+    """
+    if adapter.kind is AdapterKind.none:
+        return
+    if adapter.dropout > 0:
+        raise UserError(
+            f"adapter.dropout={adapter.dropout}: TRL turns dropout off for stage={stage.name}, "
+            "so that the losses compare weights alone. "
+            "Set adapter.dropout=0."
+        )
+    heads = [name for name in adapter.targets if name in _HEADS]
+    if heads and isinstance(stage, (PreferenceStage, KTOStage)):
+        raise UserError(
+            f"adapter.targets={list(adapter.targets)} holds the language-model head {heads[0]!r}, "
+            f"where stage={stage.name} would never train an adapter: "
+            "leave it out."
+        )
+
+
+def sorting_note(stage: PreferenceStage, rows: int) -> list[str]:
+    """A note where a loss sorts the pairs of a forward pass, of `rows` pairs, not of the step."""
+    sorting = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
+    names = [loss.value for loss in stage.losses if loss in sorting]
+    if not names:
+        return []
+    return [
+        f"stage.losses: {', '.join(names)} sorts the pairs of one forward pass, which "
+        f"are {rows} of stage.batch_size={stage.batch_size}."
+    ]
 
 
 def encode_sides(
@@ -444,6 +502,11 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> tuple[datasets.Dataset, dat
         if len(train) < stage.batch_size:  # otherwise every step is a whole batch
             train = without_lone_row(train, micro, "training")
     return train, held_out
+
+
+def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+    """Rows that train, for a dry run. Raises UserError as `read`."""
+    return len(read(cfg, tokenizer, micro)[0])
 
 
 def check_weights(cfg: Config, rows: datasets.Dataset) -> None:

@@ -25,9 +25,10 @@ from reward.model import (
     tokenizer_fingerprint,
     write_manifest,
 )
-from rlhf.data.reading import preference_dataset
+from rlhf.data.reading import check_first_strength, preference_dataset
 from rlhf.models.encoding import encode_answer, is_chat, require_template
 from rlhf.models.loading import load_classifier, resolve_dtype
+from rlhf.offline import checks
 from rlhf.offline import row_weights as weights
 from rlhf.offline import trainer as common
 from rlhf.offline.guards import guarded
@@ -40,6 +41,16 @@ adapt_checkpoint = resharding.adapt  # before a resume
 _SAMPLES = 8  # held-out pairs in samples.jsonl
 Rows = datasets.Dataset
 _CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval
+
+
+def check(cfg: Config) -> list[str]:
+    """All that can be known before weights load; returns notes worth a warning. Raises
+    UserError.
+    """
+    notes = checks.check(cfg)
+    if cfg.stage.margin or cfg.stage.soft_label:
+        check_first_strength(cfg)
+    return notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +358,11 @@ def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]
         encode_pairs(tokenizer, eval_rows, name="held-out", **options),
         is_chat(train_rows[0]["chosen"]),
     )
+
+
+def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+    """Pairs that train, for a dry run. Raises UserError as `read`."""
+    return len(read(cfg, tokenizer)[0].data)
 
 
 def _run(ctx: RunContext) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from conf.schema import Config
 from conf.stages import ServeRewardStage
 from reward.http import bearer_token
+from reward.model import load_reward_tokenizer
 from reward.service.app import create_app
 from reward.service.batcher import Counts
 from reward.service.served import ServedModel
@@ -24,6 +25,22 @@ from rlhf.types import UserError
 LOG = logging.getLogger("rlhf.stages.serve_reward")
 TOKEN_ENV = "RLHF_REWARD_TOKEN"  # what a generated token is called in the commands that are shown
 _MIB = 1 << 20
+
+
+def check(cfg: Config) -> list[str]:
+    """There is a reward model and, where one is asked for, a token. Raises UserError."""
+    stage = cfg.stage
+    assert isinstance(stage, ServeRewardStage)
+    distributed.require_one_process("stage=serve_reward", "Run it without torchrun.")
+    if cfg.reward.path is None:
+        raise UserError(
+            "stage=serve_reward needs reward.path, which is not set. Set reward.path=<a reward "
+            "run>/model."
+        )
+    load_reward_tokenizer(cfg.reward.path)
+    if stage.token_env is not None:
+        bearer_token(stage.token_env, "stage.token_env")
+    return []
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -22,6 +22,7 @@ from rlhf.models.encoding import (
     require_template,
 )
 from rlhf.models.loading import load_causal_lm
+from rlhf.offline import checks
 from rlhf.offline import row_weights as weights
 from rlhf.offline import trainer as common
 from rlhf.offline.guards import guarded
@@ -32,6 +33,13 @@ from rlhf.types import UserError
 LOG = logging.getLogger("rlhf.stages.sft")
 adapt_checkpoint = resharding.adapt  # before a resume
 _SAMPLES = 4  # held-out rows that the trained policy continues
+
+
+def check(cfg: Config) -> list[str]:
+    """All that can be known before weights load; returns notes worth a warning. Raises
+    UserError.
+    """
+    return checks.check(cfg)
 
 
 def encode_row(
@@ -154,6 +162,17 @@ def read(
         encode_dataset(tokenizer, eval_rows, name="held-out", cut=True, **encode),
         eval_rows,
     )
+
+
+def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+    """Rows that train, packed where they are packed, for a dry run. Raises UserError as `read`."""
+    stage = cfg.stage
+    rows = read(cfg, tokenizer)[0]
+    if not stage.packing:
+        return len(rows)
+    from trl.data_utils import pack_dataset
+
+    return len(pack_dataset(rows, stage.max_length, SFTConfig.packing_strategy))
 
 
 def _run(ctx: RunContext) -> None:

@@ -22,6 +22,7 @@ from conf.choices import (
     RolloutBackend,
     TrackingKind,
 )
+from conf.rules import VLLM_LORA_RANKS
 from conf.schema import (
     AdapterConfig,
     Config,
@@ -35,12 +36,13 @@ from conf.schema import (
 )
 from conf.stages import OnlineStage, SFTStage
 from reward.model import write_manifest
-from rlhf.checks import conflicts, preflight
+from rlhf.checks import inputs, rollout
 from rlhf.checks.memory import machine
 from rlhf.checks.memory.machine import Machine
 from rlhf.models.loading import tiny_config, train_tokenizer
 from rlhf.types import UserError
 from tests import toys
+from tests.checking import check
 
 CHATML = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -188,11 +190,11 @@ CONFLICTS = {
 
 @pytest.mark.parametrize("name", CONFLICTS)
 def test_a_conflict_is_one_message_with_its_option_and_the_mend(name: str, ppo: Config) -> None:
-    assert preflight.check(ppo) == []
+    assert check(ppo) == []
     case = CONFLICTS[name]
     # a dataclass's own range is a ValueError, which composing makes a UserError
     with pytest.raises((UserError, ValueError)) as error:
-        preflight.check(case.change(ppo))
+        check(case.change(ppo))
     message = str(error.value)
     assert message.startswith(case.option) and case.mend in message and "\n" not in message
 
@@ -207,36 +209,32 @@ def test_the_ranks_are_vllms_own() -> None:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MaxLoRARanks"
     ]
-    assert ranks == f"Literal[{', '.join(map(str, conflicts.VLLM_LORA_RANKS))}]"
+    assert ranks == f"Literal[{', '.join(map(str, VLLM_LORA_RANKS))}]"
 
 
 def test_what_vllm_has_no_part_in_is_free(ppo: Config) -> None:
     wide = replace(ppo, adapter=lora(1024))
-    assert preflight.check(replace(wide, rollout=RolloutConfig(backend=RolloutBackend.hf))) == []
+    assert check(replace(wide, rollout=RolloutConfig(backend=RolloutBackend.hf))) == []
     # its weights go over merged
-    assert preflight.check(replace(wide, adapter=replace(wide.adapter, dora=True))) == []
+    assert check(replace(wide, adapter=replace(wide.adapter, dora=True))) == []
     assert (
-        preflight.check(
-            replace(ppo, rollout=RolloutConfig(backend=RolloutBackend.hf, kv_cache_gib=0.0001))
-        )
+        check(replace(ppo, rollout=RolloutConfig(backend=RolloutBackend.hf, kv_cache_gib=0.0001)))
         == []
     )
 
 
 def test_the_cache_of_a_token(ppo: Config, tmp_path: Path) -> None:
     # keys and values, layers, heads, head size, float32
-    assert conflicts.cache_bytes_per_token(ppo) == 2 * 4 * 4 * 32 * 4
+    assert rollout.cache_bytes_per_token(ppo.model) == 2 * 4 * 4 * 32 * 4
     model_directory(tmp_path / "grouped", kv_heads=2)
     grouped = replace(ppo, model=ModelConfig(path=str(tmp_path / "grouped"), dtype=Dtype.bfloat16))
-    assert conflicts.cache_bytes_per_token(grouped) == 2 * 4 * 2 * 32 * 2
-    assert (
-        conflicts.cache_bytes_per_token(replace(ppo, model=ModelConfig(path="owner/name"))) is None
-    )
+    assert rollout.cache_bytes_per_token(grouped.model) == 2 * 4 * 2 * 32 * 2
+    assert rollout.cache_bytes_per_token(ModelConfig(path="owner/name")) is None
 
 
 def test_padding_that_is_the_end_is_said_once_and_does_no_harm(ppo: Config, tmp_path: Path) -> None:
     model_directory(tmp_path / "llama", pad_is_eos=True)
-    (note,) = preflight.check(replace(ppo, model=ModelConfig(path=str(tmp_path / "llama"))))
+    (note,) = check(replace(ppo, model=ModelConfig(path=str(tmp_path / "llama"))))
     assert (
         "padding is the end-of-sequence token '<|eos|>'" in note
         and "Masks come from lengths" in note
@@ -247,10 +245,10 @@ def test_padding_that_is_the_end_is_said_once_and_does_no_harm(ppo: Config, tmp_
 def test_files_that_can_not_be_read_are_named(ppo: Config) -> None:
     (Path(str(ppo.model.path)) / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"model.path=.*policy: its tokenizer can't be read"):
-        conflicts.policy_tokenizer(ppo)
+        inputs.policy_tokenizer(ppo.model, None)
     (Path(str(ppo.model.path)) / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"config.json, line 1: not valid JSON"):
-        conflicts.cache_bytes_per_token(ppo)
+        rollout.cache_bytes_per_token(ppo.model)
 
 
 def test_a_reward_model_that_reads_text_says_so(ppo: Config, tmp_path: Path) -> None:
@@ -261,8 +259,8 @@ def test_a_reward_model_that_reads_text_says_so(ppo: Config, tmp_path: Path) -> 
         match=r"stage.critic_init=reward: .*another tokenizer \(\d+ entries\).*Set "
         r"stage.critic_init=policy.",
     ):
-        preflight.check(other)
-    (note,) = preflight.check(replace(other, stage=OnlineStage(critic_init=CriticInit.policy)))
+        check(other)
+    (note,) = check(replace(other, stage=OnlineStage(critic_init=CriticInit.policy)))
     assert (
         note.startswith("reward.path=")
         and "another tokenizer" in note
@@ -270,7 +268,7 @@ def test_a_reward_model_that_reads_text_says_so(ppo: Config, tmp_path: Path) -> 
         and "train it from the policy: stage=reward" in note
     )
     reward_directory(tmp_path / "chat", template=CHATML)
-    (note,) = preflight.check(replace(ppo, reward=RewardConfig(path=str(tmp_path / "chat"))))
+    (note,) = check(replace(ppo, reward=RewardConfig(path=str(tmp_path / "chat"))))
     assert "another chat template than the policy" in note
 
 
@@ -280,17 +278,17 @@ def test_a_run_that_the_memory_plan_does_not_fit_says_so(
     """The plan is made where weights are large: here a file of 1 GiB that takes no room."""
     small = Machine(ranks=1, cuda=True, device_gib=1.0, host_gib=None)
     monkeypatch.setattr(machine, "machine_of", lambda cfg, all_devices: small)
-    assert preflight.check(ppo) == []
+    assert check(ppo) == []
     with (Path(str(ppo.model.path)) / "model.safetensors").open("wb") as file:
         file.truncate(1 << 30)
-    (note,) = preflight.check(ppo)
+    (note,) = check(ppo)
     assert (
         note.startswith("the memory plan doesn't fit, 0.9 GiB are usable on each device: ")
         and "stage=doctor stage.plan=ppo" in note
     )
     # it shows the plan itself
-    assert preflight.check(replace(ppo, run=replace(ppo.run, dry_run=True))) == []
+    assert check(replace(ppo, run=replace(ppo.run, dry_run=True))) == []
     monkeypatch.setattr(
         machine, "machine_of", lambda cfg, all_devices: replace(small, device_gib=80.0)
     )
-    assert preflight.check(ppo) == []
+    assert check(ppo) == []

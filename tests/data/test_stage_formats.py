@@ -17,7 +17,7 @@ from conf.stages import (
     RewardStage,
     SFTStage,
 )
-from rlhf.checks import preflight
+from rlhf.checks import inputs
 from rlhf.data import reading
 from rlhf.data.formats import FORMATS, Use, by_name
 from rlhf.data.writing import convert, write_rows
@@ -88,7 +88,7 @@ def test_a_stage_reads_the_format_that_it_finds(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = DataConfig(path=str(path), eval_fraction=0.25)
     cfg = Config(stage=stage(), run=RunConfig(dir=str(tmp_path / "runs"), name="r"), data=data)
-    preflight.check_data(cfg)
+    inputs.check_rows(cfg)
     tokenizer = train_tokenizer(["x"], 300, 512)
     tokenizer.chat_template = template_text("chatml")
     read: dict[Use, Any] = {

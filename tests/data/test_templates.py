@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from conf.schema import Config, DataConfig, ModelConfig
-from conf.stages import SFTStage
-from rlhf.checks import preflight
+from conf.schema import DataConfig, ModelConfig
+from rlhf.checks import inputs
 from rlhf.models import templates
 from rlhf.models.encoding import (
     IGNORED,
@@ -232,9 +231,7 @@ def test_the_option_takes_a_name_or_a_file(tmp_path: Path, tiny_model: Any) -> N
         match=r"data.chat_template=chatlm: no such file, and no such name. .*chatml, llama-2, "
         r".*Nearest name: chatml",
     ):
-        preflight.check_data(
-            Config(stage=SFTStage(), data=DataConfig(path="x.jsonl", chat_template="chatlm"))
-        )
+        inputs.check_template(DataConfig(path="x.jsonl", chat_template="chatlm"))
 
 
 def test_every_template_is_packaged() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from conf.schema import ModelConfig
-from rlhf.checks import preflight
 from rlhf.labels.checks_export import instructions_text
 from rlhf.labels.ledger import task_row
 from rlhf.labels.records import Answer, Role, Task
 from rlhf.models.loading import load_tokenizer, train_tokenizer
 from rlhf.types import UserError
 from tests import toys
+from tests.checking import check
 from tests.labels.label_steps import (
     GOLD,
     Tiny,
@@ -421,5 +421,5 @@ def test_preflight_says_what_is_missing(
     for name, place in places.items():
         text = text.replace(name, str(place))
     with pytest.raises(UserError, match=message):
-        preflight.check(configured(tmp_path, *text.splitlines()))
+        check(configured(tmp_path, *text.splitlines()))
     assert not (tmp_path / "default").exists()

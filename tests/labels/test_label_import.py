@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from rlhf.__main__ import execute
-from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.data.reading import preference_pairs
 from rlhf.labels.checking import Outcome
@@ -20,6 +19,7 @@ from rlhf.labels.ledger import read_export
 from rlhf.labels.records import Export, Judgement, Verdict
 from rlhf.run.tracking.tracker import Tracker
 from rlhf.types import UserError
+from tests.checking import check
 from tests.labels.label_exports import fill_label_studio
 from tests.labels.labels import export_of, on_disk, pairs, say
 
@@ -478,7 +478,7 @@ def test_the_reward_stage_reads_the_rows(
             *([option] if option else []),
         ]
     )
-    preflight.check(cfg)
+    check(cfg)
     train, held = preference_pairs(cfg)
     found = {
         str(pair.prompt if isinstance(pair.prompt, str) else pair.prompt[0]["content"]): pair

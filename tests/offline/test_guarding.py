@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from conf.choices import AdapterKind, Dtype, EngineKind, OnNonFinite, Scheduler
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import SFTStage
-from rlhf.checks import preflight
+from rlhf.checks import launch
 from rlhf.offline import guards as guarding
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
@@ -383,9 +383,8 @@ def test_skip_where_it_can_not_be_is_refused(
         **groups,
     )
     with pytest.raises(UserError, match=said):
-        preflight.check_nonfinite(cfg)
-    cfg.stage.on_nonfinite = OnNonFinite.rewind
-    preflight.check_nonfinite(cfg)
+        launch.check_nonfinite(OnNonFinite.skip, cfg.engine, cfg.model.dtype)
+    launch.check_nonfinite(OnNonFinite.rewind, cfg.engine, cfg.model.dtype)
 
 
 if __name__ == "__main__":

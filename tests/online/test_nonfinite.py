@@ -17,7 +17,7 @@ from policy.engines.base import NonFinite
 from policy.engines.spikes import Brake
 from policy.engines.torch import TorchEngine
 from policy.model import PolicyModule
-from rlhf.checks import preflight
+from rlhf.checks import launch
 from rlhf.cli import config
 from rlhf.online import loop as online
 from rlhf.types import TrainingDiverged, UserError
@@ -270,4 +270,4 @@ def test_settings_that_can_not_work_are_refused() -> None:
         UserError,
         match=r"stage.on_nonfinite=skip needs engine=torch.*Set stage.on_nonfinite=rewind",
     ):
-        preflight.check_nonfinite(cfg)
+        launch.check_nonfinite(cfg.stage.on_nonfinite, cfg.engine, cfg.model.dtype)

@@ -25,9 +25,9 @@ from reward.scorers.function import FunctionScorer
 from reward.scorers.length import band_score
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer, combine
 from reward.terms import make_scorer
-from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.types import Prompt, Rollout, Scores, UserError
+from tests.checking import check
 from tests.offline.trl_tools import tiny_tokenizer
 from tests.reward.test_scorer import rollout, save_reward_model, some_rollouts
 
@@ -449,27 +449,25 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path) -> None:
         "rollout=hf",
     ]
     exact = config.compose([*overrides, "+reward.terms.a.kind=exact"])
-    assert preflight.check(exact) == []
+    assert check(exact) == []
     with pytest.raises(
         UserError,
         match=r"reward\.terms\.a, column 'answer' of .*rows\.jsonl, row 2: expected a number",
     ):
-        preflight.check(config.compose([*overrides, "+reward.terms.a.kind=numeric"]))
+        check(config.compose([*overrides, "+reward.terms.a.kind=numeric"]))
     with pytest.raises(
         UserError,
         match=r"needs the column 'solution', which .*row 1 lacks \(its columns beside the "
         r"prompt: answer\)",
     ):
-        preflight.check(
-            config.compose([*overrides, "+reward.terms.a={kind:exact,column:solution}"])
-        )
+        check(config.compose([*overrides, "+reward.terms.a={kind:exact,column:solution}"]))
     with pytest.raises(
         UserError, match=rf"reward\.terms\.a\.paths={tmp_path}/none: no such directory"
     ):
-        preflight.check(
+        check(
             config.compose([*overrides, f"+reward.terms.a={{kind:model,paths:[{tmp_path}/none]}}"])
         )
     assert isinstance(exact.stage, OnlineStage)
     exact.stage.critic_init = CriticInit.reward
     with pytest.raises(UserError, match=r"critic_init=reward needs reward\.path"):
-        preflight.check(exact)
+        check(exact)

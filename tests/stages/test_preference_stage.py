@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conf.choices import AdapterKind, FDivergence, KTOLoss, ModelKind, PreferenceLoss
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import CPOStage, KTOStage, PreferenceStage
-from rlhf.checks import preflight
 from rlhf.cli import config as composing
 from rlhf.data.reading import preference_dataset
 from rlhf.models.encoding import IGNORED, encode_answer, prompt_ids, response_ids
@@ -32,6 +31,7 @@ from rlhf.offline.guards import Guard
 from rlhf.run.context import RunContext
 from rlhf.stages import preference
 from rlhf.types import UserError
+from tests.checking import check
 from tests.offline import trl_tools
 
 COMMON: dict[str, Any] = {
@@ -890,15 +890,15 @@ def test_refused_before_weights_load(
         stage_of(preset, **changes), folder, "refused", trl_tools.pair_rows(20), **groups
     )
     with pytest.raises(UserError, match=message):
-        preflight.check(cfg)
+        check(cfg)
 
 
 def test_sorted_losses_on_micro_batches_are_said_aloud(folder: Path) -> None:
     stage = stage_of("dpo", losses=[PreferenceLoss.aot])
     whole = trl_tools.config(stage, folder, "noted", trl_tools.pair_rows(20))
-    assert preflight.check(whole) == []
+    assert check(whole) == []
     split = dataclasses.replace(whole, engine=EngineConfig(micro_batch_size=2))
-    assert preflight.check(split) == [
+    assert check(split) == [
         "stage.losses: aot sorts the pairs of one forward pass, which are 2 of stage.batch_size=8."
     ]
 

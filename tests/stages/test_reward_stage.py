@@ -20,7 +20,6 @@ from conf.stages import RewardStage
 from reward.losses import pairwise_loss
 from reward.model import load_reward_model, read_manifest
 from reward.scorers.reward_model import RewardModelScorer
-from rlhf.checks import preflight
 from rlhf.data.reading import preference_dataset
 from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_classifier
@@ -451,7 +450,7 @@ def test_soft_labels_are_checked_before_weights_load(
         row if change is None else row | {"soft_label": change} for row in trl_tools.pair_rows(20)
     ]
     with pytest.raises(UserError, match=message):
-        preflight.check_strength(config(folder, "unchecked", rows=rows, stage={"soft_label": True}))
+        reward.check(config(folder, "unchecked", rows=rows, stage={"soft_label": True}))
 
 
 def test_margin_and_soft_label_exclude_each_other() -> None:

@@ -31,10 +31,10 @@ from reward.service.app import create_app
 from reward.service.batcher import Batcher, Counts
 from reward.service.served import Item, Refused, ServedModel
 from reward.terms import check_terms, make_scorer
-from rlhf.checks import preflight
 from rlhf.cli import config
 from rlhf.stages.serve_reward import address, listen
 from rlhf.types import Rollout, UserError
+from tests.checking import check
 from tests.offline.trl_tools import CHATML, tiny_tokenizer
 from tests.reward.test_remote import term
 from tests.reward.test_scorer import other_tokenizer, rollout, save_reward_model
@@ -525,8 +525,8 @@ def test_what_is_known_before_weights_load(
         ),
     ):
         with pytest.raises(UserError, match=message):
-            preflight.check(config.compose([*base, *more]))
-    preflight.check(config.compose([*base, f"reward.path={plain_model}"]))
+            check(config.compose([*base, *more]))
+    check(config.compose([*base, f"reward.path={plain_model}"]))
     with listen("127.0.0.1", 0) as taken:
         taken.listen()
         with pytest.raises(UserError, match=r"stage.port=\d+: can't listen there"):

@@ -19,9 +19,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from conf.choices import AdapterKind, ModelKind, Scheduler
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import SFTStage
+from rlhf.checks import launch
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.offline import guards as guarding
-from rlhf.offline import trainer as common
 from rlhf.run.context import RunContext
 from rlhf.stages import sft
 from rlhf.types import TrainingDiverged, UserError
@@ -388,7 +388,7 @@ def test_passes_are_whole_batches_of_the_same_rows_for_every_split() -> None:
 def test_batch_arithmetic(
     batch_size: int, micro: int | None, ranks: int, expected: tuple[int, int]
 ) -> None:
-    plan = common.plan_batches(batch_size, micro, ranks)
+    plan = launch.plan_batches(batch_size, micro, ranks)
     assert (plan.micro, plan.accumulation) == expected
     assert plan.micro * plan.accumulation * plan.ranks == batch_size
 
@@ -396,15 +396,15 @@ def test_batch_arithmetic(
 @pytest.mark.parametrize(
     ("batch_size", "micro", "ranks", "message"),
     [
-        (9, None, 2, "doesn't divide by the 2 ranks.*stage.batch_size=10"),
-        (8, 3, 1, "engine.micro_batch_size=3 x 1 ranks = 3.*stage.batch_size=9"),
+        (9, None, 2, "2 ranks = 2.*stage.batch_size=10"),
+        (8, 3, 1, "1 rank x engine.micro_batch_size=3 = 3.*stage.batch_size=9"),
     ],
 )
 def test_batches_that_do_not_divide(
     batch_size: int, micro: int | None, ranks: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        common.plan_batches(batch_size, micro, ranks)
+        launch.plan_batches(batch_size, micro, ranks)
 
 
 def test_batches_are_checked_before_weights_load(
@@ -426,5 +426,5 @@ def test_rows_longer_than_the_model(folder: Path) -> None:
 
 def test_steps_come_from_epochs() -> None:
     stage = SFTStage(epochs=2.0, batch_size=8)
-    assert [common.total_steps(stage, rows) for rows in (80, 83, 5)] == [20, 20, 2]
-    assert common.total_steps(SFTStage(steps=7), 80) == 7
+    assert [launch.count_steps(stage, rows) for rows in (80, 83, 5)] == [20, 20, 2]
+    assert launch.count_steps(SFTStage(steps=7), 80) == 7

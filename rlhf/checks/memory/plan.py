@@ -13,10 +13,10 @@ from conf.choices import (
     Advantage,
     CriticInit,
     EngineKind,
-    LoraSync,
     Offload,
     RolloutBackend,
 )
+from conf.rules import merges_lora, wants_shared_prompts
 from conf.schema import Config
 from conf.stages import (
     CPOStage,
@@ -254,7 +254,15 @@ def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Pl
         *_starting(idle, policy, critic, reference),
         Moment(Phase.rollout, "responses", {**idle, "generator": generator.busy}),
         *_scoring(cfg, shapes, setting, idle, reference),
-        *_updating(cfg, shape, setting, idle, policy, critic, masked=_shares_prompts(cfg)),
+        *_updating(
+            cfg,
+            shape,
+            setting,
+            idle,
+            policy,
+            critic,
+            masked=wants_shared_prompts(cfg.engine, stage),
+        ),
         Moment(
             Phase.sync,
             "weights",
@@ -262,15 +270,6 @@ def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Pl
         ),
     ]
     return Plan(tuple(moments), machine, generator.notes, generator.problem)
-
-
-def _shares_prompts(cfg: Config) -> bool:
-    stage = cfg.stage
-    return (
-        cfg.engine.share_prompts is not False
-        and stage.samples_per_prompt > 1
-        and stage.advantage is not Advantage.gae
-    )
 
 
 def _critic(
@@ -426,10 +425,7 @@ def _syncing(cfg: Config, shape: Shape, setting: Setting, adapter: int) -> Bytes
     """policy/model.py: iterate_weights. ZeRO-3 gathers and copies a layer; of a merged one the
     original and the merged copy exist beside it.
     """
-    merged = adapter and (
-        cfg.rollout.lora_sync is LoraSync.merged
-        or (cfg.rollout.lora_sync is LoraSync.auto and cfg.adapter.dora)
-    )
+    merged = merges_lora(cfg.rollout, cfg.adapter)
     if adapter and not merged:
         return Bytes(4.0 * adapter)
     largest = max(one.inputs * one.outputs for one in shape.linears)

@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.choices import AdapterKind, ModelKind
 from conf.schema import AdapterConfig, ModelConfig, TinyConfig
-from rlhf.models.loading import check_model_path
+from rlhf.models.loading import check_model_path, is_adapter
 from rlhf.types import UserError
 
 # Llama 2 and 3: heads of 128, 8 of them for keys, and 128 columns a layer
@@ -123,7 +123,7 @@ def _read_config(model: ModelConfig, path: str, key: str) -> Any:
     check_model_path(path, key)
     place = Path(path).expanduser()
     source, extra = str(place) if place.is_dir() else path, {}
-    if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+    if is_adapter(place):
         from peft import PeftConfig
 
         source = str(PeftConfig.from_pretrained(str(place)).base_model_name_or_path)

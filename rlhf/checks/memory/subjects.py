@@ -2,12 +2,11 @@
 watch.
 """
 
-import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 from conf.choices import ModelKind
 from conf.schema import Config, ModelConfig
-from conf.stages import OnlineStage
 from rlhf.checks.memory.plan import Shapes
 from rlhf.checks.memory.shapes import Shape, read_shape
 
@@ -21,28 +20,14 @@ def can_plan(cfg: Config) -> bool:
     )
 
 
-def shapes_of(cfg: Config, *, assume_reward: bool) -> tuple[Shapes, list[str]]:
-    """The models of a stage, and what had to be assumed. `assume_reward`: an online stage without
-    any source of scores gets a reward model of the policy's size. Raises UserError for a model that
-    can't be counted.
+def shapes_of(model: ModelConfig, scoring: Sequence[tuple[str, str]]) -> tuple[Shapes, list[str]]:
+    """The shapes of the policy and of the reward models beside it (option and directory of each),
+    and a note that describes the policy. Raises UserError for a model that can't be counted.
     """
-    policy = read_shape(cfg.model)
-    notes = [f"{policy.name}: {describe(policy)}"]
-    stage = cfg.stage
-    if not isinstance(stage, OnlineStage):
-        return Shapes(policy), notes
-    paths = importlib.import_module("reward.base").model_paths(cfg.reward)
-    if stage.watch.judge_path is not None:
-        paths = [*paths, ("stage.watch.judge_path", stage.watch.judge_path)]
-    plain = ModelConfig(trust_remote_code=cfg.model.trust_remote_code)
-    rewards = [(key, read_shape(replace(plain, path=path), key=key)) for key, path in paths]
-    if not rewards and assume_reward and cfg.reward.function is None and not cfg.reward.terms:
-        rewards = [("reward.path", policy)]
-        notes.append(
-            "a reward model of the policy's size is assumed; reward.path, reward.function or "
-            "reward.terms say otherwise"
-        )
-    return Shapes(policy, tuple(rewards)), notes
+    policy = read_shape(model)
+    plain = ModelConfig(trust_remote_code=model.trust_remote_code)
+    rewards = [(key, read_shape(replace(plain, path=path), key=key)) for key, path in scoring]
+    return Shapes(policy, tuple(rewards)), [f"{policy.name}: {describe(policy)}"]
 
 
 def describe(shape: Shape) -> str:

@@ -19,7 +19,7 @@ from rlhf.labels.asking import Question
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
 from rlhf.models.encoding import prompt_ids, response_ids
-from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.loading import load_causal_lm, load_tokenizer, loads_as_it_is
 from rlhf.process import distributed
 from rlhf.process.clock import PhaseClock
 from rlhf.process.hashing import digest
@@ -129,7 +129,7 @@ def _generate(
     """
     model, tokenizer = policy.model, policy.tokenizer
     folder = Path(str(model.path)).expanduser()
-    whole = model.gguf_file is None and (not folder.is_dir() or (folder / "config.json").exists())
+    whole = model.gguf_file is None and loads_as_it_is(folder)
     if whole:
         path = str(folder) if folder.is_dir() else str(model.path)
     else:

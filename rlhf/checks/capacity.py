@@ -1,8 +1,9 @@
-"""Whether the disk has room for what a training stage will write, asked before anything loads."""
+"""Whether memory and disk have room for what a training stage holds and writes, asked before
+anything loads.
+"""
 
-import importlib
-import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from conf.choices import AdapterKind, Advantage, CriticInit, EngineKind
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage
 from rlhf.checks.memory import GIB
-from rlhf.checks.memory.plan import Shapes
+from rlhf.checks.memory import machine as machines
+from rlhf.checks.memory.plan import HEADROOM, Shapes, plan
 from rlhf.checks.memory.shapes import adapter_parameters
 from rlhf.checks.memory.subjects import shapes_of
+from rlhf.models.loading import base_directory
 from rlhf.process import distributed
 from rlhf.run.context import CHECKPOINTS, run_directory
 from rlhf.types import UserError
@@ -20,41 +23,61 @@ from rlhf.types import UserError
 # bytes of a checkpoint for a byte of a model's weights: at most 16 a parameter that trains and 4 of
 # its reference, of 2 bytes each
 _MOST = 10.0
+_PLANNED_GIB = 0.25  # weights below which a run doesn't take the second for its memory plan
+
+Models = Sequence[tuple[str, str]]  # option and directory of each reward model beside the policy
 
 
-def check_room(cfg: Config) -> None:
+def memory_notes(cfg: Config, scoring: Models = ()) -> list[str]:
+    """A note where the memory plan doesn't fit the devices: parts of it are assumed, so this is no
+    error.
+    """
+    if cfg.run.dry_run or cfg.model.path is None:
+        return []  # a dry run shows the plan itself
+    if (weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
+        return []
+    machine = machines.machine_of(cfg, all_devices=False)
+    shapes, _ = shapes_of(cfg.model, scoring)
+    planned = plan(cfg, shapes, machine)
+    if planned.fits:
+        return []
+    device = "device" if machine.cuda else "rank"
+    return [
+        f"the memory plan doesn't fit, {HEADROOM * machine.device_gib:.1f} GiB are usable on each "
+        f"{device}: {planned.obstacle}. "
+        f"`python -m rlhf stage=doctor stage.plan={cfg.stage.name}` with the same model and "
+        "engine options says which setting does."
+    ]
+
+
+def check_disk(cfg: Config, scoring: Models = ()) -> None:
     """The last checkpoints, one more while it is written, and the model fit on the disk of run.dir.
     Raises UserError.
 
     A model that is not on this disk, a GGUF file's and ``model=tiny`` without a path are not
     counted.
     """
-    if (
-        not isinstance(cfg.stage, (OfflineStage, OnlineStage))
-        or cfg.run.dry_run
-        or not distributed.is_main()
-    ):
+    if cfg.run.dry_run or not distributed.is_main():
         return
     free = free_bytes(cfg)
-    count, weights = copies(cfg), weight_bytes(cfg)
+    count, weights = count_checkpoints(cfg), weight_bytes(cfg, scoring)
     if weights is None or (count + 1) * _MOST * weights < free:
         return  # the usual case, without counting parameters
-    need = need_of(cfg, shapes_of(cfg, assume_reward=False)[0])
-    if need.total > free:
-        none = (
-            " stage.save_steps=0 writes none, and a killed run then begins anew."
-            if isinstance(cfg.stage, OnlineStage)
-            else ""
-        )
-        raise UserError(
-            f"run.dir={cfg.run.dir}: {free / GIB:.1f} GiB are free there, but the run needs "
-            f"about {need.total / GIB:.1f}: the model, and "
-            f"{need.count} checkpoints of {need.checkpoint / GIB:.1f} GiB at once "
-            f"(run.keep_checkpoints={cfg.run.keep_checkpoints}, the one that is "
-            "being written, and a trainer's best). Make room, set run.dir to another disk, lower "
-            "run.keep_checkpoints, or train LoRA "
-            f"(adapter=lora).{none}"
-        )
+    need = need_of(cfg, shapes_of(cfg.model, scoring)[0])
+    if need.total <= free:
+        return
+    remedy = ""
+    if isinstance(cfg.stage, OnlineStage):
+        remedy = " stage.save_steps=0 writes none, and a killed run then begins anew."
+    raise UserError(
+        f"run.dir={cfg.run.dir}: {free / GIB:.1f} GiB are free there, but the run needs "
+        f"about {need.total / GIB:.1f}: the model, and "
+        f"{need.count} checkpoints of {need.checkpoint / GIB:.1f} GiB at once "
+        f"(run.keep_checkpoints={cfg.run.keep_checkpoints}, the one that is "
+        "being written, and a trainer's best). Make room, set run.dir to another disk, lower "
+        "run.keep_checkpoints, or train LoRA "
+        f"(adapter=lora).{remedy}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +96,9 @@ class Need:
 def need_of(cfg: Config, shapes: Shapes) -> Need:
     """Checkpoints and model of a training stage."""
     return Need(
-        copies(cfg), checkpoint_bytes(cfg, shapes), weight_width(cfg) * shapes.policy.parameters
+        count_checkpoints(cfg),
+        checkpoint_bytes(cfg, shapes),
+        weight_width(cfg) * shapes.policy.parameters,
     )
 
 
@@ -85,7 +110,7 @@ def free_bytes(cfg: Config) -> float:
     return shutil.disk_usage(existing_parent(place)).free + size_of(place / CHECKPOINTS)
 
 
-def copies(cfg: Config) -> int:
+def count_checkpoints(cfg: Config) -> int:
     """Checkpoints that lie on the disk at one moment: those that are kept, the one being written,
     and TRL's best.
     """
@@ -134,56 +159,40 @@ def weight_width(cfg: Config) -> int:
     return int(resolve_dtype(cfg.model.dtype).itemsize)
 
 
-def weight_bytes(cfg: Config) -> int | None:
-    """Size of the weight files of the policy and of a critic's start; None where the policy's are
-    not on this disk.
+def weight_bytes(cfg: Config, scoring: Models) -> int | None:
+    """Size of the weight files of the policy, and of a critic's start at its largest; None where
+    the policy's are not on this disk.
     """
     if cfg.model.path is None or cfg.model.gguf_file is not None:
         return None
     policy = weight_files(cfg.model.path)
-    if (
-        policy is None
-        or not isinstance(cfg.stage, OnlineStage)
-        or cfg.stage.advantage is not Advantage.gae
-    ):
+    stage = cfg.stage
+    if policy is None or not isinstance(stage, OnlineStage):
         return policy
-    rewards = [
-        weight_files(path) or 0
-        for _, path in importlib.import_module("reward.base").model_paths(cfg.reward)
-    ]
-    return policy + max([policy, *rewards])
+    if stage.advantage is not Advantage.gae:
+        return policy
+    critics = [policy] + [weight_files(path) or 0 for _, path in scoring]
+    return policy + max(critics)
 
 
 def weight_files(path: str) -> int | None:
-    """Bytes of a model directory's weights, an adapter's base in its place; None where there are
-    none.
+    """Bytes of a model directory's weights, of an adapter's base for an adapter; None where there
+    are none.
     """
-    place = Path(path).expanduser()
-    if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
-        try:
-            place = Path(
-                str(
-                    json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))[
-                        "base_model_name_or_path"
-                    ]
-                )
-            ).expanduser()
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None  # what is wrong with it is said where it is loaded
-    return (
-        sum(file.stat().st_size for file in place.glob("*.safetensors") if file.is_file()) or None
-    )
+    directory = base_directory(path)
+    if directory is None:
+        return None  # what is wrong with the adapter is told where it is loaded
+    sizes = [file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file()]
+    return sum(sizes) or None
 
 
 def size_of(folder: Path) -> int:
     """Bytes of a folder's files; 0 where there is none."""
-    return (
-        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if folder.is_dir()
-        else 0
-    )
+    if not folder.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def existing_parent(path: Path) -> Path:
     """The nearest directory that exists: where a run directory would be made."""
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(parent for parent in (path, *path.parents) if parent.exists())

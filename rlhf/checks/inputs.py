@@ -1,0 +1,153 @@
+"""Checks of what a stage reads: the model's directory, the lengths it can take, the data files."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from conf.choices import ModelKind
+from conf.schema import Config, DataConfig, ModelConfig
+from rlhf.data import reading
+from rlhf.models.loading import check_model_path, json_object, load_tokenizer
+from rlhf.models.templates import template_text
+from rlhf.types import UserError
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+# ---- the model ----
+
+
+def check_model(model: ModelConfig) -> None:
+    """``model.path`` is a model's directory, and ``model.gguf_file`` is in it. Raises UserError."""
+    if model.kind is ModelKind.pretrained or model.path is not None:
+        check_model_path(model.path)
+    check_gguf_file(model)
+
+
+def check_gguf_file(model: ModelConfig) -> None:
+    """``model.gguf_file`` is in the directory ``model.path``. Raises UserError."""
+    if model.gguf_file is None:
+        return
+    if model.path is None:
+        raise UserError(
+            f"model.gguf_file={model.gguf_file}: expected model.path, the directory that holds "
+            "it, but it is not set."
+        )
+    directory = Path(model.path).expanduser()
+    if directory.is_dir() and not (directory / model.gguf_file).is_file():
+        names = ", ".join(sorted(path.name for path in directory.glob("*.gguf"))) or "none"
+        raise UserError(
+            f"model.gguf_file={model.gguf_file}: no such file in {directory}. GGUF files there: "
+            f"{names}."
+        )
+
+
+def policy_tokenizer(model: ModelConfig, chat_template: str | None) -> Any:
+    """The tokenizer of ``model.path``; None where it is not in a directory, or in a GGUF file, which
+    takes long to read. Raises UserError for one that can't be read.
+    """
+    if model.path is None or model.gguf_file is not None:
+        return None
+    if not Path(model.path).expanduser().is_dir():
+        return None
+    return load_tokenizer(model, chat_template)
+
+
+def padding_note(path: str | None, tokenizer: Any) -> list[str]:
+    """A note where padding is the end-of-sequence token, which does no harm here. `tokenizer` is
+    None where there is none to look at.
+    """
+    if tokenizer is None or tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return []
+    return [
+        f"model.path={path}: padding is the end-of-sequence token "
+        f"{tokenizer.eos_token!r}. Masks come from lengths, so the end of a "
+        "response still trains; to pad with another token, set pad_token in the model's "
+        "tokenizer_config.json."
+    ]
+
+
+# ---- lengths ----
+
+
+def max_positions(path: str | None) -> int | None:
+    """The longest sequence, in tokens, by a model's config.json; None where it can't be known from
+    the disk. Raises UserError for a config.json that can't be read.
+    """
+    if path is None:
+        return None
+    config_path = Path(path).expanduser() / "config.json"
+    if not config_path.is_file():
+        return None
+    content = json_object(config_path, "this model can't be loaded")
+    for name in _POSITIONS:
+        if isinstance(content.get(name), int):
+            return int(content[name])
+    return None
+
+
+def model_positions(model: ModelConfig) -> tuple[str, int | None]:
+    """What limits the policy's sequences, for messages, and the limit in tokens."""
+    if model.path is not None:
+        return f"model.path={model.path}: its positions", max_positions(model.path)
+    limit = model.tiny.max_positions if model.kind is ModelKind.tiny else None
+    return "model.tiny.max_positions", limit
+
+
+def directory_positions(paths: Iterable[tuple[str, str | None]]) -> list[tuple[str, int | None]]:
+    """The same for each option and model directory of `paths`."""
+    return [(f"{key}={path}: its positions", max_positions(path)) for key, path in paths]
+
+
+def check_row_length(max_length: int, model: ModelConfig) -> None:
+    """Rows of ``stage.max_length`` tokens fit the model. Raises UserError."""
+    name, limit = model_positions(model)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"stage.max_length={max_length} tokens are more than the model reads ({name} "
+            f"= {limit}). Set stage.max_length={limit} or less."
+        )
+
+
+def check_sequence_length(
+    prompt: int, response: int, readers: Iterable[tuple[str, int | None]]
+) -> None:
+    """The longest prompt and response together, in tokens, fit every model that reads them; a
+    reader is its name for messages and its positions. Raises UserError.
+    """
+    for name, limit in readers:
+        if limit is not None and prompt + response > limit:
+            raise UserError(
+                f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = "
+                f"{prompt + response} tokens "
+                f"are more than the model reads ({name} = {limit}). Lower one of them."
+            )
+
+
+# ---- data ----
+
+
+def check_rows(cfg: Config) -> None:
+    """Training files exist, are not empty, and their first rows fit the stage. Raises UserError."""
+    check_template(cfg.data)
+    reading.required_sources(cfg)
+    reading.check_first_rows(cfg, reading.use_of(cfg))
+    refuse_pipeline(cfg.data, cfg.stage.name)
+
+
+def check_template(data: DataConfig) -> None:
+    """``data.chat_template`` can be read. Raises UserError."""
+    if data.chat_template is not None:
+        template_text(data.chat_template)
+
+
+def refuse_pipeline(data: DataConfig, stage: str) -> None:
+    """Only stage=data runs ``data.pipeline``: every other stage reads what it wrote. Raises
+    UserError.
+    """
+    if data.pipeline:
+        raise UserError(
+            f"data.pipeline holds {len(data.pipeline)} steps, which stage={stage} doesn't run: run "
+            "stage=data with it first, and give what that "
+            "writes (train.jsonl, eval.jsonl) as data.path and data.eval_path."
+        )
