@@ -15,13 +15,17 @@ STAMP := $(VENV)/.installed
 LABELSTUDIO := .venv-labelstudio
 LABELSTUDIO_VERSION := 1.23.2
 LABELSTUDIO_STAMP := $(LABELSTUDIO)/.installed-$(LABELSTUDIO_VERSION)
+# The pages of docs/ are built in an environment of their own: the toolkit needs none of it.
+DOCS := .venv-docs
+DOCS_LOCK := requirements/docs.txt
+DOCS_STAMP := $(DOCS)/.installed
 # -qq: errors only
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test test-slow test-labelstudio fuzz lint format doctor bench bench-data bench-growth chaos soak proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
+.PHONY: help setup demo docs test test-slow test-labelstudio fuzz lint format doctor bench bench-data bench-growth chaos soak proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +59,17 @@ $(LABELSTUDIO_STAMP):
 
 fuzz: $(STAMP) ## slow: thousands of bad options, rows, models and damaged files; fails unless each ends in an error of ours (about 8 min)
 	$(OFFLINE) $(PY) -m pytest -m slow tests/test_fuzz.py tests/test_fuzz_places.py -s $(PYTEST_ARGS)
+
+docs: $(STAMP) $(DOCS_STAMP) ## the pages of docs/ in build/docs; fails on a dead link or a command that does not parse
+	$(OFFLINE) $(PY) -m pytest -q -m '' tests/test_docs.py $(PYTEST_ARGS)
+	$(DOCS)/bin/python -m sphinx -b html -E -n -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "The pages are in build/docs/index.html"
+
+$(DOCS_STAMP): $(DOCS_LOCK)
+	@echo "Installing the packages of $(DOCS_LOCK) into $(DOCS) ..."
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(PIP_ARGS) -r $(DOCS_LOCK)
+	@touch $@
 
 lint: $(STAMP) ## ruff (rules and format) and mypy; changes nothing
 	$(VENV)/bin/ruff check .
@@ -106,4 +121,4 @@ soak: $(STAMP) ## slow: 200 steps of tiny models (ppo, ZeRO-2, vLLM, LoRA, sft);
 
 clean: ## remove caches and build leftovers (runs/ and the environments stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . \( -path ./$(VENV) -o -path ./$(LABELSTUDIO) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(LABELSTUDIO) -o -path ./$(DOCS) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

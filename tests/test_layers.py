@@ -1,6 +1,6 @@
 """Imports point one way, without circles; each heavy library has one importer.
 
-The rooms and the rule are described in docs/decisions.md ("The rooms of the house") and
+The rooms and the rule are described in docs/project/decisions.md ("The rooms of the house") and
 CONTRIBUTING.md. This test reads the source only: it imports nothing of the project.
 """
 

@@ -12,13 +12,10 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conf.schema import Config
-from conf.stages import STAGES
-from rlhf.cli.config import valid_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements" / "lock-cpu-py311.txt"
@@ -147,42 +144,9 @@ def test_make_prints_its_targets() -> None:
     } <= make_targets()
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/configuration.md"]
-)
-def test_documented_make_commands_exist(page: str) -> None:
-    named = set(
-        re.findall(
-            r"`?\bmake ([a-z][a-z0-9-]+)(?=`|$|\s+#|\s+[A-Z_]+=)",
-            (ROOT / page).read_text(encoding="utf-8"),
-            re.MULTILINE,
-        )
-    )
-    assert named <= make_targets()
-    if page == "README.md":
-        assert {"demo", "test"} <= named
-
-
 def test_ci_runs_the_readme_command() -> None:
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test")
     subprocess.run(["bash", "-n", ".ci/run"], cwd=ROOT, check=True)
-
-
-def test_links_between_documents_resolve() -> None:
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-        (ROOT / "docs").glob("*.md")
-    )
-    link = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-    links = [
-        (page, target)
-        for page in pages
-        for target in link.findall(page.read_text(encoding="utf-8"))
-        if "://" not in target
-    ]
-    assert links
-    assert not [
-        f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()
-    ]
 
 
 def test_wheel_holds_every_package_and_preset(tmp_path: Path) -> None:
@@ -213,19 +177,6 @@ def test_wheel_holds_every_package_and_preset(tmp_path: Path) -> None:
     assert len(wanted) > 20
     assert wanted <= inside
     assert not any(name.startswith("tests/") for name in inside)
-
-
-OPTION = re.compile(
-    r"\b((?:run|model|adapter|engine|rollout|reward|data|tracking|stage)\.[a-z_]+)\b(?!\.py|\.jsonl|/)"
-)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "docs/configuration.md"])
-def test_documented_options_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    named = {match[1] for match in OPTION.finditer(text)} - {"run.py", "data.jsonl", "data.md"}
-    assert named
-    assert named <= set(valid_keys(list(STAGES)))
 
 
 def test_documented_defaults_are_the_schema_s() -> None:

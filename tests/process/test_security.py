@@ -1,5 +1,5 @@
 """What comes from others runs no code: weights, adapters, checkpoints, model repositories, chat
-templates (docs/security.md).
+templates (docs/reference/security.md).
 """
 
 import ast
