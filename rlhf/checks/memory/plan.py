@@ -36,8 +36,8 @@ from rlhf.checks.memory.states import Counts, Setting, States, frozen_states, tr
 
 # One rank's process by itself, as measured on a CPU: the peak of whole runs of models below 2M
 # parameters, by stage, engine and generator.
-# vLLM 0.26 in short runs, 0.25 to 0.6 in the online runs of docs/project/proofs.md; TRL 0.04 to 0.25, with
-# the rows of the data.
+# vLLM 0.26 in short runs, 0.25 to 0.6 in the online runs of docs/project/proofs.md; TRL 0.04 to
+# 0.25, with the rows of the data.
 INTERPRETER_GIB, TRL_GIB, DEEPSPEED_GIB, VLLM_GIB = 0.54, 0.12, 0.05, 0.45
 # the same beside a GPU, with the host's side of CUDA; assumed, not measured here
 PROCESS_HOST_GIB = 1.2
