@@ -114,9 +114,9 @@ def measure_near(rows: int, folder: Path) -> Near:
     """The step, run over items in this process: its time alone, and the process's peak with the
     texts in it.
     """
-    from rlhf.data.prepare import run
     from rlhf.data.prepare.items import Item
     from rlhf.data.prepare.near import near_clusters
+    from rlhf.data.prepare.pipeline import run
 
     data = corpus(sentences(), rows)
     items = [

@@ -58,7 +58,6 @@ class Terms(StepOptions):
     """
 
     step: ClassVar[str] = "terms"
-    apply: ClassVar[str] = "rlhf.data.prepare.terms:terms"
     streaming: ClassVar[bool] = True
 
     dictionary: str = option(MISSING, "YAML file; an entry without other words protects its term.")
@@ -102,7 +101,6 @@ class Aggregate(JudgedOptions):
     """Rows that judge one item become one row with the label that they give together."""
 
     step: ClassVar[str] = "aggregate"
-    apply: ClassVar[str] = "rlhf.data.prepare.aggregate:aggregate"
 
     method: Method = option(Method.majority, "How several labels become one.")
     tie_label: str | None = option(
@@ -144,7 +142,6 @@ class Review(JudgedOptions):
     """
 
     step: ClassVar[str] = "review"
-    apply: ClassVar[str] = "rlhf.data.prepare.review:review"
 
     decisions: str | None = option(
         None,
@@ -177,7 +174,6 @@ class LabelNoise(StepOptions):
     """
 
     step: ClassVar[str] = "label_noise"
-    apply: ClassVar[str] = "rlhf.data.prepare.label_noise:label_noise"
     kinds: ClassVar[frozenset[str]] = frozenset({"preference", "unpaired"})
 
     reward_model: str | None = option(

@@ -34,7 +34,6 @@ class Augment(StepOptions):
     """
 
     step: ClassVar[str] = "augment"
-    apply: ClassVar[str] = "rlhf.data.prepare.augment:augment"
     streaming: ClassVar[bool] = True
     after_split: ClassVar[bool] = True
 
@@ -77,7 +76,6 @@ class BackTranslate(StepOptions):
     """A new row for each row, its text translated into another language and back."""
 
     step: ClassVar[str] = "back_translate"
-    apply: ClassVar[str] = "rlhf.data.prepare.translate:back_translate"
     after_split: ClassVar[bool] = True
 
     source: str = option("en", "Language of the rows.")

@@ -32,15 +32,13 @@ class Vectors(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class StepOptions:
-    """One step of data.pipeline. `apply` is loaded when the step runs: (options, items, context) ->
-    items, see rlhf/data/prepare/items.py.
+    """One step of data.pipeline. What it does is in rlhf/data/prepare/steps.py, under its name.
 
     A file or directory that an option names belongs into `files`: it is checked before a row is
     read, and a change of its content makes the step run again.
     """
 
     step: ClassVar[str]  # its name in data.pipeline
-    apply: ClassVar[str]  # pkg.module:function
     # takes one item at a time; else it holds all of them in memory
     streaming: ClassVar[bool] = False
     # rows that it can take

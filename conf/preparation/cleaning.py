@@ -41,7 +41,6 @@ class Repair(StepOptions):
     """
 
     step: ClassVar[str] = "repair"
-    apply: ClassVar[str] = "rlhf.data.prepare.cleaning:repair"
     streaming: ClassVar[bool] = True
 
     encoding: bool = option(
@@ -70,7 +69,6 @@ class Language(StepOptions):
     """Keeps rows in some languages, as py3langid tells them."""
 
     step: ClassVar[str] = "language"
-    apply: ClassVar[str] = "rlhf.data.prepare.cleaning:language"
     streaming: ClassVar[bool] = True
 
     keep: list[str] = option(["en"], "ISO 639-1 codes of the languages.", filled=True)
@@ -95,7 +93,6 @@ class Length(StepOptions):
     """Keeps rows whose texts are neither too short nor too long."""
 
     step: ClassVar[str] = "length"
-    apply: ClassVar[str] = "rlhf.data.prepare.cleaning:length"
     streaming: ClassVar[bool] = True
 
     low: int | None = option(None, "Shortest length, in units; null: no limit.", at_least=0)
@@ -138,7 +135,6 @@ class Quality(StepOptions):
     """
 
     step: ClassVar[str] = "quality"
-    apply: ClassVar[str] = "rlhf.data.prepare.quality:quality"
     streaming: ClassVar[bool] = True
 
     part: Part = option(Part.answer, "Which texts of a row are looked at.")
@@ -229,7 +225,6 @@ class Tfidf(StepOptions):
     """
 
     step: ClassVar[str] = "tfidf"
-    apply: ClassVar[str] = "rlhf.data.prepare.quality:tfidf"
 
     part: Part = option(
         Part.answer, "Which texts of a row: of a pair the chosen side, of judged answers the good."
@@ -274,7 +269,6 @@ class Perplexity(StepOptions):
     """
 
     step: ClassVar[str] = "perplexity"
-    apply: ClassVar[str] = "rlhf.data.prepare.perplexity:perplexity"
 
     model: str = option(
         MISSING,
@@ -340,7 +334,6 @@ class Patterns(StepOptions):
     """
 
     step: ClassVar[str] = "patterns"
-    apply: ClassVar[str] = "rlhf.data.prepare.personal:patterns"
     streaming: ClassVar[bool] = True
 
     find: list[Personal] = option(list(Personal), "Kinds of personal data that are looked for.")

@@ -12,7 +12,6 @@ class ExactDuplicates(StepOptions):
     """Keeps the first row of each text. Streams: some 50 bytes a row in memory."""
 
     step: ClassVar[str] = "exact_duplicates"
-    apply: ClassVar[str] = "rlhf.data.prepare.exact:exact_duplicates"
     streaming: ClassVar[bool] = True
 
     part: Part = option(Part.whole, "Which texts of a row are compared.")
@@ -39,7 +38,6 @@ class NearDuplicates(StepOptions):
     """
 
     step: ClassVar[str] = "near_duplicates"
-    apply: ClassVar[str] = "rlhf.data.prepare.near:near_duplicates"
 
     part: Part = option(Part.whole, "Which texts of a row are compared.")
     threshold: float = option(
@@ -66,7 +64,6 @@ class CosineDuplicates(StepOptions):
     """
 
     step: ClassVar[str] = "cosine_duplicates"
-    apply: ClassVar[str] = "rlhf.data.prepare.cosine:cosine_duplicates"
 
     part: Part = option(Part.whole, "Which texts of a row are compared.")
     threshold: float = option(

@@ -35,7 +35,6 @@ class Balance(StepOptions):
     """
 
     step: ClassVar[str] = "balance"
-    apply: ClassVar[str] = "rlhf.data.prepare.balance:balance"
 
     by: Grouping = option(Grouping.column, "What makes the groups.")
     column: str | None = option(None, "Column whose values are the groups, with by=column.")
@@ -72,7 +71,6 @@ class Split(StepOptions):
     """
 
     step: ClassVar[str] = "split"
-    apply: ClassVar[str] = "rlhf.data.prepare.splitting:split"
     splits: ClassVar[bool] = True
 
     fraction: float = option(0.1, "Share of the rows that is held out.", above=0, below=1)

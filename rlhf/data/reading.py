@@ -26,7 +26,8 @@ from rlhf.data.files import SourceRow, read_rows
 from rlhf.data.formats import Format, Use, texts_in
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.formats.base import both_sides
-from rlhf.data.mixture import Source, eval_sources, given, mixed, train_sources
+from rlhf.data.mixture import Source, mixed
+from rlhf.data.sources import eval_sources, given, train_sources
 from rlhf.models import encoding
 from rlhf.process import distributed
 from rlhf.process.wording import describe
@@ -320,7 +321,7 @@ def write_rejected(cfg: Config, loaded: Loaded) -> Path:
 
 
 def _sides(cfg: Config) -> list[list[Source]]:
-    return [sources for sources in (train_sources(cfg), eval_sources(cfg)) if sources]
+    return [sources for sources in (train_sources(cfg.data), eval_sources(cfg.data)) if sources]
 
 
 def check_first_rows(cfg: Config, use: Use) -> None:
@@ -380,7 +381,7 @@ def _require_margins(loaded: Loaded) -> None:
 
 def required_sources(cfg: Config) -> list[Source]:
     """The training rows' sources. Raises UserError when none is set."""
-    sources = train_sources(cfg)
+    sources = train_sources(cfg.data)
     if not sources:
         names = ", ".join(f.name for f in formats_for(use_of(cfg)))
         raise UserError(
@@ -425,7 +426,7 @@ def _train_and_eval(cfg: Config, use: Use, group: Callable[[Any], Any]) -> tuple
     """
     train = load(cfg, required_sources(cfg), use)
     if cfg.data.eval_path is not None:
-        return train, load(cfg, eval_sources(cfg), use)
+        return train, load(cfg, eval_sources(cfg.data), use)
     return _split(train, [stable_hash(group(r.value)) for r in train.records], cfg)
 
 

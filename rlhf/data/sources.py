@@ -1,98 +1,144 @@
-"""The rows that a configuration names, one by one: as they stand in their files (`stream`), or in
-canonical columns (`items`).
+"""The sources that a configuration names: a file, a glob, a data set, a mixture of them
+(data.sources), or entries of LLaMA-Factory's registry (data.dataset).
 """
 
-from collections.abc import Iterator
-from itertools import islice
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 from conf.choices import DataFormat
-from conf.schema import Config
-from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
-from rlhf.data.files import SourceRow
-from rlhf.data.formats import Use, by_name, detect
-from rlhf.data.formats.base import both_sides, columns_of
-from rlhf.data.mixture import eval_sources, mixed, train_sources
-from rlhf.data.prepare.items import Item
-from rlhf.types import PreferencePair, UserError
+from conf.schema import DataConfig, SourceConfig
+from rlhf.data import registry
+from rlhf.data.formats import mt_bench
+from rlhf.data.mixture import Row, Source, Transform
+from rlhf.data.parts import parts_of
+from rlhf.types import UserError
+
+_CAP = re.compile(r"(.+)#(\d+)")
 
 
-def stream(cfg: Config, split: str = "train") -> Iterator[SourceRow]:
-    """Every training (or eval) row as it stands in its file, renamed by data.columns, with its
-    origin; one at a time.
-
-    Rows that can't be read come with their `problem`. Ends after data.max_rows. Raises UserError
-    where nothing is set.
+def train_sources(data: DataConfig) -> list[Source]:
+    """The sources of data.path, data.sources or data.dataset; empty when none is set. Raises
+    UserError for one that doesn't exist.
     """
-    sources = train_sources(cfg) if split == "train" else eval_sources(cfg)
-    if not sources:
-        raise UserError(
-            f"{'data.path' if split == 'train' else 'data.eval_path'} is not set: expected a "
-            "file, a glob, a data set or a mixture."
-        )
-    return islice(mixed(sources, cfg.run.seed), cfg.data.max_rows)
-
-
-def items(
-    cfg: Config, kind: Use, rejected: LeftOut, aside: LeftOut, split: str = "train"
-) -> Iterator[Item]:
-    """Training (or eval) rows one by one in canonical columns, whatever files they come from; a row
-    of several pairs gives several items.
-
-    Rows that don't fit go to `rejected`, judgements that give no pair (ties, skips) to `aside`,
-    each with its reason. A row's own columns follow the canonical ones, except those that had a
-    canonical name. Raises UserError where a file as a whole can't be read as `kind`.
-    """
-    conversion = Conversion(
-        kind,
-        train_sources(cfg) if split == "train" else eval_sources(cfg),
-        rejected,
-        aside,
-        PROBE + cfg.data.max_bad_rows,
-    )
-    for row in stream(cfg, split):
-        for record in conversion.records(row):
-            values = [record.value]
-            if kind is Use.unpaired and isinstance(record.value, PreferencePair):
-                values = list(both_sides(record.value))
-            for value in values:
-                columns = columns_of(
-                    value, record.fields, conversion.format_of(record.origin).answers
-                )
-                yield Item(columns, record.origin, record.number, split)
-
-
-def natural_use(cfg: Config) -> Use:
-    """What the training rows are by themselves: pairs, judged answers, texts to train on, else
-    prompts. Raises UserError as `choose_format`.
-    """
-    found: list[Use] = []
-    for source in train_sources(cfg):
-        for part in source.parts:
-            row = next(
-                (row for row in islice(source.rows(part), PROBE) if row.problem is None), None
+    if data.sources:
+        out = [_named(name, source, data) for name, source in data.sources.items()]
+        origins = Counter(part.origin for source in out for part in source.parts)
+        twice = next((origin for origin, times in origins.items() if times > 1), None)
+        if twice is not None:
+            raise UserError(
+                f"data.sources: {twice} is in more than one of them. Name it once, with the "
+                "weight that it shall have."
             )
-            if row is None:
-                continue
-            chosen = (
-                by_name(source.format.value)
-                if source.format is not DataFormat.auto
-                else detect(row.columns)
+        return out
+    if data.dataset is not None:
+        assert data.registry is not None
+        if data.format is not DataFormat.auto or data.columns:
+            option = "data.columns" if data.columns else f"data.format={data.format.value}"
+            raise UserError(
+                f"{option} and data.dataset={data.dataset}: the registry says both format and "
+                f"columns. Leave {option} out."
             )
-            if chosen is None:
-                # raises, naming the nearest
-                choose_format(part.origin, [row], Use.sft, source.format)
-            else:
-                found.append(
-                    next(
-                        use
-                        for use in (Use.preference, Use.unpaired, Use.sft, Use.prompt)
-                        if chosen.reads(use)
-                    )
-                )
-    different = sorted({use.value for use in found})
-    if len(different) != 1:
+        return registry.sources(Path(data.registry).expanduser(), data.dataset)
+    return [] if data.path is None else [_plain(data.path, "data.path", data)]
+
+
+def eval_sources(data: DataConfig) -> list[Source]:
+    """The source of data.eval_path; empty when it isn't set. Raises UserError for one that doesn't
+    exist.
+    """
+    if data.eval_path is None:
+        return []
+    return [_plain(data.eval_path, "data.eval_path", data)]
+
+
+def sources_of(data: DataConfig, split: str) -> list[Source]:
+    """The sources of a split, train or eval. Raises UserError as `train_sources`."""
+    return train_sources(data) if split == "train" else eval_sources(data)
+
+
+def all_sources(data: DataConfig) -> list[Source]:
+    """The sources of both splits. Raises UserError as `train_sources`."""
+    return [*train_sources(data), *eval_sources(data)]
+
+
+def one_source(path: str, key: str) -> Source:
+    """The rows of `path`, in whatever format, `key` being the option that names it. Raises
+    UserError for a path that doesn't exist.
+    """
+    return _plain(path, key, DataConfig())
+
+
+def given(data: DataConfig) -> str | None:
+    """The training rows' option with its value, for messages; None when none is set."""
+    if data.sources:
+        return f"data.sources={{{', '.join(data.sources)}}}"
+    if data.dataset is not None:
+        return f"data.dataset={data.dataset}"
+    return None if data.path is None else f"data.path={data.path}"
+
+
+def data_files(data: DataConfig) -> list[Path]:
+    """Every file on this machine that the run reads, once each, for its manifest."""
+    parts = [part for source in all_sources(data) for part in source.parts]
+    for path in data.join:
+        parts += parts_of(path, "data.join")
+    return list(dict.fromkeys(file for part in parts for file in part.files))
+
+
+def _plain(path: str, key: str, data: DataConfig) -> Source:
+    only_train = key == "data.path"
+    subset, split = (data.subset, data.split) if only_train else (None, None)
+    where, cap = split_cap(path, key)
+    parts = parts_of(where, key, subset, split)
+    return Source(key, path, parts, data.format, _transforms(data.columns, data.join), cap)
+
+
+def _named(name: str, source: SourceConfig, data: DataConfig) -> Source:
+    key = f"data.sources.{name}.path"
+    where, cap = split_cap(source.path, key)
+    if cap is not None and source.cap is not None:
         raise UserError(
-            f"data: expected rows of one kind, found {', '.join(different) or 'none'}. Say which "
-            "is meant, or give one file."
+            f"{key}={source.path}: the cap is given twice, as #{cap} and as "
+            f"data.sources.{name}.cap={source.cap}."
         )
-    return found[0]
+    form = source.format if source.format is not DataFormat.auto else data.format
+    transforms = _transforms(source.columns or data.columns, data.join)
+    parts = parts_of(where, key, source.subset, source.split)
+    cap = source.cap if cap is None else cap
+    return Source(key, name, parts, form, transforms, cap, source.weight)
+
+
+def _transforms(columns: dict[str, Any], join: list[str]) -> tuple[Transform, ...]:
+    out: list[Transform] = []
+    if columns:
+        out.append(lambda row: rename(row, columns))
+    if join:
+        out.append(mt_bench.joiner(tuple(join)))
+    return tuple(out)
+
+
+def split_cap(path: str, key: str) -> tuple[str, int | None]:
+    """`path#500` as the path and the most rows to take of it. A path without such an ending, or that
+    exists with it, has no cap.
+    """
+    match = _CAP.fullmatch(path)
+    if match is None or Path(path).expanduser().exists():
+        return path, None
+    if int(match[2]) < 1:
+        raise UserError(f"{key}={path}: expected at least one row after '#', found {match[2]}.")
+    return match[1], int(match[2])
+
+
+def rename(row: Row, columns: dict[str, Any]) -> Row:
+    """A row whose column columns[name] is called `name`. A column that had that name before is left
+    out; one that the row lacks stays missing.
+    """
+    taken = {source: name for name, source in columns.items() if source in row}
+    replaced = set(taken.values())
+    return {
+        taken.get(key, key): value
+        for key, value in row.items()
+        if key in taken or key not in replaced
+    }

@@ -25,8 +25,8 @@ from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
 from rlhf.checks import launch
 from rlhf.checks.launch import BatchPlan, count_steps, plan_batches
-from rlhf.data.mixture import data_files
 from rlhf.data.reading import stage_texts
+from rlhf.data.sources import data_files
 from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
 from rlhf.models.templates import template_text
 from rlhf.offline.guards import Guard
@@ -450,5 +450,5 @@ def record_inputs(ctx: RunContext, kind: str) -> None:
     files.
     """
     ctx.add_parent(kind, ctx.cfg.model.path)
-    for path in data_files(ctx.cfg):
+    for path in data_files(ctx.cfg.data):
         ctx.add_data(path)

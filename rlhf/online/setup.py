@@ -37,7 +37,7 @@ from reward.base import model_paths
 from reward.model import load_reward_model
 from reward.terms import make_scorer
 from rlhf.data import reading
-from rlhf.data.mixture import data_files
+from rlhf.data.sources import data_files
 from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
@@ -206,7 +206,7 @@ def _register(ctx: RunContext) -> None:
         ctx.add_parent("policy", ctx.cfg.model.path)
     for _, path in model_paths(ctx.cfg.reward):
         ctx.add_parent("reward", path)
-    for file in data_files(ctx.cfg):
+    for file in data_files(ctx.cfg.data):
         ctx.add_data(file)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 from conf.choices import DataTarget, FileKind
 from conf.schema import Config
 from rlhf.data.formats import Use
-from rlhf.data.mixture import data_files
 from rlhf.data.prepare import ingest, store
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.pipeline import stream, write_rejected
 from rlhf.data.prepare.store import StepReport
+from rlhf.data.sources import data_files
 from rlhf.data.writing import file_kind, write_items
 from rlhf.process import distributed, watchdog
 from rlhf.run import console
@@ -91,10 +91,10 @@ def run(ctx: RunContext) -> None:
 def _run(ctx: RunContext) -> None:
     cfg = ctx.cfg
     ctx.watchdog.phase("hash")
-    kind = ingest.kind_of(cfg)
-    steps = ingest.steps_of(cfg, kind)
-    hashes = {str(path): str(ctx.add_data(path)) for path in data_files(cfg)}
-    identity = ingest.identity(cfg, kind, hashes)
+    kind = ingest.kind_of(cfg.data)
+    steps = ingest.steps_of(cfg.data, cfg.run.seed, kind)
+    hashes = {str(path): str(ctx.add_data(path)) for path in data_files(cfg.data)}
+    identity = ingest.identity(cfg.data, cfg.run.seed, kind, hashes)
     if identity is None and cfg.data.cache:
         LOG.info(
             "Rows of a hub may change, so no step's rows are kept: every run starts from the "
@@ -103,7 +103,7 @@ def _run(ctx: RunContext) -> None:
     held_out = cfg.data.eval_path is not None
     done: list[StepReport] = []
     rows = stream(
-        ingest.source(cfg, kind, ctx.dir),
+        ingest.reader(cfg.data, cfg.run.seed, kind, ctx.dir),
         steps,
         kind=kind,
         folder=ctx.dir,
@@ -197,7 +197,9 @@ def _examine(
     from rlhf.data.report.staged import of_stage
     from rlhf.data.report.terminal import tables
 
-    report = of_stage(ctx.cfg, kind, items, done, ctx.dir)
+    report = of_stage(
+        ctx.cfg.data, ctx.cfg.model, kind, items, done, ctx.dir, ctx.cfg.run.seed
+    )
     for table in tables(report):
         console.console().print(table)
     return {f"report ({suffix})": path for suffix, path in report.files.items()}

@@ -24,7 +24,7 @@ from reward.terms import check_rows, make_scorer
 from rlhf.checks import inputs, launch, rollout
 from rlhf.data import reading
 from rlhf.data.files import check_file
-from rlhf.data.mixture import data_files, given
+from rlhf.data.sources import data_files, given
 from rlhf.models.loading import (
     check_model_path,
     load_causal_lm,
@@ -125,7 +125,7 @@ def _run(ctx: RunContext) -> None:
         *(("reward", path) for _, path in model_paths(cfg.reward)),
     ):
         ctx.add_parent(kind, path)
-    for file in data_files(cfg):
+    for file in data_files(cfg.data):
         ctx.add_data(file)
     ctx.add_data(stage.judge_path if Judge.classifier in stage.judges else None)
 

@@ -12,7 +12,7 @@ from reward.base import is_set, model_paths
 from reward.checks import check_reward, check_reward_model
 from reward.terms import check_rows
 from rlhf.checks import inputs, rollout
-from rlhf.data import mixture, reading
+from rlhf.data import reading, sources
 from rlhf.data.formats import Use
 from rlhf.labels import checks_export
 from rlhf.labels.checks_import import check_import
@@ -89,7 +89,7 @@ def check_export(cfg: Config) -> None:
         refuse_reward(cfg.reward, "label.samples")
         scores = [check_samples(path) for path in label.samples]
         scored = all(scores)
-        if mixture.given(cfg.data) is not None:
+        if sources.given(cfg.data) is not None:
             reading.check_first_rows(cfg, Use.prompt)
             if cfg.model.path is not None:
                 check_model_path(cfg.model.path)
@@ -105,7 +105,7 @@ def check_export(cfg: Config) -> None:
     checks_export.check_scores(label, scored=scored)
     checks_export.check_gold_options(label, policies)
     if label.gold_path is not None:
-        gold = mixture.one_source(label.gold_path, "label.gold_path")
+        gold = sources.one_source(label.gold_path, "label.gold_path")
         reading.check_sources(cfg, [gold], Use.preference)
     checks_export.instructions_text(label.instructions)
     checks_export.check_tools(label)

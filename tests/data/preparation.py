@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf.data.formats import Use
-from rlhf.data.prepare import run
 from rlhf.data.prepare.items import Item
+from rlhf.data.prepare.pipeline import run
 from rlhf.data.prepare.store import StepReport
 
 

@@ -12,7 +12,7 @@ from conf.choices import TrackingKind
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import DataStage, RewardStage
 from rlhf.data.formats import Use
-from rlhf.data.prepare import run
+from rlhf.data.prepare.pipeline import run
 from rlhf.data.prepare.plan import plan
 from rlhf.run.context import RunContext
 from rlhf.stages import data, reward

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from conf import preparation
 from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
-from rlhf.data.prepare import run
 from rlhf.data.prepare.items import Context, Item
-from rlhf.data.prepare.pipeline import stream
+from rlhf.data.prepare.pipeline import run, stream
 from rlhf.data.prepare.plan import plan
+from rlhf.data.prepare.steps import STEPS
 from rlhf.data.prepare.store import FOLDER, StepReport, line, plain
 from rlhf.types import UserError
 
@@ -32,7 +32,6 @@ class Shorter(StepOptions):
     """Leaves out texts of more than `most` characters."""
 
     step: ClassVar[str] = "shorter"
-    apply: ClassVar[str] = f"{__name__}:shorter"
     streaming: ClassVar[bool] = True
 
     most: int = 5
@@ -43,7 +42,6 @@ class Shuffled(StepOptions):
     """Writes a random number into each row; takes all rows first."""
 
     step: ClassVar[str] = "shuffled"
-    apply: ClassVar[str] = f"{__name__}:shuffled"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +49,6 @@ class Broken(StepOptions):
     """A step with a defect."""
 
     step: ClassVar[str] = "broken"
-    apply: ClassVar[str] = f"{__name__}:broken"
     streaming: ClassVar[bool] = True
 
     how: str = "raise"
@@ -66,7 +63,6 @@ class Late(StepOptions):
     """Runs after the split, on pairs."""
 
     step: ClassVar[str] = "late"
-    apply: ClassVar[str] = f"{__name__}:passing"
     kinds: ClassVar[frozenset[str]] = frozenset({"preference"})
     after_split: ClassVar[bool] = True
 
@@ -76,7 +72,6 @@ class Halved(StepOptions):
     """A split."""
 
     step: ClassVar[str] = "halved"
-    apply: ClassVar[str] = f"{__name__}:halved"
     splits: ClassVar[bool] = True
 
 
@@ -123,8 +118,16 @@ def halved(options: Halved, items: Iterator[Item], context: Context) -> Iterator
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options in (Shorter, Shuffled, Broken, Late, Halved):
+    functions = {
+        Shorter: shorter,
+        Shuffled: shuffled,
+        Broken: broken,
+        Late: passing,
+        Halved: halved,
+    }
+    for options, function in functions.items():
         monkeypatch.setitem(preparation.STEPS, options.step, options)
+        monkeypatch.setitem(STEPS, options.step, function)
     CALLS.clear()
 
 
@@ -277,7 +280,7 @@ def test_steps_after_the_split_are_told_so(tmp_path: Path, monkeypatch: pytest.M
         told.append(context.split_done)
         yield from items
 
-    monkeypatch.setattr(f"{__name__}.passing", look)
+    monkeypatch.setitem(STEPS, "late", look)
     monkeypatch.setattr(Late, "kinds", frozenset({"sft"}))
     monkeypatch.setattr(Late, "after_split", False)
     run(rows("a", "b"), ["late", "halved", "late"], kind="sft", folder=tmp_path)
@@ -444,3 +447,7 @@ def test_rows_come_back_as_they_were_kept(
 def test_a_line_is_one_line_of_utf8_and_reads_back(value: Any) -> None:
     text = line(plain(value))
     assert text.encode("utf-8").count(b"\n") == 1 and json.loads(text) == plain(value)
+
+
+def test_every_step_with_options_has_its_function() -> None:
+    assert set(STEPS) == set(preparation.STEPS)

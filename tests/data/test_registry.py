@@ -11,8 +11,9 @@ import pytest
 from conf.choices import DataFormat
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import KTOStage, RewardStage, SFTStage
-from rlhf.data import reading, sources
+from rlhf.data import reading
 from rlhf.data.formats import Use
+from rlhf.data.prepare import ingest
 from rlhf.types import JudgedAnswer, PreferencePair, UserError
 
 
@@ -41,8 +42,9 @@ def columns(cfg: Config, kind: Use) -> list[dict[str, Any]]:
     left: list[str] = []
     out = [
         item.columns
-        for item in sources.items(
-            cfg,
+        for item in ingest.items(
+            cfg.data,
+            cfg.run.seed,
             kind,
             lambda row, reason: left.append(reason),
             lambda row, reason: left.append(reason),
@@ -185,7 +187,7 @@ def test_entries(
 ) -> None:
     cfg = registry(tmp_path, [row], **entry)
     assert columns(cfg, kind) == [expected]
-    assert sources.natural_use(cfg) is kind
+    assert ingest.natural_use(cfg.data) is kind
 
 
 def test_stages_read_a_registry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -282,8 +284,8 @@ def test_a_place_that_is_not_read_and_rows_with_images(tmp_path: Path) -> None:
     left: list[str] = []
     assert (
         list(
-            sources.items(
-                cfg, Use.sft, lambda row, reason: left.append(reason), lambda row, reason: None
+            ingest.items(
+                cfg.data, 0, Use.sft, lambda row, reason: left.append(reason), lambda *_: None
             )
         )
         == []

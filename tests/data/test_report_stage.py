@@ -131,7 +131,7 @@ def test_formats_by_file(folder: Path) -> None:
             f"data.eval_path={folder / 'held.jsonl'}",
         ]
     )
-    assert {Path(k).name: v for k, v in formats_read(cfg, Use.preference).items()} == {
+    assert {Path(k).name: v for k, v in formats_read(cfg.data, Use.preference).items()} == {
         "rows.jsonl": "preference",
         "held.jsonl": "hh_rlhf",
     }

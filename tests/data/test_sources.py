@@ -19,6 +19,7 @@ from rlhf.cli import config as composing
 from rlhf.data import files, mixture, reading, sources
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use
+from rlhf.data.prepare import ingest
 from rlhf.data.prepare.items import Item
 from rlhf.types import PreferencePair, UserError
 
@@ -42,7 +43,7 @@ def config(folder: Path, stage: Any = None, *, seed: int = 0, **data: Any) -> Co
 
 
 def read(cfg: Config, split: str = "train") -> list[str]:
-    return [row.columns["text"] for row in sources.stream(cfg, split)]
+    return [row.columns["text"] for row in ingest.source_rows(cfg.data, cfg.run.seed, split)]
 
 
 def items(
@@ -51,8 +52,9 @@ def items(
     rejected: list[tuple[int, str]] = []
     aside: list[tuple[int, str]] = []
     out = list(
-        sources.items(
-            cfg,
+        ingest.items(
+            cfg.data,
+            cfg.run.seed,
             kind,
             lambda row, reason: rejected.append((row.number, reason)),
             lambda row, reason: aside.append((row.number, reason)),
@@ -71,12 +73,14 @@ def test_a_glob_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None
     (tmp_path / "in" / "c.csv").write_text("text\nc 0\n", encoding="utf-8")
     cfg = config(tmp_path, path=f"{tmp_path}/in/*")
     assert read(cfg) == ["a 0", "a 1", "b 0", "b 1", "c 0"]
-    assert [(Path(row.origin).name, row.number) for row in sources.stream(cfg)][:3] == [
+    assert [
+        (Path(row.origin).name, row.number) for row in ingest.source_rows(cfg.data, cfg.run.seed)
+    ][:3] == [
         ("a.jsonl", 1),
         ("a.jsonl", 2),
         ("b.jsonl", 1),
     ]
-    assert [p.name for p in mixture.data_files(cfg)] == ["a.jsonl", "b.jsonl", "c.csv"]
+    assert [p.name for p in sources.data_files(cfg.data)] == ["a.jsonl", "b.jsonl", "c.csv"]
     assert read(config(tmp_path, path=f"{tmp_path}/**/[ab].jsonl")) == ["a 0", "a 1", "b 0", "b 1"]
     with pytest.raises(
         UserError,
@@ -108,7 +112,7 @@ def test_streaming_reads_no_further_than_it_is_asked(
 
     monkeypatch.setattr("rlhf.data.parts.scan", watched)
     paths = [jsonl(tmp_path / f"{i}.jsonl", texts(str(i), 200)) for i in range(2)]
-    stream = sources.stream(config(tmp_path, path=f"{tmp_path}/*.jsonl"))
+    stream = ingest.source_rows(DataConfig(path=f"{tmp_path}/*.jsonl"), 0)
     assert next(stream).columns == {"text": "0 0"} and len(seen) == 1
     assert len(paths) == 2 and read(config(tmp_path, path=f"{tmp_path}/*.jsonl", max_rows=3)) == [
         "0 0",
@@ -116,7 +120,8 @@ def test_streaming_reads_no_further_than_it_is_asked(
         "0 2",
     ]
     seen.clear()
-    rows = sources.items(config(tmp_path, path=paths[0]), Use.sft, lambda *a: None, lambda *a: None)
+    data = DataConfig(path=paths[0])
+    rows = ingest.items(data, 0, Use.sft, lambda *a: None, lambda *a: None)
     next(rows)
     assert len(seen) <= 22, "the format is looked for in the first rows alone"
 
@@ -308,10 +313,10 @@ def test_columns_are_renamed_before_the_format_is_looked_for(tmp_path: Path) -> 
     assert [item.columns for item in out] == [{"prompt": "q", "completion": "a"}], (
         "text has a meaning of its own, so it doesn't stay"
     )
-    assert mixture.rename({"a": 1, "b": 2}, {"a": "b"}) == {"a": 2}
-    assert mixture.rename({"b": 2, "a": 1}, {"a": "b"}) == {"a": 2}
-    assert mixture.rename({"a": 1, "b": 2}, {"a": "b", "b": "a"}) == {"b": 1, "a": 2}
-    assert mixture.rename({"a": 1}, {"x": "missing"}) == {"a": 1}
+    assert sources.rename({"a": 1, "b": 2}, {"a": "b"}) == {"a": 2}
+    assert sources.rename({"b": 2, "a": 1}, {"a": "b"}) == {"a": 2}
+    assert sources.rename({"a": 1, "b": 2}, {"a": "b", "b": "a"}) == {"b": 1, "a": 2}
+    assert sources.rename({"a": 1}, {"x": "missing"}) == {"a": 1}
 
 
 # ---- data sets ----
@@ -329,7 +334,7 @@ def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
     ).save_to_disk(str(tmp_path / "odd"))
     cfg = config(tmp_path, path=str(tmp_path / "one"))
     assert read(cfg) == ["a 0", "a 1", "a 2"]
-    assert [p.suffix for p in mixture.data_files(cfg)] == [".arrow"]
+    assert [p.suffix for p in sources.data_files(cfg.data)] == [".arrow"]
     assert read(config(tmp_path, path=str(tmp_path / "many"))) == ["t 0", "t 1"]
     assert read(config(tmp_path, path=str(tmp_path / "many"), split="test")) == ["e 0"]
     assert len(read(config(tmp_path, path=f"{tmp_path / 'one'}#2"))) == 2
@@ -438,7 +443,7 @@ def test_judgments_are_joined_with_their_texts(tmp_path: Path) -> None:
         )
     ]
     assert not rejected and aside == [(2, "a tie: game 1 says model_2, game 2 tie")]
-    assert len(mixture.data_files(cfg)) == 4
+    assert len(sources.data_files(cfg.data)) == 4
     _, rejected, _ = items(config(tmp_path, RewardStage(), path=path), Use.preference)
     assert (
         "names its question but holds no text of it: expected data.join=[questions, answers]"
@@ -584,16 +589,16 @@ def test_rejected_rows_go_to_the_callback_and_texts_do_not_mix_with_conversation
     ],
 )
 def test_what_rows_are_by_themselves(tmp_path: Path, row: dict[str, Any], use: Use) -> None:
-    assert sources.natural_use(config(tmp_path, path=jsonl(tmp_path / "a.jsonl", [row]))) is use
+    assert ingest.natural_use(DataConfig(path=jsonl(tmp_path / "a.jsonl", [row]))) is use
 
 
 def test_rows_of_two_kinds_or_none(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", [{"prompt": "p"}])
     jsonl(tmp_path / "b.jsonl", texts("b", 1))
     with pytest.raises(UserError, match=r"expected rows of one kind, found prompt, sft"):
-        sources.natural_use(config(tmp_path, path=f"{tmp_path}/*.jsonl"))
+        ingest.natural_use(DataConfig(path=f"{tmp_path}/*.jsonl"))
     with pytest.raises(UserError, match=r"a.jsonl, row 1: .*fit no format. Nearest format: text"):
-        sources.natural_use(config(tmp_path, path=jsonl(tmp_path / "a.jsonl", [{"txt": "p"}])))
+        ingest.natural_use(DataConfig(path=jsonl(tmp_path / "a.jsonl", [{"txt": "p"}])))
 
 
 def test_nothing_set(tmp_path: Path) -> None:

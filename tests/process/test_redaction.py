@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conf.choices import TrackingKind
-from conf.schema import Config, RunConfig, TrackingConfig
+from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import SFTStage
 from rlhf import __main__ as command_line
 from rlhf.process import redaction
@@ -132,7 +132,7 @@ def test_a_run_writes_no_secret(
 ) -> None:
     inner = data_stage.ingest.kind_of
 
-    def telling(cfg: Config) -> Any:
+    def telling(data: DataConfig) -> Any:
         """A library that logs what it should not."""
         log = logging.getLogger("somebody.else")
         log.warning(
@@ -144,7 +144,7 @@ def test_a_run_writes_no_secret(
             raise ValueError(f"refused: {os.environ['LABEL_STUDIO_API_KEY']}")
         except ValueError:
             log.exception("it failed with %s", os.environ["DB_PASSWORD"])
-        return inner(cfg)
+        return inner(data)
 
     monkeypatch.setattr(data_stage.ingest, "kind_of", telling)
     assert command_line.main(planted) == 0
@@ -207,7 +207,7 @@ def test_a_run_that_fails_tells_no_secret(
         f"{PLANTED['OPENAI_API_KEY']}"
     )
 
-    def fails(cfg: Config) -> Any:
+    def fails(data: DataConfig) -> Any:
         raise error(said)
 
     monkeypatch.setattr(data_stage.ingest, "kind_of", fails)

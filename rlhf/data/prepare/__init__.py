@@ -1,9 +1,3 @@
 """Preparation: a pipeline of steps over rows (data.pipeline), each with its count in and out and a
-reason for every row that it leaves out.
+reason for every row that it leaves out. As a library: rlhf.data.prepare.pipeline.run.
 """
-
-from rlhf.data.prepare.items import Context, Item
-from rlhf.data.prepare.pipeline import Prepared, run, stream
-from rlhf.data.prepare.store import StepReport
-
-__all__ = ["Context", "Item", "Prepared", "StepReport", "run", "stream"]

@@ -1,28 +1,35 @@
-"""Where stage=data's rows come from: the files that the configuration names, as the first step of
-the pipeline.
+"""The first step of stage=data's pipeline: the rows of the files that the configuration names, in
+canonical columns.
 """
 
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from conf.choices import DataKind
-from conf.schema import Config
-from rlhf.data import sources
-from rlhf.data.converting import PROBE, Conversion
+from conf.choices import DataFormat, DataKind
+from conf.schema import Config, DataConfig
+from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
-from rlhf.data.formats import Use
-from rlhf.data.mixture import eval_sources, given, train_sources
+from rlhf.data.formats import Use, by_name, detect
+from rlhf.data.formats.base import both_sides, columns_of
+from rlhf.data.mixture import Source, mixed
+from rlhf.data.parts import Part
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Context, Item
-from rlhf.data.prepare.pipeline import READ, REJECTED_FILE, Source
+from rlhf.data.prepare.pipeline import READ, REJECTED_FILE, ReadItems
 from rlhf.data.prepare.plan import Planned, digest, plan
+from rlhf.data.sources import all_sources, eval_sources, given, sources_of, train_sources
 from rlhf.data.writing import check_target
-from rlhf.types import UserError
+from rlhf.types import PreferencePair, UserError
 
 _SHOWN = 3  # rows quoted in an error
-# What decides which rows are read, and as what.
+# kinds in the order in which a file's rows are taken for them
+_NATURAL = (Use.preference, Use.unpaired, Use.sft, Use.prompt)
+# options of data that decide which rows are read, and as what
 _OPTIONS = (
     "path",
     "sources",
@@ -38,115 +45,198 @@ _OPTIONS = (
 )
 
 
-def kind_of(cfg: Config) -> Use:
-    """data.kind, or what the files' formats are by themselves. Raises UserError where nothing is
-    set, or files differ.
+def source_rows(data: DataConfig, seed: int, split: str = "train") -> Iterator[SourceRow]:
+    """Every row of a split (train, eval) as it is in its file, renamed by data.columns, with its
+    origin; one at a time.
+
+    Rows that can't be read come with their `problem`. Ends after data.max_rows. Raises UserError
+    where the split has no source.
     """
-    if given(cfg.data) is None:
+    sources = sources_of(data, split)
+    if not sources:
+        option = "data.path" if split == "train" else "data.eval_path"
+        raise UserError(f"{option} is not set: expected a file, a glob, a data set or a mixture.")
+    return islice(mixed(sources, seed), data.max_rows)
+
+
+def items(
+    data: DataConfig,
+    seed: int,
+    kind: Use,
+    rejected: LeftOut,
+    aside: LeftOut,
+    split: str = "train",
+) -> Iterator[Item]:
+    """The rows of a split (train, eval) one by one in canonical columns, whatever files they come
+    from; a row of several pairs gives several items.
+
+    Rows that don't fit go to `rejected`, judgements that give no pair (ties, skips) to `aside`,
+    each with its reason. A row's own columns follow the canonical ones, except those that had a
+    canonical name. Raises UserError where a file as a whole can't be read as `kind`.
+    """
+    sources = sources_of(data, split)
+    conversion = Conversion(kind, sources, rejected, aside, PROBE + data.max_bad_rows)
+    for row in source_rows(data, seed, split):
+        for record in conversion.records(row):
+            values = [record.value]
+            if kind is Use.unpaired and isinstance(record.value, PreferencePair):
+                values = list(both_sides(record.value))
+            answers = conversion.format_of(record.origin).answers
+            for value in values:
+                columns = columns_of(value, record.fields, answers)
+                yield Item(columns, record.origin, record.number, split)
+
+
+def natural_use(data: DataConfig) -> Use:
+    """What the training rows are by themselves: pairs, judged answers, texts to train on, else
+    prompts. Raises UserError as `choose_format`, and for files of different kinds.
+    """
+    uses = []
+    for source in train_sources(data):
+        for part in source.parts:
+            use = _natural_use_of_part(source, part)
+            if use is not None:
+                uses.append(use)
+    different = sorted({use.value for use in uses})
+    if len(different) != 1:
+        raise UserError(
+            f"data: expected rows of one kind, found {', '.join(different) or 'none'}. Say which "
+            "is meant, or give one file."
+        )
+    return uses[0]
+
+
+def _natural_use_of_part(source: Source, part: Part) -> Use | None:
+    """What a file's first readable row is; None where none of the first rows can be read."""
+    first_rows = islice(source.rows(part), PROBE)
+    row = next((row for row in first_rows if row.problem is None), None)
+    if row is None:
+        return None
+    if source.format is DataFormat.auto:
+        chosen = detect(row.columns)
+    else:
+        chosen = by_name(source.format.value)
+    if chosen is None:
+        choose_format(part.origin, [row], Use.sft, source.format)  # raises, naming the nearest
+        return None
+    return next(use for use in _NATURAL if chosen.reads(use))
+
+
+def kind_of(data: DataConfig) -> Use:
+    """data.kind, or what the files' formats are by themselves. Raises UserError where no file is
+    named, or files differ.
+    """
+    if given(data) is None:
         raise UserError(
             "data.path is not set: stage=data needs a file, a glob, a data set (or data.sources, "
             "data.dataset)."
         )
-    return sources.natural_use(cfg) if cfg.data.kind is DataKind.auto else Use(cfg.data.kind.value)
+    return natural_use(data) if data.kind is DataKind.auto else Use(data.kind.value)
 
 
-def steps_of(cfg: Config, kind: Use | None = None) -> list[Planned]:
+def steps_of(data: DataConfig, seed: int, kind: Use | None = None) -> list[Planned]:
     """The steps of data.pipeline. Raises UserError as rlhf.data.prepare.plan.plan."""
-    return plan(
-        cfg.data.pipeline, kind=kind, seed=cfg.run.seed, held_out=cfg.data.eval_path is not None
-    )
+    return plan(data.pipeline, kind=kind, seed=seed, held_out=data.eval_path is not None)
 
 
 def check(cfg: Config) -> None:
     """For preflight: the steps are right by themselves, the files have a format of the kind, and
     the steps can take it. Raises UserError.
     """
-    steps_of(cfg)
-    kind = kind_of(cfg)
-    steps_of(cfg, kind)
-    for wanted in (train_sources(cfg), eval_sources(cfg)):
-        conversion = Conversion(
-            kind,
-            wanted,
-            lambda row, reason: None,
-            lambda row, reason: None,
-            PROBE + cfg.data.max_bad_rows,
-        )
-        for part in (part for source in wanted for part in source.parts):
-            conversion.format_of(part.origin)
-    check_target(cfg.data.to, kind)
-    if cfg.data.preview and cfg.model.path is None:
+    data, seed = cfg.data, cfg.run.seed
+    steps_of(data, seed)
+    kind = kind_of(data)
+    steps_of(data, seed, kind)
+    for sources in (train_sources(data), eval_sources(data)):
+        conversion = Conversion(kind, sources, _ignore, _ignore, PROBE + data.max_bad_rows)
+        for source in sources:
+            for part in source.parts:
+                conversion.format_of(part.origin)
+    check_target(data.to, kind)
+    if data.preview and cfg.model.path is None:
         raise UserError(
-            f"data.preview={cfg.data.preview} shows tokens, but model.path is not set: expected "
+            f"data.preview={data.preview} shows tokens, but model.path is not set: expected "
             "a directory with a tokenizer."
         )
 
 
-def identity(cfg: Config, kind: Use, hashes: Mapping[str, str]) -> str | None:
-    """A name for the rows as they come in, by the options that decide them and the files' hashes;
-    None where some lie on a hub.
+def _ignore(row: SourceRow, reason: str) -> None:
+    """Nothing is kept of a row that a check reads."""
+
+
+def identity(data: DataConfig, seed: int, kind: Use, hashes: Mapping[str, str]) -> str | None:
+    """A name for the rows as they come in, by the options that decide them and the hashes of the
+    files by path; None where some rows are on a hub.
     """
-    parts = [part for source in (*train_sources(cfg), *eval_sources(cfg)) for part in source.parts]
+    parts = [part for source in all_sources(data) for part in source.parts]
     if any(not part.files for part in parts):
         return None
-    given_options = {
-        name: value for name, value in dataclasses.asdict(cfg.data).items() if name in _OPTIONS
-    }
-    plain = json.dumps(given_options, default=lambda choice: choice.value)  # enumerations by name
-    return digest(plain, kind.value, cfg.run.seed, dict(hashes))
+    options = {name: value for name, value in dataclasses.asdict(data).items() if name in _OPTIONS}
+    plain = json.dumps(options, default=lambda choice: choice.value)  # enumerations by name
+    return digest(plain, kind.value, seed, dict(hashes))
 
 
-def source(cfg: Config, kind: Use, folder: Path) -> Source:
-    """Reads training rows, then held-out ones. Stops with UserError once the files have ended, when
-    more than data.max_bad_rows don't fit.
+def reader(data: DataConfig, seed: int, kind: Use, folder: Path) -> ReadItems:
+    """A function that reads the training rows, then the held-out ones. When more than
+    data.max_bad_rows don't fit it raises UserError once the files have ended.
 
-    Rows that don't fit, and judgements that give no pair, go into the step's rejected rows; and
-    into rejected.jsonl at once, which so outlives a run that ends here.
+    Rows that don't fit, and judgements that give no pair, go into the step's rejected rows. They
+    also go into rejected.jsonl in `folder` at once, which so outlives a run that ends here.
     """
 
     def read(context: Context) -> Iterator[Item]:
-        early = folder / REJECTED_FILE
-        early.unlink(missing_ok=True)
-        bad: list[str] = []
-
-        def leave_out(row: SourceRow, reason: str) -> None:
-            content = row.columns if row.problem is None else {"unread": row.raw}
-            item = Item(
-                {str(k): store.plain(v) for k, v in content.items()}, row.origin, row.number
-            )
-            context.rejected(item, reason)
-            with early.open("a", encoding="utf-8") as out:
-                out.write(
-                    store.line(
-                        store.rejected_row(READ, reason, item.origin, item.number, item.columns)
-                    )
-                )
-
-        def rejected(row: SourceRow, reason: str) -> None:
-            bad.append(f"{row.place}: {reason}")
-            leave_out(row, reason)
-
-        def aside(row: SourceRow, reason: str) -> None:
-            leave_out(row, f"set aside: {reason}")
-
-        count = 0
-        for side in ("train", "eval") if cfg.data.eval_path is not None else ("train",):
-            for item in sources.items(cfg, kind, rejected, aside, side):
+        left_out = _LeftOut(context, folder / REJECTED_FILE)
+        left_out.path.unlink(missing_ok=True)
+        bad, count = left_out.bad, 0
+        splits = ("train",) if data.eval_path is None else ("train", "eval")
+        for split in splits:
+            for item in items(data, seed, kind, left_out.rejected, left_out.aside, split):
                 count += 1
-                # else the files are read to their end for the sake of the list
-                if len(bad) <= cfg.data.max_bad_rows:
-                    item.columns = {str(k): store.plain(v) for k, v in item.columns.items()}
+                # beyond the limit the files are read to their end for the list of bad rows only
+                if len(bad) <= data.max_bad_rows:
+                    item.columns = _plain(item.columns)
                     yield item
-        if len(bad) > cfg.data.max_bad_rows:
-            shown = "; ".join(bad[:_SHOWN]) + (
-                f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-            )
+        if len(bad) > data.max_bad_rows:
+            shown = "; ".join(bad[:_SHOWN])
+            if len(bad) > _SHOWN:
+                shown += f"; and {len(bad) - _SHOWN} more"
             raise UserError(
                 f"{len(bad)} of {count + len(bad)} rows don't fit: {shown}. "
-                f"data.max_bad_rows={cfg.data.max_bad_rows} allows no more. "
-                f"Rejected rows: {early}."
+                f"data.max_bad_rows={data.max_bad_rows} allows no more. "
+                f"Rejected rows: {left_out.path}."
             )
         if not count:
-            raise UserError(f"{given(cfg.data)} holds no row that fits: expected at least one.")
+            raise UserError(f"{given(data)} holds no row that fits: expected at least one.")
 
     return read
+
+
+@dataclass(slots=True)
+class _LeftOut:
+    """The rows that the reading leaves out: into the step's rejected rows, and into a file."""
+
+    context: Context
+    path: Path
+    bad: list[str] = field(default_factory=list)  # place and reason of the rows that don't fit
+
+    def rejected(self, row: SourceRow, reason: str) -> None:
+        """A row that doesn't fit."""
+        self.bad.append(f"{row.place}: {reason}")
+        self._leave_out(row, reason)
+
+    def aside(self, row: SourceRow, reason: str) -> None:
+        """A judgement that gives no pair."""
+        self._leave_out(row, f"set aside: {reason}")
+
+    def _leave_out(self, row: SourceRow, reason: str) -> None:
+        content = row.columns if row.problem is None else {"unread": row.raw}
+        item = Item(_plain(content), row.origin, row.number)
+        self.context.rejected(item, reason)
+        entry = store.rejected_row(READ, reason, item.origin, item.number, item.columns)
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(store.line(entry))
+
+
+def _plain(columns: Mapping[Any, Any]) -> dict[str, Any]:
+    """Columns as JSON can hold them."""
+    return {str(key): store.plain(value) for key, value in columns.items()}

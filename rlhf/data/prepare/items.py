@@ -57,8 +57,8 @@ class Context:
 
 
 class Step(Protocol[Options_contra]):
-    """What StepOptions.apply names. A streaming step yields as it reads; another one may hold all
-    items. The order of what is kept stays.
+    """A step's function (steps.py). A streaming step yields as it reads, any other may hold all
+    items. Items that are kept stay in their order.
     """
 
     def __call__(

@@ -10,7 +10,6 @@ own structures are freed before the next step begins. Each step's rows are writt
 as they pass; the directory gets its name when the step is complete.
 """
 
-import importlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from rlhf.data.formats import Use
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Context, Item, ScorePairs
 from rlhf.data.prepare.plan import Planned, digest, keys, option_values, plan
+from rlhf.data.prepare.steps import STEPS
 from rlhf.data.prepare.store import StepReport
 from rlhf.types import UserError
 
@@ -28,9 +28,9 @@ LOG = logging.getLogger("rlhf.data.prepare")
 REJECTED_FILE = "rejected.jsonl"
 READ = "read"  # the name of the reading among the steps
 
-# Gives the rows, and rejects through the context those that don't fit; one that can't be read at
-# all as an item with what stood there.
-Source = Callable[[Context], Iterator[Item]]
+# Gives the rows, and rejects through the context those that don't fit; a row that can't be read at
+# all is rejected as an item that holds what the file has there.
+ReadItems = Callable[[Context], Iterator[Item]]
 Alive = Callable[[], None]  # told of every row that a step takes or gives
 
 
@@ -135,11 +135,6 @@ class _Running:
         self._writer.abandon()
 
 
-def _load(path: str) -> Callable[..., Iterator[Item]]:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def _start(
     step: Planned,
     number: int,
@@ -153,7 +148,7 @@ def _start(
     context = Context(
         kind=kind, seed=step.seed, folder=folder, split_done=split_done, score_pairs=score_pairs
     )
-    options, function = step.options, _load(step.options.apply)
+    options, function = step.options, STEPS[step.name]
 
     def apply(rows: Iterator[Item]) -> Iterator[Item]:
         return function(options, rows, context)
@@ -163,7 +158,7 @@ def _start(
 
 
 def stream(
-    source: Source,
+    source: ReadItems,
     steps: Sequence[Planned],
     *,
     kind: Use,
@@ -230,7 +225,9 @@ def stream(
             running.abandon()
 
 
-def _reading(source: Source, key: str | None, folder: Path, kind: Use, held_out: bool) -> _Running:
+def _reading(
+    source: ReadItems, key: str | None, folder: Path, kind: Use, held_out: bool
+) -> _Running:
     context = Context(kind=kind, seed=0, folder=folder, split_done=held_out)
     report = StepReport(0, READ, {}, key)
     return _Running(

@@ -14,7 +14,7 @@ from typing import Any
 from conf.choices import ChoiceMethod
 from conf.schema import Config
 from reward.base import model_paths
-from rlhf.data import mixture
+from rlhf.data import sources
 from rlhf.labels import export_figures
 from rlhf.labels.asking import ask, repeat_count
 from rlhf.labels.checks_export import instructions_text, policies_of
@@ -121,13 +121,13 @@ def _record_origins(ctx: RunContext) -> None:
         ctx.add_parent("samples", Path(path).parent)
         ctx.add_data(path)
     if label.review is None:
-        files = list(mixture.data_files(cfg))
+        files = list(sources.data_files(cfg.data))
     else:
         ctx.add_parent("review", Path(label.review).parent)
         ctx.add_data(label.review)
         files = []
     if label.gold_path is not None:
-        for part in mixture.one_source(label.gold_path, "label.gold_path").parts:
+        for part in sources.one_source(label.gold_path, "label.gold_path").parts:
             files += part.files
     for file in files:
         ctx.add_data(file)

@@ -10,7 +10,7 @@ from typing import Any
 
 from conf.schema import Config, DataConfig, RewardConfig
 from reward.base import model_paths
-from rlhf.data import mixture, reading
+from rlhf.data import reading, sources
 from rlhf.data.formats import Use
 from rlhf.labels import ab_export, selection
 from rlhf.labels.asking import Question
@@ -73,7 +73,7 @@ def _from_policies(cfg: Config, folder: Path, clock: PhaseClock) -> Answered:
     details = {
         "source": "policies",
         "policies": policies,
-        "data": mixture.given(cfg.data),
+        "data": sources.given(cfg.data),
         "rewards": reward_names(cfg.reward),
     }
     return Answered(responses, truncated, details)
@@ -98,7 +98,7 @@ def _from_samples(cfg: Config) -> Answered:
             "moved: answers of two runs are not comparable by them."
         )
     responses = list(samples.responses)
-    if mixture.given(cfg.data) is not None:
+    if sources.given(cfg.data) is not None:
         responses = _with_own_prompts(cfg, responses)
     elif samples.templated:
         LOG.warning(
@@ -119,7 +119,7 @@ def _with_own_prompts(cfg: Config, responses: Sequence[Response]) -> list[Respon
     """Responses with their prompts as data.path has them; responses to other prompts are left out.
     Raises UserError where all are.
     """
-    source = mixture.given(cfg.data)
+    source = sources.given(cfg.data)
     loaded = reading.distinct_prompts(cfg, None)
     texts = [record.value for record in loaded.records if isinstance(record.value, str)]
     prompts: dict[str, Any] = dict(zip(texts, texts, strict=True))
@@ -158,7 +158,7 @@ def select_gold(cfg: Config, main: Sequence[Question]) -> list[Question]:
     label = cfg.label
     if label.gold_path is None or not selection.gold_wanted(label, len(main)):
         return []
-    source = mixture.one_source(label.gold_path, "label.gold_path")
+    source = sources.one_source(label.gold_path, "label.gold_path")
     # the options about data.path, such as a chat template, are not about this file
     plain = replace(cfg, data=DataConfig(max_bad_rows=cfg.data.max_bad_rows))
     pairs = reading.load(plain, [source], Use.preference).values()
