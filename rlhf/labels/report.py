@@ -1,31 +1,32 @@
-"""How the labelling went: each annotator, agreement, what became of the pairs. Figures as JSON
-holds them; a share without cases is null.
+"""How the labelling went: each annotator, agreement, what became of the pairs. Figures are as JSON
+holds them; a share of no cases is null.
 
     annotators   one object each:
         annotator, counts (whether the labels count, label.min_gold_accuracy), labels, superseded
         verdicts     {left, right, tie, skip, cancelled, ranked}: as shown
         seconds      {known, median, total}
-        gold         {n, share, low, high}: gold tasks answered, and rightly; a tie is wrong, a skip
-        is no answer
-        itself       {n, share, low, high}: comparisons asked twice, and answered alike
-        others       {n, share, low, high}: votes on pairs that others voted on too, and equal to
-        the majority of the others
-        cohen        mean kappa with each other annotator, by the items shared
-        left         {n, share, low, high, p}: pairs decided, and for the left one. Sides are
-        random, so 1/2 is expected; p: exact binomial test
+        gold         {n, share, low, high}: gold tasks answered, and those answered rightly; a tie
+                     is wrong, a skip is no answer
+        itself       {n, share, low, high}: comparisons asked twice, and those answered alike
+        others       {n, share, low, high}: votes on pairs that others voted on too, and those
+                     equal to the majority of the others
+        cohen        mean kappa with each other annotator, weighted by the items shared
+        left         {n, share, low, high, p}: pairs decided, and those for the left answer. Sides
+                     are random, so 1/2 is expected; p: exact binomial test
         longer       {n, share, low, high, model, verdicts}: votes between answers of unequal
-        length, and for the longer; how often the scores of
-                     the export and how often the pairs' results prefer the longer one in the same pairs
-        model        {n, share, low, high}: votes on pairs with unequal scores, and for the higher
-        score
-        fast         {n, share}: labels with a time, and faster than the answers can be read (100
-        characters a second)
-        reliability  what label.aggregate holds of the annotator (rlhf.labels.pairs)
+                     length, and those for the longer one; how often the scores of the export
+                     (model) and the pairs' results (verdicts) prefer the longer one in the same
+                     pairs
+        model        {n, share, low, high}: votes on pairs with unequal scores, and those for the
+                     higher score
+        fast         {n, share}: labels with a time, and those made faster than the answers can be
+                     read (100 characters a second)
+        reliability  what label.aggregate thinks of the annotator (rlhf.labels.pairs)
         suspicions   in words; [] for nothing
     agreement    rlhf.data.agreement's figures over the votes that count (first, tie, second:
-    ordinal for Krippendorff's alpha)
+                 ordinal for Krippendorff's alpha)
     pairs        {judged, used, few_labels, split, unsure, tie, empty, disputed, unjudged}: by what
-    became of them
+                 became of them
 
 low and high are Wilson's 95 % interval.
 """
@@ -36,17 +37,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.agreement import Agreement, Label, Level, agreement
+from rlhf.data.agreement import Agreement, Label, Level, agreement, mean_cohen
 from rlhf.data.report.texts import wilson
 from rlhf.labels.checking import CHOICES, Checked, Ledgers, Outcome
-from rlhf.labels.pairs import Aggregated, Fate, Vote, Votes, comparisons
+from rlhf.labels.pairs import Aggregated, Fate, Pair, Vote, Votes, comparisons
 from rlhf.labels.records import Role, Task, Verdict
 from rlhf.labels.store import Stored
 
 READING = 100.0  # characters a second, about 1,200 words a minute: nobody reads faster
+# what makes an annotator suspicious
 _FEW = 5  # cases below which nothing is suspected
-_FAST, _SIDE, _GOLD, _ITSELF, _RELIABLE = 0.2, 0.01, 0.8, 0.7, 0.5
-_SILENT = (Outcome.skip, Outcome.cancelled)  # no judgement
+_MOST_FAST = 0.2  # share of labels that came faster than the answers can be read
+_SIDE_P = 0.01  # p-value of choosing the left answer as often as the right one
+_LEAST_GOLD = 0.8  # accuracy on gold tasks
+_LEAST_ITSELF = 0.7  # agreement with the same annotator's earlier answer
+_LEAST_RELIABLE = 0.5
+_NO_JUDGEMENT = (Outcome.skip, Outcome.cancelled)
 Figures = dict[str, Any]
 
 
@@ -67,14 +73,19 @@ class Situation:
 
 
 def share(right: int, n: int) -> Figures:
-    """A share with its interval."""
+    """A share of `n` cases with its interval."""
+    if not n:
+        return {"n": 0, "share": None, "low": None, "high": None}
     low, high = wilson(right, n)
-    return {
-        "n": n,
-        "share": right / n if n else None,
-        "low": low if n else None,
-        "high": high if n else None,
-    }
+    return {"n": n, "share": right / n, "low": low, "high": high}
+
+
+def _share_of(cases: Sequence[bool]) -> Figures:
+    return share(sum(cases), len(cases))
+
+
+def _mean(cases: Sequence[bool]) -> float | None:
+    return sum(cases) / len(cases) if cases else None
 
 
 def side_shown(label: Checked, task: Task) -> Verdict:
@@ -85,8 +96,10 @@ def side_shown(label: Checked, task: Task) -> Verdict:
 
 
 def gold_right(label: Checked, task: Task) -> bool | None:
-    """Whether a label finds the better answer of a gold task; None where it says nothing."""
-    if task.best is None or label.outcome in _SILENT:
+    """Whether a label prefers the better answer of a gold task; None where it is no judgement, or
+    the task is no gold task.
+    """
+    if task.best is None or label.outcome in _NO_JUDGEMENT:
         return None
     if label.outcome is Outcome.ranked:
         return label.ranking[0] == (task.best,)
@@ -98,37 +111,38 @@ def gold(ledgers: Ledgers, labels: Iterable[Checked]) -> dict[str, Figures]:
     answered: dict[str, list[bool]] = defaultdict(list)
     for label in labels:
         task = ledgers.tasks[label.task][1]
-        right = gold_right(label, task) if task.role is Role.gold else None
+        if task.role is not Role.gold:
+            continue
+        right = gold_right(label, task)
         if right is not None:
             answered[label.annotator].append(right)
-    return {name: share(sum(rows), len(rows)) for name, rows in sorted(answered.items())}
+    return {name: _share_of(cases) for name, cases in sorted(answered.items())}
 
 
 def below_gold(accuracies: Mapping[str, Figures], least: float | None) -> frozenset[str]:
-    """Annotators whose labels don't count; who has seen no gold task counts."""
-    return frozenset(
-        name for name, found in accuracies.items() if least is not None and found["share"] < least
-    )
+    """Annotators whose labels don't count, since their gold accuracy is below `least`. An
+    annotator without a gold task counts.
+    """
+    if least is None:
+        return frozenset()
+    return frozenset(name for name, accuracy in accuracies.items() if accuracy["share"] < least)
 
 
 def itself(ledgers: Ledgers, labels: Sequence[Checked]) -> dict[str, Figures]:
     """Self-agreement of each annotator: comparisons of a task that its repetition asked again."""
-    said = {(label.annotator, label.task): label for label in labels}
+    by_task = {(label.annotator, label.task): label for label in labels}
     same: dict[str, list[bool]] = defaultdict(list)
     for label in labels:
         task = ledgers.tasks[label.task][1]
-        first = said.get((label.annotator, task.repeats)) if task.repeats is not None else None
+        first = by_task.get((label.annotator, task.repeats or ""))
         if first is None:
             continue
-        before = {
-            (i, j): outcome for i, j, outcome in comparisons(first, ledgers.tasks[first.task][1])
-        }
-        same[label.annotator] += [
-            before[i, j] is outcome
-            for i, j, outcome in comparisons(label, task)
-            if (i, j) in before
-        ]
-    return {name: share(sum(rows), len(rows)) for name, rows in same.items()}
+        first_task = ledgers.tasks[first.task][1]
+        before = {(i, j): outcome for i, j, outcome in comparisons(first, first_task)}
+        for i, j, outcome in comparisons(label, task):
+            if (i, j) in before:
+                same[label.annotator].append(before[i, j] is outcome)
+    return {name: _share_of(cases) for name, cases in same.items()}
 
 
 def with_others(votes: Iterable[Vote]) -> dict[str, Figures]:
@@ -139,88 +153,94 @@ def with_others(votes: Iterable[Vote]) -> dict[str, Figures]:
     same: dict[str, list[bool]] = defaultdict(list)
     for vote in votes:
         others = (counts[vote.pair] - Counter([vote.outcome])).most_common(2)
-        if others and (len(others) == 1 or others[0][1] > others[1][1]):
+        majority = len(others) == 1 or (len(others) == 2 and others[0][1] > others[1][1])
+        if majority:
             same[vote.annotator].append(others[0][0] is vote.outcome)
-    return {name: share(sum(rows), len(rows)) for name, rows in same.items()}
+    return {name: _share_of(cases) for name, cases in same.items()}
 
 
 def _left(shown: Counter[Verdict]) -> Figures:
     from scipy.stats import binomtest
 
-    left, n = shown[Verdict.left], shown[Verdict.left] + shown[Verdict.right]
-    return {**share(left, n), "p": float(binomtest(left, n).pvalue) if n else None}
+    left = shown[Verdict.left]
+    n = left + shown[Verdict.right]
+    p = float(binomtest(left, n).pvalue) if n else None
+    return {**share(left, n), "p": p}
+
+
+def _higher_score(pair: Pair) -> Outcome | None:
+    """The answer that the scores prefer; None where they are equal or missing."""
+    first, second = pair.answers
+    if first.score is None or second.score is None or first.score == second.score:
+        return None
+    return Outcome.first if first.score > second.score else Outcome.second
+
+
+def _longer_answer(pair: Pair) -> Outcome | None:
+    """The longer answer; None where both have as many characters."""
+    first, second = (len(answer.text) for answer in pair.answers)
+    if first == second:
+        return None
+    return Outcome.first if first > second else Outcome.second
 
 
 def _longer(
     votes: Sequence[Vote], situation: Situation, results: Mapping[str, Outcome | None]
 ) -> Figures:
-    own, model, settled = [], [], []
+    """Figures of one annotator's votes; `results`: what all labels together say, by pair."""
+    own, by_scores, by_results = [], [], []
     for vote in votes:
-        first, second = situation.votes.pairs[vote.pair].answers
-        if vote.outcome is Outcome.tie or len(first.text) == len(second.text):
+        pair = situation.votes.pairs[vote.pair]
+        longer = _longer_answer(pair)
+        if vote.outcome is Outcome.tie or longer is None:
             continue
-        longer = Outcome.first if len(first.text) > len(second.text) else Outcome.second
         own.append(vote.outcome is longer)
-        if first.score is not None and second.score is not None and first.score != second.score:
-            model.append((first.score > second.score) is (longer is Outcome.first))
+        higher = _higher_score(pair)
+        if higher is not None:
+            by_scores.append(higher is longer)
         if results.get(vote.pair) in (Outcome.first, Outcome.second):
-            settled.append(results[vote.pair] is longer)
-    part = {
-        "model": sum(model) / len(model) if model else None,
-        "verdicts": sum(settled) / len(settled) if settled else None,
-    }
-    return {**share(sum(own), len(own)), **part}
+            by_results.append(results[vote.pair] is longer)
+    return {**_share_of(own), "model": _mean(by_scores), "verdicts": _mean(by_results)}
 
 
 def _model(votes: Sequence[Vote], situation: Situation) -> Figures:
     same = []
     for vote in votes:
-        first, second = (answer.score for answer in situation.votes.pairs[vote.pair].answers)
-        if (
-            vote.outcome is not Outcome.tie
-            and first is not None
-            and second is not None
-            and first != second
-        ):
-            same.append((first > second) is (vote.outcome is Outcome.first))
-    return share(sum(same), len(same))
+        higher = _higher_score(situation.votes.pairs[vote.pair])
+        if vote.outcome is not Outcome.tie and higher is not None:
+            same.append(higher is vote.outcome)
+    return _share_of(same)
 
 
 def _fast(labels: Sequence[Checked], ledgers: Ledgers) -> Figures:
-    said = [label for label in labels if label.seconds is not None and label.outcome not in _SILENT]
-    least = [
-        sum(len(answer.text) for answer in ledgers.tasks[label.task][1].answers) / READING
-        for label in said
-    ]
-    fast = sum((label.seconds or 0.0) < seconds for label, seconds in zip(said, least, strict=True))
-    return {"n": len(said), "share": fast / len(said) if said else None}
+    fast = []
+    for label in labels:
+        if label.seconds is None or label.outcome in _NO_JUDGEMENT:
+            continue
+        characters = sum(len(answer.text) for answer in ledgers.tasks[label.task][1].answers)
+        fast.append(label.seconds < characters / READING)
+    return {"n": len(fast), "share": _mean(fast)}
 
 
 def suspicions(figures: Figures) -> list[str]:
     """What speaks against an annotator's labels, in words."""
     out = []
-    fast, left, known, itself_, reliability = (
-        figures["fast"],
-        figures["left"],
-        figures["gold"],
-        figures["itself"],
-        figures["reliability"],
-    )
-    if fast["n"] >= _FEW and fast["share"] > _FAST:
+    fast, left, known, twice = (figures[name] for name in ("fast", "left", "gold", "itself"))
+    if fast["n"] >= _FEW and fast["share"] > _MOST_FAST:
         out.append(f"{fast['share']:.0%} of the labels came faster than the answers can be read")
-    if left["n"] >= _FEW and left["p"] < _SIDE:
-        out.append(
-            f"prefers the {'left' if left['share'] > 0.5 else 'right'} side ({left['share']:.0%} "
-            f"left, p = {left['p']:.2g})"
-        )
-    if known["n"] >= _FEW and known["high"] < _GOLD:
+    if left["n"] >= _FEW and left["p"] < _SIDE_P:
+        side = "left" if left["share"] > 0.5 else "right"
+        out.append(f"prefers the {side} side ({left['share']:.0%} left, p = {left['p']:.2g})")
+    if known["n"] >= _FEW and known["high"] < _LEAST_GOLD:
         out.append(f"gold accuracy {known['share']:.0%} (at most {known['high']:.0%})")
-    if itself_["n"] >= _FEW and itself_["high"] < _ITSELF:
+    if twice["n"] >= _FEW and twice["high"] < _LEAST_ITSELF:
         out.append(
-            f"answers {itself_['share']:.0%} of what is asked twice alike (at most "
-            f"{itself_['high']:.0%})"
+            f"answers {twice['share']:.0%} of what is asked twice alike (at most "
+            f"{twice['high']:.0%})"
         )
-    if reliability is not None and figures["others"]["n"] >= _FEW and reliability < _RELIABLE:
+    reliability = figures["reliability"]
+    compared = figures["others"]["n"] >= _FEW
+    if reliability is not None and compared and reliability < _LEAST_RELIABLE:
         out.append(f"reliability {reliability:.2f}")
     return out
 
@@ -236,39 +256,26 @@ def annotators(situation: Situation, agreed: Agreement) -> list[Figures]:
     """Each annotator's figures, by name."""
     ledgers, labels = situation.ledgers, situation.labels
     results = {result.pair.id: result.outcome for result in situation.aggregated.results}
-    known, twice, others = (
-        gold(ledgers, labels),
-        itself(ledgers, labels),
-        with_others(situation.votes.votes),
-    )
+    known = gold(ledgers, labels)
+    twice = itself(ledgers, labels)
+    others = with_others(situation.votes.votes)
     superseded = Counter(one.label.annotator for one in situation.stored if not one.counts)
     out = []
     for name in sorted({label.annotator for label in labels}):
         own = [label for label in labels if label.annotator == name]
         votes = [vote for vote in situation.votes.votes if vote.annotator == name]
         shown = Counter(side_shown(label, ledgers.tasks[label.task][1]) for label in own)
-        seconds = [label.seconds for label in own if label.seconds is not None]
-        kappas = [
-            (e.value, e.items)
-            for pair, e in agreed.cohen_pairs.items()
-            if name in pair and e.value is not None
-        ]
-        items = sum(n for _, n in kappas)
         figures: Figures = {
             "annotator": name,
             "counts": name not in situation.without,
             "labels": len(own),
             "superseded": superseded[name],
             "verdicts": {verdict.value: shown[verdict] for verdict in Verdict},
-            "seconds": {
-                "known": len(seconds),
-                "median": statistics.median(seconds) if seconds else None,
-                "total": sum(seconds),
-            },
+            "seconds": _seconds(own),
             "gold": known.get(name, share(0, 0)),
             "itself": twice.get(name, share(0, 0)),
             "others": others.get(name, share(0, 0)),
-            "cohen": sum(kappa * n for kappa, n in kappas) / items if items else None,
+            "cohen": _mean_kappa(name, agreed),
             "left": _left(shown),
             "longer": _longer(votes, situation, results),
             "model": _model(votes, situation),
@@ -279,13 +286,26 @@ def annotators(situation: Situation, agreed: Agreement) -> list[Figures]:
     return out
 
 
+def _seconds(labels: Sequence[Checked]) -> Figures:
+    seconds = [label.seconds for label in labels if label.seconds is not None]
+    median = statistics.median(seconds) if seconds else None
+    return {"known": len(seconds), "median": median, "total": sum(seconds)}
+
+
+def _mean_kappa(name: str, agreed: Agreement) -> float | None:
+    """Of the annotator `name` with each other one, weighted by the items that both judged."""
+    return mean_cohen(estimate for pair, estimate in agreed.cohen_pairs.items() if name in pair)
+
+
 def pairs(situation: Situation) -> dict[str, int]:
-    """What became of the pairs; unjudged: main tasks without a vote that counts."""
+    """How many pairs there are, by what became of them; `unjudged` are main tasks without a vote
+    that counts.
+    """
     fates = Counter(situation.fates.values())
     judged = {
         label.task
         for label in situation.labels
-        if label.annotator not in situation.without and label.outcome not in _SILENT
+        if label.annotator not in situation.without and label.outcome not in _NO_JUDGEMENT
     }
     asked = {task.id for _, task in situation.ledgers.tasks.values() if task.role is Role.main}
     disputed = sum(result.disputed for result in situation.aggregated.results)
@@ -309,91 +329,3 @@ def report(situation: Situation, seed: int) -> Figures:
         "aggregation": situation.aggregated.figures,
         "notes": list(situation.aggregated.notes),
     }
-
-
-# ---- on a screen ----
-
-
-def _percent(found: Figures) -> str:
-    if found["share"] is None:
-        return ""
-    interval = f" ({found['low']:.0%}-{found['high']:.0%})" if "low" in found else ""
-    return f"{found['share']:.0%}{interval} of {found['n']}"
-
-
-def _name(figures: Figures) -> str:
-    return str(figures["annotator"]) + ("" if figures["counts"] else " (doesn't count)")
-
-
-def annotator_rows(figures: Iterable[Figures]) -> list[dict[str, Any]]:
-    """A table's rows: how much and how well."""
-    out = []
-    for one in figures:
-        said, median = one["verdicts"], one["seconds"]["median"]
-        row = {
-            "annotator": _name(one),
-            "labels": one["labels"],
-            "tie/skip": f"{said['tie']}/{said['skip'] + said['cancelled']}",
-            "median s": "" if median is None else f"{median:.1f}",
-            "gold": _percent(one["gold"]),
-            "itself": _percent(one["itself"]),
-            "others": _percent(one["others"]),
-            "reliability": "" if one["reliability"] is None else f"{one['reliability']:.2f}",
-            "suspicions": "; ".join(one["suspicions"]) or "none",
-        }
-        out.append(row)
-    return out
-
-
-def bias_rows(figures: Iterable[Figures]) -> list[dict[str, Any]]:
-    """A table's rows: what the choices go with. The longer answer: against how often the pairs' results
-    and the scores prefer it in the same pairs.
-    """
-    out = []
-    for one in figures:
-        left, longer = one["left"], one["longer"]
-        row = {
-            "annotator": _name(one),
-            "left side": _percent(left) + ("" if left["p"] is None else f", p = {left['p']:.2g}"),
-            "longer answer": _percent(longer),
-            "by verdicts": "" if longer["verdicts"] is None else f"{longer['verdicts']:.0%}",
-            "by scores": "" if longer["model"] is None else f"{longer['model']:.0%}",
-            "higher score": _percent(one["model"]),
-        }
-        out.append(row)
-    return out
-
-
-def agreement_rows(figures: Figures) -> list[dict[str, Any]]:
-    """Coefficients with their intervals, then Cohen's kappa of each two annotators; none where no
-    pair has two labels.
-    """
-    if not figures["observed"]["items"]:
-        return []
-    rows = [
-        {
-            "coefficient": name,
-            "value": found["value"],
-            "95 % interval": _interval(found),
-            "pairs": found["items"],
-        }
-        for name, found in (
-            ("observed agreement", figures["observed"]),
-            ("Fleiss' kappa", figures["fleiss_kappa"]),
-            ("Krippendorff's alpha", figures["krippendorff_alpha"]),
-        )
-    ]
-    cohen = [
-        {
-            "coefficient": f"Cohen's kappa, {' and '.join(p['annotators'])}",
-            "value": p["value"],
-            "95 % interval": _interval(p),
-            "pairs": p["items"],
-        }
-        for p in figures["cohen_kappa"]["pairs"]
-    ]
-    return rows + cohen
-
-
-def _interval(found: Figures) -> str:
-    return "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"

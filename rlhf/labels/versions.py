@@ -1,19 +1,18 @@
 """Versions of a labels directory: what the labels came to at one time, never changed again.
 
     versions/<n>/train.jsonl   preference rows: prompt, chosen, rejected, margin or soft_label
-    (label.strength), confidence, annotators (how many),
-                               task, export
+                               (label.strength), confidence, annotators (how many), task, export
                  eval.jsonl    the same of the prompts that are held out (label.eval_fraction)
                  labels.jsonl  every label, with `counts`: false for those that a later one
-                 supersedes, or whose annotator doesn't count
+                               supersedes, or whose annotator doesn't count
                  review.jsonl  tasks that go out again (rlhf.labels.review)
                  report.json   rlhf.labels.report's figures
                  card.json, card.md   the data card
     latest                     a relative link to the newest version's directory
 
-A version is written beside its place and renamed when it is whole; `identity` in card.json is of
-what it was made from (labels, exports, settings), so that an import which changes none of these
-makes no new one.
+A version is written beside its final folder and renamed when it is whole. `identity` in card.json
+is a hash of what it was made from (labels, exports, settings): an import that changes none of
+these makes no new version.
 """
 
 import datetime
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelAggregate, Strength
+from conf.labelling import LabelConfig
 from rlhf.data.prepare.store import line
 from rlhf.labels import store
 from rlhf.labels.card import export_entry, make_card, markdown
@@ -38,6 +38,7 @@ from rlhf.types import UserError
 
 FOLDER, LATEST, CARD_FILE = "versions", "latest", "card.json"
 _FORMAT = 1  # of the files; a change makes new versions of old labels
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Settings:
     eval_fraction: float = 0.1
 
     def figures(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {
             "aggregate": self.aggregate.value,
             "min_labels": self.min_labels,
@@ -62,30 +64,47 @@ class Settings:
         }
 
 
+def settings_of(label: LabelConfig) -> Settings:
+    """The settings that the options ask for."""
+    return Settings(
+        aggregate=label.aggregate,
+        min_labels=label.min_labels,
+        min_confidence=label.min_confidence,
+        min_gold_accuracy=label.min_gold_accuracy,
+        strength=label.strength,
+        eval_fraction=label.eval_fraction,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One directory under versions/."""
+    """One directory in versions/."""
 
     number: int
     folder: Path
     card: dict[str, Any]
 
     def file(self, name: str) -> Path:
+        """The path of one of its files."""
         return self.folder / name
+
+    def rows(self, name: str) -> int:
+        """How many rows the file `name` has."""
+        return int(self.card["files"][name]["rows"])
 
     @property
     def files(self) -> list[Path]:
+        """All files, sorted."""
         return sorted(path for path in self.folder.iterdir() if path.is_file())
 
 
 def settle(ledgers: Ledgers, stored: Sequence[store.Stored], settings: Settings) -> Situation:
-    """Results of all labels, and what becomes of each pair."""
+    """Aggregate all labels, and decide what becomes of each pair."""
     labels = [one.label for one in stored if one.counts]
     without = below_gold(gold(ledgers, labels), settings.min_gold_accuracy)
-    everybody = collect(ledgers, labels)
-    found = aggregate(
-        settings.aggregate, collect(ledgers, labels, without) if without else everybody
-    )
+    votes = collect(ledgers, labels)
+    counted = collect(ledgers, labels, without) if without else votes
+    aggregated = aggregate(settings.aggregate, counted)
     fates = {
         result.pair.id: fate(
             result,
@@ -93,54 +112,141 @@ def settle(ledgers: Ledgers, stored: Sequence[store.Stored], settings: Settings)
             min_confidence=settings.min_confidence,
             strength=settings.strength,
         )
-        for result in found.results
+        for result in aggregated.results
     }
-    return Situation(ledgers, stored, everybody, found, fates, without)
+    return Situation(ledgers, stored, votes, aggregated, fates, without)
 
 
-def preference_rows(situation: Situation, settings: Settings) -> dict[str, list[dict[str, Any]]]:
+def preference_rows(situation: Situation, settings: Settings) -> dict[str, Rows]:
     """Rows of train.jsonl and eval.jsonl, in the order of their exports' tasks."""
-    place = {task: i for i, task in enumerate(situation.ledgers.tasks)}
-    out: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-    for result in sorted(
-        situation.aggregated.results, key=lambda v: (v.pair.export, place[v.pair.task], v.pair.id)
-    ):
+    number = {task: i for i, task in enumerate(situation.ledgers.tasks)}
+    results = sorted(
+        situation.aggregated.results,
+        key=lambda result: (result.pair.export, number[result.pair.task], result.pair.id),
+    )
+    rows: dict[str, Rows] = {"train": [], "eval": []}
+    for result in results:
         if situation.fates[result.pair.id] is Fate.used:
             side = "eval" if held_out(result.pair.prompt, settings.eval_fraction) else "train"
-            out[side].append(preference_row(result, settings.strength))
-    return out
+            rows[side].append(preference_row(result, settings.strength))
+    return rows
 
 
 def identity(ledgers: Ledgers, stored: Sequence[store.Stored], settings: Settings) -> str:
-    """Of all that a version is made from."""
+    """A hash of all that a version is made from."""
     counting = sorted((one.label for one in stored if one.counts), key=lambda label: label.key)
     return digest([_FORMAT, store.identity(counting), sorted(ledgers.exports), settings.figures()])
 
 
-def numbers(folder: Path) -> list[int]:
-    """The versions there are, in order."""
+def numbers(labels_folder: Path) -> list[int]:
+    """The versions that exist, in order."""
     return sorted(
         int(path.name)
-        for path in (folder / FOLDER).glob("*")
+        for path in (labels_folder / FOLDER).glob("*")
         if path.name.isdecimal() and (path / CARD_FILE).is_file()
     )
 
 
-def newest(folder: Path) -> Version | None:
-    """The last version that was written. Raises UserError where its card can't be read."""
-    found = numbers(folder)
-    if not found:
+def newest(labels_folder: Path) -> Version | None:
+    """The last version; None before the first. Raises UserError where its card can't be read."""
+    known = numbers(labels_folder)
+    if not known:
         return None
-    place = folder / FOLDER / str(found[-1])
+    folder = labels_folder / FOLDER / str(known[-1])
+    card_file = folder / CARD_FILE
     try:
-        return Version(
-            found[-1], place, json.loads((place / CARD_FILE).read_text(encoding="utf-8"))
-        )
+        return Version(known[-1], folder, json.loads(card_file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise UserError(
-            f"{place / CARD_FILE} can't be read: {error}. Restore it, or remove {place}: the "
+            f"{card_file} can't be read: {error}. Restore it, or remove {folder}: the "
             "next import writes it again."
         ) from error
+
+
+def newest_or_new(
+    labels_folder: Path,
+    name: str,
+    situation: Situation,
+    settings: Settings,
+    report: Mapping[str, Any],
+    exports: Mapping[str, Path],
+    sources: Sequence[Mapping[str, Any]],
+) -> tuple[Version, bool]:
+    """The newest version where it was made from the same, else a new one; and whether it is new.
+    The arguments are those of `write`.
+    """
+    before = newest(labels_folder)
+    now = identity(situation.ledgers, situation.stored, settings)
+    if before is not None and before.card["identity"] == now:
+        # a kill may have come between the version and its link
+        point(labels_folder, before.number)
+        return before, False
+    return write(labels_folder, name, situation, settings, report, exports, sources), True
+
+
+def write(
+    labels_folder: Path,
+    name: str,
+    situation: Situation,
+    settings: Settings,
+    report: Mapping[str, Any],
+    exports: Mapping[str, Path],
+    sources: Sequence[Mapping[str, Any]] = (),
+) -> Version:
+    """Write the next version, and the link `latest` to it.
+
+    exports: each export's folder in the labels directory; sources: name and sha256 of what was
+    imported so far, for the card.
+    """
+    before = newest(labels_folder)
+    number = before.number + 1 if before is not None else 1
+    final = labels_folder / FOLDER / str(number)
+    temporary = labels_folder / FOLDER / f".{number}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed import left
+    temporary.mkdir(parents=True)
+    card = make_card(
+        name=name,
+        number=number,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        identity=identity(situation.ledgers, situation.stored, settings),
+        situation=situation,
+        report=report,
+        exports=[
+            export_entry(situation.ledgers.exports[export], ledger)
+            for export, ledger in sorted(exports.items())
+        ],
+        settings=settings.figures(),
+        files=_write_rows(temporary, situation, settings),
+        sources=[dict(source) for source in sources],
+        previous=before.number if before is not None else None,
+    )
+    _write_json(temporary / "report.json", report)
+    (temporary / "card.md").write_text(markdown(card), encoding="utf-8", errors="replace")
+    _write_json(temporary / CARD_FILE, card)
+    shutil.rmtree(final, ignore_errors=True)  # a directory without a card is no version
+    temporary.rename(final)
+    point(labels_folder, number)
+    return Version(number, final, card)
+
+
+def _write_rows(folder: Path, situation: Situation, settings: Settings) -> dict[str, Any]:
+    """Write a version's JSON lines; {"rows", "sha256"} of each file by name, for the card."""
+    rows = preference_rows(situation, settings)
+    labels = []
+    for one in situation.stored:
+        counts = one.counts and one.label.annotator not in situation.without
+        labels.append({**store.label_row(one.label, one.number), "counts": counts})
+    content = {
+        "train.jsonl": rows["train"],
+        "eval.jsonl": rows["eval"],
+        "labels.jsonl": labels,
+        "review.jsonl": review_rows(situation),
+    }
+    entries = {}
+    for name, lines in content.items():
+        _write_lines(folder / name, lines)
+        entries[name] = {"rows": len(lines), "sha256": sha256(folder / name)}
+    return entries
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -159,75 +265,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def write(
-    folder: Path,
-    name: str,
-    situation: Situation,
-    settings: Settings,
-    report: Mapping[str, Any],
-    ledgers: Mapping[str, Path],
-    sources: Sequence[Mapping[str, Any]] = (),
-) -> Version:
-    """The next version, and the link `latest` to it.
-
-    ledgers: each export's folder in the labels directory; sources: name and sha256 of what was
-    imported so far, for the card.
-    """
-    before = newest(folder)
-    number = before.number + 1 if before is not None else 1
-    place, beside = folder / FOLDER / str(number), folder / FOLDER / f".{number}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)  # what a killed import left
-    beside.mkdir(parents=True)
-    rows = preference_rows(situation, settings)
-    labels = [
-        {
-            **store.label_row(one.label, one.number),
-            "counts": one.counts and one.label.annotator not in situation.without,
-        }
-        for one in situation.stored
-    ]
-    content = {
-        "train.jsonl": rows["train"],
-        "eval.jsonl": rows["eval"],
-        "labels.jsonl": labels,
-        "review.jsonl": review_rows(situation),
-    }
-    for file, lines in content.items():
-        _write_lines(beside / file, lines)
-    _write_json(beside / "report.json", report)
-    card = make_card(
-        name=name,
-        number=number,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        identity=identity(situation.ledgers, situation.stored, settings),
-        situation=situation,
-        report=report,
-        exports=[
-            export_entry(situation.ledgers.exports[export], ledger)
-            for export, ledger in sorted(ledgers.items())
-        ],
-        settings=settings.figures(),
-        files={
-            file: {"rows": len(lines), "sha256": sha256(beside / file)}
-            for file, lines in content.items()
-        },
-        sources=[dict(source) for source in sources],
-        previous=before.number if before is not None else None,
-    )
-    (beside / "card.md").write_text(markdown(card), encoding="utf-8", errors="replace")
-    _write_json(beside / CARD_FILE, card)
-    shutil.rmtree(place, ignore_errors=True)  # a directory without a card is no version
-    beside.rename(place)
-    point(folder, number)
-    return Version(number, place, card)
-
-
-def point(folder: Path, number: int) -> None:
-    """Make `latest` a link to a version."""
-    link, beside = folder / LATEST, folder / (LATEST + ".tmp")
+def point(labels_folder: Path, number: int) -> None:
+    """Make `latest` a link to the version `number`."""
+    link, temporary = labels_folder / LATEST, labels_folder / (LATEST + ".tmp")
     target = f"{FOLDER}/{number}"
     if link.is_symlink() and os.readlink(link) == target:
         return
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target)
-    beside.replace(link)
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)

@@ -18,7 +18,8 @@ from rlhf.labels.checking import Checked, Outcome
 from rlhf.labels.ledger import task_of
 from rlhf.labels.pairs import Fate
 from rlhf.labels.records import Answer, Export
-from rlhf.labels.report import Situation, annotator_rows, report
+from rlhf.labels.report import Situation, report
+from rlhf.labels.report_tables import annotator_rows
 from rlhf.labels.review import review_rows
 from rlhf.labels.store import Stored
 from rlhf.types import UserError
