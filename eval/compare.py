@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.stats import Interval, bootstrap_mean, distinct_n, paired_difference, per_prompt
+from eval.statistics import Interval, bootstrap_mean, distinct_n, paired_difference, per_prompt
 from rlhf.types import Rollout
 
 DISTINCT = 2  # n of the diversity figure

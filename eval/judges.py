@@ -2,10 +2,9 @@
 A number per response, higher is better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from rlhf.data.files import read_rows
 from rlhf.types import Rollout, Scorer, UserError
 
 _REGULARISATION = 3.0  # logistic regression's C
@@ -79,21 +78,21 @@ class ClassifierJudge:
         self._model.fit(list(texts), list(labels))
 
     @classmethod
-    def from_file(cls, path: str) -> "ClassifierJudge":
-        """Train on a file's rows `text`, `label` (0 or 1). Raises UserError naming the row that has
-        neither.
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], source: str) -> "ClassifierJudge":
+        """Train on rows with a `text` and a `label` (0 or 1); `source` names them in errors. Raises
+        UserError naming the row that lacks either.
         """
         texts, labels = [], []
-        for number, row in enumerate(read_rows(path, key="stage.judge_path"), start=1):
+        for number, row in enumerate(rows, start=1):
             text, label = row.get("text"), row.get("label")
             if not isinstance(text, str) or label not in (0, 1):
                 raise UserError(
-                    f"stage.judge_path={path}, row {number}: expected a text and a label of 0 or "
+                    f"{source}, row {number}: expected a text and a label of 0 or "
                     f"1, found keys {sorted(row)} and label {label!r}."
                 )
             texts.append(text)
             labels.append(int(label))
-        return cls(texts, labels, f"stage.judge_path={path}")
+        return cls(texts, labels, source)
 
     def probabilities(self, texts: Sequence[str]) -> list[float]:
         return [float(p) for p in self._model.predict_proba(list(texts))[:, 1]] if texts else []

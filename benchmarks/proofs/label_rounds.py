@@ -33,6 +33,7 @@ from conf.choices import ChoiceMethod, Recipe
 from conf.schema import Config
 from eval.judges import ClassifierJudge
 from rlhf.cli import config
+from rlhf.data.files import read_rows
 from rlhf.labels.candidates import Response, gather
 from rlhf.labels.choice import Chosen, choose, text_vectors
 from rlhf.labels.records import Candidates, Judgement, Task, Verdict, as_text
@@ -77,10 +78,9 @@ def hidden_worth(judge_path: str, texts: Sequence[str]) -> dict[str, float]:
     """Log odds, in nats, that a classifier of other reviews finds each text positive. The reward
     model sees neither it nor what it was trained on.
     """
-    clipped = [
-        min(max(p, _LIMIT), 1 - _LIMIT)
-        for p in ClassifierJudge.from_file(judge_path).probabilities(texts)
-    ]
+    rows = read_rows(judge_path, key="stage.judge_path")
+    judge = ClassifierJudge.from_rows(rows, f"stage.judge_path={judge_path}")
+    clipped = [min(max(p, _LIMIT), 1 - _LIMIT) for p in judge.probabilities(texts)]
     return {text: math.log(p / (1 - p)) for text, p in zip(texts, clipped, strict=True)}
 
 

@@ -23,7 +23,7 @@ from reward.checks import check_reward, check_reward_model
 from reward.terms import check_rows, make_scorer
 from rlhf.checks import inputs, launch, rollout
 from rlhf.data import reading
-from rlhf.data.files import check_file
+from rlhf.data.files import check_file, read_rows
 from rlhf.data.sources import data_files, given
 from rlhf.models.loading import (
     check_model_path,
@@ -238,7 +238,8 @@ def make_judges(stage: EvalStage, tokenizer: Any) -> list[ResponseJudge]:
                     "stage.judges holds classifier, but stage.judge_path is not set: expected a "
                     "file of labelled texts (text, label)."
                 )
-            judges.append(ClassifierJudge.from_file(stage.judge_path))
+            rows = read_rows(stage.judge_path, key="stage.judge_path")
+            judges.append(ClassifierJudge.from_rows(rows, f"stage.judge_path={stage.judge_path}"))
         elif stage.judge_function is None:
             raise UserError(
                 "stage.judges holds function, but stage.judge_function is not set: expected "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conf.choices import Recipe
-from eval import verifiable
+from reward import functions
 from rlhf.cli import config as configuration
 from rlhf.data.recipes import arithmetic
 from rlhf.data.recipes import build as recipes
@@ -139,13 +139,13 @@ def test_the_final_answer_is_the_last_word() -> None:
     ]
     expected = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     assert (
-        verifiable.final_answer(
+        functions.final_answer(
             completions=completions,
             answer=["95"] * len(completions),
             prompts=[""] * len(completions),
         )
         == expected
     )
-    assert verifiable.final_answer(completions=["7", "8"], answer=[7, "7"]) == [1.0, 0.0]
+    assert functions.final_answer(completions=["7", "8"], answer=[7, "7"]) == [1.0, 0.0]
     with pytest.raises(ValueError, match="row without one"):
-        verifiable.final_answer(completions=["95", "95"], answer=["95", None])
+        functions.final_answer(completions=["95", "95"], answer=["95", None])

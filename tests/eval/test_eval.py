@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.choices import Judge, ModelKind
 from conf.schema import ModelConfig, TinyConfig
-from eval import report, verifiable
+from eval import report
 from eval.compare import Answers, Comparison, compare, side_by_side
 from eval.judges import ClassifierJudge, FunctionJudge, LexiconJudge, judged_text
-from eval.stats import bootstrap_mean, distinct_n, paired_difference, per_prompt
+from eval.statistics import bootstrap_mean, distinct_n, paired_difference, per_prompt
 from rlhf.cli import config
+from rlhf.data.recipes import smollm2
 from rlhf.models.loading import load_causal_lm, train_tokenizer
 from rlhf.run.context import RunContext
 from rlhf.stages import eval as stage
@@ -97,7 +98,7 @@ def test_same_seed_same_interval_and_blocks_change_nothing(monkeypatch: pytest.M
         == first
         != bootstrap_mean(values, resamples=100, seed=8)
     )
-    monkeypatch.setattr("eval.stats._BLOCK", 30 * 7)  # 7 resamples at a time
+    monkeypatch.setattr("eval.statistics._BLOCK", 30 * 7)  # 7 resamples at a time
     assert bootstrap_mean(values, resamples=100, seed=7) == first
 
 
@@ -130,13 +131,13 @@ def test_a_chat_prompt_is_not_judged() -> None:
     assert judged_text(rollout("so ", "great", source="so ")) == "so great"
 
 
-def test_classifier_learns_its_file(tmp_path: Path) -> None:
+def test_classifier_learns_its_rows() -> None:
     rows = [
         {"text": f"a {word} film number {i}", "label": label}
         for i in range(20)
         for word, label in (("superb", 1), ("dire", 0))
     ]
-    judge = ClassifierJudge.from_file(str(toys.write_jsonl(tmp_path / "judge.jsonl", rows)))
+    judge = ClassifierJudge.from_rows(rows, "judge.jsonl")
     good, bad = judge.judge([rollout("a superb", " film"), rollout("a dire", " film")])
     assert good > 0.7 and bad < 0.3
     assert judge.judge([]) == []
@@ -157,10 +158,10 @@ def test_classifier_learns_its_file(tmp_path: Path) -> None:
     ],
 )
 def test_classifier_names_the_row_that_does_not_fit(
-    tmp_path: Path, rows: list[dict[str, object]], message: str
+    rows: list[dict[str, object]], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        ClassifierJudge.from_file(str(toys.write_jsonl(tmp_path / "judge.jsonl", rows)))
+        ClassifierJudge.from_rows(rows, "judge.jsonl")
 
 
 def test_function_judge_is_its_scorer() -> None:
@@ -176,8 +177,8 @@ def test_verifiable_preference() -> None:
         [{"role": "assistant", "content": "Clearly, the critic liked it."}],
         [{"role": "assistant", "content": "Perhaps clearly,"}],
     ]
-    assert verifiable.decided(chat) == [1.0, 0.0]
-    assert verifiable.decided([" Clearly, so", "clearly, so"], prompts=["a", "b"]) == [1.0, 0.0]
+    assert smollm2.decided(chat) == [1.0, 0.0]
+    assert smollm2.decided([" Clearly, so", "clearly, so"], prompts=["a", "b"]) == [1.0, 0.0]
 
 
 # --- before and after

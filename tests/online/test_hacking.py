@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.proofs import hacking as proof_hacking
 from benchmarks.proofs.common import Check, MissingRun
-from eval.hackable import distinct_share, praise_count, readable_praise, words
+from reward.functions import distinct_share, praise_count, readable_praise, words
 from rlhf.cli import config
 
 

@@ -3,7 +3,7 @@ a function can verify.
 
 The user says a sentence of a review; the assistant says whether the critic liked the film, in one
 of two tones. Supervised rows use both tones equally often, preference pairs prefer the decided one,
-and `eval/verifiable.py` checks it: what a preference optimiser should change is known, starts near
+and `decided` checks it: what a preference optimiser should change is known, starts near
 one half, and takes a few tokens to say.
 """
 
@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from conf.choices import Dtype
 from conf.schema import ModelConfig
@@ -51,6 +52,14 @@ def answer(opener: str, label: int) -> list[Message]:
             "content": f"{opener} the critic {'liked' if label else 'disliked'} it.",
         }
     ]
+
+
+def decided(completions: list[Any], **_: Any) -> list[float]:
+    """1 for a completion that starts with the preferred tone, else 0: a judge with TRL's reward
+    signature. Completions are strings or lists of messages.
+    """
+    texts = [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
+    return [float(text.lstrip().startswith(PREFERRED)) for text in texts]
 
 
 def rows(reviews: Sequence[Review], seed: int) -> dict[str, list[Row]]:
