@@ -170,7 +170,7 @@ def install(chosen: dict[str, Any]) -> None:
     from rlhf.process.watchdog import Watchdog
     from rlhf.run import plots
 
-    plots.plot_run = lambda dir: []
+    plots.plot_run = lambda directory: []
     plots.plot_frontier = lambda *points: False
     seen: Counter[str] = Counter()
 

@@ -36,7 +36,8 @@ from benchmarks.chaos.child import FAULT
 from benchmarks.chaos.faults import EVERY, FAULTS, STEPS, Disk, Fault, Kind
 from rlhf.process import checkpoints
 from rlhf.run import console
-from rlhf.run.context import CHECKPOINTS, MANIFEST_FILE, SUMMARY_FILE
+from rlhf.run.directory import CHECKPOINTS, SUMMARY_FILE
+from rlhf.run.manifest import MANIFEST_FILE
 from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE, read_jsonl
 
 _TIMEOUT_S = 600

@@ -17,7 +17,7 @@ from rlhf.checks.memory.shapes import adapter_parameters
 from rlhf.checks.memory.subjects import shapes_of
 from rlhf.models.loading import base_directory
 from rlhf.process import distributed
-from rlhf.run.context import CHECKPOINTS, run_directory
+from rlhf.run.directory import CHECKPOINTS, run_directory
 from rlhf.types import UserError
 
 # bytes of a checkpoint for a byte of a model's weights: at most 16 a parameter that trains and 4 of

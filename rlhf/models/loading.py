@@ -3,7 +3,6 @@ Weights only from safetensors or GGUF.
 """
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -123,25 +122,6 @@ def readable(what: str) -> Iterator[None]:
             f"{what} can't be read ({type(error).__name__}: {first}). Restore its files, or give "
             "another directory."
         ) from error
-
-
-def json_object(place: Path, what: str) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises UserError that ends with `what`, what follows from
-    that it can't be read.
-    """
-    try:
-        content = json.loads(place.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place}, line {error.lineno}: not valid JSON ({error.msg}), so {what}."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{place} can't be read ({type(error).__name__}: {error}), so {what}."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{place}: expected an object, found {type(content).__name__}, so {what}.")
-    return content
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:

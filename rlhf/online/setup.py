@@ -48,7 +48,8 @@ from rlhf.models.loading import (
 )
 from rlhf.models.templates import template_text
 from rlhf.process import distributed
-from rlhf.run.context import RunContext, seed_everything
+from rlhf.process.randomness import seed_everything
+from rlhf.run.context import RunContext
 from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, Scorer, UserError
 from rollout import make_generator
 

@@ -20,86 +20,15 @@ lies in a run of ours has ``from``:
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.process.hashing import digest, sha256
+from rlhf.process.hashing import sha256
+from rlhf.run.manifest import MANIFEST_FILE, Entry, artifact_digest, read_manifest, run_of
 from rlhf.types import UserError
-
-MANIFEST_FILE = "manifest.json"
-Entry = dict[str, Any]
-
-
-def read_manifest(directory: Path) -> Entry | None:
-    """A run's manifest; None where the directory holds none of ours."""
-    place = directory / MANIFEST_FILE
-    if not place.is_file():
-        return None
-    try:
-        content = json.loads(place.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return (
-        content
-        if isinstance(content, dict) and {"stage", "parents", "data"} <= content.keys()
-        else None
-    )
-
-
-def run_of(path: Path) -> Path | None:
-    """The run directory that `path` is or lies in; None outside of runs. Links are followed: what
-    counts is where the content lies.
-    """
-    place = path.resolve()
-    return next(
-        (folder for folder in (place, *place.parents) if read_manifest(folder) is not None), None
-    )
-
-
-def artifact_digest(artifact: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of an artifact's files: the same files are the same version."""
-    return digest(sorted([file["path"], file["sha256"]] for file in artifact["files"]))
-
-
-def origin(path: Path, child: Path, file_sha256: str | None = None) -> Entry | None:
-    """The entry ``from`` of `path`, as the manifest in the directory `child` has it; None where the
-    path lies in no run, or in that one.
-
-    file_sha256: of a file, its hash as it was read; of a directory None. Versions of an artifact
-    share a name: of a directory the newest counts.
-    """
-    run = run_of(path)
-    manifest = read_manifest(run) if run is not None else None
-    if run is None or manifest is None or run == child.resolve():
-        return None
-    inside = path.resolve().relative_to(run).as_posix()
-    found: dict[str, Entry] = {}
-    changed = False
-    for artifact in manifest.get("artifacts", []):
-        names = {file["path"]: file["sha256"] for file in artifact["files"]}
-        if file_sha256 is not None:
-            holds = names.get(inside) == file_sha256
-            changed = changed or (inside in names and not holds)
-        else:
-            holds = inside == "." or any(name.startswith(f"{inside}/") for name in names)
-        if holds:
-            found[artifact["name"]] = {
-                "name": artifact["name"],
-                "kind": artifact["kind"],
-                "digest": artifact_digest(artifact),
-            }
-    out: Entry = {
-        "run": os.path.relpath(run, child.resolve()),
-        "stage": manifest["stage"],
-        "artifacts": list(found.values()),
-    }
-    if "wandb" in manifest:
-        out["wandb"] = manifest["wandb"]
-    return out | ({"changed": True} if changed and not found else {})
 
 
 @dataclass(frozen=True, slots=True)

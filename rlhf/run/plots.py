@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rlhf.online.watch import Point
 from rlhf.run.tracking.files import METRICS_FILE, read_jsonl
 
 _SMOOTH_FROM = 40  # points from which a running mean is drawn over the raw series
@@ -163,9 +162,7 @@ FIGURES: tuple[Figure, ...] = (
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values up to each point; the first points have what there is.
-    Length kept.
-    """
+    """Mean of the last `window` values up to each point, of fewer at the beginning."""
     out, total = [], 0.0
     for i, value in enumerate(values):
         total += value
@@ -175,77 +172,84 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return out
 
 
-def collect(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Per metric name, the steps and values that are numbers (nulls stand for NaN and are left
-    out).
+Series = tuple[list[int], list[float]]  # steps and values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def collect(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+    """Per metric name, the steps and values that are numbers.
+
+    Nulls, which stand for NaN, are left out.
     """
-    series: dict[str, tuple[list[int], list[float]]] = {}
+    series: dict[str, Series] = {}
     for row in rows:
         for name, value in row.items():
-            if (
-                name not in ("step", "time_s")
-                and isinstance(value, (int, float))
-                and not isinstance(value, bool)
-            ):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(value))
+            if name in ("step", "time_s") or not _is_number(value):
+                continue
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(int(row["step"]))
+            values.append(float(value))
     return series
 
 
 def _matching(panel: Panel, names: Sequence[str]) -> list[str]:
-    """The panel's metrics among `names`: in its own order, patterns sorted; a step's total is no
-    part of a stack.
+    """The panel's metrics among `names`, in its own order, those of a pattern sorted.
+
+    A step's total is no part of a stack.
     """
-    found = [
-        n
-        for pattern in panel.names
-        for n in sorted(fnmatch.filter(names, pattern))
-        if not any(fnmatch.fnmatch(n, w) for w in panel.without)
-    ]
-    return [
-        n for n in dict.fromkeys(found) if not (panel.stacked and re.search(r"/(step|total)_s$", n))
-    ]
+    matching: dict[str, None] = {}
+    for pattern in panel.names:
+        for name in sorted(fnmatch.filter(names, pattern)):
+            excluded = any(fnmatch.fnmatch(name, other) for other in panel.without)
+            is_total = panel.stacked and re.search(r"/(step|total)_s$", name)
+            if not excluded and not is_total:
+                matching[name] = None
+    return list(matching)
 
 
-def _draw(
-    axes: Any,
-    panel: Panel,
-    names: Sequence[str],
-    series: Mapping[str, tuple[list[int], list[float]]],
-) -> None:
-    if panel.stacked:
-        steps = sorted({s for n in names for s in series[n][0]})
-        rows = [[dict(zip(*series[n], strict=True)).get(s, 0.0) for s in steps] for n in names]
-        labels = [n.split("/", 1)[1].removesuffix("_s") for n in names]
-        axes.stackplot(
-            steps,
-            rows,
-            labels=labels,
-            colors=[_COLOURS[i % len(_COLOURS)] for i in range(len(names))],
-        )
-    else:
-        for i, name in enumerate(names):
-            steps, values = series[name]
-            colour = _COLOURS[i % len(_COLOURS)]
-            if len(values) >= _SMOOTH_FROM:
-                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-                axes.plot(
-                    steps,
-                    running_mean(values, len(values) // 20 or 1),
-                    color=colour,
-                    linewidth=1.8,
-                    label=name,
-                )
-            else:
-                axes.plot(
-                    steps, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=name
-                )
-    axes.set_title(panel.title, fontsize=11, loc="left")
-    axes.set_xlabel("step")
-    axes.set_ylabel(panel.unit)
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def _draw_stack(axes: Any, names: Sequence[str], series: Mapping[str, Series]) -> None:
+    steps = sorted({step for name in names for step in series[name][0]})
+    heights = []
+    for name in names:
+        by_step = dict(zip(*series[name], strict=True))
+        heights.append([by_step.get(step, 0.0) for step in steps])
+    labels = [name.split("/", 1)[1].removesuffix("_s") for name in names]
+    colours = [_colour(i) for i in range(len(names))]
+    axes.stackplot(steps, heights, labels=labels, colors=colours)
+
+
+def _draw_lines(axes: Any, names: Sequence[str], series: Mapping[str, Series]) -> None:
+    for i, name in enumerate(names):
+        steps, values = series[name]
+        if len(values) < _SMOOTH_FROM:
+            axes.plot(
+                steps, values, color=_colour(i), linewidth=1.6, marker="o", markersize=3, label=name
+            )
+            continue
+        smooth = running_mean(values, len(values) // 20 or 1)
+        axes.plot(steps, values, color=_colour(i), alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color=_colour(i), linewidth=1.8, label=name)
+
+
+def _finish_axes(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw(axes: Any, panel: Panel, names: Sequence[str], series: Mapping[str, Series]) -> None:
+    draw = _draw_stack if panel.stacked else _draw_lines
+    draw(axes, names, series)
+    _finish_axes(axes, panel.title, "step", panel.unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.stacked:  # beside the axes: the colours fill them
         axes.legend(
@@ -255,84 +259,112 @@ def _draw(
         axes.legend(fontsize=8, frameon=False, loc="best")
 
 
-def plot_run(dir: Path) -> list[Path]:
-    """Draw ``<dir>/plots/*.png`` from ``<dir>/metrics.jsonl``; returns the files written (none
-    without metrics).
-    """
-    series = collect(read_jsonl(Path(dir) / METRICS_FILE))
-    written: list[Path] = []
-    if not series:
-        return written
+def _new_canvas(panels: int) -> Any:
+    """A figure for so many panels side by side; it needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
+    canvas = Canvas(figsize=(5.2 * panels, 3.6), layout="constrained")
+    FigureCanvasAgg(canvas)
+    return canvas
+
+
+def _save(canvas: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=120)
+
+
+def plot_run(directory: Path) -> list[Path]:
+    """Draw ``<directory>/plots/*.png`` from its metrics.jsonl.
+
+    Returns the files written, [] where there are no metrics.
+    """
+    series = collect(read_jsonl(directory / METRICS_FILE))
+    written: list[Path] = []
     for figure in FIGURES:
-        panels = [(p, _matching(p, list(series))) for p in figure.panels]
-        panels = [(p, names) for p, names in panels if names]
+        panels = []
+        for panel in figure.panels:
+            names = _matching(panel, list(series))
+            if names:
+                panels.append((panel, names))
         if not panels:
             continue
-        canvas = Canvas(figsize=(5.2 * len(panels), 3.6), layout="constrained")
-        FigureCanvasAgg(canvas)
+        canvas = _new_canvas(len(panels))
         for i, (panel, names) in enumerate(panels):
             _draw(canvas.add_subplot(1, len(panels), i + 1), panel, names, series)
-        path = Path(dir) / "plots" / f"{figure.file}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, dpi=120)
+        path = directory / "plots" / f"{figure.file}.png"
+        _save(canvas, path)
         written.append(path)
     return written
 
 
-def plot_frontier(
-    points: Sequence[Point], path: Path, best: int | None = None, stopped: int | None = None
-) -> bool:
-    """What the distance from the reference buys: the score that trains, and the judge, against KL;
-    each point is a state of the policy.
+class PolicyState(Protocol):
+    """What is drawn of a state of the policy; None where it was not measured."""
 
-    `best` and `stopped` are steps to mark. A run's last weights wrote no rollouts, so they are
-    drawn at the KL of one update before. Returns whether there was anything to draw.
+    step: int  # updates done
+    kl: float | None  # nats per response
+    score: float | None  # the reward that trains
+    judge: float | None
+
+
+Row = tuple[int, float, float]  # step, KL in nats per response, score
+
+
+def _frontier(points: Sequence[PolicyState]) -> dict[str, list[Row]]:
+    """Panel title -> rows sorted by step; panels without a row are left out.
+
+    A run's last weights wrote no rollouts, so they stand at the KL of the update before.
     """
-    measured = {p.step: p.kl for p in points if p.kl is not None}
-    placed = [(p, measured.get(p.step, measured.get(p.step - 1))) for p in points]
-    scores = [(p.step, kl, p.score) for p, kl in placed if kl is not None and p.score is not None]
-    judged = [(p.step, kl, p.judge) for p, kl in placed if kl is not None and p.judge is not None]
-    panels = [
-        (title, sorted(rows))
-        for title, rows in (("Score that trains", scores), ("Held-out judge", judged))
-        if rows
-    ]
+    measured = {point.step: point.kl for point in points if point.kl is not None}
+    panels: dict[str, list[Row]] = {"Score that trains": [], "Held-out judge": []}
+    for point in points:
+        kl = measured.get(point.step, measured.get(point.step - 1))
+        if kl is None:
+            continue
+        if point.score is not None:
+            panels["Score that trains"].append((point.step, kl, point.score))
+        if point.judge is not None:
+            panels["Held-out judge"].append((point.step, kl, point.judge))
+    return {title: sorted(rows) for title, rows in panels.items() if rows}
+
+
+def _mark(axes: Any, rows: Sequence[Row], step: int | None, label: str, marker: str) -> None:
+    """A large symbol around the state after `step`, where it was drawn."""
+    marked = [(kl, score) for at, kl, score in rows if at == step]
+    if marked:
+        axes.scatter(
+            *marked[0],
+            marker=marker,
+            s=110,
+            facecolors="none",
+            edgecolors=_COLOURS[1],
+            label=label,
+            zorder=3,
+        )
+
+
+def plot_frontier(
+    points: Sequence[PolicyState], path: Path, best: int | None = None, stopped: int | None = None
+) -> bool:
+    """Draw the score that trains, and the judge, against the distance from the reference.
+
+    `best` and `stopped` are steps to mark. Returns whether there was anything to draw.
+    """
+    panels = _frontier(points)
     if not panels:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(5.2 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(canvas)
-    for i, (title, rows) in enumerate(panels):
+    canvas = _new_canvas(len(panels))
+    for i, (title, rows) in enumerate(panels.items()):
         axes = canvas.add_subplot(1, len(panels), i + 1)
         steps, kl, values = zip(*rows, strict=True)
         axes.plot(kl, values, color="#999999", linewidth=0.8)
         colours = axes.scatter(kl, values, c=steps, cmap="viridis", s=16, zorder=2)
-        for label, wanted, marker in (("best by the judge", best, "o"), ("stopped", stopped, "X")):
-            marked = [(x, y) for step, x, y in rows if step == wanted]
-            if marked:
-                axes.scatter(
-                    *marked[0],
-                    marker=marker,
-                    s=110,
-                    facecolors="none",
-                    edgecolors=_COLOURS[1],
-                    label=label,
-                    zorder=3,
-                )
-        axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel("KL against the reference, nats per response")
-        axes.set_ylabel("score")
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        _mark(axes, rows, best, "best by the judge", "o")
+        _mark(axes, rows, stopped, "stopped", "X")
+        _finish_axes(axes, title, "KL against the reference, nats per response", "score")
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, frameon=False, loc="best")
         if i == len(panels) - 1:
             canvas.colorbar(colours, ax=axes, label="step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=120)
+    _save(canvas, path)
     return True

@@ -16,7 +16,8 @@ from conf.stages import ChainStage
 from rlhf.cli import config
 from rlhf.process import distributed
 from rlhf.process.interrupts import run_child
-from rlhf.run.context import CONFIG_FILE, SUMMARY_FILE, RunContext, changed_options, run_directory
+from rlhf.run.context import RunContext
+from rlhf.run.directory import CONFIG_FILE, SUMMARY_FILE, changed_options, run_directory
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.chain")

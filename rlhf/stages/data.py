@@ -25,7 +25,7 @@ from rlhf.data.sources import data_files
 from rlhf.data.writing import file_kind, write_items
 from rlhf.process import distributed, watchdog
 from rlhf.run import console
-from rlhf.run.context import RunContext, sha256
+from rlhf.run.context import RunContext
 from rlhf.stages.pair_scores import pair_scorer
 from rlhf.types import UserError
 

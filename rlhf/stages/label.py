@@ -20,7 +20,8 @@ from rlhf.labels.samples import check_review, check_samples
 from rlhf.models.loading import check_model_path
 from rlhf.models.templates import template_text
 from rlhf.process import distributed
-from rlhf.run.context import RunContext, run_directory
+from rlhf.run.context import RunContext
+from rlhf.run.directory import run_directory
 from rlhf.stages.labelling.exporting import existing, export
 from rlhf.stages.labelling.importing import import_labels
 from rlhf.types import UserError

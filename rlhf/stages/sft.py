@@ -27,7 +27,8 @@ from rlhf.offline import row_weights as weights
 from rlhf.offline import trainer as common
 from rlhf.offline.guards import guarded
 from rlhf.process import distributed, watchdog
-from rlhf.run.context import RunContext, seed_everything
+from rlhf.process.randomness import seed_everything
+from rlhf.run.context import RunContext
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.sft")

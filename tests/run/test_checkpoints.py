@@ -21,8 +21,8 @@ from conf.stages import SFTStage
 from rlhf.offline import guards as guarding
 from rlhf.online import loop as online
 from rlhf.process import checkpoints
-from rlhf.run import context as run
 from rlhf.run.context import RunContext
+from rlhf.run.directory import latest_checkpoint
 from rlhf.run.tracking import files
 from rlhf.stages import sft
 from rlhf.types import UserError
@@ -94,7 +94,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     assert checkpoints.problem(folder / "step-11") is None
     damage(folder / "step-11")
     with caplog.at_level(logging.WARNING):
-        assert run.latest_checkpoint(tmp_path) == (folder / "step-10", 10)
+        assert latest_checkpoint(tmp_path) == (folder / "step-10", 10)
     assert (
         said in caplog.text
         and "step-11 is passed over" in caplog.text
@@ -103,7 +103,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     assert not (folder / "step-11").exists() and (folder / "torn" / "step-11").is_dir()
     write(folder, 11)
     damage(folder / "step-11")
-    run.latest_checkpoint(tmp_path)
+    latest_checkpoint(tmp_path)
     assert (folder / "torn" / "step-11.2").is_dir(), "an earlier torn one is not overwritten"
 
 
@@ -111,7 +111,7 @@ def test_all_torn_is_said_and_nothing_is_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shortened(write(tmp_path / "checkpoints", 1) / "loop.json")
-    assert run.latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path) is None
     assert "there is no earlier one" in caplog.text
 
 
@@ -170,7 +170,7 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(
 def test_what_a_killed_save_left_is_removed_on_resume(tmp_path: Path) -> None:
     write(tmp_path / "checkpoints", 1)
     (tmp_path / "checkpoints" / "step-2.part" / "policy").mkdir(parents=True)
-    assert run.latest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "step-1", 1)
+    assert latest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "step-1", 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
 
 

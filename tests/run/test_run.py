@@ -21,7 +21,9 @@ from conf.labelling import LabelConfig
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import LabelStage, OnlineStage, SFTStage
 from rlhf.process import checkpoints
-from rlhf.run import context as run
+from rlhf.process.hashing import sha256
+from rlhf.process.randomness import seed_everything
+from rlhf.run import manifest
 from rlhf.run.context import RunContext
 from rlhf.types import UserError
 
@@ -47,7 +49,7 @@ def test_a_disk_that_is_full_before_the_manifest_is_written_is_said(
     def refuse(path: Path, content: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run, "write_json", refuse)
+    monkeypatch.setattr(manifest, "write_json", refuse)
     with pytest.raises(
         kind, match="can't be written: .*No space left" if kind is UserError else "Interrupted"
     ):
@@ -115,7 +117,7 @@ def test_a_run_leaves_the_files_of_the_contract(
         and manifest["versions"]["torch"] == torch.__version__
     )
     assert manifest["argv"] == ["stage=sft", "+x.api_key=***", "engine.micro_tokens=64", "note=***"]
-    assert manifest["data"] == [{"path": str(data), "sha256": run.sha256(data), "bytes": 14}]
+    assert manifest["data"] == [{"path": str(data), "sha256": sha256(data), "bytes": 14}]
     assert manifest["commit"] is None or len(manifest["commit"]["sha"]) == 40
     said = capsys.readouterr().out
     assert "python -m rlhf stage=reward" in said and "peak memory" in said
@@ -133,7 +135,7 @@ def test_parents_are_recorded_with_their_summarys_hash(tmp_path: Path) -> None:
         {
             "kind": "policy",
             "path": str(tmp_path / "r" / "sft" / "model"),
-            "summary_sha256": run.sha256(summary),
+            "summary_sha256": sha256(summary),
             "from": {"run": "../sft", "stage": "sft", "artifacts": []},
         },
         {"kind": "reward", "path": "org/name", "summary_sha256": None},
@@ -244,11 +246,11 @@ def test_seed_everything_makes_every_generator_repeat_itself() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002 - the global generator is the point
 
-    run.seed_everything(7)
+    seed_everything(7)
     first = draw()
-    run.seed_everything(7)
+    seed_everything(7)
     assert draw() == first
-    run.seed_everything(8)
+    seed_everything(8)
     assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from rlhf.cli import config
-from rlhf.run.context import RunContext, plain_config
+from rlhf.run.context import RunContext
+from rlhf.run.tracking.files import plain_config
 from rlhf.stages import chain
 from rlhf.types import UserError
 

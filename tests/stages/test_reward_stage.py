@@ -23,7 +23,8 @@ from reward.scorers.reward_model import RewardModelScorer
 from rlhf.data.reading import preference_dataset
 from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_classifier
-from rlhf.run.context import RunContext, seed_everything
+from rlhf.process.randomness import seed_everything
+from rlhf.run.context import RunContext
 from rlhf.stages import reward
 from rlhf.stages.reward import (
     EncodedPairs,

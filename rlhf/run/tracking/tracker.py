@@ -121,8 +121,9 @@ class Tracker:
         if resume:
             self._line, self._offset = last_line(metrics)
             self._started -= float(self._line["time_s"]) if self._line else 0.0
-        mode = "r+b" if metrics.exists() else "w+b"
-        self._file = metrics.open(mode, buffering=0)
+        if not metrics.exists():
+            metrics.touch()
+        self._file = metrics.open("r+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
         self._backend = make_backend(cfg, self.dir, stage, resume)
 

@@ -135,9 +135,10 @@ class WeightsAndBiases:
             return self._start(options)
 
     def _start(self, options: Mapping[str, Any]) -> Any:
-        mode = "online" if self._mode is WandbMode.online else "offline"
         with redacted_arguments():  # W&B records the command line
-            return self._wandb.init(mode=mode, **options)
+            if self._mode is WandbMode.online:
+                return self._wandb.init(mode="online", **options)
+            return self._wandb.init(mode="offline", **options)
 
     @property
     def sync_command(self) -> str | None:

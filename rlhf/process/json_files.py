@@ -1,0 +1,56 @@
+"""JSON files of one object: read with an error that names the remedy, written whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.types import UserError
+
+
+def json_object(path: Path, consequence: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises UserError where there is none; the message ends with `consequence`, what follows from
+    that it can't be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}), so {consequence}."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} can't be read ({type(error).__name__}: {error}), so {consequence}."
+        ) from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{path}: expected an object, found {kind}, so {consequence}.")
+    return content
+
+
+def json_value(value: Any) -> Any:
+    """`value` as JSON can hold it.
+
+    NaN and infinities become None, numpy and tensor scalars numbers, keys texts.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_value(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(inner) for inner in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside `path` and rename, so that a reader never sees half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    text = json.dumps(json_value(content), indent=2, ensure_ascii=False)
+    beside.write_text(text + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,239 @@
+"""The run directory: where it is, whether it may be used, and how a run goes on in it."""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.choices import LabelMode
+from conf.schema import Config, EngineConfig
+from conf.stages import LabelStage
+from rlhf.process import checkpoints
+from rlhf.process.json_files import json_object
+from rlhf.run.manifest import MANIFEST_FILE
+from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE, plain_config, truncate
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.run.context")
+CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+CHECKPOINTS = "checkpoints"
+STEPS_FOLDER = "steps"  # of stage=data
+ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
+# Files of stages that have no checkpoints: these stages check for themselves what is still valid.
+# "export.json" is rlhf.labels.ledger.EXPORT_FILE.
+_OWN_PROGRESS = (STEPS_FOLDER, ANSWERS_FOLDER, "export.json")
+NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
+# Options that say how a run starts, not what it computes.
+_START_OPTIONS = {"run.resume", "run.overwrite", "run.dry_run", "run.dir"}
+
+# From a checkpoint and this launch's engine to the folder that the engine can load, and a warning
+# or None. Raises UserError where there is no such folder. Stages whose checkpoints depend on the
+# number of ranks bring one (policy.engines.resharding.adapt).
+AdaptCheckpoint = Callable[[Path, EngineConfig], tuple[Path, str | None]]
+
+
+def goes_on(cfg: Config) -> bool:
+    """Whether the run adds to its directory, whatever run.resume says.
+
+    Labels come back a few at a time, into one ``labels`` directory.
+    """
+    return isinstance(cfg.stage, LabelStage) and cfg.label.mode is LabelMode["import"]
+
+
+def run_directory(cfg: Config) -> Path:
+    """``<run.dir>/<run.name>/<stage>``; labels that come back go to ``labels`` beside the export's."""
+    name = "labels" if goes_on(cfg) else cfg.stage.name
+    return Path(cfg.run.dir).expanduser() / cfg.run.name / name
+
+
+def check_directory(cfg: Config) -> None:
+    """Refuse a run directory that exists, unless the run resumes or overwrites it.
+
+    Raises UserError.
+    """
+    directory = run_directory(cfg)
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is a file: expected the run's directory. Choose another run.name or "
+            "run.dir."
+        )
+    if not any(directory.iterdir()) or cfg.run.resume:
+        return
+    if goes_on(cfg):
+        if cfg.run.overwrite:
+            raise UserError(
+                f"run.overwrite=true would delete the labels in {directory}, which people made. "
+                "An import adds to them by itself: leave it out. "
+                "To start anew, choose another run.name or move the directory away."
+            )
+        return
+    if not cfg.run.overwrite:
+        raise UserError(
+            f"The run directory {directory} exists. Continue it with run.resume=true, replace it "
+            "with run.overwrite=true, or choose another run.name."
+        )
+    if not any((directory / name).is_file() for name in (CONFIG_FILE, MANIFEST_FILE)):
+        raise UserError(
+            f"run.overwrite=true would delete {directory}, but it holds neither {MANIFEST_FILE} "
+            f"nor {CONFIG_FILE}, so no run of ours wrote it. Choose another run.name, or remove "
+            "it yourself."
+        )
+
+
+def latest_checkpoint(directory: Path) -> tuple[Path, int] | None:
+    """The newest whole checkpoint of a run directory and its step; None where there is none.
+
+    Torn checkpoints that are newer are moved out of the way, with a warning.
+    """
+    folder = directory / CHECKPOINTS
+    checkpoints.clear_parts(folder)
+    newest, torn = checkpoints.newest(folder)
+    instead = "there is no earlier one"
+    if newest is not None:
+        instead = f"the run goes on from {newest[0].name}"
+    for path, problem in torn:
+        LOG.warning(
+            "resume: checkpoint %s is passed over: %s. It was moved to %s; %s.",
+            path.name,
+            problem,
+            checkpoints.set_aside(path),
+            instead,
+        )
+    return newest
+
+
+def clear_halves(directory: Path) -> None:
+    """Remove files and folders that were being written when a run ended (``*.tmp``)."""
+    for path in directory.glob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by dotted key."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def changed_options(stored: Mapping[str, Any], cfg: Config) -> list[str]:
+    """Options whose value differs from the stored configuration's, as ``key: old -> new``.
+
+    How a run starts (run.resume, run.overwrite, ...) does not count.
+    """
+    old, new = _flat(stored), _flat(plain_config(cfg))
+    keys = sorted((old.keys() | new.keys()) - _START_OPTIONS)
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
+
+
+@dataclass(slots=True)
+class Opened:
+    """What rank 0 did when it opened the directory, for the other ranks."""
+
+    error: str | None = None
+    resume_from: Path | None = None
+    resumed: bool = False
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    """The configuration of the run so far.
+
+    It only serves to tell what changed: an unreadable file is warned of and counts as empty.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        LOG.warning(
+            "resume: %s can't be read (%s), so what changed in the configuration is not known.",
+            path,
+            str(error).splitlines()[0],
+        )
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Opened:
+    """Bring an existing run back to its newest checkpoint.
+
+    Lines after it are removed from the run's files, and a summary of an earlier end too.
+    """
+    for change in changed_options(_stored_config(directory / CONFIG_FILE), cfg):
+        LOG.warning("resume: the configuration differs from the run's: %s", change)
+    newest = latest_checkpoint(directory)
+    own_progress = any((directory / name).exists() for name in _OWN_PROGRESS)
+    if newest is None and not own_progress and (directory / SUMMARY_FILE).exists():
+        raise UserError(
+            f"{directory} is a finished run without a checkpoint, so there is nothing to resume. "
+            "Run it anew with run.overwrite=true."
+        )
+    step = -1
+    resume_from = None
+    if newest is not None:
+        resume_from, step = newest
+        if adapt is not None:
+            resume_from, warning = adapt(resume_from, cfg.engine)
+            if warning is not None:
+                LOG.warning("resume: %s.", warning)
+    removed = truncate(directory / METRICS_FILE, step)
+    truncate(directory / SAMPLES_FILE, step)
+    (directory / SUMMARY_FILE).unlink(missing_ok=True)
+    if newest is not None:
+        LOG.info(
+            "resume: continuing from %s; %d metric lines after it were dropped.",
+            newest[0],
+            removed,
+        )
+    elif not own_progress:
+        LOG.warning("resume: %s holds no checkpoint; the run starts from step 0.", directory)
+    return Opened(resume_from=resume_from, resumed=True)
+
+
+def open_directory(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Opened:
+    """Make the directory ready; rank 0 alone calls it. Raises UserError."""
+    check_directory(cfg)
+    opened = Opened()
+    if directory.exists() and any(directory.iterdir()):
+        if goes_on(cfg):
+            # Every line stays, but for a last line that a kill tore.
+            truncate(directory / METRICS_FILE, sys.maxsize)
+            opened = Opened(resumed=True)
+        elif cfg.run.resume:
+            opened = _resume(directory, cfg, adapt)
+        else:
+            shutil.rmtree(directory)
+    elif cfg.run.resume and not goes_on(cfg):
+        LOG.warning("resume: %s does not exist yet; the run starts from step 0.", directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    clear_halves(directory)  # of a start that was killed
+    if opened.resumed and (directory / MANIFEST_FILE).exists():
+        # A damaged manifest is refused here, where every rank learns of it.
+        json_object(directory / MANIFEST_FILE, NO_MANIFEST)
+    _write_config(directory / CONFIG_FILE, cfg)
+    return opened
+
+
+def _write_config(path: Path, cfg: Config) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    text = yaml.safe_dump(plain_config(cfg), sort_keys=False, allow_unicode=True)
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

