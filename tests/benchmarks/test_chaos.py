@@ -258,7 +258,7 @@ def test_an_engines_own_process_is_found_among_the_descendants() -> None:
 LINES = """
 import json, os
 from pathlib import Path
-from rlhf.run.tracking import files
+from rlhf.run.tracking import tracker
 from benchmarks.chaos import child as chaos_child
 
 chaos_child.ACTIONS["stop"] = lambda place: os._exit(7)
@@ -266,7 +266,7 @@ chaos_child._break_line(json.loads(os.environ["RLHF_CHAOS"]))
 path = Path(os.environ["PLACE"]) / "metrics.jsonl"
 with path.open("w+b", buffering=0) as file:
     for number in range(9):
-        files.write_line(file, file.tell(), "x" * 1499, path)
+        tracker.write_line(file, file.tell(), "x" * 1499, path)
 """
 
 
