@@ -134,9 +134,7 @@ def test_an_evaluations_samples_are_two_policies(tmp_path: Path) -> None:
         "alpha/after",
     }
     place = samples_of(tmp_path / "beta/ppo")
-    with pytest.raises(
-        UserError, match=r"4 in label.samples: alpha/1, alpha/5"
-    ):
+    with pytest.raises(UserError, match=r"4 in label.samples: alpha/1, alpha/5"):
         run_export(
             tmp_path,
             f"label.samples=[{place}]",

@@ -23,7 +23,7 @@ from rlhf.models.loading import load_causal_lm, load_tokenizer, loads_as_it_is
 from rlhf.process import distributed
 from rlhf.process.clock import PhaseClock
 from rlhf.process.hashing import digest
-from rlhf.run.context import ANSWERS_FOLDER
+from rlhf.run.directory import ANSWERS_FOLDER
 from rlhf.types import Generator, Prompt, Rollout, Scores, UserError
 from rollout import make_generator
 
