@@ -8,7 +8,7 @@ from conf.rules import VLLM_LORA_RANKS, lora_ranks_that_hold, merges_lora
 from conf.schema import AdapterConfig, ModelConfig, RolloutConfig
 from rlhf.checks import launch
 from rlhf.checks.memory import GIB
-from rlhf.models.loading import json_object
+from rlhf.process.json_files import json_object
 from rlhf.types import UserError
 
 
