@@ -3,6 +3,7 @@ Weights only from safetensors or GGUF.
 """
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator

@@ -24,6 +24,7 @@ from rlhf.data.prepare.store import StepReport
 from rlhf.data.sources import data_files
 from rlhf.data.writing import file_kind, write_items
 from rlhf.process import distributed, watchdog
+from rlhf.process.hashing import sha256
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.stages.pair_scores import pair_scorer
