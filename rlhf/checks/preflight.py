@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from conf.schema import Config
 from rlhf.process import distributed
-from rlhf.run import context
+from rlhf.run import directory
 from rlhf.run.tracking import tracker
 from rlhf.types import UserError
 
@@ -29,7 +29,7 @@ def check(stage_check: Callable[[Config], list[str]], cfg: Config) -> list[str]:
         # rank 0 alone writes
         if distributed.is_main() and not cfg.run.dry_run:
             tracker.check(cfg.tracking)
-            context.check_directory(cfg)
+            directory.check_directory(cfg)
     except UserError as error:
         problem = str(error)
     problems = [text for text in distributed.gather(problem) if text is not None]
