@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.agreement import Label, check_single, sorted_labels
+from rlhf.process.extras import require
 
 _SAME = 1e-9  # probabilities closer than this are a tie
 _ITERATIONS = 200  # at most, of expectation-maximisation
@@ -144,8 +145,8 @@ def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggre
     Raises ValueError for a repeated judgement and without labels.
     """
     import pandas
-    from crowdkit.aggregation.classification import DawidSkene
 
+    classification = require("crowdkit.aggregation.classification", "labels")
     votes = votes_by_item(labels)
     if not votes:
         raise ValueError("no labels to aggregate")
@@ -162,7 +163,7 @@ def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggre
     # crowd-kit's own calls that a later pandas will refuse; the lock has a pandas that takes them
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"crowdkit\.")
-        model = DawidSkene(n_iter=iterations).fit(table)
+        model = classification.DawidSkene(n_iter=iterations).fit(table)
     assert model.probas_ is not None and model.priors_ is not None and model.errors_ is not None
     probabilities = model.probas_.reindex(
         index=range(len(items)), columns=range(len(names)), fill_value=0.0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.cells import from_excel_text
+from rlhf.process.extras import require
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
@@ -360,8 +361,7 @@ def _check_unpacked(path: Path) -> None:
 
 def _excel(path: Path) -> Iterator[SourceRow]:
     """Rows of the first sheet; wholly empty ones are not rows."""
-    import openpyxl
-
+    openpyxl = require("openpyxl", "data")
     number, origin = 0, str(path)
     try:
         _check_unpacked(path)

@@ -19,6 +19,7 @@ from rlhf.data.formats.draft import Row
 from rlhf.data.prepare.items import Item
 from rlhf.data.rows import RowError
 from rlhf.data.targets import check_target, convert
+from rlhf.process.extras import require
 from rlhf.process.wording import describe
 from rlhf.types import UserError
 
@@ -173,14 +174,12 @@ def _write_csv(spool: Path, path: Path, columns: list[str]) -> None:
 
 def _write_xlsx(spool: Path, path: Path, columns: list[str]) -> None:
     """One sheet; every cell is text, so that nothing becomes a formula, a date or a number."""
-    import openpyxl
-    from openpyxl.cell import WriteOnlyCell
-
+    openpyxl = require("openpyxl", "data")
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet("rows")
 
     def cell(text: str) -> Any:
-        out = WriteOnlyCell(sheet, excel_text(text))
+        out = openpyxl.cell.WriteOnlyCell(sheet, excel_text(text))
         out.data_type = "s"
         return out
 

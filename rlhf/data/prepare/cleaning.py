@@ -12,6 +12,7 @@ from typing import Any, Literal
 from conf.preparation.cleaning import Language, Length, Repair, Unit
 from rlhf.data.prepare.items import Context, Item, replace_texts
 from rlhf.data.prepare.texts import emptied, texts_of, words
+from rlhf.process.extras import require
 from rlhf.process.wording import nearest
 from rlhf.types import UserError
 
@@ -56,8 +57,7 @@ def tidy_spaces(text: str) -> str:
 
 @cache
 def _ftfy_config(form: Form) -> Any:
-    import ftfy
-
+    ftfy = require("ftfy", "data")
     # Quotes and full-width signs are how people write, in Chinese above all: not defects. HTML has
     # an option of its own.
     return ftfy.TextFixerConfig(
@@ -75,9 +75,7 @@ def mend(text: str, options: Repair, *, touching: bool) -> str:
     """
     form: Form = "NFKC" if options.nfkc else "NFC"
     if options.encoding:
-        import ftfy
-
-        text = ftfy.fix_text(text, _ftfy_config(form))
+        text = require("ftfy", "data").fix_text(text, _ftfy_config(form))
     elif options.nfkc:
         text = unicodedata.normalize(form, text)
     core = text.strip()
@@ -125,17 +123,17 @@ def repair(options: Repair, items: Iterator[Item], context: Context) -> Iterator
 
 
 @cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+def language_identifier() -> Any:
+    """py3langid's model, whose `classify` gives (ISO 639-1 code, probability)."""
+    langid = require("py3langid.langid", "data")
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 def language(options: Language, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Keep rows whose texts are in one of `keep`; short texts are kept. Raises UserError for a
     language that py3langid doesn't know.
     """
-    identifier = _identifier()
+    identifier = language_identifier()
     for code in options.keep:
         if code not in identifier.labels:
             known = sorted(identifier.labels)

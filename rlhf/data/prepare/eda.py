@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from rlhf.data.prepare.words import has_han, in_case_of, read_yaml, word_list
+from rlhf.process.extras import require
 from rlhf.types import UserError
 
 _WORD = r"[\p{L}\p{M}\p{N}_]+(?:['\u2019\-][\p{L}\p{M}\p{N}_]+)*"
@@ -54,8 +55,7 @@ def _pattern() -> Any:
 def _jieba() -> Any:
     import logging
 
-    import jieba
-
+    jieba = require("jieba", "data")
     jieba.setLogLevel(logging.WARNING)  # it prints how long its dictionary took to load
     return jieba.Tokenizer()
 

@@ -25,6 +25,7 @@ import numpy as np
 from conf.preparation.annotation import Contradicted, LabelNoise
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
+from rlhf.process.extras import require
 from rlhf.process.hashing import sha256
 from rlhf.types import UserError
 
@@ -52,11 +53,9 @@ def pair_issues(right: np.ndarray, method: str) -> np.ndarray:
 
 def _issues(labels: np.ndarray, one: np.ndarray, method: str) -> np.ndarray:
     """cleanlab's verdict on binary labels [N], `one` [N] being the probability of label 1."""
-    from cleanlab.filter import find_label_issues
-
-    return np.asarray(
-        find_label_issues(labels, np.stack([1.0 - one, one], axis=1), filter_by=method, n_jobs=1)
-    )
+    find_label_issues = require("cleanlab.filter", "data").find_label_issues
+    probabilities = np.stack([1.0 - one, one], axis=1)
+    return np.asarray(find_label_issues(labels, probabilities, filter_by=method, n_jobs=1))
 
 
 def _number(item: Item, column: str) -> float:

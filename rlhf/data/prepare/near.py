@@ -18,6 +18,7 @@ from conf.preparation.duplicates import NearDuplicates
 from rlhf.data.prepare.clusters import components, keep_one
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.texts import normalised, sides
+from rlhf.process.extras import require
 
 Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides
 # added to the code points of what is judged bad: another alphabet, so that it never equals the good
@@ -86,11 +87,8 @@ def ngram_hashes(
 
 def permutations(count: int, seed: int) -> NDArray[np.uint32]:
     """[2, count] factors and summands of datasketch's permutations h -> a h + b modulo 2^32."""
-    from datasketch import MinHash
-
-    return np.asarray(
-        MinHash(num_perm=count, seed=seed, scheme="affine32").permutations, dtype=np.uint32
-    )
+    hashes = require("datasketch", "data").MinHash(num_perm=count, seed=seed, scheme="affine32")
+    return np.asarray(hashes.permutations, dtype=np.uint32)
 
 
 def minima(

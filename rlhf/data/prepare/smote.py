@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.process.extras import require
 from rlhf.types import UserError
 
 
@@ -20,8 +21,7 @@ def smote(
     class (Chawla et al. 2002, arXiv:1106.1813; imbalanced-learn). Raises UserError for a class of
     fewer than two vectors, which has no neighbour.
     """
-    from imblearn.over_sampling import SMOTE
-
+    over_sampling = require("imblearn.over_sampling", "data")
     if len(vectors) != len(labels) or np.ndim(vectors) != 2:
         raise UserError(
             f"smote: expected vectors [N, D] and labels [N], found shapes {np.shape(vectors)} "
@@ -35,5 +35,6 @@ def smote(
             f"smote: class {names[counts.argmin()]!r} has {counts.min()} vector: expected at "
             "least 2, to lie between them."
         )
-    sampler = SMOTE(random_state=seed, k_neighbors=min(neighbours, int(counts.min()) - 1))
+    nearest = min(neighbours, int(counts.min()) - 1)
+    sampler = over_sampling.SMOTE(random_state=seed, k_neighbors=nearest)
     return sampler.fit_resample(vectors, labels)

@@ -9,6 +9,7 @@ import numpy as np
 
 from conf.preparation.base import Vectors
 from rlhf.data.prepare.texts import normalised, words
+from rlhf.process.extras import require
 from rlhf.types import UserError
 
 Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides
@@ -53,10 +54,9 @@ def embeddings(texts: Sequence[Sides], model: str) -> Any:
             f"model={model}: expected a sentence-embedding model's directory (modules.json), "
             "found none there."
         )
-    from sentence_transformers import SentenceTransformer
-
+    sentence_transformers = require("sentence_transformers", "embeddings")
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-    encoder = SentenceTransformer(
+    encoder = sentence_transformers.SentenceTransformer(
         str(place), device=str(distributed.device()), local_files_only=True
     )
 

@@ -6,9 +6,9 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
+from rlhf.data.prepare.cleaning import language_identifier
 from rlhf.data.prepare.items import Item, joined
 from rlhf.data.report.records import Bars, Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
@@ -41,20 +41,13 @@ def sampled(items: Sequence[Item], settings: Settings) -> list[Item]:
 # ---- languages ----
 
 
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-
 def language(text: str) -> tuple[str, float]:
     """(ISO 639-1 code, probability) of a text; ("und", 0) for one with too few letters to tell."""
     # a Chinese character says as much as a short word
     letters = sum(c.isalpha() * (3 if ord(c) > 0x2E80 else 1) for c in text)
     if letters < _LETTERS:
         return "und", 0.0
-    code, probability = _identifier().classify(text)
+    code, probability = language_identifier().classify(text)
     return str(code), float(probability)
 
 

@@ -10,6 +10,7 @@ from rlhf.data.prepare.items import Item, parts
 from rlhf.data.report.records import Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
+from rlhf.process.extras import require
 
 _TAGS = "a|b|i|u|p|br|hr|li|ul|ol|td|tr|th|em|h[1-6]|div|span|font|table|tbody|strong|center|script|style|img|input|form|button|body|html|head|iframe"
 HTML = re.compile(
@@ -36,12 +37,12 @@ def encoding_problem(text: str) -> str | None:
     """Mojibake by ftfy's heuristic, or characters that no text has: control characters, replacement
     characters, lone surrogates.
     """
-    from ftfy.badness import is_bad
-
     found = _CONTROL.search(text)
     if found:
         return f"holds U+{ord(found.group()):04X}"
-    return "decoded with the wrong encoding" if is_bad(text) else None
+    return (
+        "decoded with the wrong encoding" if require("ftfy.badness", "data").is_bad(text) else None
+    )
 
 
 def garbled_problem(text: str) -> str | None:

@@ -15,6 +15,7 @@ from rlhf.data.report.content import sampled
 from rlhf.data.report.records import Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
+from rlhf.process.extras import require
 
 _ROWS = 200  # that the model needs
 _FOLDS = 5
@@ -90,8 +91,8 @@ def suspects(items: Sequence[Item], settings: Settings) -> Section:
     except ValueError as error:  # scikit-learn: no word is in two texts
         return Section("suspects", title, {}, unmeasured=f"the texts share no words ({error})")
     import numpy as np
-    from cleanlab.filter import find_label_issues
 
+    find_label_issues = require("cleanlab.filter", "data").find_label_issues
     probabilities = held_out_probabilities(features, targets, settings.seed)
     accuracy = sum(
         int(p[1] >= 0.5) == t for p, t in zip(probabilities, targets, strict=True)
