@@ -2,6 +2,7 @@
 somewhere, tables render, lines stay short.
 """
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -12,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from conf.choices import DataTarget
+from conf.preparation import STEPS
 from conf.stages import STAGES
 from rlhf.cli import config
+from rlhf.data.formats import FORMATS
+from rlhf.data.report.remedies import REMEDIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -322,3 +327,59 @@ def test_lines_are_short(page: Path) -> None:
         if len(text) > limit:
             long.append(f"{name_of(page)}:{number}: {len(text)}")
     assert not long
+
+
+def reference(name: str) -> str:
+    return (ROOT / "docs" / "reference" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_formats_is_complete() -> None:
+    rows = set(re.findall(r"^\| (\w+) \| .+ \| .+ \|$", reference("formats"), re.MULTILINE))
+    assert {form.name for form in FORMATS} <= rows
+    written = reference("formats")
+    assert not [target.value for target in DataTarget if f"`{target.value}`" not in written]
+    templates = sorted((ROOT / "rlhf" / "models" / "templates").glob("*.jinja"))
+    assert templates
+    assert not [path.stem for path in templates if f"`{path.stem}`" not in written]
+
+
+@pytest.mark.parametrize("step", sorted(STEPS))
+def test_the_page_of_steps_is_complete(step: str) -> None:
+    """Each step has a paragraph, which names its options."""
+    paragraphs = {
+        match[1]: match[0]
+        for match in re.finditer(r"^\*\*(\w+)\*\*.*?(?=\n\n)", reference("data-steps"), re.M | re.S)
+    }
+    named = set(re.findall(r"`(\w+)`", paragraphs[step]))
+    assert {field.name for field in dataclasses.fields(STEPS[step])} <= named
+
+
+def test_the_page_of_findings_is_complete() -> None:
+    page = reference("data-steps")
+    assert not [name for name in REMEDIES if name not in page]
+
+
+def metric_names() -> set[str]:
+    """Metrics that the product's source spells out: "objective/kl", "time/{name}_s"."""
+    out: set[str] = set()
+    groups = "objective|rollout|policy|value|group|reward|time|memory|train|eval|watch|judge|loss"
+    literal = re.compile(rf'f?"((?:{groups}|data|label)/[a-z0-9_]+)"')
+    for folder in ("rlhf", "policy", "eval", "rollout"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name in ("plots.py", "console.py"):
+                continue  # they show metrics of others, with names for the eye
+            out |= set(literal.findall(path.read_text(encoding="utf-8")))
+    return {name for name in out if not (ROOT / name).exists()}
+
+
+def test_the_page_of_metrics_is_complete() -> None:
+    page = reference("metrics")
+    found = metric_names()
+    assert len(found) > 60
+    unnamed = []
+    for name in sorted(found):
+        # the ends of an interval may be named by `_low` and `_high` alone
+        middle = name.removesuffix("_low").removesuffix("_high")
+        if f"`{middle}`" not in page and f"`{name}`" not in page:
+            unnamed.append(name)
+    assert not unnamed
