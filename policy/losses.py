@@ -37,13 +37,13 @@ def _check_denominator(denominator: float) -> None:
 
 
 def aggregation_weights(response_mask: Tensor, aggregation: Aggregation) -> Tensor:
-    """What each token counts in the loss, [B, T] float32, 0 outside the mask; divided by
-    `aggregation_units` of the whole optimizer step.
+    """What each token counts in the loss, [B, T] float32, 0 outside the mask; the weighted sum is
+    divided by `aggregation_units` of the whole optimizer step.
 
-    token       1                     mean over all tokens (Yu et al. 2025, arXiv:2503.14476,
-    equation 8) sequence    1 / response length   mean over responses of their means (Shao et al.
-    2024, arXiv:2402.03300, equation 3) constant    1                     sum over a fixed number:
-    no length bias (Liu et al. 2025, arXiv:2503.20783, section 3.1)
+    token: 1, so the loss is a mean over all tokens (Yu et al. 2025, arXiv:2503.14476, equation 8).
+    sequence: 1 / response length, a mean over responses of their means (Shao et al. 2024,
+    arXiv:2402.03300, equation 3). constant: 1, divided by a fixed number, so that length brings no
+    bias (Liu et al. 2025, arXiv:2503.20783, section 3.1).
     """
     check_mask(response_mask)
     weights = response_mask.float()
@@ -85,24 +85,12 @@ def policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """-1/denominator * sum_t w_t * surrogate_t -> (loss scalar, stats). With rho_t = exp(logprobs_t
-    - old_logprobs_t) and sg a constant:
+    """-1 / denominator * sum_t weights_t * surrogate_t, a scalar, and its statistics.
 
-        clip    min(rho_t A_t, clip(rho_t, 1 - cliprange, 1 + high) A_t)      PPO (Schulman et al.
-        2017, arXiv:1707.06347, equation 7); with
-                high above cliprange DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476, section
-                3.1)
-        gspo    the same with s = exp(mean_t log rho_t), one ratio per response (Zheng et al. 2025,
-        arXiv:2507.18071, equations 5 to 7)
-        cispo   sg(min(rho_t, 1 + high)) A_t logprobs_t                       (MiniMax 2025,
-        arXiv:2506.13585, equation 4, no lower bound)
-        nll     A_t logprobs_t                                                likelihood, A_t is 1
-        for imitation
-
-    `cliprange_high` None: as `cliprange`. With `dual_clip` c > 1 the clipped terms are at least c *
-    A_t where A_t < 0, which bounds the loss of an unlucky ratio (Ye et al. 2020, arXiv:1912.09729,
-    equation 5). `weights` w are constants: `aggregation_weights`, `importance_weights` or their
-    product. All tensors [B, T]; only `logprobs` gets a gradient.
+    The surrogates are `clipped_surrogate` (clip; gspo with one ratio per response),
+    `cispo_surrogate` and, for nll, A_t logprobs_t (imitation where A_t is 1). `cliprange_high`
+    None: as `cliprange`. `weights` are constants: `aggregation_weights`, `importance_weights` or
+    their product. All tensors [B, T]; only `logprobs` gets a gradient.
     """
     same_shape(
         2,
@@ -113,24 +101,19 @@ def policy_loss(
     )
     check_mask(response_mask)
     _check_denominator(denominator)
-    new, old, advantages = (
-        torch.where(response_mask, logprobs, 0.0),
-        torch.where(response_mask, old_logprobs, 0.0).detach(),
-        advantages.detach(),
-    )
+    new = torch.where(response_mask, logprobs, 0.0)
+    old = torch.where(response_mask, old_logprobs, 0.0).detach()
+    advantages = advantages.detach()
     log_ratio = new - old
     if kind is PolicyLoss.gspo:
-        log_ratio = (
-            log_ratio.sum(dim=1, keepdim=True) / response_mask.sum(dim=1, keepdim=True).clamp(min=1)
-        ).expand_as(new)
+        log_ratio = sequence_log_ratio(log_ratio, response_mask)
     ratio = torch.exp(log_ratio)
     high = cliprange if cliprange_high is None else cliprange_high
     match kind:
         case PolicyLoss.clip | PolicyLoss.gspo:
-            surrogate, bound = _clipped_surrogate(ratio, advantages, cliprange, high, dual_clip)
+            surrogate, bound = clipped_surrogate(ratio, advantages, cliprange, high, dual_clip)
         case PolicyLoss.cispo:
-            surrogate = ratio.detach().clamp(max=1.0 + high) * advantages * new
-            bound = ratio > 1.0 + high
+            surrogate, bound = cispo_surrogate(ratio, advantages, new, high)
         case PolicyLoss.nll:
             surrogate, bound = advantages * new, torch.zeros_like(response_mask)
         case _:
@@ -147,10 +130,25 @@ def policy_loss(
     return -masked_sum(surrogate, response_mask) / denominator, stats
 
 
-def _clipped_surrogate(
+def sequence_log_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
+    """The mean log ratio of each response at each of its tokens, [B, T] nats: GSPO's one ratio per
+    response (Zheng et al. 2025, arXiv:2507.18071, equation 7). `log_ratio` [B, T] is 0 outside the
+    mask.
+    """
+    lengths = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(log_ratio)
+
+
+def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(surrogate, where a bound holds), both of the ratio's shape."""
+    """min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t), and where a bound holds; both [B, T].
+
+    PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7); with `high` above `low` DAPO's
+    clip-higher (Yu et al. 2025, arXiv:2503.14476, section 3.1). With `dual_clip` c > 1 the terms
+    are at least c A_t where A_t < 0, which bounds the loss of an unlucky ratio (Ye et al. 2020,
+    arXiv:1912.09729, equation 5). Raises ValueError for c <= 1.
+    """
     unclipped = ratio * advantages
     clipped = ratio.clamp(1.0 - low, 1.0 + high) * advantages
     surrogate = torch.minimum(unclipped, clipped)
@@ -164,6 +162,16 @@ def _clipped_surrogate(
     return torch.where(too_low, lowest, surrogate), bound | too_low
 
 
+def cispo_surrogate(
+    ratio: Tensor, advantages: Tensor, logprobs: Tensor, high: float
+) -> tuple[Tensor, Tensor]:
+    """min(rho_t, 1 + high) A_t logprobs_t with the ratio as a constant, and where the bound holds;
+    both [B, T] (CISPO, MiniMax 2025, arXiv:2506.13585, equation 4; it has no lower bound).
+    """
+    surrogate = ratio.detach().clamp(max=1.0 + high) * advantages * logprobs
+    return surrogate, ratio > 1.0 + high
+
+
 def kl_loss(
     logprobs: Tensor,
     ref_logprobs: Tensor,
@@ -174,14 +182,13 @@ def kl_loss(
     denominator: float,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """1/denominator * sum_t w_t * KL_t, a scalar in nats; multiply it by the coefficient and add it
+    """1 / denominator * sum_t weights_t * KL_t, a scalar in nats; times the coefficient it is added
     to the loss.
 
-        k2, k3         `kl_per_token` at the new policy's logprobs. The gradient of k2 is that of
-        the divergence, as long as policy and sampler agree.
-        k3_weighted    rho_t * k3_t with rho_t = exp(logprobs_t - old_logprobs_t): value and
-        gradient stay unbiased after the policy has moved
-                       (DeepSeek-AI 2025, "DeepSeek-V3.2", section 3.1)
+    k2, k3: `kl_per_token` at the new policy's logprobs. The gradient of k2 is that of the
+    divergence as long as policy and sampler agree. k3_weighted: rho_t k3_t with rho_t =
+    exp(logprobs_t - old_logprobs_t), whose value and gradient stay unbiased after the policy has
+    moved (DeepSeek-AI 2025, "DeepSeek-V3.2", section 3.1).
 
     All tensors [B, T]; only `logprobs` gets a gradient. Raises ValueError for k1, whose gradient
     has zero mean.
@@ -197,10 +204,8 @@ def kl_loss(
     _check_denominator(denominator)
     if estimator is KLEstimator.k1:
         raise ValueError("k1 has a gradient of zero mean and penalises nothing in a loss")
-    new, ref = (
-        torch.where(response_mask, logprobs, 0.0),
-        torch.where(response_mask, ref_logprobs, 0.0).detach(),
-    )
+    new = torch.where(response_mask, logprobs, 0.0)
+    ref = torch.where(response_mask, ref_logprobs, 0.0).detach()
     if estimator is KLEstimator.k3_weighted:
         ratio = torch.exp(new - torch.where(response_mask, old_logprobs, 0.0).detach())
         kl = ratio * kl_per_token(new, ref, KLEstimator.k3)
@@ -222,28 +227,23 @@ def value_loss(
     denominator: float,
 ) -> tuple[Tensor, Tensor]:
     """Clipped value loss of PPO's first implementation (Dhariwal et al. 2017, OpenAI Baselines
-    ppo2) -> (loss scalar, clipped-token count).
+    ppo2), a scalar, and the number of tokens whose clipped error is the larger one.
 
-        L = 1/denominator * sum_t 1/2 * max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) -
-        R_t)^2),    c = cliprange_value
+        L = 1 / denominator * sum_t 1/2 max((V_t - R_t)^2, (V_clip_t - R_t)^2)
+        V_clip_t = clip(V_t, V_old_t - c, V_old_t + c),    c = cliprange_value
 
-    All tensors [B, T] in units of the score; only `values` gets a gradient. Counted are tokens
-    whose clipped error is the larger one.
+    All tensors [B, T] in units of the score; only `values` gets a gradient.
     """
     same_shape(
         2, values=values, old_values=old_values, returns=returns, response_mask=response_mask
     )
     check_mask(response_mask)
     _check_denominator(denominator)
-    values, old, returns = (
-        torch.where(response_mask, values, 0.0),
-        old_values.detach(),
-        returns.detach(),
-    )
+    values = torch.where(response_mask, values, 0.0)
+    old, returns = old_values.detach(), returns.detach()
+    clipped_values = torch.clamp(values, old - cliprange_value, old + cliprange_value)
     error = (values - returns).square()
-    clipped_error = (
-        torch.clamp(values, old - cliprange_value, old + cliprange_value) - returns
-    ).square()
+    clipped_error = (clipped_values - returns).square()
     loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), response_mask) / denominator
     return loss, masked_sum((clipped_error > error).float(), response_mask).detach()
 
@@ -268,17 +268,13 @@ def importance_weights(
     level: Level = Level.token,
     response_mask: Tensor | None = None,
 ) -> Tensor:
-    """Importance ratios trainer / sampler probability, constants, [B, T].
-
-        truncate    min(ratio, cap)                          (Ionides 2008, "Truncated importance
-        sampling")
-        mask        ratio where it is at most cap, else 0    the token, or the whole response, gives
-        no gradient
-        sequence    the ratio of the whole response, exp(sum_t log ratio_t), at each of its tokens;
-        it needs `response_mask`
+    """Importance ratios, trainer's probability over sampler's, as constants [B, T].
 
     They correct for tokens that the sampler drew from a slightly different (stale, or
-    lower-precision) policy than the trainer's.
+    lower-precision) policy than the trainer's. Mode truncate: min(ratio, cap) (Ionides 2008,
+    "Truncated importance sampling"). Mode mask: the ratio where it is at most `cap`, else 0, so
+    that the token (or response) gives no gradient. Level sequence: the ratio of the whole response,
+    exp(sum_t log ratio_t), at each of its tokens; it needs `response_mask`.
     """
     same_shape(2, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
     if not cap > 0:
@@ -288,11 +284,8 @@ def importance_weights(
         if response_mask is None:
             raise ValueError("the ratio of a whole response needs its response_mask")
         same_shape(2, old_logprobs=old_logprobs, response_mask=response_mask)
-        log_ratio = (
-            torch.where(response_mask, log_ratio, 0.0)
-            .sum(dim=1, keepdim=True)
-            .expand_as(old_logprobs)
-        )
+        of_response = torch.where(response_mask, log_ratio, 0.0).sum(dim=1, keepdim=True)
+        log_ratio = of_response.expand_as(old_logprobs)
     ratio = torch.exp(log_ratio)
     if mode is ImportanceMode.mask:
         return torch.where(ratio <= cap, ratio, 0.0)

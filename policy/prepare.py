@@ -2,10 +2,7 @@
 returns.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +19,10 @@ from policy.advantages import (
     token_rewards,
     whiten,
 )
-from policy.batching import Batch, plan_micro_batches
+from policy.batching import Batch
+from policy.forward import Models, Pair, critic_values, policy_logprobs, reference_logprobs
 from policy.kl import kl_per_token
-from policy.packing import pack, pack_groups, pack_length
 from rlhf.process import distributed
-
-Packs = list[list[int]]  # rows of one micro-batch, those of a pack side by side
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How rows become the model's input."""
-
-    budget: int  # tokens per micro-batch, padding included
-    shared: bool = False  # a prompt is computed once for all of its responses (policy.packing)
-    hidden_size: int = 1  # of the model, for the cost of packing
 
 
 @dataclass(slots=True)
@@ -48,15 +34,15 @@ class TrainBatch:
     tokens: Batch
     keep: Tensor  # [B] bool: rows that train
     groups: Tensor  # [B] long: the prompt of each row
-    pairs: list[tuple[int, int]]  # rows (better, worse), policy_loss=dpo
+    pairs: list[Pair]  # policy_loss=dpo
     rollout_logprobs: Tensor  # nats, by the sampler
-    # what `prepare` fills in
-    # nats, by the trainer before the update; None until the update's only pass fills it in
+    # `prepare` fills in what follows.
+    # Nats, by the trainer before the update. None until the update's only pass measures them.
     old_logprobs: Tensor | None = None
     entropy: Tensor | None = None  # nats, of the policy before the update; None as above
-    ref_logprobs: Tensor | None = None  # nats, by the reference
+    ref_logprobs: Tensor | None = None  # nats, by the reference; None as above
     values: Tensor | None = None  # units of the score
-    # score at the last token less the KL penalty
+    # Units of the score: the score at the last token, less the KL penalty of each token.
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
     returns: Tensor | None = None
@@ -83,127 +69,6 @@ class TrainBatch:
         }
 
 
-def aligned_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Micro-batches of at most `budget` tokens, as many on every rank: ZeRO's collectives need the
-    same number of passes.
-
-    A rank with fewer gets empty ones, for which the caller runs a row at weight 0.
-    """
-    own = plan_micro_batches(lengths, budget)
-    most = int(distributed.all_max([len(own)])[0])
-    return own if most == len(own) else plan_micro_batches(lengths, budget, at_least=most)
-
-
-def plan(
-    batch: Batch,
-    groups: Tensor,
-    rows: Sequence[int],
-    layout: Layout,
-    pairs: Sequence[tuple[int, int]] = (),
-) -> list[Packs]:
-    """Micro-batches of `rows`, or of whole `pairs` where they are given; as many on every rank,
-    some of them empty. Collective.
-    """
-    lengths = batch.lengths.tolist()
-    responses = batch.response_mask.sum(dim=1).tolist()
-    prompts = [length - response for length, response in zip(lengths, responses, strict=True)]
-    if layout.shared:
-        if pairs:
-            packs = [list(pair) for pair in pairs]
-        else:
-            chosen = list(rows)
-            numbers = groups.tolist()
-            local = pack_groups(
-                [numbers[r] for r in chosen],
-                [prompts[r] for r in chosen],
-                [responses[r] for r in chosen],
-                hidden_size=layout.hidden_size,
-            )
-            packs = [[chosen[i] for i in part] for part in local]
-        sizes = [pack_length(part, prompts, responses) for part in packs]
-        return [[packs[i] for i in part] for part in aligned_micro_batches(sizes, layout.budget)]
-    if pairs:
-        sizes = [max(lengths[row] for row in pair) for pair in pairs]
-        return [
-            [[row] for i in part for row in pairs[i]]
-            for part in aligned_micro_batches(sizes, max(1, layout.budget // 2))
-        ]
-    return [
-        [[rows[i]] for i in part]
-        for part in aligned_micro_batches([lengths[row] for row in rows], layout.budget)
-    ]
-
-
-def run_policy(
-    engine: Any, batch: Batch, packs: Packs, layout: Layout
-) -> tuple[list[int], Batch, Tensor, Tensor]:
-    """(rows, their batch, logprobs [b, t], entropy [b, t]) of one micro-batch."""
-    rows = [row for part in packs for row in part]
-    part = batch.select(rows)
-    plain = (part.response_ids, part.response_mask)
-    if not layout.shared:
-        logprobs, entropy = engine(part.input_ids, part.positions, *plain)
-        return rows, part, logprobs, entropy
-    counted, local = 0, []
-    for pack_rows in packs:
-        local.append(list(range(counted, counted + len(pack_rows))))
-        counted += len(pack_rows)
-    packed = pack(part, local)
-    logprobs, entropy = engine(
-        packed.input_ids,
-        packed.positions,
-        *plain,
-        packed.owner,
-        packed.position_ids,
-        packed.attention_mask,
-    )
-    return rows, part, logprobs, entropy
-
-
-def policy_logprobs(
-    engine: Any,
-    batch: Batch,
-    groups: Tensor,
-    rows: Sequence[int],
-    layout: Layout,
-    *,
-    adapter_off: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Logprobs and entropy [B, T] of `rows` by the trainer, 0 elsewhere; `adapter_off`: by the
-    frozen weights under the adapter. Collective.
-    """
-    getattr(engine, "module", engine).eval()
-    out = [
-        torch.zeros(batch.response_mask.shape, dtype=torch.float32, device=batch.input_ids.device)
-        for _ in range(2)
-    ]
-    with torch.no_grad(), adapter_disabled(engine) if adapter_off else nullcontext():
-        for packs in plan(batch, groups, rows, layout):
-            done, part, logprobs, entropy = run_policy(engine, batch, packs or [[0]], layout)
-            if packs:
-                for whole, piece in zip(out, (logprobs, entropy), strict=True):
-                    whole[done, : piece.shape[1]] = torch.where(part.response_mask, piece, 0.0)
-    return out[0], out[1]
-
-
-def adapter_disabled(engine: Any) -> Any:
-    """A context in which the policy is the frozen model under its adapter."""
-    return getattr(engine, "module", engine).model.disable_adapter()
-
-
-def critic_values(engine: Any, batch: Batch, budget: int) -> Tensor:
-    """Values [B, T] of the state before each response token, 0 where masked. Collective."""
-    engine.module.eval()
-    out = torch.zeros(batch.response_mask.shape, dtype=torch.float32, device=batch.input_ids.device)
-    with torch.no_grad():
-        for rows in aligned_micro_batches(batch.lengths.tolist(), budget):
-            part = batch.select(rows or [0])
-            values = engine(part.input_ids, part.positions)
-            if rows:
-                out[rows, : values.shape[1]] = torch.where(part.response_mask, values, 0.0)
-    return out
-
-
 def needs_old_logprobs(stage: OnlineStage) -> bool:
     """Whether the update needs the policy's logprobs before its first optimizer step, and not just
     during it.
@@ -212,87 +77,84 @@ def needs_old_logprobs(stage: OnlineStage) -> bool:
     pass is saved; not where the rewards hold a KL penalty, nor where a step trains the critic
     alone.
     """
-    several = stage.epochs * stage.minibatches > 1
+    several_steps = stage.epochs * stage.minibatches > 1
     critic_alone = stage.advantage is Advantage.gae and stage.critic_warmup > 0
-    return (
-        several
-        or critic_alone
-        or (stage.reference and stage.kl_coef > 0 and stage.kl_place is not KLPlace.loss)
-    )
+    penalised = stage.reference and stage.kl_coef > 0 and stage.kl_place is not KLPlace.loss
+    return several_steps or critic_alone or penalised
 
 
 def prepare(
     batch: TrainBatch,
     scores: Tensor,
     baselines: Tensor | None,
-    *,
-    policy: Any,
-    reference: Any,
-    critic: Any,
+    models: Models,
     stage: OnlineStage,
+    *,
     kl_coef: float,
-    layout: Layout,
     passes: bool,
 ) -> TrainBatch:
-    """Fill in what the update needs. `scores` [B] are final (clipped, normalised, penalised);
-    `baselines` [B]: scores of greedy responses.
+    """`batch` with everything that the update needs. Collective.
 
-    `reference`: a frozen module, "adapter" (the policy with its adapter off), or None. `passes`
-    False: the update measures logprobs itself. Collective.
+    `scores` [B] are final (clipped, normalised, penalised); `baselines` [B] are the scores of
+    greedy responses to the same prompts, for advantage=greedy. `passes` False: the update measures
+    logprobs itself.
     """
     tokens, mask = batch.tokens, batch.mask
     rows = batch.keep.nonzero().flatten().tolist()
-    old_logprobs = entropy = ref_logprobs = values = returns = None
     if passes:
-        old_logprobs, entropy = policy_logprobs(policy, tokens, batch.groups, rows, layout)
-        if reference is not None:
-            ref_logprobs = reference_logprobs(policy, reference, tokens, batch.groups, rows, layout)
-    if critic is not None:
-        values = critic_values(critic, tokens, layout.budget)
-    kl = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    if old_logprobs is not None and ref_logprobs is not None and stage.kl_place is not KLPlace.loss:
-        kl = torch.where(mask, kl_per_token(old_logprobs, ref_logprobs, stage.kl_estimator), 0.0)
-    rewards = token_rewards(scores, kl, mask, kl_coef)
+        batch = _with_logprobs(batch, rows, models)
+    if models.critic is not None:
+        batch = replace(batch, values=critic_values(models.critic, tokens, models.layout.budget))
+    rewards = token_rewards(scores, _penalised_kl(batch, stage), mask, kl_coef)
     if stage.whiten_rewards:
         mean, std, _ = masked_moments(rewards, mask, distributed.all_sum)
         rewards = whiten(rewards, mask, mean, std, shift=False)
+    returns = None
     if stage.advantage is Advantage.gae:
-        assert values is not None, "advantage=gae has a critic"
+        assert batch.values is not None, "advantage=gae has a critic"
         advantages, returns = gae(
-            rewards, values, mask, gamma=stage.gamma, gae_lambda=stage.gae_lambda
+            rewards, batch.values, mask, gamma=stage.gamma, gae_lambda=stage.gae_lambda
         )
-    elif not rows:  # a rank's spare row has no group
+    elif not rows:  # the spare row of a rank without rows has no group
         advantages = torch.zeros_like(rewards)
     else:
         advantages = advantages_without_critic(
             rewards, scores, batch.groups, baselines, mask, stage
         )
-    if (
-        stage.whiten_advantages
-        and stage.advantage is not Advantage.none
-        and distributed.all_sum([float(batch.train_mask.sum())])[0] > 0
-    ):
-        mean, std, _ = masked_moments(advantages, batch.train_mask, distributed.all_sum)
-        advantages = whiten(advantages, mask, mean, std, shift=True)
-    return replace(
-        batch,
-        old_logprobs=old_logprobs,
-        entropy=entropy,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        rewards=rewards,
-        advantages=advantages,
-        returns=returns,
-    )
+    if stage.whiten_advantages and stage.advantage is not Advantage.none:
+        advantages = _whitened(advantages, batch)
+    return replace(batch, rewards=rewards, advantages=advantages, returns=returns)
 
 
-def reference_logprobs(
-    policy: Any, reference: Any, tokens: Batch, groups: Tensor, rows: Sequence[int], layout: Layout
-) -> Tensor:
-    """Logprobs [B, T] of `rows` by the reference, 0 elsewhere. Collective."""
-    if reference == "adapter":
-        return policy_logprobs(policy, tokens, groups, rows, layout, adapter_off=True)[0]
-    return policy_logprobs(reference, tokens, groups, rows, layout)[0]
+def _with_logprobs(batch: TrainBatch, rows: list[int], models: Models) -> TrainBatch:
+    """`batch` with the logprobs of `rows` by the policy and the reference. Collective."""
+    tokens, groups = batch.tokens, batch.groups
+    old, entropy = policy_logprobs(models.policy, tokens, groups, rows, models.layout)
+    ref = None
+    if models.reference is not None:
+        ref = reference_logprobs(models, tokens, groups, rows)
+    return replace(batch, old_logprobs=old, entropy=entropy, ref_logprobs=ref)
+
+
+def _penalised_kl(batch: TrainBatch, stage: OnlineStage) -> Tensor:
+    """The KL of each token [B, T] nats that lowers its reward; 0 where the penalty is in the loss,
+    or no reference is known.
+    """
+    old, ref = batch.old_logprobs, batch.ref_logprobs
+    if old is None or ref is None or stage.kl_place is KLPlace.loss:
+        return torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.mask.device)
+    return torch.where(batch.mask, kl_per_token(old, ref, stage.kl_estimator), 0.0)
+
+
+def _whitened(advantages: Tensor, batch: TrainBatch) -> Tensor:
+    """Advantages [B, T] of mean 0 and standard deviation 1 over the tokens of all ranks that train;
+    unchanged where no token does. Collective.
+    """
+    mask = batch.train_mask
+    if distributed.all_sum([float(mask.sum())])[0] == 0:
+        return advantages
+    mean, std, _ = masked_moments(advantages, mask, distributed.all_sum)
+    return whiten(advantages, batch.mask, mean, std, shift=True)
 
 
 def advantages_without_critic(
@@ -306,7 +168,7 @@ def advantages_without_critic(
     """Advantages [B, T], 0 outside the mask, of every estimator that needs no critic.
 
     `rewards` [B, T] hold the KL penalty where it belongs in the reward, so a group is compared by
-    its penalised scores.
+    its penalised scores. `scores`, `groups`, `baselines`: [B].
     """
     totals = rewards.sum(dim=1)
     match stage.advantage:
@@ -317,18 +179,19 @@ def advantages_without_critic(
         case Advantage.none:
             per_row = torch.ones_like(totals)
         case Advantage.reinforce_pp:
-            to_go = rewards_to_go(rewards, mask, gamma=stage.gamma)
-            baseline = (
-                group_moments(scores, groups)[0].float()
-                if stage.group_baseline
-                else torch.zeros_like(totals)
-            )
-            return torch.where(mask, to_go - baseline[:, None], 0.0)
+            baseline = torch.zeros_like(totals)
+            if stage.group_baseline:
+                baseline = group_moments(scores, groups)[0].float()
+            return _rewards_to_go_above(baseline, rewards, mask, stage.gamma)
         case Advantage.greedy:
             assert baselines is not None, "advantage=greedy scores greedy responses"
-            return torch.where(
-                mask, rewards_to_go(rewards, mask, gamma=stage.gamma) - baselines[:, None], 0.0
-            )
+            return _rewards_to_go_above(baselines, rewards, mask, stage.gamma)
         case _:
             raise ValueError(f"{stage.advantage} needs a critic")
     return torch.where(mask, per_row[:, None].to(rewards.dtype), 0.0)
+
+
+def _rewards_to_go_above(baseline: Tensor, rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Rewards to go [B, T] less each row's `baseline` [B]; 0 outside the mask."""
+    to_go = rewards_to_go(rewards, mask, gamma=gamma)
+    return torch.where(mask, to_go - baseline[:, None], 0.0)

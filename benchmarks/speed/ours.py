@@ -97,7 +97,7 @@ def main() -> None:
     ctx = RunContext.open(cfg, ())
     parts = build(ctx)
     loop = Loop(ctx, parts)
-    loop.sync(0)
+    parts.sync.send(0)
     numbers = itertools.count()
 
     def step() -> Figures:
@@ -106,7 +106,11 @@ def main() -> None:
         response_tokens = round(metrics["rollout/response_tokens"])
         rows = len(case.prompts) * case.samples
         bare = bare_pass(
-            parts.policy.module, rows, prompt_tokens, response_tokens, budget=case.micro_tokens
+            parts.models.policy.module,
+            rows,
+            prompt_tokens,
+            response_tokens,
+            budget=case.micro_tokens,
         )
         return {
             "step_s": metrics["time/step_s"],

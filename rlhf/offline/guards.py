@@ -17,8 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from conf.choices import OnNonFinite
 from conf.stages import OfflineStage
 from policy.engines import resharding
-from policy.engines.base import NonFinite
-from policy.engines.spikes import Brake
+from policy.engines.base import Brake, NonFinite
 from rlhf.offline.resume import OtherRanks
 from rlhf.process import checkpoints, distributed
 from rlhf.types import TrainingDiverged, UserError

@@ -1,5 +1,7 @@
-"""What a step trains on: prompts become responses, responses scores, and a selection of them goes
-on. One function of the step's draws.
+"""What a step trains on: prompts are drawn, responses written and scored, and some of them selected.
+
+What is drawn is a function of the number of draws since the run began, so a resumed run draws what
+an uninterrupted one would.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +13,17 @@ import torch
 from conf.choices import Advantage, Selection
 from conf.stages import OnlineStage
 from policy.advantages import group_index
-from policy.selection import all_equal, rows_by_group, select, unequal_groups
+from policy.batching import collate
+from policy.forward import Pair
+from policy.prepare import TrainBatch
+from policy.selection import select, unequal_groups
 from reward.scorers.length import band_score
 from rlhf.process import distributed
 from rlhf.process.moments import RunningMoments
 from rlhf.types import Generator, Prompt, Rollout, Scores
 
-Phase = Callable[[str], AbstractContextManager[None]]  # a clock's phase by name
+Phase = Callable[[str], AbstractContextManager[None]]  # rlhf.process.watchdog.Clock.phase
+Score = Callable[[list[Rollout]], Scores]
 
 
 @dataclass(slots=True)
@@ -29,25 +35,34 @@ class Collected:
     finals: torch.Tensor  # [B] after clipping, normalisation and penalties
     groups: list[int]  # [B]: responses to one prompt in one draw are compared with each other
     rows: list[int]  # those that train, in order
-    pairs: list[tuple[int, int]]  # of places in `rows`: (better, worse)
+    pairs: list[Pair]  # of indices into `rows`: (better, worse)
     baselines: torch.Tensor | None  # [B] final scores of the greedy response to the same prompt
     draws: int  # how many draws of prompts it took
     clipped: float  # share of scores that stage.reward_clip cut
 
 
+@dataclass(slots=True)
+class Draw:
+    """The responses to the prompts of one draw: b on this rank."""
+
+    rollouts: list[Rollout]
+    scores: Scores  # raw
+    finals: torch.Tensor  # [b]
+    clipped: float  # share of scores that stage.reward_clip cut
+
+
 def step_prompts(prompts: Sequence[Prompt], step: int, per_step: int, seed: int) -> list[Prompt]:
     """This rank's prompts of draw `step` (from 0): consecutive slices of one shuffled pass after
-    another, a function of the draw alone.
+    another, a function of the draw alone. `per_step`: prompts over all ranks.
     """
     chosen = []
     orders: dict[int, torch.Tensor] = {}
     for index in range(step * per_step, (step + 1) * per_step):
-        epoch, place = divmod(index, len(prompts))
+        epoch, position = divmod(index, len(prompts))
         if epoch not in orders:
-            orders[epoch] = torch.randperm(
-                len(prompts), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)
-            )
-        chosen.append(prompts[int(orders[epoch][place])])
+            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+            orders[epoch] = torch.randperm(len(prompts), generator=generator)
+        chosen.append(prompts[int(orders[epoch][position])])
     share = per_step // distributed.world_size()
     return chosen[distributed.rank() * share : (distributed.rank() + 1) * share]
 
@@ -76,13 +91,11 @@ def final_scores(
         if learn:
             moments.update(scores.tolist(), distributed.all_sum)
         scores = (scores - moments.mean) / max(moments.std, 1e-6)
-    scores = scores - stage.truncation_penalty * torch.tensor(
-        [r.finish_reason == "length" for r in rollouts], dtype=torch.float32
-    )
+    truncated = [r.finish_reason == "length" for r in rollouts]
+    scores = scores - stage.truncation_penalty * torch.tensor(truncated, dtype=torch.float32)
     if stage.overlong_buffer:
-        scores = scores - stage.overlong_penalty * overlong(
-            [len(r.token_ids) for r in rollouts], limit, stage.overlong_buffer
-        )
+        lengths = [len(r.token_ids) for r in rollouts]
+        scores = scores - stage.overlong_penalty * overlong(lengths, limit, stage.overlong_buffer)
     return scores, clipped
 
 
@@ -93,141 +106,163 @@ def overlong(lengths: Sequence[int], limit: int, buffer: int) -> torch.Tensor:
     Yu et al. 2025, arXiv:2503.14476, equation 13, whose responses may run past `limit`; ours are
     cut there.
     """
-    return torch.tensor(
-        [-band_score(length, None, limit - buffer, buffer) for length in lengths],
-        dtype=torch.float32,
-    )
+    penalties = [-band_score(length, None, limit - buffer, buffer) for length in lengths]
+    return torch.tensor(penalties, dtype=torch.float32)
 
 
-def collect(
-    generator: Generator,
-    score: Callable[[list[Rollout]], Scores],
-    prompts: Sequence[Prompt],
-    stage: OnlineStage,
-    *,
-    first_draw: int,
-    seed: int,
-    limit: int,
-    moments: RunningMoments,
-    phase: Phase,
-) -> Collected:
-    """Draw prompts, write and score responses, and select what trains.
+@dataclass(slots=True)
+class Collector:
+    """Collects the responses of each step of a run."""
 
-    With selection=unequal prompts are drawn again, at most `stage.resample` times, until all ranks
-    together have `stage.prompts_per_step` groups whose scores differ; what is above that is left
-    out, and ranks may hold unequally many. `first_draw` counts the draws of prompts since the run
-    began, so a resumed run draws on where it stopped. Collective.
-    """
-    rollouts: list[Rollout] = []
-    keys: list[tuple[int, str]] = []
-    parts: list[Scores] = []
-    finals: list[torch.Tensor] = []
-    clipped: list[float] = []
-    selected: list[int] = []
-    draws = full = 0  # draws of prompts; groups found over all ranks
-    while True:
+    generator: Generator
+    prompts: Sequence[Prompt]
+    stage: OnlineStage
+    seed: int
+    limit: int  # the most tokens that a response can have
+    moments: RunningMoments  # of the scores of the whole run
+
+    def collect(self, score: Score, first_draw: int, phase: Phase) -> Collected:
+        """Draw prompts, write and score responses, and select what trains. Collective.
+
+        With selection=unequal prompts are drawn again, at most `stage.resample` times, until all
+        ranks together have `stage.prompts_per_step` groups whose scores differ; what is above that
+        is left out, and ranks may hold unequally many. `first_draw` counts the draws of prompts
+        since the run began.
+        """
+        draws: list[Draw] = []
+        selected: list[int] = []
+        full = 0  # groups over all ranks whose scores differ
+        while True:
+            draw = self._draw(first_draw + len(draws), score, phase)
+            start = sum(len(earlier.rollouts) for earlier in draws)
+            draws.append(draw)
+            if self.stage.selection is not Selection.unequal:
+                break
+            rows, added = self._unequal(draw, self.stage.prompts_per_step - full)
+            selected += [start + row for row in rows]
+            full += added
+            if len(draws) > self.stage.resample or full >= self.stage.prompts_per_step:
+                break
+        collected = _joined(draws)
+        if self.stage.selection is Selection.unequal:
+            collected.rows = selected
+        elif self.stage.selection is not Selection.all:
+            _select(collected, self.stage.selection)
+        if self.stage.advantage is Advantage.greedy:
+            collected.baselines = self._greedy_baselines(collected.rollouts, score, phase)
+        return collected
+
+    def _draw(self, number: int, score: Score, phase: Phase) -> Draw:
+        stage = self.stage
         with phase("rollout"):
-            drawn = step_prompts(prompts, first_draw + draws, stage.prompts_per_step, seed)
-            written = generator.generate(
-                drawn, n=stage.samples_per_prompt, seed=seed * 1_000_003 + first_draw + draws
+            drawn = step_prompts(self.prompts, number, stage.prompts_per_step, self.seed)
+            written = self.generator.generate(
+                drawn, n=stage.samples_per_prompt, seed=self.seed * 1_000_003 + number
             )
-        draws += 1
         with phase("score"):
-            scored = score(written)
-            final, share = final_scores(scored.total, written, stage, limit, moments)
-        start = len(rollouts)
-        rollouts += written
-        keys += [(draws, rollout.prompt.id) for rollout in written]
-        parts.append(scored)
-        finals.append(final)
-        clipped.append(share)
-        if stage.selection is not Selection.unequal:
-            break
-        groups = unequal_groups(
-            final.tolist(), group_index([rollout.prompt.id for rollout in written]).tolist()
-        )
+            scores = score(written)
+            finals, clipped = final_scores(scores.total, written, stage, self.limit, self.moments)
+        return Draw(written, scores, finals, clipped)
+
+    def _unequal(self, draw: Draw, missing: int) -> tuple[list[int], int]:
+        """Rows of this rank's groups whose scores differ, and how many such groups all ranks have.
+
+        Of all ranks' groups the first `missing` are taken, so that the number of ranks changes
+        nothing. Collective.
+        """
+        prompt_ids = [rollout.prompt.id for rollout in draw.rollouts]
+        groups = unequal_groups(draw.finals.tolist(), group_index(prompt_ids).tolist())
         counts = distributed.gather(len(groups))
-        # the first groups of all ranks' are kept, so that the number of ranks changes nothing
-        room = stage.prompts_per_step - full
-        mine = max(0, min(len(groups), room - sum(counts[: distributed.rank()])))
-        selected += [start + row for rows in groups[:mine] for row in rows]
-        full += sum(counts)
-        if draws > stage.resample or full >= stage.prompts_per_step:
-            break
-    numbers = group_index(keys).tolist()
-    everything = Collected(
+        before = sum(counts[: distributed.rank()])
+        own = max(0, min(len(groups), missing - before))
+        return [row for rows in groups[:own] for row in rows], sum(counts)
+
+    def _greedy_baselines(
+        self, rollouts: Sequence[Rollout], score: Score, phase: Phase
+    ) -> torch.Tensor:
+        """[B]: the final score of the most likely response to each rollout's prompt. Collective."""
+        prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
+        with phase("rollout"):
+            greedy = self.generator.generate(list(prompts.values()), n=1, seed=0, greedy=True)
+        with phase("score"):
+            raw = score(greedy).total
+            finals, _ = final_scores(raw, greedy, self.stage, self.limit, self.moments, learn=False)
+        by_prompt = {
+            rollout.prompt.id: final for rollout, final in zip(greedy, finals.tolist(), strict=True)
+        }
+        baselines = [by_prompt[rollout.prompt.id] for rollout in rollouts]
+        return torch.tensor(baselines, dtype=torch.float32)
+
+
+def _joined(draws: Sequence[Draw]) -> Collected:
+    """The responses of several draws, all of which train."""
+    rollouts = [rollout for draw in draws for rollout in draw.rollouts]
+    keys = [(i, r.prompt.id) for i, draw in enumerate(draws) for r in draw.rollouts]
+    return Collected(
         rollouts=rollouts,
-        scores=_joined(parts),
-        finals=torch.cat(finals),
-        groups=numbers,
+        scores=_joined_scores([draw.scores for draw in draws]),
+        finals=torch.cat([draw.finals for draw in draws]),
+        groups=group_index(keys).tolist(),
         rows=list(range(len(rollouts))),
         pairs=[],
         baselines=None,
-        draws=draws,
-        clipped=sum(clipped) / len(clipped),
+        draws=len(draws),
+        clipped=sum(draw.clipped for draw in draws) / len(draws),
     )
-    if stage.selection is Selection.unequal:
-        everything.rows = selected
-    elif stage.selection is not Selection.all:
-        chosen = select(everything.finals.tolist(), numbers, stage.selection)
-        place = {row: i for i, row in enumerate(chosen.rows)}
-        everything.rows = chosen.rows
-        everything.pairs = [(place[a], place[b]) for a, b in chosen.pairs]
-    if stage.advantage is Advantage.greedy:
-        everything.baselines = _greedy_baselines(
-            generator, score, rollouts, stage, limit, moments, phase
-        )
-    return everything
 
 
-def _joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of several draws as one."""
+def _joined_scores(parts: Sequence[Scores]) -> Scores:
     if len(parts) == 1:
         return parts[0]
     return Scores(
         total=[value for part in parts for value in part.total],
-        terms={
-            name: [value for part in parts for value in part.terms[name]] for name in parts[0].terms
-        },
-        extras={
-            name: [value for part in parts for value in part.extras[name]]
-            for name in parts[0].extras
-        },
+        terms=_joined_columns([part.terms for part in parts]),
+        extras=_joined_columns([part.extras for part in parts]),
     )
 
 
-def _greedy_baselines(
-    generator: Generator,
-    score: Callable[[list[Rollout]], Scores],
-    rollouts: Sequence[Rollout],
-    stage: OnlineStage,
-    limit: int,
-    moments: RunningMoments,
-    phase: Phase,
-) -> torch.Tensor:
-    """[B]: the final score of the most likely response to each rollout's prompt."""
-    prompts = list({rollout.prompt.id: rollout.prompt for rollout in rollouts}.values())
-    with phase("rollout"):
-        greedy = generator.generate(prompts, n=1, seed=0, greedy=True)
-    with phase("score"):
-        finals, _ = final_scores(score(greedy).total, greedy, stage, limit, moments, learn=False)
-    by_prompt = {
-        rollout.prompt.id: float(final) for rollout, final in zip(greedy, finals, strict=True)
-    }
-    return torch.tensor([by_prompt[rollout.prompt.id] for rollout in rollouts], dtype=torch.float32)
+def _joined_columns(parts: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """The values of several parts under each name of the first, one part after the other."""
+    joined: dict[str, list[float]] = {}
+    for name in parts[0]:
+        joined[name] = [value for part in parts for value in part[name]]
+    return joined
 
 
-def group_figures(collected: Collected) -> dict[str, float]:
-    """Sums over this rank: groups, groups whose scores are all equal, and the size of the largest
-    and (negated) smallest group for a maximum.
+def _select(collected: Collected, selection: Selection) -> None:
+    """Narrow `rows` to the selected ones, and name their pairs by indices into `rows`."""
+    chosen = select(collected.finals.tolist(), collected.groups, selection)
+    index = {row: i for i, row in enumerate(chosen.rows)}
+    collected.rows = chosen.rows
+    collected.pairs = [(index[better], index[worse]) for better, worse in chosen.pairs]
+
+
+def train_batch(collected: Collected, pad_id: int, *, mask_truncated: bool) -> TrainBatch:
+    """The rows that train as tensors on this rank's device. A rank without any holds one row that
+    does not train, for the collectives that the others take part in.
+
+    `mask_truncated`: responses that hit the length limit do not train.
     """
-    scores = collected.finals.tolist()
-    members = rows_by_group(collected.groups)
-    equal = sum(all_equal(scores, rows) for rows in members)
-    sizes = [len(rows) for rows in members]
-    return {
-        "groups": float(len(members)),
-        "equal": float(equal),
-        "largest": float(max(sizes)),
-        "smallest": -float(min(sizes)),
-    }
+    device = distributed.device()
+    rows = collected.rows or [0]
+    rollouts = [collected.rollouts[row] for row in rows]
+    tokens = collate(
+        [r.prompt.token_ids for r in rollouts], [r.token_ids for r in rollouts], pad_id, device
+    )
+    sampled = torch.zeros(tokens.response_mask.shape, dtype=torch.float32)
+    for row, rollout in enumerate(rollouts):
+        sampled[row, : len(rollout.rollout_logprobs)] = torch.tensor(rollout.rollout_logprobs)
+    trains = bool(collected.rows)
+    keep = [trains and not (mask_truncated and r.finish_reason == "length") for r in rollouts]
+    return TrainBatch(
+        tokens=tokens,
+        keep=torch.tensor(keep, device=device),
+        groups=group_index([collected.groups[row] for row in rows], device),
+        pairs=collected.pairs,
+        rollout_logprobs=sampled.to(device),
+    )
+
+
+def on_device(values: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor | None:
+    """These rows of a [B] tensor, on this rank's device."""
+    return None if values is None else values[list(rows)].to(distributed.device())

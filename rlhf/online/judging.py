@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import Action, Rule
-from conf.schema import Config
+from conf.schema import Config, RewardConfig
 from conf.stages import OnlineStage, WatchConfig
 from policy.saving import replacing
 from reward.scorers.composite import CompositeScorer
@@ -47,17 +47,18 @@ class HeldOutJudge:
         order of the prompts. A collective.
         """
         rollouts = generator.generate(self.prompts, n=1, seed=self.seed) if self.prompts else []
-        scores = self.judge.score(rollouts).total
-        proxies = self.proxy.score(rollouts).total
-        mine = (
-            scores,
-            proxies,
-            [len(r.token_ids) for r in rollouts],
-            [r.finish_reason == "length" for r in rollouts],
+        own = HeldOutScores(
+            scores=self.judge.score(rollouts).total,
+            proxies=self.proxy.score(rollouts).total,
+            lengths=[len(r.token_ids) for r in rollouts],
+            truncated=[r.finish_reason == "length" for r in rollouts],
         )
-        parts = distributed.gather(mine)
+        parts = distributed.gather(own)
         return HeldOutScores(
-            *([value for part in parts for value in part[i]] for i in range(len(mine)))
+            scores=[score for part in parts for score in part.scores],
+            proxies=[score for part in parts for score in part.proxies],
+            lengths=[length for part in parts for length in part.lengths],
+            truncated=[cut for part in parts for cut in part.truncated],
         )
 
 
@@ -80,7 +81,7 @@ def share_out(prompts: Sequence[Prompt], rank: int, ranks: int) -> list[Prompt]:
 
 def make_judge(cfg: Config, tokenizer: Any, proxy: Scorer) -> HeldOutJudge | None:
     """The judge that ``stage.watch`` names, with its held-out prompts; None where it names none.
-    Raises UserError.
+    `proxy` is the reward that trains. Raises UserError.
     """
     assert isinstance(cfg.stage, OnlineStage)
     watch = cfg.stage.watch
@@ -95,9 +96,8 @@ def make_judge(cfg: Config, tokenizer: Any, proxy: Scorer) -> HeldOutJudge | Non
             len(prompts),
         )
     mine = share_out(prompts, distributed.rank(), distributed.world_size())
-    return HeldOutJudge(
-        mine, _judge_scorer(cfg, watch, tokenizer), comparable(proxy), seed=cfg.run.seed
-    )
+    judge = _judge_scorer(watch, cfg.reward, tokenizer)
+    return HeldOutJudge(mine, judge, comparable(proxy), seed=cfg.run.seed)
 
 
 def comparable(scorer: Scorer) -> Scorer:
@@ -109,13 +109,13 @@ def comparable(scorer: Scorer) -> Scorer:
     return CompositeScorer([replace(term, normalise=False) for term in scorer.terms])
 
 
-def _judge_scorer(cfg: Config, watch: WatchConfig, tokenizer: Any) -> Scorer:
+def _judge_scorer(watch: WatchConfig, reward: RewardConfig, tokenizer: Any) -> Scorer:
     if watch.judge_function is not None:
         return FunctionScorer(watch.judge_function, "stage.watch.judge_function")
     assert watch.judge_path is not None
     return RewardModelScorer(
         watch.judge_path,
-        cfg.reward,
+        reward,
         distributed.device(),
         policy_tokenizer=tokenizer,
         key="stage.watch.judge_path",
@@ -131,33 +131,32 @@ class Keeper:
     that whole weights lie there at any time.
     """
 
-    def __init__(self, place: Path, save: Callable[[Path], None]) -> None:
+    def __init__(self, directory: Path, save: Callable[[Path], None]) -> None:
         """`save` writes the current weights into a directory; every rank calls it."""
-        self.place = place
+        self.directory = directory
         self._save = save
-        self.best: tuple[int, float] | None = distributed.broadcast(
-            self._found() if distributed.is_main() else None
-        )
+        best = self._read_record() if distributed.is_main() else None
+        self.best: tuple[int, float] | None = distributed.broadcast(best)  # (step, judge's score)
 
     @property
     def _side(self) -> Path:
-        return self.place.with_name(self.place.name + ".part")
+        return self.directory.with_name(self.directory.name + ".part")
 
     @property
     def _old(self) -> Path:
-        return self.place.with_name(self.place.name + ".old")
+        return self.directory.with_name(self.directory.name + ".old")
 
-    def _found(self) -> tuple[int, float] | None:
+    def _read_record(self) -> tuple[int, float] | None:
         """What an earlier start of this run kept; a swap that was cut short is undone."""
-        if not self.place.exists() and self._old.exists():
-            self._old.rename(self.place)
-        if not (self.place / RECORD).is_file():
+        if not self.directory.exists() and self._old.exists():
+            self._old.rename(self.directory)
+        if not (self.directory / RECORD).is_file():
             return None
-        record = json.loads((self.place / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
         return int(record["step"]), float(record["judge"])
 
     def consider(self, step: int, judge: float) -> bool:
-        """Save the weights if `judge`, their value, is the highest so far. A collective; returns
+        """Save the weights if `judge`, their score, is the highest so far. A collective; returns
         whether they were saved.
         """
         if self.best is not None and judge < self.best[1]:
@@ -167,13 +166,12 @@ class Keeper:
         distributed.barrier()
         self._save(self._side)
         if distributed.is_main():
-            (self._side / RECORD).write_text(
-                json.dumps({"step": step, "judge": judge}) + "\n", encoding="utf-8"
-            )
+            record = json.dumps({"step": step, "judge": judge}) + "\n"
+            (self._side / RECORD).write_text(record, encoding="utf-8")
             shutil.rmtree(self._old, ignore_errors=True)
-            if self.place.exists():
-                self.place.rename(self._old)
-            self._side.rename(self.place)
+            if self.directory.exists():
+                self.directory.rename(self._old)
+            self._side.rename(self.directory)
             shutil.rmtree(self._old, ignore_errors=True)
         distributed.barrier()
         self.best = (step, judge)
@@ -182,7 +180,7 @@ class Keeper:
     def restore(self, directory: Path) -> None:
         """Copy what is kept, without its record, into `directory`. A collective."""
         if distributed.is_main():
-            for kept in self.place.iterdir():
+            for kept in self.directory.iterdir():
                 if kept.is_dir():
                     with replacing(directory / kept.name) as side:
                         shutil.copytree(kept, side, dirs_exist_ok=True)
@@ -194,32 +192,36 @@ class Watching:
     `plot`.
     """
 
-    def __init__(self, cfg: Config, judge: HeldOutJudge | None, keeper: Keeper) -> None:
-        assert isinstance(cfg.stage, OnlineStage)
-        self.cfg: WatchConfig = cfg.stage.watch
-        self.last = cfg.stage.steps
-        self.watch = Watch(self.cfg)
+    def __init__(
+        self, cfg: WatchConfig, last_step: int | None, judge: HeldOutJudge | None, keeper: Keeper
+    ) -> None:
+        """`last_step`: the updates of the whole run; the judge is asked after the last one too."""
+        self.cfg = cfg
+        self.last_step = last_step
+        self.watch = Watch(cfg)
         self.judge, self.keeper = judge, keeper
         self.stopped: int | None = None  # updates done when a rule stopped the run
         self._stopped_by: Rule | None = None
-        self.judged: dict[int, dict[str, float]] = {}
+        self.judged: dict[int, dict[str, float]] = {}  # the judge's figures by step
 
     def begin(self, generator: Generator) -> dict[str, float]:
-        """Judge the policy before its first update; the judge's figures."""
+        """Judge the policy before its first update; the judge's figures. A collective."""
         return self._judge(0, generator)
 
     def after(
         self, step: int, metrics: Mapping[str, float], generator: Generator
     ) -> dict[str, float]:
         """Update number `step` was made and the generator holds its weights. Returns the judge's
-        figures and a 1 for each alarm.
+        figures and a 1 for each alarm. A collective.
 
-        The judge has its word every ``judge_every`` steps and after the last.
+        The judge is asked every ``judge_every`` steps and after the last.
         """
-        # a step that was left out has no scores
-        alarms = self.watch.observe(step, metrics) if "objective/scores" in metrics else []
-        out = self._ring(alarms, step)
-        if self.judge is not None and (step % self.cfg.judge_every == 0 or step == self.last):
+        alarms: list[Alarm] = []
+        if "objective/scores" in metrics:  # a step that was left out has none
+            alarms = self.watch.observe(step, metrics)
+        out = self._report(alarms, step)
+        due = step % self.cfg.judge_every == 0 or step == self.last_step
+        if self.judge is not None and due:
             out |= self._judge(step, generator)
         return out
 
@@ -230,10 +232,11 @@ class Watching:
         figures = judgement.metrics()
         self.judged[step] = figures
         self.keeper.consider(step, figures["judge/score"])
-        alarms = self._ring(self.watch.judged(step, judgement), step)
+        alarms = self._report(self.watch.judged(step, judgement), step)
         return figures | alarms | {"time/judge_s": time.perf_counter() - began}
 
-    def _ring(self, alarms: Sequence[Alarm], step: int) -> dict[str, float]:
+    def _report(self, alarms: Sequence[Alarm], step: int) -> dict[str, float]:
+        """Warn of each alarm, and note that the run stops where its action says so."""
         for alarm in alarms:
             if distributed.is_main():
                 LOG.warning(
@@ -249,56 +252,52 @@ class Watching:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the run's model is what the keeper holds: a rule stopped it, and a judge said
+        """Whether the run's model is what the keeper holds: a rule stopped it, and a judge told
         which weights were best.
         """
         return self.stopped is not None and self.keeper.best is not None
 
     def summary(self) -> dict[str, float]:
-        """Figures for summary.json: where the run stopped, what was kept, the judge's first, best
-        and last word.
+        """Figures for summary.json: where the run stopped, what was kept, and the judge's first,
+        best and last figures.
         """
-        out = {} if self.stopped is None else {"watch/stopped_step": float(self.stopped)}
+        out = {}
+        if self.stopped is not None:
+            out["watch/stopped_step"] = float(self.stopped)
         if self.keeper.best is None or not self.judged:
             return out
-        out |= {
-            "watch/best_step": float(self.keeper.best[0]),
-            "judge/score_best": self.keeper.best[1],
-        }
-        steps = sorted(self.judged)
-        for name, value in self.judged[steps[0]].items():
-            out |= {f"{name}_first": value, name: self.judged[steps[-1]][name]}
+        step, score = self.keeper.best
+        out["watch/best_step"] = float(step)
+        out["judge/score_best"] = score
+        last = self.judged[max(self.judged)]
+        for name, value in self.judged[min(self.judged)].items():
+            out[f"{name}_first"] = value
+            out[name] = last[name]
         return out
 
     def figures(self) -> dict[str, str]:
         """Lines of the closing panel."""
         out = {}
-        if self.keeper.best is not None and self.judged:
-            step, judge = self.keeper.best
+        best = self.keeper.best
+        if best is not None and self.judged:
+            first = self.judged[min(self.judged)]["judge/score"]
+            last = self.judged[max(self.judged)]["judge/score"]
             out["judge, first, best, last"] = (
-                f"{self._word(min)}, {judge:.3f} at step {step}, {self._word(max)}"
+                f"{first:.3f}, {best[1]:.3f} at step {best[0]}, {last:.3f}"
             )
         if self.stopped is not None:
-            kept = (
-                f"; model/ holds the weights of step {self.keeper.best[0]}"
-                if self.keeper.best is not None
-                else ""
-            )
-            out["stopped by the watch"] = f"after step {self.stopped}{kept}"
+            text = f"after step {self.stopped}"
+            if best is not None:
+                text += f"; model/ holds the weights of step {best[0]}"
+            out["stopped by the watch"] = text
         return out
-
-    def _word(self, which: Callable[[Any], int]) -> str:
-        return f"{self.judged[which(self.judged)]['judge/score']:.3f}"
 
     def plot(self, directory: Path) -> list[Path]:
         """Draw the frontier; rank 0's work. Returns the files, none where nothing was measured."""
         path = directory / "frontier.png"
         best = None if self.keeper.best is None else self.keeper.best[0]
-        return (
-            [path]
-            if plot_frontier(list(self.watch.points.values()), path, best, self.stopped)
-            else []
-        )
+        drawn = plot_frontier(list(self.watch.points.values()), path, best, self.stopped)
+        return [path] if drawn else []
 
     def state_dict(self) -> dict[str, Any]:
         stopped = None if self._stopped_by is None else [self.stopped, self._stopped_by.value]

@@ -1,7 +1,6 @@
 """What the online loop is made of, built from the configuration in the order that fails soonest."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +15,12 @@ from conf.choices import (
     ModelKind,
 )
 from conf.rules import merges_lora, wants_shared_prompts
-from conf.schema import Config
+from conf.schema import Config, EngineConfig
 from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
 from policy.engines.base import Engine, OptimSettings
 from policy.engines.factory import make_engine
+from policy.forward import ADAPTER, Layout, Models
 from policy.kl import AdaptiveKL, FixedKL
 from policy.model import (
     CriticModule,
@@ -31,7 +31,7 @@ from policy.model import (
     has_dropout,
 )
 from policy.packing import can_share_prompts
-from policy.prepare import Layout, needs_old_logprobs
+from policy.prepare import needs_old_logprobs
 from policy.saving import replacing
 from reward.base import model_paths
 from reward.model import load_reward_model
@@ -47,16 +47,19 @@ from rlhf.models.loading import (
     train_tokenizer,
 )
 from rlhf.models.templates import template_text
+from rlhf.online.sync import WeightSync
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
-from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, Scorer, UserError
+from rlhf.types import Generator, Prompt, Scorer, UserError
 from rollout import make_generator
 
 log = logging.getLogger(__name__)
-# every weight but unused rows of the embedding has a part in each logprob; those are compared by
-# checksum
+# Every weight has a part in each logprob but unused rows of the embedding, which are compared by
+# checksum.
 _PROBE_TOKENS = 24
+# The gaps between the sampler's and the trainer's logprobs that rounding explains, nats.
+_HALF_GAP, _FULL_GAP = 0.05, 1e-4
 
 
 @dataclass(slots=True)
@@ -65,25 +68,25 @@ class Parts:
 
     tokenizer: Any
     prompts: list[Prompt]
-    policy: Engine
-    critic: Engine | None  # advantage=gae
-    reference: Any  # frozen module, "adapter" (the policy with its adapter off), or None
-    layout: Layout
+    models: Models
     passes: bool  # whether logprobs before the update take a pass of their own
     scorer: Scorer
     generator: Generator
+    sync: WeightSync
     kl: FixedKL | AdaptiveKL
-    weights: Callable[[], FullWeights | AdapterWeights]
-    adapter: bool
-    probe: tuple[int, ...]  # fixed token ids whose logprobs prove each sync
-    tolerance: float  # nats
+    adapter: bool  # the policy is a LoRA adapter on a frozen model
+    moving_reference: bool  # stage.reference_every moves the reference's weights
+    engine: EngineConfig
 
 
 def build(ctx: RunContext) -> Parts:
-    """Load the models and start the engines. Raises UserError for what preflight could not know."""
-    cfg = ctx.cfg
-    stage = cfg.stage
-    assert isinstance(stage, OnlineStage) and stage.steps is not None
+    """Load the models and start the engines. Raises UserError for what preflight could not know.
+
+    The order is that in which things fail soonest. It also fixes which random numbers each model's
+    fresh weights get.
+    """
+    cfg, stage = ctx.cfg, ctx.cfg.stage
+    assert isinstance(stage, OnlineStage)
     seed_everything(cfg.run.seed)
     tokenizer = _tokenizer(cfg)
     prompts = reading.prompts(cfg, tokenizer, split="train")
@@ -91,101 +94,108 @@ def build(ctx: RunContext) -> Parts:
     start = _start_directory(ctx, tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
     half = resolve_dtype(cfg.model.dtype) is not torch.float32
-    updates = stage.steps * stage.epochs * stage.minibatches
     lora = cfg.adapter.kind is not AdapterKind.none
-    merged = merges_lora(cfg.rollout, cfg.adapter)
+    sends_adapter = lora and not merges_lora(cfg.rollout, cfg.adapter)
+    chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
 
-    def base_model() -> Any:
+    def start_model() -> Any:
         return load_causal_lm(replace(cfg.model, path=start, gguf_file=None), tokenizer)
 
     def generator_model() -> Any:
-        model = base_model()
-        return attach(model, cfg.adapter, task="CAUSAL_LM") if lora and not merged else model
+        model = start_model()
+        return attach(model, cfg.adapter, task="CAUSAL_LM") if sends_adapter else model
 
-    policy_model = attach(base_model(), cfg.adapter, task="CAUSAL_LM")
+    policy_model = attach(start_model(), cfg.adapter, task="CAUSAL_LM")
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(policy_model)
-    module = PolicyModule(
-        policy_model, chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature
-    )
+    module = PolicyModule(policy_model, chunk=chunk, temperature=temperature)
     module.entropy_grad = stage.entropy_coef > 0
     generator = make_generator(
         cfg,
         model_path=start,
         tokenizer=tokenizer,
         model_factory=generator_model,
-        adapter_rank=cfg.adapter.rank if lora and not merged else None,
+        adapter_rank=cfg.adapter.rank if sends_adapter else None,
     )
-    device = distributed.device()
-    policy = make_engine(
-        module, cfg.engine, OptimSettings.from_stage(stage, total_steps=updates), device, half=half
-    )
+    policy = _engine(module, cfg.engine, stage, stage.learning_rate, half=half)
     critic = None
     if stage.advantage is Advantage.gae:
-        critic_settings = OptimSettings.from_stage(
-            stage, total_steps=updates, learning_rate=stage.critic_learning_rate
-        )
-        critic = make_engine(
-            CriticModule(_critic(cfg, tokenizer, start)),
-            cfg.engine,
-            critic_settings,
-            device,
-            half=half,
-        )
+        critic_module = CriticModule(_critic(cfg, tokenizer, start))
+        critic = _engine(critic_module, cfg.engine, stage, stage.critic_learning_rate, half=half)
     reference: Any = None
     if stage.reference and lora and not stage.reference_every:
-        reference = "adapter"
+        reference = ADAPTER
     elif stage.reference:
-        reference = _freeze(
-            PolicyModule(
-                base_model(), chunk=cfg.engine.logits_chunk, temperature=cfg.rollout.temperature
-            ),
-            cfg,
-            half,
-        )
-    greedy = generator.generate(prompts[:1], n=1, seed=0, greedy=True)[0]
-    probe = distributed.broadcast(
-        (*prompts[0].token_ids, *greedy.token_ids[:_PROBE_TOKENS])[-_PROBE_TOKENS:]
-    )
-    kl: FixedKL | AdaptiveKL = FixedKL(stage.kl_coef)
-    if stage.kl_controller is KLController.adaptive:
-        kl = AdaptiveKL(stage.kl_coef, stage.kl_target, stage.kl_horizon)
+        frozen = PolicyModule(start_model(), chunk=chunk, temperature=temperature)
+        reference = _freeze(frozen, cfg.engine, half=half)
+    sent = adapter_weights if sends_adapter else full_weights
     return Parts(
         tokenizer=tokenizer,
         prompts=prompts,
-        policy=policy,
-        critic=critic,
-        reference=reference,
-        scorer=scorer,
-        generator=generator,
-        layout=_layout(cfg, policy_model),
+        models=Models(policy, critic, reference, _layout(cfg.engine, stage, policy_model)),
         # Under dropout the logprobs of a training pass are not those of the policy that wrote the
         # responses.
         passes=needs_old_logprobs(stage) or has_dropout(policy_model),
-        kl=kl,
-        weights=lambda: (adapter_weights if lora and not merged else full_weights)(
-            policy_model, policy.gather
+        scorer=scorer,
+        generator=generator,
+        sync=WeightSync(
+            generator=generator,
+            policy=policy,
+            weights=lambda: sent(policy_model, policy.gather),
+            probe=_probe(generator, prompts[0]),
+            tolerance=cfg.rollout.gap_tolerance or (_HALF_GAP if half else _FULL_GAP),
+            pad_id=tokenizer.pad_token_id,
+            budget=cfg.engine.micro_tokens,
         ),
+        kl=_kl_controller(stage),
         adapter=lora,
-        probe=probe,
-        tolerance=cfg.rollout.gap_tolerance or (0.05 if half else 1e-4),
+        moving_reference=stage.reference_every > 0,
+        engine=cfg.engine,
     )
 
 
-def _layout(cfg: Config, model: Any) -> Layout:
+def _engine(
+    module: Any, engine: EngineConfig, stage: OnlineStage, learning_rate: float, *, half: bool
+) -> Engine:
+    assert stage.steps is not None
+    optim = OptimSettings.from_stage(
+        stage,
+        total_steps=stage.steps * stage.epochs * stage.minibatches,
+        learning_rate=learning_rate,
+    )
+    made: Engine = make_engine(module, engine, optim, distributed.device(), half=half)
+    return made
+
+
+def _probe(generator: Generator, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids whose logprobs prove a weight sync: the end of a prompt with its most likely
+    response, the same on every rank. A collective.
+    """
+    greedy = generator.generate([prompt], n=1, seed=0, greedy=True)[0]
+    ids = (*prompt.token_ids, *greedy.token_ids[:_PROBE_TOKENS])[-_PROBE_TOKENS:]
+    probe: tuple[int, ...] = distributed.broadcast(ids)
+    return probe
+
+
+def _kl_controller(stage: OnlineStage) -> FixedKL | AdaptiveKL:
+    if stage.kl_controller is KLController.adaptive:
+        return AdaptiveKL(stage.kl_coef, stage.kl_target, stage.kl_horizon)
+    return FixedKL(stage.kl_coef)
+
+
+def _layout(engine: EngineConfig, stage: OnlineStage, model: Any) -> Layout:
     """Whether prompts are shared. Raises UserError where engine.share_prompts=true can't be had."""
-    stage, base = cfg.stage, base_of(model)
-    wished = cfg.engine.share_prompts
+    base = base_of(model)
     able = can_share_prompts(base)
-    if wished and not able:
+    if engine.share_prompts and not able:
         raise UserError(
             f"engine.share_prompts=true: {base.config.model_type} with "
             f"attn_implementation={base.config._attn_implementation} takes no mask of ours. "
             "Expected a model with full causal attention under sdpa. Set engine.share_prompts=null."
         )
-    shared = able and wants_shared_prompts(cfg.engine, stage)
+    shared = able and wants_shared_prompts(engine, stage)
     return Layout(
-        budget=cfg.engine.micro_tokens,
+        budget=engine.micro_tokens,
         shared=shared,
         hidden_size=int(base.config.get_text_config().hidden_size),
     )
@@ -220,19 +230,19 @@ def _start_directory(ctx: RunContext, tokenizer: Any) -> str:
     if whole:
         assert model.path is not None
         return model.path
-    place = ctx.dir / "start"
-    if distributed.is_main() and not (place / "config.json").exists():
+    written = ctx.dir / "start"
+    if distributed.is_main() and not (written / "config.json").exists():
         if model.kind is ModelKind.tiny and model.path is None:
             log.warning(
                 "model=tiny without model.path: the policy starts from random weights, written "
                 "to %s",
-                place,
+                written,
             )
-        with replacing(place) as side:
+        with replacing(written) as side:
             load_causal_lm(model, tokenizer).save_pretrained(side)
             tokenizer.save_pretrained(side)
     distributed.barrier()
-    return str(place)
+    return str(written)
 
 
 def _critic(cfg: Config, tokenizer: Any, start: str) -> Any:
@@ -258,20 +268,19 @@ def _critic(cfg: Config, tokenizer: Any, start: str) -> Any:
         torch.nn.init.zeros_(model.score.weight)
     model.requires_grad_(True)
     if stage.critic_adapter:
-        adapter = (
-            cfg.adapter
-            if cfg.adapter.kind is not AdapterKind.none
-            else replace(cfg.adapter, kind=AdapterKind.lora)
-        )
+        adapter = cfg.adapter
+        if adapter.kind is AdapterKind.none:
+            adapter = replace(adapter, kind=AdapterKind.lora)
         model = attach(model, adapter, task="SEQ_CLS")
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
     return model
 
 
-def _freeze(module: PolicyModule, cfg: Config, half: bool) -> Any:
-    if cfg.engine.kind is EngineKind.deepspeed:
+def _freeze(module: PolicyModule, engine: EngineConfig, *, half: bool) -> Any:
+    """The reference: it only runs forward; under DeepSpeed partitioned like the policy."""
+    if engine.kind is EngineKind.deepspeed:
         from policy.engines.deepspeed import freeze
 
-        return freeze(module, cfg.engine, distributed.device(), half=half)
+        return freeze(module, engine, distributed.device(), half=half)
     return module.requires_grad_(False).eval().to(distributed.device())

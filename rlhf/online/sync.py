@@ -1,12 +1,19 @@
-"""Proof of a weight sync: what the generator holds is what the trainer sent, and both give the same
-logprobs.
+"""Sending weights from the trainer to the generator, and the proof that they arrived: what the
+generator holds is what the trainer sent, and both give the same logprobs.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-from rlhf.types import Generator, SyncError
+import torch
+
+from policy.batching import collate
+from policy.forward import Layout, policy_logprobs
+from rlhf.process import distributed
+from rlhf.types import AdapterWeights, FullWeights, Generator, SyncError
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +27,39 @@ class Checked(Protocol):
     sent: dict[str, str]
 
     def checksums(self) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSync:
+    """Keeps the generator's weights equal to the trainer's."""
+
+    generator: Generator
+    policy: Any  # the trainer's engine
+    weights: Callable[[], FullWeights | AdapterWeights]  # what the trainer sends
+    probe: tuple[int, ...]  # fixed token ids whose logprobs prove each sync
+    tolerance: float  # nats
+    pad_id: int
+    budget: int  # tokens per micro-batch
+
+    def send(self, version: int) -> float:
+        """Send the weights and prove that they arrived. Returns the probe's largest gap in nats;
+        raises SyncError. A collective.
+        """
+        self.generator.sync(self.weights(), version)
+        trainer = self._trainer_logprobs()
+        return verify_sync(self.generator, self.probe, trainer, self.tolerance, version)
+
+    def _trainer_logprobs(self) -> list[float]:
+        """The trainer's logprobs of the probe's tokens after the first, at temperature 1."""
+        module = self.policy.module
+        batch = collate([self.probe[:1]], [self.probe[1:]], self.pad_id, distributed.device())
+        group = torch.zeros(1, dtype=torch.long, device=batch.lengths.device)
+        temperature, module.temperature = module.temperature, 1.0
+        try:
+            logprobs, _ = policy_logprobs(self.policy, batch, group, [0], Layout(self.budget))
+        finally:
+            module.temperature = temperature
+        return [float(x) for x in logprobs[0]]
 
 
 def verify_sync(
@@ -49,36 +89,36 @@ def verify_sync(
         _compare_checksums(generator, version)
     ours = generator.logprobs(probe_ids)
     gaps = [abs(a - b) for a, b in zip(ours, trainer_logprobs, strict=True)]
-    worst = max(range(len(gaps)), key=lambda i: gaps[i] if gaps[i] == gaps[i] else float("inf"))
+    worst = max(range(len(gaps)), key=lambda i: _nan_last(gaps[i]))
     if not gaps[worst] <= tolerance:
         raise SyncError(
             f"weight sync {version}: at position {worst + 1} of the probe (token "
-            f"{probe_ids[worst + 1]}) the generator's logprob is "
-            f"{ours[worst]:.6f} and the trainer's {trainer_logprobs[worst]:.6f}: a gap of "
-            f"{gaps[worst]:.2e} nats, above {tolerance:.0e} "
-            "(rollout.gap_tolerance). The generator does not hold the trainer's weights."
+            f"{probe_ids[worst + 1]}) the generator's logprob is {ours[worst]:.6f} and the "
+            f"trainer's {trainer_logprobs[worst]:.6f}: a gap of {gaps[worst]:.2e} nats, above "
+            f"{tolerance:.0e} (rollout.gap_tolerance). The generator does not hold the trainer's "
+            "weights."
         )
     return gaps[worst]
 
 
+def _nan_last(gap: float) -> float:
+    """For a maximum that NaN wins."""
+    return math.inf if math.isnan(gap) else gap
+
+
 def _compare_checksums(generator: Checked, version: int) -> None:
-    held = generator.checksums()
-    different = [
-        name
-        for name, value in held.items()
-        if name in generator.sent and generator.sent[name] != value
-    ]
+    sent, held = generator.sent, generator.checksums()
+    different = [name for name, value in held.items() if sent.get(name, value) != value]
     if different:
-        names = ", ".join(different[:5]) + (
-            f" and {len(different) - 5} more" if len(different) > 5 else ""
-        )
+        names = ", ".join(different[:5])
+        if len(different) > 5:
+            names += f" and {len(different) - 5} more"
         raise SyncError(
             f"weight sync {version}: the generator does not hold what the trainer sent for {names}."
         )
-    checked = sum(name in generator.sent for name in held)
     log.debug(
         "weight sync %d: %d of %d tensors compared by checksum, the rest by the probe",
         version,
-        checked,
-        len(generator.sent),
+        sum(name in sent for name in held),
+        len(sent),
     )

@@ -1,89 +1,21 @@
-"""Looking at a reward from outside while it trains: statistics of one step's responses, and rules
-over the steps that warn or stop.
+"""Watching a reward from outside while it trains: rules over the steps of a run that warn or stop.
 
 A policy that is trained against a proxy first improves what the proxy stands for and then only the
 proxy (Gao, Schulman & Hilton 2022, arXiv:2210.10760). What shows it is a judge that training never
 sees, on responses to prompts that it never sees either.
+
+Each rule is a pure function: it returns a message where it holds, else None. `Watch` remembers what
+the rules compare.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from conf.choices import Action, Rule
 from conf.stages import WatchConfig
-from rlhf.process import distributed
-from rlhf.types import Rollout, Scores
-
-# rlhf.process.distributed.gather: one value per rank, on every rank
-Gather = Callable[[Any], list[Any]]
-
-
-def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's coefficient, in [-1, 1].
-
-    0 where one side is constant, or there is one value only: the coefficient is then 0 / 0, and
-    what never varies goes with nothing.
-    """
-    if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
-        return 0.0
-    try:
-        return statistics.correlation(x, y)
-    except statistics.StatisticsError:  # it varies by so little that the squares vanish
-        return 0.0
-
-
-def markup_share(text: str) -> float:
-    """Share of characters that are neither letters, digits nor white space: punctuation and
-    markdown, in [0, 1]; 0 for an empty text.
-    """
-    return sum(not (c.isalnum() or c.isspace()) for c in text) / len(text) if text else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Response:
-    """What the statistics need of one response; small, since ranks exchange it."""
-
-    prompt: str
-    score: float
-    tokens: int
-    finished: bool
-    markup: float
-
-
-def response_statistics(
-    rollouts: Sequence[Rollout], scores: Scores, gather: Gather = distributed.gather
-) -> dict[str, float]:
-    """Figures of one step's responses over all ranks; one collective. Every rank computes them from
-    the same rows, so ranks agree exactly.
-
-    reward/length_correlation, reward/finished_correlation, reward/format_correlation: of the score
-    with the tokens of a response, with having ended by itself, with its share of punctuation and
-    markdown. reward/truncated: share cut off at the length limit. group/std: mean over the prompts
-    of the standard deviation of their responses' scores (dividing by their number). group/gain:
-    mean over the prompts of the best score less the mean.
-    """
-    rows = [
-        _Response(
-            r.prompt.id, score, len(r.token_ids), r.finish_reason == "stop", markup_share(r.text)
-        )
-        for r, score in zip(rollouts, scores.total, strict=True)
-    ]
-    rows = [row for part in gather(rows) for row in part]
-    totals = [row.score for row in rows]
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        groups.setdefault(row.prompt, []).append(row.score)
-    return {
-        "reward/length_correlation": correlation(totals, [float(row.tokens) for row in rows]),
-        "reward/finished_correlation": correlation(totals, [float(row.finished) for row in rows]),
-        "reward/format_correlation": correlation(totals, [row.markup for row in rows]),
-        "reward/truncated": statistics.fmean(not row.finished for row in rows),
-        "group/std": statistics.fmean(statistics.pstdev(g) for g in groups.values()),
-        "group/gain": statistics.fmean(max(g) - statistics.fmean(g) for g in groups.values()),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,20 +72,18 @@ class Trend:
     @property
     def errors(self) -> float:
         """The slope in standard errors; infinite where all prompts agree."""
-        return (
-            self.slope / self.error
-            if self.error
-            else math.copysign(math.inf, self.slope)
-            if self.slope
-            else 0.0
-        )
+        if self.error:
+            return self.slope / self.error
+        return math.copysign(math.inf, self.slope) if self.slope else 0.0
 
 
 def slope(steps: Sequence[int], values: Sequence[float]) -> float:
-    """Of the least-squares line; exactly 0 for values that are all equal, which rounding would give
-    a sign.
+    """Slope of the least-squares line; exactly 0 for values that are all equal, which rounding
+    would give a sign.
     """
-    return 0.0 if min(values) == max(values) else statistics.linear_regression(steps, values).slope
+    if min(values) == max(values):
+        return 0.0
+    return statistics.linear_regression(steps, values).slope
 
 
 def trend(steps: Sequence[int], values: Sequence[Sequence[float]]) -> Trend:
@@ -167,6 +97,59 @@ def trend(steps: Sequence[int], values: Sequence[Sequence[float]]) -> Trend:
     """
     slopes = [slope(steps, series) for series in zip(*values, strict=True)]
     return Trend(statistics.fmean(slopes), statistics.stdev(slopes) / math.sqrt(len(slopes)))
+
+
+Judged = tuple[int, HeldOutScores]  # after so many updates
+
+
+def divergence(judgements: Sequence[Judged], standard_errors: float, best_step: int) -> str | None:
+    """The proxy rises and the judge falls over `judgements`, each by at least `standard_errors`.
+    `best_step`: when the judge was highest, for the message.
+    """
+    steps = [step for step, _ in judgements]
+    proxy = trend(steps, [scores.proxies for _, scores in judgements])
+    judge = trend(steps, [scores.scores for _, scores in judgements])
+    rises = proxy.slope > 0 and proxy.errors >= standard_errors
+    falls = judge.slope < 0 and -judge.errors >= standard_errors
+    if not (rises and falls):
+        return None
+    return (
+        f"over the judgements of steps {', '.join(map(str, steps))} the score rose by "
+        f"{proxy.slope:.3g} a step ({proxy.errors:.1f} standard errors) while the held-out judge "
+        f"fell by {-judge.slope:.3g} a step ({-judge.errors:.1f} standard errors): the policy "
+        f"exploits the reward. The judge was highest at step {best_step}."
+    )
+
+
+def high_kl(kl: float, limit: float) -> str | None:
+    """The KL, in nats per response, is above `limit`."""
+    if kl <= limit:
+        return None
+    return f"objective/kl is {kl:.3g} nats per response, above stage.watch.kl_max={limit:g}."
+
+
+def long_responses(truncated: Sequence[float], limit: float) -> str | None:
+    """Over these steps at least the share `limit` of the responses was cut off; `truncated`: the
+    share of each step.
+    """
+    share = statistics.fmean(truncated)
+    if share < limit:
+        return None
+    return (
+        f"{share:.0%} of the responses of the last {len(truncated)} steps were cut off at "
+        f"rollout.max_response_length (stage.watch.length_share={limit:g})."
+    )
+
+
+def low_entropy(entropy: float, first: Sequence[float], share: float) -> str | None:
+    """The entropy is below `share` of its mean over the first steps; all in nats per token."""
+    start = statistics.fmean(first)
+    if entropy >= share * start:
+        return None
+    return (
+        f"objective/entropy is {entropy:.3g} nats per token, below "
+        f"stage.watch.entropy_share={share:g} of the {start:.3g} of the first {len(first)} steps."
+    )
 
 
 class Watch:
@@ -183,11 +166,10 @@ class Watch:
 
     def __init__(self, cfg: WatchConfig) -> None:
         self.cfg = cfg
-        self.points: dict[int, Point] = {}
-        # the last ones, at most cfg.divergence_judgements
-        self._judgements: list[tuple[int, HeldOutScores]] = []
-        self._truncated: list[float] = []  # shares of the last steps, at most cfg.window
-        self._first_entropies: list[float] = []  # at most cfg.window
+        self.points: dict[int, Point] = {}  # by step
+        self._judgements: list[Judged] = []  # the last cfg.divergence_judgements
+        self._truncated: list[float] = []  # shares of the last cfg.window steps
+        self._first_entropies: list[float] = []  # of the first cfg.window steps
         self._holding: set[Rule] = set()
 
     @property
@@ -206,12 +188,16 @@ class Watch:
         # A resumed run may have been told to judge more prompts: only the same prompts make a
         # trend.
         alike = [
-            (at, earlier)
-            for at, earlier in self._judgements
+            (earlier_step, earlier)
+            for earlier_step, earlier in self._judgements
             if len(earlier.scores) == len(judgement.scores)
         ]
         self._judgements = [*alike, (step, judgement)][-self.cfg.divergence_judgements :]
-        return self._report(Rule.divergence, self.cfg.divergence, step, self._diverges())
+        message = None
+        best = self.best_step
+        if len(self._judgements) == self.cfg.divergence_judgements and best is not None:
+            message = divergence(self._judgements, self.cfg.divergence_sd, best)
+        return self._report(Rule.divergence, self.cfg.divergence, step, message)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """Update number `step` was made; `metrics` are those of its rollouts, which the policy
@@ -219,18 +205,19 @@ class Watch:
         """
         point = self._point(step - 1)
         point.kl, point.score = metrics.get("objective/kl"), metrics["objective/scores"]
-        alarms = self._report(
-            Rule.length, self.cfg.length, step, self._runs_on(metrics["reward/truncated"])
-        )
+        length = self._length(metrics["reward/truncated"])
+        alarms = self._report(Rule.length, self.cfg.length, step, length)
         # nothing trained in this step, so neither KL nor entropy was measured
         if "objective/entropy" not in metrics:
             return alarms
+        kl = None
+        if point.kl is not None:  # without a reference there is no KL, and preflight refuses
+            kl = high_kl(point.kl, self.cfg.kl_max)
+        entropy = self._entropy(metrics["objective/entropy"])
         return [
-            *self._report(Rule.kl, self.cfg.kl, step, self._strays(point.kl)),
+            *self._report(Rule.kl, self.cfg.kl, step, kl),
             *alarms,
-            *self._report(
-                Rule.entropy, self.cfg.entropy, step, self._collapses(metrics["objective/entropy"])
-            ),
+            *self._report(Rule.entropy, self.cfg.entropy, step, entropy),
         ]
 
     def _point(self, step: int) -> Point:
@@ -246,62 +233,20 @@ class Watch:
         self._holding.add(rule)
         return [Alarm(rule, action, step, message)]
 
-    def _diverges(self) -> str | None:
-        if len(self._judgements) < self.cfg.divergence_judgements:
-            return None
-        steps = [step for step, _ in self._judgements]
-        proxy = trend(steps, [judgement.proxies for _, judgement in self._judgements])
-        judge = trend(steps, [judgement.scores for _, judgement in self._judgements])
-        if not (
-            proxy.slope > 0 > judge.slope
-            and proxy.errors >= self.cfg.divergence_sd
-            and -judge.errors >= self.cfg.divergence_sd
-        ):
-            return None
-        return (
-            f"over the judgements of steps {', '.join(map(str, steps))} the score rose by "
-            f"{proxy.slope:.3g} a step "
-            f"({proxy.errors:.1f} standard errors) while the held-out judge fell by "
-            f"{-judge.slope:.3g} a step ({-judge.errors:.1f} standard "
-            "errors): the policy exploits the reward. The judge was highest at step "
-            f"{self.best_step}."
-        )
-
-    def _strays(self, kl: float | None) -> str | None:
-        # no reference, no KL: preflight refuses the rule then
-        if kl is None or kl <= self.cfg.kl_max:
-            return None
-        return (
-            f"objective/kl is {kl:.3g} nats per response, above "
-            f"stage.watch.kl_max={self.cfg.kl_max:g}."
-        )
-
-    def _runs_on(self, truncated: float) -> str | None:
+    def _length(self, truncated: float) -> str | None:
         self._truncated = [*self._truncated, truncated][-self.cfg.window :]
-        share = statistics.fmean(self._truncated)
-        if len(self._truncated) < self.cfg.window or share < self.cfg.length_share:
+        if len(self._truncated) < self.cfg.window:
             return None
-        return (
-            f"{share:.0%} of the responses of the last {self.cfg.window} steps were cut off at "
-            "rollout.max_response_length "
-            f"(stage.watch.length_share={self.cfg.length_share:g})."
-        )
+        return long_responses(self._truncated, self.cfg.length_share)
 
-    def _collapses(self, entropy: float) -> str | None:
+    def _entropy(self, entropy: float) -> str | None:
         if len(self._first_entropies) < self.cfg.window:
             self._first_entropies.append(entropy)
             return None
-        start = statistics.fmean(self._first_entropies)
-        if entropy >= self.cfg.entropy_share * start:
-            return None
-        return (
-            f"objective/entropy is {entropy:.3g} nats per token, below "
-            f"stage.watch.entropy_share={self.cfg.entropy_share:g} of the {start:.3g} "
-            f"of the first {self.cfg.window} steps."
-        )
+        return low_entropy(entropy, self._first_entropies, self.cfg.entropy_share)
 
     def state_dict(self) -> dict[str, Any]:
-        """What JSON holds exactly."""
+        """What a checkpoint holds; JSON keeps every number exactly."""
         return {
             "points": [[p.step, p.kl, p.score, p.judge] for p in self.points.values()],
             "judgements": [

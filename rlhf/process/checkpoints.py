@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rlhf.process import distributed
 from rlhf.process.hashing import sha256
-from rlhf.types import UserError
+from rlhf.types import TrainingDiverged, UserError
 
 SEAL = "checksums.json"
 TORN = "torn"  # folder beside the checkpoints: those that a resumed run passed over
@@ -131,6 +131,24 @@ def newest(folder: Path) -> tuple[tuple[Path, int] | None, list[tuple[Path, str]
             return (path, step), passed_over
         passed_over.append((path, wrong))
     return None, passed_over
+
+
+def rewind_target(folder: Path, rewinds: int, allowed: int, cause: str) -> Path:
+    """The checkpoint that rewind number `rewinds` (from 1) of `allowed` goes to: the newest whole
+    one, the same on every rank. A collective.
+
+    Raises TrainingDiverged, beginning with `cause`, where there is none or no further rewind is
+    allowed.
+    """
+    found = newest(folder)[0] if distributed.is_main() else None
+    found = distributed.broadcast(found)
+    if found is not None and rewinds <= allowed:
+        path: Path = found[0]
+        return path
+    why = f"stage.rewinds={allowed} times it was tried already"
+    if found is None:
+        why = "there is no whole checkpoint to go back to"
+    raise TrainingDiverged(f"{cause} stage.on_nonfinite=rewind: {why}.")
 
 
 def set_aside(path: Path) -> Path:

@@ -12,6 +12,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from rlhf.process import distributed
@@ -165,3 +167,21 @@ class Watchdog:
         record_failure(message)
         os.write(2, f"error: {message}\n".encode())
         os._exit(EXIT_HUNG)
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by phase, of phases that the watchdog watches."""
+
+    watchdog: Watchdog
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens inside counts to `name`; a phase that comes again goes on counting."""
+        start = time.perf_counter()
+        self.watchdog.phase(name)
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -13,8 +13,7 @@ import torch
 
 from conf.choices import OnNonFinite
 from conf.stages import OnlineStage
-from policy.engines.base import NonFinite
-from policy.engines.spikes import Brake
+from policy.engines.base import Brake, NonFinite
 from policy.engines.torch import TorchEngine
 from policy.model import PolicyModule
 from rlhf.checks import launch

@@ -16,16 +16,8 @@ from hypothesis import strategies as st
 
 from conf.choices import Action, Rule
 from conf.stages import WatchConfig
-from rlhf.online.watch import (
-    HeldOutScores,
-    Point,
-    Trend,
-    Watch,
-    correlation,
-    markup_share,
-    response_statistics,
-    trend,
-)
+from rlhf.online.metrics import correlation, markup_share, response_statistics
+from rlhf.online.watch import HeldOutScores, Point, Trend, Watch, trend
 from rlhf.run.plots import plot_frontier, plot_run
 from rlhf.types import Prompt, Rollout, Scores
 

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conf.choices import Action
-from conf.schema import Config
-from conf.stages import OnlineStage, WatchConfig
+from conf.stages import WatchConfig
 from reward.scorers.composite import CompositeScorer, Term
 from rlhf.cli import config
 from rlhf.online.judging import (
@@ -191,8 +190,8 @@ class Scripted:
 
 
 def watching(folder: Path, judge: Any, weights: list[int], **options: Any) -> Watching:
-    cfg = Config(stage=OnlineStage(steps=7, watch=WatchConfig(judge_every=2, **options)))
-    return Watching(cfg, judge, Keeper(folder / "best", write_number(weights)))
+    keeper = Keeper(folder / "best", write_number(weights))
+    return Watching(WatchConfig(judge_every=2, **options), 7, judge, keeper)
 
 
 def follow(watch: Watching, weights: list[int], steps: int = 7) -> list[dict[str, float]]:

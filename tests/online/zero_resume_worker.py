@@ -56,7 +56,10 @@ def state_of(loop: online.Loop) -> dict[str, torch.Tensor]:
     weights that the forward pass uses.
     """
     out = {}
-    for role, engine in (("policy", loop.parts.policy), ("critic", loop.parts.critic)):
+    for role, engine in (
+        ("policy", loop.parts.models.policy),
+        ("critic", loop.parts.models.critic),
+    ):
         zero = engine.engine.optimizer
         masters = (
             zero.fp32_partitioned_groups_flat
@@ -91,13 +94,13 @@ def compare_rewinds(done: list[int]) -> None:
     def rewinding(self: online.Loop, error: online.BadStep) -> None:
         before = state_of(self)
         rewind(self, error)
-        expected, found = saved[self.step], state_of(self)
+        expected, found = saved[self.state.step], state_of(self)
         assert any(not torch.equal(before[name], expected[name]) for name in expected), (
             "nothing had changed, so nothing was tested"
         )
         wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
         assert not wrong, f"rank {distributed.rank()}, after the rewind: {wrong}"
-        done.append(self.step)
+        done.append(self.state.step)
 
     online.Loop._save, online.Loop._rewind = saving, rewinding  # type: ignore[method-assign]
 

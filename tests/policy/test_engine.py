@@ -16,8 +16,9 @@ from policy.adapters import attach, enable_checkpointing
 from policy.batching import collate
 from policy.engines.base import NonFinite, OptimSettings
 from policy.engines.torch import TorchEngine
+from policy.forward import Layout, Models
 from policy.model import CriticModule, PolicyModule, adapter_weights, full_weights, iterate_weights
-from policy.prepare import Layout, TrainBatch, needs_old_logprobs, prepare
+from policy.prepare import TrainBatch, needs_old_logprobs, prepare
 from policy.saving import save_adapter, save_model
 from policy.update import update
 from rlhf.cli import config
@@ -232,17 +233,8 @@ def prepared(
     kept = replace(batch, keep=torch.tensor([True] * 6 + [stage.policy_loss is PolicyLoss.dpo]))
     if critic is not None:
         kept = batch
-    both = {"policy": policy, "reference": reference, "critic": critic}
-    return prepare(
-        kept,
-        scores,
-        scores.flip(0),
-        **both,
-        stage=stage,
-        kl_coef=kl_coef,
-        layout=layout,
-        passes=passes,
-    )
+    models = Models(policy, critic, reference, layout)
+    return prepare(kept, scores, scores.flip(0), models, stage, kl_coef=kl_coef, passes=passes)
 
 
 def updated(
@@ -254,10 +246,8 @@ def updated(
     layout: Layout,
     kl_coef: float = 0.0,
 ) -> dict[str, float]:
-    modules = {"policy": policy, "critic": critic, "reference": reference}
-    return update(
-        batch, **modules, stage=stage, layout=layout, kl_coef=kl_coef, constant_length=8, seed=1
-    )
+    models = Models(policy, critic, reference, layout)
+    return update(batch, models, stage, kl_coef=kl_coef, constant_length=8, seed=1)
 
 
 def engines(

@@ -19,8 +19,7 @@ import torch
 from conf.schema import RunConfig
 from conf.stages import SFTStage
 from rlhf.offline import guards as guarding
-from rlhf.online import loop as online
-from rlhf.process import checkpoints
+from rlhf.process import checkpoints, randomness
 from rlhf.run.context import RunContext
 from rlhf.run.directory import latest_checkpoint
 from rlhf.run.tracking import files
@@ -295,14 +294,14 @@ def test_the_last_step_is_saved_and_a_longer_run_goes_on_from_it(tmp_path: Path)
 def test_a_full_disk_stops_the_run_and_loses_nothing_before(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = online.randomness.save
+    real = randomness.save
 
     def full_at_two(side: Path) -> None:
         if side.name == "step-2.part":
             raise OSError(errno.ENOSPC, "No space left on device", str(side))
         real(side)
 
-    monkeypatch.setattr(online.randomness, "save", full_at_two)
+    monkeypatch.setattr(randomness, "save", full_at_two)
     with pytest.raises(UserError, match=r"step-2 could not be written.*No space left.*step-1"):
         run_ppo(tmp_path, *SHORT)
     place = tmp_path / "default" / "ppo"

@@ -1,0 +1,286 @@
+"""The figures of one online step over all ranks, the rows of samples.jsonl, and the figures of a
+whole run.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conf.choices import KLEstimator
+from policy.kl import kl_per_token
+from policy.prepare import TrainBatch
+from policy.selection import all_equal, rows_by_group
+from rlhf.online.collect import Collected
+from rlhf.process import distributed
+from rlhf.types import Rollout, Scores, TrainingDiverged
+
+# rlhf.process.distributed.gather: one value per rank, on every rank
+Gather = Callable[[Any], list[Any]]
+_TERM = "term:"
+_WINDOW = 5  # at most so many steps at each end of a run are averaged for its summary
+_LEAST_VARIANCE = 1e-12  # of the returns, in squared units of the score, to explain any of it
+
+
+def step_metrics(
+    collected: Collected, batch: TrainBatch, estimator: KLEstimator, rollout_s: float
+) -> dict[str, float]:
+    """Means over all ranks: scores and lengths over every response, logprobs and KL over those that
+    train. `rollout_s`: seconds that this rank took to write them. Collective.
+    """
+    members = rows_by_group(collected.groups)
+    sizes = [len(rows) for rows in members]
+    finals = collected.finals.tolist()
+    sums = _response_sums(collected) | _token_sums(batch, estimator) | _value_sums(batch)
+    sums["groups"] = float(len(members))
+    sums["equal"] = float(sum(all_equal(finals, rows) for rows in members))
+    totals = dict(zip(sums, distributed.all_sum(list(sums.values())), strict=True))
+    largest_gap, slowest_s, largest, smallest = distributed.all_max(
+        [_largest_gap(batch), rollout_s, float(max(sizes)), -float(min(sizes))]
+    )
+    n = totals["responses"]
+    mean = totals["scores"] / n
+    metrics = {
+        "objective/scores": mean,
+        "objective/scores_std": math.sqrt(max(0.0, totals["scores_square"] / n - mean**2)),
+        "rollout/response_length": totals["tokens"] / n,
+        "rollout/response_tokens": totals["tokens"],
+        "rollout/trained_responses": totals["trained"],
+        "rollout/trained_tokens": totals["trained_tokens"],
+        "rollout/finished": totals["finished"] / n,
+        "rollout/draws": float(collected.draws),
+        "rollout/logprob_gap": largest_gap,
+        "rollout/tokens_per_s": totals["tokens"] / max(slowest_s, 1e-9),
+        "group/equal": totals["equal"] / totals["groups"],
+        "group/size_min": -smallest,
+        "group/size_max": largest,
+    }
+    metrics |= _trained_means(totals)
+    for name, value in totals.items():
+        if name.startswith(_TERM):
+            metrics[f"reward/{name.removeprefix(_TERM)}"] = value / n
+    metrics["reward/clipped"] = collected.clipped
+    return metrics
+
+
+def _response_sums(collected: Collected) -> dict[str, float]:
+    """Over every response of this rank."""
+    rollouts, scores = collected.rollouts, collected.scores
+    total = torch.tensor(scores.total, dtype=torch.float64)
+    sums = {
+        "responses": float(len(rollouts)),
+        "tokens": float(sum(len(r.token_ids) for r in rollouts)),
+        "scores": float(total.sum()),
+        "scores_square": float(total.square().sum()),
+        "finished": float(sum(r.finish_reason == "stop" for r in rollouts)),
+    }
+    for name, values in {**scores.terms, **scores.extras}.items():
+        sums[_TERM + name] = math.fsum(values)
+    return sums
+
+
+def _token_sums(batch: TrainBatch, estimator: KLEstimator) -> dict[str, float]:
+    """Over this rank's rows and tokens that train."""
+    mask = batch.train_mask
+    assert batch.entropy is not None
+    sums = {
+        "trained": float(batch.keep.sum()),
+        "trained_tokens": float(mask.sum()),
+        "rlhf_reward": float(batch.rewards[batch.keep].sum()),
+        "entropy": float(torch.where(mask, batch.entropy, 0.0).sum()),
+    }
+    kl = _kl(batch, estimator)
+    if kl is not None:
+        sums["kl"] = float(kl.sum())
+    return sums
+
+
+def _value_sums(batch: TrainBatch) -> dict[str, float]:
+    """What the critic's explained variance is made of, over this rank's tokens that train."""
+    if batch.returns is None or batch.values is None:
+        return {}
+    mask = batch.train_mask
+    returns = batch.returns[mask].double()
+    residual = (batch.returns - batch.values)[mask].double()
+    return {
+        "returns": float(returns.sum()),
+        "returns_square": float(returns.square().sum()),
+        "residual": float(residual.sum()),
+        "residual_square": float(residual.square().sum()),
+    }
+
+
+def _kl(batch: TrainBatch, estimator: KLEstimator) -> Tensor | None:
+    """KL of each token that trains [B, T] nats, 0 elsewhere; None without a reference."""
+    if batch.ref_logprobs is None or batch.old_logprobs is None:
+        return None
+    kl = kl_per_token(batch.old_logprobs, batch.ref_logprobs, estimator)
+    return torch.where(batch.train_mask, kl, 0.0)
+
+
+def _largest_gap(batch: TrainBatch) -> float:
+    """The largest difference in nats between the sampler's logprob and the trainer's, over tokens
+    that train.
+    """
+    assert batch.old_logprobs is not None
+    gap = (batch.rollout_logprobs - batch.old_logprobs).abs()
+    return float(torch.where(batch.train_mask, gap, 0.0).max())
+
+
+def _trained_means(totals: Mapping[str, float]) -> dict[str, float]:
+    """Means over the responses and tokens of all ranks that train.
+
+    Where none is left to train there is nothing to take a mean of, and 0 would look like a
+    collapse.
+    """
+    responses, tokens = max(totals["trained"], 1.0), max(totals["trained_tokens"], 1.0)
+    metrics = {}
+    if totals["trained_tokens"]:
+        metrics["objective/rlhf_reward"] = totals["rlhf_reward"] / responses
+        metrics["objective/entropy"] = totals["entropy"] / tokens
+        if "kl" in totals:
+            metrics["objective/kl"] = totals["kl"] / responses
+            metrics["objective/kl_per_token"] = totals["kl"] / tokens
+    if "returns" in totals:
+        spread = totals["returns_square"] / tokens - (totals["returns"] / tokens) ** 2
+        left = totals["residual_square"] / tokens - (totals["residual"] / tokens) ** 2
+        explained = 0.0
+        if spread > _LEAST_VARIANCE:
+            explained = 1.0 - left / spread
+        metrics["value/explained_variance"] = explained
+    return metrics
+
+
+def sample_rows(
+    collected: Collected, batch: TrainBatch, estimator: KLEstimator, *, step: int, count: int
+) -> list[dict[str, object]]:
+    """The rows of samples.jsonl: this rank's first `count` responses of update number `step`, with
+    their scores and, where they train, their KL (nats per response).
+    """
+    kl: dict[int, float] = {}
+    per_token = _kl(batch, estimator)
+    if per_token is not None:
+        summed = per_token.sum(1)
+        kl = {row: float(summed[i]) for i, row in enumerate(collected.rows)}
+    columns = {**collected.scores.terms, **collected.scores.extras}
+    rows: list[dict[str, object]] = []
+    for i, rollout in enumerate(collected.rollouts[:count]):
+        row: dict[str, object] = {
+            "step": step,
+            "prompt": rollout.prompt.text,
+            "response": rollout.text,
+            "score": collected.scores.total[i],
+        }
+        row |= {name: values[i] for name, values in columns.items()}
+        row |= {
+            "kl": kl.get(i),
+            "response_length": len(rollout.token_ids),
+            "finish_reason": rollout.finish_reason,
+        }
+        rows.append(row)
+    return rows
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's coefficient, in [-1, 1].
+
+    0 where one side is constant, or there is one value only: the coefficient is then 0 / 0, and
+    what never varies goes with nothing.
+    """
+    if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
+        return 0.0
+    try:
+        return statistics.correlation(x, y)
+    except statistics.StatisticsError:  # it varies by so little that the squares vanish
+        return 0.0
+
+
+def markup_share(text: str) -> float:
+    """Share of characters that are neither letters, digits nor white space: punctuation and
+    markdown, in [0, 1]; 0 for an empty text.
+    """
+    if not text:
+        return 0.0
+    return sum(not (c.isalnum() or c.isspace()) for c in text) / len(text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """What the statistics need of one response; small, since ranks exchange it."""
+
+    prompt: str
+    score: float
+    tokens: int
+    finished: bool
+    markup: float
+
+
+def response_statistics(
+    rollouts: Sequence[Rollout], scores: Scores, gather: Gather = distributed.gather
+) -> dict[str, float]:
+    """Figures of one step's responses over all ranks; one collective. Every rank computes them from
+    the same rows, so ranks agree exactly.
+
+    reward/length_correlation, reward/finished_correlation, reward/format_correlation: of the score
+    with the tokens of a response, with having ended by itself, with its share of punctuation and
+    markdown. reward/truncated: share cut off at the length limit. group/std: mean over the prompts
+    of the standard deviation of their responses' scores (dividing by their number). group/gain:
+    mean over the prompts of the best score less the mean.
+    """
+    own = [
+        _Response(
+            prompt=r.prompt.id,
+            score=score,
+            tokens=len(r.token_ids),
+            finished=r.finish_reason == "stop",
+            markup=markup_share(r.text),
+        )
+        for r, score in zip(rollouts, scores.total, strict=True)
+    ]
+    rows = [row for part in gather(own) for row in part]
+    totals = [row.score for row in rows]
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt, []).append(row.score)
+    return {
+        "reward/length_correlation": correlation(totals, [float(row.tokens) for row in rows]),
+        "reward/finished_correlation": correlation(totals, [float(row.finished) for row in rows]),
+        "reward/format_correlation": correlation(totals, [row.markup for row in rows]),
+        "reward/truncated": statistics.fmean(not row.finished for row in rows),
+        "group/std": statistics.fmean(statistics.pstdev(g) for g in groups.values()),
+        "group/gain": statistics.fmean(max(g) - statistics.fmean(g) for g in groups.values()),
+    }
+
+
+def window(steps: int) -> int:
+    """How many steps at each end of a run of `steps` are averaged for its summary."""
+    return max(1, min(_WINDOW, steps // 2))
+
+
+def run_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Figures of a whole run for summary.json: each metric's mean over the last steps, and under
+    ``<name>_first`` over the first. Raises TrainingDiverged where every step was left out.
+    """
+    size = window(len(history))
+    metrics = {}
+    for name in sorted(set().union(*history)):
+        for key, part in ((f"{name}_first", history[:size]), (name, history[-size:])):
+            # a step without an update has no figures of it
+            values = [step[name] for step in part if name in step]
+            if values:
+                metrics[key] = sum(values) / len(values)
+    if "objective/scores" not in metrics:
+        raise TrainingDiverged(
+            f"none of the {len(history)} steps had finite scores: each was left out "
+            "(stage.on_nonfinite=skip)."
+        )
+    gap = "rollout/logprob_gap"
+    metrics["rollout/logprob_gap_max"] = max(step[gap] for step in history if gap in step)
+    metrics["train/skipped_total"] = sum(
+        step.get("train/skipped", 0.0) + step.get("policy/skipped", 0.0) for step in history
+    )
+    return metrics

@@ -1,0 +1,118 @@
+"""What an online run needs to go on: a step that must not be applied, the batch that caused it, and
+the state that a checkpoint holds.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from policy.engines import resharding
+from policy.engines.base import Brake
+from policy.prepare import TrainBatch
+from rlhf.online.judging import Watching
+from rlhf.online.setup import Parts
+from rlhf.process import distributed, randomness
+from rlhf.process.bad_batches import write_tensors
+from rlhf.process.moments import RunningMoments
+from rlhf.types import Rollout, TrainingDiverged
+
+_STATE = "loop.json"
+_REFERENCE = "reference.pt"
+
+
+class BadStep(TrainingDiverged):
+    """A step that must not be applied, on every rank alike; what follows is stage.on_nonfinite's.
+    `scores`: a score is no number.
+    """
+
+    def __init__(self, message: str, *, scores: bool = False) -> None:
+        super().__init__(message)
+        self.scores = scores
+
+
+@dataclass(slots=True)
+class RunState:
+    """What a run knows of itself beside weights and random generators."""
+
+    brake: Brake
+    moments: RunningMoments = field(default_factory=RunningMoments)  # of the scores
+    step: int = 0  # updates done
+    draws: int = 0  # of prompts, since the run began
+    rewinds: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each step
+
+
+def write_bad_batch(
+    directory: Path,
+    rollouts: Sequence[Rollout],
+    scores: Sequence[float] | None = None,
+    batch: TrainBatch | None = None,
+) -> None:
+    """Write this rank's responses of a step into ``rollouts.jsonl``, and where it came to an update
+    its tensors into ``batch.safetensors``. `scores`: raw, one per response.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "rollouts.jsonl").open("w", encoding="utf-8") as file:
+        for i, rollout in enumerate(rollouts):
+            row = {
+                "prompt": rollout.prompt.text,
+                "response": rollout.text,
+                "token_ids": rollout.token_ids,
+                "rollout_logprobs": rollout.rollout_logprobs,
+                "finish_reason": rollout.finish_reason,
+                "score": None if scores is None else scores[i],
+            }
+            file.write(json.dumps(row) + "\n")
+    if batch is not None:
+        write_tensors(directory / "batch.safetensors", batch.tensors())
+
+
+def write_state(directory: Path, state: RunState, parts: Parts, watching: Watching) -> None:
+    """Write everything that a resumed run needs into a checkpoint's directory. A collective."""
+    models = parts.models
+    models.policy.save(directory / "policy")
+    if models.critic is not None:
+        models.critic.save(directory / "critic")
+    randomness.save(directory)
+    if not distributed.is_main():
+        return
+    content = {
+        "step": state.step,
+        "draws": state.draws,
+        "kl": parts.kl.state_dict(),
+        "moments": state.moments.state_dict(),
+        "brake": state.brake.state_dict(),
+        "rewinds": state.rewinds,
+        "scorer": parts.scorer.state_dict(),
+        "history": state.history,
+        "watching": watching.state_dict(),
+    }
+    if parts.moving_reference:
+        torch.save(models.reference.model.state_dict(), directory / _REFERENCE)
+    resharding.record(directory, parts.engine)
+    (directory / _STATE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_state(directory: Path, state: RunState, parts: Parts, watching: Watching) -> None:
+    """Take over what `write_state` wrote into a checkpoint, all but the random generators. More
+    rewinds than it counts stay counted. A collective.
+    """
+    content = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+    models = parts.models
+    models.policy.load(directory / "policy")
+    if models.critic is not None:
+        models.critic.load(directory / "critic")
+    if parts.moving_reference:
+        weights = torch.load(directory / _REFERENCE, weights_only=True, map_location="cpu")
+        models.reference.model.load_state_dict(weights)
+    parts.scorer.load_state_dict(content["scorer"])
+    parts.kl.load_state_dict(content["kl"])
+    watching.load_state_dict(content["watching"])
+    state.step, state.draws = content["step"], content["draws"]
+    state.brake.load_state_dict(content["brake"])
+    state.rewinds = max(state.rewinds, content["rewinds"])
+    state.history = content["history"]
+    state.moments.load_state_dict(content["moments"])

@@ -1,0 +1,37 @@
+"""Batches that must not be applied (a NaN, an infinity, a spike), written where a person can look
+at them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from rlhf.process import distributed
+
+KEPT = 5  # batches that get a name of their own; further ones replace each other
+
+
+class BadBatches:
+    """The names of a run's bad batches on this rank."""
+
+    def __init__(self, directory: Path) -> None:
+        """`directory`: the run's."""
+        self.directory = directory
+        self.count = 0
+
+    def next_path(self, step: int) -> Path:
+        """Where the bad batch of optimizer or online step `step` (from 1) goes, without a suffix:
+        ``diverged-step-N-rank-R``, or ``diverged-last-rank-R`` after `KEPT` of them.
+        """
+        self.count += 1
+        which = f"step-{step}" if self.count <= KEPT else "last"
+        return self.directory / f"diverged-{which}-rank-{distributed.rank()}"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name into a safetensors file."""
+    from safetensors.torch import save_file
+
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(copies, str(path))
