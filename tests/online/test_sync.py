@@ -445,7 +445,7 @@ def test_engines_of_two_ranks_leave_the_process_group_alone(
         str(worker),
         str(tiny_model()),
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2])}
     env.pop("LD_PRELOAD", None)
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env=env, check=False
