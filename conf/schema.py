@@ -13,7 +13,7 @@ library only.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from conf.data import DataConfig, GymConfig, SourceConfig
 from conf.engine import EngineConfig
@@ -25,6 +25,7 @@ from conf.rollout import RolloutConfig
 from conf.run import RunConfig, TrackingConfig
 
 __all__ = [
+    "GROUPS",
     "MISSING",
     "AdapterConfig",
     "Config",
@@ -42,11 +43,15 @@ __all__ = [
     "TrackingConfig",
 ]
 
+_Stage = TypeVar("_Stage")
+
 
 @dataclass(slots=True, kw_only=True)
 class Config:
     """The whole configuration; ``stage`` holds one of the stage dataclasses."""
 
+    # Any, since OmegaConf takes neither a union of dataclasses nor a type variable; functions that
+    # need a certain stage call `stage_as`.
     stage: Any = option(MISSING, "The stage and its options (conf/stages.py).")
     run: RunConfig = nested(RunConfig)
     model: ModelConfig = nested(ModelConfig)
@@ -57,3 +62,21 @@ class Config:
     data: DataConfig = nested(DataConfig)
     label: LabelConfig = nested(LabelConfig)
     tracking: TrackingConfig = nested(TrackingConfig)
+
+    def stage_as(self, kind: type[_Stage]) -> _Stage:
+        """The stage's options, typed. Raises TypeError for a stage of another kind."""
+        if not isinstance(self.stage, kind):
+            raise TypeError(f"expected a {kind.__name__}, not a {type(self.stage).__name__}")
+        return self.stage
+
+
+# The groups with presets in conf/<group>/, beside `stage` and `experiment`.
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "engine": EngineConfig,
+    "rollout": RolloutConfig,
+    "reward": RewardConfig,
+    "data": DataConfig,
+    "tracking": TrackingConfig,
+}

@@ -20,6 +20,8 @@ from conf.training import (
 from conf.watch import WatchConfig
 
 __all__ = [
+    "FAMILIES",
+    "GROUPS_OF",
     "STAGES",
     "CPOStage",
     "ChainStage",
@@ -166,6 +168,7 @@ class ChainStage:
         check_options(self, "stage")
 
 
+# Name of the schema -> options. A preset in conf/stage/ builds on one of them: grpo on ppo's.
 STAGES: dict[str, type] = {
     "sft": SFTStage,
     "reward": RewardStage,
@@ -180,4 +183,26 @@ STAGES: dict[str, type] = {
     "label": LabelStage,
     "doctor": DoctorStage,
     "chain": ChainStage,
+}
+
+# What the stages are for, in the order in which a project needs them; each schema is in one family.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "prepare": ("data", "label"),
+    "train": ("sft", "reward", "dpo", "kto", "cpo", "orpo"),
+    "online": ("ppo",),
+    "judge": ("eval",),
+    "serve": ("serve_reward",),
+    "run and look": ("chain", "doctor"),
+}
+
+_OFFLINE = ("run", "model", "adapter", "engine", "data", "tracking")
+
+# The groups that matter to a stage: what its --help shows. chain and doctor may need any of them.
+GROUPS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(FAMILIES["train"], _OFFLINE),
+    "ppo": ("run", "model", "adapter", "engine", "rollout", "reward", "data", "tracking"),
+    "eval": ("run", "model", "engine", "rollout", "reward", "data", "tracking"),
+    "serve_reward": ("run", "model", "engine", "reward", "tracking"),
+    "data": ("run", "model", "reward", "data", "tracking"),
+    "label": ("run", "model", "engine", "rollout", "reward", "data", "label", "tracking"),
 }

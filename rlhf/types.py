@@ -6,9 +6,10 @@ import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # for annotations only: the command line's list and help need no torch
+    import torch
 
 
 class UserError(Exception):
@@ -110,7 +111,7 @@ class FullWeights:
     """
 
     # transformers' state-dict names, tied tensors under each name
-    tensors: Iterable[tuple[str, torch.Tensor]]
+    tensors: "Iterable[tuple[str, torch.Tensor]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class AdapterWeights:
     adapter_config.json.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: "dict[str, torch.Tensor]"
     config: dict[str, object]
 
 

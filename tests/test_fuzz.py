@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf.cli import config
+from rlhf.cli import config, presets
+from rlhf.cli.keys import valid_keys
 from rlhf.data import reading
 from rlhf.data.formats import Use
 from rlhf.types import UserError
@@ -107,7 +108,7 @@ VALUES = (
 KEYS = st.sampled_from(
     [
         key.replace(config.NAME, "x").replace(config.ANYTHING, "y")
-        for key in config.valid_keys(list(STAGES))
+        for key in valid_keys(list(STAGES))
         if not key.startswith("run.dir")
     ]
 )
@@ -129,13 +130,13 @@ def overrides(draw: st.DrawFn) -> list[str]:
     """A command that would run, and up to three overrides, of which most are wrong in some way; or
     any stage and the overrides alone.
     """
-    stage = draw(st.sampled_from([*READY, *READY, *config.choices("stage")]))
+    stage = draw(st.sampled_from([*READY, *READY, *presets.choices("stage")]))
     out = [f"stage={stage}", "tracking=none"]
     if stage in READY:
         out += ["model=tiny", "data.path=rows.jsonl", "rollout=hf", *READY[stage]]
     taken = {one.partition("=")[0] for one in out}
     for _ in range(draw(st.integers(0, 3))):
-        key = draw(st.one_of(KEYS, KEYS, KEYS, UNKNOWN, st.sampled_from(config.GROUPS)))
+        key = draw(st.one_of(KEYS, KEYS, KEYS, UNKNOWN, st.sampled_from(presets.GROUPS)))
         out = (
             [one for one in out if one.partition("=")[0] != key]
             if key in taken and key != "stage"
@@ -277,7 +278,7 @@ def wrong_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
         ]
     elif kind == "group":
         wrong = [
-            f"{draw(st.sampled_from(config.GROUPS))}={draw(st.text('abcxyz_', min_size=1, max_size=6))}9"
+            f"{draw(st.sampled_from(presets.GROUPS))}={draw(st.text('abcxyz_', min_size=1, max_size=6))}9"
         ]
     else:
         key = draw(st.sampled_from(options_of(stage)))[0]

@@ -1,19 +1,34 @@
-"""Process group helpers that also work in one process without torch.distributed."""
+"""Process group helpers that also work in one process without torch.distributed.
+
+torch is imported where it is used: the command line's list of stages and its help need none.
+"""
 
 import datetime
 import os
+import sys
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.types import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _process_group() -> Any:
+    """torch.distributed once this process has joined a group, else None. Without torch, nothing can
+    have joined one.
+    """
+    dist = sys.modules.get("torch.distributed")
+    # The attribute is missing while another thread imports torch.
+    is_initialized = getattr(dist, "is_initialized", None)
+    return dist if is_initialized is not None and is_initialized() else None
 
 
 def rank() -> int:
     """Global rank: the process group's, or the launcher's RANK before it exists."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    dist = _process_group()
+    return int(os.environ.get("RANK", "0")) if dist is None else dist.get_rank()
 
 
 def local_rank() -> int:
@@ -21,9 +36,8 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    return (
-        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    )
+    dist = _process_group()
+    return int(os.environ.get("WORLD_SIZE", "1")) if dist is None else dist.get_world_size()
 
 
 def local_world_size() -> int:
@@ -34,8 +48,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def device() -> torch.device:
+def device() -> "torch.device":
     """This rank's accelerator, or the CPU."""
+    import torch
+
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -56,54 +72,65 @@ def initialise(timeout_minutes: float = 30.0) -> None:
     """Join the process group when a launcher (torchrun) started several ranks; otherwise do
     nothing.
     """
-    if world_size() == 1 or dist.is_initialized():
+    if world_size() == 1 or _process_group() is not None:
         return
+    import torch
+
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(local_rank())
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    torch.distributed.init_process_group(
+        backend, timeout=datetime.timedelta(minutes=timeout_minutes)
+    )
 
 
 def shutdown() -> None:
-    if dist.is_initialized():
+    dist = _process_group()
+    if dist is not None:
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    dist = _process_group()
+    if dist is not None:
         dist.barrier()
 
 
 def all_sum(values: Sequence[float]) -> list[float]:
     """Element-wise float64 sum over ranks."""
-    return _reduce(values, dist.ReduceOp.SUM)
+    return _reduce(values, "SUM")
 
 
 def all_max(values: Sequence[float]) -> list[float]:
     """Element-wise float64 maximum over ranks."""
-    return _reduce(values, dist.ReduceOp.MAX)
+    return _reduce(values, "MAX")
 
 
-def _reduce(values: Sequence[float], op: Any) -> list[float]:
-    if not dist.is_initialized():
+def _reduce(values: Sequence[float], operation: Literal["SUM", "MAX"]) -> list[float]:
+    dist = _process_group()
+    if dist is None:
         return [float(v) for v in values]
+    import torch
+
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
-    dist.all_reduce(tensor, op=op)
+    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation))
     return [float(v) for v in tensor.tolist()]
 
 
 def gather(value: Any) -> list[Any]:
     """One picklable value per rank, in rank order, on every rank."""
-    if not dist.is_initialized():
+    dist = _process_group()
+    if dist is None:
         return [value]
-    out: list[Any] = [None] * world_size()
-    dist.all_gather_object(out, value)
-    return out
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast(value: Any) -> Any:
     """Rank 0's picklable value, on every rank."""
-    if not dist.is_initialized():
+    dist = _process_group()
+    if dist is None:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -114,7 +141,9 @@ def set_threads(threads: int | None = None) -> None:
     """torch's threads of this rank: `threads`, or the machine's cores shared out among its
     ranks.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    import torch
+
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(1, cores // local_world_size()))

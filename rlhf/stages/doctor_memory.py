@@ -13,7 +13,7 @@ from reward.checks import scoring_models
 from rlhf.checks.memory import fit, tables
 from rlhf.checks.memory.machine import machine_of
 from rlhf.checks.memory.subjects import can_plan, shapes_of
-from rlhf.cli import config
+from rlhf.cli import config, presets
 from rlhf.run.console import console
 from rlhf.types import UserError
 
@@ -43,7 +43,7 @@ def planned(cfg: Config) -> Config:
     if not isinstance(stage, (OnlineStage, OfflineStage)):
         names = ", ".join(
             name
-            for name in config.choices("stage")
+            for name in presets.choices("stage")
             if isinstance(config.stage_preset(name), (OnlineStage, OfflineStage))
         )
         raise UserError(f"stage.plan={doctor.plan} trains nothing. Stages that do: {names}.")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from conf.stages import OnlineStage
 from rlhf.cli import config
-from rlhf.cli.config import CONF_DIR, choices, stage_schema
+from rlhf.cli.presets import CONF_DIR, choices, stage_schema
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
 from rlhf.types import UserError

@@ -16,6 +16,7 @@ from conf.choices import TrackingKind
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import SFTStage
 from rlhf import __main__ as command_line
+from rlhf.cli import sweeps
 from rlhf.process import redaction
 from rlhf.run.context import RunContext
 from rlhf.stages import data as data_stage
@@ -266,7 +267,7 @@ def test_the_file_that_hydra_writes_of_a_sweep_is_cleaned(tmp_path: Path) -> Non
         f"overrides:\n- +x.api_key={TYPED[3]}\n- tracking.group=https://me:{TYPED[2]}@host\n",
         encoding="utf-8",
     )
-    command_line._clean_sweep_file(place)
+    sweeps.clean_sweep_file(place)
     assert (
         place.read_text(encoding="utf-8")
         == "overrides:\n- +x.api_key=***\n- tracking.group=https://***@host\n"

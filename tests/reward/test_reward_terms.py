@@ -25,7 +25,7 @@ from reward.scorers.function import FunctionScorer
 from reward.scorers.length import band_score
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer, combine
 from reward.terms import make_scorer
-from rlhf.cli import config
+from rlhf.cli import config, overrides, presets
 from rlhf.types import Prompt, Rollout, Scores, UserError
 from tests.checking import check
 from tests.offline.trl_tools import tiny_tokenizer
@@ -129,13 +129,13 @@ def test_bad_terms_are_refused(override: str, message: str) -> None:
 
 
 def test_a_sweep_over_a_term_stays_a_sweep() -> None:
-    assert config.merge_items(["reward.terms.b.weight=0.1,0.2", "+run.seed=1"]) == [
+    assert overrides.prepare(["reward.terms.b.weight=0.1,0.2", "+run.seed=1"]) == [
         "++reward.terms={b:{weight:0.1}},{b:{weight:0.2}}",
         "+run.seed=1",
     ]
 
 
-@pytest.mark.parametrize("preset", [name for name in config.choices("reward") if name != "model"])
+@pytest.mark.parametrize("preset", [name for name in presets.choices("reward") if name != "model"])
 def test_every_preset_s_terms_have_what_they_need(preset: str) -> None:
     found = config.compose(["stage=ppo", f"reward={preset}"]).reward
     assert found.terms

@@ -22,7 +22,7 @@ from conf.schema import (
 from conf.stages import DoctorStage
 from reward.model import Manifest, write_manifest
 from rlhf.__main__ import main
-from rlhf.cli.config import merge_items
+from rlhf.cli.overrides import prepare
 from rlhf.models.loading import train_tokenizer
 from rlhf.stages import doctor
 from rlhf.stages.doctor import GIB, Finding, Probe, State
@@ -478,7 +478,7 @@ def test_sizes_that_nothing_has(value: float) -> None:
 )
 def test_sizes_as_people_write_them(written: str, number: str) -> None:
     given = written if "=" in written else f"model.params={written}"
-    assert merge_items([given, "stage.plan=7b"]) == [
+    assert prepare([given, "stage.plan=7b"]) == [
         given.partition("=")[0] + f"={number}",
         "stage.plan=7b",
     ]

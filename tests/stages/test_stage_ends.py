@@ -192,7 +192,7 @@ def phases_of(given: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 seen.append(name)
             super().phase(name)
 
-    for place in ("rlhf.run.context.Watchdog", "rlhf.__main__.Watchdog"):
+    for place in ("rlhf.run.context.Watchdog", "rlhf.cli.execute.Watchdog"):
         monkeypatch.setattr(place, Phases)
     monkeypatch.setattr("rlhf.run.plots.plot_run", lambda _: [])
     command_line.execute(config.compose(given), ())

@@ -1,0 +1,162 @@
+"""The command line from its arguments to an exit code: list, help, or a job, and how it ends."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from conf.schema import Config
+from rlhf.cli import config, help, presets, sweeps
+from rlhf.cli.overrides import check_overrides, prepare
+from rlhf.process import distributed, interrupts, redaction
+from rlhf.process.watchdog import record_failure
+from rlhf.types import Interrupted, UserError
+
+Execute = Callable[[Config, Sequence[str]], None]
+
+# what a collective says whose peer is gone
+_BROKEN_OFF = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket")
+_WAIT_FOR_CAUSE_S = 5.0  # torchrun looks at its ranks every 0.1 s
+_HELP = ("--help", "-h")
+_HYDRAS_OWN = ("--hydra-help", "--version", "--info", "-i")  # flags that need no stage
+
+
+def main(argv: Sequence[str], execute: Execute) -> int:
+    """Run a command line; `execute` runs the stage that it composes. Signals end it in order
+    (rlhf/process/interrupts.py), and nothing that it logs holds a secret.
+
+    Returns 0; 1 for bad input or a stopped run, 2 for a missing stage; 130 after Ctrl-C, 143 after
+    SIGTERM, 124 for a phase that hung (rlhf/process/watchdog.py).
+    """
+    with redaction.redacted_logs(), interrupts.terminable():
+        try:
+            return _main(argv, execute)
+        except UserError as error:
+            return _fail(error)
+        except KeyboardInterrupt as stop:
+            return _stopped(stop)
+        except Exception as error:
+            _record_crash(error)
+            raise
+        finally:
+            distributed.shutdown()
+
+
+def _main(argv: Sequence[str], execute: Execute) -> int:
+    # argparse, which Hydra uses, wants all overrides side by side: move them before the flags.
+    arguments = sorted(argv, key=_is_flag)
+    has_stage = any(argument.lstrip("+").startswith("stage=") for argument in arguments)
+    if any(argument in _HELP for argument in arguments):
+        return _print_help(arguments, has_stage)
+    if not has_stage and not any(argument in _HYDRAS_OWN for argument in arguments):
+        _print(presets.list_stages())
+        return 2 if arguments else 0
+    return _run(arguments, execute)
+
+
+def _is_flag(argument: str) -> bool:
+    """A flag, or a flag's value; not an override."""
+    return argument.startswith("-") or ("=" not in argument and not argument.startswith("~"))
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # a reader such as `head` may close the pipe early
+        print(text, flush=True)
+
+
+def _print_help(arguments: Sequence[str], has_stage: bool) -> int:
+    overrides = [argument for argument in arguments if not _is_flag(argument)]
+    _print(help.of_stage(config.compose(overrides)) if has_stage else help.without_stage())
+    return 0
+
+
+class _Job:
+    """What Hydra calls with the composed configuration. Errors are kept until Hydra is through: it
+    would comment on bad input, and print the overrides as they were typed, secrets included.
+    """
+
+    def __init__(self, execute: Execute) -> None:
+        self._execute = execute
+        self.errors: list[Exception] = []
+
+    def __call__(self, cfg: Any) -> None:
+        try:
+            self._run(config.to_dataclass(cfg))
+        except Exception as error:  # noqa: BLE001 - raised again, past Hydra
+            self.errors.append(error)
+
+    def _run(self, cfg: Config) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        hydra = HydraConfig.get()
+        if hydra.mode is RunMode.MULTIRUN:
+            sweeps.run_job(cfg, hydra)
+        else:
+            self._execute(cfg, sys.argv[1:])
+
+
+def _run(arguments: Sequence[str], execute: Execute) -> int:
+    check_overrides(arguments)
+    config.register()
+    import hydra
+    from hydra.errors import HydraException
+
+    # Hydra would shorten a bug's traceback unless it is told not to.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [sys.argv[0], *prepare(arguments)]
+    job = _Job(execute)
+    run = hydra.main(config_path=str(presets.CONF_DIR), config_name="config", version_base="1.3")
+    try:
+        run(job)()
+    except HydraException as error:
+        raise UserError(config.explain(error)) from error
+    return _exit_code(job.errors)
+
+
+def _exit_code(errors: Sequence[Exception]) -> int:
+    """Report what ended the jobs. Raises the first error that is a bug."""
+    failures = [error for error in errors if isinstance(error, UserError)]
+    stops = [error for error in errors if isinstance(error, Interrupted)]
+    for error in errors:
+        if not isinstance(error, (UserError, Interrupted)):
+            raise error
+    for failure in failures:
+        _fail(failure)
+    for stop in stops:
+        record_failure(str(stop))
+        if distributed.is_main():
+            print(stop, file=sys.stderr)
+        return stop.code
+    return 1 if failures else 0
+
+
+def _fail(error: Exception) -> int:
+    message = redaction.text(f"error: {error}")
+    record_failure(message)
+    print(message, file=sys.stderr)
+    return 1
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    number = stop.number if isinstance(stop, interrupts.Terminated) else signal.SIGINT
+    print(
+        f"stopped by {signal.Signals(number).name} outside of training; nothing was saved.",
+        file=sys.stderr,
+    )
+    return 128 + number
+
+
+def _record_crash(error: BaseException) -> None:
+    """Put a bug's traceback into torchrun's report.
+
+    A rank whose collective broke off because another rank ended waits a moment: torchrun shows the
+    first failure that it sees as the cause, and that has to be the other rank's.
+    """
+    if distributed.world_size() > 1 and any(word in str(error).lower() for word in _BROKEN_OFF):
+        time.sleep(_WAIT_FOR_CAUSE_S)
+    record_failure(redaction.text("".join(traceback.format_exception(error))))

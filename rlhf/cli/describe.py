@@ -1,0 +1,128 @@
+"""Options as people read them: name, type, default, range, sentence, section."""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from conf.options import MISSING, OptionInfo, default_of, info_of
+from rlhf.cli.keys import NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One option of a group."""
+
+    key: str  # dotted
+    type: str
+    default: Any
+    info: OptionInfo
+    section: str  # title of the options that it stands among; empty without one
+    owner: type  # the dataclass that declares it
+
+    @property
+    def facts(self) -> str:
+        """Type, range and unit in a few words."""
+        parts = [self.type]
+        if self.bounds:
+            parts.append(self.bounds)  # holds the unit
+        elif self.info.unit is not None:
+            parts.append(f"in {self.info.unit}")
+        return ", ".join(parts)
+
+    @property
+    def bounds(self) -> str:
+        """The range in words; empty without one, and where the type lists the choices."""
+        return "" if self.info.choices else self.info.range_text()
+
+
+def options_of(cls: type, prefix: str) -> Iterator[Described]:
+    """The options of a dataclass in their order, those of groups inside it included; a dictionary's
+    items as ``reward.terms.<name>.weight``.
+    """
+    section = ""
+    for field in dataclasses.fields(cls):
+        info = info_of(field)
+        section = info.section or section
+        key = f"{prefix}{field.name}"
+        if is_group(field.type):
+            yield from options_of(field.type, f"{key}.")
+            continue
+        default = default_of(field)
+        text = type_text(field.type, info)
+        yield Described(key, text, default, info, section, _owner(cls, field.name))
+        item = item_type(field.type)
+        if is_group(item):
+            yield from options_of(item, f"{key}.{NAME}.")
+
+
+def is_group(annotation: Any) -> bool:
+    """Whether an option's type is a dataclass: a group of options."""
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+
+
+def item_type(annotation: Any) -> Any:
+    """What a dictionary's items are; None for an option of another type."""
+    if typing.get_origin(annotation) is dict:
+        return typing.get_args(annotation)[1]
+    return None
+
+
+def _owner(cls: type, name: str) -> type:
+    """The first class, from the base down, that declares the option."""
+    for base in reversed(cls.__mro__):
+        if name in inspect.get_annotations(base):
+            return base
+    return cls
+
+
+def type_text(annotation: Any, info: OptionInfo) -> str:
+    """An option's type in words, such as ``float or null`` or ``one of token|sequence``."""
+    if info.choices:
+        return "one of " + "|".join(str(choice) for choice in info.choices)
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is types.UnionType:
+        inner = [arg for arg in args if arg is not types.NoneType]
+        return f"{type_text(inner[0], info)} or null"
+    if origin is list:
+        if args[0] is Any:
+            return "list"
+        return f"list of {type_text(args[0], OptionInfo(doc=''))}"
+    if origin is dict:
+        return "dictionary"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "one of " + "|".join(member.value for member in annotation)
+    if annotation is Any:
+        return "any"
+    return {"str": "text", "bool": "true or false"}.get(annotation.__name__, annotation.__name__)
+
+
+def value_text(value: Any) -> str:
+    """A value as the command line writes it."""
+    if value is None:
+        return "null"
+    if value == MISSING:
+        return "(must be set)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, dict):
+        items = [f"{key}: {value_text(inner)}" for key, inner in value.items()]
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(value_text(inner) for inner in value) + "]"
+    if isinstance(value, str):
+        return value if value else "''"
+    return re.sub(r"e-0+", "e-", f"{value}")
+
+
+def plain_doc(cls: type) -> str:
+    """A dataclass's docstring as one line: its first paragraph, without reStructuredText marks."""
+    paragraph = (cls.__doc__ or "").strip().split("\n\n")[0]
+    return " ".join(paragraph.replace("``", "`").split())

@@ -1,0 +1,81 @@
+"""Runs one stage in this process: the ranks join, the data is there, the stage's check passes, the
+run directory opens, the stage runs.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from conf.schema import Config
+from rlhf.cli.presets import module_name, stage_schema
+from rlhf.process import distributed
+from rlhf.process.quiet import quiet_libraries
+from rlhf.process.watchdog import Watchdog
+
+# From the name of a module in rlhf/stages/ to the module, imported: rlhf/__main__.py has it.
+Modules = Callable[[str], Any]
+
+_DRY_RUN = "dry_run"
+
+
+def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
+    """Run the stage of `cfg`. `argv` is the command line, for the manifest. Raises UserError for
+    bad input, before any weights load.
+    """
+    # fork after threads would warn at every data worker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if distributed.device().type == "cpu":
+        # accelerate imports DeepSpeed, which would warn that it has to guess this
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    schema, name = stage_schema(cfg.stage.name), module_name(cfg.stage.name)
+    if schema not in ("chain", "data", "doctor"):
+        # The others load no model by themselves, and transformers takes seconds to import.
+        quiet_libraries()
+    if schema in ("chain", "doctor"):
+        stage = modules(name)
+    else:
+        stage = _checked(cfg, name, modules)
+        if not cfg.run.dry_run:
+            distributed.set_threads(cfg.engine.threads)
+    if cfg.run.dry_run:
+        if distributed.is_main():
+            modules(_DRY_RUN).show(cfg, argv, stage)
+    elif schema == "doctor":
+        stage.run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
+    else:
+        _run(cfg, argv, stage)
+
+
+def _checked(cfg: Config, name: str, modules: Modules) -> Any:
+    """Join the other ranks, make sure of the data, and check the configuration. Returns the stage's
+    module. Raises UserError on all ranks alike.
+    """
+    from rlhf.checks import preflight
+    from rlhf.data.recipes import build as recipes
+
+    limit = cfg.run.phase_timeout_s or 0.0
+    with Watchdog(cfg.run.phase_timeout_s) as watchdog:
+        watchdog.phase("launch")
+        # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause, their
+        # timeout would tell a consequence.
+        distributed.initialise(max(30.0, limit / 60 + 10.0))
+        watchdog.phase("download")
+        recipes.ensure(cfg)
+        watchdog.phase("preflight")
+        stage = modules(name)
+        for note in preflight.check(stage.check, cfg):
+            logging.getLogger("rlhf").warning(note)
+    return stage
+
+
+def _run(cfg: Config, argv: Sequence[str], stage: Any) -> None:
+    from rlhf.run.context import RunContext
+
+    with Watchdog(cfg.run.phase_timeout_s) as watchdog:
+        watchdog.phase("open the run")
+        # stages whose checkpoints depend on the number of ranks have such a function
+        adapt = getattr(stage, "adapt_checkpoint", None)
+        ctx = RunContext.open(cfg, argv, adapt)
+    stage.run(ctx)

@@ -1,0 +1,105 @@
+"""Every preset composes to dataclasses; ranges are checked there."""
+
+import pytest
+
+from conf.choices import EngineKind
+from conf.schema import GROUPS
+from conf.stages import FAMILIES, GROUPS_OF, STAGES, OnlineStage, SFTStage
+from rlhf.cli import config, presets
+from rlhf.types import UserError
+
+_PRESETS = [(group, name) for group in GROUPS for name in presets.choices(group)]
+_STAGES = presets.choices("stage")
+
+
+@pytest.mark.parametrize("stage", _STAGES)
+def test_every_stage_composes_to_its_own_schema(stage: str) -> None:
+    cfg = config.compose([f"stage={stage}"])
+    assert type(cfg.stage) is STAGES[presets.stage_schema(stage)]
+    assert cfg.stage.name == stage
+    assert config.stage_preset(stage) == cfg.stage
+
+
+@pytest.mark.parametrize(("group", "name"), _PRESETS)
+def test_every_preset_of_every_group_composes(group: str, name: str) -> None:
+    cfg = config.compose(["stage=ppo", f"{group}={name}"])
+    kinds = {
+        "model": cfg.model.kind,
+        "adapter": cfg.adapter.kind,
+        "tracking": cfg.tracking.kind,
+        "rollout": cfg.rollout.backend,
+    }
+    if group in kinds:
+        assert kinds[group].value == name
+    if group == "engine":
+        zero = f"zero{cfg.engine.zero_stage}"
+        assert name == ("torch" if cfg.engine.kind is EngineKind.torch else zero)
+
+
+def _experiments() -> list[tuple[str, str]]:
+    """Each experiment with the stages that it has a file for, and with one that it has none for."""
+    folder = presets.CONF_DIR / "experiment" / "stages"
+    pairs = []
+    for experiment in presets.choices("experiment"):
+        stages = [stage for stage in _STAGES if (folder / f"{experiment}_{stage}.yaml").is_file()]
+        pairs += [(experiment, stage) for stage in [*stages, "doctor"]]
+    return pairs
+
+
+@pytest.mark.parametrize(("experiment", "stage"), _experiments())
+def test_every_experiment_composes_with_its_stages(experiment: str, stage: str) -> None:
+    cfg = config.compose([f"experiment={experiment}", f"stage={stage}"])
+    assert cfg.run.name == experiment
+
+
+def test_every_file_of_an_experiment_belongs_to_a_stage() -> None:
+    files = {path.stem for path in (presets.CONF_DIR / "experiment" / "stages").glob("*.yaml")}
+    assert files == {f"{name}_{stage}" for name, stage in _experiments()} & files
+
+
+def test_experiment_settings_belong_to_one_stage_and_yield_to_the_command_line() -> None:
+    sft = config.compose(["stage=sft", "experiment=reviews"])
+    assert sft.data.path == "runs/reviews/recipe/sft.jsonl"
+    ppo = config.compose(["stage=ppo", "experiment=reviews"])
+    assert ppo.data.path == "runs/reviews/recipe/prompts.jsonl"
+    named = config.compose(["stage=ppo", "experiment=reviews", "run.name=x"])
+    assert named.model.path == "runs/x/sft/model"
+    mine = config.compose(["stage=ppo", "experiment=reviews", "data.path=mine.jsonl"])
+    assert mine.data.path == "mine.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("stage.gamma=1.5", "stage.gamma"),
+        ("stage.steps=0", "stage.steps"),
+        ("stage.kl_coef=-0.1", "stage.kl_coef"),
+        ("stage.minibatches=3", "stage.minibatches"),
+        ("rollout.temperature=0", "rollout.temperature"),
+        ("rollout.top_p=0", "rollout.top_p"),
+        ("adapter.rank=0", "adapter.rank"),
+        ("engine.offload=cpu", "engine.offload"),
+        ("run.name=../up", "run.name"),
+        ("run.name=/tmp/x", "run.name"),
+        ("run.name=.", "run.name"),
+        ("model.gguf_file=../x.gguf", "model.gguf_file"),
+        ("data.eval_fraction=1", "data.eval_fraction"),
+    ],
+)
+def test_ranges_are_checked_when_the_config_becomes_dataclasses(override: str, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}=.*out of range"):
+        config.compose(["stage=ppo", override])
+
+
+def test_each_schema_is_in_one_family_and_groups_exist() -> None:
+    members = [schema for schemas in FAMILIES.values() for schema in schemas]
+    assert sorted(members) == sorted(STAGES)
+    groups = {*GROUPS, "run", "label"}
+    assert all(set(named) <= groups for named in GROUPS_OF.values())
+
+
+def test_the_stage_as_what_it_is_and_as_nothing_else() -> None:
+    cfg = config.compose(["stage=grpo"])
+    assert cfg.stage_as(OnlineStage) is cfg.stage
+    with pytest.raises(TypeError, match=r"SFTStage.*OnlineStage"):
+        cfg.stage_as(SFTStage)
