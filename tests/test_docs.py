@@ -16,7 +16,8 @@ import pytest
 from conf.choices import DataTarget
 from conf.preparation import STEPS
 from conf.stages import STAGES
-from rlhf.cli import config
+from rlhf.cli import config, keys
+from rlhf.cli.overrides import check_overrides, quote_paths
 from rlhf.data.formats import FORMATS
 from rlhf.data.report.remedies import REMEDIES
 
@@ -136,7 +137,7 @@ def sweep_jobs(given: tuple[str, ...]) -> list[list[str]]:
 
     parser = OverridesParser.create()
     jobs: list[list[str]] = [[], []]
-    for word, quoted in zip(given, config.quote_paths(given), strict=True):
+    for word, quoted in zip(given, quote_paths(given), strict=True):
         override = parser.parse_override(quoted)
         values = [word, word]
         if override.is_sweep_override():
@@ -175,7 +176,7 @@ def test_commands_name_stages_presets_and_options_that_exist() -> None:
     wrong = []
     for given, command in found.items():
         try:
-            config.check_overrides(list(given))
+            check_overrides([*given, "--multirun"])
         except Exception as error:  # noqa: BLE001 - all failures are reported together
             wrong.append(f"{command}\n    {error}")
     assert not wrong, "\n".join(wrong)
@@ -234,8 +235,8 @@ def test_readme_names_the_two_commands() -> None:
 def test_options_exist(page: Path) -> None:
     if name_of(page) in HISTORY:
         pytest.skip("history names options that are no more")
-    known = config.valid_keys(list(STAGES))
-    of_items = tuple(key.partition(config.NAME)[0] for key in known if config.NAME in key)
+    known = keys.valid_keys(list(STAGES))
+    of_items = tuple(key.partition(keys.NAME)[0] for key in known if keys.NAME in key)
     named = {match[1] for match in OPTION.finditer(page.read_text(encoding="utf-8"))}
     unknown = named - set(known)
     # below reward.terms and data.sources a name of the user's choice comes first; whole commands

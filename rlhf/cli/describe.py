@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeGuard
 
 from conf.options import MISSING, OptionInfo, default_of, info_of
 from rlhf.cli.keys import NAME
@@ -19,7 +19,7 @@ class Described:
     """One option of a group."""
 
     key: str  # dotted
-    type: str
+    kind: str  # its type in words
     default: Any
     info: OptionInfo
     section: str  # title of the options that it stands among; empty without one
@@ -28,7 +28,7 @@ class Described:
     @property
     def facts(self) -> str:
         """Type, range and unit in a few words."""
-        parts = [self.type]
+        parts = [self.kind]
         if self.bounds:
             parts.append(self.bounds)  # holds the unit
         elif self.info.unit is not None:
@@ -61,7 +61,7 @@ def options_of(cls: type, prefix: str) -> Iterator[Described]:
             yield from options_of(item, f"{key}.{NAME}.")
 
 
-def is_group(annotation: Any) -> bool:
+def is_group(annotation: Any) -> TypeGuard[type]:
     """Whether an option's type is a dataclass: a group of options."""
     return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
 
