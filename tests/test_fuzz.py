@@ -318,7 +318,7 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-USES: dict[Use, tuple[str, Callable[[Config], Any]]] = {
+USES: dict[Use, tuple[str, Callable[[reading.DataRequest], Any]]] = {
     Use.sft: ("stage=sft", reading.sft_rows),
     Use.preference: ("stage=reward", reading.preference_pairs),
     Use.unpaired: ("stage=kto", reading.judged_answers),
@@ -383,11 +383,8 @@ def read_all(use: Use, content: bytes, suffix: str) -> None:
         cfg = base(override)
         run = dataclasses.replace(cfg.run, dir=folder)
         try:
-            read(
-                dataclasses.replace(
-                    cfg, data=dataclasses.replace(cfg.data, path=str(place)), run=run
-                )
-            )
+            data = dataclasses.replace(cfg.data, path=str(place))
+            read(reading.DataRequest.of(dataclasses.replace(cfg, data=data, run=run)))
         except UserError as error:
             complain(error, f"{suffix}: bad")
         else:

@@ -188,7 +188,7 @@ def sample_answers(cfg: Config, prompts_split: str, count: int | None) -> list[C
     from rollout import make_generator
 
     tokenizer = load_tokenizer(cfg.model)
-    prompts = reading.prompts(cfg, tokenizer, split=prompts_split)[:count]
+    prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer, split=prompts_split)[:count]
     path = str(cfg.model.path)
     generator = make_generator(
         cfg,

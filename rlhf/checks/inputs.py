@@ -131,8 +131,8 @@ def check_sequence_length(
 def check_rows(cfg: Config) -> None:
     """Training files exist, are not empty, and their first rows fit the stage. Raises UserError."""
     check_template(cfg.data)
-    reading.required_sources(cfg)
-    reading.check_first_rows(cfg, reading.use_of(cfg))
+    reading.required_sources(reading.DataRequest.of(cfg))
+    reading.check_first_rows(reading.DataRequest.of(cfg))
     refuse_pipeline(cfg.data, cfg.stage.name)
 
 

@@ -25,7 +25,7 @@ from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
 from rlhf.checks import launch
 from rlhf.checks.launch import BatchPlan, count_steps, plan_batches
-from rlhf.data.reading import stage_texts
+from rlhf.data.reading import DataRequest, stage_texts
 from rlhf.data.sources import data_files
 from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve_dtype, train_tokenizer
 from rlhf.models.templates import template_text
@@ -65,7 +65,7 @@ def load_stage_tokenizer(cfg: Config) -> Any:
     if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
     tokenizer = train_tokenizer(
-        stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions
+        stage_texts(DataRequest.of(cfg)), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions
     )
     if cfg.data.chat_template is not None:
         tokenizer.chat_template = template_text(cfg.data.chat_template)

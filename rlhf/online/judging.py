@@ -87,7 +87,9 @@ def make_judge(cfg: Config, tokenizer: Any, proxy: Scorer) -> HeldOutJudge | Non
     watch = cfg.stage.watch
     if watch.judge_path is None and watch.judge_function is None:
         return None
-    prompts = held_out(reading.prompts(cfg, tokenizer, split="eval"), watch.judge_prompts)
+    prompts = held_out(
+        reading.prompts(reading.DataRequest.of(cfg), tokenizer, split="eval"), watch.judge_prompts
+    )
     if len(prompts) < watch.judge_prompts:
         LOG.warning(
             "stage.watch.judge_prompts=%d, but only %d different prompts are held out; all are "

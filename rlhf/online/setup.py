@@ -89,7 +89,7 @@ def build(ctx: RunContext) -> Parts:
     assert isinstance(stage, OnlineStage)
     seed_everything(cfg.run.seed)
     tokenizer = _tokenizer(cfg)
-    prompts = reading.prompts(cfg, tokenizer, split="train")
+    prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer, split="train")
     _register(ctx)
     start = _start_directory(ctx, tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
@@ -205,7 +205,9 @@ def _tokenizer(cfg: Config) -> Any:
     if cfg.model.path is not None:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
     tokenizer = train_tokenizer(
-        reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions
+        reading.stage_texts(reading.DataRequest.of(cfg)),
+        cfg.model.tiny.vocab_size,
+        cfg.model.tiny.max_positions,
     )
     if cfg.data.chat_template is not None:
         tokenizer.chat_template = template_text(cfg.data.chat_template)

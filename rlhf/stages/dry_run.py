@@ -86,7 +86,9 @@ def tokenizer_of(cfg: Config) -> Any:
     if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
     tokenizer = train_tokenizer(
-        reading.stage_texts(cfg), cfg.model.tiny.vocab_size, cfg.model.tiny.max_positions
+        reading.stage_texts(reading.DataRequest.of(cfg)),
+        cfg.model.tiny.vocab_size,
+        cfg.model.tiny.max_positions,
     )
     if cfg.data.chat_template is not None:
         tokenizer.chat_template = template_text(cfg.data.chat_template)
@@ -105,19 +107,19 @@ def read_rows(cfg: Config, tokenizer: Any) -> Rows:
     """The training rows as the stage will have them. Raises UserError as the stage would for rows
     that don't fit, or prompts that are too long.
     """
-    use, shown = reading.use_of(cfg), cfg.data.preview or ROWS
+    use, shown = reading.DataRequest.of(cfg).use, cfg.data.preview or ROWS
     if use is Use.prompt:
-        prompts = reading.prompts(cfg, tokenizer)
+        prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer)
         columns = [{"prompt": prompt.source} for prompt in prompts[:shown]]
         return Rows(len(prompts), _previews(tokenizer, use, columns, cfg.data.max_prompt_length))
     values: list[Any]
     if use is Use.sft:
-        values = reading.sft_rows(cfg)[0]
+        values = reading.sft_rows(reading.DataRequest.of(cfg))[0]
     else:
         values = (
-            reading.preference_pairs(cfg)[0]
+            reading.preference_pairs(reading.DataRequest.of(cfg))[0]
             if use is Use.preference
-            else reading.judged_answers(cfg)[0]
+            else reading.judged_answers(reading.DataRequest.of(cfg))[0]
         )
     first: list[Any] = values[:shown]
     if use is Use.unpaired:

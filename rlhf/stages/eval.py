@@ -58,7 +58,7 @@ def check(cfg: Config) -> list[str]:
         raise UserError(
             "data.path and data.eval_path are not set: stage=eval needs a file of prompts."
         )
-    reading.check_first_rows(cfg, reading.use_of(cfg))
+    reading.check_first_rows(reading.DataRequest.of(cfg))
     inputs.refuse_pipeline(data, stage.name)
     check_judges(stage)
     if is_set(cfg.reward):
@@ -67,7 +67,7 @@ def check(cfg: Config) -> list[str]:
         for key, path in model_paths(cfg.reward):
             notes += check_reward_model(key, path, tokenizer)
         if cfg.reward.terms:
-            check_rows(cfg.reward, reading.first_fields(cfg, reading.use_of(cfg)))
+            check_rows(cfg.reward, reading.first_fields(reading.DataRequest.of(cfg)))
     return notes
 
 
@@ -214,7 +214,7 @@ def _prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
         if whole
         else cfg
     )
-    prompts = reading.prompts(source, tokenizer, split="eval")
+    prompts = reading.prompts(reading.DataRequest.of(source), tokenizer, split="eval")
     if len(prompts) < cfg.stage.prompts:
         LOG.warning(
             "stage.prompts=%d, but there are only %d held-out prompts; all of them are used.",

@@ -73,7 +73,7 @@ def check_readers(cfg: Config, policies: Mapping[str, str]) -> list[str]:
             tokenizer = inputs.policy_tokenizer(model, cfg.data.chat_template)
             notes += check_reward_model(key, path, tokenizer)
     if reward.terms:
-        check_rows(reward, reading.first_fields(cfg, reading.use_of(cfg)))
+        check_rows(reward, reading.first_fields(reading.DataRequest.of(cfg)))
     return notes
 
 
@@ -91,7 +91,7 @@ def check_export(cfg: Config) -> None:
         scores = [check_samples(path) for path in label.samples]
         scored = all(scores)
         if sources.given(cfg.data) is not None:
-            reading.check_first_rows(cfg, Use.prompt)
+            reading.check_first_rows(reading.DataRequest.of(cfg), Use.prompt)
             if cfg.model.path is not None:
                 check_model_path(cfg.model.path)
     else:
@@ -100,14 +100,14 @@ def check_export(cfg: Config) -> None:
         checks_export.check_policies(label, policies)
         if cfg.data.chat_template is not None:
             template_text(cfg.data.chat_template)
-        reading.required_sources(cfg)
-        reading.check_first_rows(cfg, Use.prompt)
+        reading.required_sources(reading.DataRequest.of(cfg))
+        reading.check_first_rows(reading.DataRequest.of(cfg), Use.prompt)
         scored = bool(given_rewards(cfg.reward))
     checks_export.check_scores(label, scored=scored)
     checks_export.check_gold_options(label, policies)
     if label.gold_path is not None:
         gold = sources.one_source(label.gold_path, "label.gold_path")
-        reading.check_sources(cfg, [gold], Use.preference)
+        reading.check_sources(reading.DataRequest.of(cfg), [gold], Use.preference)
     checks_export.instructions_text(label.instructions)
     checks_export.check_tools(label)
 

@@ -54,7 +54,7 @@ def check(cfg: Config) -> list[str]:
     inputs.check_rows(cfg)
     notes += check_scores(stage, cfg.reward, tokenizer)
     if cfg.reward.terms:
-        check_rows(cfg.reward, reading.first_fields(cfg, reading.use_of(cfg)))
+        check_rows(cfg.reward, reading.first_fields(reading.DataRequest.of(cfg)))
     notes += check_watch(stage, cfg.reward, tokenizer)
     check_lengths(cfg)
     readers = scoring_models(cfg.reward, stage.watch)

@@ -23,7 +23,7 @@ from conf.stages import CPOStage, KTOStage, ORPOStage, PreferenceStage
 from policy.engines import resharding
 from policy.model import base_of, is_peft
 from rlhf.checks import launch
-from rlhf.data.reading import preference_dataset, unpaired_dataset
+from rlhf.data.reading import DataRequest, preference_dataset, unpaired_dataset
 from rlhf.models.encoding import (
     IGNORED,
     Message,
@@ -478,7 +478,11 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> tuple[datasets.Dataset, dat
     stage = cfg.stage
     unpaired = isinstance(stage, KTOStage)
     sides = ("completion",) if unpaired else ("chosen", "rejected")
-    raw = unpaired_dataset(cfg) if unpaired else preference_dataset(cfg)
+    raw = (
+        unpaired_dataset(DataRequest.of(cfg))
+        if unpaired
+        else preference_dataset(DataRequest.of(cfg))
+    )
     check_weights(cfg, raw[0])
     train, held_out = (
         encode_rows(tokenizer, rows, sides, name=name, max_length=stage.max_length)

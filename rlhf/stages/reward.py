@@ -25,7 +25,7 @@ from reward.model import (
     tokenizer_fingerprint,
     write_manifest,
 )
-from rlhf.data.reading import check_first_strength, preference_dataset
+from rlhf.data.reading import DataRequest, check_first_strength, preference_dataset
 from rlhf.models.encoding import encode_answer, is_chat, require_template
 from rlhf.models.loading import load_classifier, resolve_dtype
 from rlhf.offline import checks
@@ -50,7 +50,7 @@ def check(cfg: Config) -> list[str]:
     """
     notes = checks.check(cfg)
     if cfg.stage.margin or cfg.stage.soft_label:
-        check_first_strength(cfg)
+        check_first_strength(DataRequest.of(cfg))
     return notes
 
 
@@ -347,7 +347,7 @@ def run(ctx: RunContext) -> None:
 def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]:
     """Encoded training and held-out pairs, and whether they are conversations. Raises UserError."""
     stage = cfg.stage
-    train_rows, eval_rows = preference_dataset(cfg)
+    train_rows, eval_rows = preference_dataset(DataRequest.of(cfg))
     options = {
         "max_length": stage.max_length,
         "margin": stage.margin,

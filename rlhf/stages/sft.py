@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from conf.schema import Config
 from policy.engines import resharding
-from rlhf.data.reading import sft_dataset
+from rlhf.data.reading import DataRequest, sft_dataset
 from rlhf.models.encoding import (
     IGNORED,
     encode_completion,
@@ -149,7 +149,7 @@ def read(
 ) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset]:
     """Encoded training and held-out rows, and the held-out ones as they were. Raises UserError."""
     stage = cfg.stage
-    train_rows, eval_rows = sft_dataset(cfg)
+    train_rows, eval_rows = sft_dataset(DataRequest.of(cfg))
     if stage.packing and weights.COLUMN in train_rows.column_names:
         raise UserError(
             "stage.packing=true joins rows, and the rows' weights (column "

@@ -472,7 +472,9 @@ def test_every_format_of_the_schema_is_known() -> None:
 def test_a_row_without_the_needed_keys_names_the_nearest_format_and_key(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "choosen": "b", "rejected": "c"}])
     with pytest.raises(UserError) as error:
-        reading.preference_pairs(config(tmp_path, RewardStage(), path=str(path)))
+        reading.preference_pairs(
+            reading.DataRequest.of(config(tmp_path, RewardStage(), path=str(path)))
+        )
     said = str(error.value)
     assert (
         "p.jsonl, row 1: expected pairs of a chosen and a rejected answer, but its keys (prompt, "
@@ -487,7 +489,9 @@ def test_whole_texts_cannot_be_prompts(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"a file of whole texts .* can't be prompts: expected a column 'prompt'"
     ):
-        reading.prompts(config(tmp_path, OnlineStage(), path=str(path)), tokenizer())
+        reading.prompts(
+            reading.DataRequest.of(config(tmp_path, OnlineStage(), path=str(path))), tokenizer()
+        )
     path = jsonl(
         tmp_path / "pairs.jsonl",
         [{"chosen": "a b", "rejected": "a c"}, {"chosen": "x", "rejected": "y"}],
@@ -495,16 +499,20 @@ def test_whole_texts_cannot_be_prompts(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"row 1: .*expected a prompt that the two answers share, found whole texts"
     ):
-        reading.prompts(config(tmp_path, OnlineStage(), path=str(path)), tokenizer())
+        reading.prompts(
+            reading.DataRequest.of(config(tmp_path, OnlineStage(), path=str(path))), tokenizer()
+        )
 
 
 def test_answers_that_are_judged_bad_are_not_trained_on_by_accident(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": str(i), "label": i % 2 == 0} for i in range(6)]
     path = str(jsonl(tmp_path / "kto.jsonl", rows))
     with pytest.raises(UserError, match="the column 'label' judges each answer"):
-        reading.sft_rows(config(tmp_path, SFTStage(), path=path))
+        reading.sft_rows(reading.DataRequest.of(config(tmp_path, SFTStage(), path=path)))
     train, held = reading.sft_rows(
-        config(tmp_path, SFTStage(), path=path, format=DataFormat.prompt_completion)
+        reading.DataRequest.of(
+            config(tmp_path, SFTStage(), path=path, format=DataFormat.prompt_completion)
+        )
     )
     assert len(train) + len(held) == 6
 
@@ -514,7 +522,11 @@ def test_a_chosen_format_that_the_stage_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"data.format=text can't be read as pairs .* Formats that can: .*hh_rlhf"
     ):
-        reading.preference_pairs(config(tmp_path, RewardStage(), path=path, format=DataFormat.text))
+        reading.preference_pairs(
+            reading.DataRequest.of(
+                config(tmp_path, RewardStage(), path=path, format=DataFormat.text)
+            )
+        )
 
 
 def test_rejected_rows_may_hold_any_line_end(tmp_path: Path) -> None:
@@ -526,7 +538,9 @@ def test_rejected_rows_may_hold_any_line_end(tmp_path: Path) -> None:
     )
     other = jsonl(tmp_path / "o.jsonl", [{"text": "good"}, {"text": "fine"}, {"text": 5}])
     for source in (path, other):
-        reading.sft_rows(config(tmp_path, SFTStage(), path=str(source), max_bad_rows=1))
+        reading.sft_rows(
+            reading.DataRequest.of(config(tmp_path, SFTStage(), path=str(source), max_bad_rows=1))
+        )
     lines = (
         (tmp_path / "runs" / "r" / "data_rejected.jsonl").read_text(encoding="utf-8").split("\n")
     )
@@ -547,14 +561,16 @@ def test_rejected_rows_stop_the_run_or_are_kept_aside(tmp_path: Path) -> None:
         match=r"2 of 12 rows don't fit format text \(text\): row 11: key 'text': expected text, "
         r"found a number 5; row 12: not valid",
     ):
-        reading.sft_rows(config(tmp_path, SFTStage(), path=str(path), max_bad_rows=1))
+        reading.sft_rows(
+            reading.DataRequest.of(config(tmp_path, SFTStage(), path=str(path), max_bad_rows=1))
+        )
     written = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
     assert [(w["row"], w["content"]) for w in written] == [(11, {"text": 5}), (12, "{broken")]
     assert all(w["file"] == str(path) and w["reason"] and w["set_aside"] is False for w in written)
     (tmp_path / "runs" / "r" / "sft").mkdir()
     cfg = config(tmp_path, SFTStage(), path=str(path), max_bad_rows=2)
     for _ in range(2):  # the second read replaces the first one's rows
-        train, held = reading.sft_rows(cfg)
+        train, held = reading.sft_rows(reading.DataRequest.of(cfg))
     assert len(train) + len(held) == 10
     inside = tmp_path / "runs" / "r" / "sft" / "data_rejected.jsonl"
     assert len(inside.read_text(encoding="utf-8").splitlines()) == 2
@@ -563,7 +579,9 @@ def test_rejected_rows_stop_the_run_or_are_kept_aside(tmp_path: Path) -> None:
 def test_a_file_holds_texts_or_conversations_not_both(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": [user("b")]}])
     with pytest.raises(UserError, match="row 2: expected text as in row 1, found messages"):
-        reading.prompts(config(tmp_path, OnlineStage(), path=str(path)), tokenizer())
+        reading.prompts(
+            reading.DataRequest.of(config(tmp_path, OnlineStage(), path=str(path))), tokenizer()
+        )
 
 
 def test_the_held_out_rows_are_drawn_by_the_seed_and_never_share_a_prompt(tmp_path: Path) -> None:
@@ -571,12 +589,12 @@ def test_the_held_out_rows_are_drawn_by_the_seed_and_never_share_a_prompt(tmp_pa
     cfg = config(
         tmp_path, RewardStage(), path=str(jsonl(tmp_path / "p.jsonl", rows)), eval_fraction=0.2
     )
-    train, held = reading.preference_pairs(cfg)
+    train, held = reading.preference_pairs(reading.DataRequest.of(cfg))
     assert (len(train), len(held)) == (48, 12)
     assert not {p.prompt for p in train} & {p.prompt for p in held}
-    assert reading.preference_pairs(cfg) == (train, held)
+    assert reading.preference_pairs(reading.DataRequest.of(cfg)) == (train, held)
     cfg.run.seed = 1
-    assert reading.preference_pairs(cfg)[1] != held
+    assert reading.preference_pairs(reading.DataRequest.of(cfg))[1] != held
 
 
 def test_eval_path_is_the_held_out_file(tmp_path: Path) -> None:
@@ -585,7 +603,7 @@ def test_eval_path_is_the_held_out_file(tmp_path: Path) -> None:
         for n in ("train", "eval")
     )
     train, held = reading.sft_dataset(
-        config(tmp_path, SFTStage(), path=train_file, eval_path=eval_file)
+        reading.DataRequest.of(config(tmp_path, SFTStage(), path=train_file, eval_path=eval_file))
     )
     assert train["text"][:] == ["train 0", "train 1", "train 2"] and held["text"][:] == [
         "eval 0",
@@ -599,26 +617,32 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"none can be held out. Give a second file as data.eval_path"
     ):
-        reading.sft_rows(config(tmp_path, SFTStage(), path=path))
+        reading.sft_rows(reading.DataRequest.of(config(tmp_path, SFTStage(), path=path)))
 
 
 def test_preference_columns_follow_the_rows(tmp_path: Path) -> None:
     rows = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(4)]
     train, _ = reading.preference_dataset(
-        config(tmp_path, RewardStage(), path=str(jsonl(tmp_path / "a.jsonl", rows)))
+        reading.DataRequest.of(
+            config(tmp_path, RewardStage(), path=str(jsonl(tmp_path / "a.jsonl", rows)))
+        )
     )
     assert train.column_names == ["chosen", "rejected"]
     with_margin = [r | {"prompt": f"p{i}", "margin": i} for i, r in enumerate(rows)]
     path = str(jsonl(tmp_path / "b.jsonl", with_margin))
-    train, _ = reading.preference_dataset(config(tmp_path, RewardStage(margin=True), path=path))
+    train, _ = reading.preference_dataset(
+        reading.DataRequest.of(config(tmp_path, RewardStage(margin=True), path=path))
+    )
     assert train.column_names == ["prompt", "chosen", "rejected", "margin"]
     del with_margin[2]["margin"]
     with pytest.raises(UserError, match=r"row 3: stage.margin=true, but the row has no margin"):
         reading.preference_pairs(
-            config(
-                tmp_path,
-                RewardStage(margin=True),
-                path=str(jsonl(tmp_path / "c.jsonl", with_margin)),
+            reading.DataRequest.of(
+                config(
+                    tmp_path,
+                    RewardStage(margin=True),
+                    path=str(jsonl(tmp_path / "c.jsonl", with_margin)),
+                )
             )
         )
 
@@ -626,7 +650,9 @@ def test_preference_columns_follow_the_rows(tmp_path: Path) -> None:
 def test_csv_numbers_are_margins(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("chosen,rejected,margin\na,b,0.5\nc,d,1\n", encoding="utf-8")
     train, held = reading.preference_pairs(
-        config(tmp_path, RewardStage(margin=True), path=str(tmp_path / "p.csv"))
+        reading.DataRequest.of(
+            config(tmp_path, RewardStage(margin=True), path=str(tmp_path / "p.csv"))
+        )
     )
     assert sorted(p.margin for p in [*train, *held] if p.margin is not None) == [0.5, 1.0]
 
@@ -635,7 +661,10 @@ def test_text_prompts(tmp_path: Path) -> None:
     rows = [{"prompt": f"the film {i}", "answer": i} for i in range(10)]
     cfg = config(tmp_path, OnlineStage(), path=str(jsonl(tmp_path / "p.jsonl", rows)))
     tok = tokenizer()
-    train, held = reading.prompts(cfg, tok), reading.prompts(cfg, tok, split="eval")
+    train, held = (
+        reading.prompts(reading.DataRequest.of(cfg), tok),
+        reading.prompts(reading.DataRequest.of(cfg), tok, split="eval"),
+    )
     assert len(train) == 9 and len(held) == 1
     assert {p.text for p in [*train, *held]} == {r["prompt"] for r in rows}
     for prompt in train:
@@ -645,7 +674,9 @@ def test_text_prompts(tmp_path: Path) -> None:
         )
         assert prompt.fields == {"answer": int(prompt.text.split()[-1])}
     assert len({p.id for p in train}) == 9
-    assert [p.id for p in reading.prompts(cfg, tok)] == [p.id for p in train]
+    assert [p.id for p in reading.prompts(reading.DataRequest.of(cfg), tok)] == [
+        p.id for p in train
+    ]
 
 
 def test_a_prompts_id_depends_on_its_content_alone(tmp_path: Path) -> None:
@@ -656,9 +687,9 @@ def test_a_prompts_id_depends_on_its_content_alone(tmp_path: Path) -> None:
         path=str(jsonl(tmp_path / "p.jsonl", rows)),
         eval_path=str(jsonl(tmp_path / "e.jsonl", [{"prompt": "a"}])),
     )
-    first, second, third = reading.prompts(cfg, tokenizer())
+    first, second, third = reading.prompts(reading.DataRequest.of(cfg), tokenizer())
     assert first.id == third.id != second.id
-    assert reading.prompts(cfg, tokenizer(), split="eval")[0].id == first.id
+    assert reading.prompts(reading.DataRequest.of(cfg), tokenizer(), split="eval")[0].id == first.id
 
 
 def test_chat_prompts_go_through_the_template_with_one_bos(tmp_path: Path) -> None:
@@ -669,9 +700,9 @@ def test_chat_prompts_go_through_the_template_with_one_bos(tmp_path: Path) -> No
     )
     tok = tokenizer()
     with pytest.raises(UserError, match=r"no chat template. Set data.chat_template"):
-        reading.prompts(cfg, tok)
+        reading.prompts(reading.DataRequest.of(cfg), tok)
     tok.chat_template = CHATML
-    for prompt in reading.prompts(cfg, tok):
+    for prompt in reading.prompts(reading.DataRequest.of(cfg), tok):
         assert isinstance(prompt.source, list)
         assert prompt.text == f"{tok.bos_token}<user>{prompt.source[0]['content']}\n<assistant>"
         assert prompt.token_ids.count(tok.bos_token_id) == 1
@@ -689,17 +720,21 @@ def test_long_prompts_are_an_error_or_lose_their_beginning(tmp_path: Path) -> No
         rf"row 2 with {longest}",
     ):
         reading.prompts(
-            config(tmp_path, OnlineStage(), path=path, eval_path=eval_path, max_prompt_length=8),
+            reading.DataRequest.of(
+                config(tmp_path, OnlineStage(), path=path, eval_path=eval_path, max_prompt_length=8)
+            ),
             tok,
         )
     cut = reading.prompts(
-        config(
-            tmp_path,
-            OnlineStage(),
-            path=path,
-            eval_path=eval_path,
-            max_prompt_length=8,
-            truncate_prompts=True,
+        reading.DataRequest.of(
+            config(
+                tmp_path,
+                OnlineStage(),
+                path=path,
+                eval_path=eval_path,
+                max_prompt_length=8,
+                truncate_prompts=True,
+            )
         ),
         tok,
     )
@@ -710,7 +745,9 @@ def test_long_prompts_are_an_error_or_lose_their_beginning(tmp_path: Path) -> No
 def test_an_empty_prompt_is_a_row_that_does_not_fit(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": ""}]))
     with pytest.raises(UserError, match="row 2: key 'prompt': expected text, found an empty one"):
-        reading.prompts(config(tmp_path, OnlineStage(), path=path), tokenizer())
+        reading.prompts(
+            reading.DataRequest.of(config(tmp_path, OnlineStage(), path=path)), tokenizer()
+        )
 
 
 def test_stage_texts_are_all_texts_and_nothing_else(tmp_path: Path) -> None:
@@ -727,7 +764,9 @@ def test_stage_texts_are_all_texts_and_nothing_else(tmp_path: Path) -> None:
             ],
         )
     )
-    assert list(reading.stage_texts(config(tmp_path, RewardStage(), path=path))) == [
+    assert list(
+        reading.stage_texts(reading.DataRequest.of(config(tmp_path, RewardStage(), path=path)))
+    ) == [
         "Hi",
         "Hello",
         "No",
@@ -744,7 +783,7 @@ def test_the_detected_format_is_said_aloud(
             [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}],
         )
     )
-    reading.sft_rows(config(tmp_path, SFTStage(), path=path))
+    reading.sft_rows(reading.DataRequest.of(config(tmp_path, SFTStage(), path=path)))
     assert "t.jsonl: 2 rows, read as alpaca" in caplog.text
 
 
@@ -753,4 +792,4 @@ def test_data_path_not_set(tmp_path: Path) -> None:
         UserError,
         match=r"data.path is not set: stage=reward needs a file of pairs .*formats: .*hh_rlhf",
     ):
-        reading.preference_pairs(config(tmp_path, RewardStage()))
+        reading.preference_pairs(reading.DataRequest.of(config(tmp_path, RewardStage())))

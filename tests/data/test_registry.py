@@ -195,7 +195,7 @@ def test_stages_read_a_registry(tmp_path: Path, caplog: pytest.LogCaptureFixture
     rows = [{"instruction": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(8)]
     cfg = registry(tmp_path, rows, ranking=True)
     cfg.stage = RewardStage()
-    train, held = reading.preference_pairs(cfg)
+    train, held = reading.preference_pairs(reading.DataRequest.of(cfg))
     assert len(train) + len(held) == 8 and train[0].chosen == [bot("a")]
     assert isinstance(train[0], PreferencePair)
     assert (
@@ -208,7 +208,7 @@ def test_stages_read_a_registry(tmp_path: Path, caplog: pytest.LogCaptureFixture
         columns={"kto_tag": "tag"},
     )
     judged.stage = KTOStage()
-    answers, others = reading.judged_answers(judged)
+    answers, others = reading.judged_answers(reading.DataRequest.of(judged))
     assert {type(answer) for answer in answers} == {JudgedAnswer} and len(answers) + len(
         others
     ) == 8

@@ -231,7 +231,9 @@ def test_sources_have_their_own_formats_and_columns(tmp_path: Path) -> None:
         and not rejected
         and not aside
     )
-    train, held = reading.preference_pairs(config(tmp_path, RewardStage(), sources=pairs))
+    train, held = reading.preference_pairs(
+        reading.DataRequest.of(config(tmp_path, RewardStage(), sources=pairs))
+    )
     assert sorted([*train, *held], key=str) == sorted(
         [PreferencePair("p", "x", "y"), PreferencePair("h", "n", "m")], key=str
     )
@@ -339,7 +341,9 @@ def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
     assert read(config(tmp_path, path=str(tmp_path / "many"), split="test")) == ["e 0"]
     assert len(read(config(tmp_path, path=f"{tmp_path / 'one'}#2"))) == 2
     train, held = reading.sft_rows(
-        config(tmp_path, path=str(tmp_path / "one"), eval_path=str(tmp_path / "many"))
+        reading.DataRequest.of(
+            config(tmp_path, path=str(tmp_path / "one"), eval_path=str(tmp_path / "many"))
+        )
     )
     assert (len(train), len(held)) == (3, 2)
     with pytest.raises(
@@ -481,7 +485,7 @@ def test_ties_do_not_count_as_bad_rows_but_are_kept_and_said(
         for i in range(9)
     ]
     cfg = config(tmp_path, RewardStage(), path=jsonl(tmp_path / "sheet.jsonl", rows))
-    train, held = reading.preference_pairs(cfg)
+    train, held = reading.preference_pairs(reading.DataRequest.of(cfg))
     assert len(train) + len(held) == 3
     assert (
         "6 judgements give no pair and are set aside in" in caplog.text
@@ -512,7 +516,9 @@ def test_a_bad_judgement_is_still_a_bad_row(tmp_path: Path) -> None:
         r"a, b, tie or skip",
     ):
         reading.preference_pairs(
-            config(tmp_path, RewardStage(), path=jsonl(tmp_path / "sheet.jsonl", rows))
+            reading.DataRequest.of(
+                config(tmp_path, RewardStage(), path=jsonl(tmp_path / "sheet.jsonl", rows))
+            )
         )
 
 
@@ -520,7 +526,9 @@ def test_only_ties_leave_nothing_to_train(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "response_a": "x", "response_b": "y", "preference": "tie"}]
     with pytest.raises(UserError, match=r"holds no row that fits"):
         reading.preference_pairs(
-            config(tmp_path, RewardStage(), path=jsonl(tmp_path / "sheet.jsonl", rows))
+            reading.DataRequest.of(
+                config(tmp_path, RewardStage(), path=jsonl(tmp_path / "sheet.jsonl", rows))
+            )
         )
 
 

@@ -95,12 +95,12 @@ def test_a_stage_reads_the_format_that_it_finds(
         Use.sft: reading.sft_dataset,
         Use.preference: reading.preference_dataset,
         Use.unpaired: reading.unpaired_dataset,
-        Use.prompt: lambda cfg: (
-            reading.prompts(cfg, tokenizer),
-            reading.prompts(cfg, tokenizer, split="eval"),
+        Use.prompt: lambda request: (
+            reading.prompts(request, tokenizer),
+            reading.prompts(request, tokenizer, split="eval"),
         ),
     }
-    train, held = read[use](cfg)
+    train, held = read[use](reading.DataRequest.of(cfg))
     format_ = by_name(name)
     records = sum(len(format_.read(row, use).pairs) for row in rows)
     sides = 2 if use is Use.unpaired and format_.unpaired is None else 1

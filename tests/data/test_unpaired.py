@@ -125,7 +125,9 @@ def test_rows_that_do_not_fit(name: str, row: dict[str, Any], message: str) -> N
 
 def test_answers_of_a_prompt_stay_on_one_side(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i % 10}", "completion": f"c{i}", "label": i % 3 == 0} for i in range(40)]
-    train, held = reading.judged_answers(config(tmp_path, rows, eval_fraction=0.2))
+    train, held = reading.judged_answers(
+        reading.DataRequest.of(config(tmp_path, rows, eval_fraction=0.2))
+    )
     assert len(train) + len(held) == 40 and len(held) == 8
     assert not {a.prompt for a in train} & {a.prompt for a in held}
     assert {(a.completion, a.good) for a in [*train, *held]} == {
@@ -136,15 +138,17 @@ def test_answers_of_a_prompt_stay_on_one_side(tmp_path: Path) -> None:
 def test_pairs_become_two_answers(tmp_path: Path) -> None:
     rows = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(10)]
     cfg = config(tmp_path, rows)
-    train, held = reading.judged_answers(cfg)
+    train, held = reading.judged_answers(reading.DataRequest.of(cfg))
     assert len(train) == 18 and [a.good for a in held] == [True, False]
     assert all(str(a.completion).startswith("good") == a.good for a in train)
-    data, _ = reading.unpaired_dataset(cfg)
+    data, _ = reading.unpaired_dataset(reading.DataRequest.of(cfg))
     assert data.column_names == ["completion", "label"] and data[0] == {
         "completion": train[0].completion,
         "label": True,
     }
-    assert sorted(reading.stage_texts(cfg)) == sorted(text for row in rows for text in row.values())
+    assert sorted(reading.stage_texts(reading.DataRequest.of(cfg))) == sorted(
+        text for row in rows for text in row.values()
+    )
 
 
 def test_a_file_of_single_answers_is_no_file_of_pairs(tmp_path: Path) -> None:
@@ -152,7 +156,7 @@ def test_a_file_of_single_answers_is_no_file_of_pairs(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"its keys \(prompt, completion, label\) are format unpaired"
     ):
-        reading.preference_pairs(cfg)
+        reading.preference_pairs(reading.DataRequest.of(cfg))
 
 
 def test_what_kto_can_read_is_said(tmp_path: Path) -> None:
@@ -161,4 +165,6 @@ def test_what_kto_can_read_is_said(tmp_path: Path) -> None:
         match=r"expected answers judged good or bad, or pairs .* Nearest format: unpaired .* "
         r"needs the key 'label'",
     ):
-        reading.judged_answers(config(tmp_path, [{"prompt": "a", "completion": "b"}]))
+        reading.judged_answers(
+            reading.DataRequest.of(config(tmp_path, [{"prompt": "a", "completion": "b"}]))
+        )

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.__main__ import execute
 from rlhf.cli import config
-from rlhf.data.reading import preference_pairs
+from rlhf.data.reading import DataRequest, preference_pairs
 from rlhf.labels.checking import Outcome
 from rlhf.labels.ledger import read_export
 from rlhf.labels.records import Export, Judgement, Verdict
@@ -479,7 +479,7 @@ def test_the_reward_stage_reads_the_rows(
         ]
     )
     check(cfg)
-    train, held = preference_pairs(cfg)
+    train, held = preference_pairs(DataRequest.of(cfg))
     found = {
         str(pair.prompt if isinstance(pair.prompt, str) else pair.prompt[0]["content"]): pair
         for pair in [*train, *held]

@@ -94,15 +94,19 @@ def pairs(count: int = 8) -> list[Row]:
 def test_weights_stay_with_their_rows(tmp_path: Path) -> None:
     rows = [row | {"weight": i + 0.5} for i, row in enumerate(pairs())]
     cfg = config(tmp_path, rows)
-    for part in reading.preference_dataset(cfg):
+    for part in reading.preference_dataset(reading.DataRequest.of(cfg)):
         assert len(part) and all(row["weight"] == int(row["prompt"][1:]) + 0.5 for row in part)
     single = [
         {"prompt": f"p{i}", "completion": " a", "label": i % 2, "weight": str(i)}
         for i in range(1, 9)
     ]
-    for part in reading.unpaired_dataset(config(tmp_path, single, KTOStage())):
+    for part in reading.unpaired_dataset(
+        reading.DataRequest.of(config(tmp_path, single, KTOStage()))
+    ):
         assert len(part) and all(row["weight"] == int(row["prompt"][1:]) for row in part)
-    for part in reading.unpaired_dataset(config(tmp_path, rows, KTOStage())):
+    for part in reading.unpaired_dataset(
+        reading.DataRequest.of(config(tmp_path, rows, KTOStage()))
+    ):
         assert len(part) and all(row["weight"] == int(row["prompt"][1:]) + 0.5 for row in part), (
             "both sides of a pair weigh what it weighs"
         )
@@ -110,7 +114,7 @@ def test_weights_stay_with_their_rows(tmp_path: Path) -> None:
         [{"text": f"t{i}", "weight": i} for i in range(8)],
         [{"prompt": f"t{i}", "completion": " x", "weight": i} for i in range(8)],
     ):
-        for part in reading.sft_dataset(config(tmp_path, rows, SFTStage())):
+        for part in reading.sft_dataset(reading.DataRequest.of(config(tmp_path, rows, SFTStage()))):
             assert len(part) and all(
                 row["weight"] == int(row.get("text", row.get("prompt"))[1:]) for row in part
             )
@@ -123,16 +127,23 @@ def test_the_column_can_be_named_or_left_alone(tmp_path: Path) -> None:
         match=r"row 1: column 'weight': expected a weight of at least 0, found text "
         r"'heavy'.*data.weight_column=null",
     ):
-        reading.preference_dataset(config(tmp_path, rows))
+        reading.preference_dataset(reading.DataRequest.of(config(tmp_path, rows)))
     assert (
         "weight"
-        not in reading.preference_dataset(config(tmp_path, rows, weight_column=None))[
+        not in reading.preference_dataset(
+            reading.DataRequest.of(config(tmp_path, rows, weight_column=None))
+        )[0].column_names
+    )
+    train, held = reading.preference_dataset(
+        reading.DataRequest.of(config(tmp_path, rows, weight_column="importance"))
+    )
+    assert {*train["weight"], *held["weight"]} == set(range(1, 17, 2))
+    assert (
+        "weight"
+        not in reading.preference_dataset(reading.DataRequest.of(config(tmp_path, pairs())))[
             0
         ].column_names
     )
-    train, held = reading.preference_dataset(config(tmp_path, rows, weight_column="importance"))
-    assert {*train["weight"], *held["weight"]} == set(range(1, 17, 2))
-    assert "weight" not in reading.preference_dataset(config(tmp_path, pairs()))[0].column_names
 
 
 @pytest.mark.parametrize(
@@ -152,16 +163,20 @@ def test_bad_weights_are_refused(tmp_path: Path, change: Row, message: str) -> N
         UserError,
         match=rf"rows.jsonl, row 5: column 'weight': expected a weight of at least 0, {message}",
     ):
-        reading.preference_dataset(config(tmp_path, rows))
+        reading.preference_dataset(reading.DataRequest.of(config(tmp_path, rows)))
     with pytest.raises(UserError, match="every weight is 0"):
-        reading.preference_dataset(config(tmp_path, [row | {"weight": 0} for row in pairs()]))
+        reading.preference_dataset(
+            reading.DataRequest.of(config(tmp_path, [row | {"weight": 0} for row in pairs()]))
+        )
 
 
 def test_a_prompts_weight_is_said_to_be_of_no_use(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = config(tmp_path, [{"prompt": f"p{i}", "weight": 2} for i in range(4)], OnlineStage())
-    assert reading.prompts(cfg, trl_tools.tiny_tokenizer())[0].fields == {"weight": 2}
+    assert reading.prompts(reading.DataRequest.of(cfg), trl_tools.tiny_tokenizer())[0].fields == {
+        "weight": 2
+    }
     assert (
         "the column 'weight' weighs no prompt: stage=ppo has no loss that takes it" in caplog.text
     )
@@ -470,7 +485,7 @@ def test_the_held_out_loss_is_weighed_too(tmp_path: Path) -> None:
     rows = [row | {"weight": 1.0 + 4 * (i % 3)} for i, row in enumerate(trl_tools.pair_rows(60))]
     place = run(tmp_path, "held", "reward", rows, bootstrap=10)
     cfg = trl_tools.config(RewardStage(**SMALL), tmp_path, "held", rows)
-    held = reading.preference_dataset(replace(cfg))[1]
+    held = reading.preference_dataset(reading.DataRequest.of(replace(cfg)))[1]
     scores = score_pairs(
         str(place / "model"),
         [(r["prompt"], r["chosen"], r["rejected"]) for r in held],

@@ -128,7 +128,7 @@ def test_what_is_written_is_read_by_the_next_stage(tmp_path: Path, pairs: Path) 
             f"data.eval_path={folder / 'eval.jsonl'}",
         ]
     )
-    train, held = reading.preference_pairs(cfg)
+    train, held = reading.preference_pairs(reading.DataRequest.of(cfg))
     assert len(train) + len(held) == 40
 
 

@@ -23,7 +23,7 @@ from conf.choices import AdapterKind, FDivergence, KTOLoss, ModelKind, Preferenc
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import CPOStage, KTOStage, PreferenceStage
 from rlhf.cli import config as composing
-from rlhf.data.reading import preference_dataset
+from rlhf.data.reading import DataRequest, preference_dataset
 from rlhf.models.encoding import IGNORED, encode_answer, prompt_ids, response_ids
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import trainer as common
@@ -282,7 +282,7 @@ def test_the_saved_model_has_the_reported_margin_against_the_start(
         AutoModelForCausalLM.from_pretrained(start),
     )
     margins = []
-    for row in preference_dataset(cfg)[1]:
+    for row in preference_dataset(DataRequest.of(cfg))[1]:
         sides = [response_ids(tokenizer, row[side]) for side in ("chosen", "rejected")]
         ratios = [
             answer_logprob(trained, c, s) - answer_logprob(reference, c, s)

@@ -20,7 +20,7 @@ from conf.stages import RewardStage
 from reward.losses import pairwise_loss
 from reward.model import load_reward_model, read_manifest
 from reward.scorers.reward_model import RewardModelScorer
-from rlhf.data.reading import preference_dataset
+from rlhf.data.reading import DataRequest, preference_dataset
 from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_classifier
 from rlhf.process.randomness import seed_everything
@@ -83,7 +83,7 @@ def base(folder: Path) -> Path:
 
 
 def held_out(cfg: Any) -> list[dict[str, Any]]:
-    return list(preference_dataset(cfg)[1])
+    return list(preference_dataset(DataRequest.of(cfg))[1])
 
 
 def as_rollout(tokenizer: Any, prompt: str, text: str) -> Rollout:
@@ -463,12 +463,14 @@ def test_a_column_that_nobody_reads_is_said_aloud(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [row | {"soft_label": 0.7} for row in trl_tools.pair_rows(20)]
-    train, _ = preference_dataset(config(folder, "unread", rows=rows))
+    train, _ = preference_dataset(DataRequest.of(config(folder, "unread", rows=rows)))
     assert (
         "soft_label" not in train.column_names
         and "the column 'soft_label' is not read" in caplog.text
     )
-    train, held = preference_dataset(config(folder, "read", rows=rows, stage={"soft_label": True}))
+    train, held = preference_dataset(
+        DataRequest.of(config(folder, "read", rows=rows, stage={"soft_label": True}))
+    )
     assert set(train["soft_label"]) == set(held["soft_label"]) == {0.7}
 
 

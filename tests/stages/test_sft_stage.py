@@ -97,7 +97,7 @@ def test_the_model_loads_alone_and_has_the_reported_loss(base: Path, folder: Pat
     )
     rows = sft.encode_dataset(
         tokenizer,
-        sft.sft_dataset(context_config(folder, "base"))[1],
+        sft.sft_dataset(sft.DataRequest.of(context_config(folder, "base")))[1],
         name="x",
         max_length=32,
         completion_only=True,

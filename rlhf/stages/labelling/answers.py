@@ -69,7 +69,7 @@ def read_policies(cfg: Config, policies: Mapping[str, str]) -> list[Policy]:
     UserError, naming the policy that can't read them.
     """
     wanted = cfg.label.prompts
-    loaded = reading.distinct_prompts(cfg, wanted)
+    loaded = reading.distinct_prompts(reading.DataRequest.of(cfg), wanted)
     if wanted is not None and len(loaded.records) < wanted:
         LOG.warning(
             "label.prompts=%d, but there are only %d different prompts; all of them are used.",

@@ -120,7 +120,7 @@ def _with_own_prompts(cfg: Config, responses: Sequence[Response]) -> list[Respon
     Raises UserError where all are.
     """
     source = sources.given(cfg.data)
-    loaded = reading.distinct_prompts(cfg, None)
+    loaded = reading.distinct_prompts(reading.DataRequest.of(cfg), None)
     texts = [record.value for record in loaded.records if isinstance(record.value, str)]
     prompts: dict[str, Any] = dict(zip(texts, texts, strict=True))
     if cfg.model.path is not None:
@@ -161,7 +161,7 @@ def select_gold(cfg: Config, main: Sequence[Question]) -> list[Question]:
     source = sources.one_source(label.gold_path, "label.gold_path")
     # the options about data.path, such as a chat template, are not about this file
     plain = replace(cfg, data=DataConfig(max_bad_rows=cfg.data.max_bad_rows))
-    pairs = reading.load(plain, [source], Use.preference).values()
+    pairs = reading.load(reading.DataRequest.of(plain), [source], Use.preference).values()
     gold = selection.draw_gold(pairs, main, label, cfg.run.seed)
     if not label.prelabel:
         return gold
