@@ -35,7 +35,8 @@ from eval.judges import ClassifierJudge
 from rlhf.cli import config
 from rlhf.data.files import read_rows
 from rlhf.labels.candidates import Response, gather
-from rlhf.labels.choice import Chosen, choose, text_vectors
+from rlhf.labels.choice import Chosen, choose
+from rlhf.labels.clusters import text_vectors
 from rlhf.labels.records import Candidates, Judgement, Task, Verdict, as_text
 from rlhf.process import distributed
 from rlhf.run.context import RunContext

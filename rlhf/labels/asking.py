@@ -1,9 +1,9 @@
-"""Questions as the tasks that annotators see: sides drawn, gold and repeated ones hidden among the
-others, all in one random order.
+"""Questions turned into the tasks that annotators see: sides drawn, gold and repeated tasks hidden
+among the others, all in one random order.
 
-Pure, and the same for the same seed. What an annotator could notice is kept equal: gold questions
-have as many answers as the others and prompts of the same shape, sides are drawn alike for all, and
-neither a task's number nor its place tells its role.
+Pure functions, with the same result for the same seed. Nothing that an annotator could notice tells
+tasks apart: gold questions have as many answers as the others and prompts of the same shape, sides
+are drawn alike for all, and neither a task's number nor its position tells its role.
 """
 
 import logging
@@ -21,12 +21,13 @@ from rlhf.process.hashing import digest
 from rlhf.types import PreferencePair
 
 LOG = logging.getLogger("rlhf.labels")
-_SHUFFLES = 200  # about one in three has no repeat beside its first, at the worst
+# orders tried at random; at worst about one in three has no repeat beside its first
+_SHUFFLES = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is to be asked, before it has a place."""
+    """What is to be asked, before its sides and its number are drawn."""
 
     prompt: Any  # a string, or a list of messages
     answers: tuple[Answer, ...]
@@ -36,7 +37,7 @@ class Question:
 
     @property
     def id(self) -> str:
-        """The same for the same prompt and the same answers in any order."""
+        """A hash, the same for the same prompt and the same answers in any order."""
         return digest([self.prompt, sorted(answer.id for answer in self.answers)])
 
 
@@ -51,7 +52,9 @@ class Asked:
 
 
 def share_of(share: float, tasks: int) -> int:
-    """How many gold or repeated tasks go with so many others: a share above 0 is at least one."""
+    """How many gold or repeated tasks go with so many other `tasks`: at least 1 for a share above
+    0.
+    """
     return math.ceil(share * tasks - 1e-9)
 
 
@@ -80,33 +83,36 @@ def ask(
         _again(drafts[i], exchanged, rng)
         for i, exchanged in zip(again, _sides(repeats, rng), strict=True)
     ]
-    repeated = {len(main) + len(gold) + place: first for place, first in enumerate(again)}
+    repeated = {len(main) + len(gold) + number: first for number, first in enumerate(again)}
     arranged = _arrange(len(drafts), repeated, rng)
-    # Of a question that is there twice the one that comes first is the first: which of the two
-    # drafts that is was drawn with the order.
-    at = {draft: place for place, draft in enumerate(arranged)}
-    firsts = {
-        max(pair, key=at.__getitem__): min(pair, key=at.__getitem__) for pair in repeated.items()
-    }
-    name = export_id(
-        [(d.prompt, [a.text for a in d.answers], d.order) for d in (drafts[i] for i in arranged)],
-        created=created,
-        seed=seed,
-    )
-    ids = {draft: f"{name}-{place + 1}" for draft, place in at.items()}
+    position = {draft: number for number, draft in enumerate(arranged)}
+    # Of two drafts of one question the first is the one that is shown first, whichever that is.
+    firsts: dict[int, int] = {}
+    for pair in repeated.items():
+        first, second = sorted(pair, key=position.__getitem__)
+        firsts[second] = first
+    name = _export_name([drafts[i] for i in arranged], created, seed)
+    ids = {draft: f"{name}-{number + 1}" for draft, number in position.items()}
     tasks = []
     for i in arranged:
-        second = i in firsts
-        role = Role.repeat if second else drafts[i].role
-        tasks.append(
-            replace(drafts[i], id=ids[i], role=role, repeats=ids[firsts[i]] if second else None)
-        )
+        task = replace(drafts[i], id=ids[i])
+        if i in firsts:
+            task = replace(task, role=Role.repeat, repeats=ids[firsts[i]])
+        tasks.append(task)
     origins = {
         ids[firsts.get(i, i)]: question.origin
         for i, question in enumerate([*main, *gold])
         if question.origin
     }
     return Asked(name, tuple(tasks), origins)
+
+
+def _export_name(drafts: Sequence[Task], created: str, seed: int) -> str:
+    content = []
+    for draft in drafts:
+        texts = [answer.text for answer in draft.answers]
+        content.append((draft.prompt, texts, draft.order))
+    return export_id(content, created=created, seed=seed)
 
 
 def repeat_count(share: float, main: int, gold: int) -> int:
@@ -125,8 +131,8 @@ def repeat_count(share: float, main: int, gold: int) -> int:
 
 
 def most_repeats(main: int, gold: int) -> int:
-    """Repeats that can be placed away from their first: all, unless there is nothing else to stand
-    between the two.
+    """How many of the `main` questions can be asked twice with something else between the two: all,
+    unless there is nothing else.
     """
     return main if main + gold >= 2 else 0
 
@@ -140,6 +146,7 @@ def _sides(count: int, rng: random.Random) -> list[bool]:
     return out
 
 
+# which of a question's answers its sides are balanced by
 def _by_policy(question: Question, answers: Sequence[Answer]) -> int:
     return min(range(len(answers)), key=lambda i: (answers[i].policy, i))
 
@@ -149,8 +156,8 @@ def _by_worth(question: Question, answers: Sequence[Answer]) -> int:
 
 
 def _draft(question: Question, reference: Any, first: bool, rng: random.Random) -> Task:
-    """A task without an id. Of a pair the answer that `reference` names is shown first or second,
-    as `first` says; several are shuffled.
+    """A task without an id. The answer of a pair that `reference` picks is shown first where
+    `first` is true, else second. More than two answers are shuffled.
     """
     answers = tuple(sorted(question.answers, key=lambda answer: answer.id))
     if len(answers) == 2:
@@ -158,23 +165,19 @@ def _draft(question: Question, reference: Any, first: bool, rng: random.Random) 
         order: tuple[int, ...] = (named, 1 - named) if first else (1 - named, named)
     else:
         order = tuple(rng.sample(range(len(answers)), len(answers)))
-    best = None if question.best is None else _by_worth(question, answers)
-    return Task(
-        "",
-        question.prompt,
-        answers,
-        order,
-        Role.main if best is None else Role.gold,
-        question.by,
-        best,
-    )
+    task = Task("", question.prompt, answers, order, Role.main, question.by)
+    if question.best is None:
+        return task
+    return replace(task, role=Role.gold, best=_by_worth(question, answers))
 
 
 def _again(first: Task, exchanged: bool, rng: random.Random) -> Task:
     """The same question with its sides drawn anew."""
-    if len(first.order) == 2:
-        return replace(first, order=first.order[::-1] if exchanged else first.order)
-    return replace(first, order=tuple(rng.sample(first.order, len(first.order))))
+    if len(first.order) > 2:
+        return replace(first, order=tuple(rng.sample(first.order, len(first.order))))
+    if exchanged:
+        return replace(first, order=first.order[::-1])
+    return first
 
 
 def _arrange(count: int, repeated: dict[int, int], rng: random.Random) -> list[int]:
@@ -186,56 +189,68 @@ def _arrange(count: int, repeated: dict[int, int], rng: random.Random) -> list[i
         rng.shuffle(order)
         if all(repeated.get(a) != b and repeated.get(b) != a for a, b in pairwise(order)):
             return order
-    firsts, others = (
-        list(repeated.values()),
-        [i for i in range(count) if i not in repeated and i not in set(repeated.values())],
-    )
-    # a repeat comes as many places after its first as there are repeats and others together: two or
-    # more
+    firsts = list(repeated.values())
+    others = [i for i in range(count) if i not in repeated and i not in set(firsts)]
+    # so that each repeat comes after its first by the number of repeats and others together, which
+    # is 2 or more
     return [*firsts, *others, *repeated]
+
+
+@dataclass(slots=True)
+class _Known:
+    """What preference pairs say of one prompt's answers, which are named by a hash of the text."""
+
+    prompt: Any
+    texts: dict[str, str] = field(default_factory=dict)
+    beaten: dict[str, list[str]] = field(default_factory=dict)  # by the better answer
 
 
 def gold_questions(
     pairs: Sequence[PreferencePair], *, size: int, chat: bool
 ) -> tuple[list[Question], dict[str, int]]:
     """Questions of `size` answers of which one is known to be the best: it was preferred to each of
-    the others. At most one for a prompt.
+    the others. At most one question for a prompt.
 
-    `chat`: whether the other questions' prompts are lists of messages; a gold prompt is brought
-    into that shape, or it could be told by its looks. Second: how many pairs were left out, by
-    reason.
+    `chat`: whether the other questions' prompts are lists of messages. Gold prompts are brought
+    into that shape, since otherwise they could be told by their looks. Second: how many pairs were
+    left out, by reason.
     """
     left_out: Counter[str] = Counter()
-    prompts: dict[str, Any] = {}
-    texts: dict[str, dict[str, str]] = {}  # by prompt, by what they say
-    beaten: dict[str, dict[str, list[str]]] = {}  # by prompt, by the better one
+    known: dict[str, _Known] = {}
     for pair in pairs:
-        made = _plain_pair(pair, chat)
-        if isinstance(made, str):
-            left_out[made] += 1
+        plain = _plain_pair(pair, chat)
+        if isinstance(plain, str):
+            left_out[plain] += 1
             continue
-        prompt, better, worse = made
-        name = digest(prompt)
-        prompts.setdefault(name, prompt)
+        prompt, better, worse = plain
+        of_prompt = known.setdefault(digest(prompt), _Known(prompt))
         good, bad = digest(better.strip()), digest(worse.strip())
-        texts.setdefault(name, {}).update({good: better, bad: worse})
-        beaten.setdefault(name, {}).setdefault(good, []).append(bad)
-    out = []
-    for name, prompt in prompts.items():
-        best, rest = max(beaten[name].items(), key=lambda item: len(set(item[1])))
-        others = list(dict.fromkeys(rest))[: size - 1]
-        if any(best in beaten[name].get(other, ()) for other in others):
-            left_out["pairs that contradict each other"] += 1
-        elif len(others) < size - 1:
-            left_out[f"prompts without an answer that was preferred to {size - 1} others"] += 1
+        of_prompt.texts |= {good: better, bad: worse}
+        of_prompt.beaten.setdefault(good, []).append(bad)
+    questions = []
+    for of_prompt in known.values():
+        question = _gold_question(of_prompt, size)
+        if isinstance(question, str):
+            left_out[question] += 1
         else:
-            answers = tuple(Answer(texts[name][said]) for said in (best, *others))
-            out.append(Question(prompt, answers, by="gold", best=answers[0].id))
-    return out, dict(left_out)
+            questions.append(question)
+    return questions, dict(left_out)
+
+
+def _gold_question(known: _Known, size: int) -> Question | str:
+    """A question about the answer that was preferred to most others, or why there is none."""
+    best, worse = max(known.beaten.items(), key=lambda item: len(set(item[1])))
+    others = list(dict.fromkeys(worse))[: size - 1]
+    if any(best in known.beaten.get(other, ()) for other in others):
+        return "pairs that contradict each other"
+    if len(others) < size - 1:
+        return f"prompts without an answer that was preferred to {size - 1} others"
+    answers = tuple(Answer(known.texts[name]) for name in (best, *others))
+    return Question(known.prompt, answers, by="gold", best=answers[0].id)
 
 
 def _plain_pair(pair: PreferencePair, chat: bool) -> tuple[Any, str, str] | str:
-    """(prompt, better, worse), or why the pair can't be shown as a question."""
+    """(prompt, better answer, worse answer), or why the pair can't be a question."""
     given: Any = pair.prompt
     chosen: Any = pair.chosen
     rejected: Any = pair.rejected

@@ -1,4 +1,4 @@
-"""Responses as what may be compared: grouped by prompt, each text once, none empty."""
+"""Responses turned into what may be compared: grouped by prompt, each text once, none empty."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,29 +20,35 @@ class Response:
     spread: float | None = None  # standard deviation of an ensemble's scores
 
     @property
-    def said(self) -> str:
-        """What two responses have in common that say the same: surrounding white space and the kind
-        of line ends don't count.
+    def text_id(self) -> str:
+        """A hash of the text, equal for responses that say the same: white space around the text
+        and the kind of line ends don't count.
         """
         return digest(self.text.strip())
 
     @property
     def empty(self) -> bool:
+        """Whether the text is nothing but white space."""
         return not self.text.strip()
 
     @property
     def answer(self) -> Answer:
+        """The response as people may be shown it."""
         return Answer(self.text, self.policy, self.score, self.spread)
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Candidates, and what became of the responses that are not among them."""
+    """What may be compared, and what became of the other responses."""
 
     candidates: tuple[Candidates, ...]  # in the order in which their prompts came
+    # responses, prompts: all of them
+    # empty: responses without text; of two policies: prompts with an empty answer
+    # duplicates: responses that repeat an earlier one to their prompt
+    # few: prompts with too few distinct answers
+    # ties (of two policies only): prompts to which both gave the same answer
+    # missing (of two policies only): prompts that only one of them answered
     counts: dict[str, int]
-    """responses, prompts; empty: responses without text; duplicates: responses that say what an earlier one to their prompt said; few: prompts
-    with too few distinct answers; ties (only of two policies): prompts to which both said the same; missing: prompts that only one answered."""
 
 
 def by_prompt(responses: Iterable[Response]) -> dict[str, list[Response]]:
@@ -60,9 +66,8 @@ def first_prompts(responses: Sequence[Response], count: int | None) -> list[Resp
 
 
 def gather(responses: Sequence[Response], *, least: int) -> Gathered:
-    """Each prompt with its distinct answers, where it has at least `least` of them.
-
-    Of responses that say the same the first one stands for all, with its policy and score.
+    """Each prompt with its distinct answers, where it has at least `least` of them. The first of
+    several equal responses stands for all, with its policy and score.
     """
     groups = by_prompt(responses)
     counts: Counter[str] = Counter(
@@ -73,15 +78,14 @@ def gather(responses: Sequence[Response], *, least: int) -> Gathered:
         written = [response for response in members if not response.empty]
         distinct: dict[str, Response] = {}
         for response in written:
-            distinct.setdefault(response.said, response)
+            distinct.setdefault(response.text_id, response)
         counts["empty"] += len(members) - len(written)
         counts["duplicates"] += len(written) - len(distinct)
         if len(distinct) < least:
             counts["few"] += 1
             continue
-        out.append(
-            Candidates(members[0].prompt, tuple(response.answer for response in distinct.values()))
-        )
+        answers = tuple(response.answer for response in distinct.values())
+        out.append(Candidates(members[0].prompt, answers))
     return Gathered(tuple(out), dict(counts))
 
 
@@ -89,9 +93,9 @@ def gather_two(responses: Sequence[Response], policies: tuple[str, str]) -> Gath
     """For a comparison of two policies: the first response of each to each prompt, so that no two
     pairs share a prompt and all are independent.
 
-    Where both said the same (nothing counts as said, too) nobody has to be asked: that is a tie.
-    Where one of them is empty the prompt is left out, which a report has to say: it may be that
-    policy's weakness.
+    Where both gave the same answer, also where both gave none, nobody has to be asked: that is a
+    tie. Where one of the two is empty the prompt is left out; reports have to mention it, since it
+    may be that policy's weakness.
     """
     groups = by_prompt(responses)
     counts: Counter[str] = Counter(
@@ -105,16 +109,17 @@ def gather_two(responses: Sequence[Response], policies: tuple[str, str]) -> Gath
     )
     out = []
     for members in groups.values():
-        first = {
-            policy: next((r for r in members if r.policy == policy), None) for policy in policies
-        }
-        pair = [response for response in first.values() if response is not None]
+        first: dict[str, Response] = {}
+        for response in members:
+            first.setdefault(response.policy, response)
+        pair = [first[policy] for policy in policies if policy in first]
         if len(pair) < len(policies):
             counts["missing"] += 1
-        elif pair[0].said == pair[1].said:
+        elif pair[0].text_id == pair[1].text_id:
             counts["ties"] += 1
         elif any(response.empty for response in pair):
             counts["empty"] += 1
         else:
-            out.append(Candidates(pair[0].prompt, tuple(response.answer for response in pair)))
+            answers = tuple(response.answer for response in pair)
+            out.append(Candidates(pair[0].prompt, answers))
     return Gathered(tuple(out), dict(counts))

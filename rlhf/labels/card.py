@@ -1,5 +1,5 @@
-"""The data card of a version of labels: what it holds, who made it, from what, and how far to trust
-it.
+"""The data card of a version of labels: what it holds, who made it, what it was made from, and how
+far it can be trusted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,18 @@ from rlhf.labels.report import Situation
 from rlhf.process.hashing import sha256
 
 Card = dict[str, Any]
+# what card.json takes from the report
+_OF_ANNOTATOR = (
+    "annotator",
+    "counts",
+    "labels",
+    "gold",
+    "itself",
+    "others",
+    "reliability",
+    "suspicions",
+)
+_OF_AGREEMENT = ("items", "judgements", "observed", "fleiss_kappa", "krippendorff_alpha")
 
 
 def export_entry(export: Export, ledger: Path) -> Card:
@@ -62,26 +74,8 @@ def make_card(
     """card.json. `files`: rows and sha256 by name; `sources`: name and sha256 of what was imported
     so far.
     """
-    people = [
-        {
-            key: one[key]
-            for key in (
-                "annotator",
-                "counts",
-                "labels",
-                "gold",
-                "itself",
-                "others",
-                "reliability",
-                "suspicions",
-            )
-        }
-        for one in report["annotators"]
-    ]
-    agreement = {
-        key: report["agreement"][key]
-        for key in ("items", "judgements", "observed", "fleiss_kappa", "krippendorff_alpha")
-    }
+    people = [{key: one[key] for key in _OF_ANNOTATOR} for one in report["annotators"]]
+    agreement = {key: report["agreement"][key] for key in _OF_AGREEMENT}
     return {
         "name": name,
         "version": number,
@@ -100,19 +94,26 @@ def make_card(
     }
 
 
-def _value(found: Mapping[str, Any]) -> str:
-    if found["value"] is None:
+# ---- card.md ----
+
+
+def _estimate(figures: Mapping[str, Any]) -> str:
+    if figures["value"] is None:
         return "undefined"
-    interval = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
-    return f"{found['value']:.3f}{interval}, {found['items']} pairs"
+    interval = ""
+    if figures["low"] is not None:
+        interval = f" ({figures['low']:.3f} to {figures['high']:.3f})"
+    return f"{figures['value']:.3f}{interval}, {figures['items']} pairs"
 
 
-def _share(found: Mapping[str, Any]) -> str:
-    return "" if found["share"] is None else f"{found['share']:.0%} of {found['n']}"
+def _share(figures: Mapping[str, Any]) -> str:
+    if figures["share"] is None:
+        return ""
+    return f"{figures['share']:.0%} of {figures['n']}"
 
 
 def _plain(text: object) -> str:
-    """In a cell of a Markdown table: on one line, and no markup."""
+    """For a cell of a Markdown table: on one line, and without markup."""
     flat = safe(str(text))
     for sign in "\\`*_[]<>|#":
         flat = flat.replace(sign, "\\" + sign)
@@ -121,88 +122,101 @@ def _plain(text: object) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return [*lines, *("| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows), ""]
+    for row in rows:
+        cells = [_plain(cell) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def markdown(card: Card) -> str:
-    """card.md."""
-    labels, agreement = card["labels"], card["agreement"]
-    lines = [f"# Preference labels {_plain(card['name'])}, version {card['version']}", ""]
-    lines += [
-        f"Made {card['created']}. Made from {labels['labels']} labels of "
-        f"{len(card['annotators'])} annotators."
-    ]
-    if labels["first"] is not None:
-        lines += [f"Labels made from {labels['first']} to {labels['last']}."]
-    lines += ["", "## Files", ""]
-    lines += _table(
-        ("file", "rows", "sha256"),
-        [(name, found["rows"], found["sha256"]) for name, found in card["files"].items()],
-    )
-    lines += [
+    """card.md: the card as Markdown."""
+    lines = [
+        *_heading(card),
+        *_files(card["files"]),
         "## Pairs",
         "",
         *_table(("what became of them", "pairs"), list(card["pairs"].items())),
+        *_agreement(card["agreement"]),
+        *_annotators(card["annotators"]),
     ]
-    lines += ["## Agreement", ""]
-    names = (
-        ("observed agreement", "observed"),
-        ("Fleiss' kappa", "fleiss_kappa"),
-        ("Krippendorff's alpha (ordinal)", "krippendorff_alpha"),
-    )
-    lines += _table(
-        ("coefficient", "value (95 % interval)"),
-        [(title, _value(agreement[key])) for title, key in names],
-    )
-    lines += ["## Annotators", ""]
-    head = ("annotator", "labels", "counts", "gold", "itself", "others", "suspicions")
-    rows = [
-        (
-            a["annotator"],
-            a["labels"],
-            "yes" if a["counts"] else "no",
-            _share(a["gold"]),
-            _share(a["itself"]),
-            _share(a["others"]),
-            "; ".join(a["suspicions"]),
-        )
-        for a in card["annotators"]
-    ]
-    lines += _table(head, rows)
-    for result in card["ab"]:
-        lines += [
-            f"## A/B test of export {result['export']}",
-            "",
-            f"{_plain(result['b'])} against {_plain(result['a'])}: {result['decision']}.",
-            "",
-        ]
-        lines += [result["rule"], ""]
-    lines += [
-        "## Imported from",
-        "",
-        *_table(
-            ("file", "sha256"), [(source["name"], source["sha256"]) for source in card["sources"]]
-        ),
-    ]
-    lines += [
-        "## How verdicts were made",
-        "",
-        *_table(("setting", "value"), list(card["settings"].items())),
-    ]
+    for comparison in card["ab"]:
+        lines += _comparison(comparison)
+    sources = [(source["name"], source["sha256"]) for source in card["sources"]]
+    lines += ["## Imported from", "", *_table(("file", "sha256"), sources)]
+    settings = list(card["settings"].items())
+    lines += ["## How verdicts were made", "", *_table(("setting", "value"), settings)]
     for export in card["exports"]:
-        lines += [
-            f"## Export {export['id']}",
-            "",
-            f"{export['tasks']} tasks ({export['kind']}), made {export['created']}: "
-            f"{_plain(export['title'])}",
-            "",
-        ]
-        lines += [f"tasks.jsonl sha256 {export['tasks_sha256']}", ""]
-        if export["instructions"]:
-            lines += [
-                "Instructions:",
-                "",
-                *("    " + line for line in export["instructions"].splitlines()),
-                "",
-            ]
+        lines += _export(export)
     return "\n".join(lines)
+
+
+def _heading(card: Card) -> list[str]:
+    labels = card["labels"]
+    lines = [
+        f"# Preference labels {_plain(card['name'])}, version {card['version']}",
+        "",
+        f"Made {card['created']}. Made from {labels['labels']} labels of "
+        f"{len(card['annotators'])} annotators.",
+    ]
+    if labels["first"] is not None:
+        lines.append(f"Labels made from {labels['first']} to {labels['last']}.")
+    return [*lines, ""]
+
+
+def _files(files: Mapping[str, Card]) -> list[str]:
+    rows = [(name, entry["rows"], entry["sha256"]) for name, entry in files.items()]
+    return ["## Files", "", *_table(("file", "rows", "sha256"), rows)]
+
+
+def _agreement(agreement: Card) -> list[str]:
+    rows = [
+        ("observed agreement", _estimate(agreement["observed"])),
+        ("Fleiss' kappa", _estimate(agreement["fleiss_kappa"])),
+        ("Krippendorff's alpha (ordinal)", _estimate(agreement["krippendorff_alpha"])),
+    ]
+    return ["## Agreement", "", *_table(("coefficient", "value (95 % interval)"), rows)]
+
+
+def _annotators(annotators: Sequence[Card]) -> list[str]:
+    head = ("annotator", "labels", "counts", "gold", "itself", "others", "suspicions")
+    rows = []
+    for figures in annotators:
+        row = (
+            figures["annotator"],
+            figures["labels"],
+            "yes" if figures["counts"] else "no",
+            _share(figures["gold"]),
+            _share(figures["itself"]),
+            _share(figures["others"]),
+            "; ".join(figures["suspicions"]),
+        )
+        rows.append(row)
+    return ["## Annotators", "", *_table(head, rows)]
+
+
+def _comparison(result: Card) -> list[str]:
+    return [
+        f"## A/B test of export {result['export']}",
+        "",
+        f"{_plain(result['b'])} against {_plain(result['a'])}: {result['decision']}.",
+        "",
+        result["rule"],
+        "",
+    ]
+
+
+def _export(export: Card) -> list[str]:
+    lines = [
+        f"## Export {export['id']}",
+        "",
+        f"{export['tasks']} tasks ({export['kind']}), made {export['created']}: "
+        f"{_plain(export['title'])}",
+        "",
+        f"tasks.jsonl sha256 {export['tasks_sha256']}",
+        "",
+    ]
+    if export["instructions"]:
+        lines += ["Instructions:", ""]
+        lines += ["    " + line for line in export["instructions"].splitlines()]
+        lines.append("")
+    return lines

@@ -1,13 +1,13 @@
-"""Judgements against the ledgers of the exports that they answer: a label in places that do not
-depend on the sides shown, or a refusal.
+"""Judgements checked against the ledgers of the exports that they answer: each becomes a label that
+does not depend on the sides shown, or is refused.
 
-    verdict   first, second: answers[0] or answers[1] of the task is better; the sides as shown are
-    mapped through the recorded order
-    ranking   places in Task.answers, the best first, equal ones together
-    ratings   of each place in Task.answers
+    outcome   first, second: answers[0] or answers[1] of the task is better; the sides as shown are
+              mapped through the recorded order
+    ranking   indices in Task.answers, the best first, equal ones together
+    ratings   of each answer in Task.answers
 
-Nothing is repaired: what is not known, was edited on the way, or does not fit what was asked is
-refused with its place, its id and why.
+Nothing is repaired: a row that is not known, was edited on the way, or does not fit what was asked
+is refused with its place in the file, its id and the reason.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ STARS = (1, 5)  # the least and the most of a rating
 
 
 class Outcome(Enum):
-    """What a label says of its task."""
+    """What a label says of its task, whatever the sides shown."""
 
     first = "first"  # answers[0] is better
     second = "second"
@@ -36,19 +36,19 @@ class Outcome(Enum):
     ranked = "ranked"
 
 
-CHOICES = (Outcome.first, Outcome.second, Outcome.tie)  # what compares two answers
+CHOICES = (Outcome.first, Outcome.second, Outcome.tie)  # those that compare two answers
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What one annotator said of one task."""
+    """A label: one annotator's judgement of one task, checked."""
 
     export: str
     task: str
     annotator: str
     outcome: Outcome
-    ranking: tuple[tuple[int, ...], ...] = ()  # outcome=ranked: places in Task.answers
-    ratings: tuple[int | None, ...] = ()  # of each place in Task.answers; () where none was given
+    ranking: tuple[tuple[int, ...], ...] = ()  # outcome=ranked: indices in Task.answers
+    ratings: tuple[int | None, ...] = ()  # of each answer in Task.answers; () where none was given
     comment: str = ""
     seconds: float | None = None
     time: str | None = None  # ISO 8601, as it came
@@ -57,7 +57,7 @@ class Checked:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Of which an annotator's later label counts."""
+        """What two labels have in common of which the later one counts."""
         return self.export, self.task, self.annotator
 
 
@@ -73,12 +73,13 @@ class Refused:
 
     @property
     def id(self) -> str:
-        """Equal for the same row refused for the same reason again, wherever its file lies."""
-        content = {
-            k: v
-            for k, v in (self.row or {"place": self.place}).items()
-            if self.row is None or k != "place"
-        }
+        """A hash, equal for the same row refused for the same reason again, wherever its file
+        lies.
+        """
+        if self.row is None:
+            content = {"place": self.place}
+        else:
+            content = {key: value for key, value in self.row.items() if key != "place"}
         return digest([self.task, self.reason, content])
 
 
@@ -97,42 +98,43 @@ class Ledgers:
         )
 
 
-class _Unfit(ValueError):
+class _Refusal(ValueError):
     """Why a judgement is refused."""
 
 
 def moment(time: str) -> datetime.datetime:
-    """A label's time; without a zone it is UTC. Raises ValueError."""
-    found = datetime.datetime.fromisoformat(time)
-    return found if found.tzinfo is not None else found.replace(tzinfo=datetime.UTC)
+    """A label's ISO 8601 time; without a zone it is UTC. Raises ValueError."""
+    moment = datetime.datetime.fromisoformat(time)
+    if moment.tzinfo is None:
+        return moment.replace(tzinfo=datetime.UTC)
+    return moment
 
 
 def check(
     rows: Iterable[Judgement | Unreadable], ledgers: Ledgers, annotator: str | None = None
 ) -> Iterator[Checked | Refused]:
-    """Each row checked. `annotator`: who made the labels that do not say so."""
+    """Check each row. `annotator`: who made the labels that name nobody."""
     for row in rows:
-        yield (
-            _refused(row, row.reason)
-            if isinstance(row, Unreadable)
-            else check_one(row, ledgers, annotator)
-        )
+        if isinstance(row, Unreadable):
+            yield Refused(row.place, row.task, row.reason)
+        else:
+            yield check_one(row, ledgers, annotator)
 
 
 def check_one(
     judgement: Judgement, ledgers: Ledgers, annotator: str | None = None
 ) -> Checked | Refused:
-    """One judgement as a label, or why it is none."""
+    """A judgement as a label, or why it is none."""
     try:
-        export, task = _asked(judgement, ledgers)
+        export, task = _task_of(judgement, ledgers)
         _check_unedited(judgement, task)
         name = judgement.annotator.strip() or (annotator or "").strip()
         if not name:
-            raise _Unfit(
+            raise _Refusal(
                 "no annotator: the row must say who judged; label.annotator=NAME names who made "
                 "all labels that do not say it"
             )
-        _check_when(judgement)
+        _check_times(judgement)
         return Checked(
             export=export.id,
             task=task.id,
@@ -146,75 +148,75 @@ def check_one(
             annotation=judgement.annotation,
             place=judgement.place,
         )
-    except _Unfit as problem:
-        return _refused(judgement, str(problem))
+    except _Refusal as refusal:
+        return _refused(judgement, str(refusal))
 
 
-def _refused(row: Judgement | Unreadable, reason: str) -> Refused:
-    if isinstance(row, Unreadable):
-        return Refused(row.place, row.task, reason)
-    content = {**dataclasses.asdict(row), "verdict": row.verdict.value}
-    return Refused(row.place, row.task, reason, content)
+def _refused(judgement: Judgement, reason: str) -> Refused:
+    row = {**dataclasses.asdict(judgement), "verdict": judgement.verdict.value}
+    return Refused(judgement.place, judgement.task, reason, row)
 
 
-def _asked(judgement: Judgement, ledgers: Ledgers) -> tuple[Export, Task]:
-    found = ledgers.tasks.get(judgement.task)
-    if found is not None:
-        return found
+def _task_of(judgement: Judgement, ledgers: Ledgers) -> tuple[Export, Task]:
+    """The export and the task that the judgement is about."""
+    known_task = ledgers.tasks.get(judgement.task)
+    if known_task is not None:
+        return known_task
     export = judgement.task.rpartition("-")[0]
     known = ", ".join(sorted(ledgers.exports))
     if export in ledgers.exports:
-        raise _Unfit(f"unknown task {judgement.task!r}: export {export} has no such task")
+        raise _Refusal(f"unknown task {judgement.task!r}: export {export} has no such task")
     if export:
-        raise _Unfit(
+        raise _Refusal(
             f"task {judgement.task!r} is of another export: expected one of {known}; "
             "label.export=DIRECTORY names where it was made"
         )
-    raise _Unfit(
+    raise _Refusal(
         f"unknown task {judgement.task!r}: expected an id of the export {known}, as pair_id"
     )
 
 
 def _check_unedited(judgement: Judgement, task: Task) -> None:
-    """What came back must be what went out; line ends may differ, and a chat may come back as
-    people read it.
+    """What came back is what went out. Line ends may differ, and a chat may come back as people
+    read it.
     """
     prompt = judgement.prompt
-    if prompt is not None and digest(prompt) not in (
-        digest(task.prompt),
-        digest(as_text(task.prompt)),
-    ):
-        raise _Unfit(f"edited: the prompt of task {task.id} is not the one that went out")
+    same = (digest(task.prompt), digest(as_text(task.prompt)))
+    if prompt is not None and digest(prompt) not in same:
+        raise _Refusal(f"edited: the prompt of task {task.id} is not the one that went out")
     if judgement.shown is None:
         return
-    back, out = [digest(text) for text in judgement.shown], [digest(text) for text in task.shown]
+    back = [digest(text) for text in judgement.shown]
+    out = [digest(text) for text in task.shown]
     if back == out:
         return
     if sorted(back) == sorted(out):
-        raise _Unfit(
+        raise _Refusal(
             f"edited: the answers of task {task.id} came back in another order than they were "
             "shown in"
         )
     if len(back) != len(out):
-        raise _Unfit(
+        raise _Refusal(
             f"edited: task {task.id} went out with {len(out)} answers and came back with "
             f"{len(back)}"
         )
-    places = ", ".join(
-        str(place) for place, (a, b) in enumerate(zip(back, out, strict=True), start=1) if a != b
+    edited = [
+        str(number) for number, (a, b) in enumerate(zip(back, out, strict=True), start=1) if a != b
+    ]
+    raise _Refusal(
+        f"edited: answer {', '.join(edited)} of task {task.id} is not the one that went out"
     )
-    raise _Unfit(f"edited: answer {places} of task {task.id} is not the one that went out")
 
 
-def _check_when(judgement: Judgement) -> None:
+def _check_times(judgement: Judgement) -> None:
     seconds = judgement.seconds
     if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-        raise _Unfit(f"it took {seconds} seconds: expected a number of at least 0")
+        raise _Refusal(f"it took {seconds} seconds: expected a number of at least 0")
     if judgement.time is not None:
         try:
             moment(judgement.time)
         except ValueError:
-            raise _Unfit(
+            raise _Refusal(
                 f"time {judgement.time!r}: expected ISO 8601, such as 2026-01-31T12:00:00+00:00"
             ) from None
 
@@ -230,12 +232,13 @@ def _outcome(judgement: Judgement, export: Export, task: Task) -> Outcome:
     verdict = judgement.verdict
     if verdict not in _OF_KIND[export.kind]:
         expected = ", ".join(v.value for v in _OF_KIND[export.kind])
-        raise _Unfit(
+        raise _Refusal(
             f"verdict {verdict.value} on a task that asks for a {export.kind.value}: expected "
             f"{expected}"
         )
     if verdict in (Verdict.left, Verdict.right):
-        return CHOICES[task.order[0 if verdict is Verdict.left else 1]]
+        side = 0 if verdict is Verdict.left else 1
+        return CHOICES[task.order[side]]
     return Outcome(verdict.value)
 
 
@@ -243,16 +246,13 @@ def _ranking(judgement: Judgement, task: Task) -> tuple[tuple[int, ...], ...]:
     groups = judgement.ranking
     if judgement.verdict is not Verdict.ranked:
         if groups:
-            raise _Unfit(f"verdict {judgement.verdict.value} with a ranking")
+            raise _Refusal(f"verdict {judgement.verdict.value} with a ranking")
         return ()
     places = [place for group in groups for place in group]
-    if (
-        not places
-        or not all(groups)
-        or len(set(places)) != len(places)
-        or not set(places) <= set(range(len(task.order)))
-    ):
-        raise _Unfit(
+    once = len(set(places)) == len(places)
+    known = set(places) <= set(range(len(task.order)))
+    if not places or not all(groups) or not once or not known:
+        raise _Refusal(
             f"ranking {[list(group) for group in groups]}: expected places 0 to "
             f"{len(task.order) - 1}, each once at most, at least one"
         )
@@ -264,15 +264,18 @@ def _ratings(judgement: Judgement, task: Task) -> tuple[int | None, ...]:
     if not given:
         return ()
     low, high = STARS
-    fits = len(given) == len(task.order) and all(
-        r is None or (isinstance(r, int) and not isinstance(r, bool) and low <= r <= high)
-        for r in given
-    )
-    if not fits:
-        raise _Unfit(
+    if len(given) != len(task.order) or not all(map(_is_rating, given)):
+        raise _Refusal(
             f"ratings {list(given)}: expected {len(task.order)} whole numbers from {low} to {high}"
         )
     out: list[int | None] = [None] * len(given)
     for place, rating in enumerate(given):
         out[task.order[place]] = rating
     return tuple(out)
+
+
+def _is_rating(value: Any) -> bool:
+    low, high = STARS
+    if value is None:
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -1,17 +1,16 @@
-"""One result for each pair of answers out of everybody's labels, and preference rows out of the
-results.
+"""What all labels of a pair of answers come to, and preference rows out of that.
 
 What is judged is a pair: a prompt and two answers, whatever task or export asked for it. A ranking
-is all pairs of the answers that it names; those it leaves out say nothing. An annotator has one
-vote on a pair: that of the newest export, and there that of the task rather than of its repetition
-(which then serves self-agreement alone). Skips and cancelled tasks are no votes. Gold tasks are not
-aggregated: their answer was known.
+stands for all pairs of the answers that it names; it says nothing of those that it leaves out. An
+annotator has one vote on a pair: that of the newest export, and there that of the task rather than
+of its repetition (which then serves self-agreement alone). Skips and cancelled tasks are no votes.
+Gold tasks are not aggregated: their answer was known.
 
-    majority        the most frequent vote; a split one decides nothing
+    majority        the most frequent vote; equally frequent ones decide nothing
     dawid_skene     each annotator's confusion matrix (rlhf.data.aggregation)
     bradley_terry   strengths of answers and reliabilities of annotators
-    (rlhf.labels.bradley_terry); ties count half for each. A pair is a
-                    tie where most votes say so
+                    (rlhf.labels.bradley_terry); a tie counts half for each answer. A pair is a
+                    tie where most votes are
 
 `first_better` is the probability that a new careful annotator prefers the first answer. For
 majority and dawid_skene it is the share w of n votes (a tie is half a vote; dawid_skene: the
@@ -24,6 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import combinations
 from typing import Any
 
 from conf.choices import LabelAggregate, Strength
@@ -41,14 +41,14 @@ _OTHER = {Outcome.first: Outcome.second, Outcome.second: Outcome.first, Outcome.
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to a prompt, in the order of their ids, so that it is the same pair in every
-    export.
+    """Two answers to a prompt. They are in the order of their ids, so that the pair is the same in
+    every export.
     """
 
     prompt: Any
     answers: tuple[Answer, Answer]
-    export: str  # the newest that asked for it
-    task: str
+    export: str  # the newest one that asked for it
+    task: str  # of that export
 
     @property
     def id(self) -> str:
@@ -57,7 +57,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What one annotator says of one pair."""
+    """One annotator's judgement of one pair."""
 
     pair: str
     annotator: str
@@ -87,7 +87,7 @@ class Fate(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PairResult:
-    """What the annotators of a pair say together."""
+    """What the votes on a pair come to."""
 
     pair: Pair
     outcome: Outcome | None  # None: split
@@ -97,16 +97,18 @@ class PairResult:
 
     @property
     def labels(self) -> int:
+        """How many votes there are."""
         return sum(self.votes.values())
 
     @property
     def disputed(self) -> bool:
+        """Whether annotators voted differently."""
         return len(self.votes) > 1
 
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """All results, and how good the method holds each annotator to be."""
+    """The results of all pairs, and how good the method takes each annotator to be."""
 
     results: tuple[PairResult, ...]
     # majority: agreement with the others' majority; dawid_skene: accuracy; bradley_terry: r
@@ -117,37 +119,35 @@ class Aggregated:
 
 
 def pair_id(prompt: Any, a: Answer, b: Answer) -> str:
-    """The same for both orders."""
+    """A hash of the pair, the same for both orders of the answers."""
     return digest([digest(prompt), *sorted((a.id, b.id))])
 
 
 def comparisons(label: Checked, task: Task) -> Iterable[tuple[int, int, Outcome]]:
-    """Every two places of Task.answers that a label compares, the smaller first, and how."""
+    """Every two answers that a label compares: their indices in Task.answers, the smaller first,
+    and which is better.
+    """
     if label.outcome in (Outcome.first, Outcome.second):
         yield 0, 1, label.outcome
         return
-    ranking = (tuple(range(len(task.answers))),) if label.outcome is Outcome.tie else label.ranking
-    rank = {place: r for r, group in enumerate(ranking) for place in group}
-    places = sorted(rank)
-    for n, i in enumerate(places):
-        for j in places[n + 1 :]:
-            yield (
-                i,
-                j,
-                Outcome.tie
-                if rank[i] == rank[j]
-                else Outcome.first
-                if rank[i] < rank[j]
-                else Outcome.second,
-            )
+    ranking = label.ranking
+    if label.outcome is Outcome.tie:
+        ranking = (tuple(range(len(task.answers))),)
+    rank = {answer: number for number, group in enumerate(ranking) for answer in group}
+    for i, j in combinations(sorted(rank), 2):
+        if rank[i] == rank[j]:
+            yield i, j, Outcome.tie
+        else:
+            yield i, j, Outcome.first if rank[i] < rank[j] else Outcome.second
 
 
 def collect(
     ledgers: Ledgers, labels: Iterable[Checked], without: frozenset[str] = frozenset()
 ) -> Votes:
-    """The votes of the labels on main and repeated tasks, those of the annotators `without` left
-    out. One for each annotator and pair.
+    """The votes of the labels on main and repeated tasks, one for each annotator and pair. Those of
+    the annotators `without` are left out.
     """
+    # each with a key that says which of several is the newest
     best: dict[tuple[str, str], tuple[tuple[Any, ...], Vote]] = {}
     pairs: dict[str, tuple[tuple[str, str, str], Pair]] = {}
     asked: dict[str, set[str]] = defaultdict(set)
@@ -155,23 +155,22 @@ def collect(
         export, task = ledgers.tasks[label.task]
         if task.role is Role.gold or label.annotator in without:
             continue
-        for i, j, said in comparisons(label, task):
-            first, second, outcome = i, j, said
+        source = task.repeats or task.id
+        newest = (export.created, export.id, source)
+        rank = (export.created, export.id, task.role is Role.main, task.id)
+        for i, j, given in comparisons(label, task):
+            first, second, outcome = i, j, given
             if task.answers[i].id > task.answers[j].id:
-                first, second, outcome = j, i, _OTHER[said]
+                first, second, outcome = j, i, _OTHER[given]
             answers = (task.answers[first], task.answers[second])
             key = pair_id(task.prompt, *answers)
             asked[key].add(export.id)
-            source = task.repeats or task.id
-            newest = (export.created, export.id, source)
             if key not in pairs or newest > pairs[key][0]:
                 pairs[key] = newest, Pair(task.prompt, answers, export.id, source)
-            vote = Vote(
-                key, label.annotator, outcome, task.order.index(first) < task.order.index(second)
-            )
-            rank = (export.created, export.id, task.role is Role.main, task.id)
-            there = best.get((key, label.annotator))
-            if there is None or rank > there[0]:
+            first_shown = task.order.index(first) < task.order.index(second)
+            earlier = best.get((key, label.annotator))
+            if earlier is None or rank > earlier[0]:
+                vote = Vote(key, label.annotator, outcome, first_shown)
                 best[key, label.annotator] = rank, vote
     votes = tuple(vote for _, (_, vote) in sorted(best.items()))
     return Votes(
@@ -194,83 +193,79 @@ def aggregate(method: LabelAggregate, votes: Votes) -> Aggregated:
     if method is LabelAggregate.bradley_terry:
         return _by_strength(votes, counts)
     labels = [Label(vote.pair, vote.annotator, vote.outcome.value) for vote in votes.votes]
-    found = (
-        aggregation.majority(labels)
-        if method is LabelAggregate.majority
-        else aggregation.dawid_skene(labels)
-    )
+    notes: list[str] = []
+    figures: dict[str, Any] = {}
+    if method is LabelAggregate.majority:
+        aggregated = aggregation.majority(labels)
+    else:
+        aggregated = aggregation.dawid_skene(labels)
+        figures = {"iterations": aggregated.iterations, "converged": aggregated.converged}
+        notes = _dawid_skene_notes(aggregated, counts)
+    results = [_result(one, votes.pairs[one.item], counts[one.item]) for one in aggregated.labels]
+    reliability = {annotator.name: annotator.accuracy for annotator in aggregated.annotators}
+    ordered = sorted(results, key=lambda result: result.pair.id)
+    return Aggregated(tuple(ordered), reliability, figures, tuple(notes))
+
+
+def _result(label: aggregation.ItemLabel, pair: Pair, votes: Counter[Outcome]) -> PairResult:
+    shares = label.probabilities
+    won = shares.get(Outcome.first.value, 0.0) + shares.get(Outcome.tie.value, 0.0) / 2
+    n = votes.total()
+    outcome = None if label.label is None else Outcome(label.label)
+    return PairResult(pair, outcome, label.confidence, (n * won + 1) / (n + 2), dict(votes))
+
+
+def _dawid_skene_notes(
+    aggregated: aggregation.Aggregation, counts: Mapping[str, Counter[Outcome]]
+) -> list[str]:
     notes = []
-    if method is LabelAggregate.dawid_skene:
-        if all(counted.total() < 3 for counted in counts.values()):
-            notes.append(
-                "no pair has three labels, so Dawid-Skene can't tell who is right: majority says "
-                "the same"
-            )
-        if not found.converged:
-            notes.append(f"Dawid-Skene has not converged after {found.iterations} iterations")
-    results = []
-    for one in found.labels:
-        n = counts[one.item].total()
-        won = (
-            one.probabilities.get(Outcome.first.value, 0.0)
-            + one.probabilities.get(Outcome.tie.value, 0.0) / 2
+    if all(counted.total() < 3 for counted in counts.values()):
+        notes.append(
+            "no pair has three labels, so Dawid-Skene can't tell who is right: majority says "
+            "the same"
         )
-        outcome = None if one.label is None else Outcome(one.label)
-        results.append(
-            PairResult(
-                votes.pairs[one.item],
-                outcome,
-                one.confidence,
-                (n * won + 1) / (n + 2),
-                dict(counts[one.item]),
-            )
-        )
-    figures = (
-        {}
-        if found.iterations is None
-        else {"iterations": found.iterations, "converged": found.converged}
-    )
-    reliability = {annotator.name: annotator.accuracy for annotator in found.annotators}
-    return Aggregated(
-        tuple(sorted(results, key=lambda v: v.pair.id)), reliability, figures, tuple(notes)
-    )
+    if not aggregated.converged:
+        notes.append(f"Dawid-Skene has not converged after {aggregated.iterations} iterations")
+    return notes
 
 
 def _by_strength(votes: Votes, counts: Mapping[str, Counter[Outcome]]) -> Aggregated:
+    """By the Bradley-Terry model of answers' strengths."""
     better = {Outcome.first: 1.0, Outcome.second: 0.0, Outcome.tie: 0.5}
     rows = []
     for vote in votes.votes:
         first, second = _names(votes.pairs[vote.pair])
         won = better[vote.outcome]
-        shown = (first, second, won) if vote.first_shown else (second, first, 1 - won)
-        rows.append(bradley_terry.Comparison(vote.annotator, *shown))
-    found = bradley_terry.fit(rows)
+        if vote.first_shown:
+            rows.append(bradley_terry.Comparison(vote.annotator, first, second, won))
+        else:
+            rows.append(bradley_terry.Comparison(vote.annotator, second, first, 1 - won))
+    fit = bradley_terry.fit(rows)
     results = []
     for key in sorted(counts):
         first, second = _names(votes.pairs[key])
-        p = 1 / (1 + math.exp(found.strength[second] - found.strength[first]))
+        p = 1 / (1 + math.exp(fit.strength[second] - fit.strength[first]))
         outcome: Outcome | None = Outcome.first if p > 0.5 else Outcome.second
         confidence, ties = max(p, 1 - p), counts[key][Outcome.tie]
-        # the model has no word for a tie, so the votes decide
+        # the model knows no ties, so the votes decide
         if ties > max(counts[key][Outcome.first], counts[key][Outcome.second]):
             outcome, confidence = Outcome.tie, ties / counts[key].total()
         elif abs(p - 0.5) < _EVEN:
             outcome = None
         results.append(PairResult(votes.pairs[key], outcome, confidence, p, dict(counts[key])))
     figures = {
-        "iterations": found.iterations,
-        "converged": found.converged,
-        "first_side": found.first_side,
+        "iterations": fit.iterations,
+        "converged": fit.converged,
+        "first_side": fit.first_side,
     }
-    notes = (
-        ()
-        if found.converged
-        else (f"the Bradley-Terry model has not converged after {found.iterations} iterations",)
-    )
-    return Aggregated(tuple(results), dict(found.reliability), figures, notes)
+    notes: tuple[str, ...] = ()
+    if not fit.converged:
+        notes = (f"the Bradley-Terry model has not converged after {fit.iterations} iterations",)
+    return Aggregated(tuple(results), dict(fit.reliability), figures, notes)
 
 
 def _names(pair: Pair) -> tuple[str, str]:
+    """The answers' names in the model: equal texts to two prompts are two answers."""
     prompt = digest(pair.prompt)
     return f"{prompt} {pair.answers[0].id}", f"{prompt} {pair.answers[1].id}"
 
@@ -296,21 +291,17 @@ def fate(result: PairResult, *, min_labels: int, min_confidence: float, strength
 
 
 def preference_row(result: PairResult, strength: Strength) -> dict[str, Any]:
-    """TRL's columns of a pair whose fate it is to be used, and what stands behind it. A tie is a
-    pair at 1/2, the first answer as chosen.
+    """A used pair in TRL's columns, with what it is based on. Of a tie the first answer is chosen,
+    at 1/2.
 
-    margin: log-odds of soft_label; soft_label: probability that chosen is better, in [0.5, 1).
+    soft_label: probability that chosen is better, in [0.5, 1); margin: its log-odds.
     """
-    first, second = result.pair.answers
-    tie = result.outcome is Outcome.tie
-    p = (
-        0.5
-        if tie
-        else result.first_better
-        if result.outcome is Outcome.first
-        else 1 - result.first_better
-    )
-    chosen, rejected = (second, first) if result.outcome is Outcome.second else (first, second)
+    chosen, rejected = result.pair.answers
+    p = result.first_better
+    if result.outcome is Outcome.tie:
+        p = 0.5
+    elif result.outcome is Outcome.second:
+        chosen, rejected, p = rejected, chosen, 1 - p
     text = isinstance(result.pair.prompt, str)
     row: dict[str, Any] = {
         "prompt": result.pair.prompt,
@@ -331,7 +322,7 @@ def preference_row(result: PairResult, strength: Strength) -> dict[str, Any]:
 
 
 def held_out(prompt: Any, fraction: float) -> bool:
-    """Whether a prompt's pairs are in eval.jsonl: by a hash of the prompt alone, so that it never
-    changes sides as labels come in.
+    """Whether a prompt's pairs are in eval.jsonl. A hash of the prompt alone decides, so that the
+    prompt never changes sides as labels come in.
     """
     return int(digest(["held out", digest(prompt)]), 16) / 16**16 < fraction

@@ -1,15 +1,14 @@
-"""What labelling passes around.
+"""The records of labelling.
 
     Candidates   a prompt and the distinct answers to it that may be compared
-    Task         one question to people: two answers side by side, or several to rank. What tools
-    and annotators get is its id, prompt, `shown`;
-                 all else is hidden and stays in the export's ledger
-    Judgement    what one annotator said of one task, as it came back, before it was checked against
-    the ledger
+    Task         one question to people: two answers side by side, or several to rank. Tools and
+                 annotators get its id, prompt and `shown`; all else is hidden and stays in the
+                 export's ledger
+    Judgement    what one annotator answered to one task, before it was checked against the ledger
 
 Two orders of a task's answers must not be confused. `answers` are in the order of their ids, a hash
-of what they say, so that their place tells nothing of who wrote them. `shown` is that order
-shuffled: place i shows answers[order[i]].
+of the text, so that their position tells nothing of who wrote them. `shown` is that order shuffled:
+place i shows answers[order[i]].
 """
 
 from collections.abc import Sequence
@@ -30,12 +29,12 @@ class Role(Enum):
 
 
 class Verdict(Enum):
-    """What was said of a task."""
+    """An annotator's answer to a task."""
 
     left = "left"  # the first shown is better
     right = "right"  # the second shown is better
     tie = "tie"
-    skip = "skip"  # the annotator looked and did not want to say
+    skip = "skip"  # the annotator looked, and can't or won't decide
     cancelled = "cancelled"  # the tool's own skip
     ranked = "ranked"
 
@@ -51,6 +50,7 @@ class Answer:
 
     @property
     def id(self) -> str:
+        """A hash of the text."""
         return digest(self.text)
 
 
@@ -63,6 +63,7 @@ class Candidates:
 
     @property
     def id(self) -> str:
+        """A hash of the prompt."""
         return digest(self.prompt)
 
 
@@ -76,17 +77,17 @@ class Task:
     order: tuple[int, ...]  # place i shows answers[order[i]]
     role: Role = Role.main
     chosen_by: str = ""  # the method that chose it
-    best: int | None = None  # of a gold task: the place in `answers` of the better one
+    best: int | None = None  # of a gold task: the index in `answers` of the best one
     repeats: str | None = None  # of a repeated task: the id of the first
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The answers' texts as annotators see them: left and right, or from the top down."""
+        """The answers' texts as annotators see them: left and right, or from top to bottom."""
         return tuple(self.answers[i].text for i in self.order)
 
     @property
     def swapped(self) -> bool:
-        """Of a pair: whether the first of `answers` is shown second."""
+        """Whether the first of a pair's `answers` is shown second."""
         return self.order[0] != 0
 
 
@@ -110,7 +111,7 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What one annotator said of one task, in the places as shown."""
+    """What one annotator answered to one task. Places are those shown."""
 
     task: str  # its id, as the file has it
     annotator: str  # "" where the file does not say
@@ -130,7 +131,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A row of a file that is no judgement: where, whose, and why."""
+    """A row of a file that is no judgement: its place, its task, and why."""
 
     place: str
     task: str  # "" where it has no id
@@ -147,8 +148,8 @@ def as_text(prompt: Any) -> str:
 def export_id(
     questions: Sequence[tuple[Any, Sequence[str], Sequence[int]]], *, created: str, seed: int
 ) -> str:
-    """Of (prompt, answers' texts, order) of every task, and when: two exports of the same answers
-    are two exports.
+    """A hash of (prompt, answers' texts, order) of every task, and of the time: two exports of the
+    same answers are two exports.
     """
     content = [[prompt, list(texts), list(order)] for prompt, texts, order in questions]
     return digest([content, created, seed])[:12]

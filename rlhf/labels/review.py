@@ -5,11 +5,11 @@ A line is a line of the export's tasks.jsonl (ledger.task_row) and, beside it,
 
     why      reasons in words
     labels   who said what so far: {export, task, annotator, counts, outcome, ranking, comment,
-    time}; places are those of `answers`
+             time}; the ranking's places are those of `answers`
 
-A task is in the queue while its result is split or below label.min_confidence; for mere
-disagreement it goes out again once only: when labels of a second export have come, the result
-stands. Of a ranking, disagreement is who the best one is: orders of several answers are hardly ever
+A task is in the queue while its result is split or below label.min_confidence. For mere
+disagreement it goes out again once only: with labels of a second export the result stands. Of a
+ranking, disagreement is about the best answer only: orders of several answers are hardly ever
 equal.
 """
 
@@ -26,74 +26,71 @@ from rlhf.process.hashing import digest
 
 
 def question_id(task: Task) -> str:
-    """The same for tasks that ask the same of the same answers."""
+    """A hash, the same for tasks that ask the same about the same answers."""
     return digest([digest(task.prompt), *sorted(answer.id for answer in task.answers)])
-
-
-def _best(label: Checked) -> object:
-    return label.ranking[0] if label.outcome is Outcome.ranked else label.outcome
-
-
-def _why(
-    results: list[PairResult], situation: Situation, kind: LabelKind, labels: list[Checked]
-) -> list[str]:
-    out = []
-    for result in results:
-        votes = ", ".join(
-            f"{n} {outcome.value}"
-            for outcome, n in sorted(result.votes.items(), key=lambda pair: pair[0].value)
-        )
-        fate = situation.fates[result.pair.id]
-        if fate is Fate.split:
-            out.append(f"split: {votes}")
-        elif fate is Fate.unsure:
-            out.append(f"confidence {result.confidence:.3f}: {votes}")
-        elif (
-            fate is not Fate.few_labels
-            and result.disputed
-            and situation.votes.asked[result.pair.id] == 1
-            and kind is LabelKind.pair
-        ):
-            out.append(f"annotators differ: {votes}")
-    said = [
-        label
-        for label in labels
-        if label.annotator not in situation.without
-        and label.outcome in (Outcome.ranked, Outcome.tie)
-    ]
-    once = len({label.export for label in said}) == 1
-    if kind is LabelKind.ranking and not out and once and len({_best(label) for label in said}) > 1:
-        out.append("annotators differ on the best one")
-    return out
 
 
 def review_rows(situation: Situation) -> list[dict[str, Any]]:
     """The queue, in the order of the exports and their tasks."""
-    by_task: dict[str, list[PairResult]] = defaultdict(list)
+    results: dict[str, list[PairResult]] = defaultdict(list)
     for result in situation.aggregated.results:
-        by_task[result.pair.task].append(result)
-    said: dict[str, list[Checked]] = defaultdict(list)
+        results[result.pair.task].append(result)
+    labels: dict[str, list[Checked]] = defaultdict(list)
     for label in situation.labels:
-        said[question_id(situation.ledgers.tasks[label.task][1])].append(label)
-    out = []
+        labels[question_id(situation.ledgers.tasks[label.task][1])].append(label)
+    rows = []
     for export in sorted(situation.ledgers.exports.values(), key=lambda e: (e.created, e.id)):
         for task in export.tasks:
-            if task.role is not Role.main or task.id not in by_task:
+            if task.role is not Role.main or task.id not in results:
                 continue
-            labels = said[question_id(task)]
-            why = _why(by_task[task.id], situation, export.kind, labels)
+            own = labels[question_id(task)]
+            why = _reasons(results[task.id], situation, export.kind, own)
             if why:
-                out.append(
-                    {
-                        **task_row(task),
-                        "why": why,
-                        "labels": [_said(label, situation) for label in labels],
-                    }
-                )
-    return out
+                entries = [_label_entry(label, situation) for label in own]
+                rows.append({**task_row(task), "why": why, "labels": entries})
+    return rows
 
 
-def _said(label: Checked, situation: Situation) -> dict[str, Any]:
+def _reasons(
+    results: list[PairResult], situation: Situation, kind: LabelKind, labels: list[Checked]
+) -> list[str]:
+    """Why a task goes out again, in words; `results` of its pairs, `labels` of its question."""
+    reasons = []
+    for result in results:
+        counts = sorted(result.votes.items(), key=lambda item: item[0].value)
+        votes = ", ".join(f"{n} {outcome.value}" for outcome, n in counts)
+        fate = situation.fates[result.pair.id]
+        asked_once = situation.votes.asked[result.pair.id] == 1
+        if fate is Fate.split:
+            reasons.append(f"split: {votes}")
+        elif fate is Fate.unsure:
+            reasons.append(f"confidence {result.confidence:.3f}: {votes}")
+        elif fate is Fate.few_labels or kind is not LabelKind.pair:
+            continue
+        elif result.disputed and asked_once:
+            reasons.append(f"annotators differ: {votes}")
+    if kind is LabelKind.ranking and not reasons and _best_disputed(labels, situation):
+        reasons.append("annotators differ on the best one")
+    return reasons
+
+
+def _best_disputed(labels: list[Checked], situation: Situation) -> bool:
+    """Whether rankings of one export put different answers first."""
+    best, exports = set(), set()
+    for label in labels:
+        if label.annotator in situation.without:
+            continue
+        if label.outcome is Outcome.ranked:
+            best.add(label.ranking[0])
+        elif label.outcome is Outcome.tie:
+            best.add(())
+        else:
+            continue
+        exports.add(label.export)
+    return len(best) > 1 and len(exports) == 1
+
+
+def _label_entry(label: Checked, situation: Situation) -> dict[str, Any]:
     return {
         "export": label.export,
         "task": label.task,

@@ -1,4 +1,4 @@
-"""Answers that are there already: samples.jsonl of runs, review.jsonl of an import."""
+"""Answers that exist already: samples.jsonl of runs, review.jsonl of an import."""
 
 import logging
 import re
@@ -18,7 +18,7 @@ from rlhf.labels.ledger import task_of
 from rlhf.labels.records import Role
 from rlhf.types import UserError
 
-LOG = logging.getLogger("rlhf.label")
+LOG = logging.getLogger("rlhf.labels")
 # what chat templates put into a prompt
 _MARKS = re.compile(r"<\|[^|<>\s]{1,32}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 
@@ -33,29 +33,25 @@ class Samples:
 
     @property
     def templated(self) -> int:
-        """Responses whose prompt holds marks of a chat template: it is what the policy read, not
-        what people wrote.
+        """How many responses have a prompt with marks of a chat template: such a prompt is what the
+        policy read, not what people wrote.
         """
-        return sum(
-            isinstance(r.prompt, str) and _MARKS.search(r.prompt) is not None
-            for r in self.responses
-        )
+        prompts = [response.prompt for response in self.responses]
+        return sum(isinstance(prompt, str) and bool(_MARKS.search(prompt)) for prompt in prompts)
 
 
 def read_samples(paths: Sequence[str]) -> Samples:
-    """Responses of all files, their policies named after run and step; a comparison's two sides
-    after its run and `before` or `after`.
+    """Responses of all files. Their policies are named after run and step; the two sides of a
+    comparison after its run and `before` or `after`.
 
-    Raises UserError for a file or a row that doesn't fit, and for files of which two runs have one
+    Raises UserError for a file or a row that doesn't fit, and for files of two runs with the same
     name.
     """
     names = run_names([Path(path).expanduser() for path in paths])
-    responses = [
-        r
-        for path, name in zip(paths, names, strict=True)
-        for row in _rows(path, "label.samples")
-        for r in _responses(row, name)
-    ]
+    responses: list[Response] = []
+    for path, name in zip(paths, names, strict=True):
+        for row in _rows(path, "label.samples"):
+            responses += _responses(row, name)
     if not responses:
         raise UserError(
             f"label.samples={list(paths)} holds no rows: expected prompts with responses, as "
@@ -65,8 +61,8 @@ def read_samples(paths: Sequence[str]) -> Samples:
 
 
 def check_samples(path: str) -> bool:
-    """For preflight: the file is there and its first row fits; whether that has a score. Raises
-    UserError.
+    """Whether the first row has a score. Raises UserError where the file does not exist, or its
+    first row does not fit.
     """
     row = next(iter(scan(check_file(path, "label.samples"), 1)), None)
     if row is None:
@@ -80,8 +76,8 @@ def check_samples(path: str) -> bool:
 
 
 def _rows(path: str, key: str) -> list[SourceRow]:
-    """Rows of a file that a run wrote; a torn last line, as a killed run leaves it, is said and
-    left out. Raises UserError for any other.
+    """Rows of a file that a run wrote. Half of a last line, as a killed run leaves it, is left out
+    with a warning. Raises UserError for any other row that can't be read.
     """
     rows = list(scan(check_file(path, key), key=key))
     if rows and rows[-1].problem is not None:
@@ -96,20 +92,18 @@ def _rows(path: str, key: str) -> list[SourceRow]:
 
 
 def _responses(row: SourceRow, run: str) -> list[Response]:
+    """The response of a training run's row, or the two of a comparison's. Raises UserError."""
     columns = row.columns
     try:
         prompt = text_of(columns, "prompt", empty=True)
         answer = text_of(columns, "response", empty=True)
-        if "response_before" in columns:
-            before = text_of(columns, "response_before", empty=True)
-            return [
-                Response(prompt, before, f"{run}/before", _score(columns, "score_before")),
-                Response(prompt, answer, f"{run}/after", _score(columns, "score")),
-            ]
+        if "response_before" not in columns:
+            step = int(number_of(columns, "step"))
+            return [Response(prompt, answer, f"{run}/{step}", _score(columns, "score"))]
+        before = text_of(columns, "response_before", empty=True)
         return [
-            Response(
-                prompt, answer, f"{run}/{int(number_of(columns, 'step'))}", _score(columns, "score")
-            )
+            Response(prompt, before, f"{run}/before", _score(columns, "score_before")),
+            Response(prompt, answer, f"{run}/after", _score(columns, "score")),
         ]
     except RowError as error:
         raise UserError(
@@ -122,65 +116,66 @@ def _score(columns: dict[str, Any], key: str) -> float | None:
     return None if columns.get(key) is None else number_of(columns, key)
 
 
-def _config_of(samples: Path) -> dict[str, Any] | None:
-    place = samples.parent / "config.yaml"
-    content = yaml.safe_load(place.read_text(encoding="utf-8")) if place.is_file() else None
-    return content if isinstance(content, dict) else None
+def _config_of(samples: Path) -> dict[str, Any]:
+    """The configuration of the run that wrote the file; {} where it can't be known."""
+    path = samples.parent / "config.yaml"
+    if not path.is_file():
+        return {}
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def run_names(files: Sequence[Path]) -> list[str]:
-    """The run that wrote each samples.jsonl, with its stage where two are of one run. Raises
+    """The run that wrote each samples.jsonl, with its stage where two files are of one run. Raises
     UserError where they can't be told apart even so.
     """
-    configs = [_config_of(file) for file in files]
-    short = [
-        _named(config, "run") or file.resolve().parent.name
-        for file, config in zip(files, configs, strict=True)
-    ]
-    long = [
-        f"{run}/{_named(config, 'stage') or file.resolve().parent.name}"
-        for file, run, config in zip(files, short, configs, strict=True)
-    ]
-    names = [whole if short.count(run) > 1 else run for run, whole in zip(short, long, strict=True)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        found = [str(file) for file, name in zip(files, names, strict=True) if name == twice]
-        raise UserError(
-            f"label.samples: {' and '.join(found)} are both of the run {twice}, so their "
-            "policies can't be told apart. Name one of them."
-        )
+    short, long = [], []
+    for file in files:
+        config, folder = _config_of(file), file.resolve().parent.name
+        run = _name_in(config, "run") or folder
+        stage = _name_in(config, "stage") or folder
+        short.append(run)
+        long.append(f"{run}/{stage}")
+    names = list(short)
+    for i, run in enumerate(short):
+        if short.count(run) > 1:
+            names[i] = long[i]
+    for name in names:
+        if names.count(name) > 1:
+            same = [str(file) for file, other in zip(files, names, strict=True) if other == name]
+            raise UserError(
+                f"label.samples: {' and '.join(same)} are both of the run {name}, so their "
+                "policies can't be told apart. Name one of them."
+            )
     return names
 
 
-def _named(config: dict[str, Any] | None, group: str) -> str | None:
-    section = (config or {}).get(group)
-    return str(section["name"]) if isinstance(section, dict) and section.get("name") else None
+def _name_in(config: dict[str, Any], group: str) -> str | None:
+    section = config.get(group)
+    if isinstance(section, dict) and section.get("name"):
+        return str(section["name"])
+    return None
 
 
 def _comparable(files: Sequence[Path]) -> bool:
-    """All runs were scored by the same reward, and none by statistics that move from step
-    to step.
+    """Whether all runs were scored by the same reward, and none by statistics that move from step
+    to step, as far as their configurations tell.
     """
-    rewards = [
-        None if (config := _config_of(file)) is None else config.get("reward") for file in files
-    ]
-    if any(reward is None for reward in rewards) and len(files) > 1:
+    rewards = [_config_of(file).get("reward") for file in files]
+    if None in rewards and len(files) > 1:
         return False
-    moving = any(
-        term.get("normalise")
-        for reward in rewards
-        if reward
-        for term in (reward.get("terms") or {}).values()
-    )
-    return not moving and all(reward == rewards[0] for reward in rewards)
+    for reward in rewards:
+        terms = (reward or {}).get("terms") or {}
+        if any(term.get("normalise") for term in terms.values()):
+            return False
+    return all(reward == rewards[0] for reward in rewards)
 
 
 def read_review(path: str, kind: LabelKind) -> list[Question]:
-    """The tasks of a review queue as questions that go out again. A repeated task asks nothing new,
-    so it is left out where its first is there too.
+    """The tasks of a review queue as questions that go out again, each question once.
 
-    Raises UserError naming the row of one that is no task, or has more answers than the `kind` can
-    ask about.
+    Raises UserError, naming the row, for a row that is no task or has more answers than the `kind`
+    can ask about.
     """
     out: dict[str, Question] = {}
     for row in _rows(path, "label.review"):
@@ -192,12 +187,12 @@ def read_review(path: str, kind: LabelKind) -> list[Question]:
 
 
 def check_review(path: str, kind: LabelKind) -> None:
-    """For preflight: the file is there and its first row is a task. Raises UserError."""
+    """The file exists and its first row is a task. Raises UserError."""
     row = next(iter(scan(check_file(path, "label.review"), 1)), None)
-    if row is None or row.problem is not None:
+    problem = "it holds no tasks" if row is None else row.problem
+    if row is None or problem is not None:
         raise UserError(
-            f"label.review={path}: {row.problem if row else 'it holds no tasks'}: expected "
-            "review.jsonl of label.mode=import."
+            f"label.review={path}: {problem}: expected review.jsonl of label.mode=import."
         )
     _question(row, kind)
 
@@ -206,9 +201,9 @@ def _question(row: SourceRow, kind: LabelKind) -> Question:
     try:
         task = task_of(row.columns)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        found = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        problem = f"no key {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{row.place}: {found}. Expected a task of review.jsonl, as label.mode=import writes "
+            f"{row.place}: {problem}. Expected a task of review.jsonl, as label.mode=import writes "
             "it."
         ) from error
     if kind is LabelKind.pair and len(task.answers) != 2:
@@ -216,5 +211,7 @@ def _question(row: SourceRow, kind: LabelKind) -> Question:
             f"{row.place}: task {task.id} has {len(task.answers)} answers, expected 2 with "
             "label.kind=pair. Set label.kind=ranking."
         )
-    best = task.answers[task.best].id if task.role is Role.gold and task.best is not None else None
+    best = None
+    if task.role is Role.gold and task.best is not None:
+        best = task.answers[task.best].id
     return Question(task.prompt, task.answers, by="review", best=best, origin=task.id)

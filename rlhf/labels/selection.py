@@ -4,18 +4,17 @@ answers that ``label.choice`` takes; and gold questions beside them.
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from conf.choices import ChoiceMethod, LabelKind
 from conf.labelling import LabelConfig
 from rlhf.labels.asking import Question, gold_questions, share_of
 from rlhf.labels.candidates import Candidates, Gathered, Response, gather, gather_two
 from rlhf.labels.checks_export import chosen_by_score
-from rlhf.labels.choice import Chosen, choose, text_vectors
+from rlhf.labels.choice import Chosen, choose
+from rlhf.labels.clusters import Vectors, text_vectors
 from rlhf.labels.samples import read_review
 from rlhf.models.encoding import is_chat
 from rlhf.process.hashing import digest
@@ -54,7 +53,7 @@ def select_review(path: str, kind: LabelKind) -> Selection:
     return Selection(questions, {"prompts": len(prompts)}, details)
 
 
-def prompt_vectors(label: LabelConfig) -> Callable[[Sequence[str]], np.ndarray] | None:
+def prompt_vectors(label: LabelConfig) -> Vectors | None:
     """What turns prompts into vectors, where ``label.choice`` makes clusters of them, else None.
     Raises UserError where a package is missing; so it is called before anything is generated.
     """
@@ -68,7 +67,7 @@ def select_answers(
     responses: Sequence[Response],
     label: LabelConfig,
     *,
-    vectors: Callable[[Sequence[str]], np.ndarray] | None,
+    vectors: Vectors | None,
     seed: int,
 ) -> tuple[Gathered, list[Question]]:
     """The answers that can be compared, and the questions that ``label.choice`` takes of them.

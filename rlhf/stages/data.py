@@ -198,9 +198,7 @@ def _examine(
     from rlhf.data.report.staged import of_stage
     from rlhf.data.report.terminal import tables
 
-    report = of_stage(
-        ctx.cfg.data, ctx.cfg.model, kind, items, done, ctx.dir, ctx.cfg.run.seed
-    )
+    report = of_stage(ctx.cfg.data, ctx.cfg.model, kind, items, done, ctx.dir, ctx.cfg.run.seed)
     for table in tables(report):
         console.console().print(table)
     return {f"report ({suffix})": path for suffix, path in report.files.items()}

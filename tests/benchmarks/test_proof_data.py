@@ -43,7 +43,7 @@ from benchmarks.proofs.defects import (
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item
 from rlhf.data.recipes.reviews import Review
-from rlhf.data.report import make
+from rlhf.data.report.making import make
 from rlhf.data.report.writing import as_json
 
 SMALL = Sizes(

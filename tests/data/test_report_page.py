@@ -18,9 +18,9 @@ from rich.console import Console
 from conf.choices import TaskClass
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item
-from rlhf.data.report import Report, make
+from rlhf.data.report.making import make
 from rlhf.data.report.plots import draw
-from rlhf.data.report.records import Bars, Histogram, Severity
+from rlhf.data.report.records import Bars, Histogram, Report, Severity
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.schema import SCHEMA
 from rlhf.data.report.terminal import tables

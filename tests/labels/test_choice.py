@@ -14,16 +14,10 @@ from hypothesis import strategies as st
 from scipy.special import entr, expit
 
 from conf.choices import ChoiceMethod, LabelKind, TextVectors
-from rlhf.labels.choice import (
-    Chosen,
-    choose,
-    clusters,
-    information,
-    split_budget,
-    text_vectors,
-    uncertainty,
-)
+from rlhf.labels.choice import Chosen, choose, split_budget
+from rlhf.labels.clusters import clusters, text_vectors
 from rlhf.labels.records import Answer, Candidates
+from rlhf.labels.uncertainty import information, uncertainty
 from rlhf.types import UserError
 
 RANDOM, UNCERTAIN, DIVERSE, BOTH = (
@@ -349,7 +343,7 @@ def test_what_a_method_can_not_fill_goes_to_random(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         chosen = ask(candidates, 4, {UNCERTAIN: 1.0})
     assert Counter(c.by for c in chosen) == {UNCERTAIN: 1, RANDOM: 3} and chosen[0].candidates == 0
-    assert "uncertainty found 1 of its 4 tasks; random takes over the rest" in caplog.text
+    assert "uncertainty has only 1 of its 4 tasks; random takes over the rest" in caplog.text
 
 
 def test_fewer_tasks_than_the_budget(caplog: pytest.LogCaptureFixture) -> None:
