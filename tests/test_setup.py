@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conf.schema import Config
+from tests.test_layers import PRODUCT, imports_of, source_files
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements" / "lock-cpu-py311.txt"
@@ -33,7 +34,20 @@ LEFT_OUT = {
 }
 UNUSED_REQUIREMENTS = {("label-studio-sdk", "opencv-python-headless")}
 SHIPPED = (".py", ".yaml", ".jinja", ".html", ".css", ".js")  # suffixes that the wheel must hold
-EXTRAS = ("cpu", "demo", "smollm2", "gym", "embeddings", "labelstudio", "test", "dev")
+EXTRAS = (
+    "cpu",
+    "data",
+    "demo",
+    "embeddings",
+    "gym",
+    "labels",
+    "labelstudio",
+    "serve",
+    "smollm2",
+    "tracking",
+    "test",
+    "dev",
+)
 
 
 def pins() -> list[tuple[str, str]]:
@@ -196,3 +210,43 @@ def test_documented_defaults_are_the_schema_s() -> None:
             else getattr(value, "value", value)
         )
         assert str(shown) == documented.strip(), key
+
+
+# Libraries that come with another library of the project, and which.
+COME_ALONG = {
+    "huggingface-hub": "transformers",
+    "latex2sympy2-extended": "math-verify",
+    "pandas": "crowd-kit",
+    "starlette": "fastapi",
+    "tqdm": "transformers",
+}
+# Packages of ours that only a process with the extra imports.
+BEHIND_AN_EXTRA = ("reward/service/",)
+
+
+def extra_of(distribution: str) -> str:
+    """The extra of pyproject.toml that installs a distribution; "" for the core."""
+    wanted = canonicalize_name(COME_ALONG.get(distribution, distribution))
+    groups = {"": PROJECT["project"]["dependencies"], **PROJECT["project"]["optional-dependencies"]}
+    for extra, rows in groups.items():
+        if wanted in {canonicalize_name(Requirement(row).name) for row in rows}:
+            return extra
+    raise AssertionError(f"{distribution} is in no dependency list of pyproject.toml")
+
+
+def test_libraries_of_extras_are_never_imported_at_once() -> None:
+    """The core starts without any extra: their libraries are imported inside functions."""
+    distributions = importlib.metadata.packages_distributions()
+    libraries = set()
+    eager = []
+    for path, source in source_files(PRODUCT).items():
+        for item in imports_of(source, path):
+            name = item.module.split(".")[0]
+            if name in sys.stdlib_module_names or name in PRODUCT or name not in distributions:
+                continue
+            libraries.add(name)
+            extra = extra_of(canonicalize_name(distributions[name][0]))
+            if extra and item.eager and not path.startswith(BEHIND_AN_EXTRA):
+                eager.append(f"{item} of the extra {extra}")
+    assert {"torch", "wandb", "openpyxl"} <= libraries
+    assert not eager, "\n".join(eager)

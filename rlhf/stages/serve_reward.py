@@ -14,10 +14,10 @@ from conf.schema import Config
 from conf.stages import ServeRewardStage
 from reward.http import bearer_token
 from reward.model import load_reward_tokenizer
-from reward.service.app import create_app
 from reward.service.batcher import Counts
 from reward.service.served import ServedModel
 from rlhf.process import distributed
+from rlhf.process.extras import require
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.types import UserError
@@ -31,6 +31,8 @@ def check(cfg: Config) -> list[str]:
     """There is a reward model and, where one is asked for, a token. Raises UserError."""
     stage = cfg.stage
     assert isinstance(stage, ServeRewardStage)
+    for library in ("fastapi", "uvicorn"):
+        require(library, "serve")
     distributed.require_one_process("stage=serve_reward", "Run it without torchrun.")
     if cfg.reward.path is None:
         raise UserError(
@@ -118,6 +120,8 @@ def run(ctx: RunContext) -> None:
     that can't be used.
     """
     import uvicorn
+
+    from reward.service.app import create_app
 
     cfg, stage = ctx.cfg, ctx.cfg.stage
     assert isinstance(stage, ServeRewardStage) and cfg.reward.path is not None

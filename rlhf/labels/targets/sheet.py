@@ -36,6 +36,7 @@ from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
 from rlhf.labels.files import write_text
 from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import check_texts, guidance, most_answers, read_rows
+from rlhf.process.extras import require
 from rlhf.process.wording import describe
 from rlhf.types import UserError
 
@@ -78,7 +79,7 @@ def write_xlsx(export: Export, folder: Path) -> list[Path]:
     """The sheet and its instructions. Raises UserError for text that a cell can't hold, naming the
     task.
     """
-    import openpyxl
+    openpyxl = require("openpyxl", "labels")
     from openpyxl.styles import Alignment, Font
     from openpyxl.utils import get_column_letter
     from openpyxl.worksheet.datavalidation import DataValidation

@@ -1,6 +1,5 @@
 """The tracker of a run: files on every run, a backend beside them where one is configured."""
 
-import importlib.util
 import json
 import os
 import time
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 
 from conf.choices import TrackingKind
 from conf.schema import Config, TrackingConfig
+from rlhf.process.extras import require
 from rlhf.run.tracking.files import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -19,7 +19,6 @@ from rlhf.run.tracking.files import (
     truncate,
     write_line,
 )
-from rlhf.types import UserError
 
 
 class Backend(Protocol):
@@ -67,22 +66,17 @@ def make_backend(cfg: Config, directory: Path, stage: str, resume: bool) -> Back
 
 
 def check(tracking: TrackingConfig) -> None:
-    """What can be known of the tracker before a run starts. Raises UserError."""
+    """What can be known of the tracker before a run starts. Raises UserError.
+
+    metrics.jsonl is written without any of these libraries (tracking=none).
+    """
     if tracking.kind is TrackingKind.wandb:
         from rlhf.run.tracking.wandb import wandb_mode
 
-        _require("wandb", tracking.kind)
+        require("wandb", "tracking")
         wandb_mode(tracking)
     if tracking.kind is TrackingKind.tensorboard:
-        _require("tensorboard", tracking.kind)
-
-
-def _require(package: str, kind: TrackingKind) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"tracking={kind.value} needs the package {package}, which is not installed: `pip "
-            f"install {package}`, or set tracking=none."
-        )
+        require("tensorboard", "tracking")
 
 
 class Tracker:
