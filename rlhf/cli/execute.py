@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from conf.choices import Recipe
 from conf.schema import Config
 from rlhf.cli.presets import module_name, stage_schema
 from rlhf.process import distributed
@@ -17,7 +18,8 @@ from rlhf.process.watchdog import Watchdog
 # From the name of a module in rlhf/stages/ to the module, imported: rlhf/__main__.py has it.
 Modules = Callable[[str], Any]
 
-_DRY_RUN = "dry_run"
+# Modules of rlhf/stages/ that are no stages: what only some runs need is imported by them alone.
+_DRY_RUN, _RECIPE = "dry_run", "recipe"
 
 
 def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
@@ -53,7 +55,6 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
     module. Raises UserError on all ranks alike.
     """
     from rlhf.checks import preflight
-    from rlhf.data.recipes import build as recipes
 
     limit = cfg.run.phase_timeout_s or 0.0
     with Watchdog(cfg.run.phase_timeout_s) as watchdog:
@@ -62,7 +63,8 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
         # timeout would tell a consequence.
         distributed.initialise(max(30.0, limit / 60 + 10.0))
         watchdog.phase("download")
-        recipes.ensure(cfg)
+        if cfg.data.recipe is not Recipe.none:
+            modules(_RECIPE).ensure(cfg)
         watchdog.phase("preflight")
         stage = modules(name)
         for note in preflight.check(stage.check, cfg):
