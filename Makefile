@@ -25,7 +25,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo docs test test-slow test-labelstudio fuzz lint format doctor bench bench-data bench-growth chaos soak proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
+.PHONY: help setup demo docs test test-slow test-labelstudio test-benchmarks fuzz lint format doctor bench bench-data bench-growth chaos soak house equality proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ $(LABELSTUDIO_STAMP):
 	@test -x $(LABELSTUDIO)/bin/python || $(PYTHON) -m venv $(LABELSTUDIO)
 	@$(LABELSTUDIO)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) label-studio==$(LABELSTUDIO_VERSION)
 	@touch $@
+
+test-benchmarks: $(STAMP) ## the tests of the harnesses in benchmarks/
+	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile tests/benchmarks $(PYTEST_ARGS)
 
 fuzz: $(STAMP) ## slow: thousands of bad options, rows, models and damaged files; fails unless each ends in an error of ours (about 8 min)
 	$(OFFLINE) $(PY) -m pytest -m slow tests/test_fuzz.py tests/test_fuzz_places.py -s $(PYTEST_ARGS)
@@ -114,10 +117,16 @@ bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group 
 	$(OFFLINE) $(PY) -m benchmarks.speed --growth
 
 chaos: $(STAMP) ## slow: faults put into real runs (kills, signals, torn files, full disks, NaN, hangs); each has to be survived (about 20 min)
-	$(OFFLINE) $(PY) -m benchmarks.chaos.harness
+	$(OFFLINE) $(PY) -m benchmarks.chaos
 
 soak: $(STAMP) ## slow: 200 steps of tiny models (ppo, ZeRO-2, vLLM, LoRA, sft); fails where memory grows by more than 2 % after the warm-up
 	$(OFFLINE) $(PY) -m benchmarks.soak
+
+house: $(STAMP) ## how readable and how entangled the code is, in figures
+	$(PY) -m benchmarks.house
+
+equality: $(STAMP) ## the same commands in two checkouts give the same numbers: make equality BEFORE=DIR AFTER=DIR (up to 20 min)
+	$(OFFLINE) $(PY) -m benchmarks.equality --before $(BEFORE) --after $(AFTER)
 
 clean: ## remove caches and build leftovers (runs/ and the environments stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

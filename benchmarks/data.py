@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.proofs.common import Check, report
+from benchmarks.shared import environment, module
 
 SIZES = (10_000, 20_000, 50_000, 100_000)
 GIB = 2.0
@@ -210,22 +211,21 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def measure_stream(path: Path, folder: Path) -> Streamed:
     """stage=data in a process of its own: reading, length filter, exact de-duplication, writing."""
     pipeline = f"[{{step: length, low: {SHORT}}}, exact_duplicates]"
-    command = [
-        sys.executable,
-        "-m",
+    command = module(
         "rlhf",
         "stage=data",
         f"data.path={path}",
         f"data.pipeline={pipeline}",
         "data.cache=false",
         "tracking=none",
-    ]
+    )
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-S", "-c", _WATCH, *command, f"run.dir={folder}", "run.name=bench"],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
+        env=environment(),
     )
     seconds = time.perf_counter() - began
     if done.returncode:
@@ -277,10 +277,11 @@ def near_results(sizes: Sequence[int]) -> Iterator[Near]:
     """Each size in a process of its own."""
     for rows in sizes:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.data", "--measure", str(rows)],
+            module("benchmarks.data", "--measure", str(rows)),
             stdout=subprocess.PIPE,
             text=True,
             check=True,
+            env=environment(),
         )
         yield Near(**json.loads(done.stdout.splitlines()[-1]))
 

@@ -213,7 +213,7 @@ def stage_module(entry: Source, stage: str) -> str:
             for key, value in zip(node.keys, node.values, strict=True):
                 named = isinstance(key, ast.Constant) and key.value == stage
                 if named and isinstance(value, ast.Constant):
-                    return f"rlhf.stages.{value.value}"
+                    return f"rlhf.stages.{value.value!s}"
     return f"rlhf.stages.{stage}"
 
 

@@ -7,14 +7,13 @@ python -m benchmarks.soak --check-only         checks the runs that are there
 """
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.shared import environment, module, write_rows
 from rlhf.run import console
 from rlhf.run.tracking.files import METRICS_FILE, read_jsonl
 from rlhf.types import UserError
@@ -95,23 +94,17 @@ def stage_of(case: str) -> str:
     return CASES[case][0].removeprefix("stage=")
 
 
-def write_rows(place: Path, stage: str) -> None:
+def rows_of(stage: str) -> list[dict[str, str]]:
     """Rows for the stage: prompts, or texts."""
     key = "text" if stage == "sft" else "prompt"
-    rows = [
-        {key: f"{word} {number}"}
-        for number in range(16)
-        for word in ("alpha", "beta", "gamma", "delta")
-    ]
-    place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ("alpha", "beta", "gamma", "delta")
+    return [{key: f"{word} {number}"} for number in range(16) for word in words]
 
 
 def run(directory: Path, case: str) -> None:
-    """The run, in a process of its own; raises CalledProcessError."""
-    directory.mkdir(parents=True, exist_ok=True)
-    rows = directory / f"soak_{stage_of(case)}.jsonl"
-    write_rows(rows, stage_of(case))
-    command = [sys.executable, "-m", "rlhf", *CASES[case], *COMMON]
+    """The run, in a process of its own. Raises CalledProcessError."""
+    rows = write_rows(directory / f"soak_{stage_of(case)}.jsonl", rows_of(stage_of(case)))
+    command = module("rlhf", *CASES[case], *COMMON)
     command += [
         f"run.dir={directory}",
         f"run.name=soak-{case}",
@@ -119,7 +112,7 @@ def run(directory: Path, case: str) -> None:
         "run.overwrite=true",
         "tracking.samples_every=0",
     ]
-    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    subprocess.run(command, check=True, env=environment())
 
 
 def resident_of(directory: Path, case: str) -> list[float]:
@@ -148,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.check_only:
             run(given.dir, case)
         resident = resident_of(given.dir, case)
-        found = growth(resident)
-        worst = max(worst, found)
+        grown = growth(resident)
+        worst = max(worst, grown)
         at = {
             f"step {step}": f"{resident[step - 1]:.1f}" for step in (WARM_UP, 80, 120, 160, STEPS)
         }
@@ -157,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {
                 "case": case,
                 **at,
-                "growth": f"{found:+.2%}",
-                "passes": "yes" if found <= LIMIT else "no",
+                "growth": f"{grown:+.2%}",
+                "passes": "yes" if grown <= LIMIT else "no",
             }
         )
     console.table(rows, title=f"resident memory, MiB, of runs of {STEPS} steps")

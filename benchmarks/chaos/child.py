@@ -1,4 +1,4 @@
-"""``python -m rlhf`` with one fault in it, for benchmarks.chaos.harness: the product itself knows
+"""``python -m rlhf`` with one fault in it, for benchmarks.chaos: the product itself knows
 nothing of faults.
 
 The environment variable `FAULT` holds a JSON object: `point` (a phase of the watchdog's, "seal" for

@@ -1,4 +1,4 @@
-"""Disks that fill up and turn read-only, for benchmarks.chaos.harness: small tmpfs in a mount
+"""Disks that fill up and turn read-only, for benchmarks.chaos: small tmpfs in a mount
 namespace of the harness's own (Linux).
 
 What is mounted there is seen by the harness and its runs only, and is gone with them, however they
@@ -8,10 +8,11 @@ end.
 import contextlib
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from benchmarks.shared import environment, module
 
 INSIDE = "RLHF_CHAOS_MAY_MOUNT"  # set in the environment of a harness that has such a namespace
 PAGE = 4096  # bytes: a tmpfs gives room to files by pages
@@ -60,9 +61,8 @@ def enter(arguments: Sequence[str]) -> str:
     prefix, why = way()
     if prefix:
         os.environ[INSIDE] = "1"
-        os.execvp(
-            prefix[0], [*prefix, sys.executable, "-m", "benchmarks.chaos.harness", *arguments]
-        )
+        command = [*prefix, *module("benchmarks.chaos", *arguments)]
+        os.execvpe(command[0], command, environment())
     return why
 
 

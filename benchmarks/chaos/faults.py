@@ -1,4 +1,4 @@
-"""The runs that benchmarks.chaos.harness breaks, and the faults that it puts into them."""
+"""The runs that benchmarks.chaos breaks, and the faults that it puts into them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

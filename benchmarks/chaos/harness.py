@@ -1,9 +1,9 @@
 """Whether a run survives what happens to runs: faults are put into real runs of a tiny model, which
 then go on with run.resume=true.
 
-python -m benchmarks.chaos.harness                        every fault (minutes)
-python -m benchmarks.chaos.harness --only torn disk       those whose name holds one of the words
-python -m benchmarks.chaos.harness --ranks 2              those of runs with two ranks
+python -m benchmarks.chaos                        every fault (minutes)
+python -m benchmarks.chaos --only torn disk       those whose name holds one of the words
+python -m benchmarks.chaos --ranks 2              those of runs with two ranks
 
 Each fault has to end the process with the exit code that the documentation states and to leave no
 process behind; with two ranks the first cause has to stand in torchrun's last lines. The resumed
@@ -15,8 +15,6 @@ mount; elsewhere those faults are reported as not tried.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import re
 import shutil
@@ -29,22 +27,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 from benchmarks.chaos import disk as chaos_disk
-from benchmarks.chaos.child import FAULT
+from benchmarks.chaos.compare import (
+    Straight,
+    check_dump,
+    check_finished,
+    check_output,
+    check_resumed,
+    lost_lines,
+)
 from benchmarks.chaos.faults import EVERY, FAULTS, STEPS, Disk, Fault, Kind
-from rlhf.process import checkpoints
+from benchmarks.chaos.launch import launch, left_behind, write_data
 from rlhf.run import console
-from rlhf.run.directory import CHECKPOINTS, SUMMARY_FILE
-from rlhf.run.manifest import MANIFEST_FILE
+from rlhf.run.directory import SUMMARY_FILE
 from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE, read_jsonl
 
-_TIMEOUT_S = 600
 _LEAVING_S = 20.0  # that a run's processes have after the first of them ended
-_TOLERANCE = 1e-6
-_RUN = "RLHF_CHAOS_RUN"  # in the environment of every process of a run
-_CAUSE = "Root Cause (first observed failure):"
 
 
 @dataclass(slots=True)
@@ -59,270 +58,6 @@ class Outcome:
     lost: int = 0
     problems: list[str] = field(default_factory=list)
     not_tried: str = ""  # why
-
-
-@dataclass(frozen=True, slots=True)
-class Straight:
-    """A run that nothing happened to."""
-
-    place: Path
-    metrics: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-
-    @staticmethod
-    def of(place: Path) -> "Straight":
-        return Straight(place, lines(place / METRICS_FILE), lines(place / SAMPLES_FILE))
-
-    def room(self, checkpoints_: float) -> int:
-        """Bytes of a tmpfs that holds the start of the run and so many checkpoints."""
-        ends = [self.place / name for name in (CHECKPOINTS, "model", "plots")]
-        one = chaos_disk.room(checkpoints.numbered(self.place / CHECKPOINTS)[0][1])
-        return (
-            chaos_disk.room(self.place)
-            - sum(map(chaos_disk.room, ends))
-            + round(checkpoints_ * one)
-        )
-
-
-# ---- starting runs ----
-
-
-def launch(folder: Path, name: str, fault: Fault, *, resume: bool) -> tuple[int | None, str]:
-    """Start the run, with the fault unless it resumes; exit code (None: it never ended) and
-    output.
-    """
-    env = (
-        os.environ
-        | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        | fault.environment
-    )
-    env |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), _RUN: str(folder / name)}
-    if fault.action and not resume:
-        chosen = {
-            "point": fault.point,
-            "times": fault.times,
-            "action": fault.action,
-            "rank": fault.rank,
-            "place": str(folder / name),
-        }
-        env[FAULT] = json.dumps(chosen)
-    ranks = fault.kind.count
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        if ranks > 1
-        else []
-    )
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "benchmarks.chaos.child",
-        *fault.kind.options,
-        *fault.options,
-    ]
-    command += [
-        f"run.dir={folder}",
-        f"run.name={name}",
-        f"data.path={folder / fault.kind.data}",
-        *(["run.resume=true"] if resume else []),
-    ]
-    log = folder / f"{name}{'.resumed' if resume else ''}.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
-        code: int | None = None
-        try:
-            code = process.wait(_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return code, log.read_text(encoding="utf-8", errors="replace")
-
-
-def left_behind(token: str, patience: float) -> list[str]:
-    """Command lines of the processes of a run that are still there after `patience` seconds; they
-    are ended.
-    """
-    wanted = f"{_RUN}={token}".encode()
-
-    def living() -> dict[int, str]:
-        found = {}
-        for place in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # a process that has just ended, or another user's
-                if wanted in (place / "environ").read_bytes().split(b"\0"):
-                    found[int(place.name)] = (
-                        (place / "cmdline")
-                        .read_bytes()
-                        .replace(b"\0", b" ")
-                        .decode(errors="replace")
-                        .strip()
-                    )
-        return found
-
-    deadline = time.monotonic() + patience
-    while (processes := living()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, 9)
-    return list(processes.values())
-
-
-# ---- comparing ----
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of a file of metrics or samples; a torn one raises ValueError, also the last."""
-    content = path.read_text(encoding="utf-8")
-    if content and not content.endswith("\n"):
-        raise ValueError(f"{path.name}: its last line is torn")
-    try:
-        # splitlines() would end a line at U+2028, too
-        return [json.loads(line) for line in content.split("\n")[:-1]]
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-def figures(row: dict[str, Any]) -> dict[str, Any]:
-    """A line without what the clock and the machine decide."""
-    return {
-        k: v
-        for k, v in row.items()
-        if not k.startswith(("time", "memory/")) and not k.endswith("_per_s")
-    }
-
-
-def _equal(one: Any, other: Any) -> bool:
-    numbers = isinstance(one, (int, float)) and isinstance(other, (int, float))
-    return abs(one - other) <= _TOLERANCE if numbers else bool(one == other)
-
-
-def differences(rows: Sequence[dict[str, Any]], straight: Sequence[dict[str, Any]]) -> list[str]:
-    """What in rows of metrics or samples is not the straight run's, by step."""
-    out = []
-    for row, expected in zip(rows, straight, strict=True):
-        ours, theirs = figures(row), figures(expected)
-        wrong = [
-            k
-            for k in theirs.keys() | ours.keys()
-            if k not in ours or k not in theirs or not _equal(ours[k], theirs[k])
-        ]
-        if wrong:
-            out.append(f"step {expected['step']}: {', '.join(sorted(wrong)[:3])} differ")
-    return out
-
-
-def lost_lines(
-    metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], straight: Straight
-) -> int:
-    """Steps without a line of metrics, and samples without a row. A step that says of itself that
-    it was left out has no samples.
-    """
-    have = {row["step"] for row in metrics}
-    left_out = {row["step"] for row in metrics if row.get("train/skipped")}
-    lost = sum(row["step"] not in have for row in straight.metrics)
-    for step in {row["step"] for row in straight.samples} - left_out:
-        counts = [sum(row["step"] == step for row in rows) for rows in (straight.samples, samples)]
-        lost += max(0, counts[0] - counts[1])
-    return lost
-
-
-def weights_differ(place: Path, straight: Path) -> str | None:
-    """Which of the saved model's tensors are not the straight run's."""
-    from safetensors.torch import load_file
-
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (place, straight))
-    if ours.keys() != theirs.keys():
-        return "the model has other tensors"
-    wrong = [name for name in theirs if float((ours[name] - theirs[name]).abs().max()) > _TOLERANCE]
-    return f"the model's {', '.join(wrong[:3])} differ" if wrong else None
-
-
-def check_finished(place: Path, straight: Straight, *, same: int) -> list[str]:
-    """What is wrong with a run that has ended: one line a step, the samples of each, whole
-    checkpoints, nothing half-written, and up to step `same` the straight run's figures; with all of
-    them its weights, too.
-    """
-    try:
-        metrics, samples = lines(place / METRICS_FILE), lines(place / SAMPLES_FILE)
-    except ValueError as error:
-        return [str(error)]
-    if [row["step"] for row in metrics] != [row["step"] for row in straight.metrics]:
-        return [f"{METRICS_FILE} has the steps {[row['step'] for row in metrics]}"]
-    problems = []
-    if lost := lost_lines(metrics, samples, straight):
-        problems.append(f"{SAMPLES_FILE} lacks {lost} rows")
-    if len(samples) > len(straight.samples):
-        problems.append(
-            f"{SAMPLES_FILE} has {len(samples)} rows instead of {len(straight.samples)}"
-        )
-    for rows, expected in ((metrics, straight.metrics), (samples, straight.samples)):
-        parts = [[row for row in part if row["step"] <= same] for part in (rows, expected)]
-        if len(parts[0]) == len(parts[1]):  # else it was said above
-            problems += differences(*parts)
-    problems += [
-        f"{path.name}: {wrong}"
-        for _, path in checkpoints.numbered(place / CHECKPOINTS)
-        if (wrong := checkpoints.problem(path))
-    ]
-    problems += [
-        f"{path} was left" for pattern in ("*.part", "*.tmp") for path in place.rglob(pattern)
-    ]
-    if not (place / "model" / "model.safetensors").is_file():
-        problems.append("no model was saved")
-    elif same >= STEPS and (wrong := weights_differ(place, straight.place)):
-        problems.append(wrong)
-    return problems
-
-
-def check_said(fault: Fault, said: str) -> list[str]:
-    """What is wrong with a broken run's output."""
-    problems = []
-    if fault.says and not re.search(fault.says, said):
-        problems.append(f"its output does not say {fault.says!r}")
-    if fault.cause and not re.search(
-        fault.cause, said.rpartition(_CAUSE)[2] if _CAUSE in said else ""
-    ):
-        problems.append(f"torchrun's last lines do not say {fault.cause!r}")
-    return problems
-
-
-def check_dump(place: Path, straight: Straight) -> list[str]:
-    """What is wrong with the batches that were refused: each of the step's responses has to be
-    there.
-    """
-    rows = [
-        row for path in sorted(place.glob("diverged-step-*/rollouts.jsonl")) for row in lines(path)
-    ]
-    expected = sum(row["step"] == 1 for row in straight.samples)
-    whole = [
-        row
-        for row in rows
-        if row["token_ids"]
-        and len(row["token_ids"]) == len(row["rollout_logprobs"])
-        and "prompt" in row
-    ]
-    return (
-        []
-        if len(whole) >= expected
-        else [
-            f"of the batch that was refused {len(whole)} responses were saved, expected {expected}"
-        ]
-    )
-
-
-def check_resumed(place: Path, said: str, reached: int) -> tuple[int, list[str]]:
-    """The steps that a resumed run takes again, and what is wrong with what it says of that."""
-    start = json.loads((place / MANIFEST_FILE).read_text(encoding="utf-8"))["starts"][-1]
-    if not start["resume_from"]:
-        return reached, [] if "the run starts from step 0" in said else [
-            "the resumed run does not say that it starts from step 0"
-        ]
-    again = reached - int(start["resume_from"].rsplit("-", 1)[1])
-    expected = f"continuing from {start['resume_from']}; {again} metric lines after it were dropped"
-    return again, [] if expected in said else [f"the resumed run does not say {expected!r}"]
-
-
-# ---- a fault ----
 
 
 def try_fault(fault: Fault, folder: Path, straight: Straight, no_mounts: str = "") -> Outcome:
@@ -346,45 +81,47 @@ def try_fault(fault: Fault, folder: Path, straight: Straight, no_mounts: str = "
 
 
 def _break_and_resume(outcome: Outcome, folder: Path, name: str, straight: Straight) -> None:
-    fault, place = outcome.fault, folder / name / outcome.fault.kind.stage
-    outcome.code, said = launch(folder, name, fault, resume=False)
-    left = left_behind(str(folder / name), _LEAVING_S)
+    """Run into the fault and go on; problems and figures go into `outcome`."""
+    fault, run = outcome.fault, folder / name / outcome.fault.kind.stage
     problems = outcome.problems
+    outcome.code, output = launch(folder, name, fault, resume=False)
+    left = left_behind(str(folder / name), _LEAVING_S)
     problems += [f"left behind: {command[:150]}" for command in left]
     if outcome.code != fault.code:
-        problems.append(f"exit code {outcome.code} instead of {fault.code}: {said[-300:]}")
-    problems += check_said(fault, said)
+        problems.append(f"exit code {outcome.code} instead of {fault.code}: {output[-300:]}")
+    problems += check_output(fault, output)
     if fault.dumped:
-        problems += check_dump(place, straight)
-    if not (place / SUMMARY_FILE).exists():
-        # the last line may be torn
-        reached = max((row["step"] for row in read_jsonl(place / METRICS_FILE)), default=0)
-        if fault.disk is not None:
-            chaos_disk.restore(folder / name)
-            chaos_disk.enlarge(folder / name)
-        if fault.after is not None:
-            fault.after(place)
-        code, said = launch(folder, name, fault, resume=True)
-        problems += [
-            f"left behind by the resumed run: {command[:150]}"
-            for command in left_behind(str(folder / name), _LEAVING_S)
-        ]
-        if code != 0:
-            problems.append(f"the resumed run ended with exit code {code}: {said[-300:]}")
-            return
-        outcome.again, wrong = check_resumed(place, said, reached)
-        problems += wrong
-        if outcome.again > fault.lost:
-            problems.append(
-                f"{outcome.again} steps were taken again, expected at most {fault.lost}"
-            )
+        problems += check_dump(run, straight)
+    if not (run / SUMMARY_FILE).exists() and not _resume(outcome, folder, name):
+        return
     outcome.lost = lost_lines(
-        read_jsonl(place / METRICS_FILE), read_jsonl(place / SAMPLES_FILE), straight
+        read_jsonl(run / METRICS_FILE), read_jsonl(run / SAMPLES_FILE), straight
     )
-    problems += check_finished(place, straight, same=fault.same)
+    problems += check_finished(run, straight, same=fault.same)
 
 
-# ---- all of them ----
+def _resume(outcome: Outcome, folder: Path, name: str) -> bool:
+    """Let the broken run go on; whether it finished. Problems go into `outcome`."""
+    fault, run = outcome.fault, folder / name / outcome.fault.kind.stage
+    problems = outcome.problems
+    # read_jsonl leaves out a last line that is torn
+    reached = max((row["step"] for row in read_jsonl(run / METRICS_FILE)), default=0)
+    if fault.disk is not None:
+        chaos_disk.restore(folder / name)
+        chaos_disk.enlarge(folder / name)
+    if fault.after is not None:
+        fault.after(run)
+    code, output = launch(folder, name, fault, resume=True)
+    left = left_behind(str(folder / name), _LEAVING_S)
+    problems += [f"left behind by the resumed run: {command[:150]}" for command in left]
+    if code != 0:
+        problems.append(f"the resumed run ended with exit code {code}: {output[-300:]}")
+        return False
+    outcome.again, wrong = check_resumed(run, output, reached)
+    problems += wrong
+    if outcome.again > fault.lost:
+        problems.append(f"{outcome.again} steps were taken again, expected at most {fault.lost}")
+    return True
 
 
 def report(outcomes: Sequence[Outcome]) -> int:
@@ -415,23 +152,6 @@ def report(outcomes: Sequence[Outcome]) -> int:
         names = ", ".join(o.fault.name for o in outcomes if o.not_tried == reason)
         print(f"not tried: {names}: nothing can be mounted here ({reason})")
     return 0 if survived == len(tried) else 1
-
-
-def write_data(folder: Path) -> None:
-    """The rows that the runs read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(word, number) for number in range(8) for word in ("alpha", "beta", "gamma", "delta")]
-    rows = {
-        "prompts.jsonl": [{"prompt": f"{word} {number}"} for word, number in pairs],
-        "texts.jsonl": [
-            {"prompt": f"{word} {number}", "completion": f" {word} follows {number + 1}"}
-            for word, number in pairs
-        ],
-    }
-    for name, content in rows.items():
-        (folder / name).write_text(
-            "".join(json.dumps(row) + "\n" for row in content), encoding="utf-8"
-        )
 
 
 def straight_run(folder: Path, kind: Kind) -> Straight:
@@ -526,7 +246,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if given.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

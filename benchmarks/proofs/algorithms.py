@@ -11,7 +11,6 @@ The runs lie in <runs>/proof-algorithms/<stage>, the evaluations, which all have
 """
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.proofs.common import Check, MissingRun, Run, read_run, report
+from benchmarks.shared import exit_code, module
 
 EXPERIMENT = "reviews"
 NAME = "proof-algorithms"
@@ -52,7 +52,7 @@ class ProofRuns:
             f"run.name={name}",
             "run.overwrite=true",
         ]
-        return [sys.executable, "-m", "rlhf", f"stage={stage}", *shared, *options, *self.overrides]
+        return module("rlhf", f"stage={stage}", *shared, *options, *self.overrides)
 
     def train(self, stage: str) -> list[str]:
         return self.command(stage, NAME)
@@ -82,7 +82,7 @@ def run_all(plan: ProofRuns, algorithms: Sequence[str], *, base: bool) -> dict[s
     Without a policy and a reward model no algorithm can start: their failure is every algorithm's.
     """
     for stage in BASE if base else ():
-        code = subprocess.run(plan.train(stage), check=False).returncode
+        code = exit_code(plan.train(stage))
         if code != 0:
             print(f"stage={stage} ended with exit code {code}", file=sys.stderr)
             return dict.fromkeys(algorithms, code)
@@ -90,7 +90,7 @@ def run_all(plan: ProofRuns, algorithms: Sequence[str], *, base: bool) -> dict[s
     for algorithm in algorithms:
         codes[algorithm] = 0
         for command in (plan.train(algorithm), plan.evaluate(algorithm)):
-            codes[algorithm] = subprocess.run(command, check=False).returncode
+            codes[algorithm] = exit_code(command)
             if codes[algorithm] != 0:
                 print(
                     f"{algorithm}: {command[3]} ended with exit code {codes[algorithm]}",

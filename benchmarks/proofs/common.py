@@ -5,7 +5,6 @@ against bounds.
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.shared import exit_code, module
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +92,9 @@ def run_chain(
     experiment: str, name: str, seed: int, runs: Path, overrides: Sequence[str] = ()
 ) -> int:
     """``python -m rlhf stage=chain`` in a process of its own; returns its exit code."""
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf",
-        "stage=chain",
-        f"experiment={experiment}",
-        f"run.seed={seed}",
-        f"run.name={name}",
-    ]
-    return subprocess.run(
-        [*command, f"run.dir={runs}", "run.overwrite=true", *overrides], check=False
-    ).returncode
+    options = [f"experiment={experiment}", f"run.seed={seed}", f"run.name={name}"]
+    options += [f"run.dir={runs}", "run.overwrite=true", *overrides]
+    return exit_code(module("rlhf", "stage=chain", *options))
 
 
 def step_time_share(ppo: Run) -> float:
@@ -153,7 +145,7 @@ def prove_seeds(
     chain.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m eval.proof_{experiment}",
+        prog=f"python -m benchmarks.proofs.{experiment}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

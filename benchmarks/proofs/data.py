@@ -16,7 +16,6 @@ so its figures are printed beside what naming rows at random would give.
 import argparse
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from rich.table import Table
 
 from benchmarks.proofs import defects
 from benchmarks.proofs.common import Check, report
-from benchmarks.proofs.defects import HELD, TRAIN, Place, Row, Sizes
+from benchmarks.proofs.defects import HELD, TRAIN, Place, Sizes
+from benchmarks.shared import exit_code, module, write_rows
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item
 from rlhf.data.recipes.packages import package_file
@@ -172,9 +172,7 @@ def imbalance(reviews: Sequence[Review], seed: int) -> Measured:
 
 def prepare(runs: Path, name: str, rows: Path, seed: int, pipeline: str) -> int:
     """``python -m rlhf stage=data`` in a process of its own; returns its exit code."""
-    command = [
-        sys.executable,
-        "-m",
+    command = module(
         "rlhf",
         "stage=data",
         f"run.name={name}",
@@ -182,7 +180,7 @@ def prepare(runs: Path, name: str, rows: Path, seed: int, pipeline: str) -> int:
         f"run.seed={seed}",
         "run.overwrite=true",
         "tracking=none",
-    ]
+    )
     files = [
         f"data.path={rows / TRAIN}",
         f"data.eval_path={rows / HELD}",
@@ -194,13 +192,7 @@ def prepare(runs: Path, name: str, rows: Path, seed: int, pipeline: str) -> int:
         f"data.report_rows={_ALL}",
         "data.task=simple",
     ]
-    return subprocess.run([*command, *files, *options], check=False).returncode
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    return exit_code([*command, *files, *options])
 
 
 def read_report(runs: Path, name: str) -> dict[str, Any]:

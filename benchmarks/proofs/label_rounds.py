@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.proofs.annotator import Annotator, judge
+from benchmarks.shared import write_rows
 from conf.choices import ChoiceMethod, Recipe
 from conf.schema import Config
 from eval.judges import ClassifierJudge
@@ -170,14 +171,6 @@ def with_scores(
         )
         for one in candidates
     ]
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    return path
 
 
 def sample_answers(cfg: Config, prompts_split: str, count: int | None) -> list[Candidates]:

@@ -15,7 +15,6 @@ proof_labels.json and proof_labels.png beside the runs.
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.proofs.common import Check, MissingRun, read_run, report
+from benchmarks.shared import exit_code, module
 
 EXPERIMENT, NAME = "active_labels", "proof-labels"
 MAX_SHARE = 0.7  # of random's labels
@@ -168,8 +168,8 @@ def commands(seed: int, runs: Path, overrides: Sequence[str]) -> list[list[str]]
     ]
     sft = [override for override in shared if not override.startswith("label.")]
     return [
-        [sys.executable, "-m", "rlhf", "stage=sft", *sft],
-        [sys.executable, "-m", "benchmarks.proofs.label_rounds", *shared],
+        module("rlhf", "stage=sft", *sft),
+        module("benchmarks.proofs.label_rounds", *shared),
     ]
 
 
@@ -192,14 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     curves: dict[int, Curves] = {}
     for seed in options.seeds:
         planned = [] if options.check_only else commands(seed, options.runs, overrides)
-        code = next(
-            (
-                code
-                for code in (subprocess.run(command, check=False).returncode for command in planned)
-                if code != 0
-            ),
-            0,
-        )
+        code = next((code for code in map(exit_code, planned) if code != 0), 0)
         if code != 0:
             print(f"seed {seed}: ended with exit code {code}", file=sys.stderr)
             passed = False

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.shared import environment, module
 from benchmarks.speed.cases import Case
 from benchmarks.speed.protocol import Figures, Worker
 from rlhf.cli import config
@@ -64,18 +65,18 @@ def train_small(folder: Path, name: str, shape: Sequence[str], steps: int = 120)
             .split("\n")[:32]
         )
         held_out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
+        command = module(
             "rlhf",
             *shared,
             "run.overwrite=true",
             "tracking=none",
             f"stage.steps={steps}",
             f"stage.eval_steps={steps}",
-        ]
+        )
         command += [f"data.eval_path={held_out}", *shape]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment()
+        )
         if done.returncode != 0:
             raise UserError(f"training the model of case a failed:\n{done.stderr[-2000:]}")
     return str(model)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.shared import environment, module
+
 Figures = dict[str, float]
 
 
@@ -39,18 +41,19 @@ class Worker:
     log: Path
 
     @staticmethod
-    def start(module: str, case: Path, log: Path) -> "Worker":
-        """Start ``python -m module case`` and wait until it has loaded everything. Raises
+    def start(name: str, case: Path, log: Path) -> "Worker":
+        """Start `python -m name case` and wait until it has loaded everything. Raises
         RuntimeError with its log's end when it dies.
         """
         to_read, child_write = os.pipe()
         child_read, to_write = os.pipe()
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, str(case), str(child_read), str(child_write)],
+                module(name, str(case), str(child_read), str(child_write)),
                 pass_fds=(child_read, child_write),
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                env=environment(),
             )
         os.close(child_read)
         os.close(child_write)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.chaos import child as chaos_child
+from benchmarks.chaos import compare, launch
 from benchmarks.chaos import disk as chaos_disk
 from benchmarks.chaos import faults as chaos_faults
 from benchmarks.chaos import harness as chaos
@@ -52,12 +53,12 @@ def finished(
 
 
 @pytest.fixture
-def straight(tmp_path: Path) -> chaos.Straight:
-    return chaos.Straight.of(finished(tmp_path / "straight", METRICS))
+def straight(tmp_path: Path) -> compare.Straight:
+    return compare.Straight.of(finished(tmp_path / "straight", METRICS))
 
 
 def test_a_run_like_the_straight_one_has_no_problem(
-    tmp_path: Path, straight: chaos.Straight
+    tmp_path: Path, straight: compare.Straight
 ) -> None:
     rows = [
         row
@@ -69,7 +70,7 @@ def test_a_run_like_the_straight_one_has_no_problem(
         }
         for row in METRICS
     ]
-    assert chaos.check_finished(finished(tmp_path / "run", rows), straight, same=STEPS) == []
+    assert compare.check_finished(finished(tmp_path / "run", rows), straight, same=STEPS) == []
 
 
 @pytest.mark.parametrize(
@@ -119,14 +120,14 @@ def test_a_run_like_the_straight_one_has_no_problem(
 )
 def test_a_wrong_line_is_seen(
     tmp_path: Path,
-    straight: chaos.Straight,
+    straight: compare.Straight,
     metrics: list[dict[str, Any]],
     samples: list[dict[str, Any]],
     end: str,
     same: int,
     said: str,
 ) -> None:
-    (problem,) = chaos.check_finished(
+    (problem,) = compare.check_finished(
         finished(tmp_path / "run", metrics, samples, end), straight, same=same
     )
 
@@ -134,32 +135,32 @@ def test_a_wrong_line_is_seen(
 
 
 def test_figures_and_weights_may_differ_after_the_step_that_the_fault_changes(
-    tmp_path: Path, straight: chaos.Straight
+    tmp_path: Path, straight: compare.Straight
 ) -> None:
     rows = [*METRICS[:3], METRICS[3] | {"loss/policy": 9.0}, *METRICS[4:]]
     assert (
-        chaos.check_finished(finished(tmp_path / "run", rows, weight=2.0), straight, same=3) == []
+        compare.check_finished(finished(tmp_path / "run", rows, weight=2.0), straight, same=3) == []
     )
 
 
 def test_samples_of_a_step_that_was_left_out_are_not_lost(
-    tmp_path: Path, straight: chaos.Straight
+    tmp_path: Path, straight: compare.Straight
 ) -> None:
     samples = [row for row in SAMPLES if row["step"] != 4]
     metrics = [*METRICS[:3], METRICS[3] | {"train/skipped": 1.0}, *METRICS[4:]]
-    assert chaos.lost_lines(metrics, samples, straight) == 0
-    assert chaos.lost_lines(METRICS, samples, straight) == 2, "the line has to say it"
-    assert chaos.lost_lines(METRICS[1:], SAMPLES[1:], straight) == 2, "a line and a row"
+    assert compare.lost_lines(metrics, samples, straight) == 0
+    assert compare.lost_lines(METRICS, samples, straight) == 2, "the line has to say it"
+    assert compare.lost_lines(METRICS[1:], SAMPLES[1:], straight) == 2, "a line and a row"
 
 
 def test_torn_checkpoints_leftovers_other_weights_and_a_missing_model_are_seen(
-    tmp_path: Path, straight: chaos.Straight
+    tmp_path: Path, straight: compare.Straight
 ) -> None:
     run = finished(tmp_path / "run", METRICS, weight=1.1)
     chaos_faults.tear_newest(run)
     (run / "best.part").mkdir()
     (run / "summary.json.tmp").touch()
-    problems = " | ".join(chaos.check_finished(run, straight, same=STEPS))
+    problems = " | ".join(compare.check_finished(run, straight, same=STEPS))
     assert all(
         part in problems
         for part in (
@@ -170,7 +171,7 @@ def test_torn_checkpoints_leftovers_other_weights_and_a_missing_model_are_seen(
         )
     ), problems
     (run / "model" / "model.safetensors").unlink()
-    assert "no model was saved" in chaos.check_finished(run, straight, same=STEPS)
+    assert "no model was saved" in compare.check_finished(run, straight, same=STEPS)
 
 
 LAST = """
@@ -189,12 +190,13 @@ Root Cause (first observed failure):
 
 def test_the_first_cause_has_to_be_torchruns_last_word() -> None:
     fault = next(fault for fault in FAULTS if fault.name == "2 ranks: kill -9 of one in save")
-    assert chaos.check_said(fault, LAST.format("", 1, 0)) == []
-    assert len(chaos.check_said(fault, LAST.format("", 0, 1))) == 1, "the other rank"
+    assert compare.check_output(fault, LAST.format("", 1, 0)) == []
+    assert len(compare.check_output(fault, LAST.format("", 0, 1))) == 1, "the other rank"
     assert (
-        len(chaos.check_said(fault, LAST.format("", 1, 0).replace("Root Cause", "Failures"))) == 1
+        len(compare.check_output(fault, LAST.format("", 1, 0).replace("Root Cause", "Failures")))
+        == 1
     )
-    assert len(chaos.check_said(Fault("x", 1, says="could not be written"), "written")) == 1
+    assert len(compare.check_output(Fault("x", 1, says="could not be written"), "written")) == 1
 
 
 def test_a_resumed_run_has_to_say_what_it_takes_again(tmp_path: Path) -> None:
@@ -208,16 +210,16 @@ def test_a_resumed_run_has_to_say_what_it_takes_again(tmp_path: Path) -> None:
     said = (
         "INFO resume: continuing from /x/checkpoints/step-2; 1 metric lines after it were dropped."
     )
-    assert chaos.check_resumed(tmp_path, said, reached=3) == (1, [])
-    again, problems = chaos.check_resumed(tmp_path, said, reached=4)
+    assert compare.check_resumed(tmp_path, said, reached=3) == (1, [])
+    again, problems = compare.check_resumed(tmp_path, said, reached=4)
     assert again == 2 and "does not say" in problems[0]
     started(None)
-    assert chaos.check_resumed(tmp_path, "the run starts from step 0.", reached=1) == (1, [])
-    assert len(chaos.check_resumed(tmp_path, "", reached=1)[1]) == 1
+    assert compare.check_resumed(tmp_path, "the run starts from step 0.", reached=1) == (1, [])
+    assert len(compare.check_resumed(tmp_path, "", reached=1)[1]) == 1
 
 
-def test_a_refused_batch_has_to_be_whole(tmp_path: Path, straight: chaos.Straight) -> None:
-    assert "0 responses were saved, expected 2" in chaos.check_dump(tmp_path, straight)[0]
+def test_a_refused_batch_has_to_be_whole(tmp_path: Path, straight: compare.Straight) -> None:
+    assert "0 responses were saved, expected 2" in compare.check_dump(tmp_path, straight)[0]
     place = tmp_path / "diverged-step-4-rank-0"
     place.mkdir()
     row = {"prompt": "p", "token_ids": [1, 2], "rollout_logprobs": [-1.0, -1.0]}
@@ -225,19 +227,19 @@ def test_a_refused_batch_has_to_be_whole(tmp_path: Path, straight: chaos.Straigh
         (place / "rollouts.jsonl").write_text(
             "".join(json.dumps(each) + "\n" for each in (row, second)), encoding="utf-8"
         )
-        assert len(chaos.check_dump(tmp_path, straight)) == problems
+        assert len(compare.check_dump(tmp_path, straight)) == problems
 
 
 def test_processes_that_stay_are_found_and_ended(tmp_path: Path) -> None:
     command = [sys.executable, "-S", "-c", "import time; print('in', flush=True); time.sleep(60)"]
     with subprocess.Popen(
-        command, env={chaos._RUN: str(tmp_path)}, stdout=subprocess.PIPE
+        command, env={launch.RUN: str(tmp_path)}, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"in\n"
-        assert chaos.left_behind(str(tmp_path / "other"), 0.0) == [] and process.poll() is None
-        (found,) = chaos.left_behind(str(tmp_path), 0.3)
+        assert launch.left_behind(str(tmp_path / "other"), 0.0) == [] and process.poll() is None
+        (found,) = launch.left_behind(str(tmp_path), 0.3)
         assert "time.sleep(60)" in found and process.wait(timeout=10) == -9
-    assert chaos.left_behind(str(tmp_path), 0.0) == []
+    assert launch.left_behind(str(tmp_path), 0.0) == []
 
 
 def test_an_engines_own_process_is_found_among_the_descendants() -> None:
@@ -260,6 +262,7 @@ import json, os
 from pathlib import Path
 from rlhf.run.tracking import tracker
 from benchmarks.chaos import child as chaos_child
+from benchmarks.chaos import compare, launch
 
 chaos_child.ACTIONS["stop"] = lambda place: os._exit(7)
 chaos_child._break_line(json.loads(os.environ["RLHF_CHAOS"]))
@@ -291,6 +294,7 @@ MOUNTS = """
 import sys
 from pathlib import Path
 from benchmarks.chaos import child as chaos_child
+from benchmarks.chaos import compare, launch
 from benchmarks.chaos import disk as chaos_disk
 
 place = Path(sys.argv[1])
@@ -334,7 +338,7 @@ def test_a_disk_fills_up_grows_turns_read_only_and_back(
 
 def test_where_nothing_can_be_mounted_the_fault_is_not_tried(
     tmp_path: Path,
-    straight: chaos.Straight,
+    straight: compare.Straight,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -354,14 +358,14 @@ def test_where_nothing_can_be_mounted_the_fault_is_not_tried(
     )
 
 
-def test_a_small_disk_holds_one_checkpoint_and_not_two(straight: chaos.Straight) -> None:
+def test_a_small_disk_holds_one_checkpoint_and_not_two(straight: compare.Straight) -> None:
     # a checkpoint's state and seal; metrics and samples
     one, rest = 2 * chaos_disk.PAGE + chaos_disk.PAGE, 2 * chaos_disk.PAGE
     assert straight.room(1.0) == one + rest and straight.room(1.5) == one * 3 // 2 + rest
 
 
 def test_an_error_in_the_harness_is_this_faults_problem_and_the_others_are_tried(
-    tmp_path: Path, straight: chaos.Straight, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, straight: compare.Straight, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tried(fault: Fault, *given: Any) -> chaos.Outcome:
         if fault is FAULTS[1]:

@@ -120,7 +120,7 @@ class Commands:
         self.given: list[list[str]] = []
         self.fails = fails
 
-    def __call__(self, command: list[str], check: bool) -> Any:
+    def __call__(self, command: list[str], check: bool, **_: Any) -> Any:
         assert command[1:3] == ["-m", "rlhf"] and not check
         self.given.append(command[3:])
         return type(
@@ -135,7 +135,7 @@ def test_commands_are_those_of_a_user_and_compose(
 ) -> None:
     plan = write_all(tmp_path)
     commands = Commands()
-    monkeypatch.setattr(proof_algorithms.subprocess, "run", commands)
+    monkeypatch.setattr("subprocess.run", commands)
     assert proof_algorithms.main(["--seed", "4", "--runs", str(tmp_path), "tracking=none"]) == 0
     stages = [given[0].removeprefix("stage=") for given in commands.given]
     assert stages == [
@@ -201,7 +201,7 @@ def test_a_failed_algorithm_fails_the_proof_and_the_others_go_on(
         ("stage=sft", 1),
     ):
         commands = Commands(fails)
-        monkeypatch.setattr(proof_algorithms.subprocess, "run", commands)
+        monkeypatch.setattr("subprocess.run", commands)
         assert proof_algorithms.main(["--runs", str(tmp_path)]) == 1, (
             "whatever an earlier run left behind"
         )
@@ -214,6 +214,6 @@ def test_some_algorithms_use_the_policy_and_reward_model_that_are_there(
 ) -> None:
     write_all(tmp_path)
     commands = Commands()
-    monkeypatch.setattr(proof_algorithms.subprocess, "run", commands)
+    monkeypatch.setattr("subprocess.run", commands)
     assert proof_algorithms.main(["--runs", str(tmp_path), "--algorithms", "dapo"]) == 0
     assert [given[0] for given in commands.given] == ["stage=dapo", "stage=eval"]

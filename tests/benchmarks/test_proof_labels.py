@@ -138,11 +138,11 @@ def test_the_commands_of_a_seed_and_a_failure(
     class Failed:
         returncode = 3
 
-    def fail(command: list[str], *, check: bool) -> Failed:
+    def fail(command: list[str], **_: object) -> Failed:
         seen.append(command)
         return Failed()
 
-    monkeypatch.setattr(proof_labels.subprocess, "run", fail)
+    monkeypatch.setattr("subprocess.run", fail)
     write_run(tmp_path / "proof-labels-7")
     assert proof_labels.main(["--seeds", "7", "--runs", str(tmp_path)]) == 1, (
         "whatever an earlier run left behind"

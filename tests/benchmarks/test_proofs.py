@@ -235,14 +235,14 @@ def test_proof_runs_the_chain_as_a_user_would(
 ) -> None:
     commands: list[list[str]] = []
 
-    def chain(command: list[str], check: bool) -> Any:
+    def chain(command: list[str], **_: Any) -> Any:
         commands.append(command[1:])
         write_runs(
             tmp_path / command[command.index("experiment=reviews") + 2].removeprefix("run.name=")
         )
         return type("Done", (), {"returncode": 0 if "run.seed=1" in command else 3})
 
-    monkeypatch.setattr(proofs.subprocess, "run", chain)
+    monkeypatch.setattr("subprocess.run", chain)
     assert proof_reviews.main(["--seeds", "1", "--runs", str(tmp_path), "tracking=none"]) == 0
     expected = [
         "-m",
