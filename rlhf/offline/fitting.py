@@ -1,0 +1,192 @@
+"""Training with one of our trainers (rlhf/offline/trainers.py) from its first step to its best
+weights: progress, metrics, signals, early stopping, resume.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+
+from rlhf.offline.arguments import total_steps
+from rlhf.offline.guards import Guard
+from rlhf.offline.private_hooks import (
+    PREFIX_CHECKPOINT_DIR,
+    TRAINER_STATE_NAME,
+    unset_hf_deepspeed_config,
+)
+from rlhf.offline.trainers import StageTrainer
+from rlhf.process.interrupts import Stopping
+from rlhf.process.resident import Resident
+from rlhf.process.watchdog import Watchdog
+from rlhf.run import console
+from rlhf.run.context import RunContext
+from rlhf.types import Interrupted, TrainingDiverged
+
+_TIMINGS = ("_runtime", "_per_second")  # how the names of evaluation's timings end
+
+
+class Reporter(TrainerCallback):
+    """Logs TRL's metrics under their own names, with the training throughput; moves the progress
+    bar; tells the watchdog the phase; asks for evaluation and checkpoints, and stops at a signal.
+    """
+
+    def __init__(
+        self,
+        bar: console.Bar,
+        stopping: Stopping,
+        watchdog: Watchdog,
+        log: Callable[[int, dict[str, float]], None],
+        save_steps: int | None,
+    ) -> None:
+        """log: takes a step and its metrics; save_steps: steps between checkpoints, beside those at
+        evaluations.
+        """
+        self.bar, self.stopping, self.watchdog = bar, stopping, watchdog
+        self.write, self.save_steps = log, save_steps
+        self.signal: int | None = None  # that ended training
+        self.resident = Resident()
+        self.last: dict[str, float] = {}  # the latest value of each training metric
+        self.tokens = 0.0  # trained by the last log
+        self._busy_s = 0.0  # seconds in steps since the last log
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run knows the figures from before."""
+        for entry in state.log_history:
+            if "eval_loss" not in entry:
+                self.last.update({k: float(v) for k, v in entry.items() if k != "step"})
+        self.tokens = self.last.get("num_tokens", 0.0)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("evaluate")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("save")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watchdog.phase("step")
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._busy_s += time.perf_counter() - self._began
+        if self.save_steps and state.global_step % self.save_steps == 0:
+            control.should_save = True
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = True
+        self.signal = self.stopping.agreed()
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+        self.watchdog.phase("log and save")
+        # What the trainer sums up between two logs is not in its checkpoint.
+        if control.should_save:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The trainer's closing line repeats what the run's summary holds.
+        if not logs or "train_runtime" in logs:
+            return
+        metrics = {
+            key: float(value)
+            for key, value in logs.items()
+            if not (key.startswith("eval_") and key.endswith(_TIMINGS))
+        }
+        if "eval_loss" not in metrics:
+            self._add_throughput(metrics)
+            metrics |= self.resident.figures()  # of this rank
+            self.last.update(metrics)
+        self.write(state.global_step, metrics)
+        self.bar.update(state.global_step, metrics)
+
+    def _add_throughput(self, metrics: dict[str, float]) -> None:
+        if self._busy_s <= 0:
+            return
+        tokens = metrics.get("num_tokens", self.tokens)
+        metrics["train/tokens_per_s"] = (tokens - self.tokens) / self._busy_s
+        self.tokens, self._busy_s = tokens, 0.0
+
+
+def make_guard(ctx: RunContext) -> Guard:
+    """The guard of a run, with the counts of the checkpoint that it goes on from."""
+    guard = Guard(ctx.cfg.stage, ctx.dir, ctx.checkpoint_dir, ctx.tracker.log)
+    if ctx.resume_from is not None:
+        guard.load(ctx.resume_from)
+    return guard
+
+
+def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
+    """Train to the end, and load the best weights by ``eval_loss`` back.
+
+    Returns the steps done and the run's figures: the latest of training, the evaluation of the
+    weights that were loaded back, and the evaluation before any step under ``initial/``. Raises
+    Interrupted after a signal, and TrainingDiverged without any finite evaluation.
+    """
+    stage, resume_from = ctx.cfg.stage, ctx.resume_from
+    steps = total_steps(stage, len(trainer.train_dataset))
+    trainer.args.max_steps = steps
+    trainer.args.warmup_steps = math.ceil(stage.warmup_ratio * steps)
+    trainer.remove_callback(PrinterCallback)
+    if stage.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
+    if resume_from is not None:
+        trainer.restore_token_count(tokens_before(resume_from))
+    with console.progress(steps, ctx.stage) as bar, Stopping() as stopping:
+        reporter = Reporter(bar, stopping, ctx.watchdog, ctx.tracker.log, stage.save_steps)
+        trainer.add_callback(reporter)
+        ctx.watchdog.phase("start")
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    # transformers remembers ZeRO-3 for the whole process: a model that one rank loads for itself
+    # afterwards would wait for the other ranks.
+    unset_hf_deepspeed_config()
+    state = trainer.state
+    if reporter.signal is not None:
+        checkpoint = ctx.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        raise Interrupted(reporter.signal, state.global_step, checkpoint)
+    return state.global_step, _figures(state, reporter.last, trainer.guard)
+
+
+def _figures(state: Any, last: dict[str, float], guard: Guard) -> dict[str, float]:
+    """The run's figures, as `fit` returns them. Raises TrainingDiverged."""
+    if not state.best_global_step:
+        raise TrainingDiverged(
+            f"eval_loss was not finite in any of the evaluations up to step {state.global_step}, "
+            "so there are no best weights to keep."
+        )
+    evaluations = {
+        entry["step"]: _evaluation(entry) for entry in state.log_history if "eval_loss" in entry
+    }
+    initial = {f"initial/{key}": value for key, value in evaluations.get(0, {}).items()}
+    left_out = {"train/skipped_total": float(guard.skipped), "train/rewinds": float(guard.rewinds)}
+    best = {**evaluations[state.best_global_step], "best_step": float(state.best_global_step)}
+    return {**last, **left_out, **best, **initial}
+
+
+def _evaluation(entry: dict[str, float]) -> dict[str, float]:
+    """The figures of one evaluation among a log entry's, timings left out."""
+    return {
+        key: float(value)
+        for key, value in entry.items()
+        if key.startswith("eval_") and not key.endswith(_TIMINGS)
+    }
+
+
+def tokens_before(checkpoint: Path) -> float:
+    """The tokens that were trained before a checkpoint of the trainer's: what the last log before
+    it says, 0 where none does.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    for entry in reversed(state["log_history"]):
+        if "num_tokens" in entry:
+            tokens: float = entry["num_tokens"]
+            return tokens
+    return 0

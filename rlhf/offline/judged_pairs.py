@@ -1,0 +1,185 @@
+"""What a reward model is worth on held-out pairs: accuracy with its interval beside a baseline that
+looks at length alone, margins, calibration, and their pictures.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from reward.scorer import score_ids
+from rlhf.offline.row_weights import SOFT_LABEL
+from rlhf.process import distributed
+from rlhf.types import UserError
+
+_CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval
+_SAMPLES = 8  # held-out pairs in samples.jsonl
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Held-out pairs as a reward model scores them; arrays of length N."""
+
+    chosen: np.ndarray  # scores
+    rejected: np.ndarray
+    chosen_tokens: np.ndarray
+    rejected_tokens: np.ndarray
+    soft_labels: np.ndarray | None = None  # probability that chosen is better; None: 1 each
+
+
+def judge(module: Any, pairs: datasets.Dataset, budget: int, device: torch.device) -> Judged:
+    """Score held-out pairs with a saved model, the rows shared out over the ranks. A collective.
+
+    budget: tokens of one forward pass, padding included.
+    """
+    chosen, rejected = pairs["chosen_ids"], pairs["rejected_ids"]
+    mine = range(distributed.rank(), len(pairs), distributed.world_size())
+    texts = [chosen[i] for i in mine] + [rejected[i] for i in mine]
+    scores = score_ids(module, texts, budget, device)
+    sides = np.full((2, len(pairs)), np.nan)
+    for numbers, values in distributed.gather((list(mine), scores)):
+        sides[0, numbers] = values[: len(numbers)]
+        sides[1, numbers] = values[len(numbers) :]
+    soft_labels = np.array(pairs[SOFT_LABEL]) if SOFT_LABEL in pairs.column_names else None
+    return Judged(
+        sides[0],
+        sides[1],
+        np.array([len(ids) for ids in chosen]),
+        np.array([len(ids) for ids in rejected]),
+        soft_labels,
+    )
+
+
+def bootstrap_interval(
+    accuracy: float, count: int, resamples: int, seed: int
+) -> tuple[float, float]:
+    """95 % percentile interval of an accuracy over `count` pairs.
+
+    Resampling `count` zeros and ones with replacement draws a binomial number of ones, so it is
+    drawn as such.
+    """
+    draws = np.random.default_rng(seed).binomial(count, accuracy, size=resamples) / count
+    low, high = np.percentile(draws, _CONFIDENCE)
+    return float(low), float(high)
+
+
+def length_baseline(chosen_tokens: np.ndarray, rejected_tokens: np.ndarray) -> float:
+    """Accuracy of "the longer side wins" in tokens; a tie counts one half. Far from 0.5 on either
+    side, length tells the pairs apart.
+    """
+    longer = chosen_tokens > rejected_tokens
+    return float(np.mean(longer + 0.5 * (chosen_tokens == rejected_tokens)))
+
+
+def better_side(soft_labels: np.ndarray) -> np.ndarray:
+    """1 where chosen is the better side of a held-out pair, -1 where rejected is, 0 for a tie; [N].
+    Raises UserError when all are ties.
+    """
+    better = np.sign(soft_labels - 0.5)
+    if not better.any():
+        raise UserError(
+            f"each of the {len(better)} held-out pairs has soft_label 0.5, so none has a right "
+            "answer to judge the model by. "
+            "Give decided pairs as data.eval_path, or raise data.eval_fraction."
+        )
+    return better
+
+
+def judgement_metrics(judged: Judged, resamples: int, seed: int) -> dict[str, float]:
+    """What a reward model is worth on held-out pairs; an equal score counts as wrong.
+
+    With soft labels, pairs of exactly 1/2 have no right answer and are counted apart; below 1/2 the
+    rejected side is the right one. Then eval/calibration_error is the mean distance of
+    sigmoid(margin) from the soft label. Raises UserError when every pair is a tie.
+    """
+    margins = judged.chosen - judged.rejected
+    if judged.soft_labels is None:
+        better = np.ones(len(margins))
+    else:
+        better = better_side(judged.soft_labels)
+    decided = better != 0
+    accuracy = float(np.mean((better * margins > 0)[decided]))
+    low, high = bootstrap_interval(accuracy, int(decided.sum()), resamples, seed)
+    scores = np.concatenate([judged.chosen, judged.rejected])
+    right_tokens = np.where(better > 0, judged.chosen_tokens, judged.rejected_tokens)
+    wrong_tokens = np.where(better > 0, judged.rejected_tokens, judged.chosen_tokens)
+    metrics = {
+        "eval/accuracy": accuracy,
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/length_baseline": length_baseline(right_tokens[decided], wrong_tokens[decided]),
+        "eval/margin": float(np.mean(margins)),
+        "eval/score_mean": float(np.mean(scores)),
+        "eval/score_std": float(np.std(scores)),
+        "eval/pairs": float(len(margins)),
+    }
+    if judged.soft_labels is not None:
+        probability = 0.5 * (1 + np.tanh(margins / 2))  # sigmoid, without overflow
+        metrics["eval/ties"] = float(np.sum(~decided))
+        metrics["eval/calibration_error"] = float(np.mean(np.abs(probability - judged.soft_labels)))
+    return metrics
+
+
+def plot_judged(judged: Judged, metrics: dict[str, float], directory: Path) -> Path:
+    """Histograms of the margins, and of the scores of chosen and rejected answers. Returns the
+    picture's file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.hist(judged.chosen - judged.rejected, bins=40)
+    left.axvline(0.0, color="black", linewidth=1)
+    left.set_xlabel("score of chosen - score of rejected")
+    left.set_ylabel("held-out pairs")
+    left.set_title(
+        f"accuracy {metrics['eval/accuracy']:.3f} [{metrics['eval/accuracy_low']:.3f}, "
+        f"{metrics['eval/accuracy_high']:.3f}]"
+    )
+    right.hist([judged.chosen, judged.rejected], bins=40, label=["chosen", "rejected"])
+    right.set_xlabel("score")
+    right.legend()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "held_out_pairs.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def sample_rows(tokenizer: Any, pairs: datasets.Dataset, judged: Judged) -> list[dict[str, Any]]:
+    """A few held-out pairs as rows of samples.jsonl, a row per answer; the prompt is part of the
+    text.
+    """
+    rows = []
+    for i in range(min(_SAMPLES, len(pairs))):
+        for side, scores in (("chosen", judged.chosen), ("rejected", judged.rejected)):
+            ids = pairs[i][f"{side}_ids"]
+            rows.append(
+                {
+                    "pair": i,
+                    "side": side,
+                    "response": tokenizer.decode(ids),
+                    "score": float(scores[i]),
+                    "response_length": len(ids),
+                }
+            )
+    return rows
+
+
+def shown(metrics: dict[str, float]) -> dict[str, Any]:
+    """The figures of `judgement_metrics` that the closing panel shows."""
+    low, high = metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]
+    pairs = f"{metrics['eval/pairs']:.0f}"
+    ties = metrics.get("eval/ties", 0.0)
+    if ties:
+        pairs += f" ({ties:.0f} ties have no right answer and are not in the accuracy)"
+    return {
+        "held-out accuracy": f"{metrics['eval/accuracy']:.3f} (95 %: {low:.3f} to {high:.3f})",
+        "the longer side wins": f"{metrics['eval/length_baseline']:.3f}",
+        "mean margin": metrics["eval/margin"],
+        "held-out pairs": pairs,
+    }

@@ -1,0 +1,102 @@
+"""How a stage on TRL's trainers begins: batch plan, engine, tokenizer, the model and its adapter,
+and what the run's manifest says that it read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers.utils import logging as transformers_logging
+
+from conf.choices import EngineKind, ModelKind
+from conf.schema import AdapterConfig, Config, EngineConfig
+from policy.adapters import attach
+from policy.engines.deepspeed import ensure_process_group, prepare_cpu
+from policy.model import is_peft
+from rlhf.data.mixture import data_files
+from rlhf.data.reading import stage_texts
+from rlhf.models.loading import load_tokenizer, train_tokenizer
+from rlhf.models.templates import template_text
+from rlhf.offline.arguments import BatchPlan, plan_batches
+from rlhf.process import distributed
+from rlhf.run.context import RunContext
+from rlhf.types import UserError
+
+
+def begin(cfg: Config) -> tuple[BatchPlan, Any]:
+    """Batch plan and tokenizer, and DeepSpeed's process group where it is the engine. Raises
+    UserError.
+    """
+    plan = plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
+    start_engine(cfg.engine)
+    quiet_libraries()
+    return plan, load_stage_tokenizer(cfg)
+
+
+def start_engine(engine: EngineConfig) -> None:
+    """DeepSpeed's process group; the torch engine needs none. Raises UserError for torch with
+    several ranks.
+    """
+    if engine.kind is EngineKind.torch:
+        if distributed.world_size() > 1:
+            raise UserError(
+                f"engine=torch runs in one process, but {distributed.world_size()} ranks were "
+                "launched. Use engine=zero0 (or zero1, zero2, zero3)."
+            )
+        return
+    prepare_cpu()
+    ensure_process_group()
+
+
+def load_stage_tokenizer(cfg: Config) -> Any:
+    """The model's tokenizer; for ``model=tiny`` without a path one trained on the stage's own
+    texts. ``data.chat_template`` replaces its chat template.
+    """
+    if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
+        return load_tokenizer(cfg.model, cfg.data.chat_template)
+    tiny = cfg.model.tiny
+    tokenizer = train_tokenizer(stage_texts(cfg), tiny.vocab_size, tiny.max_positions)
+    if cfg.data.chat_template is not None:
+        tokenizer.chat_template = template_text(cfg.data.chat_template)
+    return tokenizer
+
+
+def check_positions(model_config: Any, longest: int) -> None:
+    """Raises UserError when the longest row, in tokens, doesn't fit into the model's positions."""
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the data has rows of {longest} tokens, but the model has {limit} positions. Set "
+            f"stage.max_length={limit}."
+        )
+
+
+def with_adapter(model: Any, adapter: AdapterConfig, base: str | None, task: str) -> Any:
+    """`model` with the configured adapter; `model` itself for ``adapter=none``.
+
+    base: ``model.path``. A directory is recorded absolutely, so that the adapter finds its base
+    from anywhere. task: PEFT's task type.
+    """
+    model = attach(model, adapter, task=task)
+    directory = None if base is None else Path(base).expanduser()
+    if is_peft(model) and directory is not None and directory.is_dir():
+        model.peft_config["default"].base_model_name_or_path = str(directory.resolve())
+    return model
+
+
+def record_inputs(ctx: RunContext, kind: str) -> None:
+    """Name in the run's manifest what it read: the model it starts from (as `kind`) and its data
+    files.
+    """
+    ctx.add_parent(kind, ctx.cfg.model.path)
+    for path in data_files(ctx.cfg):
+        ctx.add_data(path)
+
+
+def quiet_libraries() -> None:
+    """Our own bar and messages are enough: no bars per file written, and no warnings that every run
+    would show.
+    """
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

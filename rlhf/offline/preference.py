@@ -1,0 +1,143 @@
+"""The trainer of each preference stage (DPO and its family, KTO, CPO, SimPO, ORPO), configured with
+the stage's options, and its reference.
+"""
+
+import copy
+from typing import Any
+
+import datasets
+from trl import DPOConfig, KTOConfig
+
+from conf.choices import FDivergence, KTOLoss
+from conf.stages import CPOStage, KTOStage, ORPOStage, PreferenceStage
+from policy.model import is_peft
+from rlhf.offline.kto import KLPairs
+from rlhf.offline.private_hooks import CPOConfig, DataCollatorForUnpairedPreference, ORPOConfig
+from rlhf.offline.rows import labelled
+from rlhf.offline.trainers import CPO, DPO, KTO, ORPO, StageTrainer
+from rlhf.types import UserError
+
+AnyPreferenceStage = PreferenceStage | KTOStage | CPOStage | ORPOStage
+
+
+def has_reference(stage: AnyPreferenceStage) -> bool:
+    """Whether the stage's loss compares the policy with a frozen reference."""
+    return isinstance(stage, (PreferenceStage, KTOStage))
+
+
+def start_of(model: Any) -> Any:
+    """The frozen reference of a policy that has not been trained yet: a copy, or None where turning
+    the adapter off gives it.
+    """
+    if is_peft(model):
+        return None
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def check_head(model: Any) -> None:
+    """Raises UserError when an adapter sits on the language-model head, which TRL's fused
+    log-probabilities would read without it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if is_peft(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            "adapter.targets holds the language-model head, where an adapter would never be "
+            "trained here: leave it out."
+        )
+
+
+def make_trainer(
+    stage: AnyPreferenceStage,
+    arguments: dict[str, Any],
+    model: Any,
+    reference: Any,
+    tokenizer: Any,
+    train: datasets.Dataset,
+    held_out: datasets.Dataset,
+    **ours: Any,
+) -> StageTrainer:
+    """The stage's trainer on encoded rows.
+
+    arguments: what TRL's configs have in common; reference: None for an adapter, and for losses
+    without one; ours: what `StageTrainer` takes beside TRL's arguments.
+    """
+    if isinstance(stage, (CPOStage, ORPOStage)):
+        train, held_out = labelled(train), labelled(held_out)
+    given = {
+        "model": model,
+        "train_dataset": train,
+        "eval_dataset": held_out,
+        "processing_class": tokenizer,
+        **ours,
+    }
+    if isinstance(stage, PreferenceStage):
+        check_head(model)
+        dpo = DPO(ref_model=reference, args=dpo_config(stage, arguments), **given)
+        return _without_reference_adapter(dpo)
+    if isinstance(stage, KTOStage):
+        check_head(model)
+        collator = kto_collator(stage, tokenizer)
+        args = kto_config(stage, arguments)
+        kto = KTO(ref_model=reference, args=args, data_collator=collator, **given)
+        return _without_reference_adapter(kto)
+    if isinstance(stage, ORPOStage):
+        return ORPO(args=ORPOConfig(**_own_columns(arguments), beta=stage.beta), **given)
+    return CPO(args=cpo_config(stage, arguments), **given)
+
+
+def _without_reference_adapter(trainer: StageTrainer) -> StageTrainer:
+    if is_peft(trainer.model):
+        trainer.drop_reference_adapter()
+    return trainer
+
+
+def _own_columns(arguments: dict[str, Any]) -> dict[str, Any]:
+    """CPO's and ORPO's collator takes the columns that it knows; transformers would drop them."""
+    return {**arguments, "remove_unused_columns": False}
+
+
+def dpo_config(stage: PreferenceStage, arguments: dict[str, Any]) -> DPOConfig:
+    extra: dict[str, Any] = {}
+    if stage.f_divergence is FDivergence.alpha_divergence and stage.f_alpha is not None:
+        extra["f_alpha_divergence_coef"] = stage.f_alpha
+    return DPOConfig(
+        **arguments,
+        loss_type=[loss.value for loss in stage.losses],
+        loss_weights=stage.weights,
+        beta=stage.beta,
+        label_smoothing=stage.label_smoothing,
+        f_divergence_type=stage.f_divergence.value,
+        ld_alpha=stage.ld_alpha,
+        discopop_tau=stage.discopop_tau,
+        **extra,
+    )
+
+
+def kto_config(stage: KTOStage, arguments: dict[str, Any]) -> KTOConfig:
+    return KTOConfig(
+        **arguments,
+        loss_type=stage.loss.value,
+        beta=stage.beta,
+        desirable_weight=stage.desirable_weight,
+        undesirable_weight=stage.undesirable_weight,
+    )
+
+
+def kto_collator(stage: KTOStage, tokenizer: Any) -> Any:
+    """TRL's collator; for ``stage.loss=kto`` each row gets an answer for the KL estimate."""
+    collate = DataCollatorForUnpairedPreference(
+        pad_token_id=tokenizer.pad_token_id, max_length=stage.max_length
+    )
+    return KLPairs(collate) if stage.loss is KTOLoss.kto else collate
+
+
+def cpo_config(stage: CPOStage, arguments: dict[str, Any]) -> CPOConfig:
+    return CPOConfig(
+        **_own_columns(arguments),
+        loss_type=stage.loss.value,
+        beta=stage.beta,
+        cpo_alpha=stage.nll_coef,
+        simpo_gamma=stage.gamma,
+        label_smoothing=stage.label_smoothing,
+    )

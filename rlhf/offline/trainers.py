@@ -1,0 +1,385 @@
+"""Our six trainers: one subclass of TRL's for each, all with the same additions.
+
+    transformers.Trainer         the loop over steps
+    TRL's SFTTrainer, ...        the loss and its metrics
+    PrivateHooks                 names of our own for what the two keep private (private_hooks.py)
+    StageTrainer (below)         what every stage adds: whole batches, row weights, guards, resume
+    SFT, Reward, DPO, ...        StageTrainer in front of TRL's class, and how its rows are weighed
+
+`StageTrainer` stands first in each class, so its methods run before TRL's.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+
+from conf.choices import OnNonFinite
+from conf.schema import EngineConfig
+from policy.engines import resharding
+from policy.engines.deepspeed import is_universal, mend_universal, reading
+from policy.engines.torch import NonFinite
+from policy.model import is_peft
+from rlhf.offline import row_weights
+from rlhf.offline.guards import Guard, WholeBatches
+from rlhf.offline.private_hooks import (
+    CPOTrainer,
+    ORPOTrainer,
+    PrivateHooks,
+    deepspeed_load_checkpoint,
+)
+from rlhf.offline.row_weights import CARRIED, COLUMN, SOFT_LABEL, WithWeights
+from rlhf.process import distributed, randomness
+from rlhf.run import checkpoints
+from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.stages")
+Inputs = dict[str, Any]
+Carried = dict[str, Tensor]  # weights and soft labels, [B] each, by the names of their columns
+Loss = Callable[..., Any]  # a trainer's compute_loss(model, inputs, return_outputs=)
+
+
+class StageTrainer(PrivateHooks):
+    """What every stage adds to TRL's trainer.
+
+    guard: what is done about losses and gradients that must not be applied; engine: of this launch.
+    """
+
+    extra_columns = CARRIED
+
+    def __init__(self, *args: Any, guard: Guard, engine: EngineConfig, **kwargs: Any) -> None:
+        self.guard, self.engine = guard, engine
+        super().__init__(*args, **kwargs)
+        self.data_collator = WithWeights(self.data_collator)
+
+    # ---- rows: whole batches, and weights ----
+
+    def train_sampler(self) -> WholeBatches:
+        return WholeBatches(
+            len(self.train_dataset),
+            self.guard.stage.batch_size,
+            self.args.seed,
+            lambda: self.state.global_step,
+        )
+
+    def weighted_loss(
+        self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
+    ) -> Any:
+        """The loss of rows that have weights or soft labels, as `compute_loss` returns it.
+
+        plain: TRL's own loss; inputs: the batch without what is in `carried`.
+        """
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss, weighed where the rows have weights, and refused where it is not finite."""
+        plain = functools.partial(super().compute_loss, num_items_in_batch=num_items_in_batch)
+        carried = {key: inputs[key] for key in CARRIED if key in inputs}
+        if carried:
+            rest = {key: value for key, value in inputs.items() if key not in CARRIED}
+            result = self.weighted_loss(plain, model, rest, carried, return_outputs)
+        else:
+            result = plain(model, inputs, return_outputs=return_outputs)
+        if self.model.training:
+            self.guard.micro_batches.append(inputs)
+            self.check_loss(result[0] if return_outputs else result)
+        return result
+
+    # ---- guards: losses and gradients that are NaN, infinite or a spike ----
+
+    def check_loss(self, loss: Tensor) -> None:
+        # All ranks learn of it, so that none waits for a rank that has stopped.
+        if distributed.all_max([float(not bool(torch.isfinite(loss).all()))])[0]:
+            self.refuse("loss", float(loss.detach()))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward and backward pass, of which an optimizer step has several."""
+        if not self.guard.micro_batches:
+            self.remember_loss()
+        loss = super().training_step(*args, **kwargs)
+        if self.guard.stage.spike_loss is not None:
+            self.guard.losses.append(float(loss))
+        return loss
+
+    def before_optimizer_step(self, model: Any, grad_norm: Any) -> None:
+        """Refuse a bad gradient; with ``stage.on_nonfinite=skip`` a refused step has no gradient
+        left to apply.
+        """
+        guard = self.guard
+        # With float16 the loss scaler leaves out such steps itself.
+        finite = grad_norm is None or math.isfinite(float(grad_norm))
+        if not finite and not self.args.fp16:
+            self.refuse("gradient's norm", float(grad_norm))
+        if guard.problem is None:
+            self.check_spikes(grad_norm)
+        if guard.problem is not None and guard.stage.on_nonfinite is OnNonFinite.skip:
+            model.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
+        guard.micro_batches = []
+
+    def check_spikes(self, grad_norm: Any) -> None:
+        """Refuse a loss or gradient's norm far above those of the last steps. A collective."""
+        guard, what, value = self.guard, "loss", 0.0
+        try:
+            if guard.stage.spike_loss is not None:
+                value = distributed.all_sum([math.fsum(guard.losses)])[0] / distributed.world_size()
+                guard.brake.check("loss", {"the loss": value})
+            if guard.stage.spike_grad_norm is not None and grad_norm is not None:
+                what, value = "gradient's norm", float(grad_norm)
+                guard.brake.check("grad_norm", {"the gradient's norm": value})
+        except NonFinite as error:
+            self.refuse(what, value, str(error))
+
+    def refuse(self, what: str, value: float, why: str | None = None) -> None:
+        """The step under way must not be applied. Raises TrainingDiverged where the run stops."""
+        self.guard.refuse(self.state.global_step + 1, what, value, self.processing_class, why)
+
+    def after_optimizer_step(self) -> bool:
+        """Go back or on after a refused step, as ``stage.on_nonfinite`` says."""
+        guard = self.guard
+        guard.losses = []
+        if guard.problem is None:
+            return False
+        figures = {"train/skipped": 1.0}
+        if guard.stage.on_nonfinite is OnNonFinite.rewind:
+            self.rewind(guard.checkpoint())
+            figures["train/rewinds"] = float(guard.rewinds)
+        else:
+            LOG.warning("the step was left out (stage.on_nonfinite=skip): %s", guard.problem)
+        guard.record(self.state.global_step, figures)
+        guard.skipped += 1
+        guard.problem = None
+        return True
+
+    def rewind(self, checkpoint: Path) -> None:
+        """Weights and optimizer as `checkpoint` has them. A collective under DeepSpeed.
+
+        Training goes on with the rows that follow. Step count, learning rate and the order of rows
+        are not turned back: what the steps in between have learned is lost.
+        """
+        if distributed.is_main():
+            LOG.warning(
+                "weights and optimizer go back to %s, on with other rows (rewind %d): %s",
+                checkpoint.name,
+                self.guard.rewinds,
+                self.guard.problem,
+            )
+        schedule = self.lr_scheduler.state_dict()
+        if self.is_deepspeed_enabled:
+            checkpoint = self.load_zero(checkpoint)
+        else:
+            self.load_weights(checkpoint)
+        self.load_optimizer(checkpoint)
+        self.lr_scheduler.load_state_dict(schedule)
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    # ---- checkpoints: sealed when whole, loaded on any number of ranks ----
+
+    @contextmanager
+    def around_checkpoint(self, directory: Path) -> Iterator[None]:
+        """Seal a checkpoint that was written. Raises UserError for a disk that takes no more."""
+        folder = directory.parent
+        with checkpoints.storing(f"checkpoint {directory}", directory, folder):
+            yield
+            distributed.barrier()
+            if distributed.is_main():
+                self.guard.save(directory)
+                resharding.record(directory, self.engine)
+                checkpoints.seal(directory)
+                checkpoints.clear_universal(folder)
+        distributed.barrier()
+
+    @contextmanager
+    def around_best_checkpoint(self, best: Path) -> Iterator[Path]:
+        """The best checkpoint in a form that this launch loads: it may have been written before a
+        resume on another number of ranks. Raises UserError for one that was damaged since.
+        """
+        problem = distributed.broadcast(
+            checkpoints.problem(best) if distributed.is_main() else None
+        )
+        if problem is not None:
+            raise UserError(
+                f"the best checkpoint {best} can't be loaded back: {problem}. Train anew with "
+                "run.overwrite=true."
+            )
+        directory = resharding.agreed(best, self.engine)
+        with reading(self.model_wrapped, directory) if self.is_deepspeed_enabled else nullcontext():
+            yield directory
+        distributed.barrier()
+        if distributed.is_main():
+            checkpoints.clear_universal(best.parent)
+
+    def load_zero(self, checkpoint: Path) -> Path:
+        """Weights and optimizer of a sealed checkpoint, whatever ranks wrote it, into the living
+        DeepSpeed engine. Returns the directory they came from. A collective.
+        """
+        directory = resharding.agreed(checkpoint, self.engine)
+        with reading(self.model_wrapped, directory):
+            deepspeed_load_checkpoint(
+                self.model_wrapped, str(directory), load_module_strict=not is_peft(self.model)
+            )
+        return directory
+
+    def optimizer_loaded(self, checkpoint: Path) -> None:
+        """Repair what DeepSpeed leaves out of a checkpoint in its universal form."""
+        if is_universal(checkpoint):
+            mend_universal(self.model_wrapped, checkpoint)
+
+    def restart_randomness(self, checkpoint: Path) -> bool:
+        """On another number of ranks than the checkpoint's, whose states fit no rank of this
+        launch (transformers would leave them out without a word).
+        """
+        saved = resharding.recorded(checkpoint)
+        if saved is None or saved.ranks == distributed.world_size():
+            return False
+        randomness.begin_anew(saved.ranks, self.args.seed * 1_000_003 + self.state.global_step)
+        return True
+
+
+# ---- one class per trainer of TRL's ----
+
+
+class SFT(StageTrainer, SFTTrainer):
+    """Supervised fine-tuning. A row's weight multiplies the log-probability of each of its tokens;
+    the loss divides by the number of tokens, as without weights.
+    """
+
+    def weighted_loss(
+        self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
+    ) -> Any:
+        weights = carried[COLUMN]
+        weighed = False
+
+        def weigh_tokens(outputs: Any) -> None:
+            nonlocal weighed
+            # TRL calls the model once more, for metrics that need whole logits.
+            if getattr(outputs, "log_probs", None) is None:
+                return
+            outputs.log_probs = outputs.log_probs * weights[:, None].to(outputs.log_probs.dtype)
+            weighed = True
+
+        result = plain(
+            row_weights.changed(model, weigh_tokens), inputs, return_outputs=return_outputs
+        )
+        if not weighed:
+            raise RuntimeError(
+                "SFTTrainer took its loss from something else than the model's log_probs, so the "
+                "rows' weights had no effect"
+            )
+        return result
+
+
+class Reward(StageTrainer, RewardTrainer):
+    """A pairwise reward model. Rows with weights or soft labels have the loss
+    `row_weights.pair_loss`; the metrics stay TRL's, except that pairs without a right answer are
+    not in the accuracy.
+    """
+
+    def weighted_loss(
+        self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
+    ) -> Any:
+        _, outputs = plain(model, inputs, return_outputs=True)
+        chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)  # [B] each
+        soft_label = carried.get(SOFT_LABEL)
+        loss = row_weights.pair_loss(
+            chosen,
+            rejected,
+            carried.get(COLUMN),
+            inputs.get("margin"),
+            self.args.center_rewards_coefficient,
+            soft_label,
+        )
+        if soft_label is not None:
+            self.count_decided(chosen - rejected, soft_label)
+        return (loss, outputs) if return_outputs else loss
+
+    def count_decided(self, difference: Tensor, soft_label: Tensor) -> None:
+        """Replace what TRL just added to its accuracy, where every pair counts as won by chosen,
+        with this batch's pairs that have a right answer, each by itself. A collective.
+
+        difference: score of chosen - score of rejected, [B]. A soft label [B] of exactly 1/2 has
+        no right answer.
+        """
+        lean = soft_label - 0.5
+        right = (lean * difference.detach() > 0).to(lean.dtype)
+        pairs = self.accelerator.gather_for_metrics(torch.stack([lean, right], dim=1))
+        metrics = self.batch_metrics()
+        metrics["accuracy"].pop()
+        metrics["accuracy"].extend(pairs[pairs[:, 0] != 0, 1].tolist())
+        if not metrics["accuracy"]:
+            del metrics["accuracy"]
+
+
+class PreferenceTrainer(StageTrainer):
+    """What DPO, KTO, CPO and ORPO share: rows of token ids, and weighted gradients.
+
+    TRL keeps the loss of a single row to itself, so a row's weight multiplies the gradient that
+    flows into the row's log-probabilities. The update is the same, since each row's loss depends on
+    its own log-probabilities alone (KTO's KL estimate has no gradient). The logged losses are those
+    of rows that weigh the same.
+    """
+
+    pretokenised = True
+
+    def weighted_loss(
+        self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
+    ) -> Any:
+        def scale(outputs: Any) -> None:
+            values = getattr(outputs, "log_probs", None)
+            if values is None:
+                values = outputs.logits
+            row_weights.scale_gradient(values, carried[COLUMN])
+
+        return plain(row_weights.changed(model, scale), inputs, return_outputs=return_outputs)
+
+
+class DPO(PreferenceTrainer, DPOTrainer):
+    """DPO and the losses of its family."""
+
+
+class KTO(PreferenceTrainer, KTOTrainer):
+    """KTO, on single answers that are good or bad."""
+
+
+class CountingTokens(PreferenceTrainer):
+    """CPO and ORPO: also logs ``num_tokens`` as TRL's other trainers do, the tokens trained on so
+    far over all ranks.
+    """
+
+    tokens_seen = 0
+
+    def get_batch_loss_metrics(
+        self, model: Any, batch: dict[str, Any], train_eval: str = "train"
+    ) -> Any:
+        if train_eval == "train":
+            masks = [mask for key, mask in batch.items() if key.endswith("_attention_mask")]
+            counted = sum(mask.sum() for mask in masks)
+            self.tokens_seen += int(self.accelerator.gather_for_metrics(counted).sum())
+        return super().get_batch_loss_metrics(model, batch, train_eval=train_eval)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["num_tokens"] = float(self.tokens_seen)
+        super().log(logs, start_time)
+
+
+class CPO(CountingTokens, CPOTrainer):
+    """CPO and SimPO, which need no reference."""
+
+
+class ORPO(CountingTokens, ORPOTrainer):
+    """ORPO, which needs no reference."""
