@@ -1,9 +1,7 @@
-"""What TRL's trainers are configured with: how a batch is split, precision, DeepSpeed's
-configuration, and the arguments that all six have in common.
+"""What TRL's trainers are configured with: precision, DeepSpeed's configuration, and the arguments
+that all six have in common.
 """
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +11,14 @@ from conf.choices import AdapterKind, Dtype, EngineKind, Offload, Scheduler
 from conf.schema import EngineConfig, RunConfig
 from conf.stages import OfflineStage
 from policy.engines.deepspeed import is_universal
+from rlhf.checks.launch import BatchPlan
 from rlhf.models.loading import resolve_dtype
-from rlhf.types import UserError
 
 _SCHEDULERS = {
     Scheduler.constant: "constant_with_warmup",
     Scheduler.linear: "linear",
     Scheduler.cosine: "cosine",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class BatchPlan:
-    """How the rows of one optimizer step are split: ranks x micro x accumulation = the batch."""
-
-    ranks: int
-    micro: int  # rows per forward pass and rank
-    accumulation: int  # forward passes per optimizer step and rank
-
-
-def plan_batches(batch_size: int, micro_batch_size: int | None, ranks: int) -> BatchPlan:
-    """Split `batch_size` rows over ranks and forward passes; without `micro_batch_size` a rank's
-    rows are one pass. Raises UserError when they don't divide.
-    """
-    if batch_size % ranks:
-        raise UserError(
-            f"stage.batch_size={batch_size} doesn't divide by the {ranks} ranks of this launch. "
-            f"Expected a multiple of {ranks}, "
-            f"such as stage.batch_size={math.ceil(batch_size / ranks) * ranks}."
-        )
-    micro = batch_size // ranks if micro_batch_size is None else micro_batch_size
-    if (batch_size // ranks) % micro:
-        raise UserError(
-            f"stage.batch_size={batch_size} doesn't divide by engine.micro_batch_size={micro} x "
-            f"{ranks} ranks = {micro * ranks}. "
-            "Expected a multiple of it, such as "
-            f"stage.batch_size={math.ceil(batch_size / (micro * ranks)) * micro * ranks}."
-        )
-    return BatchPlan(ranks=ranks, micro=micro, accumulation=batch_size // ranks // micro)
-
-
-def total_steps(stage: OfflineStage, rows: int) -> int:
-    """Optimizer steps: ``stage.steps``, or as many as ``stage.epochs`` passes over `rows` have
-    whole batches (at least one).
-    """
-    if stage.steps is not None:
-        return stage.steps
-    batches_per_pass = max(1, rows // stage.batch_size)
-    return max(1, round(stage.epochs * batches_per_pass))
 
 
 def training_dtype(dtype: Dtype, adapter: AdapterKind, engine: EngineKind) -> Dtype:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
-from rlhf.offline.arguments import total_steps
+from rlhf.checks.launch import count_steps
 from rlhf.offline.guards import Guard
 from rlhf.offline.private_hooks import (
     PREFIX_CHECKPOINT_DIR,
@@ -132,7 +132,7 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     Interrupted after a signal, and TrainingDiverged without any finite evaluation.
     """
     stage, resume_from = ctx.cfg.stage, ctx.resume_from
-    steps = total_steps(stage, len(trainer.train_dataset))
+    steps = count_steps(stage, len(trainer.train_dataset))
     trainer.args.max_steps = steps
     trainer.args.warmup_steps = math.ceil(stage.warmup_ratio * steps)
     trainer.remove_callback(PrinterCallback)

@@ -14,8 +14,7 @@ from torch.utils.data import Sampler
 from conf.choices import OnNonFinite
 from conf.stages import OfflineStage
 from policy.engines.spikes import Brake
-from rlhf.process import distributed
-from rlhf.run import checkpoints
+from rlhf.process import checkpoints, distributed
 from rlhf.types import TrainingDiverged
 
 _DUMPS = 5  # batches written before further ones replace each other

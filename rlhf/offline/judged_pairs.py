@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 
-from reward.scorer import score_ids
+from reward.model import score_ids
 from rlhf.offline.row_weights import SOFT_LABEL
 from rlhf.process import distributed
 from rlhf.types import UserError

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from conf.stages import KTOStage
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages")
@@ -85,3 +86,17 @@ def balance_note(
         f"[1, 4/3], found {ratio:.2f}. Set stage.desirable_weight to a value in "
         f"[{low * wanted:.3g}, {high * wanted:.3g}]."
     )
+
+
+def check_balance(stage: KTOStage, train: datasets.Dataset) -> None:
+    """Warn of good and bad answers out of balance. Raises UserError where all are of one kind."""
+    good = sum(train["label"])
+    if not 0 < good < len(train):
+        kind = "good" if good else "bad"
+        raise UserError(
+            f"training: each of the {len(train)} answers of at most "
+            f"stage.max_length={stage.max_length} tokens is judged {kind}."
+        )
+    note = balance_note(good, len(train) - good, stage.desirable_weight, stage.undesirable_weight)
+    if note is not None:
+        LOG.warning("%s", note)

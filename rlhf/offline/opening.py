@@ -5,29 +5,28 @@ and what the run's manifest says that it read.
 from pathlib import Path
 from typing import Any
 
-import datasets
-from transformers.utils import logging as transformers_logging
-
 from conf.choices import EngineKind, ModelKind
 from conf.schema import AdapterConfig, Config, EngineConfig
 from policy.adapters import attach
 from policy.engines.deepspeed import ensure_process_group, prepare_cpu
 from policy.model import is_peft
-from rlhf.data.mixture import data_files
+from rlhf.checks import launch
 from rlhf.data.reading import stage_texts
+from rlhf.data.sources import data_files
 from rlhf.models.loading import load_tokenizer, train_tokenizer
 from rlhf.models.templates import template_text
-from rlhf.offline.arguments import BatchPlan, plan_batches
 from rlhf.process import distributed
+from rlhf.process.quiet import quiet_libraries
 from rlhf.run.context import RunContext
 from rlhf.types import UserError
 
 
-def begin(cfg: Config) -> tuple[BatchPlan, Any]:
+def begin(cfg: Config) -> tuple[launch.BatchPlan, Any]:
     """Batch plan and tokenizer, and DeepSpeed's process group where it is the engine. Raises
     UserError.
     """
-    plan = plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, distributed.world_size())
+    ranks = distributed.world_size()
+    plan = launch.plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
     start_engine(cfg.engine)
     quiet_libraries()
     return plan, load_stage_tokenizer(cfg)
@@ -38,11 +37,7 @@ def start_engine(engine: EngineConfig) -> None:
     several ranks.
     """
     if engine.kind is EngineKind.torch:
-        if distributed.world_size() > 1:
-            raise UserError(
-                f"engine=torch runs in one process, but {distributed.world_size()} ranks were "
-                "launched. Use engine=zero0 (or zero1, zero2, zero3)."
-            )
+        distributed.require_one_process("engine=torch", launch.ONE_PROCESS_REMEDY)
         return
     prepare_cpu()
     ensure_process_group()
@@ -89,14 +84,5 @@ def record_inputs(ctx: RunContext, kind: str) -> None:
     files.
     """
     ctx.add_parent(kind, ctx.cfg.model.path)
-    for path in data_files(ctx.cfg):
+    for path in data_files(ctx.cfg.data):
         ctx.add_data(path)
-
-
-def quiet_libraries() -> None:
-    """Our own bar and messages are enough: no bars per file written, and no warnings that every run
-    would show.
-    """
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()

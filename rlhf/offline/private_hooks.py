@@ -9,6 +9,7 @@ other file of ours knows the private names.
 an installed version no longer has; `tests/offline/test_private_hooks.py` fails with its answer.
 """
 
+import functools
 import inspect
 import warnings
 from collections.abc import Sequence
@@ -280,14 +281,14 @@ def problems(
     """What of `used` and `code` the installed versions no longer have, a sentence each."""
     found = [problem for part in used if (problem := _problem(part)) is not None]
     for owner, line in code:
-        if line not in inspect.getsource(owner):
+        if line not in _source(owner):
             found.append(f"{_name(owner)}: its code no longer holds {line!r}")
     return found
 
 
 def _problem(part: Part) -> str | None:
     whole = f"{_name(part.owner)}.{part.name}"
-    source = inspect.getsource(part.owner)
+    source = _source(part.owner)
     if part.parameters is None:
         if f"self.{part.name} = " in source:
             return None
@@ -305,6 +306,11 @@ def _problem(part: Part) -> str | None:
             f"{whole}: it takes ({', '.join(parameters)}), expected ({', '.join(part.parameters)})"
         )
     return None
+
+
+@functools.cache
+def _source(owner: type | ModuleType) -> str:
+    return inspect.getsource(owner)
 
 
 def _name(owner: type | ModuleType) -> str:

@@ -24,8 +24,8 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
 from policy.engines import resharding
+from policy.engines.base import NonFinite
 from policy.engines.deepspeed import is_universal, mend_universal, reading
-from policy.engines.torch import NonFinite
 from policy.model import is_peft
 from rlhf.offline import row_weights
 from rlhf.offline.guards import Guard, WholeBatches
@@ -36,8 +36,7 @@ from rlhf.offline.private_hooks import (
     deepspeed_load_checkpoint,
 )
 from rlhf.offline.row_weights import CARRIED, COLUMN, SOFT_LABEL, WithWeights
-from rlhf.process import distributed, randomness
-from rlhf.run import checkpoints
+from rlhf.process import checkpoints, distributed, randomness
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages")
@@ -216,7 +215,7 @@ class StageTrainer(PrivateHooks):
                 f"the best checkpoint {best} can't be loaded back: {problem}. Train anew with "
                 "run.overwrite=true."
             )
-        directory = resharding.agreed(best, self.engine)
+        directory = resharding.adapt_on_all_ranks(best, self.engine)
         with reading(self.model_wrapped, directory) if self.is_deepspeed_enabled else nullcontext():
             yield directory
         distributed.barrier()
@@ -227,7 +226,7 @@ class StageTrainer(PrivateHooks):
         """Weights and optimizer of a sealed checkpoint, whatever ranks wrote it, into the living
         DeepSpeed engine. Returns the directory they came from. A collective.
         """
-        directory = resharding.agreed(checkpoint, self.engine)
+        directory = resharding.adapt_on_all_ranks(checkpoint, self.engine)
         with reading(self.model_wrapped, directory):
             deepspeed_load_checkpoint(
                 self.model_wrapped, str(directory), load_module_strict=not is_peft(self.model)

@@ -6,34 +6,49 @@ reference, the KL pairs of KTO, and what a run leaves behind.
 """
 
 import dataclasses
-import logging
 from typing import Any
 
 import datasets
 
-from conf.choices import KTOLoss, PreferenceLoss
+from conf.choices import KTOLoss
 from conf.schema import Config
-from conf.stages import KTOStage
+from conf.stages import KTOStage, PreferenceStage
+from policy.engines import resharding
 from policy.model import base_of
+from rlhf.checks import launch
 from rlhf.data.reading import preference_dataset, unpaired_dataset
 from rlhf.models.loading import load_causal_lm
-from rlhf.offline import preference
-from rlhf.offline.arguments import BatchPlan, trainer_arguments, training_dtype
+from rlhf.offline import checks, preference
+from rlhf.offline.arguments import trainer_arguments, training_dtype
 from rlhf.offline.fitting import fit, make_guard
-from rlhf.offline.kto import balance_note, without_lone_row
+from rlhf.offline.kto import check_balance, without_lone_row
 from rlhf.offline.opening import begin, check_positions, record_inputs, with_adapter
-from rlhf.offline.row_weights import COLUMN
 from rlhf.offline.rows import encode_preferences, longest_row, preference_contexts
 from rlhf.offline.saving import free_memory, greedy_samples, save_trained
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
-from rlhf.run.context import RunContext, seed_everything
-from rlhf.types import UserError
+from rlhf.process.randomness import seed_everything
+from rlhf.run.context import RunContext
 
-LOG = logging.getLogger("rlhf.stages")
+adapt_checkpoint = resharding.adapt  # to this launch's ranks, before a resume
 _SAMPLES = 4  # held-out prompts that the trained policy answers
-_SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 Sides = tuple[datasets.Dataset, datasets.Dataset]  # training and held-out rows
+
+
+def check(cfg: Config) -> list[str]:
+    """All that can be known before weights load; returns notes worth a warning. Raises
+    UserError.
+    """
+    stage, engine = cfg.stage, cfg.engine
+    notes = checks.check(cfg)
+    checks.check_preference_adapter(stage, cfg.adapter)
+    ranks = launch.count_ranks(engine, dry_run=cfg.run.dry_run)
+    micro = launch.plan_batches(stage.batch_size, engine.micro_batch_size, ranks).micro
+    if isinstance(stage, KTOStage):
+        checks.check_kto_rows(stage, engine.micro_batch_size, micro)
+    if isinstance(stage, PreferenceStage):
+        notes += checks.sorting_note(stage, micro)
+    return notes
 
 
 def read(cfg: Config, tokenizer: Any, micro: int) -> Sides:
@@ -43,7 +58,7 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> Sides:
     stage = cfg.stage
     unpaired = isinstance(stage, KTOStage)
     raw_train, raw_held_out = unpaired_dataset(cfg) if unpaired else preference_dataset(cfg)
-    check_weights(cfg.data.weight_column, getattr(stage, "losses", []), raw_train)
+    checks.check_row_weights(cfg.data.weight_column, getattr(stage, "losses", []), raw_train)
     sides = ("completion",) if unpaired else ("chosen", "rejected")
     length = stage.max_length
     train = encode_preferences(tokenizer, raw_train, sides, name="training", max_length=length)
@@ -62,38 +77,9 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> Sides:
     return train, held_out
 
 
-def check_balance(stage: KTOStage, train: datasets.Dataset) -> None:
-    """Warn of good and bad answers out of balance. Raises UserError where all are of one kind."""
-    good = sum(train["label"])
-    if not 0 < good < len(train):
-        kind = "good" if good else "bad"
-        raise UserError(
-            f"training: each of the {len(train)} answers of at most "
-            f"stage.max_length={stage.max_length} tokens is judged {kind}."
-        )
-    note = balance_note(good, len(train) - good, stage.desirable_weight, stage.undesirable_weight)
-    if note is not None:
-        LOG.warning("%s", note)
-
-
-def check_weights(column: str | None, losses: list[PreferenceLoss], rows: datasets.Dataset) -> None:
-    """Log what the rows' weights do. Raises UserError for losses that compare the sorted rows of a
-    batch. column: ``data.weight_column``.
-    """
-    if COLUMN not in rows.column_names:
-        return
-    sorting = [loss.value for loss in losses if loss in _SORTING]
-    if sorting:
-        raise UserError(
-            f"stage.losses={sorting[0]} sorts the rows of a batch, so no row has a loss that its "
-            f"weight (column {column!r}) could multiply. "
-            "Use another loss, or set data.weight_column=null to weigh all rows the same."
-        )
-    LOG.info(
-        "the column %r multiplies each row's gradient; the losses that are logged weigh all rows "
-        "the same",
-        column,
-    )
+def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+    """Rows that train, for a dry run. Raises UserError as `read`."""
+    return len(read(cfg, tokenizer, micro)[0])
 
 
 def run(ctx: RunContext) -> None:
@@ -136,7 +122,7 @@ def _run(ctx: RunContext) -> None:
 
 
 def _train(
-    ctx: RunContext, plan: BatchPlan, tokenizer: Any, rows: Sides
+    ctx: RunContext, plan: launch.BatchPlan, tokenizer: Any, rows: Sides
 ) -> tuple[int, dict[str, float]]:
     """Train and save, and free the trainer's memory. Returns the steps and the run's figures."""
     ctx.watchdog.phase("build")
@@ -149,7 +135,9 @@ def _train(
     return steps, metrics
 
 
-def make_trainer(ctx: RunContext, plan: BatchPlan, tokenizer: Any, rows: Sides) -> StageTrainer:
+def make_trainer(
+    ctx: RunContext, plan: launch.BatchPlan, tokenizer: Any, rows: Sides
+) -> StageTrainer:
     """Load the model, copy the reference, and build the stage's trainer. Raises UserError for rows
     longer than the model reads.
     """

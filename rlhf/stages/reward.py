@@ -9,6 +9,7 @@ import numpy as np
 from trl import RewardConfig as TRLRewardConfig
 
 from conf.schema import Config
+from policy.engines import resharding
 from reward.model import (
     Manifest,
     load_reward_module,
@@ -16,11 +17,12 @@ from reward.model import (
     tokenizer_fingerprint,
     write_manifest,
 )
-from rlhf.data.reading import preference_dataset
+from rlhf.checks.launch import BatchPlan
+from rlhf.data.reading import check_first_strength, preference_dataset
 from rlhf.models.encoding import is_chat
 from rlhf.models.loading import load_classifier, resolve_dtype
-from rlhf.offline import judged_pairs
-from rlhf.offline.arguments import BatchPlan, trainer_arguments, training_dtype
+from rlhf.offline import checks, judged_pairs
+from rlhf.offline.arguments import trainer_arguments, training_dtype
 from rlhf.offline.fitting import fit, make_guard
 from rlhf.offline.opening import begin, check_positions, record_inputs, with_adapter
 from rlhf.offline.row_weights import SOFT_LABEL
@@ -28,7 +30,20 @@ from rlhf.offline.rows import EncodedPairs, encode_pairs, padding_token
 from rlhf.offline.saving import free_memory, save_trained
 from rlhf.offline.trainers import Reward
 from rlhf.process import distributed
-from rlhf.run.context import RunContext, seed_everything
+from rlhf.process.randomness import seed_everything
+from rlhf.run.context import RunContext
+
+adapt_checkpoint = resharding.adapt  # to this launch's ranks, before a resume
+
+
+def check(cfg: Config) -> list[str]:
+    """All that can be known before weights load; returns notes worth a warning. Raises
+    UserError.
+    """
+    notes = checks.check(cfg)
+    if cfg.stage.margin or cfg.stage.soft_label:
+        check_first_strength(cfg)
+    return notes
 
 
 def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]:
@@ -45,6 +60,11 @@ def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]
         encode_pairs(tokenizer, held_out, name="held-out", **encode),
         is_chat(train[0]["chosen"]),
     )
+
+
+def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+    """Pairs that train, for a dry run. Raises UserError as `read`."""
+    return len(read(cfg, tokenizer)[0].data)
 
 
 def run(ctx: RunContext) -> None:

@@ -8,11 +8,15 @@ from typing import Any
 
 import datasets
 from trl import SFTConfig
+from trl.data_utils import pack_dataset
 
 from conf.schema import Config
+from policy.engines import resharding
+from rlhf.checks.launch import BatchPlan
 from rlhf.data.reading import sft_dataset
 from rlhf.models.loading import load_causal_lm
-from rlhf.offline.arguments import BatchPlan, trainer_arguments, training_dtype
+from rlhf.offline import checks
+from rlhf.offline.arguments import trainer_arguments, training_dtype
 from rlhf.offline.fitting import fit, make_guard
 from rlhf.offline.opening import begin, check_positions, record_inputs, with_adapter
 from rlhf.offline.row_weights import COLUMN
@@ -20,10 +24,19 @@ from rlhf.offline.rows import encode_sft, sft_context
 from rlhf.offline.saving import greedy_samples, save_trained, saves_adapter_alone
 from rlhf.offline.trainers import SFT
 from rlhf.process import distributed
-from rlhf.run.context import RunContext, seed_everything
+from rlhf.process.randomness import seed_everything
+from rlhf.run.context import RunContext
 from rlhf.types import UserError
 
+adapt_checkpoint = resharding.adapt  # to this launch's ranks, before a resume
 _SAMPLES = 4  # held-out rows that the trained policy continues
+
+
+def check(cfg: Config) -> list[str]:
+    """All that can be known before weights load; returns notes worth a warning. Raises
+    UserError.
+    """
+    return checks.check(cfg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +68,14 @@ def read(cfg: Config, tokenizer: Any) -> Rows:
         encode_sft(tokenizer, held_out, name="held-out", cut=True, **encode),
         held_out,
     )
+
+
+def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+    """Rows that train, packed where they are packed, for a dry run. Raises UserError as `read`."""
+    rows = read(cfg, tokenizer).train
+    if not cfg.stage.packing:
+        return len(rows)
+    return len(pack_dataset(rows, cfg.stage.max_length, SFTConfig.packing_strategy))
 
 
 def run(ctx: RunContext) -> None:

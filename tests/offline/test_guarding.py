@@ -16,12 +16,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
 from conf.choices import AdapterKind, Dtype, EngineKind, OnNonFinite, Scheduler
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import SFTStage
 from rlhf.checks import launch
 from rlhf.offline import guards as guarding
+from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.stages import sft
@@ -60,7 +62,7 @@ def break_loss(
     monkeypatch: pytest.MonkeyPatch, factor: float = math.nan, steps: tuple[int, ...] = (BAD_STEP,)
 ) -> None:
     """The loss of those training steps, times `factor`."""
-    real = sft.SFTTrainer.compute_loss
+    real = SFTTrainer.compute_loss
 
     def changed(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         result = real(trainer, *args, **kwargs)
@@ -71,7 +73,7 @@ def break_loss(
             return result
         return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
 
-    monkeypatch.setattr(sft.SFTTrainer, "compute_loss", changed)
+    monkeypatch.setattr(SFTTrainer, "compute_loss", changed)
 
 
 def break_gradient(monkeypatch: pytest.MonkeyPatch, factor: float = math.inf) -> None:
@@ -184,16 +186,16 @@ def test_rewind_goes_back_to_the_checkpoint_and_on_with_other_rows(
 ) -> None:
     FAULTS[fault](monkeypatch)
     used: list[float] = []
-    norm = guarding.Guarding._get_grad_norm
+    before = StageTrainer.before_optimizer_step
 
-    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
         """Right before the optimizer's step."""
         used.append(self.optimizer.param_groups[0]["lr"])
-        return norm(self, *args, **kwargs)
+        before(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         go_back_to_the_first(patch)
-        patch.setattr(guarding.Guarding, "_get_grad_norm", noting)
+        patch.setattr(StageTrainer, "before_optimizer_step", noting)
         place = run(tmp_path, stage=REWIND, adapter=adapter)
     assert used == pytest.approx([STAGE["learning_rate"] * (5 - step) / 5 for step in range(5)]), (
         "the step after a rewind has its own rate"
@@ -349,7 +351,7 @@ def test_batches_are_kept_up_to_a_number(tmp_path: Path) -> None:
     for step in range(1, 9):
         guard.micro_batches = [{"input_ids": torch.full((1, 2), step)}]
         guard.refuse(step, "loss", math.nan, tokenizer)
-        guard.bad = None
+        guard.problem = None
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == sorted(
         [
             *(f"diverged_step{n}_rank0.safetensors" for n in range(1, 6)),

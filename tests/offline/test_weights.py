@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import RewardConfig as TRLRewardConfig
-from trl import RewardTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from conf.choices import CPOLoss, KTOLoss, ModelKind, PreferenceLoss
+from conf.choices import CPOLoss, Dtype, KTOLoss, ModelKind, PreferenceLoss
 from conf.schema import Config, DataConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import (
     CPOStage,
@@ -29,11 +28,22 @@ from conf.stages import (
     RewardStage,
     SFTStage,
 )
+from rlhf.checks.launch import BatchPlan
 from rlhf.data import reading
 from rlhf.models.loading import load_causal_lm, load_classifier
 from rlhf.offline import row_weights as weights
-from rlhf.offline import trainer as common
-from rlhf.offline.guards import Guard, guarded
+from rlhf.offline.arguments import trainer_arguments
+from rlhf.offline.checks import check_row_weights
+from rlhf.offline.guards import Guard
+from rlhf.offline.preference import has_reference, make_trainer
+from rlhf.offline.rows import (
+    EncodedPairs,
+    encode_pairs,
+    encode_preferences,
+    encode_sft,
+    padding_token,
+)
+from rlhf.offline.trainers import SFT, Reward
 from rlhf.run.context import RunContext
 from rlhf.stages import preference, reward, sft
 from rlhf.types import UserError
@@ -188,13 +198,8 @@ def test_what_no_loss_can_weigh_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=rf"stage.losses={loss.value} sorts the rows of a batch"
         ):
-            preference.check_weights(
-                config(tmp_path, pairs(), PreferenceStage(losses=[loss])), rows
-            )
-    preference.check_weights(
-        config(tmp_path, pairs(), PreferenceStage(losses=[PreferenceLoss.aot])),
-        Dataset.from_list(pairs()),
-    )
+            check_row_weights("weight", [loss], rows)
+    check_row_weights("weight", [PreferenceLoss.aot], Dataset.from_list(pairs()))
     cfg = trl_tools.config(
         SFTStage(packing=True),
         tmp_path,
@@ -231,13 +236,13 @@ class Bench:
             }
             for i, r in enumerate(rows)
         ]
-        self.pairs = preference.encode_rows(
+        self.pairs = encode_preferences(
             self.tokenizer, rows, ("chosen", "rejected"), name="x", max_length=60
         )
-        self.answers = preference.encode_rows(
+        self.answers = encode_preferences(
             self.tokenizer, Dataset.from_list(single), ("completion",), name="x", max_length=60
         )
-        self.texts = sft.encode_dataset(
+        self.texts = encode_sft(
             self.tokenizer,
             Dataset.from_list(trl_tools.sft_rows(ROWS)),
             name="x",
@@ -245,9 +250,7 @@ class Bench:
             completion_only=True,
             cut=True,
         )
-        self.sides = reward.encode_pairs(
-            self.tokenizer, rows, name="x", max_length=60, margin=True
-        ).data
+        self.sides = encode_pairs(self.tokenizer, rows, name="x", max_length=60, margin=True).data
 
     @staticmethod
     def loud(model: Any) -> Any:
@@ -255,52 +258,36 @@ class Bench:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
         return model.eval()
 
-    def trainer(self, stage: Any, given: list[float] | None) -> Any:
-        cfg = SimpleNamespace(
-            stage=stage,
-            model=ModelConfig(kind=ModelKind.tiny),
-            engine=EngineConfig(),
-            run=RunConfig(),
+    def trainer(self, stage: Any, row_weights: list[float] | None) -> Any:
+        plan = BatchPlan(1, ROWS, 1)
+        arguments = trainer_arguments(
+            stage, plan, EngineConfig(), RunConfig(), Dtype.auto, self.folder
         )
-        ctx: Any = SimpleNamespace(cfg=cfg, checkpoint_dir=self.folder, resume_from=None)
-        arguments = common.trainer_arguments(ctx, common.BatchPlan(1, ROWS, 1))
         data = {SFTStage: self.texts, RewardStage: self.sides, KTOStage: self.answers}.get(
             type(stage), self.pairs
         )
         # as they are: normalising is tested above
-        rows = data if given is None else data.add_column(weights.COLUMN, given)
-        both = {"train_dataset": rows, "eval_dataset": rows}
+        rows = data if row_weights is None else data.add_column(weights.COLUMN, row_weights)
+        ours = {
+            "guard": Guard(stage, self.folder, self.folder, lambda step, figures: None),
+            "engine": EngineConfig(),
+        }
+        given = {"train_dataset": rows, "eval_dataset": rows, **ours}
         model = copy.deepcopy(self.classifier if isinstance(stage, RewardStage) else self.policy)
         if isinstance(stage, SFTStage):
             args = SFTConfig(**arguments, completion_only_loss=False)
-            trainer = guarded(weights.weighted_sft(SFTTrainer))(
-                model=model, args=args, processing_class=self.tokenizer, **both
-            )
-        elif isinstance(stage, RewardStage):
+            return SFT(model=model, args=args, processing_class=self.tokenizer, **given)
+        if isinstance(stage, RewardStage):
             rewards = TRLRewardConfig(
                 **arguments, center_rewards_coefficient=stage.centering_coef or None
             )
             tokenizer = copy.deepcopy(self.tokenizer)
-            tokenizer.pad_token = reward.padding_token(
-                tokenizer, reward.EncodedPairs(self.sides, [])
-            )
-            trainer = guarded(weights.weighted_reward(RewardTrainer))(
-                model=model, args=rewards, processing_class=tokenizer, **both
-            )
-        else:
-            reference = (
-                copy.deepcopy(self.reference).requires_grad_(False)
-                if preference.has_reference(stage)
-                else None
-            )
-            trainer = preference.make_trainer(
-                stage, arguments, model, reference, self.tokenizer, rows, rows
-            )
-        trainer.global_batch, trainer.guard = (
-            ROWS,
-            Guard(stage, self.folder, self.folder, lambda step, figures: None),
-        )
-        return trainer
+            tokenizer.pad_token = padding_token(tokenizer, EncodedPairs(self.sides, []))
+            return Reward(model=model, args=rewards, processing_class=tokenizer, **given)
+        reference = None
+        if has_reference(stage):
+            reference = copy.deepcopy(self.reference).requires_grad_(False)
+        return make_trainer(stage, arguments, model, reference, self.tokenizer, rows, rows, **ours)
 
     def gradient(
         self, stage: Any, given: list[float] | None, rows: list[int] | None = None

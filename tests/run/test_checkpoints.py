@@ -18,8 +18,9 @@ import torch
 
 from conf.schema import RunConfig
 from conf.stages import SFTStage
-from rlhf.offline import guards as guarding
-from rlhf.process import checkpoints, randomness
+from rlhf.offline import private_hooks
+from rlhf.online import loop as online
+from rlhf.process import checkpoints
 from rlhf.run.context import RunContext
 from rlhf.run.directory import latest_checkpoint
 from rlhf.run.tracking import files
@@ -367,16 +368,16 @@ def test_a_torn_best_checkpoint_is_not_taken_for_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is loaded back after the last step, hours after it was written."""
-    find = guarding.rotate_checkpoints
+    rotate = private_hooks.rotate_checkpoints
 
     def torn(folder: str, *args: Any, **kwargs: Any) -> None:
-        find(folder, *args, **kwargs)
+        rotate(folder, *args, **kwargs)
         place = Path(folder) / "checkpoint-4"
         if place.is_dir():
             for best in Path(folder).iterdir():
                 changed(best / "model.safetensors")
 
-    monkeypatch.setattr(guarding, "rotate_checkpoints", torn)
+    monkeypatch.setattr(private_hooks, "rotate_checkpoints", torn)
     with pytest.raises(
         UserError,
         match=r"the best checkpoint .* can't be loaded back: model.safetensors is not what was "

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,15 +18,20 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conf.choices import AdapterKind, FDivergence, KTOLoss, ModelKind, PreferenceLoss
+from conf.choices import AdapterKind, Dtype, FDivergence, KTOLoss, ModelKind, PreferenceLoss
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import CPOStage, KTOStage, PreferenceStage
+from rlhf.checks.launch import BatchPlan
 from rlhf.cli import config as composing
 from rlhf.data.reading import DataRequest, preference_dataset
 from rlhf.models.encoding import IGNORED, encode_answer, prompt_ids, response_ids
 from rlhf.models.loading import load_causal_lm
-from rlhf.offline import trainer as common
+from rlhf.offline.arguments import trainer_arguments
 from rlhf.offline.guards import Guard
+from rlhf.offline.kto import balance_note, mismatch_shift, without_lone_row
+from rlhf.offline.opening import with_adapter
+from rlhf.offline.preference import has_reference, make_trainer, start_of
+from rlhf.offline.rows import encode_preferences
 from rlhf.run.context import RunContext
 from rlhf.stages import preference
 from rlhf.types import UserError
@@ -344,6 +348,12 @@ def test_divergence_saves_the_batch(folder: Path) -> None:
 # ---- tokens and losses ----
 
 
+def bench_arguments(stage: Any, rows: int, out: Path) -> dict[str, Any]:
+    """What TRL's configs have in common, for one forward pass of `rows`."""
+    plan = BatchPlan(1, rows, 1)
+    return trainer_arguments(stage, plan, EngineConfig(), RunConfig(), Dtype.auto, out)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """A policy away from its reference, and a few encoded pairs and answers."""
@@ -360,33 +370,23 @@ class Bench:
     out: Path
 
     def trainer(self, stage: Any) -> Any:
-        cfg = SimpleNamespace(
-            stage=stage,
-            model=ModelConfig(kind=ModelKind.tiny),
-            engine=EngineConfig(),
-            run=RunConfig(),
-        )
-        ctx: Any = SimpleNamespace(cfg=cfg, checkpoint_dir=self.out, resume_from=None)
-        arguments = common.trainer_arguments(ctx, common.BatchPlan(1, len(self.rows), 1))
+        arguments = bench_arguments(stage, len(self.rows), self.out)
         data = self.answers if isinstance(stage, KTOStage) else self.pairs
         model, reference = (
-            preference.start_of(self.policy).requires_grad_(True),
-            preference.start_of(self.reference),
+            start_of(self.policy).requires_grad_(True),
+            start_of(self.reference),
         )
-        trainer = preference.make_trainer(
+        return make_trainer(
             stage,
             arguments,
             model,
-            reference if preference.has_reference(stage) else None,
+            reference if has_reference(stage) else None,
             self.tokenizer,
             data,
             data,
+            guard=Guard(stage, self.out, self.out, lambda step, figures: None),
+            engine=EngineConfig(),
         )
-        trainer.global_batch, trainer.guard = (
-            len(data),
-            Guard(stage, self.out, self.out, lambda step, figures: None),
-        )
-        return trainer
 
     def batch(self, trainer: Any) -> dict[str, Any]:
         return trainer.data_collator(
@@ -427,11 +427,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     for parameter in reference.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(4.0)
-    policy = preference.start_of(reference)
+    policy = start_of(reference)
     for parameter in policy.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     rows = trl_tools.pair_rows(6)
-    pairs = preference.encode_rows(
+    pairs = encode_preferences(
         tokenizer, Dataset.from_list(rows), ("chosen", "rejected"), name="x", max_length=60
     )
     single = [
@@ -439,7 +439,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         for r in rows
         for side in ("chosen", "rejected")
     ]
-    answers = preference.encode_rows(
+    answers = encode_preferences(
         tokenizer, Dataset.from_list(single), ("completion",), name="x", max_length=60
     )
     logprobs, of_reference = pair_logprobs(policy, pairs), pair_logprobs(reference, pairs)
@@ -513,11 +513,9 @@ def test_kto_pairs_every_answer_of_a_shuffled_batch_with_another_prompt(bench: B
 
 
 def test_mismatch_shift() -> None:
-    assert preference.mismatch_shift([[1], [2], [3]]) == 1
-    assert preference.mismatch_shift([[1], [1], [2], [2]]) == 2, (
-        "a pair's two sides lie side by side"
-    )
-    assert preference.mismatch_shift([[1], [1]]) == 1 and preference.mismatch_shift([[1]]) == 0
+    assert mismatch_shift([[1], [2], [3]]) == 1
+    assert mismatch_shift([[1], [1], [2], [2]]) == 2, "a pair's two sides lie side by side"
+    assert mismatch_shift([[1], [1]]) == 1 and mismatch_shift([[1]]) == 0
 
 
 def test_rows_that_are_too_long_or_part_early(caplog: pytest.LogCaptureFixture) -> None:
@@ -528,15 +526,13 @@ def test_rows_that_are_too_long_or_part_early(caplog: pytest.LogCaptureFixture) 
             {"prompt": "the", "chosen": " good", "rejected": " bad" * 40},
         ]
     )
-    with caplog.at_level("WARNING", "rlhf.stages.preference"):
-        kept = preference.encode_rows(
+    with caplog.at_level("WARNING", "rlhf.stages"):
+        kept = encode_preferences(
             tokenizer, rows, ("chosen", "rejected"), name="training", max_length=20
         )
     assert len(kept) == 1 and "1 of 2 rows are longer than stage.max_length=20" in caplog.text
     with pytest.raises(UserError, match=r"each of the 2 rows is longer than stage.max_length=3"):
-        preference.encode_rows(
-            tokenizer, rows, ("chosen", "rejected"), name="training", max_length=3
-        )
+        encode_preferences(tokenizer, rows, ("chosen", "rejected"), name="training", max_length=3)
 
     def turns(*texts: str) -> list[dict[str, str]]:
         return [
@@ -548,7 +544,7 @@ def test_rows_that_are_too_long_or_part_early(caplog: pytest.LogCaptureFixture) 
     with pytest.raises(
         UserError, match="held-out row 0: the answers must differ in their last message only"
     ):
-        preference.encode_rows(
+        encode_preferences(
             tokenizer,
             Dataset.from_list([chats]),
             ("chosen", "rejected"),
@@ -556,7 +552,7 @@ def test_rows_that_are_too_long_or_part_early(caplog: pytest.LogCaptureFixture) 
             max_length=200,
         )
     chats["rejected"] = turns("a", "b", "c", "bad")
-    encoded = preference.encode_rows(
+    encoded = encode_preferences(
         tokenizer,
         Dataset.from_list([chats]),
         ("chosen", "rejected"),
@@ -753,29 +749,23 @@ def test_the_reference_of_an_adapter_is_the_adapter_turned_off(bench: Bench) -> 
     """Away from the start, so that a copy of the adapter as it was when the trainer was made would
     differ from the base.
     """
-    model = common.with_adapter(
-        preference.start_of(bench.policy),
-        SimpleNamespace(adapter=LORA, model=ModelConfig(kind=ModelKind.tiny)),
-        "CAUSAL_LM",
-    )
-    cfg = SimpleNamespace(
-        stage=PreferenceStage(),
-        model=ModelConfig(kind=ModelKind.tiny),
+    model = with_adapter(start_of(bench.policy), LORA, None, "CAUSAL_LM")
+    stage = PreferenceStage()
+    assert start_of(model) is None
+    trainer = make_trainer(
+        stage,
+        bench_arguments(stage, 6, bench.out),
+        model,
+        None,
+        bench.tokenizer,
+        bench.pairs,
+        bench.pairs,
+        guard=Guard(stage, bench.out, bench.out, lambda step, figures: None),
         engine=EngineConfig(),
-        run=RunConfig(),
-    )
-    arguments = common.trainer_arguments(
-        SimpleNamespace(cfg=cfg, checkpoint_dir=bench.out, resume_from=None),
-        common.BatchPlan(1, 6, 1),
-    )  # type: ignore[arg-type]
-    assert preference.start_of(model) is None
-    trainer = preference.make_trainer(
-        cfg.stage, arguments, model, None, bench.tokenizer, bench.pairs, bench.pairs
     )
     assert list(trainer.model.peft_config) == ["default"]
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert trained and all(".default." in n for n in trained)
-    trainer.guard = Guard(cfg.stage, bench.out, bench.out, lambda step, figures: None)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
@@ -924,23 +914,22 @@ def test_answers_of_one_kind_are_refused(folder: Path) -> None:
 def test_a_row_alone_in_its_pass_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     rows = Dataset.from_dict({"prompt_ids": [[i] for i in range(9)]})
     assert (
-        len(preference.without_lone_row(rows, 4, "held-out")) == 8
+        len(without_lone_row(rows, 4, "held-out")) == 8
         and "the last of 9 rows is left out" in caplog.text
     )
-    assert len(preference.without_lone_row(rows, 5, "held-out")) == 9
+    assert len(without_lone_row(rows, 5, "held-out")) == 9
     with pytest.raises(UserError, match="one answer is too few"):
-        preference.without_lone_row(rows.select([0]), 4, "held-out")
+        without_lone_row(rows.select([0]), 4, "held-out")
 
 
 def test_balance_of_good_and_bad_answers() -> None:
-    assert preference.balance_note(50, 50, 1.0, 1.0) is None
+    assert balance_note(50, 50, 1.0, 1.0) is None
     assert (
-        preference.balance_note(60, 80, 1.33, 1.0) is None
-        and preference.balance_note(30, 40, 4 / 3 * 4 / 3, 1.0) is None
+        balance_note(60, 80, 1.33, 1.0) is None and balance_note(30, 40, 4 / 3 * 4 / 3, 1.0) is None
     )
-    note = preference.balance_note(20, 80, 1.0, 1.0)
+    note = balance_note(20, 80, 1.0, 1.0)
     assert note is not None and "found 0.25" in note and "in [4, 5.33]" in note
-    assert preference.balance_note(20, 80, 4.5, 1.0) is None
+    assert balance_note(20, 80, 4.5, 1.0) is None
 
 
 def test_chat_rows_need_a_template(folder: Path) -> None:

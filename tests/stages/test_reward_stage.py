@@ -23,18 +23,18 @@ from reward.scorers.reward_model import RewardModelScorer
 from rlhf.data.reading import DataRequest, preference_dataset
 from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_classifier
+from rlhf.offline.judged_pairs import (
+    Judged,
+    bootstrap_interval,
+    judge,
+    judgement_metrics,
+    length_baseline,
+    shown,
+)
+from rlhf.offline.rows import EncodedPairs, encode_pairs, padding_token
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
-from rlhf.stages.reward import (
-    EncodedPairs,
-    Judged,
-    bootstrap_interval,
-    encode_pairs,
-    judgement_metrics,
-    length_baseline,
-    padding_token,
-)
 from rlhf.types import Prompt, Rollout, UserError
 from tests.offline import trl_tools
 
@@ -278,7 +278,7 @@ def test_pairs_too_long_are_left_out_and_never_cut(caplog: pytest.LogCaptureFixt
             {"prompt": "the", "chosen": " good" * 50, "rejected": " bad"},
         ]
     )
-    with caplog.at_level("WARNING", "rlhf.stages.reward"):
+    with caplog.at_level("WARNING", "rlhf.stages"):
         pairs = encode_pairs(tokenizer, rows, name="training", max_length=20, margin=False)
     assert pairs.rows == [0] and "1 of 2 pairs are longer than" in caplog.text
     assert pairs.data[0]["chosen_ids"][-1] == tokenizer.eos_token_id
@@ -347,7 +347,7 @@ def test_soft_labels_are_what_the_margins_come_to_say(
     encoded = encode_pairs(
         tokenizer, Dataset.from_list(pairs), name="x", max_length=40, margin=False, soft_label=True
     ).data
-    judged = reward.judge(loaded.module, encoded, 2048, torch.device("cpu"))
+    judged = judge(loaded.module, encoded, 2048, torch.device("cpu"))
     margins = judged.chosen - judged.rejected
     assert (
         abs(float(np.mean(margins[soft == 0.5]))) < 0.7
@@ -421,7 +421,7 @@ def test_figures_of_soft_labels_by_hand() -> None:
     ) == (1, 4)
     off = [abs(1 / (1 + np.exp(-m)) - p) for m, p in ((1, 0.9), (0, 0.5), (-2, 0.2), (4, 0.4))]
     assert metrics["eval/calibration_error"] == pytest.approx(np.mean(off))
-    assert "ties" in reward.pairs_shown(metrics) and "1 ties" in reward.pairs_shown(metrics)
+    assert "1 ties" in shown(metrics)["held-out pairs"]
     with pytest.raises(
         UserError, match=r"each of the 4 held-out pairs has soft_label 0.5.*data.eval_path"
     ):

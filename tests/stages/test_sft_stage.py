@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -20,8 +20,11 @@ from conf.choices import AdapterKind, ModelKind, Scheduler
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import SFTStage
 from rlhf.checks import launch
+from rlhf.data.reading import sft_dataset
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.offline import guards as guarding
+from rlhf.offline.rows import encode_sft
+from rlhf.offline.trainers import StageTrainer
 from rlhf.run.context import RunContext
 from rlhf.stages import sft
 from rlhf.types import TrainingDiverged, UserError
@@ -95,9 +98,9 @@ def test_the_model_loads_alone_and_has_the_reported_loss(base: Path, folder: Pat
         AutoModelForCausalLM.from_pretrained(base / "model"),
         AutoTokenizer.from_pretrained(base / "model"),
     )
-    rows = sft.encode_dataset(
+    rows = encode_sft(
         tokenizer,
-        sft.sft_dataset(sft.DataRequest.of(context_config(folder, "base")))[1],
+        sft_dataset(context_config(folder, "base"))[1],
         name="x",
         max_length=32,
         completion_only=True,
@@ -322,11 +325,12 @@ def test_divergence_stops_and_saves_the_batch(folder: Path) -> None:
     assert not (place / "summary.json").exists() and not (place / "model").exists()
 
 
-class FakeTrainer:
-    """What `guarded` needs of a trainer."""
+class FakeTrainer(Trainer):
+    """What `StageTrainer` needs of a trainer."""
 
     def __init__(self, loss: float, norm: float) -> None:
         self.loss, self.norm = loss, norm
+        self.data_collator = list
         self.model = type("M", (), {"training": True})()
         self.args = type("A", (), {"fp16": False, "learning_rate": 0.1})()
         self.state = type("S", (), {"global_step": 4})()
@@ -343,13 +347,15 @@ class FakeTrainer:
         return self.norm
 
 
-def test_a_bad_gradient_saves_every_micro_batch_of_its_step(tmp_path: Path) -> None:
-    trainer = guarding.guarded(FakeTrainer)(1.0, 2.0)
+class Guarded(StageTrainer, FakeTrainer):
+    """The fake with our guards."""
 
+
+def test_a_bad_gradient_saves_every_micro_batch_of_its_step(tmp_path: Path) -> None:
     def fresh() -> guarding.Guard:
         return guarding.Guard(SFTStage(**STAGE), tmp_path, tmp_path, lambda step, figures: None)
 
-    trainer.guard = fresh()
+    trainer = Guarded(1.0, 2.0, guard=fresh(), engine=EngineConfig())
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
     trainer.compute_loss(None, batch)
     assert trainer._get_grad_norm(None) == 2.0 and trainer.guard.micro_batches == []
