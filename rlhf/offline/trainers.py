@@ -361,6 +361,9 @@ class CountingTokens(PreferenceTrainer):
 
     tokens_seen = 0
 
+    def restore_token_count(self, tokens: float) -> None:
+        self.tokens_seen = int(tokens)
+
     def get_batch_loss_metrics(
         self, model: Any, batch: dict[str, Any], train_eval: str = "train"
     ) -> Any:

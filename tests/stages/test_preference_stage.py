@@ -306,10 +306,10 @@ def test_accumulation_changes_no_loss(base: Path, folder: Path) -> None:
     assert trl_tools.losses(split) == pytest.approx(trl_tools.losses(base), abs=1e-5)
 
 
-def test_resume_goes_on_as_if_never_stopped(base: Path, folder: Path) -> None:
-    """The reference of a resumed run is the start, not the checkpoint."""
+def stop_and_resume(folder: Path, preset: str) -> Path:
+    """A run that is stopped at its sixth step, and goes on from its checkpoint of step 4."""
     ctx = RunContext.open(
-        trl_tools.config(stage_of("dpo"), folder, "resumed", trl_tools.pair_rows(80))
+        trl_tools.config(stage_of(preset), folder, "resumed", trl_tools.pair_rows(80))
     )
     log = ctx.tracker.log
 
@@ -321,16 +321,26 @@ def test_resume_goes_on_as_if_never_stopped(base: Path, folder: Path) -> None:
     ctx.tracker.log = stop_at_six  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         preference.run(ctx)
-    resumed = run(
-        folder,
-        "resumed",
-        stage_of("dpo"),
-        run=RunConfig(dir=str(folder / "runs"), name="resumed", resume=True),
-    )
+    resume = RunConfig(dir=str(folder / "runs"), name="resumed", resume=True)
+    return run(folder, "resumed", stage_of(preset), run=resume)
+
+
+def test_resume_goes_on_as_if_never_stopped(base: Path, folder: Path) -> None:
+    """The reference of a resumed run is the start, not the checkpoint."""
+    resumed = stop_and_resume(folder, "dpo")
     assert trl_tools.losses(resumed) == pytest.approx(trl_tools.losses(base), abs=1e-6)
     expected, found = (load_file(r / "model" / "model.safetensors") for r in (base, resumed))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+def test_a_resumed_run_counts_its_tokens_on(folder: Path) -> None:
+    """CPO's tokens are counted by us, and not in its checkpoint."""
+    resumed = stop_and_resume(folder, "cpo")
+    lines = [line for line in trl_tools.metric_lines(resumed) if "num_tokens" in line]
+    tokens = [line["num_tokens"] for line in lines]
+    assert len(tokens) == 8 and tokens == sorted(tokens)
+    assert all(line["train/tokens_per_s"] > 0 for line in lines)
 
 
 def test_divergence_saves_the_batch(folder: Path) -> None:
