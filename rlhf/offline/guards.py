@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from conf.choices import OnNonFinite
 from conf.stages import OfflineStage
-from policy.engines.spikes import Brake
+from policy.engines.base import Brake
 from rlhf.process import checkpoints, distributed
 from rlhf.types import TrainingDiverged
 

@@ -62,6 +62,7 @@ class PrivateHooks(Trainer):
 
     extra_columns: tuple[str, ...] = ()  # of the data, beside those that the trainer itself reads
     pretokenised = False  # the rows hold token ids already, so TRL must not tokenise them
+    _signature_columns: Any
 
     # ---- hooks: what StageTrainer answers ----
 

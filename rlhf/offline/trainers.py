@@ -52,6 +52,7 @@ class StageTrainer(PrivateHooks):
     """
 
     extra_columns = CARRIED
+    data_collator: Any
 
     def __init__(self, *args: Any, guard: Guard, engine: EngineConfig, **kwargs: Any) -> None:
         self.guard, self.engine = guard, engine

@@ -19,8 +19,7 @@ import torch
 from conf.schema import RunConfig
 from conf.stages import SFTStage
 from rlhf.offline import private_hooks
-from rlhf.online import loop as online
-from rlhf.process import checkpoints
+from rlhf.process import checkpoints, randomness
 from rlhf.run.context import RunContext
 from rlhf.run.directory import latest_checkpoint
 from rlhf.run.tracking import files

@@ -802,7 +802,7 @@ def test_the_reference_of_an_adapter_is_the_adapter_turned_off(bench: Bench) -> 
         ("dpo", "stage.losses=[sigmoid,sigmoid]", "each loss once"),
         ("dpo", "stage.losses=[sigmoyd]", "sigmoyd"),
         ("dpo", "stage.weights=[1,2]", "stage.weights=.* one weight for each of 1 losses"),
-        ("dpo", "stage.weights=[0]", "stage.weights=.* one of them above 0"),
+        ("dpo", "stage.weights=[0]", "stage.weights=.* at least one above 0"),
         ("dpo", "stage.losses=[exo_pair]", "stage.label_smoothing=0.0 .* above 0 with exo_pair"),
         (
             "dpo",
