@@ -11,7 +11,7 @@ from policy.adapters import attach
 from policy.engines.deepspeed import ensure_process_group, prepare_cpu
 from policy.model import is_peft
 from rlhf.checks import launch
-from rlhf.data.reading import stage_texts
+from rlhf.data.reading import DataRequest, stage_texts
 from rlhf.data.sources import data_files
 from rlhf.models.loading import load_tokenizer, train_tokenizer
 from rlhf.models.templates import template_text
@@ -50,7 +50,9 @@ def load_stage_tokenizer(cfg: Config) -> Any:
     if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
         return load_tokenizer(cfg.model, cfg.data.chat_template)
     tiny = cfg.model.tiny
-    tokenizer = train_tokenizer(stage_texts(cfg), tiny.vocab_size, tiny.max_positions)
+    tokenizer = train_tokenizer(
+        stage_texts(DataRequest.of(cfg)), tiny.vocab_size, tiny.max_positions
+    )
     if cfg.data.chat_template is not None:
         tokenizer.chat_template = template_text(cfg.data.chat_template)
     return tokenizer

@@ -16,7 +16,7 @@ from conf.stages import KTOStage, PreferenceStage
 from policy.engines import resharding
 from policy.model import base_of
 from rlhf.checks import launch
-from rlhf.data.reading import preference_dataset, unpaired_dataset
+from rlhf.data.reading import DataRequest, preference_dataset, unpaired_dataset
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import checks, preference
 from rlhf.offline.arguments import trainer_arguments, training_dtype
@@ -57,9 +57,14 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> Sides:
     """
     stage = cfg.stage
     unpaired = isinstance(stage, KTOStage)
-    raw_train, raw_held_out = unpaired_dataset(cfg) if unpaired else preference_dataset(cfg)
+    request = DataRequest.of(cfg)
+    if unpaired:
+        sides: tuple[str, ...] = ("completion",)
+        raw_train, raw_held_out = unpaired_dataset(request)
+    else:
+        sides = ("chosen", "rejected")
+        raw_train, raw_held_out = preference_dataset(request)
     checks.check_row_weights(cfg.data.weight_column, getattr(stage, "losses", []), raw_train)
-    sides = ("completion",) if unpaired else ("chosen", "rejected")
     length = stage.max_length
     train = encode_preferences(tokenizer, raw_train, sides, name="training", max_length=length)
     held_out = encode_preferences(

@@ -18,7 +18,7 @@ from reward.model import (
     write_manifest,
 )
 from rlhf.checks.launch import BatchPlan
-from rlhf.data.reading import check_first_strength, preference_dataset
+from rlhf.data.reading import DataRequest, check_first_strength, preference_dataset
 from rlhf.models.encoding import is_chat
 from rlhf.models.loading import load_classifier, resolve_dtype
 from rlhf.offline import checks, judged_pairs
@@ -42,14 +42,14 @@ def check(cfg: Config) -> list[str]:
     """
     notes = checks.check(cfg)
     if cfg.stage.margin or cfg.stage.soft_label:
-        check_first_strength(cfg)
+        check_first_strength(DataRequest.of(cfg))
     return notes
 
 
 def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]:
     """Encoded training and held-out pairs, and whether they are conversations. Raises UserError."""
     stage = cfg.stage
-    train, held_out = preference_dataset(cfg)
+    train, held_out = preference_dataset(DataRequest.of(cfg))
     encode = {
         "max_length": stage.max_length,
         "margin": stage.margin,

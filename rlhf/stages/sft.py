@@ -13,7 +13,7 @@ from trl.data_utils import pack_dataset
 from conf.schema import Config
 from policy.engines import resharding
 from rlhf.checks.launch import BatchPlan
-from rlhf.data.reading import sft_dataset
+from rlhf.data.reading import DataRequest, sft_dataset
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import checks
 from rlhf.offline.arguments import trainer_arguments, training_dtype
@@ -55,7 +55,7 @@ class Rows:
 def read(cfg: Config, tokenizer: Any) -> Rows:
     """Read and encode the stage's rows. Raises UserError."""
     stage = cfg.stage
-    train, held_out = sft_dataset(cfg)
+    train, held_out = sft_dataset(DataRequest.of(cfg))
     if stage.packing and COLUMN in train.column_names:
         raise UserError(
             "stage.packing=true joins rows, and the rows' weights (column "
