@@ -25,7 +25,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # Nothing is fetched from a hub: a name that is not a local directory fails at once instead of waiting for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo docs test test-slow test-labelstudio test-benchmarks fuzz lint format doctor bench bench-data bench-growth chaos soak house equality proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
+.PHONY: help setup demo docs reference test test-slow test-labelstudio test-benchmarks fuzz lint format doctor bench bench-data bench-growth chaos soak house equality proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ test-benchmarks: $(STAMP) ## the tests of the harnesses in benchmarks/
 
 fuzz: $(STAMP) ## slow: thousands of bad options, rows, models and damaged files; fails unless each ends in an error of ours (about 8 min)
 	$(OFFLINE) $(PY) -m pytest -m slow tests/test_fuzz.py tests/test_fuzz_places.py -s $(PYTEST_ARGS)
+
+reference: $(STAMP) ## write docs/configuration.md and conf/schema.json again, from the declarations of the options
+	$(PY) -m rlhf.cli.reference
 
 docs: $(STAMP) $(DOCS_STAMP) ## the pages of docs/ in build/docs; fails on a dead link or a command that does not parse
 	$(OFFLINE) $(PY) -m pytest -q -m '' tests/test_docs.py $(PYTEST_ARGS)

@@ -20,7 +20,7 @@ class GymConfig:
     eval_rows: int = option(128, "Held-out prompts.", unit="rows", at_least=1)
     seed: int | None = option(None, "Seed of the tasks; null: run.seed.")
     options: dict[str, Any] = option(
-        {}, "By task, its own options: data.gym.options.chain_sum.max_terms=3."
+        {}, "By task, its own options, such as {chain_sum: {max_terms: 3}}."
     )
     suffix: str = option("", "Text after each question, such as how to write the answer.")
     chat: bool = option(False, "Prompts are messages, for a policy with a chat template.")

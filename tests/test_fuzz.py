@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf.cli import config, presets
+from rlhf.cli import config, keys, presets
 from rlhf.cli.keys import valid_keys
 from rlhf.data import reading
 from rlhf.data.formats import Use
@@ -107,7 +107,7 @@ VALUES = (
 )
 KEYS = st.sampled_from(
     [
-        key.replace(config.NAME, "x").replace(config.ANYTHING, "y")
+        key.replace(keys.NAME, "x").replace(keys.ANYTHING, "y")
         for key in valid_keys(list(STAGES))
         if not key.startswith("run.dir")
     ]

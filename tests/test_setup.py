@@ -2,7 +2,6 @@
 the extras exclude each other.
 """
 
-import functools
 import importlib.metadata
 import re
 import shutil
@@ -15,7 +14,6 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conf.schema import Config
 from tests.test_layers import PRODUCT, imports_of, source_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,25 +189,6 @@ def test_wheel_holds_every_package_and_preset(tmp_path: Path) -> None:
     assert len(wanted) > 20
     assert wanted <= inside
     assert not any(name.startswith("tests/") for name in inside)
-
-
-def test_documented_defaults_are_the_schema_s() -> None:
-    """`| option | default |` rows of one option each, for the groups that have one schema."""
-    row = re.compile(
-        r"^\| `((?:run|model|engine|rollout|reward|data|tracking)\.[a-z_]+)` \| ([^|]+) \|",
-        re.MULTILINE,
-    )
-    rows = row.findall((ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"))
-    assert len(rows) > 15
-    config = Config(stage=None)
-    for key, documented in rows:
-        value = functools.reduce(getattr, key.split("."), config)
-        shown = (
-            {None: "null", False: "false", True: "true"}[value]
-            if value is None or isinstance(value, bool)
-            else getattr(value, "value", value)
-        )
-        assert str(shown) == documented.strip(), key
 
 
 # Libraries that come with another library of the project, and which.

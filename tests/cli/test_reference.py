@@ -1,0 +1,112 @@
+"""docs/configuration.md and conf/schema.json follow from the declarations; every shipped preset and
+experiment composes to what the schema accepts.
+"""
+
+import copy
+import re
+from typing import Any
+
+import jsonschema
+import pytest
+from omegaconf import OmegaConf
+
+from conf.schema import Config
+from conf.stages import STAGES
+from rlhf.cli import config, presets, reference
+from rlhf.cli.json_schema import json_schema
+from rlhf.cli.keys import ANYTHING, NAME, valid_keys
+
+REMEDY = "not up to date: run `make reference` and commit what it writes"
+VALIDATOR = jsonschema.Draft202012Validator(json_schema())
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), REMEDY
+
+
+def test_the_schema_is_up_to_date() -> None:
+    assert reference.SCHEMA.read_text(encoding="utf-8") == reference.schema_text(), REMEDY
+
+
+def test_stale_files_are_found_and_written(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reference, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(reference, "SCHEMA", tmp_path / "schema.json")
+    assert reference.main(["--check"]) == 1
+    assert "page.md, schema.json" in capsys.readouterr().out
+    assert reference.main([]) == 0 and reference.main(["--check"]) == 0
+
+
+def test_the_page_has_every_option_in_rows_of_five_cells() -> None:
+    text = reference.page()
+    groups = {"run", "model", "adapter", "engine", "rollout", "reward", "data", "label", "tracking"}
+    for key in valid_keys(list(STAGES)):
+        inner = key.endswith((NAME, ANYTHING)) or key in groups
+        if not inner and key not in ("stage.name", "model.tiny", "data.gym", "label.ab"):
+            assert f"| `{key}` |" in text or key == "stage.watch", key
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6}
+
+
+def test_the_schema_is_a_json_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+
+
+def plain(cfg: Config) -> dict[str, Any]:
+    """A configuration as a YAML file would hold it."""
+    container = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+def shipped() -> list[tuple[str, ...]]:
+    """Command lines of all presets, and of all experiments with the stages that they have."""
+    lines: list[tuple[str, ...]] = [(f"stage={stage}",) for stage in presets.choices("stage")]
+    for group in presets.GROUPS:
+        if group not in ("stage", "experiment"):
+            lines += [("stage=ppo", f"{group}={name}") for name in presets.choices(group)]
+    files = [path.stem for path in (presets.CONF_DIR / "experiment" / "stages").glob("*.yaml")]
+    for experiment in presets.choices("experiment"):
+        for stage in presets.choices("stage"):
+            if f"{experiment}_{stage}" in files:
+                lines.append((f"stage={stage}", f"experiment={experiment}"))
+    return lines
+
+
+@pytest.mark.parametrize("overrides", shipped(), ids=" ".join)
+def test_what_ships_is_what_the_schema_accepts(overrides: tuple[str, ...]) -> None:
+    VALIDATOR.validate(plain(config.compose(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("stage", "gamma"), 1.5),
+        (("stage", "name"), "sft"),
+        (("stage", "gama"), 1.0),
+        (("rollout", "temperature"), 0.0),
+        (("engine", "zero_stage"), 4),
+        (("adapter", "targets"), []),
+        (("adapter", "kind"), "lorra"),
+        (("engine", "threads"), "many"),
+        (("run", "phase_timeout_s"), 0.0),
+        (("data", "pipeline"), ["repare"]),
+        (("data", "pipeline"), [{"step": "length", "lo": 1}]),
+        (("reward", "terms"), {"a": {"weight": 1.0}}),
+    ],
+)
+def test_the_schema_refuses_what_we_refuse(path: tuple[str, str], value: object) -> None:
+    good = plain(config.compose(["stage=ppo"]))
+    VALIDATOR.validate(good)
+    bad = copy.deepcopy(good)
+    bad[path[0]][path[1]] = value
+    assert list(VALIDATOR.iter_errors(bad))
+
+
+def test_null_and_steps_with_options_are_accepted() -> None:
+    good = plain(config.compose(["stage=ppo"]))
+    good["run"]["phase_timeout_s"] = None
+    good["data"]["pipeline"] = ["repair", {"step": "length", "low": 1, "unit": "words"}]
+    good["reward"]["terms"] = {"a": {"kind": "length", "low": 3}}
+    VALIDATOR.validate(good)
