@@ -1,5 +1,6 @@
-"""Loading and building what stages share: tokenizers, language models, sequence classifiers.
-Weights only from safetensors or GGUF.
+"""Loads and builds what stages share: tokenizers, language models, sequence classifiers.
+
+Weights come from safetensors or GGUF only.
 """
 
 import contextlib
@@ -31,43 +32,53 @@ def resolve_dtype(dtype: Dtype) -> torch.dtype:
     }[dtype]
 
 
+def _may_be_hub_name(path: str) -> bool:
+    """Whether `path` looks like ``owner/name`` or ``name`` of a model hub."""
+    looks_local = os.path.isabs(path) or path.startswith((".", "~", "runs/"))
+    return not looks_local and path.count("/") <= 1 and not Path(path).exists()
+
+
 def check_model_path(path: str | None, key: str = "model.path") -> None:
-    """A path-like name must be a directory with a config; anything else may be a hub name. Raises
-    UserError.
+    """A path that looks local must be a model's directory; other names are left to the hub.
+
+    Raises UserError.
     """
     if path is None:
         raise UserError(f"{key} is not set: give the directory of a model (or model=tiny).")
-    looks_local = (
-        os.path.isabs(path)
-        or path.startswith((".", "~"))
-        or path.count("/") > 1
-        or Path(path).exists()
-    )
-    if not looks_local and path.count("/") <= 1 and not path.startswith("runs/"):
-        return  # owner/name or name: the hub's business
-    place = Path(path).expanduser()
-    if not place.is_dir():
-        near = (
-            [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
-        )
-        hint = f" Directories in {place.parent}: {', '.join(sorted(near)[:8])}." if near else ""
-        raise UserError(f"{key}={path}: no such directory.{hint}")
-    if not any((place / n).exists() for n in ("config.json", "adapter_config.json")) and not list(
-        place.glob("*.gguf")
-    ):
+    if _may_be_hub_name(path):
+        return
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"{key}={path}: no such directory.{_directories_beside(directory)}")
+    configs = ("config.json", "adapter_config.json")
+    has_config = any((directory / name).exists() for name in configs)
+    if not has_config and not any(directory.glob("*.gguf")):
         raise UserError(
             f"{key}={path}: holds no config.json, adapter_config.json or *.gguf, so it is not a "
             "model directory."
         )
-    pickles = sorted(
-        p.name
-        for suffix in ("*.bin", "*.pt", "*.pth")
-        for p in place.glob(suffix)
-        if p.name != "training_args.bin"
-    )
-    if pickles and not any(any(place.glob(suffix)) for suffix in ("*.safetensors", "*.gguf")):
+    _refuse_pickles(directory, f"{key}={path}")
+
+
+def _directories_beside(missing: Path) -> str:
+    """A hint for a message: the directories beside the one that is missing."""
+    if not missing.parent.is_dir():
+        return ""
+    names = sorted(path.name for path in missing.parent.iterdir() if path.is_dir())
+    return f" Directories in {missing.parent}: {', '.join(names[:8])}." if names else ""
+
+
+def _refuse_pickles(directory: Path, what: str) -> None:
+    """Weights that exist only as pickles are refused: loading a pickle can run code."""
+    if any(directory.glob("*.safetensors")) or any(directory.glob("*.gguf")):
+        return
+    pickles = []
+    for suffix in ("*.bin", "*.pt", "*.pth"):
+        pickles += [path.name for path in directory.glob(suffix)]
+    pickles = sorted(name for name in pickles if name != "training_args.bin")
+    if pickles:
         raise UserError(
-            f"{key}={path}: its weights are {', '.join(pickles[:3])}, pickles, which can run "
+            f"{what}: its weights are {', '.join(pickles[:3])}, pickles, which can run "
             "code when they are loaded. Expected *.safetensors: "
             "have whoever made them save them so (save_pretrained does)."
         )
@@ -81,8 +92,10 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_directory(path: str | Path) -> Path | None:
-    """The directory of the weights that `path` stands for: itself, or of an adapter the base that
-    it names; None for an adapter whose configuration can't be read.
+    """The directory of the weights that `path` stands for.
+
+    That is `path` itself, and for an adapter the base model that it names; None where the
+    adapter's configuration can't be read.
     """
     directory = Path(path).expanduser()
     if not is_adapter(directory):
@@ -95,8 +108,10 @@ def base_directory(path: str | Path) -> Path | None:
 
 
 def loads_as_it_is(path: str | Path) -> bool:
-    """Whether transformers and vLLM both start from `path`: a whole model's directory, or a hub's
-    name; an adapter, or a GGUF file alone, has to be written out first.
+    """Whether transformers and vLLM can both start from `path`.
+
+    They can from a whole model's directory and from a hub's name. An adapter or a GGUF file alone
+    has to be written out first.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
@@ -108,15 +123,13 @@ def loads_as_it_is(path: str | Path) -> bool:
 
 @contextlib.contextmanager
 def readable(what: str) -> Iterator[None]:
-    """Around a library that reads files of others: whatever it makes of damaged ones becomes a
-    UserError that begins with `what`.
-    """
+    """Around a library that reads model files: any error becomes a UserError about `what`."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    # of damaged files come errors of JSON, safetensors, tokenizers' Rust, torch, and of code that
-    # trusts a number
+    # Damaged files raise errors of JSON, safetensors, tokenizers (Rust) and torch, and of code that
+    # relies on a number.
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -126,8 +139,10 @@ def readable(what: str) -> Iterator[None]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:
-    """A byte-level BPE tokenizer with four special tokens, trained on `texts`; any string
-    round-trips.
+    """A byte-level BPE tokenizer with four special tokens, trained on `texts`.
+
+    Any string survives encoding and decoding. vocab_size: entries, special tokens included;
+    max_length: tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -154,8 +169,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> A
 
 
 def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
-    """The tokenizer of ``cfg.path`` (GGUF included); a pad token is set where there is none.
-    `chat_template`: a name or a file.
+    """The tokenizer of ``cfg.path``, a directory, a hub's name or a GGUF file.
+
+    Padding becomes the end-of-sequence token where the tokenizer has no padding token.
+    chat_template: a template's name or a file, in place of the tokenizer's own. Raises UserError.
     """
     from transformers import AutoTokenizer
 
@@ -197,12 +214,12 @@ def tiny_config(tiny: TinyConfig, tokenizer: Any) -> Any:
 
 
 def _clean(model: Any, tokenizer: Any) -> Any:
-    """What a GGUF file or a foreign checkpoint leaves behind and save_pretrained or vLLM would trip
-    over.
+    """`model` without leftovers of a GGUF file that save_pretrained or vLLM can't handle.
+
+    The model's special tokens become those of the tokenizer.
     """
-    if getattr(model.config, "quantization_config", None) is not None and not getattr(
-        model, "is_quantized", False
-    ):
+    has_config = getattr(model.config, "quantization_config", None) is not None
+    if has_config and not getattr(model, "is_quantized", False):
         del model.config.quantization_config
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -212,72 +229,74 @@ def _clean(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def _gguf(name: str) -> dict[str, Any]:
-    """Arguments that load a GGUF file as plain weights: packed ones can neither be trained nor
-    saved.
-    """
-    from transformers import GgufConfig
+def _loading_options(cfg: ModelConfig, path: str) -> dict[str, Any]:
+    """Arguments of from_pretrained beside path and head."""
+    options: dict[str, Any] = {
+        "dtype": resolve_dtype(cfg.dtype),
+        "trust_remote_code": cfg.trust_remote_code,
+    }
+    if cfg.gguf_file and path == cfg.path:
+        from transformers import GgufConfig
 
-    return {"gguf_file": name, "quantization_config": GgufConfig(dequantize=True)}
+        # As plain weights: packed ones can neither be trained nor saved.
+        options["gguf_file"] = cfg.gguf_file
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    if cfg.attn_implementation:
+        options["attn_implementation"] = cfg.attn_implementation
+    return options
 
 
 def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
-    """The language model of ``path`` or ``cfg.path``, or a fresh ``model=tiny``; on the CPU, in
-    ``cfg.dtype``.
+    """The language model of `path` or ``cfg.path``, or a new ``model=tiny``.
 
-    A directory that holds only a PEFT adapter loads its base model and merges the adapter in.
+    It is on the CPU, in ``cfg.dtype``. A directory that holds only a PEFT adapter loads the base
+    model and merges the adapter into it. Raises UserError.
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = resolve_dtype(cfg.dtype)
     path = path or cfg.path
     if cfg.kind is ModelKind.tiny and path is None:
-        return _clean(
-            AutoModelForCausalLM.from_config(tiny_config(cfg.tiny, tokenizer), dtype=dtype),
-            tokenizer,
-        )
+        config = tiny_config(cfg.tiny, tokenizer)
+        model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(cfg.dtype))
+        return _clean(model, tokenizer)
     check_model_path(path)
     assert path is not None
-    extra: dict[str, Any] = (
-        _gguf(cfg.gguf_file) if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
-    )
-    if cfg.attn_implementation:
-        extra["attn_implementation"] = cfg.attn_implementation
     if is_adapter(path):
-        from peft import AutoPeftModelForCausalLM
-
-        with readable(f"the adapter {path}"), warnings.catch_warnings():
-            # PEFT would fill them with random numbers
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = AutoPeftModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=cfg.trust_remote_code
-            ).merge_and_unload()
+        model = _merged_adapter(cfg, path)
     else:
-        model = _whole(
-            AutoModelForCausalLM,
-            path,
-            dtype=dtype,
-            trust_remote_code=cfg.trust_remote_code,
-            **extra,
-        )
+        model = _whole(AutoModelForCausalLM, path, **_loading_options(cfg, path))
     return _clean(model, tokenizer)
 
 
-def _whole(auto: Any, path: str, *, head: bool = True, **options: Any) -> Any:
-    """``from_pretrained`` that raises UserError for a directory that lacks weights, which
-    transformers would fill with random numbers.
+def _merged_adapter(cfg: ModelConfig, path: str) -> Any:
+    """The base model of an adapter with the adapter merged in."""
+    from peft import AutoPeftModelForCausalLM
 
-    head: whether the head has to be there, too; a classifier made of a language model gets a fresh
-    one.
+    with readable(f"the adapter {path}"), warnings.catch_warnings():
+        # PEFT would fill missing weights with random numbers.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            path, dtype=resolve_dtype(cfg.dtype), trust_remote_code=cfg.trust_remote_code
+        )
+        return model.merge_and_unload()
+
+
+def _whole(auto: Any, path: str, *, head: bool = True, **options: Any) -> Any:
+    """``auto.from_pretrained`` of a directory that has every weight.
+
+    Raises UserError where weights are missing, which transformers would fill with random numbers.
+    head: whether the head must be there too; a classifier made of a language model gets a new head.
     """
     with readable(f"the model {path}"):
         model, info = auto.from_pretrained(path, output_loading_info=True, **options)
     prefix = "" if head else f"{model.base_model_prefix}."
     missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
     if missing:
-        shown = ", ".join(missing[:3]) + (
-            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        )
+        shown = ", ".join(missing[:3])
+        if len(missing) > 3:
+            shown += f" and {len(missing) - 3} more"
         raise UserError(
             f"the model {path}: its weights lack {shown}, so it is not whole. Restore its files, "
             "or give another directory."
@@ -286,26 +305,22 @@ def _whole(auto: Any, path: str, *, head: bool = True, **options: Any) -> Any:
 
 
 def load_classifier(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
-    """The same backbone with a fresh (or saved) scalar head: AutoModelForSequenceClassification,
-    one label.
+    """A sequence classifier of one label on the model of `path` or ``cfg.path``.
+
+    The scalar head is new where the directory has none. Raises UserError.
     """
     from transformers import AutoModelForSequenceClassification
 
-    dtype = resolve_dtype(cfg.dtype)
     path = path or cfg.path
     if cfg.kind is ModelKind.tiny and path is None:
         config = tiny_config(cfg.tiny, tokenizer)
         config.num_labels = 1
-        return _clean(
-            AutoModelForSequenceClassification.from_config(config, dtype=dtype), tokenizer
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=resolve_dtype(cfg.dtype)
         )
+        return _clean(model, tokenizer)
     check_model_path(path)
     assert path is not None
-    extra: dict[str, Any] = (
-        _gguf(cfg.gguf_file) if cfg.gguf_file and path == cfg.path else {"use_safetensors": True}
-    )
-    if cfg.attn_implementation:
-        extra["attn_implementation"] = cfg.attn_implementation
-    options = {"num_labels": 1, "dtype": dtype, "trust_remote_code": cfg.trust_remote_code, **extra}
-    model = _whole(AutoModelForSequenceClassification, path, head=False, **options)
+    options = _loading_options(cfg, path)
+    model = _whole(AutoModelForSequenceClassification, path, head=False, num_labels=1, **options)
     return _clean(model, tokenizer)

@@ -1,6 +1,8 @@
-"""SIGTERM and Ctrl-C. While training the first one lets the step end and the run save, a second one
-ends the process at once; everywhere else either ends the run in order: what is half-written goes,
-trackers are closed.
+"""SIGTERM and Ctrl-C.
+
+While a stage trains, the first signal lets the step end and the run save; a second signal ends the
+process at once. Everywhere else either signal ends the run in order: half-written files are
+removed and trackers are closed.
 """
 
 import contextlib
@@ -16,14 +18,14 @@ from types import FrameType, TracebackType
 from rlhf.process import distributed
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# torchrun sends each rank a signal of its own after the terminal's Ctrl-C has reached it: the same
-# wish, told twice.
+# After the terminal's Ctrl-C torchrun sends each rank a signal of its own: no second wish.
 _LAUNCHER_ECHO_S = 3.0
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal other than Ctrl-C that asks the process to end; whatever cleans up after Ctrl-C
-    cleans up after it.
+    """A signal other than Ctrl-C that asks the process to end.
+
+    It is a KeyboardInterrupt, so that whatever cleans up after Ctrl-C cleans up after it.
     """
 
     def __init__(self, number: int) -> None:
@@ -36,13 +38,11 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _note_only(number: int, frame: FrameType | None) -> None:
-    """What is to be done is done by the thread that reads the wakeup socket."""
+    """Does nothing: the thread that reads the wakeup socket acts on the signal."""
 
 
 def _forget() -> None:
-    """In a forked child: signals sent to it are its own, not the run's, and end it as they end any
-    process.
-    """
+    """In a forked child: restore the usual handlers, so that a signal ends the child alone."""
     for number, usual in (
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGTERM, signal.SIG_DFL),
@@ -57,11 +57,10 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """While inside, SIGTERM raises `Terminated` in the main thread instead of ending the process
-    where it stands.
+    """While inside, SIGTERM raises `Terminated` in the main thread.
 
-    Not with several ranks: one that waits in a collective would never come to raise it, and the
-    launcher would have to wait before it kills.
+    With several ranks nothing is changed: a rank that waits in a collective would never raise it,
+    and the launcher would wait in vain before it kills.
     """
     ours = (
         threading.current_thread() is threading.main_thread()
@@ -79,8 +78,9 @@ def terminable() -> Iterator[None]:
 
 
 def run_child(command: Sequence[str]) -> int:
-    """A run in a process of its own; its exit code. SIGTERM is passed on to it; Ctrl-C reaches it
-    by itself. Either lets it save first.
+    """Run a command as a process of its own and return its exit code.
+
+    SIGTERM is passed on to it; Ctrl-C reaches it without help. Either signal lets it save first.
     """
     with subprocess.Popen(command) as process:
 
@@ -93,8 +93,7 @@ def run_child(command: Sequence[str]) -> int:
 
 
 class Stopping:
-    """While inside, a signal is noted instead of obeyed, and the loop asks `agreed` after each
-    step.
+    """While inside, a signal is recorded; the loop asks for it with `agreed` after each step.
 
     A thread reads what the interpreter's own C handler writes into a socket, so that a second
     signal ends the process even where the main thread is stuck in a library. Outside the main

@@ -1,4 +1,4 @@
-"""JSON files of one object: read with an error that names the remedy, written whole or not at all."""
+"""JSON files of one object: read with a helpful error, written whole or not at all."""
 
 import json
 import math

@@ -1,5 +1,6 @@
-"""reasoning-gym's metadata as JSON and back: tuples, sets, fractions and keys that aren't text
-survive, which plain JSON would change.
+"""reasoning-gym's metadata as JSON and back.
+
+Tuples, sets, fractions and keys that are no texts survive; plain JSON would change them.
 """
 
 from fractions import Fraction

@@ -13,8 +13,9 @@ def moments(
     squares_about: Callable[[float], float],
     sum_over_ranks: SumOverRanks | None,
 ) -> tuple[int, float, float]:
-    """Two passes, each summed over ranks: (count, mean, sum of squared deviations from that mean).
-    Every rank raises alike.
+    """Count, mean and sum of squared deviations from that mean, over all ranks.
+
+    Two passes, each summed over ranks. Raises ValueError on every rank alike.
     """
     reduce = sum_over_ranks or list
     all_count, all_total = reduce([count, total])
@@ -48,11 +49,10 @@ class RunningMoments:
         return sample_std(self._m2, self.count)
 
     def update(self, values: Sequence[float], sum_over_ranks: SumOverRanks | None = None) -> None:
-        """Add this rank's values; with `sum_over_ranks` (a collective) those of all ranks, so that
-        the state stays the same everywhere.
+        """Add this rank's values, or with `sum_over_ranks` (a collective) those of all ranks.
 
-        Raises ValueError, on every rank, where no rank has a value or one isn't finite; the state
-        is then unchanged.
+        The state is then the same on every rank. Raises ValueError, on every rank, where no rank
+        has a value or a value is not finite; the state is then unchanged.
         """
         count, mean, m2 = moments(
             len(values),
@@ -70,8 +70,6 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "m2": self._m2}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.count, self.mean, self._m2 = (
-            int(state["count"]),
-            float(state["mean"]),
-            float(state["m2"]),
-        )
+        self.count = int(state["count"])
+        self.mean = float(state["mean"])
+        self._m2 = float(state["m2"])

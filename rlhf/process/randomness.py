@@ -1,6 +1,4 @@
-"""Every random generator of this process: seeded at the start, kept in checkpoints, put back on
-resume.
-"""
+"""Every random generator of this process: seeded at the start, saved, and restored on resume."""
 
 import logging
 import random
@@ -25,9 +23,7 @@ def seed_everything(seed: int) -> None:
 
 
 def state() -> dict[str, Any]:
-    """The generators' states as tensors, numbers and tuples, which
-    ``torch.load(weights_only=True)`` reads back.
-    """
+    """The generators' states, of types that ``torch.load(weights_only=True)`` reads."""
     import numpy as np
     import torch
 
@@ -48,7 +44,7 @@ def state() -> dict[str, Any]:
 
 
 def restore(stored: dict[str, Any]) -> None:
-    """Put `state()` back."""
+    """Set the generators to what `state` returned."""
     import numpy as np
     import torch
 
@@ -72,8 +68,9 @@ def save(directory: Path) -> None:
 
 
 def load(directory: Path, seed: int) -> None:
-    """This rank's generators from `directory`; where another number of ranks saved it, all ranks
-    start anew from `seed`, and rank 0 says so.
+    """Restore this rank's generators from `directory`.
+
+    Where another number of ranks saved it, all ranks start anew from `seed`, with a warning.
     """
     import torch
 
@@ -85,9 +82,7 @@ def load(directory: Path, seed: int) -> None:
 
 
 def begin_anew(saved: int | str, seed: int) -> None:
-    """Seed this rank's generators in place of those of a checkpoint from `saved` ranks, which
-    belong to other ranks and other rows.
-    """
+    """Seed this rank's generators: those of `saved` ranks belong to other rows."""
     if distributed.is_main():
         LOG.warning(
             "resume: the random generators of %s ranks don't fit %d: each rank's start anew from "

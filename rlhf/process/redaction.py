@@ -1,8 +1,7 @@
-"""Secrets stay out of all that is written: a run's files, logs, error messages, tracebacks,
-trackers.
+"""Keeps secrets out of everything that is written: files, logs, messages, tracebacks, trackers.
 
-A secret is known by the option's name, by its form, or because an environment variable whose name
-says so holds it. Who types a secret as a plain option of another name and form is not helped.
+A secret is recognised by the name of its option, by its form, or because an environment variable
+with such a name holds it. A secret of another form in an option of another name is not recognised.
 """
 
 import contextlib
@@ -16,19 +15,23 @@ from types import TracebackType
 from typing import Any
 
 REDACTED = "***"
-_NAME = re.compile(
-    r"(^|[._-])(api[_-]?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE
-)
-# W&B's older keys; a commit looks the same, so messages keep it
+_SECRET_NAME = r"(?:api[_-]?key|token|secret|password|passwd|credentials?)"
+_NAME = re.compile(rf"(^|[._-]){_SECRET_NAME}$", re.IGNORECASE)
+# W&B's older keys. A commit's hash has the same form, so messages keep what has it.
 _HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")
-_FORM = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|wandb_v\d_[A-Za-z0-9_]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,})\b"
+_FORMS = (
+    r"hf_[A-Za-z0-9]{20,}",
+    r"wandb_v\d_[A-Za-z0-9_]{20,}",
+    r"sk-[A-Za-z0-9_-]{20,}",
+    r"gh[pousr]_[A-Za-z0-9]{30,}",
+    r"github_pat_\w{20,}",
+    r"glpat-[\w-]{20,}",
 )
+_FORM = re.compile(rf"\b({'|'.join(_FORMS)})\b")
 _USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # user:password of an address
 _BEARER = re.compile(r"(?<=bearer )[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 _ASSIGNED = re.compile(
-    r"(?<![\w.-])([\w.-]*[._-]?(?:api[_-]?key|token|secret|password|passwd|credentials?))=([^\s,;'\"\])}]+)",
-    re.IGNORECASE,
+    rf"(?<![\w.-])([\w.-]*[._-]?{_SECRET_NAME})=([^\s,;'\"\])}}]+)", re.IGNORECASE
 )
 _VARIABLE = re.compile(
     r"(^|_)(key|token|secret|password|passwd|pass|credentials?|pat)(_|$)", re.IGNORECASE
@@ -37,39 +40,40 @@ _SHORTEST = 8  # characters; a shorter value may stand in any text by chance
 
 
 def of_environment() -> list[str]:
-    """Values of environment variables whose names say that they are secret, the longest first; a
-    file's path is none.
+    """Values of environment variables with the name of a secret, the longest first.
+
+    The path of a file that exists is no secret.
     """
-    found = {value.strip() for name, value in os.environ.items() if _VARIABLE.search(name)}
-    return sorted(
-        (value for value in found if len(value) >= _SHORTEST and not os.path.exists(value)),
-        key=len,
-        reverse=True,
-    )
+    values = {value.strip() for name, value in os.environ.items() if _VARIABLE.search(name)}
+    secrets = [v for v in values if len(v) >= _SHORTEST and not os.path.exists(v)]
+    return sorted(secrets, key=len, reverse=True)
+
+
+def _without_value(match: re.Match[str]) -> str:
+    """``api_key=***`` for an assignment to the name of a secret; others as they are."""
+    return f"{match[1]}={REDACTED}" if _NAME.search(match[1]) else match[0]
 
 
 def text(value: str) -> str:
     """A message without secrets."""
     for secret in of_environment():
         value = value.replace(secret, REDACTED)
-    value = _USER.sub(REDACTED, _FORM.sub(REDACTED, value))
-    value = _BEARER.sub(REDACTED, value)
-    return _ASSIGNED.sub(
-        lambda match: f"{match[1]}={REDACTED}" if _NAME.search(match[1]) else match[0], value
-    )
+    for form in (_FORM, _USER, _BEARER):
+        value = form.sub(REDACTED, value)
+    return _ASSIGNED.sub(_without_value, value)
 
 
 def redact(name: str, value: Any) -> Any:
-    """`value` of the option `name`, or ``***`` for it or what in it is secret; containers item by
-    item.
-    """
+    """The value of the option `name` with ``***`` in place of secrets, also inside containers."""
     if isinstance(value, dict):
-        return {k: redact(str(k), v) for k, v in value.items()}
+        return {key: redact(str(key), inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [redact(name, v) for v in value]
+        return [redact(name, inner) for inner in value]
     if _NAME.search(name) and value is not None:
         return REDACTED
-    return _HEX_KEY.sub(REDACTED, text(value)) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _HEX_KEY.sub(REDACTED, text(value))
+    return value
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
@@ -99,7 +103,7 @@ def redacted_logs() -> Iterator[None]:
 
     def make(*given: Any, **named: Any) -> logging.LogRecord:
         record = before(*given, **named)
-        # a record that can't be formatted is the handler's to report
+        # The handler reports a record that can't be formatted.
         with contextlib.suppress(Exception):
             message = record.getMessage()
             clean = text(message)

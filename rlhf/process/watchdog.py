@@ -1,8 +1,8 @@
-"""No phase without a time limit: one that hangs dumps the stack of every thread, names phase and
-rank, and ends the process.
+"""A time limit for every phase of a run.
 
-A run has one watchdog (`RunContext.watchdog`). A phase that takes rows one by one says with `alive`
-that it goes on, so that the limit is one of standing still, whatever the number of rows.
+A phase that hangs dumps the stack of every thread, names phase and rank, and ends the process. A
+run has one watchdog (`RunContext.watchdog`). A phase that takes rows one by one calls `alive` for
+each, so that the limit is for the time without progress, whatever the number of rows.
 """
 
 import contextlib
@@ -19,40 +19,40 @@ from types import TracebackType
 from rlhf.process import distributed
 
 EXIT_HUNG = 124  # as timeout(1) reports it
-_ALIVE_EVERY_S = 1.0  # a sign of life between two of which this has not passed is not looked at
-# after which C code ends a process whose interpreter can't run: then without the phase's name, with
-# exit code 1
+_ALIVE_EVERY_S = 1.0  # calls of `alive` within this time of the last are ignored
+# Where the interpreter can't run, C code ends the process after so many further seconds: without
+# the phase's name, with exit code 1.
 _GRACE_S = 60.0
-# longer for a rank that waits for others: torchrun shows the first failure as the cause, in whole
-# seconds
+# A rank that waits for others gets so much longer: torchrun shows the first failure as the cause,
+# in whole seconds.
 _OTHERS_FIRST_S = 10.0
-_COLLECTIVES = "distributed_c10d"  # torch's file of them
+_COLLECTIVES = "distributed_c10d"  # torch's file of collectives
 
 
 def record_failure(message: str) -> None:
-    """What torchrun shows as this rank's failure in its last lines; nothing without torchrun."""
-    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if place is None or os.path.exists(place):  # the first cause counts
+    """Tell torchrun what it shows as this rank's failure; does nothing without torchrun."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None or os.path.exists(path):  # the first cause counts
         return
-    with contextlib.suppress(OSError), open(place, "w", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump({"message": message, "timestamp": int(time.time())}, file)
 
 
-# those entered, the innermost last: it alone watches, as the C code's timer is one for the process
+# Watchdogs that were entered, the innermost last. The innermost alone watches: the C code has one
+# timer for the process.
 _watching: "list[Watchdog]" = []
 
 
 def alive() -> None:
-    """The phase under way has come on, and its time begins again. Cheap enough for every row;
-    nothing where no watchdog is.
-    """
+    """The current phase made progress: its time limit starts again. Cheap enough for every row."""
     if _watching:
         _watching[-1].alive()
 
 
 def in_collective() -> bool:
-    """Whether the main thread waits for other ranks, as far as its Python frames say: CUDA's
-    collectives return before they are done.
+    """Whether the main thread waits for other ranks, as far as its Python frames tell.
+
+    CUDA's collectives return before they are done, so this is for gloo.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
@@ -63,11 +63,11 @@ def in_collective() -> bool:
 
 
 class Watchdog:
-    """Watches the phases of one run; `limit` in seconds, None: it only remembers the phase's name.
+    """Watches the phases of a run. limit: seconds; None: no limit, only the phase's name is kept.
 
-    Where one rank hangs the others soon wait for it, so that all their limits are over at about the
-    same time. Those that wait go on for `_OTHERS_FIRST_S`: the one that hangs ends first, and is
-    what torchrun shows as the cause.
+    Where one rank hangs the others soon wait for it, so that all their limits end at about the same
+    time. Ranks that wait go on for `_OTHERS_FIRST_S`: the rank that hangs ends first, and torchrun
+    shows it as the cause.
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -105,7 +105,7 @@ class Watchdog:
             _watching[-1]._arm()
 
     def phase(self, name: str) -> None:
-        """`name` begins now, and the one before it is over."""
+        """The phase `name` begins, and the phase before it is over."""
         self.name = name
         self._arm()
 
@@ -117,9 +117,7 @@ class Watchdog:
             self._arm()
 
     def rest(self) -> None:
-        """No limit until the next phase: what waits for others, such as a server, may take for
-        ever.
-        """
+        """No limit until the next phase, for what waits without end, such as a server."""
         self._arm(float("inf"))
 
     def _arm(self, limit: float | None = None) -> None:
@@ -139,12 +137,8 @@ class Watchdog:
         with self._changed:
             while self._running:
                 left = self._deadline - time.monotonic()
-                if (
-                    left <= 0
-                    and not self._extended
-                    and distributed.world_size() > 1
-                    and in_collective()
-                ):
+                may_extend = not self._extended and distributed.world_size() > 1
+                if left <= 0 and may_extend and in_collective():
                     self._deadline, self._extended = self._deadline + _OTHERS_FIRST_S, True
                     continue
                 if left <= 0:
@@ -152,11 +146,9 @@ class Watchdog:
                 self._changed.wait(None if left == float("inf") else max(left, 0.0))
 
     def _end(self) -> None:
-        others = (
-            "It waited for the other ranks, one of which may be the cause. "
-            if self._extended
-            else ""
-        )
+        others = ""
+        if self._extended:
+            others = "It waited for the other ranks, one of which may be the cause. "
         message = (
             f"rank {distributed.rank()}: phase {self.name} took longer than "
             f"run.phase_timeout_s={self.limit:g}. {others}The stacks above say where "

@@ -1,4 +1,4 @@
-"""Parts of error messages: what a value is, and the known word that a misspelt one is nearest to."""
+"""Parts of error messages: what a value is, and the known word nearest to a misspelt word."""
 
 import difflib
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
-"""What a run shows: a progress bar, sample tables and a closing panel. Plain lines where the output
-is no terminal; quiet on ranks other than 0.
+"""What a run shows: a progress bar, sample tables and a closing panel.
+
+Where the output is no terminal it is plain lines; ranks other than 0 show nothing.
 """
 
 import functools
@@ -39,17 +40,15 @@ _HEADLINES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @functools.cache
 def console() -> Console:
-    """The one console of the process, so that tables print above a running bar instead of through
-    it.
-    """
+    """The console of the process. There is one, so that tables print above a running bar."""
     probe = Console()
-    return probe if probe.is_terminal or "COLUMNS" in os.environ else Console(width=_PLAIN_WIDTH)
+    if probe.is_terminal or "COLUMNS" in os.environ:
+        return probe
+    return Console(width=_PLAIN_WIDTH)
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The few figures of a step that fit beside a bar: loss, score, KL, ... as far as they are
-    among `metrics`.
-    """
+    """The figures of a step that fit beside a bar: loss, score, KL, ... as far as there are."""
     parts = []
     for label, names in _HEADLINES:
         value = next((metrics[n] for n in names if isinstance(metrics.get(n), (int, float))), None)
@@ -71,9 +70,9 @@ class Bar:
     def __init__(self, total: int, title: str, progress: Progress | None, quiet: bool) -> None:
         self._total, self._title, self._quiet = total, title, quiet
         self._progress = progress
-        self._task = (
-            progress.add_task(title, total=total, figures="") if progress is not None else None
-        )
+        self._task = None
+        if progress is not None:
+            self._task = progress.add_task(title, total=total, figures="")
         self._started = time.monotonic()
         self._first: int | None = None  # steps done before this display began (a resumed run)
         self._last_line = float("-inf")
@@ -137,11 +136,9 @@ def table(
     """`rows` as a table; columns in the order of first appearance unless given."""
     if not distributed.is_main() or not rows:
         return
-    names = (
-        list(columns)
-        if columns is not None
-        else list(dict.fromkeys(k for row in rows for k in row))
-    )
+    names = columns
+    if names is None:
+        names = list(dict.fromkeys(key for row in rows for key in row))
     shown = Table(title=title, show_lines=True, title_justify="left")
     for name in names:
         numeric = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
@@ -157,18 +154,22 @@ def samples_table(
     limit: int = 4,
     width: int = 400,
 ) -> None:
-    """The first `limit` samples: prompt, response and their figures; texts are cut after `width`
-    characters (the files hold them whole).
+    """The first `limit` samples: prompt, response and their figures.
+
+    Texts are cut after `width` characters; the files hold them whole.
     """
-    cut = [
-        {
-            k: v[:width] + " ..." if isinstance(v, str) and len(v) > width else v
-            for k, v in row.items()
-            if k != "step"
-        }
-        for row in rows[:limit]
-    ]
-    table(cut, title=title)
+    table([_cut_sample(row, width) for row in rows[:limit]], title=title)
+
+
+def _cut_sample(row: Mapping[str, Any], width: int) -> dict[str, Any]:
+    return {key: _cut(value, width) for key, value in row.items() if key != "step"}
+
+
+def _cut(value: Any, width: int) -> Any:
+    """A text's first `width` characters; other values as they are."""
+    if isinstance(value, str) and len(value) > width:
+        return value[:width] + " ..."
+    return value
 
 
 def closing_panel(

@@ -47,7 +47,7 @@ def goes_on(cfg: Config) -> bool:
 
 
 def run_directory(cfg: Config) -> Path:
-    """``<run.dir>/<run.name>/<stage>``; labels that come back go to ``labels`` beside the export's."""
+    """``<run.dir>/<run.name>/<stage>``; labels that come back have a directory ``labels`` there."""
     name = "labels" if goes_on(cfg) else cfg.stage.name
     return Path(cfg.run.dir).expanduser() / cfg.run.name / name
 

@@ -1,19 +1,19 @@
-"""What a run was made of, walked back over the manifests of runs: from a reward model to the
-prompts. No network, no tracker: manifest.json alone.
+"""What a run was made of, followed back over the manifests of runs: from a reward model to the
+prompts. It reads manifest.json alone: no network, no tracker.
 
-    python -m rlhf.run.lineage runs/x/reward            a tree, each input checked against the hash
-    that was recorded
+    python -m rlhf.run.lineage runs/x/reward            a tree; each input is checked against the
+                                                        hash that was recorded
     python -m rlhf.run.lineage runs/x/reward --json     the same for programs
 
 A manifest names models and directories under ``parents`` and files under ``data``. An entry that
 lies in a run of ours has ``from``:
 
     run         that run's directory, relative to the directory of the manifest, so that runs may be
-    moved together
-    stage       what it was
+                moved together
+    stage       its stage
     artifacts   name, kind and digest of the published artifacts that the entry is part of
-    (`RunContext.publish`)
-    wandb       project, entity, run_id and mode, where it was tracked by W&B
+                (`RunContext.publish`)
+    wandb       project, entity, run_id and mode, where W&B tracked it
     changed     true where the file was no longer as published when it was read
 """
 
@@ -30,14 +30,16 @@ from rlhf.process.hashing import sha256
 from rlhf.run.manifest import MANIFEST_FILE, Entry, artifact_digest, read_manifest, run_of
 from rlhf.types import UserError
 
+AGAIN = "as above"
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
     """A run, or an input that no run of ours made."""
 
     path: str  # the run directory, or the input as the manifest names it
-    # what was taken of it: "policy runs/x/sft/model", "data runs/x/data/train.jsonl"; none of the
-    # first run
+    # What was taken of it: "policy runs/x/sft/model", "data runs/x/data/train.jsonl"; () for the
+    # run that the tree begins with.
     via: tuple[str, ...]
     stage: str | None = None  # None: no run of ours
     artifacts: tuple[str, ...] = ()  # name@digest of what was taken
@@ -45,86 +47,85 @@ class Node:
     parents: tuple["Node", ...] = ()
 
     def figures(self) -> Entry:
-        """As JSON has it."""
-        return {
-            **dataclasses.asdict(self),
-            "parents": [parent.figures() for parent in self.parents],
-        }
+        """The node as JSON values."""
+        parents = [parent.figures() for parent in self.parents]
+        return {**dataclasses.asdict(self), "parents": parents}
 
 
 def _entries(manifest: Mapping[str, Any]) -> list[Entry]:
     """Parents and data files alike: kind, path, from, sha256 of files."""
-    return [*manifest["parents"], *({"kind": "data", **entry} for entry in manifest["data"])]
+    data = [{"kind": "data", **entry} for entry in manifest["data"]]
+    return [*manifest["parents"], *data]
 
 
-def _where(entry: Entry, directory: Path) -> Path | None:
-    """The run that an entry comes from: as recorded, else (an older manifest, a moved run) as its
-    path says; None for none.
+def _artifacts(entry: Entry) -> list[Entry]:
+    """The published artifacts that an entry is part of."""
+    artifacts: list[Entry] = entry.get("from", {}).get("artifacts", [])
+    return artifacts
+
+
+def _run_behind(entry: Entry, directory: Path) -> Path | None:
+    """The run that an entry comes from, None where no run made it.
+
+    That is the recorded run, or (an older manifest, a run that was moved) the run in which the
+    entry's path lies.
     """
-    recorded = directory / entry["from"]["run"] if "from" in entry else None
-    if recorded is not None and read_manifest(recorded) is not None:
-        return recorded.resolve()
-    found = (
-        run_of(Path(entry["path"]).expanduser())
-        if Path(entry["path"]).expanduser().exists()
-        else None
-    )
-    return found if found != directory.resolve() else None
+    if "from" in entry:
+        recorded: Path = directory / entry["from"]["run"]
+        if read_manifest(recorded) is not None:
+            return recorded.resolve()
+    path = Path(entry["path"]).expanduser()
+    run = run_of(path) if path.exists() else None
+    return run if run != directory.resolve() else None
 
 
 def _notes(entry: Entry, run: Path | None) -> list[str]:
-    """What tells that an input is no longer what was read."""
-    out = []
-    place = Path(entry["path"]).expanduser()
+    """What shows that an input is no longer what was read."""
+    path = Path(entry["path"]).expanduser()
+    name = path.name
+    notes = []
     if entry["kind"] == "data":
-        if run is not None and not place.is_file() and "from" in entry:
-            return [f"{place.name}: not found from here"]
-        out += (
-            [f"{place.name} is gone"]
-            if not place.is_file()
-            else [f"{place.name} was changed since"]
-            if sha256(place) != entry["sha256"]
-            else []
-        )
+        is_there = path.is_file()
+        if not is_there and run is not None and "from" in entry:
+            return [f"{name}: not found from here"]
+        if not is_there:
+            notes.append(f"{name} is gone")
+        elif sha256(path) != entry["sha256"]:
+            notes.append(f"{name} was changed since")
     if entry.get("from", {}).get("changed"):
-        out.append(f"{place.name} was no longer as published")
+        notes.append(f"{name} was no longer as published")
     if "from" in entry and run is None:
-        out.append(f"its run ({entry['from']['stage']}) is gone")
+        notes.append(f"its run ({entry['from']['stage']}) is gone")
     if run is not None:
-        there = {
-            artifact_digest(artifact)
-            for artifact in (read_manifest(run) or {}).get("artifacts", [])
-        }
-        out += [
-            f"{a['name']} was replaced since"
-            for a in entry.get("from", {}).get("artifacts", [])
-            if a["digest"] not in there
-        ]
-    return out
+        manifest = read_manifest(run) or {}
+        present = {artifact_digest(artifact) for artifact in manifest.get("artifacts", [])}
+        for artifact in _artifacts(entry):
+            if artifact["digest"] not in present:
+                notes.append(f"{artifact['name']} was replaced since")
+    return notes
 
 
 def _node(directory: Path, via: Sequence[Entry], notes: Sequence[str], seen: set[Path]) -> Node:
-    """A run with all before it; a run that stands in the tree already is named again and not walked
-    again.
-    """
+    """A run with all runs before it; a run that the tree has already is not followed again."""
     manifest = read_manifest(directory)
     assert manifest is not None
-    artifacts = dict.fromkeys(
-        f"{a['name']}@{a['digest']}"
-        for entry in via
-        for a in entry.get("from", {}).get("artifacts", [])
-    )
-    shown = tuple(f"{entry['kind']} {entry['path']}" for entry in via)
-    again = directory in seen
-    seen.add(directory)
-    parents = () if again else _parents(directory, manifest, seen)
+    artifacts: dict[str, None] = {}
+    for entry in via:
+        for artifact in _artifacts(entry):
+            artifacts[f"{artifact['name']}@{artifact['digest']}"] = None
+    parents: tuple[Node, ...] = ()
+    if directory in seen:
+        notes = [*notes, AGAIN]
+    else:
+        seen.add(directory)
+        parents = _parents(directory, manifest, seen)
     return Node(
-        _short(directory),
-        shown,
-        manifest["stage"],
-        tuple(artifacts),
-        (*notes, *(["as above"] if again else [])),
-        parents,
+        path=_short(directory),
+        via=tuple(f"{entry['kind']} {entry['path']}" for entry in via),
+        stage=manifest["stage"],
+        artifacts=tuple(artifacts),
+        notes=tuple(notes),
+        parents=parents,
     )
 
 
@@ -132,16 +133,16 @@ def _parents(directory: Path, manifest: Entry, seen: set[Path]) -> tuple[Node, .
     by_run: dict[Path, list[Entry]] = {}
     leaves = []
     for entry in _entries(manifest):
-        run = _where(entry, directory)
+        run = _run_behind(entry, directory)
         if run is None:
             leaves.append(Node(entry["path"], (entry["kind"],), notes=tuple(_notes(entry, None))))
         else:
             by_run.setdefault(run, []).append(entry)
-    runs = [
-        _node(run, entries, [note for entry in entries for note in _notes(entry, run)], seen)
-        for run, entries in by_run.items()
-    ]
-    return (*runs, *leaves)
+    nodes = []
+    for run, entries in by_run.items():
+        notes = [note for entry in entries for note in _notes(entry, run)]
+        nodes.append(_node(run, entries, notes, seen))
+    return (*nodes, *leaves)
 
 
 def _short(directory: Path) -> str:
@@ -152,6 +153,7 @@ def _short(directory: Path) -> str:
 
 def lineage(run_dir: Path) -> Node:
     """The run and, as its parents, all that it was made of, back to what no run of ours made.
+
     Raises UserError where there is no run.
     """
     directory = run_of(run_dir)
@@ -164,24 +166,29 @@ def lineage(run_dir: Path) -> Node:
 
 
 def tree(node: Node) -> Any:
-    """For the terminal, as rich.tree.Tree."""
-    from rich.text import Text
+    """The tree for the terminal, a rich.tree.Tree."""
     from rich.tree import Tree
 
-    def label(one: Node) -> Text:
-        text = Text(f"{one.stage or one.via[0]}  ", style="bold").append(one.path, style="default")
-        for extra in (*(one.via if one.stage else ()), *one.artifacts):
-            text.append(f"\n  {extra}", style="dim")
-        for note in one.notes:
-            text.append(f"\n  ! {note}" if note != "as above" else "\n  as above", style="yellow")
-        return text
-
-    def grow(branch: Tree, one: Node) -> Tree:
-        for parent in one.parents:
-            grow(branch.add(label(parent)), parent)
+    def grow(branch: Any, node: Node) -> Any:
+        for parent in node.parents:
+            grow(branch.add(_label(parent)), parent)
         return branch
 
-    return grow(Tree(label(node)), node)
+    return grow(Tree(_label(node)), node)
+
+
+def _label(node: Node) -> Any:
+    """A node's lines in the tree, a rich.text.Text."""
+    from rich.text import Text
+
+    text = Text(f"{node.stage or node.via[0]}  ", style="bold").append(node.path, style="default")
+    details = [*node.via, *node.artifacts] if node.stage else node.artifacts
+    for detail in details:
+        text.append(f"\n  {detail}", style="dim")
+    for note in node.notes:
+        mark = "" if note == AGAIN else "! "
+        text.append(f"\n  {mark}{note}", style="yellow")
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ _GIT_TIMEOUT_S = 30
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of PACKAGES and of python; packages that are not installed are left out."""
+    """Versions of python and of PACKAGES, without those that are not installed."""
     out = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
