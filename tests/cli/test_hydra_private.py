@@ -34,5 +34,5 @@ def test_no_other_file_uses_private_parts_of_hydra() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hydra._"):
-                    users.append(path.name)  # noqa: PERF401
+                    users.append(path.name)
     assert users == ["hydra_private.py"]
