@@ -11,8 +11,8 @@ from conf.stages import DoctorStage, OfflineStage, OnlineStage
 from reward.base import is_set
 from reward.checks import scoring_models
 from rlhf.checks.memory import fit, tables
-from rlhf.checks.memory.machine import machine_of
-from rlhf.checks.memory.subjects import can_plan, shapes_of
+from rlhf.checks.memory.moments import machine_of
+from rlhf.checks.memory.shapes import can_plan, shapes_of
 from rlhf.cli import config, presets
 from rlhf.run.console import console
 from rlhf.types import UserError
