@@ -187,7 +187,6 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(sys, "argv", ["rlhf"])
-    monkeypatch.setattr("rlhf.run.plots.plot_run", lambda _: [])
     rows = [{"prompt": f"p{i}", "completion": f"answer {i}"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
