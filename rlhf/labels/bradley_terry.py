@@ -14,8 +14,8 @@ and so replaces an answer's gradient too, and its regularisation has the sign th
 apart. So the fit is here: scipy's L-BFGS-B on the log-posterior, with a start that draws nothing.
 The priors are so many observations of each kind:
 
-    s    one win and one loss against an answer of strength 0 (a single vote by somebody reliable is
-    a probability of about 0.7)
+    s    one win and one loss against an answer of strength 0 (with a single vote by somebody
+         reliable the probability is about 0.7)
     r    four comparisons looked at, one not
     b    one choice of each side
 """
@@ -64,7 +64,10 @@ def loss_and_gradient(
     x: Array, first: Array, second: Array, who: Array, better: Array, answers: int, people: int
 ) -> tuple[float, Array]:
     """Negative log-posterior and its gradient at x = [s (answers), logit r (people), logit b
-    (people)]; the rest are indices and choices, [N].
+    (people)].
+
+    first, second, who: [N] indices of answers and people; better: [N] 1 where the first answer was
+    preferred, 0 where the second was, 0.5 for a tie.
     """
     s, r_logit, b_logit = x[:answers], x[answers : answers + people], x[answers + people :]
     r, b = _sigmoid(r_logit)[who], _sigmoid(b_logit)[who]  # [N]
@@ -89,19 +92,19 @@ def loss_and_gradient(
     return -float(value), -gradient
 
 
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    """Each different name with a number, in their order."""
+    return {name: number for number, name in enumerate(sorted(set(names)))}
+
+
 def fit(comparisons: Sequence[Comparison]) -> Fit:
     """Strengths and reliabilities. Raises ValueError without comparisons."""
     from scipy.optimize import minimize
 
     if not comparisons:
         raise ValueError("no comparisons to aggregate")
-    answers = {
-        name: i
-        for i, name in enumerate(
-            sorted({c.first for c in comparisons} | {c.second for c in comparisons})
-        )
-    }
-    people = {name: i for i, name in enumerate(sorted({c.annotator for c in comparisons}))}
+    answers = _numbered([c.first for c in comparisons] + [c.second for c in comparisons])
+    people = _numbered([c.annotator for c in comparisons])
     first = np.array([answers[c.first] for c in comparisons])
     second = np.array([answers[c.second] for c in comparisons])
     who = np.array([people[c.annotator] for c in comparisons])
@@ -113,7 +116,7 @@ def fit(comparisons: Sequence[Comparison]) -> Fit:
             np.zeros(len(people)),
         ]
     )
-    found = minimize(
+    optimum = minimize(
         loss_and_gradient,
         start,
         args=(first, second, who, better, len(answers), len(people)),
@@ -121,15 +124,12 @@ def fit(comparisons: Sequence[Comparison]) -> Fit:
         method="L-BFGS-B",
         options={"maxiter": _ITERATIONS, "maxfun": 4 * _ITERATIONS, "ftol": 1e-12, "gtol": 1e-6},
     )
-    s = found.x[: len(answers)]
-    r, b = (
-        _sigmoid(found.x[len(answers) : len(answers) + len(people)]),
-        _sigmoid(found.x[len(answers) + len(people) :]),
-    )
+    s, r_logit, b_logit = np.split(optimum.x, [len(answers), len(answers) + len(people)])
+    r, b = _sigmoid(r_logit), _sigmoid(b_logit)
     return Fit(
         strength={name: float(s[i]) for name, i in answers.items()},
         reliability={name: float(r[i]) for name, i in people.items()},
         first_side={name: float(b[i]) for name, i in people.items()},
-        iterations=int(found.nit),
-        converged=bool(found.success),
+        iterations=int(optimum.nit),
+        converged=bool(optimum.success),
     )

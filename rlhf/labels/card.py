@@ -50,11 +50,15 @@ def label_entry(situation: Situation) -> Card:
     times = sorted((label.time for label in situation.labels if label.time is not None), key=moment)
     return {
         "labels": len(situation.labels),
-        "superseded": sum(not one.counts for one in situation.stored),
+        "superseded": sum(not entry.counts for entry in situation.stored),
         "without_time": len(situation.labels) - len(times),
         "first": times[0] if times else None,
         "last": times[-1] if times else None,
     }
+
+
+def _annotator_entry(figures: Mapping[str, Any]) -> Card:
+    return {key: figures[key] for key in _OF_ANNOTATOR}
 
 
 def make_card(
@@ -74,7 +78,7 @@ def make_card(
     """card.json. `files`: rows and sha256 by name; `sources`: name and sha256 of what was imported
     so far.
     """
-    people = [{key: one[key] for key in _OF_ANNOTATOR} for one in report["annotators"]]
+    people = [_annotator_entry(figures) for figures in report["annotators"]]
     agreement = {key: report["agreement"][key] for key in _OF_AGREEMENT}
     return {
         "name": name,

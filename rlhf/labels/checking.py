@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any
 
 from conf.choices import LabelKind
-from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
+from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
 from rlhf.process.hashing import digest
 
 STARS = (1, 5)  # the least and the most of a rating
@@ -47,7 +47,7 @@ class Checked:
     task: str
     annotator: str
     outcome: Outcome
-    ranking: tuple[tuple[int, ...], ...] = ()  # outcome=ranked: indices in Task.answers
+    ranking: Ranking = ()  # outcome=ranked: indices in Task.answers
     ratings: tuple[int | None, ...] = ()  # of each answer in Task.answers; () where none was given
     comment: str = ""
     seconds: float | None = None
@@ -91,11 +91,10 @@ class Ledgers:
     tasks: Mapping[str, tuple[Export, Task]] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self,
-            "tasks",
-            {task.id: (export, task) for export in self.exports.values() for task in export.tasks},
-        )
+        tasks: dict[str, tuple[Export, Task]] = {}
+        for export in self.exports.values():
+            tasks |= {task.id: (export, task) for task in export.tasks}
+        object.__setattr__(self, "tasks", tasks)
 
 
 class _Refusal(ValueError):
@@ -242,7 +241,7 @@ def _outcome(judgement: Judgement, export: Export, task: Task) -> Outcome:
     return Outcome(verdict.value)
 
 
-def _ranking(judgement: Judgement, task: Task) -> tuple[tuple[int, ...], ...]:
+def _ranking(judgement: Judgement, task: Task) -> Ranking:
     groups = judgement.ranking
     if judgement.verdict is not Verdict.ranked:
         if groups:

@@ -67,16 +67,11 @@ def choose(
     or clusters without `vectors`.
     """
     counts = split_budget(budget, shares or {ChoiceMethod.random: 1.0})
-    scored = any(counts.get(method) for method in _SCORED)
+    by_score = [method.value for method in _SCORED if counts.get(method)]
     size = 2 if kind is LabelKind.pair else group
-    tasks = possible_tasks(candidates, size, across=across, scored=scored, seed=seed)
-    if scored and len(tasks.draw) and not tasks.scored.any():
-        methods = ", ".join(method.value for method in _SCORED if counts.get(method))
-        raise UserError(
-            f"label.choice={methods}: no task has answers that all have scores. Set "
-            "reward.path=<a reward run>/model, take samples with scores, "
-            "or choose by random or diversity."
-        )
+    tasks = possible_tasks(candidates, size, across=across, scored=bool(by_score), seed=seed)
+    if by_score:
+        _require_scores(tasks, by_score)
     points = None
     if any(counts.get(method) for method in _CLUSTERED):
         points = _prompt_vectors(candidates, len(tasks.chosen), vectors)
@@ -107,6 +102,16 @@ def choose(
     return chosen
 
 
+def _require_scores(tasks: PossibleTasks, methods: Sequence[str]) -> None:
+    """Some task has scores of all its answers, unless there is no task. Raises UserError."""
+    if len(tasks.draw) and not tasks.scored.any():
+        raise UserError(
+            f"label.choice={', '.join(methods)}: no task has answers that all have scores. Set "
+            "reward.path=<a reward run>/model, take samples with scores, "
+            "or choose by random or diversity."
+        )
+
+
 def split_budget(budget: int, shares: Mapping[ChoiceMethod, float]) -> dict[ChoiceMethod, int]:
     """Whole tasks for each method by largest remainder (Hamilton's method); among equal remainders
     the earlier method wins.
@@ -134,7 +139,7 @@ def _prompt_vectors(
             "label.choice: diversity needs vectors of the prompts (label.vectors), but there are "
             "none."
         )
-    text = {one.id: as_text(one.prompt) for one in candidates}
+    text = {entry.id: as_text(entry.prompt) for entry in candidates}
     if not text:
         return np.zeros((0, 1))
     rows = np.asarray(vectors([text[identity] for identity in sorted(text)]), dtype=np.float64)

@@ -1,9 +1,6 @@
-"""Files that are whole or not there: written under another name, then renamed."""
+"""Text files that are whole or not there: written under another name, then renamed."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -15,8 +12,3 @@ def write_text(path: Path, text: str) -> Path:
         out.write(text)
     temporary.replace(path)
     return path
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write `content` as indented JSON; returns `path`."""
-    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

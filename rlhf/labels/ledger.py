@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelKind
-from rlhf.labels.files import write_json, write_text
+from rlhf.labels.files import write_text
 from rlhf.labels.records import Answer, Export, Role, Task
 from rlhf.process.hashing import sha256
+from rlhf.process.json_files import write_json
 from rlhf.types import UserError
 
 TASKS_FILE, EXPORT_FILE, OUT_FOLDER = "tasks.jsonl", "export.json", "out"

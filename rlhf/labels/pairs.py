@@ -201,7 +201,9 @@ def aggregate(method: LabelAggregate, votes: Votes) -> Aggregated:
         aggregated = aggregation.dawid_skene(labels)
         figures = {"iterations": aggregated.iterations, "converged": aggregated.converged}
         notes = _dawid_skene_notes(aggregated, counts)
-    results = [_result(one, votes.pairs[one.item], counts[one.item]) for one in aggregated.labels]
+    results = [
+        _result(label, votes.pairs[label.item], counts[label.item]) for label in aggregated.labels
+    ]
     reliability = {annotator.name: annotator.accuracy for annotator in aggregated.annotators}
     ordered = sorted(results, key=lambda result: result.pair.id)
     return Aggregated(tuple(ordered), reliability, figures, tuple(notes))

@@ -58,15 +58,15 @@ def possible_tasks(
     Raises UserError for a score that is no finite number.
     """
     start = np.array([seed % 2**64], dtype=np.uint64)
-    ids = [one.id for one in candidates]
+    ids = [entry.id for entry in candidates]
     numbers = {identity: number for number, identity in enumerate(sorted(set(ids)))}
     seen: dict[str, set[int]] = {}  # the tasks of a prompt that may come several times
     owner: list[Ints] = []
     members: list[Ints] = []
     draws: list[Hashes] = []
     values: list[Floats] = []  # [S, G, 2] scores and spreads
-    for index, (one, identity) in enumerate(zip(candidates, ids, strict=True)):
-        answers = _distinct(one.answers)
+    for index, (entry, identity) in enumerate(zip(candidates, ids, strict=True)):
+        answers = _distinct(entry.answers)
         if len(answers) < group:
             continue
         subsets, draw = _subsets(answers, group, identity, start, across=across)
@@ -80,7 +80,7 @@ def possible_tasks(
         members.append(np.sort(positions[subsets], axis=1))
         draws.append(draw)
         if scored:
-            scores = [_scores(one, answer) for _, answer in answers]
+            scores = [_scores(entry, answer) for _, answer in answers]
             values.append(np.array(scores)[subsets])
     of_tasks = np.concatenate([np.zeros(0, dtype=np.int64), *owner])
     both = np.concatenate([np.zeros((0, group, 2)), *values])
@@ -150,13 +150,13 @@ def _mixed(*parts: Hashes) -> Hashes:
     return out
 
 
-def _scores(one: Candidates, answer: Answer) -> tuple[float, float]:
+def _scores(entry: Candidates, answer: Answer) -> tuple[float, float]:
     """Score and spread, NaN where there is none. Raises UserError for one that is not finite."""
     known = []
     for name, value in (("score", answer.score), ("spread", answer.spread)):
         if value is not None and not math.isfinite(value):
             raise UserError(
-                f"prompt {as_text(one.prompt)[:120]!r}: the {name} of an answer is {value}, "
+                f"prompt {as_text(entry.prompt)[:120]!r}: the {name} of an answer is {value}, "
                 "expected a finite number."
             )
         known.append(math.nan if value is None else value)

@@ -19,6 +19,9 @@ from typing import Any
 from conf.choices import LabelKind
 from rlhf.process.hashing import digest
 
+# places or indices of answers, the best first, equal ones together
+Ranking = tuple[tuple[int, ...], ...]
+
 
 class Role(Enum):
     """Why a task is there; hidden from annotators."""
@@ -93,7 +96,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What went out: the questions, and what annotators were told."""
+    """What went out: the questions, and what annotators read."""
 
     id: str  # 12 hexadecimal digits of what was asked
     kind: LabelKind
@@ -116,8 +119,7 @@ class Judgement:
     task: str  # its id, as the file has it
     annotator: str  # "" where the file does not say
     verdict: Verdict
-    # verdict=ranked: places in `shown`, the best first, equal ones together; unranked ones left out
-    ranking: tuple[tuple[int, ...], ...] = ()
+    ranking: Ranking = ()  # verdict=ranked: places in `shown`; unranked ones are left out
     ratings: tuple[int | None, ...] = ()  # 1 to 5 of each place; () where none was given
     comment: str = ""
     seconds: float | None = None  # that it took

@@ -69,7 +69,7 @@ class Situation:
 
     @property
     def labels(self) -> list[Checked]:
-        return [one.label for one in self.stored if one.counts]
+        return [entry.label for entry in self.stored if entry.counts]
 
 
 def share(right: int, n: int) -> Figures:
@@ -259,7 +259,7 @@ def annotators(situation: Situation, agreed: Agreement) -> list[Figures]:
     known = gold(ledgers, labels)
     twice = itself(ledgers, labels)
     others = with_others(situation.votes.votes)
-    superseded = Counter(one.label.annotator for one in situation.stored if not one.counts)
+    superseded = Counter(entry.label.annotator for entry in situation.stored if not entry.counts)
     out = []
     for name in sorted({label.annotator for label in labels}):
         own = [label for label in labels if label.annotator == name]

@@ -4,7 +4,7 @@ label.review=.../review.jsonl).
 A line is a line of the export's tasks.jsonl (ledger.task_row) and, beside it,
 
     why      reasons in words
-    labels   who said what so far: {export, task, annotator, counts, outcome, ranking, comment,
+    labels   the labels so far: {export, task, annotator, counts, outcome, ranking, comment,
              time}; the ranking's places are those of `answers`
 
 A task is in the queue while its result is split or below label.min_confidence. For mere

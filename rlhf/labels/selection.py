@@ -83,7 +83,7 @@ def select_answers(
     if not candidates:
         raise UserError(_nothing_to_ask(gathered.counts, size, label))
     if chosen_by_score(label):
-        scores = (answer.score for one in candidates for answer in one.answers)
+        scores = (answer.score for entry in candidates for answer in entry.answers)
         require_scores(scores, f"label.choice={dict(label.choice)}")
     chosen = choose(
         candidates,

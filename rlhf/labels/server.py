@@ -1,10 +1,10 @@
-"""A Label Studio server: tasks out to a project of their own, its labels back as the file of its
-JSON export. Sole importer of label_studio_sdk.
+"""A Label Studio server: tasks go to a project of their own, labels come back as the file of its
+JSON export. Only this module imports label_studio_sdk.
 
-The token is the caller's: it is neither stored nor logged, and taken out of what a server answers
-before that is shown. A personal access token is a JSON Web Token that the SDK exchanges for one
-that lasts some minutes, again and again; anything else it sends as a legacy token, which servers
-refuse unless their administrator allows them.
+The access token is neither stored nor logged, and it is removed from a server's answers before they
+are shown. A personal access token is a JSON Web Token that the SDK exchanges, again and again, for
+one that lasts some minutes; anything else it sends as a legacy token, which servers refuse unless
+their administrator allows them.
 """
 
 import html
@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.labels.files import write_json
 from rlhf.labels.ledger import SERVER_FILE
 from rlhf.labels.records import Export
 from rlhf.labels.targets import label_studio
 from rlhf.labels.targets.shared import check_texts
+from rlhf.process.json_files import write_json
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.labels")
@@ -70,8 +70,8 @@ def push_once(export: Export, folder: Path, *, url: str, token: str) -> dict[str
 
 
 def push(export: Export, *, url: str, token: str) -> int:
-    """A new project with the export's tasks; its number. A project that could not be filled is
-    deleted.
+    """Create a project with the export's tasks; returns its number. A project that could not be
+    filled is deleted.
 
     Raises UserError for a server that can't be reached or refuses the token, and for what it
     refuses of configuration or tasks.
@@ -105,25 +105,25 @@ def push(export: Export, *, url: str, token: str) -> int:
 
 
 def _await_tasks(count: Callable[[], int], expected: int, url: str) -> None:
-    """Until the project has its tasks: some servers import in the background. Raises UserError when
-    it has not got them in time.
+    """Wait until the project has its tasks, which some servers import in the background. Raises
+    UserError when it does not get them in time.
     """
     end = time.monotonic() + _IMPORT
-    while (found := count()) != expected:
-        if found > expected or time.monotonic() > end:
+    while (tasks := count()) != expected:
+        if tasks > expected or time.monotonic() > end:
             raise UserError(
-                f"label.url={url}: the server has {found} tasks, expected the {expected} that "
+                f"label.url={url}: the server has {tasks} tasks, expected the {expected} that "
                 "were sent."
             )
         time.sleep(2)
 
 
 def pull(*, url: str, token: str, project: int, folder: Path) -> Path:
-    """The project's JSON export with all tasks and annotations, those skipped too, as a file in
-    `folder`, replaced whole.
+    """Write the project's JSON export, with all tasks and annotations, also those skipped, to a
+    file in `folder`; returns its path.
 
     Raises UserError for a server that can't be reached or refuses the token, and for a project that
-    it has not.
+    does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"label_studio_project_{project}.json"
@@ -141,15 +141,15 @@ def pull(*, url: str, token: str, project: int, folder: Path) -> Path:
         ) from error
     if not isinstance(rows, list):
         raise UserError(f"label.url={url}: the export of project {project} is no list of tasks.")
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    beside.replace(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
     return path
 
 
 @contextmanager
 def _session(url: str, token: str) -> Iterator[Any]:
-    """A client of the server at `url`; its errors become UserErrors without the token."""
+    """A client of the server at `url`. Its errors become UserErrors that don't hold the token."""
     if not token.strip():
         raise UserError(
             f"label.url={url}: no access token. Put one into the environment variable that "
@@ -172,13 +172,14 @@ def _session(url: str, token: str) -> Iterator[Any]:
             )
     except ApiError as error:
         # the error's own text may hold what was sent
-        raise UserError(_refusal(url, error.status_code, _said(error.body, token))) from None
+        answer = _answer_text(error.body, token)
+        raise UserError(_refusal(url, error.status_code, answer)) from None
     except httpx.InvalidURL as error:
         raise UserError(
             f"label.url={url}: no address ({error}). Expected one such as http://localhost:8080."
         ) from None
     except httpx.HTTPError as error:
-        reason = _said(str(error) or type(error).__name__, token)
+        reason = _answer_text(str(error) or type(error).__name__, token)
         raise UserError(
             f"label.url={url}: the server can't be reached ({reason}). Is it running, and is the "
             "address right?"
@@ -190,31 +191,31 @@ def _session(url: str, token: str) -> Iterator[Any]:
         ) from None
 
 
-def _said(body: Any, token: str) -> str:
-    """What a server answered, short and without the token."""
+def _answer_text(body: Any, token: str) -> str:
+    """A server's answer, short and without the token."""
     if isinstance(body, dict):
-        body = "; ".join(
-            str(body[key]) for key in ("detail", "validation_errors") if body.get(key)
-        ) or json.dumps(body, default=str)
+        reasons = [str(body[key]) for key in ("detail", "validation_errors") if body.get(key)]
+        body = "; ".join(reasons) or json.dumps(body, default=str)
     return str(body).replace(token.strip(), "[token]")[:500]
 
 
-def _refusal(url: str, status: int | None, said: str) -> str:
+def _refusal(url: str, status: int | None, answer: str) -> str:
+    """The message for a server's `answer` with an HTTP status of an error."""
     if status == 401:
         return (
-            f"label.url={url}: the server refuses the access token ({said}). Expected a "
+            f"label.url={url}: the server refuses the access token ({answer}). Expected a "
             f"personal access token that is still valid. {_WHERE}"
         )
     if status == 403:
-        return f"label.url={url}: the token's user may not do this ({said})."
+        return f"label.url={url}: the token's user may not do this ({answer})."
     if status == 404:
         return (
-            f"label.url={url}: no such project, or no Label Studio server ({said}). Check "
+            f"label.url={url}: no such project, or no Label Studio server ({answer}). Check "
             "label.project, and that the token's user can open it."
         )
     if status is None or status < 400:  # an answer that the SDK can't read
         return (
-            f"label.url={url}: expected the address of a Label Studio server, found one that "
-            f"answers: {said}."
+            f"label.url={url}: expected the address of a Label Studio server, but it "
+            f"answers: {answer}."
         )
-    return f"label.url={url}: the server answers {status}: {said}."
+    return f"label.url={url}: the server answers {status}: {answer}."

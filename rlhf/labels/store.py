@@ -1,19 +1,21 @@
 """labels.jsonl of a labels directory: every label that was ever imported, once, in the order in
 which it came.
 
-The file is only appended to. A label is of one annotator on one task of one export; that annotator
-judging the task again is a revision: the later one counts, by its own time where both have one,
-else by when it came. The earlier one stays, superseded. A label that says what one of its key
-already says (same verdict, and no different ratings, comment or time) adds nothing, so that
-importing a file again, in parts, or the same labels in another tool's format changes nothing; where
-a format carries no time, somebody's return to an earlier judgement can't be told from the same
-label read twice, and is taken for that.
+The file is only appended to. A label is of one annotator on one task of one export. When that
+annotator judges the task again, that is a revision: the later label counts, by its own time where
+both have one, else by when it came. The earlier one stays, superseded.
 
-Killed at any moment, nothing is lost or doubled: a line counts when its line end is on the disk. A
-torn last line is cut off at the next opening, and the label that it was to hold is new to the next
-import. One process writes at a time; a second one is refused.
+A label that repeats one of its key (same outcome, and no different ratings, comment or time) adds
+nothing. So importing a file again, in parts, or the same labels in another tool's format changes
+nothing. Where a format carries no time, an annotator's return to an earlier judgement can't be told
+from the same label read twice, and is taken for that.
+
+Killed at any moment, nothing is lost or doubled: a line counts when its line end is on the disk.
+Half of a last line is cut off at the next opening, and the label that it was to hold is new to the
+next import. One process writes at a time; a second one is refused.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -44,9 +46,9 @@ class Stored:
 class Added:
     """What an import did to the labels."""
 
-    new: int = 0  # labels of a task that the annotator had not judged
-    revised: int = 0  # labels of one that he had
-    known: int = 0  # labels that were there already
+    new: int = 0  # labels of a task that the annotator had not judged before
+    revised: int = 0  # labels of a task that the annotator had judged
+    known: int = 0  # labels that were stored already
 
 
 def label_row(label: Checked, number: int) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def label_of(row: dict[str, Any]) -> Checked:
 
 
 def _same(a: Checked, b: Checked) -> bool:
-    """Whether two labels of a key are one label, as far as both say."""
+    """Whether two labels with the same key are one label: what both have is equal."""
     if a.outcome is not b.outcome or a.ranking != b.ranking:
         return False
     if a.ratings != b.ratings and any(a.ratings) and any(b.ratings):
@@ -80,7 +82,7 @@ def _same(a: Checked, b: Checked) -> bool:
 
 
 def _supersedes(new: Checked, old: Checked) -> bool:
-    """`new` came after `old`."""
+    """Whether `new` was made after `old`, or came after it where a time is missing."""
     return new.time is None or old.time is None or moment(new.time) >= moment(old.time)
 
 
@@ -109,7 +111,7 @@ class Lines:
         self._file.seek(0)
         content = self._file.read()
         end = content.rfind(b"\n") + 1
-        if end < len(content):  # a kill left half a line, which nothing counts
+        if end < len(content):  # a kill left half a line, which does not count
             self._file.truncate(end)
             os.fsync(self._file.fileno())
         for number, text in enumerate(content[:end].split(b"\n")[:-1], start=1):
@@ -128,7 +130,7 @@ class Lines:
             yield row
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """All of them on the disk when it returns."""
+        """Append `rows`; all of them are on the disk when it returns."""
         if rows:
             self._file.write("".join(line(row) for row in rows).encode("utf-8"))
             self._file.flush()
@@ -143,13 +145,13 @@ class Store:
     """The labels of a labels directory, open for one import."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError where labels.jsonl is not what imports wrote, or another import is at
-        work.
+        """Raises UserError where labels.jsonl is not what imports wrote, or another import is
+        writing it.
         """
         self.path = folder / LABELS_FILE
         self._lines = Lines(self.path)
         self._stored: list[tuple[Checked, int]] = []
-        self._by_key: dict[tuple[str, str, str], list[int]] = {}  # places in _stored
+        self._by_key: dict[tuple[str, str, str], list[int]] = {}  # indices in _stored
         self._current: dict[tuple[str, str, str], int] = {}
         try:
             for number, row in enumerate(self._lines.rows, start=1):
@@ -174,23 +176,27 @@ class Store:
         self._lines.close()
 
     def _take(self, label: Checked, number: int) -> None:
-        place = len(self._stored)
+        index = len(self._stored)
         self._stored.append((label, number))
-        self._by_key.setdefault(label.key, []).append(place)
+        self._by_key.setdefault(label.key, []).append(index)
         before = self._current.get(label.key)
         if before is None or _supersedes(label, self._stored[before][0]):
-            self._current[label.key] = place
+            self._current[label.key] = index
 
     def add(self, labels: Iterable[Checked], number: int) -> Added:
-        """Take in what is not there yet, on the disk when it returns; `number` is the import's."""
+        """Store the labels that are not stored yet; they are on the disk when it returns. `number`
+        is the import's.
+        """
         added, rows = Added(), []
         for label in labels:
-            there = self._by_key.get(label.key, [])
-            if any(_same(label, self._stored[place][0]) for place in there):
+            earlier = self._by_key.get(label.key, [])
+            if any(_same(label, self._stored[index][0]) for index in earlier):
                 added.known += 1
                 continue
-            added.revised += bool(there)
-            added.new += not there
+            if earlier:
+                added.revised += 1
+            else:
+                added.new += 1
             self._take(label, number)
             rows.append(label_row(label, number))
         self._lines.append(rows)
@@ -201,42 +207,39 @@ class Store:
         """Every label, in the order in which they came."""
         counting = set(self._current.values())
         return [
-            Stored(label, number, place in counting)
-            for place, (label, number) in enumerate(self._stored)
+            Stored(label, number, index in counting)
+            for index, (label, number) in enumerate(self._stored)
         ]
 
     @property
     def labels(self) -> list[Checked]:
         """The labels that count, in an order that is the same however they came."""
         return sorted(
-            (self._stored[place][0] for place in self._current.values()),
+            (self._stored[index][0] for index in self._current.values()),
             key=lambda label: label.key,
         )
 
 
 def keep_refused(folder: Path, refused: Iterable[Refused], number: int) -> int:
-    """Append to refused.jsonl what is not there yet; gives the rows added."""
-    lines = Lines(folder / REFUSED_FILE)
-    try:
-        there = {row.get("id") for row in lines.rows}
+    """Append to refused.jsonl the rows that it does not hold yet; returns how many."""
+    with contextlib.closing(Lines(folder / REFUSED_FILE)) as lines:
+        known = {row.get("id") for row in lines.rows}
         rows: dict[str, dict[str, Any]] = {}
-        for one in refused:
-            if one.id not in there:
-                rows[one.id] = {
-                    "id": one.id,
-                    "place": one.place,
-                    "task": one.task,
-                    "reason": one.reason,
-                    "row": one.row,
+        for row in refused:
+            if row.id not in known:
+                rows[row.id] = {
+                    "id": row.id,
+                    "place": row.place,
+                    "task": row.task,
+                    "reason": row.reason,
+                    "row": row.row,
                     "import": number,
                 }
         lines.append(list(rows.values()))
         return len(rows)
-    finally:
-        lines.close()
 
 
 def identity(labels: Iterable[Checked]) -> str:
-    """Of the labels that count: what they say, not which file they came from."""
+    """A hash of the labels that count: of what they say, not of the files that they came from."""
     rows = [label_row(dataclasses.replace(label, place=""), 0) for label in labels]
     return digest(rows)

@@ -100,7 +100,7 @@ class Version:
 
 def settle(ledgers: Ledgers, stored: Sequence[store.Stored], settings: Settings) -> Situation:
     """Aggregate all labels, and decide what becomes of each pair."""
-    labels = [one.label for one in stored if one.counts]
+    labels = [entry.label for entry in stored if entry.counts]
     without = below_gold(gold(ledgers, labels), settings.min_gold_accuracy)
     votes = collect(ledgers, labels)
     counted = collect(ledgers, labels, without) if without else votes
@@ -134,7 +134,9 @@ def preference_rows(situation: Situation, settings: Settings) -> dict[str, Rows]
 
 def identity(ledgers: Ledgers, stored: Sequence[store.Stored], settings: Settings) -> str:
     """A hash of all that a version is made from."""
-    counting = sorted((one.label for one in stored if one.counts), key=lambda label: label.key)
+    counting = sorted(
+        (entry.label for entry in stored if entry.counts), key=lambda label: label.key
+    )
     return digest([_FORMAT, store.identity(counting), sorted(ledgers.exports), settings.figures()])
 
 
@@ -233,9 +235,9 @@ def _write_rows(folder: Path, situation: Situation, settings: Settings) -> dict[
     """Write a version's JSON lines; {"rows", "sha256"} of each file by name, for the card."""
     rows = preference_rows(situation, settings)
     labels = []
-    for one in situation.stored:
-        counts = one.counts and one.label.annotator not in situation.without
-        labels.append({**store.label_row(one.label, one.number), "counts": counts})
+    for entry in situation.stored:
+        counts = entry.counts and entry.label.annotator not in situation.without
+        labels.append({**store.label_row(entry.label, entry.number), "counts": counts})
     content = {
         "train.jsonl": rows["train"],
         "eval.jsonl": rows["eval"],

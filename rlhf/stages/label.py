@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conf.choices import LabelMode
-from conf.schema import Config, RewardConfig
+from conf.labelling import LabelConfig
+from conf.schema import Config, ModelConfig, RewardConfig
 from reward.base import is_set, model_paths
 from reward.checks import check_reward, check_reward_model
 from reward.terms import check_rows
@@ -16,13 +17,14 @@ from rlhf.data import reading, sources
 from rlhf.data.formats import Use
 from rlhf.labels import checks_export
 from rlhf.labels.checks_import import check_import
+from rlhf.labels.ledger import read_resumable
 from rlhf.labels.samples import check_review, check_samples
 from rlhf.models.loading import check_model_path
 from rlhf.models.templates import template_text
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.run.directory import run_directory
-from rlhf.stages.labelling.exporting import existing, export
+from rlhf.stages.labelling.exporting import export, options_of
 from rlhf.stages.labelling.importing import import_labels
 from rlhf.types import UserError
 
@@ -44,70 +46,76 @@ def check(cfg: Config) -> list[str]:
     if cfg.label.mode is not LabelMode.export:
         check_import(cfg.label, Path(cfg.run.dir).expanduser() / cfg.run.name)
         return []
-    check_export(cfg)
+    request = reading.DataRequest.of(cfg)
+    check_export(cfg.label, request, cfg.model, cfg.reward)
     if cfg.run.resume and distributed.is_main():
-        existing(run_directory(cfg), cfg)
+        read_resumable(run_directory(cfg), options_of(cfg))
     policies = checks_export.policies_of(cfg.label, cfg.model.path)
     if not policies:
         return []
     notes = rollout.check_backend(cfg.rollout.backend)
-    notes += check_readers(cfg, policies)
+    notes += check_readers(policies, request, cfg.model, cfg.reward)
     readers = inputs.directory_positions([*policies.items(), *model_paths(cfg.reward)])
     prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
     inputs.check_sequence_length(prompt, response, readers)
     return notes
 
 
-def check_readers(cfg: Config, policies: Mapping[str, str]) -> list[str]:
+def check_readers(
+    policies: Mapping[str, str],
+    request: reading.DataRequest,
+    policy_model: ModelConfig,
+    reward: RewardConfig,
+) -> list[str]:
     """Where the answers of `policies` (name and directory) are scored, the reward's models can read
     them. Returns notes worth a warning. Raises UserError.
     """
-    reward = cfg.reward
     if not is_set(reward):
         return []
     check_reward(reward)
     notes = []
     for key, path in model_paths(reward):
         for directory in policies.values():
-            model = dataclasses.replace(cfg.model, path=directory)
-            tokenizer = inputs.policy_tokenizer(model, cfg.data.chat_template)
+            model = dataclasses.replace(policy_model, path=directory)
+            tokenizer = inputs.policy_tokenizer(model, request.data.chat_template)
             notes += check_reward_model(key, path, tokenizer)
     if reward.terms:
-        check_rows(reward, reading.first_fields(reading.DataRequest.of(cfg)))
+        check_rows(reward, reading.first_fields(request))
     return notes
 
 
-def check_export(cfg: Config) -> None:
+def check_export(
+    label: LabelConfig, request: reading.DataRequest, model: ModelConfig, reward: RewardConfig
+) -> None:
     """The answers, and the options about them. Raises UserError."""
-    label = cfg.label
-    policies = checks_export.policies_of(label, cfg.model.path)
+    policies = checks_export.policies_of(label, model.path)
     if label.review is not None:
-        refuse_reward(cfg.reward, "label.review")
+        refuse_reward(reward, "label.review")
         checks_export.check_review_options(label)
         check_review(label.review, label.kind)
         scored = True  # nothing more can be known yet: the tasks hold their scores
     elif label.samples:
-        refuse_reward(cfg.reward, "label.samples")
+        refuse_reward(reward, "label.samples")
         scores = [check_samples(path) for path in label.samples]
         scored = all(scores)
-        if sources.given(cfg.data) is not None:
-            reading.check_first_rows(reading.DataRequest.of(cfg), Use.prompt)
-            if cfg.model.path is not None:
-                check_model_path(cfg.model.path)
+        if sources.given(request.data) is not None:
+            reading.check_first_rows(request, Use.prompt)
+            if model.path is not None:
+                check_model_path(model.path)
     else:
         for name, path in policies.items():
             check_model_path(path, f"label.policies.{name}" if label.policies else "model.path")
         checks_export.check_policies(label, policies)
-        if cfg.data.chat_template is not None:
-            template_text(cfg.data.chat_template)
-        reading.required_sources(reading.DataRequest.of(cfg))
-        reading.check_first_rows(reading.DataRequest.of(cfg), Use.prompt)
-        scored = bool(given_rewards(cfg.reward))
+        if request.data.chat_template is not None:
+            template_text(request.data.chat_template)
+        reading.required_sources(request)
+        reading.check_first_rows(request, Use.prompt)
+        scored = bool(given_rewards(reward))
     checks_export.check_scores(label, scored=scored)
     checks_export.check_gold_options(label, policies)
     if label.gold_path is not None:
         gold = sources.one_source(label.gold_path, "label.gold_path")
-        reading.check_sources(reading.DataRequest.of(cfg), [gold], Use.preference)
+        reading.check_sources(request, [gold], Use.preference)
     checks_export.instructions_text(label.instructions)
     checks_export.check_tools(label)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from omegaconf import OmegaConf
 
 from conf.schema import Config
@@ -59,7 +60,10 @@ def run_export(folder: Path, *more: str, prompts: bool = True) -> tuple[Path, Ex
 
 
 def run_config(cfg: Config) -> tuple[Path, Export]:
-    execute(cfg, ())
+    with pytest.MonkeyPatch.context() as patched:
+        # a second of matplotlib for a run of one step
+        patched.setattr("rlhf.run.plots.plot_run", lambda _: [])
+        execute(cfg, ())
     place = Path(cfg.run.dir) / cfg.run.name / "label"
     return place, read_export(place)
 

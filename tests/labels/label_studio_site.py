@@ -129,8 +129,13 @@ def running(program: str, folder: Path) -> Iterator[Site]:
     with log.open("wb") as out:
         process = subprocess.Popen(
             [program, "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)],
-            env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent,  # noqa: PLW1509
-        )  # fmt: skip
+            env=env,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509
+        )
     site = Site(f"http://127.0.0.1:{port}", password, process, log)
     try:
         _await_health(site, begin)

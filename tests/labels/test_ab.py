@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from rlhf.labels import ab
+from rlhf.labels import ab, betting
 from rlhf.labels.ab import ABPlan, outcomes, plan, plan_of, sequential_test
 from rlhf.types import UserError
 
@@ -27,11 +27,11 @@ def draw(win_rate: float, ties: float, shape: tuple[int, int], seed: int) -> np.
     return np.where(rng.random(shape) < ties, 0.5, (rng.random(shape) < win_rate).astype(float))
 
 
-def ever_stopped(values: np.ndarray, chosen: ab.Bets, alpha: float = 0.05) -> np.ndarray:
+def ever_stopped(values: np.ndarray, chosen: betting.Bets, alpha: float = 0.05) -> np.ndarray:
     """Of each run, [runs]: 0 where it never stops, 1 for b, -1 for a, at its first e-value of 1 /
     alpha; looks after every outcome.
     """
-    up, down = ab.capital(values, chosen)
+    up, down = betting.capital(values, chosen)
     crossed = (up + down) / 2 >= 1 / alpha
     first, runs = crossed.argmax(axis=1), np.arange(len(values))
     return np.where(crossed.any(axis=1), np.sign(up - down)[runs, first], 0)
@@ -46,7 +46,7 @@ def test_looking_after_every_label_errs_at_most_alpha(effect: float | None) -> N
     third of them and more.
     """
     values = draw(0.5, 0.2, (1000, 400), seed=1)
-    rate = float(np.mean(ever_stopped(values, ab.bets(effect)) != 0))
+    rate = float(np.mean(ever_stopped(values, betting.bets(effect)) != 0))
     assert 0.005 < rate <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1000)
     means, counts = np.cumsum(values - 0.5, axis=1), np.cumsum(values != 0.5, axis=1)
     naive = np.abs(means) * 2 > 1.96 * np.sqrt(np.maximum(counts, 1))
@@ -58,7 +58,7 @@ def test_outcomes_between_win_and_loss_err_at_most_alpha() -> None:
     rng = np.random.default_rng(2)
     lean = rng.beta(0.5, 0.5, (800, 300))
     values = rng.binomial(3, lean) / 3
-    assert np.mean(ever_stopped(values, ab.bets(0.1)) != 0) <= 0.05 + 3 * math.sqrt(
+    assert np.mean(ever_stopped(values, betting.bets(0.1)) != 0) <= 0.05 + 3 * math.sqrt(
         0.05 * 0.95 / 800
     )
 
@@ -70,14 +70,18 @@ def test_the_planned_number_has_the_planned_power(effect: float, ties: float) ->
     """
     planned = plan(effect, 0.05, 0.8, ties)
     runs, error = 800, 3 * math.sqrt(0.2 * 0.8 / 800)
-    found = ever_stopped(draw(0.5 + effect, ties, (runs, planned.pairs), seed=3), ab.bets(effect))
+    found = ever_stopped(
+        draw(0.5 + effect, ties, (runs, planned.pairs), seed=3), betting.bets(effect)
+    )
     assert (
         np.mean(found == 1) == pytest.approx(planned.reached, abs=error)
         and 0.8 <= planned.reached < 0.83
     )
-    half = ever_stopped(draw(0.5 + effect, ties, (runs, planned.median), seed=4), ab.bets(effect))
+    half = ever_stopped(
+        draw(0.5 + effect, ties, (runs, planned.median), seed=4), betting.bets(effect)
+    )
     assert np.mean(half == 1) == pytest.approx(0.5, abs=3 * math.sqrt(0.25 / runs))
-    none = ever_stopped(draw(0.5, ties, (runs, planned.pairs), seed=5), ab.bets(effect))
+    none = ever_stopped(draw(0.5, ties, (runs, planned.pairs), seed=5), betting.bets(effect))
     assert (
         np.mean(none != 0) == pytest.approx(planned.error, abs=3 * math.sqrt(0.05 * 0.95 / runs))
         and planned.error <= 0.05
@@ -86,19 +90,19 @@ def test_the_planned_number_has_the_planned_power(effect: float, ties: float) ->
 
 
 def test_one_pair_less_has_less_power() -> None:
-    limits = ab.boundaries(PLAN.pairs, 0.05, ab.bets(0.1))
-    found, wrong = ab.stopping(limits, 0.6)
+    limits = betting.boundaries(PLAN.pairs, 0.05, betting.bets(0.1))
+    found, wrong = betting.stopping(limits, 0.6)
     assert ab._after(PLAN.pairs - 1, found, 0.2) < 0.8 <= ab._after(PLAN.pairs, found, 0.2)
     assert wrong[-1] < 0.005
 
 
 def test_the_random_walk_is_every_sequence_summed() -> None:
     """All 2^12 sequences, each tested as labels arrive, with their probabilities."""
-    chosen, count, win_rate = ab.bets(0.3), 12, 0.7
+    chosen, count, win_rate = betting.bets(0.3), 12, 0.7
     values = np.array(list(itertools.product((0.0, 1.0), repeat=count)))
     chance = np.prod(np.where(values == 1, win_rate, 1 - win_rate), axis=1)
     stopped = ever_stopped(values, chosen, alpha=0.2)
-    for_b, for_a = ab.stopping(ab.boundaries(count, 0.2, chosen), win_rate)
+    for_b, for_a = betting.stopping(betting.boundaries(count, 0.2, chosen), win_rate)
     assert (
         for_b[-1] == pytest.approx(float(chance[stopped == 1].sum()), abs=1e-12) and for_b[-1] > 0.3
     )
@@ -112,9 +116,9 @@ def test_the_confidence_sequence_holds_the_truth_at_all_times() -> None:
     """Of 60 runs of mean 0.65 at most about 5 % ever lose it; looked at after every 40th
     outcome.
     """
-    chosen, lost = ab.bets(None), 0
+    chosen, lost = betting.bets(None), 0
     for values in draw(0.75, 0.4, (60, 200), seed=6):
-        ends = [ab.confidence_interval(values[:n], 0.05, chosen) for n in range(40, 201, 40)]
+        ends = [betting.confidence_interval(values[:n], 0.05, chosen) for n in range(40, 201, 40)]
         lost += any(not low <= 0.65 <= high for low, high in ends)
     assert lost <= 0.05 * 60 + 3 * math.sqrt(0.05 * 0.95 * 60)
     assert ends[-1][1] - ends[-1][0] < 0.25, "an interval that says nothing would hold everything"
@@ -126,17 +130,17 @@ def test_the_confidence_sequence_holds_the_truth_at_all_times() -> None:
 def test_capital_by_hand() -> None:
     """One fraction of 1/2: a win multiplies by 3/2, a loss by 1/2, a tie by 1."""
     chosen = (np.array([0.5]), np.array([1.0]))
-    up, down = ab.capital(np.array([1.0, 1.0, 0.5, 0.0, 0.75]), chosen)
+    up, down = betting.capital(np.array([1.0, 1.0, 0.5, 0.0, 0.75]), chosen)
     assert up == pytest.approx([1.5, 2.25, 2.25, 1.125, 1.125 * 1.25])
     assert down == pytest.approx([0.5, 0.25, 0.25, 0.375, 0.375 * 0.75])
 
 
 def test_the_e_value_of_a_few_wins_by_hand() -> None:
     """With bets c and weights w: (sum w (1 + c)^3 + sum w (1 - c)^3) / 2."""
-    fractions, weights = ab.bets(None)
+    fractions, weights = betting.bets(None)
     expected = (np.sum(weights * (1 + fractions) ** 3) + np.sum(weights * (1 - fractions) ** 3)) / 2
     assert sequential_test([1, 1, 1], alpha=0.05).e_value == pytest.approx(expected)
-    assert weights.sum() == pytest.approx(1) and ab.bets(0.1)[1].sum() == pytest.approx(1)
+    assert weights.sum() == pytest.approx(1) and betting.bets(0.1)[1].sum() == pytest.approx(1)
 
 
 def test_the_fixed_number_by_hand() -> None:
@@ -151,26 +155,28 @@ def test_the_fixed_number_by_hand() -> None:
 def test_wilson_without_ties_is_wilsons_and_ties_narrow_it() -> None:
     values = np.array([1.0] * 30 + [0.0] * 12)
     theirs = binomtest(30, 42).proportion_ci(0.95, method="wilson")
-    assert ab.wilson_interval(values, 0.05) == pytest.approx((theirs.low, theirs.high))
+    assert betting.wilson_interval(values, 0.05) == pytest.approx((theirs.low, theirs.high))
     assert (
-        ab.wilson_interval(np.ones(5), 0.05)[0] < 0.6
-        and ab.wilson_interval(np.ones(5), 0.05)[1] == 1.0
+        betting.wilson_interval(np.ones(5), 0.05)[0] < 0.6
+        and betting.wilson_interval(np.ones(5), 0.05)[1] == 1.0
     )
     tied = np.concatenate([values, np.full(42, 0.5)])
-    low, high = ab.wilson_interval(tied, 0.05)
+    low, high = betting.wilson_interval(tied, 0.05)
     for m in (low, high):  # the ends solve (mean - m)^2 = z^2 (m (1 - m) - ties / 4) / n
         assert (tied.mean() - m) ** 2 == pytest.approx(
             1.959964**2 * (m * (1 - m) - 0.125) / 84, rel=1e-5
         )
-    assert ab.wilson_interval(np.full(9, 0.5), 0.05) == pytest.approx(
+    assert betting.wilson_interval(np.full(9, 0.5), 0.05) == pytest.approx(
         (0.5, 0.5)
-    ) and ab.wilson_interval(np.array([]), 0.05) == (0.0, 1.0)
+    ) and betting.wilson_interval(np.array([]), 0.05) == (0.0, 1.0)
 
 
 def test_wilson_covers_at_one_look() -> None:
     covered = [
         low <= 0.6 <= high
-        for low, high in (ab.wilson_interval(v, 0.05) for v in draw(0.7, 0.5, (2000, 80), seed=7))
+        for low, high in (
+            betting.wilson_interval(v, 0.05) for v in draw(0.7, 0.5, (2000, 80), seed=7)
+        )
     ]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
 

@@ -357,7 +357,7 @@ def test_errors_name_the_option_or_the_prompt() -> None:
     bare = [Candidates("a", (Answer("x"), Answer("y")))]
     with pytest.raises(
         UserError,
-        match=r"label.choice=uncertainty: no task has answers that all have scores. Set reward.path",
+        match=r"label.choice=uncertainty: .*Set reward.path",
     ):
         ask(bare, 2, {UNCERTAIN: 0.5, RANDOM: 0.5})
     with pytest.raises(UserError, match=r"label.choice=uncertain_diverse"):

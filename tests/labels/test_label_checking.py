@@ -142,12 +142,14 @@ RANKING = export_of([{"prompt": "p", "answers": ["x", "y", "z"]}], kind=LabelKin
         ({"prompt": "prompt 0!"}, f"edited: the prompt of task {TASK.id}"),
         ({"shown": ("x", TASK.shown[1])}, f"edited: answer 1 of task {TASK.id}"),
         ({"shown": (TASK.shown[0], TASK.shown[1] + " ")}, f"edited: answer 2 of task {TASK.id}"),
-        ({"shown": TASK.shown[::-1]}, "came back in another order than they were shown in"),
-        ({"shown": (*TASK.shown, "z")}, "went out with 2 answers and came back with 3"),
+        (
+            {"shown": TASK.shown[::-1]},
+            f"edited: the answers of task {TASK.id} came back in another order",
+        ),
+        ({"shown": (*TASK.shown, "z")}, f"edited: task {TASK.id} went out with 2 answers"),
         (
             {"verdict": Verdict.ranked, "ranking": ((0,), (1,))},
-            "verdict ranked on a task that asks for a pair: expected left, right, tie, skip, "
-            "cancelled",
+            "pair: expected left, right, tie, skip, cancelled",
         ),
         ({"ranking": ((0,), (1,))}, "with a ranking"),
         ({"ratings": (1, 6)}, r"ratings [1, 6]: expected 2 whole numbers from 1 to 5"),

@@ -318,12 +318,13 @@ def test_the_plan_of_a_comparison_is_said(
             "label.responses=3",
         )
     pairs = export.details["ab"]["pairs"]
-    assert f"{pairs} pairs are planned, to find a win rate of 0.8 with power 0.8" in caplog.text
+    assert f"{pairs} pairs are planned" in caplog.text
+    assert "win rate of 0.8 with power 0.8" in caplog.text
     assert (
         f"label.budget=5 is less than the {pairs} pairs" in caplog.text
         and f"{pairs} pairs are planned, but 5 go out" in caplog.text
     )
-    assert "one response of each policy to each prompt" in caplog.text
+    assert "one response of each policy" in caplog.text
     assert f"5 pairs of {pairs} planned" in capsys.readouterr().out
     assert len({task.prompt for task in export.tasks}) == 5 == len(export.tasks)
 

@@ -11,6 +11,7 @@ import pytest
 
 from conf.choices import Dtype
 from conf.labelling import LabelConfig
+from rlhf.data.loading import DataRequest
 from rlhf.labels import server
 from rlhf.labels.export_figures import import_command
 from rlhf.labels.kept_answers import answers_key, read_kept
@@ -88,7 +89,7 @@ def test_a_failed_push_loses_nothing(
     assert len(loud.got) == 1, "the tasks were pushed twice"
     with pytest.raises(
         UserError,
-        match=r"is project 41 of http://localhost:8080 already, so it can't go to http://elsewhere",
+        match=r"is project 41 of http://localhost:8080 already.*http://elsewhere",
     ):
         run_export(tmp_path, *chosen, "run.resume=true", "label.url=http://elsewhere")
     assert all(
@@ -147,7 +148,8 @@ def test_kept_answers_of_other_options_are_not_taken(tmp_path: Path, tiny_model:
     place, _ = run_export(tmp_path, f"model.path={tiny_model()}")
     cfg = configured(tmp_path, f"model.path={tiny_model()}")
     file = place / "answers/1.jsonl"
-    [policy] = label_answers.read_policies(cfg, {"policy": str(tiny_model())})
+    paths, request = {"policy": str(tiny_model())}, DataRequest.of(cfg)
+    [policy] = label_answers.read_policies(paths, cfg.model, request, None)
     model, dtype, prompts = str(tiny_model()), cfg.model.dtype, policy.prompts
     keys = []
     for change in ([], ["rollout.temperature=0.5"], ["rollout.max_response_length=5"]):
@@ -184,8 +186,8 @@ def test_every_option_is_part_of_an_export_or_may_change() -> None:
     }
     later |= {"annotator", "min_gold_accuracy", "strength", "eval_fraction"}
     assert {f.name for f in dataclasses.fields(LabelConfig)} == later | {
-        *label_export._ASKED,
-        *label_export._TOLD,
+        *label_export._QUESTION_OPTIONS,
+        *label_export._TASK_OPTIONS,
     }
 
 

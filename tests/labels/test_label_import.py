@@ -227,8 +227,7 @@ def test_what_is_refused_stops_the_import_and_is_kept(tmp_path: Path, export: Ex
     file = write(tmp_path / "bad.jsonl", rows)
     with pytest.raises(
         UserError,
-        match=r"3 rows are no labels of this export, more than data\.max_bad_rows=0; nothing was "
-        r"imported",
+        match=r"3 rows are no labels.*data\.max_bad_rows=0; nothing was imported",
     ) as stopped:
         labels(tmp_path, file)
     folder = tmp_path / "runs" / "t" / "labels"

@@ -207,7 +207,7 @@ def test_undo_goes_back_and_takes_the_label_off(opened: Opener, tmp_path: Path) 
     export = pairs(4)
     page = opened(export)
     keys(page, "u")
-    assert text_of(page, "#said") == "There is nothing to undo"
+    assert text_of(page, "#announcement") == "There is nothing to undo"
     label(page, 1, "1", "2", "1")
     at(page, 4)
     keys(page, "u")
@@ -281,7 +281,7 @@ def test_rankings_by_key_and_by_mouse(opened: Opener, tmp_path: Path) -> None:
     export = rankings(4)
     page = opened(export)
     keys(page, "3", "1", "t", "4", "Enter")
-    assert "Some answers have no place yet" in text_of(page, "#said")
+    assert "Some answers have no place yet" in text_of(page, "#announcement")
     keys(page, "2")
     assert text_of(page, "#order") == "3 > 1 = 4 > 2"
     keys(page, "Enter")
@@ -363,7 +363,7 @@ def test_work_goes_on_on_another_computer(opened: Opener, tmp_path: Path) -> Non
     other.locator("#file").set_input_files(wrong)
     at(other, 2)
     assert (
-        text_of(other, "#said")
+        text_of(other, "#announcement")
         == "1 labels were read from the file. 1 did not fit this page and were left out."
     )
     keys(other, "?")
@@ -417,7 +417,7 @@ def test_what_can_not_be_read_is_put_aside(opened: Opener) -> None:
         pairs(2),
         init=f"if (!localStorage.getItem({key!r})) localStorage.setItem({key!r}, '{{broken');",
     )
-    assert "can't be read" in text_of(page, "#said")
+    assert "can't be read" in text_of(page, "#announcement")
     kept = page.evaluate(
         "Object.entries(localStorage).filter(([key]) => key.startsWith('unreadable'))"
     )
@@ -429,10 +429,10 @@ def test_time_counts_while_visible_and_a_pause_for_at_most_a_minute(
 ) -> None:
     page = opened(pairs(3), clock=True)
     page.clock.pause_at(datetime.now().timestamp() * 1000 + 60_000)
-    base = page.evaluate("(bank(), labelHere().seconds)")
+    base = page.evaluate("(countTime(), labelHere().seconds)")
 
     def spent() -> float:
-        return round(page.evaluate("(bank(), labelHere().seconds)") - base, 1)
+        return round(page.evaluate("(countTime(), labelHere().seconds)") - base, 1)
 
     page.clock.run_for(5_000)
     assert spent() == 5
@@ -559,16 +559,29 @@ def test_direction_marks_do_not_turn_the_layout(opened: Opener) -> None:
 # ---- how it looks ----
 
 CONTRASTS = """() => {
-  const parts = (c) => { const [r, g, b, a] = c.match(/[\\d.]+/g).map(Number); return { rgb: [r, g, b], a: a ?? 1 }; };
-  const light = (rgb) => { const [r, g, b] = rgb.map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const ground = (e) => { for (; e; e = e.parentElement) { const c = parts(getComputedStyle(e).backgroundColor); if (c.a > 0.99) return c.rgb; } };
+  const parts = (color) => {
+    const [r, g, b, a] = color.match(/[\\d.]+/g).map(Number);
+    return { rgb: [r, g, b], a: a ?? 1 };
+  };
+  const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((v) => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (e) => {
+    for (; e; e = e.parentElement) {
+      const color = parts(getComputedStyle(e).backgroundColor);
+      if (color.a > 0.99) return color.rgb;
+    }
+  };
   const out = {};
   for (const e of document.querySelectorAll('body *')) {
     const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
     if (!own || e.disabled || !e.checkVisibility() || e.closest('script')) continue;
-    const [a, b] = [light(parts(getComputedStyle(e).color).rgb), light(ground(e))].sort((x, y) => y - x);
-    out[`${e.tagName}#${e.id}.${e.className} ${e.textContent.trim().slice(0, 20)}`] = (a + 0.05) / (b + 0.05);
+    const lights = [light(parts(getComputedStyle(e).color).rgb), light(ground(e))];
+    const [a, b] = lights.sort((x, y) => y - x);
+    const name = `${e.tagName}#${e.id}.${e.className} ${e.textContent.trim().slice(0, 20)}`;
+    out[name] = (a + 0.05) / (b + 0.05);
   }
   return out;
 }"""

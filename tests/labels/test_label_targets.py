@@ -668,17 +668,16 @@ def test_an_excel_cell_that_is_too_small_is_an_error(text: str, tmp_path: Path) 
     [
         (
             {"preference": "left"},
-            "key 'preference': expected a, b, tie, skip, or nothing where it is not labelled "
-            "yet, found text 'left'",
+            "key 'preference': expected a, b, tie, skip",
         ),
         (
             {"preference": "a", "rating_a": "6"},
-            "key 'rating_a': expected a whole number from 1 to 5, or nothing, found text '6'",
+            "key 'rating_a': expected a whole number from 1 to 5",
         ),
         ({"preference": "a", "rating_a": "good"}, "key 'rating_a': expected a finite number"),
         (
             {"ranking": "2>1", "rating_3": "2"},
-            "key 'rating_3': expected nothing, since the row has 2 responses, found text '2'",
+            "key 'rating_3': expected nothing, since the row has 2 responses",
         ),
         ({"preference": "a", "pair_id": ""}, "key 'pair_id': expected text, found an empty one"),
         ({"ranking": "3>1"}, "key 'ranking': expected at least two numbers from 1 to 2"),

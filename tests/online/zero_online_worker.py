@@ -10,7 +10,6 @@ from rlhf.cli import config
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
-from tests import drawing
 
 SETTINGS = [
     "stage=ppo",
@@ -38,7 +37,6 @@ SETTINGS = [
 
 
 def main() -> None:
-    drawing.off()
     folder, start, *runs = sys.argv[1:]
     distributed.initialise()
     distributed.set_threads(1)

@@ -23,7 +23,6 @@ from rlhf.cli import config
 from rlhf.online import loop as online
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
-from tests import drawing
 
 MODULES = {"ppo": "online", "grpo": "online", "sft": "sft"}
 
@@ -107,7 +106,6 @@ def compare_rewinds(done: list[int]) -> None:
 
 
 def main() -> None:
-    drawing.off()
     given = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.WARNING)
     distributed.initialise()

@@ -8,10 +8,8 @@ import json
 import sys
 
 from rlhf.__main__ import main
-from tests import drawing
 
 if __name__ == "__main__":
-    drawing.off()
     for options in json.loads(sys.argv[1]):
         code = main(options)
         if code:

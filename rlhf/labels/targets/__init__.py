@@ -1,9 +1,9 @@
-"""Tasks as the files of labelling tools, and labels read back: a module a tool, each with what it
-writes and how it reads in its docstring.
+"""Tasks as the files of labelling tools, and labels read back. There is a module for each tool,
+whose docstring says what it writes and how it reads.
 
 A reader gives every judgement that a file holds, and an Unreadable for each row that is none, so
-that nothing is lost in silence. It does not know the export: whether a task is one of it, and
-whether its texts are those that were asked about, is for the import to check.
+that no row is lost without a message. It does not know the export: the import checks whether a task
+belongs to it, and whether its texts are those that were asked about.
 """
 
 import json
@@ -46,41 +46,40 @@ _EXPECTED = (
 
 
 def detect(path: Path) -> LabelTarget:
-    """What a file of labels comes from, by its first row. Raises UserError naming the formats, and
-    the export type to choose in Label Studio.
+    """The tool that a file of labels comes from, by its first row. Raises UserError for any other
+    file, with the formats and with the export type to choose in Label Studio.
     """
     if path.suffix.lower() in (".html", ".htm"):
         raise UserError(
             f"label.files={path} is a page: {_EXPECTED}. The page's labels are the file that its "
             "download button saves."
         )
-    place = check_file(path, "label.files")
-    if _is_page(place):
+    file = check_file(path, "label.files")
+    if _is_page(file):
         return LabelTarget.page
-    first = next((row for row in scan(place, key="label.files") if row.problem is None), None)
+    first = next((row for row in scan(file, key="label.files") if row.problem is None), None)
     if first is None:
         raise UserError(f"label.files={path} holds no row that can be read: {_EXPECTED}.")
-    found = _target(first, place.suffix.lower())
-    if found is None:
+    target = _target(first, file.suffix.lower())
+    if target is None:
         keys = ", ".join(map(str, islice(first.columns, 12))) or "none"
         raise UserError(f"label.files={path}: {_EXPECTED}; found the columns {keys}.")
-    return found
+    return target
 
 
 def _is_page(path: Path) -> bool:
-    """Whether a file is what the page downloads: one object, over any number of lines, that says
-    so.
-    """
+    """Whether a file is what the page downloads: one JSON object that names the format."""
     if path.suffix.lower() != ".json":
         return False
     try:
         with path.open(encoding="utf-8-sig") as source:
-            if not (head := source.read(64).lstrip()).startswith("{"):  # an array of rows
+            head = source.read(64).lstrip()
+            if not head.startswith("{"):  # an array of rows
                 return False
-            found = json.loads(head + source.read())
+            content = json.loads(head + source.read())
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.get("format") == page.FORMAT
+    return isinstance(content, dict) and content.get("format") == page.FORMAT
 
 
 def _target(row: SourceRow, suffix: str) -> LabelTarget | None:
@@ -90,10 +89,10 @@ def _target(row: SourceRow, suffix: str) -> LabelTarget | None:
     if isinstance(columns.get("fields"), dict):
         return LabelTarget.argilla
     if "annotation_id" in columns and "lead_time" in columns:
+        kind = "CSV" if suffix == ".csv" else "JSON-MIN"
         raise UserError(
-            f"{row.origin} is Label Studio's export of the type "
-            f"{'CSV' if suffix == '.csv' else 'JSON-MIN'}, which does not say what was skipped. "
-            "Export it again with the type JSON."
+            f"{row.origin} is Label Studio's export of the type {kind}, which does not say what "
+            "was skipped. Export it again with the type JSON."
         )
     if "pair_id" in columns and ("preference" in columns or "ranking" in columns):
         return {".csv": LabelTarget.csv, ".xlsx": LabelTarget.xlsx}.get(suffix, LabelTarget.jsonl)
@@ -101,8 +100,8 @@ def _target(row: SourceRow, suffix: str) -> LabelTarget | None:
 
 
 def read_labels(path: Path) -> tuple[LabelTarget, Labels]:
-    """What a file of labels comes from, and its judgements one by one. Raises UserError where it is
-    none, or can't be read.
+    """The tool that a file of labels comes from, and its judgements one by one. Raises UserError
+    for a file that holds no labels or can't be read.
     """
     target = detect(path)
     return target, TARGETS[target].read(path)

@@ -1,25 +1,28 @@
-"""Argilla 2: records with the settings of their data set, and records with responses read back.
+"""Argilla 2: writes records with the settings of their data set, and reads records with responses.
 
-    argilla_settings.json   rg.Settings.from_json: fields, questions, guidelines, how many people a
-    record
+    argilla_settings.json   rg.Settings.from_json: fields, questions, guidelines, how many people
+                            judge a record
     argilla_records.json    dataset.records.from_json: {"id", "fields": {prompt, response-0,
-    response-1 ...}, "metadata", "suggestions", "responses"}
+                            response-1 ...}, "metadata", "suggestions", "responses"}
 
 Fields are text without markdown, which Argilla's page would show as HTML. The question `preference`
 is a LabelQuestion (response-0, response-1, tie, skip) or, for rankings, a RankingQuestion;
 `rating-0` ... and `comment` are optional questions.
 
-Read are both forms in which responses come: by question, as the SDK's to_json writes them
+Responses come in two forms, and both are read: by question, as the SDK's to_json writes them
 ({"preference": [{"value", "user_id"}]}), and by user, as the server's API gives them ([{"user_id",
 "status", "values": {"preference": {"value"}}}]). A response with the status discarded is a
-cancelled judgement, and a draft is none. The SDK's to_json leaves out the status, so all of its
-responses count as submitted, and the ranks of rankings, which are refused for it: a list of names
-does not say whether its order is the ranking's, or which of them were equal. The API's form has
-both.
+cancelled judgement, and a draft is none.
+
+The SDK's to_json leaves out the status, so all of its responses count as submitted. It also leaves
+out the ranks, so its rankings are refused: a list of names does not say whether its order is the
+ranking's, or which of them were equal. The API's form has both.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +36,14 @@ from rlhf.data.formats.argilla import (
 )
 from rlhf.data.rows import RowError, number_of, optional_text, text_of
 from rlhf.labels.files import write_text
-from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
+from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import (
     MODEL_VERSION,
     check_texts,
+    given_ratings,
     most_answers,
     read_rows,
-    suggestion,
+    suggestion_for,
 )
 from rlhf.process.wording import describe
 
@@ -49,8 +53,8 @@ RECORDS_FILE, SETTINGS_FILE = "argilla_records.json", "argilla_settings.json"
 
 
 def write(export: Export, folder: Path) -> list[Path]:
-    """Records and settings into `folder`; the files. Raises UserError for text that no encoding
-    holds.
+    """Write records and settings to `folder`; returns the files. Raises UserError for text that no
+    encoding holds.
     """
     check_texts(export)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,61 +82,53 @@ def _record(task: Task, export: Export) -> dict[str, Any]:
 
 
 def _suggestions(task: Task, export: Export) -> dict[str, Any]:
-    found = suggestion(task) if export.prelabel else None
-    if found is None:
+    suggested = suggestion_for(task, export)
+    if suggested is None:
         return {}
-    names = [answer_name(place) for place in found.order]
+    names = [answer_name(place) for place in suggested.order]
     # the SDK wants a ranking's names alone, in their order
     value = names[0] if export.kind is LabelKind.pair else names
-    return {"preference": {"value": value, "score": found.probability, "agent": MODEL_VERSION}}
+    score = suggested.probability
+    return {"preference": {"value": value, "score": score, "agent": MODEL_VERSION}}
 
 
 def _settings(export: Export) -> dict[str, Any]:
     names = {answer_name(place): f"Answer {place + 1}" for place in range(most_answers(export))}
-    answers = [{"value": name, "text": text} for name, text in names.items()]
-    if export.kind is LabelKind.pair:
-        options = [
-            *answers,
-            {"value": "tie", "text": "Equally good"},
-            {"value": "skip", "text": "Can't say"},
-        ]
-        questions = [
-            _question(
-                "preference",
-                export.title,
-                {"type": "label_selection", "options": options},
-                required=True,
-            )
-        ]
-    else:
-        questions = [
-            _question(
-                "preference", export.title, {"type": "ranking", "options": answers}, required=True
-            )
-        ]
-    if export.ratings:
-        stars = {"type": "rating", "options": [{"value": value} for value in range(1, 6)]}
-        questions += [
-            _question(f"rating-{place}", f"Rating of {text}", stars)
-            for place, text in enumerate(names.values())
-        ]
-    if export.comments:
-        questions.append(_question("comment", "Comment", {"type": "text", "use_markdown": False}))
+    # a shorter task's record has no text in the last fields
     fewest = min((len(task.answers) for task in export.tasks), default=2)
     fields = [_field("prompt", "Prompt", required=True)]
-    fields += [
-        _field(name, text, required=place < fewest)
-        for place, (name, text) in enumerate(names.items())
-    ]
+    for place, (name, title) in enumerate(names.items()):
+        fields.append(_field(name, title, required=place < fewest))
     return {
         "guidelines": export.instructions or None,
         "fields": fields,
-        "questions": questions,
+        "questions": _questions(export, names),
         "vectors": [],
         "metadata": [],
         "allow_extra_metadata": True,
         "distribution": {"strategy": "overlap", "min_submitted": export.overlap},
     }
+
+
+def _questions(export: Export, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What annotators are asked about the answers, whose titles are `names` by field."""
+    options = [{"value": name, "text": title} for name, title in names.items()]
+    if export.kind is LabelKind.pair:
+        options += [
+            {"value": "tie", "text": "Equally good"},
+            {"value": "skip", "text": "Can't say"},
+        ]
+        preference = {"type": "label_selection", "options": options}
+    else:
+        preference = {"type": "ranking", "options": options}
+    questions = [_question("preference", export.title, preference, required=True)]
+    if export.ratings:
+        stars = {"type": "rating", "options": [{"value": value} for value in range(1, 6)]}
+        for place, title in enumerate(names.values()):
+            questions.append(_question(f"rating-{place}", f"Rating of {title}", stars))
+    if export.comments:
+        questions.append(_question("comment", "Comment", {"type": "text", "use_markdown": False}))
+    return questions
 
 
 def _field(name: str, title: str, *, required: bool) -> dict[str, Any]:
@@ -160,7 +156,7 @@ def _question(
 
 
 def read(path: Path) -> Iterator[Judgement | Unreadable]:
-    """Of every user's response to every record. Raises UserError where the file as a whole can't be
+    """Every user's response to every record. Raises UserError where the file as a whole can't be
     read.
     """
     return read_rows(path, _of_record)
@@ -170,16 +166,10 @@ def _of_record(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unrea
     task = ""
     try:
         fields, metadata = mapping_of(row, "fields"), mapping_of(row, "metadata")
-        named = next((source for source in (metadata, row) if source.get("pair_id")), None)
-        task = (
-            text_of(named, "pair_id")
-            if named
-            else text_of(row, "external_id" if row.get("external_id") else "id")
-        )
-        prompt, answers = (
-            text_of(fields, "prompt", empty=True),
-            answers_of({k: v for k, v in fields.items() if v is not None}, empty=True),
-        )
+        task = _task_id(row, metadata)
+        prompt = text_of(fields, "prompt", empty=True)
+        filled = {name: value for name, value in fields.items() if value is not None}
+        answers = answers_of(filled, empty=True)
         users = responses_by_user(row.get("responses") or {})
     except RowError as error:
         yield Unreadable(place, task, str(error))
@@ -187,32 +177,55 @@ def _of_record(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unrea
     for user, response in users.items():
         where = f"{place}, user {user}"
         try:
-            found = _judgement(response, user, answers)
+            judgement = _judgement(response, answers)
         except RowError as error:
             yield Unreadable(where, task, str(error))
             continue
-        if found is not None:
-            verdict, ranking, ratings, comment = found
-            time = response.get("updated_at") or response.get("inserted_at")
-            yield Judgement(
-                task, user, verdict, ranking, ratings, comment, time=time, annotation=str(response.get("id") or ""), place=where,
-                prompt=prompt, shown=tuple(answers.values()),
-            )  # fmt: skip
+        if judgement is not None:
+            yield replace(
+                judgement,
+                task=task,
+                annotator=user,
+                place=where,
+                prompt=prompt,
+                shown=tuple(answers.values()),
+            )
 
 
-Said = tuple[Verdict, tuple[tuple[int, ...], ...], tuple[int | None, ...], str]
+def _task_id(row: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    """The task of a record: a pair_id, or else the record's own id. Raises RowError."""
+    for source in (metadata, row):
+        if source.get("pair_id"):
+            return text_of(source, "pair_id")
+    return text_of(row, "external_id" if row.get("external_id") else "id")
 
 
-def _judgement(response: Mapping[str, Any], user: str, answers: Mapping[str, str]) -> Said | None:
-    """Verdict, ranking, ratings and comment of a response; None for a draft. Raises RowError."""
+def _judgement(response: Mapping[str, Any], answers: Mapping[str, str]) -> Judgement | None:
+    """A response as a judgement without its task; None for a draft. Raises RowError."""
     status, values = optional_text(response, "status") or "submitted", response["values"]
     if status not in STATUSES:
         raise RowError(f"key 'status': expected one of {', '.join(STATUSES)}, found {status!r}")
     if status == "draft":
         return None
     ratings, comment = _ratings(values, answers), optional_text(values, "comment")
-    if status == "discarded":
-        return Verdict.cancelled, (), ratings, comment
+    verdict: Verdict = Verdict.cancelled
+    ranking: Ranking = ()
+    if status != "discarded":
+        verdict, ranking = _preference(values, list(answers))
+    return Judgement(
+        task="",
+        annotator="",
+        verdict=verdict,
+        ranking=ranking,
+        ratings=ratings,
+        comment=comment,
+        time=response.get("updated_at") or response.get("inserted_at"),
+        annotation=str(response.get("id") or ""),
+    )
+
+
+def _preference(values: Mapping[str, Any], names: list[str]) -> tuple[Verdict, Ranking]:
+    """The answer to the question `preference`. Raises RowError where there is none."""
     value = values.get("preference")
     if value is None:
         raise RowError(
@@ -220,8 +233,8 @@ def _judgement(response: Mapping[str, Any], user: str, answers: Mapping[str, str
             f"{', '.join(values) or 'none'}"
         )
     if isinstance(value, str):
-        return _choice(value, list(answers)), (), ratings, comment
-    return Verdict.ranked, _ranking(value, list(answers)), ratings, comment
+        return _choice(value, names), ()
+    return Verdict.ranked, _ranking(value, names)
 
 
 def _choice(value: str, names: list[str]) -> Verdict:
@@ -234,11 +247,11 @@ def _choice(value: str, names: list[str]) -> Verdict:
     return (Verdict.left, Verdict.right)[names.index(value)]
 
 
-def _ranking(value: Any, names: list[str]) -> tuple[tuple[int, ...], ...]:
-    """Places by rank; a rank of an answer that the record has not (another task's was longer) says
-    nothing. Raises RowError.
+def _ranking(value: Any, names: list[str]) -> Ranking:
+    """Places by rank. A rank of an answer that the record does not have is ignored: longer tasks
+    have more. Raises RowError.
     """
-    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
         raise RowError(
             f"key 'preference': expected a list of {{value, rank}}, found {describe(value)}: "
             "Argilla's to_json leaves out the ranks. Take the "
@@ -246,19 +259,17 @@ def _ranking(value: Any, names: list[str]) -> tuple[tuple[int, ...], ...]:
         )
     places: dict[float, list[int]] = {}
     seen: set[str] = set()
-    for one in value:
-        name = text_of(one, "value")
+    for entry in value:
+        name = text_of(entry, "value")
         if name in seen:
             raise RowError(f"key 'preference': {name!r} is ranked twice")
         seen.add(name)
-        if name not in names and not (
-            name.startswith("response-") and name.removeprefix("response-").isdecimal()
-        ):
+        if name not in names and not re.fullmatch("response-[0-9]+", name):
             raise RowError(
                 f"key 'preference': expected ranks of {', '.join(names)}, found one of {name!r}"
             )
-        if name in names and one.get("rank") is not None:
-            places.setdefault(number_of(one, "rank"), []).append(names.index(name))
+        if name in names and entry.get("rank") is not None:
+            places.setdefault(number_of(entry, "rank"), []).append(names.index(name))
     if sum(map(len, places.values())) < 2:
         raise RowError(
             f"key 'preference': expected ranks of at least two of {', '.join(names)}, found "
@@ -269,13 +280,16 @@ def _ranking(value: Any, names: list[str]) -> tuple[tuple[int, ...], ...]:
 
 def _ratings(values: Mapping[str, Any], answers: Mapping[str, str]) -> tuple[int | None, ...]:
     """By place, from the questions rating-0 ...; () where none was answered. Raises RowError."""
-    out: list[int | None] = []
+    ratings: list[int | None] = []
     for place in range(len(answers)):
         value = values.get(f"rating-{place}")
-        if value is not None and (isinstance(value, bool) or value not in range(1, 6)):
+        if value is None:
+            ratings.append(None)
+            continue
+        if isinstance(value, bool) or value not in range(1, 6):
             raise RowError(
                 f"key 'rating-{place}': expected a whole number from 1 to 5, found "
                 f"{describe(value)}"
             )
-        out.append(None if value is None else int(value))
-    return tuple(out) if any(value is not None for value in out) else ()
+        ratings.append(int(value))
+    return given_ratings(ratings)

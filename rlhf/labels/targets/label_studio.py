@@ -1,18 +1,18 @@
-"""Label Studio: tasks to import with the labelling configuration, and its JSON export read back.
+"""Label Studio: writes tasks to import with the labelling configuration, and reads its JSON export.
 
     label_studio_tasks.json   [{"data": {prompt, answer1, answer2, pair_id, swapped, export_id},
-    "predictions"}]; `items` for a ranking's answers
+                              "predictions"}]; `items` for a ranking's answers
     label_studio_config.xml   Pairwise with choices for a tie and a skip, or Ranker; ratings and a
-    comment as the export asks for them
+                              comment as the export asks for them
 
 Texts are shown by <Text> and by an item's `body`, which the editor escapes; its HyperText, Markdown
-and an item's `html` would not be. The editor puts data in place of $name in attributes of the
-configuration (parseValue of its utils/data.js), once: texts in the data are not looked at again,
-and a title or instructions that hold a $ are themselves put into the data.
+and an item's `html` would not be escaped. The editor puts data in place of $name in attributes of
+the configuration (parseValue of its utils/data.js), once: texts in the data are not looked at
+again. A title or instructions that hold a $ are therefore put into the data themselves.
 
-Read is the export type JSON: a Judgement an annotation. Drafts and predictions are no labels. With
-every annotation the editor's Ranker sends an order, also where nothing was moved: so with a choice
-of tie or skip beside it the choice counts.
+What is read is the export type JSON: an annotation is a Judgement. Drafts and predictions are no
+labels. The editor's Ranker sends an order with every annotation, also where nothing was moved: so
+where a tie or skip is chosen beside it, the choice counts.
 """
 
 import json
@@ -47,8 +47,8 @@ from rlhf.data.formats.label_studio import (
 )
 from rlhf.data.rows import RowError, text_of
 from rlhf.labels.files import write_text
-from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
-from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion
+from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
+from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion_for
 from rlhf.types import UserError
 
 TASKS_FILE, CONFIG_FILE = "label_studio_tasks.json", "label_studio_config.xml"
@@ -70,8 +70,8 @@ _CHOICES = {
 
 
 def write(export: Export, folder: Path) -> list[Path]:
-    """Tasks and configuration into `folder`; the files. Raises UserError for ratings of rankings,
-    and for text that no encoding holds.
+    """Write tasks and configuration to `folder`; returns the files. Raises UserError for ratings of
+    rankings, and for text that no encoding holds.
     """
     check_texts(export)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,10 +91,14 @@ def _task_row(task: Task, export: Export) -> dict[str, Any]:
         data |= dict(zip(SIDES, task.shown, strict=True))
         data["swapped"] = task.swapped
     else:
-        data["items"] = ranker_items({_item(at): text for at, text in enumerate(task.shown)})
+        items = {_item(place): text for place, text in enumerate(task.shown)}
+        data["items"] = ranker_items(items)
     data |= {"pair_id": task.id, "export_id": export.id, **_by_name(export)}
+    row: dict[str, Any] = {"data": data}
     predictions = _predictions(task, export)
-    return {"data": data, **({"predictions": predictions} if predictions else {})}
+    if predictions:
+        row["predictions"] = predictions
+    return row
 
 
 def _item(place: int) -> str:
@@ -103,35 +107,35 @@ def _item(place: int) -> str:
 
 
 def _by_name(export: Export) -> dict[str, str]:
-    """Of title and instructions those that the configuration can only name: what an attribute can't
-    hold, and what the editor would change.
+    """Title and instructions, where the configuration can only name them: those that an attribute
+    can't hold, or that the editor would change.
     """
     texts = {"title": export.title, "instructions": export.instructions}
     return {name: text for name, text in texts.items() if not _LITERAL.fullmatch(text)}
 
 
 def _predictions(task: Task, export: Export) -> list[dict[str, Any]]:
-    found = suggestion(task) if export.prelabel else None
-    if found is None:
+    suggested = suggestion_for(task, export)
+    if suggested is None:
         return []
     if export.kind is LabelKind.pair:
         # the editor names the control itself in to_name; what is imported must name an object
         # (validate_prediction of label_studio_sdk)
-        result = pairwise_result(found.order[0] + 1, target=SIDES[0])
+        result = pairwise_result(suggested.order[0] + 1, target=SIDES[0])
     else:
-        result = ranker_result([_item(place) for place in found.order])
+        result = ranker_result([_item(place) for place in suggested.order])
     return [
         {
             "model_version": MODEL_VERSION,
-            "score": found.probability,
+            "score": suggested.probability,
             "result": [{"id": "suggestion", **result}],
         }
     ]
 
 
 def config_xml(export: Export) -> str:
-    """The labelling configuration. Raises UserError for ratings of rankings, which the Ranker has
-    not.
+    """The labelling configuration. Raises UserError for ratings of rankings, which the Ranker does
+    not have.
     """
     if export.ratings and export.kind is LabelKind.ranking:
         raise UserError(
@@ -141,14 +145,11 @@ def config_xml(export: Export) -> str:
         )
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Style").text = _STYLE
-    named = _by_name(export)
-    _add(view, "Header", value="$title" if "title" in named else export.title, size="3")
+    values = {"title": export.title, "instructions": export.instructions}
+    values |= {name: f"${name}" for name in _by_name(export)}
+    _add(view, "Header", value=values["title"], size="3")
     if export.instructions:
-        _text(
-            view,
-            "instructions",
-            "$instructions" if "instructions" in named else export.instructions,
-        )
+        _text(view, "instructions", values["instructions"])
     _text(_add(view, "View", style=f"{_CARD} margin: 1em 0;"), "prompt", "$prompt")
     if export.kind is LabelKind.pair:
         _add_pair(view, export.ratings)
@@ -180,7 +181,9 @@ def _add(parent: ElementTree.Element, tag: str, **attributes: str) -> ElementTre
 
 
 def _text(parent: ElementTree.Element, name: str, value: str) -> None:
-    """Text as it is: never taken for a link to it, nothing in it to mark."""
+    """Add a text as it is: it is never taken for a link to a text, and nothing in it can be
+    marked.
+    """
     _add(parent, "Text", name=name, value=value, valueType="text", selectionEnabled="false")
 
 
@@ -199,7 +202,7 @@ def _add_pair(view: ElementTree.Element, ratings: bool) -> None:
 
 
 def read(path: Path) -> Iterator[Judgement | Unreadable]:
-    """Of every annotation in a JSON export. Raises UserError where the file as a whole can't be
+    """Every annotation in a JSON export. Raises UserError where the file as a whole can't be
     read.
     """
     return read_rows(path, _of_row)
@@ -211,11 +214,10 @@ def _of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadab
         data, annotations = data_of(row), annotations_of(row)
         task = text_of(data, "pair_id")
         prompt = text_of(data, "prompt", empty=True)
-        texts = (
-            items_of(data, empty=True)
-            if "items" in data
-            else {side: text_of(data, side, empty=True) for side in SIDES}
-        )
+        if "items" in data:
+            texts = items_of(data, empty=True)
+        else:
+            texts = {side: text_of(data, side, empty=True) for side in SIDES}
     except RowError as error:
         yield Unreadable(place, task, str(error))
         return
@@ -236,8 +238,11 @@ def _judgement(
     place: str,
 ) -> Judgement:
     results = results_of(annotation, key)
-    cancelled = bool(annotation.get("was_cancelled"))
-    verdict, ranking = (Verdict.cancelled, ()) if cancelled else _verdict(results, list(texts))
+    verdict: Verdict = Verdict.cancelled
+    ranking: Ranking = ()
+    if not annotation.get("was_cancelled"):
+        verdict, ranking = _verdict(results, list(texts))
+    time, number = annotation.get("created_at"), annotation.get("id")
     return Judgement(
         task=task,
         annotator=annotator_of(annotation.get("completed_by")).get("annotator", ""),
@@ -246,31 +251,25 @@ def _judgement(
         ratings=ratings_of(results, list(texts)),
         comment=comment_of(results),
         seconds=seconds_of(annotation, key),
-        time=None if annotation.get("created_at") is None else str(annotation["created_at"]),
-        annotation="" if annotation.get("id") is None else str(annotation["id"]),
+        time=None if time is None else str(time),
+        annotation="" if number is None else str(number),
         place=place,
         prompt=prompt,
         shown=tuple(texts.values()),
     )
 
 
-def _verdict(
-    results: list[Result], names: list[str]
-) -> tuple[Verdict, tuple[tuple[int, ...], ...]]:
-    """What was said, with the ranking where it is one. Raises RowError for nothing, and for two
-    things.
-    """
+def _verdict(results: list[Result], names: list[str]) -> tuple[Verdict, Ranking]:
+    """The verdict, with the ranking where it is one. Raises RowError for none, and for two."""
     choices, sides = choices_of(results), sides_of(results)
     ranking = last_ranking(results)
     unknown = next((choice for choice in choices if choice not in ("tie", "skip")), None)
     if unknown is not None:
         raise RowError(f"expected one of the choices tie and skip, found {unknown!r}")
     if len(set(choices)) + len(sides) > 1:
-        said = [
-            *(f"answer{side} selected" for side in sides),
-            *(f"{choice!r} chosen" for choice in choices),
-        ]
-        raise RowError(f"expected one verdict, found {' and '.join(said)}")
+        verdicts = [f"answer{side} selected" for side in sides]
+        verdicts += [f"{choice!r} chosen" for choice in choices]
+        raise RowError(f"expected one verdict, found {' and '.join(verdicts)}")
     if choices:
         return Verdict(choices[0]), ()
     if sides:
@@ -286,4 +285,4 @@ def _verdict(
             f"expected each of {', '.join(names)} at most once and at least two of them, found "
             f"{', '.join(order) or 'none'}"
         )
-    return Verdict.ranked, tuple((names.index(one),) for one in order)
+    return Verdict.ranked, tuple((names.index(name),) for name in order)

@@ -1,15 +1,15 @@
-"""A labelling page of our own: one HTML file for a person with a browser and no server, and the
-labels file that it downloads.
+"""Our own labelling page: one HTML file for a person with a browser and no server, and the labels
+file that it downloads.
 
 The page holds what annotators may know and nothing else: the export's id, kind, title and
-instructions, and of each task its id, its prompt and the answers' texts in the order shown. A text
-is data to it: it stands in the file as JSON in which no markup can begin, reaches the screen
-through `textContent` alone, and a content security policy lets nothing run or load but the page's
-own script and style.
+instructions, and each task's id, prompt and answers' texts in the order shown. To the page a text
+is data: in the file it is JSON in which no markup can begin, it reaches the screen through
+`textContent` alone, and a content security policy lets nothing run or load but the page's own
+script and style.
 
 Labels file (JSON): {"format": "rlhf-labels", "version": 1, "export", "annotator", "saved",
 "labels": [{"task", "verdict", "ranking", "ratings", "comment", "seconds", "time", "prompt",
-"shown"}]}; a label's fields are those of `Judgement`. Its sources are in web/.
+"shown"}]}; a label's fields are those of `Judgement`. The page's sources are in web/.
 """
 
 import base64
@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -26,11 +26,11 @@ from typing import Any
 
 from conf.choices import LabelKind
 from rlhf.labels.files import write_text
-from rlhf.labels.records import Export, Judgement, Unreadable, Verdict
+from rlhf.labels.records import Export, Judgement, Ranking, Unreadable, Verdict
 from rlhf.types import UserError
 
 FORMAT, VERSION = "rlhf-labels", 1
-# in this order: each uses those before it
+# in this order: each script uses those before it
 _SCRIPTS = ("labels.js", "view.js", "page.js", "keys.js")
 # What could end or open an element or a comment, what old JavaScript took for line ends, and lone
 # surrogates, which UTF-8 can't hold.
@@ -42,15 +42,15 @@ _VERDICTS = {
 
 
 def write(export: Export, folder: Path) -> list[Path]:
-    """label-<export>.html. Raises UserError for a prompt that is neither a text nor messages of
-    texts.
+    """Write label-<export>.html to `folder`. Raises UserError for a prompt that is neither a text
+    nor a list of messages with texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     return [write_text(folder / f"label-{export.id}.html", render(export))]
 
 
 def render(export: Export) -> str:
-    """The page."""
+    """The page as HTML. Raises UserError as `write`."""
     style = _source("page.css")
     script = "\n".join(_source(name) for name in _SCRIPTS)
     policy = {
@@ -73,7 +73,7 @@ def render(export: Export) -> str:
 
 
 def page_data(export: Export) -> dict[str, Any]:
-    """All that the page knows. Raises UserError as `write`."""
+    """All that the page holds. Raises UserError as `write`."""
     tasks = []
     for task in export.tasks:
         if not isinstance(task.prompt, str) and not _is_chat(task.prompt):
@@ -94,32 +94,31 @@ def page_data(export: Export) -> dict[str, Any]:
 
 
 def embedded(value: Any) -> str:
-    """JSON that may stand inside a script element: nothing in it is markup, and it reads back as
-    `value`.
+    """`value` as JSON that may be put inside a script element: nothing in it is markup, and parsing
+    gives `value` again.
     """
-    return _UNSAFE.sub(
-        lambda found: f"\\u{ord(found[0]):04x}",
-        json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")),
-    )
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def read(path: Path) -> Iterator[Judgement | Unreadable]:
-    """The labels of a file that the page downloaded. Raises UserError at once for a file of another
-    format or version.
+    """The labels of a file that the page downloaded. Raises UserError at once, before the first
+    label is read, for a file of another format or version.
     """
     file = _labels_file(path)
-    labels = file["labels"]
+    return _judgements(path, file["annotator"], file["labels"])
 
-    def judgements() -> Iterator[Judgement | Unreadable]:
-        for number, entry in enumerate(labels, 1):
-            place = f"{path}, label {number}"
-            try:
-                yield _judgement(entry, file["annotator"], place)
-            except ValueError as error:
-                named = entry.get("task") if isinstance(entry, dict) else None
-                yield Unreadable(place, named if isinstance(named, str) else "", str(error))
 
-    return judgements()
+def _judgements(
+    path: Path, annotator: str, labels: Sequence[Any]
+) -> Iterator[Judgement | Unreadable]:
+    for number, entry in enumerate(labels, start=1):
+        place = f"{path}, label {number}"
+        try:
+            yield _judgement(entry, annotator, place)
+        except ValueError as error:
+            task = entry.get("task") if isinstance(entry, dict) else None
+            yield Unreadable(place, task if isinstance(task, str) else "", str(error))
 
 
 def _labels_file(path: Path) -> dict[str, Any]:
@@ -130,9 +129,10 @@ def _labels_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: can't be read: {error.strerror}. {expected}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON: {error}. {expected}.") from error
-    if not isinstance(file, dict) or file.get("format") != FORMAT:
-        found = file.get("format") if isinstance(file, dict) else type(file).__name__
-        raise UserError(f"{path}: format {found!r}. {expected}: format {FORMAT!r}.")
+    if not isinstance(file, dict):
+        raise UserError(f"{path}: holds a {type(file).__name__}. {expected}: format {FORMAT!r}.")
+    if file.get("format") != FORMAT:
+        raise UserError(f"{path}: format {file.get('format')!r}. {expected}: format {FORMAT!r}.")
     if type(file.get("version")) is not int or file["version"] != VERSION:
         raise UserError(
             f"{path}: version {file.get('version')!r}, expected {VERSION}. Make the labels file "
@@ -151,7 +151,7 @@ def _labels_file(path: Path) -> dict[str, Any]:
 
 
 def _judgement(entry: Any, annotator: str, place: str) -> Judgement:
-    """Raises ValueError saying what does not fit."""
+    """An entry of a labels file. Raises ValueError, with what does not fit."""
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object, found {type(entry).__name__}")
     task, verdict, comment = entry.get("task"), entry.get("verdict"), entry.get("comment", "")
@@ -181,16 +181,15 @@ def _judgement(entry: Any, annotator: str, place: str) -> Judgement:
     )
 
 
-def _ranking(value: Any, verdict: Verdict, shown: list[str] | None) -> tuple[tuple[int, ...], ...]:
+def _ranking(value: Any, verdict: Verdict, shown: list[str] | None) -> Ranking:
     """Raises ValueError."""
     if not isinstance(value, list) or not all(group and _is_list(group, int) for group in value):
         raise ValueError(f"ranking: expected lists of places, the best first, found {value!r}")
     places = [place for group in value for place in group]
     if (verdict is Verdict.ranked) != bool(places):
         raise ValueError(f"ranking: {value!r} does not go with verdict {verdict.value}")
-    if len(set(places)) < len(places) or any(
-        place < 0 or (shown is not None and place >= len(shown)) for place in places
-    ):
+    last = math.inf if shown is None else len(shown) - 1
+    if len(set(places)) < len(places) or not all(0 <= place <= last for place in places):
         raise ValueError(
             f"ranking: expected each place, counted from 0, at most once, found {value!r}"
         )
@@ -231,23 +230,21 @@ def _is_list(value: Any, kind: type) -> bool:
 
 
 def _is_chat(value: Any) -> bool:
-    texts = ("role", "content")
-    return isinstance(value, list) and all(
-        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in texts) for m in value
-    )
+    return isinstance(value, list) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def _source(name: str) -> str:
-    """One of the page's sources, its line ends LF: so browsers hash them."""
-    return (
-        resources.files(__package__)
-        .joinpath("web")
-        .joinpath(name)
-        .read_text(encoding="utf-8")
-        .strip()
-    )
+    """One of the page's sources. Its line ends are LF, as browsers hash them."""
+    source = resources.files(__package__).joinpath("web", name)
+    return source.read_text(encoding="utf-8").strip()
 
 
 def _hash(text: str) -> str:
-    """For a content security policy."""
+    """A hash for a content security policy."""
     return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

@@ -1,6 +1,4 @@
-"""What the targets share: what goes to people beside the answers, suggestions, files written whole,
-rows read back.
-"""
+"""What the targets share: suggestions, checks of texts, instructions, and reading rows."""
 
 import math
 import re
@@ -15,12 +13,13 @@ from rlhf.types import UserError
 
 # who suggests; the model's own name may tell whose answers it scores
 MODEL_VERSION = "reward-model"
+# halves of surrogate pairs
 _HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """What the reward model would say of a task."""
+    """What the reward model would answer to a task."""
 
     order: tuple[int, ...]  # places in `shown`, the best first
     probability: float  # of that order, under the model
@@ -41,6 +40,11 @@ def suggestion(task: Task) -> Suggestion | None:
     return Suggestion(order, math.exp(_log_probability([known[place] for place in order])))
 
 
+def suggestion_for(task: Task, export: Export) -> Suggestion | None:
+    """`suggestion` of the task, where the export has suggestions."""
+    return suggestion(task) if export.prelabel else None
+
+
 def _log_probability(ordered: Sequence[float]) -> float:
     total = 0.0
     for k, score in enumerate(ordered):
@@ -58,10 +62,9 @@ def check_texts(export: Export) -> None:
                 "encoding holds."
             )
     for task in export.tasks:
-        for name, text in (
-            ("prompt", as_text(task.prompt)),
-            *(("answer", answer.text) for answer in task.answers),
-        ):
+        texts = [("prompt", as_text(task.prompt))]
+        texts += [("answer", answer.text) for answer in task.answers]
+        for name, text in texts:
             if _HALVES.search(text):
                 raise UserError(
                     f"task {task.id}: its {name} holds half of a surrogate pair (U+D800 to "
@@ -75,19 +78,22 @@ def most_answers(export: Export) -> int:
 
 
 def guidance(export: Export, how: str) -> str:
-    """Title, instructions, and how to fill in the file, for people who get no tool that
-    shows them.
+    """Title, instructions, and `how` to fill in the file, for people without a tool that shows
+    them.
     """
-    return (
-        "\n\n".join(text for text in (export.title, export.instructions.strip(), how) if text)
-        + "\n"
-    )
+    parts = (export.title, export.instructions.strip(), how)
+    return "\n\n".join(text for text in parts if text) + "\n"
+
+
+def given_ratings(ratings: Sequence[int | None]) -> tuple[int | None, ...]:
+    """The ratings of all places; () where none was given."""
+    return tuple(ratings) if any(rating is not None for rating in ratings) else ()
 
 
 def read_rows(
     path: Path, of_row: Callable[[Mapping[str, Any], str], Iterable[Judgement | Unreadable]]
 ) -> Iterator[Judgement | Unreadable]:
-    """What `of_row` makes of each row's columns and place; a row that can't be parsed is
+    """What `of_row` makes of each row's columns and place; a row that can't be parsed is an
     Unreadable. Raises UserError for an unreadable file.
     """
     for row in scan(path, key="label.files"):

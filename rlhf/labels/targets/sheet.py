@@ -1,20 +1,20 @@
-"""A sheet for people without a tool, as CSV or Excel file, and the filled-in sheet read back.
+"""A sheet for people without a tool, as CSV or Excel file; and the filled-in sheet read back.
 
     pairs      pair_id, prompt, response_a, response_b, preference, annotator, comment
-    preference: a, b, tie or skip
+               preference: a, b, tie or skip
     rankings   pair_id, prompt, response_1, response_2 ..., ranking, annotator, comment
-    ranking: 2>1=3, tie or skip
+               ranking: 2>1=3, tie or skip
 
-with rating_a, rating_b or rating_1 ... (1 to 5) before the annotator, where the export asks for
-them. A row without a preference or ranking is not labelled yet and gives nothing. Several
-annotators are several files, or several rows with the same pair_id; a row whose column annotator is
-empty has the annotator "". Columns may be left out or moved, and further ones added; only pair_id
+Where the export asks for ratings, rating_a, rating_b or rating_1 ... (1 to 5) come before the
+annotator. A row without a preference or ranking is not labelled yet and gives nothing. Several
+annotators are several files, or several rows with the same pair_id; the annotator of a row whose
+column annotator is empty is "". Columns may be left out or moved, and others added: only pair_id
 and preference or ranking are needed.
 
-Prompt and responses are written so that spreadsheets show them and the reader gives them exactly:
+Prompt and responses are written so that spreadsheets show them and the reader gets them exactly:
 - In CSV a text that a spreadsheet would take for a formula (it begins with = + - @, a tab or a line
-  end) has an apostrophe before it. In Excel files
-  every cell is of the type text, which is never a formula, so there it needs none.
+  end) has an apostrophe before it. In Excel files every cell is of the type text, which is never a
+  formula, so there it needs none.
 - In both a text that begins with an apostrophe, and an empty one, has one more. The reader takes
   one leading apostrophe off.
 - In Excel files what XML can't hold is written as _xHHHH_, Excel's own way, and a cell holds 32,767
@@ -24,7 +24,7 @@ Prompt and responses are written so that spreadsheets show them and the reader g
 import csv
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,14 @@ from rlhf.data.cells import CELL_LIMIT, FORMULA, cell_length, excel_text, mark, 
 from rlhf.data.formats.sheet import SIDES, response_column, response_columns
 from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
 from rlhf.labels.files import write_text
-from rlhf.labels.records import Export, Judgement, Task, Unreadable, Verdict, as_text
-from rlhf.labels.targets.shared import check_texts, guidance, most_answers, read_rows
+from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
+from rlhf.labels.targets.shared import (
+    check_texts,
+    given_ratings,
+    guidance,
+    most_answers,
+    read_rows,
+)
 from rlhf.process.extras import require
 from rlhf.process.wording import describe
 from rlhf.types import UserError
@@ -54,7 +60,7 @@ _REST = (
     "not change the columns pair_id, prompt and responses."
 )
 
-# prompt and responses of a row, None where it has none
+# takes the columns of a row; its prompt and responses, None where it has none
 Texts = Callable[[Mapping[str, Any]], tuple[Any, tuple[str, ...] | None]]
 
 # ---- out ----
@@ -80,47 +86,54 @@ def write_xlsx(export: Export, folder: Path) -> list[Path]:
     task.
     """
     openpyxl = require("openpyxl", "labels")
-    from openpyxl.styles import Alignment, Font
     from openpyxl.utils import get_column_letter
-    from openpyxl.worksheet.datavalidation import DataValidation
 
     check_texts(export)
     folder.mkdir(parents=True, exist_ok=True)
     book, names = openpyxl.Workbook(), columns(export)
     sheet = book.active
     sheet.title = "labels"
-    for row, cells in enumerate(
-        [
-            dict(zip(names, names, strict=True)),
-            *(_excel_row(task, export.kind) for task in export.tasks),
-        ],
-        start=1,
-    ):
-        for column, name in enumerate(names, start=1):
-            cell = sheet.cell(row, column)
-            cell.number_format, cell.alignment = "@", Alignment(wrap_text=True, vertical="top")
-            if name in cells:
-                cell.value = cells[name]
-                cell.data_type = "s"  # never a formula, whatever it begins with
-            if row == 1:
-                cell.font = Font(bold=True)
+    _fill_row(sheet, 1, names, dict(zip(names, names, strict=True)), bold=True)
+    for row, task in enumerate(export.tasks, start=2):
+        _fill_row(sheet, row, names, _excel_row(task, export.kind))
     for column, name in enumerate(names, start=1):
         wide = name == "prompt" or name.startswith("response_")
         sheet.column_dimensions[get_column_letter(column)].width = 60 if wide else 14
     sheet.freeze_panes = "B2"
     if export.kind is LabelKind.pair and export.tasks:
-        choice = DataValidation(
-            "list", formula1=f'"{",".join(_PREFERENCES)}"', allow_blank=True, showErrorMessage=True
-        )
-        choice.add(
-            f"{get_column_letter(names.index('preference') + 1)}2:{get_column_letter(names.index('preference') + 1)}{len(export.tasks) + 1}"
-        )
-        sheet.add_data_validation(choice)
+        letter = get_column_letter(names.index("preference") + 1)
+        _offer_preferences(sheet, f"{letter}2:{letter}{len(export.tasks) + 1}")
     path = folder / XLSX_FILE
-    beside = path.with_name(path.name + ".tmp")
-    book.save(beside)
-    beside.replace(path)
+    temporary = path.with_name(path.name + ".tmp")
+    book.save(temporary)
+    temporary.replace(path)
     return [path, _guide(export, folder)]
+
+
+def _fill_row(
+    sheet: Any, row: int, names: Sequence[str], cells: Mapping[str, str], *, bold: bool = False
+) -> None:
+    """Write the texts `cells` to a row of an Excel sheet with the columns `names`."""
+    from openpyxl.styles import Alignment, Font
+
+    for column, name in enumerate(names, start=1):
+        cell = sheet.cell(row, column)
+        cell.number_format, cell.alignment = "@", Alignment(wrap_text=True, vertical="top")
+        if name in cells:
+            cell.value = cells[name]
+            cell.data_type = "s"  # never a formula, whatever it begins with
+        if bold:
+            cell.font = Font(bold=True)
+
+
+def _offer_preferences(sheet: Any, cells: str) -> None:
+    """Let a range of cells take preferences only."""
+    from openpyxl.worksheet.datavalidation import DataValidation
+
+    choices = f'"{",".join(_PREFERENCES)}"'
+    validation = DataValidation("list", formula1=choices, allow_blank=True, showErrorMessage=True)
+    validation.add(cells)
+    sheet.add_data_validation(validation)
 
 
 def _guide(export: Export, folder: Path) -> Path:
@@ -128,33 +141,35 @@ def _guide(export: Export, folder: Path) -> Path:
 
 
 def columns(export: Export) -> list[str]:
-    """Of the sheet, in their order."""
+    """The sheet's columns in their order."""
     places = _places(export.kind, most_answers(export))
-    ratings = [f"rating_{place}" for place in places] if export.ratings else []
-    said = "preference" if export.kind is LabelKind.pair else "ranking"
-    responses = [response_column(place) for place in places]
-    return [
-        "pair_id",
-        "prompt",
-        *responses,
-        said,
-        *ratings,
-        "annotator",
-        *(["comment"] if export.comments else []),
-    ]
+    names = ["pair_id", "prompt", *map(response_column, places), answer_column(export.kind)]
+    if export.ratings:
+        names += [f"rating_{place}" for place in places]
+    names.append("annotator")
+    if export.comments:
+        names.append("comment")
+    return names
+
+
+def answer_column(kind: LabelKind) -> str:
+    """The column that people fill in."""
+    return "preference" if kind is LabelKind.pair else "ranking"
 
 
 def _places(kind: LabelKind, count: int) -> list[str]:
-    return list(SIDES) if kind is LabelKind.pair else [str(place + 1) for place in range(count)]
+    """What `count` responses are called in the names of columns."""
+    if kind is LabelKind.pair:
+        return list(SIDES)
+    return [str(place + 1) for place in range(count)]
 
 
 def texts_of(task: Task, kind: LabelKind) -> dict[str, str]:
     """Prompt and responses by column, as they are shown."""
-    places = _places(kind, len(task.answers))
-    return {
-        "prompt": as_text(task.prompt),
-        **{response_column(place): text for place, text in zip(places, task.shown, strict=True)},
-    }
+    texts = {"prompt": as_text(task.prompt)}
+    for place, text in zip(_places(kind, len(task.answers)), task.shown, strict=True):
+        texts[response_column(place)] = text
+    return texts
 
 
 def _excel_row(task: Task, kind: LabelKind) -> dict[str, str]:
@@ -175,49 +190,56 @@ def _excel_row(task: Task, kind: LabelKind) -> dict[str, str]:
 
 
 def read(path: Path) -> Iterator[Judgement | Unreadable]:
-    """Of every filled-in row. Raises UserError where the file as a whole can't be read."""
+    """Every filled-in row. Raises UserError where the file as a whole can't be read."""
     return judgements(path, _sheet_texts)
 
 
 def judgements(path: Path, texts: Texts) -> Iterator[Judgement | Unreadable]:
-    """Of every row with a preference or a ranking. Raises UserError where the file as a whole can't
-    be read.
+    """Every row with a preference or a ranking. `texts` gets a row's prompt and responses. Raises
+    UserError where the file as a whole can't be read.
     """
 
     def of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadable]:
         task = row.get("pair_id")
         try:
-            found = _judgement(row, place, texts)
+            judgement = _judgement(row, place, texts)
         except RowError as error:
             yield Unreadable(place, task if isinstance(task, str) else "", str(error))
             return
-        if found is not None:
-            yield found
+        if judgement is not None:
+            yield judgement
 
     return read_rows(path, of_row)
 
 
 def _sheet_texts(row: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
-    """A sheet's: marks taken off, and cells without text left out, which a shorter task's row has
-    at its end.
+    """Prompt and responses of a sheet's row, without the apostrophes. Cells without text at the end
+    of a shorter task's row are left out.
     """
-    cells = [text_of(row, name, empty=True) for name in response_columns(row)]
+    prompt = None
+    if "prompt" in row:
+        prompt = unmark(text_of(row, "prompt", empty=True))
+    names = response_columns(row)
+    if not names:
+        return prompt, None
+    cells = [text_of(row, name, empty=True) for name in names]
     while cells and not cells[-1]:
         cells.pop()
-    prompt = unmark(text_of(row, "prompt", empty=True)) if "prompt" in row else None
-    return prompt, tuple(map(unmark, cells)) if response_columns(row) else None
+    return prompt, tuple(map(unmark, cells))
 
 
 def _judgement(row: Mapping[str, Any], place: str, texts: Texts) -> Judgement | None:
-    """None for a row that is not labelled yet. Raises RowError."""
-    said = "ranking" if "ranking" in row else "preference"
-    value = value_of(row, said)
-    text = "" if value is None else text_of(row, said, empty=True).strip().lower()
-    if not text:
+    """A row's judgement; None where it is not labelled yet. Raises RowError."""
+    column = "ranking" if "ranking" in row else "preference"
+    if value_of(row, column) is None:
+        return None
+    answer = text_of(row, column, empty=True).strip().lower()
+    if not answer:
         return None
     prompt, shown = texts(row)
     count = None if shown is None else len(shown)
-    verdict, ranking = _verdict(text, said, count)
+    verdict, ranking = _verdict(answer, column, count)
+    timed = row.get("seconds") not in (None, "")
     return Judgement(
         task=text_of(row, "pair_id"),
         annotator=optional_text(row, "annotator").strip(),
@@ -225,7 +247,7 @@ def _judgement(row: Mapping[str, Any], place: str, texts: Texts) -> Judgement | 
         ranking=ranking,
         ratings=_ratings(row, count),
         comment=optional_text(row, "comment"),
-        seconds=None if row.get("seconds") in (None, "") else number_of(row, "seconds"),
+        seconds=number_of(row, "seconds") if timed else None,
         time=optional_text(row, "time") or None,
         annotation=optional_text(row, "annotation"),
         place=place,
@@ -234,13 +256,11 @@ def _judgement(row: Mapping[str, Any], place: str, texts: Texts) -> Judgement | 
     )
 
 
-def _verdict(
-    text: str, said: str, count: int | None
-) -> tuple[Verdict, tuple[tuple[int, ...], ...]]:
-    """What the cell says; `count`: how many responses the row has, None where it does not say.
-    Raises RowError.
+def _verdict(text: str, column: str, count: int | None) -> tuple[Verdict, Ranking]:
+    """What the `text` of a cell means. `count`: how many responses the row has; None where it has
+    no columns for them. Raises RowError.
     """
-    if said == "preference":
+    if column == "preference":
         if text not in _PREFERENCES:
             raise RowError(
                 "key 'preference': expected a, b, tie, skip, or nothing where it is not "
@@ -262,32 +282,32 @@ def _verdict(
             "between them, such as 2>1, or tie, skip, or nothing where "
             f"it is not labelled yet, found {describe(text)}"
         )
-    return Verdict.ranked, tuple(
-        tuple(sorted(int(number) - 1 for number in group)) for group in groups
-    )
+    ranking = [tuple(sorted(int(number) - 1 for number in group)) for group in groups]
+    return Verdict.ranked, tuple(ranking)
 
 
 def _ratings(row: Mapping[str, Any], count: int | None) -> tuple[int | None, ...]:
     """From the columns rating_a and rating_b, or rating_1 ..., of `count` responses; () where none
     is given. Raises RowError.
     """
-    columns = sorted(
-        (name for name in row if re.fullmatch(r"rating_([ab]|[1-9][0-9]{0,3})", name)),
-        key=lambda name: (len(name), name),
-    )
-    found: list[int | None] = []
-    for place, name in enumerate(columns):
+    names = [name for name in row if re.fullmatch(r"rating_([ab]|[1-9][0-9]{0,3})", name)]
+    names.sort(key=lambda name: (len(name), name))
+    ratings: list[int | None] = []
+    for place, name in enumerate(names):
         value = row[name]
-        stars = None if value is None or value == "" else number_of(row, name)
-        if stars is not None and stars not in range(1, 6):
+        if value is None or value == "":
+            ratings.append(None)
+            continue
+        stars = number_of(row, name)
+        if stars not in range(1, 6):
             raise RowError(
                 f"key {name!r}: expected a whole number from 1 to 5, or nothing, found "
                 f"{describe(value)}"
             )
-        if stars is not None and count is not None and place >= count:
+        if count is not None and place >= count:
             raise RowError(
                 f"key {name!r}: expected nothing, since the row has {count} responses, found "
                 f"{describe(value)}"
             )
-        found.append(None if stars is None else int(stars))
-    return tuple(found[:count]) if any(value is not None for value in found) else ()
+        ratings.append(int(stars))
+    return given_ratings(ratings)[:count]

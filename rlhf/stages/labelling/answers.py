@@ -15,6 +15,7 @@ from conf.choices import ModelKind
 from conf.schema import Config, ModelConfig, RewardConfig
 from reward.terms import make_scorer
 from rlhf.data import reading
+from rlhf.data.loading import DataRequest
 from rlhf.labels.asking import Question
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
@@ -64,12 +65,13 @@ def policy_seed(seed: int, name: str) -> int:
     return int(digest([seed, name]), 16) >> 2
 
 
-def read_policies(cfg: Config, policies: Mapping[str, str]) -> list[Policy]:
-    """The policies by their names and model directories, each with the same prompts. Raises
-    UserError, naming the policy that can't read them.
+def read_policies(
+    policies: Mapping[str, str], model: ModelConfig, request: DataRequest, wanted: int | None
+) -> list[Policy]:
+    """The policies by their names and model directories, each with the first `wanted` prompts (all
+    for None). Raises UserError, naming the policy that can't read them.
     """
-    wanted = cfg.label.prompts
-    loaded = reading.distinct_prompts(reading.DataRequest.of(cfg), wanted)
+    loaded = reading.distinct_prompts(request, wanted)
     if wanted is not None and len(loaded.records) < wanted:
         LOG.warning(
             "label.prompts=%d, but there are only %d different prompts; all of them are used.",
@@ -78,13 +80,13 @@ def read_policies(cfg: Config, policies: Mapping[str, str]) -> list[Policy]:
         )
     read = []
     for name, path in policies.items():
-        model = model_of(cfg.model, path)
+        own = model_of(model, path)
         try:
-            tokenizer = load_tokenizer(model, cfg.data.chat_template)
-            prompts = reading.tokenised(tokenizer, loaded, cfg.data)
+            tokenizer = load_tokenizer(own, request.data.chat_template)
+            prompts = reading.tokenised(tokenizer, loaded, request.data)
         except UserError as error:
             raise UserError(f"policy {name} ({path}): {error}") from error
-        read.append(Policy(name, model, tokenizer, prompts, policy_seed(cfg.run.seed, name)))
+        read.append(Policy(name, own, tokenizer, prompts, policy_seed(request.seed, name)))
     return read
 
 
@@ -99,7 +101,8 @@ def write_answers(
     make = functools.partial(make_generator, cfg, adapter_rank=None)
     responses: list[Response] = []
     truncated = 0
-    for number, policy in enumerate(read_policies(cfg, policies), start=1):
+    read = read_policies(policies, cfg.model, DataRequest.of(cfg), cfg.label.prompts)
+    for number, policy in enumerate(read, start=1):
         path = str(policy.model.path)
         key = answers_key(path, policy.model.dtype, cfg.rollout, policy.prompts, count, policy.seed)
         kept_path = folder / ANSWERS_FOLDER / f"{number}.jsonl"
@@ -113,9 +116,11 @@ def write_answers(
         with clock.phase("score"):
             scores = score(cfg.reward, rollouts, policy.tokenizer)
         truncated += sum(rollout.finish_reason == "length" for rollout in rollouts)
-        for rollout, one in zip(rollouts, scores, strict=True):
+        for rollout, scored in zip(rollouts, scores, strict=True):
             responses.append(
-                Response(rollout.prompt.source, rollout.text, policy.name, one.total, one.spread)
+                Response(
+                    rollout.prompt.source, rollout.text, policy.name, scored.total, scored.spread
+                )
             )
     return responses, truncated
 
@@ -209,7 +214,9 @@ def score_questions(
     for question in questions:
         answers = []
         for answer in question.answers:
-            one = next(scores)
-            answers.append(dataclasses.replace(answer, score=one.total, spread=one.spread))
+            scored_answer = next(scores)
+            answers.append(
+                dataclasses.replace(answer, score=scored_answer.total, spread=scored_answer.spread)
+            )
         scored.append(dataclasses.replace(question, answers=tuple(answers)))
     return scored

@@ -15,6 +15,7 @@ from conf.choices import ChoiceMethod
 from conf.schema import Config
 from reward.base import model_paths
 from rlhf.data import sources
+from rlhf.data.loading import DataRequest
 from rlhf.labels import export_figures
 from rlhf.labels.asking import ask, repeat_count
 from rlhf.labels.checks_export import instructions_text, policies_of
@@ -29,7 +30,8 @@ from rlhf.run.tracking.files import plain_config
 from rlhf.stages.labelling.sources import select, select_gold
 
 LOG = logging.getLogger("rlhf.stages.label")
-_ASKED = (
+# what is asked
+_QUESTION_OPTIONS = (
     "policies",
     "samples",
     "review",
@@ -43,7 +45,8 @@ _ASKED = (
     "gold_path",
     "gold_share",
 )
-_TOLD = (
+# how annotators see it
+_TASK_OPTIONS = (
     "repeat_share",
     "title",
     "instructions",
@@ -54,8 +57,8 @@ _TOLD = (
     "ab",
 )
 # options that decide what an export holds, by group; None: all of the group
-_DECIDE: dict[str, tuple[str, ...] | None] = {
-    "label": (*_ASKED, *_TOLD),
+_CONTENT_OPTIONS: dict[str, tuple[str, ...] | None] = {
+    "label": (*_QUESTION_OPTIONS, *_TASK_OPTIONS),
     "model": ("path", "gguf_file"),
     "data": None,
     "rollout": ("max_response_length", "temperature", "top_p", "top_k"),
@@ -70,7 +73,7 @@ def export(ctx: RunContext) -> None:
     cfg = ctx.cfg
     clock = PhaseClock(ctx.watchdog)
     _record_origins(ctx)
-    made = existing(ctx.dir, cfg)
+    made = read_resumable(ctx.dir, options_of(cfg))
     if made is None:
         made = _make(cfg, ctx.dir, clock)
         write_export(made, ctx.dir)
@@ -139,18 +142,11 @@ def options_of(cfg: Config) -> dict[str, Any]:
     """
     given, defaults = plain_config(cfg), plain_config(Config(stage=cfg.stage))
     options = {"run.seed": cfg.run.seed}
-    for group, keys in _DECIDE.items():
+    for group, keys in _CONTENT_OPTIONS.items():
         for key in keys or given[group]:
             if given[group][key] != defaults[group][key]:
                 options[f"{group}.{key}"] = given[group][key]
     return options
-
-
-def existing(folder: Path, cfg: Config) -> Export | None:
-    """The export that an earlier start wrote to `folder`, if any. Raises UserError where it was
-    made with other options.
-    """
-    return read_resumable(folder, options_of(cfg))
 
 
 def _make(cfg: Config, folder: Path, clock: PhaseClock) -> Export:
@@ -162,7 +158,7 @@ def _make(cfg: Config, folder: Path, clock: PhaseClock) -> Export:
     if label.prelabel:
         scores = (answer.score for question in main for answer in question.answers)
         require_scores(scores, "label.prelabel=true")
-    gold = select_gold(cfg, main)
+    gold = select_gold(main, label, DataRequest.of(cfg), cfg.model, cfg.reward)
     repeats = repeat_count(label.repeat_share, len(main), len(gold))
     asked = ask(main, gold, repeats=repeats, seed=cfg.run.seed, created=created)
     details = dict(selection.details)

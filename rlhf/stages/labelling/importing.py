@@ -23,9 +23,9 @@ from rlhf.labels.ab_labels import ab_figures
 from rlhf.labels.checks_export import access_token
 from rlhf.labels.checks_import import export_folder, label_files, server_of
 from rlhf.labels.incoming import Source, check_refused, read_incoming
-from rlhf.labels.report import report
+from rlhf.labels.report import Situation, report
 from rlhf.labels.report_tables import agreement_rows, annotator_rows, bias_rows
-from rlhf.labels.store import Lines, Store, keep_refused
+from rlhf.labels.store import Added, Lines, Store, keep_refused
 from rlhf.run import console
 from rlhf.run.context import RunContext
 
@@ -33,10 +33,47 @@ LOG = logging.getLogger("rlhf.stages.label")
 IMPORTS_FILE, PULLED_FOLDER = "imports.jsonl", "pulled"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import did."""
+
+    number: int  # of the import
+    added: Added
+    refused: int  # rows
+    situation: Situation
+    figures: dict[str, Any]  # the report
+    version: versions.Version
+    new: bool  # whether this import made the version
+
+
 def import_labels(ctx: RunContext) -> None:
     """One import. Raises UserError where more rows than data.max_bad_rows are refused; then nothing
     of it is stored but refused.jsonl.
     """
+    imported = _import(ctx)
+    ctx.watchdog.phase("finish")
+    situation, version = imported.situation, imported.version
+    figures, added, refused = imported.figures, imported.added, imported.refused
+    _show(figures)
+    metrics = import_figures.metrics_of(situation, figures, added, refused, version)
+    ctx.tracker.log(imported.number, metrics)
+    ctx.tracker.table("labels", import_figures.table_rows(situation), imported.number)
+    identity = version.card["identity"]
+    ctx.record("version", {"number": version.number, "new": imported.new, "identity": identity})
+    ctx.finish(
+        steps=imported.number,
+        metrics=metrics,
+        model=None,
+        figures=import_figures.shown_figures(
+            len(situation.labels), figures["pairs"], added, refused, version, new=imported.new
+        ),
+        files=import_figures.shown_files(version, ctx.dir, refused),
+        next_command=import_figures.training_command(version, ctx.cfg.label.strength),
+    )
+
+
+def _import(ctx: RunContext) -> Imported:
+    """Read, check, store and aggregate; the version is published."""
     cfg, folder = ctx.cfg, ctx.dir
     export = export_folder(cfg.label, folder.parent)
     if export is not None:
@@ -57,50 +94,29 @@ def import_labels(ctx: RunContext) -> None:
                 record=ctx.add_data,
                 alive=ctx.watchdog.alive,
             )
+            refused = len(incoming.refused)
             keep_refused(folder, incoming.refused, number)
             check_refused(incoming.refused, cfg.data.max_bad_rows, folder)
             ctx.watchdog.phase("aggregate")
             added = store.add(incoming.labels, number)
             situation = versions.settle(ledgers, store.stored, settings)
         figures = {**report(situation, cfg.run.seed), "ab": ab_figures(situation)}
+        name = f"{Path(cfg.run.name).name}-labels"
+        origins = _origins(imports.rows, incoming.sources)
         version, new = versions.newest_or_new(
-            folder,
-            f"{Path(cfg.run.name).name}-labels",
-            situation,
-            settings,
-            figures,
-            exports,
-            _origins(imports.rows, incoming.sources),
+            folder, name, situation, settings, figures, exports, origins
         )
-        _publish(ctx, version)
+        _publish(ctx, name, version)
         row = {
             "import": number,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "sources": [dataclasses.asdict(source) for source in incoming.sources],
             **dataclasses.asdict(added),
-            "refused": len(incoming.refused),
+            "refused": refused,
             "version": version.number,
         }
         imports.append([row])
-    ctx.watchdog.phase("finish")
-    refused = len(incoming.refused)
-    metrics = import_figures.metrics_of(situation, figures, added, refused, version)
-    _show(figures)
-    ctx.tracker.log(number, metrics)
-    ctx.tracker.table("labels", import_figures.table_rows(situation), number)
-    ctx.record(
-        "version", {"number": version.number, "new": new, "identity": version.card["identity"]}
-    )
-    ctx.finish(
-        steps=number,
-        metrics=metrics,
-        model=None,
-        figures=import_figures.shown_figures(
-            len(situation.labels), figures["pairs"], added, refused, version, new=new
-        ),
-        files=import_figures.shown_files(version, folder, refused),
-        next_command=import_figures.training_command(version, cfg.label.strength),
-    )
+    return Imported(number, added, refused, situation, figures, version, new)
 
 
 def _paths(ctx: RunContext, export: Path | None) -> Iterator[Path]:
@@ -132,7 +148,7 @@ def _origins(
     return list(origins.values())
 
 
-def _publish(ctx: RunContext, version: versions.Version) -> None:
+def _publish(ctx: RunContext, name: str, version: versions.Version) -> None:
     card = version.card
     metadata = {
         "version": version.number,
@@ -141,7 +157,6 @@ def _publish(ctx: RunContext, version: versions.Version) -> None:
         "exports": [export["id"] for export in card["exports"]],
         "identity": card["identity"],
     }
-    name = f"{Path(ctx.cfg.run.name).name}-labels"
     ctx.publish(name, "preference-data", version.files, metadata, root=version.folder)
 
 

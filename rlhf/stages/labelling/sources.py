@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Config, DataConfig, RewardConfig
+from conf.labelling import LabelConfig
+from conf.schema import Config, DataConfig, ModelConfig, RewardConfig
 from reward.base import model_paths
 from rlhf.data import reading, sources
 from rlhf.data.formats import Use
+from rlhf.data.loading import DataRequest
 from rlhf.labels import ab_export, selection
 from rlhf.labels.asking import Question
 from rlhf.labels.candidates import Response, first_prompts
@@ -44,7 +46,10 @@ def select(cfg: Config, folder: Path, clock: PhaseClock) -> Selection:
         return selection.select_review(label.review, label.kind)
     vectors = selection.prompt_vectors(label)
     planned = ab_export.plan_comparison(label.ab, label.budget) if label.ab.enabled else None
-    answered = _from_samples(cfg) if label.samples else _from_policies(cfg, folder, clock)
+    if label.samples:
+        answered = _from_samples(label, DataRequest.of(cfg), cfg.model)
+    else:
+        answered = _from_policies(cfg, folder, clock)
     with clock.phase("choose"):
         gathered, questions = selection.select_answers(
             answered.responses, label, vectors=vectors, seed=cfg.run.seed
@@ -86,11 +91,10 @@ def reward_names(reward: RewardConfig) -> list[str]:
     return paths + [function for function in functions if function is not None]
 
 
-def _from_samples(cfg: Config) -> Answered:
+def _from_samples(label: LabelConfig, request: DataRequest, model: ModelConfig) -> Answered:
     """What runs wrote. With data.path only the prompts of that file, as it has them: a run's
     samples have the text that its policy read.
     """
-    label = cfg.label
     samples = read_samples(label.samples)
     if not samples.comparable and (chosen_by_score(label) or label.prelabel):
         LOG.warning(
@@ -98,8 +102,8 @@ def _from_samples(cfg: Config) -> Answered:
             "moved: answers of two runs are not comparable by them."
         )
     responses = list(samples.responses)
-    if sources.given(cfg.data) is not None:
-        responses = _with_own_prompts(cfg, responses)
+    if sources.given(request.data) is not None:
+        responses = _with_own_prompts(responses, request, model)
     elif samples.templated:
         LOG.warning(
             "label.samples: the prompts of %d of %d responses hold marks of a chat template. "
@@ -115,18 +119,20 @@ def _from_samples(cfg: Config) -> Answered:
     return Answered(responses, 0, details)
 
 
-def _with_own_prompts(cfg: Config, responses: Sequence[Response]) -> list[Response]:
+def _with_own_prompts(
+    responses: Sequence[Response], request: DataRequest, model: ModelConfig
+) -> list[Response]:
     """Responses with their prompts as data.path has them; responses to other prompts are left out.
     Raises UserError where all are.
     """
-    source = sources.given(cfg.data)
-    loaded = reading.distinct_prompts(reading.DataRequest.of(cfg), None)
+    source = sources.given(request.data)
+    loaded = reading.distinct_prompts(request, None)
     texts = [record.value for record in loaded.records if isinstance(record.value, str)]
     prompts: dict[str, Any] = dict(zip(texts, texts, strict=True))
-    if cfg.model.path is not None:
-        model = answers.model_of(cfg.model, cfg.model.path)
-        tokenizer = load_tokenizer(model, cfg.data.chat_template)
-        for prompt in reading.tokenised(tokenizer, loaded, cfg.data):
+    if model.path is not None:
+        policy = answers.model_of(model, model.path)
+        tokenizer = load_tokenizer(policy, request.data.chat_template)
+        for prompt in reading.tokenised(tokenizer, loaded, request.data):
             prompts[prompt.text] = prompt.source
             prompts[tokenizer.decode(prompt.token_ids)] = prompt.source
     kept = [
@@ -151,21 +157,27 @@ def _with_own_prompts(cfg: Config, responses: Sequence[Response]) -> list[Respon
     return kept
 
 
-def select_gold(cfg: Config, main: Sequence[Question]) -> list[Question]:
-    """Questions whose answer is known, to go out among the `main` ones. Raises UserError where
-    label.gold_path has none.
+def select_gold(
+    main: Sequence[Question],
+    label: LabelConfig,
+    request: DataRequest,
+    model: ModelConfig,
+    reward: RewardConfig,
+) -> list[Question]:
+    """Questions whose answer is known, to go out among the `main` ones. With label.prelabel their
+    answers get scores, as those of the first policy. Raises UserError where label.gold_path has
+    none.
     """
-    label = cfg.label
     if label.gold_path is None or not selection.gold_wanted(label, len(main)):
         return []
     source = sources.one_source(label.gold_path, "label.gold_path")
     # the options about data.path, such as a chat template, are not about this file
-    plain = replace(cfg, data=DataConfig(max_bad_rows=cfg.data.max_bad_rows))
-    pairs = reading.load(reading.DataRequest.of(plain), [source], Use.preference).values()
-    gold = selection.draw_gold(pairs, main, label, cfg.run.seed)
+    plain = replace(request, data=DataConfig(max_bad_rows=request.data.max_bad_rows))
+    pairs = reading.load(plain, [source], Use.preference).values()
+    gold = selection.draw_gold(pairs, main, label, request.seed)
     if not label.prelabel:
         return gold
     # A suggestion that gold tasks lack would give them away.
-    first = next(iter(policies_of(label, cfg.model.path).values()))
-    policy = answers.model_of(cfg.model, first)
-    return answers.score_questions(gold, policy, cfg.data.chat_template, cfg.reward)
+    first = next(iter(policies_of(label, model.path).values()))
+    policy = answers.model_of(model, first)
+    return answers.score_questions(gold, policy, request.data.chat_template, reward)

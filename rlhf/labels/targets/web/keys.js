@@ -1,9 +1,9 @@
-// Keys, dialogs, and what is wired to what.
+// Keys, dialogs, and which event calls what.
 
 // ---- dialogs ----
 
 function openDialog(id) {
-  bank();
+  countTime();
   save();
   if (id === "help") showHelp(data, state);
   else showList(data, state, "All");
@@ -11,7 +11,8 @@ function openDialog(id) {
   $(`${id}-title`).focus();
   $(id).scrollTop = 0;
   setClock();
-  if (id === "list") document.querySelector("#tasks [aria-current]")?.scrollIntoView({ block: "center" });
+  if (id === "list")
+    document.querySelector("#tasks [aria-current]")?.scrollIntoView({ block: "center" });
 }
 
 // ---- keys ----
@@ -56,17 +57,19 @@ function rateByKey(scale, key) {
   return true;
 }
 
-/** What a key does, or undefined. */
+/** The function of a key, or undefined. */
 function actOf(key) {
   if (view === "done") return DONE_KEYS.includes(key) ? KEYS[key] : undefined;
-  if (data.kind === "pair" && Object.hasOwn(PAIR_ACTS, key)) return () => acts.choose(PAIR_ACTS[key]);
+  if (data.kind === "pair" && Object.hasOwn(PAIR_ACTS, key))
+    return () => acts.choose(PAIR_ACTS[key]);
   if (data.kind === "ranking" && key === "0") return acts.equal;
   if (data.kind === "ranking" && key === "x") return acts.clear;
   if (data.kind === "ranking" && /^[1-9]$/.test(key)) return () => acts.place(Number(key) - 1);
   return Object.hasOwn(KEYS, key) ? KEYS[key] : undefined;
 }
 
-/** After a click no control keeps the focus: Enter, a space and digits would work on it again instead of on the task. */
+/** After a click no control keeps the focus: else Enter, a space and digits would work on the
+ * control again instead of on the task. */
 function onClick(event) {
   if (!pointed || view !== "work" || document.querySelector("dialog[open]") !== null) return;
   if (event.target.closest("button, .scale")) leaveField();
@@ -112,19 +115,23 @@ function onStorage(event) {
   try {
     state = { ...stateOf(data, state.annotator, event.newValue), at, advance, keys, fixed };
   } catch (error) {
-    problem(`Another tab saved labels that this one can't read (${error.message}). Close one of the two.`);
+    problem(
+      `Another tab saved labels that this one can't read (${error.message}). Close one of the two.`,
+    );
     return;
   }
   if (view === "work") refresh();
   if (view === "done") showDone(data, state);
-  say("Labels were changed in another tab");
+  announce("Labels were changed in another tab");
 }
 
 function wireDialogs() {
   for (const dialog of document.querySelectorAll("dialog")) {
     dialog.querySelector(".close").addEventListener("click", () => dialog.close());
     dialog.addEventListener("close", setClock);
-    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+    dialog.addEventListener("click", (event) => {
+      if (event.target === dialog) dialog.close();
+    });
   }
   $("tasks").addEventListener("click", (event) => {
     const row = event.target.closest("button");
@@ -132,10 +139,21 @@ function wireDialogs() {
     $("list").close();
     go(Number(row.dataset.index));
   });
-  $("advance").addEventListener("change", () => { state.advance = $("advance").checked; save(); });
-  $("shortcuts").addEventListener("change", () => { state.keys = $("shortcuts").checked; save(); });
+  $("advance").addEventListener("change", () => {
+    state.advance = $("advance").checked;
+    save();
+  });
+  $("shortcuts").addEventListener("change", () => {
+    state.keys = $("shortcuts").checked;
+    save();
+  });
   $("fixed").addEventListener("change", acts.fix);
-  $("leave").addEventListener("click", () => { $("help").close(); bank(); save(); start(); });
+  $("leave").addEventListener("click", () => {
+    $("help").close();
+    countTime();
+    save();
+    start();
+  });
 }
 
 function wire() {
@@ -148,7 +166,12 @@ function wire() {
     if (name) begin(name);
     else $("name").focus();
   });
-  $("file").addEventListener("change", () => { if ($("file").files.length) openFile($("file").files[0]).then(() => { $("file").value = ""; }); });
+  $("file").addEventListener("change", () => {
+    if ($("file").files.length)
+      openFile($("file").files[0]).then(() => {
+        $("file").value = "";
+      });
+  });
   $("open-list").addEventListener("click", () => openDialog("list"));
   $("open-help").addEventListener("click", () => openDialog("help"));
   for (const id of ["download", "done-download"]) $(id).addEventListener("click", download);
@@ -156,10 +179,18 @@ function wire() {
   $("done-list").addEventListener("click", () => openDialog("list"));
   $("unfold").addEventListener("click", () => unfold(!$("turns").classList.contains("whole")));
   $("comment").addEventListener("input", onComment);
-  $("comment").addEventListener("blur", () => { if (saving !== null) save(); });
+  $("comment").addEventListener("blur", () => {
+    if (saving !== null) save();
+  });
   wireDialogs();
   document.addEventListener("keydown", onKey);
-  document.addEventListener("pointerdown", () => { pointed = true; }, { capture: true });
+  document.addEventListener(
+    "pointerdown",
+    () => {
+      pointed = true;
+    },
+    { capture: true },
+  );
   document.addEventListener("click", onClick);
   for (const name of ["pointerdown", "pointermove", "wheel", "scroll"]) {
     document.addEventListener(name, () => clock.mark(), { passive: true, capture: true });
@@ -167,11 +198,18 @@ function wire() {
   document.addEventListener("visibilitychange", () => {
     setClock();
     if (state === null) return;
-    bank();
+    countTime();
     save();
   });
-  window.addEventListener("pagehide", () => { if (state !== null) { bank(); save(); } });
-  window.addEventListener("resize", () => { if (view === "work") unfold($("turns").classList.contains("whole")); });
+  window.addEventListener("pagehide", () => {
+    if (state !== null) {
+      countTime();
+      save();
+    }
+  });
+  window.addEventListener("resize", () => {
+    if (view === "work") unfold($("turns").classList.contains("whole"));
+  });
   window.addEventListener("storage", onStorage);
   window.addEventListener("beforeunload", (event) => {
     if (state === null || !state.changed || labelled(state) === 0) return;
@@ -188,7 +226,10 @@ function resume() {
     annotator = sessionStorage.getItem(`rlhf-labels ${data.export}`);
     if (annotator !== null && store.read(annotator) === null) annotator = null;
   } catch (error) {
-    problem(`This browser does not keep labels (${error.name}: ${error.message}). Download them often, and before you close this page.`);
+    problem(
+      `This browser does not keep labels (${error.name}: ${error.message}). ` +
+        "Download them often, and before you close this page.",
+    );
   }
   if (annotator !== null) begin(annotator);
 }

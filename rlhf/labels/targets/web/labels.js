@@ -1,5 +1,6 @@
 "use strict";
-// The labels of one annotator: in memory, in this browser, and in the labels file. Nothing here touches the page.
+// The labels of one annotator: in memory, in this browser, and in the labels file. Nothing here
+// touches the page.
 
 const FORMAT = "rlhf-labels"; // as rlhf/labels/targets/page.py reads it
 const VERSION = 1;
@@ -7,9 +8,18 @@ const IDLE_SECONDS = 60; // a pause counts for no more
 const UNDO_STEPS = 200;
 const CHOICES = { pair: ["left", "tie", "right", "skip"], ranking: ["ranked", "skip"] };
 
-/** What there is of one task: verdict null = not labelled. ranks and ratings: by place as shown; seconds: at the task so far, took: until the verdict. */
+/** The empty label of a task with `count` answers. verdict: null while it is not labelled; ranks,
+ * ratings: by place as shown; seconds: spent on the task so far; took: those until the verdict. */
 function blank(count) {
-  return { verdict: null, ranks: Array(count).fill(null), ratings: Array(count).fill(null), comment: "", seconds: 0, took: null, time: null };
+  return {
+    verdict: null,
+    ranks: Array(count).fill(null),
+    ratings: Array(count).fill(null),
+    comment: "",
+    seconds: 0,
+    took: null,
+    time: null,
+  };
 }
 
 /** Places grouped by rank, the best first: [null, 1, 1, 3] -> [[1, 2], [3]]. */
@@ -21,7 +31,11 @@ function grouped(ranks) {
 /** The inverse: ranks without gaps. */
 function ranksOf(groups, count) {
   const ranks = Array(count).fill(null);
-  groups.forEach((group, i) => group.forEach((place) => { ranks[place] = i + 1; }));
+  groups.forEach((group, i) =>
+    group.forEach((place) => {
+      ranks[place] = i + 1;
+    }),
+  );
   return ranks;
 }
 
@@ -39,7 +53,7 @@ function highestRank(ranks) {
 /** Seconds between start() and stop(), pauses between two mark()s cut at IDLE_SECONDS. */
 class Clock {
   constructor() {
-    this.last = null; // null: it stands
+    this.last = null; // when time was last counted; null while the clock is stopped
     this.ms = 0;
   }
   start() {
@@ -64,10 +78,20 @@ class Clock {
   }
 }
 
-/** All that is known of one annotator's work: labels by task id, where they are, what can be undone, whether a label is in no file yet. */
+/** One annotator's work. at: the task in view; labels: by task id; undo: what can be undone;
+ * changed: whether a label is in no file yet; advance, keys, fixed: the settings. */
 function newState(data, annotator) {
   const advance = data.kind === "pair" && !data.ratings;
-  return { annotator, at: 0, labels: new Map(), undo: [], changed: false, advance, keys: true, fixed: false };
+  return {
+    annotator,
+    at: 0,
+    labels: new Map(),
+    undo: [],
+    changed: false,
+    advance,
+    keys: true,
+    fixed: false,
+  };
 }
 
 function stateText(state) {
@@ -79,13 +103,20 @@ function stateOf(data, annotator, text) {
   const known = new Map(data.tasks.map((task) => [task.id, task]));
   const read = JSON.parse(text);
   const labels = new Map(read.labels);
-  const fits = ([id, label]) => known.has(id) && label.ranks.length === known.get(id).shown.length && typeof label.comment === "string";
-  const whole = Number.isInteger(read.at) && Array.isArray(read.undo) && read.undo.every((step) => labels.has(step.task));
+  const fits = ([id, label]) =>
+    known.has(id) &&
+    label.ranks.length === known.get(id).shown.length &&
+    typeof label.comment === "string";
+  const whole =
+    Number.isInteger(read.at) &&
+    Array.isArray(read.undo) &&
+    read.undo.every((step) => labels.has(step.task));
   if (!whole || ![...labels].every(fits)) throw new Error("it does not fit this page");
   return { ...newState(data, annotator), ...read, annotator, labels };
 }
 
-/** The browser's storage, a key for each annotator of this export. It may be full, forbidden or emptied: every call can throw. */
+/** The browser's storage, a key for each annotator of this export. It may be full, forbidden or
+ * emptied: every call can throw. */
 class Store {
   constructor(exportId) {
     this.prefix = `rlhf-labels ${exportId} `;
@@ -95,7 +126,10 @@ class Store {
   }
   annotators() {
     const keys = Array.from({ length: localStorage.length }, (_, i) => localStorage.key(i));
-    return keys.filter((key) => key.startsWith(this.prefix)).map((key) => key.slice(this.prefix.length)).sort();
+    return keys
+      .filter((key) => key.startsWith(this.prefix))
+      .map((key) => key.slice(this.prefix.length))
+      .sort();
   }
   read(annotator) {
     return localStorage.getItem(this.key(annotator));
@@ -127,7 +161,14 @@ function labelsFile(data, state) {
       shown: task.shown,
     });
   }
-  return { format: FORMAT, version: VERSION, export: data.export, annotator: state.annotator, saved: new Date().toISOString(), labels };
+  return {
+    format: FORMAT,
+    version: VERSION,
+    export: data.export,
+    annotator: state.annotator,
+    saved: new Date().toISOString(),
+    labels,
+  };
 }
 
 function fileName(data, annotator) {
@@ -135,7 +176,8 @@ function fileName(data, annotator) {
   return `labels-${data.export}-${name || "annotator"}.json`;
 }
 
-/** {annotator, labels: Map, refused} of a labels file's text; refused: labels that don't fit this page. Throws with what to tell the annotator. */
+/** {annotator, labels: Map, refused} of a labels file's text; refused: how many labels don't fit
+ * this page. Throws an error whose message is for the annotator. */
 function readFile(data, text) {
   let file;
   try {
@@ -143,11 +185,19 @@ function readFile(data, text) {
   } catch (error) {
     throw new Error(`This is no labels file: ${error.message}`);
   }
-  if (file === null || typeof file !== "object" || file.format !== FORMAT) throw new Error("This is no labels file of such a page.");
-  if (file.version !== VERSION) throw new Error(`This labels file has version ${file.version}, this page reads version ${VERSION}.`);
-  if (file.export !== data.export) throw new Error(`This labels file belongs to the tasks ${file.export}, this page holds ${data.export}.`);
+  if (file === null || typeof file !== "object" || file.format !== FORMAT)
+    throw new Error("This is no labels file of such a page.");
+  if (file.version !== VERSION)
+    throw new Error(
+      `This labels file has version ${file.version}, this page reads version ${VERSION}.`,
+    );
+  if (file.export !== data.export)
+    throw new Error(
+      `This labels file belongs to the tasks ${file.export}, this page holds ${data.export}.`,
+    );
   const annotator = tidyName(file.annotator);
-  if (!annotator || !Array.isArray(file.labels)) throw new Error("This labels file is damaged: it has no name or no labels.");
+  if (!annotator || !Array.isArray(file.labels))
+    throw new Error("This labels file is damaged: it has no name or no labels.");
   const known = new Map(data.tasks.map((task) => [task.id, task]));
   const labels = new Map();
   for (const entry of file.labels) {
@@ -161,22 +211,42 @@ function readFile(data, text) {
 /** A label of the file, or null where it does not fit the task. */
 function labelOf(data, task, entry) {
   const count = task.shown.length;
-  const same = JSON.stringify([entry.prompt, entry.shown]) === JSON.stringify([task.prompt, task.shown]);
+  const same =
+    JSON.stringify([entry.prompt, entry.shown]) === JSON.stringify([task.prompt, task.shown]);
   if (!same || !CHOICES[data.kind].includes(entry.verdict)) return null;
   const label = blank(count);
   if (entry.verdict === "ranked") {
-    const places = Array.isArray(entry.ranking) && entry.ranking.every(Array.isArray) ? entry.ranking.flat() : [];
-    if (places.length !== count || !label.ranks.every((_, place) => places.includes(place))) return null;
+    const places =
+      Array.isArray(entry.ranking) && entry.ranking.every(Array.isArray)
+        ? entry.ranking.flat()
+        : [];
+    if (places.length !== count || !label.ranks.every((_, place) => places.includes(place)))
+      return null;
     label.ranks = ranksOf(entry.ranking, count);
   }
-  const ratings = Array.isArray(entry.ratings) && entry.ratings.length ? entry.ratings : label.ratings;
-  const rated = (rating) => rating === null || (Number.isInteger(rating) && rating >= 1 && rating <= 5);
+  const ratings =
+    Array.isArray(entry.ratings) && entry.ratings.length ? entry.ratings : label.ratings;
+  const rated = (rating) =>
+    rating === null || (Number.isInteger(rating) && rating >= 1 && rating <= 5);
   if (ratings.length !== count || !ratings.every(rated)) return null;
-  if (typeof entry.comment !== "string" || typeof entry.time !== "string" || !Number.isFinite(entry.seconds)) return null;
-  return { ...label, verdict: entry.verdict, ratings: [...ratings], comment: entry.comment, seconds: entry.seconds, took: entry.seconds, time: entry.time };
+  if (
+    typeof entry.comment !== "string" ||
+    typeof entry.time !== "string" ||
+    !Number.isFinite(entry.seconds)
+  )
+    return null;
+  return {
+    ...label,
+    verdict: entry.verdict,
+    ratings: [...ratings],
+    comment: entry.comment,
+    seconds: entry.seconds,
+    took: entry.seconds,
+    time: entry.time,
+  };
 }
 
-/** Takes over labels that are newer than those of `state`; how many. */
+/** Takes labels that are newer than those of `state` into it; returns how many. */
 function merge(state, labels) {
   let taken = 0;
   for (const [id, label] of labels) {
@@ -188,7 +258,7 @@ function merge(state, labels) {
   return taken;
 }
 
-/** One spelling of a name, whatever spaces or way of typing accents; "" where there is none. */
+/** One spelling of a name, however its spaces and accents were typed; "" where there is none. */
 function tidyName(name) {
   return typeof name === "string" ? name.normalize("NFC").replace(/\s+/gu, " ").trim() : "";
 }

@@ -3,15 +3,17 @@
 const data = JSON.parse($("data").textContent);
 const store = new Store(data.export);
 const clock = new Clock();
-const ADVANCE_MS = 200; // the choice is seen before the next task comes, and a second press does not label it unread
+// so that the choice is seen before the next task comes, and a second press does not label that one
+// unread
+const ADVANCE_MS = 200;
 const SAVE_MS = 400;
 let state = null; // of the annotator who labels now
 let view = "start";
 let advancing = null; // timer of the way to the next task
 let saving = null; // timer of a save while a comment is typed
-let pointed = false; // the last thing used was a pointer, not a key
+let pointed = false; // whether a pointer was used last, not a key
 let tying = false; // the next answer of a ranking gets the place of the one before
-let lastRank = null; // that an answer of this ranking was given
+let lastRank = null; // the rank that was given last in this ranking
 
 // ---- state ----
 
@@ -20,8 +22,8 @@ function problem(text) {
   $("problem").hidden = text === "";
 }
 
-function say(text) {
-  $("said").textContent = text;
+function announce(text) {
+  $("announcement").textContent = text;
 }
 
 function task() {
@@ -34,7 +36,7 @@ function labelHere() {
   return state.labels.get(id);
 }
 
-/** Saves now. A browser that can't keep labels is no reason to stop: it is said, and the download still works. */
+/** Saves now. Where the browser can't keep labels, a message says so; the download still works. */
 function save() {
   clearTimeout(saving);
   saving = null;
@@ -43,18 +45,24 @@ function save() {
     store.write(state.annotator, stateText(state));
     problem("");
   } catch (error) {
-    problem(`This browser does not keep your labels (${error.name}: ${error.message}). Download them often, and before you close this page.`);
+    problem(
+      `This browser does not keep your labels (${error.name}: ${error.message}). ` +
+        "Download them often, and before you close this page.",
+    );
   }
 }
 
-/** Moves measured time to the task in view. */
-function bank() {
+/** Adds the time measured so far to the task in view. */
+function countTime() {
   const seconds = clock.take();
   if (view === "work") labelHere().seconds += seconds;
 }
 
 function setClock() {
-  const runs = view === "work" && document.visibilityState === "visible" && document.querySelector("dialog[open]") === null;
+  const runs =
+    view === "work" &&
+    document.visibilityState === "visible" &&
+    document.querySelector("dialog[open]") === null;
   if (runs) clock.start();
   else clock.stop();
 }
@@ -71,13 +79,15 @@ function snapshot(label) {
   return { verdict, ranks: [...ranks], took, time };
 }
 
-/** Changes a label's verdict or ranks by `change`, so that it can be undone. */
+/** Changes the verdict or ranks of the label in view by `change`, so that it can be undone. */
 function decide(change) {
-  bank();
+  countTime();
   const label = labelHere();
   const before = snapshot(label);
   change(label);
-  if (JSON.stringify([before.verdict, before.ranks]) !== JSON.stringify([label.verdict, label.ranks])) {
+  if (
+    JSON.stringify([before.verdict, before.ranks]) !== JSON.stringify([label.verdict, label.ranks])
+  ) {
     state.undo.push({ task: task().id, before });
     state.undo.splice(0, state.undo.length - UNDO_STEPS);
     state.changed = true;
@@ -98,7 +108,7 @@ function show(name) {
   setClock();
 }
 
-/** Draws the task in view again, focus kept on the control that had it. */
+/** Draws the task in view again; the focus stays on the control that has it. */
 function refresh() {
   const held = document.activeElement;
   const root = ["answers", "buttons"].map($).find((part) => part.contains(held));
@@ -112,10 +122,10 @@ function controls(root) {
   return [...root.querySelectorAll("button, input")];
 }
 
-/** Opens task number `index`; behind the last one stands the closing view. */
+/** Opens task number `index`; after the last one comes the closing view. */
 function go(index) {
   stopAdvancing();
-  bank();
+  countTime();
   tying = false;
   state.at = Math.max(0, Math.min(index, data.tasks.length));
   save();
@@ -135,7 +145,8 @@ function go(index) {
   window.scrollTo(0, 0);
 }
 
-/** The next task without a label, from the top again behind the last; the closing view where there is none. */
+/** The next task without a label, after the last one from the top again; the number of the closing
+ * view where there is none. */
 function nextOpen(from) {
   const total = data.tasks.length;
   for (let step = 0; step < total; step += 1) {
@@ -164,7 +175,7 @@ const acts = {
       label.verdict = verdict;
       label.ranks.fill(null);
     });
-    say(`Task ${state.at + 1}: ${VERDICT_TEXT[verdict]}`);
+    announce(`Task ${state.at + 1}: ${VERDICT_TEXT[verdict]}`);
     if (state.advance || verdict === "skip") advance();
   },
 
@@ -175,7 +186,9 @@ const acts = {
       label.verdict = label.ranks.includes(null) ? null : "ranked";
     });
     if (rank !== null) lastRank = rank;
-    say(rank === null ? `Answer ${place + 1} has no place` : `Answer ${place + 1} has place ${rank}`);
+    announce(
+      rank === null ? `Answer ${place + 1} has no place` : `Answer ${place + 1} has place ${rank}`,
+    );
   },
 
   /** The next place for an answer, or none for one that has a place. */
@@ -183,7 +196,8 @@ const acts = {
     const { ranks } = labelHere();
     const tied = tying && lastRank !== null;
     tying = false;
-    if (place < ranks.length) acts.setRank(place, ranks[place] !== null ? null : tied ? lastRank : freeRank(ranks));
+    if (place < ranks.length)
+      acts.setRank(place, ranks[place] !== null ? null : tied ? lastRank : freeRank(ranks));
   },
 
   equal() {
@@ -192,7 +206,7 @@ const acts = {
       label.verdict = "ranked";
     });
     lastRank = 1;
-    say("All answers are equal");
+    announce("All answers are equal");
   },
 
   clear() {
@@ -202,19 +216,19 @@ const acts = {
     });
     tying = false;
     lastRank = null;
-    say("The order is empty");
+    announce("The order is empty");
   },
 
   tie() {
     if (data.kind === "pair") return acts.choose("tie");
     tying = lastRank !== null;
-    say(tying ? "The next answer is as good as the one before" : "Place one answer first");
+    announce(tying ? "The next answer is as good as the one before" : "Place one answer first");
   },
 
   undo() {
     stopAdvancing();
     const step = state.undo.pop();
-    if (!step) return say("There is nothing to undo");
+    if (!step) return announce("There is nothing to undo");
     Object.assign(state.labels.get(step.task), step.before);
     state.changed = true;
     const index = data.tasks.findIndex(({ id }) => id === step.task);
@@ -225,21 +239,25 @@ const acts = {
       go(index);
     }
     lastRank = highestRank(labelHere().ranks);
-    say(`Task ${index + 1}: undone`);
+    announce(`Task ${index + 1}: undone`);
   },
 
   next() {
     if (advancing !== null) return;
     const label = labelHere();
-    if (data.kind === "ranking" && label.verdict === null && label.ranks.some((rank) => rank !== null)) {
-      return say("Some answers have no place yet: give each one, or skip the task");
+    if (
+      data.kind === "ranking" &&
+      label.verdict === null &&
+      label.ranks.some((rank) => rank !== null)
+    ) {
+      return announce("Some answers have no place yet: give each one, or skip the task");
     }
-    say(label.verdict === null ? `Task ${state.at + 1} is left without a label` : "");
+    announce(label.verdict === null ? `Task ${state.at + 1} is left without a label` : "");
     go(state.at + 1);
   },
 
   back() {
-    say("");
+    announce("");
     go(state.at - 1);
   },
 
@@ -262,9 +280,11 @@ const acts = {
 
 function download() {
   if (labelled(state) === 0) return;
-  bank();
+  countTime();
   const name = fileName(data, state.annotator);
-  const url = URL.createObjectURL(new Blob([JSON.stringify(labelsFile(data, state), null, 1)], { type: "application/json" }));
+  const url = URL.createObjectURL(
+    new Blob([JSON.stringify(labelsFile(data, state), null, 1)], { type: "application/json" }),
+  );
   const link = make("a", { href: url, download: name });
   document.body.append(link);
   link.click();
@@ -273,25 +293,27 @@ function download() {
   state.changed = false;
   save();
   if (view === "done") showDone(data, state);
-  const told = `${labelled(state)} labels went to your downloads as ${name}`;
-  say(told);
-  $("done-saved").textContent = told;
+  const message = `${labelled(state)} labels went to your downloads as ${name}`;
+  announce(message);
+  $("done-saved").textContent = message;
 }
 
-/** Opens the work of `annotator`: what this browser keeps of it, and `labels` of a file. Throws nothing: troubles are shown. */
+/** Opens the work of `annotator`: what this browser keeps of it, and `labels` of a file. Throws
+ * nothing: problems are shown. */
 function begin(annotator, labels = new Map(), note = "") {
-  let told = note;
+  let message = note;
   state = newState(data, annotator);
   let kept = null;
   try {
     kept = store.read(annotator);
     if (kept !== null) state = stateOf(data, annotator, kept);
   } catch (error) {
-    told = `${note} What this browser kept under your name can't be read (${error.message}); it was put aside.`.trim();
+    const reason = `What this browser kept under your name can't be read (${error.message})`;
+    message = `${note} ${reason}; it was put aside.`.trim();
     try {
       if (kept !== null) store.putAside(annotator, kept);
     } catch (failure) {
-      told += ` It could not be put aside: ${failure.message}.`;
+      message += ` It could not be put aside: ${failure.message}.`;
     }
   }
   const before = labelled(state);
@@ -300,10 +322,10 @@ function begin(annotator, labels = new Map(), note = "") {
   try {
     sessionStorage.setItem(`rlhf-labels ${data.export}`, annotator);
   } catch (error) {
-    told = `${told} A reload will ask for your name again (${error.name}).`.trim();
+    message = `${message} A reload will ask for your name again (${error.name}).`.trim();
   }
   go(taken ? nextOpen(0) : Math.min(state.at, data.tasks.length));
-  say(told || (before ? `Welcome back: ${before} labels are here` : ""));
+  announce(message || (before ? `Welcome back: ${before} labels are here` : ""));
 }
 
 async function openFile(file) {
@@ -324,9 +346,18 @@ function showKept() {
   try {
     names = store.annotators();
   } catch (error) {
-    problem(`This browser does not keep labels (${error.name}: ${error.message}). Download them often, and before you close this page.`);
+    problem(
+      `This browser does not keep labels (${error.name}: ${error.message}). ` +
+        "Download them often, and before you close this page.",
+    );
   }
-  const rows = names.map((name) => make("li", {}, button(make("bdi", {}, name), "Continue", {}, () => begin(name))));
+  const rows = names.map((name) =>
+    make(
+      "li",
+      {},
+      button(make("bdi", {}, name), "Continue", {}, () => begin(name)),
+    ),
+  );
   $("kept-names").replaceChildren(...rows);
   $("kept").hidden = names.length === 0;
 }

@@ -1,1 +1,0 @@
-"""What ``stage=doctor`` examines, a module for each part of a machine and its environment."""
