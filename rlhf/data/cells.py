@@ -41,8 +41,8 @@ def bare(cell: str) -> str:
 
 
 def excel_text(text: str) -> str:
-    """`text` as an Excel cell holds it: what XML can't carry, a carriage return, and what looks like
-    such an escape become _xHHHH_.
+    """`text` as an Excel cell holds it: what XML can't carry, a carriage return, and what looks
+    like such an escape become _xHHHH_.
     """
     text = _LIKE_ESCAPE.sub("_x005F_", text)
     return _NOT_IN_XML.sub(lambda match: f"_x{ord(match[0]):04X}_", text)

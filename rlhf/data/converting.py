@@ -17,7 +17,7 @@ from rlhf.data.rows import RowError
 from rlhf.process.wording import nearest
 from rlhf.types import JudgedAnswer, PreferencePair, UserError
 
-PROBE = 20  # first rows among which a format is looked for
+PROBE = 20  # first rows by which a file's format is recognised
 USES = {
     Use.sft: "texts or prompts with completions",
     Use.preference: "pairs of a chosen and a rejected answer",
@@ -29,7 +29,7 @@ LeftOut = Callable[[SourceRow, str], None]  # a row, and why
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row that fits, or one of the values that it gives: where it stood, the value, and the
+    """A value that a row gives (a row of judgements may give several), where the row is, and its
     columns that the value is not made of.
     """
 
@@ -45,63 +45,73 @@ class Record:
 
 
 def choose_format(origin: str, rows: Sequence[SourceRow], use: Use, wanted: DataFormat) -> Format:
-    """The `wanted` format, or the first format for `use` that one of the first rows shows.
+    """The `wanted` format, or the first format for `use` that one of the first rows has.
 
-    Raises UserError: a format that the use can't take; columns that fit none, with the nearest
-    format and what it lacks.
+    Raises UserError for a format that the use can't take, and for columns that fit none, with the
+    nearest format and what it lacks.
     """
     if wanted is not DataFormat.auto:
         chosen = by_name(wanted.value)
         if not chosen.reads(use):
-            names = ", ".join(f.name for f in formats_for(use))
             raise UserError(
                 f"data.format={chosen.name} can't be read as {USES[use]}. Formats that can: "
-                f"{names}."
+                f"{_names(use)}."
             )
         return chosen
     readable = [r for r in rows if r.problem is None]
     for row in readable:
-        found = detect(row.columns, use)
-        if found is not None:
-            mark = judging_key(row.columns)
-            if use is Use.sft and mark is not None:
-                raise UserError(
-                    f"{row.place}: the column {mark!r} judges each answer, so this is an "
-                    "unpaired preference file: SFT would also "
-                    "learn the bad answers. Keep the good rows in a file of their own, or set "
-                    f"data.format={found.name} to train on all of them."
-                )
-            return found
+        detected = detect(row.columns, use)
+        if detected is not None:
+            _refuse_judged(row, use, detected)
+            return detected
     if not readable:
         raise UserError(f"{rows[0].place}: {rows[0].problem}.")
-    first = readable[0]
-    other = detect(first.columns)
-    found_keys = ", ".join(map(str, first.columns)) or "none"
-    if other is not None and other.name == "text" and use is Use.prompt:
+    raise _unknown(origin, readable[0], use)
+
+
+def _names(use: Use) -> str:
+    return ", ".join(f.name for f in formats_for(use))
+
+
+def _refuse_judged(row: SourceRow, use: Use, detected: Format) -> None:
+    """Raises UserError for judged answers where texts to train on are expected."""
+    key = judging_key(row.columns)
+    if use is Use.sft and key is not None:
         raise UserError(
+            f"{row.place}: the column {key!r} judges each answer, so this is an "
+            "unpaired preference file: SFT would also "
+            "learn the bad answers. Keep the good rows in a file of their own, or set "
+            f"data.format={detected.name} to train on all of them."
+        )
+
+
+def _unknown(origin: str, row: SourceRow, use: Use) -> UserError:
+    """Why a row has no format for `use`, with the nearest format."""
+    other = detect(row.columns)
+    if other is not None and other.name == "text" and use is Use.prompt:
+        return UserError(
             f"{origin}: a file of whole texts (column 'text') can't be prompts: expected a "
             "column 'prompt' with the text to continue."
         )
-    closest, missing = nearest_format(first.columns, use)
-    near = nearest(missing, [str(k) for k in first.columns])
+    keys = [str(key) for key in row.columns]
+    closest, missing = nearest_format(row.columns, use)
+    near = nearest(missing, keys)
+    hint = f" (nearest key found: {near!r})" if near else ""
     what = "fit no format" if other is None else f"are format {other.name}"
-    raise UserError(
-        f"{first.place}: expected {USES[use]}, but its keys ({found_keys}) {what}. "
+    return UserError(
+        f"{row.place}: expected {USES[use]}, but its keys ({', '.join(keys) or 'none'}) {what}. "
         f"Nearest format: {closest.name} ({closest.columns}), which needs the key "
-        f"{missing!r}{f' (nearest key found: {near!r})' if near else ''}. "
-        f"All formats that can be read so: {', '.join(f.name for f in formats_for(use))}."
+        f"{missing!r}{hint}. All formats that can be read so: {_names(use)}."
     )
 
 
 def shape_of(value: Any) -> str:
-    """Text or conversations: what every row must have in common."""
-    part = (
-        value.chosen
-        if isinstance(value, PreferencePair)
-        else value.completion
-        if isinstance(value, JudgedAnswer)
-        else value
-    )
+    """Text or messages: what every row of a file must have in common."""
+    part = value
+    if isinstance(value, PreferencePair):
+        part = value.chosen
+    elif isinstance(value, JudgedAnswer):
+        part = value.completion
     if isinstance(part, dict):
         part = next(iter(part.values()))
     return "messages" if isinstance(part, list) else "text"
@@ -109,8 +119,8 @@ def shape_of(value: Any) -> str:
 
 @dataclass(slots=True)
 class Conversion:
-    """Turns rows into records of one use, and hands over those that it leaves out. Formats are
-    looked for once a file, by its first rows.
+    """Turns rows into records of one use, and hands over the rows that it leaves out. A file's
+    format is recognised once, by its first rows.
     """
 
     use: Use
@@ -120,7 +130,7 @@ class Conversion:
     probe: int = PROBE
     formats: dict[str, Format] = field(default_factory=dict)  # by origin
     _shape: str | None = None
-    _shape_place: str = ""
+    _shape_where: str = ""  # of the first record
 
     def format_of(self, origin: str) -> Format:
         """Raises UserError as `choose_format`, and for a file without rows."""
@@ -157,16 +167,13 @@ class Conversion:
             self.aside(row, reason)
         out = []
         for made in several.pairs:
-            found = shape_of(made.value)
+            shape = shape_of(made.value)
             if self._shape is None:
-                self._shape, self._shape_place = (
-                    found,
-                    f"row {row.number}" if len(self.formats) == 1 else row.place,
-                )
-            if found != self._shape:
-                self.rejected(
-                    row, f"expected {self._shape} as in {self._shape_place}, found {found}"
-                )
+                where = f"row {row.number}" if len(self.formats) == 1 else row.place
+                self._shape, self._shape_where = shape, where
+            if shape != self._shape:
+                reason = f"expected {self._shape} as in {self._shape_where}, found {shape}"
+                self.rejected(row, reason)
                 return []
             out.append(Record(row.number, made.value, made.fields, row.origin))
         return out

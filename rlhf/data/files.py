@@ -42,7 +42,7 @@ class SourceRow:
     number: int
     columns: dict[str, Any]
     problem: str | None = None
-    raw: object = None  # what stood there, when there is a problem
+    raw: object = None  # what the file has there, when there is a problem
     origin: str = ""  # the file, or the name of the data set
 
     @property
@@ -55,28 +55,30 @@ def check_file(path: str | Path, key: str = "data.path") -> Path:
     """The file of `path`, `key` being the option that names it. Raises UserError: no such file, not
     a file, unknown suffix, empty.
     """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = sorted(p.name for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
-        raise UserError(
-            f"{key}={path} is a directory: expected a "
-            f"file.{' Files in it: ' + ', '.join(files[:8]) + '.' if files else ''}"
-        )
-    if not place.exists():
-        names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        near = difflib.get_close_matches(place.name, names, n=1)
-        where = f" Nearest in {place.parent}: {near[0]}." if near else ""
-        if not place.parent.is_dir():
-            where = f" There is no directory {place.parent} either."
-        raise UserError(f"{key}={path}: no such file.{where}")
-    if place.suffix.lower() not in SUFFIXES:
+    file = Path(path).expanduser()
+    if file.is_dir():
+        files = sorted(p.name for p in file.iterdir() if p.suffix.lower() in SUFFIXES)
+        hint = f" Files in it: {', '.join(files[:8])}." if files else ""
+        raise UserError(f"{key}={path} is a directory: expected a file.{hint}")
+    if not file.exists():
+        raise UserError(f"{key}={path}: no such file.{_near(file)}")
+    if file.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"{key}={path}: expected a file that ends with {', '.join(SUFFIXES)}; found "
-            f"{place.suffix or 'no suffix'!r}."
+            f"{file.suffix or 'no suffix'!r}."
         )
-    if place.stat().st_size == 0:
+    if file.stat().st_size == 0:
         raise UserError(f"{key}={path} is empty (0 bytes): expected at least one row.")
-    return place
+    return file
+
+
+def _near(file: Path) -> str:
+    """Which file a path that doesn't exist may mean, for a message."""
+    folder = file.parent
+    if not folder.is_dir():
+        return f" There is no directory {folder} either."
+    near = difflib.get_close_matches(file.name, [p.name for p in folder.iterdir()], n=1)
+    return f" Nearest in {folder}: {near[0]}." if near else ""
 
 
 def scan(
@@ -88,31 +90,23 @@ def scan(
     JSON lines, CSV, Parquet and Excel files are never held whole; a JSON array is. Raises UserError
     where the file as a whole can't be read: see `check_file`, and text that isn't UTF-8.
     """
-    place = check_file(path, key)
-    suffix = place.suffix.lower()
-    if suffix == ".parquet":
-        rows = _parquet(place)
-    elif suffix == ".csv":
-        rows = _csv(place)
-    elif suffix == ".xlsx":
-        rows = _excel(place)
-    else:
-        rows = _json(place)
-    return islice(rows, max_rows)
+    file = check_file(path, key)
+    read = {".parquet": _parquet, ".csv": _csv, ".xlsx": _excel}.get(file.suffix.lower(), _json)
+    return islice(read(file), max_rows)
 
 
 def count_rows(path: str | Path, key: str = "data.path") -> int:
     """How many rows `scan` gives, those that can't be read among them; without parsing them where
     that can be.
     """
-    place = check_file(path, key)
-    suffix = place.suffix.lower()
+    file = check_file(path, key)
+    suffix = file.suffix.lower()
     if suffix == ".parquet":
-        return _parquet_file(place).metadata.num_rows
-    if suffix in (".json", ".jsonl", ".ndjson") and not _holds_array(place):
-        with place.open("rb") as source:
+        return _parquet_file(file).metadata.num_rows
+    if suffix in (".json", ".jsonl", ".ndjson") and not _holds_array(file):
+        with file.open("rb") as source:
             return sum(not line.isspace() for line in source)
-    return sum(1 for _ in scan(place, key=key))
+    return sum(1 for _ in scan(file, key=key))
 
 
 def read_rows(
@@ -131,7 +125,7 @@ def read_rows(
     return rows
 
 
-def _decode(path: Path, line: bytes, place: str, *, first: bool) -> str:
+def _decode(path: Path, line: bytes, where: str, *, first: bool) -> str:
     """UTF-8; of the `first` line a byte order mark is left out. Raises UserError naming the
     byte.
     """
@@ -145,7 +139,7 @@ def _decode(path: Path, line: bytes, place: str, *, first: bool) -> str:
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise UserError(
-            f"{path}, {place}, byte {error.start + 1}: expected UTF-8 text, found 0x{byte:02x}. "
+            f"{path}, {where}, byte {error.start + 1}: expected UTF-8 text, found 0x{byte:02x}. "
             "Save it as UTF-8."
         ) from error
     return text.removeprefix("\ufeff") if first else text
@@ -171,13 +165,8 @@ def _row(origin: str, number: int, value: Any) -> SourceRow:
 
 def _holds_array(path: Path) -> bool:
     with path.open("rb") as source:
-        return (
-            source.read(4096)
-            .decode("utf-8", "ignore")
-            .removeprefix("\ufeff")
-            .lstrip()
-            .startswith("[")
-        )
+        start = source.read(4096).decode("utf-8", "ignore")
+    return start.removeprefix("\ufeff").lstrip().startswith("[")
 
 
 def _json(path: Path) -> Iterator[SourceRow]:
@@ -185,9 +174,7 @@ def _json(path: Path) -> Iterator[SourceRow]:
 
 
 def _unreadable(error: ValueError | RecursionError) -> str:
-    """What json.loads complains of: a place and a reason, a number of too many digits, or too many
-    brackets.
-    """
+    """What json.loads complains of: syntax, a number of too many digits, or too many brackets."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -260,12 +247,10 @@ def _delimiter(path: Path) -> str:
     """
     with path.open("rb") as source:
         header = source.readline().decode("utf-8", "ignore")
-    found = (
-        next((mark for mark in (";", "\t") if mark in header), ",") if "," not in header else ","
-    )
-    if found != ",":
-        LOG.info("%s: its header has no comma, so cells are taken as separated by %r", path, found)
-    return found
+    mark = next((mark for mark in (",", ";", "\t") if mark in header), ",")
+    if mark != ",":
+        LOG.info("%s: its header has no comma, so cells are taken as separated by %r", path, mark)
+    return mark
 
 
 def _csv(path: Path) -> Iterator[SourceRow]:
@@ -287,14 +272,9 @@ def _csv(path: Path) -> Iterator[SourceRow]:
             number += 1
             if len(cells) == len(header):
                 yield SourceRow(number, dict(zip(header, cells, strict=True)), origin=origin)
-            else:
-                yield SourceRow(
-                    number,
-                    {},
-                    f"expected {len(header)} cells as in the header, found {len(cells)}",
-                    cells,
-                    origin,
-                )
+                continue
+            problem = f"expected {len(header)} cells as in the header, found {len(cells)}"
+            yield SourceRow(number, {}, problem, cells, origin)
     except csv.Error as error:
         raise UserError(
             f"{path}, row {number + 1}, line {reader.line_num}: not valid CSV ({error})."
@@ -362,7 +342,7 @@ def _check_unpacked(path: Path) -> None:
 def _excel(path: Path) -> Iterator[SourceRow]:
     """Rows of the first sheet; wholly empty ones are not rows."""
     openpyxl = require("openpyxl", "data")
-    number, origin = 0, str(path)
+    number = 0
     try:
         _check_unpacked(path)
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
@@ -377,23 +357,9 @@ def _excel(path: Path) -> Iterator[SourceRow]:
         _check_header(path, header)
         for cells in rows:
             texts = [_excel_cell(cell) for cell in cells]
-            if not any(texts):
-                continue
-            number += 1
-            extra = [text for text in texts[len(header) :] if text]
-            if extra:
-                yield SourceRow(
-                    number,
-                    {},
-                    f"expected {len(header)} cells as in the header, found {extra[0]!r} beyond them",
-                    texts,
-                    origin,
-                )
-                continue
-            texts += [""] * (len(header) - len(texts))
-            yield SourceRow(
-                number, dict(zip(header, texts[: len(header)], strict=True)), origin=origin
-            )
+            if any(texts):
+                number += 1
+                yield _excel_row(str(path), number, header, texts)
         book.close()
     except UserError:
         raise
@@ -403,3 +369,12 @@ def _excel(path: Path) -> Iterator[SourceRow]:
             f"{path}, after row {number}: not a readable Excel file ({type(error).__name__}: "
             f"{error})."
         ) from error
+
+
+def _excel_row(origin: str, number: int, header: list[str], texts: list[str]) -> SourceRow:
+    extra = next((text for text in texts[len(header) :] if text), None)
+    if extra is not None:
+        problem = f"expected {len(header)} cells as in the header, found {extra!r} beyond them"
+        return SourceRow(number, {}, problem, texts, origin)
+    cells = [*texts, *[""] * (len(header) - len(texts))][: len(header)]
+    return SourceRow(number, dict(zip(header, cells, strict=True)), origin=origin)

@@ -1,5 +1,5 @@
-"""One file, or one data set of the `datasets` library (a directory that save_to_disk wrote, or a
-hub's): opened anew for each pass, row by row.
+"""The parts that a path names: files, or a data set of the `datasets` library (a directory that
+save_to_disk wrote, or a hub's). Each is opened anew for each pass and read row by row.
 """
 
 import re
@@ -18,35 +18,30 @@ _GLOB = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a message calls it, how its rows are read, and how many there are."""
+    """A file or a data set."""
 
-    origin: str
+    origin: str  # its name in messages
     open: Callable[[], Iterator[SourceRow]]
-    count: Callable[[], int]
+    count: Callable[[], int]  # of its rows
     files: tuple[Path, ...] = ()  # on this machine, for the manifest
 
 
 def parts_of(
     path: str, key: str, subset: str | None = None, split: str | None = None
 ) -> tuple[Part, ...]:
-    """The parts that `path` names: a file, the files of a glob in the order of their names, a
-    directory of save_to_disk, a hub's data set.
+    """The parts of `path`: a file, the files of a glob in the order of their names, a directory of
+    save_to_disk, or a hub's data set.
 
-    A hub's data set is OWNER/NAME where no such path or directory is there. Raises UserError, `key`
-    being the option that names it.
+    OWNER/NAME is a hub's data set where no such path or directory exists. Raises UserError, `key`
+    being the option that names the path.
     """
-    place = Path(path).expanduser()
-    if _GLOB.search(path) and not place.exists():
-        return tuple(_file(found, key) for found in _matching(place, path, key))
-    if place.is_dir() and any((place / name).is_file() for name in _SAVED):
-        return (_saved(place, key, split),)
-    suffix_known = place.suffix.lower() in SUFFIXES
-    if (
-        not place.exists()
-        and not suffix_known
-        and not place.parent.exists()
-        and _HUB_NAME.fullmatch(path)
-    ):
+    local = Path(path).expanduser()
+    if _GLOB.search(path) and not local.exists():
+        return tuple(_file(file, key) for file in _matching(local, path, key))
+    if local.is_dir() and any((local / name).is_file() for name in _SAVED):
+        return (_saved(local, key, split),)
+    missing = not local.exists() and not local.parent.exists()
+    if missing and local.suffix.lower() not in SUFFIXES and _HUB_NAME.fullmatch(path):
         return (_hub(path, key, subset, split),)
     if subset is not None or split is not None:
         option = "subset" if subset is not None else "split"
@@ -54,22 +49,24 @@ def parts_of(
             f"{key}={path} is no data set with configurations or splits: expected no {option}, "
             f"found {subset or split!r}."
         )
-    return (_file(place, key, path),)
+    return (_file(local, key, path),)
 
 
-def _file(place: Path, key: str, given: str | None = None) -> Part:
-    name = given or str(place)
-    check_file(name, key)
-    return Part(str(place), lambda: scan(place, key=key), lambda: count_rows(place, key), (place,))
+def _file(path: Path, key: str, given: str | None = None) -> Part:
+    check_file(given or str(path), key)
+    return Part(str(path), lambda: scan(path, key=key), lambda: count_rows(path, key), (path,))
 
 
-def _matching(place: Path, path: str, key: str) -> list[Path]:
-    at = next(i for i, part in enumerate(place.parts) if _GLOB.search(part))
-    root, pattern = Path(*place.parts[:at]), str(Path(*place.parts[at:]))
-    found = sorted(p for p in root.glob(pattern) if p.is_file()) if root.is_dir() else []
-    readable = [p for p in found if p.suffix.lower() in SUFFIXES]
+def _matching(pattern: Path, path: str, key: str) -> list[Path]:
+    """The files that match a glob, in the order of their names. Raises UserError for none that can
+    be read.
+    """
+    first = next(i for i, part in enumerate(pattern.parts) if _GLOB.search(part))
+    root, glob = Path(*pattern.parts[:first]), str(Path(*pattern.parts[first:]))
+    matches = sorted(p for p in root.glob(glob) if p.is_file()) if root.is_dir() else []
+    readable = [p for p in matches if p.suffix.lower() in SUFFIXES]
     if not readable:
-        others = f" It matches {len(found)} others, such as {found[0].name}." if found else ""
+        others = f" It matches {len(matches)} others, such as {matches[0].name}." if matches else ""
         raise UserError(
             f"{key}={path}: no file that ends with {', '.join(SUFFIXES)} matches below "
             f"{root}.{others}"
@@ -82,44 +79,52 @@ def _rows(origin: str, values: Iterable[dict[str, Any]]) -> Iterator[SourceRow]:
         yield SourceRow(number, dict(value), origin=origin)
 
 
-def _one_split(path: str, key: str, names: list[str], split: str | None) -> str:
-    wanted = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
-    if wanted not in names:
-        missing = "more than one and none is train" if wanted is None else f"no {wanted!r}"
-        raise UserError(
-            f"{key}={path}: its splits are {', '.join(names)}: {missing}. Set data.split (of a "
-            "mixture: the source's split)."
-        )
-    return wanted
+def _choose_split(path: str, key: str, names: list[str], split: str | None) -> str:
+    """The wanted split, else train, else the only one. Raises UserError."""
+    if split is None and "train" in names:
+        return "train"
+    if split is None and len(names) == 1:
+        return names[0]
+    if split in names:
+        return split
+    missing = "more than one and none is train" if split is None else f"no {split!r}"
+    raise UserError(
+        f"{key}={path}: its splits are {', '.join(names)}: {missing}. Set data.split (of a "
+        "mixture: the source's split)."
+    )
 
 
-def _saved(place: Path, key: str, split: str | None) -> Part:
+def _saved(folder: Path, key: str, split: str | None) -> Part:
+    """A directory that save_to_disk wrote. Raises UserError."""
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(str(place))
+        loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{key}={place}: not a readable datasets directory ({type(error).__name__}: {error})."
+            f"{key}={folder}: not a readable datasets directory ({type(error).__name__}: {error})."
         ) from error
-    origin, folder = str(place), place
+    origin, part_folder = str(folder), folder
     if isinstance(loaded, datasets.DatasetDict):
-        name = _one_split(str(place), key, list(loaded), split)
-        loaded, origin, folder = loaded[name], f"{place}:{name}", place / name
+        name = _choose_split(str(folder), key, list(loaded), split)
+        loaded, origin, part_folder = loaded[name], f"{folder}:{name}", folder / name
     elif split is not None:
         raise UserError(
-            f"{key}={place}: a single data set without splits: expected no split, found {split!r}."
+            f"{key}={folder}: a single data set without splits: expected no split, found {split!r}."
         )
-    files = tuple(sorted(p for p in folder.iterdir() if p.suffix == ".arrow"))
+    files = tuple(sorted(p for p in part_folder.iterdir() if p.suffix == ".arrow"))
     return Part(origin, lambda: _rows(origin, loaded), lambda: len(loaded), files)
 
 
 def _hub(name: str, key: str, subset: str | None, split: str | None) -> Part:
+    """A hub's data set, streamed; whether it exists shows when its rows are read."""
+
     def load() -> Any:
         import datasets
 
         try:
-            chosen = _one_split(name, key, datasets.get_dataset_split_names(name, subset), split)
+            names = datasets.get_dataset_split_names(name, subset)
+            chosen = _choose_split(name, key, names, split)
             return datasets.load_dataset(name, subset, split=chosen, streaming=True)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -131,15 +136,12 @@ def _hub(name: str, key: str, subset: str | None, split: str | None) -> Part:
                 "or check the name and the connection (HF_HUB_OFFLINE)."
             ) from error
 
-    origin = ":".join([name, *([subset] if subset else []), *([split] if split else [])])
-
     def count() -> int:
         loaded = load()
         known = (loaded.info.splits or {}).get(str(loaded.split))
-        return (
-            known.num_examples
-            if known is not None and known.num_examples
-            else sum(1 for _ in loaded)
-        )
+        if known is not None and known.num_examples:
+            return known.num_examples
+        return sum(1 for _ in loaded)
 
+    origin = ":".join(part for part in (name, subset, split) if part)
     return Part(origin, lambda: _rows(origin, load()), count)

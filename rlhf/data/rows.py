@@ -29,7 +29,7 @@ _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 class RowError(ValueError):
-    """Why one row doesn't fit: the key, what was expected there and what was found."""
+    """Why a row doesn't fit: the key, what was expected, and what the row holds instead."""
 
 
 def value_of(row: Row, key: str) -> Any:
@@ -76,20 +76,20 @@ def chat_of(
     return [_message(m, f"{key}[{i}]", role, content) for i, m in enumerate(messages)]
 
 
-def _message(message: Any, place: str, role: str, content: str) -> Message:
+def _message(message: Any, where: str, role: str, content: str) -> Message:
     if not isinstance(message, Mapping):
         raise RowError(
-            f"key {place!r}: expected an object with {role!r} and {content!r}, found "
+            f"key {where!r}: expected an object with {role!r} and {content!r}, found "
             f"{describe(message)}"
         )
     try:
         speaker, text = text_of(message, role), text_of(message, content, empty=True)
     except RowError as error:
-        raise RowError(f"{place}: {error}") from None
+        raise RowError(f"{where}: {error}") from None
     known = dict.fromkeys(_ROLES) if role == "role" else _SPEAKERS
     if speaker not in known:
         raise RowError(
-            f"{place}: key {role!r}: expected one of {', '.join(known)}, found {speaker!r}; "
+            f"{where}: key {role!r}: expected one of {', '.join(known)}, found {speaker!r}; "
             f"nearest: {nearest(speaker, list(known))!r}"
         )
     return {"role": speaker if role == "role" else _SPEAKERS[speaker], "content": text}
@@ -130,14 +130,14 @@ def without_answer(chat: Chat, key: str) -> Chat:
 
 def number_of(row: Row, key: str) -> float:
     """A required finite number, also as a table's text. Raises RowError."""
-    found = value_of(row, key)
+    value = value_of(row, key)
     try:
-        value = math.nan if isinstance(found, bool) else float(found)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise RowError(f"key {key!r}: expected a finite number, found {describe(found)}")
-    return value
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError(f"key {key!r}: expected a finite number, found {describe(value)}")
+    return number
 
 
 def margin_of(row: Row) -> float | None:
@@ -163,11 +163,9 @@ def judgement_of(row: Row, key: str) -> bool:
     RowError.
     """
     value = value_of(row, key)
-    found = (
-        _JUDGEMENTS.get(str(value).strip().lower())
-        if isinstance(value, (bool, int, float, str))
-        else None
-    )
-    if found is None:
+    good = None
+    if isinstance(value, (bool, int, float, str)):
+        good = _JUDGEMENTS.get(str(value).strip().lower())
+    if good is None:
         raise RowError(f"key {key!r}: expected true or false (or 1 or 0), found {describe(value)}")
-    return found
+    return good

@@ -120,8 +120,8 @@ def _transforms(columns: dict[str, Any], join: list[str]) -> tuple[Transform, ..
 
 
 def split_cap(path: str, key: str) -> tuple[str, int | None]:
-    """`path#500` as the path and the most rows to take of it. A path without such an ending, or that
-    exists with it, has no cap.
+    """`path#500` as the path and the most rows to take of it. A path without such an ending, or
+    that exists with it, has no cap.
     """
     match = _CAP.fullmatch(path)
     if match is None or Path(path).expanduser().exists():

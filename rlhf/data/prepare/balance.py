@@ -28,15 +28,14 @@ def column_groups(items: Sequence[Item], column: str, step: str) -> list[str]:
     for item in items:
         value = item.columns.get(column)
         if not isinstance(value, (str, bool, int, float)):
-            near = nearest(column, [str(k) for k in item.columns])
-            found = (
-                f"found {describe(value)}"
-                if column in item.columns
-                else f"but it is missing{f'; nearest: {near!r}' if near else ''}"
-            )
+            if column in item.columns:
+                instead = f"found {describe(value)}"
+            else:
+                near = nearest(column, [str(k) for k in item.columns])
+                instead = "but it is missing" + (f"; nearest: {near!r}" if near else "")
             raise UserError(
                 f"{item.place}: step {step} needs a text, number or true/false in column "
-                f"{column!r}, {found}."
+                f"{column!r}, {instead}."
             )
         out.append(str(value))
     return out
@@ -91,9 +90,7 @@ def _copies(rows: Sequence[int], count: int, rng: random.Random) -> list[int]:
 
 
 def balance(options: Balance, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Even out the training rows. Copies follow after all rows; they name the row that they are
-    copies of.
-    """
+    """Even out the training rows: by weights, by copies, or by leaving rows out."""
     everything = list(items)
     train = [item for item in everything if item.split == "train"]
     if not train:
@@ -101,59 +98,74 @@ def balance(options: Balance, items: Iterator[Item], context: Context) -> Iterat
         return
     matrix = None
     if options.by is not Grouping.column or options.how is Balancing.under:
-        matrix = vectors(
-            [sides(item.columns, options.part, context.kind) for item in train],
-            options.vectors,
-            options.model,
-        )
+        texts = [sides(item.columns, options.part, context.kind) for item in train]
+        matrix = vectors(texts, options.vectors, options.model)
     groups: list[str | None]
-    groups = (
-        [*column_groups(train, str(options.column), "balance")]
-        if options.by is Grouping.column
-        else cluster_groups(matrix, options, context.seed)
-    )
+    if options.by is Grouping.column:
+        groups = [*column_groups(train, str(options.column), "balance")]
+    else:
+        groups = cluster_groups(matrix, options, context.seed)
     context.figures["before"] = _counts(groups)
     if options.how is Balancing.weight:
         for item, weight in zip(train, weights(groups), strict=True):
             item.columns[WEIGHT] = round(weight, 6)
         yield from everything
-        return
-    by_group = [
-        (groups[rows[0]], rows) for rows in members(_numbers(groups)) if groups[rows[0]] is not None
-    ]
-    if options.how is Balancing.over:
+    elif options.how is Balancing.over:
         yield from everything
-        smallest = math.ceil(max((len(rows) for _, rows in by_group), default=0) / options.ratio)
-        rng = random.Random(f"{context.seed}:over")
-        extra = [
-            index
-            for _, rows in by_group
-            for index in _copies(rows, max(0, smallest - len(rows)), rng)
-        ]
-        for index in extra:
-            item = train[index]
-            yield Item(deepcopy(item.columns), item.origin, item.number, item.split)
-        context.figures["after"] = _counts([*groups, *(groups[index] for index in extra)])
-        return
+        yield from _over(options, train, groups, context)
+    else:
+        yield from _under(options, everything, train, groups, matrix, context)
+
+
+def _by_group(groups: Sequence[str | None]) -> list[tuple[str | None, list[int]]]:
+    """(name, rows) of each group, without the rows of none."""
+    grouped = [(groups[rows[0]], rows) for rows in members(_numbers(groups))]
+    return [(name, rows) for name, rows in grouped if name is not None]
+
+
+def _over(
+    options: Balance, train: Sequence[Item], groups: Sequence[str | None], context: Context
+) -> Iterator[Item]:
+    """Copies of rows of the smaller groups; a copy names the row that it is a copy of."""
+    by_group = _by_group(groups)
+    smallest = math.ceil(max((len(rows) for _, rows in by_group), default=0) / options.ratio)
+    rng = random.Random(f"{context.seed}:over")
+    extra: list[int] = []
+    for _, rows in by_group:
+        extra += _copies(rows, max(0, smallest - len(rows)), rng)
+    for index in extra:
+        item = train[index]
+        yield Item(deepcopy(item.columns), item.origin, item.number, item.split)
+    context.figures["after"] = _counts([*groups, *(groups[index] for index in extra)])
+
+
+def _under(
+    options: Balance,
+    everything: Sequence[Item],
+    train: Sequence[Item],
+    groups: Sequence[str | None],
+    matrix: Any,
+    context: Context,
+) -> Iterator[Item]:
+    """All rows but those of the larger groups that are farthest from their group's centre."""
+    by_group = _by_group(groups)
     largest = math.floor(min((len(rows) for _, rows in by_group), default=0) * options.ratio)
-    out = {
-        index: name
-        for name, rows in by_group
-        for index in set(rows) - set(central(matrix, rows, largest))
-    }
-    gone = {id(train[index]): name for index, name in out.items()}
+    left_out: dict[int, str | None] = {}
+    for name, rows in by_group:
+        for index in set(rows) - set(central(matrix, rows, largest)):
+            left_out[index] = name
+    names = {id(train[index]): name for index, name in left_out.items()}
     for item in everything:
-        if id(item) in gone:
+        if id(item) in names:
             context.rejected(
                 item,
-                f"group {gone[id(item)]!r} has more than {largest} rows, and others are nearer "
+                f"group {names[id(item)]!r} has more than {largest} rows, and others are nearer "
                 "to its centre",
             )
         else:
             yield item
-    context.figures["after"] = _counts(
-        [group for index, group in enumerate(groups) if index not in out]
-    )
+    kept = [group for index, group in enumerate(groups) if index not in left_out]
+    context.figures["after"] = _counts(kept)
 
 
 def _numbers(groups: Sequence[str | None]) -> list[int]:

@@ -22,9 +22,13 @@ Form = Literal["NFC", "NFKC"]
 
 _FENCED = re.compile(r"(```.*?(?:```|\Z))", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
-_BLOCK = "address|article|aside|blockquote|center|dd|div|dl|dt|figure|footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre|section|table|tbody|td|th|tr|ul"
+_BLOCK = (
+    "address|article|aside|blockquote|center|dd|div|dl|dt|figure|footer|form|h[1-6]|header|"
+    "hr|li|main|nav|ol|p|pre|section|table|tbody|td|th|tr|ul"
+)
 _INLINE = (
-    "a|abbr|acronym|b|big|body|button|cite|code|col|colgroup|del|em|font|head|html|i|iframe|img|input|ins|kbd|label|link|mark|meta|option|q|s|samp|"
+    "a|abbr|acronym|b|big|body|button|cite|code|col|colgroup|del|em|font|head|html|i|iframe|img|"
+    "input|ins|kbd|label|link|mark|meta|option|q|s|samp|"
     "select|small|span|strike|strong|sub|sup|tfoot|thead|time|title|tt|u|var|wbr"
 )
 _BREAK = re.compile(rf"\s*</?(?:br|{_BLOCK})(?:\s[^<>]*)?/?>\s*", re.IGNORECASE)

@@ -28,7 +28,8 @@ _ENGLISH = (
     "with from as into about over under again there here when where why how what which who whom"
 )
 _CHINESE = (
-    "的 了 着 过 和 与 或 但 而 也 都 就 在 是 有 不 没 没有 我 你 他 她 它 我们 你们 他们 这 那 这个 那个 个 吗 呢 吧 啊 把 被 给 对 从 到 为 "
+    "的 了 着 过 和 与 或 但 而 也 都 就 在 是 有 不 没 没有 我 你 他 她 它 "
+    "我们 你们 他们 这 那 这个 那个 个 吗 呢 吧 啊 把 被 给 对 从 到 为 "
     "以 之 其 什么 怎么"
 )
 _CLOSING = tuple(".,;:!?)]}")

@@ -73,7 +73,10 @@ class Pattern:
 # Written for ASCII: \w and \d are A-Z, a-z, 0-9 and _, so that an address between Chinese
 # characters stands alone.
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_EMAIL = rf"(?<![\w.%+-])[A-Za-z0-9](?:[\w.%+-]{{0,62}}[\w%+-])?@(?:{_LABEL}\.)+[A-Za-z]{{2,24}}(?![\w@])"
+_EMAIL = (
+    r"(?<![\w.%+-])[A-Za-z0-9](?:[\w.%+-]{0,62}[\w%+-])?"
+    rf"@(?:{_LABEL}\.)+[A-Za-z]{{2,24}}(?![\w@])"
+)
 _IBAN = (
     r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?(?![A-Za-z0-9])"
 )

@@ -13,7 +13,7 @@ as they pass; the directory gets its name when the step is complete.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf.data.formats import Use
@@ -59,11 +59,11 @@ class _Running:
         target: Path,
         keep: bool,
         apply: Callable[[Iterator[Item]], Iterator[Item]],
+        alive: Alive,
     ) -> None:
-        self.report, self.context = report, context
-        self.alive: Alive = _nobody
+        self.report, self.context, self.alive = report, context, alive
         self._apply = apply
-        self._waited = 0.0  # seconds in which the steps before had the word
+        self._waited = 0.0  # seconds that the steps before took
         self._complete = False  # the rows that came in have ended
         self._writer = store.Writer(target, items=keep)
         context.rejected = self._reject
@@ -135,26 +135,69 @@ class _Running:
         self._writer.abandon()
 
 
-def _start(
-    step: Planned,
-    number: int,
-    key: str | None,
-    folder: Path,
-    kind: Use,
-    split_done: bool,
-    keep: bool,
-    score_pairs: ScorePairs | None,
-) -> _Running:
-    context = Context(
-        kind=kind, seed=step.seed, folder=folder, split_done=split_done, score_pairs=score_pairs
-    )
-    options, function = step.options, STEPS[step.name]
+@dataclass(slots=True)
+class _Chain:
+    """The steps of a pipeline that are open: their rows pass from one to the next."""
 
-    def apply(rows: Iterator[Item]) -> Iterator[Item]:
-        return function(options, rows, context)
+    kind: Use
+    folder: Path
+    keep: bool  # whether a step's rows are written
+    score_pairs: ScorePairs | None
+    alive: Alive
+    done: list[StepReport]
+    split_done: bool
+    open_steps: list[_Running] = field(default_factory=list)
 
-    report = StepReport(number, step.name, option_values(options), key)
-    return _Running(report, context, store.place(folder, number, step.name), keep, apply)
+    def read(self, source: ReadItems, key: str | None) -> Iterator[Item]:
+        """The rows of the reading, step 0."""
+        context = Context(self.kind, seed=0, folder=self.folder, split_done=self.split_done)
+        report = StepReport(0, READ, {}, key)
+        target = store.step_folder(self.folder, 0, READ)
+        running = _Running(report, context, target, False, lambda rows: source(context), self.alive)
+        self.open_steps.append(running)
+        return running.stream(iter(()))
+
+    def apply(
+        self, step: Planned, number: int, key: str | None, rows: Iterator[Item]
+    ) -> Iterator[Item]:
+        """The rows that come out of a step. A step that needs all rows runs to its end, so that
+        what it held is freed before the next step begins.
+        """
+        context = Context(
+            self.kind,
+            seed=step.seed,
+            folder=self.folder,
+            split_done=self.split_done,
+            score_pairs=self.score_pairs,
+        )
+        options, function = step.options, STEPS[step.name]
+        report = StepReport(number, step.name, option_values(options), key)
+        running = _Running(
+            report,
+            context,
+            store.step_folder(self.folder, number, step.name),
+            self.keep,
+            lambda rows: function(options, rows, context),
+            self.alive,
+        )
+        self.open_steps.append(running)
+        out = running.stream(rows)
+        self.split_done = self.split_done or options.splits
+        if not options.streaming:
+            out = iter(list(out))
+            self.finish()
+        return out
+
+    def finish(self) -> None:
+        """Every open step is through."""
+        while self.open_steps:
+            self.done.append(self.open_steps[0].finish())
+            self.open_steps.pop(0)
+
+    def abandon(self) -> None:
+        """A step failed, or whoever reads stopped early: nothing of the open steps stays."""
+        for running in self.open_steps:
+            running.abandon()
 
 
 def stream(
@@ -173,78 +216,49 @@ def stream(
     """The rows that come out of the last step; `done` gets a report for the reading and for each
     step, complete when the iterator is exhausted.
 
-    identity: what the source's rows are, such as its files' hashes; steps whose results for it lie
+    identity: what the source's rows are, such as its files' hashes; steps whose results for it are
     in `folder` are not run again. None: all run, and nothing is kept. keep: False writes no rows,
     only what was rejected. held_out: rows of split eval come in. score_pairs: what loads a reward
     model and scores pairs, for step label_noise. alive: called at every row of every step.
     """
     names = [READ, *(step.name for step in steps)]
-    targets = [store.place(folder, number, name) for number, name in enumerate(names)]
-    known = keys(steps, identity, kind) if identity is not None else [None] * len(names)
-    first = store.reusable(targets, [str(k) for k in known]) if identity is not None else 0
+    targets = [store.step_folder(folder, number, name) for number, name in enumerate(names)]
+    known: Sequence[str | None] = [None] * len(names)
+    first = 0  # steps that need not run
+    if identity is not None:
+        keyed = keys(steps, identity, kind)
+        known, first = keyed, store.reusable(targets, keyed)
     store.remove_others(folder, targets)
-    for target in targets[: first + 1] if first else []:
+    if first:
+        LOG.info("%d of %d steps are taken from %s", first, len(steps), folder / store.FOLDER)
+        done += _reused(targets[: first + 1])
+    split_done = held_out or any(step.options.splits for step in steps[:first])
+    keep = keep and identity is not None
+    chain = _Chain(kind, folder, keep, score_pairs, alive, done, split_done)
+    try:
+        rows = store.read_items(targets[first]) if first else chain.read(source, known[0])
+        for number, step in enumerate(steps[first:], start=first + 1):
+            rows = chain.apply(step, number, known[number], rows)
+        yield from rows
+        chain.finish()
+    finally:
+        chain.abandon()
+
+
+def _reused(targets: Sequence[Path]) -> Iterator[StepReport]:
+    """The reports of steps that are taken from an earlier run."""
+    for target in targets:
         report = store.read_report(target)
         assert report is not None
         report.reused = True
-        done.append(report)
-    open_steps: list[_Running] = []
-    try:
-        if first:
-            LOG.info("%d of %d steps are taken from %s", first, len(steps), folder / store.FOLDER)
-            rows = store.read_items(targets[first])
-        else:
-            reading = _reading(source, known[0], folder, kind, held_out)
-            reading.alive = alive
-            open_steps.append(reading)
-            rows = reading.stream(iter(()))
-        split_done = held_out or any(step.options.splits for step in steps[:first])
-        for number, step in enumerate(steps[first:], start=first + 1):
-            running = _start(
-                step,
-                number,
-                known[number],
-                folder,
-                kind,
-                split_done,
-                keep and identity is not None,
-                score_pairs,
-            )
-            running.alive = alive
-            open_steps.append(running)
-            rows = running.stream(rows)
-            split_done = split_done or step.options.splits
-            if not step.options.streaming:
-                # to its end, so that what the step held is freed before the next one begins
-                rows = iter(list(rows))
-                _finish(open_steps, done)
-        yield from rows
-        _finish(open_steps, done)
-    finally:
-        for running in open_steps:  # a step failed, or whoever reads stopped early
-            running.abandon()
-
-
-def _reading(
-    source: ReadItems, key: str | None, folder: Path, kind: Use, held_out: bool
-) -> _Running:
-    context = Context(kind=kind, seed=0, folder=folder, split_done=held_out)
-    report = StepReport(0, READ, {}, key)
-    return _Running(
-        report, context, store.place(folder, 0, READ), False, lambda rows: source(context)
-    )
-
-
-def _finish(open_steps: list[_Running], done: list[StepReport]) -> None:
-    while open_steps:
-        done.append(open_steps[0].finish())
-        open_steps.pop(0)
+        yield report
 
 
 def write_rejected(folder: Path, done: Sequence[StepReport]) -> Path:
     """rejected.jsonl in `folder`: every row that the reading and the steps left out."""
     return store.gather_rejected(
-        [store.place(folder, report.number, report.step) for report in done], folder / REJECTED_FILE
+        [store.step_folder(folder, report.number, report.step) for report in done],
+        folder / REJECTED_FILE,
     )
 
 
@@ -261,16 +275,16 @@ def run(
 
     pipeline: as data.pipeline, [{"step": "length", "low": 10}, "exact_duplicates"]; kind: sft,
     preference, unpaired or prompt; folder: where rejected rows (and steps' own files) go; identity:
-    a name for these items, under which results are kept there and found again. Raises UserError
+    a name for these items, under which results are kept there for later runs. Raises UserError
     before the first item is taken where the pipeline can't run.
     """
     if not isinstance(kind, Use) and kind not in {use.value for use in Use}:
         raise UserError(f"kind={kind!r}: expected one of {', '.join(use.value for use in Use)}.")
-    use, place = Use(kind), Path(folder).expanduser()
+    use, target = Use(kind), Path(folder).expanduser()
     steps = plan(pipeline, kind=use, seed=seed)
     done: list[StepReport] = []
     key = None if identity is None else digest(identity)
     kept = list(
-        stream(lambda context: iter(items), steps, kind=use, folder=place, done=done, identity=key)
+        stream(lambda context: iter(items), steps, kind=use, folder=target, done=done, identity=key)
     )
-    return Prepared(kept, done, write_rejected(place, done))
+    return Prepared(kept, done, write_rejected(target, done))

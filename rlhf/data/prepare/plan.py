@@ -33,7 +33,7 @@ REFUSED = {
 class Planned:
     """One step with its options, ready to run."""
 
-    place: str  # for messages: data.pipeline[2] (length)
+    where: str  # for messages: data.pipeline[2] (length)
     options: StepOptions
     seed: int
 
@@ -64,58 +64,56 @@ def plan(
     split_at = "data.eval_path" if held_out else None
     for index, entry in enumerate(pipeline):
         name, given = _entry(entry, f"data.pipeline[{index}]")
-        place = f"data.pipeline[{index}] ({name})"
-        options = _options(place, name, given)
+        where = f"data.pipeline[{index}] ({name})"
+        options = _options(where, name, given)
         if options.after_split and split_at is None:
             raise UserError(
-                f"{place}: runs after the split only, so that nothing made from a row can end on "
+                f"{where}: runs after the split only, so that nothing made from a row can end on "
                 "both sides. Put step split before it."
             )
         if kind is not None and kind.value not in options.kinds:
             raise UserError(
-                f"{place}: takes rows of kind {', '.join(sorted(options.kinds))}; these are of "
+                f"{where}: takes rows of kind {', '.join(sorted(options.kinds))}; these are of "
                 f"kind {kind.value}."
             )
         if options.splits and split_at is not None:
             raise UserError(
-                f"{place}: {split_at} already says which rows are held out: expected one split."
+                f"{where}: {split_at} already says which rows are held out: expected one split."
             )
-        _check_files(place, options)
-        out.append(Planned(place, options, step_seed(seed, name, seen[name])))
+        _check_files(where, options)
+        out.append(Planned(where, options, step_seed(seed, name, seen[name])))
         seen[name] += 1
-        split_at = place if options.splits else split_at
+        split_at = where if options.splits else split_at
     return out
 
 
-def _entry(entry: object, place: str) -> tuple[str, Mapping[str, Any]]:
+def _entry(entry: object, where: str) -> tuple[str, Mapping[str, Any]]:
     """Name and options of one entry. Raises UserError."""
     given: Mapping[str, Any] = {}
     name = entry
     if isinstance(entry, Mapping):
         if "step" not in entry:
             near = nearest("step", [str(k) for k in entry])
+            hint = f"; nearest key: {near!r}" if near else ""
             raise UserError(
-                f"{place}: expected {{step: NAME, option: value ...}}, found no "
-                f"'step'{f'; nearest key: {near!r}' if near else ''}."
+                f"{where}: expected {{step: NAME, option: value ...}}, found no 'step'{hint}."
             )
         name, given = entry["step"], {str(k): v for k, v in entry.items() if k != "step"}
     if not isinstance(name, str):
         raise UserError(
-            f"{place}: expected a step's name or {{step: NAME, option: value ...}}, found "
+            f"{where}: expected a step's name or {{step: NAME, option: value ...}}, found "
             f"{describe(name)}."
         )
     if name in REFUSED:
-        raise UserError(f"{place}: step {name} is refused: {REFUSED[name]}.")
+        raise UserError(f"{where}: step {name} is refused: {REFUSED[name]}.")
     if name not in STEPS:
         near = nearest(name, list(STEPS))
-        raise UserError(
-            f"{place}: no such step {name!r}.{f' Nearest: {near}.' if near else ''} Steps: "
-            f"{', '.join(STEPS)}."
-        )
+        hint = f" Nearest: {near}." if near else ""
+        raise UserError(f"{where}: no such step {name!r}.{hint} Steps: {', '.join(STEPS)}.")
     return name, given
 
 
-def _options(place: str, name: str, given: Mapping[str, Any]) -> StepOptions:
+def _options(where: str, name: str, given: Mapping[str, Any]) -> StepOptions:
     """Typed options: OmegaConf checks the types, __post_init__ the ranges. Raises UserError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -125,31 +123,28 @@ def _options(place: str, name: str, given: Mapping[str, Any]) -> StepOptions:
     for key in given:
         if key not in known:
             near = nearest(key, known)
+            hint = f" Nearest: {near}." if near else ""
             raise UserError(
-                f"{place}: no such option {key!r}.{f' Nearest: {near}.' if near else ''} "
-                f"Options: {', '.join(known) or 'none'}."
+                f"{where}: no such option {key!r}.{hint} Options: {', '.join(known) or 'none'}."
             )
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), dict(given)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"{place}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(options, StepOptions)
     return options
 
 
-def _check_files(place: str, options: StepOptions) -> None:
+def _check_files(where: str, options: StepOptions) -> None:
     for option, name in options.files().items():
         path = Path(name).expanduser()
-        if not path.exists():
-            near = (
-                nearest(path.name, [p.name for p in path.parent.iterdir()])
-                if path.parent.is_dir()
-                else None
-            )
-            raise UserError(
-                f"{place}: {option}={name}: no such file or "
-                f"directory.{f' Nearest in {path.parent}: {near}.' if near else ''}"
-            )
+        if path.exists():
+            continue
+        near = None
+        if path.parent.is_dir():
+            near = nearest(path.name, [p.name for p in path.parent.iterdir()])
+        hint = f" Nearest in {path.parent}: {near}." if near else ""
+        raise UserError(f"{where}: {option}={name}: no such file or directory.{hint}")
 
 
 def option_values(options: StepOptions) -> dict[str, Any]:
@@ -160,7 +155,9 @@ def option_values(options: StepOptions) -> dict[str, Any]:
             return value.value
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value
 
     return {f.name: plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
 

@@ -18,7 +18,7 @@ reading them twice gives the same rows.
 import csv
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,36 +78,35 @@ def disputed(subject: Subject, agreed: float) -> bool:
 
 def queue_row(subject: Subject, decision: Decision | None) -> Row:
     """A subject as a row of the queue file."""
-    said = "; ".join(f"{j.annotator}: {j.label}" for j in subject.judgements)
+    labels = "; ".join(f"{j.annotator}: {j.label}" for j in subject.judgements)
     texts = {key: readable(value) for key, value in subject.texts.items()}
     label, comment = (decision.label, decision.comment) if decision else ("", "")
-    return {"id": subject.id, **texts, "labels": said, "decision": label, "comment": comment}
+    return {"id": subject.id, **texts, "labels": labels, "decision": label, "comment": comment}
 
 
 def write_queue(rows: Sequence[Row], stem: Path) -> None:
     """`stem`.csv and `stem`.jsonl, each replaced whole."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(key for row in rows for key in row)) or [
-        "id",
-        "labels",
-        "decision",
-        "comment",
-    ]
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    if not names:
+        names = ["id", "labels", "decision", "comment"]
     table, lines = stem.with_name(stem.name + ".csv"), stem.with_name(stem.name + ".jsonl")
     beside = stem.with_name(stem.name + ".tmp")
     # the byte order mark tells spreadsheets that it is UTF-8
     with beside.open("w", encoding="utf-8-sig", newline="") as out:
         writer = csv.DictWriter(out, names)
         writer.writeheader()
-        writer.writerows(
-            {key: inert(value) if isinstance(value, str) else value for key, value in row.items()}
-            for row in rows
-        )
+        writer.writerows(map(_inert_row, rows))
     beside.replace(table)
     beside.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
     beside.replace(lines)
+
+
+def _inert_row(row: Row) -> Row:
+    """A row that no spreadsheet takes for formulas."""
+    return {key: inert(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def _filled(path: Path) -> bool:
@@ -128,16 +127,16 @@ def read_decisions(
     """Decisions by id; rows with an empty decision are passed over.
 
     Raises UserError naming file and row: no id, an item that the data doesn't have, texts that were
-    edited, a decision that is no label, and two different ones for an item.
+    edited, a decision that is no label, and two different decisions for an item.
     """
     known = {subject.id: subject for subject in found}
     out: dict[str, Decision] = {}
     for number, row in enumerate(read_rows(path, key="step review: decisions"), start=1):
-        place = f"{path}, row {number}"
+        where = f"{path}, row {number}"
         lacking = [key for key in ("id", "decision") if key not in row]
         if lacking:
             raise UserError(
-                f"{place}: expected the columns of a queue file that the step review wrote, "
+                f"{where}: expected the columns of a queue file that the step review wrote, "
                 f"found none called {lacking[0]!r}."
             )
         key, text = str(row["id"]), str("" if row["decision"] is None else row["decision"]).strip()
@@ -147,72 +146,62 @@ def read_decisions(
         subject = known.get(key)
         if subject is None:
             raise UserError(
-                f"{place}: the data has no item {key!r}. Expected the queue file of the same "
+                f"{where}: the data has no item {key!r}. Expected the queue file of the same "
                 "rows; take the row out if they are gone."
             )
-        for column, value in subject.texts.items():
-            if column not in row or _lines(str(row[column])) not in (
-                _lines(readable(value)),
-                _lines(inert(readable(value))),
-            ):
-                raise UserError(
-                    f"{place}: item {key!r} was judged with another text in {column!r} than the "
-                    "data has: the queue file was edited there, or "
-                    "the data changed. Decide it again in a fresh queue file."
-                )
-        label = (
-            DROP if text.lower() == DROP and DROP not in map(str, labels) else typed(text, labels)
-        )
-        if label != DROP and label not in labels:
-            label = typed(bare(text), labels)
-        if label != DROP and label not in labels:
-            raise UserError(
-                f"{place}: decision {text!r}: expected one of {', '.join(map(str, labels))}, or "
-                f"{DROP}."
-            )
-        decision = Decision(label, bare(str(row.get("comment") or "")))
+        _check_same_texts(row, subject, where)
+        label = _decided_label(text, labels, where)
         if key in out and out[key].label != label:
             raise UserError(
-                f"{place}: item {key!r} is decided twice, as {out[key].label!r} and as "
+                f"{where}: item {key!r} is decided twice, as {out[key].label!r} and as "
                 f"{label!r}: expected one decision."
             )
-        out[key] = decision
+        out[key] = Decision(label, bare(str(row.get("comment") or "")))
     return out
 
 
+def _check_same_texts(row: Row, subject: Subject, where: str) -> None:
+    """Raises UserError for a row whose texts aren't those of the data."""
+    for column, value in subject.texts.items():
+        text = readable(value)
+        if column in row and _lines(str(row[column])) in (_lines(text), _lines(inert(text))):
+            continue
+        raise UserError(
+            f"{where}: item {subject.id!r} was judged with another text in {column!r} than the "
+            "data has: the queue file was edited there, or "
+            "the data changed. Decide it again in a fresh queue file."
+        )
+
+
+def _decided_label(text: str, labels: Sequence[Any], where: str) -> Any:
+    """The label that a decision's text is, or DROP. Raises UserError for anything else."""
+    if text.lower() == DROP and DROP not in map(str, labels):
+        return DROP
+    for candidate in (text, bare(text)):
+        label = typed(candidate, labels)
+        if label == DROP or label in labels:
+            return label
+    raise UserError(
+        f"{where}: decision {text!r}: expected one of {', '.join(map(str, labels))}, or {DROP}."
+    )
+
+
 def review(options: Review, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Rows pass as they are; items that `decisions` decides become one row each, and dropped ones
+    """Rows pass as they are; items that `decisions` decides become one row each, and dropped items
     are rejected.
 
     Writes the queue of the items that are disputed, with the decisions that were read. Raises
-    UserError as `subjects` and `read_decisions`, and where a queue file would replace one that
+    UserError as `subjects` and `read_decisions`, and where a queue file would replace another that
     holds decisions which are not read.
     """
     rows = list(items)
     found = subjects(rows, options, context)
-    labels: Sequence[Any] = (
-        SIDES
-        if by_side(options, context.kind)
-        else sorted_labels(j.label for s in found for j in s.judgements)
-    )
-    decisions = (
-        read_decisions(options.decisions, found, labels) if options.decisions is not None else {}
-    )
     stem = context.folder / options.queue
+    decisions: dict[str, Decision] = {}
     if options.decisions is None:
-        filled = next(
-            (
-                p
-                for suffix in (".csv", ".jsonl")
-                if _filled(p := stem.with_name(stem.name + suffix))
-            ),
-            None,
-        )
-        if filled is not None:
-            raise UserError(
-                f"step review: {filled} holds decisions that would be lost. Name it as "
-                "decisions, or set another queue."
-            )
+        _check_not_filled(stem)
+    else:
+        decisions = read_decisions(options.decisions, found, _labels(found, options, context))
     queued = [
         subject for subject in found if subject.id in decisions or disputed(subject, options.agreed)
     ]
@@ -233,30 +222,58 @@ def review(options: Review, items: Iterator[Item], context: Context) -> Iterator
             waiting,
             stem,
         )
+    yield from _decided_rows(rows, found, decisions, options, context)
+
+
+def _labels(found: Sequence[Subject], options: Review, context: Context) -> Sequence[Any]:
+    """The labels that a decision may be."""
+    if by_side(options, context.kind):
+        return SIDES
+    return sorted_labels(j.label for subject in found for j in subject.judgements)
+
+
+def _check_not_filled(stem: Path) -> None:
+    """Raises UserError where an existing queue file holds decisions."""
+    for suffix in (".csv", ".jsonl"):
+        path = stem.with_name(stem.name + suffix)
+        if _filled(path):
+            raise UserError(
+                f"step review: {path} holds decisions that would be lost. Name it as "
+                "decisions, or set another queue."
+            )
+
+
+def _decided_rows(
+    rows: Sequence[Item],
+    found: Sequence[Subject],
+    decisions: Mapping[str, Decision],
+    options: Review,
+    context: Context,
+) -> Iterator[Item]:
+    """The rows, where those of a decided item become one row, or none."""
     subject_of = {id(row): subject for subject in found for row in subject.rows}
     done: set[str] = set()
     for row in rows:
         subject = subject_of.get(id(row))
-        if subject is None:  # rejected above
+        if subject is None:  # rejected by `subjects`
             continue
         decision = decisions.get(subject.id)
         if decision is None:
             yield row
         elif subject.id not in done:
             done.add(subject.id)
-            if decision.label == DROP:
-                reject(
-                    subject,
-                    f"dropped in review{f': {decision.comment!r}' if decision.comment else ''}",
-                    context,
-                )
-            else:
-                for other in subject.rows[1:]:
-                    context.rejected(other, f"decided in review, with '{subject.rows[0].place}'")
-                yield settled(
-                    subject,
-                    decision.label,
-                    options,
-                    context.kind,
-                    {REVIEWED: True, options.annotator: REVIEWER},
-                )
+            yield from _decided(subject, decision, options, context)
+
+
+def _decided(
+    subject: Subject, decision: Decision, options: Review, context: Context
+) -> Iterator[Item]:
+    """The row of a decided item; a dropped item is rejected."""
+    if decision.label == DROP:
+        comment = f": {decision.comment!r}" if decision.comment else ""
+        reject(subject, f"dropped in review{comment}", context)
+        return
+    for other in subject.rows[1:]:
+        context.rejected(other, f"decided in review, with '{subject.rows[0].place}'")
+    reviewed = {REVIEWED: True, options.annotator: REVIEWER}
+    yield settled(subject, decision.label, options, context.kind, reviewed)

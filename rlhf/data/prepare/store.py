@@ -86,7 +86,8 @@ def rejected_row(step: str, reason: str, file: str, row: int, content: Any) -> d
     return {"step": step, "reason": reason, "file": file, "row": row, "content": content}
 
 
-def place(folder: Path, number: int, name: str) -> Path:
+def step_folder(folder: Path, number: int, name: str) -> Path:
+    """The directory of a step's results in the run directory `folder`."""
     return folder / FOLDER / f"{number:02d}-{name}"
 
 

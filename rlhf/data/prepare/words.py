@@ -2,7 +2,6 @@
 without spaces between words.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ def bounded(term: str) -> str:
 
 
 def has_han(text: str) -> bool:
+    """Whether a text holds a Chinese character."""
     return _compiled(_HAN).search(text) is not None
 
 
@@ -47,18 +47,20 @@ def in_case_of(model: str, word: str) -> str:
     cased = [c for c in model if c.isupper() or c.islower()]
     if len(cased) > 1 and all(c.isupper() for c in cased):
         return word.upper()
-    return word[0].upper() + word[1:] if cased and cased[0].isupper() else word
+    if cased and cased[0].isupper():
+        return word[0].upper() + word[1:]
+    return word
 
 
 def read_yaml(path: str, key: str) -> Any:
     """A YAML file's content. Raises UserError: no such file, not YAML, not UTF-8, empty."""
     import yaml
 
-    place = Path(path).expanduser()
-    if not place.is_file():
+    file = Path(path).expanduser()
+    if not file.is_file():
         raise UserError(f"{key}={path}: no such file.")
     try:
-        content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"{key}={path}: not a readable YAML file ({' '.join(str(error).split())})."
@@ -68,17 +70,18 @@ def read_yaml(path: str, key: str) -> Any:
     return content
 
 
-def word_list(value: Any, place: str) -> list[str]:
+def word_list(value: Any, where: str) -> list[str]:
     """A YAML value as words: a text or a list of texts. Raises UserError; YAML reads no, yes, on
     and numbers as something else.
     """
-    words: Sequence[Any] = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return []
+    words = value if isinstance(value, list) else [value]
     for word in words:
-        if not isinstance(word, str) or not word.strip():
-            kind = (
-                "an empty one"
-                if isinstance(word, str)
-                else f"{word!r}; put it in quotes if it is a word"
+        if not isinstance(word, str):
+            raise UserError(
+                f"{where}: expected words, found {word!r}; put it in quotes if it is a word."
             )
-            raise UserError(f"{place}: expected words, found {kind}.")
+        if not word.strip():
+            raise UserError(f"{where}: expected words, found an empty one.")
     return [word.strip() for word in words]

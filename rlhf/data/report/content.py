@@ -207,77 +207,59 @@ def cluster(texts: Sequence[str], seed: int) -> Clustering:
     rows = {(vectors[i].indices.tobytes(), vectors[i].data.tobytes()) for i in range(len(texts))}
     k = min(_CLUSTERS, len(rows), max(2, int(math.sqrt(len(texts) / 2))))
     model = KMeans(n_clusters=k, n_init=1, max_iter=50, random_state=seed).fit(vectors)
-    order = [label for label, _ in Counter(model.labels_.tolist()).most_common()]
-    place = {label: i for i, label in enumerate(order)}
+    labels = model.labels_.tolist()
+    order = [label for label, _ in Counter(labels).most_common()]
+    number = {label: i for i, label in enumerate(order)}
     names = vectorizer.get_feature_names_out()
-    terms = [
-        [str(names[t]) for t in np.argsort(-model.cluster_centers_[label], kind="stable")[:6]]
-        for label in order
-    ]
-    return Clustering([place[label] for label in model.labels_.tolist()], terms)
+    terms = []
+    for label in order:
+        heaviest = np.argsort(-model.cluster_centers_[label], kind="stable")[:6]
+        terms.append([str(names[term]) for term in heaviest])
+    return Clustering([number[label] for label in labels], terms)
 
 
 def clustered(items: Sequence[Item], settings: Settings) -> Section:
-    """How evenly the rows lie over clusters of words."""
-    title = "Clusters"
+    """How evenly the rows are spread over clusters of words."""
     some = sampled(items, settings)
     if len(some) < _CLUSTER_ROWS:
-        return Section(
-            "clusters",
-            title,
-            {},
-            unmeasured=f"{len(some)} rows are too few: at least {_CLUSTER_ROWS}",
-        )
+        reason = f"{len(some)} rows are too few: at least {_CLUSTER_ROWS}"
+        return Section("clusters", "Clusters", {}, unmeasured=reason)
     try:
-        found = cluster([joined(item.columns) for item in some], settings.seed)
+        clustering = cluster([joined(item.columns) for item in some], settings.seed)
     except ValueError as error:  # scikit-learn: no word is in two texts but not in half of them
-        return Section(
-            "clusters",
-            title,
-            {},
-            unmeasured=f"the texts share no words that tell them apart ({error})",
-        )
-    counts = Counter(found.members)
-    sizes = [counts[i] for i in range(len(found.terms)) if counts[i]]
-    effective = math.exp(entropy(sizes))
+        reason = f"the texts share no words that tell them apart ({error})"
+        return Section("clusters", "Clusters", {}, unmeasured=reason)
+    counts = Counter(clustering.members)
+    sizes = [counts[i] for i in range(len(clustering.terms)) if counts[i]]
+    shares = [size / len(some) for size in sizes]
     figures = {
         "rows": len(some),
         "clusters": len(sizes),
-        "effective": effective,
+        "effective": math.exp(entropy(sizes)),
         "sizes": sizes,
-        "largest_share": sizes[0] / len(some),
+        "largest_share": shares[0],
     }
     findings: tuple[Finding, ...] = ()
-    if sizes[0] / len(some) > _LARGEST:
+    if shares[0] > _LARGEST:
         rows = [
             (item, "in the largest cluster")
-            for item, c in zip(some, found.members, strict=True)
-            if c == 0
+            for item, member in zip(some, clustering.members, strict=True)
+            if member == 0
         ]
-        said = (
-            f"one cluster of {len(sizes)} holds {sizes[0] / len(some):.0%} of the rows "
-            f"({', '.join(found.terms[0][:3])})"
+        message = (
+            f"one cluster of {len(sizes)} holds {shares[0]:.0%} of the rows "
+            f"({', '.join(clustering.terms[0][:3])})"
         )
         findings = finding(
-            "one_cluster", Severity.warn, said, REMEDIES["one_cluster"], rows, settings.named
+            "one_cluster", Severity.warn, message, REMEDIES["one_cluster"], rows, settings.named
         )
     rows_shown = tuple(
-        (i + 1, n, n / len(some), ", ".join(found.terms[i])) for i, n in enumerate(sizes)
+        (i + 1, size, shares[i], ", ".join(clustering.terms[i])) for i, size in enumerate(sizes)
     )
-    plot = Bars(
-        "Rows by cluster",
-        "rows",
-        tuple(str(i + 1) for i in range(len(sizes))),
-        tuple(map(float, sizes)),
-    )
-    return Section(
-        "clusters",
-        title,
-        figures,
-        findings,
-        (Table("Clusters", ("cluster", "rows", "share", "words"), rows_shown),),
-        (plot,),
-    )
+    table = Table("Clusters", ("cluster", "rows", "share", "words"), rows_shown)
+    names = tuple(str(i + 1) for i in range(len(sizes)))
+    plot = Bars("Rows by cluster", "rows", names, tuple(map(float, sizes)))
+    return Section("clusters", "Clusters", figures, findings, (table,), (plot,))
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:

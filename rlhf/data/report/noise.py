@@ -12,7 +12,10 @@ from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
 from rlhf.process.extras import require
 
-_TAGS = "a|b|i|u|p|br|hr|li|ul|ol|td|tr|th|em|h[1-6]|div|span|font|table|tbody|strong|center|script|style|img|input|form|button|body|html|head|iframe"
+_TAGS = (
+    "a|b|i|u|p|br|hr|li|ul|ol|td|tr|th|em|h[1-6]|div|span|font|table|tbody|strong|center|"
+    "script|style|img|input|form|button|body|html|head|iframe"
+)
 HTML = re.compile(
     rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>|&(?:amp|lt|gt|quot|apos|nbsp|#\d{{1,6}}|#x[0-9a-f]{{1,6}});",
     re.IGNORECASE,

@@ -6,6 +6,7 @@ scripts and requests besides.
 """
 
 import html
+from collections import Counter
 from collections.abc import Iterable
 
 from rlhf.data.report.plots import draw
@@ -14,22 +15,43 @@ from rlhf.data.report.texts import safe
 
 _SHOWN = 20  # rows of a finding on the page; report.json has as many as data.report_rows
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f2f4f7; --line: #c9d0d8; --link: #1f5fa8;
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f2f4f7;
+  --line: #c9d0d8; --link: #1f5fa8;
   --fail: #a51d24; --warn: #7a4b00; --info: #1f5fa8; --pass: #17663a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --paper: #14171b; --soft: #20252b; --line: #454d57; --link: #8fbcf5;
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --paper: #14171b; --soft: #20252b;
+  --line: #454d57; --link: #8fbcf5;
   --fail: #ff9a9a; --warn: #f2c46d; --info: #8fbcf5; --pass: #84d6a3; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 72rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  margin: 0 auto; max-width: 72rem;
   padding: 1rem 1.25rem 4rem; }
-h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-a { color: var(--link); } nav ul { display: flex; flex-wrap: wrap; gap: 0 1.25rem; list-style: none; padding: 0; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .75rem 0; } caption { text-align: left; font-weight: 600; padding: .25rem 0; }
-th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; } th { background: var(--soft); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } td bdi { overflow-wrap: anywhere; }
-.finding { border-left: .3rem solid var(--line); background: var(--soft); padding: .5rem .9rem; margin: .9rem 0; }
-.finding.fail { border-color: var(--fail); } .finding.warn { border-color: var(--warn); } .finding.info { border-color: var(--info); }
-.finding p { margin: .25rem 0; } .mark { font-weight: 700; } .fail .mark, .mark.fail { color: var(--fail); } .warn .mark { color: var(--warn); }
-.info .mark { color: var(--info); } .mark.pass { color: var(--pass); } code { font-size: .92em; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; } figcaption { font-weight: 600; } svg { max-width: 100%; height: auto; } summary { cursor: pointer; }
+h1, h2, h3 { line-height: 1.25; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+a { color: var(--link); }
+nav ul { display: flex; flex-wrap: wrap; gap: 0 1.25rem; list-style: none; padding: 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .75rem 0; }
+caption { text-align: left; font-weight: 600; padding: .25rem 0; }
+th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left;
+  vertical-align: top; }
+th { background: var(--soft); }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td bdi { overflow-wrap: anywhere; }
+.finding { border-left: .3rem solid var(--line); background: var(--soft); padding: .5rem .9rem;
+  margin: .9rem 0; }
+.finding.fail { border-color: var(--fail); }
+.finding.warn { border-color: var(--warn); }
+.finding.info { border-color: var(--info); }
+.finding p { margin: .25rem 0; }
+.mark { font-weight: 700; }
+.fail .mark, .mark.fail { color: var(--fail); }
+.warn .mark { color: var(--warn); }
+.info .mark { color: var(--info); }
+.mark.pass { color: var(--pass); }
+code { font-size: .92em; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; }
+figcaption { font-weight: 600; }
+svg { max-width: 100%; height: auto; }
+summary { cursor: pointer; }
 """
 
 
@@ -83,20 +105,22 @@ def _table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[str | int | float | None]]
 ) -> str:
     head = "".join(f'<th scope="col">{_text(c)}</th>' for c in columns)
-    body = "".join("<tr>" + "".join(_cell(v) for v in row) + "</tr>" for row in rows)
-    return (
-        "<div "
-        f'class="wide"><table><caption>{_text(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return _wide(f"<caption>{_text(title)}</caption>", head, body)
+
+
+def _wide(caption: str, head: str, body: str) -> str:
+    """A table that scrolls by itself where it is wider than the page."""
+    table = f"{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide"><table>{table}</table></div>'
 
 
 def _findings(findings: list[Finding]) -> str:
-    counts = {severity: sum(f.severity is severity for f in findings) for severity in Severity}
-    said = ", ".join(
-        f"{counts[s]} {s.value}" for s in (Severity.fail, Severity.warn, Severity.info)
-    )
+    counts = Counter(finding.severity for finding in findings)
+    severities = (Severity.fail, Severity.warn, Severity.info)
+    shown = ", ".join(f"{counts[severity]} {severity.value}" for severity in severities)
     inner = "".join(_finding(f) for f in findings) or "<p>Nothing was found.</p>"
-    return f'<section id="findings"><h2>Findings</h2><p>{said}.</p>{inner}</section>'
+    return f'<section id="findings"><h2>Findings</h2><p>{shown}.</p>{inner}</section>'
 
 
 def _finding(finding: Finding) -> str:
@@ -105,21 +129,20 @@ def _finding(finding: Finding) -> str:
         f'<article class="finding {mark}"><p><span class="mark">{mark}</span> '
         f"<strong>{_text(finding.check)}</strong>: {_text(finding.message)}</p>"
     )
-    out += f"<p>Mend it: {_remedy(finding.remedy)}</p>"
+    out += f"<p>Repair: {_remedy(finding.remedy)}</p>"
     if finding.rows:
         shown = finding.rows[:_SHOWN]
         rows = [(f"{r.file}, row {r.row}", r.split, r.note, r.excerpt) for r in shown]
-        title = (
-            f"The first {len(shown)} of {finding.total:,} rows"
-            if finding.total > len(shown)
-            else f"All {finding.total:,} rows"
-        )
-        out += f"<details><summary>{title}</summary>{_table(title, ('place', 'split', 'what', 'text'), rows)}</details>"
+        title = f"All {finding.total:,} rows"
+        if finding.total > len(shown):
+            title = f"The first {len(shown)} of {finding.total:,} rows"
+        table = _table(title, ("place", "split", "what", "text"), rows)
+        out += f"<details><summary>{title}</summary>{table}</details>"
     return out + "</article>"
 
 
 def _remedy(remedy: str) -> str:
-    """Text; what stands in backticks is set as code."""
+    """Text, in which what is in backticks is set as code."""
     parts = remedy.split("`")
     return "".join(
         f"<code>{html.escape(part)}</code>" if i % 2 else html.escape(part)
@@ -140,13 +163,11 @@ def _standards(standards: Iterable[Standard]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{_text(s.name)}</th><td><span class="mark '
         f'{marks[s.verdict]}">{s.verdict.value}</span></td>'
-        f"<td>{_text(s.found)}</td><td>{_text(s.expected)}</td><td>{_text(s.source)}</td><td>{_remedy(s.remedy)}</td></tr>"
+        f"<td>{_text(s.found)}</td><td>{_text(s.expected)}</td><td>{_text(s.source)}</td>"
+        f"<td>{_remedy(s.remedy)}</td></tr>"
         for s in standards
     )
-    inner = (
-        "<div "
-        f'class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    inner = _wide("", head, rows)
     return f'<section id="standards"><h2>Quality standards</h2>{inner}</section>'
 
 

@@ -5,10 +5,11 @@ decides.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from rlhf.data.prepare.items import Item, answers_of, joined, prompt_of
 from rlhf.data.prepare.texts import normalised
-from rlhf.data.report.records import Histogram, Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Finding, Histogram, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import wilson, words
 
@@ -27,17 +28,19 @@ def contradicting(items: Sequence[Item]) -> list[tuple[int, int]]:
     """(row, the first row that judges the same two answers to the same prompt the other way), for
     every row of such a pair of two texts.
     """
-    found: dict[tuple[str, frozenset[str]], dict[str, int]] = defaultdict(dict)
+    # first row by chosen text, of each prompt with two answers
+    firsts: dict[tuple[str, frozenset[str]], dict[str, int]] = defaultdict(dict)
     pairs = []
     for index, item in enumerate(items):
         prompt = normalised(prompt_of(item.columns)) if item.columns.get("prompt") else ""
         chosen, rejected = map(normalised, sides(item))
-        pairs.append((chosen, (prompt, frozenset((chosen, rejected)))))
+        key = prompt, frozenset((chosen, rejected))
+        pairs.append((chosen, key))
         if chosen != rejected:
-            found[prompt, frozenset((chosen, rejected))].setdefault(chosen, index)
+            firsts[key].setdefault(chosen, index)
     out = []
-    for index, (chosen, pair) in enumerate(pairs):
-        others = [first for winner, first in found.get(pair, {}).items() if winner != chosen]
+    for index, (chosen, key) in enumerate(pairs):
+        others = [first for winner, first in firsts.get(key, {}).items() if winner != chosen]
         out += [(index, other) for other in others]
     return out
 
@@ -56,12 +59,8 @@ def length_preference(differences: Sequence[float]) -> tuple[float, float, float
     longer = sum(d > 0 for d in differing)
     low, high = wilson(longer, len(differing))
     mean = sum(differences) / len(differences)
-    return (
-        longer / len(differing),
-        low,
-        high,
-        mean / math.sqrt(sum(d * d for d in differences) / len(differences)),
-    )
+    mean_square = sum(d * d for d in differences) / len(differences)
+    return longer / len(differing), low, high, mean / math.sqrt(mean_square)
 
 
 def pairs(items: Sequence[Item], settings: Settings) -> Section:
@@ -72,14 +71,14 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
     texts = [sides(item) for item in items]
     equal = [
         (item, "both sides are the same")
-        for item, (a, b) in zip(items, texts, strict=True)
-        if normalised(a) == normalised(b)
+        for item, (chosen, rejected) in zip(items, texts, strict=True)
+        if normalised(chosen) == normalised(rejected)
     ]
     against = [
         (items[i], f"{items[j].place} judges the same two answers the other way")
         for i, j in contradicting(items)
     ]
-    lengths = [(len(words(a)), len(words(b))) for a, b in texts]
+    lengths = [(len(words(chosen)), len(words(rejected))) for chosen, rejected in texts]
     share, low, high, correlation = length_preference([a - b for a, b in lengths])
     findings = [
         *finding(
@@ -100,19 +99,7 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
         ),
     ]
     if (low > 0.5 and share >= BIASED) or (high < 0.5 and share <= 1 - BIASED):
-        longer = share > 0.5
-        marked = [
-            (item, f"{a} against {b} words")
-            for item, (a, b) in zip(items, lengths, strict=True)
-            if a != b and (a > b) == longer
-        ]
-        said = (
-            f"the {'longer' if longer else 'shorter'} side is chosen in "
-            f"{max(share, 1 - share):.0%} of the pairs whose lengths differ"
-        )
-        findings += finding(
-            "length_bias", Severity.warn, said, REMEDIES["length_bias"], marked, settings.named
-        )
+        findings += _length_bias(items, lengths, share, settings.named)
     figures = {
         "pairs": len(items),
         "equal_sides": len(equal),
@@ -123,44 +110,63 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
         "length_correlation": correlation,
         "equal_length": sum(a == b for a, b in lengths),
     }
-    rows = (
-        ("pairs", len(items)),
-        ("equal sides", len(equal)),
-        ("rows that another one contradicts", len(against)),
-        ("longer side chosen, share", share),
-        ("its 95 % interval", f"{low:.3f} to {high:.3f}"),
-        ("correlation of length difference (words) and preference", correlation),
+    table, plot = _table(figures), _length_plot(lengths)
+    return Section("pairs", title, figures, tuple(findings), (table,), (plot,))
+
+
+def _length_bias(
+    items: Sequence[Item], lengths: Sequence[tuple[int, int]], share: float, named: int
+) -> tuple[Finding, ...]:
+    """The finding that length decides, `share` being that of the longer sides chosen."""
+    longer = share > 0.5
+    marked = [
+        (item, f"{a} against {b} words")
+        for item, (a, b) in zip(items, lengths, strict=True)
+        if a != b and (a > b) == longer
+    ]
+    message = (
+        f"the {'longer' if longer else 'shorter'} side is chosen in "
+        f"{max(share, 1 - share):.0%} of the pairs whose lengths differ"
     )
-    differences = {"chosen - rejected": [float(a - b) for a, b in lengths]}
-    plots = (
-        Histogram(
-            "Length of the chosen side minus the rejected one",
-            "words",
-            differences,
-            mark=0.0,
-            mark_name="equal",
+    return finding("length_bias", Severity.warn, message, REMEDIES["length_bias"], marked, named)
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    interval = f"{figures['longer_chosen_low']:.3f} to {figures['longer_chosen_high']:.3f}"
+    rows = (
+        ("pairs", figures["pairs"]),
+        ("equal sides", figures["equal_sides"]),
+        ("rows that another one contradicts", figures["contradicting_rows"]),
+        ("longer side chosen, share", figures["longer_chosen"]),
+        ("its 95 % interval", interval),
+        (
+            "correlation of length difference (words) and preference",
+            figures["length_correlation"],
         ),
     )
-    return Section(
-        "pairs",
-        title,
-        figures,
-        tuple(findings),
-        (Table("Pairs", ("figure", "value"), rows),),
-        plots,
+    return Table("Pairs", ("figure", "value"), rows)
+
+
+def _length_plot(lengths: Sequence[tuple[int, int]]) -> Histogram:
+    return Histogram(
+        "Length of the chosen side minus the rejected one",
+        "words",
+        {"chosen - rejected": [float(a - b) for a, b in lengths]},
+        mark=0.0,
+        mark_name="equal",
     )
 
 
 def judged(items: Sequence[Item], settings: Settings) -> Section:
     """Answers judged by themselves: the same answer to the same prompt, once good and once bad."""
-    found: dict[str, dict[str, int]] = defaultdict(dict)
+    firsts: dict[str, dict[str, int]] = defaultdict(dict)  # first row by label, of each text
     keys = [normalised(joined(item.columns)) for item in items]
     for index, (item, key) in enumerate(zip(items, keys, strict=True)):
-        found[key].setdefault(str(item.columns["label"]), index)
+        firsts[key].setdefault(str(item.columns["label"]), index)
     against = [
         (item, f"{items[first].place} judges the same answer the other way")
         for item, key in zip(items, keys, strict=True)
-        for label, first in found[key].items()
+        for label, first in firsts[key].items()
         if label != str(item.columns["label"])
     ]
     message = f"{len(against)} rows judge the same answer to the same prompt in opposite ways"

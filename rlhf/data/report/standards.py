@@ -17,91 +17,54 @@ ROWS = {
 }
 
 
+_SOURCES = {
+    "accuracy": "acceptance level usual in annotation contracts; set by this toolkit",
+    "kappa": "Landis and Koch 1977: above 0.8 is 'almost perfect'; Krippendorff 2004 draws the "
+    "same line",
+    "rows": "rule of thumb of this toolkit: 1k-5k simple, 5k-20k medium, 20k and more complex",
+}
+
+
+def _standard(key: str, name: str, passed: bool | None, shown: str, expected: str) -> Standard:
+    """A standard that is met, missed, or (None) unknown; `key` is its own in _SOURCES."""
+    result = StandardResult.unknown
+    if passed is not None:
+        result = StandardResult.passed if passed else StandardResult.failed
+    return Standard(name, result, shown, expected, _SOURCES[key], REMEDIES[f"standard_{key}"])
+
+
 def accuracy(gold: Section) -> Standard:
     """Labels against gold items, above 95 %."""
-    source = "acceptance level usual in annotation contracts; set by this toolkit"
     name, expected = "accuracy of labels against gold items", f"above {ACCURACY:.0%}"
     if gold.unmeasured is not None:
-        return Standard(
-            name,
-            StandardResult.unknown,
-            gold.unmeasured,
-            expected,
-            source,
-            REMEDIES["standard_accuracy"],
-        )
+        return _standard("accuracy", name, None, gold.unmeasured, expected)
     f = gold.figures
-    found = f"{f['accuracy']:.1%} of {f['items']} (95 % interval {f['low']:.1%} to {f['high']:.1%})"
-    return Standard(
-        name,
-        StandardResult.passed if f["accuracy"] > ACCURACY else StandardResult.failed,
-        found,
-        expected,
-        source,
-        REMEDIES["standard_accuracy"],
-    )
+    shown = f"{f['accuracy']:.1%} of {f['items']} (95 % interval {f['low']:.1%} to {f['high']:.1%})"
+    return _standard("accuracy", name, f["accuracy"] > ACCURACY, shown, expected)
 
 
 def kappa(annotators: Section) -> Standard:
     """Agreement of annotators beyond chance, above 0.8."""
-    source = (
-        "Landis and Koch 1977: above 0.8 is 'almost perfect'; Krippendorff 2004 draws the same line"
-    )
     name, expected = "agreement of annotators (kappa)", f"above {KAPPA}"
     if annotators.unmeasured is not None:
-        return Standard(
-            name,
-            StandardResult.unknown,
-            annotators.unmeasured,
-            expected,
-            source,
-            REMEDIES["standard_kappa"],
-        )
+        return _standard("kappa", name, None, annotators.unmeasured, expected)
     measured: Mapping[str, object] = annotators.figures["kappa"]
     value = measured["value"]
     if not isinstance(value, float):
         reason = f"{measured['name']} is undefined: every label is the same"
-        return Standard(
-            name, StandardResult.unknown, reason, expected, source, REMEDIES["standard_kappa"]
-        )
-    return Standard(
-        name,
-        StandardResult.passed if value > KAPPA else StandardResult.failed,
-        f"{measured['name']} {value:.3f}",
-        expected,
-        source,
-        REMEDIES["standard_kappa"],
-    )
+        return _standard("kappa", name, None, reason, expected)
+    return _standard("kappa", name, value > KAPPA, f"{measured['name']} {value:.3f}", expected)
 
 
 def enough(rows: int, task: TaskClass | None) -> Standard:
     """Training rows for the class of task. More than the class asks for passes."""
-    source = "rule of thumb of this toolkit: 1k-5k simple, 5k-20k medium, 20k and more complex"
     name = "training rows for the task"
     if task is None:
         reason = f"{rows:,} rows; set data.task to simple, medium or complex"
-        return Standard(
-            name,
-            StandardResult.unknown,
-            reason,
-            "as many as the class of task needs",
-            source,
-            REMEDIES["standard_rows"],
-        )
+        return _standard("rows", name, None, reason, "as many as the class of task needs")
     low, high = ROWS[task]
-    expected = (
-        f"{task.value}: {low:,} to {high:,}"
-        if high is not None
-        else f"{task.value}: {low:,} and more"
-    )
-    return Standard(
-        name,
-        StandardResult.passed if rows >= low else StandardResult.failed,
-        f"{rows:,}",
-        expected,
-        source,
-        REMEDIES["standard_rows"],
-    )
+    limits = f"{low:,} and more" if high is None else f"{low:,} to {high:,}"
+    return _standard("rows", name, rows >= low, f"{rows:,}", f"{task.value}: {limits}")
 
 
 def standards(

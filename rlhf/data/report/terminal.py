@@ -21,14 +21,11 @@ def tables(report: Report) -> list[Any]:
     from rich.text import Text
 
     def cell(value: object) -> Text:
-        return Text(
-            f"{value:.4g}"
-            if isinstance(value, float)
-            else ""
-            if value is None
-            else safe(str(value)),
-            overflow="fold",
-        )
+        if isinstance(value, float):
+            text = f"{value:.4g}"
+        else:
+            text = "" if value is None else safe(str(value))
+        return Text(text, overflow="fold")
 
     def made(title: str, columns: tuple[str, ...]) -> Table:
         table = Table(title=Text(title), title_justify="left")
@@ -51,11 +48,11 @@ def tables(report: Report) -> list[Any]:
             cell(s.found),
             cell(s.expected),
         )
-    findings = made("Findings", ("", "check", "found", "rows", "mend it"))
+    findings = made("Findings", ("", "check", "found", "rows", "repair"))
     for f in report.findings():
-        places = "; ".join(f"{Path(r.file).name}, row {r.row}" for r in f.rows[:_PLACES]) + (
-            " ..." if f.total > _PLACES else ""
-        )
+        places = "; ".join(f"{Path(r.file).name}, row {r.row}" for r in f.rows[:_PLACES])
+        if f.total > _PLACES:
+            places += " ..."
         findings.add_row(
             Text(f.severity.value, style=_COLOURS[f.severity]),
             cell(f.check),
