@@ -82,8 +82,8 @@ def votes_by_item(labels: Sequence[Label]) -> dict[str, Counter[Any]]:
 
 
 def _ordered(votes: Counter[Any]) -> dict[Any, int]:
-    place = {name: i for i, name in enumerate(sorted_labels(votes))}
-    return dict(sorted(votes.items(), key=lambda pair: (-pair[1], place[pair[0]])))
+    order = {name: i for i, name in enumerate(sorted_labels(votes))}
+    return dict(sorted(votes.items(), key=lambda pair: (-pair[1], order[pair[0]])))
 
 
 def _shares(table: dict[Any, Counter[Any]]) -> dict[Any, dict[Any, float]]:

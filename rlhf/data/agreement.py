@@ -191,8 +191,8 @@ def krippendorff_alpha(
     n = totals.sum(axis=1)
     if level is Level.nominal:
         within = (m**2 - (kept**2).sum(axis=1)) / (m - 1)  # [P]
-        found, chance = often @ within, n**2 - (totals**2).sum(axis=1)
-        return 1.0 - _ratio((n - 1) * found, chance)
+        disagreement, chance = often @ within, n**2 - (totals**2).sum(axis=1)
+        return 1.0 - _ratio((n - 1) * disagreement, chance)
     if level is Level.ordinal:
         # [R, K] mid-ranks: their difference is Krippendorff's ordinal metric
         scale = np.cumsum(totals, axis=1) - totals / 2
@@ -203,9 +203,9 @@ def krippendorff_alpha(
     scale = scale - _ratio((totals * scale).sum(axis=1), n)[:, None]
     first, second = kept @ scale.T, kept @ (scale**2).T  # [P, R]
     within = 2 * (m[:, None] * second - first**2) / (m - 1)[:, None]
-    found = (often * within.T).sum(axis=1)
+    disagreement = (often * within.T).sum(axis=1)
     chance = 2 * (n * (totals * scale**2).sum(axis=1) - (totals * scale).sum(axis=1) ** 2)
-    return 1.0 - _ratio((n - 1) * found, chance)
+    return 1.0 - _ratio((n - 1) * disagreement, chance)
 
 
 def cohen_kappa(tables: Array) -> Array:
@@ -213,9 +213,9 @@ def cohen_kappa(tables: Array) -> Array:
     other's.
     """
     shares = tables / tables.sum(axis=(1, 2), keepdims=True)
-    found = np.trace(shares, axis1=1, axis2=2)
+    agreed = np.trace(shares, axis1=1, axis2=2)
     chance = (shares.sum(axis=2) * shares.sum(axis=1)).sum(axis=1)
-    return _ratio(found - chance, 1.0 - chance)
+    return _ratio(agreed - chance, 1.0 - chance)
 
 
 # ---- estimates ----

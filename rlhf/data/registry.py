@@ -6,7 +6,7 @@ data.dataset).
               "num_samples": N, "columns": {"prompt": "instruction", ...}, "tags": {"role_tag":
               "from", ...}}}
 
-Recalled, not read in its source; what an entry leaves out is assumed as there and said aloud.
+Recalled, not read in its source; what an entry leaves out is assumed as there and logged.
 `columns` maps a role to the file's column, `tags` a role to the file's word. Their rows become
 ours: alpaca (instruction, input, output ...), sharegpt (conversations of {from, value}), with
 chosen and rejected for ranking and kto_tag for judged answers. num_samples draws rows by run.seed.
@@ -110,14 +110,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _source(path: Path, name: str, entry: Any) -> Source:
-    place = f"{path}, entry {name!r}"
-    _check_entry(place, entry)
+    where = f"{path}, entry {name!r}"
+    _check_entry(where, entry)
     formatting = entry.get("formatting", "alpaca")
-    columns = _columns(place, entry, formatting)
-    tags = _TAGS | _strings(place, entry, "tags", tuple(_TAGS))
+    columns = _columns(where, entry, formatting)
+    tags = _TAGS | _strings(where, entry, "tags", tuple(_TAGS))
     judged, ranking = "kto_tag" in columns, bool(entry.get("ranking", False))
     if ranking and judged:
-        raise UserError(f"{place}: expected ranking or a kto_tag, found both.")
+        raise UserError(f"{where}: expected ranking or a kto_tag, found both.")
     kind = (
         f"{formatting}_preference"
         if ranking
@@ -129,59 +129,59 @@ def _source(path: Path, name: str, entry: Any) -> Source:
     count = entry.get("num_samples")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise UserError(
-            f"{place}, key 'num_samples': expected a number of rows of at least 1, found {count!r}."
+            f"{where}, key 'num_samples': expected a number of rows of at least 1, found {count!r}."
         )
     key = f"data.dataset (entry {name!r} of {path})"
     return Source(
         key,
         name,
-        _parts(path, place, key, entry),
+        _parts(path, where, key, entry),
         DataFormat[kind],
         (transform,),
         count,
-        notes=_assumed(place, entry, kind),
+        notes=_assumed(where, entry, kind),
     )
 
 
-def _check_entry(place: str, entry: Any) -> None:
+def _check_entry(where: str, entry: Any) -> None:
     if not isinstance(entry, dict):
-        raise UserError(f"{place}: expected an object, found {type(entry).__name__}.")
+        raise UserError(f"{where}: expected an object, found {type(entry).__name__}.")
     elsewhere = [key for key in _ELSEWHERE if key in entry]
     if not any(key in entry for key in ("file_name", "hf_hub_url")):
-        found = f" Found {elsewhere[0]!r}, a place that is not read." if elsewhere else ""
-        raise UserError(f"{place}: expected 'file_name' or 'hf_hub_url'.{found}")
+        hint = f" Found {elsewhere[0]!r}, a place that is not read." if elsewhere else ""
+        raise UserError(f"{where}: expected 'file_name' or 'hf_hub_url'.{hint}")
     unknown = next((key for key in entry if key not in (*_ENTRY, *_ELSEWHERE)), None)
     if unknown is not None:
         raise UserError(
-            f"{place}: unknown key {unknown!r}; nearest: {nearest(unknown, _ENTRY)!r}. Known "
+            f"{where}: unknown key {unknown!r}; nearest: {nearest(unknown, _ENTRY)!r}. Known "
             f"keys: {', '.join(_ENTRY)}."
         )
     formatting = entry.get("formatting", "alpaca")
     if not isinstance(formatting, str) or formatting not in _COLUMNS:
         raise UserError(
-            f"{place}, key 'formatting': expected alpaca or sharegpt, found {formatting!r}; "
+            f"{where}, key 'formatting': expected alpaca or sharegpt, found {formatting!r}; "
             f"nearest: {nearest(str(formatting), list(_COLUMNS))!r}."
         )
 
 
 def _strings(
-    place: str, entry: Mapping[str, Any], key: str, known: tuple[str, ...]
+    where: str, entry: Mapping[str, Any], key: str, known: tuple[str, ...]
 ) -> dict[str, str]:
-    found = entry.get(key) or {}
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise UserError(f"{place}, key {key!r}: expected an object of texts, found {found!r}.")
-    unknown = next((one for one in found if one not in known), None)
+    values = entry.get(key) or {}
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise UserError(f"{where}, key {key!r}: expected an object of texts, found {values!r}.")
+    unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
         raise UserError(
-            f"{place}, key {key!r}: unknown {unknown!r}; nearest: {nearest(unknown, known)!r}. "
+            f"{where}, key {key!r}: unknown {unknown!r}; nearest: {nearest(unknown, known)!r}. "
             f"Known: {', '.join(known)}."
         )
-    return found
+    return values
 
 
-def _columns(place: str, entry: Mapping[str, Any], formatting: str) -> dict[str, str]:
+def _columns(where: str, entry: Mapping[str, Any], formatting: str) -> dict[str, str]:
     """The file's column of each role that the entry's rows have."""
-    given = _strings(place, entry, "columns", (*_COLUMNS[formatting], *_MEDIA))
+    given = _strings(where, entry, "columns", (*_COLUMNS[formatting], *_MEDIA))
     if formatting == "alpaca":
         columns = _ALPACA | given
         if entry.get("ranking"):
@@ -194,35 +194,35 @@ def _columns(place: str, entry: Mapping[str, Any], formatting: str) -> dict[str,
     return defaults | given
 
 
-def _parts(path: Path, place: str, key: str, entry: Mapping[str, Any]) -> tuple[Part, ...]:
+def _parts(path: Path, where: str, key: str, entry: Mapping[str, Any]) -> tuple[Part, ...]:
     subset, split = entry.get("subset"), entry.get("split")
     if "file_name" not in entry:
         if "folder" in entry:
             raise UserError(
-                f"{place}, key 'folder': a folder of a hub's data set is not read. Give its "
+                f"{where}, key 'folder': a folder of a hub's data set is not read. Give its "
                 "files as 'file_name'."
             )
         return parts_of(str(entry["hf_hub_url"]), key, subset, split)
     file = path.parent / str(entry["file_name"])
     if not file.resolve().is_relative_to(path.parent.resolve()):
         raise UserError(
-            f"{place}, key 'file_name': {entry['file_name']} is outside of {path.parent}. A "
+            f"{where}, key 'file_name': {entry['file_name']} is outside of {path.parent}. A "
             "registry names files of its own folder only."
         )
     if file.is_dir() and not any(
         (file / name).is_file() for name in ("state.json", "dataset_dict.json")
     ):
-        files = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES)
+        files = sorted(each for each in file.iterdir() if each.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(
-                f"{place}, key 'file_name': the directory {file} holds no file that ends with "
+                f"{where}, key 'file_name': the directory {file} holds no file that ends with "
                 f"{', '.join(SUFFIXES)}."
             )
-        return tuple(part for one in files for part in parts_of(str(one), key))
+        return tuple(part for each in files for part in parts_of(str(each), key))
     return parts_of(str(file), key, subset, split if file.is_dir() else None)
 
 
-def _assumed(place: str, entry: Mapping[str, Any], kind: str) -> tuple[str, ...]:
+def _assumed(where: str, entry: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     assumed = []
     if "formatting" not in entry:
         assumed.append("formatting alpaca")
@@ -232,8 +232,8 @@ def _assumed(place: str, entry: Mapping[str, Any], kind: str) -> tuple[str, ...]
         assumed.append("the tags from/value and human/gpt")
     if "hf_hub_url" in entry and "file_name" in entry:
         assumed.append("the file rather than the hub")
-    said = f" Assumed, as LLaMA-Factory does: {', '.join(assumed)}." if assumed else ""
-    return (f"{place}: read as {kind}.{said}",)
+    note = f" Assumed, as LLaMA-Factory does: {', '.join(assumed)}." if assumed else ""
+    return (f"{where}: read as {kind}.{note}",)
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -272,24 +272,24 @@ def sharegpt_rows(columns: Mapping[str, str], tags: Mapping[str, str]) -> Transf
     """
     speakers = {tags[tag]: ours for tag, ours in _SPEAKERS.items()}
 
-    def message(found: Any) -> Any:
+    def message(given: Any) -> Any:
         if (
-            not isinstance(found, Mapping)
-            or tags["role_tag"] not in found
-            or tags["content_tag"] not in found
+            not isinstance(given, Mapping)
+            or tags["role_tag"] not in given
+            or tags["content_tag"] not in given
         ):
-            return found  # refused, with its place, when it is read
-        speaker = found[tags["role_tag"]]
+            return given  # refused, with its place, when it is read
+        speaker = given[tags["role_tag"]]
         return {
             "from": speakers.get(speaker, speaker) if isinstance(speaker, str) else speaker,
-            "value": found[tags["content_tag"]],
+            "value": given[tags["content_tag"]],
         }
 
     def transform(row: Row) -> Row:
         _refuse_media(row, columns)
         out = _renamed(row, columns)
         if isinstance(out.get("conversations"), list):
-            out["conversations"] = [message(one) for one in out["conversations"]]
+            out["conversations"] = [message(turn) for turn in out["conversations"]]
         return out | {side: message(out[side]) for side in ("chosen", "rejected") if side in out}
 
     return transform

@@ -198,16 +198,16 @@ def _write_parquet(spool: Path, path: Path, columns: list[str]) -> None:
         while batch := list(islice(rows, _BATCH)):
             yield batch
 
-    place = "found"
+    column = "found"
     try:
         schemas = []
         for batch in batches():
             arrays = {}
             for name in columns:
-                place = f"found in column {name!r}"
+                column = f"found in column {name!r}"
                 arrays[name] = pyarrow.array([row.get(name) for row in batch])
             schemas.append(pyarrow.table(arrays).schema)
-        place = "found in its columns"
+        column = "found in its columns"
         schema = (
             pyarrow.unify_schemas(schemas, promote_options="permissive")
             if schemas
@@ -218,6 +218,6 @@ def _write_parquet(spool: Path, path: Path, columns: list[str]) -> None:
                 writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"{path}: a Parquet column holds values of one type, but {place}: "
+            f"{path}: a Parquet column holds values of one type, but {column}: "
             f"{str(error).splitlines()[0]}. Set data.file=jsonl."
         ) from error

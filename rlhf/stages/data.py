@@ -43,7 +43,7 @@ class Outputs:
     def __init__(self, folder: Path) -> None:
         self._places = {split: folder / f"{split}.jsonl" for split in SPLITS}
         self._beside = {
-            split: place.with_name(place.name + ".tmp") for split, place in self._places.items()
+            split: path.with_name(path.name + ".tmp") for split, path in self._places.items()
         }
         self._files = {
             split: beside.open("w", encoding="utf-8") for split, beside in self._beside.items()
@@ -63,14 +63,14 @@ class Outputs:
     def close(self, *, held_out: bool) -> dict[str, Path]:
         """The files by split; eval.jsonl only where rows are held out."""
         out = {}
-        for split, place in self._places.items():
+        for split, path in self._places.items():
             self._files[split].close()
             if split == "train" or held_out:
-                self._beside[split].replace(place)
-                out[split] = place
+                self._beside[split].replace(path)
+                out[split] = path
             else:
                 self._beside[split].unlink()
-                place.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
         return out
 
 

@@ -22,8 +22,8 @@ from tests.data.preparation import apply, judged, numbers, pairs, sft
 # ---- repair ----
 
 
-def mend(text: str, *, touching: bool = False, **options: bool) -> str:
-    return cleaning.mend(text, Repair(**options), touching=touching)
+def repaired(text: str, *, touching: bool = False, **options: bool) -> str:
+    return cleaning.repaired(text, Repair(**options), touching=touching)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def mend(text: str, *, touching: bool = False, **options: bool) -> str:
     ],
 )
 def test_repair(before: str, after: str) -> None:
-    assert mend(before) == after
+    assert repaired(before) == after
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def test_repair(before: str, after: str) -> None:
     ],
 )
 def test_repair_of_html(before: str, after: str) -> None:
-    assert mend(before, html=True) == after
+    assert repaired(before, html=True) == after
 
 
 def test_nfkc_is_an_option_with_its_price() -> None:
-    assert mend("10³ Ｆｕｌｌ，ﬁ", nfkc=True) == "103 Full,fi"
-    assert mend("10³ Ｆｕｌｌ", nfkc=True, encoding=False) == "103 Full"
+    assert repaired("10³ Ｆｕｌｌ，ﬁ", nfkc=True) == "103 Full,fi"
+    assert repaired("10³ Ｆｕｌｌ", nfkc=True, encoding=False) == "103 Full"
 
 
 def test_where_prompt_and_answer_touch_nothing_is_stripped() -> None:
@@ -99,8 +99,8 @@ def test_repair_rejects_what_it_empties_and_counts_what_it_changes() -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.text(), st.booleans(), st.booleans())
 def test_repair_leaves_nothing_to_repair(text: str, touching: bool, nfkc: bool) -> None:
-    once = mend(text, touching=touching, nfkc=nfkc)
-    assert mend(once, touching=touching, nfkc=nfkc) == once
+    once = repaired(text, touching=touching, nfkc=nfkc)
+    assert repaired(once, touching=touching, nfkc=nfkc) == once
     once.encode("utf-8")  # no lone surrogate is left
 
 

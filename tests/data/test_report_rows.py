@@ -319,7 +319,7 @@ def test_lengths_without_a_tokenizer_are_words_and_characters() -> None:
     assert figures["characters"]["rejected"]["median"] == 2.0
     assert (
         rows_of(section, "truncated") == [1, 2]
-        and "words stand in for tokens" in found(section, "truncated").message
+        and "model.path" in found(section, "truncated").message
     )
     assert found(section, "truncated").rows[0].note == "5 words"
 

@@ -304,11 +304,11 @@ def _pairs_ranker(row: Row) -> Several:
             out.aside.append(f"{judged.name}: nothing was ranked")
             continue
         order = _known_order(ranking, items)
-        places = {name: float(place) for place, name in enumerate(order, start=1)}
-        shown = [(name, items[name], places[name]) for name in items if name in places]
+        ranks = {name: float(rank) for rank, name in enumerate(order, start=1)}
+        shown = [(name, items[name], ranks[name]) for name in items if name in ranks]
         several = ranked(prompt, shown, {**extra, **judged.who})
         out.pairs += several.pairs
-        reasons = [f"{name} was not ranked" for name in items if name not in places]
+        reasons = [f"{name} was not ranked" for name in items if name not in ranks]
         reasons += several.aside
         if len(shown) < 2:
             reasons.append("fewer than two answers were ranked")

@@ -44,12 +44,12 @@ def _aggregated(options: Aggregate, labels: list[Label]) -> Aggregation:
             "step aggregate: no item has three labels, so method=dawid_skene can't tell who is "
             "right: majority says the same"
         )
-    found = dawid_skene(labels)
-    if not found.converged:
+    result = dawid_skene(labels)
+    if not result.converged:
         LOG.warning(
-            "step aggregate: Dawid-Skene has not converged after %s iterations", found.iterations
+            "step aggregate: Dawid-Skene has not converged after %s iterations", result.iterations
         )
-    return found
+    return result
 
 
 def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> Iterator[Item]:
@@ -60,17 +60,17 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
     and counts for none of them. Raises UserError as `subjects`, and for labels that don't fit the
     level.
     """
-    found = subjects(items, options, context)
+    judged = subjects(items, options, context)
     if options.tie_label is not None and by_side(options, context.kind):
         raise UserError(
             f"step aggregate: tie_label={options.tie_label!r}: a pair is chosen and rejected and "
             "can't tie. Set it to null."
         )
-    labels = [label for subject in found if not subject.reviewed for label in subject.labels()]
+    labels = [label for subject in judged if not subject.reviewed for label in subject.labels()]
     decided = _item_labels(options, labels, context) if labels else {}
     counts = {
         "rows": len(labels),
-        "items": len(found),
+        "items": len(judged),
         "reviewed": 0,
         "kept": 0,
         "ties": 0,
@@ -78,7 +78,7 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
         "unsure": 0,
     }
     context.figures["counts"] = counts
-    for subject in found:
+    for subject in judged:
         if subject.reviewed:
             counts["reviewed"] += 1
             label, confidence, given = subject.judgements[0].label, 1.0, 1

@@ -23,11 +23,11 @@ def copies(
 
     What is drawn depends on the seed and the row alone, not on the rows before it.
     """
-    places = asked(item.columns, context.kind)
-    if not places:
+    keys = asked(item.columns, context.kind)
+    if not keys:
         counts["nothing_asked"] += 1
         return
-    originals = {where: text_at(item.columns, where) for where in places}
+    originals = {where: text_at(item.columns, where) for where in keys}
     pieces = {where: cut(text, options.language.value) for where, text in originals.items()}
     rng = random.Random(f"{context.seed}:augment:{item.origin}:{item.number}")
     first = rng.randrange(len(options.operations))

@@ -73,7 +73,7 @@ def _ftfy_config(form: Form) -> Any:
     )
 
 
-def mend(text: str, options: Repair, *, touching: bool) -> str:
+def repaired(text: str, options: Repair, *, touching: bool) -> str:
     """One text as step repair leaves it; `touching`: its ends stay, since another text begins
     there.
     """
@@ -105,11 +105,11 @@ def _prose(text: str, options: Repair) -> str:
 
 
 def repair(options: Repair, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Mend every text; a row that this empties is rejected."""
+    """Repair every text; a row that this empties is rejected."""
     changed = 0
 
     def change(where: str, text: str) -> str:
-        return mend(text, options, touching=where in _TOUCHING)
+        return repaired(text, options, touching=where in _TOUCHING)
 
     for item in items:
         columns = replace_texts(item.columns, change)
@@ -145,7 +145,7 @@ def language(options: Language, items: Iterator[Item], context: Context) -> Iter
                 f"step language: keep={code}: no such language code; nearest: "
                 f"{nearest(code, known)!r}. Known: {', '.join(known)}."
             )
-    found: Counter[str] = Counter()
+    languages: Counter[str] = Counter()
     short = 0
     wanted = ", ".join(options.keep)
     for item in items:
@@ -155,7 +155,7 @@ def language(options: Language, items: Iterator[Item], context: Context) -> Iter
                 short += 1
                 continue
             code, probability = identifier.classify(text)
-            found[code] += 1
+            languages[code] += 1
             if probability < options.min_probability:
                 reason = (
                     f"{where}: language undecided ({code} is the likeliest, probability "
@@ -169,20 +169,20 @@ def language(options: Language, items: Iterator[Item], context: Context) -> Iter
             yield item
         else:
             context.rejected(item, reason)
-    context.figures.update(languages=dict(found.most_common()), short_texts_kept=short)
+    context.figures.update(languages=dict(languages.most_common()), short_texts_kept=short)
 
 
 # ---- length ----
 
 
-def load_tokenizer(place: str) -> Callable[[str], int]:
+def load_tokenizer(path: str) -> Callable[[str], int]:
     """Counts a text's tokens without special ones. Raises UserError for a directory without a
     tokenizer.
     """
-    folder = Path(place).expanduser()
+    folder = Path(path).expanduser()
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"step length: tokenizer={place}: expected a directory with tokenizer.json, found "
+            f"step length: tokenizer={path}: expected a directory with tokenizer.json, found "
             "none there."
         )
     from tokenizers import Tokenizer

@@ -22,10 +22,10 @@ def components(count: int, left: Any, right: Any) -> Any:
 
 def members(labels: Sequence[int]) -> list[list[int]]:
     """Rows of each cluster, in order; clusters in the order of their first rows."""
-    found: dict[int, list[int]] = {}
+    rows_of: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
-        found.setdefault(int(label), []).append(row)
-    return list(found.values())
+        rows_of.setdefault(int(label), []).append(row)
+    return list(rows_of.values())
 
 
 def score(item: Item, column: str) -> float:

@@ -55,11 +55,11 @@ def sparse_pairs(matrix: Any, threshold: float) -> Pairs:
     left, right = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for start in range(0, matrix.shape[0], _ROWS):
         shared = (prefix[start : start + _ROWS] @ other_way).tocoo()
-        one, other = shared.row.astype(np.int64) + start, shared.col.astype(np.int64)
-        later = other > one
-        one, other = one[later], other[later]
-        for at in range(0, len(one), _CHECKED):
-            i, j = one[at : at + _CHECKED], other[at : at + _CHECKED]
+        row, other = shared.row.astype(np.int64) + start, shared.col.astype(np.int64)
+        later = other > row
+        row, other = row[later], other[later]
+        for at in range(0, len(row), _CHECKED):
+            i, j = row[at : at + _CHECKED], other[at : at + _CHECKED]
             near = matrix[i].multiply(matrix[j]).sum(axis=1) >= threshold - _SLACK
             left.append(i[near])
             right.append(j[near])
@@ -70,11 +70,11 @@ def dense_pairs(matrix: NDArray[np.float32], threshold: float) -> Pairs:
     """All pairs i < j of unit rows with a cosine of at least `threshold`, block by block."""
     left, right = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for start in range(0, len(matrix), _ROWS):
-        one, other = np.nonzero(
+        row, other = np.nonzero(
             matrix[start : start + _ROWS] @ matrix[start:].T >= threshold - _SLACK
         )
-        later = other > one
-        left.append(one[later] + start)
+        later = other > row
+        left.append(row[later] + start)
         right.append(other[later] + start)
     return np.concatenate(left), np.concatenate(right)
 

@@ -97,37 +97,37 @@ class Synonyms:
         return self.of.get(word.lower(), ())
 
 
-def make_synonyms(content: Any, place: str) -> Synonyms:
+def make_synonyms(content: Any, where: str) -> Synonyms:
     """From a list of groups of equal words, or a mapping word -> its synonyms (one way). Raises
     UserError for anything else.
     """
-    found: dict[str, list[str]] = {}
+    synonyms: dict[str, list[str]] = {}
 
     def add(word: str, others: Sequence[str]) -> None:
-        known = found.setdefault(word.lower(), [])
+        known = synonyms.setdefault(word.lower(), [])
         known.extend(
             other for other in others if other.lower() != word.lower() and other not in known
         )
 
     if isinstance(content, list):
         for number, group in enumerate(content, start=1):
-            words = word_list(group, f"{place}, group {number}")
+            words = word_list(group, f"{where}, group {number}")
             if len(words) < 2:
                 raise UserError(
-                    f"{place}, group {number}: expected two words or more that mean the same, "
+                    f"{where}, group {number}: expected two words or more that mean the same, "
                     f"found {len(words)}."
                 )
             for word in words:
                 add(word, words)
     elif isinstance(content, dict):
         for word, others in content.items():
-            add(word_list([word], place)[0], word_list(others, f"{place}, {word}"))
+            add(word_list([word], where)[0], word_list(others, f"{where}, {word}"))
     else:
         raise UserError(
-            f"{place}: expected a list of groups of words, or a mapping of words to lists; found "
+            f"{where}: expected a list of groups of words, or a mapping of words to lists; found "
             f"{type(content).__name__}."
         )
-    return Synonyms({word: tuple(others) for word, others in found.items() if others})
+    return Synonyms({word: tuple(others) for word, others in synonyms.items() if others})
 
 
 def read_synonyms(path: str) -> Synonyms:
@@ -170,8 +170,8 @@ class Change:
 def replace_synonyms(text: Words, change: Change) -> str:
     """n words that are no stop words, each by one of its synonyms."""
     words = list(text.words)
-    places = change.meaningful(words)
-    for i in change.rng.sample(places, min(change.count(words), len(places))):
+    indices = change.meaningful(words)
+    for i in change.rng.sample(indices, min(change.count(words), len(indices))):
         words[i] = in_case_of(words[i], change.rng.choice(change.synonyms(words[i])))
     return joined(words, text.between)
 
@@ -192,10 +192,10 @@ def swap_words(text: Words, change: Change) -> str:
     """n times: two random words exchange their places."""
     words = list(text.words)
     for _ in range(change.count(words)):
-        places = change.free(words)
-        if len(places) < 2:
+        indices = change.free(words)
+        if len(indices) < 2:
             break
-        i, j = change.rng.sample(places, 2)
+        i, j = change.rng.sample(indices, 2)
         words[i], words[j] = words[j], words[i]
     return joined(words, text.between)
 
@@ -204,10 +204,12 @@ def delete_words(text: Words, change: Change) -> str:
     """Each word with the probability `share`; one word at least is left, and one at least goes
     where there are two.
     """
-    places = change.free(text.words)
-    if len(text.words) < 2 or not places:
+    indices = change.free(text.words)
+    if len(text.words) < 2 or not indices:
         return joined(text.words, text.between)
-    gone = {i for i in places if change.rng.random() < change.share} or {change.rng.choice(places)}
+    gone = {i for i in indices if change.rng.random() < change.share} or {
+        change.rng.choice(indices)
+    }
     if len(gone) == len(text.words):
         gone.discard(change.rng.choice(sorted(gone)))
     words: list[str] = []

@@ -85,12 +85,12 @@ class Seen:
             self._origins[origin] = len(self._names)
             self._names.append(origin)
         value = (self._origins[origin] << _ROW_BITS | number) + 1  # 0 is a free slot
-        found = self._table.add(
+        index = self._table.add(
             int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little"), value
         )
-        if found is None:
+        if index is None:
             return None
-        return self._names[(found - 1) >> _ROW_BITS], (found - 1) & ((1 << _ROW_BITS) - 1)
+        return self._names[(index - 1) >> _ROW_BITS], (index - 1) & ((1 << _ROW_BITS) - 1)
 
 
 def exact_duplicates(

@@ -82,8 +82,8 @@ def _judgement(
     """Raises ValueError saying what the row lacks."""
     name = item.columns.get(options.annotator)
     if name is None or str(name).strip() == "":
-        found = "nothing" if options.annotator in item.columns else "no column"
-        raise ValueError(f"column {options.annotator!r}: expected who judged, found {found}")
+        instead = "nothing" if options.annotator in item.columns else "no column"
+        raise ValueError(f"column {options.annotator!r}: expected who judged, found {instead}")
     if by_side(options, kind):
         return RowJudgement(item, str(name), "a" if texts["a"] == item.columns["chosen"] else "b")
     column = label_column(options, kind)

@@ -51,10 +51,10 @@ def pair_issues(right: np.ndarray, method: str) -> np.ndarray:
     )
 
 
-def _issues(labels: np.ndarray, one: np.ndarray, method: str) -> np.ndarray:
+def _issues(labels: np.ndarray, positive: np.ndarray, method: str) -> np.ndarray:
     """cleanlab's verdict on binary labels [N], `one` [N] being the probability of label 1."""
     find_label_issues = require("cleanlab.filter", "data").find_label_issues
-    probabilities = np.stack([1.0 - one, one], axis=1)
+    probabilities = np.stack([1.0 - positive, positive], axis=1)
     return np.asarray(find_label_issues(labels, probabilities, filter_by=method, n_jobs=1))
 
 
@@ -66,10 +66,10 @@ def _number(item: Item, column: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        found = repr(value) if column in item.columns else "no such column"
+        instead = repr(value) if column in item.columns else "no such column"
         raise UserError(
             f"step label_noise: {item.place}: column {column!r}: expected a finite number, found "
-            f"{found}."
+            f"{instead}."
         )
     return number
 
@@ -89,7 +89,7 @@ def trained_on(directory: Path) -> dict[str, str]:
 
 def check_unseen(directory: str, items: Sequence[Item]) -> None:
     """Raises UserError when the model's run has read a file that the rows come from; without a
-    manifest that is not known, which is said aloud.
+    manifest that is not known, which is logged.
     """
     seen = trained_on(Path(directory).expanduser())
     if not seen:
@@ -99,8 +99,8 @@ def check_unseen(directory: str, items: Sequence[Item]) -> None:
             directory,
         )
     for origin in dict.fromkeys(item.origin for item in items):
-        place = Path(origin).expanduser()
-        if place.is_file() and sha256(place) in seen:
+        file = Path(origin).expanduser()
+        if file.is_file() and sha256(file) in seen:
             raise UserError(
                 f"step label_noise: reward_model={directory} was trained on {origin}, whose rows "
                 "it would judge: its scores have learned "

@@ -169,8 +169,8 @@ class Buckets:
         for size in np.unique(self.sizes[self.sizes <= _SMALL_BUCKET]):
             # [groups, size]
             groups = self.order[self.starts[self.sizes == size][:, None] + np.arange(size)]
-            one, other = np.triu_indices(int(size), k=1)
-            left.append(groups[:, one].ravel())
+            first, other = np.triu_indices(int(size), k=1)
+            left.append(groups[:, first].ravel())
             right.append(groups[:, other].ravel())
         return np.concatenate(left), np.concatenate(right)
 
@@ -204,9 +204,9 @@ class Sets:
         self._at[rows] = np.arange(len(rows))
         hashes, counts = [], []
         for part in chunks([texts[row] for row in rows]):
-            found, starts = ngram_hashes(part, ngram)
-            hashes.append(found)
-            counts.append(np.diff(np.append(starts, len(found))))
+            part_hashes, starts = ngram_hashes(part, ngram)
+            hashes.append(part_hashes)
+            counts.append(np.diff(np.append(starts, len(part_hashes))))
         columns = np.unique(np.concatenate(hashes), return_inverse=True)[1].astype(np.int32)
         del hashes
         starts = np.append(0, np.cumsum(np.concatenate(counts)))
@@ -224,19 +224,15 @@ class Sets:
         """Of each pair of texts."""
         out = np.empty(len(left))
         for start in range(0, len(left), _PAIRS_AT_ONCE):
-            one, other = (
-                self._at[left[start : start + _PAIRS_AT_ONCE]],
-                self._at[right[start : start + _PAIRS_AT_ONCE]],
-            )
-            common = self._matrix[one].multiply(self._matrix[other]).sum(axis=1)
-            out[start : start + _PAIRS_AT_ONCE] = common / (
-                self._sizes[one] + self._sizes[other] - common
-            )
+            block = slice(start, start + _PAIRS_AT_ONCE)
+            first, other = self._at[left[block]], self._at[right[block]]
+            common = self._matrix[first].multiply(self._matrix[other]).sum(axis=1)
+            out[block] = common / (self._sizes[first] + self._sizes[other] - common)
         return out
 
-    def jaccard_with(self, one: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
+    def jaccard_with(self, text: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of one text with each of the others."""
-        row = self._at[one]
+        row = self._at[text]
         own = self._matrix.indices[self._matrix.indptr[row] : self._matrix.indptr[row + 1]]
         at = self._at[others]
         self._marks[own] = 1
@@ -304,8 +300,8 @@ def _cluster(
     ranges: Sequence[tuple[int, int]],
 ) -> Any:
     """[N] cluster numbers of different texts."""
-    found = [buckets(signature, band) for band in ranges]
-    involved = np.unique(np.concatenate([part.rows() for part in found]))
+    tables = [buckets(signature, band) for band in ranges]
+    involved = np.unique(np.concatenate([part.rows() for part in tables]))
     labels = np.arange(len(texts))
     if not len(involved):
         return labels
@@ -320,29 +316,28 @@ def _cluster(
     def check() -> None:
         if not pending:
             return
-        one, other = _both(pending)
+        first, other = _both(pending)
         pending.clear()
-        codes = np.unique(np.minimum(one, other) * len(texts) + np.maximum(one, other))
-        one, other = codes // len(texts), codes % len(texts)
-        apart = labels[one] != labels[other]
-        one, other = one[apart], other[apart]
-        near = sets.jaccard(one, other) >= threshold
-        edges.append((one[near], other[near]))
+        codes = np.unique(np.minimum(first, other) * len(texts) + np.maximum(first, other))
+        first, other = codes // len(texts), codes % len(texts)
+        apart = labels[first] != labels[other]
+        first, other = first[apart], other[apart]
+        near = sets.jaccard(first, other) >= threshold
+        edges.append((first[near], other[near]))
         join()
 
-    for part in found:
+    for part in tables:
         pending.append(part.pairs())
-        if sum(len(one) for one, _ in pending) >= _MOST_PAIRS:
+        if sum(len(first) for first, _ in pending) >= _MOST_PAIRS:
             check()
     check()
     done: set[bytes] = set()  # large buckets come back in other bands
-    for bucket in (bucket for part in found for bucket in part.large()):
+    for bucket in (bucket for part in tables for bucket in part.large()):
         mark = bucket.tobytes()
         if mark not in done:
             done.add(mark)
-            more = np.array(_large_bucket(bucket, labels, sets, threshold), dtype=np.int64).reshape(
-                -1, 2
-            )
+            joined = _large_bucket(bucket, labels, sets, threshold)
+            more = np.array(joined, dtype=np.int64).reshape(-1, 2)
             if len(more):
                 edges.append((more[:, 0], more[:, 1]))
                 join()
@@ -352,7 +347,8 @@ def _cluster(
 def _both(
     pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return np.concatenate([one for one, _ in pairs]), np.concatenate([other for _, other in pairs])
+    first = np.concatenate([first for first, _ in pairs])
+    return first, np.concatenate([other for _, other in pairs])
 
 
 def near_duplicates(

@@ -22,8 +22,8 @@ from rlhf.types import UserError
 def luhn(digits: str) -> bool:
     """Whether the last digit is Luhn's check digit of the others."""
     total = 0
-    for place, digit in enumerate(reversed(digits)):
-        value = int(digit) * (2 if place % 2 else 1)
+    for position, digit in enumerate(reversed(digits)):
+        value = int(digit) * (2 if position % 2 else 1)
         total += value - 9 if value > 9 else value
     return total % 10 == 0
 
@@ -109,14 +109,14 @@ def word_pattern(path: str) -> Pattern:
     lines = [
         line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     ]
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
+    words = [line for line in lines if line and not line.startswith("#")]
+    if not words:
         raise UserError(
             f"step patterns: words={path}: expected a word or phrase a line, found none."
         )
     alternatives = "|".join(
         r"\s+".join(map(re.escape, line.split()))
-        for line in sorted(set(found), key=lambda w: (-len(w), w))
+        for line in sorted(set(words), key=lambda w: (-len(w), w))
     )
     # A letter beside a word makes it another one, except in scripts without spaces, where every
     # neighbour is a letter.
@@ -136,11 +136,11 @@ def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]
         before = counts.total()
         for pattern in patterns:
 
-            def mark(match: re.Match[str], found: Pattern = pattern) -> str:
-                if not found.real(match.group()):
+            def mark(match: re.Match[str], matched: Pattern = pattern) -> str:
+                if not matched.real(match.group()):
                     return match.group()
-                counts[found.name] += 1
-                return found.mark()
+                counts[matched.name] += 1
+                return matched.mark()
 
             text = pattern.pattern.sub(mark, text)
         if counts.total() == before:
@@ -155,14 +155,14 @@ def patterns(options: Patterns, items: Iterator[Item], context: Context) -> Iter
     if options.words is not None:
         active.append((word_pattern(options.words), options.words_found))
     marks = [pattern for pattern, _ in active]
-    rejecting = [pattern.name for pattern, found in active if found is Found.reject]
+    rejecting = [pattern.name for pattern, action in active if action is Found.reject]
     totals: Counter[str] = Counter()
     for item in items:
         counts: Counter[str] = Counter()
 
         def clean(where: str, text: str, counts: Counter[str] = counts) -> str:
-            text, found = redacted(text, marks)
-            counts.update(found)
+            text, replaced = redacted(text, marks)
+            counts.update(replaced)
             return text
 
         columns = replace_texts(item.columns, clean)

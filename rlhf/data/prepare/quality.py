@@ -97,9 +97,9 @@ def verdict(text: str, options: Quality) -> str | None:
             else None
         )
 
-    found = above("share of symbols", symbol_characters(text), options.max_symbol_characters)
-    if found is not None:
-        return found
+    reason = above("share of symbols", symbol_characters(text), options.max_symbol_characters)
+    if reason is not None:
+        return reason
     tokens = words(text)
     if len(tokens) < options.min_words:
         return None
@@ -171,15 +171,12 @@ def _word_length(text: str, options: Quality) -> str | None:
 def quality(options: Quality, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Leave out rows with a text to be imitated that breaks a rule."""
     for item in items:
-        texts = imitated(item.columns, options.part, context.kind)
-        reason = next(
-            (
-                f"{where}: {found}"
-                for where, text in texts.items()
-                if (found := verdict(text, options)) is not None
-            ),
-            None,
-        )
+        reason = None
+        for where, text in imitated(item.columns, options.part, context.kind).items():
+            broken = verdict(text, options)
+            if broken is not None:
+                reason = f"{where}: {broken}"
+                break
         if reason is None:
             yield item
         else:
@@ -222,15 +219,15 @@ def extremes(
     lowest, highest = int(low_share * len(scores)), int(high_share * len(scores))
     out: list[str | None] = [None] * len(scores)
     for rank, index in enumerate(order):
-        said = f"{what} {scores[index]:.3f}"
+        score = f"{what} {scores[index]:.3f}"
         if rank < lowest:
-            out[index] = f"{said}: among the lowest {lowest} of {len(scores)}"
+            out[index] = f"{score}: among the lowest {lowest} of {len(scores)}"
         elif rank >= len(scores) - highest:
-            out[index] = f"{said}: among the highest {highest} of {len(scores)}"
+            out[index] = f"{score}: among the highest {highest} of {len(scores)}"
         elif low is not None and scores[index] < low:
-            out[index] = f"{said}, expected at least {low:g}"
+            out[index] = f"{score}, expected at least {low:g}"
         elif high is not None and scores[index] > high:
-            out[index] = f"{said}, expected at most {high:g}"
+            out[index] = f"{score}, expected at most {high:g}"
     return out
 
 
@@ -268,7 +265,7 @@ def tfidf(options: Tfidf, items: Iterator[Item], context: Context) -> Iterator[I
     """
     rows = list(items)
     texts = [imitated(row.columns, options.part, context.kind) for row in rows]
-    judged = [index for index, found in enumerate(texts) if found]
+    judged = [index for index, text in enumerate(texts) if text]
     scores = [
         float(score) for score in tfidf_scores(["\n".join(texts[i].values()) for i in judged])
     ]

@@ -122,14 +122,14 @@ def _filled(path: Path) -> bool:
 
 
 def read_decisions(
-    path: str, found: Sequence[Subject], labels: Sequence[Any]
+    path: str, judged: Sequence[Subject], labels: Sequence[Any]
 ) -> dict[str, Decision]:
     """Decisions by id; rows with an empty decision are passed over.
 
     Raises UserError naming file and row: no id, an item that the data doesn't have, texts that were
     edited, a decision that is no label, and two different decisions for an item.
     """
-    known = {subject.id: subject for subject in found}
+    known = {subject.id: subject for subject in judged}
     out: dict[str, Decision] = {}
     for number, row in enumerate(read_rows(path, key="step review: decisions"), start=1):
         where = f"{path}, row {number}"
@@ -195,20 +195,22 @@ def review(options: Review, items: Iterator[Item], context: Context) -> Iterator
     holds decisions which are not read.
     """
     rows = list(items)
-    found = subjects(rows, options, context)
+    judged = subjects(rows, options, context)
     stem = context.folder / options.queue
     decisions: dict[str, Decision] = {}
     if options.decisions is None:
         _check_not_filled(stem)
     else:
-        decisions = read_decisions(options.decisions, found, _labels(found, options, context))
+        decisions = read_decisions(options.decisions, judged, _labels(judged, options, context))
     queued = [
-        subject for subject in found if subject.id in decisions or disputed(subject, options.agreed)
+        subject
+        for subject in judged
+        if subject.id in decisions or disputed(subject, options.agreed)
     ]
     write_queue([queue_row(subject, decisions.get(subject.id)) for subject in queued], stem)
     dropped = sum(decision.label == DROP for decision in decisions.values())
     counts = {
-        "items": len(found),
+        "items": len(judged),
         "queued": len(queued),
         "decided": len(decisions) - dropped,
         "dropped": dropped,
@@ -222,14 +224,14 @@ def review(options: Review, items: Iterator[Item], context: Context) -> Iterator
             waiting,
             stem,
         )
-    yield from _decided_rows(rows, found, decisions, options, context)
+    yield from _decided_rows(rows, judged, decisions, options, context)
 
 
-def _labels(found: Sequence[Subject], options: Review, context: Context) -> Sequence[Any]:
+def _labels(judged: Sequence[Subject], options: Review, context: Context) -> Sequence[Any]:
     """The labels that a decision may be."""
     if by_side(options, context.kind):
         return SIDES
-    return sorted_labels(j.label for subject in found for j in subject.judgements)
+    return sorted_labels(j.label for subject in judged for j in subject.judgements)
 
 
 def _check_not_filled(stem: Path) -> None:
@@ -245,13 +247,13 @@ def _check_not_filled(stem: Path) -> None:
 
 def _decided_rows(
     rows: Sequence[Item],
-    found: Sequence[Subject],
+    judged: Sequence[Subject],
     decisions: Mapping[str, Decision],
     options: Review,
     context: Context,
 ) -> Iterator[Item]:
     """The rows, where those of a decided item become one row, or none."""
-    subject_of = {id(row): subject for subject in found for row in subject.rows}
+    subject_of = {id(row): subject for subject in judged for row in subject.rows}
     done: set[str] = set()
     for row in rows:
         subject = subject_of.get(id(row))

@@ -53,14 +53,14 @@ def split(options: Split, items: Iterator[Item], context: Context) -> Iterator[I
         groups = [[index] for index in range(len(rows))]
     else:
         texts = [(prompt_of(item.columns), "") for item in rows]
-        found = near_clusters(
+        clusters = near_clusters(
             texts,
             threshold=options.threshold,
             ngram=options.ngram,
             count=options.permutations,
             seed=context.seed,
         )
-        groups = members(found.tolist())
+        groups = members(clusters.tolist())
     if len(groups) < 2:
         raise UserError(
             f"step split: all {len(rows)} prompts are one or near duplicates "

@@ -53,7 +53,7 @@ def read_dictionary(path: str) -> Dictionary:
     return make_dictionary(terms, f"step terms: dictionary={path}")
 
 
-def make_dictionary(terms: Mapping[str, list[str]], place: str) -> Dictionary:
+def make_dictionary(terms: Mapping[str, list[str]], where: str) -> Dictionary:
     """A dictionary of canonical terms and their other words. Raises UserError as
     `read_dictionary`.
     """
@@ -64,26 +64,26 @@ def make_dictionary(terms: Mapping[str, list[str]], place: str) -> Dictionary:
         for word in words:
             if owner.setdefault(word.lower(), term) != term:
                 raise UserError(
-                    f"{place}: {word!r} stands for {owner[word.lower()]!r} and for {term!r}: "
+                    f"{where}: {word!r} stands for {owner[word.lower()]!r} and for {term!r}: "
                     "expected one of them."
                 )
     if not owner:
-        raise UserError(f"{place}: no term has another word, so there is nothing to exchange.")
+        raise UserError(f"{where}: no term has another word, so there is nothing to exchange.")
     for term in terms:
         other = owner.get(term.lower(), term)
         if other != term:
             raise UserError(
-                f"{place}: {term!r} is a term and another word for {other!r}: expected one of them."
+                f"{where}: {term!r} is a term and another word for {other!r}: expected one of them."
             )
     exact = {
         word: term for term, words in terms.items() for word in words if not word.islower()
     } | {term: term for term in terms}
     small = {word: term for term, words in terms.items() for word in words if word.islower()}
     small = {term: term for term in terms if term.islower()} | small
-    found = sorted({*exact, *small}, key=lambda word: (-len(word), word))
-    pattern = regex.compile(
-        "|".join(f"(?i:{bounded(w)})" if w in small else bounded(w) for w in found), regex.V1
-    )
+    # longer words first: a shorter word inside of one is not looked for
+    ordered = sorted({*exact, *small}, key=lambda word: (-len(word), word))
+    patterns = [f"(?i:{bounded(word)})" if word in small else bounded(word) for word in ordered]
+    pattern = regex.compile("|".join(patterns), regex.V1)
     return Dictionary(pattern, exact, small)
 
 
@@ -93,8 +93,8 @@ def exchange(text: str, dictionary: Dictionary, changes: Counter[tuple[str, str]
     """
 
     def replaced(match: Any) -> str:
-        found = match.group()
-        word = found if found in dictionary.exact else found.lower()
+        matched = match.group()
+        word = matched if matched in dictionary.exact else matched.lower()
         if word in dictionary.exact:
             term = dictionary.exact[word]
             new = term
@@ -103,10 +103,10 @@ def exchange(text: str, dictionary: Dictionary, changes: Counter[tuple[str, str]
             # capitals that small letters don't come back from, such as a dotted I: leave what is
             # not surely the word
             if not term:
-                return found
-            new = in_case_of(found, term)
-        if word == term or new == found:
-            return found
+                return matched
+            new = in_case_of(matched, term)
+        if word == term or new == matched:
+            return matched
         changes[term, word] += 1
         return new
 
@@ -150,15 +150,15 @@ def terms(options: Terms, items: Iterator[Item], context: Context) -> Iterator[I
                     row["words"][word] = row["words"].get(word, 0) + times
                 for term in {term for term, _ in changes}:
                     counts[term]["rows"] += 1
-                said = [f"{word} -> {term}" for term, word in changes]
+                exchanged = [f"{word} -> {term}" for term, word in changes]
                 report.write(
                     json.dumps(
-                        {"file": item.origin, "row": item.number, "exchanged": said},
+                        {"file": item.origin, "row": item.number, "exchanged": exchanged},
                         ensure_ascii=False,
                     )
                     + "\n"
                 )
                 if len(examples) < _EXAMPLES:
-                    examples.append({"place": item.place, "exchanged": "; ".join(said)})
+                    examples.append({"place": item.place, "exchanged": "; ".join(exchanged)})
                 item.columns = columns
             yield item

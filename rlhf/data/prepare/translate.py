@@ -23,7 +23,7 @@ def there_and_back(
     ]
     back = translator.translate([middle for _, middle in kept], pivot, source) if kept else []
     return dict.fromkeys(distinct, "") | {
-        text: found.strip() for (text, _), found in zip(kept, back, strict=True)
+        text: translation.strip() for (text, _), translation in zip(kept, back, strict=True)
     }
 
 
@@ -49,11 +49,11 @@ def back_translate(
         )
     translator = translator or make_translator(options)
     rows = list(items)
-    places = [asked(item.columns, context.kind) if may_grow(item) else [] for item in rows]
+    keys = [asked(item.columns, context.kind) if may_grow(item) else [] for item in rows]
     texts = [
         text_at(item.columns, where)
-        for item, found in zip(rows, places, strict=True)
-        for where in found
+        for item, parts in zip(rows, keys, strict=True)
+        for where in parts
     ]
     translated = there_and_back(texts, translator, options.source, options.pivot)
     counts = {
@@ -65,12 +65,12 @@ def back_translate(
         "nothing_asked": 0,
     }
     context.figures["counts"] = counts
-    for item, found in zip(rows, places, strict=True):
+    for item, parts in zip(rows, keys, strict=True):
         yield item
         if not may_grow(item):
             continue
-        new = {where: translated[text_at(item.columns, where)] for where in found}
-        if not found:
+        new = {where: translated[text_at(item.columns, where)] for where in parts}
+        if not parts:
             counts["nothing_asked"] += 1
         elif not all(new.values()):
             counts["empty"] += 1

@@ -124,18 +124,18 @@ class ArgosTranslator:
         languages = {language.code: language for language in translate.get_installed_languages()}
         self._translations: dict[tuple[str, str], Any] = {}
         for source, target in directions:
-            found = (
+            function = (
                 languages[source].get_translation(languages[target])
                 if source in languages and target in languages
                 else None
             )
-            if found is None:
+            if function is None:
                 have = ", ".join(sorted(languages)) or "none"
                 raise UserError(
                     f"{_PLACE}: translator=argos: no installed package from {source} to "
                     f"{target}. Languages that are installed: {have}."
                 )
-            self._translations[source, target] = found
+            self._translations[source, target] = function
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str]:
         return [str(self._translations[source, target].translate(text)) for text in texts]
@@ -162,10 +162,10 @@ class FunctionTranslator:
             or len(out) != len(texts)
             or not all(isinstance(text, str) for text in out)
         ):
-            found = f"{len(out)} values" if isinstance(out, (list, tuple)) else type(out).__name__
+            instead = f"{len(out)} values" if isinstance(out, (list, tuple)) else type(out).__name__
             raise UserError(
                 f"{_PLACE}: translator={self.spec}: expected a list of {len(texts)} texts, found "
-                f"{found}."
+                f"{instead}."
             )
         return list(out)
 

@@ -19,9 +19,9 @@ def terms(text: Sides) -> list[str]:
     """Words and pairs of neighbouring words; those of what is judged bad are terms of their own."""
     out: list[str] = []
     for mark, side in zip(("", "\0"), text, strict=True):
-        found = [mark + word for word in words(normalised(side))]
-        out += found
-        out += [f"{one} {other}" for one, other in pairwise(found)]
+        marked = [mark + word for word in words(normalised(side))]
+        out += marked
+        out += [f"{first} {second}" for first, second in pairwise(marked)]
     return out
 
 
@@ -48,8 +48,8 @@ def embeddings(texts: Sequence[Sides], model: str) -> Any:
 
     from rlhf.process import distributed
 
-    place = Path(model).expanduser()
-    if not (place / "modules.json").is_file() and not (place / "config.json").is_file():
+    folder = Path(model).expanduser()
+    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(
             f"model={model}: expected a sentence-embedding model's directory (modules.json), "
             "found none there."
@@ -57,7 +57,7 @@ def embeddings(texts: Sequence[Sides], model: str) -> Any:
     sentence_transformers = require("sentence_transformers", "embeddings")
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     encoder = sentence_transformers.SentenceTransformer(
-        str(place), device=str(distributed.device()), local_files_only=True
+        str(folder), device=str(distributed.device()), local_files_only=True
     )
 
     def encode(parts: list[str]) -> Any:

@@ -95,15 +95,15 @@ def is_current(folder: Path, origin: Mapping[str, object], overwrite: bool) -> b
     """Whether `folder` holds every file of its meta.json, built from `origin`. Raises UserError for
     another origin unless `overwrite`.
     """
-    place = folder / META
-    if not place.is_file():
+    meta_file = folder / META
+    if not meta_file.is_file():
         return False
-    meta = json.loads(place.read_text(encoding="utf-8"))
-    found = meta["origin"]
+    meta = json.loads(meta_file.read_text(encoding="utf-8"))
+    current = meta["origin"]
     differs = [
-        f"{key}: found {found.get(key)!r}, expected {value!r}"
+        f"{key}: found {current.get(key)!r}, expected {value!r}"
         for key, value in origin.items()
-        if found.get(key) != value
+        if current.get(key) != value
     ]
     if differs and not overwrite:
         raise UserError(

@@ -36,9 +36,9 @@ def rows(options: GymConfig, seed: int) -> dict[str, list[Row]]:
     """
     train: list[Row] = []
     held: list[Row] = []
-    for place, task in enumerate(options.tasks):
+    for index, task in enumerate(options.tasks):
         count, eval_count = (
-            total // len(options.tasks) + (place < total % len(options.tasks))
+            total // len(options.tasks) + (index < total % len(options.tasks))
             for total in (options.rows, options.eval_rows)
         )
         drawn = _distinct(task, options, seed, count + eval_count)
@@ -52,13 +52,13 @@ def rows(options: GymConfig, seed: int) -> dict[str, list[Row]]:
 
 def _distinct(task: str, options: GymConfig, seed: int, wanted: int) -> list[Row]:
     """`wanted` rows of one task whose questions differ."""
-    found: dict[str, Row] = {}
+    questions: dict[str, Row] = {}
     for entry in _entries(task, options, seed, _PATIENCE * wanted):
-        found.setdefault(entry["question"], _row(task, entry, options))
-        if len(found) == wanted:
-            return list(found.values())
+        questions.setdefault(entry["question"], _row(task, entry, options))
+        if len(questions) == wanted:
+            return list(questions.values())
     raise UserError(
-        f"data.gym.tasks: {task} gave {len(found)} different questions in {_PATIENCE * wanted} "
+        f"data.gym.tasks: {task} gave {len(questions)} different questions in {_PATIENCE * wanted} "
         f"draws, expected {wanted}. Lower data.gym.rows or "
         f"data.gym.eval_rows, or make the task larger with data.gym.options.{task}."
     )

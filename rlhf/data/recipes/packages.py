@@ -17,7 +17,7 @@ def package_file(distribution: str, name: str, requirement: str, need: str = "da
         files = importlib.metadata.distribution(distribution).files or []
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"{remedy} (it is not installed).") from None
-    found = [Path(str(f.locate())) for f in files if f.name == name]
-    if not found or not found[0].is_file():
+    matches = [Path(str(f.locate())) for f in files if f.name == name]
+    if not matches or not matches[0].is_file():
         raise UserError(f"{remedy} (the installed one has no file {name}).")
-    return found[0]
+    return matches[0]

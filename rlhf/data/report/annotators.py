@@ -55,12 +55,12 @@ def disputed(judged: Sequence[Subject]) -> list[list[tuple[Item, str]]]:
     ]
 
 
-def kappa_of(found: Agreement) -> tuple[str, float | None]:
+def kappa_of(result: Agreement) -> tuple[str, float | None]:
     """The kappa that fits: Cohen's of two annotators, Fleiss' of more."""
     return (
-        ("Cohen's kappa", found.cohen)
-        if found.annotators == 2
-        else ("Fleiss' kappa", found.fleiss.value)
+        ("Cohen's kappa", result.cohen)
+        if result.annotators == 2
+        else ("Fleiss' kappa", result.fleiss.value)
     )
 
 
@@ -69,8 +69,8 @@ def annotators(items: Sequence[Item], settings: Settings) -> Section:
     title = "Annotators"
     judged = annotated(items, settings)
     labels = [label for subject in judged for label in subject.labels()]
-    found = agreement(labels, seed=settings.seed) if labels else None
-    if found is None or found.observed.items == 0:
+    result = agreement(labels, seed=settings.seed) if labels else None
+    if result is None or result.observed.items == 0:
         return Section(
             "annotators",
             title,
@@ -79,20 +79,20 @@ def annotators(items: Sequence[Item], settings: Settings) -> Section:
             f"{ANNOTATOR})",
         )
     differing = disputed(judged)
-    name, kappa = kappa_of(found)
-    message = f"annotators differ on {len(differing)} of {found.observed.items} items"
+    name, kappa = kappa_of(result)
+    message = f"annotators differ on {len(differing)} of {result.observed.items} items"
     rows = [row for members in differing for row in members]
     findings = finding(
         "disagreement", Severity.warn, message, REMEDIES["disagreement"], rows, settings.named
     )
-    figures = {**found.figures(), "kappa": {"name": name, "value": kappa}}
+    figures = {**result.figures(), "kappa": {"name": name, "value": kappa}}
     shown = (
-        ("items with two labels or more", found.observed.items),
-        ("annotators", found.annotators),
-        ("observed agreement", found.observed.value),
-        ("Cohen's kappa, mean over pairs", found.cohen),
-        ("Fleiss' kappa", found.fleiss.value),
-        ("Krippendorff's alpha", found.krippendorff.value),
+        ("items with two labels or more", result.observed.items),
+        ("annotators", result.annotators),
+        ("observed agreement", result.observed.value),
+        ("Cohen's kappa, mean over pairs", result.cohen),
+        ("Fleiss' kappa", result.fleiss.value),
+        ("Krippendorff's alpha", result.krippendorff.value),
     )
     return Section(
         "annotators", title, figures, findings, (Table("Agreement", ("figure", "value"), shown),)
@@ -109,14 +109,14 @@ def gold_verdict(columns: Mapping[str, Any], kind: Use) -> bool | None:
     gold = next((columns[key] for key in GOLD if columns.get(key) not in (None, "")), None)
     if gold is None:
         return None
-    said = str(gold).strip().casefold()
+    text = str(gold).strip().casefold()
     if kind is Use.preference:
-        return _SIDES.get(said)
+        return _SIDES.get(text)
     label = columns.get("label")
     if label is None:
         return None
     given = str(label).strip().casefold()
-    return _SIDES.get(given, given) == _SIDES.get(said, said)
+    return _SIDES.get(given, given) == _SIDES.get(text, text)
 
 
 def gold(items: Sequence[Item], settings: Settings) -> Section:

@@ -59,8 +59,8 @@ def languages(items: Sequence[Item], settings: Settings) -> Section:
     some = sampled(items, settings)
     if not some:
         return Section("languages", title, {}, unmeasured="there are no rows")
-    found = [language(joined(item.columns)) for item in some]
-    counts = Counter(code for code, _ in found)
+    detected = [language(joined(item.columns)) for item in some]
+    counts = Counter(code for code, _ in detected)
     main, most = max(
         ((c, n) for c, n in counts.items() if c != "und"),
         key=lambda pair: pair[1],
@@ -68,7 +68,7 @@ def languages(items: Sequence[Item], settings: Settings) -> Section:
     )
     others = [
         (item, f"{code}, probability {p:.2f}")
-        for item, (code, p) in zip(some, found, strict=True)
+        for item, (code, p) in zip(some, detected, strict=True)
         if code not in (main, "und") and p >= _SURE
     ]
     findings: tuple[Finding, ...] = ()
@@ -132,15 +132,15 @@ def label_columns(items: Sequence[Item]) -> dict[str, Counter[str]]:
 def labels(items: Sequence[Item], settings: Settings) -> Section:
     """How many rows each class has."""
     title = "Labels"
-    found = label_columns(items)
-    if not found:
+    columns = label_columns(items)
+    if not columns:
         return Section(
             "labels", title, {}, unmeasured=f"no row has a column of classes ({', '.join(LABELS)})"
         )
     figures: dict[str, Any] = {}
     findings: list[Finding] = []
     tables: list[Table] = []
-    for name, counts in found.items():
+    for name, counts in columns.items():
         total, (largest, most), (smallest, fewest) = (
             sum(counts.values()),
             counts.most_common(1)[0],
@@ -162,20 +162,18 @@ def labels(items: Sequence[Item], settings: Settings) -> Section:
             if str(item.columns.get(name)) == smallest and name in item.columns
         ]
         if len(counts) == 1:
-            said, rows = (
-                f"every row has {name}={largest}",
-                [(item, f"{name} is {largest}") for item in items if name in item.columns],
-            )
+            message = f"every row has {name}={largest}"
+            rows = [(item, f"{name} is {largest}") for item in items if name in item.columns]
             findings += finding(
-                "one_class", Severity.warn, said, REMEDIES["one_class"], rows, settings.named
+                "one_class", Severity.warn, message, REMEDIES["one_class"], rows, settings.named
             )
         elif ratio >= IMBALANCE:
-            said = (
+            message = (
                 f"column {name}: {most} rows of {largest} to {fewest} of {smallest}, which is "
                 f"{ratio:.1f} to 1"
             )
             findings += finding(
-                "imbalance", Severity.warn, said, REMEDIES["imbalance"], rare, settings.named
+                "imbalance", Severity.warn, message, REMEDIES["imbalance"], rare, settings.named
             )
     return Section("labels", title, figures, tuple(findings), tuple(tables))
 
@@ -317,6 +315,6 @@ def diversity(items: Sequence[Item], settings: Settings) -> Section:
     table = Table(
         "Coverage and diversity",
         ("figure", "value"),
-        tuple((said, figures[name]) for name, said in _DIVERSITY.items()),
+        tuple((label, figures[name]) for name, label in _DIVERSITY.items()),
     )
     return Section("diversity", "Coverage and diversity", figures, tables=(table,))

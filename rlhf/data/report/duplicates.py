@@ -39,8 +39,8 @@ def _compared(items: Sequence[Item], keys: list[Key], settings: Settings) -> Com
 
 def whole(items: Sequence[Item], settings: Settings) -> Compared:
     """Rows by all of their texts; a pair with its sides exchanged is another row."""
-    found = [sides(item.columns, Part.whole, settings.kind) for item in items]
-    return _compared(items, [(normalised(good), normalised(bad)) for good, bad in found], settings)
+    texts = [sides(item.columns, Part.whole, settings.kind) for item in items]
+    return _compared(items, [(normalised(good), normalised(bad)) for good, bad in texts], settings)
 
 
 def asked(items: Sequence[Item], settings: Settings) -> Compared:
@@ -59,12 +59,12 @@ def copies(rows: Compared, split: str) -> list[tuple[int, int]]:
     annotator, and one row drawn again by step balance.
     """
     first: dict[tuple[Key, str], int] = {}
-    places: set[tuple[str, int, Key]] = set()
+    keys: set[tuple[str, int, Key]] = set()
     out = []
     for index, (item, key) in enumerate(zip(rows.items, rows.keys, strict=True)):
-        if item.split != split or key == _NOTHING or (item.origin, item.number, key) in places:
+        if item.split != split or key == _NOTHING or (item.origin, item.number, key) in keys:
             continue
-        places.add((item.origin, item.number, key))
+        keys.add((item.origin, item.number, key))
         earlier = first.setdefault((key, str(item.columns.get("annotator"))), index)
         if earlier != index:
             out.append((index, earlier))
@@ -79,10 +79,10 @@ def alike(rows: Compared, split: str) -> list[tuple[int, int, int]]:
     for index, (item, key) in enumerate(zip(rows.items, rows.keys, strict=True)):
         if item.split == split and key != _NOTHING:
             members[rows.clusters[index]].setdefault(key, index)
-    found = [
+    pairs = [
         (i, min(texts.values()), len(texts)) for texts in members.values() for i in texts.values()
     ]
-    return sorted((i, first, count) for i, first, count in found if i != first)
+    return sorted((i, first, count) for i, first, count in pairs if i != first)
 
 
 def duplicates(rows: Compared, settings: Settings, split: str) -> Section:
@@ -94,13 +94,13 @@ def duplicates(rows: Compared, settings: Settings, split: str) -> Section:
         for i, j, n in alike(rows, split)
     ]
     findings = (
-        *_found(
+        *_finding(
             "exact_duplicates",
             f"{len(exact)} of {total} {split} rows repeat an earlier row",
             exact,
             settings,
         ),
-        *_found(
+        *_finding(
             "near_duplicates",
             f"{len(near)} of {total} {split} rows are nearly the same as an earlier row",
             near,
@@ -160,22 +160,22 @@ def leakage(rows: Compared, prompts: Compared, settings: Settings) -> Section:
     compared = {"row": rows}
     if len(set(prompts.keys)) > 1:
         compared["prompt"] = prompts  # one instruction for all rows leaks nothing
-    for what, found in compared.items():
-        exact, near = crossing(found)
-        same = [(found.items[i], f"the same {what} as {found.items[j].place}") for i, j in exact]
+    for what, pairs in compared.items():
+        exact, near = crossing(pairs)
+        same = [(pairs.items[i], f"the same {what} as {pairs.items[j].place}") for i, j in exact]
         like = [
-            (found.items[i], f"nearly the same {what} as {found.items[j].place}") for i, j in near
+            (pairs.items[i], f"nearly the same {what} as {pairs.items[j].place}") for i, j in near
         ]
         figures |= {f"{what}_exact": len(same), f"{what}_near": len(like)}
         counted = f"of {held} held-out rows"
-        findings += _found(
+        findings += _finding(
             f"{what}_leakage_exact",
             f"{len(same)} {counted}: the same {what} trains",
             same,
             settings,
             Severity.fail,
         )
-        findings += _found(
+        findings += _finding(
             f"{what}_leakage_near",
             f"{len(like)} {counted}: a nearly equal {what} trains",
             like,
@@ -197,7 +197,7 @@ def _share(rows: Sequence[object], total: int) -> float:
     return len(rows) / total if total else 0.0
 
 
-def _found(
+def _finding(
     check: str,
     message: str,
     rows: Sequence[tuple[Item, str]],

@@ -1,6 +1,7 @@
 """How long the rows are, and what a limit would cut."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rlhf.data.formats.base import CONTENT
@@ -17,7 +18,7 @@ _WORRYING = 0.01  # share of truncated rows that is worth a warning
 
 
 def column_texts(columns: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The texts of each content column: one, or a message's each."""
+    """The texts of each content column: a single text, or the messages' texts."""
     out = {}
     for key in CONTENT:
         value = columns.get(key)
@@ -32,24 +33,30 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, special tokens not counted."""
     out: list[int] = []
     for start in range(0, len(texts), _BATCH):
-        out += [
-            len(ids)
-            for ids in tokenizer(list(texts[start : start + _BATCH]), add_special_tokens=False)[
-                "input_ids"
-            ]
-        ]
+        batch = list(texts[start : start + _BATCH])
+        out += map(len, tokenizer(batch, add_special_tokens=False)["input_ids"])
     return out
 
 
 def column_lengths(items: Sequence[Item], measure: Any) -> list[dict[str, int]]:
     """Per row, the length of each content column; `measure`: texts -> lengths."""
-    texts = [column_texts(item.columns) for item in items]
-    flat = iter(
-        measure([text for columns in texts for found in columns.values() for text in found])
-    )
-    return [
-        {key: sum(next(flat) for _ in found) for key, found in columns.items()} for columns in texts
-    ]
+    rows = [column_texts(item.columns) for item in items]
+    flat: list[str] = []
+    for row in rows:
+        for texts in row.values():
+            flat += texts
+    lengths = iter(measure(flat))
+    return [{key: sum(islice(lengths, len(texts))) for key, texts in row.items()} for row in rows]
+
+
+def by_columns(rows: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
+    """Rows of lengths as the lengths of each content column that some row has."""
+    out: dict[str, list[int]] = {}
+    for key in CONTENT:
+        values = [row[key] for row in rows if key in row]
+        if values:
+            out[key] = values
+    return out
 
 
 def row_length(lengths: Mapping[str, int]) -> int:
@@ -73,15 +80,15 @@ def sequence_lengths(
     """
     special = tokenizer.num_special_tokens_to_add(pair=False) + 1  # and end-of-sequence
     out, broken = [], 0
-    for item, found in zip(items, lengths, strict=True):
+    for item, by_column in zip(items, lengths, strict=True):
         chats = list(conversations(item.columns))
         if not chats:
-            out.append(row_length(found) + special)
+            out.append(row_length(by_column) + special)
             continue
         try:
             out.append(max(_rendered(tokenizer, chat) for chat in chats))
         except (ValueError, UserError):
-            out.append(row_length(found) + special)
+            out.append(row_length(by_column) + special)
             broken += 1
     return out, broken
 
@@ -132,26 +139,25 @@ def lengths(items: Sequence[Item], settings: Settings) -> Section:
     if settings.tokenizer is None:
         unit, broken = "words", 0
         by_column = column_lengths(items, lambda texts: [len(words(text)) for text in texts])
-        whole = [row_length(found) for found in by_column]
+        whole = [row_length(row) for row in by_column]
         characters = column_lengths(items, lambda texts: [len(text) for text in texts])
     else:
         unit, characters = "tokens", []
         by_column = column_lengths(items, lambda texts: token_counts(settings.tokenizer, texts))
         whole, broken = sequence_lengths(settings.tokenizer, items, by_column)
-    columns = {key: [found[key] for found in by_column if key in found] for key in CONTENT}
-    columns = {key: values for key, values in columns.items() if values} | {"row": whole}
+    columns = by_columns(by_column) | {"row": whole}
     over = [
         (item, f"{n} {unit}") for item, n in zip(items, whole, strict=True) if n > settings.limit
     ]
     share = len(over) / len(items)
-    stands_in = (
-        "" if unit == "tokens" else " (words stand in for tokens: set model.path to count tokens)"
-    )
+    hint = ""
+    if unit == "words":
+        hint = " (words are counted instead of tokens: set model.path to count tokens)"
     findings = finding(
         "truncated",
         Severity.warn if share >= _WORRYING else Severity.info,
         f"{len(over)} of {len(items)} rows ({share:.1%}) are longer than {settings.limit} "
-        f"{unit}{stands_in}",
+        f"{unit}{hint}",
         REMEDIES["truncated"],
         over,
         settings.named,
@@ -167,10 +173,7 @@ def lengths(items: Sequence[Item], settings: Settings) -> Section:
     heads = ("column", "rows", "mean", "5 %", "median", "95 %", "longest")
     tables = [Table(f"Lengths in {unit}", heads, _lines(columns))]
     if characters:
-        counted = {key: [found[key] for found in characters if key in found] for key in CONTENT}
-        counted = {key: values for key, values in counted.items() if values} | {
-            "row": [row_length(found) for found in characters]
-        }
+        counted = by_columns(characters) | {"row": [row_length(row) for row in characters]}
         figures["characters"] = {key: summary(values) for key, values in counted.items()}
         tables.append(Table("Lengths in characters", heads, _lines(counted)))
     plot = Histogram(

@@ -3,11 +3,11 @@ over and over.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from rlhf.data.prepare.items import Item, parts
-from rlhf.data.report.records import Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
 from rlhf.process.extras import require
@@ -32,17 +32,17 @@ _REPEATABLE = 20  # words that a text needs before its repetitions are counted
 
 def html_problem(text: str) -> str | None:
     """A tag or an entity outside code."""
-    found = HTML.search(_FENCED.sub(" ", text))
-    return f"holds {found.group()}" if found else None
+    match = HTML.search(_FENCED.sub(" ", text))
+    return f"holds {match.group()}" if match else None
 
 
 def encoding_problem(text: str) -> str | None:
     """Mojibake by ftfy's heuristic, or characters that no text has: control characters, replacement
     characters, lone surrogates.
     """
-    found = _CONTROL.search(text)
-    if found:
-        return f"holds U+{ord(found.group()):04X}"
+    match = _CONTROL.search(text)
+    if match:
+        return f"holds U+{ord(match.group()):04X}"
     return (
         "decoded with the wrong encoding" if require("ftfy.badness", "data").is_bad(text) else None
     )
@@ -65,10 +65,10 @@ def garbled_problem(text: str) -> str | None:
 
 def repetition_problem(text: str) -> str | None:
     """Few different 3-grams of words."""
-    found = words(text)
-    if len(found) < _REPEATABLE:
+    split = words(text)
+    if len(split) < _REPEATABLE:
         return None
-    grams = [tuple(found[i : i + 3]) for i in range(len(found) - 2)]
+    grams = [tuple(split[i : i + 3]) for i in range(len(split) - 2)]
     share = len(set(grams)) / len(grams)
     return f"{1 - share:.0%} of its 3-grams of words stood before" if share < MIN_DISTINCT else None
 
@@ -79,7 +79,7 @@ _CHECKS = {
     "garbled": garbled_problem,
     "repetition": repetition_problem,
 }
-_SAID = {
+_MESSAGES = {
     "html": (Severity.warn, "rows hold HTML tags or entities"),
     "encoding": (Severity.warn, "rows hold mojibake, control or replacement characters"),
     "garbled": (Severity.warn, "rows are mostly symbols or one character"),
@@ -87,33 +87,33 @@ _SAID = {
 }
 
 
+def _first_problem(item: Item, problem: Callable[[str], str | None]) -> str | None:
+    """The first text of a row that has the problem, and how."""
+    for where, text in parts(item.columns):
+        reason = problem(text)
+        if reason:
+            return f"{where} {reason}"
+    return None
+
+
 def noise(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of broken text, each text of a row by itself."""
-    found: dict[str, list[tuple[Item, str]]] = {check: [] for check in _CHECKS}
+    problems: dict[str, list[tuple[Item, str]]] = {check: [] for check in _CHECKS}
     for item in items:
         for check, problem in _CHECKS.items():
-            said = next(
-                (f"{where} {p}" for where, text in parts(item.columns) if (p := problem(text))),
-                None,
-            )
-            if said is not None:
-                found[check].append((item, said))
-    findings = [
-        f
-        for check, rows in found.items()
-        for f in finding(
-            check,
-            _SAID[check][0],
-            f"{len(rows)} {_SAID[check][1]}",
-            REMEDIES[check],
-            rows,
-            settings.named,
+            reason = _first_problem(item, problem)
+            if reason is not None:
+                problems[check].append((item, reason))
+    findings: list[Finding] = []
+    for check, rows in problems.items():
+        severity, message = _MESSAGES[check]
+        findings += finding(
+            check, severity, f"{len(rows)} {message}", REMEDIES[check], rows, settings.named
         )
-    ]
-    figures = {check: len(rows) for check, rows in found.items()}
+    figures = {check: len(rows) for check, rows in problems.items()}
     table = Table(
         "Broken text",
         ("check", "rows"),
-        tuple((_SAID[check][1], n) for check, n in figures.items()),
+        tuple((_MESSAGES[check][1], n) for check, n in figures.items()),
     )
     return Section("noise", "Broken text", figures, tuple(findings), (table,))

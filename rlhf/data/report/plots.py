@@ -66,12 +66,12 @@ def _histogram(axes: Any, plot: Histogram) -> None:
     if plot.mark is not None and high < plot.mark < 3 * high:
         high = plot.mark * 1.05
     edges = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
-    for (name, found), colour in zip(
+    for (name, series), colour in zip(
         values.items(), COLOURS * (1 + len(values) // len(COLOURS)), strict=False
     ):
-        weights = np.full(len(found), 1.0 / len(found))
+        weights = np.full(len(series), 1.0 / len(series))
         axes.hist(
-            np.clip(found, edges[0], edges[-1]),
+            np.clip(series, edges[0], edges[-1]),
             bins=edges,
             weights=weights,
             histtype="step",

@@ -41,7 +41,7 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong or worth knowing, the rows that show it, and the option that mends
+    """One thing that is wrong or worth knowing, the rows that show it, and the option that repairs
     it.
     """
 

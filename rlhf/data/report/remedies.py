@@ -1,5 +1,5 @@
-"""Which option mends what a check finds. Steps are those of data.pipeline (conf/preparation/); a
-test holds every name against them.
+"""Which option repairs what a check reports. Steps are those of data.pipeline (conf/preparation/);
+a test compares every name with them.
 
 What stands in backticks is to be typed: an option, or an entry of data.pipeline. Capitals stand for
 what the user fills in.
@@ -29,9 +29,9 @@ REMEDIES: dict[str, str] = {
     "judged; else leave out the side that is wrong",
     "length_bias": "pairs of sides about equally long, or a term of kind length beside the "
     "reward (`reward.terms`)",
-    "role_order": "mend the conversations at their source",
+    "role_order": "repair the conversations at their source",
     "empty_turns": "`{step: length, low: 1, part: answer}`",
-    "wrong_end": "mend the conversations at their source, or read them as prompts "
+    "wrong_end": "repair the conversations at their source, or read them as prompts "
     "(`data.kind=prompt`)",
     "template_markers": "give the texts without their markers: the tokenizer's chat template "
     "adds them",

@@ -62,7 +62,7 @@ SCHEMA: dict[str, Any] = {
                         "message": _TEXT,
                         "remedy": {
                             "type": "string",
-                            "description": "what mends it; options stand in backticks",
+                            "description": "what repairs it; options are in backticks",
                         },
                         "total": {
                             "type": "integer",

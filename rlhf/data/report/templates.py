@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item, parts
 from rlhf.data.report.lengths import conversations
-from rlhf.data.report.records import Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.models import encoding
 from rlhf.types import UserError
@@ -93,9 +93,9 @@ def empty_problem(columns: dict[str, Any]) -> str | None:
 def marker_problem(columns: dict[str, Any], markers: re.Pattern[str]) -> str | None:
     """A text that holds a template's markers."""
     for where, text in parts(columns):
-        found = markers.search(text)
-        if found:
-            return f"{where} holds {found.group()}"
+        match = markers.search(text)
+        if match:
+            return f"{where} holds {match.group()}"
     return None
 
 
@@ -143,9 +143,9 @@ def doubled(tokenizer: Any, sequences: Iterable[Sequence[int]]) -> tuple[bool, b
     two end-of-sequence tokens.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    found = [list(ids) for ids in sequences]
-    begins = bos is not None and any(ids[:2] == [bos, bos] for ids in found)
-    return begins, eos is not None and any(ids[-2:] == [eos, eos] for ids in found)
+    copies = [list(ids) for ids in sequences]
+    begins = bos is not None and any(ids[:2] == [bos, bos] for ids in copies)
+    return begins, eos is not None and any(ids[-2:] == [eos, eos] for ids in copies)
 
 
 def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tuple[Item, str]]]:
@@ -173,58 +173,47 @@ def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tu
     return out
 
 
+_MESSAGES = {
+    "role_order": (Severity.warn, "conversations whose roles don't take turns"),
+    "empty_turns": (Severity.fail, "rows with an empty turn or answer"),
+    "wrong_end": (Severity.fail, "conversations that end with the wrong turn"),
+    "template_markers": (
+        Severity.warn,
+        "rows whose text holds a chat template's markers, so that a template would be "
+        "applied twice",
+    ),
+    "double_bos": (Severity.warn, "rows that begin with two beginning-of-sequence tokens"),
+    "double_eos": (Severity.warn, "rows that end with two end-of-sequence tokens"),
+    "unrendered": (Severity.fail, "conversations that the chat template refuses"),
+}
+
+
 def templates(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of conversations and templates."""
-    found: dict[str, list[tuple[Item, str]]] = {
-        "role_order": [],
-        "empty_turns": [],
-        "wrong_end": [],
-        "template_markers": [],
-    }
+    checks = ("role_order", "empty_turns", "wrong_end", "template_markers")
+    rows_with: dict[str, list[tuple[Item, str]]] = {check: [] for check in checks}
     markers = marker_pattern(settings.tokenizer)
     for item in items:
+        wrong_roles = filter(None, map(role_problem, conversations(item.columns)))
         problems = {
-            "role_order": next(
-                (p for p in map(role_problem, conversations(item.columns)) if p), None
-            ),
+            "role_order": next(wrong_roles, None),
             "empty_turns": empty_problem(item.columns),
             "wrong_end": ending_problem(item.columns, settings.kind),
             "template_markers": marker_problem(item.columns, markers),
         }
         for check, problem in problems.items():
             if problem is not None:
-                found[check].append((item, problem))
+                rows_with[check].append((item, problem))
     if settings.tokenizer is not None:
-        found |= special_problems(settings.tokenizer, items)
-    said = {
-        "role_order": (Severity.warn, "conversations whose roles don't take turns"),
-        "empty_turns": (Severity.fail, "rows with an empty turn or answer"),
-        "wrong_end": (Severity.fail, "conversations that end with the wrong turn"),
-        "template_markers": (
-            Severity.warn,
-            "rows whose text holds a chat template's markers, so that a template would be "
-            "applied twice",
-        ),
-        "double_bos": (Severity.warn, "rows that begin with two beginning-of-sequence tokens"),
-        "double_eos": (Severity.warn, "rows that end with two end-of-sequence tokens"),
-        "unrendered": (Severity.fail, "conversations that the chat template refuses"),
-    }
-    findings = [
-        f
-        for check, rows in found.items()
-        for f in finding(
-            check,
-            said[check][0],
-            f"{len(rows)} {said[check][1]}",
-            REMEDIES[check],
-            rows,
-            settings.named,
+        rows_with |= special_problems(settings.tokenizer, items)
+    findings: list[Finding] = []
+    shown: list[tuple[str, int]] = []
+    for check, rows in rows_with.items():
+        severity, message = _MESSAGES[check]
+        findings += finding(
+            check, severity, f"{len(rows)} {message}", REMEDIES[check], rows, settings.named
         )
-    ]
-    figures = {check: len(rows) for check, rows in found.items()}
-    table = Table(
-        "Template problems",
-        ("check", "rows"),
-        tuple((said[check][1], n) for check, n in figures.items()),
-    )
+        shown.append((message, len(rows)))
+    figures = {check: len(rows) for check, rows in rows_with.items()}
+    table = Table("Template problems", ("check", "rows"), tuple(shown))
     return Section("templates", "Conversations and templates", figures, tuple(findings), (table,))

@@ -50,14 +50,14 @@ def tables(report: Report) -> list[Any]:
         )
     findings = made("Findings", ("", "check", "found", "rows", "repair"))
     for f in report.findings():
-        places = "; ".join(f"{Path(r.file).name}, row {r.row}" for r in f.rows[:_PLACES])
+        rows = "; ".join(f"{Path(r.file).name}, row {r.row}" for r in f.rows[:_PLACES])
         if f.total > _PLACES:
-            places += " ..."
+            rows += " ..."
         findings.add_row(
             Text(f.severity.value, style=_COLOURS[f.severity]),
             cell(f.check),
             cell(f.message),
-            cell(places),
+            cell(rows),
             cell(f.remedy),
         )
     return [*out, standards, findings]
