@@ -31,9 +31,9 @@ from benchmarks.proofs.defects import HELD, TRAIN, Place, Sizes
 from benchmarks.shared import exit_code, module, write_rows
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item
-from rlhf.data.recipes.packages import package_file
 from rlhf.data.recipes.reviews import DISTRIBUTION, REQUIREMENT, TABLE, Review, read_reviews
 from rlhf.data.report.making import make
+from rlhf.process.packages import package_file
 
 LEAST = 0.95
 EXACT = (

@@ -7,23 +7,27 @@ rows, from which run.resume=true goes on.
 """
 
 import dataclasses
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from conf.choices import DataTarget, FileKind
 from conf.schema import Config
 from rlhf.data.formats import Use
-from rlhf.data.prepare import ingest, store
+from rlhf.data.prepare import ingest
 from rlhf.data.prepare.items import Item
+from rlhf.data.prepare.outputs import (
+    SPLITS,
+    Outputs,
+    step_metrics,
+    table_row,
+    write_targets,
+    written_rows,
+)
 from rlhf.data.prepare.pipeline import stream, write_rejected
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.sources import data_files
-from rlhf.data.writing import file_kind, write_items
-from rlhf.process import distributed, watchdog
+from rlhf.process import distributed
 from rlhf.process.hashing import sha256
 from rlhf.run import console
 from rlhf.run.context import RunContext
@@ -31,47 +35,8 @@ from rlhf.stages.pair_scores import pair_scorer
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.data")
-SPLITS = ("train", "eval")
 # The stage that prepared rows are for.
 _NEXT = {Use.sft: "sft", Use.preference: "reward", Use.unpaired: "kto", Use.prompt: "ppo"}
-_SHOWN = 3  # reasons of a step in the table
-
-
-class Outputs:
-    """train.jsonl and eval.jsonl, written beside their places until all rows are there."""
-
-    def __init__(self, folder: Path) -> None:
-        self._places = {split: folder / f"{split}.jsonl" for split in SPLITS}
-        self._beside = {
-            split: path.with_name(path.name + ".tmp") for split, path in self._places.items()
-        }
-        self._files = {
-            split: beside.open("w", encoding="utf-8") for split, beside in self._beside.items()
-        }
-        self.rows = dict.fromkeys(SPLITS, 0)
-
-    def write(self, item: Item) -> None:
-        self._files[item.split].write(store.line(item.columns))
-        self.rows[item.split] += 1
-
-    def abandon(self) -> None:
-        """The run fails: no half-written file stays."""
-        for split, beside in self._beside.items():
-            self._files[split].close()
-            beside.unlink()
-
-    def close(self, *, held_out: bool) -> dict[str, Path]:
-        """The files by split; eval.jsonl only where rows are held out."""
-        out = {}
-        for split, path in self._places.items():
-            self._files[split].close()
-            if split == "train" or held_out:
-                self._beside[split].replace(path)
-                out[split] = path
-            else:
-                self._beside[split].unlink()
-                path.unlink(missing_ok=True)
-        return out
 
 
 def check(cfg: Config) -> list[str]:
@@ -129,76 +94,40 @@ def _run(ctx: RunContext) -> None:
     ctx.watchdog.phase("write")
     files = outputs.close(held_out=held_out or any(step.options.splits for step in steps))
     files["rejected"] = write_rejected(ctx.dir, done)
-    files |= write_targets(cfg, kind, files, ctx.dir)
+    files |= write_targets(cfg.data, kind, files, ctx.dir)
     ctx.watchdog.phase("report")
     if examined:
         files |= _examine(ctx, kind, examined, done)
     _report(ctx, kind, done, outputs.rows, files)
     if cfg.data.preview:
-        preview(cfg, kind, files["train"])
+        _preview(cfg, kind, files["train"])
 
 
-def _written(path: Path) -> Iterator[Item]:
-    """The rows of a file that the stage wrote."""
-    with path.open(encoding="utf-8") as source:
-        for number, text in enumerate(source, start=1):
-            watchdog.alive()
-            yield Item(json.loads(text), str(path), number)
-
-
-def write_targets(cfg: Config, kind: Use, files: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """The files of data.to and data.file, beside those that stages read; what a row loses in them
-    is said, rows that don't fit are rejected.
-    """
-    to, container = cfg.data.to, file_kind(cfg.data.to, cfg.data.file)
-    if to is DataTarget.trl and container is FileKind.jsonl:
-        return {}
-    out: dict[str, Path] = {}
-    with files["rejected"].open("a", encoding="utf-8") as rejected:
-
-        def leave_out(item: Item, reason: str) -> None:
-            rejected.write(
-                store.line(
-                    store.rejected_row(
-                        f"to {to.value}", reason, item.origin, item.number, item.columns
-                    )
-                )
-            )
-
-        for split in (split for split in SPLITS if split in files):
-            target = folder / f"{split}.{to.value}.{container.value}"
-            written = write_items(
-                _written(files[split]), kind, to, target, leave_out, cfg.data.file
-            )
-            for note, rows in written.notes.most_common():
-                LOG.warning("%s: %d rows: %s.", target.name, rows, note)
-            out[f"{split} as {to.value}"] = target
-    return out
-
-
-def preview(cfg: Config, kind: Use, path: Path) -> None:
-    """The first rows' tokens in colour, as the model of model.path reads them."""
+def _preview(cfg: Config, kind: Use, path: Path) -> None:
+    """Show the first rows' tokens in colour, as the model of model.path reads them."""
     from rlhf.data.preview import preview_row, render
     from rlhf.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template)
     limit = cfg.data.max_prompt_length if kind is Use.prompt else None
-    rows = islice(_written(path), cfg.data.preview)
-    console.console().print(
-        render([preview_row(tokenizer, kind, item.columns, item.place, limit) for item in rows])
-    )
+    rows = [
+        preview_row(tokenizer, kind, item.columns, item.place, limit)
+        for item in islice(written_rows(path), cfg.data.preview)
+    ]
+    console.console().print(render(rows))
 
 
 def _examine(
     ctx: RunContext, kind: Use, items: Sequence[Item], done: Sequence[StepReport]
 ) -> dict[str, Path]:
-    """data.report=true: report.json and report.html in the run directory, and the same in short on
-    the screen.
+    """data.report=true: write report.json and report.html into the run directory, and print their
+    tables.
     """
     from rlhf.data.report.staged import of_stage
     from rlhf.data.report.terminal import tables
 
-    report = of_stage(ctx.cfg.data, ctx.cfg.model, kind, items, done, ctx.dir, ctx.cfg.run.seed)
+    cfg = ctx.cfg
+    report = of_stage(cfg.data, cfg.model, kind, items, done, ctx.dir, cfg.run.seed)
     for table in tables(report):
         console.console().print(table)
     return {f"report ({suffix})": path for suffix, path in report.files.items()}
@@ -211,7 +140,7 @@ def _report(
     rows: dict[str, int],
     files: dict[str, Path],
 ) -> None:
-    """Table, metrics, manifest and the closing panel."""
+    """The table of the steps, their metrics, the manifest and the closing panel."""
     for report in done:
         ctx.tracker.log(report.number, step_metrics(report))
     console.table([table_row(report) for report in done], title=f"Preparation of {kind.value} rows")
@@ -259,41 +188,6 @@ def _report(
         files=files,
         next_command=next_command(kind, files),
     )
-
-
-def step_metrics(report: StepReport) -> dict[str, float]:
-    """A step's line of metrics.jsonl: its counts, its time, and those of its own figures that are
-    numbers.
-    """
-    numbers = {
-        name: value
-        for name, value in report.figures.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    own = {f"{report.step}/{name}": value for name, value in numbers.items()}
-    counts = {
-        "data/rows_in": report.rows_in,
-        "data/rows_out": report.rows_out,
-        "data/rejected": report.rejected,
-        "data/reused": int(report.reused),
-    }
-    return {**counts, "time/step_s": report.seconds, **own}
-
-
-def table_row(report: StepReport) -> dict[str, Any]:
-    """A step's line of the terminal's table."""
-    reasons = sorted(report.reasons.items(), key=lambda pair: -pair[1])
-    shown = [f"{count} {reason}" for reason, count in reasons[:_SHOWN]]
-    if len(reasons) > _SHOWN:
-        shown.append(f"{len(reasons) - _SHOWN} more reasons")
-    return {
-        "step": report.step,
-        "in": report.rows_in,
-        "out": report.rows_out,
-        "left out": report.rejected,
-        "seconds": "kept" if report.reused else f"{report.seconds:.1f}",
-        "why": "; ".join(shown),
-    }
 
 
 def next_command(kind: Use, files: dict[str, Path]) -> str:

@@ -12,8 +12,9 @@ from conf.choices import Recipe
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import DoctorStage
 from rlhf.data.recipes import build as recipes
-from rlhf.data.recipes import packages, reviews
+from rlhf.data.recipes import reviews
 from rlhf.data.recipes.reviews import Review, Sentence
+from rlhf.process import packages
 from rlhf.types import UserError
 
 GOOD, BAD = ("wonderful", "moving", "superb", "gripping"), ("awful", "dull", "lazy", "boring")

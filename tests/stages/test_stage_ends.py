@@ -17,10 +17,10 @@ import torch
 
 from rlhf import __main__ as command_line
 from rlhf.cli import config
+from rlhf.data.prepare import outputs
 from rlhf.labels.ledger import EXPORT_FILE
 from rlhf.process import interrupts, watchdog
 from rlhf.run.context import RunContext
-from rlhf.stages import data as data_stage
 from rlhf.stages import eval as eval_stage
 from rlhf.stages import sft
 from rlhf.stages.labelling import exporting as label_export
@@ -294,7 +294,7 @@ def test_a_signal_ends_data_and_leaves_nothing_half_written(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
-    write = data_stage.Outputs.write
+    write = outputs.Outputs.write
     given = [
         "stage=data",
         f"data.path={folder / 'sft.jsonl'}",
@@ -303,13 +303,13 @@ def test_a_signal_ends_data_and_leaves_nothing_half_written(
         "tracking=none",
     ]
 
-    def third(self: data_stage.Outputs, item: Any) -> None:
+    def third(self: outputs.Outputs, item: Any) -> None:
         write(self, item)
         if self.rows["train"] == 3:
             send(number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(data_stage.Outputs, "write", third)
+        patched.setattr(outputs.Outputs, "write", third)
         assert f"stopped by {number.name} outside of training; nothing was saved" in stopped(
             given, number
         )

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from conf.choices import Recipe
-from conf.schema import Config, GymConfig
+from conf.schema import Config, GymConfig, RunConfig
 from rlhf.data.recipes import arithmetic, gym, reviews, smollm2
-from rlhf.data.recipes.packages import package_file
 from rlhf.process import distributed
 from rlhf.process.hashing import sha256
+from rlhf.process.packages import package_file
 from rlhf.types import UserError
 
 Rows = Mapping[str, Sequence[Mapping[str, object]]]
@@ -24,23 +24,24 @@ META = "meta.json"
 
 
 def ensure(cfg: Config) -> None:
-    """Build ``cfg.data.recipe``'s files where they are missing: rank 0 writes, every rank waits.
+    """Build the files of ``data.recipe`` where they are missing: rank 0 writes, every rank waits.
 
     Raises UserError when the package is missing, or when the directory holds rows of another recipe
     or seed and ``run.overwrite`` is false.
     """
-    if cfg.data.recipe is Recipe.none:
+    data, run = cfg.data, cfg.run
+    if data.recipe is Recipe.none:
         return
-    if distributed.is_main() and cfg.data.recipe is Recipe.gym:
-        _gym(directory(cfg), cfg.data.gym, cfg.run.seed, cfg.run.overwrite)
+    if distributed.is_main() and data.recipe is Recipe.gym:
+        _gym(directory(run), data.gym, run.seed, run.overwrite)
     elif distributed.is_main():
-        _BUILDERS[cfg.data.recipe](directory(cfg), cfg.run.seed, cfg.run.overwrite)
+        _BUILDERS[data.recipe](directory(run), run.seed, run.overwrite)
     distributed.barrier()
 
 
-def directory(cfg: Config) -> Path:
-    """Where the recipe's files live."""
-    return Path(cfg.run.dir).expanduser() / cfg.run.name / "recipe"
+def directory(run: RunConfig) -> Path:
+    """The directory of the recipe's files."""
+    return Path(run.dir).expanduser() / run.name / "recipe"
 
 
 def _reviews(folder: Path, seed: int, overwrite: bool) -> None:
