@@ -87,10 +87,11 @@ def _ordered(votes: Counter[Any]) -> dict[Any, int]:
 
 
 def _shares(table: dict[Any, Counter[Any]]) -> dict[Any, dict[Any, float]]:
-    return {
-        true: {given: times / sum(row.values()) for given, times in sorted(row.items(), key=str)}
-        for true, row in sorted(table.items(), key=str)
-    }
+    out = {}
+    for true, row in sorted(table.items(), key=str):
+        total = sum(row.values())
+        out[true] = {given: times / total for given, times in sorted(row.items(), key=str)}
+    return out
 
 
 def majority(labels: Sequence[Label]) -> Aggregation:
@@ -155,9 +156,9 @@ def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggre
     names = sorted_labels(label.label for label in labels)
     index = {name: i for i, name in enumerate(names)}
     items = {item: i for i, item in enumerate(votes)}
-    people = {name: i for i, name in enumerate(sorted({label.annotator for label in labels}))}
-    # numbers in place of what they stand for: crowd-kit treats true/false labels and mixed kinds
-    # apart
+    who = sorted({label.annotator for label in labels})
+    people = {name: i for i, name in enumerate(who)}
+    # numbers instead of names: crowd-kit treats true/false labels and mixed kinds apart
     table = pandas.DataFrame(
         [(items[i], people[a], index[label]) for i, a, label in labels],
         columns=["task", "worker", "label"],
@@ -185,16 +186,10 @@ def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggre
             .to_numpy()
         )
         confusion = {
-            names[k]: {names[given]: float(errors[given, k]) for given in range(len(names))}
-            for k in range(len(names))
+            true: dict(zip(names, map(float, errors[:, k]), strict=True))
+            for k, true in enumerate(names)
         }
-        annotators.append(
-            Annotator(
-                name,
-                judged[name],
-                float((priors * errors.diagonal()).sum() / priors.sum()),
-                confusion,
-            )
-        )
+        accuracy = float((priors * errors.diagonal()).sum() / priors.sum())
+        annotators.append(Annotator(name, judged[name], accuracy, confusion))
     done = len(model.loss_history_)
     return Aggregation(decided, annotators, iterations=done, converged=done < iterations)

@@ -136,7 +136,8 @@ def check_single(labels: Iterable[Label]) -> None:
 def count(labels: Sequence[Label]) -> Counts:
     """Items in order of appearance, labels sorted. Raises ValueError for a repeated judgement."""
     check_single(labels)
-    items = {item: i for i, item in enumerate(dict.fromkeys(label.item for label in labels))}
+    distinct = dict.fromkeys(label.item for label in labels)
+    items = {item: i for i, item in enumerate(distinct)}
     names = sorted_labels(label.label for label in labels)
     index = {name: i for i, name in enumerate(names)}
     table = np.zeros((len(items), len(names)), dtype=np.int64)
@@ -292,11 +293,9 @@ def mean_cohen(pairs: Iterable[Estimate]) -> float | None:
     kappa is undefined are left out.
     """
     defined = [(pair.value, pair.items) for pair in pairs if pair.value is not None]
-    return (
-        sum(value * items for value, items in defined) / sum(items for _, items in defined)
-        if defined
-        else None
-    )
+    if not defined:
+        return None
+    return sum(value * items for value, items in defined) / sum(items for _, items in defined)
 
 
 def _in_order(counts: Counts, level: Level, order: Sequence[Hashable] | None) -> Counts:
@@ -318,10 +317,8 @@ def _in_order(counts: Counts, level: Level, order: Sequence[Hashable] | None) ->
         )
     strange = [name for name in counts.labels if not _is_number(name)]
     if strange:
-        raise ValueError(
-            f"{level.value} labels: expected "
-            f"numbers{'' if level is Level.interval else ' or an order'}, found {strange[0]!r}"
-        )
+        expected = "numbers" if level is Level.interval else "numbers or an order"
+        raise ValueError(f"{level.value} labels: expected {expected}, found {strange[0]!r}")
     return counts
 
 

@@ -153,17 +153,22 @@ def _side(
 ) -> Side:
     specials = set(tokenizer.all_special_ids)
     first = next((i for i, label in enumerate(labels) if label != encoding.IGNORED), len(ids))
-    start, stop = (
-        (0, len(ids)) if limit is None else (len(ids) - limit, len(ids)) if keep_end else (0, limit)
-    )
+    start, stop = 0, len(ids)
+    if limit is not None and keep_end:
+        start = len(ids) - limit
+    elif limit is not None:
+        stop = limit
     tokens = []
     for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
         trained = label != encoding.IGNORED
-        part = Part.response if trained else Part.prompt if i < first else Part.masked
         if not start <= i < stop:
             part = Part.truncated
         elif token in specials:
             part = Part.special
+        elif trained:
+            part = Part.response
+        else:
+            part = Part.prompt if i < first else Part.masked
         tokens.append(Token(token, _text(tokenizer, token), part, trained))
     kept = [t.id for t in tokens if t.part is not Part.truncated]
     return Side(

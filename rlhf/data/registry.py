@@ -118,13 +118,11 @@ def _source(path: Path, name: str, entry: Any) -> Source:
     judged, ranking = "kto_tag" in columns, bool(entry.get("ranking", False))
     if ranking and judged:
         raise UserError(f"{where}: expected ranking or a kto_tag, found both.")
-    kind = (
-        f"{formatting}_preference"
-        if ranking
-        else f"{formatting}_unpaired"
-        if judged
-        else formatting
-    )
+    kind = formatting
+    if ranking:
+        kind = f"{formatting}_preference"
+    elif judged:
+        kind = f"{formatting}_unpaired"
     transform = alpaca_rows(columns) if formatting == "alpaca" else sharegpt_rows(columns, tags)
     count = entry.get("num_samples")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):

@@ -208,11 +208,9 @@ def _write_parquet(spool: Path, path: Path, columns: list[str]) -> None:
                 arrays[name] = pyarrow.array([row.get(name) for row in batch])
             schemas.append(pyarrow.table(arrays).schema)
         column = "found in its columns"
-        schema = (
-            pyarrow.unify_schemas(schemas, promote_options="permissive")
-            if schemas
-            else pyarrow.schema([])
-        )
+        schema = pyarrow.schema([])
+        if schemas:
+            schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
         with pyarrow.parquet.ParquetWriter(path, schema) as writer:
             for batch in batches():
                 writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))

@@ -86,7 +86,7 @@ def detect(row: Row, use: Use | None = None) -> Format | None:
     fits.
     """
     known = FORMATS if use is None else reading(use)
-    return next((f for f in known if all(k in row for k in f.keys) and f.test(row)), None)
+    return next((f for f in known if row.keys() >= set(f.keys) and f.test(row)), None)
 
 
 def nearest_format(row: Row, use: Use) -> tuple[Format, str]:

@@ -274,7 +274,7 @@ def _side(results: Sequence[Result]) -> int | str:
 
 def _pairs_label_studio(row: Row) -> Several:
     data, out = data_of(row), Several()
-    names = next((n for n in _ANSWER_NAMES if all(k in data for k in n)), SIDES)
+    names = next((names for names in _ANSWER_NAMES if data.keys() >= set(names)), SIDES)
     first, second = text_of(data, names[0]), text_of(data, names[1])
     prompt = prompt_or_nothing(data, "prompt")
     extra = {key: value for key, value in data.items() if key not in ("prompt", *names)}

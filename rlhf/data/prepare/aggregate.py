@@ -89,11 +89,9 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
                 counts[problem[0]] += 1
                 reject(subject, problem[1], context)
                 continue
-            label = (
-                typed(options.tie_label, [row.label for row in labels])
-                if chosen.tied and options.tie_label is not None
-                else chosen.label
-            )
+            label = chosen.label
+            if chosen.tied and options.tie_label is not None:
+                label = typed(options.tie_label, [row.label for row in labels])
             confidence, given = chosen.confidence, sum(chosen.votes.values())
         counts["kept"] += 1
         for row in subject.rows[1:]:
@@ -111,7 +109,8 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
 
 def _item_labels(options: Aggregate, labels: list[Label], context: Context) -> dict[str, ItemLabel]:
     """By item. Writes the figures."""
-    order = [typed(name, [label.label for label in labels]) for name in options.order] or None
+    given = [label.label for label in labels]
+    order = [typed(name, given) for name in options.order] or None
     try:
         agreed = agreement(
             labels,

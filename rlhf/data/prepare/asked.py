@@ -30,11 +30,10 @@ def asked(columns: dict[str, Any], kind: Use) -> list[str]:
         ]
     if isinstance(prompt, str) and prompt.strip():
         return ["prompt"]
-    return (
-        ["text"]
-        if kind is Use.sft and isinstance(columns.get("text"), str) and columns["text"].strip()
-        else []
-    )
+    text = columns.get("text")
+    if kind is Use.sft and isinstance(text, str) and text.strip():
+        return ["text"]
+    return []
 
 
 def text_at(columns: dict[str, Any], where: str) -> str:

@@ -92,12 +92,8 @@ def cosine_duplicates(
     labels = unique_of
     if len(seen) > 1:
         matrix = vectors(list(seen), options.vectors, options.model)
-        pairs = (
-            dense_pairs(matrix, options.threshold)
-            if isinstance(matrix, np.ndarray)
-            else sparse_pairs(matrix, options.threshold)
-        )
-        labels = components(len(seen), *pairs)[unique_of]
+        similar = dense_pairs if isinstance(matrix, np.ndarray) else sparse_pairs
+        labels = components(len(seen), *similar(matrix, options.threshold))[unique_of]
     yield from keep_one(
         rows, labels.tolist(), options.keep, options.column, "cosine duplicate", context
     )

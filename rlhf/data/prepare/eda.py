@@ -155,7 +155,7 @@ class Change:
         return [
             i
             for i, word in enumerate(words)
-            if not any(c.isdigit() for c in word) and word.lower() not in self.keep
+            if not any(map(str.isdigit, word)) and word.lower() not in self.keep
         ]
 
     def meaningful(self, words: Sequence[str]) -> list[int]:

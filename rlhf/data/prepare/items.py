@@ -122,12 +122,10 @@ def answers_of(columns: dict[str, Any]) -> dict[str, str]:
     out = {}
     for key in ("chosen", "rejected", "completion", "text"):
         value = columns.get(key)
-        if value is not None:
-            out[key] = (
-                value
-                if isinstance(value, str)
-                else "\n".join(message["content"] for message in value)
-            )
+        if isinstance(value, str):
+            out[key] = value
+        elif value is not None:
+            out[key] = "\n".join(message["content"] for message in value)
     if not out and isinstance(columns.get("messages"), list):
         out["messages"] = "\n".join(
             m["content"] for m in columns["messages"] if m["role"] == "assistant"

@@ -89,10 +89,8 @@ def _judgement(
     column = label_column(options, kind)
     label = item.columns.get(column)
     if label is None or label == "":
-        raise ValueError(
-            f"column {column!r}: expected a label, found "
-            f"{'nothing' if column in item.columns else 'no column'}"
-        )
+        instead = "nothing" if column in item.columns else "no column"
+        raise ValueError(f"column {column!r}: expected a label, found {instead}")
     if not isinstance(label, (str, bool, int, float)):
         raise ValueError(
             f"column {column!r}: expected a text, a number or true/false, found "

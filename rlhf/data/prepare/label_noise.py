@@ -137,10 +137,8 @@ def _pair_scores(options: LabelNoise, items: Sequence[Item], context: Context) -
         directory = options.reward_model.replace("{fold}", fold)
         if not options.seen:
             check_unseen(directory, [items[i] for i in rows])
-        pairs = [
-            (c.get("prompt"), c.get("chosen"), c.get("rejected"))
-            for c in (items[i].columns for i in rows)
-        ]
+        content = [items[i].columns for i in rows]
+        pairs = [(c.get("prompt"), c.get("chosen"), c.get("rejected")) for c in content]
         scores[rows] = np.array(context.score_pairs(directory, pairs), dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(bad):

@@ -25,7 +25,7 @@ def symbol_words(text: str, tokens: Sequence[str]) -> float:
 def alphabetic_words(text: str) -> float:
     """Share of white-space separated words with a letter."""
     parts = text.split()
-    return sum(any(c.isalpha() for c in part) for part in parts) / max(1, len(parts))
+    return sum(any(map(str.isalpha, part)) for part in parts) / max(1, len(parts))
 
 
 def symbol_characters(text: str) -> float:
@@ -91,11 +91,9 @@ def verdict(text: str, options: Quality) -> str | None:
     """
 
     def above(what: str, value: float, limit: float | None) -> str | None:
-        return (
-            f"{what} {value:.2f}, expected at most {limit:g}"
-            if limit is not None and value > limit
-            else None
-        )
+        if limit is None or value <= limit:
+            return None
+        return f"{what} {value:.2f}, expected at most {limit:g}"
 
     reason = above("share of symbols", symbol_characters(text), options.max_symbol_characters)
     if reason is not None:
@@ -149,11 +147,9 @@ def verdict(text: str, options: Quality) -> str | None:
 
 def _alphabetic(text: str, options: Quality) -> str | None:
     limit, value = options.min_alphabetic_words, alphabetic_words(text)
-    return (
-        f"share of words with a letter {value:.2f}, expected at least {limit:g}"
-        if limit is not None and value < limit
-        else None
-    )
+    if limit is None or value >= limit:
+        return None
+    return f"share of words with a letter {value:.2f}, expected at least {limit:g}"
 
 
 def _word_length(text: str, options: Quality) -> str | None:
@@ -266,9 +262,7 @@ def tfidf(options: Tfidf, items: Iterator[Item], context: Context) -> Iterator[I
     rows = list(items)
     texts = [imitated(row.columns, options.part, context.kind) for row in rows]
     judged = [index for index, text in enumerate(texts) if text]
-    scores = [
-        float(score) for score in tfidf_scores(["\n".join(texts[i].values()) for i in judged])
-    ]
+    scores = list(map(float, tfidf_scores(["\n".join(texts[i].values()) for i in judged])))
     shares = {"low_share": options.low_share, "high_share": options.high_share}
     reasons = extremes("TF-IDF score", scores, low=options.low, high=options.high, **shares)
     yield from filter_scored(rows, judged, scores, reasons, options.column, context)

@@ -68,11 +68,9 @@ def split(options: Split, items: Iterator[Item], context: Context) -> Iterator[I
             "out. Set by=row to hold out rows of a data set with one prompt for all, or raise "
             "the threshold."
         )
-    strata = (
-        column_groups(rows, options.stratify, "split")
-        if options.stratify is not None
-        else [""] * len(rows)
-    )
+    strata = [""] * len(rows)
+    if options.stratify is not None:
+        strata = column_groups(rows, options.stratify, "split")
     held = set(draw(groups, strata, options.fraction, context.seed))
     for index, item in enumerate(rows):
         item.split = "eval" if index in held else "train"
@@ -86,9 +84,9 @@ def split(options: Split, items: Iterator[Item], context: Context) -> Iterator[I
         seed=context.seed,
     )
     if options.stratify is not None:
+        held_of = Counter(strata[i] for i in held)
         shares = {
-            name: round(sum(strata[i] == name for i in held) / count, 4)
-            for name, count in sorted(Counter(strata).items())
+            name: round(held_of[name] / count, 4) for name, count in sorted(Counter(strata).items())
         }
         context.figures["held_out_share"] = shares
     names = "".join(f"{rows[i].origin}\t{rows[i].number}\n" for i in sorted(held))

@@ -130,11 +130,9 @@ def terms(options: Terms, items: Iterator[Item], context: Context) -> Iterator[I
             changes: Counter[tuple[str, str]] = Counter()
 
             def change(where: str, text: str, into: Counter[tuple[str, str]] = changes) -> str:
-                return (
-                    exchange(text, dictionary, into)
-                    if not options.columns or where.partition("[")[0] in options.columns
-                    else text
-                )
+                if options.columns and where.partition("[")[0] not in options.columns:
+                    return text
+                return exchange(text, dictionary, into)
 
             columns = replace_texts(item.columns, change)
             problem = emptied(item.columns, columns) if changes else None

@@ -124,11 +124,9 @@ class ArgosTranslator:
         languages = {language.code: language for language in translate.get_installed_languages()}
         self._translations: dict[tuple[str, str], Any] = {}
         for source, target in directions:
-            function = (
-                languages[source].get_translation(languages[target])
-                if source in languages and target in languages
-                else None
-            )
+            function = None
+            if source in languages and target in languages:
+                function = languages[source].get_translation(languages[target])
             if function is None:
                 have = ", ".join(sorted(languages)) or "none"
                 raise UserError(

@@ -41,27 +41,20 @@ def annotated(items: Sequence[Item], settings: Settings) -> list[Subject]:
 
 def disputed(judged: Sequence[Subject]) -> list[list[tuple[Item, str]]]:
     """The rows of each item that annotators label differently."""
-    return [
-        [
-            (
-                j.item,
-                f"by {j.annotator}, who differs from another of {len(subject.judgements)} "
-                "annotators",
-            )
-            for j in subject.judgements
-        ]
-        for subject in judged
-        if len({str(j.label) for j in subject.judgements}) > 1
-    ]
+    out = []
+    for subject in judged:
+        if len({str(judgement.label) for judgement in subject.judgements}) < 2:
+            continue
+        others = f"who differs from another of {len(subject.judgements)} annotators"
+        out.append([(j.item, f"by {j.annotator}, {others}") for j in subject.judgements])
+    return out
 
 
 def kappa_of(result: Agreement) -> tuple[str, float | None]:
     """The kappa that fits: Cohen's of two annotators, Fleiss' of more."""
-    return (
-        ("Cohen's kappa", result.cohen)
-        if result.annotators == 2
-        else ("Fleiss' kappa", result.fleiss.value)
-    )
+    if result.annotators == 2:
+        return "Cohen's kappa", result.cohen
+    return "Fleiss' kappa", result.fleiss.value
 
 
 def annotators(items: Sequence[Item], settings: Settings) -> Section:

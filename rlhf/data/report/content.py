@@ -88,15 +88,10 @@ def languages(items: Sequence[Item], settings: Settings) -> Section:
     }
     rows = tuple((code, n, n / len(some)) for code, n in counts.most_common(12))
     top = counts.most_common(8)
-    plots = (
-        (
-            Bars(
-                "Languages", "rows", tuple(code for code, _ in top), tuple(float(n) for _, n in top)
-            ),
-        )
-        if len(counts) > 1
-        else ()
-    )
+    plots: tuple[Bars, ...] = ()
+    if len(counts) > 1:
+        sizes = tuple(float(n) for _, n in top)
+        plots = (Bars("Languages", "rows", tuple(code for code, _ in top), sizes),)
     return Section(
         "languages",
         title,
@@ -294,12 +289,12 @@ def diversity(items: Sequence[Item], settings: Settings) -> Section:
     texts = [joined(item.columns) for item in some]
     split = [words(text) for text in texts]
     vocabulary = Counter(word for text in split for word in text)
-    by_split = {
-        name: {
-            w for item, text in zip(some, split, strict=True) if item.split == name for w in text
-        }
-        for name in ("train", "eval")
-    }
+    by_split: dict[str, set[str]] = {"train": set(), "eval": set()}
+    for item, text in zip(some, split, strict=True):
+        by_split[item.split].update(text)
+    covered = None
+    if by_split["eval"]:
+        covered = len(by_split["eval"] & by_split["train"]) / len(by_split["eval"])
     figures: dict[str, int | float | None] = {
         "rows": len(some),
         "words": sum(vocabulary.values()),
@@ -308,9 +303,7 @@ def diversity(items: Sequence[Item], settings: Settings) -> Section:
         "distinct_1": distinct(split, 1),
         "distinct_2": distinct(split, 2),
         "compression_ratio": compression_ratio(texts),
-        "held_out_words_covered": len(by_split["eval"] & by_split["train"]) / len(by_split["eval"])
-        if by_split["eval"]
-        else None,
+        "held_out_words_covered": covered,
     }
     table = Table(
         "Coverage and diversity",

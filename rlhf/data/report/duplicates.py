@@ -45,13 +45,11 @@ def whole(items: Sequence[Item], settings: Settings) -> Compared:
 
 def asked(items: Sequence[Item], settings: Settings) -> Compared:
     """Rows by what they ask, where they ask something."""
-    texts = [
-        prompt_of(item.columns)
-        if item.columns.get("prompt") or item.columns.get("messages")
-        else ""
-        for item in items
-    ]
-    return _compared(items, [(normalised(text), "") for text in texts], settings)
+    keys = []
+    for item in items:
+        asks = item.columns.get("prompt") or item.columns.get("messages")
+        keys.append((normalised(prompt_of(item.columns)) if asks else normalised(""), ""))
+    return _compared(items, keys, settings)
 
 
 def copies(rows: Compared, split: str) -> list[tuple[int, int]]:

@@ -96,9 +96,14 @@ def sequence_lengths(
 def _rendered(tokenizer: Any, chat: list[dict[str, Any]]) -> int:
     if tokenizer.chat_template is None:
         raise ValueError("no chat template")
+    return len(conversation_ids(tokenizer, chat))
+
+
+def conversation_ids(tokenizer: Any, chat: list[dict[str, Any]]) -> list[int]:
+    """Token ids of a conversation as the stages encode it: with its last answer, or as a prompt."""
     if chat[-1]["role"] == "assistant" and len(chat) > 1:
-        return len(encoding.encode_answer(tokenizer, None, chat))
-    return len(encoding.prompt_ids(tokenizer, chat))
+        return encoding.encode_answer(tokenizer, None, chat)
+    return encoding.prompt_ids(tokenizer, chat)
 
 
 def conversations(columns: Mapping[str, Any]) -> Iterable[list[dict[str, Any]]]:

@@ -56,11 +56,10 @@ def garbled_problem(text: str) -> str | None:
         share = len("".join(words(plain))) / len(visible)
         if share < MIN_WORDLIKE:
             return f"{1 - share:.0%} of its characters are neither letters nor digits"
-    run = next(
-        (c for c, same in groupby(plain) if c not in _LINES and sum(1 for _ in same) > MAX_RUN),
-        None,
-    )
-    return f"{run!r} more than {MAX_RUN} times in a row" if run else None
+    for character, same in groupby(plain):
+        if character not in _LINES and len(list(same)) > MAX_RUN:
+            return f"{character!r} more than {MAX_RUN} times in a row"
+    return None
 
 
 def repetition_problem(text: str) -> str | None:

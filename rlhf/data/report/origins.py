@@ -30,9 +30,9 @@ def origins(items: Sequence[Item], settings: Settings, formats: Mapping[str, str
         "by_format": dict(by_format),
         "by_source": dict(sources.most_common()),
     }
-    splits = {
-        name: Counter(item.split for item in items if item.origin == name) for name in by_file
-    }
+    splits: dict[str, Counter[str]] = {name: Counter() for name in by_file}
+    for item in items:
+        splits[item.origin][item.split] += 1
     files = tuple(
         (name, formats.get(name, "unknown"), count, splits[name]["train"], splits[name]["eval"])
         for name, count in by_file.most_common()

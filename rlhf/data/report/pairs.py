@@ -124,8 +124,9 @@ def _length_bias(
         for item, (a, b) in zip(items, lengths, strict=True)
         if a != b and (a > b) == longer
     ]
+    side = "longer" if longer else "shorter"
     message = (
-        f"the {'longer' if longer else 'shorter'} side is chosen in "
+        f"the {side} side is chosen in "
         f"{max(share, 1 - share):.0%} of the pairs whose lengths differ"
     )
     return finding("length_bias", Severity.warn, message, REMEDIES["length_bias"], marked, named)

@@ -78,14 +78,11 @@ def suspects(items: Sequence[Item], settings: Settings) -> Section:
         return Section(
             "suspects", title, {}, unmeasured=f"{len(some)} rows are too few: at least {_ROWS}"
         )
-    if (
-        settings.kind is Use.unpaired
-        and min(sum(bool(i.columns["label"]) == side for i in some) for side in (True, False))
-        < _FOLDS
-    ):
-        return Section(
-            "suspects", title, {}, unmeasured=f"one of the labels has fewer than {_FOLDS} rows"
-        )
+    if settings.kind is Use.unpaired:
+        good = sum(bool(item.columns["label"]) for item in some)
+        if min(good, len(some) - good) < _FOLDS:
+            reason = f"one of the labels has fewer than {_FOLDS} rows"
+            return Section("suspects", title, {}, unmeasured=reason)
     try:
         features, targets = _features(some, settings)
     except ValueError as error:  # scikit-learn: no word is in two texts

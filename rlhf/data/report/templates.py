@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item, parts
-from rlhf.data.report.lengths import conversations
+from rlhf.data.report.lengths import conversation_ids, conversations
 from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.models import encoding
@@ -119,12 +119,7 @@ def encoded(tokenizer: Any, columns: Mapping[str, Any]) -> list[list[int]]:
     if chats:
         if tokenizer.chat_template is None:
             return []
-        return [
-            encoding.encode_answer(tokenizer, None, chat)
-            if chat[-1]["role"] == "assistant" and len(chat) > 1
-            else encoding.prompt_ids(tokenizer, chat)
-            for chat in chats
-        ]
+        return [conversation_ids(tokenizer, chat) for chat in chats]
     prompt = columns.get("prompt") or ""
     answers = [
         columns[key]
