@@ -11,8 +11,7 @@ from conf.choices import DataFormat
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Format, Use, by_name, detect, judging_key, nearest_format
 from rlhf.data.formats import reading as formats_for
-from rlhf.data.mixture import Source
-from rlhf.data.parts import Part
+from rlhf.data.mixture import Part, Source
 from rlhf.data.rows import RowError
 from rlhf.process.wording import nearest
 from rlhf.types import JudgedAnswer, PreferencePair, UserError

@@ -21,8 +21,7 @@ from typing import Any
 
 from conf.choices import DataFormat
 from rlhf.data.files import SUFFIXES
-from rlhf.data.mixture import Row, Source, Transform
-from rlhf.data.parts import Part, parts_of
+from rlhf.data.mixture import Part, Row, Source, Transform, parts_of
 from rlhf.data.rows import RowError
 from rlhf.process.wording import nearest
 from rlhf.types import UserError

@@ -11,8 +11,7 @@ from conf.choices import DataFormat
 from conf.schema import DataConfig, SourceConfig
 from rlhf.data import registry
 from rlhf.data.formats import mt_bench
-from rlhf.data.mixture import Row, Source, Transform
-from rlhf.data.parts import parts_of
+from rlhf.data.mixture import Row, Source, Transform, parts_of
 from rlhf.types import UserError
 
 _CAP = re.compile(r"(.+)#(\d+)")

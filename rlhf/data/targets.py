@@ -12,7 +12,6 @@ from conf.choices import DataTarget
 from rlhf.data.formats import (
     FORMATS,
     Use,
-    alpaca_eval,
     argilla,
     chats,
     comparisons,
@@ -37,7 +36,7 @@ TARGETS: dict[DataTarget, dict[Use, Writer]] = {
     DataTarget.shp: comparisons.WRITE_SHP,
     DataTarget.nectar: comparisons.WRITE_NECTAR,
     DataTarget.rewardbench: comparisons.WRITE_REWARDBENCH,
-    DataTarget.alpaca_eval: alpaca_eval.WRITE_ALPACA_EVAL,
+    DataTarget.alpaca_eval: comparisons.WRITE_ALPACA_EVAL,
     DataTarget.label_studio: label_studio.WRITE_LABEL_STUDIO,
     DataTarget.label_studio_ranker: label_studio.WRITE_LABEL_STUDIO_RANKER,
     DataTarget.argilla: argilla.WRITE_ARGILLA,

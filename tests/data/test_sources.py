@@ -110,7 +110,7 @@ def test_streaming_reads_no_further_than_it_is_asked(
             seen.append(row.number)
             yield row
 
-    monkeypatch.setattr("rlhf.data.parts.scan", watched)
+    monkeypatch.setattr("rlhf.data.mixture.scan", watched)
     paths = [jsonl(tmp_path / f"{i}.jsonl", texts(str(i), 200)) for i in range(2)]
     stream = ingest.source_rows(DataConfig(path=f"{tmp_path}/*.jsonl"), 0)
     assert next(stream).columns == {"text": "0 0"} and len(seen) == 1

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.data.formats import (
-    alpaca_eval,
     argilla,
     chats,
     comparisons,
@@ -49,7 +48,7 @@ FORMATS: tuple[Format, ...] = (
     comparisons.NECTAR,
     mt_bench.MT_BENCH_JUDGMENT,
     mt_bench.MT_BENCH_ANSWER,
-    alpaca_eval.ALPACA_EVAL_ANNOTATION,
+    comparisons.ALPACA_EVAL_ANNOTATION,
     comparisons.REWARDBENCH,
     sheet.LABEL_SHEET,
     chats.ALPACA_PREFERENCE,
@@ -65,7 +64,7 @@ FORMATS: tuple[Format, ...] = (
     trl.PROMPT_COMPLETION,
     chats.MESSAGES,
     chats.SHAREGPT,
-    alpaca_eval.ALPACA_EVAL,
+    comparisons.ALPACA_EVAL,
     chats.ALPACA,
     trl.PROMPT,
     trl.TEXT,

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from rlhf.data.formats.base import Format, Several, of_two
-from rlhf.data.parts import parts_of
+from rlhf.data.mixture import parts_of
 from rlhf.data.rows import Chat, Row, RowError, number_of, text_of, value_of
 from rlhf.process.wording import describe
 from rlhf.types import UserError

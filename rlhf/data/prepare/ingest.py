@@ -16,8 +16,7 @@ from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use, by_name, detect
 from rlhf.data.formats.base import both_sides, columns_of
-from rlhf.data.mixture import Source, mixed
-from rlhf.data.parts import Part
+from rlhf.data.mixture import Part, Source, mixed
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.pipeline import READ, REJECTED_FILE, ReadItems
