@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf import preparation
+from conf.options import option
 from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
@@ -34,7 +35,7 @@ class Shorter(StepOptions):
     step: ClassVar[str] = "shorter"
     streaming: ClassVar[bool] = True
 
-    most: int = 5
+    most: int = option(5, "Longer texts are left out.", unit="characters")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,8 +52,8 @@ class Broken(StepOptions):
     step: ClassVar[str] = "broken"
     streaming: ClassVar[bool] = True
 
-    how: str = "raise"
-    path: str | None = None
+    how: str = option("raise", "What is wrong with the step.")
+    path: str | None = option(None, "A file that it reads.")
 
     def files(self) -> dict[str, str]:
         return {} if self.path is None else {"path": self.path}

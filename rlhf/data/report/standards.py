@@ -18,10 +18,11 @@ ROWS = {
 
 
 _SOURCES = {
-    "accuracy": "acceptance level usual in annotation contracts; set by this toolkit",
-    "kappa": "Landis and Koch 1977: above 0.8 is 'almost perfect'; Krippendorff 2004 draws the "
-    "same line",
-    "rows": "rule of thumb of this toolkit: 1k-5k simple, 5k-20k medium, 20k and more complex",
+    "standard_accuracy": "acceptance level usual in annotation contracts; set by this toolkit",
+    "standard_kappa": "Landis and Koch 1977: above 0.8 is 'almost perfect'; Krippendorff 2004 "
+    "draws the same line",
+    "standard_rows": "rule of thumb of this toolkit: 1k-5k simple, 5k-20k medium, 20k and more "
+    "complex",
 }
 
 
@@ -30,30 +31,32 @@ def _standard(key: str, name: str, passed: bool | None, shown: str, expected: st
     result = StandardResult.unknown
     if passed is not None:
         result = StandardResult.passed if passed else StandardResult.failed
-    return Standard(name, result, shown, expected, _SOURCES[key], REMEDIES[f"standard_{key}"])
+    return Standard(name, result, shown, expected, _SOURCES[key], REMEDIES[key])
 
 
 def accuracy(gold: Section) -> Standard:
     """Labels against gold items, above 95 %."""
     name, expected = "accuracy of labels against gold items", f"above {ACCURACY:.0%}"
     if gold.unmeasured is not None:
-        return _standard("accuracy", name, None, gold.unmeasured, expected)
+        return _standard("standard_accuracy", name, None, gold.unmeasured, expected)
     f = gold.figures
     shown = f"{f['accuracy']:.1%} of {f['items']} (95 % interval {f['low']:.1%} to {f['high']:.1%})"
-    return _standard("accuracy", name, f["accuracy"] > ACCURACY, shown, expected)
+    return _standard("standard_accuracy", name, f["accuracy"] > ACCURACY, shown, expected)
 
 
 def kappa(annotators: Section) -> Standard:
     """Agreement of annotators beyond chance, above 0.8."""
     name, expected = "agreement of annotators (kappa)", f"above {KAPPA}"
     if annotators.unmeasured is not None:
-        return _standard("kappa", name, None, annotators.unmeasured, expected)
+        return _standard("standard_kappa", name, None, annotators.unmeasured, expected)
     measured: Mapping[str, object] = annotators.figures["kappa"]
     value = measured["value"]
     if not isinstance(value, float):
         reason = f"{measured['name']} is undefined: every label is the same"
-        return _standard("kappa", name, None, reason, expected)
-    return _standard("kappa", name, value > KAPPA, f"{measured['name']} {value:.3f}", expected)
+        return _standard("standard_kappa", name, None, reason, expected)
+    return _standard(
+        "standard_kappa", name, value > KAPPA, f"{measured['name']} {value:.3f}", expected
+    )
 
 
 def enough(rows: int, task: TaskClass | None) -> Standard:
@@ -61,10 +64,10 @@ def enough(rows: int, task: TaskClass | None) -> Standard:
     name = "training rows for the task"
     if task is None:
         reason = f"{rows:,} rows; set data.task to simple, medium or complex"
-        return _standard("rows", name, None, reason, "as many as the class of task needs")
+        return _standard("standard_rows", name, None, reason, "as many as the class of task needs")
     low, high = ROWS[task]
     limits = f"{low:,} and more" if high is None else f"{low:,} to {high:,}"
-    return _standard("rows", name, rows >= low, f"{rows:,}", f"{task.value}: {limits}")
+    return _standard("standard_rows", name, rows >= low, f"{rows:,}", f"{task.value}: {limits}")
 
 
 def standards(
