@@ -286,7 +286,7 @@ class DataFormat(Enum):
 
 
 class DataTarget(Enum):
-    """Formats that stage=data writes (rlhf/data/writing.py)."""
+    """Formats that stage=data writes (rlhf/data/targets.py)."""
 
     trl = "trl"  # the columns that every stage reads, whatever the kind
     kto = "kto"  # TRL's unpaired columns; a pair becomes two rows

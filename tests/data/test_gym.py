@@ -270,7 +270,7 @@ def test_recipe_writes_once_and_preflight_accepts_it(tmp_path: Path) -> None:
     ] == {"chain_sum": {"max_terms": 3}}
     assert check(cfg) == []
     cfg.data.gym.rows = 13
-    with pytest.raises(UserError, match="holds other rows than the recipe gives"):
+    with pytest.raises(UserError, match="holds other rows"):
         recipes.ensure(cfg)
 
 
@@ -290,9 +290,7 @@ def test_the_recipe_s_seed_is_its_own_or_the_run_s(tmp_path: Path) -> None:
 
 
 def test_options_below_the_free_dictionary_only() -> None:
-    with pytest.raises(
-        UserError, match=r"data\.gym\.optoins\.x: no such option.*Nearest: data\.gym\.options"
-    ):
+    with pytest.raises(UserError, match=r"data\.gym\.optoins\.x: .*data\.gym\.options"):
         config.compose(["stage=ppo", "+data.gym.optoins.x=1"])
     with pytest.raises(UserError, match=r"data\.gym\.options=\['lcm'\] is out of range"):
         config.compose(["stage=ppo", "data.gym.options.lcm.max_value=3"])

@@ -133,7 +133,7 @@ def test_language_of_one_part_and_undecided_texts() -> None:
 
 
 def test_an_unknown_language_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="keep=eng: no such language code; nearest: 'en'"):
+    with pytest.raises(UserError, match=r"keep=eng: .*nearest: 'en'"):
         apply(sft(ENGLISH), "language", keep=["eng"])
 
 

@@ -247,12 +247,10 @@ def test_near_duplicates_keeps_one_row_of_each_cluster_by_its_rule() -> None:
     rows[1].columns["score"] = "high"
     with pytest.raises(
         UserError,
-        match=r"rows\.jsonl, row 2: keep=best needs a number in column 'score', found text 'high'",
+        match=r"rows\.jsonl, row 2: keep=best .*column 'score', found text 'high'",
     ):
         apply(rows, "near_duplicates", keep="best", column="score")
-    with pytest.raises(
-        UserError, match="column=None is out of range: expected a column of numbers with keep=best"
-    ):
+    with pytest.raises(UserError, match=r"column=None is out of range: .*keep=best"):
         apply(rows, "near_duplicates", keep="best")
 
 

@@ -185,15 +185,11 @@ def test_a_byte_order_mark_inside_a_file_is_text(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     jsonl(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
-    with pytest.raises(
-        UserError, match=r"data.path=.*prompt.jsonl: no such file. Nearest in .*: prompts.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"data.path=.*prompt.jsonl: no such file.*prompts.jsonl"):
         files.check_file(tmp_path / "prompt.jsonl")
     with pytest.raises(UserError, match=r"There is no directory .*nowhere either"):
         files.check_file(tmp_path / "nowhere" / "prompt.jsonl")
-    with pytest.raises(
-        UserError, match=r"is a directory: expected a file. Files in it: prompts.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"is a directory.*prompts.jsonl"):
         files.check_file(tmp_path)
 
 
@@ -476,19 +472,14 @@ def test_a_row_without_the_needed_keys_names_the_nearest_format_and_key(tmp_path
             reading.DataRequest.of(config(tmp_path, RewardStage(), path=str(path)))
         )
     said = str(error.value)
-    assert (
-        "p.jsonl, row 1: expected pairs of a chosen and a rejected answer, but its keys (prompt, "
-        "choosen, rejected) are format prompt" in said
-    )
+    assert "p.jsonl, row 1: expected pairs of a chosen and a" in said
     assert "Nearest format: preference (prompt, chosen, rejected" in said
-    assert "needs the key 'chosen' (nearest key found: 'choosen')" in said
+    assert "key 'chosen' (nearest key found: 'choosen')" in said
 
 
 def test_whole_texts_cannot_be_prompts(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "t.jsonl", [{"text": "a"}])
-    with pytest.raises(
-        UserError, match=r"a file of whole texts .* can't be prompts: expected a column 'prompt'"
-    ):
+    with pytest.raises(UserError, match=r"whole texts .* expected a column 'prompt'"):
         reading.prompts(
             reading.DataRequest.of(config(tmp_path, OnlineStage(), path=str(path))), tokenizer()
         )
@@ -496,9 +487,7 @@ def test_whole_texts_cannot_be_prompts(tmp_path: Path) -> None:
         tmp_path / "pairs.jsonl",
         [{"chosen": "a b", "rejected": "a c"}, {"chosen": "x", "rejected": "y"}],
     )
-    with pytest.raises(
-        UserError, match=r"row 1: .*expected a prompt that the two answers share, found whole texts"
-    ):
+    with pytest.raises(UserError, match=r"row 1: .*expected a prompt .*found whole texts"):
         reading.prompts(
             reading.DataRequest.of(config(tmp_path, OnlineStage(), path=str(path))), tokenizer()
         )
@@ -519,9 +508,7 @@ def test_answers_that_are_judged_bad_are_not_trained_on_by_accident(tmp_path: Pa
 
 def test_a_chosen_format_that_the_stage_cannot_read(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "t.jsonl", [{"text": "a"}]))
-    with pytest.raises(
-        UserError, match=r"data.format=text can't be read as pairs .* Formats that can: .*hh_rlhf"
-    ):
+    with pytest.raises(UserError, match=r"data.format=text .*pairs .*hh_rlhf"):
         reading.preference_pairs(
             reading.DataRequest.of(
                 config(tmp_path, RewardStage(), path=path, format=DataFormat.text)
@@ -578,7 +565,7 @@ def test_rejected_rows_stop_the_run_or_are_kept_aside(tmp_path: Path) -> None:
 
 def test_a_file_holds_texts_or_conversations_not_both(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": [user("b")]}])
-    with pytest.raises(UserError, match="row 2: expected text as in row 1, found messages"):
+    with pytest.raises(UserError, match=r"row 2: expected text .*row 1, found messages"):
         reading.prompts(
             reading.DataRequest.of(config(tmp_path, OnlineStage(), path=str(path))), tokenizer()
         )
@@ -614,9 +601,7 @@ def test_eval_path_is_the_held_out_file(tmp_path: Path) -> None:
 
 def test_one_row_cannot_be_split(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "t.jsonl", [{"text": "a"}]))
-    with pytest.raises(
-        UserError, match=r"none can be held out. Give a second file as data.eval_path"
-    ):
+    with pytest.raises(UserError, match=r"held out.*data.eval_path"):
         reading.sft_rows(reading.DataRequest.of(config(tmp_path, SFTStage(), path=path)))
 
 
@@ -635,7 +620,7 @@ def test_preference_columns_follow_the_rows(tmp_path: Path) -> None:
     )
     assert train.column_names == ["prompt", "chosen", "rejected", "margin"]
     del with_margin[2]["margin"]
-    with pytest.raises(UserError, match=r"row 3: stage.margin=true, but the row has no margin"):
+    with pytest.raises(UserError, match=r"row 3: stage.margin=true.*no margin"):
         reading.preference_pairs(
             reading.DataRequest.of(
                 config(
@@ -790,6 +775,6 @@ def test_the_detected_format_is_said_aloud(
 def test_data_path_not_set(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"data.path is not set: stage=reward needs a file of pairs .*formats: .*hh_rlhf",
+        match=r"data.path is not set: stage=reward .*formats: .*hh_rlhf",
     ):
         reading.preference_pairs(reading.DataRequest.of(config(tmp_path, RewardStage())))

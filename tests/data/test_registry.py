@@ -230,7 +230,7 @@ def test_num_samples_and_several_entries(tmp_path: Path) -> None:
 def test_a_directory_of_files(tmp_path: Path) -> None:
     cfg = registry(tmp_path, [], file_name="many")
     (tmp_path / "many").mkdir()
-    with pytest.raises(UserError, match=r"the directory .*many holds no file that ends with"):
+    with pytest.raises(UserError, match=r"directory .*many .*ends with"):
         columns(cfg, Use.sft)
     for name in "ab":
         (tmp_path / "many" / f"{name}.json").write_text(
@@ -296,7 +296,7 @@ def test_a_place_that_is_not_read_and_rows_with_images(tmp_path: Path) -> None:
     )
     with pytest.raises(
         UserError,
-        match=r"expected 'file_name' or 'hf_hub_url'. Found 'ms_hub_url', a place that is not read",
+        match=r"expected 'file_name' or 'hf_hub_url'.*'ms_hub_url'",
     ):
         columns(cfg, Use.sft)
 
@@ -304,22 +304,18 @@ def test_a_place_that_is_not_read_and_rows_with_images(tmp_path: Path) -> None:
 def test_a_registry_that_cannot_be_read(tmp_path: Path) -> None:
     cfg = registry(tmp_path, [])
     cfg.data.dataset = "min"
-    with pytest.raises(UserError, match=r"has no entry 'min'; it has mine, other. Nearest: mine"):
+    with pytest.raises(UserError, match=r"'min'; .*mine, other.*: mine"):
         columns(cfg, Use.sft)
     (tmp_path / "dataset_info.json").write_text('{"mine": \n}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"dataset_info.json, line 2, column 1: not valid JSON"):
+    with pytest.raises(UserError, match=r"dataset_info.json, line 2, column 1: "):
         columns(cfg, Use.sft)
     (tmp_path / "dataset_info.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(UserError, match=r"expected an object of entries by name, found list"):
+    with pytest.raises(UserError, match=r"expected an object .*found list"):
         columns(cfg, Use.sft)
     cfg.data.registry = str(tmp_path / "no.json")
-    with pytest.raises(
-        UserError, match=r"no.json: no such file. Expected LLaMA-Factory's dataset_info.json"
-    ):
+    with pytest.raises(UserError, match=r"no.json: no such file"):
         columns(cfg, Use.sft)
     cfg = registry(tmp_path, [])
     cfg.data.format = DataFormat.alpaca
-    with pytest.raises(
-        UserError, match=r"the registry says both format and columns. Leave data.format=alpaca out"
-    ):
+    with pytest.raises(UserError, match=r"registry .*data.format=alpaca"):
         columns(cfg, Use.sft)

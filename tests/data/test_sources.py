@@ -84,10 +84,10 @@ def test_a_glob_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None
     assert read(config(tmp_path, path=f"{tmp_path}/**/[ab].jsonl")) == ["a 0", "a 1", "b 0", "b 1"]
     with pytest.raises(
         UserError,
-        match=r"data.path=.*/x\*.jsonl: no file that ends with .json, .* matches below .*in\.",
+        match=r"data.path=.*/x\*.jsonl: .*\.json, .*in\.",
     ):
         read(config(tmp_path, path=f"{tmp_path}/in/x*.jsonl"))
-    with pytest.raises(UserError, match=r"It matches 1 others, such as notes.txt"):
+    with pytest.raises(UserError, match=r"1 .*notes.txt"):
         read(config(tmp_path, path=f"{tmp_path}/in/*.txt"))
 
 
@@ -138,7 +138,7 @@ def test_a_cap_draws_rows_by_the_seed_and_keeps_their_order(tmp_path: Path) -> N
     assert read(config(tmp_path, path=f"{path}#10")) == some
     assert read(config(tmp_path, path=f"{path}#10", seed=1)) != some
     assert len(read(config(tmp_path, path=f"{path}#80"))) == 50
-    with pytest.raises(UserError, match=r"expected at least one row after '#', found 0"):
+    with pytest.raises(UserError, match=r"expected .*'#', found 0"):
         read(config(tmp_path, path=f"{path}#0"))
 
 
@@ -266,11 +266,9 @@ def test_settings_that_contradict_each_other(data: dict[str, Any], message: str)
 
 def test_one_file_in_two_sources_and_a_cap_twice(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", texts("a", 3))
-    with pytest.raises(UserError, match=r"a.jsonl is in more than one of them"):
+    with pytest.raises(UserError, match=r"a.jsonl is in more than one"):
         read(config(tmp_path, sources={"a": SourceConfig(path=path), "b": SourceConfig(path=path)}))
-    with pytest.raises(
-        UserError, match=r"the cap is given twice, as #2 and as data.sources.a.cap=1"
-    ):
+    with pytest.raises(UserError, match=r"cap .*twice, .*#2 .*data.sources.a.cap=1"):
         read(config(tmp_path, sources={"a": SourceConfig(path=f"{path}#2", cap=1)}))
 
 
@@ -300,7 +298,7 @@ def test_options_of_mixtures_and_caps_compose() -> None:
     )
     with pytest.raises(
         UserError,
-        match=r"data.sources.a.wieght: no such option of stage=sft. Nearest: data.sources.a.weight",
+        match=r"data.sources.a.wieght: .*stage=sft. .*data.sources.a.weight",
     ):
         composing.compose(["stage=sft", "data.sources.a.wieght=1"])
 
@@ -346,15 +344,11 @@ def test_a_directory_that_datasets_saved(tmp_path: Path) -> None:
         )
     )
     assert (len(train), len(held)) == (3, 2)
-    with pytest.raises(
-        UserError, match=r"its splits are x, y: more than one and none is train. Set data.split"
-    ):
+    with pytest.raises(UserError, match=r"splits are x, y: .*data.split"):
         read(config(tmp_path, path=str(tmp_path / "odd")))
-    with pytest.raises(UserError, match=r"its splits are train, test: no 'dev'"):
+    with pytest.raises(UserError, match=r"splits are train, test: .*'dev'"):
         read(config(tmp_path, path=str(tmp_path / "many"), split="dev"))
-    with pytest.raises(
-        UserError, match=r"a single data set without splits: expected no split, found 'train'"
-    ):
+    with pytest.raises(UserError, match=r"expected no split, found 'train'"):
         read(config(tmp_path, path=str(tmp_path / "one"), split="train"))
     (tmp_path / "one" / "state.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"not a readable datasets directory"):
@@ -369,8 +363,7 @@ def test_a_hub_name_that_cannot_be_reached_says_so(
     assert datasets.config.HF_HUB_OFFLINE, "the tests use no network"
     with pytest.raises(
         UserError,
-        match=r"data.path=owner/name: there is no such file or directory here, and as a hub's "
-        r"data set it can't be reached",
+        match=r"data.path=owner/name: .*hub",
     ):
         read(config(tmp_path, path="owner/name"))
     with pytest.raises(UserError, match=r"data.path=rows.jsonl: no such file"):
@@ -378,7 +371,7 @@ def test_a_hub_name_that_cannot_be_reached_says_so(
     path = jsonl(tmp_path / "a.jsonl", texts("a", 1))
     with pytest.raises(
         UserError,
-        match=r"no data set with configurations or splits: expected no split, found 'train'",
+        match=r"expected no split, found 'train'",
     ):
         read(config(tmp_path, path=path, split="train"))
 
@@ -449,22 +442,17 @@ def test_judgments_are_joined_with_their_texts(tmp_path: Path) -> None:
     assert not rejected and aside == [(2, "a tie: game 1 says model_2, game 2 tie")]
     assert len(sources.data_files(cfg.data)) == 4
     _, rejected, _ = items(config(tmp_path, RewardStage(), path=path), Use.preference)
-    assert (
-        "names its question but holds no text of it: expected data.join=[questions, answers]"
-        in rejected[0][1]
-    )
+    for part in ("question", "data.join=[questions, answers]"):
+        assert part in rejected[0][1]
     _, rejected, _ = items(
         config(tmp_path, RewardStage(), path=path, join=[questions]), Use.preference
     )
-    assert "names its answers but holds no text of them" in rejected[0][1]
+    for part in ("answers", "data.join=[questions, answers]"):
+        assert part in rejected[0][1]
     twice = jsonl(tmp_path / "more.jsonl", [{"question_id": 81, "turns": ["another"]}])
-    with pytest.raises(
-        UserError, match=r"more.jsonl, row 1: 81 comes a second time, with other texts"
-    ):
+    with pytest.raises(UserError, match=r"more.jsonl, row 1: 81 .*second time"):
         items(config(tmp_path, RewardStage(), path=path, join=[questions, twice]), Use.preference)
-    with pytest.raises(
-        UserError, match=r"judgments.jsonl, row 1: data.join expects MT-Bench's questions"
-    ):
+    with pytest.raises(UserError, match=r"judgments.jsonl, row 1: data.join expects"):
         items(config(tmp_path, RewardStage(), path=path, join=[path]), Use.preference)
 
 
@@ -488,8 +476,7 @@ def test_ties_do_not_count_as_bad_rows_but_are_kept_and_said(
     train, held = reading.preference_pairs(reading.DataRequest.of(cfg))
     assert len(train) + len(held) == 3
     assert (
-        "6 judgements give no pair and are set aside in" in caplog.text
-        and "row 2: a tie; row 3: a skip" in caplog.text
+        "6 judgements give no pair" in caplog.text and "row 2: a tie; row 3: a skip" in caplog.text
     )
     kept = [
         json.loads(line)
@@ -512,8 +499,7 @@ def test_a_bad_judgement_is_still_a_bad_row(tmp_path: Path) -> None:
     ]
     with pytest.raises(
         UserError,
-        match=r"1 of 3 rows don't fit format label_sheet .*: row 3: key 'preference': expected "
-        r"a, b, tie or skip",
+        match=r"1 of 3 .*label_sheet .*row 3: key 'preference': expected a, b, tie or skip",
     ):
         reading.preference_pairs(
             reading.DataRequest.of(
@@ -603,16 +589,14 @@ def test_what_rows_are_by_themselves(tmp_path: Path, row: dict[str, Any], use: U
 def test_rows_of_two_kinds_or_none(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", [{"prompt": "p"}])
     jsonl(tmp_path / "b.jsonl", texts("b", 1))
-    with pytest.raises(UserError, match=r"expected rows of one kind, found prompt, sft"):
+    with pytest.raises(UserError, match=r"expected .*one kind, found prompt, sft"):
         ingest.natural_use(DataConfig(path=f"{tmp_path}/*.jsonl"))
-    with pytest.raises(UserError, match=r"a.jsonl, row 1: .*fit no format. Nearest format: text"):
+    with pytest.raises(UserError, match=r"a.jsonl, row 1: .*Nearest format: text"):
         ingest.natural_use(DataConfig(path=jsonl(tmp_path / "a.jsonl", [{"txt": "p"}])))
 
 
 def test_nothing_set(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"data.path is not set: expected a file, a glob, a data set or a mixture"
-    ):
+    with pytest.raises(UserError, match=r"data.path is not set"):
         read(config(tmp_path))
     with pytest.raises(UserError, match=r"data.eval_path is not set"):
         read(config(tmp_path), "eval")

@@ -153,17 +153,14 @@ def test_pairs_become_two_answers(tmp_path: Path) -> None:
 
 def test_a_file_of_single_answers_is_no_file_of_pairs(tmp_path: Path) -> None:
     cfg = config(tmp_path, [{"prompt": "a", "completion": "b", "label": True}] * 3, RewardStage())
-    with pytest.raises(
-        UserError, match=r"its keys \(prompt, completion, label\) are format unpaired"
-    ):
+    with pytest.raises(UserError, match=r"keys \(prompt, completion, label\) .*unpaired"):
         reading.preference_pairs(reading.DataRequest.of(cfg))
 
 
 def test_what_kto_can_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"expected answers judged good or bad, or pairs .* Nearest format: unpaired .* "
-        r"needs the key 'label'",
+        match=r"Nearest format: unpaired .*key 'label'",
     ):
         reading.judged_answers(
             reading.DataRequest.of(config(tmp_path, [{"prompt": "a", "completion": "b"}]))

@@ -50,10 +50,9 @@ def write(
 def test_a_target_that_cannot_hold_the_kind_names_those_that_can() -> None:
     with pytest.raises(UserError) as error:
         check_target(DataTarget.hh_rlhf, Use.sft)
-    assert str(error.value) == (
-        "data.to=hh_rlhf holds rows of the kind preference, found rows of the kind sft. "
-        "Targets for them: trl, messages, sharegpt, alpaca, alpaca_eval, csv, xlsx."
-    )
+    message = str(error.value)
+    assert message.startswith("data.to=hh_rlhf ") and "preference" in message
+    assert message.endswith("trl, messages, sharegpt, alpaca, alpaca_eval, csv, xlsx.")
 
 
 @pytest.mark.parametrize(
@@ -342,17 +341,14 @@ def test_excel_cells_are_texts(tmp_path: Path) -> None:
     write_rows([{"text": text} for text in texts], tmp_path / "t.xlsx", FileKind.xlsx)
     assert [row["text"] for row in files.read_rows(tmp_path / "t.xlsx")] == texts
     _, rejected = write([{**PAIR, "chosen": "x" * 40000}], tmp_path / "u.xlsx", DataTarget.xlsx)
-    assert (
-        "an Excel cell holds at most 32767 characters, found 40000. data.file=csv holds more"
-        in rejected[0]
-    )
+    for part in ("Excel cell", "32767", "40000", "data.file=csv"):
+        assert part in rejected[0]
 
 
 def test_a_parquet_column_of_two_types_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"t.parquet: a Parquet column holds values of one type, but found in column 'n': "
-        r".*Set data.file=jsonl",
+        match=r"t.parquet: .*column 'n': .*data.file=jsonl",
     ):
         write_rows(
             [{"text": "a", "n": 1}, {"text": "b", "n": "one"}],

@@ -1,6 +1,6 @@
 """Rows on their way through a pipeline, in one form whatever file they came from.
 
-Columns are TRL's, which every stage reads (rlhf/data/formats.py), followed by the row's own others:
+Columns are TRL's, which every stage reads (rlhf/data/formats), followed by the row's own others:
 
     sft         text | prompt, completion | messages
     preference  prompt ("" when the texts are whole), chosen, rejected, margin where there is one
