@@ -53,12 +53,12 @@ def _aggregated(options: Aggregate, labels: list[Label]) -> Aggregation:
 
 
 def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """One row an item, in the place of its first; the others are left out as merged, and so are
-    items that tie or have little to go by.
+    """Yield one row for each item, where the item's first row was. Its other rows are left out as
+    merged; items that tie, or that have too few labels, are left out whole.
 
-    Agreement and annotators go to the figures. What a person has decided in a review stays as it is
-    and counts for none of them. Raises UserError as `subjects`, and for labels that don't fit the
-    level.
+    Agreement and annotators go into the figures. An item that a person has decided in a review
+    stays as it is and is counted in none of them. Raises UserError as `subjects`, and for labels
+    that don't fit the level.
     """
     judged = subjects(items, options, context)
     if options.tie_label is not None and by_side(options, context.kind):
@@ -108,7 +108,7 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
 
 
 def _item_labels(options: Aggregate, labels: list[Label], context: Context) -> dict[str, ItemLabel]:
-    """By item. Writes the figures."""
+    """The label of each item, by its id. Writes the agreement into the figures."""
     given = [label.label for label in labels]
     order = [typed(name, given) for name in options.order] or None
     try:
@@ -133,7 +133,7 @@ def _item_labels(options: Aggregate, labels: list[Label], context: Context) -> d
 
 
 def _problem(options: Aggregate, chosen: ItemLabel) -> tuple[str, str] | None:
-    """Which count an item that is rejected adds to, and why."""
+    """The figure that counts a rejected item, and the reason; None for an item that stays."""
     given = sum(chosen.votes.values())
     if given < options.min_labels:
         return "few_labels", f"labels of the item: {given}, min_labels={options.min_labels}"

@@ -9,11 +9,9 @@ from rlhf.data.prepare.items import Item, replace_texts
 
 
 def asked(columns: dict[str, Any], kind: Use) -> list[str]:
-    """Where, in the terms of `replace_texts`, the texts are: a prompt or its users' messages, a
-    conversation's, or a whole text.
-
-    Empty for rows without any, such as pairs of whole texts, whose prompt can't be told from its
-    answers.
+    """Where the texts that may be changed are, as `replace_texts` calls it: a prompt or its users'
+    messages, a conversation's, or a whole text. Empty for rows without any, such as pairs of whole
+    texts, whose prompt can't be told from their answers.
     """
     if "messages" in columns:
         return [
@@ -37,14 +35,14 @@ def asked(columns: dict[str, Any], kind: Use) -> list[str]:
 
 
 def text_at(columns: dict[str, Any], where: str) -> str:
-    """The text that `asked` named."""
+    """The text at one of the keys that `asked` gives."""
     key, _, rest = where.partition("[")
     return columns[key][int(rest[:-1])]["content"] if rest else columns[key]
 
 
 def changed(item: Item, texts: dict[str, str], how: str) -> Item:
-    """A new row for the training split: the item's columns with `texts` by place, and two that say
-    how it was made and from which row.
+    """A new row for the training split: the item's columns with `texts` by key, and two columns
+    that say how the row was made and from which row.
     """
     columns = replace_texts(item.columns, texts.get)
     return Item(
@@ -56,5 +54,5 @@ def changed(item: Item, texts: dict[str, str], how: str) -> Item:
 
 
 def may_grow(item: Item) -> bool:
-    """A row of the training split that is no augmented one itself."""
+    """Whether a row is of the training split and was not made by augmentation itself."""
     return item.split == "train" and not item.columns.get("augmented")

@@ -18,10 +18,8 @@ from rlhf.types import UserError
 def copies(
     item: Item, options: Augment, synonyms: Synonyms, context: Context, counts: dict[str, int]
 ) -> Iterator[Item]:
-    """Up to `options.copies` new rows; one that equals its original or another of its copies is
-    left out and counted.
-
-    What is drawn depends on the seed and the row alone, not on the rows before it.
+    """Up to `options.copies` new rows. A copy that equals its original or another copy is left out
+    and counted. What is drawn depends on the seed and the row alone, not on the rows before it.
     """
     keys = asked(item.columns, context.kind)
     if not keys:
@@ -50,8 +48,8 @@ def copies(
 
 
 def augment(options: Augment, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Every row, each of the training split followed by its new ones. Raises UserError before a
-    split and for synonyms that can't be read.
+    """Yield every row, each row of the training split followed by its new ones. Raises UserError
+    before a split, and for synonyms that can't be read.
     """
     if not context.split_done:
         raise UserError(

@@ -23,7 +23,7 @@ WEIGHT = "weight"  # the column that losses read
 
 
 def column_groups(items: Sequence[Item], column: str, step: str) -> list[str]:
-    """[N] the value of a column, as text. Raises UserError for a row without it."""
+    """[N] the value of a column, as text. Raises UserError for a row without a value."""
     out = []
     for item in items:
         value = item.columns.get(column)
@@ -82,7 +82,7 @@ def central(matrix: Any, rows: Sequence[int], count: int) -> list[int]:
 
 
 def _copies(rows: Sequence[int], count: int, rng: random.Random) -> list[int]:
-    """`count` rows more: every row once before any comes twice."""
+    """`count` more rows: each row comes once before any comes twice."""
     out: list[int] = []
     while len(out) < count:
         out += rng.sample(list(rows), min(len(rows), count - len(out)))

@@ -44,16 +44,16 @@ _TOUCHING = ("prompt", "chosen", "rejected", "completion")
 
 
 def strip_html(text: str) -> str:
-    """Without comments, scripts and HTML's own tags (<T> and a < b stay); breaks and blocks are
-    line ends, entities their characters.
+    """`text` without comments, scripts and HTML's own tags (<T> and a < b stay). Breaks and blocks
+    become line ends, entities their characters.
     """
     text = _COMMENT.sub("", text)
     return html.unescape(_TAG.sub("", _BREAK.sub("\n", text)))
 
 
 def tidy_spaces(text: str) -> str:
-    """Plain single spaces between words, none at a line's end, at most one empty line; indentation
-    stays.
+    """`text` with single spaces between words, no space at a line's end and at most one empty line;
+    indentation stays.
     """
     text = _NO_WIDTH.sub("", _ODD_SPACE.sub(" ", text))
     return _EMPTY_LINES.sub("\n\n", _LINE_END.sub("", _RUN.sub(" ", text)))
@@ -74,8 +74,8 @@ def _ftfy_config(form: Form) -> Any:
 
 
 def repaired(text: str, options: Repair, *, touching: bool) -> str:
-    """One text as step repair leaves it; `touching`: its ends stay, since another text begins
-    there.
+    """A text as step repair leaves it. With `touching` the ends stay as they are, since another
+    text begins there.
     """
     form: Form = "NFKC" if options.nfkc else "NFC"
     if options.encoding:
@@ -105,7 +105,7 @@ def _prose(text: str, options: Repair) -> str:
 
 
 def repair(options: Repair, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Repair every text; a row that this empties is rejected."""
+    """Repair every text; a row that is empty afterwards is rejected."""
     changed = 0
 
     def change(where: str, text: str) -> str:
@@ -176,8 +176,8 @@ def language(options: Language, items: Iterator[Item], context: Context) -> Iter
 
 
 def load_tokenizer(path: str) -> Callable[[str], int]:
-    """Counts a text's tokens without special ones. Raises UserError for a directory without a
-    tokenizer.
+    """A function that counts a text's tokens, without special tokens. Raises UserError for a
+    directory without a tokenizer.
     """
     folder = Path(path).expanduser()
     if not (folder / "tokenizer.json").is_file():
@@ -200,7 +200,7 @@ def _measure(options: Length) -> Callable[[str], int]:
 
 
 def length(options: Length, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Keep rows whose texts have between `low` and `high` units, both included."""
+    """Keep rows whose texts have `low` to `high` units."""
     measure = _measure(options)
     total = texts = 0
     for item in items:

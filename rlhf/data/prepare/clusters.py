@@ -11,7 +11,7 @@ from rlhf.types import UserError
 
 
 def components(count: int, left: Any, right: Any) -> Any:
-    """[count] a cluster's number for each node, from the edges left[i]-right[i]."""
+    """[count] the number of each node's component, for the edges left[i]-right[i]."""
     import numpy as np
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -21,7 +21,7 @@ def components(count: int, left: Any, right: Any) -> Any:
 
 
 def members(labels: Sequence[int]) -> list[list[int]]:
-    """Rows of each cluster, in order; clusters in the order of their first rows."""
+    """The rows of each cluster, in order; clusters in the order of their first rows."""
     rows_of: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         rows_of.setdefault(int(label), []).append(row)
@@ -29,7 +29,7 @@ def members(labels: Sequence[int]) -> list[list[int]]:
 
 
 def score(item: Item, column: str) -> float:
-    """The number in a column. Raises UserError naming the row."""
+    """The number in a column of a row. Raises UserError that names the row."""
     value = item.columns.get(column)
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
@@ -43,8 +43,8 @@ def score(item: Item, column: str) -> float:
 
 
 def chosen(items: Sequence[Item], rows: Sequence[int], keep: Keep, column: str | None) -> int:
-    """The row of a cluster that stays. Where some are held out it is one of these, so that no
-    training row resembles a held-out one.
+    """The row of a cluster that stays. Where some rows are held out it is one of those, so that no
+    training row resembles a held-out row.
     """
     candidates = [row for row in rows if items[row].split == "eval"] or list(rows)
     if keep is Keep.longest:
@@ -63,8 +63,8 @@ def keep_one(
     what: str,
     context: Context,
 ) -> Iterator[Item]:
-    """One row of each cluster; the others are rejected as `what` of it. Figures: clusters of two
-    rows and more, and the largest.
+    """Yield one row of each cluster; the others are rejected as a `what` of it. The figures hold
+    how many clusters have two rows or more, and the size of the largest.
     """
     stays = list(range(len(items)))  # [N] the row that stays for each
     several = [rows for rows in members(labels) if len(rows) > 1]

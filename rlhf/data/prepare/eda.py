@@ -38,7 +38,7 @@ STOP_WORDS = frozenset([*_ENGLISH.split(), *_CHINESE.split()])
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A text cut up: len(between) = len(words) + 1."""
+    """A text as words and the text between them: len(between) = len(words) + 1."""
 
     words: list[str]
     between: list[str]
@@ -81,7 +81,7 @@ def cut(text: str, language: str = "auto") -> Words:
 
 
 def joined(words: Sequence[str], between: Sequence[str]) -> str:
-    """The text of words and what stands between them."""
+    """The text of words and what is between them."""
     return between[0] + "".join(
         word + after for word, after in zip(words, between[1:], strict=True)
     )
@@ -89,7 +89,7 @@ def joined(words: Sequence[str], between: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Synonyms:
-    """Words by their small letters; a word's own synonyms never hold it."""
+    """Synonyms of words in small letters; a word is never its own synonym."""
 
     of: Mapping[str, tuple[str, ...]]
 
@@ -98,8 +98,8 @@ class Synonyms:
 
 
 def make_synonyms(content: Any, where: str) -> Synonyms:
-    """From a list of groups of equal words, or a mapping word -> its synonyms (one way). Raises
-    UserError for anything else.
+    """Synonyms from a list of groups of equal words, or from a mapping word -> its synonyms (one
+    way). Raises UserError for anything else.
     """
     synonyms: dict[str, list[str]] = {}
 
@@ -131,7 +131,7 @@ def make_synonyms(content: Any, where: str) -> Synonyms:
 
 
 def read_synonyms(path: str) -> Synonyms:
-    """Raises UserError for a file that can't be read as synonyms."""
+    """The synonyms in a file. Raises UserError for a file that can't be read as synonyms."""
     return make_synonyms(
         read_yaml(path, "step augment: synonyms"), f"step augment: synonyms={path}"
     )
@@ -139,7 +139,7 @@ def read_synonyms(path: str) -> Synonyms:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What an operation is given beside the text."""
+    """What an operation is given beside the text: which words it may change, and how many."""
 
     rng: random.Random
     share: float  # of the words
@@ -147,7 +147,7 @@ class Change:
     keep: frozenset[str]  # small letters
 
     def count(self, words: Sequence[str]) -> int:
-        """Words to change: the paper's n = alpha l, one at least."""
+        """How many words to change: the paper's n = alpha l, at least 1."""
         return max(1, round(self.share * len(words)))
 
     def free(self, words: Sequence[str]) -> list[int]:
@@ -159,7 +159,7 @@ class Change:
         ]
 
     def meaningful(self, words: Sequence[str]) -> list[int]:
-        """Of those, the words with synonyms that are no stop words."""
+        """Positions of the words that may be changed, are no stop words and have synonyms."""
         return [
             i
             for i in self.free(words)
@@ -168,7 +168,7 @@ class Change:
 
 
 def replace_synonyms(text: Words, change: Change) -> str:
-    """n words that are no stop words, each by one of its synonyms."""
+    """Replace n words that are no stop words by one of their synonyms each."""
     words = list(text.words)
     indices = change.meaningful(words)
     for i in change.rng.sample(indices, min(change.count(words), len(indices))):
@@ -177,7 +177,7 @@ def replace_synonyms(text: Words, change: Change) -> str:
 
 
 def insert_synonyms(text: Words, change: Change) -> str:
-    """n times: a synonym of a random word that is no stop word, before a random word."""
+    """Insert, n times, a synonym of a random word that is no stop word before a random word."""
     words, between = list(text.words), list(text.between)
     sources = [text.words[i] for i in change.meaningful(text.words)]
     for _ in range(change.count(text.words) if sources else 0):
@@ -189,7 +189,7 @@ def insert_synonyms(text: Words, change: Change) -> str:
 
 
 def swap_words(text: Words, change: Change) -> str:
-    """n times: two random words exchange their places."""
+    """Exchange two random words, n times."""
     words = list(text.words)
     for _ in range(change.count(words)):
         indices = change.free(words)
@@ -201,8 +201,8 @@ def swap_words(text: Words, change: Change) -> str:
 
 
 def delete_words(text: Words, change: Change) -> str:
-    """Each word with the probability `share`; one word at least is left, and one at least goes
-    where there are two.
+    """Delete each word with the probability `share`; at least one word is left, and at least one is
+    deleted where there are two.
     """
     indices = change.free(text.words)
     if len(text.words) < 2 or not indices:

@@ -31,12 +31,12 @@ class HashTable:
         return sum(self._used)
 
     def nbytes(self) -> int:
-        """Of all slots."""
+        """Bytes of all slots."""
         return sum(24 * len(values) for values in self._value)
 
     def add(self, high: int, low: int, value: int) -> int | None:
-        """Store `value` (above 0) under a new key and give None; of a known key the value that it
-        has.
+        """Store `value` (above 0) under a new key and return None; for a known key return the value
+        that it has.
         """
         shard = high & (_SHARDS - 1)
         highs, lows, values = self._high[shard], self._low[shard], self._value[shard]
@@ -69,7 +69,7 @@ _ROW_BITS = 48
 
 
 class Seen:
-    """Texts and the first row of each: file and row number."""
+    """The texts that came before, and where each came first: file and row number."""
 
     def __init__(self) -> None:
         self._table = HashTable()
@@ -77,8 +77,8 @@ class Seen:
         self._names: list[str] = []
 
     def first(self, text: str, origin: str, number: int) -> tuple[str, int] | None:
-        """None for a text that is new, else where it stood first. Equal 128-bit hashes (BLAKE2b)
-        count as equal texts.
+        """Where a text came first, or None for a new one. Equal 128-bit hashes (BLAKE2b) count as
+        equal texts.
         """
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if origin not in self._origins:

@@ -43,7 +43,7 @@ class Item:
 
 @dataclass(slots=True)
 class Context:
-    """What a step is given beside its items, and where it says what it did."""
+    """What a step is given beside its items, and where it records what it did."""
 
     kind: Use
     seed: int

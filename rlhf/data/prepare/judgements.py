@@ -23,7 +23,7 @@ SIDES = ("a", "b")  # labels of a pair's answers, in the order of their texts
 
 @dataclass(slots=True)
 class RowJudgement:
-    """One row's."""
+    """The judgement of one row."""
 
     item: Item
     annotator: str
@@ -32,7 +32,7 @@ class RowJudgement:
 
 @dataclass(slots=True)
 class Subject:
-    """What several rows judge."""
+    """What one or several rows judge: a pair, an answer, or any text."""
 
     id: str
     texts: dict[str, Any]  # content columns; of a pair prompt, a and b
@@ -41,7 +41,7 @@ class Subject:
 
     @property
     def reviewed(self) -> bool:
-        """Whether a person has decided it: the step `review` leaves one row that says so."""
+        """Whether a person has decided the item: the step `review` leaves a row that says so."""
         return any(row.columns.get(REVIEWED) is True for row in self.rows)
 
     def labels(self) -> list[Label]:
@@ -54,8 +54,8 @@ def by_side(options: JudgedOptions, kind: Use) -> bool:
 
 
 def label_column(options: JudgedOptions, kind: Use) -> str:
-    """The column with the judgement. Raises UserError where none is named and rows have none of
-    their own.
+    """The column that holds the judgement. Raises UserError where no column is named and rows of
+    this kind have none of their own.
     """
     if options.label is not None:
         return options.label
@@ -79,7 +79,7 @@ def texts_of(item: Item, options: JudgedOptions, kind: Use) -> dict[str, Any]:
 def _judgement(
     item: Item, texts: dict[str, Any], options: JudgedOptions, kind: Use
 ) -> RowJudgement:
-    """Raises ValueError saying what the row lacks."""
+    """The judgement of a row. Raises ValueError with what the row lacks."""
     name = item.columns.get(options.annotator)
     if name is None or str(name).strip() == "":
         instead = "nothing" if options.annotator in item.columns else "no column"
@@ -100,7 +100,9 @@ def _judgement(
 
 
 def subject_id(item: Item, texts: dict[str, Any], options: JudgedOptions) -> str:
-    """The item column's value, or a hash of the texts. Raises ValueError where the column lacks."""
+    """The value of the item column, or a hash of the texts. Raises ValueError for a row without the
+    column.
+    """
     if options.item is None:
         return digest(texts)
     value = item.columns.get(options.item)
@@ -110,12 +112,12 @@ def subject_id(item: Item, texts: dict[str, Any], options: JudgedOptions) -> str
 
 
 def subjects(items: Iterable[Item], options: JudgedOptions, context: Context) -> list[Subject]:
-    """Rows by what they judge, in order of appearance; rows without a judgement go to
+    """Rows grouped by what they judge, in order of appearance; rows without a judgement go to
     `context.rejected`.
 
-    An annotator's repeated equal judgements of an item count once. Raises UserError for differing
-    ones unless the last is to count, for rows that have one item's id and other texts, and where no
-    row has a judgement.
+    An annotator's repeated equal judgements of an item count once. Raises UserError for repeated
+    judgements that differ (unless the last is to count), for rows with the same item id and
+    different texts, and where no row has a judgement.
     """
     out: dict[str, Subject] = {}
     lacking: list[str] = []
@@ -170,11 +172,9 @@ def _add(subject: Subject, judgement: RowJudgement, repeats: Repeats, step: str)
 def settled(
     subject: Subject, label: Any, options: JudgedOptions, kind: Use, extra: dict[str, Any]
 ) -> Item:
-    """The item's one row, with its label and `extra` columns; other columns are those of the first
-    row, its annotator left out.
-
-    A pair's margin is the mean over the rows that chose its better side, where all of those have
-    one.
+    """The row that an item becomes, with its label and the columns `extra`. Other columns are those
+    of the item's first row, without its annotator. A pair's margin is the mean over the rows that
+    chose its better side, where all of those have a margin.
     """
     first = subject.judgements[0].item
     columns = {key: value for key, value in first.columns.items() if key != options.annotator}
@@ -194,13 +194,13 @@ def settled(
 
 
 def reject(subject: Subject, reason: str, context: Context) -> None:
-    """Leaves every row of a subject out, for one reason."""
+    """Leave out every row of a subject, for one reason."""
     for row in subject.rows:
         context.rejected(row, reason)
 
 
 def typed(text: str, labels: Iterable[Any]) -> Any:
-    """The one of `labels` that `text` writes: a number or true/false where they are such; the text
-    where none is written so.
+    """The label among `labels` that `text` writes: a number or true/false where they are such; the
+    text itself where there is none.
     """
     return next((label for label in labels if str(label).lower() == text.lower()), text)

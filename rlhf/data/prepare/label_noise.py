@@ -52,14 +52,14 @@ def pair_issues(right: np.ndarray, method: str) -> np.ndarray:
 
 
 def _issues(labels: np.ndarray, positive: np.ndarray, method: str) -> np.ndarray:
-    """cleanlab's verdict on binary labels [N], `one` [N] being the probability of label 1."""
+    """[2 N] which binary labels cleanlab flags, `positive` being the probability of label 1."""
     find_label_issues = require("cleanlab.filter", "data").find_label_issues
     probabilities = np.stack([1.0 - positive, positive], axis=1)
     return np.asarray(find_label_issues(labels, probabilities, filter_by=method, n_jobs=1))
 
 
 def _number(item: Item, column: str) -> float:
-    """Raises UserError naming the row."""
+    """The finite number in a column. Raises UserError that names the row."""
     value = item.columns.get(column)
     try:
         number = math.nan if value is None or isinstance(value, bool) else float(value)
@@ -75,8 +75,8 @@ def _number(item: Item, column: str) -> float:
 
 
 def trained_on(directory: Path) -> dict[str, str]:
-    """SHA-256 -> path of the data files of the run that wrote the model directory, from the
-    manifest above it; empty where there is none.
+    """The data files of the run that wrote the model directory, path by SHA-256, from the manifest
+    above it; empty where there is no manifest.
     """
     manifest = directory.parent / "manifest.json"
     if not manifest.is_file():
@@ -150,7 +150,7 @@ def _pair_scores(options: LabelNoise, items: Sequence[Item], context: Context) -
 
 
 def _good_probability(options: LabelNoise, items: Sequence[Item]) -> np.ndarray:
-    """[N] from the column that names it."""
+    """[N] the probability that an answer is good, from the column that is named."""
     if options.probability is None:
         raise UserError(
             "step label_noise: probability is not set: judged answers need a column with the "
@@ -191,10 +191,10 @@ def _weight(item: Item) -> float:
 
 
 def label_noise(options: LabelNoise, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Every row but those that are rejected; `flag` and `weight` keep all of them and say what was
-    found in columns.
+    """Yield every row but those that are rejected; `flag` and `weight` keep all rows and write the
+    result into columns.
 
-    label_quality is the probability that the label is right, as the model has it; label_noise
+    The column label_quality is the model's probability that the label is right; label_noise says
     whether confident learning contradicts the label.
     """
     rows = list(items)

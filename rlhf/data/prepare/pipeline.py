@@ -35,7 +35,7 @@ Alive = Callable[[], None]  # told of every row that a step takes or gives
 
 
 def _nobody() -> None:
-    """Nobody watches."""
+    """No watchdog is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,7 @@ class Prepared:
 
 
 class _Running:
-    """One step at work: counts what goes in, comes out and is rejected, and the time that is its
-    own.
-    """
+    """A step at work: counts the rows that go in, come out and are rejected, and its own time."""
 
     def __init__(
         self,
@@ -87,7 +85,7 @@ class _Running:
             yield item
 
     def stream(self, rows: Iterator[Item]) -> Iterator[Item]:
-        """What comes out, one by one."""
+        """The rows that come out, one at a time."""
         spent, began = 0.0, time.perf_counter()
         inner = iter(self._apply(self._incoming(rows)))
         spent += time.perf_counter() - began
@@ -104,8 +102,8 @@ class _Running:
         self.report.seconds = round(spent - self._waited, 3)
 
     def finish(self) -> StepReport:
-        """The step is through. Raises RuntimeError for one that left rows unread or dropped some in
-        silence.
+        """Close the step. Raises RuntimeError for a step that left rows unread or dropped some
+        without a reason.
         """
         report = self.report
         if report.number == 0:
@@ -132,6 +130,7 @@ class _Running:
         return report
 
     def abandon(self) -> None:
+        """The step failed: nothing of it stays."""
         self._writer.abandon()
 
 
@@ -255,7 +254,7 @@ def _reused(targets: Sequence[Path]) -> Iterator[StepReport]:
 
 
 def write_rejected(folder: Path, done: Sequence[StepReport]) -> Path:
-    """rejected.jsonl in `folder`: every row that the reading and the steps left out."""
+    """Write rejected.jsonl into `folder`: every row that the reading and the steps left out."""
     return store.gather_rejected(
         [store.step_folder(folder, report.number, report.step) for report in done],
         folder / REJECTED_FILE,

@@ -163,14 +163,14 @@ def option_values(options: StepOptions) -> dict[str, Any]:
 
 
 def digest(*parts: object) -> str:
-    """32 hexadecimal digits of values that JSON can hold."""
+    """32 hexadecimal digits of the hash of values that JSON can hold."""
     return hashlib.sha256(
         json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()
     ).hexdigest()[:32]
 
 
 def content_hash(name: str) -> str:
-    """Of a file's bytes, or of every file below a directory with its name."""
+    """The hash of a file's bytes, or of all files below a directory with their names."""
     path = Path(name).expanduser()
     if path.is_file():
         return sha256(path)
@@ -180,8 +180,8 @@ def content_hash(name: str) -> str:
 
 
 def keys(steps: Sequence[Planned], source: str, kind: Use) -> list[str]:
-    """What each result stands for, the reading's first: a step's depends on what came in, its name,
-    version, options, seed and files.
+    """The key of each result, that of the reading first. A step's key depends on what came in and
+    on its name, version, options, seed and files: equal keys mean equal rows.
     """
     out = [digest("read", READING_VERSION, source, kind.value)]
     for step in steps:

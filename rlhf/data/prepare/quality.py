@@ -34,7 +34,7 @@ def symbol_characters(text: str) -> float:
 
 
 def repeated(pieces: Sequence[str]) -> tuple[float, float]:
-    """Shares of pieces that stood before, by number and by characters."""
+    """Shares of the pieces that came before in the text: by number, and by characters."""
     seen: set[str] = set()
     count = characters = 0
     for piece in pieces:
@@ -59,7 +59,7 @@ def top_ngram(tokens: Sequence[str], n: int) -> float:
 
 
 def duplicate_ngrams(tokens: Sequence[str], n: int) -> float:
-    """Share of the words' characters in n-grams that stood before; a character in several of them
+    """Share of the words' characters in n-grams that came before; a character in several of them
     counts once.
     """
     seen: set[tuple[str, ...]] = set()
@@ -86,9 +86,7 @@ def _share(lines: Sequence[str], holds: Callable[[str], bool]) -> float:
 
 
 def verdict(text: str, options: Quality) -> str | None:
-    """The first rule that a text breaks, with its figure and threshold; None where it
-    breaks none.
-    """
+    """The first rule that a text breaks, with its figure and limit; None where it breaks none."""
 
     def above(what: str, value: float, limit: float | None) -> str | None:
         if limit is None or value <= limit:
@@ -165,7 +163,7 @@ def _word_length(text: str, options: Quality) -> str | None:
 
 
 def quality(options: Quality, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Leave out rows with a text to be imitated that breaks a rule."""
+    """Leave out rows in which a text to be imitated breaks a rule."""
     for item in items:
         reason = None
         for where, text in imitated(item.columns, options.part, context.kind).items():
@@ -209,7 +207,7 @@ def extremes(
     high_share: float = 0.0,
 ) -> list[str | None]:
     """[N] why a score is too low or too high, by its rank (equal scores in the order of the rows)
-    or by itself; None where it is neither.
+    or by its value; None for a score in between.
     """
     order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
     lowest, highest = int(low_share * len(scores)), int(high_share * len(scores))
@@ -235,8 +233,8 @@ def filter_scored(
     column: str | None,
     context: Context,
 ) -> Iterator[Item]:
-    """The rows without a reason, in order; those at `judged` have a score, which goes into `column`
-    where one is named.
+    """Yield the rows without a reason, in order. Those at `judged` have a score, which is written
+    into `column` where one is named.
     """
     verdicts = dict(zip(judged, zip(scores, reasons, strict=True), strict=True))
     for index, row in enumerate(rows):

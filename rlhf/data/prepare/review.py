@@ -67,8 +67,8 @@ def _lines(text: str) -> str:
 
 
 def disputed(subject: Subject, agreed: float) -> bool:
-    """Whether the most frequent label has a smaller share than `agreed`; what a person has decided
-    is not.
+    """Whether the most frequent label has a smaller share than `agreed`. An item that a person has
+    decided is never disputed.
     """
     if subject.reviewed:
         return False
@@ -85,7 +85,7 @@ def queue_row(subject: Subject, decision: Decision | None) -> Row:
 
 
 def write_queue(rows: Sequence[Row], stem: Path) -> None:
-    """`stem`.csv and `stem`.jsonl, each replaced whole."""
+    """Write `stem`.csv and `stem`.jsonl, each replaced whole."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(key for row in rows for key in row))
     if not names:

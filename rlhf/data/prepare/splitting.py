@@ -16,11 +16,9 @@ from rlhf.types import UserError
 def draw(
     groups: Sequence[Sequence[int]], strata: Sequence[str], fraction: float, seed: int
 ) -> list[int]:
-    """Rows held out: groups in random order, each taken where it brings the strata nearer to
-    `fraction` of their rows.
-
-    At least one group, and never all of them. With one stratum that is the usual draw, which no
-    group may overshoot by more than half its size.
+    """The rows to hold out: groups in random order, each taken where it brings the strata nearer to
+    `fraction` of their rows. At least one group is taken, and never all of them. With a single
+    stratum this is the usual draw, which no group may overshoot by more than half its size.
     """
     order = list(range(len(groups)))
     random.Random(f"{seed}:split").shuffle(order)

@@ -46,7 +46,7 @@ class StepReport:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def count(self, reason: str) -> None:
-        """One more rejected row."""
+        """Count one more rejected row."""
         self.rejected += 1
         kind = _NUMBERS.sub("N", _QUOTED.sub("'...'", reason))
         if kind not in self.reasons and len(self.reasons) >= _MOST_REASONS:
@@ -65,7 +65,7 @@ def line(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it and gives it back: dates, decimals and bytes of a table as text,
+    """`value` as JSON can hold it and give it back: dates, decimals and bytes of a table as text,
     tuples as lists, NaN as null.
     """
     if value is None or isinstance(value, (str, bool, int)):
@@ -92,8 +92,8 @@ def step_folder(folder: Path, number: int, name: str) -> Path:
 
 
 class Writer:
-    """Writes one step's directory beside its place; `close` puts it there. What a killed run leaves
-    has another name and is never read.
+    """Writes the directory of a step under another name, which `close` replaces by its own. What a
+    killed run leaves keeps that other name and is never read.
     """
 
     def __init__(self, target: Path, *, items: bool) -> None:
@@ -113,7 +113,7 @@ class Writer:
         self._rejected.write(line(row))
 
     def close(self, report: StepReport) -> None:
-        """All of it is written: the directory takes its place."""
+        """Everything is written: the directory gets its name."""
         for handle in (self._rejected, self._items):
             if handle is not None:
                 handle.flush()
@@ -149,10 +149,9 @@ def read_items(target: Path) -> Iterator[Item]:
 
 
 def reusable(targets: Sequence[Path], keys: Sequence[str]) -> int:
-    """How many steps (the reading at 0 not counted) need not run: up to the last one whose rows are
-    kept and stand for its key.
-
-    Every step before it must have left its report and rejected rows, too.
+    """How many steps (the reading, step 0, not counted) need not run: those up to the last step
+    whose rows are kept under the same key. Every step before it must have left its report and
+    rejected rows, too.
     """
     known = 0
     for number, (target, key) in enumerate(zip(targets, keys, strict=True)):

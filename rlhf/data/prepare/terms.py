@@ -27,7 +27,7 @@ _EXAMPLES = 20  # changed rows in the figures
 
 @dataclass(frozen=True, slots=True)
 class Dictionary:
-    """Words to find, and what each becomes."""
+    """Words to look for, and the term that each becomes."""
 
     pattern: Any  # of regex
     exact: Mapping[str, str]  # as written -> canonical; also every canonical term to itself
@@ -35,8 +35,8 @@ class Dictionary:
 
 
 def read_dictionary(path: str) -> Dictionary:
-    """Raises UserError: not a mapping of terms to words, no word at all, a word of two terms, a
-    term that is another's word.
+    """The dictionary in a YAML file. Raises UserError: not a mapping of terms to words, no word at
+    all, a word of two terms, a term that is another term's word.
     """
     content = read_yaml(path, "step terms: dictionary")
     if not isinstance(content, dict):
@@ -114,11 +114,11 @@ def exchange(text: str, dictionary: Dictionary, changes: Counter[tuple[str, str]
 
 
 def terms(options: Terms, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Every row, with its texts in canonical terms; a pair whose sides these make equal is left
+    """Yield every row with its texts in canonical terms; a pair whose sides become equal is left
     out.
 
-    Figures: rows changed, and for each term its words, how often and in how many rows. Raises
-    UserError as `read_dictionary`.
+    The figures hold the rows changed, and for each term its words, how often and in how many rows
+    they were exchanged. Raises UserError as `read_dictionary`.
     """
     dictionary = read_dictionary(options.dictionary)
     counts: dict[str, dict[str, Any]] = {}

@@ -27,31 +27,33 @@ def _patterns() -> tuple[Any, Any, Any]:
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits (with the hyphens and apostrophes inside them); single characters
-    of scripts without spaces.
+    """The words of a text: runs of letters and digits (with the hyphens and apostrophes inside
+    them), and single characters of scripts without spaces.
     """
     return _patterns()[0].findall(text)
 
 
 def spaced_words(text: str) -> list[str]:
-    """The words of scripts with spaces alone."""
+    """The words of a text in scripts with spaces between words."""
     return _patterns()[1].findall(text)
 
 
 def symbols(text: str) -> int:
-    """Characters that are no letter, mark, digit or white space."""
+    """The characters that are no letter, mark, digit or white space."""
     return len(_patterns()[2].findall(text))
 
 
 def normalised(text: str) -> str:
-    """What counts as the same text: NFKC, case folded, white space as single spaces, none at the
-    ends.
+    """A text in the form in which equal texts are the same: NFKC, case folded, white space as
+    single spaces, none at the ends.
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def texts_of(columns: dict[str, Any], part: Part) -> dict[str, str]:
-    """Name -> text of what `part` means; of rows without an answer, part=answer is the prompt."""
+    """The texts of a row that `part` means, by name. In a row without an answer part=answer is the
+    prompt.
+    """
     if part is Part.whole:
         return {"row": joined(columns)}
     answers = answers_of(columns) if part is Part.answer else {}
@@ -59,7 +61,7 @@ def texts_of(columns: dict[str, Any], part: Part) -> dict[str, str]:
 
 
 def text_of(columns: dict[str, Any], part: Part) -> str:
-    """The same as one text: both sides of a pair, a line each."""
+    """The texts of `texts_of` as one text: both sides of a pair, a line each."""
     return "\n".join(texts_of(columns, part).values())
 
 
@@ -77,11 +79,9 @@ def imitated(columns: dict[str, Any], part: Part, kind: Use) -> dict[str, str]:
 
 
 def sides(columns: dict[str, Any], part: Part, kind: Use) -> tuple[str, str]:
-    """What makes two rows the same: the text, and apart from it what is judged bad, "" where
-    nothing is.
-
-    A pair with its sides swapped, or an answer judged the other way, has the same words and says
-    the opposite: no duplicate.
+    """What makes two rows the same: (the text, the text that is judged bad, "" without any). A pair
+    with its sides exchanged, or an answer judged the other way, has the same words and the opposite
+    meaning: it is no duplicate.
     """
     if part is Part.prompt or kind not in (Use.preference, Use.unpaired):
         return text_of(columns, part), ""
@@ -94,13 +94,13 @@ def sides(columns: dict[str, Any], part: Part, kind: Use) -> tuple[str, str]:
 
 
 def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Every `n` neighbouring tokens."""
+    """Every sequence of `n` neighbouring tokens."""
     return zip(*(tokens[i:] for i in range(n)), strict=False)
 
 
 def emptied(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """Why changed columns are no row any more: a text that is gone, two sides of a pair that became
-    one; None where they still are.
+    """Why changed columns are no row any more: a text that is gone, or two sides of a pair that
+    became the same. None where they still are a row.
     """
     for key, value in after.items():
         old = before.get(key)

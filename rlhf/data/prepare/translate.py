@@ -37,8 +37,8 @@ def back_translate(
     context: Context,
     translator: Translator | None = None,
 ) -> Iterator[Item]:
-    """Every row, each of the training split followed by its new one; a translation that is empty or
-    says the same gives none and is counted.
+    """Yield every row, each row of the training split followed by its new row. A translation that
+    is empty or equals the original gives no row and is counted.
 
     Raises UserError before a split, and for a translator that can't be loaded.
     """

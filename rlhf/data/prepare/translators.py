@@ -16,9 +16,7 @@ _PLACE = "step back_translate"
 
 
 class Translator(Protocol):
-    """Texts from one language into another, in the texts' order. Languages are codes such as en,
-    de, zh.
-    """
+    """Translates texts from one language into another. Languages are codes such as en, de, zh."""
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str]: ...
 
@@ -169,7 +167,7 @@ class FunctionTranslator:
 
 
 def make_translator(options: BackTranslate) -> Translator:
-    """Raises UserError for what can't be loaded."""
+    """The translator that the options name. Raises UserError for one that can't be loaded."""
     there, back = (options.source, options.pivot), (options.pivot, options.source)
     if options.translator == "argos":
         return ArgosTranslator([there, back])

@@ -16,7 +16,9 @@ Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides
 
 
 def terms(text: Sides) -> list[str]:
-    """Words and pairs of neighbouring words; those of what is judged bad are terms of their own."""
+    """Words and pairs of neighbouring words of a text; those of what is judged bad are terms of
+    their own.
+    """
     out: list[str] = []
     for mark, side in zip(("", "\0"), text, strict=True):
         marked = [mark + word for word in words(normalised(side))]
@@ -80,12 +82,12 @@ def embeddings(texts: Sequence[Sides], model: str) -> Any:
 
 
 def vectors(texts: Sequence[Sides], how: Vectors, model: str | None) -> Any:
-    """Unit rows, sparse or dense."""
+    """[N, D] rows of length 1, sparse for TF-IDF and dense for embeddings."""
     return tfidf_vectors(texts) if how is Vectors.tfidf else embeddings(texts, str(model))
 
 
 def reduced(matrix: Any, seed: int) -> Any:
-    """[N, at most 50] latent semantic analysis of sparse rows, unit length: density and nearness
+    """[N, at most 50] latent semantic analysis of sparse rows, of length 1: density and nearness
     mean little in thousands of dimensions.
     """
     from sklearn.decomposition import TruncatedSVD
