@@ -28,7 +28,7 @@ _ITERATIONS = 200  # at most, of expectation-maximisation
 
 @dataclass(frozen=True, slots=True)
 class ItemLabel:
-    """What an item's annotators say together."""
+    """The label that an item's annotators give it together, and how sure it is."""
 
     item: str
     label: Any  # None: a tie
@@ -65,7 +65,7 @@ class Aggregation:
 
 
 def leading(votes: Counter[Any]) -> tuple[Any, ...]:
-    """The most frequent labels: one, or those that tie, sorted."""
+    """The most frequent labels, sorted: a single label, or those that tie."""
     most = max(votes.values())
     return sorted_labels(label for label, times in votes.items() if times == most)
 
@@ -142,8 +142,8 @@ def _item_label(
 
 
 def dawid_skene(labels: Sequence[Label], iterations: int = _ITERATIONS) -> Aggregation:
-    """Labels, probabilities and confusion matrices by crowd-kit's DawidSkene; starts at the shares
-    of the votes, so nothing is drawn.
+    """Labels, probabilities and confusion matrices by crowd-kit's DawidSkene. It starts at the
+    shares of the votes, so nothing is drawn at random.
 
     Raises ValueError for a repeated judgement and without labels.
     """

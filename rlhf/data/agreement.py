@@ -114,7 +114,7 @@ def _is_number(value: object) -> bool:
 
 
 def sorted_labels(values: Iterable[Hashable]) -> tuple[Any, ...]:
-    """Distinct labels: numbers by size, anything else by kind and text."""
+    """The different labels: numbers by size, anything else by kind and text."""
     distinct = set(values)
     if all(_is_number(v) for v in distinct):
         return tuple(sorted(distinct, key=float))
@@ -134,7 +134,9 @@ def check_single(labels: Iterable[Label]) -> None:
 
 
 def count(labels: Sequence[Label]) -> Counts:
-    """Items in order of appearance, labels sorted. Raises ValueError for a repeated judgement."""
+    """How often each label was given to each item: items in order of appearance, labels sorted.
+    Raises ValueError for a repeated judgement.
+    """
     check_single(labels)
     distinct = dict.fromkeys(label.item for label in labels)
     items = {item: i for i, item in enumerate(distinct)}
@@ -154,7 +156,7 @@ def count(labels: Sequence[Label]) -> Counts:
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
-    """NaN where the denominator is 0."""
+    """numerator / denominator, NaN where the denominator is 0."""
     zero = np.isclose(denominator, 0.0, atol=1e-12)
     return np.where(zero, np.nan, numerator / np.where(zero, 1.0, denominator))
 

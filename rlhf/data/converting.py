@@ -132,7 +132,7 @@ class Conversion:
     _shape_where: str = ""  # of the first record
 
     def format_of(self, origin: str) -> Format:
-        """Raises UserError as `choose_format`, and for a file without rows."""
+        """The format of a file. Raises UserError as `choose_format`, and for a file without rows."""
         if origin not in self.formats:
             source, part = self._part(origin)
             rows = list(islice(source.rows(part), self.probe))
@@ -152,7 +152,7 @@ class Conversion:
         )
 
     def records(self, row: SourceRow) -> list[Record]:
-        """What a row gives. Raises UserError where its file has no format."""
+        """The records that a row gives. Raises UserError where its file has no format."""
         format_ = self.format_of(row.origin)
         if row.problem is not None:
             self.rejected(row, row.problem)

@@ -96,8 +96,8 @@ def scan(
 
 
 def count_rows(path: str | Path, key: str = "data.path") -> int:
-    """How many rows `scan` gives, those that can't be read among them; without parsing them where
-    that can be.
+    """How many rows `scan` gives, those that can't be read included; without parsing them where
+    that is possible.
     """
     file = check_file(path, key)
     suffix = file.suffix.lower()
@@ -126,8 +126,8 @@ def read_rows(
 
 
 def _decode(path: Path, line: bytes, where: str, *, first: bool) -> str:
-    """UTF-8; of the `first` line a byte order mark is left out. Raises UserError naming the
-    byte.
+    """A line as text, from UTF-8; a byte order mark of the `first` line is left out. Raises
+    UserError that names the byte.
     """
     if first and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(
@@ -242,7 +242,7 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def _delimiter(path: Path) -> str:
-    """Comma, unless the header has none and has semicolons or tabs, as spreadsheets of some
+    """The comma, unless the header has none and has semicolons or tabs, as spreadsheets of some
     countries write them.
     """
     with path.open("rb") as source:

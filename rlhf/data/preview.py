@@ -193,7 +193,9 @@ def _problems(tokenizer: Any, kept: Sequence[int], prompt_only: bool) -> tuple[s
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    """What a token says; of one that holds part of a character, the tokenizer's own name for it."""
+    """The text of a token; for a token that holds part of a character, the tokenizer's own name for
+    it.
+    """
     text = tokenizer.decode([token])
     return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text
 

@@ -42,7 +42,9 @@ _BATCH = 1024  # rows of a Parquet row group
 
 
 def file_kind(to: DataTarget, wanted: FileKind | None) -> FileKind:
-    """data.file, or what the target is called after, or JSON lines."""
+    """The kind of file of data.file; without it that which the target is named after, else JSON
+    lines.
+    """
     if wanted is not None:
         return wanted
     return {DataTarget.csv: FileKind.csv, DataTarget.xlsx: FileKind.xlsx}.get(to, FileKind.jsonl)
@@ -50,7 +52,7 @@ def file_kind(to: DataTarget, wanted: FileKind | None) -> FileKind:
 
 @dataclass(slots=True)
 class Written:
-    """What was written, and what of it reads back otherwise: notes by how many rows have them."""
+    """What was written, and how many rows have each note on what reads back otherwise."""
 
     path: Path
     rows: int = 0
@@ -123,10 +125,10 @@ def _cells(row: Row, notes: list[str], container: FileKind) -> Row:
 
 
 def write_rows(rows: Iterable[Row], path: Path, kind: FileKind) -> int:
-    """Write rows, one by one, through a file of JSON lines beside `path`; how many there were.
-    Tables have every column that some row has.
+    """Write rows, one at a time, through a file of JSON lines beside `path`, and return how many
+    there were. A table has every column that some row has.
 
-    Raises UserError where a file of this kind can't hold them together.
+    Raises UserError where a file of this kind can't hold the rows together.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     spool = path.with_name(path.name + ".tmp")

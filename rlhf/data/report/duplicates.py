@@ -21,8 +21,8 @@ _NOTHING: Key = ("", "")
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Some rows, one of whose texts are compared. Lists have the rows' length; rows with nothing to
-    compare have the key _NOTHING.
+    """Rows, and the texts of theirs that are compared. Lists have the rows' length; a row with
+    nothing to compare has the key _NOTHING.
     """
 
     items: Sequence[Item]

@@ -31,14 +31,14 @@ _REPEATABLE = 20  # words that a text needs before its repetitions are counted
 
 
 def html_problem(text: str) -> str | None:
-    """A tag or an entity outside code."""
+    """Whether a text has a tag or an entity outside code, and which."""
     match = HTML.search(_FENCED.sub(" ", text))
     return f"holds {match.group()}" if match else None
 
 
 def encoding_problem(text: str) -> str | None:
-    """Mojibake by ftfy's heuristic, or characters that no text has: control characters, replacement
-    characters, lone surrogates.
+    """Whether a text has mojibake, by ftfy's heuristic, or characters that no text has: control
+    characters, replacement characters, lone surrogates.
     """
     match = _CONTROL.search(text)
     if match:
@@ -49,7 +49,7 @@ def encoding_problem(text: str) -> str | None:
 
 
 def garbled_problem(text: str) -> str | None:
-    """Mostly symbols, or one character many times over."""
+    """Whether a text is mostly symbols, or has a long run of the same character."""
     plain = _FENCED.sub(" ", text)
     visible = [c for c in plain if not c.isspace()]
     if len(visible) >= _VISIBLE:
@@ -63,7 +63,7 @@ def garbled_problem(text: str) -> str | None:
 
 
 def repetition_problem(text: str) -> str | None:
-    """Few different 3-grams of words."""
+    """Whether a text has few different 3-grams of words."""
     split = words(text)
     if len(split) < _REPEATABLE:
         return None

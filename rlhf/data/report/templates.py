@@ -81,8 +81,8 @@ def ending_problem(columns: Mapping[str, Any], kind: Use) -> str | None:
 
 
 def empty_problem(columns: dict[str, Any]) -> str | None:
-    """A turn or an answer without a visible character. An empty prompt is none: the texts are whole
-    then.
+    """Whether a turn or an answer has no visible character. An empty prompt is no problem: then the
+    texts are whole.
     """
     for where, text in parts(columns):
         if not text.strip() and where != "prompt":
@@ -91,7 +91,7 @@ def empty_problem(columns: dict[str, Any]) -> str | None:
 
 
 def marker_problem(columns: dict[str, Any], markers: re.Pattern[str]) -> str | None:
-    """A text that holds a template's markers."""
+    """Whether a text of a row holds a template's markers, and which."""
     for where, text in parts(columns):
         match = markers.search(text)
         if match:
