@@ -132,7 +132,7 @@ class Conversion:
     _shape_where: str = ""  # of the first record
 
     def format_of(self, origin: str) -> Format:
-        """The format of a file. Raises UserError as `choose_format`, and for a file without rows."""
+        """A file's format. Raises UserError as `choose_format`, and for a file without rows."""
         if origin not in self.formats:
             source, part = self._part(origin)
             rows = list(islice(source.rows(part), self.probe))

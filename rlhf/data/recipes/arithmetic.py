@@ -39,7 +39,7 @@ def carries(first: int, second: int) -> bool:
 
 
 def demonstrated(first: int, second: int, rng: random.Random) -> str:
-    """What the careless hand writes: units, tens, and the sum, or the sum without its units' carry."""
+    """What the careless hand writes: units, tens, and the sum, with or without its units' carry."""
     forgotten = carries(first, second) and rng.random() < FORGETS
     return (
         f"{first % 10 + second % 10} {first // 10 + second // 10} "
