@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import drawing
+
 # A worker of several (`make test`) computes on one thread, so that they don't wait for each
 # other's.
 _THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
@@ -22,8 +24,8 @@ for _name, _value in {
 os.environ["COLUMNS"] = "160"  # tables are as wide wherever the tests run
 
 
-# Files that take minutes: first, so that at the end of a shared run no process waits long for the
-# other (make test, --dist loadfile).
+# Files that take minutes come first, so that at the end of a shared run no process waits long for
+# the other.
 _LONG = (
     "test_zero_trl",
     "test_zero_online",
@@ -36,7 +38,18 @@ _LONG = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    drawing.off()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the harnesses' tests, keep what shares a costly fixture in one process, sort."""
+    for item in items:
+        if "benchmarks" in item.path.relative_to(item.config.rootpath).parts:
+            item.add_marker("benchmarks")
+        # Tests of a file share its fixtures, and all tests of vLLM share the libraries' start.
+        group = "vllm" if item.get_closest_marker("vllm") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.path.stem not in _LONG)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -384,3 +385,9 @@ def test_the_page_of_metrics_is_complete() -> None:
         if f"`{middle}`" not in page and f"`{name}`" not in page:
             unnamed.append(name)
     assert not unnamed
+
+
+def test_the_page_of_installing_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    assert not [extra for extra in project["optional-dependencies"] if f"`{extra}`" not in page]

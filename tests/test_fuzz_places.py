@@ -565,7 +565,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         )
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("rlhf.run.plots.plot_run", lambda _: [])
         patched.setattr(config, "compose", quickly)
         yield
 

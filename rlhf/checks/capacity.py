@@ -10,11 +10,9 @@ from pathlib import Path
 from conf.choices import AdapterKind, Advantage, CriticInit, EngineKind
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage
-from rlhf.checks.memory import GIB
-from rlhf.checks.memory import machine as machines
-from rlhf.checks.memory.plan import HEADROOM, Shapes, plan
-from rlhf.checks.memory.shapes import adapter_parameters
-from rlhf.checks.memory.subjects import shapes_of
+from rlhf.checks.memory import GIB, moments
+from rlhf.checks.memory.plan import plan
+from rlhf.checks.memory.shapes import Shapes, adapter_parameters, shapes_of
 from rlhf.models.loading import base_directory
 from rlhf.process import distributed
 from rlhf.run.directory import CHECKPOINTS, run_directory
@@ -36,14 +34,14 @@ def memory_notes(cfg: Config, scoring: Models = ()) -> list[str]:
         return []  # a dry run shows the plan itself
     if (weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
         return []
-    machine = machines.machine_of(cfg, all_devices=False)
+    machine = moments.machine_of(cfg, all_devices=False)
     shapes, _ = shapes_of(cfg.model, scoring)
     planned = plan(cfg, shapes, machine)
     if planned.fits:
         return []
     device = "device" if machine.cuda else "rank"
     return [
-        f"the memory plan doesn't fit, {HEADROOM * machine.device_gib:.1f} GiB are usable on each "
+        f"the memory plan doesn't fit, {moments.HEADROOM * machine.device_gib:.1f} GiB are usable on each "
         f"{device}: {planned.obstacle}. "
         f"`python -m rlhf stage=doctor stage.plan={cfg.stage.name}` with the same model and "
         "engine options says which setting does."

@@ -2,15 +2,13 @@
 annotator is.
 
     majority      the most frequent label. A tie stays a tie: the item has no label and names the
-                  tied ones; nothing is drawn by chance
+    tied ones; nothing is drawn by chance
     dawid_skene   each annotator's confusion matrix and each item's label by
-                  expectation-maximisation (Dawid and Skene 1979), crowd-kit's
+    expectation-maximisation (Dawid and Skene 1979), crowd-kit's
 
 Pure functions of rlhf.data.agreement's triples. With two labels an item Dawid-Skene can't tell
 which annotator is right other than by how often each label occurs; it needs three or more on many
 items to be worth its name.
-
-It is in rlhf.data, not in rlhf.labels, since steps of data preparation and its report use it too.
 """
 
 import warnings

@@ -5,21 +5,21 @@ Pure functions of (item, annotator, label) triples; an annotator who has not jud
 has no triple for it.
 
     observed       share of pairs of labels of one item that are equal, averaged over the items with
-                   two labels or more
+    two labels or more
     Cohen          two annotators, over the items that both have judged (Cohen 1960)
     Fleiss         any number of annotators (Fleiss 1971). Items may have unequal numbers of labels,
-                   in Gwet's form (Handbook of Inter-Rater Reliability, 4th ed., ch. 2): each item
-                   weighs the same, the chance of a label is its mean share over all items, and
+    in Gwet's form (Handbook of Inter-Rater
+                   Reliability, 4th ed., ch. 2): each item weighs the same, the chance of a label is
+                   its mean share over all items, and
                    items with one label count towards that chance only
     Krippendorff   any number of annotators, missing labels, nominal, ordinal or interval labels
-                   (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"); items with one
-                   label are left out. Ordinal distance is the distance of mid-ranks
+    (Krippendorff 2011, "Computing
+                   Krippendorff's Alpha-Reliability"); items with one label are left out. Ordinal
+                   distance is the distance of mid-ranks
 
 The intervals resample items (Zapf et al. 2016, BMC Med Res Methodol 16:93). crowd-kit has the
 nominal alpha only, at a point; its value and scikit-learn's kappa are what the tests hold these
 functions against. Where a coefficient is 0/0, as when every label is the same, it is None.
-
-It is in rlhf.data, not in rlhf.labels, since steps of data preparation and its report use it too.
 """
 
 import math

@@ -19,6 +19,7 @@ _SECRET_NAME = r"(?:api[_-]?key|token|secret|password|passwd|credentials?)"
 _NAME = re.compile(rf"(^|[._-]){_SECRET_NAME}$", re.IGNORECASE)
 # W&B's older keys. A commit's hash has the same form, so messages keep what has it.
 _HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")
+_HASH = re.compile(r"\b[0-9a-f]{40,}\b")
 _FORMS = (
     r"hf_[A-Za-z0-9]{20,}",
     r"wandb_v\d_[A-Za-z0-9_]{20,}",
@@ -61,6 +62,17 @@ def text(value: str) -> str:
     for form in (_FORM, _USER, _BEARER):
         value = form.sub(REDACTED, value)
     return _ASSIGNED.sub(_without_value, value)
+
+
+def report(value: str, *, home: str) -> str:
+    """A text that is meant for others, such as a bug report: without secrets, without keys or
+    hashes in hexadecimal digits, and with ``~`` for the directory `home` and for other users' homes.
+    """
+    value = _HASH.sub(REDACTED, text(value))
+    home = home.rstrip("/")
+    if home:
+        value = re.sub(re.escape(home) + r"(?=/|\b)", "~", value)
+    return re.sub(r"/(?:home|Users)/[^/\s]+", "~", value)
 
 
 def redact(name: str, value: Any) -> Any:

@@ -17,9 +17,9 @@ from reward.checks import scoring_models
 from rlhf.checks import capacity, launch
 from rlhf.checks.launch import BatchPlan
 from rlhf.checks.memory import GIB
-from rlhf.checks.memory.machine import machine_of
-from rlhf.checks.memory.plan import HEADROOM, plan
-from rlhf.checks.memory.subjects import can_plan, shapes_of
+from rlhf.checks.memory.moments import HEADROOM, machine_of
+from rlhf.checks.memory.plan import plan
+from rlhf.checks.memory.shapes import can_plan, shapes_of
 from rlhf.checks.memory.tables import plan_table
 from rlhf.cli import config
 from rlhf.data import reading

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf.checks import capacity
-from rlhf.checks.memory.subjects import shapes_of
+from rlhf.checks.memory.shapes import shapes_of
 from rlhf.cli import config
 from rlhf.stages import dry_run
 from rlhf.types import UserError

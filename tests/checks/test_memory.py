@@ -11,10 +11,11 @@ import pytest
 
 from conf.choices import AdapterKind, EngineKind, Offload, RolloutBackend
 from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RolloutConfig
-from rlhf.checks.memory import GIB, Bytes, generation, shapes, total
+from rlhf.checks.memory import GIB, Bytes, activations, shapes, total
 from rlhf.checks.memory.fit import eased, engines, recommended, rows
-from rlhf.checks.memory.machine import Machine
-from rlhf.checks.memory.plan import HEADROOM, Phase, Plan, Shapes, plan
+from rlhf.checks.memory.moments import HEADROOM, Machine, Phase, Plan
+from rlhf.checks.memory.plan import plan
+from rlhf.checks.memory.shapes import Shapes
 from rlhf.checks.memory.states import (
     Counts,
     Setting,
@@ -234,7 +235,7 @@ def test_llama_3_8b_from_its_size_alone() -> None:
         14336,
         8,
     )
-    assert generation.kv_bytes_per_token(shape, 2) == 131_072  # 128 KiB a token
+    assert activations.kv_bytes_per_token(shape, 2) == 131_072  # 128 KiB a token
     assert shape.classifier == 8_030_261_248 - 128_256 * 4096 + 4096
 
 
@@ -425,10 +426,10 @@ def test_vllm_takes_its_share_or_says_why_it_cannot() -> None:
         and not small.fits
     )
     shape = shapes.assumed_shape(8_030_261_248)
-    cache = generation.cache_of(10 * GIB, shape, 2, 320)
+    cache = activations.cache_of(10 * GIB, shape, 2, 320)
     assert (cache.tokens, cache.sequences) == (10 * GIB // 131_072, 10 * GIB // 131_072 // 320)
     # 15.0 GiB of weights, 1.5 of overhead, 64 x 320 x 128 KiB = 2.5: 19 of 80, and no less
-    assert generation.least_share(shape, 2, 320, 64, 80.0) == pytest.approx(0.25)
+    assert activations.least_share(shape, 2, 320, 64, 80.0) == pytest.approx(0.25)
 
 
 def test_without_a_gpu_the_host_is_the_device() -> None:

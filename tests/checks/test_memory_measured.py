@@ -18,10 +18,10 @@ from reward.checks import scoring_models
 from reward.model import write_manifest
 from rlhf.checks.memory import activations, shapes, total
 from rlhf.checks.memory.activations import Pass
-from rlhf.checks.memory.machine import Machine
-from rlhf.checks.memory.plan import counts_of, plan
+from rlhf.checks.memory.moments import Machine, counts_of
+from rlhf.checks.memory.plan import plan
+from rlhf.checks.memory.shapes import shapes_of
 from rlhf.checks.memory.states import Setting, training_states
-from rlhf.checks.memory.subjects import shapes_of
 from rlhf.cli import config
 from rlhf.models.loading import train_tokenizer
 from tests import toys

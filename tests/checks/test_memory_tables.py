@@ -10,8 +10,9 @@ import pytest
 from conf.choices import AdapterKind
 from rlhf.checks.memory import fit, tables
 from rlhf.checks.memory.fit import Row, rows
-from rlhf.checks.memory.machine import Machine
-from rlhf.checks.memory.plan import Shapes, plan
+from rlhf.checks.memory.moments import Machine
+from rlhf.checks.memory.plan import plan
+from rlhf.checks.memory.shapes import Shapes
 from rlhf.checks.memory.states import NF4_BITS
 from tests.checks.test_memory import GPU, SHAPE, made
 

@@ -16,6 +16,7 @@ from conf.choices import ModelKind
 from conf.schema import ModelConfig
 from rlhf.models.loading import load_causal_lm
 from tests.offline import trl_tools
+from tests.selection import marked_full, selected
 
 pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-4  # nats of loss, and weights
@@ -29,6 +30,9 @@ TWO_RANKS = [
 TWO_RANKS += [("dpo", 3, "none"), ("dpo", 2, "lora")]
 TWO_RANKS += [("soft", 2, "none")]
 ONE_RANK = [("sft", 3, "none"), ("reward", 2, "lora")]  # engine=zero* without torchrun
+# Each stage, each ZeRO stage and each kind of adapter once; the whole matrix is make test-full's.
+COVERING = [("sft", 1, "none"), ("reward", 3, "lora"), ("dpo", 2, "lora"), ("soft", 2, "none")]
+Case = tuple[str, int | None, str]
 
 
 def launch(
@@ -69,10 +73,11 @@ def launch(
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with one/ (torch engine, and ZeRO at one rank without a launcher) and two/ (ZeRO on
     two ranks).
     """
+    wanted = selected(request, "stage", "zero", "adapter")
     folder = tmp_path_factory.mktemp("zero")
     trl_tools.write_rows(folder / "sft.jsonl", trl_tools.sft_rows())
     trl_tools.write_rows(folder / "reward.jsonl", trl_tools.pair_rows())
@@ -87,15 +92,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY), tokenizer
     ).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    torch_cases: list[tuple[str, int | None, str]] = [
-        (stage, None, adapter) for stage in ("sft", "reward", "dpo") for adapter in ("none", "lora")
-    ]
-    launch(folder, "one", [], [*torch_cases, ("soft", None, "none"), *ONE_RANK])
+    one_rank: list[Case] = [case for case in ONE_RANK if case in wanted]
+    two_ranks: list[Case] = [case for case in TWO_RANKS if case in wanted]
+    compared = dict.fromkeys((stage, None, adapter) for stage, _, adapter in one_rank + two_ranks)
+    launch(folder, "one", [], [*compared, *one_rank])
     launch(
         folder,
         "two",
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-        list(TWO_RANKS),
+        two_ranks,
     )
     return folder
 
@@ -129,7 +134,7 @@ def check_weights(expected_run: Path, found_run: Path) -> None:
     assert compared >= 20
 
 
-@pytest.mark.parametrize(("stage", "zero", "adapter"), TWO_RANKS)
+@pytest.mark.parametrize(("stage", "zero", "adapter"), marked_full(TWO_RANKS, COVERING))
 def test_two_ranks_equal_the_torch_engine(runs: Path, stage: str, zero: int, adapter: str) -> None:
     expected, found = (
         runs / "one" / f"torch-{adapter}" / stage,
@@ -139,7 +144,7 @@ def test_two_ranks_equal_the_torch_engine(runs: Path, stage: str, zero: int, ada
     check_weights(expected, found)
 
 
-@pytest.mark.parametrize(("stage", "zero", "adapter"), ONE_RANK)
+@pytest.mark.parametrize(("stage", "zero", "adapter"), marked_full(ONE_RANK, ONE_RANK[:1]))
 def test_one_rank_without_a_launcher_equals_the_torch_engine(
     runs: Path, stage: str, zero: int, adapter: str
 ) -> None:

@@ -28,6 +28,7 @@ from conf.schema import (
 from conf.stages import PreferenceStage, RewardStage, SFTStage
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from tests import drawing
 
 # its rows have weights, too
 SOFT = functools.partial(RewardStage, name="soft", soft_label=True, centering_coef=0.05)
@@ -79,6 +80,7 @@ def run_case(spec: dict[str, Any], stage: str, zero: int | None, adapter: str) -
 
 
 def main() -> None:
+    drawing.off()
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

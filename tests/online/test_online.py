@@ -16,7 +16,7 @@ from rlhf.process.moments import RunningMoments
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
 from rlhf.types import Prompt, Rollout, SyncError, TrainingDiverged
-from tests import toys
+from tests import drawing, toys
 
 TINY = [
     "model=tiny",
@@ -84,17 +84,18 @@ def bandit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     coefficient 1.
     """
     folder = tmp_path_factory.mktemp("bandit")
-    return run_ppo(
-        folder,
-        "rollout.max_response_length=1",
-        "stage.prompts_per_step=128",
-        "stage.steps=60",
-        "stage.kl_coef=1.0",
-        "stage.learning_rate=3e-3",
-        "stage.critic_learning_rate=3e-3",
-        "stage.whiten_advantages=false",
-        "stage.max_grad_norm=0",
-    )
+    with drawing.on():
+        return run_ppo(
+            folder,
+            "rollout.max_response_length=1",
+            "stage.prompts_per_step=128",
+            "stage.steps=60",
+            "stage.kl_coef=1.0",
+            "stage.learning_rate=3e-3",
+            "stage.critic_learning_rate=3e-3",
+            "stage.whiten_advantages=false",
+            "stage.max_grad_norm=0",
+        )
 
 
 def test_ppo_reaches_the_optimum_of_a_two_armed_bandit(bandit: Path) -> None:

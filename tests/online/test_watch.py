@@ -18,8 +18,9 @@ from conf.choices import Action, Rule
 from conf.stages import WatchConfig
 from rlhf.online.metrics import correlation, markup_share, response_statistics
 from rlhf.online.watch import HeldOutScores, Point, Trend, Watch, trend
-from rlhf.run.plots import plot_frontier, plot_run
+from rlhf.run.plots import plot_frontier
 from rlhf.types import Prompt, Rollout, Scores
+from tests.drawing import plot_run
 
 
 def rollout(prompt: str, tokens: int, text: str = "ab", finished: bool = True) -> Rollout:

@@ -29,7 +29,7 @@ from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
 from rlhf.types import Prompt, Rollout, Scores
-from tests import toys
+from tests import drawing, toys
 
 
 def prompt(name: str) -> Prompt:
@@ -363,13 +363,14 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def exploited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_online(
-        tmp_path_factory.mktemp("exploited"),
-        "stage.steps=60",
-        "stage.watch.divergence=stop",
-        "stage.save_steps=1",
-        "run.keep_checkpoints=0",
-    )
+    with drawing.on():
+        return run_online(
+            tmp_path_factory.mktemp("exploited"),
+            "stage.steps=60",
+            "stage.watch.divergence=stop",
+            "stage.save_steps=1",
+            "run.keep_checkpoints=0",
+        )
 
 
 def test_a_policy_that_exploits_its_reward_is_stopped(exploited: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.online.test_zero_online import launch, start_folder
+from tests.selection import marked_full, selected
 
 pytestmark = pytest.mark.distributed
 SIZES = "stage.samples_per_prompt=4:stage.epochs=1"
@@ -20,6 +21,7 @@ RUNS = [
     ("zero3:none", f"stage=dapo:{SIZES}:stage.overlong_buffer=2"),
     ("zero2:none", f"stage=raft:{SIZES}"),
 ]
+CASES = marked_full(RUNS, keep=[RUNS[0], RUNS[1]])
 COMPARED = (
     "objective/scores",
     "objective/kl",
@@ -39,15 +41,17 @@ def run_directory(folder: Path, run: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = start_folder(tmp_path_factory.mktemp("zero-algorithms"))
-    plain = dict.fromkeys(f"torch:{engine.split(':')[1]}:{settings}" for engine, settings in RUNS)
+    wanted = selected(request, "engine", "settings")
+    cases = [case for case in RUNS if case in wanted]
+    plain = dict.fromkeys(f"torch:{engine.split(':')[1]}:{settings}" for engine, settings in cases)
     launch(folder, 1, folder / "start", list(plain))
-    launch(folder, 2, folder / "start", [f"{engine}:{settings}" for engine, settings in RUNS])
+    launch(folder, 2, folder / "start", [f"{engine}:{settings}" for engine, settings in cases])
     return folder
 
 
-@pytest.mark.parametrize(("engine", "settings"), RUNS)
+@pytest.mark.parametrize(("engine", "settings"), CASES)
 def test_steps_and_weights_equal_the_torch_engines(runs: Path, engine: str, settings: str) -> None:
     place = run_directory(runs, f"{engine}:{settings}")
     plain = run_directory(runs, f"torch:{engine.split(':')[1]}:{settings}")

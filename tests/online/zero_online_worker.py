@@ -10,6 +10,7 @@ from rlhf.cli import config
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
+from tests import drawing
 
 SETTINGS = [
     "stage=ppo",
@@ -37,6 +38,7 @@ SETTINGS = [
 
 
 def main() -> None:
+    drawing.off()
     folder, start, *runs = sys.argv[1:]
     distributed.initialise()
     distributed.set_threads(1)

@@ -23,6 +23,7 @@ from rlhf.cli import config
 from rlhf.online import loop as online
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from tests import drawing
 
 MODULES = {"ppo": "online", "grpo": "online", "sft": "sft"}
 
@@ -106,6 +107,7 @@ def compare_rewinds(done: list[int]) -> None:
 
 
 def main() -> None:
+    drawing.off()
     given = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.WARNING)
     distributed.initialise()

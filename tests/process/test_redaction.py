@@ -7,19 +7,23 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from conf.choices import TrackingKind
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
-from conf.stages import SFTStage
+from conf.stages import DoctorStage, SFTStage
 from rlhf import __main__ as command_line
-from rlhf.cli import sweeps
+from rlhf.cli import command, sweeps
 from rlhf.process import redaction
 from rlhf.run.context import RunContext
 from rlhf.stages import data as data_stage
+from rlhf.stages import doctor
+from rlhf.stages.examination.findings import Finding, State
 from rlhf.types import UserError
 
 PLANTED = {
@@ -77,6 +81,103 @@ def test_text(monkeypatch: pytest.MonkeyPatch, message: str, shown: str) -> None
     )
 
 
+@dataclass(frozen=True)
+class Form:
+    """A secret as people meet it: a text that holds it, and the part that must not be shown."""
+
+    text: str
+    secret: str
+
+
+LONG = "Zx9" * 13  # 39 characters
+FORMS = {
+    "Hugging Face": Form(f"login hf_{LONG}", f"hf_{LONG}"),
+    "W&B": Form(f"login wandb_v1_{LONG}", f"wandb_v1_{LONG}"),
+    "GitHub": Form(f"clone ghp_{LONG}", f"ghp_{LONG}"),
+    "GitHub, fine-grained": Form(f"clone github_pat_11A_{LONG}", f"github_pat_11A_{LONG}"),
+    "GitLab": Form(f"clone glpat-{LONG}", f"glpat-{LONG}"),
+    "OpenAI": Form(f"ask sk-proj-{LONG}", f"sk-proj-{LONG}"),
+    "header": Form("Authorization: Bearer abcd.efgh-1234", "abcd.efgh-1234"),
+    "assignment": Form("api_key=plain7word", "plain7word"),
+    "address": Form("https://ann:pass7word@host/x", "ann:pass7word"),
+    "environment": Form("it said planted-form-value", "planted-form-value"),
+}
+# A commit looks like one of W&B's older keys, so messages keep it.
+HEXADECIMAL = Form("login " + "0f1e2d3c4b" * 4, "0f1e2d3c4b" * 4)
+FILES = {**FORMS, "W&B, older": HEXADECIMAL}
+
+
+@pytest.fixture
+def in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_FORM_TOKEN", FORMS["environment"].secret)
+
+
+@pytest.mark.usefixtures("in_environment")
+@pytest.mark.parametrize("form", FILES.values(), ids=FILES)
+def test_the_text_for_a_bug_report(
+    form: Form, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = str(Path.home())
+    findings = [Finding("a", State.fail, f"{form.text} in {home}/x", f"see {form.text}")]
+    monkeypatch.setattr(doctor, "examine", lambda cfg: findings)
+    with pytest.raises(UserError) as error:
+        doctor.run(SimpleNamespace(cfg=Config(stage=DoctorStage())))
+    shown, pasted = capsys.readouterr().out.split("bug report")
+    assert form.secret not in pasted and "***" in pasted
+    assert f"{home}/x" not in pasted and "~/x" in pasted
+    if form is not HEXADECIMAL:
+        assert form.secret not in shown + str(error.value)
+
+
+@pytest.mark.usefixtures("in_environment")
+@pytest.mark.parametrize("form", FILES.values(), ids=FILES)
+def test_the_files_of_a_run(form: Form, tmp_path: Path) -> None:
+    cfg = Config(
+        stage=SFTStage(),
+        run=RunConfig(dir=str(tmp_path)),
+        tracking=TrackingConfig(kind=TrackingKind.tensorboard, tags=[form.text], group=form.text),
+    )
+    ctx = RunContext.open(cfg, [f"tracking.group={form.text}", form.text])
+    ctx.record("server", {"answer": form.text, "all": [form.text]})
+    ctx.tracker.log(1, {"loss": 1.0})
+    ctx.tracker.table("labels", [{"who": form.text}], 1)
+    ctx.tracker.finish()
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"config.yaml", "manifest.json", "metrics.jsonl"} <= {path.name for path in written}
+    assert [path for path, content in written.items() if form.secret.encode() in content] == []
+
+
+@pytest.mark.usefixtures("in_environment")
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_what_is_logged_and_what_an_error_says(
+    form: Form,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    log = logging.getLogger("somebody.else")
+    with redaction.redacted_logs():
+        log.warning("it answered %s", form.text)
+        try:
+            raise ValueError(form.text)
+        except ValueError as error:
+            log.exception("it failed")
+            redaction.excepthook(type(error), error, error.__traceback__)
+    command._fail(UserError(form.text))
+    shown = capsys.readouterr()
+    files = (tmp_path / "error.json").read_text(encoding="utf-8")
+    for text in (caplog.text, shown.out, shown.err, files):
+        assert form.secret not in text
+    assert "***" in caplog.text and "***" in shown.err and "***" in files
+
+
+def test_a_report_keeps_whole_path_components() -> None:
+    text = "/srv/ann/x /srv/anna/x /home/bob/y"
+    assert redaction.report(text, home="/srv/ann") == "~/x /srv/anna/x ~/y"
+
+
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The command line of a small run with secrets all over it, each of which would be in some
@@ -86,7 +187,6 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(sys, "argv", ["rlhf"])
-    monkeypatch.setattr("rlhf.run.plots.plot_run", lambda _: [])
     rows = [{"prompt": f"p{i}", "completion": f"answer {i}"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"

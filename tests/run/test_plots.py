@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from rlhf.run.plots import FIGURES, collect, plot_run, running_mean
+from rlhf.run.plots import FIGURES, collect, running_mean
+from tests.drawing import plot_run
 
 
 def write(directory: Path, rows: list[dict[str, float | None]]) -> None:

@@ -26,6 +26,7 @@ from rlhf.process.randomness import seed_everything
 from rlhf.run import manifest
 from rlhf.run.context import RunContext
 from rlhf.types import UserError
+from tests import drawing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,11 +90,12 @@ def test_a_run_leaves_the_files_of_the_contract(
     ctx.add_data(data)
     ctx.tracker.log(1, {"loss": 2.0})
     ctx.model_dir.mkdir()
-    ctx.finish(
-        steps=1,
-        metrics={"loss": 2.0, "bad": math.nan, "rate": np.float32(0.5)},
-        next_command="python -m rlhf stage=reward",
-    )
+    with drawing.on():
+        ctx.finish(
+            steps=1,
+            metrics={"loss": 2.0, "bad": math.nan, "rate": np.float32(0.5)},
+            next_command="python -m rlhf stage=reward",
+        )
     directory = tmp_path / "r" / "sft"
     assert directory == ctx.dir
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "plots", "model"} == {

@@ -239,7 +239,7 @@ def test_wandb_that_cannot_start_is_never_passed_over(
 def test_tensorboard_holds_scalars_samples_and_images(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from rlhf.run.plots import plot_run
+    from tests.drawing import plot_run
 
     tracker = Tracker(config(TrackingKind.tensorboard), tmp_path, "ppo")
     for step in (1, 2):

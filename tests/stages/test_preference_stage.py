@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +34,7 @@ from rlhf.offline.rows import encode_preferences
 from rlhf.run.context import RunContext
 from rlhf.stages import preference
 from rlhf.types import UserError
+from tests import drawing
 from tests.checking import check
 from tests.offline import trl_tools
 
@@ -72,20 +72,12 @@ def run(
     stage: Any,
     *,
     rows: list[dict[str, Any]] | None = None,
-    plots: bool = False,
     **groups: Any,
 ) -> Path:
-    """Run the stage. Plots take longer than all the rest of a tiny run, so they are left out unless
-    asked for.
-    """
     ctx = RunContext.open(
         trl_tools.config(stage, folder, name, rows or trl_tools.pair_rows(80), **groups)
     )
-    if plots:
-        preference.run(ctx)
-    else:
-        with mock.patch("rlhf.run.plots.plot_run", return_value=[]):
-            preference.run(ctx)
+    preference.run(ctx)
     return ctx.dir
 
 
@@ -100,7 +92,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(folder: Path) -> Path:
-    return run(folder, "base", stage_of("dpo"), plots=True)
+    with drawing.on():
+        return run(folder, "base", stage_of("dpo"))
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from rlhf.offline.trainers import StageTrainer
 from rlhf.run.context import RunContext
 from rlhf.stages import sft
 from rlhf.types import TrainingDiverged, UserError
+from tests import drawing
 from tests.offline import trl_tools
 
 STAGE: dict[str, Any] = {
@@ -65,7 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(folder: Path) -> Path:
     """A finished run from scratch."""
-    return run(folder, "base")
+    with drawing.on():
+        return run(folder, "base")
 
 
 def test_it_learns_and_leaves_what_the_contract_says(base: Path) -> None:

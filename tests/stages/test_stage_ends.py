@@ -194,7 +194,6 @@ def phases_of(given: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for place in ("rlhf.run.context.Watchdog", "rlhf.cli.execute.Watchdog"):
         monkeypatch.setattr(place, Phases)
-    monkeypatch.setattr("rlhf.run.plots.plot_run", lambda _: [])
     command_line.execute(config.compose(given), ())
     return seen
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from conf.choices import AdapterKind, Advantage, EngineKind, Offload, RolloutBackend
 from conf.schema import Config
 from conf.stages import OnlineStage
-from rlhf.checks.memory import generation
-from rlhf.checks.memory.machine import Machine
-from rlhf.checks.memory.plan import Plan, Shapes, offloads, plan, sequences_at_once
+from rlhf.checks.memory import activations
+from rlhf.checks.memory.moments import Machine, Plan
+from rlhf.checks.memory.plan import plan, sequences_at_once
+from rlhf.checks.memory.shapes import Shapes
 
 _FLOOR = 512  # tokens of a micro-batch below which nothing is proposed
 _SCORED = 2048  # tokens of a scoring batch, where the usual ones are too many
@@ -59,6 +60,15 @@ def engines(cfg: Config, machine: Machine) -> Iterator[Config]:
                     nvme_path=nvme if offload is Offload.nvme else None,
                 )
                 yield replace(cfg, engine=engine, adapter=replace(cfg.adapter, kind=adapter))
+
+
+def offloads(kind: EngineKind, zero: int) -> tuple[Offload, ...]:
+    """What engine.offload may be beside an engine (conf/engine.py): none below ZeRO-1, nvme with
+    ZeRO-3 only.
+    """
+    if kind is EngineKind.torch or zero == 0:
+        return (Offload.none,)
+    return (Offload.none, Offload.cpu, Offload.nvme) if zero == 3 else (Offload.none, Offload.cpu)
 
 
 def rows(cfg: Config, shapes: Shapes, machine: Machine) -> list[Row]:
@@ -120,7 +130,7 @@ def eased(
         longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
         # a fourth of a step's sequences at once keeps vLLM busy; the others wait for their turn
         at_once = max(1, sequences_at_once(cfg, machine.ranks) // 4)
-        share = generation.least_share(shapes.policy, width, longest, at_once, machine.device_gib)
+        share = activations.least_share(shapes.policy, width, longest, at_once, machine.device_gib)
         if share < 1 and abs(share - cfg.rollout.gpu_memory_utilization) > 1e-9:
             changes.append(f"rollout.gpu_memory_utilization={share:.2f}")
             cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_utilization=round(share, 2)))

@@ -1,19 +1,15 @@
 """Which roles a stage has, what each holds at every moment of a step, and the peak.
 
-Roles and moments are those of rlhf/online/setup.py and online.py, and of TRL's trainers. A moment
-is a point of a step at which memory may peak; its phase is the one that users see in
-time/<phase>_s.
+Roles and moments are those of rlhf/online and of TRL's trainers.
 """
 
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from conf.choices import (
     AdapterKind,
     Advantage,
     CriticInit,
     EngineKind,
-    Offload,
     RolloutBackend,
 )
 from conf.rules import merges_lora, wants_shared_prompts
@@ -28,106 +24,20 @@ from conf.stages import (
     RewardStage,
     SFTStage,
 )
-from rlhf.checks.memory import GIB, NOTHING, Bytes, activations, generation, total
+from rlhf.checks.memory import GIB, NOTHING, Bytes, activations, total
 from rlhf.checks.memory.activations import Pass
-from rlhf.checks.memory.machine import Machine
-from rlhf.checks.memory.shapes import Shape, adapter_parameters
-from rlhf.checks.memory.states import Counts, Setting, States, frozen_states, training_states
-
-# One rank's process by itself, as measured on a CPU: the peak of whole runs of models below 2M
-# parameters, by stage, engine and generator.
-# vLLM 0.26 in short runs, 0.25 to 0.6 in the online runs of docs/project/proofs.md; TRL 0.04 to
-# 0.25, with the rows of the data.
-INTERPRETER_GIB, TRL_GIB, DEEPSPEED_GIB, VLLM_GIB = 0.54, 0.12, 0.05, 0.45
-# the same beside a GPU, with the host's side of CUDA; assumed, not measured here
-PROCESS_HOST_GIB = 1.2
-# CUDA context, NCCL and fragmentation of one rank; assumed, not measured here
-PROCESS_DEVICE_GIB = 1.5
-HEADROOM = 0.95  # share of a device that a plan may fill
-
-
-class Phase(Enum):
-    start = "start"
-    rollout = "rollout"
-    score = "score"
-    update = "update"
-    sync = "sync"
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Bytes of one rank by role, at one point of a phase."""
-
-    phase: Phase
-    name: str
-    roles: dict[str, Bytes]
-
-    @property
-    def total(self) -> Bytes:
-        return total(self.roles)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All moments of a stage on a machine."""
-
-    moments: tuple[Moment, ...]
-    machine: Machine
-    notes: tuple[str, ...] = ()
-    problem: str | None = None  # why it can't run whatever fits
-
-    def peak(self, phase: Phase | None = None) -> Moment:
-        """The moment with the most on the device."""
-        return max(
-            (m for m in self.moments if phase in (None, m.phase)), key=lambda m: m.total.device
-        )
-
-    @property
-    def phases(self) -> list[Phase]:
-        return [phase for phase in Phase if any(m.phase is phase for m in self.moments)]
-
-    @property
-    def device_gib(self) -> float:
-        return self.peak().total.device / GIB
-
-    @property
-    def host_gib(self) -> float:
-        """Of all ranks together, at the worst moment."""
-        return self.machine.ranks * max(m.total.host for m in self.moments) / GIB
-
-    @property
-    def fits(self) -> bool:
-        return self.obstacle is None
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why it doesn't fit; None where it does."""
-        machine, worst = self.machine, self.peak()
-        if self.problem is not None:
-            return self.problem
-        if self.device_gib > HEADROOM * machine.device_gib:
-            role = max(worst.roles, key=lambda name: worst.roles[name].device)
-            where = (
-                f"{self.device_gib:.1f} GiB in {worst.phase.value}, of which "
-                f"{worst.roles[role].device / GIB:.1f} for the {role}"
-            )
-            return (
-                f"{where}; each rank loads the whole model there"
-                if worst.phase is Phase.start and machine.ranks > 1
-                else where
-            )
-        if machine.cuda and machine.host_gib is not None and self.host_gib > machine.host_gib:
-            return f"{self.host_gib:.0f} GiB of host memory, and {machine.host_gib:.0f} are here"
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The models of a stage."""
-
-    policy: Shape
-    # by option: those that score, and the judge of a watch
-    rewards: tuple[tuple[str, Shape], ...] = ()
+from rlhf.checks.memory.moments import (
+    Machine,
+    Moment,
+    Phase,
+    Plan,
+    counts_of,
+    pass_of,
+    process,
+    setting_of,
+)
+from rlhf.checks.memory.shapes import Shape, Shapes, adapter_parameters
+from rlhf.checks.memory.states import Setting, States, frozen_states, training_states
 
 
 def plan(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Plan:
@@ -141,71 +51,6 @@ def plan(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = Fals
     if isinstance(cfg.stage, OfflineStage):
         return _offline(cfg, shapes.policy, machine, four_bit)
     raise TypeError(f"{type(cfg.stage).__name__} trains nothing")
-
-
-def process(cfg: Config, machine: Machine) -> Bytes:
-    """What a rank takes before any model."""
-    if machine.cuda:
-        return Bytes(PROCESS_DEVICE_GIB * GIB, PROCESS_HOST_GIB * GIB)
-    held = INTERPRETER_GIB + (DEEPSPEED_GIB if cfg.engine.kind is EngineKind.deepspeed else 0.0)
-    if isinstance(cfg.stage, OfflineStage):
-        return Bytes((held + TRL_GIB) * GIB)
-    return Bytes((held + (VLLM_GIB if cfg.rollout.backend is not RolloutBackend.hf else 0.0)) * GIB)
-
-
-def counts_of(shape: Shape, parameters: int, adapter: int, *, four_bit: bool = False) -> Counts:
-    """A module of `parameters`, all of which train, or an adapter beside them. `four_bit`: its
-    linear layers are quantised.
-    """
-    if not adapter:
-        return Counts(parameters, parameters, shape.largest, shape.largest_layer)
-    layers = [one.inputs * one.outputs for one in shape.linears] if four_bit else [0]
-    return Counts(
-        parameters + adapter,
-        adapter,
-        adapter // max(1, len(shape.linears)),
-        shape.largest_layer,
-        sum(layers),
-        max(layers),
-    )
-
-
-def setting_of(cfg: Config, machine: Machine, *, trl: bool) -> Setting:
-    engine, half = cfg.engine, machine.half(cfg.model.dtype)
-    plain, lora = engine.kind is EngineKind.torch, cfg.adapter.kind is not AdapterKind.none
-    return Setting(
-        kind=engine.kind,
-        zero=engine.zero_stage,
-        offload=engine.offload,
-        ranks=machine.ranks,
-        half=half,
-        cuda=machine.cuda,
-        fused=plain and not trl,
-        float32_trained=half and plain and (lora or trl),
-    )
-
-
-def _pass(
-    cfg: Config,
-    setting: Setting,
-    tokens: int,
-    *,
-    trl: bool,
-    adapter: bool,
-    masked: bool = False,
-    length: int = 0,
-) -> Pass:
-    autocast = trl and setting.float32_trained and not adapter
-    return Pass(
-        tokens=tokens,
-        width=4 if autocast else setting.width,
-        length=length,
-        adapter=cfg.adapter.rank if adapter else 0,
-        adapter_float32=setting.kind is EngineKind.torch,
-        autocast=autocast,
-        masked=masked,
-        checkpointing=cfg.engine.gradient_checkpointing,
-    )
 
 
 def _held(states: States) -> Bytes:
@@ -385,7 +230,7 @@ def _updating(
     stage = cfg.stage
     tokens, longest = _tokens(cfg)
     lora = cfg.adapter.kind is not AdapterKind.none
-    p = _pass(cfg, setting, tokens, trl=False, adapter=lora, masked=masked, length=longest)
+    p = pass_of(cfg, setting, tokens, trl=False, adapter=lora, masked=masked, length=longest)
     head = activations.policy_head(
         shape,
         min(cfg.engine.logits_chunk, tokens),
@@ -399,7 +244,7 @@ def _updating(
         policies = [("policy's pass", _backward(policy) + acts), ("policy's step", _step(policy))]
         return [Moment(Phase.update, name, {**idle, "policy": held}) for name, held in policies]
     critic_shape, critic_states = critic
-    q = _pass(cfg, setting, tokens, trl=False, adapter=stage.critic_adapter, length=longest)
+    q = pass_of(cfg, setting, tokens, trl=False, adapter=stage.critic_adapter, length=longest)
     critic_acts = Bytes(
         activations.kept(critic_shape, q) + activations.backward_transient(critic_shape, q)
     )
@@ -461,18 +306,18 @@ def _generator(cfg: Config, shape: Shape, machine: Machine, adapter: int) -> _Ge
     prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
     wanted = sequences_at_once(cfg, machine.ranks)
     if rollout.backend is RolloutBackend.hf:
-        busy = generation.transformers_bytes(shape, width, wanted, prompt, response, adapter)
+        busy = activations.transformers_bytes(shape, width, wanted, prompt, response, adapter)
         return _Generator(Bytes(float(width * shape.parameters + 4 * adapter)), Bytes(busy))
     weights = float(width * shape.parameters)
     if not machine.cuda:
         held = Bytes(weights + rollout.kv_cache_gib * GIB)
-        cache = generation.cache_of(rollout.kv_cache_gib * GIB, shape, width, prompt + response)
+        cache = activations.cache_of(rollout.kv_cache_gib * GIB, shape, width, prompt + response)
         option = f"rollout.kv_cache_gib={rollout.kv_cache_gib:g}"
     else:
         share = rollout.gpu_memory_utilization * machine.device_gib * GIB
         held = Bytes(share)
-        cache = generation.cache_of(
-            share - weights - generation.VLLM_OVERHEAD_GIB * GIB, shape, width, prompt + response
+        cache = activations.cache_of(
+            share - weights - activations.VLLM_OVERHEAD_GIB * GIB, shape, width, prompt + response
         )
         option = f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
     if cache.sequences < 1:
@@ -502,58 +347,41 @@ def _offline(cfg: Config, shape: Shape, machine: Machine, four_bit: bool) -> Pla
     stage = cfg.stage
     setting = setting_of(cfg, machine, trl=True)
     adapter = adapter_parameters(shape, cfg.adapter)
-    classifier = isinstance(stage, RewardStage)
-    parameters = shape.classifier if classifier else shape.parameters
+    name, parameters = "policy", shape.parameters
+    if isinstance(stage, RewardStage):
+        name, parameters = "reward model", shape.classifier
     states = training_states(counts_of(shape, parameters, adapter, four_bit=four_bit), setting)
-    held = (
-        replace(setting, half=setting.half and not setting.float32_trained)
-        if not adapter
-        else setting
-    )
-    reference = (
-        frozen_states(parameters, held, shape.largest_layer)
-        if isinstance(stage, (PreferenceStage, KTOStage)) and not adapter
-        else None
-    )
-    rows = cfg.engine.micro_batch_size or max(1, stage.batch_size // machine.ranks)
-    tokens = (
-        rows
-        * stage.max_length
-        * (2 if isinstance(stage, (RewardStage, PreferenceStage, CPOStage, ORPOStage)) else 1)
-    )
-    p = _pass(cfg, setting, tokens, trl=True, adapter=bool(adapter), length=stage.max_length)
-    half_width = 2 if setting.half else 4
+    reference = None
+    if isinstance(stage, (PreferenceStage, KTOStage)) and not adapter:
+        held = replace(setting, half=setting.half and not setting.float32_trained)
+        reference = frozen_states(parameters, held, shape.largest_layer)
+    tokens = _trl_tokens(cfg, machine.ranks)
+    p = pass_of(cfg, setting, tokens, trl=True, adapter=bool(adapter), length=stage.max_length)
     head = 0.0
-    if not classifier:
+    if not isinstance(stage, RewardStage):
         fused = isinstance(stage, (SFTStage, PreferenceStage, KTOStage))
+        half_width = 2 if setting.half else 4
         head = activations.trl_head(shape, tokens, half_width, fused=fused, trained=not adapter)
     acts = Bytes(activations.kept(shape, p) + max(head, activations.backward_transient(shape, p)))
-    idle = {"policy": _held(states), "process": process(cfg, machine)}
-    name = "reward model" if classifier else "policy"
-    if name != "policy":
-        idle = {name: idle["policy"], "process": idle["process"]}
+    processes = {"process": process(cfg, machine)}
+    moments = [Moment(Phase.start, name, {**processes, name: states.start})]
+    idle = {name: _held(states), **processes}
+    during_pass = {}
     if reference is not None:
+        starting = {**idle, name: states.start, "reference": reference.start}
+        moments.append(Moment(Phase.start, "reference", starting))
         idle["reference"] = _held(reference)
-    moments = [Moment(Phase.start, name, {"process": idle["process"], name: states.start})]
-    if reference is not None:
-        moments.append(
-            Moment(
-                Phase.start, "reference", {**idle, name: states.start, "reference": reference.start}
-            )
-        )
         passing = Bytes(activations.forward_transient(shape, p)) + reference.gathered
-        idle_pass = {**idle, "reference": idle["reference"] + passing}
-    else:
-        idle_pass = idle
-    moments.append(Moment(Phase.update, "pass", {**idle_pass, name: _backward(states) + acts}))
+        during_pass = {"reference": idle["reference"] + passing}
+    backward = {**idle, **during_pass, name: _backward(states) + acts}
+    moments.append(Moment(Phase.update, "pass", backward))
     moments.append(Moment(Phase.update, "step", {**idle, name: _step(states)}))
     return Plan(tuple(moments), machine)
 
 
-def offloads(kind: EngineKind, zero: int) -> tuple[Offload, ...]:
-    """What engine.offload may be beside an engine (conf/engine.py): none below ZeRO-1, nvme with
-    ZeRO-3 only.
-    """
-    if kind is EngineKind.torch or zero == 0:
-        return (Offload.none,)
-    return (Offload.none, Offload.cpu, Offload.nvme) if zero == 3 else (Offload.none, Offload.cpu)
+def _trl_tokens(cfg: Config, ranks: int) -> int:
+    """Tokens of a forward pass, padding included; a pair has two rows."""
+    stage = cfg.stage
+    rows = cfg.engine.micro_batch_size or max(1, stage.batch_size // ranks)
+    pairs = isinstance(stage, (RewardStage, PreferenceStage, CPOStage, ORPOStage))
+    return rows * stage.max_length * (2 if pairs else 1)

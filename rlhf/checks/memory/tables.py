@@ -6,8 +6,7 @@ from typing import Any
 from conf.choices import AdapterKind, EngineKind, Offload
 from rlhf.checks.memory import GIB, Bytes
 from rlhf.checks.memory.fit import Row, recommended
-from rlhf.checks.memory.machine import Machine
-from rlhf.checks.memory.plan import Plan
+from rlhf.checks.memory.moments import Machine, Plan
 from rlhf.checks.memory.shapes import Shape
 from rlhf.checks.memory.states import NF4_BITS
 

@@ -11,10 +11,11 @@ from conf.stages import DoctorStage, OfflineStage, OnlineStage
 from reward.base import is_set
 from reward.checks import scoring_models
 from rlhf.checks.memory import fit, tables
-from rlhf.checks.memory.machine import machine_of
-from rlhf.checks.memory.subjects import can_plan, shapes_of
+from rlhf.checks.memory.moments import machine_of
+from rlhf.checks.memory.shapes import can_plan, shapes_of
 from rlhf.cli import config, presets
 from rlhf.run.console import console
+from rlhf.stages.examination.findings import Finding, State
 from rlhf.types import UserError
 
 
@@ -96,3 +97,41 @@ def answer(cfg: Config) -> Answer | None:
     ]
     notes += [*(best.plan.notes if best is not None else ()), tables.qlora_note(shapes.policy)]
     return Answer(best is not None, lines, renderables, notes)
+
+
+def check_plan(cfg: Config) -> tuple[Answer | None, Finding]:
+    """Whether the model that is asked about fits, on the devices that are here or asked about."""
+    try:
+        found = answer(cfg)
+    except UserError as error:
+        return None, Finding(
+            "memory plan",
+            State.fail,
+            str(error),
+            "name a model's directory, or its size as model.params=7e9",
+        )
+    if found is None:
+        return None, Finding(
+            "memory plan",
+            State.info,
+            "not asked for",
+            "model.path=<directory> or model.params=7e9, with engine.gpus=<number>",
+        )
+    remedy = (
+        ""
+        if found.fits
+        else "more or larger devices (engine.gpus, engine.gpu_memory_gib), a smaller model, or "
+        "shorter rows"
+    )
+    return found, Finding(
+        "memory plan", State.ok if found.fits else State.fail, " ".join(found.lines), remedy
+    )
+
+
+def print_plan(found: Answer) -> None:
+    for line in found.lines:
+        console().print(line, markup=False, soft_wrap=True, style="bold")
+    for renderable in found.renderables:
+        console().print(renderable)
+    for note in found.notes:
+        console().print(f"  {note}", markup=False, soft_wrap=True)

@@ -1,0 +1,222 @@
+"""The parts of a memory plan: the machine, the moments of a step and what each role holds at them.
+
+A moment is a point of a step at which memory may peak; its phase is the one that users see in
+time/<phase>_s.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from conf.choices import AdapterKind, Dtype, EngineKind, RolloutBackend
+from conf.schema import Config
+from conf.stages import OfflineStage
+from rlhf.checks.memory import GIB, Bytes, total
+from rlhf.checks.memory.activations import Pass
+from rlhf.checks.memory.shapes import Shape
+from rlhf.checks.memory.states import Counts, Setting
+from rlhf.process import distributed
+
+ASSUMED_GIB = 80.0  # a device of an A100 or H100
+# One rank's process by itself, as measured on a CPU: the peak of whole runs of models below 2M
+# parameters, by stage, engine and generator.
+# vLLM 0.26 in short runs, 0.25 to 0.6 in the online runs of docs/project/proofs.md; TRL 0.04 to
+# 0.25, with the rows of the data.
+INTERPRETER_GIB, TRL_GIB, DEEPSPEED_GIB, VLLM_GIB = 0.54, 0.12, 0.05, 0.45
+# the same beside a GPU, with the host's side of CUDA; assumed, not measured here
+PROCESS_HOST_GIB = 1.2
+# CUDA context, NCCL and fragmentation of one rank; assumed, not measured here
+PROCESS_DEVICE_GIB = 1.5
+HEADROOM = 0.95  # share of a device that a plan may fill
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`device_gib`: of one rank's device; without a GPU its share of the host's memory."""
+
+    ranks: int
+    cuda: bool
+    device_gib: float
+    # of the host that holds all ranks; None: not known, since the devices are not here
+    host_gib: float | None
+    notes: tuple[str, ...] = ()  # what was assumed
+
+    def half(self, dtype: Dtype) -> bool:
+        """Whether weights are in half precision: ``auto`` is bfloat16 on a GPU
+        (rlhf.models.loading.resolve_dtype).
+        """
+        return self.cuda if dtype is Dtype.auto else dtype is not Dtype.float32
+
+
+def machine_of(cfg: Config, *, all_devices: bool) -> Machine:
+    """The devices that the configuration asks for, else those that are here (`all_devices`: one
+    rank on each, not just those launched).
+    """
+    import psutil
+    import torch
+
+    engine, launched = cfg.engine, distributed.world_size()
+    memory = psutil.virtual_memory().total / GIB
+    if torch.cuda.is_available():
+        here = torch.cuda.device_count()
+        own = min(torch.cuda.get_device_properties(i).total_memory for i in range(here)) / GIB
+        ranks = engine.gpus or (max(launched, here) if all_devices else launched)
+        return Machine(ranks, True, engine.gpu_memory_gib or own, memory if ranks <= here else None)
+    asked = (
+        engine.gpus is not None or engine.gpu_memory_gib is not None or cfg.model.params is not None
+    )
+    if not asked:
+        return Machine(launched, False, memory / launched, memory)
+    notes = []
+    if engine.gpu_memory_gib is None:
+        notes.append(
+            f"no GPU here: devices of {ASSUMED_GIB:.0f} GiB are assumed; "
+            "engine.gpu_memory_gib=<GiB> says otherwise"
+        )
+    if engine.gpus is None:
+        notes.append(
+            f"{launched} device{'s' if launched > 1 else ''}, one for each rank launched; "
+            "engine.gpus=<number> says otherwise"
+        )
+    return Machine(
+        engine.gpus or launched, True, engine.gpu_memory_gib or ASSUMED_GIB, None, tuple(notes)
+    )
+
+
+class Phase(Enum):
+    start = "start"
+    rollout = "rollout"
+    score = "score"
+    update = "update"
+    sync = "sync"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes of one rank by role, at one point of a phase."""
+
+    phase: Phase
+    name: str
+    roles: dict[str, Bytes]
+
+    @property
+    def total(self) -> Bytes:
+        return total(self.roles)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All moments of a stage on a machine."""
+
+    moments: tuple[Moment, ...]
+    machine: Machine
+    notes: tuple[str, ...] = ()
+    problem: str | None = None  # why it can't run whatever fits
+
+    def peak(self, phase: Phase | None = None) -> Moment:
+        """The moment with the most on the device."""
+        return max(
+            (m for m in self.moments if phase in (None, m.phase)), key=lambda m: m.total.device
+        )
+
+    @property
+    def phases(self) -> list[Phase]:
+        return [phase for phase in Phase if any(m.phase is phase for m in self.moments)]
+
+    @property
+    def device_gib(self) -> float:
+        return self.peak().total.device / GIB
+
+    @property
+    def host_gib(self) -> float:
+        """Of all ranks together, at the worst moment."""
+        return self.machine.ranks * max(m.total.host for m in self.moments) / GIB
+
+    @property
+    def fits(self) -> bool:
+        return self.obstacle is None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it doesn't fit; None where it does."""
+        machine, worst = self.machine, self.peak()
+        if self.problem is not None:
+            return self.problem
+        if self.device_gib > HEADROOM * machine.device_gib:
+            role = max(worst.roles, key=lambda name: worst.roles[name].device)
+            where = (
+                f"{self.device_gib:.1f} GiB in {worst.phase.value}, of which "
+                f"{worst.roles[role].device / GIB:.1f} for the {role}"
+            )
+            return (
+                f"{where}; each rank loads the whole model there"
+                if worst.phase is Phase.start and machine.ranks > 1
+                else where
+            )
+        if machine.cuda and machine.host_gib is not None and self.host_gib > machine.host_gib:
+            return f"{self.host_gib:.0f} GiB of host memory, and {machine.host_gib:.0f} are here"
+        return None
+
+
+def process(cfg: Config, machine: Machine) -> Bytes:
+    """What a rank takes before any model."""
+    if machine.cuda:
+        return Bytes(PROCESS_DEVICE_GIB * GIB, PROCESS_HOST_GIB * GIB)
+    held = INTERPRETER_GIB + (DEEPSPEED_GIB if cfg.engine.kind is EngineKind.deepspeed else 0.0)
+    if isinstance(cfg.stage, OfflineStage):
+        return Bytes((held + TRL_GIB) * GIB)
+    return Bytes((held + (VLLM_GIB if cfg.rollout.backend is not RolloutBackend.hf else 0.0)) * GIB)
+
+
+def counts_of(shape: Shape, parameters: int, adapter: int, *, four_bit: bool = False) -> Counts:
+    """A module of `parameters`, all of which train, or an adapter beside them. `four_bit`: its
+    linear layers are quantised.
+    """
+    if not adapter:
+        return Counts(parameters, parameters, shape.largest, shape.largest_layer)
+    layers = [one.inputs * one.outputs for one in shape.linears] if four_bit else [0]
+    return Counts(
+        parameters + adapter,
+        adapter,
+        adapter // max(1, len(shape.linears)),
+        shape.largest_layer,
+        sum(layers),
+        max(layers),
+    )
+
+
+def setting_of(cfg: Config, machine: Machine, *, trl: bool) -> Setting:
+    engine, half = cfg.engine, machine.half(cfg.model.dtype)
+    plain, lora = engine.kind is EngineKind.torch, cfg.adapter.kind is not AdapterKind.none
+    return Setting(
+        kind=engine.kind,
+        zero=engine.zero_stage,
+        offload=engine.offload,
+        ranks=machine.ranks,
+        half=half,
+        cuda=machine.cuda,
+        fused=plain and not trl,
+        float32_trained=half and plain and (lora or trl),
+    )
+
+
+def pass_of(
+    cfg: Config,
+    setting: Setting,
+    tokens: int,
+    *,
+    trl: bool,
+    adapter: bool,
+    masked: bool = False,
+    length: int = 0,
+) -> Pass:
+    autocast = trl and setting.float32_trained and not adapter
+    return Pass(
+        tokens=tokens,
+        width=4 if autocast else setting.width,
+        length=length,
+        adapter=cfg.adapter.rank if adapter else 0,
+        adapter_float32=setting.kind is EngineKind.torch,
+        autocast=autocast,
+        masked=masked,
+        checkpointing=cfg.engine.gradient_checkpointing,
+    )
