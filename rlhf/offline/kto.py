@@ -83,7 +83,7 @@ def balance_note(
     return (
         f"{good} good and {bad} bad answers with weights {desirable_weight:g} and "
         f"{undesirable_weight:g}: the paper keeps their weighted ratio in "
-        f"[1, 4/3], found {ratio:.2f}. Set stage.desirable_weight to a value in "
+        f"[1, 4/3], it is {ratio:.2f}. Set stage.desirable_weight to a value in "
         f"[{low * wanted:.3g}, {high * wanted:.3g}]."
     )
 

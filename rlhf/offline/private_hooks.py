@@ -280,11 +280,11 @@ def problems(
     used: Sequence[Part] = USED, code: Sequence[tuple[type, str]] = USED_CODE
 ) -> list[str]:
     """What of `used` and `code` the installed versions no longer have, a sentence each."""
-    found = [problem for part in used if (problem := _problem(part)) is not None]
+    missing = [problem for part in used if (problem := _problem(part)) is not None]
     for owner, line in code:
         if line not in _source(owner):
-            found.append(f"{_name(owner)}: its code no longer holds {line!r}")
-    return found
+            missing.append(f"{_name(owner)}: its code no longer holds {line!r}")
+    return missing
 
 
 def _problem(part: Part) -> str | None:

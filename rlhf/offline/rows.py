@@ -281,7 +281,7 @@ def encode_sides(
     contexts = [context for context, _ in parts]
     if any(context != contexts[0] for context in contexts):
         raise ValueError(
-            "the answers must differ in their last message only, found conversations that part "
+            "the answers must differ in their last message only, but the conversations differ "
             "earlier"
         )
     return prompt_ids(tokenizer, contexts[0]), [response_ids(tokenizer, text) for _, text in parts]

@@ -24,14 +24,9 @@ from rlhf.data.reading import DataRequest, preference_dataset
 from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_classifier
 from rlhf.offline.judged_pairs import (
-    Judged,
-    bootstrap_interval,
     judge,
-    judgement_metrics,
-    length_baseline,
-    shown,
 )
-from rlhf.offline.rows import EncodedPairs, encode_pairs, padding_token
+from rlhf.offline.rows import encode_pairs
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
@@ -215,98 +210,6 @@ def test_padding_that_is_end_of_sequence_is_replaced(base: Path, folder: Path) -
     assert metrics["eval/margin"] == pytest.approx(metrics["eval_margin"], abs=1e-4)
 
 
-def test_padding_token_avoids_the_data() -> None:
-    tokenizer = trl_tools.tiny_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-
-    def pairs(*ids: int) -> EncodedPairs:
-        return EncodedPairs(
-            Dataset.from_dict({"chosen_ids": [list(ids)], "rejected_ids": [[5]]}), [0]
-        )
-
-    last = len(tokenizer) - 1
-    assert padding_token(tokenizer, pairs(7)) == tokenizer.unk_token
-    assert padding_token(
-        tokenizer, pairs(tokenizer.unk_token_id, last)
-    ) == tokenizer.convert_ids_to_tokens(last - 1)
-    with pytest.raises(UserError, match="every token"):
-        padding_token(tokenizer, pairs(*range(len(tokenizer))))
-
-
-def test_bootstrap_interval() -> None:
-    low, high = bootstrap_interval(0.8, 400, 4000, seed=1)
-    # the normal approximation: sd = sqrt(0.8 * 0.2 / 400)
-    assert (low, high) == pytest.approx((0.8 - 1.96 * 0.02, 0.8 + 1.96 * 0.02), abs=0.004)
-    assert (
-        bootstrap_interval(0.8, 400, 4000, seed=1)
-        == (low, high)
-        != bootstrap_interval(0.8, 400, 4000, seed=2)
-    )
-    assert bootstrap_interval(1.0, 10, 100, seed=0) == (1.0, 1.0)
-    one, resampled = np.array([1, 1, 1, 0, 1, 0, 1, 1]), np.random.default_rng(5)
-    plain = np.percentile([resampled.choice(one, 8).mean() for _ in range(4000)], (2.5, 97.5))
-    # steps of 1/8
-    assert bootstrap_interval(0.75, 8, 4000, seed=3) == pytest.approx(tuple(plain), abs=0.13)
-
-
-def test_figures_by_hand() -> None:
-    judged = Judged(
-        np.array([2.0, 1.0, 0.0, 3.0]),
-        np.array([1.0, 1.0, 2.0, -1.0]),
-        np.array([5, 4, 3, 9]),
-        np.array([4, 4, 6, 2]),
-    )
-    metrics = judgement_metrics(judged, 10, 0)
-    assert metrics["eval/accuracy"] == 0.5  # right, a tie, wrong, right
-    assert metrics["eval/margin"] == pytest.approx((1 + 0 - 2 + 4) / 4)
-    assert (
-        metrics["eval/length_baseline"]
-        == length_baseline(judged.chosen_tokens, judged.rejected_tokens)
-        == (1 + 0.5 + 0 + 1) / 4
-    )
-    assert metrics["eval/score_mean"] == pytest.approx(9 / 8)
-    assert metrics["eval/score_std"] == pytest.approx(
-        np.sqrt(np.mean((np.array([2, 1, 0, 3, 1, 1, 2, -1]) - 9 / 8) ** 2))
-    )
-
-
-def test_pairs_too_long_are_left_out_and_never_cut(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = trl_tools.tiny_tokenizer()
-    rows = Dataset.from_list(
-        [
-            {"prompt": "the film", "chosen": " good", "rejected": " bad"},
-            {"prompt": "the", "chosen": " good" * 50, "rejected": " bad"},
-        ]
-    )
-    with caplog.at_level("WARNING", "rlhf.stages"):
-        pairs = encode_pairs(tokenizer, rows, name="training", max_length=20, margin=False)
-    assert pairs.rows == [0] and "1 of 2 pairs are longer than" in caplog.text
-    assert pairs.data[0]["chosen_ids"][-1] == tokenizer.eos_token_id
-    with pytest.raises(UserError, match=r"each of the 2 pairs is longer than stage.max_length=3"):
-        encode_pairs(tokenizer, rows, name="training", max_length=3, margin=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"margin": float("nan")}, "pair 0: margin is nan"),
-        ({"chosen": [{"role": "user", "content": "x"}]}, "no chat template"),
-    ],
-)
-def test_pairs_that_are_refused(change: dict[str, Any], message: str) -> None:
-    row = {"prompt": "the", "chosen": " good", "rejected": " bad", "margin": 1.0} | change
-    if isinstance(row["chosen"], list):
-        row |= {"prompt": row["chosen"], "rejected": row["chosen"]}
-    with pytest.raises(UserError, match=message):
-        encode_pairs(
-            trl_tools.tiny_tokenizer(),
-            Dataset.from_list([row]),
-            name="training",
-            max_length=20,
-            margin=True,
-        )
-
-
 def test_margin_option_needs_the_column(folder: Path) -> None:
     rows = [{k: v for k, v in row.items() if k != "margin"} for row in trl_tools.pair_rows(20)]
     with pytest.raises(UserError, match=r"stage.margin=true, but the row has no margin"):
@@ -402,30 +305,6 @@ def test_certain_soft_labels_are_the_plain_run_and_micro_batches_change_nothing(
     assert trl_tools.losses(split) == pytest.approx(
         trl_tools.losses(whole), abs=1e-5
     ) and trl_tools.losses(split) != trl_tools.losses(plain)
-
-
-def test_figures_of_soft_labels_by_hand() -> None:
-    judged = Judged(
-        np.array([2.0, 1.0, 0.0, 3.0]),
-        np.array([1.0, 1.0, 2.0, -1.0]),
-        np.array([5, 4, 3, 9]),
-        np.array([4, 4, 6, 2]),
-        np.array([0.9, 0.5, 0.2, 0.4]),
-    )
-    metrics = judgement_metrics(judged, 10, 0)
-    # right, a tie left out, right the other way, wrong
-    assert metrics["eval/accuracy"] == pytest.approx(2 / 3)
-    assert metrics["eval/length_baseline"] == pytest.approx((1 + 1 + 0) / 3) and (
-        metrics["eval/ties"],
-        metrics["eval/pairs"],
-    ) == (1, 4)
-    off = [abs(1 / (1 + np.exp(-m)) - p) for m, p in ((1, 0.9), (0, 0.5), (-2, 0.2), (4, 0.4))]
-    assert metrics["eval/calibration_error"] == pytest.approx(np.mean(off))
-    assert "1 ties" in shown(metrics)["held-out pairs"]
-    with pytest.raises(
-        UserError, match=r"each of the 4 held-out pairs has soft_label 0.5.*data.eval_path"
-    ):
-        judgement_metrics(dataclasses.replace(judged, soft_labels=np.full(4, 0.5)), 10, 0)
 
 
 def test_held_out_ties_only_are_refused_before_training(folder: Path) -> None:

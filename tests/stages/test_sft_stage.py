@@ -4,7 +4,6 @@ what can't work.
 
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -22,9 +21,7 @@ from conf.stages import SFTStage
 from rlhf.checks import launch
 from rlhf.data.reading import DataRequest, sft_dataset
 from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.offline import guards as guarding
 from rlhf.offline.rows import encode_sft
-from rlhf.offline.trainers import StageTrainer
 from rlhf.run.context import RunContext
 from rlhf.stages import sft
 from rlhf.types import TrainingDiverged, UserError
@@ -325,68 +322,6 @@ def test_divergence_stops_and_saves_the_batch(folder: Path) -> None:
     texts = json.loads((place / "diverged_step2_rank0.json").read_text())["micro_batches"]
     assert len(texts[0]) == 8 and "good" in "".join(texts[0]) + "great fine"
     assert not (place / "summary.json").exists() and not (place / "model").exists()
-
-
-class FakeTrainer(Trainer):
-    """What `StageTrainer` needs of a trainer."""
-
-    def __init__(self, loss: float, norm: float) -> None:
-        self.loss, self.norm = loss, norm
-        self.data_collator = list
-        self.model = type("M", (), {"training": True})()
-        self.args = type("A", (), {"fp16": False, "learning_rate": 0.1})()
-        self.state = type("S", (), {"global_step": 4})()
-        self.processing_class = type(
-            "T", (), {"batch_decode": lambda self, ids: ["text"] * len(ids)}
-        )()
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        return torch.tensor(self.loss)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
-        return self.norm
-
-
-class Guarded(StageTrainer, FakeTrainer):
-    """The fake with our guards."""
-
-
-def test_a_bad_gradient_saves_every_micro_batch_of_its_step(tmp_path: Path) -> None:
-    def fresh() -> guarding.Guard:
-        return guarding.Guard(SFTStage(**STAGE), tmp_path, tmp_path, lambda step, figures: None)
-
-    trainer = Guarded(1.0, 2.0, guard=fresh(), engine=EngineConfig())
-    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
-    trainer.compute_loss(None, batch)
-    assert trainer._get_grad_norm(None) == 2.0 and trainer.guard.micro_batches == []
-    trainer.norm = math.nan
-    trainer.compute_loss(None, batch)
-    trainer.compute_loss(None, batch)
-    with pytest.raises(TrainingDiverged, match="step 5: the gradient's norm is nan"):
-        trainer._get_grad_norm(None)
-    assert set(load_file(tmp_path / "diverged_step5_rank0.safetensors")) == {
-        "0.input_ids",
-        "1.input_ids",
-    }
-    trainer.loss, trainer.guard = math.inf, fresh()
-    with pytest.raises(TrainingDiverged, match="step 5: the loss is inf"):
-        trainer.compute_loss(None, batch)
-    trainer.model.training = False
-    assert trainer.compute_loss(None, batch) == math.inf, "an evaluation is not a step"
-
-
-def test_passes_are_whole_batches_of_the_same_rows_for_every_split() -> None:
-    steps = 0
-    sampler = guarding.WholeBatches(21, 8, 3, lambda: steps)
-    first = list(sampler)
-    assert len(first) == len(set(first)) == len(sampler) == 16 and set(first) < set(range(21))
-    steps = 1
-    assert list(sampler) == first, "the same pass, as a resumed run would ask for"
-    steps = 2
-    assert list(sampler) != first
-    assert sorted(guarding.WholeBatches(5, 8, 3, lambda: 0)) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_rewind_under_zero_on_two_ranks(tmp_path: Path, zero: int) -> None:
         "--standalone",
         "--nproc_per_node=2",
         "-m",
-        "tests.offline.test_guarding",
+        "tests.offline.test_guards",
     ]
     extra = {
         "DS_ACCELERATOR": "cpu",
