@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.utils.data import Sampler
 
 from conf.choices import OnNonFinite
 from conf.stages import OfflineStage
 from policy.engines.base import Brake
 from rlhf.process import checkpoints, distributed
+from rlhf.process.bad_batches import BadBatches, write_tensors
 from rlhf.types import TrainingDiverged
 
-_DUMPS = 5  # batches written before further ones replace each other
 _STATE = "guard.json"  # in each checkpoint
 
 
@@ -62,15 +61,16 @@ class Guard:
         that was left out.
         """
         self.stage = stage
-        self.run_dir, self.checkpoint_dir = run_dir, checkpoint_dir
+        self.checkpoint_dir = checkpoint_dir
         self.record = record
+        self.bad_batches = BadBatches(run_dir, "diverged_{}_rank{}", "step{}")
         self.brake = Brake.from_stage(stage)
         # Of the optimizer step under way, on this rank:
         self.problem: str | None = None  # why it must not be applied
         self.micro_batches: list[dict[str, Any]] = []
         self.losses: list[float] = []
         # Of the run:
-        self.skipped = self.rewinds = self.dumps = 0
+        self.skipped = self.rewinds = 0
 
     def refuse(
         self, step: int, what: str, value: float, tokenizer: Any, why: str | None = None
@@ -81,9 +81,8 @@ class Guard:
         """
         if self.problem is not None:
             return
-        self.dumps += 1
-        name = f"step{step}" if self.dumps <= _DUMPS else "last"
-        path = save_batch(self.run_dir, self.micro_batches, tokenizer, name, step, {what: value})
+        path = self.bad_batches.next_path(step)
+        path = save_batch(path, self.micro_batches, tokenizer, step, {what: value})
         reason = why or f"the {what} is {value}"
         self.problem = (
             f"step {step}: {reason}. The batch that caused it: {path} (its texts beside it as "
@@ -130,34 +129,32 @@ class Guard:
 
 
 def save_batch(
-    directory: Path,
+    path: Path,
     micro_batches: Sequence[dict[str, Any]],
     tokenizer: Any,
-    name: str,
     step: int,
     figures: dict[str, float],
 ) -> Path:
     """This rank's micro-batches of one optimizer step as tensors, and their texts as JSON beside
-    them. Returns the tensors' file.
+    them. path: without a suffix. Returns the tensors' file.
     """
-    path = directory / f"diverged_{name}_rank{distributed.rank()}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
     texts: list[list[str]] = []
     for number, batch in enumerate(micro_batches):
         texts.append([])
         for column, value in batch.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{number}.{column}"] = value.detach().cpu().clone()
+                tensors[f"{number}.{column}"] = value
             if column.endswith("input_ids"):
                 texts[-1].extend(tokenizer.batch_decode(value))
-    save_file(tensors, str(path))
+    file = path.with_suffix(".safetensors")
+    write_tensors(file, tensors)
     content = {
         "step": step,
         "rank": distributed.rank(),
         **{key: str(value) for key, value in figures.items()},
         "micro_batches": texts,
     }
-    path.with_suffix(".json").write_text(
-        json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    return path
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    return file

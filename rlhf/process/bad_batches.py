@@ -15,9 +15,12 @@ KEPT = 5  # batches that get a name of their own; further ones replace each othe
 class BadBatches:
     """The names of a run's bad batches on this rank."""
 
-    def __init__(self, directory: Path) -> None:
-        """`directory`: the run's."""
+    def __init__(
+        self, directory: Path, name: str = "diverged-{}-rank-{}", step: str = "step-{}"
+    ) -> None:
+        """directory: the run's; name, step: patterns of a file's name and of its step."""
         self.directory = directory
+        self.name, self.step = name, step
         self.count = 0
 
     def next_path(self, step: int) -> Path:
@@ -25,13 +28,14 @@ class BadBatches:
         ``diverged-step-N-rank-R``, or ``diverged-last-rank-R`` after `KEPT` of them.
         """
         self.count += 1
-        which = f"step-{step}" if self.count <= KEPT else "last"
-        return self.directory / f"diverged-{which}-rank-{distributed.rank()}"
+        which = self.step.format(step) if self.count <= KEPT else "last"
+        return self.directory / self.name.format(which, distributed.rank())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name into a safetensors file."""
     from safetensors.torch import save_file
 
-    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # clones, since safetensors refuses tensors that share memory
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     save_file(copies, str(path))
