@@ -2,11 +2,12 @@
 and what the run's manifest says that it read.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from conf.choices import EngineKind, ModelKind
-from conf.schema import AdapterConfig, Config, EngineConfig
+from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig
 from policy.adapters import attach
 from policy.engines.deepspeed import ensure_process_group, prepare_cpu
 from policy.model import is_peft
@@ -29,7 +30,8 @@ def begin(cfg: Config) -> tuple[launch.BatchPlan, Any]:
     plan = launch.plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
     start_engine(cfg.engine)
     quiet_libraries()
-    return plan, load_stage_tokenizer(cfg)
+    texts = stage_texts(DataRequest.of(cfg))
+    return plan, load_stage_tokenizer(cfg.model, cfg.data.chat_template, texts)
 
 
 def start_engine(engine: EngineConfig) -> None:
@@ -43,18 +45,17 @@ def start_engine(engine: EngineConfig) -> None:
     ensure_process_group()
 
 
-def load_stage_tokenizer(cfg: Config) -> Any:
-    """The model's tokenizer; for ``model=tiny`` without a path one trained on the stage's own
-    texts. ``data.chat_template`` replaces its chat template.
+def load_stage_tokenizer(
+    model: ModelConfig, chat_template: str | None, texts: Iterable[str]
+) -> Any:
+    """The model's tokenizer; for ``model=tiny`` without a path a tokenizer trained on the stage's
+    own `texts`, which are read in no other case. `chat_template` replaces its template.
     """
-    if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
-        return load_tokenizer(cfg.model, cfg.data.chat_template)
-    tiny = cfg.model.tiny
-    tokenizer = train_tokenizer(
-        stage_texts(DataRequest.of(cfg)), tiny.vocab_size, tiny.max_positions
-    )
-    if cfg.data.chat_template is not None:
-        tokenizer.chat_template = template_text(cfg.data.chat_template)
+    if model.kind is not ModelKind.tiny or model.path is not None:
+        return load_tokenizer(model, chat_template)
+    tokenizer = train_tokenizer(texts, model.tiny.vocab_size, model.tiny.max_positions)
+    if chat_template is not None:
+        tokenizer.chat_template = template_text(chat_template)
     return tokenizer
 
 

@@ -54,7 +54,7 @@ def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
         figures = online_arithmetic(cfg, ranks, rows.count)
     else:
         batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
-        trained = stage_module.count_trained(cfg, tokenizer, batches.micro)
+        trained = stage_module.count_trained(reading.DataRequest.of(cfg), tokenizer, batches.micro)
         figures = offline_arithmetic(cfg.stage, batches, rows.count, trained)
     _print_figures("batches", figures)
     if rows.previews:

@@ -51,20 +51,19 @@ def check(cfg: Config) -> list[str]:
     return notes
 
 
-def read(cfg: Config, tokenizer: Any, micro: int) -> Sides:
+def read(request: DataRequest, tokenizer: Any, micro: int) -> Sides:
     """Encoded training and held-out rows of the stage; `micro`: rows of a forward pass. Raises
     UserError.
     """
-    stage = cfg.stage
+    stage = request.stage
     unpaired = isinstance(stage, KTOStage)
-    request = DataRequest.of(cfg)
     if unpaired:
         sides: tuple[str, ...] = ("completion",)
         raw_train, raw_held_out = unpaired_dataset(request)
     else:
         sides = ("chosen", "rejected")
         raw_train, raw_held_out = preference_dataset(request)
-    checks.check_row_weights(cfg.data.weight_column, getattr(stage, "losses", []), raw_train)
+    checks.check_row_weights(request.data.weight_column, getattr(stage, "losses", []), raw_train)
     length = stage.max_length
     train = encode_preferences(tokenizer, raw_train, sides, name="training", max_length=length)
     held_out = encode_preferences(
@@ -74,7 +73,7 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> Sides:
         return train, held_out
     check_balance(stage, train)
     # A file sorted by label would give passes with nothing to compare.
-    held_out = held_out.shuffle(seed=cfg.run.seed)
+    held_out = held_out.shuffle(seed=request.seed)
     if stage.loss is KTOLoss.kto:
         held_out = without_lone_row(held_out, micro, "held-out")
         if len(train) < stage.batch_size:  # otherwise every step is a whole batch
@@ -82,48 +81,46 @@ def read(cfg: Config, tokenizer: Any, micro: int) -> Sides:
     return train, held_out
 
 
-def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+def count_trained(request: DataRequest, tokenizer: Any, micro: int) -> int:
     """Rows that train, for a dry run. Raises UserError as `read`."""
-    return len(read(cfg, tokenizer, micro)[0])
+    return len(read(request, tokenizer, micro)[0])
 
 
 def run(ctx: RunContext) -> None:
     """Train, keep the best weights by held-out loss, save whole weights as model/ (and adapter/ for
     LoRA), sample, summarise.
     """
-    with ctx.closing():
-        _run(ctx)
-
-
-def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
-    ctx.watchdog.phase("data")
-    plan, tokenizer = begin(cfg)
-    rows = read(cfg, tokenizer, plan.micro)
-    record_inputs(ctx, "policy")
-    steps, metrics = _train(ctx, plan, tokenizer, rows)
-    ctx.watchdog.phase("samples")
-    if distributed.is_main():
-        contexts = preference_contexts(rows[1], _SAMPLES)
-        samples = greedy_samples(cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length)
-        ctx.tracker.samples(steps, samples)
-    ctx.watchdog.phase("finish")
-    figures = {
-        "held-out loss before": metrics.get("initial/eval_loss"),
-        "held-out loss": metrics["eval_loss"],
-        "held-out accuracy": metrics.get("eval_rewards/accuracies"),
-        "held-out margin": metrics.get("eval_rewards/margins"),
-        "best step": int(metrics["best_step"]),
-    }
-    ctx.finish(
-        steps=steps,
-        metrics=metrics,
-        figures={name: value for name, value in figures.items() if value is not None},
-        next_command=(
-            f"python -m rlhf stage=eval stage.before={cfg.model.path or '<the start>'} "
-            f"stage.after={ctx.model_dir} data.path=<prompts>"
-        ),
-    )
+    with ctx.closing():
+        ctx.watchdog.phase("data")
+        plan, tokenizer = begin(cfg)
+        rows = read(DataRequest.of(cfg), tokenizer, plan.micro)
+        record_inputs(ctx, "policy")
+        steps, metrics = _train(ctx, plan, tokenizer, rows)
+        ctx.watchdog.phase("samples")
+        if distributed.is_main():
+            contexts = preference_contexts(rows[1], _SAMPLES)
+            samples = greedy_samples(
+                cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length
+            )
+            ctx.tracker.samples(steps, samples)
+        ctx.watchdog.phase("finish")
+        figures = {
+            "held-out loss before": metrics.get("initial/eval_loss"),
+            "held-out loss": metrics["eval_loss"],
+            "held-out accuracy": metrics.get("eval_rewards/accuracies"),
+            "held-out margin": metrics.get("eval_rewards/margins"),
+            "best step": int(metrics["best_step"]),
+        }
+        ctx.finish(
+            steps=steps,
+            metrics=metrics,
+            figures={name: value for name, value in figures.items() if value is not None},
+            next_command=(
+                f"python -m rlhf stage=eval stage.before={cfg.model.path or '<the start>'} "
+                f"stage.after={ctx.model_dir} data.path=<prompts>"
+            ),
+        )
 
 
 def _train(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from trl import RewardConfig as TRLRewardConfig
 
-from conf.schema import Config
+from conf.schema import Config, ModelConfig
 from policy.engines import resharding
 from reward.model import (
     Manifest,
@@ -46,10 +46,10 @@ def check(cfg: Config) -> list[str]:
     return notes
 
 
-def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]:
+def read(request: DataRequest, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]:
     """Encoded training and held-out pairs, and whether they are conversations. Raises UserError."""
-    stage = cfg.stage
-    train, held_out = preference_dataset(DataRequest.of(cfg))
+    stage = request.stage
+    train, held_out = preference_dataset(request)
     encode = {
         "max_length": stage.max_length,
         "margin": stage.margin,
@@ -62,50 +62,48 @@ def read(cfg: Config, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]
     )
 
 
-def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+def count_trained(request: DataRequest, tokenizer: Any, micro: int) -> int:
     """Pairs that train, for a dry run. Raises UserError as `read`."""
-    return len(read(cfg, tokenizer)[0].data)
+    return len(read(request, tokenizer)[0].data)
 
 
 def run(ctx: RunContext) -> None:
     """Train, keep the best weights by held-out loss, save a self-contained model/ (and adapter/ for
     LoRA), judge it on held-out pairs.
     """
-    with ctx.closing():
-        _run(ctx)
-
-
-def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
-    ctx.watchdog.phase("data")
-    plan, tokenizer = begin(cfg)
-    train, held_out, conversational = read(cfg, tokenizer)
-    record_inputs(ctx, "policy")
-    if stage.soft_label:
-        # held-out pairs that are all ties are refused here rather than after training
-        judged_pairs.better_side(np.array(held_out.data[SOFT_LABEL]))
-    tokenizer.pad_token = padding_token(tokenizer, train, held_out)
-    steps, metrics = _train(ctx, plan, tokenizer, train, held_out)
-    ctx.watchdog.phase("judge")
-    # The figures are those of the saved weights, read back as every later stage reads them.
-    device = distributed.device()
-    module = load_reward_module(ctx.model_dir, resolve_dtype(cfg.model.dtype)).to(device)
-    judged = judged_pairs.judge(module, held_out.data, cfg.reward.batch_tokens, device)
-    metrics |= judged_pairs.judgement_metrics(judged, stage.bootstrap, cfg.run.seed)
-    if distributed.is_main():
-        manifest = manifest_of(cfg, tokenizer, conversational=conversational, metrics=metrics)
-        write_manifest(ctx.model_dir, manifest)
-        ctx.tracker.samples(steps, judged_pairs.sample_rows(tokenizer, held_out.data, judged))
-        plot = judged_pairs.plot_judged(judged, metrics, ctx.dir / "plots")
-        ctx.tracker.images([plot])
-    ctx.watchdog.phase("finish")
-    ctx.finish(
-        steps=steps,
-        metrics=metrics,
-        figures=judged_pairs.shown(metrics),
-        next_command=f"python -m rlhf stage=ppo model.path=<policy> reward.path={ctx.model_dir} "
-        "data.path=<prompts>",
-    )
+    with ctx.closing():
+        ctx.watchdog.phase("data")
+        plan, tokenizer = begin(cfg)
+        train, held_out, conversational = read(DataRequest.of(cfg), tokenizer)
+        record_inputs(ctx, "policy")
+        if stage.soft_label:
+            # held-out pairs that are all ties are refused here rather than after training
+            judged_pairs.better_side(np.array(held_out.data[SOFT_LABEL]))
+        tokenizer.pad_token = padding_token(tokenizer, train, held_out)
+        steps, metrics = _train(ctx, plan, tokenizer, train, held_out)
+        ctx.watchdog.phase("judge")
+        # The figures are those of the saved weights, read back as every later stage reads them.
+        device = distributed.device()
+        module = load_reward_module(ctx.model_dir, resolve_dtype(cfg.model.dtype)).to(device)
+        judged = judged_pairs.judge(module, held_out.data, cfg.reward.batch_tokens, device)
+        metrics |= judged_pairs.judgement_metrics(judged, stage.bootstrap, cfg.run.seed)
+        if distributed.is_main():
+            manifest = manifest_of(cfg.model, tokenizer, stage.max_length, conversational, metrics)
+            write_manifest(ctx.model_dir, manifest)
+            ctx.tracker.samples(steps, judged_pairs.sample_rows(tokenizer, held_out.data, judged))
+            plot = judged_pairs.plot_judged(judged, metrics, ctx.dir / "plots")
+            ctx.tracker.images([plot])
+        ctx.watchdog.phase("finish")
+        ctx.finish(
+            steps=steps,
+            metrics=metrics,
+            figures=judged_pairs.shown(metrics),
+            next_command=(
+                "python -m rlhf stage=ppo model.path=<policy> "
+                f"reward.path={ctx.model_dir} data.path=<prompts>"
+            ),
+        )
 
 
 def _train(
@@ -152,16 +150,22 @@ def make_trainer(
 
 
 def manifest_of(
-    cfg: Config, tokenizer: Any, *, conversational: bool, metrics: dict[str, float]
+    model: ModelConfig,
+    tokenizer: Any,
+    max_length: int,
+    conversational: bool,
+    metrics: dict[str, float],
 ) -> Manifest:
-    """What later stages must know of the reward model beside its weights."""
+    """What later stages must know of the reward model beside its weights. max_length: tokens of the
+    longest pair that it may have trained on.
+    """
     return Manifest(
-        base=cfg.model.path or cfg.model.kind.value,
+        base=model.path or model.kind.value,
         tokenizer_hash=tokenizer_fingerprint(tokenizer),
         chat_template_hash=template_hash(tokenizer),
         conversational=conversational,
-        max_length=cfg.stage.max_length,
-        dtype=str(resolve_dtype(cfg.model.dtype)).removeprefix("torch."),
+        max_length=max_length,
+        dtype=str(resolve_dtype(model.dtype)).removeprefix("torch."),
         score_mean=metrics["eval/score_mean"],
         score_std=metrics["eval/score_std"],
         held_out_texts=2 * int(metrics["eval/pairs"]),

@@ -52,14 +52,14 @@ class Rows:
         return max(len(ids) for rows in (self.train, self.held_out) for ids in rows["input_ids"])
 
 
-def read(cfg: Config, tokenizer: Any) -> Rows:
+def read(request: DataRequest, tokenizer: Any) -> Rows:
     """Read and encode the stage's rows. Raises UserError."""
-    stage = cfg.stage
-    train, held_out = sft_dataset(DataRequest.of(cfg))
+    stage = request.stage
+    train, held_out = sft_dataset(request)
     if stage.packing and COLUMN in train.column_names:
         raise UserError(
             "stage.packing=true joins rows, and the rows' weights (column "
-            f"{cfg.data.weight_column!r}) would be lost. Set stage.packing=false, or "
+            f"{request.data.weight_column!r}) would be lost. Set stage.packing=false, or "
             "data.weight_column=null to weigh all rows the same."
         )
     encode = {"max_length": stage.max_length, "completion_only": stage.completion_only}
@@ -70,53 +70,53 @@ def read(cfg: Config, tokenizer: Any) -> Rows:
     )
 
 
-def count_trained(cfg: Config, tokenizer: Any, micro: int) -> int:
+def count_trained(request: DataRequest, tokenizer: Any, micro: int) -> int:
     """Rows that train, packed where they are packed, for a dry run. Raises UserError as `read`."""
-    rows = read(cfg, tokenizer).train
-    if not cfg.stage.packing:
+    rows = read(request, tokenizer).train
+    if not request.stage.packing:
         return len(rows)
-    return len(pack_dataset(rows, cfg.stage.max_length, SFTConfig.packing_strategy))
+    return len(pack_dataset(rows, request.stage.max_length, SFTConfig.packing_strategy))
 
 
 def run(ctx: RunContext) -> None:
     """Fine-tune, keep the best weights by held-out loss, save model/ (and adapter/), sample,
     summarise.
     """
-    with ctx.closing():
-        _run(ctx)
-
-
-def _run(ctx: RunContext) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage
-    ctx.watchdog.phase("data")
-    plan, tokenizer = begin(cfg)
-    rows = read(cfg, tokenizer)
-    record_inputs(ctx, "policy")
-    ctx.watchdog.phase("build")
-    trainer = make_trainer(ctx, plan, tokenizer, rows)
-    steps, metrics = fit(trainer, ctx)
-    ctx.watchdog.phase("save the model")
-    adapter_alone = saves_adapter_alone(cfg.adapter, cfg.model)
-    save_trained(trainer, tokenizer, ctx.dir, cfg.model, adapter_alone=adapter_alone)
-    ctx.watchdog.phase("samples")
-    if distributed.is_main():
-        texts = rows.held_out_texts
-        first = texts.select(range(min(_SAMPLES, len(texts))))
-        contexts = [sft_context(tokenizer, row) for row in first]
-        samples = greedy_samples(cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length)
-        ctx.tracker.samples(steps, samples)
-    ctx.watchdog.phase("finish")
-    ctx.finish(
-        steps=steps,
-        metrics=metrics,
-        figures={
-            "held-out loss before": metrics.get("initial/eval_loss"),
-            "held-out loss": metrics["eval_loss"],
-            "held-out token accuracy": metrics["eval_mean_token_accuracy"],
-            "best step": int(metrics["best_step"]),
-        },
-        next_command=f"python -m rlhf stage=reward model.path={ctx.model_dir} data.path=<pairs>",
-    )
+    with ctx.closing():
+        ctx.watchdog.phase("data")
+        plan, tokenizer = begin(cfg)
+        rows = read(DataRequest.of(cfg), tokenizer)
+        record_inputs(ctx, "policy")
+        ctx.watchdog.phase("build")
+        trainer = make_trainer(ctx, plan, tokenizer, rows)
+        steps, metrics = fit(trainer, ctx)
+        ctx.watchdog.phase("save the model")
+        adapter_alone = saves_adapter_alone(cfg.adapter, cfg.model)
+        save_trained(trainer, tokenizer, ctx.dir, cfg.model, adapter_alone=adapter_alone)
+        ctx.watchdog.phase("samples")
+        if distributed.is_main():
+            texts = rows.held_out_texts
+            first = texts.select(range(min(_SAMPLES, len(texts))))
+            contexts = [sft_context(tokenizer, row) for row in first]
+            samples = greedy_samples(
+                cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length
+            )
+            ctx.tracker.samples(steps, samples)
+        ctx.watchdog.phase("finish")
+        ctx.finish(
+            steps=steps,
+            metrics=metrics,
+            figures={
+                "held-out loss before": metrics.get("initial/eval_loss"),
+                "held-out loss": metrics["eval_loss"],
+                "held-out token accuracy": metrics["eval_mean_token_accuracy"],
+                "best step": int(metrics["best_step"]),
+            },
+            next_command=(
+                f"python -m rlhf stage=reward model.path={ctx.model_dir} data.path=<pairs>"
+            ),
+        )
 
 
 def make_trainer(ctx: RunContext, plan: BatchPlan, tokenizer: Any, rows: Rows) -> SFT:
