@@ -194,6 +194,20 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def load_or_train_tokenizer(
+    cfg: ModelConfig, chat_template: str | None, texts: Iterable[str]
+) -> Any:
+    """A stage's tokenizer: the model's; for ``model=tiny`` without a path a tokenizer trained on
+    the stage's own `texts`, which are read in no other case. `chat_template` replaces its template.
+    """
+    if cfg.kind is not ModelKind.tiny or cfg.path is not None:
+        return load_tokenizer(cfg, chat_template)
+    tokenizer = train_tokenizer(texts, cfg.tiny.vocab_size, cfg.tiny.max_positions)
+    if chat_template is not None:
+        tokenizer.chat_template = template_text(chat_template)
+    return tokenizer
+
+
 def tiny_config(tiny: TinyConfig, tokenizer: Any) -> Any:
     """The Llama configuration of ``model=tiny``."""
     from transformers import LlamaConfig

@@ -2,20 +2,18 @@
 and what the run's manifest says that it read.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from conf.choices import EngineKind, ModelKind
-from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig
+from conf.choices import EngineKind
+from conf.schema import AdapterConfig, Config, EngineConfig
 from policy.adapters import attach
 from policy.engines.deepspeed import ensure_process_group, prepare_cpu
 from policy.model import is_peft
 from rlhf.checks import launch
 from rlhf.data.reading import DataRequest, stage_texts
 from rlhf.data.sources import data_files
-from rlhf.models.loading import load_tokenizer, train_tokenizer
-from rlhf.models.templates import template_text
+from rlhf.models.loading import load_or_train_tokenizer
 from rlhf.process import distributed
 from rlhf.process.quiet import quiet_libraries
 from rlhf.run.context import RunContext
@@ -31,7 +29,7 @@ def begin(cfg: Config) -> tuple[launch.BatchPlan, Any]:
     start_engine(cfg.engine)
     quiet_libraries()
     texts = stage_texts(DataRequest.of(cfg))
-    return plan, load_stage_tokenizer(cfg.model, cfg.data.chat_template, texts)
+    return plan, load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
 
 
 def start_engine(engine: EngineConfig) -> None:
@@ -43,20 +41,6 @@ def start_engine(engine: EngineConfig) -> None:
         return
     prepare_cpu()
     ensure_process_group()
-
-
-def load_stage_tokenizer(
-    model: ModelConfig, chat_template: str | None, texts: Iterable[str]
-) -> Any:
-    """The model's tokenizer; for ``model=tiny`` without a path a tokenizer trained on the stage's
-    own `texts`, which are read in no other case. `chat_template` replaces its template.
-    """
-    if model.kind is not ModelKind.tiny or model.path is not None:
-        return load_tokenizer(model, chat_template)
-    tokenizer = train_tokenizer(texts, model.tiny.vocab_size, model.tiny.max_positions)
-    if chat_template is not None:
-        tokenizer.chat_template = template_text(chat_template)
-    return tokenizer
 
 
 def check_positions(model_config: Any, longest: int) -> None:

@@ -41,12 +41,10 @@ from rlhf.data.sources import data_files
 from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
-    load_tokenizer,
+    load_or_train_tokenizer,
     loads_as_it_is,
     resolve_dtype,
-    train_tokenizer,
 )
-from rlhf.models.templates import template_text
 from rlhf.online.sync import WeightSync
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
@@ -88,7 +86,8 @@ def build(ctx: RunContext) -> Parts:
     cfg, stage = ctx.cfg, ctx.cfg.stage
     assert isinstance(stage, OnlineStage)
     seed_everything(cfg.run.seed)
-    tokenizer = _tokenizer(cfg)
+    texts = reading.stage_texts(reading.DataRequest.of(cfg))
+    tokenizer = load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
     prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer, split="train")
     _register(ctx)
     start = _start_directory(ctx, tokenizer)
@@ -199,19 +198,6 @@ def _layout(engine: EngineConfig, stage: OnlineStage, model: Any) -> Layout:
         shared=shared,
         hidden_size=int(base.config.get_text_config().hidden_size),
     )
-
-
-def _tokenizer(cfg: Config) -> Any:
-    if cfg.model.path is not None:
-        return load_tokenizer(cfg.model, cfg.data.chat_template)
-    tokenizer = train_tokenizer(
-        reading.stage_texts(reading.DataRequest.of(cfg)),
-        cfg.model.tiny.vocab_size,
-        cfg.model.tiny.max_positions,
-    )
-    if cfg.data.chat_template is not None:
-        tokenizer.chat_template = template_text(cfg.data.chat_template)
-    return tokenizer
 
 
 def _register(ctx: RunContext) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.choices import ModelKind
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage, SFTStage
 from reward.checks import scoring_models
@@ -77,22 +76,11 @@ def launch_command(argv: Sequence[str], ranks: int) -> str:
 
 
 def tokenizer_of(cfg: Config) -> Any:
-    """The tokenizer that the stage will have; for ``model=tiny`` without a path one trained on the
-    stage's own texts.
-    """
-    from rlhf.models.loading import load_tokenizer, train_tokenizer
-    from rlhf.models.templates import template_text
+    """The tokenizer that the stage will have."""
+    from rlhf.models.loading import load_or_train_tokenizer
 
-    if cfg.model.kind is not ModelKind.tiny or cfg.model.path is not None:
-        return load_tokenizer(cfg.model, cfg.data.chat_template)
-    tokenizer = train_tokenizer(
-        reading.stage_texts(reading.DataRequest.of(cfg)),
-        cfg.model.tiny.vocab_size,
-        cfg.model.tiny.max_positions,
-    )
-    if cfg.data.chat_template is not None:
-        tokenizer.chat_template = template_text(cfg.data.chat_template)
-    return tokenizer
+    texts = reading.stage_texts(reading.DataRequest.of(cfg))
+    return load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
 
 
 @dataclass(frozen=True, slots=True)
