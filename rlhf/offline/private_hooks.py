@@ -255,6 +255,7 @@ USED = (
         ("deepspeed_engine", "checkpoint_path", "load_module_strict"),
     ),
     Part(transformers.integrations.deepspeed, "unset_hf_deepspeed_config", ()),
+    Part(SFTTrainer, "create_model_card", ("model_name", "dataset_name", "tags")),
     Part(SFTTrainer, "_total_train_tokens"),
     Part(RewardTrainer, "_total_train_tokens"),
     Part(RewardTrainer, "_metrics"),
