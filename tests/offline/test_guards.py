@@ -286,12 +286,12 @@ def test_rewinds_come_to_an_end_and_need_a_checkpoint(
     break_loss(monkeypatch, steps=tuple(range(2, 10)))
     with pytest.raises(
         TrainingDiverged,
-        match=r"stage.on_nonfinite=rewind: stage.rewinds=2 times it was tried already",
+        match=r"stage.on_nonfinite=rewind.*stage.rewinds=2",
     ):
         run(tmp_path, stage={"on_nonfinite": OnNonFinite.rewind, "rewinds": 2})
     assert CALLS["loss"] == 4, "a good step, the first failure and two more"
     CALLS.clear()
-    with pytest.raises(TrainingDiverged, match="there is no whole checkpoint to go back to"):
+    with pytest.raises(TrainingDiverged, match=r"on_nonfinite=rewind.*no whole checkpoint"):
         run(tmp_path, "none", stage={"on_nonfinite": OnNonFinite.rewind, "eval_steps": 5})
 
 
@@ -370,7 +370,7 @@ def test_batches_are_kept_up_to_a_number(tmp_path: Path) -> None:
         ),
         (
             {"model": ModelConfig(path="m", dtype=Dtype.float16)},
-            "leaves out steps that overflow by itself",
+            "on_nonfinite=skip.*float16",
         ),
     ],
 )

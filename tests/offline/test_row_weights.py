@@ -134,8 +134,7 @@ def test_the_column_can_be_named_or_left_alone(tmp_path: Path) -> None:
     rows = [row | {"weight": "heavy", "importance": 2 * i + 1} for i, row in enumerate(pairs())]
     with pytest.raises(
         UserError,
-        match=r"row 1: column 'weight': expected a weight of at least 0, found text "
-        r"'heavy'.*data.weight_column=null",
+        match=r"row 1: column 'weight'.*at least 0.*'heavy'.*data.weight_column=null",
     ):
         reading.preference_dataset(reading.DataRequest.of(config(tmp_path, rows)))
     assert (
@@ -159,11 +158,11 @@ def test_the_column_can_be_named_or_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": -1}, "found a number -1"),
-        ({"weight": None}, "found null"),
-        ({"weight": True}, "found true/false True"),
-        ({"weight": math.nan}, "found a number nan"),
-        ({}, "found no such column, which other rows have"),
+        ({"weight": -1}, "number -1"),
+        ({"weight": None}, "null"),
+        ({"weight": True}, "true/false True"),
+        ({"weight": math.nan}, "number nan"),
+        ({}, "no such column"),
     ],
 )
 def test_bad_weights_are_refused(tmp_path: Path, change: Row, message: str) -> None:
@@ -171,7 +170,7 @@ def test_bad_weights_are_refused(tmp_path: Path, change: Row, message: str) -> N
     rows[4] = pairs()[4] | change
     with pytest.raises(
         UserError,
-        match=rf"rows.jsonl, row 5: column 'weight': expected a weight of at least 0, {message}",
+        match=rf"rows.jsonl, row 5: column 'weight'.*at least 0.*{message}",
     ):
         reading.preference_dataset(reading.DataRequest.of(config(tmp_path, rows)))
     with pytest.raises(UserError, match="every weight is 0"):
@@ -180,16 +179,12 @@ def test_bad_weights_are_refused(tmp_path: Path, change: Row, message: str) -> N
         )
 
 
-def test_a_prompts_weight_is_said_to_be_of_no_use(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_prompts_weight_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = config(tmp_path, [{"prompt": f"p{i}", "weight": 2} for i in range(4)], OnlineStage())
     assert reading.prompts(reading.DataRequest.of(cfg), trl_tools.tiny_tokenizer())[0].fields == {
         "weight": 2
     }
-    assert (
-        "the column 'weight' weighs no prompt: stage=ppo has no loss that takes it" in caplog.text
-    )
+    assert "'weight' weighs no prompt" in caplog.text and "stage=ppo" in caplog.text
 
 
 def test_what_no_loss_can_weigh_is_refused(tmp_path: Path) -> None:

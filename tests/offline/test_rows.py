@@ -41,7 +41,7 @@ def test_pairs_too_long_are_left_out_and_never_cut(caplog: pytest.LogCaptureFixt
         pairs = encode_pairs(tokenizer, rows, name="training", max_length=20, margin=False)
     assert pairs.rows == [0] and "1 of 2 pairs are longer than" in caplog.text
     assert pairs.data[0]["chosen_ids"][-1] == tokenizer.eos_token_id
-    with pytest.raises(UserError, match=r"each of the 2 pairs is longer than stage.max_length=3"):
+    with pytest.raises(UserError, match=r"each of the 2 pairs.*stage.max_length=3"):
         encode_pairs(tokenizer, rows, name="training", max_length=3, margin=False)
 
 
@@ -79,7 +79,7 @@ def test_rows_that_are_too_long_or_part_early(caplog: pytest.LogCaptureFixture) 
             tokenizer, rows, ("chosen", "rejected"), name="training", max_length=20
         )
     assert len(kept) == 1 and "1 of 2 rows are longer than stage.max_length=20" in caplog.text
-    with pytest.raises(UserError, match=r"each of the 2 rows is longer than stage.max_length=3"):
+    with pytest.raises(UserError, match=r"each of the 2 rows.*stage.max_length=3"):
         encode_preferences(tokenizer, rows, ("chosen", "rejected"), name="training", max_length=3)
 
     def turns(*texts: str) -> list[dict[str, str]]:
@@ -89,9 +89,7 @@ def test_rows_that_are_too_long_or_part_early(caplog: pytest.LogCaptureFixture) 
         ]
 
     chats = {"chosen": turns("a", "b", "c", "good"), "rejected": turns("a", "x", "c", "bad")}
-    with pytest.raises(
-        UserError, match="held-out row 0: the answers must differ in their last message only"
-    ):
+    with pytest.raises(UserError, match=r"held-out row 0: .* differ in their last message only"):
         encode_preferences(
             tokenizer,
             Dataset.from_list([chats]),

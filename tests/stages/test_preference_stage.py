@@ -318,7 +318,7 @@ def test_divergence_saves_the_batch(folder: Path) -> None:
         (
             "dpo",
             "stage.label_smoothing=0.1",
-            "stage.label_smoothing=0.1 .* only robust, exo_pair, aot, aot_unpaired read it",
+            "stage.label_smoothing=0.1 .* only robust, exo_pair, aot, aot_unpaired",
         ),
         (
             "dpo",
@@ -404,14 +404,13 @@ def test_refused_before_weights_load(
         check(cfg)
 
 
-def test_sorted_losses_on_micro_batches_are_said_aloud(folder: Path) -> None:
+def test_sorted_losses_on_micro_batches_give_a_note(folder: Path) -> None:
     stage = stage_of("dpo", losses=[PreferenceLoss.aot])
     whole = trl_tools.config(stage, folder, "noted", trl_tools.pair_rows(20))
     assert check(whole) == []
     split = dataclasses.replace(whole, engine=EngineConfig(micro_batch_size=2))
-    assert check(split) == [
-        "stage.losses: aot sorts the pairs of one forward pass, which are 2 of stage.batch_size=8."
-    ]
+    (note,) = check(split)
+    assert "stage.losses: aot" in note and "2 of stage.batch_size=8" in note
 
 
 def test_an_adapter_on_any_head_is_refused_with_the_weights(folder: Path) -> None:
@@ -427,7 +426,7 @@ def test_answers_of_one_kind_are_refused(folder: Path) -> None:
     rows = [{"prompt": f"p{i}", "completion": " good", "label": True} for i in range(10)]
     with pytest.raises(
         UserError,
-        match="each of its 8 training answers is judged good: expected good ones and bad ones",
+        match="8 training answers is judged good",
     ):
         run(folder, "one_kind", stage_of("kto"), rows=rows)
 
@@ -447,6 +446,6 @@ def test_chat_rows_need_a_template(folder: Path) -> None:
     )
     with pytest.raises(
         UserError,
-        match="training data: the rows hold chat messages, but the tokenizer has no chat template",
+        match=r"training data: .* no chat template",
     ):
         run(folder, "chat", stage_of("dpo"), data=data)

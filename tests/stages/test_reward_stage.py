@@ -318,9 +318,9 @@ def test_held_out_ties_only_are_refused_before_training(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, r"row 1: stage.soft_label=true, but the row has no column 'soft_label'"),
-        ("often", r"column 'soft_label': expected a probability from 0 to 1, found text 'often'"),
-        (1.5, r"expected a probability from 0 to 1, found a number 1.5"),
+        (None, r"row 1: stage.soft_label=true.*no column 'soft_label'"),
+        ("often", r"column 'soft_label'.*probability from 0 to 1.*'often'"),
+        (1.5, r"probability from 0 to 1.*1.5"),
     ],
 )
 def test_soft_labels_are_checked_before_weights_load(
@@ -338,7 +338,7 @@ def test_margin_and_soft_label_exclude_each_other() -> None:
         RewardStage(margin=True, soft_label=True)
 
 
-def test_a_column_that_nobody_reads_is_said_aloud(
+def test_a_column_that_nobody_reads_is_warned_of(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [row | {"soft_label": 0.7} for row in trl_tools.pair_rows(20)]

@@ -228,9 +228,7 @@ def test_chat_with_a_template_file(folder: Path) -> None:
 
 
 def test_chat_without_a_template_is_refused(folder: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"the tokenizer has no chat template\. Set data.chat_template"
-    ):
+    with pytest.raises(UserError, match=r"no chat template.*data.chat_template"):
         run(folder, "no_template", rows=chat_rows())
 
 
@@ -362,7 +360,7 @@ def test_rows_longer_than_the_model(folder: Path) -> None:
     rows = [{"text": "good film " * 60 + str(i)} for i in range(10)]
     with pytest.raises(
         UserError,
-        match=r"rows of 1\d\d tokens, but the model has 64 positions. Set stage.max_length=64",
+        match=r"rows of 1\d\d tokens.*64 positions.*stage.max_length=64",
     ):
         run(folder, "long", rows=rows, stage={"max_length": 512})
 
