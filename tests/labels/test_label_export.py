@@ -23,6 +23,7 @@ from rlhf.labels.targets import TARGETS
 from rlhf.models.loading import load_tokenizer
 from rlhf.process.hashing import sha256
 from rlhf.stages.labelling import answers as label_answers
+from rlhf.stages.labelling.scoring import spread_of
 from rlhf.types import Scores
 from tests import toys
 from tests.labels.label_steps import (
@@ -561,12 +562,12 @@ def test_an_ensembles_spread_is_that_of_the_total() -> None:
         {},
         {"rm_spread": [1.0, 3.0], "other_spread": [2.0, 4.0], "rm_clipped": [0.0, 1.0]},
     )
-    assert label_answers.spread_of(scores, {"rm": 0.5}) == [0.5, 1.5]
-    assert label_answers.spread_of(scores, {"rm": 3.0, "other": -2.0, "length": 1.0}) == [
+    assert spread_of(scores, {"rm": 0.5}) == [0.5, 1.5]
+    assert spread_of(scores, {"rm": 3.0, "other": -2.0, "length": 1.0}) == [
         5.0,
         pytest.approx(145**0.5),
     ]
-    assert label_answers.spread_of(scores, {"length": 1.0}) is None
+    assert spread_of(scores, {"length": 1.0}) is None
 
 
 @pytest.mark.slow

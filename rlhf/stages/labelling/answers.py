@@ -5,27 +5,23 @@ scored by the reward, one policy after the other.
 import dataclasses
 import functools
 import logging
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from conf.choices import ModelKind
-from conf.schema import Config, ModelConfig, RewardConfig
-from reward.terms import make_scorer
+from conf.schema import Config, ModelConfig
 from rlhf.data import reading
 from rlhf.data.loading import DataRequest
-from rlhf.labels.asking import Question
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
-from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_causal_lm, load_tokenizer, loads_as_it_is
-from rlhf.process import distributed
 from rlhf.process.clock import PhaseClock
 from rlhf.process.hashing import digest
 from rlhf.run.directory import ANSWERS_FOLDER
-from rlhf.types import Generator, Prompt, Rollout, Scores, UserError
+from rlhf.stages.labelling.scoring import score
+from rlhf.types import Generator, Prompt, Rollout, UserError
 from rollout import make_generator
 
 LOG = logging.getLogger("rlhf.stages.label")
@@ -42,14 +38,6 @@ class Policy:
     # Each policy draws with a seed of its own: with the same one near-equal policies would give
     # equal answers, and no pair to judge.
     seed: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AnswerScore:
-    """What the reward says of an answer; None without a reward."""
-
-    total: float | None = None
-    spread: float | None = None  # standard deviation, where a term is an ensemble
 
 
 def model_of(model: ModelConfig, path: str) -> ModelConfig:
@@ -160,63 +148,3 @@ def _generate(
             generator.close()
     finally:
         shutil.rmtree(start, ignore_errors=True)
-
-
-def score(reward: RewardConfig, rollouts: Sequence[Rollout], tokenizer: Any) -> list[AnswerScore]:
-    """What the reward says of each rollout. The reward is loaded for this call and freed after
-    it.
-    """
-    if reward.path is None and reward.function is None and not reward.terms:
-        return [AnswerScore()] * len(rollouts)
-    scorer = make_scorer(
-        reward, device=distributed.device(), policy_tokenizer=tokenizer, training=False
-    )
-    scores = scorer.score(rollouts)
-    weights = {name: term.weight for name, term in reward.terms.items()}
-    spreads: Sequence[float | None] = spread_of(scores, weights) or [None] * len(rollouts)
-    return [AnswerScore(total, spread) for total, spread in zip(scores.total, spreads, strict=True)]
-
-
-def spread_of(scores: Scores, weights: Mapping[str, float]) -> list[float] | None:
-    """Standard deviation of each total, from those of the terms that are ensembles, which are taken
-    to be independent; None where no term is an ensemble.
-    """
-    parts = []
-    for name, weight in weights.items():
-        spreads = scores.extras.get(f"{name}_spread")
-        if spreads is not None:
-            parts.append([weight * value for value in spreads])
-    if not parts:
-        return None
-    return [math.hypot(*row) for row in zip(*parts, strict=True)]
-
-
-def score_questions(
-    questions: Sequence[Question],
-    policy: ModelConfig,
-    chat_template: str | None,
-    reward: RewardConfig,
-) -> list[Question]:
-    """Questions whose answers no policy wrote, with the scores that the reward gives them as
-    answers of `policy`. Raises UserError as the reward does.
-    """
-    tokenizer = load_tokenizer(policy, chat_template)
-    rollouts = []
-    for question in questions:
-        ids = tuple(prompt_ids(tokenizer, question.prompt))
-        text = question.prompt if isinstance(question.prompt, str) else tokenizer.decode(ids)
-        prompt = Prompt(question.id, text, ids, source=question.prompt)
-        for answer in question.answers:
-            tokens = response_ids(tokenizer, answer.text)
-            rollouts.append(Rollout(prompt, answer.text, tokens, [], "stop", 0))
-    scores = iter(score(reward, rollouts, tokenizer))
-    scored = []
-    for question in questions:
-        answers = []
-        for answer in question.answers:
-            scored_answer = next(scores)
-            answers.append(
-                dataclasses.replace(answer, score=scored_answer.total, spread=scored_answer.spread)
-            )
-        scored.append(dataclasses.replace(question, answers=tuple(answers)))
-    return scored

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import ChoiceMethod
+from conf.labelling import LabelConfig
 from conf.schema import Config
 from reward.base import model_paths
 from rlhf.data import sources
@@ -96,7 +97,11 @@ def export(ctx: RunContext) -> None:
     }
     ctx.publish(f"{cfg.run.name}-export", "label-export", published, metadata)
     ctx.watchdog.phase("push")
-    project = _push(ctx, made)
+    server = _push(cfg.label, ctx.dir, made)
+    project = None
+    if server is not None:
+        ctx.record("server", server)
+        project = int(server["project"])
     ctx.watchdog.phase("finish")
     metrics = export_figures.metrics_of(made, clock.seconds)
     ctx.tracker.log(0, metrics)
@@ -187,16 +192,11 @@ def _make(cfg: Config, folder: Path, clock: PhaseClock) -> Export:
     )
 
 
-def _push(ctx: RunContext, made: Export) -> int | None:
-    """The project on the server that the tasks are in; None where they are on none. Raises
+def _push(label: LabelConfig, folder: Path, made: Export) -> dict[str, Any] | None:
+    """{"url", "project"} of the server that the tasks are on; None where they are on none. Raises
     UserError as the server does, with the export kept.
     """
-    label = ctx.cfg.label
-    server = pushed_to(ctx.dir)
-    if label.push:
-        assert label.url is not None, "the configuration refuses label.push without label.url"
-        server = push_once(made, ctx.dir, url=label.url, token=os.environ[label.token_env])
-    if server is None:
-        return None
-    ctx.record("server", server)
-    return int(server["project"])
+    if not label.push:
+        return pushed_to(folder)
+    assert label.url is not None, "the configuration refuses label.push without label.url"
+    return push_once(made, folder, url=label.url, token=os.environ[label.token_env])

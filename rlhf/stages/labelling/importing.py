@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.labelling import LabelConfig
 from rlhf.labels import import_figures, known_exports, server, versions
 from rlhf.labels.ab_labels import ab_figures
 from rlhf.labels.checks_export import access_token
@@ -88,7 +89,7 @@ def _import(ctx: RunContext) -> Imported:
         with Store(folder) as store:
             ctx.watchdog.phase("read")
             incoming = read_incoming(
-                _paths(ctx, export),
+                _paths(cfg.label, export, folder),
                 ledgers,
                 cfg.label.annotator,
                 record=ctx.add_data,
@@ -106,7 +107,9 @@ def _import(ctx: RunContext) -> Imported:
         version, new = versions.newest_or_new(
             folder, name, situation, settings, figures, exports, origins
         )
-        _publish(ctx, name, version)
+        ctx.publish(
+            name, "preference-data", version.files, _metadata(version.card), root=version.folder
+        )
         row = {
             "import": number,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -119,9 +122,10 @@ def _import(ctx: RunContext) -> Imported:
     return Imported(number, added, refused, situation, figures, version, new)
 
 
-def _paths(ctx: RunContext, export: Path | None) -> Iterator[Path]:
-    """The files that come back; the last one is fetched from a server with ``label.pull``."""
-    label = ctx.cfg.label
+def _paths(label: LabelConfig, export: Path | None, labels_folder: Path) -> Iterator[Path]:
+    """The files that come back; the last one is fetched from a server with ``label.pull``.
+    `export`: the export's folder.
+    """
     yield from label_files(label.files)
     if label.pull:
         url, project = server_of(label, export)
@@ -129,7 +133,7 @@ def _paths(ctx: RunContext, export: Path | None) -> Iterator[Path]:
             url=url,
             token=access_token(label.token_env, "label.pull=true"),
             project=project,
-            folder=ctx.dir / PULLED_FOLDER,
+            folder=labels_folder / PULLED_FOLDER,
         )
 
 
@@ -148,16 +152,15 @@ def _origins(
     return list(origins.values())
 
 
-def _publish(ctx: RunContext, name: str, version: versions.Version) -> None:
-    card = version.card
-    metadata = {
-        "version": version.number,
+def _metadata(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tracker shows of a version."""
+    return {
+        "version": card["version"],
         "rows": {file.partition(".")[0]: entry["rows"] for file, entry in card["files"].items()},
         "settings": card["settings"],
         "exports": [export["id"] for export in card["exports"]],
         "identity": card["identity"],
     }
-    ctx.publish(name, "preference-data", version.files, metadata, root=version.folder)
 
 
 def _show(figures: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from rlhf.labels.selection import Selection
 from rlhf.models.loading import load_tokenizer
 from rlhf.process.clock import PhaseClock
 from rlhf.stages.labelling import answers
+from rlhf.stages.labelling.scoring import score_questions
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.label")
@@ -180,4 +181,4 @@ def select_gold(
     # A suggestion that gold tasks lack would give them away.
     first = next(iter(policies_of(label, model.path).values()))
     policy = answers.model_of(model, first)
-    return answers.score_questions(gold, policy, request.data.chat_template, reward)
+    return score_questions(gold, policy, request.data.chat_template, reward)
