@@ -323,7 +323,7 @@ def test_figures_are_json_and_a_plan_is_read_back() -> None:
     assert "without peeking" in result["fixed_interval_note"]
     with pytest.raises(
         UserError,
-        match=r"has no number for pairs: expected what stage=label label.ab.enabled=true wrote",
+        match=r"no number for pairs: .*label.ab.enabled=true",
     ):
         plan_of({key: value for key, value in figures.items() if key != "pairs"})
 
@@ -343,9 +343,7 @@ def test_plans_that_cannot_be(change: dict[str, float], message: str) -> None:
 
 
 def test_an_effect_that_no_labels_show_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"label.ab.effect=0.001 needs more than 200,000 labelled prompts"
-    ):
+    with pytest.raises(UserError, match=r"label.ab.effect=0.001 needs more than 200,000"):
         plan(0.001, 0.05, 0.8, 0.2)
 
 
@@ -370,7 +368,7 @@ def test_input_that_is_refused(
 
 
 def test_labels_that_are_refused() -> None:
-    with pytest.raises(ValueError, match="the winner is 'third', expected 'old', 'new' or None"):
+    with pytest.raises(ValueError, match="'third', expected 'old', 'new' or None"):
         outcomes([("p", "third")], "old", "new")
     with pytest.raises(ValueError, match="both policies are 'old'"):
         outcomes([], "old", "old")

@@ -83,9 +83,9 @@ def test_templated_samples_get_the_prompts_of_the_data(
         tmp_path / "alpha/ppo", [*rows, {"step": 1, "prompt": "other", "response": "r"}]
     )
     _, plain = run_export(tmp_path, f"label.samples=[{place}]", prompts=False)
-    assert "4 of 5 responses hold marks of a chat template" in caplog.text and plain.tasks[
-        0
-    ].prompt.startswith("<|im_start|>user")
+    assert "4 of 5 responses hold marks" in caplog.text and plain.tasks[0].prompt.startswith(
+        "<|im_start|>user"
+    )
     data = toys.write_jsonl(tmp_path / "chats.jsonl", [{"prompt": chat} for chat in chats])
     chosen = [
         f"label.samples=[{place}]",
@@ -96,7 +96,7 @@ def test_templated_samples_get_the_prompts_of_the_data(
     ]
     _, export = run_export(tmp_path, *chosen, "data.max_prompt_length=60", prompts=False)
     assert sorted(task.prompt[0]["content"] for task in export.tasks) == ["bye", "hello"]
-    assert "1 of 5 responses answer no prompt of data.path" in caplog.text
+    assert "1 of 5 responses answer no prompt" in caplog.text
     with pytest.raises(
         UserError,
         match=r"label.samples: not one of the 5 responses.*data.path=.*the first is to "
@@ -203,13 +203,11 @@ def test_gold_that_is_too_little_is_said(
     ]
     _, export = run_export(tmp_path, *chosen)
     assert sum(task.role is Role.gold for task in export.tasks) == 2
-    assert "label.gold_share=0.5 asks for 4 gold tasks" in caplog.text and "gives 2" in caplog.text
+    assert "label.gold_share=0.5 asks for 4" in caplog.text and "gives 2" in caplog.text
     same = toys.write_jsonl(
         tmp_path / "same.jsonl", [{"prompt": "p", "chosen": "x", "rejected": " x"}]
     )
-    with pytest.raises(
-        UserError, match=r"none of its 1 pairs can be a gold task \(1 pairs of the same text\)"
-    ):
+    with pytest.raises(UserError, match=r"none of its 1 pairs .*\(1 pairs of the same text\)"):
         run_export(
             tmp_path, f"model.path={tiny_model()}", f"label.gold_path={same}", "run.name=none"
         )
@@ -281,7 +279,7 @@ POLICY = "model.path={tied}"
             r"label.policies.a=/no/such/place: no such directory",
         ),
         (["model.path=/no/such/place"], r"model.path=/no/such/place: no such directory"),
-        ([POLICY, "data.path=null"], r"data.path is not set: stage=label needs a file of prompts"),
+        ([POLICY, "data.path=null"], r"data.path is not set: stage=label"),
         (
             [POLICY, "label.responses=1"],
             r"label.responses=1 of 1 policy give 1 answer.* Set label.responses=2",
@@ -339,7 +337,7 @@ POLICY = "model.path={tied}"
         ),
         (
             [POLICY, "label.push=true", "label.url=http://x"],
-            r"access token in the environment variable LABEL_STUDIO_API_KEY",
+            r"environment variable LABEL_STUDIO_API_KEY",
         ),
         (
             [POLICY, "label.push=true", "label.url=localhost:80"],
@@ -369,7 +367,7 @@ POLICY = "model.path={tied}"
             ["label.samples=[{scored}]", "label.prelabel=true", "label.gold_path={gold}"],
             r"nothing scores the gold answers",
         ),
-        (["label.review={prompts}"], r"row 1: no key 'id'. Expected a task of review.jsonl"),
+        (["label.review={prompts}"], r"row 1: no key 'id'.*review.jsonl"),
         (
             ["label.review={review}", "label.choice={random: 1.0}"],
             r"label.choice is set.*label.review=.*review.jsonl",

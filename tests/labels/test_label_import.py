@@ -231,9 +231,7 @@ def test_what_is_refused_stops_the_import_and_is_kept(tmp_path: Path, export: Ex
     ) as stopped:
         labels(tmp_path, file)
     folder = tmp_path / "runs" / "t" / "labels"
-    assert f"{file}, row 2, task 0123456789ab-1: task '0123456789ab-1' is of another export" in str(
-        stopped.value
-    )
+    assert f"{file}, row 2, task 0123456789ab-1: " in str(stopped.value)
     assert [
         row["reason"].split(":")[0].split(" is of")[0] for row in read(folder / "refused.jsonl")
     ] == [
@@ -359,11 +357,11 @@ def test_ab_test_of_the_labels(tmp_path: Path) -> None:
         ({"run.name": "other"}, "label.export is not set, and .*other/label holds no export"),
         (
             {"label.pull": "true", "label.url": "http://127.0.0.1:1"},
-            "label.pull=true: the export was not pushed to a server",
+            "label.pull=true: the export was not pushed",
         ),
         (
             {"label.pull": "true", "label.url": "http://127.0.0.1:1", "label.project": "3"},
-            "needs an access token in the environment variable LABEL_STUDIO",
+            "environment variable LABEL_STUDIO",
         ),
     ],
 )

@@ -39,7 +39,7 @@ def test_a_changed_ledger_is_refused(tmp_path: Path) -> None:
     tasks = tmp_path / "tasks.jsonl"
     whole = tasks.read_bytes()
     tasks.write_bytes(whole.replace(b"good answer 1", b"good answer 7"))
-    with pytest.raises(UserError, match=r"tasks\.jsonl was changed since export\.json was written"):
+    with pytest.raises(UserError, match=r"tasks\.jsonl was changed since export\.json"):
         read_export(tmp_path)
     tasks.write_bytes(whole)
     read_export(tmp_path)
