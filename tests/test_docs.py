@@ -17,7 +17,7 @@ import pytest
 from conf.choices import DataTarget
 from conf.preparation import STEPS
 from conf.stages import STAGES
-from rlhf.cli import config, keys
+from rlhf.cli import config, options
 from rlhf.cli.overrides import check_overrides, quote_paths
 from rlhf.data.formats import FORMATS
 from rlhf.data.report.remedies import REMEDIES
@@ -236,8 +236,8 @@ def test_readme_names_the_two_commands() -> None:
 def test_options_exist(page: Path) -> None:
     if name_of(page) in HISTORY:
         pytest.skip("history names options that are no more")
-    known = keys.valid_keys(list(STAGES))
-    of_items = tuple(key.partition(keys.NAME)[0] for key in known if keys.NAME in key)
+    known = options.valid_keys(list(STAGES))
+    of_items = tuple(key.partition(options.NAME)[0] for key in known if options.NAME in key)
     named = {match[1] for match in OPTION.finditer(page.read_text(encoding="utf-8"))}
     unknown = named - set(known)
     # below reward.terms and data.sources a name of the user's choice comes first; whole commands

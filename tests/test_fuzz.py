@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf.cli import config, keys, presets
-from rlhf.cli.keys import valid_keys
+from rlhf.cli import config, options, presets
+from rlhf.cli.options import valid_keys
 from rlhf.data import reading
 from rlhf.data.formats import Use
 from rlhf.types import UserError
@@ -107,7 +107,7 @@ VALUES = (
 )
 KEYS = st.sampled_from(
     [
-        key.replace(keys.NAME, "x").replace(keys.ANYTHING, "y")
+        key.replace(options.NAME, "x").replace(options.ANYTHING, "y")
         for key in valid_keys(list(STAGES))
         if not key.startswith("run.dir")
     ]

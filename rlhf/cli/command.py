@@ -7,10 +7,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
-from rlhf.cli import config, help, presets, sweeps
+from rlhf.cli import config, help, presets
 from rlhf.cli.overrides import check_overrides, prepare
 from rlhf.process import distributed, interrupts, redaction
 from rlhf.process.watchdog import record_failure
@@ -21,6 +22,7 @@ Execute = Callable[[Config, Sequence[str]], None]
 # what a collective says whose peer is gone
 _BROKEN_OFF = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket")
 _WAIT_FOR_CAUSE_S = 5.0  # torchrun looks at its ranks every 0.1 s
+_OURS = ("run.name=", "tracking.group=")  # options that each job of a sweep gets from here
 _HELP = ("--help", "-h")
 _HYDRAS_OWN = ("--hydra-help", "--version", "--info", "-i")  # flags that need no stage
 
@@ -95,9 +97,37 @@ class _Job:
 
         hydra = HydraConfig.get()
         if hydra.mode is RunMode.MULTIRUN:
-            sweeps.run_job(cfg, hydra)
+            run_sweep_job(cfg, hydra)
         else:
             self._execute(cfg, sys.argv[1:])
+
+
+def run_sweep_job(cfg: Config, hydra: Any) -> None:
+    """Run the job of a sweep that Hydra has just composed; `hydra` is its own configuration.
+
+    A process of its own, since vLLM, DeepSpeed and torch keep state that a second job in the same
+    process would inherit. Raises UserError for a job that failed, SystemExit for one that was
+    stopped.
+    """
+    overrides = [text for text in hydra.overrides.task if not text.startswith(_OURS)]
+    group = cfg.tracking.group or f"{cfg.run.name}-sweep"
+    command = [sys.executable, "-m", "rlhf", *overrides]
+    command += [f"run.name={cfg.run.name}-{hydra.job.num}", f"tracking.group={group}"]
+    clean_sweep_file(Path(hydra.sweep.dir) / "multirun.yaml")
+    code = interrupts.run_child(command)
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise SystemExit(code)  # the job has said what it saved
+    if code != 0:
+        raise UserError(
+            f"multirun job {hydra.job.num} ended with exit code {code}: {' '.join(command[1:])}"
+        )
+
+
+def clean_sweep_file(path: Path) -> None:
+    """Take secrets out of the file in which Hydra keeps a multirun's command line as typed."""
+    if path.is_file():
+        written = path.read_text(encoding="utf-8")
+        path.write_text(redaction.text(written), encoding="utf-8")
 
 
 def _run(arguments: Sequence[str], execute: Execute) -> int:

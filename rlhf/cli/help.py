@@ -7,8 +7,7 @@ from typing import Any
 
 from conf.schema import Config
 from conf.stages import GROUPS_OF, STAGES
-from rlhf.cli.describe import Described, options_of, plain_doc, value_text
-from rlhf.cli.keys import NAME
+from rlhf.cli.options import NAME, Described, options_of, plain_doc, value_text
 from rlhf.cli.presets import CONF_DIR, choices, list_stages, stage_schema, summary
 
 WIDTH = 100

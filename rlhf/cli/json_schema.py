@@ -13,7 +13,7 @@ from conf.options import MISSING, OptionInfo, default_of, info_of
 from conf.preparation import STEPS
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf.cli.describe import is_group, plain_doc
+from rlhf.cli.options import is_group, plain_doc
 from rlhf.cli.presets import choices, stage_schema
 
 Schema = dict[str, Any]

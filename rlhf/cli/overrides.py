@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.stages import STAGES
 from rlhf.cli import hydra_private
-from rlhf.cli.keys import ANYTHING, NAME, general, parents, valid_keys
+from rlhf.cli.options import ANYTHING, NAME, general, parents, valid_keys
 from rlhf.cli.presets import GROUPS, choices, nearest, stage_schema
 from rlhf.types import UserError
 

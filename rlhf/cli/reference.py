@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from conf.preparation import STEPS
 from conf.schema import GROUPS, Config
 from conf.stages import STAGES, OfflineStage, TrainStage
-from rlhf.cli.describe import Described, options_of, plain_doc, value_text
 from rlhf.cli.json_schema import json_schema
+from rlhf.cli.options import Described, options_of, plain_doc, value_text
 from rlhf.cli.presets import CONF_DIR, choices, stage_schema, summary
 
 PAGE = CONF_DIR.parent / "docs" / "configuration.md"

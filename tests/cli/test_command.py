@@ -13,7 +13,7 @@ from conf.schema import Config
 from conf.stages import FAMILIES, STAGES
 from rlhf.__main__ import main
 from rlhf.cli import config, help, presets
-from rlhf.cli.describe import options_of
+from rlhf.cli.options import options_of
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "vllm", "trl", "peft", "pandas", "wandb")
 

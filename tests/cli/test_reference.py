@@ -14,7 +14,7 @@ from conf.schema import Config
 from conf.stages import STAGES
 from rlhf.cli import config, presets, reference
 from rlhf.cli.json_schema import json_schema
-from rlhf.cli.keys import ANYTHING, NAME, valid_keys
+from rlhf.cli.options import ANYTHING, NAME, valid_keys
 
 REMEDY = "not up to date: run `make reference` and commit what it writes"
 VALIDATOR = jsonschema.Draft202012Validator(json_schema())

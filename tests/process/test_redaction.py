@@ -18,7 +18,7 @@ from conf.choices import TrackingKind
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import DoctorStage, SFTStage
 from rlhf import __main__ as command_line
-from rlhf.cli import command, sweeps
+from rlhf.cli import command
 from rlhf.process import redaction
 from rlhf.run.context import RunContext
 from rlhf.stages import data as data_stage
@@ -367,7 +367,7 @@ def test_the_file_that_hydra_writes_of_a_sweep_is_cleaned(tmp_path: Path) -> Non
         f"overrides:\n- +x.api_key={TYPED[3]}\n- tracking.group=https://me:{TYPED[2]}@host\n",
         encoding="utf-8",
     )
-    sweeps.clean_sweep_file(place)
+    command.clean_sweep_file(place)
     assert (
         place.read_text(encoding="utf-8")
         == "overrides:\n- +x.api_key=***\n- tracking.group=https://***@host\n"
