@@ -18,8 +18,7 @@ _SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 
 def check(cfg: Config) -> list[str]:
     """What all of these stages check; returns notes worth a warning. Raises UserError."""
-    stage = cfg.stage
-    assert isinstance(stage, OfflineStage)
+    stage = cfg.stage_as(OfflineStage)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
     launch.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, ranks)

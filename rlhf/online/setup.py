@@ -237,8 +237,7 @@ def _critic(cfg: Config, tokenizer: Any, start: str) -> Any:
     """The critic's model: the reward model's weights, or the policy's start with a head that
     predicts 0.
     """
-    stage = cfg.stage
-    assert isinstance(stage, OnlineStage)
+    stage = cfg.stage_as(OnlineStage)
     if stage.critic_init is CriticInit.reward:
         assert cfg.reward.path is not None, (
             "preflight refuses critic_init=reward without reward.path"

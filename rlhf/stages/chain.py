@@ -68,8 +68,7 @@ def run(ctx: RunContext) -> None:
     With ``run.resume=true`` stages that have ended are left as they are, and the first that has not
     goes on from its last checkpoint.
     """
-    stage = ctx.cfg.stage
-    assert isinstance(stage, ChainStage)
+    stage = ctx.cfg.stage_as(ChainStage)
     remedy = "Run it without torchrun, or launch each stage with torchrun."
     distributed.require_one_process("stage=chain", remedy)
     planned = commands(list(stage.stages), list(ctx.argv))

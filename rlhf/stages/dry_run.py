@@ -136,8 +136,8 @@ def _previews(
 
 def online_arithmetic(cfg: Config, ranks: int, prompts: int) -> dict[str, str]:
     """How prompts become optimizer steps, over all ranks."""
-    stage = cfg.stage
-    assert isinstance(stage, OnlineStage) and stage.steps is not None
+    stage = cfg.stage_as(OnlineStage)
+    assert stage.steps is not None
     responses = stage.prompts_per_step * stage.samples_per_prompt
     updates = stage.epochs * stage.minibatches
     longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length

@@ -37,8 +37,7 @@ def check(cfg: Config) -> list[str]:
     """All that can be known before weights load; returns notes worth a warning. Raises
     UserError.
     """
-    stage = cfg.stage
-    assert isinstance(stage, OnlineStage)
+    stage = cfg.stage_as(OnlineStage)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_prompts_per_step(stage, ranks)

@@ -29,8 +29,7 @@ _MIB = 1 << 20
 
 def check(cfg: Config) -> list[str]:
     """There is a reward model and, where one is asked for, a token. Raises UserError."""
-    stage = cfg.stage
-    assert isinstance(stage, ServeRewardStage)
+    stage = cfg.stage_as(ServeRewardStage)
     for library in ("fastapi", "uvicorn"):
         require(library, "serve")
     distributed.require_one_process("stage=serve_reward", "Run it without torchrun.")
