@@ -99,7 +99,7 @@ class Aggregation(Enum):
 
 class Selection(Enum):
     all = "all"
-    unequal = "unequal"  # groups whose scores differ; more prompts are drawn in place of the others
+    unequal = "unequal"  # groups whose scores differ; more prompts replace the others
     best = "best"  # the best response of each group
     best_worst = "best_worst"  # the best and the worst of each group, as a pair
 
@@ -214,7 +214,7 @@ class TermKind(Enum):
     numeric = "numeric"  # the row's answer, as a number
     math = "math"  # the row's answer, as a mathematical expression
     choice = "choice"  # the row's answer, as a letter
-    regex = "regex"  # a pattern that has to be found
+    regex = "regex"  # a pattern that the response must contain
     json_schema = "json_schema"  # JSON that a schema allows
     instructions = "instructions"  # the row's constraints
     code = "code"  # Python that passes the row's tests
@@ -235,7 +235,7 @@ class Combine(Enum):
 class Isolation(Enum):
     """How code that a policy wrote is kept apart (reward/sandbox/run.py)."""
 
-    auto = "auto"  # namespaces where the kernel gives them, else limits alone (said aloud)
+    auto = "auto"  # namespaces where the kernel gives them, else limits alone, which is logged
     # no network, no view of other processes, a file system without the user's files
     namespaces = "namespaces"
     limits = "limits"  # resource limits and an audit hook
@@ -252,7 +252,7 @@ class FormatStyle(Enum):
 
 
 class DataFormat(Enum):
-    """Formats of data files; which of them a stage reads is in rlhf/data/formats.py."""
+    """Formats of data files; which of them a stage reads is in rlhf/data/formats/."""
 
     auto = "auto"
     text = "text"
@@ -348,7 +348,7 @@ LabelMode = Enum("LabelMode", [("export", "export"), ("import", "import")])
 
 
 class LabelKind(Enum):
-    """What one task asks."""
+    """What a task asks."""
 
     pair = "pair"  # which of two answers is better
     ranking = "ranking"  # the order of several answers
@@ -357,7 +357,7 @@ class LabelKind(Enum):
 class LabelTarget(Enum):
     """What tasks are written for, and what labels are read from."""
 
-    page = "page"  # one HTML file for a person with a browser
+    page = "page"  # an HTML file for a person with a browser
     label_studio = "label_studio"
     argilla = "argilla"
     csv = "csv"
@@ -371,7 +371,7 @@ class ChoiceMethod(Enum):
     random = "random"
     # the reward model's margin nearest to zero; with an ensemble, its members' spread counts too
     uncertainty = "uncertainty"
-    diversity = "diversity"  # one pair for each cluster of prompts
+    diversity = "diversity"  # a pair for each cluster of prompts
     uncertain_diverse = "uncertain_diverse"  # the most uncertain pair of each cluster of prompts
 
 

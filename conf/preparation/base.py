@@ -16,7 +16,7 @@ class Part(Enum):
 
 
 class Keep(Enum):
-    """The one row of a cluster of duplicates that stays."""
+    """Which row of a cluster of duplicates stays."""
 
     first = "first"  # in the order of the rows
     longest = "longest"  # most characters in all its texts; of equals the first

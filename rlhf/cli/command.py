@@ -116,7 +116,7 @@ def run_sweep_job(cfg: Config, hydra: Any) -> None:
     clean_sweep_file(Path(hydra.sweep.dir) / "multirun.yaml")
     code = interrupts.run_child(command)
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise SystemExit(code)  # the job has said what it saved
+        raise SystemExit(code)  # the job has printed what it saved
     if code != 0:
         raise UserError(
             f"multirun job {hydra.job.num} ended with exit code {code}: {' '.join(command[1:])}"
