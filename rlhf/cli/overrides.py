@@ -91,9 +91,9 @@ def _parse(argument: str) -> Any:
     try:
         return parser.parse_override(argument)
     except HydraException as error:
+        reason = f"{argument}: {str(error).splitlines()[0]}"
         remedy = _quoting(argument)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"The command line can't be read: {reason}{remedy}") from error
+        raise UserError(f"The command line can't be read at {reason}{remedy}") from error
 
 
 def _quoting(argument: str) -> str:
