@@ -160,7 +160,7 @@ class DataConfig:
         "tokenizer's own.",
     )
     max_prompt_length: int = option(
-        256,
+        1024,
         "Longest prompt; longer ones are an error unless truncate_prompts=true.",
         unit="tokens",
         at_least=1,
@@ -192,7 +192,7 @@ class DataConfig:
         False, "Examine the prepared rows: report.json and report.html in the run directory."
     )
     report_limit: int = option(
-        1024,
+        2048,
         "Tokens from which the report counts a row as truncated: the stage.max_length that will "
         "train on it.",
         unit="tokens",

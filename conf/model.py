@@ -27,7 +27,7 @@ class TinyConfig:
         at_least=1,
     )
     max_positions: int = option(
-        512, "Longest sequence that the model can read.", unit="tokens", at_least=8
+        2048, "Longest sequence that the model can read.", unit="tokens", at_least=8
     )
     tie_embeddings: bool = option(True, "Use the input embeddings as the output layer, too.")
 

@@ -77,9 +77,9 @@ class OnlineStage(TrainStage):
     resample: int = option(
         3, "selection=unequal: further draws of prompts in one step.", unit="draws", at_least=0
     )
-    critic_learning_rate: float = option(
-        1e-4,
-        "Highest learning rate of the critic.",
+    critic_learning_rate: float | None = option(
+        None,
+        "Highest learning rate of the critic; null: what is published (conf/published.py).",
         above=0,
         section="the critic, with advantage=gae",
     )

@@ -15,7 +15,7 @@ class RolloutConfig:
         "Generator of responses; auto: vLLM where it is installed, else hf, which is logged.",
     )
     max_response_length: int = option(
-        64, "Longest response; longer ones are cut off.", unit="tokens", at_least=1
+        1024, "Longest response; longer ones are cut off.", unit="tokens", at_least=1
     )
     temperature: float = option(1.0, "Softmax temperature of sampling.", above=0)
     top_p: float = option(

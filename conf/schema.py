@@ -15,6 +15,7 @@ library only.
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from conf import published
 from conf.data import DataConfig, GymConfig, SourceConfig
 from conf.engine import EngineConfig
 from conf.labelling import LabelConfig
@@ -62,6 +63,10 @@ class Config:
     data: DataConfig = nested(DataConfig)
     label: LabelConfig = nested(LabelConfig)
     tracking: TrackingConfig = nested(TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Learning rates that are left out become the published ones for stage and adapter."""
+        published.fill(self.stage, self.adapter.kind)
 
     def stage_as(self, kind: type[_Stage]) -> _Stage:
         """The stage's options, typed. Raises TypeError for a stage of another kind."""

@@ -49,7 +49,12 @@ class TrainStage:
         at_least=1,
         section="training",
     )
-    learning_rate: float = option(1e-4, "Highest learning rate of AdamW.", above=0)
+    learning_rate: float | None = option(
+        None,
+        "Highest learning rate of AdamW; null: what is published for the method, and for all "
+        "weights or an adapter (conf/published.py).",
+        above=0,
+    )
     weight_decay: float = option(0.0, "Decoupled weight decay of AdamW.", at_least=0)
     adam_beta1: float = option(0.9, "Decay rate of AdamW's mean of gradients.", at_least=0, below=1)
     adam_beta2: float = option(
@@ -119,7 +124,7 @@ class OfflineStage(TrainStage):
         at_least=1,
     )
     max_length: int = option(
-        512, "Longest prompt and response together.", unit="tokens", at_least=2
+        2048, "Longest prompt and response together.", unit="tokens", at_least=2
     )
     eval_steps: int = option(50, "Steps between evaluations.", unit="steps", at_least=1)
     patience: int | None = option(
@@ -184,7 +189,6 @@ class PreferenceStage(OfflineStage):
     """
 
     name: str = same_option(TrainStage, "name", "dpo")
-    learning_rate: float = same_option(TrainStage, "learning_rate", 1e-6)
     losses: list[PreferenceLoss] = option(
         [PreferenceLoss.sigmoid], "Losses whose weighted sum is minimised.", section="the loss"
     )
@@ -280,7 +284,6 @@ class KTOStage(OfflineStage):
     """Preference optimisation from single answers, each judged good or bad, on TRL's KTOTrainer."""
 
     name: str = same_option(TrainStage, "name", "kto")
-    learning_rate: float = same_option(TrainStage, "learning_rate", 1e-6)
     loss: KTOLoss = option(KTOLoss.kto, "The loss.", section="the loss")
     beta: float = option(0.1, "Strength of the tie to the reference.", above=0)
     desirable_weight: float = option(1.0, "Weight of the good answers' losses.", above=0)
@@ -294,7 +297,6 @@ class CPOStage(OfflineStage):
     """
 
     name: str = same_option(TrainStage, "name", "cpo")
-    learning_rate: float = same_option(TrainStage, "learning_rate", 1e-6)
     loss: CPOLoss = option(CPOLoss.sigmoid, "The loss.", section="the loss")
     beta: float = option(
         0.1,
@@ -333,7 +335,6 @@ class ORPOStage(OfflineStage):
     """
 
     name: str = same_option(TrainStage, "name", "orpo")
-    learning_rate: float = same_option(TrainStage, "learning_rate", 5e-6)
     beta: float = option(
         0.1,
         "Weight of the odds-ratio term, the paper's lambda.",

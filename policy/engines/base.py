@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from conf.choices import Scheduler
+from conf import published
+from conf.choices import AdapterKind, Scheduler
 from conf.stages import TrainStage
 
 
@@ -83,8 +84,10 @@ class OptimSettings:
     def from_stage(
         stage: TrainStage, *, total_steps: int, learning_rate: float | None = None
     ) -> "OptimSettings":
+        if learning_rate is None:
+            learning_rate = published.learning_rate(stage, AdapterKind.none)
         return OptimSettings(
-            learning_rate=stage.learning_rate if learning_rate is None else learning_rate,
+            learning_rate=learning_rate,
             weight_decay=stage.weight_decay,
             betas=(stage.adam_beta1, stage.adam_beta2),
             eps=stage.adam_eps,

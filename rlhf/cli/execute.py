@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from conf import published
 from conf.choices import Recipe
 from conf.schema import Config
 from rlhf.cli.presets import module_name, stage_schema
@@ -19,6 +20,7 @@ from rlhf.process.watchdog import Watchdog
 Modules = Callable[[str], Any]
 
 # Modules of rlhf/stages/ that are no stages: what only some runs need is imported by them alone.
+LOG = logging.getLogger("rlhf")
 _DRY_RUN, _RECIPE = "dry_run", "recipe"
 
 
@@ -68,7 +70,10 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
         watchdog.phase("preflight")
         stage = modules(name)
         for note in preflight.check(stage.check, cfg):
-            logging.getLogger("rlhf").warning(note)
+            LOG.warning(note)
+        rates = published.taken(cfg.stage, cfg.adapter.kind)
+        if rates and distributed.is_main():
+            LOG.info(rates)
     return stage
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from conf import published
 from conf.choices import AdapterKind, Dtype, EngineKind, Offload, Scheduler
 from conf.schema import EngineConfig, RunConfig
 from conf.stages import OfflineStage
@@ -98,7 +99,7 @@ def trainer_arguments(
         "per_device_eval_batch_size": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
         "dataloader_pin_memory": not on_cpu,
-        "learning_rate": stage.learning_rate,
+        "learning_rate": published.learning_rate(stage, AdapterKind.none),
         "weight_decay": stage.weight_decay,
         "adam_beta1": stage.adam_beta1,
         "adam_beta2": stage.adam_beta2,

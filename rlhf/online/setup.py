@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from conf import published
 from conf.choices import (
     AdapterKind,
     Advantage,
@@ -116,11 +117,13 @@ def build(ctx: RunContext) -> Parts:
         model_factory=generator_model,
         adapter_rank=cfg.adapter.rank if sends_adapter else None,
     )
-    policy = _engine(module, cfg.engine, stage, stage.learning_rate, half=half)
+    rate = published.learning_rate(stage, cfg.adapter.kind)
+    policy = _engine(module, cfg.engine, stage, rate, half=half)
     critic = None
     if stage.advantage is Advantage.gae:
         critic_module = CriticModule(_critic(cfg, tokenizer, start))
-        critic = _engine(critic_module, cfg.engine, stage, stage.critic_learning_rate, half=half)
+        rate = published.critic_learning_rate(stage, cfg.adapter.kind)
+        critic = _engine(critic_module, cfg.engine, stage, rate, half=half)
     reference: Any = None
     if stage.reference and lora and not stage.reference_every:
         reference = ADAPTER

@@ -4,12 +4,14 @@ first rows as tokens, and its memory plan.
 Tokenizers and data files are read; no weights are, and nothing is written.
 """
 
+import logging
 import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conf import published
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage, SFTStage
 from reward.checks import scoring_models
@@ -29,6 +31,7 @@ from rlhf.process import redaction
 from rlhf.run.console import console
 from rlhf.types import PreferencePair
 
+LOG = logging.getLogger("rlhf")
 ROWS = 2  # shown as tokens where data.preview doesn't say how many
 
 
@@ -45,6 +48,8 @@ def show(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
 
 
 def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
+    for note in published.outside_range(cfg.stage, cfg.adapter.kind):
+        LOG.warning(note)
     ranks = launch.count_ranks(cfg.engine, dry_run=True)
     print(f"launch: {launch_command(argv, ranks)}")
     tokenizer = tokenizer_of(cfg)

@@ -1,0 +1,157 @@
+"""Learning rates that papers and their authors' recipes report for models of 1B to 8B parameters.
+
+A learning rate that is left out becomes the value here for the stage's method and for what trains:
+all weights, or a low-rank adapter. A dry run compares a rate that was given with the range.
+"""
+
+from dataclasses import dataclass
+
+from conf.choices import AdapterKind, Advantage
+from conf.online import OnlineStage
+from conf.training import TrainStage
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A learning rate, the range of published rates, and where they stand."""
+
+    value: float
+    low: float
+    high: float
+    source: str
+
+
+# The rate of full training times about ten: Schulman et al. 2025, "LoRA Without Regret", whose
+# sweeps put the best rate of LoRA at ten times that of full training, for SFT and for RL.
+_TEN_TIMES = "ten times the rate of full training (Schulman et al. 2025, LoRA Without Regret)"
+
+FULL: dict[str, Published] = {
+    "sft": Published(
+        1e-5,
+        2e-6,
+        2e-5,
+        "LIMA (arXiv:2305.11206) 1e-5, Llama 2 (arXiv:2307.09288) 2e-5, "
+        "Tulu 3 8B (arXiv:2411.15124) 5e-6",
+    ),
+    "reward": Published(
+        1e-5,
+        1e-6,
+        1.5e-5,
+        "Llama 2 (arXiv:2307.09288) 1e-5, InstructGPT (arXiv:2203.02155) 9e-6, "
+        "Stiennon et al. (arXiv:2009.01325) 1.5e-5",
+    ),
+    "dpo": Published(
+        5e-7,
+        1e-7,
+        1e-6,
+        "Zephyr 7B (arXiv:2310.16944) and Tulu 3 8B (arXiv:2411.15124) 5e-7, "
+        "Rafailov et al. (arXiv:2305.18290) 1e-6",
+    ),
+    "kto": Published(5e-7, 1e-7, 5e-6, "Ethayarajh et al. (arXiv:2402.01306) 5e-7 to 5e-6"),
+    "cpo": Published(
+        6e-7, 3e-7, 1e-6, "SimPO (arXiv:2405.14734), whose search of CPO and SimPO is 3e-7 to 1e-6"
+    ),
+    "orpo": Published(8e-6, 5e-6, 8e-6, "Hong et al. (arXiv:2403.07691) 5e-6 to 8e-6"),
+    "ppo": Published(
+        1e-6,
+        1e-7,
+        3e-6,
+        "Llama 2 (arXiv:2307.09288), DeepSeekMath (arXiv:2402.03300) and DAPO (arXiv:2503.14476) "
+        "1e-6, Huang et al. (arXiv:2403.17031) 3e-6",
+    ),
+    "critic": Published(
+        9e-6, 5e-6, 1e-5, "InstructGPT (arXiv:2203.02155) 9e-6 at 1.3B and 6B, 5e-6 at 175B"
+    ),
+}
+
+LOW_RANK: dict[str, Published] = {
+    "sft": Published(2e-4, 1e-4, 2e-4, "QLoRA (arXiv:2305.14314) 2e-4 to 13B, 1e-4 above"),
+    "reward": Published(1e-4, 1e-5, 1.5e-4, _TEN_TIMES),
+    "dpo": Published(5e-6, 1e-6, 1e-5, _TEN_TIMES),
+    "kto": Published(5e-6, 1e-6, 5e-5, _TEN_TIMES),
+    "cpo": Published(6e-6, 3e-6, 1e-5, _TEN_TIMES),
+    "orpo": Published(8e-5, 5e-5, 8e-5, _TEN_TIMES),
+    "ppo": Published(1e-5, 1e-6, 3e-5, _TEN_TIMES),
+    "critic": Published(9e-5, 5e-5, 1e-4, _TEN_TIMES),
+}
+
+# The stage dataclass's own name in the tables, where it is another.
+_METHODS = {
+    "SFTStage": "sft",
+    "RewardStage": "reward",
+    "PreferenceStage": "dpo",
+    "KTOStage": "kto",
+    "CPOStage": "cpo",
+    "ORPOStage": "orpo",
+    "OnlineStage": "ppo",
+}
+
+
+def published(stage: TrainStage, adapter: AdapterKind) -> Published:
+    """What is published for the policy (or reward model) of a stage."""
+    table = FULL if adapter is AdapterKind.none else LOW_RANK
+    return table[_METHODS[type(stage).__name__]]
+
+
+def published_critic(stage: OnlineStage, adapter: AdapterKind) -> Published:
+    """What is published for a critic, which trains low-rank only with stage.critic_adapter."""
+    low_rank = stage.critic_adapter and adapter is not AdapterKind.none
+    return (LOW_RANK if low_rank else FULL)["critic"]
+
+
+def learning_rate(stage: TrainStage, adapter: AdapterKind) -> float:
+    """The stage's learning rate; the published one where it is not set."""
+    if stage.learning_rate is not None:
+        return stage.learning_rate
+    return published(stage, adapter).value
+
+
+def critic_learning_rate(stage: OnlineStage, adapter: AdapterKind) -> float:
+    """The critic's learning rate; the published one where it is not set."""
+    if stage.critic_learning_rate is not None:
+        return stage.critic_learning_rate
+    return published_critic(stage, adapter).value
+
+
+def fill(stage: object, adapter: AdapterKind) -> None:
+    """Set the learning rates that a training stage leaves out."""
+    if isinstance(stage, TrainStage):
+        stage.learning_rate = learning_rate(stage, adapter)
+    if isinstance(stage, OnlineStage):
+        stage.critic_learning_rate = critic_learning_rate(stage, adapter)
+
+
+def taken(stage: object, adapter: AdapterKind) -> str:
+    """The learning rates that a stage trains with, and for what; "" for other stages."""
+    if not isinstance(stage, TrainStage):
+        return ""
+    what = "all weights" if adapter is AdapterKind.none else f"adapter={adapter.value}"
+    text = f"stage.learning_rate={learning_rate(stage, adapter):g} for {what}"
+    if isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae:
+        rate = critic_learning_rate(stage, adapter)
+        text += f", stage.critic_learning_rate={rate:g}"
+    return text
+
+
+def _note(key: str, rate: float | None, known: Published, what: str) -> str | None:
+    if rate is None or known.low <= rate <= known.high:
+        return None
+    return (
+        f"{key}={rate:g} is outside the published range for {what}, {known.low:g} to "
+        f"{known.high:g}: {known.source}."
+    )
+
+
+def outside_range(stage: object, adapter: AdapterKind) -> list[str]:
+    """A sentence for each learning rate that lies outside the published range."""
+    if not isinstance(stage, TrainStage):
+        return []
+    what = "full weights" if adapter is AdapterKind.none else f"adapter={adapter.value}"
+    known = published(stage, adapter)
+    notes = [_note("stage.learning_rate", stage.learning_rate, known, what)]
+    if isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae:
+        critic = published_critic(stage, adapter)
+        notes.append(
+            _note("stage.critic_learning_rate", stage.critic_learning_rate, critic, "a critic")
+        )
+    return [note for note in notes if note is not None]

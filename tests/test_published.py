@@ -1,0 +1,48 @@
+"""Learning rates that are left out are published ones; the dry run warns outside their range."""
+
+import pytest
+
+from conf import published
+from conf.choices import AdapterKind
+from conf.stages import STAGES, OnlineStage
+from conf.training import TrainStage
+from rlhf.cli import config, presets
+
+TRAINING = [
+    name
+    for name in presets.choices("stage")
+    if issubclass(STAGES[presets.stage_schema(name)], TrainStage)
+]
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_rate_that_is_left_out_is_inside_the_published_range(stage: str, adapter: str) -> None:
+    cfg = config.compose([f"stage={stage}", f"adapter={adapter}"])
+    known = published.published(cfg.stage, cfg.adapter.kind)
+    assert cfg.stage.learning_rate == known.value
+    assert known.low <= known.value <= known.high
+    assert known.source
+    assert published.outside_range(cfg.stage, cfg.adapter.kind) == []
+
+
+def test_a_low_rank_adapter_takes_a_higher_rate_than_all_weights() -> None:
+    for method, full in published.FULL.items():
+        assert published.LOW_RANK[method].value > full.value
+
+
+def test_a_critic_is_low_rank_only_where_it_has_an_adapter() -> None:
+    full = published.critic_learning_rate(OnlineStage(), AdapterKind.lora)
+    low_rank = published.critic_learning_rate(OnlineStage(critic_adapter=True), AdapterKind.lora)
+    assert full == published.FULL["critic"].value
+    assert low_rank == published.LOW_RANK["critic"].value
+
+
+def test_a_rate_that_is_given_stays_and_is_compared() -> None:
+    cfg = config.compose(["stage=ppo", "stage.learning_rate=1e-4", "stage.critic_learning_rate=1"])
+    assert cfg.stage.learning_rate == 1e-4
+    notes = published.outside_range(cfg.stage, cfg.adapter.kind)
+    assert ["stage.learning_rate=0.0001" in notes[0], "arXiv" in notes[0]] == [True, True]
+    assert "stage.critic_learning_rate=1" in notes[1]
+    grpo = config.compose(["stage=grpo", "stage.critic_learning_rate=1"])
+    assert published.outside_range(grpo.stage, grpo.adapter.kind) == []
