@@ -19,8 +19,8 @@ from rlhf.process.watchdog import Watchdog
 # From the name of a module in rlhf/stages/ to the module, imported: rlhf/__main__.py has it.
 Modules = Callable[[str], Any]
 
-# Modules of rlhf/stages/ that are no stages: what only some runs need is imported by them alone.
 LOG = logging.getLogger("rlhf")
+# Modules of rlhf/stages/ that are no stages: what only some runs need is imported by them alone.
 _DRY_RUN, _RECIPE = "dry_run", "recipe"
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from conf import published
 from conf.choices import EngineKind
 from conf.schema import GROUPS
 from conf.stages import FAMILIES, GROUPS_OF, STAGES, OnlineStage, SFTStage
@@ -17,7 +18,9 @@ def test_every_stage_composes_to_its_own_schema(stage: str) -> None:
     cfg = config.compose([f"stage={stage}"])
     assert type(cfg.stage) is STAGES[presets.stage_schema(stage)]
     assert cfg.stage.name == stage
-    assert config.stage_preset(stage) == cfg.stage
+    preset = config.stage_preset(stage)
+    published.fill(preset, cfg.adapter.kind)
+    assert preset == cfg.stage
 
 
 @pytest.mark.parametrize(("group", "name"), _PRESETS)
