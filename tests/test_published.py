@@ -46,3 +46,15 @@ def test_a_rate_that_is_given_stays_and_is_compared() -> None:
     assert "stage.critic_learning_rate=1" in notes[1]
     grpo = config.compose(["stage=grpo", "stage.critic_learning_rate=1"])
     assert published.outside_range(grpo.stage, grpo.adapter.kind) == []
+
+
+def test_the_recipes_page_has_the_table() -> None:
+    page = (presets.CONF_DIR.parent / "docs" / "tasks" / "recipes.md").read_text(encoding="utf-8")
+    for method, full in published.FULL.items():
+        low = published.LOW_RANK[method]
+        cells = f"| {_rate(full.value)} | {_rate(low.value)} |"
+        assert any(method in line and line.endswith(cells) for line in page.splitlines()), method
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
