@@ -225,7 +225,9 @@ def cohen_kappa(tables: Array) -> Array:
 
 
 def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+    if math.isnan(value):
+        return None
+    return float(value)
 
 
 def _estimate(point: Array, resampled: Array, items: int) -> Estimate:

@@ -18,7 +18,9 @@ def mark(text: str, starts: tuple[str, ...] = ()) -> str:
     """`text` after an apostrophe where it is empty, or begins with an apostrophe or with any of
     `starts`; `unmark` takes it off again.
     """
-    return f"'{text}" if not text or text.startswith(("'", *starts)) else text
+    if not text or text.startswith(("'", *starts)):
+        return f"'{text}"
+    return text
 
 
 def unmark(cell: str) -> str:
@@ -30,14 +32,18 @@ def inert(text: str) -> str:
     """`text` after an apostrophe where a spreadsheet would take it for a formula; for readers that
     know the text and compare.
     """
-    return f"'{text}" if text.startswith(FORMULA) else text
+    if text.startswith(FORMULA):
+        return f"'{text}"
+    return text
 
 
 def bare(cell: str) -> str:
     """`cell` without the apostrophe that `inert` may have added; an apostrophe before anything else
     stays.
     """
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
+    if cell.startswith("'") and cell[1:].startswith(FORMULA):
+        return cell[1:]
+    return cell
 
 
 def excel_text(text: str) -> str:

@@ -13,7 +13,7 @@ from rlhf.data.formats import Format, Use, by_name, detect, judging_key, nearest
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.mixture import Part, Source
 from rlhf.data.rows import RowError
-from rlhf.process.wording import nearest
+from rlhf.process.wording import nearest_hint
 from rlhf.types import JudgedAnswer, PreferencePair, UserError
 
 PROBE = 20  # first rows by which a file's format is recognised
@@ -94,8 +94,7 @@ def _unknown(origin: str, row: SourceRow, use: Use) -> UserError:
         )
     keys = [str(key) for key in row.columns]
     closest, missing = nearest_format(row.columns, use)
-    near = nearest(missing, keys)
-    hint = f" (nearest key found: {near!r})" if near else ""
+    hint = nearest_hint(missing, keys, " (nearest key found: '", "')")
     what = "fit no format" if other is None else f"are format {other.name}"
     return UserError(
         f"{row.place}: expected {USES[use]}, but its keys ({', '.join(keys) or 'none'}) {what}. "
@@ -113,7 +112,9 @@ def shape_of(value: Any) -> str:
         part = value.completion
     if isinstance(part, dict):
         part = next(iter(part.values()))
-    return "messages" if isinstance(part, list) else "text"
+    if isinstance(part, list):
+        return "messages"
+    return "text"
 
 
 @dataclass(slots=True)

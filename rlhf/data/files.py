@@ -78,7 +78,9 @@ def _near(file: Path) -> str:
     if not folder.is_dir():
         return f" There is no directory {folder} either."
     near = difflib.get_close_matches(file.name, [p.name for p in folder.iterdir()], n=1)
-    return f" Nearest in {folder}: {near[0]}." if near else ""
+    if near:
+        return f" Nearest in {folder}: {near[0]}."
+    return ""
 
 
 def scan(
@@ -142,7 +144,9 @@ def _decode(path: Path, line: bytes, where: str, *, first: bool) -> str:
             f"{path}, {where}, byte {error.start + 1}: expected UTF-8 text, found 0x{byte:02x}. "
             "Save it as UTF-8."
         ) from error
-    return text.removeprefix("\ufeff") if first else text
+    if first:
+        return text.removeprefix("\ufeff")
+    return text
 
 
 def _kind(value: Any) -> str:
@@ -170,14 +174,18 @@ def _holds_array(path: Path) -> bool:
 
 
 def _json(path: Path) -> Iterator[SourceRow]:
-    return _json_array(path) if _holds_array(path) else _json_lines(path)
+    if _holds_array(path):
+        return _json_array(path)
+    return _json_lines(path)
 
 
 def _unreadable(error: ValueError | RecursionError) -> str:
     """What json.loads complains of: syntax, a number of too many digits, or too many brackets."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error)
 
 
 def _json_array(path: Path) -> Iterator[SourceRow]:
@@ -315,7 +323,9 @@ def _excel_cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
-        return "true" if value else "false"
+        if value:
+            return "true"
+        return "false"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):

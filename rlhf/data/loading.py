@@ -58,7 +58,9 @@ class DataRequest:
             return Use.preference
         if isinstance(self.stage, KTOStage):
             return Use.unpaired
-        return Use.sft if isinstance(self.stage, OfflineStage) else Use.prompt
+        if isinstance(self.stage, OfflineStage):
+            return Use.sft
+        return Use.prompt
 
 
 @dataclass(slots=True)
@@ -264,7 +266,9 @@ def _with_values(loaded: Loaded, values: Iterable[Any]) -> Loaded:
 
 
 def _weighed(value: Any, weight: float) -> Any:
-    return {**value, "weight": weight} if isinstance(value, dict) else replace(value, weight=weight)
+    if isinstance(value, dict):
+        return {**value, "weight": weight}
+    return replace(value, weight=weight)
 
 
 def _weight(record: Record, column: str) -> float:

@@ -195,7 +195,9 @@ class Source:
     def size(self) -> int:
         """Rows that it can give: all, or its cap."""
         total = sum(part.count() for part in self.parts)
-        return total if self.cap is None else min(total, self.cap)
+        if self.cap is None:
+            return total
+        return min(total, self.cap)
 
     def take(self, count: int | None, seed: int) -> Iterator[SourceRow]:
         """`count` of its rows drawn by `seed`, in their order; all for None."""

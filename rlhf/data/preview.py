@@ -197,7 +197,9 @@ def _text(tokenizer: Any, token: int) -> str:
     it.
     """
     text = tokenizer.decode([token])
-    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text
+    if "\ufffd" in text or not text:
+        return tokenizer.convert_ids_to_tokens(token)
+    return text
 
 
 def render(rows: Sequence[RowPreview]) -> Any:

@@ -23,7 +23,7 @@ from conf.choices import DataFormat
 from rlhf.data.files import SUFFIXES
 from rlhf.data.mixture import Part, Row, Source, Transform, parts_of
 from rlhf.data.rows import RowError
-from rlhf.process.wording import nearest
+from rlhf.process.wording import nearest, nearest_hint
 from rlhf.types import UserError
 
 _ENTRY = (
@@ -73,8 +73,7 @@ def sources(path: Path, names: str) -> list[Source]:
     out = []
     for name in (one.strip() for one in names.split(",")):
         if name not in entries:
-            near = nearest(name, list(entries))
-            hint = f" Nearest: {near}." if near else ""
+            hint = nearest_hint(name, list(entries), " Nearest: ", ".")
             raise UserError(
                 f"data.dataset={names}: {path} has no entry {name!r}; it has "
                 f"{', '.join(list(entries)[:20])}.{hint}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.process.wording import describe, nearest
+from rlhf.process.wording import describe, nearest, nearest_hint
 
 Row = Mapping[str, Any]
 Message = dict[str, str]
@@ -35,8 +35,8 @@ class RowError(ValueError):
 def value_of(row: Row, key: str) -> Any:
     """The value of a required key. Raises RowError naming the nearest key there is."""
     if key not in row:
-        near = nearest(key, [k for k in row if isinstance(k, str)])
-        hint = f"; nearest key: {near!r}" if near else ""
+        keys = [k for k in row if isinstance(k, str)]
+        hint = nearest_hint(key, keys, "; nearest key: '", "'")
         raise RowError(
             f"key {key!r}: expected, but missing; found keys: "
             f"{', '.join(map(str, row)) or 'none'}{hint}"
@@ -61,7 +61,9 @@ def text_of(row: Row, key: str, *, empty: bool = False) -> str:
 
 def optional_text(row: Row, key: str) -> str:
     """An optional text; absent, null and empty are the same."""
-    return "" if row.get(key) is None else text_of(row, key, empty=True)
+    if row.get(key) is None:
+        return ""
+    return text_of(row, key, empty=True)
 
 
 def chat_of(

@@ -40,7 +40,9 @@ def train_sources(data: DataConfig) -> list[Source]:
                 f"columns. Leave {option} out."
             )
         return registry.sources(Path(data.registry).expanduser(), data.dataset)
-    return [] if data.path is None else [_plain(data.path, "data.path", data)]
+    if data.path is None:
+        return []
+    return [_plain(data.path, "data.path", data)]
 
 
 def eval_sources(data: DataConfig) -> list[Source]:
@@ -54,7 +56,9 @@ def eval_sources(data: DataConfig) -> list[Source]:
 
 def sources_of(data: DataConfig, split: str) -> list[Source]:
     """The sources of a split, train or eval. Raises UserError as `train_sources`."""
-    return train_sources(data) if split == "train" else eval_sources(data)
+    if split == "train":
+        return train_sources(data)
+    return eval_sources(data)
 
 
 def all_sources(data: DataConfig) -> list[Source]:
@@ -75,7 +79,9 @@ def given(data: DataConfig) -> str | None:
         return f"data.sources={{{', '.join(data.sources)}}}"
     if data.dataset is not None:
         return f"data.dataset={data.dataset}"
-    return None if data.path is None else f"data.path={data.path}"
+    if data.path is None:
+        return None
+    return f"data.path={data.path}"
 
 
 def data_files(data: DataConfig) -> list[Path]:

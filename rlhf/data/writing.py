@@ -94,8 +94,12 @@ def write_items(
 
 def _in_words(value: Any) -> str:
     if isinstance(value, bool):
-        return "true" if value else "false"
-    return "" if value is None else str(value)
+        if value:
+            return "true"
+        return "false"
+    if value is None:
+        return ""
+    return str(value)
 
 
 def _cells(row: Row, notes: list[str], container: FileKind) -> Row:

@@ -35,3 +35,9 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
     if not close:
         return None
     return next((k for k in known if k.lower() == close[0]), None)
+
+
+def nearest_hint(word: str, known: Sequence[str], before: str, after: str = "") -> str:
+    """`before`, the known word most like `word`, and `after`; nothing when none is close."""
+    near = nearest(word, known)
+    return "" if near is None else f"{before}{near}{after}"

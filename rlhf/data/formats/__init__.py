@@ -117,7 +117,9 @@ def judging_key(row: Row) -> str | None:
 def texts_in(value: Any) -> list[str]:
     """Every text of a converted record: strings, and the contents of messages."""
     if isinstance(value, str):
-        return [value] if value else []
+        if value:
+            return [value]
+        return []
     if isinstance(value, PreferencePair):
         return texts_in([value.prompt, value.chosen, value.rejected])
     if isinstance(value, JudgedAnswer):

@@ -233,7 +233,9 @@ def assistant(text: str) -> Chat:
 
 def answer_like(prompt: str | Chat, text: str) -> str | Chat:
     """An answer in its prompt's form: a text after a text, a turn after a conversation."""
-    return assistant(text) if isinstance(prompt, list) else text
+    if isinstance(prompt, list):
+        return assistant(text)
+    return text
 
 
 def judged_chat(chat: Chat, key: str, good: bool) -> JudgedAnswer:
@@ -262,7 +264,9 @@ def has_chat(row: Row, key: str) -> bool:
 
 def prompt_or_nothing(row: Row, key: str) -> str | Chat:
     """A prompt that may be "", where the answers are whole texts. Raises RowError."""
-    return "" if value_of(row, key) == "" else text_or_chat(row, key)
+    if value_of(row, key) == "":
+        return ""
+    return text_or_chat(row, key)
 
 
 def annotator_of(value: Any) -> dict[str, str]:
@@ -271,7 +275,9 @@ def annotator_of(value: Any) -> dict[str, str]:
     """
     if isinstance(value, Mapping):
         value = value.get("email") or value.get("username") or value.get("id")
-    return {} if value is None else {"annotator": str(value)}
+    if value is None:
+        return {}
+    return {"annotator": str(value)}
 
 
 # ---- back into columns ----

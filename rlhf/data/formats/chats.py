@@ -116,7 +116,9 @@ WRITE_MESSAGES: dict[Use, Writer] = {
 def _sharegpt_chat(row: Row) -> Chat:
     chat = chat_of(row, "conversations", role="from", content="value")
     system = optional_text(row, "system")
-    return [{"role": "system", "content": system}, *chat] if system else chat
+    if system:
+        return [{"role": "system", "content": system}, *chat]
+    return chat
 
 
 def _sft_sharegpt(row: Row) -> dict[str, Any]:

@@ -33,7 +33,9 @@ class Draft:
         among the others.
         """
         value = self.own.pop(name, None)
-        return otherwise if value is None else value
+        if value is None:
+            return otherwise
+        return value
 
     def lose(self, name: str, why: str) -> None:
         """Note a column that the format can't hold."""
@@ -42,7 +44,9 @@ class Draft:
 
     def margin(self) -> Row:
         """The column margin, or nothing."""
-        return {} if self.columns.get("margin") is None else {"margin": self.columns["margin"]}
+        if self.columns.get("margin") is None:
+            return {}
+        return {"margin": self.columns["margin"]}
 
 
 Writer = Callable[[Draft], list[Row]]
@@ -181,7 +185,9 @@ def ranks_of(draft: Draft) -> tuple[Any, Any]:
     """Ranks of the chosen and the rejected answer: those of the row's columns, or 1 and 2."""
     ranks = draft.take("rank_chosen"), draft.take("rank_rejected")
     numbers = all(isinstance(rank, (int, float)) and not isinstance(rank, bool) for rank in ranks)
-    return ranks if numbers and ranks[0] < ranks[1] else (1, 2)
+    if numbers and ranks[0] < ranks[1]:
+        return ranks
+    return (1, 2)
 
 
 def own_columns_inside(draft: Draft, *taken: str) -> Row:

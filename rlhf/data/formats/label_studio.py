@@ -154,8 +154,7 @@ def rank_of(result: Result) -> list[str]:
 
 def last_ranking(results: Sequence[Result]) -> Result | None:
     """The last result of the type ranker, which is the one that counts; None without any."""
-    rankings = of_type(results, "ranker")
-    return rankings[-1] if rankings else None
+    return next(reversed(of_type(results, "ranker")), None)
 
 
 def ratings_of(results: Sequence[Result], names: Sequence[str]) -> tuple[int | None, ...]:
@@ -177,7 +176,7 @@ def ratings_of(results: Sequence[Result], names: Sequence[str]) -> tuple[int | N
             )
         if stars:
             stars_of[str(result.target)] = int(stars)
-    return tuple(stars_of.get(name) for name in names) if stars_of else ()
+    return tuple(map(stars_of.get, names)) if stars_of else ()
 
 
 def comment_of(results: Sequence[Result]) -> str:

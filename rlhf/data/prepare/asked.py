@@ -37,7 +37,9 @@ def asked(columns: dict[str, Any], kind: Use) -> list[str]:
 def text_at(columns: dict[str, Any], where: str) -> str:
     """The text at one of the keys that `asked` gives."""
     key, _, rest = where.partition("[")
-    return columns[key][int(rest[:-1])]["content"] if rest else columns[key]
+    if rest:
+        return columns[key][int(rest[:-1])]["content"]
+    return columns[key]
 
 
 def changed(item: Item, texts: dict[str, str], how: str) -> Item:

@@ -84,7 +84,9 @@ def repaired(text: str, options: Repair, *, touching: bool) -> str:
         text = unicodedata.normalize(form, text)
     core = text.strip()
     if not core:
-        return text if touching else ""
+        if touching:
+            return text
+        return ""
     # strip() takes white space only, so the first character of the core is its first occurrence
     start = text.index(core[0])
     lead, tail = text[:start], text[start + len(core) :]
@@ -101,7 +103,9 @@ def repaired(text: str, options: Repair, *, touching: bool) -> str:
 def _prose(text: str, options: Repair) -> str:
     if options.html:
         text = strip_html(text)
-    return tidy_spaces(text) if options.whitespace else text
+    if options.whitespace:
+        return tidy_spaces(text)
+    return text
 
 
 def repair(options: Repair, items: Iterator[Item], context: Context) -> Iterator[Item]:
@@ -196,7 +200,9 @@ def load_tokenizer(path: str) -> Callable[[str], int]:
 def _measure(options: Length) -> Callable[[str], int]:
     if options.unit is Unit.tokens:
         return load_tokenizer(str(options.tokenizer))
-    return len if options.unit is Unit.characters else lambda text: len(words(text))
+    if options.unit is Unit.characters:
+        return len
+    return lambda text: len(words(text))
 
 
 def length(options: Length, items: Iterator[Item], context: Context) -> Iterator[Item]:

@@ -130,7 +130,9 @@ def kind_of(data: DataConfig) -> Use:
             "data.path is not set: stage=data needs a file, a glob, a data set (or data.sources, "
             "data.dataset)."
         )
-    return natural_use(data) if data.kind is DataKind.auto else Use(data.kind.value)
+    if data.kind is DataKind.auto:
+        return natural_use(data)
+    return Use(data.kind.value)
 
 
 def steps_of(data: DataConfig, seed: int, kind: Use | None = None) -> list[Planned]:

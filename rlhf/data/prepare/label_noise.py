@@ -187,7 +187,9 @@ def judge(
 
 
 def _weight(item: Item) -> float:
-    return _number(item, "weight") if item.columns.get("weight") not in (None, "") else 1.0
+    if item.columns.get("weight") not in (None, ""):
+        return _number(item, "weight")
+    return 1.0
 
 
 def label_noise(options: LabelNoise, items: Iterator[Item], context: Context) -> Iterator[Item]:

@@ -130,7 +130,9 @@ def signatures(texts: Sequence[Sides], ngram: int, count: int, seed: int) -> NDA
     """[N, count] MinHash signatures."""
     permutation = permutations(count, seed)
     parts = [minima(*ngram_hashes(part, ngram), permutation) for part in chunks(texts)]
-    return np.concatenate(parts) if parts else np.empty((0, count), dtype=np.uint32)
+    if parts:
+        return np.concatenate(parts)
+    return np.empty((0, count), dtype=np.uint32)
 
 
 def bands(threshold: float, count: int) -> list[tuple[int, int]]:

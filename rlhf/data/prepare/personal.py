@@ -55,7 +55,9 @@ def is_ip(text: str) -> bool:
 def is_phone(text: str) -> bool:
     """8 to 15 digits after a plus sign, 10 or 11 without."""
     digits = re.sub(r"\D", "", text)
-    return 8 <= len(digits) <= 15 if text.lstrip("( ").startswith("+") else 10 <= len(digits) <= 11
+    if text.lstrip("( ").startswith("+"):
+        return 8 <= len(digits) <= 15
+    return 10 <= len(digits) <= 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ _IP = (
 )
 _PHONE = (
     # +44 20 7946 0958
-    rf"{_DIGIT_BEFORE}(?:\+\d{{1,3}}[ .-]?(?:\(\d{{1,4}}\)[ .-]?)?\d{{1,4}}(?:[ "
-    rf".-]?\d{{2,4}}){{1,5}}"
+    rf"{_DIGIT_BEFORE}(?:\+\d{{1,3}}[ .-]?(?:\(\d{{1,4}}\)[ .-]?)?"
+    rf"\d{{1,4}}(?:[ .-]?\d{{2,4}}){{1,5}}"
     rf"|\(\d{{3}}\)[ .-]?\d{{3}}[ .-]\d{{4}}|\d{{3}}[ .-]\d{{3}}[ .-]\d{{4}}"  # (212) 555-0123
     rf"|1[3-9]\d{{9}}|1[3-9]\d[ -]\d{{4}}[ -]\d{{4}}){_DIGIT_AFTER}"  # 138 0013 8000
 )

@@ -15,7 +15,7 @@ from conf.preparation import STEPS
 from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
 from rlhf.process.hashing import sha256
-from rlhf.process.wording import describe, nearest
+from rlhf.process.wording import describe, nearest_hint
 from rlhf.types import UserError
 
 READING_VERSION = 1  # raised whenever the same file gives other rows
@@ -93,8 +93,7 @@ def _entry(entry: object, where: str) -> tuple[str, Mapping[str, Any]]:
     name = entry
     if isinstance(entry, Mapping):
         if "step" not in entry:
-            near = nearest("step", [str(k) for k in entry])
-            hint = f"; nearest key: {near!r}" if near else ""
+            hint = nearest_hint("step", [str(k) for k in entry], "; nearest key: '", "'")
             raise UserError(
                 f"{where}: expected {{step: NAME, option: value ...}}, found no 'step'{hint}."
             )
@@ -107,8 +106,7 @@ def _entry(entry: object, where: str) -> tuple[str, Mapping[str, Any]]:
     if name in REFUSED:
         raise UserError(f"{where}: step {name} is refused: {REFUSED[name]}.")
     if name not in STEPS:
-        near = nearest(name, list(STEPS))
-        hint = f" Nearest: {near}." if near else ""
+        hint = nearest_hint(name, list(STEPS), " Nearest: ", ".")
         raise UserError(f"{where}: no such step {name!r}.{hint} Steps: {', '.join(STEPS)}.")
     return name, given
 
@@ -122,8 +120,7 @@ def _options(where: str, name: str, given: Mapping[str, Any]) -> StepOptions:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in given:
         if key not in known:
-            near = nearest(key, known)
-            hint = f" Nearest: {near}." if near else ""
+            hint = nearest_hint(key, known, " Nearest: ", ".")
             raise UserError(
                 f"{where}: no such option {key!r}.{hint} Options: {', '.join(known) or 'none'}."
             )
@@ -140,10 +137,10 @@ def _check_files(where: str, options: StepOptions) -> None:
         path = Path(name).expanduser()
         if path.exists():
             continue
-        near = None
+        hint = ""
         if path.parent.is_dir():
-            near = nearest(path.name, [p.name for p in path.parent.iterdir()])
-        hint = f" Nearest in {path.parent}: {near}." if near else ""
+            names = [p.name for p in path.parent.iterdir()]
+            hint = nearest_hint(path.name, names, f" Nearest in {path.parent}: ", ".")
         raise UserError(f"{where}: {option}={name}: no such file or directory.{hint}")
 
 

@@ -71,14 +71,18 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        if math.isfinite(value):
+            return value
+        return None
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if hasattr(value, "tolist"):  # numpy's scalars and arrays
         return plain(value.tolist())
-    return value.hex() if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value)
 
 
 def rejected_row(step: str, reason: str, file: str, row: int, content: Any) -> dict[str, Any]:
@@ -137,7 +141,9 @@ class Writer:
 def read_report(target: Path) -> StepReport | None:
     """The report in a step's directory, or None where there is none."""
     path = target / REPORT
-    return StepReport(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if path.is_file():
+        return StepReport(**json.loads(path.read_text(encoding="utf-8")))
+    return None
 
 
 def read_items(target: Path) -> Iterator[Item]:

@@ -83,7 +83,9 @@ def embeddings(texts: Sequence[Sides], model: str) -> Any:
 
 def vectors(texts: Sequence[Sides], how: Vectors, model: str | None) -> Any:
     """[N, D] rows of length 1, sparse for TF-IDF and dense for embeddings."""
-    return tfidf_vectors(texts) if how is Vectors.tfidf else embeddings(texts, str(model))
+    if how is Vectors.tfidf:
+        return tfidf_vectors(texts)
+    return embeddings(texts, str(model))
 
 
 def reduced(matrix: Any, seed: int) -> Any:

@@ -258,7 +258,9 @@ def clustered(items: Sequence[Item], settings: Settings) -> Section:
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
     """Different n-grams / all n-grams (Li et al. 2016, arXiv:1510.03055); 0 without any."""
     grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    if grams:
+        return len(set(grams)) / len(grams)
+    return 0.0
 
 
 def compression_ratio(texts: Sequence[str]) -> float:
@@ -266,7 +268,9 @@ def compression_ratio(texts: Sequence[str]) -> float:
     more they repeat each other, the higher.
     """
     raw = "\n".join(texts).encode("utf-8", "surrogatepass")
-    return len(raw) / len(zlib.compress(raw, 6)) if raw else 0.0
+    if raw:
+        return len(raw) / len(zlib.compress(raw, 6))
+    return 0.0
 
 
 _DIVERSITY = {

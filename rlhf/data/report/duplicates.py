@@ -192,7 +192,9 @@ def leakage(rows: Compared, prompts: Compared, settings: Settings) -> Section:
 
 
 def _share(rows: Sequence[object], total: int) -> float:
-    return len(rows) / total if total else 0.0
+    if total:
+        return len(rows) / total
+    return 0.0
 
 
 def _finding(

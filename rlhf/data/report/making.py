@@ -96,4 +96,6 @@ def make(
         tuple(sections),
         standards(by_name, len(train), task),
     )
-    return report if folder is None else replace(report, files=writing.write(report, folder))
+    if folder is None:
+        return report
+    return replace(report, files=writing.write(report, folder))

@@ -33,7 +33,9 @@ _REPEATABLE = 20  # words that a text needs before its repetitions are counted
 def html_problem(text: str) -> str | None:
     """Whether a text has a tag or an entity outside code, and which."""
     match = HTML.search(_FENCED.sub(" ", text))
-    return f"holds {match.group()}" if match else None
+    if match:
+        return f"holds {match.group()}"
+    return None
 
 
 def encoding_problem(text: str) -> str | None:
@@ -43,9 +45,9 @@ def encoding_problem(text: str) -> str | None:
     match = _CONTROL.search(text)
     if match:
         return f"holds U+{ord(match.group()):04X}"
-    return (
-        "decoded with the wrong encoding" if require("ftfy.badness", "data").is_bad(text) else None
-    )
+    if require("ftfy.badness", "data").is_bad(text):
+        return "decoded with the wrong encoding"
+    return None
 
 
 def garbled_problem(text: str) -> str | None:
@@ -69,7 +71,9 @@ def repetition_problem(text: str) -> str | None:
         return None
     grams = [tuple(split[i : i + 3]) for i in range(len(split) - 2)]
     share = len(set(grams)) / len(grams)
-    return f"{1 - share:.0%} of its 3-grams of words stood before" if share < MIN_DISTINCT else None
+    if share < MIN_DISTINCT:
+        return f"{1 - share:.0%} of its 3-grams of words stood before"
+    return None
 
 
 _CHECKS = {

@@ -92,7 +92,9 @@ def _text(value: object) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}"
 
 
 def _cell(value: str | int | float | None) -> str:

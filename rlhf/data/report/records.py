@@ -160,6 +160,6 @@ def finding(
     limit: int,
 ) -> tuple[Finding, ...]:
     """A finding about `rows`, of which it names `limit`; nothing when there are none."""
-    return (
-        (Finding(check, severity, message, remedy, len(rows), named(rows, limit)),) if rows else ()
-    )
+    if rows:
+        return (Finding(check, severity, message, remedy, len(rows), named(rows, limit)),)
+    return ()

@@ -33,7 +33,9 @@ _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 def excerpt(text: str, length: int = EXCERPT) -> str:
     """The start of a text, by `safe`; cut texts end with an ellipsis."""
     start = safe(text[: 4 * length])
-    return start if len(start) <= length and len(text) <= 4 * length else start[: length - 1] + "…"
+    if len(start) <= length and len(text) <= 4 * length:
+        return start
+    return start[: length - 1] + "…"
 
 
 def quantile(ordered: list[float], share: float) -> float:
@@ -63,4 +65,6 @@ def entropy(counts: Iterable[float]) -> float:
     """Shannon entropy in nats of a distribution given by counts; 0 for none."""
     values = [c for c in counts if c > 0]
     total = sum(values)
-    return -sum(c / total * math.log(c / total) for c in values) if total else 0.0
+    if total:
+        return -sum(c / total * math.log(c / total) for c in values)
+    return 0.0
