@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from conf.schema import Config
+from conf.schema import Config, DataConfig, ModelConfig
 from rlhf.data.formats import Use
 from rlhf.data.prepare import ingest
 from rlhf.data.prepare.items import Item
@@ -100,19 +100,19 @@ def _run(ctx: RunContext) -> None:
         files |= _examine(ctx, kind, examined, done)
     _report(ctx, kind, done, outputs.rows, files)
     if cfg.data.preview:
-        _preview(cfg, kind, files["train"])
+        _preview(cfg.data, cfg.model, kind, files["train"])
 
 
-def _preview(cfg: Config, kind: Use, path: Path) -> None:
+def _preview(data: DataConfig, model: ModelConfig, kind: Use, path: Path) -> None:
     """Show the first rows' tokens in colour, as the model of model.path reads them."""
     from rlhf.data.preview import preview_row, render
     from rlhf.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template)
-    limit = cfg.data.max_prompt_length if kind is Use.prompt else None
+    tokenizer = load_tokenizer(model, data.chat_template)
+    limit = data.max_prompt_length if kind is Use.prompt else None
     rows = [
         preview_row(tokenizer, kind, item.columns, item.place, limit)
-        for item in islice(written_rows(path), cfg.data.preview)
+        for item in islice(written_rows(path), data.preview)
     ]
     console.console().print(render(rows))
 
