@@ -9,7 +9,6 @@ that give no pair (ties, skips), which fit and are counted apart.
 
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from rlhf.data.files import SourceRow
 from rlhf.data.formats import Format, Use
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.mixture import Source, mixed
+from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
 from rlhf.process import distributed
 from rlhf.process.wording import describe
@@ -281,11 +281,8 @@ def _number(
 ) -> float:
     """A column's finite number for which `fits` holds, also as a table's text. Raises UserError."""
     value = record.fields.get(column)
-    try:
-        number = math.nan if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isfinite(number) and fits(number):
+    number = finite(value)
+    if number is not None and fits(number):
         return number
     if column in record.fields:
         instead = describe(value)

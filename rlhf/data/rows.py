@@ -130,14 +130,24 @@ def without_answer(chat: Chat, key: str) -> Chat:
     return prompt
 
 
+def finite(value: Any) -> float | None:
+    """A finite number, also one that a table has as text; None for anything else, true and false
+    included.
+    """
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def number_of(row: Row, key: str) -> float:
     """A required finite number, also as a table's text. Raises RowError."""
     value = value_of(row, key)
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite(value)
+    if number is None:
         raise RowError(f"key {key!r}: expected a finite number, found {describe(value)}")
     return number
 

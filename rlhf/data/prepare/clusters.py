@@ -1,11 +1,11 @@
 """Clusters of duplicates: connected components of pairs, and the one row of each that stays."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from conf.preparation.base import Keep
 from rlhf.data.prepare.items import Context, Item, joined
+from rlhf.data.rows import finite
 from rlhf.process.wording import describe
 from rlhf.types import UserError
 
@@ -31,11 +31,8 @@ def members(labels: Sequence[int]) -> list[list[int]]:
 def score(item: Item, column: str) -> float:
     """The number in a column of a row. Raises UserError that names the row."""
     value = item.columns.get(column)
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite(value)
+    if number is None:
         raise UserError(
             f"{item.place}: keep=best needs a number in column {column!r}, found {describe(value)}."
         )

@@ -16,7 +16,6 @@ fold`.
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import numpy as np
 from conf.preparation.annotation import Contradicted, LabelNoise
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
+from rlhf.data.rows import finite
 from rlhf.process.extras import require
 from rlhf.process.hashing import sha256
 from rlhf.types import UserError
@@ -61,11 +61,8 @@ def _issues(labels: np.ndarray, positive: np.ndarray, method: str) -> np.ndarray
 def _number(item: Item, column: str) -> float:
     """The finite number in a column. Raises UserError that names the row."""
     value = item.columns.get(column)
-    try:
-        number = math.nan if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite(value)
+    if number is None:
         instead = repr(value) if column in item.columns else "no such column"
         raise UserError(
             f"step label_noise: {item.place}: column {column!r}: expected a finite number, found "
