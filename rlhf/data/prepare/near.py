@@ -24,7 +24,7 @@ Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides
 # added to the code points of what is judged bad: another alphabet, so that it never equals the good
 # side
 _OTHER = np.uint64(1 << 22)
-_FILL = np.uint64(1 << 21)  # stands behind a text of fewer characters than an n-gram has
+_FILL = np.uint64(1 << 21)  # follows a text of fewer characters than an n-gram has
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 18  # characters hashed at once
 _BLOCK = 1 << 14  # n-grams permuted at once: they stay in the processor's cache
@@ -150,8 +150,8 @@ def bands(threshold: float, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """Groups of at least two rows that share a band: `order[starts[i] : starts[i] + sizes[i]]` is
-    one, rows ascending.
+    """Groups of at least two rows that share a band: group i is the rows
+    `order[starts[i] : starts[i] + sizes[i]]`, in ascending order.
     """
 
     order: NDArray[np.int64]
@@ -159,11 +159,10 @@ class Buckets:
     sizes: NDArray[np.int64]
 
     def rows(self) -> NDArray[np.int64]:
-        """Of all groups."""
-        return self.order[
-            np.repeat(self.starts - np.append(0, np.cumsum(self.sizes)[:-1]), self.sizes)
-            + np.arange(self.sizes.sum())
-        ]
+        """The rows of all groups, one group after the other."""
+        before = np.append(0, np.cumsum(self.sizes)[:-1])  # rows of the groups in front of each
+        shifts = np.repeat(self.starts - before, self.sizes)
+        return self.order[shifts + np.arange(self.sizes.sum())]
 
     def pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """All pairs of the groups of at most _SMALL_BUCKET rows."""
@@ -177,7 +176,7 @@ class Buckets:
         return np.concatenate(left), np.concatenate(right)
 
     def large(self) -> list[NDArray[np.int64]]:
-        """The other groups."""
+        """The groups of more than _SMALL_BUCKET rows."""
         big = self.sizes > _SMALL_BUCKET
         return [
             self.order[start : start + size]
@@ -223,7 +222,7 @@ class Sets:
         self._marks = np.zeros(self._matrix.shape[1], dtype=np.int32)
 
     def jaccard(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of each pair of texts."""
+        """[P] the Jaccard similarity of each pair of texts, `left` and `right` [P] being rows."""
         out = np.empty(len(left))
         for start in range(0, len(left), _PAIRS_AT_ONCE):
             block = slice(start, start + _PAIRS_AT_ONCE)
@@ -233,7 +232,7 @@ class Sets:
         return out
 
     def jaccard_with(self, text: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of one text with each of the others."""
+        """[M] the Jaccard similarity of a text with each of the `others` [M]."""
         row = self._at[text]
         own = self._matrix.indices[self._matrix.indptr[row] : self._matrix.indptr[row + 1]]
         at = self._at[others]
