@@ -79,6 +79,7 @@ reference: $(STAMP) ## write docs/configuration.md and conf/schema.json anew
 
 docs: $(STAMP) $(DOCS_STAMP) ## the pages in build/docs; fails on dead links and bad commands
 	$(OFFLINE) $(PY) -m pytest -q -m '' tests/test_docs.py $(PYTEST_ARGS)
+	@rm -rf build/docs
 	$(DOCS)/bin/python -m sphinx -b html -E -n -W --keep-going -q -d build/doctrees docs build/docs
 	@echo "The pages are in build/docs/index.html"
 

@@ -12,4 +12,5 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "rlhf-toolkit"
 html_copy_source = False
+html_use_index = False
 html_show_sphinx = False

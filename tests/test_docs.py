@@ -2,7 +2,9 @@
 somewhere, tables render, lines stay short.
 """
 
+import ast
 import dataclasses
+import importlib
 import importlib.util
 import re
 import shlex
@@ -190,7 +192,7 @@ def test_the_longest_command_of_each_stage_composes() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.slow  # half a second each; `make docs` runs it
+@pytest.mark.full  # half a second each; `make docs` and `make test-full` run it
 def test_every_command_composes() -> None:
     wrong = failures(rlhf_commands())
     assert not wrong, "\n".join(wrong)
@@ -391,3 +393,16 @@ def test_the_page_of_installing_names_every_extra() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     page = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
     assert not [extra for extra in project["optional-dependencies"] if f"`{extra}`" not in page]
+
+
+def test_imports_of_examples_in_python_resolve() -> None:
+    imports = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom):
+                    imports |= {(node.module or "", alias.name) for alias in node.names}
+    assert imports
+    for module, name in imports:
+        assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
