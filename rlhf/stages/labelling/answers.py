@@ -17,8 +17,8 @@ from rlhf.data.loading import DataRequest
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
 from rlhf.models.loading import load_causal_lm, load_tokenizer, loads_as_it_is
-from rlhf.process.clock import PhaseClock
 from rlhf.process.hashing import digest
+from rlhf.process.watchdog import Clock
 from rlhf.run.directory import ANSWERS_FOLDER
 from rlhf.stages.labelling.scoring import score
 from rlhf.types import Generator, Prompt, Rollout, UserError
@@ -79,7 +79,7 @@ def read_policies(
 
 
 def write_answers(
-    cfg: Config, folder: Path, policies: Mapping[str, str], count: int, clock: PhaseClock
+    cfg: Config, folder: Path, policies: Mapping[str, str], count: int, clock: Clock
 ) -> tuple[list[Response], int]:
     """`count` responses of each policy to each prompt, with scores where there is a reward.
 

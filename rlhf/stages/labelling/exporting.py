@@ -25,7 +25,7 @@ from rlhf.labels.records import Export
 from rlhf.labels.selection import require_scores
 from rlhf.labels.server import push_once, pushed_to
 from rlhf.labels.targets import write_files
-from rlhf.process.clock import PhaseClock
+from rlhf.process.watchdog import Clock
 from rlhf.run.context import RunContext
 from rlhf.run.tracking.files import plain_config
 from rlhf.stages.labelling.sources import select, select_gold
@@ -72,7 +72,7 @@ def export(ctx: RunContext) -> None:
     to ask, with the reason.
     """
     cfg = ctx.cfg
-    clock = PhaseClock(ctx.watchdog)
+    clock = Clock(ctx.watchdog)
     _record_origins(ctx)
     made = read_resumable(ctx.dir, options_of(cfg))
     if made is None:
@@ -154,7 +154,7 @@ def options_of(cfg: Config) -> dict[str, Any]:
     return options
 
 
-def _make(cfg: Config, folder: Path, clock: PhaseClock) -> Export:
+def _make(cfg: Config, folder: Path, clock: Clock) -> Export:
     """Everything of an export but its files: answers, choice, gold and repeated tasks, sides."""
     label = cfg.label
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -21,7 +21,7 @@ from rlhf.labels.checks_export import chosen_by_score, policies_of
 from rlhf.labels.samples import read_samples
 from rlhf.labels.selection import Selection
 from rlhf.models.loading import load_tokenizer
-from rlhf.process.clock import PhaseClock
+from rlhf.process.watchdog import Clock
 from rlhf.stages.labelling import answers
 from rlhf.stages.labelling.scoring import score_questions
 from rlhf.types import UserError
@@ -38,7 +38,7 @@ class Answered:
     details: dict[str, Any]  # for the ledger
 
 
-def select(cfg: Config, folder: Path, clock: PhaseClock) -> Selection:
+def select(cfg: Config, folder: Path, clock: Clock) -> Selection:
     """The questions of an export, gold and repeated ones not counted. `folder` is the run
     directory. Raises UserError where there is nothing to ask.
     """
@@ -66,7 +66,7 @@ def select(cfg: Config, folder: Path, clock: PhaseClock) -> Selection:
     return Selection(questions, counts, details)
 
 
-def _from_policies(cfg: Config, folder: Path, clock: PhaseClock) -> Answered:
+def _from_policies(cfg: Config, folder: Path, clock: Clock) -> Answered:
     label = cfg.label
     policies = policies_of(label, cfg.model.path)
     count = 1 if label.ab.enabled else label.responses
