@@ -22,7 +22,7 @@ from typing import Any
 import transformers.integrations.deepspeed
 import transformers.trainer_utils
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import (
     deepspeed_load_checkpoint,
     unset_hf_deepspeed_config,
@@ -180,6 +180,13 @@ class PrivateHooks(Trainer):
 
     # ---- private state, by names of our own ----
 
+    def set_steps(self, steps: int, warmup_steps: int) -> None:
+        """Optimizer steps of the run, and those in which the learning rate rises. Set after the
+        trainer is made, since packing decides how many rows there are.
+        """
+        self.args.max_steps = steps
+        self.args.warmup_steps = warmup_steps
+
     def remember_loss(self) -> None:
         """Keep what the trainer has summed up for its next log, in case this step is left out."""
         self._loss_before = self._tr_loss.clone()
@@ -271,6 +278,9 @@ USED = (
 
 # Code inside a method that we rely on.
 USED_CODE = (
+    (TrainingArguments, "    max_steps: int"),
+    (TrainingArguments, "    warmup_steps: float"),
+    (TrainingArguments, "    save_total_limit: int"),
     (DPOTrainer, 'model.add_adapter("ref", '),
     (KTOTrainer, 'model.add_adapter("ref", '),
     (DataCollatorForUnpairedPreference, '"KL_completion_ids"'),

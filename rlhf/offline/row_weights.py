@@ -43,6 +43,11 @@ def normalised(weights: Sequence[float], sizes: Sequence[int] | None = None) -> 
     return [w / mean for w in weights]
 
 
+def without_carried(row: Inputs) -> Inputs:
+    """A row or batch without its weights and soft labels."""
+    return {key: value for key, value in row.items() if key not in CARRIED}
+
+
 @dataclass(frozen=True, slots=True)
 class WithWeights:
     """A collator that adds the rows' weights and soft labels to the batch, [B] float32 each."""
@@ -50,8 +55,7 @@ class WithWeights:
     collate: Callable[[list[Inputs]], Inputs]
 
     def __call__(self, rows: list[Inputs]) -> Inputs:
-        plain = [{key: value for key, value in row.items() if key not in CARRIED} for row in rows]
-        batch = dict(self.collate(plain))
+        batch = dict(self.collate([without_carried(row) for row in rows]))
         for name in CARRIED:
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)

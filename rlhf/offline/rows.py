@@ -64,7 +64,9 @@ def _dataset(rows: list[Row], sizes: Sequence[int] | None = None) -> datasets.Da
     """Encoded rows as a data set, their weights over the mean in which row i counts `sizes[i]`
     times.
     """
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns: dict[str, list[Any]] = {}
+    for name in rows[0]:
+        columns[name] = [row[name] for row in rows]
     if COLUMN in columns:
         columns[COLUMN] = normalised(columns[COLUMN], sizes)
     return datasets.Dataset.from_dict(columns)

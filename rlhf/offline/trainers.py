@@ -89,7 +89,7 @@ class StageTrainer(PrivateHooks):
         plain = functools.partial(super().compute_loss, num_items_in_batch=num_items_in_batch)
         carried = {key: inputs[key] for key in CARRIED if key in inputs}
         if carried:
-            rest = {key: value for key, value in inputs.items() if key not in CARRIED}
+            rest = row_weights.without_carried(inputs)
             result = self.weighted_loss(plain, model, rest, carried, return_outputs)
         else:
             result = plain(model, inputs, return_outputs=return_outputs)

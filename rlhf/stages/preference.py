@@ -18,14 +18,19 @@ from policy.model import base_of
 from rlhf.checks import launch
 from rlhf.data.reading import DataRequest, preference_dataset, unpaired_dataset
 from rlhf.models.loading import load_causal_lm
-from rlhf.offline import checks, preference
-from rlhf.offline.arguments import trainer_arguments, training_dtype
-from rlhf.offline.fitting import fit, make_guard
+from rlhf.offline import preference, setup
 from rlhf.offline.kto import check_balance, without_lone_row
-from rlhf.offline.opening import begin, check_positions, record_inputs, with_adapter
 from rlhf.offline.rows import encode_preferences, longest_row, preference_contexts
-from rlhf.offline.saving import free_memory, greedy_samples, save_trained
+from rlhf.offline.setup import (
+    begin,
+    check_positions,
+    record_inputs,
+    trainer_arguments,
+    training_dtype,
+    with_adapter,
+)
 from rlhf.offline.trainers import StageTrainer
+from rlhf.offline.training import fit, free_memory, greedy_samples, make_guard, save_trained
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
@@ -40,14 +45,14 @@ def check(cfg: Config) -> list[str]:
     UserError.
     """
     stage, engine = cfg.stage, cfg.engine
-    notes = checks.check(cfg)
-    checks.check_preference_adapter(stage, cfg.adapter)
+    notes = setup.check(cfg)
+    preference.check_preference_adapter(stage, cfg.adapter)
     ranks = launch.count_ranks(engine, dry_run=cfg.run.dry_run)
     micro = launch.plan_batches(stage.batch_size, engine.micro_batch_size, ranks).micro
     if isinstance(stage, KTOStage):
-        checks.check_kto_rows(stage, engine.micro_batch_size, micro)
+        preference.check_kto_rows(stage, engine.micro_batch_size, micro)
     if isinstance(stage, PreferenceStage):
-        notes += checks.sorting_note(stage, micro)
+        notes += preference.sorting_note(stage, micro)
     return notes
 
 
@@ -63,7 +68,9 @@ def read(request: DataRequest, tokenizer: Any, micro: int) -> Sides:
     else:
         sides = ("chosen", "rejected")
         raw_train, raw_held_out = preference_dataset(request)
-    checks.check_row_weights(request.data.weight_column, getattr(stage, "losses", []), raw_train)
+    preference.check_row_weights(
+        request.data.weight_column, getattr(stage, "losses", []), raw_train
+    )
     length = stage.max_length
     train = encode_preferences(tokenizer, raw_train, sides, name="training", max_length=length)
     held_out = encode_preferences(

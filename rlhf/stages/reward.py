@@ -21,14 +21,19 @@ from rlhf.checks.launch import BatchPlan
 from rlhf.data.reading import DataRequest, check_first_strength, preference_dataset
 from rlhf.models.encoding import is_chat
 from rlhf.models.loading import load_classifier, resolve_dtype
-from rlhf.offline import checks, judged_pairs
-from rlhf.offline.arguments import trainer_arguments, training_dtype
-from rlhf.offline.fitting import fit, make_guard
-from rlhf.offline.opening import begin, check_positions, record_inputs, with_adapter
+from rlhf.offline import judged_pairs, setup
 from rlhf.offline.row_weights import SOFT_LABEL
 from rlhf.offline.rows import EncodedPairs, encode_pairs, padding_token
-from rlhf.offline.saving import free_memory, save_trained
+from rlhf.offline.setup import (
+    begin,
+    check_positions,
+    record_inputs,
+    trainer_arguments,
+    training_dtype,
+    with_adapter,
+)
 from rlhf.offline.trainers import Reward
+from rlhf.offline.training import fit, free_memory, make_guard, save_trained
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
@@ -40,7 +45,7 @@ def check(cfg: Config) -> list[str]:
     """All that can be known before weights load; returns notes worth a warning. Raises
     UserError.
     """
-    notes = checks.check(cfg)
+    notes = setup.check(cfg)
     if cfg.stage.margin or cfg.stage.soft_label:
         check_first_strength(DataRequest.of(cfg))
     return notes

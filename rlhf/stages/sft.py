@@ -15,14 +15,19 @@ from policy.engines import resharding
 from rlhf.checks.launch import BatchPlan
 from rlhf.data.reading import DataRequest, sft_dataset
 from rlhf.models.loading import load_causal_lm
-from rlhf.offline import checks
-from rlhf.offline.arguments import trainer_arguments, training_dtype
-from rlhf.offline.fitting import fit, make_guard
-from rlhf.offline.opening import begin, check_positions, record_inputs, with_adapter
+from rlhf.offline import setup
 from rlhf.offline.row_weights import COLUMN
 from rlhf.offline.rows import encode_sft, sft_context
-from rlhf.offline.saving import greedy_samples, save_trained, saves_adapter_alone
+from rlhf.offline.setup import (
+    begin,
+    check_positions,
+    record_inputs,
+    trainer_arguments,
+    training_dtype,
+    with_adapter,
+)
 from rlhf.offline.trainers import SFT
+from rlhf.offline.training import fit, greedy_samples, make_guard, save_trained, saves_adapter_alone
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
@@ -36,7 +41,7 @@ def check(cfg: Config) -> list[str]:
     """All that can be known before weights load; returns notes worth a warning. Raises
     UserError.
     """
-    return checks.check(cfg)
+    return setup.check(cfg)
 
 
 @dataclass(frozen=True, slots=True)

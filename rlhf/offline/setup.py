@@ -1,5 +1,5 @@
-"""What TRL's trainers are configured with: precision, DeepSpeed's configuration, and the arguments
-that all six have in common.
+"""What a stage on TRL's trainers does before it trains: checks, batch plan, engine, tokenizer,
+adapter, and the arguments that TRL's configs have in common.
 """
 
 from pathlib import Path
@@ -9,17 +9,97 @@ import torch
 
 from conf import published
 from conf.choices import AdapterKind, Dtype, EngineKind, Offload, Scheduler
-from conf.schema import EngineConfig, RunConfig
+from conf.schema import AdapterConfig, Config, EngineConfig, RunConfig
 from conf.stages import OfflineStage
-from policy.engines.deepspeed import is_universal
-from rlhf.checks.launch import BatchPlan
-from rlhf.models.loading import resolve_dtype
+from policy.adapters import attach
+from policy.engines.deepspeed import ensure_process_group, is_universal, prepare_cpu
+from policy.model import is_peft
+from rlhf.checks import capacity, inputs, launch
+from rlhf.data.reading import DataRequest, stage_texts
+from rlhf.data.sources import data_files
+from rlhf.models.loading import load_or_train_tokenizer, resolve_dtype
+from rlhf.process import distributed
+from rlhf.process.quiet import quiet_libraries
+from rlhf.run.context import RunContext
+from rlhf.types import UserError
 
 _SCHEDULERS = {
     Scheduler.constant: "constant_with_warmup",
     Scheduler.linear: "linear",
     Scheduler.cosine: "cosine",
 }
+
+
+def check(cfg: Config) -> list[str]:
+    """What all of these stages check; returns notes worth a warning. Raises UserError."""
+    stage = cfg.stage_as(OfflineStage)
+    ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
+    launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
+    launch.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, ranks)
+    launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
+    inputs.check_model(cfg.model)
+    inputs.check_row_length(stage.max_length, cfg.model)
+    tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
+    notes = inputs.padding_note(cfg.model.path, tokenizer)
+    inputs.check_rows(cfg)
+    notes += capacity.memory_notes(cfg)
+    capacity.check_disk(cfg)
+    return notes
+
+
+def begin(cfg: Config) -> tuple[launch.BatchPlan, Any]:
+    """Batch plan and tokenizer, and DeepSpeed's process group where it is the engine. Raises
+    UserError.
+    """
+    ranks = distributed.world_size()
+    plan = launch.plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
+    start_engine(cfg.engine)
+    quiet_libraries()
+    texts = stage_texts(DataRequest.of(cfg))
+    return plan, load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
+
+
+def start_engine(engine: EngineConfig) -> None:
+    """DeepSpeed's process group; the torch engine needs none. Raises UserError for torch with
+    several ranks.
+    """
+    if engine.kind is EngineKind.torch:
+        distributed.require_one_process("engine=torch", launch.ONE_PROCESS_REMEDY)
+        return
+    prepare_cpu()
+    ensure_process_group()
+
+
+def check_positions(model_config: Any, longest: int) -> None:
+    """Raises UserError when the longest row, in tokens, doesn't fit into the model's positions."""
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the data has rows of {longest} tokens, but the model has {limit} positions. Set "
+            f"stage.max_length={limit}."
+        )
+
+
+def with_adapter(model: Any, adapter: AdapterConfig, base: str | None, task: str) -> Any:
+    """`model` with the configured adapter; `model` itself for ``adapter=none``.
+
+    base: ``model.path``. A directory is recorded absolutely, so that the adapter finds its base
+    from anywhere. task: PEFT's task type.
+    """
+    model = attach(model, adapter, task=task)
+    directory = None if base is None else Path(base).expanduser()
+    if is_peft(model) and directory is not None and directory.is_dir():
+        model.peft_config["default"].base_model_name_or_path = str(directory.resolve())
+    return model
+
+
+def record_inputs(ctx: RunContext, kind: str) -> None:
+    """Name in the run's manifest what it read: the model it starts from (as `kind`) and its data
+    files.
+    """
+    ctx.add_parent(kind, ctx.cfg.model.path)
+    for path in data_files(ctx.cfg.data):
+        ctx.add_data(path)
 
 
 def training_dtype(dtype: Dtype, adapter: AdapterKind, engine: EngineKind) -> Dtype:
@@ -78,7 +158,7 @@ def _zero(engine: EngineConfig) -> dict[str, Any]:
 
 def trainer_arguments(
     stage: OfflineStage,
-    plan: BatchPlan,
+    plan: launch.BatchPlan,
     engine: EngineConfig,
     run: RunConfig,
     dtype: Dtype,

@@ -1,17 +1,25 @@
-"""Training with one of our trainers (rlhf/offline/trainers.py) from its first step to its best
-weights: progress, metrics, signals, early stopping, resume.
+"""Training with one of our trainers (rlhf/offline/trainers.py), from the first step to its best
+weights, and saving them: progress, metrics, signals, resume, model/ and adapter/, samples.
 """
 
+import gc
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
+from conf.choices import EngineKind
+from conf.schema import AdapterConfig, EngineConfig, ModelConfig
+from policy.engines.deepspeed import gather_zero3
+from policy.model import Gather, is_peft, no_gather
+from policy.saving import save_adapter, save_model
 from rlhf.checks.launch import count_steps
+from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.offline.guards import Guard
 from rlhf.offline.private_hooks import (
     PREFIX_CHECKPOINT_DIR,
@@ -19,6 +27,7 @@ from rlhf.offline.private_hooks import (
     unset_hf_deepspeed_config,
 )
 from rlhf.offline.trainers import StageTrainer
+from rlhf.process import distributed
 from rlhf.process.interrupts import Stopping
 from rlhf.process.resident import Resident
 from rlhf.process.watchdog import Watchdog
@@ -27,6 +36,10 @@ from rlhf.run.context import RunContext
 from rlhf.types import Interrupted, TrainingDiverged
 
 _TIMINGS = ("_runtime", "_per_second")  # how the names of evaluation's timings end
+_SAMPLE_TOKENS = 48
+
+
+# ---- training ----
 
 
 class Reporter(TrainerCallback):
@@ -133,8 +146,7 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     """
     stage, resume_from = ctx.cfg.stage, ctx.resume_from
     steps = count_steps(stage, len(trainer.train_dataset))
-    trainer.args.max_steps = steps
-    trainer.args.warmup_steps = math.ceil(stage.warmup_ratio * steps)
+    trainer.set_steps(steps, math.ceil(stage.warmup_ratio * steps))
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
@@ -190,3 +202,97 @@ def tokens_before(checkpoint: Path) -> float:
             tokens: float = entry["num_tokens"]
             return tokens
     return 0
+
+
+# ---- what it leaves behind ----
+
+
+def gather_of(engine: EngineConfig) -> Gather:
+    """How whole weights are reached under an engine: ZeRO-3 has them in shards."""
+    if engine.kind is EngineKind.deepspeed and engine.zero_stage == 3:
+        return gather_zero3
+    return no_gather
+
+
+def can_name_base(model: ModelConfig) -> bool:
+    """Whether an adapter can name its base: a model that PEFT loads again, neither built from a
+    config (``model=tiny``) nor a GGUF file.
+    """
+    return model.path is not None and model.gguf_file is None
+
+
+def saves_adapter_alone(adapter: AdapterConfig, model: ModelConfig) -> bool:
+    """Whether SFT's ``model/`` holds the adapter, which names its base, not whole weights."""
+    return not adapter.merge_on_save and can_name_base(model)
+
+
+def save_trained(
+    trainer: StageTrainer,
+    tokenizer: Any,
+    run_dir: Path,
+    model: ModelConfig,
+    *,
+    adapter_alone: bool = False,
+) -> None:
+    """``model/`` and, for LoRA, ``adapter/``. A collective.
+
+    model/ holds whole weights in ``model.dtype``, which need not be the dtype that they trained in;
+    with LoRA and `adapter_alone` it holds the adapter.
+    """
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    model_dir, gather = run_dir / "model", gather_of(trainer.engine)
+    if is_peft(trained):
+        save_adapter(trained, run_dir / "adapter", gather)
+        if adapter_alone:
+            save_adapter(trained, model_dir, gather)
+            if distributed.is_main():
+                tokenizer.save_pretrained(model_dir)
+            distributed.barrier()
+            return
+    save_model(trained, tokenizer, model_dir, gather, resolve_dtype(model.dtype))
+
+
+def free_memory() -> None:
+    """Give back memory that nothing refers to any more: trainers and their models refer to each
+    other.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def greedy_samples(
+    model: ModelConfig,
+    tokenizer: Any,
+    directory: Path,
+    contexts: Sequence[list[int]],
+    max_length: int,
+) -> list[dict[str, Any]]:
+    """What the policy saved in `directory` writes after each of `contexts` (token ids), greedily,
+    as rows of samples.jsonl; contexts that fill `max_length` tokens are left out.
+    """
+    policy = load_causal_lm(model, tokenizer, str(directory)).to(distributed.device()).eval()
+    rows = []
+    for context in contexts:
+        new_tokens = min(_SAMPLE_TOKENS, max_length - len(context))
+        if not context or new_tokens < 1:
+            continue
+        input_ids = torch.tensor([context], device=policy.device)
+        with torch.inference_mode():
+            whole = policy.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+            )[0]
+        response = whole[len(context) :].tolist()
+        finished = tokenizer.eos_token_id in response
+        rows.append(
+            {
+                "prompt": tokenizer.decode(context),
+                "response": tokenizer.decode(response, skip_special_tokens=True),
+                "response_length": len(response),
+                "finish_reason": "stop" if finished else "length",
+            }
+        )
+    return rows
