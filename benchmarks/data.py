@@ -41,13 +41,13 @@ def sentences() -> list[str]:
     from rlhf.process.packages import package_file
 
     table = package_file(reviews.DISTRIBUTION, reviews.TABLE, reviews.REQUIREMENT)
-    found: dict[str, None] = {}
+    kept: dict[str, None] = {}
     for review in reviews.read_reviews(table):
         for part in _SENTENCE.split(_TAG.sub(" ", review.text)):
             text = " ".join(part.split())
             if 40 <= len(text) <= 250:
-                found[text] = None
-    return list(found)
+                kept[text] = None
+    return list(kept)
 
 
 def edited(text: str, rng: random.Random) -> str:

@@ -1,5 +1,5 @@
-"""Two policies' responses to the same prompts as figures before and after, each difference with its
-interval. Pure.
+"""Compares two policies' responses to the same prompts: figures before and after, and each
+difference with its confidence interval. Pure functions.
 """
 
 import math
@@ -16,8 +16,8 @@ DISTINCT = 2  # n of the diversity figure
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One policy's responses, [B], with a list of B numbers per judge; the reward model's is called
-    `score`.
+    """A policy's responses, [B], and for each judge a list of B numbers; the reward model's list is
+    called `score`.
     """
 
     rollouts: list[Rollout]
@@ -26,8 +26,8 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One figure of both policies. The interval is that of the difference; None for figures that
-    are no averages over responses.
+    """A figure of both policies, with the interval of the difference; None for a figure that is not
+    an average over responses.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Everything that the evaluation says in figures."""
+    """All figures of an evaluation."""
 
     differences: list[Difference]
-    # change of the score in standard deviations of the scores before; None without a score
+    # change of the score, in standard deviations of the scores before; None without a score
     score_shift: Interval | None
     kl_per_token: float  # nats, KL(after || before) over the tokens that `after` wrote
     kl_per_response: Interval  # nats, summed over a response
 
     def metrics(self) -> dict[str, float]:
-        """Flat names: eval/<figure>_before, _after, _delta, and _low, _high of the 95 % interval of
-        the difference.
+        """The figures by flat names: eval/<figure>_before, _after, _delta, and _low and _high, the
+        bounds of the difference's 95 % interval.
         """
         out: dict[str, float] = {}
         for d in self.differences:
@@ -83,10 +83,10 @@ class Comparison:
 def compare(
     before: Answers, after: Answers, kl: Sequence[float], *, resamples: int, seed: int
 ) -> Comparison:
-    """Figures of both policies.
+    """The figures of both policies.
 
-    `kl` [B]: nats per response of `after`, summed over its tokens. Raises ValueError when the two
-    did not answer the same prompts in the same order with the same judges.
+    `kl` [B]: nats of each response of `after`, summed over its tokens. Raises ValueError unless
+    both answered the same prompts in the same order, and were judged by the same judges.
     """
     ids = [rollout.prompt.id for rollout in before.rollouts]
     if ids != [rollout.prompt.id for rollout in after.rollouts]:
@@ -125,8 +125,8 @@ def compare(
 
 
 def _in_deviations(score: Difference, before: Sequence[float]) -> Interval | None:
-    """The score's difference over the standard deviation of the scores before; None where they
-    don't vary.
+    """The score's difference divided by the standard deviation of the scores before; None where
+    they don't vary.
     """
     deviation = float(np.std(np.asarray(before, dtype=np.float64)))
     if score.interval is None or deviation == 0:
@@ -137,24 +137,24 @@ def _in_deviations(score: Difference, before: Sequence[float]) -> Interval | Non
 
 
 def lengths(rollouts: Sequence[Rollout]) -> list[float]:
-    """Response tokens, end-of-sequence included."""
+    """Tokens of each response, the end-of-sequence token included."""
     return [float(len(rollout.token_ids)) for rollout in rollouts]
 
 
 def finished(rollouts: Sequence[Rollout]) -> list[float]:
-    """1 where the policy ended its response, 0 where it ran into the limit."""
+    """1 where the policy ended its response, 0 where the length limit did."""
     return [float(rollout.finish_reason == "stop") for rollout in rollouts]
 
 
 def distinct(rollouts: Sequence[Rollout]) -> float:
-    """Distinct word pairs over all responses."""
+    """Distinct word pairs divided by all word pairs of the responses."""
     return distinct_n([rollout.text.split() for rollout in rollouts], DISTINCT)
 
 
 def side_by_side(
     before: Answers, after: Answers, kl: Sequence[float]
 ) -> list[Mapping[str, object]]:
-    """A row per response for samples.jsonl: prompt, both responses and their figures."""
+    """Rows of samples.jsonl, one for each pair of responses: prompt, both responses, figures."""
     rows: list[Mapping[str, object]] = []
     for i, (old, new) in enumerate(zip(before.rollouts, after.rollouts, strict=True)):
         row: dict[str, object] = {

@@ -1,5 +1,5 @@
-"""Judges that training never sees: a lexicon, a classifier trained on texts of its own, a function.
-A number per response, higher is better.
+"""Judges that training never sees: a lexicon, a classifier of labelled texts, a function. They give
+each response a number; higher is better.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ _REGULARISATION = 3.0  # logistic regression's C
 
 
 class ResponseJudge(Protocol):
-    """What a response is worth. `name` is the metric's."""
+    """Judges responses; `name` is the name of the metric."""
 
     name: str
 
@@ -19,16 +19,16 @@ class ResponseJudge(Protocol):
 
 
 def judged_text(rollout: Rollout) -> str:
-    """What a judge reads: the response, after its prompt where it continues a plain text."""
-    return (
-        rollout.text
-        if isinstance(rollout.prompt.source, list)
-        else rollout.prompt.text + rollout.text
-    )
+    """The text that a judge reads: the response to a conversation; prompt and response where the
+    response continues a plain text.
+    """
+    if isinstance(rollout.prompt.source, list):
+        return rollout.text
+    return rollout.prompt.text + rollout.text
 
 
 class LexiconJudge:
-    """VADER's compound sentiment in [-1, 1] (Hutto and Gilbert 2014): a fixed lexicon with rules
+    """VADER's compound sentiment in [-1, 1] (Hutto and Gilbert 2014): a fixed lexicon, with rules
     for negation and emphasis.
     """
 
@@ -52,8 +52,8 @@ class LexiconJudge:
 
 
 class ClassifierJudge:
-    """Probability in [0, 1] that a text is positive: TF-IDF of words and word pairs, logistic
-    regression.
+    """The probability, in [0, 1], that a text is positive: logistic regression on the TF-IDF of
+    words and word pairs.
     """
 
     name = "classifier"
@@ -102,7 +102,7 @@ class ClassifierJudge:
 
 
 class FunctionJudge:
-    """Any scorer as a judge: the stage wraps ``stage.judge_function`` in one."""
+    """Judges by a scorer, such as that of ``stage.judge_function``."""
 
     def __init__(self, scorer: Scorer, name: str = "function") -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""What an evaluation shows: the table before and after, samples side by side, and its plots."""
+"""An evaluation for people: the table of figures before and after, samples side by side, plots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _COLOURS = {"before": "#777777", "after": "#3366aa"}
 
 
 def table_rows(comparison: Comparison) -> list[dict[str, str]]:
-    """The table: figure, before, after, difference with its 95 % interval."""
+    """Rows of the table: figure, before, after, difference with its 95 % interval."""
     rows = [_row(d) for d in comparison.differences]
     if comparison.score_shift is not None:
         shift = comparison.score_shift
@@ -80,44 +80,50 @@ def sample_rows(rows: Sequence[Mapping[str, object]], shown: int) -> list[dict[s
 def plot(
     comparison: Comparison, scores: Mapping[str, Mapping[str, Sequence[float]]], folder: Path
 ) -> list[Path]:
-    """PNGs into `folder`: a histogram of each judge's values (`scores`: judge -> before, after ->
-    values), and the differences with intervals.
+    """Write PNGs into `folder`: a histogram of each judge's values, and the differences with their
+    intervals. `scores`: judge -> "before" or "after" -> values. Returns the paths.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [
+        _plot_histogram(name, values, folder / f"histogram_{name}.png")
+        for name, values in scores.items()
+    ]
+    drawn = [d for d in comparison.differences if d.name in scores]
+    return [*paths, _plot_differences(drawn, folder / "differences.png")]
+
+
+def _plot_histogram(name: str, values: Mapping[str, Sequence[float]], path: Path) -> Path:
+    """The values of a judge, before and after."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, values in scores.items():
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        every = [*values["before"], *values["after"]]
-        span = (
-            (min(every), max(every))
-            if min(every) < max(every)
-            else (min(every) - 0.5, max(every) + 0.5)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    every = [*values["before"], *values["after"]]
+    low, high = min(every), max(every)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    for side in ("before", "after"):
+        axes.hist(
+            list(values[side]),
+            bins=30,
+            range=(low, high),
+            alpha=0.6,
+            label=side,
+            color=_COLOURS[side],
         )
-        for side in ("before", "after"):
-            axes.hist(
-                list(values[side]), bins=30, range=span, alpha=0.6, label=side, color=_COLOURS[side]
-            )
-        axes.set_title(f"{_LABELS.get(name, name)}, {len(values['before'])} responses each")
-        axes.set_xlabel(_LABELS.get(name, name))
-        axes.set_ylabel("responses")
-        axes.legend()
-        paths.append(folder / f"histogram_{name}.png")
-        figure.savefig(paths[-1], dpi=110)
-    paths.append(
-        _plot_differences(
-            [d for d in comparison.differences if d.name in scores], folder / "differences.png"
-        )
-    )
-    return paths
+    label = _LABELS.get(name, name)
+    axes.set_title(f"{label}, {len(values['before'])} responses each")
+    axes.set_xlabel(label)
+    axes.set_ylabel("responses")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def _plot_differences(differences: Sequence[Difference], path: Path) -> Path:
-    """One panel per judge: both means, the difference's interval on the bar after."""
+    """A panel for each judge: both means, and the difference's interval on the bar "after"."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

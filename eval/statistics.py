@@ -1,4 +1,4 @@
-"""Figures over responses: averages with bootstrap intervals paired by prompt, and diversity. Pure
+"""Statistics of responses: means with bootstrap intervals, paired by prompt, and diversity. Pure
 functions, float64.
 """
 
@@ -21,8 +21,8 @@ class Interval:
 
 
 def per_prompt(values: Sequence[float], prompt_ids: Sequence[str]) -> NDArray[np.float64]:
-    """Mean value of each prompt's responses, [prompts], in order of first appearance. Raises
-    ValueError for no or unequally many values.
+    """The mean value of each prompt's responses, [prompts], in the order of the prompts' first
+    appearance. `values` and `prompt_ids`: [B]. Raises ValueError where B is 0 or differs.
     """
     if len(values) != len(prompt_ids) or not prompt_ids:
         raise ValueError(
@@ -38,7 +38,7 @@ def per_prompt(values: Sequence[float], prompt_ids: Sequence[str]) -> NDArray[np
 def bootstrap_mean(
     values: NDArray[np.float64], *, resamples: int, seed: int, confidence: float = 0.95
 ) -> Interval:
-    """Mean of `values` [N] and its percentile bootstrap interval (Efron and Tibshirani 1993,
+    """The mean of `values` [N] with its percentile bootstrap interval (Efron and Tibshirani 1993,
     chapter 13). Raises ValueError without values.
     """
     if values.ndim != 1 or len(values) == 0 or resamples < 1 or not 0 < confidence < 1:
@@ -48,12 +48,10 @@ def bootstrap_mean(
         )
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK // len(values))
-    means = [
-        values[rng.integers(0, len(values), (min(block, resamples - done), len(values)))].mean(
-            axis=1
-        )
-        for done in range(0, resamples, block)
-    ]
+    means = []
+    for done in range(0, resamples, block):
+        size = (min(block, resamples - done), len(values))
+        means.append(values[rng.integers(0, len(values), size)].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
@@ -66,11 +64,11 @@ def paired_difference(
     resamples: int,
     seed: int,
 ) -> Interval:
-    """Mean of after - before and its 95 % interval, prompts resampled as a whole.
+    """The mean of after - before with its 95 % interval.
 
-    Both lists hold one value per response to the prompts of `prompt_ids`. Pairing by prompt takes
-    out what the prompts themselves differ by; a prompt with several responses counts once, by their
-    mean.
+    `before`, `after`: [B], a value for each response to the prompt in `prompt_ids` [B]. Prompts are
+    resampled as a whole: a prompt with several responses counts once, by their mean. Pairing by
+    prompt removes the differences between prompts from the interval.
     """
     return bootstrap_mean(
         per_prompt(after, prompt_ids) - per_prompt(before, prompt_ids),
@@ -80,10 +78,10 @@ def paired_difference(
 
 
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
-    """Different n-grams / all n-grams over every sequence (Li et al. 2016, arXiv:1510.03055). 0
-    when no sequence has n items.
+    """Distinct n-grams divided by all n-grams of the sequences (Li et al. 2016, arXiv:1510.03055);
+    0 where no sequence has n items.
 
-    It falls as there is more text, so compare only equally many responses of about the same length.
+    It falls with the amount of text: compare equally many responses of about the same length.
     """
     if n < 1:
         raise ValueError(f"expected n >= 1, found {n}")

@@ -2,8 +2,8 @@
 **columns) -> list[float]`. Prompts and completions are strings or lists of messages.
 
 `praise_count` is a reward that can be exploited, and `readable_praise` an honest judge of the same
-thing (experiment=hacking): the reward counts praising words, so a policy that learns it writes "best
-best best"; the judge reads how positive the text is, and whether it says more than one thing.
+thing (experiment=hacking): the reward counts praising words, so a policy that learns it writes
+"best best best"; the judge reads how positive the text is, and whether its words vary.
 """
 
 import functools

@@ -16,7 +16,8 @@ from rlhf.types import UserError
 FIRST_PAUSE_S = 0.5  # before the second attempt; each further pause is twice as long
 LONGEST_PAUSE_S = 30.0
 _MOST_TOKEN = 4096  # characters of a bearer token
-# A generator of its own: the draws of the global one are the run's and must not depend on a network.
+# A generator of its own: draws from the global one belong to the run and must not depend on a
+# network.
 _JITTER = random.Random()
 
 

@@ -22,7 +22,7 @@ from rlhf.types import UserError
 
 MANIFEST_FILE = "reward_model.json"
 FORMAT_VERSION = 1
-_KINDS: dict[str, Any] = {  # what reading relies on
+_KINDS: dict[str, Any] = {  # types of the fields that scoring relies on
     "tokenizer_hash": str,
     "chat_template_hash": str | None,
     "conversational": bool,
@@ -36,7 +36,7 @@ _PROBE = "Grüße, reward model! 12 + 3 = 15?\n\tA  well-aligned answer."
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a reward model's weights and configuration don't say. Scores are raw model outputs."""
+    """What weights and configuration of a reward model don't tell. Scores are raw model outputs."""
 
     base: str  # what it was trained from: a path, a hub name, or "tiny"
     tokenizer_hash: str  # `tokenizer_fingerprint` of the tokenizer beside it
@@ -58,8 +58,8 @@ class RewardModel:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Equal for tokenizers that give the same ids to the same text. Padding is left out: it never
-    changes a text's ids.
+    """A hash that is equal for tokenizers that give the same ids to the same text. Padding does not
+    count, because it never changes a text's ids.
     """
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -70,67 +70,58 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any) -> str | None:
-    """Of the tokenizer's chat template; None without one."""
+    """A hash of the tokenizer's chat template; None where it has no template."""
     template = tokenizer.chat_template
-    return (
-        None
-        if template is None
-        else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
-    )
+    if template is None:
+        return None
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Makes the model directory `path` a reward model's."""
+    """Write the manifest that makes the model directory `path` that of a reward model."""
     (path / MANIFEST_FILE).write_text(
         json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8"
     )
 
 
 def read_manifest(path: str | Path, key: str = "reward.path") -> Manifest:
-    """The manifest of a reward model's directory, `key` being the option that names it. Raises
-    UserError for anything else.
+    """The manifest of the reward model in the directory `path`, which the option `key` holds.
+    Raises UserError where it is missing, of another version, or damaged.
     """
     check_model_path(str(path), key)
-    place = Path(path).expanduser() / MANIFEST_FILE
-    if not place.is_file():
+    file = Path(path).expanduser() / MANIFEST_FILE
+    if not file.is_file():
         raise UserError(
             f"{key}={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the "
             "model/ directory that stage=reward wrote."
         )
-    content = json_object(place, "this is no reward model that can be used")
+    content = json_object(file, "this is no reward model that can be used")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{place}: format_version is {version!r}, expected {FORMAT_VERSION}. Train the "
+            f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}. Train the "
             "reward model again with this version."
         )
     names = {f.name for f in dataclasses.fields(Manifest)}
     if set(content) != names:
         raise UserError(
-            f"{place}: expected the keys {', '.join(sorted(names))}; found "
+            f"{file}: expected the keys {', '.join(sorted(names))}; found "
             f"{', '.join(sorted(content))}."
         )
-    manifest = Manifest(**content)
-    wrong = next(
-        (
-            name
-            for name, kind in _KINDS.items()
-            if not isinstance(content[name], kind)
-            or isinstance(content[name], bool) is not (kind is bool)
-        ),
-        None,
-    )
-    if wrong is not None:
-        raise UserError(
-            f"{place}, key {wrong!r}: expected {_KINDS[wrong]}, found {content[wrong]!r}. "
-            "Restore it, or train the reward model again."
-        )
-    return manifest
+    for name, kind in _KINDS.items():
+        value = content[name]
+        # a bool is an int to isinstance
+        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+            raise UserError(
+                f"{file}, key {name!r}: expected {kind}, found {value!r}. "
+                "Restore it, or train the reward model again."
+            )
+    return Manifest(**content)
 
 
 def load_reward_tokenizer(path: str | Path, key: str = "reward.path") -> tuple[Any, Manifest]:
-    """Tokenizer and manifest, without weights. Raises UserError when the tokenizer is not the one
-    the model was trained with.
+    """Tokenizer and manifest, without the weights. Raises UserError when the tokenizer is another
+    one than in training.
     """
     from transformers import AutoTokenizer
 
@@ -146,15 +137,18 @@ def load_reward_tokenizer(path: str | Path, key: str = "reward.path") -> tuple[A
 
 
 def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.path") -> Any:
-    """The weights of a reward model's directory as a classifier with one label, in evaluation mode,
-    on the CPU. Raises UserError for missing ones.
+    """The reward model of a directory as a classifier with one label, in evaluation mode, on the
+    CPU. Raises UserError for missing weights.
     """
     from transformers import AutoModelForSequenceClassification
 
-    place = str(Path(path).expanduser())
     with readable(f"{key}={path}: the reward model"):
         module, info = AutoModelForSequenceClassification.from_pretrained(
-            place, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True
+            str(Path(path).expanduser()),
+            num_labels=1,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     if info["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(
@@ -170,18 +164,24 @@ def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.
 
 
 def load_reward_model(path: str | Path, dtype: torch.dtype) -> RewardModel:
-    """A reward model from its own directory alone, wherever that was moved. Raises UserError."""
+    """A reward model from its directory, wherever that was moved to. Raises UserError."""
     tokenizer, manifest = load_reward_tokenizer(path)
     return RewardModel(load_reward_module(path, dtype), tokenizer, manifest)
 
 
-def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Scores [B] float32 read at each row's last token. `input_ids` [B, L] right-padded, `lengths`
-    [B].
+def longest_text(module: Any) -> int:
+    """The most tokens that a model reads at once."""
+    config = module.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", 2**31))
 
-    The position comes from the length, not from the first padding id, since padding may be the
-    end-of-sequence token; the head runs in float32, where half precision would round scores to a
-    few hundredths.
+
+def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Scores [B] float32, read at the last token of each row. `input_ids` [B, L] is padded on the
+    right, `lengths` [B].
+
+    The last token is that of the length, not the one before the first padding id, because padding
+    may be the end-of-sequence token. The head runs in float32: half precision would round scores to
+    a few hundredths.
     """
     backbone = getattr(module, module.base_model_prefix)
     mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :] < lengths[:, None]
@@ -191,14 +191,14 @@ def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor
     ).last_hidden_state
     last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1].float()  # [B, H]
     bias = module.score.bias
-    return F.linear(
-        last, module.score.weight.float(), None if bias is None else bias.float()
-    ).squeeze(-1)
+    if bias is not None:
+        bias = bias.float()
+    return F.linear(last, module.score.weight.float(), bias).squeeze(-1)
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers by rising length, in batches of at most `budget` tokens padding included (a
-    longer row comes alone).
+    """Row numbers by rising length, in batches of at most `budget` tokens, padding included; a row
+    that is longer makes a batch by itself.
     """
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -214,24 +214,23 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def score_ids(
     module: Any, rows: Sequence[Sequence[int]], budget: int, device: torch.device
 ) -> list[float]:
-    """Scores of rows of token ids, in the rows' order, `budget` tokens at a time."""
+    """Scores of rows of token ids, in the order of the rows; `budget` tokens are read at a time."""
     out = [math.nan] * len(rows)
     lengths = [len(row) for row in rows]
     for batch in token_batches(lengths, budget):
-        # what fills the padding is never attended to
+        # the id in the padding is of no importance: it is never attended to
         input_ids = torch.zeros(len(batch), lengths[batch[-1]], dtype=torch.long)
-        for line, i in enumerate(batch):
-            input_ids[line, : lengths[i]] = torch.tensor(rows[i])
-        sizes = torch.tensor([lengths[i] for i in batch], device=device)
-        for i, score in zip(
-            batch, last_token_scores(module, input_ids.to(device), sizes).tolist(), strict=True
-        ):
-            out[i] = score
+        for line, row in enumerate(batch):
+            input_ids[line, : lengths[row]] = torch.tensor(rows[row])
+        sizes = torch.tensor([lengths[row] for row in batch], device=device)
+        scores = last_token_scores(module, input_ids.to(device), sizes).tolist()
+        for row, score in zip(batch, scores, strict=True):
+            out[row] = score
     return out
 
 
 def same_reading(manifest: Manifest, policy_tokenizer: Any) -> bool:
-    """Whether the policy's tokens can go into the reward model as they are."""
+    """Whether the reward model reads the policy's tokens as they are."""
     return tokenizer_fingerprint(policy_tokenizer) == manifest.tokenizer_hash
 
 
@@ -242,8 +241,8 @@ def check_tokenizers(
     policy_tokenizer: Any,
     key: str = "reward.path",
 ) -> None:
-    """A reward model with another tokenizer than the policy's reads text, so it needs a template of
-    its own. Raises UserError.
+    """Raises UserError for a reward model that can read neither the policy's tokens, because its
+    tokenizer is another one, nor the policy's texts, because it has no template.
     """
     if not same_reading(manifest, policy_tokenizer) and reward_tokenizer.chat_template is None:
         raise UserError(
@@ -258,11 +257,11 @@ def check_tokenizers(
 def text_ids(
     tokenizer: Any, manifest: Manifest, prompt: Any, response: str, *, finished: bool
 ) -> list[int]:
-    """Token ids of a text that the reward model's own tokenizer reads, in the format that it was
+    """Token ids of prompt and response by the reward model's tokenizer, in the format that it was
     trained on.
 
-    `prompt` is a string or, for a reward model of conversations only, messages; a string becomes
-    the user's turn there.
+    `prompt` is a string, or messages for a reward model of conversations; for such a model a string
+    becomes the user's turn.
     """
     if manifest.conversational and not is_chat(prompt):
         prompt = [{"role": "user", "content": prompt}]

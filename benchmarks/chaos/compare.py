@@ -156,12 +156,12 @@ def check_output(fault: Fault, output: str) -> list[str]:
     return problems
 
 
-def check_dump(place: Path, straight: Straight) -> list[str]:
+def check_dump(run: Path, straight: Straight) -> list[str]:
     """What is wrong with the batches that were refused: each of the step's responses has to be
     there.
     """
     rows = [
-        row for path in sorted(place.glob("diverged-step-*/rollouts.jsonl")) for row in lines(path)
+        row for path in sorted(run.glob("diverged-step-*/rollouts.jsonl")) for row in lines(path)
     ]
     expected = sum(row["step"] == 1 for row in straight.samples)
     whole = [

@@ -156,10 +156,12 @@ def report(outcomes: Sequence[Outcome]) -> int:
 
 def straight_run(folder: Path, kind: Kind) -> Straight:
     """Raises RuntimeError where it fails."""
-    code, said = launch(folder, f"straight-{kind.name}", Fault("none", 0, kind=kind), resume=False)
+    code, output = launch(
+        folder, f"straight-{kind.name}", Fault("none", 0, kind=kind), resume=False
+    )
     if code != 0:
         raise RuntimeError(
-            f"the straight run of {kind.name} ended with exit code {code}: {said[-2000:]}"
+            f"the straight run of {kind.name} ended with exit code {code}: {output[-2000:]}"
         )
     return Straight.of(folder / f"straight-{kind.name}" / kind.stage)
 
@@ -173,12 +175,10 @@ def attempt(fault: Fault, folder: Path, straight: Straight, no_mounts: str) -> O
         outcome = try_fault(fault, folder, straight, no_mounts)
     except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
         outcome = Outcome(fault, problems=[f"{type(error).__name__}: {error}"])
-    said = (
-        f"not tried: {outcome.not_tried}"
-        if outcome.not_tried
-        else "; ".join(outcome.problems) or "survived"
-    )
-    print(f"{fault.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    result = "; ".join(outcome.problems) or "survived"
+    if outcome.not_tried:
+        result = f"not tried: {outcome.not_tried}"
+    print(f"{fault.name}: {result} ({time.monotonic() - began:.0f} s)", flush=True)
     return outcome
 
 

@@ -65,22 +65,22 @@ def rows_of(path: Path) -> list[Any]:
 
 def compare_rows(case: str, name: str, before: Sequence[Any], after: Sequence[Any]) -> Comparison:
     """Every value of every row."""
-    found = Comparison(case, name, rows=min(len(before), len(after)))
+    result = Comparison(case, name, rows=min(len(before), len(after)))
     if len(before) != len(after):
-        found.differences.append(f"{len(before)} rows before, {len(after)} after")
+        result.differences.append(f"{len(before)} rows before, {len(after)} after")
     for number, (old, new) in enumerate(zip(before, after, strict=False), start=1):
         old_values, new_values = compared(old), compared(new)
         for key in sorted(old_values.keys() | new_values.keys()):
             if key not in old_values:
-                found.differences.append(f"row {number}, {key}: only after ({new_values[key]!r})")
+                result.differences.append(f"row {number}, {key}: only after ({new_values[key]!r})")
             elif key not in new_values:
-                found.differences.append(f"row {number}, {key}: only before ({old_values[key]!r})")
+                result.differences.append(f"row {number}, {key}: only before ({old_values[key]!r})")
             elif not same(old_values[key], new_values[key]):
                 pair = f"{old_values[key]!r} before, {new_values[key]!r} after"
-                found.differences.append(f"row {number}, {key}: {pair}")
+                result.differences.append(f"row {number}, {key}: {pair}")
             else:
-                found.keys += 1
-    return found
+                result.keys += 1
+    return result
 
 
 def compare_weights(case: str, stage: str, before: Path, after: Path) -> Comparison:

@@ -61,16 +61,16 @@ class ProofRuns:
         """An evaluation under a run name of its own, which therefore names every file that the
         experiment finds by run.name.
         """
-        place = self.folder
+        folder = self.folder
         return self.command(
             "eval",
             f"{NAME}-{algorithm}",
-            f"model.path={place}/sft/model",
-            f"stage.before={place}/sft/model",
-            f"stage.after={place}/{algorithm}/model",
-            f"reward.path={place}/reward/model",
-            f"data.eval_path={place}/recipe/prompts_eval.jsonl",
-            f"stage.judge_path={place}/recipe/judge.jsonl",
+            f"model.path={folder}/sft/model",
+            f"stage.before={folder}/sft/model",
+            f"stage.after={folder}/{algorithm}/model",
+            f"reward.path={folder}/reward/model",
+            f"data.eval_path={folder}/recipe/prompts_eval.jsonl",
+            f"stage.judge_path={folder}/recipe/judge.jsonl",
             "data.recipe=none",
         )
 
@@ -149,7 +149,7 @@ def compare(plan: ProofRuns, algorithms: Sequence[str], console: Console | None 
                 read_run(plan.evaluation(algorithm)),
             )
         except MissingRun:
-            table.add_row(algorithm, *["-"] * 7)  # said aloud where it is checked
+            table.add_row(algorithm, *["-"] * 7)  # the check reports it
             continue
         judged = [
             f"{evaluation.metric(f'eval/{judge}_delta'):+.3f} "

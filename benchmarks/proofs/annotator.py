@@ -39,7 +39,7 @@ class Annotator:
 
 
 def judge(annotator: Annotator, task: Task, worth: Sequence[float]) -> Judgement:
-    """What the annotator says of a task, in the places as shown; `worth` is that of task.answers,
+    """The annotator's judgement of a task, by positions as shown; `worth` is that of task.answers,
     in their order.
 
     Raises ValueError for another number of worths, or one that is not finite.
@@ -49,14 +49,14 @@ def judge(annotator: Annotator, task: Task, worth: Sequence[float]) -> Judgement
             f"task {task.id}: expected {len(task.answers)} finite numbers, found {list(worth)}"
         )
     rng = random.Random(f"{annotator.seed}:{annotator.name}:{task.id}")
-    seen = [worth[i] / annotator.temperature + _gumbel(rng) for i in task.order]  # by place
+    seen = [worth[i] / annotator.temperature + _gumbel(rng) for i in task.order]  # by position
     slipped = rng.random() < annotator.flip
     ranking: tuple[tuple[int, ...], ...] = ()
     if len(seen) > 2:
-        places = sorted(range(len(seen)), key=lambda place: -seen[place])
+        ranked = sorted(range(len(seen)), key=lambda i: -seen[i])
         verdict, ranking = (
             Verdict.ranked,
-            tuple((place,) for place in (reversed(places) if slipped else places)),
+            tuple((i,) for i in (reversed(ranked) if slipped else ranked)),
         )
     else:
         difference = seen[0] + annotator.side_bias - seen[1]

@@ -22,7 +22,7 @@ class Check:
     """One figure against its bounds; a figure that is not a number passes nothing."""
 
     name: str
-    found: float
+    value: float
     low: float = -math.inf  # inclusive unless strict
     high: float = math.inf
     strict: bool = False  # the bounds themselves don't pass
@@ -30,9 +30,9 @@ class Check:
     @property
     def passed(self) -> bool:
         return (
-            self.low < self.found < self.high
+            self.low < self.value < self.high
             if self.strict
-            else self.low <= self.found <= self.high
+            else self.low <= self.value <= self.high
         )
 
     @property
@@ -124,7 +124,7 @@ def report(title: str, checks: Iterable[Check], console: Console | None = None) 
         table.add_row(
             f"[{colour}]{'pass' if check.passed else 'FAIL'}[/]",
             check.name,
-            f"{check.found:.4g}",
+            f"{check.value:.4g}",
             check.expected,
         )
     (console or Console(width=110)).print(table)

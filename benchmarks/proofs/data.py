@@ -1,5 +1,5 @@
-"""The proof of the data report and of the steps that mend: real pairs with planted defects, recall
-and precision of every detector.
+"""The proof of the data report and of the steps that repair: real pairs with planted defects,
+recall and precision of every detector.
 
 python -m benchmarks.proofs.data                 runs stage=data twice on 5,000 pairs of movie
 reviews (minutes), prints the tables, fails below a bound python -m benchmarks.proofs.data
@@ -65,7 +65,7 @@ STEPS = (
 # shares of good answers
 BALANCED, UNBALANCED = (0.5, 0.45, 0.55, 0.4, 0.6), (0.2, 0.8, 0.1, 0.9, 0.15)
 JUDGED_ROWS = 400
-AS_FOUND, AS_MENDED = "proof-data-found", "proof-data-mended"
+RAW, REPAIRED = "proof-data-found", "proof-data-mended"
 _ALL = 10_000_000  # rows that a finding may name
 
 
@@ -98,12 +98,12 @@ def measure(name: str, planted: set[Place], named: set[Place]) -> Measured:
     return Measured(name, len(planted), len(named), len(planted & named))
 
 
-def named_rows(found: Mapping[str, Any], check: str) -> set[Place]:
+def named_rows(report_content: Mapping[str, Any], check: str) -> set[Place]:
     """The rows that report.json names for a check. Raises ValueError when it holds fewer than it
     counts.
     """
     out: set[Place] = set()
-    for finding in found["findings"]:
+    for finding in report_content["findings"]:
         if finding["check"] == check:
             if len(finding["rows"]) != finding["total"]:
                 raise ValueError(
@@ -120,10 +120,10 @@ def rejected_rows(path: Path, step: str) -> set[Place]:
     return {(Path(line["file"]).name, line["row"]) for line in lines if line["step"] == step}
 
 
-def detectors(found: Mapping[str, Any], truth: Mapping[str, set[Place]]) -> list[Measured]:
+def detectors(report_content: Mapping[str, Any], truth: Mapping[str, set[Place]]) -> list[Measured]:
     """The report's detectors."""
     return [
-        measure(f"report: {check}", truth[check], named_rows(found, check))
+        measure(f"report: {check}", truth[check], named_rows(report_content, check))
         for check in (*EXACT, *HEURISTIC)
     ]
 
@@ -144,9 +144,9 @@ def steps(rejected: Path, truth: Mapping[str, set[Place]]) -> list[Measured]:
     ]
 
 
-def left(found: Mapping[str, Any]) -> list[Check]:
-    """What a report on mended rows still finds of what the steps mend."""
-    counts = {f["check"]: f["total"] for f in found["findings"]}
+def left(report_content: Mapping[str, Any]) -> list[Check]:
+    """What a report on repaired rows still finds of what the steps repair."""
+    counts = {f["check"]: f["total"] for f in report_content["findings"]}
     return [Check(f"rows left with {check}", counts.get(check, 0), high=0) for check in MENDED]
 
 
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
         rows.mkdir(parents=True, exist_ok=True)
         write_rows(rows / TRAIN, planted.train)
         write_rows(rows / HELD, planted.held)
-        for name, pipeline in ((AS_FOUND, "[]"), (AS_MENDED, STEPS)):
+        for name, pipeline in ((RAW, "[]"), (REPAIRED, STEPS)):
             code = prepare(options.runs, name, rows, options.seed, pipeline)
             if code != 0:
                 print(f"stage=data ({name}) ended with exit code {code}", file=sys.stderr)
@@ -252,11 +252,11 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
         f"{len(planted.train)} training rows, {len(planted.held)} held out; "
         + "; ".join(f"{n} {what}" for what, n in planted.natural.items())
     )
-    found, mended = read_report(options.runs, AS_FOUND), read_report(options.runs, AS_MENDED)
+    raw, repaired = read_report(options.runs, RAW), read_report(options.runs, REPAIRED)
     measured = [
-        *detectors(found, planted.truth),
+        *detectors(raw, planted.truth),
         imbalance(reviews, options.seed),
-        *steps(options.runs / AS_MENDED / "data" / "rejected.jsonl", planted.truth),
+        *steps(options.runs / REPAIRED / "data" / "rejected.jsonl", planted.truth),
     ]
     show(f"Recall and precision, seed {options.seed}", measured, console)
     noise = len(planted.truth["suspect_labels"]) / len(planted.train)
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
         if m.name.removeprefix("report: ") not in HEURISTIC
         for check in m.checks()
     ]
-    return 0 if report(f"Bounds, seed {options.seed}", [*bound, *left(mended)], console) else 1
+    return 0 if report(f"Bounds, seed {options.seed}", [*bound, *left(repaired)], console) else 1
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ WEIGHTS = "model.safetensors"
 
 def judged(run: Run, step: int, name: str) -> float:
     """A judge's figure after `step` updates. Raises MissingRun."""
-    found = [
+    steps = [
         line[name] for line in run.steps if line["step"] == step and line.get(name) is not None
     ]
-    if not found:
+    if not steps:
         raise MissingRun(f"{run.path / 'metrics.jsonl'}: has no {name} at step {step}")
-    return float(found[0])
+    return float(steps[0])
 
 
 def same_file(first: Path, second: Path) -> float:

@@ -247,10 +247,9 @@ def train(
     cfg.stage.steps = cfg.stage.eval_steps = count_steps(cfg.stage, len(rows))
     preflight.check(reward.check, cfg)
     reward.run(RunContext.open(cfg))
-    place = folder / "reward"
-    return float(
-        json.loads((place / "summary.json").read_text(encoding="utf-8"))["metrics"]["eval/accuracy"]
-    ), place / "model"
+    directory = folder / "reward"
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    return float(summary["metrics"]["eval/accuracy"]), directory / "model"
 
 
 def scores_of(model: Path, candidates: Sequence[Candidates], batch_tokens: int) -> list[float]:
@@ -264,10 +263,10 @@ def scores_of(model: Path, candidates: Sequence[Candidates], batch_tokens: int) 
         for one, texts in zip(candidates, sides, strict=True)
         for i in range(0, len(texts), 2)
     ]
-    found = iter(score_pairs(str(model), pairs, batch_tokens=batch_tokens))
+    scores = iter(score_pairs(str(model), pairs, batch_tokens=batch_tokens))
     out: list[float] = []
     for texts in sides:
-        both = [value for _ in range(0, len(texts), 2) for value in next(found)]
+        both = [value for _ in range(0, len(texts), 2) for value in next(scores)]
         out += both[: len(texts)]
     return out
 
@@ -317,9 +316,9 @@ def train_ensemble(
     out = []
     for member in range(MEMBERS):
         seed = (cfg.run.seed * ROUNDS + number) * MEMBERS + member
-        place = folder / "rounds" / f"{arm.name}-{number}-{member}"
+        directory = folder / "rounds" / f"{arm.name}-{number}-{member}"
         out.append(
-            train(base, place, resampled(arm.rows, f"{seed}:resample"), world.held_out, seed)
+            train(base, directory, resampled(arm.rows, f"{seed}:resample"), world.held_out, seed)
         )
     return [accuracy for accuracy, _ in out], [model for _, model in out]
 

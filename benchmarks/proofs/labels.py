@@ -120,40 +120,40 @@ def show(seed: int, curves: Curves, console: Console | None = None) -> None:
     (console or Console(width=110)).print(table)
 
 
-def plot(curves: dict[int, Curves], place: Path) -> None:
+def plot(curves: dict[int, Curves], path: Path) -> None:
     """Both curves of every seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * len(curves), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (seed, found) in zip(
+    for axes, (seed, curve) in zip(
         figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
     ):
-        axes.plot(found.labels, found.random, marker="o", label="random")
-        axes.plot(found.labels, found.active, marker="o", label="chosen")
-        axes.axhline(found.random[-1], color="grey", linewidth=1, linestyle="--")
-        share = f"{100 * found.share:.0f} %" if math.isfinite(found.share) else "more than all"
+        axes.plot(curve.labels, curve.random, marker="o", label="random")
+        axes.plot(curve.labels, curve.active, marker="o", label="chosen")
+        axes.axhline(curve.random[-1], color="grey", linewidth=1, linestyle="--")
+        share = f"{100 * curve.share:.0f} %" if math.isfinite(curve.share) else "more than all"
         axes.set_title(f"seed {seed}: {share} of the labels")
         axes.set_xlabel("labels")
         axes.set_ylabel("held-out accuracy")
         axes.legend()
-    figure.savefig(place, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
-def write_results(curves: dict[int, Curves], place: Path) -> None:
+def write_results(curves: dict[int, Curves], path: Path) -> None:
     """proof_labels.json: the curves and figures of every seed; a share without end is null."""
     rows = {
         str(seed): {
-            "labels": found.labels,
-            "random": found.random,
-            "active": found.active,
-            "share": found.share if math.isfinite(found.share) else None,
-            "wall_s": found.wall_s,
+            "labels": curve.labels,
+            "random": curve.random,
+            "active": curve.active,
+            "share": curve.share if math.isfinite(curve.share) else None,
+            "wall_s": curve.wall_s,
         }
-        for seed, found in curves.items()
+        for seed, curve in curves.items()
     }
-    place.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def commands(seed: int, runs: Path, overrides: Sequence[str]) -> list[list[str]]:

@@ -109,23 +109,15 @@ def case_b(folder: Path, *, lora: bool) -> Case:
             ["stage=ppo", "experiment=smollm2", f"run.dir={folder}", "run.name=bench-135m"]
         )
     )
-    place = folder / "bench-135m" / "recipe"
-    rows = [
-        json.loads(line)["prompt"]
-        for line in (place / "prompts.jsonl").read_text(encoding="utf-8").split("\n")[:4]
-    ]
-    rows = [
-        [
-            {
-                "role": "user",
-                "content": f"Continue this review of a film in your own words: {row[-1]['content']}",
-            }
-        ]
-        for row in rows
-    ]
+    recipe = folder / "bench-135m" / "recipe"
+    rows = []
+    for line in (recipe / "prompts.jsonl").read_text(encoding="utf-8").split("\n")[:4]:
+        review = json.loads(line)["prompt"][-1]["content"]
+        question = f"Continue this review of a film in your own words: {review}"
+        rows.append([{"role": "user", "content": question}])
     return Case(
         name="b-lora" if lora else "b-full",
-        model=str(place / "smollm2"),
+        model=str(recipe / "smollm2"),
         prompts=rows,
         samples=4,
         max_response=48,
@@ -141,12 +133,12 @@ def take_turns(
     """Measured steps of each program, one after the other in turn; both are loaded all the while
     and the idle one waits on a pipe.
     """
-    place = folder / f"case-{case.name}.json"
-    case.dump(place)
-    workers = {"ours": Worker.start(OURS, place, folder / f"{case.name}-ours.log")}
+    path = folder / f"case-{case.name}.json"
+    case.dump(path)
+    workers = {"ours": Worker.start(OURS, path, folder / f"{case.name}-ours.log")}
     out: dict[str, list[Figures]] = {"ours": []}
     if peer:
-        workers["trl"] = Worker.start(PEER, place, folder / f"{case.name}-trl.log")
+        workers["trl"] = Worker.start(PEER, path, folder / f"{case.name}-trl.log")
         out["trl"] = []
     try:
         for number in range(WARM_UP + rounds):
@@ -257,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--growth",
         action="store_true",
-        help="our growth with length, group and model in place of the comparison",
+        help="our growth with length, group and model instead of the comparison",
     )
     options = parser.parse_args(arguments)
     options.runs.mkdir(parents=True, exist_ok=True)

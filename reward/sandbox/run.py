@@ -1,38 +1,33 @@
-"""Python that a policy wrote, run against tests in processes of its own. Standard library only
-inside the box.
+"""Runs Python that a policy wrote against tests, in processes of its own.
 
-What stands between the response and the machine, in the order of what it withstands:
+What is between the response and the machine, the strongest first:
 
-    namespaces        no network interface; no other process to see or signal; a file system of the
-    interpreter's files (read-only), three devices
-                      and an empty /box in memory, so neither the user's files nor their secrets are
-                      there to read; whatever a response leaves
-                      running ends with its init. Needs root, or a kernel that gives users
-                      namespaces (not inside most containers).
+    namespaces        no network interface; no other process to see or to signal; a file system of
+                      the interpreter's files (read-only), three devices and an empty /box in
+                      memory, so that neither the user's files nor their secrets can be read.
+                      Whatever a response leaves running ends with its init process. Needs root, or
+                      a kernel that gives users namespaces (not inside most containers).
     another user      as root each run gets a user id that nobody has, without capabilities and
-    unable to gain any: it can neither read what is
-                      private nor signal anyone. Without root and without namespaces the response
-                      runs as the user who trains.
+                      unable to gain any: it can neither read what is private nor signal anyone.
+                      Without root and without namespaces the response runs as the user who trains.
     limits (rlimit)   CPU seconds, address space, size of a file, open files, processes and threads
-    (a fork bomb); without root and namespaces the
-                      limit on processes counts all of the user's, so a response can then start none
-                      at all.
-    time, memory      a supervisor ends every process of a runner after its test or at the wall
-    time, also those that left its session.
-    environment       none is passed on; standard input is empty; output goes to a file under the
-    file limit.
+                      (against fork bombs). Without root and namespaces the limit on processes
+                      counts all of the user's, so that a response can't start any.
+    time, memory      a supervisor kills every process of a runner after its test or at the wall
+                      time, also processes that left its session.
+    environment       no variable is passed on; standard input is empty; output goes to a file,
+                      where the limit on its size holds.
     audit hook        in the runner (PEP 578): refuses sockets, processes, ctypes, and files outside
-    of the box. Code that sets out to can get around
-                      it (it shares the interpreter); it is what keeps ordinary mistakes and lazy
-                      hacks off where there are no namespaces.
-                      The network in particular is closed by it alone there: a program started past
-                      it can connect.
+                      of the box. Code that sets out to can get around it, because it shares the
+                      interpreter; it stops ordinary mistakes and lazy hacks where there are no
+                      namespaces. There it alone closes the network: a program that a response
+                      manages to start can connect.
 
 What it does not stop: a response that reads its runner's memory to forge a success (the tests run
-in the same interpreter), bugs of the kernel, and a share of the CPU's time within the limits. For
-hostile code put the whole training job into a container or a virtual machine.
+in the same interpreter), bugs of the kernel, and the use of CPU time within the limits. For hostile
+code put the whole training job into a container or a virtual machine.
 
-A response that breaks a limit is wrong and fails its test; a sandbox that can't be set up raises
+A response that breaks a limit is wrong and fails its test. A sandbox that can't be set up raises
 SandboxError.
 """
 
@@ -57,22 +52,21 @@ from conf.choices import Isolation
 
 LOG = logging.getLogger(__name__)
 _CHILD = Path(__file__).with_name("child.py")
-# beyond the response's own time: starting Python, and ending what it started, on a machine under
-# load
+# beyond the response's own time: starting Python and killing what it left, on a machine under load
 _MARGIN_S = 60.0
-# far from any account; two runs at once have the same one with a probability of 2e-9
+# far from any account; two runs at once get the same user id with a probability of 2e-9
 _FIRST_UID, _UIDS = 0x40000000, 0x20000000
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed: no fault of the response."""
+    """The sandbox itself failed, through no fault of the response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Per response, but for what a process is given."""
+    """Limits of a response; some hold for each of its processes."""
 
-    time_s: float = 5.0  # CPU seconds of one test's process
+    time_s: float = 5.0  # CPU seconds of the process that runs a test
     memory_mb: int = 512  # address space of a process
     processes: int = 16  # processes and threads at once
     file_mb: int = 1  # size of a file, what is printed included
@@ -81,15 +75,15 @@ class Limits:
 
     @property
     def wall_s(self) -> float:
-        """For all tests together: four times the CPU time, so that load on the machine hardly ever
-        fails a response that computes for less.
+        """Seconds for all tests together: four times the CPU time, so that load on the machine
+        hardly ever fails a response that computes for less.
         """
         return 4 * self.time_s
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one test ended."""
+    """How a test ended."""
 
     status: str  # passed, failed or timeout
     detail: str = ""  # the exception or the limit
@@ -102,11 +96,11 @@ class Outcome:
 def run_tests(
     code: str, tests: Sequence[str], limits: Limits, *, namespaces: bool
 ) -> list[Outcome]:
-    """Execute `code` and then each test after it, each in a fresh process. A test passes when it
-    ends without an exception.
+    """Run each test in a fresh process, after `code`. A test passes when it ends without an
+    exception.
 
-    Raises SandboxError when the sandbox can't be set up or doesn't answer; `namespaces` says
-    whether to use them, see `isolation`.
+    `namespaces`: whether to use them (see `isolation`). Raises SandboxError when the sandbox can't
+    be set up or doesn't answer.
     """
     box = tempfile.mkdtemp(prefix="rlhf-sandbox-")
     job = {
@@ -137,12 +131,12 @@ def run_tests(
 
 def _run(job: dict[str, object], seconds: float) -> dict[str, list[tuple[str, str]]]:
     """The supervisor's report."""
-    # the same order of sets in every run
+    # a fixed hash seed: sets have the same order in every run
     environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
     library = None if job["namespaces"] else _library()
     if library is not None:
         environment["PYTHONPATH"] = f"{library}:{library}/lib-dynload"
-    # not the virtual environment's: its packages are no part of the box
+    # not the virtual environment's interpreter, whose packages are no part of the box
     interpreter = getattr(sys, "_base_executable", sys.executable)
     process = subprocess.Popen(
         [interpreter, "-s", "-S", "-P", "-B", str(_CHILD)],
@@ -164,23 +158,22 @@ def _run(job: dict[str, object], seconds: float) -> dict[str, list[tuple[str, st
     try:
         report: dict[str, list[tuple[str, str]]] = json.loads(out)
     except ValueError as error:
-        said = err.decode(errors="replace").strip()[-400:]
+        output = err.decode(errors="replace").strip()[-400:]
         raise SandboxError(
             f"the sandbox ended with exit code {process.returncode} and without a report: "
-            f"{said or 'it said nothing'}"
+            f"{output or 'it wrote nothing'}"
         ) from error
     return report
 
 
 @functools.cache
 def _library() -> str | None:
-    """Where another user reads the standard library: None where it stands; a copy where root keeps
-    the interpreter in a private directory.
+    """A copy of the standard library for another user, where root keeps the interpreter in a
+    private directory; None where that user can read the library itself.
     """
-    place = Path(os.__file__).resolve().parent
-    if os.getuid() != 0 or all(
-        folder.stat().st_mode & stat.S_IXOTH for folder in (place, *place.parents)
-    ):
+    library = Path(os.__file__).resolve().parent
+    folders = (library, *library.parents)
+    if os.getuid() != 0 or all(folder.stat().st_mode & stat.S_IXOTH for folder in folders):
         return None
     copy = Path(tempfile.mkdtemp(prefix="rlhf-sandbox-library-"))
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
@@ -196,17 +189,17 @@ def _library() -> str | None:
         "lib2to3",
         "config-*",
     )
-    # with times, by which Python knows that byte code is up to date
-    shutil.copytree(place, copy, ignore=skipped, dirs_exist_ok=True)
+    # keeps modification times, by which Python knows that byte code is up to date
+    shutil.copytree(library, copy, ignore=skipped, dirs_exist_ok=True)
     copy.chmod(0o755)
-    # else every runner would compile what it imports, within the response's time
+    # otherwise every runner would compile what it imports, within the response's time
     compileall.compile_dir(copy, quiet=2)
     return str(copy)
 
 
 @functools.cache
 def _probe(namespaces: bool) -> str | None:
-    """None where the sandbox works, else why not."""
+    """Why the sandbox doesn't work; None where it does."""
     try:
         outcomes = run_tests(
             "import fractions\nx = 1",
@@ -216,17 +209,14 @@ def _probe(namespaces: bool) -> str | None:
         )
     except SandboxError as error:
         return str(error)
-    found = [o.status for o in outcomes]
-    return (
-        None
-        if found == ["passed", "failed"]
-        else f"a test that should pass and one that should fail: {outcomes}"
-    )
+    if [outcome.status for outcome in outcomes] == ["passed", "failed"]:
+        return None
+    return f"a test that should pass and one that should fail: {outcomes}"
 
 
 def isolation(wanted: Isolation) -> bool:
-    """Whether to use namespaces: `auto` where they work, else said aloud. Raises SandboxError where
-    what is wanted doesn't work.
+    """Whether to use namespaces. `auto` uses them where they work, and else logs a warning. Raises
+    SandboxError where the wanted isolation doesn't work.
     """
     if wanted is not Isolation.limits:
         problem = _probe(True)

@@ -1,10 +1,10 @@
-"""A reward of several terms: each scored, clipped and normalised by itself, then summed with
-weights.
+"""A reward of several terms: each is scored, clipped and normalised by itself; the total is their
+weighted sum.
 
     total = sum over terms of weight x normalised(clipped(raw))
 
-A term is any Scorer. What it wrote as `total` are its raw values; they stay apart in Scores.terms,
-so that reward/<term> is comparable from step to step whatever the running statistics are.
+A term is any Scorer; its `total` is the term's raw value. Scores.terms holds the raw values, so
+that reward/<term> is comparable from step to step, whatever the running statistics are.
 """
 
 import math
@@ -18,18 +18,18 @@ from rlhf.process import distributed
 from rlhf.process.moments import RunningMoments
 from rlhf.types import NonFiniteScore, Rollout, Scorer, Scores, UserError
 
-_LEAST_STD = 1e-6  # below it all values are one and the same, and their normalised value is 0
+_LEAST_STD = 1e-6  # below it all values are equal, and their normalised value is 0
 
 
 @dataclass(slots=True)
 class Term:
-    """One summand."""
+    """A summand of the reward."""
 
     name: str
     scorer: Scorer
     weight: float = 1.0
     clip: float | None = None  # raw values into [-clip, clip]
-    # by mean and standard deviation of all clipped values so far, this batch included
+    # with mean and standard deviation of all clipped values so far, this batch included
     normalise: bool = False
     moments: RunningMoments = field(default_factory=RunningMoments)
 
@@ -37,8 +37,8 @@ class Term:
 class CompositeScorer:
     """The weighted sum of terms.
 
-    Where a term is normalised `score` is a collective: every rank calls it, also one that has no
-    responses.
+    Where a term is normalised, `score` is a collective operation: every rank calls it, also a rank
+    without responses.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:
@@ -48,10 +48,10 @@ class CompositeScorer:
         self.terms = list(terms)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Raw values by term, their total, and extras: `<term>_clipped` (1 where the clip took
-        effect) and what a term's scorer tells of itself.
+        """Raw values by term, the total, and extras: `<term>_clipped` (1 where a value was clipped)
+        and the extras of the terms' scorers as `<term>_<name>`.
 
-        Raises UserError naming term and prompt for a value that is no finite number.
+        Raises UserError naming term and prompt for a value that is not a finite number.
         """
         total = [0.0] * len(rollouts)
         values: dict[str, list[float]] = {}
@@ -63,17 +63,17 @@ class CompositeScorer:
             extras |= {f"{term.name}_{key}": list(extra) for key, extra in scored.extras.items()}
             if term.clip is not None:
                 extras[f"{term.name}_clipped"] = [float(abs(value) > term.clip) for value in raw]
-            for row, value in enumerate(_counted(term, raw)):
+            for row, value in enumerate(_scaled(term, raw)):
                 total[row] += term.weight * value
         return Scores(total=total, terms=values, extras=extras)
 
     def state_dict(self) -> dict[str, object]:
-        """Statistics by the name of their term; JSON can hold it. The same on every rank."""
+        """Running statistics by term, as JSON can hold them; the same on every rank."""
         return {term.name: term.moments.state_dict() for term in self.terms if term.normalise}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take over what `state_dict` gave. Raises UserError when the terms that are normalised are
-        not the same.
+        """Continue with the statistics of `state_dict`. Raises UserError when other terms are
+        normalised than then.
         """
         expected = {term.name for term in self.terms if term.normalise}
         if set(state) != expected:
@@ -89,23 +89,26 @@ class CompositeScorer:
                 term.moments.load_state_dict(moments)
 
 
-def _counted(term: Term, raw: Sequence[float]) -> list[float]:
-    """What the term adds before its weight."""
-    values = (
-        list(raw)
-        if term.clip is None
-        else [min(max(value, -term.clip), term.clip) for value in raw]
-    )
+def _scaled(term: Term, raw: Sequence[float]) -> list[float]:
+    """Raw values clipped and normalised: what the term adds before its weight."""
+    values = list(raw)
+    if term.clip is not None:
+        values = [min(max(value, -term.clip), term.clip) for value in raw]
     if not term.normalise or distributed.all_sum([len(values)]) == [0.0]:
         return values
     term.moments.update(values, distributed.all_sum)
-    return [(value - term.moments.mean) / max(term.moments.std, _LEAST_STD) for value in values]
+    mean, std = term.moments.mean, max(term.moments.std, _LEAST_STD)
+    return [(value - mean) / std for value in values]
 
 
 def checked(name: str, values: Sequence[Any], rollouts: Sequence[Rollout]) -> list[float]:
-    """One finite number per response. Raises UserError naming term and prompt."""
+    """The values of a term as floats. Raises UserError naming term and prompt unless there is one
+    finite number for each response.
+    """
     if len(values) != len(rollouts):
-        first = f"; the first response is to {name_prompt(rollouts[0])}" if rollouts else ""
+        first = ""
+        if rollouts:
+            first = f"; the first response is to {name_prompt(rollouts[0])}"
         raise UserError(
             f"reward.terms.{name}: expected {len(rollouts)} scores, one per response, found "
             f"{len(values)}{first}."

@@ -16,45 +16,47 @@ from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
 
 
 def load_function(spec: str, key: str = "reward.function") -> Callable[..., Any]:
-    """The function that ``pkg.module:function`` names, `key` being the option that holds it. Raises
+    """The function that `spec`, "pkg.module:function", names; the option `key` holds it. Raises
     UserError.
     """
     module_name, colon, name = spec.partition(":")
     if not colon or not module_name or not name:
         raise UserError(f"{key}={spec}: expected pkg.module:function.")
     try:
+        # The module is the user's, named in an option. It is the reason why this file imports by
+        # name; modules of ours are imported plainly (tests/test_layers.py).
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(f"{key}={spec}: importing {module_name} failed: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        known = [
-            n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")
-        ]
+        functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+        public = sorted(n for n in functions if not n.startswith("_"))
         raise UserError(
             f"{key}={spec}: {module_name} has no function {name}. Its functions: "
-            f"{', '.join(sorted(known)) or 'none'}."
+            f"{', '.join(public) or 'none'}."
         )
     return function
 
 
 class FunctionScorer(Stateless):
-    """A Python function, plain or async, with TRL's reward signature: ``f(prompts, completions,
-    completion_ids, **columns) -> list[float]``.
+    """Scores by a Python function, plain or async, with TRL's reward signature: ``f(prompts,
+    completions, completion_ids, **columns) -> list[float]``.
 
-    Prompts are the rows' own (strings or messages); completions strings, or ``[{"role":
-    "assistant", ...}]`` for messages; columns are the rows' other fields, None where a row lacks
-    one. A function without ``**kwargs`` gets what it names.
+    Prompts are those of the rows (strings or messages). Completions are strings, or ``[{"role":
+    "assistant", ...}]`` where the prompt is messages. Columns are the rows' other fields, None
+    where a row lacks a field that others have. A function without ``**kwargs`` gets the arguments
+    that it names.
     """
 
     def __init__(self, spec: str, key: str = "reward.function") -> None:
-        self.place = f"{key}={spec}"
+        self.source = f"{key}={spec}"
         self.function = load_function(spec, key)
         self.term = spec.partition(":")[2]
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """One term, named as the function. Raises UserError naming the prompt when the function
-        raises or returns no finite number.
+        """One term, named like the function. Raises UserError naming the prompt where the function
+        raises or returns something else than finite numbers.
         """
         if not rollouts:
             return Scores(total=[], terms={self.term: []})
@@ -63,16 +65,15 @@ class FunctionScorer(Stateless):
         except UserError:
             raise
         except Exception as error:
-            raise self._blame(rollouts, error) from error
-        if not hasattr(values, "__len__") or len(values) != len(rollouts):
-            found = (
-                f"{len(values)} values"
-                if hasattr(values, "__len__")
-                else f"{type(values).__name__} {values!r}"
-            )
+            raise self._error(rollouts, error) from error
+        sized = hasattr(values, "__len__")
+        if not sized or len(values) != len(rollouts):
+            returned = f"{type(values).__name__} {values!r}"
+            if sized:
+                returned = f"{len(values)} values"
             raise UserError(
-                f"{self.place}: expected a list of {len(rollouts)} numbers, one per completion, "
-                f"found {found}; "
+                f"{self.source}: expected a list of {len(rollouts)} numbers, one per completion, "
+                f"found {returned}; "
                 f"the first completion is to {name_prompt(rollouts[0])}."
             )
         total = [
@@ -80,19 +81,20 @@ class FunctionScorer(Stateless):
         ]
         return Scores(total=total, terms={self.term: list(total)})
 
-    def _call(self, rollouts: Sequence[Rollout]) -> Any:
+    def _arguments(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        """The arguments that the rows give."""
         prompts = [r.prompt.text if r.prompt.source is None else r.prompt.source for r in rollouts]
-        completions = [
-            [{"role": "assistant", "content": r.text}] if is_chat(p) else r.text
-            for p, r in zip(prompts, rollouts, strict=True)
-        ]
         given: dict[str, Any] = {
             "prompts": prompts,
-            "completions": completions,
+            "completions": list(map(_completion, prompts, rollouts)),
             "completion_ids": [list(r.token_ids) for r in rollouts],
         }
         for column in dict.fromkeys(key for r in rollouts for key in r.prompt.fields):
             given.setdefault(column, [r.prompt.fields.get(column) for r in rollouts])
+        return given
+
+    def _call(self, rollouts: Sequence[Rollout]) -> Any:
+        given = self._arguments(rollouts)
         parameters = inspect.signature(self.function).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             missing = [
@@ -102,38 +104,45 @@ class FunctionScorer(Stateless):
             ]
             if missing:
                 raise UserError(
-                    f"{self.place}: takes {', '.join(missing)}, which no row has. The rows give "
+                    f"{self.source}: takes {', '.join(missing)}, which no row has. The rows give "
                     f"{', '.join(given)}."
                 )
             given = {p.name: given[p.name] for p in parameters if p.name in given}
         result = self.function(**given)
-        return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
+        if inspect.isawaitable(result):
+            return asyncio.run(_await(result))
+        return result
 
-    def _blame(self, rollouts: Sequence[Rollout], error: Exception) -> UserError:
-        """The error with the first prompt that fails by itself, or with the whole batch where none
-        does.
-        """
-        culprit, found = (
-            f"a batch of {len(rollouts)} responses, none of which fails by itself; the first is "
-            f"to {name_prompt(rollouts[0])}",
-            error,
-        )
+    def _error(self, rollouts: Sequence[Rollout], error: Exception) -> UserError:
+        """The error of the first response that fails by itself; the batch's where none does."""
         for rollout in rollouts:
             try:
                 self._call([rollout])
             except Exception as alone:  # noqa: BLE001 - it is reported, whatever it is
-                culprit, found = name_prompt(rollout), alone
-                break
-        return UserError(f"{self.place} raised {type(found).__name__}: {found}; for {culprit}.")
+                return self._raised(alone, name_prompt(rollout))
+        batch = f"a batch of {len(rollouts)} responses, none of which fails by itself"
+        return self._raised(error, f"{batch}; the first is to {name_prompt(rollouts[0])}")
+
+    def _raised(self, error: Exception, culprit: str) -> UserError:
+        return UserError(f"{self.source} raised {type(error).__name__}: {error}; for {culprit}.")
 
     def _number(self, value: Any, rollout: Rollout) -> float:
-        plain = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        plain = value
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            plain = value.item()
         if isinstance(plain, numbers.Real) and math.isfinite(plain):
             return float(plain)
         raise NonFiniteScore(
-            f"{self.place}: returned {value!r} for {name_prompt(rollout)}; expected a finite "
+            f"{self.source}: returned {value!r} for {name_prompt(rollout)}; expected a finite "
             "number."
         )
+
+
+def _completion(prompt: Any, rollout: Rollout) -> Any:
+    """A response in the form of its prompt: a string, or messages."""
+    if is_chat(prompt):
+        return [{"role": "assistant", "content": rollout.text}]
+    return rollout.text
 
 
 async def _await(result: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How long a response is, as a score."""
+"""Scores by the length of a response."""
 
 from collections.abc import Sequence
 
@@ -9,28 +9,33 @@ from rlhf.types import Rollout, Scores
 
 
 def band_score(length: int, low: int | None, high: int | None, ramp: int) -> float:
-    """0 inside [low, high], falling in a straight line to -1 at `ramp` units outside, and no
-    further.
+    """0 for a length in [low, high]; outside it falls linearly, to -1 at a distance of `ramp` and
+    beyond. None: no bound on that side.
 
     With high = L_max - L_cache and ramp = L_cache it is DAPO's soft overlong punishment (Yu et al.
     2025, arXiv:2503.14476, equation 13).
     """
-    short = 0 if low is None else max(0, low - length)
-    long = 0 if high is None else max(0, length - high)
-    return -min(1.0, (short + long) / ramp)
+    distance = 0
+    if low is not None and length < low:
+        distance = low - length
+    if high is not None and length > high:
+        distance += length - high
+    return -min(1.0, distance / ramp)
 
 
 class LengthScorer(Stateless):
-    """`band_score` of the response in tokens (the end-of-sequence token is one) or in characters of
-    its text.
+    """`band_score` of each response: in tokens, the end-of-sequence token included, or in
+    characters of its text.
     """
 
     def __init__(self, term: RewardTerm) -> None:
-        self.low, self.high, self.ramp, self.unit = term.low, term.high, term.ramp, term.unit
+        self.low, self.high, self.ramp = term.low, term.high, term.ramp
+        self.unit = term.unit
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        lengths = [
-            len(r.token_ids) if self.unit is LengthUnit.tokens else len(r.text) for r in rollouts
-        ]
+        if self.unit is LengthUnit.tokens:
+            lengths = [len(rollout.token_ids) for rollout in rollouts]
+        else:
+            lengths = [len(rollout.text) for rollout in rollouts]
         total = [band_score(length, self.low, self.high, self.ramp) for length in lengths]
         return Scores(total=total, terms={"length": list(total)})

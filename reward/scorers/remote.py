@@ -1,21 +1,22 @@
-"""A reward model or verifier behind HTTP. Its counterpart here is ``stage=serve_reward``; any
-server that keeps the protocol will do.
+"""Scores from a reward model or verifier behind HTTP. ``stage=serve_reward`` is such a server; any
+other one that keeps the protocol will do.
 
-    POST {url}/score   {"items": [{"prompt": <string or messages>, "response": "...", "finished":
-    true, "fields": {...}}]}
-                       -> {"scores": [...], "model": "..."}     one finite number per item, in the
-                       items' order
-    GET  {url}/info    -> the reward model's manifest (reward/model.py) with max_batch; a server
-    without it answers 404
-    GET  {url}/health  -> 200 while the server lives
+    POST {url}/score   {"items": [{"prompt": <string or messages>, "response": "...",
+                                   "finished": true, "fields": {...}}]}
+                       answer: {"scores": [...], "model": "..."}, one finite number for each item,
+                       in the order of the items
+    GET  {url}/info    answer: the reward model's manifest (reward/model.py) with max_batch; a
+                       server that doesn't have it answers 404
+    GET  {url}/health  answer: 200 while the server lives
 
-`finished` is false for a response that hit the length limit, `fields` holds the row's other
-columns. Where /info names the tokenizer and template of the policy, an item also carries
-`token_ids`, prompt and response as they were sampled (text that is tokenised anew need not give the
-same tokens), and the request their `tokenizer_hash`, which the server compares with its own.
+`finished` is false for a response that hit the length limit; `fields` holds the row's other
+columns. Where /info names the tokenizer and the template of the policy, an item also carries
+`token_ids`: prompt and response as they were sampled, because text that is tokenised again need not
+give the same tokens. The request then carries their `tokenizer_hash`, which the server compares
+with its own.
 
-Failures that may pass (no connection, no answer in time, 429, 5xx) are tried again after a growing
-pause; everything else stops the run and names the prompt. Nothing is ever scored 0.
+Failures that may pass (no connection, no answer in time, 429, 5xx) are retried after a growing
+pause. Every other failure stops the run and names the prompt. Nothing is ever scored 0 instead.
 """
 
 import asyncio
@@ -50,39 +51,37 @@ _QUOTED = 300  # characters of a server's answer in an error
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What a server says of its reward model; None: it doesn't say."""
+    """What /info says of the server's reward model; None where it doesn't say it."""
 
     tokenizer_hash: str | None = None
     chat_template_hash: str | None = None
     conversational: bool | None = None
-    max_batch: int | None = None  # items that one request may hold
+    max_batch: int | None = None  # the most items in a request
 
 
 class RemoteScorer(Stateless):
-    """Scores from a server, one term called `name`.
+    """Scores from a server, as one term called `name`.
 
-    `policy_tokenizer` lets the scorer compare tokenizers with the server's, so that the same reward
-    model gives the numbers over HTTP that it gives in this process; without one, texts are sent and
-    nothing is compared.
+    With `policy_tokenizer` the scorer compares tokenizers with the server, and sends token ids
+    where they are the same: the reward model then gives the same scores over HTTP as in this
+    process. Without it, texts are sent and nothing is compared.
     """
 
     def __init__(self, term: RewardTerm, name: str, *, policy_tokenizer: Any = None) -> None:
         key = f"reward.terms.{name}"
         self.term, self.name = term, name
         self.url = checked_url(term.url, f"{key}.url")
-        self.token = (
-            None if term.token_env is None else bearer_token(term.token_env, f"{key}.token_env")
-        )
+        self.token: str | None = None
+        if term.token_env is not None:
+            self.token = bearer_token(term.token_env, f"{key}.token_env")
         self._base = str(self.url).rstrip("/")
         self.where = f"{key} ({self._base})"
-        self._hashes = (
-            None
-            if policy_tokenizer is None
-            else (tokenizer_fingerprint(policy_tokenizer), template_hash(policy_tokenizer))
-        )
+        self._hashes: tuple[str, str | None] | None = None  # of the policy's tokenizer, template
+        if policy_tokenizer is not None:
+            self._hashes = tokenizer_fingerprint(policy_tokenizer), template_hash(policy_tokenizer)
         self._info: Info | None = None  # asked for with the first responses
         self._model: str | None = None
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it would write a line per request
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # or a line for each request
         if self.token is not None and self.url.scheme == "http" and not is_loopback(self.url.host):
             LOG.warning(
                 "%s: the token travels unencrypted; use https unless the network between is "
@@ -91,19 +90,20 @@ class RemoteScorer(Stateless):
             )
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Scores in the rollouts' order. Raises UserError naming a prompt for whatever is not a
-        finite number per response in time.
+        """Scores in the order of the rollouts. Raises UserError naming a prompt unless the server
+        answers in time with a finite number for each response.
         """
-        values = asyncio.run(self._score(rollouts)) if rollouts else []
+        values: list[float] = []
+        if rollouts:
+            values = asyncio.run(self._score(rollouts))
         return Scores(total=values, terms={self.name: list(values)})
 
     async def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        headers = {
-            "content-type": "application/json",
-            **({"authorization": f"Bearer {self.token}"} if self.token else {}),
-        }
-        # A proxy can't reach this machine's loopback address; time limits are ours, since httpx's
-        # hold per read, not per answer.
+        headers = {"content-type": "application/json"}
+        if self.token:
+            headers["authorization"] = f"Bearer {self.token}"
+        # No proxy for a loopback address, which it could not reach. No timeouts of httpx: they hold
+        # for each read, ours for the whole answer.
         async with httpx.AsyncClient(
             headers=headers, timeout=None, trust_env=not is_loopback(self.url.host)
         ) as client:
@@ -114,14 +114,14 @@ class RemoteScorer(Stateless):
             deadline = self._deadline(math.ceil(len(batches) / IN_FLIGHT))
             free = asyncio.Semaphore(IN_FLIGHT)
 
-            async def one(batch: Sequence[Rollout]) -> list[float]:
+            async def send(batch: Sequence[Rollout]) -> list[float]:
                 async with free:
                     return await self._batch(client, batch, deadline)
 
             try:
-                # the first failure cancels the requests beside it
+                # the first failure cancels the other requests
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(one(batch)) for batch in batches]
+                    tasks = [group.create_task(send(batch)) for batch in batches]
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from failures.exceptions[0].__cause__
             return [value for task in tasks for value in task.result()]
@@ -138,11 +138,11 @@ class RemoteScorer(Stateless):
 
     async def _ask(self, client: httpx.AsyncClient, first: Rollout) -> Info:
         """GET /info. Raises UserError when the server's reward model can't read the policy's texts,
-        as a local one would.
+        as a local reward model would.
         """
         blame = f"nothing was scored yet; the first response is to {name_prompt(first)}"
         answer = await self._send(client, "GET", "/info", None, blame, self._deadline(1))
-        if answer.status_code in (404, 405):  # not ours; the protocol doesn't need it
+        if answer.status_code in (404, 405):  # a server without /info, which the protocol allows
             return Info()
         content = self._json(self._accepted(answer, [first]), blame)
         types: dict[str, type] = {
@@ -172,7 +172,7 @@ class RemoteScorer(Stateless):
         return info
 
     def _item(self, rollout: Rollout) -> dict[str, Any]:
-        """What the server gets of a response: what `RewardModelScorer.token_ids` reads of it."""
+        """What the server gets of a response; it reads the same as RewardModelScorer.token_ids."""
         assert self._info is not None
         prompt = rollout.prompt
         text = prompt.text if prompt.source is None else prompt.source
@@ -182,7 +182,7 @@ class RemoteScorer(Stateless):
             "fields": prompt.fields,
         }
         if self._info.conversational is False and is_chat(text):
-            text = prompt.text  # a reward model of plain text has no turns
+            text = prompt.text  # a reward model of plain text reads the rendered conversation
         item["prompt"] = text
         same_template = (
             self._hashes is not None and self._hashes[1] == self._info.chat_template_hash
@@ -206,10 +206,12 @@ class RemoteScorer(Stateless):
                     f"{self.where}: the row of {name_prompt(rollout)} can't be sent as JSON: "
                     f"{error}. Its columns beside the prompt: {columns}."
                 ) from error
-        # A server that was restarted with another reward model must not read ids that mean other
-        # tokens to it.
-        read = "" if self._hashes is None else f', "tokenizer_hash": {json.dumps(self._hashes[0])}'
-        return f'{{"items": [{", ".join(items)}]{read}}}'.encode()
+        # The server may have been restarted with another reward model, to which the ids mean other
+        # tokens: the hash lets it refuse them.
+        tokenizer = ""
+        if self._hashes is not None:
+            tokenizer = f', "tokenizer_hash": {json.dumps(self._hashes[0])}'
+        return f'{{"items": [{", ".join(items)}]{tokenizer}}}'.encode()
 
     async def _batch(
         self, client: httpx.AsyncClient, batch: Sequence[Rollout], deadline: float
@@ -221,14 +223,12 @@ class RemoteScorer(Stateless):
         content = self._json(answer, blame)
         scores = content.get("scores")
         if not isinstance(scores, list) or len(scores) != len(batch):
-            found = (
-                f"{len(scores)} values"
-                if isinstance(scores, list)
-                else f"{self._quote(repr(scores))}"
-            )
+            answered = self._quote(repr(scores))
+            if isinstance(scores, list):
+                answered = f"{len(scores)} values"
             raise UserError(
                 f"{self.where}: expected scores, a list of {len(batch)} numbers, one per "
-                f"response, found {found}; {blame}."
+                f"response, found {answered}; {blame}."
             )
         for value, rollout in zip(scores, batch, strict=True):
             if (
@@ -240,11 +240,13 @@ class RemoteScorer(Stateless):
                     f"{self.where}: returned {self._quote(repr(value))} for "
                     f"{name_prompt(rollout)}; expected a finite number."
                 )
-        self._notice(content.get("model"))
+        self._compare_model(content.get("model"))
         return [float(value) for value in scores]
 
-    def _notice(self, model: object) -> None:
-        """A server that was restarted with another reward model gives scores of another scale."""
+    def _compare_model(self, model: object) -> None:
+        """Warn when the server scores with another reward model than before: its scores have
+        another scale.
+        """
         if isinstance(model, str) and model != self._model:
             if self._model is not None:
                 LOG.warning(
@@ -264,8 +266,8 @@ class RemoteScorer(Stateless):
         blame: str,
         deadline: float,
     ) -> httpx.Response:
-        """An answer that is final, good or bad; failures that may pass are repeated. Raises
-        UserError when they don't.
+        """The final answer to a request, good or bad. Failures that may pass are retried; raises
+        UserError when they don't pass.
         """
         loop = asyncio.get_running_loop()
         for attempt in range(self.term.retries + 1):
@@ -307,8 +309,8 @@ class RemoteScorer(Stateless):
         )
 
     def _accepted(self, answer: httpx.Response, batch: Sequence[Rollout]) -> httpx.Response:
-        """A 2xx answer as it is. Raises UserError for any other, naming the item that the server
-        blames, or the batch's first.
+        """A 2xx answer as it is. Raises UserError for any other, with the prompt of the item that
+        the server names, or else of the first in the batch.
         """
         if answer.is_success:
             return answer
@@ -349,6 +351,10 @@ class RemoteScorer(Stateless):
         return content
 
     def _quote(self, text: str) -> str:
-        """The beginning of what a server said, on one line, without our token."""
-        plain = " ".join((text.replace(self.token, "***") if self.token else text).split())
-        return plain[:_QUOTED] + (" ..." if len(plain) > _QUOTED else "")
+        """The beginning of a server's text, on one line, without our token."""
+        if self.token:
+            text = text.replace(self.token, "***")
+        line = " ".join(text.split())
+        if len(line) <= _QUOTED:
+            return line
+        return line[:_QUOTED] + " ..."

@@ -16,6 +16,7 @@ from reward.model import (
     check_tokenizers,
     load_reward_module,
     load_reward_tokenizer,
+    longest_text,
     same_reading,
     score_ids,
     template_hash,
@@ -27,11 +28,11 @@ from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
 
 
 class RewardModelScorer(Stateless):
-    """A reward model read at the last response token, in float32 at the head.
+    """Scores by a reward model, read at the last response token, in float32 at the head.
 
-    With the policy's tokenizer and template the policy's token ids are scored as they are; with
-    other ones the prompt's messages and the response's text are tokenised anew, in the format that
-    the reward model was trained on.
+    Where the reward model has the policy's tokenizer and template, the policy's token ids are
+    scored as they are. Otherwise the prompt's messages and the response's text are tokenised again,
+    in the format that the reward model was trained on.
     """
 
     def __init__(
@@ -44,33 +45,29 @@ class RewardModelScorer(Stateless):
         dtype: torch.dtype | None = None,
         key: str = "reward.path",
     ) -> None:
-        """Load the directory `path`, which the option `key` names in errors."""
+        """Load the reward model of the directory `path`, which the option `key` holds."""
         self.tokenizer, self.manifest = load_reward_tokenizer(path, key)
         check_tokenizers(path, self.tokenizer, self.manifest, policy_tokenizer, key)
         self.same_tokenizer = same_reading(self.manifest, policy_tokenizer)
         self.same_template = template_hash(policy_tokenizer) == self.manifest.chat_template_hash
-        self.place = f"{key}={path}"
+        self.source = f"{key}={path}"
         self.budget = reward_cfg.batch_tokens
         self.device = device
-        self.module: Any = load_reward_module(
-            path, resolve_dtype(Dtype.auto) if dtype is None else dtype, key
-        ).to(device)
-        self.limit = int(
-            getattr(self.module.config.get_text_config(), "max_position_embeddings", 2**31)
-        )
+        if dtype is None:
+            dtype = resolve_dtype(Dtype.auto)
+        self.module: Any = load_reward_module(path, dtype, key).to(device)
+        self.limit = longest_text(self.module)
 
     def token_ids(self, rollout: Rollout) -> list[int]:
-        """What the reward model reads: prompt, response, and end-of-sequence where the policy ended
-        its response.
+        """The tokens that the reward model reads: prompt, response, and the end-of-sequence token
+        where the policy ended its response.
         """
         prompt, source = rollout.prompt, rollout.prompt.source
         if self.same_tokenizer and (self.same_template or not is_chat(source)):
             return [*prompt.token_ids, *rollout.token_ids]
-        text: Any = (
-            prompt.text
-            if source is None or (is_chat(source) and not self.manifest.conversational)
-            else source
-        )
+        text: Any = source
+        if source is None or (is_chat(source) and not self.manifest.conversational):
+            text = prompt.text
         return text_ids(
             self.tokenizer,
             self.manifest,
@@ -80,21 +77,21 @@ class RewardModelScorer(Stateless):
         )
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Raw scores, one term named reward_model. Raises UserError naming the prompt of a text
-        that is too long or whose score is not finite.
+        """The model's scores as one term, reward_model. Raises UserError naming the prompt of a
+        text that is too long, or whose score is not finite.
         """
         rows = [self.token_ids(rollout) for rollout in rollouts]
         for rollout, row in zip(rollouts, rows, strict=True):
             if not 0 < len(row) <= self.limit:
                 raise UserError(
-                    f"{self.place}: {name_prompt(rollout)} with its response has {len(row)} "
+                    f"{self.source}: {name_prompt(rollout)} with its response has {len(row)} "
                     f"tokens; expected 1 to {self.limit}."
                 )
         scores = score_ids(self.module, rows, self.budget, self.device)
         for rollout, score in zip(rollouts, scores, strict=True):
             if not math.isfinite(score):
                 raise NonFiniteScore(
-                    f"{self.place}: the score of a response to {name_prompt(rollout)} is "
+                    f"{self.source}: the score of a response to {name_prompt(rollout)} is "
                     f"{score}, expected a finite number."
                 )
         return Scores(total=scores, terms={"reward_model": list(scores)})
@@ -103,11 +100,12 @@ class RewardModelScorer(Stateless):
 def combine(
     members: Sequence[Sequence[float]], how: Combine, spread_coef: float = 1.0
 ) -> tuple[list[float], list[float]]:
-    """(score, spread) per response from `members` [models][B] on one scale.
+    """Scores and spreads, [B] each, from the scores of `members` [models][B], which are on one
+    scale.
 
-    The spread is the population standard deviation over the models; pessimistic is mean -
+    The spread is the population standard deviation over the models; Combine.pessimistic is mean -
     spread_coef x spread. (Coste et al. subtract the variance, equation 3; the standard deviation
-    has the score's own unit, so that its coefficient means the same at every scale.)
+    has the unit of the score, so that the coefficient means the same at every scale.)
     """
     columns = list(zip(*members, strict=True))
     means = [statistics.fmean(column) for column in columns]
@@ -115,18 +113,17 @@ def combine(
     if how is Combine.minimum:
         return [min(column) for column in columns], spreads
     if how is Combine.pessimistic:
-        return [
-            mean - spread_coef * spread for mean, spread in zip(means, spreads, strict=True)
-        ], spreads
+        pairs = zip(means, spreads, strict=True)
+        return [mean - spread_coef * spread for mean, spread in pairs], spreads
     return means, spreads
 
 
 class EnsembleScorer(Stateless):
-    """Reward models scored side by side; extras hold `spread`.
+    """Several reward models combined into one score; extras hold their `spread`.
 
-    A reward model's zero and unit are arbitrary (only differences were trained), so each score is
-    first put on the scale of the model's own held-out texts: (score - score_mean) / score_std of
-    its manifest. Else the minimum would always be the same model.
+    Zero and unit of a reward model's scores are arbitrary, because only differences were trained.
+    So each score is first put on the scale of the model's held-out texts: (score - score_mean) /
+    score_std of its manifest. Otherwise the minimum would always be that of the same model.
     """
 
     def __init__(
@@ -137,14 +134,14 @@ class EnsembleScorer(Stateless):
             spread = member.manifest.score_std
             if not (math.isfinite(spread) and spread > 0):
                 raise UserError(
-                    f"{member.place}: its score_std over held-out texts is {spread}, so it can't "
+                    f"{member.source}: its score_std over held-out texts is {spread}, so it can't "
                     "be put on one scale with the other models of the "
                     "ensemble. Expected: a reward model whose scores differ."
                 )
         self.members, self.how, self.spread_coef = list(members), how, spread_coef
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """The combined score in held-out standard deviations. Raises UserError as the
+        """The combined scores, in standard deviations of held-out texts. Raises UserError as the
         members do.
         """
         scaled = []

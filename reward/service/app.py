@@ -21,17 +21,19 @@ from reward.service.served import Refused, ServedModel, parse
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body, given up as soon as it is longer than `most` bytes. Raises Refused."""
+    """The body of a request. Reading stops as soon as it is longer than `most` bytes. Raises
+    Refused.
+    """
+    too_long = Refused(413, f"the body has more than {most} bytes: send fewer items at once")
     length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > most:
+        raise too_long
     body = bytearray()
-    if not (length.isdigit() and int(length) > most):
-        async for piece in request.stream():
-            body += piece
-            if len(body) > most:
-                break
-        else:
-            return bytes(body)
-    raise Refused(413, f"the body has more than {most} bytes: send fewer items at once")
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most:
+            raise too_long
+    return bytes(body)
 
 
 def _error(
@@ -41,17 +43,15 @@ def _error(
 
 
 def _answer_errors(app: FastAPI, counts: Counts) -> None:
-    """Every error has one form and is counted."""
+    """Give all errors the same form, and count them."""
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         counts.errors += 1
-        return _error(
-            error.status,
-            error.message,
-            error.item,
-            {"retry-after": str(RETRY_AFTER_S)} if error.status == 503 else None,
-        )
+        headers = None
+        if error.status == 503:
+            headers = {"retry-after": str(RETRY_AFTER_S)}
+        return _error(error.status, error.message, error.item, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def http(_: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -98,7 +98,7 @@ def create_app(
                 {"www-authenticate": "Bearer"},
             )
 
-    # No documentation pages: they would be open to all and load scripts from elsewhere.
+    # No documentation pages: they would be open to everyone and load scripts from other sites.
     app = FastAPI(
         title="reward model", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )

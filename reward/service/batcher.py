@@ -1,4 +1,4 @@
-"""Requests that wait are scored together; the model runs one batch at a time."""
+"""Batches of requests: those that arrive while the model runs are scored together afterwards."""
 
 import asyncio
 import dataclasses
@@ -18,11 +18,11 @@ RETRY_AFTER_S = 1  # seconds that a busy server asks its clients to wait
 
 @dataclass(slots=True)
 class Counts:
-    """What the service did."""
+    """What the service did so far."""
 
     requests: int = 0  # POST /score, refused ones included
     items: int = 0  # responses scored
-    tokens: int = 0  # that the model read, without padding
+    tokens: int = 0  # read by the model, without padding
     batches: int = 0  # runs of the model
     errors: int = 0  # answers with a status of 400 or above
     model_s: float = 0.0  # seconds in the model
@@ -45,11 +45,11 @@ class _Waiting:
 
 
 class Batcher:
-    """Puts requests that arrive while the model runs into its next batch, whole requests of at most
-    `max_batch` items together.
+    """Puts the requests that arrive while the model runs into its next batch: whole requests, of at
+    most `max_batch` items together.
 
-    Tokenizer and model have a thread each: neither can be used by two threads at once, and the
-    event loop stays free for others.
+    Tokenizer and model each have a thread of their own: neither can be used by two threads at once,
+    and the event loop stays free for other requests.
     """
 
     def __init__(
@@ -61,12 +61,8 @@ class Batcher:
         counts: Counts,
         after: Callable[[], None],
     ) -> None:
-        self.model, self.max_batch, self.max_waiting, self.counts = (
-            model,
-            max_batch,
-            max_waiting,
-            counts,
-        )
+        self.model, self.counts = model, counts
+        self.max_batch, self.max_waiting = max_batch, max_waiting
         self._after = after  # called after every run of the model
         self._open = 0  # requests between arrival and answer
         self._queue: deque[_Waiting] = deque()
@@ -75,7 +71,7 @@ class Batcher:
         self._scoring = ThreadPoolExecutor(1, "model")
 
     async def score(self, items: Sequence[Item]) -> list[float]:
-        """Scores of one request's items. Raises Refused."""
+        """Scores of a request's items. Raises Refused."""
         if self._open >= self.max_waiting:
             raise Refused(
                 503, f"{self._open} requests wait already; try again in {RETRY_AFTER_S} s"
@@ -102,7 +98,7 @@ class Batcher:
         return scores
 
     async def run(self) -> None:
-        """Score what waits, for ever."""
+        """Score the requests that wait, until the task is cancelled."""
         while True:
             await self._arrived.wait()
             batch = self._next()
@@ -112,7 +108,7 @@ class Batcher:
                 scores = await asyncio.get_running_loop().run_in_executor(
                     self._scoring, self.model.scores, rows
                 )
-            except Exception as error:  # noqa: BLE001 - each request of the batch gets it, and the next batch its chance
+            except Exception as error:  # noqa: BLE001 - the requests of this batch get it, the next batch runs
                 for waiting in batch:
                     if not waiting.scores.done():
                         waiting.scores.set_exception(error)
@@ -123,7 +119,7 @@ class Batcher:
             self.counts.tokens += sum(map(len, rows))
             for waiting in batch:
                 part, scores = scores[: len(waiting.rows)], scores[len(waiting.rows) :]
-                if not waiting.scores.done():  # a client that went away
+                if not waiting.scores.done():  # done: its client went away
                     waiting.scores.set_result(part)
             try:
                 self._after()
@@ -131,7 +127,7 @@ class Batcher:
                 LOG.exception("recording the counts failed; the service goes on.")
 
     def _next(self) -> list[_Waiting]:
-        """The oldest requests that fit into one batch together."""
+        """The oldest requests that fit into a batch together."""
         batch = [self._queue.popleft()]
         size = len(batch[0].rows)
         while self._queue and size + len(self._queue[0].rows) <= self.max_batch:

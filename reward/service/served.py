@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conf.choices import Dtype
-from reward.model import load_reward_model, score_ids, text_ids
+from reward.model import load_reward_model, longest_text, score_ids, text_ids
 from rlhf.models.encoding import is_chat
 from rlhf.models.loading import resolve_dtype
 from rlhf.types import UserError
@@ -22,8 +22,8 @@ class Message(BaseModel):
 
 
 class Item(BaseModel):
-    """One response to score. `token_ids`, prompt and response as sampled, is for clients whose
-    tokenizer and template /info names.
+    """A response to score. `token_ids` holds prompt and response as they were sampled; only clients
+    with the tokenizer and template of /info may send it.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -43,7 +43,7 @@ class ScoreRequest(BaseModel):
 
 
 class Refused(Exception):
-    """A request that gets an error: its status, what is wrong and with which item."""
+    """A request that is answered with an error: HTTP status, message, and index of the item."""
 
     def __init__(self, status: int, message: str, item: int | None = None) -> None:
         super().__init__(message)
@@ -51,41 +51,45 @@ class Refused(Exception):
 
 
 def parse(body: bytes, max_batch: int, tokenizer_hash: str) -> list[Item]:
-    """The items of a request to a reward model with the tokenizer `tokenizer_hash`. Raises Refused
-    with the place of what is wrong.
+    """The items of a request to a reward model with the tokenizer `tokenizer_hash`. Raises Refused,
+    which names the key that is wrong.
     """
     try:
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        # of a value that fits none of two types, what is nearest to fitting
-        first = max(found, key=lambda e: len(e["loc"]))
-        if first["type"] == "json_invalid":
-            raise Refused(400, f"the body is no JSON: {first['msg']}") from error
-        place = [part for part in first["loc"] if part not in ("str", "list[Message]")]
-        index = place[1] if len(place) > 1 and isinstance(place[1], int) else None
-        name = "".join(
-            f"[{part}]" if isinstance(part, int) else f".{part}" for part in place
-        ).lstrip(".")
-        raise Refused(422, f"{name or 'the body'}: {first['msg']}", index) from error
+        raise _refusal(error) from error
     items = request.items
     if len(items) > max_batch:
         raise Refused(
             422, f"items: found {len(items)}, expected at most {max_batch} (max_batch of /info)"
         )
-    given = next((i for i, item in enumerate(items) if item.token_ids is not None), None)
-    if given is not None and request.tokenizer_hash != tokenizer_hash:
+    tokenised = next((i for i, item in enumerate(items) if item.token_ids is not None), None)
+    if tokenised is not None and request.tokenizer_hash != tokenizer_hash:
         raise Refused(
             422,
-            f"items[{given}].token_ids: of the tokenizer {request.tokenizer_hash}, expected "
+            f"items[{tokenised}].token_ids: of the tokenizer {request.tokenizer_hash}, expected "
             f"tokenizer_hash {tokenizer_hash} (of /info)",
-            given,
+            tokenised,
         )
     return items
 
 
+def _refusal(error: ValidationError) -> Refused:
+    """The error of the client for a body that is no request."""
+    errors = error.errors(include_url=False, include_context=False)
+    # Where a value fits none of two types there is an error for each: the deepest one belongs to
+    # the type that the client most likely meant.
+    deepest = max(errors, key=lambda e: len(e["loc"]))
+    if deepest["type"] == "json_invalid":
+        return Refused(400, f"the body is no JSON: {deepest['msg']}")
+    keys = [key for key in deepest["loc"] if key not in ("str", "list[Message]")]
+    index = keys[1] if len(keys) > 1 and isinstance(keys[1], int) else None
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    return Refused(422, f"{name.lstrip('.') or 'the body'}: {deepest['msg']}", index)
+
+
 class ServedModel:
-    """The reward model of a directory: token ids of items, and their scores."""
+    """The reward model of a directory: reads items as token ids, and scores them."""
 
     def __init__(self, path: str, device: torch.device, *, batch_tokens: int) -> None:
         loaded = load_reward_model(path, resolve_dtype(Dtype.auto))
@@ -93,19 +97,19 @@ class ServedModel:
         self.tokenizer, self.manifest = loaded.tokenizer, loaded.manifest
         module: Any = loaded.module
         self.module = module.to(device)
-        config = self.module.config.get_text_config()
-        self.limit = int(getattr(config, "max_position_embeddings", 2**31))
-        self.vocabulary = int(config.vocab_size)
+        self.limit = longest_text(self.module)
+        self.vocabulary = int(self.module.config.get_text_config().vocab_size)
 
     def token_ids(self, items: Sequence[Item]) -> list[list[int]]:
-        """What the model reads of each item. Raises Refused naming the item that it can't read."""
+        """The tokens that the model reads of each item. Raises Refused naming an item that it can't
+        read.
+        """
         rows = []
         for i, item in enumerate(items):
-            row = (
-                self._given(i, item.token_ids)
-                if item.token_ids is not None
-                else self._read(i, item)
-            )
+            if item.token_ids is None:
+                row = self._tokenised(i, item)
+            else:
+                row = self._checked(i, item.token_ids)
             if not 0 < len(row) <= self.limit:
                 raise Refused(
                     422,
@@ -116,7 +120,7 @@ class ServedModel:
             rows.append(row)
         return rows
 
-    def _given(self, i: int, ids: list[int]) -> list[int]:
+    def _checked(self, i: int, ids: list[int]) -> list[int]:
         wrong = next((t for t in ids if not 0 <= t < self.vocabulary), None)
         if wrong is not None:
             raise Refused(
@@ -126,12 +130,10 @@ class ServedModel:
             )
         return ids
 
-    def _read(self, i: int, item: Item) -> list[int]:
-        prompt = (
-            item.prompt
-            if isinstance(item.prompt, str)
-            else [message.model_dump() for message in item.prompt]
-        )
+    def _tokenised(self, i: int, item: Item) -> list[int]:
+        prompt: Any = item.prompt
+        if not isinstance(item.prompt, str):
+            prompt = [message.model_dump() for message in item.prompt]
         if is_chat(prompt) and not self.manifest.conversational:
             raise Refused(
                 422,
@@ -150,5 +152,5 @@ class ServedModel:
         return score_ids(self.module, rows, self.budget, self.device)
 
     def info(self) -> dict[str, Any]:
-        """The manifest, and how much text an item may hold."""
+        """The answer of /info: the manifest, and how many tokens an item may have."""
         return {"model": self.path, **dataclasses.asdict(self.manifest), "max_tokens": self.limit}

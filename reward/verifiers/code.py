@@ -1,4 +1,4 @@
-"""Python code that passes the row's tests."""
+"""A verifier for Python code: it runs the row's tests in a sandbox."""
 
 import json
 import os
@@ -6,15 +6,16 @@ from typing import Any
 
 from conf.schema import RewardTerm
 from reward.sandbox.run import Limits, SandboxError, isolation, run_tests
-from reward.verifiers.extract import fenced
+from reward.verifiers.extract import fenced_or_all
 
 
 class Code:
-    """The share of the row's tests that the response's code passes, or 1 for all and else 0.
+    """The share of the row's tests that the response's code passes; with all_or_nothing 1 for all
+    of them, else 0.
 
-    The code is the last fenced block that says python or nothing, else the whole response. A test
-    is Python that raises where the code is wrong; the column holds a list of them, the list as JSON
-    text, or one text.
+    The code is the last fenced block whose language is Python or not named, or else the whole
+    response. A test is Python code that raises where the response's code is wrong. The column holds
+    a list of tests, that list as JSON text, or a single test.
     """
 
     def __init__(self, term: RewardTerm) -> None:
@@ -30,13 +31,12 @@ class Code:
 
     def reference(self, *values: Any) -> list[str]:
         tests = values[0]
-        if isinstance(tests, str):
-            tests = json.loads(tests) if tests.lstrip().startswith("[") else [tests]
-        if (
-            not isinstance(tests, list)
-            or not tests
-            or not all(isinstance(test, str) and test.strip() for test in tests)
-        ):
+        if isinstance(tests, str) and tests.lstrip().startswith("["):
+            tests = json.loads(tests)
+        elif isinstance(tests, str):
+            tests = [tests]
+        usable = isinstance(tests, list) and all(isinstance(t, str) and t.strip() for t in tests)
+        if not usable or not tests:
             raise ValueError(
                 f"expected a list of tests, each of them Python code, found {values[0]!r}"
             )
@@ -51,9 +51,9 @@ class Code:
         return tests
 
     def score(self, response: str, reference: list[str]) -> float:
-        code = fenced(response, ("python", "py", "python3"))
-        outcomes = run_tests(
-            response if code is None else code, reference, self.limits, namespaces=self.namespaces
-        )
+        code = fenced_or_all(response, ("python", "py", "python3"))
+        outcomes = run_tests(code, reference, self.limits, namespaces=self.namespaces)
         passed = sum(outcome.passed for outcome in outcomes)
-        return float(passed == len(reference)) if self.all_or_nothing else passed / len(reference)
+        if self.all_or_nothing:
+            return float(passed == len(reference))
+        return passed / len(reference)

@@ -1,14 +1,15 @@
 """Verifiable instructions, with the names and arguments of IFEval (Zhou et al. 2023,
 arXiv:2311.07911), and a few more.
 
-A row's column holds a list of {"id": ..., arguments}, or that list as JSON text; arguments that are
-null are left out: IFEval's files have them. Departures: sentences are counted by their closing
-marks (IFEval: NLTK's punkt); casing doesn't ask whether the text is English; a script
-(language:script) takes the place of a guessed language. An empty response follows nothing, as
-there.
+A row's column holds a list of {"id": ..., arguments}, or that list as JSON text. Arguments that are
+null, as in IFEval's files, are ignored. Departures from IFEval: sentences are counted by their
+closing marks (IFEval: NLTK's punkt); the constraints on case don't check that the text is English;
+instead of a language, which would be guessed, a script is checked (language:script). An empty
+response follows no instruction, as in IFEval.
 """
 
 import json
+import operator
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -16,16 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.schema import RewardTerm
-from reward.verifiers.extract import fenced
+from reward.verifiers.extract import fenced_or_all
 from reward.verifiers.text import parse_json
 from rlhf.process.wording import describe, nearest
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {
-    "at least": lambda found, wanted: found >= wanted,
-    "less than": lambda found, wanted: found < wanted,
-    "at most": lambda found, wanted: found <= wanted,
-    "more than": lambda found, wanted: found > wanted,
-    "exactly": lambda found, wanted: found == wanted,
+    "at least": operator.ge,
+    "less than": operator.lt,
+    "at most": operator.le,
+    "more than": operator.gt,
+    "exactly": operator.eq,
 }
 _KINDS: dict[str, tuple[type, ...]] = {
     "text": (str,),
@@ -43,16 +44,16 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str) -> int:
-    """Runs of text that hold a word and end with a closing mark, a line's end after an empty line,
-    or the end of the text.
+    """The number of parts that hold a word, where the text is split at closing marks and empty
+    lines.
     """
     parts = re.split(r"(?:[.!?]+[\"')\]]*(?=\s|$))|[\u3002\uff01\uff1f]+|\n\s*\n", text)
     return sum(bool(re.search(r"\w", part)) for part in parts)
 
 
 def paragraphs(text: str, separator: str) -> list[str]:
-    """The paragraphs that `separator`, a pattern, leaves; empty ones at the ends are none, an empty
-    one between them is one.
+    """The text split at the pattern `separator`, without empty parts at both ends; an empty part
+    in between counts as a paragraph.
     """
     parts = re.split(separator, text)
     while parts and not parts[0].strip():
@@ -63,22 +64,21 @@ def paragraphs(text: str, separator: str) -> list[str]:
 
 
 def occurrences(text: str, keyword: str) -> int:
-    """Of a word or phrase as a whole, whatever its case."""
+    """How often a word or phrase occurs as a whole, ignoring case."""
     return len(re.findall(rf"(?<!\w){re.escape(keyword)}(?!\w)", text, re.IGNORECASE))
 
 
 def in_script(text: str, script: str) -> bool:
-    """Whether all letters are of one script, by their Unicode names: LATIN, CYRILLIC, GREEK,
-    ARABIC, HEBREW, HANGUL, CJK, HIRAGANA ...
+    """Whether all letters are of the script, by their Unicode names: LATIN, CYRILLIC, GREEK,
+    ARABIC, HEBREW, HANGUL, CJK, HIRAGANA ... False for a text without letters.
     """
     names = [unicodedata.name(c, "") for c in text if c.isalpha()]
     return bool(names) and all(name.startswith(script.upper()) for name in names)
 
 
 def _is_json(text: str) -> bool:
-    block = fenced(text, ("json",))
     try:
-        parse_json(text if block is None else block)
+        parse_json(fenced_or_all(text, ("json",)))
     except ValueError:
         return False
     return True
@@ -89,11 +89,9 @@ def _sections(text: str, splitter: str) -> int:
 
 
 def _highlights(text: str) -> int:
-    found = [
-        *re.findall(r"(?<!\*)\*([^\n*]+)\*(?!\*)", text),
-        *re.findall(r"\*\*([^\n*]+)\*\*", text),
-    ]
-    return sum(bool(part.strip()) for part in found)
+    parts = re.findall(r"(?<!\*)\*([^\n*]+)\*(?!\*)", text)
+    parts += re.findall(r"\*\*([^\n*]+)\*\*", text)
+    return sum(bool(part.strip()) for part in parts)
 
 
 def _nth_first_word(text: str, count: int, nth: int, first: str) -> bool:
@@ -103,22 +101,18 @@ def _nth_first_word(text: str, count: int, nth: int, first: str) -> bool:
     return parts[nth - 1].split()[0].strip("'\".,?!").lower() == first.lower()
 
 
-def _two(text: str) -> bool:
-    parts = paragraphs(text, r"\*{6}")
-    return (
-        len(parts) == 2
-        and parts[0].strip() != parts[1].strip()
-        and all(part.strip() for part in parts)
-    )
+def _two_responses(text: str) -> bool:
+    parts = [part.strip() for part in paragraphs(text, r"\*{6}")]
+    return len(parts) == 2 and parts[0] != parts[1] and all(parts)
 
 
-# --- what there is to ask for
+# --- the instructions
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One kind of constraint: its arguments by name and kind, and whether a text with at least one
-    character follows it.
+    """A kind of constraint: its arguments by name and kind, and the function that tells whether a
+    text (which is not empty) follows it.
     """
 
     arguments: Mapping[str, str]
@@ -128,14 +122,18 @@ class Instruction:
 def _counted(
     count: Callable[[str], int], number: str, relation: str | None = "relation"
 ) -> Instruction:
-    """A count held against a number, with a relation of its own or equal to it."""
-    names = {number: "whole number"} | ({} if relation is None else {relation: "relation"})
-    return Instruction(
-        names,
-        lambda text, a: RELATIONS["exactly" if relation is None else a[relation]](
-            count(text), a[number]
-        ),
-    )
+    """A count that the argument `number` bounds: by the relation of the argument `relation`, or
+    exactly where that is None.
+    """
+    names = {number: "whole number"}
+    if relation is not None:
+        names[relation] = "relation"
+
+    def followed(text: str, arguments: Mapping[str, Any]) -> bool:
+        wanted = "exactly" if relation is None else arguments[relation]
+        return RELATIONS[wanted](count(text), arguments[number])
+
+    return Instruction(names, followed)
 
 
 INSTRUCTIONS: dict[str, Instruction] = {
@@ -205,7 +203,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
         {}, lambda t, a: len(t.strip()) > 1 and t.strip()[0] == t.strip()[-1] == '"'
     ),
     "punctuation:no_comma": Instruction({}, lambda t, a: "," not in t),
-    "combination:two_responses": Instruction({}, lambda t, a: _two(t)),
+    "combination:two_responses": Instruction({}, lambda t, a: _two_responses(t)),
     "combination:repeat_prompt": Instruction(
         {"prompt_to_repeat": "text"},
         lambda t, a: t.strip().lower().startswith(a["prompt_to_repeat"].strip().lower()),
@@ -215,9 +213,22 @@ INSTRUCTIONS: dict[str, Instruction] = {
 }
 
 
+def _fits(value: Any, kind: str) -> bool:
+    """Whether an argument's value is of its kind."""
+    if isinstance(value, bool) or not isinstance(value, _KINDS[kind]):
+        return False
+    if kind == "relation":
+        return value in RELATIONS
+    if kind == "whole number":
+        return bool(value >= 0)
+    if kind == "list of texts":
+        return bool(value) and all(isinstance(item, str) and item for item in value)
+    return bool(value != "")
+
+
 def read_constraint(value: Any) -> tuple[Instruction, dict[str, Any]]:
-    """One {"id": ..., arguments} as the instruction and its arguments. Raises ValueError for what
-    there isn't, and for a wrong argument.
+    """An object {"id": ..., arguments} as the instruction and its arguments. Raises ValueError for
+    an unknown instruction, and for arguments that don't fit it.
     """
     if not isinstance(value, dict) or not isinstance(value.get("id"), str):
         raise ValueError(f"expected an object with an id, found {describe(value)}")
@@ -237,26 +248,12 @@ def read_constraint(value: Any) -> tuple[Instruction, dict[str, Any]]:
             f"{', '.join(given) or 'none'}"
         )
     for key, kind in instruction.arguments.items():
-        found = given[key]
-        if isinstance(found, float) and found.is_integer():
-            given[key] = found = int(found)  # as data frames write whole numbers beside nulls
-        fits = isinstance(found, _KINDS[kind]) and not isinstance(found, bool)
-        fits = (
-            fits
-            and (kind != "relation" or found in RELATIONS)
-            and (kind != "whole number" or found >= 0)
-        )
-        fits = (
-            fits
-            and (
-                kind != "list of texts"
-                or (found and all(isinstance(item, str) and item for item in found))
-            )
-            and found != ""
-        )
-        if not fits:
+        argument = given[key]
+        if isinstance(argument, float) and argument.is_integer():
+            given[key] = argument = int(argument)  # data frames write integers beside nulls so
+        if not _fits(argument, kind):
             wanted = f"one of {', '.join(RELATIONS)}" if kind == "relation" else f"a {kind}"
-            raise ValueError(f"{name}: {key}: expected {wanted}, found {describe(found)}")
+            raise ValueError(f"{name}: {key}: expected {wanted}, found {describe(argument)}")
     if "nth_paragraph" in given and not 1 <= given["nth_paragraph"] <= given["num_paragraphs"]:
         raise ValueError(
             f"{name}: nth_paragraph={given['nth_paragraph']}: expected 1 to "
@@ -266,8 +263,8 @@ def read_constraint(value: Any) -> tuple[Instruction, dict[str, Any]]:
 
 
 class Instructions:
-    """The share of the row's constraints that the response follows, or 1 for all of them and else
-    0.
+    """The share of the row's constraints that the response follows; with all_or_nothing 1 for all
+    of them, else 0.
     """
 
     workers = 1
@@ -288,6 +285,6 @@ class Instructions:
         followed = sum(
             instruction.followed(response, arguments) for instruction, arguments in reference
         )
-        return (
-            float(followed == len(reference)) if self.all_or_nothing else followed / len(reference)
-        )
+        if self.all_or_nothing:
+            return float(followed == len(reference))
+        return followed / len(reference)

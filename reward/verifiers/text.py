@@ -1,6 +1,4 @@
-"""Verifiers that need no more than text: exact, numeric, choice, regex, JSON schema, format. The
-larger ones have files of their own.
-"""
+"""Verifiers that need nothing but the text: exact, numeric, choice, regex, format, JSON schema."""
 
 import json
 import math
@@ -12,38 +10,39 @@ import regex
 from conf.choices import FormatStyle
 from conf.schema import RewardTerm
 from reward.verifiers.extract import (
-    after_marker,
+    BOXED,
+    answer_of,
     boxed,
     close,
-    fenced,
+    fenced_or_all,
     letter_of,
     normalise,
     number_of,
     numbers_in,
 )
 
-# a pattern that takes longer on one response goes back and forth without end
+# a pattern that takes longer on a response backtracks without end
 _PATTERN_SECONDS = 2.0
 STYLES = {
     FormatStyle.think: r"<think>(?!.*<think>)(.*?)</think>.*",
-    FormatStyle.think_answer: r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?think>|</?answer>).)*</answer>\s*",
+    FormatStyle.think_answer: (
+        r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>"
+        r"\s*<answer>(?:(?!</?think>|</?answer>).)*</answer>\s*"
+    ),
 }
 
 
 class Exact:
-    """1 where the answer's normalised text is the row's, or one of the row's where it has a
-    list.
+    """1 where the answer's normalised text equals the row's, or any of them where the row has a
+    list; else 0.
     """
 
     workers = 1
 
     def __init__(self, term: RewardTerm) -> None:
         self.columns: tuple[str, ...] = (term.column or "answer",)
-        self.marker, self.ignore_case, self.ignore_punctuation = (
-            term.marker,
-            term.ignore_case,
-            term.ignore_punctuation,
-        )
+        self.marker = term.marker
+        self.ignore_case, self.ignore_punctuation = term.ignore_case, term.ignore_punctuation
 
     def _plain(self, text: str) -> str:
         return normalise(
@@ -52,36 +51,30 @@ class Exact:
 
     def reference(self, *values: Any) -> set[str]:
         answers = values[0] if isinstance(values[0], list) else [values[0]]
-        out = {
-            self._plain(str(a))
-            for a in answers
-            if isinstance(a, (str, int, float)) and not isinstance(a, bool)
-        }
-        if (
-            not answers
-            or len(
-                [a for a in answers if isinstance(a, (str, int, float)) and not isinstance(a, bool)]
-            )
-            < len(answers)
-            or "" in out
-        ):
+        usable = [
+            answer
+            for answer in answers
+            if isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
+        ]
+        texts = {self._plain(str(answer)) for answer in usable}
+        if not answers or len(usable) < len(answers) or "" in texts:
             raise ValueError(
                 "expected a text that is more than punctuation, or a list of such texts, found "
                 f"{values[0]!r}"
             )
-        return out
+        return texts
 
     def score(self, response: str, reference: set[str]) -> float:
-        answer = response if self.marker is None else after_marker(response, self.marker)
+        answer = answer_of(response, self.marker)
         return float(answer is not None and self._plain(answer) in reference)
 
 
 class Numeric:
-    r"""1 where the answer is the row's number within the tolerance.
+    r"""1 where the answer is the row's number within the tolerance, else 0.
 
-    With a marker only what it points at counts: the first number of a line ("#### 42 apples"), the
-    last one in \boxed{} or a tag ("x = 42"). Without one: \boxed{} where there is one, else after
-    "####" where there is one, else the last number of the response.
+    With a marker only the text that it points at counts: the first number of a line ("#### 42
+    apples"), the last number in \boxed{} or in a tag ("x = 42"). Without a marker: \boxed{} where
+    the response has it, else "####" where it has that, else the last number of the response.
     """
 
     workers = 1
@@ -91,11 +84,10 @@ class Numeric:
         self.marker, self.tolerance = term.marker, term.tolerance
 
     def reference(self, *values: Any) -> Any:
-        number = (
-            number_of(values[0])
-            if not isinstance(values[0], str)
-            else self._answer(values[0], None)
-        )
+        if isinstance(values[0], str):
+            number = self._answer(values[0], None)
+        else:
+            number = number_of(values[0])
         if number is None:
             raise ValueError(
                 f"expected a number, or a text that ends with one, found {values[0]!r}"
@@ -103,23 +95,24 @@ class Numeric:
         return number
 
     def score(self, response: str, reference: Any) -> float:
-        found = self._answer(response, self.marker)
-        return float(found is not None and close(found, reference, self.tolerance))
+        number = self._answer(response, self.marker)
+        return float(number is not None and close(number, reference, self.tolerance))
 
     @staticmethod
     def _answer(text: str, marker: str | None) -> Any:
-        if marker is None:
-            marker = r"\boxed{}" if boxed(text) is not None else "####" if "####" in text else None
-        span = text if marker is None else after_marker(text, marker)
-        numbers = [] if span is None else numbers_in(span)
+        if marker is None and boxed(text) is not None:
+            marker = BOXED
+        elif marker is None and "####" in text:
+            marker = "####"
+        numbers = numbers_in(answer_of(text, marker) or "")
         if not numbers:
             return None
-        line = marker is not None and marker != r"\boxed{}" and not marker.startswith("<")
-        return numbers[0] if line else numbers[-1]
+        points_at_line = marker is not None and marker != BOXED and not marker.startswith("<")
+        return numbers[0] if points_at_line else numbers[-1]
 
 
 class Choice:
-    """1 where the chosen letter is the row's."""
+    """1 where the chosen letter is the row's, else 0."""
 
     workers = 1
 
@@ -129,35 +122,32 @@ class Choice:
 
     def reference(self, *values: Any) -> str:
         text = str(values[0]).strip()
-        found = (
-            text.upper()
-            if len(text) == 1 and text.upper() in self.letters
-            else letter_of(text, self.letters, None)
-        )
-        if found is None:
+        letter: str | None = text.upper()
+        if len(text) != 1 or text.upper() not in self.letters:
+            letter = letter_of(text, self.letters, None)
+        if letter is None:
             raise ValueError(f"expected one of the letters {self.letters}, found {values[0]!r}")
-        return found
+        return letter
 
     def score(self, response: str, reference: str) -> float:
         return float(letter_of(response, self.letters, self.marker) == reference)
 
 
 def compile_pattern(pattern: str, flags: int = 0) -> Any:
-    """A compiled pattern. Raises ValueError with what is wrong and where."""
+    """A compiled pattern. Raises ValueError with what is wrong, and at which position."""
     try:
         return regex.compile(pattern, flags)
     except regex.error as error:
         raise ValueError(f"{pattern!r} is no valid pattern ({error})") from error
 
 
-def found_in(pattern: Any, text: str, *, whole: bool) -> bool:
-    """Whether the pattern matches somewhere, or all of the text. Raises TimeoutError for a pattern
-    that backtracks without end.
+def matches(pattern: Any, text: str, *, whole: bool) -> bool:
+    """Whether the pattern matches the whole text, or a part of it. Raises TimeoutError for a
+    pattern that backtracks without end.
     """
+    match = pattern.fullmatch if whole else pattern.search
     try:
-        return (pattern.fullmatch if whole else pattern.search)(
-            text, timeout=_PATTERN_SECONDS
-        ) is not None
+        return match(text, timeout=_PATTERN_SECONDS) is not None
     except TimeoutError as error:
         raise TimeoutError(
             f"the pattern {pattern.pattern!r} took more than {_PATTERN_SECONDS} s on {len(text)} "
@@ -166,7 +156,9 @@ def found_in(pattern: Any, text: str, *, whole: bool) -> bool:
 
 
 class Regex:
-    """1 where the pattern is found anywhere in the response: the term's own, or each row's."""
+    """1 where the pattern matches a part of the response, else 0. The pattern is the term's, or
+    each row's own.
+    """
 
     workers = 1
 
@@ -182,11 +174,13 @@ class Regex:
         return compile_pattern(values[0])
 
     def score(self, response: str, reference: Any) -> float:
-        return float(found_in(reference, response, whole=False))
+        return float(matches(reference, response, whole=False))
 
 
 class Format:
-    """1 where the whole response matches; a point also matches a line's end."""
+    """1 where the pattern matches the whole response, else 0; a point in it also matches a line
+    break.
+    """
 
     workers = 1
     columns: tuple[str, ...] = ()
@@ -200,12 +194,12 @@ class Format:
         return None
 
     def score(self, response: str, reference: Any) -> float:
-        return float(found_in(self.pattern, response, whole=True))
+        return float(matches(self.pattern, response, whole=True))
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON: no NaN, no number that becomes infinite. Raises ValueError, also for text nested
-    too deeply to read.
+    """The value of a text of strict JSON: without NaN, and without numbers that a float can't hold.
+    Raises ValueError, also for text that is nested too deeply.
     """
 
     def finite(digits: str) -> float:
@@ -221,11 +215,11 @@ def parse_json(text: str) -> Any:
 
 
 class JsonSchema:
-    """1 where the response is JSON that the schema allows: the term's file, or each row's own
-    schema (an object, or its text).
+    """1 where the response is JSON that the schema allows, else 0. The schema is the term's file,
+    or each row's own (an object, or its text).
 
-    The JSON is what `marker` points at; without one the content of the last fenced block, else the
-    whole response.
+    The JSON is the text that `marker` points at; without a marker the content of the last fenced
+    block, or else the whole response.
     """
 
     workers = 1
@@ -234,11 +228,11 @@ class JsonSchema:
         self.marker = term.marker
         self.validator: Any = None
         if term.schema_file is not None:
-            place = Path(term.schema_file).expanduser()
-            if not place.is_file():
+            path = Path(term.schema_file).expanduser()
+            if not path.is_file():
                 raise ValueError(f"schema_file={term.schema_file}: no such file")
             try:
-                self.validator = self._compile(json.loads(place.read_text(encoding="utf-8")))
+                self.validator = self._compile(json.loads(path.read_text(encoding="utf-8")))
             except ValueError as error:
                 raise ValueError(f"schema_file={term.schema_file}: {error}") from error
         self.columns: tuple[str, ...] = (term.column or "schema",) if self.validator is None else ()
@@ -262,14 +256,15 @@ class JsonSchema:
     def reference(self, *values: Any) -> Any:
         if not values:
             return self.validator
-        return self._compile(json.loads(values[0]) if isinstance(values[0], str) else values[0])
+        schema = values[0]
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        return self._compile(schema)
 
     def score(self, response: str, reference: Any) -> float:
-        if self.marker is not None:
-            text = after_marker(response, self.marker)
-        else:
-            block = fenced(response, ("json",))
-            text = response if block is None else block
+        text = answer_of(response, self.marker)
+        if self.marker is None:
+            text = fenced_or_all(response, ("json",))
         if text is None:
             return 0.0
         try:

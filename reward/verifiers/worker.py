@@ -1,8 +1,9 @@
-"""A process that evaluates text for the verifiers of mathematics and of reasoning-gym.
+"""A process of its own that evaluates responses for the verifiers of mathematics and of
+reasoning-gym.
 
-Both hand a response to parsers that can be made to compute without end (9^9^9^9), to fill the
-memory, or, in reasoning-gym, to run it as Python. A process of its own can be ended: a response
-that uses up its CPU time or memory is wrong, and the next one finds a fresh process.
+Both give a response to parsers that it can make compute without end (9^9^9^9) or fill the memory;
+some of reasoning-gym's run it as Python. A process can be killed: a response that uses up its CPU
+time or memory is wrong, and the next response gets a fresh process.
 """
 
 import contextlib
@@ -24,11 +25,11 @@ import psutil
 LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
 _START_S = 180.0  # imports, on a machine under load
-_WALL_FACTOR = 20.0  # wall time per CPU time before the machine, not the response, is at fault
+_WALL_FACTOR = 20.0  # beyond so much wall time per CPU time the machine is at fault
 
 
 class WorkerError(RuntimeError):
-    """The process itself failed: no fault of the response."""
+    """The process itself failed, through no fault of the response."""
 
 
 class BrokenReference(ValueError):
@@ -36,17 +37,17 @@ class BrokenReference(ValueError):
 
 
 class _Ended(Exception):
-    """The process ended, or was ended for its CPU time."""
+    """The process ended, or was killed because of its CPU time."""
 
 
 class Worker:
-    """One process, started when it is first asked, ended with this object or with the program.
+    """The process, started at the first request and ended with this object or with the program.
     Threads take turns.
     """
 
     def __init__(self, kind: str, *, cpu_s: float = 3.0, memory_mb: int = 4096) -> None:
-        """`kind`: math or gym. `cpu_s`: CPU seconds for one response; `memory_mb`: address space,
-        libraries included.
+        """`kind`: math or gym. `cpu_s`: CPU seconds for a response. `memory_mb`: MiB of address
+        space, libraries included.
         """
         self.kind, self.cpu_s, self.memory_mb = kind, cpu_s, memory_mb
         self._lock = threading.Lock()
@@ -57,8 +58,8 @@ class Worker:
         self._finalizer = weakref.finalize(self, _end_all, self._holder)
 
     def check(self, reference: Any) -> None:
-        """Raises BrokenReference where the reference can't be used, WorkerError where the process
-        can't.
+        """Raises BrokenReference for a reference that can't be used, WorkerError where the process
+        fails.
         """
         with self._lock:
             try:
@@ -69,13 +70,15 @@ class Worker:
                 ) from error
 
     def score(self, reference: Any, response: str) -> float:
-        """In [0, 1]; 0 for a response that used up its time or the memory. Raises as `check`."""
+        """A score in [0, 1]; 0 for a response that used up its time or memory. Raises as `check`
+        does.
+        """
         with self._lock:
             try:
                 return float(self._ask({"reference": reference, "response": response}))
             except _Ended as error:
                 LOG.debug("The %s process %s on %r", self.kind, error, response[:200])
-        self.check(reference)  # a process that ends without the response as well is not ended by it
+        self.check(reference)  # the process must live without the response: else it is not at fault
         return 0.0
 
     def close(self) -> None:
@@ -83,11 +86,9 @@ class Worker:
         self._folder.cleanup()
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        process = (
-            self._process
-            if self._process is not None and self._process.poll() is None
-            else self._start()
-        )
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start()
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -100,32 +101,23 @@ class Worker:
         return answer["score"]
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # no secrets
-        keep = {
-            name: os.environ[name]
-            for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
-            if name in os.environ
+        # of this environment only what Python needs: the rest may hold secrets
+        kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        environment |= {
+            "PYTHONHASHSEED": "0",
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "LANG": "C.UTF-8",
         }
+        arguments = [self.kind, str(self.memory_mb), self._folder.name]
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "reward.verifiers.worker_child",
-                self.kind,
-                str(self.memory_mb),
-                self._folder.name,
-            ],
+            [sys.executable, "-m", "reward.verifiers.worker_child", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=_ROOT,
-            env=keep
-            | {
-                "PYTHONHASHSEED": "0",
-                "OPENBLAS_NUM_THREADS": "1",
-                "OMP_NUM_THREADS": "1",
-                "LANG": "C.UTF-8",
-            },
+            env=environment,
             start_new_session=True,
         )
         self._process, self._buffer = process, b""
@@ -141,8 +133,8 @@ class Worker:
         return process
 
     def _line(self, process: subprocess.Popen[bytes], cpu_s: float) -> bytes:
-        """The next line, or _Ended after `cpu_s` seconds of CPU; WorkerError where wall time passes
-        and no CPU time does.
+        """The next line of the process. Raises _Ended after `cpu_s` seconds of CPU, WorkerError
+        where wall time passes but no CPU time.
         """
         assert process.stdout is not None
         began, used = time.monotonic(), _cpu_seconds(process.pid)

@@ -1,9 +1,13 @@
-"""The other side of reward/verifiers/worker.py: answers one JSON line per request, holding responses against
-references with libraries that evaluate text.
+"""The program that reward/verifiers/worker.py starts: it checks responses against references with
+libraries that evaluate text.
 
-python -m reward.verifiers.worker_child math|gym MEMORY_MB TEMPORARY_DIRECTORY request   {"reference": ...,
-"response": ...}; without "response" the reference alone is checked answer    {"score": number},
-{"score": null} for a checked reference, {"broken": why} for one that can't be used
+    python -m reward.verifiers.worker_child math|gym MEMORY_MB TEMPORARY_DIRECTORY
+
+It reads a JSON object a line and answers with a JSON object a line:
+
+    request   {"reference": ..., "response": ...}; without "response" only the reference is checked
+    answer    {"score": number}; {"score": null} for a checked reference; {"broken": why} for a
+              reference that can't be used
 """
 
 import json
@@ -29,14 +33,14 @@ class Broken(ValueError):
 
 
 class MathChecker:
-    """math-verify as TRL's accuracy_reward calls it, so that both agree."""
+    """math-verify, called as TRL's accuracy_reward calls it, so that both agree."""
 
     def __init__(self) -> None:
         from latex2sympy2_extended import NormalizationConfig
         from math_verify import LatexExtractionConfig, parse, verify
 
         for name in ("math_verify.parser", "math_verify.grader"):
-            # it would warn that its own time limits are off; ours is the parent's
+            # it would warn that its time limits are off; the parent process has ours
             logging.getLogger(name).setLevel(logging.ERROR)
         normalisation = NormalizationConfig(units=True)
         extraction = LatexExtractionConfig(
@@ -54,18 +58,18 @@ class MathChecker:
         self._verify: Any = lambda gold, answer: verify(gold, answer, timeout_seconds=None)
 
     def reference(self, value: Any) -> Any:
-        """A row's answer as expressions. Text without LaTeX delimiters is one expression as a
-        whole: x^2+1 is no number 2.
+        """A row's answer as expressions. Text without LaTeX delimiters is a single expression:
+        x^2+1 does not hold the number 2.
         """
         text = str(value).strip()
-        text = (after_marker(text, "####") or "") if "####" in text else text
-        gold = (
-            self._parse(text)
-            if any(anchor in text for anchor in _ANCHORS)
-            else self._parse(f"\\boxed{{{text}}}")
-        )
+        if "####" in text:
+            text = after_marker(text, "####") or ""
+        if any(anchor in text for anchor in _ANCHORS):
+            gold = self._parse(text)
+        else:
+            gold = self._parse(f"\\boxed{{{text}}}")
         if all(isinstance(item, str) for item in gold):
-            gold = [*self._parse(text), *gold]  # 50%, say
+            gold = [*self._parse(text), *gold]  # such as 50%
         if not gold:
             raise Broken(f"expected a mathematical expression, found {value!r}")
         return gold
@@ -75,7 +79,7 @@ class MathChecker:
 
 
 class GymChecker:
-    """A reasoning-gym task's own score_answer, which for some tasks evaluates the response as
+    """The score_answer of a reasoning-gym task, which for some tasks evaluates the response as
     Python or SymPy.
     """
 
@@ -98,13 +102,13 @@ class GymChecker:
                 self._tasks[key] = self._create(task, **config)
             if entry["answer"] is not None:
                 self._tasks[key].score_answer(entry["answer"], entry)
-            careless = _score_or_zero(self._tasks[key], _NONSENSE, entry)
+            nonsense = _score_or_zero(self._tasks[key], _NONSENSE, entry)
         except Exception as error:
             raise Broken(
                 f"the task {task!r} can't score its own answer {entry['answer']!r} "
                 f"({type(error).__name__}: {error})"
             ) from error
-        if careless >= 1:
+        if nonsense >= 1:
             raise Broken(
                 f"the task {task!r} gives full marks to {_NONSENSE!r}, so its verifier verifies "
                 "nothing"
@@ -116,8 +120,8 @@ class GymChecker:
 
 
 def _score_or_zero(dataset: Any, response: str, entry: dict[str, Any]) -> float:
-    """The task's score; it scored the task's own answer, so what raises here is what the response
-    says: a wrong answer.
+    """The task's score; 0 where it raises. It has scored the task's own answer, so an error comes
+    from the response, which is wrong.
     """
     try:
         return float(dataset.score_answer(response, entry))
@@ -126,8 +130,8 @@ def _score_or_zero(dataset: Any, response: str, entry: dict[str, Any]) -> float:
 
 
 def refuse_effects(directory: str) -> None:
-    """An audit hook as in the code sandbox: a response that is evaluated opens no socket, starts no
-    process and writes no file.
+    """Install the code sandbox's audit hook: a response that is evaluated can't open a socket,
+    start a process, or write outside `directory`.
     """
     sys.addaudithook(make_hook(directory))
 
@@ -135,7 +139,7 @@ def refuse_effects(directory: str) -> None:
 def main() -> None:
     kind, memory_mb, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     requests, answers = sys.stdin, os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # whatever a library prints must not be read as an answer
     checker: MathChecker | GymChecker = MathChecker() if kind == "math" else GymChecker()
     known: dict[str, Any] = {}
     soft = memory_mb << 20
@@ -150,13 +154,12 @@ def main() -> None:
         answer: dict[str, object]
         try:
             if key not in known:
-                known = known if len(known) < _KEPT else {}
+                if len(known) >= _KEPT:
+                    known = {}
                 known[key] = checker.reference(request["reference"])
-            answer = {
-                "score": checker.score(known[key], request["response"])
-                if "response" in request
-                else None
-            }
+            answer = {"score": None}
+            if "response" in request:
+                answer = {"score": checker.score(known[key], request["response"])}
         except Broken as error:
             answer = {"broken": str(error)}
         answers.write(json.dumps(answer) + "\n")

@@ -63,9 +63,15 @@ def test_the_reward_is_the_share_of_distinct_words() -> None:
 
 def figures(step: float, memory: float) -> dict[str, float]:
     return {
-        "step_s": step, "rollout_s": step / 2, "update_s": step / 4, "sync_s": step / 100, "bare_s": step / 5, "gap": 1e-6, "peak_rss_mb": memory,
+        "step_s": step,
+        "rollout_s": step / 2,
+        "update_s": step / 4,
+        "sync_s": step / 100,
+        "bare_s": step / 5,
+        "gap": 1e-6,
+        "peak_rss_mb": memory,
         "response_tokens": 100.0,
-    }  # fmt: skip
+    }
 
 
 def test_the_table_holds_medians_and_ratios_of_neighbouring_steps() -> None:

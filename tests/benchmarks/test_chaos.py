@@ -299,11 +299,17 @@ from benchmarks.chaos import disk as chaos_disk
 
 place = Path(sys.argv[1])
 said = []
+actions = {
+    "full": lambda directory: None,
+    "roomy": chaos_disk.enlarge,
+    "sealed": chaos_disk.seal_off,
+    "restored": chaos_disk.restore,
+}
 with chaos_disk.mounted(place, 64 * 1024):
     kept = (place / "kept").open("w")
     chaos_child.ACTIONS["fill"](str(place))
-    for step in ("full", "roomy", "sealed", "restored"):
-        {"full": lambda p: None, "roomy": chaos_disk.enlarge, "sealed": chaos_disk.seal_off, "restored": chaos_disk.restore}[step](place)
+    for step, action in actions.items():
+        action(place)
         try:
             (place / step).write_bytes(b"x" * 5000)
             said.append("yes")

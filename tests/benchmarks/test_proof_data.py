@@ -312,7 +312,7 @@ def write_runs(
         "exact_duplicates": truth["exact_duplicates"] | truth["row_leakage_exact"],
         "near_duplicates": truth["near_duplicates"] | truth["leaked_near_originals"],
     }
-    for name, content in ((proof_data.AS_FOUND, found), (proof_data.AS_MENDED, mended)):
+    for name, content in ((proof_data.RAW, found), (proof_data.REPAIRED, mended)):
         folder = runs / name / "data"
         folder.mkdir(parents=True)
         (folder / "report.json").write_text(json.dumps(content))

@@ -130,8 +130,12 @@ SPAWN = """
 import _posixsubprocess, os
 def spawn(*command):
     r, w = os.pipe()
-    return _posixsubprocess.fork_exec([c.encode() for c in command], [command[0].encode()], True, (w,), None, None, -1, -1, -1, -1, -1, -1,
-                                      r, w, False, True, -1, None, None, None, -1, None, True)
+    arguments = [c.encode() for c in command]
+    none = (-1,) * 6
+    rest = (r, w, False, True, -1, None, None, None, -1, None, True)
+    return _posixsubprocess.fork_exec(
+        arguments, arguments[:1], True, (w,), None, None, *none, *rest
+    )
 """
 
 
