@@ -28,7 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES = ("conf", "rlhf", "reward", "policy", "rollout", "eval")
-STAGES = ("ppo", "sft", "reward", "label", "data")
+# The modules that run the stages, in all versions so far.
+STAGES = {
+    "ppo": "rlhf.stages.online",
+    "sft": "rlhf.stages.sft",
+    "reward": "rlhf.stages.reward",
+    "label": "rlhf.stages.label",
+    "data": "rlhf.stages.data",
+}
 LONGEST_LINE = 100
 ENTRY = "rlhf.__main__"
 _LAYOUT = {
@@ -206,17 +213,6 @@ def _followed(graph: Mapping[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-def stage_module(entry: Source, stage: str) -> str:
-    """The module that runs a stage: rlhf/__main__.py holds those that are named otherwise."""
-    for node in entry.nodes:
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                named = isinstance(key, ast.Constant) and key.value == stage
-                if named and isinstance(value, ast.Constant):
-                    return f"rlhf.stages.{value.value!s}"
-    return f"rlhf.stages.{stage}"
-
-
 # --- the figures
 
 
@@ -255,6 +251,9 @@ def measure(repo: Path) -> House:
     """The figures of the checkout in `repo`."""
     read = sources(repo)
     known = {source.module: source for source in read}
+    missing = [module for module in STAGES.values() if module not in known]
+    if missing:
+        raise ValueError(f"{repo} has no module {', '.join(missing)}: STAGES is out of date")
     graph = {source.module: imported(source, known) for source in read}
     every = [function for source in read for function in functions(source)]
     strings = []
@@ -264,9 +263,7 @@ def measure(repo: Path) -> House:
         if source.module != ENTRY:
             strings += [f"{source.path}: {name}" for name in names if name is not None]
     return House(
-        reached={
-            stage: len(reached(graph, ENTRY, stage_module(known[ENTRY], stage))) for stage in STAGES
-        },
+        reached={name: len(reached(graph, ENTRY, stage)) for name, stage in STAGES.items()},
         root_modules=[s.path for s in read if Path(s.path).parent == Path("rlhf")],
         circles=circles(graph),
         string_imports=strings,

@@ -108,7 +108,7 @@ class Batcher:
                 scores = await asyncio.get_running_loop().run_in_executor(
                     self._scoring, self.model.scores, rows
                 )
-            except Exception as error:  # noqa: BLE001 - the requests of this batch get it, the next batch runs
+            except Exception as error:  # noqa: BLE001 - it fails this batch, not the service
                 for waiting in batch:
                     if not waiting.scores.done():
                         waiting.scores.set_exception(error)
