@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trl.rewards import accuracy_reward, get_soft_overlong_punishment, think_format_reward
 
@@ -90,6 +90,7 @@ def test_numbers(text: str, expected: list[str]) -> None:
     assert numbers_in(text) == [Decimal(e) for e in expected]
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(
     st.decimals(
         allow_nan=False, allow_infinity=False, min_value=-(10**12), max_value=10**12, places=4
@@ -101,6 +102,7 @@ def test_a_number_is_read_as_it_was_written(number: Decimal) -> None:
     assert numbers_in(f"{number:.4e}") == [Decimal(f"{number:.4e}")]
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.integers(-(10**30), 10**30), st.integers(1, 10**6))
 def test_numeric_accepts_itself_and_refuses_the_next(number: int, step: int) -> None:
     options = {"tolerance": 0.0}
@@ -108,6 +110,7 @@ def test_numeric_accepts_itself_and_refuses_the_next(number: int, step: int) -> 
     assert score(TermKind.numeric, f"It is {number + step}", number, **options) == 0.0
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.text(), st.sampled_from([None, "####", r"\boxed{}", "<answer>"]))
 @example("-" * 300 + "1" * 300, None)
 def test_no_response_breaks_a_text_verifier(text: str, marker: str | None) -> None:
@@ -120,6 +123,7 @@ def test_no_response_breaks_a_text_verifier(text: str, marker: str | None) -> No
         assert score(kind, text, reference, marker=marker) in (0.0, 1.0)
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(
     st.lists(
         st.sampled_from(
@@ -193,6 +197,7 @@ def test_exact(response: str, reference: Any, options: dict[str, Any], expected:
     assert score(TermKind.exact, response, reference, **options) == expected
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.text(), st.booleans(), st.booleans())
 def test_normalising_twice_changes_nothing_more(text: str, case: bool, punctuation: bool) -> None:
     once = normalise(text, ignore_case=case, ignore_punctuation=punctuation)
@@ -276,6 +281,7 @@ def test_think_format_agrees_with_trl(response: str) -> None:
     assert score(TermKind.format, response, None, style=FormatStyle.think) == expected
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.lists(st.sampled_from(["<think>", "</think>", "a", "\n", " "]), max_size=8).map("".join))
 def test_think_format_agrees_with_trl_everywhere(response: str) -> None:
     (expected,) = think_format_reward([[{"role": "assistant", "content": response}]])
@@ -562,6 +568,7 @@ def test_share_of_constraints_or_all_of_them() -> None:
     assert score(TermKind.instructions, '"lower"', constraints, all_or_nothing=True) == 1.0
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.text(max_size=60))
 def test_no_text_breaks_an_instruction(text: str) -> None:
     term = Instructions(RewardTerm(kind=TermKind.instructions))
@@ -691,6 +698,7 @@ def test_a_process_that_computes_nothing_is_not_the_response_s_fault(
 # --- lengths
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.integers(0, 300), st.integers(1, 200), st.integers(0, 200))
 def test_length_agrees_with_trl_s_soft_overlong_punishment(
     length: int, cache: int, more: int
