@@ -29,7 +29,8 @@ class EngineConfig:
     )
     micro_batch_size: int | None = option(
         None,
-        "TRL's stages: sequences in one micro-batch of a rank; null: batch_size / ranks.",
+        "TRL's stages: sequences in one micro-batch of a rank; null: as many as the memory plan "
+        "says fit, at most batch_size / ranks.",
         unit="sequences",
         at_least=1,
     )

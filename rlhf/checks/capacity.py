@@ -2,17 +2,18 @@
 anything loads.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.choices import AdapterKind, Advantage, CriticInit, EngineKind
+from conf.choices import AdapterKind, Advantage, CriticInit, EngineKind, KTOLoss
 from conf.schema import Config
-from conf.stages import OfflineStage, OnlineStage
+from conf.stages import KTOStage, OfflineStage, OnlineStage
 from rlhf.checks.memory import GIB, moments
 from rlhf.checks.memory.plan import plan
-from rlhf.checks.memory.shapes import Shapes, adapter_parameters, shapes_of
+from rlhf.checks.memory.shapes import Shapes, adapter_parameters, can_plan, shapes_of
 from rlhf.models.loading import base_directory
 from rlhf.process import distributed
 from rlhf.run.directory import CHECKPOINTS, run_directory
@@ -41,11 +42,40 @@ def memory_notes(cfg: Config, scoring: Models = ()) -> list[str]:
         return []
     device = "device" if machine.cuda else "rank"
     return [
-        f"the memory plan doesn't fit, {moments.HEADROOM * machine.device_gib:.1f} GiB are usable on each "
-        f"{device}: {planned.obstacle}. "
+        f"the memory plan doesn't fit, {moments.HEADROOM * machine.device_gib:.1f} GiB are usable "
+        f"on each {device}: {planned.obstacle}. "
         f"`python -m rlhf stage=doctor stage.plan={cfg.stage.name}` with the same model and "
         "engine options says which setting does."
     ]
+
+
+def fitting_micro_batch(cfg: Config) -> int | None:
+    """Rows of a micro-batch for a stage on TRL's trainers that leaves engine.micro_batch_size out.
+
+    The largest divisor of a rank's rows whose memory plan fits the device, so that the optimizer
+    step keeps its rows; 1 (2 where rows are compared with each other) where none fits. None where
+    the whole batch is taken without asking the plan: an option that is set, a model without a
+    configuration to read, or weights too small to matter.
+    """
+    stage = cfg.stage
+    if not isinstance(stage, OfflineStage) or cfg.engine.micro_batch_size is not None:
+        return None
+    if cfg.model.path is None or not can_plan(cfg):
+        return None
+    if not cfg.run.dry_run and (weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
+        return None
+    machine = moments.machine_of(cfg, all_devices=False)
+    if stage.batch_size % machine.ranks:
+        return None  # the stage's own check refuses it
+    rows = stage.batch_size // machine.ranks
+    compares = isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto
+    sizes = [size for size in range(rows, int(compares), -1) if rows % size == 0]
+    shapes, _ = shapes_of(cfg.model, ())
+    for size in sizes:
+        engine = dataclasses.replace(cfg.engine, micro_batch_size=size)
+        if plan(dataclasses.replace(cfg, engine=engine), shapes, machine).fits:
+            return size
+    return sizes[-1] if sizes else None
 
 
 def check_disk(cfg: Config, scoring: Models = ()) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from conf import published
 from conf.choices import Recipe
 from conf.schema import Config
+from conf.stages import OfflineStage
 from rlhf.cli.presets import module_name, stage_schema
 from rlhf.process import distributed
 from rlhf.process.quiet import quiet_libraries
@@ -69,12 +70,30 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
             modules(_RECIPE).ensure(cfg)
         watchdog.phase("preflight")
         stage = modules(name)
+        _choose_micro_batch(cfg)
         for note in preflight.check(stage.check, cfg):
             LOG.warning(note)
         rates = published.taken(cfg.stage, cfg.adapter.kind)
         if rates and distributed.is_main():
             LOG.info(rates)
     return stage
+
+
+def _choose_micro_batch(cfg: Config) -> None:
+    """Set engine.micro_batch_size, where it is left out, to what the memory plan says fits.
+
+    Rank 0 decides for all: the split changes no update, but the ranks must agree on it.
+    """
+    if not isinstance(cfg.stage, OfflineStage):
+        return
+    from rlhf.checks.capacity import fitting_micro_batch
+
+    size = distributed.broadcast(fitting_micro_batch(cfg) if distributed.is_main() else None)
+    if size is None:
+        return
+    cfg.engine.micro_batch_size = size
+    if distributed.is_main():
+        LOG.info("engine.micro_batch_size=%d: the largest that the memory plan says fits", size)
 
 
 def _run(cfg: Config, argv: Sequence[str], stage: Any) -> None:

@@ -3,6 +3,7 @@ stage's checks and a dry run against a model directory of the right shape withou
 memory plan fits the devices that it states. None has been run at its size.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conf.schema import Config
 from conf.stages import OnlineStage
 from reward.checks import scoring_models
 from reward.model import write_manifest
-from rlhf.checks import preflight
+from rlhf.checks import capacity, preflight
 from rlhf.checks.memory.moments import HEADROOM, machine_of
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import shapes_of
@@ -83,7 +84,9 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[list[str], C
     columns = ["prompt", "chosen", "rejected"] if stage in ("dpo", "reward") else ["prompt"]
     columns += ["answer"] if stage == "grpo" else []
     rows = [{key: row[key] for key in columns} for _ in range(1024)]
-    toys.write_jsonl(tmp_path / "rows.jsonl", [{**r, "prompt": f"{i}?"} for i, r in enumerate(rows)])
+    toys.write_jsonl(
+        tmp_path / "rows.jsonl", [{**r, "prompt": f"{i}?"} for i, r in enumerate(rows)]
+    )
     overrides = [
         f"stage={stage}",
         f"experiment={request.param}",
@@ -131,3 +134,44 @@ def test_a_recipe_passes_its_dry_run_and_fits_its_devices(
     planned = plan(cfg, shapes, machine)
     print(json.dumps({"device_gib": planned.device_gib, "usable": HEADROOM * machine.device_gib}))
     assert planned.fits, planned.problem
+
+
+def eight_billion(tmp_path: Path, *overrides: str) -> Config:
+    write_model(tmp_path / "model", "llama_8b")
+    return config.compose(
+        [
+            "stage=reward",
+            f"model.path={tmp_path / 'model'}",
+            "model.dtype=bfloat16",
+            "run.dry_run=true",
+            "engine=zero3",
+            "engine.gpus=8",
+            "engine.gpu_memory_gib=80",
+            "stage.batch_size=64",
+            *overrides,
+        ]
+    )
+
+
+def test_a_micro_batch_that_is_left_out_is_the_largest_that_fits(tmp_path: Path) -> None:
+    cfg = eight_billion(tmp_path)
+    size = capacity.fitting_micro_batch(cfg)
+    assert size is not None and 64 // 8 % size == 0
+    machine, shapes = machine_of(cfg, all_devices=False), shapes_of(cfg.model, ())[0]
+
+    def fits(rows: int) -> bool:
+        engine = dataclasses.replace(cfg.engine, micro_batch_size=rows)
+        return plan(dataclasses.replace(cfg, engine=engine), shapes, machine).fits
+
+    assert fits(size) and not fits(8), "the whole batch would fit, so nothing was chosen"
+    larger = [rows for rows in (1, 2, 4, 8) if rows > size]
+    assert not any(fits(rows) for rows in larger)
+
+
+def test_a_micro_batch_that_is_given_stays_and_a_small_model_takes_the_whole_batch(
+    tmp_path: Path,
+) -> None:
+    given = eight_billion(tmp_path, "engine.micro_batch_size=2")
+    assert capacity.fitting_micro_batch(given) is None
+    small = eight_billion(tmp_path, "run.dry_run=false")
+    assert capacity.fitting_micro_batch(small) is None, "a directory without weights"
