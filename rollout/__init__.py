@@ -55,18 +55,20 @@ def make_generator(
 
     backend = resolve_backend(cfg.rollout)
     max_tokens = cfg.data.max_prompt_length + cfg.rollout.max_response_length
-    model_config = _checked_config(cfg, model_path, max_tokens)
+    model_config = _read_config(model_path, trust_remote_code=cfg.model.trust_remote_code)
+    _check_positions(
+        model_config, model_path, cfg.data.max_prompt_length, cfg.rollout.max_response_length
+    )
     if backend is RolloutBackend.hf:
         from rollout.hf import HFGenerator
         from rollout.sampling import Sampling
 
-        sampling, seqs = Sampling.from_config(cfg.rollout), cfg.rollout.max_num_seqs
         return HFGenerator(
             model_factory,
             tokenizer,
-            sampling,
+            Sampling.from_config(cfg.rollout),
             max_tokens=max_tokens,
-            max_num_seqs=seqs,
+            max_num_seqs=cfg.rollout.max_num_seqs,
             device=distributed.device(),
         )
     if adapter_rank is not None and cfg.adapter.dora:
@@ -88,27 +90,27 @@ def make_generator(
     )
 
 
-def _checked_config(cfg: Config, model_path: str, max_tokens: int) -> Any:
-    """The model's configuration. Raises UserError when a prompt and a response don't fit into its
-    positions.
-    """
+def _read_config(model_path: str, *, trust_remote_code: bool) -> Any:
+    """The model's configuration. Raises UserError where it can't be read."""
     from transformers import AutoConfig
 
     from rlhf.models.loading import readable
 
     with readable(f"the model {model_path}: its configuration"):
-        config = AutoConfig.from_pretrained(
-            model_path, trust_remote_code=cfg.model.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+
+
+def _check_positions(config: Any, model_path: str, prompt: int, response: int) -> None:
+    """A prompt and a response of so many tokens fit into the model's positions. Raises UserError
+    where they don't.
+    """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_tokens > positions:
+    if positions is not None and prompt + response > positions:
         raise UserError(
-            f"data.max_prompt_length={cfg.data.max_prompt_length} + "
-            f"rollout.max_response_length={cfg.rollout.max_response_length} "
-            f"= {max_tokens} tokens, but the model in {model_path} has {positions} positions: "
+            f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = "
+            f"{prompt + response} tokens, but the model in {model_path} has {positions} positions: "
             f"lower one of them to add up to at most {positions}."
         )
-    return config
 
 
 def _state_dict_specs(config: Any, trust_remote_code: bool) -> dict[str, Any]:

@@ -44,6 +44,26 @@ class _Chooser:
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
+def _left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [B, P] long. Padding is on the left, so that every
+    response starts in the same column.
+    """
+    width = max(len(prompt.token_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt.token_ids)
+        ids[row, start:] = torch.tensor(prompt.token_ids)
+        mask[row, start:] = 1
+    return ids, mask
+
+
+def _uniform(count: int, seed: int) -> Tensor:
+    """[count] float64 in [0, 1), one response's own random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+
 class HFGenerator:
     """Generates with a model instance of its own, so that training in between never shows before a
     sync.
@@ -88,13 +108,8 @@ class HFGenerator:
         """
         check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
-        rows = list(
-            zip(
-                [p for p in prompts for _ in range(n)],
-                response_seeds(seed, prompts, n),
-                strict=True,
-            )
-        )
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        rows = list(zip(repeated, response_seeds(seed, prompts, n), strict=True))
         out: list[Rollout] = []
         for start in range(0, len(rows), self._max_num_seqs):
             out += self._generate_batch(rows[start : start + self._max_num_seqs], greedy)
@@ -104,27 +119,15 @@ class HFGenerator:
     def _generate_batch(self, rows: Sequence[tuple[Prompt, int]], greedy: bool) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
 
-        limit, end, pad = (
-            self.sampling.max_response_length,
-            self._tokenizer.eos_token_id,
-            self._tokenizer.pad_token_id,
-        )
-        width = max(len(prompt.token_ids) for prompt, _ in rows)
-        ids = torch.full((len(rows), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        # left padding: every response starts in the same column
-        for row, (prompt, _) in enumerate(rows):
-            ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-            mask[row, width - len(prompt.token_ids) :] = 1
-        uniform = torch.stack(
-            [
-                torch.rand(limit, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-                for _, s in rows
-            ]
-        )
+        limit, pad = self.sampling.max_response_length, self._tokenizer.pad_token_id
+        ids, mask = _left_padded([prompt for prompt, _ in rows], pad)
+        uniform = torch.stack([_uniform(limit, response_seed) for _, response_seed in rows])
         chooser = _Chooser(None if greedy else self.sampling, uniform.to(self._device))
         settings = GenerationConfig(
-            max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=pad
+            max_new_tokens=limit,
+            do_sample=False,
+            eos_token_id=self._tokenizer.eos_token_id,
+            pad_token_id=pad,
         )
         # generate fills unset fields from the model's own settings (repetition penalties and the
         # like): those change the policy
@@ -135,7 +138,7 @@ class HFGenerator:
             generation_config=settings,
             logits_processor=LogitsProcessorList([chooser]),
         )
-        responses = written[:, width:].tolist()
+        responses = written[:, ids.shape[1] :].tolist()
         logprobs = torch.stack(chooser.logprobs, dim=1).tolist()  # [B, T]
         return [
             self._rollout(prompt, responses[i], logprobs[i]) for i, (prompt, _) in enumerate(rows)

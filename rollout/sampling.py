@@ -40,8 +40,8 @@ def response_seeds(seed: int, prompts: Sequence[Prompt], n: int) -> list[int]:
     """Seeds in [0, 2^62) of `n` responses per prompt, side by side.
 
     A seed depends on the call's seed, the prompt's id and how many responses to it came before,
-    never on its place in the call: prompts shared out among ranks get the responses that one rank
-    would have drawn.
+    never on its position in the call: prompts shared out among ranks get the responses that one
+    rank would have drawn.
     """
     drawn: Counter[str] = Counter()
     out = []
@@ -91,10 +91,10 @@ def check_prompts(prompts: Sequence[Prompt], *, room: int) -> None:
     doesn't.
     """
     for prompt in prompts:
-        found = len(prompt.token_ids)
-        if not 0 < found <= room:
+        tokens = len(prompt.token_ids)
+        if not 0 < tokens <= room:
             raise UserError(
-                f"prompt {prompt.id}: it has {found} tokens, but a prompt has to have between 1 "
+                f"prompt {prompt.id}: it has {tokens} tokens, but a prompt has to have between 1 "
                 f"and {room} here. "
                 "Raise data.max_prompt_length, set data.truncate_prompts=true or drop the row."
             )

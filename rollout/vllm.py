@@ -5,18 +5,19 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
+from conf.rules import VLLM_LORA_RANKS, lora_ranks_that_hold
 from conf.schema import RolloutConfig
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
+from rollout.cpu_lora import multiply_one_adapter_at_once
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.weights import Incoming, Spec, readable_checksums, specs_of
 
@@ -24,9 +25,9 @@ _ADAPTER = ("policy", 1)  # name and id of the one adapter
 # tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is
 # longer than most prompts
 _CPU_BLOCK = 32
-# Warnings that mean nothing here: RotaryEmbedding got no weights in a sync (it has none; Incoming
-# finds the missing ones), and
-# without a tokenizer the engine knows no end of sequence (each request names it).
+# Loggers whose warnings mean nothing here: RotaryEmbedding got no weights in a sync (it has none;
+# Incoming names missing ones), and without a tokenizer the engine knows no end of sequence (each
+# request names it).
 _QUIET = (
     "vllm.engine.arg_utils",  # that a seed is set, which a seed per request makes moot
     "vllm.model_executor.model_loader.reload.layerwise",
@@ -67,98 +68,52 @@ def _engine_environment() -> Iterator[None]:
                 os.environ[name] = old
 
 
-def engine_lora_rank(adapter_rank: int, wished: int | None, allowed: Sequence[int]) -> int:
-    """The engine's max_lora_rank: `wished` (rollout.max_lora_rank), or the smallest rank allowed
-    that holds the adapter's. Raises UserError.
+def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
+    """The engine's max_lora_rank: `wished` (rollout.max_lora_rank), or the smallest rank that vLLM
+    takes and that holds the adapter's. Raises UserError.
     """
-    holding = [rank for rank in sorted(allowed) if rank >= adapter_rank]
-    names = ", ".join(str(rank) for rank in sorted(allowed))
-    if wished is not None and wished not in holding:
-        raise UserError(
-            f"rollout.max_lora_rank={wished}: with adapter.rank={adapter_rank} vLLM takes one of "
-            f"{', '.join(map(str, holding)) or 'none'}."
-        )
+    holding = lora_ranks_that_hold(adapter_rank)
     if not holding:
+        allowed = ", ".join(map(str, VLLM_LORA_RANKS))
         raise UserError(
-            f"adapter.rank={adapter_rank} is above every LoRA rank that vLLM takes ({names}): "
+            f"adapter.rank={adapter_rank} is above every LoRA rank that vLLM takes ({allowed}): "
             "lower adapter.rank, or set rollout.lora_sync=merged."
         )
-    return wished if wished is not None else holding[0]
+    if wished is None:
+        return holding[0]
+    if wished not in holding:
+        raise UserError(
+            f"rollout.max_lora_rank={wished}: with adapter.rank={adapter_rank} vLLM takes one of "
+            f"{', '.join(map(str, holding))}."
+        )
+    return wished
 
 
-def _multiply_one_adapter_at_once() -> None:
-    """Make vLLM's LoRA layers on a CPU multiply a batch that has one adapter by that adapter's
-    matrices.
+def _device_options(cfg: RolloutConfig) -> dict[str, Any]:
+    """The engine's options that depend on the device."""
+    if not torch.cuda.is_available():
+        # Eager: compiling a model of 1M parameters takes 20 to 40 s at the start and saves 1.5 ms
+        # of a 15 ms step (64 sequences, 2 cores).
+        return {
+            "kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30),
+            "enforce_eager": True,
+            "block_size": _CPU_BLOCK,
+        }
+    options: dict[str, Any] = {
+        "gpu_memory_utilization": cfg.gpu_memory_utilization,
+        "enforce_eager": cfg.enforce_eager,
+    }
+    if distributed.world_size() > 1:
+        # each rank's engine on its own device; else all take the first
+        options["distributed_executor_backend"] = "external_launcher"
+    return options
 
-    vLLM's own code copies both matrices for every token of the batch, since each could have another
-    adapter: with a 135M model, 16 sequences and rank 8 that doubled the time of a decoding step
-    (measured: 176 ms against 92 ms without an adapter). Ours is taken where all tokens have the
-    same adapter and numbers are float32; everything else goes the old way. The results agree to
-    float32 rounding.
-    """
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    original = PunicaWrapperCPU.add_lora_linear
-    if getattr(original, "one_adapter", False):
-        return
-
-    def add_lora_linear(
-        self: Any,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: tuple[Tensor, ...],
-        lora_b_stacked: tuple[Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-        **kwargs: Any,
-    ) -> None:
-        """y[:, slice i] += scale * x A_i^T B_i^T. `x` [n, in], `y` [n, out]; A_i [slots, 1, rank,
-        in], B_i [slots, 1, size i, rank].
-        """
-        adapters = self.token_lora_indices
-        slot = int(adapters[0]) if len(adapters) else -1
-        rows, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        plain = x.dtype is torch.float32 and len(rows) == len(outputs) == len(adapters)
-        if slot < 0 or not plain or not bool((adapters == slot).all()):
-            original(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
-            return
-        start = 0
-        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            outputs[:, start : start + size].addmm_(rows @ a[slot, 0].T, b[slot, 0].T, alpha=scale)
-            start += size
-
-    original_logits = PunicaWrapperCPU.add_lora_logits
-
-    def add_lora_logits(
-        self: Any,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: Tensor,
-        lora_b_stacked: Tensor,
-        scale: float,
-        **kwargs: Any,
-    ) -> None:
-        """y += scale * x A^T B^T at the head, whose matrices vLLM keeps (as zeros) for an adapter
-        without them.
-        """
-        adapters = self.sampler_indices
-        slot = int(adapters[0]) if len(adapters) else -1
-        rows, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        plain = x.dtype is torch.float32 and len(rows) == len(outputs) == len(adapters)
-        a, b = lora_a_stacked[slot, 0], lora_b_stacked[slot, 0]
-        if (
-            slot < 0
-            or not plain
-            or b.shape[0] != outputs.shape[1]
-            or not bool((adapters == slot).all())
-        ):
-            original_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
-            return
-        outputs.addmm_(rows @ a.T, b.T, alpha=scale)
-
-    add_lora_linear.one_adapter = True  # type: ignore[attr-defined]
-    PunicaWrapperCPU.add_lora_linear = add_lora_linear
-    PunicaWrapperCPU.add_lora_logits = add_lora_logits
+def _adapter_directory() -> tempfile.TemporaryDirectory[str]:
+    """Where the adapter's files go: in memory, where there is such a folder."""
+    shared = Path("/dev/shm")
+    folder = shared if os.access(shared, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=folder)
 
 
 class VLLMGenerator:
@@ -195,36 +150,12 @@ class VLLMGenerator:
         self._made_group = not torch.distributed.is_initialized()
         with _engine_environment():
             from vllm import LLM
-            from vllm.config.lora import MaxLoRARanks
 
             for name in _QUIET:  # a filter: levels are reset when the engine configures its loggers
                 logging.getLogger(name).addFilter(_errors_only)
-            extra: dict[str, Any] = {}
+            options = _device_options(cfg)
             if adapter_rank is not None:
-                rank = engine_lora_rank(adapter_rank, cfg.max_lora_rank, get_args(MaxLoRARanks))
-                extra |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-                if not torch.cuda.is_available():
-                    _multiply_one_adapter_at_once()
-                shared = Path("/dev/shm")  # memory, where there is such a place
-                self._directory = tempfile.TemporaryDirectory(
-                    prefix="rlhf-adapter-", dir=shared if os.access(shared, os.W_OK) else None
-                )
-            if torch.cuda.is_available():
-                extra |= {
-                    "gpu_memory_utilization": cfg.gpu_memory_utilization,
-                    "enforce_eager": cfg.enforce_eager,
-                }
-                if distributed.world_size() > 1:
-                    # each rank's engine on its own device; else all take the first
-                    extra |= {"distributed_executor_backend": "external_launcher"}
-            else:
-                # Eager: compiling a model of 1M parameters takes 20 to 40 s at the start and saves
-                # 1.5 ms of a 15 ms step (64 sequences, 2 cores).
-                extra |= {
-                    "kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30),
-                    "enforce_eager": True,
-                    "block_size": _CPU_BLOCK,
-                }
+                options |= self._prepare_adapter(adapter_rank, cfg.max_lora_rank)
             self._llm = LLM(
                 model_path,
                 skip_tokenizer_init=True,  # token ids in, token ids out
@@ -234,8 +165,18 @@ class VLLMGenerator:
                 max_num_seqs=cfg.max_num_seqs,
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                 seed=0,
-                **extra,
+                **options,
             )
+
+    def _prepare_adapter(self, rank: int, wished: int | None) -> dict[str, Any]:
+        """Make a folder for the adapter's files; returns the engine's options for it."""
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+        max_rank = engine_lora_rank(rank, wished)
+        if not torch.cuda.is_available():
+            multiply_one_adapter_at_once(PunicaWrapperCPU)
+        self._directory = _adapter_directory()
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
 
     @property
     def llm(self) -> Any:
@@ -271,16 +212,14 @@ class VLLMGenerator:
         from vllm import SamplingParams
 
         chosen = self.sampling
-        how: dict[str, Any] = (
-            {"temperature": 0.0}
-            if greedy
-            else {
+        drawing: dict[str, Any] = {"temperature": 0.0}
+        if not greedy:
+            drawing = {
                 "temperature": chosen.temperature,
                 "top_p": chosen.top_p,
                 "top_k": chosen.top_k,
                 "seed": seed,
             }
-        )
         return SamplingParams(
             max_tokens=chosen.max_response_length,
             stop_token_ids=[self._tokenizer.eos_token_id],
@@ -289,7 +228,7 @@ class VLLMGenerator:
             logprobs=0,  # the sampled token's alone
             detokenize=False,
             skip_clone=True,
-            **how,
+            **drawing,
         )
 
     def _rollout(self, prompt: Prompt, text: str, written: Any) -> Rollout:
@@ -368,41 +307,32 @@ class VLLMGenerator:
                 "started for whole weights."
             )
         if self._adapter_specs is None:
-            halves = {
-                name.replace(".lora_A.", ".lora_B.")
-                if ".lora_A." in name
-                else name.replace(".lora_B.", ".lora_A.")
-                for name in weights.tensors
-            }
-            alone = sorted(halves - set(weights.tensors))
-            if alone:
-                raise SyncError(
-                    f"weight sync {version}: the adapter's {', '.join(alone[:5])} is missing."
-                )
+            _check_halves(weights.tensors, version)
             self._adapter_specs = specs_of(weights.tensors)
         incoming = Incoming(weights.tensors.items(), self._adapter_specs, hashed=())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in incoming}
         incoming.finish(version)
-        place = Path(self._directory.name)
-        save_file(tensors, str(place / "adapter_model.safetensors"))
-        (place / "adapter_config.json").write_text(json.dumps(weights.config), encoding="utf-8")
+        folder = Path(self._directory.name)
+        save_file(tensors, str(folder / "adapter_model.safetensors"))
+        (folder / "adapter_config.json").write_text(json.dumps(weights.config), encoding="utf-8")
         name, number = _ADAPTER
-        self._llm.llm_engine.add_lora(LoRARequest(name, number, str(place), load_inplace=True))
+        self._llm.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
         # From here on requests name the adapter only: with load_inplace they would read the file
         # again at every step.
-        self._lora = LoRARequest(name, number, str(place))
+        self._lora = LoRARequest(name, number, str(folder))
 
     def checksums(self) -> dict[str, str]:
         """Checksums of the weights that the engine holds as plain tensors. On a CPU linear layers
         are packed for oneDNN and left out.
         """
-        (found,) = (
-            self._llm.apply_model(lambda model: readable_checksums(model, self._specs))
-            if self._lora is None
-            else ({},)
-        )
-        self._readable = frozenset(found) if self._lora is None else None
-        return found
+        if self._lora is not None:  # the engine keeps an adapter in a form of its own
+            self._readable = None
+            return {}
+        results = self._llm.apply_model(lambda model: readable_checksums(model, self._specs))
+        checksums: dict[str, str]
+        (checksums,) = results  # one worker
+        self._readable = frozenset(checksums)
+        return checksums
 
     def close(self) -> None:
         """Stop the engine, free its memory and delete the adapter's files. Close several engines of
@@ -424,3 +354,19 @@ class VLLMGenerator:
             self._directory.cleanup()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _check_halves(names: Iterable[str], version: int) -> None:
+    """Each LoRA layer has both matrices, A and B. Raises SyncError naming the missing ones."""
+    present = set(names)
+    missing = sorted(other for other in map(_other_half, present) if other not in present)
+    if missing:
+        raise SyncError(
+            f"weight sync {version}: the adapter's {', '.join(missing[:5])} is missing."
+        )
+
+
+def _other_half(name: str) -> str:
+    if ".lora_A." in name:
+        return name.replace(".lora_A.", ".lora_B.")
+    return name.replace(".lora_B.", ".lora_A.")

@@ -13,7 +13,7 @@ from rlhf.types import SyncError
 _BLOCK = 1 << 17  # words summed at a time: in 64 bits they fit a core's cache
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _SHOWN = 5  # names in one message
-# as vLLM joins rows
+# Tensors that vLLM joins row by row, under the name of the joint one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -100,12 +100,8 @@ class Incoming:
         """
         for _ in self._passing:
             pass
-        wrong_names = {text.split(" ", 1)[0] for text in self._wrong}
-        missing = [
-            f"{name} (missing)"
-            for name in self._specs
-            if name not in self._seen and name not in wrong_names
-        ]
+        known = self._seen | {text.split(" ", 1)[0] for text in self._wrong}
+        missing = [f"{name} (missing)" for name in self._specs if name not in known]
         wrong = self._wrong + missing
         if wrong:
             more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
@@ -122,36 +118,42 @@ def readable_checksums(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str,
     Rows beyond a spec's own are padding. What an engine has packed for its kernels, or keeps under
     another name, is left out.
     """
-    held = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
-    found: dict[str, str] = {}
+    held = dict(model.named_buffers(remove_duplicate=False))
+    held |= dict(model.named_parameters(remove_duplicate=False))
+    checksums: dict[str, str] = {}
     # tied tensors, which stay where they are meanwhile, are summed once
     known: dict[tuple[int, torch.Size, tuple[int, ...], torch.dtype], str] = {}
     for name, spec in specs.items():
-        tensor = _plain(held, name, spec) if name in held else _slice_of_fused(held, name, specs)
-        if tensor is not None:
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), spec.dtype)
-            if key not in known:
-                known[key] = checksum(tensor.to(spec.dtype))
-            found[name] = known[key]
-    return found
+        if name in held:
+            tensor = _rows_of_spec(held[name], spec)
+        else:
+            tensor = _slice_of_fused(held, name, specs)
+        if tensor is None:
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), spec.dtype)
+        if key not in known:
+            known[key] = checksum(tensor.to(spec.dtype))
+        checksums[name] = known[key]
+    return checksums
 
 
-def _plain(held: Mapping[str, Tensor], name: str, spec: Spec) -> Tensor | None:
-    tensor = held[name]
-    same = tensor.dim() == len(spec.shape) and tuple(tensor.shape[1:]) == spec.shape[1:]
-    return (
-        tensor[: spec.shape[0]]
-        if same and tensor.dim() > 0 and tensor.shape[0] >= spec.shape[0]
-        else None
-    )
+def _rows_of_spec(tensor: Tensor, spec: Spec) -> Tensor | None:
+    """The rows of `tensor` that `spec` describes, without padding; None where the shape is
+    another.
+    """
+    if tensor.dim() == 0 or tensor.dim() != len(spec.shape):
+        return None
+    if tuple(tensor.shape[1:]) != spec.shape[1:] or tensor.shape[0] < spec.shape[0]:
+        return None
+    return tensor[: spec.shape[0]]
 
 
 def _slice_of_fused(
     held: Mapping[str, Tensor], name: str, specs: Mapping[str, Spec]
 ) -> Tensor | None:
+    """The rows of a joint tensor (`FUSED`) that are the parameter `name`; None where there is no
+    such tensor, or it is packed.
+    """
     for fused, parts in FUSED.items():
         for part in parts:
             prefix, dot, suffix = name.partition(f".{part}.")

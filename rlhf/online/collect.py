@@ -1,4 +1,4 @@
-"""What a step trains on: prompts are drawn, responses written and scored, and some of them selected.
+"""What a step trains on: prompts are drawn, responses written and scored, and some selected.
 
 What is drawn is a function of the number of draws since the run began, so a resumed run draws what
 an uninterrupted one would.

@@ -46,7 +46,7 @@ from rlhf.models.loading import (
     loads_as_it_is,
     resolve_dtype,
 )
-from rlhf.online.sync import WeightSync
+from rlhf.online.sync import WeightSync, gap_tolerance
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
@@ -57,8 +57,6 @@ log = logging.getLogger(__name__)
 # Every weight has a part in each logprob but unused rows of the embedding, which are compared by
 # checksum.
 _PROBE_TOKENS = 24
-# The gaps between the sampler's and the trainer's logprobs that rounding explains, nats.
-_HALF_GAP, _FULL_GAP = 0.05, 1e-4
 
 
 @dataclass(slots=True)
@@ -93,7 +91,8 @@ def build(ctx: RunContext) -> Parts:
     _register(ctx)
     start = _start_directory(ctx, tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
-    half = resolve_dtype(cfg.model.dtype) is not torch.float32
+    dtype = resolve_dtype(cfg.model.dtype)
+    half = dtype is not torch.float32
     lora = cfg.adapter.kind is not AdapterKind.none
     sends_adapter = lora and not merges_lora(cfg.rollout, cfg.adapter)
     chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
@@ -145,7 +144,7 @@ def build(ctx: RunContext) -> Parts:
             policy=policy,
             weights=lambda: sent(policy_model, policy.gather),
             probe=_probe(generator, prompts[0]),
-            tolerance=cfg.rollout.gap_tolerance or (_HALF_GAP if half else _FULL_GAP),
+            tolerance=gap_tolerance(cfg.rollout.gap_tolerance, dtype),
             pad_id=tokenizer.pad_token_id,
             budget=cfg.engine.micro_tokens,
         ),

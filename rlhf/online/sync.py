@@ -16,6 +16,8 @@ from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Generator, SyncError
 
 log = logging.getLogger(__name__)
+# Gaps that rounding explains between the generator's and the trainer's logprobs, nats.
+_FLOAT32_GAP, _HALF_GAP = 1e-4, 0.05
 
 
 @runtime_checkable
@@ -60,6 +62,15 @@ class WeightSync:
         finally:
             module.temperature = temperature
         return [float(x) for x in logprobs[0]]
+
+
+def gap_tolerance(configured: float | None, dtype: torch.dtype) -> float:
+    """The gap in nats above which weights did not arrive: rollout.gap_tolerance where it is
+    `configured`, else what rounding explains for weights of `dtype`.
+    """
+    if configured is not None:
+        return configured
+    return _FLOAT32_GAP if dtype is torch.float32 else _HALF_GAP
 
 
 def verify_sync(

@@ -32,7 +32,7 @@ from rlhf.models.loading import (
     loads_as_it_is,
     resolve_dtype,
 )
-from rlhf.online.sync import verify_sync
+from rlhf.online.sync import gap_tolerance, verify_sync
 from rlhf.process import distributed
 from rlhf.run import console
 from rlhf.run.context import RunContext
@@ -41,7 +41,6 @@ from rollout import make_generator
 
 LOG = logging.getLogger("rlhf.stages.eval")
 _PROBE_TOKENS = 16
-_GAP_FLOAT32, _GAP_HALF = 1e-4, 0.05  # nats, as in training
 
 
 def check(cfg: Config) -> list[str]:
@@ -301,20 +300,14 @@ def _generate(
         ctx.watchdog.phase("sync")
         generator.sync(full_weights(after), 1)
         probe = [*prompts[0].token_ids, *old[0].token_ids[:_PROBE_TOKENS]]
-        verify_sync(generator, probe, probe_logprobs(after, probe), _tolerance(cfg), 1)
+        tolerance = gap_tolerance(cfg.rollout.gap_tolerance, resolve_dtype(cfg.model.dtype))
+        verify_sync(generator, probe, probe_logprobs(after, probe), tolerance, 1)
         ctx.watchdog.phase("generate after")
         return old, generator.generate(
             prompts, n=stage.samples_per_prompt, seed=cfg.run.seed, greedy=stage.greedy
         )
     finally:
         generator.close()
-
-
-def _tolerance(cfg: Config) -> float:
-    """Nats by which the engine and transformers may differ at the probe."""
-    if cfg.rollout.gap_tolerance is not None:
-        return cfg.rollout.gap_tolerance
-    return _GAP_FLOAT32 if resolve_dtype(cfg.model.dtype) is torch.float32 else _GAP_HALF
 
 
 @torch.inference_mode()

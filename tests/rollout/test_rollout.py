@@ -394,9 +394,9 @@ def test_one_adapter_at_once_gives_what_an_adapter_per_token_gives(
     """
     from vllm.lora.punica_wrapper import punica_cpu
 
-    from rollout.vllm import _multiply_one_adapter_at_once
+    from rollout.cpu_lora import multiply_one_adapter_at_once
 
-    _multiply_one_adapter_at_once()
+    multiply_one_adapter_at_once(punica_cpu.PunicaWrapperCPU)
     gathered: list[int] = []
     shrink = punica_cpu.bgmv_shrink
     monkeypatch.setattr(
