@@ -39,9 +39,7 @@ def update(
     NonFinite: a bad loss or gradient is never applied; with stage.on_nonfinite=skip it is left out
     instead, and policy/skipped counts it.
     """
-    models.policy.module.train()
-    if models.critic is not None:
-        models.critic.module.train()
+    _training_mode(models)
     brake = brake or Brake(None, None, 1)
     measures = batch.old_logprobs is None
     if measures:
@@ -89,16 +87,16 @@ def _items(batch: TrainBatch, stage: OnlineStage) -> list[Any]:
     return rows
 
 
-def minibatches(items: Sequence[Any], epochs: int, number: int, seed: int) -> Iterator[list[Any]]:
-    """`number` minibatches of each of `epochs` shuffled passes over `items`; their sizes differ by
+def minibatches(items: Sequence[Any], epochs: int, count: int, seed: int) -> Iterator[list[Any]]:
+    """`count` minibatches of each of `epochs` shuffled passes over `items`; their sizes differ by
     at most one.
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(len(items), generator=generator).tolist()
-        for i in range(number):
-            start, end = len(order) * i // number, len(order) * (i + 1) // number
-            yield [items[place] for place in order[start:end]]
+        for i in range(count):
+            start, end = len(order) * i // count, len(order) * (i + 1) // count
+            yield [items[number] for number in order[start:end]]
 
 
 def _make_room(batch: TrainBatch, *, reference: bool) -> None:
@@ -109,6 +107,12 @@ def _make_room(batch: TrainBatch, *, reference: bool) -> None:
         batch.ref_logprobs = torch.zeros_like(batch.rollout_logprobs)
 
 
+def _training_mode(models: Models) -> None:
+    models.policy.module.train()
+    if models.critic is not None:
+        models.critic.module.train()
+
+
 def _discard_gradients(models: Models) -> None:
     models.policy.discard()
     if models.critic is not None:
@@ -116,6 +120,8 @@ def _discard_gradients(models: Models) -> None:
 
 
 def _means(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    if not history:
-        return {}
-    return {name: sum(h[name] for h in history) / len(history) for name in history[0]}
+    """The mean of each figure over the optimizer steps."""
+    means = {}
+    for name in history[0] if history else ():
+        means[name] = sum(figures[name] for figures in history) / len(history)
+    return means

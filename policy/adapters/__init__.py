@@ -1,52 +1,28 @@
-"""Adapters by PEFT: which weights a stage trains."""
+"""Adapters: which weights a stage trains. A method is a file here and a line in `METHODS`."""
 
+from collections.abc import Callable
 from typing import Any
 
 from conf.choices import AdapterKind
 from conf.schema import AdapterConfig
-from rlhf.types import UserError
+from policy.adapters import lora
+
+# From a model, adapter.*, and PEFT's task type to the model with a fresh adapter.
+METHODS: dict[AdapterKind, Callable[[Any, AdapterConfig, str], Any]] = {
+    AdapterKind.lora: lora.attach,
+}
 
 
 def attach(model: Any, adapter: AdapterConfig, *, task: str) -> Any:
-    """`model` with a fresh LoRA adapter (only it trains), or `model` itself with every weight
-    trainable.
+    """`model` with a fresh adapter of the method adapter.kind (only it trains), or `model` itself
+    with every weight trainable.
 
     `task` is PEFT's task type: ``CAUSAL_LM`` or ``SEQ_CLS`` (whose scalar head trains in full
-    beside the adapter).
+    beside the adapter). Raises UserError where adapter.targets names no module of the model.
     """
     if adapter.kind is AdapterKind.none:
         return model
-    from peft import LoraConfig, get_peft_model
-
-    targets: Any = list(adapter.targets)
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-    config = LoraConfig(
-        task_type=task,
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=targets,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        if "not found in the base model" not in str(error):
-            raise
-        linear = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, module in model.named_modules()
-                if module.__class__.__name__ == "Linear"
-            }
-        )
-        raise UserError(
-            f"adapter.targets={list(adapter.targets)}: no such module; the model's linear "
-            f"modules are {', '.join(linear)}."
-        ) from error
+    return METHODS[adapter.kind](model, adapter, task)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from conf.choices import (
     ModelKind,
 )
 from conf.rules import merges_lora, wants_shared_prompts
-from conf.schema import Config, EngineConfig
+from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig
 from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
 from policy.engines.base import Engine, OptimSettings
@@ -26,9 +27,7 @@ from policy.kl import AdaptiveKL, FixedKL
 from policy.model import (
     CriticModule,
     PolicyModule,
-    adapter_weights,
     base_of,
-    full_weights,
     has_dropout,
 )
 from policy.packing import can_share_prompts
@@ -76,6 +75,18 @@ class Parts:
     engine: EngineConfig
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What every model of the run starts from."""
+
+    path: str  # a directory that transformers and vLLM both load
+    config: ModelConfig  # with that path
+    tokenizer: Any
+
+    def causal_lm(self) -> Any:
+        return load_causal_lm(self.config, self.tokenizer)
+
+
 def build(ctx: RunContext) -> Parts:
     """Load the models and start the engines. Raises UserError for what preflight could not know.
 
@@ -89,62 +100,36 @@ def build(ctx: RunContext) -> Parts:
     tokenizer = load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
     prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer, split="train")
     _register(ctx)
-    start = _start_directory(ctx, tokenizer)
+    path = _start_directory(ctx.dir, cfg.model, tokenizer)
+    start = _Start(path, replace(cfg.model, path=path, gguf_file=None), tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
-    dtype = resolve_dtype(cfg.model.dtype)
-    half = dtype is not torch.float32
     lora = cfg.adapter.kind is not AdapterKind.none
     sends_adapter = lora and not merges_lora(cfg.rollout, cfg.adapter)
-    chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
-
-    def start_model() -> Any:
-        return load_causal_lm(replace(cfg.model, path=start, gguf_file=None), tokenizer)
-
-    def generator_model() -> Any:
-        model = start_model()
-        return attach(model, cfg.adapter, task="CAUSAL_LM") if sends_adapter else model
-
-    policy_model = attach(start_model(), cfg.adapter, task="CAUSAL_LM")
-    if cfg.engine.gradient_checkpointing:
-        enable_checkpointing(policy_model)
-    module = PolicyModule(policy_model, chunk=chunk, temperature=temperature)
-    module.entropy_grad = stage.entropy_coef > 0
+    sent_adapter = cfg.adapter if sends_adapter else None
+    policy_module = _policy_module(start, cfg)
     generator = make_generator(
         cfg,
-        model_path=start,
+        model_path=start.path,
         tokenizer=tokenizer,
-        model_factory=generator_model,
-        adapter_rank=cfg.adapter.rank if sends_adapter else None,
+        model_factory=lambda: _generator_model(start, sent_adapter),
+        adapter_rank=None if sent_adapter is None else sent_adapter.rank,
     )
-    rate = published.learning_rate(stage, cfg.adapter.kind)
-    policy = _engine(module, cfg.engine, stage, rate, half=half)
-    critic = None
-    if stage.advantage is Advantage.gae:
-        critic_module = CriticModule(_critic(cfg, tokenizer, start))
-        rate = published.critic_learning_rate(stage, cfg.adapter.kind)
-        critic = _engine(critic_module, cfg.engine, stage, rate, half=half)
-    reference: Any = None
-    if stage.reference and lora and not stage.reference_every:
-        reference = ADAPTER
-    elif stage.reference:
-        frozen = PolicyModule(start_model(), chunk=chunk, temperature=temperature)
-        reference = _freeze(frozen, cfg.engine, half=half)
-    sent = adapter_weights if sends_adapter else full_weights
+    models = _models(policy_module, start, cfg)
     return Parts(
         tokenizer=tokenizer,
         prompts=prompts,
-        models=Models(policy, critic, reference, _layout(cfg.engine, stage, policy_model)),
+        models=models,
         # Under dropout the logprobs of a training pass are not those of the policy that wrote the
         # responses.
-        passes=needs_old_logprobs(stage) or has_dropout(policy_model),
+        passes=needs_old_logprobs(stage) or has_dropout(policy_module.model),
         scorer=scorer,
         generator=generator,
         sync=WeightSync(
             generator=generator,
-            policy=policy,
-            weights=lambda: sent(policy_model, policy.gather),
+            policy=models.policy,
+            adapter_only=sends_adapter,
             probe=_probe(generator, prompts[0]),
-            tolerance=gap_tolerance(cfg.rollout.gap_tolerance, dtype),
+            tolerance=gap_tolerance(cfg.rollout.gap_tolerance, resolve_dtype(cfg.model.dtype)),
             pad_id=tokenizer.pad_token_id,
             budget=cfg.engine.micro_tokens,
         ),
@@ -153,6 +138,49 @@ def build(ctx: RunContext) -> Parts:
         moving_reference=stage.reference_every > 0,
         engine=cfg.engine,
     )
+
+
+def _generator_model(start: _Start, adapter: AdapterConfig | None) -> Any:
+    """The model of a generator in this process, with room for the adapter that is sent to it."""
+    model = start.causal_lm()
+    if adapter is None:
+        return model
+    return attach(model, adapter, task="CAUSAL_LM")
+
+
+def _policy_module(start: _Start, cfg: Config) -> PolicyModule:
+    stage = cfg.stage_as(OnlineStage)
+    model = attach(start.causal_lm(), cfg.adapter, task="CAUSAL_LM")
+    if cfg.engine.gradient_checkpointing:
+        enable_checkpointing(model)
+    chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
+    module = PolicyModule(model, chunk=chunk, temperature=temperature)
+    module.entropy_grad = stage.entropy_coef > 0
+    return module
+
+
+def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
+    """The policy's and the critic's engines and the reference, in this order."""
+    stage, engine = cfg.stage_as(OnlineStage), cfg.engine
+    half = resolve_dtype(cfg.model.dtype) is not torch.float32
+    rate = published.learning_rate(stage, cfg.adapter.kind)
+    policy = _engine(policy_module, engine, stage, rate, half=half)
+    critic = None
+    if stage.advantage is Advantage.gae:
+        model = _critic_model(start, stage, cfg.reward.path, cfg.adapter)
+        if engine.gradient_checkpointing:
+            enable_checkpointing(model)
+        critic_module = CriticModule(model)
+        rate = published.critic_learning_rate(stage, cfg.adapter.kind)
+        critic = _engine(critic_module, engine, stage, rate, half=half)
+    reference: Any = None
+    if stage.reference and cfg.adapter.kind is not AdapterKind.none and not stage.reference_every:
+        reference = ADAPTER
+    elif stage.reference:
+        chunk, temperature = engine.logits_chunk, cfg.rollout.temperature
+        frozen = PolicyModule(start.causal_lm(), chunk=chunk, temperature=temperature)
+        reference = _freeze(frozen, engine, half=half)
+    return Models(policy, critic, reference, _layout(engine, stage, policy_module.model))
 
 
 def _engine(
@@ -211,16 +239,13 @@ def _register(ctx: RunContext) -> None:
         ctx.add_data(file)
 
 
-def _start_directory(ctx: RunContext, tokenizer: Any) -> str:
-    """A directory that transformers and vLLM both load: model.path, or the start written out where
-    it is GGUF, an adapter or tiny.
+def _start_directory(run: Path, model: ModelConfig, tokenizer: Any) -> str:
+    """A directory that transformers and vLLM both load: model.path, or ``start`` in the run's
+    directory, written where model.path is a GGUF file, an adapter, or missing (a tiny model).
     """
-    model = ctx.cfg.model
-    whole = model.path is not None and model.gguf_file is None and loads_as_it_is(model.path)
-    if whole:
-        assert model.path is not None
+    if model.path is not None and model.gguf_file is None and loads_as_it_is(model.path):
         return model.path
-    written = ctx.dir / "start"
+    written = run / "start"
     if distributed.is_main() and not (written / "config.json").exists():
         if model.kind is ModelKind.tiny and model.path is None:
             log.warning(
@@ -235,35 +260,37 @@ def _start_directory(ctx: RunContext, tokenizer: Any) -> str:
     return str(written)
 
 
-def _critic(cfg: Config, tokenizer: Any, start: str) -> Any:
+def _critic_model(
+    start: _Start, stage: OnlineStage, reward_path: str | None, adapter: AdapterConfig
+) -> Any:
     """The critic's model: the reward model's weights, or the policy's start with a head that
-    predicts 0.
+    predicts 0. With stage.critic_adapter only a LoRA adapter of it trains.
     """
-    stage = cfg.stage_as(OnlineStage)
     if stage.critic_init is CriticInit.reward:
-        assert cfg.reward.path is not None, (
-            "preflight refuses critic_init=reward without reward.path"
-        )
-        loaded = load_reward_model(cfg.reward.path, resolve_dtype(cfg.model.dtype))
-        if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"stage.critic_init=reward: the reward model {cfg.reward.path} has another "
-                "tokenizer than the policy, so its weights can't read the "
-                "policy's tokens. Use stage.critic_init=policy."
-            )
-        model = loaded.module
+        assert reward_path is not None, "preflight refuses critic_init=reward without reward.path"
+        model = _reward_weights(reward_path, start)
     else:
-        model = load_classifier(replace(cfg.model, path=start, gguf_file=None), tokenizer)
+        model = load_classifier(start.config, start.tokenizer)
         torch.nn.init.zeros_(model.score.weight)
     model.requires_grad_(True)
-    if stage.critic_adapter:
-        adapter = cfg.adapter
-        if adapter.kind is AdapterKind.none:
-            adapter = replace(adapter, kind=AdapterKind.lora)
-        model = attach(model, adapter, task="SEQ_CLS")
-    if cfg.engine.gradient_checkpointing:
-        enable_checkpointing(model)
-    return model
+    if not stage.critic_adapter:
+        return model
+    if adapter.kind is AdapterKind.none:
+        adapter = replace(adapter, kind=AdapterKind.lora)
+    return attach(model, adapter, task="SEQ_CLS")
+
+
+def _reward_weights(path: str, start: _Start) -> Any:
+    """The reward model's module. Raises UserError where it reads other tokens than the policy
+    writes.
+    """
+    loaded = load_reward_model(path, resolve_dtype(start.config.dtype))
+    if loaded.tokenizer.get_vocab() != start.tokenizer.get_vocab():
+        raise UserError(
+            f"stage.critic_init=reward: the reward model {path} has another tokenizer than the "
+            "policy, so its weights can't read the policy's tokens. Use stage.critic_init=policy."
+        )
+    return loaded.module
 
 
 def _freeze(module: PolicyModule, engine: EngineConfig, *, half: bool) -> Any:

@@ -4,7 +4,7 @@ generator holds is what the trainer sent, and both give the same logprobs.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ import torch
 
 from policy.batching import collate
 from policy.forward import Layout, policy_logprobs
+from policy.model import adapter_weights, full_weights
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Generator, SyncError
 
@@ -37,7 +38,7 @@ class WeightSync:
 
     generator: Generator
     policy: Any  # the trainer's engine
-    weights: Callable[[], FullWeights | AdapterWeights]  # what the trainer sends
+    adapter_only: bool  # the LoRA adapter is sent alone, not whole weights with it merged in
     probe: tuple[int, ...]  # fixed token ids whose logprobs prove each sync
     tolerance: float  # nats
     pad_id: int
@@ -47,9 +48,15 @@ class WeightSync:
         """Send the weights and prove that they arrived. Returns the probe's largest gap in nats;
         raises SyncError. A collective.
         """
-        self.generator.sync(self.weights(), version)
+        self.generator.sync(self._weights(), version)
         trainer = self._trainer_logprobs()
         return verify_sync(self.generator, self.probe, trainer, self.tolerance, version)
+
+    def _weights(self) -> FullWeights | AdapterWeights:
+        model = self.policy.module.model
+        if self.adapter_only:
+            return adapter_weights(model, self.policy.gather)
+        return full_weights(model, self.policy.gather)
 
     def _trainer_logprobs(self) -> list[float]:
         """The trainer's logprobs of the probe's tokens after the first, at temperature 1."""

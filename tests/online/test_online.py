@@ -194,10 +194,10 @@ def test_resuming_equals_never_having_stopped(tmp_path: Path, adapter: str) -> N
 
 
 def test_a_corrupted_sync_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf.online import setup
+    from rlhf.online import sync
     from rlhf.types import FullWeights
 
-    real = setup.full_weights
+    real = sync.full_weights
 
     def corrupted(model, gather):  # type: ignore[no-untyped-def]
         return FullWeights(
@@ -205,7 +205,7 @@ def test_a_corrupted_sync_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
             for n, t in real(model, gather).tensors
         )
 
-    monkeypatch.setattr(setup, "full_weights", corrupted)
+    monkeypatch.setattr(sync, "full_weights", corrupted)
     with pytest.raises(SyncError):
         run_ppo(tmp_path, "stage.steps=1", "rollout.max_response_length=4")
 
