@@ -4,7 +4,7 @@ prompt and itself.
     tokens       p p p | a a a | b b          positions   0 1 2 | 3 4 5 | 3 4
     a sees p and a; b sees p and b, not a
 
-A row of a group's k responses has P + sum T tokens in place of sum (P + T). Attention over the
+A row of a group's k responses has P + sum T tokens instead of sum (P + T). Attention over the
 longer row costs more, so a large group is cut where that outweighs the prompt (`pack_groups`).
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from policy.batching import Batch
+from policy.selection import rows_by_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Packed:
     owner: Tensor  # [B] long: the pack that holds each row
     # [B, T] long: index into L of the hidden state that predicts response token t (0 where padded)
     positions: Tensor
-    position_ids: Tensor  # [G, L] long: place in the prompt or, after the prompt, in the response
+    position_ids: Tensor  # [G, L] long: position in the prompt, or after it in the response
     # [G, 1, L, L] bool: True where a query (third axis) sees a key (fourth axis)
     attention_mask: Tensor
 
@@ -47,28 +48,37 @@ def pack_groups(
     attention over a row of L tokens, with a dense mask; so a row of L tokens costs L (1 + L / (12
     H)) units. `groups`, lengths: [B]; responses and prompts in tokens, H = `hidden_size`.
     """
-    members: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
     packs: list[list[int]] = []
-    for rows in members.values():
+    for rows in rows_by_group(groups):
         rows.sort(key=lambda row: (-response_lengths[row], row))
-        best: tuple[float, list[list[int]]] | None = None
-        count = 1
-        while count <= len(rows):
-            # long and short ones in every pack
-            parts = [rows[start::count] for start in range(count)]
-            sizes = [
-                prompt_lengths[part[0]] + sum(response_lengths[row] for row in part)
-                for part in parts
-            ]
-            cost = sum(size * (1.0 + size / (12.0 * hidden_size)) for size in sizes)
-            if best is None or cost < best[0]:
-                best = (cost, parts)
-            count *= 2
-        assert best is not None
-        packs += best[1]
+        prompt = prompt_lengths[rows[0]]
+        options = _equal_parts(rows)
+        costs = [_cost(parts, prompt, response_lengths, hidden_size) for parts in options]
+        packs += options[costs.index(min(costs))]
     return packs
+
+
+def _equal_parts(rows: list[int]) -> list[list[list[int]]]:
+    """`rows`, longest first, as 1, 2, 4, ... packs of nearly equal size, each with long and short
+    responses.
+    """
+    options = []
+    count = 1
+    while count <= len(rows):
+        options.append([rows[start::count] for start in range(count)])
+        count *= 2
+    return options
+
+
+def _cost(
+    parts: list[list[int]], prompt: int, response_lengths: Sequence[int], hidden_size: int
+) -> float:
+    """What the packs of one group cost, in the units of `pack_groups`; `prompt` in tokens."""
+    cost = 0.0
+    for part in parts:
+        size = prompt + sum(response_lengths[row] for row in part)
+        cost += size * (1.0 + size / (12.0 * hidden_size))
+    return cost
 
 
 def pack_length(

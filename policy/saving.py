@@ -14,8 +14,8 @@ from rlhf.process import distributed
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that takes its place at the end, so that a reader never sees half
-    of it; after an error nothing is left of it.
+    """A folder beside `directory` to write into. It replaces `directory` as a whole at the end, so
+    that a reader never sees half of it; after an error nothing is left of it.
     """
     side = directory.with_name(directory.name + ".part")
     shutil.rmtree(side, ignore_errors=True)

@@ -36,13 +36,21 @@ def unequal_groups(scores: Sequence[float], groups: Sequence[int]) -> list[list[
     return [rows for rows in rows_by_group(groups) if not all_equal(scores, rows)]
 
 
+def _best(scores: Sequence[float], rows: Sequence[int]) -> int:
+    return max(rows, key=lambda row: (scores[row], -row))
+
+
+def _worst(scores: Sequence[float], rows: Sequence[int]) -> int:
+    return min(rows, key=lambda row: (scores[row], row))
+
+
 def select(scores: Sequence[float], groups: Sequence[int], selection: Selection) -> Selected:
     """The rows that train. `scores`, `groups`: [B]. Ties go to the first row.
 
-    all          every row unequal      rows of groups whose scores are not all equal (Yu et al.
-    2025, arXiv:2503.14476, section 3.2) best         the best row of every group (Dong et al. 2023,
-    arXiv:2304.06767) best_worst   the best and the worst row of every group whose scores are not
-    all equal (Guo et al. 2024, arXiv:2402.04792)
+    all: every row. unequal: the rows of groups whose scores are not all equal (Yu et al. 2025,
+    arXiv:2503.14476, section 3.2). best: the best row of every group (Dong et al. 2023,
+    arXiv:2304.06767). best_worst: the best and the worst row of every group whose scores are not
+    all equal (Guo et al. 2024, arXiv:2402.04792).
     """
     match selection:
         case Selection.all:
@@ -50,16 +58,10 @@ def select(scores: Sequence[float], groups: Sequence[int], selection: Selection)
         case Selection.unequal:
             return Selected([row for rows in unequal_groups(scores, groups) for row in rows], [])
         case Selection.best:
-            return Selected(
-                [max(rows, key=lambda row: (scores[row], -row)) for rows in rows_by_group(groups)],
-                [],
-            )
+            return Selected([_best(scores, rows) for rows in rows_by_group(groups)], [])
         case Selection.best_worst:
             pairs = [
-                (
-                    max(rows, key=lambda row: (scores[row], -row)),
-                    min(rows, key=lambda row: (scores[row], row)),
-                )
+                (_best(scores, rows), _worst(scores, rows))
                 for rows in unequal_groups(scores, groups)
             ]
             return Selected([row for pair in pairs for row in pair], pairs)

@@ -64,7 +64,7 @@ class Brake:
         return {name: list(values) for name, values in self._last.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._last = {name: [float(v) for v in values] for name, values in state.items()}
+        self._last = {name: list(map(float, values)) for name, values in state.items()}
 
 
 @dataclass(frozen=True, slots=True)

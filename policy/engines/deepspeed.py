@@ -5,7 +5,7 @@ import math
 import os
 import pkgutil
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -142,15 +142,13 @@ class DeepSpeedEngine:
         # plain data parallelism: gradients are whole and averaged by now, and DeepSpeed records no
         # norm
         if self.cfg.zero_stage == 0:
-            norm = float(
-                torch.nn.utils.get_total_norm(
-                    [p.grad for p in trainable(self.module) if p.grad is not None]
-                )
-            )
+            gradients = [p.grad for p in trainable(self.module) if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
         self._waiting = False
         self.engine.step()
         self.steps += 1
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
         if norm is None or not math.isfinite(norm):
             raise NonFinite(f"the gradient's norm is {norm}")
         return float(norm)
@@ -237,12 +235,12 @@ def zero_config(
         zero["stage3_param_persistence_threshold"] = 10 * hidden_size
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     if cfg.offload is not Offload.none:
-        place: dict[str, Any] = {"device": cfg.offload.value}
+        target: dict[str, Any] = {"device": cfg.offload.value}
         if cfg.offload is Offload.nvme:
-            place["nvme_path"] = cfg.nvme_path
-        zero["offload_optimizer"] = dict(place)
+            target["nvme_path"] = cfg.nvme_path
+        zero["offload_optimizer"] = dict(target)
         if cfg.zero_stage == 3:
-            zero["offload_param"] = dict(place)
+            zero["offload_param"] = dict(target)
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -279,28 +277,32 @@ def reading(engine: Any, directory: Path) -> Iterator[None]:
             logger.setLevel(logging.ERROR)  # it warns that there is no tensor parallelism
         yield
         if config.load_universal_checkpoint:
-            mend_universal(engine, directory)
+            repair_universal(engine, directory)
     finally:
         config.load_universal_checkpoint = before
         logger.setLevel(level)
 
 
 def _check_parts(engine: Any) -> None:
-    # of ZeRO-1 and 2
+    """Every rank holds a part of every parameter group under ZeRO-1 and 2. Raises UserError on all
+    ranks alike. A collective.
+    """
     groups = getattr(engine.optimizer, "bit16_groups", getattr(engine.optimizer, "bf16_groups", []))
-    without = distributed.gather(
-        any(all(getattr(p, "_hp_mapping", None) is None for p in group) for group in groups)
-    )
-    if any(without):
-        ranks = ", ".join(str(rank) for rank, empty in enumerate(without) if empty)
+    missing = distributed.gather(any(_holds_nothing(group) for group in groups))
+    if any(missing):
+        ranks = ", ".join(str(rank) for rank, empty in enumerate(missing) if empty)
         raise UserError(
-            f"the model is too small for {len(without)} ranks: rank {ranks} would hold no part "
+            f"the model is too small for {len(missing)} ranks: rank {ranks} would hold no part "
             "of some group of weights, and DeepSpeed can't load a "
             "universal checkpoint then. Resume on fewer ranks, or at engine=zero3."
         )
 
 
-def mend_universal(engine: Any, directory: Path) -> None:
+def _holds_nothing(group: Iterable[Any]) -> bool:
+    return all(getattr(parameter, "_hp_mapping", None) is None for parameter in group)
+
+
+def repair_universal(engine: Any, directory: Path) -> None:
     """After DeepSpeed loaded a universal form: what its ZeRO-3 loader gets wrong where the weights
     are in several groups.
 

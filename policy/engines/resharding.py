@@ -1,5 +1,5 @@
-"""Resuming on another number of ranks, or at another ZeRO stage: a checkpoint says how it was
-saved, and one that doesn't fit is converted aside.
+"""Resuming on another number of ranks, or at another ZeRO stage: a checkpoint records how it was
+saved, and one that doesn't fit this launch is converted into a copy.
 
 ZeRO splits weights and optimizer state over the ranks, so DeepSpeed loads a checkpoint only where
 it was saved: on as many ranks, at the same stage. Its universal form (Lian et al. 2024,
@@ -7,7 +7,6 @@ arXiv:2406.18820) is whole tensors by name, which any number of ranks can split 
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from conf.choices import EngineKind, Offload
 from conf.schema import EngineConfig
+from policy.engines.deepspeed import CHECKPOINT_CLASSES
 from rlhf.process import checkpoints, distributed
 from rlhf.types import UserError
 
@@ -69,41 +69,41 @@ def record(directory: Path, engine: EngineConfig) -> None:
 def recorded(directory: Path) -> Sharding | None:
     """The layout that a checkpoint was saved in; None where it is older than the record."""
     path = directory / LAYOUT
-    return Sharding(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return Sharding(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def adapt(checkpoint: Path, engine: EngineConfig) -> tuple[Path, str | None]:
-    """A whole checkpoint in a form that this launch loads: itself, or its universal form, converted
-    once; and what to say of it, if anything.
+    """The folder from which this launch can load a whole checkpoint, and a warning, if any: the
+    checkpoint itself, or its universal form, which is converted once.
 
-    Rank 0's to call, before anything loads. Raises UserError where it can't be had, or where
-    loading would run what DeepSpeed never wrote.
+    Rank 0's to call, before anything loads. Raises UserError where no conversion covers the change,
+    or where loading would run code that DeepSpeed never wrote.
     """
     check_pickles(checkpoint)
     saved, now = recorded(checkpoint), Sharding.of(engine)
     if saved is None:
         _check_unrecorded(checkpoint, now)
-    if saved is None or dataclasses.replace(saved, offload=now.offload) == now:
+        return checkpoint, None
+    if dataclasses.replace(saved, offload=now.offload) == now:
         return checkpoint, None
     _refuse(checkpoint, saved, now)
     if now.zero_stage == 0:  # nothing is split, so there is nothing to convert
-        return (
-            checkpoint,
-            f"checkpoint {checkpoint.name} was saved by {saved}, and goes on with {now}",
-        )
-    return universal(
-        checkpoint, saved
-    ), f"checkpoint {checkpoint.name} was saved by {saved}; its universal form is loaded by {now}"
+        warning = f"checkpoint {checkpoint.name} was saved by {saved}, and goes on with {now}"
+        return checkpoint, warning
+    converted = universal(checkpoint, saved)
+    return converted, (
+        f"checkpoint {checkpoint.name} was saved by {saved}; its universal form is loaded by {now}"
+    )
 
 
 def _check_unrecorded(checkpoint: Path, now: Sharding) -> None:
     """A checkpoint from before layouts were recorded goes on as it was saved; its ranks are counted
     by their files. Raises UserError.
     """
-    ranks = max(
-        (len(list(root.rglob("*_optim_states.pt"))) for root in deepspeed_roots(checkpoint)),
-        default=0,
-    )
+    files = [list(root.rglob("*_optim_states.pt")) for root in deepspeed_roots(checkpoint)]
+    ranks = max(map(len, files), default=0)
     if ranks not in (0, now.ranks):
         raise UserError(
             f"the checkpoint {checkpoint} was saved by {ranks} ranks, before checkpoints had a "
@@ -116,16 +116,17 @@ def adapt_on_all_ranks(checkpoint: Path, engine: EngineConfig) -> Path:
     """`adapt` on rank 0, its outcome on every rank. A collective; raises UserError on all ranks
     alike.
     """
-    found: tuple[Path | None, str | None] = (None, None)
+    adapted: Path | None = None
+    wrong: str | None = None
     if distributed.is_main():
         try:
-            found = adapt(checkpoint, engine)[0], None
+            adapted, _ = adapt(checkpoint, engine)
         except UserError as error:
-            found = None, str(error)
-    place, wrong = distributed.broadcast(found)
-    if place is None:
+            wrong = str(error)
+    adapted, wrong = distributed.broadcast((adapted, wrong))
+    if adapted is None:
         raise UserError(wrong)
-    return place
+    return adapted
 
 
 def _refuse(checkpoint: Path, saved: Sharding, now: Sharding) -> None:
@@ -151,11 +152,10 @@ def check_pickles(checkpoint: Path) -> None:
     """
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
-    known = importlib.import_module("policy.engines.deepspeed").CHECKPOINT_CLASSES
     for root in deepspeed_roots(checkpoint):
         for path in sorted(root.rglob("*.pt")):
             try:
-                strange = sorted(set(get_unsafe_globals_in_checkpoint(path)) - known)
+                strange = sorted(set(get_unsafe_globals_in_checkpoint(path)) - CHECKPOINT_CLASSES)
             except Exception as error:  # whatever a crafted file makes of the reader
                 raise UserError(
                     f"{path} is no file that torch.save wrote ({error}). {_FOREIGN}"
@@ -177,9 +177,8 @@ def deepspeed_roots(checkpoint: Path) -> list[Path]:
     """The folders of a checkpoint that DeepSpeed wrote: each holds a file that names the folder of
     its state.
     """
-    return sorted(
-        {path.parent for name in ("latest", "latest_universal") for path in checkpoint.rglob(name)}
-    )
+    markers = [*checkpoint.rglob("latest"), *checkpoint.rglob("latest_universal")]
+    return sorted({path.parent for path in markers})
 
 
 def universal(checkpoint: Path, saved: Sharding) -> Path:
@@ -195,16 +194,12 @@ def universal(checkpoint: Path, saved: Sharding) -> Path:
     side = target.with_name(target.name + ".part")
     for old in (side, target):
         shutil.rmtree(old, ignore_errors=True)
-    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
-    environment |= {
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
     with checkpoints.storing(f"the universal form of {checkpoint}", side, checkpoint.parent):
         side.mkdir(parents=True)
         command = [sys.executable, "-m", "policy.engines.universal", str(checkpoint), str(side)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=_converter_environment(), capture_output=True, text=True, check=False
+        )
         if done.returncode != 0:
             shutil.rmtree(side, ignore_errors=True)
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -215,3 +210,16 @@ def universal(checkpoint: Path, saved: Sharding) -> Path:
         checkpoints.seal(side)
         side.rename(target)
     return target
+
+
+def _converter_environment() -> dict[str, str]:
+    """The environment of the converter's process: no launcher, no GPU, our own code first."""
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
+    python_path = [str(ROOT)]
+    if os.environ.get("PYTHONPATH"):
+        python_path.append(os.environ["PYTHONPATH"])
+    return environment | {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(python_path),
+    }

@@ -27,30 +27,39 @@ _METADATA = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_stat
 
 def convert(checkpoint: Path, target: Path) -> None:
     """Write a checkpoint's universal form into the folder `target`: DeepSpeed's folders converted,
-    small files copied, other weights left out.
+    small files copied, other weights left out. Raises ValueError where `checkpoint` holds no state
+    of DeepSpeed's.
     """
     roots = sorted(path.parent for path in checkpoint.rglob("latest"))
     if not roots:
         raise ValueError(f"{checkpoint} holds no state of DeepSpeed's")
-    inside = []
+    converted = []
     for root in roots:
-        tag = (root / "latest").read_text(encoding="utf-8").strip()
-        if tag != Path(tag).name or not (root / tag).is_dir():
-            raise ValueError(f"{root / 'latest'} names {tag!r}, which is no folder beside it")
-        inside.append(root / tag)
-        into = target / root.relative_to(checkpoint) / tag
+        state = _state_folder(root)
+        converted.append(state)
+        into = target / state.relative_to(checkpoint)
         into.mkdir(parents=True)
-        size = sum(path.stat().st_size for path in (root / tag).glob("*.pt"))
+        size = sum(path.stat().st_size for path in state.glob("*.pt"))
         workers = min(4, os.cpu_count() or 1) if size > _POOL_FROM else 1
         with tempfile.TemporaryDirectory(dir=target) as aside:
-            to_universal(with_moments(root / tag, Path(aside)), into, workers=workers)
+            to_universal(with_moments(state, Path(aside)), into, workers=workers)
         complete(into)
     for path in sorted(checkpoint.rglob("*")):
-        wanted = path.is_file() and path.name not in _SKIPPED and path.suffix != ".safetensors"
-        if wanted and not any(path.is_relative_to(folder) for folder in inside):
-            place = target / path.relative_to(checkpoint)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, place)
+        copied = path.is_file() and path.name not in _SKIPPED and path.suffix != ".safetensors"
+        if copied and not any(path.is_relative_to(folder) for folder in converted):
+            copy = target / path.relative_to(checkpoint)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
+
+
+def _state_folder(root: Path) -> Path:
+    """The folder of the state that the file ``latest`` in `root` names. Raises ValueError for a
+    name that is no folder beside it.
+    """
+    tag = (root / "latest").read_text(encoding="utf-8").strip()
+    if tag != Path(tag).name or not (root / tag).is_dir():
+        raise ValueError(f"{root / 'latest'} names {tag!r}, which is no folder beside it")
+    return root / tag
 
 
 def _read(path: Path, *, lazily: bool = False) -> Any:
@@ -98,19 +107,21 @@ def complete(folder: Path) -> None:
     folders = [path.parent for path in sorted(zero.rglob("fp32.pt"))]
     state = optimizer.get("optimizer_state_dict", {}).get("state", {})  # of ZeRO-3
     step = state[0]["step"] if state else _read(min(zero.rglob("step.pt")))
-    for name in folders:
-        for path in (name / f"{kind}.pt" for kind in STATES):
-            if path.is_file() and isinstance(value := _read(path), torch.Tensor):
+    for of_tensor in folders:
+        for kind in STATES:
+            path = of_tensor / f"{kind}.pt"
+            value = _read(path) if path.is_file() else None
+            if isinstance(value, torch.Tensor):
                 torch.save({"param": value.clone()}, path)
-        if (name / "exp_avg.pt").is_file():
-            torch.save(step, name / "step.pt")
-    found = sorted(folder.glob("*_model_states.pt"))
+        if (of_tensor / "exp_avg.pt").is_file():
+            torch.save(step, of_tensor / "step.pt")
+    states = sorted(folder.glob("*_model_states.pt"))
     # a universal load takes weights from zero/ alone
-    metadata = {k: v for k, v in _read(found[0], lazily=True).items() if k != "module"}
-    for path in found:
+    metadata = {k: v for k, v in _read(states[0], lazily=True).items() if k != "module"}
+    for path in states:
         path.unlink()
-    for place in _METADATA:
-        torch.save(metadata, folder / place)
+    for name in _METADATA:
+        torch.save(metadata, folder / name)
     # Every rank reads this file: without rank 0's part of the state, which the converter leaves in
     # it.
     kept = {

@@ -25,7 +25,7 @@ from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
 from policy.engines import resharding
 from policy.engines.base import NonFinite
-from policy.engines.deepspeed import is_universal, mend_universal, reading
+from policy.engines.deepspeed import is_universal, reading, repair_universal
 from policy.model import is_peft
 from rlhf.offline import row_weights
 from rlhf.offline.guards import Guard, WholeBatches
@@ -237,7 +237,7 @@ class StageTrainer(PrivateHooks):
     def optimizer_loaded(self, checkpoint: Path) -> None:
         """Repair what DeepSpeed leaves out of a checkpoint in its universal form."""
         if is_universal(checkpoint):
-            mend_universal(self.model_wrapped, checkpoint)
+            repair_universal(self.model_wrapped, checkpoint)
 
     def restart_randomness(self, checkpoint: Path) -> bool:
         """On another number of ranks than the checkpoint's, whose states fit no rank of this

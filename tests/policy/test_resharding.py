@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from conf.choices import EngineKind, Offload
 from conf.schema import EngineConfig
 from policy.engines import resharding
-from policy.engines.deepspeed import mend_universal
+from policy.engines.deepspeed import repair_universal
 from rlhf.process import checkpoints, randomness
 from rlhf.types import UserError
 from tests import toys
@@ -430,7 +430,7 @@ def test_groups_of_weights_keep_their_own_steps_and_hyperparameters(tmp_path: Pa
             "exp_avg_sq": torch.zeros(2),
         }
         param.grad = torch.ones(2)
-    mend_universal(SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer)), tmp_path)
+    repair_universal(SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer)), tmp_path)
     optimizer.step()
     assert [float(optimizer.state[param]["step"]) for param in params] == [4.0, 4.0]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
