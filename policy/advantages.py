@@ -122,17 +122,19 @@ def group_advantages(scores: Tensor, groups: Tensor, *, std: bool, floor: float 
     """Scores against their own group, [B] float32 (Shao et al. 2024, arXiv:2402.03300, section
     4.1.2).
 
-        A_i = (s_i - mean_g) / max(std_g, floor)          std=False: without the division (Liu et
-        al. 2025, arXiv:2503.20783)
+        A_i = (s_i - mean_g) / max(std_g, floor)
 
-    A group of equal scores gets exactly 0. `scores`, `groups` [B]; `floor` in units of the score.
-    Raises ValueError for a group of one.
+    `std` False: without the division (Liu et al. 2025, arXiv:2503.20783). A group of equal scores
+    gets exactly 0. `scores`, `groups` [B]; `floor` in units of the score. Raises ValueError for a
+    group of one.
     """
     mean, deviation, _ = group_moments(scores, groups)
     centred = scores.double() - mean
     # what rounding the mean leaves of equal scores
     centred = torch.where(centred.abs() <= 1e-9 * mean.abs(), 0.0, centred)
-    return (centred / deviation.clamp(min=floor) if std else centred).float()
+    if std:
+        centred = centred / deviation.clamp(min=floor)
+    return centred.float()
 
 
 @torch.no_grad()
@@ -177,13 +179,13 @@ def whiten(
 ) -> Tensor:
     """Scale `values` [...] to unit standard deviation under `mask`; 0 outside it.
 
-        shift=True:  (values - mean) / max(std, floor)     for advantages: mean 0
-        shift=False:  values         / max(std, floor)     for rewards: a positive scale, which
-        leaves the optimal policy as it is
+        shift=True:   (values - mean) / max(std, floor)
+        shift=False:  values / max(std, floor)
 
-    `shift=False` does not add an unscaled mean back, as (values - mean) / std + mean would: that is
-    a constant bonus per token and pays for length. The floor, in units of `values`, keeps float32
-    rounding of equal values from becoming a signal of size 1.
+    Advantages are shifted, to mean 0. Rewards are not: a positive scale leaves the optimal policy
+    as it is. `shift=False` does not add an unscaled mean back, as (values - mean) / std + mean
+    would: that is a constant bonus per token and pays for length. The floor, in units of `values`,
+    keeps float32 rounding of equal values from becoming a signal of size 1.
     """
     same_shape(values.dim(), values=values, mask=mask)
     check_mask(mask)

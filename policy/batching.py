@@ -30,7 +30,7 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -
         else:
             bins.append([row])
     while len(bins) < at_least:
-        sizes = [len(rows) * lengths[rows[0]] if len(rows) > 1 else 0 for rows in bins]
+        sizes = [_divisible_size(rows, lengths) for rows in bins]
         if not any(sizes):
             return bins + [[] for _ in range(at_least - len(bins))]
         largest = sizes.index(max(sizes))
@@ -38,6 +38,13 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -
         half = (len(rows) + 1) // 2
         bins[largest : largest + 1] = [rows[:half], rows[half:]]
     return bins
+
+
+def _divisible_size(rows: Sequence[int], lengths: Sequence[int]) -> int:
+    """The padded size of a bin in tokens; 0 for one that can't be halved."""
+    if len(rows) < 2:
+        return 0
+    return len(rows) * lengths[rows[0]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +114,11 @@ def collate(
     response_lengths = torch.tensor([len(response) for response in response_ids], dtype=torch.long)
     columns = torch.arange(int(response_lengths.max()) if len(response_lengths) else 0)
     response_mask = columns < response_lengths[:, None]
+    whole = [
+        [*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)
+    ]
     batch = Batch(
-        input_ids=_pad(
-            [
-                [*prompt, *response]
-                for prompt, response in zip(prompt_ids, response_ids, strict=True)
-            ],
-            pad_id,
-        ),
+        input_ids=_pad(whole, pad_id),
         response_ids=_pad(response_ids, pad_id),
         response_mask=response_mask,
         positions=torch.where(response_mask, prompt_lengths[:, None] - 1 + columns, 0),
@@ -125,7 +129,6 @@ def collate(
 
 def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     """Ragged lists -> [B, longest] long, padded on the right."""
-    longest = max((len(row) for row in rows), default=0)
-    return torch.tensor(
-        [[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.long
-    ).reshape(len(rows), longest)
+    longest = max(map(len, rows), default=0)
+    padded = [[*row, *[pad_id] * (longest - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long).reshape(len(rows), longest)

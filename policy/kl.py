@@ -18,10 +18,13 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator)
     With log r = ref_logprobs - logprobs (Schulman 2020, "Approximating KL divergence",
     http://joschu.net/blog/kl-approx.html):
 
-        k1 = -log r             unbiased, may be negative; its gradient has zero mean, so it belongs
-        in a reward, not in a loss
-        k2 = (log r)^2 / 2      biased, low variance, never negative
-        k3 = (r - 1) - log r    unbiased, low variance, never negative up to rounding
+        k1 = -log r
+        k2 = (log r)^2 / 2
+        k3 = (r - 1) - log r
+
+    k1 is unbiased and may be negative; its gradient has zero mean, so it belongs in a reward, not
+    in a loss. k2 is biased, of low variance, never negative. k3 is unbiased, of low variance, never
+    negative up to rounding.
 
     Differentiable in both arguments. There is no mask: positions outside the response hold whatever
     the inputs there give.

@@ -22,8 +22,8 @@ def selected_logprobs(
     """Logprob of each label and entropy of its distribution, both [N] float32 nats, with the exact
     gradient of both (of the logprobs alone with `entropy_grad` False).
 
-        logprobs_i = log softmax(head(hidden_i) / temperature)[labels_i],    entropy_i = -sum_v p_iv
-        log p_iv
+        logprobs_i = log softmax(head(hidden_i) / temperature)[labels_i]
+        entropy_i = -sum_v p_iv log p_iv
 
     `hidden` [N, H], `labels` [N] long; `head` maps [n, H] to logits [n, V]. The logits of at most
     `chunk` rows exist at a time: where there are several chunks and gradients are wanted, backward
@@ -47,11 +47,10 @@ def selected_logprobs(
     logprobs, entropies = [], []
     for part, part_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         arguments = (part, head, part_labels, temperature, entropy_grad)
-        logprob, entropy = (
-            checkpoint(_chunk_logprobs, *arguments, use_reentrant=False)
-            if recompute
-            else _chunk_logprobs(*arguments)
-        )
+        if recompute:
+            logprob, entropy = checkpoint(_chunk_logprobs, *arguments, use_reentrant=False)
+        else:
+            logprob, entropy = _chunk_logprobs(*arguments)
         logprobs.append(logprob)
         entropies.append(entropy)
     return torch.cat(logprobs), torch.cat(entropies)

@@ -37,6 +37,7 @@ def base_of(model: Any) -> Any:
 
 
 def is_peft(model: Any) -> bool:
+    """Whether the model is a PeftModel, without importing PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
@@ -79,13 +80,12 @@ class PolicyModule(nn.Module):
         """
         lm = base_of(self.model)
         hidden = _hidden(lm, input_ids, position_ids, attention_mask)  # [B, L, H], or [G, L, H]
-        rows = torch.arange(positions.shape[0], device=input_ids.device) if owner is None else owner
+        rows = owner
+        if rows is None:
+            rows = torch.arange(positions.shape[0], device=input_ids.device)
         rows = rows[:, None].expand_as(positions)
-        # [N, H], [N]
-        picked, labels = (
-            hidden[rows[response_mask], positions[response_mask]],
-            response_ids[response_mask],
-        )
+        picked = hidden[rows[response_mask], positions[response_mask]]  # [N, H]
+        labels = response_ids[response_mask]  # [N]
         tokens = len(labels)
         if self.same_calls:
             spare = int(distributed.all_max([tokens])[0]) - tokens
@@ -98,11 +98,10 @@ class PolicyModule(nn.Module):
             temperature=self.temperature,
             entropy_grad=self.entropy_grad,
         )
-        flat_logprobs, flat_entropy = flat_logprobs[:tokens], flat_entropy[:tokens]
         zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=input_ids.device)
-        return zeros.masked_scatter(response_mask, flat_logprobs), zeros.masked_scatter(
-            response_mask, flat_entropy
-        )
+        logprobs = zeros.masked_scatter(response_mask, flat_logprobs[:tokens])
+        entropy = zeros.masked_scatter(response_mask, flat_entropy[:tokens])
+        return logprobs, entropy
 
 
 def _hidden(
@@ -201,7 +200,6 @@ def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[st
     """
     lora_layers = _lora_layers(model)
     inside = {id(sub) for layer in lora_layers.values() for sub in layer.modules()}
-    copy = gather is not no_gather
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         if name in lora_layers:
@@ -217,10 +215,9 @@ def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[st
         elif id(module) not in inside:
             params = list(module.parameters(recurse=False))
             with gather(params) if params else nullcontext():
-                own = [
-                    (_clean_name(n), t.clone() if copy else t)
-                    for n, t in _persistent(module, prefix)
-                ]
+                own = [(_clean_name(n), t) for n, t in _persistent(module, prefix)]
+                if gather is not no_gather:  # what is gathered is gone afterwards
+                    own = [(n, t.clone()) for n, t in own]
             yield from own
 
 
@@ -246,9 +243,16 @@ def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
         # only.
         own = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     config = model.peft_config["default"].to_dict()
-    config = {
-        k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()
-    }
     return AdapterWeights(
-        get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False), config
+        get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False),
+        {name: _plain_value(value) for name, value in config.items()},
     )
+
+
+def _plain_value(value: Any) -> Any:
+    """A value of PEFT's configuration as JSON holds it: sets sorted, enumerations by their
+    value.
+    """
+    if isinstance(value, set):
+        return sorted(value)
+    return getattr(value, "value", value)

@@ -50,8 +50,9 @@ def save_model(
         if ".original_module." in name or name in tied or not distributed.is_main():
             continue
         value = tensor.detach().cpu()
-        kept = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        state[name.replace(".modules_to_save.default.", ".")] = kept.clone().contiguous()
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        state[name.replace(".modules_to_save.default.", ".")] = value.clone().contiguous()
     if distributed.is_main():
         with replacing(directory) as side:
             base.save_pretrained(side, state_dict=state)

@@ -106,7 +106,8 @@ class OptimizerStep:
         self.tokens, self.units, self.pairs = distributed.all_sum(
             [float(own.sum()), units, float(len(pairs))]
         )
-        if (self.pairs if self.pairwise else self.tokens) == 0:
+        trained = self.pairs if self.pairwise else self.tokens
+        if trained == 0:
             return None
         micro_batches = plan(batch.tokens, batch.groups, rows, self.models.layout, pairs)
         for number, packs in enumerate(micro_batches):

@@ -149,13 +149,12 @@ class HFGenerator:
         is padding.
         """
         end = self._tokenizer.eos_token_id
-        stopped = end in token_ids
-        length = token_ids.index(end) + 1 if stopped else len(token_ids)
+        reason, length = "length", len(token_ids)
+        if end in token_ids:
+            reason, length = "stop", token_ids.index(end) + 1
         kept = token_ids[:length]
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        return Rollout(
-            prompt, text, kept, logprobs[:length], "stop" if stopped else "length", self.version
-        )
+        return Rollout(prompt, text, kept, logprobs[:length], reason, self.version)
 
     @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:

@@ -1,6 +1,7 @@
-"""Low-rank adaptation by PEFT: LoRA (Hu et al. 2021, arXiv:2106.09685), with rank-stabilised scaling
-(rsLoRA, Kalajdzievski 2023, arXiv:2312.03732) or magnitudes apart (DoRA, Liu et al. 2024,
-arXiv:2402.09353).
+"""Low-rank adaptation by PEFT.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685), with rank-stabilised scaling (rsLoRA, Kalajdzievski 2023,
+arXiv:2312.03732) or with magnitudes that train apart (DoRA, Liu et al. 2024, arXiv:2402.09353).
 """
 
 from typing import Any

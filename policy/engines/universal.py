@@ -68,19 +68,18 @@ def _read(path: Path, *, lazily: bool = False) -> Any:
 
 
 def with_moments(folder: Path, aside: Path) -> Path:
-    """The same state with Adam's moments; `folder` itself where it has them. An optimizer that took
-    no step yet (the policy's while the critic warms up) has none, and DeepSpeed's converter stops
-    there. No step and moments of zero is what it starts from.
+    """A folder with the same state and Adam's moments: `folder` itself where it has them, else
+    `aside`.
+
+    An optimizer that took no step yet (the policy's while the critic warms up) has none, and
+    DeepSpeed's converter would stop there. Step 0 and moments of zero are what it starts from.
     """
     files = sorted(folder.glob("*_optim_states.pt"))
     for path in files:
         content = _read(path, lazily=True)
         whole = content["optimizer_state_dict"]
-        base = (
-            whole["base_optimizer_state"]
-            if "base_optimizer_state" in whole
-            else whole["optimizer_state_dict"]
-        )
+        zero3 = "base_optimizer_state" not in whole
+        base = whole["optimizer_state_dict" if zero3 else "base_optimizer_state"]
         masters = whole.get("single_partition_of_fp32_groups", whole.get("fp32_flat_groups"))
         if all(number in base["state"] for number in range(len(masters))):
             return folder
