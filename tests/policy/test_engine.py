@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from conf.choices import AdapterKind, Advantage, PolicyLoss, Scheduler
+from conf.choices import AdapterKind, Advantage, PolicyLoss, PreferenceLoss, Scheduler
 from conf.schema import AdapterConfig
 from conf.stages import OnlineStage
-from policy.adapters import attach, enable_checkpointing
+from policy.adapters import METHODS, attach, enable_checkpointing
 from policy.batching import collate
 from policy.engines.base import NonFinite, OptimSettings
 from policy.engines.torch import TorchEngine
 from policy.forward import Layout, Models
 from policy.model import CriticModule, PolicyModule, adapter_weights, full_weights, iterate_weights
+from policy.preference import LOSSES
 from policy.prepare import TrainBatch, needs_old_logprobs, prepare
 from policy.saving import save_adapter, save_model
 from policy.update import update
@@ -128,6 +129,12 @@ def test_saved_model_loads_merged_and_alone(tmp_path) -> None:  # type: ignore[n
 def test_unknown_adapter_target_names_the_linear_modules() -> None:
     with pytest.raises(UserError, match=r"no such module; the model's linear modules are .*q_proj"):
         attach(causal(), lora(targets=["qq_proj"]), task="CAUSAL_LM")
+
+
+def test_every_adapter_and_every_loss_of_pairs_has_its_function() -> None:
+    assert METHODS.keys() == set(AdapterKind) - {AdapterKind.none}
+    sorts_a_batch = {PreferenceLoss.aot, PreferenceLoss.aot_unpaired}
+    assert LOSSES.keys() == set(PreferenceLoss) - sorts_a_batch
 
 
 def test_schedule_warms_up_then_decays() -> None:
