@@ -99,18 +99,10 @@ class Guard:
 
         Raises TrainingDiverged where there is none, or after more than ``stage.rewinds`` rewinds.
         """
-        newest = checkpoints.newest(self.checkpoint_dir)[0] if distributed.is_main() else None
-        newest = distributed.broadcast(newest)
         self.rewinds += 1
-        prefix = f"{self.problem} stage.on_nonfinite=rewind:"
-        if newest is None:
-            raise TrainingDiverged(f"{prefix} there is no whole checkpoint to go back to.")
-        if self.rewinds > self.stage.rewinds:
-            raise TrainingDiverged(
-                f"{prefix} stage.rewinds={self.stage.rewinds} times it was tried already."
-            )
-        path: Path = newest[0]
-        return path
+        return checkpoints.rewind_target(
+            self.checkpoint_dir, self.rewinds, self.stage.rewinds, str(self.problem)
+        )
 
     def save(self, directory: Path) -> None:
         """Write the counts and the spikes' windows into a checkpoint."""
