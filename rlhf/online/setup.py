@@ -93,8 +93,7 @@ def build(ctx: RunContext) -> Parts:
     The order is that in which things fail soonest. It also fixes which random numbers each model's
     fresh weights get.
     """
-    cfg, stage = ctx.cfg, ctx.cfg.stage
-    assert isinstance(stage, OnlineStage)
+    cfg, stage = ctx.cfg, ctx.cfg.stage_as(OnlineStage)
     seed_everything(cfg.run.seed)
     texts = reading.stage_texts(reading.DataRequest.of(cfg))
     tokenizer = load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
