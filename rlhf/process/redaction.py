@@ -66,7 +66,7 @@ def text(value: str) -> str:
 
 def report(value: str, *, home: str) -> str:
     """A text that is meant for others, such as a bug report: without secrets, without keys or
-    hashes in hexadecimal digits, and with ``~`` for the directory `home` and for other users' homes.
+    hashes in hexadecimal digits, and with ``~`` for the directory `home` and other users' homes.
     """
     value = _HASH.sub(REDACTED, text(value))
     home = home.rstrip("/")

@@ -24,6 +24,7 @@ from rlhf.data.recipes import smollm2
 from rlhf.models.loading import load_causal_lm, train_tokenizer
 from rlhf.run.context import RunContext
 from rlhf.stages import eval as stage
+from rlhf.stages.evaluation.policies import response_kl
 from rlhf.types import Prompt, Rollout, Scores, UserError
 from tests import toys
 
@@ -443,7 +444,15 @@ def test_kl_is_that_of_whole_distributions(policies: Path) -> None:
             "engine.micro_tokens=8",
         ]
     )
-    found = stage.response_kl(moved, start, rollouts, 0, cfg)
+    found = response_kl(
+        moved,
+        start,
+        rollouts,
+        pad_id=0,
+        temperature=cfg.rollout.temperature,
+        logits_chunk=cfg.engine.logits_chunk,
+        micro_tokens=cfg.engine.micro_tokens,
+    )
     for value, one in zip(found, rollouts, strict=True):
         ids = torch.tensor([[*one.prompt.token_ids, *one.token_ids]])
         with torch.no_grad():

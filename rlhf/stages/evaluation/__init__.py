@@ -1,0 +1,1 @@
+"""The parts of ``stage=eval``: two states of a policy, and who judges their responses."""

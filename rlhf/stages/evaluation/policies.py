@@ -1,0 +1,138 @@
+"""Two states of one policy: their tokenizer, their responses, and the KL between them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.choices import KLEstimator
+from conf.schema import Config, ModelConfig
+from policy.batching import Batch, collate, plan_micro_batches
+from policy.kl import kl_per_token
+from policy.model import PolicyModule, full_weights
+from rlhf.models.loading import load_causal_lm, load_tokenizer, loads_as_it_is, resolve_dtype
+from rlhf.online.sync import gap_tolerance, verify_sync
+from rlhf.process import distributed
+from rlhf.types import Generator, Prompt, Rollout, UserError
+from rollout import make_generator
+
+_PROBE_TOKENS = 16
+
+
+def model_at(model: ModelConfig, path: str) -> ModelConfig:
+    """The options of the model with another directory."""
+    return dataclasses.replace(model, path=path, gguf_file=None)
+
+
+def same_tokenizer(model: ModelConfig, chat_template: str | None, before: str, after: str) -> Any:
+    """The tokenizer of both policies. Raises UserError when theirs differ: KL between them would
+    mean nothing.
+    """
+    old = load_tokenizer(model_at(model, before), chat_template)
+    new = load_tokenizer(model_at(model, after), chat_template)
+    for what, ours, theirs in (
+        ("vocabularies", old.get_vocab(), new.get_vocab()),
+        ("end-of-sequence tokens", old.eos_token, new.eos_token),
+        ("chat templates", old.chat_template, new.chat_template),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"stage.before={before} and stage.after={after} have different {what}: expected "
+                "two states of one policy, "
+                "so that the same prompt and the same tokens mean the same to both."
+            )
+    return old
+
+
+def generate_both(
+    cfg: Config,
+    tokenizer: Any,
+    after: Any,
+    prompts: Sequence[Prompt],
+    start: Path,
+    phase: Callable[[str], None],
+) -> tuple[list[Rollout], list[Rollout]]:
+    """Both policies' responses with the same seeds: one engine starts as ``stage.before`` and
+    generates, takes over the weights of the model `after`, proves it, and generates again.
+
+    An adapter is first written to `start` as a whole model, which engines need. `phase` is told
+    what is going on.
+    """
+    stage = cfg.stage
+    path = stage.before
+
+    def load_before() -> Any:
+        return load_causal_lm(model_at(cfg.model, path), tokenizer)
+
+    engine_path = path
+    if not loads_as_it_is(path):
+        engine_path = str(start)
+        load_before().save_pretrained(engine_path)
+        tokenizer.save_pretrained(engine_path)
+    generator: Generator = make_generator(
+        cfg,
+        model_path=engine_path,
+        tokenizer=tokenizer,
+        model_factory=load_before,
+        adapter_rank=None,
+    )
+
+    def responses() -> list[Rollout]:
+        n, seed = stage.samples_per_prompt, cfg.run.seed
+        return generator.generate(prompts, n=n, seed=seed, greedy=stage.greedy)
+
+    try:
+        phase("generate before")
+        old = responses()
+        phase("sync")
+        generator.sync(full_weights(after), 1)
+        probe = [*prompts[0].token_ids, *old[0].token_ids[:_PROBE_TOKENS]]
+        tolerance = gap_tolerance(cfg.rollout.gap_tolerance, resolve_dtype(cfg.model.dtype))
+        verify_sync(generator, probe, probe_logprobs(after, probe), tolerance, 1)
+        phase("generate after")
+        return old, responses()
+    finally:
+        generator.close()
+
+
+@torch.inference_mode()
+def probe_logprobs(model: Any, token_ids: Sequence[int]) -> list[float]:
+    """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, by transformers."""
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    log_p = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+    return log_p.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+
+
+@torch.inference_mode()
+def response_kl(
+    after: Any,
+    before: Any,
+    rollouts: Sequence[Rollout],
+    *,
+    pad_id: int,
+    temperature: float,
+    logits_chunk: int,
+    micro_tokens: int,
+) -> list[float]:
+    """KL(after || before) in nats of each response of `after`: log p_after - log p_before (k1),
+    summed over its tokens, float32 at the head.
+    """
+    device = distributed.device()
+    modules = [
+        PolicyModule(model.to(device).eval(), chunk=logits_chunk, temperature=temperature)
+        for model in (after, before)
+    ]
+    prompts = [rollout.prompt.token_ids for rollout in rollouts]
+    responses = [rollout.token_ids for rollout in rollouts]
+    batch: Batch = collate(prompts, responses, pad_id, device)
+    out = [0.0] * len(rollouts)
+    for rows in plan_micro_batches(batch.lengths.tolist(), micro_tokens):
+        part = batch.select(rows)
+        inputs = (part.input_ids, part.positions, part.response_ids, part.response_mask)
+        logprobs, ref_logprobs = (module(*inputs)[0] for module in modules)
+        per_token = kl_per_token(logprobs, ref_logprobs, KLEstimator.k1) * part.response_mask
+        for row, value in zip(rows, per_token.sum(dim=1).tolist(), strict=True):
+            out[row] = value
+    return out
