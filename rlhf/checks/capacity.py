@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.choices import AdapterKind, Advantage, CriticInit, EngineKind, KTOLoss
-from conf.schema import Config
+from conf.choices import AdapterKind, Advantage, CriticInit, Dtype, EngineKind, KTOLoss
+from conf.schema import AdapterConfig, Config, ModelConfig
 from conf.stages import KTOStage, OfflineStage, OnlineStage
+from conf.training import TrainStage
 from rlhf.checks.memory import GIB, moments
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes, adapter_parameters, can_plan, shapes_of
-from rlhf.models.loading import base_directory
+from rlhf.models.loading import base_directory, resolve_dtype
 from rlhf.process import distributed
 from rlhf.run.directory import CHECKPOINTS, run_directory
 from rlhf.types import UserError
@@ -35,15 +36,16 @@ def memory_notes(cfg: Config, scoring: Models = ()) -> list[str]:
         return []  # a dry run shows the plan itself
     if (weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
         return []
-    machine = moments.machine_of(cfg, all_devices=False)
+    machine = moments.machine_of(cfg.engine, cfg.model.params, all_devices=False)
     shapes, _ = shapes_of(cfg.model, scoring)
     planned = plan(cfg, shapes, machine)
     if planned.fits:
         return []
     device = "device" if machine.cuda else "rank"
+    usable = moments.HEADROOM * machine.device_gib
     return [
-        f"the memory plan doesn't fit, {moments.HEADROOM * machine.device_gib:.1f} GiB are usable "
-        f"on each {device}: {planned.obstacle}. "
+        f"the memory plan doesn't fit, {usable:.1f} GiB are usable on each "
+        f"{device}: {planned.obstacle}. "
         f"`python -m rlhf stage=doctor stage.plan={cfg.stage.name}` with the same model and "
         "engine options says which setting does."
     ]
@@ -60,11 +62,11 @@ def fitting_micro_batch(cfg: Config) -> int | None:
     stage = cfg.stage
     if not isinstance(stage, OfflineStage) or cfg.engine.micro_batch_size is not None:
         return None
-    if cfg.model.path is None or not can_plan(cfg):
+    if cfg.model.path is None or not can_plan(cfg.model):
         return None
     if not cfg.run.dry_run and (weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
         return None
-    machine = moments.machine_of(cfg, all_devices=False)
+    machine = moments.machine_of(cfg.engine, cfg.model.params, all_devices=False)
     if stage.batch_size % machine.ranks:
         return None  # the stage's own check refuses it
     rows = stage.batch_size // machine.ranks
@@ -87,8 +89,9 @@ def check_disk(cfg: Config, scoring: Models = ()) -> None:
     """
     if cfg.run.dry_run or not distributed.is_main():
         return
-    free = free_bytes(cfg)
-    count, weights = count_checkpoints(cfg), weight_bytes(cfg, scoring)
+    free = free_bytes(run_directory(cfg))
+    count = count_checkpoints(cfg.stage, cfg.run.keep_checkpoints)
+    weights = weight_bytes(cfg.model, cfg.stage, scoring)
     if weights is None or (count + 1) * _MOST * weights < free:
         return  # the usual case, without counting parameters
     need = need_of(cfg, shapes_of(cfg.model, scoring)[0])
@@ -123,26 +126,26 @@ class Need:
 
 def need_of(cfg: Config, shapes: Shapes) -> Need:
     """Checkpoints and model of a training stage."""
+    width = weight_width(cfg.model.dtype)
     return Need(
-        count_checkpoints(cfg),
-        checkpoint_bytes(cfg, shapes),
-        weight_width(cfg) * shapes.policy.parameters,
+        count=count_checkpoints(cfg.stage, cfg.run.keep_checkpoints),
+        checkpoint=checkpoint_bytes(cfg.stage, cfg.engine.kind, cfg.adapter, width, shapes),
+        model=width * shapes.policy.parameters,
     )
 
 
-def free_bytes(cfg: Config) -> float:
-    """What the disk of the run's directory has, with what the run's earlier checkpoints hold, since
+def free_bytes(directory: Path) -> float:
+    """What the disk of a run's directory has, with what the run's earlier checkpoints hold, since
     new ones take their place.
     """
-    place = run_directory(cfg)
-    return shutil.disk_usage(existing_parent(place)).free + size_of(place / CHECKPOINTS)
+    free = shutil.disk_usage(existing_parent(directory)).free
+    return free + size_of(directory / CHECKPOINTS)
 
 
-def count_checkpoints(cfg: Config) -> int:
-    """Checkpoints that lie on the disk at one moment: those that are kept, the one being written,
-    and TRL's best.
+def count_checkpoints(stage: TrainStage, keep: int) -> int:
+    """Checkpoints on the disk at the same time: those that are kept (`keep`; 0: all), the one being
+    written, and TRL's best.
     """
-    stage, keep = cfg.stage, cfg.run.keep_checkpoints
     if isinstance(stage, OnlineStage):
         if not stage.save_steps or stage.steps is None:
             return 0
@@ -152,49 +155,49 @@ def count_checkpoints(cfg: Config) -> int:
     return 2 if keep == 0 else keep + 2
 
 
-def checkpoint_bytes(cfg: Config, shapes: Shapes) -> float:
+def checkpoint_bytes(
+    stage: TrainStage, engine: EngineKind, adapter: AdapterConfig, width: int, shapes: Shapes
+) -> float:
     """Bytes of one checkpoint over all ranks: float32 masters and Adam's two moments of what
-    trains; the weights as well, where DeepSpeed or TRL's trainers write them; a reference that
-    moves.
+    trains; the weights as well, of `width` bytes each, where DeepSpeed or TRL's trainers write
+    them; a reference that moves.
     """
-    stage, width = cfg.stage, weight_width(cfg)
-    adapter = adapter_parameters(shapes.policy, cfg.adapter)
-    policy = adapter or shapes.policy.parameters
-    own = width if cfg.engine.kind is EngineKind.deepspeed or isinstance(stage, OfflineStage) else 0
+    policy = adapter_parameters(shapes.policy, adapter) or shapes.policy.parameters
+    deepspeed = engine is EngineKind.deepspeed
     if not isinstance(stage, OnlineStage):
-        masters = 4 if cfg.engine.kind is EngineKind.deepspeed else 0
-        return (8.0 + masters + own) * policy
-    size = (12.0 + own) * policy
+        masters = 4 if deepspeed else 0
+        return (8.0 + masters + width) * policy
+    per_parameter = 12.0 + (width if deepspeed else 0)
+    size = per_parameter * policy
     if stage.advantage is Advantage.gae:
-        shape = (
-            shapes.rewards[0][1]
-            if stage.critic_init is CriticInit.reward and shapes.rewards
-            else shapes.policy
-        )
-        critic = (
-            adapter_parameters(shape, cfg.adapter)
-            if stage.critic_adapter and cfg.adapter.kind is not AdapterKind.none
-            else shape.classifier
-        )
-        size += (12.0 + own) * critic
-    return size + (width * shapes.policy.parameters if stage.reference_every else 0.0)
+        size += per_parameter * _critic_parameters(stage, adapter, shapes)
+    if stage.reference_every:
+        size += width * shapes.policy.parameters
+    return size
 
 
-def weight_width(cfg: Config) -> int:
+def _critic_parameters(stage: OnlineStage, adapter: AdapterConfig, shapes: Shapes) -> int:
+    """Parameters of the critic that train."""
+    shape = shapes.policy
+    if stage.critic_init is CriticInit.reward and shapes.rewards:
+        shape = shapes.rewards[0][1]
+    if stage.critic_adapter and adapter.kind is not AdapterKind.none:
+        return adapter_parameters(shape, adapter)
+    return shape.classifier
+
+
+def weight_width(dtype: Dtype) -> int:
     """Bytes of a weight."""
-    from rlhf.models.loading import resolve_dtype
-
-    return int(resolve_dtype(cfg.model.dtype).itemsize)
+    return int(resolve_dtype(dtype).itemsize)
 
 
-def weight_bytes(cfg: Config, scoring: Models) -> int | None:
+def weight_bytes(model: ModelConfig, stage: TrainStage, scoring: Models) -> int | None:
     """Size of the weight files of the policy, and of a critic's start at its largest; None where
     the policy's are not on this disk.
     """
-    if cfg.model.path is None or cfg.model.gguf_file is not None:
+    if model.path is None or model.gguf_file is not None:
         return None
-    policy = weight_files(cfg.model.path)
-    stage = cfg.stage
+    policy = weight_files(model.path)
     if policy is None or not isinstance(stage, OnlineStage):
         return policy
     if stage.advantage is not Advantage.gae:

@@ -44,8 +44,8 @@ def check_gguf_file(model: ModelConfig) -> None:
 
 
 def policy_tokenizer(model: ModelConfig, chat_template: str | None) -> Any:
-    """The tokenizer of ``model.path``; None where it is not in a directory, or in a GGUF file, which
-    takes long to read. Raises UserError for one that can't be read.
+    """The tokenizer of ``model.path``; None where it is not in a directory, or is in a GGUF file,
+    which takes long to read. Raises UserError for one that can't be read.
     """
     if model.path is None or model.gguf_file is not None:
         return None

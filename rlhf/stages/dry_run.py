@@ -29,6 +29,7 @@ from rlhf.data.formats.base import both_sides, columns_of
 from rlhf.data.preview import RowPreview, preview_row, render
 from rlhf.process import redaction
 from rlhf.run.console import console
+from rlhf.run.directory import run_directory
 from rlhf.types import PreferencePair
 
 LOG = logging.getLogger("rlhf")
@@ -63,7 +64,7 @@ def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
     _print_figures("batches", figures)
     if rows.previews:
         console().print(render(rows.previews))
-    if can_plan(cfg):
+    if can_plan(cfg.model):
         _print_plan(cfg)
 
 
@@ -209,7 +210,7 @@ def _print_figures(title: str, figures: dict[str, str]) -> None:
 
 
 def _print_plan(cfg: Config) -> None:
-    machine = machine_of(cfg, all_devices=False)
+    machine = machine_of(cfg.engine, cfg.model.params, all_devices=False)
     scoring = []
     if isinstance(cfg.stage, OnlineStage):
         scoring = scoring_models(cfg.reward, cfg.stage.watch)
@@ -225,7 +226,7 @@ def _print_plan(cfg: Config) -> None:
         else "does not fit: python -m rlhf stage=doctor with the same options says which setting "
         "does"
     )
-    need, free = capacity.need_of(cfg, shapes), capacity.free_bytes(cfg)
+    need, free = capacity.need_of(cfg, shapes), capacity.free_bytes(run_directory(cfg))
     held = (
         f"{need.count} checkpoints of {need.checkpoint / GIB:.2g} GiB at once and the model: "
         f"{need.total / GIB:.2g} GiB"

@@ -42,10 +42,8 @@ def with_free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
 def needed(given: Any) -> float:
     """GiB of the checkpoints and the model."""
     shapes, _ = shapes_of(given.model, [])
-    return (
-        capacity.count_checkpoints(given) * capacity.checkpoint_bytes(given, shapes)
-        + 4 * shapes.policy.parameters
-    ) / 2**30
+    need = capacity.need_of(given, shapes)
+    return (need.count * need.checkpoint + 4 * shapes.policy.parameters) / 2**30
 
 
 def test_a_dry_run_says_it(
@@ -118,7 +116,8 @@ def test_who_writes_no_checkpoint_is_not_asked(
     ],
 )
 def test_how_many_lie_there_at_once(tmp_path: Path, extra: list[str], count: int) -> None:
-    assert capacity.count_checkpoints(cfg(tmp_path, tmp_path, *extra)) == count
+    given = cfg(tmp_path, tmp_path, *extra)
+    assert capacity.count_checkpoints(given.stage, given.run.keep_checkpoints) == count
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_the_size_is_that_of_a_real_checkpoint(tmp_path: Path, adapter: list[str
         if tensor.numel() > 1
     ]
     found = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    assert found == pytest.approx(capacity.checkpoint_bytes(given, shapes), rel=0.01)
+    assert found == pytest.approx(capacity.need_of(given, shapes).checkpoint, rel=0.01)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

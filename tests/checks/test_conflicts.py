@@ -277,7 +277,7 @@ def test_a_run_that_the_memory_plan_does_not_fit_says_so(
 ) -> None:
     """The plan is made where weights are large: here a file of 1 GiB that takes no room."""
     small = Machine(ranks=1, cuda=True, device_gib=1.0, host_gib=None)
-    monkeypatch.setattr(moments, "machine_of", lambda cfg, all_devices: small)
+    monkeypatch.setattr(moments, "machine_of", lambda engine, params, all_devices: small)
     assert check(ppo) == []
     with (Path(str(ppo.model.path)) / "model.safetensors").open("wb") as file:
         file.truncate(1 << 30)
@@ -289,6 +289,6 @@ def test_a_run_that_the_memory_plan_does_not_fit_says_so(
     # it shows the plan itself
     assert check(replace(ppo, run=replace(ppo.run, dry_run=True))) == []
     monkeypatch.setattr(
-        moments, "machine_of", lambda cfg, all_devices: replace(small, device_gib=80.0)
+        moments, "machine_of", lambda engine, params, all_devices: replace(small, device_gib=80.0)
     )
     assert check(ppo) == []

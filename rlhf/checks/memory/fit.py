@@ -9,8 +9,8 @@ from conf.choices import AdapterKind, Advantage, EngineKind, Offload, RolloutBac
 from conf.schema import Config
 from conf.stages import OnlineStage
 from rlhf.checks.memory import activations
-from rlhf.checks.memory.moments import Machine, Plan
-from rlhf.checks.memory.plan import plan, sequences_at_once
+from rlhf.checks.memory.moments import Machine, Plan, sequences_at_once
+from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes
 
 _FLOOR = 512  # tokens of a micro-batch below which nothing is proposed
@@ -129,7 +129,7 @@ def eased(
         width = 2 if machine.half(cfg.model.dtype) else 4
         longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
         # a fourth of a step's sequences at once keeps vLLM busy; the others wait for their turn
-        at_once = max(1, sequences_at_once(cfg, machine.ranks) // 4)
+        at_once = max(1, sequences_at_once(cfg.stage, cfg.rollout.max_num_seqs, machine.ranks) // 4)
         share = activations.least_share(shapes.policy, width, longest, at_once, machine.device_gib)
         if share < 1 and abs(share - cfg.rollout.gpu_memory_utilization) > 1e-9:
             changes.append(f"rollout.gpu_memory_utilization={share:.2f}")

@@ -7,11 +7,16 @@ time/<phase>_s.
 from dataclasses import dataclass
 from enum import Enum
 
-from conf.choices import AdapterKind, Dtype, EngineKind, RolloutBackend
-from conf.schema import Config
-from conf.stages import OfflineStage
+from conf.choices import Dtype, EngineKind, RolloutBackend
+from conf.online import OnlineStage
+from conf.schema import EngineConfig, RolloutConfig
 from rlhf.checks.memory import GIB, Bytes, total
-from rlhf.checks.memory.activations import Pass
+from rlhf.checks.memory.activations import (
+    VLLM_OVERHEAD_GIB,
+    Pass,
+    cache_of,
+    transformers_bytes,
+)
 from rlhf.checks.memory.shapes import Shape
 from rlhf.checks.memory.states import Counts, Setting
 from rlhf.process import distributed
@@ -47,23 +52,22 @@ class Machine:
         return self.cuda if dtype is Dtype.auto else dtype is not Dtype.float32
 
 
-def machine_of(cfg: Config, *, all_devices: bool) -> Machine:
-    """The devices that the configuration asks for, else those that are here (`all_devices`: one
-    rank on each, not just those launched).
+def machine_of(engine: EngineConfig, params: float | None, *, all_devices: bool) -> Machine:
+    """The devices that the engine's options ask for, else those that are here (`all_devices`: one
+    rank on each, not just those launched). A model of assumed size (`params`) runs on assumed
+    devices.
     """
     import psutil
     import torch
 
-    engine, launched = cfg.engine, distributed.world_size()
+    launched = distributed.world_size()
     memory = psutil.virtual_memory().total / GIB
     if torch.cuda.is_available():
         here = torch.cuda.device_count()
         own = min(torch.cuda.get_device_properties(i).total_memory for i in range(here)) / GIB
         ranks = engine.gpus or (max(launched, here) if all_devices else launched)
         return Machine(ranks, True, engine.gpu_memory_gib or own, memory if ranks <= here else None)
-    asked = (
-        engine.gpus is not None or engine.gpu_memory_gib is not None or cfg.model.params is not None
-    )
+    asked = engine.gpus is not None or engine.gpu_memory_gib is not None or params is not None
     if not asked:
         return Machine(launched, False, memory / launched, memory)
     notes = []
@@ -157,14 +161,14 @@ class Plan:
         return None
 
 
-def process(cfg: Config, machine: Machine) -> Bytes:
-    """What a rank takes before any model."""
+def process(machine: Machine, engine: EngineKind, libraries_gib: float) -> Bytes:
+    """What a rank takes before any model; `libraries_gib`: the trainer's or the generator's part
+    without a GPU.
+    """
     if machine.cuda:
         return Bytes(PROCESS_DEVICE_GIB * GIB, PROCESS_HOST_GIB * GIB)
-    held = INTERPRETER_GIB + (DEEPSPEED_GIB if cfg.engine.kind is EngineKind.deepspeed else 0.0)
-    if isinstance(cfg.stage, OfflineStage):
-        return Bytes((held + TRL_GIB) * GIB)
-    return Bytes((held + (VLLM_GIB if cfg.rollout.backend is not RolloutBackend.hf else 0.0)) * GIB)
+    deepspeed = DEEPSPEED_GIB if engine is EngineKind.deepspeed else 0.0
+    return Bytes((INTERPRETER_GIB + deepspeed + libraries_gib) * GIB)
 
 
 def counts_of(shape: Shape, parameters: int, adapter: int, *, four_bit: bool = False) -> Counts:
@@ -184,9 +188,12 @@ def counts_of(shape: Shape, parameters: int, adapter: int, *, four_bit: bool = F
     )
 
 
-def setting_of(cfg: Config, machine: Machine, *, trl: bool) -> Setting:
-    engine, half = cfg.engine, machine.half(cfg.model.dtype)
-    plain, lora = engine.kind is EngineKind.torch, cfg.adapter.kind is not AdapterKind.none
+def setting_of(
+    engine: EngineConfig, machine: Machine, dtype: Dtype, *, lora: bool, trl: bool
+) -> Setting:
+    """How the modules of a run are held and trained; `trl`: by TRL's trainers."""
+    half = machine.half(dtype)
+    plain = engine.kind is EngineKind.torch
     return Setting(
         kind=engine.kind,
         zero=engine.zero_stage,
@@ -200,23 +207,91 @@ def setting_of(cfg: Config, machine: Machine, *, trl: bool) -> Setting:
 
 
 def pass_of(
-    cfg: Config,
     setting: Setting,
     tokens: int,
     *,
+    rank: int,
+    checkpointing: bool,
     trl: bool,
-    adapter: bool,
     masked: bool = False,
     length: int = 0,
 ) -> Pass:
-    autocast = trl and setting.float32_trained and not adapter
+    """A forward pass of `tokens`, padding included, in rows of `length`; `rank` of the adapter that
+    trains, 0 where the weights do.
+    """
+    autocast = trl and setting.float32_trained and not rank
     return Pass(
         tokens=tokens,
         width=4 if autocast else setting.width,
         length=length,
-        adapter=cfg.adapter.rank if adapter else 0,
+        adapter=rank,
         adapter_float32=setting.kind is EngineKind.torch,
         autocast=autocast,
         masked=masked,
-        checkpointing=cfg.engine.gradient_checkpointing,
+        checkpointing=checkpointing,
     )
+
+
+# ---- the generator ----
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorMemory:
+    """What the generator holds on a rank, idle and while it generates."""
+
+    idle: Bytes
+    busy: Bytes
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def sequences_at_once(stage: OnlineStage, max_num_seqs: int, ranks: int) -> int:
+    """Responses that a rank generates at the same time."""
+    share = stage.prompts_per_step * stage.samples_per_prompt // ranks
+    return max(1, min(max_num_seqs, share))
+
+
+def generator_memory(
+    rollout: RolloutConfig,
+    shape: Shape,
+    machine: Machine,
+    *,
+    half: bool,
+    adapter: int,
+    prompt: int,
+    sequences: int,
+) -> GeneratorMemory:
+    """vLLM's share of the device, whole on every rank; on a CPU its weights and cache; or
+    transformers' copy of the model. `adapter` parameters go beside it; `sequences` are generated at
+    once, of at most `prompt` tokens and a response.
+    """
+    width, response = 2 if half else 4, rollout.max_response_length
+    if rollout.backend is RolloutBackend.hf:
+        busy = transformers_bytes(shape, width, sequences, prompt, response, adapter)
+        idle = Bytes(float(width * shape.parameters + 4 * adapter))
+        return GeneratorMemory(idle, Bytes(busy))
+    weights = float(width * shape.parameters)
+    if not machine.cuda:
+        held = Bytes(weights + rollout.kv_cache_gib * GIB)
+        left = rollout.kv_cache_gib * GIB
+        option = f"rollout.kv_cache_gib={rollout.kv_cache_gib:g}"
+    else:
+        share = rollout.gpu_memory_utilization * machine.device_gib * GIB
+        held = Bytes(share)
+        left = share - weights - VLLM_OVERHEAD_GIB * GIB
+        option = f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
+    cache = cache_of(left, shape, width, prompt + response)
+    if cache.sequences < 1:
+        needed = (
+            f"vLLM's weights of {weights / GIB:.1f} GiB and one sequence of "
+            f"{prompt + response} tokens"
+        )
+        return GeneratorMemory(held, held, problem=f"{option} doesn't hold {needed}")
+    few = ""
+    if cache.sequences < sequences:
+        few = f"; of the {sequences} of a step the others wait"
+    note = (
+        f"{option}: a cache of {cache.tokens} tokens, {cache.sequences} sequences of full "
+        f"length at once{few}"
+    )
+    return GeneratorMemory(held, held, (note,))

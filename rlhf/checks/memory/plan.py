@@ -3,7 +3,7 @@
 Roles and moments are those of rlhf/online and of TRL's trainers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from conf.choices import (
     AdapterKind,
@@ -24,16 +24,20 @@ from conf.stages import (
     RewardStage,
     SFTStage,
 )
-from rlhf.checks.memory import GIB, NOTHING, Bytes, activations, total
+from rlhf.checks.memory import NOTHING, Bytes, activations, total
 from rlhf.checks.memory.activations import Pass
 from rlhf.checks.memory.moments import (
+    TRL_GIB,
+    VLLM_GIB,
     Machine,
     Moment,
     Phase,
     Plan,
     counts_of,
+    generator_memory,
     pass_of,
     process,
+    sequences_at_once,
     setting_of,
 )
 from rlhf.checks.memory.shapes import Shape, Shapes, adapter_parameters
@@ -71,7 +75,8 @@ def _step(states: States) -> Bytes:
 def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Plan:
     stage, shape = cfg.stage, shapes.policy
     assert isinstance(stage, OnlineStage)
-    setting = setting_of(cfg, machine, trl=False)
+    lora = cfg.adapter.kind is not AdapterKind.none
+    setting = setting_of(cfg.engine, machine, cfg.model.dtype, lora=lora, trl=False)
     adapter = adapter_parameters(shape, cfg.adapter)
     policy = training_states(
         counts_of(shape, shape.parameters, adapter, four_bit=four_bit), setting
@@ -85,7 +90,16 @@ def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Pl
     reference = (
         frozen_states(shape.parameters, setting, shape.largest_layer) if own_reference else None
     )
-    generator = _generator(cfg, shape, machine, adapter)
+    generator = generator_memory(
+        cfg.rollout,
+        shape,
+        machine,
+        half=setting.half,
+        adapter=adapter,
+        prompt=cfg.data.max_prompt_length,
+        sequences=sequences_at_once(stage, cfg.rollout.max_num_seqs, machine.ranks),
+    )
+    beside = 0.0 if cfg.rollout.backend is RolloutBackend.hf else VLLM_GIB
     scorers = Bytes(sum(setting.width * reward.classifier for _, reward in shapes.rewards))
     idle = {"policy": _held(policy)}
     if critic is not None:
@@ -94,7 +108,7 @@ def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Pl
         idle["reference"] = _held(reference)
     if shapes.rewards:
         idle["reward"] = scorers
-    idle |= {"generator": generator.idle, "process": process(cfg, machine)}
+    idle |= {"generator": generator.idle, "process": process(machine, cfg.engine.kind, beside)}
     moments = [
         *_starting(idle, policy, critic, reference),
         Moment(Phase.rollout, "responses", {**idle, "generator": generator.busy}),
@@ -229,8 +243,17 @@ def _updating(
     """
     stage = cfg.stage
     tokens, longest = _tokens(cfg)
-    lora = cfg.adapter.kind is not AdapterKind.none
-    p = pass_of(cfg, setting, tokens, trl=False, adapter=lora, masked=masked, length=longest)
+    checkpointing = cfg.engine.gradient_checkpointing
+    rank = cfg.adapter.rank if cfg.adapter.kind is not AdapterKind.none else 0
+    p = pass_of(
+        setting,
+        tokens,
+        rank=rank,
+        checkpointing=checkpointing,
+        trl=False,
+        masked=masked,
+        length=longest,
+    )
     head = activations.policy_head(
         shape,
         min(cfg.engine.logits_chunk, tokens),
@@ -244,7 +267,14 @@ def _updating(
         policies = [("policy's pass", _backward(policy) + acts), ("policy's step", _step(policy))]
         return [Moment(Phase.update, name, {**idle, "policy": held}) for name, held in policies]
     critic_shape, critic_states = critic
-    q = pass_of(cfg, setting, tokens, trl=False, adapter=stage.critic_adapter, length=longest)
+    q = pass_of(
+        setting,
+        tokens,
+        rank=cfg.adapter.rank if stage.critic_adapter else 0,
+        checkpointing=checkpointing,
+        trl=False,
+        length=longest,
+    )
     critic_acts = Bytes(
         activations.kept(critic_shape, q) + activations.backward_transient(critic_shape, q)
     )
@@ -283,60 +313,6 @@ def _syncing(cfg: Config, shape: Shape, setting: Setting, adapter: int) -> Bytes
     return Bytes(setting.width * (copies + gathered))
 
 
-@dataclass(frozen=True, slots=True)
-class _Generator:
-    idle: Bytes
-    busy: Bytes
-    notes: tuple[str, ...] = ()
-    problem: str | None = None
-
-
-def sequences_at_once(cfg: Config, ranks: int) -> int:
-    stage = cfg.stage
-    return max(
-        1, min(cfg.rollout.max_num_seqs, stage.prompts_per_step * stage.samples_per_prompt // ranks)
-    )
-
-
-def _generator(cfg: Config, shape: Shape, machine: Machine, adapter: int) -> _Generator:
-    """vLLM's share of the device, whole on every rank; on a CPU its weights and cache; or
-    transformers' copy of the model.
-    """
-    rollout, width = cfg.rollout, 2 if machine.half(cfg.model.dtype) else 4
-    prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
-    wanted = sequences_at_once(cfg, machine.ranks)
-    if rollout.backend is RolloutBackend.hf:
-        busy = activations.transformers_bytes(shape, width, wanted, prompt, response, adapter)
-        return _Generator(Bytes(float(width * shape.parameters + 4 * adapter)), Bytes(busy))
-    weights = float(width * shape.parameters)
-    if not machine.cuda:
-        held = Bytes(weights + rollout.kv_cache_gib * GIB)
-        cache = activations.cache_of(rollout.kv_cache_gib * GIB, shape, width, prompt + response)
-        option = f"rollout.kv_cache_gib={rollout.kv_cache_gib:g}"
-    else:
-        share = rollout.gpu_memory_utilization * machine.device_gib * GIB
-        held = Bytes(share)
-        cache = activations.cache_of(
-            share - weights - activations.VLLM_OVERHEAD_GIB * GIB, shape, width, prompt + response
-        )
-        option = f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
-    if cache.sequences < 1:
-        needed = (
-            f"vLLM's weights of {weights / GIB:.1f} GiB and one sequence of "
-            f"{prompt + response} tokens"
-        )
-        return _Generator(held, held, problem=f"{option} doesn't hold {needed}")
-    few = "" if cache.sequences >= wanted else f"; of the {wanted} of a step the others wait"
-    return _Generator(
-        held,
-        held,
-        (
-            f"{option}: a cache of {cache.tokens} tokens, {cache.sequences} sequences of full "
-            f"length at once{few}",
-        ),
-    )
-
-
 # ---- offline ----
 
 
@@ -345,7 +321,8 @@ def _offline(cfg: Config, shape: Shape, machine: Machine, four_bit: bool) -> Pla
     (rlhf/stages/preference.py: start_of).
     """
     stage = cfg.stage
-    setting = setting_of(cfg, machine, trl=True)
+    lora = cfg.adapter.kind is not AdapterKind.none
+    setting = setting_of(cfg.engine, machine, cfg.model.dtype, lora=lora, trl=True)
     adapter = adapter_parameters(shape, cfg.adapter)
     name, parameters = "policy", shape.parameters
     if isinstance(stage, RewardStage):
@@ -355,15 +332,22 @@ def _offline(cfg: Config, shape: Shape, machine: Machine, four_bit: bool) -> Pla
     if isinstance(stage, (PreferenceStage, KTOStage)) and not adapter:
         held = replace(setting, half=setting.half and not setting.float32_trained)
         reference = frozen_states(parameters, held, shape.largest_layer)
-    tokens = _trl_tokens(cfg, machine.ranks)
-    p = pass_of(cfg, setting, tokens, trl=True, adapter=bool(adapter), length=stage.max_length)
+    tokens = _trl_tokens(stage, cfg.engine.micro_batch_size, machine.ranks)
+    p = pass_of(
+        setting,
+        tokens,
+        rank=cfg.adapter.rank if adapter else 0,
+        checkpointing=cfg.engine.gradient_checkpointing,
+        trl=True,
+        length=stage.max_length,
+    )
     head = 0.0
     if not isinstance(stage, RewardStage):
         fused = isinstance(stage, (SFTStage, PreferenceStage, KTOStage))
         half_width = 2 if setting.half else 4
         head = activations.trl_head(shape, tokens, half_width, fused=fused, trained=not adapter)
     acts = Bytes(activations.kept(shape, p) + max(head, activations.backward_transient(shape, p)))
-    processes = {"process": process(cfg, machine)}
+    processes = {"process": process(machine, cfg.engine.kind, TRL_GIB)}
     moments = [Moment(Phase.start, name, {**processes, name: states.start})]
     idle = {name: _held(states), **processes}
     during_pass = {}
@@ -379,9 +363,8 @@ def _offline(cfg: Config, shape: Shape, machine: Machine, four_bit: bool) -> Pla
     return Plan(tuple(moments), machine)
 
 
-def _trl_tokens(cfg: Config, ranks: int) -> int:
+def _trl_tokens(stage: OfflineStage, micro_batch_size: int | None, ranks: int) -> int:
     """Tokens of a forward pass, padding included; a pair has two rows."""
-    stage = cfg.stage
-    rows = cfg.engine.micro_batch_size or max(1, stage.batch_size // ranks)
+    rows = micro_batch_size or max(1, stage.batch_size // ranks)
     pairs = isinstance(stage, (RewardStage, PreferenceStage, CPOStage, ORPOStage))
     return rows * stage.max_length * (2 if pairs else 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import AdapterKind, ModelKind
-from conf.schema import AdapterConfig, Config, ModelConfig, TinyConfig
+from conf.schema import AdapterConfig, ModelConfig, TinyConfig
 from rlhf.models.loading import check_model_path, is_adapter
 from rlhf.types import UserError
 
@@ -150,9 +150,14 @@ def _read_config(model: ModelConfig, path: str, key: str) -> Any:
 def _tiny(tiny: TinyConfig) -> Any:
     """As rlhf.models.loading.tiny_config, with all the tokens that the tokenizer may get."""
     return llama(
-        vocab=tiny.vocab_size, hidden=tiny.hidden_size, intermediate=tiny.intermediate_size, layers=tiny.layers, heads=tiny.heads,
-        kv_heads=tiny.heads, tied=tiny.tie_embeddings,
-    )  # fmt: skip
+        vocab=tiny.vocab_size,
+        hidden=tiny.hidden_size,
+        intermediate=tiny.intermediate_size,
+        layers=tiny.layers,
+        heads=tiny.heads,
+        kv_heads=tiny.heads,
+        tied=tiny.tie_embeddings,
+    )
 
 
 def llama(
@@ -287,13 +292,11 @@ class Shapes:
     rewards: tuple[tuple[str, Shape], ...] = ()
 
 
-def can_plan(cfg: Config) -> bool:
-    """Whether the configuration says which model it is about."""
-    return (
-        cfg.model.path is not None
-        or cfg.model.params is not None
-        or cfg.model.kind is ModelKind.tiny
-    )
+def can_plan(model: ModelConfig) -> bool:
+    """Whether the options say which model a plan is about."""
+    if model.kind is ModelKind.tiny:
+        return True
+    return model.path is not None or model.params is not None
 
 
 def shapes_of(model: ModelConfig, scoring: Sequence[tuple[str, str]]) -> tuple[Shapes, list[str]]:

@@ -59,10 +59,10 @@ def answer(cfg: Config) -> Answer | None:
     """The tables; None where nothing says which model is asked about. Raises UserError for a model
     that can't be counted.
     """
-    if not can_plan(cfg):
+    if not can_plan(cfg.model):
         return None
     chosen = planned(cfg)
-    machine = machine_of(chosen, all_devices=True)
+    machine = machine_of(chosen.engine, chosen.model.params, all_devices=True)
     scoring = []
     if isinstance(chosen.stage, OnlineStage):
         scoring = scoring_models(chosen.reward, chosen.stage.watch)
