@@ -5,7 +5,6 @@ Tokenizers and data files are read; no weights are, and nothing is written.
 """
 
 import logging
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from typing import Any
 
 from conf import published
 from conf.schema import Config
-from conf.stages import OfflineStage, OnlineStage, SFTStage
+from conf.stages import OfflineStage, OnlineStage
 from reward.checks import scoring_models
 from rlhf.checks import capacity, launch
-from rlhf.checks.launch import BatchPlan
+from rlhf.checks.arithmetic import offline_arithmetic, online_arithmetic
 from rlhf.checks.memory import GIB
 from rlhf.checks.memory.moments import HEADROOM, machine_of
 from rlhf.checks.memory.plan import plan
@@ -56,7 +55,9 @@ def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
     tokenizer = tokenizer_of(cfg)
     rows = read_rows(cfg, tokenizer)
     if isinstance(cfg.stage, OnlineStage):
-        figures = online_arithmetic(cfg, ranks, rows.count)
+        stage, micro_tokens = cfg.stage_as(OnlineStage), cfg.engine.micro_tokens
+        longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+        figures = online_arithmetic(stage, micro_tokens, longest, ranks, rows.count)
     else:
         batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
         trained = stage_module.count_trained(reading.DataRequest.of(cfg), tokenizer, batches.micro)
@@ -70,14 +71,13 @@ def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
 
 def launch_command(argv: Sequence[str], ranks: int) -> str:
     """The command that runs what `argv` describes, for a shell; secrets are left out."""
-    arguments = [
-        one
-        for one in redaction.arguments(argv)
-        if one.lstrip("+").partition("=")[0] != "run.dry_run"
-    ]
-    launcher = (
-        ["python"] if ranks == 1 else ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
-    )
+    arguments = []
+    for argument in redaction.arguments(argv):
+        if argument.lstrip("+").partition("=")[0] != "run.dry_run":
+            arguments.append(argument)
+    launcher = ["python"]
+    if ranks > 1:
+        launcher = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
     return shlex.join([*launcher, "-m", "rlhf", *arguments])
 
 
@@ -101,31 +101,27 @@ def read_rows(cfg: Config, tokenizer: Any) -> Rows:
     """The training rows as the stage will have them. Raises UserError as the stage would for rows
     that don't fit, or prompts that are too long.
     """
-    use, shown = reading.DataRequest.of(cfg).use, cfg.data.preview or ROWS
+    request = reading.DataRequest.of(cfg)
+    use, shown = request.use, cfg.data.preview or ROWS
     if use is Use.prompt:
-        prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer)
+        prompts = reading.prompts(request, tokenizer)
         columns = [{"prompt": prompt.source} for prompt in prompts[:shown]]
         return Rows(len(prompts), _previews(tokenizer, use, columns, cfg.data.max_prompt_length))
     values: list[Any]
     if use is Use.sft:
-        values = reading.sft_rows(reading.DataRequest.of(cfg))[0]
+        values = reading.sft_rows(request)[0]
+    elif use is Use.preference:
+        values = reading.preference_pairs(request)[0]
     else:
-        values = (
-            reading.preference_pairs(reading.DataRequest.of(cfg))[0]
-            if use is Use.preference
-            else reading.judged_answers(reading.DataRequest.of(cfg))[0]
-        )
-    first: list[Any] = values[:shown]
-    if use is Use.unpaired:
-        first = [
-            side
-            for value in first
-            for side in (both_sides(value) if isinstance(value, PreferencePair) else [value])
-        ]
-    return Rows(
-        len(values),
-        _previews(tokenizer, use, [columns_of(value, {}) for value in first], cfg.stage.max_length),
-    )
+        values = reading.judged_answers(request)[0]
+    first: list[Any] = []
+    for value in values[:shown]:
+        if use is Use.unpaired and isinstance(value, PreferencePair):
+            first.extend(both_sides(value))
+        else:
+            first.append(value)
+    columns = [columns_of(value, {}) for value in first]
+    return Rows(len(values), _previews(tokenizer, use, columns, cfg.stage.max_length))
 
 
 def _previews(
@@ -135,67 +131,6 @@ def _previews(
         preview_row(tokenizer, use, one, f"training row {number}", limit)
         for number, one in enumerate(columns, start=1)
     ]
-
-
-# ---- arithmetic ----
-
-
-def online_arithmetic(cfg: Config, ranks: int, prompts: int) -> dict[str, str]:
-    """How prompts become optimizer steps, over all ranks."""
-    stage = cfg.stage_as(OnlineStage)
-    assert stage.steps is not None
-    responses = stage.prompts_per_step * stage.samples_per_prompt
-    updates = stage.epochs * stage.minibatches
-    longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
-    rows = math.ceil(responses / stage.minibatches / ranks)
-    together = max(1, cfg.engine.micro_tokens // longest)
-    micro = math.ceil(rows / together)
-    drawn = stage.steps * stage.prompts_per_step
-    return {
-        "responses of a step": f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} "
-        f"samples = {responses}, {_each(responses, ranks)}",
-        "optimizer steps of a step": f"{stage.epochs} epochs x {stage.minibatches} minibatches = "
-        f"{updates}",
-        "rows of an optimizer step": f"{responses} responses / {stage.minibatches} minibatches / "
-        f"{launch.name_ranks(ranks)} = {rows} on each",
-        "micro-batches": (
-            f"at most {micro} of {together} rows on each rank: {cfg.engine.micro_tokens} tokens "
-            f"(engine.micro_tokens) / {longest} of the longest row"
-        ),
-        "steps": f"{stage.steps} (stage.steps), {stage.steps * updates} optimizer steps, "
-        f"{stage.steps * responses} responses",
-        "data": f"{drawn} prompts drawn from {prompts}: {drawn / prompts:.3g} passes",
-    }
-
-
-def offline_arithmetic(
-    stage: OfflineStage, batches: BatchPlan, read: int, rows: int
-) -> dict[str, str]:
-    """How rows become optimizer steps, over all ranks; `read` rows are in the data, `rows` of them
-    train, or so many packed ones.
-    """
-    steps = launch.count_steps(stage, rows)
-    whole = max(1, rows // stage.batch_size)
-    kept = ""
-    if isinstance(stage, SFTStage) and stage.packing:
-        kept = f", packed into {rows}"
-    elif rows != read:
-        kept = f", of which {rows} can train"
-    source = "stage.steps"
-    if stage.steps is None:
-        source = f"{stage.epochs:g} epochs x {whole} whole batches"
-    micro, accumulation, ranks = batches.micro, batches.accumulation, batches.ranks
-    return {
-        "rows of a step": f"{micro} rows x {accumulation} micro-batches x "
-        f"{launch.name_ranks(ranks)} = {micro * accumulation * ranks} (stage.batch_size)",
-        "steps": f"{steps} ({source})",
-        "data": f"{read} training rows{kept}, {steps * stage.batch_size} trained: "
-        f"{steps * stage.batch_size / rows:.3g} passes",
-    }
-
-
-def _each(total: int, ranks: int) -> str:
-    return "all on one rank" if ranks == 1 else f"{total // ranks} on each of {ranks} ranks"
 
 
 def _print_figures(title: str, figures: dict[str, str]) -> None:
@@ -215,27 +150,24 @@ def _print_plan(cfg: Config) -> None:
     if isinstance(cfg.stage, OnlineStage):
         scoring = scoring_models(cfg.reward, cfg.stage.watch)
     shapes, notes = shapes_of(cfg.model, scoring)
-    found = plan(cfg, shapes, machine)
-    console().print(plan_table(found, "memory plan"))
-    for note in (*notes, *machine.notes, *found.notes, *([found.problem] if found.problem else [])):
+    planned = plan(cfg, shapes, machine)
+    console().print(plan_table(planned, "memory plan"))
+    for note in (*notes, *machine.notes, *planned.notes):
         print(f"  {note}")
-    limit = HEADROOM * machine.device_gib
-    verdict = (
-        "fits"
-        if found.fits
-        else "does not fit: python -m rlhf stage=doctor with the same options says which setting "
-        "does"
-    )
+    if planned.problem:
+        print(f"  {planned.problem}")
     need, free = capacity.need_of(cfg, shapes), capacity.free_bytes(run_directory(cfg))
-    held = (
-        f"{need.count} checkpoints of {need.checkpoint / GIB:.2g} GiB at once and the model: "
-        f"{need.total / GIB:.2g} GiB"
-    )
+    verdict = "fits" if need.total <= free else "does not fit"
     print(
-        f"  disk of run.dir: {held} of {free / GIB:.1f} free: "
-        f"{'fits' if need.total <= free else 'does not fit'}"
+        f"  disk of run.dir: {need.count} checkpoints of {need.checkpoint / GIB:.2g} GiB at once "
+        f"and the model: {need.total / GIB:.2g} GiB of {free / GIB:.1f} free: {verdict}"
     )
+    verdict = "fits"
+    if not planned.fits:
+        remedy = "python -m rlhf stage=doctor with the same options says which setting does"
+        verdict = f"does not fit: {remedy}"
+    limit = HEADROOM * machine.device_gib
     print(
-        f"  peak {found.device_gib:.1f} GiB of {limit:.1f} usable on each "
+        f"  peak {planned.device_gib:.1f} GiB of {limit:.1f} usable on each "
         f"{'device' if machine.cuda else 'rank'}: {verdict}"
     )

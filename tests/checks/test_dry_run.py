@@ -31,6 +31,7 @@ from conf.schema import (
 from conf.stages import DataStage, OnlineStage, SFTStage
 from policy.engines import torch as policy_engine
 from rlhf.__main__ import execute
+from rlhf.checks.arithmetic import offline_arithmetic, online_arithmetic
 from rlhf.checks.launch import plan_batches
 from rlhf.cli import config
 from rlhf.run.console import console
@@ -169,7 +170,8 @@ def test_online_arithmetic(grpo: Config) -> None:
         steps=10, prompts_per_step=16, samples_per_prompt=4, epochs=2, minibatches=2
     )
     cfg = replace(grpo, stage=stage, engine=EngineConfig(micro_tokens=1000))
-    found = dry_run.online_arithmetic(cfg, ranks=4, prompts=80)
+    longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+    found = online_arithmetic(cfg.stage, cfg.engine.micro_tokens, longest, ranks=4, prompts=80)
     assert found["responses of a step"] == "16 prompts x 4 samples = 64, 16 on each of 4 ranks"
     assert found["optimizer steps of a step"] == "2 epochs x 2 minibatches = 4"
     assert found["rows of an optimizer step"].endswith("= 8 on each")
@@ -184,7 +186,7 @@ def test_online_arithmetic(grpo: Config) -> None:
 @pytest.mark.parametrize(("rows", "steps", "expected"), [(100, None, 6), (100, 5, 5), (3, None, 2)])
 def test_offline_arithmetic_is_the_trainers(rows: int, steps: int | None, expected: int) -> None:
     stage: Any = SFTStage(batch_size=32, epochs=2.0, steps=steps)
-    found = dry_run.offline_arithmetic(stage, plan_batches(32, 4, 2), rows, rows)
+    found = offline_arithmetic(stage, plan_batches(32, 4, 2), rows, rows)
     assert found["rows of a step"] == "4 rows x 4 micro-batches x 2 ranks = 32 (stage.batch_size)"
     assert found["steps"].startswith(f"{expected} (")
 

@@ -271,7 +271,7 @@ def test_counts_are_those_of_the_model_itself() -> None:
                 assert shapes.adapter_parameters(shape, adapter) == sum(p.numel() for p in trained)
     with pytest.raises(
         UserError,
-        match=r"adapter.targets=\['nose'\]: no such module; the model's linear modules are .*q_proj",
+        match=r"adapter.targets=\['nose'\].*q_proj",
     ):
         shapes.adapter_parameters(shape, AdapterConfig(kind=AdapterKind.lora, targets=["nose"]))
 

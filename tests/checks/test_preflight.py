@@ -187,7 +187,7 @@ def test_reward_source(ppo: Config, tmp_path: Path) -> None:
     ppo.reward.function = "tests.toys:short_is_good"
     refused(
         ppo,
-        "stage.critic_init=reward needs reward.path, which is not set. Set stage.critic_init=policy",
+        "stage.critic_init=reward needs reward.path.*stage.critic_init=policy",
     )
     ppo.stage.critic_init = CriticInit.policy
     assert check(ppo) == []
