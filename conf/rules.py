@@ -22,11 +22,26 @@ def merges_lora(rollout: RolloutConfig, adapter: AdapterConfig) -> bool:
     return rollout.lora_sync is LoraSync.merged
 
 
-def lora_ranks_that_hold(rank: int) -> tuple[int, ...]:
-    """Values of ``rollout.max_lora_rank`` that vLLM takes and that hold an adapter of `rank`,
-    the smallest first; none where the adapter is too large.
+def vllm_lora_rank(rank: int, wished: int | None) -> int:
+    """vLLM's max_lora_rank for an adapter of `rank`: `wished` (rollout.max_lora_rank), or the
+    smallest that vLLM takes and that holds it.
+
+    Raises ValueError, whose message names the option, where vLLM takes no such rank.
     """
-    return tuple(allowed for allowed in VLLM_LORA_RANKS if allowed >= rank)
+    holding = [taken for taken in VLLM_LORA_RANKS if taken >= rank]
+    if not holding:
+        raise ValueError(
+            f"adapter.rank={rank} is above every LoRA rank that vLLM takes "
+            f"({', '.join(map(str, VLLM_LORA_RANKS))}). Lower adapter.rank, or set rollout.lora_sync=merged."
+        )
+    if wished is None:
+        return holding[0]
+    if wished not in holding:
+        raise ValueError(
+            f"rollout.max_lora_rank={wished}: with adapter.rank={rank} vLLM takes one of "
+            f"{', '.join(map(str, holding))}. Set rollout.max_lora_rank={holding[0]}, or null."
+        )
+    return wished
 
 
 def wants_shared_prompts(engine: EngineConfig, stage: OnlineStage) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from conf.rules import VLLM_LORA_RANKS, lora_ranks_that_hold
+from conf.rules import vllm_lora_rank
 from conf.schema import RolloutConfig
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
@@ -69,24 +69,11 @@ def _engine_environment() -> Iterator[None]:
 
 
 def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
-    """The engine's max_lora_rank: `wished` (rollout.max_lora_rank), or the smallest rank that vLLM
-    takes and that holds the adapter's. Raises UserError.
-    """
-    holding = lora_ranks_that_hold(adapter_rank)
-    if not holding:
-        allowed = ", ".join(map(str, VLLM_LORA_RANKS))
-        raise UserError(
-            f"adapter.rank={adapter_rank} is above every LoRA rank that vLLM takes ({allowed}): "
-            "lower adapter.rank, or set rollout.lora_sync=merged."
-        )
-    if wished is None:
-        return holding[0]
-    if wished not in holding:
-        raise UserError(
-            f"rollout.max_lora_rank={wished}: with adapter.rank={adapter_rank} vLLM takes one of "
-            f"{', '.join(map(str, holding))}."
-        )
-    return wished
+    """`conf.rules.vllm_lora_rank`. Raises UserError."""
+    try:
+        return vllm_lora_rank(adapter_rank, wished)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _device_options(cfg: RolloutConfig) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from conf.choices import EngineKind
 from conf.schema import EngineConfig
 from policy.engines.base import OptimSettings
 from policy.engines.torch import TorchEngine
-from rlhf.process.distributed import world_size
-from rlhf.types import UserError
+from rlhf.process import distributed
 
 
 def make_engine(
@@ -21,9 +20,5 @@ def make_engine(
         from policy.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(module, cfg, optim, device, half=half)
-    if world_size() > 1:
-        raise UserError(
-            f"engine=torch trains in one process, but the launcher started {world_size()} ranks: "
-            "use engine=zero0, zero1, zero2 or zero3."
-        )
+    distributed.require_one_process("engine=torch", distributed.SEVERAL_PROCESSES)
     return TorchEngine(module, optim, device)

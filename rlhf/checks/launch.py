@@ -12,8 +12,6 @@ from conf.stages import OfflineStage
 from rlhf.process import distributed
 from rlhf.types import UserError
 
-ONE_PROCESS_REMEDY = "Use engine=zero0, zero1, zero2 or zero3."
-
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
@@ -47,7 +45,7 @@ def check_engine(engine: EngineConfig, *, dry_run: bool) -> None:
     """
     if engine.kind is EngineKind.torch:
         asked = engine.gpus if dry_run else None
-        distributed.require_one_process("engine=torch", ONE_PROCESS_REMEDY, asked)
+        distributed.require_one_process("engine=torch", distributed.SEVERAL_PROCESSES, asked)
     if engine.kind is EngineKind.deepspeed and not installed("deepspeed"):
         raise UserError(
             f"engine=zero{engine.zero_stage} needs the package deepspeed, which is not "

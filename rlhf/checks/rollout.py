@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from conf.choices import AdapterKind, Dtype, LoraSync, ModelKind, RolloutBackend
-from conf.rules import VLLM_LORA_RANKS, lora_ranks_that_hold, merges_lora
+from conf.rules import merges_lora, vllm_lora_rank
 from conf.schema import AdapterConfig, ModelConfig, RolloutConfig
 from rlhf.checks import launch
 from rlhf.checks.memory import GIB
@@ -53,23 +53,10 @@ def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
             f"expected at least {adapter.rank}."
         )
     if runs_vllm(rollout.backend) and not merges_lora(rollout, adapter):
-        _check_vllm_rank(adapter.rank, most)
-
-
-def _check_vllm_rank(rank: int, most: int | None) -> None:
-    holding = lora_ranks_that_hold(rank)
-    if not holding:
-        raise UserError(
-            f"adapter.rank={rank} is above every LoRA rank that vLLM takes "
-            f"({', '.join(map(str, VLLM_LORA_RANKS))}). "
-            "Lower adapter.rank, or set rollout.lora_sync=merged."
-        )
-    if most is not None and most not in holding:
-        raise UserError(
-            f"rollout.max_lora_rank={most}: with adapter.rank={rank} "
-            f"vLLM takes one of {', '.join(map(str, holding))}. "
-            f"Set rollout.max_lora_rank={holding[0]}, or null."
-        )
+        try:
+            vllm_lora_rank(adapter.rank, most)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 def check_cache(rollout: RolloutConfig, model: ModelConfig, max_prompt_length: int) -> None:

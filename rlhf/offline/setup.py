@@ -64,7 +64,7 @@ def start_engine(engine: EngineConfig) -> None:
     several ranks.
     """
     if engine.kind is EngineKind.torch:
-        distributed.require_one_process("engine=torch", launch.ONE_PROCESS_REMEDY)
+        distributed.require_one_process("engine=torch", distributed.SEVERAL_PROCESSES)
         return
     prepare_cpu()
     ensure_process_group()

@@ -55,6 +55,10 @@ def device() -> "torch.device":
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+# what to do about engine=torch on several ranks
+SEVERAL_PROCESSES = "Use engine=zero0, zero1, zero2 or zero3."
+
+
 def require_one_process(what: str, remedy: str, asked_ranks: int | None = None) -> None:
     """Raise UserError where `what`, such as ``engine=torch``, would run on several ranks: on
     `asked_ranks` (engine.gpus of a dry run), or on those that were launched.

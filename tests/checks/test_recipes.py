@@ -125,7 +125,7 @@ def test_a_recipe_passes_its_dry_run_and_fits_its_devices(
     assert f"stage={stage}" in capsys.readouterr().out
     assert "outside the published range" not in caplog.text
 
-    machine = machine_of(cfg, all_devices=False)
+    machine = machine_of(cfg.engine, cfg.model.params, all_devices=False)
     scoring = []
     if isinstance(cfg.stage, OnlineStage):
         scoring = scoring_models(cfg.reward, cfg.stage.watch)
@@ -157,7 +157,7 @@ def test_a_micro_batch_that_is_left_out_is_the_largest_that_fits(tmp_path: Path)
     cfg = eight_billion(tmp_path)
     size = capacity.fitting_micro_batch(cfg)
     assert size is not None and 64 // 8 % size == 0
-    machine, shapes = machine_of(cfg, all_devices=False), shapes_of(cfg.model, ())[0]
+    machine, shapes = machine_of(cfg.engine, cfg.model.params, all_devices=False), shapes_of(cfg.model, ())[0]
 
     def fits(rows: int) -> bool:
         engine = dataclasses.replace(cfg.engine, micro_batch_size=rows)
