@@ -6,6 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Longest prompt and response of the tests' models, in tokens. The options' defaults are meant for
+# models that read thousands of tokens; a tiny one reads 512.
+PROMPT_LENGTH = 256
+RESPONSE_LENGTH = 64
+LENGTHS = (
+    f"data.max_prompt_length={PROMPT_LENGTH}",
+    f"rollout.max_response_length={RESPONSE_LENGTH}",
+)
+
 
 def even_first_token(completion_ids: list[list[int]], **columns: object) -> list[float]:
     """Two arms: 1 for a response whose first token id is even, 0 for an odd one."""

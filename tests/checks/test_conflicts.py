@@ -88,8 +88,10 @@ def ppo(tmp_path: Path) -> Config:
         run=RunConfig(dir=str(tmp_path / "runs"), name="r"),
         model=ModelConfig(path=str(tmp_path / "policy")),
         reward=RewardConfig(path=str(tmp_path / "reward")),
-        rollout=RolloutConfig(backend=RolloutBackend.vllm),
-        data=DataConfig(path=str(tmp_path / "p.jsonl")),
+        rollout=RolloutConfig(
+            backend=RolloutBackend.vllm, max_response_length=toys.RESPONSE_LENGTH
+        ),
+        data=DataConfig(path=str(tmp_path / "p.jsonl"), max_prompt_length=toys.PROMPT_LENGTH),
         tracking=TrackingConfig(kind=TrackingKind.none),
     )
 

@@ -67,12 +67,14 @@ def grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
     )
     return Config(
-        stage=config.stage_preset("grpo"),
+        stage=replace(
+            config.stage_preset("grpo"), prompts_per_step=8, samples_per_prompt=8, steps=100
+        ),
         run=RunConfig(dir=str(tmp_path / "runs"), name="r", dry_run=True),
         model=ModelConfig(path=str(tmp_path / "policy")),
         reward=RewardConfig(function="tests.toys:short_is_good"),
-        rollout=RolloutConfig(backend=RolloutBackend.hf),
-        data=DataConfig(path=str(tmp_path / "p.jsonl")),
+        rollout=RolloutConfig(backend=RolloutBackend.hf, max_response_length=toys.RESPONSE_LENGTH),
+        data=DataConfig(path=str(tmp_path / "p.jsonl"), max_prompt_length=toys.PROMPT_LENGTH),
         tracking=TrackingConfig(kind=TrackingKind.none),
     )
 

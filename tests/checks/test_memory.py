@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from conf.choices import AdapterKind, EngineKind, Offload, RolloutBackend
-from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RolloutConfig
+from conf.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    RolloutConfig,
+)
 from rlhf.checks.memory import GIB, Bytes, activations, shapes, total
 from rlhf.checks.memory.fit import eased, engines, recommended, rows
 from rlhf.checks.memory.moments import HEADROOM, Machine, Phase, Plan
@@ -29,6 +36,7 @@ from rlhf.checks.memory.states import (
 from rlhf.checks.memory.tables import answers
 from rlhf.cli import config
 from rlhf.types import UserError
+from tests import toys
 
 P = 7e9
 WHOLE = Counts(total=int(P), trained=int(P), largest=0, largest_layer=0)
@@ -324,7 +332,8 @@ def made(
         model=ModelConfig(params=1e9),
         adapter=AdapterConfig(kind=AdapterKind.lora if lora else AdapterKind.none),
         engine=EngineConfig(kind=kind, zero_stage=zero or 0, **engine),
-        rollout=RolloutConfig(**(rollout or {})),
+        data=DataConfig(max_prompt_length=toys.PROMPT_LENGTH),
+        rollout=RolloutConfig(**{"max_response_length": toys.RESPONSE_LENGTH, **(rollout or {})}),
     )
 
 
@@ -463,7 +472,9 @@ def test_what_is_recommended_composes_fits_and_what_does_not_fit_is_said() -> No
     for adapter in AdapterKind:
         best = recommended(found, adapter)
         assert best is not None and best.plan.device_gib <= HEADROOM * 80
-        again = config.compose(["stage=ppo", "model.params=7e9", *best.overrides])
+        again = config.compose(
+            ["stage=ppo", "model.params=7e9", *toys.LENGTHS, *best.overrides],
+        )
         assert plan(again, models, GPU).device_gib == pytest.approx(best.plan.device_gib)
     lines = answers(found, GPU)
     assert (

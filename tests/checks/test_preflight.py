@@ -72,9 +72,10 @@ def ppo(tmp_path: Path) -> Config:
         run=RunConfig(dir=str(tmp_path / "runs"), name="r"),
         model=ModelConfig(path=str(tmp_path / "policy")),
         reward=RewardConfig(path=str(tmp_path / "reward")),
-        rollout=RolloutConfig(backend=RolloutBackend.hf),
+        rollout=RolloutConfig(backend=RolloutBackend.hf, max_response_length=toys.RESPONSE_LENGTH),
         data=DataConfig(
-            path=jsonl(tmp_path / "p.jsonl", [{"prompt": "the film"}, {"prompt": "good"}])
+            path=jsonl(tmp_path / "p.jsonl", [{"prompt": "the film"}, {"prompt": "good"}]),
+            max_prompt_length=toys.PROMPT_LENGTH,
         ),
         tracking=TrackingConfig(kind=TrackingKind.none),
     )
@@ -293,7 +294,7 @@ def test_vllms_rank_limit_holds_the_adapter(ppo: Config) -> None:
 
 
 def test_lengths_fit_the_models_positions(ppo: Config, sft: Config, tmp_path: Path) -> None:
-    sft.stage.max_length = 513
+    sft.model.tiny.max_positions, sft.stage.max_length = 512, 513
     refused(
         sft,
         r"stage.max_length=513 tokens are more than the model reads \(model.tiny.max_positions = "
