@@ -65,14 +65,14 @@ def _stages() -> Iterator[str]:
     ):
         yield f"### {title}\n\n{_prose(cls)}\n"
         yield from _tables(_own(cls))
-    for schema, cls in STAGES.items():
+    for schema, stage in STAGES.items():
         presets = [name for name in choices("stage") if stage_schema(name) == schema]
         yield f"### {', '.join(f'stage={name}' for name in presets)}\n"
-        yield f"{_prose(cls)}\n"
+        yield f"{_prose(stage)}\n"
         if len(presets) > 1:
             yield "".join(f"- `{name}`: {_text(summary('stage', name))}\n" for name in presets)
-        yield from _other_defaults(cls)
-        yield from _tables(_own(cls))
+        yield from _other_defaults(stage)
+        yield from _tables(_own(stage))
 
 
 def _own(cls: type) -> list[Described]:
