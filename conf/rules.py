@@ -30,9 +30,10 @@ def vllm_lora_rank(rank: int, wished: int | None) -> int:
     """
     holding = [taken for taken in VLLM_LORA_RANKS if taken >= rank]
     if not holding:
+        ranks = ", ".join(map(str, VLLM_LORA_RANKS))
         raise ValueError(
-            f"adapter.rank={rank} is above every LoRA rank that vLLM takes "
-            f"({', '.join(map(str, VLLM_LORA_RANKS))}). Lower adapter.rank, or set rollout.lora_sync=merged."
+            f"adapter.rank={rank} is above every LoRA rank that vLLM takes ({ranks}). "
+            "Lower adapter.rank, or set rollout.lora_sync=merged."
         )
     if wished is None:
         return holding[0]
