@@ -1,4 +1,6 @@
-"""Plots are off in tests: each run would take a second to draw them. Tests of plots turn them on."""
+"""Plots are off in tests, since each run would take a second to draw them. Tests of plots turn them
+on.
+"""
 
 import contextlib
 from collections.abc import Iterator

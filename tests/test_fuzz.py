@@ -273,19 +273,17 @@ def wrong_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
         stage, options = draw(st.sampled_from(CONFLICTS))
         wrong = options.split(" ") if "[" not in options else [options]
     elif kind == "interpolation":
-        wrong = [
-            f"{draw(st.sampled_from(['run.name', 'run.seed', 'model.path', 'tracking.group', 'data.path']))}={draw(st.sampled_from(INTERPOLATIONS))}"
-        ]
+        names = ["run.name", "run.seed", "model.path", "tracking.group", "data.path"]
+        name = draw(st.sampled_from(names))
+        wrong = [f"{name}={draw(st.sampled_from(INTERPOLATIONS))}"]
     elif kind == "group":
-        wrong = [
-            f"{draw(st.sampled_from(presets.GROUPS))}={draw(st.text('abcxyz_', min_size=1, max_size=6))}9"
-        ]
+        group = draw(st.sampled_from(presets.GROUPS))
+        wrong = [f"{group}={draw(st.text('abcxyz_', min_size=1, max_size=6))}9"]
     else:
         key = draw(st.sampled_from(options_of(stage)))[0]
         at = draw(st.integers(0, len(key) - 1))
-        wrong = [
-            f"{draw(st.sampled_from(['', '+', '++']))}{key[:at]}{draw(st.sampled_from('qxz'))}{key[at + 1 :]}=1"
-        ]
+        sign = draw(st.sampled_from(["", "+", "++"]))
+        wrong = [f"{sign}{key[:at]}{draw(st.sampled_from('qxz'))}{key[at + 1 :]}=1"]
     keys = {one.partition("=")[0] for one in wrong}
     needed = [
         f"stage={stage}",

@@ -12,7 +12,8 @@ from rlhf.data.formats import Use
 # Any character but halves of surrogate pairs, which no encoding holds; some scripts, joiners,
 # separators and control characters more often.
 _CHOSEN = (
-    "\u00e9\u4f60\u597d\u0645\u0631\u062d\u0928\u092e\u1f60\U0001f600\U0001f468\u200d\u2028\u0085\ufeff\u200f\r\n\t "
+    "\u00e9\u4f60\u597d\u0645\u0631\u062d\u0928\u092e\u1f60\U0001f600\U0001f468\u200d\u2028\u0085"
+    "\ufeff\u200f\r\n\t "
     "\"',;=_x000D_\\{}[]<>\x00\x0b\x7f"
 )
 CHARACTERS = st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(_CHOSEN))

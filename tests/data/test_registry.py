@@ -248,7 +248,7 @@ def test_a_directory_of_files(tmp_path: Path) -> None:
         ),
         (
             {"formatting": "share_gpt"},
-            r"key 'formatting': expected alpaca or sharegpt, found 'share_gpt'; nearest: 'sharegpt'",
+            r"key 'formatting': .*alpaca.*sharegpt.*'share_gpt'; nearest: 'sharegpt'",
         ),
         ({"columns": {"promt": "x"}}, r"key 'columns': unknown 'promt'; nearest: 'prompt'"),
         ({"columns": ["x"]}, r"key 'columns': expected an object of texts"),

@@ -137,7 +137,11 @@ def test_a_pair_with_its_sides_exchanged_is_no_near_duplicate() -> None:
 
 
 def test_chinese_near_duplicates() -> None:
-    text = "这部电影的故事非常感人，演员的表演也很自然，我会推荐给所有的朋友们去看一看，因为它让我想起了小时候和家人一起度过的那些快乐时光"
+    text = (
+        "这部电影的故事非常感人，演员的表演也很自然，"
+        "我会推荐给所有的朋友们去看一看，"
+        "因为它让我想起了小时候和家人一起度过的那些快乐时光"
+    )
     assert rows_of(
         repeats(texts(text, text.replace("小时候", "小时侯"), "天气很好我们去公园散步吧"), SFT),
         "near_duplicates",
@@ -188,7 +192,8 @@ def test_leakage_of_prompts_beside_rows() -> None:
         {"prompt": "What is it", "completion": "another answer"},
         {
             "prompt": LONG.replace("seven", "eight"),
-            "completion": "quite another answer of many words that no training row has at all in it",
+            "completion": "quite another answer of many words that no training row has "
+            "at all in it",
         },
         {"prompt": "why", "completion": "because"},
         split="eval",

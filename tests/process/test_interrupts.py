@@ -21,6 +21,7 @@ from rlhf.process import checkpoints, interrupts, watchdog
 from rlhf.run import context as rlhf_run
 from rlhf.run.context import RunContext
 from rlhf.types import Interrupted
+from tests.selection import marked_full
 from tests.stages.test_resume import options, rows, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +123,10 @@ def run(given: list[str], signal_at: int | None = None, number: int = signal.SIG
 
 @pytest.mark.parametrize(
     ("stage", "number", "at"),
-    [("ppo", signal.SIGTERM, 2), ("sft", signal.SIGINT, 3), ("sft", signal.SIGTERM, 5)],
+    marked_full(
+        [("ppo", signal.SIGTERM, 2), ("sft", signal.SIGINT, 3), ("sft", signal.SIGTERM, 5)],
+        keep=[("ppo", signal.SIGTERM, 2), ("sft", signal.SIGINT, 3)],
+    ),
 )
 def test_a_signal_saves_the_step_and_resume_goes_on_as_if_it_never_came(
     folder: Path, tiny_model: Callable[..., Path], stage: str, number: signal.Signals, at: int
@@ -390,7 +394,12 @@ WAITS = """
 import sys
 from rlhf.process.interrupts import run_child
 
-child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('in', flush=True); time.sleep(60)"
+child = '''
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+print('in', flush=True)
+time.sleep(60)
+'''
 print(run_child([sys.executable, "-c", child]), flush=True)
 """
 

@@ -267,7 +267,11 @@ from rlhf.run.context import RunContext
 from rlhf.types import UserError
 
 distributed.initialise()
-cfg = Config(stage=SFTStage(), run=RunConfig(dir=sys.argv[1], name="r"), tracking=TrackingConfig(kind=TrackingKind.none))
+cfg = Config(
+    stage=SFTStage(),
+    run=RunConfig(dir=sys.argv[1], name="r"),
+    tracking=TrackingConfig(kind=TrackingKind.none),
+)
 ctx = RunContext.open(cfg)
 ctx.tracker.log(1, {"loss": float(distributed.rank())})
 ctx.tracker.samples(1, [{"prompt": str(distributed.rank())}])
