@@ -172,7 +172,7 @@ def imported(source: Source, known: Mapping[str, object]) -> set[str]:
 
 
 def reached(graph: Mapping[str, set[str]], *starts: str) -> set[str]:
-    """Modules that importing `starts` can load, the packages around them included."""
+    """Modules that `starts` import, directly or not."""
     seen: set[str] = set()
     waiting = list(starts)
     while waiting:
@@ -181,8 +181,6 @@ def reached(graph: Mapping[str, set[str]], *starts: str) -> set[str]:
             continue
         seen.add(module)
         waiting += graph[module]
-        parts = module.split(".")
-        waiting += [".".join(parts[:length]) for length in range(1, len(parts))]
     return seen
 
 

@@ -209,7 +209,7 @@ def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def reached(edges: Mapping[str, set[str]], *starts: str) -> set[str]:
-    """Modules that the `starts` import, directly or not, with the packages they lie in."""
+    """Modules that the `starts` import, directly or not."""
     seen: set[str] = set()
     waiting = list(starts)
     while waiting:
@@ -218,9 +218,6 @@ def reached(edges: Mapping[str, set[str]], *starts: str) -> set[str]:
             continue
         seen.add(module)
         waiting.extend(edges[module])
-        parent = module.rpartition(".")[0]
-        if parent:
-            waiting.append(parent)
     return seen
 
 
