@@ -80,9 +80,9 @@ def test_figures_by_hand(tmp_path: Path) -> None:
         },
     )
     found = house.measure(repo)
-    # the entry, rlhf, rlhf.stages, the stage, reward and its two files
-    assert found.reached["ppo"] == found.reached["sft"] == 7
-    assert found.reached["data"] == 4
+    # the entry, the stage and the two files of reward
+    assert found.reached["ppo"] == found.reached["sft"] == 4
+    assert found.reached["data"] == 2
     assert found.circles == [["reward.a", "reward.b"]]
     assert found.string_imports == ["rlhf/stages/sft.py: reward.a"]
     assert found.root_modules == ["rlhf/__init__.py", "rlhf/__main__.py"]
