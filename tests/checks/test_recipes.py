@@ -157,7 +157,10 @@ def test_a_micro_batch_that_is_left_out_is_the_largest_that_fits(tmp_path: Path)
     cfg = eight_billion(tmp_path)
     size = capacity.fitting_micro_batch(cfg)
     assert size is not None and 64 // 8 % size == 0
-    machine, shapes = machine_of(cfg.engine, cfg.model.params, all_devices=False), shapes_of(cfg.model, ())[0]
+    machine, shapes = (
+        machine_of(cfg.engine, cfg.model.params, all_devices=False),
+        shapes_of(cfg.model, ())[0],
+    )
 
     def fits(rows: int) -> bool:
         engine = dataclasses.replace(cfg.engine, micro_batch_size=rows)

@@ -421,6 +421,7 @@ def test_lora_ranks_of_the_engine() -> None:
             engine_lora_rank(8, wished)
 
 
+@pytest.mark.full  # two processes that each import vLLM: a minute
 @pytest.mark.vllm
 @pytest.mark.distributed
 def test_engines_of_two_ranks_leave_the_process_group_alone(

@@ -186,6 +186,7 @@ def test_a_seed_fixes_the_tokens(backend: str, generators: Callable[[str], Any])
     assert unseeded[0] != unseeded[1]
 
 
+@pytest.mark.full  # three runs; tests/stages/test_reproducible.py has those of rollout=hf
 @pytest.mark.vllm
 def test_whole_runs_on_vllm_with_one_seed_are_the_same(
     tiny_model: Callable[..., Path], tmp_path: Path
