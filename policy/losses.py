@@ -116,8 +116,10 @@ def policy_loss(
             surrogate, bound = cispo_surrogate(ratio, advantages, new, high)
         case PolicyLoss.nll:
             surrogate, bound = advantages * new, torch.zeros_like(response_mask)
-        case _:
+        case PolicyLoss.dpo:
             raise ValueError(f"{kind.value} is a loss of pairs: use preference_loss")
+        case _:
+            raise NotImplementedError(f"stage.policy_loss={kind.value} has no surrogate here")
     if weights is not None:
         same_shape(2, weights=weights, response_mask=response_mask)
         surrogate = weights.detach() * surrogate

@@ -1,5 +1,9 @@
 """From the configuration to scorers: what each kind of reward term needs, which options it may not
 have, and who scores it.
+
+A new kind: a value of conf.choices.TermKind, its options in conf/reward.py and in `FIELDS`, then a
+line in `_MAKERS` where it compares a response with its row or a pattern (a verifier), else a branch
+in `make_term` (a scorer).
 """
 
 from collections.abc import Callable, Mapping, Sequence

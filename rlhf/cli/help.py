@@ -53,11 +53,11 @@ def _groups(schema: str) -> dict[str, type]:
     }
 
 
-def _changed(cfg: Config, described: dict[str, list[Described]]) -> list[str]:
+def _changed(configuration: object, described: dict[str, list[Described]]) -> list[str]:
     lines = []
     for options in described.values():
         for option in options:
-            value = _value(cfg, option.key)
+            value = _value(configuration, option.key)
             if option.key != "stage.name" and NAME not in option.key and value != option.default:
                 default = f"default {value_text(option.default)}"
                 lines += _entry(option, value_text(value), f"{option.facts}; {default}")
@@ -67,9 +67,9 @@ def _changed(cfg: Config, described: dict[str, list[Described]]) -> list[str]:
     return [title, *lines, ""]
 
 
-def _value(cfg: Config, key: str) -> Any:
+def _value(configuration: object, key: str) -> Any:
     """The value of a dotted option; None for one inside a dictionary."""
-    value: Any = cfg
+    value: Any = configuration
     for name in key.split("."):
         value = getattr(value, name, None)
     return value

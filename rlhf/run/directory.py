@@ -130,12 +130,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def changed_options(stored: Mapping[str, Any], cfg: Config) -> list[str]:
-    """Options whose value differs from the stored configuration's, as ``key: old -> new``.
+def changed_options(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Options whose value differs between two plain configurations, as ``key: old -> new``.
 
     How a run starts (run.resume, run.overwrite, ...) does not count.
     """
-    old, new = _flat(stored), _flat(plain_config(cfg))
+    old, new = _flat(stored), _flat(config)
     keys = sorted((old.keys() | new.keys()) - _START_OPTIONS)
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
@@ -177,7 +177,7 @@ def _resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Open
 
     Lines after it are removed from the run's files, and a summary of an earlier end too.
     """
-    for change in changed_options(_stored_config(directory / CONFIG_FILE), cfg):
+    for change in changed_options(_stored_config(directory / CONFIG_FILE), plain_config(cfg)):
         LOG.warning("resume: the configuration differs from the run's: %s", change)
     newest = latest_checkpoint(directory)
     own_progress = any((directory / name).exists() for name in _OWN_PROGRESS)
@@ -228,12 +228,12 @@ def open_directory(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) 
     if opened.resumed and (directory / MANIFEST_FILE).exists():
         # A damaged manifest is refused here, where every rank learns of it.
         json_object(directory / MANIFEST_FILE, NO_MANIFEST)
-    _write_config(directory / CONFIG_FILE, cfg)
+    _write_config(directory / CONFIG_FILE, plain_config(cfg))
     return opened
 
 
-def _write_config(path: Path, cfg: Config) -> None:
+def _write_config(path: Path, config: Mapping[str, Any]) -> None:
     beside = path.with_name(path.name + ".tmp")
-    text = yaml.safe_dump(plain_config(cfg), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

@@ -18,6 +18,7 @@ from rlhf.process import distributed
 from rlhf.process.interrupts import run_child
 from rlhf.run.context import RunContext
 from rlhf.run.directory import CONFIG_FILE, SUMMARY_FILE, changed_options, run_directory
+from rlhf.run.tracking.files import plain_config
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.chain")
@@ -48,7 +49,7 @@ def finished(composed: Sequence[Config]) -> list[float]:
                 "run.overwrite=true or another run.name."
             )
         stored = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8")) or {}
-        changed = changed_options(stored, cfg)
+        changed = changed_options(stored, plain_config(cfg))
         if changed:
             raise UserError(
                 f"{directory} is finished, with other options: {'; '.join(changed[:3])}. Set "

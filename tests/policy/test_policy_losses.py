@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from conf.choices import PolicyLoss
 from policy.batching import Batch, collate, plan_micro_batches
 from policy.losses import PolicyStats, entropy_bonus, importance_weights, policy_loss, value_loss
 from policy.model import PolicyModule
@@ -469,3 +470,18 @@ def test_micro_batches_ranks_and_padding_do_not_change_a_models_gradient(
     assert sum(float(g.abs().sum()) for g in expected) > 1.0
     for ours, whole in zip(model_gradients(llama, pad_id, plan, ranks), expected, strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PolicyLoss)
+def test_every_policy_loss_has_its_surrogate(kind: PolicyLoss) -> None:
+    one = torch.ones(1, 2)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+
+    def loss() -> Tensor:
+        return policy_loss(-one, -one, one, mask, cliprange=0.2, denominator=2.0, kind=kind)[0]
+
+    if kind is PolicyLoss.dpo:
+        with pytest.raises(ValueError, match="preference_loss"):
+            loss()
+    else:
+        assert torch.isfinite(loss())

@@ -472,3 +472,7 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path) -> None:
     exact.stage.critic_init = CriticInit.reward
     with pytest.raises(UserError, match=r"critic_init=reward needs reward\.path"):
         check(exact)
+
+
+def test_every_kind_of_term_has_its_fields() -> None:
+    assert set(terms.FIELDS) == set(TermKind)

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from conf.choices import AdapterKind, Advantage, EngineKind, Offload, RolloutBackend
-from conf.schema import Config
 from conf.stages import OnlineStage
 from rlhf.checks.memory import activations
-from rlhf.checks.memory.moments import Machine, Plan, sequences_at_once
+from rlhf.checks.memory.moments import Machine, Plan, Settings, sequences_at_once
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes
 
@@ -21,7 +20,7 @@ _SCORED = 2048  # tokens of a scoring batch, where the usual ones are too many
 class Row:
     """One setting: its plan, as configured and, where that doesn't fit, with what makes it fit."""
 
-    cfg: Config
+    cfg: Settings
     plan: Plan
     changes: tuple[str, ...]  # overrides beyond engine, offload and adapter that the plan took
     four_bit: bool = False  # QLoRA, for comparison: the toolkit doesn't train it
@@ -40,7 +39,7 @@ class Row:
         return [*out, *self.changes]
 
 
-def engines(cfg: Config, machine: Machine) -> Iterator[Config]:
+def engines(cfg: Settings, machine: Machine) -> Iterator[Settings]:
     """Every engine and offload on this number of ranks, each with and without an adapter; the
     simplest first.
     """
@@ -71,7 +70,7 @@ def offloads(kind: EngineKind, zero: int) -> tuple[Offload, ...]:
     return (Offload.none, Offload.cpu, Offload.nvme) if zero == 3 else (Offload.none, Offload.cpu)
 
 
-def rows(cfg: Config, shapes: Shapes, machine: Machine) -> list[Row]:
+def rows(cfg: Settings, shapes: Shapes, machine: Machine) -> list[Row]:
     """A row for every engine, offload and adapter, and for QLoRA where it can be had; where one
     doesn't fit as it is, with the least of the changes that make it fit, or that leave the least
     missing.
@@ -93,7 +92,7 @@ def rows(cfg: Config, shapes: Shapes, machine: Machine) -> list[Row]:
     return out
 
 
-def _row(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Row:
+def _row(cfg: Settings, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Row:
     tried = [
         Row(one, plan(one, shapes, machine, four_bit=four_bit), changes, four_bit)
         for one, changes in eased(cfg, shapes, machine)
@@ -103,8 +102,8 @@ def _row(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = Fals
 
 
 def eased(
-    cfg: Config, shapes: Shapes, machine: Machine
-) -> Iterator[tuple[Config, tuple[str, ...]]]:
+    cfg: Settings, shapes: Shapes, machine: Machine
+) -> Iterator[tuple[Settings, tuple[str, ...]]]:
     """`cfg` as it is; then with an adapter for the critic of a policy that has one; vLLM's share
     set to what it needs; gradient checkpointing; smaller scoring batches; smaller micro-batches.
     Each with those before it.

@@ -6,10 +6,18 @@ time/<phase>_s.
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, ClassVar, Protocol
 
 from conf.choices import Dtype, EngineKind, RolloutBackend
 from conf.online import OnlineStage
-from conf.schema import EngineConfig, RolloutConfig
+from conf.schema import (
+    AdapterConfig,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from rlhf.checks.memory import GIB, Bytes, total
 from rlhf.checks.memory.activations import (
     VLLM_OVERHEAD_GIB,
@@ -32,6 +40,19 @@ PROCESS_HOST_GIB = 1.2
 # CUDA context, NCCL and fragmentation of one rank; assumed, not measured here
 PROCESS_DEVICE_GIB = 1.5
 HEADROOM = 0.95  # share of a device that a plan may fill
+
+
+class Settings(Protocol):
+    """The groups of options that a memory plan reads; the configuration has them all."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace takes it
+    stage: Any
+    model: ModelConfig
+    adapter: AdapterConfig
+    engine: EngineConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    data: DataConfig
 
 
 @dataclass(frozen=True, slots=True)

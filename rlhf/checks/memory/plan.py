@@ -13,7 +13,6 @@ from conf.choices import (
     RolloutBackend,
 )
 from conf.rules import merges_lora, wants_shared_prompts
-from conf.schema import Config
 from conf.stages import (
     CPOStage,
     KTOStage,
@@ -33,6 +32,7 @@ from rlhf.checks.memory.moments import (
     Moment,
     Phase,
     Plan,
+    Settings,
     counts_of,
     generator_memory,
     pass_of,
@@ -44,7 +44,7 @@ from rlhf.checks.memory.shapes import Shape, Shapes, adapter_parameters
 from rlhf.checks.memory.states import Setting, States, frozen_states, training_states
 
 
-def plan(cfg: Config, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Plan:
+def plan(cfg: Settings, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Plan:
     """The plan of a training stage; `four_bit`: with an adapter beside a base in 4 bits (QLoRA,
     which the toolkit itself doesn't train).
 
@@ -72,7 +72,7 @@ def _step(states: States) -> Bytes:
 # ---- online ----
 
 
-def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Plan:
+def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> Plan:
     stage, shape = cfg.stage, shapes.policy
     assert isinstance(stage, OnlineStage)
     lora = cfg.adapter.kind is not AdapterKind.none
@@ -132,7 +132,7 @@ def _online(cfg: Config, shapes: Shapes, machine: Machine, four_bit: bool) -> Pl
 
 
 def _critic(
-    cfg: Config, shapes: Shapes, setting: Setting, adapter: int, four_bit: bool
+    cfg: Settings, shapes: Shapes, setting: Setting, adapter: int, four_bit: bool
 ) -> tuple[Shape, States]:
     """The critic's shape, the reward model's or the policy's, and its states."""
     stage = cfg.stage
@@ -175,14 +175,18 @@ def _starting(
     return out
 
 
-def _tokens(cfg: Config) -> tuple[int, int]:
+def _tokens(cfg: Settings) -> tuple[int, int]:
     """Tokens of a micro-batch, a row being the least of it; and of the longest row."""
     longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
     return max(cfg.engine.micro_tokens, longest), longest
 
 
 def _scoring(
-    cfg: Config, shapes: Shapes, setting: Setting, idle: dict[str, Bytes], reference: States | None
+    cfg: Settings,
+    shapes: Shapes,
+    setting: Setting,
+    idle: dict[str, Bytes],
+    reference: States | None,
 ) -> list[Moment]:
     """Reward models, and the passes without a gradient that give old and reference logprobs."""
     tokens, longest = _tokens(cfg)
@@ -229,7 +233,7 @@ def _gathered(setting: Setting, shape: Shape) -> Bytes:
 
 
 def _updating(
-    cfg: Config,
+    cfg: Settings,
     shape: Shape,
     setting: Setting,
     idle: dict[str, Bytes],
@@ -296,7 +300,7 @@ def _updating(
     ]
 
 
-def _syncing(cfg: Config, shape: Shape, setting: Setting, adapter: int) -> Bytes:
+def _syncing(cfg: Settings, shape: Shape, setting: Setting, adapter: int) -> Bytes:
     """policy/model.py: iterate_weights. ZeRO-3 gathers and copies a layer; of a merged one the
     original and the merged copy exist beside it.
     """
@@ -316,7 +320,7 @@ def _syncing(cfg: Config, shape: Shape, setting: Setting, adapter: int) -> Bytes
 # ---- offline ----
 
 
-def _offline(cfg: Config, shape: Shape, machine: Machine, four_bit: bool) -> Plan:
+def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> Plan:
     """TRL's trainers: one model, and a reference for DPO and KTO with full weights
     (rlhf/stages/preference.py: start_of).
     """

@@ -2,8 +2,9 @@
 into what stages use (base.Use), and written from the toolkit's own columns (draft.py).
 
 A new format is a `Format` in a module here, named in FORMATS (and in conf.choices.DataFormat); its
-writers are named in rlhf/data/targets.py. All are pure functions over rows (dictionaries). Not
-read: tool calls and images.
+writers are named in rlhf/data/targets.py (and in conf.choices.DataTarget). All are pure functions
+over rows (dictionaries). Kinds of file (Parquet, Excel ...) are in rlhf/data/files.py and
+rlhf/data/writing.py. Not read: tool calls and images.
 """
 
 from collections.abc import Mapping

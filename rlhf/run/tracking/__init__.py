@@ -2,5 +2,6 @@
 
 tracker.py writes the files and passes every figure on; wandb.py and tensorboard.py are the
 backends beside the files. A new tracker is a class with the methods of `tracker.Backend`, a choice
-in conf's TrackingKind and a line in `tracker.make_backend`.
+in conf's TrackingKind, a case in `tracker.make_backend` and in `tracker.check`, a preset in
+conf/tracking/, its library in pyproject's extra `tracking` and in tests/test_layers.py.
 """

@@ -14,6 +14,7 @@ from rlhf.run.tracking.files import (
     METRICS_FILE,
     SAMPLES_FILE,
     last_line,
+    plain_config,
     plain_number,
     split_nonfinite,
     truncate,
@@ -52,17 +53,31 @@ class Backend(Protocol):
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None: ...
 
 
-def make_backend(cfg: Config, directory: Path, stage: str, resume: bool) -> Backend | None:
-    """The backend that the configuration asks for; None for ``tracking=none``."""
-    if cfg.tracking.kind is TrackingKind.wandb:
-        from rlhf.run.tracking.wandb import WeightsAndBiases
+def make_backend(
+    tracking: TrackingConfig,
+    run_name: str,
+    stage: str,
+    config: Mapping[str, Any],
+    directory: Path,
+    resume: bool,
+) -> Backend | None:
+    """The backend that `tracking` asks for; None for ``tracking=none``.
 
-        return WeightsAndBiases(cfg, directory, stage, resume)
-    if cfg.tracking.kind is TrackingKind.tensorboard:
-        from rlhf.run.tracking.tensorboard import TensorBoard
+    config: the configuration as a backend may show it.
+    """
+    match tracking.kind:
+        case TrackingKind.none:
+            return None
+        case TrackingKind.wandb:
+            from rlhf.run.tracking.wandb import WeightsAndBiases
 
-        return TensorBoard(directory)
-    return None
+            return WeightsAndBiases(tracking, run_name, stage, config, directory, resume)
+        case TrackingKind.tensorboard:
+            from rlhf.run.tracking.tensorboard import TensorBoard
+
+            return TensorBoard(directory)
+        case _:
+            raise NotImplementedError(f"no backend for tracking={tracking.kind.value}")
 
 
 def check(tracking: TrackingConfig) -> None:
@@ -119,7 +134,9 @@ class Tracker:
             metrics.touch()
         self._file = metrics.open("r+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
-        self._backend = make_backend(cfg, self.dir, stage, resume)
+        self._backend = make_backend(
+            cfg.tracking, cfg.run.name, stage, plain_config(cfg), self.dir, resume
+        )
 
     def elapsed(self) -> float:
         """Wall seconds since the run began, those before a resume included."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import WandbMode
-from conf.schema import Config, TrackingConfig
+from conf.schema import TrackingConfig
 from rlhf.process.redaction import redact, redacted_arguments
-from rlhf.run.tracking.files import plain_config, table_cells
+from rlhf.run.tracking.files import table_cells
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.run.tracking")
@@ -74,21 +74,36 @@ def wandb_mode(tracking: TrackingConfig) -> WandbMode:
 class WeightsAndBiases:
     """One W&B run per stage, without console output; its files lie in ``<run directory>/wandb``."""
 
-    def __init__(self, cfg: Config, directory: Path, stage: str, resume: bool) -> None:
+    def __init__(
+        self,
+        tracking: TrackingConfig,
+        run_name: str,
+        stage: str,
+        config: Mapping[str, Any],
+        directory: Path,
+        resume: bool,
+    ) -> None:
+        """`config`: what W&B shows as the run's configuration, without secrets."""
         # vLLM imports clients of language-model services; W&B would then advertise its tracer.
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         import wandb
 
         self._wandb = wandb
-        self._mode = wandb_mode(cfg.tracking)
+        self._mode = wandb_mode(tracking)
         self._used: set[str] = set()
         self._home = directory / "wandb"
         self._home.mkdir(parents=True, exist_ok=True)
-        options = self._options(cfg, directory, stage, self._run_id(resume))
+        options = {
+            **self._names(tracking, run_name, stage),
+            "id": self._run_id(resume),
+            "dir": str(directory),
+            "config": dict(config),
+            "settings": wandb.Settings(silent=True, console="off"),
+        }
         if self._mode is WandbMode.online and resume:
             # Offline runs of the same id are joined by W&B when they are synced.
             options["resume"] = "allow"
-        self._run = self._start_or_go_offline(cfg.tracking, options)
+        self._run = self._start_or_go_offline(tracking, options)
 
     def _run_id(self, resume: bool) -> str:
         """The run's id at W&B; a resumed run keeps the one that it had."""
@@ -100,20 +115,16 @@ class WeightsAndBiases:
         id_file.write_text(run_id, encoding="utf-8")
         return run_id
 
-    def _options(self, cfg: Config, directory: Path, stage: str, run_id: str) -> dict[str, Any]:
-        """Arguments of wandb.init, without secrets."""
-        tracking = cfg.tracking
+    @staticmethod
+    def _names(tracking: TrackingConfig, run_name: str, stage: str) -> dict[str, Any]:
+        """The arguments of wandb.init that name the run, without secrets."""
         return {
             "project": redact("", tracking.project),
             "entity": redact("", tracking.entity),
-            "group": redact("", tracking.group or cfg.run.name),
+            "group": redact("", tracking.group or run_name),
             "tags": redact("", list(tracking.tags)) or None,
-            "name": redact("", f"{cfg.run.name}/{stage}"),
+            "name": redact("", f"{run_name}/{stage}"),
             "job_type": stage,
-            "id": run_id,
-            "dir": str(directory),
-            "config": plain_config(cfg),
-            "settings": self._wandb.Settings(silent=True, console="off"),
         }
 
     def _start_or_go_offline(self, tracking: TrackingConfig, options: Mapping[str, Any]) -> Any:
