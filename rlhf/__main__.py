@@ -11,11 +11,12 @@ from rlhf.cli.presets import module_name
 from rlhf.process import redaction
 
 
-def stage_module(cfg: Config) -> ModuleType:
-    """The module with the `check` and the `run` of the stage. Its name is a string, so that a stage
-    loads no other stage's libraries.
+def stage_module(preset: str) -> ModuleType:
+    """The module with the `check` and the `run` of the stage `preset`.
+
+    Its name is a string, so that a stage loads no other stage's libraries.
     """
-    return _module(module_name(cfg.stage.name))
+    return _module(module_name(preset))
 
 
 def _module(name: str) -> ModuleType:

@@ -7,4 +7,4 @@ from rlhf.checks import preflight
 
 def check(cfg: Config) -> list[str]:
     """The notes of the stage's own check. Raises UserError."""
-    return preflight.check(stage_module(cfg).check, cfg)
+    return preflight.check(stage_module(cfg.stage.name).check, cfg)

@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # figure -> at most
 BOUNDS = {
     "expressions a code line": 4.5,
-    "ternaries a thousand code lines": 20.0,
-    "lines above 100 characters": 9,
-    "files above 400 lines": 3,
-    "functions above 60 lines": 5,
-    "functions that take Config": 110,
-    "functions that take RunContext": 36,
+    "ternaries a thousand code lines": 17.0,
+    "lines above 100 characters": 0,
+    "files above 400 lines": 0,
+    "functions above 60 lines": 0,
+    "functions that take Config": 59,
+    "functions that take RunContext": 29,
     "circles": 0,
-    "string imports": 1,
+    "string imports": 0,
 }
 
 

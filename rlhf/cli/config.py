@@ -107,8 +107,8 @@ def explain(error: Exception) -> str:
     return ": ".join(lines)
 
 
-def to_yaml(cfg: Config) -> str:
+def to_yaml(configuration: object) -> str:
     """The resolved configuration as YAML, enumerations by name."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    return OmegaConf.to_yaml(OmegaConf.structured(configuration))

@@ -50,7 +50,8 @@ def restore(stored: dict[str, Any]) -> None:
 
     random.setstate(stored["python"])
     name, keys, position, has_gauss, gauss = stored["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    numpy_state = (name, keys.numpy().astype(np.uint32), position, has_gauss, gauss)
+    np.random.set_state(numpy_state)  # noqa: NPY002
     torch.set_rng_state(stored["torch"])
     if stored["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(stored["cuda"])

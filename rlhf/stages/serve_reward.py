@@ -74,18 +74,18 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def announce(cfg: Config, url: str, token: str, directory: str) -> None:
-    """Where the service is and how a policy run uses it. A generated token appears here and nowhere
-    else.
+def announce(reward_path: str, token_env: str | None, url: str, token: str, directory: str) -> None:
+    """Print where the service is and how a policy run uses it.
+
+    A generated token appears here and nowhere else.
     """
-    stage = cfg.stage
-    variable = stage.token_env or TOKEN_ENV
+    variable = token_env or TOKEN_ENV
     figures = {
-        "reward model": str(cfg.reward.path),
+        "reward model": reward_path,
         "url": url,
         "token": f"in the environment variable {variable}",
     }
-    if stage.token_env is None:
+    if token_env is None:
         figures["token"] = f"export {variable}={token}"
     terms = {"kind": "remote", "url": url, "token_env": variable}
     command = " ".join(
@@ -162,7 +162,8 @@ def run(ctx: RunContext) -> None:
                 timeout_graceful_shutdown=stage.grace_s,
             )
             listener.listen()
-            announce(cfg, address(listener), token, str(ctx.dir))
+            path = str(cfg.reward.path)
+            announce(path, stage.token_env, address(listener), token, str(ctx.dir))
             ctx.watchdog.rest()  # requests may come at any time, or never
             with ignoring_signals():
                 uvicorn.Server(config).run(sockets=[listener])

@@ -282,22 +282,25 @@ def _updating(
     critic_acts = Bytes(
         activations.kept(critic_shape, q) + activations.backward_transient(critic_shape, q)
     )
+    return _taking_turns(idle, policy, acts, critic_states, critic_acts)
+
+
+def _taking_turns(
+    idle: dict[str, Bytes], policy: States, policy_acts: Bytes, critic: States, critic_acts: Bytes
+) -> list[Moment]:
+    """The moments of an update of policy and critic; `*_acts` are a pass's activations."""
     waiting = {
+        **idle,
         "policy": _held(policy) + total(policy.backward),
-        "critic": _held(critic_states) + total(critic_states.backward),
+        "critic": _held(critic) + total(critic.backward),
     }
-    return [
-        Moment(
-            Phase.update, "policy's pass", {**idle, **waiting, "policy": _backward(policy) + acts}
-        ),
-        Moment(
-            Phase.update,
-            "critic's pass",
-            {**idle, **waiting, "critic": _backward(critic_states) + critic_acts},
-        ),
-        Moment(Phase.update, "policy's step", {**idle, **waiting, "policy": _step(policy)}),
-        Moment(Phase.update, "critic's step", {**idle, "critic": _step(critic_states)}),
+    holding = [
+        ("policy's pass", {**waiting, "policy": _backward(policy) + policy_acts}),
+        ("critic's pass", {**waiting, "critic": _backward(critic) + critic_acts}),
+        ("policy's step", {**waiting, "policy": _step(policy)}),
+        ("critic's step", {**idle, "critic": _step(critic)}),
     ]
+    return [Moment(Phase.update, name, held) for name, held in holding]
 
 
 def _syncing(cfg: Settings, shape: Shape, setting: Setting, adapter: int) -> Bytes:
