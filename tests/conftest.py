@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     drawing.off()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the harnesses' tests, keep what shares a costly fixture in one process, sort."""
     for item in items:
