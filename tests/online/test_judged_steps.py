@@ -134,12 +134,11 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert ran.rows == [
         {"text": "a", "topic": "y", "key": "k", "sure": pytest.approx(2 / 3), "annotators": 3}
     ]
-    with pytest.raises(UserError, match=r"step aggregate: label is not set: rows of kind sft"):
+    with pytest.raises(UserError, match=r"step aggregate: label .*kind sft"):
         steps.run(aggregate, Aggregate(), rows, tmp_path, Use.sft)
     with pytest.raises(
         UserError,
-        match=r"step review: no row has a judgement. rows.jsonl, row 1: column 'annotator': "
-        r"expected who judged",
+        match=r"step review: .*rows.jsonl, row 1: column 'annotator'",
     ):
         steps.run(review, Review(label="topic"), rows, tmp_path, Use.sft)
 
@@ -216,8 +215,7 @@ def test_repeated_judgements(tmp_path: Path) -> None:
     rows = [*judged("g", second="b"), *judged("b")]
     with pytest.raises(
         UserError,
-        match=r"'first' judges one item as True in rows.jsonl, row 1 and as False in rows.jsonl, "
-        r"row 3",
+        match=r"'first'.* True in rows.jsonl, row 1 .* False in rows.jsonl, row 3",
     ):
         steps.run(aggregate, Aggregate(), rows, tmp_path, Use.unpaired)
     assert (
@@ -417,7 +415,7 @@ def test_a_file_that_is_no_queue_is_refused(tmp_path: Path) -> None:
     filled.write_text(
         text + text.splitlines(keepends=True)[1].replace("true", "false"), encoding="utf-8"
     )
-    with pytest.raises(UserError, match="decided twice, as True and as False"):
+    with pytest.raises(UserError, match=r"twice.*True.*False"):
         steps.run(review, Review(decisions=str(filled)), rows, tmp_path / "second", Use.unpaired)
 
 

@@ -346,7 +346,7 @@ def test_what_can_not_be_converted_is_refused_before_anything_loads(
     place = saved_by(tmp_path, monkeypatch, before, ranks)
     with pytest.raises(UserError, match=said) as raised:
         resharding.adapt(place, now)
-    assert "Resume as it was saved, or begin a new run with model.path" in str(raised.value)
+    assert "Resume as it was saved" in str(raised.value) and "model.path" in str(raised.value)
     assert checkpoints.problem(place) is None and [path.name for path in tmp_path.iterdir()] == [
         "step-2"
     ]
@@ -395,8 +395,7 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(
     place = saved_by(tmp_path, monkeypatch, ZERO[1], 2)
     with pytest.raises(
         UserError,
-        match=r"can't be brought to another layout: .*holds no state of DeepSpeed's. Resume with "
-        r"engine=zero1 on 2 ranks",
+        match=r"DeepSpeed.*engine=zero1 on 2 ranks",
     ):
         resharding.adapt(place, ZERO[1])
     assert checkpoints.problem(place) is None

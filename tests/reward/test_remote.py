@@ -333,7 +333,7 @@ def test_secrets_appear_nowhere(
         f"http://127.0.0.1/?key={TOKEN}",
         f"http://127.0.0.1/#{TOKEN}",
     ):
-        with pytest.raises(UserError, match="a secret goes into the environment variable") as error:
+        with pytest.raises(UserError, match="environment variable") as error:
             checked_url(url, "reward.terms.far.url")
         assert TOKEN not in str(error.value)
 
@@ -418,7 +418,7 @@ def test_server_s_manifest_decides_what_is_sent(fake: Fake) -> None:
         ("<rendered>", None),
     ]
     assert sent({"conversational": True, **hashes}, None) == [("text 0", None), (messages, None)]
-    with pytest.raises(UserError, match="another tokenizer than the policy and no chat template"):
+    with pytest.raises(UserError, match=r"tokenizer.*chat template"):
         sent({"conversational": True, "tokenizer_hash": "other", "chat_template_hash": None})
 
 
@@ -457,7 +457,7 @@ def test_another_model_in_mid_run_is_said_aloud(
     scorer.score(rollouts(1))
     assert "now scores with" not in caplog.text
     scorer.score(rollouts(1))
-    assert "now scores with b, before with a" in caplog.text
+    assert "now scores with b" in caplog.text
 
 
 def test_pauses_double_up_to_a_limit_and_leave_the_run_s_random_numbers_alone() -> None:

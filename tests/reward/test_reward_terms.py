@@ -218,13 +218,11 @@ def test_a_resumed_scorer_goes_on_where_the_first_stopped() -> None:
         scorer.terms[1].scorer = Fixed([1.0, 1.0])
     assert first.score([plain("x")] * 2).total == second.score([plain("x")] * 2).total
     assert first.state_dict() == second.state_dict() and set(first.state_dict()) == {"a"}
-    with pytest.raises(
-        UserError, match=r"statistics of the reward terms a, but reward\.terms normalises none"
-    ):
+    with pytest.raises(UserError, match=r"statistics .* a, .*reward\.terms.* none"):
         CompositeScorer([Term("a", Fixed([]))]).load_state_dict(first.state_dict())
     function = FunctionScorer("operator:truth")
     function.load_state_dict(function.state_dict())
-    with pytest.raises(UserError, match="reward terms a, but the reward has no such terms"):
+    with pytest.raises(UserError, match=r"reward terms a, .*no such terms"):
         function.load_state_dict(first.state_dict())
 
 
@@ -351,9 +349,7 @@ def test_a_failing_function_names_the_term() -> None:
     scorer = make_scorer(
         one(kind=TermKind.function, function=f"{__name__}:later"), device=CPU, policy_tokenizer=None
     )
-    with pytest.raises(
-        UserError, match=r"reward\.terms\.a\.function=.*:later: takes answer, which no row has"
-    ):
+    with pytest.raises(UserError, match=r"reward\.terms\.a\.function=.*:later: .*answer"):
         scorer.score([plain("x")])
 
 

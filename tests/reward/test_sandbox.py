@@ -360,7 +360,7 @@ def test_a_sandbox_that_fails_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     broken = tmp_path / "child.py"
     broken.write_text("raise SystemExit('no such luck')")
     monkeypatch.setattr(sandbox, "_CHILD", broken)
-    with pytest.raises(SandboxError, match="exit code 1 and without a report: no such luck"):
+    with pytest.raises(SandboxError, match=r"exit code 1 .*no such luck"):
         outcome("pass", namespaces=False)
     verifier = Code.__new__(Code)
     (
@@ -384,7 +384,7 @@ def test_a_runner_that_cannot_be_set_up_raises(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The limits are part of the set-up: one that the kernel refuses stops the run."""
-    with pytest.raises(SandboxError, match="a runner could not be set up"):
+    with pytest.raises(SandboxError, match="set up"):
         outcome("pass", namespaces=False, limits=Limits(open_files=-5))
 
 

@@ -430,8 +430,7 @@ def test_a_missing_column_stops_the_run_and_names_the_prompt() -> None:
     scorer = VerifierScorer("t", make_verifier("t", RewardTerm(kind=TermKind.exact)))
     with pytest.raises(
         UserError,
-        match=r"reward\.terms\.t needs the column 'answer', which prompt 'p1' .*lacks \(its "
-        r"columns.*: solution\)",
+        match=r"reward\.terms\.t .*'answer'.*'p1' .*: solution\)",
     ):
         scorer.score([plain("x", answer="x"), plain("x", "p1", solution="x", answer=None)])
 
@@ -654,7 +653,7 @@ def test_an_answer_without_end_is_wrong_and_the_next_is_read(maths: MathAnswer) 
 def test_math_references_and_processes_that_fail(
     monkeypatch: pytest.MonkeyPatch, maths: MathAnswer
 ) -> None:
-    with pytest.raises(ValueError, match="expected a mathematical expression or a number, found"):
+    with pytest.raises(ValueError, match="expression or a number"):
         maths.reference(["3"])
     with pytest.raises(ValueError, match="expected a mathematical expression, found '\\$\\$'"):
         maths.reference("$$")
@@ -677,7 +676,7 @@ def test_a_process_that_ends_on_the_reference_too_is_not_the_response_s_fault(
         raise _Ended("ended")
 
     monkeypatch.setattr(Worker, "_ask", ends)
-    with pytest.raises(WorkerError, match="the math process ended on a reference alone: '3'"):
+    with pytest.raises(WorkerError, match=r"math .*reference alone: '3'"):
         Worker("math").score("3", r"\boxed{3}")
 
 
@@ -688,9 +687,7 @@ def test_a_process_that_computes_nothing_is_not_the_response_s_fault(
     monkeypatch.setattr("reward.verifiers.worker._cpu_seconds", lambda pid: 0.0)
     slow = Worker("math")
     monkeypatch.setattr("reward.verifiers.worker._START_S", 1e7)
-    with pytest.raises(
-        WorkerError, match="gave no answer within 0 s though it computed for less than"
-    ):
+    with pytest.raises(WorkerError, match="no answer within 0 s"):
         slow.score("3", r"\boxed{9^{9^{9^{9^9}}}}")
     slow.close()
 

@@ -222,9 +222,7 @@ def test_wandb_that_cannot_start_is_never_passed_over(
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    with pytest.raises(
-        UserError, match=r"tracking=wandb could not start: no network. Set tracking.mode=offline"
-    ):
+    with pytest.raises(UserError, match=r"tracking=wandb .*no network.*tracking.mode=offline"):
         Tracker(config(TrackingKind.wandb, mode=WandbMode.online), tmp_path / "a", "ppo")
     tracker = Tracker(config(TrackingKind.wandb), tmp_path / "b", "ppo")
     tracker.finish()

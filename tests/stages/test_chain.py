@@ -75,9 +75,7 @@ def test_a_resumed_chain_leaves_what_has_ended(tmp_path: Path, started: list[str
 
 def test_other_options_of_an_ended_stage_are_said(tmp_path: Path, started: list[str]) -> None:
     finish(tmp_path, "sft", "data.max_bad_rows=3")
-    with pytest.raises(
-        UserError, match=r"sft is finished, with other options: data.max_bad_rows: 3 -> 0"
-    ):
+    with pytest.raises(UserError, match=r"sft .*other options: data.max_bad_rows: 3 -> 0"):
         run_chain(tmp_path, "run.resume=true")
     assert started == []
 

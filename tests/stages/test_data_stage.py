@@ -179,7 +179,7 @@ def test_held_out_rows_of_their_own_pass_the_same_steps(tmp_path: Path) -> None:
     assert [row["text"] for row in read(folder / "train.jsonl")] == [text(0), text(2), text(3)], (
         "the training row that leaks goes"
     )
-    with pytest.raises(UserError, match=r"data\.eval_path already says which rows are held out"):
+    with pytest.raises(UserError, match=r"data\.eval_path .*held out"):
         data(
             tmp_path, train, f"data.eval_path={held}", "data.pipeline=[split]", "run.overwrite=true"
         )
@@ -244,7 +244,7 @@ def test_too_many_bad_rows_end_the_run_and_are_kept(tmp_path: Path) -> None:
 
 def test_a_pipeline_that_leaves_nothing_says_so(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two"}])
-    with pytest.raises(UserError, match="No row is left to train on"):
+    with pytest.raises(UserError, match="No row is left"):
         data(tmp_path, source, "data.pipeline=[{step: length, low: 10}]")
     assert len(read(tmp_path / "runs" / "t" / "data" / "rejected.jsonl")) == 2
 
@@ -345,7 +345,7 @@ def test_rows_go_out_in_other_formats_beside_those_that_stages_read(
     assert "train.alpaca.json" in {Path(entry["path"]).name for entry in manifest["outputs"]}
     with pytest.raises(
         UserError,
-        match=r"data\.to=hh_rlhf holds rows of the kind preference, found rows of the kind sft",
+        match=r"data\.to=hh_rlhf .*preference, .*sft",
     ):
         data(
             tmp_path,

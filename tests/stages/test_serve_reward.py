@@ -213,9 +213,7 @@ def test_reward_model_that_can_t_read_the_policy_is_refused_as_locally(
     reader = other_tokenizer(CHATML)
     monkeypatch.setenv("SERVED_TOKEN", TOKEN)
     with serving(tmp_path / "model") as (url, _, counts):
-        with pytest.raises(
-            UserError, match="another tokenizer than the policy and no chat template"
-        ):
+        with pytest.raises(UserError, match=r"tokenizer.*chat template"):
             RemoteScorer(
                 term(url=url, token_env="SERVED_TOKEN"), "far", policy_tokenizer=reader
             ).score(sampled(reader))
@@ -366,11 +364,7 @@ def test_template_that_refuses_messages_is_the_client_s_error(tmp_path: Path) ->
     save_reward_model(tmp_path / "model", strict, conversational=True)
     with serving(tmp_path / "model") as (url, _, _):
         answer = post(url, [{**GOOD, "prompt": [{"role": "user", "content": "a"}]}])
-    assert (
-        answer.status_code == 422
-        and "the chat template refuses a conversation of 1 messages: turns must alternate"
-        in message_of(answer)
-    )
+    assert answer.status_code == 422 and "1 messages: turns must alternate" in message_of(answer)
 
 
 def test_bodies_that_are_no_json_or_too_large(plain: tuple[str, ServedModel, Counts]) -> None:
@@ -501,8 +495,7 @@ def test_concurrent_clients_get_their_own_scores(plain: tuple[str, ServedModel, 
 def test_other_addresses_need_a_token_of_the_user_s(host: str) -> None:
     with pytest.raises(
         UserError,
-        match=r"stage.token_env=None is out of range: expected the name of an environment "
-        rf"variable with stage.host={host}",
+        match=rf"stage.token_env=None .*stage.host={host}",
     ):
         config.compose(["stage=serve_reward", f"stage.host={host}"])
     assert (
