@@ -7,8 +7,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 # processes that share the tests; each takes up to 4 GiB
 WORKERS ?= 2
-# a group (a file, or all tests of vLLM) stays in one process
-SHARED := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# the tests of a file share its fixtures, so they stay in one process
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 LOCK := requirements/lock-cpu-py311.txt
 VENV := .venv
 PY := $(VENV)/bin/python

@@ -42,19 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
     drawing.off()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the harnesses' tests, and keep what shares a costly fixture in one process.
-
-    Here, since pytest-xdist reads the groups before `pytest_collection_modifyitems` of this file.
-    """
-    if "benchmarks" in item.path.relative_to(item.config.rootpath).parts:
-        item.add_marker("benchmarks")
-    # Tests of a file share its fixtures, and all tests of vLLM share the libraries' start.
-    group = "vllm" if item.get_closest_marker("vllm") else item.path.stem
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the harnesses' tests, and begin with the files that take long."""
+    for item in items:
+        if "benchmarks" in item.path.relative_to(item.config.rootpath).parts:
+            item.add_marker("benchmarks")
     items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
