@@ -11,16 +11,19 @@ import pytest
 
 from tests import drawing
 
-# A worker of several (`make test`) computes on one thread, so that they don't wait for each
-# other's.
-_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": _THREADS,
     "TQDM_DISABLE": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker of several (`make test`) computes on one thread: two that share the cores would wait
+    # for each other's threads, at up to six times the CPU time. Set, not defaulted: workers inherit
+    # the variable from the process that starts them.
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["COLUMNS"] = "160"  # tables are as wide wherever the tests run
 
 
