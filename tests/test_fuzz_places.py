@@ -444,8 +444,8 @@ def damaged_run(folder: Path, name: str, how: Damage) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A run opens without asking git and every package's version, and warns to nobody."""
-    monkeypatch.setattr("rlhf.run.context.git_commit", lambda: None)
-    monkeypatch.setattr("rlhf.run.context.versions", dict)
+    monkeypatch.setattr("rlhf.run.manifest.git_commit", lambda: None)
+    monkeypatch.setattr("rlhf.run.manifest.versions", dict)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
