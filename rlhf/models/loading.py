@@ -100,8 +100,8 @@ def base_directory(path: str | Path) -> Path | None:
     directory = Path(path).expanduser()
     if not is_adapter(directory):
         return directory
-    text = (directory / "adapter_config.json").read_text(encoding="utf-8")
     try:
+        text = (directory / "adapter_config.json").read_text(encoding="utf-8")
         return Path(str(json.loads(text)["base_model_name_or_path"])).expanduser()
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
