@@ -109,7 +109,7 @@ def test_a_run_leaves_the_files_of_the_contract(
     stored = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
     assert (
         stored["tracking"]["kind"] == "none"
-        and stored["stage"]["learning_rate"] == 1e-4
+        and stored["stage"]["learning_rate"] == 1e-5
         and stored["data"]["eval_fraction"] == 0.1
     )
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def test_resume_says_which_options_differ(tmp_path: Path, caplog: pytest.LogCapt
     said = [r.message for r in caplog.records if "differs" in r.message]
     assert len(said) == 2
     assert (
-        "data.max_rows: None -> 7" in said[0] and "stage.learning_rate: 0.0001 -> 0.005" in said[1]
+        "data.max_rows: None -> 7" in said[0] and "stage.learning_rate: 1e-05 -> 0.005" in said[1]
     )
 
 
