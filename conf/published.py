@@ -2,6 +2,9 @@
 
 A learning rate that is left out becomes the value here for the stage's method and for what trains:
 all weights, or a low-rank adapter. A dry run compares a rate that was given with the range.
+
+The figures were entered from memory of the papers, without a network to look them up: check a
+source before you rely on its range. The ranges of LOW_RANK are derived, not read.
 """
 
 from dataclasses import dataclass
