@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
 
 if TYPE_CHECKING:  # for annotations only: the command line's list and help need no torch
     import torch
@@ -48,6 +48,24 @@ class SyncError(UserError):
     """
 
 
+class Message(TypedDict, total=False):
+    """One turn of a conversation. Keys beside these are kept too: the tokenizer's chat template
+    gets the whole message.
+    """
+
+    role: Required[str]  # system, developer, user, assistant or tool
+    content: Required[str]  # "" where a turn holds calls alone
+    tool_calls: list[dict[str, Any]]  # as OpenAI has them; arguments as an object
+    tool_call_id: str  # which call a tool's message answers
+    name: str  # of the tool that answers, or of the speaker
+    reasoning_content: str  # what the assistant thought before it answered
+    train: bool  # false: this assistant's turn is context only
+
+
+# What a template shows of the functions that may be called: JSON schemas, as OpenAI has them.
+Tools = list[dict[str, Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt, already tokenised with the policy's template."""
@@ -58,6 +76,7 @@ class Prompt:
     source: object = None  # the row's own prompt: a string, or a list of messages
     # the row's other columns, for reward functions
     fields: dict[str, object] = field(default_factory=dict)
+    tools: Tools | None = None  # that its template showed
 
 
 @dataclass(slots=True)
@@ -92,6 +111,7 @@ class PreferencePair:
     margin: float | None = None
     weight: float | None = None  # in the loss; None: like every other row
     soft_label: float | None = None  # probability that `chosen` is better; None: it is
+    tools: Tools | None = None  # functions that both answers may call
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +122,7 @@ class JudgedAnswer:
     completion: object
     good: bool
     weight: float | None = None  # in the loss; None: like every other row
+    tools: Tools | None = None  # functions that the answer may call
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,19 @@ Prompt and response are tokenised apart, because that is what a policy sees when
 response never merges with the prompt's last token. SFT, the reward model and its scorer share these
 functions, so what is trained is what is scored.
 
-Not handled: models whose turns end with a token other than the tokenizer's end-of-sequence token;
-theirs gets added.
+An assistant's turn that holds more than text (tool calls, reasoning) has no text of its own: its
+tokens are those that the chat template adds to the conversation before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.types import UserError
+from rlhf.types import Message, Tools, UserError
 
-Message = dict[str, Any]
 IGNORED = -100  # label of a token that is not trained, torch's cross-entropy convention
+Chat = Sequence[Message]
+# what a turn of text alone may hold; `train` changes labels only
+_OF_TEXT = frozenset(("role", "content", "train"))
 
 
 def is_chat(value: object) -> bool:
@@ -33,7 +35,9 @@ def require_template(tokenizer: Any, what: str) -> None:
         )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
+def render(
+    tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
+) -> list[int]:
     """Token ids of a conversation under the tokenizer's chat template. Raises UserError where the
     template refuses it.
     """
@@ -43,6 +47,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
         return list(
             tokenizer.apply_chat_template(
                 list(messages),
+                tools=tools or None,
                 tokenize=True,
                 add_generation_prompt=generation_prompt,
                 return_dict=True,
@@ -54,13 +59,13 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
         ) from error
 
 
-def prompt_ids(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str | Chat, tools: Tools | None = None) -> list[int]:
     """What the policy reads before it writes: the template up to the assistant's turn, or the text
     with its leading special tokens.
     """
-    if isinstance(prompt, list):
-        return render(tokenizer, prompt, generation_prompt=True)
-    return list(tokenizer(prompt)["input_ids"])
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return render(tokenizer, prompt, generation_prompt=True, tools=tools)
 
 
 def response_ids(tokenizer: Any, text: str, *, finished: bool = True) -> list[int]:
@@ -71,17 +76,65 @@ def response_ids(tokenizer: Any, text: str, *, finished: bool = True) -> list[in
     return [*ids, tokenizer.eos_token_id] if finished else ids
 
 
-def split_answer(
-    prompt: str | list[Message] | None, answer: str | list[Message]
-) -> tuple[str | list[Message], str]:
-    """A row's prompt and one of its answers as context and response text; the response of a
-    conversation is its last assistant turn.
+def is_text_turn(message: Mapping[str, Any]) -> bool:
+    """Whether a turn is nothing but its text, which `response_ids` tokenises."""
+    return all(key in _OF_TEXT or value is None for key, value in message.items())
+
+
+def answer_ids(
+    tokenizer: Any, context: str | Chat, answer: str | Message, tools: Tools | None = None
+) -> list[int]:
+    """What the policy writes after `context`, end-of-sequence included: a text, or an assistant's
+    turn with its tool calls. Raises ValueError as `turn_ids`.
+    """
+    if isinstance(answer, str):
+        return response_ids(tokenizer, answer)
+    if is_text_turn(answer):
+        return response_ids(tokenizer, answer["content"])
+    before = [] if isinstance(context, str) else list(context)
+    whole = render(tokenizer, [*before, answer], generation_prompt=False, tools=tools)
+    turn = turn_ids(tokenizer, whole, before, answer, tools)
+    eos = tokenizer.eos_token_id
+    return turn if turn and turn[-1] == eos else [*turn, eos]
+
+
+def turn_ids(
+    tokenizer: Any, whole: list[int], before: Chat, turn: Message, tools: Tools | None
+) -> list[int]:
+    """The tokens of an assistant's `turn` within `whole`, the rendered conversation: what rendering
+    it adds to the conversation `before` it with a generation prompt, up to its last end-of-sequence
+    token.
+
+    Raises ValueError where the template changes earlier turns when later ones follow.
+    """
+    head = []
+    if before:
+        head = render(tokenizer, before, generation_prompt=True, tools=tools)
+    upto = render(tokenizer, [*before, turn], generation_prompt=False, tools=tools)
+    if whole[: len(head)] != head or whole[: len(upto)] != upto:
+        raise ValueError(
+            "the chat template renders a turn differently when another follows, so assistant "
+            "turns can't be told apart"
+        )
+    span = upto[len(head) :]
+    eos = tokenizer.eos_token_id
+    if eos not in span:
+        return span
+    return span[: len(span) - span[::-1].index(eos)]
+
+
+def split_turn(
+    prompt: str | Chat | None, answer: str | Chat
+) -> tuple[str | list[Message], str | Message]:
+    """A row's prompt and one of its answers as context and response; the response of a conversation
+    is its last assistant turn.
 
     Raises ValueError for a conversation that does not end with an assistant's turn, or has nothing
     before it.
     """
     if isinstance(answer, str):
-        return prompt if prompt is not None else "", answer
+        context: Any = prompt if prompt is not None else ""
+        return context, answer
     messages = [*(prompt if isinstance(prompt, list) else []), *answer]
     if not messages or messages[-1].get("role") != "assistant":
         found = messages[-1].get("role") if messages else "no messages"
@@ -90,17 +143,23 @@ def split_answer(
         raise ValueError(
             "the conversation holds an assistant turn only, with nothing that it answers"
         )
-    return messages[:-1], str(messages[-1]["content"])
+    return messages[:-1], messages[-1]
+
+
+def split_answer(prompt: str | Chat | None, answer: str | Chat) -> tuple[str | list[Message], str]:
+    """`split_turn` with the response's text alone, for people and scorers that read texts."""
+    context, turn = split_turn(prompt, answer)
+    return context, turn if isinstance(turn, str) else str(turn["content"])
 
 
 def encode_answer(
-    tokenizer: Any, prompt: str | list[Message] | None, answer: str | list[Message]
+    tokenizer: Any, prompt: str | Chat | None, answer: str | Chat, tools: Tools | None = None
 ) -> list[int]:
     """Token ids of a prompt and a finished answer: what a reward model reads. Raises ValueError as
-    `split_answer`.
+    `split_turn` and `turn_ids`.
     """
-    context, text = split_answer(prompt, answer)
-    return prompt_ids(tokenizer, context) + response_ids(tokenizer, text)
+    context, turn = split_turn(prompt, answer)
+    return prompt_ids(tokenizer, context, tools) + answer_ids(tokenizer, context, turn, tools)
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
@@ -112,45 +171,64 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 
 
 def encode_completion(
-    tokenizer: Any, prompt: str | list[Message], completion: str, *, completion_only: bool
+    tokenizer: Any,
+    prompt: str | Chat,
+    completion: str | Message,
+    *,
+    completion_only: bool,
+    tools: Tools | None = None,
 ) -> tuple[list[int], list[int]]:
     """A prompt and its completion for SFT: token ids, and labels that leave the prompt out when
     `completion_only`.
     """
-    context, answer = prompt_ids(tokenizer, prompt), response_ids(tokenizer, completion)
+    context = prompt_ids(tokenizer, prompt, tools)
+    answer = answer_ids(tokenizer, prompt, completion, tools)
     return context + answer, ([IGNORED] * len(context) if completion_only else context) + answer
 
 
+def trained_turns(messages: Chat, first: int = 0) -> list[int]:
+    """Indices of the assistant's turns from `first` on that train: all but those with
+    ``train: false``.
+    """
+    return [
+        index
+        for index, message in enumerate(messages)
+        if index >= first and message.get("role") == "assistant" and message.get("train", True)
+    ]
+
+
 def encode_conversation(
-    tokenizer: Any, messages: list[Message], *, completion_only: bool, first: int = 0
+    tokenizer: Any,
+    messages: list[Message],
+    *,
+    completion_only: bool,
+    first: int = 0,
+    tools: Tools | None = None,
 ) -> tuple[list[int], list[int]]:
     """A whole conversation for SFT: token ids, and labels of every assistant turn from message
-    `first` on (of all tokens unless `completion_only`).
+    `first` on that trains (of all tokens unless `completion_only`).
 
-    An assistant's turn is what rendering it adds to the conversation before it with a generation
-    prompt, up to its last end-of-sequence token. Raises ValueError where the template changes
-    earlier turns when later ones follow, so that no turn can be told apart, and for a conversation
-    without an assistant turn to train.
+    Raises ValueError as `turn_ids`, and for a conversation without an assistant turn to train.
     """
-    ids = render(tokenizer, messages, generation_prompt=False)
-    turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and i >= first]
+    ids = render(tokenizer, messages, generation_prompt=False, tools=tools)
+    turns = trained_turns(messages, first)
     if completion_only and not turns:
         raise ValueError("the conversation has no assistant turn, so there is nothing to train")
     labels = [IGNORED] * len(ids) if completion_only else list(ids)
     eos = tokenizer.eos_token_id
-    for i in turns:
-        before = render(tokenizer, messages[:i], generation_prompt=True) if i else []
-        after = render(tokenizer, messages[: i + 1], generation_prompt=False)
-        if ids[: len(before)] != before or ids[: len(after)] != after:
-            raise ValueError(
-                "the chat template renders a turn differently when another follows, so assistant "
-                "turns can't be told apart"
-            )
-        span = after[len(before) :]
-        stop = len(span) - span[::-1].index(eos) if eos in span else len(span)
-        labels[len(before) : len(before) + stop] = span[:stop]
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant" or (i < first and completion_only):
+            continue
+        before = messages[:i]
+        start = 0
+        if before:
+            start = len(render(tokenizer, before, generation_prompt=True, tools=tools))
+        turn = turn_ids(tokenizer, ids, before, message, tools)
+        stop = start + len(turn)
+        trains = i in turns
+        labels[start:stop] = turn if trains else [IGNORED] * len(turn)
         if i == len(messages) - 1:  # nothing follows: end where the policy would stop
-            ids, labels = ids[: len(before) + stop], labels[: len(before) + stop]
+            ids, labels = ids[:stop], labels[:stop]
             if ids[-1] != eos:
-                ids, labels = [*ids, eos], [*labels, eos]
+                ids, labels = [*ids, eos], [*labels, eos if trains else IGNORED]
     return ids, labels
