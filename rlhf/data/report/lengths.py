@@ -10,7 +10,7 @@ from rlhf.data.report.records import Histogram, Section, Settings, Severity, Tab
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile, words
 from rlhf.models import encoding
-from rlhf.types import UserError
+from rlhf.types import Message, UserError
 
 _ANSWERS = ("chosen", "rejected", "completion")
 _BATCH = 1024  # texts tokenised at a time
@@ -93,20 +93,20 @@ def sequence_lengths(
     return out, broken
 
 
-def _rendered(tokenizer: Any, chat: list[dict[str, Any]]) -> int:
+def _rendered(tokenizer: Any, chat: list[Message]) -> int:
     if tokenizer.chat_template is None:
         raise ValueError("no chat template")
     return len(conversation_ids(tokenizer, chat))
 
 
-def conversation_ids(tokenizer: Any, chat: list[dict[str, Any]]) -> list[int]:
+def conversation_ids(tokenizer: Any, chat: list[Message]) -> list[int]:
     """Token ids of a conversation as the stages encode it: with its last answer, or as a prompt."""
     if chat[-1]["role"] == "assistant" and len(chat) > 1:
         return encoding.encode_answer(tokenizer, None, chat)
     return encoding.prompt_ids(tokenizer, chat)
 
 
-def conversations(columns: Mapping[str, Any]) -> Iterable[list[dict[str, Any]]]:
+def conversations(columns: Mapping[str, Any]) -> Iterable[list[Message]]:
     """The whole conversations of a row: the prompt with each answer, the prompt alone where nothing
     answers, or its messages. None for texts.
     """
