@@ -108,8 +108,8 @@ class DataConfig:
 
     path: str | None = option(
         None,
-        "Rows: a JSON, JSONL, CSV, Parquet or XLSX file, a glob, a datasets directory or a hub "
-        "name; #500 at its end draws 500 rows.",
+        "Rows: a JSON, JSONL, CSV, TXT, Parquet or XLSX file, a glob, a datasets directory or a "
+        "hub name; #500 at its end draws 500 rows.",
         section="where rows come from",
     )
     sources: dict[str, SourceConfig] = option({}, "A mixture of sources by name; replaces path.")

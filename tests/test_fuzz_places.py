@@ -26,7 +26,7 @@ from conf.stages import SFTStage
 from policy.saving import save_adapter
 from reward.model import Manifest, load_reward_model, tokenizer_fingerprint, write_manifest
 from rlhf.cli import config
-from rlhf.data import registry
+from rlhf.data import llama_factory
 from rlhf.models.loading import load_causal_lm, load_classifier, load_tokenizer
 from rlhf.process import checkpoints
 from rlhf.run.context import RunContext
@@ -483,7 +483,7 @@ ENTRIES = st.dictionaries(
 
 
 def read_registry(folder: Path) -> None:
-    for source in registry.sources(folder / "dataset_info.json", "one"):
+    for source in llama_factory.sources(folder / "dataset_info.json", "one"):
         list(source.notes)
 
 

@@ -1,86 +1,21 @@
-"""Rows out of JSON, JSON lines, CSV, Parquet and Excel files, with their row numbers and what is
-wrong with them.
+"""Rows out of JSON, JSON lines, text, CSV, Parquet and Excel files, compressed or not, with their
+row numbers and what is wrong with them.
 """
 
-import codecs
-import csv
-import datetime
-import difflib
 import json
-import logging
-import sys
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.cells import from_excel_text
-from rlhf.process.extras import require
+from rlhf.data.opening import SourceRow, check_file, decode, kind_of, open_bytes
+from rlhf.data.tables import csv_rows, excel_rows, parquet_file, parquet_rows
 from rlhf.types import UserError
 
-LOG = logging.getLogger("rlhf.data")
-SUFFIXES = {
-    ".json": "JSON",
-    ".jsonl": "JSON lines",
-    ".ndjson": "JSON lines",
-    ".csv": "CSV",
-    ".parquet": "Parquet",
-    ".xlsx": "Excel",
-}
-# bytes, and times its size; deflate comes to 1030 for zeros, texts to 20
-_MOST_UNPACKED, _MOST_RATIO = 2**30, 200
+__all__ = ["SourceRow", "check_file", "count_rows", "read_rows", "scan"]
 
-
-@dataclass(frozen=True, slots=True)
-class SourceRow:
-    """One row of a file: its number from 1 (a header not counted), and its columns or why they
-    could not be read.
-    """
-
-    number: int
-    columns: dict[str, Any]
-    problem: str | None = None
-    raw: object = None  # what the file has there, when there is a problem
-    origin: str = ""  # the file, or the name of the data set
-
-    @property
-    def place(self) -> str:
-        """For messages."""
-        return f"{self.origin}, row {self.number}"
-
-
-def check_file(path: str | Path, key: str = "data.path") -> Path:
-    """The file of `path`, `key` being the option that names it. Raises UserError: no such file, not
-    a file, unknown suffix, empty.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        files = sorted(p.name for p in file.iterdir() if p.suffix.lower() in SUFFIXES)
-        hint = f" Files in it: {', '.join(files[:8])}." if files else ""
-        raise UserError(f"{key}={path} is a directory: expected a file.{hint}")
-    if not file.exists():
-        raise UserError(f"{key}={path}: no such file.{_near(file)}")
-    if file.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"{key}={path}: expected a file that ends with {', '.join(SUFFIXES)}; found "
-            f"{file.suffix or 'no suffix'!r}."
-        )
-    if file.stat().st_size == 0:
-        raise UserError(f"{key}={path} is empty (0 bytes): expected at least one row.")
-    return file
-
-
-def _near(file: Path) -> str:
-    """Which file a path that doesn't exist may mean, for a message."""
-    folder = file.parent
-    if not folder.is_dir():
-        return f" There is no directory {folder} either."
-    near = difflib.get_close_matches(file.name, [p.name for p in folder.iterdir()], n=1)
-    if near:
-        return f" Nearest in {folder}: {near[0]}."
-    return ""
+Line = tuple[int, str]  # number from 1, text
+_JSON = (".json", ".jsonl", ".ndjson")
 
 
 def scan(
@@ -89,11 +24,16 @@ def scan(
     """The first `max_rows` rows (all when None), one by one; a row that can't be read comes with
     its `problem`.
 
-    JSON lines, CSV, Parquet and Excel files are never held whole; a JSON array is. Raises UserError
-    where the file as a whole can't be read: see `check_file`, and text that isn't UTF-8.
+    Files are never held whole, except JSON arrays. Raises UserError where the file as a whole can't
+    be read: see `check_file`, and text that isn't UTF-8.
     """
     file = check_file(path, key)
-    read = {".parquet": _parquet, ".csv": _csv, ".xlsx": _excel}.get(file.suffix.lower(), _json)
+    read = {
+        ".parquet": parquet_rows,
+        ".csv": csv_rows,
+        ".xlsx": excel_rows,
+        ".txt": _text_lines,
+    }.get(kind_of(file) or "", _json)
     return islice(read(file), max_rows)
 
 
@@ -102,11 +42,11 @@ def count_rows(path: str | Path, key: str = "data.path") -> int:
     that is possible.
     """
     file = check_file(path, key)
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet_file(file).metadata.num_rows
-    if suffix in (".json", ".jsonl", ".ndjson") and not _holds_array(file):
-        with file.open("rb") as source:
+    kind = kind_of(file)
+    if kind == ".parquet":
+        return int(parquet_file(file).metadata.num_rows)
+    if kind == ".txt" or (kind in _JSON and not _holds_array(file) and not _spans_lines(file)):
+        with open_bytes(file) as source:
             return sum(not line.isspace() for line in source)
     return sum(1 for _ in scan(file, key=key))
 
@@ -127,26 +67,22 @@ def read_rows(
     return rows
 
 
-def _decode(path: Path, line: bytes, where: str, *, first: bool) -> str:
-    """A line as text, from UTF-8; a byte order mark of the `first` line is left out. Raises
-    UserError that names the byte.
-    """
-    if first and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(
-            f"{path} is UTF-16 (it begins with its byte order mark): expected UTF-8. Save it as "
-            "UTF-8."
-        )
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        raise UserError(
-            f"{path}, {where}, byte {error.start + 1}: expected UTF-8 text, found 0x{byte:02x}. "
-            "Save it as UTF-8."
-        ) from error
-    if first:
-        return text.removeprefix("\ufeff")
-    return text
+def _lines(path: Path) -> Iterator[Line]:
+    """The lines of a file that hold something."""
+    with open_bytes(path) as source:
+        for at, line in enumerate(source, start=1):
+            text = decode(path, line, f"line {at}", first=at == 1)
+            if text.strip():
+                yield at, text
+
+
+def _text_lines(path: Path) -> Iterator[SourceRow]:
+    """Each line is one text, as datasets and LLaMA-Factory read such files; a blank one is none."""
+    for number, (_, text) in enumerate(_lines(path), start=1):
+        yield SourceRow(number, {"text": text.rstrip("\r\n")}, origin=str(path))
+
+
+# ---- JSON ----
 
 
 def _kind(value: Any) -> str:
@@ -162,13 +98,14 @@ def _kind(value: Any) -> str:
 def _row(origin: str, number: int, value: Any) -> SourceRow:
     if isinstance(value, dict):
         return SourceRow(number, value, origin=origin)
-    return SourceRow(
-        number, {}, f"expected an object of columns, found {_kind(value)}", value, origin
-    )
+    problem = f"expected an object of columns, found {_kind(value)}"
+    if isinstance(value, str):
+        problem += ' (texts alone are read from a .txt file, a text a line, or as {"text": ...})'
+    return SourceRow(number, {}, problem, value, origin)
 
 
 def _holds_array(path: Path) -> bool:
-    with path.open("rb") as source:
+    with open_bytes(path) as source:
         start = source.read(4096).decode("utf-8", "ignore")
     return start.removeprefix("\ufeff").lstrip().startswith("[")
 
@@ -176,6 +113,8 @@ def _holds_array(path: Path) -> bool:
 def _json(path: Path) -> Iterator[SourceRow]:
     if _holds_array(path):
         return _json_array(path)
+    if _spans_lines(path):
+        return _json_objects(path)
     return _json_lines(path)
 
 
@@ -189,13 +128,14 @@ def _unreadable(error: ValueError | RecursionError) -> str:
 
 
 def _json_array(path: Path) -> Iterator[SourceRow]:
-    text = _decode(path, path.read_bytes(), "the file", first=True)
+    with open_bytes(path) as source:
+        text = decode(path, source.read(), "the file", first=True)
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         hint = ""
         first, _, rest = text.partition("\n")
-        if error.msg == "Extra data" and rest.strip() and _is_json(first):
+        if error.msg == "Extra data" and rest.strip() and _parsed(first) is not None:
             hint = " (a row a line wants objects {...}, not arrays)"
         raise UserError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
@@ -209,182 +149,127 @@ def _json_array(path: Path) -> Iterator[SourceRow]:
         yield _row(str(path), number, value)
 
 
-def _is_json(text: str) -> bool:
+def _parsed(text: str) -> Any:
+    """The value of a JSON text; None where it is none."""
     try:
-        json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return False
-    return True
+        return None
 
 
 def _json_lines(path: Path) -> Iterator[SourceRow]:
-    number, origin = 0, str(path)
-    with path.open("rb") as source:
-        for at, line in enumerate(source, start=1):
-            text = _decode(path, line, f"line {at}", first=at == 1).strip()
-            if not text:
-                continue
-            number += 1
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                column = (
-                    f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                )
-                problem = (
-                    f"not valid JSON at line {at}{column} ({_unreadable(error)}); expected "
-                    "one whole object a line, or an array of objects"
-                )
-                yield SourceRow(number, {}, problem, text, origin)
-                continue
-            yield _row(origin, number, value)
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled:
-        raise UserError(
-            f"{path}: the header names {', '.join(map(repr, doubled))} more than once; expected "
-            "a column each."
-        )
-
-
-def _delimiter(path: Path) -> str:
-    """The comma, unless the header has none and has semicolons or tabs, as spreadsheets of some
-    countries write them.
-    """
-    with path.open("rb") as source:
-        header = source.readline().decode("utf-8", "ignore")
-    mark = next((mark for mark in (",", ";", "\t") if mark in header), ",")
-    if mark != ",":
-        LOG.info("%s: its header has no comma, so cells are taken as separated by %r", path, mark)
-    return mark
-
-
-def _csv(path: Path) -> Iterator[SourceRow]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-
-    def lines() -> Iterator[str]:
-        with path.open("rb") as source:
-            for at, line in enumerate(source, start=1):
-                yield _decode(path, line, f"line {at}", first=at == 1)
-
-    reader = csv.reader(lines(), delimiter=_delimiter(path), strict=True)
-    number, origin = 0, str(path)
-    try:
-        header = next(reader, [])
-        _check_header(path, header)
-        for cells in reader:
-            if not cells:
-                continue
-            number += 1
-            if len(cells) == len(header):
-                yield SourceRow(number, dict(zip(header, cells, strict=True)), origin=origin)
-                continue
-            problem = f"expected {len(header)} cells as in the header, found {len(cells)}"
-            yield SourceRow(number, {}, problem, cells, origin)
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, row {number + 1}, line {reader.line_num}: not valid CSV ({error})."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _parquet_file(path: Path) -> Any:
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    # of a damaged file Arrow's own errors and those of Unicode, sizes and memory
-    except Exception as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)}).") from error
-
-
-def _parquet(path: Path) -> Iterator[SourceRow]:
-    number, origin = 0, str(path)
-    try:
-        for batch in _parquet_file(path).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield SourceRow(number, value, origin=origin)
-    except UserError:
-        raise
-    except Exception as error:  # as above
-        raise UserError(
-            f"{path}, after row {number}: not a readable Parquet file ({_first_line(error)})."
-        ) from error
-
-
-def _excel_cell(value: Any) -> str:
-    """A cell as text, as CSV would hold it: a whole number without a point, nothing as ""."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        if value:
-            return "true"
-        return "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    return from_excel_text(str(value))
-
-
-def _check_unpacked(path: Path) -> None:
-    """An Excel file is a zip archive. Raises UserError for one that is small and unpacks to more
-    than a sheet could hold: a zip bomb.
-
-    zipfile never gives more of a member than its header says.
-    """
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    packed = path.stat().st_size
-    if unpacked > _MOST_UNPACKED and unpacked > _MOST_RATIO * packed:
-        raise UserError(
-            f"{path}: {packed} bytes unpack to {unpacked / 2**30:.1f} GiB, so this is no sheet "
-            "of texts. Save the rows as CSV or JSON lines."
-        )
-
-
-def _excel(path: Path) -> Iterator[SourceRow]:
-    """Rows of the first sheet; wholly empty ones are not rows."""
-    openpyxl = require("openpyxl", "data")
-    number = 0
-    try:
-        _check_unpacked(path)
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        if len(book.sheetnames) > 1:
-            LOG.warning(
-                "%s has the sheets %s: only the first is read.", path, ", ".join(book.sheetnames)
+    origin = str(path)
+    for number, (at, text) in enumerate(_lines(path), start=1):
+        try:
+            value = json.loads(text.strip())
+        except (ValueError, RecursionError) as error:
+            column = ""
+            if isinstance(error, json.JSONDecodeError):
+                column = f", column {error.colno}"
+            problem = (
+                f"not valid JSON at line {at}{column} ({_unreadable(error)}); expected "
+                "one whole object a line, or an array of objects"
             )
-        rows = book.worksheets[0].iter_rows(values_only=True)
-        header = [_excel_cell(cell) for cell in next(rows, ())]
-        while header and not header[-1]:
-            header.pop()
-        _check_header(path, header)
-        for cells in rows:
-            texts = [_excel_cell(cell) for cell in cells]
-            if any(texts):
-                number += 1
-                yield _excel_row(str(path), number, header, texts)
-        book.close()
-    except UserError:
-        raise
-    # of a damaged workbook openpyxl raises whatever zip, zlib, XML and its own classes raise
-    except Exception as error:
-        raise UserError(
-            f"{path}, after row {number}: not a readable Excel file ({type(error).__name__}: "
-            f"{error})."
-        ) from error
+            yield SourceRow(number, {}, problem, text.strip(), origin)
+            continue
+        yield _row(origin, number, value)
 
 
-def _excel_row(origin: str, number: int, header: list[str], texts: list[str]) -> SourceRow:
-    extra = next((text for text in texts[len(header) :] if text), None)
-    if extra is not None:
-        problem = f"expected {len(header)} cells as in the header, found {extra!r} beyond them"
-        return SourceRow(number, {}, problem, texts, origin)
-    cells = [*texts, *[""] * (len(header) - len(texts))][: len(header)]
-    return SourceRow(number, dict(zip(header, cells, strict=True)), origin=origin)
+# ---- objects over several lines ----
+
+
+def _goes_on(text: str, error: ValueError | RecursionError) -> bool:
+    """Whether a JSON text that can't be parsed is right so far, and may go on in a further line. A
+    text in quotes ends in its own line.
+    """
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    inside_quotes = error.msg.startswith(("Unterminated", "Invalid control"))
+    return error.pos >= len(text.rstrip()) and not inside_quotes
+
+
+def _is_begun(text: str) -> bool:
+    """Whether a line is the beginning of a JSON text, and not the whole of it."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _goes_on(text, error)
+    return False
+
+
+def _spans_lines(path: Path) -> bool:
+    """Whether a file's objects go over several lines: its first line is the beginning of one, and
+    its second no object by itself (as after a line that was cut off).
+    """
+    first, second = [*islice(_lines(path), 2), (0, ""), (0, "")][:2]
+    whole = isinstance(_parsed(second[1]), dict)
+    return _is_begun(first[1]) and bool(second[1]) and not whole
+
+
+def _json_objects(path: Path) -> Iterator[SourceRow]:
+    """Rows of JSON objects over several lines, one after another. After one that can't be read the
+    next begins with the next line that begins with a brace.
+    """
+    lines, number, origin = _lines(path), 0, str(path)
+    waiting: list[Line] = []
+    for at, text in lines:
+        waiting.append((at, text.lstrip()))
+        while waiting:
+            number += 1
+            value, waiting, problem = _next_object(waiting, lines)
+            if problem is None:
+                yield _row(origin, number, value)
+            else:
+                yield SourceRow(number, {}, problem, value, origin)
+
+
+def _next_object(begun: list[Line], more: Iterator[Line]) -> tuple[Any, list[Line], str | None]:
+    """The value at the beginning of the lines `begun` and, as far as it needs them, `more`; the
+    lines that were read beyond it; and what is wrong with it (then its text stands for it).
+    """
+    lines = list(begun)
+    while True:
+        text = "".join(line for _, line in lines)
+        try:
+            value, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError) as error:
+            further = list(islice(more, len(lines))) if _goes_on(text, error) else []
+            if not further:
+                return _broken(lines, more, error)
+            lines += further  # twice as many each time
+        else:
+            return value, _beyond(lines, end), None
+
+
+def _beyond(lines: list[Line], end: int) -> list[Line]:
+    """What the lines hold after their first `end` characters."""
+    for index, (at, line) in enumerate(lines):
+        if end < len(line):
+            rest = line[end:].lstrip()
+            begun = [(at, rest)] if rest else []
+            return [*begun, *lines[index + 1 :]]
+        end -= len(line)
+    return []
+
+
+def _broken(
+    lines: list[Line], more: Iterator[Line], error: ValueError | RecursionError
+) -> tuple[str, list[Line], str]:
+    """The text up to the next line that begins with a brace, what follows, and the trouble."""
+    where = f"in the object that begins at line {lines[0][0]}"
+    if isinstance(error, json.JSONDecodeError):
+        index = min(error.doc[: error.pos].count("\n"), len(lines) - 1)
+        where = f"at line {lines[index][0]}, column {error.colno}, {where}"
+    held, rest = lines[:1], lines[1:]
+    while rest and not rest[0][1].startswith("{"):
+        held.append(rest.pop(0))
+    for line in more if not rest else ():
+        if line[1].startswith("{"):
+            rest = [line]
+            break
+        held.append(line)
+    problem = (
+        f"not valid JSON {where} ({_unreadable(error)}); expected whole objects, one after "
+        "another, or an array of them"
+    )
+    return "".join(text for _, text in held).strip(), rest, problem

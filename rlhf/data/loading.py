@@ -141,7 +141,7 @@ def load(request: DataRequest, sources: Sequence[Source], use: Use) -> Loaded:
     """
     if distributed.is_main():
         for source in sources:
-            for note in source.notes:
+            for note in source.all_notes():
                 LOG.info(note)
     loaded = convert(sources, use, request.data, request.seed, request.data.max_rows)
     _report_left_out(loaded, request)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from conf.choices import DataFormat
-from rlhf.data.files import SUFFIXES, SourceRow, check_file, count_rows, scan
+from rlhf.data.files import SourceRow, check_file, count_rows, scan
+from rlhf.data.opening import KINDS, endings, kind_of
 from rlhf.data.rows import RowError
 from rlhf.types import UserError
 
@@ -41,6 +42,7 @@ class Part:
     open: Callable[[], Iterator[SourceRow]]
     count: Callable[[], int]  # of its rows
     files: tuple[Path, ...] = ()  # on this machine, for the manifest
+    note: str | None = None  # what of the path is not read, for the log
 
 
 def parts_of(
@@ -54,11 +56,12 @@ def parts_of(
     """
     local = Path(path).expanduser()
     if _GLOB.search(path) and not local.exists():
-        return tuple(_file(file, key) for file in _matching(local, path, key))
+        files, note = _matching(local, path, key)
+        return tuple(replace(_file(file, key), note=note) for file in files)
     if local.is_dir() and any((local / name).is_file() for name in _SAVED):
         return (_saved(local, key, split),)
     missing = not local.exists() and not local.parent.exists()
-    if missing and local.suffix.lower() not in SUFFIXES and _HUB_NAME.fullmatch(path):
+    if missing and kind_of(local) is None and _HUB_NAME.fullmatch(path):
         return (_hub(path, key, subset, split),)
     if subset is not None or split is not None:
         option = "subset" if subset is not None else "split"
@@ -74,21 +77,27 @@ def _file(path: Path, key: str, given: str | None = None) -> Part:
     return Part(str(path), lambda: scan(path, key=key), lambda: count_rows(path, key), (path,))
 
 
-def _matching(pattern: Path, path: str, key: str) -> list[Path]:
-    """The files that match a glob, in the order of their names. Raises UserError for none that can
-    be read.
+def _matching(pattern: Path, path: str, key: str) -> tuple[list[Path], str | None]:
+    """The files that match a glob, in the order of their names, and a note on matches that aren't
+    read. Raises UserError for none that can be.
+
+    A file of text (README.txt) is rows only where the glob names that ending.
     """
     first = next(i for i, part in enumerate(pattern.parts) if _GLOB.search(part))
     root, glob = Path(*pattern.parts[:first]), str(Path(*pattern.parts[first:]))
     matches = sorted(p for p in root.glob(glob) if p.is_file()) if root.is_dir() else []
-    readable = [p for p in matches if p.suffix.lower() in SUFFIXES]
+    kinds = [kind for kind in KINDS if kind != ".txt" or kind_of(glob) == ".txt"]
+    readable = [p for p in matches if kind_of(p) in kinds]
+    others = [p.name for p in matches if p not in readable]
     if not readable:
-        others = f" It matches {len(matches)} others, such as {matches[0].name}." if matches else ""
+        hint = f" It matches {len(others)} others, such as {others[0]}." if others else ""
         raise UserError(
-            f"{key}={path}: no file that ends with {', '.join(SUFFIXES)} matches below "
-            f"{root}.{others}"
+            f"{key}={path}: no file that ends with {endings()} matches below {root}.{hint}"
         )
-    return readable
+    if not others:
+        return readable, None
+    names = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+    return readable, f"{key}={path}: {len(others)} matches are no files of rows: {names}."
 
 
 def _rows(origin: str, values: Iterable[dict[str, Any]]) -> Iterator[SourceRow]:
@@ -179,6 +188,11 @@ class Source:
     cap: int | None = None
     weight: float | None = None
     notes: tuple[str, ...] = ()  # what was assumed, for the log
+
+    def all_notes(self) -> list[str]:
+        """What the log says of it, once each: what was assumed, and what of its path isn't read."""
+        notes = [*self.notes, *(part.note for part in self.parts if part.note is not None)]
+        return list(dict.fromkeys(notes))
 
     def rows(self, part: Part) -> Iterator[SourceRow]:
         """All rows of one of its parts, transformed."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.choices import DataFormat
 from conf.schema import DataConfig, SourceConfig
-from rlhf.data import registry
+from rlhf.data import llama_factory
 from rlhf.data.formats import mt_bench
 from rlhf.data.mixture import Row, Source, Transform, parts_of
 from rlhf.types import UserError
@@ -39,7 +39,7 @@ def train_sources(data: DataConfig) -> list[Source]:
                 f"{option} and data.dataset={data.dataset}: the registry says both format and "
                 f"columns. Leave {option} out."
             )
-        return registry.sources(Path(data.registry).expanduser(), data.dataset)
+        return llama_factory.sources(Path(data.registry).expanduser(), data.dataset)
     if data.path is None:
         return []
     return [_plain(data.path, "data.path", data)]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import DataTarget, FileKind
-from rlhf.data.cells import CELL_LIMIT, cell_length, excel_text
 from rlhf.data.formats import Use
 from rlhf.data.formats.draft import Row
 from rlhf.data.prepare.items import Item
 from rlhf.data.rows import RowError
+from rlhf.data.tables import CELL_LIMIT, cell_length, excel_text
 from rlhf.data.targets import check_target, convert
 from rlhf.process.extras import require
 from rlhf.process.wording import describe

@@ -1,11 +1,15 @@
 """Data files: every format, every message, splits and tokenised prompts."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
 from conf.choices import DataFormat
@@ -51,7 +55,6 @@ def tokenizer(texts: list[str] | None = None) -> Any:
 
 def test_the_five_kinds_of_files_hold_the_same_rows(tmp_path: Path) -> None:
     import openpyxl
-    import pyarrow
     import pyarrow.parquet
 
     rows = [{"prompt": "Hi", "completion": 'a, "b"\nc'}, {"prompt": "Grüße", "completion": "d"}]
@@ -76,6 +79,79 @@ def test_objects_per_line_in_a_json_file_and_blank_lines(tmp_path: Path) -> None
     assert files.read_rows(tmp_path / "a.json") == [{"text": "x"}, {"text": "y"}]
 
 
+PACKED = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (".jsonl", b'{"text": "x"}\n\n{"text": "y"}\n'),
+        (".json", b'[{"text": "x"}, {"text": "y"}]'),
+        (".csv", b"text\nx\ny\n"),
+        (".txt", b"x\n\ny"),
+    ],
+)
+def test_compressed_files(tmp_path: Path, suffix: str, kind: str, content: bytes) -> None:
+    file = tmp_path / f"v1.2{kind}{suffix}"
+    middle = content.index(b"\n") + 1 if b"\n" in content else len(content)
+    # two streams, one after another, are one file
+    file.write_bytes(PACKED[suffix](content[:middle]) + PACKED[suffix](content[middle:]))
+    assert files.read_rows(file) == [{"text": "x"}, {"text": "y"}]
+    assert files.count_rows(file) == 2
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_unpacks_to_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr("rlhf.data.opening._MOST_UNPACKED", 2**20)
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(PACKED[suffix](b'{"text": "' + bytes(2**22)))
+    with pytest.raises(UserError, match=r"a.jsonl.* unpack to .*bomb"):
+        files.read_rows(file)
+    with pytest.raises(UserError, match=r"a.jsonl.* unpack to .*bomb"):
+        files.count_rows(file)
+
+
+ROW = {"text": 'x } "{', "more": [1, {"a": []}]}
+LAID_OUT = json.dumps(ROW, indent=2)
+BROKEN = LAID_OUT.replace("1,", "1")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (LAID_OUT, [ROW]),
+        (f"  {LAID_OUT}\n\n{LAID_OUT}{LAID_OUT}\n", [ROW, ROW, ROW]),
+        ('{\n"a":\n{\n"b": 1}\n}\n{"c"\n:1}', [{"a": {"b": 1}}, {"c": 1}]),
+        (f"{LAID_OUT}\n{BROKEN}\n{LAID_OUT}", [ROW, "line 14, .* begins at line 10 ", ROW]),
+        (BROKEN, ["line 5, .* begins at line 1 "]),
+        (LAID_OUT[:-2], ["begins at line 1 "]),
+        # lines of which the first is cut off are lines still
+        ('{"a": 1,\n{"a": 2}\n{"a": 3}\n', ["at line 1, ", {"a": 2}, {"a": 3}]),
+        ('{"a": "x\n{"a": 2}\n', ["at line 1, ", {"a": 2}]),
+        ('{"a": [\n', ["at line 1, column 8 "]),
+    ],
+)
+def test_json_objects_over_several_lines(tmp_path: Path, content: str, expected: list[Any]) -> None:
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        rows = list(files.scan(tmp_path / name))
+        assert [row.number for row in rows] == list(range(1, len(expected) + 1))
+        for row, wanted in zip(rows, expected, strict=True):
+            if isinstance(wanted, str):
+                assert re.search(wanted, row.problem or "") and row.raw
+            else:
+                assert row.columns == wanted and row.problem is None
+        assert files.count_rows(tmp_path / name) == len(expected)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\nhello\n")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
@@ -91,7 +167,16 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
         ("a.jsonl", b"\n\n", "holds no rows"),
         ("a.json", b"[]", "holds no rows"),
         ("a.csv", b"text\n", "holds no rows"),
-        ("a.txt", b"x", r"ends with .json, .jsonl, .ndjson, .csv, .parquet, .xlsx; found '?.txt"),
+        ("a.doc", b"x", r"ends with .json, .*; found '?.doc"),
+        ("a.parquet.gz", b"x", r"found '?.parquet.gz"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
+        ("a.jsonl", b"/annex/objects/MD5-s1--0", "git annex get"),
+        ("a.jsonl", gzip.compress(b"{}"), r"holds gzip .*\.gz"),
+        ("a.csv", b"PK\x03\x04", r"holds a zip .*\.xlsx"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9], r"a.jsonl.gz, .*readable as .gz"),
+        ("a.jsonl.zst", b"no such data", r"a.jsonl.zst, .*readable as .zst"),
+        ("a.csv.gz", gzip.compress(b"text\n\xe9"), "line 2, byte 1: .*found 0xe9"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "row 2: not valid JSON at line 2, column"),
         (
             "a.jsonl",
@@ -99,7 +184,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
             "row 2: expected an object of columns, found an array",
         ),
         ("a.json", b'[{"text": "x"},\n {"text" 1}]', "line 2, column 10: not valid JSON"),
-        ("a.json", b'["x"]', "row 1: expected an object of columns, found text"),
+        ("a.json", b'["x"]', r"row 1: expected an object of columns, found text \(.*\.txt"),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"text": "caf\xe9"}\n',

@@ -2,6 +2,7 @@
 each with its origin.
 """
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -88,7 +89,45 @@ def test_a_glob_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None
     ):
         read(config(tmp_path, path=f"{tmp_path}/in/x*.jsonl"))
     with pytest.raises(UserError, match=r"1 .*notes.txt"):
-        read(config(tmp_path, path=f"{tmp_path}/in/*.txt"))
+        read(config(tmp_path, path=f"{tmp_path}/in/n*"))
+    (tmp_path / "in" / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "d 0"}'))
+    assert read(config(tmp_path, path=f"{tmp_path}/in/*"))[-1] == "d 0"
+    assert read(config(tmp_path, path=f"{tmp_path}/in/*.txt")) == ["x"], "it is named"
+
+
+def test_matches_of_a_glob_that_are_not_read_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jsonl(tmp_path / "a.jsonl", texts("a", 4))
+    for name in ("README.txt", "LICENSE"):
+        (tmp_path / name).write_text("words", encoding="utf-8")
+    caplog.set_level("INFO")
+    reading.sft_rows(reading.DataRequest.of(config(tmp_path, path=f"{tmp_path}/*")))
+    assert "LICENSE, README.txt" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\nsize 100\n", "git lfs pull"),
+        ('"a text"\n"another"\n', r"a.jsonl, row 1: .*object of columns, found text"),
+        ("{'text': 1}\n", r"a.jsonl, row 1: not valid JSON at line 1"),
+        ("\n", r"a.jsonl holds no rows"),
+    ],
+)
+def test_a_file_that_is_unreadable_shows_its_own_trouble(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        ingest.natural_use(DataConfig(path=str(tmp_path / "a.jsonl")))
+
+
+def test_files_of_two_kinds_are_named_with_their_kinds(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", texts("a", 1))
+    jsonl(tmp_path / "b.jsonl", [{"chosen": "x", "rejected": "y"}])
+    with pytest.raises(UserError, match=r"a.jsonl: sft; .*b.jsonl: preference.*data.kind"):
+        ingest.natural_use(DataConfig(path=f"{tmp_path}/*"))
 
 
 def test_a_file_whose_name_looks_like_a_glob_or_a_cap_is_that_file(tmp_path: Path) -> None:

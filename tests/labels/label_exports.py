@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from conf.choices import LabelKind, LabelTarget
-from rlhf.data.cells import excel_text
+from rlhf.data.tables import excel_text
 from rlhf.labels.records import Answer, Export, Judgement, Task, Verdict, as_text
 from rlhf.process.hashing import digest
 

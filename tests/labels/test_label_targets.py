@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conf.choices import LabelKind, LabelTarget
-from rlhf.data import cells, formats
+from rlhf.data import formats, tables
 from rlhf.labels.records import Answer, Export, Judgement, Task, Unreadable, Verdict
 from rlhf.labels.targets import TARGETS, detect, label_studio, read_labels
 from rlhf.labels.targets.shared import suggestion
@@ -592,13 +592,13 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 @given(text=TEXT)
 @FAST
 def test_marks_come_off(text: str) -> None:
-    for starts in ((), cells.FORMULA):
-        marked = cells.mark(text, starts)
+    for starts in ((), tables.FORMULA):
+        marked = tables.mark(text, starts)
         assert (
-            marked and cells.unmark(marked) == text and not (starts and marked.startswith(starts))
+            marked and tables.unmark(marked) == text and not (starts and marked.startswith(starts))
         )
-    assert not cells.inert(text).startswith(cells.FORMULA) and (
-        cells.inert(text) == text or cells.bare(cells.inert(text)) == text
+    assert not tables.inert(text).startswith(tables.FORMULA) and (
+        tables.inert(text) == text or tables.bare(tables.inert(text)) == text
     )
 
 
@@ -736,7 +736,8 @@ def test_label_rows_of_their_own(tmp_path: Path) -> None:
         ("a.json", "[]", "holds no row"),
         ("a.jsonl", '{"x": 1}', "found the columns x"),
         ("a.csv", "prompt,chosen\na,b\n", "found the columns prompt, chosen"),
-        ("a.txt", "x", "expected a file that ends with"),
+        ("a.doc", "x", "expected a file that ends with"),
+        ("a.txt", "x", "found the columns text"),
         (
             "a.json",
             '[{"id": 1, "prompt": "p", "annotation_id": 1, "annotator": 1, "lead_time": 2.0, '

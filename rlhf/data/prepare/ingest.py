@@ -90,34 +90,37 @@ def natural_use(data: DataConfig) -> Use:
     """What the training rows are by themselves: pairs, judged answers, texts to train on, else
     prompts. Raises UserError as `choose_format`, and for files of different kinds.
     """
-    uses = []
-    for source in train_sources(data):
-        for part in source.parts:
-            use = _natural_use_of_part(source, part)
-            if use is not None:
-                uses.append(use)
-    different = sorted({use.value for use in uses})
+    uses = {
+        part.origin: _natural_use_of_part(source, part)
+        for source in train_sources(data)
+        for part in source.parts
+    }
+    different = sorted({use.value for use in uses.values()})
     if len(different) != 1:
+        held = "; ".join(f"{origin}: {use.value}" for origin, use in list(uses.items())[:_SHOWN])
         raise UserError(
-            f"data: expected rows of one kind, found {', '.join(different) or 'none'}. Say which "
-            "is meant, or give one file."
+            f"data: expected rows of one kind, found {', '.join(different)} ({held}). Say with "
+            "data.kind which is meant, or give files of one kind."
         )
-    return uses[0]
+    return next(iter(uses.values()))
 
 
-def _natural_use_of_part(source: Source, part: Part) -> Use | None:
-    """What a file's first readable row is; None where none of the first rows can be read."""
-    first_rows = islice(source.rows(part), PROBE)
-    row = next((row for row in first_rows if row.problem is None), None)
+def _natural_use_of_part(source: Source, part: Part) -> Use:
+    """What a file's first readable row is. Raises UserError where none of the first rows can be
+    read, with the first one's trouble.
+    """
+    rows = list(islice(source.rows(part), PROBE))
+    if not rows:
+        raise UserError(f"{source.key}={part.origin} holds no rows: expected at least one.")
+    row = next((row for row in rows if row.problem is None), None)
     if row is None:
-        return None
+        raise UserError(f"{rows[0].place}: {rows[0].problem}.")
     if source.format is DataFormat.auto:
         chosen = detect(row.columns)
     else:
         chosen = by_name(source.format.value)
     if chosen is None:
-        choose_format(part.origin, [row], Use.sft, source.format)  # raises, naming the nearest
-        return None
+        chosen = choose_format(part.origin, [row], Use.sft, source.format)  # names the nearest
     return next(use for use in _NATURAL if chosen.reads(use))
 
 

@@ -26,7 +26,6 @@ from typing import Any
 from conf.preparation.annotation import Review
 from rlhf.data.aggregation import votes_by_item
 from rlhf.data.agreement import sorted_labels
-from rlhf.data.cells import bare, inert
 from rlhf.data.files import read_rows
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.judgements import (
@@ -39,6 +38,7 @@ from rlhf.data.prepare.judgements import (
     subjects,
     typed,
 )
+from rlhf.data.tables import bare, inert
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")

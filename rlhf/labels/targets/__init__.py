@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from conf.choices import LabelTarget
 from rlhf.data.files import SourceRow, check_file, scan
+from rlhf.data.opening import kind_of
 from rlhf.labels.ledger import OUT_FOLDER
 from rlhf.labels.records import Export, Judgement, Unreadable
 from rlhf.labels.targets import argilla, jsonl, label_studio, page, sheet
@@ -60,7 +61,7 @@ def detect(path: Path) -> LabelTarget:
     first = next((row for row in scan(file, key="label.files") if row.problem is None), None)
     if first is None:
         raise UserError(f"label.files={path} holds no row that can be read: {_EXPECTED}.")
-    target = _target(first, file.suffix.lower())
+    target = _target(first, kind_of(file))
     if target is None:
         keys = ", ".join(map(str, islice(first.columns, 12))) or "none"
         raise UserError(f"label.files={path}: {_EXPECTED}; found the columns {keys}.")
@@ -82,20 +83,22 @@ def _is_page(path: Path) -> bool:
     return isinstance(content, dict) and content.get("format") == page.FORMAT
 
 
-def _target(row: SourceRow, suffix: str) -> LabelTarget | None:
+def _target(row: SourceRow, ending: str | None) -> LabelTarget | None:
     columns = row.columns
     if isinstance(columns.get("data"), dict):
         return LabelTarget.label_studio
     if isinstance(columns.get("fields"), dict):
         return LabelTarget.argilla
     if "annotation_id" in columns and "lead_time" in columns:
-        kind = "CSV" if suffix == ".csv" else "JSON-MIN"
+        kind = "CSV" if ending == ".csv" else "JSON-MIN"
         raise UserError(
             f"{row.origin} is Label Studio's export of the type {kind}, which does not say what "
             "was skipped. Export it again with the type JSON."
         )
     if "pair_id" in columns and ("preference" in columns or "ranking" in columns):
-        return {".csv": LabelTarget.csv, ".xlsx": LabelTarget.xlsx}.get(suffix, LabelTarget.jsonl)
+        return {".csv": LabelTarget.csv, ".xlsx": LabelTarget.xlsx}.get(
+            ending or "", LabelTarget.jsonl
+        )
     return None
 
 

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import LabelKind
-from rlhf.data.cells import CELL_LIMIT, FORMULA, cell_length, excel_text, mark, unmark
 from rlhf.data.formats.sheet import SIDES, response_column, response_columns
 from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
+from rlhf.data.tables import CELL_LIMIT, FORMULA, cell_length, excel_text, mark, unmark
 from rlhf.labels.files import write_text
 from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import (

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import DataFormat
-from rlhf.data.files import SUFFIXES
 from rlhf.data.mixture import Part, Row, Source, Transform, parts_of
+from rlhf.data.opening import endings, readable_files
 from rlhf.data.rows import RowError
 from rlhf.process.wording import nearest, nearest_hint
 from rlhf.types import UserError
@@ -208,11 +208,11 @@ def _parts(path: Path, where: str, key: str, entry: Mapping[str, Any]) -> tuple[
     if file.is_dir() and not any(
         (file / name).is_file() for name in ("state.json", "dataset_dict.json")
     ):
-        files = sorted(each for each in file.iterdir() if each.suffix.lower() in SUFFIXES)
+        files = readable_files(file)
         if not files:
             raise UserError(
                 f"{where}, key 'file_name': the directory {file} holds no file that ends with "
-                f"{', '.join(SUFFIXES)}."
+                f"{endings()}."
             )
         return tuple(part for each in files for part in parts_of(str(each), key))
     return parts_of(str(file), key, subset, split if file.is_dir() else None)
