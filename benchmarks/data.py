@@ -38,7 +38,7 @@ _TAG = re.compile(r"<[^>]*>")
 def sentences() -> list[str]:
     """Different sentences of 40 to 250 characters, in the order of the reviews."""
     from rlhf.data.recipes import reviews
-    from rlhf.process.packages import package_file
+    from rlhf.process.libraries import package_file
 
     table = package_file(reviews.DISTRIBUTION, reviews.TABLE, reviews.REQUIREMENT)
     kept: dict[str, None] = {}

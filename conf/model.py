@@ -1,8 +1,18 @@
-"""The groups ``model`` and ``adapter``: which weights a stage starts from, and which it trains."""
+"""The groups ``model``, ``adapter``, ``engine`` and ``rollout``: which weights a stage starts from,
+which of them it trains, how they are updated, and how they write responses.
+"""
 
 from dataclasses import dataclass
 
-from conf.choices import AdapterKind, Dtype, ModelKind
+from conf.choices import (
+    AdapterKind,
+    Dtype,
+    EngineKind,
+    LoraSync,
+    ModelKind,
+    Offload,
+    RolloutBackend,
+)
 from conf.options import check, check_options, nested, option
 
 
@@ -106,3 +116,146 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "adapter")
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineConfig:
+    """How weights are updated: by torch in one process, or by DeepSpeed ZeRO (Rajbhandari et al.
+    2020, arXiv:1910.02054).
+    """
+
+    kind: EngineKind = option(EngineKind.torch, "One torch process, or DeepSpeed.")
+    zero_stage: int = option(
+        0, "ZeRO stage of engine=deepspeed; 0: plain data parallelism.", choices=(0, 1, 2, 3)
+    )
+    offload: Offload = option(
+        Offload.none,
+        "Where the optimizer's state (ZeRO-1 and above) and the weights (ZeRO-3) are kept.",
+    )
+    nvme_path: str | None = option(None, "Directory on the NVMe disk; needed with offload=nvme.")
+    micro_tokens: int = option(
+        4096,
+        "Online stages: real tokens in one micro-batch of a rank.",
+        unit="tokens",
+        at_least=1,
+    )
+    micro_batch_size: int | None = option(
+        None,
+        "TRL's stages: sequences in one micro-batch of a rank; null: as many as the memory plan "
+        "says fit, at most batch_size / ranks.",
+        unit="sequences",
+        at_least=1,
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, more time."
+    )
+    logits_chunk: int = option(
+        1024,
+        "Response tokens whose logits are in memory at the same time.",
+        unit="tokens",
+        at_least=1,
+    )
+    share_prompts: bool | None = option(
+        None,
+        "Online stages without a critic: compute a prompt once for all its responses; null: where "
+        "the model can.",
+    )
+    threads: int | None = option(
+        None,
+        "Threads of torch on each rank; null: cores / ranks of this machine.",
+        unit="threads",
+        at_least=1,
+    )
+    gpus: int | None = option(
+        None,
+        "Devices that the run is meant for, one a rank: doctor and run.dry_run plan for them, and "
+        "a launch with another number is refused; null: the ranks that were launched.",
+        unit="devices",
+        at_least=1,
+        at_most=100_000,
+    )
+    gpu_memory_gib: float | None = option(
+        None,
+        "Memory of one device, for the memory plan; null: the device's own, or 80 without one.",
+        unit="GiB",
+        above=0,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "engine")
+        if self.kind is EngineKind.torch:
+            self._check_torch()
+        if self.offload is not Offload.none:
+            self._check_offload()
+
+    def _check_torch(self) -> None:
+        check(self.zero_stage == 0, "engine.zero_stage", self.zero_stage, "0 with engine=torch")
+        check(
+            self.offload is Offload.none,
+            "engine.offload",
+            self.offload.value,
+            "none with engine=torch",
+        )
+
+    def _check_offload(self) -> None:
+        check(self.zero_stage >= 1, "engine.offload", self.offload.value, "none below ZeRO-1")
+        if self.offload is Offload.nvme:
+            check(
+                self.zero_stage == 3,
+                "engine.offload",
+                self.offload.value,
+                "nvme only with engine=zero3",
+            )
+            check(
+                self.nvme_path is not None,
+                "engine.nvme_path",
+                self.nvme_path,
+                "a directory with offload=nvme",
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutConfig:
+    """How prompts become responses: the generator, its sampling and its memory."""
+
+    backend: RolloutBackend = option(
+        RolloutBackend.auto,
+        "Generator of responses; auto: vLLM where it is installed, else hf, which is logged.",
+    )
+    max_response_length: int = option(
+        1024, "Longest response; longer ones are cut off.", unit="tokens", at_least=1
+    )
+    temperature: float = option(1.0, "Softmax temperature of sampling.", above=0)
+    top_p: float = option(
+        1.0, "Sample from the likeliest tokens with this total probability.", above=0, at_most=1
+    )
+    top_k: int = option(0, "Sample from so many likeliest tokens; 0: from all.", at_least=0)
+    kv_cache_gib: float = option(1.0, "Size of the KV cache of vLLM on CPU.", unit="GiB", above=0)
+    gpu_memory_utilization: float = option(
+        0.3, "Share of the device's memory that vLLM takes on CUDA.", above=0, below=1
+    )
+    max_num_seqs: int = option(
+        256, "Sequences that are decoded at once.", unit="sequences", at_least=1
+    )
+    enforce_eager: bool = option(False, "vLLM on CUDA: no CUDA graphs.")
+    lora_sync: LoraSync = option(
+        LoraSync.auto,
+        "What vLLM gets of a LoRA policy: the adapter or merged weights; auto: the adapter, except "
+        "with DoRA.",
+    )
+    gap_tolerance: float | None = option(
+        None,
+        "Largest difference of log-probabilities between sampler and trainer that is accepted; "
+        "null: 1e-4 in float32, 0.05 in half precision.",
+        unit="nats",
+        above=0,
+    )
+    max_lora_rank: int | None = option(
+        None,
+        "Largest LoRA rank that vLLM reserves room for; null: the smallest one that holds "
+        "adapter.rank.",
+        at_least=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "rollout")

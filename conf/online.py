@@ -1,4 +1,4 @@
-"""Options of the online loop; its watch has its own in conf/watch.py."""
+"""Options of the online loop; its watch has its own in conf/run.py."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ from conf.choices import (
     Selection,
 )
 from conf.options import check, names, nested, option, same_option
+from conf.run import WatchConfig
 from conf.training import TrainStage, check_exo_pair, check_weights
-from conf.watch import WatchConfig
 
 # Losses that sort a whole batch.
 _OF_BATCHES = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)

@@ -1,9 +1,12 @@
-"""The whole configuration. Each group's options are in the module of its name:
+"""The whole configuration, and the rules over several groups that more than one package follows.
+Each group's options are in a module:
 
-    run, tracking  conf/run.py          reward  conf/reward.py
-    model, adapter conf/model.py        data    conf/data.py, conf/preparation/
-    engine         conf/engine.py       label   conf/labelling.py
-    rollout        conf/rollout.py      stage   conf/stages.py, conf/training.py, conf/online.py
+    run, tracking                     conf/run.py
+    model, adapter, engine, rollout   conf/model.py
+    reward                            conf/reward.py
+    data                              conf/data.py, conf/preparation/
+    label                             conf/labelling.py
+    stage                             conf/stages.py, conf/training.py, conf/online.py
 
 Conventions of all of them: every field is an ``option(...)`` (conf/options.py); ``slots`` and
 ``kw_only``, so that OmegaConf refuses unknown keys (also those added with ``+``); enumerations
@@ -16,13 +19,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from conf import published
+from conf.choices import AdapterKind, Advantage, LoraSync
 from conf.data import DataConfig, GymConfig, SourceConfig
-from conf.engine import EngineConfig
 from conf.labelling import LabelConfig
-from conf.model import AdapterConfig, ModelConfig, TinyConfig
+from conf.model import AdapterConfig, EngineConfig, ModelConfig, RolloutConfig, TinyConfig
+from conf.online import OnlineStage
 from conf.options import MISSING, nested, option
 from conf.reward import RewardConfig, RewardTerm
-from conf.rollout import RolloutConfig
 from conf.run import RunConfig, TrackingConfig
 
 __all__ = [
@@ -85,3 +88,52 @@ GROUPS: dict[str, type] = {
     "data": DataConfig,
     "tracking": TrackingConfig,
 }
+
+
+# vllm.config.lora.MaxLoRARanks of vLLM 0.32, which takes 20 s to import
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def merges_lora(rollout: RolloutConfig, adapter: AdapterConfig) -> bool:
+    """Whether the generator gets whole weights with the adapter merged in, not the adapter alone.
+
+    ``rollout.lora_sync=auto`` merges DoRA only: generators apply plain LoRA.
+    """
+    if adapter.kind is AdapterKind.none:
+        return False
+    if rollout.lora_sync is LoraSync.auto:
+        return adapter.dora
+    return rollout.lora_sync is LoraSync.merged
+
+
+def vllm_lora_rank(rank: int, wished: int | None) -> int:
+    """vLLM's max_lora_rank for an adapter of `rank`: `wished` (rollout.max_lora_rank), or the
+    smallest that vLLM takes and that holds it.
+
+    Raises ValueError, whose message names the option, where vLLM takes no such rank.
+    """
+    holding = [taken for taken in VLLM_LORA_RANKS if taken >= rank]
+    if not holding:
+        ranks = ", ".join(map(str, VLLM_LORA_RANKS))
+        raise ValueError(
+            f"adapter.rank={rank} is above every LoRA rank that vLLM takes ({ranks}). "
+            "Lower adapter.rank, or set rollout.lora_sync=merged."
+        )
+    if wished is None:
+        return holding[0]
+    if wished not in holding:
+        raise ValueError(
+            f"rollout.max_lora_rank={wished}: with adapter.rank={rank} vLLM takes one of "
+            f"{', '.join(map(str, holding))}. Set rollout.max_lora_rank={holding[0]}, or null."
+        )
+    return wished
+
+
+def wants_shared_prompts(engine: EngineConfig, stage: OnlineStage) -> bool:
+    """Whether the responses to a prompt are packed behind one copy of it, if the model can.
+
+    A critic values each token by itself, and a single response shares its prompt with none.
+    """
+    if engine.share_prompts is False or stage.advantage is Advantage.gae:
+        return False
+    return stage.samples_per_prompt > 1

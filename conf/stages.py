@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from conf.choices import Judge
 from conf.online import OnlineStage
 from conf.options import check, check_options, option
+from conf.run import WatchConfig
 from conf.training import (
     CPOStage,
     KTOStage,
@@ -17,7 +18,6 @@ from conf.training import (
     SFTStage,
     TrainStage,
 )
-from conf.watch import WatchConfig
 
 __all__ = [
     "FAMILIES",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from policy.shapes import check_mask, masked_sum, same_shape
-from rlhf.process.moments import SumOverRanks, moments, sample_std
+from rlhf.process.distributed import SumOverRanks, moments, sample_std
 
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:

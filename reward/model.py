@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf.models.encoding import is_chat, prompt_ids, response_ids
 from rlhf.models.loading import check_model_path, readable
-from rlhf.process.json_files import json_object
+from rlhf.process.files import json_object
 from rlhf.types import UserError
 
 MANIFEST_FILE = "reward_model.json"

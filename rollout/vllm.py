@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from conf.rules import vllm_lora_rank
-from conf.schema import RolloutConfig
+from conf.schema import RolloutConfig, vllm_lora_rank
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
 from rollout.cpu_lora import multiply_one_adapter_at_once
@@ -69,7 +68,7 @@ def _engine_environment() -> Iterator[None]:
 
 
 def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
-    """`conf.rules.vllm_lora_rank`. Raises UserError."""
+    """`conf.schema.vllm_lora_rank`. Raises UserError."""
     try:
         return vllm_lora_rank(adapter_rank, wished)
     except ValueError as error:

@@ -2,9 +2,9 @@
 
 from conf.schema import Config
 from rlhf.__main__ import stage_module
-from rlhf.checks import preflight
+from rlhf.checks import launch
 
 
 def check(cfg: Config) -> list[str]:
     """The notes of the stage's own check. Raises UserError."""
-    return preflight.check(stage_module(cfg.stage.name).check, cfg)
+    return launch.check_stage(stage_module(cfg.stage.name).check, cfg)

@@ -20,7 +20,7 @@ from conf.choices import DataTarget
 from conf.preparation import STEPS
 from conf.stages import STAGES
 from rlhf.cli import config, options
-from rlhf.cli.overrides import check_overrides, quote_paths
+from rlhf.cli.config import check_overrides, quote_paths
 from rlhf.data.formats import FORMATS
 from rlhf.data.report.remedies import REMEDIES
 

@@ -136,7 +136,7 @@ def overrides(draw: st.DrawFn) -> list[str]:
         out += ["model=tiny", "data.path=rows.jsonl", "rollout=hf", *READY[stage]]
     taken = {one.partition("=")[0] for one in out}
     for _ in range(draw(st.integers(0, 3))):
-        key = draw(st.one_of(KEYS, KEYS, KEYS, UNKNOWN, st.sampled_from(presets.GROUPS)))
+        key = draw(st.one_of(KEYS, KEYS, KEYS, UNKNOWN, st.sampled_from(presets.PRESET_GROUPS)))
         out = (
             [one for one in out if one.partition("=")[0] != key]
             if key in taken and key != "stage"
@@ -277,7 +277,7 @@ def wrong_commands(draw: st.DrawFn) -> tuple[str, list[str]]:
         name = draw(st.sampled_from(names))
         wrong = [f"{name}={draw(st.sampled_from(INTERPOLATIONS))}"]
     elif kind == "group":
-        group = draw(st.sampled_from(presets.GROUPS))
+        group = draw(st.sampled_from(presets.PRESET_GROUPS))
         wrong = [f"{group}={draw(st.text('abcxyz_', min_size=1, max_size=6))}9"]
     else:
         key = draw(st.sampled_from(options_of(stage)))[0]

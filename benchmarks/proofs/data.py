@@ -33,7 +33,7 @@ from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item
 from rlhf.data.recipes.reviews import DISTRIBUTION, REQUIREMENT, TABLE, Review, read_reviews
 from rlhf.data.report.making import make
-from rlhf.process.packages import package_file
+from rlhf.process.libraries import package_file
 
 LEAST = 0.95
 EXACT = (

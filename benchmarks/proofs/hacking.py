@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.proofs.common import Check, MissingRun, Run, prove_seeds, read_run
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 
 EXPERIMENT = "hacking"
 STAGES = ("sft", "grpo")

@@ -228,7 +228,7 @@ def train(
     """stage=reward on `rows`, as the run `folder`/reward. Returns its accuracy on the held-out
     pairs, and its model's directory.
     """
-    from rlhf.checks import preflight
+    from rlhf.checks import launch
     from rlhf.checks.launch import count_steps
     from rlhf.stages import reward
 
@@ -245,7 +245,7 @@ def train(
     )
     # One evaluation, after the last step: held-out pairs must choose nothing.
     cfg.stage.steps = cfg.stage.eval_steps = count_steps(cfg.stage, len(rows))
-    preflight.check(reward.check, cfg)
+    launch.check_stage(reward.check, cfg)
     reward.run(RunContext.open(cfg))
     directory = folder / "reward"
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
@@ -378,7 +378,7 @@ def run(ctx: RunContext, base: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Overrides as of stage=label; the rows that they read are the recipe's."""
     from rlhf.data.recipes import build as recipes
-    from rlhf.process.quiet import quiet_libraries
+    from rlhf.process.libraries import quiet_libraries
 
     base = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -1,6 +1,6 @@
 """Adapters: which weights a stage trains. A method is a file here and a line in `METHODS`.
 
-A method that is no plain LoRA also needs a way to the generator (conf/rules.py `merges_lora`,
+A method that is no plain LoRA also needs a way to the generator (conf/schema.py `merges_lora`,
 rollout/), a memory plan (rlhf/checks/memory/), a published rate (conf/published.py) and weights
 that are saved whole (policy/model.py, policy/saving.py): there "an adapter" still means LoRA.
 """

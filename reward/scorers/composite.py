@@ -15,7 +15,7 @@ from typing import Any
 
 from reward.base import name_prompt
 from rlhf.process import distributed
-from rlhf.process.moments import RunningMoments
+from rlhf.process.distributed import RunningMoments
 from rlhf.types import NonFiniteScore, Rollout, Scorer, Scores, UserError
 
 _LEAST_STD = 1e-6  # below it all values are equal, and their normalised value is 0

@@ -9,7 +9,7 @@ from conf.schema import Config, DataConfig, ModelConfig
 from rlhf.data import reading
 from rlhf.models.loading import check_model_path, load_tokenizer
 from rlhf.models.templates import template_text
-from rlhf.process.json_files import json_object
+from rlhf.process.files import json_object
 from rlhf.types import UserError
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
-from rlhf.cli import config, help, presets
-from rlhf.cli.overrides import check_overrides, prepare
+from rlhf.cli import config, options, presets
+from rlhf.cli.config import check_overrides, prepare
 from rlhf.process import distributed, interrupts, redaction
 from rlhf.process.watchdog import record_failure
 from rlhf.types import Interrupted, UserError
@@ -72,7 +72,7 @@ def _print(text: str) -> None:
 
 def _print_help(arguments: Sequence[str], has_stage: bool) -> int:
     overrides = [argument for argument in arguments if not _is_flag(argument)]
-    _print(help.of_stage(config.compose(overrides)) if has_stage else help.without_stage())
+    _print(options.stage_help(config.compose(overrides)) if has_stage else options.general_help())
     return 0
 
 

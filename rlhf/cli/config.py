@@ -1,16 +1,23 @@
-"""From overrides to the configuration: registers the dataclasses with Hydra, composes the YAML of
-conf/, and turns the result into dataclasses.
+"""From the command line's overrides to the configuration.
+
+Overrides are checked against the options there are, with the nearest one in the message, and
+rewritten where Hydra's grammar wants another form. Hydra composes them with the YAML of conf/, and
+the result becomes dataclasses. What we use of Hydra beyond its public interface stands here alone
+(`split`), so that an upgrade that removes it is noticed by tests/cli/test_hydra_private.py.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from conf.schema import GROUPS, Config
 from conf.stages import STAGES
-from rlhf.cli.overrides import check_overrides, prepare
-from rlhf.cli.presets import CONF_DIR, choices, nearest, preset_text, stage_schema
+from rlhf.cli.options import ANYTHING, NAME, general, parents, valid_keys
+from rlhf.cli.presets import CONF_DIR, PRESET_GROUPS, choices, nearest, preset_text, stage_schema
 from rlhf.types import UserError
 
 
@@ -112,3 +119,207 @@ def to_yaml(configuration: object) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(configuration))
+
+
+_PATH = re.compile(
+    r"(\+{0,2}data\.(?:path|eval_path|registry|sources\.[^.=]+\.path))=([^'\"\[{,][^'\",]*)"
+)
+_SIZE = re.compile(r"(\+{0,2}model\.params=)(\d+\.?\d*)([kmbt])", re.IGNORECASE)
+_POWERS = {"k": 3, "m": 6, "b": 9, "t": 12}
+
+
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """Arguments in the form that Hydra takes: paths quoted, sizes as numbers, and overrides of a
+    dictionary's items, with or without ``+``, in the one form that Hydra merges into them.
+
+    `+reward.terms.brevity.kind=length` becomes `++reward.terms={brevity:{kind:length}}`: Hydra
+    makes an item of a typed dictionary whole, defaults included, so it would then refuse to add a
+    second field, and to set the first.
+    """
+    known = valid_keys([])
+    return [
+        _merging(_with_number(argument), parents(known, NAME), parents(known, ANYTHING))
+        for argument in quote_paths(arguments)
+    ]
+
+
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """Overrides whose path holds a cap or a glob (data.path=rows.jsonl#500), quoted as Hydra's
+    grammar wants them; others as they are.
+    """
+    return [_quoted_path(argument) for argument in arguments]
+
+
+def _quoted_path(argument: str) -> str:
+    match = _PATH.fullmatch(argument)
+    if match is None or not set(match[2]) & set("#[]"):
+        return argument
+    return f'{match[1]}="{match[2]}"'
+
+
+def _with_number(argument: str) -> str:
+    """model.params=7b as model.params=7e9; k, m, b and t are thousands, millions, billions and
+    trillions. Others as they are.
+    """
+    match = _SIZE.fullmatch(argument)
+    if match is None:
+        return argument
+    return f"{match[1]}{match[2]}e{_POWERS[match[3].lower()]}"
+
+
+def _merging(argument: str, of_items: Sequence[str], of_anything: Sequence[str]) -> str:
+    key, equals, value = argument.lstrip("+").partition("=")
+    for parent in of_anything:
+        if key.startswith(f"{parent}.") or (key == parent and value.startswith("{")):
+            return f"++{key}={value}"
+    for parent in of_items:
+        if equals and key.startswith(f"{parent}."):
+            path = key.removeprefix(f"{parent}.").split(".")
+            before = "".join(f"{{{part}:" for part in path)
+            after = "}" * len(path)
+            values = [f"{before}{value}{after}" for value in _values(argument, value)]
+            return f"++{parent}={','.join(values)}"
+    return argument
+
+
+def _values(argument: str, value: str) -> list[str]:
+    """The values of a sweep, or the only value as it was written."""
+    override = _parse(argument)
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [value]
+
+
+def _parse(argument: str) -> Any:
+    """Hydra's reading of one override. Raises UserError with the quoting that would work, if any
+    would.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(argument)
+    except HydraException as error:
+        reason = f"{argument}: {str(error).splitlines()[0]}"
+        remedy = _quoting(argument)
+        raise UserError(f"The command line can't be read at {reason}{remedy}") from error
+
+
+def _quoting(argument: str) -> str:
+    """How to write an override whose value is a text that Hydra can't parse; empty if no way of
+    quoting would help.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = argument.partition("=")
+    escaped = value.replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    try:
+        override = OverridesParser.create().parse_override(quoted)
+    except HydraException:
+        return ""
+    if not equals or override.value() != value:
+        return ""
+    return f". As a text, quote it once for Hydra and once for the shell: {shlex.quote(quoted)}"
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuse unknown groups, presets and keys (also with ``+``) with the nearest valid one, and
+    several values without -m. Raises UserError.
+    """
+    command_line = split(quote_paths(arguments))
+    overrides = [_parse(argument) for argument in command_line.overrides]
+    stages = _stages(overrides)
+    schemas = [stage_schema(stage) for stage in stages]
+    keys = valid_keys(schemas or list(STAGES))
+    of_stage = f" of stage={stages[0]}" if len(stages) == 1 else ""
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_delete():
+            raise UserError(
+                f"{override.input_line}: options can't be deleted; set {key} to a value, or to "
+                "null where it may be unset."
+            )
+        if override.is_sweep_override() and not command_line.multirun:
+            raise UserError(_several_values(override))
+        if key in ("hydra", "stage") or key.startswith(("hydra.", "hydra/")):
+            continue
+        if key in PRESET_GROUPS:
+            _check_preset(override)
+        else:
+            _check_key(override, keys, of_stage)
+
+
+def _stages(overrides: Sequence[Any]) -> list[str]:
+    """The stages of the command line, several in a sweep. Raises UserError for an unknown one."""
+    stages: list[str] = []
+    for override in overrides:
+        if override.key_or_group != "stage":
+            continue
+        if override.is_sweep_override():
+            stages = list(override.sweep_string_iterator())
+        else:
+            value = override.value()
+            stages = [str(stage) for stage in (value if isinstance(value, list) else [value])]
+    known = choices("stage")
+    for stage in stages:
+        if stage not in known:
+            raise UserError(
+                f"stage={stage}: no such stage. Stages: {', '.join(known)}. "
+                f"Nearest: stage={nearest(stage, known)}."
+            )
+    return stages
+
+
+def _several_values(override: Any) -> str:
+    key, _, value = override.input_line.partition("=")
+    text = shlex.quote(f'{key}="{value}"')
+    return (
+        f"{override.input_line}: several values. A list is written {key}=[{value}], a text {text}; "
+        "a run for each value needs the flag -m."
+    )
+
+
+def _check_preset(override: Any) -> None:
+    group, value = override.key_or_group, override.value()
+    if override.is_sweep_override() or value is None:
+        return
+    known = choices(group)
+    if str(value) not in known:
+        raise UserError(
+            f"{group}={value}: no such preset. Presets of {group}: {', '.join(known)}. "
+            f"Nearest: {group}={nearest(str(value), known)}."
+        )
+
+
+def _check_key(override: Any, keys: Sequence[str], of_stage: str) -> None:
+    value = None if override.is_sweep_override() else override.value()
+    for key in _keys_inside(override.key_or_group, value):
+        in_general, name = general(key, keys)
+        if in_general not in keys:
+            close = nearest(in_general, [*keys, *PRESET_GROUPS]).replace(NAME, name or NAME)
+            raise UserError(f"{key}: no such option{of_stage}. Nearest: {close}.")
+
+
+def _keys_inside(key: str, value: Any) -> Iterator[str]:
+    """`key`, and the keys inside a dictionary that it is set to."""
+    yield key
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _keys_inside(f"{key}.{name}", inner)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """A command line as Hydra splits it."""
+
+    overrides: list[str]  # option=value, in their order
+    multirun: bool  # -m: a job for each combination of the values of sweeps
+
+
+def split(arguments: Sequence[str]) -> CommandLine:
+    """Overrides apart from Hydra's flags. Exits with Hydra's usage line for an unknown flag."""
+    from hydra._internal.utils import get_args
+
+    args = get_args(list(arguments))
+    return CommandLine(overrides=list(args.overrides), multirun=bool(args.multirun))

@@ -14,7 +14,7 @@ from conf.schema import Config
 from conf.stages import OfflineStage
 from rlhf.cli.presets import module_name, stage_schema
 from rlhf.process import distributed
-from rlhf.process.quiet import quiet_libraries
+from rlhf.process.libraries import quiet_libraries
 from rlhf.process.watchdog import Watchdog
 
 # From the name of a module in rlhf/stages/ to the module, imported: rlhf/__main__.py has it.
@@ -57,7 +57,7 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
     """Join the other ranks, make sure of the data, and check the configuration. Returns the stage's
     module. Raises UserError on all ranks alike.
     """
-    from rlhf.checks import preflight
+    from rlhf.checks import launch
 
     limit = cfg.run.phase_timeout_s or 0.0
     with Watchdog(cfg.run.phase_timeout_s) as watchdog:
@@ -71,7 +71,7 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
         watchdog.phase("preflight")
         stage = modules(name)
         _choose_micro_batch(cfg)
-        for note in preflight.check(stage.check, cfg):
+        for note in launch.check_stage(stage.check, cfg):
             LOG.warning(note)
         rates = published.taken(cfg.stage, cfg.adapter.kind)
         if rates and distributed.is_main():

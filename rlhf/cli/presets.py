@@ -13,7 +13,7 @@ from conf.stages import FAMILIES, STAGES
 from rlhf.types import UserError
 
 CONF_DIR = Path(conf.__file__).resolve().parent
-GROUPS = ("stage", *CONFIG_GROUPS, "experiment")
+PRESET_GROUPS = ("stage", *CONFIG_GROUPS, "experiment")
 # Schemas whose stage is in a module of another name.
 _MODULES = {
     "ppo": "online",

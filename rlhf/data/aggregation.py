@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.agreement import Label, check_single, sorted_labels
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 
 _SAME = 1e-9  # probabilities closer than this are a tie
 _ITERATIONS = 200  # at most, of expectation-maximisation

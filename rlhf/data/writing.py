@@ -19,7 +19,7 @@ from rlhf.data.prepare.items import Item
 from rlhf.data.rows import RowError
 from rlhf.data.tables import CELL_LIMIT, cell_length, excel_text
 from rlhf.data.targets import check_target, convert
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.process.wording import describe
 from rlhf.types import UserError
 

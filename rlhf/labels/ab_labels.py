@@ -7,7 +7,7 @@ from rlhf.labels.ab import outcomes, plan_of, sequential_test
 from rlhf.labels.checking import CHOICES, Outcome, moment
 from rlhf.labels.records import Export, Role
 from rlhf.labels.report import Situation
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.types import UserError
 
 _NO_TIME = datetime.datetime.min.replace(tzinfo=datetime.UTC)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf.labels.records import Answer, Role, Task, export_id
 from rlhf.models.encoding import is_chat, split_answer
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.types import PreferencePair
 
 LOG = logging.getLogger("rlhf.labels")

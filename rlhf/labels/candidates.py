@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.labels.records import Answer, Candidates
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from rlhf.labels.checking import moment
 from rlhf.labels.ledger import TASKS_FILE
 from rlhf.labels.records import Export
 from rlhf.labels.report import Situation
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 
 Card = dict[str, Any]
 # what card.json takes from the report

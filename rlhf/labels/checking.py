@@ -20,7 +20,7 @@ from typing import Any
 
 from conf.choices import LabelKind
 from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 
 STARS = (1, 5)  # the least and the most of a rating
 

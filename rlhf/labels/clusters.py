@@ -23,7 +23,7 @@ def text_vectors(kind: TextVectors) -> Vectors:
 
     if kind is TextVectors.tfidf:
         return lambda texts: np.asarray(reduced(tfidf_vectors([(text, "") for text in texts]), 0))
-    from rlhf.process.packages import package_file
+    from rlhf.process.libraries import package_file
 
     model = str(package_file(*_EMBEDDING, need="label.vectors=embedding").parent)
     return lambda texts: np.asarray(embeddings([(text, "") for text in texts], model))

@@ -13,7 +13,7 @@ from pathlib import Path
 from conf.choices import Dtype
 from conf.schema import RolloutConfig
 from rlhf.labels.files import write_text
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.types import Prompt, Rollout
 
 LOG = logging.getLogger("rlhf.labels")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf.labels.checking import Ledgers
 from rlhf.labels.ledger import EXPORT_FILE, TASKS_FILE, read_export
 from rlhf.labels.records import Export
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.types import UserError
 
 FOLDER = "exports"

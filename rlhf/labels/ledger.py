@@ -19,8 +19,7 @@ from typing import Any
 from conf.choices import LabelKind
 from rlhf.labels.files import write_text
 from rlhf.labels.records import Answer, Export, Role, Task
-from rlhf.process.hashing import sha256
-from rlhf.process.json_files import write_json
+from rlhf.process.files import sha256, write_json
 from rlhf.types import UserError
 
 TASKS_FILE, EXPORT_FILE, OUT_FOLDER = "tasks.jsonl", "export.json", "out"

@@ -33,7 +33,7 @@ from rlhf.data.formats.base import assistant
 from rlhf.labels import bradley_terry
 from rlhf.labels.checking import Checked, Ledgers, Outcome
 from rlhf.labels.records import Answer, Role, Task
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 
 _EVEN = 1e-3  # Bradley-Terry probabilities closer to 1/2 than this decide nothing
 _OTHER = {Outcome.first: Outcome.second, Outcome.second: Outcome.first, Outcome.tie: Outcome.tie}

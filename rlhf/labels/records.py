@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any
 
 from conf.choices import LabelKind
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 
 # places or indices of answers, the best first, equal ones together
 Ranking = tuple[tuple[int, ...], ...]

@@ -22,7 +22,7 @@ from rlhf.labels.ledger import task_row
 from rlhf.labels.pairs import Fate, PairResult
 from rlhf.labels.records import Role, Task
 from rlhf.labels.report import Situation
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 
 
 def question_id(task: Task) -> str:

@@ -17,7 +17,7 @@ from rlhf.labels.choice import Chosen, choose
 from rlhf.labels.clusters import Vectors, text_vectors
 from rlhf.labels.samples import read_review
 from rlhf.models.encoding import is_chat
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.types import PreferencePair, UserError
 
 LOG = logging.getLogger("rlhf.labels")

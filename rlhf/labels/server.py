@@ -20,7 +20,7 @@ from rlhf.labels.ledger import SERVER_FILE
 from rlhf.labels.records import Export
 from rlhf.labels.targets import label_studio
 from rlhf.labels.targets.shared import check_texts
-from rlhf.process.json_files import write_json
+from rlhf.process.files import write_json
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.labels")

@@ -27,7 +27,7 @@ from typing import Any
 
 from rlhf.data.prepare.store import line
 from rlhf.labels.checking import Checked, Outcome, Refused, moment
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.types import UserError
 
 LABELS_FILE, REFUSED_FILE = "labels.jsonl", "refused.jsonl"

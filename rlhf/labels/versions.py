@@ -33,7 +33,7 @@ from rlhf.labels.checking import Ledgers
 from rlhf.labels.pairs import Fate, aggregate, collect, fate, held_out, preference_row
 from rlhf.labels.report import Situation, below_gold, gold
 from rlhf.labels.review import review_rows
-from rlhf.process.hashing import digest, sha256
+from rlhf.process.files import digest, sha256
 from rlhf.types import UserError
 
 FOLDER, LATEST, CARD_FILE = "versions", "latest", "card.json"

@@ -14,7 +14,7 @@ from conf.choices import OnNonFinite
 from conf.stages import OfflineStage
 from policy.engines.base import Brake
 from rlhf.process import checkpoints, distributed
-from rlhf.process.bad_batches import BadBatches, write_tensors
+from rlhf.run.directory import BadBatches, write_tensors
 from rlhf.types import TrainingDiverged
 
 _STATE = "guard.json"  # in each checkpoint

@@ -19,7 +19,7 @@ from rlhf.data.reading import DataRequest, stage_texts
 from rlhf.data.sources import data_files
 from rlhf.models.loading import load_or_train_tokenizer, resolve_dtype
 from rlhf.process import distributed
-from rlhf.process.quiet import quiet_libraries
+from rlhf.process.libraries import quiet_libraries
 from rlhf.run.context import RunContext
 from rlhf.types import UserError
 

@@ -19,7 +19,7 @@ from policy.prepare import TrainBatch
 from policy.selection import select, unequal_groups
 from reward.scorers.length import band_score
 from rlhf.process import distributed
-from rlhf.process.moments import RunningMoments
+from rlhf.process.distributed import RunningMoments
 from rlhf.types import Generator, Prompt, Rollout, Scores
 
 Phase = Callable[[str], AbstractContextManager[None]]  # rlhf.process.watchdog.Clock.phase

@@ -21,12 +21,11 @@ from rlhf.online.metrics import response_statistics, run_metrics, sample_rows, s
 from rlhf.online.recovery import BadStep, RunState, read_state, write_bad_batch, write_state
 from rlhf.online.setup import Parts
 from rlhf.process import checkpoints, distributed, randomness
-from rlhf.process.bad_batches import BadBatches
 from rlhf.process.interrupts import Stopping
-from rlhf.process.resident import Resident
-from rlhf.process.watchdog import Clock
+from rlhf.process.watchdog import Clock, Resident
 from rlhf.run import console
 from rlhf.run.context import RunContext
+from rlhf.run.directory import BadBatches
 from rlhf.types import Interrupted, NonFiniteScore, Rollout, Scores, TrainingDiverged, UserError
 
 LOG = logging.getLogger("rlhf.online.loop")

@@ -15,8 +15,8 @@ from policy.prepare import TrainBatch
 from rlhf.online.judging import Watching
 from rlhf.online.setup import Parts
 from rlhf.process import distributed, randomness
-from rlhf.process.bad_batches import write_tensors
-from rlhf.process.moments import RunningMoments
+from rlhf.process.distributed import RunningMoments
+from rlhf.run.directory import write_tensors
 from rlhf.types import Rollout, TrainingDiverged
 
 _STATE = "loop.json"

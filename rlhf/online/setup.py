@@ -16,8 +16,14 @@ from conf.choices import (
     KLController,
     ModelKind,
 )
-from conf.rules import merges_lora, wants_shared_prompts
-from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig
+from conf.schema import (
+    AdapterConfig,
+    Config,
+    EngineConfig,
+    ModelConfig,
+    merges_lora,
+    wants_shared_prompts,
+)
 from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
 from policy.engines.base import Engine, OptimSettings

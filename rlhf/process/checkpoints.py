@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rlhf.process import distributed
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.types import TrainingDiverged, UserError
 
 SEAL = "checksums.json"

@@ -1,4 +1,4 @@
-"""A time limit for every phase of a run.
+"""A time limit for every phase of a run; the time that it took, and the memory of its process.
 
 A phase that hangs dumps the stack of every thread, names phase and rank, and ends the process. A
 run has one watchdog (`RunContext.watchdog`). A phase that takes rows one by one calls `alive` for
@@ -9,12 +9,15 @@ import contextlib
 import faulthandler
 import json
 import os
+import resource
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
+
+import psutil
 
 from rlhf.process import distributed
 
@@ -177,3 +180,34 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def peak_rss_mb() -> float:
+    """The highest resident memory of this process so far, in MiB.
+
+    ru_maxrss counts KiB on Linux and bytes on macOS.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Resident:
+    """Resident memory of this process, asked for once a step: a leak shows as a line that rises."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._last: float | None = None
+
+    def figures(self) -> dict[str, float]:
+        """MiB: memory/rss_mb now, memory/peak_rss_mb so far, memory/growth_mb since the last step.
+
+        The growth is 0 at the first call.
+        """
+        now = self._process.memory_info().rss / 2**20
+        growth = 0.0 if self._last is None else now - self._last
+        self._last = now
+        return {
+            "memory/rss_mb": now,
+            "memory/peak_rss_mb": max(now, peak_rss_mb()),
+            "memory/growth_mb": growth,
+        }

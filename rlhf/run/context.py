@@ -12,11 +12,9 @@ from typing import Any
 
 from conf.schema import Config
 from rlhf.process import checkpoints, distributed, redaction
-from rlhf.process.hashing import sha256
-from rlhf.process.json_files import json_object, json_value, write_json
+from rlhf.process.files import json_object, json_value, sha256, write_json
 from rlhf.process.randomness import seed_everything
-from rlhf.process.resident import peak_rss_mb
-from rlhf.process.watchdog import Watchdog
+from rlhf.process.watchdog import Watchdog, peak_rss_mb
 from rlhf.run import console, plots
 from rlhf.run.directory import (
     CHECKPOINTS,

@@ -1,4 +1,6 @@
-"""The run directory: where it is, whether it may be used, and how a run goes on in it."""
+"""The run directory: where it is, whether it may be used, how a run goes on in it, and where
+batches go that must not be applied (a NaN, an infinity, a spike).
+"""
 
 import logging
 import os
@@ -7,18 +9,21 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from conf.choices import LabelMode
 from conf.schema import Config, EngineConfig
 from conf.stages import LabelStage
-from rlhf.process import checkpoints
-from rlhf.process.json_files import json_object
+from rlhf.process import checkpoints, distributed
+from rlhf.process.files import json_object
 from rlhf.run.manifest import MANIFEST_FILE
 from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE, plain_config, truncate
 from rlhf.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG = logging.getLogger("rlhf.run.context")
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
@@ -237,3 +242,35 @@ def _write_config(path: Path, config: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+
+
+KEPT = 5  # batches that get a name of their own; further ones replace each other
+
+
+class BadBatches:
+    """The names of a run's bad batches on this rank."""
+
+    def __init__(
+        self, directory: Path, name: str = "diverged-{}-rank-{}", step: str = "step-{}"
+    ) -> None:
+        """directory: the run's; name, step: patterns of a file's name and of its step."""
+        self.directory = directory
+        self.name, self.step = name, step
+        self.count = 0
+
+    def next_path(self, step: int) -> Path:
+        """Where the bad batch of optimizer or online step `step` (from 1) goes, without a suffix:
+        ``diverged-step-N-rank-R``, or ``diverged-last-rank-R`` after `KEPT` of them.
+        """
+        self.count += 1
+        which = self.step.format(step) if self.count <= KEPT else "last"
+        return self.directory / self.name.format(which, distributed.rank())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Write tensors by name into a safetensors file."""
+    from safetensors.torch import save_file
+
+    # clones, since safetensors refuses tensors that share memory
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(copies, str(path))

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.run.manifest import MANIFEST_FILE, Entry, artifact_digest, read_manifest, run_of
 from rlhf.types import UserError
 

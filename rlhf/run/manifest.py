@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.process import distributed, redaction
-from rlhf.process.hashing import digest, sha256
-from rlhf.process.json_files import json_value, write_json
+from rlhf.process.files import digest, json_value, sha256, write_json
 
 MANIFEST_FILE = "manifest.json"
 Entry = dict[str, Any]

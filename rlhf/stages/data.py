@@ -28,7 +28,7 @@ from rlhf.data.prepare.pipeline import stream, write_rejected
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.sources import data_files
 from rlhf.process import distributed
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.stages.pair_scores import pair_scorer

@@ -14,7 +14,7 @@ from eval.compare import Answers, compare, side_by_side
 from reward.base import is_set, model_paths
 from reward.checks import check_reward, check_reward_model
 from reward.terms import check_rows, make_scorer
-from rlhf.checks import inputs, rollout
+from rlhf.checks import inputs, launch
 from rlhf.data import reading
 from rlhf.data.sources import data_files, given
 from rlhf.models.loading import check_model_path, load_causal_lm
@@ -39,9 +39,9 @@ def check(cfg: Config) -> list[str]:
     """
     stage, data = cfg.stage, cfg.data
     assert isinstance(stage, EvalStage)
-    notes = rollout.check_backend(cfg.rollout.backend)
+    notes = launch.check_backend(cfg.rollout.backend)
     check_policies(stage, cfg.model)
-    rollout.check_cache(cfg.rollout, cfg.model, data.max_prompt_length)
+    launch.check_cache(cfg.rollout, cfg.model, data.max_prompt_length)
     inputs.check_template(data)
     if given(data) is None and data.eval_path is None:
         raise UserError(

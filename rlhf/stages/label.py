@@ -12,7 +12,7 @@ from conf.schema import Config, ModelConfig, RewardConfig
 from reward.base import is_set, model_paths
 from reward.checks import check_reward, check_reward_model
 from reward.terms import check_rows
-from rlhf.checks import inputs, rollout
+from rlhf.checks import inputs, launch
 from rlhf.data import reading, sources
 from rlhf.data.formats import Use
 from rlhf.labels import checks_export
@@ -53,7 +53,7 @@ def check(cfg: Config) -> list[str]:
     policies = checks_export.policies_of(cfg.label, cfg.model.path)
     if not policies:
         return []
-    notes = rollout.check_backend(cfg.rollout.backend)
+    notes = launch.check_backend(cfg.rollout.backend)
     notes += check_readers(policies, request, cfg.model, cfg.reward)
     readers = inputs.directory_positions([*policies.items(), *model_paths(cfg.reward)])
     prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length

@@ -12,7 +12,7 @@ from reward.base import model_paths
 from reward.checks import check_reward, check_reward_model, scoring_models
 from reward.scorers.function import load_function
 from reward.terms import check_rows
-from rlhf.checks import capacity, inputs, launch, rollout
+from rlhf.checks import capacity, inputs, launch
 from rlhf.data import reading
 from rlhf.online.loop import Loop
 from rlhf.online.setup import build
@@ -44,10 +44,10 @@ def check(cfg: Config) -> list[str]:
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     check_reference(stage, cfg.engine.zero_stage)
     check_precision(stage.name, cfg.model.dtype)
-    notes = rollout.check_backend(cfg.rollout.backend)
-    rollout.check_adapter(cfg.rollout, cfg.adapter)
+    notes = launch.check_backend(cfg.rollout.backend)
+    launch.check_adapter(cfg.rollout, cfg.adapter)
     inputs.check_model(cfg.model)
-    rollout.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
+    launch.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
     inputs.check_rows(cfg)

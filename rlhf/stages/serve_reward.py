@@ -17,7 +17,7 @@ from reward.model import load_reward_tokenizer
 from reward.service.batcher import Counts
 from reward.service.served import ServedModel
 from rlhf.process import distributed
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.types import UserError

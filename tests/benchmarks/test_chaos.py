@@ -21,7 +21,7 @@ from benchmarks.chaos import faults as chaos_faults
 from benchmarks.chaos import harness as chaos
 from benchmarks.chaos.faults import FAULTS, Disk, Fault, Kind
 from rlhf.process import checkpoints
-from rlhf.process.resident import Resident
+from rlhf.process.watchdog import Resident
 from tests.process.test_interrupts import program
 
 STEPS = chaos_faults.STEPS

@@ -15,7 +15,7 @@ from conf.schema import Config
 from conf.stages import OnlineStage
 from reward.checks import scoring_models
 from reward.model import write_manifest
-from rlhf.checks import capacity, preflight
+from rlhf.checks import capacity, launch
 from rlhf.checks.memory.moments import HEADROOM, machine_of
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import shapes_of
@@ -120,7 +120,7 @@ def test_a_recipe_passes_its_dry_run_and_fits_its_devices(
     overrides, cfg = recipe
     stage, _, devices, gib = RECIPES[request.node.callspec.params["recipe"]]
     assert (cfg.engine.gpus, cfg.engine.gpu_memory_gib) == (devices, gib)
-    preflight.check(STAGES[stage].check, cfg)
+    launch.check_stage(STAGES[stage].check, cfg)
     dry_run.show(cfg, overrides, STAGES[stage])
     assert f"stage={stage}" in capsys.readouterr().out
     assert "outside the published range" not in caplog.text

@@ -12,7 +12,7 @@ import pytest
 from conf.schema import Config
 from conf.stages import FAMILIES, STAGES
 from rlhf.__main__ import main
-from rlhf.cli import config, help, presets
+from rlhf.cli import config, options, presets
 from rlhf.cli.options import options_of
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "vllm", "trl", "peft", "pandas", "wandb")
@@ -73,7 +73,7 @@ def test_the_list_groups_stages_aligns_them_and_says_what_is_particular() -> Non
 
 
 def test_help_has_every_option_of_the_stage_with_its_sentence() -> None:
-    text = " ".join(help.of_stage(config.compose(["stage=ppo"])).split())
+    text = " ".join(options.stage_help(config.compose(["stage=ppo"])).split())
     for group in ("stage", "rollout", "reward", "engine"):
         cls = STAGES["ppo"] if group == "stage" else Config.__annotations__[group]
         for option in options_of(cls, f"{group}."):
@@ -87,14 +87,14 @@ def test_help_has_every_option_of_the_stage_with_its_sentence() -> None:
 
 def test_help_begins_with_what_the_preset_and_the_command_line_changed() -> None:
     overrides = ["stage=grpo", "rollout.temperature=0.5", "experiment=reviews"]
-    text = help.of_stage(config.compose(overrides))
+    text = options.stage_help(config.compose(overrides))
     first, _, rest = text.partition("\n\nstage: ")
     assert "stage.advantage=group" in first and "default gae" in first
     assert "rollout.temperature=0.5" in first and "default 1.0" in first
     assert "run.name=reviews" in first
     assert "stage.advantage=gae" in rest
     assert "stage.gamma" not in first
-    assert all(len(line) <= help.WIDTH for line in text.splitlines())
+    assert all(len(line) <= options.WIDTH for line in text.splitlines())
 
 
 def test_help_of_a_stage_with_a_bad_option_is_the_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
 """What we use of Hydra beyond its public interface is still there. When this fails after an
-upgrade, repair rlhf/cli/hydra_private.py: nothing else depends on it.
+upgrade, repair rlhf/cli/config.py: nothing else depends on it.
 """
 
 import ast
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cli import hydra_private
+from rlhf.cli import config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,16 +16,16 @@ def test_hydra_still_has_the_private_functions() -> None:
     try:
         from hydra._internal.utils import get_args
     except ImportError as error:
-        pytest.fail(f"Hydra moved get_args, which rlhf/cli/hydra_private.py needs: {error}")
+        pytest.fail(f"Hydra moved get_args, which rlhf/cli/config.py needs: {error}")
     args = get_args(["stage=ppo", "-m"])
     missing = [name for name in ("overrides", "multirun") if not hasattr(args, name)]
-    assert not missing, f"get_args of this Hydra lacks {missing}: repair rlhf/cli/hydra_private.py"
+    assert not missing, f"get_args of this Hydra lacks {missing}: repair rlhf/cli/config.py"
 
 
 def test_overrides_are_split_from_flags() -> None:
-    split = hydra_private.split(["stage=ppo", "stage.steps=3", "--cfg", "job"])
+    split = config.split(["stage=ppo", "stage.steps=3", "--cfg", "job"])
     assert split.overrides == ["stage=ppo", "stage.steps=3"] and not split.multirun
-    assert hydra_private.split(["stage=ppo", "--multirun"]).multirun
+    assert config.split(["stage=ppo", "--multirun"]).multirun
 
 
 def test_no_other_file_uses_private_parts_of_hydra() -> None:
@@ -35,4 +35,4 @@ def test_no_other_file_uses_private_parts_of_hydra() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hydra._"):
                     users.append(path.name)
-    assert users == ["hydra_private.py"]
+    assert users == ["config.py"]

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from rlhf.cli import config
-from rlhf.cli.overrides import check_overrides, prepare
+from rlhf.cli.config import check_overrides, prepare
 from rlhf.types import UserError
 
 

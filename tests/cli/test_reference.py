@@ -64,7 +64,7 @@ def plain(cfg: Config) -> dict[str, Any]:
 def groups() -> list[tuple[str, ...]]:
     """Command lines of the presets of each group that a stage has."""
     lines: list[tuple[str, ...]] = []
-    for group in presets.GROUPS:
+    for group in presets.PRESET_GROUPS:
         if group not in ("stage", "experiment"):
             lines += [("stage=ppo", f"{group}={name}") for name in presets.choices(group)]
     return lines

@@ -13,7 +13,7 @@ from conf.preparation.annotation import Contradicted, LabelNoise, NoiseFilter
 from conf.stages import RewardStage
 from rlhf.data.formats import Use
 from rlhf.data.prepare.label_noise import label_noise, pair_issues, sigmoid
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
 from rlhf.stages.pair_scores import pair_scorer

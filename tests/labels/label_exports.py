@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from conf.choices import LabelKind, LabelTarget
 from rlhf.data.tables import excel_text
 from rlhf.labels.records import Answer, Export, Judgement, Task, Verdict, as_text
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 
 NASTY = (
     "",

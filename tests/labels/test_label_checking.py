@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conf.choices import LabelKind
 from rlhf.labels.checking import Checked, Outcome, Refused, check, check_one
 from rlhf.labels.records import Export, Judgement, Unreadable, Verdict, as_text
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from tests.labels.labels import CREATED, all_checked, export_of, ledgers_of, pairs, say, shown_back
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)

@@ -21,7 +21,7 @@ from rlhf.labels.candidates import Response
 from rlhf.labels.records import Answer, Export, Role
 from rlhf.labels.targets import TARGETS
 from rlhf.models.loading import load_tokenizer
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.stages.labelling import answers as label_answers
 from rlhf.stages.labelling.scoring import spread_of
 from rlhf.types import Scores

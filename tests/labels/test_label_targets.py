@@ -22,7 +22,7 @@ from rlhf.data import formats, tables
 from rlhf.labels.records import Answer, Export, Judgement, Task, Unreadable, Verdict
 from rlhf.labels.targets import TARGETS, detect, label_studio, read_labels
 from rlhf.labels.targets.shared import suggestion
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.types import UserError
 from tests.labels.label_exports import (
     NASTY,

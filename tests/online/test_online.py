@@ -12,7 +12,7 @@ from conf.stages import OnlineStage
 from rlhf.cli import config
 from rlhf.online import loop as online
 from rlhf.online.collect import final_scores, step_prompts
-from rlhf.process.moments import RunningMoments
+from rlhf.process.distributed import RunningMoments
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
 from rlhf.types import Prompt, Rollout, SyncError, TrainingDiverged

@@ -24,8 +24,7 @@ from policy.advantages import (
     token_rewards,
     whiten,
 )
-from rlhf.process.distributed import all_sum
-from rlhf.process.moments import RunningMoments, SumOverRanks
+from rlhf.process.distributed import RunningMoments, SumOverRanks, all_sum
 
 NAN = float("nan")
 T = TypeVar("T")

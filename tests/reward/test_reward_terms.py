@@ -25,7 +25,7 @@ from reward.scorers.function import FunctionScorer
 from reward.scorers.length import band_score
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer, combine
 from reward.terms import make_scorer
-from rlhf.cli import config, overrides, presets
+from rlhf.cli import config, presets
 from rlhf.types import Prompt, Rollout, Scores, UserError
 from tests.checking import check
 from tests.offline.trl_tools import tiny_tokenizer
@@ -129,7 +129,7 @@ def test_bad_terms_are_refused(override: str, message: str) -> None:
 
 
 def test_a_sweep_over_a_term_stays_a_sweep() -> None:
-    assert overrides.prepare(["reward.terms.b.weight=0.1,0.2", "+run.seed=1"]) == [
+    assert config.prepare(["reward.terms.b.weight=0.1,0.2", "+run.seed=1"]) == [
         "++reward.terms={b:{weight:0.1}},{b:{weight:0.2}}",
         "+run.seed=1",
     ]
@@ -436,7 +436,7 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl",
         [{"prompt": "1 + 1", "answer": 2}, {"prompt": "1 + 2", "answer": "three"}],
     )
-    overrides = [
+    config = [
         "stage=ppo",
         "model=tiny",
         f"data.path={rows}",
@@ -445,25 +445,23 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path) -> None:
         "stage.critic_init=policy",
         "rollout=hf",
     ]
-    exact = config.compose([*overrides, "+reward.terms.a.kind=exact"])
+    exact = config.compose([*config, "+reward.terms.a.kind=exact"])
     assert check(exact) == []
     with pytest.raises(
         UserError,
         match=r"reward\.terms\.a, column 'answer' of .*rows\.jsonl, row 2: expected a number",
     ):
-        check(config.compose([*overrides, "+reward.terms.a.kind=numeric"]))
+        check(config.compose([*config, "+reward.terms.a.kind=numeric"]))
     with pytest.raises(
         UserError,
         match=r"needs the column 'solution', which .*row 1 lacks \(its columns beside the "
         r"prompt: answer\)",
     ):
-        check(config.compose([*overrides, "+reward.terms.a={kind:exact,column:solution}"]))
+        check(config.compose([*config, "+reward.terms.a={kind:exact,column:solution}"]))
     with pytest.raises(
         UserError, match=rf"reward\.terms\.a\.paths={tmp_path}/none: no such directory"
     ):
-        check(
-            config.compose([*overrides, f"+reward.terms.a={{kind:model,paths:[{tmp_path}/none]}}"])
-        )
+        check(config.compose([*config, f"+reward.terms.a={{kind:model,paths:[{tmp_path}/none]}}"]))
     assert isinstance(exact.stage, OnlineStage)
     exact.stage.critic_init = CriticInit.reward
     with pytest.raises(UserError, match=r"critic_init=reward needs reward\.path"):

@@ -13,7 +13,7 @@ from conf.choices import DataKind, LabelMode, TrackingKind, WandbMode
 from conf.labelling import LabelConfig
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import DataStage, LabelStage, OnlineStage, RewardStage, SFTStage
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.run import lineage
 from rlhf.run.context import RunContext
 from rlhf.stages import data, reward

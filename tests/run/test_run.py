@@ -21,7 +21,7 @@ from conf.labelling import LabelConfig
 from conf.schema import Config, DataConfig, RunConfig, TrackingConfig
 from conf.stages import LabelStage, OnlineStage, SFTStage
 from rlhf.process import checkpoints
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.process.randomness import seed_everything
 from rlhf.run import manifest
 from rlhf.run.context import RunContext

@@ -21,7 +21,7 @@ from conf.schema import (
 from conf.stages import DoctorStage
 from reward.model import Manifest, write_manifest
 from rlhf.__main__ import main
-from rlhf.cli.overrides import prepare
+from rlhf.cli.config import prepare
 from rlhf.models.loading import train_tokenizer
 from rlhf.run.console import console
 from rlhf.stages import doctor

@@ -62,7 +62,7 @@ def engines(cfg: Settings, machine: Machine) -> Iterator[Settings]:
 
 
 def offloads(kind: EngineKind, zero: int) -> tuple[Offload, ...]:
-    """What engine.offload may be beside an engine (conf/engine.py): none below ZeRO-1, nvme with
+    """What engine.offload may be beside an engine (conf/model.py): none below ZeRO-1, nvme with
     ZeRO-3 only.
     """
     if kind is EngineKind.torch or zero == 0:

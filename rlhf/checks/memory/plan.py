@@ -12,7 +12,7 @@ from conf.choices import (
     EngineKind,
     RolloutBackend,
 )
-from conf.rules import merges_lora, wants_shared_prompts
+from conf.schema import merges_lora, wants_shared_prompts
 from conf.stages import (
     CPOStage,
     KTOStage,

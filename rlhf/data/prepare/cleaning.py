@@ -12,7 +12,7 @@ from typing import Any, Literal
 from conf.preparation.cleaning import Language, Length, Repair, Unit
 from rlhf.data.prepare.items import Context, Item, replace_texts
 from rlhf.data.prepare.texts import emptied, texts_of, words
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.process.wording import nearest
 from rlhf.types import UserError
 

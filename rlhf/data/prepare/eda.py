@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from rlhf.data.prepare.words import has_han, in_case_of, read_yaml, word_list
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.types import UserError
 
 _WORD = r"[\p{L}\p{M}\p{N}_]+(?:['\u2019\-][\p{L}\p{M}\p{N}_]+)*"

@@ -14,7 +14,7 @@ from rlhf.data.agreement import Label
 from rlhf.data.formats import Use
 from rlhf.data.formats.base import CONTENT
 from rlhf.data.prepare.items import Context, Item
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.types import UserError
 
 REVIEWED = "reviewed"  # column of a row whose label a person has decided

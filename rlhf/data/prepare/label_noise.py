@@ -25,8 +25,8 @@ from conf.preparation.annotation import Contradicted, LabelNoise
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.rows import finite
-from rlhf.process.extras import require
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
+from rlhf.process.libraries import require
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")

@@ -18,7 +18,7 @@ from conf.preparation.duplicates import NearDuplicates
 from rlhf.data.prepare.clusters import components, keep_one
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.texts import normalised, sides
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 
 Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides
 # added to the code points of what is judged bad: another alphabet, so that it never equals the good

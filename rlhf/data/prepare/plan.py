@@ -14,7 +14,7 @@ from typing import Any
 from conf.preparation import STEPS
 from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
-from rlhf.process.hashing import sha256
+from rlhf.process.files import sha256
 from rlhf.process.wording import describe, nearest_hint
 from rlhf.types import UserError
 

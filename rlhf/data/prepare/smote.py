@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.types import UserError
 
 

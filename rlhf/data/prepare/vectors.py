@@ -9,7 +9,7 @@ import numpy as np
 
 from conf.preparation.base import Vectors
 from rlhf.data.prepare.texts import normalised, words
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.types import UserError
 
 Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides

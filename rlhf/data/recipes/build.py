@@ -15,8 +15,8 @@ from conf.choices import Recipe
 from conf.schema import Config, GymConfig, RunConfig
 from rlhf.data.recipes import arithmetic, gym, reviews, smollm2
 from rlhf.process import distributed
-from rlhf.process.hashing import sha256
-from rlhf.process.packages import package_file
+from rlhf.process.files import sha256
+from rlhf.process.libraries import package_file
 from rlhf.types import UserError
 
 Rows = Mapping[str, Sequence[Mapping[str, object]]]

@@ -10,7 +10,7 @@ from rlhf.data.prepare.items import Item, parts
 from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 
 _TAGS = (
     "a|b|i|u|p|br|hr|li|ul|ol|td|tr|th|em|h[1-6]|div|span|font|table|tbody|strong|center|"

@@ -15,7 +15,7 @@ from rlhf.data.report.content import sampled
 from rlhf.data.report.records import Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 
 _ROWS = 200  # that the model needs
 _FOLDS = 5

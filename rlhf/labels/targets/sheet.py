@@ -42,7 +42,7 @@ from rlhf.labels.targets.shared import (
     most_answers,
     read_rows,
 )
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.process.wording import describe
 from rlhf.types import UserError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.process.redaction import redact
 from rlhf.types import UserError
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from conf.choices import TrackingKind
 from conf.schema import Config, TrackingConfig
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.run.tracking.files import (
     METRICS_FILE,
     SAMPLES_FILE,

@@ -17,7 +17,7 @@ from rlhf.data.loading import DataRequest
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
 from rlhf.models.loading import load_causal_lm, load_tokenizer, loads_as_it_is
-from rlhf.process.hashing import digest
+from rlhf.process.files import digest
 from rlhf.process.watchdog import Clock
 from rlhf.run.directory import ANSWERS_FOLDER
 from rlhf.stages.labelling.scoring import score

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.process import checkpoints
-from rlhf.process.bad_batches import KEPT, BadBatches, write_tensors
+from rlhf.run.directory import KEPT, BadBatches, write_tensors
 from rlhf.types import TrainingDiverged
 
 

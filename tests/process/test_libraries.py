@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

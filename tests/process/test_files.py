@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.process.hashing import digest, sha256
+from rlhf.process.files import digest, sha256
 
 
 def test_line_ends_are_all_one_and_a_backslash_is_a_backslash() -> None:

