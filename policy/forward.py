@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policy.batching import Batch, plan_micro_batches
-from policy.packing import pack, pack_groups, pack_length
+from policy.batching import Batch, pack, pack_groups, pack_length, plan_micro_batches
 from rlhf.process import distributed
 
 Packs = list[list[int]]  # the rows of one micro-batch; those of one pack share their prompt
@@ -28,7 +27,7 @@ class Layout:
     """How rows become the model's input."""
 
     budget: int  # tokens per micro-batch, padding included
-    shared: bool = False  # a prompt is computed once for all of its responses (policy.packing)
+    shared: bool = False  # a prompt is computed once for all of its responses (policy.batching)
     hidden_size: int = 1  # of the model, for the cost of packing
 
 

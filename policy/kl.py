@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from conf.choices import KLEstimator
-from policy.shapes import same_shape
+from policy.batching import same_shape
 from rlhf.types import UserError
 
 _ERROR_CLIP = 0.2  # Ziegler et al. 2019, section 2.2

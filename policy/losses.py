@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from conf.choices import Aggregation, ImportanceMode, KLEstimator, Level, PolicyLoss
+from policy.batching import check_mask, masked_sum, same_shape
 from policy.kl import kl_per_token
-from policy.shapes import check_mask, masked_sum, same_shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class PolicyModule(nn.Module):
         entropy, both [B, T] float32 nats (0 where masked).
 
         With prompts shared, `input_ids` are [G, L] packs and `owner`, `position_ids`,
-        `attention_mask` those of `policy.packing.Packed`.
+        `attention_mask` those of `policy.batching.Packed`.
         """
         lm = base_of(self.model)
         hidden = _hidden(lm, input_ids, position_ids, attention_mask)  # [B, L, H], or [G, L, H]

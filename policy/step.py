@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conf.choices import KLEstimator, KLPlace, PolicyLoss
 from conf.stages import OnlineStage
+from policy.batching import masked_sum
 from policy.engines.base import Brake, NonFinite
 from policy.forward import (
     SPARE,
@@ -37,7 +38,6 @@ from policy.losses import (
 )
 from policy.preference import PairLogprobs, combined_loss
 from policy.prepare import TrainBatch
-from policy.shapes import masked_sum
 from rlhf.process import distributed
 
 # Sums over the tokens (or pairs) of one optimizer step.

@@ -1,5 +1,5 @@
-"""The plain engine: one process, one optimizer. `DeepSpeedEngine` offers the same methods over
-ZeRO.
+"""The plain engine: one process, one optimizer; and `make_engine`, which chooses between it and
+`DeepSpeedEngine`, which offers the same methods over ZeRO.
 """
 
 import math
@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conf.choices import EngineKind
+from conf.schema import EngineConfig
 from policy.engines.base import NonFinite, OptimSettings
 from policy.model import no_gather, trainable
+from rlhf.process import distributed
 
 
 class TorchEngine:
@@ -115,3 +118,15 @@ class TorchEngine:
                     param.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+
+
+def make_engine(
+    module: nn.Module, cfg: EngineConfig, optim: OptimSettings, device: torch.device, *, half: bool
+) -> Any:
+    """The engine that the config names. `half`: the weights are bfloat16 (DeepSpeed must know)."""
+    if cfg.kind is EngineKind.deepspeed:
+        from policy.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, cfg, optim, device, half=half)
+    distributed.require_one_process("engine=torch", distributed.SEVERAL_PROCESSES)
+    return TorchEngine(module, optim, device)

@@ -1,4 +1,4 @@
-"""The program that reward/verifiers/worker.py starts: it checks responses against references with
+"""The program that reward/verifiers/library.py starts: it checks responses against references with
 libraries that evaluate text.
 
     python -m reward.verifiers.worker_child math|gym MEMORY_MB TEMPORARY_DIRECTORY

@@ -12,9 +12,10 @@ from conf.choices import AdapterKind, Advantage, CriticInit, Dtype, EngineKind, 
 from conf.schema import AdapterConfig, Config, ModelConfig
 from conf.stages import KTOStage, OfflineStage, OnlineStage
 from conf.training import TrainStage
-from rlhf.checks.memory import GIB, moments
+from rlhf.checks.memory import moments
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes, adapter_parameters, can_plan, shapes_of
+from rlhf.checks.memory.states import GIB
 from rlhf.models.loading import base_directory, resolve_dtype
 from rlhf.process import distributed
 from rlhf.run.directory import CHECKPOINTS, run_directory

@@ -33,7 +33,7 @@ from conf.schema import (
     vllm_lora_rank,
 )
 from conf.stages import OfflineStage
-from rlhf.checks.memory import GIB
+from rlhf.checks.memory.states import GIB
 from rlhf.process import distributed
 from rlhf.process.files import json_object
 from rlhf.run import directory

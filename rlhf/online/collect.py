@@ -12,12 +12,11 @@ import torch
 
 from conf.choices import Advantage, Selection
 from conf.stages import OnlineStage
-from policy.advantages import group_index
+from policy.advantages import group_index, select, unequal_groups
 from policy.batching import collate
 from policy.forward import Pair
 from policy.prepare import TrainBatch
-from policy.selection import select, unequal_groups
-from reward.scorers.length import band_score
+from reward.scorers.rules import band_score
 from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
 from rlhf.types import Generator, Prompt, Rollout, Scores

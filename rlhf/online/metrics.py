@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from conf.choices import KLEstimator
+from policy.advantages import all_equal, rows_by_group
 from policy.kl import kl_per_token
 from policy.prepare import TrainBatch
-from policy.selection import all_equal, rows_by_group
 from rlhf.online.collect import Collected
 from rlhf.process import distributed
 from rlhf.types import Rollout, Scores, TrainingDiverged

@@ -26,8 +26,9 @@ from conf.schema import (
 )
 from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
+from policy.batching import can_share_prompts
 from policy.engines.base import Engine, OptimSettings
-from policy.engines.factory import make_engine
+from policy.engines.torch import make_engine
 from policy.forward import ADAPTER, Layout, Models
 from policy.kl import AdaptiveKL, FixedKL
 from policy.model import (
@@ -36,7 +37,6 @@ from policy.model import (
     base_of,
     has_dropout,
 )
-from policy.packing import can_share_prompts
 from policy.prepare import needs_old_logprobs
 from policy.saving import replacing
 from reward.base import model_paths

@@ -13,13 +13,13 @@ from typing import Any
 from conf import published
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage
-from reward.checks import scoring_models
+from reward.terms import scoring_models
 from rlhf.checks import capacity, launch
 from rlhf.checks.arithmetic import offline_arithmetic, online_arithmetic
-from rlhf.checks.memory import GIB
 from rlhf.checks.memory.moments import HEADROOM, machine_of
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import can_plan, shapes_of
+from rlhf.checks.memory.states import GIB
 from rlhf.checks.memory.tables import plan_table
 from rlhf.cli import config
 from rlhf.data import reading

@@ -12,8 +12,7 @@ from conf.stages import EvalStage
 from eval import report
 from eval.compare import Answers, compare, side_by_side
 from reward.base import is_set, model_paths
-from reward.checks import check_reward, check_reward_model
-from reward.terms import check_rows, make_scorer
+from reward.terms import check_reward, check_reward_model, check_rows, make_scorer
 from rlhf.checks import inputs, launch
 from rlhf.data import reading
 from rlhf.data.sources import data_files, given

@@ -10,8 +10,7 @@ from conf.choices import LabelMode
 from conf.labelling import LabelConfig
 from conf.schema import Config, ModelConfig, RewardConfig
 from reward.base import is_set, model_paths
-from reward.checks import check_reward, check_reward_model
-from reward.terms import check_rows
+from reward.terms import check_reward, check_reward_model, check_rows
 from rlhf.checks import inputs, launch
 from rlhf.data import reading, sources
 from rlhf.data.formats import Use

@@ -9,9 +9,8 @@ from conf.online import OnlineStage
 from conf.schema import Config, RewardConfig
 from policy.engines import resharding
 from reward.base import model_paths
-from reward.checks import check_reward, check_reward_model, scoring_models
 from reward.scorers.function import load_function
-from reward.terms import check_rows
+from reward.terms import check_reward, check_reward_model, check_rows, scoring_models
 from rlhf.checks import capacity, inputs, launch
 from rlhf.data import reading
 from rlhf.online.loop import Loop

@@ -18,7 +18,7 @@ from conf.choices import AdapterKind, EngineKind, Offload, Scheduler
 from conf.schema import AdapterConfig, EngineConfig
 from policy.adapters import attach, enable_checkpointing
 from policy.engines.base import OptimSettings
-from policy.engines.factory import make_engine
+from policy.engines.torch import make_engine
 from policy.model import PolicyModule
 from rlhf.checks.memory.shapes import llama
 from rlhf.process import distributed

@@ -18,12 +18,14 @@ from conf.schema import (
     ModelConfig,
     RolloutConfig,
 )
-from rlhf.checks.memory import GIB, Bytes, activations, shapes, total
+from rlhf.checks.memory import activations, shapes
 from rlhf.checks.memory.fit import eased, engines, recommended, rows
 from rlhf.checks.memory.moments import HEADROOM, Machine, Phase, Plan
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes
 from rlhf.checks.memory.states import (
+    GIB,
+    Bytes,
     Counts,
     Setting,
     States,
@@ -31,6 +33,7 @@ from rlhf.checks.memory.states import (
     peak,
     temporaries,
     textbook,
+    total,
     training_states,
 )
 from rlhf.checks.memory.tables import answers

@@ -14,14 +14,14 @@ import pytest
 
 from conf.choices import AdapterKind, EngineKind, Offload
 from conf.schema import AdapterConfig
-from reward.checks import scoring_models
 from reward.model import write_manifest
-from rlhf.checks.memory import activations, shapes, total
+from reward.terms import scoring_models
+from rlhf.checks.memory import activations, shapes
 from rlhf.checks.memory.activations import Pass
 from rlhf.checks.memory.moments import Machine, counts_of
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import shapes_of
-from rlhf.checks.memory.states import Setting, training_states
+from rlhf.checks.memory.states import Setting, total, training_states
 from rlhf.cli import config
 from rlhf.models.loading import train_tokenizer
 from tests import toys

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, Qwen2Config
 
 from conf.schema import Config
 from conf.stages import OnlineStage
-from reward.checks import scoring_models
 from reward.model import write_manifest
+from reward.terms import scoring_models
 from rlhf.checks import capacity, launch
 from rlhf.checks.memory.moments import HEADROOM, machine_of
 from rlhf.checks.memory.plan import plan

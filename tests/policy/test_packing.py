@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from policy.batching import Batch, collate
+from policy.batching import Batch, can_share_prompts, collate, pack, pack_groups, pack_length
 from policy.model import PolicyModule
-from policy.packing import can_share_prompts, pack, pack_groups, pack_length
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3], [4, 5]]
 RESPONSES = [[6, 7, 8], [9], [10, 11], [12, 13], [14, 15, 16, 17]]

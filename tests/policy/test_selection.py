@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.choices import Selection
-from policy.selection import select
+from policy.advantages import select
 
 SCORES, GROUPS = [1.0, 5.0, 3.0, 2.0, 2.0, 2.0, 0.0, 9.0], [0, 0, 0, 1, 1, 1, 2, 2]
 

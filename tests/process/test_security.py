@@ -78,7 +78,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(mark: Path, tmp_path: Path) -> 
     from conf.schema import EngineConfig
     from conf.stages import SFTStage
     from policy.engines.base import OptimSettings
-    from policy.engines.factory import make_engine
+    from policy.engines.torch import make_engine
 
     engine = make_engine(
         torch.nn.Linear(2, 2),

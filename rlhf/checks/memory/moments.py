@@ -18,7 +18,6 @@ from conf.schema import (
     RewardConfig,
     RolloutConfig,
 )
-from rlhf.checks.memory import GIB, Bytes, total
 from rlhf.checks.memory.activations import (
     VLLM_OVERHEAD_GIB,
     Pass,
@@ -26,7 +25,7 @@ from rlhf.checks.memory.activations import (
     transformers_bytes,
 )
 from rlhf.checks.memory.shapes import Shape
-from rlhf.checks.memory.states import Counts, Setting
+from rlhf.checks.memory.states import GIB, Bytes, Counts, Setting, total
 from rlhf.process import distributed
 
 ASSUMED_GIB = 80.0  # a device of an A100 or H100

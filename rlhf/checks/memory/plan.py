@@ -23,7 +23,7 @@ from conf.stages import (
     RewardStage,
     SFTStage,
 )
-from rlhf.checks.memory import NOTHING, Bytes, activations, total
+from rlhf.checks.memory import activations
 from rlhf.checks.memory.activations import Pass
 from rlhf.checks.memory.moments import (
     TRL_GIB,
@@ -41,7 +41,15 @@ from rlhf.checks.memory.moments import (
     setting_of,
 )
 from rlhf.checks.memory.shapes import Shape, Shapes, adapter_parameters
-from rlhf.checks.memory.states import Setting, States, frozen_states, training_states
+from rlhf.checks.memory.states import (
+    NOTHING,
+    Bytes,
+    Setting,
+    States,
+    frozen_states,
+    total,
+    training_states,
+)
 
 
 def plan(cfg: Settings, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Plan:

@@ -12,7 +12,30 @@ unfused_optimizer.py.
 from dataclasses import dataclass, field
 
 from conf.choices import EngineKind, Offload
-from rlhf.checks.memory import NOTHING, Bytes, total
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Memory of one rank: on its device, and on the host. Without a GPU the device is the host, and
+    `device` counts there.
+    """
+
+    device: float = 0.0
+    host: float = 0.0
+
+    def __add__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.device + other.device, self.host + other.host)
+
+
+NOTHING = Bytes()
+
+
+def total(parts: dict[str, Bytes]) -> Bytes:
+    """The sum of named parts."""
+    return sum(parts.values(), NOTHING)
+
 
 # elements of DeepSpeed's gradient bucket (zero_optimization.reduce_bucket_size), and of its
 # all-reduce without ZeRO

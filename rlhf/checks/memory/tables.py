@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from conf.choices import AdapterKind, EngineKind, Offload
-from rlhf.checks.memory import GIB, Bytes
 from rlhf.checks.memory.fit import Row, recommended
 from rlhf.checks.memory.moments import Machine, Plan
 from rlhf.checks.memory.shapes import Shape
-from rlhf.checks.memory.states import NF4_BITS
+from rlhf.checks.memory.states import GIB, NF4_BITS, Bytes
 
 _ORDER = ("policy", "reward model", "critic", "reference", "reward", "generator", "process")
 

@@ -9,7 +9,7 @@ from conf.choices import AdapterKind
 from conf.schema import Config
 from conf.stages import DoctorStage, OfflineStage, OnlineStage
 from reward.base import is_set
-from reward.checks import scoring_models
+from reward.terms import scoring_models
 from rlhf.checks.memory import fit, tables
 from rlhf.checks.memory.moments import machine_of
 from rlhf.checks.memory.shapes import can_plan, shapes_of
