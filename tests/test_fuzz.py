@@ -34,7 +34,7 @@ from rlhf.types import UserError
 from tests.checking import check
 from tests.data.format_rows import CHARACTERS, drawn, published_rows, tool_rows, training_rows
 
-FEW, MANY, BAD = 60, 1500, 2000
+FEW, MANY, BAD = 30, 1500, 2000
 PHASES = (Phase.generate, Phase.shrink)  # what explains a failure runs it hundreds of times more
 seen: Counter[str] = Counter()  # by kind of input: good, bad
 

@@ -71,8 +71,8 @@ class RunContext:
         self.tracker = Tracker(
             cfg, directory, self.stage, enabled=self.enabled, resume=opened.resumed
         )
-        if self.tracker.wandb_run is not None:
-            self.record("wandb", self.tracker.wandb_run)
+        if self.tracker.identity is not None:
+            self.record("wandb", self.tracker.identity)
 
     @classmethod
     def open(

@@ -47,7 +47,7 @@ def measured(case: dict[str, Any], tmp_path: Path, ranks: int = 1) -> float:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launcher, str(ROOT / "tests" / "memory_worker.py"), json.dumps(case)]
+    command = [*launcher, str(Path(__file__).with_name("memory_worker.py")), json.dumps(case)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=800
     )

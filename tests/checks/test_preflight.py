@@ -1,8 +1,6 @@
 """Every way in which a configuration can't run is reported before weights load."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from conf.schema import (
 )
 from conf.stages import EvalStage, OnlineStage, RewardStage, SFTStage, WatchConfig
 from reward.model import write_manifest
+from rlhf.__main__ import main
 from rlhf.checks import inputs, launch
 from rlhf.models.loading import tiny_config, train_tokenizer
 from rlhf.types import UserError
@@ -388,28 +387,13 @@ def test_the_held_out_judge_of_a_watch(ppo: Config, tmp_path: Path) -> None:
     assert check(watch(judge_function="tests.toys:short_is_good", divergence=Action.stop)) == []
 
 
-def test_the_command_line_says_it_in_one_line_and_loads_no_weights(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf",
-        "stage=sft",
-        f"model.path={tmp_path}/nothing",
-        f"data.path={tmp_path}/t.jsonl",
-        f"run.dir={tmp_path}/runs",
-    ]
+def test_the_command_line_says_it_in_one_line_and_loads_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jsonl(tmp_path / "t.jsonl", [{"text": "a"}, {"text": "b"}])
-    done = subprocess.run(
-        [*command, "tracking=none"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=Path(__file__).resolve().parents[2],
-    )
-    assert done.returncode == 1
-    assert (
-        "Traceback" not in done.stderr
-        and f"model.path={tmp_path}/nothing: no such directory" in done.stderr
-    )
+    paths = [f"data.path={tmp_path}/t.jsonl", f"run.dir={tmp_path}/runs"]
+    assert main(["stage=sft", f"model.path={tmp_path}/nothing", *paths, "tracking=none"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error:")] == lines[-1:]
+    assert f"model.path={tmp_path}/nothing: no such directory" in lines[-1]
     assert not (tmp_path / "runs").exists()

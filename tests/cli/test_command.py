@@ -5,6 +5,7 @@ what none of them may import.
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,31 @@ def test_help_of_a_stage_with_a_bad_option_is_the_error(capsys: pytest.CaptureFi
     assert "stage.gamma" in capsys.readouterr().err
 
 
-def test_multirun_runs_each_job_in_its_own_run_directory(tmp_path: Path) -> None:
+SWEPT = "stage.kl_coef=0.0625,0.125"
+
+
+def test_multirun_gives_each_job_its_own_run_directory_and_one_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run_child(command: Sequence[str]) -> int:
+        commands.append(list(command))
+        return 0
+
+    monkeypatch.setattr("rlhf.process.interrupts.run_child", run_child)
+    assert main(["-m", "stage=ppo", f"run.dir={tmp_path}", "run.name=sweep", SWEPT]) == 0
+    jobs = [config.compose(command[3:]) for command in commands]
+    assert [command[1:3] for command in commands] == [["-m", "rlhf"]] * 2
+    assert [(job.run.name, job.stage.kl_coef) for job in jobs] == [
+        ("sweep-0", 0.0625),
+        ("sweep-1", 0.125),
+    ]
+    assert {(job.run.dir, job.tracking.group) for job in jobs} == {(str(tmp_path), "sweep-sweep")}
+
+
+@pytest.mark.full  # three processes that import torch: 40 s
+def test_multirun_runs_each_job_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' * 8, encoding="utf-8")
     arguments = [
         "-m",
@@ -112,7 +137,7 @@ def test_multirun_runs_each_job_in_its_own_run_directory(tmp_path: Path) -> None
         "run.name=sweep",
         f"data.path={tmp_path}/rows.jsonl",
         "run.dry_run=true",
-        "stage.kl_coef=0.0625,0.125",
+        SWEPT,
         "reward.function=operator:truth",
         "stage.critic_init=policy",
         "rollout=hf",

@@ -15,7 +15,7 @@ from conf.choices import LabelKind, LabelTarget
 from rlhf.labels.checking import check
 from rlhf.labels.records import Export, Judgement, Verdict
 from rlhf.labels.store import Store
-from rlhf.labels.targets import TARGETS, read_labels
+from rlhf.labels.targets import LABEL_TOOLS, read_labels
 from tests.labels.label_exports import TOOLS, Tool, exports, judgements
 from tests.labels.labels import all_checked, ledgers_of, shown_back
 
@@ -71,7 +71,7 @@ def test_exactly_the_labels_that_were_given(
     said: list[Judgement] = data.draw(judgements(export, tool))
     ledgers = ledgers_of(export)
     with tempfile.TemporaryDirectory() as at:
-        files = TARGETS[tool.target].write(export, Path(at))
+        files = LABEL_TOOLS[tool.target].write(export, Path(at))
         filled = list(page_files(files, said)) if tool is PAGE else [tool.fill(files, said)]
         found = all_checked(
             row for path in filled for row in check(read_labels(path)[1], ledgers, annotator=UNSAID)

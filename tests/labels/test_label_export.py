@@ -19,7 +19,7 @@ from rlhf.data import reading
 from rlhf.labels.asking import Question, ask
 from rlhf.labels.candidates import Response
 from rlhf.labels.records import Answer, Export, Role
-from rlhf.labels.targets import TARGETS
+from rlhf.labels.targets import LABEL_TOOLS
 from rlhf.models.loading import load_tokenizer
 from rlhf.process.files import sha256
 from rlhf.stages.labelling import answers as label_answers
@@ -254,7 +254,7 @@ def test_no_target_writes_what_is_hidden(
         1,
         {"policies": {"policy0": "secret"}, "seed": seed},
     )
-    for target, (write, _) in TARGETS.items():
+    for target, (write, _) in LABEL_TOOLS.items():
         first, second = (
             write(one, tmp_path_factory.mktemp(target.value)) for one in (export, blind(export))
         )
@@ -584,4 +584,4 @@ def test_vllm_writes_for_two_policies(tmp_path: Path, tiny_model: Tiny) -> None:
     assert len(export.tasks) == 8 and {
         answer.policy for task in export.tasks for answer in task.answers
     } == {"northern", "southern"}
-    assert LabelTarget.page in TARGETS
+    assert LabelTarget.page in LABEL_TOOLS

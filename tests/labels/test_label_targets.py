@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from conf.choices import LabelKind, LabelTarget
 from rlhf.data import formats, tables
 from rlhf.labels.records import Answer, Export, Judgement, Task, Unreadable, Verdict
-from rlhf.labels.targets import TARGETS, detect, label_studio, read_labels
+from rlhf.labels.targets import LABEL_TOOLS, detect, label_studio, read_labels
 from rlhf.labels.targets.shared import suggestion
 from rlhf.process.files import digest
 from rlhf.types import UserError
@@ -72,7 +72,7 @@ def test_labels_come_back_exactly(tool: Tool, kind: LabelKind, data: st.DataObje
     out = data.draw(exports(kind, ratings))
     said = data.draw(judgements(out, tool))
     with TemporaryDirectory() as folder:
-        files = TARGETS[tool.target].write(out, Path(folder))
+        files = LABEL_TOOLS[tool.target].write(out, Path(folder))
         path = tool.fill(files, said)
         target, found = read_labels(path)
         assert target is tool.target
@@ -90,7 +90,7 @@ def test_nothing_is_said_before_anybody_said_it(
     out = one_task(
         kind, scores=[0.0, 1.0, 2.0][: 2 if kind is LabelKind.pair else 3], prelabel=True
     )
-    files = TARGETS[tool.target].write(out, tmp_path)
+    files = LABEL_TOOLS[tool.target].write(out, tmp_path)
     assert all(path.parent == tmp_path and path.is_file() for path in files)
     assert detect(files[0]) is tool.target and read(files[0]) == []
 
@@ -105,7 +105,7 @@ def test_annotators_learn_nothing_hidden(tool: Tool, kind: LabelKind, tmp_path: 
     other = replace(one, details={"seed": 1}, tasks=tuple(_hidden_otherwise(t) for t in one.tasks))
     contents = []
     for number, out in enumerate((one, other)):
-        files = TARGETS[tool.target].write(out, tmp_path / str(number))
+        files = LABEL_TOOLS[tool.target].write(out, tmp_path / str(number))
         contents.append([_content(path) for path in files])
     assert contents[0] == contents[1]
     assert not any(b"secret-policy" in part for file in contents[0] for part in file)
@@ -138,7 +138,7 @@ def test_what_no_encoding_holds_is_refused(tool: Tool, place: str, tmp_path: Pat
     if place == "answer":
         out = replace(out, tasks=(replace(out.tasks[0], answers=(Answer(half), Answer("b"))),))
     with pytest.raises(UserError, match=r"surrogate pair") as error:
-        TARGETS[tool.target].write(out, tmp_path)
+        LABEL_TOOLS[tool.target].write(out, tmp_path)
     assert (
         f"label.{place}" if place in ("title", "instructions") else "task 0123456789ab-1"
     ) in str(error.value)
@@ -185,7 +185,7 @@ def test_suggestions_reach_the_tools_that_show_them(tmp_path: Path) -> None:
     found = []
     for out in (pair, three):
         argilla, jsonl = (
-            TARGETS[target].write(out, tmp_path)[0]
+            LABEL_TOOLS[target].write(out, tmp_path)[0]
             for target in (LabelTarget.argilla, LabelTarget.jsonl)
         )
         found += [
@@ -266,7 +266,9 @@ def test_label_studio_ratings_of_rankings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"label\.ratings=true with label\.kind=ranking: Label Studio's Ranker"
     ):
-        TARGETS[LabelTarget.label_studio].write(one_task(LabelKind.ranking, ratings=True), tmp_path)
+        LABEL_TOOLS[LabelTarget.label_studio].write(
+            one_task(LabelKind.ranking, ratings=True), tmp_path
+        )
 
 
 def selected(side: str) -> dict[str, Any]:
@@ -417,7 +419,7 @@ def test_stage_data_reads_what_was_labelled(tmp_path: Path) -> None:
     said = Judgement("0123456789ab-1", "3", Verdict.right, annotation="1", shown=out.tasks[0].shown)
     row = json.loads(
         fill_label_studio(
-            TARGETS[LabelTarget.label_studio].write(out, tmp_path), [said]
+            LABEL_TOOLS[LabelTarget.label_studio].write(out, tmp_path), [said]
         ).read_text()
     )[0]
     format_ = formats.detect(row, formats.Use.preference)
@@ -430,7 +432,9 @@ def test_stage_data_reads_what_was_labelled(tmp_path: Path) -> None:
 
 
 def argilla_rows(responses: Any, kind: LabelKind, tmp_path: Path) -> list[Judgement | Unreadable]:
-    rows = json.loads(TARGETS[LabelTarget.argilla].write(one_task(kind), tmp_path)[0].read_text())
+    rows = json.loads(
+        LABEL_TOOLS[LabelTarget.argilla].write(one_task(kind), tmp_path)[0].read_text()
+    )
     rows[0]["responses"] = responses
     return read(write_rows(tmp_path / "x.json", rows))
 
@@ -527,7 +531,7 @@ def test_argilla_settings_ask_what_the_export_asks(tmp_path: Path) -> None:
     """
     rows = [task(1, "p", ["a", "b", "c"]), task(2, "p", ["a", "b"])]
     made = json.loads(
-        TARGETS[LabelTarget.argilla]
+        LABEL_TOOLS[LabelTarget.argilla]
         .write(export(LabelKind.ranking, rows, ratings=True, overlap=3), tmp_path)[1]
         .read_text()
     )
@@ -547,7 +551,7 @@ def test_argilla_settings_ask_what_the_export_asks(tmp_path: Path) -> None:
     ]
     assert made["distribution"] == {"strategy": "overlap", "min_submitted": 3}
     pair = json.loads(
-        TARGETS[LabelTarget.argilla]
+        LABEL_TOOLS[LabelTarget.argilla]
         .write(one_task(ratings=False, comments=False), tmp_path)[1]
         .read_text()
     )
@@ -574,7 +578,7 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
     tasks = [task(i, text or "p", [text, text + "."]) for i, text in enumerate(NASTY)]
     out = export(LabelKind.pair, tasks)
     with (
-        TARGETS[LabelTarget.csv]
+        LABEL_TOOLS[LabelTarget.csv]
         .write(out, tmp_path)[0]
         .open(encoding="utf-8-sig", newline="") as source
     ):
@@ -582,7 +586,7 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
     assert len(cells) > 100 and not [
         cell for cell in cells if FORMULA.match(cell) and not cell.startswith(" ")
     ]
-    book = openpyxl.load_workbook(TARGETS[LabelTarget.xlsx].write(out, tmp_path)[0])
+    book = openpyxl.load_workbook(LABEL_TOOLS[LabelTarget.xlsx].write(out, tmp_path)[0])
     found = [cell for row in book.active.iter_rows() for cell in row]
     assert {cell.data_type for cell in found if cell.value is not None} == {"s"} and {
         cell.number_format for cell in found
@@ -613,7 +617,7 @@ def test_a_sheet_saved_as_csv_from_excel_reads_the_same(tmp_path: Path) -> None:
     )
     rows = [
         row | {"preference": "a"}
-        for row in read_rows(TARGETS[LabelTarget.xlsx].write(out, tmp_path)[0])
+        for row in read_rows(LABEL_TOOLS[LabelTarget.xlsx].write(out, tmp_path)[0])
     ]
     with (tmp_path / "saved.csv").open("w", encoding="utf-8-sig", newline="") as target:
         writer = csv.DictWriter(target, list(rows[0]))
@@ -627,7 +631,7 @@ def test_a_sheet_saved_as_csv_from_excel_reads_the_same(tmp_path: Path) -> None:
 
 def test_line_ends_that_a_spreadsheet_changes_leave_the_digest(tmp_path: Path) -> None:
     out = export(LabelKind.pair, [task(1, "a\r\nb\rc\n", ["x\r\ny", "z\n"])])
-    path = TARGETS[LabelTarget.csv].write(out, tmp_path)[0]
+    path = LABEL_TOOLS[LabelTarget.csv].write(out, tmp_path)[0]
     text = (
         path.read_bytes()
         .decode("utf-8-sig")
@@ -654,11 +658,11 @@ def test_an_excel_cell_that_is_too_small_is_an_error(text: str, tmp_path: Path) 
         match=r"task 0123456789ab-1: its response_b has 32,7[0-9]{2} characters as an Excel "
         r"cell, which holds 32,767\.",
     ):
-        TARGETS[LabelTarget.xlsx].write(
+        LABEL_TOOLS[LabelTarget.xlsx].write(
             export(LabelKind.pair, [task(1, "p", ["a", text])]), tmp_path
         )
     assert list(tmp_path.iterdir()) == []
-    TARGETS[LabelTarget.xlsx].write(
+    LABEL_TOOLS[LabelTarget.xlsx].write(
         export(LabelKind.pair, [task(1, "p", ["a", text[: len(text) - 6]])]), tmp_path
     )
 
@@ -774,5 +778,5 @@ def test_the_pages_labels_are_told_by_their_format(indent: int | None, tmp_path:
 
 
 def test_every_target_has_a_writer_and_a_reader() -> None:
-    assert set(TARGETS) == set(LabelTarget)
+    assert set(LABEL_TOOLS) == set(LabelTarget)
     assert {tool.target for tool in TOOLS} == set(LabelTarget) - {LabelTarget.page}

@@ -1,5 +1,5 @@
-"""PPO under DeepSpeed's ZeRO on two CPU ranks takes the same steps as the plain engine in one
-process.
+"""PPO, and algorithms that compare responses within groups, under DeepSpeed's ZeRO on two CPU ranks
+take the same steps as the plain engine in one process. One launch of each kind makes all runs.
 """
 
 import json
@@ -23,12 +23,26 @@ RUNS = [f"zero{stage}:{adapter}" for stage in (1, 2, 3) for adapter in ("none", 
     "zero3:none:engine.offload=cpu",
     "zero0:none",
 ]
-# Each ZeRO stage and each kind of adapter once, together with tests/online/test_zero_algorithms.py.
+# Each ZeRO stage and each kind of adapter once, together with the algorithms.
 CASES = marked_full(RUNS, keep=["zero1:lora", "zero3:none"])
+_SIZES = "stage.samples_per_prompt=4:stage.epochs=1"
+ALGORITHMS = [
+    f"zero2:none:stage=grpo:{_SIZES}",
+    f"zero3:lora:stage=grpo:{_SIZES}",
+    f"zero1:none:stage=online_dpo:{_SIZES}:stage.kl_coef=0.0",
+    f"zero3:none:stage=dapo:{_SIZES}:stage.overlong_buffer=2",
+    f"zero2:none:stage=raft:{_SIZES}",
+]
 
 
 def folder_of(folder: Path, run: str) -> Path:
-    return folder / run.replace(":", "-").replace("=", "_") / "ppo"
+    preset = next((part for part in run.split(":") if part.startswith("stage=")), "stage=ppo")
+    return folder / run.replace(":", "-").replace("=", "_") / preset.removeprefix("stage=")
+
+
+def in_one_process(run: str) -> str:
+    """The run of the plain engine that `run` is compared with."""
+    return "torch:" + run.split(":", 1)[1]
 
 
 COMPARED = (
@@ -39,6 +53,15 @@ COMPARED = (
     "loss/value",
     "policy/approxkl",
     "rollout/response_length",
+)
+COMPARED_IN_GROUPS = (
+    "objective/scores",
+    "objective/kl",
+    "objective/entropy",
+    "loss/policy",
+    "loss/kl",
+    "policy/updates",
+    "group/equal",
 )
 WATCHED = (
     "reward/length_correlation",
@@ -91,9 +114,10 @@ def start_folder(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = start_folder(tmp_path_factory.mktemp("zero"))
-    launch(folder, 1, folder / "start", ["torch:none", "torch:lora"])
-    wanted = selected(request, "run")
-    launch(folder, 2, folder / "start", [run for run in RUNS if run in wanted])
+    wanted = selected(request, "run") | selected(request, "algorithm")
+    plain = dict.fromkeys(in_one_process(run) for run in ALGORITHMS if run in wanted)
+    launch(folder, 1, folder / "start", ["torch:none", "torch:lora", *plain])
+    launch(folder, 2, folder / "start", [run for run in [*RUNS, *ALGORITHMS] if run in wanted])
     return folder
 
 
@@ -145,3 +169,21 @@ def test_saved_weights_equal_the_torch_engines(runs: Path, run: str) -> None:
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0, msg=name)
     assert max(float((expected[n] - start[n]).abs().max()) for n in expected) > 1e-3
+
+
+@pytest.mark.parametrize("algorithm", marked_full(ALGORITHMS, keep=ALGORITHMS[:1]))
+def test_an_algorithm_over_groups_takes_the_torch_engines_steps(runs: Path, algorithm: str) -> None:
+    plain = in_one_process(algorithm)
+    expected, found = rows(runs, plain), rows(runs, algorithm)
+    assert len(found) == len(expected) == 3
+    for theirs, ours in zip(expected, found, strict=True):
+        for name in COMPARED_IN_GROUPS:
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-4), (ours["step"], name)
+    weights, reference = (
+        load_file(folder_of(runs, run) / "model" / "model.safetensors")
+        for run in (algorithm, plain)
+    )
+    start = load_file(runs / "start" / "model.safetensors")
+    for name in reference:
+        torch.testing.assert_close(weights[name], reference[name], atol=2e-4, rtol=0, msg=name)
+    assert max(float((reference[n] - start[n]).abs().max()) for n in start) > 1e-3

@@ -436,7 +436,7 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl",
         [{"prompt": "1 + 1", "answer": 2}, {"prompt": "1 + 2", "answer": "three"}],
     )
-    config = [
+    overrides = [
         "stage=ppo",
         "model=tiny",
         f"data.path={rows}",
@@ -445,23 +445,25 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path) -> None:
         "stage.critic_init=policy",
         "rollout=hf",
     ]
-    exact = config.compose([*config, "+reward.terms.a.kind=exact"])
+    exact = config.compose([*overrides, "+reward.terms.a.kind=exact"])
     assert check(exact) == []
     with pytest.raises(
         UserError,
         match=r"reward\.terms\.a, column 'answer' of .*rows\.jsonl, row 2: expected a number",
     ):
-        check(config.compose([*config, "+reward.terms.a.kind=numeric"]))
+        check(config.compose([*overrides, "+reward.terms.a.kind=numeric"]))
     with pytest.raises(
         UserError,
         match=r"needs the column 'solution', which .*row 1 lacks \(its columns beside the "
         r"prompt: answer\)",
     ):
-        check(config.compose([*config, "+reward.terms.a={kind:exact,column:solution}"]))
+        check(config.compose([*overrides, "+reward.terms.a={kind:exact,column:solution}"]))
     with pytest.raises(
         UserError, match=rf"reward\.terms\.a\.paths={tmp_path}/none: no such directory"
     ):
-        check(config.compose([*config, f"+reward.terms.a={{kind:model,paths:[{tmp_path}/none]}}"]))
+        check(
+            config.compose([*overrides, f"+reward.terms.a={{kind:model,paths:[{tmp_path}/none]}}"])
+        )
     assert isinstance(exact.stage, OnlineStage)
     exact.stage.critic_init = CriticInit.reward
     with pytest.raises(UserError, match=r"critic_init=reward needs reward\.path"):

@@ -355,7 +355,7 @@ def test_artifacts_are_logged_by_name_and_content(
         "out/a.txt",
         "b.txt",
     }
-    assert tracker.wandb_run == {
+    assert tracker.identity == {
         "project": "rlhf",
         "entity": "lab",
         "run_id": "abcd1234",
@@ -386,7 +386,7 @@ def test_offline_nothing_is_looked_up(tmp_path: Path, caplog: pytest.LogCaptureF
     with pytest.raises(TypeError, match="offline"):
         tracker._backend._run.use_artifact("e/p/x:latest")  # type: ignore[union-attr]
     tracker.use("x", "00", {"project": "p", "entity": "e", "run_id": "1", "mode": "offline"})
-    identity = tracker.wandb_run
+    identity = tracker.identity
     tracker.finish()
     assert (
         not [r for r in caplog.records if r.name.startswith("rlhf")]
@@ -416,7 +416,7 @@ def test_a_table_without_a_tracker_is_nothing(tmp_path: Path) -> None:
     tracker.table("labels", [{"a": 1}], 1)
     tracker.artifact("x", "labels", [], {}, tmp_path, "00")
     tracker.use("x", "00", {})
-    assert sorted(tmp_path.iterdir()) == before and tracker.wandb_run is None
+    assert sorted(tmp_path.iterdir()) == before and tracker.identity is None
 
 
 def test_tensorboard_shows_markup_as_it_stands(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Two runs with one seed, each in a process of its own, give the same metrics, samples and weights
-to the bit; another seed gives others.
+to the bit; another seed gives others. Part of it every test run holds: tests/stages/test_resume.py
+compares the second half of a run with that of another process.
 """
 
 import json
@@ -13,6 +14,7 @@ import pytest
 
 from tests.stages.test_resume import options, rows, run, write_data
 
+pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys

@@ -1,5 +1,5 @@
-"""A run that was killed and goes on in another process takes the same steps, to the bit, as one
-that never stopped.
+"""A run that was killed and goes on in another process, of another hash seed, takes the same steps,
+to the bit, as one that never stopped.
 """
 
 import importlib
@@ -75,7 +75,7 @@ CASES: dict[str, list[str]] = {
     # TRL turns dropout off; a first step at rate 0 moves nothing
     "dpo": [*OFFLINE, "adapter=lora", "adapter.rank=4", "stage.warmup_ratio=0"],
 }
-FAST, SLOW = ("ppo", "grpo", "sft"), ("reward", "dpo")
+FAST, FULL, SLOW = ("ppo", "sft"), ("grpo",), ("reward", "dpo")
 MODULES = {"ppo": "online", "grpo": "online", "dpo": "preference"}
 # while this step's metrics are written: the checkpoint of two steps before, or of the step before,
 # is the last
@@ -126,6 +126,7 @@ def resume(commands: list[list[str]], *launcher: str, **environment: str) -> Non
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
+        "PYTHONHASHSEED": "17",
         **environment,
     }
     command = [sys.executable, *launcher, "-m", "tests.stages.resume_worker", json.dumps(given)]
@@ -145,7 +146,13 @@ def write_data(folder: Path) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"]
+    scope="module",
+    params=[
+        FAST,
+        pytest.param(FULL, marks=pytest.mark.full),
+        pytest.param(SLOW, marks=pytest.mark.slow),
+    ],
+    ids=["fast", "full", "slow"],
 )
 def runs(
     request: pytest.FixtureRequest,

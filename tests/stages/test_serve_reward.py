@@ -620,6 +620,7 @@ def test_process_serves_a_policy_run_and_ends_in_peace(
     assert (run / "config.yaml").is_file()
 
 
+@pytest.mark.full  # a process of its own
 def test_generated_token_is_shown_once_and_written_nowhere(
     tmp_path: Path, plain_model: Path
 ) -> None:

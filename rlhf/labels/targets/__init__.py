@@ -31,7 +31,7 @@ class Target(NamedTuple):
     read: Callable[[Path], Labels]
 
 
-TARGETS: dict[LabelTarget, Target] = {
+LABEL_TOOLS: dict[LabelTarget, Target] = {
     LabelTarget.page: Target(page.write, page.read),
     LabelTarget.label_studio: Target(label_studio.write, label_studio.read),
     LabelTarget.argilla: Target(argilla.write, argilla.read),
@@ -107,7 +107,7 @@ def read_labels(path: Path) -> tuple[LabelTarget, Labels]:
     for a file that holds no labels or can't be read.
     """
     target = detect(path)
-    return target, TARGETS[target].read(path)
+    return target, LABEL_TOOLS[target].read(path)
 
 
 def write_files(
@@ -124,7 +124,7 @@ def write_files(
         part = temporary / target.value
         part.mkdir(parents=True)
         files[target] = []
-        for path in TARGETS[target].write(export, part):
+        for path in LABEL_TOOLS[target].write(export, part):
             final = out / path.relative_to(part)
             if not final.exists():
                 final.parent.mkdir(parents=True, exist_ok=True)

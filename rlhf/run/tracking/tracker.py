@@ -237,7 +237,7 @@ class Tracker:
         self._backend.artifact(name, kind, named, metadata, alias)
 
     def use(self, name: str, alias: str, run: Mapping[str, Any]) -> None:
-        """Record that this run reads another run's artifact; `run` is that run's `wandb_run`.
+        """Record that this run reads another run's artifact; `run` is that run's `identity`.
 
         Only W&B online has such a record. An artifact that it does not know is no error.
         """
@@ -245,8 +245,10 @@ class Tracker:
             self._backend.use(name, alias, run)
 
     @property
-    def wandb_run(self) -> dict[str, Any] | None:
-        """project, entity, run_id and mode of the W&B run; None without one."""
+    def identity(self) -> dict[str, Any] | None:
+        """What the tracker knows this run by (W&B: project, entity, run_id and mode); None where
+        there is nothing of the kind.
+        """
         return self._backend.identity if self._backend is not None else None
 
     def images(self, paths: Sequence[Path]) -> None:
