@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.opening import SourceRow, check_unpacked, decode, first_line, open_bytes
-from rlhf.process.extras import require
+from rlhf.process.libraries import require
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
