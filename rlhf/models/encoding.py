@@ -9,7 +9,10 @@ An assistant's turn that holds more than text (tool calls, reasoning) has no tex
 tokens are those that the chat template adds to the conversation before it.
 """
 
-from collections.abc import Mapping, Sequence
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf.types import Message, Tools, UserError
@@ -41,17 +44,24 @@ def render(
     """Token ids of a conversation under the tokenizer's chat template. Raises UserError where the
     template refuses it.
     """
+    text = render_text(tokenizer, messages, generation_prompt=generation_prompt, tools=tools)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_text(
+    tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
+) -> str:
+    """What `render` tokenises."""
     from jinja2 import TemplateError
 
     try:
-        return list(
+        return str(
             tokenizer.apply_chat_template(
                 list(messages),
                 tools=tools or None,
-                tokenize=True,
+                tokenize=False,
                 add_generation_prompt=generation_prompt,
-                return_dict=True,
-            )["input_ids"]
+            )
         )
     except TemplateError as error:
         raise UserError(
@@ -116,7 +126,11 @@ def turn_ids(
             "the chat template renders a turn differently when another follows, so assistant "
             "turns can't be told apart"
         )
-    span = upto[len(head) :]
+    return _up_to_end(tokenizer, upto[len(head) :])
+
+
+def _up_to_end(tokenizer: Any, span: list[int]) -> list[int]:
+    """`span` up to its last end-of-sequence token, all of it without one."""
     eos = tokenizer.eos_token_id
     if eos not in span:
         return span
@@ -210,25 +224,147 @@ def encode_conversation(
 
     Raises ValueError as `turn_ids`, and for a conversation without an assistant turn to train.
     """
-    ids = render(tokenizer, messages, generation_prompt=False, tools=tools)
-    turns = trained_turns(messages, first)
-    if completion_only and not turns:
+    skipped = first if completion_only else 0
+    answers = [
+        index
+        for index, message in enumerate(messages)
+        if index >= skipped and message.get("role") == "assistant"
+    ]
+    located = located_at_once(tokenizer, messages, answers, tools)
+    if located is None:
+        located = located_by_prefixes(tokenizer, messages, answers, tools)
+    ids = located.ids
+    trained = trained_turns(messages, first)
+    if completion_only and not trained:
         raise ValueError("the conversation has no assistant turn, so there is nothing to train")
     labels = [IGNORED] * len(ids) if completion_only else list(ids)
     eos = tokenizer.eos_token_id
-    for i, message in enumerate(messages):
-        if message.get("role") != "assistant" or (i < first and completion_only):
-            continue
-        before = messages[:i]
-        start = 0
-        if before:
-            start = len(render(tokenizer, before, generation_prompt=True, tools=tools))
-        turn = turn_ids(tokenizer, ids, before, message, tools)
-        stop = start + len(turn)
-        trains = i in turns
-        labels[start:stop] = turn if trains else [IGNORED] * len(turn)
+    for i, (start, stop) in located.turns.items():
+        trains = i in trained
+        labels[start:stop] = ids[start:stop] if trains else [IGNORED] * (stop - start)
         if i == len(messages) - 1:  # nothing follows: end where the policy would stop
             ids, labels = ids[:stop], labels[:stop]
             if ids[-1] != eos:
                 ids, labels = [*ids, eos], [*labels, eos if trains else IGNORED]
     return ids, labels
+
+
+# ---- where the assistant's turns are ----
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A conversation's token ids, and from which to which the turns of some messages go."""
+
+    ids: list[int]
+    turns: dict[int, tuple[int, int]]  # by message: first token, and the one after the last
+
+
+def located_by_prefixes(
+    tokenizer: Any, messages: list[Message], wanted: Sequence[int], tools: Tools | None
+) -> Located:
+    """By rendering and tokenising the conversation up to each turn. Raises ValueError as
+    `turn_ids`.
+    """
+    ids = render(tokenizer, messages, generation_prompt=False, tools=tools)
+    turns = {}
+    for i in wanted:
+        before = messages[:i]
+        start = 0
+        if before:
+            start = len(render(tokenizer, before, generation_prompt=True, tools=tools))
+        turn = turn_ids(tokenizer, ids, before, messages[i], tools)
+        turns[i] = (start, start + len(turn))
+    return Located(ids, turns)
+
+
+def located_at_once(
+    tokenizer: Any, messages: list[Message], wanted: Sequence[int], tools: Tools | None
+) -> Located | None:
+    """The same by tokenising the conversation once. None where it may differ, or be refused.
+
+    Texts are rendered for each turn, which is cheap. A turn's tokens are those of the whole that
+    lie between two beginnings of its text. That the tokens of a beginning are the first tokens of
+    the whole is not assumed but checked, on the piece behind the last token at which the tokenizer
+    splits every text (`_splitters`): what stands before that is the same text, split alike.
+    """
+    splitters = _splitters(tokenizer)
+    if splitters is None or not wanted:
+        return None
+    try:
+        text = render_text(tokenizer, messages, generation_prompt=False, tools=tools)
+        ends = [len(text)]
+        for i in wanted:
+            head = ""
+            if i > 0:
+                head = render_text(tokenizer, messages[:i], generation_prompt=True, tools=tools)
+            upto = text
+            if i < len(messages) - 1:
+                upto = render_text(
+                    tokenizer, messages[: i + 1], generation_prompt=False, tools=tools
+                )
+            if not (upto.startswith(head) and text.startswith(upto)):
+                return None
+            ends += [len(head), len(upto)]
+    except UserError:
+        return None
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = list(whole["input_ids"])
+    counts = _beginnings(tokenizer, text, ids, whole["offset_mapping"], splitters, ends)
+    if counts is None:
+        return None
+    turns = {}
+    for i in wanted:
+        start, stop = counts[ends[1 + 2 * len(turns)]], counts[ends[2 + 2 * len(turns)]]
+        turns[i] = (start, start + len(_up_to_end(tokenizer, ids[start:stop])))
+    return Located(ids, turns)
+
+
+def _beginnings(
+    tokenizer: Any,
+    text: str,
+    ids: list[int],
+    offsets: Sequence[tuple[int, int]],
+    splitters: dict[int, str],
+    ends: Iterable[int],
+) -> dict[int, int] | None:
+    """How many tokens each beginning text[:end] has; None unless each beginning's tokens are the
+    first of `ids`, the tokens of `text`.
+    """
+    splits = []
+    for k, token in enumerate(ids):
+        # not where the id stands for an unknown character
+        if token in splitters and text[slice(*offsets[k])] == splitters[token]:
+            splits.append(k)
+    after = [offsets[k][1] for k in splits]
+    counts, pieces = {0: 0, len(text): len(ids)}, {}
+    for end in ends:
+        if end not in counts:
+            at = bisect_right(after, end) - 1
+            pieces[end] = splits[at] if at >= 0 else 0
+    if pieces:
+        texts = [text[offsets[k][0] if k else 0 : end] for end, k in pieces.items()]
+        found = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for (end, k), piece in zip(pieces.items(), found, strict=True):
+            if ids[k : k + len(piece)] != piece:
+                return None
+            counts[end] = k + len(piece)
+    return counts
+
+
+_KNOWN_SPLITTERS: "weakref.WeakKeyDictionary[Any, dict[int, str]]" = weakref.WeakKeyDictionary()
+
+
+def _splitters(tokenizer: Any) -> dict[int, str] | None:
+    """Added tokens, with their texts, that a tokenizer of the library tokenizers finds before
+    anything else, whatever stands beside them; None for other tokenizers.
+    """
+    if not getattr(tokenizer, "is_fast", False) or getattr(tokenizer, "split_special_tokens", 0):
+        return None
+    if tokenizer not in _KNOWN_SPLITTERS:
+        _KNOWN_SPLITTERS[tokenizer] = {
+            number: token.content
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if not (token.normalized or token.single_word or token.lstrip or token.rstrip)
+        }
+    return _KNOWN_SPLITTERS[tokenizer]

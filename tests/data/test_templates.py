@@ -16,6 +16,8 @@ from rlhf.models.encoding import (
     IGNORED,
     encode_answer,
     encode_conversation,
+    located_at_once,
+    located_by_prefixes,
     prompt_ids,
     response_ids,
 )
@@ -108,6 +110,51 @@ def test_what_trains_is_what_is_sampled_and_scored(name: str) -> None:
     ids, _ = encode_conversation(tok, turns, completion_only=True)
     assert ids == prompt_ids(tok, turns[:-1]) + response_ids(tok, turns[-1]["content"])
     assert encode_answer(tok, turns[:-1], turns[-1:]) == ids
+
+
+def wordpiece_like(name: str) -> Any:
+    """A tokenizer that marks words with a metaspace, the text's first word included."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.normalizer = normalizers.NFKC()
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "</s>", "<s>", "<|im_start|>"]
+    texts = [" ".join(said) for said in SCRIPTS.values()]
+    core.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    )
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    out.chat_template = template_text(name)
+    return out
+
+
+# beginnings and ends that a tokenizer may join with what stands beside them
+EDGES = ("", " ", "\n", "  \n", "\u0301", "\ufb01")
+
+
+@pytest.mark.parametrize("make", [tokenizer, wordpiece_like])
+@pytest.mark.parametrize("name", NAMES)
+def test_turns_located_at_once_are_those_located_by_prefixes(name: str, make: Any) -> None:
+    """The same turns, or none where the prefixes have none either."""
+    tok, found = make(name), 0
+    for script in SCRIPTS:
+        for edge in EDGES:
+            turns = [
+                {**message, "content": edge + message["content"] + edge}
+                for message in conversation(script, edge != " ")
+            ]
+            answers = [i for i, message in enumerate(turns) if message["role"] == "assistant"]
+            try:
+                expected = located_by_prefixes(tok, turns, answers, None)
+            except ValueError:
+                expected = None
+            assert located_at_once(tok, turns, answers, None) == expected
+            found += expected is not None
+    assert found >= len(SCRIPTS) or make is wordpiece_like
 
 
 FAMILIES = {
