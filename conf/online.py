@@ -177,7 +177,14 @@ class OnlineStage(TrainStage):
     )
     importance_mode: ImportanceMode = option(
         ImportanceMode.truncate,
-        "Above the cap, cut the weight to it, or leave the token (sequence) out.",
+        "Above the cap, cut the weight to it, or (mask) leave the token or sequence out.",
+    )
+    importance_floor: float | None = option(
+        None,
+        "importance_mode=mask: the weight below which a token or sequence is left out too; null: "
+        "1 / importance_cap.",
+        at_least=0,
+        at_most=1,
     )
     importance_level: Level = option(
         Level.token, "Whether tokens or sequences have an importance weight."

@@ -193,7 +193,12 @@ def whiten(
     same_shape(values.dim(), values=values, mask=mask)
     check_mask(mask)
     centre = mean if shift else 0.0
-    return torch.where(mask, (values - centre) / max(std, floor), 0.0)
+    return torch.where(mask, scaled(values - centre, std, floor), 0.0)
+
+
+def scaled(values: Tensor, std: float, floor: float = 1e-5) -> Tensor:
+    """`values` [...] in units of `std`, as `whiten` scales them."""
+    return values / max(std, floor)
 
 
 @dataclass(frozen=True, slots=True)

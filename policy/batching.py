@@ -198,9 +198,10 @@ def pack_groups(
     response_lengths: Sequence[int],
     *,
     hidden_size: int,
+    budget: int,
 ) -> list[list[int]]:
     """Row numbers in packs of equal `groups`, each group in equally large packs of the size that
-    costs least.
+    costs least among those of at most `budget` tokens. A row that is longer stands alone.
 
     A token costs about 24 H^2 multiplications per layer in the projections and 2 L H in the
     attention over a row of L tokens, with a dense mask; so a row of L tokens costs L (1 + L / (12
@@ -210,7 +211,7 @@ def pack_groups(
     for rows in rows_by_group(groups):
         rows.sort(key=lambda row: (-response_lengths[row], row))
         prompt = prompt_lengths[rows[0]]
-        options = _equal_parts(rows)
+        options = _within(_equal_parts(rows), budget, prompt_lengths, response_lengths)
         costs = [_cost(parts, prompt, response_lengths, hidden_size) for parts in options]
         packs += options[costs.index(min(costs))]
     return packs
@@ -218,14 +219,32 @@ def pack_groups(
 
 def _equal_parts(rows: list[int]) -> list[list[list[int]]]:
     """`rows`, longest first, as 1, 2, 4, ... packs of nearly equal size, each with long and short
-    responses.
+    responses; the last option is a pack for each row.
     """
     options = []
     count = 1
-    while count <= len(rows):
+    while count < len(rows):
         options.append([rows[start::count] for start in range(count)])
         count *= 2
+    options.append([[row] for row in rows])
     return options
+
+
+def _within(
+    options: list[list[list[int]]],
+    budget: int,
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+) -> list[list[list[int]]]:
+    """The options whose packs all have at most `budget` tokens; the last one, of single rows, where
+    none has.
+    """
+    fitting = []
+    for parts in options:
+        longest = max(pack_length(part, prompt_lengths, response_lengths) for part in parts)
+        if longest <= budget:
+            fitting.append(parts)
+    return fitting or options[-1:]
 
 
 def _cost(

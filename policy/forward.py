@@ -73,7 +73,7 @@ def plan(
     some of them empty. `groups` [B]: the prompt of each row. Collective.
     """
     if layout.shared:
-        packs = [list(pair) for pair in pairs] or _packs(batch, groups, rows, layout.hidden_size)
+        packs = [list(pair) for pair in pairs] or _packs(batch, groups, rows, layout)
         prompts, responses = _token_counts(batch)
         sizes = [pack_length(part, prompts, responses) for part in packs]
         return _fill(packs, sizes, layout.budget)
@@ -98,7 +98,7 @@ def _token_counts(batch: Batch) -> tuple[list[int], list[int]]:
     return prompts, responses
 
 
-def _packs(batch: Batch, groups: Tensor, rows: Sequence[int], hidden_size: int) -> Packs:
+def _packs(batch: Batch, groups: Tensor, rows: Sequence[int], layout: Layout) -> Packs:
     """Packs of `rows`, those of a pack from one group."""
     prompts, responses = _token_counts(batch)
     numbers = groups.tolist()
@@ -106,7 +106,8 @@ def _packs(batch: Batch, groups: Tensor, rows: Sequence[int], hidden_size: int) 
         [numbers[row] for row in rows],
         [prompts[row] for row in rows],
         [responses[row] for row in rows],
-        hidden_size=hidden_size,
+        hidden_size=layout.hidden_size,
+        budget=layout.budget,
     )
     return [_selected(rows, numbers) for numbers in local]
 

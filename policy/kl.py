@@ -10,6 +10,16 @@ from policy.batching import same_shape
 from rlhf.types import UserError
 
 _ERROR_CLIP = 0.2  # Ziegler et al. 2019, section 2.2
+# Nats. Beyond it exp(log r) overflows in float32 (at 88), and its gradient is 0 times infinity:
+# NaN. As verl and OpenRLHF bound it.
+MAX_LOG_RATIO = 20.0
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """A log ratio whose exponential stays finite: cut to +-MAX_LOG_RATIO, without a gradient where
+    it is cut. NaN stays NaN.
+    """
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
@@ -24,7 +34,7 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator)
 
     k1 is unbiased and may be negative; its gradient has zero mean, so it belongs in a reward, not
     in a loss. k2 is biased, of low variance, never negative. k3 is unbiased, of low variance, never
-    negative up to rounding.
+    negative up to rounding; its log r is `bounded`.
 
     Differentiable in both arguments. There is no mask: positions outside the response hold whatever
     the inputs there give.
@@ -37,6 +47,7 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator)
         case KLEstimator.k2:
             return 0.5 * log_r.square()
         case KLEstimator.k3:
+            log_r = bounded(log_r)
             # expm1: near r = 1, exp(log_r) - 1 would leave rounding noise only
             return torch.expm1(log_r) - log_r
         case KLEstimator.k3_weighted:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _ROWS = 64  # at a time, so that what is read again is still in the cache
+# log p where p is 0, so that p log p is 0: 0 times infinity is NaN
+_LOWEST = torch.finfo(torch.float32).min
 
 
 def selected_logprobs(
@@ -70,7 +72,8 @@ def _chunk_logprobs(
         logprobs, entropy = _LabelLogprobs.apply(logits, labels)
         return logprobs, entropy
     log_p = torch.log_softmax(logits, dim=-1)  # [n, V]
-    return log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=_LOWEST)).sum(dim=-1)
+    return log_p.gather(1, labels[:, None]).squeeze(1), entropy
 
 
 class _LabelLogprobs(torch.autograd.Function):
@@ -91,7 +94,7 @@ class _LabelLogprobs(torch.autograd.Function):
             log_p = torch.log_softmax(buffer[part], dim=-1)
             logprobs[part] = log_p.gather(1, labels[part, None]).squeeze(1)
             torch.exp(log_p, out=buffer[part])
-            entropy[part] = -torch.linalg.vecdot(buffer[part], log_p)
+            entropy[part] = -torch.linalg.vecdot(buffer[part], log_p.clamp_(min=_LOWEST))
         # by this way only can activation checkpointing drop it and compute it anew
         ctx.save_for_backward(buffer, labels)
         ctx.mark_non_differentiable(entropy)

@@ -4,9 +4,12 @@
 Every loss is a sum over this micro-batch's tokens divided by `denominator`, the tokens (or
 responses) of the whole optimizer step over all micro-batches and ranks. Gradients that are summed
 over micro-batches and ranks then do not depend on the split. (An engine that averages over ranks
-multiplies by their number.) NaN outside the mask reaches neither a loss nor a gradient: sums
-select, and so does the one input with a gradient, because 0 (the gradient that a masked sum hands
-back) times a NaN derivative would be NaN.
+multiplies by their number.)
+
+NaN outside the mask reaches neither a loss nor a gradient: sums select, and so does every input
+that a gradient passes through or is multiplied by, because 0 (the gradient that a masked sum hands
+back) times NaN would be NaN. Log ratios are cut where their exponential would overflow
+(`policy.kl.bounded`).
 """
 
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from conf.choices import Aggregation, ImportanceMode, KLEstimator, Level, PolicyLoss
 from policy.batching import check_mask, masked_sum, same_shape
-from policy.kl import kl_per_token
+from policy.kl import bounded, kl_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,11 @@ def policy_loss(
     _check_denominator(denominator)
     new = torch.where(response_mask, logprobs, 0.0)
     old = torch.where(response_mask, old_logprobs, 0.0).detach()
-    advantages = advantages.detach()
+    advantages = torch.where(response_mask, advantages, 0.0).detach()
     log_ratio = new - old
     if kind is PolicyLoss.gspo:
         log_ratio = sequence_log_ratio(log_ratio, response_mask)
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(bounded(log_ratio))
     high = cliprange if cliprange_high is None else cliprange_high
     match kind:
         case PolicyLoss.clip | PolicyLoss.gspo:
@@ -121,8 +124,7 @@ def policy_loss(
         case _:
             raise NotImplementedError(f"stage.policy_loss={kind.value} has no surrogate here")
     if weights is not None:
-        same_shape(2, weights=weights, response_mask=response_mask)
-        surrogate = weights.detach() * surrogate
+        surrogate = _selected_weights(weights, response_mask) * surrogate
     stats = PolicyStats(
         clipped=masked_sum(bound.float(), response_mask),
         approxkl=masked_sum(kl_per_token(old, new.detach(), KLEstimator.k3), response_mask),
@@ -130,6 +132,12 @@ def policy_loss(
         tokens=response_mask.sum(),
     )
     return -masked_sum(surrogate, response_mask) / denominator, stats
+
+
+def _selected_weights(weights: Tensor, response_mask: Tensor) -> Tensor:
+    """`weights` [B, T] as constants, 0 outside the mask."""
+    same_shape(2, weights=weights, response_mask=response_mask)
+    return torch.where(response_mask, weights, 0.0).detach()
 
 
 def sequence_log_ratio(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
@@ -209,13 +217,12 @@ def kl_loss(
     new = torch.where(response_mask, logprobs, 0.0)
     ref = torch.where(response_mask, ref_logprobs, 0.0).detach()
     if estimator is KLEstimator.k3_weighted:
-        ratio = torch.exp(new - torch.where(response_mask, old_logprobs, 0.0).detach())
-        kl = ratio * kl_per_token(new, ref, KLEstimator.k3)
+        old = torch.where(response_mask, old_logprobs, 0.0).detach()
+        kl = torch.exp(bounded(new - old)) * kl_per_token(new, ref, KLEstimator.k3)
     else:
         kl = kl_per_token(new, ref, estimator)
     if weights is not None:
-        same_shape(2, weights=weights, response_mask=response_mask)
-        kl = weights.detach() * kl
+        kl = _selected_weights(weights, response_mask) * kl
     return masked_sum(kl, response_mask) / denominator
 
 
@@ -266,6 +273,7 @@ def importance_weights(
     rollout_logprobs: Tensor,
     cap: float,
     *,
+    floor: float | None = None,
     mode: ImportanceMode = ImportanceMode.truncate,
     level: Level = Level.token,
     response_mask: Tensor | None = None,
@@ -274,9 +282,10 @@ def importance_weights(
 
     They correct for tokens that the sampler drew from a slightly different (stale, or
     lower-precision) policy than the trainer's. Mode truncate: min(ratio, cap) (Ionides 2008,
-    "Truncated importance sampling"). Mode mask: the ratio where it is at most `cap`, else 0, so
-    that the token (or response) gives no gradient. Level sequence: the ratio of the whole response,
-    exp(sum_t log ratio_t), at each of its tokens; it needs `response_mask`.
+    "Truncated importance sampling"). Mode mask: the ratio where it is from `floor` (None: 1 / cap)
+    to `cap`, else 0, so that the token (or response) gives no gradient (the Ling team's IcePop, as
+    in "INTELLECT-3" 2025, arXiv:2512.16144, equation 1). Level sequence: the ratio of the whole
+    response, exp(sum_t log ratio_t), at each of its tokens; it needs `response_mask`.
     """
     same_shape(2, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
     if not cap > 0:
@@ -290,5 +299,6 @@ def importance_weights(
         log_ratio = of_response.expand_as(old_logprobs)
     ratio = torch.exp(log_ratio)
     if mode is ImportanceMode.mask:
-        return torch.where(ratio <= cap, ratio, 0.0)
+        lowest = 1.0 / cap if floor is None else floor
+        return torch.where((ratio >= lowest) & (ratio <= cap), ratio, 0.0)
     return ratio.clamp(max=cap)

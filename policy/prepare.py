@@ -16,6 +16,7 @@ from policy.advantages import (
     leave_one_out_advantages,
     masked_moments,
     rewards_to_go,
+    scaled,
     token_rewards,
     whiten,
 )
@@ -79,8 +80,12 @@ def needs_old_logprobs(stage: OnlineStage) -> bool:
     """
     several_steps = stage.epochs * stage.minibatches > 1
     critic_alone = stage.advantage is Advantage.gae and stage.critic_warmup > 0
-    penalised = stage.reference and stage.kl_coef > 0 and stage.kl_place is not KLPlace.loss
-    return several_steps or critic_alone or penalised
+    return several_steps or critic_alone or _penalises(stage)
+
+
+def _penalises(stage: OnlineStage) -> bool:
+    """Whether the KL penalty is part of the reward."""
+    return stage.reference and stage.kl_coef > 0 and stage.kl_place is not KLPlace.loss
 
 
 def prepare(
@@ -102,13 +107,16 @@ def prepare(
     tokens, mask = batch.tokens, batch.mask
     rows = batch.keep.nonzero().flatten().tolist()
     if passes:
-        batch = _with_logprobs(batch, rows, models)
+        batch = _with_logprobs(batch, _measured(batch, rows, stage), models)
     if models.critic is not None:
         batch = replace(batch, values=critic_values(models.critic, tokens, models.layout.budget))
     rewards = token_rewards(scores, _penalised_kl(batch, stage), mask, kl_coef)
     if stage.whiten_rewards:
         mean, std, _ = masked_moments(rewards, mask, distributed.all_sum)
         rewards = whiten(rewards, mask, mean, std, shift=False)
+        # scores and baselines in the units of the rewards that they are compared with
+        scores = scaled(scores, std)
+        baselines = None if baselines is None else scaled(baselines, std)
     returns = None
     if stage.advantage is Advantage.gae:
         assert batch.values is not None, "advantage=gae has a critic"
@@ -124,6 +132,15 @@ def prepare(
     if stage.whiten_advantages and stage.advantage is not Advantage.none:
         advantages = _whitened(advantages, batch)
     return replace(batch, rewards=rewards, advantages=advantages, returns=returns)
+
+
+def _measured(batch: TrainBatch, rows: list[int], stage: OnlineStage) -> list[int]:
+    """The rows whose logprobs are needed: `rows`, which train; with a KL penalty in the reward all
+    responses that they are compared with, such as those that stage.mask_truncated leaves out.
+    """
+    if rows and _penalises(stage):
+        return list(range(len(batch.keep)))
+    return rows
 
 
 def _with_logprobs(batch: TrainBatch, rows: list[int], models: Models) -> TrainBatch:
@@ -168,7 +185,8 @@ def advantages_without_critic(
     """Advantages [B, T], 0 outside the mask, of every estimator that needs no critic.
 
     `rewards` [B, T] hold the KL penalty where it belongs in the reward, so a group is compared by
-    its penalised scores. `scores`, `groups`, `baselines`: [B].
+    its penalised scores. `scores`, `groups`, `baselines`: [B]; scores and baselines in the units
+    of the rewards.
     """
     totals = rewards.sum(dim=1)
     match stage.advantage:
@@ -182,16 +200,19 @@ def advantages_without_critic(
             baseline = torch.zeros_like(totals)
             if stage.group_baseline:
                 baseline = group_moments(scores, groups)[0].float()
-            return _rewards_to_go_above(baseline, rewards, mask, stage.gamma)
+            return _above(baseline, rewards, mask, stage.gamma)
         case Advantage.greedy:
             assert baselines is not None, "advantage=greedy scores greedy responses"
-            return _rewards_to_go_above(baselines, rewards, mask, stage.gamma)
+            return _above(baselines, rewards, mask, stage.gamma)
         case _:
             raise ValueError(f"{stage.advantage} needs a critic")
     return torch.where(mask, per_row[:, None].to(rewards.dtype), 0.0)
 
 
-def _rewards_to_go_above(baseline: Tensor, rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Rewards to go [B, T] less each row's `baseline` [B]; 0 outside the mask."""
+def _above(baseline: Tensor, rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Rewards to go [B, T] less each row's `baseline` [B], a score, which is discounted from the
+    last token as the row's own score is; 0 outside the mask.
+    """
     to_go = rewards_to_go(rewards, mask, gamma=gamma)
-    return torch.where(mask, to_go - baseline[:, None], 0.0)
+    alone = token_rewards(baseline, torch.zeros_like(rewards), mask, 0.0)
+    return to_go - rewards_to_go(alone, mask, gamma=gamma)

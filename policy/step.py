@@ -60,15 +60,22 @@ class _Sums:
     """Named sums, reduced over ranks at the end of each optimizer step."""
 
     def __init__(self) -> None:
-        self.values = dict.fromkeys(_NAMES, 0.0)
+        self.values: dict[str, Tensor] = {}
 
-    def add(self, **values: Tensor | float) -> None:
+    def add(self, **values: Tensor) -> None:
+        """Add scalars in float64 where they are: a copy to the host would wait for the device."""
         for name, value in values.items():
-            self.values[name] += float(value)
+            exact = value.detach().double()
+            self.values[name] = self.values[name] + exact if name in self.values else exact
 
     def reduced(self) -> dict[str, float]:
-        """Over all ranks. Collective."""
-        return dict(zip(_NAMES, distributed.all_sum([self.values[n] for n in _NAMES]), strict=True))
+        """Over all ranks. Collective, and the one copy to the host."""
+        own = dict.fromkeys(_NAMES, 0.0)
+        if self.values:
+            own.update(
+                zip(self.values, torch.stack(list(self.values.values())).tolist(), strict=True)
+            )
+        return dict(zip(_NAMES, distributed.all_sum(list(own.values())), strict=True))
 
 
 @dataclass(slots=True)
@@ -168,7 +175,8 @@ class OptimizerStep:
             self._keep_measured(done)
         mask = self._train_mask(done.rows, done.batch.response_mask, spare=spare)
         if self.pairwise:
-            loss = self._pair_loss(done.rows, pairs, mask, done.logprobs)
+            own = [] if spare else pairs
+            loss = self._pair_loss(done.rows, own, mask, done.logprobs)
         else:
             loss = self._token_loss(done.rows, mask, done.logprobs)
         bonus = entropy_bonus(done.entropy, mask, denominator=self.tokens)
@@ -236,6 +244,7 @@ class OptimizerStep:
             old,
             cut(self.batch.rollout_logprobs, rows, old.shape[1]),
             stage.importance_cap,
+            floor=stage.importance_floor,
             mode=stage.importance_mode,
             level=stage.importance_level,
             response_mask=mask,
@@ -246,10 +255,10 @@ class OptimizerStep:
     def _pair_loss(
         self, rows: list[int], pairs: Sequence[Pair], mask: Tensor, logprobs: Tensor
     ) -> Tensor:
-        """Sum over this micro-batch's whole pairs, divided by the pairs of the step."""
+        """Sum over this micro-batch's whole pairs, divided by the pairs of the step; 0 in a spare
+        pass, which has none.
+        """
         stage, width = self.stage, logprobs.shape[1]
-        if not bool(mask.any()):  # a spare pass
-            return logprobs.sum() * 0.0
         position = {row: i for i, row in enumerate(rows)}
         own = [(position[a], position[b]) for a, b in pairs if a in position]
         better, worse = [a for a, _ in own], [b for _, b in own]

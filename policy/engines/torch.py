@@ -3,6 +3,7 @@
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,25 @@ from policy.model import no_gather, trainable
 from rlhf.process import distributed
 
 
+def _adder(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that moves a half-precision parameter's gradient into `master`'s, in float32."""
+
+    def add(param: Tensor) -> None:
+        gradient, param.grad = param.grad, None
+        if gradient is None:
+            return
+        if master.grad is None:
+            master.grad = gradient.float()
+        else:
+            master.grad.add_(gradient)
+
+    return add
+
+
 class TorchEngine:
     """AdamW in one process; half-precision weights get float32 master copies, which the optimizer
-    steps.
+    steps and which hold the gradients: micro-batches are added in float32, so that how many there
+    are changes nothing.
     """
 
     def __init__(self, module: nn.Module, optim: OptimSettings, device: torch.device) -> None:
@@ -32,6 +49,9 @@ class TorchEngine:
             p if p.dtype == torch.float32 else p.detach().float().clone().requires_grad_()
             for p in self.params
         ]
+        for param, master in zip(self.params, self.masters, strict=True):
+            if master is not param:
+                param.register_post_accumulate_grad_hook(_adder(master))
         self.optimizer = torch.optim.AdamW(
             self.masters,
             lr=optim.learning_rate,
@@ -56,10 +76,6 @@ class TorchEngine:
         changes.
         """
         if self._norm is None:
-            for param, master in zip(self.params, self.masters, strict=True):
-                if master is not param:
-                    master.grad = None if param.grad is None else param.grad.float()
-                    param.grad = None
             self._norm = float(
                 torch.nn.utils.clip_grad_norm_(self.masters, self.optim.max_grad_norm or math.inf)
             )

@@ -45,16 +45,16 @@ class VerifierScorer(Stateless):
         """Raises UserError naming the prompt where its reference can't be used, and where checking
         failed through no fault of the response.
         """
-        references: dict[str, Any] = {}
+        references: dict[int, Any] = {}  # by row: two rows with one text may have two answers
         for rollout in rollouts:
             prompt = rollout.prompt
-            if prompt.id not in references:
-                references[prompt.id] = read_reference(
+            if id(prompt) not in references:
+                references[id(prompt)] = read_reference(
                     self.name, self.verifier, prompt.fields, name_prompt(rollout)
                 )
 
         def check(rollout: Rollout) -> float:
-            return self._check(rollout, references[rollout.prompt.id])
+            return self._check(rollout, references[id(rollout.prompt)])
 
         if self.verifier.workers > 1 and len(rollouts) > 1:
             with ThreadPoolExecutor(self.verifier.workers) as pool:

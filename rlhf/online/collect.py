@@ -32,7 +32,7 @@ class Collected:
     rollouts: list[Rollout]  # every response of every draw
     scores: Scores  # of all of them, raw
     finals: torch.Tensor  # [B] after clipping, normalisation and penalties
-    groups: list[int]  # [B]: responses to one prompt in one draw are compared with each other
+    groups: list[int]  # [B]: responses to one row's prompt are compared with each other
     rows: list[int]  # those that train, in order
     pairs: list[Pair]  # of indices into `rows`: (better, worse)
     baselines: torch.Tensor | None  # [B] final scores of the greedy response to the same prompt
@@ -124,9 +124,9 @@ class Collector:
         """Draw prompts, write and score responses, and select what trains. Collective.
 
         With selection=unequal prompts are drawn again, at most `stage.resample` times, until all
-        ranks together have `stage.prompts_per_step` groups whose scores differ; what is above that
-        is left out, and ranks may hold unequally many. `first_draw` counts the draws of prompts
-        since the run began.
+        ranks together have `stage.prompts_per_step` groups whose raw scores differ; what is above
+        that is left out, and ranks may hold unequally many. `first_draw` counts the draws of
+        prompts since the run began.
         """
         draws: list[Draw] = []
         selected: list[int] = []
@@ -142,13 +142,13 @@ class Collector:
             full += added
             if len(draws) > self.stage.resample or full >= self.stage.prompts_per_step:
                 break
-        collected = _joined(draws)
+        collected = _joined(draws, [self._groups(draw) for draw in draws])
         if self.stage.selection is Selection.unequal:
             collected.rows = selected
         elif self.stage.selection is not Selection.all:
             _select(collected, self.stage.selection)
         if self.stage.advantage is Advantage.greedy:
-            collected.baselines = self._greedy_baselines(collected.rollouts, score, phase)
+            collected.baselines = self._greedy_baselines(collected, score, phase)
         return collected
 
     def _draw(self, number: int, score: Score, phase: Phase) -> Draw:
@@ -164,39 +164,44 @@ class Collector:
         return Draw(written, scores, finals, clipped)
 
     def _unequal(self, draw: Draw, missing: int) -> tuple[list[int], int]:
-        """Rows of this rank's groups whose scores differ, and how many such groups all ranks have.
+        """Rows of this rank's groups whose raw scores differ, and how many such groups all ranks
+        have. A group whose answers are all wrong stays out however its length penalties differ
+        (Yu et al. 2025, arXiv:2503.14476, equation 11).
 
         Of all ranks' groups the first `missing` are taken, so that the number of ranks changes
         nothing. Collective.
         """
-        prompt_ids = [rollout.prompt.id for rollout in draw.rollouts]
-        groups = unequal_groups(draw.finals.tolist(), group_index(prompt_ids).tolist())
+        groups = unequal_groups(draw.scores.total, self._groups(draw))
         counts = distributed.gather(len(groups))
         before = sum(counts[: distributed.rank()])
         own = max(0, min(len(groups), missing - before))
         return [row for rows in groups[:own] for row in rows], sum(counts)
 
-    def _greedy_baselines(
-        self, rollouts: Sequence[Rollout], score: Score, phase: Phase
-    ) -> torch.Tensor:
+    def _greedy_baselines(self, collected: Collected, score: Score, phase: Phase) -> torch.Tensor:
         """[B]: the final score of the most likely response to each rollout's prompt. Collective."""
-        prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
+        prompts: dict[int, Prompt] = {}  # of each group: one text may have several answers
+        for group, rollout in zip(collected.groups, collected.rollouts, strict=True):
+            prompts.setdefault(group, rollout.prompt)
         with phase("rollout"):
             greedy = self.generator.generate(list(prompts.values()), n=1, seed=0, greedy=True)
         with phase("score"):
             raw = score(greedy).total
             finals, _ = final_scores(raw, greedy, self.stage, self.limit, self.moments, learn=False)
-        by_prompt = {
-            rollout.prompt.id: final for rollout, final in zip(greedy, finals.tolist(), strict=True)
-        }
-        baselines = [by_prompt[rollout.prompt.id] for rollout in rollouts]
+        by_group = dict(zip(prompts, finals.tolist(), strict=True))
+        baselines = [by_group[group] for group in collected.groups]
         return torch.tensor(baselines, dtype=torch.float32)
 
+    def _groups(self, draw: Draw) -> list[int]:
+        """[b]: which prompt of the draw each response answers. Two rows with one text are two
+        prompts: their answers, and so their scores, differ.
+        """
+        return [row // self.stage.samples_per_prompt for row in range(len(draw.rollouts))]
 
-def _joined(draws: Sequence[Draw]) -> Collected:
-    """The responses of several draws, all of which train."""
+
+def _joined(draws: Sequence[Draw], groups: Sequence[Sequence[int]]) -> Collected:
+    """The responses of several draws, all of which train; `groups` of each draw's responses."""
     rollouts = [rollout for draw in draws for rollout in draw.rollouts]
-    keys = [(i, r.prompt.id) for i, draw in enumerate(draws) for r in draw.rollouts]
+    keys = [(i, group) for i, of_draw in enumerate(groups) for group in of_draw]
     return Collected(
         rollouts=rollouts,
         scores=_joined_scores([draw.scores for draw in draws]),

@@ -102,11 +102,14 @@ def test_what_engines_hold_is_the_textbooks_figure_and_buffers(zero: int, ranks:
     assert held == pytest.approx(textbook(P, zero, ranks), rel=1e-6)
 
 
-def test_the_torch_engine_holds_sixteen_bytes_a_parameter_in_either_precision() -> None:
-    for half in (False, True):
-        states = training_states(WHOLE, Setting(half=half, cuda=True))
-        assert model_states(states) / P == 16
-        assert total(states.step).device / P == 4  # the float32 gradient
+@pytest.mark.parametrize(("half", "expected"), [(False, 16), (True, 18)])
+def test_the_torch_engine_adds_gradients_in_float32(half: bool, expected: int) -> None:
+    """Weights, gradients, momentum and variance in float32; in half precision 2 bytes of weights
+    beside float32 ones.
+    """
+    states = training_states(WHOLE, Setting(half=half, cuda=True))
+    assert model_states(states) / P == expected
+    assert total(states.step).device / P == 4  # the gradient
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64])

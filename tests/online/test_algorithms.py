@@ -40,7 +40,7 @@ SIZES = {
 }
 EXTRA = {
     "ppo": ["stage.critic_init=policy", "stage.critic_learning_rate=3e-3", "stage.kl_coef=0.01"],
-    "dapo": ["stage.overlong_buffer=1"],
+    "dapo": ["stage.overlong_buffer=1", "stage.minibatches=1"],
     "gspo": ["stage.cliprange=0.05", "stage.cliprange_high=0.05", "stage.minibatches=2"],
     "remax": ["stage.kl_coef=0.01"],
 }

@@ -2,20 +2,22 @@
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conf.choices import Advantage, Selection
 from conf.stages import OnlineStage
 from rlhf.cli import config
 from rlhf.online import loop as online
-from rlhf.online.collect import final_scores, step_prompts
+from rlhf.online.collect import Collector, final_scores, step_prompts
 from rlhf.process.distributed import RunningMoments
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
-from rlhf.types import Prompt, Rollout, SyncError, TrainingDiverged
+from rlhf.types import Prompt, Rollout, Scores, SyncError, TrainingDiverged
 from tests import drawing, toys
 
 TINY = [
@@ -263,3 +265,62 @@ def test_final_scores_clip_then_normalise_then_penalise() -> None:
         [1.0, 3.0], rollouts[2:], OnlineStage(reward_normalise=True), 8, RunningMoments()
     )
     assert float(normalised[0]) == -float(normalised[1]) < 0
+
+
+class _Lengths:
+    """Writes to each prompt responses of 40, 50, 55 and 60 tokens."""
+
+    version = 0
+
+    def generate(self, prompts: list[Prompt], *, n: int = 1, **_: object) -> list[Rollout]:
+        lengths = (40, 50, 55, 60)
+        return [
+            Rollout(prompt, "", [7] * lengths[i % 4], [0.0] * lengths[i % 4], "stop", 0)
+            for prompt in prompts
+            for i in range(n)
+        ]
+
+
+def _collector(stage: OnlineStage, answers: list[str]) -> Collector:
+    """Of prompts with one text and these answers."""
+    prompts = [Prompt("same", "x", (1,), fields={"answer": answer}) for answer in answers]
+    return Collector(_Lengths(), prompts, stage, 0, 64, RunningMoments())  # type: ignore[arg-type]
+
+
+def _phase(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def test_dynamic_sampling_looks_at_scores_before_penalties_for_length() -> None:
+    """A group that is wrong throughout says nothing, however long its answers are."""
+    stage = OnlineStage(
+        advantage=Advantage.group,
+        selection=Selection.unequal,
+        resample=0,
+        samples_per_prompt=4,
+        prompts_per_step=1,
+        overlong_buffer=12,
+        kl_coef=0.0,
+    )
+
+    def wrong(rollouts: list[Rollout]) -> Scores:
+        return Scores([0.0] * len(rollouts), {})
+
+    collected = _collector(stage, ["a"]).collect(wrong, 0, _phase)  # type: ignore[arg-type]
+    assert len(set(collected.finals.tolist())) > 1
+    assert collected.rows == []
+
+
+def test_rows_with_one_text_and_different_answers_are_groups_of_their_own() -> None:
+    stage = OnlineStage(
+        advantage=Advantage.greedy, samples_per_prompt=2, prompts_per_step=2, kl_coef=0.0
+    )
+
+    def score(rollouts: list[Rollout]) -> Scores:
+        return Scores([float(r.prompt.fields["answer"] == "a") for r in rollouts], {})
+
+    collected = _collector(stage, ["a", "b"]).collect(score, 0, _phase)  # type: ignore[arg-type]
+    assert collected.groups == [0, 0, 1, 1]
+    assert collected.baselines is not None
+    assert collected.baselines.tolist() == collected.scores.total
+    assert sorted(collected.scores.total) == [0.0, 0.0, 1.0, 1.0]

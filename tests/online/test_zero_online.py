@@ -30,7 +30,7 @@ ALGORITHMS = [
     f"zero2:none:stage=grpo:{_SIZES}",
     f"zero3:lora:stage=grpo:{_SIZES}",
     f"zero1:none:stage=online_dpo:{_SIZES}:stage.kl_coef=0.0",
-    f"zero3:none:stage=dapo:{_SIZES}:stage.overlong_buffer=2",
+    f"zero3:none:stage=dapo:{_SIZES}:stage.overlong_buffer=2:stage.minibatches=1",
     f"zero2:none:stage=raft:{_SIZES}",
 ]
 

@@ -237,3 +237,17 @@ def test_no_gradient_at_all_gives_the_same_values() -> None:
         quiet = selected_logprobs(hidden, head, labels, chunk=7, entropy_grad=False)
     for mine, theirs in zip(quiet, selected_logprobs(hidden, head, labels, chunk=7), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("entropy_grad", [True, False])
+def test_a_token_of_probability_zero_adds_no_entropy(entropy_grad: bool) -> None:
+    """As where a model masks part of its vocabulary: 0 log 0 is 0."""
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [2.0, -torch.inf, 1.0]], requires_grad=True)
+    logprobs, entropy = selected_logprobs(
+        logits, lambda x: x * 1.0, torch.tensor([0, 2]), chunk=8, entropy_grad=entropy_grad
+    )
+    alone = torch.distributions.Categorical(logits=torch.tensor([2.0, 1.0])).entropy()
+    expected = torch.stack([torch.tensor(2.0).log(), alone])
+    torch.testing.assert_close(entropy, expected)
+    (logprobs.sum() + (entropy.sum() if entropy_grad else 0.0)).backward()
+    assert logits.grad is not None and bool(logits.grad.isfinite().all())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from policy.batching import Batch, can_share_prompts, collate, pack, pack_groups, pack_length
+from policy.forward import Layout, plan
 from policy.model import PolicyModule
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3], [4, 5]]
@@ -85,14 +86,15 @@ def test_logprobs_and_gradients_equal_those_of_single_rows(
 rows = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=30)
 
 
-@given(rows, st.integers(8, 4096))
+@given(rows, st.integers(8, 4096), st.integers(1, 200))
 @settings(deadline=None)
-def test_every_row_is_in_one_pack_of_its_own_group(
-    drawn: list[tuple[int, int]], hidden_size: int
+def test_every_row_is_in_one_pack_of_its_own_group_within_the_budget(
+    drawn: list[tuple[int, int]], hidden_size: int, budget: int
 ) -> None:
     groups, lengths = [group for group, _ in drawn], [length for _, length in drawn]
     prompts = [3 + 2 * group for group in groups]
-    packs = pack_groups(groups, prompts, lengths, hidden_size=hidden_size)
+    packs = pack_groups(groups, prompts, lengths, hidden_size=hidden_size, budget=budget)
+    assert all(len(part) == 1 or pack_length(part, prompts, lengths) <= budget for part in packs)
     assert sorted(row for part in packs for row in part) == list(range(len(drawn)))
     assert all(len({groups[row] for row in part}) == 1 for part in packs)
     assert all(
@@ -103,8 +105,19 @@ def test_every_row_is_in_one_pack_of_its_own_group(
 
 
 def test_long_prompts_are_shared_by_all_and_long_responses_of_a_small_model_by_none() -> None:
-    assert len(pack_groups([0] * 8, [500] * 8, [10] * 8, hidden_size=2048)) == 1
-    assert len(pack_groups([0] * 8, [2] * 8, [1000] * 8, hidden_size=32)) == 8
+    many = 10**6
+    assert len(pack_groups([0] * 8, [500] * 8, [10] * 8, hidden_size=2048, budget=many)) == 1
+    assert len(pack_groups([0] * 8, [2] * 8, [1000] * 8, hidden_size=32, budget=many)) == 8
+
+
+def test_no_micro_batch_of_shared_prompts_is_above_the_budget() -> None:
+    """16 responses of 1,000 tokens to a prompt of 3,000: one pack would have 18,984 tokens."""
+    batch = collate([[1] * 3000] * 16, [[2] * 1000] * 16, 0)
+    layout = Layout(4096, shared=True, hidden_size=4096)
+    prompts, responses = [3000] * 16, [1000] * 16
+    for packs in plan(batch, torch.zeros(16, dtype=torch.long), list(range(16)), layout):
+        longest = max(pack_length(part, prompts, responses) for part in packs)
+        assert len(packs) * longest <= 4096
 
 
 def test_models_with_windows_or_other_layers_are_left_alone(

@@ -12,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conf.choices import PolicyLoss
+from conf.choices import ImportanceMode, KLEstimator, PolicyLoss
 from policy.batching import Batch, collate, plan_micro_batches
-from policy.losses import PolicyStats, entropy_bonus, importance_weights, policy_loss, value_loss
+from policy.losses import (
+    PolicyStats,
+    entropy_bonus,
+    importance_weights,
+    kl_loss,
+    policy_loss,
+    value_loss,
+)
 from policy.model import PolicyModule
 
 NAN = float("nan")
@@ -485,3 +492,68 @@ def test_every_policy_loss_has_its_surrogate(kind: PolicyLoss) -> None:
             loss()
     else:
         assert torch.isfinite(loss())
+
+
+@pytest.mark.parametrize("kind", [PolicyLoss.clip, PolicyLoss.gspo, PolicyLoss.cispo])
+def test_nan_outside_the_mask_reaches_no_gradient_of_its_row(kind: PolicyLoss) -> None:
+    mask = torch.tensor([[True, True, False]])
+    new = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
+    advantages = torch.tensor([[1.0, 1.0, NAN]])
+    weights = torch.tensor([[1.0, 0.5, NAN]])
+    loss, _ = policy_loss(
+        new,
+        torch.tensor([[-1.0, -2.0, NAN]]),
+        advantages,
+        mask,
+        cliprange=0.2,
+        denominator=1.0,
+        kind=kind,
+        weights=weights,
+    )
+    loss.backward()
+    assert new.grad is not None and bool(new.grad.isfinite().all())
+    assert new.grad[0, 2] == 0 and bool((new.grad[0, :2] != 0).all())
+
+
+@pytest.mark.parametrize("kind", [PolicyLoss.clip, PolicyLoss.gspo, PolicyLoss.cispo])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_log_ratio_beyond_float32_is_bounded(kind: PolicyLoss, advantage: float) -> None:
+    """exp(99) overflows: its gradient was 0 times infinity, and the statistics were infinite."""
+    new = torch.tensor([[-0.1, -1.0]], requires_grad=True)
+    old = torch.tensor([[-200.0, -1.0]])
+    loss, stats = policy_loss(
+        new,
+        old,
+        torch.full((1, 2), advantage),
+        torch.ones(1, 2, dtype=torch.bool),
+        cliprange=0.2,
+        denominator=2.0,
+        kind=kind,
+    )
+    loss.backward()
+    assert new.grad is not None and bool(new.grad.isfinite().all())
+    assert all(bool(x.isfinite()) for x in (loss, stats.approxkl, stats.ratio))
+
+
+@pytest.mark.parametrize("estimator", [KLEstimator.k3, KLEstimator.k3_weighted])
+def test_a_kl_loss_far_from_its_reference_is_bounded(estimator: KLEstimator) -> None:
+    new = torch.tensor([[-120.0, -1.0]], requires_grad=True)
+    loss = kl_loss(
+        new,
+        torch.tensor([[-1.0, -1.1]]),
+        new.detach(),
+        torch.ones(1, 2, dtype=torch.bool),
+        estimator=estimator,
+        denominator=2.0,
+    )
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert new.grad is not None and bool(new.grad.isfinite().all())
+
+
+def test_masked_importance_leaves_out_what_is_too_small_too() -> None:
+    old = torch.log(torch.tensor([[0.1, 0.4, 0.6, 1.0, 1.9, 2.1]]))
+    ratios = importance_weights(old, torch.zeros(1, 6), 2.0, mode=ImportanceMode.mask)
+    torch.testing.assert_close(ratios, torch.tensor([[0.0, 0.0, 0.6, 1.0, 1.9, 0.0]]))
+    lower = importance_weights(old, torch.zeros(1, 6), 2.0, mode=ImportanceMode.mask, floor=0.2)
+    torch.testing.assert_close(lower, torch.tensor([[0.0, 0.4, 0.6, 1.0, 1.9, 0.0]]))

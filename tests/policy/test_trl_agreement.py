@@ -210,9 +210,16 @@ def test_cispo() -> None:
 
 def test_importance_correction_multiplies_the_surrogate() -> None:
     data = case()
+    low = 0.95  # TRL's vllm_importance_sampling_clip_min
     for mode, level in [(m, le) for m in ImportanceMode for le in Level]:
         weights = importance_weights(
-            data["old"], data["rollout"], 1.1, mode=mode, level=level, response_mask=data["mask"]
+            data["old"],
+            data["rollout"],
+            1.1,
+            floor=low,
+            mode=mode,
+            level=level,
+            response_mask=data["mask"],
         )
         difference = torch.where(data["mask"], data["old"] - data["rollout"], 0.0)
         ratio = torch.exp(
@@ -222,9 +229,9 @@ def test_importance_correction_multiplies_the_surrogate() -> None:
         theirs = (
             ratio.clamp(max=1.1)
             if mode is ImportanceMode.truncate
-            else ratio.masked_fill(ratio > 1.1, 0.0)
+            else ratio.masked_fill((ratio > 1.1) | (ratio < low), 0.0)
         )
-        assert bool((ratio > 1.1).any())
+        assert bool((ratio > 1.1).any()) and bool((ratio < low).any())
         assert_same(
             data,
             lambda x, weights=weights: ours(

@@ -701,3 +701,9 @@ def test_length_agrees_with_trl_s_soft_overlong_punishment(
     most = cache + more
     (expected,) = get_soft_overlong_punishment(most, cache)(completion_ids=[[1] * length])
     assert band_score(length, None, most - cache, cache) == pytest.approx(expected)
+
+
+def test_prompts_with_one_text_keep_their_own_references() -> None:
+    scorer = VerifierScorer("t", make_verifier("t", RewardTerm(kind=TermKind.exact)))
+    rollouts = [plain("4", "same", answer="4"), plain("4", "same", answer="5")]
+    assert scorer.score(rollouts).total == [1.0, 0.0]

@@ -176,13 +176,11 @@ def _torch(counts: Counts, s: Setting) -> States:
     trained_width = 4 if s.float32_trained else s.width
     weights = counts.weights(s.width, trained_width)
     masters = 4 * counts.trained if trained_width == 2 else 0
-    gradients = trained_width * counts.trained
-    # the second micro-batch's gradient of a tensor exists before it is added to the first's
+    # in float32, whatever the weights are; a tensor's gradient of the next micro-batch exists
+    # before it is added
+    gradients = 4 * counts.trained
     backward = {"gradients": Bytes(gradients + trained_width * counts.largest)}
-    # half-precision gradients become float32 tensor by tensor, and each is dropped then
-    step = {
-        "gradients": Bytes(4 * counts.trained + (2 * counts.largest if trained_width == 2 else 0))
-    }
+    step = {"gradients": Bytes(gradients)}
     step["AdamW's temporaries"] = Bytes(temporaries(counts.trained, counts.largest, s))
     resident = {
         "weights": Bytes(weights),
