@@ -115,9 +115,7 @@ class Level(Enum):
 
 
 class PreferenceLoss(Enum):
-    """Losses of TRL's DPOTrainer, by its names; which of them single pairs define is in
-    policy/preference.py.
-    """
+    """Losses of TRL's DPOTrainer, by its names (policy/preference.py says what takes pairs)."""
 
     sigmoid = "sigmoid"
     sigmoid_norm = "sigmoid_norm"
@@ -137,9 +135,7 @@ class PreferenceLoss(Enum):
 
 
 class FDivergence(Enum):
-    """What DPO keeps policy and reference close by (Wang et al. 2023, arXiv:2309.16240); by TRL's
-    names.
-    """
+    """What DPO keeps policy and reference close by, in TRL's names (arXiv:2309.16240)."""
 
     reverse_kl = "reverse_kl"
     forward_kl = "forward_kl"
@@ -268,6 +264,10 @@ class DataFormat(Enum):
     alpaca_preference = "alpaca_preference"
     sharegpt_preference = "sharegpt_preference"
     swift_preference = "swift_preference"
+    rejected_messages = "rejected_messages"
+    chosen_messages = "chosen_messages"
+    openai_preference = "openai_preference"
+    xlam = "xlam"
     unpaired = "unpaired"
     sharegpt_unpaired = "sharegpt_unpaired"
     messages_unpaired = "messages_unpaired"

@@ -18,6 +18,10 @@ class UserError(Exception):
     """
 
 
+class RowError(ValueError):
+    """Why a row doesn't fit: the key, what was expected, and what the row holds instead."""
+
+
 class TrainingDiverged(UserError):
     """NaN or infinity in a loss, a reward or a gradient; the message names the file that holds the
     batch.

@@ -2,7 +2,7 @@
 don't fit or are set aside.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,10 +11,11 @@ from conf.choices import DataFormat
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Format, Use, by_name, detect, judging_key, nearest_format
 from rlhf.data.formats import reading as formats_for
+from rlhf.data.formats.values import is_conversation, keys_of
 from rlhf.data.mixture import Part, Source
 from rlhf.data.rows import RowError
 from rlhf.process.wording import nearest_hint
-from rlhf.types import JudgedAnswer, PreferencePair, UserError
+from rlhf.types import Tools, UserError
 
 PROBE = 20  # first rows by which a file's format is recognised
 USES = {
@@ -36,6 +37,12 @@ class Record:
     value: Any
     fields: dict[str, Any]
     origin: str = ""
+
+    @property
+    def tools(self) -> Tools | None:
+        """The functions that a prompt's answers may call, which are among its fields."""
+        given = self.fields.get("tools")
+        return given if isinstance(given, list) else None
 
     @property
     def place(self) -> str:
@@ -105,16 +112,35 @@ def _unknown(origin: str, row: SourceRow, use: Use) -> UserError:
 
 def shape_of(value: Any) -> str:
     """Text or messages: what every row of a file must have in common."""
-    part = value
-    if isinstance(value, PreferencePair):
-        part = value.chosen
-    elif isinstance(value, JudgedAnswer):
-        part = value.completion
-    if isinstance(part, dict):
-        part = next(iter(part.values()))
-    if isinstance(part, list):
+    if is_conversation(value):
         return "messages"
     return "text"
+
+
+@dataclass(slots=True)
+class Seen:
+    """What rows hold beside what every stage reads, for the log: how many hold it, and where the
+    first is.
+    """
+
+    counts: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, names: Iterable[str], place: str) -> None:
+        """Count one row that holds `names`."""
+        for name in names:
+            count, first = self.counts.get(name, (0, place))
+            self.counts[name] = (count + 1, first)
+
+    def merge(self, other: "Seen") -> None:
+        """Count what `other` counted."""
+        for name, (count, first) in other.counts.items():
+            mine, place = self.counts.get(name, (0, first))
+            self.counts[name] = (mine + count, place)
+
+    def told(self, name: str) -> str:
+        """For messages."""
+        count, first = self.counts[name]
+        return f"{count} rows, the first {first}"
 
 
 @dataclass(slots=True)
@@ -129,6 +155,8 @@ class Conversion:
     aside: LeftOut  # judgements that give no pair, such as ties: their rows fit
     probe: int = PROBE
     formats: dict[str, Format] = field(default_factory=dict)  # by origin
+    keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
+    otherwise: Seen = field(default_factory=Seen)  # what was not read as it stands
     _shape: str | None = None
     _shape_where: str = ""  # of the first record
 
@@ -165,6 +193,9 @@ class Conversion:
             return []
         for reason in several.aside:
             self.aside(row, reason)
+        self.otherwise.add(several.otherwise, row.place)
+        keys = [keys_of(made.value, made.fields) for made in several.pairs]
+        self.keys.add(set().union(*keys), row.place)
         out = []
         for made in several.pairs:
             shape = shape_of(made.value)

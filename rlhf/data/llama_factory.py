@@ -10,8 +10,8 @@ Recalled, not read in its source; what an entry leaves out is assumed as there a
 `columns` maps a role to the file's column, `tags` a role to the file's word. Their rows become
 ours: alpaca (instruction, input, output ...), sharegpt (conversations of {from, value}), with
 chosen and rejected for ranking and kto_tag for judged answers. num_samples draws rows by run.seed.
-Not read: tools, images and other media (refused where a row holds some), and places other than a
-file and the Hugging Face hub.
+A column of tools goes with its row. Not read: images and other media (refused where a row holds
+some), and places other than a file and the Hugging Face hub.
 """
 
 import json
@@ -23,7 +23,7 @@ from conf.choices import DataFormat
 from rlhf.data.mixture import Part, Row, Source, Transform, parts_of
 from rlhf.data.opening import endings, readable_files
 from rlhf.data.rows import RowError
-from rlhf.process.wording import nearest, nearest_hint
+from rlhf.process.wording import describe, nearest, nearest_hint
 from rlhf.types import UserError
 
 _ENTRY = (
@@ -42,10 +42,20 @@ _ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 # role: its column where the entry names none
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 _COLUMNS = {
-    "alpaca": ("prompt", "query", "response", "history", "system", "chosen", "rejected", "kto_tag"),
-    "sharegpt": ("messages", "system", "chosen", "rejected", "kto_tag"),
+    "alpaca": (
+        "prompt",
+        "query",
+        "response",
+        "history",
+        "system",
+        "tools",
+        "chosen",
+        "rejected",
+        "kto_tag",
+    ),
+    "sharegpt": ("messages", "system", "tools", "chosen", "rejected", "kto_tag"),
 }
-_MEDIA = ("tools", "images", "videos", "audios")
+_MEDIA = ("images", "videos", "audios")
 # what we call a role's column
 _OURS = {
     "prompt": "instruction",
@@ -62,7 +72,14 @@ _TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-_SPEAKERS = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}  # ours
+# ours
+_SPEAKERS = {
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "system_tag": "system",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+}
 
 
 def sources(path: Path, names: str) -> list[Source]:
@@ -241,7 +258,8 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
         for role, column in columns.items()
         if column in row and role not in _MEDIA
     }
-    shadowed = {_OURS.get(role, role) for role in (*_COLUMNS["alpaca"], *_COLUMNS["sharegpt"])}
+    roles = {*_COLUMNS["alpaca"], *_COLUMNS["sharegpt"]} - {"tools"}
+    shadowed = {_OURS.get(role, role) for role in roles}
     others = {
         key: value
         for key, value in row.items()
@@ -276,10 +294,11 @@ def sharegpt_rows(columns: Mapping[str, str], tags: Mapping[str, str]) -> Transf
         ):
             return given  # refused, with its place, when it is read
         speaker = given[tags["role_tag"]]
-        return {
-            "from": speakers.get(speaker, speaker) if isinstance(speaker, str) else speaker,
-            "value": given[tags["content_tag"]],
-        }
+        named = (tags["role_tag"], tags["content_tag"])
+        rest = {key: value for key, value in given.items() if key not in named}
+        if isinstance(speaker, str):
+            speaker = speakers.get(speaker, speaker)
+        return {**rest, "from": speaker, "value": given[tags["content_tag"]]}
 
     def transform(row: Row) -> Row:
         _refuse_media(row, columns)
@@ -294,4 +313,7 @@ def sharegpt_rows(columns: Mapping[str, str], tags: Mapping[str, str]) -> Transf
 def _refuse_media(row: Row, columns: Mapping[str, str]) -> None:
     held = next((role for role in _MEDIA if role in columns and row.get(columns[role])), None)
     if held is not None:
-        raise RowError(f"key {columns[held]!r}: {held} are not read")
+        raise RowError(
+            f"key {columns[held]!r}: pictures, videos and sounds are not read, found {held}: "
+            f"{describe(row[columns[held]])}"
+        )

@@ -18,13 +18,15 @@ from typing import Any
 
 from conf.schema import Config, DataConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage, RewardStage
-from rlhf.data.converting import PROBE, USES, Conversion, Record
+from rlhf.data.converting import PROBE, USES, Conversion, Record, Seen
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Format, Use
 from rlhf.data.formats import reading as formats_for
+from rlhf.data.messages import RECORD
 from rlhf.data.mixture import Source, mixed
 from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
+from rlhf.models import encoding
 from rlhf.process import distributed
 from rlhf.process.wording import describe
 from rlhf.types import UserError
@@ -32,6 +34,7 @@ from rlhf.types import UserError
 LOG = logging.getLogger("rlhf.data")
 REJECTED_FILE = "data_rejected.jsonl"
 SOFT_LABEL = "soft_label"  # column
+_IDENTITIES = ("name", "tool_call_id")  # of messages: few templates show them
 _SHOWN = 3  # rejected rows quoted in an error
 _OF_PAIRS = (RewardStage, PreferenceStage, CPOStage, ORPOStage)
 
@@ -44,6 +47,7 @@ class DataRequest:
     stage: Any  # the stage's options (conf/stages.py)
     seed: int
     run_dir: Path | None  # where rejected rows are written; None: nowhere, as in a dry run
+    keys: Seen = field(default_factory=Seen)  # of the messages that were loaded
 
     @classmethod
     def of(cls, cfg: Config) -> "DataRequest":
@@ -73,6 +77,8 @@ class Loaded:
     records: list[Record] = field(default_factory=list)
     rejected: list[tuple[SourceRow, str]] = field(default_factory=list)
     aside: list[tuple[SourceRow, str]] = field(default_factory=list)
+    keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
+    otherwise: Seen = field(default_factory=Seen)  # what was not read as it stands
 
     def values(self) -> list[Any]:
         """The records' values, in their order."""
@@ -122,7 +128,8 @@ def convert(
     for row in islice(mixed(sources, seed), max_rows):
         out.rows += 1
         out.records.extend(conversion.records(row))
-    out.formats = conversion.formats
+    out.formats, out.keys = conversion.formats, conversion.keys
+    out.otherwise = conversion.otherwise
     if not out.rows:
         raise UserError(f"{sources[0].key}={sources[0].name} holds no rows: expected {USES[use]}.")
     return out
@@ -154,8 +161,47 @@ def load(request: DataRequest, sources: Sequence[Source], use: Use) -> Loaded:
         for origin, form in loaded.formats.items():
             rows = counts[origin]
             LOG.info("%s: %d rows, read as %s (%s)", origin, rows, form.name, form.columns)
+        tell(loaded.otherwise, loaded.name)
+    request.keys.merge(loaded.keys)
     loaded = with_weights(loaded, request.data.weight_column, request.stage, use)
     return with_soft_labels(loaded, request.stage)
+
+
+def tell(otherwise: Seen, name: str) -> None:
+    """Warn of what was not read as it stands."""
+    for what in otherwise.counts:
+        LOG.warning("%s: %s (%s)", name, what, otherwise.told(what))
+
+
+def tell_unread(keys: Seen, tokenizer: Any, name: str) -> None:
+    """Warn of each of `keys` that neither we nor the tokenizer's chat template read.
+
+    Raises UserError where calls are among them: turns would be trained, and read, as if they were
+    empty.
+    """
+    for key in keys.counts:
+        if key in _IDENTITIES or encoding.template_reads(tokenizer, key):
+            continue
+        if key == "tool_calls":
+            raise UserError(
+                f"{name}: messages hold tool_calls ({keys.told(key)}), but the tokenizer's chat "
+                "template never reads them. Set data.chat_template to one that does, such as "
+                "hermes."
+            )
+        _warn("%s: nothing reads the key %r of messages (%s)", name, key, keys.told(key))
+
+
+def tell_kept(keys: Seen, name: str) -> None:
+    """Log which of `keys`, of messages that are written, nothing but a chat template may read."""
+    for key in keys.counts:
+        if key not in RECORD and key != "tools":
+            _warn(
+                "%s: messages hold the key %r (%s), which is kept: nothing but a chat template "
+                "that names it reads it",
+                name,
+                key,
+                keys.told(key),
+            )
 
 
 def _report_left_out(loaded: Loaded, request: DataRequest) -> None:

@@ -28,6 +28,7 @@ from rlhf.data.loading import (
     require_margins,
     required_sources,
     soft_label,
+    tell_unread,
 )
 from rlhf.data.mixture import Source
 from rlhf.data.sources import eval_sources, given, train_sources
@@ -269,6 +270,8 @@ def preference_dataset(request: DataRequest) -> tuple[Any, Any]:
         out |= {"chosen": pair.chosen, "rejected": pair.rejected}
         if with_margin:
             out["margin"] = pair.margin
+        if pair.tools is not None:
+            out["tools"] = pair.tools
         if pair.weight is not None:
             out["weight"] = pair.weight
         if pair.soft_label is not None:
@@ -288,6 +291,8 @@ def unpaired_dataset(request: DataRequest) -> tuple[Any, Any]:
     def row(answer: JudgedAnswer) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt": answer.prompt} if with_prompt else {}
         out |= {"completion": answer.completion, "label": answer.good}
+        if answer.tools is not None:
+            out["tools"] = answer.tools
         if answer.weight is not None:
             out["weight"] = answer.weight
         return out
@@ -321,8 +326,15 @@ def distinct_prompts(request: DataRequest, count: int | None) -> Loaded:
     loaded = load(request, required_sources(request), Use.prompt)
     first: dict[str, Record] = {}
     for record in loaded.records:
-        first.setdefault(stable_hash(record.value), record)
+        first.setdefault(_id(record), record)
     return replace(loaded, records=list(first.values())[:count])
+
+
+def _id(record: Record) -> str:
+    """Names a prompt; with other functions to call it is another one."""
+    if record.tools is None:
+        return stable_hash(record.value)
+    return stable_hash([record.value, record.tools])
 
 
 def tokenised(tokenizer: Any, loaded: Loaded, data: DataConfig) -> list[Prompt]:
@@ -332,10 +344,12 @@ def tokenised(tokenizer: Any, loaded: Loaded, data: DataConfig) -> list[Prompt]:
     """
     if isinstance(loaded.records[0].value, list):
         encoding.require_template(tokenizer, loaded.name)
+    tell_unread(loaded.keys, tokenizer, loaded.name)
     limit, out = data.max_prompt_length, []
     too_long: list[tuple[int, int, str]] = []  # tokens, row number, place
     for record in loaded.records:
-        ids = encoding.prompt_ids(tokenizer, record.value)
+        tools = record.tools
+        ids = encoding.prompt_ids(tokenizer, record.value, tools)
         if not ids:
             raise UserError(
                 f"{record.place}: the prompt has no tokens, so there is nothing to continue."
@@ -346,8 +360,9 @@ def tokenised(tokenizer: Any, loaded: Loaded, data: DataConfig) -> list[Prompt]:
             text = tokenizer.decode(ids)
         else:
             text = record.value if isinstance(record.value, str) else tokenizer.decode(ids)
-        prompt_id = stable_hash(record.value)
-        out.append(Prompt(prompt_id, text, tuple(ids), source=record.value, fields=record.fields))
+        out.append(
+            Prompt(_id(record), text, tuple(ids), record.value, fields=record.fields, tools=tools)
+        )
     if too_long and not data.truncate_prompts:
         tokens, number, place = max(too_long)
         where = f"row {number}" if len(loaded.formats) == 1 else place

@@ -3,60 +3,28 @@ doesn't fit raises `RowError`, which says why.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.process.wording import describe, nearest, nearest_hint
+from rlhf.data.calls import checked_text, missing
+from rlhf.data.messages import chat_of_list
+from rlhf.process.wording import describe
+from rlhf.types import Message, RowError
 
 Row = Mapping[str, Any]
-Message = dict[str, str]
 Chat = list[Message]
-
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-_HALVES = re.compile("[\ud800-\udfff]")
-_ROLES = ("system", "user", "assistant", "tool", "developer")
-
-
-class RowError(ValueError):
-    """Why a row doesn't fit: the key, what was expected, and what the row holds instead."""
 
 
 def value_of(row: Row, key: str) -> Any:
     """The value of a required key. Raises RowError naming the nearest key there is."""
     if key not in row:
-        keys = [k for k in row if isinstance(k, str)]
-        hint = nearest_hint(key, keys, "; nearest key: '", "'")
-        raise RowError(
-            f"key {key!r}: expected, but missing; found keys: "
-            f"{', '.join(map(str, row)) or 'none'}{hint}"
-        )
+        raise missing(key, list(row))
     return row[key]
 
 
 def text_of(row: Row, key: str, *, empty: bool = False) -> str:
     """A required text. Raises RowError."""
-    value = value_of(row, key)
-    if not isinstance(value, str):
-        raise RowError(f"key {key!r}: expected text, found {describe(value)}")
-    if not value and not empty:
-        raise RowError(f"key {key!r}: expected text, found an empty one")
-    if _HALVES.search(value):
-        raise RowError(
-            f"key {key!r}: expected text, found half of a surrogate pair (U+D800 to U+DFFF), "
-            "which no encoding holds"
-        )
-    return value
+    return checked_text(value_of(row, key), key, empty=empty)
 
 
 def optional_text(row: Row, key: str) -> str:
@@ -69,32 +37,11 @@ def optional_text(row: Row, key: str) -> str:
 def chat_of(
     row: Row, key: str, value: Any = None, *, role: str = "role", content: str = "content"
 ) -> Chat:
-    """A list of messages, as {"role", "content"} with transformers' role names. Raises RowError
-    naming the message.
+    """A list of messages as the one record (rlhf/data/messages.py). Raises RowError naming the
+    message.
     """
     messages = value_of(row, key) if value is None else value
-    if not isinstance(messages, list) or not messages:
-        raise RowError(f"key {key!r}: expected a list of messages, found {describe(messages)}")
-    return [_message(m, f"{key}[{i}]", role, content) for i, m in enumerate(messages)]
-
-
-def _message(message: Any, where: str, role: str, content: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise RowError(
-            f"key {where!r}: expected an object with {role!r} and {content!r}, found "
-            f"{describe(message)}"
-        )
-    try:
-        speaker, text = text_of(message, role), text_of(message, content, empty=True)
-    except RowError as error:
-        raise RowError(f"{where}: {error}") from None
-    known = dict.fromkeys(_ROLES) if role == "role" else _SPEAKERS
-    if speaker not in known:
-        raise RowError(
-            f"{where}: key {role!r}: expected one of {', '.join(known)}, found {speaker!r}; "
-            f"nearest: {nearest(speaker, list(known))!r}"
-        )
-    return {"role": speaker if role == "role" else _SPEAKERS[speaker], "content": text}
+    return chat_of_list(messages, key, role=role, content=content)
 
 
 def text_or_chat(row: Row, key: str) -> str | Chat:

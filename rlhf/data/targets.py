@@ -5,6 +5,7 @@ A row that comes without a note reads back as the same row, its further columns 
 says what reads back otherwise.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlhf.data.formats import (
     comparisons,
     detect,
     label_studio,
+    openai,
     sheet,
     trl,
 )
@@ -28,7 +30,7 @@ from rlhf.types import UserError
 TARGETS: dict[DataTarget, dict[Use, Writer]] = {
     DataTarget.trl: trl.WRITE_TRL,
     DataTarget.kto: trl.WRITE_KTO,
-    DataTarget.messages: chats.WRITE_MESSAGES,
+    DataTarget.messages: openai.WRITE_MESSAGES,
     DataTarget.sharegpt: chats.WRITE_SHAREGPT,
     DataTarget.alpaca: chats.WRITE_ALPACA,
     DataTarget.hh_rlhf: comparisons.WRITE_HH_RLHF,
@@ -49,6 +51,30 @@ _OF_KIND = {
     Use.unpaired: ("prompt", "completion", "label"),
     Use.prompt: ("prompt",),
 }
+_MESSAGES = ("prompt", "completion", "messages", "chosen", "rejected")
+# targets that hold messages with all their keys, and columns that the others hold so
+_WHOLE = (
+    DataTarget.trl,
+    DataTarget.kto,
+    DataTarget.messages,
+    DataTarget.sharegpt,
+    DataTarget.ultrafeedback,
+)
+_WHOLE_PROMPT = (
+    DataTarget.nectar,
+    DataTarget.rewardbench,
+    DataTarget.label_studio,
+    DataTarget.label_studio_ranker,
+    DataTarget.argilla,
+)
+# targets whose rows are read with a column tools beside messages
+_WITH_TOOLS = (
+    *_WHOLE,
+    DataTarget.alpaca,
+    DataTarget.alpaca_eval,
+    DataTarget.nectar,
+    DataTarget.rewardbench,
+)
 _SCORES = ("score_chosen", "score_rejected")  # read as a margin where there is none
 # own columns that would change what a conversation or a pair is
 _CHANGING = ("kto_tag", "system", "history", "input", "rejected_response")
@@ -79,16 +105,55 @@ def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list
     """
     check_target(to, kind)
     content = {key: columns[key] for key in _OF_KIND[kind] if columns.get(key) is not None}
-    own = {key: value for key, value in columns.items() if key not in content}
+    own = {key: value for key, value in columns.items() if key not in (*content, "tools")}
     draft = Draft(content, own, [])
+    beside = _tools(columns.get("tools"), to, draft)
+    _only_texts(draft, to)
     lost = _misread(draft, kind, to)
     for key in lost:
         draft.notes.append(f"{key} is not carried: it would be read as part of the row's content")
     draft.own = {
         key: value for key, value in own.items() if key not in lost and key not in CANONICAL
     }
-    rows = TARGETS[to][kind](draft)
+    rows = [{**row, **beside} for row in TARGETS[to][kind](draft)]
     return [_with_own(row, draft) for row in rows], draft.notes
+
+
+def _tools(tools: Any, to: DataTarget, draft: Draft) -> Row:
+    """The column tools as `to` has it, or nothing where it has none."""
+    if not tools:
+        return {}
+    if to not in _WITH_TOOLS:
+        draft.notes.append("tools are not carried: the format has no place for them")
+        draft.own.pop("functions", None)
+        return {}
+    if to is DataTarget.sharegpt:  # as LLaMA-Factory reads them
+        return {"tools": json.dumps(tools, ensure_ascii=False)}
+    return {"tools": tools}
+
+
+def _only_texts(draft: Draft, to: DataTarget) -> None:
+    """Leave messages of which `to` holds the text alone with their roles and texts, and note what
+    they lose. Raises RowError for calls, without which a conversation means something else.
+    """
+    if to in _WHOLE:
+        return
+    for key in _MESSAGES:
+        value = draft.columns.get(key)
+        if not isinstance(value, list) or (key == "prompt" and to in _WHOLE_PROMPT):
+            continue
+        for i, message in enumerate(value):
+            if message.get("tool_calls"):
+                raise RowError(
+                    f"key '{key}[{i}].tool_calls': {to.value} holds texts, found a call. "
+                    "data.to=messages, sharegpt or trl holds it"
+                )
+            draft.notes += [
+                f"{name} of a message is not carried: the format holds its text alone"
+                for name in message
+                if name not in ("role", "content")
+            ]
+        draft.columns[key] = [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def _misread(draft: Draft, kind: Use, to: DataTarget) -> list[str]:

@@ -9,6 +9,7 @@ An assistant's turn that holds more than text (tool calls, reasoning) has no tex
 tokens are those that the chat template adds to the conversation before it.
 """
 
+import re
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,13 @@ def require_template(tokenizer: Any, what: str) -> None:
             "Set data.chat_template to a name (chatml, llama-3 ...) or a file with a Jinja "
             "template, or give plain text rows."
         )
+
+
+def template_reads(tokenizer: Any, key: str) -> bool:
+    """Whether the tokenizer's chat template (one of them, where it has several) names `key`."""
+    template = tokenizer.chat_template or ""
+    templates = template.values() if isinstance(template, dict) else [template]
+    return any(re.search(rf"\b{re.escape(key)}\b", text) for text in templates)
 
 
 def render(
@@ -207,7 +215,9 @@ def trained_turns(messages: Chat, first: int = 0) -> list[int]:
     return [
         index
         for index, message in enumerate(messages)
-        if index >= first and message.get("role") == "assistant" and message.get("train", True)
+        if index >= first
+        and message.get("role") == "assistant"
+        and message.get("train") is not False
     ]
 
 

@@ -15,7 +15,7 @@ import datasets
 
 from rlhf.models.encoding import (
     IGNORED,
-    Message,
+    answer_ids,
     encode_answer,
     encode_completion,
     encode_conversation,
@@ -23,12 +23,11 @@ from rlhf.models.encoding import (
     is_chat,
     prompt_ids,
     require_template,
-    response_ids,
-    split_answer,
+    split_turn,
 )
 from rlhf.offline.row_weights import COLUMN, SOFT_LABEL, normalised
 from rlhf.process import watchdog
-from rlhf.types import UserError
+from rlhf.types import Message, Tools, UserError
 
 LOG = logging.getLogger("rlhf.stages")
 Ids = list[int]
@@ -100,19 +99,16 @@ def encode_sft_row(tokenizer: Any, row: Row, *, completion_only: bool) -> tuple[
     """
     if "text" in row:
         return encode_text(tokenizer, row["text"])
+    given = {"completion_only": completion_only, "tools": row.get("tools")}
     if "messages" in row:
-        return encode_conversation(tokenizer, row["messages"], completion_only=completion_only)
+        return encode_conversation(tokenizer, row["messages"], **given)
     prompt, completion = row["prompt"], row["completion"]
     if not is_chat(completion):
-        return encode_completion(tokenizer, prompt, completion, completion_only=completion_only)
+        return encode_completion(tokenizer, prompt, completion, **given)
     if is_chat(prompt) and len(completion) == 1 and completion[0].get("role") == "assistant":
-        return encode_completion(
-            tokenizer, prompt, str(completion[0]["content"]), completion_only=completion_only
-        )
+        return encode_completion(tokenizer, prompt, completion[0], **given)
     before = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
-    return encode_conversation(
-        tokenizer, [*before, *completion], completion_only=completion_only, first=len(before)
-    )
+    return encode_conversation(tokenizer, [*before, *completion], first=len(before), **given)
 
 
 def trained_tokens(labels: Sequence[int]) -> int:
@@ -169,12 +165,13 @@ def sft_context(tokenizer: Any, row: Row) -> Ids:
     """What a sample starts from: the row's prompt, its conversation up to the first answer, or the
     first quarter of its text.
     """
+    tools = row.get("tools")
     if "prompt" in row:
-        return prompt_ids(tokenizer, row["prompt"])
+        return prompt_ids(tokenizer, row["prompt"], tools)
     if "messages" in row:
         roles = [message.get("role") for message in row["messages"]]
         first = roles.index("assistant") if "assistant" in roles else 0
-        return prompt_ids(tokenizer, row["messages"][:first]) if first else []
+        return prompt_ids(tokenizer, row["messages"][:first], tools) if first else []
     ids, _ = encode_text(tokenizer, row["text"])
     return ids[: max(1, len(ids) // 4)]
 
@@ -221,9 +218,10 @@ def encode_pairs(
         )
 
     def encode(row: Row) -> Row | None:
+        prompt, tools = row.get("prompt"), row.get("tools")
         columns: Row = {
-            "chosen_ids": encode_answer(tokenizer, row.get("prompt"), row["chosen"]),
-            "rejected_ids": encode_answer(tokenizer, row.get("prompt"), row["rejected"]),
+            "chosen_ids": encode_answer(tokenizer, prompt, row["chosen"], tools),
+            "rejected_ids": encode_answer(tokenizer, prompt, row["rejected"], tools),
         }
         if margin:
             if row["margin"] is None or not math.isfinite(row["margin"]):
@@ -271,22 +269,25 @@ def padding_token(tokenizer: Any, *pairs: EncodedPairs) -> str:
 
 
 def encode_sides(
-    tokenizer: Any, prompt: str | list[Message] | None, answers: Sequence[str | list[Message]]
+    tokenizer: Any,
+    prompt: str | list[Message] | None,
+    answers: Sequence[str | list[Message]],
+    tools: Tools | None = None,
 ) -> tuple[Ids, list[Ids]]:
     """Token ids of the context that all `answers` share, and of each answer with its
     end-of-sequence token.
 
-    Raises ValueError as `split_answer`, and for conversations that differ before their last
-    message.
+    Raises ValueError as `split_turn`, and for conversations that differ before their last message.
     """
-    parts = [split_answer(prompt, answer) for answer in answers]
+    parts = [split_turn(prompt, answer) for answer in answers]
     contexts = [context for context, _ in parts]
     if any(context != contexts[0] for context in contexts):
         raise ValueError(
             "the answers must differ in their last message only, but the conversations differ "
             "earlier"
         )
-    return prompt_ids(tokenizer, contexts[0]), [response_ids(tokenizer, text) for _, text in parts]
+    answered = [answer_ids(tokenizer, contexts[0], turn, tools) for _, turn in parts]
+    return prompt_ids(tokenizer, contexts[0], tools), answered
 
 
 def encode_preferences(
@@ -301,7 +302,8 @@ def encode_preferences(
         require_template(tokenizer, f"{name} data")
 
     def encode(row: Row) -> Row | None:
-        context, answers = encode_sides(tokenizer, row.get("prompt"), [row[side] for side in sides])
+        given = [row[side] for side in sides]
+        context, answers = encode_sides(tokenizer, row.get("prompt"), given, row.get("tools"))
         if len(context) + max(map(len, answers)) > max_length:
             return None
         columns: Row = {"prompt_ids": context}

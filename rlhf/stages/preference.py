@@ -16,6 +16,7 @@ from conf.stages import KTOStage, PreferenceStage
 from policy.engines import resharding
 from policy.model import base_of
 from rlhf.checks import launch
+from rlhf.data.loading import tell_unread
 from rlhf.data.reading import DataRequest, preference_dataset, unpaired_dataset
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import preference, setup
@@ -68,6 +69,7 @@ def read(request: DataRequest, tokenizer: Any, micro: int) -> Sides:
     else:
         sides = ("chosen", "rejected")
         raw_train, raw_held_out = preference_dataset(request)
+    tell_unread(request.keys, tokenizer, stage.name)
     preference.check_row_weights(
         request.data.weight_column, getattr(stage, "losses", []), raw_train
     )

@@ -18,6 +18,7 @@ from reward.model import (
     write_manifest,
 )
 from rlhf.checks.launch import BatchPlan
+from rlhf.data.loading import tell_unread
 from rlhf.data.reading import DataRequest, check_first_strength, preference_dataset
 from rlhf.models.encoding import is_chat
 from rlhf.models.loading import load_classifier, resolve_dtype
@@ -55,6 +56,7 @@ def read(request: DataRequest, tokenizer: Any) -> tuple[EncodedPairs, EncodedPai
     """Encoded training and held-out pairs, and whether they are conversations. Raises UserError."""
     stage = request.stage
     train, held_out = preference_dataset(request)
+    tell_unread(request.keys, tokenizer, stage.name)
     encode = {
         "max_length": stage.max_length,
         "margin": stage.margin,

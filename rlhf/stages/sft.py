@@ -13,6 +13,7 @@ from trl.data_utils import pack_dataset
 from conf.schema import Config
 from policy.engines import resharding
 from rlhf.checks.launch import BatchPlan
+from rlhf.data.loading import tell_unread
 from rlhf.data.reading import DataRequest, sft_dataset
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import setup
@@ -61,6 +62,7 @@ def read(request: DataRequest, tokenizer: Any) -> Rows:
     """Read and encode the stage's rows. Raises UserError."""
     stage = request.stage
     train, held_out = sft_dataset(request)
+    tell_unread(request.keys, tokenizer, stage.name)
     if stage.packing and COLUMN in train.column_names:
         raise UserError(
             "stage.packing=true joins rows, and the rows' weights (column "

@@ -2,6 +2,7 @@
 script.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,12 @@ def questions(draw: st.DrawFn, last: st.SearchStrategy[str] = TEXT) -> list[dict
 
 def answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
+
+
+def tool() -> Row:
+    """A function as OpenAI has it."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    return {"type": "function", "function": {"name": "warmth", "parameters": parameters}}
 
 
 OWN = st.fixed_dictionaries(
@@ -162,6 +169,26 @@ def training_rows(d: Drawn) -> dict[str, Row]:
             "messages": d.whole(d.first),
             "rejected_response": d.second,
             "margin": d.margin,
+        },
+        "rejected_messages": {
+            "messages": d.whole(d.first),
+            "rejected_messages": d.whole(d.second),
+            "margin": d.margin,
+        },
+        "chosen_messages": {"messages": d.chat, "chosen_messages": answer(d.first)}
+        | {"rejected_messages": answer(d.second)}
+        if d.plain
+        else {"chosen_messages": d.whole(d.first), "rejected_messages": d.whole(d.second)},
+        "openai_preference": {
+            "input": {"messages": d.chat, "tools": [tool()], "parallel_tool_calls": d.plain},
+            "preferred_output": answer(d.first),
+            "non_preferred_output": answer(d.second),
+        },
+        "xlam": {
+            "id": 0,
+            "query": d.prompt,
+            "answers": json.dumps([{"name": "warmth", "arguments": {"city": d.first}}]),
+            "tools": json.dumps([tool()["function"]]),
         },
         "unpaired": {"prompt": d.prompt, "completion": d.first, "label": d.good},
         "sharegpt_unpaired": {"conversations": [*d.conversation, said], "kto_tag": d.good},

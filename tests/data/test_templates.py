@@ -85,7 +85,7 @@ def test_exactly_the_assistants_turns_train(name: str, system: bool, script: str
     assert ids[-1] == tok.eos_token_id
     text = tok.decode(ids)
     assert all(m["content"] in text for m in turns), "nothing that was said is lost"
-    bos = 2 if name == "llama-2" else 0 if name in ("chatml", "qwen", "zephyr") else 1
+    bos = 2 if name == "llama-2" else 0 if name in ("chatml", "qwen", "zephyr", "hermes") else 1
     assert ids.count(tok.bos_token_id) == bos
     assert not any(a == b == tok.bos_token_id for a, b in pairwise(ids)), "never doubled"
 
@@ -198,6 +198,11 @@ FAMILIES = {
     "vicuna": (
         {"bos_token": "<s>", "eos_token": "</s>"},
         "<s>S USER: A ASSISTANT: B</s>USER: C ASSISTANT:",
+    ),
+    "hermes": (
+        {"eos_token": "<|im_end|>"},
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n<|im_start|>user\nC<|im_end|>\n"
+        "<|im_start|>assistant\n",
     ),
     "plain": ({"bos_token": "<s>", "eos_token": "</s>"}, "<s>S\nA\nB</s>\nC\n"),
 }

@@ -108,9 +108,9 @@ def test_a_target_that_cannot_hold_the_kind_names_those_that_can() -> None:
         ),
         (
             Use.sft,
-            {"messages": [user("a"), {"role": "tool", "content": "x"}, bot("c")]},
+            {"messages": [user("a"), {"role": "developer", "content": "x"}, bot("c")]},
             DataTarget.sharegpt,
-            "role 'tool': ShareGPT has system, human, gpt",
+            "role 'developer': ShareGPT has system, human, gpt",
         ),
         (
             Use.prompt,

@@ -4,7 +4,7 @@ into what stages use (base.Use), and written from the toolkit's own columns (dra
 A new format is a `Format` in a module here, named in FORMATS (and in conf.choices.DataFormat); its
 writers are named in rlhf/data/targets.py (and in conf.choices.DataTarget). All are pure functions
 over rows (dictionaries). Kinds of file (Parquet, Excel ...) are in rlhf/data/files.py and
-rlhf/data/writing.py. Not read: tool calls and images.
+rlhf/data/writing.py. Not read: pictures, videos and sounds.
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,12 @@ from rlhf.data.formats import (
     comparisons,
     label_studio,
     mt_bench,
+    openai,
     sheet,
     trl,
 )
 from rlhf.data.formats.base import Format, Made, Several, Use
+from rlhf.data.messages import texts_of_message
 from rlhf.data.rows import Row, RowError
 from rlhf.process.wording import nearest
 from rlhf.types import JudgedAnswer, PreferencePair
@@ -54,17 +56,21 @@ FORMATS: tuple[Format, ...] = (
     sheet.LABEL_SHEET,
     chats.ALPACA_PREFERENCE,
     chats.SHAREGPT_PREFERENCE,
-    chats.SWIFT_PREFERENCE,
+    openai.OPENAI_PREFERENCE,
+    openai.SWIFT_PREFERENCE,
+    openai.REJECTED_MESSAGES,
+    openai.CHOSEN_MESSAGES,
     trl.ULTRAFEEDBACK,
     trl.PREFERENCE,
     trl.IMPLICIT,
     trl.UNPAIRED,
-    chats.MESSAGES_UNPAIRED,
+    openai.MESSAGES_UNPAIRED,
     chats.SHAREGPT_UNPAIRED,
     chats.ALPACA_UNPAIRED,
     trl.PROMPT_COMPLETION,
-    chats.MESSAGES,
+    openai.MESSAGES,
     chats.SHAREGPT,
+    openai.XLAM,
     comparisons.ALPACA_EVAL,
     chats.ALPACA,
     trl.PROMPT,
@@ -122,12 +128,13 @@ def texts_in(value: Any) -> list[str]:
             return [value]
         return []
     if isinstance(value, PreferencePair):
-        return texts_in([value.prompt, value.chosen, value.rejected])
+        return texts_in([value.prompt, value.chosen, value.rejected, value.tools])
     if isinstance(value, JudgedAnswer):
-        return texts_in([value.prompt, value.completion])
+        return texts_in([value.prompt, value.completion, value.tools])
     if isinstance(value, Mapping):
-        is_message = set(value) == {"role", "content"}
-        return texts_in(value["content"] if is_message else list(value.values()))
+        if "role" in value and "content" in value:
+            return texts_of_message(value)
+        return texts_in(list(value.values()))
     if isinstance(value, (list, tuple)):
         return [text for part in value for text in texts_in(part)]
     return []

@@ -14,17 +14,28 @@ What every format's reader shares is here; what the writers share is in draft.py
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from rlhf.data.rows import Chat, Row, RowError, margin_of, text_or_chat, value_of
+from rlhf.data.calls import tools_of
+from rlhf.data.formats.values import require_messages, shows_tools
+from rlhf.data.messages import refuse_media
+from rlhf.data.rows import (
+    Chat,
+    Row,
+    RowError,
+    margin_of,
+    optional_text,
+    text_or_chat,
+    value_of,
+)
 from rlhf.process.wording import describe
-from rlhf.types import JudgedAnswer, PreferencePair
+from rlhf.types import JudgedAnswer, PreferencePair, Tools
 
 # the toolkit's own columns that hold texts or messages, and all of its own columns
 CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
-CANONICAL = (*CONTENT, "margin", "label")
+CANONICAL = (*CONTENT, "tools", "margin", "label")
 
 
 class Use(Enum):
@@ -50,6 +61,7 @@ class Several:
 
     pairs: list[Made] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
+    otherwise: list[str] = field(default_factory=list)  # what was not read as it stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,8 @@ class Format:
     consumed: tuple[str, ...] = ()
     # columns that answers or texts are made of: no fields of a pair, an answer or a text
     answers: tuple[str, ...] = ()
+    # a nested row as columns, before anything of it is read
+    flat: Callable[[Row], Row] = field(default=lambda row: row)
 
     def reads(self, use: Use) -> bool:
         """Whether its rows can be turned into `use`."""
@@ -83,7 +97,23 @@ class Format:
         }[use]
 
     def read(self, row: Row, use: Use) -> Several:
-        """What `row` gives for `use`, which `reads` must allow. Raises RowError."""
+        """What `row` gives for `use`, which `reads` must allow, the functions that its answers may
+        call included. Raises RowError.
+        """
+        row = self.flat(row)
+        refuse_media(row)
+        tools, column = tools_of(row)
+        out = self._read({key: value for key, value in row.items() if key != column}, use)
+        if tools is None:
+            return out
+        if any(shows_tools(made.value) for made in out.pairs):
+            out.otherwise.append(f"the system message shows <tools>, so {column} is left out")
+            return out
+        for made in out.pairs:
+            require_messages(made.value, str(column))
+        return replace(out, pairs=[_with_tools(made, tools) for made in out.pairs])
+
+    def _read(self, row: Row, use: Use) -> Several:
         single: Callable[[Row], Any] | None = {
             Use.sft: self.sft,
             Use.preference: self.pair,
@@ -96,7 +126,17 @@ class Format:
             return Several([Made(single(row), own)])
         assert self.pairs is not None
         out = self.pairs(row)
-        return Several([Made(made.value, own | made.fields) for made in out.pairs], out.aside)
+        return replace(out, pairs=[Made(made.value, own | made.fields) for made in out.pairs])
+
+
+def _with_tools(made: Made, tools: Tools) -> Made:
+    """A value with the functions that its template shows; a prompt has them among its fields."""
+    value = made.value
+    if isinstance(value, (PreferencePair, JudgedAnswer)):
+        return replace(made, value=replace(value, tools=tools))
+    if isinstance(value, dict):
+        return replace(made, value={**value, "tools": tools})
+    return replace(made, fields={**made.fields, "tools": tools})
 
 
 # ---- pairs ----
@@ -105,9 +145,11 @@ class Format:
 def make_pair(
     row: Row, prompt: str | Chat, chosen: str | Chat, rejected: str | Chat
 ) -> PreferencePair:
-    """A pair with the margin of `row`. Raises RowError where the sides are the same, or where
-    prompt and sides are not all texts or all conversations.
+    """A pair with the margin of `row`. Raises RowError where the sides are the same, where prompt
+    and sides are not all texts or all conversations, and for a side that shall not train.
     """
+    for key, side in (("chosen", chosen), ("rejected", rejected)):
+        require_training(side, key)
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise RowError(
             f"key 'rejected': expected what 'chosen' is ({describe(chosen)}), found "
@@ -133,20 +175,22 @@ def first_difference(first: Sequence[Any], second: Sequence[Any]) -> int:
     return min(len(first), len(second))
 
 
-def split_chats(chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
-    """(shared prompt, chosen answer, rejected answer) of two whole conversations. Raises RowError
-    where they differ before their last message.
+def split_chats(
+    chosen: Chat, rejected: Chat, keys: tuple[str, str] = ("chosen", "rejected")
+) -> tuple[Chat, Chat, Chat]:
+    """(shared prompt, chosen answer, rejected answer) of two whole conversations, found under
+    `keys`. Raises RowError where they differ before their last message.
     """
     prompt, other = chosen[:-1], rejected[:-1]
     if prompt != other:
         raise RowError(
-            "keys 'chosen' and 'rejected': expected conversations that differ in the last "
+            f"keys {keys[0]!r} and {keys[1]!r}: expected conversations that differ in the last "
             f"message only, found another message {first_difference(prompt, other)}"
         )
     if not prompt:
         raise RowError(
-            "keys 'chosen' and 'rejected': expected whole conversations, found the assistant's "
-            "message alone and no 'prompt'"
+            f"keys {keys[0]!r} and {keys[1]!r}: expected whole conversations, found the "
+            "assistant's message alone and no prompt"
         )
     return prompt, chosen[-1:], rejected[-1:]
 
@@ -170,8 +214,8 @@ def prompt_of_pair(convert: Callable[[Row], PreferencePair]) -> Callable[[Row], 
 def both_sides(pair: PreferencePair) -> list[JudgedAnswer]:
     """A pair as a good answer and a bad one."""
     return [
-        JudgedAnswer(pair.prompt, pair.chosen, True, pair.weight),
-        JudgedAnswer(pair.prompt, pair.rejected, False, pair.weight),
+        JudgedAnswer(pair.prompt, pair.chosen, True, pair.weight, pair.tools),
+        JudgedAnswer(pair.prompt, pair.rejected, False, pair.weight, pair.tools),
     ]
 
 
@@ -245,16 +289,49 @@ def judged_chat(chat: Chat, key: str, good: bool) -> JudgedAnswer:
             f"key {key!r}: expected a conversation that ends with the judged answer, found role "
             f"{chat[-1]['role']!r} at its end"
         )
+    require_training(chat[-1:], key)
     return JudgedAnswer(prompt=chat[:-1], completion=chat[-1:], good=good)
 
 
 def with_assistant(chat: Chat, key: str) -> Chat:
-    """A conversation to train on. Raises RowError when it has no assistant's message."""
-    if not any(m["role"] == "assistant" for m in chat):
+    """A conversation to train on. Raises RowError when it has no assistant's message, or none that
+    trains.
+    """
+    turns = [m for m in chat if m["role"] == "assistant"]
+    if not turns:
         raise RowError(
             f"key {key!r}: expected at least one assistant's message to train on, found none"
         )
+    if not any(m.get("train", True) for m in turns):
+        raise RowError(
+            f"key {key!r}: expected at least one assistant's message to train on, found that each "
+            "of them is marked not to be (weight 0, or loss, train or training false)"
+        )
     return chat
+
+
+def require_training(answer: str | Chat, key: str) -> None:
+    """Raises RowError for an answer to compare or to judge that is marked not to be trained."""
+    if isinstance(answer, list) and any(m.get("train") is False for m in answer):
+        raise RowError(
+            f"key {key!r}: expected an answer that trains, found one that is marked not to (weight "
+            "0, or loss, train or training false)"
+        )
+
+
+def with_system(row: Row, chat: Chat, key: str) -> Chat:
+    """A conversation after the text of the column ``system``, where the row has one. Raises
+    RowError where the conversation begins with another system message.
+    """
+    system = optional_text(row, "system")
+    first = chat[0]
+    if not system or (first["role"] == "system" and first["content"] == system):
+        return chat
+    if first["role"] == "system":
+        raise RowError(
+            f"keys 'system' and {key!r}: expected one system message, found two that differ"
+        )
+    return [{"role": "system", "content": system}, *chat]
 
 
 def has_chat(row: Row, key: str) -> bool:
@@ -296,9 +373,14 @@ def columns_of(
         columns = {"prompt": value.prompt, "chosen": value.chosen, "rejected": value.rejected}
         if value.margin is not None:
             columns["margin"] = value.margin
-        return {**columns, **own}
+        return {**columns, **_tools_column(value.tools), **own}
     if isinstance(value, JudgedAnswer):
-        return {"prompt": value.prompt, "completion": value.completion, "label": value.good, **own}
+        columns = {"prompt": value.prompt, "completion": value.completion, "label": value.good}
+        return {**columns, **_tools_column(value.tools), **own}
     if isinstance(value, dict):
         return {**value, **own}
-    return {"prompt": value, **own}
+    return {"prompt": value, **_tools_column(fields.get("tools")), **own}
+
+
+def _tools_column(tools: Any) -> dict[str, Any]:
+    return {} if tools is None else {"tools": tools}

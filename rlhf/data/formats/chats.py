@@ -1,16 +1,30 @@
-"""Conversations in the layouts of the tools that train on them: OpenAI's messages (ms-swift's
-pairs), ShareGPT and Alpaca (LLaMA-Factory's pairs).
+"""Conversations as ShareGPT and Alpaca have them, with LLaMA-Factory's pairs and judged answers.
+
+ShareGPT's speakers are human, gpt, system, function_call (its text is the call) and observation
+(what a function gave back). A turn's other keys are a message's (rlhf/data/messages.py).
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.formats.base import Format, Use, assistant, judged_chat, make_pair, with_assistant
+from rlhf.data.formats.base import (
+    Format,
+    Use,
+    assistant,
+    judged_chat,
+    make_pair,
+    with_assistant,
+    with_system,
+)
 from rlhf.data.formats.draft import (
     Draft,
     Writer,
+    flags_as_weights,
     judged_turns,
     prompt_turns,
     single_text,
+    single_turn,
     trained_turns,
     two_texts,
     whole_conversation,
@@ -29,96 +43,12 @@ from rlhf.data.rows import (
 from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
 
-# ---- messages ----
-
-
-def _sft_messages(row: Row) -> dict[str, Any]:
-    return {"messages": with_assistant(chat_of(row, "messages"), "messages")}
-
-
-def _pair_swift(row: Row) -> PreferencePair:
-    chat = chat_of(row, "messages")
-    if chat[-1]["role"] != "assistant" or len(chat) < 2:
-        raise RowError(
-            "key 'messages': expected a conversation that ends with the chosen answer, found "
-            f"role {chat[-1]['role']!r} at its end"
-        )
-    return make_pair(row, chat[:-1], chat[-1:], assistant(text_of(row, "rejected_response")))
-
-
-def _unpaired_messages(row: Row) -> JudgedAnswer:
-    return judged_chat(chat_of(row, "messages"), "messages", judgement_of(row, "label"))
-
-
-def _prompt_messages(row: Row) -> Chat:
-    return without_answer(chat_of(row, "messages"), "messages")
-
-
-SWIFT_PREFERENCE = Format(
-    "swift_preference",
-    ("messages", "rejected_response"),
-    "messages, rejected_response",
-    pair=_pair_swift,
-    prompt=_prompt_messages,
-    consumed=("messages",),
-    answers=("rejected_response", "margin"),
-)
-MESSAGES_UNPAIRED = Format(
-    "messages_unpaired",
-    ("messages", "label"),
-    "messages of {role, content}, label (true: a good answer)",
-    unpaired=_unpaired_messages,
-    prompt=_prompt_messages,
-    consumed=("messages",),
-    answers=("label",),
-)
-MESSAGES = Format(
-    "messages",
-    ("messages",),
-    "messages of {role, content}",
-    sft=_sft_messages,
-    prompt=_prompt_messages,
-    consumed=("messages",),
-)
-
-
-def _write_sft_messages(draft: Draft) -> list[dict[str, Any]]:
-    return [{"messages": whole_conversation(draft)}]
-
-
-def _write_pair_messages(draft: Draft) -> list[dict[str, Any]]:
-    columns = draft.columns
-    turns = prompt_turns(draft)
-    chosen = single_text(columns["chosen"], "chosen", empty=True)
-    rejected = single_text(columns["rejected"], "rejected")
-    chat = [*turns, *assistant(chosen)]
-    return [{"messages": chat, "rejected_response": rejected, **draft.margin()}]
-
-
-def _write_unpaired_messages(draft: Draft) -> list[dict[str, Any]]:
-    return [{"messages": judged_turns(draft), "label": draft.columns["label"]}]
-
-
-def _write_prompt_messages(draft: Draft) -> list[dict[str, Any]]:
-    return [{"messages": prompt_turns(draft)}]
-
-
-WRITE_MESSAGES: dict[Use, Writer] = {
-    Use.sft: _write_sft_messages,
-    Use.preference: _write_pair_messages,
-    Use.unpaired: _write_unpaired_messages,
-    Use.prompt: _write_prompt_messages,
-}
-
 # ---- ShareGPT ----
 
 
 def _sharegpt_chat(row: Row) -> Chat:
     chat = chat_of(row, "conversations", role="from", content="value")
-    system = optional_text(row, "system")
-    if system:
-        return [{"role": "system", "content": system}, *chat]
-    return chat
+    return with_system(row, chat, "conversations")
 
 
 def _sft_sharegpt(row: Row) -> dict[str, Any]:
@@ -127,11 +57,15 @@ def _sft_sharegpt(row: Row) -> dict[str, Any]:
 
 def _pair_sharegpt(row: Row) -> PreferencePair:
     def side(key: str) -> Chat:
-        message = value_of(row, key)
-        chat = chat_of(row, key, [message], role="from", content="value")
-        if chat[0]["role"] != "assistant":
+        given = value_of(row, key)
+        if isinstance(given, str):
+            return assistant(text_of(row, key))
+        turns = given if isinstance(given, list) else [given]
+        chat = chat_of(row, key, turns, role="from", content="value")
+        if len(chat) != 1 or chat[0]["role"] != "assistant":
+            found = ", ".join(message["role"] for message in chat)
             raise RowError(
-                f"key {key!r}: expected the assistant's message, found one of {message['from']!r}"
+                f"key {key!r}: expected the assistant's message, found messages of {found}"
             )
         return chat
 
@@ -150,7 +84,7 @@ _SHAREGPT = ("conversations", "system")
 SHAREGPT_PREFERENCE = Format(
     "sharegpt_preference",
     ("conversations", "chosen", "rejected"),
-    "conversations of {from, value}; chosen, rejected as {from, value}",
+    "conversations of {from, value}; chosen, rejected as {from, value} or texts",
     pair=_pair_sharegpt,
     prompt=_prompt_sharegpt,
     consumed=_SHAREGPT,
@@ -175,38 +109,57 @@ SHAREGPT = Format(
 )
 
 
-_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+_OF_CALL = {"name", "arguments"}
 
 
-def _sharegpt_turns(chat: Chat) -> list[dict[str, Any]]:
-    """Messages as {from, value}. Raises RowError for a role that ShareGPT has no word for."""
-    unknown = next((m["role"] for m in chat if m["role"] not in _SPEAKERS), None)
-    if unknown is not None:
-        raise RowError(f"role {unknown!r}: ShareGPT has {', '.join(_SPEAKERS.values())} only")
-    return [{"from": _SPEAKERS[m["role"]], "value": m["content"]} for m in chat]
+def _sharegpt_turns(draft: Draft, chat: Chat) -> list[dict[str, Any]]:
+    """Messages as {from, value}, with what else they hold. Raises RowError for a role that ShareGPT
+    has no word for.
+    """
+    return [_sharegpt_turn(draft, message) for message in flags_as_weights(chat)]
+
+
+def _sharegpt_turn(draft: Draft, message: dict[str, Any]) -> dict[str, Any]:
+    rest = dict(message)
+    role, text = rest.pop("role"), rest.pop("content")
+    if role not in _SPEAKERS:
+        raise RowError(f"role {role!r}: ShareGPT has {', '.join(_SPEAKERS.values())} only")
+    speaker, calls = _SPEAKERS[role], rest.get("tool_calls", [])
+    # calls beside a text stay a key of the turn, for which ShareGPT has no word
+    if calls and not text and all(call["function"].keys() == _OF_CALL for call in calls):
+        flat = [{**call["function"], **_beside(call)} for call in rest.pop("tool_calls")]
+        speaker = "function_call"
+        text = json.dumps(flat[0] if len(flat) == 1 else flat, ensure_ascii=False)
+    for key in rest.keys() & {"from", "value"}:
+        draft.notes.append(f"{key} of a message is not carried: ShareGPT has its own {key}")
+    return {**rest, "from": speaker, "value": text}
+
+
+def _beside(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in call.items() if key not in ("type", "function")}
 
 
 def _write_sft_sharegpt(draft: Draft) -> list[dict[str, Any]]:
-    return [{"conversations": _sharegpt_turns(whole_conversation(draft))}]
+    return [{"conversations": _sharegpt_turns(draft, whole_conversation(draft))}]
 
 
 def _write_pair_sharegpt(draft: Draft) -> list[dict[str, Any]]:
-    turns = _sharegpt_turns(prompt_turns(draft))
-    chosen, rejected = two_texts(draft, empty=True)
-    sides = {
-        "chosen": {"from": "gpt", "value": chosen},
-        "rejected": {"from": "gpt", "value": rejected},
-    }
+    turns = _sharegpt_turns(draft, prompt_turns(draft))
+    sides = {}
+    for key in ("chosen", "rejected"):
+        turn = single_turn(draft.columns[key], key, empty=True)
+        sides[key] = _sharegpt_turns(draft, [turn])[0]
     return [{"conversations": turns, **sides, **draft.margin()}]
 
 
 def _write_unpaired_sharegpt(draft: Draft) -> list[dict[str, Any]]:
-    turns = _sharegpt_turns(judged_turns(draft))
+    turns = _sharegpt_turns(draft, judged_turns(draft))
     return [{"conversations": turns, "kto_tag": draft.columns["label"]}]
 
 
 def _write_prompt_sharegpt(draft: Draft) -> list[dict[str, Any]]:
-    return [{"conversations": _sharegpt_turns(prompt_turns(draft))}]
+    return [{"conversations": _sharegpt_turns(draft, prompt_turns(draft))}]
 
 
 WRITE_SHAREGPT: dict[Use, Writer] = {

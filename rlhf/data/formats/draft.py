@@ -16,6 +16,7 @@ from typing import Any
 from rlhf.data.formats.base import CANONICAL
 from rlhf.data.rows import Chat, RowError
 from rlhf.process.wording import describe
+from rlhf.types import Message
 
 Row = dict[str, Any]
 
@@ -72,20 +73,45 @@ def prompt_turns(draft: Draft) -> Chat:
     return turns_of(draft, draft.columns["prompt"])
 
 
-def single_text(answer: str | Chat, key: str, *, empty: bool = False) -> str:
-    """The text of an answer. Raises RowError for an answer of several messages, or (unless `empty`)
-    without text.
+def is_plain(message: Message) -> bool:
+    """Whether a message is its role and its text, and nothing else."""
+    return message.keys() == {"role", "content"}
+
+
+def single_turn(answer: str | Chat, key: str, *, empty: bool = False) -> Message:
+    """An answer as one turn of the assistant's. Raises RowError for an answer of several messages,
+    or (unless `empty`) without text and calls.
     """
-    if isinstance(answer, list):
-        if len(answer) != 1 or answer[0]["role"] != "assistant":
-            raise RowError(
-                f"key {key!r}: expected one message of the assistant's, found {len(answer)} "
-                "messages"
-            )
-        answer = answer[0]["content"]
-    if not answer and not empty:
+    turn: Message
+    if isinstance(answer, str):
+        turn = {"role": "assistant", "content": answer}
+    elif len(answer) != 1 or answer[0]["role"] != "assistant":
+        raise RowError(
+            f"key {key!r}: expected one message of the assistant's, found {len(answer)} messages"
+        )
+    else:
+        turn = answer[0]
+    if not turn["content"] and not turn.get("tool_calls") and not empty:
         raise RowError(f"key {key!r}: expected text, found an empty one")
-    return answer
+    return turn
+
+
+def single_text(answer: str | Chat, key: str, *, empty: bool = False) -> str:
+    """The text of an answer that is text alone (rlhf/data/targets.py sees to that). Raises RowError
+    as `single_turn`.
+    """
+    return single_turn(answer, key, empty=empty)["content"]
+
+
+def flags_as_weights(chat: Chat) -> list[Row]:
+    """Messages to write, with OpenAI's `weight` for whether a turn trains."""
+    out = []
+    for message in chat:
+        row: Row = {key: value for key, value in message.items() if key != "train"}
+        if "train" in message:
+            row["weight"] = int(message["train"])
+        out.append(row)
+    return out
 
 
 def plain_text(value: str | Chat, key: str, *, empty: bool = False) -> str:
@@ -125,20 +151,26 @@ def trained_turns(draft: Draft) -> tuple[Chat, Chat]:
 
 
 def whole_conversation(draft: Draft) -> Chat:
-    """A row to train on as a single conversation. Raises RowError."""
+    """A row to train on as one conversation, of whose prompt no turn trains. Raises RowError."""
     context, answer = trained_turns(draft)
-    if answer:
-        draft.notes.append(
-            "prompt and completion become one conversation, whose assistant's turns all train"
-        )
-    return context + answer
+    if not answer:
+        return context
+    draft.notes.append("prompt and completion become one conversation")
+    return [*map(_as_context, context), *answer]
+
+
+def _as_context(message: Message) -> Message:
+    if message["role"] == "assistant":
+        return {**message, "train": False}
+    return message
 
 
 def judged_turns(draft: Draft) -> Chat:
     """A judged answer as a conversation that ends with it. Raises RowError."""
-    turns = prompt_turns(draft)
-    answer = single_text(draft.columns["completion"], "completion", empty=True)
-    return [*turns, {"role": "assistant", "content": answer}]
+    return [
+        *prompt_turns(draft),
+        single_turn(draft.columns["completion"], "completion", empty=True),
+    ]
 
 
 # ---- pairs ----

@@ -8,16 +8,17 @@ from typing import Any
 from rlhf.data.formats.base import (
     Format,
     Use,
-    assistant,
     both_sides,
     columns_of,
     has_chat,
     make_pair,
     prompt_of_pair,
     prompt_or_nothing,
+    require_training,
     split_chats,
+    with_assistant,
 )
-from rlhf.data.formats.draft import Draft, Writer, prompt_turns, two_texts
+from rlhf.data.formats.draft import Draft, Writer, prompt_turns, single_turn
 from rlhf.data.rows import Chat, Row, RowError, answer_of, judgement_of, text_of, text_or_chat
 from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
@@ -34,6 +35,8 @@ def _sft_prompt_completion(row: Row) -> dict[str, Any]:
             f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found "
             f"{describe(completion)}"
         )
+    if isinstance(completion, list):
+        with_assistant(completion, "completion")
     return {"prompt": prompt, "completion": completion}
 
 
@@ -62,6 +65,7 @@ def _unpaired(row: Row) -> JudgedAnswer:
             f"key 'completion': expected what 'prompt' is ({describe(prompt)}), found "
             f"{describe(completion)}"
         )
+    require_training(completion, "completion")
     return JudgedAnswer(prompt=prompt, completion=completion, good=judgement_of(row, "label"))
 
 
@@ -171,10 +175,9 @@ def _write_ultrafeedback(draft: Draft) -> list[dict[str, Any]]:
         raise RowError(
             "key 'prompt': expected text in the first user's or the last message, found none"
         )
-    chosen, rejected = two_texts(draft, empty=True)
     sides = {
-        "chosen": [*turns, *assistant(chosen)],
-        "rejected": [*turns, *assistant(rejected)],
+        key: [*turns, single_turn(draft.columns[key], key, empty=True)]
+        for key in ("chosen", "rejected")
     }
     prompt_id = draft.take("prompt_id", hashlib.sha256(prompt.encode()).hexdigest())
     return [{"prompt": prompt, "prompt_id": prompt_id, **sides, **draft.margin()}]

@@ -16,6 +16,7 @@ from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use, by_name, detect
 from rlhf.data.formats.base import both_sides, columns_of
+from rlhf.data.loading import tell, tell_kept
 from rlhf.data.mixture import Part, Source, mixed
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Context, Item
@@ -84,6 +85,9 @@ def items(
             for value in values:
                 columns = columns_of(value, record.fields, answers)
                 yield Item(columns, record.origin, record.number, split)
+    name = ", ".join(source.name for source in sources)
+    tell(conversion.otherwise, name)
+    tell_kept(conversion.keys, name)
 
 
 def natural_use(data: DataConfig) -> Use:

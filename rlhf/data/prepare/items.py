@@ -7,16 +7,18 @@ Columns are TRL's, which every stage reads (rlhf/data/formats), followed by the 
     unpaired    prompt, completion, label
     prompt      prompt
 
-A prompt or an answer is a text or a list of messages.
+A prompt or an answer is a text or a list of messages; beside messages may stand `tools`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from conf.preparation.base import StepOptions
 from rlhf.data.formats.base import CONTENT, Use
+from rlhf.data.messages import texts_of_message, with_texts
+from rlhf.types import Message
 
 # (a reward model's directory, [(prompt, chosen, rejected)]) -> [(score of chosen, score of
 # rejected)]
@@ -68,15 +70,15 @@ class Step(Protocol[Options_contra]):
 
 def parts(columns: dict[str, Any]) -> list[tuple[str, str]]:
     """(where, text) of every text in the content columns: ("prompt", ...), ("chosen[0]", ...) for a
-    message.
+    message, ("chosen[0].reasoning_content", ...) for what else it holds.
     """
     out: list[tuple[str, str]] = []
-    for key in CONTENT:
-        value = columns.get(key)
-        if isinstance(value, str):
-            out.append((key, value))
-        elif isinstance(value, list):
-            out.extend((f"{key}[{i}]", message["content"]) for i, message in enumerate(value))
+
+    def note(where: str, text: str) -> str:
+        out.append((where, text))
+        return text
+
+    replace_texts(columns, note)
     return out
 
 
@@ -91,17 +93,23 @@ def replace_texts(columns: dict[str, Any], change: Callable[[str, str], str]) ->
             out[key] = change(key, value)
         elif isinstance(value, list):
             out[key] = [
-                {**message, "content": change(f"{key}[{i}]", message["content"])}
-                for i, message in enumerate(value)
+                with_texts(message, f"{key}[{i}]", change) for i, message in enumerate(value)
             ]
     return out
+
+
+def _lines(messages: Iterable[Message]) -> str:
+    """What messages say, their calls included, a line each."""
+    return "\n".join(text for message in messages for text in texts_of_message(message))
 
 
 def joined(columns: dict[str, Any]) -> str:
     """All texts of a row in one, a line each: what lengths, duplicates and clusters look at unless
     an option says otherwise.
     """
-    return "\n".join(text for _, text in parts(columns) if text)
+    values = [columns[key] for key in CONTENT if columns.get(key)]
+    texts = [_lines(value) if isinstance(value, list) else value for value in values]
+    return "\n".join(text for text in texts if text)
 
 
 def prompt_of(columns: dict[str, Any]) -> str:
@@ -111,7 +119,7 @@ def prompt_of(columns: dict[str, Any]) -> str:
     value = columns.get("prompt") or columns.get("messages")
     if isinstance(value, list):
         turns = value[:-1] if "messages" in columns and value[-1]["role"] == "assistant" else value
-        return "\n".join(message["content"] for message in turns)
+        return _lines(turns)
     return value or joined(columns)
 
 
@@ -125,9 +133,7 @@ def answers_of(columns: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             out[key] = value
         elif value is not None:
-            out[key] = "\n".join(message["content"] for message in value)
+            out[key] = _lines(value)
     if not out and isinstance(columns.get("messages"), list):
-        out["messages"] = "\n".join(
-            m["content"] for m in columns["messages"] if m["role"] == "assistant"
-        )
+        out["messages"] = _lines(m for m in columns["messages"] if m["role"] == "assistant")
     return out

@@ -8,7 +8,9 @@ since every stage ends a response so (rlhf/models/encoding.py); chatml and qwen 
 goes before the first user's where the family has no place for it (mistral, gemma). mistral is the
 layout without spaces around [INST], qwen the one with a default system message. llama-2 begins
 every exchange with a beginning-of-sequence token, as its models were trained. llama-2 and vicuna
-begin an answer with a space. plain marks no roles: a line for each message.
+begin an answer with a space. plain marks no roles: a line for each message. hermes is chatml with
+functions: it shows `tools`, writes calls as <tool_call>, answers as <tool_response> and reasoning
+as <think>, after the family's models; the words that introduce the functions are ours.
 
 `generation` marks tell transformers and TRL which tokens are the assistant's.
 """
@@ -30,6 +32,7 @@ NAMES = (
     "alpaca",
     "vicuna",
     "plain",
+    "hermes",
 )
 
 
