@@ -224,6 +224,11 @@ class OnlineStage(TrainStage):
     overlong_penalty: float = option(
         1.0, "Subtracted from the score at the length limit.", at_least=0
     )
+    dropout: bool = option(
+        False,
+        "Train with the dropout that the model's configuration has; without it a training pass "
+        "gives the logprobs of the policy that wrote the responses.",
+    )
     mask_truncated: bool = option(False, "Responses that are cut off give no gradient.")
     watch: WatchConfig = nested(WatchConfig, section="the watch")
 

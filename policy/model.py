@@ -5,6 +5,7 @@ Batches are right-padded and causal, so a real token never attends to padding an
 is needed: the hidden state at a real position is the same whatever follows it.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,15 +20,8 @@ from rlhf.types import AdapterWeights, FullWeights, UserError
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 _PEFT_PREFIX = "base_model.model."
-_DROPOUT = (
-    "attention_dropout",
-    "attn_pdrop",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "resid_pdrop",
-    "embd_pdrop",
-    "dropout",
-)
+# what transformers calls probabilities of dropout, in configurations and in modules
+_DROPOUT = ("dropout", "pdrop", "dropout_prob", "layerdrop")
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -155,11 +149,34 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether a training pass gives other logprobs than an evaluation pass."""
-    config = base_of(model).config.get_text_config()
-    named = any(float(getattr(config, name, 0.0) or 0.0) > 0 for name in _DROPOUT)
-    return named or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    )
+    return any(_held_dropout(module) for module in model.modules())
+
+
+def turn_off_dropout(model: Any) -> None:
+    """Set every dropout of a transformers model to 0, so that a training pass gives the logprobs of
+    an evaluation pass. The model's own configuration, which is saved, stays.
+    """
+    config = copy.deepcopy(model.config)
+    for name in _held_dropout(config):
+        setattr(config, name, 0.0)
+    for module in model.modules():
+        for name in _held_dropout(module):
+            setattr(module, name, 0.0)
+        # some modules read the configuration in every pass
+        if module is not model and getattr(module, "config", None) is model.config:
+            module.config = config
+
+
+def _held_dropout(holder: Any) -> list[str]:
+    """The attributes of a module or configuration that hold a dropout above 0."""
+    names = [name for name in vars(holder) if name.endswith(_DROPOUT)]
+    if isinstance(holder, nn.modules.dropout._DropoutNd):
+        names.append("p")
+    return [name for name in names if _is_probability(getattr(holder, name))]
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, float) and value > 0
 
 
 @torch.no_grad()

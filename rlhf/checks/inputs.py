@@ -13,6 +13,7 @@ from rlhf.process.files import json_object
 from rlhf.types import UserError
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_ORIGINAL = "original_max_position_embeddings"
 
 
 # ---- the model ----
@@ -75,16 +76,63 @@ def max_positions(path: str | None) -> int | None:
     """The longest sequence, in tokens, by a model's config.json; None where it can't be known from
     the disk. Raises UserError for a config.json that can't be read.
     """
-    if path is None:
-        return None
-    config_path = Path(path).expanduser() / "config.json"
-    if not config_path.is_file():
-        return None
-    content = json_object(config_path, "this model can't be loaded")
+    content = _model_config(path)
     for name in _POSITIONS:
         if isinstance(content.get(name), int):
             return int(content[name])
     return None
+
+
+def _model_config(path: str | None) -> dict[str, Any]:
+    """A model directory's config.json; empty where there is none on the disk. Raises UserError for
+    one that can't be read.
+    """
+    if path is None:
+        return {}
+    config_path = Path(path).expanduser() / "config.json"
+    if not config_path.is_file():
+        return {}
+    return json_object(config_path, "this model can't be loaded")
+
+
+def rope_switch(path: str | None) -> int | None:
+    """The length in tokens above which a model turns all its positions otherwise (longrope: Ding et
+    al. 2024, arXiv:2402.13753), for every row of a micro-batch as soon as one is longer; None for
+    other models.
+    """
+    content = _model_config(path)
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    kinds = (rope.get("rope_type"), rope.get("type")) if isinstance(rope, dict) else ()
+    if not any(kind in ("longrope", "su") for kind in kinds):
+        return None
+    switch = content.get(_ORIGINAL) or rope.get(_ORIGINAL)
+    return switch if isinstance(switch, int) else None
+
+
+def check_rope(model: ModelConfig, prompt: int, response: int) -> None:
+    """No row's logprobs depend on which rows share its micro-batch. `prompt`, `response`: most
+    tokens. Raises UserError.
+    """
+    switch = rope_switch(model.path)
+    if switch is not None and prompt + response > switch:
+        raise UserError(
+            f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = "
+            f"{prompt + response} tokens: model.path={model.path} turns its positions otherwise "
+            f"above {switch} tokens (longrope), for all rows of a micro-batch at once, so a short "
+            "row's logprobs would depend on its neighbours. Lower one of them."
+        )
+
+
+def rope_note(model: ModelConfig, max_length: int) -> list[str]:
+    """The same for rows of a file, where it is a note: their labels stay what they are."""
+    switch = rope_switch(model.path)
+    if switch is None or max_length <= switch:
+        return []
+    return [
+        f"model.path={model.path} turns its positions otherwise above {switch} tokens (longrope), "
+        "for all rows of a micro-batch at once: shorter rows beside a longer one are read with "
+        f"those too. stage.max_length={switch} avoids it."
+    ]
 
 
 def model_positions(model: ModelConfig) -> tuple[str, int | None]:

@@ -41,6 +41,7 @@ def check(cfg: Config) -> list[str]:
     inputs.check_row_length(stage.max_length, cfg.model)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes = inputs.padding_note(cfg.model.path, tokenizer)
+    notes += inputs.rope_note(cfg.model, stage.max_length)
     inputs.check_rows(cfg)
     notes += capacity.memory_notes(cfg)
     capacity.check_disk(cfg)

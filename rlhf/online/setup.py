@@ -36,6 +36,7 @@ from policy.model import (
     PolicyModule,
     base_of,
     has_dropout,
+    turn_off_dropout,
 )
 from policy.prepare import needs_old_logprobs
 from policy.saving import replacing
@@ -155,7 +156,10 @@ def _generator_model(start: _Start, adapter: AdapterConfig | None) -> Any:
 
 def _policy_module(start: _Start, cfg: Config) -> PolicyModule:
     stage = cfg.stage_as(OnlineStage)
-    model = attach(start.causal_lm(), cfg.adapter, task="CAUSAL_LM")
+    base = start.causal_lm()
+    if not stage.dropout:
+        turn_off_dropout(base)
+    model = attach(base, cfg.adapter, task="CAUSAL_LM")
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
     chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
@@ -277,6 +281,8 @@ def _critic_model(
     else:
         model = load_classifier(start.config, start.tokenizer)
         torch.nn.init.zeros_(model.score.weight)
+    if not stage.dropout:
+        turn_off_dropout(model)
     model.requires_grad_(True)
     if not stage.critic_adapter:
         return model

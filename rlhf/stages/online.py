@@ -156,6 +156,7 @@ def check_lengths(cfg: Config) -> None:
             f"(rollout.max_response_length={response}). Lower the buffer; a fifth of the length "
             "is usual."
         )
+    inputs.check_rope(cfg.model, cfg.data.max_prompt_length, response)
     readers = [
         inputs.model_positions(cfg.model),
         *inputs.directory_positions(scoring_models(cfg.reward, stage.watch)),

@@ -289,6 +289,22 @@ def test_vllms_rank_limit_holds_the_adapter(ppo: Config) -> None:
     refused(ppo, "rollout.max_lora_rank=8 is below adapter.rank=16")
 
 
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rows_do_not_change_the_positions_of_their_neighbours(key: str, tmp_path: Path) -> None:
+    """As in Phi-3's 128k models: other frequencies above 4,096 tokens, for a whole micro-batch."""
+    content = {"original_max_position_embeddings": 4096, key: {"type": "longrope"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = ModelConfig(path=str(tmp_path))
+    inputs.check_rope(model, 3000, 1096)
+    assert inputs.rope_note(model, 4096) == []
+    with pytest.raises(UserError, match=r"data\.max_prompt_length=3000 .* 4096 tokens \(longrope"):
+        inputs.check_rope(model, 3000, 1097)
+    (note,) = inputs.rope_note(model, 4097)
+    assert "stage.max_length=4096" in note
+    (tmp_path / "config.json").write_text(json.dumps({key: {"type": "yarn", "factor": 4.0}}))
+    inputs.check_rope(model, 10**6, 1)
+
+
 def test_lengths_fit_the_models_positions(ppo: Config, sft: Config, tmp_path: Path) -> None:
     sft.model.tiny.max_positions, sft.stage.max_length = 512, 513
     refused(

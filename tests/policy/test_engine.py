@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Starcoder2Config,
+)
 
 from conf.choices import AdapterKind, Advantage, PolicyLoss, PreferenceLoss, Scheduler
 from conf.schema import AdapterConfig
@@ -17,7 +25,15 @@ from policy.batching import collate
 from policy.engines.base import NonFinite, OptimSettings
 from policy.engines.torch import TorchEngine
 from policy.forward import Layout, Models
-from policy.model import CriticModule, PolicyModule, adapter_weights, full_weights, iterate_weights
+from policy.model import (
+    CriticModule,
+    PolicyModule,
+    adapter_weights,
+    full_weights,
+    has_dropout,
+    iterate_weights,
+    turn_off_dropout,
+)
 from policy.preference import LOSSES
 from policy.prepare import TrainBatch, needs_old_logprobs, prepare
 from policy.saving import save_adapter, save_model
@@ -135,6 +151,43 @@ def test_every_adapter_and_every_loss_of_pairs_has_its_function() -> None:
     assert METHODS.keys() == set(AdapterKind) - {AdapterKind.none}
     sorts_a_batch = {PreferenceLoss.aot, PreferenceLoss.aot_unpaired}
     assert LOSSES.keys() == set(PreferenceLoss) - sorts_a_batch
+
+
+DROPPING = [
+    # in modules, in attributes of modules, in the configuration that modules read in each pass
+    GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+    Starcoder2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        residual_dropout=0.2,
+    ),
+    FalconConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_dropout=0.2,
+        hidden_dropout=0.2,
+    ),
+]
+
+
+@pytest.mark.parametrize("config_", DROPPING, ids=lambda config_: config_.model_type)
+def test_without_dropout_a_training_pass_is_an_evaluation_pass(config_: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_)
+    ids = torch.randint(1, VOCAB, (2, 12))
+    before = model.eval()(ids).logits
+    assert has_dropout(model)
+    assert not torch.equal(model.train()(ids).logits, before)
+    turn_off_dropout(model)
+    assert not has_dropout(model)
+    torch.testing.assert_close(model.train()(ids).logits, before, rtol=0, atol=0)
+    assert model.config.to_dict() == config_.to_dict(), "what is saved stays"
 
 
 def test_schedule_warms_up_then_decays() -> None:
