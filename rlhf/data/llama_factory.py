@@ -1,67 +1,53 @@
-"""LLaMA-Factory's dataset_info.json, so that its users bring their registry along (data.registry,
-data.dataset).
+"""LLaMA-Factory's registry of data sets, dataset_info.json, so that its users bring it along
+(data.registry, data.dataset). Entries are read as its parser and converters read them (looked up
+at ff6d4d12e of 2026-08-18).
 
-    {"NAME": {"file_name": "x.json" | "hf_hub_url": "OWNER/NAME", "formatting": "alpaca" |
-    "sharegpt", "ranking": true, "subset": ..., "split": ...,
-              "num_samples": N, "columns": {"prompt": "instruction", ...}, "tags": {"role_tag":
-              "from", ...}}}
+    {"NAME": {"file_name": "x.json", "formatting": "sharegpt", "columns": {"messages": "turns"},
+              "tags": {"role_tag": "from", ...}}}
 
-Recalled, not read in its source; what an entry leaves out is assumed as there and logged.
-`columns` maps a role to the file's column, `tags` a role to the file's word. Their rows become
-ours: alpaca (instruction, input, output ...), sharegpt (conversations of {from, value}), with
-chosen and rejected for ranking and kto_tag for judged answers. num_samples draws rows by run.seed.
-A column of tools goes with its row. Not read: images and other media (refused where a row holds
-some), and places other than a file and the Hugging Face hub.
+`columns` maps a role to the file's column, `tags` a role to the file's word. An entry without
+`columns` has the usual ones; an entry with `columns` has those that it names and no other. The hub
+comes before the file. num_samples draws rows by run.seed, and repeats them where there are fewer.
+
+    a prompt alone (alpaca)       whole texts to train on, their pre-training
+    a prompt with history, query  prompts
+    a history (alpaca)            a conversation, every answer of which trains
+    prompt and query              one instruction, joined by a line break
+    chosen, rejected; kto_tag     pairs (ranking: true); judged answers
+
+What differs on purpose is told in a note on the entry. Not read: images and other media (refused
+where a row holds some), and places other than a file and the Hugging Face hub.
 """
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from conf.choices import DataFormat
-from rlhf.data.mixture import Part, Row, Source, Transform, parts_of
-from rlhf.data.opening import endings, readable_files
-from rlhf.data.rows import RowError
+from rlhf.data.mixture import Part, Row, Source, Transform, hub_part, parts_of
+from rlhf.data.opening import endings, kind_of, readable_files
+from rlhf.data.rows import judgement_of, text_of, value_of
 from rlhf.process.wording import describe, nearest, nearest_hint
-from rlhf.types import UserError
+from rlhf.types import RowError, UserError
 
-_ENTRY = (
-    "file_name",
-    "hf_hub_url",
-    "formatting",
-    "ranking",
-    "subset",
-    "split",
-    "folder",
-    "num_samples",
-    "columns",
-    "tags",
-)
+INFO_FILE = "dataset_info.json"
+_PLACE = ("file_name", "hf_hub_url", "subset", "split", "folder")
+_ENTRY = (*_PLACE, "formatting", "ranking", "num_samples", "columns", "tags")
 _ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-# role: its column where the entry names none
-_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
-_COLUMNS = {
-    "alpaca": (
-        "prompt",
-        "query",
-        "response",
-        "history",
-        "system",
-        "tools",
-        "chosen",
-        "rejected",
-        "kto_tag",
-    ),
-    "sharegpt": ("messages", "system", "tools", "chosen", "rejected", "kto_tag"),
-}
 _MEDIA = ("images", "videos", "audios")
-# what we call a role's column
-_OURS = {
-    "prompt": "instruction",
-    "query": "input",
-    "response": "output",
-    "messages": "conversations",
+_BOTH = ("system", "tools", "chosen", "rejected", "kto_tag")
+_ROLES = {
+    "alpaca": ("prompt", "query", "response", "history", *_BOTH, *_MEDIA),
+    "sharegpt": ("messages", *_BOTH, *_MEDIA),
+    "openai": ("messages", *_BOTH, *_MEDIA),
+}
+# role: its column, in an entry without `columns`
+_USUAL = {
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+    "sharegpt": {"messages": "conversations"},
+    "openai": {"messages": "conversations"},
 }
 _TAGS = {
     "role_tag": "from",
@@ -72,20 +58,18 @@ _TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-# ours
-_SPEAKERS = {
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "system_tag": "system",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-}
+_SPEAKERS = tuple(tag for tag in _TAGS if tag not in ("role_tag", "content_tag"))
+# columns that rows have once they are ours; a file's column of such a name that the entry gives no
+# role is not one of them
+_OURS = ("instruction", "input", "output", "conversations", "messages", "text", "history", *_BOTH)
 
 
 def sources(path: Path, names: str) -> list[Source]:
-    """The entries NAME or NAME,NAME of the registry, one after the other. Raises UserError naming
-    file, entry and key.
+    """The entries NAME or NAME,NAME of the registry (a file, or the directory that holds it), one
+    after the other. Raises UserError naming file, entry and key.
     """
+    if path.is_dir():
+        path = path / INFO_FILE
     entries = _read(path)
     out = []
     for name in (one.strip() for one in names.split(",")):
@@ -101,9 +85,7 @@ def sources(path: Path, names: str) -> list[Source]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(
-            f"data.registry={path}: no such file. Expected LLaMA-Factory's dataset_info.json."
-        )
+        raise UserError(f"data.registry={path}: no such file. Expected a {INFO_FILE} of theirs.")
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -124,64 +106,76 @@ def _read(path: Path) -> dict[str, Any]:
     return entries
 
 
+# ---- entries ----
+
+
 def _source(path: Path, name: str, entry: Any) -> Source:
     where = f"{path}, entry {name!r}"
     _check_entry(where, entry)
     formatting = entry.get("formatting", "alpaca")
     columns = _columns(where, entry, formatting)
     tags = _TAGS | _strings(where, entry, "tags", tuple(_TAGS))
-    judged, ranking = "kto_tag" in columns, bool(entry.get("ranking", False))
-    if ranking and judged:
-        raise UserError(f"{where}: expected ranking or a kto_tag, found both.")
-    kind = formatting
-    if ranking:
-        kind = f"{formatting}_preference"
-    elif judged:
-        kind = f"{formatting}_unpaired"
-    transform = alpaca_rows(columns) if formatting == "alpaca" else sharegpt_rows(columns, tags)
+    kind = _kind(where, entry, formatting, columns)
+    if formatting == "alpaca":
+        transform = alpaca_rows(columns, kind)
+    else:
+        transform = sharegpt_rows(columns, tags)
     count = entry.get("num_samples")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise UserError(
             f"{where}, key 'num_samples': expected a number of rows of at least 1, found {count!r}."
         )
-    key = f"data.dataset (entry {name!r} of {path})"
     return Source(
-        key,
+        f"data.dataset (entry {name!r} of {path})",
         name,
-        _parts(path, where, key, entry),
+        _parts(path, where, f"data.dataset (entry {name!r} of {path})", entry),
         DataFormat[kind],
         (transform,),
         count,
-        notes=_assumed(where, entry, kind),
+        repeats=True,
+        notes=_notes(where, entry, kind, columns),
     )
 
 
 def _check_entry(where: str, entry: Any) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected an object, found {type(entry).__name__}.")
-    elsewhere = [key for key in _ELSEWHERE if key in entry]
-    if not any(key in entry for key in ("file_name", "hf_hub_url")):
-        hint = f" Found {elsewhere[0]!r}, a place that is not read." if elsewhere else ""
-        raise UserError(f"{where}: expected 'file_name' or 'hf_hub_url'.{hint}")
-    unknown = next((key for key in entry if key not in (*_ENTRY, *_ELSEWHERE)), None)
-    if unknown is not None:
+    elsewhere = next((key for key in _ELSEWHERE if key in entry), None)
+    if "hf_hub_url" not in entry and elsewhere is not None:
+        hint = f" Leave {elsewhere!r} out, and 'file_name' is read." if "file_name" in entry else ""
         raise UserError(
-            f"{where}: unknown key {unknown!r}; nearest: {nearest(unknown, _ENTRY)!r}. Known "
-            f"keys: {', '.join(_ENTRY)}."
+            f"{where}: expected rows of 'hf_hub_url' or 'file_name', found {elsewhere!r}, a place "
+            f"that is not read.{hint}"
         )
+    if "file_name" not in entry and "hf_hub_url" not in entry:
+        raise UserError(f"{where}: expected 'file_name' or 'hf_hub_url', found neither.")
+    for key in _unknown_keys(entry):
+        near = difflib.get_close_matches(key, _ENTRY, n=1, cutoff=0.8)
+        if near:
+            raise UserError(
+                f"{where}: unknown key {key!r}; nearest: {near[0]!r}. Known keys: "
+                f"{', '.join(_ENTRY)}."
+            )
     formatting = entry.get("formatting", "alpaca")
-    if not isinstance(formatting, str) or formatting not in _COLUMNS:
+    if not isinstance(formatting, str) or formatting not in _ROLES:
         raise UserError(
-            f"{where}, key 'formatting': expected alpaca or sharegpt, found {formatting!r}; "
-            f"nearest: {nearest(str(formatting), list(_COLUMNS))!r}."
+            f"{where}, key 'formatting': expected {', '.join(_ROLES)}, found {formatting!r}; "
+            f"nearest: {nearest(str(formatting), list(_ROLES))!r}."
         )
+
+
+def _unknown_keys(entry: Mapping[str, Any]) -> list[str]:
+    return [key for key in entry if key not in (*_ENTRY, *_ELSEWHERE)]
 
 
 def _strings(
     where: str, entry: Mapping[str, Any], key: str, known: tuple[str, ...]
 ) -> dict[str, str]:
+    """An object of texts; null and empty ones are left out. Raises UserError."""
     values = entry.get(key) or {}
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+    if not isinstance(values, dict) or not all(
+        value is None or isinstance(value, str) for value in values.values()
+    ):
         raise UserError(f"{where}, key {key!r}: expected an object of texts, found {values!r}.")
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
@@ -189,33 +183,80 @@ def _strings(
             f"{where}, key {key!r}: unknown {unknown!r}; nearest: {nearest(unknown, known)!r}. "
             f"Known: {', '.join(known)}."
         )
-    return values
+    return {name: value for name, value in values.items() if value}
 
 
 def _columns(where: str, entry: Mapping[str, Any], formatting: str) -> dict[str, str]:
     """The file's column of each role that the entry's rows have."""
-    given = _strings(where, entry, "columns", (*_COLUMNS[formatting], *_MEDIA))
-    if formatting == "alpaca":
-        columns = _ALPACA | given
-        if entry.get("ranking"):
-            columns.pop("response", None)
-            columns = {"chosen": "chosen", "rejected": "rejected"} | columns
-        return columns
-    defaults = {"messages": "conversations"}
+    given = _strings(where, entry, "columns", _ROLES[formatting])
+    columns = given if "columns" in entry else dict(_USUAL[formatting])
     if entry.get("ranking"):
-        defaults |= {"chosen": "chosen", "rejected": "rejected"}
-    return defaults | given
+        columns = {"chosen": "chosen", "rejected": "rejected", **columns}
+        columns.pop("response", None)
+    needed = "prompt" if formatting == "alpaca" else "messages"
+    if needed not in columns and not (formatting == "alpaca" and "query" in columns):
+        raise UserError(
+            f"{where}, key 'columns': expected the column of {needed!r}, found none: an entry "
+            f"that names columns has only those that it names ({', '.join(columns) or 'none'})."
+        )
+    return columns
+
+
+def _kind(where: str, entry: Mapping[str, Any], formatting: str, columns: dict[str, str]) -> str:
+    """The format that an entry's rows have once they are ours. Raises UserError."""
+    ranking, judged = bool(entry.get("ranking", False)), "kto_tag" in columns
+    if ranking and judged:
+        raise UserError(f"{where}: expected ranking or a kto_tag, found both.")
+    layout = "alpaca" if formatting == "alpaca" else "sharegpt"
+    if ranking:
+        return f"{layout}_preference"
+    if judged:
+        return f"{layout}_unpaired"
+    if layout == "sharegpt":
+        return layout
+    if "response" in columns:
+        return "messages" if "history" in columns else layout
+    if columns.keys() & {"query", "history", "system"}:
+        return "prompt"
+    return "text"
+
+
+def _notes(
+    where: str, entry: Mapping[str, Any], kind: str, columns: Mapping[str, str]
+) -> tuple[str, ...]:
+    """What the log says of an entry: how it is read, and what LLaMA-Factory does otherwise."""
+    roles = ", ".join(f"{role} from {column!r}" for role, column in columns.items())
+    told = [f"read as {kind}: {roles}; a role without a column is not read"]
+    if entry.get("ranking") and not {"chosen", "rejected"} <= set(entry.get("columns") or {}):
+        told.append(
+            "the columns chosen and rejected are assumed here, where LLaMA-Factory wants them named"
+        )
+    tags = entry.get("tags") or {}
+    if tags and kind.startswith("sharegpt") and any(tag not in tags for tag in _TAGS):
+        assumed = ", ".join(f"{tag} {word!r}" for tag, word in _TAGS.items() if tag not in tags)
+        told.append(f"tags that it leaves out are assumed here: {assumed} (LLaMA-Factory has none)")
+    if entry.get("formatting") == "openai":
+        told.append(
+            "LLaMA-Factory adds 'detailed thinking off' to system messages of this formatting; "
+            "here they stay as they are"
+        )
+    if "hf_hub_url" in entry and "file_name" in entry:
+        told.append(f"from the hub, so the file {entry['file_name']} is not read")
+    if unknown := _unknown_keys(entry):
+        told.append(f"keys that nothing reads: {', '.join(unknown)}")
+    return (f"{where}: {'. '.join(told)}.",)
 
 
 def _parts(path: Path, where: str, key: str, entry: Mapping[str, Any]) -> tuple[Part, ...]:
-    subset, split = entry.get("subset"), entry.get("split")
-    if "file_name" not in entry:
-        if "folder" in entry:
-            raise UserError(
-                f"{where}, key 'folder': a folder of a hub's data set is not read. Give its "
-                "files as 'file_name'."
+    subset, split, folder = entry.get("subset"), entry.get("split"), entry.get("folder")
+    if "hf_hub_url" in entry:
+        hint = ""
+        if "file_name" in entry:
+            hint = (
+                f" The hub comes before file_name={entry['file_name']}, as in LLaMA-Factory: "
+                "leave 'hf_hub_url' out of the entry to read the file."
             )
-        return parts_of(str(entry["hf_hub_url"]), key, subset, split)
+        return (hub_part(str(entry["hf_hub_url"]), key, subset, split, folder, hint),)
     file = path.parent / str(entry["file_name"])
     if not file.resolve().is_relative_to(path.parent.resolve()):
         raise UserError(
@@ -226,86 +267,125 @@ def _parts(path: Path, where: str, key: str, entry: Mapping[str, Any]) -> tuple[
         (file / name).is_file() for name in ("state.json", "dataset_dict.json")
     ):
         files = readable_files(file)
-        if not files:
+        kinds = sorted({kind_of(each) or "" for each in files})
+        if len(kinds) != 1:
             raise UserError(
-                f"{where}, key 'file_name': the directory {file} holds no file that ends with "
-                f"{endings()}."
+                f"{where}, key 'file_name': the directory {file}: expected files of one kind that "
+                f"end with {endings()}; found {', '.join(kinds) or 'none'}."
             )
         return tuple(part for each in files for part in parts_of(str(each), key))
     return parts_of(str(file), key, subset, split if file.is_dir() else None)
 
 
-def _assumed(where: str, entry: Mapping[str, Any], kind: str) -> tuple[str, ...]:
-    assumed = []
-    if "formatting" not in entry:
-        assumed.append("formatting alpaca")
-    if not entry.get("columns"):
-        assumed.append("the columns' usual names")
-    if kind.startswith("sharegpt") and not entry.get("tags"):
-        assumed.append("the tags from/value and human/gpt")
-    if "hf_hub_url" in entry and "file_name" in entry:
-        assumed.append("the file rather than the hub")
-    note = f" Assumed, as LLaMA-Factory does: {', '.join(assumed)}." if assumed else ""
-    return (f"{where}: read as {kind}.{note}",)
+# ---- rows ----
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with our names for the roles' columns; columns of other roles keep theirs. A column
-    that has our name by chance is left out.
-    """
-    ours = {
-        _OURS.get(role, role): row[column]
-        for role, column in columns.items()
-        if column in row and role not in _MEDIA
-    }
-    roles = {*_COLUMNS["alpaca"], *_COLUMNS["sharegpt"]} - {"tools"}
-    shadowed = {_OURS.get(role, role) for role in roles}
-    others = {
-        key: value
-        for key, value in row.items()
-        if key not in columns.values() and key not in shadowed
-    }
-    return {**others, **ours}
+def _others(row: Row, columns: Mapping[str, str]) -> Row:
+    """The columns without a role, as a row's own fields."""
+    taken = set(columns.values())
+    return {key: value for key, value in row.items() if key not in taken and key not in _OURS}
 
 
-def alpaca_rows(columns: Mapping[str, str]) -> Transform:
-    """Rows of an alpaca entry as instruction, input, output, system, history (chosen, rejected or
-    kto_tag).
+def _beside(row: Row, columns: Mapping[str, str]) -> Row:
+    """system and tools, where a row has some."""
+    out = {}
+    for role in ("system", "tools"):
+        value = row.get(columns.get(role, ""))
+        if value not in (None, "", "[]", "{}", [], {}):
+            out[role] = value
+    return out
+
+
+def _question(row: Row, columns: Mapping[str, str]) -> str:
+    """prompt and query, a line each; either may be empty. Raises RowError."""
+    names = [columns[role] for role in ("prompt", "query") if role in columns]
+    value_of(row, names[0])
+    lines = [text_of(row, name) for name in names if row.get(name) not in (None, "")]
+    return "\n".join(lines) or text_of(row, names[0])  # raises: every one is empty
+
+
+def _judged(row: Row, columns: Mapping[str, str]) -> Row:
+    """The answers of a row as the entry names them. Raises RowError with the file's own names."""
+    out: Row = {}
+    if "kto_tag" in columns:
+        out["kto_tag"] = judgement_of(row, columns["kto_tag"])
+    for role in ("chosen", "rejected"):
+        if role in columns:
+            out[role] = value_of(row, columns[role])
+    return out
+
+
+def _turns(row: Row, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """system, history and question of an alpaca entry's row, as messages. Raises RowError."""
+    name = columns.get("history", "")
+    history = row.get(name) or []
+    out = []
+    if system := _beside(row, columns).get("system"):
+        out.append({"role": "system", "content": system})
+    for i, pair in enumerate(history if isinstance(history, (list, tuple)) else [history]):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise RowError(
+                f"key '{name}[{i}]': expected [question, answer], found {describe(pair)}"
+            )
+        out.append({"role": "user", "content": pair[0]})
+        out.append({"role": "assistant", "content": pair[1]})
+    return [*out, {"role": "user", "content": _question(row, columns)}]
+
+
+def alpaca_rows(columns: Mapping[str, str], kind: str) -> Transform:
+    """Rows of an alpaca entry as those of the format `kind`: text, prompt, messages, or one of
+    alpaca's own.
     """
 
     def transform(row: Row) -> Row:
         _refuse_media(row, columns)
-        return _renamed(row, columns)
+        out = _others(row, columns)
+        if kind == "text":
+            return {**out, "text": text_of(row, columns["prompt"])}
+        beside = _beside(row, columns)
+        if kind in ("prompt", "messages"):
+            beside.pop("system", None)  # one of the turns
+            turns = _turns(row, columns)
+            if kind == "messages":
+                answer = text_of(row, columns["response"])
+                turns.append({"role": "assistant", "content": answer})
+            return {**out, **beside, kind: turns}
+        out |= {"instruction": _question(row, columns)} | beside | _judged(row, columns)
+        if "response" in columns:
+            out["output"] = text_of(row, columns["response"])
+        if row.get(columns.get("history", "")):
+            out["history"] = row[columns["history"]]
+        return out
 
     return transform
 
 
 def sharegpt_rows(columns: Mapping[str, str], tags: Mapping[str, str]) -> Transform:
-    """Rows of a sharegpt entry as conversations of {from, value} with the speakers human, gpt and
-    system.
+    """Rows of a sharegpt or openai entry as conversations of {from, value} with ShareGPT's
+    speakers; what else a message holds stays. A system message comes before a column of it.
     """
-    speakers = {tags[tag]: ours for tag, ours in _SPEAKERS.items()}
+    speakers = {tags[tag]: _TAGS[tag] for tag in _SPEAKERS}
+    role, content = tags["role_tag"], tags["content_tag"]
 
     def message(given: Any) -> Any:
-        if (
-            not isinstance(given, Mapping)
-            or tags["role_tag"] not in given
-            or tags["content_tag"] not in given
-        ):
+        if not isinstance(given, Mapping) or role not in given:
             return given  # refused, with its place, when it is read
-        speaker = given[tags["role_tag"]]
-        named = (tags["role_tag"], tags["content_tag"])
-        rest = {key: value for key, value in given.items() if key not in named}
+        rest = {key: value for key, value in given.items() if key not in (role, content)}
+        speaker = given[role]
         if isinstance(speaker, str):
             speaker = speakers.get(speaker, speaker)
-        return {**rest, "from": speaker, "value": given[tags["content_tag"]]}
+        return {**rest, "from": speaker, "value": given.get(content)}
 
     def transform(row: Row) -> Row:
         _refuse_media(row, columns)
-        out = _renamed(row, columns)
-        if isinstance(out.get("conversations"), list):
-            out["conversations"] = [message(turn) for turn in out["conversations"]]
-        return out | {side: message(out[side]) for side in ("chosen", "rejected") if side in out}
+        turns = value_of(row, columns["messages"])
+        out = {**_others(row, columns), **_beside(row, columns), "conversations": turns}
+        if isinstance(turns, list) and turns:
+            out["conversations"] = [message(turn) for turn in turns]
+            if isinstance(turns[0], Mapping) and turns[0].get(role) == tags["system_tag"]:
+                out.pop("system", None)
+        sides = _judged(row, columns)
+        return out | {key: message(value) for key, value in sides.items()}
 
     return transform
 

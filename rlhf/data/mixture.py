@@ -62,7 +62,7 @@ def parts_of(
         return (_saved(local, key, split),)
     missing = not local.exists() and not local.parent.exists()
     if missing and kind_of(local) is None and _HUB_NAME.fullmatch(path):
-        return (_hub(path, key, subset, split),)
+        return (hub_part(path, key, subset, split),)
     if subset is not None or split is not None:
         option = "subset" if subset is not None else "split"
         raise UserError(
@@ -142,16 +142,26 @@ def _saved(folder: Path, key: str, split: str | None) -> Part:
     return Part(origin, lambda: _rows(origin, loaded), lambda: len(loaded), files)
 
 
-def _hub(name: str, key: str, subset: str | None, split: str | None) -> Part:
-    """A hub's data set, streamed; whether it exists shows when its rows are read."""
+def hub_part(
+    name: str,
+    key: str,
+    subset: str | None,
+    split: str | None,
+    folder: str | None = None,
+    hint: str = "",
+) -> Part:
+    """A hub's data set (of it the files below `folder`), streamed; whether it exists shows when its
+    rows are read. `hint` ends the message where it can't be reached.
+    """
+    below = {} if folder is None else {"data_dir": folder}
 
     def load() -> Any:
         import datasets
 
         try:
-            names = datasets.get_dataset_split_names(name, subset)
+            names = datasets.get_dataset_split_names(name, subset, **below)
             chosen = _choose_split(name, key, names, split)
-            return datasets.load_dataset(name, subset, split=chosen, streaming=True)
+            return datasets.load_dataset(name, subset, split=chosen, streaming=True, **below)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
@@ -159,7 +169,7 @@ def _hub(name: str, key: str, subset: str | None, split: str | None) -> Part:
                 "it can't be reached "
                 f"({type(error).__name__}: {why}). Give a file, a glob or a directory that "
                 "datasets' save_to_disk wrote, "
-                "or check the name and the connection (HF_HUB_OFFLINE)."
+                f"or check the name and the connection (HF_HUB_OFFLINE).{hint}"
             ) from error
 
     def count() -> int:
@@ -169,7 +179,7 @@ def _hub(name: str, key: str, subset: str | None, split: str | None) -> Part:
             return known.num_examples
         return sum(1 for _ in loaded)
 
-    origin = ":".join(part for part in (name, subset, split) if part)
+    origin = ":".join(part for part in (name, folder, subset, split) if part)
     return Part(origin, lambda: _rows(origin, load()), count)
 
 
@@ -187,6 +197,7 @@ class Source:
     transforms: tuple[Transform, ...] = ()  # of a row's columns, before its format is looked for
     cap: int | None = None
     weight: float | None = None
+    repeats: bool = False  # a cap above its rows gives rows again
     notes: tuple[str, ...] = ()  # what was assumed, for the log
 
     def all_notes(self) -> list[str]:
@@ -211,15 +222,25 @@ class Source:
         total = sum(part.count() for part in self.parts)
         if self.cap is None:
             return total
+        if self.repeats and total:
+            return self.cap
         return min(total, self.cap)
 
     def take(self, count: int | None, seed: int) -> Iterator[SourceRow]:
-        """`count` of its rows drawn by `seed`, in their order; all for None."""
-        rows = chain.from_iterable(self.rows(part) for part in self.parts)
+        """`count` of its rows drawn by `seed`, in their order; all for None. Where there are fewer
+        and it repeats, all of them again and again, and of the last time a draw.
+        """
         if count is None:
-            return rows
+            return self._all_rows()
         total = sum(part.count() for part in self.parts)
-        return draw(rows, total, count, random.Random(f"{seed}:{self.name}"))
+        rng = random.Random(f"{seed}:{self.name}")
+        if not self.repeats or count <= total or not total:
+            return draw(self._all_rows(), total, count, rng)
+        whole = chain.from_iterable(self._all_rows() for _ in range(count // total))
+        return chain(whole, draw(self._all_rows(), total, count % total, rng))
+
+    def _all_rows(self) -> Iterator[SourceRow]:
+        return chain.from_iterable(self.rows(part) for part in self.parts)
 
 
 def mixed(sources: Sequence[Source], seed: int) -> Iterator[SourceRow]:

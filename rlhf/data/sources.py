@@ -23,14 +23,7 @@ def train_sources(data: DataConfig) -> list[Source]:
     """
     if data.sources:
         out = [_named(name, source, data) for name, source in data.sources.items()]
-        origins = Counter(part.origin for source in out for part in source.parts)
-        twice = next((origin for origin, times in origins.items() if times > 1), None)
-        if twice is not None:
-            raise UserError(
-                f"data.sources: {twice} is in more than one of them. Name it once, with the "
-                "weight that it shall have."
-            )
-        return out
+        return _each_once(out, "data.sources")
     if data.dataset is not None:
         assert data.registry is not None
         if data.format is not DataFormat.auto or data.columns:
@@ -39,10 +32,23 @@ def train_sources(data: DataConfig) -> list[Source]:
                 f"{option} and data.dataset={data.dataset}: the registry says both format and "
                 f"columns. Leave {option} out."
             )
-        return llama_factory.sources(Path(data.registry).expanduser(), data.dataset)
+        entries = llama_factory.sources(Path(data.registry).expanduser(), data.dataset)
+        return _each_once(entries, f"data.dataset={data.dataset}")
     if data.path is None:
         return []
     return [_plain(data.path, "data.path", data)]
+
+
+def _each_once(sources: list[Source], given_by: str) -> list[Source]:
+    """The sources. Raises UserError for a file that is in two of them."""
+    origins = Counter(part.origin for source in sources for part in source.parts)
+    twice = next((origin for origin, times in origins.items() if times > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"{given_by}: {twice} is in more than one of them. Name it once, with the weight that "
+            "it shall have."
+        )
+    return sources
 
 
 def eval_sources(data: DataConfig) -> list[Source]:

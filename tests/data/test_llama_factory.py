@@ -2,7 +2,9 @@
 for one that can't be.
 """
 
+import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def bot(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def registry(folder: Path, rows: Any, **entry: Any) -> Config:
+def registry(folder: Path, rows: Any, /, **entry: Any) -> Config:
     """A registry with the entry `mine` over `rows`."""
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "dataset_info.json").write_text(
@@ -74,7 +76,32 @@ OPENAI = {
             Use.sft,
             {"instruction": "Hi", "input": "you", "output": "Hello"},
             {},
-            {"prompt": [user("Hi\n\nyou")], "completion": [bot("Hello")]},
+            {"prompt": [user("Hi\nyou")], "completion": [bot("Hello")]},
+        ),
+        (
+            Use.sft,
+            {"instruction": "", "input": "you", "output": "Hello"},
+            {},
+            {"prompt": [user("you")], "completion": [bot("Hello")]},
+        ),
+        # an entry that names columns has those that it names, and no other
+        (
+            Use.sft,
+            {"instruction": "Hi", "input": "NOT MEANT", "output": "Hello"},
+            {"columns": {"prompt": "instruction", "query": None, "response": "output"}},
+            {"prompt": [user("Hi")], "completion": [bot("Hello")]},
+        ),
+        (
+            Use.sft,
+            {"content": "A text.", "text": "another", "lang": "en"},
+            {"columns": {"prompt": "content"}},
+            {"text": "A text.", "lang": "en"},
+        ),
+        (
+            Use.prompt,
+            {"q": "Hi", "sys": "Be kind.", "past": []},
+            {"columns": {"prompt": "q", "system": "sys", "history": "past"}},
+            {"prompt": [{"role": "system", "content": "Be kind."}, user("Hi")]},
         ),
         (
             Use.sft,
@@ -88,14 +115,15 @@ OPENAI = {
                     "history": "past",
                 }
             },
+            # every answer of a history trains
             {
-                "prompt": [
+                "messages": [
                     {"role": "system", "content": "Be kind."},
                     user("x"),
                     bot("y"),
                     user("Hi"),
+                    bot("Hello"),
                 ],
-                "completion": [bot("Hello")],
                 "topic": "t",
             },
         ),
@@ -135,6 +163,28 @@ OPENAI = {
             },
             {"formatting": "sharegpt"},
             {"messages": [user("Hi"), bot("Hello")]},
+        ),
+        # a system message comes before the column; empty tools are none
+        (
+            Use.sft,
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be kind."},
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                ],
+                "sys": "Be rude.",
+                "functions": "[]",
+            },
+            {
+                "formatting": "openai",
+                "columns": {
+                    "messages": "conversations",
+                    "system": "sys",
+                    "tools": "functions",
+                },
+            },
+            {"messages": [{"role": "system", "content": "Be kind."}, user("Hi"), bot("Hello")]},
         ),
         (
             Use.sft,
@@ -198,14 +248,13 @@ def test_stages_read_a_registry(tmp_path: Path, caplog: pytest.LogCaptureFixture
     train, held = reading.preference_pairs(reading.DataRequest.of(cfg))
     assert len(train) + len(held) == 8 and train[0].chosen == [bot("a")]
     assert isinstance(train[0], PreferencePair)
-    assert (
-        "entry 'mine': read as alpaca_preference. Assumed, as LLaMA-Factory does: formatting "
-        "alpaca, the columns' usual names." in caplog.text
-    )
+    said = next(line for line in caplog.messages if "entry 'mine'" in line)
+    assert "alpaca_preference" in said and "prompt from 'instruction'" in said
+    assert "chosen" in said and "wants them named" in said, "they assume no such column"
     judged = registry(
         tmp_path,
         [{"instruction": f"p{i}", "output": "a", "tag": i % 2 == 0} for i in range(8)],
-        columns={"kto_tag": "tag"},
+        columns={"prompt": "instruction", "response": "output", "kto_tag": "tag"},
     )
     judged.stage = KTOStage()
     answers, others = reading.judged_answers(reading.DataRequest.of(judged))
@@ -225,18 +274,78 @@ def test_num_samples_and_several_entries(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text(json.dumps(content), encoding="utf-8")
     cfg.data.dataset = "mine, other"
     assert len(columns(cfg, Use.sft)) == 6
+    content["other"]["file_name"] = "rows.json"
+    (tmp_path / "dataset_info.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"data.dataset=mine, other: .*rows.json is in more"):
+        columns(cfg, Use.sft)
+
+
+@pytest.mark.parametrize("count", [10, 25, 40])
+def test_num_samples_above_the_rows_repeats_them(tmp_path: Path, count: int) -> None:
+    rows = [{"instruction": str(i), "output": "x"} for i in range(10)]
+    cfg = registry(tmp_path, rows, num_samples=count)
+    read = Counter(row["prompt"][0]["content"] for row in columns(cfg, Use.sft))
+    assert read.total() == count and len(read) == 10
+    assert max(read.values()) - min(read.values()) <= 1
+
+
+def test_the_hub_comes_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(*names: Any, **options: Any) -> Any:
+        asked.append((names, options))
+        return datasets.Dataset.from_list([{"instruction": "Hi", "output": "Hello"}])
+
+    cfg = registry(tmp_path, [], hf_hub_url="wiki_qa", folder="data", subset="a", split="dev")
+    with pytest.raises(UserError, match=r"=wiki_qa: .*'hf_hub_url' out.*"):
+        columns(cfg, Use.sft)  # the tests use no network
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a, **k: ["train", "dev"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert columns(cfg, Use.sft) == [{"prompt": [user("Hi")], "completion": [bot("Hello")]}]
+    assert asked[0] == (("wiki_qa", "a"), {"split": "dev", "streaming": True, "data_dir": "data"})
+
+
+def test_the_registry_is_found_in_its_directory(tmp_path: Path) -> None:
+    cfg = registry(tmp_path, [], file_name="corpus.txt.gz", columns={"prompt": "text"})
+    (tmp_path / "corpus.txt.gz").write_bytes(gzip.compress(b"one\n\ntwo\n"))
+    cfg.data.registry = str(tmp_path)
+    assert columns(cfg, Use.sft) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_a_row_that_does_not_fit_is_told_in_the_words_of_its_file(tmp_path: Path) -> None:
+    cfg = registry(tmp_path, [{"q": 3, "a": "b"}], columns={"prompt": "q", "response": "a"})
+    with pytest.raises(UserError, match=r"rows.json, row 1: key 'q': expected text"):
+        ingest.natural_use(cfg.data)
+    cfg = registry(tmp_path, [{"a": "b"}], columns={"prompt": "q", "response": "a"})
+    with pytest.raises(UserError, match=r"rows.json, row 1: key 'q': .*missing"):
+        ingest.natural_use(cfg.data)
+
+
+def test_a_key_that_nothing_reads_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    rows = [{"instruction": str(i), "output": "x"} for i in range(4)]
+    cfg = registry(tmp_path, rows, file_sha1="abc")
+    reading.sft_rows(reading.DataRequest.of(cfg))
+    assert "file_sha1" in caplog.text
 
 
 def test_a_directory_of_files(tmp_path: Path) -> None:
     cfg = registry(tmp_path, [], file_name="many")
     (tmp_path / "many").mkdir()
-    with pytest.raises(UserError, match=r"directory .*many .*ends with"):
+    with pytest.raises(UserError, match=r"directory .*many: .*none"):
         columns(cfg, Use.sft)
     for name in "ab":
         (tmp_path / "many" / f"{name}.json").write_text(
             json.dumps([{"instruction": name, "output": "x"}]), encoding="utf-8"
         )
     assert [row["prompt"][0]["content"] for row in columns(cfg, Use.sft)] == ["a", "b"]
+    (tmp_path / "many" / "c.csv").write_text("instruction,output\nc,x\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"files of one kind .*\.csv, \.json"):
+        columns(cfg, Use.sft)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +359,12 @@ def test_a_directory_of_files(tmp_path: Path) -> None:
             {"formatting": "share_gpt"},
             r"key 'formatting': .*alpaca.*sharegpt.*'share_gpt'; nearest: 'sharegpt'",
         ),
+        ({"columns": {"response": "x"}}, r"key 'columns': .* 'prompt', found none"),
+        (
+            {"formatting": "sharegpt", "columns": {"system": "x"}},
+            r"key 'columns': .* 'messages', found none",
+        ),
+        ({"script_url": "x"}, r"'script_url', a place .*not read. Leave 'script_url' out"),
         ({"columns": {"promt": "x"}}, r"key 'columns': unknown 'promt'; nearest: 'prompt'"),
         ({"columns": ["x"]}, r"key 'columns': expected an object of texts"),
         ({"tags": {"role": "x"}}, r"key 'tags': unknown 'role'; nearest: 'role_tag'"),
@@ -258,7 +373,7 @@ def test_a_directory_of_files(tmp_path: Path) -> None:
             r"key 'num_samples': expected a number of rows of at least 1, found 0",
         ),
         (
-            {"ranking": True, "columns": {"kto_tag": "x"}},
+            {"ranking": True, "columns": {"prompt": "p", "kto_tag": "x"}},
             r"expected ranking or a kto_tag, found both",
         ),
         ({"file_name": "../rows.json"}, "key 'file_name': ../rows.json is outside of"),
@@ -279,7 +394,7 @@ def test_a_place_that_is_not_read_and_rows_with_images(tmp_path: Path) -> None:
     cfg = registry(
         tmp_path,
         [{"instruction": "a", "output": "b", "pics": ["x.png"]}],
-        columns={"images": "pics"},
+        columns={"prompt": "instruction", "response": "output", "images": "pics"},
     )
     left: list[str] = []
     assert (
@@ -291,12 +406,14 @@ def test_a_place_that_is_not_read_and_rows_with_images(tmp_path: Path) -> None:
         == []
     )
     assert len(left) == 1 and "'pics'" in left[0] and "images" in left[0]
+    with pytest.raises(UserError, match=r"rows.json, row 1: .*'pics': .*images"):
+        ingest.natural_use(cfg.data)
     (tmp_path / "dataset_info.json").write_text(
         json.dumps({"mine": {"ms_hub_url": "a/b"}}), encoding="utf-8"
     )
     with pytest.raises(
         UserError,
-        match=r"expected 'file_name' or 'hf_hub_url'.*'ms_hub_url'",
+        match=r"expected rows of 'hf_hub_url' or 'file_name', found 'ms_hub_url'",
     ):
         columns(cfg, Use.sft)
 
