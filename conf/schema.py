@@ -15,11 +15,12 @@ that a bad value is reported before anything loads. ``None`` always means "not s
 library only.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from conf import published
-from conf.choices import AdapterKind, Advantage, LoraSync
+from conf.choices import AdapterKind, Advantage, LoraSync, RolloutBackend
 from conf.data import DataConfig, GymConfig, SourceConfig
 from conf.labelling import LabelConfig
 from conf.model import AdapterConfig, EngineConfig, ModelConfig, RolloutConfig, TinyConfig
@@ -88,6 +89,24 @@ GROUPS: dict[str, type] = {
     "data": DataConfig,
     "tracking": TrackingConfig,
 }
+
+
+def generator_of(backend: RolloutBackend) -> RolloutBackend:
+    """What writes the responses: `auto` is vLLM where it is installed, else Hugging Face generate.
+
+    Raises ValueError, whose message names the option, when vLLM is asked for and missing.
+    """
+    if backend is RolloutBackend.hf:
+        return backend
+    if importlib.util.find_spec("vllm") is not None:
+        return RolloutBackend.vllm
+    if backend is RolloutBackend.auto:
+        return RolloutBackend.hf
+    raise ValueError(
+        "rollout=vllm, but vLLM is not installed: `pip install 'rlhf-toolkit[cpu]'` on a machine "
+        "without a GPU, `pip install 'rlhf-toolkit[cuda]'` with one. Set rollout=hf for Hugging "
+        "Face generate, or rollout=auto to take what is there."
+    )
 
 
 # vllm.config.lora.MaxLoRARanks of vLLM 0.32, which takes 20 s to import

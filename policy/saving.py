@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from policy.model import Gather, adapter_weights, base_of, is_peft, iterate_weights, no_gather
+from rlhf.models.facts import set_ends
 from rlhf.process import distributed
 
 
@@ -54,6 +55,7 @@ def save_model(
             value = value.to(dtype)
         state[name.replace(".modules_to_save.default.", ".")] = value.clone().contiguous()
     if distributed.is_main():
+        set_ends(base, tokenizer)  # trainers put the tokenizer's alone in their place
         with replacing(directory) as side:
             base.save_pretrained(side, state_dict=state)
             tokenizer.save_pretrained(side)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.models.encoding import is_chat, prompt_ids, response_ids
+from rlhf.models.encoding import answer_ids, is_chat, prompt_ids
 from rlhf.models.loading import check_model_path, readable
 from rlhf.process.files import json_object
 from rlhf.types import UserError
@@ -265,4 +265,5 @@ def text_ids(
     """
     if manifest.conversational and not is_chat(prompt):
         prompt = [{"role": "user", "content": prompt}]
-    return prompt_ids(tokenizer, prompt) + response_ids(tokenizer, response, finished=finished)
+    context = prompt_ids(tokenizer, prompt)
+    return context + answer_ids(tokenizer, prompt, response, finished=finished)

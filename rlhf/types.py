@@ -88,8 +88,8 @@ class Rollout:
     """One response as the sampler wrote it."""
 
     prompt: Prompt
-    text: str  # special tokens removed
-    token_ids: list[int]  # [T], with the end-of-sequence token where the policy wrote one
+    text: str  # without the tokens that end, pad or begin it; others, such as <think>, stay
+    token_ids: list[int]  # [T], with the token that ended it where the policy wrote one
     rollout_logprobs: list[float]  # [T] nats, under the sampling distribution
     finish_reason: str  # "stop": the policy ended it; "length": it hit the limit
     version: int  # weight version that wrote it

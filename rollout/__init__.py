@@ -2,37 +2,20 @@
 installed.
 """
 
-import importlib.util
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from conf.choices import LoraSync, RolloutBackend
-from conf.schema import Config, RolloutConfig
+from conf.schema import Config, generator_of
 from rlhf.types import Generator, UserError
 
-log = logging.getLogger(__name__)
 
-
-def resolve_backend(cfg: RolloutConfig) -> RolloutBackend:
-    """The backend that runs: `auto` is vLLM where it is installed. Raises UserError when vLLM is
-    asked for and missing.
-    """
-    installed = importlib.util.find_spec("vllm") is not None
-    if cfg.backend is RolloutBackend.vllm and not installed:
-        raise UserError(
-            "rollout=vllm, but vLLM is not installed: `pip install 'rlhf-toolkit[cpu]'` on a "
-            "machine without a GPU, "
-            "`pip install 'rlhf-toolkit[cuda]'` with one; or set rollout=hf."
-        )
-    if cfg.backend is not RolloutBackend.auto:
-        return cfg.backend
-    if not installed:
-        log.warning(
-            "rollout=auto: vLLM is not installed, so Hugging Face generate writes the responses, "
-            "which is slower."
-        )
-    return RolloutBackend.vllm if installed else RolloutBackend.hf
+def resolve_backend(backend: RolloutBackend) -> RolloutBackend:
+    """`conf.schema.generator_of`. Raises UserError."""
+    try:
+        return generator_of(backend)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def make_generator(
@@ -53,7 +36,7 @@ def make_generator(
     from rlhf.models.loading import resolve_dtype
     from rlhf.process import distributed
 
-    backend = resolve_backend(cfg.rollout)
+    backend = resolve_backend(cfg.rollout.backend)
     max_tokens = cfg.data.max_prompt_length + cfg.rollout.max_response_length
     model_config = _read_config(model_path, trust_remote_code=cfg.model.trust_remote_code)
     _check_positions(

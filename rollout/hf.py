@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.models.encoding import is_chat
+from rlhf.models.turns import end_ids, response_text
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError
 from rollout.sampling import (
     Sampling,
@@ -126,7 +128,7 @@ class HFGenerator:
         settings = GenerationConfig(
             max_new_tokens=limit,
             do_sample=False,
-            eos_token_id=self._tokenizer.eos_token_id,
+            eos_token_id=list(end_ids(self._tokenizer)),
             pad_token_id=pad,
         )
         # generate fills unset fields from the model's own settings (repetition penalties and the
@@ -145,15 +147,17 @@ class HFGenerator:
         ]
 
     def _rollout(self, prompt: Prompt, token_ids: list[int], logprobs: list[float]) -> Rollout:
-        """One row of the batch, cut after its end-of-sequence token; what generate wrote behind it
-        is padding.
+        """One row of the batch, cut after the token that ends it; what generate wrote behind it is
+        padding.
         """
-        end = self._tokenizer.eos_token_id
-        reason, length = "length", len(token_ids)
-        if end in token_ids:
-            reason, length = "stop", token_ids.index(end) + 1
-        kept = token_ids[:length]
-        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        ends = end_ids(self._tokenizer)
+        reason, kept = "length", token_ids
+        for position, token in enumerate(token_ids):
+            if token in ends:
+                reason, kept = "stop", token_ids[: position + 1]
+                break
+        length = len(kept)
+        text = response_text(self._tokenizer, kept, chat=is_chat(prompt.source))
         return Rollout(prompt, text, kept, logprobs[:length], reason, self.version)
 
     @torch.inference_mode()

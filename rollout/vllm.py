@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from conf.schema import RolloutConfig, vllm_lora_rank
+from rlhf.models.encoding import is_chat
+from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
 from rollout.cpu_lora import multiply_one_adapter_at_once
@@ -186,13 +188,7 @@ class VLLMGenerator:
         params = [self._params(drawn, greedy) for drawn in response_seeds(seed, prompts, n)]
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
         written = [output.outputs[0] for output in outputs]
-        texts = self._tokenizer.batch_decode(
-            [list(w.token_ids) for w in written], skip_special_tokens=True
-        )
-        return [
-            self._rollout(prompt, text, w)
-            for prompt, text, w in zip(owners, texts, written, strict=True)
-        ]
+        return [self._rollout(prompt, w) for prompt, w in zip(owners, written, strict=True)]
 
     def _params(self, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
@@ -208,22 +204,22 @@ class VLLMGenerator:
             }
         return SamplingParams(
             max_tokens=chosen.max_response_length,
-            stop_token_ids=[self._tokenizer.eos_token_id],
-            # or vLLM adds those of generation_config.json, which end no response in training
-            ignore_eos=True,
+            stop_token_ids=list(end_ids(self._tokenizer)),
+            ignore_eos=True,  # these tokens and no others: vLLM would add some of its own
             logprobs=0,  # the sampled token's alone
             detokenize=False,
             skip_clone=True,
             **drawing,
         )
 
-    def _rollout(self, prompt: Prompt, text: str, written: Any) -> Rollout:
+    def _rollout(self, prompt: Prompt, written: Any) -> Rollout:
         if written.finish_reason not in ("stop", "length"):
             raise RuntimeError(
                 f"vLLM ended the response to prompt {prompt.id} with "
                 f"finish_reason={written.finish_reason!r}"
             )
         token_ids = list(written.token_ids)
+        text = response_text(self._tokenizer, token_ids, chat=is_chat(prompt.source))
         logprobs = [
             position[token].logprob
             for position, token in zip(written.logprobs, token_ids, strict=True)

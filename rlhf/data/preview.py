@@ -6,13 +6,14 @@ is what a run sees.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from typing import Any
 
 from rlhf.data.formats import Use
 from rlhf.models import encoding
+from rlhf.models.turns import Notices, end_ids, special_ids
 from rlhf.types import UserError
 
 
@@ -79,6 +80,10 @@ def preview_row(
         _side(tokenizer, name, ids, labels, limit, keep_end=kind is Use.prompt)
         for name, ids, labels in sequences
     )
+    notices = Notices(tokenizer)
+    notices.look(place, columns.values(), columns.get("tools"))
+    if notices.lines():
+        sides = tuple(replace(one, problems=(*notices.lines(), *one.problems)) for one in sides)
     shared = None
     if kind is Use.preference:
         first, second = (ids for _, ids, _ in sequences)
@@ -138,7 +143,8 @@ def _sequences(
 
 def _answer(tokenizer: Any, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
     context, text = encoding.split_answer(prompt or None, answer)
-    before, after = encoding.prompt_ids(tokenizer, context), encoding.response_ids(tokenizer, text)
+    before = encoding.prompt_ids(tokenizer, context)
+    after = encoding.answer_ids(tokenizer, context, text)
     return [*before, *after], [*([encoding.IGNORED] * len(before)), *after]
 
 
@@ -151,7 +157,7 @@ def _side(
     *,
     keep_end: bool,
 ) -> Side:
-    specials = set(tokenizer.all_special_ids)
+    specials = special_ids(tokenizer)
     first = next((i for i, label in enumerate(labels) if label != encoding.IGNORED), len(ids))
     start, stop = 0, len(ids)
     if limit is not None and keep_end:
@@ -182,12 +188,12 @@ def _side(
 
 def _problems(tokenizer: Any, kept: Sequence[int], prompt_only: bool) -> tuple[str, ...]:
     out = []
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and bos != eos and any(a == b == bos for a, b in pairwise(kept)):
+    bos, ends = tokenizer.bos_token_id, end_ids(tokenizer)
+    if bos is not None and bos not in ends and any(a == b == bos for a, b in pairwise(kept)):
         out.append("BOS stands twice in a row")
-    if not prompt_only and (not kept or kept[-1] != eos):
+    if not prompt_only and (not kept or kept[-1] not in ends):
         out.append("does not end with EOS, so a response never ends: it is cut off")
-    if not prompt_only and len(kept) > 1 and kept[-1] == kept[-2] == eos:
+    if not prompt_only and len(kept) > 1 and kept[-1] == kept[-2] in ends:
         out.append("EOS stands twice at the end")
     return tuple(out)
 

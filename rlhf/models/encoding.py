@@ -1,21 +1,30 @@
 """Rows to token ids, in the one form that every stage uses: the prompt's tokens, then the
-response's tokens, then end-of-sequence.
+response's tokens, then the token that ends it.
 
 Prompt and response are tokenised apart, because that is what a policy sees when it samples: its
 response never merges with the prompt's last token. SFT, the reward model and its scorer share these
 functions, so what is trained is what is scored.
 
-An assistant's turn that holds more than text (tool calls, reasoning) has no text of its own: its
-tokens are those that the chat template adds to the conversation before it.
+In a conversation an answer is what the chat template writes after the prompt: its text as it is
+under most templates, with other blanks under some, and under any template the tool calls and the
+reasoning of a turn that holds them (rlhf/models/turns.py tries what a template does).
 """
 
 import re
-import weakref
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf.models.locating import Located, located_at_once
+from rlhf.models.turns import (
+    closing_id,
+    end_ids,
+    habits,
+    plain_ids,
+    prompt_text,
+    rendered,
+    single_bos,
+    up_to_end,
+)
 from rlhf.types import Message, Tools, UserError
 
 IGNORED = -100  # label of a token that is not trained, torch's cross-entropy convention
@@ -49,49 +58,40 @@ def template_reads(tokenizer: Any, key: str) -> bool:
 def render(
     tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
 ) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template. Raises UserError where the
-    template refuses it.
+    """Token ids of a conversation under the tokenizer's chat template, with one
+    beginning-of-sequence token at most. Raises TemplateRefusal where the template refuses it.
     """
-    text = render_text(tokenizer, messages, generation_prompt=generation_prompt, tools=tools)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def render_text(
-    tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
-) -> str:
-    """What `render` tokenises."""
-    from jinja2 import TemplateError
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools or None,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )
-        )
-    except TemplateError as error:
-        raise UserError(
-            f"the chat template refuses a conversation of {len(messages)} messages: {error}"
-        ) from error
+    text = rendered(tokenizer, messages, generation_prompt=generation_prompt, tools=tools)
+    return single_bos(tokenizer, plain_ids(tokenizer, text))
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Chat, tools: Tools | None = None) -> list[int]:
     """What the policy reads before it writes: the template up to the assistant's turn, or the text
-    with its leading special tokens.
+    behind the tokens that the tokenizer writes before it. Never the tokenizer's own end.
     """
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return render(tokenizer, prompt, generation_prompt=True, tools=tools)
+        return _begun(tokenizer, plain_ids(tokenizer, prompt))
+    return single_bos(tokenizer, plain_ids(tokenizer, prompt_text(tokenizer, prompt, tools)))
 
 
-def response_ids(tokenizer: Any, text: str, *, finished: bool = True) -> list[int]:
-    """What the policy writes: the text, and the end-of-sequence token when it is `finished`."""
-    ids = list(
-        tokenizer(text.removesuffix(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
-    )
-    return [*ids, tokenizer.eos_token_id] if finished else ids
+def _begun(tokenizer: Any, ids: list[int]) -> list[int]:
+    """A text's ids behind the tokenizer's own first tokens, unless it holds them itself."""
+    prefix = list(habits(tokenizer).prefix)
+    if ids[: len(prefix)] != prefix:
+        ids = [*prefix, *ids]
+    return single_bos(tokenizer, ids)
+
+
+def response_ids(
+    tokenizer: Any, text: str, *, finished: bool = True, chat: bool = False
+) -> list[int]:
+    """What the policy writes: the text, and the token that ends it when it is `finished`: the
+    text's own, or else `closing_id`. `chat`: after a conversation.
+    """
+    ids = plain_ids(tokenizer, text)
+    if ids and ids[-1] in end_ids(tokenizer):
+        return ids if finished else ids[:-1]
+    return [*ids, closing_id(tokenizer, chat=chat)] if finished else ids
 
 
 def is_text_turn(message: Mapping[str, Any]) -> bool:
@@ -100,49 +100,116 @@ def is_text_turn(message: Mapping[str, Any]) -> bool:
 
 
 def answer_ids(
-    tokenizer: Any, context: str | Chat, answer: str | Message, tools: Tools | None = None
+    tokenizer: Any,
+    context: str | Chat,
+    answer: str | Message,
+    tools: Tools | None = None,
+    *,
+    finished: bool = True,
 ) -> list[int]:
-    """What the policy writes after `context`, end-of-sequence included: a text, or an assistant's
-    turn with its tool calls. Raises ValueError as `turn_ids`.
+    """What the policy writes after `context`, with the token that ends it where it is `finished`: a
+    text, or an assistant's turn with its tool calls. Raises ValueError as `turn_ids`.
     """
-    if isinstance(answer, str):
-        return response_ids(tokenizer, answer)
-    if is_text_turn(answer):
-        return response_ids(tokenizer, answer["content"])
-    before = [] if isinstance(context, str) else list(context)
-    whole = render(tokenizer, [*before, answer], generation_prompt=False, tools=tools)
-    turn = turn_ids(tokenizer, whole, before, answer, tools)
-    eos = tokenizer.eos_token_id
-    return turn if turn and turn[-1] == eos else [*turn, eos]
+    turn: Message
+    turn = answer if not isinstance(answer, str) else {"role": "assistant", "content": answer}
+    if isinstance(context, str):
+        return _after_text(tokenizer, context, str(turn["content"]), finished=finished)
+    if is_text_turn(turn) and _stays(tokenizer, turn["content"]):
+        return response_ids(tokenizer, turn["content"], finished=finished, chat=True)
+    whole = render(tokenizer, [*context, turn], generation_prompt=False, tools=tools)
+    ids = turn_ids(tokenizer, whole, context, turn, tools)
+    ends = end_ids(tokenizer)
+    if ids and ids[-1] in ends:
+        return ids if finished else ids[:-1]
+    return [*ids, closing_id(tokenizer, chat=True)] if finished else ids
+
+
+def _after_text(tokenizer: Any, context: str, text: str, *, finished: bool) -> list[int]:
+    """A response to a text: it never begins with the token that begins a sequence, which stands
+    before the prompt.
+    """
+    ids = response_ids(tokenizer, text, finished=finished)
+    bos = tokenizer.bos_token_id
+    if ids[:1] == [bos] and bos != tokenizer.eos_token_id and prompt_ids(tokenizer, context):
+        return single_bos(tokenizer, ids)[1:]
+    return ids
+
+
+def _stays(tokenizer: Any, text: str) -> bool:
+    """Whether the template writes an answer's text as it is, and tokenised by itself it gives the
+    same tokens.
+    """
+    turn = habits(tokenizer).turn
+    return turn.apart and not (turn.strips and text != text.strip())
 
 
 def turn_ids(
     tokenizer: Any, whole: list[int], before: Chat, turn: Message, tools: Tools | None
 ) -> list[int]:
     """The tokens of an assistant's `turn` within `whole`, the rendered conversation: what rendering
-    it adds to the conversation `before` it with a generation prompt, up to its last end-of-sequence
-    token.
+    it adds to the conversation `before` it with a generation prompt, up to the token that ends it.
 
-    Raises ValueError where the template changes earlier turns when later ones follow.
+    Raises ValueError where the template changes earlier turns when later ones follow, and for a
+    turn of which it writes nothing.
     """
-    head = []
-    if before:
-        head = render(tokenizer, before, generation_prompt=True, tools=tools)
+    head = prompt_ids(tokenizer, before, tools) if before else []
     upto = render(tokenizer, [*before, turn], generation_prompt=False, tools=tools)
-    if whole[: len(head)] != head or whole[: len(upto)] != upto:
-        raise ValueError(
-            "the chat template renders a turn differently when another follows, so assistant "
-            "turns can't be told apart"
+    span = up_to_end(tokenizer, upto[len(head) :])
+    stop = len(head) + len(span)
+    if upto[: len(head)] != head or whole[:stop] != head + span:
+        if whole == upto and _merges(tokenizer, before, turn, tools):
+            return response_ids(tokenizer, turn["content"], chat=True)
+        raise _not_told_apart(tokenizer, before, turn, tools)
+    _refuse_unwritten(tokenizer, turn)
+    return span
+
+
+def _last_turn(
+    tokenizer: Any, whole: list[int], head: list[int], messages: Chat, tools: Tools | None
+) -> list[int]:
+    """What the policy writes after `head`, the prompt's tokens: the last of `messages`. Raises
+    ValueError as `turn_ids`.
+    """
+    *before, turn = messages
+    if not (is_text_turn(turn) and _stays(tokenizer, turn["content"])):
+        return turn_ids(tokenizer, whole, before, turn, tools)
+    if whole[: len(head)] != head and not _merges(tokenizer, before, turn, tools):
+        raise _not_told_apart(tokenizer, before, turn, tools)
+    return response_ids(tokenizer, turn["content"], chat=True)
+
+
+def _merges(tokenizer: Any, before: Chat, turn: Message, tools: Tools | None) -> bool:
+    """Whether a turn of text begins with characters that become one token with the prompt's last,
+    so that prompt and conversation begin alike as texts and not as tokens.
+    """
+    if not before or not is_text_turn(turn):
+        return False
+    text = rendered(tokenizer, [*before, turn], generation_prompt=False, tools=tools)
+    return text.startswith(prompt_text(tokenizer, before, tools))
+
+
+def _not_told_apart(tokenizer: Any, before: Chat, turn: Message, tools: Tools | None) -> ValueError:
+    if _merges(tokenizer, before, turn, tools):
+        return ValueError(
+            f"message {len(before)}: it begins with {turn['content'][:10]!r}, which becomes one "
+            "token with what the chat template writes before it, so it can't be told apart from "
+            "the turns around it: remove the blanks that it begins with"
         )
-    return _up_to_end(tokenizer, upto[len(head) :])
+    return ValueError(
+        f"message {len(before)}: the chat template renders a turn differently when another "
+        "follows, or otherwise than its generation prompt begins it, so assistant turns can't be "
+        "told apart: mark the earlier ones with train: false, or set data.chat_template"
+    )
 
 
-def _up_to_end(tokenizer: Any, span: list[int]) -> list[int]:
-    """`span` up to its last end-of-sequence token, all of it without one."""
-    eos = tokenizer.eos_token_id
-    if eos not in span:
-        return span
-    return span[: len(span) - span[::-1].index(eos)]
+def _refuse_unwritten(tokenizer: Any, turn: Message) -> None:
+    """Raises ValueError for a turn that is nothing but calls, where the template writes none."""
+    calls_alone = turn.get("tool_calls") and not turn["content"]
+    if calls_alone and "tool_calls" in habits(tokenizer).unread:
+        raise ValueError(
+            "an assistant's turn holds 'tool_calls' alone, which the chat template never reads: "
+            "set data.chat_template to a template that writes them"
+        )
 
 
 def split_turn(
@@ -185,10 +252,17 @@ def encode_answer(
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Plain text for SFT: token ids ending with end-of-sequence, and labels that train all
-    of them.
+    """Plain text for SFT: token ids with an end token at their end, the text's own (blanks behind
+    it are left out) or end-of-sequence, and labels that train all of them.
     """
-    ids = [*tokenizer(text.removesuffix(tokenizer.eos_token))["input_ids"], tokenizer.eos_token_id]
+    ids = _begun(tokenizer, plain_ids(tokenizer, text))
+    stop = len(ids)
+    while stop and not tokenizer.decode([ids[stop - 1]]).strip():
+        stop -= 1
+    if stop and ids[stop - 1] in end_ids(tokenizer):
+        ids = ids[:stop]
+    else:
+        ids = [*ids, tokenizer.eos_token_id]
     return ids, list(ids)
 
 
@@ -234,147 +308,42 @@ def encode_conversation(
 
     Raises ValueError as `turn_ids`, and for a conversation without an assistant turn to train.
     """
-    skipped = first if completion_only else 0
-    answers = [
-        index
-        for index, message in enumerate(messages)
-        if index >= skipped and message.get("role") == "assistant"
-    ]
-    located = located_at_once(tokenizer, messages, answers, tools)
-    if located is None:
-        located = located_by_prefixes(tokenizer, messages, answers, tools)
-    ids = located.ids
-    trained = trained_turns(messages, first)
+    trained, last = trained_turns(messages, first), len(messages) - 1
     if completion_only and not trained:
         raise ValueError("the conversation has no assistant turn, so there is nothing to train")
+    wanted = []
+    for i, message in enumerate(messages):
+        needed = i in trained or i == last or not completion_only
+        if message.get("role") == "assistant" and needed:
+            wanted.append(i)
+    located = located_at_once(tokenizer, messages, wanted, tools)
+    if located is None:
+        located = located_by_prefixes(tokenizer, messages, wanted, tools)
+    ids = located.ids
     labels = [IGNORED] * len(ids) if completion_only else list(ids)
-    eos = tokenizer.eos_token_id
     for i, (start, stop) in located.turns.items():
         trains = i in trained
         labels[start:stop] = ids[start:stop] if trains else [IGNORED] * (stop - start)
-        if i == len(messages) - 1:  # nothing follows: end where the policy would stop
-            ids, labels = ids[:stop], labels[:stop]
-            if ids[-1] != eos:
-                ids, labels = [*ids, eos], [*labels, eos if trains else IGNORED]
+        if i == last and ids[-1] not in end_ids(tokenizer):
+            end = closing_id(tokenizer, chat=True)
+            ids, labels = [*ids, end], [*labels, end if trains else IGNORED]
     return ids, labels
-
-
-# ---- where the assistant's turns are ----
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A conversation's token ids, and from which to which the turns of some messages go."""
-
-    ids: list[int]
-    turns: dict[int, tuple[int, int]]  # by message: first token, and the one after the last
 
 
 def located_by_prefixes(
     tokenizer: Any, messages: list[Message], wanted: Sequence[int], tools: Tools | None
 ) -> Located:
-    """By rendering and tokenising the conversation up to each turn. Raises ValueError as
-    `turn_ids`.
+    """Where the turns of the messages `wanted` stand, by rendering and tokenising the conversation
+    up to each. Raises ValueError as `turn_ids`.
     """
     ids = render(tokenizer, messages, generation_prompt=False, tools=tools)
     turns = {}
     for i in wanted:
-        before = messages[:i]
-        start = 0
-        if before:
-            start = len(render(tokenizer, before, generation_prompt=True, tools=tools))
-        turn = turn_ids(tokenizer, ids, before, messages[i], tools)
-        turns[i] = (start, start + len(turn))
+        head = prompt_ids(tokenizer, messages[:i], tools) if i else []
+        if i < len(messages) - 1:
+            turn = turn_ids(tokenizer, ids, messages[:i], messages[i], tools)
+        else:  # it stands behind the prompt that a policy would continue
+            turn = _last_turn(tokenizer, ids, head, messages, tools)
+            ids = [*head, *turn]
+        turns[i] = (len(head), len(head) + len(turn))
     return Located(ids, turns)
-
-
-def located_at_once(
-    tokenizer: Any, messages: list[Message], wanted: Sequence[int], tools: Tools | None
-) -> Located | None:
-    """The same by tokenising the conversation once. None where it may differ, or be refused.
-
-    Texts are rendered for each turn, which is cheap. A turn's tokens are those of the whole that
-    lie between two beginnings of its text. That the tokens of a beginning are the first tokens of
-    the whole is not assumed but checked, on the piece behind the last token at which the tokenizer
-    splits every text (`_splitters`): what stands before that is the same text, split alike.
-    """
-    splitters = _splitters(tokenizer)
-    if splitters is None or not wanted:
-        return None
-    try:
-        text = render_text(tokenizer, messages, generation_prompt=False, tools=tools)
-        ends = [len(text)]
-        for i in wanted:
-            head = ""
-            if i > 0:
-                head = render_text(tokenizer, messages[:i], generation_prompt=True, tools=tools)
-            upto = text
-            if i < len(messages) - 1:
-                upto = render_text(
-                    tokenizer, messages[: i + 1], generation_prompt=False, tools=tools
-                )
-            if not (upto.startswith(head) and text.startswith(upto)):
-                return None
-            ends += [len(head), len(upto)]
-    except UserError:
-        return None
-    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = list(whole["input_ids"])
-    counts = _beginnings(tokenizer, text, ids, whole["offset_mapping"], splitters, ends)
-    if counts is None:
-        return None
-    turns = {}
-    for i in wanted:
-        start, stop = counts[ends[1 + 2 * len(turns)]], counts[ends[2 + 2 * len(turns)]]
-        turns[i] = (start, start + len(_up_to_end(tokenizer, ids[start:stop])))
-    return Located(ids, turns)
-
-
-def _beginnings(
-    tokenizer: Any,
-    text: str,
-    ids: list[int],
-    offsets: Sequence[tuple[int, int]],
-    splitters: dict[int, str],
-    ends: Iterable[int],
-) -> dict[int, int] | None:
-    """How many tokens each beginning text[:end] has; None unless each beginning's tokens are the
-    first of `ids`, the tokens of `text`.
-    """
-    splits = []
-    for k, token in enumerate(ids):
-        # not where the id stands for an unknown character
-        if token in splitters and text[slice(*offsets[k])] == splitters[token]:
-            splits.append(k)
-    after = [offsets[k][1] for k in splits]
-    counts, pieces = {0: 0, len(text): len(ids)}, {}
-    for end in ends:
-        if end not in counts:
-            at = bisect_right(after, end) - 1
-            pieces[end] = splits[at] if at >= 0 else 0
-    if pieces:
-        texts = [text[offsets[k][0] if k else 0 : end] for end, k in pieces.items()]
-        found = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for (end, k), piece in zip(pieces.items(), found, strict=True):
-            if ids[k : k + len(piece)] != piece:
-                return None
-            counts[end] = k + len(piece)
-    return counts
-
-
-_KNOWN_SPLITTERS: "weakref.WeakKeyDictionary[Any, dict[int, str]]" = weakref.WeakKeyDictionary()
-
-
-def _splitters(tokenizer: Any) -> dict[int, str] | None:
-    """Added tokens, with their texts, that a tokenizer of the library tokenizers finds before
-    anything else, whatever stands beside them; None for other tokenizers.
-    """
-    if not getattr(tokenizer, "is_fast", False) or getattr(tokenizer, "split_special_tokens", 0):
-        return None
-    if tokenizer not in _KNOWN_SPLITTERS:
-        _KNOWN_SPLITTERS[tokenizer] = {
-            number: token.content
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if not (token.normalized or token.single_word or token.lstrip or token.rstrip)
-        }
-    return _KNOWN_SPLITTERS[tokenizer]

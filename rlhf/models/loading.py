@@ -15,6 +15,7 @@ import torch
 
 from conf.choices import Dtype, ModelKind
 from conf.schema import ModelConfig, TinyConfig
+from rlhf.models import facts
 from rlhf.models.templates import template_text
 from rlhf.types import UserError
 
@@ -191,7 +192,37 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         tokenizer.chat_template = template_text(chat_template)
+    if not cfg.gguf_file:
+        _attach_files(tokenizer, str(cfg.path))
     return tokenizer
+
+
+def _attach_files(tokenizer: Any, path: str) -> None:
+    """Make known to `tokenizer` what the files of its model say of tokens. Raises UserError."""
+    base = base_directory(path)
+    where = path if base is None else str(base)
+    config = _model_file(where, "config.json")
+    facts.attach_ends(tokenizer, config, _model_file(where, "generation_config.json"))
+    if not is_adapter(path):  # its base's embedding is resized when it is loaded
+        facts.attach_rows(tokenizer, config, f"model.path={path}")
+
+
+def _model_file(path: str, name: str) -> dict[str, Any]:
+    """A JSON file of a model's directory or of a hub's model; {} where there is none."""
+    from transformers.utils import cached_file
+
+    with readable(f"model.path={path}: its {name}"):
+        found = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            return {}
+        content = json.loads(Path(found).read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def load_or_train_tokenizer(
@@ -238,8 +269,10 @@ def _clean(model: Any, tokenizer: Any) -> Any:
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.bos_token_id = tokenizer.bos_token_id
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+        facts.set_ends(model, tokenizer)
+        with readable("the model's generation_config.json"):
+            facts.make_savable(model.generation_config)
     return model
 
 

@@ -20,6 +20,7 @@ from policy.model import Gather, is_peft, no_gather
 from policy.saving import save_adapter, save_model
 from rlhf.checks.launch import count_steps
 from rlhf.models.loading import load_causal_lm, resolve_dtype
+from rlhf.models.turns import end_ids, response_text
 from rlhf.offline.guards import Guard
 from rlhf.offline.private_hooks import (
     PREFIX_CHECKPOINT_DIR,
@@ -285,11 +286,11 @@ def greedy_samples(
                 max_new_tokens=new_tokens,
             )[0]
         response = whole[len(context) :].tolist()
-        finished = tokenizer.eos_token_id in response
+        finished = not set(response).isdisjoint(end_ids(tokenizer))
         rows.append(
             {
                 "prompt": tokenizer.decode(context),
-                "response": tokenizer.decode(response, skip_special_tokens=True),
+                "response": response_text(tokenizer, response, chat=False),
                 "response_length": len(response),
                 "finish_reason": "stop" if finished else "length",
             }

