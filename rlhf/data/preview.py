@@ -81,7 +81,7 @@ def preview_row(
         for name, ids, labels in sequences
     )
     notices = Notices(tokenizer)
-    notices.look(place, columns.values(), columns.get("tools"))
+    notices.look(place, (v for key, v in columns.items() if key != "tools"))
     if notices.lines():
         sides = tuple(replace(one, problems=(*notices.lines(), *one.problems)) for one in sides)
     shared = None

@@ -50,7 +50,7 @@ class Habits:
     turn: Turn
     ends: tuple[int, ...]  # `end_ids`
     doubles_bos: bool  # the template writes the beginning-of-sequence token twice
-    unread: frozenset[str]  # roles and keys that the template never reads
+    unread: frozenset[str]  # roles, and tool_calls, that the template never reads
 
 
 def habits(tokenizer: Any) -> Habits:
@@ -188,7 +188,7 @@ def _habits(tokenizer: Any) -> Habits:
         if prompt is not None:
             turn = _turn(tokenizer, prompt)
             doubles = _doubles_bos(tokenizer, prompt)
-        unread = frozenset(name for name, chat, tools in _TRIED if _drops(tokenizer, chat, tools))
+        unread = frozenset(name for name, chat in _TRIED if _drops(tokenizer, chat))
     listed = vars(tokenizer).get(LISTED_ENDS, ())
     own = [i for i in (tokenizer.eos_token_id, turn.end) if i is not None]
     ends = tuple(dict.fromkeys((*listed, *own)))
@@ -281,35 +281,23 @@ def _end_of(tokenizer: Any, after: str) -> tuple[int | None, str]:
 
 
 _USER: Message = {"role": "user", "content": _ASKED}
-_CALL = {"type": "function", "function": {"name": _MARK, "arguments": {"x": 1}}}
-_CALLING: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _MARK,
-        "description": "Adds.",
-        "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}},
-    },
-}
 _ANSWER: Message = {"role": "assistant", "content": "Yes."}
-_THINKING: Message = {"role": "assistant", "content": "Yes.", "reasoning_content": _MARK}
-# (role or key, a conversation that holds the mark there, tools)
-_TRIED: tuple[tuple[str, list[Message], Tools | None], ...] = (
-    ("system", [{"role": "system", "content": _MARK}, _USER], None),
-    ("developer", [{"role": "developer", "content": _MARK}, _USER], None),
-    ("tool_calls", [_USER, _CALLING], None),
-    ("tool", [_USER, _ANSWER, {"role": "tool", "name": "f", "content": _MARK}], None),
-    ("reasoning_content", [_USER, _THINKING], None),
-    ("tools", [_USER], [_TOOL]),
+_CALL = {"type": "function", "function": {"name": _MARK, "arguments": {"x": 1}}}
+# (role or key, a conversation that holds the mark there)
+_TRIED: tuple[tuple[str, list[Message]], ...] = (
+    ("system", [{"role": "system", "content": _MARK}, _USER]),
+    ("developer", [{"role": "developer", "content": _MARK}, _USER]),
+    ("tool", [_USER, _ANSWER, {"role": "tool", "name": "f", "content": _MARK}]),
+    ("tool_calls", [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]),
 )
 
 
-def _drops(tokenizer: Any, chat: Chat, tools: Tools | None) -> bool:
+def _drops(tokenizer: Any, chat: Chat) -> bool:
     """Whether the template renders `chat` without the mark that it holds. One that refuses it
     drops nothing: it will say so of the row.
     """
     try:
-        text = rendered(tokenizer, chat, generation_prompt=False, tools=tools)
+        text = rendered(tokenizer, chat, generation_prompt=False)
     except TemplateRefusal:
         return False
     return _MARK not in text
@@ -319,17 +307,18 @@ def _drops(tokenizer: Any, chat: Chat, tools: Tools | None) -> bool:
 
 
 class Notices:
-    """Counts the rows of one file in which the tokenizer or its template leaves something out."""
+    """Counts the rows of one file of which the tokenizer or its template leaves something out."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._rows: dict[str, tuple[int, str]] = {}  # how many, and the first one's place
 
-    def look(self, place: str, values: Iterable[Any], tools: Tools | None = None) -> None:
+    def look(self, place: str, values: Iterable[Any]) -> None:
         """Look at a row: its texts and conversations."""
-        names: set[str] = set()
-        for value in values:
-            names |= noticed(self._tokenizer, value, tools)
+        self.count(place, {name for value in values for name in noticed(self._tokenizer, value)})
+
+    def count(self, place: str, names: Iterable[str]) -> None:
+        """Count a row in which something `noticed` was found."""
         for name in names:
             count, first = self._rows.get(name, (0, place))
             self._rows[name] = (count + 1, first)
@@ -338,36 +327,41 @@ class Notices:
         """A sentence for each kind, with the number of rows and the first one's place."""
         out = []
         for name, (count, first) in sorted(self._rows.items()):
-            what = f"{count} rows (the first: {first})"
-            if name == "bos":
-                bos = self._tokenizer.bos_token
+            rows = f"{count} rows (the first: {first})"
+            if name == "opening":
+                opening = habits(self._tokenizer).turn.opening
                 out.append(
-                    f"{what} begin with {bos!r}, which the tokenizer or its template writes as "
-                    "well: it stands once"
+                    f"{rows} are conversations, but the chat template has no generation prompt: "
+                    f"{opening!r}, with which it begins an assistant's turn, is added to prompts"
+                )
+            elif name == "bos":
+                out.append(
+                    f"{rows} begin with {self._tokenizer.bos_token!r}, which the tokenizer or its "
+                    "template writes as well: it stands once"
                 )
             else:
                 out.append(
-                    f"{what} have {name!r}, which the chat template never reads: the model sees "
-                    "none of it. Set data.chat_template to a template that reads it, or put its "
-                    "text into the user's message"
+                    f"{rows} have messages of the role {name!r}, which the chat template never "
+                    "reads: the model sees nothing of them. Set data.chat_template to a template "
+                    "that reads them, or put their text into the user's message"
                 )
         return out
 
 
-def noticed(tokenizer: Any, value: Any, tools: Tools | None = None) -> set[str]:
-    """What of a text or a conversation the tokenizer or its template leaves out: "bos" (written
-    twice), and the names of roles and keys.
+def noticed(tokenizer: Any, value: Any) -> set[str]:
+    """What the tokenizer or its template makes of a text or a conversation without its asking:
+    "bos" (it would stand twice), "opening" (the generation prompt is ours), and the names of roles
+    that are left out.
     """
     found, bos = habits(tokenizer), tokenizer.bos_token
     if isinstance(value, str):
         doubled = bos is not None and tokenizer.bos_token_id in found.prefix
         return {"bos"} if doubled and value.startswith(bos) else set()
-    names = {"bos"} if found.doubles_bos else set()
-    if not isinstance(value, list) or not found.unread:
-        return names
-    if tools:
-        names |= found.unread & {"tools"}
-    for message in value:
-        present = {key for key, content in message.items() if content} | {message.get("role")}
-        names |= found.unread & present
+    if not isinstance(value, list):
+        return set()
+    names = set(found.unread & {message["role"] for message in value})
+    if found.doubles_bos:
+        names.add("bos")
+    if found.turn.opening:
+        names.add("opening")
     return names
