@@ -485,6 +485,12 @@ def test_classes_have_annotators_too() -> None:
     assert rows_of(annotators(rows, SFT), "disagreement") == [1, 2]
 
 
+@pytest.mark.parametrize("row", [{}, {"label": ""}, {"label": None}, {"label": {"a": 1}}])
+def test_rows_with_annotators_and_without_labels_are_not_measurable(row: dict[str, Any]) -> None:
+    rows = items(*({"prompt": f"p {i}", "annotator": i % 2, **row} for i in range(4)))
+    assert "annotator" in (annotators(rows, Settings(kind=Use.prompt)).unmeasured or "")
+
+
 @pytest.mark.parametrize(
     ("columns", "kind", "expected"),
     [

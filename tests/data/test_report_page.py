@@ -25,6 +25,7 @@ from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.schema import SCHEMA
 from rlhf.data.report.terminal import tables
 from rlhf.data.report.writing import as_json
+from rlhf.types import UserError
 from tests.data.report_rows import LONG, chat, items, texts
 
 EVIL = (
@@ -333,3 +334,15 @@ def test_chinese_and_mixed_scripts(tmp_path: Path) -> None:
     )
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "这部电影" in page
+
+
+def test_a_detector_that_cannot_run_does_not_end_the_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def languages(*_: Any) -> Any:
+        raise UserError("the package is not installed")
+
+    monkeypatch.setattr("rlhf.data.report.making.languages", languages)
+    report = make(texts("a b c"), [], Use.sft, None)
+    told = {section.name: section.unmeasured for section in report.sections}
+    assert told["languages"] == "the package is not installed" and len(told) > 10

@@ -30,13 +30,23 @@ _SIDES = {
 
 
 def annotated(items: Sequence[Item], settings: Settings) -> list[Subject]:
-    """What the rows with an annotator judge, as the steps aggregate and review see it; of one
-    annotator's several labels the last counts.
+    """What the rows with an annotator and a label judge, as the steps aggregate and review see it;
+    of one annotator's several labels the last counts.
     """
-    named = [item for item in items if item.columns.get(ANNOTATOR) not in (None, "")]
     own = settings.kind in (Use.preference, Use.unpaired)  # such rows are judgements by themselves
+    named = [item for item in items if _is_named(item) and (own or _is_labelled(item))]
     options = Aggregate(annotator=ANNOTATOR, label=None if own else "label", repeats=Repeats.last)
     return subjects(named, options, Context(kind=settings.kind, seed=settings.seed, folder=Path()))
+
+
+def _is_named(item: Item) -> bool:
+    name = item.columns.get(ANNOTATOR)
+    return name is not None and bool(str(name).strip())
+
+
+def _is_labelled(item: Item) -> bool:
+    label = item.columns.get("label")
+    return isinstance(label, (str, bool, int, float)) and label != ""
 
 
 def disputed(judged: Sequence[Subject]) -> list[list[tuple[Item, str]]]:

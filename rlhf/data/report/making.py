@@ -1,6 +1,6 @@
 """The whole examination, in the report's order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rlhf.data.report.records import Report, Section, Settings
 from rlhf.data.report.standards import standards
 from rlhf.data.report.suspects import suspects
 from rlhf.data.report.templates import templates
+from rlhf.types import UserError
 
 
 def examine(
@@ -36,24 +37,37 @@ def examine(
     items = [*train, *held]
     of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
     rows = whole(items, settings)
+    checks = (
+        labels,
+        suspects,
+        noise,
+        templates,
+        languages,
+        clustered,
+        diversity,
+        annotators,
+        gold,
+    )
     return [
         origins(items, settings, formats),
         preparation(steps),
-        lengths(items, settings),
-        duplicates(rows, settings, "train"),
-        *([duplicates(rows, settings, "eval")] if held else []),
-        leakage(rows, asked(items, settings) if train and held else rows, settings),
-        *(check(items, settings) for check in of_kind),
-        labels(items, settings),
-        suspects(items, settings),
-        noise(items, settings),
-        templates(items, settings),
-        languages(items, settings),
-        clustered(items, settings),
-        diversity(items, settings),
-        annotators(items, settings),
-        gold(items, settings),
+        measured(lengths, items, settings),
+        measured(duplicates, rows, settings, "train"),
+        *([measured(duplicates, rows, settings, "eval")] if held else []),
+        measured(leakage, rows, asked(items, settings) if train and held else rows, settings),
+        *(measured(check, items, settings) for check in (*of_kind, *checks)),
     ]
+
+
+def measured(check: Callable[..., Section], *arguments: Any) -> Section:
+    """A detector's section; one that says why, where the rows or this machine don't allow it. The
+    report was asked for, no single detector was: none of them ends the run.
+    """
+    try:
+        return check(*arguments)
+    except UserError as error:
+        title = check.__name__.replace("_", " ").capitalize()
+        return Section(check.__name__, title, {}, unmeasured=str(error))
 
 
 def make(
