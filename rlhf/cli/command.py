@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import re
+import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ def main(argv: Sequence[str], execute: Execute) -> int:
 
 
 def _main(argv: Sequence[str], execute: Execute) -> int:
+    check_shell(argv)
     # argparse, which Hydra uses, wants all overrides side by side: move them before the flags.
     arguments = sorted(argv, key=_is_flag)
     has_stage = any(argument.lstrip("+").startswith("stage=") for argument in arguments)
@@ -58,6 +62,66 @@ def _main(argv: Sequence[str], execute: Execute) -> int:
         _print(presets.list_stages())
         return 2 if arguments else 0
     return _run(arguments, execute)
+
+
+_OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@-]*=")
+
+
+def check_shell(arguments: Sequence[str]) -> None:
+    """Raises UserError where the shell took an override apart: at its blanks, or at the commas of
+    its braces. The message has the quoting that keeps it whole.
+    """
+    before, flag = "", False
+    for at, argument in enumerate(arguments):
+        if not _is_whole(argument) and not flag and before:
+            split = [before, *takewhile(lambda word: not _is_whole(word), arguments[at:])]
+            raise UserError(
+                f"{argument!r} stands alone on the command line: expected option=value. If it "
+                f"belongs to what stands before it{_quoted(' '.join(split))}"
+            )
+        flag = argument.startswith("-")
+        before = "" if flag else argument
+    _check_braces([argument for argument in arguments if _OVERRIDE.match(argument)])
+
+
+def _is_whole(argument: str) -> bool:
+    """An override or a flag by itself."""
+    return argument.startswith(("-", "~")) or _OVERRIDE.match(argument) is not None
+
+
+def _quoted(argument: str) -> str:
+    quoted = shlex.quote(argument) if config.is_readable(argument) else config.quoting(argument)
+    return "." if quoted is None else f", quote the whole for the shell: {quoted}"
+
+
+def _shared(texts: Sequence[str]) -> str:
+    """What all of them begin with."""
+    first, last = min(texts), max(texts)
+    at = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:at]
+
+
+def _check_braces(overrides: Sequence[str]) -> None:
+    """bash makes 'data.columns={a: x,b: y}' without its quotes into data.columns=a:x and
+    data.columns=b:y.
+    """
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        values.setdefault(key, []).append(value)
+    for key, several in values.items():
+        start = re.match(r"(?:.*[\[{,])?", _shared(several))
+        backwards = [value[::-1] for value in several]
+        end = re.match(r"(?:.*[\]},])?", _shared(backwards))
+        assert start is not None and end is not None  # both match the empty text
+        inner = [value[start.end() : len(value) - end.end()] for value in several]
+        items = len(inner) > 1 and all(re.fullmatch(r"\w+:[^:]*", item) for item in inner)
+        if items and (start[0] or config.is_dictionary(key.lstrip("+"))):
+            whole = f"{key}={start[0]}{{{', '.join(inner)}}}{end[0][::-1]}"
+            raise UserError(
+                f"{key} is given {len(several)} times ({', '.join(several)}): a shell makes that "
+                f"of braces without quotes{_quoted(whole)}"
+            )
 
 
 def _is_flag(argument: str) -> bool:

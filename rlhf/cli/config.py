@@ -122,8 +122,10 @@ def to_yaml(configuration: object) -> str:
 
 
 _PATH = re.compile(
-    r"(\+{0,2}data\.(?:path|eval_path|registry|sources\.[^.=]+\.path))=([^'\"\[{,][^'\",]*)"
+    r"(\+{0,2}(?:model\.path|data\.(?:path|eval_path|registry|sources\.[^.=]+\.path)))="
+    r"([^'\"\[{,\\][^'\",\\]*)"
 )
+_PLAIN_PATH = re.compile(r"[\w./:*?$ @%+|-]*", re.ASCII)  # what Hydra reads as it stands
 _SIZE = re.compile(r"(\+{0,2}model\.params=)(\d+\.?\d*)([kmbt])", re.IGNORECASE)
 _POWERS = {"k": 3, "m": 6, "b": 9, "t": 12}
 
@@ -144,15 +146,16 @@ def prepare(arguments: Sequence[str]) -> list[str]:
 
 
 def quote_paths(arguments: Sequence[str]) -> list[str]:
-    """Overrides whose path holds a cap or a glob (data.path=rows.jsonl#500), quoted as Hydra's
-    grammar wants them; others as they are.
+    """Overrides whose path holds a cap, a glob or another character that Hydra's grammar has no use
+    for (data.path=rows.jsonl#500, data.path=~/rows (1).jsonl), quoted as it wants them; others as
+    they are.
     """
     return [_quoted_path(argument) for argument in arguments]
 
 
 def _quoted_path(argument: str) -> str:
     match = _PATH.fullmatch(argument)
-    if match is None or not set(match[2]) & set("#[]"):
+    if match is None or _PLAIN_PATH.fullmatch(match[2]) or "${" in match[2]:
         return argument
     return f'{match[1]}="{match[2]}"'
 
@@ -200,27 +203,80 @@ def _parse(argument: str) -> Any:
         return parser.parse_override(argument)
     except HydraException as error:
         reason = f"{argument}: {str(error).splitlines()[0]}"
-        remedy = _quoting(argument)
-        raise UserError(f"The command line can't be read at {reason}{remedy}") from error
+        quoted = quoting(argument)
+        if quoted is None:
+            raise UserError(f"The command line can't be read at {reason}.") from error
+        raise UserError(
+            f"The command line can't be read at {reason}. Quote texts once for Hydra, and the "
+            f"whole once for the shell: {quoted}"
+        ) from error
 
 
-def _quoting(argument: str) -> str:
-    """How to write an override whose value is a text that Hydra can't parse; empty if no way of
-    quoting would help.
+def is_readable(argument: str) -> bool:
+    """Whether Hydra can read an override as it stands, as one value."""
+    try:
+        return not _parse(argument).is_sweep_override()
+    except UserError:
+        return False
+
+
+def is_dictionary(key: str) -> bool:
+    """Whether an option's value is a dictionary."""
+    keys = valid_keys(list(STAGES))
+    return general(key, keys)[0] in (*parents(keys, NAME), *parents(keys, ANYTHING))
+
+
+def quoting(argument: str) -> str | None:
+    """How to write an override in a shell so that Hydra reads what it says; None where no quoting
+    would help.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    key, equals, value = argument.partition("=")
-    escaped = value.replace('"', '\\"')
-    quoted = f'{key}="{escaped}"'
+    key, equals, text = argument.partition("=")
+    for value in _meanings(text) if equals else ():
+        written = f"{key}={_in_grammar(value)}"
+        try:
+            override = OverridesParser.create().parse_override(written)
+        except HydraException:
+            continue
+        if not override.is_sweep_override() and override.value() == value:
+            return shlex.quote(written)
+    return None
+
+
+_ONE_ITEM = re.compile(r"\{\s*([\w.]+)\s*:\s*([^:{}\[\]]*[^:{}\[\]\s])\s*\}")
+
+
+def _meanings(text: str) -> Iterator[Any]:
+    """What a value may mean that Hydra can't parse: a dictionary or a list as YAML has them, or a
+    text.
+    """
+    import yaml
+
+    if not text.startswith(("{", "[")):
+        yield text
+        return
+    if (match := _ONE_ITEM.fullmatch(text)) and not match[2].startswith(("'", '"')):
+        yield {match[1]: match[2]}
     try:
-        override = OverridesParser.create().parse_override(quoted)
-    except HydraException:
-        return ""
-    if not equals or override.value() != value:
-        return ""
-    return f". As a text, quote it once for Hydra and once for the shell: {shlex.quote(quoted)}"
+        yield yaml.safe_load(text)
+    except yaml.YAMLError:
+        return
+
+
+def _in_grammar(value: Any) -> str:
+    """A value in Hydra's grammar, its texts in quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_in_grammar(held)}" for key, held in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_in_grammar, value)) + "]"
+    if isinstance(value, str):
+        if re.fullmatch(r"[A-Za-z_][\w./-]*", value, re.ASCII):
+            return value
+        escaped = value.replace('"', '\\"')
+        return f'"{escaped}"'
+    return "null" if value is None else str(value).lower()
 
 
 def check_overrides(arguments: Sequence[str]) -> None:

@@ -2,11 +2,13 @@
 is refused with the quoting that works.
 """
 
+import re
 import shlex
 
 import pytest
 
 from rlhf.cli import config
+from rlhf.cli.command import check_shell
 from rlhf.cli.config import check_overrides, prepare
 from rlhf.types import UserError
 
@@ -54,6 +56,85 @@ def test_a_text_that_the_grammar_cannot_read_comes_with_its_quoting(given: str) 
     assert getattr(cfg.label, key.removeprefix("label.")) == value
 
 
+ENGLISH = {"prompt": "Question (English)"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("{prompt: Question (English)}", ENGLISH),
+        (
+            "{prompt: a=b, completion: user's answer}",
+            {"prompt": "a=b", "completion": "user's answer"},
+        ),
+        ("{prompt: a, b}", {"prompt": "a, b"}),
+        ('{"prompt": "q"}', {"prompt": "q"}),
+        ("{prompt: 问题, completion: $x}", {"prompt": "问题", "completion": "$x"}),
+    ],
+)
+def test_a_dictionary_stays_one_when_its_texts_are_quoted(
+    value: str, expected: dict[str, str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        check_overrides(["stage=sft", f"data.columns={value}"])
+    words = shlex.split(str(error.value).rpartition("shell: ")[2])
+    assert config.compose(["stage=sft", *words]).data.columns == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "expected"),
+    [
+        ("data.columns={prompt: question}", "columns", {"prompt": "question"}),
+        ("data.columns={prompt: the question, completion: a} -m", "columns", None),
+        ("data.columns={prompt:q,completion:a}", "columns", {"prompt": "q", "completion": "a"}),
+        ("data.columns={prompt:q,completion:qa}", "columns", {"prompt": "q", "completion": "qa"}),
+        ("data.path=my rows (1).jsonl run.name=x", "path", "my rows (1).jsonl"),
+        ("data.pipeline=[repair, {step: length}]", "pipeline", ["repair", {"step": "length"}]),
+        (
+            "data.pipeline=[repair,{step:length,low:10},split]",
+            "pipeline",
+            ["repair", {"step": "length", "low": 10}, "split"],
+        ),
+    ],
+)
+def test_what_a_shell_took_apart_comes_with_its_quoting(
+    line: str, key: str, expected: object
+) -> None:
+    arguments = ["stage=data", *in_bash(line)]
+    assert len(arguments) > 2
+    with pytest.raises(UserError) as error:
+        check_shell(arguments)
+    words = shlex.split(str(error.value).rpartition("shell: ")[2])
+    assert len(words) == 1
+    read = getattr(config.compose(["stage=data", *words]).data, key)
+    assert read == (expected or {"prompt": "the question", "completion": "a"})
+
+
+def in_bash(line: str) -> list[str]:
+    """The words that bash makes of a line without quotes."""
+    words: list[str] = []
+    for word in line.split():
+        inside = re.fullmatch(r"(.*)\{([^{}]*,[^{}]*)\}(.*)", word)
+        if inside is None:
+            words.append(word)
+        else:
+            words += [inside[1] + item + inside[3] for item in inside[2].split(",")]
+    return words
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["stage=sft", "--cfg", "job", "data.path=a.jsonl"],
+        ["stage=sft,dpo", "-m", "run.name=a:b", "run.name=c:d"],
+        ["--help", "stage=sft"],
+        ["sft"],
+    ],
+)
+def test_a_whole_command_line_is_left_alone(arguments: list[str]) -> None:
+    check_shell(arguments)
+
+
 def test_no_quoting_is_offered_where_none_would_help() -> None:
     with pytest.raises(UserError) as error:
         check_overrides(["stage=ppo", "stage.kl coef=1"])
@@ -77,6 +158,9 @@ def test_several_values_need_a_list_a_text_or_a_sweep() -> None:
         ("model.params=1.5B", "model.params=1.5e9"),
         ("data.path=rows.jsonl#500", 'data.path="rows.jsonl#500"'),
         ("data.path=rows.jsonl", "data.path=rows.jsonl"),
+        ("data.path=~/a=(1) 数据.jsonl", 'data.path="~/a=(1) 数据.jsonl"'),
+        ("model.path=a=b", 'model.path="a=b"'),
+        ("model.path=${run.dir}/(a)", "model.path=${run.dir}/(a)"),
         ("+reward.terms.b.kind=length", "++reward.terms={b:{kind:length}}"),
         ("reward.terms.b.low=1,2", "++reward.terms={b:{low:1}},{b:{low:2}}"),
         ("+data.gym.options.lcm.max=3", "++data.gym.options.lcm.max=3"),
