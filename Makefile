@@ -125,7 +125,7 @@ proof-labels: $(STAMP) ## slow: chosen pairs against random pairs, three seeds
 bench: $(STAMP) ## slow: online steps beside TRL's GRPOTrainer (25 min, idle)
 	$(OFFLINE) $(PY) -m benchmarks.speed
 
-bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, a 2 GiB file (10 min)
+bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, a 2 GiB file, data=clean (15 min)
 	$(OFFLINE) $(PY) -m benchmarks.data
 
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model

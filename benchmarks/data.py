@@ -1,8 +1,9 @@
-"""What preparation costs: near duplicates of many short texts, and a file larger than memory
-streamed through two steps.
+"""What preparation costs: near duplicates of many short texts, a file larger than memory streamed
+through two steps, and answers through data=clean and the report.
 
-python -m benchmarks.data                          both, against their bounds
-python -m benchmarks.data --rows 1000 --gib 0.01   small ones
+python -m benchmarks.data                                        all, against their bounds
+python -m benchmarks.data --rows 1000 --gib 0.01 --answers 1000  small ones
+python -m benchmarks.data --only answers                         one of near, stream, answers
 
 Texts are sentences of the movie reviews. Each figure is measured in a process of its own (wall
 time, peak of resident memory by the kernel's count); what has to be found was planted, so the
@@ -22,8 +23,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import answers
 from benchmarks.proofs.common import Check, report
-from benchmarks.shared import environment, module
+from benchmarks.shared import environment, module, run_stage
 
 SIZES = (10_000, 20_000, 50_000, 100_000)
 GIB = 2.0
@@ -196,18 +198,6 @@ class Streamed:
     rejected: dict[str, int]  # by step
 
 
-# A small process between this one and the one that is measured: a process begins with the peak of
-# the one that started it.
-_WATCH = """
-import os, sys
-quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
-_, status, usage = os.wait4(child, 0)
-print(usage.ru_maxrss)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
 def measure_stream(path: Path, folder: Path) -> Streamed:
     """stage=data in a process of its own: reading, length filter, exact de-duplication, writing."""
     pipeline = f"[{{step: length, low: {SHORT}}}, exact_duplicates]"
@@ -219,26 +209,13 @@ def measure_stream(path: Path, folder: Path) -> Streamed:
         "data.cache=false",
         "tracking=none",
     )
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", _WATCH, *command, f"run.dir={folder}", "run.name=bench"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        env=environment(),
-    )
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        raise RuntimeError(f"stage=data ended with exit code {done.returncode}")
-    summary = json.loads((folder / "bench" / "data" / "summary.json").read_text(encoding="utf-8"))[
-        "metrics"
-    ]
+    run = run_stage(command, folder)
     rejected = {
         name.partition("-")[2]: int(value)
-        for name, value in summary.items()
+        for name, value in run.summary.items()
         if name.startswith("rejected/")
     }
-    return Streamed(seconds, int(done.stdout) / 2**20, int(summary["data/rows_train"]), rejected)
+    return Streamed(run.seconds, run.peak_gib, int(run.summary["data/rows_train"]), rejected)
 
 
 def near_checks(results: Sequence[Near]) -> list[Check]:
@@ -286,6 +263,47 @@ def near_results(sizes: Sequence[int]) -> Iterator[Near]:
         yield Near(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def _near(options: argparse.Namespace, folder: Path) -> list[Check]:
+    sizes = [size for size in SIZES if size < options.rows] + [options.rows]
+    results = []
+    for near in near_results(sizes):
+        results.append(near)
+        print(
+            f"near duplicates: {near.rows:>7} texts {near.seconds:7.1f} s "
+            f"{near.peak_gib:6.2f} GiB, {near.kept} kept, "
+            f"{near.found} of {near.due} planted pairs found",
+            flush=True,
+        )
+    first, last = results[0], results[-1]
+    print(
+        f"growth: {last.rows / first.rows:.0f} times the texts take "
+        f"{last.seconds / first.seconds:.1f} times the time"
+    )
+    return near_checks(results)
+
+
+def _stream(options: argparse.Namespace, folder: Path) -> list[Check]:
+    path = folder / "rows.jsonl"
+    written = write_file(path, options.gib, sentences())
+    streamed = measure_stream(path, folder / "runs")
+    print(
+        f"stream: {written.gib:.2f} GiB, {written.rows} rows in {streamed.seconds:.0f} s "
+        f"({written.rows / streamed.seconds:.0f} rows/s), peak {streamed.peak_gib:.2f} GiB",
+        flush=True,
+    )
+    return stream_checks(written, streamed)
+
+
+def _answers(options: argparse.Namespace, folder: Path) -> list[Check]:
+    results = answers.measure(options.answers, sentences(), folder)
+    for line in answers.lines(options.answers, results):
+        print(line, flush=True)
+    return answers.checks(results)
+
+
+PARTS = {"near": _near, "stream": _stream, "answers": _answers}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 where a bound doesn't hold."""
     parser = argparse.ArgumentParser(
@@ -293,10 +311,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rows", type=int, default=SIZES[-1], help="texts of the largest set")
     parser.add_argument("--gib", type=float, default=GIB, help="size of the file")
+    parser.add_argument("--answers", type=int, default=answers.ROWS, help="rows of the largest set")
+    parser.add_argument("--only", choices=PARTS, help="one part; default: all")
     parser.add_argument(
         "--dir",
         type=Path,
-        help="where the file goes (twice its size); default: the system's temporary directory",
+        help="where the files go (twice their size); default: the system's directory",
     )
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -305,31 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = measure_near(options.measure, Path(folder))
             print(json.dumps({name: getattr(result, name) for name in Near.__dataclass_fields__}))
             return 0
-        sizes = [size for size in SIZES if size < options.rows] + [options.rows]
-        results = []
-        for near in near_results(sizes):
-            results.append(near)
-            print(
-                f"near duplicates: {near.rows:>7} texts {near.seconds:7.1f} s "
-                f"{near.peak_gib:6.2f} GiB, {near.kept} kept, "
-                f"{near.found} of {near.due} planted pairs found",
-                flush=True,
-            )
-        first, last = results[0], results[-1]
-        print(
-            f"growth: {last.rows / first.rows:.0f} times the texts take "
-            f"{last.seconds / first.seconds:.1f} times the time"
-        )
-        path = Path(folder) / "rows.jsonl"
-        written = write_file(path, options.gib, sentences())
-        streamed = measure_stream(path, Path(folder) / "runs")
-        print(
-            f"stream: {written.gib:.2f} GiB, {written.rows} rows in {streamed.seconds:.0f} s "
-            f"({written.rows / streamed.seconds:.0f} rows/s), peak {streamed.peak_gib:.2f} GiB",
-            flush=True,
-        )
-    passed = report("make bench-data", [*near_checks(results), *stream_checks(written, streamed)])
-    return 0 if passed else 1
+        names = [options.only] if options.only else list(PARTS)
+        checks = [check for name in names for check in PARTS[name](options, Path(folder))]
+    return 0 if report("make bench-data", checks) else 1
 
 
 if __name__ == "__main__":

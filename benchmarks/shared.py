@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,41 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+# A small process between this one and the one that is measured: a process begins with the peak of
+# the one that started it.
+_WATCH = """
+import os, sys
+quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
+_, status, usage = os.wait4(child, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """One run of a stage in a process of its own."""
+
+    seconds: float
+    peak_gib: float  # of that process, its own processes not counted
+    summary: dict[str, float]
+
+
+def run_stage(command: Sequence[str], folder: Path) -> StageRun:
+    """A command of stage=data. Raises RuntimeError where it fails."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _WATCH, *command, f"run.dir={folder}", "run.name=bench"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise RuntimeError(f"stage=data ended with exit code {done.returncode}")
+    written = (folder / "bench" / "data" / "summary.json").read_text(encoding="utf-8")
+    return StageRun(seconds, int(done.stdout) / 2**20, json.loads(written)["metrics"])

@@ -41,6 +41,8 @@ class StepOptions:
     step: ClassVar[str]  # its name in data.pipeline
     # takes one item at a time; else it holds all of them in memory
     streaming: ClassVar[bool] = False
+    # looks at each row by itself: parts of the rows are shared out among processes
+    rowwise: ClassVar[bool] = False
     # rows that it can take
     kinds: ClassVar[frozenset[str]] = frozenset({"sft", "preference", "unpaired", "prompt"})
     after_split: ClassVar[bool] = False  # refused before a split step

@@ -42,6 +42,7 @@ class Repair(StepOptions):
 
     step: ClassVar[str] = "repair"
     streaming: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
 
     encoding: bool = option(
         True,
@@ -66,23 +67,34 @@ class Repair(StepOptions):
 
 @dataclass(slots=True, kw_only=True)
 class Language(StepOptions):
-    """Keeps rows in some languages, as py3langid tells them."""
+    """Keeps rows in some languages, as py3langid tells them. Languages that it can't keep apart
+    count as one (rlhf/data/prepare/languages.py).
+    """
 
     step: ClassVar[str] = "language"
     streaming: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
-    keep: list[str] = option(["en"], "ISO 639-1 codes of the languages.", filled=True)
+    keep: list[str] = option(["en"], "ISO 639 codes of the languages.", filled=True)
+    variants: bool = option(
+        True,
+        "Languages that can't be kept apart count as one (zh, yue and wuu; sr, hr and bs; no, nb "
+        "and nn; ms and id ...); false: exactly the codes in `keep`.",
+    )
     min_probability: float = option(
         0.5,
-        "Smallest probability of the likeliest language; below it the row is left out as "
-        "undecided.",
+        "Probability of the likeliest language below which a text is undecided.",
         at_least=0,
         at_most=1,
     )
+    keep_undecided: bool = option(
+        True, "Undecided texts are kept, and counted; false: they are left out."
+    )
     min_characters: int = option(
         20,
-        "Shorter texts tell too little: they are kept, and counted.",
-        unit="characters",
+        "Texts of fewer letters are kept, and counted. A Chinese character counts as three.",
+        unit="letters",
         at_least=0,
     )
     part: Part = option(Part.whole, "Which texts of a row are looked at.")
@@ -94,6 +106,7 @@ class Length(StepOptions):
 
     step: ClassVar[str] = "length"
     streaming: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
 
     low: int | None = option(None, "Shortest length, in units; null: no limit.", at_least=0)
     high: int | None = option(None, "Longest length, in units; null: no limit.")
@@ -126,16 +139,25 @@ class Length(StepOptions):
 
 @dataclass(slots=True, kw_only=True)
 class Quality(StepOptions):
-    """Symbol and repetition ratios with the thresholds of Gopher's MassiveText (Rae et al. 2021,
-    arXiv:2112.11446, A.1.1 and table A1).
+    """Symbol and repetition ratios of Gopher's MassiveText (Rae et al. 2021, arXiv:2112.11446,
+    A.1.1 and table A1), with limits for answers in any language.
 
-    Looks at what is to be imitated: of a pair the chosen side, of judged answers the good ones.
-    null turns a rule off. Ratios over few words say little, so the repetition rules start at
-    `min_words`.
+    Gopher's are for web pages in English: at least 0.8 of the words with a letter, at most 0.9
+    bullet lines, words of 3 to 10 letters, 0.3 of the lines and 0.2 of the characters in repeated
+    lines, half of these shares of the commonest n-grams, a third of these of repeated n-grams.
+    Answers are shorter, and hold lists, formulas and code. A word is what
+    rlhf/data/prepare/words.py counts, in Chinese several characters.
+
+    Looks at what is to be imitated: of a pair the chosen side, of judged answers the good ones, of
+    a conversation each of the assistant's turns. null turns a rule off. Ratios over few words say
+    little: repetition rules start at `min_words`, and limits of n-grams are 1 + 40 / words times
+    as large.
     """
 
     step: ClassVar[str] = "quality"
     streaming: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
     part: Part = option(Part.answer, "Which texts of a row are looked at.")
     min_words: int = option(
@@ -145,13 +167,21 @@ class Quality(StepOptions):
         at_least=1,
     )
     max_symbol_words: float | None = option(
-        0.1, "Largest number of hash signs and ellipses per word.", at_least=0
+        0.1,
+        "Largest number of ellipses, and hash signs that don't begin a line, per word.",
+        at_least=0,
     )
     min_alphabetic_words: float | None = option(
-        0.8, "Smallest share of words with a letter.", at_least=0, at_most=1
+        0.25,
+        "Smallest share of words with a letter; worked sums have 0.35 and more.",
+        at_least=0,
+        at_most=1,
     )
     max_bullet_lines: float | None = option(
-        0.9, "Largest share of lines that begin with a bullet point.", at_least=0, at_most=1
+        None,
+        "Largest share of lines that begin with a bullet point; null: a list is an answer.",
+        at_least=0,
+        at_most=1,
     )
     max_ellipsis_lines: float | None = option(
         0.3, "Largest share of lines that end with an ellipsis.", at_least=0, at_most=1
@@ -163,38 +193,36 @@ class Quality(StepOptions):
         at_most=1,
     )
     low_word_length: float | None = option(
-        3.0,
-        "Smallest mean length of a word, in scripts with spaces.",
-        unit="characters",
+        2.0,
+        "Smallest mean length of the words with a letter, in scripts with spaces.",
+        unit="letters",
         at_least=0,
     )
     high_word_length: float | None = option(
-        10.0,
-        "Largest mean length of a word, in scripts with spaces.",
-        unit="characters",
+        15.0,
+        "Largest mean length of the words with a letter, in scripts with spaces; combining marks "
+        "don't count.",
+        unit="letters",
         at_least=0,
     )
     max_duplicate_lines: float | None = option(
-        0.3, "Largest share of lines that occurred before.", at_least=0, at_most=1
+        0.45, "Largest share of lines with words that occurred before.", at_least=0, at_most=1
     )
     max_duplicate_paragraphs: float | None = option(
-        0.3, "Largest share of paragraphs that occurred before.", at_least=0, at_most=1
+        0.45, "Largest share of paragraphs that occurred before.", at_least=0, at_most=1
     )
     max_duplicate_line_characters: float | None = option(
-        0.2, "Largest share of characters in lines that occurred before.", at_least=0, at_most=1
+        0.4, "Largest share of characters in lines that occurred before.", at_least=0, at_most=1
     )
     max_duplicate_paragraph_characters: float | None = option(
-        0.2,
-        "Largest share of characters in paragraphs that occurred before.",
-        at_least=0,
-        at_most=1,
+        0.4, "Largest share of characters in repeated paragraphs.", at_least=0, at_most=1
     )
     max_top_ngrams: list[float] = option(
-        [0.20, 0.18, 0.16],
+        [0.40, 0.36, 0.32],
         "Largest shares of characters in the commonest 2-, 3- and 4-gram of words; []: no rule.",
     )
     max_duplicate_ngrams: list[float] = option(
-        [0.15, 0.14, 0.13, 0.12, 0.11, 0.10],
+        [0.45, 0.42, 0.39, 0.36, 0.33, 0.30],
         "Largest shares of characters in 5- to 10-grams of words that occur twice; []: no rule.",
     )
 
@@ -335,6 +363,7 @@ class Patterns(StepOptions):
 
     step: ClassVar[str] = "patterns"
     streaming: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
 
     find: list[Personal] = option(list(Personal), "Kinds of personal data that are looked for.")
     found: Found = option(Found.redact, "What happens to a row that holds personal data.")

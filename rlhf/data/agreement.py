@@ -161,6 +161,17 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
     return np.where(zero, np.nan, numerator / np.where(zero, 1.0, denominator))
 
 
+def _weighted(weights: Array, rows: Array) -> Array:
+    """weights [R, P] @ rows [P, K]. Items have few of many labels, as grades with decimals are:
+    then only what is there is multiplied.
+    """
+    if 8 * np.count_nonzero(rows) > rows.size:
+        return np.asarray(weights @ rows)
+    from scipy.sparse import csr_array
+
+    return np.asarray((csr_array(rows.T) @ weights.T).T)
+
+
 def observed_agreement(patterns: Array, times: Array) -> Array:
     """Mean over items of the share of equal pairs of labels."""
     sizes = patterns.sum(axis=1)  # [P]
@@ -173,7 +184,7 @@ def observed_agreement(patterns: Array, times: Array) -> Array:
 def fleiss_kappa(patterns: Array, times: Array) -> Array:
     """Fleiss 1971, equations 3 to 7; Gwet's form for unequal numbers of labels."""
     shares = patterns / patterns.sum(axis=1, keepdims=True)  # [P, K]
-    chance = ((times @ shares / times.sum(axis=1, keepdims=True)) ** 2).sum(axis=1)
+    chance = ((_weighted(times, shares) / times.sum(axis=1, keepdims=True)) ** 2).sum(axis=1)
     return _ratio(observed_agreement(patterns, times) - chance, 1.0 - chance)
 
 
@@ -190,7 +201,7 @@ def krippendorff_alpha(
     sizes = patterns.sum(axis=1)
     several = sizes >= 2
     kept, m, often = patterns[several].astype(np.float64), sizes[several], times[:, several]
-    totals = often @ kept  # [R, K]
+    totals = _weighted(often, kept)  # [R, K]
     n = totals.sum(axis=1)
     if level is Level.nominal:
         within = (m**2 - (kept**2).sum(axis=1)) / (m - 1)  # [P]
@@ -204,20 +215,24 @@ def krippendorff_alpha(
         scale = np.broadcast_to(values.astype(np.float64), totals.shape)
     # about their mean, so that the squares stay small
     scale = scale - _ratio((totals * scale).sum(axis=1), n)[:, None]
-    first, second = kept @ scale.T, kept @ (scale**2).T  # [P, R]
-    within = 2 * (m[:, None] * second - first**2) / (m - 1)[:, None]
-    disagreement = (often * within.T).sum(axis=1)
+    first, second = _weighted(scale, kept.T), _weighted(scale**2, kept.T)  # [R, P]
+    within = 2 * (m * second - first**2) / (m - 1)
+    disagreement = (often * within).sum(axis=1)
     chance = 2 * (n * (totals * scale**2).sum(axis=1) - (totals * scale).sum(axis=1) ** 2)
     return 1.0 - _ratio((n - 1) * disagreement, chance)
 
 
-def cohen_kappa(tables: Array) -> Array:
-    """Cohen 1960, equation 2, of tables [R, K, K] of counts: one annotator's label by the
-    other's.
+def cohen_kappa(cells: Array, times: Array) -> Array:
+    """Cohen 1960, equation 2, of tables of counts, one annotator's label by the other's: cells
+    [C, 2] are the two labels' numbers, times [R, C] how often each cell occurs in each of R tables.
     """
-    shares = tables / tables.sum(axis=(1, 2), keepdims=True)
-    agreed = np.trace(shares, axis1=1, axis2=2)
-    chance = (shares.sum(axis=2) * shares.sum(axis=1)).sum(axis=1)
+    labels = np.arange(cells.max(initial=-1) + 1)
+    rows, columns = (cells[:, [side]] == labels for side in (0, 1))  # [C, K]
+    n = times.sum(axis=1, keepdims=True)
+    agreed = (times[:, cells[:, 0] == cells[:, 1]].sum(axis=1, keepdims=True) / n)[:, 0]
+    first = _weighted(times, rows.astype(np.float64)) / n  # [R, K]
+    other = _weighted(times, columns.astype(np.float64)) / n
+    chance = (first * other).sum(axis=1)
     return _ratio(agreed - chance, 1.0 - chance)
 
 
@@ -252,7 +267,7 @@ def _bootstrapped(
         return Estimate(None, None, None, 0)
     patterns, times = np.unique(table, axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // patterns.size)
+    block = max(1, _BLOCK // sum(patterns.shape))
 
     def drawn(size: int) -> Array:
         return coefficient(patterns, rng.multinomial(len(table), times / len(table), size=size))
@@ -275,20 +290,18 @@ def cohen_pairs(
     by_item: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for item, annotator, label in labels:
         by_item[item].append((annotator, index[label]))
-    tables: dict[tuple[str, str], Array] = {}
+    tables: dict[tuple[str, str], Counter[tuple[int, int]]] = {}
     for judgements in by_item.values():
         for (first, a), (second, b) in combinations(sorted(judgements), 2):
-            tables.setdefault((first, second), np.zeros((len(names), len(names)), dtype=np.int64))[
-                a, b
-            ] += 1
+            tables.setdefault((first, second), Counter())[a, b] += 1
     out = {}
-    for pair in sorted(tables):
-        table, rng = tables[pair], np.random.default_rng(seed)
-        shared = int(table.sum())
-        drawn = rng.multinomial(shared, table.ravel() / shared, size=resamples).reshape(
-            resamples, *table.shape
-        )
-        out[pair] = _estimate(cohen_kappa(table[None]), cohen_kappa(drawn), shared)
+    for pair, table in sorted(tables.items()):
+        cells = np.array(sorted(table))  # [C, 2]
+        counts = np.array([table[a, b] for a, b in cells.tolist()])
+        shared = table.total()
+        drawn = np.random.default_rng(seed).multinomial(shared, counts / shared, size=resamples)
+        point = cohen_kappa(cells, counts[None])
+        out[pair] = _estimate(point, cohen_kappa(cells, drawn), shared)
     return out
 
 

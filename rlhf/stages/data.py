@@ -15,6 +15,7 @@ from pathlib import Path
 from conf.schema import Config, DataConfig, ModelConfig
 from rlhf.data.formats import Use
 from rlhf.data.prepare import ingest
+from rlhf.data.prepare.held import gathered
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.outputs import (
     SPLITS,
@@ -82,12 +83,13 @@ def _run(ctx: RunContext) -> None:
     )
     ctx.watchdog.phase("steps")
     outputs = Outputs(ctx.dir)
-    examined: list[Item] = []  # the report looks at all rows together
+    examined: Sequence[Item] = ()
     try:
-        for item in rows:
-            outputs.write(item)
-            if cfg.data.report:
-                examined.append(item)
+        if cfg.data.report:  # it looks at all rows together
+            examined = gathered(outputs.written(rows), ctx.dir)
+        else:
+            for item in rows:
+                outputs.write(item)
     except BaseException:
         outputs.abandon()
         raise

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import answers, shared
 from benchmarks import data as bench
 
 POOL = [
@@ -40,6 +41,22 @@ def test_the_stream_finds_exactly_what_was_written(tmp_path: Path) -> None:
         True,
         False,
     ]
+
+
+def test_answers_go_through_the_preset_and_the_report(tmp_path: Path) -> None:
+    answers.write(tmp_path / "rows.jsonl", 60, POOL)
+    command = shared.module(
+        "rlhf",
+        "stage=data",
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        *(option for options in answers.MEASURED.values() for option in options),
+        "tracking=none",
+    )
+    run = shared.run_stage(command, tmp_path / "runs")
+    assert run.summary["data/rows_read"] == 60 and run.summary["rejected/03-quality"] == 0
+    results = {"data=clean": [shared.StageRun(2.0, 0.5, {}), shared.StageRun(5.0, 0.9, {})]}
+    assert "(1000 rows/s after the start)" in next(answers.lines(4000, results))
+    assert not answers.checks(results)[0].passed
 
 
 def test_edits_change_a_text_a_little() -> None:

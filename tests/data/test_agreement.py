@@ -2,9 +2,11 @@
 anything.
 """
 
+import dataclasses
 import math
 import random
 import string
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -94,8 +96,30 @@ def test_published_fleiss_kappas() -> None:
 
 def test_published_cohen_kappa() -> None:
     # Cohen 1960, table 2: 0.70 agreement, 0.41 by chance, kappa 0.492
-    table = np.array([[[88, 14, 18], [10, 40, 10], [2, 6, 12]]])
-    assert cohen_kappa(table)[0] == pytest.approx(0.29 / 0.59, abs=1e-12)
+    table = np.array([[88, 14, 18], [10, 40, 10], [2, 6, 12]])
+    cells = np.argwhere(table)
+    assert cohen_kappa(cells, table.reshape(1, -1))[0] == pytest.approx(0.29 / 0.59, abs=1e-12)
+
+
+def test_many_different_labels_cost_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    # grades with decimals: hardly two are equal. A table of all labels by all labels had 64,000,000
+    # numbers in 100 resamples
+    grades = [
+        (str(i), who, round((i * 7919 % 800) / 80 + shift, 3))
+        for i in range(400)
+        for who, shift in (("a", 0.0), ("b", i % 3 / 1000))
+    ]
+    labels = [Label(*grade) for grade in grades]
+    tracemalloc.start()
+    sparse = agreement(labels, level=Level.interval, resamples=100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
+    monkeypatch.setattr("rlhf.data.agreement._weighted", lambda weights, rows: weights @ rows)
+    dense = agreement(labels, level=Level.interval, resamples=100)
+    for ours, theirs in ((sparse.krippendorff, dense.krippendorff), (sparse.fleiss, dense.fleiss)):
+        assert dataclasses.astuple(ours) == pytest.approx(dataclasses.astuple(theirs), abs=1e-9)
+    assert sparse.cohen == pytest.approx(dense.cohen, abs=1e-9)
 
 
 def test_hand_computed_pairs_of_annotators() -> None:

@@ -4,7 +4,9 @@ what each means by the same text.
 
 import random
 import string
+from copy import deepcopy
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from hypothesis import strategies as st
 
 from conf.preparation.base import Keep
 from rlhf.data.formats import Use
-from rlhf.data.prepare import cosine, exact, near
+from rlhf.data.prepare import cosine, exact, held, minhash, near
 from rlhf.data.prepare.clusters import chosen, components, members
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.texts import normalised
 from rlhf.data.prepare.vectors import embeddings, tfidf_vectors
+from rlhf.process import parallel
 from rlhf.types import UserError
 from tests.data.preparation import apply, judged, numbers, pairs, sft
 
@@ -150,7 +153,7 @@ def test_large_buckets_give_the_same_clusters_as_all_pairs() -> None:
     # many share bands, not all of them are near
     texts = [edited(rng, base, rng.randint(0, 16)) for _ in range(near._SMALL_BUCKET * 4)]
     assert any(
-        near.buckets(near.signatures([(t, "") for t in texts], 5, 128, 0), band).large()
+        near.buckets(minhash.signatures([(t, "") for t in texts], 5, 128, 0), band).large()
         for band in near.bands(0.8, 128)
     )
     texts += [f"quite another text of its own, number {i} of them all" for i in range(40)]
@@ -161,19 +164,43 @@ def test_signatures_are_those_of_datasketch() -> None:
     from datasketch import MinHash
 
     texts = [("the quick brown fox", ""), ("", ""), ("abc", "xyz abc"), ("你好世界你好世界", "")]
-    hashes, starts = near.ngram_hashes(texts, 5)
-    ours = near.minima(hashes, starts, near.permutations(64, 7))
+    hashes, starts = minhash.ngram_hashes(texts, 5)
+    ours = minhash.minima(hashes, starts, minhash.permutations(64, 7))
     for row, values in enumerate(np.split(hashes, starts[1:])):
         theirs = MinHash(num_perm=64, seed=7, hashfunc=int, scheme="affine32")
         theirs.update_batch([int(v) >> 32 for v in values])
         assert np.array_equal(ours[row], theirs.hashvalues)
 
 
+def test_rows_on_disk_and_other_processes_give_the_same_clusters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = sft(*corpus(seed=4, families=9))
+    steps = ("near_duplicates", "split")
+    before = [apply(deepcopy(rows), step) for step in steps]
+    monkeypatch.setattr("rlhf.data.prepare.held.IN_MEMORY", 5)
+    monkeypatch.setattr(parallel, "_WORTH_S", 0.0)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
+    monkeypatch.setattr("rlhf.data.prepare.minhash.CHUNK", 400)
+    for step, (kept, reasons, report) in zip(steps, before, strict=True):
+        again, other_reasons, other = apply(deepcopy(rows), step)
+        assert again == kept and other_reasons == reasons and other.figures == report.figures
+
+
+def test_rows_on_disk_are_those_that_were_put_there(tmp_path: Path) -> None:
+    rows = held.OnDisk(iter(sft("a", "b", "c")), tmp_path)
+    assert list(rows) == sft("a", "b", "c") and rows[-1] == sft("a", "b", "c")[2]
+    assert rows[1:] == sft("a", "b", "c")[1:] and len(rows) == 3 and not list(tmp_path.iterdir())
+    with pytest.raises(IndexError):
+        rows[3]
+    assert list(held.Mapped(lambda item: item.number, rows)) == [1, 2, 3]
+
+
 def test_buckets_are_those_of_datasketch() -> None:
     from datasketch import MinHash, MinHashLSH
 
     texts = [(text, "") for text in corpus(seed=5, families=12)]
-    signature = near.signatures(texts, 5, 128, 0)
+    signature = minhash.signatures(texts, 5, 128, 0)
     lsh = MinHashLSH(num_perm=128, params=(21, 6))
     for row, values in enumerate(signature):
         lsh.insert(row, MinHash(hashvalues=values, scheme="affine32"))
@@ -195,13 +222,13 @@ def test_blocks_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         ("", ""),
         ("ab", ""),
     ]
-    whole = near.signatures(texts, 5, 32, 0)
-    monkeypatch.setattr(near, "_BLOCK", 7)
-    assert np.array_equal(near.signatures(texts, 5, 32, 0), whole)
+    whole = minhash.signatures(texts, 5, 32, 0)
+    monkeypatch.setattr(minhash, "_BLOCK", 7)
+    assert np.array_equal(minhash.signatures(texts, 5, 32, 0), whole)
     small = np.concatenate(
         [
-            near.minima(*near.ngram_hashes(part, 5), near.permutations(32, 0))
-            for part in near.chunks(texts, size=50)
+            minhash.minima(*minhash.ngram_hashes(part, 5), minhash.permutations(32, 0))
+            for part in minhash.chunks(texts, size=50)
         ]
     )
     assert np.array_equal(small, whole)
@@ -278,7 +305,7 @@ def test_of_a_cluster_on_both_sides_of_a_split_the_held_out_row_stays() -> None:
 
 def test_seeds_change_the_permutations_and_not_the_result() -> None:
     texts = corpus(seed=9, families=8)
-    assert not np.array_equal(near.permutations(32, 0), near.permutations(32, 1))
+    assert not np.array_equal(minhash.permutations(32, 0), minhash.permutations(32, 1))
     assert found(texts, 0.5, seed=0) == found(texts, 0.5, seed=1)
 
 

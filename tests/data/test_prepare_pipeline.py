@@ -23,6 +23,7 @@ from rlhf.data.prepare.pipeline import run, stream
 from rlhf.data.prepare.plan import plan
 from rlhf.data.prepare.steps import STEPS
 from rlhf.data.prepare.store import FOLDER, StepReport, line, plain
+from rlhf.process import parallel
 from rlhf.types import UserError
 
 CALLS: list[str] = []  # what the steps below did, in order
@@ -214,7 +215,7 @@ def test_held_out_rows_count_as_a_split() -> None:
 def test_options_get_their_types_and_defaults() -> None:
     first, second = plan([{"step": "length", "low": "10", "unit": "words"}, "quality"])
     assert dataclasses.asdict(first.options)["low"] == 10 and first.options.unit.value == "words"  # type: ignore[attr-defined]
-    assert second.options.max_duplicate_ngrams == [0.15, 0.14, 0.13, 0.12, 0.11, 0.10]  # type: ignore[attr-defined]
+    assert second.options.max_duplicate_ngrams == [0.45, 0.42, 0.39, 0.36, 0.33, 0.30]  # type: ignore[attr-defined]
 
 
 # ---- counts, reasons, streaming ----
@@ -263,6 +264,40 @@ def test_streaming_steps_pass_one_row_at_a_time_and_others_take_all_first(tmp_pa
         folder=tmp_path,
     )
     assert CALLS == ["shorter 1", "shorter 1", "shorter 2", "shorter 2", "shuffled 1", "shuffled 2"]
+
+
+def test_any_number_of_processes_gives_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "_WORTH_S", 0.0)
+    monkeypatch.setattr("rlhf.data.prepare.pipeline.PART", 3)
+    some = rows(*(f"row  {n} of some, mail to me{n}@b.org" for n in range(20)), "", "x " * 50)
+    steps = ["repair", {"step": "length", "low": 1}, "quality", "patterns", "shuffled", "language"]
+    written = []
+    for processes in (1, 3):
+        folder = tmp_path / str(processes)
+        items = [dataclasses.replace(item) for item in some]
+        out = run(items, steps, kind="sft", folder=folder, identity="x", processes=processes)
+        reports = [(r.step, r.rows_in, r.rows_out, r.reasons, r.figures) for r in out.steps]
+        files = sorted(folder.rglob("*.jsonl"))
+        content = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+        written.append((out.items, reports, content))
+    assert written[0] == written[1]
+    assert written[0][1][4][4] == {"email": 20} and len(written[0][0]) == 20
+
+
+def test_an_error_in_another_process_is_raised_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(number: int) -> int:
+        if number == 7:
+            raise UserError("row 7 breaks the step")
+        return number * number
+
+    done = parallel.in_order(refusing, range(9), processes=2, worth_s=0.0)
+    assert [next(done) for _ in range(7)] == [number**2 for number in range(7)]
+    with pytest.raises(UserError, match="row 7 breaks the step"):
+        next(done)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from rlhf.data.report.content import (
     cluster,
     clustered,
     compression_ratio,
+    detected_languages,
     distinct,
     diversity,
     label_columns,
     labels,
-    language,
     languages,
     sampled,
 )
@@ -123,7 +123,7 @@ def test_free_text_is_no_class() -> None:
     ],
 )
 def test_languages_are_told(text: str, expected: str) -> None:
-    assert language(text)[0] == expected
+    assert detected_languages([text])[0][0] == expected
 
 
 def test_rows_in_another_language_than_most_are_named() -> None:

@@ -4,14 +4,17 @@ import html
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from conf.preparation.cleaning import Language, Length, Repair, Unit
+from rlhf.data.prepare import languages
 from rlhf.data.prepare.items import Context, Item, replace_texts
-from rlhf.data.prepare.texts import emptied, texts_of, words
+from rlhf.data.prepare.texts import emptied, texts_of
+from rlhf.data.prepare.words import changed_at, letters, words
+from rlhf.process import parallel
 from rlhf.process.libraries import require
 from rlhf.process.wording import nearest
 from rlhf.types import UserError
@@ -38,6 +41,7 @@ _ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 _NO_WIDTH = re.compile("[\u200b\u2060\ufeff]")  # not the joiners, which emoji and Persian need
 _RUN = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _LINE_END = re.compile(r"[ \t]+(?=\n)")
+_UNPRINTED = re.compile(r"[^\t\n -~]")  # in ASCII: control characters
 _EMPTY_LINES = re.compile(r"\n{3,}")
 # texts, not messages, that stand side by side: the space between them is part of one
 _TOUCHING = ("prompt", "chosen", "rejected", "completion")
@@ -55,8 +59,13 @@ def tidy_spaces(text: str) -> str:
     """`text` with single spaces between words, no space at a line's end and at most one empty line;
     indentation stays.
     """
-    text = _NO_WIDTH.sub("", _ODD_SPACE.sub(" ", text))
-    return _EMPTY_LINES.sub("\n\n", _LINE_END.sub("", _RUN.sub(" ", text)))
+    if not text.isascii():
+        text = _NO_WIDTH.sub("", _ODD_SPACE.sub(" ", text))
+    if "  " in text or "\t" in text:
+        text = _RUN.sub(" ", text)
+    if " \n" in text or "\t\n" in text:
+        text = _LINE_END.sub("", text)
+    return _EMPTY_LINES.sub("\n\n", text) if "\n\n\n" in text else text
 
 
 @cache
@@ -78,7 +87,9 @@ def repaired(text: str, options: Repair, *, touching: bool) -> str:
     text begins there.
     """
     form: Form = "NFKC" if options.nfkc else "NFC"
-    if options.encoding:
+    if text.isascii() and not _UNPRINTED.search(text):
+        pass  # nothing that ftfy or normalisation changes, and both cost more than this look
+    elif options.encoding:
         text = require("ftfy", "data").fix_text(text, _ftfy_config(form))
     elif options.nfkc:
         text = unicodedata.normalize(form, text)
@@ -90,11 +101,9 @@ def repaired(text: str, options: Repair, *, touching: bool) -> str:
     # strip() takes white space only, so the first character of the core is its first occurrence
     start = text.index(core[0])
     lead, tail = text[:start], text[start + len(core) :]
-    prose = [
-        _prose(piece, options) if i % 2 == 0 else piece
-        for i, piece in enumerate(_FENCED.split(core))
-    ]
-    out = "".join(prose)
+    pieces = _FENCED.split(core) if "```" in core else [core]
+    pieces[::2] = [_prose(piece, options) for piece in pieces[::2]]
+    out = "".join(pieces)
     if not options.whitespace or touching:
         return lead + out + tail
     return out.strip()
@@ -110,70 +119,99 @@ def _prose(text: str, options: Repair) -> str:
 
 def repair(options: Repair, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Repair every text; a row that is empty afterwards is rejected."""
-    changed = 0
 
     def change(where: str, text: str) -> str:
         return repaired(text, options, touching=where in _TOUCHING)
 
     for item in items:
         columns = replace_texts(item.columns, change)
+        if columns == item.columns:
+            yield item
+            continue
         reason = emptied(item.columns, columns)
         if reason is not None:
             context.rejected(item, f"{reason} after the repair")
             continue
-        changed += columns != item.columns
+        context.tallies["changed"] += 1
         item.columns = columns
         yield item
-    context.figures["changed"] = changed
+
+
+def repair_figures(options: Repair, tallies: Counter[str]) -> dict[str, int]:
+    return {"changed": tallies["changed"]}
 
 
 # ---- language ----
 
-
-@cache
-def language_identifier() -> Any:
-    """py3langid's model, whose `classify` gives (ISO 639-1 code, probability)."""
-    langid = require("py3langid.langid", "data")
-    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+_TOGETHER = 256  # rows whose texts are identified at once
+_SHORT, _UNDECIDED, _IN = "short_texts_kept", "undecided_texts_kept", "in"
 
 
 def language(options: Language, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Keep rows whose texts are in one of `keep`; short texts are kept. Raises UserError for a
-    language that py3langid doesn't know.
+    """Keep rows whose texts are in one of `keep`; short and undecided texts are kept, and counted.
+    Raises UserError for a language that can't be told.
     """
-    identifier = language_identifier()
-    for code in options.keep:
-        if code not in identifier.labels:
-            known = sorted(identifier.labels)
+    _check_languages(options.keep)
+    wanted = {languages.group_of(code) if options.variants else code for code in options.keep}
+    for batch in parallel.parts(items, _TOGETHER):
+        texts = [texts_of(item.columns, options.part) for item in batch]
+        telling = [
+            text
+            for row in texts
+            for text in row.values()
+            if letters(text) >= options.min_characters
+        ]
+        found = dict(
+            zip(telling, languages.identify(telling, grouped=options.variants), strict=True)
+        )
+        for item, row in zip(batch, texts, strict=True):
+            reason = None
+            for where, text in row.items():
+                if text not in found:
+                    context.tallies[_SHORT] += 1
+                    continue
+                context.tallies[_IN, found[text].code] += 1
+                reason = _other_language(found[text], wanted, options, context.tallies)
+                if reason is not None:
+                    reason = f"{where}: {reason}"
+                    break
+            if reason is None:
+                yield item
+            else:
+                context.rejected(item, reason)
+
+
+def language_figures(options: Language, tallies: Counter[Any]) -> dict[str, Any]:
+    """Texts by language, and those that were kept untold."""
+    counts = Counter({key[1]: n for key, n in tallies.items() if isinstance(key, tuple)})
+    kept = (_SHORT, _UNDECIDED) if options.keep_undecided else (_SHORT,)
+    return {"languages": dict(counts.most_common()), **{name: tallies[name] for name in kept}}
+
+
+def _check_languages(keep: Sequence[str]) -> None:
+    """Raises UserError for a code that can't be asked for."""
+    known = languages.known()
+    for code in keep:
+        if code not in known:
             raise UserError(
                 f"step language: keep={code}: no such language code; nearest: "
                 f"{nearest(code, known)!r}. Known: {', '.join(known)}."
             )
-    languages: Counter[str] = Counter()
-    short = 0
-    wanted = ", ".join(options.keep)
-    for item in items:
-        reason = None
-        for where, text in texts_of(item.columns, options.part).items():
-            if len(text.strip()) < options.min_characters:
-                short += 1
-                continue
-            code, probability = identifier.classify(text)
-            languages[code] += 1
-            if probability < options.min_probability:
-                reason = (
-                    f"{where}: language undecided ({code} is the likeliest, probability "
-                    f"{probability:.2f})"
-                )
-            elif code not in options.keep:
-                reason = (
-                    f"{where}: language {code} (probability {probability:.2f}), expected {wanted}"
-                )
-        if reason is None:
-            yield item
-        else:
-            context.rejected(item, reason)
-    context.figures.update(languages=dict(languages.most_common()), short_texts_kept=short)
+
+
+def _other_language(
+    found: languages.Identified, wanted: Set[str], options: Language, tallies: Counter[Any]
+) -> str | None:
+    """Why a text is not in one of the wanted languages; None where it is, or may be."""
+    likeliest = f"probability {found.probability:.2f}"
+    if found.probability < options.min_probability or found.code == languages.NOTHING:
+        if options.keep_undecided:
+            tallies[_UNDECIDED] += 1
+            return None
+        return f"language undecided ({found.code} is the likeliest, {likeliest})"
+    if found.group in wanted:
+        return None
+    return f"language {found.code} ({likeliest}), expected {', '.join(options.keep)}"
 
 
 # ---- length ----
@@ -197,9 +235,15 @@ def load_tokenizer(path: str) -> Callable[[str], int]:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+@cache
+def _loaded_tokenizer(path: str, changed: int) -> Callable[[str], int]:
+    """`load_tokenizer`, once for all parts of the rows; `changed`: when its file did."""
+    return load_tokenizer(path)
+
+
 def _measure(options: Length) -> Callable[[str], int]:
     if options.unit is Unit.tokens:
-        return load_tokenizer(str(options.tokenizer))
+        return _loaded_tokenizer(str(options.tokenizer), changed_at(str(options.tokenizer)))
     if options.unit is Unit.characters:
         return len
     return lambda text: len(words(text))
@@ -208,12 +252,11 @@ def _measure(options: Length) -> Callable[[str], int]:
 def length(options: Length, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Keep rows whose texts have `low` to `high` units."""
     measure = _measure(options)
-    total = texts = 0
     for item in items:
         reason = None
         for where, text in texts_of(item.columns, options.part).items():
             size = measure(text)
-            total, texts = total + size, texts + 1
+            context.tallies.update(units=size, texts=1)
             if options.low is not None and size < options.low:
                 reason = f"{where}: {size} {options.unit.value}, expected at least {options.low}"
             elif options.high is not None and size > options.high:
@@ -222,4 +265,8 @@ def length(options: Length, items: Iterator[Item], context: Context) -> Iterator
             yield item
         else:
             context.rejected(item, reason)
-    context.figures[f"mean_{options.unit.value}"] = round(total / texts, 2) if texts else None
+
+
+def length_figures(options: Length, tallies: Counter[str]) -> dict[str, float | None]:
+    mean = round(tallies["units"] / tallies["texts"], 2) if tallies["texts"] else None
+    return {f"mean_{options.unit.value}": mean}

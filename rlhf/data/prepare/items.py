@@ -10,6 +10,7 @@ Columns are TRL's, which every stage reads (rlhf/data/formats), followed by the 
 A prompt or an answer is a text or a list of messages; beside messages may stand `tools`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,8 @@ class Context:
     rejected: Callable[[Item, str], None] = lambda item, reason: None
     # the step's own figures for the report, as JSON can hold them
     figures: dict[str, Any] = field(default_factory=dict)
+    # what a step of single rows counts; its figures are made of it (steps.py, FIGURES)
+    tallies: Counter[Any] = field(default_factory=Counter)
     score_pairs: ScorePairs | None = None  # the stage gives it: reward/ is not ours to import
 
 

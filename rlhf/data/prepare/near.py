@@ -1,12 +1,12 @@
 """Step near_duplicates: MinHash with banding over character n-grams, every candidate pair checked
 exactly.
 
-Texts are compared as sets of hashed n-grams of their normalised form. All of it runs over whole
-arrays: n-grams are rolling hashes of code points, signatures the minima of datasketch's
-permutations over them (the same numbers as datasketch.MinHash gives), buckets neighbours in sorted
-band keys (those of datasketch.MinHashLSH, without its dictionaries of sets).
+Texts are compared as sets of hashed n-grams of their normalised form (minhash.py). All of it runs
+over whole arrays: buckets are neighbours in sorted band keys (those of datasketch.MinHashLSH,
+without its dictionaries of sets).
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,123 +16,27 @@ from numpy.typing import NDArray
 
 from conf.preparation.duplicates import NearDuplicates
 from rlhf.data.prepare.clusters import components, keep_one
+from rlhf.data.prepare.exact import HashTable
+from rlhf.data.prepare.held import Mapped, gathered
 from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.minhash import (
+    BASE,
+    Sides,
+    chunks,
+    minima,
+    mix64,
+    ngram_hashes,
+    permutations,
+)
 from rlhf.data.prepare.texts import normalised, sides
-from rlhf.process.libraries import require
+from rlhf.process import parallel
 
-Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides
-# added to the code points of what is judged bad: another alphabet, so that it never equals the good
-# side
-_OTHER = np.uint64(1 << 22)
-_FILL = np.uint64(1 << 21)  # follows a text of fewer characters than an n-gram has
-_BASE = np.uint64(0x9E3779B97F4A7C15)
-_CHUNK = 1 << 18  # characters hashed at once
-_BLOCK = 1 << 14  # n-grams permuted at once: they stay in the processor's cache
 # share of the pairs at the threshold that the bands may leave out; of more similar ones they leave
 # out fewer
 _MISSED = 0.005
 _MOST_PAIRS = 1 << 21  # candidate pairs held before they are checked
 _PAIRS_AT_ONCE = 1 << 15
 _SMALL_BUCKET = 32  # rows up to which all pairs of a bucket are candidates at once
-
-
-def _mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """MurmurHash3's 64-bit finalizer."""
-    values = values ^ (values >> np.uint64(33))
-    values = values * np.uint64(0xFF51AFD7ED558CCD)
-    values = values ^ (values >> np.uint64(33))
-    values = values * np.uint64(0xC4CEB9FE1A85EC53)
-    return values ^ (values >> np.uint64(33))
-
-
-def _mix32(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """MurmurHash3's 32-bit finalizer: what datasketch puts before its permutations."""
-    values = values ^ (values >> np.uint32(16))
-    values = values * np.uint32(0x85EBCA6B)
-    values = values ^ (values >> np.uint32(13))
-    values = values * np.uint32(0xC2B2AE35)
-    return values ^ (values >> np.uint32(16))
-
-
-def _codes(text: Sides, ngram: int) -> NDArray[np.uint64]:
-    """Code points of a text's two sides, at least `ngram` of them."""
-    good, bad = (
-        np.frombuffer(side.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
-        for side in text
-    )
-    lacking = ngram - len(good) - len(bad)
-    return np.concatenate([good, bad + _OTHER, np.full(max(0, lacking), _FILL)])
-
-
-def ngram_hashes(
-    texts: Sequence[Sides], ngram: int
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """64-bit hashes of every text's n-grams one after the other, and where each text's begin; every
-    text has at least one.
-    """
-    codes = [_codes(text, ngram) for text in texts]
-    lengths = np.array([len(c) for c in codes], dtype=np.int64)
-    whole = np.concatenate(codes)
-    windows = len(whole) - ngram + 1
-    hashes = np.zeros(windows, dtype=np.uint64)
-    for offset in range(ngram):
-        hashes = hashes * _BASE + whole[offset : offset + windows]
-    inside = np.ones(len(whole), dtype=bool)  # windows that begin and end in one text
-    ends = np.cumsum(lengths)
-    for offset in range(1, ngram):
-        inside[ends - offset] = False
-    starts = np.concatenate([[0], np.cumsum(lengths - ngram + 1)[:-1]]).astype(np.int64)
-    return _mix64(hashes[inside[:windows]]), starts
-
-
-def permutations(count: int, seed: int) -> NDArray[np.uint32]:
-    """[2, count] factors and summands of datasketch's permutations h -> a h + b modulo 2^32."""
-    hashes = require("datasketch", "data").MinHash(num_perm=count, seed=seed, scheme="affine32")
-    return np.asarray(hashes.permutations, dtype=np.uint32)
-
-
-def minima(
-    hashes: NDArray[np.uint64], starts: NDArray[np.int64], permutation: NDArray[np.uint32]
-) -> NDArray[np.uint32]:
-    """[N, P] MinHash signatures: the smallest permuted value of each text's n-grams, from the upper
-    half of their hashes.
-    """
-    mixed = _mix32((hashes >> np.uint64(32)).astype(np.uint32))
-    out = np.empty((len(starts), permutation.shape[1]), dtype=np.uint32)
-    factors, summands = permutation
-    ends = np.append(starts[1:], len(mixed))
-    first = 0
-    while first < len(starts):  # whole texts, about _BLOCK n-grams at a time
-        last = max(first + 1, int(np.searchsorted(ends, starts[first] + _BLOCK, side="right")))
-        block = mixed[starts[first] : ends[last - 1]]
-        offsets = starts[first:last] - starts[first]
-        for p in range(permutation.shape[1]):
-            out[first:last, p] = np.minimum.reduceat(block * factors[p] + summands[p], offsets)
-        first = last
-    return out
-
-
-def chunks(texts: Sequence[Sides], size: int = _CHUNK) -> Iterator[list[Sides]]:
-    """Neighbouring texts of about `size` characters together."""
-    part: list[Sides] = []
-    held = 0
-    for text in texts:
-        part.append(text)
-        held += len(text[0]) + len(text[1])
-        if held >= size:
-            yield part
-            part, held = [], 0
-    if part:
-        yield part
-
-
-def signatures(texts: Sequence[Sides], ngram: int, count: int, seed: int) -> NDArray[np.uint32]:
-    """[N, count] MinHash signatures."""
-    permutation = permutations(count, seed)
-    parts = [minima(*ngram_hashes(part, ngram), permutation) for part in chunks(texts)]
-    if parts:
-        return np.concatenate(parts)
-    return np.empty((0, count), dtype=np.uint32)
 
 
 def bands(threshold: float, count: int) -> list[tuple[int, int]]:
@@ -188,7 +92,7 @@ def buckets(signature: NDArray[np.uint32], band: tuple[int, int]) -> Buckets:
     """Rows with the same values in a band's columns."""
     key = np.zeros(len(signature), dtype=np.uint64)
     for column in range(*band):
-        key = _mix64(key ^ signature[:, column].astype(np.uint64)) * _BASE
+        key = mix64(key ^ signature[:, column].astype(np.uint64)) * BASE
     order = np.argsort(key, kind="stable")
     starts = np.append(0, np.flatnonzero(np.diff(key[order])) + 1)
     sizes = np.diff(np.append(starts, len(order)))
@@ -204,7 +108,7 @@ class Sets:
         self._at = np.full(len(texts), -1, dtype=np.int64)  # row of the matrix for each text
         self._at[rows] = np.arange(len(rows))
         hashes, counts = [], []
-        for part in chunks([texts[row] for row in rows]):
+        for part in chunks(texts[int(row)] for row in rows):
             part_hashes, starts = ngram_hashes(part, ngram)
             hashes.append(part_hashes)
             counts.append(np.diff(np.append(starts, len(part_hashes))))
@@ -262,6 +166,59 @@ def _large_bucket(
     return edges
 
 
+@dataclass(frozen=True, slots=True)
+class _Signed:
+    """What a process does to some neighbouring texts."""
+
+    ngram: int
+    permutation: NDArray[np.uint32]
+
+    def __call__(self, texts: list[Sides]) -> tuple[list[bytes], NDArray[np.uint32]]:
+        """[M] 128-bit keys, equal for equal texts, and [M, P] their signatures."""
+        plain = [plainly(text) for text in texts]
+        return list(map(key_of, plain)), minima(*ngram_hashes(plain, self.ngram), self.permutation)
+
+
+def plainly(text: Sides) -> Sides:
+    """A text's two sides in the form in which they are compared."""
+    return normalised(text[0]), normalised(text[1])
+
+
+def key_of(text: Sides) -> bytes:
+    """128 bits of a text in that form (BLAKE2b)."""
+    joined = "\0".join(text).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(joined, digest_size=16).digest()
+
+
+def _different(
+    texts: Sequence[Sides], ngram: int, count: int, seed: int
+) -> tuple[list[bytes], NDArray[np.int64], list[int], NDArray[np.uint32]]:
+    """[N] the key of each text, [N] its number among the different ones, [U] where each of those
+    comes first, and [U, count] their signatures. Equal keys count as equal texts.
+    """
+    work = _Signed(ngram, permutations(count, seed))
+    seen = HashTable()
+    unique_of = np.empty(len(texts), dtype=np.int64)
+    firsts: list[int] = []
+    all_keys: list[bytes] = []
+    signature = [np.empty((0, count), dtype=np.uint32)]
+    row = 0
+    for keys, values in parallel.in_order(work, chunks(texts)):
+        new = []
+        for at, key in enumerate(keys):
+            halves = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
+            known = seen.add(*halves, len(firsts) + 1)
+            if known is None:
+                new.append(at)
+                firsts.append(row)
+                known = len(firsts)
+            unique_of[row] = known - 1
+            row += 1
+        all_keys += keys
+        signature.append(values[new])
+    return all_keys, unique_of, firsts, np.concatenate(signature)
+
+
 def near_clusters(
     texts: Sequence[Sides],
     *,
@@ -276,21 +233,19 @@ def near_clusters(
     Exact for every pair that shares a band; of the pairs at the threshold itself 2 in 1,000 share
     none (the defaults), of more similar ones fewer.
     """
-    plain = [(normalised(good), normalised(bad)) for good, bad in texts]
-    seen: dict[Sides, int] = {}
-    # [N] equal texts are one
-    unique_of = np.array([seen.setdefault(text, len(seen)) for text in plain], dtype=np.int64)
-    unique = list(seen)
-    del plain, seen
-    if len(unique) < 2:
-        return unique_of
-    return _cluster(
-        unique,
-        threshold - 1e-9,
-        ngram,
-        signatures(unique, ngram, count, seed),
-        bands(threshold, count),
-    )[unique_of]
+    return keyed_clusters(texts, threshold, ngram, count, seed)[1]
+
+
+def keyed_clusters(
+    texts: Sequence[Sides], threshold: float, ngram: int = 5, count: int = 128, seed: int = 0
+) -> tuple[list[bytes], NDArray[np.int64]]:
+    """[N] keys that are equal for equal texts, and [N] `near_clusters`."""
+    keys, unique_of, firsts, signature = _different(texts, ngram, count, seed)
+    if len(firsts) < 2:
+        return keys, unique_of
+    unique = Mapped(lambda first: plainly(texts[first]), firsts)
+    ranges = bands(threshold, count)
+    return keys, _cluster(unique, threshold - 1e-9, ngram, signature, ranges)[unique_of]
 
 
 def _cluster(
@@ -356,8 +311,8 @@ def near_duplicates(
     options: NearDuplicates, items: Iterator[Item], context: Context
 ) -> Iterator[Item]:
     """Keep one row of each cluster."""
-    rows = list(items)
-    texts = [sides(item.columns, options.part, context.kind) for item in rows]
+    rows = gathered(items, context.folder)
+    texts = Mapped(lambda item: sides(item.columns, options.part, context.kind), rows)
     labels = near_clusters(
         texts,
         threshold=options.threshold,

@@ -36,6 +36,12 @@ class Outputs:
         self._files[item.split].write(store.line(item.columns))
         self.rows[item.split] += 1
 
+    def written(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items, each of which is written as it passes."""
+        for item in items:
+            self.write(item)
+            yield item
+
     def abandon(self) -> None:
         """The run fails: no half-written file stays."""
         for split, beside in self._beside.items():

@@ -11,11 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from conf.preparation.cleaning import Found, Patterns, Personal
 from rlhf.data.prepare.items import Context, Item, replace_texts
 from rlhf.data.prepare.texts import emptied
+from rlhf.data.prepare.words import SPACED_LETTERS, changed_at, ranges
 from rlhf.types import UserError
 
 
@@ -67,9 +69,18 @@ class Pattern:
     name: str
     pattern: re.Pattern[str]
     real: Callable[[str], bool] = lambda text: True
+    # a text with fewer of some characters can't hold one: cheaper to know than to look
+    digits: int = 0
+    needs: tuple[tuple[str, int], ...] = ()  # (character, how often): one of these is enough
 
     def mark(self) -> str:
         return f"[{self.name.upper()}]"
+
+    def possible(self, text: str, digits: int) -> bool:
+        """Whether a text with so many digits may hold one."""
+        if digits < self.digits:
+            return False
+        return not self.needs or any(text.count(c) >= least for c, least in self.needs)
 
 
 # Written for ASCII: \w and \d are A-Z, a-z, 0-9 and _, so that an address between Chinese
@@ -87,7 +98,8 @@ _CARD = rf"{_DIGIT_BEFORE}\d(?:[ -]?\d){{12,18}}{_DIGIT_AFTER}"
 _IP = (
     r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)"
     r"|(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){1,6}(?![\w:])"
-    r"|::(?:[0-9A-Fa-f]{1,4}:){0,6}[0-9A-Fa-f]{1,4}(?![\w:]))"
+    # not Python's x[::2] and x[:, ::2]
+    r"|(?<!\[)::(?:[0-9A-Fa-f]{1,4}:){0,6}[0-9A-Fa-f]{1,4}(?![\w:\]]))"
 )
 _PHONE = (
     # +44 20 7946 0958
@@ -97,13 +109,15 @@ _PHONE = (
     rf"|1[3-9]\d{{9}}|1[3-9]\d[ -]\d{{4}}[ -]\d{{4}}){_DIGIT_AFTER}"  # 138 0013 8000
 )
 
+_DIGITS = "0123456789"
+
 # In the order in which they are looked for: a card is no telephone number, an IBAN no card.
 KNOWN: Mapping[Personal, Pattern] = {
-    Personal.email: Pattern("email", re.compile(_EMAIL, re.ASCII)),
-    Personal.iban: Pattern("iban", re.compile(_IBAN, re.ASCII), is_iban),
-    Personal.credit_card: Pattern("credit_card", re.compile(_CARD, re.ASCII), is_card),
-    Personal.ip: Pattern("ip", re.compile(_IP, re.ASCII), is_ip),
-    Personal.phone: Pattern("phone", re.compile(_PHONE, re.ASCII), is_phone),
+    Personal.email: Pattern("email", re.compile(_EMAIL, re.ASCII), needs=(("@", 1),)),
+    Personal.iban: Pattern("iban", re.compile(_IBAN, re.ASCII), is_iban, digits=2),
+    Personal.credit_card: Pattern("credit_card", re.compile(_CARD, re.ASCII), is_card, digits=13),
+    Personal.ip: Pattern("ip", re.compile(_IP, re.ASCII), is_ip, needs=((".", 3), (":", 2))),
+    Personal.phone: Pattern("phone", re.compile(_PHONE, re.ASCII), is_phone, digits=8),
 }
 
 
@@ -123,11 +137,15 @@ def word_pattern(path: str) -> Pattern:
     )
     # A letter beside a word makes it another one, except in scripts without spaces, where every
     # neighbour is a letter.
-    before, after = (
-        r"(?<![^\W\d_\u3040-\u30ff\u3400-\u9fff])",
-        r"(?![^\W\d_\u3040-\u30ff\u3400-\u9fff])",
-    )
+    letter = ranges(SPACED_LETTERS)
+    before, after = f"(?<![{letter}])", f"(?![{letter}])"
     return Pattern("word", re.compile(rf"{before}(?:{alternatives}){after}", re.IGNORECASE))
+
+
+@cache
+def _kept_word_pattern(path: str, changed: int) -> Pattern:
+    """`word_pattern`, once for all parts of the rows; `changed`: when the file did."""
+    return word_pattern(path)
 
 
 def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]:
@@ -137,7 +155,10 @@ def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]
     counts: Counter[str] = Counter()
     while True:
         before = counts.total()
+        digits = sum(map(text.count, _DIGITS))
         for pattern in patterns:
+            if not pattern.possible(text, digits):
+                continue
 
             def mark(match: re.Match[str], matched: Pattern = pattern) -> str:
                 if not matched.real(match.group()):
@@ -156,10 +177,10 @@ def patterns(options: Patterns, items: Iterator[Item], context: Context) -> Iter
     """
     active = [(pattern, options.found) for kind, pattern in KNOWN.items() if kind in options.find]
     if options.words is not None:
-        active.append((word_pattern(options.words), options.words_found))
+        listed = _kept_word_pattern(options.words, changed_at(options.words))
+        active.append((listed, options.words_found))
     marks = [pattern for pattern, _ in active]
     rejecting = [pattern.name for pattern, action in active if action is Found.reject]
-    totals: Counter[str] = Counter()
     for item in items:
         counts: Counter[str] = Counter()
 
@@ -169,7 +190,7 @@ def patterns(options: Patterns, items: Iterator[Item], context: Context) -> Iter
             return text
 
         columns = replace_texts(item.columns, clean)
-        totals.update(counts)
+        context.tallies.update(counts)
         bad = [name for name in rejecting if counts[name]]
         reason = f"holds {', '.join(bad)}" if bad else None
         if reason is None and counts:
@@ -178,6 +199,6 @@ def patterns(options: Patterns, items: Iterator[Item], context: Context) -> Iter
         if reason is not None:
             context.rejected(item, reason)
             continue
-        item.columns = columns
+        if counts:
+            item.columns = columns
         yield item
-    context.figures.update(dict(totals.most_common()))

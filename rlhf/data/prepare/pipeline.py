@@ -5,8 +5,9 @@ rejected row written, results kept for a resume.
     done: list[StepReport] = []
     for item in stream(source, steps, kind=Use.sft, folder=folder, done=done): ...
 
-Consecutive streaming steps pass one row at a time. A step that needs all rows gets them, and its
-own structures are freed before the next step begins. Each step's rows are written to `folder`/steps
+Consecutive streaming steps pass one row at a time; those of single rows (`rowwise`) pass parts of
+the rows, which are shared out among processes. A step that needs all rows gets them, and its own
+structures are freed before the next step begins. Each step's rows are written to `folder`/steps
 as they pass; the directory gets its name when the step is complete.
 """
 
@@ -14,14 +15,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rlhf.data.formats import Use
 from rlhf.data.prepare import store
+from rlhf.data.prepare.held import gathered
 from rlhf.data.prepare.items import Context, Item, ScorePairs
 from rlhf.data.prepare.plan import Planned, digest, keys, option_values, plan
-from rlhf.data.prepare.steps import STEPS
+from rlhf.data.prepare.rowwise import PART, StepPart, Steps
+from rlhf.data.prepare.steps import FIGURES, STEPS
 from rlhf.data.prepare.store import StepReport
+from rlhf.process import parallel
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data.prepare")
@@ -58,9 +64,10 @@ class _Running:
         keep: bool,
         apply: Callable[[Iterator[Item]], Iterator[Item]],
         alive: Alive,
+        options: Any = None,
     ) -> None:
         self.report, self.context, self.alive = report, context, alive
-        self._apply = apply
+        self._apply, self._options = apply, options
         self._waited = 0.0  # seconds that the steps before took
         self._complete = False  # the rows that came in have ended
         self._writer = store.Writer(target, items=keep)
@@ -101,6 +108,21 @@ class _Running:
             yield item
         self.report.seconds = round(spent - self._waited, 3)
 
+    def add(self, part: StepPart) -> None:
+        """What the step did to a part of the rows."""
+        self.report.rows_in += part.rows_in
+        self.report.rows_out += part.rows_out
+        self.report.seconds += part.seconds
+        for reason in part.reasons:
+            self.report.count(reason)
+        self.context.tallies.update(part.tallies)
+        self._writer.lines(part.kept, part.rejected)
+
+    def complete(self) -> None:
+        """All parts of the rows are through."""
+        self._complete = True
+        self.report.seconds = round(self.report.seconds, 3)
+
     def finish(self) -> StepReport:
         """Close the step. Raises RuntimeError for a step that left rows unread or dropped some
         without a reason.
@@ -118,7 +140,10 @@ class _Running:
                 f"step {report.step}: {missing} rows are gone without a reason: every one has to "
                 "pass context.rejected"
             )
-        report.figures = store.plain(self.context.figures)
+        figures = self.context.figures
+        if report.step in FIGURES:
+            figures = FIGURES[report.step](self._options, self.context.tallies)
+        report.figures = store.plain(figures)
         self._writer.close(report)
         LOG.info(
             "%s: %d rows in, %d out (%.1f s)",
@@ -145,6 +170,7 @@ class _Chain:
     alive: Alive
     done: list[StepReport]
     split_done: bool
+    processes: int | None
     open_steps: list[_Running] = field(default_factory=list)
 
     def read(self, source: ReadItems, key: str | None) -> Iterator[Item]:
@@ -156,12 +182,8 @@ class _Chain:
         self.open_steps.append(running)
         return running.stream(iter(()))
 
-    def apply(
-        self, step: Planned, number: int, key: str | None, rows: Iterator[Item]
-    ) -> Iterator[Item]:
-        """The rows that come out of a step. A step that needs all rows runs to its end, so that
-        what it held is freed before the next step begins.
-        """
+    def _open(self, step: Planned, number: int, key: str | None) -> _Running:
+        """A step whose rows are about to come."""
         context = Context(
             self.kind,
             seed=step.seed,
@@ -178,14 +200,51 @@ class _Chain:
             self.keep,
             lambda rows: function(options, rows, context),
             self.alive,
+            options,
         )
         self.open_steps.append(running)
-        out = running.stream(rows)
-        self.split_done = self.split_done or options.splits
-        if not options.streaming:
-            out = iter(list(out))
+        return running
+
+    def apply(
+        self, step: Planned, number: int, key: str | None, rows: Iterator[Item]
+    ) -> Iterator[Item]:
+        """The rows that come out of a step. A step that needs all rows runs to its end, so that
+        what it held is freed before the next step begins.
+        """
+        out = self._open(step, number, key).stream(rows)
+        self.split_done = self.split_done or step.options.splits
+        if not step.options.streaming:
+            out = iter(gathered(out, self.folder))
             self.finish()
         return out
+
+    def apply_rowwise(
+        self,
+        steps: Sequence[Planned],
+        number: int,
+        known: Sequence[str | None],
+        rows: Iterator[Item],
+    ) -> Iterator[Item]:
+        """The rows that come out of neighbouring steps of single rows, the first of which has this
+        number: parts of the rows pass through all of them, shared out among processes.
+        """
+        open_steps = [
+            self._open(step, at, known[at]) for at, step in enumerate(steps, start=number)
+        ]
+        work = Steps(steps, self.kind, self.folder, self.keep, self.split_done)
+        return self._parts(work, open_steps, rows)
+
+    def _parts(
+        self, work: Steps, open_steps: Sequence[_Running], rows: Iterator[Item]
+    ) -> Iterator[Item]:
+        pieces = parallel.parts(rows, PART)
+        for items, done in parallel.in_order(work, pieces, processes=self.processes):
+            for running, part in zip(open_steps, done, strict=True):
+                running.add(part)
+            self.alive()
+            yield from items
+        for running in open_steps:
+            running.complete()
 
     def finish(self) -> None:
         """Every open step is through."""
@@ -211,6 +270,7 @@ def stream(
     keep: bool = True,
     score_pairs: ScorePairs | None = None,
     alive: Alive = _nobody,
+    processes: int | None = None,
 ) -> Iterator[Item]:
     """The rows that come out of the last step; `done` gets a report for the reading and for each
     step, complete when the iterator is exhausted.
@@ -219,6 +279,7 @@ def stream(
     in `folder` are not run again. None: all run, and nothing is kept. keep: False writes no rows,
     only what was rejected. held_out: rows of split eval come in. score_pairs: what loads a reward
     model and scores pairs, for step label_noise. alive: called at every row of every step.
+    processes: that steps of single rows are shared out among; None: as many as there are cores.
     """
     names = [READ, *(step.name for step in steps)]
     targets = [store.step_folder(folder, number, name) for number, name in enumerate(names)]
@@ -233,11 +294,18 @@ def stream(
         done += _reused(targets[: first + 1])
     split_done = held_out or any(step.options.splits for step in steps[:first])
     keep = keep and identity is not None
-    chain = _Chain(kind, folder, keep, score_pairs, alive, done, split_done)
+    chain = _Chain(kind, folder, keep, score_pairs, alive, done, split_done, processes)
     try:
         rows = store.read_items(targets[first]) if first else chain.read(source, known[0])
-        for number, step in enumerate(steps[first:], start=first + 1):
-            rows = chain.apply(step, number, known[number], rows)
+        number = first + 1
+        for rowwise, group in groupby(steps[first:], key=lambda step: step.options.rowwise):
+            together = list(group)
+            if rowwise:
+                rows = chain.apply_rowwise(together, number, known, rows)
+            else:
+                for at, step in enumerate(together, start=number):
+                    rows = chain.apply(step, at, known[at], rows)
+            number += len(together)
         yield from rows
         chain.finish()
     finally:
@@ -269,12 +337,14 @@ def run(
     seed: int = 0,
     folder: Path | str,
     identity: str | None = None,
+    processes: int | None = None,
 ) -> Prepared:
     """A whole pipeline over items in memory, for use as a library.
 
     pipeline: as data.pipeline, [{"step": "length", "low": 10}, "exact_duplicates"]; kind: sft,
     preference, unpaired or prompt; folder: where rejected rows (and steps' own files) go; identity:
-    a name for these items, under which results are kept there for later runs. Raises UserError
+    a name for these items, under which results are kept there for later runs; processes: as for
+    `stream`. Raises UserError
     before the first item is taken where the pipeline can't run.
     """
     if not isinstance(kind, Use) and kind not in {use.value for use in Use}:
@@ -283,7 +353,14 @@ def run(
     steps = plan(pipeline, kind=use, seed=seed)
     done: list[StepReport] = []
     key = None if identity is None else digest(identity)
-    kept = list(
-        stream(lambda context: iter(items), steps, kind=use, folder=target, done=done, identity=key)
+    rows = stream(
+        lambda context: iter(items),
+        steps,
+        kind=use,
+        folder=target,
+        done=done,
+        identity=key,
+        processes=processes,
     )
+    kept = list(rows)
     return Prepared(kept, done, write_rejected(target, done))

@@ -1,40 +1,74 @@
 """Steps quality and tfidf: how much of a text is symbols or repetition, and how ordinary its words
 are.
 
-The ratios are those of Gopher's MassiveText (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1).
-What stood before counts as repeated, its first occurrence doesn't.
+The ratios are those of Gopher's MassiveText (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1),
+over words as rlhf/data/prepare/words.py counts them in any script. What stood before counts as
+repeated, its first occurrence doesn't.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from conf.preparation.cleaning import Quality, Tfidf
+from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
-from rlhf.data.prepare.texts import imitated, ngrams, spaced_words, symbols, words
+from rlhf.data.prepare.texts import imitated, imitated_parts, ngrams
+from rlhf.data.prepare.words import (
+    MARKS,
+    Counted,
+    counted,
+    is_spaced,
+    lettered,
+    ranges,
+    symbol_share,
+    words,
+)
 
 _BULLETS = ("•", "‣", "▪", "●", "◦", "·", "- ", "* ", "+ ")
 _ELLIPSES = ("...", "…")
+# at the start of a line they mark a heading, a comment or an answer (GSM8K's ####)
+_HASHES = re.compile(r"(?<=[^\n#])#+")
+_MOSTLY = 0.8  # share of the words that have to be measurable for their mean length to say much
+_SHORT = 40.0  # words: a text of so many may repeat twice the share that a long one may
 
 
-def symbol_words(text: str, tokens: Sequence[str]) -> float:
-    """Hash signs and ellipses per word."""
-    return (text.count("#") + text.count("...") + text.count("…")) / max(1, len(tokens))
+def symbol_words(text: str, number: float) -> float:
+    """Hash signs inside lines, and ellipses, per word. `number`: of words."""
+    hashes = len(_HASHES.findall(text)) if "#" in text else 0
+    return (hashes + text.count("...") + text.count("…")) / max(1.0, number)
 
 
-def alphabetic_words(text: str) -> float:
-    """Share of white-space separated words with a letter."""
-    parts = text.split()
-    return sum(any(map(str.isalpha, part)) for part in parts) / max(1, len(parts))
+def alphabetic_words(tokens: Sequence[str]) -> float:
+    """Share of words with a letter."""
+    return len(lettered(tokens)) / max(1, len(tokens))
 
 
-def symbol_characters(text: str) -> float:
-    """Share of symbols among the characters that aren't white space."""
-    return symbols(text) / max(1, sum(not c.isspace() for c in text))
+def word_length(tokens: Sequence[str]) -> tuple[float, int]:
+    """Mean length of the words with a letter in scripts with spaces, without combining marks, and
+    how many they are.
+    """
+    spaced = lettered(tokens)
+    joined = "".join(spaced)
+    if joined.isascii():
+        return len(joined) / max(1, len(spaced)), len(spaced)
+    spaced = list(filter(is_spaced, spaced))
+    joined = "".join(spaced)
+    size = len(joined) - len(_marks().findall(joined))
+    return size / max(1, len(spaced)), len(spaced)
+
+
+@cache
+def _marks() -> re.Pattern[str]:
+    return re.compile(f"[{ranges(MARKS)}]")
 
 
 def repeated(pieces: Sequence[str]) -> tuple[float, float]:
     """Shares of the pieces that came before in the text: by number, and by characters."""
+    if len(set(pieces)) == len(pieces):
+        return 0.0, 0.0
     seen: set[str] = set()
     count = characters = 0
     for piece in pieces:
@@ -49,9 +83,7 @@ def top_ngram(tokens: Sequence[str], n: int) -> float:
     occurs twice.
     """
     counts = Counter(ngrams(tokens, n))
-    if not counts:
-        return 0.0
-    most = max(counts.values())
+    most = max(counts.values(), default=0)
     if most < 2:
         return 0.0
     longest = max(sum(map(len, gram)) for gram, count in counts.items() if count == most)
@@ -62,19 +94,26 @@ def duplicate_ngrams(tokens: Sequence[str], n: int) -> float:
     """Share of the words' characters in n-grams that came before; a character in several of them
     counts once.
     """
+    grams = list(ngrams(tokens, n))
+    if len(set(grams)) == len(grams):
+        return 0.0
     seen: set[tuple[str, ...]] = set()
     covered = [False] * len(tokens)
-    for start, gram in enumerate(ngrams(tokens, n)):
+    for start, gram in enumerate(grams):
         if gram in seen:
             covered[start : start + n] = [True] * n
         seen.add(gram)
-    return sum(len(t) for t, c in zip(tokens, covered, strict=True) if c) / max(
-        1, sum(map(len, tokens))
-    )
+    inside = sum(len(t) for t, c in zip(tokens, covered, strict=True) if c)
+    return inside / max(1, sum(map(len, tokens)))
 
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _worded(pieces: Sequence[str]) -> list[str]:
+    """The pieces with a letter or digit: brackets and rules that come again repeat nothing."""
+    return [piece for piece in pieces if any(map(str.isalnum, piece))]
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -87,74 +126,80 @@ def _share(lines: Sequence[str], holds: Callable[[str], bool]) -> float:
 
 def verdict(text: str, options: Quality) -> str | None:
     """The first rule that a text breaks, with its figure and limit; None where it breaks none."""
+    return next(filter(None, _broken(text, options)), None)
 
-    def above(what: str, value: float, limit: float | None) -> str | None:
-        if limit is None or value <= limit:
-            return None
-        return f"{what} {value:.2f}, expected at most {limit:g}"
 
-    reason = above("share of symbols", symbol_characters(text), options.max_symbol_characters)
-    if reason is not None:
-        return reason
-    tokens = words(text)
-    if len(tokens) < options.min_words:
+def _above(what: str, value: float, limit: float | None) -> str | None:
+    if limit is None or value <= limit:
         return None
-    lines, paragraphs = _lines(text), _paragraphs(text)
-    line_count, line_characters = repeated(lines)
-    paragraph_count, paragraph_characters = repeated(paragraphs)
-    checks = [
-        above(
-            "hash signs and ellipses per word", symbol_words(text, tokens), options.max_symbol_words
-        ),
-        above(
-            "share of bullet lines",
-            _share(lines, lambda line: line.startswith(_BULLETS)),
-            options.max_bullet_lines,
-        ),
-        above(
-            "share of lines that end with an ellipsis",
-            _share(lines, lambda line: line.endswith(_ELLIPSES)),
-            options.max_ellipsis_lines,
-        ),
-        above("share of repeated lines", line_count, options.max_duplicate_lines),
-        above("share of repeated paragraphs", paragraph_count, options.max_duplicate_paragraphs),
-        above(
-            "share of characters in repeated lines",
-            line_characters,
-            options.max_duplicate_line_characters,
-        ),
-        above(
-            "share of characters in repeated paragraphs",
-            paragraph_characters,
-            options.max_duplicate_paragraph_characters,
-        ),
-        _alphabetic(text, options),
-        _word_length(text, options),
-    ]
-    lower = [token.lower() for token in tokens]
-    checks += [
-        above(f"share of the commonest {n}-gram", top_ngram(lower, n), limit)
-        for n, limit in enumerate(options.max_top_ngrams, start=2)
-    ]
-    checks += [
-        above(f"share of repeated {n}-grams", duplicate_ngrams(lower, n), at)
-        for n, at in enumerate(options.max_duplicate_ngrams, start=5)
-    ]
-    return next((check for check in checks if check is not None), None)
+    return f"{what} {value:.2f}, expected at most {round(limit, 4):g}"
 
 
-def _alphabetic(text: str, options: Quality) -> str | None:
-    limit, value = options.min_alphabetic_words, alphabetic_words(text)
-    if limit is None or value >= limit:
+def _broken(text: str, options: Quality) -> Iterator[str | None]:
+    """Why each rule is broken, one rule after the other: what a text breaks first is the last
+    that is computed.
+    """
+    content = counted(text)
+    share = symbol_share(text, content.tokens)
+    yield _above("share of symbols", share, options.max_symbol_characters)
+    if content.number < options.min_words:
+        return
+    symbolic = symbol_words(text, content.number)
+    yield _above("hash signs and ellipses per word", symbolic, options.max_symbol_words)
+    yield from _broken_by_lines(text, options)
+    yield _alphabetic(content, options)
+    yield _word_length(content, options)
+    yield from _broken_by_ngrams(content, options)
+
+
+def _broken_by_lines(text: str, options: Quality) -> Iterator[str | None]:
+    lines = _lines(text)
+    bullets = _share(lines, lambda line: line.startswith(_BULLETS))
+    yield _above("share of bullet lines", bullets, options.max_bullet_lines)
+    ellipses = _share(lines, lambda line: line.endswith(_ELLIPSES))
+    yield _above("share of lines that end with an ellipsis", ellipses, options.max_ellipsis_lines)
+    count, characters = repeated(_worded(lines))
+    paragraphs, in_paragraphs = repeated(_worded(_paragraphs(text)))
+    yield _above("share of repeated lines", count, options.max_duplicate_lines)
+    yield _above("share of repeated paragraphs", paragraphs, options.max_duplicate_paragraphs)
+    limit = options.max_duplicate_line_characters
+    yield _above("share of characters in repeated lines", characters, limit)
+    limit = options.max_duplicate_paragraph_characters
+    yield _above("share of characters in repeated paragraphs", in_paragraphs, limit)
+
+
+def _broken_by_ngrams(content: Counted, options: Quality) -> Iterator[str | None]:
+    """A longer n-gram can't occur twice where a shorter one doesn't, so most texts end early."""
+    lower = list(map(str.lower, content.tokens))
+    slack = 1 + _SHORT / max(1.0, content.number)
+    for n, limit in enumerate(options.max_top_ngrams, start=2):
+        share = top_ngram(lower, content.span(n))
+        if not share:
+            return
+        yield _above(f"share of the commonest {n}-gram", share, limit * slack)
+    for n, limit in enumerate(options.max_duplicate_ngrams, start=5):
+        share = duplicate_ngrams(lower, content.span(n))
+        if not share:
+            return
+        yield _above(f"share of repeated {n}-grams", share, limit * slack)
+
+
+def _alphabetic(text_words: Counted, options: Quality) -> str | None:
+    limit = options.min_alphabetic_words
+    if limit is None:
+        return None
+    value = alphabetic_words(text_words.tokens)
+    if value >= limit:
         return None
     return f"share of words with a letter {value:.2f}, expected at least {limit:g}"
 
 
-def _word_length(text: str, options: Quality) -> str | None:
-    spaced = spaced_words(text)
-    if len(spaced) < options.min_words:
+def _word_length(text_words: Counted, options: Quality) -> str | None:
+    if options.low_word_length is None and options.high_word_length is None:
         return None
-    mean = sum(map(len, spaced)) / len(spaced)
+    mean, number = word_length(text_words.tokens)
+    if number < options.min_words:
+        return None
     if options.low_word_length is not None and mean < options.low_word_length:
         return f"mean word length {mean:.2f}, expected at least {options.low_word_length:g}"
     if options.high_word_length is not None and mean > options.high_word_length:
@@ -165,16 +210,20 @@ def _word_length(text: str, options: Quality) -> str | None:
 def quality(options: Quality, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Leave out rows in which a text to be imitated breaks a rule."""
     for item in items:
-        reason = None
-        for where, text in imitated(item.columns, options.part, context.kind).items():
-            broken = verdict(text, options)
-            if broken is not None:
-                reason = f"{where}: {broken}"
-                break
+        reason = _first_broken(item, options, context.kind)
         if reason is None:
             yield item
         else:
             context.rejected(item, reason)
+
+
+def _first_broken(item: Item, options: Quality, kind: Use) -> str | None:
+    """The first rule that a text of a row breaks; of a conversation each turn is a text."""
+    for where, text in imitated_parts(item.columns, options.part, kind):
+        broken = verdict(text, options)
+        if broken is not None:
+            return f"{where}: {broken}"
+    return None
 
 
 def tfidf_scores(texts: Sequence[str]) -> Any:

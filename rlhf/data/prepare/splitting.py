@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from conf.preparation.sampling import Split, SplitBy
 from rlhf.data.prepare.balance import column_groups
 from rlhf.data.prepare.clusters import members
+from rlhf.data.prepare.held import Mapped, gathered
 from rlhf.data.prepare.items import Context, Item, prompt_of
 from rlhf.data.prepare.near import near_clusters
 from rlhf.types import UserError
@@ -44,13 +45,13 @@ def draw(
 
 def split(options: Split, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Set each row's split. Raises UserError where all rows have one prompt."""
-    rows = list(items)
+    rows = gathered(items, context.folder)
     if len(rows) < 2:
         raise UserError(f"step split: {len(rows)} rows can't be split: expected at least 2.")
     if options.by is SplitBy.row:
         groups = [[index] for index in range(len(rows))]
     else:
-        texts = [(prompt_of(item.columns), "") for item in rows]
+        texts = Mapped(lambda item: (prompt_of(item.columns), ""), rows)
         clusters = near_clusters(
             texts,
             threshold=options.threshold,

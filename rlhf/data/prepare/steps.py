@@ -1,9 +1,12 @@
 """The steps of data.pipeline by the names of their options (conf/preparation).
 
 A new step is its options there, and a function here: (options, items, context) -> items, see
-rlhf/data/prepare/items.py. The modules import their heavy libraries when a step runs.
+rlhf/data/prepare/items.py. A step of single rows (`rowwise`) has a second one, which makes its
+figures of its tallies. The modules import their heavy libraries when a step runs.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from rlhf.data.prepare import (
@@ -44,4 +47,12 @@ STEPS: dict[str, Step[Any]] = {
     "aggregate": aggregate.aggregate,
     "review": review.review,
     "label_noise": label_noise.label_noise,
+}
+
+FIGURES: dict[str, Callable[[Any, Counter[Any]], dict[str, Any]]] = {
+    "repair": cleaning.repair_figures,
+    "language": cleaning.language_figures,
+    "length": cleaning.length_figures,
+    "quality": lambda options, tallies: {},
+    "patterns": lambda options, tallies: dict(tallies.most_common()),
 }

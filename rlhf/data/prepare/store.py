@@ -64,6 +64,11 @@ def line(value: Any) -> str:
     return text + "\n"
 
 
+def item_line(item: Item) -> str:
+    """A row as a line of items.jsonl."""
+    return line([item.origin, item.number, item.split, item.columns])
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it and give it back: dates, decimals and bytes of a table as text,
     tuples as lists, NaN as null.
@@ -111,10 +116,16 @@ class Writer:
 
     def item(self, item: Item) -> None:
         if self._items is not None:
-            self._items.write(line([item.origin, item.number, item.split, item.columns]))
+            self._items.write(item_line(item))
 
     def reject(self, row: dict[str, Any]) -> None:
         self._rejected.write(line(row))
+
+    def lines(self, items: str, rejected: str) -> None:
+        """Lines that were made elsewhere, as `item_line` and `line` make them."""
+        if self._items is not None:
+            self._items.write(items)
+        self._rejected.write(rejected)
 
     def close(self, report: StepReport) -> None:
         """Everything is written: the directory gets its name."""

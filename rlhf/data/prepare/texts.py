@@ -1,46 +1,12 @@
-"""Which texts of a row a step looks at, what counts as the same text, and words in any script."""
+"""Which texts of a row a step looks at, and what counts as the same text."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 from conf.preparation.base import Part
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import answers_of, joined, prompt_of
-
-# Scripts that put no space between words: each character counts as a word, as text classifiers
-# without a dictionary do.
-_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
-_SPACED = (
-    r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]+"
-)
-
-
-@cache
-def _patterns() -> tuple[Any, Any, Any]:
-    import regex
-
-    word = regex.compile(rf"(?V1){_UNSPACED}|{_SPACED}(?:['\u2019\-]{_SPACED})*")
-    spaced = regex.compile(rf"(?V1){_SPACED}(?:['\u2019\-]{_SPACED})*")
-    return word, spaced, regex.compile(r"[^\p{L}\p{M}\p{N}\s]")
-
-
-def words(text: str) -> list[str]:
-    """The words of a text: runs of letters and digits (with the hyphens and apostrophes inside
-    them), and single characters of scripts without spaces.
-    """
-    return _patterns()[0].findall(text)
-
-
-def spaced_words(text: str) -> list[str]:
-    """The words of a text in scripts with spaces between words."""
-    return _patterns()[1].findall(text)
-
-
-def symbols(text: str) -> int:
-    """The characters that are no letter, mark, digit or white space."""
-    return len(_patterns()[2].findall(text))
 
 
 def normalised(text: str) -> str:
@@ -76,6 +42,25 @@ def imitated(columns: dict[str, Any], part: Part, kind: Use) -> dict[str, str]:
     if kind is Use.unpaired and not columns["label"]:
         return {}
     return texts_of(columns, part)
+
+
+def imitated_parts(columns: dict[str, Any], part: Part, kind: Use) -> Iterator[tuple[str, str]]:
+    """(where, text) of what `imitated` gives, each turn of a conversation by itself: an assistant
+    that comes back to what it said repeats nothing. Turns that are context only are left out, and
+    calls, which are JSON.
+    """
+    for key, text in imitated(columns, part, kind).items():
+        value = columns.get(key)
+        if part is not Part.answer or not isinstance(value, list):
+            yield key, text
+            continue
+        for i, message in enumerate(value):
+            spoken = message["role"] == "assistant" or key != "messages"
+            if not spoken or message.get("train") is False:
+                continue
+            for part_of, where in (("content", ""), ("reasoning_content", ".reasoning_content")):
+                if message.get(part_of):
+                    yield f"{key}[{i}]{where}", message[part_of]
 
 
 def sides(columns: dict[str, Any], part: Part, kind: Use) -> tuple[str, str]:

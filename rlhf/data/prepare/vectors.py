@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from conf.preparation.base import Vectors
-from rlhf.data.prepare.texts import normalised, words
+from rlhf.data.prepare.texts import normalised
+from rlhf.data.prepare.words import words
 from rlhf.process.libraries import require
 from rlhf.types import UserError
 

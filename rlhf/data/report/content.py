@@ -6,10 +6,13 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
-from rlhf.data.prepare.cleaning import language_identifier
 from rlhf.data.prepare.items import Item, joined
+from rlhf.data.prepare.languages import NOTHING, UNKNOWN, identify
+from rlhf.data.prepare.texts import ngrams
+from rlhf.data.prepare.words import letters
 from rlhf.data.report.records import Bars, Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import entropy, words
@@ -41,14 +44,16 @@ def sampled(items: Sequence[Item], settings: Settings) -> list[Item]:
 # ---- languages ----
 
 
-def language(text: str) -> tuple[str, float]:
-    """(ISO 639-1 code, probability) of a text; ("und", 0) for one with too few letters to tell."""
-    # a Chinese character says as much as a short word
-    letters = sum(c.isalpha() * (3 if ord(c) > 0x2E80 else 1) for c in text)
-    if letters < _LETTERS:
-        return "und", 0.0
-    code, probability = language_identifier().classify(text)
-    return str(code), float(probability)
+def detected_languages(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """[N] (code, probability) of each text; ("und", 0) for one with too few letters to tell.
+    Languages that can't be kept apart have their group's code.
+    """
+    out = [(UNKNOWN, 0.0)] * len(texts)
+    telling = [index for index, text in enumerate(texts) if letters(text) >= _LETTERS]
+    for index, found in zip(telling, identify([texts[i] for i in telling]), strict=True):
+        if found.group != NOTHING:
+            out[index] = found.group, found.probability
+    return out
 
 
 def languages(items: Sequence[Item], settings: Settings) -> Section:
@@ -59,7 +64,7 @@ def languages(items: Sequence[Item], settings: Settings) -> Section:
     some = sampled(items, settings)
     if not some:
         return Section("languages", title, {}, unmeasured="there are no rows")
-    detected = [language(joined(item.columns)) for item in some]
+    detected = detected_languages([joined(item.columns) for item in some])
     counts = Counter(code for code, _ in detected)
     main, most = max(
         ((c, n) for c, n in counts.items() if c != "und"),
@@ -197,7 +202,10 @@ def cluster(texts: Sequence[str], seed: int) -> Clustering:
     )
     vectors = vectorizer.fit_transform(texts)
     vectors.sort_indices()
-    rows = {(vectors[i].indices.tobytes(), vectors[i].data.tobytes()) for i in range(len(texts))}
+    rows = {
+        (vectors.indices[start:end].tobytes(), vectors.data[start:end].tobytes())
+        for start, end in pairwise(vectors.indptr)
+    }
     k = min(_CLUSTERS, len(rows), max(2, int(math.sqrt(len(texts) / 2))))
     model = KMeans(n_clusters=k, n_init=1, max_iter=50, random_state=seed).fit(vectors)
     labels = model.labels_.tolist()
@@ -257,10 +265,11 @@ def clustered(items: Sequence[Item], settings: Settings) -> Section:
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
     """Different n-grams / all n-grams (Li et al. 2016, arXiv:1510.03055); 0 without any."""
-    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
-    if grams:
-        return len(set(grams)) / len(grams)
-    return 0.0
+    different: set[tuple[str, ...]] = set()
+    for text in texts:
+        different.update(ngrams(text, n))
+    total = sum(max(0, len(text) - n + 1) for text in texts)
+    return len(different) / max(1, total)
 
 
 def compression_ratio(texts: Sequence[str]) -> float:
@@ -292,7 +301,7 @@ def diversity(items: Sequence[Item], settings: Settings) -> Section:
     some = sampled(items, settings)
     texts = [joined(item.columns) for item in some]
     split = [words(text) for text in texts]
-    vocabulary = Counter(word for text in split for word in text)
+    vocabulary = Counter(chain.from_iterable(split))
     by_split: dict[str, set[str]] = {"train": set(), "eval": set()}
     for item, text in zip(some, split, strict=True):
         by_split[item.split].update(text)

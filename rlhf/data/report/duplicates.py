@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conf.preparation.base import Part
+from rlhf.data.prepare.held import Mapped
 from rlhf.data.prepare.items import Item, prompt_of
-from rlhf.data.prepare.near import near_clusters
-from rlhf.data.prepare.texts import normalised, sides
+from rlhf.data.prepare.minhash import Sides
+from rlhf.data.prepare.near import key_of, keyed_clusters
+from rlhf.data.prepare.texts import sides
 from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 
-Key = tuple[str, str]  # normalised: the text, and apart from it what is judged bad
-_NOTHING: Key = ("", "")
+Key = bytes  # of the normalised text, and apart from it what is judged bad
+_NOTHING: Key = key_of(("", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +32,25 @@ class Compared:
     clusters: list[int]  # equal for near-duplicates (connected components)
 
 
-def _compared(items: Sequence[Item], keys: list[Key], settings: Settings) -> Compared:
-    clusters = (
-        near_clusters(keys, threshold=settings.near, seed=settings.seed).tolist() if items else []
-    )
-    return Compared(items, keys, clusters)
+def _compared(items: Sequence[Item], texts: Sequence[Sides], settings: Settings) -> Compared:
+    keys, clusters = keyed_clusters(texts, settings.near, seed=settings.seed)
+    return Compared(items, keys, clusters.tolist())
 
 
 def whole(items: Sequence[Item], settings: Settings) -> Compared:
     """Rows by all of their texts; a pair with its sides exchanged is another row."""
-    texts = [sides(item.columns, Part.whole, settings.kind) for item in items]
-    return _compared(items, [(normalised(good), normalised(bad)) for good, bad in texts], settings)
+    texts = Mapped(lambda item: sides(item.columns, Part.whole, settings.kind), items)
+    return _compared(items, texts, settings)
 
 
 def asked(items: Sequence[Item], settings: Settings) -> Compared:
     """Rows by what they ask, where they ask something."""
-    keys = []
-    for item in items:
+
+    def text(item: Item) -> Sides:
         asks = item.columns.get("prompt") or item.columns.get("messages")
-        keys.append((normalised(prompt_of(item.columns)) if asks else normalised(""), ""))
-    return _compared(items, keys, settings)
+        return (prompt_of(item.columns) if asks else "", "")
+
+    return _compared(items, Mapped(text, items), settings)
 
 
 def copies(rows: Compared, split: str) -> list[tuple[int, int]]:

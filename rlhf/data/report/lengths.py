@@ -1,7 +1,8 @@
 """How long the rows are, and what a limit would cut."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 from rlhf.data.formats.base import CONTENT
@@ -10,6 +11,7 @@ from rlhf.data.report.records import Histogram, Section, Settings, Severity, Tab
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile, words
 from rlhf.models import encoding
+from rlhf.process import parallel
 from rlhf.types import Message, UserError
 
 _ANSWERS = ("chosen", "rejected", "completion")
@@ -38,15 +40,42 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return out
 
 
-def column_lengths(items: Sequence[Item], measure: Any) -> list[dict[str, int]]:
-    """Per row, the length of each content column; `measure`: texts -> lengths."""
-    rows = [column_texts(item.columns) for item in items]
-    flat: list[str] = []
-    for row in rows:
-        for texts in row.values():
-            flat += texts
-    lengths = iter(measure(flat))
-    return [{key: sum(islice(lengths, len(texts))) for key, texts in row.items()} for row in rows]
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What a process does to some rows: the length of each content column; `measure`: texts ->
+    lengths.
+    """
+
+    measure: Callable[[Sequence[str]], Iterable[int]]
+
+    def __call__(self, items: Sequence[Item]) -> list[dict[str, int]]:
+        rows = [column_texts(item.columns) for item in items]
+        flat = [text for row in rows for texts in row.values() for text in texts]
+        lengths = iter(self.measure(flat))
+        return [
+            {key: sum(islice(lengths, len(texts))) for key, texts in row.items()} for row in rows
+        ]
+
+
+def column_lengths(
+    items: Sequence[Item],
+    measure: Callable[[Sequence[str]], Iterable[int]],
+    processes: int | None = None,
+) -> list[dict[str, int]]:
+    """Per row, the length of each content column; `measure`: texts -> lengths. processes: that
+    share the rows; None: as many as there are cores.
+    """
+    pieces = parallel.parts(items, _BATCH)
+    done = parallel.in_order(_Measured(measure), pieces, processes=processes)
+    return list(chain.from_iterable(done))
+
+
+def _word_counts(texts: Sequence[str]) -> list[int]:
+    return [len(words(text)) for text in texts]
+
+
+def _character_counts(texts: Sequence[str]) -> list[int]:
+    return list(map(len, texts))
 
 
 def by_columns(rows: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
@@ -143,12 +172,12 @@ def lengths(items: Sequence[Item], settings: Settings) -> Section:
         return Section("lengths", title, {}, unmeasured="there are no rows")
     if settings.tokenizer is None:
         unit, broken = "words", 0
-        by_column = column_lengths(items, lambda texts: [len(words(text)) for text in texts])
+        by_column = column_lengths(items, _word_counts)
         whole = [row_length(row) for row in by_column]
-        characters = column_lengths(items, lambda texts: [len(text) for text in texts])
+        characters = column_lengths(items, _character_counts)
     else:
         unit, characters = "tokens", []
-        by_column = column_lengths(items, lambda texts: token_counts(settings.tokenizer, texts))
+        by_column = column_lengths(items, lambda texts: token_counts(settings.tokenizer, texts), 1)
         whole, broken = sequence_lengths(settings.tokenizer, items, by_column)
     columns = by_columns(by_column) | {"row": whole}
     over = [

@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.choices import TaskClass
 from rlhf.data.formats import Use
+from rlhf.data.prepare.held import together
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.report import writing
@@ -34,7 +35,7 @@ def examine(
     """Every detector's section. Duplicates and leakage are about the splits; everything else looks
     at all rows.
     """
-    items = [*train, *held]
+    items = together(train, held)
     of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
     rows = whole(items, settings)
     checks = (

@@ -3,13 +3,15 @@ over and over.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 from rlhf.data.prepare.items import Item, parts
+from rlhf.data.prepare.texts import ngrams
+from rlhf.data.prepare.words import counted
 from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
+from rlhf.process import parallel
 from rlhf.process.libraries import require
 
 _TAGS = (
@@ -22,20 +24,27 @@ HTML = re.compile(
 )
 _FENCED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)  # code keeps its tags and its symbols
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ud800-\udfff]")
+PART = 128  # rows that a process looks at together
 MIN_WORDLIKE = 0.5  # share of visible characters that are letters, marks or digits
 _VISIBLE = 12  # visible characters that a text needs before its symbols are counted
 MAX_RUN = 10  # equal characters in a row (dots, dashes and other rules may go on)
-_LINES = frozenset(".-=_*#~+ \n\t")
+_RUN = re.compile(rf"([^.\-_=*#~+ \n\t])\1{{{MAX_RUN}}}")
 MIN_DISTINCT = 0.5  # different 3-grams of words / all of them
 _REPEATABLE = 20  # words that a text needs before its repetitions are counted
 
 
 def html_problem(text: str) -> str | None:
     """Whether a text has a tag or an entity outside code, and which."""
-    match = HTML.search(_FENCED.sub(" ", text))
+    if "<" not in text and "&" not in text:
+        return None
+    match = HTML.search(_without_code(text))
     if match:
         return f"holds {match.group()}"
     return None
+
+
+def _without_code(text: str) -> str:
+    return _FENCED.sub(" ", text) if "`" in text else text
 
 
 def encoding_problem(text: str) -> str | None:
@@ -45,31 +54,32 @@ def encoding_problem(text: str) -> str | None:
     match = _CONTROL.search(text)
     if match:
         return f"holds U+{ord(match.group()):04X}"
-    if require("ftfy.badness", "data").is_bad(text):
+    # its heuristic knows sequences of other characters only
+    if not text.isascii() and require("ftfy.badness", "data").is_bad(text):
         return "decoded with the wrong encoding"
     return None
 
 
 def garbled_problem(text: str) -> str | None:
     """Whether a text is mostly symbols, or has a long run of the same character."""
-    plain = _FENCED.sub(" ", text)
-    visible = [c for c in plain if not c.isspace()]
-    if len(visible) >= _VISIBLE:
-        share = len("".join(words(plain))) / len(visible)
+    plain = _without_code(text)
+    visible = len("".join(plain.split()))
+    if visible >= _VISIBLE:
+        share = len("".join(words(plain))) / visible
         if share < MIN_WORDLIKE:
             return f"{1 - share:.0%} of its characters are neither letters nor digits"
-    for character, same in groupby(plain):
-        if character not in _LINES and len(list(same)) > MAX_RUN:
-            return f"{character!r} more than {MAX_RUN} times in a row"
+    run = _RUN.search(plain)
+    if run:
+        return f"{run[1]!r} more than {MAX_RUN} times in a row"
     return None
 
 
 def repetition_problem(text: str) -> str | None:
     """Whether a text has few different 3-grams of words."""
-    split = words(text)
-    if len(split) < _REPEATABLE:
+    content = counted(text.lower())
+    if content.number < _REPEATABLE:
         return None
-    grams = [tuple(split[i : i + 3]) for i in range(len(split) - 2)]
+    grams = list(ngrams(content.tokens, content.span(3)))
     share = len(set(grams)) / len(grams)
     if share < MIN_DISTINCT:
         return f"{1 - share:.0%} of its 3-grams of words stood before"
@@ -90,23 +100,28 @@ _MESSAGES = {
 }
 
 
-def _first_problem(item: Item, problem: Callable[[str], str | None]) -> str | None:
-    """The first text of a row that has the problem, and how."""
-    for where, text in parts(item.columns):
-        reason = problem(text)
-        if reason:
-            return f"{where} {reason}"
-    return None
+def _problems(items: Sequence[Item]) -> list[tuple[int, str, str]]:
+    """(row, check, how) of the first text of each row that has a problem, for every check: what a
+    process does by itself.
+    """
+    out = []
+    for number, item in enumerate(items):
+        texts = parts(item.columns)
+        for check, problem in _CHECKS.items():
+            reasons = ((where, problem(text)) for where, text in texts)
+            first = next(((where, reason) for where, reason in reasons if reason), None)
+            if first is not None:
+                out.append((number, check, " ".join(map(str, first))))
+    return out
 
 
 def noise(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of broken text, each text of a row by itself."""
     problems: dict[str, list[tuple[Item, str]]] = {check: [] for check in _CHECKS}
-    for item in items:
-        for check, problem in _CHECKS.items():
-            reason = _first_problem(item, problem)
-            if reason is not None:
-                problems[check].append((item, reason))
+    found = parallel.in_order(_problems, parallel.parts(items, PART))
+    for part, reasons in enumerate(found):
+        for number, check, reason in reasons:
+            problems[check].append((items[part * PART + number], reason))
     findings: list[Finding] = []
     for check, rows in problems.items():
         severity, message = _MESSAGES[check]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.data.prepare.items import Item, answers_of, joined, prompt_of
+from rlhf.data.prepare.near import key_of, plainly
 from rlhf.data.prepare.texts import normalised
 from rlhf.data.report.records import Finding, Histogram, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
@@ -29,11 +30,11 @@ def contradicting(items: Sequence[Item]) -> list[tuple[int, int]]:
     every row of such a pair of two texts.
     """
     # first row by chosen text, of each prompt with two answers
-    firsts: dict[tuple[str, frozenset[str]], dict[str, int]] = defaultdict(dict)
+    firsts: dict[tuple[bytes, frozenset[bytes]], dict[bytes, int]] = defaultdict(dict)
     pairs = []
     for index, item in enumerate(items):
-        prompt = normalised(prompt_of(item.columns)) if item.columns.get("prompt") else ""
-        chosen, rejected = map(normalised, sides(item))
+        asks = prompt_of(item.columns) if item.columns.get("prompt") else ""
+        prompt, chosen, rejected = (key_of(plainly((text, ""))) for text in (asks, *sides(item)))
         key = prompt, frozenset((chosen, rejected))
         pairs.append((chosen, key))
         if chosen != rejected:
@@ -68,17 +69,16 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
     title = "Pairs"
     if not items:
         return Section("pairs", title, {}, unmeasured="there are no rows")
-    texts = [sides(item) for item in items]
-    equal = [
-        (item, "both sides are the same")
-        for item, (chosen, rejected) in zip(items, texts, strict=True)
-        if normalised(chosen) == normalised(rejected)
-    ]
+    equal, lengths = [], []
+    for item in items:
+        chosen, rejected = sides(item)
+        lengths.append((len(words(chosen)), len(words(rejected))))
+        if normalised(chosen) == normalised(rejected):
+            equal.append((item, "both sides are the same"))
     against = [
         (items[i], f"{items[j].place} judges the same two answers the other way")
         for i, j in contradicting(items)
     ]
-    lengths = [(len(words(chosen)), len(words(rejected))) for chosen, rejected in texts]
     share, low, high, correlation = length_preference([a - b for a, b in lengths])
     findings = [
         *finding(

@@ -7,6 +7,7 @@ from pathlib import Path
 from conf.schema import DataConfig, ModelConfig
 from rlhf.data.converting import PROBE, choose_format
 from rlhf.data.formats import Use
+from rlhf.data.prepare.held import picked
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.report.making import make
@@ -44,9 +45,14 @@ def of_stage(
         from rlhf.models.loading import load_tokenizer
 
         tokenizer = load_tokenizer(model, data.chat_template)
+    splits = [item.split for item in items]
+    of_split = {
+        split: picked(items, [i for i, own in enumerate(splits) if own == split])
+        for split in ("train", "eval")
+    }
     return make(
-        [item for item in items if item.split == "train"],
-        [item for item in items if item.split == "eval"],
+        of_split["train"],
+        of_split["eval"],
         kind,
         folder,
         formats=formats_read(data, kind),

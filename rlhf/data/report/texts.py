@@ -4,7 +4,7 @@ import math
 import unicodedata
 from collections.abc import Iterable
 
-from rlhf.data.prepare.texts import words as split_words
+from rlhf.data.prepare.words import words as split_words
 
 EXCERPT = 160  # characters
 

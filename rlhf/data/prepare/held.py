@@ -1,0 +1,100 @@
+"""All rows of a step that needs them together: in memory where they are few, else on disk, so that
+memory doesn't grow with the texts.
+"""
+
+import pickle
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+Row, Value = TypeVar("Row"), TypeVar("Value")
+IN_MEMORY = 10_000  # rows
+
+
+class OnDisk(Sequence[Row]):
+    """Rows in a file without a name, which ends with this object. Each access reads a new copy: a
+    change of a row is lost unless the row is passed on.
+    """
+
+    def __init__(self, rows: Iterable[Row], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open for this object
+        self._ends = array("Q", [0])
+        for row in rows:
+            self._ends.append(self._ends[-1] + self._file.write(pickle.dumps(row, protocol=5)))
+        self._file.flush()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # raises IndexError
+        self._file.seek(self._ends[number])
+        content = self._file.read(self._ends[number + 1] - self._ends[number])
+        row: Row = pickle.loads(content)  # noqa: S301 - what this object wrote
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+
+class Mapped(Sequence[Value], Generic[Row, Value]):
+    """`function` of each of the rows, computed anew at each access."""
+
+    def __init__(self, function: Callable[[Row], Value], rows: Sequence[Row]) -> None:
+        self._function, self._rows = function, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Value]: ...
+
+    def __getitem__(self, index: int | slice) -> Value | list[Value]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._function(self._rows[index])
+
+    def __iter__(self) -> Iterator[Value]:
+        return map(self._function, self._rows)
+
+
+def gathered(rows: Iterator[Row], folder: Path) -> Sequence[Row]:
+    """All of the rows: a list of up to IN_MEMORY, more of them in a file in `folder`."""
+    first = list(islice(rows, IN_MEMORY))
+    if len(first) < IN_MEMORY:
+        return first
+    return OnDisk(chain(first, rows), folder)
+
+
+def picked(rows: Sequence[Row], indices: Sequence[int]) -> Sequence[Row]:
+    """Some of the rows, where they are."""
+    if isinstance(rows, list):
+        return [rows[index] for index in indices]
+    return Mapped(rows.__getitem__, indices)
+
+
+def together(first: Sequence[Row], second: Sequence[Row]) -> Sequence[Row]:
+    """Both, one after the other, where they are."""
+    if isinstance(first, list) and isinstance(second, list):
+        return [*first, *second]
+    border = len(first)
+
+    def row(index: int) -> Row:
+        return first[index] if index < border else second[index - border]
+
+    return Mapped(row, range(border + len(second)))

@@ -1,0 +1,117 @@
+"""Work shared out among forked processes, with the results in the order of the work: the same for
+any number of processes.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+from rlhf.process import watchdog
+from rlhf.types import UserError
+
+Work, Result = TypeVar("Work"), TypeVar("Result")
+_WORTH_S = 1.0  # seconds of work before others help: starting processes takes tenths of one
+_QUEUED = 2  # pieces of work that wait for each process: what is read ahead
+_PR_SET_PDEATHSIG = 1
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def parts(rows: Iterable[Work], size: int) -> Iterator[list[Work]]:
+    """The rows in lists of `size` neighbours."""
+    source = iter(rows)
+    while part := list(islice(source, size)):
+        yield part
+
+
+def in_order(
+    function: Callable[[Work], Result],
+    work: Iterable[Work],
+    *,
+    processes: int | None = None,
+    worth_s: float | None = None,
+) -> Iterator[Result]:
+    """`function` of each piece of work, in order; at most a few pieces are read ahead.
+
+    This process works alone for `worth_s` seconds (None: 1); what comes then is shared out among
+    `processes` (None: as many as there are cores) forked ones, to which the pieces and back from
+    which the results are pickled. Raises what `function` raises, and UserError where a process
+    was killed.
+    """
+    processes = processes or cores()
+    worth_s = _WORTH_S if worth_s is None else worth_s
+    pieces, spent = iter(work), 0.0
+    for piece in pieces:
+        began = time.perf_counter()
+        result = function(piece)
+        spent += time.perf_counter() - began
+        yield result
+        can_fork = "fork" in multiprocessing.get_all_start_methods()
+        if can_fork and processes > 1 and spent >= worth_s:
+            break
+    following = next(pieces, None)
+    if following is not None:
+        yield from _shared_out(function, chain([following], pieces), processes)
+
+
+_inherited: list[Callable[[Any], Any]] = []  # what a worker does: forked, it has it from its parent
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    """A worker dies with its parent, and leaves Ctrl-C to it."""
+    _inherited[:] = [function]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    gc.freeze()  # the parent's objects stay shared memory
+
+
+def _do(piece: Any) -> Any:
+    return _inherited[0](piece)
+
+
+def _shared_out(
+    function: Callable[[Work], Result], work: Iterable[Work], processes: int
+) -> Iterator[Result]:
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_begin,
+        initargs=(function,),
+    )
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for piece in work:
+            waiting.append(pool.submit(_do, piece))
+            if len(waiting) > _QUEUED * processes:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that prepared rows has ended before its work (killed, or out of memory). "
+            "Start again: with fewer cores (taskset) it takes less memory."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: "Future[Result]") -> Result:
+    while not future.done():
+        wait([future], timeout=1.0)
+        watchdog.alive()
+    return future.result()
