@@ -16,7 +16,7 @@ from typing import Any
 
 from conf.schema import DataConfig
 from conf.stages import RewardStage
-from rlhf.data.converting import PROBE, Record
+from rlhf.data.converting import PROBE, Record, shape_of
 from rlhf.data.formats import Use, texts_in
 from rlhf.data.formats.base import both_sides
 from rlhf.data.loading import (
@@ -68,10 +68,12 @@ def check_first_rows(request: DataRequest, use: Use | None = None) -> None:
 
 def check_sources(request: DataRequest, sources: Sequence[Source], use: Use) -> None:
     """`check_first_rows` of these sources. Raises UserError."""
-    for loaded in _first_rows(request, sources, use):
+    parts = _first_rows(request, sources, use)
+    for loaded in parts:
         if len(loaded.rejected) > request.data.max_bad_rows:
             row, reason = loaded.rejected[0]
             raise UserError(f"{row.place}: {reason} (read as format {loaded.layout()}).")
+    refuse_two_shapes(parts)
 
 
 def first_fields(request: DataRequest) -> list[tuple[str, dict[str, Any]]]:
@@ -106,13 +108,30 @@ def _first_records(request: DataRequest, use: Use) -> Iterator[Record]:
 
 
 def _first_rows(request: DataRequest, sources: Sequence[Source], use: Use) -> list[Loaded]:
+    return first_rows(sources, use, request.data, request.seed)
+
+
+def refuse_two_shapes(parts: Sequence[Loaded]) -> None:
+    """Raises UserError where of these files some hold texts and others messages: one tokenizer's
+    template can't be used for some rows and left out for others.
+    """
+    shapes = {shape_of(part.records[0].value): part for part in parts if part.records}
+    if len(shapes) > 1:
+        text, chat = shapes["text"], shapes["messages"]
+        raise UserError(
+            f"{text.name} holds texts (format {text.layout()}), {chat.name} conversations (format "
+            f"{chat.layout()}): expected one of the two, since texts have no turns for a chat "
+            "template. Leave one of them out, or write the texts as messages."
+        )
+
+
+def first_rows(sources: Sequence[Source], use: Use, data: DataConfig, seed: int) -> list[Loaded]:
     """The first rows of each file by itself."""
-    data = request.data
     out = []
     for source in sources:
         for part in source.parts:
             alone = replace(source, parts=(part,), cap=None, weight=None)
-            out.append(convert([alone], use, data, request.seed, PROBE + data.max_bad_rows))
+            out.append(convert([alone], use, data, seed, PROBE + data.max_bad_rows))
     return out
 
 

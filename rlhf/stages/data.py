@@ -20,6 +20,7 @@ from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.outputs import (
     SPLITS,
     Outputs,
+    next_command,
     step_metrics,
     table_row,
     write_targets,
@@ -36,8 +37,6 @@ from rlhf.stages.pair_scores import pair_scorer
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.data")
-# The stage that prepared rows are for.
-_NEXT = {Use.sft: "sft", Use.preference: "reward", Use.unpaired: "kto", Use.prompt: "ppo"}
 
 
 def check(cfg: Config) -> list[str]:
@@ -59,6 +58,7 @@ def _run(ctx: RunContext) -> None:
     cfg = ctx.cfg
     ctx.watchdog.phase("hash")
     kind = ingest.kind_of(cfg.data)
+    formats = ", ".join(dict.fromkeys(ingest.formats_read(cfg.data, kind).values()))
     steps = ingest.steps_of(cfg.data, cfg.run.seed, kind)
     hashes = {str(path): str(ctx.add_data(path)) for path in data_files(cfg.data)}
     identity = ingest.identity(cfg.data, cfg.run.seed, kind, hashes)
@@ -100,7 +100,7 @@ def _run(ctx: RunContext) -> None:
     ctx.watchdog.phase("report")
     if examined:
         files |= _examine(ctx, kind, examined, done)
-    _report(ctx, kind, done, outputs.rows, files)
+    _report(ctx, kind, formats, done, outputs.rows, files)
     if cfg.data.preview:
         _preview(cfg.data, cfg.model, kind, files["train"])
 
@@ -138,6 +138,7 @@ def _examine(
 def _report(
     ctx: RunContext,
     kind: Use,
+    formats: str,
     done: Sequence[StepReport],
     rows: dict[str, int],
     files: dict[str, Path],
@@ -171,6 +172,7 @@ def _report(
         {"kind": kind.value, "rows": {name: rows.get(name) for name in SPLITS}},
     )
     figures = {
+        "read as": formats,
         "rows read": done[0].rows_in,
         "to train on": rows["train"],
         "held out": rows["eval"],
@@ -188,10 +190,5 @@ def _report(
         model=None,
         figures={name: str(value) for name, value in figures.items()},
         files=files,
-        next_command=next_command(kind, files),
+        next_command=next_command(kind, files, ctx.cfg.data),
     )
-
-
-def next_command(kind: Use, files: dict[str, Path]) -> str:
-    held = f" data.eval_path={files['eval']}" if "eval" in files else ""
-    return f"python -m rlhf stage={_NEXT[kind]} data.path={files['train']}{held}"

@@ -11,8 +11,8 @@ import pytest
 
 from rlhf.cli import config
 from rlhf.data.formats import Use
+from rlhf.data.prepare.ingest import formats_read
 from rlhf.data.report.schema import SCHEMA
-from rlhf.data.report.staged import formats_read
 from rlhf.run.context import RunContext
 from rlhf.stages import data as stage
 from rlhf.types import UserError

@@ -4,6 +4,8 @@ each with its origin.
 
 import gzip
 import json
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from rlhf.cli import config as composing
 from rlhf.data import files, mixture, reading, sources
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use
-from rlhf.data.prepare import ingest
+from rlhf.data.prepare import ingest, outputs
 from rlhf.data.prepare.items import Item
 from rlhf.types import PreferencePair, UserError
 
@@ -340,6 +342,109 @@ def test_options_of_mixtures_and_caps_compose() -> None:
         match=r"data.sources.a.wieght: .*stage=sft. .*data.sources.a.weight",
     ):
         composing.compose(["stage=sft", "data.sources.a.wieght=1"])
+
+
+# ---- layouts ----
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+CHATS = [{"messages": [user(f"q {i}"), bot(f"a {i}")]} for i in range(4)]
+TURNS = [
+    {"prompt": [user("x"), bot("y"), user(f"z {i}")], "completion": [bot(f"b {i}")]}
+    for i in range(4)
+]
+ALPACA = [{"instruction": f"do {i}", "output": f"done {i}"} for i in range(4)]
+
+
+def several(folder: Path, *files: list[dict[str, Any]]) -> Config:
+    named = {
+        name: SourceConfig(path=jsonl(folder / f"{name}.jsonl", rows))
+        for name, rows in zip("abc", files, strict=False)
+    }
+    return config(folder, sources=named)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_prompts_with_completions_are_written_as_conversations_beside_such(
+    tmp_path: Path, turn: int
+) -> None:
+    """Of the prompt no answer trains, and what is written is read back by the next command."""
+    cfg = several(tmp_path, *[CHATS, ALPACA, TURNS][::turn])
+    out, rejected, _ = items(cfg, Use.sft)
+    assert len(out) == 12 and not rejected and all(set(i.columns) == {"messages"} for i in out)
+    by_file = {Path(item.origin).name: item.columns["messages"] for item in reversed(out)}
+    first, last = ("a.jsonl", "c.jsonl")[::turn]
+    assert by_file["b.jsonl"] == [user("do 0"), bot("done 0")]
+    assert by_file[first] == CHATS[0]["messages"]
+    assert by_file[last] == [user("x"), bot("y") | {"train": False}, user("z 0"), bot("b 0")]
+    written = jsonl(tmp_path / "train.jsonl", [item.columns for item in out])
+    train, held = reading.sft_rows(reading.DataRequest.of(config(tmp_path, path=written)))
+    assert len(train) + len(held) == 12
+
+
+def test_texts_and_conversations_are_refused_before_anything_loads(tmp_path: Path) -> None:
+    cfg = several(tmp_path, CHATS, [{"prompt": "p", "completion": "c"}] * 3)
+    cfg.data.max_bad_rows = 50
+    for check in (
+        lambda: reading.check_first_rows(reading.DataRequest.of(cfg)),
+        lambda: ingest.check(cfg),
+    ):
+        with pytest.raises(UserError, match=r"b.jsonl .*prompt_completion.*a.jsonl .*messages"):
+            check()
+
+
+def test_texts_of_two_layouts_train_together_and_are_not_written_into_one_file(
+    tmp_path: Path,
+) -> None:
+    cfg = several(tmp_path, texts("t", 4), [{"prompt": "p", "completion": f"c{i}"} for i in "abcd"])
+    reading.check_first_rows(reading.DataRequest.of(cfg))
+    with pytest.raises(UserError, match=r"a.jsonl holds .*b.jsonl holds "):
+        ingest.check(cfg)
+
+
+def test_the_format_of_each_file_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    items(several(tmp_path, CHATS, ALPACA), Use.sft)
+    assert re.search(r"a.jsonl: 4 rows, read as messages ", caplog.text)
+    assert re.search(r"b.jsonl: 4 rows, read as alpaca ", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "named"),
+    [
+        (Use.sft, {"text": "x"}, None),
+        (Use.sft, {"prompt": "p", "completion": "c"}, None),
+        (Use.sft, {"text": "x", "messages": CHATS[0]["messages"]}, "text"),
+        (Use.preference, {"prompt": "p", "chosen": "a", "rejected": "b"}, None),
+        (
+            Use.preference,
+            {"prompt": "p", "chosen": "a", "rejected": "b", "instruction": "i"},
+            "preference",
+        ),
+    ],
+)
+def test_the_next_command_reads_what_was_written(
+    tmp_path: Path, kind: Use, row: dict[str, Any], named: str | None
+) -> None:
+    path = Path(jsonl(tmp_path / "my rows" / "train.jsonl", [row] * 3))
+    data = DataConfig(chat_template="chatml", weight_column="value")
+    words = shlex.split(outputs.next_command(kind, {"train": path}, data))
+    assert words[:3] == ["python", "-m", "rlhf"]
+    cfg = composing.compose(words[3:])
+    assert cfg.data.path == str(path) and cfg.data.weight_column == "value"
+    assert cfg.data.format.value == (named or "auto") and cfg.data.chat_template == "chatml"
+    use = reading.DataRequest.of(cfg).use
+    assert use is kind
+    reading.check_first_rows(reading.DataRequest.of(cfg))
 
 
 # ---- renaming ----

@@ -21,6 +21,32 @@ def is_conversation(value: Any) -> bool:
     return isinstance(part, list)
 
 
+def layout_of(value: Any) -> str:
+    """In what columns a value of a use is written: its own of a text to train on, for messages."""
+    kind = "messages" if is_conversation(value) else "texts"
+    if not isinstance(value, dict):
+        return kind
+    if "text" in value:
+        return "whole texts"
+    if "messages" in value:
+        return "whole conversations"
+    return f"prompts and completions ({kind})"
+
+
+def as_whole(value: dict[str, Any]) -> dict[str, Any]:
+    """A prompt and completion of messages as the conversation that they are, whose completion alone
+    trains: answers within the prompt are flagged. Anything else as it stands.
+    """
+    if not is_conversation(value) or "completion" not in value:
+        return value
+    before = [
+        {**message, "train": False} if message["role"] == "assistant" else message
+        for message in value["prompt"]
+    ]
+    others = {key: held for key, held in value.items() if key not in ("prompt", "completion")}
+    return {"messages": [*before, *value["completion"]], **others}
+
+
 def chats_of(value: Any) -> list[Chat]:
     """Every list of messages of a value of a use."""
     if isinstance(value, PreferencePair):

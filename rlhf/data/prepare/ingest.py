@@ -4,7 +4,9 @@ canonical columns.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,16 +18,19 @@ from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use, by_name, detect
 from rlhf.data.formats.base import both_sides, columns_of
+from rlhf.data.formats.values import as_whole, layout_of
 from rlhf.data.loading import tell, tell_kept
 from rlhf.data.mixture import Part, Source, mixed
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.pipeline import READ, REJECTED_FILE, ReadItems
 from rlhf.data.prepare.plan import Planned, digest, plan
+from rlhf.data.reading import first_rows, refuse_two_shapes
 from rlhf.data.sources import all_sources, eval_sources, given, sources_of, train_sources
 from rlhf.data.writing import check_target
 from rlhf.types import PreferencePair, UserError
 
+LOG = logging.getLogger("rlhf.data")
 _SHOWN = 3  # rows quoted in an error
 # kinds in the order in which a file's rows are taken for them
 _NATURAL = (Use.preference, Use.unpaired, Use.sft, Use.prompt)
@@ -76,18 +81,46 @@ def items(
     """
     sources = sources_of(data, split)
     conversion = Conversion(kind, sources, rejected, aside, PROBE + data.max_bad_rows)
+    whole = len(_layouts(sources, kind, data, seed)) > 1
+    counts: Counter[str] = Counter()
     for row in source_rows(data, seed, split):
         for record in conversion.records(row):
             values = [record.value]
             if kind is Use.unpaired and isinstance(record.value, PreferencePair):
                 values = list(both_sides(record.value))
             answers = conversion.format_of(record.origin).answers
+            counts[record.origin] += 1
+            if whole:
+                values = [as_whole(value) for value in values]
             for value in values:
                 columns = columns_of(value, record.fields, answers)
                 yield Item(columns, record.origin, record.number, split)
+    for origin, form in conversion.formats.items():
+        LOG.info("%s: %d rows, read as %s (%s)", origin, counts[origin], form.name, form.columns)
     name = ", ".join(source.name for source in sources)
+    if whole:
+        LOG.info("%s: prompts with completions are written as the conversations they are", name)
     tell(conversion.otherwise, name)
     tell_kept(conversion.keys, name)
+
+
+def _layouts(sources: Sequence[Source], kind: Use, data: DataConfig, seed: int) -> dict[str, str]:
+    """The layouts of texts to train on that several files have, with a file of each: one file is
+    written for all. Raises UserError where no file can hold them all.
+    """
+    if kind is not Use.sft or sum(len(source.parts) for source in sources) < 2:
+        return {}
+    parts = first_rows(sources, kind, data, seed)
+    refuse_two_shapes(parts)
+    layouts = {layout_of(record.value): part.name for part in parts for record in part.records}
+    texts = [layout for layout in layouts if layout != "whole conversations"]
+    if len(texts) > 1:
+        held = ", ".join(f"{name} holds {layout}" for layout, name in layouts.items())
+        raise UserError(
+            f"{held}: expected one of them, since what trains of the one and of the other differs "
+            "and one file has one format. Prepare each by itself; a stage that trains reads both."
+        )
+    return layouts
 
 
 def natural_use(data: DataConfig) -> Use:
@@ -128,6 +161,16 @@ def _natural_use_of_part(source: Source, part: Part) -> Use:
     return next(use for use in _NATURAL if chosen.reads(use))
 
 
+def formats_read(data: DataConfig, kind: Use) -> dict[str, str]:
+    """The format that each file (or other part of a source) is read as, by its origin. Raises
+    UserError as `choose_format`.
+    """
+    sources = all_sources(data)
+    conversion = Conversion(kind, sources, _ignore, _ignore, PROBE + data.max_bad_rows)
+    origins = [part.origin for source in sources for part in source.parts]
+    return {origin: conversion.format_of(origin).name for origin in origins}
+
+
 def kind_of(data: DataConfig) -> Use:
     """data.kind, or what the files' formats are by themselves. Raises UserError where no file is
     named, or files differ.
@@ -160,6 +203,9 @@ def check(cfg: Config) -> None:
         for source in sources:
             for part in source.parts:
                 conversion.format_of(part.origin)
+        _layouts(sources, kind, data, seed)
+        if len(conversion.formats) > 1:
+            refuse_two_shapes(first_rows(sources, kind, data, seed))
     check_target(data.to, kind)
     if data.preview and cfg.model.path is None:
         raise UserError(

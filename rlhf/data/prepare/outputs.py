@@ -4,21 +4,28 @@ each step as a line of metrics and of a table.
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from conf.choices import DataTarget, FileKind
+from conf.choices import DataFormat, DataTarget, FileKind
 from conf.schema import DataConfig
+from rlhf.data.converting import PROBE, choose_format
+from rlhf.data.files import scan
 from rlhf.data.formats import Use
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.writing import file_kind, write_items
 from rlhf.process import watchdog
+from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
 SPLITS = ("train", "eval")
+# the stage that prepared rows are for
+_NEXT = {Use.sft: "sft", Use.preference: "reward", Use.unpaired: "kto", Use.prompt: "ppo"}
 _SHOWN = 3  # reasons of a step in the table
 
 
@@ -68,6 +75,37 @@ def written_rows(path: Path) -> Iterator[Item]:
         for number, text in enumerate(source, start=1):
             watchdog.alive()
             yield Item(json.loads(text), str(path), number)
+
+
+def next_command(kind: Use, files: Mapping[str, Path], data: DataConfig) -> str:
+    """A command that trains on what was written: it names the format where another would be
+    recognised by the rows' own columns, and the options that the rows go on to need.
+    """
+    train = files["train"]
+    arguments = [f"stage={_NEXT[kind]}", f"data.path={train}"]
+    if "eval" in files:
+        arguments.append(f"data.eval_path={files['eval']}")
+    rows = list(islice(scan(train), PROBE))
+    written = _format_of(kind, rows[0].columns)
+    try:
+        recognised = choose_format(str(train), rows, kind, DataFormat.auto).name
+    except UserError:
+        recognised = None
+    if recognised != written:
+        arguments.append(f"data.format={written}")
+    if data.chat_template is not None:
+        arguments.append(f"data.chat_template={data.chat_template}")
+    if data.weight_column not in (None, DataConfig().weight_column):
+        arguments.append(f"data.weight_column={data.weight_column}")
+    return f"python -m rlhf {shlex.join(arguments)}"
+
+
+def _format_of(kind: Use, columns: Mapping[str, Any]) -> str:
+    """The format of the toolkit's own columns."""
+    if kind is not Use.sft:
+        return kind.value
+    layout = [key for key in ("text", "messages") if key in columns]
+    return layout[0] if layout else "prompt_completion"
 
 
 def write_targets(

@@ -18,7 +18,7 @@ from rlhf.process.files import sha256
 from rlhf.process.wording import describe, nearest_hint
 from rlhf.types import UserError
 
-READING_VERSION = 1  # raised whenever the same file gives other rows
+READING_VERSION = 2  # raised whenever the same file gives other rows
 
 # Steps that people ask for and that can't be: the reason, and what to do instead.
 REFUSED = {

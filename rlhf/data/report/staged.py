@@ -1,31 +1,16 @@
 """The report of stage=data: its settings out of the configuration."""
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from conf.schema import DataConfig, ModelConfig
-from rlhf.data.converting import PROBE, choose_format
 from rlhf.data.formats import Use
 from rlhf.data.prepare.held import picked
+from rlhf.data.prepare.ingest import formats_read
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.report.making import make
 from rlhf.data.report.records import Report
-from rlhf.data.sources import all_sources
-
-
-def formats_read(data: DataConfig, kind: Use) -> dict[str, str]:
-    """The format that each file (or other part of a source) is read as, by its origin. Raises
-    UserError as `choose_format`.
-    """
-    out = {}
-    for source in all_sources(data):
-        for part in source.parts:
-            rows = list(islice(source.rows(part), PROBE + data.max_bad_rows))
-            if rows:
-                out[part.origin] = choose_format(part.origin, rows, kind, source.format).name
-    return out
 
 
 def of_stage(
