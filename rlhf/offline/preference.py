@@ -14,10 +14,11 @@ from conf.schema import AdapterConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage
 from policy.model import is_peft
 from rlhf.offline.kto import KLPairs
+from rlhf.offline.likelihood import CPO, ORPO
 from rlhf.offline.private_hooks import CPOConfig, DataCollatorForUnpairedPreference, ORPOConfig
 from rlhf.offline.row_weights import COLUMN
 from rlhf.offline.rows import labelled
-from rlhf.offline.trainers import CPO, DPO, KTO, ORPO, StageTrainer
+from rlhf.offline.trainers import DPO, KTO, StageTrainer
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages")

@@ -100,7 +100,47 @@ class PrivateHooks(Trainer):
         """
         raise NotImplementedError
 
+    def begin_optimizer_step(self, micro_batches: Sequence[dict[str, Any]]) -> None:
+        """Called with all micro-batches of an optimizer step, before the first is run."""
+
+    def begin_evaluation(self, micro_batches: Any) -> None:
+        """Called with the loader of the held-out micro-batches, before they are run."""
+
+    def eval_units(self, inputs: dict[str, Any]) -> float:
+        """What a held-out micro-batch's loss is a mean over, such as rows."""
+        raise NotImplementedError
+
     # ---- private methods that call the hooks ----
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if samples:
+            self.begin_optimizer_step(samples)
+        return samples, items
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """transformers takes the mean of the micro-batches' means, the last of which may have few
+        rows: here each weighs by its `eval_units`.
+        """
+        self.begin_evaluation(dataloader)
+        self._eval_sums = [0.0, 0.0]  # loss x units, units
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        loss, units = distributed.all_sum(self._eval_sums)
+        if units:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / units
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if result[0] is not None:
+            units = self.eval_units(inputs)
+            self._eval_sums[0] += float(result[0].mean()) * units
+            self._eval_sums[1] += units
+        return result
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.train_sampler()
@@ -232,9 +272,13 @@ _STEP = ("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eva
 _EPOCH = ("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch")
 _EPOCH_END = ("resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch")
 _ROTATE = ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime")
+_EVALUATION = ("prediction_loss_only", "ignore_keys", "metric_key_prefix")
 _TOKENISED = ("dataset", "processing_class", "args", "dataset_name")
 USED = (
     Part(Trainer, "_get_train_sampler", ("train_dataset",)),
+    Part(Trainer, "get_batch_samples", ("epoch_iterator", "num_batches", "device")),
+    Part(Trainer, "evaluation_loop", ("dataloader", "description", *_EVALUATION)),
+    Part(Trainer, "prediction_step", ("model", "inputs", *_EVALUATION[:2])),
     Part(Trainer, "_get_grad_norm", ("model", "grad_norm")),
     Part(Trainer, "_maybe_log_save_evaluate", (*_STEP, "start_time", "learning_rate")),
     Part(
@@ -272,6 +316,8 @@ USED = (
     Part(KTOTrainer, "_prepare_dataset", _TOKENISED),
     Part(CPOTrainer, "tokenize_row", ("feature", "model")),
     Part(CPOTrainer, "get_batch_loss_metrics", ("model", "batch", "train_eval")),
+    Part(CPOTrainer, "concatenated_forward", ("model", "batch")),
+    Part(ORPOTrainer, "concatenated_forward", ("model", "batch")),
     Part(ORPOTrainer, "tokenize_row", ("feature", "model")),
     Part(ORPOTrainer, "get_batch_loss_metrics", ("model", "batch", "train_eval")),
 )
@@ -281,6 +327,9 @@ USED_CODE = (
     (TrainingArguments, "    max_steps: int"),
     (TrainingArguments, "    warmup_steps: float"),
     (TrainingArguments, "    save_total_limit: int"),
+    (Trainer, 'metrics[f"{metric_key_prefix}_loss"]'),
+    (CPOTrainer, "            policy_nll_loss,\n        ) = forward_output[:5]"),
+    (ORPOTrainer, "            policy_nll_loss,\n        ) = forward_output[:5]"),
     (DPOTrainer, 'model.add_adapter("ref", '),
     (KTOTrainer, 'model.add_adapter("ref", '),
     (DataCollatorForUnpairedPreference, '"KL_completion_ids"'),

@@ -1,4 +1,5 @@
-"""Our six trainers: one subclass of TRL's for each, all with the same additions.
+"""Our trainers: one subclass of TRL's for each, all with the same additions. Those of CPO and ORPO
+are in likelihood.py.
 
     transformers.Trainer         the loop over steps
     TRL's SFTTrainer, ...        the loss and its metrics
@@ -27,14 +28,10 @@ from policy.engines import resharding
 from policy.engines.base import NonFinite
 from policy.engines.deepspeed import is_universal, reading, repair_universal
 from policy.model import is_peft
+from rlhf.models.encoding import IGNORED
 from rlhf.offline import row_weights
 from rlhf.offline.guards import Guard, WholeBatches
-from rlhf.offline.private_hooks import (
-    CPOTrainer,
-    ORPOTrainer,
-    PrivateHooks,
-    deepspeed_load_checkpoint,
-)
+from rlhf.offline.private_hooks import PrivateHooks, deepspeed_load_checkpoint
 from rlhf.offline.row_weights import CARRIED, COLUMN, SOFT_LABEL, WithWeights
 from rlhf.process import checkpoints, distributed, randomness
 from rlhf.types import UserError
@@ -97,6 +94,12 @@ class StageTrainer(PrivateHooks):
             self.guard.micro_batches.append(inputs)
             self.check_loss(result[0] if return_outputs else result)
         return result
+
+    # ---- held-out loss: a mean over all of it, however it is split ----
+
+    def eval_units(self, inputs: Inputs) -> float:
+        """What a micro-batch's loss is a mean over, on this rank: rows. A collective for SFT."""
+        return float(next(len(value) for value in inputs.values() if hasattr(value, "__len__")))
 
     # ---- guards: losses and gradients that are NaN, infinite or a spike ----
 
@@ -258,6 +261,11 @@ class SFT(StageTrainer, SFTTrainer):
     the loss divides by the number of tokens, as without weights.
     """
 
+    def eval_units(self, inputs: Inputs) -> float:
+        """Tokens that train, of this micro-batch on all ranks, which TRL's loss divides by."""
+        tokens = distributed.all_sum([float((inputs["labels"][..., 1:] != IGNORED).sum())])[0]
+        return tokens / distributed.world_size()
+
     def weighted_loss(
         self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
     ) -> Any:
@@ -353,36 +361,3 @@ class DPO(PreferenceTrainer, DPOTrainer):
 
 class KTO(PreferenceTrainer, KTOTrainer):
     """KTO, on single answers that are good or bad."""
-
-
-class CountingTokens(PreferenceTrainer):
-    """CPO and ORPO: also logs ``num_tokens`` as TRL's other trainers do, the tokens trained on so
-    far over all ranks.
-    """
-
-    tokens_seen = 0
-
-    def restore_token_count(self, tokens: float) -> None:
-        self.tokens_seen = int(tokens)
-
-    def get_batch_loss_metrics(
-        self, model: Any, batch: dict[str, Any], train_eval: str = "train"
-    ) -> Any:
-        if train_eval == "train":
-            masks = [mask for key, mask in batch.items() if key.endswith("_attention_mask")]
-            counted = sum(mask.sum() for mask in masks)
-            self.tokens_seen += int(self.accelerator.gather_for_metrics(counted).sum())
-        return super().get_batch_loss_metrics(model, batch, train_eval=train_eval)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs["num_tokens"] = float(self.tokens_seen)
-        super().log(logs, start_time)
-
-
-class CPO(CountingTokens, CPOTrainer):
-    """CPO and SimPO, which need no reference."""
-
-
-class ORPO(CountingTokens, ORPOTrainer):
-    """ORPO, which needs no reference."""

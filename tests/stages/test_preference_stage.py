@@ -251,7 +251,28 @@ def test_the_saved_model_has_the_reported_margin_against_the_start(
 
 def test_accumulation_changes_no_loss(base: Path, folder: Path) -> None:
     split = run(folder, "split", stage_of("dpo"), engine=EngineConfig(micro_batch_size=2))
-    assert trl_tools.losses(split) == pytest.approx(trl_tools.losses(base), abs=1e-5)
+    check_same(split, base)
+
+
+@pytest.mark.parametrize("preset", ["cpo", "orpo"])
+def test_a_likelihood_is_a_mean_over_the_tokens_of_the_whole_batch(
+    preset: str, folder: Path
+) -> None:
+    """Rows have different lengths, so a mean taken per micro-batch would show."""
+    stage = stage_of(preset, steps=3)
+    whole = run(folder, f"{preset}-whole", stage)
+    split = run(folder, f"{preset}-split", stage, engine=EngineConfig(micro_batch_size=2))
+    check_same(split, whole)
+
+
+def check_same(split: Path, whole: Path) -> None:
+    """Training losses, held-out loss (whose last micro-batch is smaller) and weights."""
+    assert trl_tools.losses(split) == pytest.approx(trl_tools.losses(whole), abs=1e-5)
+    held_out = [metrics_of(run_directory)["eval_loss"] for run_directory in (split, whole)]
+    assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
+    one, other = (load_file(r / "model" / "model.safetensors") for r in (split, whole))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-4, rtol=0, msg=name)
 
 
 def stop_and_resume(folder: Path, preset: str) -> Path:

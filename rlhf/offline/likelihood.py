@@ -1,0 +1,95 @@
+"""CPO and ORPO: losses of pairs with a term for the likelihood of the chosen answer.
+
+TRL takes that term as a mean over a micro-batch's tokens, so how a batch is split would change the
+update: a short answer in a small micro-batch would weigh more. Here it is a mean over the tokens of
+the whole optimizer step, on all ranks, and over all held-out tokens in an evaluation.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlhf.models.encoding import IGNORED
+from rlhf.offline.private_hooks import CPOTrainer, ORPOTrainer
+from rlhf.offline.trainers import Inputs, PreferenceTrainer
+from rlhf.process import distributed
+
+
+class WithLikelihood(PreferenceTrainer):
+    """What CPO and ORPO share. Also logs ``num_tokens`` as TRL's other trainers do, the tokens
+    trained on so far over all ranks.
+    """
+
+    tokens_seen = 0
+    # tokens of the likelihood term for each pair: of the optimizer step, and of the held-out rows
+    step_tokens = 0.0
+    held_out_tokens = 0.0
+
+    def likelihood_mask(self, batch: Inputs) -> Tensor:
+        """[B, L] bool: the chosen tokens whose likelihood is part of the loss."""
+        raise NotImplementedError
+
+    def _tokens(self, batch: Inputs) -> tuple[float, float]:
+        """Tokens of the likelihood term in a micro-batch, of which none predicts the first, and its
+        pairs.
+        """
+        mask = self.likelihood_mask(batch)
+        return float(mask[:, 1:].sum()), float(len(mask))
+
+    def begin_optimizer_step(self, micro_batches: Sequence[Inputs]) -> None:
+        """Count the step's tokens. A collective."""
+        counts = [self._tokens(batch) for batch in micro_batches]
+        tokens, pairs = distributed.all_sum([sum(part) for part in zip(*counts, strict=True)])
+        self.step_tokens = tokens / pairs
+
+    def begin_evaluation(self, micro_batches: Any) -> None:
+        """Count the held-out tokens, the first time. A collective."""
+        if self.held_out_tokens:
+            return
+        counts = [self._tokens(batch) for batch in micro_batches]
+        tokens, pairs = distributed.all_sum([sum(part) for part in zip(*counts, strict=True)])
+        self.held_out_tokens = tokens / pairs
+
+    def concatenated_forward(self, model: Any, batch: Inputs) -> tuple[Any, ...]:
+        """TRL's outputs, of which the fifth is the likelihood term: that of this micro-batch's
+        tokens becomes its share of all tokens, times their pairs' share.
+        """
+        outputs = list(super().concatenated_forward(model, batch))
+        tokens, pairs = self._tokens(batch)
+        mean = self.step_tokens if self.model.training else self.held_out_tokens
+        outputs[4] = outputs[4] * (tokens / pairs / mean)
+        return tuple(outputs)
+
+    def restore_token_count(self, tokens: float) -> None:
+        self.tokens_seen = int(tokens)
+
+    def get_batch_loss_metrics(
+        self, model: Any, batch: dict[str, Any], train_eval: str = "train"
+    ) -> Any:
+        if train_eval == "train":
+            masks = [mask for key, mask in batch.items() if key.endswith("_attention_mask")]
+            counted = sum(mask.sum() for mask in masks)
+            self.tokens_seen += int(self.accelerator.gather_for_metrics(counted).sum())
+        return super().get_batch_loss_metrics(model, batch, train_eval=train_eval)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["num_tokens"] = float(self.tokens_seen)
+        super().log(logs, start_time)
+
+
+class CPO(WithLikelihood, CPOTrainer):
+    """CPO and SimPO, which need no reference. The likelihood is that of the answer."""
+
+    def likelihood_mask(self, batch: Inputs) -> Tensor:
+        mask: Tensor = batch["chosen_labels"] != IGNORED
+        return mask
+
+
+class ORPO(WithLikelihood, ORPOTrainer):
+    """ORPO, which needs no reference. The likelihood is that of prompt and answer, as in TRL."""
+
+    def likelihood_mask(self, batch: Inputs) -> Tensor:
+        mask: Tensor = batch["chosen_attention_mask"] == 1
+        return mask
