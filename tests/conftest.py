@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,18 +28,19 @@ else:
 os.environ["COLUMNS"] = "160"  # tables are as wide wherever the tests run
 
 
-# Files that take minutes come first, so that at the end of a shared run no process waits long for
-# the other.
+# Files that take longest come first, the longest of them first, so that at the end of a shared run
+# no process waits long for the other.
 _LONG = (
-    "test_zero_trl",
     "test_zero_online",
-    "test_zero_algorithms",
-    "test_reproducible",
+    "test_zero_trl",
+    "test_rollout",
     "test_resume",
     "test_algorithms",
     "test_online",
-    "test_rollout",
 )
+# Files of one group run in one process, one after the other: importing vLLM takes longer than
+# starting an engine for a tiny model.
+_GROUPS = {"test_rollout": "vllm", "test_sync": "vllm", "test_eval": "vllm"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +52,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "benchmarks" in item.path.relative_to(item.config.rootpath).parts:
             item.add_marker("benchmarks")
-    items.sort(key=lambda item: item.path.stem not in _LONG)
+    place = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of a file stay in one process, and so do files of one group."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::", 1)[0]
+            return _GROUPS.get(Path(path).stem, path)
+
+    return Grouped(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def test_growth_by_hand() -> None:
     assert soak.growth([*warm, *[100.0] * 100, 500.0, *[100.0] * 59]) == 0.0, (
         "one step's peak is no growth"
     )
-    with pytest.raises(ValueError, match="79 steps are too few: expected at least 80"):
+    with pytest.raises(ValueError, match=r"79 steps.* 80"):
         soak.growth([1.0] * 79)
 
 

@@ -143,7 +143,7 @@ def test_who_does_not_look_is_suspected(method: LabelAggregate) -> None:
         assert found["lefty"]["reliability"] < 0.4
     assert [found["ann"]["suspicions"], found["bob"]["suspicions"]] == [[], []]
     said = "; ".join(found["lefty"]["suspicions"])
-    assert "faster than the answers can be read" in said
+    assert "faster than" in said
     assert "prefers the left side (100% left" in said
     assert "gold accuracy" in said
     assert found["lefty"]["cohen"] + 0.1 < found["ann"]["cohen"]

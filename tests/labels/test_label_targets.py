@@ -655,8 +655,7 @@ def test_line_ends_that_a_spreadsheet_changes_leave_the_digest(tmp_path: Path) -
 def test_an_excel_cell_that_is_too_small_is_an_error(text: str, tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"task 0123456789ab-1: its response_b has 32,7[0-9]{2} characters as an Excel "
-        r"cell, which holds 32,767\.",
+        match=r"task 0123456789ab-1: .*response_b .*32,7[0-9]{2} .*32,767\.",
     ):
         LABEL_TOOLS[LabelTarget.xlsx].write(
             export(LabelKind.pair, [task(1, "p", ["a", text])]), tmp_path
@@ -773,7 +772,7 @@ def test_the_pages_labels_are_told_by_their_format(indent: int | None, tmp_path:
     )
     assert detect(path) is LabelTarget.page
     path.write_text(json.dumps({"format": "other", "labels": []}, indent=indent), encoding="utf-8")
-    with pytest.raises(UserError, match="expected the labels that the page downloads"):
+    with pytest.raises(UserError, match="the page downloads"):
         detect(path)
 
 
