@@ -40,8 +40,14 @@ _LONG = (
     "test_online",
 )
 # Files of one group run in one process, one after the other: importing vLLM takes longer than
-# starting an engine for a tiny model.
-_GROUPS = {"test_rollout": "vllm", "test_sync": "vllm", "test_eval": "vllm"}
+# starting an engine for a tiny model, and tests/composing.py keeps what it composed.
+_GROUPS = {
+    "test_rollout": "vllm",
+    "test_sync": "vllm",
+    "test_eval": "vllm",
+    "test_config": "composed",
+    "test_reference": "composed",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -18,12 +18,19 @@ TRAINING = [
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("stage", TRAINING)
 def test_a_rate_that_is_left_out_is_inside_the_published_range(stage: str, adapter: str) -> None:
-    cfg = config.compose([f"stage={stage}", f"adapter={adapter}"])
-    known = published.published(cfg.stage, cfg.adapter.kind)
-    assert cfg.stage.learning_rate == known.value
+    preset, kind = config.stage_preset(stage), AdapterKind(adapter)
+    known = published.published(preset, kind)
+    published.fill(preset, kind)
+    assert preset.learning_rate == known.value
     assert known.low <= known.value <= known.high
     assert known.source
-    assert published.outside_range(cfg.stage, cfg.adapter.kind) == []
+    assert published.outside_range(preset, kind) == []
+
+
+def test_a_configuration_has_the_published_rates() -> None:
+    cfg = config.compose(["stage=ppo", "adapter=lora"])
+    assert cfg.stage.learning_rate == published.LOW_RANK["ppo"].value
+    assert cfg.stage.critic_learning_rate == published.FULL["critic"].value
 
 
 def test_a_low_rank_adapter_takes_a_higher_rate_than_all_weights() -> None:

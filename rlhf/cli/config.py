@@ -7,6 +7,7 @@ the result becomes dataclasses. What we use of Hydra beyond its public interface
 """
 
 import dataclasses
+import functools
 import math
 import re
 import shlex
@@ -21,6 +22,7 @@ from rlhf.cli.presets import CONF_DIR, PRESET_GROUPS, choices, nearest, preset_t
 from rlhf.types import UserError
 
 
+@functools.cache
 def register() -> None:
     """Store every dataclass in ``/schema``, so that a YAML can say ``/schema/engine@_here_``."""
     from hydra.core.config_store import ConfigStore

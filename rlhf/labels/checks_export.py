@@ -97,11 +97,11 @@ def _check_answer_count(label: LabelConfig, policies: int) -> None:
 
 def check_review_options(label: LabelConfig) -> None:
     """Nothing is chosen among the tasks of a review queue. Raises UserError."""
-    for key, is_set in (
+    for key, given in (
         ("label.choice", bool(label.choice)),
         ("label.prompts", label.prompts is not None),
     ):
-        if is_set:
+        if given:
             raise UserError(
                 f"{key} is set, but the tasks of label.review={label.review} all go out again, "
                 f"so nothing is chosen. Leave {key} out."

@@ -8,6 +8,7 @@ from conf.schema import GROUPS
 from conf.stages import FAMILIES, GROUPS_OF, STAGES, OnlineStage, SFTStage
 from rlhf.cli import config, presets
 from rlhf.types import UserError
+from tests.composing import composed
 
 _PRESETS = [(group, name) for group in GROUPS for name in presets.choices(group)]
 _STAGES = presets.choices("stage")
@@ -15,7 +16,7 @@ _STAGES = presets.choices("stage")
 
 @pytest.mark.parametrize("stage", _STAGES)
 def test_every_stage_composes_to_its_own_schema(stage: str) -> None:
-    cfg = config.compose([f"stage={stage}"])
+    cfg = composed(f"stage={stage}")
     assert type(cfg.stage) is STAGES[presets.stage_schema(stage)]
     assert cfg.stage.name == stage
     preset = config.stage_preset(stage)
@@ -25,7 +26,7 @@ def test_every_stage_composes_to_its_own_schema(stage: str) -> None:
 
 @pytest.mark.parametrize(("group", "name"), _PRESETS)
 def test_every_preset_of_every_group_composes(group: str, name: str) -> None:
-    cfg = config.compose(["stage=ppo", f"{group}={name}"])
+    cfg = composed("stage=ppo", f"{group}={name}")
     kinds = {
         "model": cfg.model.kind,
         "adapter": cfg.adapter.kind,
@@ -40,18 +41,20 @@ def test_every_preset_of_every_group_composes(group: str, name: str) -> None:
 
 
 def _experiments() -> list[tuple[str, str]]:
-    """Each experiment with the stages that it has a file for, and with one that it has none for."""
+    """Each experiment with the stages that it has a file for; the first with one that it has none
+    for.
+    """
     folder = presets.CONF_DIR / "experiment" / "stages"
     pairs = []
     for experiment in presets.choices("experiment"):
         stages = [stage for stage in _STAGES if (folder / f"{experiment}_{stage}.yaml").is_file()]
-        pairs += [(experiment, stage) for stage in [*stages, "doctor"]]
-    return pairs
+        pairs += [(experiment, stage) for stage in stages]
+    return [*pairs, (presets.choices("experiment")[0], "doctor")]
 
 
 @pytest.mark.parametrize(("experiment", "stage"), _experiments())
 def test_every_experiment_composes_with_its_stages(experiment: str, stage: str) -> None:
-    cfg = config.compose([f"experiment={experiment}", f"stage={stage}"])
+    cfg = composed(f"stage={stage}", f"experiment={experiment}")
     assert cfg.run.name == experiment
 
 

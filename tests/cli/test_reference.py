@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 from conf.schema import Config
 from conf.stages import STAGES
-from rlhf.cli import config, presets, reference
+from rlhf.cli import presets, reference
 from rlhf.cli.json_schema import json_schema
 from rlhf.cli.options import ANYTHING, NAME, valid_keys
+from tests.composing import composed
 from tests.selection import marked_full
 
 REMEDY = "not up to date: run `make reference` and commit what it writes"
@@ -94,7 +95,7 @@ EVERY_EXPERIMENT = list({line[1]: line for line in experiments()}.values())
     ),
 )
 def test_what_ships_is_what_the_schema_accepts(overrides: str) -> None:
-    assert not list(VALIDATOR.iter_errors(plain(config.compose(overrides.split()))))
+    assert not list(VALIDATOR.iter_errors(plain(composed(*overrides.split()))))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_what_ships_is_what_the_schema_accepts(overrides: str) -> None:
     ],
 )
 def test_the_schema_refuses_what_we_refuse(path: tuple[str, str], value: object) -> None:
-    good = plain(config.compose(["stage=ppo"]))
+    good = plain(composed("stage=ppo"))
     VALIDATOR.validate(good)
     bad = copy.deepcopy(good)
     bad[path[0]][path[1]] = value
@@ -123,7 +124,7 @@ def test_the_schema_refuses_what_we_refuse(path: tuple[str, str], value: object)
 
 
 def test_null_and_steps_with_options_are_accepted() -> None:
-    good = plain(config.compose(["stage=ppo"]))
+    good = plain(composed("stage=ppo"))
     good["run"]["phase_timeout_s"] = None
     good["data"]["pipeline"] = ["repair", {"step": "length", "low": 1, "unit": "words"}]
     good["reward"]["terms"] = {"a": {"kind": "length", "low": 3}}
