@@ -1,11 +1,12 @@
 """PPO, and algorithms that compare responses within groups, under DeepSpeed's ZeRO on two CPU ranks
-take the same steps as the plain engine in one process. One launch of each kind makes all runs.
+take the same steps as the plain engine in this process. One launch makes all runs.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import LlamaForCausalLM
 from conf.schema import TinyConfig
 from rlhf.models.loading import tiny_config, train_tokenizer
 from tests import toys
+from tests.online import zero_online_worker
 from tests.selection import marked_full, selected
 
 pytestmark = pytest.mark.distributed
@@ -74,7 +76,8 @@ WATCHED = (
 )
 
 
-def launch(folder: Path, ranks: int, start: Path, runs: list[str]) -> None:
+def launch(folder: Path, start: Path, runs: list[str]) -> None:
+    """The runs on two ranks."""
     env = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -86,7 +89,7 @@ def launch(folder: Path, ranks: int, start: Path, runs: list[str]) -> None:
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc_per_node={ranks}",
+        "--nproc_per_node=2",
     ]
     command += ["-m", "tests.online.zero_online_worker", str(folder), str(start), *runs]
     done = subprocess.run(
@@ -112,12 +115,17 @@ def start_folder(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    one_thread: Iterator[None],
+) -> Path:
     folder = start_folder(tmp_path_factory.mktemp("zero"))
     wanted = selected(request, "run") | selected(request, "algorithm")
     plain = dict.fromkeys(in_one_process(run) for run in ALGORITHMS if run in wanted)
-    launch(folder, 1, folder / "start", ["torch:none", "torch:lora", *plain])
-    launch(folder, 2, folder / "start", [run for run in [*RUNS, *ALGORITHMS] if run in wanted])
+    for run in ("torch:none", "torch:lora", *plain):
+        zero_online_worker.run(str(folder), str(folder / "start"), run)
+    launch(folder, folder / "start", [run for run in [*RUNS, *ALGORITHMS] if run in wanted])
     return folder
 
 

@@ -37,28 +37,33 @@ SETTINGS = [
 ]
 
 
+def run(folder: str, start: str, described: str) -> None:
+    """One run, `engine:adapter` and further overrides, in this process."""
+    engine, adapter, *extra = described.split(":")
+    name = described.replace(":", "-").replace("=", "_")
+    overrides = [
+        f"run.dir={folder}",
+        f"run.name={name}",
+        f"model.path={start}",
+        f"data.path={folder}/prompts.jsonl",
+        f"data.eval_path={folder}/held_out.jsonl",
+        f"engine={engine}",
+    ]
+    preset = [e for e in extra if e.startswith("stage=")]
+    settings = [*preset, *SETTINGS[1:]] if preset else SETTINGS
+    cfg = config.compose(
+        [*settings, *overrides, f"adapter={adapter}", *(e for e in extra if e not in preset)]
+    )
+    online_stage.run(RunContext.open(cfg, ()))
+
+
 def main() -> None:
     drawing.off()
     folder, start, *runs = sys.argv[1:]
     distributed.initialise()
     distributed.set_threads(1)
-    for run in runs:
-        engine, adapter, *extra = run.split(":")
-        name = run.replace(":", "-").replace("=", "_")
-        overrides = [
-            f"run.dir={folder}",
-            f"run.name={name}",
-            f"model.path={start}",
-            f"data.path={folder}/prompts.jsonl",
-            f"data.eval_path={folder}/held_out.jsonl",
-            f"engine={engine}",
-        ]
-        preset = [e for e in extra if e.startswith("stage=")]
-        settings = [*preset, *SETTINGS[1:]] if preset else SETTINGS
-        cfg = config.compose(
-            [*settings, *overrides, f"adapter={adapter}", *(e for e in extra if e not in preset)]
-        )
-        online_stage.run(RunContext.open(cfg, ()))
+    for described in runs:
+        run(folder, start, described)
     distributed.shutdown()
 
 
