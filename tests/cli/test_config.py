@@ -10,7 +10,12 @@ from rlhf.cli import config, presets
 from rlhf.types import UserError
 from tests.composing import composed
 
-_PRESETS = [(group, name) for group in GROUPS for name in presets.choices(group)]
+_CHOICES = {group: presets.choices(group) for group in GROUPS}
+# Each preset once, those of different groups together: groups know nothing of each other.
+_ROUNDS = [
+    {group: names[number % len(names)] for group, names in _CHOICES.items() if names}
+    for number in range(max(map(len, _CHOICES.values())))
+]
 _STAGES = presets.choices("stage")
 
 
@@ -24,20 +29,19 @@ def test_every_stage_composes_to_its_own_schema(stage: str) -> None:
     assert preset == cfg.stage
 
 
-@pytest.mark.parametrize(("group", "name"), _PRESETS)
-def test_every_preset_of_every_group_composes(group: str, name: str) -> None:
-    cfg = composed("stage=ppo", f"{group}={name}")
+@pytest.mark.parametrize("chosen", _ROUNDS, ids=lambda chosen: "-".join(chosen.values()))
+def test_every_preset_of_every_group_composes(chosen: dict[str, str]) -> None:
+    cfg = config.compose(["stage=ppo", *(f"{group}={name}" for group, name in chosen.items())])
     kinds = {
         "model": cfg.model.kind,
         "adapter": cfg.adapter.kind,
         "tracking": cfg.tracking.kind,
         "rollout": cfg.rollout.backend,
     }
-    if group in kinds:
-        assert kinds[group].value == name
-    if group == "engine":
-        zero = f"zero{cfg.engine.zero_stage}"
-        assert name == ("torch" if cfg.engine.kind is EngineKind.torch else zero)
+    for group, kind in kinds.items():
+        assert kind.value == chosen[group]
+    zero = f"zero{cfg.engine.zero_stage}"
+    assert chosen["engine"] == ("torch" if cfg.engine.kind is EngineKind.torch else zero)
 
 
 def _experiments() -> list[tuple[str, str]]:
