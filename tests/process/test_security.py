@@ -183,7 +183,7 @@ def test_a_sheet_that_unpacks_to_gigabytes_is_refused(
 ) -> None:
     from openpyxl import Workbook
 
-    from rlhf.data import files
+    from rlhf.data import files, opening
 
     book = Workbook()
     for _ in range(3000):
@@ -193,8 +193,8 @@ def test_a_sheet_that_unpacks_to_gigabytes_is_refused(
     assert len(list(files.scan(tmp_path / "rows.xlsx"))) == 2999, (
         "below a gigabyte any sheet is read"
     )
-    monkeypatch.setattr(files, "_MOST_UNPACKED", 10 * size)
-    monkeypatch.setattr(files, "_MOST_RATIO", 2)
+    monkeypatch.setattr(opening, "_MOST_UNPACKED", 10 * size)
+    monkeypatch.setattr(opening, "_MOST_RATIO", 2)
     with pytest.raises(UserError, match=rf"rows.xlsx: {size} bytes unpack to .* GiB"):
         list(files.scan(tmp_path / "rows.xlsx"))
 
