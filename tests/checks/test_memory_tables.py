@@ -46,7 +46,7 @@ def test_no_cell_is_cut_or_folded(width: int) -> None:
 
 
 def test_letters_stand_for_every_change_and_the_recommended_lines_are_marked() -> None:
-    found = fitted(12.0)
+    found = fitted(16.0)
     text = drawn(found, 80)
     changes = {change for row in found for change in row.changes}
     assert changes
