@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import filterfalse
+from itertools import chain, filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,10 @@ def _compiled(pattern: str) -> Any:
 
 def ranges(pattern: str) -> str:
     """A class's characters of the basic plane, as the inside of a class of `re`."""
-    plane = "".join(chr(c) for c in range(0x10000) if not 0xD800 <= c < 0xE000)
-    out = []
-    for match in _compiled(rf"{pattern}+").finditer(plane):
-        first = last = ord(match.group()[0])
-        for code in map(ord, match.group()[1:]):
-            if code != last + 1:
-                out.append((first, last))
-                first = code
-            last = code
-        out.append((first, last))
-    return "".join(rf"\u{first:04x}-\u{last:04x}" for first, last in out)
+    # without surrogates; what stands beside the gap is in none of the classes
+    plane = "".join(map(chr, chain(range(0xD800), range(0xE000, 0x10000))))
+    runs = (match.group() for match in _compiled(rf"{pattern}+").finditer(plane))
+    return "".join(rf"\u{ord(run[0]):04x}-\u{ord(run[-1]):04x}" for run in runs)
 
 
 # Patterns of `re` are several times faster than regex's. They know the basic plane: regex serves
