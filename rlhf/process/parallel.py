@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from rlhf.process import watchdog
 from rlhf.types import UserError
 
-Work, Result = TypeVar("Work"), TypeVar("Result")
+Work = TypeVar("Work")
+Result = TypeVar("Result")
 _WORTH_S = 1.0  # seconds of work before others help: starting processes takes tenths of one
 _QUEUED = 2  # pieces of work that wait for each process: what is read ahead
 _PR_SET_PDEATHSIG = 1

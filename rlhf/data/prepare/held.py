@@ -10,7 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-Row, Value = TypeVar("Row"), TypeVar("Value")
+Row = TypeVar("Row")
+Value = TypeVar("Value")
 IN_MEMORY = 10_000  # rows
 
 
