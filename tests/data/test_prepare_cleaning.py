@@ -47,6 +47,7 @@ def repaired(text: str, *, touching: bool = False, **options: bool) -> str:
         ("two  spaces \t here", "two spaces here"),
         ("line  \nnext\n\n\n\nlast  ", "line\nnext\n\nlast"),
         ("no\u00a0break\u200b", "no break"),
+        ("\u200bខ្ញុំ\u200bអាន\u200b ok\u200bay", "ខ្ញុំ\u200bអាន okay"),  # parts words in Khmer
         ("def f():\n    return 1", "def f():\n    return 1"),
         ("“quoted” — ‘so’", "“quoted” — ‘so’"),
         ("你好，世界！「引用」", "你好，世界！「引用」"),

@@ -38,7 +38,10 @@ _BREAK = re.compile(rf"\s*</?(?:br|{_BLOCK})(?:\s[^<>]*)?/?>\s*", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_INLINE})(?:\s[^<>]*)?/?>", re.IGNORECASE)
 # no-break, en, em ...; not the ideographic one, which indents
 _ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
-_NO_WIDTH = re.compile("[\u200b\u2060\ufeff]")  # not the joiners, which emoji and Persian need
+# Not the joiners, which emoji and Persian need, and not the space without width between letters of
+# Thai, Lao, Burmese and Khmer, where it is how words are parted.
+_PARTED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
+_NO_WIDTH = re.compile(f"[\u2060\ufeff]|(?<!{_PARTED})\u200b|\u200b(?!{_PARTED})")
 _RUN = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _LINE_END = re.compile(r"[ \t]+(?=\n)")
 _UNPRINTED = re.compile(r"[^\t\n -~]")  # in ASCII: control characters
