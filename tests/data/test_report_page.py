@@ -17,6 +17,7 @@ from rich.console import Console
 
 from conf.choices import TaskClass
 from rlhf.data.formats import Use
+from rlhf.data.prepare.held import OnDisk
 from rlhf.data.prepare.items import Item
 from rlhf.data.report.making import make
 from rlhf.data.report.plots import draw
@@ -25,6 +26,7 @@ from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.schema import SCHEMA
 from rlhf.data.report.terminal import tables
 from rlhf.data.report.writing import as_json
+from rlhf.process import parallel
 from rlhf.types import UserError
 from tests.data.report_rows import LONG, chat, items, texts
 
@@ -314,6 +316,17 @@ def test_the_same_rows_give_the_same_report(tmp_path: Path) -> None:
         make(preference(), held(), Use.preference, tmp_path / name, seed=4)
     for name in ("report.json", "report.html"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_rows_on_disk_and_other_processes_give_the_same_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make(preference(), held(), Use.preference, None)
+    monkeypatch.setattr(parallel, "_WORTH_S", 0.0)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
+    monkeypatch.setattr("rlhf.data.report.noise.PART", 20)
+    train, kept = OnDisk(preference(), tmp_path), OnDisk(held(), tmp_path)
+    assert make(train, kept, Use.preference, None) == here
 
 
 def test_chinese_and_mixed_scripts(tmp_path: Path) -> None:
