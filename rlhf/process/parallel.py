@@ -21,6 +21,7 @@ from rlhf.types import UserError
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 _WORTH_S = 1.0  # seconds of work before others help: starting processes takes tenths of one
+_MOST = 16  # processes: more than one that reads and writes for all can keep busy
 _QUEUED = 2  # pieces of work that wait for each process: what is read ahead
 _PR_SET_PDEATHSIG = 1
 
@@ -49,11 +50,11 @@ def in_order(
     """`function` of each piece of work, in order; at most a few pieces are read ahead.
 
     This process works alone for `worth_s` seconds (None: 1); what comes then is shared out among
-    `processes` (None: as many as there are cores) forked ones, to which the pieces and back from
+    `processes` (None: as many as there are cores, 16 at most) forked ones, to which the pieces and back from
     which the results are pickled. Raises what `function` raises, and UserError where a process
     was killed.
     """
-    processes = processes or cores()
+    processes = processes or min(_MOST, cores())
     worth_s = _WORTH_S if worth_s is None else worth_s
     pieces, spent = iter(work), 0.0
     for piece in pieces:
