@@ -49,10 +49,9 @@ def in_order(
 ) -> Iterator[Result]:
     """`function` of each piece of work, in order; at most a few pieces are read ahead.
 
-    This process works alone for `worth_s` seconds (None: 1); what comes then is shared out among
-    `processes` (None: as many as there are cores, 16 at most) forked ones, to which the pieces and back from
-    which the results are pickled. Raises what `function` raises, and UserError where a process
-    was killed.
+    This process works alone for `worth_s` seconds (None: 1). What comes then is shared out among
+    `processes` forked ones (None: as many as there are cores, 16 at most); pieces and results are
+    pickled on their way. Raises what `function` raises, and UserError where a process was killed.
     """
     processes = processes or min(_MOST, cores())
     worth_s = _WORTH_S if worth_s is None else worth_s
