@@ -359,7 +359,7 @@ def noticed(tokenizer: Any, value: Any) -> set[str]:
         return {"bos"} if doubled and value.startswith(bos) else set()
     if not isinstance(value, list):
         return set()
-    names = set(found.unread & {message["role"] for message in value})
+    names = set(found.unread & {message.get("role") for message in value})
     if found.doubles_bos:
         names.add("bos")
     if found.turn.opening:

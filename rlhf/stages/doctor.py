@@ -11,7 +11,7 @@ from typing import Protocol
 
 from conf.schema import Config
 from rlhf.process import redaction
-from rlhf.stages.examination import backends, environment, machine, memory, tokenizers
+from rlhf.stages.examination import agreement, backends, environment, machine, memory, tokenizers
 from rlhf.stages.examination.findings import Finding, State, as_text, print_table
 from rlhf.types import UserError
 
@@ -38,6 +38,7 @@ def examine(cfg: Config) -> list[Finding]:
         *(probe.result() for probe in probes),
         backends.check_wandb(cfg.tracking),
         *tokenizers.check_tokenizers(cfg.model, cfg.reward, cfg.data.chat_template),
+        *agreement.check_rows(cfg.model, cfg.data, cfg.run.seed),
     ]
 
 

@@ -17,6 +17,7 @@ import rollout
 from conf.choices import AdapterKind, LoraSync, RolloutBackend
 from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
+from rlhf.models.turns import LISTED_ENDS, response_text
 from rlhf.types import Generator, Prompt, Rollout, UserError
 from rollout.sampling import Sampling, draw, response_seeds, sampling_logprobs
 from tests.stages.test_reproducible import VLLM, same_runs
@@ -229,6 +230,25 @@ def test_end_of_sequence_is_kept_and_named(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_response_ends_at_any_end_token(
+    backend: str, generators: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = generators(backend)
+    tokenizer = generator._tokenizer
+    before = generator.generate(PROMPTS, n=20, seed=5)
+    ends = {tokenizer.eos_token_id, *range(100, 120)}
+    monkeypatch.setitem(vars(tokenizer), LISTED_ENDS, tuple(range(100, 120)))
+    after = generator.generate(PROMPTS, n=20, seed=5)
+    assert len({r.token_ids[-1] for r in after if r.finish_reason == "stop"}) > 3
+    for old, new in zip(before, after, strict=True):
+        places = [i for i, token in enumerate(old.token_ids) if token in ends]
+        stop = places[0] + 1 if places else len(old.token_ids)
+        assert new.token_ids == old.token_ids[:stop] and len(new.rollout_logprobs) == stop
+        assert new.finish_reason == ("stop" if places else "length")
+        assert new.text == response_text(tokenizer, new.token_ids, chat=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_samples_follow_the_distribution(
     backend: str, generators: Callable[[str], Any], reference: Any
 ) -> None:
@@ -275,8 +295,8 @@ def test_batches_of_the_plain_backend_change_nothing(
 def test_settings_of_the_model_do_not_reach_the_samples(
     backend: str, tiny_model: Callable[..., Path], tmp_path: Path, generators: Callable[[str], Any]
 ) -> None:
-    """What generation_config.json holds would make the sampled distribution, or the end of a
-    response, another one than the trainer's.
+    """What generation_config.json holds would make the sampled distribution another one than the
+    trainer's. The end tokens that it lists come with the tokenizer, and with no other.
     """
     expected = generators(backend).generate(PROMPTS, n=2, seed=9)
     model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
