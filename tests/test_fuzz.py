@@ -8,6 +8,7 @@ were bad.
 import dataclasses
 import enum
 import functools
+import gzip
 import io
 import json
 import os
@@ -401,6 +402,14 @@ def whole_file(suffix: str) -> bytes:
         return lines(rows)
     if suffix == ".json":
         return json.dumps(rows).encode()
+    if suffix == ".ndjson":  # each object over several lines
+        return "\n".join(json.dumps(row, indent=1) for row in rows).encode()
+    if suffix == ".jsonl.gz":
+        return gzip.compress(lines(rows))
+    if suffix == ".jsonl.zst":
+        import pyarrow
+
+        return pyarrow.compress(lines(rows), codec="zstd", asbytes=True)
     if suffix == ".csv":
         return (
             "prompt,chosen,rejected\n"
@@ -443,7 +452,16 @@ class Damage:
         return self.data if self.how == "noise" else whole_file(self.how)
 
 
-SUFFIXES = [".jsonl", ".json", ".csv", ".parquet", ".xlsx"]
+SUFFIXES = [
+    ".jsonl",
+    ".json",
+    ".ndjson",
+    ".jsonl.gz",
+    ".jsonl.zst",
+    ".csv",
+    ".parquet",
+    ".xlsx",
+]
 DAMAGE = st.builds(
     Damage,
     suffix=st.sampled_from(SUFFIXES),

@@ -71,9 +71,8 @@ def _lines(path: Path) -> Iterator[Line]:
     """The lines of a file that hold something."""
     with open_bytes(path) as source:
         for at, line in enumerate(source, start=1):
-            text = decode(path, line, f"line {at}", first=at == 1)
-            if text.strip():
-                yield at, text
+            if not line.isspace():
+                yield at, decode(path, line, f"line {at}", first=at == 1)
 
 
 def _text_lines(path: Path) -> Iterator[SourceRow]:
