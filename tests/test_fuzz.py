@@ -1,8 +1,8 @@
 """Bad input of any kind ends in a clear error: overrides, rows and files that hypothesis breaks,
 never a traceback from a library.
 
-`make test` tries a few hundred; `make fuzz` tries thousands and fails unless at least 2,000 of them
-were bad.
+`make test` tries about a hundred; `make fuzz` tries thousands and fails unless at least 2,000 of
+them were bad.
 """
 
 import dataclasses
