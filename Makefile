@@ -29,8 +29,8 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio test- \
-    benchmarks fuzz lint format doctor bench bench-data bench-growth chaos soak house equality \
-    proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data \
+    benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-growth chaos soak \
+    house equality proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data \
     proof-labels clean
 
 help: ## print this list
@@ -127,6 +127,9 @@ bench: $(STAMP) ## slow: online steps beside TRL's GRPOTrainer (25 min, idle)
 
 bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, a 2 GiB file, data=clean (15 min)
 	$(OFFLINE) $(PY) -m benchmarks.data
+
+bench-encoding: $(STAMP) ## slow: rows to token ids beside datasets.map (10 min)
+	$(OFFLINE) $(PY) -m benchmarks.encoding
 
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
 	$(OFFLINE) $(PY) -m benchmarks.speed --growth

@@ -185,8 +185,13 @@ class DataConfig:
     preview: int = option(0, "Rows whose tokens are shown in colour.", unit="rows", at_least=0)
     cache: bool = option(
         True,
-        "Keep each step's rows in the run directory, so that run.resume=true continues after the "
-        "last step that is still valid.",
+        "Keep what was computed from rows: rows as token ids, in cache_dir; each step's rows of "
+        "stage=data, in the run directory, so that run.resume=true continues after the last step "
+        "that is still valid.",
+    )
+    cache_dir: str | None = option(
+        None,
+        "Folder of the rows as token ids; may be removed between runs; null: .encoded in run.dir.",
     )
     report: bool = option(
         False, "Examine the prepared rows: report.json and report.html in the run directory."

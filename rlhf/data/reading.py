@@ -1,14 +1,12 @@
-"""Data files as what stages take: TRL data sets, preference pairs, tokenised prompts; and the first
-rows of each file, for preflight.
+"""Data files as what stages take: rows in TRL's columns, preference pairs, tokenised prompts; and
+the first rows of each file, for preflight.
 
     request = DataRequest.of(cfg)
-    train, held_out = sft_dataset(request)
+    train, held_out = sft_records(request)
 
 Rows that don't fit are handled in loading.py.
 """
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -28,11 +26,10 @@ from rlhf.data.loading import (
     require_margins,
     required_sources,
     soft_label,
-    tell_unread,
 )
 from rlhf.data.mixture import Source
+from rlhf.data.prompts import prompt_id, stable_hash, tokenised
 from rlhf.data.sources import eval_sources, given, train_sources
-from rlhf.models import encoding
 from rlhf.types import JudgedAnswer, PreferencePair, Prompt, UserError
 
 __all__ = [
@@ -44,16 +41,18 @@ __all__ = [
     "first_fields",
     "judged_answers",
     "load",
-    "preference_dataset",
     "preference_pairs",
+    "preference_records",
     "prompts",
     "required_sources",
-    "sft_dataset",
+    "sft_records",
     "sft_rows",
     "stage_texts",
     "tokenised",
-    "unpaired_dataset",
+    "unpaired_records",
 ]
+
+Split = tuple[list[Record], list[Record]]  # training and held-out rows
 
 # ---- the first rows, for preflight ----
 
@@ -138,12 +137,6 @@ def first_rows(sources: Sequence[Source], use: Use, data: DataConfig, seed: int)
 # ---- training and held-out rows ----
 
 
-def stable_hash(value: Any) -> str:
-    """16 hexadecimal digits that depend on a prompt's content alone."""
-    content = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
 def split_rows(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices of training and held-out rows, `groups` [N] naming each row's group (rows of one
     prompt). Whole groups are drawn until `fraction` of the rows are held out.
@@ -193,9 +186,9 @@ def _require_eval(held: Loaded, data: DataConfig) -> None:
         )
 
 
-def sft_rows(request: DataRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out rows in TRL's columns: text, prompt and completion, or messages. Raises
-    UserError.
+def sft_records(request: DataRequest) -> Split:
+    """Training and held-out rows in TRL's columns: text, prompt and completion, or messages; each
+    row has its own; ``weight`` and ``tools`` where it has them. Raises UserError.
     """
 
     def group(row: dict[str, Any]) -> Any:
@@ -207,26 +200,41 @@ def sft_rows(request: DataRequest) -> tuple[list[dict[str, Any]], list[dict[str,
     if not held.records:
         train, held = _split(train, [record.place for record in train.records], request)
     _require_eval(held, request.data)
-    return train.values(), held.values()
+    return train.records, held.records
+
+
+def sft_rows(request: DataRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`sft_records` without their places."""
+    train, held = sft_records(request)
+    return [record.value for record in train], [record.value for record in held]
 
 
 def preference_pairs(request: DataRequest) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Training and held-out pairs; pairs with the same prompt (or, without prompts, the same chosen
     text) stay on one side. Raises UserError.
     """
+    train, held = _pairs(request)
+    return train.values(), held.values()
+
+
+def _pairs(request: DataRequest) -> tuple[Loaded, Loaded]:
     train, held = _train_and_eval(request, Use.preference, lambda pair: pair.prompt or pair.chosen)
     _require_eval(held, request.data)
     if isinstance(request.stage, RewardStage) and request.stage.margin:
         require_margins(train)
         require_margins(held)
-    return train.values(), held.values()
+    return train, held
 
 
 def judged_answers(request: DataRequest) -> tuple[list[JudgedAnswer], list[JudgedAnswer]]:
     """Training and held-out answers, a pair as its two sides; answers to the same prompt stay on
     one side. Raises UserError.
     """
+    train, held = _judged(request)
+    return [record.value for record in train], [record.value for record in held]
 
+
+def _judged(request: DataRequest) -> Split:
     def group(value: JudgedAnswer | PreferencePair) -> Any:
         answer = value.chosen if isinstance(value, PreferencePair) else value.completion
         return value.prompt or answer
@@ -234,7 +242,7 @@ def judged_answers(request: DataRequest) -> tuple[list[JudgedAnswer], list[Judge
     train, held = _train_and_eval(request, Use.unpaired, group)
     _require_eval(held, request.data)
     answers = _single_answers(train)
-    labels = {answer.good for answer in answers}
+    labels = {record.value.good for record in answers}
     if len(labels) == 1:
         judged = "good" if labels == {True} else "bad"
         raise UserError(
@@ -244,10 +252,13 @@ def judged_answers(request: DataRequest) -> tuple[list[JudgedAnswer], list[Judge
     return answers, _single_answers(held)
 
 
-def _single_answers(loaded: Loaded) -> list[JudgedAnswer]:
-    out: list[JudgedAnswer] = []
-    for value in loaded.values():
-        out += [value] if isinstance(value, JudgedAnswer) else both_sides(value)
+def _single_answers(loaded: Loaded) -> list[Record]:
+    out: list[Record] = []
+    for record in loaded.records:
+        if isinstance(record.value, JudgedAnswer):
+            out.append(record)
+        else:
+            out += [replace(record, value=side) for side in both_sides(record.value)]
     return out
 
 
@@ -259,64 +270,55 @@ def stage_texts(request: DataRequest) -> Iterable[str]:
         yield from texts_in(value)
 
 
-# ---- TRL's data sets ----
+# ---- TRL's columns ----
 
 
-def _datasets(train: list[dict[str, Any]], held: list[dict[str, Any]]) -> tuple[Any, Any]:
-    from datasets import Dataset
+def _in_columns(
+    records: Sequence[Record], columns: Callable[[Any], dict[str, Any]]
+) -> list[Record]:
+    """Each record with its value as columns, and those of its options that it has."""
+    out = []
+    for record in records:
+        row = columns(record.value)
+        for name in ("weight", SOFT_LABEL, "tools"):
+            option = getattr(record.value, name, None)
+            if option is not None:
+                row[name] = option
+        out.append(replace(record, value=row))
+    return out
 
-    return Dataset.from_list(train), Dataset.from_list(held)
 
-
-def sft_dataset(request: DataRequest) -> tuple[Any, Any]:
-    """(train, eval) as datasets.Dataset in TRL's SFT columns: strings or lists of messages; weight
-    where rows have one. Raises UserError.
-    """
-    return _datasets(*sft_rows(request))
-
-
-def preference_dataset(request: DataRequest) -> tuple[Any, Any]:
-    """(train, eval) as datasets.Dataset: chosen, rejected; prompt, weight and soft_label where rows
+def preference_records(request: DataRequest) -> Split:
+    """Training and held-out rows: chosen, rejected; prompt, weight, soft_label and tools where rows
     have them, margin where every row has one. Raises UserError.
     """
-    train, held = preference_pairs(request)
-    both = [*train, *held]
+    train, held = _pairs(request)
+    both = [*train.values(), *held.values()]
     with_prompt = any(pair.prompt for pair in both)
     with_margin = all(pair.margin is not None for pair in both)
 
-    def row(pair: PreferencePair) -> dict[str, Any]:
+    def columns(pair: PreferencePair) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt": pair.prompt} if with_prompt else {}
         out |= {"chosen": pair.chosen, "rejected": pair.rejected}
         if with_margin:
             out["margin"] = pair.margin
-        if pair.tools is not None:
-            out["tools"] = pair.tools
-        if pair.weight is not None:
-            out["weight"] = pair.weight
-        if pair.soft_label is not None:
-            out[SOFT_LABEL] = pair.soft_label
         return out
 
-    return _datasets([row(pair) for pair in train], [row(pair) for pair in held])
+    return _in_columns(train.records, columns), _in_columns(held.records, columns)
 
 
-def unpaired_dataset(request: DataRequest) -> tuple[Any, Any]:
-    """(train, eval) as datasets.Dataset: completion, label; prompt and weight where rows have them.
+def unpaired_records(request: DataRequest) -> Split:
+    """Training and held-out rows: completion, label; prompt, weight and tools where rows have them.
     Raises UserError.
     """
-    train, held = judged_answers(request)
-    with_prompt = any(answer.prompt for answer in [*train, *held])
+    train, held = _judged(request)
+    with_prompt = any(record.value.prompt for record in (*train, *held))
 
-    def row(answer: JudgedAnswer) -> dict[str, Any]:
+    def columns(answer: JudgedAnswer) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt": answer.prompt} if with_prompt else {}
-        out |= {"completion": answer.completion, "label": answer.good}
-        if answer.tools is not None:
-            out["tools"] = answer.tools
-        if answer.weight is not None:
-            out["weight"] = answer.weight
-        return out
+        return out | {"completion": answer.completion, "label": answer.good}
 
-    return _datasets([row(answer) for answer in train], [row(answer) for answer in held])
+    return _in_columns(train, columns), _in_columns(held, columns)
 
 
 # ---- prompts ----
@@ -333,9 +335,9 @@ def prompts(request: DataRequest, tokenizer: Any, split: str = "train") -> list[
         raise ValueError(f"split={split!r}: expected train or eval")
     train, held = _train_and_eval(request, Use.prompt, lambda prompt: prompt)
     if split == "train":
-        return tokenised(tokenizer, train, request.data)
+        return tokenised(tokenizer, train, request)
     _require_eval(held, request.data)
-    return tokenised(tokenizer, held, request.data)
+    return tokenised(tokenizer, held, request)
 
 
 def distinct_prompts(request: DataRequest, count: int | None) -> Loaded:
@@ -345,50 +347,5 @@ def distinct_prompts(request: DataRequest, count: int | None) -> Loaded:
     loaded = load(request, required_sources(request), Use.prompt)
     first: dict[str, Record] = {}
     for record in loaded.records:
-        first.setdefault(_id(record), record)
+        first.setdefault(prompt_id(record), record)
     return replace(loaded, records=list(first.values())[:count])
-
-
-def _id(record: Record) -> str:
-    """Names a prompt; with other functions to call it is another one."""
-    if record.tools is None:
-        return stable_hash(record.value)
-    return stable_hash([record.value, record.tools])
-
-
-def tokenised(tokenizer: Any, loaded: Loaded, data: DataConfig) -> list[Prompt]:
-    """Records as prompts of at most ``data.max_prompt_length`` tokens. Raises UserError:
-    conversations without a chat template, and prompts that are too long, naming the longest row,
-    unless ``data.truncate_prompts`` is set.
-    """
-    if isinstance(loaded.records[0].value, list):
-        encoding.require_template(tokenizer, loaded.name)
-    tell_unread(loaded.keys, tokenizer, loaded.name)
-    limit, out = data.max_prompt_length, []
-    too_long: list[tuple[int, int, str]] = []  # tokens, row number, place
-    for record in loaded.records:
-        tools = record.tools
-        ids = encoding.prompt_ids(tokenizer, record.value, tools)
-        if not ids:
-            raise UserError(
-                f"{record.place}: the prompt has no tokens, so there is nothing to continue."
-            )
-        if len(ids) > limit:
-            too_long.append((len(ids), record.number, record.place))
-            ids = ids[-limit:]
-            text = tokenizer.decode(ids)
-        else:
-            text = record.value if isinstance(record.value, str) else tokenizer.decode(ids)
-        out.append(
-            Prompt(_id(record), text, tuple(ids), record.value, fields=record.fields, tools=tools)
-        )
-    if too_long and not data.truncate_prompts:
-        tokens, number, place = max(too_long)
-        where = f"row {number}" if len(loaded.formats) == 1 else place
-        raise UserError(
-            f"{loaded.name}: {len(too_long)} of {len(out)} prompts are longer than "
-            f"data.max_prompt_length={limit} tokens; the longest is {where} "
-            f"with {tokens}. Raise data.max_prompt_length, or set data.truncate_prompts=true to "
-            "keep each prompt's last tokens."
-        )
-    return out

@@ -4,6 +4,7 @@ checks, their reference, and their trainers, configured with the stage's options
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -13,11 +14,12 @@ from conf.choices import AdapterKind, FDivergence, KTOLoss, PreferenceLoss
 from conf.schema import AdapterConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage
 from policy.model import is_peft
+from rlhf.data.converting import Record
 from rlhf.offline.kto import KLPairs
 from rlhf.offline.likelihood import CPO, ORPO
+from rlhf.offline.pairs import labelled
 from rlhf.offline.private_hooks import CPOConfig, DataCollatorForUnpairedPreference, ORPOConfig
 from rlhf.offline.row_weights import COLUMN
-from rlhf.offline.rows import labelled
 from rlhf.offline.trainers import DPO, KTO, StageTrainer
 from rlhf.types import UserError
 
@@ -74,12 +76,12 @@ def sorting_note(stage: PreferenceStage, rows: int) -> list[str]:
 
 
 def check_row_weights(
-    column: str | None, losses: list[PreferenceLoss], rows: datasets.Dataset
+    column: str | None, losses: list[PreferenceLoss], rows: Sequence[Record]
 ) -> None:
     """Log what the rows' weights do. Raises UserError for losses that compare the sorted rows of a
     batch. column: ``data.weight_column``.
     """
-    if COLUMN not in rows.column_names:
+    if COLUMN not in rows[0].value:
         return
     sorting = [loss.value for loss in losses if loss in _SORTING]
     if sorting:

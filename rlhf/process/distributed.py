@@ -4,10 +4,12 @@ process without torch.distributed.
 torch is imported where it is used: the command line's list of stages and its help need none.
 """
 
+import contextlib
 import datetime
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,16 +145,79 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+# ---- work that one rank of each node does for all ----
+
+_BEAT_S = 5.0  # between two signs of life of a rank that works
+_WORKING, _DONE = "working", "done"
+
+
+class _FailedElsewhere(UserError):
+    """The message of another rank's failure."""
+
+
+class _Rounds:
+    """Exchanges in which every rank says what it does. All ranks take part in each."""
+
+    def __init__(self, alive: Callable[[], None]) -> None:
+        self._alive, self._last = alive, time.monotonic()
+
+    def beat(self) -> None:
+        """A sign of life of a rank that works; cheap, and most calls do nothing."""
+        if time.monotonic() - self._last >= _BEAT_S:
+            self.exchange(_WORKING)
+
+    def exchange(self, state: str, message: str = "") -> bool:
+        """Whether all ranks are done. Raises UserError where one has failed."""
+        states = gather((state, message))
+        self._last = time.monotonic()
+        self._alive()
+        for other, failure in states:
+            if other not in (_WORKING, _DONE):
+                raise _FailedElsewhere(failure)
+        return all(other == _DONE for other, _ in states)
+
+
+def once_per_node(work: Callable[[Callable[[], None]], None], alive: Callable[[], None]) -> None:
+    """Run `work` on the first rank of each node, while the other ranks wait. A collective.
+
+    work: is given a function to call now and then, a sign of life. alive: called on every rank at
+    each such sign. Where `work` fails on one rank, all ranks raise: that one its own error, the
+    others UserError with its message.
+    """
+    if _process_group() is None:
+        work(lambda: None)
+        return
+    rounds = _Rounds(alive)
+    try:
+        if local_rank() == 0:
+            work(rounds.beat)
+    except _FailedElsewhere:
+        raise
+    except Exception as error:
+        message = str(error)
+        if not isinstance(error, UserError):
+            message = f"rank {rank()} failed: {type(error).__name__}: {error}"
+        with contextlib.suppress(_FailedElsewhere):
+            rounds.exchange("failed", message)
+        raise
+    while not rounds.exchange(_DONE):
+        pass
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def set_threads(threads: int | None = None) -> None:
     """torch's threads of this rank: `threads`, or the machine's cores shared out among its
     ranks.
     """
     import torch
 
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, cores // local_world_size()))
+    torch.set_num_threads(threads or max(1, cores() // local_world_size()))
 
 
 # `all_sum`: element-wise, the same result on every rank

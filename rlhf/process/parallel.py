@@ -16,6 +16,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from rlhf.process import watchdog
+from rlhf.process.distributed import cores
 from rlhf.types import UserError
 
 Work = TypeVar("Work")
@@ -24,13 +25,6 @@ _WORTH_S = 1.0  # seconds of work before others help: starting processes takes t
 _MOST = 16  # processes: more than one that reads and writes for all can keep busy
 _QUEUED = 2  # pieces of work that wait for each process: what is read ahead
 _PR_SET_PDEATHSIG = 1
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def parts(rows: Iterable[Work], size: int) -> Iterator[list[Work]]:
@@ -46,12 +40,14 @@ def in_order(
     *,
     processes: int | None = None,
     worth_s: float | None = None,
+    waiting: Callable[[], None] = watchdog.alive,
 ) -> Iterator[Result]:
     """`function` of each piece of work, in order; at most a few pieces are read ahead.
 
     This process works alone for `worth_s` seconds (None: 1). What comes then is shared out among
     `processes` forked ones (None: as many as there are cores, 16 at most); pieces and results are
-    pickled on their way. Raises what `function` raises, and UserError where a process was killed.
+    pickled on their way. `waiting` is called about once a second meanwhile. Raises what
+    `function` raises, and UserError where a process was killed.
     """
     processes = processes or min(_MOST, cores())
     worth_s = _WORTH_S if worth_s is None else worth_s
@@ -66,7 +62,7 @@ def in_order(
             break
     following = next(pieces, None)
     if following is not None:
-        yield from _shared_out(function, chain([following], pieces), processes)
+        yield from _shared_out(function, chain([following], pieces), processes, waiting)
 
 
 _inherited: list[Callable[[Any], Any]] = []  # what a worker does: forked, it has it from its parent
@@ -78,6 +74,8 @@ def _begin(function: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    watchdog.forget()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     gc.freeze()  # the parent's objects stay shared memory
 
 
@@ -86,7 +84,10 @@ def _do(piece: Any) -> Any:
 
 
 def _shared_out(
-    function: Callable[[Work], Result], work: Iterable[Work], processes: int
+    function: Callable[[Work], Result],
+    work: Iterable[Work],
+    processes: int,
+    meanwhile: Callable[[], None],
 ) -> Iterator[Result]:
     pool = ProcessPoolExecutor(
         processes,
@@ -99,20 +100,20 @@ def _shared_out(
         for piece in work:
             waiting.append(pool.submit(_do, piece))
             if len(waiting) > _QUEUED * processes:
-                yield _result(waiting.popleft())
+                yield _result(waiting.popleft(), meanwhile)
         while waiting:
-            yield _result(waiting.popleft())
+            yield _result(waiting.popleft(), meanwhile)
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that prepared rows has ended before its work (killed, or out of memory). "
+            "a process that worked on rows has ended before its work (killed, or out of memory). "
             "Start again: with fewer cores (taskset) it takes less memory."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _result(future: "Future[Result]") -> Result:
+def _result(future: "Future[Result]", meanwhile: Callable[[], None]) -> Result:
     while not future.done():
         wait([future], timeout=1.0)
-        watchdog.alive()
+        meanwhile()
     return future.result()

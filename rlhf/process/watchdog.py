@@ -52,6 +52,11 @@ def alive() -> None:
         _watching[-1].alive()
 
 
+def forget() -> None:
+    """In a forked process: the parent watches itself, and `alive` does nothing here."""
+    _watching.clear()
+
+
 def in_collective() -> bool:
     """Whether the main thread waits for other ranks, as far as its Python frames tell.
 

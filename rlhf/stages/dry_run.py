@@ -24,12 +24,10 @@ from rlhf.checks.memory.tables import plan_table
 from rlhf.cli import config
 from rlhf.data import reading
 from rlhf.data.formats import Use
-from rlhf.data.formats.base import both_sides, columns_of
 from rlhf.data.preview import RowPreview, preview_row, render
 from rlhf.process import redaction
 from rlhf.run.console import console
 from rlhf.run.directory import run_directory
-from rlhf.types import PreferencePair
 
 LOG = logging.getLogger("rlhf")
 ROWS = 2  # shown as tokens where data.preview doesn't say how many
@@ -105,32 +103,28 @@ def read_rows(cfg: Config, tokenizer: Any) -> Rows:
     use, shown = request.use, cfg.data.preview or ROWS
     if use is Use.prompt:
         prompts = reading.prompts(request, tokenizer)
-        columns = [{"prompt": prompt.source} for prompt in prompts[:shown]]
-        return Rows(len(prompts), _previews(tokenizer, use, columns, cfg.data.max_prompt_length))
-    values: list[Any]
-    if use is Use.sft:
-        values = reading.sft_rows(request)[0]
-    elif use is Use.preference:
-        values = reading.preference_pairs(request)[0]
-    else:
-        values = reading.judged_answers(request)[0]
-    first: list[Any] = []
-    for value in values[:shown]:
-        if use is Use.unpaired and isinstance(value, PreferencePair):
-            first.extend(both_sides(value))
-        else:
-            first.append(value)
-    columns = [columns_of(value, {}) for value in first]
-    return Rows(len(values), _previews(tokenizer, use, columns, cfg.stage.max_length))
+        named = [
+            (f"training prompt {number}", {"prompt": prompt.source})
+            for number, prompt in enumerate(prompts[:shown], start=1)
+        ]
+        return Rows(len(prompts), _previews(tokenizer, use, named, cfg.data.max_prompt_length))
+    read = {
+        Use.sft: reading.sft_records,
+        Use.preference: reading.preference_records,
+        Use.unpaired: reading.unpaired_records,
+    }[use]
+    records = read(request)[0]
+    # pairs of whole texts have no prompt
+    prompt = {} if use is Use.sft else {"prompt": ""}
+    first = [(record.place, prompt | record.value) for record in records[:shown]]
+    return Rows(len(records), _previews(tokenizer, use, first, cfg.stage.max_length))
 
 
 def _previews(
-    tokenizer: Any, use: Use, columns: Sequence[dict[str, Any]], limit: int
+    tokenizer: Any, use: Use, rows: Sequence[tuple[str, dict[str, Any]]], limit: int
 ) -> list[RowPreview]:
-    return [
-        preview_row(tokenizer, use, one, f"training row {number}", limit)
-        for number, one in enumerate(columns, start=1)
-    ]
+    """Rows by their places."""
+    return [preview_row(tokenizer, use, columns, place, limit) for place, columns in rows]
 
 
 def _print_figures(title: str, figures: dict[str, str]) -> None:

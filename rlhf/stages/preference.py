@@ -16,12 +16,13 @@ from conf.stages import KTOStage, PreferenceStage
 from policy.engines import resharding
 from policy.model import base_of
 from rlhf.checks import launch
+from rlhf.data.encoded import Store
 from rlhf.data.loading import tell_unread
-from rlhf.data.reading import DataRequest, preference_dataset, unpaired_dataset
+from rlhf.data.reading import DataRequest, preference_records, unpaired_records
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import preference, setup
 from rlhf.offline.kto import check_balance, without_lone_row
-from rlhf.offline.rows import encode_preferences, longest_row, preference_contexts
+from rlhf.offline.pairs import encode_preferences, longest_row, preference_contexts
 from rlhf.offline.setup import (
     begin,
     check_positions,
@@ -65,19 +66,17 @@ def read(request: DataRequest, tokenizer: Any, micro: int) -> Sides:
     unpaired = isinstance(stage, KTOStage)
     if unpaired:
         sides: tuple[str, ...] = ("completion",)
-        raw_train, raw_held_out = unpaired_dataset(request)
+        raw_train, raw_held_out = unpaired_records(request)
     else:
         sides = ("chosen", "rejected")
-        raw_train, raw_held_out = preference_dataset(request)
+        raw_train, raw_held_out = preference_records(request)
     tell_unread(request.keys, tokenizer, stage.name)
     preference.check_row_weights(
         request.data.weight_column, getattr(stage, "losses", []), raw_train
     )
-    length = stage.max_length
-    train = encode_preferences(tokenizer, raw_train, sides, name="training", max_length=length)
-    held_out = encode_preferences(
-        tokenizer, raw_held_out, sides, name="held-out", max_length=length
-    )
+    encode = {"max_length": stage.max_length, "store": Store.of(request)}
+    train = encode_preferences(tokenizer, raw_train, sides, name="training", **encode)
+    held_out = encode_preferences(tokenizer, raw_held_out, sides, name="held-out", **encode)
     if not unpaired:
         return train, held_out
     check_balance(stage, train)

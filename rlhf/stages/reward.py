@@ -18,13 +18,14 @@ from reward.model import (
     write_manifest,
 )
 from rlhf.checks.launch import BatchPlan
+from rlhf.data.encoded import Store
 from rlhf.data.loading import tell_unread
-from rlhf.data.reading import DataRequest, check_first_strength, preference_dataset
+from rlhf.data.reading import DataRequest, check_first_strength, preference_records
 from rlhf.models.encoding import is_chat
 from rlhf.models.loading import load_classifier, resolve_dtype
 from rlhf.offline import judged_pairs, setup
+from rlhf.offline.pairs import EncodedPairs, encode_pairs, padding_token
 from rlhf.offline.row_weights import SOFT_LABEL
-from rlhf.offline.rows import EncodedPairs, encode_pairs, padding_token
 from rlhf.offline.setup import (
     begin,
     check_positions,
@@ -55,17 +56,18 @@ def check(cfg: Config) -> list[str]:
 def read(request: DataRequest, tokenizer: Any) -> tuple[EncodedPairs, EncodedPairs, bool]:
     """Encoded training and held-out pairs, and whether they are conversations. Raises UserError."""
     stage = request.stage
-    train, held_out = preference_dataset(request)
+    train, held_out = preference_records(request)
     tell_unread(request.keys, tokenizer, stage.name)
     encode = {
         "max_length": stage.max_length,
         "margin": stage.margin,
         "soft_label": stage.soft_label,
+        "store": Store.of(request),
     }
     return (
         encode_pairs(tokenizer, train, name="training", **encode),
         encode_pairs(tokenizer, held_out, name="held-out", **encode),
-        is_chat(train[0]["chosen"]),
+        is_chat(train[0].value["chosen"]),
     )
 
 

@@ -13,12 +13,14 @@ from trl.data_utils import pack_dataset
 from conf.schema import Config
 from policy.engines import resharding
 from rlhf.checks.launch import BatchPlan
+from rlhf.data.converting import Record
+from rlhf.data.encoded import Store
 from rlhf.data.loading import tell_unread
-from rlhf.data.reading import DataRequest, sft_dataset
+from rlhf.data.reading import DataRequest, sft_records
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import setup
 from rlhf.offline.row_weights import COLUMN
-from rlhf.offline.rows import encode_sft, sft_context
+from rlhf.offline.rows import encode_sft, lengths, sft_context
 from rlhf.offline.setup import (
     begin,
     check_positions,
@@ -47,33 +49,39 @@ def check(cfg: Config) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The stage's rows: encoded for training and evaluation, and the held-out ones as read."""
+    """The stage's rows: encoded for training and evaluation, and the first held-out ones as
+    read.
+    """
 
     train: datasets.Dataset
     held_out: datasets.Dataset
-    held_out_texts: datasets.Dataset
+    samples: list[Record]
 
     def longest(self) -> int:
         """Tokens of the longest encoded row."""
-        return max(len(ids) for rows in (self.train, self.held_out) for ids in rows["input_ids"])
+        return max(int(lengths(r, "input_ids").max()) for r in (self.train, self.held_out))
 
 
 def read(request: DataRequest, tokenizer: Any) -> Rows:
     """Read and encode the stage's rows. Raises UserError."""
     stage = request.stage
-    train, held_out = sft_dataset(request)
+    train, held_out = sft_records(request)
     tell_unread(request.keys, tokenizer, stage.name)
-    if stage.packing and COLUMN in train.column_names:
+    if stage.packing and COLUMN in train[0].value:
         raise UserError(
             "stage.packing=true joins rows, and the rows' weights (column "
             f"{request.data.weight_column!r}) would be lost. Set stage.packing=false, or "
             "data.weight_column=null to weigh all rows the same."
         )
-    encode = {"max_length": stage.max_length, "completion_only": stage.completion_only}
+    encode = {
+        "max_length": stage.max_length,
+        "completion_only": stage.completion_only,
+        "store": Store.of(request),
+    }
     return Rows(
         encode_sft(tokenizer, train, name="training", cut=not stage.packing, **encode),
         encode_sft(tokenizer, held_out, name="held-out", cut=True, **encode),
-        held_out,
+        held_out[:_SAMPLES],
     )
 
 
@@ -103,9 +111,7 @@ def run(ctx: RunContext) -> None:
         save_trained(trainer, tokenizer, ctx.dir, cfg.model, adapter_alone=adapter_alone)
         ctx.watchdog.phase("samples")
         if distributed.is_main():
-            texts = rows.held_out_texts
-            first = texts.select(range(min(_SAMPLES, len(texts))))
-            contexts = [sft_context(tokenizer, row) for row in first]
+            contexts = [sft_context(tokenizer, record.value) for record in rows.samples]
             samples = greedy_samples(
                 cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length
             )

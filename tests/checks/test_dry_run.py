@@ -104,9 +104,9 @@ def test_an_online_stage_shows_all_and_loads_and_writes_nothing(
         and "100 (stage.steps), 100 optimizer steps, 6400 responses" in out
     )
     assert (
-        "training row 1" in out
-        and "training row 2" in out
-        and "training row 3" not in out
+        "training prompt 1" in out
+        and "training prompt 2" in out
+        and "training prompt 3" not in out
         and "the film" in out
     )
     assert "memory plan" in out and "reference" in out and "usable on each rank: fits" in out
@@ -126,7 +126,7 @@ def test_offline_stages(
     stage = replace(config.stage_preset(preset), batch_size=8)
     out = shown(replace(grpo, stage=stage, reward=RewardConfig()), capsys)
     assert "8 rows x 1 micro-batches x 1 rank = 8 (stage.batch_size)" in out
-    assert "memory plan" in out and "training row 1" in out and "of a response" in out
+    assert "memory plan" in out and ".jsonl, row " in out and "of a response" in out
 
 
 def test_several_devices_are_launched_by_torchrun_and_share_the_work(
@@ -242,7 +242,7 @@ def test_two_ranks_print_once(preset: str, grpo: Config, tmp_path: Path) -> None
         "launch: torchrun --standalone --nproc_per_node 2 -m rlhf",
         "memory plan",
         f"dry run: stage={preset} composes",
-        "training row 1",
+        "training prompt 1",
     ):
         assert done.stdout.count(once) == 1, once
     assert (

@@ -25,8 +25,10 @@ from rlhf.data.writing import convert
 from rlhf.models.encoding import IGNORED, prompt_ids
 from rlhf.models.loading import train_tokenizer
 from rlhf.models.templates import template_text
-from rlhf.offline.rows import encode_preferences, encode_sft_row
+from rlhf.offline.pairs import encode_preferences
+from rlhf.offline.rows import encode_sft_row
 from rlhf.types import PreferencePair, UserError
+from tests.offline.trl_tools import records
 
 ASKED = {"role": "user", "content": "How warm is it in Oslo?"}
 CALL = {"type": "function", "function": {"name": "warmth", "arguments": {"city": "Oslo"}}}
@@ -355,7 +357,7 @@ def test_sides_of_pairs_and_judged_answers_hold_their_calls(tokenizer: Any, tmp_
         for p in [*chosen, *rejected]
     ]
     encoded = encode_preferences(
-        tokenizer, rows, ("chosen", "rejected"), name="training", max_length=2048
+        tokenizer, records(rows), ("chosen", "rejected"), name="training", max_length=2048
     )
     for row in encoded:
         sides = {tokenizer.decode(row["chosen_ids"]), tokenizer.decode(row["rejected_ids"])}
@@ -369,7 +371,7 @@ def test_prompts_show_their_tools(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"prompt": [ASKED], "tools": [TOOL]}, {"prompt": [ASKED]}]
     request = rows_of(tmp_path, rows, OnlineStage())
     both = reading.distinct_prompts(request, None)
-    prompts = reading.tokenised(tokenizer, both, request.data)
+    prompts = reading.tokenised(tokenizer, both, request)
     assert [prompt.tools for prompt in prompts] == [[TOOL], None]
     assert list(prompts[0].token_ids) == prompt_ids(tokenizer, [ASKED], [TOOL])
     assert json.dumps(TOOL) in prompts[0].text and json.dumps(TOOL) not in prompts[1].text

@@ -674,14 +674,12 @@ def test_eval_path_is_the_held_out_file(tmp_path: Path) -> None:
         str(jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n} {i}"} for i in range(3)]))
         for n in ("train", "eval")
     )
-    train, held = reading.sft_dataset(
+    train, held = reading.sft_records(
         reading.DataRequest.of(config(tmp_path, SFTStage(), path=train_file, eval_path=eval_file))
     )
-    assert train["text"][:] == ["train 0", "train 1", "train 2"] and held["text"][:] == [
-        "eval 0",
-        "eval 1",
-        "eval 2",
-    ]
+    assert [record.value["text"] for record in train] == ["train 0", "train 1", "train 2"]
+    assert [record.value["text"] for record in held] == ["eval 0", "eval 1", "eval 2"]
+    assert held[2].place == f"{eval_file}, row 3"
 
 
 def test_one_row_cannot_be_split(tmp_path: Path) -> None:
@@ -692,18 +690,18 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
 
 def test_preference_columns_follow_the_rows(tmp_path: Path) -> None:
     rows = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(4)]
-    train, _ = reading.preference_dataset(
+    train, _ = reading.preference_records(
         reading.DataRequest.of(
             config(tmp_path, RewardStage(), path=str(jsonl(tmp_path / "a.jsonl", rows)))
         )
     )
-    assert train.column_names == ["chosen", "rejected"]
+    assert list(train[0].value) == ["chosen", "rejected"]
     with_margin = [r | {"prompt": f"p{i}", "margin": i} for i, r in enumerate(rows)]
     path = str(jsonl(tmp_path / "b.jsonl", with_margin))
-    train, _ = reading.preference_dataset(
+    train, _ = reading.preference_records(
         reading.DataRequest.of(config(tmp_path, RewardStage(margin=True), path=path))
     )
-    assert train.column_names == ["prompt", "chosen", "rejected", "margin"]
+    assert list(train[0].value) == ["prompt", "chosen", "rejected", "margin"]
     del with_margin[2]["margin"]
     with pytest.raises(UserError, match=r"row 3: stage.margin=true.*no margin"):
         reading.preference_pairs(

@@ -92,9 +92,9 @@ def test_a_stage_reads_the_format_that_it_finds(
     tokenizer = train_tokenizer(["x"], 300, 512)
     tokenizer.chat_template = template_text("chatml")
     read: dict[Use, Any] = {
-        Use.sft: reading.sft_dataset,
-        Use.preference: reading.preference_dataset,
-        Use.unpaired: reading.unpaired_dataset,
+        Use.sft: reading.sft_records,
+        Use.preference: reading.preference_records,
+        Use.unpaired: reading.unpaired_records,
         Use.prompt: lambda request: (
             reading.prompts(request, tokenizer),
             reading.prompts(request, tokenizer, split="eval"),

@@ -141,11 +141,8 @@ def test_pairs_become_two_answers(tmp_path: Path) -> None:
     train, held = reading.judged_answers(reading.DataRequest.of(cfg))
     assert len(train) == 18 and [a.good for a in held] == [True, False]
     assert all(str(a.completion).startswith("good") == a.good for a in train)
-    data, _ = reading.unpaired_dataset(reading.DataRequest.of(cfg))
-    assert data.column_names == ["completion", "label"] and data[0] == {
-        "completion": train[0].completion,
-        "label": True,
-    }
+    data, _ = reading.unpaired_records(reading.DataRequest.of(cfg))
+    assert data[0].value == {"completion": train[0].completion, "label": True}
     assert sorted(reading.stage_texts(reading.DataRequest.of(cfg))) == sorted(
         text for row in rows for text in row.values()
     )

@@ -443,7 +443,9 @@ def test_an_adapter_writes_with_its_base(tmp_path: Path, tiny_model: Tiny) -> No
     assert len(base_said) == len(tuned_said) == 6
     tokenizer = load_tokenizer(dataclasses.replace(cfg.model, path=str(tiny_model())))
     prompts = reading.tokenised(
-        tokenizer, reading.distinct_prompts(reading.DataRequest.of(cfg), None), cfg.data
+        tokenizer,
+        reading.distinct_prompts(reading.DataRequest.of(cfg), None),
+        reading.DataRequest.of(cfg),
     )
     from rollout.hf import HFGenerator
     from rollout.sampling import Sampling

@@ -20,8 +20,8 @@ from rlhf.checks.launch import BatchPlan
 from rlhf.models.encoding import IGNORED, encode_answer, response_ids
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline.guards import Guard
+from rlhf.offline.pairs import encode_preferences
 from rlhf.offline.preference import has_reference, make_trainer, start_of
-from rlhf.offline.rows import encode_preferences
 from rlhf.offline.setup import trainer_arguments, with_adapter
 from tests.offline import trl_tools
 from tests.offline.preference_tools import LORA, answer_logprob, stage_of
@@ -113,7 +113,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     rows = trl_tools.pair_rows(6)
     pairs = encode_preferences(
-        tokenizer, Dataset.from_list(rows), ("chosen", "rejected"), name="x", max_length=60
+        tokenizer, trl_tools.records(rows), ("chosen", "rejected"), name="x", max_length=60
     )
     single = [
         {"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"}
@@ -121,7 +121,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         for side in ("chosen", "rejected")
     ]
     answers = encode_preferences(
-        tokenizer, Dataset.from_list(single), ("completion",), name="x", max_length=60
+        tokenizer, trl_tools.records(single), ("completion",), name="x", max_length=60
     )
     logprobs, of_reference = pair_logprobs(policy, pairs), pair_logprobs(reference, pairs)
     ratios = {side: logprobs[side] - of_reference[side] for side in logprobs}

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import RewardConfig as TRLRewardConfig
@@ -33,14 +32,9 @@ from rlhf.data import reading
 from rlhf.models.loading import load_causal_lm, load_classifier
 from rlhf.offline import row_weights as weights
 from rlhf.offline.guards import Guard
+from rlhf.offline.pairs import EncodedPairs, encode_pairs, encode_preferences, padding_token
 from rlhf.offline.preference import check_row_weights, has_reference, make_trainer
-from rlhf.offline.rows import (
-    EncodedPairs,
-    encode_pairs,
-    encode_preferences,
-    encode_sft,
-    padding_token,
-)
+from rlhf.offline.rows import encode_sft
 from rlhf.offline.setup import trainer_arguments
 from rlhf.offline.trainers import SFT, Reward
 from rlhf.run.context import RunContext
@@ -100,21 +94,26 @@ def pairs(count: int = 8) -> list[Row]:
     return [{"prompt": f"p{i}", "chosen": " a", "rejected": " b"} for i in range(count)]
 
 
+def values(records: list[Any]) -> list[Row]:
+    return [record.value for record in records]
+
+
 def test_weights_stay_with_their_rows(tmp_path: Path) -> None:
     rows = [row | {"weight": i + 0.5} for i, row in enumerate(pairs())]
     cfg = config(tmp_path, rows)
-    for part in reading.preference_dataset(reading.DataRequest.of(cfg)):
+    for part in map(values, reading.preference_records(reading.DataRequest.of(cfg))):
         assert len(part) and all(row["weight"] == int(row["prompt"][1:]) + 0.5 for row in part)
     single = [
         {"prompt": f"p{i}", "completion": " a", "label": i % 2, "weight": str(i)}
         for i in range(1, 9)
     ]
-    for part in reading.unpaired_dataset(
-        reading.DataRequest.of(config(tmp_path, single, KTOStage()))
+    for part in map(
+        values,
+        reading.unpaired_records(reading.DataRequest.of(config(tmp_path, single, KTOStage()))),
     ):
         assert len(part) and all(row["weight"] == int(row["prompt"][1:]) for row in part)
-    for part in reading.unpaired_dataset(
-        reading.DataRequest.of(config(tmp_path, rows, KTOStage()))
+    for part in map(
+        values, reading.unpaired_records(reading.DataRequest.of(config(tmp_path, rows, KTOStage())))
     ):
         assert len(part) and all(row["weight"] == int(row["prompt"][1:]) + 0.5 for row in part), (
             "both sides of a pair weigh what it weighs"
@@ -123,7 +122,8 @@ def test_weights_stay_with_their_rows(tmp_path: Path) -> None:
         [{"text": f"t{i}", "weight": i} for i in range(8)],
         [{"prompt": f"t{i}", "completion": " x", "weight": i} for i in range(8)],
     ):
-        for part in reading.sft_dataset(reading.DataRequest.of(config(tmp_path, rows, SFTStage()))):
+        request = reading.DataRequest.of(config(tmp_path, rows, SFTStage()))
+        for part in map(values, reading.sft_records(request)):
             assert len(part) and all(
                 row["weight"] == int(row.get("text", row.get("prompt"))[1:]) for row in part
             )
@@ -135,23 +135,15 @@ def test_the_column_can_be_named_or_left_alone(tmp_path: Path) -> None:
         UserError,
         match=r"row 1: column 'weight'.*at least 0.*'heavy'.*data.weight_column=null",
     ):
-        reading.preference_dataset(reading.DataRequest.of(config(tmp_path, rows)))
-    assert (
-        "weight"
-        not in reading.preference_dataset(
-            reading.DataRequest.of(config(tmp_path, rows, weight_column=None))
-        )[0].column_names
-    )
-    train, held = reading.preference_dataset(
+        reading.preference_records(reading.DataRequest.of(config(tmp_path, rows)))
+    alone = config(tmp_path, rows, weight_column=None)
+    assert "weight" not in reading.preference_records(reading.DataRequest.of(alone))[0][0].value
+    train, held = reading.preference_records(
         reading.DataRequest.of(config(tmp_path, rows, weight_column="importance"))
     )
-    assert {*train["weight"], *held["weight"]} == set(range(1, 17, 2))
-    assert (
-        "weight"
-        not in reading.preference_dataset(reading.DataRequest.of(config(tmp_path, pairs())))[
-            0
-        ].column_names
-    )
+    assert {record.value["weight"] for record in (*train, *held)} == set(range(1, 17, 2))
+    none = config(tmp_path, pairs())
+    assert "weight" not in reading.preference_records(reading.DataRequest.of(none))[0][0].value
 
 
 @pytest.mark.parametrize(
@@ -171,9 +163,9 @@ def test_bad_weights_are_refused(tmp_path: Path, change: Row, message: str) -> N
         UserError,
         match=rf"rows.jsonl, row 5: column 'weight'.*at least 0.*{message}",
     ):
-        reading.preference_dataset(reading.DataRequest.of(config(tmp_path, rows)))
+        reading.preference_records(reading.DataRequest.of(config(tmp_path, rows)))
     with pytest.raises(UserError, match="every weight is 0"):
-        reading.preference_dataset(
+        reading.preference_records(
             reading.DataRequest.of(config(tmp_path, [row | {"weight": 0} for row in pairs()]))
         )
 
@@ -187,13 +179,13 @@ def test_a_prompts_weight_is_warned_of(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_what_no_loss_can_weigh_is_refused(tmp_path: Path) -> None:
-    rows = Dataset.from_list([row | {"weight": 1.0} for row in pairs()])
+    rows = trl_tools.records([row | {"weight": 1.0} for row in pairs()])
     for loss in (PreferenceLoss.aot, PreferenceLoss.aot_unpaired):
         with pytest.raises(
             UserError, match=rf"stage.losses={loss.value} sorts the rows of a batch"
         ):
             check_row_weights("weight", [loss], rows)
-    check_row_weights("weight", [PreferenceLoss.aot], Dataset.from_list(pairs()))
+    check_row_weights("weight", [PreferenceLoss.aot], trl_tools.records(pairs()))
     cfg = trl_tools.config(
         SFTStage(packing=True),
         tmp_path,
@@ -221,7 +213,7 @@ class Bench:
         self.classifier = self.loud(
             load_classifier(ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY), self.tokenizer)
         )
-        rows = Dataset.from_list(trl_tools.pair_rows(ROWS))
+        rows = trl_tools.pair_rows(ROWS)
         single = [
             {
                 "prompt": r["prompt"],
@@ -231,20 +223,22 @@ class Bench:
             for i, r in enumerate(rows)
         ]
         self.pairs = encode_preferences(
-            self.tokenizer, rows, ("chosen", "rejected"), name="x", max_length=60
+            self.tokenizer, trl_tools.records(rows), ("chosen", "rejected"), name="x", max_length=60
         )
         self.answers = encode_preferences(
-            self.tokenizer, Dataset.from_list(single), ("completion",), name="x", max_length=60
+            self.tokenizer, trl_tools.records(single), ("completion",), name="x", max_length=60
         )
         self.texts = encode_sft(
             self.tokenizer,
-            Dataset.from_list(trl_tools.sft_rows(ROWS)),
+            trl_tools.records(trl_tools.sft_rows(ROWS)),
             name="x",
             max_length=60,
             completion_only=True,
             cut=True,
         )
-        self.sides = encode_pairs(self.tokenizer, rows, name="x", max_length=60, margin=True).data
+        self.sides = encode_pairs(
+            self.tokenizer, trl_tools.records(rows), name="x", max_length=60, margin=True
+        ).data
 
     @staticmethod
     def loud(model: Any) -> Any:
@@ -276,7 +270,7 @@ class Bench:
                 **arguments, center_rewards_coefficient=stage.centering_coef or None
             )
             tokenizer = copy.deepcopy(self.tokenizer)
-            tokenizer.pad_token = padding_token(tokenizer, EncodedPairs(self.sides, []))
+            tokenizer.pad_token = padding_token(tokenizer, EncodedPairs(self.sides))
             return Reward(model=model, args=rewards, processing_class=tokenizer, **given)
         reference = None
         if has_reference(stage):
@@ -466,13 +460,13 @@ def test_the_held_out_loss_is_weighed_too(tmp_path: Path) -> None:
     rows = [row | {"weight": 1.0 + 4 * (i % 3)} for i, row in enumerate(trl_tools.pair_rows(60))]
     place = run(tmp_path, "held", "reward", rows, bootstrap=10)
     cfg = trl_tools.config(RewardStage(**SMALL), tmp_path, "held", rows)
-    held = reading.preference_dataset(reading.DataRequest.of(replace(cfg)))[1]
+    held = values(reading.preference_records(reading.DataRequest.of(replace(cfg)))[1])
     scores = score_pairs(
         str(place / "model"),
         [(r["prompt"], r["chosen"], r["rejected"]) for r in held],
         batch_tokens=2048,
     )
-    given = weights.normalised(list(held["weight"]))
+    given = weights.normalised([row["weight"] for row in held])
     expected = sum(
         w * math.log1p(math.exp(rejected - chosen))
         for w, (chosen, rejected) in zip(given, scores, strict=True)

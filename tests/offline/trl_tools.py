@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conf.schema import (
     TrackingConfig,
 )
 from conf.stages import RewardStage, SFTStage
+from rlhf.data.converting import Record
 from rlhf.models.loading import train_tokenizer
 
 TINY = TinyConfig(
@@ -31,6 +33,11 @@ _GOOD, _BAD, _WORDS = (
     ("bad", "awful", "poor"),
     ("film", "plot", "actor", "scene", "end", "the", "a"),
 )
+
+
+def records(rows: Iterable[dict[str, Any]]) -> list[Record]:
+    """Rows as they come from a file rows.jsonl."""
+    return [Record(number, dict(row), {}, "rows.jsonl") for number, row in enumerate(rows, 1)]
 
 
 def sft_rows(count: int = 48) -> list[dict[str, Any]]:

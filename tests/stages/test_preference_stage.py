@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conf.choices import AdapterKind, KTOLoss, ModelKind, PreferenceLoss
 from conf.schema import DataConfig, EngineConfig, ModelConfig, RunConfig
 from rlhf.cli import config as composing
-from rlhf.data.reading import DataRequest, preference_dataset
+from rlhf.data.reading import DataRequest, preference_records
 from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_causal_lm
 from rlhf.run.context import RunContext
@@ -234,7 +234,8 @@ def test_the_saved_model_has_the_reported_margin_against_the_start(
         AutoModelForCausalLM.from_pretrained(start),
     )
     margins = []
-    for row in preference_dataset(DataRequest.of(cfg))[1]:
+    for record in preference_records(DataRequest.of(cfg))[1]:
+        row = record.value
         sides = [response_ids(tokenizer, row[side]) for side in ("chosen", "rejected")]
         ratios = [
             answer_logprob(trained, c, s) - answer_logprob(reference, c, s)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from conf.choices import AdapterKind, ModelKind
@@ -20,13 +19,13 @@ from conf.stages import RewardStage
 from reward.losses import pairwise_loss
 from reward.model import load_reward_model, read_manifest
 from reward.scorers.reward_model import RewardModelScorer
-from rlhf.data.reading import DataRequest, preference_dataset
+from rlhf.data.reading import DataRequest, preference_records
 from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_classifier
 from rlhf.offline.judged_pairs import (
     judge,
 )
-from rlhf.offline.rows import encode_pairs
+from rlhf.offline.pairs import encode_pairs
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
@@ -78,7 +77,7 @@ def base(folder: Path) -> Path:
 
 
 def held_out(cfg: Any) -> list[dict[str, Any]]:
-    return list(preference_dataset(DataRequest.of(cfg))[1])
+    return [record.value for record in preference_records(DataRequest.of(cfg))[1]]
 
 
 def as_rollout(tokenizer: Any, prompt: str, text: str) -> Rollout:
@@ -118,7 +117,7 @@ def test_scorer_gives_the_trainers_scores_from_a_moved_directory(base: Path, fol
     loaded = load_reward_model(moved, torch.float32)
     tokenizer, module = loaded.tokenizer, loaded.module
     rows = held_out(config(folder, "base"))
-    pairs = encode_pairs(tokenizer, Dataset.from_list(rows), name="x", max_length=40, margin=False)
+    pairs = encode_pairs(tokenizer, trl_tools.records(rows), name="x", max_length=40, margin=False)
     batch = DataCollatorForPreference(pad_token_id=module.config.pad_token_id)(list(pairs.data))
     with torch.no_grad():
         trainer_scores = module(**batch).logits.squeeze(-1).tolist()
@@ -163,7 +162,7 @@ def test_trl_computes_our_equation(folder: Path, margin: bool, centering: float)
     tokenizer = load_reward_model(place / "model", torch.float32).tokenizer
     seed_everything(cfg.run.seed)
     model = load_classifier(ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY), tokenizer).eval()
-    rows = Dataset.from_list(held_out(cfg))
+    rows = trl_tools.records(held_out(cfg))
     data = encode_pairs(tokenizer, rows, name="x", max_length=40, margin=margin).data
     with torch.no_grad():
         sides = [
@@ -248,7 +247,7 @@ def test_soft_labels_are_what_the_margins_come_to_say(
     loaded = load_reward_model(place / "model", torch.float32)
     tokenizer = loaded.tokenizer
     encoded = encode_pairs(
-        tokenizer, Dataset.from_list(pairs), name="x", max_length=40, margin=False, soft_label=True
+        tokenizer, trl_tools.records(pairs), name="x", max_length=40, margin=False, soft_label=True
     ).data
     judged = judge(loaded.module, encoded, 2048, torch.device("cpu"))
     margins = judged.chosen - judged.rejected
@@ -342,15 +341,15 @@ def test_a_column_that_nobody_reads_is_warned_of(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [row | {"soft_label": 0.7} for row in trl_tools.pair_rows(20)]
-    train, _ = preference_dataset(DataRequest.of(config(folder, "unread", rows=rows)))
+    train, _ = preference_records(DataRequest.of(config(folder, "unread", rows=rows)))
     assert (
-        "soft_label" not in train.column_names
+        not any("soft_label" in record.value for record in train)
         and "the column 'soft_label' is not read" in caplog.text
     )
-    train, held = preference_dataset(
+    train, held = preference_records(
         DataRequest.of(config(folder, "read", rows=rows, stage={"soft_label": True}))
     )
-    assert set(train["soft_label"]) == set(held["soft_label"]) == {0.7}
+    assert {record.value["soft_label"] for record in (*train, *held)} == {0.7}
 
 
 def test_manifest_is_what_it_says(base: Path) -> None:

@@ -19,7 +19,7 @@ from conf.choices import AdapterKind, ModelKind, Scheduler
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import SFTStage
 from rlhf.checks import launch
-from rlhf.data.reading import DataRequest, sft_dataset
+from rlhf.data.reading import DataRequest, sft_records
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.offline.rows import encode_sft
 from rlhf.run.context import RunContext
@@ -99,7 +99,7 @@ def test_the_model_loads_alone_and_has_the_reported_loss(base: Path, folder: Pat
     )
     rows = encode_sft(
         tokenizer,
-        sft_dataset(DataRequest.of(context_config(folder, "base")))[1],
+        sft_records(DataRequest.of(context_config(folder, "base")))[1],
         name="x",
         max_length=32,
         completion_only=True,

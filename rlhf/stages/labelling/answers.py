@@ -71,7 +71,7 @@ def read_policies(
         own = model_of(model, path)
         try:
             tokenizer = load_tokenizer(own, request.data.chat_template)
-            prompts = reading.tokenised(tokenizer, loaded, request.data)
+            prompts = reading.tokenised(tokenizer, loaded, request)
         except UserError as error:
             raise UserError(f"policy {name} ({path}): {error}") from error
         read.append(Policy(name, own, tokenizer, prompts, policy_seed(request.seed, name)))

@@ -133,7 +133,7 @@ def _with_own_prompts(
     if model.path is not None:
         policy = answers.model_of(model, model.path)
         tokenizer = load_tokenizer(policy, request.data.chat_template)
-        for prompt in reading.tokenised(tokenizer, loaded, request.data):
+        for prompt in reading.tokenised(tokenizer, loaded, request):
             prompts[prompt.text] = prompt.source
             prompts[tokenizer.decode(prompt.token_ids)] = prompt.source
     kept = [

@@ -1,0 +1,400 @@
+"""Rows as token ids in an Arrow file: encoded once, by several processes, kept by their content,
+and mapped into memory by every rank.
+
+A file's name is a hash of all that its content depends on: the rows, the tokenizer with its
+template, the encoder's options and code, the libraries' versions. So it is never out of date, and
+rows that were encoded before are read again. On each node one rank encodes while the others wait.
+
+A file is written beside its place and renamed; its hash stands in a second file, which is written
+last. What was cut off or damaged is encoded anew. Nothing is ever deleted here: the folder may be
+removed at any time when no run reads it.
+"""
+
+import atexit
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlhf.data.converting import Record
+from rlhf.data.loading import DataRequest
+from rlhf.models import encoding, locating, turns
+from rlhf.process import distributed, parallel, watchdog
+from rlhf.process.files import json_object, sha256
+from rlhf.types import UserError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+LOG = logging.getLogger("rlhf.data")
+FOLDER = ".encoded"  # in run.dir
+ROWS_FILE, ABOUT_FILE = "rows.arrow", "about.json"
+CHUNK = 256  # rows that a process encodes at a time, and a batch of the file
+_CODE = (encoding, locating, turns)  # modules of ours that a file's content comes from
+_LIBRARIES = ("tokenizers", "transformers", "pyarrow")
+_NUMBER = "_number"  # column: which of the given rows this one is
+
+
+class Encoder(Protocol):
+    """Makes the columns of one row. Its options are its other fields, and belong to the file's
+    name.
+    """
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def options(self) -> dict[str, Any]:
+        """What the columns depend on beside row and tokenizer, as JSON can hold it."""
+        ...
+
+    def columns(self) -> Mapping[str, str]:
+        """Column -> kind: ids, count, number, flag or text."""
+        ...
+
+    def __call__(self, value: Any, counts: Counter[str]) -> dict[str, Any] | None:
+        """The columns, or None for a row that is left out. What happened to rows is counted by
+        name. Raises ValueError or UserError for a row that can't be encoded.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where encoded rows are kept. folder: None for a temporary one, which this process removes."""
+
+    folder: Path | None = None
+    max_bad_rows: int = 0  # rows that may be refused, and are then left out
+    processes: int | None = None  # None: as many as the cores
+
+    @classmethod
+    def of(cls, request: DataRequest) -> "Store":
+        """As ``data.cache`` and ``data.cache_dir`` say; a dry run keeps nothing."""
+        data, folder = request.data, None
+        if data.cache and data.cache_dir is not None:
+            folder = Path(data.cache_dir).expanduser()
+        elif data.cache and request.run_dir is not None:
+            folder = request.run_dir.parent / FOLDER
+        return cls(folder, data.max_bad_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Encoded rows, mapped from their file."""
+
+    data: "datasets.Dataset"  # those that were kept
+    numbers: list[int]  # of each, its place among the rows given
+    counts: Counter[str]  # as the encoder counted
+    bad: int  # rows that were refused, and left out
+
+
+def encoded(encode: Encoder, records: Sequence[Record], store: Store, name: str) -> Encoded:
+    """The rows of `records` as `encode` makes them, in their order. A collective.
+
+    name: of the rows, for messages. Raises UserError, which names file and row, where more than
+    `store.max_bad_rows` rows can't be encoded.
+    """
+    key = content_key(encode, records)
+    if len(set(distributed.gather(key))) > 1:
+        raise UserError(
+            f"{name}: the ranks have different rows or tokenizers. Expected the same files of "
+            "data.path, data.eval_path and model.path on every node."
+        )
+    folder = _temporary_folder() if store.folder is None else store.folder / key
+
+    def work(beat: Callable[[], None]) -> None:
+        if not _is_whole(folder):
+            _build(folder, encode, records, store, name, beat)
+        elif distributed.is_main():
+            LOG.info("%s: %d rows were encoded before: read from %s", name, len(records), folder)
+
+    distributed.once_per_node(work, watchdog.alive)
+    if store.folder is None:
+        folder = _of_this_node(folder)
+    return _read(folder, records, store, name)
+
+
+# ---- the name of a file ----
+
+
+def content_key(encode: Encoder, records: Sequence[Record]) -> str:
+    """A hash of what the encoded rows depend on, hexadecimal."""
+    about = {
+        "code": [sha256(Path(inspect.getfile(part))) for part in (*_CODE, type(encode))],
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "encoder": type(encode).__name__,
+        "options": encode.options(),
+        "columns": dict(encode.columns()),
+        "tokenizer": tokenizer_state(encode.tokenizer),
+    }
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for record in records:
+        # the order of keys counts: templates show objects as they are
+        digest.update(b"\n")
+        digest.update(json.dumps(record.value, default=repr).encode())
+    return digest.hexdigest()[:40]
+
+
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """What the tokens of a text, and of a conversation, depend on."""
+    tokenizer("")  # takes back what an earlier call has set for itself, such as truncation
+    kind = type(tokenizer)
+    code = ""
+    if not kind.__module__.startswith("transformers."):
+        code = sha256(Path(inspect.getfile(kind)))
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "code": code,
+        "content": _tokenizer_content(tokenizer),
+        "template": tokenizer.chat_template,
+        # what `rlhf.models.loading` has found in the model's files
+        "ends": list(vars(tokenizer).get(turns.LISTED_ENDS, ())),
+        "rows": vars(tokenizer).get(turns.EMBEDDING_ROWS),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "splits": getattr(tokenizer, "split_special_tokens", False),
+        "cleans": getattr(tokenizer, "clean_up_tokenization_spaces", None),
+    }
+
+
+def _tokenizer_content(tokenizer: Any) -> str:
+    """A hash of vocabulary, merges, added tokens and rules."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None:
+        return hashlib.sha256(core.to_str().encode()).hexdigest()
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+# ---- where files are ----
+
+
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="rlhf-encoded-"))
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def _of_this_node(mine: Path) -> Path:
+    """The temporary folder of the rank that has encoded for this node. A collective."""
+    host = socket.gethostname()
+    for other, rank, folder in distributed.gather((host, distributed.local_rank(), str(mine))):
+        if other == host and rank == 0:
+            return Path(folder)
+    return mine
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the rows are there as they were written. Warns of damaged ones."""
+    rows, about = folder / ROWS_FILE, folder / ABOUT_FILE
+    if not about.exists():
+        return False
+    try:
+        known = json_object(about, "its rows are encoded anew")
+        whole = rows.stat().st_size == known["bytes"] and sha256(rows) == known["sha256"]
+    except (UserError, OSError, KeyError) as error:
+        LOG.warning("%s: encoded anew: %s", folder, error)
+        return False
+    if not whole:
+        LOG.warning("%s is damaged (not the bytes that were written): encoded anew", rows)
+    return whole
+
+
+def _read(folder: Path, records: Sequence[Record], store: Store, name: str) -> Encoded:
+    """The rows of a file that is whole, mapped. Raises UserError for too many refused ones."""
+    import datasets
+
+    about = json_object(folder / ABOUT_FILE, "the encoded rows can't be read")
+    bad = [(number, reason) for number, reason in about["bad"]]
+    _refuse(bad, records, store)
+    if bad and distributed.is_main():
+        LOG.warning(
+            "%s: %d rows can't be encoded and are left out (data.max_bad_rows=%d): %s",
+            name,
+            len(bad),
+            store.max_bad_rows,
+            "; ".join(f"{records[number].place}: {reason}" for number, reason in bad),
+        )
+    data = datasets.Dataset.from_file(str(folder / ROWS_FILE))
+    numbers = data.data.column(_NUMBER).to_pylist()
+    return Encoded(data.remove_columns(_NUMBER), numbers, Counter(about["counts"]), len(bad))
+
+
+def _refuse(bad: Sequence[tuple[int, str]], records: Sequence[Record], store: Store) -> None:
+    """Raises UserError for more bad rows than may be left out."""
+    if len(bad) <= store.max_bad_rows:
+        return
+    number, reason = bad[-1]
+    rest = ""
+    if store.max_bad_rows:
+        rest = (
+            f" {len(bad)} rows can't be encoded, the first is {records[bad[0][0]].place}: "
+            f"data.max_bad_rows={store.max_bad_rows} allows no more."
+        )
+    raise UserError(f"{records[number].place}: {reason}.{rest}")
+
+
+# ---- writing a file ----
+
+
+def _build(
+    folder: Path,
+    encode: Encoder,
+    records: Sequence[Record],
+    store: Store,
+    name: str,
+    beat: Callable[[], None],
+) -> None:
+    """Encode the rows into `folder`. Raises UserError as `encoded`, and for a disk that takes no
+    more.
+    """
+    began = time.perf_counter()
+    beside = folder / f"{ROWS_FILE}.{os.getpid()}-{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        counts, bad = _write(beside, encode, records, store, name, beat)
+        about = {
+            "rows": len(records),
+            "bytes": beside.stat().st_size,
+            "sha256": sha256(beside),
+            "counts": dict(counts),
+            "bad": bad,
+        }
+        os.replace(beside, folder / ROWS_FILE)
+        beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, folder / ABOUT_FILE)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the encoded rows can't be written ({error}). Make room, set "
+            "data.cache_dir to another folder, or data.cache=false for a temporary one."
+        ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+    if distributed.is_main():
+        seconds = time.perf_counter() - began
+        LOG.info("%s: %d rows encoded in %.1f s: %s", name, len(records), seconds, folder)
+
+
+def _write(
+    path: Path,
+    encode: Encoder,
+    records: Sequence[Record],
+    store: Store,
+    name: str,
+    beat: Callable[[], None],
+) -> tuple[Counter[str], list[tuple[int, str]]]:
+    """Write the Arrow file. Returns what was counted, and the refused rows with their reasons."""
+    import pyarrow as pa
+
+    counts: Counter[str] = Counter()
+    bad: list[tuple[int, str]] = []
+    done = 0
+    schema = _schema(encode)
+    starts = range(0, len(records), CHUNK)
+    chunk_at = functools.partial(_encode_chunk, encode, records, schema)
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+        _bar(len(records), f"encode {name}") as update,
+    ):
+        chunks = parallel.in_order(chunk_at, starts, processes=store.processes, waiting=beat)
+        for chunk in chunks:
+            writer.write_batch(chunk.batch)
+            counts.update(chunk.counts)
+            bad += chunk.bad
+            _refuse(bad[: store.max_bad_rows + 1], records, store)
+            done += chunk.rows
+            update(done)
+            watchdog.alive()  # also where other processes do the work
+            beat()
+    return counts, bad
+
+
+def _schema(encode: Encoder) -> "pa.Schema":
+    import pyarrow as pa
+
+    kinds = {
+        "ids": pa.list_(pa.int32()),
+        "count": pa.int32(),
+        "number": pa.float64(),
+        "flag": pa.bool_(),
+        "text": pa.string(),
+    }
+    fields = [(column, kinds[kind]) for column, kind in encode.columns().items()]
+    return pa.schema([*fields, (_NUMBER, pa.int32())])
+
+
+@contextmanager
+def _bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar in the main rank's terminal; yields a function that takes the rows done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console()
+    if total <= CHUNK or not console.is_terminal or not distributed.is_main():
+        yield lambda done: None
+        return
+    with Progress(console=console, transient=True) as shown:
+        task = shown.add_task(title, total=total)
+        yield lambda done: shown.update(task, completed=done)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    batch: "pa.RecordBatch"  # the rows that were kept
+    rows: int  # given
+    counts: Counter[str]
+    bad: list[tuple[int, str]]  # number and reason
+
+
+def _encode_chunk(
+    encode: Encoder, records: Sequence[Record], schema: "pa.Schema", start: int
+) -> _Chunk:
+    """Encode CHUNK rows from the row `start` on."""
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    counts: Counter[str] = Counter()
+    bad: list[tuple[int, str]] = []
+    stop = min(start + CHUNK, len(records))
+    for number in range(start, stop):
+        watchdog.alive()
+        try:
+            row = encode(records[number].value, counts)
+        except (ValueError, UserError) as error:
+            bad.append((number, str(error).rstrip(".")))
+            continue
+        except Exception as error:
+            error.add_note(f"while encoding {records[number].place}")
+            raise
+        if row is None:
+            continue
+        for name, values in columns.items():
+            values.append(number if name == _NUMBER else row[name])
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    return _Chunk(pa.record_batch(arrays, schema=schema), stop - start, counts, bad)
