@@ -2,7 +2,8 @@
 don't fit or are set aside.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf.data.rows import RowError
 from rlhf.process.wording import nearest_hint
 from rlhf.types import Tools, UserError
 
+LOG = logging.getLogger("rlhf.data")
 PROBE = 20  # first rows by which a file's format is recognised
 USES = {
     Use.sft: "texts or prompts with completions",
@@ -24,6 +26,7 @@ USES = {
     Use.unpaired: "answers judged good or bad, or pairs of a chosen and a rejected answer",
     Use.prompt: "prompts",
 }
+_NAMED = 12  # columns that a message names
 LeftOut = Callable[[SourceRow, str], None]  # a row, and why
 
 
@@ -208,3 +211,21 @@ class Conversion:
                 return []
             out.append(Record(row.number, made.value, made.fields, row.origin))
         return out
+
+
+def tell_columns(
+    records: Sequence[Record], read: Collection[str | None], name: str, by: str
+) -> None:
+    """Log once the columns that rows have beside their value, other than those `read`."""
+    seen = Seen()
+    for record in records:
+        held = [key for key, value in record.fields.items() if value is not None]
+        seen.add([key for key in held if key not in read], record.place)
+    if seen.counts:
+        told = [
+            f"{key!r} ({count} rows)" for key, (count, _) in islice(seen.counts.items(), _NAMED)
+        ]
+        more = len(seen.counts) - len(told)
+        if more:
+            told.append(f"{more} more")
+        LOG.info("%s: columns that stage=%s does not read: %s", name, by, ", ".join(told))

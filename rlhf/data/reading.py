@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from conf.schema import DataConfig
-from conf.stages import RewardStage
-from rlhf.data.converting import PROBE, Record, shape_of
+from conf.stages import OfflineStage, RewardStage
+from rlhf.data.converting import PROBE, Record, shape_of, tell_columns
 from rlhf.data.formats import Use, texts_in
 from rlhf.data.formats.base import both_sides
 from rlhf.data.loading import (
@@ -30,6 +30,7 @@ from rlhf.data.loading import (
 from rlhf.data.mixture import Source
 from rlhf.data.prompts import prompt_id, stable_hash, tokenised
 from rlhf.data.sources import eval_sources, given, train_sources
+from rlhf.process import distributed
 from rlhf.types import JudgedAnswer, PreferencePair, Prompt, UserError
 
 __all__ = [
@@ -67,7 +68,7 @@ def check_first_rows(request: DataRequest, use: Use | None = None) -> None:
 
 def check_sources(request: DataRequest, sources: Sequence[Source], use: Use) -> None:
     """`check_first_rows` of these sources. Raises UserError."""
-    parts = _first_rows(request, sources, use)
+    parts = first_rows(sources, use, request.data, request.seed)
     for loaded in parts:
         if len(loaded.rejected) > request.data.max_bad_rows:
             row, reason = loaded.rejected[0]
@@ -87,7 +88,7 @@ def check_first_strength(request: DataRequest) -> None:
     Raises UserError.
     """
     for sources in _splits(request.data):
-        for loaded in _first_rows(request, sources, Use.preference):
+        for loaded in first_rows(sources, Use.preference, request.data, request.seed):
             if request.stage.margin:
                 require_margins(loaded)
             if request.stage.soft_label:
@@ -102,12 +103,8 @@ def _splits(data: DataConfig) -> list[list[Source]]:
 
 def _first_records(request: DataRequest, use: Use) -> Iterator[Record]:
     for sources in _splits(request.data):
-        for loaded in _first_rows(request, sources, use):
+        for loaded in first_rows(sources, use, request.data, request.seed):
             yield from loaded.records
-
-
-def _first_rows(request: DataRequest, sources: Sequence[Source], use: Use) -> list[Loaded]:
-    return first_rows(sources, use, request.data, request.seed)
 
 
 def refuse_two_shapes(parts: Sequence[Loaded]) -> None:
@@ -166,6 +163,11 @@ def _train_and_eval(
     by ``run.seed``; records with equal `group` stay together.
     """
     train = load(request, required_sources(request), use)
+    if isinstance(request.stage, OfflineStage) and distributed.is_main():
+        read = {"tools", request.data.weight_column}
+        if isinstance(request.stage, RewardStage):
+            read.add(SOFT_LABEL)
+        tell_columns(train.records, read, train.name, request.stage.name)
     if request.data.eval_path is not None:
         return train, load(request, eval_sources(request.data), use)
     return _split(train, [stable_hash(group(value)) for value in train.values()], request)

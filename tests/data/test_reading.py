@@ -855,6 +855,19 @@ def test_the_detected_format_is_said_aloud(
     assert "t.jsonl: 2 rows, read as alpaca" in caplog.text
 
 
+def test_columns_that_the_stage_does_not_read_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": f"a{i}", "weight": 1.0, "id": i, "source": None} for i in range(6)]
+    rows[0]["source"] = "web"
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    caplog.set_level("INFO")
+    reading.sft_rows(reading.DataRequest.of(config(tmp_path, SFTStage(), path=str(path))))
+    told = [line for line in caplog.messages if "does not read" in line]
+    assert len(told) == 1 and "'id' (6 rows), 'source' (1 rows)" in told[0]
+    assert "a.jsonl" in told[0] and "stage=sft" in told[0] and "weight" not in told[0]
+
+
 def test_data_path_not_set(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
