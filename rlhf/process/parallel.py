@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -38,31 +38,45 @@ def in_order(
     function: Callable[[Work], Result],
     work: Iterable[Work],
     *,
+    pieces: int | None = None,
     processes: int | None = None,
     worth_s: float | None = None,
     waiting: Callable[[], None] = watchdog.alive,
 ) -> Iterator[Result]:
     """`function` of each piece of work, in order; at most a few pieces are read ahead.
 
-    This process works alone for `worth_s` seconds (None: 1). What comes then is shared out among
-    `processes` forked ones (None: as many as there are cores, 16 at most); pieces and results are
-    pickled on their way. `waiting` is called about once a second meanwhile. Raises what
-    `function` raises, and UserError where a process was killed.
+    This process works alone for `worth_s` seconds (None: 1), or until the pieces that are left
+    would take as long (`pieces`: how many there are, where that is known). What comes then is
+    shared out among `processes` forked ones (None: as many as there are cores, 16 at most); pieces
+    and results are pickled on their way. `waiting` is called about once a second meanwhile. Raises
+    what `function` raises, and UserError where a process was killed.
     """
     processes = processes or min(_MOST, cores())
     worth_s = _WORTH_S if worth_s is None else worth_s
-    pieces, spent = iter(work), 0.0
-    for piece in pieces:
+    can_fork = processes > 1 and "fork" in multiprocessing.get_all_start_methods()
+    source, spent = iter(work), 0.0
+    for done, piece in enumerate(source, start=1):
         began = time.perf_counter()
         result = function(piece)
         spent += time.perf_counter() - began
         yield result
-        can_fork = "fork" in multiprocessing.get_all_start_methods()
-        if can_fork and processes > 1 and spent >= worth_s:
+        left = 0.0 if pieces is None else spent / done * (pieces - done)
+        if can_fork and max(spent, left) >= worth_s:
             break
-    following = next(pieces, None)
+    following = next(source, None)
     if following is not None:
-        yield from _shared_out(function, chain([following], pieces), processes, waiting)
+        yield from _shared_out(function, chain([following], source), processes, waiting)
+
+
+def over_parts(
+    function: Callable[[list[Work]], Result],
+    rows: Sequence[Work],
+    size: int,
+    processes: int | None = None,
+) -> Iterator[Result]:
+    """`in_order` of the rows in lists of `size` neighbours."""
+    pieces = -(-len(rows) // size)
+    return in_order(function, parts(rows, size), pieces=pieces, processes=processes)
 
 
 _inherited: list[Callable[[Any], Any]] = []  # what a worker does: forked, it has it from its parent

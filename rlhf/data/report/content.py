@@ -11,11 +11,11 @@ from typing import Any
 
 from rlhf.data.prepare.items import Item, joined
 from rlhf.data.prepare.languages import NOTHING, UNKNOWN, identify
-from rlhf.data.prepare.texts import ngrams
 from rlhf.data.prepare.words import letters
 from rlhf.data.report.records import Bars, Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import entropy, words
+from rlhf.process import parallel
 
 # columns that may name a row's class
 LABELS = ("label", "kto_tag", "category", "class", "topic", "sentiment")
@@ -24,6 +24,7 @@ _CLASSES = 50  # different values that a column of classes may have
 IMBALANCE = 3.0
 _SURE = 0.9  # probability from which another language is believed
 _LETTERS = 20  # letters that a text needs before its language is judged
+_TOGETHER = 512  # texts whose language a process tells at once
 _CLUSTERS = 20  # at most
 _LARGEST = 0.5  # share of one cluster that is worth a warning
 _CLUSTER_ROWS = 50  # that clusters need
@@ -50,7 +51,8 @@ def detected_languages(texts: Sequence[str]) -> list[tuple[str, float]]:
     """
     out = [(UNKNOWN, 0.0)] * len(texts)
     telling = [index for index, text in enumerate(texts) if letters(text) >= _LETTERS]
-    for index, found in zip(telling, identify([texts[i] for i in telling]), strict=True):
+    identified = parallel.over_parts(identify, [texts[i] for i in telling], _TOGETHER)
+    for index, found in zip(telling, chain.from_iterable(identified), strict=True):
         if found.group != NOTHING:
             out[index] = found.group, found.probability
     return out
@@ -265,11 +267,20 @@ def clustered(items: Sequence[Item], settings: Settings) -> Section:
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
     """Different n-grams / all n-grams (Li et al. 2016, arXiv:1510.03055); 0 without any."""
-    different: set[tuple[str, ...]] = set()
-    for text in texts:
-        different.update(ngrams(text, n))
-    total = sum(max(0, len(text) - n + 1) for text in texts)
-    return len(different) / max(1, total)
+    import numpy as np
+
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    if not len(ends) or not ends[-1]:
+        return 0.0
+    number = {word: i for i, word in enumerate(set(chain.from_iterable(texts)))}
+    flat = np.fromiter(map(number.__getitem__, chain.from_iterable(texts)), np.int64, ends[-1])
+    grams = flat  # [words] number of the n-gram that begins at each word
+    inside = np.ones(len(flat), dtype=bool)  # n-grams that end in the text where they begin
+    for offset in range(1, n):
+        grams = np.unique(grams[:-1] * len(number) + flat[offset:], return_inverse=True)[1]
+        inside[ends[ends >= offset] - offset] = False
+    inside = inside[: len(grams)]
+    return len(np.unique(grams[inside])) / max(1, int(inside.sum()))
 
 
 def compression_ratio(texts: Sequence[str]) -> float:

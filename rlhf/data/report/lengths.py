@@ -65,8 +65,7 @@ def column_lengths(
     """Per row, the length of each content column; `measure`: texts -> lengths. processes: that
     share the rows; None: as many as there are cores.
     """
-    pieces = parallel.parts(items, _BATCH)
-    done = parallel.in_order(_Measured(measure), pieces, processes=processes)
+    done = parallel.over_parts(_Measured(measure), items, _BATCH, processes)
     return list(chain.from_iterable(done))
 
 

@@ -118,7 +118,7 @@ def _problems(items: Sequence[Item]) -> list[tuple[int, str, str]]:
 def noise(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of broken text, each text of a row by itself."""
     problems: dict[str, list[tuple[Item, str]]] = {check: [] for check in _CHECKS}
-    found = parallel.in_order(_problems, parallel.parts(items, PART))
+    found = parallel.over_parts(_problems, items, PART)
     for part, reasons in enumerate(found):
         for number, check, reason in reasons:
             problems[check].append((items[part * PART + number], reason))
