@@ -113,7 +113,7 @@ class DataConfig:
         section="where rows come from",
     )
     sources: dict[str, SourceConfig] = option({}, "A mixture of sources by name; replaces path.")
-    registry: str | None = option(None, "A dataset_info.json of LLaMA-Factory.")
+    registry: str | None = option(None, "LLaMA-Factory's dataset_info.json, or its directory.")
     dataset: str | None = option(
         None, 'Entries of the registry to read: NAME or "NAME,NAME"; replaces path.'
     )

@@ -94,7 +94,7 @@ def check_file(path: str | Path, key: str = "data.path") -> Path:
     file = Path(path).expanduser()
     if file.is_dir():
         names = [each.name for each in readable_files(file)[:8]]
-        hint = f" Files in it: {', '.join(names)}." if names else ""
+        hint = f" {key}='{path}/*' reads its files: {', '.join(names)}." if names else ""
         raise UserError(f"{key}={path} is a directory: expected a file.{hint}")
     if not file.exists():
         raise UserError(f"{key}={path}: no such file.{_near(file)}")

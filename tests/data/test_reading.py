@@ -268,6 +268,13 @@ def test_a_byte_order_mark_inside_a_file_is_text(tmp_path: Path) -> None:
     assert [row["text"] for row in files.read_rows(tmp_path / "a.csv")] == ["x", "\ufeffy"]
 
 
+def test_a_directory_names_the_glob_that_reads_it(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    (tmp_path / "notes.md").write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match=r"data.path='.*/\*' reads its files: a.jsonl\."):
+        files.check_file(tmp_path)
+
+
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     jsonl(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
     with pytest.raises(UserError, match=r"data.path=.*prompt.jsonl: no such file.*prompts.jsonl"):
