@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.models.directories import ADAPTER_CONFIG, check_model_path, readable
 from rlhf.models.encoding import answer_ids, is_chat, prompt_ids
-from rlhf.models.loading import check_model_path, readable
 from rlhf.process.files import json_object
 from rlhf.types import UserError
 
@@ -88,12 +88,17 @@ def read_manifest(path: str | Path, key: str = "reward.path") -> Manifest:
     """The manifest of the reward model in the directory `path`, which the option `key` holds.
     Raises UserError where it is missing, of another version, or damaged.
     """
-    check_model_path(str(path), key)
+    held = check_model_path(str(path), key)
     file = Path(path).expanduser() / MANIFEST_FILE
     if not file.is_file():
         raise UserError(
             f"{key}={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the "
             "model/ directory that stage=reward wrote."
+        )
+    if held.adapters:
+        raise UserError(
+            f"{key}={path}: holds an adapter ({ADAPTER_CONFIG}). Expected whole weights, as the "
+            "model/ directory of every reward run has them."
         )
     content = json_object(file, "this is no reward model that can be used")
     version = content.get("format_version")

@@ -77,7 +77,7 @@ def _read_config(model_path: str, *, trust_remote_code: bool) -> Any:
     """The model's configuration. Raises UserError where it can't be read."""
     from transformers import AutoConfig
 
-    from rlhf.models.loading import readable
+    from rlhf.models.directories import readable
 
     with readable(f"the model {model_path}: its configuration"):
         return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)

@@ -4,20 +4,21 @@ LoRA (Hu et al. 2021, arXiv:2106.09685), with rank-stabilised scaling (rsLoRA, K
 arXiv:2312.03732) or with magnitudes that train apart (DoRA, Liu et al. 2024, arXiv:2402.09353).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from conf.schema import AdapterConfig
 from rlhf.types import UserError
 
+ALL_LINEAR = ["all-linear"]
+
 
 def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
-    """`model` with a fresh adapter; only it trains. Raises UserError where no module has one of the
-    names in adapter.targets.
-    """
+    """`model` with a fresh adapter; only it trains."""
     from peft import LoraConfig, get_peft_model
 
     targets: Any = list(adapter.targets)
-    if targets == ["all-linear"]:
+    if targets == ALL_LINEAR:
         targets = "all-linear"
     config = LoraConfig(
         task_type=task,
@@ -29,15 +30,48 @@ def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
         use_dora=adapter.dora,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        if "not found in the base model" not in str(error):
-            raise
-        raise UserError(
-            f"adapter.targets={list(adapter.targets)}: no such module; the model's linear "
-            f"modules are {', '.join(linear_modules(model))}."
-        ) from error
+    return get_peft_model(model, config)
+
+
+def check_targets(model: Any, targets: Sequence[str], *, trains_head: bool) -> None:
+    """Each of `targets` (adapter.targets) names a module of the model, and none a module whose
+    weight is another's too. The weights may be on the meta device: nothing is read of them.
+
+    With tied embeddings an update of the head would be one of the embedding as soon as it is
+    merged, which is another model than the one that trained. trains_head: whether an adapter on the
+    head of a language model trains; where TRL multiplies by the head's weight itself, the adapter
+    on it is passed over. Raises UserError.
+    """
+    if list(targets) == ALL_LINEAR:
+        return  # never the head, nor the embedding
+    modules = dict(model.named_modules(remove_duplicate=False))
+    head = model.get_output_embeddings()
+    users: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if weight is not None:
+            users.setdefault(id(weight), []).append(name)
+    for target in targets:
+        matched = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not matched:
+            raise UserError(
+                f"adapter.targets={list(targets)}: no such module as {target!r}; the model's "
+                f"linear modules are {', '.join(linear_modules(model))}."
+            )
+        for name in matched:
+            sharing = users.get(id(getattr(modules[name], "weight", None)), [name])
+            if len(sharing) > 1:
+                raise UserError(
+                    f"adapter.targets={list(targets)} holds {target!r}, but the weight of {name} "
+                    f"is also that of {' and '.join(n for n in sharing if n != name)} (tied "
+                    "embeddings), so that the merged model would be another than the trained one. "
+                    "Leave it out, or set adapter=none to train both."
+                )
+        if not trains_head and any(modules[name] is head for name in matched):
+            raise UserError(
+                f"adapter.targets={list(targets)} holds {target!r}, the head of the language "
+                "model, where this stage would never train an adapter: leave it out."
+            )
 
 
 def linear_modules(model: Any) -> list[str]:

@@ -16,7 +16,8 @@ from rlhf.checks.memory import moments
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes, adapter_parameters, can_plan, shapes_of
 from rlhf.checks.memory.states import GIB
-from rlhf.models.loading import base_directory, resolve_dtype
+from rlhf.models.directories import START, contents
+from rlhf.models.loading import resolve_dtype, starts_whole
 from rlhf.process import distributed
 from rlhf.run.directory import CHECKPOINTS, run_directory
 from rlhf.types import UserError
@@ -119,20 +120,50 @@ class Need:
     count: int  # checkpoints that lie there at one moment
     checkpoint: float
     model: float
+    start: float = 0.0  # whole weights that the run starts from, where model.path has none
 
     @property
     def total(self) -> float:
-        return self.count * self.checkpoint + self.model
+        return self.count * self.checkpoint + self.model + self.start
 
 
 def need_of(cfg: Config, shapes: Shapes) -> Need:
     """Checkpoints and model of a training stage."""
     width = weight_width(cfg.model.dtype)
+    model = width * shapes.policy.parameters
     return Need(
         count=count_checkpoints(cfg.stage, cfg.run.keep_checkpoints),
         checkpoint=checkpoint_bytes(cfg.stage, cfg.engine.kind, cfg.adapter, width, shapes),
-        model=width * shapes.policy.parameters,
+        model=model,
+        start=model if writes_start(cfg) else 0.0,
     )
+
+
+def writes_start(cfg: Config) -> bool:
+    """Whether the run writes the whole weights that it starts from to ``start/``: an online stage,
+    since vLLM starts from nothing else, where model.path is an adapter, a GGUF file or missing;
+    another stage where it trains an adapter on an adapter.
+    """
+    if isinstance(cfg.stage, OnlineStage):
+        return not starts_whole(cfg.model)
+    if cfg.adapter.kind is AdapterKind.none or cfg.model.path is None:
+        return False
+    return bool(contents(cfg.model.path).adapters)
+
+
+def start_note(cfg: Config) -> list[str]:
+    """A note of the disk that ``start/`` takes, where model.path holds an adapter."""
+    if cfg.model.path is None or not writes_start(cfg):
+        return []
+    held = contents(cfg.model.path)
+    if not held.adapters:
+        return []
+    size = weight_files(cfg.model.path)
+    room = "a whole model's room" if size is None else f"about {size / GIB:.2g} GiB"
+    return [
+        f"model.path={cfg.model.path} holds an adapter of {held.weights}: both are merged and "
+        f"written to {run_directory(cfg) / START}, which takes {room} on the disk."
+    ]
 
 
 def free_bytes(directory: Path) -> float:
@@ -211,9 +242,7 @@ def weight_files(path: str) -> int | None:
     """Bytes of a model directory's weights, of an adapter's base for an adapter; None where there
     are none.
     """
-    directory = base_directory(path)
-    if directory is None:
-        return None  # what is wrong with the adapter is told where it is loaded
+    directory = Path(contents(path).weights)
     sizes = [file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file()]
     return sum(sizes) or None
 

@@ -7,7 +7,8 @@ from typing import Any
 from conf.choices import ModelKind
 from conf.schema import Config, DataConfig, ModelConfig
 from rlhf.data import reading
-from rlhf.models.loading import check_model_path, load_tokenizer
+from rlhf.models.directories import check_model_path, contents
+from rlhf.models.loading import load_tokenizer
 from rlhf.models.templates import template_text
 from rlhf.process.files import json_object
 from rlhf.types import UserError
@@ -89,7 +90,7 @@ def _model_config(path: str | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    config_path = Path(path).expanduser() / "config.json"
+    config_path = Path(contents(path).weights) / "config.json"
     if not config_path.is_file():
         return {}
     return json_object(config_path, "this model can't be loaded")

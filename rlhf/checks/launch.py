@@ -35,6 +35,7 @@ from conf.schema import (
 )
 from conf.stages import OfflineStage
 from rlhf.checks.memory.states import GIB
+from rlhf.models.directories import contents
 from rlhf.process import distributed
 from rlhf.process.files import json_object
 from rlhf.run import directory
@@ -265,7 +266,7 @@ def cache_bytes_per_token(model: ModelConfig) -> int | None:
         if model.kind is not ModelKind.tiny:
             return None
         return 2 * model.tiny.layers * model.tiny.hidden_size * width
-    config_path = Path(model.path).expanduser() / "config.json"
+    config_path = Path(contents(model.path).weights) / "config.json"
     if not config_path.is_file():
         return None
     content = json_object(config_path, "this model can't be loaded")

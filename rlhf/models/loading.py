@@ -3,11 +3,11 @@
 Weights come from safetensors or GGUF only.
 """
 
-import contextlib
+import copy
 import json
-import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,19 @@ import torch
 from conf.choices import Dtype, ModelKind
 from conf.schema import ModelConfig, TinyConfig
 from rlhf.models import facts
+from rlhf.models.directories import (
+    CLASSIFIER,
+    Adapter,
+    Contents,
+    check_model_path,
+    contents,
+    readable,
+)
 from rlhf.models.templates import template_text
 from rlhf.types import UserError
 
+# how the names of input embeddings end in the model families
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 BOS, EOS, PAD, UNK = "<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>"
 
 
@@ -31,112 +41,6 @@ def resolve_dtype(dtype: Dtype) -> torch.dtype:
         Dtype.bfloat16: torch.bfloat16,
         Dtype.float16: torch.float16,
     }[dtype]
-
-
-def _may_be_hub_name(path: str) -> bool:
-    """Whether `path` looks like ``owner/name`` or ``name`` of a model hub."""
-    looks_local = os.path.isabs(path) or path.startswith((".", "~", "runs/"))
-    return not looks_local and path.count("/") <= 1 and not Path(path).exists()
-
-
-def check_model_path(path: str | None, key: str = "model.path") -> None:
-    """A path that looks local must be a model's directory; other names are left to the hub.
-
-    Raises UserError.
-    """
-    if path is None:
-        raise UserError(f"{key} is not set: give the directory of a model (or model=tiny).")
-    if _may_be_hub_name(path):
-        return
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        raise UserError(f"{key}={path}: no such directory.{_directories_beside(directory)}")
-    configs = ("config.json", "adapter_config.json")
-    has_config = any((directory / name).exists() for name in configs)
-    if not has_config and not any(directory.glob("*.gguf")):
-        raise UserError(
-            f"{key}={path}: holds no config.json, adapter_config.json or *.gguf, so it is not a "
-            "model directory."
-        )
-    _refuse_pickles(directory, f"{key}={path}")
-
-
-def _directories_beside(missing: Path) -> str:
-    """A hint for a message: the directories beside the one that is missing."""
-    if not missing.parent.is_dir():
-        return ""
-    names = sorted(path.name for path in missing.parent.iterdir() if path.is_dir())
-    return f" Directories in {missing.parent}: {', '.join(names[:8])}." if names else ""
-
-
-def _refuse_pickles(directory: Path, what: str) -> None:
-    """Weights that exist only as pickles are refused: loading a pickle can run code."""
-    if any(directory.glob("*.safetensors")) or any(directory.glob("*.gguf")):
-        return
-    pickles = []
-    for suffix in ("*.bin", "*.pt", "*.pth"):
-        pickles += [path.name for path in directory.glob(suffix)]
-    pickles = sorted(name for name in pickles if name != "training_args.bin")
-    if pickles:
-        raise UserError(
-            f"{what}: its weights are {', '.join(pickles[:3])}, pickles, which can run "
-            "code when they are loaded. Expected *.safetensors: "
-            "have whoever made them save them so (save_pretrained does)."
-        )
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Whether a directory holds an adapter alone, without a model of its own."""
-    directory = Path(path).expanduser()
-    has_config = (directory / "config.json").is_file()
-    return (directory / "adapter_config.json").is_file() and not has_config
-
-
-def base_directory(path: str | Path) -> Path | None:
-    """The directory of the weights that `path` stands for.
-
-    That is `path` itself, and for an adapter the base model that it names; None where the
-    adapter's configuration can't be read.
-    """
-    directory = Path(path).expanduser()
-    if not is_adapter(directory):
-        return directory
-    try:
-        text = (directory / "adapter_config.json").read_text(encoding="utf-8")
-        return Path(str(json.loads(text)["base_model_name_or_path"])).expanduser()
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def loads_as_it_is(path: str | Path) -> bool:
-    """Whether transformers and vLLM can both start from `path`.
-
-    They can from a whole model's directory and from a hub's name. An adapter or a GGUF file alone
-    has to be written out first.
-    """
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        return True
-    if (directory / "adapter_config.json").exists():
-        return False
-    return (directory / "config.json").exists()
-
-
-@contextlib.contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Around a library that reads model files: any error becomes a UserError about `what`."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    # Damaged files raise errors of JSON, safetensors, tokenizers (Rust) and torch, and of code that
-    # relies on a number.
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{what} can't be read ({type(error).__name__}: {first}). Restore its files, or give "
-            "another directory."
-        ) from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:
@@ -177,11 +81,11 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_model_path(cfg.path)
+    held = check_model_path(cfg.path)
     extra = {"gguf_file": cfg.gguf_file} if cfg.gguf_file else {}
     with readable(f"model.path={cfg.path}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            cfg.path, trust_remote_code=cfg.trust_remote_code, **extra
+            held.tokenizer_place(), trust_remote_code=cfg.trust_remote_code, **extra
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -193,18 +97,19 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
     if chat_template is not None:
         tokenizer.chat_template = template_text(chat_template)
     if not cfg.gguf_file:
-        _attach_files(tokenizer, str(cfg.path))
+        _attach_files(tokenizer, held)
     return tokenizer
 
 
-def _attach_files(tokenizer: Any, path: str) -> None:
+def _attach_files(tokenizer: Any, held: Contents) -> None:
     """Make known to `tokenizer` what the files of its model say of tokens. Raises UserError."""
-    base = base_directory(path)
-    where = path if base is None else str(base)
-    config = _model_file(where, "config.json")
-    facts.attach_ends(tokenizer, config, _model_file(where, "generation_config.json"))
-    if not is_adapter(path):  # its base's embedding is resized when it is loaded
-        facts.attach_rows(tokenizer, config, f"model.path={path}")
+    config = _model_file(held.weights, "config.json")
+    facts.attach_ends(tokenizer, config, _model_file(held.weights, "generation_config.json"))
+    rows = [embedding_rows(adapter) for adapter in held.adapters]
+    brought = max((count for count in rows if count is not None), default=0)
+    if brought > config.get("vocab_size", 0):
+        config |= {"vocab_size": brought}  # `_make_room` gives it as many
+    facts.attach_rows(tokenizer, config, f"model.path={held.path}")
 
 
 def _model_file(path: str, name: str) -> dict[str, Any]:
@@ -239,12 +144,18 @@ def load_or_train_tokenizer(
     return tokenizer
 
 
-def tiny_config(tiny: TinyConfig, tokenizer: Any) -> Any:
-    """The Llama configuration of ``model=tiny``."""
+def tiny_config(tiny: TinyConfig, tokenizer: Any = None) -> Any:
+    """The Llama configuration of ``model=tiny``; without a tokenizer it has all the tokens that one
+    may get.
+    """
     from transformers import LlamaConfig
 
+    special: dict[str, Any] = {}
+    if tokenizer is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            special[name] = getattr(tokenizer, name)
     return LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=tiny.vocab_size if tokenizer is None else len(tokenizer),
         hidden_size=tiny.hidden_size,
         intermediate_size=tiny.intermediate_size,
         num_hidden_layers=tiny.layers,
@@ -252,9 +163,7 @@ def tiny_config(tiny: TinyConfig, tokenizer: Any) -> Any:
         num_key_value_heads=tiny.heads,
         max_position_embeddings=tiny.max_positions,
         tie_word_embeddings=tiny.tie_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
 
 
@@ -276,13 +185,13 @@ def _clean(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def _loading_options(cfg: ModelConfig, path: str) -> dict[str, Any]:
+def _loading_options(cfg: ModelConfig, held: Contents) -> dict[str, Any]:
     """Arguments of from_pretrained beside path and head."""
     options: dict[str, Any] = {
         "dtype": resolve_dtype(cfg.dtype),
         "trust_remote_code": cfg.trust_remote_code,
     }
-    if cfg.gguf_file and path == cfg.path:
+    if cfg.gguf_file and held.path == cfg.path:
         from transformers import GgufConfig
 
         # As plain weights: packed ones can neither be trained nor saved.
@@ -298,8 +207,8 @@ def _loading_options(cfg: ModelConfig, path: str) -> dict[str, Any]:
 def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
     """The language model of `path` or ``cfg.path``, or a new ``model=tiny``.
 
-    It is on the CPU, in ``cfg.dtype``. A directory that holds only a PEFT adapter loads the base
-    model and merges the adapter into it. Raises UserError.
+    It is on the CPU, in ``cfg.dtype``, and all of it trains. An adapter is merged into its base
+    (`rlhf.models.directories.contents`). Raises UserError.
     """
     from transformers import AutoModelForCausalLM
 
@@ -308,36 +217,114 @@ def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) ->
         config = tiny_config(cfg.tiny, tokenizer)
         model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(cfg.dtype))
         return _clean(model, tokenizer)
-    check_model_path(path)
-    assert path is not None
-    if is_adapter(path):
-        model = _merged_adapter(cfg, path)
-    else:
-        model = _whole(AutoModelForCausalLM, path, **_loading_options(cfg, path))
-    return _clean(model, tokenizer)
+    return _clean(_language_model(cfg, check_model_path(path)), tokenizer)
 
 
-def _merged_adapter(cfg: ModelConfig, path: str) -> Any:
-    """The base model of an adapter with the adapter merged in."""
-    from peft import AutoPeftModelForCausalLM
+def _language_model(cfg: ModelConfig, held: Contents) -> Any:
+    from transformers import AutoModelForCausalLM
 
-    with readable(f"the adapter {path}"), warnings.catch_warnings():
+    options = _loading_options(cfg, held)
+    model = _whole(AutoModelForCausalLM, held.weights, **options)
+    for adapter in held.adapters:
+        if adapter.task == CLASSIFIER:
+            raise UserError(
+                f"the adapter {adapter.directory} is a classifier's (task_type {CLASSIFIER}), as "
+                "stage=reward trains them: it has no language model. Expected a policy's."
+            )
+        model = _merged(model, adapter, held)
+    return model
+
+
+def _merged(model: Any, adapter: Adapter, held: Contents) -> Any:
+    """`model` with the adapter merged into its weights, all of which train again."""
+    from peft import PeftModel
+
+    name = str(adapter.directory)
+    if name != held.path:
+        name += f" of {held.path}"
+    with readable(f"the adapter {name}"), warnings.catch_warnings():
         # PEFT would fill missing weights with random numbers.
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        model = AutoPeftModelForCausalLM.from_pretrained(
-            path, dtype=resolve_dtype(cfg.dtype), trust_remote_code=cfg.trust_remote_code
-        )
-        return model.merge_and_unload()
+        _make_room(model, adapter)
+        adapted = PeftModel.from_pretrained(model, str(adapter.directory))
+        return adapted.merge_and_unload().requires_grad_(True)
 
 
-def _whole(auto: Any, path: str, *, head: bool = True, **options: Any) -> Any:
-    """``auto.from_pretrained`` of a directory that has every weight.
+def _make_room(model: Any, adapter: Adapter) -> None:
+    """Give the embedding as many rows as an adapter brings that was trained with new tokens."""
+    rows = embedding_rows(adapter)
+    if rows is not None and rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows)
+
+
+def embedding_rows(adapter: Adapter) -> int | None:
+    """The rows of the embedding that an adapter brings beside its updates; None where it brings
+    none, as most.
+    """
+    from safetensors import safe_open
+
+    with (
+        readable(f"the adapter {adapter.directory}"),
+        safe_open(str(adapter.directory / "adapter_model.safetensors"), "pt") as file,
+    ):
+        for key in file.keys():  # noqa: SIM118
+            if key.removesuffix(".weight").endswith(_EMBEDDINGS):
+                return int(file.get_slice(key).get_shape()[0])
+    return None
+
+
+def without_weights(cfg: ModelConfig, *, classifier: bool = False) -> Any | None:
+    """The modules of the model in a directory, or of ``model=tiny``, on the meta device; None for a
+    GGUF file and a hub's name. Raises UserError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    trust_remote_code = cfg.trust_remote_code
+    held = None if cfg.path is None else contents(cfg.path)
+    if cfg.gguf_file is not None or (held is not None and not held.has_config):
+        return None
+    with readable(f"the model {cfg.path}: its configuration"), torch.device("meta"):
+        if held is None:
+            config = tiny_config(cfg.tiny)
+        else:
+            config = AutoConfig.from_pretrained(held.weights, trust_remote_code=trust_remote_code)
+        return kind.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def starts_whole(cfg: ModelConfig) -> bool:
+    """Whether ``cfg.path`` holds whole weights, from which transformers, PEFT and vLLM all start;
+    adapters, GGUF files and a new ``model=tiny`` have to be written out first (`write_whole`).
+    """
+    return cfg.path is not None and cfg.gguf_file is None and contents(cfg.path).loads_as_it_is
+
+
+def write_whole(model: Any, tokenizer: Any, directory: str | Path) -> str:
+    """Write a model of `load_causal_lm` or `load_classifier` with its tokenizer as whole weights,
+    from which vLLM and every other library starts; returns the directory.
+    """
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def _whole(
+    auto: Any, path: str, *, head: bool = True, in_memory: bool = False, **options: Any
+) -> Any:
+    """``auto.from_pretrained`` of a directory that has every weight, or (`in_memory`) of the
+    weights in options["state_dict"].
 
     Raises UserError where weights are missing, which transformers would fill with random numbers.
     head: whether the head must be there too; a classifier made of a language model gets a new head.
     """
+    source = None if in_memory else path
     with readable(f"the model {path}"):
-        model, info = auto.from_pretrained(path, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"the model {path} is an adapter on a hub. Expected a directory: download it, and give "
+            "its path, so that it is merged into its base."
+        )
     prefix = "" if head else f"{model.base_model_prefix}."
     missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
     if missing:
@@ -366,8 +353,46 @@ def load_classifier(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -
             config, dtype=resolve_dtype(cfg.dtype)
         )
         return _clean(model, tokenizer)
-    check_model_path(path)
-    assert path is not None
-    options = _loading_options(cfg, path)
-    model = _whole(AutoModelForSequenceClassification, path, head=False, num_labels=1, **options)
-    return _clean(model, tokenizer)
+    held = check_model_path(path)
+    return _clean(_classifier(cfg, held), tokenizer)
+
+
+def _classifier(cfg: ModelConfig, held: Contents) -> Any:
+    """A classifier: of the whole weights, or of a language model with its adapters merged in; then
+    adapters that were trained on a classifier.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    tasks = [adapter.task for adapter in held.adapters]
+    policy = tasks.index(CLASSIFIER) if CLASSIFIER in tasks else len(tasks)
+    if policy == 0:
+        options = _loading_options(cfg, held)
+        kind = AutoModelForSequenceClassification
+        model = _whole(kind, held.weights, head=False, num_labels=1, **options)
+    else:
+        merged = _language_model(cfg, replace(held, adapters=held.adapters[:policy]))
+        model = _with_scalar_head(merged, cfg, held.path)
+    for adapter in held.adapters[policy:]:
+        model = _merged(model, adapter, held)
+    return model
+
+
+def _with_scalar_head(model: Any, cfg: ModelConfig, path: str) -> Any:
+    """A classifier of one label with the weights of a language model, and a new head."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    with readable(f"the model {path}"), torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(
+            config, trust_remote_code=cfg.trust_remote_code
+        )
+    return _whole(
+        type(empty),
+        path,
+        head=False,
+        in_memory=True,
+        config=config,
+        state_dict=model.state_dict(),
+        dtype=resolve_dtype(cfg.dtype),
+    )

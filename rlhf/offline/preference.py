@@ -24,7 +24,6 @@ from rlhf.offline.trainers import DPO, KTO, StageTrainer
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages")
-_HEADS = ("lm_head", "embed_out")  # names of language-model heads
 _SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 AnyPreferenceStage = PreferenceStage | KTOStage | CPOStage | ORPOStage
 
@@ -33,7 +32,7 @@ AnyPreferenceStage = PreferenceStage | KTOStage | CPOStage | ORPOStage
 
 
 def check_preference_adapter(stage: OfflineStage, adapter: AdapterConfig) -> None:
-    """Raises UserError for an adapter with dropout, or on a head that would not train."""
+    """Raises UserError for an adapter with dropout."""
     if adapter.kind is AdapterKind.none:
         return
     if adapter.dropout > 0:
@@ -41,13 +40,6 @@ def check_preference_adapter(stage: OfflineStage, adapter: AdapterConfig) -> Non
             f"adapter.dropout={adapter.dropout}: TRL turns dropout off for stage={stage.name}, "
             "so that the losses compare weights alone. "
             "Set adapter.dropout=0."
-        )
-    heads = [name for name in adapter.targets if name in _HEADS]
-    if heads and isinstance(stage, (PreferenceStage, KTOStage)):
-        raise UserError(
-            f"adapter.targets={list(adapter.targets)} holds the language-model head {heads[0]!r}, "
-            f"where stage={stage.name} would never train an adapter: "
-            "leave it out."
         )
 
 
@@ -114,19 +106,6 @@ def start_of(model: Any) -> Any:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def check_head(model: Any) -> None:
-    """Raises UserError when an adapter sits on the language-model head, which TRL's fused
-    log-probabilities would read without it.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if is_peft(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise UserError(
-            "adapter.targets holds the language-model head, where an adapter would never be "
-            "trained here: leave it out."
-        )
-
-
 def make_trainer(
     stage: AnyPreferenceStage,
     arguments: dict[str, Any],
@@ -152,11 +131,9 @@ def make_trainer(
         **ours,
     }
     if isinstance(stage, PreferenceStage):
-        check_head(model)
         dpo = DPO(ref_model=reference, args=dpo_config(stage, arguments), **given)
         return _without_reference_adapter(dpo)
     if isinstance(stage, KTOStage):
-        check_head(model)
         collator = kto_collator(stage, tokenizer)
         args = kto_config(stage, arguments)
         kto = KTO(ref_model=reference, args=args, data_collator=collator, **given)

@@ -9,15 +9,20 @@ import torch
 
 from conf import published
 from conf.choices import AdapterKind, Dtype, EngineKind, Offload, Scheduler
-from conf.schema import AdapterConfig, Config, EngineConfig, RunConfig
-from conf.stages import OfflineStage
-from policy.adapters import attach
+from conf.schema import Config, EngineConfig, RunConfig
+from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
+from policy import adapters
 from policy.engines.deepspeed import ensure_process_group, is_universal, prepare_cpu
-from policy.model import is_peft
+from policy.saving import replacing
 from rlhf.checks import capacity, inputs, launch
 from rlhf.data.reading import DataRequest, stage_texts
 from rlhf.data.sources import data_files
-from rlhf.models.loading import load_or_train_tokenizer, resolve_dtype
+from rlhf.models.directories import CLASSIFIER, START
+from rlhf.models.loading import (
+    load_or_train_tokenizer,
+    resolve_dtype,
+    write_whole,
+)
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
 from rlhf.run.context import RunContext
@@ -28,6 +33,8 @@ _SCHEDULERS = {
     Scheduler.linear: "linear",
     Scheduler.cosine: "cosine",
 }
+# whose trainers multiply by the head's weight themselves, past an adapter on it
+_FUSED_HEAD = (SFTStage, PreferenceStage, KTOStage)
 
 
 def check(cfg: Config) -> list[str]:
@@ -38,12 +45,15 @@ def check(cfg: Config) -> list[str]:
     launch.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, ranks)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     inputs.check_model(cfg.model)
+    task = CLASSIFIER if isinstance(stage, RewardStage) else "CAUSAL_LM"
+    trains_head = not isinstance(stage, _FUSED_HEAD)
+    adapters.check(cfg.model, cfg.adapter, task=task, trains_head=trains_head)
     inputs.check_row_length(stage.max_length, cfg.model)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes = inputs.padding_note(cfg.model.path, tokenizer)
     notes += inputs.rope_note(cfg.model, stage.max_length)
     inputs.check_rows(cfg)
-    notes += capacity.memory_notes(cfg)
+    notes += capacity.start_note(cfg) + capacity.memory_notes(cfg)
     capacity.check_disk(cfg)
     return notes
 
@@ -81,17 +91,28 @@ def check_positions(model_config: Any, longest: int) -> None:
         )
 
 
-def with_adapter(model: Any, adapter: AdapterConfig, base: str | None, task: str) -> Any:
-    """`model` with the configured adapter; `model` itself for ``adapter=none``.
+def with_adapter(model: Any, tokenizer: Any, ctx: RunContext, task: str) -> Any:
+    """`model` with the configured adapter; `model` itself for ``adapter=none``. task: PEFT's task
+    type.
 
-    base: ``model.path``. A directory is recorded absolutely, so that the adapter finds its base
-    from anywhere. task: PEFT's task type.
+    The adapter names its base, ``model.path``. Where that holds an adapter, now merged into
+    `model`, the whole weights are first written to ``start/``, and the adapter names them: of an
+    adapter on an adapter PEFT and vLLM would read only the last. A collective.
     """
-    model = attach(model, adapter, task=task)
-    directory = None if base is None else Path(base).expanduser()
-    if is_peft(model) and directory is not None and directory.is_dir():
-        model.peft_config["default"].base_model_name_or_path = str(directory.resolve())
-    return model
+    cfg = ctx.cfg
+    if cfg.adapter.kind is AdapterKind.none:
+        return model
+    base = None if cfg.model.gguf_file else cfg.model.path
+    if capacity.writes_start(cfg):
+        written = ctx.dir / START
+        base = str(written)
+        resumed = ctx.resume_from is not None
+        if distributed.is_main() and not (resumed and (written / "config.json").exists()):
+            with replacing(written) as side:
+                write_whole(model, tokenizer, side)
+        distributed.barrier()
+    trains_head = not isinstance(cfg.stage, _FUSED_HEAD)
+    return adapters.attach(model, cfg.adapter, task=task, base=base, trains_head=trains_head)
 
 
 def record_inputs(ctx: RunContext, kind: str) -> None:

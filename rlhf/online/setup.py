@@ -45,12 +45,14 @@ from reward.model import load_reward_model
 from reward.terms import make_scorer
 from rlhf.data import reading
 from rlhf.data.sources import data_files
+from rlhf.models.directories import START
 from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
     load_or_train_tokenizer,
-    loads_as_it_is,
     resolve_dtype,
+    starts_whole,
+    write_whole,
 )
 from rlhf.online.sync import WeightSync, gap_tolerance
 from rlhf.process import distributed
@@ -106,7 +108,8 @@ def build(ctx: RunContext) -> Parts:
     tokenizer = load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
     prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer, split="train")
     _register(ctx)
-    path = _start_directory(ctx.dir, cfg.model, tokenizer)
+    resumed = ctx.resume_from is not None
+    path = _start_directory(ctx.dir, cfg.model, tokenizer, resumed=resumed)
     start = _Start(path, replace(cfg.model, path=path, gguf_file=None), tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
     lora = cfg.adapter.kind is not AdapterKind.none
@@ -156,10 +159,10 @@ def _generator_model(start: _Start, adapter: AdapterConfig | None) -> Any:
 
 def _policy_module(start: _Start, cfg: Config) -> PolicyModule:
     stage = cfg.stage_as(OnlineStage)
-    base = start.causal_lm()
+    model = start.causal_lm()
     if not stage.dropout:
-        turn_off_dropout(base)
-    model = attach(base, cfg.adapter, task="CAUSAL_LM")
+        turn_off_dropout(model)
+    model = attach(model, cfg.adapter, task="CAUSAL_LM", base=start.path)
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
     chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
@@ -248,14 +251,17 @@ def _register(ctx: RunContext) -> None:
         ctx.add_data(file)
 
 
-def _start_directory(run: Path, model: ModelConfig, tokenizer: Any) -> str:
+def _start_directory(run: Path, model: ModelConfig, tokenizer: Any, *, resumed: bool) -> str:
     """A directory that transformers and vLLM both load: model.path, or ``start`` in the run's
     directory, written where model.path is a GGUF file, an adapter, or missing (a tiny model).
+
+    resumed: the run goes on from a checkpoint, and so from the ``start`` that it has.
     """
-    if model.path is not None and model.gguf_file is None and loads_as_it_is(model.path):
+    if starts_whole(model):
+        assert model.path is not None
         return model.path
-    written = run / "start"
-    if distributed.is_main() and not (written / "config.json").exists():
+    written = run / START
+    if distributed.is_main() and not (resumed and (written / "config.json").exists()):
         if model.kind is ModelKind.tiny and model.path is None:
             log.warning(
                 "model=tiny without model.path: the policy starts from random weights, written "
@@ -263,8 +269,7 @@ def _start_directory(run: Path, model: ModelConfig, tokenizer: Any) -> str:
                 written,
             )
         with replacing(written) as side:
-            load_causal_lm(model, tokenizer).save_pretrained(side)
-            tokenizer.save_pretrained(side)
+            write_whole(load_causal_lm(model, tokenizer), tokenizer, side)
     distributed.barrier()
     return str(written)
 

@@ -16,7 +16,8 @@ from reward.terms import check_reward, check_reward_model, check_rows, make_scor
 from rlhf.checks import inputs, launch
 from rlhf.data import reading
 from rlhf.data.sources import data_files, given
-from rlhf.models.loading import check_model_path, load_causal_lm
+from rlhf.models.directories import check_model_path
+from rlhf.models.loading import load_causal_lm
 from rlhf.process import distributed
 from rlhf.run import console
 from rlhf.run.context import RunContext

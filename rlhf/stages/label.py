@@ -18,7 +18,7 @@ from rlhf.labels import checks_export
 from rlhf.labels.checks_import import check_import
 from rlhf.labels.ledger import read_resumable
 from rlhf.labels.samples import check_review, check_samples
-from rlhf.models.loading import check_model_path
+from rlhf.models.directories import check_model_path
 from rlhf.models.templates import template_text
 from rlhf.process import distributed
 from rlhf.run.context import RunContext

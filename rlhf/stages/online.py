@@ -7,6 +7,7 @@ from typing import Any
 from conf.choices import Action, Advantage, CriticInit, Dtype
 from conf.online import OnlineStage
 from conf.schema import Config, RewardConfig
+from policy import adapters
 from policy.engines import resharding
 from reward.base import model_paths
 from reward.scorers.function import load_function
@@ -46,6 +47,7 @@ def check(cfg: Config) -> list[str]:
     notes = launch.check_backend(cfg.rollout.backend)
     launch.check_adapter(cfg.rollout, cfg.adapter)
     inputs.check_model(cfg.model)
+    adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM")
     launch.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
@@ -56,7 +58,7 @@ def check(cfg: Config) -> list[str]:
     notes += check_watch(stage, cfg.reward, tokenizer)
     check_lengths(cfg)
     readers = scoring_models(cfg.reward, stage.watch)
-    notes += capacity.memory_notes(cfg, readers)
+    notes += capacity.start_note(cfg) + capacity.memory_notes(cfg, readers)
     capacity.check_disk(cfg, readers)
     return notes
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import AdapterKind, ModelKind
-from conf.schema import AdapterConfig, ModelConfig, TinyConfig
-from rlhf.models.loading import check_model_path, is_adapter
+from conf.schema import AdapterConfig, ModelConfig
+from rlhf.models.directories import check_model_path
+from rlhf.models.loading import tiny_config
 from rlhf.types import UserError
 
 # Llama 2 and 3: heads of 128, 8 of them for keys, and 128 columns a layer
@@ -99,7 +100,7 @@ def read_shape(model: ModelConfig, path: str | None = None, key: str = "model.pa
     place = path or model.path
     if place is None and model.kind is ModelKind.tiny and model.params is None:
         return shape_of_config(
-            _tiny(model.tiny), "model=tiny", eager=model.attn_implementation == "eager"
+            tiny_config(model.tiny), "model=tiny", eager=model.attn_implementation == "eager"
         )
     if place is None and model.params is not None:
         return assumed_shape(model.params, eager=model.attn_implementation == "eager")
@@ -120,24 +121,19 @@ def read_shape(model: ModelConfig, path: str | None = None, key: str = "model.pa
 def _read_config(model: ModelConfig, path: str, key: str) -> Any:
     from transformers import AutoConfig
 
-    check_model_path(path, key)
-    place = Path(path).expanduser()
-    source, extra = str(place) if place.is_dir() else path, {}
-    if is_adapter(place):
-        from peft import PeftConfig
-
-        source = str(PeftConfig.from_pretrained(str(place)).base_model_name_or_path)
-    elif model.gguf_file is not None and path == model.path:
+    held = check_model_path(path, key)
+    extra = {}
+    if model.gguf_file is not None and path == model.path:
         extra = {"gguf_file": model.gguf_file}
-    elif place.is_dir() and not (place / "config.json").is_file():
+    elif held.is_local and not held.has_config:
         # check_model_path leaves nothing else
-        name = min(file.name for file in place.glob("*.gguf"))
+        name = min(file.name for file in Path(held.weights).glob("*.gguf"))
         raise UserError(
             f"{key}={path}: holds no config.json, but {name}. Set model.gguf_file={name}."
         )
     try:
         return AutoConfig.from_pretrained(
-            source, trust_remote_code=model.trust_remote_code, **extra
+            held.weights, trust_remote_code=model.trust_remote_code, **extra
         )
     except Exception as error:  # as in rlhf.models.loading.readable
         first = str(error).strip().split("\n", 1)[0]
@@ -145,19 +141,6 @@ def _read_config(model: ModelConfig, path: str, key: str) -> Any:
             f"{key}={path}: its configuration can't be read ({first}). Give a model's directory, "
             "or model.params=<parameters>."
         ) from error
-
-
-def _tiny(tiny: TinyConfig) -> Any:
-    """As rlhf.models.loading.tiny_config, with all the tokens that the tokenizer may get."""
-    return llama(
-        vocab=tiny.vocab_size,
-        hidden=tiny.hidden_size,
-        intermediate=tiny.intermediate_size,
-        layers=tiny.layers,
-        heads=tiny.heads,
-        kv_heads=tiny.heads,
-        tied=tiny.tie_embeddings,
-    )
 
 
 def llama(

@@ -75,7 +75,8 @@ def perplexity(options: Perplexity, items: Iterator[Item], context: Context) -> 
     """Leave out rows by the perplexity of what they are to teach; rows with nothing to imitate, or
     of one token, pass and are counted.
     """
-    from rlhf.models.loading import check_model_path, load_causal_lm, load_tokenizer
+    from rlhf.models.directories import check_model_path
+    from rlhf.models.loading import load_causal_lm, load_tokenizer
     from rlhf.process import distributed
 
     check_model_path(options.model, "step perplexity: model")

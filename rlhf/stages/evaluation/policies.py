@@ -12,7 +12,13 @@ from conf.schema import Config, ModelConfig
 from policy.batching import Batch, collate, plan_micro_batches
 from policy.kl import kl_per_token
 from policy.model import PolicyModule, full_weights
-from rlhf.models.loading import load_causal_lm, load_tokenizer, loads_as_it_is, resolve_dtype
+from rlhf.models.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    resolve_dtype,
+    starts_whole,
+    write_whole,
+)
 from rlhf.online.sync import gap_tolerance, verify_sync
 from rlhf.process import distributed
 from rlhf.types import Generator, Prompt, Rollout, UserError
@@ -67,10 +73,8 @@ def generate_both(
         return load_causal_lm(model_at(cfg.model, path), tokenizer)
 
     engine_path = path
-    if not loads_as_it_is(path):
-        engine_path = str(start)
-        load_before().save_pretrained(engine_path)
-        tokenizer.save_pretrained(engine_path)
+    if not starts_whole(model_at(cfg.model, path)):
+        engine_path = write_whole(load_before(), tokenizer, start)
     generator: Generator = make_generator(
         cfg,
         model_path=engine_path,

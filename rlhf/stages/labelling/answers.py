@@ -16,7 +16,7 @@ from rlhf.data import reading
 from rlhf.data.loading import DataRequest
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
-from rlhf.models.loading import load_causal_lm, load_tokenizer, loads_as_it_is
+from rlhf.models.loading import load_causal_lm, load_tokenizer, starts_whole, write_whole
 from rlhf.process.files import digest
 from rlhf.process.watchdog import Clock
 from rlhf.run.directory import ANSWERS_FOLDER
@@ -122,13 +122,10 @@ def _generate(
     """
     model, tokenizer = policy.model, policy.tokenizer
     folder = Path(str(model.path)).expanduser()
-    whole = model.gguf_file is None and loads_as_it_is(folder)
-    if whole:
+    if starts_whole(model):
         path = str(folder) if folder.is_dir() else str(model.path)
     else:
-        load_causal_lm(model, tokenizer).save_pretrained(start)
-        tokenizer.save_pretrained(start)
-        path = str(start)
+        path = write_whole(load_causal_lm(model, tokenizer), tokenizer, start)
         model = dataclasses.replace(model, path=path, gguf_file=None)
     LOG.info(
         "%s writes %d responses to each of %d prompts.",

@@ -1,0 +1,221 @@
+"""What a model directory holds, and what its weights mean: `contents`. Everything that takes a
+model's path asks here, so that every stage reads the same model from the same directory.
+
+A directory holds whole weights, GGUF files, or an adapter, which is a change to the weights of a
+base. The base is a directory or a hub's name, and may hold an adapter itself: then both are merged,
+the base's first.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.types import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+START = "start"  # folder of a run: the whole weights that it starts from, where model.path has none
+CLASSIFIER = "SEQ_CLS"  # PEFT's task type of a reward model's adapter
+# PEFT's types that add tokens or layers, so that no weights are the same model
+_UNMERGEABLE = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A directory that holds an adapter."""
+
+    directory: Path
+    base: str  # the directory or hub's name that it changes
+    task: str | None  # PEFT's task type
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a path stands for: whole weights, and the adapters that are merged into them in turn."""
+
+    path: str
+    weights: str  # the directory or hub's name of the whole weights, or of a GGUF file
+    adapters: tuple[Adapter, ...]  # in the order in which they were trained; () for whole weights
+    has_config: bool  # whether `weights` is a directory with a config.json
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the weights are in a directory rather than on a hub."""
+        return Path(self.weights).is_dir()
+
+    @property
+    def loads_as_it_is(self) -> bool:
+        """Whether transformers, PEFT and vLLM all start from `path`.
+
+        They do from whole weights' directory and from a hub's name. GGUF files and adapters have to
+        be written out first: of an adapter on an adapter these libraries would read only the last.
+        """
+        return not self.adapters and (self.has_config or not self.is_local)
+
+    def tokenizer_place(self) -> str:
+        """Where the tokenizer is: an adapter that was saved without one has its base's."""
+        for adapter in reversed(self.adapters):
+            if any(adapter.directory.glob("tokenizer*")):
+                return str(adapter.directory)
+        return self.weights
+
+    def files(self) -> list[Path]:
+        """The files that make the model: configurations and weights, of the base and of every
+        adapter; none for a hub's name.
+        """
+        folders = [adapter.directory for adapter in self.adapters]
+        if self.is_local:
+            folders.insert(0, Path(self.weights))
+        out: list[Path] = []
+        for folder in folders:
+            for pattern in ("config.json", ADAPTER_CONFIG, "*.safetensors", "*.gguf"):
+                out += sorted(folder.glob(pattern))
+        return out
+
+
+def contents(path: str | Path, key: str = "model.path") -> Contents:
+    """What `path`, a directory or a hub's name, holds; `key` is its option, for messages.
+
+    Raises UserError for a directory that is no model's, for weights that exist only as pickles, and
+    for an adapter whose base is not told, is gone, or leads back to itself.
+    """
+    path = str(path)
+    adapters: list[Adapter] = []
+    where, name = path, f"{key}={path}"
+    while True:
+        if may_be_hub_name(where):
+            return Contents(path, where, tuple(reversed(adapters)), has_config=False)
+        directory = Path(where).expanduser()
+        _check_directory(directory, name)
+        if not _holds_adapter(directory, name):
+            has_config = (directory / "config.json").is_file()
+            found = tuple(reversed(adapters))
+            return Contents(path, str(directory), found, has_config=has_config)
+        adapter = _read_adapter(directory, name)
+        known = [known.directory.resolve() for known in adapters]
+        if directory.resolve() in known:
+            raise UserError(
+                f"{name}: its {ADAPTER_CONFIG} leads back to an adapter that rests on it. Expected "
+                "a base_model_name_or_path that ends at whole weights."
+            )
+        adapters.append(adapter)
+        where = adapter.base
+        name = f"{directory / ADAPTER_CONFIG}: base_model_name_or_path={where}"
+
+
+def check_model_path(path: str | None, key: str = "model.path") -> Contents:
+    """`contents` of an option that must be set. Raises UserError."""
+    if path is None:
+        raise UserError(f"{key} is not set: give the directory of a model (or model=tiny).")
+    return contents(path, key)
+
+
+def may_be_hub_name(path: str) -> bool:
+    """Whether `path` looks like ``owner/name`` or ``name`` of a model hub."""
+    looks_local = os.path.isabs(path) or path.startswith((".", "~", "runs/"))
+    return not looks_local and path.count("/") <= 1 and not Path(path).exists()
+
+
+def _check_directory(directory: Path, name: str) -> None:
+    """`directory` is there, and holds a model that can be read without running code."""
+    if not directory.is_dir():
+        raise UserError(f"{name}: no such directory.{_directories_beside(directory)}")
+    configs = ("config.json", ADAPTER_CONFIG)
+    has_config = any((directory / config).exists() for config in configs)
+    if not has_config and not any(directory.glob("*.gguf")):
+        raise UserError(
+            f"{name}: holds no config.json, {ADAPTER_CONFIG} or *.gguf, so it is not a "
+            "model directory."
+        )
+    _refuse_pickles(directory, name)
+
+
+def _directories_beside(missing: Path) -> str:
+    """A hint for a message: the directories beside the one that is missing."""
+    if not missing.parent.is_dir():
+        return ""
+    names = sorted(path.name for path in missing.parent.iterdir() if path.is_dir())
+    return f" Directories in {missing.parent}: {', '.join(names[:8])}." if names else ""
+
+
+def _refuse_pickles(directory: Path, what: str) -> None:
+    """Weights that exist only as pickles are refused: loading a pickle can run code."""
+    if any(directory.glob("*.safetensors")) or any(directory.glob("*.gguf")):
+        return
+    pickles = []
+    for suffix in ("*.bin", "*.pt", "*.pth"):
+        pickles += [path.name for path in directory.glob(suffix)]
+    pickles = sorted(name for name in pickles if name != "training_args.bin")
+    if pickles:
+        raise UserError(
+            f"{what}: its weights are {', '.join(pickles[:3])}, pickles, which can run "
+            "code when they are loaded. Expected *.safetensors: "
+            "have whoever made them save them so (save_pretrained does)."
+        )
+
+
+def _holds_adapter(directory: Path, name: str) -> bool:
+    """Whether a directory holds an adapter. Some trainers put the base's config.json beside it;
+    with whole weights beside it nobody can tell which of the two is meant.
+    """
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return False
+    whole = sorted(path.name for path in directory.glob("model*.safetensors"))
+    if whole and (directory / "config.json").is_file():
+        raise UserError(
+            f"{name}: holds whole weights ({whole[0]}) and an adapter ({ADAPTER_CONFIG}), so which "
+            "model is meant can't be told: the weights may have the adapter merged in already. "
+            "Expected one of the two: move the other to a directory of its own."
+        )
+    return True
+
+
+def _read_adapter(directory: Path, name: str) -> Adapter:
+    file = directory / ADAPTER_CONFIG
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        base, kind = content["base_model_name_or_path"], content["peft_type"]
+        task = content.get("task_type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{name}: its {ADAPTER_CONFIG} can't be read ({type(error).__name__}: {error}). "
+            "Expected PEFT's, with peft_type and base_model_name_or_path."
+        ) from error
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"{file}: base_model_name_or_path is {base!r}, so the adapter names no base. Expected "
+            "the directory of the weights that it was trained on."
+        )
+    if kind in _UNMERGEABLE:
+        raise UserError(
+            f"{name}: an adapter of the kind {kind} can't be merged into weights. Expected LoRA or "
+            "another kind that PEFT merges."
+        )
+    return Adapter(directory, base, task if isinstance(task, str) else None)
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Around a library that reads model files: any error becomes a UserError about `what`."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    # Damaged files raise errors of JSON, safetensors, tokenizers (Rust) and torch, and of code that
+    # relies on a number.
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{what} can't be read ({type(error).__name__}: {first}). Restore its files, or give "
+            "another directory."
+        ) from error
