@@ -135,34 +135,34 @@ def need_of(cfg: Config, shapes: Shapes) -> Need:
         count=count_checkpoints(cfg.stage, cfg.run.keep_checkpoints),
         checkpoint=checkpoint_bytes(cfg.stage, cfg.engine.kind, cfg.adapter, width, shapes),
         model=model,
-        start=model if writes_start(cfg) else 0.0,
+        start=model if writes_start(cfg.stage, cfg.model, cfg.adapter) else 0.0,
     )
 
 
-def writes_start(cfg: Config) -> bool:
+def writes_start(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) -> bool:
     """Whether the run writes the whole weights that it starts from to ``start/``: an online stage,
     since vLLM starts from nothing else, where model.path is an adapter, a GGUF file or missing;
     another stage where it trains an adapter on an adapter.
     """
-    if isinstance(cfg.stage, OnlineStage):
-        return not starts_whole(cfg.model)
-    if cfg.adapter.kind is AdapterKind.none or cfg.model.path is None:
+    if isinstance(stage, OnlineStage):
+        return not starts_whole(model)
+    if adapter.kind is AdapterKind.none or model.path is None:
         return False
-    return bool(contents(cfg.model.path).adapters)
+    return bool(contents(model.path).adapters)
 
 
-def start_note(cfg: Config) -> list[str]:
+def start_note(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) -> list[str]:
     """A note of the disk that ``start/`` takes, where model.path holds an adapter."""
-    if cfg.model.path is None or not writes_start(cfg):
+    if model.path is None or not writes_start(stage, model, adapter):
         return []
-    held = contents(cfg.model.path)
+    held = contents(model.path)
     if not held.adapters:
         return []
-    size = weight_files(cfg.model.path)
+    size = weight_files(model.path)
     room = "a whole model's room" if size is None else f"about {size / GIB:.2g} GiB"
     return [
-        f"model.path={cfg.model.path} holds an adapter of {held.weights}: both are merged and "
-        f"written to {run_directory(cfg) / START}, which takes {room} on the disk."
+        f"model.path={model.path} holds an adapter of {held.weights}: both are merged and written "
+        f"to {START}/ in the run's directory, which takes {room} on the disk."
     ]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.process import files
 from rlhf.types import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -111,6 +112,16 @@ def contents(path: str | Path, key: str = "model.path") -> Contents:
         adapters.append(adapter)
         where = adapter.base
         name = f"{directory / ADAPTER_CONFIG}: base_model_name_or_path={where}"
+
+
+def fingerprint(path: str | Path) -> str | None:
+    """16 hexadecimal digits that change when the model of a directory does; None for a hub's name
+    and for what is no model.
+    """
+    try:
+        return files.fingerprint(contents(path).files())
+    except UserError:
+        return None
 
 
 def check_model_path(path: str | None, key: str = "model.path") -> Contents:

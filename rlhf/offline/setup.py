@@ -9,7 +9,7 @@ import torch
 
 from conf import published
 from conf.choices import AdapterKind, Dtype, EngineKind, Offload, Scheduler
-from conf.schema import Config, EngineConfig, RunConfig
+from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
 from policy import adapters
 from policy.engines.deepspeed import ensure_process_group, is_universal, prepare_cpu
@@ -17,7 +17,7 @@ from policy.saving import replacing
 from rlhf.checks import capacity, inputs, launch
 from rlhf.data.reading import DataRequest, stage_texts
 from rlhf.data.sources import data_files
-from rlhf.models.directories import CLASSIFIER, START
+from rlhf.models.directories import CLASSIFIER
 from rlhf.models.loading import (
     load_or_train_tokenizer,
     resolve_dtype,
@@ -33,8 +33,6 @@ _SCHEDULERS = {
     Scheduler.linear: "linear",
     Scheduler.cosine: "cosine",
 }
-# whose trainers multiply by the head's weight themselves, past an adapter on it
-_FUSED_HEAD = (SFTStage, PreferenceStage, KTOStage)
 
 
 def check(cfg: Config) -> list[str]:
@@ -45,15 +43,14 @@ def check(cfg: Config) -> list[str]:
     launch.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, ranks)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     inputs.check_model(cfg.model)
-    task = CLASSIFIER if isinstance(stage, RewardStage) else "CAUSAL_LM"
-    trains_head = not isinstance(stage, _FUSED_HEAD)
-    adapters.check(cfg.model, cfg.adapter, task=task, trains_head=trains_head)
+    trains_head = _trains_head(stage)
+    adapters.check(cfg.model, cfg.adapter, task=_task(stage), trains_head=trains_head)
     inputs.check_row_length(stage.max_length, cfg.model)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes = inputs.padding_note(cfg.model.path, tokenizer)
     notes += inputs.rope_note(cfg.model, stage.max_length)
     inputs.check_rows(cfg)
-    notes += capacity.start_note(cfg) + capacity.memory_notes(cfg)
+    notes += capacity.start_note(stage, cfg.model, cfg.adapter) + capacity.memory_notes(cfg)
     capacity.check_disk(cfg)
     return notes
 
@@ -91,28 +88,45 @@ def check_positions(model_config: Any, longest: int) -> None:
         )
 
 
-def with_adapter(model: Any, tokenizer: Any, ctx: RunContext, task: str) -> Any:
-    """`model` with the configured adapter; `model` itself for ``adapter=none``. task: PEFT's task
-    type.
+def with_adapter(
+    model: Any,
+    tokenizer: Any,
+    stage: OfflineStage,
+    source: ModelConfig,
+    adapter: AdapterConfig,
+    start: Path,
+) -> Any:
+    """`model`, loaded from `source`, with the configured adapter; `model` itself for
+    ``adapter=none``.
 
     The adapter names its base, ``model.path``. Where that holds an adapter, now merged into
-    `model`, the whole weights are first written to ``start/``, and the adapter names them: of an
+    `model`, the whole weights are written to `start` once, and the adapter names them: of an
     adapter on an adapter PEFT and vLLM would read only the last. A collective.
     """
-    cfg = ctx.cfg
-    if cfg.adapter.kind is AdapterKind.none:
+    if adapter.kind is AdapterKind.none:
         return model
-    base = None if cfg.model.gguf_file else cfg.model.path
-    if capacity.writes_start(cfg):
-        written = ctx.dir / START
-        base = str(written)
-        resumed = ctx.resume_from is not None
-        if distributed.is_main() and not (resumed and (written / "config.json").exists()):
-            with replacing(written) as side:
+    base = None if source.gguf_file else source.path
+    if capacity.writes_start(stage, source, adapter):
+        base = str(start)
+        if distributed.is_main() and not (start / "config.json").exists():
+            with replacing(start) as side:
                 write_whole(model, tokenizer, side)
         distributed.barrier()
-    trains_head = not isinstance(cfg.stage, _FUSED_HEAD)
-    return adapters.attach(model, cfg.adapter, task=task, base=base, trains_head=trains_head)
+    return adapters.attach(
+        model, adapter, task=_task(stage), base=base, trains_head=_trains_head(stage)
+    )
+
+
+def _task(stage: OfflineStage) -> str:
+    """PEFT's task type."""
+    return CLASSIFIER if isinstance(stage, RewardStage) else "CAUSAL_LM"
+
+
+def _trains_head(stage: OfflineStage) -> bool:
+    """Whether an adapter on the language model's head trains: these trainers multiply by the head's
+    weight themselves.
+    """
+    return not isinstance(stage, (SFTStage, PreferenceStage, KTOStage))
 
 
 def record_inputs(ctx: RunContext, kind: str) -> None:

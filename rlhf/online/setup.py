@@ -45,7 +45,6 @@ from reward.model import load_reward_model
 from reward.terms import make_scorer
 from rlhf.data import reading
 from rlhf.data.sources import data_files
-from rlhf.models.directories import START
 from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
@@ -108,8 +107,7 @@ def build(ctx: RunContext) -> Parts:
     tokenizer = load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
     prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer, split="train")
     _register(ctx)
-    resumed = ctx.resume_from is not None
-    path = _start_directory(ctx.dir, cfg.model, tokenizer, resumed=resumed)
+    path = _start_directory(ctx.start_dir, cfg.model, tokenizer)
     start = _Start(path, replace(cfg.model, path=path, gguf_file=None), tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
     lora = cfg.adapter.kind is not AdapterKind.none
@@ -251,17 +249,14 @@ def _register(ctx: RunContext) -> None:
         ctx.add_data(file)
 
 
-def _start_directory(run: Path, model: ModelConfig, tokenizer: Any, *, resumed: bool) -> str:
-    """A directory that transformers and vLLM both load: model.path, or ``start`` in the run's
-    directory, written where model.path is a GGUF file, an adapter, or missing (a tiny model).
-
-    resumed: the run goes on from a checkpoint, and so from the ``start`` that it has.
+def _start_directory(written: Path, model: ModelConfig, tokenizer: Any) -> str:
+    """A directory that transformers and vLLM both load: model.path, or `written`, where a run that
+    goes on has it already, where model.path is a GGUF file, an adapter, or missing (a tiny model).
     """
     if starts_whole(model):
         assert model.path is not None
         return model.path
-    written = run / START
-    if distributed.is_main() and not (resumed and (written / "config.json").exists()):
+    if distributed.is_main() and not (written / "config.json").exists():
         if model.kind is ModelKind.tiny and model.path is None:
             log.warning(
                 "model=tiny without model.path: the policy starts from random weights, written "

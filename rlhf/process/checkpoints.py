@@ -120,6 +120,12 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def step_of(checkpoint: Path | str | None) -> int:
+    """The step of a checkpoint by its name; 0 for none."""
+    match = _NAME.fullmatch(Path(checkpoint).name) if checkpoint else None
+    return int(match.group(1)) if match else 0
+
+
 def newest(folder: Path) -> tuple[tuple[Path, int] | None, list[tuple[Path, str]]]:
     """The newest checkpoint that is whole, with its step, and those newer than it with what is
     wrong with each.

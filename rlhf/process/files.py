@@ -6,17 +6,38 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.types import UserError
+
+_SAMPLE = 2**20  # bytes
 
 
 def sha256(path: Path) -> str:
     """The hash of a file's bytes, hexadecimal."""
     with path.open("rb") as source:
         return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def fingerprint(files: Sequence[Path]) -> str | None:
+    """16 hexadecimal digits that change when a model's files do; None for no files.
+
+    Of a large file its size and both ends count, since weights of many GiB take minutes to read.
+    """
+    if not files:
+        return None
+    whole = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        whole.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as source:
+            whole.update(source.read(_SAMPLE))
+            if size > _SAMPLE:
+                source.seek(max(_SAMPLE, size - _SAMPLE))
+                whole.update(source.read(_SAMPLE))
+    return whole.hexdigest()[:16]
 
 
 def _unix_line_ends(value: Any) -> Any:

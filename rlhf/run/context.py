@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
+from rlhf.models import directories
 from rlhf.process import checkpoints, distributed, redaction
 from rlhf.process.files import json_object, json_value, sha256, write_json
 from rlhf.process.randomness import seed_everything
@@ -37,6 +38,19 @@ MODEL = "model"  # kind of artifact
 _CANT_WRITE = (
     "the run directory {} can't be written: {}. Make room there, or choose another run.dir."
 )
+
+
+def _is_same(first: Entry, second: Entry, mark: str) -> bool:
+    """Whether two inputs are the same by `mark`, or by their paths where one has no mark."""
+    if mark in first and mark in second:
+        return bool(first[mark] == second[mark])
+    return bool(first["path"] == second["path"])
+
+
+def _shown(entry: Entry, mark: str) -> str:
+    """An input for a message."""
+    kind = entry.get("kind", "data")
+    return f"{kind} {entry['path']} ({mark} {entry.get(mark, 'unknown')})"
 
 
 class RunContext:
@@ -108,6 +122,11 @@ class RunContext:
         return self.dir / "model"
 
     @property
+    def start_dir(self) -> Path:
+        """Whole weights that the run starts from, where model.path has none."""
+        return self.dir / directories.START
+
+    @property
     def checkpoint_dir(self) -> Path:
         return self.dir / CHECKPOINTS
 
@@ -126,9 +145,35 @@ class RunContext:
             "path": str(path),
             "summary_sha256": sha256(summary) if summary else None,
         }
+        weights = directories.fingerprint(path)
+        if weights is not None:
+            entry["weights"] = weights
+        self._tell_change("parents", "weights", entry)
         if parent.exists():
             entry |= self._origin(parent)
         self._manifest.add("parents", entry)
+
+    def _tell_change(self, key: str, mark: str, entry: Entry) -> None:
+        """Warn where a resumed run reads something else than before its checkpoint; the manifest
+        keeps both. `mark`: the key by which two entries of the manifest's list `key` are the same.
+
+        Raises UserError for other rows where the tokenizer was trained on them.
+        """
+        assert self._manifest is not None
+        before, step = self._manifest.before(key)
+        before = [other for other in before if other.get("kind") == entry.get("kind")]
+        if not before or any(_is_same(other, entry, mark) for other in before):
+            return
+        same_path = [other for other in before if other["path"] == entry["path"]]
+        then = ", ".join(_shown(other, mark) for other in same_path or before)
+        told = f"{_shown(entry, mark)} is not what it was up to step {step}: {then}"
+        if key == "data" and self.cfg.model.path is None:
+            raise UserError(
+                f"run.resume=true: {told}. model=tiny without model.path trains its tokenizer on "
+                "the rows, so that the checkpoint's tokens would mean something else. Restore the "
+                "file, or begin anew: another run.name, or run.overwrite=true."
+            )
+        LOG.warning("resume: %s. The run goes on with it; manifest.json keeps both.", told)
 
     def _origin(self, path: Path, file_sha256: str | None = None) -> Entry:
         """The manifest entry ``from`` of an input; {} for an input that no run of ours made.
@@ -166,6 +211,7 @@ class RunContext:
             raise UserError(f"data file {file}: no such file.")
         file_sha256 = sha256(file)
         entry = {"path": str(path), "sha256": file_sha256, "bytes": file.stat().st_size}
+        self._tell_change("data", "sha256", entry)
         entry |= self._origin(file, file_sha256)
         self._manifest.add("data", entry)
         return file_sha256

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from conf.choices import LabelMode
-from conf.schema import Config, EngineConfig
+from conf.choices import AdapterKind, LabelMode
+from conf.schema import Config, EngineConfig, ModelConfig
 from conf.stages import LabelStage
+from rlhf.models.directories import START, fingerprint
 from rlhf.process import checkpoints, distributed
 from rlhf.process.files import json_object
-from rlhf.run.manifest import MANIFEST_FILE
+from rlhf.run.manifest import MANIFEST_FILE, read_manifest
 from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE, plain_config, truncate
 from rlhf.types import UserError
 
@@ -34,6 +35,8 @@ ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 # "export.json" is rlhf.labels.ledger.EXPORT_FILE.
 _OWN_PROGRESS = (STEPS_FOLDER, ANSWERS_FOLDER, "export.json")
 NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
+# Options of an adapter that its weights depend on.
+_ADAPTER_WEIGHTS = ("rank", "alpha", "targets", "rslora", "dora")
 # Options that say how a run starts, not what it computes.
 _START_OPTIONS = {"run.resume", "run.overwrite", "run.dry_run", "run.dir"}
 
@@ -177,14 +180,65 @@ def _stored_config(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _refuse_other_weights(
+    checkpoint: Path, stored: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """A checkpoint's weights and optimizer fit one adapter, and one size of ``model=tiny``. Raises
+    UserError for options, by dotted key, that ask for another.
+    """
+    keys = ["adapter.kind", "stage.critic_adapter"]
+    if stored.get("adapter.kind") != AdapterKind.none.value or stored.get("stage.critic_adapter"):
+        keys += [f"adapter.{name}" for name in _ADAPTER_WEIGHTS]
+    if config["model.path"] is None or stored.get("model.path") is None:
+        keys += ["model.path"]
+    if config["model.path"] is None:
+        keys += ["model.kind", *sorted(key for key in config if key.startswith("model.tiny."))]
+    changed = [key for key in keys if key in stored and stored[key] != config.get(key)]
+    if changed:
+        was = " ".join(f"{key}={stored[key]}" for key in changed)
+        now = " ".join(f"{key}={config.get(key)}" for key in changed)
+        raise UserError(
+            f"run.resume=true: the checkpoint {checkpoint} was trained with {was}, but this run "
+            f"has {now}. Other weights train there. Resume with {was}, or begin a new run (another "
+            "run.name) with model.path at the weights of this one."
+        )
+
+
+def _refuse_other_model(checkpoint: Path, directory: Path, model: ModelConfig) -> None:
+    """A checkpoint goes on from the model that it was trained on: an adapter's changes, and a
+    reference, mean nothing on another. Raises UserError where the weights differ by the
+    fingerprint that the manifest holds, or where there is none and the path differs.
+    """
+    manifest = read_manifest(directory)
+    policies = [entry for entry in (manifest or {}).get("parents", []) if entry["kind"] == "policy"]
+    if not policies:
+        return
+    then = policies[-1]
+    now = None if model.path is None else fingerprint(model.path)
+    same = then["path"] == model.path
+    if "weights" in then and now is not None:
+        same = then["weights"] == now
+    if not same:
+        raise UserError(
+            f"run.resume=true: the checkpoint {checkpoint} was trained on the model {then['path']} "
+            f"(weights {then.get('weights', 'unknown')}), but this run has "
+            f"model.path={model.path} (weights {now or 'unknown'}). Restore that model, or begin a "
+            "new run (another run.name) with model.path at the weights of this one."
+        )
+
+
 def _resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Opened:
     """Bring an existing run back to its newest checkpoint.
 
     Lines after it are removed from the run's files, and a summary of an earlier end too.
     """
-    for change in changed_options(_stored_config(directory / CONFIG_FILE), plain_config(cfg)):
-        LOG.warning("resume: the configuration differs from the run's: %s", change)
+    stored, config = _stored_config(directory / CONFIG_FILE), plain_config(cfg)
     newest = latest_checkpoint(directory)
+    if newest is not None:
+        _refuse_other_weights(newest[0], _flat(stored), _flat(config))
+        _refuse_other_model(newest[0], directory, cfg.model)
+    for change in changed_options(stored, config):
+        LOG.warning("resume: the configuration differs from the run's: %s", change)
     own_progress = any((directory / name).exists() for name in _OWN_PROGRESS)
     if newest is None and not own_progress and (directory / SUMMARY_FILE).exists():
         raise UserError(
@@ -193,7 +247,9 @@ def _resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Open
         )
     step = -1
     resume_from = None
-    if newest is not None:
+    if newest is None:
+        shutil.rmtree(directory / START, ignore_errors=True)  # maybe of another model
+    else:
         resume_from, step = newest
         if adapt is not None:
             resume_from, warning = adapt(resume_from, cfg.engine)

@@ -27,7 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.process.files import sha256
-from rlhf.run.manifest import MANIFEST_FILE, Entry, artifact_digest, read_manifest, run_of
+from rlhf.run.manifest import (
+    MANIFEST_FILE,
+    Entry,
+    artifact_digest,
+    read_manifest,
+    run_of,
+    segments,
+)
 from rlhf.types import UserError
 
 AGAIN = "as above"
@@ -53,9 +60,33 @@ class Node:
 
 
 def _entries(manifest: Mapping[str, Any]) -> list[Entry]:
-    """Parents and data files alike: kind, path, from, sha256 of files."""
+    """Parents and data files alike: kind, path, from, sha256 of files; and steps, where a resumed
+    run was not trained on them throughout.
+    """
     data = [{"kind": "data", **entry} for entry in manifest["data"]]
-    return [*manifest["parents"], *data]
+    entries = [*manifest["parents"], *data]
+    resumed = segments(manifest) if len(manifest.get("starts", [])) > 1 else []
+    if len(resumed) < 2 or not all("data" in start for start, _ in resumed):
+        return entries  # one segment, or a manifest from before starts had inputs of their own
+    return [{**entry, "steps": _steps(entry, resumed)} for entry in entries]
+
+
+def _steps(entry: Entry, resumed: Sequence[tuple[Entry, int | None]]) -> str:
+    """At which steps of a resumed run an input was read; "" for all of them."""
+    bare = {key: value for key, value in entry.items() if key != "kind"}
+    parts = []
+    for start, until in resumed:
+        if entry in start["parents"] or bare in start["data"]:
+            first = start["step"] + 1
+            parts.append(f"{first} to {until}" if until is not None else f"from {first}")
+    return "" if len(parts) == len(resumed) else ", ".join(parts)
+
+
+def _via(entry: Entry) -> str:
+    """What was taken, for a node."""
+    steps = entry.get("steps")
+    taken = f"{entry['kind']} {entry['path']}"
+    return f"{taken} (steps {steps})" if steps else taken
 
 
 def _artifacts(entry: Entry) -> list[Entry]:
@@ -121,7 +152,7 @@ def _node(directory: Path, via: Sequence[Entry], notes: Sequence[str], seen: set
         parents = _parents(directory, manifest, seen)
     return Node(
         path=_short(directory),
-        via=tuple(f"{entry['kind']} {entry['path']}" for entry in via),
+        via=tuple(map(_via, via)),
         stage=manifest["stage"],
         artifacts=tuple(artifacts),
         notes=tuple(notes),
@@ -135,7 +166,10 @@ def _parents(directory: Path, manifest: Entry, seen: set[Path]) -> tuple[Node, .
     for entry in _entries(manifest):
         run = _run_behind(entry, directory)
         if run is None:
-            leaves.append(Node(entry["path"], (entry["kind"],), notes=tuple(_notes(entry, None))))
+            notes = _notes(entry, None)
+            if entry.get("steps"):
+                notes.insert(0, f"steps {entry['steps']}")
+            leaves.append(Node(entry["path"], (entry["kind"],), notes=tuple(notes)))
         else:
             by_run.setdefault(run, []).append(entry)
     nodes = []

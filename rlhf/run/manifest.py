@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.process import distributed, redaction
+from rlhf.process import checkpoints, distributed, redaction
 from rlhf.process.files import digest, json_value, sha256, write_json
 
 MANIFEST_FILE = "manifest.json"
@@ -34,6 +34,7 @@ PACKAGES = (
     "wandb",
 )
 _GIT_TIMEOUT_S = 30
+SEGMENT = ("parents", "data")  # what a start reads, in lists of its own and in the manifest's
 
 
 def versions() -> dict[str, str]:
@@ -145,6 +146,39 @@ def origin(path: Path, child: Path, file_sha256: str | None = None) -> Entry | N
     return out
 
 
+def segments(manifest: Mapping[str, Any]) -> list[tuple[Entry, int | None]]:
+    """The starts of a run whose steps are in its weights, the oldest first, each with the step
+    before which the next one took over (None for the last).
+
+    A start after whose checkpoints the run went on is in; one whose steps were lost, because it
+    left no checkpoint or the run went back before it, is not.
+    """
+    out: list[tuple[Entry, int | None]] = []
+    until: int | None = None
+    for start in reversed(manifest["starts"]):
+        step = start["step"]
+        if until is None or step < until:
+            out.append((start, until))
+            until = step
+    return out[::-1]
+
+
+def _earlier_starts(earlier: Mapping[str, Any]) -> list[Entry]:
+    """The starts of a manifest. In older ones starts have no step and no inputs of their own: the
+    manifest's are those of the last.
+    """
+    starts = earlier.get("starts")
+    if not isinstance(starts, list):
+        return []
+    out = []
+    for start in starts:
+        step = checkpoints.step_of(start.get("resume_from"))
+        out.append({"step": step, "parents": [], "data": [], **start})
+    if starts and "data" not in starts[-1]:
+        out[-1] |= {key: list(earlier[key]) for key in SEGMENT if key in earlier}
+    return out
+
+
 class Manifest:
     """The manifest of a run that is being made; every change is on the disk at once."""
 
@@ -168,16 +202,20 @@ class Manifest:
         """The manifest of a run that starts now.
 
         earlier: the manifest of the run's earlier starts, {} for a new run. keep_entries: whether
-        its parents, data and artifacts stay (a run that adds to its directory).
+        its parents, data and artifacts stay (a run that adds to its directory); of any other run
+        the parents and data of those starts do whose steps are in the weights (`segments`).
         """
         arguments = redaction.arguments(argv)
         this_start = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "argv": arguments,
             "resume_from": str(resume_from) if resume_from else None,
+            "step": checkpoints.step_of(resume_from),
             "world_size": distributed.world_size(),
+            "parents": [],
+            "data": [],
         }
-        starts = earlier.get("starts")
+        starts = _earlier_starts(earlier)
         content: Entry = {
             "stage": stage,
             "seed": seed,
@@ -188,8 +226,11 @@ class Manifest:
             "commit": git_commit(),
             "parents": [],
             "data": [],
-            "starts": [*(starts if isinstance(starts, list) else []), this_start],
+            "starts": [*starts, this_start],
         }
+        for start, _ in segments(content)[:-1]:
+            for key in SEGMENT:
+                content[key] += [entry for entry in start[key] if entry not in content[key]]
         if keep_entries:
             for key in ("parents", "data", "artifacts"):
                 if key in earlier:
@@ -201,12 +242,24 @@ class Manifest:
 
     def add(self, key: str, entry: Entry) -> bool:
         """Append `entry` to the list `key`; False where the list has it already."""
-        entries = self.content.setdefault(key, [])
-        if entry in entries:
-            return False
-        entries.append(entry)
-        self._write()
-        return True
+        lists = [self.content.setdefault(key, [])]
+        if key in SEGMENT:
+            lists.append(self.content["starts"][-1][key])
+        missing = [entries for entries in lists if entry not in entries]
+        for entries in missing:
+            entries.append(entry)
+        if missing:
+            self._write()
+        return bool(missing)
+
+    def before(self, key: str) -> tuple[list[Entry], int]:
+        """The entries of `key`, parents or data, on which the run was trained before this start,
+        and by which step; ([], 0) for a run that begins.
+        """
+        entries: list[Entry] = []
+        for start, _ in segments(self.content)[:-1]:
+            entries += [entry for entry in start[key] if entry not in entries]
+        return entries, int(self.content["starts"][-1]["step"])
 
     def set(self, key: str, value: Any) -> None:
         """An entry of the stage's own. What looks like a secret is removed."""

@@ -58,7 +58,9 @@ def check(cfg: Config) -> list[str]:
     notes += check_watch(stage, cfg.reward, tokenizer)
     check_lengths(cfg)
     readers = scoring_models(cfg.reward, stage.watch)
-    notes += capacity.start_note(cfg) + capacity.memory_notes(cfg, readers)
+    notes += capacity.start_note(stage, cfg.model, cfg.adapter) + capacity.memory_notes(
+        cfg, readers
+    )
     capacity.check_disk(cfg, readers)
     return notes
 

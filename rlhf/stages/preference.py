@@ -158,7 +158,7 @@ def make_trainer(
     mixed = isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto
     longest = max(longest_row(side, mixed=mixed) for side in rows)
     check_positions(base_of(model).config, min(longest, stage.max_length))
-    model = with_adapter(model, tokenizer, ctx, "CAUSAL_LM")
+    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
     # Copied before the trainer's arguments exist: from then on transformers would load ZeRO-3
     # models in shards.
     reference = preference.start_of(model) if preference.has_reference(stage) else None

@@ -140,7 +140,7 @@ def make_trainer(
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_classifier(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
     check_positions(model.config, max(train.longest(), held_out.longest()))
-    model = with_adapter(model, tokenizer, ctx, "SEQ_CLS")
+    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
     args = TRLRewardConfig(
         **trainer_arguments(
             stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from

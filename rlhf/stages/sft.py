@@ -141,7 +141,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, tokenizer: Any, rows: Rows) -
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
     check_positions(model.config, stage.max_length if stage.packing else rows.longest())
-    model = with_adapter(model, tokenizer, ctx, "CAUSAL_LM")
+    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
     args = SFTConfig(
         **trainer_arguments(
             stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from
