@@ -173,6 +173,9 @@ def _pairs_argilla(row: Row) -> Several:
     if not isinstance(responses, Mapping) or not isinstance(metadata, Mapping):
         raise RowError("keys 'responses' and 'metadata': expected objects, found something else")
     shown, prompt = answers_of(fields), prompt_or_nothing(fields, "prompt")
+    if QUESTION in responses:
+        others = [question for question in responses if question != QUESTION]
+        out.otherwise += [f"responses.{question} is not read" for question in others]
     for i, response in enumerate(_responses(responses)):
         key = f"responses[{i}]"
         if not isinstance(response, Mapping):

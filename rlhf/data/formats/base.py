@@ -19,6 +19,7 @@ from enum import Enum
 from typing import Any
 
 from rlhf.data.calls import tools_of
+from rlhf.data.formats.inside import unread
 from rlhf.data.formats.values import require_messages, shows_tools
 from rlhf.data.messages import refuse_media
 from rlhf.data.rows import (
@@ -122,11 +123,14 @@ class Format:
         }[use]
         used = self.consumed if use is Use.prompt else (*self.consumed, *self.answers)
         own = {key: value for key, value in row.items() if key not in used}
+        left = unread(self.name, {key: row[key] for key in used if key in row})
+        otherwise = [f"{name} is not read" for name in left]
         if single is not None:
-            return Several([Made(single(row), own)])
+            return Several([Made(single(row), own)], otherwise=otherwise)
         assert self.pairs is not None
         out = self.pairs(row)
-        return replace(out, pairs=[Made(made.value, own | made.fields) for made in out.pairs])
+        pairs = [Made(made.value, own | made.fields) for made in out.pairs]
+        return Several(pairs, out.aside, [*out.otherwise, *otherwise])
 
 
 def _with_tools(made: Made, tools: Tools) -> Made:

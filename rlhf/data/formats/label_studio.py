@@ -137,13 +137,13 @@ def rank_of(result: Result) -> list[str]:
     """
     order = result.value.get("ranker")
     if isinstance(order, Mapping):
-        lists = list(order.values())
-        if len(lists) != 1 and "rank" not in order:
+        lists = [ids for ids in order.values() if ids]
+        if len(lists) > 1:
             raise RowError(
                 f"key '{result.key}.value.ranker': expected one ranked list, found the lists "
                 f"{', '.join(map(str, order))}"
             )
-        order = order.get("rank", lists[0] if lists else None)
+        order = lists[0] if lists else order.get("rank")
     if not isinstance(order, list) or not all(isinstance(name, (str, int)) for name in order):
         raise RowError(
             f"key '{result.key}.value.ranker': expected a list of ids from the best to the worst, "
