@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from conf.schema import DataConfig
-from rlhf.data.formats.inside import unread
+from rlhf.data.formats.values import unread
 from rlhf.data.prepare import ingest
 from rlhf.types import UserError
 from tests.data.format_rows import drawn, published_rows, tool_rows, training_rows

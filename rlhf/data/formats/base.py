@@ -19,8 +19,7 @@ from enum import Enum
 from typing import Any
 
 from rlhf.data.calls import tools_of
-from rlhf.data.formats.inside import unread
-from rlhf.data.formats.values import require_messages, shows_tools
+from rlhf.data.formats.values import require_messages, shows_tools, unread
 from rlhf.data.messages import refuse_media
 from rlhf.data.rows import (
     Chat,
