@@ -29,14 +29,27 @@ else:
 os.environ["COLUMNS"] = "160"  # tables are as wide wherever the tests run
 
 
-# Files that take longest come first, the longest of them first, so that at the end of a shared run
-# no process waits long for the other.
+# Files that take longest come first, roughly by their CPU seconds (docs/testing.md), so that at the
+# end of a shared run no process waits long for the other. Those that start two ranks are parted.
 _LONG = (
     "test_zero_online",
-    "test_zero_trl",
     "test_rollout",
-    "test_resume",
+    "test_zero_trl",
+    "test_reward_stage",
     "test_algorithms",
+    "test_engine",
+    "test_resume",
+    "test_sft_stage",
+    "test_round_trips",
+    "test_preference_stage",
+    "test_config",
+    "test_serve_reward",
+    "test_row_weights",
+    "test_recipes",
+    "test_label_import",
+    "test_data_stage",
+    "test_gym",
+    "test_watching_stage",
     "test_online",
 )
 # Files of one group run in one process, one after the other: importing vLLM takes longer than
