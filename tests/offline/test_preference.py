@@ -16,13 +16,14 @@ from datasets import Dataset
 from conf.choices import Dtype, FDivergence, ModelKind, PreferenceLoss
 from conf.schema import EngineConfig, ModelConfig, RunConfig
 from conf.stages import CPOStage, KTOStage, PreferenceStage
+from policy.adapters import attach
 from rlhf.checks.launch import BatchPlan
 from rlhf.models.encoding import IGNORED, encode_answer, response_ids
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline.guards import Guard
 from rlhf.offline.pairs import encode_preferences
 from rlhf.offline.preference import has_reference, make_trainer, start_of
-from rlhf.offline.setup import trainer_arguments, with_adapter
+from rlhf.offline.setup import trainer_arguments
 from tests.offline import trl_tools
 from tests.offline.preference_tools import LORA, answer_logprob, stage_of
 
@@ -379,7 +380,7 @@ def test_the_reference_of_an_adapter_is_the_adapter_turned_off(bench: Bench) -> 
     """Away from the start, so that a copy of the adapter as it was when the trainer was made would
     differ from the base.
     """
-    model = with_adapter(start_of(bench.policy), LORA, None, "CAUSAL_LM")
+    model = attach(start_of(bench.policy), LORA, task="CAUSAL_LM")
     stage = PreferenceStage()
     assert start_of(model) is None
     trainer = make_trainer(
