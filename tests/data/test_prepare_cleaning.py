@@ -317,6 +317,13 @@ def test_good_prose_of_any_script_passes_and_short_answers_are_left_alone() -> N
     ) == [1, 2, 3, 4, 5]
 
 
+def test_variables_beside_a_script_without_spaces_are_no_short_words() -> None:
+    formulas = "设 x + y = z 且 y + z = u，把 x 代入后面的方程，得到 z - x = y 以及 u - z = y。" * 4
+    options = {"max_top_ngrams": [], "max_duplicate_ngrams": [], "max_duplicate_lines": None}
+    assert judge(formulas, **options) is None
+    assert "mean word length" in (judge("x y z u v w " * 9, **options) or "")
+
+
 def test_a_rule_that_is_null_is_off() -> None:
     bullets = "- one thing\n- two others\n- three of them"
     assert judge(bullets) is None

@@ -198,7 +198,8 @@ def _word_length(text_words: Counted, options: Quality) -> str | None:
     if options.low_word_length is None and options.high_word_length is None:
         return None
     mean, number = word_length(text_words.tokens)
-    if number < options.min_words:
+    # beside many numbers, or a script without spaces, they are names and variables
+    if number < max(options.min_words, _MOSTLY * text_words.number):
         return None
     if options.low_word_length is not None and mean < options.low_word_length:
         return f"mean word length {mean:.2f}, expected at least {options.low_word_length:g}"
