@@ -32,6 +32,7 @@ from reward.service.batcher import Batcher, Counts
 from reward.service.served import Item, Refused, ServedModel
 from reward.terms import check_terms, make_scorer
 from rlhf.cli import config
+from rlhf.models.directories import fingerprint
 from rlhf.stages.serve_reward import address, listen
 from rlhf.types import Rollout, UserError
 from tests.checking import check
@@ -613,9 +614,9 @@ def test_process_serves_a_policy_run_and_ends_in_peace(
         "items": 12,
         "errors": 1,
     }
-    assert json.loads((run / "manifest.json").read_text())["parents"] == [
-        {"kind": "reward", "path": str(plain_model), "summary_sha256": None}
-    ]
+    (parent,) = json.loads((run / "manifest.json").read_text())["parents"]
+    assert (parent["kind"], parent["path"]) == ("reward", str(plain_model))
+    assert parent["summary_sha256"] is None and parent["weights"] == fingerprint(plain_model)
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["serve/items"] == 12
     assert (run / "config.yaml").is_file()
 
