@@ -103,11 +103,11 @@ class Encoded:
 
 
 def encoded(encode: Encoder, records: Sequence[Record], store: Store, name: str) -> Encoded:
-    """The rows of `records` as `encode` makes them, in their order. A collective.
-
-    name: of the rows, for messages. Raises UserError, which names file and row, where more than
-    `store.max_bad_rows` rows can't be encoded.
+    """The rows of `records`, `name` in messages, as `encode` makes them. A collective. Raises
+    UserError, naming file and row, where more than `store.max_bad_rows` rows can't be encoded.
     """
+    if distributed.is_main():
+        turns.tell_noticed(encode.tokenizer, records, LOG, name)
     key = content_key(encode, records)
     if len(set(distributed.gather(key))) > 1:
         raise UserError(

@@ -51,7 +51,7 @@ class Side:
 
     name: str
     tokens: tuple[Token, ...]
-    bos: int  # how often the tokenizer's BOS and EOS stand in it
+    bos: int  # how often the token that begins a sequence, and those that end one, stand in it
     eos: int
     problems: tuple[str, ...]
 
@@ -181,7 +181,7 @@ def _side(
         name,
         tuple(tokens),
         list(ids).count(tokenizer.bos_token_id),
-        list(ids).count(tokenizer.eos_token_id),
+        sum(token in end_ids(tokenizer) for token in ids),
         _problems(tokenizer, kept, keep_end),
     )
 

@@ -4,9 +4,10 @@ assistant's turn is written, which tokens end a response, and what a template ne
 Nobody states these, so the tokenizer is tried on short texts, once for each template.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf.types import Message, Tools, UserError
 
@@ -285,6 +286,8 @@ _ANSWER: Message = {"role": "assistant", "content": "Yes."}
 _CALL = {"type": "function", "function": {"name": _MARK, "arguments": {"x": 1}}}
 # (role or key, a conversation that holds the mark there)
 _TRIED: tuple[tuple[str, list[Message]], ...] = (
+    ("user", [{"role": "user", "content": _MARK}]),
+    ("assistant", [_USER, {"role": "assistant", "content": _MARK}]),
     ("system", [{"role": "system", "content": _MARK}, _USER]),
     ("developer", [{"role": "developer", "content": _MARK}, _USER]),
     ("tool", [_USER, _ANSWER, {"role": "tool", "name": "f", "content": _MARK}]),
@@ -304,6 +307,16 @@ def _drops(tokenizer: Any, chat: Chat) -> bool:
 
 
 # ---- what is done to rows without their asking ----
+
+
+class Placed(Protocol):
+    """A row's value, and its file and number for messages."""
+
+    @property
+    def value(self) -> Any: ...
+
+    @property
+    def place(self) -> str: ...
 
 
 class Notices:
@@ -346,6 +359,20 @@ class Notices:
                     "that reads them, or put their text into the user's message"
                 )
         return out
+
+
+def tell_noticed(tokenizer: Any, rows: Iterable[Placed], log: logging.Logger, name: str) -> None:
+    """Warn of what is noticed in `rows`, whose values are texts, conversations, or several of
+    them. name: of the rows.
+    """
+    notices = Notices(tokenizer)
+    for row in rows:
+        values = row.value if isinstance(row.value, tuple) else (row.value,)
+        if isinstance(row.value, dict):
+            values = tuple(row.value.values())
+        notices.look(row.place, values)
+    for line in notices.lines():
+        log.warning("%s: %s", name, line)
 
 
 def noticed(tokenizer: Any, value: Any) -> set[str]:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from rlhf.data.converting import Record
 from rlhf.data.encoded import Encoded, Store, encoded
 from rlhf.models.encoding import IGNORED, answer_ids, prompt_ids, split_turn
+from rlhf.models.turns import EMBEDDING_ROWS
 from rlhf.offline.row_weights import COLUMN, SOFT_LABEL
 from rlhf.offline.rows import (
     NOWHERE,
@@ -160,7 +161,7 @@ def padding_token(tokenizer: Any, *pairs: EncodedPairs) -> str:
     candidates = (
         tokenizer.pad_token_id,
         tokenizer.unk_token_id,
-        *reversed(range(len(tokenizer))),
+        *reversed(range(vars(tokenizer).get(EMBEDDING_ROWS, len(tokenizer)))),
     )
     for token_id in candidates:
         if token_id is not None and token_id != tokenizer.eos_token_id and token_id not in used:

@@ -20,6 +20,7 @@ from rlhf.data.loading import DataRequest
 from rlhf.models.turns import LISTED_ENDS
 from rlhf.process import distributed, parallel
 from rlhf.types import UserError
+from tests.models import families
 from tests.offline.trl_tools import tiny_tokenizer
 
 
@@ -285,3 +286,11 @@ def test_what_is_written_about_a_file(tmp_path: Path) -> None:
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     assert about["rows"] == 9 and about["bytes"] == (folder / ROWS_FILE).stat().st_size
     assert about["counts"] == {"x": 3} and about["bad"] == []
+
+
+def test_what_a_tokenizer_does_to_rows_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = families.made(("<s>", "</s>"), eos="</s>", bos="<s>", around="<s> $A")
+    encoded(Letters(tokenizer), rows(8, _3="<s>a", _5="<s>b"), Store(), "training")
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    for part in ("training", "2 rows", "rows.jsonl, row 4", "'<s>'"):
+        assert part in line

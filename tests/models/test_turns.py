@@ -178,6 +178,8 @@ def test_a_refusal_is_the_rows(messages: list[dict[str, str]], reason: str) -> N
 def test_what_a_template_never_reads_is_told() -> None:
     tok = made(template=families.SILENT)
     assert habits(tok).unread == {"system", "tool_calls"}
+    parts = made(template="{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}")
+    assert {"user", "assistant"} <= habits(parts).unread, "it reads texts in parts only"
     assert not habits(made(template=families.PHI)).unread & {"system", "developer", "tool"}
     assert not habits(gemma()).unread & {"system"}, "what it refuses it does not drop"
     notices = Notices(tok)
