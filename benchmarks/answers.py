@@ -42,7 +42,9 @@ def measure(rows: int, pool: Sequence[str], folder: Path) -> dict[str, list[Stag
         write(path, number, pool, seed=part)
         for what, options in MEASURED.items():
             command = module("rlhf", "stage=data", f"data.path={path}", *options, "tracking=none")
-            out.setdefault(what, []).append(run_stage(command, folder / f"{what}{number}"))
+            out.setdefault(what, []).append(
+                run_stage(command, folder / f"{what.removeprefix('data=')}{number}")
+            )
     return out
 
 
