@@ -10,12 +10,22 @@ from typing import Any
 
 from conf.choices import DataFormat
 from rlhf.data.files import SourceRow
-from rlhf.data.formats import Format, Use, by_name, detect, judging_key, nearest_format
+from rlhf.data.formats import (
+    Format,
+    Use,
+    by_name,
+    detect,
+    judging_key,
+    nearest_format,
+    remedies,
+    unread,
+)
 from rlhf.data.formats import reading as formats_for
+from rlhf.data.formats.unread import may_be_unread
 from rlhf.data.formats.values import is_conversation, keys_of
 from rlhf.data.mixture import Part, Source
 from rlhf.data.rows import RowError
-from rlhf.process.wording import nearest_hint
+from rlhf.process.wording import describe
 from rlhf.types import Tools, UserError
 
 LOG = logging.getLogger("rlhf.data")
@@ -53,15 +63,24 @@ class Record:
         return f"{self.origin}, row {self.number}"
 
 
-def choose_format(origin: str, rows: Sequence[SourceRow], use: Use, wanted: DataFormat) -> Format:
-    """The `wanted` format, or the first format for `use` that one of the first rows has.
+def choose_format(
+    origin: str,
+    rows: Sequence[SourceRow],
+    use: Use | None,
+    wanted: DataFormat,
+    *,
+    trusted: bool = False,
+) -> Format:
+    """The `wanted` format, or the first format for `use` (any for None) that one of the first rows
+    has.
 
-    Raises UserError for a format that the use can't take, and for columns that fit none, with the
-    nearest format and what it lacks.
+    Raises UserError for a format that the use can't take, for columns that fit none, with the
+    nearest format and what it lacks, and for a column of a row's content that the format would not
+    read; `trusted`: data.columns says what is what, so that such a column is counted only.
     """
     if wanted is not DataFormat.auto:
         chosen = by_name(wanted.value)
-        if not chosen.reads(use):
+        if use is not None and not chosen.reads(use):
             raise UserError(
                 f"data.format={chosen.name} can't be read as {USES[use]}. Formats that can: "
                 f"{_names(use)}."
@@ -69,9 +88,12 @@ def choose_format(origin: str, rows: Sequence[SourceRow], use: Use, wanted: Data
         return chosen
     readable = [r for r in rows if r.problem is None]
     for row in readable:
+        _refuse_tree(row)
         detected = detect(row.columns, use)
         if detected is not None:
-            _refuse_judged(row, use, detected)
+            _refuse_judged(row, use or detected.natural_use, detected)
+            if not trusted:
+                _refuse_unread(readable, use, detected)
             return detected
     if not readable:
         raise UserError(f"{rows[0].place}: {rows[0].problem}.")
@@ -80,6 +102,17 @@ def choose_format(origin: str, rows: Sequence[SourceRow], use: Use, wanted: Data
 
 def _names(use: Use) -> str:
     return ", ".join(f.name for f in formats_for(use))
+
+
+def _refuse_tree(row: SourceRow) -> None:
+    """Raises UserError for the single messages of a tree, which are no texts of their own."""
+    if row.columns.keys() >= {"message_id", "parent_id", "text"}:
+        raise UserError(
+            f"{row.place}: each row is one message of a tree (message_id, parent_id, text): "
+            "expected conversations. Give Open Assistant's file of whole trees "
+            "(format message_tree), or messages joined along parent_id; data.format=text trains "
+            "on every message by itself."
+        )
 
 
 def _refuse_judged(row: SourceRow, use: Use, detected: Format) -> None:
@@ -94,8 +127,40 @@ def _refuse_judged(row: SourceRow, use: Use, detected: Format) -> None:
         )
 
 
-def _unknown(origin: str, row: SourceRow, use: Use) -> UserError:
-    """Why a row has no format for `use`, with the nearest format."""
+def _refuse_unread(rows: Sequence[SourceRow], use: Use | None, detected: Format) -> None:
+    """Raises UserError for the first row with a column of its content that the detected format
+    would not read.
+    """
+    for row in rows:
+        columns = _unread_of(detected, row, use)
+        if not columns:
+            continue
+        shown = ", ".join(f"{key!r} ({describe(row.columns.get(key))})" for key in columns)
+        cures = remedies(row.columns, use)
+        if use is None and detected.reads(Use.prompt):
+            cures.append("data.kind=prompt (answers are then a prompt's fields)")
+        cures.append(f"data.format={detected.name} to go on without (counted in a warning)")
+        raise UserError(
+            f"{row.place}: its columns are those of format {detected.name} "
+            f"({detected.columns}), which does not read {shown}: expected every column of the "
+            f"content to be read. Say which is meant: {'; or '.join(cures)}."
+        )
+
+
+def _unread_of(format_: Format, row: SourceRow, use: Use | None) -> list[str]:
+    """The columns of a row's content that are not read; none of a row that doesn't fit, whose
+    trouble is told where it is read.
+    """
+    try:
+        return unread(format_, row.columns, use)
+    except RowError:
+        return []
+
+
+def _unknown(origin: str, row: SourceRow, use: Use | None) -> UserError:
+    """Why a row has no format for `use`, with the columns that would mend it and the nearest
+    format.
+    """
     other = detect(row.columns)
     if other is not None and other.name == "text" and use is Use.prompt:
         return UserError(
@@ -103,13 +168,19 @@ def _unknown(origin: str, row: SourceRow, use: Use) -> UserError:
             "column 'prompt' with the text to continue."
         )
     keys = [str(key) for key in row.columns]
-    closest, missing = nearest_format(row.columns, use)
-    hint = nearest_hint(missing, keys, " (nearest key found: '", "')")
-    what = "fit no format" if other is None else f"are format {other.name}"
+    closest, missing, near = nearest_format(row.columns, use)
+    cures = remedies(row.columns, use)
+    if near is not None:
+        cures.insert(0, f"data.columns='{{{missing}: {near}}}'")
+    hint = "" if near is None else f" (nearest key found: '{near}')"
+    what = "fit no format" if other is None else f"are those of format {other.name}"
+    expected = "" if use is None else f"expected {USES[use]}, but "
+    formats = "" if use is None else f" All formats that can be read so: {_names(use)}."
+    cure = f" Say which column is what: {'; or '.join(cures)}." if cures else ""
     return UserError(
-        f"{row.place}: expected {USES[use]}, but its keys ({', '.join(keys) or 'none'}) {what}. "
+        f"{row.place}: {expected}its keys ({', '.join(keys) or 'none'}) {what}.{cure} "
         f"Nearest format: {closest.name} ({closest.columns}), which needs the key "
-        f"{missing!r}{hint}. All formats that can be read so: {_names(use)}."
+        f"{missing!r}{hint}.{formats}"
     )
 
 
@@ -147,6 +218,44 @@ class Seen:
 
 
 @dataclass(slots=True)
+class _Unread:
+    """The columns of a file's content that its format does not read."""
+
+    format: Format
+    use: Use
+    trusted: bool  # the user said what is what: they are counted, and the row is read
+    copies: set[str] = field(default_factory=set)  # read under another name, as first rows show
+    _by_names: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
+
+    def learn(self, rows: Sequence[SourceRow]) -> None:
+        """See which columns are copies of what is read."""
+        seen: set[str] = set()
+        lost: set[str] = set()
+        for row in rows:
+            if row.problem is None:
+                seen.update(self._candidates(row.columns))
+                lost.update(_unread_of(self.format, row, self.use))
+        self.copies = seen - lost
+
+    def _candidates(self, columns: dict[str, Any]) -> list[str]:
+        names = tuple(columns)
+        if names not in self._by_names:
+            self._by_names[names] = may_be_unread(self.format, columns, self.use)
+        return [
+            key
+            for key in self._by_names[names]
+            if columns.get(key, True) and key not in self.copies
+        ]
+
+    def of(self, row: SourceRow) -> list[str]:
+        """The columns of a row that are not read, without copies."""
+        if not self._candidates(row.columns):
+            return []
+        columns = _unread_of(self.format, row, self.use)
+        return [key for key in columns if key not in self.copies]
+
+
+@dataclass(slots=True)
 class Conversion:
     """Turns rows into records of one use, and hands over the rows that it leaves out. A file's
     format is recognised once, by its first rows.
@@ -160,6 +269,8 @@ class Conversion:
     formats: dict[str, Format] = field(default_factory=dict)  # by origin
     keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
     otherwise: Seen = field(default_factory=Seen)  # what was not read as it stands
+    said: list[str] = field(default_factory=list)  # what formats say of the first rows
+    _unread: dict[str, _Unread] = field(default_factory=dict)  # by origin
     _shape: str | None = None
     _shape_where: str = ""  # of the first record
 
@@ -172,7 +283,14 @@ class Conversion:
                 raise UserError(
                     f"{source.key}={part.origin} holds no rows: expected {USES[self.use]}."
                 )
-            self.formats[origin] = choose_format(origin, rows, self.use, source.format)
+            chosen = choose_format(
+                origin, rows, self.use, source.format, trusted=source.named_columns
+            )
+            trusted = source.named_columns or source.format is not DataFormat.auto
+            self.formats[origin] = chosen
+            self._unread[origin] = _Unread(chosen, self.use, trusted)
+            self._unread[origin].learn(rows)
+            self.said += _said(origin, chosen, self.use, rows)
         return self.formats[origin]
 
     def _part(self, origin: str) -> tuple[Source, Part]:
@@ -189,6 +307,16 @@ class Conversion:
         if row.problem is not None:
             self.rejected(row, row.problem)
             return []
+        unread_file = self._unread[row.origin]
+        for key in unread_file.of(row):
+            if not unread_file.trusted:
+                reason = (
+                    f"key {key!r}: expected nothing that format {format_.name} does not read, "
+                    f"found {describe(row.columns.get(key))}"
+                )
+                self.rejected(row, reason)
+                return []
+            self.otherwise.add([f"format {format_.name} does not read {key!r}"], row.place)
         try:
             several = format_.read(row.columns, self.use)
         except RowError as error:
@@ -229,3 +357,12 @@ def tell_columns(
         if more:
             told.append(f"{more} more")
         LOG.info("%s: columns that stage=%s does not read: %s", name, by, ", ".join(told))
+
+
+def _said(origin: str, chosen: Format, use: Use, rows: Sequence[SourceRow]) -> list[str]:
+    """What a format says of the first row that can be read."""
+    row = next((row for row in rows if row.problem is None), None)
+    if row is None or use is Use.prompt:
+        return []
+    said = chosen.says(row.columns)
+    return [f"{origin}: {said}"] if said else []

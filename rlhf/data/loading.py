@@ -79,6 +79,7 @@ class Loaded:
     aside: list[tuple[SourceRow, str]] = field(default_factory=list)
     keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
     otherwise: Seen = field(default_factory=Seen)  # what was not read as it stands
+    said: list[str] = field(default_factory=list)  # what formats say of the first rows
 
     def values(self) -> list[Any]:
         """The records' values, in their order."""
@@ -129,7 +130,7 @@ def convert(
         out.rows += 1
         out.records.extend(conversion.records(row))
     out.formats, out.keys = conversion.formats, conversion.keys
-    out.otherwise = conversion.otherwise
+    out.otherwise, out.said = conversion.otherwise, conversion.said
     if not out.rows:
         raise UserError(f"{sources[0].key}={sources[0].name} holds no rows: expected {USES[use]}.")
     return out
@@ -161,6 +162,8 @@ def load(request: DataRequest, sources: Sequence[Source], use: Use) -> Loaded:
         for origin, form in loaded.formats.items():
             rows = counts[origin]
             LOG.info("%s: %d rows, read as %s (%s)", origin, rows, form.name, form.columns)
+        for note in loaded.said:
+            LOG.warning("%s", note)
         tell(loaded.otherwise, loaded.name)
     request.keys.merge(loaded.keys)
     loaded = with_weights(loaded, request.data.weight_column, request.stage, use)

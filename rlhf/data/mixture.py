@@ -199,6 +199,7 @@ class Source:
     weight: float | None = None
     repeats: bool = False  # a cap above its rows gives rows again
     notes: tuple[str, ...] = ()  # what was assumed, for the log
+    named_columns: bool = False  # data.columns says which column is what
 
     def all_notes(self) -> list[str]:
         """What the log says of it, once each: what was assumed, and what of its path isn't read."""

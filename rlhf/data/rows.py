@@ -128,3 +128,14 @@ def judgement_of(row: Row, key: str) -> bool:
     if good is None:
         raise RowError(f"key {key!r}: expected true or false (or 1 or 0), found {describe(value)}")
     return good
+
+
+def annotator_of(value: Any) -> dict[str, str]:
+    """The field `annotator` from a number, a name, or an object that holds an email, a username or
+    an id; nothing for null.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("email") or value.get("username") or value.get("id")
+    if value is None:
+        return {}
+    return {"annotator": str(value)}

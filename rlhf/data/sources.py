@@ -103,7 +103,9 @@ def _plain(path: str, key: str, data: DataConfig) -> Source:
     subset, split = (data.subset, data.split) if only_train else (None, None)
     where, cap = split_cap(path, key)
     parts = parts_of(where, key, subset, split)
-    return Source(key, path, parts, data.format, _transforms(data.columns, data.join), cap)
+    transforms = _transforms(data.columns, data.join)
+    named = bool(data.columns)
+    return Source(key, path, parts, data.format, transforms, cap, named_columns=named)
 
 
 def _named(name: str, source: SourceConfig, data: DataConfig) -> Source:
@@ -115,10 +117,12 @@ def _named(name: str, source: SourceConfig, data: DataConfig) -> Source:
             f"data.sources.{name}.cap={source.cap}."
         )
     form = source.format if source.format is not DataFormat.auto else data.format
-    transforms = _transforms(source.columns or data.columns, data.join)
+    columns = source.columns or data.columns
+    transforms = _transforms(columns, data.join)
     parts = parts_of(where, key, source.subset, source.split)
     cap = source.cap if cap is None else cap
-    return Source(key, name, parts, form, transforms, cap, source.weight)
+    named = bool(columns)
+    return Source(key, name, parts, form, transforms, cap, source.weight, named_columns=named)
 
 
 def _transforms(columns: dict[str, Any], join: list[str]) -> tuple[Transform, ...]:

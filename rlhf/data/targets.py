@@ -23,7 +23,8 @@ from rlhf.data.formats import (
     trl,
 )
 from rlhf.data.formats.base import CANONICAL
-from rlhf.data.formats.draft import Draft, Row, Writer
+from rlhf.data.formats.draft import Draft, Row, Writer, transcripts_as_turns
+from rlhf.data.formats.names import is_known
 from rlhf.data.rows import RowError
 from rlhf.types import UserError
 
@@ -45,6 +46,14 @@ TARGETS: dict[DataTarget, dict[Use, Writer]] = {
     DataTarget.csv: sheet.WRITE_SHEET,
     DataTarget.xlsx: sheet.WRITE_SHEET,
 }
+# targets that hold conversations
+_OF_TURNS = (
+    DataTarget.messages,
+    DataTarget.sharegpt,
+    DataTarget.alpaca,
+    DataTarget.ultrafeedback,
+    DataTarget.alpaca_eval,
+)
 _OF_KIND = {
     Use.sft: ("text", "prompt", "completion", "messages"),
     Use.preference: ("prompt", "chosen", "rejected", "margin"),
@@ -83,7 +92,12 @@ _TELLING = {key for format_ in FORMATS for key in format_.keys} | {
     "chosen_model",
     "models",
     "kto_tag",
+    "reward_model",
 }
+
+
+def _may_tell(name: str) -> bool:
+    return name in _TELLING or is_known(name)
 
 
 def check_target(to: DataTarget, kind: Use) -> None:
@@ -109,6 +123,8 @@ def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list
     draft = Draft(content, own, [])
     beside = _tools(columns.get("tools"), to, draft)
     _only_texts(draft, to)
+    if to in _OF_TURNS:
+        transcripts_as_turns(draft)
     lost = _misread(draft, kind, to)
     for key in lost:
         draft.notes.append(f"{key} is not carried: it would be read as part of the row's content")
@@ -116,7 +132,7 @@ def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list
         key: value for key, value in own.items() if key not in lost and key not in CANONICAL
     }
     rows = [{**row, **beside} for row in TARGETS[to][kind](draft)]
-    return [_with_own(row, draft) for row in rows], draft.notes
+    return [_with_own(row, draft, kind) for row in rows], draft.notes
 
 
 def _tools(tools: Any, to: DataTarget, draft: Draft) -> Row:
@@ -168,7 +184,7 @@ def _misread(draft: Draft, kind: Use, to: DataTarget) -> list[str]:
     return out
 
 
-def _with_own(row: Row, draft: Draft) -> Row:
+def _with_own(row: Row, draft: Draft, kind: Use) -> Row:
     """A written row with the row's own columns beside it, without those that would make it look
     like another format.
     """
@@ -176,24 +192,24 @@ def _with_own(row: Row, draft: Draft) -> Row:
     for key in [key for key in own if key in row]:
         draft.notes.append(f"{key} is not carried: the format has its own {key}")
         del own[key]
-    if not _TELLING.isdisjoint(own):
-        _drop_misleading(row, own, draft)
+    if any(_may_tell(key) for key in own):
+        _drop_misleading(row, own, draft, kind)
     return {**row, **own}
 
 
-def _drop_misleading(row: Row, own: Row, draft: Draft) -> None:
+def _drop_misleading(row: Row, own: Row, draft: Draft, kind: Use) -> None:
     """Remove from `own` the columns with which the row would be read as another format, and to
     other values.
     """
-    for use in Use:
-        while own and not _reads_alike(row, {**own, **row}, use):
-            other = detect({**own, **row}, use)
-            keys = [] if other is None else [key for key in own if key in other.keys]
-            for key in keys or list(own):
-                draft.notes.append(
-                    f"{key} is not carried: with it the row would look like another format"
-                )
-                del own[key]
+    while own and not _reads_alike(row, {**own, **row}, kind):
+        whole = {**own, **row}
+        other = detect(whole, kind)
+        taken = () if other is None else (*other.keys, *sum(other.taken(whole), ()))
+        for key in [key for key in own if key in taken] or list(own):
+            draft.notes.append(
+                f"{key} is not carried: with it the row would look like another format"
+            )
+            del own[key]
 
 
 def _reads_alike(row: Row, other: Row, use: Use) -> bool:

@@ -29,9 +29,11 @@ def describe(value: Any) -> str:
     return f"{kind} {shown}"
 
 
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word most like `word` (case is ignored), or None when none is close."""
-    close = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=1, cutoff=0.6)
+def nearest(word: str, known: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """The known word most like `word` (case is ignored), or None when none is close: of a
+    likeness of at least `cutoff`, where 1 is the same word.
+    """
+    close = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=1, cutoff=cutoff)
     if not close:
         return None
     return next((k for k in known if k.lower() == close[0]), None)

@@ -264,6 +264,44 @@ def published_rows(d: Drawn) -> dict[str, Row]:
     }
 
 
+def question_rows(d: Drawn) -> dict[str, Row]:
+    """Published data sets that differ in the names of their columns only."""
+    asked: Row = {"system_prompt": d.extra, "question": d.prompt}
+    reply = {"text": d.second, "role": "assistant", "rank": 1, "replies": []}
+    return {
+        "question": {"problem": d.prompt, "topic": "s"},
+        "question_answer": {**asked, "response": d.first, "id": "x"},
+        "question_judged": {"prompt": d.prompt, "response": d.first, "is_safe": d.good},
+        "question_preference": {"system": d.extra, "query": d.prompt, "chosen": d.first}
+        | {"rejected": d.second},
+        "rated": {
+            "instruction": d.prompt,
+            "generations": [d.first, d.second],
+            "ratings": [4.0, 2],
+        },
+        "summaries": {
+            "info": {"post": d.prompt, "title": d.first, "subreddit": "s"},
+            "summaries": [{"text": d.first}, {"text": d.second}],
+            "choice": int(d.good),
+            "worker": "w",
+        },
+        "dialogue": {"conversation": [{"input": d.prompt, "output": d.first}]},
+        "message_tree": {
+            "message_tree_id": "x",
+            "prompt": {
+                "text": d.prompt,
+                "role": "prompter",
+                "replies": [reply, {**reply, "text": d.first, "rank": 0}],
+            },
+        },
+        "verifiable": {"prompt": d.chat, "reward_model": {"ground_truth": d.first}},
+        "hh_rlhf_messages": {
+            "chosen": f"\n\nHuman: q{d.prompt}?\n\nAssistant: a {d.good}",
+            "rejected": f"\n\nHuman: q{d.prompt}?\n\nAssistant: r",
+        },
+    }
+
+
 def tool_rows(d: Drawn) -> dict[str, Row]:
     """What annotation tools give back."""
     prompt = d.prompt if d.plain else d.chat
@@ -315,6 +353,14 @@ def tool_rows(d: Drawn) -> dict[str, Row]:
             "suggestions": {"preference": {"value": "response-0", "score": 0.9, "agent": "rm"}},
             "responses": {"preference": [{"value": f"response-{int(d.good)}", "user_id": "u"}]},
         },
+        "compared": {
+            "id": 1,
+            "prompt": d.prompt,
+            "answer1": d.first,
+            "answer2": d.second,
+            "comparison": [{"selected": "left" if d.good else "right"}],
+            "annotator": 3,
+        },
         "label_sheet": {
             "pair_id": "1",
             "prompt": d.prompt,
@@ -329,4 +375,9 @@ def tool_rows(d: Drawn) -> dict[str, Row]:
 
 def format_row(name: str) -> st.SearchStrategy[Row]:
     """A row of the format `name` as its tool writes it."""
-    return drawn().map(lambda d: (training_rows(d) | published_rows(d) | tool_rows(d))[name])
+    return drawn().map(lambda d: all_rows(d)[name])
+
+
+def all_rows(d: Drawn) -> dict[str, Row]:
+    """A row of every format by its name."""
+    return training_rows(d) | published_rows(d) | question_rows(d) | tool_rows(d)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from conf.choices import DataTarget, FileKind
+from conf.choices import DataFormat, DataTarget, FileKind
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import (
     CPOStage,
@@ -25,7 +25,7 @@ from rlhf.models.loading import train_tokenizer
 from rlhf.models.templates import template_text
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
-from tests.data.format_rows import Drawn, published_rows, tool_rows, training_rows
+from tests.data.format_rows import Drawn, all_rows
 from tests.offline import trl_tools
 
 STAGES = {
@@ -56,8 +56,7 @@ def drawn(i: int) -> Drawn:
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     def one(i: int) -> dict[str, Any]:
-        d = drawn(i)
-        return (training_rows(d) | published_rows(d) | tool_rows(d))[name]
+        return all_rows(drawn(i))[name]
 
     return [one(i) for i in range(ROWS)]
 
@@ -87,6 +86,8 @@ def test_a_stage_reads_the_format_that_it_finds(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = DataConfig(path=str(path), eval_fraction=0.25)
+    if name == "hh_rlhf_messages":
+        data.format = DataFormat.hh_rlhf_messages
     cfg = Config(stage=stage(), run=RunConfig(dir=str(tmp_path / "runs"), name="r"), data=data)
     inputs.check_rows(cfg)
     tokenizer = train_tokenizer(["x"], 300, 512)

@@ -190,9 +190,9 @@ def test_a_row_that_a_target_cannot_hold(
         ),
         (
             Use.prompt,
-            {"prompt": "a", "data": {"answer1": "x", "answer2": "y"}},
+            {"prompt": "a", "data": {"answer1": "x"}, "system": "Be brief."},
             DataTarget.trl,
-            ["data is not carried: with it the row would look like another format"],
+            ["system is not carried: with it the row would look like another format"],
         ),
         (
             Use.sft,

@@ -5,26 +5,33 @@ A new format is a `Format` in a module here, named in FORMATS (and in conf.choic
 writers are named in rlhf/data/targets.py (and in conf.choices.DataTarget). All are pure functions
 over rows (dictionaries). Kinds of file (Parquet, Excel ...) are in rlhf/data/files.py and
 rlhf/data/writing.py. Not read: pictures, videos and sounds.
+
+A row has the first format that fits and leaves no column of its content unread (unread.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from rlhf.data.formats import (
     argilla,
     chats,
+    compared,
     comparisons,
     label_studio,
     mt_bench,
     openai,
+    questions,
     sheet,
     trl,
+    turns,
 )
 from rlhf.data.formats.base import Format, Made, Several, Use
-from rlhf.data.messages import texts_of_message
+from rlhf.data.formats.names import JUDGEMENTS, is_known, plain
+from rlhf.data.formats.unread import remedies, texts_in, unread
 from rlhf.data.rows import Row, RowError
 from rlhf.process.wording import nearest
-from rlhf.types import JudgedAnswer, PreferencePair
 
 __all__ = [
     "FORMATS",
@@ -38,7 +45,9 @@ __all__ = [
     "judging_key",
     "nearest_format",
     "reading",
+    "remedies",
     "texts_in",
+    "unread",
 ]
 
 # The most particular first: the first format that fits a row is the file's.
@@ -46,7 +55,9 @@ FORMATS: tuple[Format, ...] = (
     label_studio.LABEL_STUDIO_RANKER,
     label_studio.LABEL_STUDIO,
     argilla.ARGILLA,
+    turns.MESSAGE_TREE,
     comparisons.HH_RLHF,
+    comparisons.HH_RLHF_MESSAGES,
     comparisons.SHP,
     comparisons.NECTAR,
     mt_bench.MT_BENCH_JUDGMENT,
@@ -54,6 +65,9 @@ FORMATS: tuple[Format, ...] = (
     comparisons.ALPACA_EVAL_ANNOTATION,
     comparisons.REWARDBENCH,
     sheet.LABEL_SHEET,
+    compared.SUMMARIES,
+    compared.RATED,
+    compared.COMPARED,
     chats.ALPACA_PREFERENCE,
     chats.SHAREGPT_PREFERENCE,
     openai.OPENAI_PREFERENCE,
@@ -68,13 +82,19 @@ FORMATS: tuple[Format, ...] = (
     chats.SHAREGPT_UNPAIRED,
     chats.ALPACA_UNPAIRED,
     trl.PROMPT_COMPLETION,
+    turns.VERIFIABLE,
+    turns.DIALOGUE,
     openai.MESSAGES,
     chats.SHAREGPT,
     openai.XLAM,
     comparisons.ALPACA_EVAL,
     chats.ALPACA,
+    questions.QUESTION_PREFERENCE,
+    questions.QUESTION_JUDGED,
+    questions.QUESTION_ANSWER,
     trl.PROMPT,
     trl.TEXT,
+    questions.QUESTION,
 )
 
 
@@ -89,52 +109,111 @@ def reading(use: Use) -> list[Format]:
 
 def detect(row: Row, use: Use | None = None) -> Format | None:
     """The format that a row's columns show, among those for `use` when it is given; None when none
-    fits.
+    fits. Of several the first one that reads all of the row's content.
+
+    Names count in any case: a row {"Prompt": ...} has the format of {"prompt": ...}.
     """
+    fitting = _fitting(row, use)
+    for format_ in fitting:
+        with suppress(RowError):  # another one may read the row
+            if not unread(format_, row, use):
+                return format_
+    if fitting:
+        return fitting[0]
+    lowered = _lower(row)
+    if lowered.keys() == row.keys():
+        return None
+    found = detect(lowered, use)
+    return None if found is None else _of_lower(found)
+
+
+def _fitting(row: Row, use: Use | None) -> list[Format]:
     known = FORMATS if use is None else reading(use)
-    return next((f for f in known if row.keys() >= set(f.keys) and f.test(row)), None)
+    return [f for f in known if row.keys() >= set(f.keys) and f.test(row)]
 
 
-def nearest_format(row: Row, use: Use) -> tuple[Format, str]:
-    """The format for `use` that lacks the fewest columns, and the first column that it lacks."""
+def _lower(row: Row) -> dict[str, Any]:
+    """A row with the names of its columns in lower case; as it is where two would be the same."""
+    out = {plain(str(key)): value for key, value in row.items()}
+    if len(out) != len(row):
+        return dict(row)
+    return out
 
-    def lacking(format_: Format) -> list[str]:
-        return [k for k in format_.keys if k not in row]
 
-    def distance(format_: Format) -> tuple[float, int, int]:
+def _of_lower(format_: Format) -> Format:
+    """`format_` for rows whose columns have capitals."""
+
+    def lowered(function: Callable[[Row], Any] | None) -> Any:
+        return None if function is None else lambda row: function(_lower(row))
+
+    def parts(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        consumed, answers = format_.taken(_lower(row))
+        return _names(row, consumed), _names(row, answers)
+
+    return replace(
+        format_,
+        sft=lowered(format_.sft),
+        pair=lowered(format_.pair),
+        pairs=lowered(format_.pairs),
+        unpaired=lowered(format_.unpaired),
+        prompt=lowered(format_.prompt),
+        parts=parts,
+        beside=lambda row: _names(row, format_.beside(_lower(row))),
+        extra=lowered(format_.extra),
+        says=lowered(format_.says),
+    )
+
+
+def _names(row: Row, lower: tuple[str, ...]) -> tuple[str, ...]:
+    """A row's own names of columns in lower case."""
+    return tuple(key for key in row if plain(str(key)) in lower)
+
+
+# the plainest format of each kind, for rows that have nothing in common with any
+_PLAINEST = {
+    None: trl.PROMPT_COMPLETION,
+    Use.sft: trl.PROMPT_COMPLETION,
+    Use.preference: trl.PREFERENCE,
+    Use.unpaired: trl.UNPAIRED,
+    Use.prompt: trl.PROMPT,
+}
+
+
+def nearest_format(row: Row, use: Use | None) -> tuple[Format, str, str | None]:
+    """The format for `use` (any for None) that lacks the fewest columns, the plainer of equals; the
+    first column that it lacks, and the row's column that may be that one, misspelt.
+    """
+    own = [key for key in row if isinstance(key, str) and not is_known(key)]
+
+    def misspelt(format_: Format, key: str) -> str | None:
+        return nearest(key, [name for name in own if name not in format_.keys], cutoff=0.8)
+
+    def distance(format_: Format) -> tuple[float, int]:
         # a column that is there under a misspelt name counts half
-        others = [column for column in row if column not in format_.keys]
-        cost = sum(0.5 if nearest(key, others) else 1.0 for key in lacking(format_))
-        # the plainer of equals
-        return cost / len(format_.keys), -len(format_.keys), -FORMATS.index(format_)
+        missing = [key for key in format_.keys if key not in row]
+        cost = sum(0.5 if misspelt(format_, key) else 1.0 for key in missing)
+        return cost / len(format_.keys), -FORMATS.index(format_)
 
-    best = min(reading(use), key=distance)
-    return best, (lacking(best) or [""])[0]
+    known = FORMATS if use is None else reading(use)
+    best = min((f for f in known if f.keys), key=distance)
+    if distance(best)[0] > 0.5:  # most of its columns are missing
+        best = _PLAINEST[use]
+    missing = next((key for key in best.keys if key not in row), "")
+    return best, missing, misspelt(best, missing)
+
+
+# by which an annotation tool's rows say that a text was rejected
+_VERDICTS = ("accept", "reject", "ignore", "accepted", "rejected", "approved")
 
 
 def judging_key(row: Row) -> str | None:
-    """The true/false column by which an unpaired preference row says whether its answer is good;
-    None for other rows.
+    """The column by which a row says whether its text or answer is good: true or false, or a tool's
+    word for it (Prodigy's answer: accept, reject, ignore); None for other rows.
     """
-    if not any(k in row for k in ("completion", "conversations", "messages", "output")):
-        return None
-    return next((k for k in ("label", "kto_tag") if isinstance(row.get(k), bool)), None)
-
-
-def texts_in(value: Any) -> list[str]:
-    """Every text of a converted record: strings, and the contents of messages."""
-    if isinstance(value, str):
-        if value:
-            return [value]
-        return []
-    if isinstance(value, PreferencePair):
-        return texts_in([value.prompt, value.chosen, value.rejected, value.tools])
-    if isinstance(value, JudgedAnswer):
-        return texts_in([value.prompt, value.completion, value.tools])
-    if isinstance(value, Mapping):
-        if "role" in value and "content" in value:
-            return texts_of_message(value)
-        return texts_in(list(value.values()))
-    if isinstance(value, (list, tuple)):
-        return [text for part in value for text in texts_in(part)]
-    return []
+    for key, value in row.items():
+        word = plain(str(key))
+        if word in JUDGEMENTS and isinstance(value, bool):
+            return str(key)
+        if word in ("answer", "status", "verdict") and value in _VERDICTS:
+            return str(key)
+    return None

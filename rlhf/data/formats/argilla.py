@@ -17,12 +17,20 @@ from rlhf.data.formats.base import (
     Made,
     Several,
     Use,
-    annotator_of,
     prompt_or_nothing,
     ranked,
 )
 from rlhf.data.formats.draft import Draft, Writer, own_columns_inside, shown_pair
-from rlhf.data.rows import Row, RowError, number_of, optional_text, text_of, text_or_chat, value_of
+from rlhf.data.rows import (
+    Row,
+    RowError,
+    annotator_of,
+    number_of,
+    optional_text,
+    text_of,
+    text_or_chat,
+    value_of,
+)
 from rlhf.process.wording import describe, nearest
 
 QUESTION = "preference"

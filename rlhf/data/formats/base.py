@@ -85,6 +85,20 @@ class Format:
     answers: tuple[str, ...] = ()
     # a nested row as columns, before anything of it is read
     flat: Callable[[Row], Row] = field(default=lambda row: row)
+    # (consumed, answers) of a row, where they depend on its names
+    parts: Callable[[Row], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
+    # columns that look like content and are known to be none, such as a reference answer
+    beside: Callable[[Row], tuple[str, ...]] = field(default=lambda row: ())
+    # further fields of a prompt, such as a nested reference answer
+    extra: Callable[[Row], dict[str, Any]] = field(default=lambda row: {})
+    # what of a row is taken and what is not, where a reader might expect otherwise; "" for nothing
+    says: Callable[[Row], str] = field(default=lambda row: "")
+
+    def taken(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The columns that a row's prompt is made of, and those of its answers."""
+        if self.parts is not None:
+            return self.parts(row)
+        return self.consumed, self.answers
 
     def reads(self, use: Use) -> bool:
         """Whether its rows can be turned into `use`."""
@@ -95,6 +109,14 @@ class Format:
             Use.unpaired: self.unpaired is not None or pairs,
             Use.prompt: self.prompt is not None,
         }[use]
+
+    @property
+    def natural_use(self) -> Use:
+        """What its rows are by themselves: pairs, judged answers, texts to train on, else
+        prompts.
+        """
+        order = (Use.preference, Use.unpaired, Use.sft, Use.prompt)
+        return next(use for use in order if self.reads(use))
 
     def read(self, row: Row, use: Use) -> Several:
         """What `row` gives for `use`, which `reads` must allow, the functions that its answers may
@@ -120,10 +142,13 @@ class Format:
             Use.unpaired: self.unpaired or self.pair,
             Use.prompt: self.prompt,
         }[use]
-        used = self.consumed if use is Use.prompt else (*self.consumed, *self.answers)
+        consumed, answers = self.taken(row)
+        used = consumed if use is Use.prompt else (*consumed, *answers)
         own = {key: value for key, value in row.items() if key not in used}
         left = unread(self.name, {key: row[key] for key in used if key in row})
         otherwise = [f"{name} is not read" for name in left]
+        if use is Use.prompt:
+            own = {**self.extra(row), **own}
         if single is not None:
             return Several([Made(single(row), own)], otherwise=otherwise)
         assert self.pairs is not None
@@ -322,17 +347,17 @@ def require_training(answer: str | Chat, key: str) -> None:
         )
 
 
-def with_system(row: Row, chat: Chat, key: str) -> Chat:
-    """A conversation after the text of the column ``system``, where the row has one. Raises
-    RowError where the conversation begins with another system message.
+def with_system(row: Row, chat: Chat, key: str, column: str = "system") -> Chat:
+    """A conversation after the text of the column ``system`` (or `column`), where the row has one.
+    Raises RowError where the conversation begins with another system message.
     """
-    system = optional_text(row, "system")
+    system = optional_text(row, column)
     first = chat[0]
     if not system or (first["role"] == "system" and first["content"] == system):
         return chat
     if first["role"] == "system":
         raise RowError(
-            f"keys 'system' and {key!r}: expected one system message, found two that differ"
+            f"keys {column!r} and {key!r}: expected one system message, found two that differ"
         )
     return [{"role": "system", "content": system}, *chat]
 
@@ -347,17 +372,6 @@ def prompt_or_nothing(row: Row, key: str) -> str | Chat:
     if value_of(row, key) == "":
         return ""
     return text_or_chat(row, key)
-
-
-def annotator_of(value: Any) -> dict[str, str]:
-    """The field `annotator` from a number, a name, or an object that holds an email, a username or
-    an id; nothing for null.
-    """
-    if isinstance(value, Mapping):
-        value = value.get("email") or value.get("username") or value.get("id")
-    if value is None:
-        return {}
-    return {"annotator": str(value)}
 
 
 # ---- back into columns ----

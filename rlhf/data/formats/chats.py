@@ -173,33 +173,36 @@ WRITE_SHAREGPT: dict[Use, Writer] = {
 
 
 def alpaca_prompt(row: Row) -> Chat:
-    """system, history as turns, then the instruction and, below a blank line, its input. Raises
-    RowError.
+    """system, history as turns, then the instruction and, below a blank line, its input; an input
+    without an instruction is the question itself. Raises RowError.
     """
     chat: Chat = []
     if system := optional_text(row, "system"):
         chat.append({"role": "system", "content": system})
-    history = row.get("history") or []
+    chat += history_turns(row, "history")
+    extra = optional_text(row, "input")
+    # LLaMA-Factory and ms-swift take an input alone as well
+    instruction = text_of(row, "instruction", empty=bool(extra))
+    return [*chat, {"role": "user", "content": "\n\n".join(filter(None, (instruction, extra)))}]
+
+
+def history_turns(row: Row, key: str) -> Chat:
+    """The turns of a list of [question, answer]; none where the row has none. Raises RowError."""
+    history = row.get(key) or []
     if not isinstance(history, (list, tuple)):
         raise RowError(
-            f"key 'history': expected a list of [question, answer], found {describe(history)}"
+            f"key {key!r}: expected a list of [question, answer], found {describe(history)}"
         )
+    chat: Chat = []
     for i, turn in enumerate(history):
         if not (
             isinstance(turn, (list, tuple))
             and len(turn) == 2
             and all(isinstance(t, str) for t in turn)
         ):
-            raise RowError(
-                f"key 'history[{i}]': expected [question, answer], found {describe(turn)}"
-            )
+            raise RowError(f"key '{key}[{i}]': expected [question, answer], found {describe(turn)}")
         chat += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    extra = optional_text(row, "input")
-    instruction = text_of(row, "instruction")
-    return [
-        *chat,
-        {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction},
-    ]
+    return chat
 
 
 def sft_alpaca(row: Row) -> dict[str, Any]:
@@ -229,6 +232,7 @@ ALPACA_PREFERENCE = Format(
     "instruction, chosen, rejected (and input, system, history)",
     pair=_pair_alpaca,
     prompt=alpaca_prompt,
+    test=lambda row: not isinstance(row["chosen"], list),  # conversations: question_preference
     consumed=ALPACA_COLUMNS,
     answers=("chosen", "rejected", "margin"),
 )

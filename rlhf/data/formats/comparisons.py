@@ -29,15 +29,19 @@ from rlhf.data.formats.chats import (
     write_sft_alpaca,
 )
 from rlhf.data.formats.draft import (
+    ASSISTANT_TURN,
+    HUMAN_TURN,
     Draft,
     Writer,
     in_order,
+    is_transcript,
     plain_text,
     prompt_turns,
     ranks_of,
     require_same_form,
     required_prompt,
     shown_pair,
+    transcript_turns,
     two_texts,
 )
 from rlhf.data.rows import (
@@ -52,8 +56,6 @@ from rlhf.data.rows import (
 )
 from rlhf.process.wording import describe
 from rlhf.types import PreferencePair
-
-HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
 
 # ---- hh-rlhf ----
 
@@ -82,18 +84,47 @@ def _pair_hh(row: Row) -> PreferencePair:
     return make_pair(row, prompt, chosen, rejected)
 
 
+def _pair_hh_messages(row: Row) -> PreferencePair:
+    pair = _pair_hh(row)
+    if not is_transcript(pair.prompt):
+        raise RowError(
+            f"key 'chosen': expected a transcript that begins with {HUMAN_TURN!r}, found "
+            f"{describe(pair.prompt)}"
+        )
+    sides = [str(side).strip() for side in (pair.chosen, pair.rejected)]
+    if not all(sides):
+        raise RowError("keys 'chosen' and 'rejected': expected two answers, found an empty one")
+    return make_pair(row, transcript_turns(str(pair.prompt)), *map(assistant, sides))
+
+
+def _is_hh(row: Row) -> bool:
+    sides = (row["chosen"], row["rejected"])
+    return "prompt" not in row and all(
+        isinstance(side, str) and ASSISTANT_TURN in side for side in sides
+    )
+
+
 HH_RLHF = Format(
     "hh_rlhf",
     ("chosen", "rejected"),
-    "chosen, rejected (transcripts of Human: and Assistant: turns)",
+    "chosen, rejected (transcripts of Human: and Assistant: turns, which stay texts)",
     pair=_pair_hh,
     prompt=prompt_of_pair(_pair_hh),
-    test=lambda row: (
-        "prompt" not in row
-        and all(
-            isinstance(row[k], str) and ASSISTANT_TURN in row[k] for k in ("chosen", "rejected")
-        )
+    test=_is_hh,
+    consumed=("chosen", "rejected"),
+    answers=("margin",),
+    says=lambda row: (
+        "transcripts stay texts; data.format=hh_rlhf_messages makes turns of them, for a chat "
+        "template"
     ),
+)
+HH_RLHF_MESSAGES = Format(
+    "hh_rlhf_messages",
+    ("chosen", "rejected"),
+    "chosen, rejected as hh_rlhf, read as turns; only where data.format asks for it",
+    pair=_pair_hh_messages,
+    prompt=prompt_of_pair(_pair_hh_messages),
+    test=lambda row: False,
     consumed=("chosen", "rejected"),
     answers=("margin",),
 )

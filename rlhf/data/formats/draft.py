@@ -9,6 +9,7 @@ answer as an assistant's, with a note. The two answers of a pair stand in the or
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,45 @@ class Draft:
 
 
 Writer = Callable[[Draft], list[Row]]
+
+
+# ---- transcripts ----
+
+HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"  # hh-rlhf's marks
+_MARK = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def is_transcript(prompt: Any) -> bool:
+    """Whether a text is turns of Human: and Assistant: up to the answer."""
+    return (
+        isinstance(prompt, str)
+        and prompt.startswith(HUMAN_TURN)
+        and prompt.endswith(ASSISTANT_TURN)
+    )
+
+
+def transcript_turns(prompt: str) -> Chat:
+    """The turns of a transcript that ends where the answer begins, without the blanks around
+    them.
+    """
+    parts = _MARK.split(prompt)[1:-2]
+    return [
+        {"role": _SPEAKERS[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def transcripts_as_turns(draft: Draft) -> None:
+    """Where the prompt is a transcript, make turns of it and of the answers."""
+    if not is_transcript(draft.columns.get("prompt")):
+        return
+    draft.columns["prompt"] = transcript_turns(draft.columns["prompt"])
+    for key in ("chosen", "rejected", "completion"):
+        if isinstance(draft.columns.get(key), str):
+            text = draft.columns[key].strip()
+            draft.columns[key] = [{"role": "assistant", "content": text}]
+    draft.notes.append("a transcript of Human: and Assistant: becomes turns")
 
 
 # ---- texts and turns ----

@@ -20,13 +20,12 @@ from rlhf.data.formats.base import (
     Format,
     Several,
     Use,
-    annotator_of,
     of_two,
     prompt_or_nothing,
     ranked,
 )
 from rlhf.data.formats.draft import Draft, Writer, own_columns_inside, ranks_of, shown_pair
-from rlhf.data.rows import Chat, Row, RowError, text_of, text_or_chat, value_of
+from rlhf.data.rows import Chat, Row, RowError, annotator_of, text_of, text_or_chat, value_of
 from rlhf.process.wording import describe
 
 SIDES = ("answer1", "answer2")  # keys of the two answers in a task's data, left and right

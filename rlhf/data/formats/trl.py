@@ -148,7 +148,15 @@ PROMPT = Format(
     prompt=prompt_plain,
     consumed=("prompt",),
 )
-TEXT = Format("text", ("text",), "text", sft=_sft_text, answers=("text",))
+
+
+def _classes(row: Row) -> str:
+    """A text's classes, which no stage learns."""
+    key = next((key for key in ("label", "labels") if row.get(key) is not None), None)
+    return "" if key is None else f"every text trains, whatever its {key!r} says"
+
+
+TEXT = Format("text", ("text",), "text", sft=_sft_text, answers=("text",), says=_classes)
 
 
 # ---- writing ----

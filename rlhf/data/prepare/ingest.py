@@ -12,11 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from conf.choices import DataFormat, DataKind
+from conf.choices import DataKind
 from conf.schema import Config, DataConfig
 from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
-from rlhf.data.formats import Use, by_name, detect
+from rlhf.data.formats import Use
 from rlhf.data.formats.base import both_sides, columns_of
 from rlhf.data.formats.values import as_whole, layout_of
 from rlhf.data.loading import tell, tell_kept
@@ -32,8 +32,6 @@ from rlhf.types import PreferencePair, UserError
 
 LOG = logging.getLogger("rlhf.data")
 _SHOWN = 3  # rows quoted in an error
-# kinds in the order in which a file's rows are taken for them
-_NATURAL = (Use.preference, Use.unpaired, Use.sft, Use.prompt)
 # options of data that decide which rows are read, and as what
 _OPTIONS = (
     "path",
@@ -100,6 +98,8 @@ def items(
     name = ", ".join(source.name for source in sources)
     if whole:
         LOG.info("%s: prompts with completions are written as the conversations they are", name)
+    for note in conversion.said:
+        LOG.warning("%s", note)
     tell(conversion.otherwise, name)
     tell_kept(conversion.keys, name)
 
@@ -152,13 +152,8 @@ def _natural_use_of_part(source: Source, part: Part) -> Use:
     row = next((row for row in rows if row.problem is None), None)
     if row is None:
         raise UserError(f"{rows[0].place}: {rows[0].problem}.")
-    if source.format is DataFormat.auto:
-        chosen = detect(row.columns)
-    else:
-        chosen = by_name(source.format.value)
-    if chosen is None:
-        chosen = choose_format(part.origin, [row], Use.sft, source.format)  # names the nearest
-    return next(use for use in _NATURAL if chosen.reads(use))
+    chosen = choose_format(part.origin, [row], None, source.format, trusted=source.named_columns)
+    return chosen.natural_use
 
 
 def formats_read(data: DataConfig, kind: Use) -> dict[str, str]:

@@ -23,7 +23,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 from conf.choices import LabelKind
-from rlhf.data.formats.base import annotator_of
 from rlhf.data.formats.label_studio import (
     LIST,
     PAIR,
@@ -45,7 +44,7 @@ from rlhf.data.formats.label_studio import (
     seconds_of,
     sides_of,
 )
-from rlhf.data.rows import RowError, text_of
+from rlhf.data.rows import RowError, annotator_of, text_of
 from rlhf.labels.files import write_text
 from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
 from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion_for
