@@ -18,7 +18,7 @@ from conf.schema import DataConfig
 from rlhf.data.formats.values import unread
 from rlhf.data.prepare import ingest
 from rlhf.types import UserError
-from tests.data.format_rows import drawn, published_rows, tool_rows, training_rows
+from tests.data.format_rows import all_rows, drawn
 from tests.selection import marked_full
 
 NULLS_AND_TYPES: list[Any] = [None, "", 0, 1.5, True, [], {}, ["x"], {"x": "y"}, [None], "x"]
@@ -132,7 +132,7 @@ def test_every_key_of_a_row_is_accounted_for(
     )
     @given(drawn())
     def run(d: Any) -> None:
-        rows = {**training_rows(d), **published_rows(d), **tool_rows(d)}
+        rows = all_rows(d)
         counts.update(account(len(counts) + counts.total(), rows, tmp_path / "r.jsonl", caplog))
 
     run()

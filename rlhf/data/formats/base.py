@@ -91,14 +91,12 @@ class Format:
     beside: Callable[[Row], tuple[str, ...]] = field(default=lambda row: ())
     # further fields of a prompt, such as a nested reference answer
     extra: Callable[[Row], dict[str, Any]] = field(default=lambda row: {})
-    # what of a row is taken and what is not, where a reader might expect otherwise; "" for nothing
+    # what of a row is taken, where a reader might expect otherwise; "" for nothing
     says: Callable[[Row], str] = field(default=lambda row: "")
 
     def taken(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The columns that a row's prompt is made of, and those of its answers."""
-        if self.parts is not None:
-            return self.parts(row)
-        return self.consumed, self.answers
+        return self.parts(row) if self.parts else (self.consumed, self.answers)
 
     def reads(self, use: Use) -> bool:
         """Whether its rows can be turned into `use`."""
@@ -112,9 +110,7 @@ class Format:
 
     @property
     def natural_use(self) -> Use:
-        """What its rows are by themselves: pairs, judged answers, texts to train on, else
-        prompts.
-        """
+        """What its rows are by themselves: pairs, judged answers, texts, else prompts."""
         order = (Use.preference, Use.unpaired, Use.sft, Use.prompt)
         return next(use for use in order if self.reads(use))
 

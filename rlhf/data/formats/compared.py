@@ -164,7 +164,9 @@ def _is_compared(row: Row) -> bool:
 
 def _parts_compared(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
     roles = roles_of(row)
-    return roles.asked, (*roles.two, *filter(None, (_choice_key(row),)))
+    key = _choice_key(row)
+    plain_choice = (key,) if key and _selected(row[key]) is None else ()  # objects are carried
+    return roles.asked, (*roles.two, *plain_choice)
 
 
 def _says_compared(row: Row) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.data.formats.base import Format, Several, ranked, with_assistant, with_system
 from rlhf.data.formats.names import TURNS, plain, roles_of
 from rlhf.data.formats.trl import prompt_plain
-from rlhf.data.rows import Chat, Row, RowError, chat_of, text_of, without_answer
+from rlhf.data.rows import Chat, Row, RowError, chat_of, number_of, text_of, without_answer
 from rlhf.process.wording import describe
 
 # ---- conversations ----
@@ -59,7 +59,9 @@ def _exchanges(turns: list[Any], key: str) -> Chat:
             asked, said = text_of(turn, "input"), text_of(turn, "output")
         except RowError as error:
             raise RowError(f"{key}[{i}]: {error}") from None
-        chat += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        question: Any = {"role": "user", "content": asked}
+        rest = {key: value for key, value in turn.items() if key not in ("input", "output")}
+        chat += [{**rest, **question}, {"role": "assistant", "content": said}]
     return chat
 
 
@@ -99,14 +101,22 @@ def _turn(message: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _replies(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The replies that were not deleted, the best-ranked first."""
-    replies = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
+    """The replies that were not deleted, the best-ranked first. Raises RowError."""
+    replies = message.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+        raise RowError(f"key 'replies': expected a list of messages, found {describe(replies)}")
 
-    def place(reply: Mapping[str, Any]) -> tuple[bool, int]:
-        rank = reply.get("rank")
-        return rank is None, 0 if rank is None else int(rank)
+    def place(reply: Mapping[str, Any]) -> tuple[bool, float]:
+        rank = _rank(reply)
+        return rank is None, rank or 0.0
 
-    return sorted(replies, key=place)
+    return sorted((reply for reply in replies if not reply.get("deleted")), key=place)
+
+
+def _rank(reply: Mapping[str, Any]) -> float | None:
+    if reply.get("rank") is None:
+        return None
+    return number_of(reply, "rank")
 
 
 def _best_path(row: Row) -> dict[str, Any]:
@@ -132,9 +142,9 @@ def _pairs_of_tree(row: Row) -> Several:
         replies = [(f"{name}.replies[{i}]", reply) for i, reply in enumerate(_replies(message))]
         if chat[-1]["role"] == "user":
             answers = [
-                (place, _turn(reply)["content"], float(reply["rank"]))
+                (place, _turn(reply)["content"], rank)
                 for place, reply in replies
-                if reply.get("rank") is not None
+                if (rank := _rank(reply)) is not None
             ]
             several = ranked(chat, answers, {})
             out.pairs.extend(several.pairs)

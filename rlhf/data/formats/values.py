@@ -124,7 +124,25 @@ _ANNOTATION = (
     "annotations[].lead_time",
     *_RESULT,
 )
+_LISTS = ("generations", "completions", "responses", "candidates", "outputs", "answers")
+_TEXTS = ("response", "completion", "text", "output", "answer", "content", "generation")
+_RATINGS = ("overall_score", "rating", "score", "reward")
+# Open Assistant's trees, as deep as they are
+_REPLIES = tuple(
+    f"prompt{'.replies[]' * depth}.{key}"
+    for depth in range(30)
+    for key in ("text", "role", "rank", "deleted")
+)
+_QUESTION = ("question.full_text",)
 INSIDE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("question", "question_answer", "question_judged", "compared"), _QUESTION),
+    "question_preference": _QUESTION,
+    "rated": tuple(f"{name}[].{key}" for name in _LISTS for key in (*_TEXTS, *_RATINGS)),
+    "summaries": (
+        *(f"info.{key}" for key in ("post", "title", "subreddit", "article")),
+        "summaries[].text",
+    ),
+    "message_tree": _REPLIES,
     "nectar": ("answers[].answer", "answers[].rank"),
     "mt_bench_answer": ("choices[].index", "choices[].turns"),
     "label_studio": ("data.*", *_ANNOTATION),
