@@ -207,6 +207,12 @@ SHAPES: dict[str, tuple[Row, Use, Any]] = {
         Use.preference,
         PreferencePair(Q, A, B),
     ),
+    "ms-swift, turns": (
+        {"system": "Be brief.", "conversation": [{"human": Q, "assistant": A}]},
+        Use.sft,
+        {"messages": [system("Be brief."), *CHAT]},
+    ),
+    "messages without an answer": ({"messages": ASKED, "seed": 3}, Use.prompt, ASKED),
     "a system message beside messages": (
         {"system": "Be brief.", "messages": CHAT},
         Use.sft,
@@ -261,6 +267,8 @@ def test_public_data_sets_are_read_as_they_are(name: str, tmp_path: Path) -> Non
         ),
         ({"question": Q, "context": "Sky.", "answers": {"text": ["blue"]}}, ["'answers'"]),
         ({"prompt": Q, "label": A}, ["'label'"]),
+        ({"instruction": Q, "instances": [{"input": "", "output": A}]}, ["'instances'"]),
+        ({"Body": "A long story.", "Question": Q, "Answer": 7}, ["'Body'"]),
         ({"prompt": Q, "response": A, "answer": B}, ["completion: response", "completion: answer"]),
         ({"instruction": Q, "question": B, "output": A}, ["'question'"]),
         ({"text": Q, "response": A}, ["'response'"]),

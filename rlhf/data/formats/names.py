@@ -44,6 +44,18 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORIES = ("history", "chat_history", "conversation_history")
 REASONS = ("complex_cot", "reasoning", "reasoning_content", "thinking", "cot", "chain_of_thought")
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "trajectory")
+# what a question may be about: content, but in no known place of a prompt
+PASSAGES = (
+    "body",
+    "passage",
+    "document",
+    "paragraph",
+    "article",
+    "story",
+    "background",
+    "options",
+    "choices",
+)
 # columns that say whether a row's answer is good
 JUDGEMENTS = (
     "label",
@@ -81,10 +93,10 @@ _ORDERS = (("0", "1"), ("1", "2"), ("a", "b"), ("left", "right"))
 # a number or a letter after the noun: one of several answers
 _ANSWER = re.compile(
     r"(responses?|answers?|completions?|outputs?|solutions?|generations?|targets?|replies|reply|"
-    r"summary|summaries)(_?[0-9]{1,2}|_[a-z]|_text)?"
+    r"summary|summaries|instances)(_?[0-9]{1,2}|_[a-z]|_text)?"
 )
 _QUESTION = frozenset(
-    (*QUESTIONS, *CONTEXTS, *SYSTEMS, *HISTORIES, *TURNS, "prompts", "questions", "queries")
+    (*QUESTIONS, *CONTEXTS, *SYSTEMS, *HISTORIES, *TURNS, *PASSAGES, "prompts", "questions")
 )
 
 

@@ -15,6 +15,8 @@ from rlhf.process.wording import describe
 # ---- conversations ----
 
 _SPEAKING = ("user", "assistant")
+# turns that hold a question and its answer (Capybara, ms-swift)
+_EXCHANGES = {"input": "output", "human": "assistant", "user": "assistant", "question": "answer"}
 
 
 def _key(row: Row) -> str:
@@ -29,7 +31,7 @@ def _layout(turns: Any) -> str:
     if all(isinstance(turn, str) for turn in turns):
         return "text"
     keys = turns[0].keys() if isinstance(turns[0], Mapping) else ()
-    return next((key for key in ("role", "from", "input") if key in keys), "")
+    return next((key for key in ("role", "from", *_EXCHANGES) if key in keys), "")
 
 
 def _chat(row: Row) -> Chat:
@@ -45,22 +47,22 @@ def _chat(row: Row) -> Chat:
         texts = [text_of({f"{key}[{i}]": text}, f"{key}[{i}]") for i, text in enumerate(turns)]
         chat = [{"role": _SPEAKING[i % 2], "content": text} for i, text in enumerate(texts)]
     else:
-        chat = _exchanges(turns, key)
+        chat = _exchanges(turns, key, (layout, _EXCHANGES[layout]))
     return with_system(row, chat, key, roles_of(row).system)
 
 
-def _exchanges(turns: list[Any], key: str) -> Chat:
-    """Capybara's turns: a question and its answer each. Raises RowError."""
+def _exchanges(turns: list[Any], key: str, names: tuple[str, str]) -> Chat:
+    """Turns of a question and its answer each. Raises RowError."""
     chat: Chat = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
             raise RowError(f"key '{key}[{i}]': expected an object, found {describe(turn)}")
         try:
-            asked, said = text_of(turn, "input"), text_of(turn, "output")
+            asked, said = text_of(turn, names[0]), text_of(turn, names[1])
         except RowError as error:
             raise RowError(f"{key}[{i}]: {error}") from None
         question: Any = {"role": "user", "content": asked}
-        rest = {key: value for key, value in turn.items() if key not in ("input", "output")}
+        rest = {key: value for key, value in turn.items() if key not in names}
         chat += [{**rest, **question}, {"role": "assistant", "content": said}]
     return chat
 
@@ -185,16 +187,19 @@ def _truth(row: Row) -> dict[str, Any]:
 def _is_verifiable(row: Row) -> bool:
     if "messages" in row:
         turns = row["messages"]
-        asked = isinstance(turns, list) and bool(turns) and isinstance(turns[-1], Mapping)
-        return asked and "ground_truth" in row and turns[-1].get("role") == "user"
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            return False
+        roles = [turn.get("role") for turn in turns]
+        asked = bool(roles) and roles[-1] == "user"
+        return asked and ("ground_truth" in row or "assistant" not in roles)
     return "prompt" in row and bool(_truth(row))
 
 
 VERIFIABLE = Format(
     "verifiable",
     (),
-    "prompt and reward_model of {ground_truth} (verl), or messages that end with the user's, and "
-    "ground_truth (RLVR)",
+    "prompt and reward_model of {ground_truth} (verl), or messages that end with the user's (RLVR, "
+    "with ground_truth)",
     prompt=lambda row: chat_of(row, "messages") if "messages" in row else prompt_plain(row),
     test=_is_verifiable,
     consumed=("prompt", "messages"),
