@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf.models.directories import ADAPTER_CONFIG, check_model_path, readable
 from rlhf.models.encoding import answer_ids, is_chat, prompt_ids
 from rlhf.process.files import json_object
-from rlhf.types import UserError
+from rlhf.types import Tools, UserError
 
 MANIFEST_FILE = "reward_model.json"
 FORMAT_VERSION = 1
@@ -260,15 +260,21 @@ def check_tokenizers(
 
 
 def text_ids(
-    tokenizer: Any, manifest: Manifest, prompt: Any, response: str, *, finished: bool
+    tokenizer: Any,
+    manifest: Manifest,
+    prompt: Any,
+    response: str,
+    *,
+    finished: bool,
+    tools: Tools | None = None,
 ) -> list[int]:
     """Token ids of prompt and response by the reward model's tokenizer, in the format that it was
-    trained on.
+    trained on, with the functions that its template shows beside messages.
 
     `prompt` is a string, or messages for a reward model of conversations; for such a model a string
     becomes the user's turn.
     """
     if manifest.conversational and not is_chat(prompt):
         prompt = [{"role": "user", "content": prompt}]
-    context = prompt_ids(tokenizer, prompt)
-    return context + answer_ids(tokenizer, prompt, response, finished=finished)
+    context = prompt_ids(tokenizer, prompt, tools if is_chat(prompt) else None)
+    return context + answer_ids(tokenizer, prompt, response, tools, finished=finished)

@@ -184,6 +184,8 @@ class RemoteScorer(Stateless):
         if self._info.conversational is False and is_chat(text):
             text = prompt.text  # a reward model of plain text reads the rendered conversation
         item["prompt"] = text
+        if prompt.tools and is_chat(text):
+            item["tools"] = prompt.tools
         same_template = (
             self._hashes is not None and self._hashes[1] == self._info.chat_template_hash
         )

@@ -74,6 +74,7 @@ class RewardModelScorer(Stateless):
             text,
             rollout.text,
             finished=rollout.finish_reason == "stop",
+            tools=prompt.tools,
         )
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:

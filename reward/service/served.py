@@ -33,6 +33,8 @@ class Item(BaseModel):
     finished: bool = True
     fields: dict[str, Any] = Field(default_factory=dict)  # for verifiers; a reward model reads none
     token_ids: list[int] | None = None
+    # functions that the template shows beside messages
+    tools: list[dict[str, Any]] | None = None
 
 
 class ScoreRequest(BaseModel):
@@ -143,7 +145,12 @@ class ServedModel:
             )
         try:
             return text_ids(
-                self.tokenizer, self.manifest, prompt, item.response, finished=item.finished
+                self.tokenizer,
+                self.manifest,
+                prompt,
+                item.response,
+                finished=item.finished,
+                tools=item.tools,
             )
         except UserError as error:
             raise Refused(422, f"items[{i}].prompt: {error}", i) from error

@@ -26,7 +26,7 @@ from rlhf.data.messages import RECORD
 from rlhf.data.mixture import Source, mixed
 from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
-from rlhf.models import encoding
+from rlhf.models.template_keys import template_reads
 from rlhf.process import distributed
 from rlhf.process.wording import describe
 from rlhf.types import UserError
@@ -183,7 +183,7 @@ def tell_unread(keys: Seen, tokenizer: Any, name: str) -> None:
     empty.
     """
     for key in keys.counts:
-        if key in _IDENTITIES or encoding.template_reads(tokenizer, key):
+        if key in _IDENTITIES or template_reads(tokenizer, key):
             continue
         if key == "tool_calls":
             raise UserError(

@@ -304,7 +304,9 @@ def with_texts(message: Message, where: str, change: Change) -> Message:
     """A message whose text, reasoning and texts in arguments are what `change` gives for them; the
     text itself is called `where`, the others are called by their keys below it.
     """
-    out = cast(Message, {**message, "content": change(where, message["content"])})
+    out = cast(Message, {**message})
+    if message["content"] or "tool_calls" not in message:  # calls alone have no text
+        out["content"] = change(where, message["content"])
     if "reasoning_content" in message:
         out["reasoning_content"] = change(
             f"{where}.reasoning_content", message["reasoning_content"]

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf.data.formats import Use
 from rlhf.models import encoding
 from rlhf.models.turns import Notices, end_ids, special_ids
-from rlhf.types import UserError
+from rlhf.types import Tools, UserError
 
 
 class Part(Enum):
@@ -98,39 +98,35 @@ def _sequences(
     tokenizer: Any, kind: Use, columns: dict[str, Any]
 ) -> list[tuple[str, list[int], list[int]]]:
     """(name, token ids, labels) of each of a row's sequences."""
+    tools = columns.get("tools")
     chat = any(
         isinstance(columns.get(key), list) for key in ("prompt", "messages", "chosen", "completion")
     )
     if chat:
         encoding.require_template(tokenizer, "preview")
     if kind is Use.prompt:
-        ids = encoding.prompt_ids(tokenizer, columns["prompt"])
+        ids = encoding.prompt_ids(tokenizer, columns["prompt"], tools)
         return [("prompt", ids, [encoding.IGNORED] * len(ids))]
     if kind is Use.preference:
         return [
-            (side, *_answer(tokenizer, columns["prompt"], columns[side]))
+            (side, *_answer(tokenizer, columns["prompt"], columns[side], tools))
             for side in ("chosen", "rejected")
         ]
     if kind is Use.unpaired:
-        return [
-            (
-                "good answer" if columns["label"] else "bad answer",
-                *_answer(tokenizer, columns["prompt"], columns["completion"]),
-            )
-        ]
+        judged = "good answer" if columns["label"] else "bad answer"
+        answer = _answer(tokenizer, columns["prompt"], columns["completion"], tools)
+        return [(judged, *answer)]
     if "text" in columns:
         return [("text", *encoding.encode_text(tokenizer, columns["text"]))]
     if "messages" in columns:
-        return [
-            (
-                "conversation",
-                *encoding.encode_conversation(tokenizer, columns["messages"], completion_only=True),
-            )
-        ]
+        whole = encoding.encode_conversation(
+            tokenizer, columns["messages"], completion_only=True, tools=tools
+        )
+        return [("conversation", *whole)]
     prompt, completion = columns["prompt"], columns["completion"]
     if isinstance(completion, list):
         whole = encoding.encode_conversation(
-            tokenizer, [*prompt, *completion], completion_only=True, first=len(prompt)
+            tokenizer, [*prompt, *completion], completion_only=True, first=len(prompt), tools=tools
         )
         return [("completion", *whole)]
     return [
@@ -141,10 +137,12 @@ def _sequences(
     ]
 
 
-def _answer(tokenizer: Any, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
-    context, text = encoding.split_answer(prompt or None, answer)
-    before = encoding.prompt_ids(tokenizer, context)
-    after = encoding.answer_ids(tokenizer, context, text)
+def _answer(
+    tokenizer: Any, prompt: Any, answer: Any, tools: Tools | None
+) -> tuple[list[int], list[int]]:
+    context, turn = encoding.split_turn(prompt or None, answer)
+    before = encoding.prompt_ids(tokenizer, context, tools)
+    after = encoding.answer_ids(tokenizer, context, turn, tools)
     return [*before, *after], [*([encoding.IGNORED] * len(before)), *after]
 
 

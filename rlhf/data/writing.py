@@ -28,6 +28,7 @@ _NESTED = (
     "prompt",
     "completion",
     "messages",
+    "rejected_messages",
     "chosen",
     "rejected",
     "conversations",
@@ -82,6 +83,8 @@ def write_items(
                 made, notes = convert(kind, item.columns, to)
                 if container in (FileKind.csv, FileKind.xlsx):
                     made = [_cells(row, notes, container) for row in made]
+                elif container is FileKind.parquet:
+                    made = [_columnar(row) for row in made]
             except RowError as error:
                 rejected(item, f"data.to={to.value}: {error}")
                 continue
@@ -90,6 +93,32 @@ def write_items(
 
     out.rows = write_rows(rows(), path, container)
     return out
+
+
+def _columnar(row: Row) -> Row:
+    """A row with functions and the arguments of calls as JSON texts, which readers parse: in a
+    Parquet column each object would get the keys of all others.
+    """
+    out = {}
+    for key, value in row.items():
+        if key == "tools" and not isinstance(value, str):
+            out[key] = json.dumps(value, ensure_ascii=False)
+        elif key in _NESTED and isinstance(value, list):
+            out[key] = [_columnar_message(part) for part in value]
+        else:
+            out[key] = _columnar_message(value) if key in _NESTED else value
+    return out
+
+
+def _columnar_message(message: Any) -> Any:
+    if not isinstance(message, dict) or not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def _in_words(value: Any) -> str:

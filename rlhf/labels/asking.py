@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from rlhf.labels.records import Answer, Role, Task, export_id
-from rlhf.models.encoding import is_chat, split_answer
+from rlhf.models.encoding import is_chat, split_answer, turn_text
 from rlhf.process.files import digest
 from rlhf.types import PreferencePair
 
@@ -251,6 +251,8 @@ def _gold_question(known: _Known, size: int) -> Question | str:
 
 def _plain_pair(pair: PreferencePair, chat: bool) -> tuple[Any, str, str] | str:
     """(prompt, better answer, worse answer), or why the pair can't be a question."""
+    if pair.tools:
+        return "pairs with tools, which labels do not carry"
     given: Any = pair.prompt
     chosen: Any = pair.chosen
     rejected: Any = pair.rejected
@@ -273,5 +275,5 @@ def _plain_pair(pair: PreferencePair, chat: bool) -> tuple[Any, str, str] | str:
     if not chat and is_chat(prompt):
         if len(prompt) != 1:
             return "conversations of several turns, where the other prompts are texts"
-        return str(prompt[0]["content"]), better, worse
+        return turn_text(prompt[0]), better, worse
     return prompt, better, worse

@@ -17,6 +17,7 @@ from enum import Enum
 from typing import Any
 
 from conf.choices import LabelKind
+from rlhf.models.encoding import turn_text
 from rlhf.process.files import digest
 
 # places or indices of answers, the best first, equal ones together
@@ -144,7 +145,7 @@ def as_text(prompt: Any) -> str:
     """A prompt as people read it: messages with their roles."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {turn_text(message)}" for message in prompt)
 
 
 def export_id(

@@ -10,7 +10,7 @@ under most templates, with other blanks under some, and under any template the t
 reasoning of a turn that holds them (rlhf/models/turns.py tries what a template does).
 """
 
-import re
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,13 +46,6 @@ def require_template(tokenizer: Any, what: str) -> None:
             "Set data.chat_template to a name (chatml, llama-3 ...) or a file with a Jinja "
             "template, or give plain text rows."
         )
-
-
-def template_reads(tokenizer: Any, key: str) -> bool:
-    """Whether the tokenizer's chat template (one of them, where it has several) names `key`."""
-    template = tokenizer.chat_template or ""
-    templates = template.values() if isinstance(template, dict) else [template]
-    return any(re.search(rf"\b{re.escape(key)}\b", text) for text in templates)
 
 
 def render(
@@ -238,7 +231,22 @@ def split_turn(
 def split_answer(prompt: str | Chat | None, answer: str | Chat) -> tuple[str | list[Message], str]:
     """`split_turn` with the response's text alone, for people and scorers that read texts."""
     context, turn = split_turn(prompt, answer)
-    return context, turn if isinstance(turn, str) else str(turn["content"])
+    return context, turn if isinstance(turn, str) else turn_text(turn)
+
+
+def turn_text(message: Mapping[str, Any]) -> str:
+    """All that a message says as one text, for people and scorers that read texts: its reasoning
+    as <think>, its text, and each call as <tool_call>.
+    """
+    parts = []
+    if message.get("reasoning_content"):
+        parts.append(f"<think>\n{message['reasoning_content']}\n</think>")
+    if message["content"]:
+        parts.append(str(message["content"]))
+    for call in message.get("tool_calls") or ():
+        written = json.dumps(call.get("function", call), ensure_ascii=False)
+        parts.append(f"<tool_call>\n{written}\n</tool_call>")
+    return "\n".join(parts)
 
 
 def encode_answer(

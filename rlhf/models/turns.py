@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rlhf.models.template_keys import as_template_reads
 from rlhf.types import Message, Tools, UserError
 
 Chat = Sequence[Message]
@@ -119,7 +120,7 @@ def rendered(
 
     try:
         text: str = tokenizer.apply_chat_template(
-            list(messages),
+            as_template_reads(tokenizer, messages),
             tools=tools or None,
             tokenize=False,
             add_generation_prompt=generation_prompt,

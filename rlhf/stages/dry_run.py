@@ -104,7 +104,7 @@ def read_rows(cfg: Config, tokenizer: Any) -> Rows:
     if use is Use.prompt:
         prompts = reading.prompts(request, tokenizer)
         named = [
-            (f"training prompt {number}", {"prompt": prompt.source})
+            (f"training prompt {number}", {"prompt": prompt.source, "tools": prompt.tools})
             for number, prompt in enumerate(prompts[:shown], start=1)
         ]
         return Rows(len(prompts), _previews(tokenizer, use, named, cfg.data.max_prompt_length))

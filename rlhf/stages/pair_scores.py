@@ -15,7 +15,7 @@ from rlhf.models.loading import resolve_dtype
 from rlhf.process import distributed
 from rlhf.types import UserError
 
-Pair = tuple[Any, Any, Any]  # prompt, chosen, rejected: texts or messages
+Pair = tuple[Any, Any, Any, Any]  # prompt, chosen, rejected: texts or messages; tools
 
 
 def score_pairs(
@@ -28,15 +28,15 @@ def score_pairs(
     """
     device = distributed.device()
     loaded = load_reward_model(directory, resolve_dtype(Dtype.auto))
-    if any(isinstance(chosen, list) for _, chosen, _ in pairs):
+    if any(isinstance(chosen, list) for _, chosen, _, _ in pairs):
         require_template(loaded.tokenizer, f"label_noise.reward_model={directory}")
     module: Any = loaded.module
     limit = int(getattr(module.config.get_text_config(), "max_position_embeddings", 2**31))
     rows = []
-    for number, (prompt, *sides) in enumerate(pairs):
-        for side in sides:
+    for number, (prompt, chosen, rejected, tools) in enumerate(pairs):
+        for side in (chosen, rejected):
             try:
-                ids = encode_answer(loaded.tokenizer, prompt, side)
+                ids = encode_answer(loaded.tokenizer, prompt, side, tools)
             except ValueError as error:
                 raise UserError(f"label_noise: pair {number}: {error}.") from error
             if not 0 < len(ids) <= limit:

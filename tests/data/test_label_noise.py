@@ -269,7 +269,7 @@ def test_folds_are_scored_by_their_own_models(tmp_path: Path) -> None:
 
     def score(directory: str, pairs: Any) -> list[tuple[float, float]]:
         seen[directory] = len(pairs)
-        numbers = [int(prompt[1:]) for prompt, _, _ in pairs]
+        numbers = [int(prompt[1:]) for prompt, _, _, _ in pairs]
         assert {number % 2 for number in numbers} == {int(directory[-1])}
         return [(rows[n]["score_chosen"], rows[n]["score_rejected"]) for n in numbers]
 

@@ -10,21 +10,27 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conf.choices import DataTarget
+from conf.choices import DataTarget, FileKind
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import KTOStage, OnlineStage, PreferenceStage, SFTStage
-from rlhf.data import formats, reading
+from rlhf.data import files, formats, reading
 from rlhf.data.converting import Seen
 from rlhf.data.formats import Use
 from rlhf.data.formats.base import columns_of
 from rlhf.data.formats.values import keys_of
 from rlhf.data.loading import tell_unread
 from rlhf.data.messages import RECORD
+from rlhf.data.prepare import items
+from rlhf.data.prepare.items import Item
 from rlhf.data.rows import RowError
-from rlhf.data.writing import convert
-from rlhf.models.encoding import IGNORED, prompt_ids
+from rlhf.data.writing import convert, write_items
+from rlhf.labels.asking import gold_questions
+from rlhf.labels.records import as_text
+from rlhf.models.encoding import IGNORED, prompt_ids, split_answer
 from rlhf.models.loading import train_tokenizer
+from rlhf.models.template_keys import template_reads
 from rlhf.models.templates import template_text
+from rlhf.models.turns import rendered
 from rlhf.offline.pairs import encode_preferences
 from rlhf.offline.rows import encode_sft_row
 from rlhf.types import PreferencePair, UserError
@@ -448,6 +454,80 @@ def test_prompt_and_completion_become_a_conversation_that_trains_the_same(tokeni
     written, _ = convert(Use.sft, columns, DataTarget.messages)
     expected = encode_sft_row(tokenizer, columns, completion_only=True)
     assert encode_sft_row(tokenizer, read(written[0]), completion_only=True) == expected
+
+
+def test_a_parquet_file_gives_no_call_the_arguments_of_another(tmp_path: Path) -> None:
+    other = {"type": "function", "function": {"name": "now", "arguments": {"zone": ["a", 1]}}}
+    rows = [
+        {"messages": [ASKED, CALLING, OBSERVED, SAID], "tools": [TOOL]},
+        {"messages": [ASKED, SAID, ASKED, CALLING | {"tool_calls": [other, CALL]}]},
+    ]
+    given_items = [Item(row, "in.jsonl", number) for number, row in enumerate(rows, start=1)]
+    path, refused = tmp_path / "rows.parquet", list[str]()
+    written = write_items(
+        iter(given_items),
+        Use.sft,
+        DataTarget.trl,
+        path,
+        lambda item, reason: refused.append(reason),
+        FileKind.parquet,
+    )
+    assert not written.notes and not refused
+    assert [read(row) for row in files.read_rows(path)] == rows
+
+
+# ---- where people and scorers read texts ----
+
+
+def test_a_turn_as_text_for_people() -> None:
+    turn = CALLING | {"reasoning_content": "Ask.", "content": "One moment."}
+    call = json.dumps(CALL["function"])
+    said = f"<think>\nAsk.\n</think>\nOne moment.\n<tool_call>\n{call}\n</tool_call>"
+    assert as_text([ASKED, turn]) == f"user: {ASKED['content']}\n\nassistant: {said}"
+    assert split_answer([ASKED], [turn]) == ([ASKED], said)
+
+
+def test_rows_that_differ_in_their_calls_are_no_duplicates_and_their_texts_are_cleaned() -> None:
+    other = CALLING | {"tool_calls": [{**CALL, "function": CALL["function"] | {"name": "cold"}}]}
+    first, second = ({"messages": [ASKED, turn]} for turn in (CALLING, other))
+    assert items.joined(first) != items.joined(second)
+    shouted = items.replace_texts(
+        {"messages": [ASKED, CALLING, SAID | {"reasoning_content": "b"}]},
+        lambda where, text: text.upper(),
+    )
+    _, turn, said = shouted["messages"]
+    assert turn["tool_calls"][0]["function"] == {"name": "warmth", "arguments": {"city": "OSLO"}}
+    assert said["reasoning_content"] == "B" and turn["content"] == ""
+    names = [where for where, _ in items.parts({"messages": [ASKED, CALLING]})]
+    assert names == ["messages[0]", "messages[1].tool_calls[0].function.arguments.city"]
+
+
+def test_texts_for_a_tokenizer_hold_calls_and_tools() -> None:
+    texts = formats.texts_in({"messages": [ASKED, CALLING | {"note": "x"}], "tools": [TOOL]})
+    assert ASKED["content"] in texts and json.dumps(CALL["function"]) in texts
+    assert any("warmth" in text for text in texts)
+
+
+def test_gold_pairs_with_tools_are_left_out() -> None:
+    pair = PreferencePair([ASKED], [SAID], [SAID | {"content": "5"}], tools=[TOOL])
+    questions, left_out = gold_questions([pair], size=2, chat=True)
+    assert not questions and len(left_out) == 1 and "tools" in next(iter(left_out))
+
+
+def test_reasoning_under_the_name_that_a_template_reads(tokenizer: Any) -> None:
+    thinker = train_tokenizer([json.dumps(WHOLE)], 300, 512)
+    thinker.chat_template = (
+        "{%- for message in messages -%}{%- if message.thinking is defined -%}"
+        "{{- '(' + message.thinking + ')' -}}{%- endif -%}{{- message['content'] + eos_token -}}"
+        "{%- endfor -%}"
+    )
+    turn = SAID | {"reasoning_content": "Cold."}
+    assert template_reads(thinker, "reasoning_content")
+    assert "(Cold.)4 degrees." in rendered(thinker, [ASKED, turn], generation_prompt=False)
+    switch = "{%- set thinking = true -%}{{- messages[0]['content'] -}} tool_calls"
+    thinker.chat_template = switch
+    assert not template_reads(thinker, "reasoning_content")
+    assert not template_reads(thinker, "tool_calls") and template_reads(tokenizer, "tool_calls")
 
 
 # ---- any message ----

@@ -431,7 +431,7 @@ def test_wrong_rows_of_weight_zero_do_no_harm(tmp_path: Path) -> None:
         from rlhf.stages.pair_scores import score_pairs
 
         fresh = [
-            (row["prompt"], row["chosen"], row["rejected"])
+            (row["prompt"], row["chosen"], row["rejected"], None)
             for row in trl_tools.pair_rows(160)[120:]
         ]
         scores = score_pairs(str(place / "model"), fresh, batch_tokens=2048)
@@ -463,7 +463,7 @@ def test_the_held_out_loss_is_weighed_too(tmp_path: Path) -> None:
     held = values(reading.preference_records(reading.DataRequest.of(replace(cfg)))[1])
     scores = score_pairs(
         str(place / "model"),
-        [(r["prompt"], r["chosen"], r["rejected"]) for r in held],
+        [(r["prompt"], r["chosen"], r["rejected"], None) for r in held],
         batch_tokens=2048,
     )
     given = weights.normalised([row["weight"] for row in held])

@@ -21,9 +21,9 @@ from rlhf.data.formats.base import CONTENT, Use
 from rlhf.data.messages import texts_of_message, with_texts
 from rlhf.types import Message
 
-# (a reward model's directory, [(prompt, chosen, rejected)]) -> [(score of chosen, score of
+# (a reward model's directory, [(prompt, chosen, rejected, tools)]) -> [(score of chosen, score of
 # rejected)]
-ScorePairs = Callable[[str, Sequence[tuple[Any, Any, Any]]], Sequence[tuple[float, float]]]
+ScorePairs = Callable[[str, Sequence[tuple[Any, Any, Any, Any]]], Sequence[tuple[float, float]]]
 Options_contra = TypeVar("Options_contra", bound=StepOptions, contravariant=True)
 
 

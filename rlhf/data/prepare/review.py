@@ -39,6 +39,7 @@ from rlhf.data.prepare.judgements import (
     typed,
 )
 from rlhf.data.tables import bare, inert
+from rlhf.models.encoding import turn_text
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
@@ -59,7 +60,7 @@ def readable(value: Any) -> str:
     """A content column as one text: messages with their roles."""
     if isinstance(value, str):
         return value
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in value)
+    return "\n\n".join(f"{message['role']}: {turn_text(message)}" for message in value)
 
 
 def _lines(text: str) -> str:

@@ -6,13 +6,14 @@ from itertools import chain, islice
 from typing import Any
 
 from rlhf.data.formats.base import CONTENT
+from rlhf.data.messages import texts_of_message
 from rlhf.data.prepare.items import Item
 from rlhf.data.report.records import Histogram, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile, words
 from rlhf.models import encoding
 from rlhf.process import parallel
-from rlhf.types import Message, UserError
+from rlhf.types import Message, Tools, UserError
 
 _ANSWERS = ("chosen", "rejected", "completion")
 _BATCH = 1024  # texts tokenised at a time
@@ -27,7 +28,7 @@ def column_texts(columns: Mapping[str, Any]) -> dict[str, list[str]]:
         if isinstance(value, str):
             out[key] = [value]
         elif isinstance(value, list):
-            out[key] = [message["content"] for message in value]
+            out[key] = [text for message in value for text in texts_of_message(message)]
     return out
 
 
@@ -114,24 +115,25 @@ def sequence_lengths(
             out.append(row_length(by_column) + special)
             continue
         try:
-            out.append(max(_rendered(tokenizer, chat) for chat in chats))
+            tools = item.columns.get("tools")
+            out.append(max(_rendered(tokenizer, chat, tools) for chat in chats))
         except (ValueError, UserError):
             out.append(row_length(by_column) + special)
             broken += 1
     return out, broken
 
 
-def _rendered(tokenizer: Any, chat: list[Message]) -> int:
+def _rendered(tokenizer: Any, chat: list[Message], tools: Tools | None) -> int:
     if tokenizer.chat_template is None:
         raise ValueError("no chat template")
-    return len(conversation_ids(tokenizer, chat))
+    return len(conversation_ids(tokenizer, chat, tools))
 
 
-def conversation_ids(tokenizer: Any, chat: list[Message]) -> list[int]:
+def conversation_ids(tokenizer: Any, chat: list[Message], tools: Tools | None = None) -> list[int]:
     """Token ids of a conversation as the stages encode it: with its last answer, or as a prompt."""
     if chat[-1]["role"] == "assistant" and len(chat) > 1:
-        return encoding.encode_answer(tokenizer, None, chat)
-    return encoding.prompt_ids(tokenizer, chat)
+        return encoding.encode_answer(tokenizer, None, chat, tools)
+    return encoding.prompt_ids(tokenizer, chat, tools)
 
 
 def conversations(columns: Mapping[str, Any]) -> Iterable[list[Message]]:

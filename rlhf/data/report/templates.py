@@ -120,7 +120,7 @@ def encoded(tokenizer: Any, columns: Mapping[str, Any]) -> list[list[int]]:
     if chats:
         if tokenizer.chat_template is None:
             return []
-        return [conversation_ids(tokenizer, chat) for chat in chats]
+        return [conversation_ids(tokenizer, chat, columns.get("tools")) for chat in chats]
     prompt = columns.get("prompt") or ""
     answers = [
         columns[key]

@@ -127,7 +127,7 @@ def _with_own_prompts(
     Raises UserError where all are.
     """
     source = sources.given(request.data)
-    loaded = reading.distinct_prompts(request, None)
+    loaded = answers.plain_prompts(request, None)
     texts = [record.value for record in loaded.records if isinstance(record.value, str)]
     prompts: dict[str, Any] = dict(zip(texts, texts, strict=True))
     if model.path is not None:

@@ -57,13 +57,23 @@ function showInstructions(target, text) {
   );
 }
 
+/** All that a message says: its reasoning, its text, its calls. */
+function saidBy(message) {
+  const calls = message.tool_calls ?? [];
+  return [
+    ...(message.reasoning_content ? [`<think>\n${message.reasoning_content}\n</think>`] : []),
+    ...(message.content ? [message.content] : []),
+    ...calls.map((call) => `<tool_call>\n${JSON.stringify(call.function ?? call)}\n</tool_call>`),
+  ].join("\n");
+}
+
 function turnOf(message) {
   const role = make("p", { class: "role" }, ROLE_TEXT[message.role] ?? message.role);
   return make(
     "div",
     { class: message.role === "user" ? "turn user" : "turn" },
     role,
-    textBlock(message.content),
+    textBlock(saidBy(message)),
   );
 }
 
@@ -313,7 +323,7 @@ function showList(data, state, filter) {
     const label = state.labels.get(task.id);
     if (!FILTERS[filter](label)) return [];
     const last =
-      typeof task.prompt === "string" ? task.prompt : (task.prompt.at(-1)?.content ?? "");
+      typeof task.prompt === "string" ? task.prompt : saidBy(task.prompt.at(-1) ?? {});
     const what = make(
       "span",
       { class: "what", dir: "auto", lang: "" },
