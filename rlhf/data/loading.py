@@ -26,7 +26,7 @@ from rlhf.data.messages import RECORD
 from rlhf.data.mixture import Source, mixed
 from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
-from rlhf.models.template_keys import template_reads
+from rlhf.models.templates import template_reads
 from rlhf.process import distributed
 from rlhf.process.wording import describe
 from rlhf.types import UserError

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlhf.models.template_keys import as_template_reads
+from rlhf.models.templates import as_template_reads
 from rlhf.types import Message, Tools, UserError
 
 Chat = Sequence[Message]

@@ -28,8 +28,7 @@ from rlhf.labels.asking import gold_questions
 from rlhf.labels.records import as_text
 from rlhf.models.encoding import IGNORED, prompt_ids, split_answer
 from rlhf.models.loading import train_tokenizer
-from rlhf.models.template_keys import template_reads
-from rlhf.models.templates import template_text
+from rlhf.models.templates import template_reads, template_text
 from rlhf.models.turns import rendered
 from rlhf.offline.pairs import encode_preferences
 from rlhf.offline.rows import encode_sft_row
@@ -539,32 +538,59 @@ ANYTHING = st.recursive(
     ),
     max_leaves=4,
 )
-KNOWN = st.fixed_dictionaries(
+READ = st.fixed_dictionaries(
     {},
     optional={
-        "weight": st.sampled_from([0, 1, None, 0.5, True]),
-        "loss": st.sampled_from([True, False, None]),
-        "train": st.sampled_from([True, False]),
+        "weight": st.sampled_from([1, None, True]),
+        "loss": st.sampled_from([True, None]),
         "name": st.sampled_from(["n", "", None]),
-        "tool_call_id": st.sampled_from(["c", None, 3]),
+        "tool_call_id": st.sampled_from(["c", None]),
         "reasoning_content": st.sampled_from(["r", None]),
-        "thinking": st.sampled_from(["r", "other", True, None]),
-        "tool_calls": st.sampled_from([[], None, [CALL], json.dumps([CALL]), "x"]),
-        "function_call": st.sampled_from([None, {"name": "f", "arguments": "{}"}]),
-        "images": st.sampled_from([[], None, ["x"]]),
+        "thinking": st.sampled_from(["r", True, None]),
+        "images": st.sampled_from([[], None]),
     },
 )
+CALLED = st.sampled_from(
+    [
+        {},
+        {"tool_calls": []},
+        {"tool_calls": [CALL]},
+        {"tool_calls": json.dumps([CALL])},
+        {"function_call": {"name": "f", "arguments": "{}"}, "tool_calls": None},
+    ]
+)
+REFUSED = st.sampled_from(
+    [
+        {"weight": 0.5},
+        {"weight": 0, "loss": True},
+        {"tool_call_id": 3},
+        {"images": ["x"]},
+        {"thinking": "other"},
+        {"tool_calls": "x"},
+        {"content": 3},
+        {"content": [{"type": "image"}]},
+    ]
+)
 EXTRA = st.dictionaries(st.text(min_size=1, max_size=6), ANYTHING, max_size=3)
-CONTENT = st.sampled_from(["a", "", None, [{"type": "text", "text": "a"}], [{"type": "image"}], 3])
+CONTENT = st.sampled_from(["a", "", [{"type": "text", "text": "a"}]])
 
 
 @st.composite
 def any_messages(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """A conversation with further keys; one of four has something that is refused."""
     roles = draw(st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), max_size=3))
-    return [
-        {**draw(EXTRA), **draw(KNOWN), "role": role, "content": draw(CONTENT)}
-        for role in [*roles, "user", "assistant"]
-    ]
+    out = []
+    for role in [*roles, "user", "assistant"]:
+        message = {**draw(EXTRA), **draw(READ), "role": role, "content": draw(CONTENT)}
+        if role == "assistant":
+            message |= draw(CALLED)
+        out.append(message)
+    if draw(st.integers(0, 3)) == 0:
+        out[draw(st.integers(0, len(out) - 1))].update(draw(REFUSED))
+    if draw(st.booleans()):
+        flags = out[0].keys() & {"weight", "loss"}
+        out[0].update(dict.fromkeys(flags, 0))
+    return out
 
 
 def says(value: Any) -> bool:
@@ -625,7 +651,7 @@ def accounted(before: dict[str, Any], after: dict[str, Any], counted: set[str]) 
     assert after["content"] == (
         "a" if isinstance(before["content"], list) else before["content"] or ""
     )
-    flags = {bool(before[k]) for k in ("weight", "loss", "train") if before.get(k) is not None}
+    flags = {bool(before[k]) for k in ("weight", "loss", "train") if says(before.get(k))}
     assert ({after["train"]} if "train" in after else set()) == flags
     if True in flags and before["role"] != "assistant":
         assert any(key.startswith("train") for key in counted)
