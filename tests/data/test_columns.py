@@ -401,6 +401,12 @@ def test_transcripts_become_turns_where_that_is_asked_for(tmp_path: Path) -> Non
     assert len(notes) == 1
 
 
+def test_pictures_inside_a_question_are_refused() -> None:
+    row = {"query": f"<img>http://x/y.png</img>{Q}", "response": A}
+    with pytest.raises(ValueError, match=r"'query'.*pictures are not read"):
+        by_name("question_answer").read(row, Use.sft)
+
+
 def test_prompts_alone_are_prompts(tmp_path: Path) -> None:
     for row in ({"prompt": Q}, {"prompt": Q, "answer": 7}, {"question": Q, "id": "x"}):
         assert ingest.natural_use(data_of(tmp_path / "rows.jsonl", row)) is Use.prompt

@@ -7,6 +7,7 @@ history or a chain of thought beside it, stays a text as in TRL's columns; any o
 becomes a conversation, as Alpaca's instruction does.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ from rlhf.data.rows import (
 )
 from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
+
+_PICTURE = re.compile(r"<img>[^<\s]+</img>")
 
 # ---- prompts ----
 
@@ -83,6 +86,11 @@ def _asked(row: Row, roles: Roles) -> str | Chat:
             )
         return text_or_chat(row, roles.question)
     text = text_of(row, roles.question, empty=bool(extra))
+    if _PICTURE.search(text):
+        raise RowError(
+            f"key {roles.question!r}: pictures are not read, found {describe(text)}, which names "
+            "one as ms-swift does (<img>...</img>)"
+        )
     return "\n\n".join(filter(None, (text, extra)))
 
 
