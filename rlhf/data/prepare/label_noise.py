@@ -135,8 +135,9 @@ def _pair_scores(options: LabelNoise, items: Sequence[Item], context: Context) -
         if not options.seen:
             check_unseen(directory, [items[i] for i in rows])
         content = [items[i].columns for i in rows]
-        keys = ("prompt", "chosen", "rejected", "tools")
-        pairs = [tuple(map(columns.get, keys)) for columns in content]
+        pairs = [
+            (c.get("prompt"), c.get("chosen"), c.get("rejected"), c.get("tools")) for c in content
+        ]
         scores[rows] = np.array(context.score_pairs(directory, pairs), dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(bad):
