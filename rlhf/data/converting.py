@@ -365,4 +365,6 @@ def _said(origin: str, chosen: Format, use: Use, rows: Sequence[SourceRow]) -> l
     if row is None or use is Use.prompt:
         return []
     said = chosen.says(row.columns)
-    return [f"{origin}: {said}"] if said else []
+    if not said:
+        return []
+    return [f"{origin}: {said}"]

@@ -165,8 +165,9 @@ def _is_compared(row: Row) -> bool:
 def _parts_compared(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
     roles = roles_of(row)
     key = _choice_key(row)
-    plain_choice = (key,) if key and _selected(row[key]) is None else ()  # objects are carried
-    return roles.asked, (*roles.two, *plain_choice)
+    if key and _selected(row[key]) is None:  # objects are carried
+        return roles.asked, (*roles.two, key)
+    return roles.asked, roles.two
 
 
 def _says_compared(row: Row) -> str:
@@ -229,7 +230,8 @@ def _rated_answers(row: Row, out: Several) -> list[tuple[str, str, float]]:
         if isinstance(answer, Mapping):
             inside = next((word for word in _TEXT if word in answer), _TEXT[0])
             text = text_of(answer, inside)
-            number = _rating_inside(answer) if not ratings_key else number
+            if not ratings_key:
+                number = _rating_inside(answer)
         else:
             text = text_of({name: answer}, name)
         if number is None:
