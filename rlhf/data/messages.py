@@ -284,7 +284,9 @@ def _train_of(rest: dict[str, Any]) -> bool | None:
             f"keys {', '.join(map(repr, flags))}: expected the same of each, found "
             f"{', '.join(map(str, flags.values()))}"
         )
-    return said.pop() if said else None
+    if not said:
+        return None
+    return said.pop()
 
 
 # ---- the texts of a message ----

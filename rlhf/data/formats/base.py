@@ -396,4 +396,6 @@ def columns_of(
 
 
 def _tools_column(tools: Any) -> dict[str, Any]:
-    return {} if tools is None else {"tools": tools}
+    if tools is None:
+        return {}
+    return {"tools": tools}

@@ -77,7 +77,9 @@ def template_reads(tokenizer: Any, key: str) -> bool:
 
 def _templates(tokenizer: Any) -> list[str]:
     template = tokenizer.chat_template or ""
-    return list(template.values()) if isinstance(template, dict) else [template]
+    if isinstance(template, dict):
+        return list(template.values())
+    return [template]
 
 
 @functools.lru_cache(maxsize=32)
