@@ -396,6 +396,4 @@ def columns_of(
 
 
 def _tools_column(tools: Any) -> dict[str, Any]:
-    if tools is None:
-        return {}
-    return {"tools": tools}
+    return {} if tools is None else {"tools": tools}
