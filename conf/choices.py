@@ -2,10 +2,8 @@
 
 from enum import Enum
 
-from conf import formats
-
-DataFormat = formats.DataFormat
-DataTarget = formats.DataTarget
+from conf.formats import DataFormat as DataFormat  # noqa: PLC0414 (re-exported)
+from conf.formats import DataTarget as DataTarget  # noqa: PLC0414 (re-exported)
 
 
 class Dtype(Enum):

@@ -259,7 +259,7 @@ def scores_of(model: Path, candidates: Sequence[Candidates], batch_tokens: int) 
     # It scores two sides of one prompt at a time: neighbours go together, an odd one with itself.
     sides = [[answer.text for answer in one.answers] for one in candidates]
     pairs = [
-        (one.prompt, texts[i], texts[min(i + 1, len(texts) - 1)])
+        (one.prompt, texts[i], texts[min(i + 1, len(texts) - 1)], None)
         for one, texts in zip(candidates, sides, strict=True)
         for i in range(0, len(texts), 2)
     ]

@@ -250,7 +250,7 @@ def _text_beside(
 
 def _texts_of(rest: dict[str, Any], read: _Content) -> dict[str, str]:
     """tool_call_id, name and reasoning_content, taken out of `rest`."""
-    out = {}
+    out: dict[str, str] = {}
     for key in ("tool_call_id", "name"):
         if key in rest:
             out[key] = checked_text(rest.pop(key), key)

@@ -99,7 +99,7 @@ def _columnar(row: Row) -> Row:
     """A row with functions and the arguments of calls as JSON texts, which readers parse: in a
     Parquet column each object would get the keys of all others.
     """
-    out = {}
+    out: Row = {}
     for key, value in row.items():
         if key == "tools" and not isinstance(value, str):
             out[key] = json.dumps(value, ensure_ascii=False)

@@ -65,7 +65,7 @@ def located_at_once(
     counts = _beginnings(tokenizer, text, ids, whole["offset_mapping"], splitters, ends)
     if counts is None:
         return None
-    turns = {}
+    turns: dict[int, tuple[int, int]] = {}
     for i in wanted:
         start, stop = counts[ends[1 + 2 * len(turns)]], counts[ends[2 + 2 * len(turns)]]
         turns[i] = (start, start + len(up_to_end(tokenizer, ids[start:stop])))
@@ -113,7 +113,9 @@ def _splitters(tokenizer: Any) -> dict[int, str] | None:
     """Added tokens, with their texts, that a tokenizer of the library tokenizers finds before
     anything else, whatever stands beside them; None for other tokenizers.
     """
-    if not getattr(tokenizer, "is_fast", False) or getattr(tokenizer, "split_special_tokens", 0):
+    if not getattr(tokenizer, "is_fast", False) or getattr(
+        tokenizer, "split_special_tokens", False
+    ):
         return None
     if tokenizer not in _KNOWN_SPLITTERS:
         _KNOWN_SPLITTERS[tokenizer] = {

@@ -58,7 +58,8 @@ class WithLikelihood(PreferenceTrainer):
         outputs = list(super().concatenated_forward(model, batch))
         tokens, pairs = self._tokens(batch)
         mean = self.step_tokens if self.model.training else self.held_out_tokens
-        outputs[4] = outputs[4] * (tokens / pairs / mean)
+        if mean:  # else outside of steps and evaluations: a micro-batch by itself
+            outputs[4] = outputs[4] * (tokens / pairs / mean)
         return tuple(outputs)
 
     def restore_token_count(self, tokens: float) -> None:

@@ -106,8 +106,10 @@ class PrivateHooks(Trainer):
     def begin_evaluation(self, micro_batches: Any) -> None:
         """Called with the loader of the held-out micro-batches, before they are run."""
 
-    def eval_units(self, inputs: dict[str, Any]) -> float:
-        """What a held-out micro-batch's loss is a mean over, such as rows."""
+    def eval_sum(self, loss: float, inputs: dict[str, Any]) -> tuple[float, float]:
+        """The sum of which a held-out micro-batch's loss is a mean, and over how many: rows, or
+        tokens. A collective.
+        """
         raise NotImplementedError
 
     # ---- private methods that call the hooks ----
@@ -122,7 +124,7 @@ class PrivateHooks(Trainer):
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """transformers takes the mean of the micro-batches' means, the last of which may have few
-        rows: here each weighs by its `eval_units`.
+        rows: here each row or token weighs the same (`eval_sum`).
         """
         self.begin_evaluation(dataloader)
         self._eval_sums = [0.0, 0.0]  # loss x units, units
@@ -137,10 +139,21 @@ class PrivateHooks(Trainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if result[0] is not None:
-            units = self.eval_units(inputs)
-            self._eval_sums[0] += float(result[0].mean()) * units
-            self._eval_sums[1] += units
+            total, units = self.eval_sum(float(result[0].mean()), inputs)
+            if not self.repeated():
+                self._eval_sums[0] += total
+                self._eval_sums[1] += units
         return result
+
+    def repeated(self) -> bool:
+        """Whether this rank's last held-out micro-batch only repeats rows of others, which
+        accelerate hands out so that all ranks have equally many. A micro-batch of which some rows
+        are repeated counts whole.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return False
+        return bool(distributed.rank() * self.args.eval_batch_size >= state.remainder)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.train_sampler()

@@ -97,9 +97,10 @@ class StageTrainer(PrivateHooks):
 
     # ---- held-out loss: a mean over all of it, however it is split ----
 
-    def eval_units(self, inputs: Inputs) -> float:
-        """What a micro-batch's loss is a mean over, on this rank: rows. A collective for SFT."""
-        return float(next(len(value) for value in inputs.values() if hasattr(value, "__len__")))
+    def eval_sum(self, loss: float, inputs: Inputs) -> tuple[float, float]:
+        """A micro-batch's loss times its rows, and its rows."""
+        rows = float(next(len(value) for value in inputs.values() if hasattr(value, "__len__")))
+        return loss * rows, rows
 
     # ---- guards: losses and gradients that are NaN, infinite or a spike ----
 
@@ -261,10 +262,13 @@ class SFT(StageTrainer, SFTTrainer):
     the loss divides by the number of tokens, as without weights.
     """
 
-    def eval_units(self, inputs: Inputs) -> float:
-        """Tokens that train, of this micro-batch on all ranks, which TRL's loss divides by."""
-        tokens = distributed.all_sum([float((inputs["labels"][..., 1:] != IGNORED).sum())])[0]
-        return tokens / distributed.world_size()
+    def eval_sum(self, loss: float, inputs: Inputs) -> tuple[float, float]:
+        """The sum over tokens that train, and their number. TRL divides this rank's sum by the
+        tokens of all ranks, and multiplies it by the ranks.
+        """
+        own = float((inputs["labels"][..., 1:] != IGNORED).sum())
+        tokens = distributed.all_sum([own])[0]
+        return loss * tokens / distributed.world_size(), own
 
     def weighted_loss(
         self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool

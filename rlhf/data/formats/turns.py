@@ -11,6 +11,7 @@ from rlhf.data.formats.names import TURNS, plain, roles_of
 from rlhf.data.formats.trl import prompt_plain
 from rlhf.data.rows import Chat, Row, RowError, chat_of, number_of, text_of, without_answer
 from rlhf.process.wording import describe
+from rlhf.types import Message
 
 # ---- conversations ----
 
@@ -61,9 +62,9 @@ def _exchanges(turns: list[Any], key: str, names: tuple[str, str]) -> Chat:
             asked, said = text_of(turn, names[0]), text_of(turn, names[1])
         except RowError as error:
             raise RowError(f"{key}[{i}]: {error}") from None
-        question: Any = {"role": "user", "content": asked}
         rest = {key: value for key, value in turn.items() if key not in names}
-        chat += [{**rest, **question}, {"role": "assistant", "content": said}]
+        question: Any = {**rest, "role": "user", "content": asked}
+        chat += [question, {"role": "assistant", "content": said}]
     return chat
 
 
@@ -95,7 +96,7 @@ DIALOGUE = Format(
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def _turn(message: Mapping[str, Any]) -> dict[str, str]:
+def _turn(message: Mapping[str, Any]) -> Message:
     role = _ROLES.get(str(message.get("role")))
     if role is None:
         raise RowError(f"key 'role': expected prompter or assistant, found {message.get('role')!r}")
@@ -140,7 +141,7 @@ def _pairs_of_tree(row: Row) -> Several:
     out = Several()
 
     def visit(message: Mapping[str, Any], before: Chat, name: str) -> None:
-        chat = [*before, _turn(message)]
+        chat: Chat = [*before, _turn(message)]
         replies = [(f"{name}.replies[{i}]", reply) for i, reply in enumerate(_replies(message))]
         if chat[-1]["role"] == "user":
             answers = [

@@ -50,6 +50,7 @@ def as_whole(value: dict[str, Any]) -> dict[str, Any]:
 
 def chats_of(value: Any) -> list[Chat]:
     """Every list of messages of a value of a use."""
+    parts: tuple[Any, ...]
     if isinstance(value, PreferencePair):
         parts = (value.prompt, value.chosen, value.rejected)
     elif isinstance(value, JudgedAnswer):
