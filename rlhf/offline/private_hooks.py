@@ -108,7 +108,7 @@ class PrivateHooks(Trainer):
 
     def eval_sum(self, loss: float, inputs: dict[str, Any]) -> tuple[float, float]:
         """The sum of which a held-out micro-batch's loss is a mean, and over how many: rows, or
-        tokens. A collective.
+        tokens.
         """
         raise NotImplementedError
 

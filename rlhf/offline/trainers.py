@@ -263,12 +263,9 @@ class SFT(StageTrainer, SFTTrainer):
     """
 
     def eval_sum(self, loss: float, inputs: Inputs) -> tuple[float, float]:
-        """The sum over tokens that train, and their number. TRL divides this rank's sum by the
-        tokens of all ranks, and multiplies it by the ranks.
-        """
-        own = float((inputs["labels"][..., 1:] != IGNORED).sum())
-        tokens = distributed.all_sum([own])[0]
-        return loss * tokens / distributed.world_size(), own
+        """A micro-batch's loss times its tokens that train, and their number."""
+        tokens = float((inputs["labels"][..., 1:] != IGNORED).sum())
+        return loss * tokens, tokens
 
     def weighted_loss(
         self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
