@@ -229,6 +229,19 @@ SHAPES: dict[str, tuple[Row, Use, Any]] = {
         Use.sft,
         SFT,
     ),
+    "Alpaca with an input and its rendering": (
+        {
+            "instruction": "Add.",
+            "input": "2 and 2",
+            "output": A,
+            "text": f"### Instruction:\nAdd.\n\n### Input:\n2 and 2\n\n### Response:\n{A}",
+        },
+        Use.sft,
+        {
+            "prompt": [{"role": "user", "content": "Add.\n\n2 and 2"}],
+            "completion": [{"role": "assistant", "content": A}],
+        },
+    ),
     "Alpaca with its rendering": (
         {"instruction": Q, "input": "", "output": A, "text": f"### Q: {Q}\n### A: {A}"},
         Use.sft,
@@ -272,6 +285,7 @@ def test_public_data_sets_are_read_as_they_are(name: str, tmp_path: Path) -> Non
         ({"prompt": Q, "response": A, "answer": B}, ["completion: response", "completion: answer"]),
         ({"instruction": Q, "question": B, "output": A}, ["'question'"]),
         ({"text": Q, "response": A}, ["'response'"]),
+        ({"problem": Q, "generated_solution": A}, ["'generated_solution'"]),
         ({"messages": CHAT, "rejected": B}, ["'rejected'", "data.format=messages"]),
         ({"article": "Long text.", "highlights": "Short text."}, ["prompt: article"]),
     ],

@@ -92,6 +92,7 @@ _FAMILY = re.compile(
 _ORDERS = (("0", "1"), ("1", "2"), ("a", "b"), ("left", "right"))
 # a number or a letter after the noun: one of several answers
 _ANSWER = re.compile(
+    r"(generated_)?"
     r"(responses?|answers?|completions?|outputs?|solutions?|generations?|targets?|replies|reply|"
     r"summary|summaries|instances)(_?[0-9]{1,2}|_[a-z]|_text)?"
 )

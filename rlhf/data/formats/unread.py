@@ -79,7 +79,9 @@ def _stands_in(key: str, column: Any, value: Any) -> bool:
     whole = value
     if isinstance(value, PreferencePair):
         whole = [value.chosen, value.rejected]
-    return _all_within([text.strip() for text in texts_in(whole)], texts)
+    # a format may join an instruction and its input otherwise than the text does
+    pieces = [piece.strip() for text in texts_in(whole) for piece in text.split("\n\n")]
+    return _all_within([piece for piece in pieces if piece], texts)
 
 
 def _part(key: str, value: Any) -> list[str]:
