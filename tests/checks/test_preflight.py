@@ -145,10 +145,10 @@ def test_data_files(ppo: Config, tmp_path: Path) -> None:
     refused(ppo, r"data.path=.*q.jsonl: no such file. Nearest in .*: p.jsonl")
     (tmp_path / "q.jsonl").touch()
     refused(ppo, r"data.path=.*q.jsonl is empty \(0 bytes\)")
-    jsonl(tmp_path / "q.jsonl", [{"question": "x"}])
+    jsonl(tmp_path / "q.jsonl", [{"weather": "x"}])
     refused(
         ppo,
-        r"q.jsonl, row 1: expected prompts, but its keys \(question\) fit no format. Nearest "
+        r"q.jsonl, row 1: expected prompts, but its keys \(weather\) fit no format. Nearest "
         r"format: .*needs the key",
     )
     jsonl(tmp_path / "q.jsonl", [{"prompt": "x"}, {"promt": "y"}])
@@ -166,7 +166,7 @@ def test_rows_of_another_kind(sft: Config, tmp_path: Path) -> None:
     reward = replace(sft, stage=RewardStage())
     refused(
         reward,
-        r"t.jsonl, row 1: expected .*chosen.*rejected.* \(text\) are format text",
+        r"t.jsonl, row 1: expected .*chosen.*rejected.* \(text\) are those of format text",
     )
 
 

@@ -457,10 +457,7 @@ def test_a_resumed_run_stops_where_the_straight_one_did(exploited: Path, tmp_pat
         shutil.rmtree(broken / "checkpoints" / f"step-{step}")
     shutil.rmtree(broken / "model")
     (broken / "summary.json").unlink()
-    model = f"model.path={broken / 'start'}"
-    again = run_online(
-        folder, "stage.steps=60", "stage.watch.divergence=stop", "run.resume=true", model
-    )
+    again = run_online(folder, "stage.steps=60", "stage.watch.divergence=stop", "run.resume=true")
     for ours, theirs in zip(lines(again), lines(exploited), strict=True):
         assert {k: v for k, v in ours.items() if "judge/" in k or "watch/" in k} == {
             k: v for k, v in theirs.items() if "judge/" in k or "watch/" in k

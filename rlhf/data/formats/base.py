@@ -345,10 +345,11 @@ def require_training(answer: str | Chat, key: str) -> None:
 
 def with_system(row: Row, chat: Chat, key: str, column: str = "system") -> Chat:
     """A conversation after the text of the column ``system`` (or `column`), where the row has one.
-    Raises RowError where the conversation begins with another system message.
+    Raises RowError where the conversation begins with another system message, or is empty.
     """
-    system = optional_text(row, column)
-    first = chat[0]
+    if not chat:
+        raise RowError(f"key {key!r}: expected a question, found none")
+    system, first = optional_text(row, column), chat[0]
     if not system or (first["role"] == "system" and first["content"] == system):
         return chat
     if first["role"] == "system":
