@@ -141,9 +141,16 @@ class EngineConfig:
     )
     micro_batch_size: int | None = option(
         None,
-        "TRL's stages: sequences in one micro-batch of a rank; null: as many as the memory plan "
-        "says fit, at most batch_size / ranks.",
+        "TRL's stages: sequences in one micro-batch of a rank; null: as many tokens as the memory "
+        "plan says fit, at most the sequences of batch_size / ranks.",
         unit="sequences",
+        at_least=1,
+    )
+    micro_batch_tokens: int | None = option(
+        None,
+        "TRL's stages, in place of micro_batch_size: padded tokens in one micro-batch of a rank, "
+        "sequences x longest (a pair counts once, by its longer side).",
+        unit="tokens",
         at_least=1,
     )
     gradient_checkpointing: bool = option(
@@ -187,6 +194,12 @@ class EngineConfig:
             self._check_torch()
         if self.offload is not Offload.none:
             self._check_offload()
+        check(
+            self.micro_batch_size is None or self.micro_batch_tokens is None,
+            "engine.micro_batch_tokens",
+            self.micro_batch_tokens,
+            f"null beside engine.micro_batch_size={self.micro_batch_size}",
+        )
 
     def _check_torch(self) -> None:
         check(self.zero_stage == 0, "engine.zero_stage", self.zero_stage, "0 with engine=torch")

@@ -54,9 +54,12 @@ def offline_arithmetic(
     if stage.steps is None:
         source = f"{stage.epochs:g} epochs x {whole} whole batches"
     micro, accumulation, ranks = batches.micro, batches.accumulation, batches.ranks
+    parts = f"{micro} rows x {accumulation} micro-batches"
+    if batches.tokens is not None:
+        parts = f"{micro} rows in micro-batches of at most {batches.tokens} tokens"
     return {
-        "rows of a step": f"{micro} rows x {accumulation} micro-batches x "
-        f"{launch.name_ranks(ranks)} = {micro * accumulation * ranks} (stage.batch_size)",
+        "rows of a step": f"{parts} x {launch.name_ranks(ranks)} = "
+        f"{micro * accumulation * ranks} (stage.batch_size)",
         "steps": f"{steps} ({source})",
         "data": f"{read} training rows{kept}, {steps * stage.batch_size} trained: "
         f"{steps * stage.batch_size / rows:.3g} passes",

@@ -2,6 +2,7 @@
 anything loads.
 """
 
+import bisect
 import dataclasses
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from conf.choices import AdapterKind, Advantage, CriticInit, Dtype, EngineKind, 
 from conf.schema import AdapterConfig, Config, ModelConfig
 from conf.stages import KTOStage, OfflineStage, OnlineStage
 from conf.training import TrainStage
+from rlhf.checks.launch import counts_rows
 from rlhf.checks.memory import moments
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes, adapter_parameters, can_plan, shapes_of
@@ -53,33 +55,49 @@ def memory_notes(cfg: Config, scoring: Models = ()) -> list[str]:
     ]
 
 
-def fitting_micro_batch(cfg: Config) -> int | None:
-    """Rows of a micro-batch for a stage on TRL's trainers that leaves engine.micro_batch_size out.
+def fitting_micro_batch(cfg: Config) -> tuple[str, int] | None:
+    """The option of `engine` that sizes the micro-batches of a stage on TRL's trainers, where it
+    leaves them out, and the largest value whose memory plan fits the device: tokens, or rows where
+    the stage counts rows (`launch.counts_rows`).
 
-    The largest divisor of a rank's rows whose memory plan fits the device, so that the optimizer
-    step keeps its rows; 1 (2 where rows are compared with each other) where none fits. None where
-    the whole batch is taken without asking the plan: an option that is set, a model without a
-    configuration to read, or weights too small to matter.
+    None where the whole batch is taken: it fits, or the plan isn't asked (an option that is set, a
+    model without a configuration to read, weights too small to matter).
     """
-    stage = cfg.stage
-    if not isinstance(stage, OfflineStage) or cfg.engine.micro_batch_size is not None:
+    stage, engine = cfg.stage, cfg.engine
+    if not isinstance(stage, OfflineStage):
+        return None
+    if engine.micro_batch_size is not None or engine.micro_batch_tokens is not None:
         return None
     if cfg.model.path is None or not can_plan(cfg.model):
         return None
     if not cfg.run.dry_run and (weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
         return None
-    machine = moments.machine_of(cfg.engine, cfg.model.params, all_devices=False)
+    machine = moments.machine_of(engine, cfg.model.params, all_devices=False)
     if stage.batch_size % machine.ranks:
         return None  # the stage's own check refuses it
     rows = stage.batch_size // machine.ranks
-    compares = isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto
-    sizes = [size for size in range(rows, int(compares), -1) if rows % size == 0]
     shapes, _ = shapes_of(cfg.model, ())
-    for size in sizes:
-        engine = dataclasses.replace(cfg.engine, micro_batch_size=size)
-        if plan(dataclasses.replace(cfg, engine=engine), shapes, machine).fits:
-            return size
-    return sizes[-1] if sizes else None
+
+    def too_many(size: int) -> bool:
+        smaller = dataclasses.replace(engine, micro_batch_size=size)
+        return not plan(dataclasses.replace(cfg, engine=smaller), shapes, machine).fits
+
+    fitting = bisect.bisect_left(range(1, rows + 1), True, key=too_many)
+    if fitting == rows:
+        return None
+    if counts_rows(stage, engine) is None:
+        return "micro_batch_tokens", max(1, fitting) * stage.max_length
+    return "micro_batch_size", _whole_share(stage, rows, fitting)
+
+
+def _whole_share(stage: OfflineStage, rows: int, fitting: int) -> int:
+    """The largest number of rows, `fitting` at most, that divides a rank's `rows`, so that the
+    optimizer step keeps them; where none fits 1, or 2 where rows are compared with each other.
+    """
+    compares = isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto
+    least = 2 if compares else 1
+    sizes = [size for size in range(max(fitting, least), 0, -1) if rows % size == 0]
+    return next((size for size in sizes if size >= least), rows)
 
 
 def check_disk(cfg: Config, scoring: Models = ()) -> None:

@@ -16,10 +16,12 @@ from conf.choices import (
     AdapterKind,
     Dtype,
     EngineKind,
+    KTOLoss,
     LoraSync,
     ModelKind,
     Offload,
     OnNonFinite,
+    PreferenceLoss,
     RolloutBackend,
 )
 from conf.online import OnlineStage
@@ -33,7 +35,7 @@ from conf.schema import (
     merges_lora,
     vllm_lora_rank,
 )
-from conf.stages import OfflineStage
+from conf.stages import KTOStage, OfflineStage, PreferenceStage
 from rlhf.checks.memory.states import GIB
 from rlhf.models.directories import contents
 from rlhf.process import distributed
@@ -42,14 +44,26 @@ from rlhf.run import directory
 from rlhf.run.tracking import tracker
 from rlhf.types import UserError
 
+SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)  # losses that sort a batch's pairs
+
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How the rows of an optimizer step are spread: ranks x micro x accumulation = the batch."""
+    """How the rows of an optimizer step are spread: ranks x micro x accumulation = the batch.
+
+    With micro-batches by tokens `micro` is a rank's rows of a step, which it parts by itself.
+    """
 
     ranks: int
     micro: int  # rows per forward pass and rank
     accumulation: int  # forward passes per optimizer step and rank
+    tokens: int | None = None  # padded tokens of a micro-batch
+
+    def rows_of_longest(self, length: int) -> int:
+        """Rows of `length` tokens, the longest that there are, in a forward pass of a rank."""
+        if self.tokens is None:
+            return self.micro
+        return max(1, min(self.micro, self.tokens // length))
 
 
 def installed(package: str) -> bool:
@@ -101,17 +115,48 @@ def _check_launched(gpus: int | None) -> None:
     )
 
 
-def plan_batches(batch_size: int, micro_batch_size: int | None, ranks: int) -> BatchPlan:
-    """Spread the `batch_size` rows of an optimizer step over ranks and forward passes; without a
-    micro-batch size each rank takes its rows in one pass. Raises UserError where they don't divide.
+def plan_batches(batch_size: int, engine: EngineConfig, ranks: int) -> BatchPlan:
+    """Spread the `batch_size` rows of an optimizer step over ranks and forward passes: so many rows
+    each (engine.micro_batch_size), so many tokens (engine.micro_batch_tokens), or a rank's rows in
+    one pass. Raises UserError where they don't divide.
     """
-    if micro_batch_size is None:
+    if engine.micro_batch_size is None:
         _check_divides("stage.batch_size", batch_size, ranks, name_ranks(ranks))
-        return BatchPlan(ranks, batch_size // ranks, 1)
-    unit = ranks * micro_batch_size
-    what = f"{name_ranks(ranks)} x engine.micro_batch_size={micro_batch_size}"
+        return BatchPlan(ranks, batch_size // ranks, 1, engine.micro_batch_tokens)
+    unit = ranks * engine.micro_batch_size
+    what = f"{name_ranks(ranks)} x engine.micro_batch_size={engine.micro_batch_size}"
     _check_divides("stage.batch_size", batch_size, unit, what)
-    return BatchPlan(ranks, micro_batch_size, batch_size // unit)
+    return BatchPlan(ranks, engine.micro_batch_size, batch_size // unit)
+
+
+def check_micro_tokens(stage: OfflineStage, engine: EngineConfig) -> None:
+    """Micro-batches by tokens hold different numbers of rows. Raises UserError where that would
+    change the update, or DeepSpeed needs the number of micro-batches at the start.
+    """
+    why = counts_rows(stage, engine)
+    if engine.micro_batch_tokens is not None and why is not None:
+        raise UserError(
+            f"engine.micro_batch_tokens={engine.micro_batch_tokens}: {why}. "
+            "Set engine.micro_batch_size instead, in rows."
+        )
+
+
+def counts_rows(stage: OfflineStage, engine: EngineConfig) -> str | None:
+    """Why the micro-batches of a stage hold so many rows, not so many tokens; None where they
+    may be either.
+    """
+    if isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto:
+        return "stage.loss=kto compares the rows of a forward pass with each other"
+    if isinstance(stage, PreferenceStage):
+        sorting = [loss.value for loss in stage.losses if loss in SORTING]
+        if sorting:
+            return f"stage.losses={sorting[0]} sorts the pairs of a forward pass"
+    if engine.offload is not Offload.none and engine.zero_stage < 3:
+        return (
+            f"DeepSpeed's ZeRO-{engine.zero_stage} with offload must know the number of "
+            "micro-batches"
+        )
+    return None
 
 
 def count_steps(stage: OfflineStage, rows: int) -> int:

@@ -80,7 +80,8 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
 
 
 def _choose_micro_batch(cfg: Config) -> None:
-    """Set engine.micro_batch_size, where it is left out, to what the memory plan says fits.
+    """Set engine.micro_batch_tokens or micro_batch_size, where both are left out, to what the
+    memory plan says fits.
 
     Rank 0 decides for all: the split changes no update, but the ranks must agree on it.
     """
@@ -88,12 +89,13 @@ def _choose_micro_batch(cfg: Config) -> None:
         return
     from rlhf.checks.capacity import fitting_micro_batch
 
-    size = distributed.broadcast(fitting_micro_batch(cfg) if distributed.is_main() else None)
-    if size is None:
+    chosen = distributed.broadcast(fitting_micro_batch(cfg) if distributed.is_main() else None)
+    if chosen is None:
         return
-    cfg.engine.micro_batch_size = size
+    option, size = chosen
+    setattr(cfg.engine, option, size)
     if distributed.is_main():
-        LOG.info("engine.micro_batch_size=%d: the largest that the memory plan says fits", size)
+        LOG.info("engine.%s=%d: the largest that the memory plan says fits", option, size)
 
 
 def _run(cfg: Config, argv: Sequence[str], stage: Any) -> None:

@@ -1,4 +1,4 @@
-"""CPO and ORPO: losses of pairs with a term for the likelihood of the chosen answer.
+"""DPO, CPO and ORPO: losses of pairs with a term for the likelihood of the chosen answer.
 
 TRL takes that term as a mean over a micro-batch's tokens, so how a batch is split would change the
 update: a short answer in a small micro-batch would weigh more. Here it is a mean over the tokens of
@@ -10,18 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from conf.choices import PreferenceLoss
 from rlhf.models.encoding import IGNORED
-from rlhf.offline.private_hooks import CPOTrainer, ORPOTrainer
+from rlhf.offline.private_hooks import CPOTrainer, DPOTrainer, ORPOTrainer
 from rlhf.offline.trainers import Inputs, PreferenceTrainer
 from rlhf.process import distributed
 
 
-class WithLikelihood(PreferenceTrainer):
-    """What CPO and ORPO share. Also logs ``num_tokens`` as TRL's other trainers do, the tokens
-    trained on so far over all ranks.
-    """
+class OverStep(PreferenceTrainer):
+    """The likelihood term as a mean over the tokens of a step."""
 
-    tokens_seen = 0
     # tokens of the likelihood term for each pair: of the optimizer step, and of the held-out rows
     step_tokens = 0.0
     held_out_tokens = 0.0
@@ -37,29 +35,62 @@ class WithLikelihood(PreferenceTrainer):
         mask = self.likelihood_mask(batch)
         return float(mask[:, 1:].sum()), float(len(mask))
 
-    def begin_optimizer_step(self, micro_batches: Sequence[Inputs]) -> None:
-        """Count the step's tokens. A collective."""
+    def _per_pair(self, micro_batches: Any) -> float:
+        """Tokens for each pair of these micro-batches, over all ranks. A collective."""
         counts = [self._tokens(batch) for batch in micro_batches]
         tokens, pairs = distributed.all_sum([sum(part) for part in zip(*counts, strict=True)])
-        self.step_tokens = tokens / pairs
+        return tokens / pairs
+
+    def begin_optimizer_step(self, micro_batches: Sequence[Inputs]) -> None:
+        self.step_tokens = self._per_pair(micro_batches)
 
     def begin_evaluation(self, micro_batches: Any) -> None:
-        """Count the held-out tokens, the first time. A collective."""
-        if self.held_out_tokens:
-            return
-        counts = [self._tokens(batch) for batch in micro_batches]
-        tokens, pairs = distributed.all_sum([sum(part) for part in zip(*counts, strict=True)])
-        self.held_out_tokens = tokens / pairs
+        """Count the held-out tokens, the first time."""
+        if not self.held_out_tokens:
+            self.held_out_tokens = self._per_pair(micro_batches)
 
-    def concatenated_forward(self, model: Any, batch: Inputs) -> tuple[Any, ...]:
-        """TRL's outputs, of which the fifth is the likelihood term: that of this micro-batch's
-        tokens becomes its share of all tokens, times their pairs' share.
+    def share(self, batch: Inputs) -> float:
+        """What a mean over this micro-batch's tokens is multiplied by: with its pairs' share of the
+        step, which multiplies its whole loss, it then is the share of its tokens.
         """
-        outputs = list(super().concatenated_forward(model, batch))
         tokens, pairs = self._tokens(batch)
         mean = self.step_tokens if self.model.training else self.held_out_tokens
-        if mean:  # else outside of steps and evaluations: a micro-batch by itself
-            outputs[4] = outputs[4] * (tokens / pairs / mean)
+        # outside of steps and evaluations a micro-batch is by itself
+        return tokens / pairs / mean if mean else 1.0
+
+
+class DPO(OverStep, DPOTrainer):
+    """DPO and the losses of its family; ``sft`` among them is the likelihood term."""
+
+    loss_weights: list[float]
+
+    def likelihood_mask(self, batch: Inputs) -> Tensor:
+        chosen: Tensor = batch["completion_mask"].chunk(2)[0] == 1
+        return chosen
+
+    def compute_loss(self, model: Any, inputs: Inputs, *args: Any, **kwargs: Any) -> Any:
+        given, name = self.loss_weights, PreferenceLoss.sft.value
+        if name in self.loss_types:
+            share = self.share(inputs)
+            factors = [share if loss == name else 1.0 for loss in self.loss_types]
+            self.loss_weights = [w * f for w, f in zip(given, factors, strict=True)]
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.loss_weights = given
+
+
+class WithLikelihood(OverStep):
+    """What CPO and ORPO share. Also logs ``num_tokens`` as TRL's other trainers do, the tokens
+    trained on so far over all ranks.
+    """
+
+    tokens_seen = 0
+
+    def concatenated_forward(self, model: Any, batch: Inputs) -> tuple[Any, ...]:
+        """TRL's outputs, of which the fifth is the likelihood term."""
+        outputs = list(super().concatenated_forward(model, batch))
+        outputs[4] = outputs[4] * self.share(batch)
         return tuple(outputs)
 
     def restore_token_count(self, tokens: float) -> None:

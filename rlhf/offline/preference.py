@@ -14,17 +14,17 @@ from conf.choices import AdapterKind, FDivergence, KTOLoss, PreferenceLoss
 from conf.schema import AdapterConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage
 from policy.model import is_peft
+from rlhf.checks.launch import SORTING
 from rlhf.data.converting import Record
 from rlhf.offline.kto import KLPairs
-from rlhf.offline.likelihood import CPO, ORPO
+from rlhf.offline.likelihood import CPO, DPO, ORPO
 from rlhf.offline.pairs import labelled
 from rlhf.offline.private_hooks import CPOConfig, DataCollatorForUnpairedPreference, ORPOConfig
 from rlhf.offline.row_weights import COLUMN
-from rlhf.offline.trainers import DPO, KTO, StageTrainer
+from rlhf.offline.trainers import KTO, StageTrainer
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages")
-_SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 AnyPreferenceStage = PreferenceStage | KTOStage | CPOStage | ORPOStage
 
 
@@ -58,7 +58,7 @@ def check_kto_rows(stage: KTOStage, micro_batch_size: int | None, rows: int) -> 
 
 def sorting_note(stage: PreferenceStage, rows: int) -> list[str]:
     """A note where a loss sorts the pairs of a forward pass (of `rows` pairs), not of the step."""
-    names = [loss.value for loss in stage.losses if loss in _SORTING]
+    names = [loss.value for loss in stage.losses if loss in SORTING]
     if not names or rows == stage.batch_size:
         return []
     return [
@@ -75,7 +75,7 @@ def check_row_weights(
     """
     if COLUMN not in rows[0].value:
         return
-    sorting = [loss.value for loss in losses if loss in _SORTING]
+    sorting = [loss.value for loss in losses if loss in SORTING]
     if sorting:
         raise UserError(
             f"stage.losses={sorting[0]} sorts the rows of a batch, so no row has a loss that its "

@@ -5,12 +5,11 @@ overriding, or a helper of an internal module. `PrivateHooks` overrides the priv
 calls hooks with names of our own in their place, which `rlhf/offline/trainers.py` fills in; no
 other file of ours knows the private names.
 
-`USED` lists every private part with the signature that we rely on. `problems` says which of them
-an installed version no longer has; `tests/offline/test_private_hooks.py` fails with its answer.
+`USED` lists every private part with the signature that we rely on;
+`tests/offline/test_private_hooks.py` says which of them an installed version no longer has.
 """
 
-import functools
-import inspect
+import itertools
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -32,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
+from rlhf.offline.steps import Parts
 from rlhf.process import distributed
 
 with warnings.catch_warnings():
@@ -46,13 +46,13 @@ __all__ = [
     "USED",
     "CPOConfig",
     "CPOTrainer",
+    "DPOTrainer",
     "DataCollatorForUnpairedPreference",
     "ORPOConfig",
     "ORPOTrainer",
     "Part",
     "PrivateHooks",
     "deepspeed_load_checkpoint",
-    "problems",
     "unset_hf_deepspeed_config",
 ]
 
@@ -100,6 +100,12 @@ class PrivateHooks(Trainer):
         """
         raise NotImplementedError
 
+    def part_step(self, batch: Any) -> Parts | None:
+        """The micro-batches of what the loader hands out for an optimizer step; None where that is
+        a micro-batch itself.
+        """
+        return None
+
     def begin_optimizer_step(self, micro_batches: Sequence[dict[str, Any]]) -> None:
         """Called with all micro-batches of an optimizer step, before the first is run."""
 
@@ -114,11 +120,20 @@ class PrivateHooks(Trainer):
 
     # ---- private methods that call the hooks ----
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        samples, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        parts = self.part_step(batches[0]) if batches else None
+        samples = batches if parts is None else parts.inputs
+        # transformers counts the tokens that train among the micro-batches of a step.
+        samples, items = super().get_batch_samples(iter(samples), len(samples), device)
         if samples:
             self.begin_optimizer_step(samples)
-        return samples, items
+        return (samples if parts is None else [parts]), items
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        if not isinstance(inputs, Parts):
+            return int(super().floating_point_ops(inputs))
+        return sum(self.floating_point_ops(part) for part in inputs.inputs)
 
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -252,11 +267,20 @@ class PrivateHooks(Trainer):
         """Optimizer and learning-rate schedule of a checkpoint, and `optimizer_loaded`."""
         self._load_optimizer_and_scheduler(str(checkpoint))
 
+    def begin_part(self, share: float, *, last: bool) -> None:
+        """Say what share of the step's rows the next micro-batch holds, and whether the step ends
+        with it. A loss that is a mean over rows is divided by 1 / share; one over the step's tokens
+        is a sum already.
+        """
+        self.current_gradient_accumulation_steps = 1 / share
+        self.accelerator.gradient_state._set_sync_gradients(last)
+
     def batch_metrics(self) -> dict[str, list[float]]:
         """TRL's figures of the batches since its last log, a list per figure; to be changed in
         place.
         """
-        metrics: dict[str, list[float]] = self._metrics["train" if self.model.training else "eval"]
+        kept = getattr(self, "_metrics", None) or self._stored_metrics  # CPO and ORPO
+        metrics: dict[str, list[float]] = kept["train" if self.model.training else "eval"]
         return metrics
 
     def restore_token_count(self, tokens: float) -> None:
@@ -323,6 +347,9 @@ USED = (
     Part(SFTTrainer, "_total_train_tokens"),
     Part(RewardTrainer, "_total_train_tokens"),
     Part(RewardTrainer, "_metrics"),
+    Part(CPOTrainer, "_stored_metrics"),
+    Part(Trainer, "current_gradient_accumulation_steps"),
+    Part(Trainer, "floating_point_ops", ("inputs",)),
     Part(DPOTrainer, "_total_train_tokens"),
     Part(DPOTrainer, "_prepare_dataset", _TOKENISED),
     Part(KTOTrainer, "_total_train_tokens"),
@@ -343,51 +370,9 @@ USED_CODE = (
     (Trainer, 'metrics[f"{metric_key_prefix}_loss"]'),
     (CPOTrainer, "            policy_nll_loss,\n        ) = forward_output[:5]"),
     (ORPOTrainer, "            policy_nll_loss,\n        ) = forward_output[:5]"),
+    (DPOTrainer, "zip(self.loss_types, self.loss_weights, strict=True)"),
+    (DPOTrainer, "batch_loss = -chosen_per_token_logps[chosen_mask.bool()].mean()"),
     (DPOTrainer, 'model.add_adapter("ref", '),
     (KTOTrainer, 'model.add_adapter("ref", '),
     (DataCollatorForUnpairedPreference, '"KL_completion_ids"'),
 )
-
-
-def problems(
-    used: Sequence[Part] = USED, code: Sequence[tuple[type, str]] = USED_CODE
-) -> list[str]:
-    """What of `used` and `code` the installed versions no longer have, a sentence each."""
-    missing = [problem for part in used if (problem := _problem(part)) is not None]
-    for owner, line in code:
-        if line not in _source(owner):
-            missing.append(f"{_name(owner)}: its code no longer holds {line!r}")
-    return missing
-
-
-def _problem(part: Part) -> str | None:
-    whole = f"{_name(part.owner)}.{part.name}"
-    source = _source(part.owner)
-    if part.parameters is None:
-        if f"self.{part.name} = " in source:
-            return None
-        return f"{whole}: the attribute is gone"
-    function = getattr(part.owner, part.name, None)
-    if function is None:
-        return f"{whole}: it is gone"
-    parameters = tuple(inspect.signature(function).parameters)
-    if isinstance(part.owner, type):
-        parameters = parameters[1:]  # self
-        if f"self.{part.name}" not in source:
-            return f"{whole}: its class no longer calls it"
-    if parameters != part.parameters:
-        return (
-            f"{whole}: it takes ({', '.join(parameters)}), expected ({', '.join(part.parameters)})"
-        )
-    return None
-
-
-@functools.cache
-def _source(owner: type | ModuleType) -> str:
-    return inspect.getsource(owner)
-
-
-def _name(owner: type | ModuleType) -> str:
-    if isinstance(owner, ModuleType):
-        return owner.__name__
-    return f"{owner.__module__}.{owner.__qualname__}"

@@ -40,7 +40,8 @@ def check(cfg: Config) -> list[str]:
     stage = cfg.stage_as(OfflineStage)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
-    launch.plan_batches(stage.batch_size, cfg.engine.micro_batch_size, ranks)
+    launch.plan_batches(stage.batch_size, cfg.engine, ranks)
+    launch.check_micro_tokens(stage, cfg.engine)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     inputs.check_model(cfg.model)
     trains_head = _trains_head(stage)
@@ -60,7 +61,7 @@ def begin(cfg: Config) -> tuple[launch.BatchPlan, Any]:
     UserError.
     """
     ranks = distributed.world_size()
-    plan = launch.plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
+    plan = launch.plan_batches(cfg.stage.batch_size, cfg.engine, ranks)
     start_engine(cfg.engine)
     quiet_libraries()
     texts = stage_texts(DataRequest.of(cfg))
@@ -212,7 +213,7 @@ def trainer_arguments(
     return {
         "output_dir": str(checkpoint_dir),
         "per_device_train_batch_size": plan.micro,
-        "per_device_eval_batch_size": plan.micro,
+        "per_device_eval_batch_size": plan.rows_of_longest(stage.max_length),
         "gradient_accumulation_steps": plan.accumulation,
         "dataloader_pin_memory": not on_cpu,
         "learning_rate": published.learning_rate(stage, AdapterKind.none),

@@ -1,11 +1,11 @@
-"""Our trainers: one subclass of TRL's for each, all with the same additions. Those of CPO and ORPO
-are in likelihood.py.
+"""Our trainers: one subclass of TRL's for each, all with the same additions. Those of DPO, CPO
+and ORPO are in likelihood.py.
 
     transformers.Trainer         the loop over steps
     TRL's SFTTrainer, ...        the loss and its metrics
     PrivateHooks                 names of our own for what the two keep private (private_hooks.py)
     StageTrainer (below)         what every stage adds: whole batches, row weights, guards, resume
-    SFT, Reward, DPO, ...        StageTrainer in front of TRL's class, and how its rows are weighed
+    SFT, Reward, KTO, ...        StageTrainer in front of TRL's class, and how its rows are weighed
 
 `StageTrainer` stands first in each class, so its methods run before TRL's.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl import KTOTrainer, RewardTrainer, SFTTrainer
 
 from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
@@ -30,9 +30,9 @@ from policy.engines.deepspeed import is_universal, reading, repair_universal
 from policy.model import is_peft
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import row_weights
-from rlhf.offline.guards import Guard, WholeBatches
 from rlhf.offline.private_hooks import PrivateHooks, deepspeed_load_checkpoint
 from rlhf.offline.row_weights import CARRIED, COLUMN, SOFT_LABEL, WithWeights
+from rlhf.offline.steps import Guard, Parts, StepRows, WholeBatches, part_rows
 from rlhf.process import checkpoints, distributed, randomness
 from rlhf.types import UserError
 
@@ -65,6 +65,36 @@ class StageTrainer(PrivateHooks):
             self.args.seed,
             lambda: self.state.global_step,
         )
+
+    def get_train_dataloader(self) -> Any:
+        """Rows as they are, where micro-batches are parted by tokens."""
+        if self.engine.micro_batch_tokens is None:
+            return super().get_train_dataloader()
+        collate, self.data_collator = self.data_collator, StepRows
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def part_step(self, batch: Any) -> Parts | None:
+        budget = self.engine.micro_batch_tokens
+        if budget is None:
+            return None
+        parts = part_rows(batch.rows, budget)
+        return Parts([self.data_collator(part) for part in parts], [len(part) for part in parts])
+
+    def run_parts(self, model: Any, parts: Parts, tokens: Any) -> Tensor:
+        """Forward and backward passes of a whole step, whose losses and figures weigh by rows."""
+        losses: list[Tensor] = []
+        for inputs, count, share in zip(parts.inputs, parts.counts, parts.shares(), strict=True):
+            before = {name: len(values) for name, values in self.batch_metrics().items()}
+            self.begin_part(share, last=len(losses) == len(parts.inputs) - 1)
+            losses.append(super().training_step(model, inputs, tokens))
+            for name, values in self.batch_metrics().items():
+                added = values[before.get(name, 0) :]
+                if len(added) == 1:  # a mean over the micro-batch; others are a figure a row
+                    values.extend(added * (count - 1))
+        return torch.stack(losses).sum()
 
     def weighted_loss(
         self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
@@ -109,11 +139,16 @@ class StageTrainer(PrivateHooks):
         if distributed.all_max([float(not bool(torch.isfinite(loss).all()))])[0]:
             self.refuse("loss", float(loss.detach()))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward and backward pass, of which an optimizer step has several."""
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """One forward and backward pass, of which an optimizer step has several, or all of a
+        step's.
+        """
         if not self.guard.micro_batches:
             self.remember_loss()
-        loss = super().training_step(*args, **kwargs)
+        if isinstance(inputs, Parts):
+            loss = self.run_parts(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.guard.stage.spike_loss is not None:
             self.guard.losses.append(float(loss))
         return loss
@@ -354,10 +389,6 @@ class PreferenceTrainer(StageTrainer):
             row_weights.scale_gradient(values, carried[COLUMN])
 
         return plain(row_weights.changed(model, scale), inputs, return_outputs=return_outputs)
-
-
-class DPO(PreferenceTrainer, DPOTrainer):
-    """DPO and the losses of its family."""
 
 
 class KTO(PreferenceTrainer, KTOTrainer):

@@ -57,7 +57,7 @@ def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
         longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
         figures = online_arithmetic(stage, micro_tokens, longest, ranks, rows.count)
     else:
-        batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine.micro_batch_size, ranks)
+        batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine, ranks)
         trained = stage_module.count_trained(reading.DataRequest.of(cfg), tokenizer, batches.micro)
         figures = offline_arithmetic(cfg.stage, batches, rows.count, trained)
     _print_figures("batches", figures)

@@ -50,7 +50,7 @@ def check(cfg: Config) -> list[str]:
     notes = setup.check(cfg)
     preference.check_preference_adapter(stage, cfg.adapter)
     ranks = launch.count_ranks(engine, dry_run=cfg.run.dry_run)
-    micro = launch.plan_batches(stage.batch_size, engine.micro_batch_size, ranks).micro
+    micro = launch.plan_batches(stage.batch_size, engine, ranks).micro
     if isinstance(stage, KTOStage):
         preference.check_kto_rows(stage, engine.micro_batch_size, micro)
     if isinstance(stage, PreferenceStage):

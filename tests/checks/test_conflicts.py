@@ -34,7 +34,7 @@ from conf.schema import (
     RunConfig,
     TrackingConfig,
 )
-from conf.stages import OnlineStage, SFTStage
+from conf.stages import KTOStage, OnlineStage, SFTStage
 from reward.model import write_manifest
 from rlhf.checks import inputs, launch
 from rlhf.checks.memory import moments
@@ -179,6 +179,16 @@ CONFLICTS = {
         ),
         "stage.prompts_per_step=10",
         "such as stage.prompts_per_step=12",
+    ),
+    "tokens where a loss compares a batch's rows": Conflict(
+        lambda c: replace(c, stage=KTOStage(), engine=EngineConfig(micro_batch_tokens=512)),
+        "engine.micro_batch_tokens=512: stage.loss=kto",
+        "Set engine.micro_batch_size",
+    ),
+    "micro-batches in rows and in tokens": Conflict(
+        lambda c: replace(c, engine=replace(c.engine, micro_batch_size=4, micro_batch_tokens=512)),
+        "engine.micro_batch_tokens",
+        "engine.micro_batch_size=4",
     ),
     "rows that micro-batches can't share": Conflict(
         lambda c: replace(

@@ -186,7 +186,9 @@ def test_online_arithmetic(grpo: Config) -> None:
 @pytest.mark.parametrize(("rows", "steps", "expected"), [(100, None, 6), (100, 5, 5), (3, None, 2)])
 def test_offline_arithmetic_is_the_trainers(rows: int, steps: int | None, expected: int) -> None:
     stage: Any = SFTStage(batch_size=32, epochs=2.0, steps=steps)
-    found = offline_arithmetic(stage, plan_batches(32, 4, 2), rows, rows)
+    found = offline_arithmetic(
+        stage, plan_batches(32, EngineConfig(micro_batch_size=4), 2), rows, rows
+    )
     assert found["rows of a step"] == "4 rows x 4 micro-batches x 2 ranks = 32 (stage.batch_size)"
     assert found["steps"].startswith(f"{expected} (")
 

@@ -155,8 +155,10 @@ def eight_billion(tmp_path: Path, *overrides: str) -> Config:
 
 def test_a_micro_batch_that_is_left_out_is_the_largest_that_fits(tmp_path: Path) -> None:
     cfg = eight_billion(tmp_path)
-    size = capacity.fitting_micro_batch(cfg)
-    assert size is not None and 64 // 8 % size == 0
+    chosen = capacity.fitting_micro_batch(cfg)
+    assert chosen is not None and chosen[0] == "micro_batch_tokens"
+    size = chosen[1] // cfg.stage.max_length
+    assert chosen[1] == size * cfg.stage.max_length
     machine, shapes = (
         machine_of(cfg.engine, cfg.model.params, all_devices=False),
         shapes_of(cfg.model, ())[0],
@@ -166,9 +168,7 @@ def test_a_micro_batch_that_is_left_out_is_the_largest_that_fits(tmp_path: Path)
         engine = dataclasses.replace(cfg.engine, micro_batch_size=rows)
         return plan(dataclasses.replace(cfg, engine=engine), shapes, machine).fits
 
-    assert fits(size) and not fits(8), "the whole batch would fit, so nothing was chosen"
-    larger = [rows for rows in (1, 2, 4, 8) if rows > size]
-    assert not any(fits(rows) for rows in larger)
+    assert fits(size) and not fits(size + 1) and size < 8
 
 
 def test_a_micro_batch_that_is_given_stays_and_a_small_model_takes_the_whole_batch(

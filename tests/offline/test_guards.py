@@ -22,7 +22,7 @@ from conf.choices import AdapterKind, Dtype, EngineKind, OnNonFinite, Scheduler
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import SFTStage
 from rlhf.checks import launch
-from rlhf.offline import guards as guarding
+from rlhf.offline import steps as guarding
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
 from rlhf.run.context import RunContext

@@ -2,15 +2,63 @@
 missing one is named.
 """
 
+import functools
+import inspect
 import types
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from transformers import Trainer
 
 from rlhf.offline import private_hooks
-from rlhf.offline.private_hooks import USED, Part, PrivateHooks, problems
+from rlhf.offline.private_hooks import USED, USED_CODE, Part, PrivateHooks
+
+
+def problems(
+    used: Sequence[Part] = USED, code: Sequence[tuple[type, str]] = USED_CODE
+) -> list[str]:
+    """What of `used` and `code` the installed versions no longer have, a sentence each."""
+    missing = [problem for part in used if (problem := _problem(part)) is not None]
+    for owner, line in code:
+        if line not in _source(owner):
+            missing.append(f"{_name(owner)}: its code no longer holds {line!r}")
+    return missing
+
+
+def _problem(part: Part) -> str | None:
+    whole = f"{_name(part.owner)}.{part.name}"
+    source = _source(part.owner)
+    if part.parameters is None:
+        if f"self.{part.name} = " in source:
+            return None
+        return f"{whole}: the attribute is gone"
+    function = getattr(part.owner, part.name, None)
+    if function is None:
+        return f"{whole}: it is gone"
+    parameters = tuple(inspect.signature(function).parameters)
+    if isinstance(part.owner, type):
+        parameters = parameters[1:]  # self
+        if f"self.{part.name}" not in source:
+            return f"{whole}: its class no longer calls it"
+    if parameters != part.parameters:
+        return (
+            f"{whole}: it takes ({', '.join(parameters)}), expected ({', '.join(part.parameters)})"
+        )
+    return None
+
+
+@functools.cache
+def _source(owner: type | ModuleType) -> str:
+    return inspect.getsource(owner)
+
+
+def _name(owner: type | ModuleType) -> str:
+    if isinstance(owner, ModuleType):
+        return owner.__name__
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def test_the_installed_versions_have_all_of_them() -> None:

@@ -31,11 +31,11 @@ from rlhf.checks.launch import BatchPlan
 from rlhf.data import reading
 from rlhf.models.loading import load_causal_lm, load_classifier
 from rlhf.offline import row_weights as weights
-from rlhf.offline.guards import Guard
 from rlhf.offline.pairs import EncodedPairs, encode_pairs, encode_preferences, padding_token
 from rlhf.offline.preference import check_row_weights, has_reference, make_trainer
 from rlhf.offline.rows import encode_sft
 from rlhf.offline.setup import trainer_arguments
+from rlhf.offline.steps import Guard
 from rlhf.offline.trainers import SFT, Reward
 from rlhf.run.context import RunContext
 from rlhf.stages import preference, reward, sft

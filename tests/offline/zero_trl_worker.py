@@ -43,10 +43,12 @@ RATES = {"dpo": 5e-3}  # it starts where its loss is flat for an adapter
 
 
 def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str) -> Config:
-    """One configuration: `zero` None is the torch engine. Four steps of eight rows in two
-    accumulated halves.
+    """One configuration: `zero` None is the torch engine. Four steps of eight rows; in
+    micro-batches of two rows, under ZeRO with an even stage or full weights of so many tokens.
     """
     deepspeed = zero is not None
+    by_tokens = deepspeed and (zero == 2 or adapter == "none")
+    parts = {"micro_batch_tokens": 48} if by_tokens else {"micro_batch_size": 2}
     return Config(
         stage=STAGES[stage](
             steps=4,
@@ -64,7 +66,7 @@ def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str
         engine=EngineConfig(
             kind=EngineKind.deepspeed if deepspeed else EngineKind.torch,
             zero_stage=zero or 0,
-            micro_batch_size=2,
+            **parts,
         ),
         data=DataConfig(path=spec[stage], eval_fraction=0.2),
         tracking=TrackingConfig(kind=TrackingKind.none),

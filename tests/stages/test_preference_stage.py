@@ -250,20 +250,27 @@ def test_the_saved_model_has_the_reported_margin_against_the_start(
 # ---- how it goes on ----
 
 
-def test_accumulation_changes_no_loss(base: Path, folder: Path) -> None:
-    split = run(folder, "split", stage_of("dpo"), engine=EngineConfig(micro_batch_size=2))
-    check_same(split, base)
+@pytest.mark.parametrize("split", [{"micro_batch_size": 2}, {"micro_batch_tokens": 60}])
+def test_accumulation_changes_no_loss(split: dict[str, int], base: Path, folder: Path) -> None:
+    name = f"split_{next(iter(split))}"
+    check_same(run(folder, name, stage_of("dpo"), engine=EngineConfig(**split)), base)
 
 
-@pytest.mark.parametrize("preset", ["cpo", "orpo"])
+@pytest.mark.parametrize(
+    ("preset", "options", "split"),
+    [
+        ("cpo", {}, {"micro_batch_size": 2}),
+        ("orpo", {}, {"micro_batch_tokens": 60}),
+        ("dpo", {"losses": [PreferenceLoss.sigmoid, PreferenceLoss.sft]}, {"micro_batch_size": 2}),
+    ],
+)
 def test_a_likelihood_is_a_mean_over_the_tokens_of_the_whole_batch(
-    preset: str, folder: Path
+    preset: str, options: dict[str, Any], split: dict[str, int], folder: Path
 ) -> None:
     """Rows have different lengths, so a mean taken per micro-batch would show."""
-    stage = stage_of(preset, steps=3)
+    stage = stage_of(preset, steps=3, **options)
     whole = run(folder, f"{preset}-whole", stage)
-    split = run(folder, f"{preset}-split", stage, engine=EngineConfig(micro_batch_size=2))
-    check_same(split, whole)
+    check_same(run(folder, f"{preset}-split", stage, engine=EngineConfig(**split)), whole)
 
 
 def check_same(split: Path, whole: Path) -> None:

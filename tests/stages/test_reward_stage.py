@@ -298,12 +298,13 @@ def test_certain_soft_labels_are_the_plain_run_and_micro_batches_change_nothing(
     ]
     stage = {"steps": 3, "eval_steps": 3, "soft_label": True, "centering_coef": 0.1}
     whole = run(config(folder, "whole", rows=mixed, stage=stage))
-    split = run(
-        config(folder, "split", rows=mixed, stage=stage, engine=EngineConfig(micro_batch_size=2))
-    )
-    assert trl_tools.losses(split) == pytest.approx(
-        trl_tools.losses(whole), abs=1e-5
-    ) and trl_tools.losses(split) != trl_tools.losses(plain)
+    for size in ({"micro_batch_size": 2}, {"micro_batch_tokens": 40}):
+        engine = EngineConfig(**size)
+        split = run(
+            config(folder, f"split_{next(iter(size))}", rows=mixed, stage=stage, engine=engine)
+        )
+        assert trl_tools.losses(split) == pytest.approx(trl_tools.losses(whole), abs=1e-5)
+        assert trl_tools.losses(split) != trl_tools.losses(plain)
 
 
 def test_held_out_ties_only_are_refused_before_training(folder: Path) -> None:

@@ -123,13 +123,14 @@ def context_config(folder: Path, name: str) -> Any:
     return trl_tools.config(SFTStage(**STAGE), folder, name, trl_tools.sft_rows())
 
 
-def test_accumulation_changes_no_loss(base: Path, folder: Path) -> None:
+@pytest.mark.parametrize("split", [{"micro_batch_size": 2}, {"micro_batch_tokens": 40}])
+def test_accumulation_changes_no_loss(split: dict[str, int], base: Path, folder: Path) -> None:
     """Rows have different lengths, so a mean taken per micro-batch would show."""
-    split = run(folder, "split", engine=EngineConfig(micro_batch_size=2))
-    assert trl_tools.losses(split) == pytest.approx(trl_tools.losses(base), abs=1e-5)
+    run_directory = run(folder, f"split_{next(iter(split))}", engine=EngineConfig(**split))
+    assert trl_tools.losses(run_directory) == pytest.approx(trl_tools.losses(base), abs=1e-5)
     held_out = [
-        json.loads((run_directory / "summary.json").read_text())["metrics"]["eval_loss"]
-        for run_directory in (split, base)
+        json.loads((place / "summary.json").read_text())["metrics"]["eval_loss"]
+        for place in (run_directory, base)
     ]
     assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
 
@@ -329,7 +330,7 @@ def test_divergence_stops_and_saves_the_batch(folder: Path) -> None:
 def test_batch_arithmetic(
     batch_size: int, micro: int | None, ranks: int, expected: tuple[int, int]
 ) -> None:
-    plan = launch.plan_batches(batch_size, micro, ranks)
+    plan = launch.plan_batches(batch_size, EngineConfig(micro_batch_size=micro), ranks)
     assert (plan.micro, plan.accumulation) == expected
     assert plan.micro * plan.accumulation * plan.ranks == batch_size
 
@@ -345,7 +346,7 @@ def test_batches_that_do_not_divide(
     batch_size: int, micro: int | None, ranks: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        launch.plan_batches(batch_size, micro, ranks)
+        launch.plan_batches(batch_size, EngineConfig(micro_batch_size=micro), ranks)
 
 
 def test_batches_are_checked_before_weights_load(

@@ -152,6 +152,8 @@ def eased(
                 (*changes, f"engine.micro_tokens={tokens}"),
             )
         return
+    if cfg.engine.micro_batch_tokens is not None:
+        return  # the plan chose it already, or the user did
     size = cfg.engine.micro_batch_size or max(1, cfg.stage.batch_size // machine.ranks)
     while size % 2 == 0:
         size //= 2

@@ -12,7 +12,7 @@ from conf.choices import (
     EngineKind,
     RolloutBackend,
 )
-from conf.schema import merges_lora, wants_shared_prompts
+from conf.schema import EngineConfig, merges_lora, wants_shared_prompts
 from conf.stages import (
     CPOStage,
     KTOStage,
@@ -347,7 +347,7 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> P
     if isinstance(stage, (PreferenceStage, KTOStage)) and not adapter:
         held = replace(setting, half=setting.half and not setting.float32_trained)
         reference = frozen_states(parameters, held, shape.largest_layer)
-    tokens = _trl_tokens(stage, cfg.engine.micro_batch_size, machine.ranks)
+    tokens = _trl_tokens(stage, cfg.engine, machine.ranks)
     p = pass_of(
         setting,
         tokens,
@@ -378,8 +378,10 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> P
     return Plan(tuple(moments), machine)
 
 
-def _trl_tokens(stage: OfflineStage, micro_batch_size: int | None, ranks: int) -> int:
+def _trl_tokens(stage: OfflineStage, engine: EngineConfig, ranks: int) -> int:
     """Tokens of a forward pass, padding included; a pair has two rows."""
-    rows = micro_batch_size or max(1, stage.batch_size // ranks)
+    rows = engine.micro_batch_size or max(1, stage.batch_size // ranks)
+    if engine.micro_batch_tokens is not None:
+        rows = max(1, min(rows, engine.micro_batch_tokens // stage.max_length))
     pairs = isinstance(stage, (RewardStage, PreferenceStage, CPOStage, ORPOStage))
     return rows * stage.max_length * (2 if pairs else 1)

@@ -1,9 +1,16 @@
-"""What keeps a run of TRL's trainers sound: steps of whole batches, and an answer to losses and
-gradients that are NaN, infinite or a spike. `rlhf/offline/trainers.py` calls both.
+"""The optimizer steps of TRL's trainers: which rows a step trains, in which micro-batches, and when
+it must not be applied.
+
+transformers' Trainer takes as many rows for each micro-batch, and pads them to the longest. With
+`engine.micro_batch_tokens` the loader hands out a rank's rows of a step as they are (`StepRows`);
+`part_rows` parts them by padded tokens, and the trainer runs them one after the other (`Parts`).
+`Guard` answers losses and gradients that are NaN, infinite or a spike. `rlhf/offline/trainers.py`
+calls all of them.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +19,18 @@ from torch.utils.data import Sampler
 
 from conf.choices import OnNonFinite
 from conf.stages import OfflineStage
+from policy.batching import plan_micro_batches
 from policy.engines.base import Brake
 from rlhf.process import checkpoints, distributed
 from rlhf.run.directory import BadBatches, write_tensors
 from rlhf.types import TrainingDiverged
 
 _STATE = "guard.json"  # in each checkpoint
+Row = dict[str, Any]
+Inputs = dict[str, Any]
+
+
+# ---- rows and micro-batches ----
 
 
 class WholeBatches(Sampler[int]):
@@ -43,6 +56,52 @@ class WholeBatches(Sampler[int]):
         number = self.steps_done() // self.batches
         generator = torch.Generator().manual_seed(self.seed * 100_003 + number)
         return iter(torch.randperm(self.rows, generator=generator)[: self.length].tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """A rank's rows of an optimizer step, not collated yet."""
+
+    rows: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The micro-batches of an optimizer step of a rank, collated, and the rows in each."""
+
+    inputs: list[Inputs]
+    counts: list[int]
+
+    def shares(self) -> list[float]:
+        """Each micro-batch's share of the rows; they add up to 1."""
+        whole = sum(self.counts)
+        return [count / whole for count in self.counts]
+
+
+def sequence_length(row: Row) -> int:
+    """Tokens of the longest sequence that a trainer of TRL's builds of an encoded row: the row
+    itself, the longer side of a pair, prompt and answer.
+    """
+    sequences = [column for column in row if column.endswith("_ids") and column != "prompt_ids"]
+    longest = max(len(row[column]) for column in sequences)
+    return len(row.get("prompt_ids", ())) + longest
+
+
+def part_rows(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    """A rank's rows of an optimizer step in parts of at most `budget` padded tokens, rows x longest
+    row; a pair counts as one row, as long as its longer side. A row longer than the budget is a
+    part by itself.
+
+    A collective: every rank makes as many parts, since gradients are exchanged part by part.
+    """
+    lengths = [sequence_length(row) for row in rows]
+    fewest = len(plan_micro_batches(lengths, budget))
+    count = int(distributed.all_max([float(fewest)])[0])
+    parts = plan_micro_batches(lengths, budget, at_least=count)
+    return [[rows[i] for i in part] for part in parts]
+
+
+# ---- steps that must not be applied ----
 
 
 class Guard:
