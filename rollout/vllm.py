@@ -19,6 +19,7 @@ from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
 from rollout.cpu_lora import multiply_one_adapter_at_once
+from rollout.engine_classes import kept_apart
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.weights import Incoming, Spec, readable_checksums, specs_of
 
@@ -138,23 +139,26 @@ class VLLMGenerator:
         self._made_group = not torch.distributed.is_initialized()
         with _engine_environment():
             from vllm import LLM
+            from vllm.model_executor.models.transformers import base as transformers_backend
 
             for name in _QUIET:  # a filter: levels are reset when the engine configures its loggers
                 logging.getLogger(name).addFilter(_errors_only)
             options = _device_options(cfg)
             if adapter_rank is not None:
                 options |= self._prepare_adapter(adapter_rank, cfg.max_lora_rank)
-            self._llm = LLM(
-                model_path,
-                skip_tokenizer_init=True,  # token ids in, token ids out
-                trust_remote_code=trust_remote_code,
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=max_tokens,
-                max_num_seqs=cfg.max_num_seqs,
-                logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
-                seed=0,
-                **options,
-            )
+            with kept_apart(transformers_backend) as classes:
+                self._llm = LLM(
+                    model_path,
+                    skip_tokenizer_init=True,  # token ids in, token ids out
+                    trust_remote_code=trust_remote_code,
+                    dtype=str(dtype).removeprefix("torch."),
+                    max_model_len=max_tokens,
+                    max_num_seqs=cfg.max_num_seqs,
+                    logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+                    seed=0,
+                    **options,
+                )
+            self._llm.apply_model(classes.claim)
 
     def _prepare_adapter(self, rank: int, wished: int | None) -> dict[str, Any]:
         """Make a folder for the adapter's files; returns the engine's options for it."""

@@ -1,0 +1,120 @@
+"""Families beside Llama through the loop with vLLM: what samples is what trains, before and after
+an update.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf.cli import config
+from rlhf.run.context import RunContext
+from rlhf.stages import online as online_stage
+from rollout.engine_classes import kept_apart
+from tests import toys
+from tests.online.families import tiny_family
+
+MAX_GAP = 1e-4  # nats, float32
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gpt_neox",
+        pytest.param("smollm3", marks=pytest.mark.full),
+        pytest.param("olmo", marks=pytest.mark.full),
+    ],
+)
+def test_a_family_of_vllms_transformers_backend_trains(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """vLLM decorates the class that the policy and the reference are made of; both go on as they
+    were.
+    """
+    model = tiny_family(family, tiny_model(), tmp_path / "model")
+    cfg = config.compose(
+        [
+            "stage=grpo",
+            f"model.path={model}",
+            "rollout=vllm",
+            "rollout.kv_cache_gib=0.05",
+            "rollout.max_response_length=8",
+            "tracking=none",
+            f"run.dir={tmp_path}",
+            f"data.path={toys.write_jsonl(tmp_path / 'prompts.jsonl', toys.prompt_rows())}",
+            "data.max_prompt_length=32",
+            "reward.function=tests.toys:even_tokens",
+            "stage.steps=2",
+            "stage.prompts_per_step=4",
+            "stage.samples_per_prompt=4",
+            "stage.learning_rate=1e-3",
+            "stage.save_steps=0",
+        ]
+    )
+    online_stage.run(RunContext.open(cfg, ()))
+    folder = tmp_path / cfg.run.name / "grpo"
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert len(steps) == 2
+    for step in steps:
+        assert 0 <= step["rollout/logprob_gap"] < MAX_GAP
+        assert 0 <= step["rollout/probe_gap"] < MAX_GAP
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict()
+        for place in (model, folder / "model")
+    )
+    assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-4
+
+
+class Base(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = "plain"
+
+
+class Added:
+    """What a decorator mixes in."""
+
+    wraps = True
+
+
+def decorator(**options: str) -> Callable[[type], type]:
+    """As vLLM's: it changes the class in place, and instances of before lack what it needs."""
+
+    def decorate(cls: type) -> type:
+        if Added in cls.__bases__:
+            return cls
+        plain = cls.__init__  # type: ignore[misc]
+        cls.__bases__ = (*cls.__bases__, Added)
+
+        def init(self: Any) -> None:
+            plain(self)
+            self.kind = options["kind"]
+
+        cls.__init__ = init  # type: ignore[misc]
+        cls.extra = options["kind"]  # type: ignore[attr-defined]
+        return cls
+
+    return decorate
+
+
+def test_a_decorated_class_is_given_back() -> None:
+    before, bases = dict(vars(Base)), Base.__bases__
+    backend = SimpleNamespace(support_torch_compile=decorator)
+    with kept_apart(backend) as kept:
+        for _ in range(2):
+            backend.support_torch_compile(kind="engine")(Base)
+        engine: Any = torch.nn.Sequential(Base())
+    kept.claim(engine)
+    assert backend.support_torch_compile is decorator
+    assert dict(vars(Base)) == before and Base.__bases__ == bases
+    assert Base().kind == "plain" and not isinstance(Base(), Added)
+    inner = engine[0]
+    assert isinstance(inner, Base) and inner.wraps and inner.extra == inner.kind == "engine"
+    assert type(type(inner)()).__mro__ == type(inner).__mro__ and type(inner)().kind == "engine"
