@@ -5,6 +5,7 @@ CONTRIBUTING.md. This test reads the source only: it imports nothing of the proj
 """
 
 import ast
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def string_imports(source: str, path: str) -> Iterator[Import]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
-        called = ast.unparse(node.func).rsplit(".", 1)[-1]
+        called = getattr(node.func, "attr", getattr(node.func, "id", None))
         if called not in ("import_module", "__import__"):
             continue
         for text in (part for argument in node.args for part in ast.walk(argument)):
@@ -156,21 +157,27 @@ def imports_or_definitions(source: str) -> list[ast.stmt]:
     return [node for node in ast.parse(source).body if not isinstance(node, ast.Expr)]
 
 
-FILES = source_files()
-EMPTY_PACKAGES = {
-    module_of(path)
-    for path, source in FILES.items()
-    if path.endswith("/__init__.py") and not imports_or_definitions(source)
-}
-IMPORTS = [item for path, source in FILES.items() for item in imports_of(source, path)]
-OURS = [item for item in IMPORTS if item.module.split(".")[0] in PACKAGES]
+@functools.cache
+def files() -> dict[str, str]:
+    return source_files()
 
 
-def graph(files: Mapping[str, str]) -> dict[str, set[str]]:
+@functools.cache
+def imports() -> list[Import]:
+    return [item for path, source in files().items() for item in imports_of(source, path)]
+
+
+def is_empty_package(module: str) -> bool:
+    """Whether a package's own file holds no code."""
+    source = files().get(module.replace(".", "/") + "/__init__.py")
+    return source is not None and not imports_or_definitions(source)
+
+
+def graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
     """Module -> modules of ours that it imports, anywhere in its file."""
-    modules = {module_of(path) for path in files}
+    modules = {module_of(path) for path in sources}
     edges: dict[str, set[str]] = {module: set() for module in modules}
-    for path, source in files.items():
+    for path, source in sources.items():
         for item in (*imports_of(source, path), *string_imports(source, path)):
             # ``from package.module import name`` is an import of package.module
             target = item.module
@@ -179,6 +186,12 @@ def graph(files: Mapping[str, str]) -> dict[str, set[str]]:
             if target and target != module_of(path):
                 edges[module_of(path)].add(target)
     return edges
+
+
+@functools.cache
+def house() -> dict[str, set[str]]:
+    """The graph of all our modules."""
+    return graph(files())
 
 
 def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
@@ -222,24 +235,25 @@ def reached(edges: Mapping[str, set[str]], *starts: str) -> set[str]:
 
 
 def test_imports_point_one_way() -> None:
-    assert len(OURS) > 200, "the walk came back almost empty, so it checked nothing"
-    wrong = [str(item) for item in OURS if not allowed(item.path, item.module)]
+    ours = [item for item in imports() if item.module.split(".")[0] in PACKAGES]
+    assert len(ours) > 200, "the walk came back almost empty, so it checked nothing"
+    wrong = [str(item) for item in ours if not allowed(item.path, item.module)]
     assert not wrong, "\n".join(wrong)
 
 
 def test_there_is_no_circle() -> None:
-    assert circles(graph(FILES)) == []
+    assert circles(house()) == []
 
 
 def test_no_module_of_ours_is_imported_by_name() -> None:
-    strings = [item for path, source in FILES.items() for item in string_imports(source, path)]
+    strings = [item for path, source in files().items() for item in string_imports(source, path)]
     assert {item.path for item in strings} <= {NAMES_A_STAGE}, "\n".join(map(str, strings))
 
 
 @pytest.mark.parametrize(("stage", "most"), MOST_REACHED.items())
 def test_a_stage_reaches_few_modules(stage: str, most: int) -> None:
-    everything = reached(graph(FILES), "rlhf.__main__", f"rlhf.stages.{stage}")
-    modules = {module for module in everything if module not in EMPTY_PACKAGES}
+    everything = reached(house(), "rlhf.__main__", f"rlhf.stages.{stage}")
+    modules = {module for module in everything if not is_empty_package(module)}
     print(f"rlhf.stages.{stage}: {len(modules)} modules\n" + "\n".join(sorted(modules)))
     assert len(modules) <= most
 
@@ -248,7 +262,7 @@ def test_a_stage_reaches_few_modules(stage: str, most: int) -> None:
 def test_backend_has_one_lazy_importer(library: str, path: str) -> None:
     items = [
         item
-        for item in IMPORTS
+        for item in imports()
         if inside(item.module, library) and not item.path.startswith("benchmarks/")
     ]
     assert {item.path for item in items} == {path}
