@@ -28,10 +28,10 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo docs reference test test-full test-slow test-labelstudio test- \
-    benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-growth chaos soak \
-    house equality proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking proof-data \
-    proof-labels clean
+.PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
+    test-benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-growth chaos soak \
+    house equality proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking \
+    proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,7 @@ $(DOCS_STAMP): $(DOCS_LOCK)
 	@echo "Installing the packages of $(DOCS_LOCK) into $(DOCS) ..."
 	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
 	@$(DOCS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(PIP_ARGS) -r $(DOCS_LOCK)
+	@$(DOCS)/bin/python -m pip check --disable-pip-version-check
 	@touch $@
 
 lint: $(STAMP) ## ruff (rules and format) and mypy; changes nothing
