@@ -5,7 +5,6 @@ token-level losses.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -310,23 +309,3 @@ def pack(batch: Batch, packs: Sequence[Sequence[int]]) -> Packed:
         position_ids.to(device),
         mask[:, None].to(device),
     )
-
-
-def can_share_prompts(model: Any) -> bool:
-    """Whether the model takes a mask of ours: full causal attention in every layer, positions by
-    id, sdpa (eager attention would add the mask).
-    """
-    config = model.config.get_text_config()
-    if getattr(config, "_attn_implementation", None) != "sdpa":
-        return False
-    layers = getattr(config, "layer_types", None)
-    if layers is not None and any(kind != "full_attention" for kind in layers):
-        return False
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(
-        config, "use_sliding_window", True
-    )
-    return config.model_type in _FULL_ATTENTION and not windowed
-
-
-# read in transformers' source: mask and position_ids are taken as given
-_FULL_ATTENTION = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "smollm3")

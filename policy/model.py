@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policy.head import backbone_name, has_plain_head, head_of
 from policy.logprobs import selected_logprobs
 from rlhf.process import distributed
-from rlhf.types import AdapterWeights, FullWeights, UserError
+from rlhf.types import AdapterWeights, FullWeights
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 _PEFT_PREFIX = "base_model.model."
 # what transformers calls probabilities of dropout, in configurations and in modules
 _DROPOUT = ("dropout", "pdrop", "dropout_prob", "layerdrop")
-_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def base_of(model: Any) -> Any:
@@ -43,14 +43,8 @@ class PolicyModule(nn.Module):
 
     def __init__(self, model: Any, *, chunk: int, temperature: float = 1.0) -> None:
         super().__init__()
-        config = base_of(model).config
-        for name in _SCALED_LOGITS:
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise UserError(
-                    f"model.path: {config.model_type} rescales its logits "
-                    f"({name}={getattr(config, name)}), which the policy's head does not do."
-                )
         self.model = model
+        self.plain_head = has_plain_head(base_of(model))
         self.chunk = chunk
         self.temperature = temperature
         self.same_calls = False  # ZeRO-3: every rank must call the head as often as the others
@@ -86,7 +80,7 @@ class PolicyModule(nn.Module):
             picked, labels = F.pad(picked, (0, 0, 0, spare)), F.pad(labels, (0, spare))
         flat_logprobs, flat_entropy = selected_logprobs(
             picked,
-            lm.get_output_embeddings(),
+            head_of(lm, plain=self.plain_head),
             labels,
             chunk=self.chunk,
             temperature=self.temperature,
@@ -107,7 +101,7 @@ def _hidden(
     """Last hidden states [B, L, H]. Without a mask the last column is left out (L - 1): the last
     token of a response predicts nothing.
     """
-    backbone = getattr(lm, lm.base_model_prefix)
+    backbone = getattr(lm, backbone_name(lm))
     if attention_mask is None:
         kept = input_ids[:, : max(input_ids.shape[1] - 1, 1)]
         return backbone(input_ids=kept, use_cache=False).last_hidden_state

@@ -26,10 +26,10 @@ from conf.schema import (
 )
 from conf.stages import OnlineStage
 from policy.adapters import attach, enable_checkpointing
-from policy.batching import can_share_prompts
+from policy.agreement import can_share_prompts, check_agreement, packs_agree
 from policy.engines.base import Engine, OptimSettings
 from policy.engines.torch import make_engine
-from policy.forward import ADAPTER, Layout, Models
+from policy.forward import ADAPTER, Layout, Models, module_of
 from policy.kl import AdaptiveKL, FixedKL
 from policy.model import (
     CriticModule,
@@ -122,6 +122,7 @@ def build(ctx: RunContext) -> Parts:
         adapter_rank=None if sent_adapter is None else sent_adapter.rank,
     )
     models = _models(policy_module, start, cfg)
+    models.layout = _agreed_layout(models, cfg.engine)
     return Parts(
         tokenizer=tokenizer,
         prompts=prompts,
@@ -238,6 +239,28 @@ def _layout(engine: EngineConfig, stage: OnlineStage, model: Any) -> Layout:
         shared=shared,
         hidden_size=int(base.config.get_text_config().hidden_size),
     )
+
+
+def _agreed_layout(models: Models, engine: EngineConfig) -> Layout:
+    """The layout, where the policy's path gives what the model's own forward gives; without shared
+    prompts where these don't. Raises UserError otherwise.
+    """
+    check_agreement(models.policy, engine.micro_tokens)
+    layout = models.layout
+    if not layout.shared or packs_agree(models.policy, layout):
+        return layout
+    family = base_of(module_of(models.policy).model).config.model_type
+    if engine.share_prompts:
+        raise UserError(
+            f"engine.share_prompts=true: responses of {family} that share a prompt in one row get "
+            "other log-probabilities than in rows of their own. Set engine.share_prompts=null."
+        )
+    log.warning(
+        "engine.share_prompts: off, because responses of %s that share a prompt in one row get "
+        "other log-probabilities than in rows of their own.",
+        family,
+    )
+    return replace(layout, shared=False)
 
 
 def _register(ctx: RunContext) -> None:

@@ -23,6 +23,7 @@ from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.stages.evaluation.judges import check_judges, judge_rollouts, make_judges
 from rlhf.stages.evaluation.policies import (
+    check_policy,
     generate_both,
     model_at,
     response_kl,
@@ -102,6 +103,7 @@ def _run(ctx: RunContext) -> None:
     ctx.add_data(stage.judge_path if Judge.classifier in stage.judges else None)
 
     after_model = load_causal_lm(model_at(cfg.model, paths[1]), tokenizer)
+    check_policy(after_model, cfg.engine.micro_tokens, "stage.after")
     old, new = generate_both(
         cfg, tokenizer, after_model, prompts, ctx.dir / "start", ctx.watchdog.phase
     )

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from policy.batching import Batch, can_share_prompts, collate, pack, pack_groups, pack_length
+from policy.agreement import can_share_prompts
+from policy.batching import Batch, collate, pack, pack_groups, pack_length
 from policy.forward import Layout, plan
 from policy.model import PolicyModule
 

@@ -9,6 +9,7 @@ import torch
 
 from conf.choices import KLEstimator
 from conf.schema import Config, ModelConfig
+from policy.agreement import check_agreement
 from policy.batching import Batch, collate, plan_micro_batches
 from policy.kl import kl_per_token
 from policy.model import PolicyModule, full_weights
@@ -109,6 +110,15 @@ def probe_logprobs(model: Any, token_ids: Sequence[int]) -> list[float]:
     return log_p.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
 
 
+def check_policy(model: Any, micro_tokens: int, key: str) -> None:
+    """The log-probabilities of the KL are those of the model's own forward. `model`, of the option
+    `key`, is on the CPU before and after. Raises UserError.
+    """
+    module = PolicyModule(model.to(distributed.device()).eval(), chunk=_PROBE_TOKENS)
+    check_agreement(module, micro_tokens, key)
+    model.to("cpu")
+
+
 @torch.inference_mode()
 def response_kl(
     after: Any,
@@ -121,13 +131,15 @@ def response_kl(
     micro_tokens: int,
 ) -> list[float]:
     """KL(after || before) in nats of each response of `after`: log p_after - log p_before (k1),
-    summed over its tokens, float32 at the head.
+    summed over its tokens, float32 at the head. Raises UserError for a `before` that can't be
+    a policy; `check_policy` tells it of `after`.
     """
     device = distributed.device()
     modules = [
         PolicyModule(model.to(device).eval(), chunk=logits_chunk, temperature=temperature)
         for model in (after, before)
     ]
+    check_agreement(modules[1], micro_tokens, "stage.before")
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
     responses = [rollout.token_ids for rollout in rollouts]
     batch: Batch = collate(prompts, responses, pad_id, device)

@@ -1,0 +1,131 @@
+"""What is tried with one family's tiny model, and how each try ends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policy.agreement import can_share_prompts, check_agreement
+from policy.batching import Batch, collate, pack
+from policy.model import PolicyModule, turn_off_dropout
+from rlhf.types import UserError
+
+RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "wrong", "crashed"
+_TOLERANCE = 1e-4  # nats, and units of the score
+_PROMPT, _LENGTHS = 6, (40, 23, 31)  # tokens: of the shared prompt, of prompt and response
+_BUDGET = 4096  # tokens per micro-batch
+
+Outcome = dict[str, str]  # how it ended, and why
+
+
+def outcome(attempt: Callable[[], float]) -> Outcome:
+    """How an attempt ends, which returns its largest gap."""
+    try:
+        gap = attempt()
+    except UserError as error:
+        return {"end": REFUSED, "why": str(error)}
+    except Exception as error:  # noqa: BLE001  the table says which
+        first = (str(error).strip().splitlines() or [""])[0]
+        return {"end": CRASHED, "why": f"{type(error).__name__}: {first[:200]}"}
+    if gap <= _TOLERANCE:
+        return {"end": RIGHT, "why": f"{gap:.1e}"}
+    return {"end": WRONG, "why": f"{gap:.1e}"}
+
+
+def rows(vocabulary: int) -> list[list[int]]:
+    """Token ids of three responses to one prompt."""
+    generator = torch.Generator().manual_seed(1)
+    low = min(10, vocabulary // 4)
+    out = []
+    prompt = torch.randint(low, vocabulary, (_PROMPT,), generator=generator).tolist()
+    for length in _LENGTHS:
+        rest = torch.randint(low, vocabulary, (length - _PROMPT,), generator=generator)
+        out.append(prompt + rest.tolist())
+    return out
+
+
+def policy_gap(model: Any) -> float:
+    """The policy's log-probabilities and their gradient against a plain forward, row by row.
+
+    Raises UserError where the check at start refuses.
+    """
+    module = PolicyModule(model, chunk=7)
+    check_agreement(module, _BUDGET)
+    turn_off_dropout(model)
+    module.train()  # some families' gradients need it
+    batch, plain = _batch(model)
+    ours = _logprobs(module, batch)
+    own = [_plain_logprobs(model, row) for row in plain]
+    gap = max(_largest(a, b) for a, b in zip(ours, own, strict=True))
+    # the largest difference of gradients, beside the largest gradient
+    return max(gap, _gradient_gap(model, ours, own))
+
+
+def packed_gap(model: Any) -> float:
+    """Responses that share a prompt in one row against rows of their own."""
+    if not can_share_prompts(model):
+        raise UserError("no shared prompts")
+    return forced_packed_gap(model)
+
+
+def forced_packed_gap(model: Any) -> float:
+    """The same whether or not the product would."""
+    model.eval()
+    module = PolicyModule(model, chunk=7)
+    batch, _ = _batch(model)
+    packed = pack(batch, [list(range(len(_LENGTHS)))])
+    with torch.no_grad():
+        together, _ = module(
+            packed.input_ids,
+            packed.positions,
+            batch.response_ids,
+            batch.response_mask,
+            packed.owner,
+            packed.position_ids,
+            packed.attention_mask,
+        )
+        alone = _logprobs(module, batch)
+    gaps = [_largest(together[row, : len(own)], own) for row, own in enumerate(alone)]
+    return max(gaps)
+
+
+def _batch(model: Any) -> tuple[Batch, list[list[int]]]:
+    whole = rows(model.config.get_text_config().vocab_size)
+    prompts = [row[:_PROMPT] for row in whole]
+    return collate(prompts, [row[_PROMPT:] for row in whole], 0), whole
+
+
+def _logprobs(module: Any, batch: Batch) -> list[Tensor]:
+    logprobs, _ = module(batch.input_ids, batch.positions, batch.response_ids, batch.response_mask)
+    counts = batch.response_mask.sum(dim=1).tolist()
+    return [logprobs[row, :count] for row, count in enumerate(counts)]
+
+
+def _plain_logprobs(model: Any, row: list[int]) -> Tensor:
+    ids = torch.tensor([row])
+    log_p = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+    return log_p.gather(1, ids[0, 1:, None]).squeeze(1)[_PROMPT - 1 :]
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    return float((a - b).detach().abs().max())
+
+
+def _gradient_gap(model: Any, ours: list[Tensor], own: list[Tensor]) -> float:
+    params = [p for p in model.parameters() if p.requires_grad]
+    found = _gradients(ours, params)
+    wanted = _gradients(own, params)
+    gap, size = 0.0, 1e-6
+    for a, b in zip(found, wanted, strict=True):
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            return float("inf")
+        gap, size = max(gap, _largest(a, b)), max(size, float(b.abs().max()))
+    return gap / size
+
+
+def _gradients(logprobs: list[Tensor], params: list[Any]) -> tuple[Tensor | None, ...]:
+    """Of their mean; None for a parameter that has no part in it."""
+    return torch.autograd.grad(torch.cat(logprobs).mean(), params, allow_unused=True)

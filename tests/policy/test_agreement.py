@@ -1,0 +1,80 @@
+"""The check before training, and the head that it rests on."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.families.build import tiny
+from policy.agreement import check_agreement, packs_agree
+from policy.forward import Layout
+from policy.head import has_plain_head
+from policy.model import PolicyModule
+from rlhf.types import UserError
+
+SCALED = ("cohere", "granite", "hyperclovax", "minicpm3", "falcon_h1")
+CAPPED = ("gemma2", "gemma4", "recurrent_gemma")
+
+
+def module_of(family: str) -> PolicyModule:
+    return PolicyModule(tiny(family), chunk=5, temperature=0.7)
+
+
+@pytest.mark.parametrize("family", [*SCALED, *CAPPED])
+def test_the_head_is_the_models_own(family: str) -> None:
+    module = module_of(family)
+    assert not module.plain_head
+    check_agreement(module, 4096)
+    module.plain_head = True  # as if the last layer were all of it
+    with pytest.raises(UserError, match=rf"model\.path: {family}"):
+        check_agreement(module, 4096)
+
+
+def test_a_plain_head_is_called_itself() -> None:
+    module = module_of("llama")
+    assert module.plain_head
+    check_agreement(module, 4096)
+    assert module.temperature == 0.7
+
+
+def test_what_is_not_causal_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"stage\.after: bert .*no causal model"):
+        check_agreement(module_of("bert"), 4096, "stage.after")
+
+
+def test_a_family_whose_code_fails_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = module_of("llama")
+
+    def broken(**kwargs: Any) -> None:
+        raise KeyError("langs")
+
+    monkeypatch.setattr(module.model.model, "forward", broken)
+    with pytest.raises(UserError, match=r"model\.path: llama .*KeyError.*langs"):
+        check_agreement(module, 4096)
+
+
+def test_modes_are_left_as_they_were() -> None:
+    module = module_of("gpt2")  # the module trains by default, the model inside does not
+    before = [part.training for part in module.modules()]
+    assert len(set(before)) == 2
+    state = torch.get_rng_state()
+    check_agreement(module, 4096)
+    assert [part.training for part in module.modules()] == before
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("family", "equal"), [("olmo", True), ("bart", False), ("lfm2_moe", False)]
+)
+def test_shared_prompts_are_measured(family: str, equal: bool) -> None:
+    layout = Layout(4096, shared=True, hidden_size=64)
+    assert packs_agree(module_of(family), layout) is equal
+
+
+def test_the_question_has_no_side_effect() -> None:
+    model = tiny("granite")
+    backbone = model.model
+    state = torch.get_rng_state()
+    assert not has_plain_head(model)
+    assert model.model is backbone
+    assert torch.equal(state, torch.get_rng_state())
