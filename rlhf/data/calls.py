@@ -82,7 +82,7 @@ def call_of(call: Any, key: str) -> dict[str, Any]:
     else:  # {name, arguments}, or {function: its name, arguments}
         inner = {"name": inner} if inner is not None else {}
         for name in ("name", "arguments", "parameters"):
-            if name in outer:
+            if name in outer and name not in inner:
                 inner[name] = outer.pop(name)
     function = {"name": checked_text(inner.pop("name", None), f"{key}.function.name")}
     given = inner.pop("arguments", None)

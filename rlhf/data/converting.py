@@ -240,7 +240,10 @@ class _Unread:
     def _candidates(self, columns: dict[str, Any]) -> list[str]:
         names = tuple(columns)
         if names not in self._by_names:
-            self._by_names[names] = may_be_unread(self.format, columns, self.use)
+            try:
+                self._by_names[names] = may_be_unread(self.format, columns, self.use)
+            except RowError:  # told where the row is read
+                return []
         return [
             key
             for key in self._by_names[names]
@@ -307,6 +310,7 @@ class Conversion:
         if row.problem is not None:
             self.rejected(row, row.problem)
             return []
+        self.otherwise.add(row.lost, row.place)
         unread_file = self._unread[row.origin]
         for key in unread_file.of(row):
             if not unread_file.trusted:

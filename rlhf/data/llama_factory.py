@@ -16,7 +16,8 @@ comes before the file. num_samples draws rows by run.seed, and repeats them wher
     chosen, rejected; kto_tag     pairs (ranking: true); judged answers
 
 What differs on purpose is told in a note on the entry. Not read: images and other media (refused
-where a row holds some), and places other than a file and the Hugging Face hub.
+where a row holds some), and places other than a file and the Hugging Face hub. What becomes of a
+row is in rlhf/data/llama_factory_rows.py.
 """
 
 import difflib
@@ -26,22 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import DataFormat
-from rlhf.data.mixture import Part, Row, Source, Transform, hub_part, parts_of
+from rlhf.data.llama_factory_rows import MEDIA, TAGS, alpaca_rows, sharegpt_rows
+from rlhf.data.mixture import Part, Source, hub_part, parts_of
 from rlhf.data.opening import endings, kind_of, readable_files
-from rlhf.data.rows import judgement_of, text_of, value_of
-from rlhf.process.wording import describe, nearest, nearest_hint
-from rlhf.types import RowError, UserError
+from rlhf.process.wording import nearest, nearest_hint
+from rlhf.types import UserError
 
 INFO_FILE = "dataset_info.json"
 _PLACE = ("file_name", "hf_hub_url", "subset", "split", "folder")
 _ENTRY = (*_PLACE, "formatting", "ranking", "num_samples", "columns", "tags")
 _ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_MEDIA = ("images", "videos", "audios")
 _BOTH = ("system", "tools", "chosen", "rejected", "kto_tag")
 _ROLES = {
-    "alpaca": ("prompt", "query", "response", "history", *_BOTH, *_MEDIA),
-    "sharegpt": ("messages", *_BOTH, *_MEDIA),
-    "openai": ("messages", *_BOTH, *_MEDIA),
+    "alpaca": ("prompt", "query", "response", "history", *_BOTH, *MEDIA),
+    "sharegpt": ("messages", *_BOTH, *MEDIA),
+    "openai": ("messages", *_BOTH, *MEDIA),
 }
 # role: its column, in an entry without `columns`
 _USUAL = {
@@ -49,19 +49,6 @@ _USUAL = {
     "sharegpt": {"messages": "conversations"},
     "openai": {"messages": "conversations"},
 }
-_TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
-_SPEAKERS = tuple(tag for tag in _TAGS if tag not in ("role_tag", "content_tag"))
-# columns that rows have once they are ours; a file's column of such a name that the entry gives no
-# role is not one of them
-_OURS = ("instruction", "input", "output", "conversations", "messages", "text", "history", *_BOTH)
 
 
 def sources(path: Path, names: str) -> list[Source]:
@@ -114,7 +101,7 @@ def _source(path: Path, name: str, entry: Any) -> Source:
     _check_entry(where, entry)
     formatting = entry.get("formatting", "alpaca")
     columns = _columns(where, entry, formatting)
-    tags = _TAGS | _strings(where, entry, "tags", tuple(_TAGS))
+    tags = TAGS | _strings(where, entry, "tags", tuple(TAGS))
     kind = _kind(where, entry, formatting, columns)
     if formatting == "alpaca":
         transform = alpaca_rows(columns, kind)
@@ -232,8 +219,8 @@ def _notes(
             "the columns chosen and rejected are assumed here, where LLaMA-Factory wants them named"
         )
     tags = entry.get("tags") or {}
-    if tags and kind.startswith("sharegpt") and any(tag not in tags for tag in _TAGS):
-        assumed = ", ".join(f"{tag} {word!r}" for tag, word in _TAGS.items() if tag not in tags)
+    if tags and kind.startswith("sharegpt") and any(tag not in tags for tag in TAGS):
+        assumed = ", ".join(f"{tag} {word!r}" for tag, word in TAGS.items() if tag not in tags)
         told.append(f"tags that it leaves out are assumed here: {assumed} (LLaMA-Factory has none)")
     if entry.get("formatting") == "openai":
         told.append(
@@ -275,125 +262,3 @@ def _parts(path: Path, where: str, key: str, entry: Mapping[str, Any]) -> tuple[
             )
         return tuple(part for each in files for part in parts_of(str(each), key))
     return parts_of(str(file), key, subset, split if file.is_dir() else None)
-
-
-# ---- rows ----
-
-
-def _others(row: Row, columns: Mapping[str, str]) -> Row:
-    """The columns without a role, as a row's own fields."""
-    taken = set(columns.values())
-    return {key: value for key, value in row.items() if key not in taken and key not in _OURS}
-
-
-def _beside(row: Row, columns: Mapping[str, str]) -> Row:
-    """system and tools, where a row has some."""
-    out = {}
-    for role in ("system", "tools"):
-        value = row.get(columns.get(role, ""))
-        if value not in (None, "", "[]", "{}", [], {}):
-            out[role] = value
-    return out
-
-
-def _question(row: Row, columns: Mapping[str, str]) -> str:
-    """prompt and query, a line each; either may be empty. Raises RowError."""
-    names = [columns[role] for role in ("prompt", "query") if role in columns]
-    value_of(row, names[0])
-    lines = [text_of(row, name) for name in names if row.get(name) not in (None, "")]
-    return "\n".join(lines) or text_of(row, names[0])  # raises: every one is empty
-
-
-def _judged(row: Row, columns: Mapping[str, str]) -> Row:
-    """The answers of a row as the entry names them. Raises RowError with the file's own names."""
-    out: Row = {}
-    if "kto_tag" in columns:
-        out["kto_tag"] = judgement_of(row, columns["kto_tag"])
-    for role in ("chosen", "rejected"):
-        if role in columns:
-            out[role] = value_of(row, columns[role])
-    return out
-
-
-def _turns(row: Row, columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """system, history and question of an alpaca entry's row, as messages. Raises RowError."""
-    name = columns.get("history", "")
-    history = row.get(name) or []
-    out = []
-    if system := _beside(row, columns).get("system"):
-        out.append({"role": "system", "content": system})
-    for i, pair in enumerate(history if isinstance(history, (list, tuple)) else [history]):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise RowError(
-                f"key '{name}[{i}]': expected [question, answer], found {describe(pair)}"
-            )
-        out.append({"role": "user", "content": pair[0]})
-        out.append({"role": "assistant", "content": pair[1]})
-    return [*out, {"role": "user", "content": _question(row, columns)}]
-
-
-def alpaca_rows(columns: Mapping[str, str], kind: str) -> Transform:
-    """Rows of an alpaca entry as those of the format `kind`: text, prompt, messages, or one of
-    alpaca's own.
-    """
-
-    def transform(row: Row) -> Row:
-        _refuse_media(row, columns)
-        out = _others(row, columns)
-        if kind == "text":
-            return {**out, "text": text_of(row, columns["prompt"])}
-        beside = _beside(row, columns)
-        if kind in ("prompt", "messages"):
-            beside.pop("system", None)  # one of the turns
-            turns = _turns(row, columns)
-            if kind == "messages":
-                answer = text_of(row, columns["response"])
-                turns.append({"role": "assistant", "content": answer})
-            return {**out, **beside, kind: turns}
-        out |= {"instruction": _question(row, columns)} | beside | _judged(row, columns)
-        if "response" in columns:
-            out["output"] = text_of(row, columns["response"])
-        if row.get(columns.get("history", "")):
-            out["history"] = row[columns["history"]]
-        return out
-
-    return transform
-
-
-def sharegpt_rows(columns: Mapping[str, str], tags: Mapping[str, str]) -> Transform:
-    """Rows of a sharegpt or openai entry as conversations of {from, value} with ShareGPT's
-    speakers; what else a message holds stays. A system message comes before a column of it.
-    """
-    speakers = {tags[tag]: _TAGS[tag] for tag in _SPEAKERS}
-    role, content = tags["role_tag"], tags["content_tag"]
-
-    def message(given: Any) -> Any:
-        if not isinstance(given, Mapping) or role not in given:
-            return given  # refused, with its place, when it is read
-        rest = {key: value for key, value in given.items() if key not in (role, content)}
-        speaker = given[role]
-        if isinstance(speaker, str):
-            speaker = speakers.get(speaker, speaker)
-        return {**rest, "from": speaker, "value": given.get(content)}
-
-    def transform(row: Row) -> Row:
-        _refuse_media(row, columns)
-        turns = value_of(row, columns["messages"])
-        out = {**_others(row, columns), **_beside(row, columns), "conversations": turns}
-        if isinstance(turns, list) and turns:
-            out["conversations"] = [message(turn) for turn in turns]
-            if isinstance(turns[0], Mapping) and turns[0].get(role) == tags["system_tag"]:
-                out.pop("system", None)
-        sides = _judged(row, columns)
-        return out | {key: message(value) for key, value in sides.items()}
-
-    return transform
-
-
-def _refuse_media(row: Row, columns: Mapping[str, str]) -> None:
-    held = next((role for role in _MEDIA if role in columns and row.get(columns[role])), None)
-    if held is not None:
-        raise RowError(
-            f"key {columns[held]!r}: pictures, videos and sounds are not read, found {held}: "
-            f"{describe(row[columns[held]])}"
-        )

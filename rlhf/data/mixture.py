@@ -24,7 +24,8 @@ from rlhf.data.rows import RowError
 from rlhf.types import UserError
 
 Row = dict[str, Any]
-Transform = Callable[[Row], Row]
+# A row's columns under other names. What is not carried on is added to the list, a sentence each.
+Transform = Callable[[Row, list[str]], Row]
 T = TypeVar("T")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a directory
@@ -209,14 +210,18 @@ class Source:
     def rows(self, part: Part) -> Iterator[SourceRow]:
         """All rows of one of its parts, transformed."""
         for row in part.open():
+            if row.problem is not None or not self.transforms:
+                yield row
+                continue
             columns = row.columns
+            lost: list[str] = []
             try:
-                for transform in self.transforms if row.problem is None else ():
-                    columns = transform(columns)
+                for transform in self.transforms:
+                    columns = transform(columns, lost)
             except RowError as error:
                 yield replace(row, problem=str(error), raw=row.columns)
                 continue
-            yield row if columns is row.columns else replace(row, columns=columns)
+            yield replace(row, columns=columns, lost=tuple(lost))
 
     def size(self) -> int:
         """Rows that it can give: all, or its cap."""

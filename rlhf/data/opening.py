@@ -51,6 +51,7 @@ class SourceRow:
     problem: str | None = None
     raw: object = None  # what the file has there, when there is a problem
     origin: str = ""  # the file, or the name of the data set
+    lost: tuple[str, ...] = ()  # what of it is not carried on, a sentence each
 
     @property
     def place(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from conf.choices import DataFormat
 from conf.schema import DataConfig, SourceConfig
 from rlhf.data import llama_factory
+from rlhf.data.calls import is_nothing
 from rlhf.data.formats import mt_bench
 from rlhf.data.mixture import Row, Source, Transform, parts_of
 from rlhf.types import UserError
@@ -128,7 +129,7 @@ def _named(name: str, source: SourceConfig, data: DataConfig) -> Source:
 def _transforms(columns: dict[str, Any], join: list[str]) -> tuple[Transform, ...]:
     out: list[Transform] = []
     if columns:
-        out.append(lambda row: rename(row, columns))
+        out.append(renamer(columns))
     if join:
         out.append(mt_bench.joiner(tuple(join)))
     return tuple(out)
@@ -146,14 +147,25 @@ def split_cap(path: str, key: str) -> tuple[str, int | None]:
     return match[1], int(match[2])
 
 
-def rename(row: Row, columns: dict[str, Any]) -> Row:
-    """A row whose column columns[name] is called `name`. A column that had that name before is left
-    out; one that the row lacks stays missing.
+def renamer(columns: dict[str, Any]) -> Transform:
+    """A function that calls a row's column columns[name] `name`. A column that the row lacks stays
+    missing. One that had the name before is not read, which is noted.
     """
-    taken = {source: name for name, source in columns.items() if source in row}
-    replaced = set(taken.values())
-    return {
-        taken.get(key, key): value
-        for key, value in row.items()
-        if key in taken or key not in replaced
-    }
+    names = {source: name for name, source in columns.items()}
+
+    def rename(row: Row, lost: list[str]) -> Row:
+        out: Row = {}
+        for key, value in row.items():
+            source = columns.get(key)
+            if key in names:
+                out[names[key]] = value
+            elif source not in row:
+                out[key] = value
+            elif not is_nothing(value) and value != row[source]:
+                lost.append(
+                    f"column {key!r} is not read: data.columns reads {source!r} in its place, and "
+                    f"'own_{key}: {key}' added to it carries the column"
+                )
+        return out
+
+    return rename

@@ -16,7 +16,7 @@ from rlhf.data import reading
 from rlhf.data.formats import Use, by_name, detect
 from rlhf.data.prepare import ingest
 from rlhf.data.writing import convert
-from rlhf.types import JudgedAnswer, PreferencePair, UserError
+from rlhf.types import JudgedAnswer, PreferencePair, RowError, UserError
 
 Row = dict[str, Any]
 
@@ -430,3 +430,50 @@ def test_prompts_alone_are_prompts(tmp_path: Path) -> None:
     request = request_of(tmp_path, OnlineStage(), rows)
     loaded = reading.distinct_prompts(request, None)
     assert [record.fields for record in loaded.records] == [{"answer": str(i)} for i in range(4)]
+
+
+def test_what_stands_beside_whole_conversations_is_read_or_refused() -> None:
+    row: Row = {"question": Q, "chosen": CHAT, "rejected": OTHER}
+    form = by_name("question_preference")
+    assert form.pair is not None
+    assert form.pair(row) == PAIR
+    assert form.pair({**row, "system": "Be brief."}).prompt == [system("Be brief."), *ASKED]
+    with pytest.raises(RowError, match=r"'question'.*'Is it so"):
+        form.pair({**row, "question": "Is it so?"})
+    with pytest.raises(RowError, match=r"'context'.*'a storm'"):
+        form.pair({**row, "context": "a storm"})
+    compared: Row = {"conversation_a": CHAT, "conversation_b": OTHER, "winner": "model_b"}
+    sides = by_name("compared").read({**compared, "system": "Be brief."}, Use.preference).pairs
+    assert [made.value.prompt for made in sides] == [[system("Be brief."), *ASKED]]
+    with pytest.raises(RowError, match=r"'question'.*'Is it so"):
+        by_name("compared").read({**compared, "question": "Is it so?"}, Use.preference)
+
+
+def test_a_chain_of_thought_goes_with_its_answer_or_is_a_field() -> None:
+    thought = {**bot(A), "reasoning_content": "Rayleigh"}
+    row: Row = {"question": Q, "response": [bot(A)], "reasoning": "Rayleigh"}
+    form = by_name("question_answer")
+    assert form.read(row, Use.sft).pairs[0].value["completion"] == [thought]
+    with pytest.raises(RowError, match=r"'response'.*'reasoning'"):
+        form.read({**row, "response": [{**thought, "reasoning_content": "Mie"}]}, Use.sft)
+    pair: Row = {"question": Q, "chosen": A, "rejected": B, "reasoning": "Rayleigh"}
+    (made,) = by_name("question_preference").read(pair, Use.preference).pairs
+    assert made.fields == {"reasoning": "Rayleigh"}
+
+
+def test_a_column_in_whose_place_a_judgement_has_its_own_is_noted() -> None:
+    row: Row = {"question": Q, "answer_0": A, "answer_1": B, "winner": "0", "position": "left"}
+    read = by_name("compared").read(row, Use.preference)
+    assert read.pairs[0].fields["position"] == 1
+    assert len(read.otherwise) == 1 and "'position'" in read.otherwise[0]
+    assert not by_name("compared").read({**row, "position": 1}, Use.preference).otherwise
+
+
+def test_a_row_that_no_format_can_flatten_is_refused_with_its_place(tmp_path: Path) -> None:
+    row: Row = {"input": {"messages": ASKED}, "messages": ASKED}
+    row |= {"preferred_output": [bot(A)], "non_preferred_output": [bot(B)]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    cfg = Config(stage=RewardStage(), data=DataConfig(path=str(path)))
+    with pytest.raises(UserError, match=r"row 1: .*'messages'"):
+        reading.preference_pairs(reading.DataRequest.of(cfg))

@@ -4,6 +4,7 @@ for one that can't be.
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,47 @@ def test_a_key_that_nothing_reads_is_named(
     cfg = registry(tmp_path, rows, file_sha1="abc")
     reading.sft_rows(reading.DataRequest.of(cfg))
     assert "file_sha1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "entry", "lost"),
+    [
+        (
+            {"q": "Hi", "a": "yes", "input": "in"},
+            {"columns": {"prompt": "q", "response": "a"}},
+            "input",
+        ),
+        ({"t": "Hi", "f": [{"name": "n"}]}, {"columns": {"prompt": "t", "tools": "f"}}, "f"),
+        (
+            {"q": "Hi", "s": "Be kind.", "prompt": "old"},
+            {"columns": {"prompt": "q", "system": "s"}},
+            "prompt",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "A"}, user("q"), bot("a")], "s": "B"},
+            {**OPENAI, "columns": {"messages": "messages", "system": "s"}},
+            "s",
+        ),
+    ],
+)
+def test_a_column_that_an_entry_leaves_out_is_counted(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    row: dict[str, Any],
+    entry: dict[str, Any],
+    lost: str,
+) -> None:
+    cfg = registry(tmp_path, [row] * 2, **entry)
+    kind = ingest.natural_use(cfg.data)
+    columns(cfg, kind)
+    assert re.search(rf"{lost!r}.*\(2 rows, the first .*rows.json, row 1\)", caplog.text)
+
+
+def test_a_message_with_the_names_of_its_tags_and_ours_is_refused(tmp_path: Path) -> None:
+    turns = [{**user("q"), "from": "a forum"}, bot("a")]
+    cfg = registry(tmp_path, [{"messages": turns}], **OPENAI)
+    with pytest.raises(UserError, match=r"key 'from' .*'role' and 'content'.*'a forum'"):
+        reading.sft_rows(reading.DataRequest.of(cfg))
 
 
 def test_a_directory_of_files(tmp_path: Path) -> None:

@@ -450,17 +450,60 @@ def test_the_next_command_reads_what_was_written(
 # ---- renaming ----
 
 
-def test_columns_are_renamed_before_the_format_is_looked_for(tmp_path: Path) -> None:
+def test_columns_are_renamed_before_the_format_is_looked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"question": "q", "text": "an aside", "answer": "a"}])
     cfg = config(tmp_path, path=path, columns={"prompt": "question", "completion": "answer"})
     out, _, _ = items(cfg, Use.sft)
     assert [item.columns for item in out] == [{"prompt": "q", "completion": "a"}], (
         "text has a meaning of its own, so it doesn't stay"
     )
-    assert sources.rename({"a": 1, "b": 2}, {"a": "b"}) == {"a": 2}
-    assert sources.rename({"b": 2, "a": 1}, {"a": "b"}) == {"a": 2}
-    assert sources.rename({"a": 1, "b": 2}, {"a": "b", "b": "a"}) == {"b": 1, "a": 2}
-    assert sources.rename({"a": 1}, {"x": "missing"}) == {"a": 1}
+    assert re.search(r"'text'.*\(1 rows, the first .*a.jsonl, row 1\)", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected", "lost"),
+    [
+        ({"a": 1, "b": 2}, {"a": "b"}, {"a": 2}, ["a"]),
+        ({"b": 2, "a": 1}, {"a": "b"}, {"a": 2}, ["a"]),
+        ({"a": 2, "b": 2}, {"a": "b"}, {"a": 2}, []),
+        ({"a": "", "b": 2}, {"a": "b"}, {"a": 2}, []),
+        ({"a": 1, "b": 2}, {"a": "b", "own_a": "a"}, {"a": 2, "own_a": 1}, []),
+        ({"a": 1, "b": 2}, {"a": "b", "b": "a"}, {"b": 1, "a": 2}, []),
+        ({"a": 1}, {"x": "missing"}, {"a": 1}, []),
+        ({"a": 1}, {"a": "missing"}, {"a": 1}, []),
+    ],
+)
+def test_a_column_whose_name_another_one_gets_is_noted(
+    row: dict[str, Any], columns: dict[str, str], expected: dict[str, Any], lost: list[str]
+) -> None:
+    notes: list[str] = []
+    assert sources.renamer(columns)(row, notes) == expected
+    assert len(notes) == len(lost)
+    for name, note in zip(lost, notes, strict=True):
+        assert repr(name) in note and f"'own_{name}: {name}'" in note
+
+
+def test_a_column_that_is_not_carried_is_counted_with_its_first_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "p", "q": "is it?", "completion": "c"}] * 2
+    path = jsonl(tmp_path / "a.jsonl", [{**rows[0], "prompt": "is it?"}, *rows])
+    cfg = config(tmp_path, path=path, columns={"prompt": "q"})
+    out, _, _ = items(cfg, Use.sft)
+    assert [item.columns["prompt"] for item in out] == ["is it?"] * 3
+    assert re.search(r"'prompt'.*'q'.*\(2 rows, the first .*a.jsonl, row 2\)", caplog.text)
+    caplog.clear()
+    carried = config(tmp_path, path=path, columns={"prompt": "q", "own_prompt": "prompt"})
+    out, _, _ = items(carried, Use.sft)
+    assert [item.columns["own_prompt"] for item in out] == ["is it?", "p", "p"]
+    assert not caplog.text
+    classes = [{"text": "a b", "label": "sports"}, {"text": "c d", "label": None}]
+    cfg = config(tmp_path, path=jsonl(tmp_path / "b.jsonl", classes))
+    out, _, _ = items(cfg, Use.sft)
+    assert [item.columns for item in out] == [{"text": "a b"}, {"text": "c d"}]
+    assert re.search(r"'label'.*\(1 rows, the first .*b.jsonl, row 1\)", caplog.text)
 
 
 # ---- data sets ----

@@ -21,6 +21,7 @@ from rlhf.data.formats.base import (
     ranked,
 )
 from rlhf.data.formats.draft import Draft, Writer, own_columns_inside, shown_pair
+from rlhf.data.formats.values import replaced
 from rlhf.data.rows import (
     Row,
     RowError,
@@ -195,7 +196,9 @@ def _pairs_argilla(row: Row) -> Several:
         name = f"response {i + 1}"
         if who:
             name += f" by {who['annotator']}"
-        out.pairs += several.pairs
+        for made in several.pairs:
+            out.pairs.append(made)
+            out.otherwise += replaced(metadata, made.fields)
         out.aside += [f"{name}: {reason}" for reason in several.aside]
     if not out.pairs and not out.aside:
         hint = " (a suggestion alone is no judgement)" if row.get("suggestions") else ""

@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any
 
 from rlhf.data.calls import tools_of
-from rlhf.data.formats.values import require_messages, shows_tools, unread
+from rlhf.data.formats.values import replaced, require_messages, shows_tools, unread
 from rlhf.data.messages import refuse_media
 from rlhf.data.rows import (
     Chat,
@@ -150,7 +150,9 @@ class Format:
         assert self.pairs is not None
         out = self.pairs(row)
         pairs = [Made(made.value, own | made.fields) for made in out.pairs]
-        return Several(pairs, out.aside, [*out.otherwise, *otherwise])
+        for made in pairs:
+            otherwise += replaced(own, made.fields)
+        return Several(pairs, out.aside, list(dict.fromkeys([*out.otherwise, *otherwise])))
 
 
 def _with_tools(made: Made, tools: Tools) -> Made:
@@ -380,9 +382,7 @@ def columns_of(
     """A value of a use in the toolkit's own columns (see rlhf/data/prepare/items.py), followed by
     those `fields` that are neither canonical nor among its format's `answers`.
     """
-    own = {
-        key: value for key, value in fields.items() if key not in CANONICAL and key not in answers
-    }
+    own = {key: held for key, held in fields.items() if key not in (*CANONICAL, *answers)}
     if isinstance(value, PreferencePair):
         columns = {"prompt": value.prompt, "chosen": value.chosen, "rejected": value.rejected}
         if value.margin is not None:

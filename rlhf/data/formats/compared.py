@@ -25,10 +25,9 @@ from rlhf.data.formats.base import (
     answer_like,
     make_pair,
     ranked,
-    split_chats,
 )
 from rlhf.data.formats.names import Roles, plain, roles_of
-from rlhf.data.formats.questions import has_question, prompt_of
+from rlhf.data.formats.questions import has_question, pair_of_conversations, prompt_of
 from rlhf.data.rows import Chat, Row, RowError, annotator_of, answer_of, finite, number_of, text_of
 from rlhf.process.wording import describe
 
@@ -129,7 +128,7 @@ def _pairs_compared(row: Row) -> Several:
         answers.reverse()
     chosen, rejected = answers
     if isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 1:
-        pair = make_pair(row, *split_chats(chosen, rejected))
+        pair = pair_of_conversations(row, roles, chosen, rejected)
     else:
         prompt = prompt_of(row)
         sides = (answer_like(prompt, a) if isinstance(a, str) else a for a in answers)

@@ -246,6 +246,8 @@ def in_order(draft: Draft, chosen: str, rejected: str) -> tuple[str, str, int]:
     """
     position = draft.own.pop("position", None)
     if position not in (1, 2, "1", "2"):
+        if position is not None:
+            draft.notes.append("position is not carried: it is neither 1 nor 2")
         content = json.dumps([draft.columns.get("prompt"), chosen, rejected], sort_keys=True)
         position = 1 + hashlib.sha256(content.encode()).digest()[0] % 2
     if int(position) == 1:
@@ -259,6 +261,8 @@ def ranks_of(draft: Draft) -> tuple[Any, Any]:
     numbers = all(isinstance(rank, (int, float)) and not isinstance(rank, bool) for rank in ranks)
     if numbers and ranks[0] < ranks[1]:
         return ranks
+    if ranks != (None, None):
+        draft.notes.append("ranks are not carried: expected a number each, the chosen one smaller")
     return (1, 2)
 
 

@@ -16,15 +16,9 @@ side is the side as shown, so it decides alone, and `swapped` stays a field.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.formats.base import (
-    Format,
-    Several,
-    Use,
-    of_two,
-    prompt_or_nothing,
-    ranked,
-)
+from rlhf.data.formats.base import Format, Several, Use, of_two, prompt_or_nothing, ranked
 from rlhf.data.formats.draft import Draft, Writer, own_columns_inside, ranks_of, shown_pair
+from rlhf.data.formats.values import replaced
 from rlhf.data.rows import Chat, Row, RowError, annotator_of, text_of, text_or_chat, value_of
 from rlhf.process.wording import describe
 
@@ -285,6 +279,7 @@ def _pairs_label_studio(row: Row) -> Several:
         if judged.annotation.get("lead_time") is not None:
             fields["lead_time"] = judged.annotation["lead_time"]
         out.pairs.append(of_two(data, prompt, first, second, side, fields))
+        out.otherwise += replaced(extra, out.pairs[-1].fields)
     return out
 
 
@@ -306,6 +301,8 @@ def _pairs_ranker(row: Row) -> Several:
         shown = [(name, items[name], ranks[name]) for name in items if name in ranks]
         several = ranked(prompt, shown, {**extra, **judged.who})
         out.pairs += several.pairs
+        for made in several.pairs:
+            out.otherwise += replaced(extra, made.fields)
         reasons = [f"{name} was not ranked" for name in items if name not in ranks]
         reasons += several.aside
         if len(shown) < 2:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from rlhf.data.calls import is_nothing
 from rlhf.data.formats.base import Format, Several, of_two
 from rlhf.data.mixture import parts_of
 from rlhf.data.rows import Chat, Row, RowError, number_of, text_of, value_of
@@ -157,13 +158,14 @@ def _put(table: dict[Any, Any], key: Any, turns: Any, where: str) -> None:
         raise UserError(f"{where}: {key} comes a second time, with other texts.")
 
 
-def joiner(paths: tuple[str, ...]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A function that gives a row the texts that it names. A row whose texts aren't in the files of
-    `paths` stays as it is, and is refused when it is read.
+def joiner(paths: tuple[str, ...]) -> Callable[[dict[str, Any], list[str]], dict[str, Any]]:
+    """A function that gives a row the texts that it names, and notes the columns of those names
+    that the row had. A row whose texts aren't in the files of `paths` stays as it is, and is
+    refused when it is read.
     """
     load = cache(lambda: tables(paths))  # once, at the first row
 
-    def join(row: dict[str, Any]) -> dict[str, Any]:
+    def join(row: dict[str, Any], lost: list[str]) -> dict[str, Any]:
         if "question_id" not in row:
             return row
         questions, answers = load()
@@ -173,6 +175,10 @@ def joiner(paths: tuple[str, ...]) -> Callable[[dict[str, Any]], dict[str, Any]]
             ANSWER_1: answers.get((question, row.get("model_1"))),
             ANSWER_2: answers.get((question, row.get("model_2"))),
         }
-        return row | {key: turns for key, turns in texts.items() if turns is not None}
+        found = {key: turns for key, turns in texts.items() if turns is not None}
+        for key, turns in found.items():
+            if not is_nothing(row.get(key)) and row[key] != turns:
+                lost.append(f"column {key!r} is not read: data.join gives its texts")
+        return row | found
 
     return join

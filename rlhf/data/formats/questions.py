@@ -14,6 +14,7 @@ from typing import Any
 from rlhf.data.formats.base import Format, assistant, make_pair, split_chats, with_system
 from rlhf.data.formats.chats import history_turns
 from rlhf.data.formats.names import Roles, holds_content, plain, roles_of
+from rlhf.data.formats.unread import stands_in
 from rlhf.data.rows import (
     Chat,
     Row,
@@ -111,12 +112,16 @@ def has_question(row: Row) -> bool:
 def _answer(row: Row, roles: Roles, key: str, prompt: str | Chat) -> str | Chat:
     """An answer in its prompt's form, the chain of thought beside it. Raises RowError."""
     value = answer_of(row, key)
-    if isinstance(value, list) or isinstance(prompt, str):
-        return value
-    said: Any = assistant(value)
     reason = optional_text(row, roles.reason)
+    if not reason and (isinstance(value, list) or isinstance(prompt, str)):
+        return value
+    said: Any = assistant(value) if isinstance(value, str) else value
+    if reason and said[-1].get("reasoning_content", reason) != reason:
+        raise RowError(
+            f"keys {key!r} and {roles.reason!r}: expected one reasoning, found two that differ"
+        )
     if reason:
-        said[0]["reasoning_content"] = reason
+        said = [*said[:-1], {**said[-1], "reasoning_content": reason}]
     return said
 
 
@@ -139,8 +144,7 @@ def _pair(row: Row) -> PreferencePair:
     roles = roles_of(row)
     chosen, rejected = answer_of(row, roles.chosen), answer_of(row, roles.rejected)
     if isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 1:
-        # whole conversations hold their prompt
-        return make_pair(row, *split_chats(chosen, rejected))
+        return pair_of_conversations(row, roles, chosen, rejected)
     prompt = prompt_of(row)
     if isinstance(prompt, list):
         chosen, rejected = (
@@ -149,6 +153,25 @@ def _pair(row: Row) -> PreferencePair:
     elif isinstance(chosen, list):
         prompt = [{"role": "user", "content": prompt}]
     return make_pair(row, prompt, chosen, rejected)
+
+
+def pair_of_conversations(row: Row, roles: Roles, chosen: Chat, rejected: Chat) -> PreferencePair:
+    """The pair of two whole conversations, which hold their prompt; a system message beside them
+    is put before both. Raises RowError for a question beside them that they do not hold.
+    """
+    sides = [
+        with_system(row, chat, key, roles.system)
+        for key, chat in ((roles.chosen, chosen), (roles.rejected, rejected))
+    ]
+    pair = make_pair(row, *split_chats(*sides))
+    for key in roles.asked:
+        value = row.get(key)
+        if key != roles.system and holds_content(value) and not stands_in(key, value, pair):
+            raise RowError(
+                f"key {key!r}: expected what the two conversations begin with, found "
+                f"{describe(value)}"
+            )
+    return pair
 
 
 # ---- the formats ----
@@ -251,5 +274,5 @@ QUESTION_PREFERENCE = Format(
     pair=_pair,
     prompt=prompt_of,
     test=_has_sides,
-    parts=_asked_and("chosen", "rejected", "reason"),
+    parts=_asked_and("chosen", "rejected"),
 )

@@ -62,7 +62,13 @@ def _exchanges(turns: list[Any], key: str, names: tuple[str, str]) -> Chat:
             asked, said = text_of(turn, names[0]), text_of(turn, names[1])
         except RowError as error:
             raise RowError(f"{key}[{i}]: {error}") from None
-        rest = {key: value for key, value in turn.items() if key not in names}
+        rest = {name: value for name, value in turn.items() if name not in names}
+        second = next((name for name in ("role", "content") if rest.get(name)), None)
+        if second is not None:
+            raise RowError(
+                f"key '{key}[{i}].{second}': expected {names[0]!r} and {names[1]!r} alone, found "
+                f"{describe(rest[second])} too"
+            )
         question: Any = {**rest, "role": "user", "content": asked}
         chat += [question, {"role": "assistant", "content": said}]
     return chat

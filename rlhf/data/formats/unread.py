@@ -39,7 +39,7 @@ def unread(format_: Format, row: Row, use: Use | None) -> list[str]:
         key
         for key in out
         if (asked_only and not is_question(key))
-        or not any(_stands_in(key, columns[key], value) for value in values)
+        or not any(stands_in(key, columns[key], value) for value in values)
     ]
 
 
@@ -69,7 +69,7 @@ def _is_content(key: str, value: Any) -> bool:
     return holds_content(value)
 
 
-def _stands_in(key: str, column: Any, value: Any) -> bool:
+def stands_in(key: str, column: Any, value: Any) -> bool:
     """Whether the texts of a column stand in what was read, or all of that in the column: a copy
     of the question or of an answer, the row rendered as one text, a list of the candidates.
     """

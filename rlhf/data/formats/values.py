@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rlhf.data.rows import Chat, RowError
+from rlhf.data.calls import is_nothing
+from rlhf.data.rows import Chat, RowError, finite
 from rlhf.types import JudgedAnswer, PreferencePair
 
 
@@ -98,6 +99,34 @@ def shows_tools(value: Any) -> bool:
     return first is not None and first["role"] == "system" and "<tools>" in first["content"]
 
 
+# ---- columns that are not carried ----
+
+
+def replaced(own: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Notes on the values of `own` in whose place a judgement's `fields` have others."""
+    return [
+        f"column {name!r} is not carried: the judgement's own {name!r} stands in its place"
+        for name, value in own.items()
+        if not is_nothing(value) and fields.get(name) != value
+    ]
+
+
+def not_carried(columns: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Notes on a row's `fields` that its written `columns` have no place for (a margin given as a
+    text is there as a number).
+    """
+    out = []
+    for key, value in fields.items():
+        written = columns.get(key)
+        if is_nothing(value) or (written is not None and written in (value, finite(value))):
+            continue
+        out.append(
+            f"column {key!r} is not carried: such rows have none of this name, and "
+            f"data.columns='{{own_{key}: {key}}}' carries it"
+        )
+    return out
+
+
 # ---- objects inside columns ----
 
 # A path names a key that a format reads; `[]` steps into a list, `*` stands for any characters of a
@@ -142,6 +171,7 @@ INSIDE: dict[str, tuple[str, ...]] = {
     "summaries": (
         *(f"info.{key}" for key in ("post", "title", "subreddit", "article")),
         "summaries[].text",
+        *(f"worker.{key}" for key in ("email", "username", "id")),
     ),
     "message_tree": _REPLIES,
     "nectar": ("answers[].answer", "answers[].rank"),

@@ -18,7 +18,7 @@ from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use
 from rlhf.data.formats.base import both_sides, columns_of
-from rlhf.data.formats.values import as_whole, layout_of
+from rlhf.data.formats.values import as_whole, layout_of, not_carried
 from rlhf.data.loading import tell, tell_kept
 from rlhf.data.mixture import Part, Source, mixed
 from rlhf.data.prepare import store
@@ -92,6 +92,7 @@ def items(
                 values = [as_whole(value) for value in values]
             for value in values:
                 columns = columns_of(value, record.fields, answers)
+                conversion.otherwise.add(not_carried(columns, record.fields), record.place)
                 yield Item(columns, record.origin, record.number, split)
     for origin, form in conversion.formats.items():
         LOG.info("%s: %d rows, read as %s (%s)", origin, counts[origin], form.name, form.columns)
