@@ -100,7 +100,7 @@ def _run(ctx: RunContext) -> None:
     ctx.watchdog.phase("report")
     if examined:
         files |= _examine(ctx, kind, examined, done)
-    _report(ctx, kind, formats, done, outputs.rows, files)
+    _report(ctx, kind, formats, done, outputs, files)
     if cfg.data.preview:
         _preview(cfg.data, cfg.model, kind, files["train"])
 
@@ -140,10 +140,11 @@ def _report(
     kind: Use,
     formats: str,
     done: Sequence[StepReport],
-    rows: dict[str, int],
+    outputs: Outputs,
     files: dict[str, Path],
 ) -> None:
     """The table of the steps, their metrics, the manifest and the closing panel."""
+    rows = outputs.rows
     for report in done:
         ctx.tracker.log(report.number, step_metrics(report))
     console.table([table_row(report) for report in done], title=f"Preparation of {kind.value} rows")
@@ -190,5 +191,5 @@ def _report(
         model=None,
         figures={name: str(value) for name, value in figures.items()},
         files=files,
-        next_command=next_command(kind, files, ctx.cfg.data),
+        next_command=next_command(kind, files, ctx.cfg.data, outputs.examples),
     )

@@ -437,7 +437,7 @@ def test_the_next_command_reads_what_was_written(
 ) -> None:
     path = Path(jsonl(tmp_path / "my rows" / "train.jsonl", [row] * 3))
     data = DataConfig(chat_template="chatml", weight_column="value")
-    words = shlex.split(outputs.next_command(kind, {"train": path}, data))
+    words = shlex.split(outputs.next_command(kind, {"train": path}, data, [row]))
     assert words[:3] == ["python", "-m", "rlhf"]
     cfg = composing.compose(words[3:])
     assert cfg.data.path == str(path) and cfg.data.weight_column == "value"
@@ -445,6 +445,39 @@ def test_the_next_command_reads_what_was_written(
     use = reading.DataRequest.of(cfg).use
     assert use is kind
     reading.check_first_rows(reading.DataRequest.of(cfg))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "later", "named"),
+    [
+        (Use.sft, {"text": "x"}, {"answer": "y"}, "data.format=text"),
+        (Use.sft, {"prompt": "p", "completion": "c"}, {"question": "q"}, "prompt_completion"),
+        (Use.preference, {"prompt": "p", "chosen": "a", "rejected": "b"}, {"system": "s"}, "=pref"),
+        (Use.prompt, {"prompt": "p"}, {"question": "q"}, "data.format=prompt"),
+        (Use.prompt, {"prompt": "p"}, {"weight": 1.0}, ""),
+        (Use.sft, {"text": "x"}, {"weight": 1.0}, "data.weight_column=null"),
+        (Use.sft, {"text": "x"}, {"notes": "n"}, ""),
+    ],
+)
+def test_the_next_command_reads_columns_that_only_later_rows_have(
+    tmp_path: Path, kind: Use, row: dict[str, Any], later: dict[str, Any], named: str
+) -> None:
+    """A file is recognised by its first 20 rows; each of the others has to be read too."""
+    rows = [{key: f"{value} {i}" for key, value in row.items()} for i in range(30)]
+    rows[-1] |= later
+    (tmp_path / "out").mkdir()
+    written = outputs.Outputs(tmp_path / "out")
+    for number, columns in enumerate(rows):
+        written.write(Item(columns, "a.jsonl", number))
+    files = written.close(held_out=False)
+    assert len(written.examples) == 2
+    command = outputs.next_command(kind, files, DataConfig(), written.examples)
+    assert named in command and ("data.format" in command or "column" in command) == bool(named)
+    cfg = composing.compose(shlex.split(command)[3:])
+    request = reading.DataRequest.of(cfg)
+    assert request.use is kind
+    loaded = reading.load(request, reading.required_sources(request), kind)
+    assert len(loaded.records) == 30
 
 
 # ---- renaming ----

@@ -5,15 +5,14 @@ each step as a line of metrics and of a table.
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from conf.choices import DataFormat, DataTarget, FileKind
 from conf.schema import DataConfig
-from rlhf.data.converting import PROBE, choose_format
-from rlhf.data.files import scan
+from rlhf.data.converting import choose_format
+from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Item
@@ -26,6 +25,7 @@ LOG = logging.getLogger("rlhf.data")
 SPLITS = ("train", "eval")
 # the stage that prepared rows are for
 _NEXT = {Use.sft: "sft", Use.preference: "reward", Use.unpaired: "kto", Use.prompt: "ppo"}
+_EXAMPLES = 1000  # sets of columns that are looked at
 _SHOWN = 3  # reasons of a step in the table
 
 
@@ -37,11 +37,20 @@ class Outputs:
         self._beside = {split: folder / f"{split}.jsonl.tmp" for split in SPLITS}
         self._files = {split: self._beside[split].open("w", encoding="utf-8") for split in SPLITS}
         self.rows = dict.fromkeys(SPLITS, 0)
+        self._examples: dict[tuple[str, ...], dict[str, Any]] = {}  # by columns that hold something
 
     def write(self, item: Item) -> None:
         """Add a row to the file of its split."""
         self._files[item.split].write(store.line(item.columns))
         self.rows[item.split] += 1
+        held = tuple(key for key, value in item.columns.items() if value not in (None, "", []))
+        if held not in self._examples and len(self._examples) <= _EXAMPLES:
+            self._examples[held] = item.columns
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """A row for each set of columns that hold something, up to a thousand."""
+        return list(self._examples.values())
 
     def written(self, items: Iterator[Item]) -> Iterator[Item]:
         """The items, each of which is written as it passes."""
@@ -77,27 +86,44 @@ def written_rows(path: Path) -> Iterator[Item]:
             yield Item(json.loads(text), str(path), number)
 
 
-def next_command(kind: Use, files: Mapping[str, Path], data: DataConfig) -> str:
-    """A command that trains on what was written: it names the format where another would be
-    recognised by the rows' own columns, and the options that the rows go on to need.
+def next_command(
+    kind: Use, files: Mapping[str, Path], data: DataConfig, examples: Sequence[Mapping[str, Any]]
+) -> str:
+    """A command that trains on what was written, of which `examples` have all columns: it names the
+    format where another would be recognised by the rows' own columns, or one of them would be
+    missed, and the options that the rows go on to need.
     """
     train = files["train"]
     arguments = [f"stage={_NEXT[kind]}", f"data.path={train}"]
     if "eval" in files:
         arguments.append(f"data.eval_path={files['eval']}")
-    rows = list(islice(scan(train), PROBE))
-    written = _format_of(kind, rows[0].columns)
-    try:
-        recognised = choose_format(str(train), rows, kind, DataFormat.auto).name
-    except UserError:
-        recognised = None
-    if recognised != written:
+    written = _format_of(kind, examples[0])
+    if len(examples) > _EXAMPLES or not all(_read_as(written, row, kind) for row in examples):
         arguments.append(f"data.format={written}")
     if data.chat_template is not None:
         arguments.append(f"data.chat_template={data.chat_template}")
-    if data.weight_column not in (None, DataConfig().weight_column):
-        arguments.append(f"data.weight_column={data.weight_column}")
+    weight = data.weight_column
+    weighted = sum(row.get(weight) is not None for row in examples) if weight else 0
+    if weight and kind is not Use.prompt and 0 < weighted < len(examples):
+        LOG.warning(
+            "%s: some rows have a weight (column %r), others have none: the next command leaves "
+            "weights out (data.weight_column=null).",
+            train,
+            weight,
+        )
+        arguments.append("data.weight_column=null")
+    elif weight not in (None, DataConfig().weight_column):
+        arguments.append(f"data.weight_column={weight}")
     return f"python -m rlhf {shlex.join(arguments)}"
+
+
+def _read_as(name: str, columns: Mapping[str, Any], kind: Use) -> bool:
+    """Whether a row is read as the format `name` by its own columns, and whole."""
+    row = SourceRow(1, dict(columns))
+    try:
+        return choose_format("", [row], kind, DataFormat.auto).name == name
+    except UserError:
+        return False
 
 
 def _format_of(kind: Use, columns: Mapping[str, Any]) -> str:
