@@ -122,10 +122,9 @@ def published(stage: TrainStage, adapter: AdapterKind) -> Published:
     return table[_METHODS[type(stage).__name__]]
 
 
-def published_critic(stage: OnlineStage, adapter: AdapterKind) -> Published:
+def published_critic(stage: OnlineStage) -> Published:
     """What is published for a critic, which trains low-rank only with stage.critic_adapter."""
-    low_rank = stage.critic_adapter and adapter is not AdapterKind.none
-    return (LOW_RANK if low_rank else FULL)["critic"]
+    return (LOW_RANK if stage.critic_adapter else FULL)["critic"]
 
 
 def learning_rate(stage: TrainStage, adapter: AdapterKind) -> float:
@@ -135,11 +134,11 @@ def learning_rate(stage: TrainStage, adapter: AdapterKind) -> float:
     return published(stage, adapter).value
 
 
-def critic_learning_rate(stage: OnlineStage, adapter: AdapterKind) -> float:
+def critic_learning_rate(stage: OnlineStage) -> float:
     """The critic's learning rate; the published one where it is not set."""
     if stage.critic_learning_rate is not None:
         return stage.critic_learning_rate
-    return published_critic(stage, adapter).value
+    return published_critic(stage).value
 
 
 def fill(stage: object, adapter: AdapterKind) -> None:
@@ -147,7 +146,7 @@ def fill(stage: object, adapter: AdapterKind) -> None:
     if isinstance(stage, TrainStage):
         stage.learning_rate = learning_rate(stage, adapter)
     if isinstance(stage, OnlineStage):
-        stage.critic_learning_rate = critic_learning_rate(stage, adapter)
+        stage.critic_learning_rate = critic_learning_rate(stage)
 
 
 def taken(stage: object, adapter: AdapterKind) -> str:
@@ -157,7 +156,7 @@ def taken(stage: object, adapter: AdapterKind) -> str:
     what = "all weights" if adapter is AdapterKind.none else f"adapter={adapter.value}"
     text = f"stage.learning_rate={learning_rate(stage, adapter):g} for {what}"
     if isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae:
-        rate = critic_learning_rate(stage, adapter)
+        rate = critic_learning_rate(stage)
         text += f", stage.critic_learning_rate={rate:g}"
     return text
 
@@ -179,7 +178,7 @@ def outside_range(stage: object, adapter: AdapterKind) -> list[str]:
     known = published(stage, adapter)
     notes = [_note("stage.learning_rate", stage.learning_rate, known, what)]
     if isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae:
-        critic = published_critic(stage, adapter)
+        critic = published_critic(stage)
         notes.append(
             _note("stage.critic_learning_rate", stage.critic_learning_rate, critic, "a critic")
         )

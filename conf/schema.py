@@ -16,7 +16,7 @@ library only.
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from conf import published
@@ -123,6 +123,17 @@ def merges_lora(rollout: RolloutConfig, adapter: AdapterConfig) -> bool:
     if rollout.lora_sync is LoraSync.auto:
         return adapter.dora
     return rollout.lora_sync is LoraSync.merged
+
+
+def critic_adapter(stage: OnlineStage, adapter: AdapterConfig) -> AdapterConfig:
+    """What trains of a critic: all weights, or with stage.critic_adapter a LoRA adapter in the
+    policy's shape, whether the policy has one or not.
+    """
+    if not stage.critic_adapter:
+        return replace(adapter, kind=AdapterKind.none)
+    if adapter.kind is AdapterKind.none:
+        return replace(adapter, kind=AdapterKind.lora)
+    return adapter
 
 
 def vllm_lora_rank(rank: int, wished: int | None) -> int:

@@ -1,6 +1,9 @@
 """The losses of one micro-batch. Shapes: B responses, T response tokens; `response_mask` is boolean
 [B, T].
 
+A new loss of single responses is a function beside `clipped_surrogate` and a case in `policy_loss`;
+losses of pairs are in policy/preference.py.
+
 Every loss is a sum over this micro-batch's tokens divided by `denominator`, the tokens (or
 responses) of the whole optimizer step over all micro-batches and ranks. Gradients that are summed
 over micro-batches and ranks then do not depend on the split. (An engine that averages over ranks

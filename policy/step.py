@@ -63,8 +63,13 @@ class _Sums:
         self.values: dict[str, Tensor] = {}
 
     def add(self, **values: Tensor) -> None:
-        """Add scalars in float64 where they are: a copy to the host would wait for the device."""
+        """Add scalars in float64 where they are: a copy to the host would wait for the device.
+
+        Their names stand in `_NAMES`: every rank reduces the same sums.
+        """
         for name, value in values.items():
+            if name not in _NAMES:
+                raise KeyError(f"the sum {name!r} is not in _NAMES of policy/step.py")
             exact = value.detach().double()
             self.values[name] = self.values[name] + exact if name in self.values else exact
 

@@ -2,8 +2,8 @@
 have, who scores it, and what can be known of a reward before its weights load.
 
 A new kind: a value of conf.choices.TermKind, its options in conf/reward.py and in `FIELDS`, then a
-line in `_MAKERS` where it compares a response with its row or a pattern (a verifier), else a branch
-in `make_term` (a scorer).
+line in `_MAKERS` where it compares a response with its row or a pattern and scores in [0, 1] (a
+verifier), else, as for a penalty, a branch in `make_term` (a scorer).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +128,8 @@ def make_term(
     """The scorer of one term. Raises UserError for what its kind lacks."""
     check_fields(name, term)
     key = f"reward.terms.{name}"
+    if term.kind in _MAKERS:
+        return VerifierScorer(name, make_verifier(name, term))
     if term.kind is TermKind.model:
         members = [
             RewardModelScorer(
@@ -147,7 +149,7 @@ def make_term(
         return RemoteScorer(term, name, policy_tokenizer=policy_tokenizer)
     if term.kind is TermKind.length:
         return LengthScorer(term)
-    return VerifierScorer(name, make_verifier(name, term))
+    raise NotImplementedError(f"reward.terms.{name}: kind={term.kind.value} has no scorer here")
 
 
 def make_composite(

@@ -31,6 +31,9 @@ def test_a_configuration_has_the_published_rates() -> None:
     cfg = config.compose(["stage=ppo", "adapter=lora"])
     assert cfg.stage.learning_rate == published.LOW_RANK["ppo"].value
     assert cfg.stage.critic_learning_rate == published.FULL["critic"].value
+    cfg = config.compose(["stage=ppo", "stage.critic_adapter=true"])
+    assert cfg.stage.learning_rate == published.FULL["ppo"].value
+    assert cfg.stage.critic_learning_rate == published.LOW_RANK["critic"].value
 
 
 def test_a_low_rank_adapter_takes_a_higher_rate_than_all_weights() -> None:
@@ -39,8 +42,8 @@ def test_a_low_rank_adapter_takes_a_higher_rate_than_all_weights() -> None:
 
 
 def test_a_critic_is_low_rank_only_where_it_has_an_adapter() -> None:
-    full = published.critic_learning_rate(OnlineStage(), AdapterKind.lora)
-    low_rank = published.critic_learning_rate(OnlineStage(critic_adapter=True), AdapterKind.lora)
+    full = published.critic_learning_rate(OnlineStage())
+    low_rank = published.critic_learning_rate(OnlineStage(critic_adapter=True))
     assert full == published.FULL["critic"].value
     assert low_rank == published.LOW_RANK["critic"].value
 

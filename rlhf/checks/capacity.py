@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.choices import AdapterKind, Advantage, CriticInit, Dtype, EngineKind, KTOLoss
-from conf.schema import AdapterConfig, Config, ModelConfig
+from conf.schema import AdapterConfig, Config, ModelConfig, critic_adapter
 from conf.stages import KTOStage, OfflineStage, OnlineStage
 from conf.training import TrainStage
 from rlhf.checks.launch import counts_rows
@@ -231,9 +231,7 @@ def _critic_parameters(stage: OnlineStage, adapter: AdapterConfig, shapes: Shape
     shape = shapes.policy
     if stage.critic_init is CriticInit.reward and shapes.rewards:
         shape = shapes.rewards[0][1]
-    if stage.critic_adapter and adapter.kind is not AdapterKind.none:
-        return adapter_parameters(shape, adapter)
-    return shape.classifier
+    return adapter_parameters(shape, critic_adapter(stage, adapter)) or shape.classifier
 
 
 def weight_width(dtype: Dtype) -> int:

@@ -21,6 +21,7 @@ from conf.schema import (
     Config,
     EngineConfig,
     ModelConfig,
+    critic_adapter,
     merges_lora,
     wants_shared_prompts,
 )
@@ -182,7 +183,7 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
         if engine.gradient_checkpointing:
             enable_checkpointing(model)
         critic_module = CriticModule(model)
-        rate = published.critic_learning_rate(stage, cfg.adapter.kind)
+        rate = published.critic_learning_rate(stage)
         critic = _engine(critic_module, engine, stage, rate, half=half)
     reference: Any = None
     if stage.reference and cfg.adapter.kind is not AdapterKind.none and not stage.reference_every:
@@ -307,11 +308,7 @@ def _critic_model(
     if not stage.dropout:
         turn_off_dropout(model)
     model.requires_grad_(True)
-    if not stage.critic_adapter:
-        return model
-    if adapter.kind is AdapterKind.none:
-        adapter = replace(adapter, kind=AdapterKind.lora)
-    return attach(model, adapter, task="SEQ_CLS")
+    return attach(model, critic_adapter(stage, adapter), task="SEQ_CLS")
 
 
 def _reward_weights(path: str, start: _Start) -> Any:

@@ -2,6 +2,7 @@
 ensembles, and what preflight refuses.
 """
 
+import inspect
 import json
 import math
 import statistics
@@ -470,5 +471,8 @@ def test_preflight_looks_at_models_and_rows(tmp_path: Path) -> None:
         check(exact)
 
 
-def test_every_kind_of_term_has_its_fields() -> None:
+def test_every_kind_of_term_has_its_fields_and_its_maker() -> None:
     assert set(terms.FIELDS) == set(TermKind)
+    branches = inspect.getsource(terms.make_term)
+    for kind in set(TermKind) - set(terms._MAKERS):
+        assert f"TermKind.{kind.name}:" in branches

@@ -12,7 +12,7 @@ from conf.choices import (
     EngineKind,
     RolloutBackend,
 )
-from conf.schema import EngineConfig, merges_lora, wants_shared_prompts
+from conf.schema import EngineConfig, critic_adapter, merges_lora, wants_shared_prompts
 from conf.stages import (
     CPOStage,
     KTOStage,
@@ -89,11 +89,7 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> 
     policy = training_states(
         counts_of(shape, shape.parameters, adapter, four_bit=four_bit), setting
     )
-    critic = (
-        _critic(cfg, shapes, setting, adapter, four_bit)
-        if stage.advantage is Advantage.gae
-        else None
-    )
+    critic = _critic(cfg, shapes, setting, four_bit) if stage.advantage is Advantage.gae else None
     own_reference = stage.reference and (not adapter or bool(stage.reference_every))
     reference = (
         frozen_states(shape.parameters, setting, shape.largest_layer) if own_reference else None
@@ -140,19 +136,13 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> 
 
 
 def _critic(
-    cfg: Settings, shapes: Shapes, setting: Setting, adapter: int, four_bit: bool
+    cfg: Settings, shapes: Shapes, setting: Setting, four_bit: bool
 ) -> tuple[Shape, States]:
     """The critic's shape, the reward model's or the policy's, and its states."""
     stage = cfg.stage
     from_reward = stage.critic_init is CriticInit.reward and shapes.rewards
     shape = shapes.rewards[0][1] if from_reward else shapes.policy
-    inner = 0
-    if stage.critic_adapter:
-        inner = (
-            adapter_parameters(shape, replace(cfg.adapter, kind=AdapterKind.lora))
-            if not adapter or from_reward
-            else adapter
-        )
+    inner = adapter_parameters(shape, critic_adapter(stage, cfg.adapter))
     own = replace(
         setting, float32_trained=setting.half and setting.kind is EngineKind.torch and bool(inner)
     )

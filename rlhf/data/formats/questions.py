@@ -159,11 +159,9 @@ def pair_of_conversations(row: Row, roles: Roles, chosen: Chat, rejected: Chat) 
     """The pair of two whole conversations, which hold their prompt; a system message beside them
     is put before both. Raises RowError for a question beside them that they do not hold.
     """
-    sides = [
-        with_system(row, chat, key, roles.system)
-        for key, chat in ((roles.chosen, chosen), (roles.rejected, rejected))
-    ]
-    pair = make_pair(row, *split_chats(*sides))
+    chosen = with_system(row, chosen, roles.chosen, roles.system)
+    rejected = with_system(row, rejected, roles.rejected, roles.system)
+    pair = make_pair(row, *split_chats(chosen, rejected))
     for key in roles.asked:
         value = row.get(key)
         if key != roles.system and holds_content(value) and not stands_in(key, value, pair):
