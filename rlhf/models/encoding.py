@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.models.locating import Located, located_at_once
+from rlhf.models.tokens import is_blank, plain_ids, single_bos
 from rlhf.models.turns import (
     closing_id,
     end_ids,
     habits,
-    plain_ids,
     prompt_text,
     rendered,
-    single_bos,
     up_to_end,
 )
 from rlhf.types import Message, Tools, UserError
@@ -265,7 +264,7 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """
     ids = _begun(tokenizer, plain_ids(tokenizer, text))
     stop = len(ids)
-    while stop and not tokenizer.decode([ids[stop - 1]]).strip():
+    while stop and is_blank(tokenizer, ids[stop - 1]):
         stop -= 1
     if stop and ids[stop - 1] in end_ids(tokenizer):
         ids = ids[:stop]

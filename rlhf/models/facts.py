@@ -6,7 +6,8 @@ first.
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.models.turns import EMBEDDING_ROWS, LISTED_ENDS, end_ids, special_ids
+from rlhf.models.tokens import EMBEDDING_ROWS
+from rlhf.models.turns import LISTED_ENDS, end_ids, special_ids
 from rlhf.types import UserError
 
 _MEDIA = ("image", "audio", "video", "boi", "eoi", "boa", "eoa")  # of names such as image_token

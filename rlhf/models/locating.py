@@ -2,18 +2,12 @@
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.models.turns import (
-    check_rows,
-    habits,
-    prompt_text,
-    rendered,
-    single_bos,
-    up_to_end,
-)
+from rlhf.models.tokens import check_rows, ids_of, single_bos
+from rlhf.models.turns import habits, prompt_text, rendered, up_to_end
 from rlhf.types import Message, Tools, UserError
 
 
@@ -57,12 +51,14 @@ def located_at_once(
             ends += [len(head), len(upto)]
     except UserError:
         return None
-    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = list(whole["input_ids"])
+    ids = ids_of(tokenizer, [text])[0]
     check_rows(tokenizer, ids)
     if single_bos(tokenizer, ids) != ids:
         return None
-    counts = _beginnings(tokenizer, text, ids, whole["offset_mapping"], splitters, ends)
+    splits = _splits(text, ids, splitters)
+    if splits is None:
+        return None
+    counts = _beginnings(tokenizer, text, ids, splits, ends)
     if counts is None:
         return None
     turns: dict[int, tuple[int, int]] = {}
@@ -74,35 +70,64 @@ def located_at_once(
     return Located(ids, turns)
 
 
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """A token at which the text is split."""
+
+    index: int  # among the text's tokens
+    start: int  # of its characters
+    stop: int
+
+
+def _splits(text: str, ids: list[int], splitters: dict[int, str]) -> list[_Split] | None:
+    """The splitters among `ids`, the tokens of `text`. None unless the text holds their texts in
+    the same order, and no more of them.
+    """
+    indices = [index for index, token in enumerate(ids) if token in splitters]
+    places: list[tuple[int, int]] = []  # first character, token
+    for token in {ids[index] for index in indices}:
+        places += [(start, token) for start in _places(text, splitters[token])]
+    places.sort()
+    if [token for _, token in places] != [ids[index] for index in indices]:
+        return None
+    return [
+        _Split(index, start, start + len(splitters[token]))
+        for index, (start, token) in zip(indices, places, strict=True)
+    ]
+
+
+def _places(text: str, part: str) -> Iterator[int]:
+    """Where `part` begins in a text."""
+    start = text.find(part)
+    while start >= 0:
+        yield start
+        start = text.find(part, start + len(part))
+
+
 def _beginnings(
-    tokenizer: Any,
-    text: str,
-    ids: list[int],
-    offsets: Sequence[tuple[int, int]],
-    splitters: dict[int, str],
-    ends: Iterable[int],
+    tokenizer: Any, text: str, ids: list[int], splits: list[_Split], ends: Iterable[int]
 ) -> dict[int, int] | None:
     """How many tokens each beginning text[:end] has; None unless each beginning's tokens are the
     first of `ids`, the tokens of `text`.
     """
-    splits = []
-    for k, token in enumerate(ids):
-        # not where the id stands for an unknown character
-        if token in splitters and text[slice(*offsets[k])] == splitters[token]:
-            splits.append(k)
-    after = [offsets[k][1] for k in splits]
-    counts, pieces = {0: 0, len(text): len(ids)}, {}
+    after = [split.stop for split in splits]
+    counts = {0: 0, len(text): len(ids)}
+    pieces: dict[int, tuple[int, str]] = {}  # by end: the piece's first token, and its text
     for end in ends:
-        if end not in counts:
-            at = bisect_right(after, end) - 1
-            pieces[end] = splits[at] if at >= 0 else 0
-    if pieces:
-        texts = [text[offsets[k][0] if k else 0 : end] for end, k in pieces.items()]
-        found = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for (end, k), piece in zip(pieces.items(), found, strict=True):
-            if ids[k : k + len(piece)] != piece:
-                return None
-            counts[end] = k + len(piece)
+        if end in counts:
+            continue
+        at = bisect_right(after, end) - 1
+        if at < 0:
+            pieces[end] = (0, text[:end])
+        else:
+            pieces[end] = (splits[at].index, text[splits[at].start : end])
+    texts = list(dict.fromkeys(piece for _, piece in pieces.values()))
+    tokens = dict(zip(texts, ids_of(tokenizer, texts), strict=True))
+    for end, (first, piece) in pieces.items():
+        stop = first + len(tokens[piece])
+        if ids[first:stop] != tokens[piece]:
+            return None
+        counts[end] = stop
     return counts
 
 
@@ -118,9 +143,11 @@ def _splitters(tokenizer: Any) -> dict[int, str] | None:
     ):
         return None
     if tokenizer not in _KNOWN_SPLITTERS:
+        # not the one that stands for unknown characters, which comes without its text
         _KNOWN_SPLITTERS[tokenizer] = {
             number: token.content
             for number, token in tokenizer.added_tokens_decoder.items()
-            if not (token.normalized or token.single_word or token.lstrip or token.rstrip)
+            if number != tokenizer.unk_token_id
+            and not (token.normalized or token.single_word or token.lstrip or token.rstrip)
         }
     return _KNOWN_SPLITTERS[tokenizer]

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlhf.models.templates import as_template_reads
+from rlhf.models.tokens import is_blank, plain_ids, single_bos
 from rlhf.types import Message, Tools, UserError
 
 Chat = Sequence[Message]
-# Attributes that `rlhf.models.loading.load_tokenizer` sets: the end tokens that the model's files
-# name, and the rows of its embedding where the tokenizer has more entries.
+# attribute that `rlhf.models.loading.load_tokenizer` sets: the end tokens that the model's files
+# name
 LISTED_ENDS = "listed_end_ids"
-EMBEDDING_ROWS = "embedding_rows"
 _KEPT = "rlhf_habits"  # attribute: what was found, with what it depends on
 _ASKED = "Why is that?"
 _ANSWERS = ("It is so: twelve, of course.", "42 or more", '"Yes", she said.')
@@ -139,34 +139,6 @@ def prompt_text(tokenizer: Any, messages: Chat, tools: Tools | None = None) -> s
     return text + habits(tokenizer).turn.opening
 
 
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text alone. Raises ValueError for a token without a row in the embedding."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    check_rows(tokenizer, ids)
-    return ids
-
-
-def check_rows(tokenizer: Any, ids: Sequence[int]) -> None:
-    """Raises ValueError for a token without a row in the model's embedding."""
-    rows = vars(tokenizer).get(EMBEDDING_ROWS)
-    if rows is not None and ids and max(ids) >= rows:
-        token = tokenizer.convert_ids_to_tokens(max(ids))
-        raise ValueError(
-            f"the text holds {token!r}, token {max(ids)}, but the model's embedding has {rows} rows"
-        )
-
-
-def single_bos(tokenizer: Any, ids: list[int]) -> list[int]:
-    """`ids` with one beginning-of-sequence token where several begin it."""
-    bos = tokenizer.bos_token_id
-    if bos is None or bos == tokenizer.eos_token_id:
-        return ids
-    start = 0
-    while ids[start : start + 2] == [bos, bos]:
-        start += 1
-    return ids[start:]
-
-
 def up_to_end(tokenizer: Any, span: list[int]) -> list[int]:
     """`span` up to the end token that it ends with, the first of several; blanks behind it are
     left out. All of it where it ends with none.
@@ -175,7 +147,7 @@ def up_to_end(tokenizer: Any, span: list[int]) -> list[int]:
     for i in reversed(range(len(span))):
         if span[i] in ends:
             stop = i + 1
-        elif tokenizer.decode([span[i]]).strip():
+        elif not is_blank(tokenizer, span[i]):
             break
     return span[:stop]
 
@@ -277,7 +249,7 @@ def _end_of(tokenizer: Any, after: str) -> tuple[int | None, str]:
     for token in plain_ids(tokenizer, after):
         if token in special:
             return token, after[: len(after) - len(after.lstrip())]
-        if tokenizer.decode([token]).strip():
+        if not is_blank(tokenizer, token):
             break
     return None, ""
 

@@ -105,7 +105,7 @@ def _is_one_answer(completion: Sequence[Message]) -> bool:
 
 def trained_tokens(labels: Sequence[int]) -> int:
     """Labels that train: the first token is never predicted."""
-    return sum(label != IGNORED for label in labels[1:])
+    return len(labels) - 1 - labels[1:].count(IGNORED) if labels else 0
 
 
 @dataclass(frozen=True, slots=True)
