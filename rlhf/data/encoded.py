@@ -45,7 +45,13 @@ LOG = logging.getLogger("rlhf.data")
 FOLDER = ".encoded"  # in run.dir
 ROWS_FILE, ABOUT_FILE = "rows.arrow", "about.json"
 CHUNK = 256  # rows that a process encodes at a time, and a batch of the file
-_CODE = (encoding, locating, templates, tokens, turns)  # modules of ours that a file's content comes from
+_CODE = (
+    encoding,
+    locating,
+    templates,
+    tokens,
+    turns,
+)  # modules of ours that a file's content comes from
 _LIBRARIES = ("tokenizers", "transformers", "pyarrow")
 _NUMBER = "_number"  # column: which of the given rows this one is
 

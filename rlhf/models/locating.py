@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.models.tokens import check_rows, ids_of, single_bos
-from rlhf.models.turns import habits, prompt_text, rendered, up_to_end
+from rlhf.models.turns import beginnings_rendered, habits, up_to_end
 from rlhf.types import Message, Tools, UserError
 
 
@@ -37,20 +37,15 @@ def located_at_once(
     if habits(tokenizer).turn.end is None and wanted[-1] == len(messages) - 1:
         return None  # blanks behind the last turn are the template's, and no token tells them
     try:
-        text = rendered(tokenizer, messages, generation_prompt=False, tools=tools)
-        ends = [len(text)]
-        for i in wanted:
-            head = ""
-            if i > 0:
-                head = prompt_text(tokenizer, messages[:i], tools)
-            upto = text
-            if i < len(messages) - 1:
-                upto = rendered(tokenizer, messages[: i + 1], generation_prompt=False, tools=tools)
-            if not (upto.startswith(head) and text.startswith(upto)):
-                return None
-            ends += [len(head), len(upto)]
+        heads, uptos = _texts(tokenizer, messages, wanted, tools)
     except UserError:
         return None
+    text = uptos[-1]
+    ends = [len(text)]
+    for head, upto in zip(heads, uptos, strict=False):  # one more where the last turn is a user's
+        if not (upto.startswith(head) and text.startswith(upto)):
+            return None
+        ends += [len(head), len(upto)]
     ids = ids_of(tokenizer, [text])[0]
     check_rows(tokenizer, ids)
     if single_bos(tokenizer, ids) != ids:
@@ -68,6 +63,25 @@ def located_at_once(
     if wanted[-1] == len(messages) - 1:
         ids = ids[: turns[wanted[-1]][1]]
     return Located(ids, turns)
+
+
+def _texts(
+    tokenizer: Any, messages: list[Message], wanted: Sequence[int], tools: Tools | None
+) -> tuple[list[str], list[str]]:
+    """The texts of the conversation up to each turn of `wanted`, and those with the turn; the last
+    of these is the whole text. Raises TemplateRefusal.
+    """
+    opening = habits(tokenizer).turn.opening
+    starts = [i for i in wanted if i > 0]
+    prompts = beginnings_rendered(tokenizer, messages, starts, generation_prompt=True, tools=tools)
+    heads = [text + opening for text in prompts]
+    if len(starts) < len(wanted):
+        heads.insert(0, "")
+    stops = [i + 1 for i in wanted if i + 1 < len(messages)]
+    texts = beginnings_rendered(
+        tokenizer, messages, [*stops, len(messages)], generation_prompt=False, tools=tools
+    )
+    return heads, texts
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,21 +116,45 @@ def rendered(
     tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
 ) -> str:
     """The text of a conversation under the chat template. Raises TemplateRefusal."""
+    shown = as_template_reads(tokenizer, messages)
+    text: str = _through_template(tokenizer, shown, generation_prompt, tools)
+    return text
+
+
+def beginnings_rendered(
+    tokenizer: Any,
+    messages: Chat,
+    stops: Sequence[int],
+    *,
+    generation_prompt: bool,
+    tools: Tools | None = None,
+) -> list[str]:
+    """The texts of several beginnings of a conversation, of `stops` messages each and at least
+    one, in one call. Raises TemplateRefusal.
+    """
+    if not stops:
+        return []
+    shown = as_template_reads(tokenizer, messages)
+    chats = [shown[:stop] for stop in stops]
+    texts: list[str] = _through_template(tokenizer, chats, generation_prompt, tools)
+    return texts
+
+
+def _through_template(
+    tokenizer: Any, shown: list[Any], generation_prompt: bool, tools: Tools | None
+) -> Any:
+    """The text of a conversation, or the texts of several."""
     from jinja2 import TemplateError
 
     try:
-        text: str = tokenizer.apply_chat_template(
-            as_template_reads(tokenizer, messages),
-            tools=tools or None,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
+        return tokenizer.apply_chat_template(
+            shown, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
         )
     # A template is a program on the row: it fails with any of these on what it does not expect.
     except (TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise TemplateRefusal(
-            f"the chat template refuses a conversation of {len(messages)} messages: {error}"
+            f"the chat template refuses a conversation of {len(shown)} messages: {error}"
         ) from error
-    return text
 
 
 def prompt_text(tokenizer: Any, messages: Chat, tools: Tools | None = None) -> str:
