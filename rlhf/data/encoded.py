@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf.data.converting import Record
 from rlhf.data.loading import DataRequest
-from rlhf.models import encoding, locating, templates, tokens, turns
+from rlhf.models import encoding, facts, locating, templates, turns
 from rlhf.process import distributed, parallel, watchdog
 from rlhf.process.files import json_object, sha256
 from rlhf.types import UserError
@@ -45,13 +45,7 @@ LOG = logging.getLogger("rlhf.data")
 FOLDER = ".encoded"  # in run.dir
 ROWS_FILE, ABOUT_FILE = "rows.arrow", "about.json"
 CHUNK = 256  # rows that a process encodes at a time, and a batch of the file
-_CODE = (
-    encoding,
-    locating,
-    templates,
-    tokens,
-    turns,
-)  # modules of ours that a file's content comes from
+_CODE = (encoding, locating, templates, turns)  # modules of ours that a file's content comes from
 _LIBRARIES = ("tokenizers", "transformers", "pyarrow")
 _NUMBER = "_number"  # column: which of the given rows this one is
 
@@ -113,7 +107,7 @@ def encoded(encode: Encoder, records: Sequence[Record], store: Store, name: str)
     UserError, naming file and row, where more than `store.max_bad_rows` rows can't be encoded.
     """
     if distributed.is_main():
-        turns.tell_noticed(encode.tokenizer, records, LOG, name)
+        facts.tell_noticed(encode.tokenizer, records, LOG, name)
     key = content_key(encode, records)
     if len(set(distributed.gather(key))) > 1:
         raise UserError(
@@ -169,7 +163,7 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
         "template": tokenizer.chat_template,
         # what `rlhf.models.loading` has found in the model's files
         "ends": list(vars(tokenizer).get(turns.LISTED_ENDS, ())),
-        "rows": vars(tokenizer).get(tokens.EMBEDDING_ROWS),
+        "rows": vars(tokenizer).get(turns.EMBEDDING_ROWS),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "splits": getattr(tokenizer, "split_special_tokens", False),
         "cleans": getattr(tokenizer, "clean_up_tokenization_spaces", None),

@@ -13,7 +13,8 @@ from typing import Any
 
 from rlhf.data.formats import Use
 from rlhf.models import encoding
-from rlhf.models.turns import Notices, end_ids, special_ids
+from rlhf.models.facts import Notices
+from rlhf.models.turns import end_ids, special_ids
 from rlhf.types import Tools, UserError
 
 

@@ -15,13 +15,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.models.locating import Located, located_at_once
-from rlhf.models.tokens import is_blank, plain_ids, single_bos
 from rlhf.models.turns import (
     closing_id,
     end_ids,
     habits,
+    is_blank,
+    plain_ids,
     prompt_text,
     rendered,
+    single_bos,
     up_to_end,
 )
 from rlhf.types import Message, Tools, UserError

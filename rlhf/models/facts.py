@@ -1,13 +1,13 @@
 """What the files of a model say of its tokens: which ones end a response, and how many rows its
 embedding has. A tokenizer carries both along (rlhf/models/turns.py), and a saved model keeps the
-first.
+first. And what a tokenizer and its template do to rows without their asking.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-from rlhf.models.tokens import EMBEDDING_ROWS
-from rlhf.models.turns import LISTED_ENDS, end_ids, special_ids
+from rlhf.models.turns import EMBEDDING_ROWS, LISTED_ENDS, end_ids, habits, special_ids
 from rlhf.types import UserError
 
 _MEDIA = ("image", "audio", "video", "boi", "eoi", "boa", "eoa")  # of names such as image_token
@@ -84,3 +84,91 @@ def make_savable(settings: Any) -> None:
     except ValueError:
         settings.do_sample = True
     settings.validate(strict=True)
+
+
+# ---- what is done to rows without their asking ----
+
+
+class Placed(Protocol):
+    """A row's value, and its file and number for messages."""
+
+    @property
+    def value(self) -> Any: ...
+
+    @property
+    def place(self) -> str: ...
+
+
+class Notices:
+    """Counts the rows of one file of which the tokenizer or its template leaves something out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._rows: dict[str, tuple[int, str]] = {}  # how many, and the first one's place
+
+    def look(self, place: str, values: Iterable[Any]) -> None:
+        """Look at a row: its texts and conversations."""
+        self.count(place, {name for value in values for name in noticed(self._tokenizer, value)})
+
+    def count(self, place: str, names: Iterable[str]) -> None:
+        """Count a row in which something `noticed` was found."""
+        for name in names:
+            count, first = self._rows.get(name, (0, place))
+            self._rows[name] = (count + 1, first)
+
+    def lines(self) -> list[str]:
+        """A sentence for each kind, with the number of rows and the first one's place."""
+        out = []
+        for name, (count, first) in sorted(self._rows.items()):
+            rows = f"{count} rows (the first: {first})"
+            if name == "opening":
+                opening = habits(self._tokenizer).turn.opening
+                out.append(
+                    f"{rows} are conversations, but the chat template has no generation prompt: "
+                    f"{opening!r}, with which it begins an assistant's turn, is added to prompts"
+                )
+            elif name == "bos":
+                out.append(
+                    f"{rows} begin with {self._tokenizer.bos_token!r}, which the tokenizer or its "
+                    "template writes as well: it stands once"
+                )
+            else:
+                out.append(
+                    f"{rows} have messages of the role {name!r}, which the chat template never "
+                    "reads: the model sees nothing of them. Set data.chat_template to a template "
+                    "that reads them, or put their text into the user's message"
+                )
+        return out
+
+
+def tell_noticed(tokenizer: Any, rows: Iterable[Placed], log: logging.Logger, name: str) -> None:
+    """Warn of what is noticed in `rows`, whose values are texts, conversations, or several of
+    them. name: of the rows.
+    """
+    notices = Notices(tokenizer)
+    for row in rows:
+        values = row.value if isinstance(row.value, tuple) else (row.value,)
+        if isinstance(row.value, dict):
+            values = tuple(row.value.values())
+        notices.look(row.place, values)
+    for line in notices.lines():
+        log.warning("%s: %s", name, line)
+
+
+def noticed(tokenizer: Any, value: Any) -> set[str]:
+    """What the tokenizer or its template makes of a text or a conversation without its asking:
+    "bos" (it would stand twice), "opening" (the generation prompt is ours), and the names of roles
+    that are left out.
+    """
+    found, bos = habits(tokenizer), tokenizer.bos_token
+    if isinstance(value, str):
+        doubled = bos is not None and tokenizer.bos_token_id in found.prefix
+        return {"bos"} if doubled and value.startswith(bos) else set()
+    if not isinstance(value, list):
+        return set()
+    names = set(found.unread & {message.get("role") for message in value})
+    if found.doubles_bos:
+        names.add("bos")
+    if found.turn.opening:
+        names.add("opening")
+    return names

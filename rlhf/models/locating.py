@@ -6,8 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.models.tokens import check_rows, ids_of, single_bos
-from rlhf.models.turns import beginnings_rendered, habits, up_to_end
+from rlhf.models.turns import (
+    beginnings_rendered,
+    check_rows,
+    habits,
+    ids_of,
+    single_bos,
+    up_to_end,
+)
 from rlhf.types import Message, Tools, UserError
 
 

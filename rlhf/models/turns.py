@@ -4,19 +4,26 @@ assistant's turn is written, which tokens end a response, and what a template ne
 Nobody states these, so the tokenizer is tried on short texts, once for each template.
 """
 
-import logging
+import functools
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from rlhf.models.templates import as_template_reads
-from rlhf.models.tokens import is_blank, plain_ids, single_bos
 from rlhf.types import Message, Tools, UserError
 
 Chat = Sequence[Message]
-# attribute that `rlhf.models.loading.load_tokenizer` sets: the end tokens that the model's files
-# name
+# Attributes that `rlhf.models.loading.load_tokenizer` sets: the end tokens that the model's files
+# name, and the rows of its embedding where the tokenizer has more entries.
 LISTED_ENDS = "listed_end_ids"
+EMBEDDING_ROWS = "embedding_rows"
+# where transformers' class around the library tokenizers has these methods from
+_USUAL = {
+    "__call__": "transformers.tokenization_utils_base",
+    "_encode_plus": "transformers.tokenization_utils_tokenizers",
+}
+_BLANKS: "weakref.WeakKeyDictionary[Any, dict[int, bool]]" = weakref.WeakKeyDictionary()
 _KEPT = "rlhf_habits"  # attribute: what was found, with what it depends on
 _ASKED = "Why is that?"
 _ANSWERS = ("It is so: twelve, of course.", "42 or more", '"Yes", she said.')
@@ -176,6 +183,79 @@ def up_to_end(tokenizer: Any, span: list[int]) -> list[int]:
     return span[:stop]
 
 
+# ---- tokens ----
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text alone. Raises ValueError for a token without a row in the embedding."""
+    ids = ids_of(tokenizer, [text])[0]
+    check_rows(tokenizer, ids)
+    return ids
+
+
+def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text alone, whether or not the embedding has rows for them."""
+    core = _core(tokenizer)
+    if core is None or not all(isinstance(text, str) for text in texts):
+        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _core(tokenizer: Any) -> Any | None:
+    """The tokenizer of the library tokenizers, where calling it gives what calling `tokenizer`
+    does: it is asked without masks and places of tokens, which takes half as long again.
+    """
+    if not _is_usual(type(tokenizer)):
+        return None
+    core = tokenizer.backend_tokenizer
+    # what an earlier call, or the tokenizer's file, has left: a call through transformers ends it
+    if core.truncation is not None or core.padding is not None:
+        return None
+    if core.encode_special_tokens != tokenizer.split_special_tokens:
+        return None
+    return core
+
+
+@functools.lru_cache(maxsize=32)
+def _is_usual(kind: type) -> bool:
+    """Whether a class of tokenizers tokenises as transformers' own class does."""
+    return all(
+        getattr(getattr(kind, name, None), "__module__", None) == module
+        for name, module in _USUAL.items()
+    )
+
+
+def check_rows(tokenizer: Any, ids: Sequence[int]) -> None:
+    """Raises ValueError for a token without a row in the model's embedding."""
+    rows = vars(tokenizer).get(EMBEDDING_ROWS)
+    if rows is not None and ids and max(ids) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(
+            f"the text holds {token!r}, token {max(ids)}, but the model's embedding has {rows} rows"
+        )
+
+
+def single_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """`ids` with one beginning-of-sequence token where several begin it."""
+    if len(ids) < 2 or ids[0] != ids[1]:
+        return ids
+    bos = tokenizer.bos_token_id
+    if bos is None or bos == tokenizer.eos_token_id:
+        return ids
+    start = 0
+    while ids[start : start + 2] == [bos, bos]:
+        start += 1
+    return ids[start:]
+
+
+def is_blank(tokenizer: Any, token: int) -> bool:
+    """Whether a token says nothing but blanks."""
+    known = _BLANKS.setdefault(tokenizer, {})
+    if token not in known:
+        known[token] = not tokenizer.decode([token]).strip()
+    return known[token]
+
+
 # ---- trying ----
 
 
@@ -301,91 +381,3 @@ def _drops(tokenizer: Any, chat: Chat) -> bool:
     except TemplateRefusal:
         return False
     return _MARK not in text
-
-
-# ---- what is done to rows without their asking ----
-
-
-class Placed(Protocol):
-    """A row's value, and its file and number for messages."""
-
-    @property
-    def value(self) -> Any: ...
-
-    @property
-    def place(self) -> str: ...
-
-
-class Notices:
-    """Counts the rows of one file of which the tokenizer or its template leaves something out."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._rows: dict[str, tuple[int, str]] = {}  # how many, and the first one's place
-
-    def look(self, place: str, values: Iterable[Any]) -> None:
-        """Look at a row: its texts and conversations."""
-        self.count(place, {name for value in values for name in noticed(self._tokenizer, value)})
-
-    def count(self, place: str, names: Iterable[str]) -> None:
-        """Count a row in which something `noticed` was found."""
-        for name in names:
-            count, first = self._rows.get(name, (0, place))
-            self._rows[name] = (count + 1, first)
-
-    def lines(self) -> list[str]:
-        """A sentence for each kind, with the number of rows and the first one's place."""
-        out = []
-        for name, (count, first) in sorted(self._rows.items()):
-            rows = f"{count} rows (the first: {first})"
-            if name == "opening":
-                opening = habits(self._tokenizer).turn.opening
-                out.append(
-                    f"{rows} are conversations, but the chat template has no generation prompt: "
-                    f"{opening!r}, with which it begins an assistant's turn, is added to prompts"
-                )
-            elif name == "bos":
-                out.append(
-                    f"{rows} begin with {self._tokenizer.bos_token!r}, which the tokenizer or its "
-                    "template writes as well: it stands once"
-                )
-            else:
-                out.append(
-                    f"{rows} have messages of the role {name!r}, which the chat template never "
-                    "reads: the model sees nothing of them. Set data.chat_template to a template "
-                    "that reads them, or put their text into the user's message"
-                )
-        return out
-
-
-def tell_noticed(tokenizer: Any, rows: Iterable[Placed], log: logging.Logger, name: str) -> None:
-    """Warn of what is noticed in `rows`, whose values are texts, conversations, or several of
-    them. name: of the rows.
-    """
-    notices = Notices(tokenizer)
-    for row in rows:
-        values = row.value if isinstance(row.value, tuple) else (row.value,)
-        if isinstance(row.value, dict):
-            values = tuple(row.value.values())
-        notices.look(row.place, values)
-    for line in notices.lines():
-        log.warning("%s: %s", name, line)
-
-
-def noticed(tokenizer: Any, value: Any) -> set[str]:
-    """What the tokenizer or its template makes of a text or a conversation without its asking:
-    "bos" (it would stand twice), "opening" (the generation prompt is ours), and the names of roles
-    that are left out.
-    """
-    found, bos = habits(tokenizer), tokenizer.bos_token
-    if isinstance(value, str):
-        doubled = bos is not None and tokenizer.bos_token_id in found.prefix
-        return {"bos"} if doubled and value.startswith(bos) else set()
-    if not isinstance(value, list):
-        return set()
-    names = set(found.unread & {message.get("role") for message in value})
-    if found.doubles_bos:
-        names.add("bos")
-    if found.turn.opening:
-        names.add("opening")
-    return names

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from rlhf.data.converting import Record
 from rlhf.data.encoded import Encoded, Store, encoded
 from rlhf.models.encoding import IGNORED, answer_ids, prompt_ids, split_turn
-from rlhf.models.tokens import EMBEDDING_ROWS
+from rlhf.models.turns import EMBEDDING_ROWS
 from rlhf.offline.row_weights import COLUMN, SOFT_LABEL
 from rlhf.offline.rows import (
     NOWHERE,

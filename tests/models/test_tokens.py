@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.models.tokens import ids_of, is_blank, plain_ids, single_bos
+from rlhf.models.turns import ids_of, is_blank, plain_ids, single_bos
 from tests.models import families
 
 TEXTS = ["the cat <|end|> sat", "", "  \n", "Größe <|user|>\U0001f642 it is so"]

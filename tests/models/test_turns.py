@@ -16,13 +16,12 @@ from rlhf.models.encoding import (
     prompt_ids,
     response_ids,
 )
+from rlhf.models.facts import Notices, noticed
 from rlhf.models.turns import (
     LISTED_ENDS,
-    Notices,
     TemplateRefusal,
     end_ids,
     habits,
-    noticed,
     response_text,
 )
 from rlhf.types import UserError

@@ -11,7 +11,7 @@ from rlhf.data.report.lengths import conversation_ids, conversations
 from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.models import encoding
-from rlhf.models.turns import noticed
+from rlhf.models.facts import noticed
 from rlhf.types import UserError
 
 # Markers of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi, GPT-2, DeepSeek and Alpaca. A text that

@@ -28,8 +28,9 @@ from rlhf.models.encoding import (
     split_turn,
     trained_turns,
 )
+from rlhf.models.facts import Notices
 from rlhf.models.loading import load_tokenizer
-from rlhf.models.turns import Notices, end_ids, habits, response_text
+from rlhf.models.turns import end_ids, habits, response_text
 from rlhf.stages.examination.findings import Finding, State
 from rlhf.types import UserError
 
