@@ -6,8 +6,9 @@ template, the encoder's options and code, the libraries' versions. So it is neve
 rows that were encoded before are read again. On each node one rank encodes while the others wait.
 
 A file is written beside its place and renamed; its hash stands in a second file, which is written
-last. What was cut off or damaged is encoded anew. Nothing is ever deleted here: the folder may be
-removed at any time when no run reads it.
+last. What was cut off or damaged is encoded anew. Of several runs that want the same rows one
+encodes, under a lock that ends with its process, and the others wait. No rows are ever deleted
+here: the folder may be removed at any time when no run reads it.
 """
 
 import atexit
@@ -34,7 +35,7 @@ from rlhf.data.converting import Record
 from rlhf.data.loading import DataRequest
 from rlhf.models import encoding, facts, locating, templates, turns
 from rlhf.process import distributed, parallel, watchdog
-from rlhf.process.files import json_object, sha256
+from rlhf.process.files import exclusive, json_object, sha256
 from rlhf.types import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("rlhf.data")
 FOLDER = ".encoded"  # in run.dir
-ROWS_FILE, ABOUT_FILE = "rows.arrow", "about.json"
+ROWS_FILE, ABOUT_FILE, LOCK_FILE = "rows.arrow", "about.json", "lock"
 CHUNK = 256  # rows that a process encodes at a time, and a batch of the file
 _CODE = (encoding, locating, templates, turns)  # modules of ours that a file's content comes from
 _LIBRARIES = ("tokenizers", "transformers", "pyarrow")
@@ -117,9 +118,9 @@ def encoded(encode: Encoder, records: Sequence[Record], store: Store, name: str)
     folder = _temporary_folder() if store.folder is None else store.folder / key
 
     def work(beat: Callable[[], None]) -> None:
-        if not _is_whole(folder):
-            _build(folder, encode, records, store, name, beat)
-        elif distributed.is_main():
+        if not _is_whole(folder) and _built_here(folder, encode, records, store, name, beat):
+            return
+        if distributed.is_main():
             LOG.info("%s: %d rows were encoded before: read from %s", name, len(records), folder)
 
     distributed.once_per_node(work, watchdog.alive)
@@ -139,7 +140,7 @@ def content_key(encode: Encoder, records: Sequence[Record]) -> str:
         "encoder": type(encode).__name__,
         "options": encode.options(),
         "columns": dict(encode.columns()),
-        "tokenizer": tokenizer_state(encode.tokenizer),
+        "tokenizer": facts.tokenizer_state(encode.tokenizer),
     }
     digest = hashlib.sha256(json.dumps(about).encode())
     for record in records:
@@ -147,41 +148,6 @@ def content_key(encode: Encoder, records: Sequence[Record]) -> str:
         digest.update(b"\n")
         digest.update(json.dumps(record.value, default=repr).encode())
     return digest.hexdigest()[:40]
-
-
-def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """What the tokens of a text, and of a conversation, depend on."""
-    tokenizer("")  # takes back what an earlier call has set for itself, such as truncation
-    kind = type(tokenizer)
-    code = ""
-    if not kind.__module__.startswith("transformers."):
-        code = sha256(Path(inspect.getfile(kind)))
-    return {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        "code": code,
-        "content": _tokenizer_content(tokenizer),
-        "template": tokenizer.chat_template,
-        # what `rlhf.models.loading` has found in the model's files
-        "ends": list(vars(tokenizer).get(turns.LISTED_ENDS, ())),
-        "rows": vars(tokenizer).get(turns.EMBEDDING_ROWS),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "splits": getattr(tokenizer, "split_special_tokens", False),
-        "cleans": getattr(tokenizer, "clean_up_tokenization_spaces", None),
-    }
-
-
-def _tokenizer_content(tokenizer: Any) -> str:
-    """A hash of vocabulary, merges, added tokens and rules."""
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    if core is not None:
-        return hashlib.sha256(core.to_str().encode()).hexdigest()
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                digest.update(f"{path.name} {sha256(path)}\n".encode())
-    return digest.hexdigest()
 
 
 # ---- where files are ----
@@ -261,6 +227,42 @@ def _refuse(bad: Sequence[tuple[int, str]], records: Sequence[Record], store: St
 # ---- writing a file ----
 
 
+def _built_here(
+    folder: Path,
+    encode: Encoder,
+    records: Sequence[Record],
+    store: Store,
+    name: str,
+    beat: Callable[[], None],
+) -> bool:
+    """Encode the rows into `folder`, unless another process is at it: then that one is waited for.
+    Returns whether this one has. Raises UserError as `_build`.
+    """
+
+    def waiting() -> None:
+        watchdog.alive()
+        beat()
+
+    about = folder / ABOUT_FILE
+    before = about.stat().st_mtime_ns if about.exists() else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / LOCK_FILE, waiting) as alone:
+            after = about.stat().st_mtime_ns if about.exists() else None
+            if after != before and _is_whole(folder):
+                return False
+            if alone:  # what killed processes have left
+                for left in folder.glob("*.tmp"):
+                    left.unlink(missing_ok=True)
+            _build(folder, encode, records, store, name, beat)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the encoded rows can't be written ({error}). Make room, set "
+            "data.cache_dir to another folder, or data.cache=false for a temporary one."
+        ) from error
+    return True
+
+
 def _build(
     folder: Path,
     encode: Encoder,
@@ -269,13 +271,12 @@ def _build(
     name: str,
     beat: Callable[[], None],
 ) -> None:
-    """Encode the rows into `folder`. Raises UserError as `encoded`, and for a disk that takes no
-    more.
+    """Encode the rows into `folder`. Raises UserError as `encoded`, and OSError for a disk that
+    takes no more.
     """
     began = time.perf_counter()
     beside = folder / f"{ROWS_FILE}.{os.getpid()}-{uuid.uuid4().hex}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         counts, bad = _write(beside, encode, records, store, name, beat)
         about = {
             "rows": len(records),
@@ -287,11 +288,6 @@ def _build(
         os.replace(beside, folder / ROWS_FILE)
         beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, folder / ABOUT_FILE)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: the encoded rows can't be written ({error}). Make room, set "
-            "data.cache_dir to another folder, or data.cache=false for a temporary one."
-        ) from error
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

@@ -3,11 +3,16 @@ embedding has. A tokenizer carries both along (rlhf/models/turns.py), and a save
 first. And what a tokenizer and its template do to rows without their asking.
 """
 
+import hashlib
+import inspect
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.models.turns import EMBEDDING_ROWS, LISTED_ENDS, end_ids, habits, special_ids
+from rlhf.process.files import sha256
 from rlhf.types import UserError
 
 _MEDIA = ("image", "audio", "video", "boi", "eoi", "boa", "eoa")  # of names such as image_token
@@ -172,3 +177,41 @@ def noticed(tokenizer: Any, value: Any) -> set[str]:
     if found.turn.opening:
         names.add("opening")
     return names
+
+
+# ---- what tokens depend on ----
+
+
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """What the tokens of a text, and of a conversation, depend on."""
+    tokenizer("")  # takes back what an earlier call has set for itself, such as truncation
+    kind = type(tokenizer)
+    code = ""
+    if not kind.__module__.startswith("transformers."):
+        code = sha256(Path(inspect.getfile(kind)))
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "code": code,
+        "content": _tokenizer_content(tokenizer),
+        "template": tokenizer.chat_template,
+        # what `rlhf.models.loading` has found in the model's files
+        "ends": list(vars(tokenizer).get(LISTED_ENDS, ())),
+        "rows": vars(tokenizer).get(EMBEDDING_ROWS),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "splits": getattr(tokenizer, "split_special_tokens", False),
+        "cleans": getattr(tokenizer, "clean_up_tokenization_spaces", None),
+    }
+
+
+def _tokenizer_content(tokenizer: Any) -> str:
+    """A hash of vocabulary, merges, added tokens and rules."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None:
+        return hashlib.sha256(core.to_str().encode()).hexdigest()
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()

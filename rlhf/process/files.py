@@ -1,18 +1,24 @@
 """Files: their hashes, and JSON files of one object, which are read with a helpful error and
-written whole or not at all.
+written whole or not at all; and locks between processes.
 """
 
+import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlhf.types import UserError
 
+LOG = logging.getLogger("rlhf.process")
 _SAMPLE = 2**20  # bytes
+_LOCK_S = 0.5
 
 
 def sha256(path: Path) -> str:
@@ -103,3 +109,34 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(json_value(content), indent=2, ensure_ascii=False)
     beside.write_text(text + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+@contextmanager
+def exclusive(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Hold the lock of the file `path`, which no two processes hold at a time and which ends with
+    its process, however that ends. `waiting` is called every half second that another holds it.
+
+    Yields whether it is held: False on a file system without locks. Raises OSError for a path that
+    can't be written.
+    """
+    with path.open("ab") as file:
+        held = _lock(file)
+        if held is False:
+            LOG.info("%s: another process is at it, and is waited for", path)
+        while held is False:
+            waiting()
+            time.sleep(_LOCK_S)
+            held = _lock(file)
+        yield held is not None
+
+
+def _lock(file: Any) -> bool | None:
+    """Whether the file's lock was free, and is now held; None where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        LOG.warning("%s can't be locked (%s): other processes are not waited for", file.name, error)
+        return None
+    return True

@@ -2,8 +2,11 @@
 where they are damaged.
 """
 
+import fcntl
 import json
+import multiprocessing
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import SFTStage
 from rlhf.data import encoded as store_module
 from rlhf.data.converting import Record
-from rlhf.data.encoded import ABOUT_FILE, ROWS_FILE, Store, content_key, encoded
+from rlhf.data.encoded import ABOUT_FILE, LOCK_FILE, ROWS_FILE, Store, content_key, encoded
 from rlhf.data.loading import DataRequest
 from rlhf.models.turns import LISTED_ENDS
 from rlhf.process import distributed, parallel
@@ -132,7 +135,7 @@ def test_a_damaged_file_is_made_anew(
         (folder / (ROWS_FILE if damage == "no rows" else ABOUT_FILE)).unlink()
     assert list(encoded(encode, records, store, "training").data) == whole
     assert (folder / ROWS_FILE).read_bytes() == content
-    assert sorted(path.name for path in folder.iterdir()) == [ABOUT_FILE, ROWS_FILE]
+    assert sorted(path.name for path in folder.iterdir()) == [ABOUT_FILE, LOCK_FILE, ROWS_FILE]
     assert (str(folder) in caplog.text) is (damage != "no about")
 
 
@@ -175,6 +178,84 @@ def test_a_killed_worker_ends_the_work(tmp_path: Path) -> None:
     records = rows(count, **{f"r{count - 5}": "dies"})
     with pytest.raises(UserError, match="a process that worked on rows has ended"):
         encoded(Dies(tiny_tokenizer()), records, Store(tmp_path, 0, 2), "training")
+
+
+# ---- several runs ----
+
+
+class Slow(Letters):
+    """Writes a letter into `log` for each row, and takes its time; for ever at the row `hangs`."""
+
+    log: Path
+    hangs = ""
+
+    def __call__(self, value: Any, counts: Counter[str]) -> dict[str, Any] | None:
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write("r")
+        time.sleep(60 if value == self.hangs else 0.002)
+        return super().__call__(value, counts)
+
+
+def started(encode: Any, records: list[Record], store: Store) -> Any:
+    """A process that encodes the rows."""
+    work = multiprocessing.get_context("fork").Process(
+        target=encoded, args=(encode, records, store, "training")
+    )
+    work.start()
+    return work
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_leaves_neither_half_a_file_nor_a_lock(tmp_path: Path, processes: int) -> None:
+    class Encoder(Slow):
+        log = tmp_path / "log"
+        hangs = "hangs"
+
+    count = 3 * store_module.CHUNK
+    records = rows(count, **{f"r{count - 5}": "hangs"})
+    store, encode = Store(tmp_path / "kept", 0, processes), Encoder(tiny_tokenizer())
+    folder = entry(store, encode, records)
+    work = started(encode, records, store)
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        if encode.log.exists() and encode.log.stat().st_size >= count - 4:
+            break
+        time.sleep(0.05)
+    work.kill()
+    work.join()
+    left = {path.name for path in folder.iterdir()}
+    assert ROWS_FILE not in left and ABOUT_FILE not in left and len(left) == 2
+    Encoder.hangs = ""
+    result = encoded(encode, records, store, "training")
+    whole = encoded(Letters(tiny_tokenizer()), records, Store(), "training")
+    assert list(result.data) == list(whole.data) and result.numbers == whole.numbers
+    assert {path.name for path in folder.iterdir()} == {ABOUT_FILE, ROWS_FILE, LOCK_FILE}
+
+
+def test_of_two_runs_one_encodes(tmp_path: Path) -> None:
+    class Encoder(Slow):
+        log = tmp_path / "log"
+
+    records, store = rows(store_module.CHUNK), Store(tmp_path / "kept", 0, 1)
+    encode = Encoder(tiny_tokenizer())
+    other = started(encode, records, store)
+    result = encoded(encode, records, store, "training")
+    other.join()
+    assert other.exitcode == 0 and len(encode.log.read_text(encoding="utf-8")) == len(records)
+    whole = encoded(Letters(tiny_tokenizer()), records, Store(), "training")
+    assert list(result.data) == list(whole.data)
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    result = encoded(Letters(tiny_tokenizer()), rows(9), Store(tmp_path), "training")
+    assert len(result.data) == 7 and LOCK_FILE in caplog.text
 
 
 def test_where_rows_are_kept(tmp_path: Path) -> None:
