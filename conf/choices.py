@@ -117,6 +117,15 @@ class Level(Enum):
     sequence = "sequence"
 
 
+class RewrittenTurns(Enum):
+    """What becomes of a conversation of which the chat template renders earlier answers otherwise
+    once other turns follow.
+    """
+
+    split = "split"
+    refuse = "refuse"
+
+
 class PreferenceLoss(Enum):
     """Losses of TRL's DPOTrainer, by its names (policy/preference.py says what takes pairs)."""
 

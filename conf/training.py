@@ -9,6 +9,7 @@ from conf.choices import (
     KTOLoss,
     OnNonFinite,
     PreferenceLoss,
+    RewrittenTurns,
     Scheduler,
 )
 from conf.options import MISSING, check, check_options, names, option, same_option
@@ -147,6 +148,12 @@ class SFTStage(OfflineStage):
         section="supervised fine-tuning",
     )
     packing: bool = option(False, "Put several rows into one sequence.")
+    rewritten_turns: RewrittenTurns = option(
+        RewrittenTurns.split,
+        "A conversation of which the chat template renders earlier answers otherwise once others "
+        "follow (Qwen 3 leaves out their reasoning): split into a row for each of them, as the "
+        "policy would have seen it, or refused. With completion_only=false it is refused.",
+    )
 
 
 @dataclass(slots=True, kw_only=True)

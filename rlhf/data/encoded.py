@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf.data.converting import Record
 from rlhf.data.loading import DataRequest
-from rlhf.models import encoding, facts, locating, templates, turns
+from rlhf.models import apart, encoding, facts, locating, templates, turns
 from rlhf.process import distributed, parallel, watchdog
 from rlhf.process.files import exclusive, json_object, sha256
 from rlhf.types import UserError
@@ -46,7 +46,7 @@ LOG = logging.getLogger("rlhf.data")
 FOLDER = ".encoded"  # in run.dir
 ROWS_FILE, ABOUT_FILE, LOCK_FILE = "rows.arrow", "about.json", "lock"
 CHUNK = 256  # rows that a process encodes at a time, and a batch of the file
-_CODE = (encoding, locating, templates, turns)  # modules of ours that a file's content comes from
+_CODE = (apart, encoding, locating, templates, turns)  # of a file's content
 _LIBRARIES = ("tokenizers", "transformers", "pyarrow")
 _NUMBER = "_number"  # column: which of the given rows this one is
 
@@ -67,9 +67,9 @@ class Encoder(Protocol):
         """Column -> kind: ids, count, number, flag or text."""
         ...
 
-    def __call__(self, value: Any, counts: Counter[str]) -> dict[str, Any] | None:
-        """The columns, or None for a row that is left out. What happened to rows is counted by
-        name. Raises ValueError or UserError for a row that can't be encoded.
+    def __call__(self, value: Any, counts: Counter[str]) -> dict[str, Any] | list[Any] | None:
+        """The columns, of each row that it becomes; None where it is left out. What happened to
+        rows is counted by name. Raises ValueError or UserError for one that can't be encoded.
         """
         ...
 
@@ -362,7 +362,7 @@ def _bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    batch: "pa.RecordBatch"  # the rows that were kept
+    batch: "pa.RecordBatch"
     rows: int  # given
     counts: Counter[str]
     bad: list[tuple[int, str]]  # number and reason
@@ -381,16 +381,16 @@ def _encode_chunk(
     for number in range(start, stop):
         watchdog.alive()
         try:
-            row = encode(records[number].value, counts)
+            made = encode(records[number].value, counts)
         except (ValueError, UserError) as error:
             bad.append((number, str(error).rstrip(".")))
             continue
         except Exception as error:
             error.add_note(f"while encoding {records[number].place}")
             raise
-        if row is None:
-            continue
-        for name, values in columns.items():
-            values.append(number if name == _NUMBER else row[name])
+        if made is not None:
+            for row in made if isinstance(made, list) else [made]:
+                for name, values in columns.items():
+                    values.append(number if name == _NUMBER else row[name])
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     return _Chunk(pa.record_batch(arrays, schema=schema), stop - start, counts, bad)

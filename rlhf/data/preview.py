@@ -11,11 +11,13 @@ from enum import Enum
 from itertools import pairwise
 from typing import Any
 
+from conf.choices import RewrittenTurns
 from rlhf.data.formats import Use
 from rlhf.models import encoding
+from rlhf.models.apart import encode_apart
 from rlhf.models.facts import Notices
 from rlhf.models.turns import end_ids, special_ids
-from rlhf.types import Tools, UserError
+from rlhf.types import Message, Tools, UserError
 
 
 class Part(Enum):
@@ -120,22 +122,29 @@ def _sequences(
     if "text" in columns:
         return [("text", *encoding.encode_text(tokenizer, columns["text"]))]
     if "messages" in columns:
-        whole = encoding.encode_conversation(
-            tokenizer, columns["messages"], completion_only=True, tools=tools
-        )
-        return [("conversation", *whole)]
+        return _conversations(tokenizer, columns["messages"], 0, tools, "conversation")
     prompt, completion = columns["prompt"], columns["completion"]
     if isinstance(completion, list):
-        whole = encoding.encode_conversation(
-            tokenizer, [*prompt, *completion], completion_only=True, first=len(prompt), tools=tools
-        )
-        return [("completion", *whole)]
+        messages = [*prompt, *completion]
+        return _conversations(tokenizer, messages, len(prompt), tools, "completion")
     return [
         (
             "completion",
             *encoding.encode_completion(tokenizer, prompt, completion, completion_only=True),
         )
     ]
+
+
+def _conversations(
+    tokenizer: Any, messages: list[Message], first: int, tools: Tools | None, name: str
+) -> list[tuple[str, list[int], list[int]]]:
+    """The sequences of a conversation: several where the template renders earlier answers
+    otherwise.
+    """
+    parts = encode_apart(tokenizer, messages, RewrittenTurns.split, first=first, tools=tools)
+    if len(parts) == 1:
+        return [(name, parts[0].ids, parts[0].labels)]
+    return [(f"{name} {i}", part.ids, part.labels) for i, part in enumerate(parts, start=1)]
 
 
 def _answer(

@@ -30,6 +30,12 @@ from rlhf.types import Message, Tools, UserError
 
 IGNORED = -100  # label of a token that is not trained, torch's cross-entropy convention
 Chat = Sequence[Message]
+
+
+class RewrittenTurn(ValueError):
+    """A turn that the chat template renders otherwise when another one follows."""
+
+
 # what a turn of text alone may hold; `train` changes labels only
 _OF_TEXT = frozenset(("role", "content", "train"))
 
@@ -150,7 +156,9 @@ def turn_ids(
     upto = render(tokenizer, [*before, turn], generation_prompt=False, tools=tools)
     span = up_to_end(tokenizer, upto[len(head) :])
     stop = len(head) + len(span)
-    if upto[: len(head)] != head or whole[:stop] != head + span:
+    if upto[: len(head)] == head and whole[:stop] != head + span:
+        raise _rewritten(before)
+    if upto[: len(head)] != head:
         if whole == upto and _merges(tokenizer, before, turn, tools):
             return response_ids(tokenizer, turn["content"], chat=True)
         raise _not_told_apart(tokenizer, before, turn, tools)
@@ -189,7 +197,11 @@ def _not_told_apart(tokenizer: Any, before: Chat, turn: Message, tools: Tools | 
             "token with what the chat template writes before it, so it can't be told apart from "
             "the turns around it: remove the blanks that it begins with"
         )
-    return ValueError(
+    return _rewritten(before)
+
+
+def _rewritten(before: Chat) -> RewrittenTurn:
+    return RewrittenTurn(
         f"message {len(before)}: the chat template renders a turn differently when another "
         "follows, or otherwise than its generation prompt begins it, so assistant turns can't be "
         "told apart: mark the earlier ones with train: false, or set data.chat_template"

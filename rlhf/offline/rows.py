@@ -18,9 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from conf.choices import RewrittenTurns
 from rlhf.data.converting import Record
 from rlhf.data.encoded import Encoded, Store, encoded
 from rlhf.models import encoding
+from rlhf.models.apart import encode_apart
 from rlhf.models.encoding import (
     IGNORED,
     encode_completion,
@@ -77,24 +79,36 @@ def lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
 # ---- SFT ----
 
 
-def encode_sft_row(tokenizer: Any, row: Row, *, completion_only: bool) -> tuple[Ids, Ids]:
+def encode_sft_row(
+    tokenizer: Any,
+    row: Row,
+    *,
+    completion_only: bool,
+    rewritten: RewrittenTurns = RewrittenTurns.split,
+) -> list[tuple[Ids, Ids]]:
     """Token ids and labels of one row in a form of TRL's: text, prompt + completion, or messages;
-    ``tools`` are what its conversation's template shows.
+    ``tools`` are what its conversation's template shows. Several where the template renders earlier
+    answers otherwise (`encode_apart`).
 
     completion_only: what is not the assistant's has no label. Raises ValueError as the encoders.
     """
     if "text" in row:
-        return encode_text(tokenizer, row["text"])
-    given: Row = {"completion_only": completion_only, "tools": row.get("tools")}
-    if "messages" in row:
-        return encode_conversation(tokenizer, row["messages"], **given)
-    prompt, completion = row["prompt"], row["completion"]
-    if not is_chat(completion):
-        return encode_completion(tokenizer, prompt, completion, **given)
-    if is_chat(prompt) and _is_one_answer(completion):
-        return encode_completion(tokenizer, prompt, completion[0], **given)
-    before = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
-    return encode_conversation(tokenizer, [*before, *completion], first=len(before), **given)
+        return [encode_text(tokenizer, row["text"])]
+    tools = row.get("tools")
+    given: Row = {"completion_only": completion_only, "tools": tools}
+    messages, first = row.get("messages"), 0
+    if messages is None:
+        prompt, completion = row["prompt"], row["completion"]
+        if not is_chat(completion):
+            return [encode_completion(tokenizer, prompt, completion, **given)]
+        if is_chat(prompt) and _is_one_answer(completion):
+            return [encode_completion(tokenizer, prompt, completion[0], **given)]
+        before = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
+        messages, first = [*before, *completion], len(before)
+    if not completion_only:
+        return [encode_conversation(tokenizer, messages, first=first, **given)]
+    parts = encode_apart(tokenizer, messages, rewritten, first=first, tools=tools)
+    return [(part.ids, part.labels) for part in parts]
 
 
 def _is_one_answer(completion: Sequence[Message]) -> bool:
@@ -110,8 +124,8 @@ def trained_tokens(labels: Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SFTEncoder:
-    """``input_ids`` and ``labels`` of a row; a row with nothing to train within `max_length` tokens
-    is left out. Counts rows that are cut.
+    """``input_ids`` and ``labels`` of a row, or of the rows that it becomes; one with nothing to
+    train within `max_length` tokens is left out. Counts what happens to them.
     """
 
     tokenizer: Any
@@ -119,22 +133,38 @@ class SFTEncoder:
     completion_only: bool
     cut: bool
     carried: Mapping[str, str]
+    rewritten: RewrittenTurns
 
     def options(self) -> dict[str, Any]:
-        return {"cut": self.max_length if self.cut else None, "answers": self.completion_only}
+        return {
+            "cut": self.max_length if self.cut else None,
+            "answers": self.completion_only,
+            "rewritten": self.rewritten.value,
+        }
 
     def columns(self) -> dict[str, str]:
         return {"input_ids": "ids", "labels": "ids", _TRAINED: "count", **self.carried}
 
-    def __call__(self, value: Row, counts: Counter[str]) -> Row | None:
-        ids, labels = encode_sft_row(self.tokenizer, value, completion_only=self.completion_only)
-        if self.cut and len(ids) > self.max_length:
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
-            counts["cut"] += 1
-        trained = trained_tokens(labels)
-        if not trained:
-            return None
-        return {"input_ids": ids, "labels": labels, _TRAINED: trained, **carried_of(value, self)}
+    def __call__(self, value: Row, counts: Counter[str]) -> list[Row]:
+        made = encode_sft_row(
+            self.tokenizer,
+            value,
+            completion_only=self.completion_only,
+            rewritten=self.rewritten,
+        )
+        counts["rows"] += len(made)
+        if len(made) > 1:
+            counts["apart"] += 1
+            counts["parts"] += len(made)
+        out = []
+        limit = self.max_length if self.cut else None
+        for ids, labels in made:
+            counts["cut"] += limit is not None and len(ids) > limit
+            trained = trained_tokens(labels[:limit])
+            row = {"input_ids": ids[:limit], "labels": labels[:limit], _TRAINED: trained}
+            if trained:
+                out.append(row | carried_of(value, self))
+        return out
 
 
 def carried_of(value: Row, encode: Any) -> Row:
@@ -149,6 +179,7 @@ def encode_sft(
     max_length: int,
     completion_only: bool,
     cut: bool,
+    rewritten: RewrittenTurns = RewrittenTurns.split,
     store: Store = NOWHERE,
 ) -> datasets.Dataset:
     """``input_ids`` and ``labels`` of SFT's rows, cut to `max_length` tokens when `cut` (packing
@@ -157,9 +188,11 @@ def encode_sft(
     Rows whose trained tokens all lie beyond the cut are left out; a warning counts both kinds.
     """
     require_template(tokenizer, records, ("prompt", "completion", "messages"), f"{name} data")
-    encode = SFTEncoder(tokenizer, max_length, completion_only, cut, weight_column(records))
+    carried = weight_column(records)
+    encode = SFTEncoder(tokenizer, max_length, completion_only, cut, carried, rewritten)
     rows = encoded(encode, records, store, name)
-    total = len(records) - rows.bad
+    _tell_apart(rows.counts, name)
+    total = rows.counts["rows"]
     if not len(rows.data):
         raise UserError(
             f"{name}: none of the {total} rows has a token to train within "
@@ -176,6 +209,19 @@ def encode_sft(
             dropped,
         )
     return with_weights(rows, rows.data[_TRAINED][:]).remove_columns(_TRAINED)
+
+
+def _tell_apart(counts: Counter[str], name: str) -> None:
+    """Warn of conversations whose earlier answers the template renders otherwise."""
+    if counts["apart"]:
+        LOG.warning(
+            "%s: the chat template renders earlier answers of %d conversations otherwise once "
+            "others follow: they are %d rows, each up to an answer, as a policy sees it "
+            "(stage.rewritten_turns).",
+            name,
+            counts["apart"],
+            counts["parts"],
+        )
 
 
 def sft_context(tokenizer: Any, row: Row) -> Ids:

@@ -76,6 +76,7 @@ def read(request: DataRequest, tokenizer: Any) -> Rows:
     encode = {
         "max_length": stage.max_length,
         "completion_only": stage.completion_only,
+        "rewritten": stage.rewritten_turns,
         "store": Store.of(request),
     }
     return Rows(

@@ -339,7 +339,7 @@ def test_sft_trains_calls_and_no_answer_of_a_function(tokenizer: Any, tmp_path: 
     other = {"messages": [ASKED, SAID]}
     rows = reading.sft_rows(rows_of(tmp_path, [row, other], SFTStage()))
     (with_tools,) = [r for side in rows for r in side if "tools" in r]
-    ids, labels = encode_sft_row(tokenizer, with_tools, completion_only=True)
+    ((ids, labels),) = encode_sft_row(tokenizer, with_tools, completion_only=True)
     eos = tokenizer.eos_token
     assert trained(tokenizer, labels) == (
         '<tool_call>\n{"name": "warmth", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -347,7 +347,7 @@ def test_sft_trains_calls_and_no_answer_of_a_function(tokenizer: Any, tmp_path: 
     )
     text = tokenizer.decode(ids)
     assert json.dumps(TOOL) in text and "<tool_response>\n4\n</tool_response>" in text
-    everything = encode_sft_row(tokenizer, with_tools, completion_only=False)[1]
+    ((_, everything),) = encode_sft_row(tokenizer, with_tools, completion_only=False)
     assert "Wrong." in text and "Wrong." not in trained(tokenizer, everything)
 
 

@@ -30,6 +30,17 @@ SPACED = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }} <|end|>"
     "{% else %}<|user|>{{ m['content'] }}<|assistant|>{% endif %}{% endfor %}"
 )
+# Answers before the last question lose their reasoning, as in Qwen 3
+THINKING = (
+    "{% set ns = namespace(asked=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>\n"
+    "{% if m['role'] == 'assistant' and loop.index0 > ns.asked "
+    "and (loop.last or m.reasoning_content) %}"
+    "<think>{{ m.reasoning_content or '' }}</think>{% endif %}"
+    "{{ m['content'] }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 ROLES = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 

@@ -56,7 +56,7 @@ def test_rows_of_different_columns_stand_side_by_side() -> None:
     )
     assert data.column_names == ["input_ids", "labels"]
     for row, encoded in zip(rows, data, strict=True):
-        ids, labels = encode_sft_row(tokenizer, row, completion_only=True)
+        ((ids, labels),) = encode_sft_row(tokenizer, row, completion_only=True)
         assert encoded == {"input_ids": ids, "labels": labels}
     assert '"b": 1, "a": 2' in tokenizer.decode(data[4]["input_ids"])
     assert "null" not in tokenizer.decode(data[4]["input_ids"])

@@ -9,24 +9,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conf.choices import RewrittenTurns
 from conf.schema import DataConfig, ModelConfig
 from rlhf.data.formats import Use
 from rlhf.data.formats.base import columns_of
 from rlhf.data.loading import convert
 from rlhf.data.prepare.ingest import kind_of
 from rlhf.data.sources import train_sources
+from rlhf.models.apart import encode_apart
 from rlhf.models.encoding import (
     IGNORED,
     answer_ids,
     encode_answer,
     encode_completion,
-    encode_conversation,
     encode_text,
     is_chat,
     is_text_turn,
     prompt_ids,
     split_turn,
-    trained_turns,
 )
 from rlhf.models.facts import Notices
 from rlhf.models.loading import load_tokenizer
@@ -195,15 +195,13 @@ def _trained(tokenizer: Any, prompt: Any, answer: Any, tools: Any) -> Iterator[A
     if isinstance(before, str):
         before = [{"role": "user", "content": before}]
     messages, first = [*before, *answer], len(before)
-    ids, labels = encode_conversation(
-        tokenizer, messages, completion_only=True, first=first, tools=tools
-    )
-    spans = _spans(labels)
-    turns = trained_turns(messages, first)
-    if len(spans) != len(turns):
-        raise ValueError(f"{len(turns)} turns train, but their tokens are {len(spans)} pieces")
-    for (start, stop), i in zip(spans, turns, strict=True):
-        yield Answer(messages[:i], messages[i], ids[:start], ids[start:stop])
+    how = RewrittenTurns.split
+    for part in encode_apart(tokenizer, messages, how, first=first, tools=tools):
+        spans, turns = _spans(part.labels), part.trained
+        if len(spans) != len(turns):
+            raise ValueError(f"{len(turns)} turns train, but their tokens are {len(spans)} pieces")
+        for (start, stop), i in zip(spans, turns, strict=True):
+            yield Answer(messages[:i], messages[i], part.ids[:start], part.ids[start:stop])
 
 
 def _spans(labels: Sequence[int]) -> list[tuple[int, int]]:
