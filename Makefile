@@ -30,8 +30,8 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
     test-benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-growth chaos soak \
-    house equality proof-reviews proof-smollm2 proof-arithmetic proof-algorithms proof-hacking \
-    proof-data proof-labels clean
+    house equality proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic proof-algorithms \
+    proof-hacking proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,6 +107,10 @@ proof-reviews: $(STAMP) ## slow: the demo with three seeds
 
 proof-smollm2: $(STAMP) ## slow: the chain with a pretrained 135M model and LoRA
 	$(OFFLINE) $(PY) -m benchmarks.proofs.smollm2
+
+proof-bfloat16: $(STAMP) ## slow: GRPO of a 135M model in bfloat16; wrong weights are named
+	$(OFFLINE) $(PY) -m benchmarks.proofs.bfloat16 wrong
+	$(OFFLINE) $(PY) -m benchmarks.proofs.bfloat16 train
 
 proof-algorithms: $(STAMP) ## slow: grpo, rloo, dapo, online_dpo raise score and judges
 	$(OFFLINE) $(PY) -m benchmarks.proofs.algorithms

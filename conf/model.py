@@ -259,9 +259,22 @@ class RolloutConfig:
     gap_tolerance: float | None = option(
         None,
         "Largest difference of log-probabilities between sampler and trainer that is accepted; "
-        "null: 1e-4 in float32, 0.05 in half precision.",
+        "null: 1e-4 in float32, calibrated in half precision (gap_factor, gap_tokens).",
         unit="nats",
         above=0,
+    )
+    gap_factor: float = option(
+        2.0,
+        "Half precision without gap_tolerance: differences may grow to so many times those of the "
+        "first sync, in units of what rounding explains at the time.",
+        at_least=1,
+    )
+    gap_tokens: int = option(
+        256,
+        "Half precision without gap_tolerance: tokens that sampler and trainer compare after each "
+        "sync.",
+        unit="tokens",
+        at_least=16,
     )
     max_lora_rank: int | None = option(
         None,

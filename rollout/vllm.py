@@ -18,6 +18,7 @@ from rlhf.models.encoding import is_chat
 from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
+from rollout.adapter_checksums import held_checksums, sent_checksums
 from rollout.cpu_lora import multiply_one_adapter_at_once
 from rollout.engine_classes import kept_apart
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
@@ -127,10 +128,11 @@ class VLLMGenerator:
         """
         self.version = 0
         self.sent: dict[str, str] = {}
-        # names whose tensors the engine holds as they were sent; known after the first look
+        # names of checksums that the engine gives; known after the first look
         self._readable: frozenset[str] | None = None
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self.sampling = Sampling.from_config(cfg)
+        self._dtype = dtype
         self._specs = {name: Spec(spec.shape, dtype) for name, spec in specs.items()}
         self._adapter_specs: dict[str, Spec] | None = None
         self._lora: Any = None
@@ -270,7 +272,7 @@ class VLLMGenerator:
                 "started for a LoRA adapter."
             )
         else:
-            incoming = Incoming(weights.tensors, self._specs, self._readable)
+            incoming = Incoming(weights.tensors, self._specs, self._readable, version)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(incoming)})
             incoming.finish(version)
             self.sent = incoming.checksums
@@ -298,6 +300,7 @@ class VLLMGenerator:
         incoming = Incoming(weights.tensors.items(), self._adapter_specs, hashed=())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in incoming}
         incoming.finish(version)
+        self.sent = sent_checksums(tensors, weights.config, self._dtype)
         folder = Path(self._directory.name)
         save_file(tensors, str(folder / "adapter_model.safetensors"))
         (folder / "adapter_config.json").write_text(json.dumps(weights.config), encoding="utf-8")
@@ -308,13 +311,20 @@ class VLLMGenerator:
         self._lora = LoRARequest(name, number, str(folder))
 
     def checksums(self) -> dict[str, str]:
-        """Checksums of the weights that the engine holds as plain tensors. On a CPU linear layers
-        are packed for oneDNN and left out.
+        """Checksums of the weights that the engine holds as plain tensors, and of some columns of
+        those that it has packed, as on a CPU those of linear layers. With an adapter, of its
+        tensors.
         """
-        if self._lora is not None:  # the engine keeps an adapter in a form of its own
-            self._readable = None
-            return {}
-        results = self._llm.apply_model(lambda model: readable_checksums(model, self._specs))
+        if self._adapter_specs is not None:
+            shapes = {name: spec.shape for name, spec in self._adapter_specs.items()}
+            held: dict[str, str]
+            (held,) = self._llm.apply_model(
+                lambda model: held_checksums(model, list(self.sent), shapes)
+            )
+            return held
+        results = self._llm.apply_model(
+            lambda model: readable_checksums(model, self._specs, self.version)
+        )
         checksums: dict[str, str]
         (checksums,) = results  # one worker
         self._readable = frozenset(checksums)

@@ -4,6 +4,7 @@ checksum to compare with later.
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from rlhf.types import SyncError
 _BLOCK = 1 << 17  # words summed at a time: in 64 bits they fit a core's cache
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _SHOWN = 5  # names in one message
+# Columns that are read back from a matrix which an engine has packed for its kernels, and what
+# follows the matrix's name where a checksum is of those alone.
+_COLUMNS = 8
+SAMPLED = " (sampled columns)"
 # Tensors that vLLM joins row by row, under the name of the joint one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -49,6 +54,20 @@ def weights_checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {name: checksum(tensor) for name, tensor in tensors}
 
 
+def sampled_columns(width: int, version: int) -> Tensor:
+    """Columns of a matrix of this width, spread over it: the next ones at each version, so that
+    every one has its turn.
+    """
+    count = min(_COLUMNS, width)
+    return (torch.arange(count) * (width // count) + version) % width
+
+
+def column_checksum(tensor: Tensor, dtype: torch.dtype, version: int) -> str:
+    """Checksum of the sampled columns of a matrix [rows, width] in `dtype`."""
+    columns = sampled_columns(tensor.shape[1], version).to(tensor.device)
+    return checksum(tensor[:, columns].to(dtype))
+
+
 class Incoming:
     """Iterates once over (name, tensor), passing on what fits the specs; `finish` raises on
     everything that didn't fit.
@@ -62,14 +81,17 @@ class Incoming:
         tensors: Iterable[tuple[str, Tensor]],
         specs: Mapping[str, Spec],
         hashed: Container[str] | None = None,
+        version: int = 0,
     ) -> None:
-        """`hashed`: names that leave a checksum; None: all of them. A checksum takes about half as
-        long as the copy that it guards.
+        """`hashed`: names that leave a checksum, a matrix's with SAMPLED behind it where that of
+        its sampled columns is meant; None: all of them. A whole checksum takes about half as long
+        as the copy that it guards. `version`: of the weights.
         """
         # of the hashed tensors that were passed on, in the dtype that the generator holds
         self.checksums: dict[str, str] = {}
         self._specs = specs
         self._hashed = hashed
+        self._version = version
         self._seen: set[str] = set()
         self._wrong: list[str] = []
         self._passing = self._pass(tensors)
@@ -90,9 +112,15 @@ class Incoming:
                 )
             else:
                 self._seen.add(name)
-                if self._hashed is None or name in self._hashed:
-                    self.checksums[name] = checksum(tensor.to(spec.dtype))
+                self._hash(name, tensor, spec.dtype)
                 yield name, tensor
+
+    def _hash(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+        if self._hashed is None or name in self._hashed:
+            self.checksums[name] = checksum(tensor.to(dtype))
+        columns = name + SAMPLED
+        if tensor.dim() == 2 and (self._hashed is None or columns in self._hashed):
+            self.checksums[columns] = column_checksum(tensor, dtype, self._version)
 
     def finish(self, version: int) -> None:
         """Consume what is left. Raises SyncError naming the parameters that are missing, unknown,
@@ -111,24 +139,32 @@ class Incoming:
             )
 
 
-def readable_checksums(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str, str]:
+def readable_checksums(
+    model: nn.Module, specs: Mapping[str, Spec], version: int = 0
+) -> dict[str, str]:
     """Checksums of those of `specs` that `model` holds as plain tensors, under the same name or
-    joined with its neighbours (FUSED).
+    joined with its neighbours (FUSED), and of the sampled columns (name with SAMPLED) of matrices
+    that its layers have packed.
 
-    Rows beyond a spec's own are padding. What an engine has packed for its kernels, or keeps under
-    another name, is left out.
+    Rows beyond a spec's own are padding. What an engine keeps under another name is left out.
     """
     held = dict(model.named_buffers(remove_duplicate=False))
     held |= dict(model.named_parameters(remove_duplicate=False))
+    layers = dict(model.named_modules(remove_duplicate=False))
     checksums: dict[str, str] = {}
     # tied tensors, which stay where they are meanwhile, are summed once
     known: dict[tuple[int, torch.Size, tuple[int, ...], torch.dtype], str] = {}
     for name, spec in specs.items():
-        if name in held:
-            tensor = _rows_of_spec(held[name], spec)
-        else:
-            tensor = _slice_of_fused(held, name, specs)
+        place = _place(held, name, specs)
+        if place is None:
+            continue
+        tensor = _rows_of_spec(held[place.name], spec, place)
         if tensor is None:
+            columns = None
+            if held[place.name].numel() == 0:  # packed: the layer keeps its weights elsewhere
+                columns = _packed_columns(layers, spec, place, version)
+            if columns is not None:
+                checksums[name + SAMPLED] = checksum(columns)
             continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), spec.dtype)
         if key not in known:
@@ -137,32 +173,63 @@ def readable_checksums(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str,
     return checksums
 
 
-def _rows_of_spec(tensor: Tensor, spec: Spec) -> Tensor | None:
-    """The rows of `tensor` that `spec` describes, without padding; None where the shape is
-    another.
-    """
-    if tensor.dim() == 0 or tensor.dim() != len(spec.shape):
-        return None
-    if tuple(tensor.shape[1:]) != spec.shape[1:] or tensor.shape[0] < spec.shape[0]:
-        return None
-    return tensor[: spec.shape[0]]
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a parameter lies in an engine's model: some rows of a tensor."""
+
+    name: str
+    start: int
+    rows: int  # of the whole tensor; for one that isn't joined the least
 
 
-def _slice_of_fused(
-    held: Mapping[str, Tensor], name: str, specs: Mapping[str, Spec]
-) -> Tensor | None:
-    """The rows of a joint tensor (`FUSED`) that are the parameter `name`; None where there is no
-    such tensor, or it is packed.
+def _place(held: Mapping[str, Tensor], name: str, specs: Mapping[str, Spec]) -> _Place | None:
+    """Where the parameter `name` lies, under its own name or within a joint tensor (`FUSED`); None
+    where there is neither.
     """
+    if name in held:
+        return _Place(name, 0, _length(specs[name]))
     for fused, parts in FUSED.items():
         for part in parts:
             prefix, dot, suffix = name.partition(f".{part}.")
-            joined = held.get(f"{prefix}.{fused}.{suffix}") if dot else None
-            if joined is None:
+            joined = f"{prefix}.{fused}.{suffix}"
+            if not dot or joined not in held:
                 continue
-            rows = [specs[f"{prefix}.{p}.{suffix}"].shape[0] for p in parts]
-            if joined.dim() != len(specs[name].shape) or joined.shape[0] != sum(rows):
-                return None  # packed
-            start = sum(rows[: parts.index(part)])
-            return joined[start : start + rows[parts.index(part)]]
+            rows = [_length(specs[f"{prefix}.{p}.{suffix}"]) for p in parts]
+            return _Place(joined, sum(rows[: parts.index(part)]), sum(rows))
     return None
+
+
+def _length(spec: Spec) -> int:
+    return spec.shape[0] if spec.shape else 0
+
+
+def _rows_of_spec(tensor: Tensor, spec: Spec, place: _Place) -> Tensor | None:
+    """The rows of `tensor` that `spec` describes; None where the shape is another, as when it is
+    packed.
+    """
+    if tensor.dim() == 0 or tensor.dim() != len(spec.shape):
+        return None
+    if tuple(tensor.shape[1:]) != spec.shape[1:] or tensor.shape[0] < place.rows:
+        return None
+    return tensor[place.start : place.start + spec.shape[0]]
+
+
+@torch.no_grad()
+def _packed_columns(
+    layers: Mapping[str, Any], spec: Spec, place: _Place, version: int
+) -> Tensor | None:
+    """The sampled columns [rows, columns] of a matrix that its linear layer has packed: what the
+    layer makes of unit vectors, which is exact in every number format. None where it is no such
+    layer.
+    """
+    path, _, kind = place.name.rpartition(".")
+    method: Any = getattr(layers[path], "quant_method", None)
+    if kind != "weight" or len(spec.shape) != 2 or not hasattr(method, "apply"):
+        return None
+    columns = sampled_columns(spec.shape[1], version)
+    units = torch.zeros(len(columns), spec.shape[1], dtype=spec.dtype)
+    units[torch.arange(len(columns)), columns] = 1
+    product = method.apply(layers[path], units)  # [columns, rows of the joint tensor]
+    if product.dim() != 2 or product.shape[1] < place.rows:
+        return None
+    return product[:, place.start : place.start + spec.shape[0]].t()

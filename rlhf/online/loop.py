@@ -16,6 +16,7 @@ from policy.prepare import TrainBatch, prepare
 from policy.saving import save_adapter, save_model
 from policy.update import update
 from rlhf.online.collect import Collected, Collector, on_device, train_batch
+from rlhf.online.gaps import Bounds
 from rlhf.online.judging import BEST, Keeper, Watching, make_judge
 from rlhf.online.metrics import response_statistics, run_metrics, sample_rows, step_metrics, window
 from rlhf.online.recovery import BadStep, RunState, read_state, write_bad_batch, write_state
@@ -104,14 +105,16 @@ class Loop:
         with clock.phase("update"):
             figures = self._update(batch, collected, step)
         with clock.phase("sync"):
-            probe_gap = parts.sync.send(step + 1)
+            bounds = parts.sync.proof.bounds  # of the weights that wrote the responses
+            proved = parts.sync.send(step + 1)
             self._move_reference(step + 1)
         with clock.phase("log"):
-            metrics = step_metrics(collected, batch, stage.kl_estimator, clock.seconds["rollout"])
-            metrics |= figures | response_statistics(collected.rollouts, collected.scores)
-            metrics["rollout/probe_gap"] = probe_gap
+            metrics = step_metrics(
+                collected, batch, stage.kl_estimator, clock.seconds["rollout"], bounds.tail
+            )
+            metrics |= figures | response_statistics(collected.rollouts, collected.scores) | proved
             metrics["objective/kl_coef"] = parts.kl.coef
-            self._check_gap(metrics["rollout/logprob_gap"], step)
+            self._check_gap(metrics, bounds, step)
             if "objective/kl" in metrics:
                 parts.kl.update(metrics["objective/kl"], int(metrics["rollout/trained_responses"]))
             samples = sample_rows(
@@ -258,14 +261,16 @@ class Loop:
             source = models.policy.module.model
             mix_weights(models.reference.model, source, self.stage.reference_mix)
 
-    def _check_gap(self, gap: float, step: int) -> None:
+    def _check_gap(self, metrics: Metrics, bounds: Bounds, step: int) -> None:
         """Sampler and trainer saw the same weights, so untruncated sampling must agree on every
-        token. `gap` in nats; raises BadStep.
+        token, to `bounds`. Raises BadStep.
         """
-        tolerance = self.parts.sync.tolerance
-        if not math.isfinite(gap) or (self.exact_sampling and gap > tolerance):
+        largest, tokens = metrics["rollout/logprob_gap"], metrics["rollout/trained_tokens"]
+        above = metrics["rollout/logprob_gap_above"] * tokens
+        fault = bounds.fault(metrics["rollout/logprob_gap_mean"], above, tokens)
+        if not math.isfinite(largest) or (self.exact_sampling and fault is not None):
             raise BadStep(
-                f"step {step + 1}: rollout/logprob_gap is {gap:.2e} nats, above {tolerance:.0e} "
+                f"step {step + 1}: rollout/logprob_gap is {largest:.2e} nats: {fault} "
                 "(rollout.gap_tolerance): the sampler's logprobs are not the trainer's, so the "
                 "update would train on another policy's samples."
             )

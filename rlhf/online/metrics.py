@@ -27,20 +27,27 @@ _LEAST_VARIANCE = 1e-12  # of the returns, in squared units of the score, to exp
 
 
 def step_metrics(
-    collected: Collected, batch: TrainBatch, estimator: KLEstimator, rollout_s: float
+    collected: Collected,
+    batch: TrainBatch,
+    estimator: KLEstimator,
+    rollout_s: float,
+    gap_tail: float,
 ) -> dict[str, float]:
     """Means over all ranks: scores and lengths over every response, logprobs and KL over those that
-    train. `rollout_s`: seconds that this rank took to write them. Collective.
+    train. `rollout_s`: seconds that this rank took to write them; `gap_tail`: gaps in nats above it
+    are counted. Collective.
     """
     members = rows_by_group(collected.groups)
     sizes = [len(rows) for rows in members]
     finals = collected.finals.tolist()
     sums = _response_sums(collected) | _token_sums(batch, estimator) | _value_sums(batch)
+    gaps = _gaps(batch)
+    sums["gap"], sums["gap_above"] = float(gaps.sum()), float((gaps > gap_tail).sum())
     sums["groups"] = float(len(members))
     sums["equal"] = float(sum(all_equal(finals, rows) for rows in members))
     totals = dict(zip(sums, distributed.all_sum(list(sums.values())), strict=True))
     largest_gap, slowest_s, largest, smallest = distributed.all_max(
-        [_largest_gap(batch), rollout_s, float(max(sizes)), -float(min(sizes))]
+        [float(gaps.max()), rollout_s, float(max(sizes)), -float(min(sizes))]
     )
     n = totals["responses"]
     mean = totals["scores"] / n
@@ -54,6 +61,8 @@ def step_metrics(
         "rollout/finished": totals["finished"] / n,
         "rollout/draws": float(collected.draws),
         "rollout/logprob_gap": largest_gap,
+        "rollout/logprob_gap_mean": totals["gap"] / max(totals["trained_tokens"], 1.0),
+        "rollout/logprob_gap_above": totals["gap_above"] / max(totals["trained_tokens"], 1.0),
         "rollout/tokens_per_s": totals["tokens"] / max(slowest_s, 1e-9),
         "group/equal": totals["equal"] / totals["groups"],
         "group/size_min": -smallest,
@@ -122,13 +131,13 @@ def _kl(batch: TrainBatch, estimator: KLEstimator) -> Tensor | None:
     return torch.where(batch.train_mask, kl, 0.0)
 
 
-def _largest_gap(batch: TrainBatch) -> float:
-    """The largest difference in nats between the sampler's logprob and the trainer's, over tokens
-    that train.
+def _gaps(batch: TrainBatch) -> Tensor:
+    """Absolute differences [B, T] in nats between the sampler's logprobs and the trainer's, 0 where
+    a token doesn't train.
     """
     assert batch.old_logprobs is not None
     gap = (batch.rollout_logprobs - batch.old_logprobs).abs()
-    return float(torch.where(batch.train_mask, gap, 0.0).max())
+    return torch.where(batch.train_mask, gap, 0.0)
 
 
 def _trained_means(totals: Mapping[str, float]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What the online loop is made of, built from the configuration in the order that fails soonest."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from conf.schema import (
     Config,
     EngineConfig,
     ModelConfig,
+    RolloutConfig,
     critic_adapter,
     merges_lora,
     wants_shared_prompts,
@@ -54,7 +56,8 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
-from rlhf.online.sync import WeightSync, gap_tolerance
+from rlhf.online.gaps import Calibration, Probe, gap_tolerance, sampled_probes
+from rlhf.online.sync import Proof, WeightSync
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
@@ -137,8 +140,7 @@ def build(ctx: RunContext) -> Parts:
             generator=generator,
             policy=models.policy,
             adapter_only=sends_adapter,
-            probe=_probe(generator, prompts[0]),
-            tolerance=gap_tolerance(cfg.rollout.gap_tolerance, resolve_dtype(cfg.model.dtype)),
+            proof=_proof(generator, prompts, cfg.rollout, resolve_dtype(cfg.model.dtype)),
             pad_id=tokenizer.pad_token_id,
             budget=cfg.engine.micro_tokens,
         ),
@@ -208,14 +210,23 @@ def _engine(
     return made
 
 
-def _probe(generator: Generator, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids whose logprobs prove a weight sync: the end of a prompt with its most likely
-    response, the same on every rank. A collective.
-    """
+def _proof(
+    generator: Generator, prompts: Sequence[Prompt], rollout: RolloutConfig, dtype: torch.dtype
+) -> Proof:
+    """What proves each weight sync, the same on every rank. A collective."""
+    tolerance = gap_tolerance(rollout.gap_tolerance, dtype)
+    if tolerance is None:
+        probes = sampled_probes(generator, prompts, rollout.gap_tokens)
+    else:
+        probes = (_likely_probe(generator, prompts[0]),)
+    return Proof(distributed.broadcast(probes), tolerance, Calibration(rollout.gap_factor))
+
+
+def _likely_probe(generator: Generator, prompt: Prompt) -> Probe:
+    """The end of a prompt with its most likely response."""
     greedy = generator.generate([prompt], n=1, seed=0, greedy=True)[0]
     ids = (*prompt.token_ids, *greedy.token_ids[:_PROBE_TOKENS])[-_PROBE_TOKENS:]
-    probe: tuple[int, ...] = distributed.broadcast(ids)
-    return probe
+    return Probe(ids)
 
 
 def _kl_controller(stage: OnlineStage) -> FixedKL | AdaptiveKL:

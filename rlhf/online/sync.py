@@ -4,8 +4,8 @@ generator holds is what the trainer sent, and both give the same logprobs.
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,12 +13,12 @@ import torch
 from policy.batching import collate
 from policy.forward import Layout, policy_logprobs
 from policy.model import adapter_weights, full_weights
+from rlhf.online.gaps import Bounds, Calibration, Probe, fixed_bounds
+from rlhf.online.rounding import Spread, rounding_spread, spread
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Generator, SyncError
 
 log = logging.getLogger(__name__)
-# Gaps that rounding explains between the generator's and the trainer's logprobs, nats.
-_FLOAT32_GAP, _HALF_GAP = 1e-4, 0.05
 
 
 @runtime_checkable
@@ -32,6 +32,56 @@ class Checked(Protocol):
     def checksums(self) -> dict[str, str]: ...
 
 
+@dataclass(slots=True)
+class Proof:
+    """Shows that a generator computes what the trainer computes, and how far the two are apart."""
+
+    probes: tuple[Probe, ...]
+    tolerance: float | None  # nats; None: calibrated, for half precision
+    calibration: Calibration
+    bounds: Bounds = field(init=False)  # of a step's tokens, sampled by the weights proved last
+    figures: dict[str, float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bounds = fixed_bounds(math.inf if self.tolerance is None else self.tolerance)
+
+    def check(
+        self, generator: Generator, model: Any, logprobs: Callable[[], list[float]], version: int
+    ) -> None:
+        """Compare versions, checksums and logprobs. Raises SyncError. A collective.
+
+        `logprobs`: those of `model`, the trainer's, of the probes' compared tokens at temperature
+        1; in half precision they are computed twice.
+        """
+        theirs = logprobs()
+        if self.tolerance is not None:
+            (probe,) = self.probes
+            gap = verify_sync(generator, probe.token_ids, theirs, self.tolerance, version)
+            self.figures = {"rollout/probe_gap": gap}
+            return
+        check_held(generator, version)
+        ours: list[float] = []
+        for probe in self.probes:
+            ours += generator.logprobs(probe.token_ids)[probe.first - 1 :]
+        gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        found = _largest(spread(gaps))
+        noise = _largest(rounding_spread(model, theirs, logprobs))
+        fault = self.calibration.fault(found, noise)
+        if fault is not None:
+            raise SyncError(
+                f"weight sync {version}: the generator's logprobs of {len(gaps)} tokens are "
+                f"{found.mean:.1e} nats from the trainer's in the mean: {fault} "
+                "(rollout.gap_factor; rollout.gap_tolerance sets a bound of its own). The "
+                "generator does not hold the trainer's weights, or computes something else."
+            )
+        self.bounds = self.calibration.bounds(noise)
+        self.figures = {
+            "rollout/probe_gap": distributed.all_max([max(gaps)])[0],
+            "rollout/probe_gap_mean": found.mean,
+            "rollout/probe_rounding": noise.mean,
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSync:
     """Keeps the generator's weights equal to the trainer's."""
@@ -39,18 +89,18 @@ class WeightSync:
     generator: Generator
     policy: Any  # the trainer's engine
     adapter_only: bool  # the LoRA adapter is sent alone, not whole weights with it merged in
-    probe: tuple[int, ...]  # fixed token ids whose logprobs prove each sync
-    tolerance: float  # nats
+    proof: Proof
     pad_id: int
     budget: int  # tokens per micro-batch
 
-    def send(self, version: int) -> float:
-        """Send the weights and prove that they arrived. Returns the probe's largest gap in nats;
-        raises SyncError. A collective.
+    def send(self, version: int) -> dict[str, float]:
+        """Send the weights and prove that they arrived. Returns the figures of the proof; raises
+        SyncError. A collective.
         """
         self.generator.sync(self._weights(), version)
-        trainer = self._trainer_logprobs()
-        return verify_sync(self.generator, self.probe, trainer, self.tolerance, version)
+        model = self.policy.module.model
+        self.proof.check(self.generator, model, self._trainer_logprobs, version)
+        return self.proof.figures
 
     def _weights(self) -> FullWeights | AdapterWeights:
         model = self.policy.module.model
@@ -59,25 +109,24 @@ class WeightSync:
         return full_weights(model, self.policy.gather)
 
     def _trainer_logprobs(self) -> list[float]:
-        """The trainer's logprobs of the probe's tokens after the first, at temperature 1."""
-        module = self.policy.module
-        batch = collate([self.probe[:1]], [self.probe[1:]], self.pad_id, distributed.device())
-        group = torch.zeros(1, dtype=torch.long, device=batch.lengths.device)
+        """The trainer's logprobs of the probes' compared tokens, at temperature 1."""
+        module, probes = self.policy.module, self.proof.probes
+        prompts = [probe.token_ids[: probe.first] for probe in probes]
+        responses = [probe.token_ids[probe.first :] for probe in probes]
+        batch = collate(prompts, responses, self.pad_id, distributed.device())
+        group = torch.arange(len(probes), device=batch.lengths.device)
+        rows = list(range(len(probes)))
         temperature, module.temperature = module.temperature, 1.0
         try:
-            logprobs, _ = policy_logprobs(self.policy, batch, group, [0], Layout(self.budget))
+            logprobs, _ = policy_logprobs(self.policy, batch, group, rows, Layout(self.budget))
         finally:
             module.temperature = temperature
-        return [float(x) for x in logprobs[0]]
+        return [float(x) for x in logprobs[batch.response_mask]]
 
 
-def gap_tolerance(configured: float | None, dtype: torch.dtype) -> float:
-    """The gap in nats above which weights did not arrive: rollout.gap_tolerance where it is
-    `configured`, else what rounding explains for weights of `dtype`.
-    """
-    if configured is not None:
-        return configured
-    return _FLOAT32_GAP if dtype is torch.float32 else _HALF_GAP
+def _largest(found: Spread) -> Spread:
+    """The largest of all ranks, so that every rank comes to the same verdict. Collective."""
+    return Spread(*distributed.all_max([_nan_last(found.mean), _nan_last(found.tail)]))
 
 
 def verify_sync(
@@ -99,12 +148,7 @@ def verify_sync(
             f"a probe of {len(probe_ids)} tokens has {len(probe_ids) - 1} logprobs, got "
             f"{len(trainer_logprobs)}"
         )
-    if generator.version != version:
-        raise SyncError(
-            f"weight sync {version}: the generator still holds version {generator.version}."
-        )
-    if isinstance(generator, Checked):
-        _compare_checksums(generator, version)
+    check_held(generator, version)
     ours = generator.logprobs(probe_ids)
     gaps = [abs(a - b) for a, b in zip(ours, trainer_logprobs, strict=True)]
     worst = max(range(len(gaps)), key=lambda i: _nan_last(gaps[i]))
@@ -117,6 +161,18 @@ def verify_sync(
             "weights."
         )
     return gaps[worst]
+
+
+def check_held(generator: Generator, version: int) -> None:
+    """The generator holds this version, and every tensor that it lets read is what was sent. Raises
+    SyncError naming the tensors that differ.
+    """
+    if generator.version != version:
+        raise SyncError(
+            f"weight sync {version}: the generator still holds version {generator.version}."
+        )
+    if isinstance(generator, Checked):
+        _compare_checksums(generator, version)
 
 
 def _nan_last(gap: float) -> float:

@@ -24,7 +24,7 @@ from policy.adapters import attach
 from policy.model import adapter_weights, full_weights
 from rlhf.online.sync import verify_sync
 from rlhf.types import AdapterWeights, FullWeights, Prompt, SyncError, UserError
-from rollout.weights import Incoming, Spec, checksum, readable_checksums, specs_of
+from rollout.weights import SAMPLED, Incoming, Spec, checksum, readable_checksums, specs_of
 
 BACKENDS = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
 PROBE = tuple(range(40, 84))
@@ -155,6 +155,29 @@ def test_an_adapter_arrives_twice(
         assert written.rollout_logprobs == pytest.approx(expected, abs=TOLERANCE)
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("half", ["lora_a_stacked", "lora_b_stacked"])
+def test_an_adapter_changed_in_the_engine_is_named(
+    half: str, start: Start, tiny_model: Callable[..., Path]
+) -> None:
+    """One element of what the joint layer of q, k and v holds of v's adapter."""
+    generator, model = start("vllm", adapter=LORA), load(tiny_model(), LORA)
+    generator.sync(adapter_weights(train(model, seed=4)), 3)
+    verify_sync(generator, PROBE, logprobs_of(model), TOLERANCE, 3)
+    assert set(generator.checksums()) == set(generator.sent) == set(adapter_weights(model).tensors)
+
+    def change(engine: nn.Module) -> None:
+        layer: Any = dict(engine.named_modules())["model.layers.1.self_attn.qkv_proj"]
+        getattr(layer, half)[2][0, 0, 1, 2] += 1e-6
+
+    generator.llm.apply_model(change)
+    name = f"v_proj.lora_{half[5].upper()}.weight"
+    with pytest.raises(SyncError, match=rf"weight sync 3: .*layers\.1\.self_attn\.{name}\.$"):
+        verify_sync(generator, PROBE, logprobs_of(model), TOLERANCE, 3)
+    generator.sync(adapter_weights(model), 4)
+    verify_sync(generator, PROBE, logprobs_of(model), TOLERANCE, 4)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_merged_adapter_arrives_as_whole_weights(
@@ -227,8 +250,8 @@ def test_a_tensor_corrupted_in_the_generator_is_named(
 
 @pytest.mark.vllm
 def test_what_vllm_lets_read(start: Start, tiny_model: Callable[..., Path]) -> None:
-    """Embeddings, norms and the head are compared by checksum; linear layers only where the engine
-    keeps them plain.
+    """Embeddings, norms and the head are compared by checksum; linear layers too where the engine
+    keeps them plain, else by some of their columns.
     """
     generator, model = start("vllm", tied=False), load(tiny_model(tied=False))
     generator.sync(full_weights(model), 8)
@@ -237,6 +260,8 @@ def test_what_vllm_lets_read(start: Start, tiny_model: Callable[..., Path]) -> N
     }
     readable = set(generator.checksums())
     assert plain <= readable
+    for name in set(model.state_dict()) - plain:
+        assert name in readable or name + SAMPLED in readable
     # from the second sync on only what can be compared is hashed
     generator.sync(full_weights(model), 9)
     assert set(generator.sent) == readable

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from conf.choices import KLEstimator
-from conf.schema import Config, ModelConfig
+from conf.schema import Config, ModelConfig, RolloutConfig
 from policy.agreement import check_agreement
 from policy.batching import Batch, collate, plan_micro_batches
 from policy.kl import kl_per_token
@@ -20,7 +20,8 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
-from rlhf.online.sync import gap_tolerance, verify_sync
+from rlhf.online.gaps import Calibration, Probe, gap_tolerance, sampled_probes
+from rlhf.online.sync import Proof
 from rlhf.process import distributed
 from rlhf.types import Generator, Prompt, Rollout, UserError
 from rollout import make_generator
@@ -93,13 +94,38 @@ def generate_both(
         old = responses()
         phase("sync")
         generator.sync(full_weights(after), 1)
-        probe = [*prompts[0].token_ids, *old[0].token_ids[:_PROBE_TOKENS]]
-        tolerance = gap_tolerance(cfg.rollout.gap_tolerance, resolve_dtype(cfg.model.dtype))
-        verify_sync(generator, probe, probe_logprobs(after, probe), tolerance, 1)
+        dtype = resolve_dtype(cfg.model.dtype)
+        _prove(generator, after, prompts, old[0], cfg.rollout, dtype)
         phase("generate after")
         return old, responses()
     finally:
         generator.close()
+
+
+def _prove(
+    generator: Generator,
+    after: Any,
+    prompts: Sequence[Prompt],
+    written: Rollout,
+    rollout: RolloutConfig,
+    dtype: torch.dtype,
+) -> None:
+    """The generator computes what the model `after` does. Raises SyncError."""
+    tolerance = gap_tolerance(rollout.gap_tolerance, dtype)
+    probes: tuple[Probe, ...] = (
+        Probe((*prompts[0].token_ids, *written.token_ids[:_PROBE_TOKENS])),
+    )
+    if tolerance is None:
+        probes = sampled_probes(generator, prompts, rollout.gap_tokens)
+
+    def logprobs() -> list[float]:
+        found = []
+        for probe in probes:
+            found += probe_logprobs(after, probe.token_ids)[probe.first - 1 :]
+        return found
+
+    proof = Proof(probes, tolerance, Calibration(rollout.gap_factor))
+    proof.check(generator, after, logprobs, 1)
 
 
 @torch.inference_mode()
