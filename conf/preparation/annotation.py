@@ -174,6 +174,7 @@ class LabelNoise(StepOptions):
     """
 
     step: ClassVar[str] = "label_noise"
+    torch: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"preference", "unpaired"})
 
     reward_model: str | None = option(

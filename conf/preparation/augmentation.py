@@ -76,6 +76,7 @@ class BackTranslate(StepOptions):
     """A new row for each row, its text translated into another language and back."""
 
     step: ClassVar[str] = "back_translate"
+    torch: ClassVar[bool] = True
     after_split: ClassVar[bool] = True
 
     source: str = option("en", "Language of the rows.")

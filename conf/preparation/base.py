@@ -46,6 +46,7 @@ class StepOptions:
     # rows that it can take
     kinds: ClassVar[frozenset[str]] = frozenset({"sft", "preference", "unpaired", "prompt"})
     after_split: ClassVar[bool] = False  # refused before a split step
+    torch: ClassVar[bool] = False  # it may load a model: torch is imported and set up
     splits: ClassVar[bool] = False  # it sets Item.split: one such step a pipeline
     # raised whenever the same rows and options give another result: a run that resumes then does
     # the step again

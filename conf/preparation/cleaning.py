@@ -297,6 +297,7 @@ class Perplexity(StepOptions):
     """
 
     step: ClassVar[str] = "perplexity"
+    torch: ClassVar[bool] = True
 
     model: str = option(
         MISSING,

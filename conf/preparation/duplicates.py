@@ -64,6 +64,7 @@ class CosineDuplicates(StepOptions):
     """
 
     step: ClassVar[str] = "cosine_duplicates"
+    torch: ClassVar[bool] = True
 
     part: Part = option(Part.whole, "Which texts of a row are compared.")
     threshold: float = option(

@@ -35,6 +35,7 @@ class Balance(StepOptions):
     """
 
     step: ClassVar[str] = "balance"
+    torch: ClassVar[bool] = True
 
     by: Grouping = option(Grouping.column, "What makes the groups.")
     column: str | None = option(None, "Column whose values are the groups, with by=column.")

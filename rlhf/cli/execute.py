@@ -23,6 +23,9 @@ Modules = Callable[[str], Any]
 LOG = logging.getLogger("rlhf")
 # Modules of rlhf/stages/ that are no stages: what only some runs need is imported by them alone.
 _DRY_RUN, _RECIPE = "dry_run", "recipe"
+# torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
+# load a model
+_WITHOUT_TORCH = ("chain", "data")
 
 
 def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
@@ -31,10 +34,9 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
     """
     # fork after threads would warn at every data worker
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if distributed.device().type == "cpu":
-        # accelerate imports DeepSpeed, which would warn that it has to guess this
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     schema, name = stage_schema(cfg.stage.name), module_name(cfg.stage.name)
+    if schema not in _WITHOUT_TORCH:
+        distributed.name_accelerator()
     if schema not in ("chain", "data", "doctor"):
         # The others load no model by themselves, and transformers takes seconds to import.
         quiet_libraries()
@@ -42,7 +44,7 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
         stage = modules(name)
     else:
         stage = _checked(cfg, name, modules)
-        if not cfg.run.dry_run:
+        if not cfg.run.dry_run and schema not in _WITHOUT_TORCH:
             distributed.set_threads(cfg.engine.threads)
     if cfg.run.dry_run:
         if distributed.is_main():

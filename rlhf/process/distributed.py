@@ -59,6 +59,14 @@ def device() -> "torch.device":
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed, which accelerate imports, where there is no GPU: it would warn that it has to
+    guess.
+    """
+    if device().type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 # what to do about engine=torch on several ranks
 SEVERAL_PROCESSES = "Use engine=zero0, zero1, zero2 or zero3."
 

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ LOG = logging.getLogger("rlhf.process.randomness")
 
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch (every device). Samplers and data loaders take their own seeds
-    from ``run.seed``.
+    from ``run.seed``. A torch that is not imported yet is not: whoever imports it later seeds it.
     """
     import numpy as np
-    import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below us draw from the global generator
-    torch.manual_seed(seed)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
 
 
 def state() -> dict[str, Any]:

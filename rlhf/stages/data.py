@@ -16,7 +16,7 @@ from conf.schema import Config, DataConfig, ModelConfig
 from rlhf.data.formats import Use
 from rlhf.data.prepare import ingest
 from rlhf.data.prepare.held import gathered
-from rlhf.data.prepare.items import Item
+from rlhf.data.prepare.items import Item, ScorePairs
 from rlhf.data.prepare.outputs import (
     SPLITS,
     Outputs,
@@ -31,9 +31,9 @@ from rlhf.data.prepare.store import StepReport
 from rlhf.data.sources import data_files
 from rlhf.process import distributed
 from rlhf.process.files import sha256
+from rlhf.process.randomness import seed_everything
 from rlhf.run import console
 from rlhf.run.context import RunContext
-from rlhf.stages.pair_scores import pair_scorer
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.stages.data")
@@ -67,6 +67,9 @@ def _run(ctx: RunContext) -> None:
             "Rows of a hub may change, so no step's rows are kept: every run starts from the "
             "first step."
         )
+    scorer = None
+    if any(step.options.torch for step in steps):
+        scorer = _with_torch(cfg)
     held_out = cfg.data.eval_path is not None
     done: list[StepReport] = []
     rows = stream(
@@ -78,7 +81,7 @@ def _run(ctx: RunContext) -> None:
         identity=identity,
         held_out=held_out,
         keep=cfg.data.cache,
-        score_pairs=pair_scorer(cfg.reward.batch_tokens),
+        score_pairs=scorer,
         alive=ctx.watchdog.alive,
     )
     ctx.watchdog.phase("steps")
@@ -103,6 +106,16 @@ def _run(ctx: RunContext) -> None:
     _report(ctx, kind, formats, done, outputs, files)
     if cfg.data.preview:
         _preview(cfg.data, cfg.model, kind, files["train"])
+
+
+def _with_torch(cfg: Config) -> ScorePairs:
+    """Set torch up, which takes seconds to import and which few steps need; what scores pairs."""
+    from rlhf.stages.pair_scores import pair_scorer
+
+    distributed.name_accelerator()
+    distributed.set_threads(cfg.engine.threads)
+    seed_everything(cfg.run.seed)
+    return pair_scorer(cfg.reward.batch_tokens)
 
 
 def _preview(data: DataConfig, model: ModelConfig, kind: Use, path: Path) -> None:

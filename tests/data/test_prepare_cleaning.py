@@ -19,6 +19,7 @@ from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.texts import imitated, sides
 from rlhf.data.prepare.words import (
     counted,
+    lettered,
     letters,
     spaced_words,
     symbol_share,
@@ -255,27 +256,54 @@ def judge(text: str, **options: object) -> str | None:
     return quality.verdict(text, Quality(min_words=1, **options))  # type: ignore[arg-type]
 
 
+def top_ngram(tokens: list[str], n: int) -> float:
+    return quality.top_ngram(tokens, quality.repeats(tokens, n))
+
+
+def duplicate_ngrams(tokens: list[str], n: int) -> float:
+    return quality.duplicate_ngrams(tokens, quality.repeats(tokens, n))
+
+
+@given(st.lists(st.sampled_from("ab c"), max_size=30), st.integers(1, 5), st.integers(0, 3))
+def test_repeats_are_among_the_repeats_of_shorter_ngrams(
+    tokens: list[str], n: int, more: int
+) -> None:
+    every = quality.repeats(tokens, n + more)
+    assert quality.repeats(tokens, n + more, quality.repeats(tokens, n)) == every
+    grams = [tuple(tokens[at : at + n + more]) for at in range(len(tokens) - n - more + 1)]
+    assert every == [(at, gram) for at, gram in enumerate(grams) if grams.count(gram) > 1]
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_an_ascii_text_is_counted_as_any_other(text: str) -> None:
+    beside = text + " é"  # a word of its own, of one letter
+    visible = len("".join(text.split()))
+    assert symbols(beside) == symbol_share(text, words(text)) * max(1, visible)
+    assert letters(beside) == letters(text) + 1
+    assert words(beside) == [*words(text), "é"]
+
+
 def test_repetition_ratios_by_hand() -> None:
     assert quality.repeated(["a", "bb", "a", "a"]) == (2 / 4, 2 / 5)
     # "a b" twice: 2 x 2 characters of the 5 in a b a b c
-    assert quality.top_ngram(["a", "b", "a", "b", "c"], 2) == 4 / 5
-    assert quality.top_ngram(["a", "b", "c"], 2) == 0.0
+    assert top_ngram(["a", "b", "a", "b", "c"], 2) == 4 / 5
+    assert top_ngram(["a", "b", "c"], 2) == 0.0
     # the second "a b c" stands before: its 3 + 3 characters of 14
-    assert quality.duplicate_ngrams(["aa", "b", "c", "dddddd", "aa", "b", "c"], 3) == 4 / 14
+    assert duplicate_ngrams(["aa", "b", "c", "dddddd", "aa", "b", "c"], 3) == 4 / 14
     # overlapping repeats count a character once: of a a a a a the words 2 to 5 lie in a repeated
     # pair
-    assert quality.duplicate_ngrams(["a"] * 5, 2) == 4 / 5
-    assert quality.duplicate_ngrams([], 2) == 0.0
+    assert duplicate_ngrams(["a"] * 5, 2) == 4 / 5
+    assert duplicate_ngrams([], 2) == 0.0
 
 
 def test_symbol_ratios_by_hand() -> None:
     assert quality.symbol_words("# one #2 ... two…", 2) == 3 / 2, "the first begins a line"
     assert quality.symbol_words("sum\n#### 72\n## end", 3) == 0.0
-    assert quality.alphabetic_words(words("one 2 three 4")) == 0.5
-    assert quality.alphabetic_words(words("1. 好好学习\n2. 天天向上")) == 8 / 10
+    for text, share in (("one 2 three 4", 0.5), ("1. 好好学习\n2. 天天向上", 8 / 10)):
+        assert quality.alphabetic_words(words(text), lettered(words(text))) == share
     assert symbol_share("a+b ==", words("a+b ==")) == 3 / 5
     # marks and numbers are no letters of a word
-    assert quality.word_length(["ab", "நல்ல", "12", "好"]) == ((2 + 3) / 2, 2)
+    assert quality.word_length(["ab", "நல்ல", "好"]) == ((2 + 3) / 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,7 @@ def test_signatures_are_those_of_datasketch() -> None:
     texts = [("the quick brown fox", ""), ("", ""), ("abc", "xyz abc"), ("你好世界你好世界", "")]
     hashes, starts = minhash.ngram_hashes(texts, 5)
     ours = minhash.minima(hashes, starts, minhash.permutations(64, 7))
+    assert ours.dtype == np.uint32
     for row, values in enumerate(np.split(hashes, starts[1:])):
         theirs = MinHash(num_perm=64, seed=7, hashfunc=int, scheme="affine32")
         theirs.update_batch([int(v) >> 32 for v in values])

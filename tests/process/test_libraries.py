@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 OF_EXTRAS = {
     "cleanlab": {"data"},
     "crowdkit": {"labels"},
-    "datasketch": {"data"},
     "ftfy": {"data"},
     "imblearn": {"data"},
     "jieba": {"data"},

@@ -54,8 +54,9 @@ def strip_html(text: str) -> str:
     """`text` without comments, scripts and HTML's own tags (<T> and a < b stay). Breaks and blocks
     become line ends, entities their characters.
     """
-    text = _COMMENT.sub("", text)
-    return html.unescape(_TAG.sub("", _BREAK.sub("\n", text)))
+    if "<" in text:
+        text = _TAG.sub("", _BREAK.sub("\n", _COMMENT.sub("", text)))
+    return html.unescape(text)
 
 
 def tidy_spaces(text: str) -> str:

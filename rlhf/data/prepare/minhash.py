@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.process.libraries import require
-
 Sides = tuple[str, str]  # rlhf.data.prepare.texts.sides
 # added to the code points of what is judged bad: another alphabet, so that it never equals the good
 # side
@@ -37,14 +35,20 @@ def _mix32(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return values ^ (values >> np.uint32(16))
 
 
-def _codes(text: Sides, ngram: int) -> NDArray[np.uint64]:
-    """Code points of a text's two sides, at least `ngram` of them."""
-    good, bad = (
-        np.frombuffer(side.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
-        for side in text
-    )
-    lacking = ngram - len(good) - len(bad)
-    return np.concatenate([good, bad + _OTHER, np.full(max(0, lacking), _FILL)])
+def _codes(texts: Sequence[Sides], ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Code points of the texts' two sides one after the other, of every text at least `ngram`, and
+    [N] how many each text has.
+    """
+    pieces, sizes = [], []
+    for good, bad in texts:
+        lacking = max(0, ngram - len(good) - len(bad))
+        pieces += [good, bad, lacking * "\0"]
+        sizes += [len(good), len(bad), lacking]
+    encoded = "".join(pieces).encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(encoded, dtype="<u4").astype(np.uint64)
+    added = np.array([0, _OTHER, _FILL], dtype=np.uint64)
+    codes += np.repeat(np.tile(added, len(texts)), sizes)
+    return codes, np.array(sizes, dtype=np.int64).reshape(-1, 3).sum(axis=1)
 
 
 def ngram_hashes(
@@ -53,9 +57,7 @@ def ngram_hashes(
     """64-bit hashes of every text's n-grams one after the other, and where each text's begin; every
     text has at least one.
     """
-    codes = [_codes(text, ngram) for text in texts]
-    lengths = np.array([len(c) for c in codes], dtype=np.int64)
-    whole = np.concatenate(codes)
+    whole, lengths = _codes(texts, ngram)
     windows = len(whole) - ngram + 1
     hashes = np.zeros(windows, dtype=np.uint64)
     for offset in range(ngram):
@@ -69,9 +71,13 @@ def ngram_hashes(
 
 
 def permutations(count: int, seed: int) -> NDArray[np.uint32]:
-    """[2, count] factors and summands of datasketch's permutations h -> a h + b modulo 2^32."""
-    hashes = require("datasketch", "data").MinHash(num_perm=count, seed=seed, scheme="affine32")
-    return np.asarray(hashes.permutations, dtype=np.uint32)
+    """[2, count] odd factors and summands of permutations h -> a h + b modulo 2^32: the numbers that
+    datasketch draws, which takes longer to import than thousands of texts to compare.
+    """
+    draws = np.random.RandomState(seed)  # noqa: NPY002 - the generator that datasketch has
+    halves = draws.randint(0, 1 << 31, count, dtype=np.uint32)
+    summands = draws.randint(0, 1 << 32, count, dtype=np.uint32)
+    return np.stack([2 * halves + 1, summands])
 
 
 def minima(
@@ -89,8 +95,11 @@ def minima(
         last = max(first + 1, int(np.searchsorted(ends, starts[first] + _BLOCK, side="right")))
         block = mixed[starts[first] : ends[last - 1]]
         offsets = starts[first:last] - starts[first]
+        values = np.empty_like(block)
         for p in range(permutation.shape[1]):
-            out[first:last, p] = np.minimum.reduceat(block * factors[p] + summands[p], offsets)
+            np.multiply(block, factors[p], out=values)
+            values += summands[p]
+            out[first:last, p] = np.minimum.reduceat(values, offsets)
         first = last
     return out
 

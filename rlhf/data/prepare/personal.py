@@ -69,9 +69,10 @@ class Pattern:
     name: str
     pattern: re.Pattern[str]
     real: Callable[[str], bool] = lambda text: True
-    # a text with fewer of some characters can't hold one: cheaper to know than to look
-    digits: int = 0
-    needs: tuple[tuple[str, int], ...] = ()  # (character, how often): one of these is enough
+    # what a text without can't hold one: cheaper to know than to look
+    digits: int = 0  # at least so many
+    needs: tuple[tuple[str, int], ...] = ()  # (characters, how often): one of these is enough
+    holds: re.Pattern[str] | None = None
 
     def mark(self) -> str:
         return f"[{self.name.upper()}]"
@@ -80,7 +81,9 @@ class Pattern:
         """Whether a text with so many digits may hold one."""
         if digits < self.digits:
             return False
-        return not self.needs or any(text.count(c) >= least for c, least in self.needs)
+        if self.needs and not any(text.count(c) >= least for c, least in self.needs):
+            return False
+        return self.holds is None or self.holds.search(text) is not None
 
 
 # Written for ASCII: \w and \d are A-Z, a-z, 0-9 and _, so that an address between Chinese
@@ -110,13 +113,18 @@ _PHONE = (
 )
 
 _DIGITS = "0123456789"
+# the beginning of an IBAN; a part of an address of either kind
+_IBAN_HEAD = re.compile(r"[A-Z]{2}[0-9]{2}")
+_IP_PART = re.compile(r"[0-9]\.[0-9]|:[0-9A-Fa-f:]")
 
 # In the order in which they are looked for: a card is no telephone number, an IBAN no card.
 KNOWN: Mapping[Personal, Pattern] = {
     Personal.email: Pattern("email", re.compile(_EMAIL, re.ASCII), needs=(("@", 1),)),
-    Personal.iban: Pattern("iban", re.compile(_IBAN, re.ASCII), is_iban, digits=2),
+    Personal.iban: Pattern("iban", re.compile(_IBAN, re.ASCII), is_iban, 2, (), _IBAN_HEAD),
     Personal.credit_card: Pattern("credit_card", re.compile(_CARD, re.ASCII), is_card, digits=13),
-    Personal.ip: Pattern("ip", re.compile(_IP, re.ASCII), is_ip, needs=((".", 3), (":", 2))),
+    Personal.ip: Pattern(
+        "ip", re.compile(_IP, re.ASCII), is_ip, needs=((".", 3), (":", 2)), holds=_IP_PART
+    ),
     Personal.phone: Pattern("phone", re.compile(_PHONE, re.ASCII), is_phone, digits=8),
 }
 

@@ -41,20 +41,19 @@ def symbol_words(text: str, number: float) -> float:
     return (hashes + text.count("...") + text.count("…")) / max(1.0, number)
 
 
-def alphabetic_words(tokens: Sequence[str]) -> float:
-    """Share of words with a letter."""
-    return len(lettered(tokens)) / max(1, len(tokens))
+def alphabetic_words(tokens: Sequence[str], spoken: Sequence[str]) -> float:
+    """Share of words with a letter. spoken: the `lettered` ones."""
+    return len(spoken) / max(1, len(tokens))
 
 
-def word_length(tokens: Sequence[str]) -> tuple[float, int]:
-    """Mean length of the words with a letter in scripts with spaces, without combining marks, and
-    how many they are.
+def word_length(spoken: Sequence[str]) -> tuple[float, int]:
+    """Mean length of the words in scripts with spaces, without combining marks, and how many they
+    are. spoken: the words with a letter (`lettered`).
     """
-    spaced = lettered(tokens)
-    joined = "".join(spaced)
+    joined = "".join(spoken)
     if joined.isascii():
-        return len(joined) / max(1, len(spaced)), len(spaced)
-    spaced = list(filter(is_spaced, spaced))
+        return len(joined) / max(1, len(spoken)), len(spoken)
+    spaced = list(filter(is_spaced, spoken))
     joined = "".join(spaced)
     size = len(joined) - len(_marks().findall(joined))
     return size / max(1, len(spaced)), len(spaced)
@@ -78,30 +77,47 @@ def repeated(pieces: Sequence[str]) -> tuple[float, float]:
     return count / max(1, len(pieces)), characters / max(1, sum(map(len, pieces)))
 
 
-def top_ngram(tokens: Sequence[str], n: int) -> float:
-    """Share of the words' characters in the commonest n-gram, all its occurrences; 0 where none
-    occurs twice.
+Gram = tuple[str, ...]
+
+
+def repeats(
+    tokens: Sequence[str], n: int, among: Sequence[tuple[int, Gram]] | None = None
+) -> list[tuple[int, Gram]]:
+    """(where it begins, n-gram) of those that occur more than once, in order. among: the repeats of
+    a smaller n, since what comes again begins with something shorter that does.
     """
-    counts = Counter(ngrams(tokens, n))
-    most = max(counts.values(), default=0)
-    if most < 2:
+    if among is None:
+        found = list(enumerate(ngrams(tokens, n)))
+    else:
+        last = len(tokens) - n
+        found = [(at, tuple(tokens[at : at + n])) for at, _ in among if at <= last]
+    counts = Counter([gram for _, gram in found])
+    if len(counts) == len(found):
+        return []
+    return [place for place in found if counts[place[1]] > 1]
+
+
+def top_ngram(tokens: Sequence[str], again: Sequence[tuple[int, Gram]]) -> float:
+    """Share of the words' characters in the commonest n-gram, all its occurrences; 0 where none
+    occurs twice. again: `repeats` of the tokens.
+    """
+    counts = Counter([gram for _, gram in again])
+    if not counts:
         return 0.0
+    most = max(counts.values())
     longest = max(sum(map(len, gram)) for gram, count in counts.items() if count == most)
     return min(1.0, longest * most / sum(map(len, tokens)))
 
 
-def duplicate_ngrams(tokens: Sequence[str], n: int) -> float:
+def duplicate_ngrams(tokens: Sequence[str], again: Sequence[tuple[int, Gram]]) -> float:
     """Share of the words' characters in n-grams that came before; a character in several of them
-    counts once.
+    counts once. again: `repeats` of the tokens.
     """
-    grams = list(ngrams(tokens, n))
-    if len(set(grams)) == len(grams):
-        return 0.0
-    seen: set[tuple[str, ...]] = set()
+    seen: set[Gram] = set()
     covered = [False] * len(tokens)
-    for start, gram in enumerate(grams):
+    for start, gram in again:
         if gram in seen:
-            covered[start : start + n] = [True] * n
+            covered[start : start + len(gram)] = [True] * len(gram)
         seen.add(gram)
     inside = sum(len(t) for t, c in zip(tokens, covered, strict=True) if c)
     return inside / max(1, sum(map(len, tokens)))
@@ -139,7 +155,10 @@ def _broken(text: str, options: Quality) -> Iterator[str | None]:
     """Why each rule is broken, one rule after the other: what a text breaks first is the last
     that is computed.
     """
-    content = counted(text)
+    small = text
+    if text.isascii():  # has the same words in small letters; no rule asks for a word's case
+        small = text.lower()
+    content = counted(small)
     share = symbol_share(text, content.tokens)
     yield _above("share of symbols", share, options.max_symbol_characters)
     if content.number < options.min_words:
@@ -147,9 +166,13 @@ def _broken(text: str, options: Quality) -> Iterator[str | None]:
     symbolic = symbol_words(text, content.number)
     yield _above("hash signs and ellipses per word", symbolic, options.max_symbol_words)
     yield from _broken_by_lines(text, options)
-    yield _alphabetic(content, options)
-    yield _word_length(content, options)
-    yield from _broken_by_ngrams(content, options)
+    spoken = lettered(content.tokens)
+    yield _alphabetic(content, spoken, options)
+    yield _word_length(content, spoken, options)
+    lower = content.tokens
+    if small is text:
+        lower = list(map(str.lower, lower))
+    yield from _broken_by_ngrams(content, lower, options)
 
 
 def _broken_by_lines(text: str, options: Quality) -> Iterator[str | None]:
@@ -168,36 +191,43 @@ def _broken_by_lines(text: str, options: Quality) -> Iterator[str | None]:
     yield _above("share of characters in repeated paragraphs", in_paragraphs, limit)
 
 
-def _broken_by_ngrams(content: Counted, options: Quality) -> Iterator[str | None]:
-    """A longer n-gram can't occur twice where a shorter one doesn't, so most texts end early."""
-    lower = list(map(str.lower, content.tokens))
+def _broken_by_ngrams(
+    content: Counted, lower: Sequence[str], options: Quality
+) -> Iterator[str | None]:
+    """A longer n-gram can't occur twice where a shorter one doesn't, so most texts end early.
+    lower: the words in small letters.
+    """
     slack = 1 + _SHORT / max(1.0, content.number)
+    again = None
     for n, limit in enumerate(options.max_top_ngrams, start=2):
-        share = top_ngram(lower, content.span(n))
-        if not share:
+        again = repeats(lower, content.span(n), again)
+        if not again:
             return
+        share = top_ngram(lower, again)
         yield _above(f"share of the commonest {n}-gram", share, limit * slack)
+    again = None
     for n, limit in enumerate(options.max_duplicate_ngrams, start=5):
-        share = duplicate_ngrams(lower, content.span(n))
-        if not share:
+        again = repeats(lower, content.span(n), again)
+        if not again:
             return
+        share = duplicate_ngrams(lower, again)
         yield _above(f"share of repeated {n}-grams", share, limit * slack)
 
 
-def _alphabetic(text_words: Counted, options: Quality) -> str | None:
+def _alphabetic(text_words: Counted, spoken: Sequence[str], options: Quality) -> str | None:
     limit = options.min_alphabetic_words
     if limit is None:
         return None
-    value = alphabetic_words(text_words.tokens)
+    value = alphabetic_words(text_words.tokens, spoken)
     if value >= limit:
         return None
     return f"share of words with a letter {value:.2f}, expected at least {limit:g}"
 
 
-def _word_length(text_words: Counted, options: Quality) -> str | None:
+def _word_length(text_words: Counted, spoken: Sequence[str], options: Quality) -> str | None:
     if options.low_word_length is None and options.high_word_length is None:
         return None
-    mean, number = word_length(text_words.tokens)
+    mean, number = word_length(spoken)
     # beside many numbers, or a script without spaces, they are names and variables
     if number < max(options.min_words, _MOSTLY * text_words.number):
         return None

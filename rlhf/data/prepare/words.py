@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, filterfalse
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,11 @@ def ranges(pattern: str) -> str:
 
 # Patterns of `re` are several times faster than regex's. They know the basic plane: regex serves
 # the few texts with characters beyond it.
-_ASCII = re.compile(r"[A-Za-z0-9]+(?:['-][A-Za-z0-9]+)*")
-_ASCII_OTHER = re.compile(r"[^A-Za-z]+")
+_ASCII_WORD = re.compile(r"[A-Za-z0-9]+(?:['-][A-Za-z0-9]+)*")
+_ASCII = [bytes([code]) for code in range(128)]
+_WHITE = b"".join(byte for byte in _ASCII if byte.decode().isspace())
+_ALNUM = b"".join(filter(bytes.isalnum, _ASCII))
+_NO_LETTERS = b"".join(byte for byte in _ASCII if not byte.isalpha())
 _HAS_LETTER = re.compile(r"[^\W\d_]")
 
 
@@ -78,7 +81,7 @@ def words(text: str) -> list[str]:
     inside them), and single characters of scripts without spaces, with their marks.
     """
     if text.isascii():
-        return _ASCII.findall(text)
+        return _ASCII_WORD.findall(text)
     if len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text):
         return _basic().findall(text)
     pattern = rf"[{_UNSPACED}]\p{{M}}*|{_SPACED}+(?:[{_JOINERS}]{_SPACED}+)*"
@@ -102,9 +105,8 @@ def is_spaced(token: str) -> bool:
 
 
 def lettered(tokens: Sequence[str]) -> list[str]:
-    """The tokens of `words` that hold a letter: more than numbers. In any order."""
-    others = filter(_HAS_LETTER.search, filterfalse(str.isalpha, tokens))
-    return [*filter(str.isalpha, tokens), *others]
+    """The tokens of `words` that hold a letter: more than numbers."""
+    return [token for token in tokens if token.isalpha() or _HAS_LETTER.search(token)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +148,14 @@ def letters(text: str) -> float:
     Korean, says as much as several letters; marks, digits and symbols say nothing.
     """
     if text.isascii():
-        return len(_ASCII_OTHER.sub("", text))
+        return _without(text, _NO_LETTERS)
     counts = Counter(text)
     return sum(times * _letters_in(c) for c, times in counts.items() if c.isalpha())
+
+
+def _without(text: str, left_out: bytes) -> int:
+    """How many characters of an ASCII text are none of these."""
+    return len(text.encode("ascii").translate(None, left_out))
 
 
 def spaced_words(text: str) -> list[str]:
@@ -163,6 +170,8 @@ def symbols(text: str) -> int:
 
 def symbol_share(text: str, tokens: Sequence[str]) -> float:
     """Share of symbols among the characters that aren't white space. `tokens`: its words."""
+    if text.isascii():
+        return _without(text, _WHITE + _ALNUM) / max(1, _without(text, _WHITE))
     return _symbols(text, tokens) / max(1, len("".join(text.split())))
 
 
