@@ -5,6 +5,8 @@ hand.
 # ruff: noqa: RUF001 - full-width signs of Chinese texts
 import math
 import random
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,18 +16,19 @@ from hypothesis import strategies as st
 from conf.choices import TaskClass
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item
+from rlhf.data.report import content
 from rlhf.data.report.annotators import annotators, gold, gold_verdict
 from rlhf.data.report.content import (
     cluster,
     clustered,
     compression_ratio,
     detected_languages,
-    distinct,
     diversity,
     label_columns,
     labels,
     languages,
     sampled,
+    texts_of,
 )
 from rlhf.data.report.noise import (
     encoding_problem,
@@ -34,11 +37,14 @@ from rlhf.data.report.noise import (
     noise,
     repetition_problem,
 )
+from rlhf.data.report.numbered import distinct, number
 from rlhf.data.report.origins import origins
 from rlhf.data.report.records import Section, Settings, Severity, StandardResult
 from rlhf.data.report.standards import accuracy, enough, kappa
 from rlhf.data.report.suspects import suspects
 from rlhf.data.report.templates import role_problem, templates
+from rlhf.data.report.texts import words
+from rlhf.process import parallel
 from tests.data.report_rows import (
     LONG,
     PREFERENCE,
@@ -156,6 +162,43 @@ def test_a_set_in_two_languages_names_nobody() -> None:
 # ---- clusters and diversity ----
 
 
+def looked_at(check: Callable[..., Section], rows: list[Item]) -> Section:
+    return check(rows, number(texts_of(rows)), SFT)
+
+
+@pytest.mark.parametrize("most", [5000, 7])
+def test_clusters_are_told_by_the_words_that_scikit_learn_takes(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    monkeypatch.setattr(content, "_TERMS", most)
+    rows = topical({"sea": 30, "food": 20, "sport": 5})
+    theirs = TfidfVectorizer(
+        analyzer=words, min_df=2, max_df=0.5, max_features=most, sublinear_tf=True
+    ).fit(texts_of(rows))
+    numbered = number(texts_of(rows))
+    ours = [numbered.words[term] for term in content._telling(numbered.counts())]
+    assert ours == theirs.get_feature_names_out().tolist()
+    assert numbered.counts().sum() == len(numbered.flat) == 8 * len(rows)
+    assert (numbered.flat == number(texts_of(rows)).flat).all(), "counting leaves the words alone"
+
+
+def test_words_are_numbered_alike_in_any_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [*texts_of(topical({"sea": 20, "food": 20})), "", "Новое слово 你好"]
+    monkeypatch.setattr("rlhf.data.report.numbered._TOGETHER", 3)
+    alone = number(rows)
+    monkeypatch.setattr(parallel, "_WORTH_S", 0.0)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
+    shared = number(rows)
+    starts = [0, *alone.ends]
+    said = [alone.flat[a:b] for a, b in pairwise(starts)]
+    assert [[alone.words[i] for i in codes] for codes in said] == [*map(words, rows)]
+    assert shared.words == alone.words and (shared.flat == alone.flat).all()
+
+
 def topical(sizes: dict[str, int]) -> list[Item]:
     rng = random.Random(0)
     vocabulary = {
@@ -173,7 +216,7 @@ def topical(sizes: dict[str, int]) -> list[Item]:
 
 def test_clusters_are_the_topics() -> None:
     rows = topical({"sea": 40, "food": 40, "sport": 40})
-    members = cluster([row.columns["text"] for row in rows], seed=0).members
+    members = cluster(number(texts_of(rows)), seed=0).members
     assert all(
         len(set(members[start : start + 40]) & set(members[other : other + 40])) == 0
         for start, other in ((0, 40), (40, 80), (0, 80))
@@ -188,28 +231,28 @@ def test_a_cluster_that_holds_most_rows_is_found() -> None:
             for i in range(60)
         ],
     ]
-    section = clustered(rows, SFT)
+    section = looked_at(clustered, rows)
     assert (
         section.figures["largest_share"] == pytest.approx(60 / 76)
         and len(rows_of(section, "one_cluster")) == 60
     )
-    even = clustered(topical({"sea": 40, "food": 40, "sport": 40}), SFT)
+    even = looked_at(clustered, topical({"sea": 40, "food": 40, "sport": 40}))
     assert checks(even) == [] and 2.5 < even.figures["effective"] <= even.figures["clusters"]
 
 
 def test_too_few_rows_and_texts_without_shared_words_have_no_clusters() -> None:
-    assert "too few" in str(clustered(texts("a"), SFT).unmeasured)
+    assert "too few" in str(looked_at(clustered, texts("a")).unmeasured)
     assert "share no words" in str(
-        clustered(texts(*(f"word{i}" for i in range(60))), SFT).unmeasured
+        looked_at(clustered, texts(*(f"word{i}" for i in range(60)))).unmeasured
     )
 
 
 def test_diversity_by_hand() -> None:
     assert (
-        distinct([["a", "b", "a", "b"], ["a"]], 2) == pytest.approx(2 / 3)
-        and distinct([], 1) == 0.0
+        distinct(number(["a b A b", "a"]), 2) == pytest.approx(2 / 3)
+        and distinct(number([]), 1) == 0.0
     )
-    figures = diversity(texts("a b a b", "c a"), SFT).figures
+    figures = looked_at(diversity, texts("a b a b", "c a")).figures
     assert (figures["words"], figures["vocabulary"], figures["once"], figures["distinct_1"]) == (
         6,
         3,
@@ -225,8 +268,8 @@ def test_diversity_by_hand() -> None:
 def test_coverage_of_held_out_words() -> None:
     rows = [*texts("a b c"), *texts("b c d x", split="eval")]
     assert (
-        diversity(rows, SFT).figures["held_out_words_covered"] == 0.5
-        and diversity(texts("a"), SFT).figures["held_out_words_covered"] is None
+        looked_at(diversity, rows).figures["held_out_words_covered"] == 0.5
+        and looked_at(diversity, texts("a")).figures["held_out_words_covered"] is None
     )
 
 
@@ -612,7 +655,7 @@ def test_no_text_breaks_a_detector(values: list[str]) -> None:
         noise(rows, SFT),
         templates(rows, SFT),
         languages(rows, SFT),
-        diversity(rows, SFT),
+        looked_at(diversity, rows),
         labels(rows, SFT),
     ):
         assert all(1 <= r.row <= len(rows) for f in section.findings for r in f.rows)

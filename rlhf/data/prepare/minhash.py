@@ -71,10 +71,10 @@ def ngram_hashes(
 
 
 def permutations(count: int, seed: int) -> NDArray[np.uint32]:
-    """[2, count] odd factors and summands of permutations h -> a h + b modulo 2^32: the numbers that
-    datasketch draws, which takes longer to import than thousands of texts to compare.
+    """[2, count] odd factors and summands of permutations h -> a h + b modulo 2^32: the numbers
+    that datasketch draws, which takes longer to import than thousands of texts to compare.
     """
-    draws = np.random.RandomState(seed)  # noqa: NPY002 - the generator that datasketch has
+    draws = np.random.RandomState(seed)
     halves = draws.randint(0, 1 << 31, count, dtype=np.uint32)
     summands = draws.randint(0, 1 << 32, count, dtype=np.uint32)
     return np.stack([2 * halves + 1, summands])

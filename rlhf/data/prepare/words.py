@@ -158,6 +158,13 @@ def _without(text: str, left_out: bytes) -> int:
     return len(text.encode("ascii").translate(None, left_out))
 
 
+def alphanumeric(text: str) -> int:
+    """How many characters of a text are letters or digits."""
+    if text.isascii():
+        return len(text) - _without(text, _ALNUM)
+    return sum(map(str.isalnum, text))
+
+
 def spaced_words(text: str) -> list[str]:
     """The words of a text in scripts with spaces between words."""
     return list(filter(is_spaced, words(text)))

@@ -4,17 +4,19 @@ import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
 
+from rlhf.data.prepare.held import Mapped, picked
 from rlhf.data.prepare.items import Item, joined
 from rlhf.data.prepare.languages import NOTHING, UNKNOWN, identify
 from rlhf.data.prepare.words import letters
+from rlhf.data.report.numbered import Numbered, distinct
 from rlhf.data.report.records import Bars, Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
-from rlhf.data.report.texts import entropy, words
+from rlhf.data.report.texts import entropy
 from rlhf.process import parallel
 
 # columns that may name a row's class
@@ -26,20 +28,22 @@ _SURE = 0.9  # probability from which another language is believed
 _LETTERS = 20  # letters that a text needs before its language is judged
 _TOGETHER = 512  # texts whose language a process tells at once
 _CLUSTERS = 20  # at most
+_TERMS = 5000  # words that clusters are told by
 _LARGEST = 0.5  # share of one cluster that is worth a warning
 _CLUSTER_ROWS = 50  # that clusters need
 
 
-def sampled(items: Sequence[Item], settings: Settings) -> list[Item]:
-    """At most `settings.sample` of the rows, drawn by the seed, in their order."""
+def sampled(items: Sequence[Item], settings: Settings) -> Sequence[Item]:
+    """At most `settings.sample` of the rows, drawn by the seed, in their order, where they are."""
     if len(items) <= settings.sample:
-        return list(items)
-    return [
-        items[i]
-        for i in sorted(
-            random.Random(f"{settings.seed}:report").sample(range(len(items)), settings.sample)
-        )
-    ]
+        return items
+    drawn = random.Random(f"{settings.seed}:report").sample(range(len(items)), settings.sample)
+    return picked(items, sorted(drawn))
+
+
+def texts_of(items: Sequence[Item]) -> Sequence[str]:
+    """All texts of each row in one."""
+    return Mapped(lambda item: joined(item.columns), items)
 
 
 # ---- languages ----
@@ -51,7 +55,8 @@ def detected_languages(texts: Sequence[str]) -> list[tuple[str, float]]:
     """
     out = [(UNKNOWN, 0.0)] * len(texts)
     telling = [index for index, text in enumerate(texts) if letters(text) >= _LETTERS]
-    identified = parallel.over_parts(identify, [texts[i] for i in telling], _TOGETHER)
+    asked = Mapped(texts.__getitem__, telling)
+    identified = parallel.over_parts(identify, asked, _TOGETHER)
     for index, found in zip(telling, chain.from_iterable(identified), strict=True):
         if found.group != NOTHING:
             out[index] = found.group, found.probability
@@ -66,7 +71,7 @@ def languages(items: Sequence[Item], settings: Settings) -> Section:
     some = sampled(items, settings)
     if not some:
         return Section("languages", title, {}, unmeasured="there are no rows")
-    detected = detected_languages([joined(item.columns) for item in some])
+    detected = detected_languages(texts_of(some))
     counts = Counter(code for code, _ in detected)
     main, most = max(
         ((c, n) for c, n in counts.items() if c != "und"),
@@ -191,44 +196,57 @@ class Clustering:
     terms: list[list[str]]
 
 
-def cluster(texts: Sequence[str], seed: int) -> Clustering:
+def _telling(counts: Any) -> Any:
+    """[V] which words can tell texts apart: those in two texts or more but at most in half of them,
+    of these the _TERMS commonest. Raises ValueError: no word can.
+    """
+    import numpy as np
+
+    texts = np.bincount(counts.indices, minlength=counts.shape[1])  # [V] that have the word
+    telling = np.flatnonzero((texts >= 2) & (texts <= 0.5 * counts.shape[0]))
+    if not len(telling):
+        raise ValueError("no word is in two texts but not in half of them")
+    if len(telling) > _TERMS:
+        often = np.bincount(counts.indices, counts.data, minlength=counts.shape[1])
+        telling = np.sort(telling[np.argsort(-often[telling])[:_TERMS]])
+    return telling
+
+
+def cluster(texts: Numbered, seed: int) -> Clustering:
     """k-means on TF-IDF of words, k = sqrt(n / 2) up to 20 (rule of thumb of Mardia, Kent and Bibby
     1979). Raises ValueError: no shared words.
     """
     import numpy as np
     from sklearn.cluster import KMeans
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.feature_extraction.text import TfidfTransformer
 
-    vectorizer = TfidfVectorizer(
-        analyzer=words, min_df=2, max_df=0.5, max_features=5000, sublinear_tf=True
-    )
-    vectors = vectorizer.fit_transform(texts)
+    counts = texts.counts()
+    telling = _telling(counts)
+    vectors = TfidfTransformer(sublinear_tf=True).fit_transform(counts[:, telling])
     vectors.sort_indices()
     rows = {
         (vectors.indices[start:end].tobytes(), vectors.data[start:end].tobytes())
         for start, end in pairwise(vectors.indptr)
     }
-    k = min(_CLUSTERS, len(rows), max(2, int(math.sqrt(len(texts) / 2))))
+    k = min(_CLUSTERS, len(rows), max(2, int(math.sqrt(len(texts.ends) / 2))))
     model = KMeans(n_clusters=k, n_init=1, max_iter=50, random_state=seed).fit(vectors)
     labels = model.labels_.tolist()
     order = [label for label, _ in Counter(labels).most_common()]
-    number = {label: i for i, label in enumerate(order)}
-    names = vectorizer.get_feature_names_out()
+    number_of = {label: i for i, label in enumerate(order)}
     terms = []
     for label in order:
         heaviest = np.argsort(-model.cluster_centers_[label], kind="stable")[:6]
-        terms.append([str(names[term]) for term in heaviest])
-    return Clustering([number[label] for label in labels], terms)
+        terms.append([texts.words[telling[term]] for term in heaviest])
+    return Clustering([number_of[label] for label in labels], terms)
 
 
-def clustered(items: Sequence[Item], settings: Settings) -> Section:
-    """How evenly the rows are spread over clusters of words."""
-    some = sampled(items, settings)
+def clustered(some: Sequence[Item], texts: Numbered, settings: Settings) -> Section:
+    """How evenly the rows are spread over clusters of words. texts: of `sampled` rows."""
     if len(some) < _CLUSTER_ROWS:
         reason = f"{len(some)} rows are too few: at least {_CLUSTER_ROWS}"
         return Section("clusters", "Clusters", {}, unmeasured=reason)
     try:
-        clustering = cluster([joined(item.columns) for item in some], settings.seed)
+        clustering = cluster(texts, settings.seed)
     except ValueError as error:  # scikit-learn: no word is in two texts but not in half of them
         reason = f"the texts share no words that tell them apart ({error})"
         return Section("clusters", "Clusters", {}, unmeasured=reason)
@@ -265,31 +283,20 @@ def clustered(items: Sequence[Item], settings: Settings) -> Section:
     return Section("clusters", "Clusters", figures, findings, (table,), (plot,))
 
 
-def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
-    """Different n-grams / all n-grams (Li et al. 2016, arXiv:1510.03055); 0 without any."""
-    import numpy as np
-
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    if not len(ends) or not ends[-1]:
-        return 0.0
-    number = {word: i for i, word in enumerate(set(chain.from_iterable(texts)))}
-    flat = np.fromiter(map(number.__getitem__, chain.from_iterable(texts)), np.int64, ends[-1])
-    grams = flat  # [words] number of the n-gram that begins at each word
-    inside = np.ones(len(flat), dtype=bool)  # n-grams that end in the text where they begin
-    for offset in range(1, n):
-        grams = np.unique(grams[:-1] * len(number) + flat[offset:], return_inverse=True)[1]
-        inside[ends[ends >= offset] - offset] = False
-    inside = inside[: len(grams)]
-    return len(np.unique(grams[inside])) / max(1, int(inside.sum()))
-
-
-def compression_ratio(texts: Sequence[str]) -> float:
+def compression_ratio(texts: Iterable[str]) -> float:
     """Bytes / compressed bytes of all texts together (Shaib et al. 2024, arXiv:2403.00553): the
     more they repeat each other, the higher.
     """
-    raw = "\n".join(texts).encode("utf-8", "surrogatepass")
+    packer = zlib.compressobj(6)
+    raw = packed = 0
+    for number, text in enumerate(texts):
+        line = text.encode("utf-8", "surrogatepass")
+        if number:
+            line = b"\n" + line
+        raw += len(line)
+        packed += len(packer.compress(line))
     if raw:
-        return len(raw) / len(zlib.compress(raw, 6))
+        return raw / (packed + len(packer.flush()))
     return 0.0
 
 
@@ -305,28 +312,26 @@ _DIVERSITY = {
 }
 
 
-def diversity(items: Sequence[Item], settings: Settings) -> Section:
+def diversity(some: Sequence[Item], texts: Numbered, settings: Settings) -> Section:
     """How many different things the rows say. The figures fall (the ratio rises) with more text:
-    compare equal amounts only.
+    compare equal amounts only. texts: of `sampled` rows.
     """
-    some = sampled(items, settings)
-    texts = [joined(item.columns) for item in some]
-    split = [words(text) for text in texts]
-    vocabulary = Counter(chain.from_iterable(split))
-    by_split: dict[str, set[str]] = {"train": set(), "eval": set()}
-    for item, text in zip(some, split, strict=True):
-        by_split[item.split].update(text)
+    import numpy as np
+
+    splits = [item.split for item in some]
+    held_out = texts.different([split == "eval" for split in splits])
+    trained = texts.different([split == "train" for split in splits])
     covered = None
-    if by_split["eval"]:
-        covered = len(by_split["eval"] & by_split["train"]) / len(by_split["eval"])
+    if held_out.any():
+        covered = int((held_out & trained).sum()) / int(held_out.sum())
     figures: dict[str, int | float | None] = {
         "rows": len(some),
-        "words": sum(vocabulary.values()),
-        "vocabulary": len(vocabulary),
-        "once": sum(n == 1 for n in vocabulary.values()),
-        "distinct_1": distinct(split, 1),
-        "distinct_2": distinct(split, 2),
-        "compression_ratio": compression_ratio(texts),
+        "words": len(texts.flat),
+        "vocabulary": len(texts.words),
+        "once": int((np.bincount(texts.flat) == 1).sum()),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        "compression_ratio": compression_ratio(texts_of(some)),
         "held_out_words_covered": covered,
     }
     table = Table(

@@ -12,10 +12,11 @@ from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.report import writing
 from rlhf.data.report.annotators import annotators, gold
-from rlhf.data.report.content import clustered, diversity, labels, languages
+from rlhf.data.report.content import clustered, diversity, labels, languages, sampled, texts_of
 from rlhf.data.report.duplicates import asked, duplicates, leakage, whole
 from rlhf.data.report.lengths import lengths
 from rlhf.data.report.noise import noise
+from rlhf.data.report.numbered import number
 from rlhf.data.report.origins import origins, preparation
 from rlhf.data.report.pairs import judged, pairs
 from rlhf.data.report.records import Report, Section, Settings
@@ -38,17 +39,9 @@ def examine(
     items = together(train, held)
     of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
     rows = whole(items, settings)
-    checks = (
-        labels,
-        suspects,
-        noise,
-        templates,
-        languages,
-        clustered,
-        diversity,
-        annotators,
-        gold,
-    )
+    some = sampled(items, settings)
+    worded = number(texts_of(some))
+    checks = (labels, suspects, noise, templates, languages)
     return [
         origins(items, settings, formats),
         preparation(steps),
@@ -57,6 +50,8 @@ def examine(
         *([measured(duplicates, rows, settings, "eval")] if held else []),
         measured(leakage, rows, asked(items, settings) if train and held else rows, settings),
         *(measured(check, items, settings) for check in (*of_kind, *checks)),
+        *(measured(check, some, worded, settings) for check in (clustered, diversity)),
+        *(measured(check, items, settings) for check in (annotators, gold)),
     ]
 
 

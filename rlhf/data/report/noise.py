@@ -5,9 +5,11 @@ over and over.
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from rlhf.data.prepare.items import Item, parts
 from rlhf.data.prepare.texts import ngrams
-from rlhf.data.prepare.words import counted
+from rlhf.data.prepare.words import alphanumeric, counted
 from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
@@ -64,14 +66,23 @@ def garbled_problem(text: str) -> str | None:
     """Whether a text is mostly symbols, or has a long run of the same character."""
     plain = _without_code(text)
     visible = len("".join(plain.split()))
-    if visible >= _VISIBLE:
+    # letters and digits are in words, with what stands inside of those
+    if visible >= _VISIBLE and alphanumeric(plain) < MIN_WORDLIKE * visible:
         share = len("".join(words(plain))) / visible
         if share < MIN_WORDLIKE:
             return f"{1 - share:.0%} of its characters are neither letters nor digits"
-    run = _RUN.search(plain)
+    run = _RUN.search(plain) if _has_run(plain) else None
     if run:
         return f"{run[1]!r} more than {MAX_RUN} times in a row"
     return None
+
+
+def _has_run(text: str) -> bool:
+    """Whether more than MAX_RUN equal characters stand in a row: a pattern would look back at each
+    of them.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    return MAX_RUN * b"\1" in (codes[1:] == codes[:-1]).tobytes()
 
 
 def repetition_problem(text: str) -> str | None:
