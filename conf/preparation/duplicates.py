@@ -38,6 +38,7 @@ class NearDuplicates(StepOptions):
     """
 
     step: ClassVar[str] = "near_duplicates"
+    version: ClassVar[int] = 2
 
     part: Part = option(Part.whole, "Which texts of a row are compared.")
     threshold: float = option(
@@ -46,6 +47,11 @@ class NearDuplicates(StepOptions):
     ngram: int = option(5, "Length of the n-grams.", unit="characters", at_least=1)
     permutations: int = option(
         128, "Permutations of MinHash: more miss fewer pairs and need more memory.", at_least=16
+    )
+    numbers: bool = option(
+        True,
+        "Whether two texts of which each has a number that the other lacks are different: one "
+        "problem asked with other numbers.",
     )
     keep: Keep = option(Keep.first, "Which row of a cluster is kept.")
     column: str | None = option(None, "Column of numbers; needed with keep=best.")

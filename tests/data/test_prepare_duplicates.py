@@ -282,6 +282,37 @@ def test_near_duplicates_keeps_one_row_of_each_cluster_by_its_rule() -> None:
         apply(rows, "near_duplicates", keep="best")
 
 
+def problems(count: int) -> list[str]:
+    """One word problem with other numbers each time."""
+    return [
+        f"A baker sells {i % 7 + 2} trays of {i + 11} rolls in the morning and {3 * i + 5} rolls "
+        "in the afternoon. How many rolls does the baker sell on that day altogether?"
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_one_problem_with_other_numbers_is_another_problem(count: int) -> None:
+    rows = sft(*problems(count))
+    assert numbers(apply(deepcopy(rows), "near_duplicates")[0]) == [*range(1, count + 1)]
+    assert len(apply(deepcopy(rows), "near_duplicates", numbers=False)[0]) < count
+    # a copy with other words around the same numbers
+    copy = rows[1].columns["text"].replace("altogether", "all together")
+    reasons = apply([*rows, *sft(copy)], "near_duplicates")[1]
+    assert list(reasons) == [1] and "row 2 " in reasons[1]
+
+
+def test_a_number_that_is_left_out_makes_no_other_text() -> None:
+    dated = LONG + " Seen in 2019 with 3 friends."
+    fewer, more = dated.replace("3 friends", "friends"), dated + " 10"
+    other = dated.replace("2019", "2020")
+    kept, reasons, _ = apply(sft(dated, fewer, more, other), "near_duplicates")
+    assert numbers(kept) == [1, 4] and set(reasons) == {2, 3}
+    # what is judged bad has numbers of its own
+    rows = pairs((LONG, LONG + " 7", LONG + " 8"), (LONG, LONG + " 8", LONG + " 7"))
+    assert numbers(apply(rows, "near_duplicates", Use.preference)[0]) == [1, 2]
+
+
 def test_near_pairs_with_swapped_sides_stay() -> None:
     other = (
         "a cold and tedious story that never finds out what it wants to be about, however "

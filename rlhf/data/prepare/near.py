@@ -28,6 +28,7 @@ from rlhf.data.prepare.minhash import (
     ngram_hashes,
     permutations,
 )
+from rlhf.data.prepare.numbers import Numbers
 from rlhf.data.prepare.texts import normalised, sides
 from rlhf.process import parallel
 
@@ -100,18 +101,27 @@ def buckets(signature: NDArray[np.uint32], band: tuple[int, int]) -> Buckets:
 
 
 class Sets:
-    """The n-gram sets of some texts, for exact similarities."""
+    """The n-gram sets of some texts, for exact similarities. numbers: texts with different ones
+    are not similar at all.
+    """
 
-    def __init__(self, texts: Sequence[Sides], rows: NDArray[np.int64], ngram: int) -> None:
+    def __init__(
+        self, texts: Sequence[Sides], rows: NDArray[np.int64], ngram: int, numbers: bool
+    ) -> None:
         from scipy.sparse import csr_array
 
         self._at = np.full(len(texts), -1, dtype=np.int64)  # row of the matrix for each text
         self._at[rows] = np.arange(len(rows))
         hashes, counts = [], []
+        self._numbers = Numbers() if numbers else None
         for part in chunks(texts[int(row)] for row in rows):
             part_hashes, starts = ngram_hashes(part, ngram)
             hashes.append(part_hashes)
             counts.append(np.diff(np.append(starts, len(part_hashes))))
+            if self._numbers is not None:
+                self._numbers.add(part)
+        if self._numbers is not None:
+            self._numbers.close()
         columns = np.unique(np.concatenate(hashes), return_inverse=True)[1].astype(np.int32)
         del hashes
         starts = np.append(0, np.cumsum(np.concatenate(counts)))
@@ -133,7 +143,17 @@ class Sets:
             first, other = self._at[left[block]], self._at[right[block]]
             common = self._matrix[first].multiply(self._matrix[other]).sum(axis=1)
             out[block] = common / (self._sizes[first] + self._sizes[other] - common)
+            if self._numbers is not None:
+                out[block][self._numbers.differ(first, other)] = 0.0
         return out
+
+    def alike(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The rows [M] in groups that may be similar: those with the same numbers, where numbers
+        count.
+        """
+        if self._numbers is None:
+            return [rows]
+        return [rows[places] for places in self._numbers.alike(self._at[rows])]
 
     def jaccard_with(self, text: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
         """[M] the Jaccard similarity of a text with each of the `others` [M]."""
@@ -226,18 +246,28 @@ def near_clusters(
     ngram: int = 5,
     count: int = 128,
     seed: int = 0,
+    numbers: bool = False,
 ) -> NDArray[np.int64]:
     """[N] number of each text's cluster: connected components of the pairs whose n-gram sets have a
-    Jaccard similarity of at least `threshold`.
+    Jaccard similarity of at least `threshold`; with `numbers` pairs in which each text has a number
+    that the other lacks are left out.
 
     Exact for every pair that shares a band; of the pairs at the threshold itself 2 in 1,000 share
-    none (the defaults), of more similar ones fewer.
+    none (the defaults), of more similar ones fewer. Where more than _SMALL_BUCKET texts share a
+    band, `numbers` compares those with the same numbers only: of a template's thousands no two are
+    worth a look.
     """
-    return keyed_clusters(texts, threshold, ngram, count, seed)[1]
+    return keyed_clusters(texts, threshold, ngram, count, seed, numbers=numbers)[1]
 
 
 def keyed_clusters(
-    texts: Sequence[Sides], threshold: float, ngram: int = 5, count: int = 128, seed: int = 0
+    texts: Sequence[Sides],
+    threshold: float,
+    ngram: int = 5,
+    count: int = 128,
+    seed: int = 0,
+    *,
+    numbers: bool = False,
 ) -> tuple[list[bytes], NDArray[np.int64]]:
     """[N] keys that are equal for equal texts, and [N] `near_clusters`."""
     keys, unique_of, firsts, signature = _different(texts, ngram, count, seed)
@@ -245,7 +275,8 @@ def keyed_clusters(
         return keys, unique_of
     unique = Mapped(lambda first: plainly(texts[first]), firsts)
     ranges = bands(threshold, count)
-    return keys, _cluster(unique, threshold - 1e-9, ngram, signature, ranges)[unique_of]
+    labels = _cluster(unique, threshold - 1e-9, ngram, signature, ranges, numbers)
+    return keys, labels[unique_of]
 
 
 def _cluster(
@@ -254,6 +285,7 @@ def _cluster(
     ngram: int,
     signature: NDArray[np.uint32],
     ranges: Sequence[tuple[int, int]],
+    numbers: bool,
 ) -> Any:
     """[N] cluster numbers of different texts."""
     tables = [buckets(signature, band) for band in ranges]
@@ -261,7 +293,7 @@ def _cluster(
     labels = np.arange(len(texts))
     if not len(involved):
         return labels
-    sets = Sets(texts, involved, ngram)
+    sets = Sets(texts, involved, ngram, numbers)
     edges: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     pending: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
 
@@ -290,13 +322,16 @@ def _cluster(
     done: set[bytes] = set()  # large buckets come back in other bands
     for bucket in (bucket for part in tables for bucket in part.large()):
         mark = bucket.tobytes()
-        if mark not in done:
-            done.add(mark)
-            joined = _large_bucket(bucket, labels, sets, threshold)
-            more = np.array(joined, dtype=np.int64).reshape(-1, 2)
-            if len(more):
-                edges.append((more[:, 0], more[:, 1]))
-                join()
+        if mark in done:
+            continue
+        done.add(mark)
+        joined: list[tuple[int, int]] = []
+        for group in sets.alike(bucket):
+            joined += _large_bucket(group, labels, sets, threshold)
+        more = np.array(joined, dtype=np.int64).reshape(-1, 2)
+        if len(more):
+            edges.append((more[:, 0], more[:, 1]))
+            join()
     return labels
 
 
@@ -319,6 +354,7 @@ def near_duplicates(
         ngram=options.ngram,
         count=options.permutations,
         seed=context.seed,
+        numbers=options.numbers,
     )
     yield from keep_one(
         rows, labels.tolist(), options.keep, options.column, "near duplicate", context

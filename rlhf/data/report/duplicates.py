@@ -32,15 +32,19 @@ class Compared:
     clusters: list[int]  # equal for near-duplicates (connected components)
 
 
-def _compared(items: Sequence[Item], texts: Sequence[Sides], settings: Settings) -> Compared:
-    keys, clusters = keyed_clusters(texts, settings.near, seed=settings.seed)
+def _compared(
+    items: Sequence[Item], texts: Sequence[Sides], settings: Settings, *, numbers: bool
+) -> Compared:
+    keys, clusters = keyed_clusters(texts, settings.near, seed=settings.seed, numbers=numbers)
     return Compared(items, keys, clusters.tolist())
 
 
 def whole(items: Sequence[Item], settings: Settings) -> Compared:
-    """Rows by all of their texts; a pair with its sides exchanged is another row."""
+    """Rows by all of their texts; a pair with its sides exchanged is another row, and so is one
+    problem with other numbers.
+    """
     texts = Mapped(lambda item: sides(item.columns, Part.whole, settings.kind), items)
-    return _compared(items, texts, settings)
+    return _compared(items, texts, settings, numbers=True)
 
 
 def asked(items: Sequence[Item], settings: Settings) -> Compared:
@@ -50,7 +54,7 @@ def asked(items: Sequence[Item], settings: Settings) -> Compared:
         asks = item.columns.get("prompt") or item.columns.get("messages")
         return (prompt_of(item.columns) if asks else "", "")
 
-    return _compared(items, Mapped(text, items), settings)
+    return _compared(items, Mapped(text, items), settings, numbers=False)
 
 
 def copies(rows: Compared, split: str) -> list[tuple[int, int]]:
