@@ -3,6 +3,7 @@ items.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rlhf.data.agreement import Agreement, agreement
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.judgements import Subject, subjects
-from rlhf.data.report.records import Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import wilson
 
@@ -84,10 +85,8 @@ def annotators(items: Sequence[Item], settings: Settings) -> Section:
     differing = disputed(judged)
     name, kappa = kappa_of(result)
     message = f"annotators differ on {len(differing)} of {result.observed.items} items"
-    rows = [row for members in differing for row in members]
-    findings = finding(
-        "disagreement", Severity.warn, message, REMEDIES["disagreement"], rows, settings.named
-    )
+    rows = Marked(settings.named, chain.from_iterable(differing))
+    findings = finding("disagreement", Severity.warn, message, REMEDIES["disagreement"], rows)
     figures = {**result.figures(), "kappa": {"name": name, "value": kappa}}
     shown = (
         ("items with two labels or more", result.observed.items),
@@ -125,8 +124,15 @@ def gold_verdict(columns: Mapping[str, Any], kind: Use) -> bool | None:
 def gold(items: Sequence[Item], settings: Settings) -> Section:
     """Accuracy of the labels against gold items."""
     title = "Gold items"
-    verdicts = [(item, gold_verdict(item.columns, settings.kind)) for item in items]
-    known = [(item, v) for item, v in verdicts if v is not None]
+    known: list[bool] = []
+    wrong = Marked(settings.named)
+    for item in items:
+        verdict = gold_verdict(item.columns, settings.kind)
+        if verdict is None:
+            continue
+        known.append(verdict)
+        if not verdict:
+            wrong.add(item, "the label is not the gold one")
     if not known:
         return Section(
             "gold",
@@ -134,13 +140,10 @@ def gold(items: Sequence[Item], settings: Settings) -> Section:
             {},
             unmeasured=f"no row has a label and a gold label ({' or '.join(GOLD)})",
         )
-    right = sum(v for _, v in known)
+    right = sum(known)
     low, high = wilson(right, len(known))
-    wrong = [(item, "the label is not the gold one") for item, v in known if not v]
     message = f"{len(wrong)} of {len(known)} gold items have another label"
-    findings = finding(
-        "wrong_labels", Severity.fail, message, REMEDIES["wrong_labels"], wrong, settings.named
-    )
+    findings = finding("wrong_labels", Severity.fail, message, REMEDIES["wrong_labels"], wrong)
     figures = {
         "items": len(known),
         "right": right,

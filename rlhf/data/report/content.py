@@ -14,7 +14,16 @@ from rlhf.data.prepare.items import Item, joined
 from rlhf.data.prepare.languages import NOTHING, UNKNOWN, identify
 from rlhf.data.prepare.words import letters
 from rlhf.data.report.numbered import Numbered, distinct
-from rlhf.data.report.records import Bars, Finding, Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import (
+    Bars,
+    Finding,
+    Marked,
+    Section,
+    Settings,
+    Severity,
+    Table,
+    finding,
+)
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import entropy
 from rlhf.process import parallel
@@ -78,20 +87,21 @@ def languages(items: Sequence[Item], settings: Settings) -> Section:
         key=lambda pair: pair[1],
         default=("und", 0),
     )
-    others = [
-        (item, f"{code}, probability {p:.2f}")
-        for item, (code, p) in zip(some, detected, strict=True)
-        if code not in (main, "und") and p >= _SURE
-    ]
+    others = Marked(
+        settings.named,
+        (
+            (item, f"{code}, probability {p:.2f}")
+            for item, (code, p) in zip(some, detected, strict=True)
+            if code not in (main, "und") and p >= _SURE
+        ),
+    )
     findings: tuple[Finding, ...] = ()
     if most > len(some) / 2:
         message = (
             f"{len(others)} of {len(some)} rows looked at are in another language than "
             f"most ({main})"
         )
-        findings = finding(
-            "languages", Severity.info, message, REMEDIES["languages"], others, settings.named
-        )
+        findings = finding("languages", Severity.info, message, REMEDIES["languages"], others)
     figures = {
         "rows": len(some),
         "counts": dict(counts.most_common()),
@@ -163,25 +173,20 @@ def labels(items: Sequence[Item], settings: Settings) -> Section:
                 tuple((c, n, n / total) for c, n in counts.most_common()),
             )
         )
-        rare = [
-            (item, f"{name} is {smallest}")
-            for item in items
-            if str(item.columns.get(name)) == smallest and name in item.columns
-        ]
+        labelled = ((item, item.columns[name]) for item in items if name in item.columns)
+        rare = ((item, f"{name} is {smallest}") for item, own in labelled if str(own) == smallest)
         if len(counts) == 1:
             message = f"every row has {name}={largest}"
-            rows = [(item, f"{name} is {largest}") for item in items if name in item.columns]
-            findings += finding(
-                "one_class", Severity.warn, message, REMEDIES["one_class"], rows, settings.named
-            )
+            every = ((item, f"{name} is {largest}") for item, _ in labelled)
+            rows = Marked(settings.named, every)
+            findings += finding("one_class", Severity.warn, message, REMEDIES["one_class"], rows)
         elif ratio >= IMBALANCE:
+            rows = Marked(settings.named, rare)
             message = (
                 f"column {name}: {most} rows of {largest} to {fewest} of {smallest}, which is "
                 f"{ratio:.1f} to 1"
             )
-            findings += finding(
-                "imbalance", Severity.warn, message, REMEDIES["imbalance"], rare, settings.named
-            )
+            findings += finding("imbalance", Severity.warn, message, REMEDIES["imbalance"], rows)
     return Section("labels", title, figures, tuple(findings), tuple(tables))
 
 
@@ -262,18 +267,14 @@ def clustered(some: Sequence[Item], texts: Numbered, settings: Settings) -> Sect
     }
     findings: tuple[Finding, ...] = ()
     if shares[0] > _LARGEST:
-        rows = [
-            (item, "in the largest cluster")
-            for item, member in zip(some, clustering.members, strict=True)
-            if member == 0
-        ]
+        inside = zip(some, clustering.members, strict=True)
+        largest = ((item, "in the largest cluster") for item, member in inside if member == 0)
+        rows = Marked(settings.named, largest)
         message = (
             f"one cluster of {len(sizes)} holds {shares[0]:.0%} of the rows "
             f"({', '.join(clustering.terms[0][:3])})"
         )
-        findings = finding(
-            "one_cluster", Severity.warn, message, REMEDIES["one_cluster"], rows, settings.named
-        )
+        findings = finding("one_cluster", Severity.warn, message, REMEDIES["one_cluster"], rows)
     rows_shown = tuple(
         (i + 1, size, shares[i], ", ".join(clustering.terms[i])) for i, size in enumerate(sizes)
     )

@@ -5,7 +5,7 @@ and split of data.pipeline mean by it.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from conf.preparation.base import Part
@@ -14,7 +14,7 @@ from rlhf.data.prepare.items import Item, prompt_of
 from rlhf.data.prepare.minhash import Sides
 from rlhf.data.prepare.near import key_of, keyed_clusters
 from rlhf.data.prepare.texts import sides
-from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Finding, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 
 Key = bytes  # of the normalised text, and apart from it what is judged bad
@@ -91,23 +91,23 @@ def alike(rows: Compared, split: str) -> list[tuple[int, int, int]]:
 def duplicates(rows: Compared, settings: Settings, split: str) -> Section:
     """Rows of one split that repeat an earlier one: what de-duplication would leave out."""
     total = sum(item.split == split for item in rows.items)
-    exact = [(rows.items[i], f"the same as {rows.items[j].place}") for i, j in copies(rows, split)]
-    near = [
-        (rows.items[i], f"nearly the same as {rows.items[j].place} (cluster of {n})")
+    items = rows.items
+    same = ((items[i], f"the same as {items[j].place}") for i, j in copies(rows, split))
+    like = (
+        (items[i], f"nearly the same as {items[j].place} (cluster of {n})")
         for i, j, n in alike(rows, split)
-    ]
+    )
+    exact, near = Marked(settings.named, same), Marked(settings.named, like)
     findings = (
         *_finding(
             "exact_duplicates",
             f"{len(exact)} of {total} {split} rows repeat an earlier row",
             exact,
-            settings,
         ),
         *_finding(
             "near_duplicates",
             f"{len(near)} of {total} {split} rows are nearly the same as an earlier row",
             near,
-            settings,
         ),
     )
     figures = {"rows": total, "exact": len(exact), "near": len(near), "threshold": settings.near}
@@ -165,24 +165,20 @@ def leakage(rows: Compared, prompts: Compared, settings: Settings) -> Section:
         compared["prompt"] = prompts  # one instruction for all rows leaks nothing
     for what, pairs in compared.items():
         exact, near = crossing(pairs)
-        same = [(pairs.items[i], f"the same {what} as {pairs.items[j].place}") for i, j in exact]
-        like = [
-            (pairs.items[i], f"nearly the same {what} as {pairs.items[j].place}") for i, j in near
-        ]
+        same = Marked(settings.named, _with_places(pairs, exact, f"the same {what} as"))
+        like = Marked(settings.named, _with_places(pairs, near, f"nearly the same {what} as"))
         figures |= {f"{what}_exact": len(same), f"{what}_near": len(like)}
         counted = f"of {held} held-out rows"
         findings += _finding(
             f"{what}_leakage_exact",
             f"{len(same)} {counted}: the same {what} trains",
             same,
-            settings,
             Severity.fail,
         )
         findings += _finding(
             f"{what}_leakage_near",
             f"{len(like)} {counted}: a nearly equal {what} trains",
             like,
-            settings,
         )
         shown += [
             (f"{what}s", "exact", len(same), _share(same, held)),
@@ -196,7 +192,15 @@ def leakage(rows: Compared, prompts: Compared, settings: Settings) -> Section:
     return Section("leakage", title, figures, findings, (table,))
 
 
-def _share(rows: Sequence[object], total: int) -> float:
+def _with_places(
+    rows: Compared, pairs: Iterable[tuple[int, int]], note: str
+) -> Iterator[tuple[Item, str]]:
+    """The first row of each pair, with the place of the second."""
+    for one, other in pairs:
+        yield rows.items[one], f"{note} {rows.items[other].place}"
+
+
+def _share(rows: Marked, total: int) -> float:
     if total:
         return len(rows) / total
     return 0.0
@@ -205,8 +209,7 @@ def _share(rows: Sequence[object], total: int) -> float:
 def _finding(
     check: str,
     message: str,
-    rows: Sequence[tuple[Item, str]],
-    settings: Settings,
+    rows: Marked,
     severity: Severity = Severity.warn,
 ) -> tuple[Finding, ...]:
-    return finding(check, severity, message, REMEDIES[check], rows, settings.named)
+    return finding(check, severity, message, REMEDIES[check], rows)

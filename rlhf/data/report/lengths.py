@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.data.formats.base import CONTENT
 from rlhf.data.messages import texts_of_message
 from rlhf.data.prepare.items import Item
-from rlhf.data.report.records import Histogram, Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Histogram, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile, words
 from rlhf.models import encoding
@@ -181,9 +181,9 @@ def lengths(items: Sequence[Item], settings: Settings) -> Section:
         by_column = column_lengths(items, lambda texts: token_counts(settings.tokenizer, texts), 1)
         whole, broken = sequence_lengths(settings.tokenizer, items, by_column)
     columns = by_columns(by_column) | {"row": whole}
-    over = [
-        (item, f"{n} {unit}") for item, n in zip(items, whole, strict=True) if n > settings.limit
-    ]
+    sized = zip(items, whole, strict=True)
+    longer = ((item, f"{n} {unit}") for item, n in sized if n > settings.limit)
+    over = Marked(settings.named, longer)
     share = len(over) / len(items)
     hint = ""
     if unit == "words":
@@ -195,7 +195,6 @@ def lengths(items: Sequence[Item], settings: Settings) -> Section:
         f"{unit}{hint}",
         REMEDIES["truncated"],
         over,
-        settings.named,
     )
     figures: dict[str, Any] = {
         "unit": unit,

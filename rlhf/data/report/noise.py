@@ -10,7 +10,7 @@ import numpy as np
 from rlhf.data.prepare.items import Item, parts
 from rlhf.data.prepare.texts import ngrams
 from rlhf.data.prepare.words import alphanumeric, counted
-from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Finding, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
 from rlhf.process import parallel
@@ -128,17 +128,15 @@ def _problems(items: Sequence[Item]) -> list[tuple[int, str, str]]:
 
 def noise(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of broken text, each text of a row by itself."""
-    problems: dict[str, list[tuple[Item, str]]] = {check: [] for check in _CHECKS}
+    problems = {check: Marked(settings.named) for check in _CHECKS}
     found = parallel.over_parts(_problems, items, PART)
     for part, reasons in enumerate(found):
         for number, check, reason in reasons:
-            problems[check].append((items[part * PART + number], reason))
+            problems[check].add(items[part * PART + number], reason)
     findings: list[Finding] = []
     for check, rows in problems.items():
         severity, message = _MESSAGES[check]
-        findings += finding(
-            check, severity, f"{len(rows)} {message}", REMEDIES[check], rows, settings.named
-        )
+        findings += finding(check, severity, f"{len(rows)} {message}", REMEDIES[check], rows)
     figures = {check: len(rows) for check, rows in problems.items()}
     table = Table(
         "Broken text",

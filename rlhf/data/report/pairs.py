@@ -10,7 +10,16 @@ from typing import Any
 from rlhf.data.prepare.items import Item, answers_of, joined, prompt_of
 from rlhf.data.prepare.near import key_of, plainly
 from rlhf.data.prepare.texts import normalised
-from rlhf.data.report.records import Finding, Histogram, Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import (
+    Finding,
+    Histogram,
+    Marked,
+    Section,
+    Settings,
+    Severity,
+    Table,
+    finding,
+)
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import wilson, words
 
@@ -69,16 +78,17 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
     title = "Pairs"
     if not items:
         return Section("pairs", title, {}, unmeasured="there are no rows")
-    equal, lengths = [], []
+    equal, lengths = Marked(settings.named), []
     for item in items:
         chosen, rejected = sides(item)
         lengths.append((len(words(chosen)), len(words(rejected))))
         if normalised(chosen) == normalised(rejected):
-            equal.append((item, "both sides are the same"))
-    against = [
+            equal.add(item, "both sides are the same")
+    opposite = (
         (items[i], f"{items[j].place} judges the same two answers the other way")
         for i, j in contradicting(items)
-    ]
+    )
+    against = Marked(settings.named, opposite)
     share, low, high, correlation = length_preference([a - b for a, b in lengths])
     findings = [
         *finding(
@@ -87,7 +97,6 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
             f"{len(equal)} pairs have the same text on both sides",
             REMEDIES["equal_sides"],
             equal,
-            settings.named,
         ),
         *finding(
             "contradictions",
@@ -95,7 +104,6 @@ def pairs(items: Sequence[Item], settings: Settings) -> Section:
             f"{len(against)} rows judge the same two answers to the same prompt in opposite ways",
             REMEDIES["contradictions"],
             against,
-            settings.named,
         ),
     ]
     if (low > 0.5 and share >= BIASED) or (high < 0.5 and share <= 1 - BIASED):
@@ -119,17 +127,16 @@ def _length_bias(
 ) -> tuple[Finding, ...]:
     """The finding that length decides, `share` being that of the longer sides chosen."""
     longer = share > 0.5
-    marked = [
-        (item, f"{a} against {b} words")
-        for item, (a, b) in zip(items, lengths, strict=True)
-        if a != b and (a > b) == longer
-    ]
+    marked = Marked(named)
+    for item, (a, b) in zip(items, lengths, strict=True):
+        if a != b and (a > b) == longer:
+            marked.add(item, f"{a} against {b} words")
     side = "longer" if longer else "shorter"
     message = (
         f"the {side} side is chosen in "
         f"{max(share, 1 - share):.0%} of the pairs whose lengths differ"
     )
-    return finding("length_bias", Severity.warn, message, REMEDIES["length_bias"], marked, named)
+    return finding("length_bias", Severity.warn, message, REMEDIES["length_bias"], marked)
 
 
 def _table(figures: dict[str, Any]) -> Table:
@@ -160,16 +167,15 @@ def _length_plot(lengths: Sequence[tuple[int, int]]) -> Histogram:
 
 def judged(items: Sequence[Item], settings: Settings) -> Section:
     """Answers judged by themselves: the same answer to the same prompt, once good and once bad."""
-    firsts: dict[str, dict[str, int]] = defaultdict(dict)  # first row by label, of each text
-    keys = [normalised(joined(item.columns)) for item in items]
+    firsts: dict[bytes, dict[str, int]] = defaultdict(dict)  # first row by label, of each text
+    keys = [key_of(plainly((joined(item.columns), ""))) for item in items]
     for index, (item, key) in enumerate(zip(items, keys, strict=True)):
         firsts[key].setdefault(str(item.columns["label"]), index)
-    against = [
-        (item, f"{items[first].place} judges the same answer the other way")
-        for item, key in zip(items, keys, strict=True)
-        for label, first in firsts[key].items()
-        if label != str(item.columns["label"])
-    ]
+    against = Marked(settings.named)
+    for item, key in zip(items, keys, strict=True):
+        for label, first in firsts[key].items():
+            if label != str(item.columns["label"]):
+                against.add(item, f"{items[first].place} judges the same answer the other way")
     message = f"{len(against)} rows judge the same answer to the same prompt in opposite ways"
     findings = finding(
         "contradictions",
@@ -177,7 +183,6 @@ def judged(items: Sequence[Item], settings: Settings) -> Section:
         message,
         REMEDIES["contradictions"],
         against,
-        settings.named,
     )
     table = Table(
         "Judged answers",

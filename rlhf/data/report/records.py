@@ -1,6 +1,6 @@
 """What a detector returns, and what the report is made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -143,23 +143,38 @@ class Report:
         )
 
 
-def named(rows: Sequence[tuple[Item, str]], limit: int) -> tuple[Named, ...]:
-    """The first `limit` of (row, what is wrong in it)."""
-    return tuple(
-        Named(item.origin, item.number, item.split, note, excerpt(joined(item.columns)))
-        for item, note in rows[:limit]
-    )
+class Marked:
+    """Rows that show a problem, each with what is wrong in it: all are counted, and the first
+    `most` are kept to be named, so that a problem of all rows takes no more memory than one of few.
+    """
+
+    def __init__(self, most: int, rows: Iterable[tuple[Item, str]] = ()) -> None:
+        self._most, self._count = most, 0
+        self.first: list[tuple[Item, str]] = []
+        for item, note in rows:
+            self.add(item, note)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, item: Item, note: str) -> None:
+        """One more row."""
+        self._count += 1
+        if len(self.first) < self._most:
+            self.first.append((item, note))
+
+    def named(self) -> tuple[Named, ...]:
+        """The rows that were kept."""
+        return tuple(
+            Named(item.origin, item.number, item.split, note, excerpt(joined(item.columns)))
+            for item, note in self.first
+        )
 
 
 def finding(
-    check: str,
-    severity: Severity,
-    message: str,
-    remedy: str,
-    rows: Sequence[tuple[Item, str]],
-    limit: int,
+    check: str, severity: Severity, message: str, remedy: str, rows: Marked
 ) -> tuple[Finding, ...]:
-    """A finding about `rows`, of which it names `limit`; nothing when there are none."""
-    if rows:
-        return (Finding(check, severity, message, remedy, len(rows), named(rows, limit)),)
+    """A finding about `rows`; nothing when there are none."""
+    if len(rows):
+        return (Finding(check, severity, message, remedy, len(rows), rows.named()),)
     return ()

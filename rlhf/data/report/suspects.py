@@ -12,9 +12,10 @@ from typing import Any
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item, answers_of
 from rlhf.data.report.content import sampled
-from rlhf.data.report.records import Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import words
+from rlhf.process import parallel
 from rlhf.process.libraries import require
 
 _ROWS = 200  # that the model needs
@@ -29,19 +30,25 @@ MIN_ACCURACY = 0.6
 
 def held_out_probabilities(features: Any, targets: Sequence[int], seed: int) -> Any:
     """[N, 2] P(target = 0), P(target = 1) of each row by a logistic regression fitted on the other
-    folds.
+    folds, which are shared out among processes.
     """
+    import numpy as np
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.model_selection import StratifiedKFold
 
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
-    return cross_val_predict(
-        LogisticRegression(C=10.0, max_iter=1000),
-        features,
-        list(targets),
-        cv=folds,
-        method="predict_proba",
-    )
+    labels = np.array(targets)
+
+    def held_out(fold: tuple[Any, Any]) -> Any:
+        others, own = fold
+        model = LogisticRegression(C=10.0, max_iter=1000).fit(features[others], labels[others])
+        return model.predict_proba(features[own])
+
+    folds = list(StratifiedKFold(_FOLDS, shuffle=True, random_state=seed).split(labels, labels))
+    out = np.empty((len(labels), 2))
+    found = parallel.in_order(held_out, folds, pieces=len(folds))
+    for (_, own), probabilities in zip(folds, found, strict=True):
+        out[own] = probabilities
+    return out
 
 
 def _features(items: Sequence[Item], settings: Settings) -> tuple[Any, list[int]]:
@@ -99,18 +106,15 @@ def suspects(items: Sequence[Item], settings: Settings) -> Section:
         reason = f"words alone tell good from bad in {accuracy:.0%} of held-out rows only"
         return Section("suspects", title, figures, unmeasured=reason)
     flagged = find_label_issues(np.array(targets), probabilities, filter_by="both", n_jobs=1)
-    rows = [
-        (item, f"probability {p[t]:.2f}")
-        for item, p, t, bad in zip(some, probabilities, targets, flagged, strict=True)
-        if bad and p[t] < DOUBT
-    ]
+    rows = Marked(settings.named)
+    for item, p, t, bad in zip(some, probabilities, targets, flagged, strict=True):
+        if bad and p[t] < DOUBT:
+            rows.add(item, f"probability {p[t]:.2f}")
     message = (
         f"{len(rows)} of {len(some)} rows looked at: the words of the other rows speak "
         "against the label"
     )
-    findings = finding(
-        "suspect_labels", Severity.info, message, REMEDIES["suspect_labels"], rows, settings.named
-    )
+    findings = finding("suspect_labels", Severity.info, message, REMEDIES["suspect_labels"], rows)
     shown = (
         ("rows looked at", len(some)),
         ("held-out accuracy of the model of words", accuracy),

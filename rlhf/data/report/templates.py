@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item, parts
 from rlhf.data.report.lengths import conversation_ids, conversations
-from rlhf.data.report.records import Finding, Section, Settings, Severity, Table, finding
+from rlhf.data.report.records import Finding, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.models import encoding
 from rlhf.models.facts import noticed
@@ -145,13 +145,13 @@ def doubled(
     return begins, eos is not None and any(list(ids)[-2:] == [eos, eos] for ids in sequences)
 
 
-def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tuple[Item, str]]]:
+def special_problems(tokenizer: Any, items: Sequence[Item], most: int) -> dict[str, Marked]:
     """By check, the rows whose sequence has a doubled token, or that the template can't render.
 
     Looked at are the first rows, which show what the template does to all, and every row whose text
     holds one of the two tokens itself.
     """
-    out: dict[str, list[tuple[Item, str]]] = {"double_bos": [], "double_eos": [], "unrendered": []}
+    out = {check: Marked(most) for check in ("double_bos", "double_eos", "unrendered")}
     marks = [str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
     for number, item in enumerate(items):
         if number >= _LOOKED_AT and not any(
@@ -161,12 +161,12 @@ def special_problems(tokenizer: Any, items: Sequence[Item]) -> dict[str, list[tu
         try:
             bos, eos = doubled(tokenizer, item.columns, encoded(tokenizer, item.columns))
         except (ValueError, UserError) as error:
-            out["unrendered"].append((item, str(error)))
+            out["unrendered"].add(item, str(error))
             continue
         if bos:
-            out["double_bos"].append((item, f"begins with {tokenizer.bos_token} twice as written"))
+            out["double_bos"].add(item, f"begins with {tokenizer.bos_token} twice as written")
         if eos:
-            out["double_eos"].append((item, f"ends with {tokenizer.eos_token} twice"))
+            out["double_eos"].add(item, f"ends with {tokenizer.eos_token} twice")
     return out
 
 
@@ -191,7 +191,7 @@ _MESSAGES = {
 def templates(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of conversations and templates."""
     checks = ("role_order", "empty_turns", "wrong_end", "template_markers")
-    rows_with: dict[str, list[tuple[Item, str]]] = {check: [] for check in checks}
+    rows_with = {check: Marked(settings.named) for check in checks}
     markers = marker_pattern(settings.tokenizer)
     for item in items:
         wrong_roles = filter(None, map(role_problem, conversations(item.columns)))
@@ -203,16 +203,14 @@ def templates(items: Sequence[Item], settings: Settings) -> Section:
         }
         for check, problem in problems.items():
             if problem is not None:
-                rows_with[check].append((item, problem))
+                rows_with[check].add(item, problem)
     if settings.tokenizer is not None:
-        rows_with |= special_problems(settings.tokenizer, items)
+        rows_with |= special_problems(settings.tokenizer, items, settings.named)
     findings: list[Finding] = []
     shown: list[tuple[str, int]] = []
     for check, rows in rows_with.items():
         severity, message = _MESSAGES[check]
-        findings += finding(
-            check, severity, f"{len(rows)} {message}", REMEDIES[check], rows, settings.named
-        )
+        findings += finding(check, severity, f"{len(rows)} {message}", REMEDIES[check], rows)
         shown.append((message, len(rows)))
     figures = {check: len(rows) for check, rows in rows_with.items()}
     table = Table("Template problems", ("check", "rows"), tuple(shown))
