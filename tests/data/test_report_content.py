@@ -30,6 +30,7 @@ from rlhf.data.report.content import (
     sampled,
     texts_of,
 )
+from rlhf.data.report.making import examine
 from rlhf.data.report.noise import (
     encoding_problem,
     garbled_problem,
@@ -282,6 +283,17 @@ def test_a_sample_is_fixed_by_the_seed_and_keeps_the_order() -> None:
         and [r.number for r in some] == sorted(r.number for r in some)
     )
     assert sampled(rows, SFT) == rows
+
+
+def test_sections_of_a_sample_say_so() -> None:
+    rows = topical({"sea": 40, "food": 40})
+    for size in (60, 80):
+        some = Settings(kind=Use.sft, sample=size)
+        sections = {section.name: section for section in examine(rows, [], some, {}, [])}
+        for name in ("languages", "clusters", "diversity"):
+            assert sections[name].figures["rows"] == size
+            assert ("60" in sections[name].title and "80" in sections[name].title) == (size == 60)
+        assert "80" not in sections["lengths"].title
 
 
 # ---- broken text ----

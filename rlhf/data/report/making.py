@@ -25,6 +25,8 @@ from rlhf.data.report.suspects import suspects
 from rlhf.data.report.templates import templates
 from rlhf.types import UserError
 
+_SAMPLED = ("suspects", "languages", "clusters", "diversity")  # sections that look at a sample
+
 
 def examine(
     train: Sequence[Item],
@@ -34,7 +36,7 @@ def examine(
     steps: Sequence[StepReport],
 ) -> list[Section]:
     """Every detector's section. Duplicates and leakage are about the splits; everything else looks
-    at all rows.
+    at all rows, or at a sample of them where its title says so.
     """
     items = together(train, held)
     of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
@@ -42,7 +44,7 @@ def examine(
     some = sampled(items, settings)
     worded = number(texts_of(some))
     checks = (labels, suspects, noise, templates, languages)
-    return [
+    sections = [
         origins(items, settings, formats),
         preparation(steps),
         measured(lengths, items, settings),
@@ -52,6 +54,13 @@ def examine(
         *(measured(check, items, settings) for check in (*of_kind, *checks)),
         *(measured(check, some, worded, settings) for check in (clustered, diversity)),
         *(measured(check, items, settings) for check in (annotators, gold)),
+    ]
+    if len(some) == len(items):
+        return sections
+    drawn = f" ({len(some):,} rows drawn from {len(items):,})"
+    return [
+        replace(section, title=section.title + drawn) if section.name in _SAMPLED else section
+        for section in sections
     ]
 
 
