@@ -16,7 +16,7 @@ from conf.schema import Config, DataConfig, ModelConfig
 from rlhf.data.formats import Use
 from rlhf.data.prepare import ingest
 from rlhf.data.prepare.held import gathered
-from rlhf.data.prepare.items import Item, ScorePairs
+from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.outputs import (
     SPLITS,
     Outputs,
@@ -69,7 +69,10 @@ def _run(ctx: RunContext) -> None:
         )
     scorer = None
     if any(step.options.torch for step in steps):
-        scorer = _with_torch(cfg)
+        _set_torch_up(cfg.engine.threads, cfg.run.seed)
+        from rlhf.stages.pair_scores import pair_scorer
+
+        scorer = pair_scorer(cfg.reward.batch_tokens)
     held_out = cfg.data.eval_path is not None
     done: list[StepReport] = []
     rows = stream(
@@ -108,14 +111,13 @@ def _run(ctx: RunContext) -> None:
         _preview(cfg.data, cfg.model, kind, files["train"])
 
 
-def _with_torch(cfg: Config) -> ScorePairs:
-    """Set torch up, which takes seconds to import and which few steps need; what scores pairs."""
-    from rlhf.stages.pair_scores import pair_scorer
-
+def _set_torch_up(threads: int | None, seed: int) -> None:
+    """What the other stages do at their start: torch takes seconds to import, and few steps load a
+    model.
+    """
     distributed.name_accelerator()
-    distributed.set_threads(cfg.engine.threads)
-    seed_everything(cfg.run.seed)
-    return pair_scorer(cfg.reward.batch_tokens)
+    distributed.set_threads(threads)
+    seed_everything(seed)
 
 
 def _preview(data: DataConfig, model: ModelConfig, kind: Use, path: Path) -> None:

@@ -58,10 +58,10 @@ def examine(
     if len(some) == len(items):
         return sections
     drawn = f" ({len(some):,} rows drawn from {len(items):,})"
-    return [
-        replace(section, title=section.title + drawn) if section.name in _SAMPLED else section
-        for section in sections
-    ]
+    for at, section in enumerate(sections):
+        if section.name in _SAMPLED:
+            sections[at] = replace(section, title=section.title + drawn)
+    return sections
 
 
 def measured(check: Callable[..., Section], *arguments: Any) -> Section:
