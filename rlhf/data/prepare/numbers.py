@@ -62,9 +62,9 @@ class Numbers:
         return (common < self._sizes[left]) & (common < self._sizes[right])
 
     def alike(self, texts: NDArray[np.int64]) -> list[NDArray[np.intp]]:
-        """The texts [M] in groups of those with the same numbers, as places among the [M]."""
+        """The texts [M] in groups of two or more with the same numbers, as places among the [M]."""
         groups: dict[bytes, list[int]] = {}
         for place, text in enumerate(texts):
             own = slice(self._matrix.indptr[text], self._matrix.indptr[text + 1])
             groups.setdefault(self._matrix.indices[own].tobytes(), []).append(place)
-        return [np.array(places) for places in groups.values()]
+        return [np.array(places) for places in groups.values() if len(places) > 1]
