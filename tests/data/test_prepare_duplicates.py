@@ -189,6 +189,8 @@ def test_rows_on_disk_and_other_processes_give_the_same_clusters(
 
 
 def test_rows_on_disk_are_those_that_were_put_there(tmp_path: Path) -> None:
+    many = held.OnDisk(iter(range(150)), tmp_path)
+    assert [*many] == [*range(150)] and many[149] == 149 and not [*held.OnDisk(iter(()), tmp_path)]
     rows = held.OnDisk(iter(sft("a", "b", "c")), tmp_path)
     assert list(rows) == sft("a", "b", "c") and rows[-1] == sft("a", "b", "c")[2]
     assert rows[1:] == sft("a", "b", "c")[1:] and len(rows) == 3 and not list(tmp_path.iterdir())

@@ -285,6 +285,13 @@ def test_a_sample_is_fixed_by_the_seed_and_keeps_the_order() -> None:
     assert sampled(rows, SFT) == rows
 
 
+@given(st.lists(st.sampled_from("abcdefghijkl"), min_size=20, max_size=40))
+def test_repetition_is_that_of_all_its_grams(said: list[str]) -> None:
+    grams = [tuple(said[at : at + 3]) for at in range(len(said) - 2)]
+    repeats = len(set(grams)) / len(grams) < 0.5
+    assert (repetition_problem(" ".join(said)) is not None) == repeats
+
+
 def test_sections_of_a_sample_say_so() -> None:
     rows = topical({"sea": 40, "food": 40})
     for size in (60, 80):

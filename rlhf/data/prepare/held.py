@@ -2,6 +2,7 @@
 memory doesn't grow with the texts.
 """
 
+import os
 import pickle
 import tempfile
 from array import array
@@ -13,6 +14,7 @@ from typing import Any, Generic, TypeVar, overload
 Row = TypeVar("Row")
 Value = TypeVar("Value")
 IN_MEMORY = 10_000  # rows
+_READ = 64  # rows read from a file at once
 
 
 class OnDisk(Sequence[Row]):
@@ -41,13 +43,20 @@ class OnDisk(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = range(len(self))[index]  # raises IndexError
-        self._file.seek(self._ends[number])
-        content = self._file.read(self._ends[number + 1] - self._ends[number])
-        row: Row = pickle.loads(content)  # noqa: S301 - what this object wrote
-        return row
+        return next(self._read(number, number + 1))
 
     def __iter__(self) -> Iterator[Row]:
-        return map(self.__getitem__, range(len(self)))
+        for start in range(0, len(self), _READ):
+            yield from self._read(start, min(start + _READ, len(self)))
+
+    def _read(self, start: int, stop: int) -> Iterator[Row]:
+        """Neighbouring rows, by their places: forked processes share the file."""
+        first = self._ends[start]
+        content = memoryview(os.pread(self._file.fileno(), self._ends[stop] - first, first))
+        for number in range(start, stop):
+            own = content[self._ends[number] - first : self._ends[number + 1] - first]
+            row: Row = pickle.loads(own)  # noqa: S301 - what this object wrote
+            yield row
 
 
 class Mapped(Sequence[Value], Generic[Row, Value]):

@@ -90,7 +90,11 @@ def repetition_problem(text: str) -> str | None:
     content = counted(text.lower())
     if content.number < _REPEATABLE:
         return None
-    grams = list(ngrams(content.tokens, content.span(3)))
+    size = content.span(3)
+    # every different word begins a gram of its own, but for the last ones
+    if len(set(content.tokens)) - size + 1 >= MIN_DISTINCT * (len(content.tokens) - size + 1):
+        return None
+    grams = list(ngrams(content.tokens, size))
     share = len(set(grams)) / len(grams)
     if share < MIN_DISTINCT:
         return f"{1 - share:.0%} of its 3-grams of words stood before"

@@ -35,12 +35,16 @@ def held_out_probabilities(features: Any, targets: Sequence[int], seed: int) -> 
     import numpy as np
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
+    from threadpoolctl import threadpool_limits
 
     labels = np.array(targets)
 
     def held_out(fold: tuple[Any, Any]) -> Any:
         others, own = fold
-        model = LogisticRegression(C=10.0, max_iter=1000).fit(features[others], labels[others])
+        model = LogisticRegression(C=10.0, max_iter=1000)
+        # threads that share vectors this short wait for each other, four times as long as one works
+        with threadpool_limits(limits=1, user_api="blas"):
+            model.fit(features[others], labels[others])
         return model.predict_proba(features[own])
 
     folds = list(StratifiedKFold(_FOLDS, shuffle=True, random_state=seed).split(labels, labels))
