@@ -131,8 +131,8 @@ def say_to_wrong_weights(runs: Path) -> bool:
     from conf.choices import Dtype, RolloutBackend
     from conf.schema import Config, DataConfig, ModelConfig, RolloutConfig
     from conf.stages import OnlineStage
+    from policy.rounding import rounding_spread, spread
     from rlhf.online.gaps import Calibration, sampled_probes
-    from rlhf.online.rounding import rounding_spread, spread
     from rlhf.online.sync import check_held
     from rlhf.stages.evaluation.policies import probe_logprobs
     from rlhf.types import FullWeights, Prompt, SyncError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf.online.rounding import Spread
+from policy.rounding import Spread
 from rlhf.types import Generator, Prompt
 
 # The largest gap that rounding explains in float32, nats.

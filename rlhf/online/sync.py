@@ -13,8 +13,8 @@ import torch
 from policy.batching import collate
 from policy.forward import Layout, policy_logprobs
 from policy.model import adapter_weights, full_weights
+from policy.rounding import Spread, rounding_spread, spread
 from rlhf.online.gaps import Bounds, Calibration, Probe, fixed_bounds
-from rlhf.online.rounding import Spread, rounding_spread, spread
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Generator, SyncError
 

@@ -15,9 +15,9 @@ from conf.choices import Dtype, RolloutBackend
 from conf.schema import Config, DataConfig, ModelConfig, RolloutConfig
 from conf.stages import OnlineStage
 from policy.model import full_weights
+from policy.rounding import LEAST, Spread, rounding_otherwise, rounding_spread, spread
 from rlhf.cli import config
 from rlhf.online.gaps import Bounds, Calibration, Probe, fixed_bounds, gap_tolerance, sampled_probes
-from rlhf.online.rounding import LEAST, Spread, rounding_otherwise, rounding_spread, spread
 from rlhf.online.sync import Proof
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage

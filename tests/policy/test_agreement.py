@@ -1,11 +1,13 @@
 """The check before training, and the head that it rests on."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.families.build import tiny
+from policy import agreement
 from policy.agreement import check_agreement, packs_agree
 from policy.forward import Layout
 from policy.head import has_plain_head
@@ -50,6 +52,16 @@ def test_a_family_whose_code_fails_is_refused_by_name(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(module.model.model, "forward", broken)
     with pytest.raises(UserError, match=r"model\.path: llama .*KeyError.*langs"):
+        check_agreement(module, 4096)
+
+
+def test_half_precision_is_allowed_what_rounding_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the usual bound, by what is measured alone."""
+    module = module_of("llama").to(torch.bfloat16)
+    monkeypatch.setattr(agreement, "_HALF_GAP", 0.0)
+    check_agreement(module, 4096)
+    monkeypatch.setattr(agreement, "rounding_otherwise", nullcontext)
+    with pytest.raises(UserError, match=r"model\.path: llama"):
         check_agreement(module, 4096)
 
 
