@@ -61,7 +61,7 @@ def train(runs: Path, dtype: str, overrides: Sequence[str]) -> int:
         "stage.reference=false",
         "stage.kl_coef=0",
         f"stage.steps={STEPS}",
-        "stage.save_steps=5",
+        "stage.save_steps=2",
         "run.keep_checkpoints=1",
         f"run.dir={runs}",
         f"run.name={name}",
@@ -214,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("part", choices=["train", "wrong"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument(
+        "--dtypes", action="append", choices=DTYPES, help="one of both; may be given twice"
+    )
     parser.add_argument("--check-only", action="store_true", help="check runs that are there")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="root of the run directories"
@@ -222,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if options.part == "wrong":
         return 0 if say_to_wrong_weights(options.runs) else 1
-    for dtype in () if options.check_only else options.dtypes:
+    for dtype in () if options.check_only else options.dtypes or DTYPES:
         if train(options.runs, dtype, overrides) != 0:
             return 1
     try:
