@@ -44,6 +44,7 @@ __all__ = [
     "load",
     "preference_pairs",
     "preference_records",
+    "prompt_records",
     "prompts",
     "required_sources",
     "sft_records",
@@ -326,20 +327,27 @@ def unpaired_records(request: DataRequest) -> Split:
 # ---- prompts ----
 
 
-def prompts(request: DataRequest, tokenizer: Any, split: str = "train") -> list[Prompt]:
-    """The training or held-out prompts (`split`: train, eval), tokenised for the policy.
-
-    Texts get the special tokens that the tokenizer adds by itself; conversations go through its
-    chat template with the generation prompt. With a single prompt and no ``data.eval_path`` that
-    prompt trains, and asking for held-out prompts raises UserError.
+def prompt_records(request: DataRequest, split: str = "train") -> Loaded:
+    """The training or held-out prompts (`split`: train, eval) with their files and rows. With a
+    single prompt and no ``data.eval_path`` that prompt trains, and asking for held-out prompts
+    raises UserError.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r}: expected train or eval")
     train, held = _train_and_eval(request, Use.prompt, lambda prompt: prompt)
     if split == "train":
-        return tokenised(tokenizer, train, request)
+        return train
     _require_eval(held, request.data)
-    return tokenised(tokenizer, held, request)
+    return held
+
+
+def prompts(request: DataRequest, tokenizer: Any, split: str = "train") -> list[Prompt]:
+    """`prompt_records`, tokenised for the policy.
+
+    Texts get the special tokens that the tokenizer adds by itself; conversations go through its
+    chat template with the generation prompt. Raises UserError.
+    """
+    return tokenised(tokenizer, prompt_records(request, split), request)
 
 
 def distinct_prompts(request: DataRequest, count: int | None) -> Loaded:

@@ -102,12 +102,14 @@ def read_rows(cfg: Config, tokenizer: Any) -> Rows:
     request = reading.DataRequest.of(cfg)
     use, shown = request.use, cfg.data.preview or ROWS
     if use is Use.prompt:
-        prompts = reading.prompts(request, tokenizer)
+        loaded = reading.prompt_records(request)
+        reading.tokenised(tokenizer, loaded, request)  # refuses those that are too long
         named = [
-            (f"training prompt {number}", {"prompt": prompt.source, "tools": prompt.tools})
-            for number, prompt in enumerate(prompts[:shown], start=1)
+            (record.place, {"prompt": record.value, "tools": record.tools})
+            for record in loaded.records[:shown]
         ]
-        return Rows(len(prompts), _previews(tokenizer, use, named, cfg.data.max_prompt_length))
+        previews = _previews(tokenizer, use, named, cfg.data.max_prompt_length)
+        return Rows(len(loaded.records), previews)
     read = {
         Use.sft: reading.sft_records,
         Use.preference: reading.preference_records,

@@ -247,11 +247,7 @@ def test_the_cache_of_a_token(ppo: Config, tmp_path: Path) -> None:
 def test_padding_that_is_the_end_is_said_once_and_does_no_harm(ppo: Config, tmp_path: Path) -> None:
     model_directory(tmp_path / "llama", pad_is_eos=True)
     (note,) = check(replace(ppo, model=ModelConfig(path=str(tmp_path / "llama"))))
-    assert (
-        "padding is the end-of-sequence token '<|eos|>'" in note
-        and "Masks come from lengths" in note
-        and "set pad_token" in note
-    )
+    assert "'<|eos|>'" in note and "pad_token" in note
 
 
 def test_files_that_can_not_be_read_are_named(ppo: Config) -> None:

@@ -103,12 +103,7 @@ def test_an_online_stage_shows_all_and_loads_and_writes_nothing(
         "8 prompts x 8 samples = 64, all on one rank" in out
         and "100 (stage.steps), 100 optimizer steps, 6400 responses" in out
     )
-    assert (
-        "training prompt 1" in out
-        and "training prompt 2" in out
-        and "training prompt 3" not in out
-        and "the film" in out
-    )
+    assert len(re.findall(r"p\.jsonl, row \d+", out)) == 2 and "the film" in out
     assert "memory plan" in out and "reference" in out and "usable on each rank: fits" in out
     assert out.rstrip().endswith("no weights were loaded.")
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
@@ -244,9 +239,9 @@ def test_two_ranks_print_once(preset: str, grpo: Config, tmp_path: Path) -> None
         "launch: torchrun --standalone --nproc_per_node 2 -m rlhf",
         "memory plan",
         f"dry run: stage={preset} composes",
-        "training prompt 1",
     ):
         assert done.stdout.count(once) == 1, once
+    assert len(re.findall(r"\.jsonl, row \d+", done.stdout)) == 2
     assert (
         "4 on each of 2 ranks" in done.stdout
         if preset == "ppo"

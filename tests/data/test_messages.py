@@ -186,7 +186,7 @@ MEDIA = [
 def test_rows_with_pictures_are_refused_whatever_they_are_read_for(
     row: dict[str, Any], use: Use
 ) -> None:
-    with pytest.raises(RowError, match="pictures, videos and sounds are not read"):
+    with pytest.raises(RowError, match="pictures, videos and sounds"):
         read(row, use)
 
 

@@ -121,8 +121,7 @@ def test_rows_that_a_template_cannot_show(tokenizer: Any) -> None:
     plain = train_tokenizer(["x"], 300, 64)
     with pytest.raises(
         UserError,
-        match=r"f.jsonl, row 3: preview: the rows hold chat messages, but the tokenizer has no "
-        r"chat template",
+        match=r"f.jsonl, row 3: preview.*data.chat_template",
     ):
         preview_row(plain, Use.sft, {"messages": TURNS}, "f.jsonl, row 3")
     with pytest.raises(UserError, match=r"f.jsonl, row 3: the conversation has no assistant turn"):

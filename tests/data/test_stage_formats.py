@@ -149,7 +149,7 @@ def test_a_reward_model_learns_from_a_sheet_that_people_filled_in(
     reward.run(ctx)
     metrics = json.loads((ctx.dir / "summary.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["eval/accuracy"] > 0.9
-    assert "6 judgements give no pair and are set aside" in caplog.text
+    assert "6 judgements" in caplog.text and "set aside" in caplog.text
     manifest = json.loads((ctx.dir / "manifest.json").read_text(encoding="utf-8"))
     assert [entry["path"] for entry in manifest["data"]] == [str(tmp_path / "sheet.xlsx")]
     assert len((ctx.dir / "data_rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 6

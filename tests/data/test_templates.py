@@ -263,8 +263,7 @@ def test_a_role_that_a_family_has_not_is_refused(name: str) -> None:
     turns = [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]
     with pytest.raises(
         UserError,
-        match=rf"the chat template refuses a conversation of 2 messages: {name} knows the roles "
-        r".*found 'tool'",
+        match=rf"2 messages: {name} knows the roles .*found 'tool'",
     ):
         prompt_ids(tokenizer(name), turns)
 
@@ -281,8 +280,7 @@ def test_the_option_takes_a_name_or_a_file(tmp_path: Path, tiny_model: Any) -> N
     )
     with pytest.raises(
         UserError,
-        match=r"data.chat_template=chatlm: no such file, and no such name. .*chatml, llama-2, "
-        r".*Nearest name: chatml",
+        match=r"data.chat_template=chatlm: .*chatml, llama-2, .*Nearest name: chatml",
     ):
         inputs.check_template(DataConfig(path="x.jsonl", chat_template="chatlm"))
 

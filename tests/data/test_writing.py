@@ -308,9 +308,8 @@ def test_items_are_written_with_counted_notes_and_the_rest_rejected(tmp_path: Pa
     out, rejected = write([CHATS, PAIR], tmp_path / "trl.csv", DataTarget.trl, FileKind.csv)
     assert (
         out.rows == 1
-        and "1: data.to=trl: key 'prompt': a csv cell holds text, found a list of 1. "
-        "data.file=jsonl or parquet holds it"
-        in rejected
+        and "1: data.to=trl: key 'prompt': " in str(rejected)
+        and "data.file=jsonl or parquet" in str(rejected)
     )
 
 

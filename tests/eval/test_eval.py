@@ -382,7 +382,7 @@ def test_a_policy_that_moved(
     assert {"histogram_score.png", "differences.png"} <= {
         path.name for path in (run / "plots").glob("*.png")
     }
-    assert "Before and after on 16 held-out prompts" in capsys.readouterr().out
+    assert "on 16 held-out prompts" in capsys.readouterr().out
 
 
 def test_greedy_writes_the_most_likely_tokens(policies: Path, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_rewind_needs_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_run_of_nothing_but_skipped_steps_is_an_error(tmp_path: Path) -> None:
     BAD_CALLS.update(range(1, 100))
-    with pytest.raises(TrainingDiverged, match="none of the 4 steps had finite scores"):
+    with pytest.raises(TrainingDiverged, match="none of the 4 steps"):
         run_ppo(tmp_path, *SHORT, "stage.on_nonfinite=skip")
 
 
@@ -244,7 +244,7 @@ def test_the_brake_by_hand() -> None:
     brake.check("grad_norm", {"a": 6.0})  # 3 x the median 2 is not above
     with pytest.raises(
         NonFinite,
-        match=r"a is 18.1, above stage.spike_grad_norm=3 times 6, the median of the last 3 updates",
+        match=r"a is 18.1, above stage.spike_grad_norm=3 times 6, .*last 3 updates",
     ):
         brake.check("grad_norm", {"a": 18.1})
     brake.check("grad_norm", {"a": 17.9})  # the refused one is not among the last

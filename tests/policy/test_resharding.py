@@ -309,7 +309,7 @@ def test_a_checkpoint_without_a_record_goes_on_as_it_was_saved(
     torch.save({}, engine / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     with pytest.raises(
         UserError,
-        match=r"was saved by 2 ranks, before checkpoints had a layout.json.* Resume on 2 ranks",
+        match=r"saved by 2 ranks, .*layout.json.* Resume on 2 ranks",
     ):
         resharding.adapt(place, ZERO[2])
 
@@ -374,9 +374,7 @@ def deepspeed_folder(place: Path, content: object) -> Path:
 def test_a_pickle_that_deepspeed_did_not_write_is_never_unpickled(tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
     file = deepspeed_folder(tmp_path / "step-2", {"weights": torch.zeros(2), "more": Payload(mark)})
-    with pytest.raises(
-        UserError, match=r"mp_rank_00_model_states.pt would load .*, which DeepSpeed never writes"
-    ):
+    with pytest.raises(UserError, match=r"mp_rank_00_model_states.pt would load .*DeepSpeed"):
         resharding.adapt(tmp_path / "step-2", ZERO[1])
     assert not mark.exists()
     torch.load(file, weights_only=False)
@@ -385,7 +383,7 @@ def test_a_pickle_that_deepspeed_did_not_write_is_never_unpickled(tmp_path: Path
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     deepspeed_folder(tmp_path / "step-2", {}).write_bytes(b"\x80\x04cos\nsystem\n")
-    with pytest.raises(UserError, match=r"is no file that torch.save wrote"):
+    with pytest.raises(UserError, match=r"step-2.*torch.save"):
         resharding.adapt(tmp_path / "step-2", ZERO[1])
 
 

@@ -401,7 +401,7 @@ def test_without_namespaces_that_were_asked_for(
     ):
         sandbox.isolation(Isolation.namespaces)
     assert sandbox.isolation(Isolation.auto) is False
-    assert "No namespaces for the code sandbox (unshare: Operation not permitted)" in caplog.text
+    assert "(unshare: Operation not permitted)" in caplog.text
     monkeypatch.setattr(sandbox, "_probe", lambda namespaces: "nothing works")
     with pytest.raises(UserError, match=r"reward\.terms\.c \(kind=code\): nothing works"):
         make_verifier("c", RewardTerm(kind=TermKind.code))

@@ -374,10 +374,7 @@ def test_another_runs_artifact_is_used_once_and_an_unknown_one_is_no_error(
     assert run.used == [f"e/p/x-labels:{'0f' * 8}", f"p/x-data:{'1e' * 8}"] and not caplog.text
     run.unknown.add("e/p/gone:00")
     tracker.use("gone", "00", theirs)
-    assert (
-        "does not know the artifact e/p/gone:00 (no such artifact): the lineage is in "
-        "manifest.json only" in caplog.text
-    )
+    assert "e/p/gone:00 (no such artifact)" in caplog.text and "manifest.json" in caplog.text
 
 
 def test_offline_nothing_is_looked_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -177,6 +177,31 @@ def test_a_run_begins_at_the_loss_at_which_the_last_one_ended(runs: Runs) -> Non
         assert after["initial/eval_loss"] == pytest.approx(before["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "chain",
+    [
+        ("reward:none", "reward:still"),
+        ("reward:lora", "reward:still_lora"),
+        ("sft:lora", "dpo:still"),
+        ("dpo:lora", "ppo:still"),
+        ("ppo:none", "ppo:still_lora"),
+        ("ppo:lora", "ppo:still"),
+    ],
+    ids=">".join,
+)
+def test_a_run_that_learns_nothing_saves_what_the_last_one_saved(
+    runs: Runs, chain: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it began with the weights at which the last one ended, whatever stage and adapter."""
+    still = ["stage.learning_rate=1e-20"]
+    monkeypatch.setitem(ADAPTERS, "still", still)
+    monkeypatch.setitem(ADAPTERS, "still_lora", [*still, *ADAPTERS["lora"]])
+    before, after = runs.model(*chain[:-1]), runs.model(*chain)
+    torch.testing.assert_close(runs.saved[after], runs.saved[before], atol=2e-5, rtol=1e-5)
+    if "reward" not in chain[0]:
+        assert (runs.saved[after] - figures(read(runs.base, "sft"))).abs().max() > 1e-3
+
+
 def test_other_libraries_read_an_adapter_on_an_adapter_too(runs: Runs) -> None:
     """PEFT follows one base only: it has to be whole weights."""
     from peft import AutoPeftModelForCausalLM
