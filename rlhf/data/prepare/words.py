@@ -65,7 +65,7 @@ def ranges(pattern: str) -> str:
 _ASCII_WORD = re.compile(r"[A-Za-z0-9]+(?:['-][A-Za-z0-9]+)*")
 _ASCII = [bytes([code]) for code in range(128)]
 _WHITE = b"".join(byte for byte in _ASCII if byte.decode().isspace())
-_ALNUM = b"".join(filter(bytes.isalnum, _ASCII))
+_ALNUM = b"".join(byte for byte in _ASCII if byte.isalnum())
 _NO_LETTERS = b"".join(byte for byte in _ASCII if not byte.isalpha())
 _HAS_LETTER = re.compile(r"[^\W\d_]")
 
