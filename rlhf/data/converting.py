@@ -4,7 +4,7 @@ don't fit or are set aside.
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -61,6 +61,10 @@ class Record:
     def place(self) -> str:
         """For messages."""
         return f"{self.origin}, row {self.number}"
+
+    def having(self, value: Any) -> "Record":
+        """The record with another value."""
+        return replace(self, value=value)
 
 
 def choose_format(
@@ -269,6 +273,7 @@ class Conversion:
     rejected: LeftOut  # rows that don't fit
     aside: LeftOut  # judgements that give no pair, such as ties: their rows fit
     probe: int = PROBE
+    rows: int = 0  # that were given, fitting or not
     formats: dict[str, Format] = field(default_factory=dict)  # by origin
     keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
     otherwise: Seen = field(default_factory=Seen)  # what was not read as it stands
@@ -306,6 +311,7 @@ class Conversion:
 
     def records(self, row: SourceRow) -> list[Record]:
         """The records that a row gives. Raises UserError where its file has no format."""
+        self.rows += 1
         format_ = self.format_of(row.origin)
         if row.problem is not None:
             self.rejected(row, row.problem)

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rlhf.data.formats import Format, Use
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.messages import RECORD
 from rlhf.data.mixture import Source, mixed
+from rlhf.data.prepare.held import gathered
 from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
 from rlhf.models.templates import template_reads
@@ -74,7 +75,7 @@ class Loaded:
     name: str  # for messages: the file, or the option
     rows: int = 0  # of the files, fitting or not
     formats: dict[str, Format] = field(default_factory=dict)  # by file
-    records: list[Record] = field(default_factory=list)
+    records: Sequence[Record] = field(default_factory=list)  # many: in a file
     rejected: list[tuple[SourceRow, str]] = field(default_factory=list)
     aside: list[tuple[SourceRow, str]] = field(default_factory=list)
     keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
@@ -126,10 +127,9 @@ def convert(
         aside=lambda row, reason: out.aside.append((row, reason)),
         probe=PROBE + data.max_bad_rows,
     )
-    for row in islice(mixed(sources, seed), max_rows):
-        out.rows += 1
-        out.records.extend(conversion.records(row))
-    out.formats, out.keys = conversion.formats, conversion.keys
+    rows = islice(mixed(sources, seed), max_rows)
+    out.records = gathered(chain.from_iterable(map(conversion.records, rows)))
+    out.rows, out.formats, out.keys = conversion.rows, conversion.formats, conversion.keys
     out.otherwise, out.said = conversion.otherwise, conversion.said
     if not out.rows:
         raise UserError(f"{sources[0].key}={sources[0].name} holds no rows: expected {USES[use]}.")
@@ -300,7 +300,7 @@ def with_weights(loaded: Loaded, column: str | None, stage: Any, use: Use) -> Lo
             min(weights),
             max(weights),
         )
-    return _with_values(loaded, map(_weighed, loaded.values(), weights))
+    return _with_values(loaded, map(_weighed, loaded.records, weights))
 
 
 def _warn(message: str, *values: object) -> None:
@@ -311,13 +311,15 @@ def _warn(message: str, *values: object) -> None:
 def _with_values(loaded: Loaded, values: Iterable[Any]) -> Loaded:
     """`loaded` with other values of its records."""
     pairs = zip(loaded.records, values, strict=True)
-    return replace(loaded, records=[replace(record, value=value) for record, value in pairs])
+    return replace(
+        loaded, records=gathered(replace(record, value=value) for record, value in pairs)
+    )
 
 
-def _weighed(value: Any, weight: float) -> Any:
-    if isinstance(value, dict):
-        return {**value, "weight": weight}
-    return replace(value, weight=weight)
+def _weighed(record: Record, weight: float) -> Any:
+    if isinstance(record.value, dict):
+        return {**record.value, "weight": weight}
+    return replace(record.value, weight=weight)
 
 
 def _weight(record: Record, column: str) -> float:
@@ -369,8 +371,8 @@ def with_soft_labels(loaded: Loaded, stage: Any) -> Loaded:
             sum(label == 0.5 for label in labels),
             len(labels),
         )
-    values = zip(loaded.values(), labels, strict=True)
-    return _with_values(loaded, (replace(pair, soft_label=label) for pair, label in values))
+    values = (replace(r.value, soft_label=p) for r, p in zip(loaded.records, labels, strict=True))
+    return _with_values(loaded, values)
 
 
 def soft_label(record: Record) -> float:

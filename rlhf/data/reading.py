@@ -8,8 +8,10 @@ Rows that don't fit are handled in loading.py.
 """
 
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from conf.schema import DataConfig
@@ -28,6 +30,7 @@ from rlhf.data.loading import (
     soft_label,
 )
 from rlhf.data.mixture import Source
+from rlhf.data.prepare.held import gathered, mapped, picked
 from rlhf.data.prompts import prompt_id, stable_hash, tokenised
 from rlhf.data.sources import eval_sources, given, train_sources
 from rlhf.process import distributed
@@ -54,7 +57,7 @@ __all__ = [
     "unpaired_records",
 ]
 
-Split = tuple[list[Record], list[Record]]  # training and held-out rows
+Split = tuple[Sequence[Record], Sequence[Record]]  # training and held-out rows
 
 # ---- the first rows, for preflight ----
 
@@ -171,14 +174,14 @@ def _train_and_eval(
         tell_columns(train.records, read, train.name, request.stage.name)
     if request.data.eval_path is not None:
         return train, load(request, eval_sources(request.data), use)
-    return _split(train, [stable_hash(group(value)) for value in train.values()], request)
+    groups = [stable_hash(group(record.value)) for record in train.records]
+    return _split(train, groups, request)
 
 
 def _split(loaded: Loaded, groups: Sequence[str], request: DataRequest) -> tuple[Loaded, Loaded]:
-    kept, held = split_rows(groups, request.data.eval_fraction, request.seed)
-    records = loaded.records
-    train = replace(loaded, records=[records[i] for i in kept])
-    return train, replace(loaded, records=[records[i] for i in held])
+    train_rows, held_rows = split_rows(groups, request.data.eval_fraction, request.seed)
+    train = replace(loaded, records=picked(loaded.records, array("Q", train_rows)))
+    return train, replace(loaded, records=picked(loaded.records, array("Q", held_rows)))
 
 
 def _require_eval(held: Loaded, data: DataConfig) -> None:
@@ -255,22 +258,23 @@ def _judged(request: DataRequest) -> Split:
     return answers, _single_answers(held)
 
 
-def _single_answers(loaded: Loaded) -> list[Record]:
-    out: list[Record] = []
-    for record in loaded.records:
-        if isinstance(record.value, JudgedAnswer):
-            out.append(record)
-        else:
-            out += [replace(record, value=side) for side in both_sides(record.value)]
-    return out
+def _single_answers(loaded: Loaded) -> Sequence[Record]:
+    def answers() -> Iterator[Record]:
+        for record in loaded.records:
+            if isinstance(record.value, JudgedAnswer):
+                yield record
+            else:
+                yield from (replace(record, value=side) for side in both_sides(record.value))
+
+    return gathered(answers())
 
 
 def stage_texts(request: DataRequest) -> Iterable[str]:
     """Every text in the rows of ``data.path``, as the stage reads them: a tiny model's tokenizer is
     trained on them.
     """
-    for value in load(request, required_sources(request), request.use).values():
-        yield from texts_in(value)
+    for record in load(request, required_sources(request), request.use).records:
+        yield from texts_in(record.value)
 
 
 # ---- TRL's columns ----
@@ -278,17 +282,18 @@ def stage_texts(request: DataRequest) -> Iterable[str]:
 
 def _in_columns(
     records: Sequence[Record], columns: Callable[[Any], dict[str, Any]]
-) -> list[Record]:
+) -> Sequence[Record]:
     """Each record with its value as columns, and those of its options that it has."""
-    out = []
-    for record in records:
+
+    def in_columns(record: Record) -> Record:
         row = columns(record.value)
         for name in ("weight", SOFT_LABEL, "tools"):
             option = getattr(record.value, name, None)
             if option is not None:
                 row[name] = option
-        out.append(replace(record, value=row))
-    return out
+        return replace(record, value=row)
+
+    return mapped(in_columns, records)
 
 
 def preference_records(request: DataRequest) -> Split:
@@ -296,9 +301,10 @@ def preference_records(request: DataRequest) -> Split:
     have them, margin where every row has one. Raises UserError.
     """
     train, held = _pairs(request)
-    both = [*train.values(), *held.values()]
-    with_prompt = any(pair.prompt for pair in both)
-    with_margin = all(pair.margin is not None for pair in both)
+    with_prompt, with_margin = False, True
+    for record in chain(train.records, held.records):
+        with_prompt = with_prompt or bool(record.value.prompt)
+        with_margin = with_margin and record.value.margin is not None
 
     def columns(pair: PreferencePair) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt": pair.prompt} if with_prompt else {}
@@ -315,7 +321,7 @@ def unpaired_records(request: DataRequest) -> Split:
     Raises UserError.
     """
     train, held = _judged(request)
-    with_prompt = any(record.value.prompt for record in (*train, *held))
+    with_prompt = any(record.value.prompt for record in chain(train, held))
 
     def columns(answer: JudgedAnswer) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt": answer.prompt} if with_prompt else {}

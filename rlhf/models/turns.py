@@ -4,7 +4,6 @@ assistant's turn is written, which tokens end a response, and what a template ne
 Nobody states these, so the tokenizer is tried on short texts, once for each template.
 """
 
-import functools
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -216,7 +215,6 @@ def _core(tokenizer: Any) -> Any | None:
     return core
 
 
-@functools.lru_cache(maxsize=32)
 def _is_usual(kind: type) -> bool:
     """Whether a class of tokenizers tokenises as transformers' own class does."""
     return all(

@@ -82,7 +82,7 @@ def read(request: DataRequest, tokenizer: Any) -> Rows:
     return Rows(
         encode_sft(tokenizer, train, name="training", cut=not stage.packing, **encode),
         encode_sft(tokenizer, held_out, name="held-out", cut=True, **encode),
-        held_out[:_SAMPLES],
+        list(held_out[:_SAMPLES]),
     )
 
 

@@ -1,7 +1,8 @@
-"""All rows of a step that needs them together: in memory where they are few, else on disk, so that
-memory doesn't grow with the texts.
+"""Rows that are needed together: in memory where they are few, else on disk, so that memory doesn't
+grow with the texts.
 """
 
+import errno
 import os
 import pickle
 import tempfile
@@ -11,19 +12,24 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
+from rlhf.types import UserError
+
 Row = TypeVar("Row")
 Value = TypeVar("Value")
 IN_MEMORY = 10_000  # rows
 _READ = 64  # rows read from a file at once
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OnDisk(Sequence[Row]):
     """Rows in a file without a name, which ends with this object. Each access reads a new copy: a
-    change of a row is lost unless the row is passed on.
+    change of a row is lost unless the row is passed on. Forked processes may read at the same time.
+    folder: where the file is; None: the system's folder of temporary files.
     """
 
-    def __init__(self, rows: Iterable[Row], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, rows: Iterable[Row], folder: Path | None = None) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open for this object
         self._ends = array("Q", [0])
         for row in rows:
@@ -83,12 +89,25 @@ class Mapped(Sequence[Value], Generic[Row, Value]):
         return map(self._function, self._rows)
 
 
-def gathered(rows: Iterator[Row], folder: Path) -> Sequence[Row]:
-    """All of the rows: a list of up to IN_MEMORY, more of them in a file in `folder`."""
+def gathered(rows: Iterator[Row], folder: Path | None = None) -> Sequence[Row]:
+    """All of the rows: a list of up to IN_MEMORY, more of them in a file in `folder` (None: the
+    system's folder of temporary files). Raises UserError where that takes no more.
+    """
     first = list(islice(rows, IN_MEMORY))
     if len(first) < IN_MEMORY:
         return first
-    return OnDisk(chain(first, rows), folder)
+    try:
+        return OnDisk(chain(first, rows), folder)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        remedy = ""
+        if folder is None:
+            remedy = ", or name another folder in the environment variable TMPDIR"
+        raise UserError(
+            f"{folder or tempfile.gettempdir()}: the rows can't be kept there ({error}). Make room"
+            f"{remedy}."
+        ) from error
 
 
 def picked(rows: Sequence[Row], indices: Sequence[int]) -> Sequence[Row]:
@@ -96,6 +115,15 @@ def picked(rows: Sequence[Row], indices: Sequence[int]) -> Sequence[Row]:
     if isinstance(rows, list):
         return [rows[index] for index in indices]
     return Mapped(rows.__getitem__, indices)
+
+
+def mapped(function: Callable[[Row], Value], rows: Sequence[Row]) -> Sequence[Value]:
+    """`function` of each of the rows: a list of those that are one, else computed anew at each
+    access.
+    """
+    if isinstance(rows, list):
+        return [function(row) for row in rows]
+    return Mapped(function, rows)
 
 
 def together(first: Sequence[Row], second: Sequence[Row]) -> Sequence[Row]:
