@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.scalar import backbone_name
+
 Head = Callable[[Tensor], Tensor]
 
 
@@ -42,12 +44,6 @@ class _StandIn:
         if isinstance(value, nn.Module):  # some forwards call the backbone's decoder instead
             return _StandIn(value, self._given)
         return value
-
-
-def backbone_name(lm: Any) -> str:
-    """The attribute of a language model or classifier that holds all of it but its head."""
-    # Llama 4's text model calls it otherwise than its class says.
-    return lm.base_model_prefix if lm.base_model_prefix in lm._modules else "model"
 
 
 def own_logits(lm: Any, hidden: Tensor) -> Tensor:

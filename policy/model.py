@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policy.head import backbone_name, has_plain_head, head_of
+from policy.head import has_plain_head, head_of
 from policy.logprobs import selected_logprobs
+from rlhf.models.scalar import backbone_name
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights
 
@@ -214,14 +215,8 @@ def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[st
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         if name in lora_layers:
-            params = list(module.parameters())
-            with gather(params):
-                base = module.get_base_layer()
-                original = base.weight.detach().clone()
-                module.merge(safe_merge=False)
-                merged = [(_clean_name(prefix + n), t.clone()) for n, t in _persistent(base, "")]
-                module.unmerge()
-                base.weight.data.copy_(original)
+            with gather(list(module.parameters())):
+                merged = [(_clean_name(prefix + n), t) for n, t in _merged_copies(module)]
             yield from merged
         elif id(module) not in inside:
             params = list(module.parameters(recurse=False))
@@ -232,12 +227,44 @@ def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[st
             yield from own
 
 
-def _lora_layers(model: Any) -> dict[str, Any]:
-    if not is_peft(model):
-        return {}
+def _merged_copies(layer: Any) -> list[tuple[str, Tensor]]:
+    """Copies of what a layer's base holds, with its adapter merged in; the base stays as it was.
+
+    A module of several adapted parameters, such as fused experts, has a wrapper around each other
+    for each of them.
+    """
+    base = layer.get_base_layer()
+    wrappers = [sub for sub in layer.modules() if _is_adapted(sub)]
+    originals = [(param, param.detach().clone()) for param in base.parameters()]
+    for wrapper in wrappers:
+        wrapper.merge(safe_merge=False)
+    merged = []
+    for name, module in base.named_modules():
+        prefix = f"{name}." if name else ""
+        merged += [(n, t.clone()) for n, t in _persistent(module, prefix)]
+    for wrapper in reversed(wrappers):
+        wrapper.unmerge()
+    for param, original in originals:
+        param.data.copy_(original)
+    return merged
+
+
+def _is_adapted(module: Any) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return isinstance(module, BaseTunerLayer)
+
+
+def _lora_layers(model: Any) -> dict[str, Any]:
+    """Adapted layers by name, of wrappers around each other the outermost."""
+    out: dict[str, Any] = {}
+    if not is_peft(model):
+        return out
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in out)
+        if _is_adapted(module) and not inner:
+            out[name] = module
+    return out
 
 
 def full_weights(model: Any, gather: Gather = no_gather) -> FullWeights:

@@ -31,6 +31,31 @@ def replacing(directory: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def rescuing(model: Any, directory: Path, gather: Gather = no_gather) -> Iterator[None]:
+    """Around saving: after any error the tensors that trained are in rescued.safetensors of
+    `directory` under torch's names, and the error says so. Not under ZeRO-3, where one rank's error
+    would leave the others waiting.
+    """
+    from safetensors.torch import save_file
+
+    try:
+        yield
+    except Exception as error:
+        if gather is not no_gather or not distributed.is_main():
+            raise
+        file = directory / "rescued.safetensors"
+        kept = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if _trains(p)}
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(kept, str(file))
+        error.add_note(f"The {len(kept)} tensors that trained are in {file}, by torch's names.")
+        raise
+
+
+def _trains(param: torch.nn.Parameter) -> bool:
+    return param.requires_grad
+
+
 def save_model(
     model: Any,
     tokenizer: Any,

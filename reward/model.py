@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf.models.directories import ADAPTER_CONFIG, check_model_path, readable
 from rlhf.models.encoding import answer_ids, is_chat, prompt_ids
+from rlhf.models.scalar import backbone_name, classifier_class, one_label_config
 from rlhf.process.files import json_object
 from rlhf.types import Tools, UserError
 
@@ -145,12 +146,12 @@ def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.
     """The reward model of a directory as a classifier with one label, in evaluation mode, on the
     CPU. Raises UserError for missing weights.
     """
-    from transformers import AutoModelForSequenceClassification
-
+    directory = str(Path(path).expanduser())
     with readable(f"{key}={path}: the reward model"):
-        module, info = AutoModelForSequenceClassification.from_pretrained(
-            str(Path(path).expanduser()),
-            num_labels=1,
+        config = one_label_config(directory)
+        module, info = classifier_class(config).from_pretrained(
+            directory,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -159,11 +160,6 @@ def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.
         raise UserError(
             f"{key}={path}: its weights lack {', '.join(sorted(info['missing_keys']))}, so it is "
             "not a whole reward model."
-        )
-    if not hasattr(module, "score"):
-        raise UserError(
-            f"{key}={path}: {type(module).__name__} has no head named score, so its last token "
-            "can't be read."
         )
     return module.eval()
 
@@ -188,7 +184,7 @@ def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor
     may be the end-of-sequence token. The head runs in float32: half precision would round scores to
     a few hundredths.
     """
-    backbone = getattr(module, module.base_model_prefix)
+    backbone = getattr(module, backbone_name(module))
     mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :] < lengths[:, None]
     # [B, L, H]
     hidden = backbone(

@@ -1,14 +1,22 @@
 """What is tried with one family's tiny model, and how each try ends."""
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from conf.choices import AdapterKind
+from conf.schema import AdapterConfig, ModelConfig
+from policy.adapters import attach
 from policy.agreement import can_share_prompts, check_agreement
 from policy.batching import Batch, collate, pack
-from policy.model import PolicyModule, turn_off_dropout
+from policy.model import CriticModule, PolicyModule, trainable, turn_off_dropout
+from policy.saving import save_adapter, save_model
+from reward.model import load_reward_module, score_ids
+from rlhf.models.loading import load_causal_lm, load_classifier, train_tokenizer
 from rlhf.types import UserError
 
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "wrong", "crashed"
@@ -129,3 +137,56 @@ def _gradient_gap(model: Any, ours: list[Tensor], own: list[Tensor]) -> float:
 def _gradients(logprobs: list[Tensor], params: list[Any]) -> tuple[Tensor | None, ...]:
     """Of their mean; None for a parameter that has no part in it."""
     return torch.autograd.grad(torch.cat(logprobs).mean(), params, allow_unused=True)
+
+
+def reward_gap(model: Any, directory: Path) -> float:
+    """A reward model on the family: trained for a step, saved, and read back; as a critic too."""
+    ids = rows(model.config.get_text_config().vocab_size)
+    model.save_pretrained(directory / "policy")
+    classifier = load_classifier(ModelConfig(path=str(directory / "policy")), _tokenizer())
+    turn_off_dropout(classifier)
+    classifier.train()
+    values = CriticModule(classifier)(torch.tensor(ids[:1]), torch.tensor([[3, 5]]))
+    values.sum().backward()
+    with torch.no_grad():
+        for param in classifier.parameters():
+            if param.grad is not None:
+                param.add_(param.grad, alpha=-0.01)
+    classifier.eval()
+    trained = score_ids(classifier, ids, 64, torch.device("cpu"))
+    with torch.no_grad():
+        alone = [float(classifier(input_ids=torch.tensor([row])).logits) for row in ids]
+    classifier.save_pretrained(directory / "reward")
+    again = load_reward_module(directory / "reward", torch.float32)
+    read_back = score_ids(again, ids, 64, torch.device("cpu"))
+    own = torch.tensor(alone)
+    return max(_largest(torch.tensor(trained), own), _largest(torch.tensor(read_back), own))
+
+
+def adapter_gap(model: Any, directory: Path) -> float:
+    """A LoRA adapter on every linear layer, with updates that are not zero: what it gives, against
+    what the whole weights and the adapter give that are saved and read back.
+    """
+    ids = torch.tensor(rows(model.config.get_text_config().vocab_size)[:1])
+    base = directory / "policy"
+    model.save_pretrained(base)
+    settings = AdapterConfig(kind=AdapterKind.lora, rank=4)
+    adapted = attach(model, settings, task="CAUSAL_LM", base=str(base))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for param in trainable(adapted):
+            param.add_(0.05 * torch.randn(param.shape, generator=generator))
+        trained = adapted.eval()(input_ids=ids).logits
+        save_model(adapted, _tokenizer(), directory / "model")
+        save_adapter(adapted, directory / "adapter")
+        gaps = []
+        for name in ("model", "adapter"):
+            again = load_causal_lm(ModelConfig(path=str(directory / name)), _tokenizer())
+            gaps.append(_largest(again.eval()(input_ids=ids).logits, trained))
+    return max(gaps)
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    """Any that can be saved: its tokens are never looked at."""
+    return train_tokenizer(["a few words"], 260, 512)

@@ -7,6 +7,9 @@ arXiv:2312.03732) or with magnitudes that train apart (DoRA, Liu et al. 2024, ar
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from conf.schema import AdapterConfig
 from rlhf.types import UserError
 
@@ -14,7 +17,9 @@ ALL_LINEAR = ["all-linear"]
 
 
 def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
-    """`model` with a fresh adapter; only it trains."""
+    """`model` with a fresh adapter; only it trains. Raises UserError by the family's name for
+    layers that PEFT can't adapt.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets: Any = list(adapter.targets)
@@ -30,7 +35,54 @@ def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
         use_dora=adapter.dora,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
-    return get_peft_model(model, config)
+    family, linear = model.config.model_type, linear_modules(model)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"adapter.targets={list(adapter.targets)}: PEFT can't adapt {family} so: {error} The "
+            f"model's linear modules are {', '.join(linear)}."
+        ) from error
+    own = _own_forwards(adapted)
+    if own:
+        raise UserError(
+            f"adapter.targets={list(adapter.targets)}: in {family} the layers "
+            f"{', '.join(sorted(own))} compute something else than a linear layer, so PEFT can't "
+            "adapt them. Name the others in adapter.targets: "
+            f"{', '.join(sorted(set(linear) - own))}."
+        )
+    return adapted
+
+
+def _own_forwards(adapted: Any) -> set[str]:
+    """The last parts of the names of adapted layers that PEFT takes for linear ones, as which they
+    are built, but whose forward is something else: some routers, grouped projections.
+    """
+    from peft.tuners.lora import Linear
+
+    names = set()
+    for name, module in adapted.named_modules():
+        if type(module) is Linear and not _is_linear(module.get_base_layer()):
+            names.add(name.rsplit(".", 1)[-1])
+    return names
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer that is built as a linear one computes what it says."""
+    own = type(layer).forward is not nn.Linear.forward
+    if not isinstance(layer, nn.Linear) or not own or layer.weight.is_meta:
+        return True
+    numbers = torch.arange(2 * layer.in_features, device=layer.weight.device)
+    rows = torch.sin(numbers.float()).reshape(2, -1).to(layer.weight.dtype)
+    with torch.no_grad():
+        try:
+            found = layer(rows)
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        wanted = nn.functional.linear(rows, layer.weight, layer.bias)
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+        return False
+    return torch.allclose(found.float(), wanted.float(), rtol=1e-2, atol=1e-3)
 
 
 def check_targets(model: Any, targets: Sequence[str], *, trains_head: bool) -> None:

@@ -24,6 +24,7 @@ from rlhf.models.directories import (
     contents,
     readable,
 )
+from rlhf.models.scalar import backbone_name, classifier_class, one_label_config
 from rlhf.models.templates import template_text
 from rlhf.types import UserError
 
@@ -277,9 +278,8 @@ def without_weights(cfg: ModelConfig, *, classifier: bool = False) -> Any | None
     """The modules of the model in a directory, or of ``model=tiny``, on the meta device; None for a
     GGUF file and a hub's name. Raises UserError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     trust_remote_code = cfg.trust_remote_code
     held = None if cfg.path is None else contents(cfg.path)
     if cfg.gguf_file is not None or (held is not None and not held.has_config):
@@ -289,7 +289,10 @@ def without_weights(cfg: ModelConfig, *, classifier: bool = False) -> Any | None
             config = tiny_config(cfg.tiny)
         else:
             config = AutoConfig.from_pretrained(held.weights, trust_remote_code=trust_remote_code)
-        return kind.from_config(config, trust_remote_code=trust_remote_code)
+        if classifier:
+            config.num_labels = 1
+            return classifier_class(config, trust_remote_code)(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def starts_whole(cfg: ModelConfig) -> bool:
@@ -325,7 +328,7 @@ def _whole(
             f"the model {path} is an adapter on a hub. Expected a directory: download it, and give "
             "its path, so that it is merged into its base."
         )
-    prefix = "" if head else f"{model.base_model_prefix}."
+    prefix = "" if head else f"{backbone_name(model)}."
     missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
     if missing:
         shown = ", ".join(missing[:3])
@@ -361,14 +364,14 @@ def _classifier(cfg: ModelConfig, held: Contents) -> Any:
     """A classifier: of the whole weights, or of a language model with its adapters merged in; then
     adapters that were trained on a classifier.
     """
-    from transformers import AutoModelForSequenceClassification
-
     tasks = [adapter.task for adapter in held.adapters]
     policy = tasks.index(CLASSIFIER) if CLASSIFIER in tasks else len(tasks)
     if policy == 0:
         options = _loading_options(cfg, held)
-        kind = AutoModelForSequenceClassification
-        model = _whole(kind, held.weights, head=False, num_labels=1, **options)
+        with readable(f"the model {held.path}"):
+            config = one_label_config(held.weights, cfg.trust_remote_code, options.get("gguf_file"))
+            kind = classifier_class(config, cfg.trust_remote_code)
+        model = _whole(kind, held.weights, head=False, config=config, **options)
     else:
         merged = _language_model(cfg, replace(held, adapters=held.adapters[:policy]))
         model = _with_scalar_head(merged, cfg, held.path)
@@ -379,16 +382,12 @@ def _classifier(cfg: ModelConfig, held: Contents) -> Any:
 
 def _with_scalar_head(model: Any, cfg: ModelConfig, path: str) -> Any:
     """A classifier of one label with the weights of a language model, and a new head."""
-    from transformers import AutoModelForSequenceClassification
-
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    with readable(f"the model {path}"), torch.device("meta"):
-        empty = AutoModelForSequenceClassification.from_config(
-            config, trust_remote_code=cfg.trust_remote_code
-        )
+    with readable(f"the model {path}"):
+        kind = classifier_class(config, cfg.trust_remote_code)
     return _whole(
-        type(empty),
+        kind,
         path,
         head=False,
         in_memory=True,

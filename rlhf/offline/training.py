@@ -17,7 +17,7 @@ from conf.choices import EngineKind
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig
 from policy.engines.deepspeed import gather_zero3
 from policy.model import Gather, is_peft, no_gather
-from policy.saving import save_adapter, save_model
+from policy.saving import rescuing, save_adapter, save_model
 from rlhf.checks.launch import count_steps
 from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.models.turns import end_ids, response_text
@@ -240,7 +240,22 @@ def save_trained(
     with LoRA and `adapter_alone` it holds the adapter.
     """
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    model_dir, gather = run_dir / "model", gather_of(trainer.engine)
+    gather = gather_of(trainer.engine)
+    with rescuing(trained, run_dir, gather):
+        _save(trained, tokenizer, run_dir, gather, model, adapter_alone=adapter_alone)
+
+
+def _save(
+    trained: Any,
+    tokenizer: Any,
+    run_dir: Path,
+    gather: Gather,
+    model: ModelConfig,
+    *,
+    adapter_alone: bool,
+) -> None:
+    """The work of `save_trained`."""
+    model_dir = run_dir / "model"
     if is_peft(trained):
         save_adapter(trained, run_dir / "adapter", gather)
         if adapter_alone:

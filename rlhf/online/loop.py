@@ -13,7 +13,7 @@ from policy.engines import resharding
 from policy.engines.base import Brake, NonFinite
 from policy.model import mix_weights
 from policy.prepare import TrainBatch, prepare
-from policy.saving import save_adapter, save_model
+from policy.saving import rescuing, save_adapter, save_model
 from policy.update import update
 from rlhf.online.collect import Collected, Collector, on_device, train_batch
 from rlhf.online.gaps import Bounds
@@ -313,9 +313,10 @@ class Loop:
         """model/ and, for LoRA, adapter/ in `directory`. A collective."""
         policy = self.parts.models.policy
         model = policy.module.model
-        save_model(model, self.parts.tokenizer, directory / "model", policy.gather)
-        if self.parts.adapter:
-            save_adapter(model, directory / "adapter", policy.gather)
+        with rescuing(model, directory, policy.gather):
+            if self.parts.adapter:
+                save_adapter(model, directory / "adapter", policy.gather)
+            save_model(model, self.parts.tokenizer, directory / "model", policy.gather)
 
     def _finish(self) -> None:
         ctx, history = self.ctx, self.state.history

@@ -2,11 +2,20 @@
 here, the rest with `make test-full`.
 """
 
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.families import tries
 from benchmarks.families.build import causal_families, tiny
+from conf.choices import AdapterKind
+from conf.schema import AdapterConfig
+from policy.adapters import attach
 from policy.agreement import can_share_prompts
+from policy.model import iterate_weights
+from policy.saving import rescuing
 from rlhf.types import UserError
 from tests.selection import marked_full
 
@@ -39,3 +48,37 @@ def test_policy(family: str) -> None:
         return
     if can_share_prompts(model):
         assert tries.packed_gap(model) < 1e-4
+
+
+EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3")
+LORA = AdapterConfig(kind=AdapterKind.lora, rank=4)
+
+
+@pytest.mark.parametrize("family", marked_full(EXPERTS, EXPERTS[:2]))
+def test_lora_on_experts_is_read_back_equal(family: str, tmp_path: Path) -> None:
+    """Saved whole and as an adapter; merging leaves the weights that train bit for bit."""
+    assert tries.adapter_gap(tiny(family), tmp_path) < 1e-4
+    model = attach(tiny(family), LORA, task="CAUSAL_LM")
+    adapted = [n for n, p in model.named_parameters() if p.requires_grad and "experts" in n]
+    assert adapted
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    list(iterate_weights(model))
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], tensor) for n, tensor in before.items())
+
+
+@pytest.mark.parametrize("family", ["phimoe", "mamba"])
+def test_layers_that_no_adapter_fits_are_refused_before_training(family: str) -> None:
+    with pytest.raises(UserError, match=rf"adapter\.targets.*{family}"):
+        attach(tiny(family), LORA, task="CAUSAL_LM")
+
+
+def test_weights_outlive_a_save_that_fails(tmp_path: Path) -> None:
+    model = attach(tiny("llama"), LORA, task="CAUSAL_LM")
+    with pytest.raises(OSError, match="disk") as error, rescuing(model, tmp_path):
+        raise OSError("no disk")
+    kept = load_file(tmp_path / "rescued.safetensors")
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert kept.keys() == trained.keys()
+    assert all(torch.equal(kept[n], p) for n, p in trained.items())
+    assert "rescued.safetensors" in error.value.__notes__[0]
