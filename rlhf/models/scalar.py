@@ -53,7 +53,8 @@ def classifier_class(config: Any, trust_remote_code: bool = False) -> Any:
             if isinstance(getattr(theirs, "score", None), nn.Linear):
                 return type(theirs)
         causal = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return scalar_class(type(causal))
+    kind: Any = type(causal)
+    return scalar_class(kind)
 
 
 def _has_classifier(config: Any) -> bool:
@@ -75,7 +76,7 @@ class Float32Linear(nn.Linear):
 
 
 @functools.cache
-def scalar_class(causal: type) -> Any:
+def scalar_class(causal: Any) -> Any:
     """A classifier of one label made of a causal language model's class: its backbone under the
     same name, so that its weights load, and `score` [1, H] in float32 at the last token.
     """
