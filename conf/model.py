@@ -149,7 +149,8 @@ class EngineConfig:
     micro_batch_tokens: int | None = option(
         None,
         "TRL's stages, in place of micro_batch_size: padded tokens in one micro-batch of a rank, "
-        "sequences x longest (a pair counts once, by its longer side).",
+        "sequences x longest (a pair counts once, by its longer side); null: as micro_batch_size "
+        "says.",
         unit="tokens",
         at_least=1,
     )

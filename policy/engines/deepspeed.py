@@ -222,6 +222,18 @@ def _hidden_size(module: Any) -> int:
     return int(module.model.config.hidden_size)
 
 
+def gradient_sums(cfg: EngineConfig, *, half: bool) -> dict[str, Any]:
+    """DeepSpeed's options for adding bfloat16 gradients of micro-batches in float32; none for
+    float32 weights.
+
+    ZeRO-0 can't, and ZeRO-1 would change to an optimizer with checkpoints of another form: both add
+    in bfloat16, so their error grows with the number of micro-batches.
+    """
+    if not half or cfg.zero_stage < 2:
+        return {}
+    return {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
 def zero_config(
     cfg: EngineConfig, *, hidden_size: int, half: bool, max_grad_norm: float
 ) -> dict[str, Any]:
@@ -249,6 +261,7 @@ def zero_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": half},
+        **gradient_sums(cfg, half=half),
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

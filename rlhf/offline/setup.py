@@ -12,7 +12,12 @@ from conf.choices import AdapterKind, Dtype, EngineKind, Offload, Scheduler
 from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
 from policy import adapters
-from policy.engines.deepspeed import ensure_process_group, is_universal, prepare_cpu
+from policy.engines.deepspeed import (
+    ensure_process_group,
+    gradient_sums,
+    is_universal,
+    prepare_cpu,
+)
 from policy.saving import replacing
 from rlhf.checks import capacity, inputs, launch
 from rlhf.data.reading import DataRequest, stage_texts
@@ -151,11 +156,14 @@ def training_dtype(dtype: Dtype, adapter: AdapterKind, engine: EngineKind) -> Dt
     return dtype
 
 
-def deepspeed_config(engine: EngineConfig, *, universal: bool = False) -> dict[str, Any] | None:
+def deepspeed_config(
+    engine: EngineConfig, *, half: bool, universal: bool = False
+) -> dict[str, Any] | None:
     """The dict for ``TrainingArguments(deepspeed=...)``; None for the torch engine. transformers
     fills in "auto" from its other arguments.
 
-    universal: the checkpoint to resume from is in DeepSpeed's universal form.
+    half: it trains in bfloat16; universal: the checkpoint to resume from is in DeepSpeed's
+    universal form.
     """
     if engine.kind is EngineKind.torch:
         return None
@@ -166,6 +174,7 @@ def deepspeed_config(engine: EngineConfig, *, universal: bool = False) -> dict[s
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
+        **gradient_sums(engine, half=half),
         "zero_optimization": _zero(engine),
         # torch's AdamW rather than DeepSpeed's, which would be compiled at the first run
         "zero_allow_untested_optimizer": True,
@@ -209,6 +218,7 @@ def trainer_arguments(
     """
     on_cpu = not torch.cuda.is_available()
     computed_in = resolve_dtype(dtype)
+    half = computed_in is torch.bfloat16
     universal = resume_from is not None and is_universal(resume_from)
     return {
         "output_dir": str(checkpoint_dir),
@@ -225,11 +235,11 @@ def trainer_arguments(
         "max_grad_norm": stage.max_grad_norm,
         "lr_scheduler_type": _SCHEDULERS[stage.scheduler],
         "max_length": stage.max_length,
-        "bf16": computed_in is torch.bfloat16,
+        "bf16": half,
         "fp16": computed_in is torch.float16,
         "use_cpu": on_cpu,
         "gradient_checkpointing": engine.gradient_checkpointing,
-        "deepspeed": deepspeed_config(engine, universal=universal),
+        "deepspeed": deepspeed_config(engine, half=half, universal=universal),
         "seed": run.seed,
         "data_seed": run.seed,
         "logging_steps": stage.log_steps,

@@ -116,6 +116,8 @@ def planned(case: dict[str, Any], ranks: int = 1) -> float:
         {"engine": "deepspeed", "zero": 1, "tokens": 64},
         {"engine": "deepspeed", "zero": 2, "tokens": 64},
         {"engine": "deepspeed", "zero": 3, "tokens": 64},
+        {"engine": "deepspeed", "zero": 2, "tokens": 64, "half": True},
+        {"engine": "deepspeed", "zero": 3, "tokens": 64, "half": True},
         {"engine": "deepspeed", "zero": 2, "tokens": 64, "offload": "cpu"},
         {"engine": "deepspeed", "zero": 3, "tokens": 64, "offload": "cpu"},
     ],

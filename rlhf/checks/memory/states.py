@@ -94,6 +94,13 @@ class Setting:
         """Bytes of a weight."""
         return 2 if self.half else 4
 
+    @property
+    def sum_width(self) -> int:
+        """Bytes of an element in the sum of micro-batches' gradients
+        (policy/engines/deepspeed.py: gradient_sums).
+        """
+        return 4 if self.zero >= 2 else self.width
+
 
 @dataclass(slots=True)
 class States:
@@ -231,11 +238,12 @@ def _zero12(counts: Counts, s: Setting) -> States:
     weights = Bytes(counts.weights(w))
     if s.offload is Offload.none:
         resident = {"weights": weights, "masters": Bytes(4 * part), "Adam": Bytes(8 * part)}
-        gradients = Bytes(w * (counts.trained if s.zero == 1 else part) + w * counts.largest)
+        summed = s.sum_width * (counts.trained if s.zero == 1 else part)
+        gradients = Bytes(summed + w * counts.largest)
         backward = {"gradients": gradients, "gradient bucket": Bytes(bucket)}
         # own gradients, their flat copy, and its float32 form; in the optimizer's step only the
         # last is left
-        flattening = w * part + (w + 4 if s.half else 4) * part
+        flattening = s.sum_width * part + (w + 4 if s.half else 4) * part
         stepping = 4 * part + temporaries(part, part, s)
         step = {
             "gradients": Bytes(4 * part),
@@ -252,7 +260,7 @@ def _zero12(counts: Counts, s: Setting) -> States:
     }
     # Where a step has several micro-batches, the gradients of those before the last wait on the
     # host, and never leave it again.
-    resident["gradients of micro-batches"] = Bytes(host=w * (part + counts.largest))
+    resident["gradients of micro-batches"] = Bytes(host=s.sum_width * (part + counts.largest))
     backward = {
         "gradients": Bytes(w * 2 * counts.largest, 4 * part),
         "gradient bucket": Bytes(bucket),
@@ -280,7 +288,7 @@ def _zero3(counts: Counts, s: Setting) -> States:
     if s.offload is Offload.none:
         resident = {
             "weights": Bytes(w * whole_part),
-            "gradients": Bytes(w * part),
+            "gradients": Bytes(s.sum_width * part),
             "masters": Bytes(4 * part),
             "Adam": Bytes(8 * part),
         }
@@ -291,7 +299,7 @@ def _zero3(counts: Counts, s: Setting) -> States:
     elif s.offload is Offload.cpu:
         resident = {
             "weights": Bytes(host=w * whole_part),
-            "gradients": Bytes(host=w * part),
+            "gradients": Bytes(host=s.sum_width * part),
             "masters": Bytes(host=4 * part),
         }
         resident |= {"Adam": Bytes(host=8 * part)}
@@ -302,7 +310,7 @@ def _zero3(counts: Counts, s: Setting) -> States:
     else:
         swap = _SWAP_BUFFERS * 4 * group + _PARAM_BUFFERS * w * _PARAM_BUFFER
         # weights, masters and moments lie on the disk
-        resident = {"gradients": Bytes(host=w * part), "swap buffers": Bytes(host=swap)}
+        resident = {"gradients": Bytes(host=s.sum_width * part), "swap buffers": Bytes(host=swap)}
         step = {
             "float32 gradients": Bytes(host=4 * group),
             "AdamW's temporaries": Bytes(host=temporaries(group, group, s, on_host=True)),
