@@ -518,6 +518,9 @@ def test_a_column_whose_name_another_one_gets_is_noted(
         assert repr(name) in note and f"'own_{name}: {name}'" in note
 
 
+YES = {"role": "assistant", "content": "yes"}
+
+
 def test_a_column_that_is_not_carried_is_counted_with_its_first_row(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -532,6 +535,11 @@ def test_a_column_that_is_not_carried_is_counted_with_its_first_row(
     out, _, _ = items(carried, Use.sft)
     assert [item.columns["own_prompt"] for item in out] == ["is it?", "p", "p"]
     assert not caplog.text
+    copies = [{"prompt": "is it?", "messages": [{"role": "user", "content": "is it?"}, YES]}]
+    cfg = config(tmp_path, path=jsonl(tmp_path / "c.jsonl", copies))
+    out, _, _ = items(cfg, Use.sft)
+    assert [list(item.columns) for item in out] == [["messages"]]
+    assert not caplog.text, "a question that stands in the conversation is not lost"
     classes = [{"text": "a b", "label": "sports"}, {"text": "c d", "label": None}]
     cfg = config(tmp_path, path=jsonl(tmp_path / "b.jsonl", classes))
     out, _, _ = items(cfg, Use.sft)

@@ -18,6 +18,8 @@ from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use
 from rlhf.data.formats.base import both_sides, columns_of
+from rlhf.data.formats.names import is_question
+from rlhf.data.formats.unread import stands_in, texts_in
 from rlhf.data.formats.values import as_whole, layout_of, not_carried
 from rlhf.data.loading import tell, tell_kept
 from rlhf.data.mixture import Part, Source, mixed
@@ -92,7 +94,8 @@ def items(
                 values = [as_whole(value) for value in values]
             for value in values:
                 columns = columns_of(value, record.fields, answers)
-                conversion.otherwise.add(not_carried(columns, record.fields), record.place)
+                own = _without_copies(record.fields, value)
+                conversion.otherwise.add(not_carried(columns, own), record.place)
                 yield Item(columns, record.origin, record.number, split)
     for origin, form in conversion.formats.items():
         LOG.info("%s: %d rows, read as %s (%s)", origin, counts[origin], form.name, form.columns)
@@ -103,6 +106,17 @@ def items(
         LOG.warning("%s", note)
     tell(conversion.otherwise, name)
     tell_kept(conversion.keys, name)
+
+
+def _without_copies(fields: Mapping[str, Any], value: Any) -> dict[str, Any]:
+    """A row's `fields` without a question that stands in what was read of it: nothing of it is
+    lost.
+    """
+    return {
+        key: field
+        for key, field in fields.items()
+        if not (is_question(key) and texts_in(field) and stands_in(key, field, value))
+    }
 
 
 def _layouts(sources: Sequence[Source], kind: Use, data: DataConfig, seed: int) -> dict[str, str]:
