@@ -169,14 +169,16 @@ def tiny_config(tiny: TinyConfig, tokenizer: Any = None) -> Any:
 
 
 def _clean(model: Any, tokenizer: Any) -> Any:
-    """`model` without leftovers of a GGUF file that save_pretrained or vLLM can't handle.
-
-    The model's special tokens become those of the tokenizer.
+    """`model` without leftovers of a GGUF file that save_pretrained or vLLM can't handle, with the
+    tokenizer's special tokens. The padding token stays the model's, since some families (XGLM,
+    RoBERTa) count positions from it; transformers' classifiers look for a row's end by it.
     """
     has_config = getattr(model.config, "quantization_config", None) is not None
     if has_config and not getattr(model, "is_quantized", False):
         del model.config.quantization_config
-    model.config.pad_token_id = tokenizer.pad_token_id
+    looks_for_padding = type(model).__name__.endswith("ForSequenceClassification")
+    if looks_for_padding or getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.bos_token_id = tokenizer.bos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -278,7 +278,7 @@ def test_repeats_are_among_the_repeats_of_shorter_ngrams(
 def test_an_ascii_text_is_counted_as_any_other(text: str) -> None:
     beside = text + " é"  # a word of its own, of one letter
     visible = len("".join(text.split()))
-    assert symbols(beside) == symbol_share(text, words(text)) * max(1, visible)
+    assert symbols(beside) == round(symbol_share(text, words(text)) * max(1, visible))
     assert letters(beside) == letters(text) + 1
     assert words(beside) == [*words(text), "é"]
 

@@ -67,7 +67,7 @@ def test_lora_on_experts_is_read_back_equal(family: str, tmp_path: Path) -> None
     assert all(torch.equal(after[n], tensor) for n, tensor in before.items())
 
 
-@pytest.mark.parametrize("family", ["phimoe", "mamba"])
+@pytest.mark.parametrize("family", ["phimoe", "mamba", "jamba", "longcat_flash", "zamba"])
 def test_layers_that_no_adapter_fits_are_refused_before_training(family: str) -> None:
     with pytest.raises(UserError, match=rf"adapter\.targets.*{family}"):
         attach(tiny(family), LORA, task="CAUSAL_LM")
