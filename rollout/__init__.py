@@ -59,6 +59,13 @@ def make_generator(
             f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set "
             "rollout.lora_sync=merged (or auto)."
         )
+    names = _hub_names(model_config, cfg.model.trust_remote_code)
+    if adapter_rank is not None and names.joins and cfg.adapter.targets == ["all-linear"]:
+        raise UserError(
+            f"adapter.targets=[all-linear]: {model_config.model_type} has experts, whose adapters "
+            f"vLLM does not take. Set rollout.lora_sync={LoraSync.merged.value}, or name the "
+            "attention's layers in adapter.targets."
+        )
     from rollout.vllm import VLLMGenerator
 
     return VLLMGenerator(
@@ -66,7 +73,7 @@ def make_generator(
         tokenizer,
         cfg.rollout,
         max_tokens=max_tokens,
-        specs=_state_dict_specs(model_config, cfg.model.trust_remote_code),
+        names=names,
         dtype=resolve_dtype(cfg.model.dtype),
         adapter_rank=adapter_rank,
         trust_remote_code=cfg.model.trust_remote_code,
@@ -96,15 +103,15 @@ def _check_positions(config: Any, model_path: str, prompt: int, response: int) -
         )
 
 
-def _state_dict_specs(config: Any, trust_remote_code: bool) -> dict[str, Any]:
-    """Names, shapes and dtypes of the model's state dict, from its configuration alone: no weights
-    are loaded.
+def _hub_names(config: Any, trust_remote_code: bool) -> Any:
+    """The hub's names of the model's tensors, from its configuration alone: no weights are
+    loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rollout.weights import specs_of
+    from rollout.weights import HubNames
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return specs_of(model.state_dict())
+    return HubNames(model)

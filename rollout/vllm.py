@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from rollout.adapter_checksums import held_checksums, sent_checksums
 from rollout.cpu_lora import multiply_one_adapter_at_once
 from rollout.engine_classes import kept_apart
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
-from rollout.weights import Incoming, Spec, readable_checksums, specs_of
+from rollout.weights import HubNames, Incoming, Spec, readable_checksums, specs_of
 
 _ADAPTER = ("policy", 1)  # name and id of the one adapter
 # tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is
@@ -118,13 +118,13 @@ class VLLMGenerator:
         cfg: RolloutConfig,
         *,
         max_tokens: int,
-        specs: Mapping[str, Spec],
+        names: HubNames,
         dtype: torch.dtype,
         adapter_rank: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """`max_tokens`: prompt and response together. `specs`: transformers' state dict of the
-        model. `adapter_rank` None: whole weights only.
+        """`max_tokens`: prompt and response together. `names`: of the model's tensors.
+        `adapter_rank` None: whole weights only.
         """
         self.version = 0
         self.sent: dict[str, str] = {}
@@ -133,7 +133,8 @@ class VLLMGenerator:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self.sampling = Sampling.from_config(cfg)
         self._dtype = dtype
-        self._specs = {name: Spec(spec.shape, dtype) for name, spec in specs.items()}
+        self._names = names
+        self._specs = {name: Spec(spec.shape, dtype) for name, spec in names.specs.items()}
         self._adapter_specs: dict[str, Spec] | None = None
         self._lora: Any = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -272,8 +273,11 @@ class VLLMGenerator:
                 "started for a LoRA adapter."
             )
         else:
-            incoming = Incoming(weights.tensors, self._specs, self._readable, version)
+            tensors = self._names(weights.tensors)
+            incoming = Incoming(tensors, self._specs, self._readable, version)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(incoming)})
+            if not torch.cuda.is_available():
+                self._llm.apply_model(_pack_experts)
             incoming.finish(version)
             self.sent = incoming.checksums
         if not self._llm.reset_prefix_cache():
@@ -350,6 +354,16 @@ class VLLMGenerator:
             self._directory.cleanup()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _pack_experts(model: Any) -> None:
+    """Bring experts into the form of vLLM's CPU kernel, as it does at its start. After a reload it
+    does not: UnquantizedFusedMoEMethod._setup_kernel returns before.
+    """
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _check_halves(names: Iterable[str], version: int) -> None:

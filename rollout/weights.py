@@ -34,6 +34,44 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
+class HubNames:
+    """A model's tensors under the names of the hub's files, which are those that vLLM reads:
+    transformers joins the experts of a layer into one tensor, and renames some layers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """`model`: a transformers model, on the meta device, since only names and shapes are
+        looked at.
+        """
+        self._model = model
+        self._changed: set[str] = set()  # transformers' names that are not the hub's
+        self.specs: dict[str, Spec] = {}  # by the hub's names
+        for name, tensor in model.state_dict().items():
+            parts = self._parts(name, tensor)
+            if list(parts) != [name]:
+                self._changed.add(name)
+            self.specs |= specs_of(parts)
+
+    @property
+    def joins(self) -> bool:
+        """Whether a tensor of the model is several of the hub's."""
+        return len(self.specs) > len(self._model.state_dict())
+
+    def __call__(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same tensors, those of another name renamed or cut into their parts."""
+        for name, tensor in tensors:
+            if name in self._changed:
+                yield from self._parts(name, tensor).items()
+            else:
+                yield name, tensor
+
+    def _parts(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        parts: dict[str, Tensor] = revert_weight_conversion(self._model, {name: tensor})
+        return parts
+
+
 def checksum(tensor: Tensor) -> str:
     """16 hexadecimal digits of sum_i (2 i + 1) bits_i modulo 2^64, computed where the tensor is.
 

@@ -90,14 +90,15 @@ def _used_past_the_adapter(adapted: Any) -> set[str]:
     if not layers or any(param.is_meta for param in adapted.parameters()):
         return set()
     names = _sharing(adapted, layers)
-    with _weights_read(Linear) as read, torch.no_grad():
+    with _weights_read(Linear) as (read, called), torch.no_grad():
         training = adapted.training
         vocabulary = adapted.config.get_text_config().vocab_size
         ids = torch.arange(16, device=adapted.device).remainder(vocabulary)
         with suppress(RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             adapted.eval()(input_ids=ids[None])
         adapted.train(training)
-    names |= {layers[number] for number in read if number in layers}
+    # a layer that is called as well is asked for its weight's dtype
+    names |= {layers[number] for number in read - called if number in layers}
     return {name.rsplit(".", 1)[-1] for name in names}
 
 
@@ -112,22 +113,28 @@ def _sharing(adapted: Any, layers: dict[int, str]) -> set[str]:
 
 
 @contextmanager
-def _weights_read(layer_class: Any) -> Iterator[set[int]]:
-    """While inside, the ids of the layers of PEFT's `layer_class` whose `weight` is asked for: its
-    own forward asks the layer that it wraps.
+def _weights_read(layer_class: Any) -> Iterator[tuple[set[int], set[int]]]:
+    """While inside, the ids of the layers of PEFT's `layer_class` whose `weight` is asked for, and
+    of those that are called: their own forward asks the layer that they wrap.
     """
     read: set[int] = set()
-    plain = layer_class.weight.fget
+    called: set[int] = set()
+    plain, forward = layer_class.weight.fget, layer_class.forward
 
     def weight(layer: Any) -> Any:
         read.add(id(layer))
         return plain(layer)
 
-    layer_class.weight = property(weight)
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        called.add(id(layer))
+        return forward(layer, *args, **kwargs)
+
+    layer_class.weight, layer_class.forward = property(weight), call
     try:
-        yield read
+        yield read, called
     finally:
         del layer_class.weight
+        layer_class.forward = forward
 
 
 def _is_linear(layer: Any) -> bool:

@@ -12,14 +12,40 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conf.schema import Config
 from rlhf.cli import config
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
+from rlhf.types import UserError
 from rollout.engine_classes import kept_apart
 from tests import toys
 from tests.online.families import tiny_family
 
 MAX_GAP = 1e-4  # nats, float32
+
+
+def grpo_with_vllm(model: Path, folder: Path, *overrides: str) -> Config:
+    """Two steps of GRPO on a tiny model."""
+    return config.compose(
+        [
+            "stage=grpo",
+            f"model.path={model}",
+            "rollout=vllm",
+            "rollout.kv_cache_gib=0.05",
+            "rollout.max_response_length=8",
+            "tracking=none",
+            f"run.dir={folder}",
+            f"data.path={toys.write_jsonl(folder / 'prompts.jsonl', toys.prompt_rows())}",
+            "data.max_prompt_length=32",
+            "reward.function=tests.toys:even_tokens",
+            "stage.steps=2",
+            "stage.prompts_per_step=4",
+            "stage.samples_per_prompt=4",
+            "stage.learning_rate=1e-3",
+            "stage.save_steps=0",
+            *overrides,
+        ]
+    )
 
 
 @pytest.mark.vllm
@@ -29,34 +55,20 @@ MAX_GAP = 1e-4  # nats, float32
         "gpt_neox",
         pytest.param("smollm3", marks=pytest.mark.full),
         pytest.param("olmo", marks=pytest.mark.full),
+        pytest.param("qwen3_moe", marks=pytest.mark.full),
+        pytest.param("mixtral", marks=pytest.mark.full),
+        pytest.param("olmoe", marks=pytest.mark.full),
     ],
 )
-def test_a_family_of_vllms_transformers_backend_trains(
+def test_a_family_trains_with_vllm(
     family: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """vLLM decorates the class that the policy and the reference are made of; both go on as they
-    were.
+    """The first three run through vLLM's Transformers backend, which decorates the class that the
+    policy and the reference are made of: both go on as they were. The others have experts, which
+    transformers joins and vLLM wants one by one.
     """
     model = tiny_family(family, tiny_model(), tmp_path / "model")
-    cfg = config.compose(
-        [
-            "stage=grpo",
-            f"model.path={model}",
-            "rollout=vllm",
-            "rollout.kv_cache_gib=0.05",
-            "rollout.max_response_length=8",
-            "tracking=none",
-            f"run.dir={tmp_path}",
-            f"data.path={toys.write_jsonl(tmp_path / 'prompts.jsonl', toys.prompt_rows())}",
-            "data.max_prompt_length=32",
-            "reward.function=tests.toys:even_tokens",
-            "stage.steps=2",
-            "stage.prompts_per_step=4",
-            "stage.samples_per_prompt=4",
-            "stage.learning_rate=1e-3",
-            "stage.save_steps=0",
-        ]
-    )
+    cfg = grpo_with_vllm(model, tmp_path)
     online_stage.run(RunContext.open(cfg, ()))
     folder = tmp_path / cfg.run.name / "grpo"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -70,6 +82,15 @@ def test_a_family_of_vllms_transformers_backend_trains(
         for place in (model, folder / "model")
     )
     assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-4
+
+
+def test_an_adapter_of_experts_is_refused_where_vllm_would_get_it_alone(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_family("qwen3_moe", tiny_model(), tmp_path / "model")
+    cfg = grpo_with_vllm(model, tmp_path, "adapter=lora", "adapter.rank=4")
+    with pytest.raises(UserError, match=r"all-linear.*qwen3_moe.*rollout\.lora_sync=merged"):
+        online_stage.run(RunContext.open(cfg, ()))
 
 
 class Base(torch.nn.Module):
