@@ -145,11 +145,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def no_handlers_left() -> Iterator[None]:
     """A command line that ran in this process leaves no handler behind: it would write to a stream
-    that pytest has closed by then.
+    that pytest has closed by then. Nor does it leave its level.
     """
     root = logging.getLogger()
-    before = list(root.handlers)
+    before, level = list(root.handlers), root.level
     yield
+    root.setLevel(level)
     for handler in list(root.handlers):
         if handler not in before and type(handler) in (logging.StreamHandler, logging.FileHandler):
             root.removeHandler(handler)
