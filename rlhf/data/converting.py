@@ -18,7 +18,7 @@ from rlhf.data.formats import (
     judging_key,
     nearest_format,
     remedies,
-    unread,
+    unread_columns,
 )
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.formats.unread import may_be_unread
@@ -156,7 +156,7 @@ def _unread_of(format_: Format, row: SourceRow, use: Use | None) -> list[str]:
     trouble is told where it is read.
     """
     try:
-        return unread(format_, row.columns, use)
+        return unread_columns(format_, row.columns, use)
     except RowError:
         return []
 

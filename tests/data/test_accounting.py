@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 
 from conf.schema import DataConfig
 from rlhf.data.formats import FORMATS
-from rlhf.data.formats.values import unread
+from rlhf.data.formats.values import unread_inside
 from rlhf.data.prepare import ingest
 from rlhf.types import UserError
 from tests.data.format_rows import all_rows, drawn
@@ -191,8 +191,8 @@ def test_every_key_of_a_row_is_accounted_for(
 
 def test_keys_inside_a_column_are_named_by_their_path() -> None:
     columns = {"answers": [{"answer": "a", "rank": 1, "why": "x"}, {"answer": "b", "rank": 2}]}
-    assert unread("nectar", columns) == ["answers[].why"]
+    assert unread_inside("nectar", columns) == ["answers[].why"]
     columns["answers"][1]["why"] = None
     columns["answers"][0]["why"] = ""
-    assert unread("nectar", columns) == []
-    assert unread("preference", {"chosen": [{"zz": 1}]}) == []
+    assert unread_inside("nectar", columns) == []
+    assert unread_inside("preference", {"chosen": [{"zz": 1}]}) == []

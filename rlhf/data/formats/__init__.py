@@ -29,7 +29,7 @@ from rlhf.data.formats import (
 )
 from rlhf.data.formats.base import Format, Made, Several, Use
 from rlhf.data.formats.names import JUDGEMENTS, is_known, plain
-from rlhf.data.formats.unread import remedies, texts_in, unread
+from rlhf.data.formats.unread import remedies, texts_in, unread_columns
 from rlhf.data.rows import Row, RowError
 from rlhf.process.wording import nearest
 
@@ -47,7 +47,7 @@ __all__ = [
     "reading",
     "remedies",
     "texts_in",
-    "unread",
+    "unread_columns",
 ]
 
 # The most particular first: the first format that fits a row is the file's.
@@ -116,7 +116,7 @@ def detect(row: Row, use: Use | None = None) -> Format | None:
     fitting = _fitting(row, use)
     for format_ in fitting:
         with suppress(RowError):  # another one may read the row
-            if not unread(format_, row, use):
+            if not unread_columns(format_, row, use):
                 return format_
     if fitting:
         return fitting[0]

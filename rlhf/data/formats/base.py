@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any
 
 from rlhf.data.calls import tools_of
-from rlhf.data.formats.values import replaced, require_messages, shows_tools, unread
+from rlhf.data.formats.values import replaced, require_messages, shows_tools, unread_inside
 from rlhf.data.messages import refuse_media
 from rlhf.data.rows import (
     Chat,
@@ -141,7 +141,7 @@ class Format:
         consumed, answers = self.taken(row)
         used = consumed if use is Use.prompt else (*consumed, *answers)
         own = {key: value for key, value in row.items() if key not in used}
-        left = unread(self.name, {key: row[key] for key in used if key in row})
+        left = unread_inside(self.name, {key: row[key] for key in used if key in row})
         otherwise = [f"{name} is not read" for name in left]
         if use is Use.prompt:
             own = {**self.extra(row), **own}

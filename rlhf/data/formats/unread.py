@@ -24,7 +24,7 @@ from rlhf.types import JudgedAnswer, PreferencePair
 _MOST = 3  # remedies that a message names
 
 
-def unread(format_: Format, row: Row, use: Use | None) -> list[str]:
+def unread_columns(format_: Format, row: Row, use: Use | None) -> list[str]:
     """The columns of `row` that look like its content, and whose texts are no part of what
     `format_` reads. Where prompts are asked for, answers are their fields, which verifiers read;
     for rows of any kind (None) they are not. Raises RowError for a row that the format can't read.

@@ -199,7 +199,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
 }
 
 
-def unread(name: str, columns: Mapping[str, Any]) -> list[str]:
+def unread_inside(name: str, columns: Mapping[str, Any]) -> list[str]:
     """The keys of a row's `columns` that format `name` is made of and never reads; empty ones are
     not among them. A format without nested objects has none.
     """
