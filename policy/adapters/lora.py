@@ -4,8 +4,9 @@ LoRA (Hu et al. 2021, arXiv:2106.09685), with rank-stabilised scaling (rsLoRA, K
 arXiv:2312.03732) or with magnitudes that train apart (DoRA, Liu et al. 2024, arXiv:2402.09353).
 """
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from conf.schema import AdapterConfig
 from rlhf.types import UserError
 
+LOG = logging.getLogger("rlhf.policy")
 ALL_LINEAR = ["all-linear"]
 
 
@@ -81,8 +83,8 @@ def _used_past_the_adapter(adapted: Any) -> set[str]:
     that share it with another adapted layer: merging would count an update that the passes do not,
     or count it twice.
 
-    Seen in a pass over 16 tokens; a model that takes other inputs is left to its own check. Nothing
-    is seen of weights on the meta device.
+    Seen in a pass over 16 tokens; a model that can't run one gets a warning. Nothing is seen of
+    weights on the meta device.
     """
     from peft.tuners.lora import Linear
 
@@ -94,8 +96,17 @@ def _used_past_the_adapter(adapted: Any) -> set[str]:
         training = adapted.training
         vocabulary = adapted.config.get_text_config().vocab_size
         ids = torch.arange(16, device=adapted.device).remainder(vocabulary)
-        with suppress(RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        try:
             adapted.eval()(input_ids=ids[None])
+        # A family's forward may want anything beside token ids.
+        except Exception as error:  # noqa: BLE001
+            LOG.warning(
+                "adapter: whether %s uses weights past its adapters is not known: 16 tokens end in "
+                "%s: %s",
+                adapted.config.model_type,
+                type(error).__name__,
+                error,
+            )
         adapted.train(training)
     # a layer that is called as well is asked for its weight's dtype
     names |= {layers[number] for number in read - called if number in layers}
