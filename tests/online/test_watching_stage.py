@@ -435,12 +435,14 @@ def trained(run: Path, step: int) -> list[torch.Tensor]:
 
 def test_watching_changes_nothing_of_the_training(exploited: Path, tmp_path: Path) -> None:
     alone = run_online(tmp_path, "stage.steps=6", "stage.watch.judge_function=null")
-    names = ("objective/scores", "objective/kl", "loss/policy", "reward/length_correlation")
+    names = ("objective/scores", "loss/policy", "reward/length_correlation")
     assert not (alone / "best").exists() and "judge/score" not in lines(alone)[-1]
     for ours, theirs in zip(lines(alone), lines(exploited)[1:7], strict=True):
-        # A sum's last bit depends on where in memory its numbers lie.
-        expected = {name: theirs[name] for name in names}
-        assert {name: ours[name] for name in names} == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+        # Two units of a float32's last place, once seen to differ: the order in which a sum is
+        # taken depends on where in memory its numbers lie.
+        kl = theirs["objective/kl"]
+        assert ours["objective/kl"] == pytest.approx(kl, rel=2.4e-7, abs=0)
 
 
 def test_a_resumed_run_stops_where_the_straight_one_did(exploited: Path, tmp_path: Path) -> None:
