@@ -16,6 +16,7 @@ from conf.stages import OnlineStage
 from reward.model import write_manifest
 from reward.terms import scoring_models
 from rlhf.checks import capacity, launch
+from rlhf.checks.memory.fit import eased
 from rlhf.checks.memory.moments import HEADROOM, machine_of
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import shapes_of
@@ -178,3 +179,11 @@ def test_a_micro_batch_that_is_given_stays_and_a_small_model_takes_the_whole_bat
     assert capacity.fitting_micro_batch(given) is None
     small = eight_billion(tmp_path, "run.dry_run=false")
     assert capacity.fitting_micro_batch(small) is None, "a directory without weights"
+
+
+def test_a_budget_of_tokens_is_halved_down_to_the_longest_row(tmp_path: Path) -> None:
+    cfg = eight_billion(tmp_path, "engine.micro_batch_tokens=20000", "stage.max_length=4096")
+    machine = machine_of(cfg.engine, cfg.model.params, all_devices=False)
+    tried = eased(cfg, shapes_of(cfg.model, ())[0], machine)
+    last = [changes[-1] for _, changes in tried if changes]
+    assert last[-2:] == ["engine.micro_batch_tokens=10000", "engine.micro_batch_tokens=5000"]

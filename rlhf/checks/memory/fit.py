@@ -152,8 +152,22 @@ def eased(
                 (*changes, f"engine.micro_tokens={tokens}"),
             )
         return
+    yield from _smaller_micro_batches(cfg, changes, machine)
+
+
+def _smaller_micro_batches(
+    cfg: Settings, changes: Sequence[str], machine: Machine
+) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+    """TRL's stages: half as many tokens or rows in a micro-batch, and half of that, and so on."""
     if cfg.engine.micro_batch_tokens is not None:
-        return  # the plan chose it already, or the user did
+        tokens = cfg.engine.micro_batch_tokens
+        while tokens // 2 >= cfg.stage.max_length:
+            tokens //= 2
+            yield (
+                replace(cfg, engine=replace(cfg.engine, micro_batch_tokens=tokens)),
+                (*changes, f"engine.micro_batch_tokens={tokens}"),
+            )
+        return
     size = cfg.engine.micro_batch_size or max(1, cfg.stage.batch_size // machine.ranks)
     while size % 2 == 0:
         size //= 2
