@@ -127,10 +127,6 @@ def say_to_wrong_weights(runs: Path) -> bool:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import rollout
-    from conf.choices import Dtype, RolloutBackend
-    from conf.schema import Config, DataConfig, ModelConfig, RolloutConfig
-    from conf.stages import OnlineStage
     from policy.rounding import rounding_spread, spread
     from rlhf.online.gaps import Calibration, sampled_probes
     from rlhf.online.sync import check_held
@@ -140,21 +136,7 @@ def say_to_wrong_weights(runs: Path) -> bool:
     folder = model_folder(runs)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    settings = RolloutConfig(
-        backend=RolloutBackend.vllm, max_response_length=48, kv_cache_gib=0.2, max_num_seqs=16
-    )
-    generator: Any = rollout.make_generator(
-        Config(
-            stage=OnlineStage(),
-            rollout=settings,
-            data=DataConfig(max_prompt_length=64),
-            model=ModelConfig(path=str(folder), dtype=Dtype.bfloat16),
-        ),
-        model_path=str(folder),
-        tokenizer=tokenizer,
-        model_factory=lambda: model,
-        adapter_rank=None,
-    )
+    generator, settings = _generator(folder, tokenizer, model)
     prompts = []
     for word in WORDS:
         text = f"Write a sentence about a {word}."
@@ -195,6 +177,32 @@ def say_to_wrong_weights(runs: Path) -> bool:
         caught &= (kind == "untouched") == (named == "no checksum differs")
     generator.close()
     return caught
+
+
+def _generator(folder: Path, tokenizer: Any, model: Any) -> tuple[Any, Any]:
+    """A vLLM engine of the model, and its settings."""
+    import rollout
+    from conf.choices import Dtype, RolloutBackend
+    from conf.schema import Config, DataConfig, ModelConfig, RolloutConfig
+    from conf.stages import OnlineStage
+
+    settings = RolloutConfig(
+        backend=RolloutBackend.vllm, max_response_length=48, kv_cache_gib=0.2, max_num_seqs=16
+    )
+    cfg = Config(
+        stage=OnlineStage(),
+        rollout=settings,
+        data=DataConfig(max_prompt_length=64),
+        model=ModelConfig(path=str(folder), dtype=Dtype.bfloat16),
+    )
+    generator = rollout.make_generator(
+        cfg,
+        model_path=str(folder),
+        tokenizer=tokenizer,
+        model_factory=lambda: model,
+        adapter_rank=None,
+    )
+    return generator, settings
 
 
 def _checksums(model: Any, generator: Any, version: int) -> dict[str, str]:
