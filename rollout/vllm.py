@@ -18,10 +18,15 @@ from rlhf.models.encoding import is_chat
 from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
-from rollout.adapter_checksums import held_checksums, sent_checksums
-from rollout.cpu_lora import multiply_one_adapter_at_once
-from rollout.engine_classes import kept_apart
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
+from rollout.vllm_private import (
+    held_checksums,
+    kept_apart,
+    multiply_one_adapter_at_once,
+    pack_experts,
+    sent_checksums,
+    stop_engine_only,
+)
 from rollout.weights import HubNames, Incoming, Spec, readable_checksums, specs_of
 
 _ADAPTER = ("policy", 1)  # name and id of the one adapter
@@ -277,7 +282,7 @@ class VLLMGenerator:
             incoming = Incoming(tensors, self._specs, self._readable, version)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(incoming)})
             if not torch.cuda.is_available():
-                self._llm.apply_model(_pack_experts)
+                self._llm.apply_model(pack_experts)
             incoming.finish(version)
             self.sent = incoming.checksums
         if not self._llm.reset_prefix_cache():
@@ -342,11 +347,7 @@ class VLLMGenerator:
         if self._made_group:
             client.shutdown()
         else:
-            # client.shutdown() also destroys the default process group, which here is the
-            # trainer's: take the engine apart by hand.
-            client._finalizer.detach()
-            client.engine_core.model_executor.shutdown()
-            client.engine_core.scheduler.shutdown()
+            stop_engine_only(client)
         del client, self._llm
         gc.unfreeze()  # the engine froze what lived when it started
         gc.collect()
@@ -354,16 +355,6 @@ class VLLMGenerator:
             self._directory.cleanup()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _pack_experts(model: Any) -> None:
-    """Bring experts into the form of vLLM's CPU kernel, as it does at its start. After a reload it
-    does not: UnquantizedFusedMoEMethod._setup_kernel returns before.
-    """
-    for layer in model.modules():
-        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        if kernel is not None:
-            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _check_halves(names: Iterable[str], version: int) -> None:

@@ -5,8 +5,6 @@ an update.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from rlhf.cli import config
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
 from rlhf.types import UserError
-from rollout.engine_classes import kept_apart
 from tests import toys
 from tests.online.families import tiny_family
 
@@ -91,51 +88,3 @@ def test_an_adapter_of_experts_is_refused_where_vllm_would_get_it_alone(
     cfg = grpo_with_vllm(model, tmp_path, "adapter=lora", "adapter.rank=4")
     with pytest.raises(UserError, match=r"all-linear.*qwen3_moe.*rollout\.lora_sync=merged"):
         online_stage.run(RunContext.open(cfg, ()))
-
-
-class Base(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.kind = "plain"
-
-
-class Added:
-    """What a decorator mixes in."""
-
-    wraps = True
-
-
-def decorator(**options: str) -> Callable[[type], type]:
-    """As vLLM's: it changes the class in place, and instances of before lack what it needs."""
-
-    def decorate(cls: type) -> type:
-        if Added in cls.__bases__:
-            return cls
-        plain = cls.__init__  # type: ignore[misc]
-        cls.__bases__ = (*cls.__bases__, Added)
-
-        def init(self: Any) -> None:
-            plain(self)
-            self.kind = options["kind"]
-
-        cls.__init__ = init  # type: ignore[misc]
-        cls.extra = options["kind"]  # type: ignore[attr-defined]
-        return cls
-
-    return decorate
-
-
-def test_a_decorated_class_is_given_back() -> None:
-    before, bases = dict(vars(Base)), Base.__bases__
-    backend = SimpleNamespace(support_torch_compile=decorator)
-    with kept_apart(backend) as kept:
-        for _ in range(2):
-            backend.support_torch_compile(kind="engine")(Base)
-        engine: Any = torch.nn.Sequential(Base())
-    kept.claim(engine)
-    assert backend.support_torch_compile is decorator
-    assert dict(vars(Base)) == before and Base.__bases__ == bases
-    assert Base().kind == "plain" and not isinstance(Base(), Added)
-    inner = engine[0]
-    assert isinstance(inner, Base) and inner.wraps and inner.extra == inner.kind == "engine"
-    assert type(type(inner)()).__mro__ == type(inner).__mro__ and type(inner)().kind == "engine"
