@@ -128,8 +128,7 @@ def say_to_wrong_weights(runs: Path) -> bool:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from policy.rounding import rounding_spread, spread
-    from rlhf.online.gaps import Calibration, sampled_probes
-    from rlhf.online.sync import check_held
+    from rlhf.online.sync import Calibration, check_held, sampled_probes
     from rlhf.stages.evaluation.policies import probe_logprobs
     from rlhf.types import FullWeights, Prompt, SyncError
 

@@ -16,11 +16,11 @@ from policy.prepare import TrainBatch, prepare
 from policy.saving import rescuing, save_adapter, save_model
 from policy.update import update
 from rlhf.online.collect import Collected, Collector, on_device, train_batch
-from rlhf.online.gaps import Bounds
 from rlhf.online.judging import BEST, Keeper, Watching, make_judge
 from rlhf.online.metrics import response_statistics, run_metrics, sample_rows, step_metrics, window
 from rlhf.online.recovery import BadStep, RunState, read_state, write_bad_batch, write_state
 from rlhf.online.setup import Parts
+from rlhf.online.sync import Bounds
 from rlhf.process import checkpoints, distributed, randomness
 from rlhf.process.interrupts import Stopping
 from rlhf.process.watchdog import Clock, Resident

@@ -56,8 +56,7 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
-from rlhf.online.gaps import Calibration, Probe, gap_tolerance, sampled_probes
-from rlhf.online.sync import Proof, WeightSync
+from rlhf.online.sync import Calibration, Probe, Proof, WeightSync, gap_tolerance, sampled_probes
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext

@@ -1,5 +1,8 @@
 """Sending weights from the trainer to the generator, and the proof that they arrived: what the
-generator holds is what the trainer sent, and both give the same logprobs.
+generator holds is what the trainer sent, and both give the same logprobs of some tokens (probes).
+
+In float32 the two may be apart by a fixed bound, since rounding explains next to nothing; in half
+precision by one that is calibrated on what rounding does (policy/rounding.py).
 """
 
 import logging
@@ -14,11 +17,20 @@ from policy.batching import collate
 from policy.forward import Layout, policy_logprobs
 from policy.model import adapter_weights, full_weights
 from policy.rounding import Spread, rounding_spread, spread
-from rlhf.online.gaps import Bounds, Calibration, Probe, fixed_bounds
 from rlhf.process import distributed
-from rlhf.types import AdapterWeights, FullWeights, Generator, SyncError
+from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, SyncError
 
 log = logging.getLogger(__name__)
+
+# The largest gap that rounding explains in float32, nats.
+_FLOAT32_GAP = 1e-4
+# At the start a generator may be so many times as far off as rounding moves the trainer (a 135M
+# model in bfloat16 under vLLM: 0.8 times). Another function is off by tens of times.
+_START = 4.0
+# A step's own tokens are others than the probes', and often few: they may be twice as far off.
+_STEP = 2.0
+_SEQUENCES = 8  # that a probe's tokens are shared out among
+_RARE = 0.01  # share of tokens that may be above a bound of the tail; one token always may
 
 
 @runtime_checkable
@@ -30,6 +42,72 @@ class Checked(Protocol):
     sent: dict[str, str]
 
     def checksums(self) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Token ids whose logprobs are compared, from position `first` on."""
+
+    token_ids: tuple[int, ...]
+    first: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far sampler and trainer may be apart on the tokens of a step, nats."""
+
+    mean: float
+    tail: float
+    share: float  # of tokens that may be above `tail`; 0: none at all
+
+    def fault(self, mean: float, above: float, tokens: float) -> str | None:
+        """What is wrong with a mean gap of `mean` nats over `tokens` tokens, `above` of which are
+        above `tail`; None where nothing is.
+        """
+        allowed = max(1.0, self.share * tokens) if self.share else 0.0
+        if above > allowed:
+            return f"{above:.0f} of {tokens:.0f} tokens are above {self.tail:.1e} nats"
+        if not mean <= self.mean:
+            return f"the mean of {tokens:.0f} tokens is {mean:.1e} nats, above {self.mean:.1e}"
+        return None
+
+
+@dataclass(slots=True)
+class Calibration:
+    """Gaps in units of what rounding explains. The first ones say how far this generator is off;
+    all later ones are held to `factor` times as much.
+    """
+
+    factor: float
+    mean: float | None = None
+    tail: float | None = None
+
+    def fault(self, gaps: Spread, noise: Spread) -> str | None:
+        """What is wrong with the gaps of a sync; None where nothing is. The first call calibrates.
+
+        `noise`: what rounding alone does to the same tokens (`rounding_spread`).
+        """
+        found = {"mean": gaps.mean / noise.mean, "99th percentile": gaps.tail / noise.tail}
+        limits = self._limits()
+        for (name, ratio), limit in zip(found.items(), limits, strict=True):
+            if not ratio <= limit:
+                return (
+                    f"their {name} is {ratio:.1f} times what rounding explains, above {limit:.1f} "
+                    "times"
+                )
+        if self.mean is None:
+            self.mean, self.tail = (max(1.0, ratio) for ratio in found.values())
+        return None
+
+    def bounds(self, noise: Spread) -> Bounds:
+        """For a step's own tokens, sampled by the weights that `noise` was measured on."""
+        mean, tail = self._limits()
+        return Bounds(_STEP * mean * noise.mean, _STEP * tail * noise.tail, share=_RARE)
+
+    def _limits(self) -> tuple[float, float]:
+        if self.mean is None or self.tail is None:
+            return _START, _START
+        return self.factor * self.mean, self.factor * self.tail
 
 
 @dataclass(slots=True)
@@ -124,9 +202,33 @@ class WeightSync:
         return [float(x) for x in logprobs[batch.response_mask]]
 
 
-def _largest(found: Spread) -> Spread:
-    """The largest of all ranks, so that every rank comes to the same verdict. Collective."""
-    return Spread(*distributed.all_max([_nan_last(found.mean), _nan_last(found.tail)]))
+def gap_tolerance(configured: float | None, dtype: torch.dtype) -> float | None:
+    """The largest gap in nats that is accepted: rollout.gap_tolerance where it is `configured`,
+    else what rounding explains in float32. None: half precision, where it is calibrated.
+    """
+    if configured is not None or dtype is not torch.float32:
+        return configured
+    return _FLOAT32_GAP
+
+
+def fixed_bounds(tolerance: float) -> Bounds:
+    return Bounds(tolerance, tolerance, share=0.0)
+
+
+def sampled_probes(
+    generator: Generator, prompts: Sequence[Prompt], tokens: int
+) -> tuple[Probe, ...]:
+    """The beginnings of some responses, sampled as in every step: up to `tokens` tokens
+    together.
+    """
+    chosen = prompts[:_SEQUENCES]
+    each = -(-tokens // _SEQUENCES)
+    written = generator.generate(chosen, n=-(-_SEQUENCES // len(chosen)), seed=0)
+    probes: list[Probe] = []
+    for rollout in written:
+        ids = (*rollout.prompt.token_ids, *rollout.token_ids[:each])
+        probes.append(Probe(ids, len(rollout.prompt.token_ids)))
+    return tuple(probes[:_SEQUENCES])
 
 
 def verify_sync(
@@ -173,6 +275,11 @@ def check_held(generator: Generator, version: int) -> None:
         )
     if isinstance(generator, Checked):
         _compare_checksums(generator, version)
+
+
+def _largest(found: Spread) -> Spread:
+    """The largest of all ranks, so that every rank comes to the same verdict. Collective."""
+    return Spread(*distributed.all_max([_nan_last(found.mean), _nan_last(found.tail)]))
 
 
 def _nan_last(gap: float) -> float:

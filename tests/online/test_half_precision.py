@@ -17,8 +17,15 @@ from conf.stages import OnlineStage
 from policy.model import full_weights
 from policy.rounding import LEAST, Spread, rounding_otherwise, rounding_spread, spread
 from rlhf.cli import config
-from rlhf.online.gaps import Bounds, Calibration, Probe, fixed_bounds, gap_tolerance, sampled_probes
-from rlhf.online.sync import Proof
+from rlhf.online.sync import (
+    Bounds,
+    Calibration,
+    Probe,
+    Proof,
+    fixed_bounds,
+    gap_tolerance,
+    sampled_probes,
+)
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
 from rlhf.stages.evaluation.policies import probe_logprobs

@@ -20,8 +20,7 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
-from rlhf.online.gaps import Calibration, Probe, gap_tolerance, sampled_probes
-from rlhf.online.sync import Proof
+from rlhf.online.sync import Calibration, Probe, Proof, gap_tolerance, sampled_probes
 from rlhf.process import distributed
 from rlhf.types import Generator, Prompt, Rollout, UserError
 from rollout import make_generator
