@@ -1,27 +1,35 @@
-"""Before training: what a policy says of 16 tokens is what its model's own forward says of them.
+"""Whether two ways to the same logprobs agree, as far as rounding lets them.
 
-The policy reads responses beside each other, padded on the right and without a mask, and shared
-prompts in one row. That is right for a causal model whose backbone and head are where transformers
-has them in most families. Whether they are there is measured here rather than kept as a list.
+Before training: what a policy says of 16 tokens is what its model's own forward says of them. The
+policy reads responses beside each other, padded on the right and without a mask, and shared prompts
+in one row. That is right for a causal model whose backbone and head are where transformers has them
+in most families. Whether they are there is measured here rather than kept as a list.
+
+In half precision, how far two correct engines can be apart. bfloat16 keeps 8 bits of every number.
+Two engines that add up in another order round otherwise in each layer, and of a 135M model's
+logprobs single ones then differ by 0.3 nats, 0.05 in the mean. No fixed bound tells that from a
+wrong layer: it depends on the model, its weights and the tokens. So the trainer computes its
+logprobs a second time with every layer's output moved by up to half a step of its number format, at
+random (`rounding_otherwise`). What that changes is what another engine may differ by.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policy.batching import collate
 from policy.forward import Layout, module_of, policy_logprobs
 from policy.model import base_of
-from policy.rounding import rounding_otherwise
 from rlhf.types import UserError
 
 _PROMPT, _TOKENS, _SHORT = 4, 16, 11  # tokens: of the prompt, of a whole row, of a shorter one
-# What rounding explains, nats.
-_FLOAT32_GAP, _HALF_GAP = 1e-4, 0.1
+# What rounding explains, nats: the largest gap in float32, below which nothing is measured in half
+# precision either; the usual mean gap in half precision.
+FLOAT32_GAP, _HALF_GAP = 1e-4, 0.1
 # Families whose packed rows were measured equal to rows of their own, under full attention:
 # `python -m benchmarks.families` (docs/models.md). `packs_agree` measures each model again.
 _EQUAL = """
@@ -33,6 +41,11 @@ _EQUAL = """
     phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open
     stablelm starcoder2 youtu
 """
+_SEED = 20_251_129
+_PASSING = (nn.Identity, nn.Dropout)  # layers that compute nothing
+
+
+# ---- before training ----
 
 
 def check_agreement(model: Any, budget: int, key: str = "model.path") -> None:
@@ -90,7 +103,7 @@ def _tolerance(module: Any, rows: list[list[int]]) -> float:
     """
     lm = base_of(module.model)
     if lm.dtype is torch.float32:
-        return _FLOAT32_GAP
+        return FLOAT32_GAP
     with _as_it_samples(module), torch.no_grad():
         plain = [_own_logprobs(lm, row) for row in rows]
         with rounding_otherwise(lm):
@@ -193,3 +206,57 @@ def _gap(own: list[Tensor], policy: list[Tensor]) -> float:
         count = min(len(ours), len(theirs))
         gaps.append((ours[-count:] - theirs[-count:]).abs().mean())
     return float(torch.stack(gaps).max())  # no number where any is none
+
+
+# ---- rounding in half precision ----
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Absolute differences of logprobs over some tokens, nats."""
+
+    mean: float
+    tail: float  # one in a hundred is larger
+
+
+def spread(differences: Sequence[float]) -> Spread:
+    """Of at least one difference."""
+    values = torch.tensor(differences, dtype=torch.float64).abs()
+    return Spread(float(values.mean()), float(values.quantile(0.99)))
+
+
+def rounding_spread(model: Any, plain: Sequence[float], again: Callable[[], list[float]]) -> Spread:
+    """How far rounding alone moves the logprobs `plain` of `model` (nats per token), at least
+    FLOAT32_GAP. `again` computes them anew; under ZeRO-3 it is a collective.
+    """
+    with rounding_otherwise(model):
+        moved = again()
+    found = spread([a - b for a, b in zip(plain, moved, strict=True)])
+    return Spread(max(found.mean, FLOAT32_GAP), max(found.tail, FLOAT32_GAP))
+
+
+@contextmanager
+def rounding_otherwise(model: nn.Module) -> Iterator[None]:
+    """Meanwhile every layer's output in half precision is moved by up to half a step of its number
+    format, by random numbers of their own, the same each time.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def move(layer: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or output.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        if output.device not in generators:
+            generators[output.device] = torch.Generator(output.device).manual_seed(_SEED)
+        drawn = torch.rand(output.shape, generator=generators[output.device], device=output.device)
+        half_step = torch.finfo(output.dtype).eps / 2
+        return (output.float() * (1 + half_step * (2 * drawn - 1))).to(output.dtype)
+
+    leaves = [layer for layer in model.modules() if next(layer.children(), None) is None]
+    hooks = [
+        layer.register_forward_hook(move) for layer in leaves if not isinstance(layer, _PASSING)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -127,7 +127,7 @@ def say_to_wrong_weights(runs: Path) -> bool:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from policy.rounding import rounding_spread, spread
+    from policy.agreement import rounding_spread, spread
     from rlhf.online.sync import Calibration, check_held, sampled_probes
     from rlhf.stages.evaluation.policies import probe_logprobs
     from rlhf.types import FullWeights, Prompt, SyncError

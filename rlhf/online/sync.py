@@ -2,7 +2,7 @@
 generator holds is what the trainer sent, and both give the same logprobs of some tokens (probes).
 
 In float32 the two may be apart by a fixed bound, since rounding explains next to nothing; in half
-precision by one that is calibrated on what rounding does (policy/rounding.py).
+precision by one that is calibrated on what rounding does (policy/agreement.py).
 """
 
 import logging
@@ -13,17 +13,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from policy.agreement import FLOAT32_GAP, Spread, rounding_spread, spread
 from policy.batching import collate
 from policy.forward import Layout, policy_logprobs
 from policy.model import adapter_weights, full_weights
-from policy.rounding import Spread, rounding_spread, spread
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, SyncError
 
 log = logging.getLogger(__name__)
 
-# The largest gap that rounding explains in float32, nats.
-_FLOAT32_GAP = 1e-4
 # At the start a generator may be so many times as far off as rounding moves the trainer (a 135M
 # model in bfloat16 under vLLM: 0.8 times). Another function is off by tens of times.
 _START = 4.0
@@ -208,7 +206,7 @@ def gap_tolerance(configured: float | None, dtype: torch.dtype) -> float | None:
     """
     if configured is not None or dtype is not torch.float32:
         return configured
-    return _FLOAT32_GAP
+    return FLOAT32_GAP
 
 
 def fixed_bounds(tolerance: float) -> Bounds:

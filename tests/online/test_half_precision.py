@@ -14,8 +14,8 @@ import rollout
 from conf.choices import Dtype, RolloutBackend
 from conf.schema import Config, DataConfig, ModelConfig, RolloutConfig
 from conf.stages import OnlineStage
+from policy.agreement import FLOAT32_GAP, Spread, rounding_otherwise, rounding_spread, spread
 from policy.model import full_weights
-from policy.rounding import LEAST, Spread, rounding_otherwise, rounding_spread, spread
 from rlhf.cli import config
 from rlhf.online.sync import (
     Bounds,
@@ -204,7 +204,7 @@ def test_rounding_is_measured_and_leaves_the_model_as_it_was(
         moved_by = [a - b for a, b in zip(logprobs_of(single, probes), exact, strict=True)]
     assert spread(moved_by).mean < 0.5
     none = rounding_spread(single, exact, lambda: exact)
-    assert none == Spread(LEAST, LEAST)
+    assert none == Spread(FLOAT32_GAP, FLOAT32_GAP)
 
 
 def test_calibration_by_hand() -> None:
@@ -290,6 +290,6 @@ def test_a_run_in_bfloat16_goes_through(
     steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(steps) == 2
     for step in steps:
-        assert step["rollout/probe_rounding"] >= LEAST
+        assert step["rollout/probe_rounding"] >= FLOAT32_GAP
         assert step["rollout/logprob_gap_mean"] < 0.1 and step["rollout/logprob_gap_above"] <= 0.01
         assert step["policy/grad_norm"] > 0
