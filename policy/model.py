@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policy.head import has_plain_head, head_of
-from policy.logprobs import selected_logprobs
+from policy.logprobs import has_plain_head, head_of, selected_logprobs
 from rlhf.models.scalar import backbone_name
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights

@@ -1,4 +1,4 @@
-"""The check before training, and the head that it rests on."""
+"""The check before training, and the logits that it rests on."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +10,6 @@ from benchmarks.families.build import tiny
 from policy import agreement
 from policy.agreement import check_agreement, packs_agree
 from policy.forward import Layout
-from policy.head import has_plain_head
 from policy.model import PolicyModule
 from rlhf.types import UserError
 
@@ -81,12 +80,3 @@ def test_modes_are_left_as_they_were() -> None:
 def test_shared_prompts_are_measured(family: str, equal: bool) -> None:
     layout = Layout(4096, shared=True, hidden_size=64)
     assert packs_agree(module_of(family), layout) is equal
-
-
-def test_the_question_has_no_side_effect() -> None:
-    model = tiny("granite")
-    backbone = model.model
-    state = torch.get_rng_state()
-    assert not has_plain_head(model)
-    assert model.model is backbone
-    assert torch.equal(state, torch.get_rng_state())

@@ -12,7 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from policy.logprobs import selected_logprobs
+from benchmarks.families.build import tiny
+from policy.logprobs import has_plain_head, selected_logprobs
 
 # H below every chunk size used to look for [n, V], so that no gradient of the head looks like
 # logits
@@ -251,3 +252,12 @@ def test_a_token_of_probability_zero_adds_no_entropy(entropy_grad: bool) -> None
     torch.testing.assert_close(entropy, expected)
     (logprobs.sum() + (entropy.sum() if entropy_grad else 0.0)).backward()
     assert logits.grad is not None and bool(logits.grad.isfinite().all())
+
+
+def test_asking_for_a_plain_head_has_no_side_effect() -> None:
+    model = tiny("granite")
+    backbone = model.model
+    state = torch.get_rng_state()
+    assert not has_plain_head(model)
+    assert model.model is backbone
+    assert torch.equal(state, torch.get_rng_state())
