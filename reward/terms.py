@@ -24,9 +24,14 @@ from reward.model import (
     template_hash,
 )
 from reward.scorers.composite import CompositeScorer, Term
-from reward.scorers.function import FunctionScorer, load_function
+from reward.scorers.computed import (
+    FunctionScorer,
+    LengthScorer,
+    VerifierScorer,
+    load_function,
+    read_reference,
+)
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer
-from reward.scorers.rules import LengthScorer, VerifierScorer, read_reference
 from reward.verifiers.code import Code
 from reward.verifiers.instructions import Instructions
 from reward.verifiers.library import Gym, MathAnswer

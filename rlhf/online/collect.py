@@ -16,7 +16,7 @@ from policy.advantages import group_index, select, unequal_groups
 from policy.batching import collate
 from policy.forward import Pair
 from policy.prepare import TrainBatch
-from reward.scorers.rules import band_score
+from reward.scorers.computed import band_score
 from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
 from rlhf.types import Generator, Prompt, Rollout, Scores

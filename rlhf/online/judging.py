@@ -16,7 +16,7 @@ from conf.schema import Config, RewardConfig
 from conf.stages import OnlineStage, WatchConfig
 from policy.saving import replacing
 from reward.scorers.composite import CompositeScorer
-from reward.scorers.function import FunctionScorer
+from reward.scorers.computed import FunctionScorer
 from reward.scorers.reward_model import RewardModelScorer
 from rlhf.data import reading
 from rlhf.online.watch import Alarm, HeldOutScores, Watch

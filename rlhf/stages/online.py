@@ -10,7 +10,7 @@ from conf.schema import Config, RewardConfig
 from policy import adapters
 from policy.engines import resharding
 from reward.base import model_paths
-from reward.scorers.function import load_function
+from reward.scorers.computed import load_function
 from reward.terms import check_reward, check_reward_model, check_rows, scoring_models
 from rlhf.checks import capacity, inputs, launch
 from rlhf.data import reading

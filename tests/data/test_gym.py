@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from conf.choices import Recipe, TermKind
 from conf.schema import Config, DataConfig, GymConfig, RewardTerm, RunConfig
 from conf.stages import DoctorStage
-from reward.scorers.rules import VerifierScorer
+from reward.scorers.computed import VerifierScorer
 from reward.verifiers.library import Gym
 from rlhf.cli import config
 from rlhf.data.recipes import build as recipes

@@ -22,9 +22,8 @@ from reward import terms
 from reward.base import Stateless
 from reward.scorers import composite
 from reward.scorers.composite import CompositeScorer, Term
-from reward.scorers.function import FunctionScorer
+from reward.scorers.computed import FunctionScorer, band_score
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer, combine
-from reward.scorers.rules import band_score
 from reward.terms import make_scorer
 from rlhf.cli import config, presets
 from rlhf.types import Prompt, Rollout, Scores, UserError

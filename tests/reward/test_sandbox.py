@@ -18,7 +18,7 @@ from conf.choices import Isolation, TermKind
 from conf.schema import RewardTerm
 from reward.sandbox import run as sandbox
 from reward.sandbox.run import Limits, Outcome, SandboxError, run_tests
-from reward.scorers.rules import VerifierScorer
+from reward.scorers.computed import VerifierScorer
 from reward.terms import make_verifier
 from reward.verifiers.code import Code
 from rlhf.types import UserError

@@ -27,7 +27,7 @@ from reward.model import (
     tokenizer_fingerprint,
     write_manifest,
 )
-from reward.scorers.function import FunctionScorer
+from reward.scorers.computed import FunctionScorer
 from reward.scorers.reward_model import RewardModelScorer
 from reward.terms import make_scorer
 from rlhf.models.encoding import encode_answer, prompt_ids, response_ids

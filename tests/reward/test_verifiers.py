@@ -20,7 +20,7 @@ from trl.rewards import accuracy_reward, get_soft_overlong_punishment, think_for
 
 from conf.choices import FormatStyle, TermKind
 from conf.schema import RewardTerm
-from reward.scorers.rules import VerifierScorer, band_score
+from reward.scorers.computed import VerifierScorer, band_score
 from reward.terms import make_verifier
 from reward.verifiers.extract import after_marker, close, letter_of, normalise, numbers_in
 from reward.verifiers.instructions import INSTRUCTIONS, Instructions, in_script, sentences

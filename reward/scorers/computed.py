@@ -1,0 +1,256 @@
+"""Scores that are computed without a model: by a verifier that checks each response against its
+row's own reference, by length, or by a Python function of the user's with TRL's reward signature.
+"""
+
+import asyncio
+import importlib
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from conf.choices import LengthUnit
+from conf.schema import RewardTerm
+from reward.base import Stateless, Verifier, name_prompt
+from rlhf.models.encoding import is_chat
+from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
+
+# ---- verifiers ----
+
+
+class VerifierScorer(Stateless):
+    """Runs a verifier over responses. Each prompt's reference is read once."""
+
+    def __init__(self, name: str, verifier: Verifier) -> None:
+        self.name, self.verifier = name, verifier
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Raises UserError naming the prompt where its reference can't be used, and where checking
+        failed through no fault of the response.
+        """
+        references: dict[int, Any] = {}  # by row: two rows with one text may have two answers
+        for rollout in rollouts:
+            prompt = rollout.prompt
+            if id(prompt) not in references:
+                references[id(prompt)] = read_reference(
+                    self.name, self.verifier, prompt.fields, name_prompt(rollout)
+                )
+
+        def check(rollout: Rollout) -> float:
+            return self._check(rollout, references[id(rollout.prompt)])
+
+        if self.verifier.workers > 1 and len(rollouts) > 1:
+            with ThreadPoolExecutor(self.verifier.workers) as pool:
+                total = list(pool.map(check, rollouts))
+        else:
+            total = [check(rollout) for rollout in rollouts]
+        return Scores(total=total, terms={self.name: list(total)})
+
+    def _check(self, rollout: Rollout, reference: Any) -> float:
+        try:
+            return float(self.verifier.score(rollout.text, reference))
+        except Exception as error:
+            raise UserError(
+                f"reward.terms.{self.name} raised {type(error).__name__}: {error}; for "
+                f"{name_prompt(rollout)}."
+            ) from error
+
+
+def read_reference(
+    name: str, verifier: Verifier, columns: Mapping[str, object], row_name: str
+) -> Any:
+    """The reference of a row for the term `name`; errors call the row `row_name`. Raises UserError
+    for a missing column and for a reference that can't be used.
+    """
+    for column in verifier.columns:
+        if columns.get(column) is None:
+            others = [key for key, value in columns.items() if value is not None]
+            raise UserError(
+                f"reward.terms.{name} needs the column {column!r}, which {row_name} lacks (its "
+                f"columns beside the prompt: {', '.join(others) or 'none'}). "
+                f"Add it to the data, or name another one with reward.terms.{name}.column."
+            )
+    try:
+        return verifier.reference(*(columns[column] for column in verifier.columns))
+    except ValueError as error:
+        raise UserError(
+            f"reward.terms.{name}, column {' and '.join(map(repr, verifier.columns))} of "
+            f"{row_name}: {error}."
+        ) from error
+
+
+# ---- length ----
+
+
+class LengthScorer(Stateless):
+    """`band_score` of each response: in tokens, the end-of-sequence token included, or in
+    characters of its text.
+    """
+
+    def __init__(self, term: RewardTerm) -> None:
+        self.low, self.high, self.ramp = term.low, term.high, term.ramp
+        self.unit = term.unit
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        if self.unit is LengthUnit.tokens:
+            lengths = [len(rollout.token_ids) for rollout in rollouts]
+        else:
+            lengths = [len(rollout.text) for rollout in rollouts]
+        total = [band_score(length, self.low, self.high, self.ramp) for length in lengths]
+        return Scores(total=total, terms={"length": list(total)})
+
+
+def band_score(length: int, low: int | None, high: int | None, ramp: int) -> float:
+    """0 for a length in [low, high]; outside it falls linearly, to -1 at a distance of `ramp` and
+    beyond. None: no bound on that side.
+
+    With high = L_max - L_cache and ramp = L_cache it is DAPO's soft overlong punishment (Yu et al.
+    2025, arXiv:2503.14476, equation 13).
+    """
+    distance = 0
+    if low is not None and length < low:
+        distance = low - length
+    if high is not None and length > high:
+        distance += length - high
+    return -min(1.0, distance / ramp)
+
+
+# ---- functions ----
+
+
+class FunctionScorer(Stateless):
+    """Scores by a Python function, plain or async, with TRL's reward signature: ``f(prompts,
+    completions, completion_ids, **columns) -> list[float]``.
+
+    Prompts are those of the rows (strings or messages). Completions are strings, or ``[{"role":
+    "assistant", ...}]`` where the prompt is messages. Columns are the rows' other fields, None
+    where a row lacks a field that others have. A function without ``**kwargs`` gets the arguments
+    that it names.
+    """
+
+    def __init__(self, spec: str, key: str = "reward.function") -> None:
+        self.source = f"{key}={spec}"
+        self.function = load_function(spec, key)
+        self.term = spec.partition(":")[2]
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """One term, named like the function. Raises UserError naming the prompt where the function
+        raises or returns something else than finite numbers.
+        """
+        if not rollouts:
+            return Scores(total=[], terms={self.term: []})
+        try:
+            values = self._call(rollouts)
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._error(rollouts, error) from error
+        sized = hasattr(values, "__len__")
+        if not sized or len(values) != len(rollouts):
+            returned = f"{type(values).__name__} {values!r}"
+            if sized:
+                returned = f"{len(values)} values"
+            raise UserError(
+                f"{self.source}: expected a list of {len(rollouts)} numbers, one per completion, "
+                f"found {returned}; "
+                f"the first completion is to {name_prompt(rollouts[0])}."
+            )
+        total = [
+            self._number(value, rollout) for value, rollout in zip(values, rollouts, strict=True)
+        ]
+        return Scores(total=total, terms={self.term: list(total)})
+
+    def _arguments(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        """The arguments that the rows give."""
+        prompts = [r.prompt.text if r.prompt.source is None else r.prompt.source for r in rollouts]
+        given: dict[str, Any] = {
+            "prompts": prompts,
+            "completions": list(map(_completion, prompts, rollouts)),
+            "completion_ids": [list(r.token_ids) for r in rollouts],
+        }
+        for column in dict.fromkeys(key for r in rollouts for key in r.prompt.fields):
+            given.setdefault(column, [r.prompt.fields.get(column) for r in rollouts])
+        return given
+
+    def _call(self, rollouts: Sequence[Rollout]) -> Any:
+        given = self._arguments(rollouts)
+        parameters = inspect.signature(self.function).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            missing = [
+                p.name
+                for p in parameters
+                if p.default is p.empty and p.kind is not p.VAR_POSITIONAL and p.name not in given
+            ]
+            if missing:
+                raise UserError(
+                    f"{self.source}: takes {', '.join(missing)}, which no row has. The rows give "
+                    f"{', '.join(given)}."
+                )
+            given = {p.name: given[p.name] for p in parameters if p.name in given}
+        result = self.function(**given)
+        if inspect.isawaitable(result):
+            return asyncio.run(_await(result))
+        return result
+
+    def _error(self, rollouts: Sequence[Rollout], error: Exception) -> UserError:
+        """The error of the first response that fails by itself; the batch's where none does."""
+        for rollout in rollouts:
+            try:
+                self._call([rollout])
+            except Exception as alone:  # noqa: BLE001 - it is reported, whatever it is
+                return self._raised(alone, name_prompt(rollout))
+        batch = f"a batch of {len(rollouts)} responses, none of which fails by itself"
+        return self._raised(error, f"{batch}; the first is to {name_prompt(rollouts[0])}")
+
+    def _raised(self, error: Exception, culprit: str) -> UserError:
+        return UserError(f"{self.source} raised {type(error).__name__}: {error}; for {culprit}.")
+
+    def _number(self, value: Any, rollout: Rollout) -> float:
+        plain = value
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            plain = value.item()
+        if isinstance(plain, numbers.Real) and math.isfinite(plain):
+            return float(plain)
+        raise NonFiniteScore(
+            f"{self.source}: returned {value!r} for {name_prompt(rollout)}; expected a finite "
+            "number."
+        )
+
+
+def load_function(spec: str, key: str = "reward.function") -> Callable[..., Any]:
+    """The function that `spec`, "pkg.module:function", names; the option `key` holds it. Raises
+    UserError.
+    """
+    module_name, colon, name = spec.partition(":")
+    if not colon or not module_name or not name:
+        raise UserError(f"{key}={spec}: expected pkg.module:function.")
+    try:
+        # The module is the user's, named in an option. It is the reason why this file imports by
+        # name; modules of ours are imported plainly (tests/test_layers.py).
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{key}={spec}: importing {module_name} failed: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+        public = sorted(n for n in functions if not n.startswith("_"))
+        raise UserError(
+            f"{key}={spec}: {module_name} has no function {name}. Its functions: "
+            f"{', '.join(public) or 'none'}."
+        )
+    return function
+
+
+def _completion(prompt: Any, rollout: Rollout) -> Any:
+    """A response in the form of its prompt: a string, or messages."""
+    if is_chat(prompt):
+        return [{"role": "assistant", "content": rollout.text}]
+    return rollout.text
+
+
+async def _await(result: Any) -> Any:
+    return await result
