@@ -32,9 +32,8 @@ from reward.scorers.computed import (
     read_reference,
 )
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer
-from reward.verifiers.code import Code
+from reward.verifiers.evaluated import Code, Gym, MathAnswer
 from reward.verifiers.instructions import Instructions
-from reward.verifiers.library import Gym, MathAnswer
 from reward.verifiers.text import Choice, Exact, Format, JsonSchema, Numeric, Regex
 from rlhf.types import Scorer, UserError
 

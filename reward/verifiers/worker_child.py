@@ -1,5 +1,5 @@
-"""The program that reward/verifiers/library.py starts: it checks responses against references with
-libraries that evaluate text.
+"""The program that reward/verifiers/evaluated.py starts: it checks responses against references
+with libraries that evaluate text.
 
     python -m reward.verifiers.worker_child math|gym MEMORY_MB TEMPORARY_DIRECTORY
 

@@ -17,7 +17,7 @@ from conf.choices import Recipe, TermKind
 from conf.schema import Config, DataConfig, GymConfig, RewardTerm, RunConfig
 from conf.stages import DoctorStage
 from reward.scorers.computed import VerifierScorer
-from reward.verifiers.library import Gym
+from reward.verifiers.evaluated import Gym
 from rlhf.cli import config
 from rlhf.data.recipes import build as recipes
 from rlhf.data.recipes import gym

@@ -20,7 +20,7 @@ from reward.sandbox import run as sandbox
 from reward.sandbox.run import Limits, Outcome, SandboxError, run_tests
 from reward.scorers.computed import VerifierScorer
 from reward.terms import make_verifier
-from reward.verifiers.code import Code
+from reward.verifiers.evaluated import Code
 from rlhf.types import UserError
 from tests.reward.test_reward_terms import plain
 

@@ -22,9 +22,9 @@ from conf.choices import FormatStyle, TermKind
 from conf.schema import RewardTerm
 from reward.scorers.computed import VerifierScorer, band_score
 from reward.terms import make_verifier
+from reward.verifiers.evaluated import MathAnswer, Worker, WorkerError, _Ended
 from reward.verifiers.extract import after_marker, close, letter_of, normalise, numbers_in
 from reward.verifiers.instructions import INSTRUCTIONS, Instructions, in_script, sentences
-from reward.verifiers.library import MathAnswer, Worker, WorkerError, _Ended
 from rlhf.types import UserError
 from tests.reward.test_reward_terms import plain
 
@@ -655,7 +655,7 @@ def test_math_references_and_processes_that_fail(
         maths.reference(["3"])
     with pytest.raises(ValueError, match="expected a mathematical expression, found '\\$\\$'"):
         maths.reference("$$")
-    monkeypatch.setattr("reward.verifiers.library.sys.executable", "/bin/false")
+    monkeypatch.setattr("reward.verifiers.evaluated.sys.executable", "/bin/false")
     broken = Worker("math")
     with pytest.raises(
         WorkerError,
@@ -681,10 +681,10 @@ def test_a_process_that_ends_on_the_reference_too_is_not_the_response_s_fault(
 def test_a_process_that_computes_nothing_is_not_the_response_s_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("reward.verifiers.library._WALL_FACTOR", 1e-4)
-    monkeypatch.setattr("reward.verifiers.library._cpu_seconds", lambda pid: 0.0)
+    monkeypatch.setattr("reward.verifiers.evaluated._WALL_FACTOR", 1e-4)
+    monkeypatch.setattr("reward.verifiers.evaluated._cpu_seconds", lambda pid: 0.0)
     slow = Worker("math")
-    monkeypatch.setattr("reward.verifiers.library._START_S", 1e7)
+    monkeypatch.setattr("reward.verifiers.evaluated._START_S", 1e7)
     with pytest.raises(WorkerError, match="no answer within 0 s"):
         slow.score("3", r"\boxed{9^{9^{9^{9^9}}}}")
     slow.close()

@@ -1,5 +1,5 @@
 """Procedural tasks of reasoning-gym as prompts: any number of rows, each with what its own verifier
-needs (reward/verifiers/library.py).
+needs (reward/verifiers/evaluated.py).
 
 Columns: prompt, answer, task, and metadata: the task's entry as JSON text, which a reward term of
 kind gym reads.

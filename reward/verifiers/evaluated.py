@@ -1,9 +1,10 @@
-"""Verifiers whose libraries evaluate the response: math-verify and reasoning-gym, each in a process
-of its own (`Worker`).
+"""Verifiers that evaluate a response, in processes of their own: Python code in the sandbox
+(reward/sandbox/), mathematics by math-verify and a task's own check by reasoning-gym in a `Worker`
+each.
 
-Both give a response to parsers that it can make compute without end (9^9^9^9) or fill the memory;
-some of reasoning-gym's run it as Python. A process can be killed: a response that uses up its CPU
-time or memory is wrong, and the next response gets a fresh process.
+Both libraries give a response to parsers that it can make compute without end (9^9^9^9) or fill the
+memory; some of reasoning-gym's run it as Python. A process can be killed: a response that uses up
+its CPU time or memory is wrong, and the next response gets a fresh process.
 """
 
 import contextlib
@@ -24,9 +25,64 @@ from typing import Any
 import psutil
 
 from conf.schema import RewardTerm
-from reward.verifiers.extract import after_marker
+from reward.sandbox.run import Limits, SandboxError, isolation, run_tests
+from reward.verifiers.extract import after_marker, fenced_or_all
 
+LOG = logging.getLogger(__name__)
+_ROOT = Path(__file__).resolve().parents[2]
 _GYM_KEYS = ("task", "config", "question", "answer", "metadata")
+_START_S = 180.0  # imports, on a machine under load
+_WALL_FACTOR = 20.0  # beyond so much wall time per CPU time the machine is at fault
+
+
+class Code:
+    """The share of the row's tests that the response's code passes; with all_or_nothing 1 for all
+    of them, else 0.
+
+    The code is the last fenced block whose language is Python or not named, or else the whole
+    response. A test is Python code that raises where the response's code is wrong. The column holds
+    a list of tests, that list as JSON text, or a single test.
+    """
+
+    def __init__(self, term: RewardTerm) -> None:
+        """Raises ValueError where the sandbox doesn't work on this machine."""
+        self.columns: tuple[str, ...] = (term.column or "tests",)
+        self.all_or_nothing = term.all_or_nothing
+        self.limits = Limits(time_s=term.time_limit_s, memory_mb=term.memory_mb)
+        try:
+            self.namespaces = isolation(term.isolation)
+        except SandboxError as error:
+            raise ValueError(str(error)) from error
+        self.workers = max(1, len(os.sched_getaffinity(0)))
+
+    def reference(self, *values: Any) -> list[str]:
+        tests = values[0]
+        if isinstance(tests, str) and tests.lstrip().startswith("["):
+            tests = json.loads(tests)
+        elif isinstance(tests, str):
+            tests = [tests]
+        usable = isinstance(tests, list) and all(isinstance(t, str) and t.strip() for t in tests)
+        if not usable or not tests:
+            raise ValueError(
+                f"expected a list of tests, each of them Python code, found {values[0]!r}"
+            )
+        for number, test in enumerate(tests, start=1):
+            try:
+                compile(test, "test", "exec")
+            except SyntaxError as error:
+                raise ValueError(
+                    f"test {number} is no Python code ({error.msg}, line {error.lineno}): "
+                    f"{test[:80]!r}"
+                ) from error
+        return tests
+
+    def score(self, response: str, reference: list[str]) -> float:
+        code = fenced_or_all(response, ("python", "py", "python3"))
+        outcomes = run_tests(code, reference, self.limits, namespaces=self.namespaces)
+        passed = sum(outcome.passed for outcome in outcomes)
+        if self.all_or_nothing:
+            return float(passed == len(reference))
+        return passed / len(reference)
 
 
 class MathAnswer:
@@ -100,12 +156,6 @@ class Gym:
         if answer is None:
             answer = response.strip()
         return self.worker.score(reference, answer)
-
-
-LOG = logging.getLogger(__name__)
-_ROOT = Path(__file__).resolve().parents[2]
-_START_S = 180.0  # imports, on a machine under load
-_WALL_FACTOR = 20.0  # beyond so much wall time per CPU time the machine is at fault
 
 
 class WorkerError(RuntimeError):
