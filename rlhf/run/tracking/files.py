@@ -1,4 +1,6 @@
-"""metrics.jsonl and samples.jsonl: values that JSON can hold, lines that survive a kill."""
+"""The files that tracking writes into a run's directory: metrics.jsonl and samples.jsonl always, in
+values that JSON can hold and lines that survive a kill; TensorBoard's where it is asked for.
+"""
 
 import contextlib
 import dataclasses
@@ -19,6 +21,8 @@ from rlhf.types import UserError
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 _NAME_LENGTH = 128  # characters of an artifact's name, W&B's limit
 _DIGEST_LENGTH = 16
+
+# ---- values ----
 
 
 def plain_number(value: Any) -> Any:
@@ -92,6 +96,9 @@ def plain_config(cfg: Config) -> dict[str, Any]:
     return out
 
 
+# ---- lines ----
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every complete line of a file that a tracker wrote; [] where there is no file.
 
@@ -162,3 +169,63 @@ def last_line(path: Path) -> tuple[dict[str, Any] | None, int]:
         return None, 0
     start = content.rstrip(b"\n").rfind(b"\n") + 1
     return json.loads(content[start:]), start
+
+
+# ---- TensorBoard ----
+
+
+class TensorBoard:
+    """A backend beside the lines: event files in ``<run directory>/tensorboard`` with scalars,
+    tables as text, and images.
+    """
+
+    sync_command: str | None = None
+    identity: dict[str, Any] | None = None
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(directory / "tensorboard"))
+        self._step = 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._step = step
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        # TensorBoard renders Markdown: texts stand in indented blocks, where nothing is markup.
+        columns, cells = table_cells(rows)
+        blocks = []
+        for row in cells:
+            for column, cell in zip(columns, row, strict=True):
+                indented = "\n".join(f"    {line}" for line in str(cell).splitlines())
+                blocks.append(f"{column}:\n\n{indented}")
+        self._writer.add_text(name, "\n\n".join(blocks), step)
+
+    def artifact(
+        self,
+        name: str,
+        kind: str,
+        files: Mapping[str, Path],
+        metadata: Mapping[str, Any],
+        alias: str,
+    ) -> None:
+        """TensorBoard has no artifacts; the run's manifest has them."""
+
+    def use(self, name: str, alias: str, run: Mapping[str, Any]) -> None:
+        """TensorBoard has no lineage; the run's manifest has it."""
+
+    def images(self, paths: Sequence[Path]) -> None:
+        from matplotlib.image import imread
+
+        for path in paths:
+            pixels = imread(path)[..., :3]  # without the alpha channel
+            self._writer.add_image(f"plots/{path.stem}", pixels, self._step, dataformats="HWC")
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        for name, value in summary.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(f"summary/{name}", value, self._step)
+        self._writer.close()

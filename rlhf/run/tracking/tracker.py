@@ -13,6 +13,7 @@ from rlhf.process.libraries import require
 from rlhf.run.tracking.files import (
     METRICS_FILE,
     SAMPLES_FILE,
+    TensorBoard,
     last_line,
     plain_config,
     plain_number,
@@ -73,8 +74,6 @@ def make_backend(
 
             return WeightsAndBiases(tracking, run_name, stage, config, directory, resume)
         case TrackingKind.tensorboard:
-            from rlhf.run.tracking.tensorboard import TensorBoard
-
             return TensorBoard(directory)
         case _:
             raise NotImplementedError(f"no backend for tracking={tracking.kind.value}")
