@@ -63,7 +63,7 @@ NAMES_A_STAGE = "rlhf/__main__.py"
 
 # Modules of ours that a command reaches, all imports followed, those inside functions too; packages
 # without code don't count. Lower a bound when a stage reaches less: the aim is 90, 70 and 70.
-MOST_REACHED = {"online": 135, "sft": 105, "reward": 108}
+MOST_REACHED = {"online": 134, "sft": 104, "reward": 107}
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def install(chosen: dict[str, Any]) -> None:
     third of the time of runs as short as these.
     """
     from rlhf.process import checkpoints
-    from rlhf.process.watchdog import Watchdog
+    from rlhf.process.supervision import Watchdog
     from rlhf.run import plots
 
     plots.plot_run = lambda directory: []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.chaos.child import ENGINES
 from rlhf.process import checkpoints
-from rlhf.process.watchdog import EXIT_HUNG
+from rlhf.process.supervision import EXIT_HUNG
 from rlhf.run.directory import CHECKPOINTS
 
 STEPS, EVERY = 6, 2  # steps of a run, and between its checkpoints

@@ -16,8 +16,8 @@ from typing import Any
 from conf.schema import Config
 from rlhf.cli import config, options, presets
 from rlhf.cli.config import check_overrides, prepare
-from rlhf.process import distributed, interrupts, redaction
-from rlhf.process.watchdog import record_failure
+from rlhf.process import distributed, redaction, supervision
+from rlhf.process.supervision import record_failure
 from rlhf.types import Interrupted, UserError
 
 Execute = Callable[[Config, Sequence[str]], None]
@@ -32,12 +32,12 @@ _HYDRAS_OWN = ("--hydra-help", "--version", "--info", "-i")  # flags that need n
 
 def main(argv: Sequence[str], execute: Execute) -> int:
     """Run a command line; `execute` runs the stage that it composes. Signals end it in order
-    (rlhf/process/interrupts.py), and nothing that it logs holds a secret.
+    (rlhf/process/supervision.py), and nothing that it logs holds a secret.
 
     Returns 0; 1 for bad input or a stopped run, 2 for a missing stage; 130 after Ctrl-C, 143 after
-    SIGTERM, 124 for a phase that hung (rlhf/process/watchdog.py).
+    SIGTERM, 124 for a phase that hung (rlhf/process/supervision.py).
     """
-    with redaction.redacted_logs(), interrupts.terminable():
+    with redaction.redacted_logs(), supervision.terminable():
         try:
             return _main(argv, execute)
         except UserError as error:
@@ -178,7 +178,7 @@ def run_sweep_job(cfg: Config, hydra: Any) -> None:
     command = [sys.executable, "-m", "rlhf", *overrides]
     command += [f"run.name={cfg.run.name}-{hydra.job.num}", f"tracking.group={group}"]
     clean_sweep_file(Path(hydra.sweep.dir) / "multirun.yaml")
-    code = interrupts.run_child(command)
+    code = supervision.run_child(command)
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise SystemExit(code)  # the job has printed what it saved
     if code != 0:
@@ -237,7 +237,7 @@ def _fail(error: Exception) -> int:
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
-    number = stop.number if isinstance(stop, interrupts.Terminated) else signal.SIGINT
+    number = stop.number if isinstance(stop, supervision.Terminated) else signal.SIGINT
     print(
         f"stopped by {signal.Signals(number).name} outside of training; nothing was saved.",
         file=sys.stderr,

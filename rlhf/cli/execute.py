@@ -15,7 +15,7 @@ from conf.stages import OfflineStage
 from rlhf.cli.presets import module_name, stage_schema
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
-from rlhf.process.watchdog import Watchdog
+from rlhf.process.supervision import Watchdog
 
 # From the name of a module in rlhf/stages/ to the module, imported: rlhf/__main__.py has it.
 Modules = Callable[[str], Any]

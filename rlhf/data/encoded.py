@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlhf.data.converting import Record
 from rlhf.data.loading import DataRequest
 from rlhf.models import apart, encoding, facts, locating, templates, turns
-from rlhf.process import distributed, parallel, watchdog
+from rlhf.process import distributed, parallel, supervision
 from rlhf.process.files import exclusive, json_object, sha256
 from rlhf.types import UserError
 
@@ -123,7 +123,7 @@ def encoded(encode: Encoder, records: Sequence[Record], store: Store, name: str)
         if distributed.is_main():
             LOG.info("%s: %d rows were encoded before: read from %s", name, len(records), folder)
 
-    distributed.once_per_node(work, watchdog.alive)
+    distributed.once_per_node(work, supervision.alive)
     if store.folder is None:
         folder = _of_this_node(folder)
     return _read(folder, records, store, name)
@@ -240,7 +240,7 @@ def _built_here(
     """
 
     def waiting() -> None:
-        watchdog.alive()
+        supervision.alive()
         beat()
 
     about = folder / ABOUT_FILE
@@ -326,7 +326,7 @@ def _write(
             _refuse(bad[: store.max_bad_rows + 1], records, store)
             done += chunk.rows
             update(done)
-            watchdog.alive()  # also where other processes do the work
+            supervision.alive()  # also where other processes do the work
             beat()
     return counts, bad
 
@@ -379,7 +379,7 @@ def _encode_chunk(
     bad: list[tuple[int, str]] = []
     stop = min(start + CHUNK, len(records))
     for number in range(start, stop):
-        watchdog.alive()
+        supervision.alive()
         try:
             made = encode(records[number].value, counts)
         except (ValueError, UserError) as error:

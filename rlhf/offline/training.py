@@ -29,8 +29,7 @@ from rlhf.offline.private_hooks import (
 from rlhf.offline.steps import Guard
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
-from rlhf.process.interrupts import Stopping
-from rlhf.process.watchdog import Resident, Watchdog
+from rlhf.process.supervision import Resident, Stopping, Watchdog
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.types import Interrupted, TrainingDiverged

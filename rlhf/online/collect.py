@@ -21,7 +21,7 @@ from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
 from rlhf.types import Generator, Prompt, Rollout, Scores
 
-Phase = Callable[[str], AbstractContextManager[None]]  # rlhf.process.watchdog.Clock.phase
+Phase = Callable[[str], AbstractContextManager[None]]  # rlhf.process.supervision.Clock.phase
 Score = Callable[[list[Rollout]], Scores]
 
 

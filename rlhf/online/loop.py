@@ -22,8 +22,7 @@ from rlhf.online.recovery import BadStep, RunState, read_state, write_bad_batch,
 from rlhf.online.setup import Parts
 from rlhf.online.sync import Bounds
 from rlhf.process import checkpoints, distributed, randomness
-from rlhf.process.interrupts import Stopping
-from rlhf.process.watchdog import Clock, Resident
+from rlhf.process.supervision import Clock, Resident, Stopping
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.run.directory import BadBatches

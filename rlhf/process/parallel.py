@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from rlhf.process import watchdog
+from rlhf.process import supervision
 from rlhf.process.distributed import cores
 from rlhf.types import UserError
 
@@ -41,7 +41,7 @@ def in_order(
     pieces: int | None = None,
     processes: int | None = None,
     worth_s: float | None = None,
-    waiting: Callable[[], None] = watchdog.alive,
+    waiting: Callable[[], None] = supervision.alive,
 ) -> Iterator[Result]:
     """`function` of each piece of work, in order; at most a few pieces are read ahead.
 
@@ -88,7 +88,7 @@ def _begin(function: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    watchdog.forget()
+    supervision.forget()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     gc.freeze()  # the parent's objects stay shared memory
 

@@ -15,7 +15,7 @@ from rlhf.models import directories
 from rlhf.process import checkpoints, distributed, redaction
 from rlhf.process.files import json_object, json_value, sha256, write_json
 from rlhf.process.randomness import seed_everything
-from rlhf.process.watchdog import Watchdog, peak_rss_mb
+from rlhf.process.supervision import Watchdog, peak_rss_mb
 from rlhf.run import console, plots
 from rlhf.run.directory import (
     CHECKPOINTS,

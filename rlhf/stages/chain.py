@@ -15,7 +15,7 @@ from conf.schema import Config
 from conf.stages import ChainStage
 from rlhf.cli import config
 from rlhf.process import distributed
-from rlhf.process.interrupts import run_child
+from rlhf.process.supervision import run_child
 from rlhf.run.context import RunContext
 from rlhf.run.directory import CONFIG_FILE, SUMMARY_FILE, changed_options, run_directory
 from rlhf.run.tracking.files import plain_config

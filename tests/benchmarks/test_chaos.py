@@ -21,8 +21,8 @@ from benchmarks.chaos import faults as chaos_faults
 from benchmarks.chaos import harness as chaos
 from benchmarks.chaos.faults import FAULTS, Disk, Fault, Kind
 from rlhf.process import checkpoints
-from rlhf.process.watchdog import Resident
-from tests.process.test_interrupts import program
+from rlhf.process.supervision import Resident
+from tests.process.test_supervision import program
 
 STEPS = chaos_faults.STEPS
 METRICS = [{"step": step, "time_s": 1.0, "loss/policy": 0.5 / step} for step in range(1, STEPS + 1)]

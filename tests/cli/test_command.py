@@ -115,7 +115,7 @@ def test_multirun_gives_each_job_its_own_run_directory_and_one_group(
         commands.append(list(command))
         return 0
 
-    monkeypatch.setattr("rlhf.process.interrupts.run_child", run_child)
+    monkeypatch.setattr("rlhf.process.supervision.run_child", run_child)
     assert main(["-m", "stage=ppo", f"run.dir={tmp_path}", "run.name=sweep", SWEPT]) == 0
     jobs = [config.compose(command[3:]) for command in commands]
     assert [command[1:3] for command in commands] == [["-m", "rlhf"]] * 2

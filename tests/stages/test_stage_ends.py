@@ -19,7 +19,7 @@ from rlhf import __main__ as command_line
 from rlhf.cli import config
 from rlhf.data.prepare import outputs
 from rlhf.labels.ledger import EXPORT_FILE
-from rlhf.process import interrupts, watchdog
+from rlhf.process import supervision
 from rlhf.run.context import RunContext
 from rlhf.stages import eval as eval_stage
 from rlhf.stages import sft
@@ -102,7 +102,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunContext], None]:
         ended.set()
         raise SystemExit  # of the watchdog's thread
 
-    monkeypatch.setattr(watchdog.os, "_exit", exiting)
+    monkeypatch.setattr(supervision.os, "_exit", exiting)
 
     def hangs(ctx: RunContext) -> None:
         ctx.watchdog.limit = 0.5
@@ -124,7 +124,7 @@ def test_a_hang_in_sfts_training_step_ends_it(
     ctx = RunContext.open(config.compose([*sft_options(folder, tiny_model()), "run.name=hang"]), ())
     assert ctx.watchdog.limit == 3600, "the default"
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: hang(ctx))
-    with pytest.raises(Freed, match=str(watchdog.EXIT_HUNG)):
+    with pytest.raises(Freed, match=str(supervision.EXIT_HUNG)):
         sft.run(ctx)
     said = capfd.readouterr().err
     assert (
@@ -152,7 +152,7 @@ def test_a_hang_in_evals_generation_ends_it(
 
     monkeypatch.setattr(HFGenerator, "generate", second)
     monkeypatch.setattr(HFGenerator, "close", lambda self: (closed.append(True), close(self)))
-    with pytest.raises(Freed, match=str(watchdog.EXIT_HUNG)):
+    with pytest.raises(Freed, match=str(supervision.EXIT_HUNG)):
         eval_stage.run(ctx)
     said = capfd.readouterr().err
     assert (
@@ -186,7 +186,7 @@ def phases_of(given: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The phases that the command passes through, those before its stage included."""
     seen: list[str] = []
 
-    class Phases(watchdog.Watchdog):
+    class Phases(supervision.Watchdog):
         def phase(self, name: str) -> None:
             if name != "start":  # as every watchdog does
                 seen.append(name)
@@ -221,7 +221,7 @@ def test_every_phase_of_data_is_watched_and_every_row_is_a_sign_of_life(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []
-    monkeypatch.setattr(watchdog.Watchdog, "alive", lambda self: alive.append(1))
+    monkeypatch.setattr(supervision.Watchdog, "alive", lambda self: alive.append(1))
     given = [
         "stage=data",
         f"data.path={folder / 'sft.jsonl'}",
@@ -397,7 +397,7 @@ def test_a_signal_while_the_model_loads_ends_training_in_order(
 
 def test_sigterm_is_as_ctrl_c_to_what_cleans_up() -> None:
     """Libraries that catch KeyboardInterrupt alone do for both what they do for it."""
-    with interrupts.terminable(), pytest.raises(KeyboardInterrupt) as stop:
+    with supervision.terminable(), pytest.raises(KeyboardInterrupt) as stop:
         send(signal.SIGTERM)
     assert stop.value.number == signal.SIGTERM  # type: ignore[attr-defined]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -18,7 +18,7 @@ from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.writing import file_kind, write_items
-from rlhf.process import watchdog
+from rlhf.process import supervision
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
@@ -82,7 +82,7 @@ def written_rows(path: Path) -> Iterator[Item]:
     """The rows of a file that the stage wrote."""
     with path.open(encoding="utf-8") as source:
         for number, text in enumerate(source, start=1):
-            watchdog.alive()
+            supervision.alive()
             yield Item(json.loads(text), str(path), number)
 
 

@@ -18,7 +18,7 @@ from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
 from rlhf.models.loading import load_causal_lm, load_tokenizer, starts_whole, write_whole
 from rlhf.process.files import digest
-from rlhf.process.watchdog import Clock
+from rlhf.process.supervision import Clock
 from rlhf.run.directory import ANSWERS_FOLDER
 from rlhf.stages.labelling.scoring import score
 from rlhf.types import Generator, Prompt, Rollout, UserError

@@ -25,7 +25,7 @@ from rlhf.labels.records import Export
 from rlhf.labels.selection import require_scores
 from rlhf.labels.server import push_once, pushed_to
 from rlhf.labels.targets import write_files
-from rlhf.process.watchdog import Clock
+from rlhf.process.supervision import Clock
 from rlhf.run.context import RunContext
 from rlhf.run.tracking.files import plain_config
 from rlhf.stages.labelling.sources import select, select_gold

@@ -21,7 +21,7 @@ from rlhf.labels.checks_export import chosen_by_score, policies_of
 from rlhf.labels.samples import read_samples
 from rlhf.labels.selection import Selection
 from rlhf.models.loading import load_tokenizer
-from rlhf.process.watchdog import Clock
+from rlhf.process.supervision import Clock
 from rlhf.stages.labelling import answers
 from rlhf.stages.labelling.scoring import score_questions
 from rlhf.types import UserError

@@ -17,7 +17,7 @@ import pytest
 
 from rlhf import __main__ as command_line
 from rlhf.cli import config
-from rlhf.process import checkpoints, interrupts, watchdog
+from rlhf.process import checkpoints, supervision
 from rlhf.run import context as rlhf_run
 from rlhf.run.context import RunContext
 from rlhf.types import Interrupted
@@ -43,7 +43,7 @@ def program(text: str, **environment: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with interrupts.Stopping() as stopping:
+    with supervision.Stopping() as stopping:
         assert stopping.agreed() is None
         os.kill(os.getpid(), number)
         deadline = time.monotonic() + 5
@@ -55,7 +55,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) ->
 
 STUCK = """
 import threading
-from rlhf.process.interrupts import Stopping
+from rlhf.process.supervision import Stopping
 
 with Stopping():
     print("in", flush=True)
@@ -81,7 +81,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 
 def test_a_signal_to_a_forked_child_is_not_the_runs() -> None:
     """A pool ends its workers by SIGTERM: they have to end, and the run has not to stop."""
-    with interrupts.terminable(), interrupts.Stopping() as stopping:
+    with supervision.terminable(), supervision.Stopping() as stopping:
         child = os.fork()
         if child == 0:
             time.sleep(60)
@@ -211,7 +211,7 @@ def test_the_command_lines_exit_code(
 
 HANGS = """
 import threading, time
-from rlhf.process.watchdog import Watchdog
+from rlhf.process.supervision import Watchdog
 
 def stuck():
     time.sleep(60)
@@ -228,7 +228,7 @@ def test_a_hang_names_phase_and_rank_and_shows_every_stack(tmp_path: Path) -> No
     place = tmp_path / "error.json"
     with program(HANGS, TORCHELASTIC_ERROR_FILE=str(place), RANK="3", WORLD_SIZE="4") as process:
         _, said = process.communicate(timeout=120)
-        assert process.returncode == watchdog.EXIT_HUNG == 124
+        assert process.returncode == supervision.EXIT_HUNG == 124
     assert "error: rank 3: phase rollout took longer than run.phase_timeout_s=0.5" in said
     assert "in stuck" in said and said.count("most recent call first") == 3, (
         "the main thread's, the stuck one's, the watchdog's"
@@ -238,7 +238,7 @@ def test_a_hang_names_phase_and_rank_and_shows_every_stack(tmp_path: Path) -> No
 
 LIVES = """
 import time
-from rlhf.process.watchdog import Watchdog, alive
+from rlhf.process.supervision import Watchdog, alive
 
 with Watchdog(0.6) as dog:
     dog.phase("rows")
@@ -261,21 +261,21 @@ def test_a_sign_of_life_a_rest_and_an_inner_run_each_put_the_limit_off() -> None
         out, said = process.communicate(timeout=120)
     assert (
         out == "lives\n"
-        and process.returncode == watchdog.EXIT_HUNG
+        and process.returncode == supervision.EXIT_HUNG
         and "phase outer took longer" in said
     )
 
 
 STUCK_IN_C = """
 import ctypes, time
-from rlhf.process import watchdog
+from rlhf.process import supervision
 
-watchdog._GRACE_S = 0.2
-with watchdog.Watchdog(0.3):
+supervision._GRACE_S = 0.2
+with supervision.Watchdog(0.3):
     pass
 time.sleep(1.0)
 print("outlived", flush=True)
-with watchdog.Watchdog(0.3) as dog:
+with supervision.Watchdog(0.3) as dog:
     dog.phase("c")
     ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock, so no thread of Python's can run
 """
@@ -297,13 +297,13 @@ def test_the_first_cause_is_the_one_that_is_kept(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     for message in ("the cause", "a consequence"):
-        watchdog.record_failure(message)
+        supervision.record_failure(message)
     assert (
         json.loads((tmp_path / "error.json").read_text(encoding="utf-8"))["message"] == "the cause"
     )
 
 
-class Ends(watchdog.Watchdog):
+class Ends(supervision.Watchdog):
     """Remembers when it would have ended the process."""
 
     at: float | None = None
@@ -319,8 +319,8 @@ def test_a_rank_that_waits_for_others_ends_after_the_one_that_hangs(
     monkeypatch: pytest.MonkeyPatch, waiting: bool, ranks: int, least: float
 ) -> None:
     """Else torchrun would show the first rank of those that end within a second as the cause."""
-    monkeypatch.setattr(watchdog, "_OTHERS_FIRST_S", 1.0)
-    monkeypatch.setattr(watchdog.distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(supervision, "_OTHERS_FIRST_S", 1.0)
+    monkeypatch.setattr(supervision.distributed, "world_size", lambda: ranks)
     names: dict[str, Any] = {"sleep": time.sleep}
     exec(
         compile("def all_gather(s): sleep(s)", "torch/distributed/distributed_c10d.py", "exec"),
@@ -335,7 +335,7 @@ def test_a_rank_that_waits_for_others_ends_after_the_one_that_hangs(
         assert dog._extended is (waiting and ranks > 1)
 
 
-class Phases(watchdog.Watchdog):
+class Phases(supervision.Watchdog):
     """Remembers the phases in order, each once where it is repeated at once."""
 
     seen: list[str]
@@ -392,7 +392,7 @@ def test_every_phase_of_the_trainers_is_watched(
 
 WAITS = """
 import sys
-from rlhf.process.interrupts import run_child
+from rlhf.process.supervision import run_child
 
 child = '''
 import signal, sys, time
