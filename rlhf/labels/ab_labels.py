@@ -5,9 +5,8 @@ from typing import Any
 
 from rlhf.labels.ab import outcomes, plan_of, sequential_test
 from rlhf.labels.checking import CHOICES, Outcome, moment
-from rlhf.labels.records import Export, Role
+from rlhf.labels.records import Export, Role, prompt_key
 from rlhf.labels.report import Situation
-from rlhf.process.files import digest
 from rlhf.types import UserError
 
 _NO_TIME = datetime.datetime.min.replace(tzinfo=datetime.UTC)
@@ -50,7 +49,8 @@ def judged(situation: Situation, export: Export) -> list[tuple[str, str | None]]
         if label.outcome is not Outcome.tie:
             winner = task.answers[CHOICES.index(label.outcome)].policy
         time = moment(label.time) if label.time else _NO_TIME
-        rows.append(((stored.number, time, number), (digest(task.prompt), winner)))
+        prompt = prompt_key(task.prompt, task.tools)
+        rows.append(((stored.number, time, number), (prompt, winner)))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 

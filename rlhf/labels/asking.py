@@ -10,19 +10,24 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from rlhf.labels.records import Answer, Role, Task, export_id
+from rlhf.labels.records import Answer, Role, Task, export_id, prompt_key
 from rlhf.models.encoding import is_chat, split_answer, turn_text
 from rlhf.process.files import digest
-from rlhf.types import PreferencePair
+from rlhf.types import PreferencePair, Tools
 
 LOG = logging.getLogger("rlhf.labels")
 # orders tried at random; at worst about one in three has no repeat beside its first
 _SHUFFLES = 200
+# why a gold pair with tools (true) or without (false) is left out
+_UNLIKE = {
+    True: "pairs with tools, where no other prompt has some",
+    False: "pairs without tools, where every other prompt has some",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +39,13 @@ class Question:
     by: str = ""  # the method that chose it
     best: str | None = None  # of a gold question: the id of the better answer
     origin: str = ""  # of a question that goes out again: the earlier export's task
+    tools: Tools | None = None  # functions that the answers may call
 
     @property
     def id(self) -> str:
         """A hash, the same for the same prompt and the same answers in any order."""
-        return digest([self.prompt, sorted(answer.id for answer in self.answers)])
+        key = prompt_key(self.prompt, self.tools)
+        return digest([key, sorted(answer.id for answer in self.answers)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,8 @@ def _export_name(drafts: Sequence[Task], created: str, seed: int) -> str:
     content = []
     for draft in drafts:
         texts = [answer.text for answer in draft.answers]
-        content.append((draft.prompt, texts, draft.order))
+        prompt = draft.prompt if draft.tools is None else [draft.prompt, draft.tools]
+        content.append((prompt, texts, draft.order))
     return export_id(content, created=created, seed=seed)
 
 
@@ -165,7 +173,7 @@ def _draft(question: Question, reference: Any, first: bool, rng: random.Random) 
         order: tuple[int, ...] = (named, 1 - named) if first else (1 - named, named)
     else:
         order = tuple(rng.sample(range(len(answers)), len(answers)))
-    task = Task("", question.prompt, answers, order, Role.main, question.by)
+    task = Task("", question.prompt, answers, order, Role.main, question.by, tools=question.tools)
     if question.best is None:
         return task
     return replace(task, role=Role.gold, best=_by_worth(question, answers))
@@ -201,29 +209,34 @@ class _Known:
     """What preference pairs say of one prompt's answers, which are named by a hash of the text."""
 
     prompt: Any
+    tools: Tools | None
     texts: dict[str, str] = field(default_factory=dict)
     beaten: dict[str, list[str]] = field(default_factory=dict)  # by the better answer
 
 
 def gold_questions(
-    pairs: Sequence[PreferencePair], *, size: int, chat: bool
+    pairs: Sequence[PreferencePair], *, size: int, chat: bool, with_tools: Container[bool]
 ) -> tuple[list[Question], dict[str, int]]:
     """Questions of `size` answers of which one is known to be the best: it was preferred to each of
     the others. At most one question for a prompt.
 
     `chat`: whether the other questions' prompts are lists of messages. Gold prompts are brought
-    into that shape, since otherwise they could be told by their looks. Second: how many pairs were
-    left out, by reason.
+    into that shape, since otherwise they could be told by their looks. `with_tools`: whether the
+    other questions have functions to call; a gold one is like one of them. Second: how many pairs
+    were left out, by reason.
     """
     left_out: Counter[str] = Counter()
     known: dict[str, _Known] = {}
     for pair in pairs:
         plain = _plain_pair(pair, chat)
+        if bool(pair.tools) not in with_tools:
+            plain = _UNLIKE[bool(pair.tools)]
         if isinstance(plain, str):
             left_out[plain] += 1
             continue
         prompt, better, worse = plain
-        of_prompt = known.setdefault(digest(prompt), _Known(prompt))
+        tools = pair.tools or None
+        of_prompt = known.setdefault(prompt_key(prompt, tools), _Known(prompt, tools))
         good, bad = digest(better.strip()), digest(worse.strip())
         of_prompt.texts |= {good: better, bad: worse}
         of_prompt.beaten.setdefault(good, []).append(bad)
@@ -246,13 +259,12 @@ def _gold_question(known: _Known, size: int) -> Question | str:
     if len(others) < size - 1:
         return f"prompts without an answer that was preferred to {size - 1} others"
     answers = tuple(Answer(known.texts[name]) for name in (best, *others))
-    return Question(known.prompt, answers, by="gold", best=answers[0].id)
+    best_id = answers[0].id
+    return Question(known.prompt, answers, by="gold", best=best_id, tools=known.tools)
 
 
 def _plain_pair(pair: PreferencePair, chat: bool) -> tuple[Any, str, str] | str:
     """(prompt, better answer, worse answer), or why the pair can't be a question."""
-    if pair.tools:
-        return "pairs with tools, which labels do not carry"
     given: Any = pair.prompt
     chosen: Any = pair.chosen
     rejected: Any = pair.rejected

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.labels.records import Answer, Candidates
+from rlhf.labels.records import Answer, Candidates, prompt_key
 from rlhf.process.files import digest
+from rlhf.types import Tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,12 @@ class Response:
     policy: str
     score: float | None = None
     spread: float | None = None  # standard deviation of an ensemble's scores
+    tools: Tools | None = None  # functions that it may call
+
+    @property
+    def prompt_id(self) -> str:
+        """A hash of the prompt, and of its functions where it has some."""
+        return prompt_key(self.prompt, self.tools)
 
     @property
     def text_id(self) -> str:
@@ -55,14 +62,14 @@ def by_prompt(responses: Iterable[Response]) -> dict[str, list[Response]]:
     """Responses by their prompt's hash, in the order in which they came."""
     out: dict[str, list[Response]] = {}
     for response in responses:
-        out.setdefault(digest(response.prompt), []).append(response)
+        out.setdefault(response.prompt_id, []).append(response)
     return out
 
 
 def first_prompts(responses: Sequence[Response], count: int | None) -> list[Response]:
     """The responses to the first `count` prompts; all for None."""
     kept = set(list(by_prompt(responses))[:count])
-    return [response for response in responses if digest(response.prompt) in kept]
+    return [response for response in responses if response.prompt_id in kept]
 
 
 def gather(responses: Sequence[Response], *, least: int) -> Gathered:
@@ -85,7 +92,7 @@ def gather(responses: Sequence[Response], *, least: int) -> Gathered:
             counts["few"] += 1
             continue
         answers = tuple(response.answer for response in distinct.values())
-        out.append(Candidates(members[0].prompt, answers))
+        out.append(Candidates(members[0].prompt, answers, members[0].tools))
     return Gathered(tuple(out), dict(counts))
 
 
@@ -121,5 +128,5 @@ def gather_two(responses: Sequence[Response], policies: tuple[str, str]) -> Gath
             counts["empty"] += 1
         else:
             answers = tuple(response.answer for response in pair)
-            out.append(Candidates(pair[0].prompt, answers))
+            out.append(Candidates(pair[0].prompt, answers, pair[0].tools))
     return Gathered(tuple(out), dict(counts))

@@ -19,7 +19,16 @@ from enum import Enum
 from typing import Any
 
 from conf.choices import LabelKind
-from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
+from rlhf.labels.records import (
+    Export,
+    Judgement,
+    Ranking,
+    Task,
+    Unreadable,
+    Verdict,
+    as_text,
+    tools_text,
+)
 from rlhf.process.files import digest
 
 STARS = (1, 5)  # the least and the most of a rating
@@ -176,13 +185,16 @@ def _task_of(judgement: Judgement, ledgers: Ledgers) -> tuple[Export, Task]:
 
 
 def _check_unedited(judgement: Judgement, task: Task) -> None:
-    """What came back is what went out. Line ends may differ, and a chat may come back as people
-    read it.
+    """What came back is what went out. Line ends may differ, and a chat and its tools may come back
+    as people read them.
     """
-    prompt = judgement.prompt
-    same = (digest(task.prompt), digest(as_text(task.prompt)))
-    if prompt is not None and digest(prompt) not in same:
+    prompt, tools = judgement.prompt, judgement.tools
+    same = (_content_of(task.prompt), _content_of(as_text(task.prompt)))
+    if prompt is not None and _content_of(prompt) not in same:
         raise _Refusal(f"edited: the prompt of task {task.id} is not the one that went out")
+    functions = (_content_of(task.tools), _content_of(tools_text(task.tools)))
+    if tools is not None and _content_of(tools) not in functions:
+        raise _Refusal(f"edited: the tools of task {task.id} are not those that went out")
     if judgement.shown is None:
         return
     back = [digest(text) for text in judgement.shown]
@@ -205,6 +217,23 @@ def _check_unedited(judgement: Judgement, task: Task) -> None:
     raise _Refusal(
         f"edited: answer {', '.join(edited)} of task {task.id} is not the one that went out"
     )
+
+
+def _content_of(value: Any) -> str:
+    """A hash of what a prompt or its tools say. A browser has one kind of number: 1.0 comes back as
+    1, and a long number as the nearest that it has.
+    """
+
+    def as_in_browser(held: Any) -> Any:
+        if isinstance(held, Mapping):
+            return {key: as_in_browser(inner) for key, inner in held.items()}
+        if isinstance(held, list):
+            return [as_in_browser(inner) for inner in held]
+        if isinstance(held, int) and not isinstance(held, bool):
+            return float(held)
+        return held
+
+    return digest(as_in_browser(value))
 
 
 def _check_times(judgement: Judgement) -> None:

@@ -36,6 +36,7 @@ def task_row(task: Task) -> dict[str, Any]:
         "id": task.id,
         "role": task.role.value,
         "prompt": task.prompt,
+        "tools": task.tools,
         "answers": [dataclasses.asdict(answer) for answer in task.answers],
         "order": list(task.order),
         "chosen_by": task.chosen_by,
@@ -55,6 +56,7 @@ def task_of(row: dict[str, Any]) -> Task:
         chosen_by=row["chosen_by"],
         best=row["best"],
         repeats=row["repeats"],
+        tools=row.get("tools"),  # older ledgers have none
     )
     if sorted(task.order) != list(range(len(task.answers))) or len(task.answers) < 2:
         raise ValueError(f"order {list(task.order)} of {len(task.answers)} answers")

@@ -32,8 +32,9 @@ from rlhf.data.agreement import Label
 from rlhf.data.formats.base import assistant
 from rlhf.labels import bradley_terry
 from rlhf.labels.checking import Checked, Ledgers, Outcome
-from rlhf.labels.records import Answer, Role, Task
+from rlhf.labels.records import Answer, Role, Task, prompt_key
 from rlhf.process.files import digest
+from rlhf.types import Tools
 
 _EVEN = 1e-3  # Bradley-Terry probabilities closer to 1/2 than this decide nothing
 _OTHER = {Outcome.first: Outcome.second, Outcome.second: Outcome.first, Outcome.tie: Outcome.tie}
@@ -49,10 +50,11 @@ class Pair:
     answers: tuple[Answer, Answer]
     export: str  # the newest one that asked for it
     task: str  # of that export
+    tools: Tools | None = None  # functions that the answers may call
 
     @property
     def id(self) -> str:
-        return pair_id(self.prompt, *self.answers)
+        return pair_id(prompt_key(self.prompt, self.tools), *self.answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,9 @@ class Aggregated:
     notes: tuple[str, ...] = ()
 
 
-def pair_id(prompt: Any, a: Answer, b: Answer) -> str:
-    """A hash of the pair, the same for both orders of the answers."""
-    return digest([digest(prompt), *sorted((a.id, b.id))])
+def pair_id(prompt: str, a: Answer, b: Answer) -> str:
+    """A hash of the pair, the same for both orders of the answers. `prompt`: its `prompt_key`."""
+    return digest([prompt, *sorted((a.id, b.id))])
 
 
 def comparisons(label: Checked, task: Task) -> Iterable[tuple[int, int, Outcome]]:
@@ -163,10 +165,11 @@ def collect(
             if task.answers[i].id > task.answers[j].id:
                 first, second, outcome = j, i, _OTHER[given]
             answers = (task.answers[first], task.answers[second])
-            key = pair_id(task.prompt, *answers)
+            key = pair_id(prompt_key(task.prompt, task.tools), *answers)
             asked[key].add(export.id)
             if key not in pairs or newest > pairs[key][0]:
-                pairs[key] = newest, Pair(task.prompt, answers, export.id, source)
+                pair = Pair(task.prompt, answers, export.id, source, task.tools)
+                pairs[key] = newest, pair
             first_shown = task.order.index(first) < task.order.index(second)
             earlier = best.get((key, label.annotator))
             if earlier is None or rank > earlier[0]:
@@ -268,7 +271,7 @@ def _by_strength(votes: Votes, counts: Mapping[str, Counter[Outcome]]) -> Aggreg
 
 def _names(pair: Pair) -> tuple[str, str]:
     """The answers' names in the model: equal texts to two prompts are two answers."""
-    prompt = digest(pair.prompt)
+    prompt = prompt_key(pair.prompt, pair.tools)
     return f"{prompt} {pair.answers[0].id}", f"{prompt} {pair.answers[1].id}"
 
 
@@ -310,6 +313,8 @@ def preference_row(result: PairResult, strength: Strength) -> dict[str, Any]:
         "chosen": chosen.text if text else assistant(chosen.text),
         "rejected": rejected.text if text else assistant(rejected.text),
     }
+    if result.pair.tools is not None:
+        row["tools"] = result.pair.tools
     if strength is Strength.margin:
         row["margin"] = math.log(p / (1 - p))
     elif strength is Strength.soft_label:

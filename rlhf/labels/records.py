@@ -11,6 +11,7 @@ of the text, so that their position tells nothing of who wrote them. `shown` is 
 place i shows answers[order[i]].
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +20,7 @@ from typing import Any
 from conf.choices import LabelKind
 from rlhf.models.encoding import turn_text
 from rlhf.process.files import digest
+from rlhf.types import Tools
 
 # places or indices of answers, the best first, equal ones together
 Ranking = tuple[tuple[int, ...], ...]
@@ -64,11 +66,12 @@ class Candidates:
 
     prompt: Any  # a string, or a list of messages
     answers: tuple[Answer, ...]  # no two with the same text
+    tools: Tools | None = None  # functions that the answers may call
 
     @property
     def id(self) -> str:
-        """A hash of the prompt."""
-        return digest(self.prompt)
+        """A hash of the prompt, and of its functions where it has some."""
+        return prompt_key(self.prompt, self.tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Task:
     chosen_by: str = ""  # the method that chose it
     best: int | None = None  # of a gold task: the index in `answers` of the best one
     repeats: str | None = None  # of a repeated task: the id of the first
+    tools: Tools | None = None  # functions that the answers may call
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -130,6 +134,7 @@ class Judgement:
     # as the file has it, None where it has none: what was edited on the way is refused
     prompt: Any = None
     shown: tuple[str, ...] | None = None  # likewise
+    tools: Any = None  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +153,23 @@ def as_text(prompt: Any) -> str:
     return "\n\n".join(f"{message['role']}: {turn_text(message)}" for message in prompt)
 
 
+def tools_text(tools: Tools | None) -> str:
+    """Functions as people read them: indented JSON, which programs read too; "" for none."""
+    return json.dumps(tools, ensure_ascii=False, indent=2) if tools else ""
+
+
+def prompt_key(prompt: Any, tools: Tools | None) -> str:
+    """A hash of a prompt, and of the functions that its answers may call where there are some."""
+    if tools is None:
+        return digest(prompt)
+    return digest([prompt, tools])
+
+
 def export_id(
     questions: Sequence[tuple[Any, Sequence[str], Sequence[int]]], *, created: str, seed: int
 ) -> str:
     """A hash of (prompt, answers' texts, order) of every task, and of the time: two exports of the
-    same answers are two exports.
+    same answers are two exports. A prompt with functions is the list of both.
     """
     content = [[prompt, list(texts), list(order)] for prompt, texts, order in questions]
     return digest([content, created, seed])[:12]

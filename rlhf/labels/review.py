@@ -20,14 +20,15 @@ from conf.choices import LabelKind
 from rlhf.labels.checking import Checked, Outcome
 from rlhf.labels.ledger import task_row
 from rlhf.labels.pairs import Fate, PairResult
-from rlhf.labels.records import Role, Task
+from rlhf.labels.records import Role, Task, prompt_key
 from rlhf.labels.report import Situation
 from rlhf.process.files import digest
 
 
 def question_id(task: Task) -> str:
     """A hash, the same for tasks that ask the same about the same answers."""
-    return digest([digest(task.prompt), *sorted(answer.id for answer in task.answers)])
+    key = prompt_key(task.prompt, task.tools)
+    return digest([key, *sorted(answer.id for answer in task.answers)])
 
 
 def review_rows(situation: Situation) -> list[dict[str, Any]]:

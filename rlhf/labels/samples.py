@@ -214,4 +214,6 @@ def _question(row: SourceRow, kind: LabelKind) -> Question:
     best = None
     if task.role is Role.gold and task.best is not None:
         best = task.answers[task.best].id
-    return Question(task.prompt, task.answers, by="review", best=best, origin=task.id)
+    return Question(
+        task.prompt, task.answers, by="review", best=best, origin=task.id, tools=task.tools
+    )

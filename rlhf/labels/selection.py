@@ -15,9 +15,9 @@ from rlhf.labels.candidates import Candidates, Gathered, Response, gather, gathe
 from rlhf.labels.checks_export import chosen_by_score
 from rlhf.labels.choice import Chosen, choose
 from rlhf.labels.clusters import Vectors, text_vectors
+from rlhf.labels.records import prompt_key
 from rlhf.labels.samples import read_review
 from rlhf.models.encoding import is_chat
-from rlhf.process.files import digest
 from rlhf.types import PreferencePair, UserError
 
 LOG = logging.getLogger("rlhf.labels")
@@ -42,7 +42,7 @@ def select_review(path: str, kind: LabelKind) -> Selection:
     UserError.
     """
     questions = read_review(path, kind)
-    prompts = {digest(question.prompt) for question in questions}
+    prompts = {prompt_key(question.prompt, question.tools) for question in questions}
     policies = {answer.policy for question in questions for answer in question.answers}
     policies.discard("")
     details = {
@@ -100,7 +100,7 @@ def select_answers(
 
 def _question(candidates: Candidates, task: Chosen) -> Question:
     answers = tuple(candidates.answers[i] for i in task.answers)
-    return Question(candidates.prompt, answers, task.by.value)
+    return Question(candidates.prompt, answers, task.by.value, tools=candidates.tools)
 
 
 def compared_policies(responses: Iterable[Response]) -> tuple[str, str]:
@@ -183,7 +183,10 @@ def draw_gold(
     """
     wanted = gold_wanted(label, len(main))
     size = task_size(label)
-    usable, left_out = gold_questions(pairs, size=size, chat=is_chat(main[0].prompt))
+    with_tools = {question.tools is not None for question in main}
+    usable, left_out = gold_questions(
+        pairs, size=size, chat=is_chat(main[0].prompt), with_tools=with_tools
+    )
     asked = {question.id for question in main}
     gold = [question for question in usable if question.id not in asked]
     reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())

@@ -231,6 +231,41 @@ def test_judgements_become_pairs(
     assert [made.value for made in found.read(row, Use.unpaired).pairs] == pairs
 
 
+def test_responses_by_user_are_those_by_question() -> None:
+    """What Argilla's API gives is read as what its SDK writes, and no response is lost."""
+    said = [
+        {"value": "response-1", "user_id": "u", "status": "submitted"},
+        {"value": "tie", "user_id": "v", "status": "submitted"},
+        {"value": "response-0", "user_id": "w", "status": "draft"},
+        {"value": None, "user_id": "x", "status": "discarded"},
+    ]
+    by_question = argilla(*said)
+    by_user = [
+        {"user_id": one["user_id"], "status": one["status"], "values": {}}
+        | ({"values": {"preference": {"value": one["value"]}}} if one["value"] else {})
+        for one in said
+    ]
+    found = formats.detect(by_question)
+    assert found is not None
+    expected = found.read(by_question, Use.preference)
+    assert len(expected.pairs) == 1 and len(expected.aside) == 3
+    read = found.read({**by_question, "responses": by_user}, Use.preference)
+    assert read == expected
+    by_user[0]["values"]["comment"] = {"value": "good"}
+    read = found.read({**by_question, "responses": by_user}, Use.preference)
+    assert read.pairs == expected.pairs and read.aside == expected.aside
+    assert read.otherwise == [*expected.otherwise, "responses.comment is not read"]
+    lone = {**by_question, "responses": [{"user_id": "u", "status": "discarded"}]}
+    assert found.read(lone, Use.preference).aside == ["response 1 by u: discarded"]
+    for wrong, why in (
+        (["u"], r"responses\[0\]': expected an object, found text 'u'"),
+        ([by_user[0], by_user[0]], r"responses\[1\]': a second response of user 'u'"),
+        ("u", r"key 'responses': expected an object, found text 'u'"),
+    ):
+        with pytest.raises(formats.RowError, match=why):
+            found.read({**by_question, "responses": wrong}, Use.preference)
+
+
 @pytest.mark.parametrize(
     ("row", "fields"),
     [

@@ -331,7 +331,7 @@ def fill_xlsx(files: list[Path], said: list[Judgement]) -> Path:
     for number, row in enumerate(rows, start=2):
         for column, name in enumerate(names, start=1):
             cell, value = sheet_.cell(number, column), row[name]
-            own = isinstance(value, str) and not name.startswith(("prompt", "response_"))
+            own = isinstance(value, str) and not name.startswith(("prompt", "tools", "response_"))
             cell.value = excel_text(value) if own else value
             if isinstance(value, str):
                 cell.data_type = "s"

@@ -283,7 +283,7 @@ def test_gold_pairs_of_every_shape() -> None:
         PreferencePair("torn", "a", "b"),
         PreferencePair("torn", "b", "a"),
     ]
-    texts, left = gold_questions(pairs, size=2, chat=False)
+    texts, left = gold_questions(pairs, size=2, chat=False, with_tools={False})
     assert [(q.prompt, q.answers[0].text, q.answers[1].text) for q in texts] == [
         ("plain", "better", "worse"),
         ("hi", "good", "bad"),
@@ -294,10 +294,26 @@ def test_gold_pairs_of_every_shape() -> None:
         and left["pairs that contradict each other"] == 1
         and left["pairs without a prompt of their own"] == 1
     )
-    chats, _ = gold_questions(pairs, size=2, chat=True)
+    chats, _ = gold_questions(pairs, size=2, chat=True, with_tools={False})
     assert [q.prompt[0]["content"] for q in chats] == ["plain", "hi", "hi"] and len(
         chats[2].prompt
     ) == 2
+
+
+def test_gold_is_told_by_no_tools() -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    turns = [[{"role": "assistant", "content": text}] for text in ("good", "bad")]
+    pairs = [PreferencePair(chat, *turns), PreferencePair(chat, *turns, tools=tools)]
+    both, left = gold_questions(pairs, size=2, chat=True, with_tools={False, True})
+    assert [one.tools for one in both] == [None, tools] and left == {}
+    assert len({one.id for one in both}) == 2
+    plain, left = gold_questions(pairs, size=2, chat=True, with_tools={False})
+    assert [one.tools for one in plain] == [None]
+    assert left == {"pairs with tools, where no other prompt has some": 1}
+    calling, left = gold_questions(pairs, size=2, chat=True, with_tools={True})
+    assert [one.tools for one in calling] == [tools]
+    assert left == {"pairs without tools, where every other prompt has some": 1}
 
 
 def test_gold_rankings_have_as_many_answers_as_the_others() -> None:
@@ -305,7 +321,7 @@ def test_gold_rankings_have_as_many_answers_as_the_others() -> None:
     pairs = [PreferencePair("p", order[i], order[j]) for i in range(4) for j in range(i + 1, 4)] + [
         PreferencePair("q", "x", "y")
     ]
-    (one,), left = gold_questions(pairs, size=3, chat=False)
+    (one,), left = gold_questions(pairs, size=3, chat=False, with_tools={False})
     assert [a.text for a in one.answers] == ["best", "good", "fair"] and one.best == one.answers[
         0
     ].id

@@ -541,6 +541,18 @@ def test_white_space_and_roles_of_a_chat_stay(opened: Opener) -> None:
     )
 
 
+def test_functions_stand_before_the_turns(opened: Opener) -> None:
+    tools = [{"type": "function", "function": {"name": "<b>look</b>"}}]
+    export = export_of([(CHAT, ["a", "b"]), (CHAT, ["c", "d"])])
+    export = replace(export, tasks=(replace(export.tasks[0], tools=tools), export.tasks[1]))
+    page = opened(export)
+    assert page.locator(".role").first.inner_text() == "Functions that the answers may call"
+    assert json.loads(page.locator("#turns .text").first.inner_text()) == tools
+    page.keyboard.press("1")
+    page.wait_for_function("document.querySelector('#position').textContent.startsWith('Task 2')")
+    assert page.locator(".role").first.inner_text() == "System"
+
+
 def test_direction_marks_do_not_turn_the_layout(opened: Opener) -> None:
     boxes = (
         "() => [...document.querySelectorAll('button, h2, .answer, #position')].map(e => { "

@@ -3,10 +3,11 @@
     {"fields": {prompt, response-0, response-1}, "metadata": {...}, "responses": {"preference":
     [{"value": "response-0", "user_id", "status"}]}}
 
-A label question's value is an answer's name (or tie), a ranking question's a list of {value, rank}.
-Each submitted response gives pairs with the field `annotator`, the record's metadata, and
-`position` (1 or 2: where the chosen answer was shown). A tie, a skip, and a response that is not
-submitted give none: they are set aside with their reason.
+Responses by user, as the server's API gives them ([{"user_id", "status", "values": {"preference":
+{"value"}}}]), are read too. A label question's value is an answer's name (or tie), a ranking
+question's a list of {value, rank}. Each submitted response gives pairs with the field `annotator`,
+the record's metadata, and `position` (1 or 2: where the chosen answer was shown). A tie, a skip,
+and a response that is not submitted give none: they are set aside with their reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from rlhf.data.formats.base import (
     ranked,
 )
 from rlhf.data.formats.draft import Draft, Writer, own_columns_inside, shown_pair
-from rlhf.data.formats.values import replaced
+from rlhf.data.formats.values import replaced, tools_outside
 from rlhf.data.rows import (
     Row,
     RowError,
@@ -124,6 +125,23 @@ def _of_sdk(responses: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 # ---- the format: reading ----
 
 
+def _by_question(responses: Any) -> Any:
+    """The server's responses by user as `_of_sdk` reads them: by question, with null where a user
+    did not answer one. Anything but a list as it stands. Raises RowError.
+    """
+    if not isinstance(responses, list):
+        return responses
+    users = list(_of_api(responses).values())
+    questions = dict.fromkeys(name for user in users for name in user["values"]) or [QUESTION]
+    out: dict[str, list[Any]] = {}
+    for user in users:
+        known = {key: user[key] for key in ("user_id", "status") if key in user}
+        for name in questions:
+            answer = {**known, "value": user["values"].get(name)}
+            out.setdefault(name, []).append(answer)
+    return out
+
+
 def _responses(responses: Mapping[str, Any]) -> list[Any]:
     """The responses to the question `preference`, or to the only one. Raises RowError."""
     if not responses:
@@ -178,9 +196,9 @@ def _pairs_argilla(row: Row) -> Several:
     fields, out = value_of(row, "fields"), Several()
     if not isinstance(fields, Mapping):
         raise RowError(f"key 'fields': expected an object with the texts, found {describe(fields)}")
-    responses, metadata = row.get("responses") or {}, row.get("metadata") or {}
-    if not isinstance(responses, Mapping) or not isinstance(metadata, Mapping):
-        raise RowError("keys 'responses' and 'metadata': expected objects, found something else")
+    metadata = mapping_of(row, "metadata")
+    given: dict[str, Any] = {"responses": _by_question(row.get("responses"))}
+    responses = mapping_of(given, "responses")
     shown, prompt = answers_of(fields), prompt_or_nothing(fields, "prompt")
     if QUESTION in responses:
         others = [question for question in responses if question != QUESTION]
@@ -270,6 +288,7 @@ ARGILLA = Format(
     pairs=_pairs_argilla,
     prompt=lambda row: text_or_chat(value_of(row, "fields"), "prompt"),
     test=lambda row: isinstance(row["fields"], Mapping),
+    flat=tools_outside("fields"),
     consumed=(
         "fields",
         "id",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.formats.base import Format, Several, Use, of_two, prompt_or_nothing, ranked
 from rlhf.data.formats.draft import Draft, Writer, own_columns_inside, ranks_of, shown_pair
-from rlhf.data.formats.values import replaced
+from rlhf.data.formats.values import replaced, tools_outside
 from rlhf.data.rows import Chat, Row, RowError, annotator_of, text_of, text_or_chat, value_of
 from rlhf.process.wording import describe
 
@@ -380,6 +380,7 @@ LABEL_STUDIO = Format(
     pairs=_pairs_label_studio,
     prompt=_prompt_of_task,
     test=lambda row: isinstance(row["data"], Mapping) and "items" not in row["data"],
+    flat=tools_outside("data"),
     consumed=_TASK_KEYS,
 )
 LABEL_STUDIO_RANKER = Format(
@@ -389,6 +390,7 @@ LABEL_STUDIO_RANKER = Format(
     pairs=_pairs_ranker,
     prompt=_prompt_of_task,
     test=lambda row: isinstance(row["data"], Mapping) and "items" in row["data"],
+    flat=tools_outside("data"),
     consumed=_TASK_KEYS,
 )
 WRITE_LABEL_STUDIO: dict[Use, Writer] = {Use.preference: _write_pair}

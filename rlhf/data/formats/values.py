@@ -2,12 +2,12 @@
 the functions that a template shows; and what formats read of the objects inside a row's columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from rlhf.data.calls import is_nothing
-from rlhf.data.rows import Chat, RowError, finite
+from rlhf.data.rows import Chat, Row, RowError, finite
 from rlhf.types import JudgedAnswer, PreferencePair
 
 
@@ -89,8 +89,26 @@ def require_messages(value: Any, column: str) -> None:
     if not is_conversation(value):
         raise RowError(
             f"key {column!r}: expected messages beside it, since a chat template shows them, found "
-            "plain texts. A column that holds something else can be renamed by data.columns"
+            "plain texts. A column that holds something else can be renamed by data.columns; a "
+            "file that stage=label wrote for people is read by stage=label label.mode=import"
         )
+
+
+def tools_outside(key: str) -> Callable[[Row], Row]:
+    """A format's `flat`: the functions inside a row's object `key`, as its own column ``tools``.
+    Raises RowError where the row has others there.
+    """
+
+    def flat(row: Row) -> Row:
+        inside = row.get(key)
+        if not isinstance(inside, Mapping) or is_nothing(inside.get("tools")):
+            return row
+        if not is_nothing(row.get("tools")) and row["tools"] != inside["tools"]:
+            raise RowError(f"keys 'tools' and '{key}.tools': expected one of them, found both")
+        rest = {name: value for name, value in inside.items() if name != "tools"}
+        return {**row, key: rest, "tools": inside["tools"]}
+
+    return flat
 
 
 def shows_tools(value: Any) -> bool:
@@ -154,6 +172,7 @@ _ANNOTATION = (
     "annotations[].lead_time",
     *_RESULT,
 )
+_OF_RESPONSE = ("id", "record_id", "user_id", "status", "inserted_at", "updated_at")
 _LISTS = ("generations", "completions", "responses", "candidates", "outputs", "answers")
 _TEXTS = ("response", "completion", "text", "output", "answer", "content", "generation")
 _RATINGS = ("overall_score", "rating", "score", "reward")
@@ -189,6 +208,8 @@ INSIDE: dict[str, tuple[str, ...]] = {
         "responses.*[].value",
         "responses.*[].user_id",
         "responses.*[].status",
+        "responses[].values.*.value",
+        *(f"responses[].{key}" for key in _OF_RESPONSE),
     ),
 }
 # columns that a format consumes as a whole, and reads nothing of

@@ -5,6 +5,7 @@
     argilla_records.json    dataset.records.from_json: {"id", "fields": {prompt, response-0,
                             response-1 ...}, "metadata", "suggestions", "responses"}
 
+Where a prompt has functions to call, a field `tools` holds them as JSON.
 Fields are text without markdown, which Argilla's page would show as HTML. The question `preference`
 is a LabelQuestion (response-0, response-1, tie, skip) or, for rankings, a RankingQuestion;
 `rating-0` ... and `comment` are optional questions.
@@ -36,11 +37,21 @@ from rlhf.data.formats.argilla import (
 )
 from rlhf.data.rows import RowError, number_of, optional_text, text_of
 from rlhf.labels.files import write_text
-from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
+from rlhf.labels.records import (
+    Export,
+    Judgement,
+    Ranking,
+    Task,
+    Unreadable,
+    Verdict,
+    as_text,
+    tools_text,
+)
 from rlhf.labels.targets.shared import (
     MODEL_VERSION,
     check_texts,
     given_ratings,
+    has_tools,
     most_answers,
     read_rows,
     suggestion_for,
@@ -70,11 +81,12 @@ def write(export: Export, folder: Path) -> list[Path]:
 
 def _record(task: Task, export: Export) -> dict[str, Any]:
     answers = {answer_name(place): text for place, text in enumerate(task.shown)}
+    functions = {"tools": tools_text(task.tools)} if task.tools else {}
     # Argilla's metadata has no true and false
     swapped = {"swapped": str(task.swapped).lower()} if export.kind is LabelKind.pair else {}
     return {
         "id": task.id,
-        "fields": {"prompt": as_text(task.prompt), **answers},
+        "fields": {"prompt": as_text(task.prompt), **functions, **answers},
         "metadata": {"pair_id": task.id, "export_id": export.id, **swapped},
         "suggestions": _suggestions(task, export),
         "responses": {},
@@ -97,6 +109,8 @@ def _settings(export: Export) -> dict[str, Any]:
     # a shorter task's record has no text in the last fields
     fewest = min((len(task.answers) for task in export.tasks), default=2)
     fields = [_field("prompt", "Prompt", required=True)]
+    if has_tools(export):
+        fields.append(_field("tools", "Functions that the answers may call", required=False))
     for place, (name, title) in enumerate(names.items()):
         fields.append(_field(name, title, required=place < fewest))
     return {
@@ -167,7 +181,7 @@ def _of_record(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unrea
     try:
         fields, metadata = mapping_of(row, "fields"), mapping_of(row, "metadata")
         task = _task_id(row, metadata)
-        prompt = text_of(fields, "prompt", empty=True)
+        prompt, tools = text_of(fields, "prompt", empty=True), optional_text(fields, "tools")
         filled = {name: value for name, value in fields.items() if value is not None}
         answers = answers_of(filled, empty=True)
         users = responses_by_user(row.get("responses") or {})
@@ -189,6 +203,7 @@ def _of_record(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unrea
                 place=where,
                 prompt=prompt,
                 shown=tuple(answers.values()),
+                tools=tools or None,
             )
 
 

@@ -1,12 +1,12 @@
 """JSON lines for other tools: a row for each task, and labels read back.
 
-    {"pair_id", "export_id", "prompt", "response_a", "response_b", "preference": null, "rating_a":
-    null, "rating_b": null, "annotator": "", "comment"}
+    {"pair_id", "export_id", "prompt", "tools", "response_a", "response_b", "preference": null,
+    "rating_a": null, "rating_b": null, "annotator": "", "comment"}
 
 or, for rankings, response_1, response_2 ... and "ranking". The columns are those of a sheet
 (sheet.py), with the values of the sheet's cells; the prompt is a text or a list of messages as the
-data has it. With label.prelabel a row has a "suggestion" with preference or ranking and its
-probability.
+data has it, and so is the list of tools, where the prompt has some. With label.prelabel a row has a
+"suggestion" with preference or ranking and its probability.
 
 Labels come back in the same rows, or as rows with pair_id, preference or ranking, and what else is
 known: annotator, comment, ratings, seconds, time, annotation. Several rows of one task are several
@@ -45,6 +45,8 @@ def write(export: Export, folder: Path) -> list[Path]:
 def _row(task: Task, export: Export) -> dict[str, Any]:
     column = sheet.answer_column(export.kind)
     texts = sheet.texts_of(task, export.kind) | {"prompt": task.prompt}
+    if task.tools:
+        texts["tools"] = task.tools
     row: dict[str, Any] = {"pair_id": task.id, "export_id": export.id, **texts, column: None}
     if export.ratings:
         row |= {name.replace("response", "rating"): None for name in response_columns(texts)}

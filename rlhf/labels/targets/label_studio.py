@@ -5,6 +5,7 @@
     label_studio_config.xml   Pairwise with choices for a tie and a skip, or Ranker; ratings and a
                               comment as the export asks for them
 
+Where a prompt has functions to call, every task's data has `tools`: them as JSON, or "".
 Texts are shown by <Text> and by an item's `body`, which the editor escapes; its HyperText, Markdown
 and an item's `html` would not be escaped. The editor puts data in place of $name in attributes of
 the configuration (parseValue of its utils/data.js), once: texts in the data are not looked at
@@ -18,6 +19,7 @@ where a tie or skip is chosen beside it, the choice counts.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -44,10 +46,25 @@ from rlhf.data.formats.label_studio import (
     seconds_of,
     sides_of,
 )
-from rlhf.data.rows import RowError, annotator_of, text_of
+from rlhf.data.rows import RowError, annotator_of, optional_text, text_of
 from rlhf.labels.files import write_text
-from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
-from rlhf.labels.targets.shared import MODEL_VERSION, check_texts, read_rows, suggestion_for
+from rlhf.labels.records import (
+    Export,
+    Judgement,
+    Ranking,
+    Task,
+    Unreadable,
+    Verdict,
+    as_text,
+    tools_text,
+)
+from rlhf.labels.targets.shared import (
+    MODEL_VERSION,
+    check_texts,
+    has_tools,
+    read_rows,
+    suggestion_for,
+)
 from rlhf.types import UserError
 
 TASKS_FILE, CONFIG_FILE = "label_studio_tasks.json", "label_studio_config.xml"
@@ -81,11 +98,14 @@ def write(export: Export, folder: Path) -> list[Path]:
 
 def task_rows(export: Export) -> list[dict[str, Any]]:
     """The tasks as Label Studio imports them."""
-    return [_task_row(task, export) for task in export.tasks]
+    functions = has_tools(export)
+    return [_task_row(task, export, functions) for task in export.tasks]
 
 
-def _task_row(task: Task, export: Export) -> dict[str, Any]:
+def _task_row(task: Task, export: Export, functions: bool) -> dict[str, Any]:
     data: dict[str, Any] = {"prompt": as_text(task.prompt)}
+    if functions:  # the configuration names them, so no task may lack them
+        data["tools"] = tools_text(task.tools)
     if export.kind is LabelKind.pair:
         data |= dict(zip(SIDES, task.shown, strict=True))
         data["swapped"] = task.swapped
@@ -149,7 +169,12 @@ def config_xml(export: Export) -> str:
     _add(view, "Header", value=values["title"], size="3")
     if export.instructions:
         _text(view, "instructions", values["instructions"])
-    _text(_add(view, "View", style=f"{_CARD} margin: 1em 0;"), "prompt", "$prompt")
+    card = _add(view, "View", style=f"{_CARD} margin: 1em 0;")
+    if has_tools(export):
+        _add(card, "Header", value="Functions that the answers may call", size="6")
+        _text(card, "tools", "$tools")
+        _add(card, "Header", value="Prompt", size="6")
+    _text(card, "prompt", "$prompt")
     if export.kind is LabelKind.pair:
         _add_pair(view, export.ratings)
     else:
@@ -212,7 +237,7 @@ def _of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadab
     try:
         data, annotations = data_of(row), annotations_of(row)
         task = text_of(data, "pair_id")
-        prompt = text_of(data, "prompt", empty=True)
+        prompt, tools = text_of(data, "prompt", empty=True), optional_text(data, "tools")
         if "items" in data:
             texts = items_of(data, empty=True)
         else:
@@ -223,7 +248,8 @@ def _of_row(row: Mapping[str, Any], place: str) -> Iterator[Judgement | Unreadab
     for i, annotation in enumerate(annotations):
         where = f"{place}, annotation {annotation.get('id', i + 1)}"
         try:
-            yield _judgement(annotation, f"annotations[{i}]", task, prompt, texts, where)
+            found = _judgement(annotation, f"annotations[{i}]", task, prompt, texts, where)
+            yield replace(found, tools=tools or None)
         except RowError as error:
             yield Unreadable(where, task, str(error))
 

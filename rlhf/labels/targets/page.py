@@ -9,7 +9,8 @@ script and style.
 
 Labels file (JSON): {"format": "rlhf-labels", "version": 1, "export", "annotator", "saved",
 "labels": [{"task", "verdict", "ranking", "ratings", "comment", "seconds", "time", "prompt",
-"shown"}]}; a label's fields are those of `Judgement`. The page's sources are in web/.
+"tools" of a prompt that has some, "shown"}]}; a label's fields are those of `Judgement`. The page's
+sources are in web/.
 """
 
 import base64
@@ -31,7 +32,7 @@ from rlhf.types import UserError
 
 FORMAT, VERSION = "rlhf-labels", 1
 # in this order: each script uses those before it
-_SCRIPTS = ("labels.js", "view.js", "page.js", "keys.js")
+_SCRIPTS = ("labels.js", "view.js", "prompt.js", "page.js", "keys.js")
 # What could end or open an element or a comment, what old JavaScript took for line ends, and lone
 # surrogates, which UTF-8 can't hold.
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -81,7 +82,9 @@ def page_data(export: Export) -> dict[str, Any]:
                 f"task {task.id}: its prompt must be a text or a list of {{role, content}} texts "
                 f"to be shown; found {task.prompt!r}."
             )
-        tasks.append({"id": task.id, "prompt": task.prompt, "shown": list(task.shown)})
+        functions = {"tools": task.tools} if task.tools else {}
+        shown = list(task.shown)
+        tasks.append({"id": task.id, "prompt": task.prompt, **functions, "shown": shown})
     return {
         "export": export.id,
         "kind": LabelKind(export.kind).value,
@@ -161,9 +164,11 @@ def _judgement(entry: Any, annotator: str, place: str) -> Judgement:
         raise ValueError(f"verdict: expected one of {', '.join(_VERDICTS)}, found {verdict!r}")
     if not isinstance(comment, str):
         raise ValueError(f"comment: expected a text, found {comment!r}")
-    prompt, shown = entry.get("prompt"), entry.get("shown")
+    prompt, tools, shown = entry.get("prompt"), entry.get("tools"), entry.get("shown")
     if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):
         raise ValueError(f"prompt: expected a text or messages, found {prompt!r}")
+    if tools is not None and not _is_list(tools, dict):
+        raise ValueError(f"tools: expected a list of functions, found {tools!r}")
     if shown is not None and not _is_list(shown, str):
         raise ValueError(f"shown: expected a list of texts, found {shown!r}")
     return Judgement(
@@ -178,6 +183,7 @@ def _judgement(entry: Any, annotator: str, place: str) -> Judgement:
         place=place,
         prompt=prompt,
         shown=None if shown is None else tuple(shown),
+        tools=tools,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.files import scan
-from rlhf.labels.records import Export, Judgement, Task, Unreadable, as_text
+from rlhf.labels.records import Export, Judgement, Task, Unreadable, as_text, tools_text
 from rlhf.types import UserError
 
 # who suggests; the model's own name may tell whose answers it scores
@@ -62,7 +62,7 @@ def check_texts(export: Export) -> None:
                 "encoding holds."
             )
     for task in export.tasks:
-        texts = [("prompt", as_text(task.prompt))]
+        texts = [("prompt", as_text(task.prompt)), ("list of tools", tools_text(task.tools))]
         texts += [("answer", answer.text) for answer in task.answers]
         for name, text in texts:
             if _HALVES.search(text):
@@ -75,6 +75,11 @@ def check_texts(export: Export) -> None:
 def most_answers(export: Export) -> int:
     """How many answers the largest task has; 2 of an export without tasks."""
     return max((len(task.answers) for task in export.tasks), default=2)
+
+
+def has_tools(export: Export) -> bool:
+    """Whether some task's answers may call functions."""
+    return any(task.tools for task in export.tasks)
 
 
 def guidance(export: Export, how: str) -> str:

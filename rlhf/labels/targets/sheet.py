@@ -5,6 +5,7 @@
     rankings   pair_id, prompt, response_1, response_2 ..., ranking, annotator, comment
                ranking: 2>1=3, tie or skip
 
+Where a prompt has functions to call, a column tools behind the prompt holds them as JSON.
 Where the export asks for ratings, rating_a, rating_b or rating_1 ... (1 to 5) come before the
 annotator. A row without a preference or ranking is not labelled yet and gives nothing. Several
 annotators are several files, or several rows with the same pair_id; the annotator of a row whose
@@ -34,11 +35,21 @@ from rlhf.data.formats.sheet import SIDES, response_column, response_columns
 from rlhf.data.rows import RowError, number_of, optional_text, text_of, value_of
 from rlhf.data.tables import CELL_LIMIT, FORMULA, cell_length, excel_text, mark, unmark
 from rlhf.labels.files import write_text
-from rlhf.labels.records import Export, Judgement, Ranking, Task, Unreadable, Verdict, as_text
+from rlhf.labels.records import (
+    Export,
+    Judgement,
+    Ranking,
+    Task,
+    Unreadable,
+    Verdict,
+    as_text,
+    tools_text,
+)
 from rlhf.labels.targets.shared import (
     check_texts,
     given_ratings,
     guidance,
+    has_tools,
     most_answers,
     read_rows,
 )
@@ -57,7 +68,7 @@ HOW = {
 }
 _REST = (
     "Leave what you have not decided empty. Write your name into the column annotator. Do "
-    "not change the columns pair_id, prompt and responses."
+    "not change the columns pair_id, prompt, tools and responses."
 )
 
 # takes the columns of a row; its prompt and responses, None where it has none
@@ -97,7 +108,7 @@ def write_xlsx(export: Export, folder: Path) -> list[Path]:
     for row, task in enumerate(export.tasks, start=2):
         _fill_row(sheet, row, names, _excel_row(task, export.kind))
     for column, name in enumerate(names, start=1):
-        wide = name == "prompt" or name.startswith("response_")
+        wide = name in ("prompt", "tools") or name.startswith("response_")
         sheet.column_dimensions[get_column_letter(column)].width = 60 if wide else 14
     sheet.freeze_panes = "B2"
     if export.kind is LabelKind.pair and export.tasks:
@@ -143,7 +154,10 @@ def _guide(export: Export, folder: Path) -> Path:
 def columns(export: Export) -> list[str]:
     """The sheet's columns in their order."""
     places = _places(export.kind, most_answers(export))
-    names = ["pair_id", "prompt", *map(response_column, places), answer_column(export.kind)]
+    names = ["pair_id", "prompt"]
+    if has_tools(export):
+        names.append("tools")
+    names += [*map(response_column, places), answer_column(export.kind)]
     if export.ratings:
         names += [f"rating_{place}" for place in places]
     names.append("annotator")
@@ -165,8 +179,10 @@ def _places(kind: LabelKind, count: int) -> list[str]:
 
 
 def texts_of(task: Task, kind: LabelKind) -> dict[str, str]:
-    """Prompt and responses by column, as they are shown."""
+    """Prompt, tools and responses by column, as they are shown."""
     texts = {"prompt": as_text(task.prompt)}
+    if task.tools:
+        texts["tools"] = tools_text(task.tools)
     for place, text in zip(_places(kind, len(task.answers)), task.shown, strict=True):
         texts[response_column(place)] = text
     return texts
@@ -253,6 +269,7 @@ def _judgement(row: Mapping[str, Any], place: str, texts: Texts) -> Judgement | 
         place=place,
         prompt=prompt,
         shown=shown,
+        tools=row.get("tools") or None,
     )
 
 

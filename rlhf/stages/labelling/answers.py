@@ -13,7 +13,7 @@ from typing import Any
 from conf.choices import ModelKind
 from conf.schema import Config, ModelConfig
 from rlhf.data import reading
-from rlhf.data.loading import DataRequest, Loaded
+from rlhf.data.loading import DataRequest
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
 from rlhf.models.loading import load_causal_lm, load_tokenizer, starts_whole, write_whole
@@ -53,28 +53,13 @@ def policy_seed(seed: int, name: str) -> int:
     return int(digest([seed, name]), 16) >> 2
 
 
-def plain_prompts(request: DataRequest, wanted: int | None) -> Loaded:
-    """The first `wanted` different prompts. Raises UserError for prompts with tools, which the
-    pairs that labels become would not have.
-    """
-    loaded = reading.distinct_prompts(request, wanted)
-    first = next((record for record in loaded.records if record.tools), None)
-    if first is not None:
-        raise UserError(
-            f"{first.place}: the prompt has tools, which labels do not carry: pairs of its answers "
-            "would be trained without them. Expected prompts without a column tools; write the "
-            "functions into the system message instead."
-        )
-    return loaded
-
-
 def read_policies(
     policies: Mapping[str, str], model: ModelConfig, request: DataRequest, wanted: int | None
 ) -> list[Policy]:
     """The policies by their names and model directories, each with the first `wanted` prompts (all
     for None). Raises UserError, naming the policy that can't read them.
     """
-    loaded = plain_prompts(request, wanted)
+    loaded = reading.distinct_prompts(request, wanted)
     if wanted is not None and len(loaded.records) < wanted:
         LOG.warning(
             "label.prompts=%d, but there are only %d different prompts; all of them are used.",
@@ -122,7 +107,12 @@ def write_answers(
         for rollout, scored in zip(rollouts, scores, strict=True):
             responses.append(
                 Response(
-                    rollout.prompt.source, rollout.text, policy.name, scored.total, scored.spread
+                    rollout.prompt.source,
+                    rollout.text,
+                    policy.name,
+                    scored.total,
+                    scored.spread,
+                    rollout.prompt.tools,
                 )
             )
     return responses, truncated

@@ -63,11 +63,11 @@ def score_questions(
     tokenizer = load_tokenizer(policy, chat_template)
     rollouts = []
     for question in questions:
-        ids = tuple(prompt_ids(tokenizer, question.prompt))
+        ids = tuple(prompt_ids(tokenizer, question.prompt, question.tools))
         text = question.prompt if isinstance(question.prompt, str) else tokenizer.decode(ids)
-        prompt = Prompt(question.id, text, ids, source=question.prompt)
+        prompt = Prompt(question.id, text, ids, source=question.prompt, tools=question.tools)
         for answer in question.answers:
-            tokens = answer_ids(tokenizer, question.prompt, answer.text)
+            tokens = answer_ids(tokenizer, question.prompt, answer.text, question.tools)
             rollouts.append(Rollout(prompt, answer.text, tokens, [], "stop", 0))
     scores = iter(score(reward, rollouts, tokenizer))
     scored = []

@@ -18,13 +18,14 @@ from rlhf.labels import ab_export, selection
 from rlhf.labels.asking import Question
 from rlhf.labels.candidates import Response, first_prompts
 from rlhf.labels.checks_export import chosen_by_score, policies_of
+from rlhf.labels.records import as_text
 from rlhf.labels.samples import read_samples
 from rlhf.labels.selection import Selection
 from rlhf.models.loading import load_tokenizer
 from rlhf.process.supervision import Clock
 from rlhf.stages.labelling import answers
 from rlhf.stages.labelling.scoring import score_questions
-from rlhf.types import UserError
+from rlhf.types import Tools, UserError
 
 LOG = logging.getLogger("rlhf.stages.label")
 
@@ -127,20 +128,21 @@ def _with_own_prompts(
     Raises UserError where all are.
     """
     source = sources.given(request.data)
-    loaded = answers.plain_prompts(request, None)
+    loaded = reading.distinct_prompts(request, None)
     texts = [record.value for record in loaded.records if isinstance(record.value, str)]
-    prompts: dict[str, Any] = dict(zip(texts, texts, strict=True))
+    prompts: dict[str, tuple[Any, Tools | None]] = {text: (text, None) for text in texts}
     if model.path is not None:
         policy = answers.model_of(model, model.path)
         tokenizer = load_tokenizer(policy, request.data.chat_template)
         for prompt in reading.tokenised(tokenizer, loaded, request):
-            prompts[prompt.text] = prompt.source
-            prompts[tokenizer.decode(prompt.token_ids)] = prompt.source
-    kept = [
-        replace(response, prompt=prompts[response.prompt])
-        for response in responses
-        if response.prompt in prompts
-    ]
+            own = (prompt.source, prompt.tools)
+            for text in (prompt.text, tokenizer.decode(prompt.token_ids)):
+                _refuse_second(prompts.setdefault(text, own), own, source)
+    kept = []
+    for response in responses:
+        if response.prompt in prompts:
+            prompt_of, tools = prompts[response.prompt]
+            kept.append(replace(response, prompt=prompt_of, tools=tools))
     if not kept:
         raise UserError(
             f"label.samples: not one of the {len(responses)} responses answers a prompt of "
@@ -156,6 +158,20 @@ def _with_own_prompts(
             source,
         )
     return kept
+
+
+def _refuse_second(
+    first: tuple[Any, Tools | None], second: tuple[Any, Tools | None], source: str | None
+) -> None:
+    """Raises UserError for two prompts of `source` that are one text to the policy, so that nobody
+    can say which of them an answer is to. Each is a prompt and its functions.
+    """
+    if first != second:
+        raise UserError(
+            f"label.samples: two prompts of {source} are the same text to the policy: "
+            f"{as_text(first[0])[:120]!r} and {as_text(second[0])[:120]!r}. Their tools are not "
+            "in its template, or data.truncate_prompts cuts them alike. Leave one of them out."
+        )
 
 
 def select_gold(

@@ -158,6 +158,7 @@ function labelsFile(data, state) {
       seconds: Math.round(label.took * 100) / 100,
       time: label.time,
       prompt: task.prompt,
+      ...(task.tools ? { tools: task.tools } : {}),
       shown: task.shown,
     });
   }
@@ -212,7 +213,8 @@ function readFile(data, text) {
 function labelOf(data, task, entry) {
   const count = task.shown.length;
   const same =
-    JSON.stringify([entry.prompt, entry.shown]) === JSON.stringify([task.prompt, task.shown]);
+    JSON.stringify([entry.prompt, entry.tools, entry.shown]) ===
+    JSON.stringify([task.prompt, task.tools, task.shown]);
   if (!same || !CHOICES[data.kind].includes(entry.verdict)) return null;
   const label = blank(count);
   if (entry.verdict === "ranked") {

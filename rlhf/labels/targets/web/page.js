@@ -139,7 +139,7 @@ function go(index) {
   lastRank = highestRank(labelHere().ranks);
   show("work");
   showWork(data, state, acts);
-  showPrompt(task().prompt);
+  showPrompt(task());
   showProgress(data, state);
   $("position").focus({ preventScroll: true });
   window.scrollTo(0, 0);

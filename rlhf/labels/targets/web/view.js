@@ -67,36 +67,6 @@ function saidBy(message) {
   ].join("\n");
 }
 
-function turnOf(message) {
-  const role = make("p", { class: "role" }, ROLE_TEXT[message.role] ?? message.role);
-  return make(
-    "div",
-    { class: message.role === "user" ? "turn user" : "turn" },
-    role,
-    textBlock(saidBy(message)),
-  );
-}
-
-/** A long prompt gets a box of its own; a chat starts at its last turn. */
-function showPrompt(prompt) {
-  const turns = $("turns");
-  turns.replaceChildren(...(typeof prompt === "string" ? [textBlock(prompt)] : prompt.map(turnOf)));
-  unfold(false);
-  turns.scrollTop = typeof prompt === "string" ? 0 : turns.scrollHeight;
-}
-
-function unfold(whole) {
-  const turns = $("turns");
-  turns.classList.toggle("whole", whole);
-  const long = whole || turns.scrollHeight > turns.clientHeight + 1;
-  const control = $("unfold");
-  control.hidden = !long;
-  control.textContent = whole ? "Show less of the prompt" : "Show the whole prompt";
-  control.setAttribute("aria-expanded", String(whole));
-  if (long && !whole) turns.setAttribute("tabindex", "0");
-  else turns.removeAttribute("tabindex");
-}
-
 /** Radio buttons 1 to 5; choosing the chosen button again removes the rating. */
 function ratingScale(place, rating, rate) {
   const steps = RATING_TEXT.map((meaning, i) => {
