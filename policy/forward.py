@@ -62,7 +62,7 @@ def aligned_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]
     return plan_micro_batches(lengths, budget, at_least=most)
 
 
-def plan(
+def plan_passes(
     batch: Batch,
     groups: Tensor,
     rows: Sequence[int],
@@ -187,11 +187,11 @@ def policy_logprobs(
     logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
     entropy = torch.zeros_like(logprobs)
     with torch.no_grad():
-        for packs in plan(batch, groups, rows, layout):
+        for packs in plan_passes(batch, groups, rows, layout):
             done = run_policy(model, batch, packs or SPARE, layout)
             if packs:
-                put(logprobs, done.rows, done.logprobs, done.batch.response_mask)
-                put(entropy, done.rows, done.entropy, done.batch.response_mask)
+                write_rows(logprobs, done.rows, done.logprobs, done.batch.response_mask)
+                write_rows(entropy, done.rows, done.entropy, done.batch.response_mask)
     return logprobs, entropy
 
 
@@ -215,16 +215,16 @@ def critic_values(critic: Any, batch: Batch, budget: int) -> Tensor:
             part = batch.select(rows or [0])
             values = critic(part.input_ids, part.positions)
             if rows:
-                put(out, rows, values, part.response_mask)
+                write_rows(out, rows, values, part.response_mask)
     return out
 
 
-def put(whole: Tensor, rows: Sequence[int], piece: Tensor, mask: Tensor) -> None:
+def write_rows(whole: Tensor, rows: Sequence[int], piece: Tensor, mask: Tensor) -> None:
     """Write `piece` [b, t] into these rows of `whole` [B, T], as 0 outside `mask` [b, t]."""
     whole[list(rows), : piece.shape[1]] = torch.where(mask, piece, 0.0)
 
 
-def cut(tensor: Tensor | None, rows: Sequence[int], width: int) -> Tensor:
+def take_rows(tensor: Tensor | None, rows: Sequence[int], width: int) -> Tensor:
     """These rows of a [B, T] tensor, without the columns beyond `width`."""
     assert tensor is not None, "the batch lacks what its configuration needs"
     return tensor[list(rows), :width]

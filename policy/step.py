@@ -19,12 +19,12 @@ from policy.forward import (
     Packs,
     Pair,
     PolicyPass,
-    cut,
-    plan,
-    put,
+    plan_passes,
     reference_pass,
     rows_of,
     run_policy,
+    take_rows,
+    write_rows,
 )
 from policy.kl import kl_per_token
 from policy.losses import (
@@ -93,7 +93,8 @@ class OptimizerStep:
     kl_coef: float
     constant_length: int
     train_policy: bool  # False: the critic alone trains
-    measures: bool  # the logprobs before the update are still to be measured, by this pass
+    # no pass ran before the update, so the logprobs before it are those of this pass
+    only_pass: bool
     brake: Brake
     sums: _Sums = field(default_factory=_Sums)
     # what the losses are divided by: counts over all micro-batches and ranks
@@ -121,7 +122,7 @@ class OptimizerStep:
         trained = self.pairs if self.pairwise else self.tokens
         if trained == 0:
             return None
-        micro_batches = plan(batch.tokens, batch.groups, rows, self.models.layout, pairs)
+        micro_batches = plan_passes(batch.tokens, batch.groups, rows, self.models.layout, pairs)
         for number, packs in enumerate(micro_batches):
             self._micro_batch(packs, pairs, last=number == len(micro_batches) - 1)
         figures = self._checked_figures()
@@ -171,12 +172,12 @@ class OptimizerStep:
 
     def _policy(self, packs: Packs, pairs: Sequence[Pair], *, spare: bool, last: bool) -> None:
         batch, models = self.batch, self.models
-        if self.measures and models.reference is not None:
+        if self.only_pass and models.reference is not None:
             before = reference_pass(models, batch.tokens, packs)
             assert batch.ref_logprobs is not None
-            put(batch.ref_logprobs, before.rows, before.logprobs, before.batch.response_mask)
+            write_rows(batch.ref_logprobs, before.rows, before.logprobs, before.batch.response_mask)
         done = run_policy(models.policy, batch.tokens, packs, models.layout)
-        if self.measures and not spare:
+        if self.only_pass and not spare:
             self._keep_measured(done)
         mask = self._train_mask(done.rows, done.batch.response_mask, spare=spare)
         if self.pairwise:
@@ -194,8 +195,8 @@ class OptimizerStep:
         """The logprobs of the only pass are those before the update."""
         batch, mask = self.batch, done.batch.response_mask
         assert batch.old_logprobs is not None and batch.entropy is not None
-        put(batch.old_logprobs, done.rows, done.logprobs.detach(), mask)
-        put(batch.entropy, done.rows, done.entropy.detach(), mask)
+        write_rows(batch.old_logprobs, done.rows, done.logprobs.detach(), mask)
+        write_rows(batch.entropy, done.rows, done.entropy.detach(), mask)
 
     def _train_mask(self, rows: list[int], response_mask: Tensor, *, spare: bool) -> Tensor:
         """[b, t] bool: the tokens of these rows that get a gradient; none in a spare pass."""
@@ -205,12 +206,12 @@ class OptimizerStep:
 
     def _token_loss(self, rows: list[int], mask: Tensor, logprobs: Tensor) -> Tensor:
         stage, batch, width = self.stage, self.batch, logprobs.shape[1]
-        old = cut(batch.old_logprobs, rows, width)
+        old = take_rows(batch.old_logprobs, rows, width)
         weights = aggregation_weights(mask, stage.aggregation)
         loss, stats = policy_loss(
             logprobs,
             old,
-            cut(batch.advantages, rows, width),
+            take_rows(batch.advantages, rows, width),
             mask,
             kind=stage.policy_loss,
             cliprange=stage.cliprange,
@@ -226,7 +227,7 @@ class OptimizerStep:
             return loss
         kl = kl_loss(
             logprobs,
-            cut(batch.ref_logprobs, rows, width),
+            take_rows(batch.ref_logprobs, rows, width),
             old,
             mask,
             estimator=stage.kl_loss_estimator,
@@ -247,7 +248,7 @@ class OptimizerStep:
             return weights
         importance = importance_weights(
             old,
-            cut(self.batch.rollout_logprobs, rows, old.shape[1]),
+            take_rows(self.batch.rollout_logprobs, rows, old.shape[1]),
             stage.importance_cap,
             floor=stage.importance_floor,
             mode=stage.importance_mode,
@@ -267,7 +268,7 @@ class OptimizerStep:
         position = {row: i for i, row in enumerate(rows)}
         own = [(position[a], position[b]) for a, b in pairs if a in position]
         better, worse = [a for a, _ in own], [b for _, b in own]
-        ref_logprobs = cut(self.batch.ref_logprobs, rows, width)
+        ref_logprobs = take_rows(self.batch.ref_logprobs, rows, width)
         sums = torch.where(mask, logprobs, 0.0).sum(dim=1)
         ref = torch.where(mask, ref_logprobs, 0.0).sum(dim=1)
         lengths = mask.sum(dim=1).float()
@@ -288,7 +289,7 @@ class OptimizerStep:
         loss = loss.sum() / self.pairs
         ratios = (sums[better] - ref[better]) - (sums[worse] - ref[worse])
         margins = stage.dpo_beta * ratios.detach()
-        old = cut(self.batch.old_logprobs, rows, width)
+        old = take_rows(self.batch.old_logprobs, rows, width)
         approxkl = masked_sum(kl_per_token(old, logprobs.detach(), KLEstimator.k3), mask)
         self.sums.add(
             policy=loss.detach(),
@@ -306,8 +307,8 @@ class OptimizerStep:
         width = values.shape[1]
         loss, clipped = value_loss(
             values,
-            cut(batch.values, rows, width),
-            cut(batch.returns, rows, width),
+            take_rows(batch.values, rows, width),
+            take_rows(batch.returns, rows, width),
             mask,
             cliprange_value=stage.cliprange_value,
             denominator=self.tokens,

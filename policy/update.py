@@ -41,8 +41,8 @@ def update(
     """
     _training_mode(models)
     brake = brake or Brake(None, None, 1)
-    measures = batch.old_logprobs is None
-    if measures:
+    only_pass = batch.old_logprobs is None
+    if only_pass:
         _make_room(batch, reference=models.reference is not None)
     history: list[dict[str, float]] = []
     stopped = skipped = 0.0
@@ -54,7 +54,7 @@ def update(
             kl_coef=kl_coef,
             constant_length=constant_length,
             train_policy=train_policy,
-            measures=measures,
+            only_pass=only_pass,
             brake=brake,
         )
         try:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from policy.agreement import can_share_prompts
 from policy.batching import Batch, collate, pack, pack_groups, pack_length
-from policy.forward import Layout, plan
+from policy.forward import Layout, plan_passes
 from policy.model import PolicyModule
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3], [4, 5]]
@@ -116,7 +116,7 @@ def test_no_micro_batch_of_shared_prompts_is_above_the_budget() -> None:
     batch = collate([[1] * 3000] * 16, [[2] * 1000] * 16, 0)
     layout = Layout(4096, shared=True, hidden_size=4096)
     prompts, responses = [3000] * 16, [1000] * 16
-    for packs in plan(batch, torch.zeros(16, dtype=torch.long), list(range(16)), layout):
+    for packs in plan_passes(batch, torch.zeros(16, dtype=torch.long), list(range(16)), layout):
         longest = max(pack_length(part, prompts, responses) for part in packs)
         assert len(packs) * longest <= 4096
 
