@@ -16,11 +16,12 @@ from rlhf.data.aggregation import (
     votes_by_item,
 )
 from rlhf.data.agreement import Label, Level, agreement
-from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.items import Context, Item, require_free
 from rlhf.data.prepare.judgements import by_side, reject, settled, subjects, typed
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
+GIVEN = "annotators"  # the column that says how many labels an item has
 
 
 def _annotator_figures(annotator: Annotator) -> dict[str, Any]:
@@ -58,9 +59,12 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
 
     Agreement and annotators go into the figures. An item that a person has decided in a review
     stays as it is and is counted in none of them. Raises UserError as `subjects`, and for labels
-    that don't fit the level.
+    that don't fit the level, and where rows have the columns already that are written.
     """
     judged = subjects(items, options, context)
+    rows = [row for subject in judged for row in subject.rows]
+    require_free(rows, options.confidence, "aggregate", "; or name another by confidence")
+    require_free(rows, GIVEN, "aggregate")
     if options.tie_label is not None and by_side(options, context.kind):
         raise UserError(
             f"step aggregate: tie_label={options.tie_label!r}: a pair is chosen and rejected and "
@@ -103,7 +107,7 @@ def aggregate(options: Aggregate, items: Iterator[Item], context: Context) -> It
             label,
             options,
             context.kind,
-            {options.confidence: confidence, "annotators": given},
+            {options.confidence: confidence, GIVEN: given},
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from conf.preparation.sampling import Balance, Balancing, Grouping
 from rlhf.data.prepare.clusters import members
-from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.items import Context, Item, require_free
 from rlhf.data.prepare.texts import sides
 from rlhf.data.prepare.vectors import reduced, vectors
 from rlhf.process.wording import describe, nearest
@@ -90,7 +90,9 @@ def _copies(rows: Sequence[int], count: int, rng: random.Random) -> list[int]:
 
 
 def balance(options: Balance, items: Iterator[Item], context: Context) -> Iterator[Item]:
-    """Even out the training rows: by weights, by copies, or by leaving rows out."""
+    """Even out the training rows: by weights, by copies, or by leaving rows out. Raises UserError
+    for weights of rows that have some already.
+    """
     everything = list(items)
     train = [item for item in everything if item.split == "train"]
     if not train:
@@ -107,6 +109,7 @@ def balance(options: Balance, items: Iterator[Item], context: Context) -> Iterat
         groups = cluster_groups(matrix, options, context.seed)
     context.figures["before"] = _counts(groups)
     if options.how is Balancing.weight:
+        require_free(train, WEIGHT, "balance", "; how=over or under leaves weights as they are")
         for item, weight in zip(train, weights(groups), strict=True):
             item.columns[WEIGHT] = round(weight, 6)
         yield from everything

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from conf.preparation.base import StepOptions
+from rlhf.data.calls import is_nothing
 from rlhf.data.formats.base import CONTENT, Use
 from rlhf.data.messages import texts_of_message, with_texts
-from rlhf.types import Message
+from rlhf.types import Message, UserError
 
 # (a reward model's directory, [(prompt, chosen, rejected, tools)]) -> [(score of chosen, score of
 # rejected)]
@@ -69,6 +70,19 @@ class Step(Protocol[Options_contra]):
     def __call__(
         self, options: Options_contra, items: Iterator[Item], context: Context
     ) -> Iterator[Item]: ...
+
+
+def require_free(items: Iterable[Item], column: str, step: str, cure: str = "") -> None:
+    """Raises UserError where a row has a column of its own, `column`, that `step` is to write.
+    `cure`: what else than renaming the column helps.
+    """
+    for item in items:
+        if not is_nothing(item.columns.get(column)):
+            raise UserError(
+                f"step {step}: {item.place} has a column {column!r} already, which the step would "
+                f"write over. data.columns='{{own_{column}: {column}}}' keeps a file's column "
+                f"under that name{cure}."
+            )
 
 
 def parts(columns: dict[str, Any]) -> list[tuple[str, str]]:

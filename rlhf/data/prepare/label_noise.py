@@ -23,7 +23,7 @@ import numpy as np
 
 from conf.preparation.annotation import Contradicted, LabelNoise
 from rlhf.data.formats import Use
-from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.items import Context, Item, require_free
 from rlhf.data.rows import finite
 from rlhf.process.files import sha256
 from rlhf.process.libraries import require
@@ -31,6 +31,7 @@ from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
 LEAST = 2  # labels of a kind, below which no threshold can be told
+FLAGS = ("label_noise", "label_quality")  # columns of action=flag
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
@@ -196,11 +197,15 @@ def label_noise(options: LabelNoise, items: Iterator[Item], context: Context) ->
     result into columns.
 
     The column label_quality is the model's probability that the label is right; label_noise says
-    whether confident learning contradicts the label.
+    whether confident learning contradicts the label. Raises UserError where rows have one of them
+    already.
     """
     rows = list(items)
     if not rows:
         return
+    if options.action is Contradicted.flag:
+        for column in FLAGS:
+            require_free(rows, column, "label_noise")
     issues, right = judge(options, rows, context)
     context.figures.update(
         rows=len(rows),
@@ -220,7 +225,7 @@ def label_noise(options: LabelNoise, items: Iterator[Item], context: Context) ->
                 )
                 continue
         elif options.action is Contradicted.flag:
-            item.columns = {**item.columns, "label_noise": issue, "label_quality": quality}
+            item.columns = {**item.columns, **dict(zip(FLAGS, (issue, quality), strict=True))}
         else:
             item.columns = {**item.columns, "weight": _weight(item) * quality}
         yield item

@@ -6,7 +6,7 @@ from typing import Any
 
 from conf.preparation.cleaning import Perplexity
 from conf.schema import ModelConfig
-from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.items import Context, Item, require_free
 from rlhf.data.prepare.quality import extremes, filter_scored
 from rlhf.data.prepare.texts import imitated
 
@@ -80,10 +80,12 @@ def perplexity(options: Perplexity, items: Iterator[Item], context: Context) -> 
     from rlhf.process import distributed
 
     check_model_path(options.model, "step perplexity: model")
+    rows = list(items)
+    if options.column is not None:
+        require_free(rows, options.column, "perplexity", "; or name another by column")
     config = ModelConfig(path=options.model)
     tokenizer = load_tokenizer(config)
     model = load_causal_lm(config, tokenizer).to(distributed.device()).eval()
-    rows = list(items)
     texts = ["\n".join(imitated(row.columns, options.part, context.kind).values()) for row in rows]
     limit = min(
         options.max_tokens,

@@ -14,7 +14,7 @@ from typing import Any
 
 from conf.preparation.cleaning import Quality, Tfidf
 from rlhf.data.formats import Use
-from rlhf.data.prepare.items import Context, Item
+from rlhf.data.prepare.items import Context, Item, require_free
 from rlhf.data.prepare.texts import imitated, imitated_parts, ngrams
 from rlhf.data.prepare.words import (
     MARKS,
@@ -335,9 +335,11 @@ def filter_scored(
 
 def tfidf(options: Tfidf, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Leave out the rows with the lowest and the highest scores; rows with nothing to
-    imitate pass.
+    imitate pass. Raises UserError where rows have the score's column already.
     """
     rows = list(items)
+    if options.column is not None:
+        require_free(rows, options.column, "tfidf", "; or name another by column")
     texts = [imitated(row.columns, options.part, context.kind) for row in rows]
     judged = [index for index, text in enumerate(texts) if text]
     scores = list(map(float, tfidf_scores(["\n".join(texts[i].values()) for i in judged])))
