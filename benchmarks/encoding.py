@@ -136,7 +136,7 @@ def measure_ours(folder: Path, kind: str) -> Measured:
 
     from rlhf.data import reading
     from rlhf.data.formats import Use
-    from rlhf.stages import reward, sft
+    from rlhf.rows import pairs, sft
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     request = request_for(folder, kind)
@@ -153,7 +153,7 @@ def measure_ours(folder: Path, kind: str) -> Measured:
         if kind == "sft":
             return lengths(sft.read(request, tokenizer).train, "input_ids")
         if kind == "pairs":
-            return lengths(reward.read(request, tokenizer)[0].data, "chosen_ids")
+            return lengths(pairs.read(request, tokenizer).train, "chosen_ids")
         return [len(prompt.token_ids) for prompt in reading.prompts(request, tokenizer)[:_FEW]]
 
     began, cpu_began = time.perf_counter(), cpu_s()

@@ -146,6 +146,10 @@ class PreferenceLoss(Enum):
     sft = "sft"
 
 
+# Losses that sort the pairs of a batch, so that no pair has a loss of its own.
+SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
+
+
 class FDivergence(Enum):
     """What DPO keeps policy and reference close by, in TRL's names (arXiv:2309.16240)."""
 

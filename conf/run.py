@@ -136,6 +136,11 @@ class WatchConfig:
         0.05, "Share of the first steps' entropy, for the rule entropy.", above=0, below=1
     )
 
+    @property
+    def has_judge(self) -> bool:
+        """Whether held-out prompts are judged."""
+        return self.judge_path is not None or self.judge_function is not None
+
     def __post_init__(self) -> None:
         check_options(self, "stage.watch")
         check(

@@ -16,10 +16,11 @@ def stage_module(preset: str) -> ModuleType:
 
     Its name is a string, so that a stage loads no other stage's libraries.
     """
-    return _module(module_name(preset))
+    return stage_modules(module_name(preset))
 
 
-def _module(name: str) -> ModuleType:
+def stage_modules(name: str) -> ModuleType:
+    """The module `name` of rlhf/stages/, imported."""
     return importlib.import_module(f"rlhf.stages.{name}")
 
 
@@ -29,7 +30,7 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
     """
     from rlhf.cli import execute as execution
 
-    execution.execute(cfg, argv, _module)
+    execution.execute(cfg, argv, stage_modules)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

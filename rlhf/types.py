@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
 
 if TYPE_CHECKING:  # for annotations only: the command line's list and help need no torch
+    import datasets
     import torch
+
+    from conf.schema import Config
 
 
 class UserError(Exception):
@@ -65,6 +68,10 @@ class Message(TypedDict, total=False):
     reasoning_content: str  # what the assistant thought before it answered
     train: bool  # false: this assistant's turn is context only
 
+
+# Columns of encoded rows that reach the loss: what a row weighs, and the probability that a pair's
+# chosen answer is the better one.
+WEIGHT, SOFT_LABEL = "weight", "soft_label"
 
 # What a template shows of the functions that may be called: JSON schemas, as OpenAI has them.
 Tools = list[dict[str, Any]]
@@ -127,6 +134,47 @@ class JudgedAnswer:
     good: bool
     weight: float | None = None  # in the loss; None: like every other row
     tools: Tools | None = None  # functions that the answer may call
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRows:
+    """What a stage on TRL's trainers trains on: rows of token ids, and the tokenizer that made
+    them.
+    """
+
+    tokenizer: Any
+    train: "datasets.Dataset"
+    held_out: "datasets.Dataset"
+    longest: int  # tokens of the longest sequence that a trainer builds of these rows
+    files: tuple[Path, ...]  # that were read
+    contexts: tuple[list[int], ...] = ()  # token ids that the trained policy's samples go on from
+    conversational: bool = False  # conversations rather than texts
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompts:
+    """What an online stage samples responses to, and the tokenizer of its policy."""
+
+    tokenizer: Any
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]  # for the watch's judge; empty where it has none
+    files: tuple[Path, ...]  # that were read
+
+
+class RowReader(Protocol):
+    """Reads a stage's files and encodes their rows, before the stage loads any weights. The one
+    there is: rlhf/stages/rows.py. So nothing that trains depends on formats of files.
+    """
+
+    def read_rows(self, cfg: "Config", micro: int) -> EncodedRows:
+        """Rows for a stage on TRL's trainers, `micro` of them in a forward pass. Raises
+        UserError.
+        """
+        ...
+
+    def read_prompts(self, cfg: "Config") -> EncodedPrompts:
+        """Prompts for an online stage. Raises UserError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

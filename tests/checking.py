@@ -1,10 +1,11 @@
 """The checks of a configuration, as the command line runs them before a stage."""
 
 from conf.schema import Config
-from rlhf.__main__ import stage_module
+from rlhf.__main__ import stage_modules
 from rlhf.checks import launch
+from rlhf.cli import execute
 
 
 def check(cfg: Config) -> list[str]:
-    """The notes of the stage's own check. Raises UserError."""
-    return launch.check_stage(stage_module(cfg.stage.name).check, cfg)
+    """The notes of the stage's checks. Raises UserError."""
+    return launch.check_stage(execute.checks_of(cfg.stage, stage_modules), cfg)

@@ -31,16 +31,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SIDE_BY_SIDE, BASE),
     "rlhf.data": BASE,
     "rlhf.labels": (*BASE, "rlhf.data"),
+    "rlhf.rows": (*BASE, "rlhf.data"),
     "rlhf.run": BASE,
-    "rlhf.checks": (*BASE, "rlhf.run", "rlhf.data"),
-    "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks", "rlhf.data"),
-    "rlhf.online": (*BASE, *SIDE_BY_SIDE, "rlhf.run", "rlhf.data", "rlhf.checks"),
-    "rlhf.offline": (*BASE, *SIDE_BY_SIDE, "rlhf.run", "rlhf.data", "rlhf.checks"),
+    "rlhf.checks": (*BASE, "rlhf.run"),
+    "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
+    # what trains knows no format of a file: its rows are given to it (rlhf/stages/rows.py)
+    "rlhf.online": (*BASE, *SIDE_BY_SIDE, "rlhf.run", "rlhf.checks"),
+    "rlhf.offline": (*BASE, *SIDE_BY_SIDE, "rlhf.run", "rlhf.checks"),
     "rlhf.stages": (
         *BASE,
         *SIDE_BY_SIDE,
         "rlhf.run",
         "rlhf.data",
+        "rlhf.rows",
         "rlhf.labels",
         "rlhf.checks",
         "rlhf.cli",
@@ -61,9 +64,11 @@ SOLE_IMPORTER = {
 # The one module that names a module of ours as a string: the stage that the command line asks for.
 NAMES_A_STAGE = "rlhf/__main__.py"
 
-# Modules of ours that a command reaches, all imports followed, those inside functions too; packages
-# without code don't count. Lower a bound when a stage reaches less: the aim is 90, 70 and 70.
-MOST_REACHED = {"online": 134, "sft": 104, "reward": 107}
+# Modules of ours that a stage reaches, all imports followed, those inside functions too; packages
+# without code don't count. The aim for online is 90.
+MOST_REACHED = {"online": 93, "sft": 70, "reward": 70, "preference": 70}
+# The same for the steps that rlhf/cli/execute.py takes before a stage trains.
+STEPS_REACH = {"rows": 81, "memory": 54}
 
 
 @dataclass(frozen=True)
@@ -250,12 +255,21 @@ def test_no_module_of_ours_is_imported_by_name() -> None:
     assert {item.path for item in strings} <= {NAMES_A_STAGE}, "\n".join(map(str, strings))
 
 
+def closure(*starts: str) -> list[str]:
+    """Modules with code that the `starts` reach; prints them."""
+    modules = [module for module in reached(house(), *starts) if not is_empty_package(module)]
+    print(f"{starts[-1]}: {len(modules)} modules\n" + "\n".join(sorted(modules)))
+    return modules
+
+
 @pytest.mark.parametrize(("stage", "most"), MOST_REACHED.items())
 def test_a_stage_reaches_few_modules(stage: str, most: int) -> None:
-    everything = reached(house(), "rlhf.__main__", f"rlhf.stages.{stage}")
-    modules = {module for module in everything if not is_empty_package(module)}
-    print(f"rlhf.stages.{stage}: {len(modules)} modules\n" + "\n".join(sorted(modules)))
-    assert len(modules) <= most
+    assert len(closure("rlhf.__main__", f"rlhf.stages.{stage}")) <= most
+
+
+@pytest.mark.parametrize(("step", "most"), STEPS_REACH.items())
+def test_a_step_before_a_stage_reaches_few_modules(step: str, most: int) -> None:
+    assert len(closure(f"rlhf.stages.{step}")) <= most
 
 
 @pytest.mark.parametrize(("library", "path"), SOLE_IMPORTER.items())

@@ -230,7 +230,8 @@ def train(
     """
     from rlhf.checks import launch
     from rlhf.checks.launch import count_steps
-    from rlhf.stages import reward
+    from rlhf.stages import memory, reward
+    from rlhf.stages import rows as stage_rows
 
     cfg = config.compose(["stage=reward", *base])
     data = write_rows(folder / "train.jsonl", rows)
@@ -245,8 +246,8 @@ def train(
     )
     # One evaluation, after the last step: held-out pairs must choose nothing.
     cfg.stage.steps = cfg.stage.eval_steps = count_steps(cfg.stage, len(rows))
-    launch.check_stage(reward.check, cfg)
-    reward.run(RunContext.open(cfg))
+    launch.check_stage([reward.check, stage_rows.check, memory.check], cfg)
+    reward.run(RunContext.open(cfg), stage_rows)
     directory = folder / "reward"
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     return float(summary["metrics"]["eval/accuracy"]), directory / "model"

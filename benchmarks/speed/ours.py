@@ -21,6 +21,7 @@ from rlhf.online.loop import Loop
 from rlhf.online.setup import build
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from rlhf.stages import rows as stage_rows
 
 
 def overrides(case: Case, folder: Path) -> list[str]:
@@ -95,7 +96,7 @@ def main() -> None:
     cfg = config.compose(overrides(case, folder))
     distributed.set_threads(cfg.engine.threads)
     ctx = RunContext.open(cfg, ())
-    parts = build(ctx)
+    parts = build(ctx, stage_rows)
     loop = Loop(ctx, parts)
     parts.sync.send(0)
     numbers = itertools.count()

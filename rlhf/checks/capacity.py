@@ -4,23 +4,32 @@ anything loads.
 
 import bisect
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.choices import AdapterKind, Advantage, CriticInit, Dtype, EngineKind, KTOLoss
-from conf.schema import AdapterConfig, Config, ModelConfig, critic_adapter
+from conf.choices import (
+    Advantage,
+    CriticInit,
+    Dtype,
+    EngineKind,
+    KTOLoss,
+    ModelKind,
+)
+from conf.schema import AdapterConfig, Config, ModelConfig, RolloutConfig, critic_adapter
 from conf.stages import KTOStage, OfflineStage, OnlineStage
 from conf.training import TrainStage
-from rlhf.checks.launch import counts_rows
+from rlhf.checks.launch import counts_rows, runs_vllm
 from rlhf.checks.memory import moments
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes, adapter_parameters, can_plan, shapes_of
 from rlhf.checks.memory.states import GIB
-from rlhf.models.directories import START, contents
+from rlhf.models.directories import START, contents, trains_on_adapter
 from rlhf.models.loading import resolve_dtype, starts_whole
 from rlhf.process import distributed
+from rlhf.process.files import json_object
 from rlhf.run.directory import CHECKPOINTS, run_directory
 from rlhf.types import UserError
 
@@ -164,9 +173,7 @@ def writes_start(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) 
     """
     if isinstance(stage, OnlineStage):
         return not starts_whole(model)
-    if adapter.kind is AdapterKind.none or model.path is None:
-        return False
-    return bool(contents(model.path).adapters)
+    return trains_on_adapter(model.path, adapter)
 
 
 def start_note(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) -> list[str]:
@@ -273,3 +280,56 @@ def size_of(folder: Path) -> int:
 def existing_parent(path: Path) -> Path:
     """The nearest directory that exists: where a run directory would be made."""
     return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+# ---- the generator's cache ----
+
+
+def check_cache(rollout: RolloutConfig, model: ModelConfig, max_prompt_length: int) -> None:
+    """vLLM's cache on a CPU holds one prompt with its response, in tokens. On a GPU, where
+    vLLM's share of the device also holds the weights, the memory plan tells. Raises UserError.
+    """
+    import torch
+
+    if not runs_vllm(rollout.backend) or torch.cuda.is_available():
+        return
+    per_token = cache_bytes_per_token(model)
+    if per_token is None:
+        return
+    needed = per_token * (max_prompt_length + rollout.max_response_length) / GIB
+    if needed > rollout.kv_cache_gib:
+        raise UserError(
+            f"rollout.kv_cache_gib={rollout.kv_cache_gib:g} doesn't hold one sequence: "
+            f"data.max_prompt_length={max_prompt_length} + "
+            f"rollout.max_response_length={rollout.max_response_length} tokens take "
+            f"{needed:.3g} GiB. "
+            f"Set rollout.kv_cache_gib={math.ceil(needed * 10) / 10:g} or more, or lower the "
+            "lengths."
+        )
+
+
+def cache_bytes_per_token(model: ModelConfig) -> int | None:
+    """Bytes of a token's keys and values in all layers, by the model's config.json; None where
+    there is none to read, or one that names its sizes otherwise.
+    """
+    width = 2 if model.dtype in (Dtype.bfloat16, Dtype.float16) else 4
+    if model.path is None:
+        if model.kind is not ModelKind.tiny:
+            return None
+        return 2 * model.tiny.layers * model.tiny.hidden_size * width
+    config_path = Path(contents(model.path).weights) / "config.json"
+    if not config_path.is_file():
+        return None
+    content = json_object(config_path, "this model can't be loaded")
+    sizes = []
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        value = content.get(name)
+        if not isinstance(value, int) or value < 1:  # another family's names
+            return None
+        sizes.append(value)
+    layers, heads, hidden = sizes
+    size = content.get("head_dim") or hidden // heads
+    kv_heads = content.get("num_key_value_heads") or heads
+    if not isinstance(size, int) or not isinstance(kv_heads, int):
+        return None
+    return 2 * layers * kv_heads * size * width

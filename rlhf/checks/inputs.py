@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import ModelKind
-from conf.schema import Config, DataConfig, ModelConfig
-from rlhf.data import reading
+from conf.schema import DataConfig, ModelConfig
 from rlhf.models.directories import check_model_path, contents
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.templates import template_text
@@ -175,14 +174,6 @@ def check_sequence_length(
 
 
 # ---- data ----
-
-
-def check_rows(cfg: Config) -> None:
-    """Training files exist, are not empty, and their first rows fit the stage. Raises UserError."""
-    check_template(cfg.data)
-    reading.required_sources(reading.DataRequest.of(cfg))
-    reading.check_first_rows(reading.DataRequest.of(cfg))
-    refuse_pipeline(cfg.data, cfg.stage.name)
 
 
 def check_template(data: DataConfig) -> None:

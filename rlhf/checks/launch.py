@@ -8,20 +8,19 @@ tell is checked where they are loaded.
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.choices import (
+    SORTING,
     AdapterKind,
     Dtype,
     EngineKind,
     KTOLoss,
     LoraSync,
-    ModelKind,
     Offload,
     OnNonFinite,
-    PreferenceLoss,
     RolloutBackend,
 )
 from conf.online import OnlineStage
@@ -29,22 +28,18 @@ from conf.schema import (
     AdapterConfig,
     Config,
     EngineConfig,
-    ModelConfig,
     RolloutConfig,
     generator_of,
     merges_lora,
     vllm_lora_rank,
 )
 from conf.stages import KTOStage, OfflineStage, PreferenceStage
-from rlhf.checks.memory.states import GIB
-from rlhf.models.directories import contents
 from rlhf.process import distributed
-from rlhf.process.files import json_object
 from rlhf.run import directory
 from rlhf.run.tracking import tracker
 from rlhf.types import UserError
 
-SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)  # losses that sort a batch's pairs
+Check = Callable[[Config], list[str]]  # notes worth a warning; raises UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +208,9 @@ def check_nonfinite(on_nonfinite: OnNonFinite, engine: EngineConfig, dtype: Dtyp
         )
 
 
-def check_stage(stage_check: Callable[[Config], list[str]], cfg: Config) -> list[str]:
-    """Run `stage_check`, then look at the tracker and the run directory. Returns notes worth a
-    warning, on the main rank only.
+def check_stage(checks: Iterable[Check], cfg: Config) -> list[str]:
+    """Run the `checks` of a stage in their order, then look at the tracker and the run directory.
+    Returns notes worth a warning, on the main rank only.
 
     Raises UserError on every rank alike, with the message of the first rank that has one: a rank
     whose disk lacks a file must not leave the others waiting, and no rank may open the run
@@ -224,7 +219,8 @@ def check_stage(stage_check: Callable[[Config], list[str]], cfg: Config) -> list
     notes: list[str] = []
     problem: str | None = None
     try:
-        notes = stage_check(cfg)
+        for check in checks:
+            notes += check(cfg)
         # rank 0 alone writes
         if distributed.is_main() and not cfg.run.dry_run:
             tracker.check(cfg.tracking)
@@ -277,53 +273,3 @@ def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
             vllm_lora_rank(adapter.rank, most)
         except ValueError as error:
             raise UserError(str(error)) from error
-
-
-def check_cache(rollout: RolloutConfig, model: ModelConfig, max_prompt_length: int) -> None:
-    """vLLM's cache on a CPU holds one prompt with its response, in tokens. On a GPU, where
-    vLLM's share of the device also holds the weights, the memory plan tells. Raises UserError.
-    """
-    import torch
-
-    if not runs_vllm(rollout.backend) or torch.cuda.is_available():
-        return
-    per_token = cache_bytes_per_token(model)
-    if per_token is None:
-        return
-    needed = per_token * (max_prompt_length + rollout.max_response_length) / GIB
-    if needed > rollout.kv_cache_gib:
-        raise UserError(
-            f"rollout.kv_cache_gib={rollout.kv_cache_gib:g} doesn't hold one sequence: "
-            f"data.max_prompt_length={max_prompt_length} + "
-            f"rollout.max_response_length={rollout.max_response_length} tokens take "
-            f"{needed:.3g} GiB. "
-            f"Set rollout.kv_cache_gib={math.ceil(needed * 10) / 10:g} or more, or lower the "
-            "lengths."
-        )
-
-
-def cache_bytes_per_token(model: ModelConfig) -> int | None:
-    """Bytes of a token's keys and values in all layers, by the model's config.json; None where
-    there is none to read, or one that names its sizes otherwise.
-    """
-    width = 2 if model.dtype in (Dtype.bfloat16, Dtype.float16) else 4
-    if model.path is None:
-        if model.kind is not ModelKind.tiny:
-            return None
-        return 2 * model.tiny.layers * model.tiny.hidden_size * width
-    config_path = Path(contents(model.path).weights) / "config.json"
-    if not config_path.is_file():
-        return None
-    content = json_object(config_path, "this model can't be loaded")
-    sizes = []
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-        value = content.get(name)
-        if not isinstance(value, int) or value < 1:  # another family's names
-            return None
-        sizes.append(value)
-    layers, heads, hidden = sizes
-    size = content.get("head_dim") or hidden // heads
-    kv_heads = content.get("num_key_value_heads") or heads
-    if not isinstance(size, int) or not isinstance(kv_heads, int):
-        return None
-    return 2 * layers * kv_heads * size * width

@@ -11,7 +11,7 @@ from typing import Any
 from conf import published
 from conf.choices import Recipe
 from conf.schema import Config
-from conf.stages import OfflineStage
+from conf.stages import TrainStage
 from rlhf.cli.presets import module_name, stage_schema
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
@@ -21,8 +21,9 @@ from rlhf.process.supervision import Watchdog
 Modules = Callable[[str], Any]
 
 LOG = logging.getLogger("rlhf")
-# Modules of rlhf/stages/ that are no stages: what only some runs need is imported by them alone.
-_DRY_RUN, _RECIPE = "dry_run", "recipe"
+# Modules of rlhf/stages/ that are no stages. A stage that trains gets its rows by the first, and is
+# looked at by the second; the others are for the runs that ask for them.
+_ROWS, _MEMORY, _DRY_RUN, _RECIPE = "rows", "memory", "dry_run", "recipe"
 # torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
 # load a model
 _WITHOUT_TORCH = ("chain", "data")
@@ -48,11 +49,21 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
             distributed.set_threads(cfg.engine.threads)
     if cfg.run.dry_run:
         if distributed.is_main():
-            modules(_DRY_RUN).show(cfg, argv, stage)
+            modules(_DRY_RUN).show(cfg, argv)
     elif schema == "doctor":
         stage.run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
     else:
-        _run(cfg, argv, stage)
+        _run(cfg, argv, stage, modules)
+
+
+def checks_of(stage: Any, modules: Modules) -> list[Any]:
+    """The checks of a stage, given by its options: its own, then those of its rows and of its
+    memory where it trains.
+    """
+    checks = [modules(module_name(stage.name)).check]
+    if isinstance(stage, TrainStage):
+        checks += [modules(_ROWS).check, modules(_MEMORY).check]
+    return checks
 
 
 def _checked(cfg: Config, name: str, modules: Modules) -> Any:
@@ -72,8 +83,9 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
             modules(_RECIPE).ensure(cfg)
         watchdog.phase("preflight")
         stage = modules(name)
-        _choose_micro_batch(cfg)
-        for note in launch.check_stage(stage.check, cfg):
+        if isinstance(cfg.stage, TrainStage):
+            modules(_MEMORY).choose_micro_batch(cfg)
+        for note in launch.check_stage(checks_of(cfg.stage, modules), cfg):
             LOG.warning(note)
         rates = published.taken(cfg.stage, cfg.adapter.kind)
         if rates and distributed.is_main():
@@ -81,26 +93,7 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
     return stage
 
 
-def _choose_micro_batch(cfg: Config) -> None:
-    """Set engine.micro_batch_tokens or micro_batch_size, where both are left out, to what the
-    memory plan says fits.
-
-    Rank 0 decides for all: the split changes no update, but the ranks must agree on it.
-    """
-    if not isinstance(cfg.stage, OfflineStage):
-        return
-    from rlhf.checks.capacity import fitting_micro_batch
-
-    chosen = distributed.broadcast(fitting_micro_batch(cfg) if distributed.is_main() else None)
-    if chosen is None:
-        return
-    option, size = chosen
-    setattr(cfg.engine, option, size)
-    if distributed.is_main():
-        LOG.info("engine.%s=%d: the largest that the memory plan says fits", option, size)
-
-
-def _run(cfg: Config, argv: Sequence[str], stage: Any) -> None:
+def _run(cfg: Config, argv: Sequence[str], stage: Any, modules: Modules) -> None:
     from rlhf.run.context import RunContext
 
     with Watchdog(cfg.run.phase_timeout_s) as watchdog:
@@ -108,4 +101,7 @@ def _run(cfg: Config, argv: Sequence[str], stage: Any) -> None:
         # stages whose checkpoints depend on the number of ranks have such a function
         adapt = getattr(stage, "adapt_checkpoint", None)
         ctx = RunContext.open(cfg, argv, adapt)
-    stage.run(ctx)
+    if isinstance(cfg.stage, TrainStage):
+        stage.run(ctx, modules(_ROWS))
+    else:
+        stage.run(ctx)

@@ -30,11 +30,10 @@ from rlhf.data.sources import train_sources
 from rlhf.models.templates import template_reads
 from rlhf.process import distributed
 from rlhf.process.wording import describe
-from rlhf.types import UserError
+from rlhf.types import SOFT_LABEL, UserError
 
 LOG = logging.getLogger("rlhf.data")
 REJECTED_FILE = "data_rejected.jsonl"
-SOFT_LABEL = "soft_label"  # column
 _IDENTITIES = ("name", "tool_call_id")  # of messages: few templates show them
 _SHOWN = 3  # rejected rows quoted in an error
 _OF_PAIRS = (RewardStage, PreferenceStage, CPOStage, ORPOStage)

@@ -20,7 +20,6 @@ from rlhf.data.converting import PROBE, Record, shape_of, tell_columns
 from rlhf.data.formats import Use, texts_in
 from rlhf.data.formats.base import both_sides
 from rlhf.data.loading import (
-    SOFT_LABEL,
     DataRequest,
     Loaded,
     convert,
@@ -34,7 +33,7 @@ from rlhf.data.prepare.held import gathered, mapped, picked
 from rlhf.data.prompts import prompt_id, stable_hash, tokenised
 from rlhf.data.sources import eval_sources, given, train_sources
 from rlhf.process import distributed
-from rlhf.types import JudgedAnswer, PreferencePair, Prompt, UserError
+from rlhf.types import SOFT_LABEL, JudgedAnswer, PreferencePair, Prompt, UserError
 
 __all__ = [
     "DataRequest",

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.choices import AdapterKind
+from conf.schema import AdapterConfig
 from rlhf.process import files
 from rlhf.types import UserError
 
@@ -112,6 +114,13 @@ def contents(path: str | Path, key: str = "model.path") -> Contents:
         adapters.append(adapter)
         where = adapter.base
         name = f"{directory / ADAPTER_CONFIG}: base_model_name_or_path={where}"
+
+
+def trains_on_adapter(path: str | None, adapter: AdapterConfig) -> bool:
+    """Whether a new adapter would stand on the adapter that the model's `path` holds."""
+    if adapter.kind is AdapterKind.none or path is None:
+        return False
+    return bool(contents(path).adapters)
 
 
 def fingerprint(path: str | Path) -> str | None:

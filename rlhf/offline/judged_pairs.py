@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from reward.model import score_ids
-from rlhf.offline.row_weights import SOFT_LABEL
 from rlhf.process import distributed
-from rlhf.types import UserError
+from rlhf.types import SOFT_LABEL, UserError
 
 _CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval
 _SAMPLES = 8  # held-out pairs in samples.jsonl

@@ -3,28 +3,22 @@ checks, their reference, and their trainers, configured with the stage's options
 """
 
 import copy
-import logging
-from collections.abc import Sequence
 from typing import Any
 
 import datasets
 from trl import DPOConfig, KTOConfig
 
-from conf.choices import AdapterKind, FDivergence, KTOLoss, PreferenceLoss
+from conf.choices import SORTING, AdapterKind, FDivergence, KTOLoss
 from conf.schema import AdapterConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage
 from policy.model import is_peft
-from rlhf.checks.launch import SORTING
-from rlhf.data.converting import Record
+from rlhf.models.encoding import IGNORED
 from rlhf.offline.kto import KLPairs
 from rlhf.offline.likelihood import CPO, DPO, ORPO
-from rlhf.offline.pairs import labelled
 from rlhf.offline.private_hooks import CPOConfig, DataCollatorForUnpairedPreference, ORPOConfig
-from rlhf.offline.row_weights import COLUMN
 from rlhf.offline.trainers import KTO, StageTrainer
-from rlhf.types import UserError
+from rlhf.types import WEIGHT, UserError
 
-LOG = logging.getLogger("rlhf.stages")
 AnyPreferenceStage = PreferenceStage | KTOStage | CPOStage | ORPOStage
 
 
@@ -65,28 +59,6 @@ def sorting_note(stage: PreferenceStage, rows: int) -> list[str]:
         f"stage.losses: {', '.join(names)} sorts the pairs of one forward pass, which "
         f"are {rows} of stage.batch_size={stage.batch_size}."
     ]
-
-
-def check_row_weights(
-    column: str | None, losses: list[PreferenceLoss], rows: Sequence[Record]
-) -> None:
-    """Log what the rows' weights do. Raises UserError for losses that compare the sorted rows of a
-    batch. column: ``data.weight_column``.
-    """
-    if COLUMN not in rows[0].value:
-        return
-    sorting = [loss.value for loss in losses if loss in SORTING]
-    if sorting:
-        raise UserError(
-            f"stage.losses={sorting[0]} sorts the rows of a batch, so no row has a loss that its "
-            f"weight (column {column!r}) could multiply. "
-            "Use another loss, or set data.weight_column=null to weigh all rows the same."
-        )
-    LOG.info(
-        "the column %r multiplies each row's gradient; the losses that are logged weigh all rows "
-        "the same",
-        column,
-    )
 
 
 # ---- trainers ----
@@ -141,6 +113,23 @@ def make_trainer(
     if isinstance(stage, ORPOStage):
         return ORPO(args=ORPOConfig(**_own_columns(arguments), beta=stage.beta), **given)
     return CPO(args=cpo_config(stage, arguments), **given)
+
+
+def labelled(rows: datasets.Dataset) -> datasets.Dataset:
+    """Encoded pairs in the columns of TRL's CPO and ORPO collator: whole sequences, and labels that
+    leave the prompt out.
+    """
+
+    def columns(row: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {WEIGHT: row[WEIGHT]} if WEIGHT in row else {}
+        for side in ("chosen", "rejected"):
+            context, answer = row["prompt_ids"], row[f"{side}_ids"]
+            out[f"{side}_input_ids"] = context + answer
+            out[f"{side}_attention_mask"] = [1] * (len(context) + len(answer))
+            out[f"{side}_labels"] = [IGNORED] * len(context) + answer
+        return out
+
+    return rows.map(columns, remove_columns=rows.column_names)
 
 
 def _without_reference_adapter(trainer: StageTrainer) -> StageTrainer:

@@ -10,8 +10,7 @@ Refused: packing, which joins rows of different weights, and the losses that sor
 which belong to no single row.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,28 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.types import UserError
+from rlhf.types import SOFT_LABEL, WEIGHT
 
-COLUMN, SOFT_LABEL = "weight", "soft_label"
-CARRIED = (COLUMN, SOFT_LABEL)  # columns that reach the loss
+CARRIED = (WEIGHT, SOFT_LABEL)  # columns that reach the loss
 Inputs = dict[str, Any]  # a row or a batch, by column
-
-
-def normalised(weights: Sequence[float], sizes: Sequence[int] | None = None) -> list[float]:
-    """`weights` divided by their mean, in which row i counts `sizes[i]` times (once without sizes).
-
-    Raises UserError when the mean is 0.
-    """
-    if len(set(weights)) == 1 and weights[0] > 0:
-        return [1.0] * len(weights)
-    counts = [1] * len(weights) if sizes is None else sizes
-    mean = math.fsum(w * n for w, n in zip(weights, counts, strict=True)) / sum(counts)
-    if mean <= 0:
-        raise UserError(
-            "data.weight_column: the weights of all rows that are short enough are 0, so nothing "
-            "would be trained."
-        )
-    return [w / mean for w in weights]
 
 
 def without_carried(row: Inputs) -> Inputs:

@@ -2,6 +2,7 @@
 adapter, and the arguments that TRL's configs have in common.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,9 @@ from policy.engines.deepspeed import (
     prepare_cpu,
 )
 from policy.saving import replacing
-from rlhf.checks import capacity, inputs, launch
-from rlhf.data.reading import DataRequest, stage_texts
-from rlhf.data.sources import data_files
-from rlhf.models.directories import CLASSIFIER
-from rlhf.models.loading import (
-    load_or_train_tokenizer,
-    resolve_dtype,
-    write_whole,
-)
+from rlhf.checks import inputs, launch
+from rlhf.models.directories import CLASSIFIER, trains_on_adapter
+from rlhf.models.loading import resolve_dtype, write_whole
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
 from rlhf.run.context import RunContext
@@ -41,7 +36,9 @@ _SCHEDULERS = {
 
 
 def check(cfg: Config) -> list[str]:
-    """What all of these stages check; returns notes worth a warning. Raises UserError."""
+    """What all of these stages check beside rows and memory; returns notes worth a warning. Raises
+    UserError.
+    """
     stage = cfg.stage_as(OfflineStage)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
@@ -54,23 +51,15 @@ def check(cfg: Config) -> list[str]:
     inputs.check_row_length(stage.max_length, cfg.model)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes = inputs.padding_note(cfg.model.path, tokenizer)
-    notes += inputs.rope_note(cfg.model, stage.max_length)
-    inputs.check_rows(cfg)
-    notes += capacity.start_note(stage, cfg.model, cfg.adapter) + capacity.memory_notes(cfg)
-    capacity.check_disk(cfg)
-    return notes
+    return notes + inputs.rope_note(cfg.model, stage.max_length)
 
 
-def begin(cfg: Config) -> tuple[launch.BatchPlan, Any]:
-    """Batch plan and tokenizer, and DeepSpeed's process group where it is the engine. Raises
-    UserError.
-    """
-    ranks = distributed.world_size()
-    plan = launch.plan_batches(cfg.stage.batch_size, cfg.engine, ranks)
-    start_engine(cfg.engine)
+def begin(batch_size: int, engine: EngineConfig) -> launch.BatchPlan:
+    """The batch plan, and DeepSpeed's process group where it is the engine. Raises UserError."""
+    plan = launch.plan_batches(batch_size, engine, distributed.world_size())
+    start_engine(engine)
     quiet_libraries()
-    texts = stage_texts(DataRequest.of(cfg))
-    return plan, load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
+    return plan
 
 
 def start_engine(engine: EngineConfig) -> None:
@@ -112,7 +101,7 @@ def with_adapter(
     if adapter.kind is AdapterKind.none:
         return model
     base = None if source.gguf_file else source.path
-    if capacity.writes_start(stage, source, adapter):
+    if trains_on_adapter(source.path, adapter):
         base = str(start)
         if distributed.is_main() and not (start / "config.json").exists():
             with replacing(start) as side:
@@ -135,12 +124,12 @@ def _trains_head(stage: OfflineStage) -> bool:
     return not isinstance(stage, (SFTStage, PreferenceStage, KTOStage))
 
 
-def record_inputs(ctx: RunContext, kind: str) -> None:
+def record_inputs(ctx: RunContext, kind: str, files: Iterable[Path]) -> None:
     """Name in the run's manifest what it read: the model it starts from (as `kind`) and its data
-    files.
+    `files`.
     """
     ctx.add_parent(kind, ctx.cfg.model.path)
-    for path in data_files(ctx.cfg.data):
+    for path in files:
         ctx.add_data(path)
 
 

@@ -31,10 +31,10 @@ from policy.model import is_peft
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import row_weights
 from rlhf.offline.private_hooks import PrivateHooks, deepspeed_load_checkpoint
-from rlhf.offline.row_weights import CARRIED, COLUMN, SOFT_LABEL, WithWeights
+from rlhf.offline.row_weights import CARRIED, WithWeights
 from rlhf.offline.steps import Guard, Parts, StepRows, WholeBatches, part_rows
 from rlhf.process import checkpoints, distributed, randomness
-from rlhf.types import UserError
+from rlhf.types import SOFT_LABEL, WEIGHT, UserError
 
 LOG = logging.getLogger("rlhf.stages")
 Inputs = dict[str, Any]
@@ -305,7 +305,7 @@ class SFT(StageTrainer, SFTTrainer):
     def weighted_loss(
         self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
     ) -> Any:
-        weights = carried[COLUMN]
+        weights = carried[WEIGHT]
         weighed = False
 
         def weigh_tokens(outputs: Any) -> None:
@@ -342,7 +342,7 @@ class Reward(StageTrainer, RewardTrainer):
         loss = row_weights.pair_loss(
             chosen,
             rejected,
-            carried.get(COLUMN),
+            carried.get(WEIGHT),
             inputs.get("margin"),
             self.args.center_rewards_coefficient,
             soft_label,
@@ -386,7 +386,7 @@ class PreferenceTrainer(StageTrainer):
             values = getattr(outputs, "log_probs", None)
             if values is None:
                 values = outputs.logits
-            row_weights.scale_gradient(values, carried[COLUMN])
+            row_weights.scale_gradient(values, carried[WEIGHT])
 
         return plain(row_weights.changed(model, scale), inputs, return_outputs=return_outputs)
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import Action, Rule
-from conf.schema import Config, RewardConfig
-from conf.stages import OnlineStage, WatchConfig
+from conf.schema import RewardConfig
+from conf.stages import WatchConfig
 from policy.saving import replacing
 from reward.scorers.composite import CompositeScorer
 from reward.scorers.computed import FunctionScorer
 from reward.scorers.reward_model import RewardModelScorer
-from rlhf.data import reading
 from rlhf.online.watch import Alarm, HeldOutScores, Watch
 from rlhf.process import distributed
 from rlhf.run.plots import plot_frontier
@@ -79,17 +78,20 @@ def share_out(prompts: Sequence[Prompt], rank: int, ranks: int) -> list[Prompt]:
     return list(prompts[len(prompts) * rank // ranks : len(prompts) * (rank + 1) // ranks])
 
 
-def make_judge(cfg: Config, tokenizer: Any, proxy: Scorer) -> HeldOutJudge | None:
-    """The judge that ``stage.watch`` names, with its held-out prompts; None where it names none.
+def make_judge(
+    watch: WatchConfig,
+    reward: RewardConfig,
+    tokenizer: Any,
+    proxy: Scorer,
+    prompts: Sequence[Prompt],
+    seed: int,
+) -> HeldOutJudge | None:
+    """The judge that ``stage.watch`` names, with the held-out `prompts`; None where it names none.
     `proxy` is the reward that trains. Raises UserError.
     """
-    assert isinstance(cfg.stage, OnlineStage)
-    watch = cfg.stage.watch
-    if watch.judge_path is None and watch.judge_function is None:
+    if not watch.has_judge:
         return None
-    prompts = held_out(
-        reading.prompts(reading.DataRequest.of(cfg), tokenizer, split="eval"), watch.judge_prompts
-    )
+    prompts = held_out(prompts, watch.judge_prompts)
     if len(prompts) < watch.judge_prompts:
         LOG.warning(
             "stage.watch.judge_prompts=%d, but only %d different prompts are held out; all are "
@@ -98,8 +100,8 @@ def make_judge(cfg: Config, tokenizer: Any, proxy: Scorer) -> HeldOutJudge | Non
             len(prompts),
         )
     mine = share_out(prompts, distributed.rank(), distributed.world_size())
-    judge = _judge_scorer(watch, cfg.reward, tokenizer)
-    return HeldOutJudge(mine, judge, comparable(proxy), seed=cfg.run.seed)
+    judge = _judge_scorer(watch, reward, tokenizer)
+    return HeldOutJudge(mine, judge, comparable(proxy), seed=seed)
 
 
 def comparable(scorer: Scorer) -> Scorer:

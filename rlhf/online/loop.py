@@ -60,7 +60,14 @@ class Loop:
         self.watching = Watching(
             stage.watch,
             stage.steps,
-            make_judge(cfg, parts.tokenizer, parts.scorer),
+            make_judge(
+                stage.watch,
+                cfg.reward,
+                parts.tokenizer,
+                parts.scorer,
+                parts.held_out,
+                cfg.run.seed,
+            ),
             Keeper(ctx.dir / BEST, self._save_weights),
         )
         if ctx.resume_from is not None:

@@ -1,7 +1,7 @@
 """What the online loop is made of, built from the configuration in the order that fails soonest."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,9 @@ from policy.saving import replacing
 from reward.base import model_paths
 from reward.model import load_reward_model
 from reward.terms import make_scorer
-from rlhf.data import reading
-from rlhf.data.sources import data_files
 from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
-    load_or_train_tokenizer,
     resolve_dtype,
     starts_whole,
     write_whole,
@@ -60,7 +57,7 @@ from rlhf.online.sync import Calibration, Probe, Proof, WeightSync, gap_toleranc
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
-from rlhf.types import Generator, Prompt, Scorer, UserError
+from rlhf.types import Generator, Prompt, RowReader, Scorer, UserError
 from rollout import make_generator
 
 log = logging.getLogger(__name__)
@@ -74,7 +71,8 @@ class Parts:
     """Everything that a step uses."""
 
     tokenizer: Any
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]  # for the watch's judge
     models: Models
     passes: bool  # whether logprobs before the update take a pass of their own
     scorer: Scorer
@@ -98,7 +96,7 @@ class _Start:
         return load_causal_lm(self.config, self.tokenizer)
 
 
-def build(ctx: RunContext) -> Parts:
+def build(ctx: RunContext, reader: RowReader) -> Parts:
     """Load the models and start the engines. Raises UserError for what preflight could not know.
 
     The order is that in which things fail soonest. It also fixes which random numbers each model's
@@ -106,10 +104,9 @@ def build(ctx: RunContext) -> Parts:
     """
     cfg, stage = ctx.cfg, ctx.cfg.stage_as(OnlineStage)
     seed_everything(cfg.run.seed)
-    texts = reading.stage_texts(reading.DataRequest.of(cfg))
-    tokenizer = load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
-    prompts = reading.prompts(reading.DataRequest.of(cfg), tokenizer, split="train")
-    _register(ctx)
+    read = reader.read_prompts(cfg)
+    tokenizer, prompts = read.tokenizer, read.train
+    _register(ctx, read.files)
     path = _start_directory(ctx.start_dir, cfg.model, tokenizer)
     start = _Start(path, replace(cfg.model, path=path, gguf_file=None), tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
@@ -129,6 +126,7 @@ def build(ctx: RunContext) -> Parts:
     return Parts(
         tokenizer=tokenizer,
         prompts=prompts,
+        held_out=read.held_out,
         models=models,
         # Under dropout the logprobs of a training pass are not those of the policy that wrote the
         # responses.
@@ -274,12 +272,12 @@ def _agreed_layout(models: Models, engine: EngineConfig) -> Layout:
     return replace(layout, shared=False)
 
 
-def _register(ctx: RunContext) -> None:
+def _register(ctx: RunContext, files: Iterable[Path]) -> None:
     if ctx.cfg.model.path is not None:
         ctx.add_parent("policy", ctx.cfg.model.path)
     for _, path in model_paths(ctx.cfg.reward):
         ctx.add_parent("reward", path)
-    for file in data_files(ctx.cfg.data):
+    for file in files:
         ctx.add_data(file)
 
 

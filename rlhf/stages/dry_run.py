@@ -28,29 +28,30 @@ from rlhf.data.preview import RowPreview, preview_row, render
 from rlhf.process import redaction
 from rlhf.run.console import console
 from rlhf.run.directory import run_directory
+from rlhf.stages import rows as stage_rows
 
 LOG = logging.getLogger("rlhf")
 ROWS = 2  # shown as tokens where data.preview doesn't say how many
 
 
-def show(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
-    """Print all that is known before weights load. `stage_module` is the stage's own module. Raises
-    UserError for data that the stage could not train on.
+def show(cfg: Config, argv: Sequence[str]) -> None:
+    """Print all that is known before weights load. Raises UserError for data that the stage could
+    not train on.
     """
     print(config.to_yaml(cfg))
     if isinstance(cfg.stage, (OfflineStage, OnlineStage)):
-        _show_training(cfg, argv, stage_module)
+        _show_training(cfg, argv)
     print(
         f"dry run: stage={cfg.stage.name} composes and passes its checks; no weights were loaded."
     )
 
 
-def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
+def _show_training(cfg: Config, argv: Sequence[str]) -> None:
     for note in published.outside_range(cfg.stage, cfg.adapter.kind):
         LOG.warning(note)
     ranks = launch.count_ranks(cfg.engine, dry_run=True)
     print(f"launch: {launch_command(argv, ranks)}")
-    tokenizer = tokenizer_of(cfg)
+    tokenizer = stage_rows.tokenizer_of(cfg.model, reading.DataRequest.of(cfg))
     rows = read_rows(cfg, tokenizer)
     if isinstance(cfg.stage, OnlineStage):
         stage, micro_tokens = cfg.stage_as(OnlineStage), cfg.engine.micro_tokens
@@ -58,7 +59,7 @@ def _show_training(cfg: Config, argv: Sequence[str], stage_module: Any) -> None:
         figures = online_arithmetic(stage, micro_tokens, longest, ranks, rows.count)
     else:
         batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine, ranks)
-        trained = stage_module.count_trained(reading.DataRequest.of(cfg), tokenizer, batches.micro)
+        trained = stage_rows.count_trained(reading.DataRequest.of(cfg), tokenizer, batches.micro)
         figures = offline_arithmetic(cfg.stage, batches, rows.count, trained)
     _print_figures("batches", figures)
     if rows.previews:
@@ -77,14 +78,6 @@ def launch_command(argv: Sequence[str], ranks: int) -> str:
     if ranks > 1:
         launcher = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
     return shlex.join([*launcher, "-m", "rlhf", *arguments])
-
-
-def tokenizer_of(cfg: Config) -> Any:
-    """The tokenizer that the stage will have."""
-    from rlhf.models.loading import load_or_train_tokenizer
-
-    texts = reading.stage_texts(reading.DataRequest.of(cfg))
-    return load_or_train_tokenizer(cfg.model, cfg.data.chat_template, texts)
 
 
 @dataclass(frozen=True, slots=True)

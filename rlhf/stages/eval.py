@@ -13,7 +13,7 @@ from eval import report
 from eval.compare import Answers, compare, side_by_side
 from reward.base import is_set, model_paths
 from reward.terms import check_reward, check_reward_model, check_rows, make_scorer
-from rlhf.checks import inputs, launch
+from rlhf.checks import capacity, inputs, launch
 from rlhf.data import reading
 from rlhf.data.sources import data_files, given
 from rlhf.models.directories import check_model_path
@@ -42,7 +42,7 @@ def check(cfg: Config) -> list[str]:
     assert isinstance(stage, EvalStage)
     notes = launch.check_backend(cfg.rollout.backend)
     check_policies(stage, cfg.model)
-    launch.check_cache(cfg.rollout, cfg.model, data.max_prompt_length)
+    capacity.check_cache(cfg.rollout, cfg.model, data.max_prompt_length)
     inputs.check_template(data)
     if given(data) is None and data.eval_path is None:
         raise UserError(

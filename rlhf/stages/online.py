@@ -11,31 +11,30 @@ from policy import adapters
 from policy.engines import resharding
 from reward.base import model_paths
 from reward.scorers.computed import load_function
-from reward.terms import check_reward, check_reward_model, check_rows, scoring_models
-from rlhf.checks import capacity, inputs, launch
-from rlhf.data import reading
+from reward.terms import check_reward, check_reward_model, scoring_models
+from rlhf.checks import inputs, launch
 from rlhf.online.loop import Loop
 from rlhf.online.setup import build
 from rlhf.run.context import RunContext
-from rlhf.types import UserError
+from rlhf.types import RowReader, UserError
 
 adapt_checkpoint = resharding.adapt  # before a resume
 
 
-def run(ctx: RunContext) -> None:
+def run(ctx: RunContext, reader: RowReader) -> None:
     """Train a policy online: reads the model, the reward and the prompts, writes the run
     directory.
     """
     with ctx.closing():
         ctx.watchdog.phase("build")
-        parts = build(ctx)
+        parts = build(ctx, reader)
         with contextlib.closing(parts.generator):
             Loop(ctx, parts).train()
 
 
 def check(cfg: Config) -> list[str]:
-    """All that can be known before weights load; returns notes worth a warning. Raises
-    UserError.
+    """All that can be known before weights load, beside rows and memory; returns notes worth a
+    warning. Raises UserError.
     """
     stage = cfg.stage_as(OnlineStage)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
@@ -48,20 +47,11 @@ def check(cfg: Config) -> list[str]:
     launch.check_adapter(cfg.rollout, cfg.adapter)
     inputs.check_model(cfg.model)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM")
-    launch.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
-    inputs.check_rows(cfg)
     notes += check_scores(stage, cfg.reward, tokenizer)
-    if cfg.reward.terms:
-        check_rows(cfg.reward, reading.first_fields(reading.DataRequest.of(cfg)))
     notes += check_watch(stage, cfg.reward, tokenizer)
     check_lengths(cfg)
-    readers = scoring_models(cfg.reward, stage.watch)
-    notes += capacity.start_note(stage, cfg.model, cfg.adapter) + capacity.memory_notes(
-        cfg, readers
-    )
-    capacity.check_disk(cfg, readers)
     return notes
 
 

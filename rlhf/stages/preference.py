@@ -6,23 +6,14 @@ reference, the KL pairs of KTO, and what a run leaves behind.
 """
 
 import dataclasses
-from typing import Any
 
-import datasets
-
-from conf.choices import KTOLoss
 from conf.schema import Config
 from conf.stages import KTOStage, PreferenceStage
 from policy.engines import resharding
 from policy.model import base_of
 from rlhf.checks import launch
-from rlhf.data.encoded import Store
-from rlhf.data.loading import tell_unread
-from rlhf.data.reading import DataRequest, preference_records, unpaired_records
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import preference, setup
-from rlhf.offline.kto import check_balance, without_lone_row
-from rlhf.offline.pairs import encode_preferences, longest_row, preference_contexts
 from rlhf.offline.setup import (
     begin,
     check_positions,
@@ -36,15 +27,14 @@ from rlhf.offline.training import fit, free_memory, greedy_samples, make_guard, 
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
+from rlhf.types import EncodedRows, RowReader
 
 adapt_checkpoint = resharding.adapt  # to this launch's ranks, before a resume
-_SAMPLES = 4  # held-out prompts that the trained policy answers
-Sides = tuple[datasets.Dataset, datasets.Dataset]  # training and held-out rows
 
 
 def check(cfg: Config) -> list[str]:
-    """All that can be known before weights load; returns notes worth a warning. Raises
-    UserError.
+    """All that can be known before weights load, beside rows and memory; returns notes worth a
+    warning. Raises UserError.
     """
     stage, engine = cfg.stage, cfg.engine
     notes = setup.check(cfg)
@@ -58,58 +48,21 @@ def check(cfg: Config) -> list[str]:
     return notes
 
 
-def read(request: DataRequest, tokenizer: Any, micro: int) -> Sides:
-    """Encoded training and held-out rows of the stage; `micro`: rows of a forward pass. Raises
-    UserError.
-    """
-    stage = request.stage
-    unpaired = isinstance(stage, KTOStage)
-    if unpaired:
-        sides: tuple[str, ...] = ("completion",)
-        raw_train, raw_held_out = unpaired_records(request)
-    else:
-        sides = ("chosen", "rejected")
-        raw_train, raw_held_out = preference_records(request)
-    tell_unread(request.keys, tokenizer, stage.name)
-    preference.check_row_weights(
-        request.data.weight_column, getattr(stage, "losses", []), raw_train
-    )
-    encode = {"max_length": stage.max_length, "store": Store.of(request)}
-    train = encode_preferences(tokenizer, raw_train, sides, name="training", **encode)
-    held_out = encode_preferences(tokenizer, raw_held_out, sides, name="held-out", **encode)
-    if not unpaired:
-        return train, held_out
-    check_balance(stage, train)
-    # A file sorted by label would give passes with nothing to compare.
-    held_out = held_out.shuffle(seed=request.seed)
-    if stage.loss is KTOLoss.kto:
-        held_out = without_lone_row(held_out, micro, "held-out")
-        if len(train) < stage.batch_size:  # otherwise every step is a whole batch
-            train = without_lone_row(train, micro, "training")
-    return train, held_out
-
-
-def count_trained(request: DataRequest, tokenizer: Any, micro: int) -> int:
-    """Rows that train, for a dry run. Raises UserError as `read`."""
-    return len(read(request, tokenizer, micro)[0])
-
-
-def run(ctx: RunContext) -> None:
+def run(ctx: RunContext, reader: RowReader) -> None:
     """Train, keep the best weights by held-out loss, save whole weights as model/ (and adapter/ for
     LoRA), sample, summarise.
     """
     cfg, stage = ctx.cfg, ctx.cfg.stage
     with ctx.closing():
         ctx.watchdog.phase("data")
-        plan, tokenizer = begin(cfg)
-        rows = read(DataRequest.of(cfg), tokenizer, plan.micro)
-        record_inputs(ctx, "policy")
-        steps, metrics = _train(ctx, plan, tokenizer, rows)
+        plan = begin(stage.batch_size, cfg.engine)
+        rows = reader.read_rows(cfg, plan.micro)
+        record_inputs(ctx, "policy", rows.files)
+        steps, metrics = _train(ctx, plan, rows)
         ctx.watchdog.phase("samples")
         if distributed.is_main():
-            contexts = preference_contexts(rows[1], _SAMPLES)
             samples = greedy_samples(
-                cfg.model, tokenizer, ctx.model_dir, contexts, stage.max_length
+                cfg.model, rows.tokenizer, ctx.model_dir, rows.contexts, stage.max_length
             )
             ctx.tracker.samples(steps, samples)
         ctx.watchdog.phase("finish")
@@ -132,32 +85,28 @@ def run(ctx: RunContext) -> None:
 
 
 def _train(
-    ctx: RunContext, plan: launch.BatchPlan, tokenizer: Any, rows: Sides
+    ctx: RunContext, plan: launch.BatchPlan, rows: EncodedRows
 ) -> tuple[int, dict[str, float]]:
     """Train and save, and free the trainer's memory. Returns the steps and the run's figures."""
     ctx.watchdog.phase("build")
-    trainer = make_trainer(ctx, plan, tokenizer, rows)
+    trainer = make_trainer(ctx, plan, rows)
     steps, metrics = fit(trainer, ctx)
     ctx.watchdog.phase("save the model")
-    save_trained(trainer, tokenizer, ctx.dir, ctx.cfg.model)
+    save_trained(trainer, rows.tokenizer, ctx.dir, ctx.cfg.model)
     del trainer
     free_memory()
     return steps, metrics
 
 
-def make_trainer(
-    ctx: RunContext, plan: launch.BatchPlan, tokenizer: Any, rows: Sides
-) -> StageTrainer:
+def make_trainer(ctx: RunContext, plan: launch.BatchPlan, rows: EncodedRows) -> StageTrainer:
     """Load the model, copy the reference, and build the stage's trainer. Raises UserError for rows
     longer than the model reads.
     """
-    cfg, stage = ctx.cfg, ctx.cfg.stage
+    cfg, stage, tokenizer = ctx.cfg, ctx.cfg.stage, rows.tokenizer
     seed_everything(cfg.run.seed)
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
-    mixed = isinstance(stage, KTOStage) and stage.loss is KTOLoss.kto
-    longest = max(longest_row(side, mixed=mixed) for side in rows)
-    check_positions(base_of(model).config, min(longest, stage.max_length))
+    check_positions(base_of(model).config, rows.longest)
     model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
     # Copied before the trainer's arguments exist: from then on transformers would load ZeRO-3
     # models in shards.
@@ -167,5 +116,13 @@ def make_trainer(
     )
     guard = make_guard(ctx)
     return preference.make_trainer(
-        stage, arguments, model, reference, tokenizer, *rows, guard=guard, engine=cfg.engine
+        stage,
+        arguments,
+        model,
+        reference,
+        tokenizer,
+        rows.train,
+        rows.held_out,
+        guard=guard,
+        engine=cfg.engine,
     )

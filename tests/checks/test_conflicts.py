@@ -36,7 +36,7 @@ from conf.schema import (
 )
 from conf.stages import KTOStage, OnlineStage, SFTStage
 from reward.model import write_manifest
-from rlhf.checks import inputs, launch
+from rlhf.checks import capacity, inputs
 from rlhf.checks.memory import moments
 from rlhf.checks.memory.moments import Machine
 from rlhf.models.loading import tiny_config, train_tokenizer
@@ -237,11 +237,11 @@ def test_what_vllm_has_no_part_in_is_free(ppo: Config) -> None:
 
 def test_the_cache_of_a_token(ppo: Config, tmp_path: Path) -> None:
     # keys and values, layers, heads, head size, float32
-    assert launch.cache_bytes_per_token(ppo.model) == 2 * 4 * 4 * 32 * 4
+    assert capacity.cache_bytes_per_token(ppo.model) == 2 * 4 * 4 * 32 * 4
     model_directory(tmp_path / "grouped", kv_heads=2)
     grouped = replace(ppo, model=ModelConfig(path=str(tmp_path / "grouped"), dtype=Dtype.bfloat16))
-    assert launch.cache_bytes_per_token(grouped.model) == 2 * 4 * 2 * 32 * 2
-    assert launch.cache_bytes_per_token(ModelConfig(path="owner/name")) is None
+    assert capacity.cache_bytes_per_token(grouped.model) == 2 * 4 * 2 * 32 * 2
+    assert capacity.cache_bytes_per_token(ModelConfig(path="owner/name")) is None
 
 
 def test_padding_that_is_the_end_is_said_once_and_does_no_harm(ppo: Config, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_files_that_can_not_be_read_are_named(ppo: Config) -> None:
         inputs.policy_tokenizer(ppo.model, None)
     (Path(str(ppo.model.path)) / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"config.json, line 1: not valid JSON"):
-        launch.cache_bytes_per_token(ppo.model)
+        capacity.cache_bytes_per_token(ppo.model)
 
 
 def test_a_reward_model_that_reads_text_says_so(ppo: Config, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from rlhf.run.console import console
 from rlhf.run.context import RunContext
 from rlhf.stages import dry_run
 from rlhf.stages import online as online_stage
+from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
 from tests import toys
 from tests.checks.test_conflicts import model_directory
@@ -155,7 +156,7 @@ def test_rows_that_do_not_fit_end_a_dry_run_without_a_file(grpo: Config, tmp_pat
 def test_stages_that_do_not_train_only_compose(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dry_run.show(Config(stage=DataStage()), [], None)
+    dry_run.show(Config(stage=DataStage()), [])
     out = capsys.readouterr().out
     assert "launch:" not in out and "dry run: stage=data composes" in out
 
@@ -299,7 +300,7 @@ def test_offline_steps_are_the_trainers_own(
     expected = steps_shown(cfg, capsys)
     module = {"packed": "sft", "dpo": "preference", "kto": "preference"}.get(name, name)
     ctx = RunContext.open(cfg)
-    importlib.import_module(f"rlhf.stages.{module}").run(ctx)
+    importlib.import_module(f"rlhf.stages.{module}").run(ctx, stage_rows)
     done = max(line["step"] for line in trl_tools.metric_lines(ctx.dir))
     assert done == expected == json.loads((ctx.dir / "summary.json").read_text())["steps"]
     read = len(ROWS[name]()) * 4 // 5 * (2 if name == "kto" else 1)
@@ -345,7 +346,7 @@ def test_online_updates_are_those_that_were_printed(
         return step(self)
 
     monkeypatch.setattr(policy_engine.TorchEngine, "step", counting)
-    online_stage.run(RunContext.open(cfg, ()))
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
     lines = trl_tools.metric_lines(tmp_path / "default" / "ppo")
     updates = sum(line["policy/updates"] for line in lines)
     assert f"3 epochs x 2 minibatches = {counted.count('PolicyModule') // 2}" in out

@@ -15,15 +15,16 @@ from conf.schema import Config
 from conf.stages import OnlineStage
 from reward.model import write_manifest
 from reward.terms import scoring_models
-from rlhf.checks import capacity, launch
+from rlhf.checks import capacity
 from rlhf.checks.memory.fit import eased
 from rlhf.checks.memory.moments import HEADROOM, machine_of
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import shapes_of
 from rlhf.cli import config, presets
 from rlhf.models.loading import train_tokenizer
-from rlhf.stages import dry_run, online, preference, reward
+from rlhf.stages import dry_run
 from tests import toys
+from tests.checking import check
 
 # experiment -> stage, shape of its model, devices, GiB of one
 RECIPES = {
@@ -39,7 +40,6 @@ RECIPES = {
     "rm_8b": ("reward", "llama_8b", 8, 80),
     "rm_8b_lora": ("reward", "llama_8b", 1, 24),
 }
-STAGES: dict[str, Any] = {"ppo": online, "grpo": online, "dpo": preference, "reward": reward}
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
@@ -121,8 +121,8 @@ def test_a_recipe_passes_its_dry_run_and_fits_its_devices(
     overrides, cfg = recipe
     stage, _, devices, gib = RECIPES[request.node.callspec.params["recipe"]]
     assert (cfg.engine.gpus, cfg.engine.gpu_memory_gib) == (devices, gib)
-    launch.check_stage(STAGES[stage].check, cfg)
-    dry_run.show(cfg, overrides, STAGES[stage])
+    check(cfg)
+    dry_run.show(cfg, overrides)
     assert f"stage={stage}" in capsys.readouterr().out
     assert "outside the published range" not in caplog.text
 

@@ -16,6 +16,7 @@ from rlhf.data.prepare.pipeline import run
 from rlhf.data.prepare.plan import plan
 from rlhf.run.context import RunContext
 from rlhf.stages import data, reward
+from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
 from tests import steps
 from tests.offline import trl_tools
@@ -185,7 +186,7 @@ def test_the_stage_finds_noise_with_the_runs_own_reward_model_and_the_weights_tr
     first = RunContext.open(
         trl_tools.config(RewardStage(steps=16, **small), tmp_path, "first", trl_tools.pair_rows(80))
     )
-    reward.run(first)
+    reward.run(first, stage_rows)
     rows = trl_tools.pair_rows(176)[80:]
     wrong = {i for i in range(len(rows)) if i % 8 == 0}
     for i in wrong:
@@ -210,7 +211,7 @@ def test_the_stage_finds_noise_with_the_runs_own_reward_model_and_the_weights_tr
         data=DataConfig(path=str(ctx.dir / "train.jsonl")),
     )
     context = RunContext.open(second)
-    reward.run(context)
+    reward.run(context, stage_rows)
     assert json.loads((context.dir / "summary.json").read_text())["metrics"]["eval_loss"] < 0.6
     seen = config(
         tmp_path,

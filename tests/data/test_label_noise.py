@@ -16,6 +16,7 @@ from rlhf.data.prepare.label_noise import label_noise, pair_issues, sigmoid
 from rlhf.process.files import sha256
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
+from rlhf.stages import rows as stage_rows
 from rlhf.stages.pair_scores import pair_scorer
 from rlhf.types import UserError
 from tests import steps
@@ -207,7 +208,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("noise")
     cfg = trl_tools.config(RewardStage(**STAGE), folder, "rm", trl_tools.pair_rows(80))
     ctx = RunContext.open(cfg)
-    reward.run(ctx)
+    reward.run(ctx, stage_rows)
     return ctx.model_dir, Path(str(cfg.data.path))
 
 

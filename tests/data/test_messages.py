@@ -30,8 +30,8 @@ from rlhf.models.encoding import IGNORED, prompt_ids, split_answer
 from rlhf.models.loading import train_tokenizer
 from rlhf.models.templates import template_reads, template_text
 from rlhf.models.turns import rendered
-from rlhf.offline.pairs import encode_preferences
-from rlhf.offline.rows import encode_sft_row
+from rlhf.rows.preferences import encode_preferences
+from rlhf.rows.sft import encode_sft_row
 from rlhf.types import PreferencePair, UserError
 from tests.offline.trl_tools import records
 

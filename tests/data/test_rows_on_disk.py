@@ -14,8 +14,8 @@ from rlhf.data.encoded import Store
 from rlhf.data.loading import DataRequest
 from rlhf.data.prepare import held
 from rlhf.data.reading import Split, preference_records, sft_records, unpaired_records
-from rlhf.offline.rows import encode_sft
 from rlhf.process import parallel
+from rlhf.rows.sft import encode_sft
 from rlhf.types import UserError
 from tests.offline.trl_tools import tiny_tokenizer, write_rows
 

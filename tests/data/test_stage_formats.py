@@ -17,7 +17,6 @@ from conf.stages import (
     RewardStage,
     SFTStage,
 )
-from rlhf.checks import inputs
 from rlhf.data import reading
 from rlhf.data.formats import FORMATS, Use, by_name
 from rlhf.data.writing import convert, write_rows
@@ -25,6 +24,7 @@ from rlhf.models.loading import train_tokenizer
 from rlhf.models.templates import template_text
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
+from rlhf.stages import rows as stage_rows
 from tests.data.format_rows import Drawn, all_rows
 from tests.offline import trl_tools
 
@@ -89,7 +89,7 @@ def test_a_stage_reads_the_format_that_it_finds(
     if name == "hh_rlhf_messages":
         data.format = DataFormat.hh_rlhf_messages
     cfg = Config(stage=stage(), run=RunConfig(dir=str(tmp_path / "runs"), name="r"), data=data)
-    inputs.check_rows(cfg)
+    stage_rows.check(cfg)
     tokenizer = train_tokenizer(["x"], 300, 512)
     tokenizer.chat_template = template_text("chatml")
     read: dict[Use, Any] = {
@@ -146,7 +146,7 @@ def test_a_reward_model_learns_from_a_sheet_that_people_filled_in(
         data=DataConfig(path=str(tmp_path / "sheet.xlsx"), eval_fraction=0.2),
     )
     ctx = RunContext.open(cfg)
-    reward.run(ctx)
+    reward.run(ctx, stage_rows)
     metrics = json.loads((ctx.dir / "summary.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["eval/accuracy"] > 0.9
     assert "6 judgements" in caplog.text and "set aside" in caplog.text

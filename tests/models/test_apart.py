@@ -12,7 +12,7 @@ from rlhf.data.formats import Use
 from rlhf.data.preview import preview_row
 from rlhf.models.apart import Conversation, encode_apart
 from rlhf.models.encoding import IGNORED, answer_ids, encode_conversation, prompt_ids
-from rlhf.offline.rows import encode_sft
+from rlhf.rows.sft import encode_sft
 from rlhf.types import UserError
 from tests.models import families
 from tests.models.families import made

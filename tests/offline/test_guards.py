@@ -26,6 +26,7 @@ from rlhf.offline import steps as guarding
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from rlhf.stages import rows as stage_rows
 from rlhf.stages import sft
 from rlhf.types import TrainingDiverged, UserError
 from tests.offline import trl_tools
@@ -54,7 +55,7 @@ def run(folder: Path, name: str = "x", **groups: Any) -> Path:
     ctx = RunContext.open(
         trl_tools.config(stage, folder, name, trl_tools.sft_rows(), run=run_config, **groups)
     )
-    sft.run(ctx)
+    sft.run(ctx, stage_rows)
     return ctx.dir
 
 

@@ -5,7 +5,8 @@ good and bad answers.
 import pytest
 from datasets import Dataset
 
-from rlhf.offline.kto import balance_note, mismatch_shift, without_lone_row
+from rlhf.offline.kto import mismatch_shift
+from rlhf.rows.preferences import balance_note, without_lone_row
 from rlhf.types import UserError
 
 

@@ -20,10 +20,10 @@ from policy.adapters import attach
 from rlhf.checks.launch import BatchPlan
 from rlhf.models.encoding import IGNORED, encode_answer, response_ids
 from rlhf.models.loading import load_causal_lm
-from rlhf.offline.pairs import encode_preferences
 from rlhf.offline.preference import has_reference, make_trainer, start_of
 from rlhf.offline.setup import trainer_arguments
 from rlhf.offline.steps import Guard
+from rlhf.rows.preferences import encode_preferences
 from tests.offline import trl_tools
 from tests.offline.preference_tools import LORA, answer_logprob, stage_of
 

@@ -30,16 +30,18 @@ from conf.stages import (
 from rlhf.checks.launch import BatchPlan
 from rlhf.data import reading
 from rlhf.models.loading import load_causal_lm, load_classifier
-from rlhf.offline import row_weights as weights
-from rlhf.offline.pairs import EncodedPairs, encode_pairs, encode_preferences, padding_token
-from rlhf.offline.preference import check_row_weights, has_reference, make_trainer
-from rlhf.offline.rows import encode_sft
+from rlhf.offline.preference import has_reference, make_trainer
 from rlhf.offline.setup import trainer_arguments
 from rlhf.offline.steps import Guard
 from rlhf.offline.trainers import SFT, Reward
+from rlhf.rows.columns import normalised
+from rlhf.rows.pairs import encode_pairs, padding_token
+from rlhf.rows.preferences import check_row_weights, encode_preferences
+from rlhf.rows.sft import encode_sft
 from rlhf.run.context import RunContext
 from rlhf.stages import preference, reward, sft
-from rlhf.types import UserError
+from rlhf.stages import rows as stage_rows
+from rlhf.types import WEIGHT, UserError
 from tests.offline import trl_tools
 
 Row = dict[str, Any]
@@ -53,13 +55,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_weights_are_over_their_mean() -> None:
-    assert weights.normalised([1.0, 2.0, 3.0]) == [0.5, 1.0, 1.5]
-    assert weights.normalised([0.1] * 3) == [1.0, 1.0, 1.0]
-    assert weights.normalised([1.0, 3.0], sizes=[3, 1]) == pytest.approx([1 / 1.5, 3 / 1.5])
+    assert normalised([1.0, 2.0, 3.0]) == [0.5, 1.0, 1.5]
+    assert normalised([0.1] * 3) == [1.0, 1.0, 1.0]
+    assert normalised([1.0, 3.0], sizes=[3, 1]) == pytest.approx([1 / 1.5, 3 / 1.5])
     with pytest.raises(UserError, match="nothing would be trained"):
-        weights.normalised([0.0, 0.0])
+        normalised([0.0, 0.0])
     with pytest.raises(UserError, match="nothing would be trained"):
-        weights.normalised([0.0, 1.0], sizes=[4, 0])
+        normalised([0.0, 1.0], sizes=[4, 0])
 
 
 some = st.lists(st.tuples(st.floats(0, 100), st.integers(1, 50)), min_size=1, max_size=20).filter(
@@ -71,8 +73,8 @@ some = st.lists(st.tuples(st.floats(0, 100), st.integers(1, 50)), min_size=1, ma
 @given(some, st.floats(1e-3, 1e3))
 def test_their_scale_means_nothing(rows: list[tuple[float, int]], scale: float) -> None:
     values, sizes = [w for w, _ in rows], [n for _, n in rows]
-    found = weights.normalised(values, sizes)
-    assert found == pytest.approx(weights.normalised([w * scale for w in values], sizes), rel=1e-6)
+    found = normalised(values, sizes)
+    assert found == pytest.approx(normalised([w * scale for w in values], sizes), rel=1e-6)
     assert math.fsum(w * n for w, n in zip(found, sizes, strict=True)) / sum(
         sizes
     ) == pytest.approx(1.0)
@@ -193,7 +195,7 @@ def test_what_no_loss_can_weigh_is_refused(tmp_path: Path) -> None:
         [row | {"weight": 1} for row in trl_tools.sft_rows()],
     )
     with pytest.raises(UserError, match=r"stage.packing=true joins rows"):
-        sft.run(RunContext.open(cfg))
+        sft.run(RunContext.open(cfg), stage_rows)
 
 
 # ---- in the trainers ----
@@ -238,7 +240,7 @@ class Bench:
         )
         self.sides = encode_pairs(
             self.tokenizer, trl_tools.records(rows), name="x", max_length=60, margin=True
-        ).data
+        )
 
     @staticmethod
     def loud(model: Any) -> Any:
@@ -255,7 +257,7 @@ class Bench:
             type(stage), self.pairs
         )
         # as they are: normalising is tested above
-        rows = data if row_weights is None else data.add_column(weights.COLUMN, row_weights)
+        rows = data if row_weights is None else data.add_column(WEIGHT, row_weights)
         ours = {
             "guard": Guard(stage, self.folder, self.folder, lambda step, figures: None),
             "engine": EngineConfig(),
@@ -270,7 +272,7 @@ class Bench:
                 **arguments, center_rewards_coefficient=stage.centering_coef or None
             )
             tokenizer = copy.deepcopy(self.tokenizer)
-            tokenizer.pad_token = padding_token(tokenizer, EncodedPairs(self.sides))
+            tokenizer.pad_token = padding_token(tokenizer, self.sides)
             return Reward(model=model, args=rewards, processing_class=tokenizer, **given)
         reference = None
         if has_reference(stage):
@@ -396,7 +398,7 @@ RUN = {
 def run(folder: Path, name: str, kind: str, rows: list[Row], **changes: Any) -> Path:
     function, stage, _ = RUN[kind]
     ctx = RunContext.open(trl_tools.config(stage(**(SMALL | changes)), folder, name, rows))
-    function(ctx)
+    function(ctx, stage_rows)
     return ctx.dir
 
 
@@ -466,7 +468,7 @@ def test_the_held_out_loss_is_weighed_too(tmp_path: Path) -> None:
         [(r["prompt"], r["chosen"], r["rejected"], None) for r in held],
         batch_tokens=2048,
     )
-    given = weights.normalised([row["weight"] for row in held])
+    given = normalised([row["weight"] for row in held])
     expected = sum(
         w * math.log1p(math.exp(rejected - chosen))
         for w, (chosen, rejected) in zip(given, scores, strict=True)

@@ -28,6 +28,7 @@ from conf.schema import (
 from conf.stages import PreferenceStage, RewardStage, SFTStage
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from rlhf.stages import rows as stage_rows
 from tests import drawing
 
 # its rows have weights, too
@@ -76,7 +77,9 @@ def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str
 def run_case(spec: dict[str, Any], stage: str, zero: int | None, adapter: str) -> Path:
     """Run one configuration. Returns its run directory."""
     cfg = case_config(spec, stage, zero, adapter)
-    importlib.import_module(f"rlhf.stages.{MODULES.get(stage, stage)}").run(RunContext.open(cfg))
+    importlib.import_module(f"rlhf.stages.{MODULES.get(stage, stage)}").run(
+        RunContext.open(cfg), stage_rows
+    )
     distributed.barrier()
     return Path(cfg.run.dir) / cfg.run.name / stage
 

@@ -14,6 +14,7 @@ from rlhf.cli import config
 from rlhf.cli.presets import CONF_DIR, choices, stage_schema
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
+from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
 from tests import toys
 from tests.online.test_online import TINY, metrics
@@ -81,7 +82,7 @@ def run_preset(preset: str, folder: Path, *overrides: str, steps: int = 20) -> P
     ]
     base += SIZES[1 if default == 1 else 4] + EXTRA.get(preset, [])
     cfg = config.compose([*base, *overrides])
-    online_stage.run(RunContext.open(cfg, ()))
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
     return folder / cfg.run.name / preset
 
 

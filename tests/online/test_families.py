@@ -14,6 +14,7 @@ from conf.schema import Config
 from rlhf.cli import config
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
+from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
 from tests import toys
 from tests.online.families import tiny_family
@@ -66,7 +67,7 @@ def test_a_family_trains_with_vllm(
     """
     model = tiny_family(family, tiny_model(), tmp_path / "model")
     cfg = grpo_with_vllm(model, tmp_path)
-    online_stage.run(RunContext.open(cfg, ()))
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
     folder = tmp_path / cfg.run.name / "grpo"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
@@ -87,4 +88,4 @@ def test_an_adapter_of_experts_is_refused_where_vllm_would_get_it_alone(
     model = tiny_family("qwen3_moe", tiny_model(), tmp_path / "model")
     cfg = grpo_with_vllm(model, tmp_path, "adapter=lora", "adapter.rank=4")
     with pytest.raises(UserError, match=r"all-linear.*qwen3_moe.*rollout\.lora_sync=merged"):
-        online_stage.run(RunContext.open(cfg, ()))
+        online_stage.run(RunContext.open(cfg, ()), stage_rows)

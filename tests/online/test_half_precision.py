@@ -28,6 +28,7 @@ from rlhf.online.sync import (
 )
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
+from rlhf.stages import rows as stage_rows
 from rlhf.stages.evaluation.policies import probe_logprobs
 from rlhf.types import FullWeights, Prompt, SyncError
 from rollout.weights import sampled_columns
@@ -285,7 +286,7 @@ def test_a_run_in_bfloat16_goes_through(
             "stage.save_steps=0",
         ]
     )
-    online_stage.run(RunContext.open(cfg, ()))
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
     path = tmp_path / cfg.run.name / "grpo" / "metrics.jsonl"
     steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(steps) == 2

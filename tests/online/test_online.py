@@ -17,6 +17,7 @@ from rlhf.online.collect import Collector, final_scores, step_prompts
 from rlhf.process.distributed import RunningMoments
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
+from rlhf.stages import rows as stage_rows
 from rlhf.types import Prompt, Rollout, Scores, SyncError, TrainingDiverged
 from tests import drawing, toys
 
@@ -52,7 +53,7 @@ def run_ppo(folder: Path, *overrides: str) -> Path:
             *overrides,
         ]
     )
-    online_stage.run(RunContext.open(cfg, ()))
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
     return folder / cfg.run.name / "ppo"
 
 

@@ -28,6 +28,7 @@ from rlhf.online.watch import HeldOutScores
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
+from rlhf.stages import rows as stage_rows
 from rlhf.types import Prompt, Rollout, Scores
 from tests import drawing, toys
 
@@ -347,7 +348,7 @@ def run_online(folder: Path, *overrides: str) -> Path:
             *overrides,
         ]
     )
-    online_stage.run(RunContext.open(cfg, ()))
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
     return folder / cfg.run.name / "grpo"
 
 

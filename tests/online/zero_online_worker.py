@@ -10,6 +10,7 @@ from rlhf.cli import config
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
+from rlhf.stages import rows as stage_rows
 from tests import drawing
 
 SETTINGS = [
@@ -54,7 +55,7 @@ def run(folder: str, start: str, described: str) -> None:
     cfg = config.compose(
         [*settings, *overrides, f"adapter={adapter}", *(e for e in extra if e not in preset)]
     )
-    online_stage.run(RunContext.open(cfg, ()))
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
 
 
 def main() -> None:

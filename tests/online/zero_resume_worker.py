@@ -23,6 +23,7 @@ from rlhf.cli import config
 from rlhf.online import loop as online
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from rlhf.stages import rows as stage_rows
 from tests import drawing
 
 MODULES = {"ppo": "online", "grpo": "online", "sft": "sft"}
@@ -124,7 +125,7 @@ def main() -> None:
             poison(**given["poison"])
         cfg = config.compose(command)
         importlib.import_module(f"rlhf.stages.{MODULES[cfg.stage.name]}").run(
-            RunContext.open(cfg, (), resharding.adapt)
+            RunContext.open(cfg, (), resharding.adapt), stage_rows
         )
         distributed.barrier()
         if given.get("poison") and distributed.is_main():

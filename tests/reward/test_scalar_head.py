@@ -17,6 +17,7 @@ from rlhf.models.loading import load_classifier
 from rlhf.models.scalar import classifier_class, one_label_config
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
+from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
 from tests.offline import trl_tools
 from tests.selection import marked_full
@@ -93,7 +94,7 @@ def test_the_stage_trains_it(policy: Path, tmp_path: Path, adapter: AdapterKind)
     )
     ctx = RunContext.open(cfg)
     reward.check(cfg)
-    reward.run(ctx)
+    reward.run(ctx, stage_rows)
     losses = trl_tools.losses(ctx.dir)
     assert sum(losses[-3:]) < sum(losses[:3]) - 0.3
     loaded = load_reward_model(ctx.model_dir, torch.float32)

@@ -23,6 +23,7 @@ from rlhf.process import checkpoints, randomness
 from rlhf.run.context import RunContext
 from rlhf.run.directory import latest_checkpoint
 from rlhf.run.tracking import files
+from rlhf.stages import rows as stage_rows
 from rlhf.stages import sft
 from rlhf.types import UserError
 from tests.offline import trl_tools
@@ -340,7 +341,7 @@ def run_sft(folder: Path, name: str, **groups: Any) -> Path:
     ctx = RunContext.open(
         trl_tools.config(SFTStage(**STAGE), folder, name, trl_tools.sft_rows(24), **groups)
     )  # type: ignore[arg-type]
-    sft.run(ctx)
+    sft.run(ctx, stage_rows)
     return ctx.dir
 
 

@@ -17,6 +17,7 @@ from rlhf.process.files import sha256
 from rlhf.run import lineage
 from rlhf.run.context import RunContext
 from rlhf.stages import data, reward
+from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
 from tests.offline import trl_tools
 
@@ -99,7 +100,7 @@ def trained(tmp_path: Path, labels: Path) -> Path:
             model=model,
         )
     )
-    reward.run(ctx)
+    reward.run(ctx, stage_rows)
     return ctx.dir
 
 

@@ -22,6 +22,7 @@ from rlhf.offline import training
 from rlhf.online import loop
 from rlhf.run.context import RunContext
 from rlhf.stages import online, preference, reward, sft
+from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
 from tests import toys
 from tests.offline import trl_tools
@@ -85,7 +86,7 @@ class Runs:
             given = [f"stage={stage}", f"run.dir={self.folder}", f"run.name={name}"]
             given += [f"model.path={start}", f"data.path={self.folder / self.rows(stage)}"]
             ctx = RunContext.open(config.compose([*given, *OPTIONS[stage], *ADAPTERS[adapter]]))
-            importlib.import_module(f"rlhf.stages.{MODULES.get(stage, stage)}").run(ctx)
+            importlib.import_module(f"rlhf.stages.{MODULES.get(stage, stage)}").run(ctx, stage_rows)
         return run / "model"
 
     def rows(self, stage: str) -> str:

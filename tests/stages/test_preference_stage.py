@@ -20,6 +20,7 @@ from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_causal_lm
 from rlhf.run.context import RunContext
 from rlhf.stages import preference
+from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
 from tests import drawing
 from tests.checking import check
@@ -46,7 +47,7 @@ def run(
     ctx = RunContext.open(
         trl_tools.config(stage, folder, name, rows or trl_tools.pair_rows(80), **groups)
     )
-    preference.run(ctx)
+    preference.run(ctx, stage_rows)
     return ctx.dir
 
 
@@ -297,7 +298,7 @@ def stop_and_resume(folder: Path, preset: str) -> Path:
 
     ctx.tracker.log = stop_at_six  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        preference.run(ctx)
+        preference.run(ctx, stage_rows)
     resume = RunConfig(dir=str(folder / "runs"), name="resumed", resume=True)
     return run(folder, "resumed", stage_of(preset), run=resume)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from benchmarks.chaos.child import FAULT
 from rlhf.cli import config
 from rlhf.run.context import RunContext
+from rlhf.stages import rows as stage_rows
 from tests import toys
 from tests.offline import trl_tools
 from tests.online.test_nonfinite import same
@@ -112,10 +113,10 @@ def run(stage: str, given: list[str], killed_at: int | None = None) -> Path:
     ctx.tracker.log = killed  # type: ignore[method-assign]
     module = importlib.import_module(f"rlhf.stages.{MODULES.get(stage, stage)}")
     if killed_at is None:
-        module.run(ctx)
+        module.run(ctx, stage_rows)
     else:
         with pytest.raises(KeyboardInterrupt):
-            module.run(ctx)
+            module.run(ctx, stage_rows)
     return ctx.dir
 
 

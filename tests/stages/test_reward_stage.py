@@ -25,10 +25,11 @@ from rlhf.models.loading import load_classifier
 from rlhf.offline.judged_pairs import (
     judge,
 )
-from rlhf.offline.pairs import encode_pairs
 from rlhf.process.randomness import seed_everything
+from rlhf.rows.pairs import encode_pairs
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
+from rlhf.stages import rows as stage_rows
 from rlhf.types import Prompt, Rollout, UserError
 from tests.offline import trl_tools
 
@@ -62,7 +63,7 @@ def config(
 
 def run(cfg: Any) -> Path:
     ctx = RunContext.open(cfg)
-    reward.run(ctx)
+    reward.run(ctx, stage_rows)
     return ctx.dir
 
 
@@ -118,7 +119,7 @@ def test_scorer_gives_the_trainers_scores_from_a_moved_directory(base: Path, fol
     tokenizer, module = loaded.tokenizer, loaded.module
     rows = held_out(config(folder, "base"))
     pairs = encode_pairs(tokenizer, trl_tools.records(rows), name="x", max_length=40, margin=False)
-    batch = DataCollatorForPreference(pad_token_id=module.config.pad_token_id)(list(pairs.data))
+    batch = DataCollatorForPreference(pad_token_id=module.config.pad_token_id)(list(pairs))
     with torch.no_grad():
         trainer_scores = module(**batch).logits.squeeze(-1).tolist()
     scorer = RewardModelScorer(
@@ -163,7 +164,7 @@ def test_trl_computes_our_equation(folder: Path, margin: bool, centering: float)
     seed_everything(cfg.run.seed)
     model = load_classifier(ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY), tokenizer).eval()
     rows = trl_tools.records(held_out(cfg))
-    data = encode_pairs(tokenizer, rows, name="x", max_length=40, margin=margin).data
+    data = encode_pairs(tokenizer, rows, name="x", max_length=40, margin=margin)
     with torch.no_grad():
         sides = [
             torch.stack(
@@ -248,7 +249,7 @@ def test_soft_labels_are_what_the_margins_come_to_say(
     tokenizer = loaded.tokenizer
     encoded = encode_pairs(
         tokenizer, trl_tools.records(pairs), name="x", max_length=40, margin=False, soft_label=True
-    ).data
+    )
     judged = judge(loaded.module, encoded, 2048, torch.device("cpu"))
     margins = judged.chosen - judged.rejected
     assert (
@@ -330,7 +331,7 @@ def test_soft_labels_are_checked_before_weights_load(
         row if change is None else row | {"soft_label": change} for row in trl_tools.pair_rows(20)
     ]
     with pytest.raises(UserError, match=message):
-        reward.check(config(folder, "unchecked", rows=rows, stage={"soft_label": True}))
+        stage_rows.check(config(folder, "unchecked", rows=rows, stage={"soft_label": True}))
 
 
 def test_margin_and_soft_label_exclude_each_other() -> None:

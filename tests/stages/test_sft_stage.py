@@ -21,8 +21,9 @@ from conf.stages import SFTStage
 from rlhf.checks import launch
 from rlhf.data.reading import DataRequest, sft_records
 from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.offline.rows import encode_sft
+from rlhf.rows.sft import encode_sft
 from rlhf.run.context import RunContext
+from rlhf.stages import rows as stage_rows
 from rlhf.stages import sft
 from rlhf.types import TrainingDiverged, UserError
 from tests import drawing
@@ -51,7 +52,7 @@ def run(
         SFTStage(**(STAGE | (stage or {}))), folder, name, rows or trl_tools.sft_rows(), **groups
     )
     ctx = RunContext.open(cfg)
-    sft.run(ctx)
+    sft.run(ctx, stage_rows)
     return ctx.dir
 
 
@@ -147,7 +148,7 @@ def test_resume_goes_on_as_if_never_stopped(base: Path, folder: Path) -> None:
 
     ctx.tracker.log = stop_at_five  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        sft.run(ctx)
+        sft.run(ctx, stage_rows)
     assert not (ctx.dir / "summary.json").exists()
     resumed = run(
         folder, "resumed", run=RunConfig(dir=str(folder / "runs"), name="resumed", resume=True)

@@ -22,6 +22,7 @@ from rlhf.labels.ledger import EXPORT_FILE
 from rlhf.process import supervision
 from rlhf.run.context import RunContext
 from rlhf.stages import eval as eval_stage
+from rlhf.stages import rows as stage_rows
 from rlhf.stages import sft
 from rlhf.stages.labelling import exporting as label_export
 from rollout.hf import HFGenerator
@@ -125,7 +126,7 @@ def test_a_hang_in_sfts_training_step_ends_it(
     assert ctx.watchdog.limit == 3600, "the default"
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: hang(ctx))
     with pytest.raises(Freed, match=str(supervision.EXIT_HUNG)):
-        sft.run(ctx)
+        sft.run(ctx, stage_rows)
     said = capfd.readouterr().err
     assert (
         "rank 0: phase step took longer than run.phase_timeout_s=0.5" in said and "in hangs" in said

@@ -7,8 +7,9 @@ from datasets import Dataset
 
 from rlhf.data.encoded import Store
 from rlhf.models.encoding import response_ids
-from rlhf.offline.pairs import EncodedPairs, encode_pairs, encode_preferences, padding_token
-from rlhf.offline.rows import encode_sft, encode_sft_row
+from rlhf.rows.pairs import encode_pairs, padding_token
+from rlhf.rows.preferences import encode_preferences
+from rlhf.rows.sft import encode_sft, encode_sft_row
 from rlhf.types import UserError
 from tests.offline import trl_tools
 
@@ -17,8 +18,8 @@ def test_padding_token_avoids_the_data() -> None:
     tokenizer = trl_tools.tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
 
-    def pairs(*ids: int) -> EncodedPairs:
-        return EncodedPairs(Dataset.from_dict({"chosen_ids": [list(ids)], "rejected_ids": [[5]]}))
+    def pairs(*ids: int) -> Dataset:
+        return Dataset.from_dict({"chosen_ids": [list(ids)], "rejected_ids": [[5]]})
 
     last = len(tokenizer) - 1
     assert padding_token(tokenizer, pairs(7)) == tokenizer.unk_token
@@ -83,8 +84,8 @@ def test_pairs_too_long_are_left_out_and_never_cut(caplog: pytest.LogCaptureFixt
     )
     with caplog.at_level("WARNING", "rlhf.stages"):
         pairs = encode_pairs(tokenizer, rows, name="training", max_length=20, margin=False)
-    assert len(pairs.data) == 1 and "1 of 2 pairs are longer than" in caplog.text
-    assert pairs.data[0]["chosen_ids"][-1] == tokenizer.eos_token_id
+    assert len(pairs) == 1 and "1 of 2 pairs are longer than" in caplog.text
+    assert pairs[0]["chosen_ids"][-1] == tokenizer.eos_token_id
     with pytest.raises(UserError, match=r"each of the 2 pairs.*stage.max_length=3"):
         encode_pairs(tokenizer, rows, name="training", max_length=3, margin=False)
 

@@ -1,27 +1,25 @@
-"""Rows of data sets as the token ids that TRL's trainers read: what all stages share, and SFT.
-Tokens come from `rlhf.models.encoding`, as in every stage; `rlhf.data.encoded` makes them once and
-keeps them in a file. Pairs are in `rlhf.offline.pairs`.
+"""Rows of supervised fine-tuning as token ids and labels: plain text, prompts with completions, or
+conversations.
 
-Every function here raises UserError for a row that can't be encoded, which it names by file and
-row, and when no row is left. Rows with a column ``weight`` keep it, divided by its mean
-(`row_weights`).
+Raises UserError for a row that can't be encoded, which is named by file and row, and when no row
+is left.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from conf.choices import RewrittenTurns
 from rlhf.data.converting import Record
-from rlhf.data.encoded import Encoded, Store, encoded
-from rlhf.models import encoding
+from rlhf.data.encoded import Store, encoded
+from rlhf.data.loading import tell_unread
+from rlhf.data.reading import DataRequest, sft_records
+from rlhf.data.sources import data_files
 from rlhf.models.apart import encode_apart
 from rlhf.models.encoding import (
     IGNORED,
@@ -31,52 +29,21 @@ from rlhf.models.encoding import (
     is_chat,
     prompt_ids,
 )
-from rlhf.offline.row_weights import COLUMN, normalised
-from rlhf.types import Message, UserError
+from rlhf.rows.columns import (
+    LOG,
+    NOWHERE,
+    SAMPLES,
+    Ids,
+    Row,
+    carried_of,
+    longest,
+    require_template,
+    weight_column,
+    with_weights,
+)
+from rlhf.types import WEIGHT, EncodedRows, Message, UserError
 
-LOG = logging.getLogger("rlhf.stages")
-Ids = list[int]
-Row = dict[str, Any]
 _TRAINED = "_trained"  # column: tokens of a row that train
-_BATCH = 1000  # rows that are looked at together
-NOWHERE = Store()
-
-
-def require_template(
-    tokenizer: Any, records: Sequence[Record], keys: Sequence[str], what: str
-) -> None:
-    """Raises UserError where some row is a conversation and the tokenizer has no template."""
-    for record in records:
-        if any(is_chat(record.value.get(key)) for key in keys):
-            encoding.require_template(tokenizer, what)
-            return
-
-
-def with_weights(rows: Encoded, sizes: Sequence[int] | None = None) -> datasets.Dataset:
-    """The rows with their weights over the mean in which row i counts `sizes[i]` times."""
-    data = rows.data
-    if COLUMN not in data.column_names:
-        return data
-    weights = normalised(data[COLUMN][:], sizes)
-    return data.remove_columns(COLUMN).add_column(COLUMN, weights)
-
-
-def weight_column(records: Sequence[Record]) -> dict[str, str]:
-    """The column of weights, where the rows have them."""
-    return {COLUMN: "number"} if COLUMN in records[0].value else {}
-
-
-def batches(rows: datasets.Dataset) -> Iterator[pa.Table]:
-    yield from rows.with_format("arrow").iter(batch_size=_BATCH)
-
-
-def lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """How many tokens each row has in `column`, [N]."""
-    parts = [pc.list_value_length(batch[column]).to_numpy() for batch in batches(rows)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-# ---- SFT ----
 
 
 def encode_sft_row(
@@ -167,10 +134,6 @@ class SFTEncoder:
         return out
 
 
-def carried_of(value: Row, encode: Any) -> Row:
-    return {name: value[name] for name in encode.carried}
-
-
 def encode_sft(
     tokenizer: Any,
     records: Sequence[Record],
@@ -237,3 +200,43 @@ def sft_context(tokenizer: Any, row: Row) -> Ids:
         return prompt_ids(tokenizer, row["messages"][:first], tools) if first else []
     ids, _ = encode_text(tokenizer, row["text"])
     return ids[: max(1, len(ids) // 4)]
+
+
+# ---- the stage's rows ----
+
+
+def read(request: DataRequest, tokenizer: Any) -> EncodedRows:
+    """Read and encode the rows of ``stage=sft``. Raises UserError."""
+    stage = request.stage
+    train, held_out = sft_records(request)
+    tell_unread(request.keys, tokenizer, stage.name)
+    if stage.packing and WEIGHT in train[0].value:
+        raise UserError(
+            "stage.packing=true joins rows, and the rows' weights (column "
+            f"{request.data.weight_column!r}) would be lost. Set stage.packing=false, or "
+            "data.weight_column=null to weigh all rows the same."
+        )
+    encode = {
+        "max_length": stage.max_length,
+        "completion_only": stage.completion_only,
+        "rewritten": stage.rewritten_turns,
+        "store": Store.of(request),
+    }
+    rows = encode_sft(tokenizer, train, name="training", cut=not stage.packing, **encode)
+    judged = encode_sft(tokenizer, held_out, name="held-out", cut=True, **encode)
+    return EncodedRows(
+        tokenizer,
+        rows,
+        judged,
+        longest=max(longest(rows, "input_ids"), longest(judged, "input_ids")),
+        files=tuple(data_files(request.data)),
+        contexts=tuple(_contexts(tokenizer, held_out)),
+    )
+
+
+def _contexts(tokenizer: Any, records: Sequence[Record]) -> Iterator[Ids]:
+    """What the first SAMPLES of `records` are continued from."""
+    for record in islice(records, SAMPLES):
+        # a row that can't be encoded was counted and left out
+        with suppress(ValueError):
+            yield sft_context(tokenizer, record.value)

@@ -1,0 +1,48 @@
+"""Memory and disk of every stage that trains: the micro-batch that fits, and what doesn't.
+
+No stage of its own: rlhf/cli/execute.py asks it before weights load.
+"""
+
+import logging
+
+from conf.online import OnlineStage
+from conf.schema import Config
+from conf.stages import OfflineStage
+from reward.terms import scoring_models
+from rlhf.checks import capacity
+from rlhf.process import distributed
+
+LOG = logging.getLogger("rlhf")
+
+
+def choose_micro_batch(cfg: Config) -> None:
+    """Set engine.micro_batch_tokens or micro_batch_size, where both are left out, to what the
+    memory plan says fits.
+
+    Rank 0 decides for all: the split changes no update, but the ranks must agree on it.
+    """
+    if not isinstance(cfg.stage, OfflineStage):
+        return
+    chosen = distributed.broadcast(
+        capacity.fitting_micro_batch(cfg) if distributed.is_main() else None
+    )
+    if chosen is None:
+        return
+    option, size = chosen
+    setattr(cfg.engine, option, size)
+    if distributed.is_main():
+        LOG.info("engine.%s=%d: the largest that the memory plan says fits", option, size)
+
+
+def check(cfg: Config) -> list[str]:
+    """Notes of what may not fit. Raises UserError for a disk, or a generator's cache, that is too
+    small.
+    """
+    stage, scoring = cfg.stage, []
+    if isinstance(stage, OnlineStage):
+        capacity.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
+        scoring = scoring_models(cfg.reward, stage.watch)
+    notes = capacity.start_note(stage, cfg.model, cfg.adapter)
+    notes += capacity.memory_notes(cfg, scoring)
+    capacity.check_disk(cfg, scoring)
+    return notes
