@@ -271,13 +271,13 @@ class Conversion:
     use: Use
     sources: Sequence[Source]
     rejected: LeftOut  # rows that don't fit
-    aside: LeftOut  # judgements that give no pair, such as ties: their rows fit
+    set_aside: LeftOut  # judgements that give no pair, such as ties: their rows fit
     probe: int = PROBE
     rows: int = 0  # that were given, fitting or not
     formats: dict[str, Format] = field(default_factory=dict)  # by origin
     keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
-    otherwise: Seen = field(default_factory=Seen)  # what was not read as it stands
-    said: list[str] = field(default_factory=list)  # what formats say of the first rows
+    notes: Seen = field(default_factory=Seen)  # on what was not read as it stands
+    format_notes: list[str] = field(default_factory=list)  # by the first rows
     _unread: dict[str, _Unread] = field(default_factory=dict)  # by origin
     _shape: str | None = None
     _shape_where: str = ""  # of the first record
@@ -298,7 +298,7 @@ class Conversion:
             self.formats[origin] = chosen
             self._unread[origin] = _Unread(chosen, self.use, trusted)
             self._unread[origin].learn(rows)
-            self.said += _said(origin, chosen, self.use, rows)
+            self.format_notes += _format_notes(origin, chosen, self.use, rows)
         return self.formats[origin]
 
     def _part(self, origin: str) -> tuple[Source, Part]:
@@ -316,7 +316,7 @@ class Conversion:
         if row.problem is not None:
             self.rejected(row, row.problem)
             return []
-        self.otherwise.add(row.lost, row.place)
+        self.notes.add(row.lost, row.place)
         unread_file = self._unread[row.origin]
         for key in unread_file.of(row):
             if not unread_file.trusted:
@@ -326,15 +326,15 @@ class Conversion:
                 )
                 self.rejected(row, reason)
                 return []
-            self.otherwise.add([f"format {format_.name} does not read {key!r}"], row.place)
+            self.notes.add([f"format {format_.name} does not read {key!r}"], row.place)
         try:
             several = format_.read(row.columns, self.use)
         except RowError as error:
             self.rejected(row, str(error))
             return []
-        for reason in several.aside:
-            self.aside(row, reason)
-        self.otherwise.add(several.otherwise, row.place)
+        for reason in several.set_aside:
+            self.set_aside(row, reason)
+        self.notes.add(several.notes, row.place)
         keys = [keys_of(made.value, made.fields) for made in several.pairs]
         self.keys.add(set().union(*keys), row.place)
         out = []
@@ -369,12 +369,12 @@ def tell_columns(
         LOG.info("%s: columns that stage=%s does not read: %s", name, by, ", ".join(told))
 
 
-def _said(origin: str, chosen: Format, use: Use, rows: Sequence[SourceRow]) -> list[str]:
+def _format_notes(origin: str, chosen: Format, use: Use, rows: Sequence[SourceRow]) -> list[str]:
     """What a format says of the first row that can be read."""
     row = next((row for row in rows if row.problem is None), None)
     if row is None or use is Use.prompt:
         return []
-    said = chosen.says(row.columns)
+    said = chosen.note(row.columns)
     if not said:
         return []
     return [f"{origin}: {said}"]

@@ -76,10 +76,10 @@ class Loaded:
     formats: dict[str, Format] = field(default_factory=dict)  # by file
     records: Sequence[Record] = field(default_factory=list)  # many: in a file
     rejected: list[tuple[SourceRow, str]] = field(default_factory=list)
-    aside: list[tuple[SourceRow, str]] = field(default_factory=list)
+    set_aside: list[tuple[SourceRow, str]] = field(default_factory=list)
     keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
-    otherwise: Seen = field(default_factory=Seen)  # what was not read as it stands
-    said: list[str] = field(default_factory=list)  # what formats say of the first rows
+    notes: Seen = field(default_factory=Seen)  # on what was not read as it stands
+    format_notes: list[str] = field(default_factory=list)  # by the first rows
 
     def values(self) -> list[Any]:
         """The records' values, in their order."""
@@ -123,13 +123,13 @@ def convert(
         use,
         sources,
         rejected=lambda row, reason: out.rejected.append((row, reason)),
-        aside=lambda row, reason: out.aside.append((row, reason)),
+        set_aside=lambda row, reason: out.set_aside.append((row, reason)),
         probe=PROBE + data.max_bad_rows,
     )
     rows = islice(mixed(sources, seed), max_rows)
     out.records = gathered(chain.from_iterable(map(conversion.records, rows)))
     out.rows, out.formats, out.keys = conversion.rows, conversion.formats, conversion.keys
-    out.otherwise, out.said = conversion.otherwise, conversion.said
+    out.notes, out.format_notes = conversion.notes, conversion.format_notes
     if not out.rows:
         raise UserError(f"{sources[0].key}={sources[0].name} holds no rows: expected {USES[use]}.")
     return out
@@ -161,18 +161,18 @@ def load(request: DataRequest, sources: Sequence[Source], use: Use) -> Loaded:
         for origin, form in loaded.formats.items():
             rows = counts[origin]
             LOG.info("%s: %d rows, read as %s (%s)", origin, rows, form.name, form.columns)
-        for note in loaded.said:
+        for note in loaded.format_notes:
             LOG.warning("%s", note)
-        tell(loaded.otherwise, loaded.name)
+        tell(loaded.notes, loaded.name)
     request.keys.merge(loaded.keys)
     loaded = with_weights(loaded, request.data.weight_column, request.stage, use)
     return with_soft_labels(loaded, request.stage)
 
 
-def tell(otherwise: Seen, name: str) -> None:
+def tell(notes: Seen, name: str) -> None:
     """Warn of what was not read as it stands."""
-    for what in otherwise.counts:
-        LOG.warning("%s: %s (%s)", name, what, otherwise.told(what))
+    for what in notes.counts:
+        LOG.warning("%s: %s (%s)", name, what, notes.told(what))
 
 
 def tell_unread(keys: Seen, tokenizer: Any, name: str) -> None:
@@ -209,15 +209,15 @@ def tell_kept(keys: Seen, name: str) -> None:
 def _report_left_out(loaded: Loaded, request: DataRequest) -> None:
     """Write and log the rows that are left out. Raises UserError when too many don't fit."""
     written = None
-    if request.run_dir is not None and (loaded.rejected or loaded.aside):
+    if request.run_dir is not None and (loaded.rejected or loaded.set_aside):
         written = write_rejected(loaded, request.run_dir, request.stage.name)
-    if loaded.aside:
+    if loaded.set_aside:
         LOG.warning(
             "%s: %d judgements give no pair and are set aside in %s: %s.",
             loaded.name,
-            len(loaded.aside),
+            len(loaded.set_aside),
             written,
-            loaded.quote(loaded.aside),
+            loaded.quote(loaded.set_aside),
         )
     if not loaded.rejected:
         return
@@ -243,7 +243,7 @@ def write_rejected(loaded: Loaded, run_dir: Path, stage: str) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     lines = [line for line in _lines(path) if json.loads(line)["file"] not in loaded.formats]
-    for set_aside, rows in ((False, loaded.rejected), (True, loaded.aside)):
+    for set_aside, rows in ((False, loaded.rejected), (True, loaded.set_aside)):
         for row, reason in rows:
             entry = {
                 "file": row.origin,

@@ -22,9 +22,9 @@ from rlhf.data.formats import (
     sheet,
     trl,
 )
-from rlhf.data.formats.base import CANONICAL
 from rlhf.data.formats.draft import Draft, Row, Writer, transcripts_as_turns
 from rlhf.data.formats.names import is_known
+from rlhf.data.formats.values import CANONICAL
 from rlhf.data.rows import RowError
 from rlhf.types import UserError
 

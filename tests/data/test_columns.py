@@ -396,7 +396,7 @@ def test_what_was_taken_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
 def test_two_answers_and_a_tie(tmp_path: Path) -> None:
     row = {"prompt": Q, "response_a": A, "response_b": B}
     tie = by_name("compared").read({**row, "winner": "tie (bothbad)"}, Use.preference)
-    assert not tie.pairs and len(tie.aside) == 1
+    assert not tie.pairs and len(tie.set_aside) == 1
     with pytest.raises(ValueError, match=r"'winner'.*expected a or b.*'claude'"):
         by_name("compared").read({**row, "winner": "claude"}, Use.preference)
 
@@ -465,8 +465,8 @@ def test_a_column_in_whose_place_a_judgement_has_its_own_is_noted() -> None:
     row: Row = {"question": Q, "answer_0": A, "answer_1": B, "winner": "0", "position": "left"}
     read = by_name("compared").read(row, Use.preference)
     assert read.pairs[0].fields["position"] == 1
-    assert len(read.otherwise) == 1 and "'position'" in read.otherwise[0]
-    assert not by_name("compared").read({**row, "position": 1}, Use.preference).otherwise
+    assert len(read.notes) == 1 and "'position'" in read.notes[0]
+    assert not by_name("compared").read({**row, "position": 1}, Use.preference).notes
 
 
 def test_a_row_that_no_format_can_flatten_is_refused_with_its_place(tmp_path: Path) -> None:

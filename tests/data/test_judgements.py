@@ -248,15 +248,15 @@ def test_responses_by_user_are_those_by_question() -> None:
     found = formats.detect(by_question)
     assert found is not None
     expected = found.read(by_question, Use.preference)
-    assert len(expected.pairs) == 1 and len(expected.aside) == 3
+    assert len(expected.pairs) == 1 and len(expected.set_aside) == 3
     read = found.read({**by_question, "responses": by_user}, Use.preference)
     assert read == expected
     by_user[0]["values"]["comment"] = {"value": "good"}
     read = found.read({**by_question, "responses": by_user}, Use.preference)
-    assert read.pairs == expected.pairs and read.aside == expected.aside
-    assert read.otherwise == [*expected.otherwise, "responses.comment is not read"]
+    assert read.pairs == expected.pairs and read.set_aside == expected.set_aside
+    assert read.notes == [*expected.notes, "responses.comment is not read"]
     lone = {**by_question, "responses": [{"user_id": "u", "status": "discarded"}]}
-    assert found.read(lone, Use.preference).aside == ["response 1 by u: discarded"]
+    assert found.read(lone, Use.preference).set_aside == ["response 1 by u: discarded"]
     for wrong, why in (
         (["u"], r"responses\[0\]': expected an object, found text 'u'"),
         ([by_user[0], by_user[0]], r"responses\[1\]': a second response of user 'u'"),
@@ -358,7 +358,7 @@ def test_ties_and_skips_are_set_aside(row: dict[str, Any], reasons: list[str]) -
     found = formats.detect(row, Use.preference)
     assert found is not None
     several = found.read(row, Use.preference)
-    assert several.pairs == [] and several.aside == reasons
+    assert several.pairs == [] and several.set_aside == reasons
 
 
 def test_one_row_gives_pairs_and_reasons() -> None:
@@ -370,9 +370,9 @@ def test_one_row_gives_pairs_and_reasons() -> None:
     several = formats.by_name("label_studio").read(row, Use.preference)
     assert [made.value for made in several.pairs] == [A_B, B_A]
     assert [made.fields["annotator"] for made in several.pairs] == ["1", "3"]
-    assert several.aside == ["annotation 2 by 2: skipped (was_cancelled)"]
+    assert several.set_aside == ["annotation 2 by 2: skipped (was_cancelled)"]
     partly = formats.by_name("label_studio_ranker").read(ranker(["m2", "m1"]), Use.preference)
-    assert partly.aside == ["annotation 1 by 2: m3 was not ranked"]
+    assert partly.set_aside == ["annotation 1 by 2: m3 was not ranked"]
 
 
 @pytest.mark.parametrize(

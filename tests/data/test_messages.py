@@ -16,8 +16,7 @@ from conf.stages import KTOStage, OnlineStage, PreferenceStage, SFTStage
 from rlhf.data import files, formats, reading
 from rlhf.data.converting import Seen
 from rlhf.data.formats import Use
-from rlhf.data.formats.base import columns_of
-from rlhf.data.formats.values import keys_of
+from rlhf.data.formats.values import columns_of, keys_of
 from rlhf.data.loading import tell_unread
 from rlhf.data.messages import RECORD
 from rlhf.data.prepare import items
@@ -246,7 +245,7 @@ def test_tools_beside_texts_are_refused_and_those_in_the_system_message_left_out
     row = {"messages": [{"role": "system", "content": "<tools>[]</tools>"}, ASKED, SAID]}
     several = formats.by_name("messages").read(row | {"tools": [TOOL]}, Use.sft)
     assert several.pairs[0].value == row
-    assert len(several.otherwise) == 1 and "tools" in several.otherwise[0]
+    assert len(several.notes) == 1 and "tools" in several.notes[0]
 
 
 # ---- rows of published data sets ----
@@ -509,7 +508,7 @@ def test_texts_for_a_tokenizer_hold_calls_and_tools() -> None:
 
 def test_gold_pairs_with_tools_are_left_out() -> None:
     pair = PreferencePair([ASKED], [SAID], [SAID | {"content": "5"}], tools=[TOOL])
-    questions, left_out = gold_questions([pair], size=2, chat=True)
+    questions, left_out = gold_questions([pair], size=2, chat=True, with_tools={False})
     assert not questions and len(left_out) == 1 and "tools" in next(iter(left_out))
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from conf.choices import DataTarget, FileKind
 from rlhf.data import files, formats
 from rlhf.data.formats import FORMATS, Use
-from rlhf.data.formats.base import both_sides, columns_of
+from rlhf.data.formats.base import both_sides
+from rlhf.data.formats.values import columns_of
 from rlhf.data.rows import RowError
 from rlhf.data.targets import TARGETS
 from rlhf.data.writing import convert, write_rows
@@ -28,7 +29,7 @@ def read(row: dict[str, Any], kind: Use) -> list[dict[str, Any]]:
     found = formats.detect(row, kind)
     assert found is not None, f"no format for {row}"
     several = found.read(row, kind)
-    assert not several.aside
+    assert not several.set_aside
     values = []
     for made in several.pairs:
         both = kind is Use.unpaired and isinstance(made.value, PreferencePair)

@@ -54,17 +54,17 @@ def items(
     cfg: Config, kind: Use
 ) -> tuple[list[Item], list[tuple[int, str]], list[tuple[int, str]]]:
     rejected: list[tuple[int, str]] = []
-    aside: list[tuple[int, str]] = []
+    set_aside: list[tuple[int, str]] = []
     out = list(
         ingest.items(
             cfg.data,
             cfg.run.seed,
             kind,
             lambda row, reason: rejected.append((row.number, reason)),
-            lambda row, reason: aside.append((row.number, reason)),
+            lambda row, reason: set_aside.append((row.number, reason)),
         )
     )
-    return out, rejected, aside
+    return out, rejected, set_aside
 
 
 # ---- files and globs ----
@@ -263,7 +263,7 @@ def test_sources_have_their_own_formats_and_columns(tmp_path: Path) -> None:
             [{"history": "h", "human_ref_A": "m", "human_ref_B": "n", "labels": 0}],
         )
     )
-    out, rejected, aside = items(config(tmp_path, RewardStage(), sources=pairs), Use.preference)
+    out, rejected, set_aside = items(config(tmp_path, RewardStage(), sources=pairs), Use.preference)
     assert [item.columns for item in out] == [
         {"prompt": "p", "chosen": "x", "rejected": "y"},
         {"prompt": "h", "chosen": "n", "rejected": "m", "position": 2},
@@ -271,7 +271,7 @@ def test_sources_have_their_own_formats_and_columns(tmp_path: Path) -> None:
     assert (
         [(Path(item.origin).name, item.number) for item in out] == [("a.jsonl", 1), ("b.jsonl", 1)]
         and not rejected
-        and not aside
+        and not set_aside
     )
     train, held = reading.preference_pairs(
         reading.DataRequest.of(config(tmp_path, RewardStage(), sources=pairs))
@@ -665,7 +665,7 @@ def test_judgments_are_joined_with_their_texts(tmp_path: Path) -> None:
     cfg = config(
         tmp_path, RewardStage(), path=path, join=[questions, f"{tmp_path}/answers/*.jsonl"]
     )
-    out, rejected, aside = items(cfg, Use.preference)
+    out, rejected, set_aside = items(cfg, Use.preference)
     assert [(i.columns["prompt"], i.columns["chosen"], i.columns["rejected"]) for i in out] == [
         (
             [{"role": "user", "content": "q"}],
@@ -673,7 +673,7 @@ def test_judgments_are_joined_with_their_texts(tmp_path: Path) -> None:
             [{"role": "assistant", "content": "m1"}],
         )
     ]
-    assert not rejected and aside == [(2, "a tie: game 1 says model_2, game 2 tie")]
+    assert not rejected and set_aside == [(2, "a tie: game 1 says model_2, game 2 tie")]
     assert len(sources.data_files(cfg.data)) == 4
     _, rejected, _ = items(config(tmp_path, RewardStage(), path=path), Use.preference)
     for part in ("question", "data.join=[questions, answers]"):
@@ -722,8 +722,8 @@ def test_ties_do_not_count_as_bad_rows_but_are_kept_and_said(
         (2, "a tie", True),
         (3, "a skip", True),
     ] and len(kept) == 6
-    _, rejected, aside = items(cfg, Use.preference)
-    assert not rejected and len(aside) == 6
+    _, rejected, set_aside = items(cfg, Use.preference)
+    assert not rejected and len(set_aside) == 6
 
 
 def test_a_bad_judgement_is_still_a_bad_row(tmp_path: Path) -> None:

@@ -408,7 +408,7 @@ def test_a_choice_counts_before_the_order_that_every_annotation_has(tmp_path: Pa
     format_ = formats.detect(rows[0], formats.Use.preference)
     assert format_ is not None
     several = format_.read(rows[0], formats.Use.preference)
-    assert several.pairs == [] and several.aside == [
+    assert several.pairs == [] and several.set_aside == [
         "annotation 1 by 1: a tie or a skip: 'skip' was chosen"
     ]
 

@@ -146,7 +146,7 @@ def _of_lower(format_: Format) -> Format:
     def lowered(function: Callable[[Row], Any] | None) -> Any:
         return None if function is None else lambda row: function(_lower(row))
 
-    def parts(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def columns(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         consumed, answers = format_.taken(_lower(row))
         return _names(row, consumed), _names(row, answers)
 
@@ -157,10 +157,10 @@ def _of_lower(format_: Format) -> Format:
         pairs=lowered(format_.pairs),
         unpaired=lowered(format_.unpaired),
         prompt=lowered(format_.prompt),
-        parts=parts,
-        beside=lambda row: _names(row, format_.beside(_lower(row))),
+        find_columns=columns,
+        not_content=lambda row: _names(row, format_.not_content(_lower(row))),
         extra=lowered(format_.extra),
-        says=lowered(format_.says),
+        note=lowered(format_.note),
     )
 
 

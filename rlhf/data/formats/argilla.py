@@ -135,7 +135,7 @@ def _by_question(responses: Any) -> Any:
     questions = dict.fromkeys(name for user in users for name in user["values"]) or [QUESTION]
     out: dict[str, list[Any]] = {}
     for user in users:
-        known = {key: user[key] for key in ("user_id", "status") if key in user}
+        known: dict[str, Any] = {key: user[key] for key in ("user_id", "status") if key in user}
         for name in questions:
             answer = {**known, "value": user["values"].get(name)}
             out.setdefault(name, []).append(answer)
@@ -202,7 +202,7 @@ def _pairs_argilla(row: Row) -> Several:
     shown, prompt = answers_of(fields), prompt_or_nothing(fields, "prompt")
     if QUESTION in responses:
         others = [question for question in responses if question != QUESTION]
-        out.otherwise += [f"responses.{question} is not read" for question in others]
+        out.notes += [f"responses.{question} is not read" for question in others]
     for i, response in enumerate(_responses(responses)):
         key = f"responses[{i}]"
         if not isinstance(response, Mapping):
@@ -216,11 +216,11 @@ def _pairs_argilla(row: Row) -> Several:
             name += f" by {who['annotator']}"
         for made in several.pairs:
             out.pairs.append(made)
-            out.otherwise += replaced(metadata, made.fields)
-        out.aside += [f"{name}: {reason}" for reason in several.aside]
-    if not out.pairs and not out.aside:
+            out.notes += replaced(metadata, made.fields)
+        out.set_aside += [f"{name}: {reason}" for reason in several.set_aside]
+    if not out.pairs and not out.set_aside:
         hint = " (a suggestion alone is no judgement)" if row.get("suggestions") else ""
-        out.aside.append(f"no response yet{hint}")
+        out.set_aside.append(f"no response yet{hint}")
     return out
 
 
@@ -234,19 +234,19 @@ def _pairs_of_response(
     """The pairs of one response, with the fields `extra`. Raises RowError."""
     status, value = optional_text(response, "status") or "submitted", response.get("value")
     if status != "submitted":
-        return Several(aside=[status])
+        return Several(set_aside=[status])
     if value is None:
-        return Several(aside=["without a value"])
+        return Several(set_aside=["without a value"])
     answers = _ranked_answers(value, shown, f"{key}.value")
     if isinstance(answers, str):
-        return Several(aside=[answers])
+        return Several(set_aside=[answers])
     several = ranked(prompt, answers, extra)
     if not isinstance(value, str):
         return several
     # the answers that a label question doesn't name are not compared, so they are no ties and the
     # ranks say nothing
     if not several.pairs:
-        return Several(aside=["the answers are the same text"])
+        return Several(set_aside=["the answers are the same text"])
     return Several([_without_ranks(made) for made in several.pairs])
 
 
@@ -288,7 +288,7 @@ ARGILLA = Format(
     pairs=_pairs_argilla,
     prompt=lambda row: text_or_chat(value_of(row, "fields"), "prompt"),
     test=lambda row: isinstance(row["fields"], Mapping),
-    flat=tools_outside("fields"),
+    flatten=tools_outside("fields"),
     consumed=(
         "fields",
         "id",

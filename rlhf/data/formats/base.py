@@ -33,10 +33,6 @@ from rlhf.data.rows import (
 from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair, Tools
 
-# the toolkit's own columns that hold texts or messages, and all of its own columns
-CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
-CANONICAL = (*CONTENT, "tools", "margin", "label")
-
 
 class Use(Enum):
     """What a stage makes of a file."""
@@ -60,8 +56,8 @@ class Several:
     """What a row of judgements gives: pairs, and the reason for each judgement that gives none."""
 
     pairs: list[Made] = field(default_factory=list)
-    aside: list[str] = field(default_factory=list)
-    otherwise: list[str] = field(default_factory=list)  # what was not read as it stands
+    set_aside: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on what was not read as it stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +80,19 @@ class Format:
     # columns that answers or texts are made of: no fields of a pair, an answer or a text
     answers: tuple[str, ...] = ()
     # a nested row as columns, before anything of it is read
-    flat: Callable[[Row], Row] = field(default=lambda row: row)
+    flatten: Callable[[Row], Row] = field(default=lambda row: row)
     # (consumed, answers) of a row, where they depend on its names
-    parts: Callable[[Row], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
+    find_columns: Callable[[Row], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
     # columns that look like content and are known to be none, such as a reference answer
-    beside: Callable[[Row], tuple[str, ...]] = field(default=lambda row: ())
+    not_content: Callable[[Row], tuple[str, ...]] = field(default=lambda row: ())
     # further fields of a prompt, such as a nested reference answer
     extra: Callable[[Row], dict[str, Any]] = field(default=lambda row: {})
     # what of a row is taken, where a reader might expect otherwise; "" for nothing
-    says: Callable[[Row], str] = field(default=lambda row: "")
+    note: Callable[[Row], str] = field(default=lambda row: "")
 
     def taken(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The columns that a row's prompt is made of, and those of its answers."""
-        return self.parts(row) if self.parts else (self.consumed, self.answers)
+        return self.find_columns(row) if self.find_columns else (self.consumed, self.answers)
 
     def reads(self, use: Use) -> bool:
         """Whether its rows can be turned into `use`."""
@@ -118,14 +114,14 @@ class Format:
         """What `row` gives for `use`, which `reads` must allow, the functions that its answers may
         call included. Raises RowError.
         """
-        row = self.flat(row)
+        row = self.flatten(row)
         refuse_media(row)
         tools, column = tools_of(row)
         out = self._read({key: value for key, value in row.items() if key != column}, use)
         if tools is None:
             return out
         if any(shows_tools(made.value) for made in out.pairs):
-            out.otherwise.append(f"the system message shows <tools>, so {column} is left out")
+            out.notes.append(f"the system message shows <tools>, so {column} is left out")
             return out
         for made in out.pairs:
             require_messages(made.value, str(column))
@@ -142,17 +138,17 @@ class Format:
         used = consumed if use is Use.prompt else (*consumed, *answers)
         own = {key: value for key, value in row.items() if key not in used}
         left = unread_inside(self.name, {key: row[key] for key in used if key in row})
-        otherwise = [f"{name} is not read" for name in left]
+        notes = [f"{name} is not read" for name in left]
         if use is Use.prompt:
             own = {**self.extra(row), **own}
         if single is not None:
-            return Several([Made(single(row), own)], otherwise=otherwise)
+            return Several([Made(single(row), own)], notes=notes)
         assert self.pairs is not None
         out = self.pairs(row)
         pairs = [Made(made.value, own | made.fields) for made in out.pairs]
         for made in pairs:
-            otherwise += replaced(own, made.fields)
-        return Several(pairs, out.aside, list(dict.fromkeys([*out.otherwise, *otherwise])))
+            notes += replaced(own, made.fields)
+        return Several(pairs, out.set_aside, list(dict.fromkeys([*out.notes, *notes])))
 
 
 def _with_tools(made: Made, tools: Tools) -> Made:
@@ -274,10 +270,12 @@ def ranked(
     for i, (name, text, rank) in enumerate(answers):
         for other_name, other_text, other_rank in answers[i + 1 :]:
             if rank == other_rank:
-                out.aside.append(f"a tie: {name} and {other_name} share rank {rank:g}")
+                out.set_aside.append(f"a tie: {name} and {other_name} share rank {rank:g}")
                 continue
             if text == other_text:
-                out.aside.append(f"{name} and {other_name} are the same text with different ranks")
+                out.set_aside.append(
+                    f"{name} and {other_name} are the same text with different ranks"
+                )
                 continue
             first = rank < other_rank
             chosen, rejected = (text, other_text) if first else (other_text, text)
@@ -371,30 +369,3 @@ def prompt_or_nothing(row: Row, key: str) -> str | Chat:
     if value_of(row, key) == "":
         return ""
     return text_or_chat(row, key)
-
-
-# ---- back into columns ----
-
-
-def columns_of(
-    value: Any, fields: Mapping[str, Any], answers: Sequence[str] = ()
-) -> dict[str, Any]:
-    """A value of a use in the toolkit's own columns (see rlhf/data/prepare/items.py), followed by
-    those `fields` that are neither canonical nor among its format's `answers`.
-    """
-    own = {key: held for key, held in fields.items() if key not in (*CANONICAL, *answers)}
-    if isinstance(value, PreferencePair):
-        columns = {"prompt": value.prompt, "chosen": value.chosen, "rejected": value.rejected}
-        if value.margin is not None:
-            columns["margin"] = value.margin
-        return {**columns, **_tools_column(value.tools), **own}
-    if isinstance(value, JudgedAnswer):
-        columns = {"prompt": value.prompt, "completion": value.completion, "label": value.good}
-        return {**columns, **_tools_column(value.tools), **own}
-    if isinstance(value, dict):
-        return {**value, **own}
-    return {"prompt": value, **_tools_column(fields.get("tools")), **own}
-
-
-def _tools_column(tools: Any) -> dict[str, Any]:
-    return {} if tools is None else {"tools": tools}

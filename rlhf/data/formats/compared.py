@@ -122,7 +122,7 @@ def _pairs_compared(row: Row) -> Several:
     roles = roles_of(row)
     better = _better(row, roles)
     if isinstance(better, str):
-        return Several(aside=[better])
+        return Several(set_aside=[better])
     answers = [answer_of(row, name) for name in roles.two]
     if better == 2:
         answers.reverse()
@@ -161,7 +161,7 @@ def _is_compared(row: Row) -> bool:
     return whole and bool(_choice_key(row) or _score_keys(row, roles))
 
 
-def _parts_compared(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _columns_compared(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
     roles = roles_of(row)
     key = _choice_key(row)
     if key and _selected(row[key]) is None:  # objects are carried
@@ -169,7 +169,7 @@ def _parts_compared(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return roles.asked, roles.two
 
 
-def _says_compared(row: Row) -> str:
+def _note_compared(row: Row) -> str:
     roles = roles_of(row)
     key = _choice_key(row)
     if not key:
@@ -187,8 +187,8 @@ COMPARED = Format(
     pairs=_pairs_compared,
     prompt=_prompt_compared,
     test=_is_compared,
-    parts=_parts_compared,
-    says=_says_compared,
+    find_columns=_columns_compared,
+    note=_note_compared,
 )
 
 # ---- a list of answers ----
@@ -234,7 +234,7 @@ def _rated_answers(row: Row, out: Several) -> list[tuple[str, str, float]]:
         else:
             text = text_of({name: answer}, name)
         if number is None:
-            out.aside.append(f"{name} has no rating")
+            out.set_aside.append(f"{name} has no rating")
         else:
             rated.append((name, text, number))
     return rated
@@ -248,7 +248,7 @@ def _pairs_rated(row: Row) -> Several:
         for name, text, rating in rated
     ]
     several = ranked(prompt_of(row), ranks, {})
-    return Several(several.pairs, [*out.aside, *several.aside])
+    return Several(several.pairs, [*out.set_aside, *several.set_aside])
 
 
 def _is_rated(row: Row) -> bool:
@@ -271,7 +271,7 @@ RATED = Format(
     pairs=_pairs_rated,
     prompt=prompt_of,
     test=_is_rated,
-    parts=lambda row: (
+    find_columns=lambda row: (
         roles_of(row).asked,
         tuple(filter(None, (_list_key(row), _ratings_key(row)))),
     ),

@@ -113,7 +113,7 @@ HH_RLHF = Format(
     test=_is_hh,
     consumed=("chosen", "rejected"),
     answers=("margin",),
-    says=lambda row: (
+    note=lambda row: (
         "transcripts stay texts; data.format=hh_rlhf_messages makes turns of them, for a chat "
         "template"
     ),
@@ -316,10 +316,10 @@ def _pairs_alpaca_eval(row: Row) -> Several:
     """
     value = value_of(row, "preference")
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return Several(aside=["the annotator gave no preference"])
+        return Several(set_aside=["the annotator gave no preference"])
     preference = number_of(row, "preference")
     if preference in (0, 1.5):  # 0: how older annotators wrote a draw
-        return Several(aside=[f"a tie: preference is {preference:g}"])
+        return Several(set_aside=[f"a tie: preference is {preference:g}"])
     if not 1 <= preference <= 2:
         raise RowError(
             "key 'preference': expected a number from 1 (output_1) to 2 (output_2), found "

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.formats.base import CANONICAL
+from rlhf.data.formats.values import CANONICAL
 from rlhf.data.rows import Chat, RowError
 from rlhf.process.wording import describe
 from rlhf.types import Message
@@ -30,13 +30,13 @@ class Draft:
     own: Row  # the row's other columns
     notes: list[str]  # what reads back otherwise
 
-    def take(self, name: str, otherwise: Any = None) -> Any:
+    def take(self, name: str, default: Any = None) -> Any:
         """The value of an own column that the format has a key for; the column is then no longer
         among the others.
         """
         value = self.own.pop(name, None)
         if value is None:
-            return otherwise
+            return default
         return value
 
     def lose(self, name: str, why: str) -> None:

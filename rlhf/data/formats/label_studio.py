@@ -243,11 +243,11 @@ def _judged(row: Row, out: Several) -> Iterator[_Judged]:
         if who:
             name += f" by {who['annotator']}"
         if annotation.get("was_cancelled"):
-            out.aside.append(f"{name}: skipped (was_cancelled)")
+            out.set_aside.append(f"{name}: skipped (was_cancelled)")
         else:
             yield _Judged(annotation, results_of(annotation, f"annotations[{i}]"), who, name)
     if not annotations_of(row):
-        out.aside.append("not annotated yet")
+        out.set_aside.append("not annotated yet")
 
 
 def _side(results: Sequence[Result]) -> int | str:
@@ -273,13 +273,13 @@ def _pairs_label_studio(row: Row) -> Several:
     for judged in _judged(row, out):
         side = _side(judged.results)
         if isinstance(side, str):
-            out.aside.append(f"{judged.name}: {side}")
+            out.set_aside.append(f"{judged.name}: {side}")
             continue
         fields = {**extra, **judged.who}
         if judged.annotation.get("lead_time") is not None:
             fields["lead_time"] = judged.annotation["lead_time"]
         out.pairs.append(of_two(data, prompt, first, second, side, fields))
-        out.otherwise += replaced(extra, out.pairs[-1].fields)
+        out.notes += replaced(extra, out.pairs[-1].fields)
     return out
 
 
@@ -290,11 +290,11 @@ def _pairs_ranker(row: Row) -> Several:
     for judged in _judged(row, out):
         # the editor sends an order with every annotation, also where nothing was moved
         if choices := choices_of(judged.results):
-            out.aside.append(f"{judged.name}: a tie or a skip: {choices[0]!r} was chosen")
+            out.set_aside.append(f"{judged.name}: a tie or a skip: {choices[0]!r} was chosen")
             continue
         ranking = last_ranking(judged.results)
         if ranking is None:
-            out.aside.append(f"{judged.name}: nothing was ranked")
+            out.set_aside.append(f"{judged.name}: nothing was ranked")
             continue
         order = _known_order(ranking, items)
         ranks = {name: float(rank) for rank, name in enumerate(order, start=1)}
@@ -302,12 +302,12 @@ def _pairs_ranker(row: Row) -> Several:
         several = ranked(prompt, shown, {**extra, **judged.who})
         out.pairs += several.pairs
         for made in several.pairs:
-            out.otherwise += replaced(extra, made.fields)
+            out.notes += replaced(extra, made.fields)
         reasons = [f"{name} was not ranked" for name in items if name not in ranks]
-        reasons += several.aside
+        reasons += several.set_aside
         if len(shown) < 2:
             reasons.append("fewer than two answers were ranked")
-        out.aside += [f"{judged.name}: {reason}" for reason in reasons]
+        out.set_aside += [f"{judged.name}: {reason}" for reason in reasons]
     return out
 
 
@@ -380,7 +380,7 @@ LABEL_STUDIO = Format(
     pairs=_pairs_label_studio,
     prompt=_prompt_of_task,
     test=lambda row: isinstance(row["data"], Mapping) and "items" not in row["data"],
-    flat=tools_outside("data"),
+    flatten=tools_outside("data"),
     consumed=_TASK_KEYS,
 )
 LABEL_STUDIO_RANKER = Format(
@@ -390,7 +390,7 @@ LABEL_STUDIO_RANKER = Format(
     pairs=_pairs_ranker,
     prompt=_prompt_of_task,
     test=lambda row: isinstance(row["data"], Mapping) and "items" in row["data"],
-    flat=tools_outside("data"),
+    flatten=tools_outside("data"),
     consumed=_TASK_KEYS,
 )
 WRITE_LABEL_STUDIO: dict[Use, Writer] = {Use.preference: _write_pair}

@@ -71,9 +71,9 @@ def _pairs_mt_bench(row: Row) -> Several:
     """
     first, second = _winner(row, "g1_winner"), _winner(row, "g2_winner")
     if "error" in (first, second):
-        return Several(aside=["the judge's answer was not understood (error)"])
+        return Several(set_aside=["the judge's answer was not understood (error)"])
     if first != second or first == "tie":
-        return Several(aside=[f"a tie: game 1 says {first}, game 2 {second}"])
+        return Several(set_aside=[f"a tie: game 1 says {first}, game 2 {second}"])
     turn = number_of(row, "turn") if "turn" in row else 1.0
     if turn not in (1, 2):
         raise RowError(f"key 'turn': expected 1 or 2, found {describe(row['turn'])}")
@@ -83,7 +83,7 @@ def _pairs_mt_bench(row: Row) -> Several:
     ]
     if sides[0][:-1] != sides[1][:-1]:
         return Several(
-            aside=[
+            set_aside=[
                 "turn 2 compares conversations whose first answers differ, which are no two "
                 "answers to one prompt"
             ]

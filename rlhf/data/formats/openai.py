@@ -168,7 +168,7 @@ CHOSEN_MESSAGES = Format(
 # ---- OpenAI's preferences ----
 
 
-def _flat_openai(row: Row) -> Row:
+def _flatten_openai(row: Row) -> Row:
     """{"input": {"messages", "tools", ...}, ...} with the keys of `input` as columns."""
     given = value_of(row, "input")
     if not isinstance(given, Mapping):
@@ -195,7 +195,7 @@ OPENAI_PREFERENCE = Format(
     test=lambda row: isinstance(row["input"], Mapping),
     consumed=_CONVERSATION,
     answers=("preferred_output", "non_preferred_output", "margin"),
-    flat=_flat_openai,
+    flatten=_flatten_openai,
 )
 
 # ---- xLAM's calls ----

@@ -201,12 +201,12 @@ def _has_judgement(row: Row) -> bool:
 def _asked_and(*names: str) -> Any:
     """The columns of the prompt, and those of the roles `names`."""
 
-    def parts(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def columns(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         roles = roles_of(row)
         taken = (getattr(roles, name) for name in names)
         return roles.asked, tuple(filter(None, taken))
 
-    return parts
+    return columns
 
 
 def _reference(row: Row) -> tuple[str, ...]:
@@ -217,7 +217,7 @@ def _reference(row: Row) -> tuple[str, ...]:
 _RATINGS = ("helpfulness", "correctness", "rating", "score", "overall_rating")
 
 
-def _says(row: Row) -> str:
+def _note(row: Row) -> str:
     """Which of two answers was taken, and which ratings are not read."""
     roles = roles_of(row)
     out = []
@@ -239,7 +239,7 @@ QUESTION = Format(
     "question, query, instruction or problem (and system, history, context, input)",
     prompt=prompt_of,
     test=has_question,
-    parts=_asked_and(),
+    find_columns=_asked_and(),
 )
 QUESTION_ANSWER = Format(
     "question_answer",
@@ -249,9 +249,9 @@ QUESTION_ANSWER = Format(
     sft=_sft,
     prompt=prompt_of,
     test=_has_answer,
-    parts=_asked_and("answer", "reason"),
-    beside=_reference,
-    says=_says,
+    find_columns=_asked_and("answer", "reason"),
+    not_content=_reference,
+    note=_note,
 )
 QUESTION_JUDGED = Format(
     "question_judged",
@@ -261,8 +261,8 @@ QUESTION_JUDGED = Format(
     unpaired=_judged,
     prompt=prompt_of,
     test=_has_judgement,
-    parts=_asked_and("answer", "reason", "judgement"),
-    beside=_reference,
+    find_columns=_asked_and("answer", "reason", "judgement"),
+    not_content=_reference,
 )
 QUESTION_PREFERENCE = Format(
     "question_preference",
@@ -272,5 +272,5 @@ QUESTION_PREFERENCE = Format(
     pair=_pair,
     prompt=prompt_of,
     test=_has_sides,
-    parts=_asked_and("chosen", "rejected"),
+    find_columns=_asked_and("chosen", "rejected"),
 )

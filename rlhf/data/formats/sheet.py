@@ -10,8 +10,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.formats.base import CONTENT, Format, Several, Use, of_two, prompt_or_nothing
+from rlhf.data.formats.base import (
+    Format,
+    Several,
+    Use,
+    of_two,
+    prompt_or_nothing,
+)
 from rlhf.data.formats.draft import Draft, Writer, plain_text, shown_pair
+from rlhf.data.formats.values import CONTENT
 from rlhf.data.rows import Row, RowError, optional_text, text_of, text_or_chat
 from rlhf.process.wording import describe
 
@@ -38,9 +45,9 @@ def response_columns(row: Mapping[str, Any]) -> list[str]:
 def _pairs_sheet(row: Row) -> Several:
     preference = optional_text(row, "preference").strip().lower()
     if not preference:
-        return Several(aside=["not labelled yet"])
+        return Several(set_aside=["not labelled yet"])
     if preference in NO_SIDE:
-        return Several(aside=[f"a {preference}"])
+        return Several(set_aside=[f"a {preference}"])
     if preference not in SIDES:
         raise RowError(
             f"key 'preference': expected a, b, tie or skip, found {describe(row['preference'])}"

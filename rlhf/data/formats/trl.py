@@ -9,7 +9,6 @@ from rlhf.data.formats.base import (
     Format,
     Use,
     both_sides,
-    columns_of,
     has_chat,
     make_pair,
     prompt_of_pair,
@@ -19,6 +18,7 @@ from rlhf.data.formats.base import (
     with_assistant,
 )
 from rlhf.data.formats.draft import Draft, Writer, prompt_turns, single_turn
+from rlhf.data.formats.values import columns_of
 from rlhf.data.rows import Chat, Row, RowError, answer_of, judgement_of, text_of, text_or_chat
 from rlhf.process.wording import describe
 from rlhf.types import JudgedAnswer, PreferencePair
@@ -156,7 +156,7 @@ def _classes(row: Row) -> str:
     return "" if key is None else f"every text trains, whatever its {key!r} says"
 
 
-TEXT = Format("text", ("text",), "text", sft=_sft_text, answers=("text",), says=_classes)
+TEXT = Format("text", ("text",), "text", sft=_sft_text, answers=("text",), note=_classes)
 
 
 # ---- writing ----

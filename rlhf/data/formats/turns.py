@@ -94,7 +94,7 @@ DIALOGUE = Format(
     sft=lambda row: {"messages": with_assistant(_chat(row), _key(row))},
     prompt=lambda row: without_answer(_chat(row), _key(row)),
     test=_is_dialogue,
-    parts=lambda row: (tuple(filter(None, (_key(row), roles_of(row).system))), ()),
+    find_columns=lambda row: (tuple(filter(None, (_key(row), roles_of(row).system))), ()),
 )
 
 # ---- trees ----
@@ -157,13 +157,13 @@ def _pairs_of_tree(row: Row) -> Several:
             ]
             several = ranked(chat, answers, {})
             out.pairs.extend(several.pairs)
-            out.aside.extend(several.aside)
+            out.set_aside.extend(several.set_aside)
         for place, reply in replies:
             visit(reply, chat, place)
 
     visit(row["prompt"], [], "prompt")
     if not out.pairs:
-        out.aside.append("no message of the tree has two ranked answers")
+        out.set_aside.append("no message of the tree has two ranked answers")
     return out
 
 
@@ -177,7 +177,7 @@ MESSAGE_TREE = Format(
     prompt=lambda row: [_turn(row["prompt"])],
     test=lambda row: isinstance(row["prompt"], Mapping) and "replies" in row["prompt"],
     consumed=("prompt",),
-    says=lambda row: "a conversation goes along the best-ranked replies, a pair is two of them",
+    note=lambda row: "a conversation goes along the best-ranked replies, a pair is two of them",
 )
 
 # ---- prompts with what verifies their answers ----

@@ -29,7 +29,7 @@ def unread_columns(format_: Format, row: Row, use: Use | None) -> list[str]:
     `format_` reads. Where prompts are asked for, answers are their fields, which verifiers read;
     for rows of any kind (None) they are not. Raises RowError for a row that the format can't read.
     """
-    columns = format_.flat(row)
+    columns = format_.flatten(row)
     out = [key for key in may_be_unread(format_, row, use) if _is_content(key, columns[key])]
     if not out:
         return []
@@ -45,9 +45,9 @@ def unread_columns(format_: Format, row: Row, use: Use | None) -> list[str]:
 
 def may_be_unread(format_: Format, row: Row, use: Use | None) -> list[str]:
     """The columns that `format_` does not read and whose names are those of content."""
-    row = format_.flat(row)
+    row = format_.flatten(row)
     consumed, answers = format_.taken(row)
-    known = {*consumed, *answers, *format_.beside(row)}
+    known = {*consumed, *answers, *format_.not_content(row)}
     return [
         key
         for key in row

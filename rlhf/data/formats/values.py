@@ -1,14 +1,19 @@
 """What the values of a use hold, whatever the use: conversations or texts, keys of messages, and
-the functions that a template shows; and what formats read of the objects inside a row's columns.
+the functions that a template shows; how they stand in columns; and what formats read of the objects
+inside a row's columns.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from rlhf.data.calls import is_nothing
 from rlhf.data.rows import Chat, Row, RowError, finite
 from rlhf.types import JudgedAnswer, PreferencePair
+
+# the toolkit's own columns that hold texts or messages, and all of its own columns
+CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
+CANONICAL = (*CONTENT, "tools", "margin", "label")
 
 
 def is_conversation(value: Any) -> bool:
@@ -95,11 +100,11 @@ def require_messages(value: Any, column: str) -> None:
 
 
 def tools_outside(key: str) -> Callable[[Row], Row]:
-    """A format's `flat`: the functions inside a row's object `key`, as its own column ``tools``.
+    """A format's `flatten`: the functions inside a row's object `key`, as its own column ``tools``.
     Raises RowError where the row has others there.
     """
 
-    def flat(row: Row) -> Row:
+    def flatten(row: Row) -> Row:
         inside = row.get(key)
         if not isinstance(inside, Mapping) or is_nothing(inside.get("tools")):
             return row
@@ -108,13 +113,40 @@ def tools_outside(key: str) -> Callable[[Row], Row]:
         rest = {name: value for name, value in inside.items() if name != "tools"}
         return {**row, key: rest, "tools": inside["tools"]}
 
-    return flat
+    return flatten
 
 
 def shows_tools(value: Any) -> bool:
     """Whether a system message holds the functions, as Hermes' rows have them."""
     first = next((chat[0] for chat in chats_of(value) if chat), None)
     return first is not None and first["role"] == "system" and "<tools>" in first["content"]
+
+
+# ---- back into columns ----
+
+
+def columns_of(
+    value: Any, fields: Mapping[str, Any], answers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A value of a use in the toolkit's own columns (see rlhf/data/prepare/items.py), followed by
+    those `fields` that are neither canonical nor among its format's `answers`.
+    """
+    own = {key: held for key, held in fields.items() if key not in (*CANONICAL, *answers)}
+    if isinstance(value, PreferencePair):
+        columns = {"prompt": value.prompt, "chosen": value.chosen, "rejected": value.rejected}
+        if value.margin is not None:
+            columns["margin"] = value.margin
+        return {**columns, **_tools_column(value.tools), **own}
+    if isinstance(value, JudgedAnswer):
+        columns = {"prompt": value.prompt, "completion": value.completion, "label": value.good}
+        return {**columns, **_tools_column(value.tools), **own}
+    if isinstance(value, dict):
+        return {**value, **own}
+    return {"prompt": value, **_tools_column(fields.get("tools")), **own}
+
+
+def _tools_column(tools: Any) -> dict[str, Any]:
+    return {} if tools is None else {"tools": tools}
 
 
 # ---- columns that are not carried ----

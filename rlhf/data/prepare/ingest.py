@@ -17,10 +17,10 @@ from conf.schema import Config, DataConfig
 from rlhf.data.converting import PROBE, Conversion, LeftOut, choose_format
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Use
-from rlhf.data.formats.base import both_sides, columns_of
+from rlhf.data.formats.base import both_sides
 from rlhf.data.formats.names import is_question
 from rlhf.data.formats.unread import stands_in, texts_in
-from rlhf.data.formats.values import as_whole, layout_of, not_carried
+from rlhf.data.formats.values import as_whole, columns_of, layout_of, not_carried
 from rlhf.data.loading import tell, tell_kept
 from rlhf.data.mixture import Part, Source, mixed
 from rlhf.data.prepare import store
@@ -69,18 +69,18 @@ def items(
     seed: int,
     kind: Use,
     rejected: LeftOut,
-    aside: LeftOut,
+    set_aside: LeftOut,
     split: str = "train",
 ) -> Iterator[Item]:
     """The rows of a split (train, eval) one by one in canonical columns, whatever files they come
     from; a row of several pairs gives several items.
 
-    Rows that don't fit go to `rejected`, judgements that give no pair (ties, skips) to `aside`,
+    Rows that don't fit go to `rejected`, judgements that give no pair (ties, skips) to `set_aside`,
     each with its reason. A row's own columns follow the canonical ones, except those that had a
     canonical name. Raises UserError where a file as a whole can't be read as `kind`.
     """
     sources = sources_of(data, split)
-    conversion = Conversion(kind, sources, rejected, aside, PROBE + data.max_bad_rows)
+    conversion = Conversion(kind, sources, rejected, set_aside, PROBE + data.max_bad_rows)
     whole = len(_layouts(sources, kind, data, seed)) > 1
     counts: Counter[str] = Counter()
     for row in source_rows(data, seed, split):
@@ -95,16 +95,16 @@ def items(
             for value in values:
                 columns = columns_of(value, record.fields, answers)
                 own = _without_copies(record.fields, value)
-                conversion.otherwise.add(not_carried(columns, own), record.place)
+                conversion.notes.add(not_carried(columns, own), record.place)
                 yield Item(columns, record.origin, record.number, split)
     for origin, form in conversion.formats.items():
         LOG.info("%s: %d rows, read as %s (%s)", origin, counts[origin], form.name, form.columns)
     name = ", ".join(source.name for source in sources)
     if whole:
         LOG.info("%s: prompts with completions are written as the conversations they are", name)
-    for note in conversion.said:
+    for note in conversion.format_notes:
         LOG.warning("%s", note)
-    tell(conversion.otherwise, name)
+    tell(conversion.notes, name)
     tell_kept(conversion.keys, name)
 
 
@@ -254,7 +254,7 @@ def reader(data: DataConfig, seed: int, kind: Use, folder: Path) -> ReadItems:
         bad, count = left_out.bad, 0
         splits = ("train",) if data.eval_path is None else ("train", "eval")
         for split in splits:
-            for item in items(data, seed, kind, left_out.rejected, left_out.aside, split):
+            for item in items(data, seed, kind, left_out.rejected, left_out.set_aside, split):
                 count += 1
                 # beyond the limit the files are read to their end for the list of bad rows only
                 if len(bad) <= data.max_bad_rows:
@@ -288,7 +288,7 @@ class _LeftOut:
         self.bad.append(f"{row.place}: {reason}")
         self._leave_out(row, reason)
 
-    def aside(self, row: SourceRow, reason: str) -> None:
+    def set_aside(self, row: SourceRow, reason: str) -> None:
         """A judgement that gives no pair."""
         self._leave_out(row, f"set aside: {reason}")
 

@@ -18,7 +18,8 @@ from typing import Any, Protocol, TypeVar
 
 from conf.preparation.base import StepOptions
 from rlhf.data.calls import is_nothing
-from rlhf.data.formats.base import CONTENT, Use
+from rlhf.data.formats.base import Use
+from rlhf.data.formats.values import CONTENT
 from rlhf.data.messages import texts_of_message, with_texts
 from rlhf.types import Message, UserError
 

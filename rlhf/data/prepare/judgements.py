@@ -12,7 +12,7 @@ from typing import Any
 from conf.preparation.annotation import JudgedOptions, Repeats
 from rlhf.data.agreement import Label
 from rlhf.data.formats import Use
-from rlhf.data.formats.base import CONTENT
+from rlhf.data.formats.values import CONTENT
 from rlhf.data.prepare.items import Context, Item
 from rlhf.process.files import digest
 from rlhf.types import UserError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from rlhf.data.formats.base import CONTENT
+from rlhf.data.formats.values import CONTENT
 from rlhf.data.messages import texts_of_message
 from rlhf.data.prepare.items import Item
 from rlhf.data.report.records import Histogram, Marked, Section, Settings, Severity, Table, finding

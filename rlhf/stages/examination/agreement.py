@@ -12,7 +12,7 @@ from typing import Any
 from conf.choices import RewrittenTurns
 from conf.schema import DataConfig, ModelConfig
 from rlhf.data.formats import Use
-from rlhf.data.formats.base import columns_of
+from rlhf.data.formats.values import columns_of
 from rlhf.data.loading import convert
 from rlhf.data.prepare.ingest import kind_of
 from rlhf.data.sources import train_sources
