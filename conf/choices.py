@@ -1,9 +1,8 @@
-"""The named choices of the options (conf/options.py). Standard library only."""
+"""The named choices of the options (conf/options.py); formats of rows are in conf/data.py.
+Standard library only.
+"""
 
 from enum import Enum
-
-from conf.formats import DataFormat as DataFormat  # noqa: PLC0414 (re-exported)
-from conf.formats import DataTarget as DataTarget  # noqa: PLC0414 (re-exported)
 
 
 class Dtype(Enum):

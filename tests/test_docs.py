@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.choices import DataTarget
+from conf.data import DataTarget
 from conf.preparation import STEPS
 from conf.stages import STAGES
 from rlhf.cli import config, options

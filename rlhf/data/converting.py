@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from conf.choices import DataFormat
+from conf.data import DataFormat
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import (
     Format,

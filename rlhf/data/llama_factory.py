@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.choices import DataFormat
+from conf.data import DataFormat
 from rlhf.data.llama_factory_rows import MEDIA, TAGS, alpaca_rows, sharegpt_rows
 from rlhf.data.mixture import Part, Source, hub_part, parts_of
 from rlhf.data.opening import endings, kind_of, readable_files

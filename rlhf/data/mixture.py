@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conf.choices import DataFormat
+from conf.data import DataFormat
 from rlhf.data.files import SourceRow, check_file, count_rows, scan
 from rlhf.data.opening import KINDS, endings, kind_of
 from rlhf.data.rows import RowError

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from conf.choices import DataFormat
+from conf.data import DataFormat
 from conf.schema import DataConfig, SourceConfig
 from rlhf.data import llama_factory
 from rlhf.data.calls import is_nothing

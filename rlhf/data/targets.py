@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from conf.choices import DataTarget
+from conf.data import DataTarget
 from rlhf.data.formats import (
     FORMATS,
     Use,

@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from conf.choices import DataTarget, FileKind
+from conf.choices import FileKind
+from conf.data import DataTarget
 from rlhf.data.formats import Use
 from rlhf.data.formats.draft import Row
 from rlhf.data.prepare.items import Item

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conf.choices import DataFormat, DataTarget
+from conf.data import DataFormat, DataTarget
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import OnlineStage, PreferenceStage, RewardStage, SFTStage
 from rlhf.data import reading

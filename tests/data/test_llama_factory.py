@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conf.choices import DataFormat
+from conf.data import DataFormat
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import KTOStage, RewardStage, SFTStage
 from rlhf.data import reading

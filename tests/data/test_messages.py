@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conf.choices import DataTarget, FileKind
+from conf.choices import FileKind
+from conf.data import DataTarget
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import KTOStage, OnlineStage, PreferenceStage, SFTStage
 from rlhf.data import files, formats, reading

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow
 import pytest
 
-from conf.choices import DataFormat
+from conf.data import DataFormat
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import OnlineStage, RewardStage, SFTStage
 from rlhf.data import files, formats, reading

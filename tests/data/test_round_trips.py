@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conf.choices import DataTarget, FileKind
+from conf.choices import FileKind
+from conf.data import DataTarget
 from rlhf.data import files, formats
 from rlhf.data.formats import FORMATS, Use
 from rlhf.data.formats.base import both_sides

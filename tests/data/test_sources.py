@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.choices import DataFormat
+from conf.data import DataFormat
 from conf.schema import Config, DataConfig, RunConfig, SourceConfig
 from conf.stages import OnlineStage, RewardStage, SFTStage
 from rlhf.cli import config as composing

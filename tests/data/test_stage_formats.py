@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from conf.choices import DataFormat, DataTarget, FileKind
+from conf.choices import FileKind
+from conf.data import DataFormat, DataTarget
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import (
     CPOStage,

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from conf.choices import DataTarget, FileKind
+from conf.choices import FileKind
+from conf.data import DataTarget
 from rlhf.data import files
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item

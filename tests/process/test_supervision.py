@@ -20,6 +20,7 @@ from rlhf.cli import config
 from rlhf.process import checkpoints, supervision
 from rlhf.run import context as rlhf_run
 from rlhf.run.context import RunContext
+from rlhf.stages import rows as stage_rows
 from rlhf.types import Interrupted
 from tests.selection import marked_full
 from tests.stages.test_resume import options, rows, write_data
@@ -117,7 +118,8 @@ def run(given: list[str], signal_at: int | None = None, number: int = signal.SIG
             time.sleep(0.2)
 
     ctx.tracker.log = signalled  # type: ignore[method-assign]
-    importlib.import_module("rlhf.stages." + {"ppo": "online"}.get(ctx.stage, ctx.stage)).run(ctx)
+    module = importlib.import_module("rlhf.stages." + {"ppo": "online"}.get(ctx.stage, ctx.stage))
+    module.run(ctx, stage_rows)
     return ctx.dir
 
 

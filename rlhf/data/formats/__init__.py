@@ -1,8 +1,8 @@
 """Formats of data files, a module each or a few related ones: recognised by their columns, turned
 into what stages use (base.Use), and written from the toolkit's own columns (draft.py).
 
-A new format is a `Format` in a module here, named in FORMATS (and in conf.choices.DataFormat); its
-writers are named in rlhf/data/targets.py (and in conf.choices.DataTarget). All are pure functions
+A new format is a `Format` in a module here, named in FORMATS (and in conf.data.DataFormat); its
+writers are named in rlhf/data/targets.py (and in conf.data.DataTarget). All are pure functions
 over rows (dictionaries). Kinds of file (Parquet, Excel ...) are in rlhf/data/files.py and
 rlhf/data/writing.py. Not read: pictures, videos and sounds.
 

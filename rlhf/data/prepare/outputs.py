@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.choices import DataFormat, DataTarget, FileKind
+from conf.choices import FileKind
+from conf.data import DataFormat, DataTarget
 from conf.schema import DataConfig
 from rlhf.data.converting import choose_format
 from rlhf.data.files import SourceRow
