@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf.data.json_text import each_once
 from rlhf.process.wording import describe, nearest_hint
 from rlhf.types import RowError, Tools
 
@@ -53,10 +54,10 @@ def parsed(text: str, key: str, expected: str) -> Any:
         raise ValueError(f"{name} is no number of JSON's")
 
     try:
-        return json.loads(text, parse_constant=no_number)
+        return json.loads(text, parse_constant=no_number, object_pairs_hook=each_once)
     except (ValueError, RecursionError) as error:
         raise RowError(
-            f"key {key!r}: expected {expected}, found a text that is no JSON ({error}): "
+            f"key {key!r}: expected {expected}, found a text that is not read as JSON ({error}): "
             f"{describe(text)}"
         ) from None
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.json_text import Repeated, decoder, repeated_key
 from rlhf.data.opening import SourceRow, check_file, decode, kind_of, open_bytes
 from rlhf.data.tables import csv_rows, excel_rows, parquet_file, parquet_rows
 from rlhf.types import UserError
@@ -129,8 +130,9 @@ def _unreadable(error: ValueError | RecursionError) -> str:
 def _json_array(path: Path) -> Iterator[SourceRow]:
     with open_bytes(path) as source:
         text = decode(path, source.read(), "the file", first=True)
+    found: list[Repeated] = []
     try:
-        values = json.loads(text)
+        values = decoder(found).decode(text)
     except json.JSONDecodeError as error:
         hint = ""
         first, _, rest = text.partition("\n")
@@ -145,7 +147,11 @@ def _json_array(path: Path) -> Iterator[SourceRow]:
             f"{path}: not valid JSON ({_unreadable(error)}); expected an array of rows."
         ) from error
     for number, value in enumerate(values, start=1):
-        yield _row(str(path), number, value)
+        trouble = repeated_key(value) if found else None
+        if trouble is None:
+            yield _row(str(path), number, value)
+        else:
+            yield SourceRow(number, {}, trouble, value, str(path))
 
 
 def _parsed(text: str) -> Any:
@@ -158,9 +164,11 @@ def _parsed(text: str) -> Any:
 
 def _json_lines(path: Path) -> Iterator[SourceRow]:
     origin = str(path)
+    found: list[Repeated] = []
+    parse = decoder(found).decode
     for number, (at, text) in enumerate(_lines(path), start=1):
         try:
-            value = json.loads(text.strip())
+            value = parse(text.strip())
         except (ValueError, RecursionError) as error:
             column = ""
             if isinstance(error, json.JSONDecodeError):
@@ -170,6 +178,11 @@ def _json_lines(path: Path) -> Iterator[SourceRow]:
                 "one whole object a line, or an array of objects"
             )
             yield SourceRow(number, {}, problem, text.strip(), origin)
+            found.clear()
+            continue
+        if found:
+            found.clear()
+            yield SourceRow(number, {}, repeated_key(value), text.strip(), origin)
             continue
         yield _row(origin, number, value)
 
@@ -229,15 +242,17 @@ def _next_object(begun: list[Line], more: Iterator[Line]) -> tuple[Any, list[Lin
     lines = list(begun)
     while True:
         text = "".join(line for _, line in lines)
+        found: list[Repeated] = []
         try:
-            value, end = json.JSONDecoder().raw_decode(text)
+            value, end = decoder(found).raw_decode(text)
         except (ValueError, RecursionError) as error:
             further = list(islice(more, len(lines))) if _goes_on(text, error) else []
             if not further:
                 return _broken(lines, more, error)
             lines += further  # twice as many each time
         else:
-            return value, _beyond(lines, end), None
+            trouble = repeated_key(value) if found else None
+            return value, _beyond(lines, end), trouble
 
 
 def _beyond(lines: list[Line], end: int) -> list[Line]:
