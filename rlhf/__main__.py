@@ -28,9 +28,7 @@ def execute(cfg: Config, argv: Sequence[str]) -> None:
     """Run the stage of `cfg` in this process. Raises UserError for bad input, before any weights
     load.
     """
-    from rlhf.cli import execute as execution
-
-    execution.execute(cfg, argv, stage_modules)
+    command.execute(cfg, argv, stage_modules)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,9 +3,9 @@
 from conf.schema import Config
 from rlhf.__main__ import stage_modules
 from rlhf.checks import launch
-from rlhf.cli import execute
+from rlhf.cli.command import checks_of
 
 
 def check(cfg: Config) -> list[str]:
     """The notes of the stage's checks. Raises UserError."""
-    return launch.check_stage(execute.checks_of(cfg.stage, stage_modules), cfg)
+    return launch.check_stage(checks_of(cfg.stage, stage_modules), cfg)

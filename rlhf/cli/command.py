@@ -1,6 +1,11 @@
-"""The command line from its arguments to an exit code: list, help, or a job, and how it ends."""
+"""The command line from its arguments to an exit code: list, help, or a job, and how it ends.
+
+A job runs one stage in this process (`execute`): the ranks join, the data is there, the stage's
+check passes, the run directory opens, the stage runs.
+"""
 
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -11,16 +16,27 @@ import traceback
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from conf import published
+from conf.choices import Recipe
 from conf.schema import Config
+from conf.stages import TrainStage
 from rlhf.cli import config, options, presets
 from rlhf.cli.config import check_overrides, prepare
+from rlhf.cli.presets import module_name, stage_schema
 from rlhf.process import distributed, redaction, supervision
-from rlhf.process.supervision import record_failure
+from rlhf.process.libraries import quiet_libraries
+from rlhf.process.supervision import Watchdog, record_failure
 from rlhf.types import Interrupted, UserError
 
-Execute = Callable[[Config, Sequence[str]], None]
+# Runs the stage of a configuration; the command line goes into the manifest.
+RunJob = Callable[[Config, Sequence[str]], None]
+# From the name of a module in rlhf/stages/ to the module, imported: rlhf/__main__.py has it.
+Modules = Callable[[str], Any]
+
+LOG = logging.getLogger("rlhf")
 
 # what a collective says whose peer is gone
 _BROKEN_OFF = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket")
@@ -28,10 +44,16 @@ _WAIT_FOR_CAUSE_S = 5.0  # torchrun looks at its ranks every 0.1 s
 _OURS = ("run.name=", "tracking.group=")  # options that each job of a sweep gets from here
 _HELP = ("--help", "-h")
 _HYDRAS_OWN = ("--hydra-help", "--version", "--info", "-i")  # flags that need no stage
+# Modules of rlhf/stages/ that are no stages. A stage that trains gets its rows by the first, and is
+# looked at by the second; the others are for the runs that ask for them.
+_ROWS, _MEMORY, _DRY_RUN, _RECIPE = "rows", "memory", "dry_run", "recipe"
+# torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
+# load a model
+_WITHOUT_TORCH = ("chain", "data")
 
 
-def main(argv: Sequence[str], execute: Execute) -> int:
-    """Run a command line; `execute` runs the stage that it composes. Signals end it in order
+def main(argv: Sequence[str], run_job: RunJob) -> int:
+    """Run a command line; `run_job` runs the stage that it composes. Signals end it in order
     (rlhf/process/supervision.py), and nothing that it logs holds a secret.
 
     Returns 0; 1 for bad input or a stopped run, 2 for a missing stage; 130 after Ctrl-C, 143 after
@@ -39,7 +61,7 @@ def main(argv: Sequence[str], execute: Execute) -> int:
     """
     with redaction.redacted_logs(), supervision.terminable():
         try:
-            return _main(argv, execute)
+            return _main(argv, run_job)
         except UserError as error:
             return _fail(error)
         except KeyboardInterrupt as stop:
@@ -51,7 +73,7 @@ def main(argv: Sequence[str], execute: Execute) -> int:
             distributed.shutdown()
 
 
-def _main(argv: Sequence[str], execute: Execute) -> int:
+def _main(argv: Sequence[str], run_job: RunJob) -> int:
     check_shell(argv)
     # argparse, which Hydra uses, wants all overrides side by side: move them before the flags.
     arguments = sorted(argv, key=_is_flag)
@@ -61,8 +83,10 @@ def _main(argv: Sequence[str], execute: Execute) -> int:
     if not has_stage and not any(argument in _HYDRAS_OWN for argument in arguments):
         _print(presets.list_stages())
         return 2 if arguments else 0
-    return _run(arguments, execute)
+    return _run_jobs(arguments, run_job)
 
+
+# ---- arguments ----
 
 _OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@-]*=")
 
@@ -140,13 +164,16 @@ def _print_help(arguments: Sequence[str], has_stage: bool) -> int:
     return 0
 
 
+# ---- jobs ----
+
+
 class _Job:
     """What Hydra calls with the composed configuration. Errors are kept until Hydra is through: it
     would comment on bad input, and print the overrides as they were typed, secrets included.
     """
 
-    def __init__(self, execute: Execute) -> None:
-        self._execute = execute
+    def __init__(self, run_job: RunJob) -> None:
+        self._run_job = run_job
         self.errors: list[Exception] = []
 
     def __call__(self, cfg: Any) -> None:
@@ -163,7 +190,7 @@ class _Job:
         if hydra.mode is RunMode.MULTIRUN:
             run_sweep_job(cfg, hydra)
         else:
-            self._execute(cfg, sys.argv[1:])
+            self._run_job(cfg, sys.argv[1:])
 
 
 def run_sweep_job(cfg: Config, hydra: Any) -> None:
@@ -194,7 +221,7 @@ def clean_sweep_file(path: Path) -> None:
         path.write_text(redaction.text(written), encoding="utf-8")
 
 
-def _run(arguments: Sequence[str], execute: Execute) -> int:
+def _run_jobs(arguments: Sequence[str], run_job: RunJob) -> int:
     check_overrides(arguments)
     config.register()
     import hydra
@@ -203,13 +230,97 @@ def _run(arguments: Sequence[str], execute: Execute) -> int:
     # Hydra would shorten a bug's traceback unless it is told not to.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *prepare(arguments)]
-    job = _Job(execute)
+    job = _Job(run_job)
     run = hydra.main(config_path=str(presets.CONF_DIR), config_name="config", version_base="1.3")
     try:
         run(job)()
     except HydraException as error:
         raise UserError(config.explain(error)) from error
     return _exit_code(job.errors)
+
+
+# ---- a stage in this process ----
+
+
+def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
+    """Run the stage of `cfg`. `argv` is the command line, for the manifest. Raises UserError for
+    bad input, before any weights load.
+    """
+    # fork after threads would warn at every data worker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    schema, name = stage_schema(cfg.stage.name), module_name(cfg.stage.name)
+    if schema not in _WITHOUT_TORCH:
+        distributed.name_accelerator()
+    if schema not in ("chain", "data", "doctor"):
+        # The others load no model by themselves, and transformers takes seconds to import.
+        quiet_libraries()
+    if schema in ("chain", "doctor"):
+        stage = modules(name)
+    else:
+        stage = _checked(cfg, name, modules)
+        if not cfg.run.dry_run and schema not in _WITHOUT_TORCH:
+            distributed.set_threads(cfg.engine.threads)
+    if cfg.run.dry_run:
+        if distributed.is_main():
+            modules(_DRY_RUN).show(cfg, argv)
+    elif schema == "doctor":
+        stage.run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
+    else:
+        _run_stage(cfg, argv, stage, modules)
+
+
+def checks_of(stage: Any, modules: Modules) -> list[Any]:
+    """The checks of a stage, given by its options: its own, then those of its rows and of its
+    memory where it trains.
+    """
+    checks = [modules(module_name(stage.name)).check]
+    if isinstance(stage, TrainStage):
+        checks += [modules(_ROWS).check, modules(_MEMORY).check]
+    return checks
+
+
+def _checked(cfg: Config, name: str, modules: Modules) -> Any:
+    """Join the other ranks, make sure of the data, and check the configuration. Returns the stage's
+    module. Raises UserError on all ranks alike.
+    """
+    from rlhf.checks import launch
+
+    limit = cfg.run.phase_timeout_s or 0.0
+    with Watchdog(cfg.run.phase_timeout_s) as watchdog:
+        watchdog.phase("launch")
+        # Ranks that wait for one that hangs must outlive it: its watchdog tells the cause, their
+        # timeout would tell a consequence.
+        distributed.initialise(max(30.0, limit / 60 + 10.0))
+        watchdog.phase("download")
+        if cfg.data.recipe is not Recipe.none:
+            modules(_RECIPE).ensure(cfg)
+        watchdog.phase("preflight")
+        stage = modules(name)
+        if isinstance(cfg.stage, TrainStage):
+            modules(_MEMORY).choose_micro_batch(cfg)
+        for note in launch.check_stage(checks_of(cfg.stage, modules), cfg):
+            LOG.warning(note)
+        rates = published.taken(cfg.stage, cfg.adapter.kind)
+        if rates and distributed.is_main():
+            LOG.info(rates)
+    return stage
+
+
+def _run_stage(cfg: Config, argv: Sequence[str], stage: Any, modules: Modules) -> None:
+    from rlhf.run.context import RunContext
+
+    with Watchdog(cfg.run.phase_timeout_s) as watchdog:
+        watchdog.phase("open the run")
+        # stages whose checkpoints depend on the number of ranks have such a function
+        adapt = getattr(stage, "adapt_checkpoint", None)
+        ctx = RunContext.open(cfg, argv, adapt)
+    if isinstance(cfg.stage, TrainStage):
+        stage.run(ctx, modules(_ROWS))
+    else:
+        stage.run(ctx)
+
+
+# ---- how it ends ----
 
 
 def _exit_code(errors: Sequence[Exception]) -> int:

@@ -1,6 +1,6 @@
 """Memory and disk of every stage that trains: the micro-batch that fits, and what doesn't.
 
-No stage of its own: rlhf/cli/execute.py asks it before weights load.
+No stage of its own: rlhf/cli/command.py asks it before weights load.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """The rows of every stage that trains: looked at before weights load, then read and encoded.
 
-No stage of its own. rlhf/cli/execute.py gives this module to the stages, so that what trains knows
+No stage of its own. rlhf/cli/command.py gives this module to the stages, so that what trains knows
 no format of a file.
 """
 

@@ -193,7 +193,7 @@ def phases_of(given: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 seen.append(name)
             super().phase(name)
 
-    for place in ("rlhf.run.context.Watchdog", "rlhf.cli.execute.Watchdog"):
+    for place in ("rlhf.run.context.Watchdog", "rlhf.cli.command.Watchdog"):
         monkeypatch.setattr(place, Phases)
     command_line.execute(config.compose(given), ())
     return seen
