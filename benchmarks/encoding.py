@@ -136,7 +136,7 @@ def measure_ours(folder: Path, kind: str) -> Measured:
 
     from rlhf.data import reading
     from rlhf.data.formats import Use
-    from rlhf.rows import pairs, sft
+    from rlhf.stages import rows as stage_rows
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     request = request_for(folder, kind)
@@ -150,10 +150,9 @@ def measure_ours(folder: Path, kind: str) -> Measured:
 
     def encode() -> list[int]:
         """Tokens of the first rows."""
-        if kind == "sft":
-            return lengths(sft.read(request, tokenizer).train, "input_ids")
-        if kind == "pairs":
-            return lengths(pairs.read(request, tokenizer).train, "chosen_ids")
+        if kind != "prompts":
+            rows = stage_rows.encoded_rows(request, tokenizer, micro=1).train
+            return lengths(rows, rows.column_names[0])
         return [len(prompt.token_ids) for prompt in reading.prompts(request, tokenizer)[:_FEW]]
 
     began, cpu_began = time.perf_counter(), cpu_s()

@@ -251,8 +251,9 @@ def test_the_rounds_on_a_toy(toy: list[str], tmp_path: Path) -> None:
     for rows in labelled.values():
         assert len({row["prompt"] for row in rows}) == 16, "no prompt is asked twice"
         assert all(row["chosen"] != " dog" and row["rejected"] != " fox" for row in rows)
-    trained = sorted(place.name for place in (folder / "rounds").iterdir())
+    trained = sorted(run.name for run in (folder / "rounds").iterdir())
     assert trained == [
+        ".encoded",
         "active-0-0",
         "active-0-1",
         "active-1-0",
