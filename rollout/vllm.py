@@ -3,7 +3,6 @@
 import gc
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,64 +15,28 @@ from safetensors.torch import save_file
 from conf.schema import RolloutConfig, vllm_lora_rank
 from rlhf.models.encoding import is_chat
 from rlhf.models.turns import end_ids, response_text
-from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
+from rollout.engine_start import (
+    QUIET,
+    adapter_directory,
+    device_options,
+    engine_environment,
+    errors_only,
+)
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.vllm_private import (
+    Streamed,
     held_checksums,
     kept_apart,
     multiply_one_adapter_at_once,
     pack_experts,
+    rotate_natively,
     sent_checksums,
     stop_engine_only,
 )
 from rollout.weights import HubNames, Incoming, Spec, readable_checksums, specs_of
 
 _ADAPTER = ("policy", 1)  # name and id of the one adapter
-# tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is
-# longer than most prompts
-_CPU_BLOCK = 32
-# Loggers whose warnings mean nothing here: RotaryEmbedding got no weights in a sync (it has none;
-# Incoming names missing ones), and without a tokenizer the engine knows no end of sequence (each
-# request names it).
-_QUIET = (
-    "vllm.engine.arg_utils",  # that a seed is set, which a seed per request makes moot
-    "vllm.model_executor.model_loader.reload.layerwise",
-    "vllm.renderers.base",  # that there is no tokenizer, which is as it should be
-    "vllm.v1.worker.cpu_worker",  # that threads can't be set after binding
-)
-# The engine stays in this process, so that weights go over as tensors; nothing is reported to
-# vLLM's makers.
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-_ENVIRONMENT_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
-# What starting an engine changes for everyone else: our own ranks read the first, every child
-# process would inherit the second.
-_RESTORED = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
-_OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"  # would win over rollout.kv_cache_gib
-
-
-def _errors_only(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
-@contextmanager
-def _engine_environment() -> Iterator[None]:
-    """vLLM's environment variables, set before it is imported; what it changes for other code is
-    put back afterwards.
-    """
-    os.environ.update(_ENVIRONMENT)
-    for name, value in _ENVIRONMENT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    os.environ.pop(_OVERRIDING, None)
-    before = {name: os.environ.get(name) for name in _RESTORED}
-    try:
-        yield
-    finally:
-        for name, old in before.items():
-            if old is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = old
 
 
 def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
@@ -82,33 +45,6 @@ def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
         return vllm_lora_rank(adapter_rank, wished)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _device_options(cfg: RolloutConfig) -> dict[str, Any]:
-    """The engine's options that depend on the device."""
-    if not torch.cuda.is_available():
-        # Eager: compiling a model of 1M parameters takes 20 to 40 s at the start and saves 1.5 ms
-        # of a 15 ms step (64 sequences, 2 cores).
-        return {
-            "kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30),
-            "enforce_eager": True,
-            "block_size": _CPU_BLOCK,
-        }
-    options: dict[str, Any] = {
-        "gpu_memory_utilization": cfg.gpu_memory_utilization,
-        "enforce_eager": cfg.enforce_eager,
-    }
-    if distributed.world_size() > 1:
-        # each rank's engine on its own device; else all take the first
-        options["distributed_executor_backend"] = "external_launcher"
-    return options
-
-
-def _adapter_directory() -> tempfile.TemporaryDirectory[str]:
-    """Where the adapter's files go: in memory, where there is such a folder."""
-    shared = Path("/dev/shm")
-    folder = shared if os.access(shared, os.W_OK) else None
-    return tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=folder)
 
 
 class VLLMGenerator:
@@ -145,16 +81,16 @@ class VLLMGenerator:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         # then starting the engine makes a group of one
         self._made_group = not torch.distributed.is_initialized()
-        with _engine_environment():
+        with engine_environment():
             from vllm import LLM
             from vllm.model_executor.models.transformers import base as transformers_backend
 
-            for name in _QUIET:  # a filter: levels are reset when the engine configures its loggers
-                logging.getLogger(name).addFilter(_errors_only)
-            options = _device_options(cfg)
+            for name in QUIET:  # a filter: levels are reset when the engine configures its loggers
+                logging.getLogger(name).addFilter(errors_only)
+            options = device_options(cfg, dtype)
             if adapter_rank is not None:
                 options |= self._prepare_adapter(adapter_rank, cfg.max_lora_rank)
-            with kept_apart(transformers_backend) as classes:
+            with kept_apart(transformers_backend) as classes, self._told(names.family):
                 self._llm = LLM(
                     model_path,
                     skip_tokenizer_init=True,  # token ids in, token ids out
@@ -166,7 +102,10 @@ class VLLMGenerator:
                     seed=0,
                     **options,
                 )
+                self._write_once(max_tokens)
             self._llm.apply_model(classes.claim)
+            if not torch.cuda.is_available():
+                self._llm.apply_model(rotate_natively)
 
     def _prepare_adapter(self, rank: int, wished: int | None) -> dict[str, Any]:
         """Make a folder for the adapter's files; returns the engine's options for it."""
@@ -175,8 +114,37 @@ class VLLMGenerator:
         max_rank = engine_lora_rank(rank, wished)
         if not torch.cuda.is_available():
             multiply_one_adapter_at_once(PunicaWrapperCPU)
-        self._directory = _adapter_directory()
+        self._directory = adapter_directory()
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
+
+    def _write_once(self, max_tokens: int) -> None:
+        """A response of up to two tokens: some layers find only now that they have no code for
+        their sizes.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=min(2, max_tokens - 1), ignore_eos=True, detokenize=False
+        )
+        self._llm.generate([{"prompt_token_ids": [0]}], params, use_tqdm=False)
+
+    @contextmanager
+    def _told(self, family: str) -> Iterator[None]:
+        """What keeps vLLM from starting this family here, as a UserError: a layer, a size or a
+        device that it has no code for.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._made_group:
+                from vllm.distributed import cleanup_dist_env_and_memory
+
+                cleanup_dist_env_and_memory()
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(
+                f"rollout=vllm: vLLM does not start {family} here ({type(error).__name__}: "
+                f"{first}). Set rollout=hf, or remove the cause."
+            ) from error
 
     @property
     def llm(self) -> Any:
@@ -280,7 +248,9 @@ class VLLMGenerator:
         else:
             tensors = self._names(weights.tensors)
             incoming = Incoming(tensors, self._specs, self._readable, version)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(incoming)})
+            passing = Streamed(incoming, self._names.family)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(passing)})
+            self._llm.apply_model(passing.put_sinks)
             if not torch.cuda.is_available():
                 self._llm.apply_model(pack_experts)
             incoming.finish(version)

@@ -4,7 +4,9 @@
     multiply_one_adapter_at_once  LoRA on a CPU, as fast as a batch of one adapter can be
     sent_checksums                of an adapter's tensors, as vLLM's layers have to hold them
     held_checksums                of the same tensors, as the layers do hold them
+    Streamed                      GPT-OSS's weights, in the form that a reload takes
     pack_experts                  experts in the form of vLLM's kernel, again after a reload
+    rotate_natively               latent attention's positions on a CPU
     stop_engine_only              the engine ends, the trainer's process group stays
 
 vLLM's modules come as arguments: only rollout/vllm.py imports them. Where an upgrade of vLLM takes
@@ -13,6 +15,7 @@ one of these parts away, tests/rollout/test_vllm_private.py names it.
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +28,10 @@ from rollout.weights import FUSED, checksum
 _NAMES = ("__module__", "__qualname__", "__doc__")  # what a subclass has like its class
 _MISSING = object()
 _PREFIX = "base_model.model."  # of PEFT's names
+# GPT-OSS: all experts of a layer in one tensor [experts, ...], and a logit per head that takes
+# part in the softmax of attention.
+_JOINED = re.compile(r"(.*\.mlp\.experts)\.((?:gate_up|down)_proj(?:_bias)?)")
+_SINKS = ".self_attn.sinks"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 # ---- transformers' classes ----
@@ -249,7 +256,42 @@ def _tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-# ---- after a reload, and at the end ----
+# ---- a reload, and the end ----
+
+
+class Streamed:
+    """Tensors on their way into vLLM's reload, in the form in which it takes them.
+
+    GptOssForCausalLM.load_weights copies joined experts and sinks straight into its parameters,
+    which during a reload are on the meta device: they would stay as they were, without an error.
+    Experts one by one take a way that the reload waits for; sinks are put in place afterwards.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], family: str) -> None:
+        """`family`: transformers' model type; all but gpt_oss pass as they are."""
+        self._tensors = tensors
+        self._cut = family == "gpt_oss"
+        self._sinks: dict[str, Tensor] = {}  # by vLLM's names
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._tensors:
+            joined = _JOINED.fullmatch(name)
+            if not self._cut:
+                yield name, tensor
+            elif joined is not None:
+                for number, expert in enumerate(tensor):
+                    yield f"{joined[1]}.{number}.{joined[2]}", expert
+            else:
+                if name.endswith(_SINKS):
+                    # a copy: under ZeRO-3 the tensor is gone before the reload ends
+                    self._sinks[name.replace(_SINKS, ".attn.sinks")] = tensor.detach().clone()
+                yield name, tensor
+
+    @torch.no_grad()
+    def put_sinks(self, model: Any) -> None:
+        """Write the sinks that passed into vLLM's `model`."""
+        for name, sinks in self._sinks.items():
+            model.get_parameter(name).copy_(sinks)
 
 
 def pack_experts(model: Any) -> None:
@@ -260,6 +302,17 @@ def pack_experts(model: Any) -> None:
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None:
             kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def rotate_natively(model: Any) -> None:
+    """Latent attention's positions by vLLM's PyTorch code on a CPU. Its CPU kernel takes the
+    stride between heads for that between tokens where queries come as [tokens, heads, size], as
+    they do in these layers alone (measured: logprobs off by 0.2 nats).
+    """
+    for layer in model.modules():
+        rotation = getattr(layer, "rotary_emb", None)
+        if hasattr(layer, "mla_attn") and rotation is not None:
+            rotation._forward_method = rotation.forward_native
 
 
 def stop_engine_only(client: Any) -> None:

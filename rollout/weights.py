@@ -53,6 +53,11 @@ class HubNames:
             self.specs |= specs_of(parts)
 
     @property
+    def family(self) -> str:
+        """transformers' model type."""
+        return str(self._model.config.model_type)
+
+    @property
     def joins(self) -> bool:
         """Whether a tensor of the model is several of the hub's."""
         return len(self.specs) > len(self._model.state_dict())

@@ -13,7 +13,9 @@ transformers is built as a tiny random model in float32 on a CPU and tried:
 - reward: a reward model and critic, trained a step, saved and read back equal;
 - LoRA: `adapter.targets=[all-linear]`, saved whole and as an adapter, both read back equal;
 - vLLM: "yes" where tests/online holds a GRPO run with it, gap below 1e-4 nats; not tried
-  otherwise. Online stages compare its log-probabilities with the policy's at start.
+  otherwise. Online stages compare its log-probabilities with the policy's at start, and name what
+  it can't run. On a CPU it has latent attention (DeepSeek and its kin) for kv_lora_rank=512 and
+  qk_rope_head_dim=64 alone: other sizes are refused before weights load.
 
 "yes" is within 1e-4 nats. "refused" comes before training, by name, with the reason below. A tiny
 random model shows that code is right for a family, not that training a real one works.
@@ -21,7 +23,18 @@ random model shows that code is right for a family, not that training a real one
 """
 _SHOWN = {"right": "yes", "refused": "refused", "wrong": "WRONG", "crashed": "CRASHED"}
 _COLUMNS = ("policy", "packed", "reward", "LoRA")
-_WITH_VLLM = ("llama", "gpt_neox", "smollm3", "olmo", "qwen3_moe", "mixtral", "olmoe")
+_WITH_VLLM = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_neox",
+    "gpt_oss",
+    "llama",
+    "mixtral",
+    "olmo",
+    "olmoe",
+    "qwen3_moe",
+    "smollm3",
+)
 _WIDTH = 100  # of a page's line
 
 

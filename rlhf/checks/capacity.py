@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conf.choices import (
     Advantage,
@@ -37,6 +38,20 @@ from rlhf.types import UserError
 # its reference, of 2 bytes each
 _MOST = 10.0
 _PLANNED_GIB = 0.25  # weights below which a run doesn't take the second for its memory plan
+# Families whose attention vLLM computes from latents (its is_deepseek_mla), and the size of latent
+# and rotated part that its kernel on a CPU is compiled for.
+LATENT_IN_VLLM = frozenset(
+    {
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "glm4_moe_lite",
+        "kimi_k2",
+        "kimi_linear",
+        "longcat_flash",
+    }
+)
+CPU_LATENT = (512, 64)
 
 Models = Sequence[tuple[str, str]]  # option and directory of each reward model beside the policy
 
@@ -286,13 +301,15 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_cache(rollout: RolloutConfig, model: ModelConfig, max_prompt_length: int) -> None:
-    """vLLM's cache on a CPU holds one prompt with its response, in tokens. On a GPU, where
-    vLLM's share of the device also holds the weights, the memory plan tells. Raises UserError.
+    """vLLM's cache on a CPU holds one prompt with its response, in tokens, and keeps what the model
+    wants kept. On a GPU, where vLLM's share of the device also holds the weights, the memory plan
+    tells. Raises UserError.
     """
     import torch
 
     if not runs_vllm(rollout.backend) or torch.cuda.is_available():
         return
+    _check_latent(model)
     per_token = cache_bytes_per_token(model)
     if per_token is None:
         return
@@ -308,6 +325,30 @@ def check_cache(rollout: RolloutConfig, model: ModelConfig, max_prompt_length: i
         )
 
 
+def _check_latent(model: ModelConfig) -> None:
+    """vLLM's latent attention on a CPU is compiled for one size. Raises UserError."""
+    content = _model_config(model)
+    if content is None or content.get("model_type") not in LATENT_IN_VLLM:
+        return
+    latent, positions = content.get("kv_lora_rank"), content.get("qk_rope_head_dim")
+    if latent is not None and (latent, positions) != CPU_LATENT:
+        raise UserError(
+            f"rollout=vllm: on a CPU vLLM has latent attention for kv_lora_rank={CPU_LATENT[0]} "
+            f"and qk_rope_head_dim={CPU_LATENT[1]} alone, and this {content['model_type']} has "
+            f"{latent} and {positions}. Set rollout=hf."
+        )
+
+
+def _model_config(model: ModelConfig) -> dict[str, Any] | None:
+    """The content of the model's config.json; None where there is none to read."""
+    if model.path is None:
+        return None
+    config_path = Path(contents(model.path).weights) / "config.json"
+    if not config_path.is_file():
+        return None
+    return json_object(config_path, "this model can't be loaded")
+
+
 def cache_bytes_per_token(model: ModelConfig) -> int | None:
     """Bytes of a token's keys and values in all layers, by the model's config.json; None where
     there is none to read, or one that names its sizes otherwise.
@@ -317,10 +358,9 @@ def cache_bytes_per_token(model: ModelConfig) -> int | None:
         if model.kind is not ModelKind.tiny:
             return None
         return 2 * model.tiny.layers * model.tiny.hidden_size * width
-    config_path = Path(contents(model.path).weights) / "config.json"
-    if not config_path.is_file():
+    content = _model_config(model)
+    if content is None:
         return None
-    content = json_object(config_path, "this model can't be loaded")
     sizes = []
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         value = content.get(name)
@@ -328,6 +368,9 @@ def cache_bytes_per_token(model: ModelConfig) -> int | None:
             return None
         sizes.append(value)
     layers, heads, hidden = sizes
+    if content.get("model_type") in LATENT_IN_VLLM and content.get("kv_lora_rank"):
+        # one latent for all heads, keys and values alike
+        return layers * sum(CPU_LATENT) * width
     size = content.get("head_dim") or hidden // heads
     kv_heads = content.get("num_key_value_heads") or heads
     if not isinstance(size, int) or not isinstance(kv_heads, int):

@@ -244,6 +244,31 @@ def test_the_cache_of_a_token(ppo: Config, tmp_path: Path) -> None:
     assert capacity.cache_bytes_per_token(ModelConfig(path="owner/name")) is None
 
 
+@pytest.mark.vllm
+def test_latents_that_vllm_has_no_code_for_on_a_cpu_are_refused(
+    ppo: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_directory(tmp_path / "latent")
+    latent = replace(ppo, model=ModelConfig(path=str(tmp_path / "latent")))
+    latent = replace(latent, rollout=RolloutConfig(backend=RolloutBackend.vllm))
+    file = tmp_path / "latent" / "config.json"
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    sizes = {"model_type": "deepseek_v3", "qk_rope_head_dim": 64}
+    file.write_text(json.dumps(plain | sizes | {"kv_lora_rank": 32}), encoding="utf-8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    asked = (latent.rollout, latent.model, 32)
+    expected = r"kv_lora_rank=512 and qk_rope_head_dim=64 alone, .*deepseek_v3 has 32 and 64"
+    with pytest.raises(UserError, match=expected):
+        capacity.check_cache(*asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    capacity.check_cache(*asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    file.write_text(json.dumps(plain | sizes | {"kv_lora_rank": 512}), encoding="utf-8")
+    capacity.check_cache(*asked)
+    # one latent and its rotated part, layers, float32
+    assert capacity.cache_bytes_per_token(latent.model) == (512 + 64) * 4 * 4
+
+
 def test_padding_that_is_the_end_is_said_once_and_does_no_harm(ppo: Config, tmp_path: Path) -> None:
     model_directory(tmp_path / "llama", pad_is_eos=True)
     (note,) = check(replace(ppo, model=ModelConfig(path=str(tmp_path / "llama"))))

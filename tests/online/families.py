@@ -14,6 +14,31 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 GROUPED = {"num_key_value_heads": 2}
+# as DeepSeek's models have it
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.707,
+}
+# Multi-head latent attention in the one size of latent that vLLM's CPU kernel is compiled for.
+LATENT = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    # a dense layer, then one of experts
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+}
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     # vLLM runs these through its Transformers backend
@@ -24,11 +49,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": GROUPED | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32},
     "mixtral": GROUPED | EXPERTS | {"num_local_experts": 4},
     "olmoe": GROUPED | {"num_experts": 4, "num_experts_per_tok": 2},
+    # as V2-Lite, whose positions are not stretched here
+    "deepseek_v2": GROUPED
+    | LATENT
+    | {
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+    },
+    "deepseek_v3": GROUPED
+    | LATENT
+    | {
+        "rope_parameters": _YARN,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_mtp_layers": 0,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+    },
+    "gpt_oss": GROUPED | EXPERTS | {"num_local_experts": 4, "sliding_window": 16},
 }
 
 
-def tiny_family(family: str, tokenizer_path: Path, folder: Path) -> Path:
-    """A directory with a float32 model of the family and the tokenizer of `tokenizer_path`."""
+def tiny_family(family: str, tokenizer_path: Path, folder: Path, **changed: Any) -> Path:
+    """A directory with a float32 model of the family and the tokenizer of `tokenizer_path`.
+    `changed`: other values of its configuration.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     config = AutoConfig.for_model(
         family,
@@ -36,8 +84,7 @@ def tiny_family(family: str, tokenizer_path: Path, folder: Path) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SIZES,
-        **FAMILIES[family],
+        **SIZES | FAMILIES[family] | changed,
     )
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -56,6 +56,9 @@ def grpo_with_vllm(model: Path, folder: Path, *overrides: str) -> Config:
         pytest.param("qwen3_moe", marks=pytest.mark.full),
         pytest.param("mixtral", marks=pytest.mark.full),
         pytest.param("olmoe", marks=pytest.mark.full),
+        pytest.param("deepseek_v2", marks=pytest.mark.full),
+        pytest.param("deepseek_v3", marks=pytest.mark.full),
+        pytest.param("gpt_oss", marks=pytest.mark.full),
     ],
 )
 def test_a_family_trains_with_vllm(
@@ -63,7 +66,8 @@ def test_a_family_trains_with_vllm(
 ) -> None:
     """The first three run through vLLM's Transformers backend, which decorates the class that the
     policy and the reference are made of: both go on as they were. The others have experts, which
-    transformers joins and vLLM wants one by one.
+    transformers joins and vLLM wants one by one; DeepSeek's attention is latent, GPT-OSS's has
+    sinks.
     """
     model = tiny_family(family, tiny_model(), tmp_path / "model")
     cfg = grpo_with_vllm(model, tmp_path)
@@ -88,4 +92,17 @@ def test_an_adapter_of_experts_is_refused_where_vllm_would_get_it_alone(
     model = tiny_family("qwen3_moe", tiny_model(), tmp_path / "model")
     cfg = grpo_with_vllm(model, tmp_path, "adapter=lora", "adapter.rank=4")
     with pytest.raises(UserError, match=r"all-linear.*qwen3_moe.*rollout\.lora_sync=merged"):
+        online_stage.run(RunContext.open(cfg, ()), stage_rows)
+
+
+@pytest.mark.vllm
+@pytest.mark.full
+def test_what_vllm_does_not_start_is_told_by_its_reason(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Heads of 24 numbers are none that its attention has."""
+    model = tiny_family("qwen3_moe", tiny_model(), tmp_path / "model", head_dim=24)
+    cfg = grpo_with_vllm(model, tmp_path)
+    expected = r"rollout=vllm: vLLM does not start qwen3_moe here .*Set rollout=hf"
+    with pytest.raises(UserError, match=expected):
         online_stage.run(RunContext.open(cfg, ()), stage_rows)

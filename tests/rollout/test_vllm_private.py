@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rollout.vllm_private import kept_apart, multiply_one_adapter_at_once
+from rollout.vllm_private import Streamed, kept_apart, multiply_one_adapter_at_once
 
 
 def missing(source: Any, *names: str) -> list[str]:
@@ -23,7 +23,10 @@ def missing(source: Any, *names: str) -> list[str]:
 def test_vllm_still_has_the_private_parts() -> None:
     from vllm.lora.layers import base_linear
     from vllm.lora.punica_wrapper import punica_cpu
+    from vllm.model_executor import custom_op
+    from vllm.model_executor.layers import mla
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+    from vllm.model_executor.models import gpt_oss
     from vllm.model_executor.models.transformers import base as transformers_backend
     from vllm.v1.engine import core, core_client
 
@@ -33,6 +36,9 @@ def test_vllm_still_has_the_private_parts() -> None:
         *missing(wrapper, "self.token_lora_indices"),
         *missing(base_linear, "self.lora_a_stacked = ", "self.lora_b_stacked = "),
         *missing(unquantized_fused_moe_method, "self.moe_kernel", ".process_weights_after_loading"),
+        *missing(gpt_oss.GptOssForCausalLM, "_try_load_streamed_expert(", '"sinks" in name'),
+        *missing(mla.MultiHeadLatentAttentionWrapper, "self.mla_attn = ", "self.rotary_emb("),
+        *missing(custom_op.CustomOp, "self._forward_method = "),
         *missing(core_client.InprocClient, "self._finalizer", "self.engine_core = "),
         *missing(core.EngineCore, "self.model_executor = ", "self.scheduler"),
     ]
@@ -42,6 +48,42 @@ def test_vllm_still_has_the_private_parts() -> None:
     logits = [*inspect.signature(wrapper.add_lora_logits).parameters][:6]
     assert logits[1:] == ["y", "x", "lora_a_stacked", "lora_b_stacked", "scale"]
     assert hasattr(wrapper, "sampler_indices")
+
+
+def gpt_oss_weights() -> dict[str, torch.Tensor]:
+    return {
+        "model.layers.0.self_attn.sinks": torch.arange(2.0),
+        "model.layers.0.mlp.experts.gate_up_proj": torch.arange(12.0).view(3, 2, 2),
+        "model.layers.0.mlp.experts.down_proj_bias": torch.arange(6.0).view(3, 2),
+        "model.layers.0.mlp.router.weight": torch.ones(3, 2),
+    }
+
+
+def test_joined_experts_stream_into_gpt_oss_one_by_one() -> None:
+    weights = gpt_oss_weights()
+    sent = dict(Streamed(weights.items(), "gpt_oss"))
+    prefix = "model.layers.0.mlp.experts"
+    for number in range(3):
+        for name in ("gate_up_proj", "down_proj_bias"):
+            one = sent.pop(f"{prefix}.{number}.{name}")
+            assert torch.equal(one, weights[f"{prefix}.{name}"][number])
+    assert list(sent) == ["model.layers.0.self_attn.sinks", "model.layers.0.mlp.router.weight"]
+    assert list(Streamed(weights.items(), "llama4")) == list(weights.items())
+
+
+def test_sinks_are_written_after_the_reload() -> None:
+    weights = gpt_oss_weights()
+    streamed = Streamed(weights.items(), "gpt_oss")
+    for _, tensor in streamed:
+        tensor.zero_()  # as a gathered tensor may be, once the next one comes
+    layer = torch.nn.Module()
+    layer.attn = torch.nn.Module()
+    layer.attn.sinks = torch.nn.Parameter(torch.full((2,), 7.0))
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList([layer])
+    streamed.put_sinks(model)
+    assert layer.attn.sinks.tolist() == [0.0, 1.0]
 
 
 class Base(torch.nn.Module):
