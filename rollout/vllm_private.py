@@ -262,7 +262,7 @@ def _tensor(value: Any) -> Tensor | None:
 class Streamed:
     """Tensors on their way into vLLM's reload, in the form in which it takes them.
 
-    GptOssForCausalLM.load_weights copies joined experts and sinks straight into its parameters,
+    vLLM's GptOssModel copies joined experts and sinks straight into its parameters,
     which during a reload are on the meta device: they would stay as they were, without an error.
     Experts one by one take a way that the reload waits for; sinks are put in place afterwards.
     """
