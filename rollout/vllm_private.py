@@ -1,5 +1,6 @@
 """What we use of vLLM beside its public interface, and what we change in it.
 
+    engine_environment            variables, while an engine starts
     kept_apart                    transformers' classes, as they were before vLLM changed them
     multiply_one_adapter_at_once  LoRA on a CPU, as fast as a batch of one adapter can be
     sent_checksums                of an adapter's tensors, as vLLM's layers have to hold them
@@ -14,7 +15,9 @@ one of these parts away, tests/rollout/test_vllm_private.py names it.
 """
 
 import functools
+import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +36,52 @@ _PREFIX = "base_model.model."  # of PEFT's names
 _JOINED = re.compile(r"(.*\.mlp\.experts)\.((?:gate_up|down)_proj(?:_bias)?)")
 _SINKS = ".self_attn.sinks"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+
+# Loggers whose warnings mean nothing here: RotaryEmbedding got no weights in a sync (it has none;
+# Incoming names missing ones), and without a tokenizer the engine knows no end of sequence (each
+# request names it).
+QUIET = (
+    "vllm.engine.arg_utils",  # that a seed is set, which a seed per request makes moot
+    "vllm.model_executor.model_loader.reload.layerwise",
+    "vllm.renderers.base",  # that there is no tokenizer, which is as it should be
+    "vllm.v1.worker.cpu_worker",  # that threads can't be set after binding
+)
+# The engine stays in this process, so that weights go over as tensors; nothing is reported to
+# vLLM's makers.
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+_ENVIRONMENT_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
+# What starting an engine changes for everyone else: our own ranks read the first, every child
+# process would inherit the second.
+_RESTORED = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
+_OVERRIDING = "VLLM_CPU_KVCACHE_SPACE"  # would win over rollout.kv_cache_gib
+
+# ---- the environment ----
+
+
+def errors_only(record: logging.LogRecord) -> bool:
+    """A logger's filter."""
+    return record.levelno >= logging.ERROR
+
+
+@contextmanager
+def engine_environment() -> Iterator[None]:
+    """vLLM's environment variables, set before it is imported; what it changes for other code is
+    put back afterwards.
+    """
+    os.environ.update(_ENVIRONMENT)
+    for name, value in _ENVIRONMENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop(_OVERRIDING, None)
+    before = {name: os.environ.get(name) for name in _RESTORED}
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
+
 
 # ---- transformers' classes ----
 
