@@ -23,10 +23,11 @@ from reward.model import (
     same_reading,
     template_hash,
 )
-from reward.scorers.composite import CompositeScorer, Term
 from reward.scorers.computed import (
+    CompositeScorer,
     FunctionScorer,
     LengthScorer,
+    Term,
     VerifierScorer,
     load_function,
     read_reference,

@@ -15,8 +15,7 @@ from conf.choices import Action, Rule
 from conf.schema import RewardConfig
 from conf.stages import WatchConfig
 from policy.saving import replacing
-from reward.scorers.composite import CompositeScorer
-from reward.scorers.computed import FunctionScorer
+from reward.scorers.computed import CompositeScorer, FunctionScorer
 from reward.scorers.reward_model import RewardModelScorer
 from rlhf.online.watch import Alarm, HeldOutScores, Watch
 from rlhf.process import distributed

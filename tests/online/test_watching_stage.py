@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conf.choices import Action
 from conf.stages import WatchConfig
-from reward.scorers.composite import CompositeScorer, Term
+from reward.scorers.computed import CompositeScorer, Term
 from rlhf.cli import config
 from rlhf.online.judging import (
     RECORD,

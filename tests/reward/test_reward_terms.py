@@ -21,8 +21,7 @@ from conf.stages import OnlineStage
 from reward import terms
 from reward.base import Stateless
 from reward.scorers import composite
-from reward.scorers.composite import CompositeScorer, Term
-from reward.scorers.computed import FunctionScorer, band_score
+from reward.scorers.computed import CompositeScorer, FunctionScorer, Term, band_score
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer, combine
 from reward.terms import make_scorer
 from rlhf.cli import config, presets
