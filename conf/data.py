@@ -45,6 +45,7 @@ class DataFormat(Enum):
     label_studio_ranker = "label_studio_ranker"
     argilla = "argilla"
     label_sheet = "label_sheet"
+    arena = "arena"
     question = "question"
     question_answer = "question_answer"
     question_judged = "question_judged"

@@ -361,6 +361,17 @@ def tool_rows(d: Drawn) -> dict[str, Row]:
             "comparison": [{"selected": "left" if d.good else "right"}],
             "annotator": 3,
         },
+        "arena": {
+            "id": 7,
+            "model_a": "m",
+            "model_b": "n",
+            "prompt": json.dumps([d.prompt]),
+            "response_a": json.dumps([d.first], ensure_ascii=False),
+            "response_b": [d.second],
+            "winner_model_a": int(d.good),
+            "winner_model_b": str(int(not d.good)),
+            "winner_tie": 0,
+        },
         "label_sheet": {
             "pair_id": "1",
             "prompt": d.prompt,

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.data.formats import (
+    arena,
     argilla,
     chats,
     compared,
@@ -65,6 +66,7 @@ FORMATS: tuple[Format, ...] = (
     comparisons.ALPACA_EVAL_ANNOTATION,
     comparisons.REWARDBENCH,
     sheet.LABEL_SHEET,
+    arena.ARENA,
     compared.SUMMARIES,
     compared.RATED,
     compared.COMPARED,

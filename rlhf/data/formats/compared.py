@@ -8,6 +8,7 @@
     conversation_a, conversation_b, winner                  model_a, model_b, tie
     context, response1, response2, overall_preference       -3 (the first) to 3 (the second)
     instruction, completions of {response, overall_score}, or generations with ratings
+    problem, generations, correctness_math_verify           true or false of each generation
 
 A tie gives no pair and is set aside. Two answers without a column that says which is better are
 not guessed.
@@ -209,6 +210,36 @@ def _ratings_key(row: Row) -> str:
     return next((known[name] for name in _RATINGS if name in known), "")
 
 
+def _verdict_keys(row: Row) -> list[str]:
+    """The columns that say of each answer whether it is right, as OpenR1's rows have them."""
+    named = [key for key in row if plain(str(key)).startswith("correctness_")]
+    return [key for key in named if _all_judged(row[key])]
+
+
+def _all_judged(value: Any) -> bool:
+    listed = isinstance(value, list) and bool(value)
+    return listed and all(isinstance(each, bool) for each in value)
+
+
+def _verdicts(row: Row, count: int, out: Several) -> list[float | None]:
+    """1 for a right answer, 0 for a wrong one, None where two columns differ, which is noted in
+    `out`. Raises RowError for columns that do not judge each of the `count` answers.
+    """
+    keys = _verdict_keys(row)
+    for key in keys:
+        if len(row[key]) != count:
+            raise RowError(
+                f"key {key!r}: expected true or false of each of the {count} {_list_key(row)}, "
+                f"found {describe(row[key])}"
+            )
+    verdicts: list[float | None] = []
+    for i, said in enumerate(zip(*(row[key] for key in keys), strict=True)):
+        if len(set(said)) > 1:
+            out.set_aside.append(f"{_list_key(row)}[{i}]: {' and '.join(keys)} differ")
+        verdicts.append(float(said[0]) if len(set(said)) == 1 else None)
+    return verdicts
+
+
 def _rating_inside(answer: Mapping[str, Any]) -> float | None:
     return next((n for n in (finite(answer.get(key)) for key in _RATING) if n is not None), None)
 
@@ -217,7 +248,10 @@ def _rated_answers(row: Row, out: Several) -> list[tuple[str, str, float]]:
     """(name, text, rating) of each answer that has a rating. Raises RowError."""
     key, ratings_key = _list_key(row), _ratings_key(row)
     answers: list[Any] = row[key]
+    judged = not ratings_key and bool(_verdict_keys(row))
     ratings: Any = row.get(ratings_key) if ratings_key else [None] * len(answers)
+    if judged:
+        ratings = _verdicts(row, len(answers), out)
     if not isinstance(ratings, list) or len(ratings) != len(answers):
         raise RowError(
             f"key {ratings_key!r}: expected a rating of each of the {len(answers)} {key}, found "
@@ -233,9 +267,9 @@ def _rated_answers(row: Row, out: Several) -> list[tuple[str, str, float]]:
                 number = _rating_inside(answer)
         else:
             text = text_of({name: answer}, name)
-        if number is None:
+        if number is None and not judged:
             out.set_aside.append(f"{name} has no rating")
-        else:
+        elif number is not None:
             rated.append((name, text, number))
     return rated
 
@@ -258,23 +292,43 @@ def _is_rated(row: Row) -> bool:
     answers = row.get(_list_key(row))
     if not isinstance(answers, list) or len(answers) < 2 or not has_question(row):
         return False
-    if isinstance(row.get(_ratings_key(row)), list):
+    if isinstance(row.get(_ratings_key(row)), list) or _verdict_keys(row):
         return all(isinstance(answer, (str, Mapping)) for answer in answers)
     return all(isinstance(a, Mapping) and _rating_inside(a) is not None for a in answers)
+
+
+def _columns_rated(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    used = (_list_key(row), _ratings_key(row), *_verdict_keys(row))
+    return roles_of(row).asked, tuple(filter(None, used))
+
+
+def _beside_rated(row: Row) -> tuple[str, ...]:
+    """The reference beside answers that were checked against it, and one of them as messages."""
+    if not _verdict_keys(row):
+        return ()
+    roles = roles_of(row)
+    return tuple(name for name in (roles.answer, roles.reference, "messages") if name in row)
+
+
+def _note_rated(row: Row) -> str:
+    keys = _verdict_keys(row)
+    if _ratings_key(row) or not keys:
+        return ""
+    return f"{' and '.join(keys)} says which of {_list_key(row)} are right"
 
 
 RATED = Format(
     "rated",
     (),
     "a question with generations, completions or responses, each with a rating (ratings beside "
-    "them, or overall_score, rating, score inside): the higher one is better",
+    "them, or overall_score, rating, score inside, or correctness_... of each): the higher one is "
+    "better",
     pairs=_pairs_rated,
     prompt=prompt_of,
     test=_is_rated,
-    find_columns=lambda row: (
-        roles_of(row).asked,
-        tuple(filter(None, (_list_key(row), _ratings_key(row)))),
-    ),
+    find_columns=_columns_rated,
+    not_content=_beside_rated,
+    note=_note_rated,
 )
 
 # ---- OpenAI's comparisons of summaries ----

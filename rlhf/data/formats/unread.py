@@ -173,14 +173,17 @@ def _mappings(row: Row, roles: Roles, use: Use) -> Iterator[dict[str, str]]:
                 if answer != roles.rejected:
                     yield _sft_columns(row, question, answer, roles)
         if use is Use.unpaired and said:
-            judgement = roles.judgement or next(
-                (key for key in row if isinstance(row[key], bool)), "label"
-            )
+            flags = [key for key in row if isinstance(row[key], bool)]
+            judgement = roles.judgement or next(iter(flags), "")
+            if not judgement:  # nothing says whether an answer is good
+                continue
             yield {**_prompt(row, question), "completion": said[0], "label": judgement}
         if use is Use.preference:
             chosen = roles.chosen or next((key for key in said if key != roles.rejected), "")
             rejected = roles.rejected or next((key for key in said if key != chosen), "")
-            if chosen and rejected:
+            # a solution and its final answer are no two sides: names must say so, or be alike
+            named = bool(roles.chosen or roles.rejected)
+            if chosen and rejected and (named or plain(chosen)[:-1] == plain(rejected)[:-1]):
                 yield {**_prompt(row, question), "chosen": chosen, "rejected": rejected}
 
 
@@ -190,7 +193,8 @@ def _is_text(value: Any) -> bool:
         return (
             bool(value) and isinstance(value[0], Mapping) and bool({"role", "from"} & set(value[0]))
         )
-    return isinstance(value, str) and holds_content(value)
+    listed = isinstance(value, str) and value.startswith('["')  # turns, as arenas have them
+    return isinstance(value, str) and holds_content(value) and not listed
 
 
 def _may_ask(key: str) -> bool:
