@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.data.formats import (
-    arena,
     argilla,
     chats,
     compared,
@@ -66,7 +65,7 @@ FORMATS: tuple[Format, ...] = (
     comparisons.ALPACA_EVAL_ANNOTATION,
     comparisons.REWARDBENCH,
     sheet.LABEL_SHEET,
-    arena.ARENA,
+    sheet.ARENA,
     compared.SUMMARIES,
     compared.RATED,
     compared.COMPARED,
