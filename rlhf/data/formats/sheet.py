@@ -1,4 +1,4 @@
-r"""Sheets for people without a tool: pair_id, prompt, response_a, response_b, preference (a, b, tie,
+"""Sheets for people without a tool: pair_id, prompt, response_a, response_b, preference (a, b, tie,
 skip), annotator, comment.
 
 A tie, a skip and an empty preference give no pair: they are set aside.
@@ -6,7 +6,7 @@ A tie, a skip and an empty preference give no pair: they are set aside.
 LMSYS's battles of two models are such tables too, with the turns of a conversation as JSON texts
 and a column for each outcome:
 
-    {"prompt": "[\"Hi\"]", "response_a": "[\"Hello\"]", "response_b": "[\"What?\"]",
+    {"prompt": '["Hi"]', "response_a": '["Hello"]', "response_b": '["What?"]',
      "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0, "model_a", "model_b"}
 
 There a conversation of several turns is set aside like a tie: each model answered its own earlier
