@@ -20,7 +20,7 @@ from conf.schema import RewardConfig, RewardTerm
 from conf.stages import OnlineStage
 from reward import terms
 from reward.base import Stateless
-from reward.scorers import composite
+from reward.scorers import computed
 from reward.scorers.computed import CompositeScorer, FunctionScorer, Term, band_score
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer, combine
 from reward.terms import make_scorer
@@ -188,7 +188,7 @@ def test_ranks_share_the_statistics_also_one_without_responses(
         mean = (sum(own) + sum(other)) / (len(own) + 2)
         return [values[0] + sum((v - mean) ** 2 for v in other)]
 
-    monkeypatch.setattr(composite.distributed, "all_sum", all_sum)
+    monkeypatch.setattr(computed.distributed, "all_sum", all_sum)
     for own in ([2.0, 4.0], []):
         scorer = CompositeScorer([Term("a", Fixed(own), normalise=True)])
         total = scorer.score([plain("x")] * len(own)).total
