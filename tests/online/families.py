@@ -40,7 +40,17 @@ LATENT = {
     "num_experts_per_tok": 2,
 }
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 32}
+WINDOW = {"head_dim": 32, "sliding_window": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 32},
+    "mistral": GROUPED | WINDOW,
+    "gemma2": GROUPED | WINDOW,
+    "gemma3_text": GROUPED | WINDOW,
+    "phi3": GROUPED,
+    # transformers has no classifier of it
+    "granite": GROUPED,
     # vLLM runs these through its Transformers backend
     "smollm3": GROUPED,
     "olmo": GROUPED,

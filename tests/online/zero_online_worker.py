@@ -1,7 +1,7 @@
 """Run by torchrun (tests/online/test_zero_online.py): stage=ppo under several engines and adapters
 in one launch; metrics are left in the run directories.
 
-arguments: folder, start model directory, then one `engine:adapter` each.
+arguments: folder, start model directory, then one `engine:adapter` and more each.
 """
 
 import sys
@@ -39,8 +39,14 @@ SETTINGS = [
 
 
 def run(folder: str, start: str, described: str) -> None:
-    """One run, `engine:adapter` and further overrides, in this process."""
+    """One run, `engine:adapter` and further overrides, in this process. Among them `family=F` for a
+    start in the folder's F.
+    """
     engine, adapter, *extra = described.split(":")
+    family = next((e for e in extra if e.startswith("family=")), None)
+    if family is not None:
+        extra.remove(family)
+        start = f"{folder}/{family.removeprefix('family=')}"
     name = described.replace(":", "-").replace("=", "_")
     overrides = [
         f"run.dir={folder}",
