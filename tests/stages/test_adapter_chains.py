@@ -15,14 +15,18 @@ import torch
 
 from conf.schema import ModelConfig
 from reward.model import load_reward_module
+from reward.scorers import reward_model
+from rlhf.__main__ import execute
 from rlhf.cli import config
 from rlhf.models.directories import contents
 from rlhf.models.loading import load_causal_lm, load_classifier, load_tokenizer
 from rlhf.offline import training
 from rlhf.online import loop
 from rlhf.run.context import RunContext
+from rlhf.stages import eval as stage_eval
 from rlhf.stages import online, preference, reward, sft
 from rlhf.stages import rows as stage_rows
+from rlhf.stages.evaluation import policies
 from rlhf.types import UserError
 from tests import toys
 from tests.offline import trl_tools
@@ -166,6 +170,65 @@ def test_what_is_read_back_is_what_was_trained(runs: Runs, chain: tuple[str, ...
     if stage != "reward":
         for other in (before, runs.base):
             assert (figures(read(other, stage)) - runs.saved[after]).abs().max() > 1e-3
+
+
+EVALUATED = [(FIRST, f"{stage}:{a}") for stage in ("sft", "reward", "dpo", "ppo") for a in ADAPTERS]
+EVAL = [
+    "stage=eval",
+    "rollout=hf",
+    "tracking=none",
+    "model.dtype=float32",
+    "data.max_prompt_length=24",
+    "rollout.max_response_length=4",
+    "stage.prompts=2",
+    "stage.samples_per_prompt=1",
+    "stage.bootstrap=10",
+]
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        pytest.param(chain, marks=() if chain in COVERING else pytest.mark.full)
+        for chain in EVALUATED
+    ],
+    ids=">".join,
+)
+def test_eval_loads_what_the_last_stage_had(
+    runs: Runs, chain: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``python -m rlhf stage=eval`` runs it: each time that it loads a policy or a reward model,
+    in the engine that generates too, that is the model which the stage before it saved.
+    """
+    loaded: list[tuple[Path, torch.Tensor]] = []
+
+    def noted(load: Callable[..., Any]) -> Callable[..., Any]:
+        def loading(given: Any, *rest: Any) -> Any:
+            model = load(given, *rest)
+            path = given.path if isinstance(given, ModelConfig) else given
+            loaded.append((Path(path), figures(model)))
+            return model
+
+        return loading
+
+    monkeypatch.setattr(stage_eval, "load_causal_lm", noted(load_causal_lm))
+    monkeypatch.setattr(policies, "load_causal_lm", noted(load_causal_lm))
+    monkeypatch.setattr(reward_model, "load_reward_module", noted(load_reward_module))
+    monkeypatch.setattr("rlhf.run.plots.plot_run", lambda _: [])
+    before, place = runs.model(*chain[:-1]), runs.model(*chain)
+    given = [*EVAL, f"run.dir={runs.folder}", f"run.name=eval_{chain[-1].replace(':', '_')}"]
+    given += [f"data.path={runs.folder / 'prompts.jsonl'}", f"model.path={before}"]
+    expected = {before, place}
+    if "reward" in chain[-1]:
+        given += [f"stage.before={runs.base}", f"stage.after={before}", f"reward.path={place}"]
+        expected.add(runs.base)
+    else:
+        given += [f"stage.before={before}", f"stage.after={place}"]
+    execute(config.compose(given), ())
+    assert {path for path, _ in loaded} == expected
+    for path, found in loaded:
+        saved = figures(read(runs.base, "sft")) if path == runs.base else runs.saved[path]
+        torch.testing.assert_close(found, saved, atol=2e-5, rtol=1e-5)
 
 
 def test_a_run_begins_at_the_loss_at_which_the_last_one_ended(runs: Runs) -> None:
