@@ -15,13 +15,15 @@ from rlhf.data import formats, reading
 from rlhf.data.formats import Use
 from rlhf.data.reading import DataRequest
 from rlhf.labels import versions
+from rlhf.labels.asking import Question
 from rlhf.labels.checking import Checked, Refused, check
 from rlhf.labels.ledger import read_export, write_export
-from rlhf.labels.records import Export, Judgement, Verdict, tools_text
+from rlhf.labels.records import Answer, Export, Judgement, Verdict, tools_text
 from rlhf.labels.samples import read_review
 from rlhf.labels.store import Stored
-from rlhf.labels.targets import LABEL_TOOLS, page, read_labels
+from rlhf.labels.targets import LABEL_TOOLS, label_studio, page, read_labels
 from rlhf.models.loading import load_tokenizer
+from rlhf.stages.labelling import scoring
 from rlhf.types import RowError, UserError
 from tests import toys
 from tests.labels.label_exports import TOOLS as ANNOTATORS
@@ -277,6 +279,46 @@ def test_the_stage_carries_tools(tmp_path: Path, tiny_model: Tiny) -> None:
     rows = [json.loads(line) for line in written.splitlines()]
     assert {row["tools"][0]["function"]["name"] for row in rows} == {"fly", "run"}
     assert all(row["prompt"] == [{"role": "user", "content": "go"}] for row in rows)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_gold_is_scored_with_its_tools(
+    tmp_path: Path, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suggestion of a gold task comes from the prompt that the other tasks have."""
+    seen: list[Any] = []
+
+    def noted(reward: Any, rollouts: list[Any], tokenizer: Any) -> list[scoring.AnswerScore]:
+        seen.extend(rollouts)
+        return [scoring.AnswerScore(float(number)) for number in range(len(rollouts))]
+
+    monkeypatch.setattr(scoring, "score", noted)
+    given = [f"model.path={tiny_model()}", *prompts_with_tools(tmp_path)]
+    cfg = configured(tmp_path, *given, prompts=False)
+    tools = [{"type": "function", "function": {"name": "fly"}}]
+    chat = [{"role": "user", "content": "go"}]
+    questions = [
+        Question(chat, (Answer("a"), Answer("b")), tools=tools),
+        Question(chat, (Answer("a"), Answer("b"))),
+    ]
+    template = cfg.data.chat_template
+    scored = scoring.score_questions(questions, cfg.model, template, cfg.reward)
+    assert [[answer.score for answer in one.answers] for one in scored] == [[0.0, 1.0], [2.0, 3.0]]
+    assert [one.tools for one in scored] == [tools, None]
+    tokenizer = load_tokenizer(cfg.model, template)
+    texts = [tokenizer.decode(rollout.prompt.token_ids) for rollout in seen]
+    assert [text.startswith("[fly]") for text in texts] == [True, True, False, False]
+    assert [rollout.prompt.tools for rollout in seen] == [tools, tools, None, None]
+
+
+@by_kind
+def test_label_studio_takes_the_configuration_with_tools(kind: LabelKind) -> None:
+    """By the SDK's own check, which its server makes at an import."""
+    interface = pytest.importorskip("label_studio_sdk.label_interface").LabelInterface
+    config = interface(label_studio.config_xml(calling(kind)))
+    config.validate()
+    for row in label_studio.task_rows(calling(kind)):
+        config.validate_task(row)
 
 
 def test_a_review_queue_keeps_tools(tmp_path: Path) -> None:
