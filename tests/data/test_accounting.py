@@ -16,8 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from conf.schema import DataConfig
-from rlhf.data.formats import FORMATS
-from rlhf.data.formats.values import unread_inside
+from rlhf.data.formats import FORMATS, by_name
 from rlhf.data.prepare import ingest
 from rlhf.types import UserError
 from tests.data.format_rows import all_rows, drawn
@@ -191,8 +190,8 @@ def test_every_key_of_a_row_is_accounted_for(
 
 def test_keys_inside_a_column_are_named_by_their_path() -> None:
     columns = {"answers": [{"answer": "a", "rank": 1, "why": "x"}, {"answer": "b", "rank": 2}]}
-    assert unread_inside("nectar", columns) == ["answers[].why"]
+    assert by_name("nectar").unread_of(columns) == ["answers[].why"]
     columns["answers"][1]["why"] = None
     columns["answers"][0]["why"] = ""
-    assert unread_inside("nectar", columns) == []
-    assert unread_inside("preference", {"chosen": [{"zz": 1}]}) == []
+    assert by_name("nectar").unread_of(columns) == []
+    assert by_name("preference").unread_of({"chosen": [{"zz": 1}]}) == []

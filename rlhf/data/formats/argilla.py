@@ -281,6 +281,8 @@ def _write_pair(draft: Draft) -> list[dict[str, Any]]:
     return [{**out, "responses": {QUESTION: [response]}}]
 
 
+# of a response as the server's API gives it
+_OF_RESPONSE = ("id", "record_id", "user_id", "status", "inserted_at", "updated_at")
 ARGILLA = Format(
     "argilla",
     ("fields",),
@@ -289,6 +291,15 @@ ARGILLA = Format(
     prompt=lambda row: text_or_chat(value_of(row, "fields"), "prompt"),
     test=lambda row: isinstance(row["fields"], Mapping),
     flatten=tools_outside("fields"),
+    read_inside=(
+        "metadata.*",
+        "fields.prompt",
+        "fields.response?*",
+        *(f"responses.*[].{key}" for key in ("value", "user_id", "status")),
+        "responses[].values.*.value",
+        *(f"responses[].{key}" for key in _OF_RESPONSE),
+    ),
+    ignored=("suggestions", "vectors"),
     consumed=(
         "fields",
         "id",

@@ -87,6 +87,11 @@ class Format:
     not_content: Callable[[Row], tuple[str, ...]] = field(default=lambda row: ())
     # further fields of a prompt, such as a nested reference answer
     extra: Callable[[Row], dict[str, Any]] = field(default=lambda row: {})
+    # keys that are read inside the prompt's and the answers' columns: paths, see `unread_inside`.
+    # Without any their columns hold no objects
+    read_inside: tuple[str, ...] = ()
+    # of those columns the ones of which nothing is read
+    ignored: tuple[str, ...] = ()
     # what of a row is taken, where a reader might expect otherwise; "" for nothing
     note: Callable[[Row], str] = field(default=lambda row: "")
 
@@ -127,6 +132,13 @@ class Format:
             require_messages(made.value, str(column))
         return replace(out, pairs=[_with_tools(made, tools) for made in out.pairs])
 
+    def unread_of(self, columns: Row) -> list[str]:
+        """What of the prompt's and the answers' `columns` is not read: whole columns, and keys
+        inside columns.
+        """
+        whole = [column for column in self.ignored if columns.get(column)]
+        return [*whole, *unread_inside(columns, self.read_inside)]
+
     def _read(self, row: Row, use: Use) -> Several:
         single: Callable[[Row], Any] | None = {
             Use.sft: self.sft,
@@ -137,8 +149,8 @@ class Format:
         consumed, answers = self.taken(row)
         used = consumed if use is Use.prompt else (*consumed, *answers)
         own = {key: value for key, value in row.items() if key not in used}
-        left = unread_inside(self.name, {key: row[key] for key in used if key in row})
-        notes = [f"{name} is not read" for name in left]
+        held = {key: row[key] for key in used if key in row}
+        notes = [f"{name} is not read" for name in self.unread_of(held)]
         if use is Use.prompt:
             own = {**self.extra(row), **own}
         if single is not None:

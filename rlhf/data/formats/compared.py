@@ -28,7 +28,7 @@ from rlhf.data.formats.base import (
     ranked,
 )
 from rlhf.data.formats.names import Roles, plain, roles_of
-from rlhf.data.formats.questions import has_question, pair_of_conversations, prompt_of
+from rlhf.data.formats.questions import ASKED_INSIDE, has_question, pair_of_conversations, prompt_of
 from rlhf.data.rows import Chat, Row, RowError, annotator_of, answer_of, finite, number_of, text_of
 from rlhf.process.wording import describe
 
@@ -189,6 +189,7 @@ COMPARED = Format(
     prompt=_prompt_compared,
     test=_is_compared,
     find_columns=_columns_compared,
+    read_inside=ASKED_INSIDE,
     note=_note_compared,
 )
 
@@ -328,6 +329,7 @@ RATED = Format(
     test=_is_rated,
     find_columns=_columns_rated,
     not_content=_beside_rated,
+    read_inside=tuple(f"{name}[].{key}" for name in _LISTS for key in (*_TEXT, *_RATING)),
     note=_note_rated,
 )
 
@@ -375,4 +377,9 @@ SUMMARIES = Format(
     test=_is_summaries,
     consumed=("info",),
     answers=("summaries", "choice", "worker"),
+    read_inside=(
+        *(f"info.{key}" for key in ("post", "title", "subreddit", "article")),
+        "summaries[].text",
+        *(f"worker.{key}" for key in ("email", "username", "id")),
+    ),
 )

@@ -234,6 +234,7 @@ NECTAR = Format(
     ),
     consumed=("prompt",),
     answers=("answers", "margin"),
+    read_inside=("answers[].answer", "answers[].rank"),
 )
 
 

@@ -150,55 +150,6 @@ def last_ranking(results: Sequence[Result]) -> Result | None:
     return next(reversed(of_type(results, "ranker")), None)
 
 
-def ratings_of(results: Sequence[Result], names: Sequence[str]) -> tuple[int | None, ...]:
-    """Stars (1 to 5) of the answers called `names`, from the results of the type rating; None for
-    an answer without stars, and () where no answer has any. Raises RowError.
-    """
-    stars_of: dict[str, int] = {}
-    for result in of_type(results, "rating"):
-        stars = value_of(result.value, "rating")
-        if isinstance(stars, bool) or stars not in range(6):
-            raise RowError(
-                f"key '{result.key}.value.rating': expected a whole number from 0 to 5, found "
-                f"{describe(stars)}"
-            )
-        if result.target not in names:
-            raise RowError(
-                f"key '{result.key}.to_name': expected one of {', '.join(names)}, found "
-                f"{describe(result.target)}"
-            )
-        if stars:
-            stars_of[str(result.target)] = int(stars)
-    return tuple(map(stars_of.get, names)) if stars_of else ()
-
-
-def comment_of(results: Sequence[Result]) -> str:
-    """The texts of every result of the type textarea, a line each. Raises RowError."""
-    lines: list[str] = []
-    for result in of_type(results, "textarea"):
-        texts = result.value.get("text")
-        if isinstance(texts, str):
-            texts = [texts]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise RowError(
-                f"key '{result.key}.value.text': expected texts, found {describe(texts)}"
-            )
-        lines += texts
-    return "\n".join(lines)
-
-
-def seconds_of(annotation: Mapping[str, Any], key: str) -> float | None:
-    """How long an annotation took (lead_time), in seconds; None where it doesn't say. Raises
-    RowError.
-    """
-    value = annotation.get("lead_time")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowError(f"key '{key}.lead_time': expected seconds, found {describe(value)}")
-    return float(value)
-
-
 # ---- tasks and results to write ----
 
 
@@ -373,6 +324,19 @@ def _write_ranking(draft: Draft) -> list[dict[str, Any]]:
 
 
 _TASK_KEYS = ("data", "id", "annotations", "predictions")
+# who made what, when and in which project says nothing about a pair
+_BOOKKEEPING = ("id", "unique_id", "*created*", "*updated*", "task", "project", "import_id")
+_READ = ("result_count", "was_cancelled", "lead_time")
+_USER = ("email", "username", "id", "*_name")
+_RESULT = ("id", "from_name", "to_name", "type", "origin")
+_VALUE = ("selected", "choices", "text", "ranker.*")
+_INSIDE = (
+    "data.*",
+    *(f"annotations[].{key}" for key in (*_BOOKKEEPING, *_READ)),
+    *(f"annotations[].completed_by.{key}" for key in _USER),
+    *(f"annotations[].result[].{key}" for key in _RESULT),
+    *(f"annotations[].result[].value.{key}" for key in _VALUE),
+)
 LABEL_STUDIO = Format(
     "label_studio",
     ("data",),
@@ -382,6 +346,8 @@ LABEL_STUDIO = Format(
     test=lambda row: isinstance(row["data"], Mapping) and "items" not in row["data"],
     flatten=tools_outside("data"),
     consumed=_TASK_KEYS,
+    read_inside=_INSIDE,
+    ignored=("predictions",),
 )
 LABEL_STUDIO_RANKER = Format(
     "label_studio_ranker",
@@ -392,6 +358,8 @@ LABEL_STUDIO_RANKER = Format(
     test=lambda row: isinstance(row["data"], Mapping) and "items" in row["data"],
     flatten=tools_outside("data"),
     consumed=_TASK_KEYS,
+    read_inside=(*(f"data.items[].{key}" for key in ("id", "title", "body", "html")), *_INSIDE),
+    ignored=("predictions",),
 )
 WRITE_LABEL_STUDIO: dict[Use, Writer] = {Use.preference: _write_pair}
 WRITE_LABEL_STUDIO_RANKER: dict[Use, Writer] = {Use.preference: _write_ranking}

@@ -114,6 +114,7 @@ MT_BENCH_ANSWER = Format(
     prompt=_first_question,
     consumed=(QUESTION,),
     answers=("choices",),
+    read_inside=("choices[].index", "choices[].turns"),
 )
 
 # ---- the texts of other files ----

@@ -233,6 +233,8 @@ def _note(row: Row) -> str:
     return "; ".join(out)
 
 
+# the key that is read of a question that is an object
+ASKED_INSIDE = ("question.full_text",)
 QUESTION = Format(
     "question",
     (),
@@ -240,6 +242,7 @@ QUESTION = Format(
     prompt=prompt_of,
     test=has_question,
     find_columns=_asked_and(),
+    read_inside=ASKED_INSIDE,
 )
 QUESTION_ANSWER = Format(
     "question_answer",
@@ -250,6 +253,7 @@ QUESTION_ANSWER = Format(
     prompt=prompt_of,
     test=_has_answer,
     find_columns=_asked_and("answer", "reason"),
+    read_inside=ASKED_INSIDE,
     not_content=_reference,
     note=_note,
 )
@@ -262,6 +266,7 @@ QUESTION_JUDGED = Format(
     prompt=prompt_of,
     test=_has_judgement,
     find_columns=_asked_and("answer", "reason", "judgement"),
+    read_inside=ASKED_INSIDE,
     not_content=_reference,
 )
 QUESTION_PREFERENCE = Format(
@@ -273,4 +278,5 @@ QUESTION_PREFERENCE = Format(
     prompt=prompt_of,
     test=_has_sides,
     find_columns=_asked_and("chosen", "rejected"),
+    read_inside=ASKED_INSIDE,
 )

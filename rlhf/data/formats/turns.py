@@ -100,6 +100,8 @@ DIALOGUE = Format(
 # ---- trees ----
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
+_KEYS = ("text", "role", "rank", "deleted")  # that are read of a message
+_DEEPEST = 30  # replies on replies: as deep as Open Assistant's trees are
 
 
 def _turn(message: Mapping[str, Any]) -> Message:
@@ -177,6 +179,9 @@ MESSAGE_TREE = Format(
     prompt=lambda row: [_turn(row["prompt"])],
     test=lambda row: isinstance(row["prompt"], Mapping) and "replies" in row["prompt"],
     consumed=("prompt",),
+    read_inside=tuple(
+        f"prompt{'.replies[]' * depth}.{key}" for depth in range(_DEEPEST) for key in _KEYS
+    ),
     note=lambda row: "a conversation goes along the best-ranked replies, a pair is two of them",
 )
 

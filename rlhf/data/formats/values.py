@@ -183,85 +183,14 @@ def not_carried(columns: Mapping[str, Any], fields: Mapping[str, Any]) -> list[s
 # name. A key that ends a path holds no object of its own, unless any name will do there. All else
 # is counted by name, so that nothing of a row goes without a word.
 
-# of Label Studio: who made what, when and in which project says nothing about a pair
-_BOOKKEEPING = ("id", "unique_id", "*created*", "*updated*", "task", "project", "import_id")
-_RESULT = (
-    "annotations[].result[].id",
-    "annotations[].result[].from_name",
-    "annotations[].result[].to_name",
-    "annotations[].result[].type",
-    "annotations[].result[].origin",
-    "annotations[].result[].value.selected",
-    "annotations[].result[].value.choices",
-    "annotations[].result[].value.text",
-    "annotations[].result[].value.ranker.*",
-)
-_ANNOTATION = (
-    *(f"annotations[].{key}" for key in _BOOKKEEPING),
-    "annotations[].result_count",
-    *(f"annotations[].completed_by.{key}" for key in ("email", "username", "id", "*_name")),
-    "annotations[].was_cancelled",
-    "annotations[].lead_time",
-    *_RESULT,
-)
-_OF_RESPONSE = ("id", "record_id", "user_id", "status", "inserted_at", "updated_at")
-_LISTS = ("generations", "completions", "responses", "candidates", "outputs", "answers")
-_TEXTS = ("response", "completion", "text", "output", "answer", "content", "generation")
-_RATINGS = ("overall_score", "rating", "score", "reward")
-# Open Assistant's trees, as deep as they are
-_REPLIES = tuple(
-    f"prompt{'.replies[]' * depth}.{key}"
-    for depth in range(30)
-    for key in ("text", "role", "rank", "deleted")
-)
-_QUESTION = ("question.full_text",)
-INSIDE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("question", "question_answer", "question_judged", "compared"), _QUESTION),
-    "question_preference": _QUESTION,
-    "rated": tuple(f"{name}[].{key}" for name in _LISTS for key in (*_TEXTS, *_RATINGS)),
-    "summaries": (
-        *(f"info.{key}" for key in ("post", "title", "subreddit", "article")),
-        "summaries[].text",
-        *(f"worker.{key}" for key in ("email", "username", "id")),
-    ),
-    "message_tree": _REPLIES,
-    "nectar": ("answers[].answer", "answers[].rank"),
-    "mt_bench_answer": ("choices[].index", "choices[].turns"),
-    "label_studio": ("data.*", *_ANNOTATION),
-    "label_studio_ranker": (
-        *(f"data.items[].{key}" for key in ("id", "title", "body", "html")),
-        "data.*",
-        *_ANNOTATION,
-    ),
-    "argilla": (
-        "metadata.*",
-        "fields.prompt",
-        "fields.response?*",
-        "responses.*[].value",
-        "responses.*[].user_id",
-        "responses.*[].status",
-        "responses[].values.*.value",
-        *(f"responses[].{key}" for key in _OF_RESPONSE),
-    ),
-}
-# columns that a format consumes as a whole, and reads nothing of
-LEFT_OUT: dict[str, tuple[str, ...]] = {
-    "label_studio": ("predictions",),
-    "label_studio_ranker": ("predictions",),
-    "argilla": ("suggestions", "vectors"),
-}
 
-
-def unread_inside(name: str, columns: Mapping[str, Any]) -> list[str]:
-    """The keys of a row's `columns` that format `name` is made of and never reads; empty ones are
-    not among them. A format without nested objects has none.
+def unread_inside(columns: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+    """The keys inside a row's `columns` that none of the paths `read` names; empty ones are not
+    among them, nor are those of columns that no path begins with.
     """
-    paths = INSIDE.get(name)
-    if paths is None:
-        return []
-    found = {column: None for column in LEFT_OUT.get(name, ()) if columns.get(column)}
+    found: dict[str, None] = {}
     for column, value in columns.items():
-        inside = [path.replace("[]", "").split(".") for path in paths]
+        inside = [path.replace("[]", "").split(".") for path in read]
         onward = [path[1:] for path in inside if path[0] == column]
         if onward:
             _walk(value, onward, column, found)

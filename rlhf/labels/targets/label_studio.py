@@ -18,7 +18,7 @@ where a tie or skip is chosen beside it, the choice counts.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,20 +33,18 @@ from rlhf.data.formats.label_studio import (
     Result,
     annotations_of,
     choices_of,
-    comment_of,
     data_of,
     items_of,
     last_ranking,
+    of_type,
     pairwise_result,
     rank_of,
     ranker_items,
     ranker_result,
-    ratings_of,
     results_of,
-    seconds_of,
     sides_of,
 )
-from rlhf.data.rows import RowError, annotator_of, optional_text, text_of
+from rlhf.data.rows import RowError, annotator_of, optional_text, text_of, value_of
 from rlhf.labels.files import write_text
 from rlhf.labels.records import (
     Export,
@@ -65,6 +63,7 @@ from rlhf.labels.targets.shared import (
     read_rows,
     suggestion_for,
 )
+from rlhf.process.wording import describe
 from rlhf.types import UserError
 
 TASKS_FILE, CONFIG_FILE = "label_studio_tasks.json", "label_studio_config.xml"
@@ -273,9 +272,9 @@ def _judgement(
         annotator=annotator_of(annotation.get("completed_by")).get("annotator", ""),
         verdict=verdict,
         ranking=ranking,
-        ratings=ratings_of(results, list(texts)),
-        comment=comment_of(results),
-        seconds=seconds_of(annotation, key),
+        ratings=_ratings(results, list(texts)),
+        comment=_comment(results),
+        seconds=_seconds(annotation, key),
         time=None if time is None else str(time),
         annotation="" if number is None else str(number),
         place=place,
@@ -311,3 +310,52 @@ def _verdict(results: list[Result], names: list[str]) -> tuple[Verdict, Ranking]
             f"{', '.join(order) or 'none'}"
         )
     return Verdict.ranked, tuple((names.index(name),) for name in order)
+
+
+def _ratings(results: Sequence[Result], names: Sequence[str]) -> tuple[int | None, ...]:
+    """Stars (1 to 5) of the answers called `names`, from the results of the type rating; None for
+    an answer without stars, and () where no answer has any. Raises RowError.
+    """
+    stars_of: dict[str, int] = {}
+    for result in of_type(results, "rating"):
+        stars = value_of(result.value, "rating")
+        if isinstance(stars, bool) or stars not in range(6):
+            raise RowError(
+                f"key '{result.key}.value.rating': expected a whole number from 0 to 5, found "
+                f"{describe(stars)}"
+            )
+        if result.target not in names:
+            raise RowError(
+                f"key '{result.key}.to_name': expected one of {', '.join(names)}, found "
+                f"{describe(result.target)}"
+            )
+        if stars:
+            stars_of[str(result.target)] = int(stars)
+    return tuple(map(stars_of.get, names)) if stars_of else ()
+
+
+def _comment(results: Sequence[Result]) -> str:
+    """The texts of every result of the type textarea, a line each. Raises RowError."""
+    lines: list[str] = []
+    for result in of_type(results, "textarea"):
+        texts = result.value.get("text")
+        if isinstance(texts, str):
+            texts = [texts]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise RowError(
+                f"key '{result.key}.value.text': expected texts, found {describe(texts)}"
+            )
+        lines += texts
+    return "\n".join(lines)
+
+
+def _seconds(annotation: Mapping[str, Any], key: str) -> float | None:
+    """How long an annotation took (lead_time), in seconds; None where it doesn't say. Raises
+    RowError.
+    """
+    value = annotation.get("lead_time")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowError(f"key '{key}.lead_time': expected seconds, found {describe(value)}")
+    return float(value)
