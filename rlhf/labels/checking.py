@@ -276,15 +276,15 @@ def _ranking(judgement: Judgement, task: Task) -> Ranking:
         if groups:
             raise _Refusal(f"verdict {judgement.verdict.value} with a ranking")
         return ()
-    places = [place for group in groups for place in group]
-    once = len(set(places)) == len(places)
-    known = set(places) <= set(range(len(task.order)))
-    if not places or not all(groups) or not once or not known:
+    slots = [slot for group in groups for slot in group]
+    once = len(set(slots)) == len(slots)
+    known = set(slots) <= set(range(len(task.order)))
+    if not slots or not all(groups) or not once or not known:
         raise _Refusal(
-            f"ranking {[list(group) for group in groups]}: expected places 0 to "
+            f"ranking {[list(group) for group in groups]}: expected slots 0 to "
             f"{len(task.order) - 1}, each once at most, at least one"
         )
-    return tuple(tuple(sorted(task.order[place] for place in group)) for group in groups)
+    return tuple(tuple(sorted(task.order[slot] for slot in group)) for group in groups)
 
 
 def _ratings(judgement: Judgement, task: Task) -> tuple[int | None, ...]:
@@ -297,8 +297,8 @@ def _ratings(judgement: Judgement, task: Task) -> tuple[int | None, ...]:
             f"ratings {list(given)}: expected {len(task.order)} whole numbers from {low} to {high}"
         )
     out: list[int | None] = [None] * len(given)
-    for place, rating in enumerate(given):
-        out[task.order[place]] = rating
+    for slot, rating in enumerate(given):
+        out[task.order[slot]] = rating
     return tuple(out)
 
 

@@ -8,7 +8,7 @@
 
 Two orders of a task's answers must not be confused. `answers` are in the order of their ids, a hash
 of the text, so that their position tells nothing of who wrote them. `shown` is that order shuffled:
-place i shows answers[order[i]].
+slot i shows answers[order[i]].
 """
 
 import json
@@ -22,7 +22,7 @@ from rlhf.models.encoding import turn_text
 from rlhf.process.files import digest
 from rlhf.types import Tools
 
-# places or indices of answers, the best first, equal ones together
+# slots or indices of answers, the best first, equal ones together
 Ranking = tuple[tuple[int, ...], ...]
 
 
@@ -81,7 +81,7 @@ class Task:
     id: str  # "<export>-<number>": what tools carry as pair_id; tells nothing else
     prompt: Any  # a string, or a list of messages
     answers: tuple[Answer, ...]  # in the order of their ids
-    order: tuple[int, ...]  # place i shows answers[order[i]]
+    order: tuple[int, ...]  # slot i shows answers[order[i]]
     role: Role = Role.main
     chosen_by: str = ""  # the method that chose it
     best: int | None = None  # of a gold task: the index in `answers` of the best one
@@ -119,18 +119,18 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What one annotator answered to one task. Places are those shown."""
+    """What one annotator answered to one task. Slots are those shown."""
 
     task: str  # its id, as the file has it
     annotator: str  # "" where the file does not say
     verdict: Verdict
-    ranking: Ranking = ()  # verdict=ranked: places in `shown`; unranked ones are left out
-    ratings: tuple[int | None, ...] = ()  # 1 to 5 of each place; () where none was given
+    ranking: Ranking = ()  # verdict=ranked: slots in `shown`; unranked ones are left out
+    ratings: tuple[int | None, ...] = ()  # 1 to 5 of each slot; () where none was given
     comment: str = ""
     seconds: float | None = None  # that it took
     time: str | None = None  # ISO 8601, when it was made
     annotation: str = ""  # the tool's own number of it
-    place: str = ""  # file and row, for messages
+    place: str = ""  # file and row (as SourceRow.place), for messages
     # as the file has it, None where it has none: what was edited on the way is refused
     prompt: Any = None
     shown: tuple[str, ...] | None = None  # likewise
@@ -139,7 +139,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A row of a file that is no judgement: its place, its task, and why."""
+    """A row of a file that is no judgement: file and row, its task, and why."""
 
     place: str
     task: str  # "" where it has no id

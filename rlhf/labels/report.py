@@ -89,7 +89,7 @@ def _mean(cases: Sequence[bool]) -> float | None:
 
 
 def side_shown(label: Checked, task: Task) -> Verdict:
-    """A label in the places as shown."""
+    """A label in the slots as shown."""
     if label.outcome not in (Outcome.first, Outcome.second):
         return Verdict(label.outcome.value)
     return Verdict.left if CHOICES[task.order[0]] is label.outcome else Verdict.right

@@ -5,7 +5,7 @@ A line is a line of the export's tasks.jsonl (ledger.task_row) and, beside it,
 
     why      reasons in words
     labels   the labels so far: {export, task, annotator, counts, outcome, ranking, comment,
-             time}; the ranking's places are those of `answers`
+             time}; the ranking's slots are indices of `answers`
 
 A task is in the queue while its result is split or below label.min_confidence. For mere
 disagreement it goes out again once only: with labels of a second export the result stands. Of a

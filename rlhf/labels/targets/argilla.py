@@ -80,7 +80,7 @@ def write(export: Export, folder: Path) -> list[Path]:
 
 
 def _record(task: Task, export: Export) -> dict[str, Any]:
-    answers = {answer_name(place): text for place, text in enumerate(task.shown)}
+    answers = {answer_name(slot): text for slot, text in enumerate(task.shown)}
     functions = {"tools": tools_text(task.tools)} if task.tools else {}
     # Argilla's metadata has no true and false
     swapped = {"swapped": str(task.swapped).lower()} if export.kind is LabelKind.pair else {}
@@ -97,7 +97,7 @@ def _suggestions(task: Task, export: Export) -> dict[str, Any]:
     suggested = suggestion_for(task, export)
     if suggested is None:
         return {}
-    names = [answer_name(place) for place in suggested.order]
+    names = [answer_name(slot) for slot in suggested.order]
     # the SDK wants a ranking's names alone, in their order
     value = names[0] if export.kind is LabelKind.pair else names
     score = suggested.probability
@@ -105,14 +105,14 @@ def _suggestions(task: Task, export: Export) -> dict[str, Any]:
 
 
 def _settings(export: Export) -> dict[str, Any]:
-    names = {answer_name(place): f"Answer {place + 1}" for place in range(most_answers(export))}
+    names = {answer_name(slot): f"Answer {slot + 1}" for slot in range(most_answers(export))}
     # a shorter task's record has no text in the last fields
     fewest = min((len(task.answers) for task in export.tasks), default=2)
     fields = [_field("prompt", "Prompt", required=True)]
     if has_tools(export):
         fields.append(_field("tools", "Functions that the answers may call", required=False))
-    for place, (name, title) in enumerate(names.items()):
-        fields.append(_field(name, title, required=place < fewest))
+    for slot, (name, title) in enumerate(names.items()):
+        fields.append(_field(name, title, required=slot < fewest))
     return {
         "guidelines": export.instructions or None,
         "fields": fields,
@@ -138,8 +138,8 @@ def _questions(export: Export, names: Mapping[str, str]) -> list[dict[str, Any]]
     questions = [_question("preference", export.title, preference, required=True)]
     if export.ratings:
         stars = {"type": "rating", "options": [{"value": value} for value in range(1, 6)]}
-        for place, title in enumerate(names.values()):
-            questions.append(_question(f"rating-{place}", f"Rating of {title}", stars))
+        for slot, title in enumerate(names.values()):
+            questions.append(_question(f"rating-{slot}", f"Rating of {title}", stars))
     if export.comments:
         questions.append(_question("comment", "Comment", {"type": "text", "use_markdown": False}))
     return questions
@@ -263,7 +263,7 @@ def _choice(value: str, names: list[str]) -> Verdict:
 
 
 def _ranking(value: Any, names: list[str]) -> Ranking:
-    """Places by rank. A rank of an answer that the record does not have is ignored: longer tasks
+    """Slots by rank. A rank of an answer that the record does not have is ignored: longer tasks
     have more. Raises RowError.
     """
     if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
@@ -272,7 +272,7 @@ def _ranking(value: Any, names: list[str]) -> Ranking:
             "Argilla's to_json leaves out the ranks. Take the "
             "records as its API gives them, with their responses"
         )
-    places: dict[float, list[int]] = {}
+    slots: dict[float, list[int]] = {}
     seen: set[str] = set()
     for entry in value:
         name = text_of(entry, "value")
@@ -284,27 +284,26 @@ def _ranking(value: Any, names: list[str]) -> Ranking:
                 f"key 'preference': expected ranks of {', '.join(names)}, found one of {name!r}"
             )
         if name in names and entry.get("rank") is not None:
-            places.setdefault(number_of(entry, "rank"), []).append(names.index(name))
-    if sum(map(len, places.values())) < 2:
+            slots.setdefault(number_of(entry, "rank"), []).append(names.index(name))
+    if sum(map(len, slots.values())) < 2:
         raise RowError(
             f"key 'preference': expected ranks of at least two of {', '.join(names)}, found "
             f"{describe(value)} with fewer"
         )
-    return tuple(tuple(sorted(places[rank])) for rank in sorted(places))
+    return tuple(tuple(sorted(slots[rank])) for rank in sorted(slots))
 
 
 def _ratings(values: Mapping[str, Any], answers: Mapping[str, str]) -> tuple[int | None, ...]:
-    """By place, from the questions rating-0 ...; () where none was answered. Raises RowError."""
+    """By slot, from the questions rating-0 ...; () where none was answered. Raises RowError."""
     ratings: list[int | None] = []
-    for place in range(len(answers)):
-        value = values.get(f"rating-{place}")
+    for slot in range(len(answers)):
+        value = values.get(f"rating-{slot}")
         if value is None:
             ratings.append(None)
             continue
         if isinstance(value, bool) or value not in range(1, 6):
             raise RowError(
-                f"key 'rating-{place}': expected a whole number from 1 to 5, found "
-                f"{describe(value)}"
+                f"key 'rating-{slot}': expected a whole number from 1 to 5, found {describe(value)}"
             )
         ratings.append(int(value))
     return given_ratings(ratings)

@@ -55,7 +55,7 @@ def _row(task: Task, export: Export) -> dict[str, Any]:
         row["comment"] = ""
     suggested = suggestion_for(task, export)
     if suggested is not None:
-        best = ">".join(str(place + 1) for place in suggested.order)
+        best = ">".join(str(slot + 1) for slot in suggested.order)
         if export.kind is LabelKind.pair:
             best = SIDES[suggested.order[0]]
         row["suggestion"] = {column: best, "probability": suggested.probability}

@@ -109,7 +109,7 @@ def _task_row(task: Task, export: Export, functions: bool) -> dict[str, Any]:
         data |= dict(zip(SIDES, task.shown, strict=True))
         data["swapped"] = task.swapped
     else:
-        items = {_item(place): text for place, text in enumerate(task.shown)}
+        items = {_item(slot): text for slot, text in enumerate(task.shown)}
         data["items"] = ranker_items(items)
     data |= {"pair_id": task.id, "export_id": export.id, **_by_name(export)}
     row: dict[str, Any] = {"data": data}
@@ -119,9 +119,9 @@ def _task_row(task: Task, export: Export, functions: bool) -> dict[str, Any]:
     return row
 
 
-def _item(place: int) -> str:
+def _item(slot: int) -> str:
     """An item's id: the editor shows it, and sorts ids that are numbers."""
-    return f"answer{place + 1}"
+    return f"answer{slot + 1}"
 
 
 def _by_name(export: Export) -> dict[str, str]:
@@ -141,7 +141,7 @@ def _predictions(task: Task, export: Export) -> list[dict[str, Any]]:
         # (validate_prediction of label_studio_sdk)
         result = pairwise_result(suggested.order[0] + 1, target=SIDES[0])
     else:
-        result = ranker_result([_item(place) for place in suggested.order])
+        result = ranker_result([_item(slot) for slot in suggested.order])
     return [
         {
             "model_version": MODEL_VERSION,

@@ -21,7 +21,7 @@ _HALVES = re.compile("[\ud800-\udfff]")
 class Suggestion:
     """What the reward model would answer to a task."""
 
-    order: tuple[int, ...]  # places in `shown`, the best first
+    order: tuple[int, ...]  # slots in `shown`, the best first
     probability: float  # of that order, under the model
 
 
@@ -29,15 +29,15 @@ def suggestion(task: Task) -> Suggestion | None:
     """The order of the answers' scores; None where an answer has none, or two have the same.
 
     The probability is that of the Plackett-Luce model with the scores as logarithms of its worths:
-    prod_k exp(s_k) / sum_{j >= k} exp(s_j) over the places of the order. For two answers it is the
+    prod_k exp(s_k) / sum_{j >= k} exp(s_j) over the slots of the order. For two answers it is the
     Bradley-Terry model's, sigmoid(s_1 - s_2), which reward models are trained with.
     """
     scores = [task.answers[i].score for i in task.order]
     known = [score for score in scores if score is not None]
     if len(known) < len(scores) or len(set(known)) < len(known):
         return None
-    order = tuple(sorted(range(len(known)), key=lambda place: -known[place]))
-    return Suggestion(order, math.exp(_log_probability([known[place] for place in order])))
+    order = tuple(sorted(range(len(known)), key=lambda slot: -known[slot]))
+    return Suggestion(order, math.exp(_log_probability([known[slot] for slot in order])))
 
 
 def suggestion_for(task: Task, export: Export) -> Suggestion | None:
@@ -91,7 +91,7 @@ def guidance(export: Export, how: str) -> str:
 
 
 def given_ratings(ratings: Sequence[int | None]) -> tuple[int | None, ...]:
-    """The ratings of all places; () where none was given."""
+    """The ratings of all slots; () where none was given."""
     return tuple(ratings) if any(rating is not None for rating in ratings) else ()
 
 

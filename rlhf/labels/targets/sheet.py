@@ -153,13 +153,13 @@ def _guide(export: Export, folder: Path) -> Path:
 
 def columns(export: Export) -> list[str]:
     """The sheet's columns in their order."""
-    places = _places(export.kind, most_answers(export))
+    slots = _slots(export.kind, most_answers(export))
     names = ["pair_id", "prompt"]
     if has_tools(export):
         names.append("tools")
-    names += [*map(response_column, places), answer_column(export.kind)]
+    names += [*map(response_column, slots), answer_column(export.kind)]
     if export.ratings:
-        names += [f"rating_{place}" for place in places]
+        names += [f"rating_{slot}" for slot in slots]
     names.append("annotator")
     if export.comments:
         names.append("comment")
@@ -171,11 +171,11 @@ def answer_column(kind: LabelKind) -> str:
     return "preference" if kind is LabelKind.pair else "ranking"
 
 
-def _places(kind: LabelKind, count: int) -> list[str]:
+def _slots(kind: LabelKind, count: int) -> list[str]:
     """What `count` responses are called in the names of columns."""
     if kind is LabelKind.pair:
         return list(SIDES)
-    return [str(place + 1) for place in range(count)]
+    return [str(slot + 1) for slot in range(count)]
 
 
 def texts_of(task: Task, kind: LabelKind) -> dict[str, str]:
@@ -183,8 +183,8 @@ def texts_of(task: Task, kind: LabelKind) -> dict[str, str]:
     texts = {"prompt": as_text(task.prompt)}
     if task.tools:
         texts["tools"] = tools_text(task.tools)
-    for place, text in zip(_places(kind, len(task.answers)), task.shown, strict=True):
-        texts[response_column(place)] = text
+    for slot, text in zip(_slots(kind, len(task.answers)), task.shown, strict=True):
+        texts[response_column(slot)] = text
     return texts
 
 
@@ -310,7 +310,7 @@ def _ratings(row: Mapping[str, Any], count: int | None) -> tuple[int | None, ...
     names = [name for name in row if re.fullmatch(r"rating_([ab]|[1-9][0-9]{0,3})", name)]
     names.sort(key=lambda name: (len(name), name))
     ratings: list[int | None] = []
-    for place, name in enumerate(names):
+    for slot, name in enumerate(names):
         value = row[name]
         if value is None or value == "":
             ratings.append(None)
@@ -321,7 +321,7 @@ def _ratings(row: Mapping[str, Any], count: int | None) -> tuple[int | None, ...
                 f"key {name!r}: expected a whole number from 1 to 5, or nothing, found "
                 f"{describe(value)}"
             )
-        if count is not None and place >= count:
+        if count is not None and slot >= count:
             raise RowError(
                 f"key {name!r}: expected nothing, since the row has {count} responses, found "
                 f"{describe(value)}"
