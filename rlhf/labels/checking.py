@@ -281,7 +281,7 @@ def _ranking(judgement: Judgement, task: Task) -> Ranking:
     known = set(slots) <= set(range(len(task.order)))
     if not slots or not all(groups) or not once or not known:
         raise _Refusal(
-            f"ranking {[list(group) for group in groups]}: expected slots 0 to "
+            f"ranking {[list(group) for group in groups]}: expected places 0 to "
             f"{len(task.order) - 1}, each once at most, at least one"
         )
     return tuple(tuple(sorted(task.order[slot] for slot in group)) for group in groups)

@@ -190,14 +190,14 @@ def _judgement(entry: Any, annotator: str, place: str) -> Judgement:
 def _ranking(value: Any, verdict: Verdict, shown: list[str] | None) -> Ranking:
     """Raises ValueError."""
     if not isinstance(value, list) or not all(group and _is_list(group, int) for group in value):
-        raise ValueError(f"ranking: expected lists of slots, the best first, found {value!r}")
+        raise ValueError(f"ranking: expected lists of places, the best first, found {value!r}")
     slots = [slot for group in value for slot in group]
     if (verdict is Verdict.ranked) != bool(slots):
         raise ValueError(f"ranking: {value!r} does not go with verdict {verdict.value}")
     last = math.inf if shown is None else len(shown) - 1
     if len(set(slots)) < len(slots) or not all(0 <= slot <= last for slot in slots):
         raise ValueError(
-            f"ranking: expected each slot, counted from 0, at most once, found {value!r}"
+            f"ranking: expected each place, counted from 0, at most once, found {value!r}"
         )
     return tuple(map(tuple, value))
 
