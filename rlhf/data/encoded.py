@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf.data.converting import Record
 from rlhf.data.loading import DataRequest
-from rlhf.models import apart, encoding, facts, locating, templates, turns
+from rlhf.models import conversations, encoding, facts, templates, turns, words
 from rlhf.process import distributed, parallel, supervision
 from rlhf.process.files import exclusive, json_object, sha256
 from rlhf.types import UserError
@@ -46,7 +46,7 @@ LOG = logging.getLogger("rlhf.data")
 FOLDER = ".encoded"  # in run.dir
 ROWS_FILE, ABOUT_FILE, LOCK_FILE = "rows.arrow", "about.json", "lock"
 CHUNK = 256  # rows that a process encodes at a time, and a batch of the file
-_CODE = (apart, encoding, locating, templates, turns)  # of a file's content
+_CODE = (conversations, encoding, templates, turns, words)  # of a file's content
 _LIBRARIES = ("tokenizers", "transformers", "pyarrow")
 _NUMBER = "_number"  # column: which of the given rows this one is
 

@@ -14,7 +14,7 @@ from typing import Any
 from conf.choices import RewrittenTurns
 from rlhf.data.formats import Use
 from rlhf.models import encoding
-from rlhf.models.apart import encode_apart
+from rlhf.models.conversations import encode_apart
 from rlhf.models.facts import Notices
 from rlhf.models.turns import end_ids, special_ids
 from rlhf.types import Message, Tools, UserError

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.models.locating import Located, located_at_once
+from rlhf.models.templates import rendered
 from rlhf.models.turns import (
     closing_id,
     end_ids,
@@ -22,7 +22,6 @@ from rlhf.models.turns import (
     is_blank,
     plain_ids,
     prompt_text,
-    rendered,
     single_bos,
     up_to_end,
 )
@@ -166,7 +165,7 @@ def turn_ids(
     return span
 
 
-def _last_turn(
+def last_turn_ids(
     tokenizer: Any, whole: list[int], head: list[int], messages: Chat, tools: Tools | None
 ) -> list[int]:
     """What the policy writes after `head`, the prompt's tokens: the last of `messages`. Raises
@@ -301,70 +300,3 @@ def encode_completion(
     context = prompt_ids(tokenizer, prompt, tools)
     answer = answer_ids(tokenizer, prompt, completion, tools)
     return context + answer, ([IGNORED] * len(context) if completion_only else context) + answer
-
-
-def trained_turns(messages: Chat, first: int = 0) -> list[int]:
-    """Indices of the assistant's turns from `first` on that train: all but those with
-    ``train: false``.
-    """
-    return [
-        index
-        for index, message in enumerate(messages)
-        if index >= first
-        and message.get("role") == "assistant"
-        and message.get("train") is not False
-    ]
-
-
-def encode_conversation(
-    tokenizer: Any,
-    messages: list[Message],
-    *,
-    completion_only: bool,
-    first: int = 0,
-    tools: Tools | None = None,
-) -> tuple[list[int], list[int]]:
-    """A whole conversation for SFT: token ids, and labels of every assistant turn from message
-    `first` on that trains (of all tokens unless `completion_only`).
-
-    Raises ValueError as `turn_ids`, and for a conversation without an assistant turn to train.
-    """
-    trained, last = trained_turns(messages, first), len(messages) - 1
-    if completion_only and not trained:
-        raise ValueError("the conversation has no assistant turn, so there is nothing to train")
-    wanted = []
-    for i, message in enumerate(messages):
-        needed = i in trained or i == last or not completion_only
-        if message.get("role") == "assistant" and needed:
-            wanted.append(i)
-    located = located_at_once(tokenizer, messages, wanted, tools)
-    if located is None:
-        located = located_by_prefixes(tokenizer, messages, wanted, tools)
-    ids = located.ids
-    labels = [IGNORED] * len(ids) if completion_only else list(ids)
-    for i, (start, stop) in located.turns.items():
-        trains = i in trained
-        labels[start:stop] = ids[start:stop] if trains else [IGNORED] * (stop - start)
-        if i == last and ids[-1] not in end_ids(tokenizer):
-            end = closing_id(tokenizer, chat=True)
-            ids, labels = [*ids, end], [*labels, end if trains else IGNORED]
-    return ids, labels
-
-
-def located_by_prefixes(
-    tokenizer: Any, messages: list[Message], wanted: Sequence[int], tools: Tools | None
-) -> Located:
-    """Where the turns of the messages `wanted` stand, by rendering and tokenising the conversation
-    up to each. Raises ValueError as `turn_ids`.
-    """
-    ids = render(tokenizer, messages, generation_prompt=False, tools=tools)
-    turns = {}
-    for i in wanted:
-        head = prompt_ids(tokenizer, messages[:i], tools) if i else []
-        if i < len(messages) - 1:
-            turn = turn_ids(tokenizer, ids, messages[:i], messages[i], tools)
-        else:  # it stands behind the prompt that a policy would continue
-            turn = _last_turn(tokenizer, ids, head, messages, tools)
-            ids = [*head, *turn]
-        turns[i] = (len(head), len(head) + len(turn))
-    return Located(ids, turns)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.models.turns import EMBEDDING_ROWS, LISTED_ENDS, end_ids, habits, special_ids
+from rlhf.models.words import forget
 from rlhf.process.files import sha256
 from rlhf.types import UserError
 
@@ -185,6 +186,7 @@ def noticed(tokenizer: Any, value: Any) -> set[str]:
 def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
     """What the tokens of a text, and of a conversation, depend on."""
     tokenizer("")  # takes back what an earlier call has set for itself, such as truncation
+    forget(tokenizer)  # words of another state
     kind = type(tokenizer)
     code = ""
     if not kind.__module__.startswith("transformers."):

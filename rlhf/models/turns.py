@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.models.templates import as_template_reads
+from rlhf.models.templates import Chat, TemplateRefusal, rendered
+from rlhf.models.words import words_of
 from rlhf.types import Message, Tools, UserError
 
-Chat = Sequence[Message]
 # Attributes that `rlhf.models.loading.load_tokenizer` sets: the end tokens that the model's files
 # name, and the rows of its embedding where the tokenizer has more entries.
 LISTED_ENDS = "listed_end_ids"
@@ -27,12 +27,6 @@ _KEPT = "rlhf_habits"  # attribute: what was found, with what it depends on
 _ASKED = "Why is that?"
 _ANSWERS = ("It is so: twelve, of course.", "42 or more", '"Yes", she said.')
 _MARK = "Zanzibar"  # a word that no template writes by itself
-
-
-class TemplateRefusal(UserError, ValueError):
-    """A row that the chat template refuses, or can't render. A ValueError too, as every row that
-    can't be encoded.
-    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,52 +109,7 @@ def response_text(tokenizer: Any, token_ids: Iterable[int], *, chat: bool) -> st
     return text
 
 
-# ---- rendering ----
-
-
-def rendered(
-    tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
-) -> str:
-    """The text of a conversation under the chat template. Raises TemplateRefusal."""
-    shown = as_template_reads(tokenizer, messages)
-    text: str = _through_template(tokenizer, shown, generation_prompt, tools)
-    return text
-
-
-def beginnings_rendered(
-    tokenizer: Any,
-    messages: Chat,
-    stops: Sequence[int],
-    *,
-    generation_prompt: bool,
-    tools: Tools | None = None,
-) -> list[str]:
-    """The texts of several beginnings of a conversation, of `stops` messages each and at least
-    one, in one call. Raises TemplateRefusal.
-    """
-    if not stops:
-        return []
-    shown = as_template_reads(tokenizer, messages)
-    chats = [shown[:stop] for stop in stops]
-    texts: list[str] = _through_template(tokenizer, chats, generation_prompt, tools)
-    return texts
-
-
-def _through_template(
-    tokenizer: Any, shown: list[Any], generation_prompt: bool, tools: Tools | None
-) -> Any:
-    """The text of a conversation, or the texts of several."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            shown, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    # A template is a program on the row: it fails with any of these on what it does not expect.
-    except (TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise TemplateRefusal(
-            f"the chat template refuses a conversation of {len(shown)} messages: {error}"
-        ) from error
+# ---- what a policy continues, and where it ends ----
 
 
 def prompt_text(tokenizer: Any, messages: Chat, tools: Tools | None = None) -> str:
@@ -197,6 +146,9 @@ def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     core = _core(tokenizer)
     if core is None or not all(isinstance(text, str) for text in texts):
         return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    words = words_of(tokenizer, core)
+    if words is not None:
+        return [words.ids_of(text) for text in texts]
     return [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
 
 

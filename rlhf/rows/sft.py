@@ -20,11 +20,10 @@ from rlhf.data.encoded import Store, encoded
 from rlhf.data.loading import tell_unread
 from rlhf.data.reading import DataRequest, sft_records
 from rlhf.data.sources import data_files
-from rlhf.models.apart import encode_apart
+from rlhf.models.conversations import encode_apart, encode_conversation
 from rlhf.models.encoding import (
     IGNORED,
     encode_completion,
-    encode_conversation,
     encode_text,
     is_chat,
     prompt_ids,

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from rlhf.models.conversations import encode_conversation
 from rlhf.models.encoding import (
     IGNORED,
     encode_answer,
     encode_completion,
-    encode_conversation,
     encode_text,
     prompt_ids,
     response_ids,

@@ -28,8 +28,7 @@ from rlhf.labels.asking import gold_questions
 from rlhf.labels.records import as_text
 from rlhf.models.encoding import IGNORED, prompt_ids, split_answer
 from rlhf.models.loading import train_tokenizer
-from rlhf.models.templates import template_reads, template_text
-from rlhf.models.turns import rendered
+from rlhf.models.templates import rendered, template_reads, template_text
 from rlhf.rows.preferences import encode_preferences
 from rlhf.rows.sft import encode_sft_row
 from rlhf.types import PreferencePair, UserError

@@ -12,16 +12,18 @@ import pytest
 from conf.schema import DataConfig, ModelConfig
 from rlhf.checks import inputs
 from rlhf.models import templates
+from rlhf.models.conversations import (
+    encode_conversation,
+    located_at_once,
+    located_by_prefixes,
+)
 from rlhf.models.encoding import (
     IGNORED,
     encode_answer,
-    encode_conversation,
-    located_by_prefixes,
     prompt_ids,
     response_ids,
 )
 from rlhf.models.loading import load_tokenizer, train_tokenizer
-from rlhf.models.locating import located_at_once
 from rlhf.models.templates import NAMES, template_text
 from rlhf.types import UserError
 

@@ -10,8 +10,8 @@ import pytest
 from conf.choices import RewrittenTurns
 from rlhf.data.formats import Use
 from rlhf.data.preview import preview_row
-from rlhf.models.apart import Conversation, encode_apart
-from rlhf.models.encoding import IGNORED, answer_ids, encode_conversation, prompt_ids
+from rlhf.models.conversations import Conversation, encode_apart, encode_conversation
+from rlhf.models.encoding import IGNORED, answer_ids, prompt_ids
 from rlhf.rows.sft import encode_sft
 from rlhf.types import UserError
 from tests.models import families

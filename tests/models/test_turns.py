@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 
+from rlhf.models.conversations import encode_conversation
 from rlhf.models.encoding import (
     IGNORED,
     answer_ids,
     encode_answer,
     encode_completion,
-    encode_conversation,
     encode_text,
     prompt_ids,
     response_ids,
 )
 from rlhf.models.facts import Notices, noticed
+from rlhf.models.templates import TemplateRefusal
 from rlhf.models.turns import (
     LISTED_ENDS,
-    TemplateRefusal,
     end_ids,
     habits,
     response_text,

@@ -1,4 +1,5 @@
-"""Chat templates by name, for a tokenizer without one, or in place of its own (data.chat_template).
+"""Chat templates by name, for a tokenizer without one, or in place of its own (data.chat_template);
+what a template reads of a message, and the text that it gives for a conversation.
 
 Written after what each family's models are trained on; with the family's tokenizer (its
 beginning-of-sequence and end-of-turn tokens) they give the same text, with these differences. An
@@ -18,12 +19,13 @@ as <think>, after the family's models; the words that introduce the functions ar
 import functools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rlhf.process.wording import nearest
-from rlhf.types import Message, UserError
+from rlhf.types import Message, Tools, UserError
 
 NAMES = (
     "chatml",
@@ -38,10 +40,18 @@ NAMES = (
     "plain",
     "hermes",
 )
+Chat = Sequence[Message]
+_BASE = "transformers.tokenization_utils_base"  # where transformers' own methods are from
 # other names for reasoning_content: gpt-oss's template reads thinking, some read reasoning
 _REASONING = ("thinking", "reasoning")
 _CODE = re.compile(r"\{[{%].*?[}%]\}", re.DOTALL)
 _NAME = re.compile(r"\.\s*(\w+)|\[?'(\w+)'|\[?\"(\w+)\"|\b(tools)\b")
+
+
+class TemplateRefusal(UserError, ValueError):
+    """A row that the chat template refuses, or can't render. A ValueError too, as every row that
+    can't be encoded.
+    """
 
 
 def template_text(name: str) -> str:
@@ -107,3 +117,116 @@ def as_template_reads(tokenizer: Any, messages: Sequence[Message]) -> list[Any]:
         else message
         for message in messages
     ]
+
+
+# ---- conversations as text ----
+
+
+def rendered(
+    tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
+) -> str:
+    """The text of a conversation under the chat template. Raises TemplateRefusal."""
+    shown = as_template_reads(tokenizer, messages)
+    return _through_template(tokenizer, [shown], generation_prompt, tools)[0]
+
+
+def beginnings_rendered(
+    tokenizer: Any,
+    messages: Chat,
+    stops: Sequence[int],
+    *,
+    generation_prompt: bool,
+    tools: Tools | None = None,
+) -> list[str]:
+    """The texts of several beginnings of a conversation, of `stops` messages each and at least
+    one. Raises TemplateRefusal.
+    """
+    if not stops:
+        return []
+    shown = as_template_reads(tokenizer, messages)
+    chats = [shown[:stop] for stop in stops]
+    return _through_template(tokenizer, chats, generation_prompt, tools)
+
+
+def _through_template(
+    tokenizer: Any, chats: Sequence[list[Any]], generation_prompt: bool, tools: Tools | None
+) -> list[str]:
+    """The texts of several conversations."""
+    from jinja2 import TemplateError
+
+    try:
+        compiled = _compiled_of(tokenizer)
+        if compiled is not None and all(chats):
+            return compiled.texts(tokenizer, chats, generation_prompt, tools)
+        return [
+            tokenizer.apply_chat_template(
+                chat, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
+            )
+            for chat in chats
+        ]
+    # A template is a program on the row: it fails with any of these on what it does not expect.
+    except (TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise TemplateRefusal(
+            f"the chat template refuses a conversation of {len(chats[-1])} messages: {error}"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A template as transformers compiles it, called without the work that its own call repeats
+    for every conversation.
+    """
+
+    template: Any
+    always: dict[str, Any]  # what every template may call
+
+    def texts(
+        self,
+        tokenizer: Any,
+        chats: Sequence[list[Any]],
+        generation_prompt: bool,
+        tools: Tools | None,
+    ) -> list[str]:
+        given = {
+            **self.always,
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+            **tokenizer.special_tokens_map,
+        }
+        template = self.template
+        environment, out = template.environment, []
+        for chat in chats:
+            context = environment.context_class(
+                environment,
+                {**given, "messages": chat},
+                template.name,
+                template.blocks,
+                globals=self.always,
+            )
+            out.append(environment.concat(template.root_render_func(context)))
+        return out
+
+
+def _compiled_of(tokenizer: Any) -> _Compiled | None:
+    """The tokenizer's template; None where calling it may be more than rendering it."""
+    kind, template = type(tokenizer), tokenizer.chat_template
+    for name in ("apply_chat_template", "get_chat_template"):
+        if getattr(getattr(kind, name, None), "__module__", None) != _BASE:
+            return None
+    if not isinstance(template, str):
+        return None
+    return _compiled(template)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> _Compiled | None:
+    from transformers.utils import chat_template_utils
+
+    compile_ = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compile_ is None:  # another version of transformers
+        return None
+    compiled = compile_(template)
+    if compiled.environment.is_async:
+        return None
+    return _Compiled(compiled, dict(compiled.globals))

@@ -16,7 +16,7 @@ from rlhf.data.formats.values import columns_of
 from rlhf.data.loading import convert
 from rlhf.data.prepare.ingest import kind_of
 from rlhf.data.sources import train_sources
-from rlhf.models.apart import encode_apart
+from rlhf.models.conversations import encode_apart
 from rlhf.models.encoding import (
     IGNORED,
     answer_ids,

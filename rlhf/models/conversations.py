@@ -1,4 +1,9 @@
-"""Where the assistant's turns stand in a conversation's tokens, found by tokenising it once."""
+"""Conversations for SFT as token ids, with labels of the answers that train.
+
+Some chat templates render earlier turns otherwise once others follow: those of Qwen 3 and
+DeepSeek-R1 leave their reasoning out. In the whole conversation such an answer is not what a policy
+writes, so each is encoded in a conversation that ends where the policy's did.
+"""
 
 import weakref
 from bisect import bisect_right
@@ -6,11 +11,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conf.choices import RewrittenTurns
+from rlhf.models.encoding import (
+    IGNORED,
+    Chat,
+    RewrittenTurn,
+    last_turn_ids,
+    prompt_ids,
+    render,
+    turn_ids,
+)
+from rlhf.models.templates import beginnings_rendered, rendered
 from rlhf.models.turns import (
-    beginnings_rendered,
     check_rows,
+    closing_id,
+    end_ids,
     habits,
     ids_of,
+    prompt_text,
     single_bos,
     up_to_end,
 )
@@ -25,6 +43,156 @@ class Located:
 
     ids: list[int]
     turns: dict[int, tuple[int, int]]  # by message: first token, and the one after the last
+
+
+def trained_turns(messages: Chat, first: int = 0) -> list[int]:
+    """Indices of the assistant's turns from `first` on that train: all but those with
+    ``train: false``.
+    """
+    return [
+        index
+        for index, message in enumerate(messages)
+        if index >= first
+        and message.get("role") == "assistant"
+        and message.get("train") is not False
+    ]
+
+
+def encode_conversation(
+    tokenizer: Any,
+    messages: list[Message],
+    *,
+    completion_only: bool,
+    first: int = 0,
+    tools: Tools | None = None,
+) -> tuple[list[int], list[int]]:
+    """A whole conversation for SFT: token ids, and labels of every assistant turn from message
+    `first` on that trains (of all tokens unless `completion_only`).
+
+    Raises ValueError as `turn_ids`, and for a conversation without an assistant turn to train.
+    """
+    trained, last = trained_turns(messages, first), len(messages) - 1
+    if completion_only and not trained:
+        raise ValueError("the conversation has no assistant turn, so there is nothing to train")
+    wanted = []
+    for i, message in enumerate(messages):
+        needed = i in trained or i == last or not completion_only
+        if message.get("role") == "assistant" and needed:
+            wanted.append(i)
+    located = located_at_once(tokenizer, messages, wanted, tools)
+    if located is None:
+        located = located_by_prefixes(tokenizer, messages, wanted, tools)
+    ids = located.ids
+    labels = [IGNORED] * len(ids) if completion_only else list(ids)
+    for i, (start, stop) in located.turns.items():
+        trains = i in trained
+        labels[start:stop] = ids[start:stop] if trains else [IGNORED] * (stop - start)
+        if i == last and ids[-1] not in end_ids(tokenizer):
+            end = closing_id(tokenizer, chat=True)
+            ids, labels = [*ids, end], [*labels, end if trains else IGNORED]
+    return ids, labels
+
+
+def located_by_prefixes(
+    tokenizer: Any, messages: list[Message], wanted: Sequence[int], tools: Tools | None
+) -> Located:
+    """Where the turns of the messages `wanted` stand, by rendering and tokenising the conversation
+    up to each. Raises ValueError as `turn_ids`.
+    """
+    ids = render(tokenizer, messages, generation_prompt=False, tools=tools)
+    turns = {}
+    for i in wanted:
+        head = prompt_ids(tokenizer, messages[:i], tools) if i else []
+        if i < len(messages) - 1:
+            turn = turn_ids(tokenizer, ids, messages[:i], messages[i], tools)
+        else:  # it stands behind the prompt that a policy would continue
+            turn = last_turn_ids(tokenizer, ids, head, messages, tools)
+            ids = [*head, *turn]
+        turns[i] = (len(head), len(head) + len(turn))
+    return Located(ids, turns)
+
+
+# ---- answers that are rendered otherwise later ----
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """An encoded conversation, and which of its messages train."""
+
+    messages: list[Message]
+    trained: list[int]  # their places
+    ids: list[int]
+    labels: list[int]
+
+
+def encode_apart(
+    tokenizer: object,
+    messages: list[Message],
+    how: RewrittenTurns,
+    *,
+    first: int = 0,
+    tools: Tools | None = None,
+) -> list[Conversation]:
+    """The conversation with labels of every answer from message `first` on that trains: as it is
+    under most templates, else several, each up to one of them. Raises ValueError as
+    `encode_conversation`, also for RewrittenTurns.refuse.
+    """
+    trained = trained_turns(messages, first)
+    try:
+        return [_encoded(tokenizer, messages, trained, first, tools)]
+    except RewrittenTurn:
+        parts = _parts(tokenizer, messages, trained, tools)
+        if how is RewrittenTurns.refuse or parts == [messages]:
+            raise
+    return [_encoded(tokenizer, part, trained_turns(part), 0, tools) for part in parts]
+
+
+def _encoded(
+    tokenizer: object,
+    messages: list[Message],
+    trained: list[int],
+    first: int,
+    tools: Tools | None,
+) -> Conversation:
+    ids, labels = encode_conversation(
+        tokenizer, messages, completion_only=True, first=first, tools=tools
+    )
+    return Conversation(messages, trained, ids, labels)
+
+
+def _parts(
+    tokenizer: object, messages: list[Message], trained: Sequence[int], tools: Tools | None
+) -> list[list[Message]]:
+    """The conversation up to each answer that needs one of its own, the others in it marked not to
+    train. Answers that a longer part shows as the policy wrote them train there.
+    """
+    out: list[list[Message]] = []
+    left = list(trained)
+    while left:
+        part = messages[: left[-1] + 1]
+        text = rendered(tokenizer, part, generation_prompt=False, tools=tools)
+        shown = [i for i in left if i == left[-1] or _shown(tokenizer, text, part, i, tools)]
+        out.insert(0, [_flagged(message, i in shown) for i, message in enumerate(part)])
+        left = [i for i in left if i not in shown]
+    return out
+
+
+def _shown(
+    tokenizer: object, text: str, messages: Sequence[Message], i: int, tools: Tools | None
+) -> bool:
+    """Whether a conversation's `text` begins as the policy's did that ended with turn `i`."""
+    head = prompt_text(tokenizer, messages[:i], tools)
+    upto = rendered(tokenizer, messages[: i + 1], generation_prompt=False, tools=tools)
+    return text.startswith(head) and text.startswith(upto)
+
+
+def _flagged(message: Message, trains: bool) -> Message:
+    if message["role"] != "assistant" or trains:
+        return message
+    return {**message, "train": False}
+
+
+# ---- where turns stand in the tokens, found by tokenising once ----
 
 
 def located_at_once(
