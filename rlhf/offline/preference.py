@@ -16,6 +16,7 @@ from rlhf.models.encoding import IGNORED
 from rlhf.offline.kto import KLPairs
 from rlhf.offline.likelihood import CPO, DPO, ORPO
 from rlhf.offline.private_hooks import CPOConfig, DataCollatorForUnpairedPreference, ORPOConfig
+from rlhf.offline.setup import EXPERTS, unbalanced
 from rlhf.offline.trainers import KTO, StageTrainer
 from rlhf.types import WEIGHT, UserError
 
@@ -102,6 +103,18 @@ def make_trainer(
         "processing_class": tokenizer,
         **ours,
     }
+    with unbalanced(model):
+        return _trainer(stage, arguments, given, reference, tokenizer)
+
+
+def _trainer(
+    stage: AnyPreferenceStage,
+    arguments: dict[str, Any],
+    given: dict[str, Any],
+    reference: Any,
+    tokenizer: Any,
+) -> StageTrainer:
+    """`given`: what all trainers take."""
     if isinstance(stage, PreferenceStage):
         dpo = DPO(ref_model=reference, args=dpo_config(stage, arguments), **given)
         return _without_reference_adapter(dpo)
@@ -149,6 +162,7 @@ def dpo_config(stage: PreferenceStage, arguments: dict[str, Any]) -> DPOConfig:
         extra["f_alpha_divergence_coef"] = stage.f_alpha
     return DPOConfig(
         **arguments,
+        **EXPERTS,
         loss_type=[loss.value for loss in stage.losses],
         loss_weights=stage.weights,
         beta=stage.beta,
@@ -163,6 +177,7 @@ def dpo_config(stage: PreferenceStage, arguments: dict[str, Any]) -> DPOConfig:
 def kto_config(stage: KTOStage, arguments: dict[str, Any]) -> KTOConfig:
     return KTOConfig(
         **arguments,
+        **EXPERTS,
         loss_type=stage.loss.value,
         beta=stage.beta,
         desirable_weight=stage.desirable_weight,

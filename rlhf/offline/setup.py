@@ -2,7 +2,8 @@
 adapter, and the arguments that TRL's configs have in common.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,27 @@ def _zero(engine: EngineConfig) -> dict[str, Any]:
     if engine.zero_stage == 3:
         zero["offload_param"] = dict(target)
     return zero
+
+
+# For TRL's configs of SFT, DPO and KTO: without the loss that balances experts, which they would
+# add with the model's own coefficient. It is computed from each micro-batch alone, so an update
+# would depend on how a step is split, and on the ranks.
+EXPERTS = {"router_aux_loss_coef": 0.0}
+
+
+@contextmanager
+def unbalanced(model: Any) -> Iterator[None]:
+    """While TRL makes its trainer: no loss that balances experts. `EXPERTS` is TRL's option, which
+    it writes into the model's configuration; CPO and ORPO go by that alone. The model's own
+    coefficient is put back, so that it is saved with it.
+    """
+    config = model.config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+    yield
+    if coefficient is not None:
+        config.router_aux_loss_coef = coefficient
 
 
 def trainer_arguments(

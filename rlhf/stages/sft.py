@@ -12,11 +12,13 @@ from rlhf.checks.launch import BatchPlan
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import setup
 from rlhf.offline.setup import (
+    EXPERTS,
     begin,
     check_positions,
     record_inputs,
     trainer_arguments,
     training_dtype,
+    unbalanced,
     with_adapter,
 )
 from rlhf.offline.trainers import SFT
@@ -91,13 +93,16 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
         packing=stage.packing,
         eval_packing=False,  # the held-out loss is that of whole rows
         completion_only_loss=False,  # the labels say which tokens train
+        **EXPERTS,
     )
-    return SFT(
-        model=model,
-        args=args,
-        train_dataset=rows.train,
-        eval_dataset=rows.held_out,
-        processing_class=tokenizer,
-        guard=make_guard(ctx),
-        engine=cfg.engine,
-    )
+    guard = make_guard(ctx)
+    with unbalanced(model):
+        return SFT(
+            model=model,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=rows.held_out,
+            processing_class=tokenizer,
+            guard=guard,
+            engine=cfg.engine,
+        )

@@ -18,6 +18,7 @@ from conf.choices import ModelKind
 from conf.schema import ModelConfig
 from rlhf.models.loading import load_causal_lm
 from tests.offline import trl_tools, zero_trl_worker
+from tests.online.families import tiny_family
 from tests.selection import marked_full, selected
 
 pytestmark = pytest.mark.distributed
@@ -31,6 +32,8 @@ TWO_RANKS = [
 # the reference is a second engine, or the adapter turned off
 TWO_RANKS += [("dpo", 3, "none"), ("dpo", 2, "lora")]
 TWO_RANKS += [("soft", 2, "none")]
+FAMILIES = {"granite": "reward", "olmoe": "reward", "qwen3_moe": "sft"}  # beside Llama; their rows
+TWO_RANKS += [(family, 3, "none") for family in FAMILIES]
 ONE_RANK = [("sft", 3, "none"), ("reward", 2, "lora")]  # engine=zero* without torchrun
 # Weights and an adapter, ZeRO without and with split weights; the whole matrix, and DPO's second
 # model, are make test-full's. ZeRO-2 is held by tests/online/test_zero_online.py.
@@ -46,7 +49,9 @@ def spec_of(folder: Path, name: str, cases: Sequence[Case]) -> dict[str, Any]:
         "reward": str(folder / "reward.jsonl"),
         "soft": str(folder / "soft.jsonl"),
         "dpo": str(folder / "reward.jsonl"),
+        **{family: str(folder / f"{rows}.jsonl") for family, rows in FAMILIES.items()},
         "model": str(folder / "model"),
+        "models": {family: str(folder / family) for family in FAMILIES},
         "cases": cases,
     }
 
@@ -101,6 +106,8 @@ def runs(
         ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY), tokenizer
     ).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    for family in {stage for stage, _, _ in wanted} & FAMILIES.keys():
+        tiny_family(family, folder / "model", folder / family)
     one_rank: list[Case] = [case for case in ONE_RANK if case in wanted]
     two_ranks: list[Case] = [case for case in TWO_RANKS if case in wanted]
     compared = dict.fromkeys((stage, None, adapter) for stage, _, adapter in one_rank + two_ranks)

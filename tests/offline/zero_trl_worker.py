@@ -2,7 +2,7 @@
 configurations in one: `test_zero_trl` starts it.
 
 usage: torchrun ... -m tests.offline.zero_trl_worker SPEC.json where SPEC is {"out", "sft",
-"reward", "soft", "dpo", "model", "cases": [[stage, zero_stage or null, adapter], ...]}
+"reward", "soft", "dpo", "model", "models", "cases": [[stage, zero_stage or null, adapter], ...]}
 """
 
 import functools
@@ -38,8 +38,18 @@ STAGES: dict[str, Any] = {
     "reward": RewardStage,
     "soft": SOFT,
     "dpo": PreferenceStage,
+    # of other families: a scalar head of ours; the same with experts; experts
+    "granite": functools.partial(RewardStage, name="granite"),
+    "olmoe": functools.partial(RewardStage, name="olmoe"),
+    "qwen3_moe": functools.partial(SFTStage, name="qwen3_moe"),
 }
-MODULES = {"dpo": "preference", "soft": "reward"}
+MODULES = {
+    "dpo": "preference",
+    "soft": "reward",
+    "granite": "reward",
+    "olmoe": "reward",
+    "qwen3_moe": "sft",
+}
 RATES = {"dpo": 5e-3}  # it starts where its loss is flat for an adapter
 
 
@@ -62,7 +72,7 @@ def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str
         run=RunConfig(
             dir=spec["out"], name=f"{'torch' if zero is None else f'zero{zero}'}-{adapter}"
         ),
-        model=ModelConfig(path=spec["model"]),
+        model=ModelConfig(path=spec["models"].get(stage, spec["model"])),
         adapter=AdapterConfig(kind=AdapterKind[adapter], rank=4),
         engine=EngineConfig(
             kind=EngineKind.deepspeed if deepspeed else EngineKind.torch,
