@@ -187,7 +187,9 @@ class Packed:
     # [B, T] long: index into L of the hidden state that predicts response token t (0 where padded)
     positions: Tensor
     position_ids: Tensor  # [G, L] long: position in the prompt, or after it in the response
-    # [G, 1, L, L] bool: True where a query (third axis) sees a key (fourth axis)
+    # [G, 1, L, L] bool: True where a query (third axis) sees a key (fourth axis); or, for
+    # `policy.model.attend_by_segments`, [G, 1, 1, S] long on the host: how many tokens the prompt
+    # has and each of its responses, 0 where a pack has fewer
     attention_mask: Tensor
 
 
@@ -198,20 +200,24 @@ def pack_groups(
     *,
     hidden_size: int,
     budget: int,
+    longest_dense: int | None = None,
 ) -> list[list[int]]:
     """Row numbers in packs of equal `groups`, each group in equally large packs of the size that
     costs least among those of at most `budget` tokens. A row that is longer stands alone.
 
-    A token costs about 24 H^2 multiplications per layer in the projections and 2 L H in the
-    attention over a row of L tokens, with a dense mask; so a row of L tokens costs L (1 + L / (12
-    H)) units. `groups`, lengths: [B]; responses and prompts in tokens, H = `hidden_size`.
+    A token costs about 24 H^2 multiplications per layer in the projections and 2 K H in the
+    attention to K tokens, so L tokens cost L (1 + K / (12 H)) units. With a dense mask K is the
+    length of the pack; in packs above `longest_dense` tokens it is what a segment sees. `groups`,
+    lengths: [B]; responses and prompts in tokens, H = `hidden_size`.
     """
     packs: list[list[int]] = []
     for rows in rows_by_group(groups):
         rows.sort(key=lambda row: (-response_lengths[row], row))
         prompt = prompt_lengths[rows[0]]
         options = _within(_equal_parts(rows), budget, prompt_lengths, response_lengths)
-        costs = [_cost(parts, prompt, response_lengths, hidden_size) for parts in options]
+        costs = [
+            _cost(parts, prompt, response_lengths, hidden_size, longest_dense) for parts in options
+        ]
         packs += options[costs.index(min(costs))]
     return packs
 
@@ -247,13 +253,21 @@ def _within(
 
 
 def _cost(
-    parts: list[list[int]], prompt: int, response_lengths: Sequence[int], hidden_size: int
+    parts: list[list[int]],
+    prompt: int,
+    response_lengths: Sequence[int],
+    hidden_size: int,
+    longest_dense: int | None,
 ) -> float:
     """What the packs of one group cost, in the units of `pack_groups`; `prompt` in tokens."""
     cost = 0.0
     for part in parts:
-        size = prompt + sum(response_lengths[row] for row in part)
-        cost += size * (1.0 + size / (12.0 * hidden_size))
+        responses = [response_lengths[row] for row in part]
+        size = prompt + sum(responses)
+        pairs = size * size
+        if longest_dense is not None and size > longest_dense:
+            pairs = prompt * prompt + sum(length * (prompt + length) for length in responses)
+        cost += size + pairs / (12.0 * hidden_size)
     return cost
 
 
@@ -264,9 +278,12 @@ def pack_length(
     return prompt_lengths[rows[0]] + sum(max(response_lengths[row] - 1, 0) for row in rows)
 
 
-def pack(batch: Batch, packs: Sequence[Sequence[int]]) -> Packed:
+def pack(
+    batch: Batch, packs: Sequence[Sequence[int]], *, longest_dense: int | None = None
+) -> Packed:
     """Lay out the rows of `batch` in `packs` (row numbers; every row in exactly one, all rows of a
-    pack with the same prompt).
+    pack with the same prompt). Packs of more than `longest_dense` tokens get segments for a mask;
+    None: never.
     """
     prompt_lengths = (batch.lengths - batch.response_mask.sum(dim=1)).tolist()
     response_lengths = batch.response_mask.sum(dim=1).tolist()
@@ -298,14 +315,30 @@ def pack(batch: Batch, packs: Sequence[Sequence[int]]) -> Packed:
             positions[row, :length] = start - 1 + columns[:length]
             positions[row, 0] = prompt - 1
             start = end
-    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    key, query = segments[:, None, :], segments[:, :, None]
-    # padding sees padding before it, so no softmax is empty
-    mask = causal & ((key == query) | ((key == 0) & (query >= 0)))
+    by_segments = longest_dense is not None and longest > longest_dense
+    mask = _lengths(segments) if by_segments else _dense_mask(segments).to(device)
     return Packed(
         input_ids.to(device),
         owner.to(device),
         positions.to(device),
         position_ids.to(device),
-        mask[:, None].to(device),
+        mask,
     )
+
+
+def _dense_mask(segments: Tensor) -> Tensor:
+    """What each token of a pack sees, [G, 1, L, L] bool; `segments` [G, L]: 0 in the prompt, then 1
+    to k, -1 at padding.
+    """
+    longest = segments.shape[1]
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    key, query = segments[:, None, :], segments[:, :, None]
+    # padding sees padding before it, so no softmax is empty
+    mask = causal & ((key == query) | ((key == 0) & (query >= 0)))
+    return mask[:, None]
+
+
+def _lengths(segments: Tensor) -> Tensor:
+    """Tokens of each segment, [G, 1, 1, S] long."""
+    numbers = torch.arange(int(segments.max()) + 1)
+    return (segments[:, :, None] == numbers).sum(dim=1)[:, None, None]

@@ -29,6 +29,9 @@ class Layout:
     budget: int  # tokens per micro-batch, padding included
     shared: bool = False  # a prompt is computed once for all of its responses (policy.batching)
     hidden_size: int = 1  # of the model, for the cost of packing
+    # Rows that share a prompt have a dense mask up to so many tokens, and above it attend segment
+    # by segment (policy.model.attend_by_segments); None: always a dense mask.
+    longest_dense: int | None = None
 
 
 @dataclass(slots=True)
@@ -108,6 +111,7 @@ def _packs(batch: Batch, groups: Tensor, rows: Sequence[int], layout: Layout) ->
         [responses[row] for row in rows],
         hidden_size=layout.hidden_size,
         budget=layout.budget,
+        longest_dense=layout.longest_dense,
     )
     return [_selected(rows, numbers) for numbers in local]
 
@@ -140,7 +144,7 @@ def run_policy(model: Any, batch: Batch, packs: Packs, layout: Layout) -> Policy
     for pack_rows in packs:
         local.append(list(range(start, start + len(pack_rows))))
         start += len(pack_rows)
-    packed = pack(part, local)
+    packed = pack(part, local, longest_dense=layout.longest_dense)
     logprobs, entropy = model(
         packed.input_ids,
         packed.positions,

@@ -35,10 +35,12 @@ from policy.engines.torch import make_engine
 from policy.forward import ADAPTER, Layout, Models, module_of
 from policy.kl import AdaptiveKL, FixedKL
 from policy.model import (
+    LONGEST_DENSE,
     CriticModule,
     PolicyModule,
     base_of,
     has_dropout,
+    take_segments,
     turn_off_dropout,
 )
 from policy.prepare import needs_old_logprobs
@@ -256,8 +258,10 @@ def _agreed_layout(models: Models, engine: EngineConfig) -> Layout:
     """
     check_agreement(models.policy, engine.micro_tokens)
     layout = models.layout
-    if not layout.shared or packs_agree(models.policy, layout):
+    if not layout.shared:
         return layout
+    if packs_agree(models.policy, layout):
+        return _by_segments(models, layout)
     family = base_of(module_of(models.policy).model).config.model_type
     if engine.share_prompts:
         raise UserError(
@@ -270,6 +274,29 @@ def _agreed_layout(models: Models, engine: EngineConfig) -> Layout:
         family,
     )
     return replace(layout, shared=False)
+
+
+def _by_segments(models: Models, layout: Layout) -> Layout:
+    """`layout` with attention by segments in long rows, where that gives what dense masks give."""
+    reads = [models.policy]
+    if models.reference not in (None, ADAPTER):
+        reads.append(models.reference)
+    reason = "its code doesn't ask transformers for its attention"
+    if all(take_segments(base_of(module_of(model).model)) for model in reads):
+        reason = "its log-probabilities would be others"
+        # A family's code may read the mask by itself.
+        try:
+            if packs_agree(models.policy, replace(layout, longest_dense=0)):
+                return replace(layout, longest_dense=LONGEST_DENSE)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = str(error)
+    family = base_of(module_of(models.policy).model).config.model_type
+    log.warning(
+        "engine.share_prompts: long rows of %s have dense masks, which take more memory (%s).",
+        family,
+        reason,
+    )
+    return layout
 
 
 def _register(ctx: RunContext, files: Iterable[Path]) -> None:

@@ -1,6 +1,7 @@
 """The check before training, and the logits that it rests on."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from benchmarks.families.build import tiny
 from policy import agreement
 from policy.agreement import check_agreement, packs_agree
 from policy.forward import Layout
-from policy.model import PolicyModule
+from policy.model import PolicyModule, take_segments
 from rlhf.types import UserError
 
 SCALED = ("cohere", "granite", "hyperclovax", "minicpm3", "falcon_h1")
@@ -79,4 +80,8 @@ def test_modes_are_left_as_they_were() -> None:
 )
 def test_shared_prompts_are_measured(family: str, equal: bool) -> None:
     layout = Layout(4096, shared=True, hidden_size=64)
-    assert packs_agree(module_of(family), layout) is equal
+    module = module_of(family)
+    assert packs_agree(module, layout) is equal
+    if equal:
+        assert take_segments(module.model)
+        assert packs_agree(module, replace(layout, longest_dense=0))

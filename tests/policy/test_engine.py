@@ -29,9 +29,11 @@ from policy.model import (
     CriticModule,
     PolicyModule,
     adapter_weights,
+    base_of,
     full_weights,
     has_dropout,
     iterate_weights,
+    take_segments,
     turn_off_dropout,
 )
 from policy.preference import LOSSES
@@ -363,6 +365,9 @@ def trained(
     critic = critic if stage.advantage is Advantage.gae else None
     policy.module.entropy_grad = stage.entropy_coef > 0
     reference = "adapter" if adapter is not None else PolicyModule(causal(seed=4), chunk=5)
+    if layout.longest_dense is not None:
+        for module in (policy.module, reference):
+            assert take_segments(base_of(module.model))
     batch = prepared(stage, policy, critic, reference, layout, kl_coef=0.1, passes=passes)
     figures = updated(batch, stage, policy, critic, reference, layout, kl_coef=0.1)
     out = {n: p.detach().clone() for n, p in policy.module.named_parameters()}
@@ -423,6 +428,7 @@ PRESETS = [
         Layout(20),
         Layout(10_000, shared=True, hidden_size=32),
         Layout(24, shared=True, hidden_size=32),
+        Layout(10_000, shared=True, hidden_size=32, longest_dense=0),
     ],
 )
 def test_neither_the_split_nor_shared_prompts_change_an_update_of_any_preset(

@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from policy.adapters import enable_checkpointing
 from policy.agreement import can_share_prompts
 from policy.batching import Batch, collate, pack, pack_groups, pack_length
 from policy.forward import Layout, plan_passes
-from policy.model import PolicyModule
+from policy.model import PolicyModule, take_segments, turn_off_dropout
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3], [4, 5]]
 RESPONSES = [[6, 7, 8], [9], [10, 11], [12, 13], [14, 15, 16, 17]]
@@ -42,15 +44,28 @@ def test_layout_hand_computed() -> None:
     assert packed.attention_mask.any(dim=-1).all()
 
 
+def test_segments_hand_computed() -> None:
+    batch = collate(PROMPTS, RESPONSES, 0)
+    dense, segments = pack(batch, PACKS, longest_dense=6), pack(batch, PACKS, longest_dense=5)
+    # tokens of the prompt, then of each response without its last
+    assert segments.attention_mask.tolist() == [[[[3, 2, 0, 1]]], [[[2, 1, 3, 0]]]]
+    assert dense.attention_mask.dtype is torch.bool
+    for name in ("input_ids", "position_ids", "owner", "positions"):
+        assert getattr(segments, name).equal(getattr(dense, name))
+
+
 def logprobs_of(
-    module: PolicyModule, batch: Batch, packs: list[list[int]] | None
+    module: PolicyModule,
+    batch: Batch,
+    packs: list[list[int]] | None,
+    longest_dense: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logprobs, and the gradient of a weighted sum of them by parameter."""
     module.zero_grad()
     if packs is None:
         out, _ = module(batch.input_ids, batch.positions, batch.response_ids, batch.response_mask)
     else:
-        p = pack(batch, packs)
+        p = pack(batch, packs, longest_dense=longest_dense)
         out, _ = module(
             p.input_ids,
             p.positions,
@@ -68,20 +83,73 @@ def logprobs_of(
     }
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("longest_dense", [None, 0])
 @pytest.mark.parametrize("packs", [PACKS, [[0], [1, 3], [4, 2]], [[3, 1, 0], [2], [4]]])
 def test_logprobs_and_gradients_equal_those_of_single_rows(
-    tiny_model: Callable[..., Path], packs: list[list[int]]
+    tiny_model: Callable[..., Path],
+    packs: list[list[int]],
+    longest_dense: int | None,
+    checkpointing: bool,
 ) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
     assert can_share_prompts(model)
     module, batch = PolicyModule(model, chunk=1000), collate(PROMPTS, RESPONSES, 0)
-    (plain, plain_gradients), (shared, shared_gradients) = (
-        logprobs_of(module, batch, choice) for choice in (None, packs)
-    )
+    plain, plain_gradients = logprobs_of(module, batch, None)
+    if longest_dense is not None:
+        turn_off_dropout(model)  # as every run does before: it copies the configuration
+        assert take_segments(model)
+        again, _ = logprobs_of(module, batch, None)
+        assert again.equal(plain), "rows of their own are read as before"
+    if checkpointing:
+        enable_checkpointing(model)
+        module.train()
+    shared, shared_gradients = logprobs_of(module, batch, packs, longest_dense)
     torch.testing.assert_close(shared, plain, rtol=0, atol=2e-5)
     assert float(plain.abs().max()) > 1
     for name, gradient in plain_gradients.items():
         torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor, in elements, that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_long_rows_make_nothing_of_the_square_of_their_length(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """A prompt of 40 tokens with 20 responses of 40: 820 tokens in a row."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    assert take_segments(model)
+    module = PolicyModule(model, chunk=16)
+    batch = collate([[1] * 40] * 20, [[2 + i] * 40 for i in range(20)], 0)
+    packs = [list(range(20))]
+    length = pack_length(packs[0], [40] * 20, [40] * 20)
+    made = {}
+    for longest_dense in (None, 0):
+        with Largest() as largest:
+            logprobs_of(module, batch, packs, longest_dense)
+        made[longest_dense] = largest.elements
+    assert made[None] >= length**2 > 8 * made[0]
+
+
+def test_long_packs_cost_what_their_segments_see() -> None:
+    """With a dense mask eight packs are cheaper, by segments one is."""
+    few: dict[str, Any] = {"hidden_size": 32, "budget": 10**6}
+    lengths = [[100] * 8, [400] * 8]
+    assert len(pack_groups([0] * 8, *lengths, **few)) == 8
+    assert len(pack_groups([0] * 8, *lengths, longest_dense=512, **few)) == 1
 
 
 rows = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=30)
