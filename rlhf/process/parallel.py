@@ -25,6 +25,10 @@ _WORTH_S = 1.0  # seconds of work before others help: starting processes takes t
 _MOST = 16  # processes: more than one that reads and writes for all can keep busy
 _QUEUED = 2  # pieces of work that wait for each process: what is read ahead
 _PR_SET_PDEATHSIG = 1
+_ENDED = (
+    "a process that worked on rows has ended before its work (killed, or out of memory). "
+    "Start again: with fewer cores (taskset) it takes less memory."
+)
 
 
 def parts(rows: Iterable[Work], size: int) -> Iterator[list[Work]]:
@@ -74,9 +78,57 @@ def over_parts(
     size: int,
     processes: int | None = None,
 ) -> Iterator[Result]:
-    """`in_order` of the rows in lists of `size` neighbours."""
-    pieces = -(-len(rows) // size)
-    return in_order(function, parts(rows, size), pieces=pieces, processes=processes)
+    """`in_order` of the rows in lists of `size` neighbours, which each process takes for itself:
+    what goes to it are their places only.
+    """
+    pieces = [slice(start, start + size) for start in range(0, len(rows), size)]
+
+    def work(piece: slice) -> Result:
+        return function(list(rows[piece]))
+
+    return in_order(work, pieces, pieces=len(pieces), processes=processes)
+
+
+def beside(function: Callable[[], Result], *, processes: int | None = None) -> Callable[[], Result]:
+    """Begin `function` in a forked process of its own, and give what waits for its result. Where
+    only one process may run (`processes`: None: as many as there are cores) it runs when its
+    result is asked for.
+
+    The second call raises what `function` raises, and UserError where the process was killed.
+    """
+    if (processes or cores()) < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        return function
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(function, sender), daemon=True)
+    process.start()
+    sender.close()
+
+    def result() -> Result:
+        while not receiver.poll(1.0):
+            watchdog.alive()
+        try:
+            value, error = receiver.recv()
+        except EOFError as gone:
+            raise UserError(_ENDED) from gone
+        finally:
+            process.join()
+        if error is not None:
+            raise error
+        out: Result = value
+        return out
+
+    return result
+
+
+def _tell(function: Callable[[], Any], sender: Any) -> None:
+    """What such a process does."""
+    _begin(lambda piece: function())
+    try:
+        value, error = function(), None
+    except Exception as raised:  # noqa: BLE001 - raised again where the result is asked for
+        value, error = None, raised
+    sender.send((value, error))
 
 
 _inherited: list[Callable[[Any], Any]] = []  # what a worker does: forked, it has it from its parent
@@ -118,10 +170,7 @@ def _shared_out(
         while waiting:
             yield _result(waiting.popleft(), meanwhile)
     except BrokenProcessPool as error:
-        raise UserError(
-            "a process that worked on rows has ended before its work (killed, or out of memory). "
-            "Start again: with fewer cores (taskset) it takes less memory."
-        ) from error
+        raise UserError(_ENDED) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -182,7 +182,7 @@ def test_rows_on_disk_and_other_processes_give_the_same_clusters(
     monkeypatch.setattr("rlhf.data.prepare.held.IN_MEMORY", 5)
     monkeypatch.setattr(parallel, "_WORTH_S", 0.0)
     monkeypatch.setattr(parallel, "cores", lambda: 2)
-    monkeypatch.setattr("rlhf.data.prepare.minhash.CHUNK", 400)
+    monkeypatch.setattr("rlhf.data.prepare.near._TOGETHER", 4)
     for step, (kept, reasons, report) in zip(steps, before, strict=True):
         again, other_reasons, other = apply(deepcopy(rows), step)
         assert again == kept and other_reasons == reasons and other.figures == report.figures

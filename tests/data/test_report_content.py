@@ -130,7 +130,7 @@ def test_free_text_is_no_class() -> None:
     ],
 )
 def test_languages_are_told(text: str, expected: str) -> None:
-    assert detected_languages([text])[0][0] == expected
+    assert detected_languages(texts(text))[0][0] == expected
 
 
 def test_rows_in_another_language_than_most_are_named() -> None:
@@ -164,7 +164,7 @@ def test_a_set_in_two_languages_names_nobody() -> None:
 
 
 def looked_at(check: Callable[..., Section], rows: list[Item]) -> Section:
-    return check(rows, number(texts_of(rows)), SFT)
+    return check(rows, number(rows), SFT)
 
 
 @pytest.mark.parametrize("most", [5000, 7])
@@ -178,25 +178,25 @@ def test_clusters_are_told_by_the_words_that_scikit_learn_takes(
     theirs = TfidfVectorizer(
         analyzer=words, min_df=2, max_df=0.5, max_features=most, sublinear_tf=True
     ).fit(texts_of(rows))
-    numbered = number(texts_of(rows))
+    numbered = number(rows)
     ours = [numbered.words[term] for term in content._telling(numbered.counts())]
     assert ours == theirs.get_feature_names_out().tolist()
     assert numbered.counts().sum() == len(numbered.flat) == 8 * len(rows)
-    assert (numbered.flat == number(texts_of(rows)).flat).all(), "counting leaves the words alone"
+    assert (numbered.flat == number(rows).flat).all(), "counting leaves the words alone"
 
 
 def test_words_are_numbered_alike_in_any_number_of_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows = [*texts_of(topical({"sea": 20, "food": 20})), "", "Новое слово 你好"]
-    monkeypatch.setattr("rlhf.data.report.numbered._TOGETHER", 3)
+    rows = [*topical({"sea": 20, "food": 20}), *texts("", "Новое слово 你好")]
+    monkeypatch.setattr("rlhf.data.report.looked.PART", 3)
     alone = number(rows)
     monkeypatch.setattr(parallel, "_WORTH_S", 0.0)
     monkeypatch.setattr(parallel, "cores", lambda: 2)
     shared = number(rows)
     starts = [0, *alone.ends]
     said = [alone.flat[a:b] for a, b in pairwise(starts)]
-    assert [[alone.words[i] for i in codes] for codes in said] == [*map(words, rows)]
+    assert [[alone.words[i] for i in codes] for codes in said] == [*map(words, texts_of(rows))]
     assert shared.words == alone.words and (shared.flat == alone.flat).all()
 
 
@@ -217,7 +217,7 @@ def topical(sizes: dict[str, int]) -> list[Item]:
 
 def test_clusters_are_the_topics() -> None:
     rows = topical({"sea": 40, "food": 40, "sport": 40})
-    members = cluster(number(texts_of(rows)), seed=0).members
+    members = cluster(number(rows), seed=0).members
     assert all(
         len(set(members[start : start + 40]) & set(members[other : other + 40])) == 0
         for start, other in ((0, 40), (40, 80), (0, 80))
@@ -250,8 +250,8 @@ def test_too_few_rows_and_texts_without_shared_words_have_no_clusters() -> None:
 
 def test_diversity_by_hand() -> None:
     assert (
-        distinct(number(["a b A b", "a"]), 2) == pytest.approx(2 / 3)
-        and distinct(number([]), 1) == 0.0
+        distinct(number(texts("a b A b", "a")), 2) == pytest.approx(2 / 3)
+        and distinct(number(texts()), 1) == 0.0
     )
     figures = looked_at(diversity, texts("a b a b", "c a")).figures
     assert (figures["words"], figures["vocabulary"], figures["once"], figures["distinct_1"]) == (

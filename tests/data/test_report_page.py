@@ -324,7 +324,7 @@ def test_rows_on_disk_and_other_processes_give_the_same_report(
     here = make(preference(), held(), Use.preference, None)
     monkeypatch.setattr(parallel, "_WORTH_S", 0.0)
     monkeypatch.setattr(parallel, "cores", lambda: 2)
-    monkeypatch.setattr("rlhf.data.report.noise.PART", 20)
+    monkeypatch.setattr("rlhf.data.report.looked.PART", 20)
     train, kept = OnDisk(preference(), tmp_path), OnDisk(held(), tmp_path)
     assert make(train, kept, Use.preference, None) == here
 

@@ -13,7 +13,7 @@ from conf.preparation.cleaning import Language, Length, Repair, Unit
 from rlhf.data.prepare import languages
 from rlhf.data.prepare.items import Context, Item, replace_texts
 from rlhf.data.prepare.texts import emptied, texts_of
-from rlhf.data.prepare.words import changed_at, letters, words
+from rlhf.data.prepare.words import changed_at, is_plain, letters, words
 from rlhf.process import parallel
 from rlhf.process.libraries import require
 from rlhf.process.wording import nearest
@@ -44,7 +44,6 @@ _PARTED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
 _NO_WIDTH = re.compile(f"[\u2060\ufeff]|(?<!{_PARTED})\u200b|\u200b(?!{_PARTED})")
 _RUN = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _LINE_END = re.compile(r"[ \t]+(?=\n)")
-_UNPRINTED = re.compile(r"[^\t\n -~]")  # in ASCII: control characters
 _EMPTY_LINES = re.compile(r"\n{3,}")
 # texts, not messages, that stand side by side: the space between them is part of one
 _TOUCHING = ("prompt", "chosen", "rejected", "completion")
@@ -91,7 +90,7 @@ def repaired(text: str, options: Repair, *, touching: bool) -> str:
     text begins there.
     """
     form: Form = "NFKC" if options.nfkc else "NFC"
-    if text.isascii() and not _UNPRINTED.search(text):
+    if is_plain(text, b"\t\n"):
         pass  # nothing that ftfy or normalisation changes, and both cost more than this look
     elif options.encoding:
         text = require("ftfy", "data").fix_text(text, _ftfy_config(form))

@@ -47,13 +47,19 @@ class OnDisk(Sequence[Row]):
 
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return list(self._blocks(start, stop))
+            return [self[i] for i in range(start, stop, step)]
         number = range(len(self))[index]  # raises IndexError
         return next(self._read(number, number + 1))
 
     def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), _READ):
-            yield from self._read(start, min(start + _READ, len(self)))
+        return self._blocks(0, len(self))
+
+    def _blocks(self, first: int, last: int) -> Iterator[Row]:
+        for start in range(first, last, _READ):
+            yield from self._read(start, min(start + _READ, last))
 
     def _read(self, start: int, stop: int) -> Iterator[Row]:
         """Neighbouring rows, by their places: forked processes share the file."""
@@ -82,7 +88,7 @@ class Mapped(Sequence[Value], Generic[Row, Value]):
 
     def __getitem__(self, index: int | slice) -> Value | list[Value]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return list(map(self._function, self._rows[index]))
         return self._function(self._rows[index])
 
     def __iter__(self) -> Iterator[Value]:
@@ -110,11 +116,79 @@ def gathered(rows: Iterator[Row], folder: Path | None = None) -> Sequence[Row]:
         ) from error
 
 
+class _Picked(Sequence[Row]):
+    """Some rows of others, where they are: neighbours are read together."""
+
+    def __init__(self, rows: Sequence[Row], indices: Sequence[int]) -> None:
+        self._rows, self._indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return self._together(self._indices[index])
+        return self._rows[self._indices[index]]
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self._indices), _READ):
+            yield from self._together(self._indices[start : start + _READ])
+
+    def _together(self, indices: Sequence[int]) -> list[Row]:
+        """Rows at these places: all between them are read where they are most of those."""
+        if not len(indices):
+            return []
+        first, last = min(indices), max(indices)
+        if last - first < 2 * len(indices):
+            between = self._rows[first : last + 1]
+            return [between[index - first] for index in indices]
+        return [self._rows[index] for index in indices]
+
+
+class _Together(Sequence[Row]):
+    """Rows of one sequence after those of another, where they are."""
+
+    def __init__(self, first: Sequence[Row], second: Sequence[Row]) -> None:
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        border = len(self._first)
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                return [self[i] for i in range(start, stop, step)]
+            before = self._first[min(start, border) : min(stop, border)]
+            after = self._second[max(start - border, 0) : max(stop - border, 0)]
+            return [*before, *after]
+        number = range(len(self))[index]  # raises IndexError
+        if number < border:
+            return self._first[number]
+        return self._second[number - border]
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain(self._first, self._second)
+
+
 def picked(rows: Sequence[Row], indices: Sequence[int]) -> Sequence[Row]:
     """Some of the rows, where they are."""
     if isinstance(rows, list):
         return [rows[index] for index in indices]
-    return Mapped(rows.__getitem__, indices)
+    return _Picked(rows, indices)
 
 
 def mapped(function: Callable[[Row], Value], rows: Sequence[Row]) -> Sequence[Value]:
@@ -130,9 +204,4 @@ def together(first: Sequence[Row], second: Sequence[Row]) -> Sequence[Row]:
     """Both, one after the other, where they are."""
     if isinstance(first, list) and isinstance(second, list):
         return [*first, *second]
-    border = len(first)
-
-    def row(index: int) -> Row:
-        return first[index] if index < border else second[index - border]
-
-    return Mapped(row, range(border + len(second)))
+    return _Together(first, second)

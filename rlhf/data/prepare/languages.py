@@ -64,7 +64,7 @@ class _Model:
     moves: NDArray[Any]  # next state by row of the state and byte
     rows: NDArray[np.int64]  # [S] where a state's row begins
     features: NDArray[np.int64]  # [S] the feature that a state gives; -1: none
-    weights: NDArray[Any]  # [F, L]
+    weights: NDArray[np.float32]  # [F, L]
     bias: NDArray[np.float32]  # [L]
     labels: list[str]  # [L] a label may come twice
     first: NDArray[np.int64]  # [L] where each label comes first
@@ -78,7 +78,7 @@ def _model() -> _Model:
         moves=np.asarray(model.tk_nextmove),
         rows=np.asarray(model.tk_row, dtype=np.int64) << 8,
         features=np.asarray(model.tk_output, dtype=np.int64),
-        weights=model.nb_ptc,
+        weights=np.asarray(model.nb_ptc, dtype=np.float32),
         bias=model.nb_pc,
         labels=labels,
         first=np.array([labels.index(label) for label in labels]),
@@ -130,12 +130,12 @@ def _counts(texts: Sequence[bytes]) -> Any:
 
     model = _model()
     columns, own, owner, first = _segments(texts)
-    state = np.zeros(len(owner), dtype=np.uint32)
+    state = np.zeros(len(owner), dtype=np.int64)
     rows, features = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for position, column in enumerate(columns, start=-_BEFORE):
         if position == 0:
             state[first] = 0
-        state = model.moves[model.rows[state] + column]
+        state = model.moves[model.rows[state] + column].astype(np.int64)
         if position >= 0:
             given = model.features[state]
             hits = np.flatnonzero((given >= 0) & (position < own))
@@ -154,10 +154,8 @@ def probabilities(texts: Sequence[str]) -> NDArray[np.float32]:
     encoded = [_encoded(text) for text in texts]
     counts = _counts(encoded)
     counts.sum_duplicates()
-    used = np.unique(counts.indices)
-    local = counts[:, used]
-    local.data = np.log1p(local.data)
-    scores = local @ model.weights[used].astype(np.float32) + model.bias
+    counts.data = np.log1p(counts.data)
+    scores = counts @ model.weights + model.bias
     scores[np.diff(counts.indptr) == 0] = 0.0  # nothing to tell by: all are as likely
     scores *= np.array([[1.0 / math.sqrt(len(text) or 1)] for text in encoded], dtype=np.float32)
     scores = np.exp(scores - scores.max(axis=1, keepdims=True))

@@ -3,6 +3,7 @@ minima of datasketch's permutations over them (the same numbers as datasketch.Mi
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,7 @@ def ngram_hashes(
     return mix64(hashes[inside[:windows]]), starts
 
 
+@cache
 def permutations(count: int, seed: int) -> NDArray[np.uint32]:
     """[2, count] odd factors and summands of permutations h -> a h + b modulo 2^32: the numbers
     that datasketch draws, which takes longer to import than thousands of texts to compare.

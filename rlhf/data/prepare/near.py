@@ -7,7 +7,7 @@ without its dictionaries of sets).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,9 @@ from rlhf.data.prepare.minhash import (
     BASE,
     Sides,
     chunks,
-    minima,
     mix64,
     ngram_hashes,
-    permutations,
+    signatures,
 )
 from rlhf.data.prepare.numbers import Numbers
 from rlhf.data.prepare.texts import normalised, sides
@@ -35,6 +34,9 @@ from rlhf.process import parallel
 # share of the pairs at the threshold that the bands may leave out; of more similar ones they leave
 # out fewer
 _MISSED = 0.005
+NGRAM, PERMUTATIONS = 5, 128  # of step near_duplicates by default
+_TOGETHER = 256  # texts that a process signs at once
+_NO_SIGNATURE = np.empty((0, PERMUTATIONS), dtype=np.uint32)
 _MOST_PAIRS = 1 << 21  # candidate pairs held before they are checked
 _PAIRS_AT_ONCE = 1 << 15
 _SMALL_BUCKET = 32  # rows up to which all pairs of a bucket are candidates at once
@@ -186,17 +188,21 @@ def _large_bucket(
     return edges
 
 
+# of some texts: [M] 128-bit keys, equal for equal texts, and [M, P] their signatures
+Signatures = tuple[list[bytes], NDArray[np.uint32]]
+
+
 @dataclass(frozen=True, slots=True)
-class _Signed:
+class Signed:
     """What a process does to some neighbouring texts."""
 
-    ngram: int
-    permutation: NDArray[np.uint32]
+    seed: int
+    ngram: int = NGRAM
+    count: int = PERMUTATIONS
 
-    def __call__(self, texts: list[Sides]) -> tuple[list[bytes], NDArray[np.uint32]]:
-        """[M] 128-bit keys, equal for equal texts, and [M, P] their signatures."""
+    def __call__(self, texts: list[Sides]) -> Signatures:
         plain = [plainly(text) for text in texts]
-        return list(map(key_of, plain)), minima(*ngram_hashes(plain, self.ngram), self.permutation)
+        return list(map(key_of, plain)), signatures(plain, self.ngram, self.count, self.seed)
 
 
 def plainly(text: Sides) -> Sides:
@@ -211,19 +217,18 @@ def key_of(text: Sides) -> bytes:
 
 
 def _different(
-    texts: Sequence[Sides], ngram: int, count: int, seed: int
+    parts: Iterable[Signatures], rows: int
 ) -> tuple[list[bytes], NDArray[np.int64], list[int], NDArray[np.uint32]]:
     """[N] the key of each text, [N] its number among the different ones, [U] where each of those
-    comes first, and [U, count] their signatures. Equal keys count as equal texts.
+    comes first, and [U, P] their signatures. Equal keys count as equal texts. rows: N.
     """
-    work = _Signed(ngram, permutations(count, seed))
     seen = HashTable()
-    unique_of = np.empty(len(texts), dtype=np.int64)
+    unique_of = np.empty(rows, dtype=np.int64)
     firsts: list[int] = []
     all_keys: list[bytes] = []
-    signature = [np.empty((0, count), dtype=np.uint32)]
+    signature = []
     row = 0
-    for keys, values in parallel.in_order(work, chunks(texts)):
+    for keys, values in parts:
         new = []
         for at, key in enumerate(keys):
             halves = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
@@ -236,15 +241,15 @@ def _different(
             row += 1
         all_keys += keys
         signature.append(values[new])
-    return all_keys, unique_of, firsts, np.concatenate(signature)
+    return all_keys, unique_of, firsts, np.concatenate(signature or [_NO_SIGNATURE])
 
 
 def near_clusters(
     texts: Sequence[Sides],
     *,
     threshold: float = 0.8,
-    ngram: int = 5,
-    count: int = 128,
+    ngram: int = NGRAM,
+    count: int = PERMUTATIONS,
     seed: int = 0,
     numbers: bool = False,
 ) -> NDArray[np.int64]:
@@ -257,24 +262,26 @@ def near_clusters(
     band, `numbers` compares those with the same numbers only: of a template's thousands no two are
     worth a look.
     """
-    return keyed_clusters(texts, threshold, ngram, count, seed, numbers=numbers)[1]
+    parts = parallel.over_parts(Signed(seed, ngram, count), texts, _TOGETHER)
+    return clusters_of(parts, texts, threshold=threshold, ngram=ngram, numbers=numbers)[1]
 
 
-def keyed_clusters(
+def clusters_of(
+    parts: Iterable[Signatures],
     texts: Sequence[Sides],
-    threshold: float,
-    ngram: int = 5,
-    count: int = 128,
-    seed: int = 0,
     *,
+    threshold: float,
+    ngram: int = NGRAM,
     numbers: bool = False,
 ) -> tuple[list[bytes], NDArray[np.int64]]:
-    """[N] keys that are equal for equal texts, and [N] `near_clusters`."""
-    keys, unique_of, firsts, signature = _different(texts, ngram, count, seed)
+    """[N] keys that are equal for equal texts, and [N] `near_clusters`. parts: what `Signed` gives
+    for the texts, in order.
+    """
+    keys, unique_of, firsts, signature = _different(parts, len(texts))
     if len(firsts) < 2:
         return keys, unique_of
     unique = Mapped(lambda first: plainly(texts[first]), firsts)
-    ranges = bands(threshold, count)
+    ranges = bands(threshold, signature.shape[1])
     labels = _cluster(unique, threshold - 1e-9, ngram, signature, ranges, numbers)
     return keys, labels[unique_of]
 

@@ -3,6 +3,7 @@ items.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from conf.preparation.annotation import Aggregate, Repeats
 from rlhf.data.agreement import Agreement, agreement
 from rlhf.data.formats import Use
+from rlhf.data.prepare.held import picked
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.judgements import Subject, subjects
+from rlhf.data.report import looked
 from rlhf.data.report.records import Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import wilson
@@ -34,10 +37,22 @@ def annotated(items: Sequence[Item], settings: Settings) -> list[Subject]:
     """What the rows with an annotator and a label judge, as the steps aggregate and review see it;
     of one annotator's several labels the last counts.
     """
-    own = settings.kind in (Use.preference, Use.unpaired)  # such rows are judgements by themselves
-    named = [item for item in items if _is_named(item) and (own or _is_labelled(item))]
+    own = judges(settings.kind)
+    parts = enumerate(looked.over(named_rows, items))
+    places = [part * looked.PART + number for part, numbers in parts for number in numbers]
+    named = [item for item in picked(items, places) if own or _is_labelled(item)]
     options = Aggregate(annotator=ANNOTATOR, label=None if own else "label", repeats=Repeats.last)
     return subjects(named, options, Context(kind=settings.kind, seed=settings.seed, folder=Path()))
+
+
+def judges(kind: Use) -> bool:
+    """Whether such rows are judgements by themselves."""
+    return kind in (Use.preference, Use.unpaired)
+
+
+def named_rows(items: list[Item]) -> list[int]:
+    """Those of some rows that say who judged."""
+    return [number for number, item in enumerate(items) if _is_named(item)]
 
 
 def _is_named(item: Item) -> bool:
@@ -121,18 +136,28 @@ def gold_verdict(columns: Mapping[str, Any], kind: Use) -> bool | None:
     return _SIDES.get(given, given) == _SIDES.get(text, text)
 
 
+@dataclass(frozen=True, slots=True)
+class GoldVerdicts:
+    """(row, whether its label is the gold one) of those of some rows that have both."""
+
+    kind: Use
+
+    def __call__(self, items: list[Item]) -> list[tuple[int, bool]]:
+        verdicts = ((i, gold_verdict(item.columns, self.kind)) for i, item in enumerate(items))
+        return [(number, verdict) for number, verdict in verdicts if verdict is not None]
+
+
 def gold(items: Sequence[Item], settings: Settings) -> Section:
     """Accuracy of the labels against gold items."""
     title = "Gold items"
     known: list[bool] = []
     wrong = Marked(settings.named)
-    for item in items:
-        verdict = gold_verdict(item.columns, settings.kind)
-        if verdict is None:
-            continue
-        known.append(verdict)
-        if not verdict:
-            wrong.add(item, "the label is not the gold one")
+    for part, verdicts in enumerate(looked.over(GoldVerdicts(settings.kind), items)):
+        for number, verdict in verdicts:
+            known.append(verdict)
+            if not verdict:
+                item = items[part * looked.PART + number]
+                wrong.add(item, "the label is not the gold one")
     if not known:
         return Section(
             "gold",

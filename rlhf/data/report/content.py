@@ -13,6 +13,7 @@ from rlhf.data.prepare.held import Mapped, picked
 from rlhf.data.prepare.items import Item, joined
 from rlhf.data.prepare.languages import NOTHING, UNKNOWN, identify
 from rlhf.data.prepare.words import letters
+from rlhf.data.report.looked import over
 from rlhf.data.report.numbered import Numbered, distinct
 from rlhf.data.report.records import (
     Bars,
@@ -26,7 +27,6 @@ from rlhf.data.report.records import (
 )
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import entropy
-from rlhf.process import parallel
 
 # columns that may name a row's class
 LABELS = ("label", "kto_tag", "category", "class", "topic", "sentiment")
@@ -35,7 +35,6 @@ _CLASSES = 50  # different values that a column of classes may have
 IMBALANCE = 3.0
 _SURE = 0.9  # probability from which another language is believed
 _LETTERS = 20  # letters that a text needs before its language is judged
-_TOGETHER = 512  # texts whose language a process tells at once
 _CLUSTERS = 20  # at most
 _TERMS = 5000  # words that clusters are told by
 _LARGEST = 0.5  # share of one cluster that is worth a warning
@@ -58,29 +57,28 @@ def texts_of(items: Sequence[Item]) -> Sequence[str]:
 # ---- languages ----
 
 
-def detected_languages(texts: Sequence[str]) -> list[tuple[str, float]]:
-    """[N] (code, probability) of each text; ("und", 0) for one with too few letters to tell.
+def detected_languages(items: list[Item]) -> list[tuple[str, float]]:
+    """[N] (code, probability) of each row's texts; ("und", 0) for one with too few letters to tell.
     Languages that can't be kept apart have their group's code.
     """
+    texts = [joined(item.columns) for item in items]
     out = [(UNKNOWN, 0.0)] * len(texts)
     telling = [index for index, text in enumerate(texts) if letters(text) >= _LETTERS]
-    asked = Mapped(texts.__getitem__, telling)
-    identified = parallel.over_parts(identify, asked, _TOGETHER)
-    for index, found in zip(telling, chain.from_iterable(identified), strict=True):
+    identified = identify([texts[index] for index in telling])
+    for index, found in zip(telling, identified, strict=True):
         if found.group != NOTHING:
             out[index] = found.group, found.probability
     return out
 
 
-def languages(items: Sequence[Item], settings: Settings) -> Section:
+def languages(some: Sequence[Item], settings: Settings) -> Section:
     """The mix of languages; rows that are surely in another one than most are named where most
-    share one.
+    share one. some: `sampled` rows.
     """
     title = "Languages"
-    some = sampled(items, settings)
     if not some:
         return Section("languages", title, {}, unmeasured="there are no rows")
-    detected = detected_languages(texts_of(some))
+    detected = list(chain.from_iterable(over(detected_languages, some)))
     counts = Counter(code for code, _ in detected)
     main, most = max(
         ((c, n) for c, n in counts.items() if c != "und"),
@@ -90,8 +88,8 @@ def languages(items: Sequence[Item], settings: Settings) -> Section:
     others = Marked(
         settings.named,
         (
-            (item, f"{code}, probability {p:.2f}")
-            for item, (code, p) in zip(some, detected, strict=True)
+            (some[index], f"{code}, probability {p:.2f}")
+            for index, (code, p) in enumerate(detected)
             if code not in (main, "und") and p >= _SURE
         ),
     )
@@ -127,21 +125,30 @@ def languages(items: Sequence[Item], settings: Settings) -> Section:
 # ---- labels ----
 
 
+def classes(items: list[Item]) -> dict[str, Counter[str]]:
+    """The values of the columns of LABELS in some rows, counted."""
+    out: dict[str, Counter[str]] = {}
+    for item in items:
+        for name in LABELS:
+            value = item.columns.get(name)
+            if isinstance(value, (str, bool, int)):
+                out.setdefault(name, Counter())[str(value)] += 1
+    return out
+
+
 def label_columns(items: Sequence[Item]) -> dict[str, Counter[str]]:
     """The columns that name classes, with the rows of each: a known name, and few different values
     beside the number of rows.
     """
     out = {}
-    for name in LABELS:
-        values = [
-            item.columns[name]
-            for item in items
-            if isinstance(item.columns.get(name), (str, bool, int))
-        ]
-        counts = Counter(map(str, values))
+    found: dict[str, Counter[str]] = {name: Counter() for name in LABELS}
+    for part in over(classes, items):
+        for name, counts in part.items():
+            found[name].update(counts)
+    for name, counts in found.items():
         # one label for all rows is worth a word, one topic is not
         least = 1 if name == "label" else 2
-        if least <= len(counts) <= min(_CLASSES, max(2, len(values) // 2)):
+        if least <= len(counts) <= min(_CLASSES, max(2, counts.total() // 2)):
             out[name] = counts
     return out
 

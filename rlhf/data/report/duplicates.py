@@ -4,21 +4,52 @@ What counts as the same and as nearly the same is what the steps exact_duplicate
 and split of data.pipeline mean by it.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from conf.preparation.base import Part
+from rlhf.data.formats import Use
 from rlhf.data.prepare.held import Mapped
 from rlhf.data.prepare.items import Item, prompt_of
 from rlhf.data.prepare.minhash import Sides
-from rlhf.data.prepare.near import key_of, keyed_clusters
+from rlhf.data.prepare.near import Signed, clusters_of, key_of
 from rlhf.data.prepare.texts import sides
+from rlhf.data.report.looked import over
 from rlhf.data.report.records import Finding, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 
 Key = bytes  # of the normalised text, and apart from it what is judged bad
 _NOTHING: Key = key_of(("", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """All of a row's texts; a pair with its sides exchanged is another row."""
+
+    kind: Use
+
+    def __call__(self, item: Item) -> Sides:
+        return sides(item.columns, Part.whole, self.kind)
+
+
+def prompt(item: Item) -> Sides:
+    """What a row asks, where it asks something."""
+    asks = item.columns.get("prompt") or item.columns.get("messages")
+    return (prompt_of(item.columns) if asks else "", "")
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRows:
+    """What a process does to some rows: their splits, and what near duplicates are told by."""
+
+    text: Callable[[Item], Sides]
+    seed: int
+
+    def __call__(self, items: list[Item]) -> tuple[list[str], Any]:
+        return [item.split for item in items], Signed(self.seed)(list(map(self.text, items)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,33 +59,41 @@ class Compared:
     """
 
     items: Sequence[Item]
+    splits: list[str]  # train, eval
     keys: list[Key]  # equal for equal rows
     clusters: list[int]  # equal for near-duplicates (connected components)
 
 
 def _compared(
-    items: Sequence[Item], texts: Sequence[Sides], settings: Settings, *, numbers: bool
+    items: Sequence[Item],
+    text: Callable[[Item], Sides],
+    settings: Settings,
+    *,
+    numbers: bool,
 ) -> Compared:
-    keys, clusters = keyed_clusters(texts, settings.near, seed=settings.seed, numbers=numbers)
-    return Compared(items, keys, clusters.tolist())
+    splits: list[str] = []
+
+    def signed() -> Iterator[Any]:
+        for own, part in over(SignedRows(text, settings.seed), items):
+            splits.extend(map(sys.intern, own))
+            yield part
+
+    keys, clusters = clusters_of(
+        signed(), Mapped(text, items), threshold=settings.near, numbers=numbers
+    )
+    return Compared(items, splits, keys, clusters.tolist())
 
 
 def whole(items: Sequence[Item], settings: Settings) -> Compared:
     """Rows by all of their texts; a pair with its sides exchanged is another row, and so is one
     problem with other numbers.
     """
-    texts = Mapped(lambda item: sides(item.columns, Part.whole, settings.kind), items)
-    return _compared(items, texts, settings, numbers=True)
+    return _compared(items, Whole(settings.kind), settings, numbers=True)
 
 
 def asked(items: Sequence[Item], settings: Settings) -> Compared:
     """Rows by what they ask, where they ask something."""
-
-    def text(item: Item) -> Sides:
-        asks = item.columns.get("prompt") or item.columns.get("messages")
-        return (prompt_of(item.columns) if asks else "", "")
-
-    return _compared(items, Mapped(text, items), settings, numbers=False)
+    return _compared(items, prompt, settings, numbers=False)
 
 
 def copies(rows: Compared, split: str) -> list[tuple[int, int]]:
@@ -64,8 +103,12 @@ def copies(rows: Compared, split: str) -> list[tuple[int, int]]:
     first: dict[tuple[Key, str], int] = {}
     keys: set[tuple[str, int, Key]] = set()
     out = []
-    for index, (item, key) in enumerate(zip(rows.items, rows.keys, strict=True)):
-        if item.split != split or key == _NOTHING or (item.origin, item.number, key) in keys:
+    often = Counter(rows.keys)
+    for index, key in enumerate(rows.keys):
+        if often[key] < 2 or rows.splits[index] != split or key == _NOTHING:
+            continue
+        item = rows.items[index]
+        if (item.origin, item.number, key) in keys:
             continue
         keys.add((item.origin, item.number, key))
         earlier = first.setdefault((key, str(item.columns.get("annotator"))), index)
@@ -79,8 +122,8 @@ def alike(rows: Compared, split: str) -> list[tuple[int, int, int]]:
     near-duplicates. Equal rows count once.
     """
     members: dict[int, dict[Key, int]] = defaultdict(dict)
-    for index, (item, key) in enumerate(zip(rows.items, rows.keys, strict=True)):
-        if item.split == split and key != _NOTHING:
+    for index, (own, key) in enumerate(zip(rows.splits, rows.keys, strict=True)):
+        if own == split and key != _NOTHING:
             members[rows.clusters[index]].setdefault(key, index)
     pairs = [
         (i, min(texts.values()), len(texts)) for texts in members.values() for i in texts.values()
@@ -90,7 +133,7 @@ def alike(rows: Compared, split: str) -> list[tuple[int, int, int]]:
 
 def duplicates(rows: Compared, settings: Settings, split: str) -> Section:
     """Rows of one split that repeat an earlier one: what de-duplication would leave out."""
-    total = sum(item.split == split for item in rows.items)
+    total = rows.splits.count(split)
     items = rows.items
     same = ((items[i], f"the same as {items[j].place}") for i, j in copies(rows, split))
     like = (
@@ -127,12 +170,12 @@ def crossing(rows: Compared) -> tuple[list[tuple[int, int]], list[tuple[int, int
     """
     same: dict[Key, int] = {}
     like: dict[int, int] = {}
-    for index, item in enumerate(rows.items):
-        if item.split == "train" and rows.keys[index] != _NOTHING:
+    for index, split in enumerate(rows.splits):
+        if split == "train" and rows.keys[index] != _NOTHING:
             same.setdefault(rows.keys[index], index)
             like.setdefault(rows.clusters[index], index)
     held = [
-        i for i, item in enumerate(rows.items) if item.split == "eval" and rows.keys[i] != _NOTHING
+        i for i, split in enumerate(rows.splits) if split == "eval" and rows.keys[i] != _NOTHING
     ]
     exact = [(i, same[rows.keys[i]]) for i in held if rows.keys[i] in same]
     near = [
@@ -148,7 +191,7 @@ def leakage(rows: Compared, prompts: Compared, settings: Settings) -> Section:
     about the same rows.
     """
     title = "Leakage between training and evaluation"
-    held = sum(item.split == "eval" for item in rows.items)
+    held = rows.splits.count("eval")
     if held in (0, len(rows.items)):
         return Section(
             "leakage",

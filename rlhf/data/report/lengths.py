@@ -1,16 +1,16 @@
 """How long the rows are, and what a limit would cut."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
 from rlhf.data.formats.values import CONTENT
 from rlhf.data.messages import texts_of_message
 from rlhf.data.prepare.items import Item
+from rlhf.data.report.looked import over
 from rlhf.data.report.records import Histogram, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
-from rlhf.data.report.texts import quantile, words
+from rlhf.data.report.texts import counted_words, quantile
 from rlhf.models import encoding
 from rlhf.process import parallel
 from rlhf.types import Message, Tools, UserError
@@ -41,41 +41,28 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What a process does to some rows: the length of each content column; `measure`: texts ->
-    lengths.
-    """
-
-    measure: Callable[[Sequence[str]], Iterable[int]]
-
-    def __call__(self, items: Sequence[Item]) -> list[dict[str, int]]:
-        rows = [column_texts(item.columns) for item in items]
-        flat = [text for row in rows for texts in row.values() for text in texts]
-        lengths = iter(self.measure(flat))
-        return [
-            {key: sum(islice(lengths, len(texts))) for key, texts in row.items()} for row in rows
-        ]
+Sizes = dict[str, int]  # the length of each content column of a row
 
 
-def column_lengths(
-    items: Sequence[Item],
-    measure: Callable[[Sequence[str]], Iterable[int]],
-    processes: int | None = None,
-) -> list[dict[str, int]]:
-    """Per row, the length of each content column; `measure`: texts -> lengths. processes: that
-    share the rows; None: as many as there are cores.
-    """
-    done = parallel.over_parts(_Measured(measure), items, _BATCH, processes)
-    return list(chain.from_iterable(done))
+def words_and_characters(items: list[Item]) -> list[tuple[Sizes, Sizes]]:
+    """What a process does to some rows: the words and the characters of each content column."""
+    out = []
+    for item in items:
+        row = column_texts(item.columns)
+        words = {
+            key: sum(len(counted_words(text).tokens) for text in texts)
+            for key, texts in row.items()
+        }
+        out.append((words, {key: sum(map(len, texts)) for key, texts in row.items()}))
+    return out
 
 
-def _word_counts(texts: Sequence[str]) -> list[int]:
-    return [len(words(text)) for text in texts]
-
-
-def _character_counts(texts: Sequence[str]) -> list[int]:
-    return list(map(len, texts))
+def _tokens(tokenizer: Any, items: Sequence[Item]) -> list[Sizes]:
+    """Per row, the tokens of each content column."""
+    rows = [column_texts(item.columns) for item in items]
+    flat = [text for row in rows for texts in row.values() for text in texts]
+    counts = iter(token_counts(tokenizer, flat))
+    return [{key: sum(islice(counts, len(texts))) for key, texts in row.items()} for row in rows]
 
 
 def by_columns(rows: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
@@ -173,33 +160,34 @@ def lengths(items: Sequence[Item], settings: Settings) -> Section:
         return Section("lengths", title, {}, unmeasured="there are no rows")
     if settings.tokenizer is None:
         unit, broken = "words", 0
-        by_column = column_lengths(items, _word_counts)
+        both = list(chain.from_iterable(over(words_and_characters, items)))
+        by_column = [words for words, _ in both]
         whole = [row_length(row) for row in by_column]
-        characters = column_lengths(items, _character_counts)
+        characters = [sizes for _, sizes in both]
     else:
         unit, characters = "tokens", []
-        by_column = column_lengths(items, lambda texts: token_counts(settings.tokenizer, texts), 1)
+        batches = parallel.parts(items, _BATCH)
+        by_column = [row for batch in batches for row in _tokens(settings.tokenizer, batch)]
         whole, broken = sequence_lengths(settings.tokenizer, items, by_column)
     columns = by_columns(by_column) | {"row": whole}
-    sized = zip(items, whole, strict=True)
-    longer = ((item, f"{n} {unit}") for item, n in sized if n > settings.limit)
-    over = Marked(settings.named, longer)
-    share = len(over) / len(items)
+    longer = ((items[i], f"{n} {unit}") for i, n in enumerate(whole) if n > settings.limit)
+    cut = Marked(settings.named, longer)
+    share = len(cut) / len(items)
     hint = ""
     if unit == "words":
         hint = " (words are counted instead of tokens: set model.path to count tokens)"
     findings = finding(
         "truncated",
         Severity.warn if share >= _WORRYING else Severity.info,
-        f"{len(over)} of {len(items)} rows ({share:.1%}) are longer than {settings.limit} "
+        f"{len(cut)} of {len(items)} rows ({share:.1%}) are longer than {settings.limit} "
         f"{unit}{hint}",
         REMEDIES["truncated"],
-        over,
+        cut,
     )
     figures: dict[str, Any] = {
         "unit": unit,
         "limit": settings.limit,
-        "truncated": len(over),
+        "truncated": len(cut),
         "truncated_share": share,
         "unrendered": broken,
         "columns": {key: summary(values) for key, values in columns.items()},

@@ -11,21 +11,33 @@ from rlhf.data.prepare.held import together
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.report import writing
-from rlhf.data.report.annotators import annotators, gold
-from rlhf.data.report.content import clustered, diversity, labels, languages, sampled, texts_of
-from rlhf.data.report.duplicates import asked, duplicates, leakage, whole
-from rlhf.data.report.lengths import lengths
-from rlhf.data.report.noise import noise
-from rlhf.data.report.numbered import number
-from rlhf.data.report.origins import origins, preparation
+from rlhf.data.report.annotators import GoldVerdicts, annotators, gold, named_rows
+from rlhf.data.report.content import (
+    classes,
+    clustered,
+    detected_languages,
+    diversity,
+    labels,
+    languages,
+    sampled,
+)
+from rlhf.data.report.duplicates import SignedRows, Whole, asked, duplicates, leakage, prompt, whole
+from rlhf.data.report.lengths import lengths, words_and_characters
+from rlhf.data.report.looked import Look, Looked
+from rlhf.data.report.noise import noise, noise_of_part
+from rlhf.data.report.numbered import number, number_part
+from rlhf.data.report.origins import origins, places, preparation
 from rlhf.data.report.pairs import judged, pairs
 from rlhf.data.report.records import Report, Section, Settings
 from rlhf.data.report.standards import standards
 from rlhf.data.report.suspects import suspects
-from rlhf.data.report.templates import templates
+from rlhf.data.report.templates import Checked, templates
+from rlhf.process import parallel
 from rlhf.types import UserError
 
 _SAMPLED = ("suspects", "languages", "clusters", "diversity")  # sections that look at a sample
+_OF_SAMPLE: tuple[Look, ...] = (detected_languages, number_part)  # what those ask of single rows
+_BESIDE = 1000  # rows from which a process of its own is worth its start
 
 
 def examine(
@@ -38,21 +50,23 @@ def examine(
     """Every detector's section. Duplicates and leakage are about the splits; everything else looks
     at all rows, or at a sample of them where its title says so.
     """
-    items = together(train, held)
+    both = bool(train) and bool(held)
+    items, some = _looked(together(train, held), settings, prompts=both)
+    worded = number(some)
+    apart = [_begun(check, some, worded, settings) for check in (clustered, diversity)]
     of_kind = {Use.preference: [pairs], Use.unpaired: [judged]}.get(settings.kind, [])
     rows = whole(items, settings)
-    some = sampled(items, settings)
-    worded = number(texts_of(some))
-    checks = (labels, suspects, noise, templates, languages)
+    checks = (labels, suspects, noise, templates)
     sections = [
         origins(items, settings, formats),
         preparation(steps),
         measured(lengths, items, settings),
         measured(duplicates, rows, settings, "train"),
         *([measured(duplicates, rows, settings, "eval")] if held else []),
-        measured(leakage, rows, asked(items, settings) if train and held else rows, settings),
+        measured(leakage, rows, asked(items, settings) if both else rows, settings),
         *(measured(check, items, settings) for check in (*of_kind, *checks)),
-        *(measured(check, some, worded, settings) for check in (clustered, diversity)),
+        measured(languages, some, settings),
+        *(section() for section in apart),
         *(measured(check, items, settings) for check in (annotators, gold)),
     ]
     if len(some) == len(items):
@@ -62,6 +76,37 @@ def examine(
         if section.name in _SAMPLED:
             sections[at] = replace(section, title=section.title + drawn)
     return sections
+
+
+def _looked(items: Sequence[Item], settings: Settings, *, prompts: bool) -> tuple[Looked, Looked]:
+    """All rows and `sampled` ones, with what the detectors ask of single rows. prompts: whether
+    prompts are compared.
+    """
+    looks: list[Look] = [places, classes, named_rows, noise_of_part]
+    looks += [Checked.of(settings), GoldVerdicts(settings.kind)]
+    if settings.tokenizer is None:
+        looks.append(words_and_characters)
+    looks.append(SignedRows(Whole(settings.kind), settings.seed))
+    if prompts:
+        looks.append(SignedRows(prompt, settings.seed))
+    drawn = sampled(items, settings)
+    if len(drawn) < len(items):
+        return Looked(items, looks), Looked(drawn, _OF_SAMPLE)
+    every = Looked(items, [*looks, *_OF_SAMPLE])
+    return every, every
+
+
+def _begun(
+    check: Callable[..., Section], some: Sequence[Item], *arguments: Any
+) -> Callable[[], Section]:
+    """What gives a detector's section; a process of its own works on it where rows are many."""
+
+    def section() -> Section:
+        return measured(check, some, *arguments)
+
+    if len(some) < _BESIDE:
+        return section
+    return parallel.beside(section)
 
 
 def measured(check: Callable[..., Section], *arguments: Any) -> Section:

@@ -9,11 +9,11 @@ import numpy as np
 
 from rlhf.data.prepare.items import Item, parts
 from rlhf.data.prepare.texts import ngrams
-from rlhf.data.prepare.words import alphanumeric, counted
+from rlhf.data.prepare.words import alphanumeric, is_plain, visible
+from rlhf.data.report import looked
 from rlhf.data.report.records import Finding, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
-from rlhf.data.report.texts import words
-from rlhf.process import parallel
+from rlhf.data.report.texts import counted_words, words
 from rlhf.process.libraries import require
 
 _TAGS = (
@@ -26,7 +26,6 @@ HTML = re.compile(
 )
 _FENCED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)  # code keeps its tags and its symbols
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ud800-\udfff]")
-PART = 128  # rows that a process looks at together
 MIN_WORDLIKE = 0.5  # share of visible characters that are letters, marks or digits
 _VISIBLE = 12  # visible characters that a text needs before its symbols are counted
 MAX_RUN = 10  # equal characters in a row (dots, dashes and other rules may go on)
@@ -53,6 +52,8 @@ def encoding_problem(text: str) -> str | None:
     """Whether a text has mojibake, by ftfy's heuristic, or characters that no text has: control
     characters, replacement characters, lone surrogates.
     """
+    if is_plain(text, b"\t\n\r"):
+        return None
     match = _CONTROL.search(text)
     if match:
         return f"holds U+{ord(match.group()):04X}"
@@ -65,10 +66,10 @@ def encoding_problem(text: str) -> str | None:
 def garbled_problem(text: str) -> str | None:
     """Whether a text is mostly symbols, or has a long run of the same character."""
     plain = _without_code(text)
-    visible = len("".join(plain.split()))
+    shown = visible(plain)
     # letters and digits are in words, with what stands inside of those
-    if visible >= _VISIBLE and alphanumeric(plain) < MIN_WORDLIKE * visible:
-        share = len("".join(words(plain))) / visible
+    if shown >= _VISIBLE and alphanumeric(plain) < MIN_WORDLIKE * shown:
+        share = len("".join(words(plain))) / shown
         if share < MIN_WORDLIKE:
             return f"{1 - share:.0%} of its characters are neither letters nor digits"
     run = _RUN.search(plain) if _has_run(plain) else None
@@ -81,13 +82,16 @@ def _has_run(text: str) -> bool:
     """Whether more than MAX_RUN equal characters stand in a row: a pattern would look back at each
     of them.
     """
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    if text.isascii():
+        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    else:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     return MAX_RUN * b"\1" in (codes[1:] == codes[:-1]).tobytes()
 
 
 def repetition_problem(text: str) -> str | None:
     """Whether a text has few different 3-grams of words."""
-    content = counted(text.lower())
+    content = counted_words(text)
     if content.number < _REPEATABLE:
         return None
     size = content.span(3)
@@ -115,7 +119,7 @@ _MESSAGES = {
 }
 
 
-def _problems(items: Sequence[Item]) -> list[tuple[int, str, str]]:
+def noise_of_part(items: list[Item]) -> list[tuple[int, str, str]]:
     """(row, check, how) of the first text of each row that has a problem, for every check: what a
     process does by itself.
     """
@@ -133,10 +137,9 @@ def _problems(items: Sequence[Item]) -> list[tuple[int, str, str]]:
 def noise(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of broken text, each text of a row by itself."""
     problems = {check: Marked(settings.named) for check in _CHECKS}
-    found = parallel.over_parts(_problems, items, PART)
-    for part, reasons in enumerate(found):
+    for part, reasons in enumerate(looked.over(noise_of_part, items)):
         for number, check, reason in reasons:
-            problems[check].add(items[part * PART + number], reason)
+            problems[check].add(items[part * looked.PART + number], reason)
     findings: list[Finding] = []
     for check, rows in problems.items():
         severity, message = _MESSAGES[check]

@@ -2,17 +2,17 @@
 word.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.data.report.texts import words
-from rlhf.process import parallel
-
-_TOGETHER = 512  # texts that a process numbers at once
+from rlhf.data.prepare.items import Item
+from rlhf.data.report.lengths import column_texts
+from rlhf.data.report.looked import over
+from rlhf.data.report.texts import counted_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Numbered:
         return out
 
 
-def number(texts: Iterable[str]) -> Numbered:
-    """The texts' lower-case words (`texts.words`), shared out among processes."""
+def number(items: Sequence[Item]) -> Numbered:
+    """The lower-case words (`texts.words`) of all texts of each row, shared out among processes."""
     numbers: dict[str, int] = {}
     flat, lengths = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int64)]
-    for own, codes, sizes in parallel.in_order(_part, parallel.parts(texts, _TOGETHER)):
+    for own, codes, sizes in over(number_part, items):
         known = [numbers.setdefault(word, len(numbers)) for word in own]
         flat.append(np.array(known, dtype=np.int32)[codes])
         lengths.append(sizes)
@@ -58,19 +58,22 @@ def number(texts: Iterable[str]) -> Numbered:
     return Numbered(ordered, place[np.concatenate(flat)], np.cumsum(np.concatenate(lengths)))
 
 
-def _part(texts: list[str]) -> tuple[list[str], NDArray[np.int32], NDArray[np.int64]]:
-    """What a process does: the different words of some texts, every word's number among them, and
-    [N] how many words each text has.
+def number_part(items: list[Item]) -> tuple[list[str], NDArray[np.int32], NDArray[np.int64]]:
+    """What a process does: the different words of some rows, every word's number among them, and
+    [N] how many words each row has.
     """
     numbers: dict[str, int] = {}
     flat: list[int] = []
     sizes = []
-    for text in texts:
-        own = words(text)
-        for word in own:
-            numbers.setdefault(word, len(numbers))
-        flat += map(numbers.__getitem__, own)
-        sizes.append(len(own))
+    for item in items:
+        before = len(flat)
+        for texts in column_texts(item.columns).values():
+            for text in texts:
+                own = counted_words(text).tokens
+                for word in own:
+                    numbers.setdefault(word, len(numbers))
+                flat += map(numbers.__getitem__, own)
+        sizes.append(len(flat) - before)
     return list(numbers), np.array(flat, dtype=np.int32), np.array(sizes, dtype=np.int64)
 
 

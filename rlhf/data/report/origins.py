@@ -5,34 +5,48 @@ from collections.abc import Mapping, Sequence
 
 from rlhf.data.prepare.items import Item
 from rlhf.data.prepare.store import StepReport
+from rlhf.data.report.looked import over
 from rlhf.data.report.records import Section, Settings, Table
 
 _MANY = 50  # different values from which a column `source` is text rather than a name
+
+
+def places(items: list[Item]) -> Counter[tuple[str, str, str | None]]:
+    """How many of some rows have this file, split and source."""
+    out: Counter[tuple[str, str, str | None]] = Counter()
+    for item in items:
+        source = item.columns.get("source")
+        named = str(source) if isinstance(source, (str, int)) else None
+        out[item.origin, item.split, named] += 1
+    return out
 
 
 def origins(items: Sequence[Item], settings: Settings, formats: Mapping[str, str]) -> Section:
     """Rows by split, file, format and source. `formats`: by file, the format that its columns
     showed.
     """
-    by_file = Counter(item.origin for item in items)
-    by_format = Counter(formats.get(item.origin, "unknown") for item in items)
-    sources = Counter(
-        str(item.columns["source"])
-        for item in items
-        if isinstance(item.columns.get("source"), (str, int))
-    )
+    by_file: Counter[str] = Counter()
+    by_format: Counter[str] = Counter()
+    by_split: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    splits: dict[str, Counter[str]] = {}
+    for part in over(places, items):
+        for (origin, split, source), count in part.items():
+            by_file[origin] += count
+            by_format[formats.get(origin, "unknown")] += count
+            by_split[split] += count
+            splits.setdefault(origin, Counter())[split] += count
+            if source is not None:
+                sources[source] += count
     if len(sources) > _MANY:
         sources = Counter()
     figures = {
         "total": len(items),
-        "by_split": dict(Counter(item.split for item in items)),
+        "by_split": dict(by_split),
         "by_file": dict(by_file),
         "by_format": dict(by_format),
         "by_source": dict(sources.most_common()),
     }
-    splits: dict[str, Counter[str]] = {name: Counter() for name in by_file}
-    for item in items:
-        splits[item.origin][item.split] += 1
     files = tuple(
         (name, formats.get(name, "unknown"), count, splits[name]["train"], splits[name]["eval"])
         for name, count in by_file.most_common()

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item, parts
+from rlhf.data.report import looked
 from rlhf.data.report.lengths import conversation_ids, conversations
 from rlhf.data.report.records import Finding, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
@@ -188,22 +190,39 @@ _MESSAGES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """(row, check, what is wrong) of some rows, for every check that needs no tokenizer."""
+
+    kind: Use
+    markers: re.Pattern[str]
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Checked":
+        """As the report's settings ask."""
+        return cls(settings.kind, marker_pattern(settings.tokenizer))
+
+    def __call__(self, items: list[Item]) -> list[tuple[int, str, str]]:
+        out = []
+        for number, item in enumerate(items):
+            wrong_roles = filter(None, map(role_problem, conversations(item.columns)))
+            problems = {
+                "role_order": next(wrong_roles, None),
+                "empty_turns": empty_problem(item.columns),
+                "wrong_end": ending_problem(item.columns, self.kind),
+                "template_markers": marker_problem(item.columns, self.markers),
+            }
+            out += [(number, check, why) for check, why in problems.items() if why is not None]
+        return out
+
+
 def templates(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of conversations and templates."""
     checks = ("role_order", "empty_turns", "wrong_end", "template_markers")
     rows_with = {check: Marked(settings.named) for check in checks}
-    markers = marker_pattern(settings.tokenizer)
-    for item in items:
-        wrong_roles = filter(None, map(role_problem, conversations(item.columns)))
-        problems = {
-            "role_order": next(wrong_roles, None),
-            "empty_turns": empty_problem(item.columns),
-            "wrong_end": ending_problem(item.columns, settings.kind),
-            "template_markers": marker_problem(item.columns, markers),
-        }
-        for check, problem in problems.items():
-            if problem is not None:
-                rows_with[check].add(item, problem)
+    for part, problems in enumerate(looked.over(Checked.of(settings), items)):
+        for number, check, problem in problems:
+            rows_with[check].add(items[part * looked.PART + number], problem)
     if settings.tokenizer is not None:
         rows_with |= special_problems(settings.tokenizer, items, settings.named)
     findings: list[Finding] = []

@@ -4,9 +4,11 @@ import math
 import unicodedata
 from collections.abc import Iterable
 
+from rlhf.data.prepare.words import Counted, counted
 from rlhf.data.prepare.words import words as split_words
 
 EXCERPT = 160  # characters
+_KEPT = 1 << 21  # characters of texts whose words are kept
 
 
 def words(text: str) -> list[str]:
@@ -14,6 +16,28 @@ def words(text: str) -> list[str]:
     Punctuation is left out.
     """
     return split_words(text.lower())
+
+
+class _Kept:
+    """The words of the last texts, since several detectors ask for them one after the other."""
+
+    def __init__(self) -> None:
+        self._words: dict[str, Counted] = {}
+        self._size = 0
+
+    def __call__(self, text: str) -> Counted:
+        known = self._words.get(text)
+        if known is None:
+            if self._size > _KEPT:
+                self._words.clear()
+                self._size = 0
+            known = self._words[text] = counted(text.lower())
+            self._size += len(text)
+        return known
+
+
+# (text) -> its lower-case words, counted as rules count them
+counted_words = _Kept()
 
 
 def safe(text: str) -> str:
