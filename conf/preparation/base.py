@@ -45,6 +45,7 @@ class StepOptions:
     rowwise: ClassVar[bool] = False
     # rows that it can take
     kinds: ClassVar[frozenset[str]] = frozenset({"sft", "preference", "unpaired", "prompt"})
+    passes: ClassVar[bool] = False  # changes no row: columns go out as they came in
     after_split: ClassVar[bool] = False  # refused before a split step
     torch: ClassVar[bool] = False  # it may load a model: torch is imported and set up
     splits: ClassVar[bool] = False  # it sets Item.split: one such step a pipeline

@@ -13,6 +13,7 @@ class ExactDuplicates(StepOptions):
 
     step: ClassVar[str] = "exact_duplicates"
     streaming: ClassVar[bool] = True
+    passes: ClassVar[bool] = True
 
     part: Part = option(Part.whole, "Which texts of a row are compared.")
     normalise: bool = option(True, "NFKC, case and white space make no difference.")
@@ -38,6 +39,7 @@ class NearDuplicates(StepOptions):
     """
 
     step: ClassVar[str] = "near_duplicates"
+    passes: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     part: Part = option(Part.whole, "Which texts of a row are compared.")

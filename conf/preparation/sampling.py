@@ -73,6 +73,7 @@ class Split(StepOptions):
 
     step: ClassVar[str] = "split"
     splits: ClassVar[bool] = True
+    passes: ClassVar[bool] = True
 
     fraction: float = option(0.1, "Share of the rows that is held out.", above=0, below=1)
     by: SplitBy = option(SplitBy.prompt, "Which rows stay on one side.")

@@ -44,6 +44,9 @@ _PARTED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
 _NO_WIDTH = re.compile(f"[\u2060\ufeff]|(?<!{_PARTED})\u200b|\u200b(?!{_PARTED})")
 _RUN = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _LINE_END = re.compile(r"[ \t]+(?=\n)")
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+_SEQUENCE = 7  # characters: no sequence of ftfy's heuristic is longer, and each has one of these
+_FEW = 16  # characters of a text for each run of those, from which looking at each is worth it
 _EMPTY_LINES = re.compile(r"\n{3,}")
 # texts, not messages, that stand side by side: the space between them is part of one
 _TOUCHING = ("prompt", "chosen", "rejected", "completion")
@@ -85,6 +88,31 @@ def _ftfy_config(form: Form) -> Any:
     )
 
 
+@cache
+def _touched() -> re.Pattern[str]:
+    """The characters that ftfy changes wherever they stand."""
+    data = require("ftfy.chardata", "data")
+    codes = {*data.LIGATURES, *data.CONTROL_CHARS, *map(ord, "\r\x85\u2028\u2029")}
+    inside = "".join(f"\\U{code:08x}" for code in sorted(codes))
+    return re.compile(f"[{inside}\x80-\x9f\ud800-\udfff]")
+
+
+def _untouched(text: str, form: Form) -> bool:
+    """Whether it is certain that ftfy leaves a text as it is: no such character, normalised, and no
+    sequence of its heuristic for wrong encodings, which is slow, where it can be.
+    """
+    if _touched().search(text) or not unicodedata.is_normalized(form, text):
+        return False
+    if "\u00c3 " in text or "\u00c2 " in text:  # what its heuristic finds at a line's beginning
+        return False
+    is_bad = require("ftfy.badness", "data").is_bad
+    runs = list(_BEYOND_ASCII.finditer(text))
+    if _FEW * len(runs) > len(text):
+        return not is_bad(text)
+    around = (text[max(0, run.start() - _SEQUENCE) : run.end() + _SEQUENCE] for run in runs)
+    return not any(map(is_bad, around))
+
+
 def repaired(text: str, options: Repair, *, touching: bool) -> str:
     """A text as step repair leaves it. With `touching` the ends stay as they are, since another
     text begins there.
@@ -92,9 +120,9 @@ def repaired(text: str, options: Repair, *, touching: bool) -> str:
     form: Form = "NFKC" if options.nfkc else "NFC"
     if is_plain(text, b"\t\n"):
         pass  # nothing that ftfy or normalisation changes, and both cost more than this look
-    elif options.encoding:
+    elif options.encoding and not _untouched(text, form):
         text = require("ftfy", "data").fix_text(text, _ftfy_config(form))
-    elif options.nfkc:
+    elif options.nfkc and not options.encoding:
         text = unicodedata.normalize(form, text)
     core = text.strip()
     if not core:

@@ -3,8 +3,10 @@
 import hashlib
 from array import array
 from collections.abc import Iterator
+from typing import Any
 
 from conf.preparation.duplicates import ExactDuplicates
+from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.texts import normalised, sides
 
@@ -76,11 +78,10 @@ class Seen:
         self._origins: dict[str, int] = {}
         self._names: list[str] = []
 
-    def first(self, text: str, origin: str, number: int) -> tuple[str, int] | None:
-        """Where a text came first, or None for a new one. Equal 128-bit hashes (BLAKE2b) count as
+    def first(self, key: bytes, origin: str, number: int) -> tuple[str, int] | None:
+        """Where a text came first, or None for a new one. key: `key_of` it; equal ones count as
         equal texts.
         """
-        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if origin not in self._origins:
             self._origins[origin] = len(self._names)
             self._names.append(origin)
@@ -93,15 +94,29 @@ class Seen:
         return self._names[(index - 1) >> _ROW_BITS], (index - 1) & ((1 << _ROW_BITS) - 1)
 
 
+def key_of(text: str) -> bytes:
+    """128 bits of a text (BLAKE2b)."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def row_key(options: ExactDuplicates, columns: dict[str, Any], kind: Use) -> bytes:
+    """Equal for rows of the same text."""
+    good, bad = sides(columns, options.part, kind)
+    if options.normalise:
+        good, bad = normalised(good), normalised(bad)
+    return key_of(f"{good}\0{bad}")
+
+
 def exact_duplicates(
     options: ExactDuplicates, items: Iterator[Item], context: Context
 ) -> Iterator[Item]:
     """Keep the first row of each text."""
     seen = Seen()
     for item in items:
-        good, bad = sides(item.columns, options.part, context.kind)
-        text = f"{normalised(good)}\0{normalised(bad)}" if options.normalise else f"{good}\0{bad}"
-        first = seen.first(text, item.origin, item.number)
+        key, item.key = item.key, None
+        if key is None:
+            key = row_key(options, item.columns, context.kind)
+        first = seen.first(key, item.origin, item.number)
         if first is None:
             yield item
         else:

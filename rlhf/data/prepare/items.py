@@ -39,6 +39,10 @@ class Item:
     origin: str  # file, or the name of the source
     number: int  # row in it, from 1
     split: str = "train"  # set by the split step: train, eval
+    # the columns and their JSON, for as long as they stay what they are
+    written: tuple[dict[str, Any], str] | None = field(default=None, compare=False, repr=False)
+    # what the next step asks of single rows (steps.py, KEYS)
+    key: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def place(self) -> str:

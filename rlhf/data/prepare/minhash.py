@@ -15,7 +15,7 @@ _OTHER = np.uint64(1 << 22)
 _FILL = np.uint64(1 << 21)  # follows a text of fewer characters than an n-gram has
 BASE = np.uint64(0x9E3779B97F4A7C15)
 CHUNK = 1 << 18  # characters hashed at once
-_BLOCK = 1 << 14  # n-grams permuted at once: they stay in the processor's cache
+_BLOCK = 1 << 16  # n-grams permuted at once: they stay in the processor's cache
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

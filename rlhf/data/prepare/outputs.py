@@ -42,7 +42,7 @@ class Outputs:
 
     def write(self, item: Item) -> None:
         """Add a row to the file of its split."""
-        self._files[item.split].write(store.line(item.columns))
+        self._files[item.split].write(store.columns_line(item))
         self.rows[item.split] += 1
         held = tuple(key for key, value in item.columns.items() if value not in (None, "", []))
         if held not in self._examples and len(self._examples) <= _EXAMPLES:

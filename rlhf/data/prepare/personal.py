@@ -71,7 +71,8 @@ class Pattern:
     real: Callable[[str], bool] = lambda text: True
     # what a text without can't hold one: cheaper to know than to look
     digits: int = 0  # at least so many
-    needs: tuple[tuple[str, int], ...] = ()  # (characters, how often): one of these is enough
+    # (characters, how often, beside at least so many digits): one of these is enough
+    needs: tuple[tuple[str, int, int], ...] = ()
     holds: re.Pattern[str] | None = None
 
     def mark(self) -> str:
@@ -81,7 +82,8 @@ class Pattern:
         """Whether a text with so many digits may hold one."""
         if digits < self.digits:
             return False
-        if self.needs and not any(text.count(c) >= least for c, least in self.needs):
+        fits = (digits >= beside and text.count(c) >= least for c, least, beside in self.needs)
+        if self.needs and not any(fits):
             return False
         return self.holds is None or self.holds.search(text) is not None
 
@@ -119,11 +121,11 @@ _IP_PART = re.compile(r"[0-9]\.[0-9]|:[0-9A-Fa-f:]")
 
 # In the order in which they are looked for: a card is no telephone number, an IBAN no card.
 KNOWN: Mapping[Personal, Pattern] = {
-    Personal.email: Pattern("email", re.compile(_EMAIL, re.ASCII), needs=(("@", 1),)),
+    Personal.email: Pattern("email", re.compile(_EMAIL, re.ASCII), needs=(("@", 1, 0),)),
     Personal.iban: Pattern("iban", re.compile(_IBAN, re.ASCII), is_iban, 2, (), _IBAN_HEAD),
     Personal.credit_card: Pattern("credit_card", re.compile(_CARD, re.ASCII), is_card, digits=13),
     Personal.ip: Pattern(
-        "ip", re.compile(_IP, re.ASCII), is_ip, needs=((".", 3), (":", 2)), holds=_IP_PART
+        "ip", re.compile(_IP, re.ASCII), is_ip, needs=((".", 3, 4), (":", 2, 0)), holds=_IP_PART
     ),
     Personal.phone: Pattern("phone", re.compile(_PHONE, re.ASCII), is_phone, digits=8),
 }
@@ -156,6 +158,13 @@ def _kept_word_pattern(path: str, changed: int) -> Pattern:
     return word_pattern(path)
 
 
+def _digits(text: str) -> int:
+    """How many of a text's characters are 0 to 9."""
+    if text.isascii():
+        return len(text) - len(text.encode("ascii").translate(None, _DIGITS.encode("ascii")))
+    return sum(map(text.count, _DIGITS))
+
+
 def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]:
     """`text` with each real find replaced by its mark, and the finds by pattern. Looks again until
     nothing is found: a mark may free a neighbour.
@@ -163,7 +172,7 @@ def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]
     counts: Counter[str] = Counter()
     while True:
         before = counts.total()
-        digits = sum(map(text.count, _DIGITS))
+        digits = _digits(text)
         for pattern in patterns:
             if not pattern.possible(text, digits):
                 continue

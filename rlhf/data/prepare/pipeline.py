@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
 from rlhf.data.prepare import store
 from rlhf.data.prepare.held import gathered
@@ -64,10 +64,11 @@ class _Running:
         keep: bool,
         apply: Callable[[Iterator[Item]], Iterator[Item]],
         alive: Alive,
-        options: Any = None,
+        options: StepOptions | None = None,
     ) -> None:
         self.report, self.context, self.alive = report, context, alive
         self._apply, self._options = apply, options
+        self._passes = options is not None and options.passes
         self._waited = 0.0  # seconds that the steps before took
         self._complete = False  # the rows that came in have ended
         self._writer = store.Writer(target, items=keep)
@@ -104,6 +105,8 @@ class _Running:
                 break
             self.report.rows_out += 1
             self.alive()
+            if not self._passes:
+                item.written = None
             self._writer.item(item)
             yield item
         self.report.seconds = round(spent - self._waited, 3)
@@ -224,14 +227,16 @@ class _Chain:
         number: int,
         known: Sequence[str | None],
         rows: Iterator[Item],
+        following: Planned | None,
     ) -> Iterator[Item]:
         """The rows that come out of neighbouring steps of single rows, the first of which has this
-        number: parts of the rows pass through all of them, shared out among processes.
+        number: parts of the rows pass through all of them, shared out among processes. following:
+        the step after them.
         """
         open_steps = [
             self._open(step, at, known[at]) for at, step in enumerate(steps, start=number)
         ]
-        work = Steps(steps, self.kind, self.folder, self.keep, self.split_done)
+        work = Steps(steps, self.kind, self.folder, self.keep, self.split_done, following)
         return self._parts(work, open_steps, rows)
 
     def _parts(
@@ -301,7 +306,8 @@ def stream(
         for rowwise, group in groupby(steps[first:], key=lambda step: step.options.rowwise):
             together = list(group)
             if rowwise:
-                rows = chain.apply_rowwise(together, number, known, rows)
+                following = next(iter(steps[number - 1 + len(together) :]), None)
+                rows = chain.apply_rowwise(together, number, known, rows, following)
             else:
                 for at, step in enumerate(together, start=number):
                     rows = chain.apply(step, at, known[at], rows)

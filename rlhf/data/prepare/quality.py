@@ -87,7 +87,10 @@ def repeats(
     a smaller n, since what comes again begins with something shorter that does.
     """
     if among is None:
-        found = list(enumerate(ngrams(tokens, n)))
+        grams = list(ngrams(tokens, n))
+        if len(set(grams)) == len(grams):
+            return []
+        found = list(enumerate(grams))
     else:
         last = len(tokens) - n
         found = [(at, tuple(tokens[at : at + n])) for at, _ in among if at <= last]

@@ -16,7 +16,7 @@ from rlhf.data.formats import Use
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.plan import Planned
-from rlhf.data.prepare.steps import STEPS
+from rlhf.data.prepare.steps import KEYS, STEPS
 
 PART = 128  # rows
 
@@ -27,7 +27,8 @@ class StepPart:
 
     rows_in: int
     rows_out: int = 0
-    kept: str = ""  # lines of the rows that came out, where they are kept
+    # lines of the rows that came out, where they are kept
+    kept: list[str] = field(default_factory=list)
     rejected: str = ""  # lines of those that it left out
     reasons: list[str] = field(default_factory=list)  # of those, in order
     tallies: Counter[Any] = field(default_factory=Counter)
@@ -43,6 +44,7 @@ class Steps:
     folder: Path
     keep: bool  # whether each step's rows are written
     split_done: bool
+    following: Planned | None  # the step that takes what comes out
 
     def __call__(self, items: list[Item]) -> tuple[list[Item], list[StepPart]]:
         """The items that come out of the last step, and what each step did."""
@@ -51,8 +53,12 @@ class Steps:
         for step in self.steps:
             items, part = self._apply(step, items)
             if self.keep:
-                part.kept = "".join(_line(item, lines) for item in items)
+                part.kept = [_line(item, lines) for item in items]
             parts.append(part)
+        if self.following is not None and self.following.name in KEYS:
+            key_of, options = KEYS[self.following.name], self.following.options
+            for item in items:
+                item.key = key_of(options, item.columns, self.kind)
         return items, parts
 
     def _apply(self, step: Planned, items: list[Item]) -> tuple[list[Item], StepPart]:
@@ -72,7 +78,7 @@ class Steps:
 
 
 def _line(item: Item, lines: dict[int, tuple[dict[str, Any], str]]) -> str:
-    """An item's line; the one that it had already where its columns are the same."""
+    """An item's line; the same one where its columns are, which goes between processes once."""
     columns, text = lines.get(id(item), (None, ""))
     if columns is not item.columns:
         text = store.item_line(item)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from rlhf.data.formats import Use
 from rlhf.data.prepare import (
     aggregate,
     augment,
@@ -48,6 +49,10 @@ STEPS: dict[str, Step[Any]] = {
     "review": review.review,
     "label_noise": label_noise.label_noise,
 }
+
+# what a step asks of single rows, found in the processes that the rowwise steps before it are
+# shared out among
+KEYS: dict[str, Callable[[Any, dict[str, Any], Use], bytes]] = {"exact_duplicates": exact.row_key}
 
 FIGURES: dict[str, Callable[[Any, Counter[Any]], dict[str, Any]]] = {
     "repair": cleaning.repair_figures,

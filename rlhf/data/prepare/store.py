@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,17 +57,53 @@ class StepReport:
 
 def line(value: Any) -> str:
     """One line of JSON lines; text that UTF-8 can't hold (a lone surrogate) is escaped."""
-    text = _ENCODE(value)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
+    text = _encodable(value)
+    if text is None:
         text = json.dumps(value)
     return text + "\n"
 
 
+def columns_line(item: Item) -> str:
+    """A row's columns as a line."""
+    text = _columns(item)
+    if text is None:
+        return line(item.columns)
+    return f"{text}\n"
+
+
 def item_line(item: Item) -> str:
     """A row as a line of items.jsonl."""
-    return line([item.origin, item.number, item.split, item.columns])
+    text, head = _columns(item), _head(item.origin)
+    if text is None or head is None:
+        return line([item.origin, item.number, item.split, item.columns])
+    return f'[{head}, {item.number}, "{item.split}", {text}]\n'
+
+
+def _columns(item: Item) -> str | None:
+    """A row's columns as JSON, made once for all steps that leave them as they are; None where
+    UTF-8 can't hold it.
+    """
+    if item.written is not None and item.written[0] is item.columns:
+        return item.written[1]
+    text = _encodable(item.columns)
+    if text is not None:
+        item.written = item.columns, text
+    return text
+
+
+@cache
+def _head(origin: str) -> str | None:
+    """A file's name as JSON; None where UTF-8 can't hold it."""
+    return _encodable(origin)
+
+
+def _encodable(value: Any) -> str | None:
+    text = _ENCODE(value)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return None
+    return text
 
 
 def plain(value: Any) -> Any:
@@ -121,10 +158,10 @@ class Writer:
     def reject(self, row: dict[str, Any]) -> None:
         self._rejected.write(line(row))
 
-    def lines(self, items: str, rejected: str) -> None:
+    def lines(self, items: Sequence[str], rejected: str) -> None:
         """Lines that were made elsewhere, as `item_line` and `line` make them."""
         if self._items is not None:
-            self._items.write(items)
+            self._items.writelines(items)
         self._rejected.write(rejected)
 
     def close(self, report: StepReport) -> None:

@@ -67,7 +67,6 @@ _ASCII = [bytes([code]) for code in range(128)]
 _WHITE = b"".join(byte for byte in _ASCII if byte.decode().isspace())
 _ALNUM = b"".join(byte for byte in _ASCII if byte.isalnum())
 _NO_LETTERS = b"".join(byte for byte in _ASCII if not byte.isalpha())
-_DIGITS = b"0123456789"
 _PRINTED = bytes(range(0x20, 0x7F))
 _HAS_LETTER = re.compile(r"[^\W\d_]")
 # of the bytes of a text, blanks for all that is in no word
@@ -130,8 +129,8 @@ def is_spaced(token: str) -> bool:
 def lettered(tokens: Sequence[str]) -> list[str]:
     """The tokens of `words` that hold a letter: more than numbers."""
     joined = "".join(tokens)
-    if joined.isascii() and _without(joined, _DIGITS) == len(joined):
-        return list(tokens)
+    if joined.isascii() and joined == joined.lower():
+        return list(filter(str.islower, tokens))
     return [token for token in tokens if token.isalpha() or _HAS_LETTER.search(token)]
 
 
