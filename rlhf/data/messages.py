@@ -53,6 +53,7 @@ _MEDIA = tuple(
     for kind in ("image", "video", "audio")
     for ending in ("", "s", "_url", "_urls")
 )
+_NAMES_OF_MEDIA = frozenset(_MEDIA)
 _PARTS_OF_TEXT = ("text", "input_text", "output_text")
 _PARTS_OF_MEDIA = (*_MEDIA, "input_image", "input_video", "input_audio", "input_file", "file")
 _PARTS_OF_CALLS = ("tool_call", "tool_calls", "function_call")
@@ -61,6 +62,8 @@ _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 def refuse_media(holder: Mapping[Any, Any], where: str = "") -> None:
     """Raises RowError for a key, of a row or a message, that holds pictures, videos or sounds."""
+    if _NAMES_OF_MEDIA.isdisjoint(holder):
+        return
     for key in _MEDIA:
         value = holder.get(key)
         if not is_nothing(value) and value is not False:

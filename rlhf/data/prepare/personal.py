@@ -115,9 +115,10 @@ _PHONE = (
 )
 
 _DIGITS = "0123456789"
-# the beginning of an IBAN; a part of an address of either kind
-_IBAN_HEAD = re.compile(r"[A-Z]{2}[0-9]{2}")
-_IP_PART = re.compile(r"[0-9]\.[0-9]|:[0-9A-Fa-f:]")
+# The beginning of an IBAN; a part of an address of either kind. Written so that each begins with a
+# class: `re` looks for those fast.
+_IBAN_HEAD = re.compile(r"[A-Z][A-Z][0-9][0-9]")
+_IP_PART = re.compile(r"[0-9:](?:(?<=:)[0-9A-Fa-f:]|(?<=[0-9])\.[0-9])")
 
 # In the order in which they are looked for: a card is no telephone number, an IBAN no card.
 KNOWN: Mapping[Personal, Pattern] = {

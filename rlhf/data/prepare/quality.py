@@ -88,12 +88,12 @@ def repeats(
     """
     if among is None:
         grams = list(ngrams(tokens, n))
-        if len(set(grams)) == len(grams):
+        counts = Counter(grams)
+        if len(counts) == len(grams):
             return []
-        found = list(enumerate(grams))
-    else:
-        last = len(tokens) - n
-        found = [(at, tuple(tokens[at : at + n])) for at, _ in among if at <= last]
+        return [(at, gram) for at, gram in enumerate(grams) if counts[gram] > 1]
+    last = len(tokens) - n
+    found = [(at, tuple(tokens[at : at + n])) for at, _ in among if at <= last]
     counts = Counter([gram for _, gram in found])
     if len(counts) == len(found):
         return []
