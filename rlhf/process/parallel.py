@@ -106,7 +106,7 @@ def beside(function: Callable[[], Result], *, processes: int | None = None) -> C
 
     def result() -> Result:
         while not receiver.poll(1.0):
-            watchdog.alive()
+            supervision.alive()
         try:
             value, error = receiver.recv()
         except EOFError as gone:

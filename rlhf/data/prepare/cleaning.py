@@ -109,8 +109,12 @@ def _untouched(text: str, form: Form) -> bool:
     runs = list(_BEYOND_ASCII.finditer(text))
     if _FEW * len(runs) > len(text):
         return not is_bad(text)
-    around = (text[max(0, run.start() - _SEQUENCE) : run.end() + _SEQUENCE] for run in runs)
-    return not any(map(is_bad, around))
+    for run in runs:
+        first = max(0, run.start() - _SEQUENCE)
+        last = run.end() + _SEQUENCE
+        if is_bad(text[first:last]):
+            return False
+    return True
 
 
 def repaired(text: str, options: Repair, *, touching: bool) -> str:

@@ -173,8 +173,9 @@ class _Together(Sequence[Row]):
             if step != 1:
                 return [self[i] for i in range(start, stop, step)]
             before = self._first[min(start, border) : min(stop, border)]
-            after = self._second[max(start - border, 0) : max(stop - border, 0)]
-            return [*before, *after]
+            start = max(start - border, 0)
+            stop = max(stop - border, 0)
+            return [*before, *self._second[start:stop]]
         number = range(len(self))[index]  # raises IndexError
         if number < border:
             return self._first[number]

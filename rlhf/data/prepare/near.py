@@ -202,7 +202,8 @@ class Signed:
 
     def __call__(self, texts: list[Sides]) -> Signatures:
         plain = [plainly(text) for text in texts]
-        return list(map(key_of, plain)), signatures(plain, self.ngram, self.count, self.seed)
+        keys = list(map(key_of, plain))
+        return keys, signatures(plain, self.ngram, self.count, self.seed)
 
 
 def plainly(text: Sides) -> Sides:

@@ -82,10 +82,15 @@ class Pattern:
         """Whether a text with so many digits may hold one."""
         if digits < self.digits:
             return False
-        fits = (digits >= beside and text.count(c) >= least for c, least, beside in self.needs)
-        if self.needs and not any(fits):
+        if self.needs and not self._has_needs(text, digits):
             return False
         return self.holds is None or self.holds.search(text) is not None
+
+    def _has_needs(self, text: str, digits: int) -> bool:
+        for character, least, beside in self.needs:
+            if digits >= beside and text.count(character) >= least:
+                return True
+        return False
 
 
 # Written for ASCII: \w and \d are A-Z, a-z, 0-9 and _, so that an address between Chinese
@@ -162,7 +167,8 @@ def _kept_word_pattern(path: str, changed: int) -> Pattern:
 def _digits(text: str) -> int:
     """How many of a text's characters are 0 to 9."""
     if text.isascii():
-        return len(text) - len(text.encode("ascii").translate(None, _DIGITS.encode("ascii")))
+        others = text.encode("ascii").translate(None, _DIGITS.encode("ascii"))
+        return len(text) - len(others)
     return sum(map(text.count, _DIGITS))
 
 

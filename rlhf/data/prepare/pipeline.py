@@ -306,7 +306,8 @@ def stream(
         for rowwise, group in groupby(steps[first:], key=lambda step: step.options.rowwise):
             together = list(group)
             if rowwise:
-                following = next(iter(steps[number - 1 + len(together) :]), None)
+                later = iter(steps[number - 1 + len(together) :])
+                following = next(later, None)
                 rows = chain.apply_rowwise(together, number, known, rows, following)
             else:
                 for at, step in enumerate(together, start=number):

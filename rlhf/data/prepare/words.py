@@ -98,13 +98,16 @@ def words(text: str) -> list[str]:
 def _ascii_words(text: str) -> list[str]:
     """What _ASCII_WORD finds, with what isn't in a word made blank: half the time."""
     plain = text.encode("ascii").translate(_WORDS_ALONE)
-    if _FEW * (plain.count(b"'") + plain.count(b"-")) > len(plain):
+    joiners = plain.count(b"'") + plain.count(b"-")
+    if _FEW * joiners > len(plain):
         return _ASCII_WORD.findall(text)
     inside = bytearray(plain)
     for joiner in (b"'", b"-"):
         at = plain.find(joiner)
         while at >= 0:
-            if not (plain[at - 1 : at].isalnum() and plain[at + 1 : at + 2].isalnum()):
+            before = plain[at - 1 : at]
+            after = plain[at + 1 : at + 2]
+            if not (before.isalnum() and after.isalnum()):
                 inside[at] = 32
             at = plain.find(joiner, at + 1)
     return inside.decode("ascii").split()

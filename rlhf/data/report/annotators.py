@@ -14,7 +14,7 @@ from rlhf.data.formats import Use
 from rlhf.data.prepare.held import picked
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.judgements import Subject, subjects
-from rlhf.data.report import looked
+from rlhf.data.report.looked import by_row
 from rlhf.data.report.records import Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import wilson
@@ -38,9 +38,8 @@ def annotated(items: Sequence[Item], settings: Settings) -> list[Subject]:
     of one annotator's several labels the last counts.
     """
     own = judges(settings.kind)
-    parts = enumerate(looked.over(named_rows, items))
-    places = [part * looked.PART + number for part, numbers in parts for number in numbers]
-    named = [item for item in picked(items, places) if own or _is_labelled(item)]
+    rows = [row for row, labelled in by_row(named_rows, items) if own or labelled]
+    named = list(picked(items, rows))
     options = Aggregate(annotator=ANNOTATOR, label=None if own else "label", repeats=Repeats.last)
     return subjects(named, options, Context(kind=settings.kind, seed=settings.seed, folder=Path()))
 
@@ -50,9 +49,13 @@ def judges(kind: Use) -> bool:
     return kind in (Use.preference, Use.unpaired)
 
 
-def named_rows(items: list[Item]) -> list[int]:
-    """Those of some rows that say who judged."""
-    return [number for number, item in enumerate(items) if _is_named(item)]
+def named_rows(items: list[Item]) -> list[tuple[int, bool]]:
+    """(row, whether it has a label) of those of some rows that say who judged."""
+    out = []
+    for number, item in enumerate(items):
+        if _is_named(item):
+            out.append((number, _is_labelled(item)))
+    return out
 
 
 def _is_named(item: Item) -> bool:
@@ -143,8 +146,12 @@ class GoldVerdicts:
     kind: Use
 
     def __call__(self, items: list[Item]) -> list[tuple[int, bool]]:
-        verdicts = ((i, gold_verdict(item.columns, self.kind)) for i, item in enumerate(items))
-        return [(number, verdict) for number, verdict in verdicts if verdict is not None]
+        out = []
+        for number, item in enumerate(items):
+            verdict = gold_verdict(item.columns, self.kind)
+            if verdict is not None:
+                out.append((number, verdict))
+        return out
 
 
 def gold(items: Sequence[Item], settings: Settings) -> Section:
@@ -152,12 +159,10 @@ def gold(items: Sequence[Item], settings: Settings) -> Section:
     title = "Gold items"
     known: list[bool] = []
     wrong = Marked(settings.named)
-    for part, verdicts in enumerate(looked.over(GoldVerdicts(settings.kind), items)):
-        for number, verdict in verdicts:
-            known.append(verdict)
-            if not verdict:
-                item = items[part * looked.PART + number]
-                wrong.add(item, "the label is not the gold one")
+    for row, verdict in by_row(GoldVerdicts(settings.kind), items):
+        known.append(verdict)
+        if not verdict:
+            wrong.add(items[row], "the label is not the gold one")
     if not known:
         return Section(
             "gold",

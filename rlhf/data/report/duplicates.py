@@ -49,7 +49,9 @@ class SignedRows:
     seed: int
 
     def __call__(self, items: list[Item]) -> tuple[list[str], Any]:
-        return [item.split for item in items], Signed(self.seed)(list(map(self.text, items)))
+        texts = list(map(self.text, items))
+        splits = [item.split for item in items]
+        return splits, Signed(self.seed)(texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,9 @@ def copies(rows: Compared, split: str) -> list[tuple[int, int]]:
     out = []
     often = Counter(rows.keys)
     for index, key in enumerate(rows.keys):
-        if often[key] < 2 or rows.splits[index] != split or key == _NOTHING:
+        if often[key] < 2 or key == _NOTHING:
+            continue
+        if rows.splits[index] != split:
             continue
         item = rows.items[index]
         if (item.origin, item.number, key) in keys:

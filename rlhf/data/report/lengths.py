@@ -49,11 +49,12 @@ def words_and_characters(items: list[Item]) -> list[tuple[Sizes, Sizes]]:
     out = []
     for item in items:
         row = column_texts(item.columns)
-        words = {
-            key: sum(len(counted_words(text).tokens) for text in texts)
-            for key, texts in row.items()
-        }
-        out.append((words, {key: sum(map(len, texts)) for key, texts in row.items()}))
+        words, characters = {}, {}
+        for key, texts in row.items():
+            characters[key] = sum(map(len, texts))
+            parted = map(counted_words, texts)
+            words[key] = sum(len(counted.tokens) for counted in parted)
+        out.append((words, characters))
     return out
 
 

@@ -73,3 +73,14 @@ def over(look: Callable[[list[Item]], Found], items: Sequence[Item]) -> Iterator
         if isinstance(found, UserError):
             raise found
         yield found
+
+
+def by_row(
+    look: Callable[[list[Item]], Sequence[tuple[int, Found]]], items: Sequence[Item]
+) -> Iterator[tuple[int, Found]]:
+    """(row, what was found in it) for a function that gives such places in its part."""
+    start = 0
+    for found in over(look, items):
+        for number, what in found:
+            yield start + number, what
+        start += PART

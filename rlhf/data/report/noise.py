@@ -10,7 +10,7 @@ import numpy as np
 from rlhf.data.prepare.items import Item, parts
 from rlhf.data.prepare.texts import ngrams
 from rlhf.data.prepare.words import alphanumeric, is_plain, visible
-from rlhf.data.report import looked
+from rlhf.data.report.looked import by_row
 from rlhf.data.report.records import Finding, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import counted_words, words
@@ -119,8 +119,8 @@ _MESSAGES = {
 }
 
 
-def noise_of_part(items: list[Item]) -> list[tuple[int, str, str]]:
-    """(row, check, how) of the first text of each row that has a problem, for every check: what a
+def noise_of_part(items: list[Item]) -> list[tuple[int, tuple[str, str]]]:
+    """(row, (check, how)) of the first text of each row that has a problem, for every check: what a
     process does by itself.
     """
     out = []
@@ -130,16 +130,16 @@ def noise_of_part(items: list[Item]) -> list[tuple[int, str, str]]:
             reasons = ((where, problem(text)) for where, text in texts)
             first = next(((where, reason) for where, reason in reasons if reason), None)
             if first is not None:
-                out.append((number, check, " ".join(map(str, first))))
+                how = " ".join(map(str, first))
+                out.append((number, (check, how)))
     return out
 
 
 def noise(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of broken text, each text of a row by itself."""
     problems = {check: Marked(settings.named) for check in _CHECKS}
-    for part, reasons in enumerate(looked.over(noise_of_part, items)):
-        for number, check, reason in reasons:
-            problems[check].add(items[part * looked.PART + number], reason)
+    for row, (check, reason) in by_row(noise_of_part, items):
+        problems[check].add(items[row], reason)
     findings: list[Finding] = []
     for check, rows in problems.items():
         severity, message = _MESSAGES[check]

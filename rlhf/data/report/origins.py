@@ -16,7 +16,9 @@ def places(items: list[Item]) -> Counter[tuple[str, str, str | None]]:
     out: Counter[tuple[str, str, str | None]] = Counter()
     for item in items:
         source = item.columns.get("source")
-        named = str(source) if isinstance(source, (str, int)) else None
+        named = None
+        if isinstance(source, (str, int)):
+            named = str(source)
         out[item.origin, item.split, named] += 1
     return out
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Item, parts
-from rlhf.data.report import looked
 from rlhf.data.report.lengths import conversation_ids, conversations
+from rlhf.data.report.looked import by_row
 from rlhf.data.report.records import Finding, Marked, Section, Settings, Severity, Table, finding
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.models import encoding
@@ -192,7 +192,7 @@ _MESSAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """(row, check, what is wrong) of some rows, for every check that needs no tokenizer."""
+    """(row, (check, what is wrong)) of some rows, for every check that needs no tokenizer."""
 
     kind: Use
     markers: re.Pattern[str]
@@ -202,7 +202,7 @@ class Checked:
         """As the report's settings ask."""
         return cls(settings.kind, marker_pattern(settings.tokenizer))
 
-    def __call__(self, items: list[Item]) -> list[tuple[int, str, str]]:
+    def __call__(self, items: list[Item]) -> list[tuple[int, tuple[str, str]]]:
         out = []
         for number, item in enumerate(items):
             wrong_roles = filter(None, map(role_problem, conversations(item.columns)))
@@ -212,7 +212,9 @@ class Checked:
                 "wrong_end": ending_problem(item.columns, self.kind),
                 "template_markers": marker_problem(item.columns, self.markers),
             }
-            out += [(number, check, why) for check, why in problems.items() if why is not None]
+            for check, why in problems.items():
+                if why is not None:
+                    out.append((number, (check, why)))
         return out
 
 
@@ -220,9 +222,8 @@ def templates(items: Sequence[Item], settings: Settings) -> Section:
     """Every check of conversations and templates."""
     checks = ("role_order", "empty_turns", "wrong_end", "template_markers")
     rows_with = {check: Marked(settings.named) for check in checks}
-    for part, problems in enumerate(looked.over(Checked.of(settings), items)):
-        for number, check, problem in problems:
-            rows_with[check].add(items[part * looked.PART + number], problem)
+    for row, (check, problem) in by_row(Checked.of(settings), items):
+        rows_with[check].add(items[row], problem)
     if settings.tokenizer is not None:
         rows_with |= special_problems(settings.tokenizer, items, settings.named)
     findings: list[Finding] = []
