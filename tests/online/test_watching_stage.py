@@ -32,6 +32,8 @@ from rlhf.stages import rows as stage_rows
 from rlhf.types import Prompt, Rollout, Scores
 from tests import drawing, toys
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def prompt(name: str) -> Prompt:
     return Prompt(name, name, (1,))
