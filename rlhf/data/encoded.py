@@ -24,7 +24,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -49,6 +49,7 @@ CHUNK = 256  # rows that a process encodes at a time, and a batch of the file
 _CODE = (conversations, encoding, templates, turns, words)  # of a file's content
 _LIBRARIES = ("tokenizers", "transformers", "pyarrow")
 _NUMBER = "_number"  # column: which of the given rows this one is
+_JSON = json.JSONEncoder(default=repr)
 
 
 class Encoder(Protocol):
@@ -107,9 +108,10 @@ def encoded(encode: Encoder, records: Sequence[Record], store: Store, name: str)
     """The rows of `records`, `name` in messages, as `encode` makes them. A collective. Raises
     UserError, naming file and row, where more than `store.max_bad_rows` rows can't be encoded.
     """
+    looked_at: Iterable[Record] = records
     if distributed.is_main():
-        facts.tell_noticed(encode.tokenizer, records, LOG, name)
-    key = content_key(encode, records)
+        looked_at = facts.telling_noticed(encode.tokenizer, records, LOG, name)
+    key = content_key(encode, looked_at)
     if len(set(distributed.gather(key))) > 1:
         raise UserError(
             f"{name}: the ranks have different rows or tokenizers. Expected the same files of "
@@ -132,7 +134,7 @@ def encoded(encode: Encoder, records: Sequence[Record], store: Store, name: str)
 # ---- the name of a file ----
 
 
-def content_key(encode: Encoder, records: Sequence[Record]) -> str:
+def content_key(encode: Encoder, records: Iterable[Record]) -> str:
     """A hash of what the encoded rows depend on, hexadecimal."""
     about = {
         "code": [sha256(Path(inspect.getfile(part))) for part in (*_CODE, type(encode))],
@@ -146,7 +148,7 @@ def content_key(encode: Encoder, records: Sequence[Record]) -> str:
     for record in records:
         # the order of keys counts: templates show objects as they are
         digest.update(b"\n")
-        digest.update(json.dumps(record.value, default=repr).encode())
+        digest.update(_JSON.encode(record.value).encode())
     return digest.hexdigest()[:40]
 
 
@@ -318,7 +320,9 @@ def _write(
         pa.ipc.new_stream(sink, schema) as writer,
         _bar(len(records), f"encode {name}") as update,
     ):
-        chunks = parallel.in_order(chunk_at, starts, processes=store.processes, waiting=beat)
+        chunks = parallel.in_order(
+            chunk_at, starts, pieces=len(starts), processes=store.processes, waiting=beat
+        )
         for chunk in chunks:
             writer.write_batch(chunk.batch)
             counts.update(chunk.counts)
@@ -378,15 +382,15 @@ def _encode_chunk(
     counts: Counter[str] = Counter()
     bad: list[tuple[int, str]] = []
     stop = min(start + CHUNK, len(records))
-    for number in range(start, stop):
+    for number, record in enumerate(records[start:stop], start):
         supervision.alive()
         try:
-            made = encode(records[number].value, counts)
+            made = encode(record.value, counts)
         except (ValueError, UserError) as error:
             bad.append((number, str(error).rstrip(".")))
             continue
         except Exception as error:
-            error.add_note(f"while encoding {records[number].place}")
+            error.add_note(f"while encoding {record.place}")
             raise
         if made is not None:
             for row in made if isinstance(made, list) else [made]:

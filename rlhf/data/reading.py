@@ -346,7 +346,7 @@ def prompt_records(request: DataRequest, split: str = "train") -> Loaded:
     return held
 
 
-def prompts(request: DataRequest, tokenizer: Any, split: str = "train") -> list[Prompt]:
+def prompts(request: DataRequest, tokenizer: Any, split: str = "train") -> Sequence[Prompt]:
     """`prompt_records`, tokenised for the policy.
 
     Texts get the special tokens that the tokenizer adds by itself; conversations go through its

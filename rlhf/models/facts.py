@@ -7,9 +7,9 @@ import hashlib
 import inspect
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rlhf.models.turns import EMBEDDING_ROWS, LISTED_ENDS, end_ids, habits, special_ids
 from rlhf.models.words import forget
@@ -105,6 +105,9 @@ class Placed(Protocol):
     def place(self) -> str: ...
 
 
+Row = TypeVar("Row", bound=Placed)
+
+
 class Notices:
     """Counts the rows of one file of which the tokenizer or its template leaves something out."""
 
@@ -147,9 +150,11 @@ class Notices:
         return out
 
 
-def tell_noticed(tokenizer: Any, rows: Iterable[Placed], log: logging.Logger, name: str) -> None:
-    """Warn of what is noticed in `rows`, whose values are texts, conversations, or several of
-    them. name: of the rows.
+def telling_noticed(
+    tokenizer: Any, rows: Iterable[Row], log: logging.Logger, name: str
+) -> Iterator[Row]:
+    """The `rows`, whose values are texts, conversations, or several of them; after the last one
+    warns of what was noticed in them. name: of the rows.
     """
     notices = Notices(tokenizer)
     for row in rows:
@@ -157,6 +162,7 @@ def tell_noticed(tokenizer: Any, rows: Iterable[Placed], log: logging.Logger, na
         if isinstance(row.value, dict):
             values = tuple(row.value.values())
         notices.look(row.place, values)
+        yield row
     for line in notices.lines():
         log.warning("%s: %s", name, line)
 

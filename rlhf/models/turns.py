@@ -5,7 +5,7 @@ Nobody states these, so the tokenizer is tried on short texts, once for each tem
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,13 @@ from rlhf.types import Message, Tools, UserError
 LISTED_ENDS = "listed_end_ids"
 EMBEDDING_ROWS = "embedding_rows"
 # where transformers' class around the library tokenizers has these methods from
-_USUAL = {
+_ENCODING = {
     "__call__": "transformers.tokenization_utils_base",
     "_encode_plus": "transformers.tokenization_utils_tokenizers",
+}
+_DECODING = {
+    "decode": "transformers.tokenization_utils_base",
+    "_decode": "transformers.tokenization_utils_tokenizers",
 }
 _BLANKS: "weakref.WeakKeyDictionary[Any, dict[int, bool]]" = weakref.WeakKeyDictionary()
 _KEPT = "rlhf_habits"  # attribute: what was found, with what it depends on
@@ -152,11 +156,22 @@ def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What token ids say, with tokens that are no part of any text."""
+    text: str
+    if _is_usual(type(tokenizer), _DECODING) and not tokenizer.clean_up_tokenization_spaces:
+        # transformers looks at the type of each id first
+        text = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    else:
+        text = tokenizer.decode(ids)
+    return text
+
+
 def _core(tokenizer: Any) -> Any | None:
     """The tokenizer of the library tokenizers, where calling it gives what calling `tokenizer`
     does: it is asked without masks and places of tokens, which takes half as long again.
     """
-    if not _is_usual(type(tokenizer)):
+    if not _is_usual(type(tokenizer), _ENCODING):
         return None
     core = tokenizer.backend_tokenizer
     # what an earlier call, or the tokenizer's file, has left: a call through transformers ends it
@@ -167,11 +182,11 @@ def _core(tokenizer: Any) -> Any | None:
     return core
 
 
-def _is_usual(kind: type) -> bool:
-    """Whether a class of tokenizers tokenises as transformers' own class does."""
+def _is_usual(kind: type, methods: Mapping[str, str]) -> bool:
+    """Whether a class of tokenizers has transformers' own `methods`, by name and module."""
     return all(
         getattr(getattr(kind, name, None), "__module__", None) == module
-        for name, module in _USUAL.items()
+        for name, module in methods.items()
     )
 
 

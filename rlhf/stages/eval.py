@@ -175,7 +175,7 @@ def _prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
             cfg.stage.prompts,
             len(prompts),
         )
-    return prompts[: cfg.stage.prompts]
+    return list(prompts[: cfg.stage.prompts])
 
 
 def _headlines(metrics: dict[str, float]) -> dict[str, str]:

@@ -8,16 +8,24 @@ from typing import Any
 
 import pytest
 
+from conf.online import OnlineStage
 from conf.schema import Config, DataConfig, RunConfig
 from conf.stages import KTOStage, RewardStage, SFTStage
 from rlhf.data.encoded import Store
 from rlhf.data.loading import DataRequest
 from rlhf.data.prepare import held
-from rlhf.data.reading import Split, preference_records, sft_records, unpaired_records
+from rlhf.data.reading import (
+    Split,
+    preference_records,
+    prompts,
+    sft_records,
+    unpaired_records,
+)
+from rlhf.models.encoding import prompt_ids
 from rlhf.process import parallel
 from rlhf.rows.sft import encode_sft
 from rlhf.types import UserError
-from tests.offline.trl_tools import tiny_tokenizer, write_rows
+from tests.offline.trl_tools import CHATML, tiny_tokenizer, write_rows
 
 ROWS = 40
 OF_STAGE: dict[str, tuple[Any, Callable[[DataRequest], Split]]] = {
@@ -59,6 +67,47 @@ def test_rows_on_disk_are_the_same(tmp_path: Path, stage: str, on_disk: Callable
         assert isinstance(expected, list) and not isinstance(rows, list)
         assert list(rows) == expected and len(expected) > 3
         assert rows[-1] == expected[-1] and list(rows[:2]) == expected[:2]
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_prompts_of_rows_on_disk_are_the_same(
+    tmp_path: Path, template: str | None, on_disk: Callable[[], None]
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"what is {i}", "note": i} for i in range(ROWS)]
+    if template is not None:
+        rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    run, data = RunConfig(dir=str(tmp_path), name="r"), DataConfig(path=str(path), cache=False)
+    request = DataRequest.of(Config(stage=OnlineStage(), data=data, run=run))
+    tokenizer = tiny_tokenizer(template)
+    few = prompts(request, tokenizer)
+    expected = list(few)
+    on_disk()
+    kept = prompts(request, tokenizer)
+    assert list(kept) == expected == [kept[i] for i in range(len(kept))] and len(expected) > 30
+    assert list(kept[1:4]) == expected[1:4] and kept[-1] == expected[-1]
+    for prompt in kept:
+        assert list(prompt.token_ids) == prompt_ids(tokenizer, prompt.source)  # type: ignore[arg-type]
+        if template is not None:
+            assert prompt.text == tokenizer.decode(prompt.token_ids)
+        else:
+            assert prompt.text == prompt.source and "note" in prompt.fields
+
+
+def test_parts_of_rows_on_disk_are_read_together(on_disk: Callable[[], None]) -> None:
+    on_disk()
+    numbers = list(range(200))
+    rows = held.gathered(iter(numbers))
+    doubled = held.mapped(lambda number: 2 * number, rows)
+    for part in (
+        slice(3, 150),
+        slice(190, 999),
+        slice(5, 2),
+        slice(None, None, -7),
+        slice(9, 90, 4),
+    ):
+        assert rows[part] == numbers[part]
+        assert doubled[part] == [2 * number for number in numbers[part]]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

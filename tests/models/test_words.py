@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.models import templates, words
 from rlhf.models.facts import tokenizer_state
 from rlhf.models.templates import beginnings_rendered, rendered
-from rlhf.models.turns import ids_of
+from rlhf.models.turns import ids_of, text_of
 from tests.models import families
 
 GPT_2 = ByteLevel(add_prefix_space=False)
@@ -159,6 +159,21 @@ def test_encoded_rows_are_of_the_tokenizer_as_it_is() -> None:
     for given in (text, text.upper()):
         expected = tokenizer(given, add_special_tokens=False).input_ids
         assert ids_of(tokenizer, [given])[0] == expected
+
+
+@pytest.mark.parametrize("cleans", [True, False])
+def test_tokens_say_what_transformers_says(cleans: bool) -> None:
+    class Own(PreTrainedTokenizerFast):
+        def _decode(self, token_ids: Any, *_: Any, **__: Any) -> str:
+            return f"{len(token_ids)} tokens"
+
+    tokenizer = made()
+    tokenizer.clean_up_tokenization_spaces = cleans
+    for text in ("the cat , sat <|im_end|>", "\u00e9\u6587 ", ""):
+        ids = ids_of(tokenizer, [text])[0]
+        assert text_of(tokenizer, ids) == tokenizer.decode(ids)
+        assert text_of(tokenizer, ids[:-1]) == tokenizer.decode(ids[:-1])
+    assert text_of(Own(tokenizer_object=made().backend_tokenizer), [5, 6]) == "2 tokens"
 
 
 CHAT: list[Any] = [

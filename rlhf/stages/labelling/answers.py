@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Policy:
     name: str
     model: ModelConfig  # loads it
     tokenizer: Any
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     # Each policy draws with a seed of its own: with the same one near-equal policies would give
     # equal answers, and no pair to judge.
     seed: int
