@@ -20,6 +20,7 @@ _SIZES: dict[str, Any] = {
     "model_dim": 64,
     "word_embed_proj_dim": 64,
     "hidden_dim": 64,
+    "first_k_dense_replace": 1,  # of two layers, so that one has experts
     "intermediate_size": 96,
     "ffn_hidden_size": 96,
     "ffn_dim": 96,

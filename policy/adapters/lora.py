@@ -39,6 +39,7 @@ def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
     family, linear = model.config.model_type, linear_modules(model)
+    parameters = model.num_parameters()
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -62,7 +63,35 @@ def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
             "would train something else than is saved. Name the others in adapter.targets: "
             f"{', '.join(sorted(set(linear) - past))}."
         )
+    frozen = _joint_experts(adapted)
+    if frozen and targets == "all-linear":
+        LOG.warning(
+            "adapter.targets=%s: %s keeps its experts in joint tensors, which PEFT takes for no "
+            "linear layers: %s stay as they are, %d of %d parameters.",
+            list(adapter.targets),
+            family,
+            ", ".join(sorted(frozen)),
+            sum(frozen.values()),
+            parameters,
+        )
     return adapted
+
+
+def _joint_experts(adapted: Any) -> dict[str, int]:
+    """The last parts of the names of weights of three dimensions that no adapter changes, and
+    their sizes: experts side by side. Convolutions are torch's own modules.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    changed = {id(m.get_param()) for m in adapted.modules() if isinstance(m, ParamWrapper)}
+    frozen: dict[str, int] = {}
+    for module in adapted.modules():
+        if type(module).__module__.startswith("torch."):
+            continue
+        for name, param in module.named_parameters(recurse=False):
+            if param.ndim == 3 and id(param) not in changed:
+                frozen[name] = frozen.get(name, 0) + param.numel()
+    return frozen
 
 
 def _own_forwards(adapted: Any) -> set[str]:

@@ -2,6 +2,8 @@
 here, the rest with `make test-full`.
 """
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def test_policy(family: str) -> None:
         assert tries.packed_gap(model) < 1e-4
 
 
-EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3")
+EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
 LORA = AdapterConfig(kind=AdapterKind.lora, rank=4)
 
 
@@ -65,6 +67,23 @@ def test_lora_on_experts_is_read_back_equal(family: str, tmp_path: Path) -> None
     list(iterate_weights(model))
     after = dict(model.named_parameters())
     assert all(torch.equal(after[n], tensor) for n, tensor in before.items())
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "mamba2"])
+def test_experts_that_no_adapter_reaches_are_told(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-OSS's; mamba2's convolutions have three dimensions, too."""
+    model = tiny(family)
+    total = model.num_parameters()
+    targets = ["in_proj"] if family == "mamba2" else ["all-linear"]
+    attach(model, replace(LORA, targets=targets), task="CAUSAL_LM")
+    told = [record.getMessage() for record in caplog.records if "joint tensors" in record.message]
+    assert len(told) == (family == "gpt_oss")
+    for text in told:
+        assert "down_proj, gate_up_proj stay as they are, " in text
+        experts, whole = (int(n) for n in re.findall(r"(\d+) of (\d+) parameters", text)[0])
+        assert whole == total and 0.5 * total < experts < total
 
 
 @pytest.mark.parametrize("family", ["phimoe", "mamba", "jamba", "longcat_flash", "zamba"])
