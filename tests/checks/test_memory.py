@@ -375,6 +375,17 @@ def test_roles_are_those_that_the_stage_builds() -> None:
     assert roles(planned(made("reward")), Phase.update) == {"reward model"}
 
 
+def test_the_two_sides_of_a_pair_are_in_one_pass() -> None:
+    """A micro-batch of stage=online_dpo is two rows at least, of other stages one."""
+    row = toys.PROMPT_LENGTH + toys.RESPONSE_LENGTH
+    for stage, count in (("online_dpo", 2), ("grpo", 1)):
+        found = [
+            planned(made(stage, micro_tokens=tokens)).peak(Phase.update).total.device
+            for tokens in (1, count * row, (count + 1) * row)
+        ]
+        assert found[0] == found[1] < found[2], stage
+
+
 def test_an_ensemble_holds_every_member() -> None:
     one, three = (
         planned(made("grpo"), rewards=n).peak(Phase.rollout).roles["reward"].device for n in (1, 3)

@@ -13,8 +13,9 @@ from torch.nn import functional
 from conf.choices import AdapterKind
 from conf.schema import AdapterConfig
 from policy.adapters import attach, enable_checkpointing
+from policy.batching import collate, pack
 from policy.logprobs import selected_logprobs
-from policy.model import base_of
+from policy.model import LONGEST_DENSE, base_of
 from rlhf.checks.memory import activations, shapes
 from rlhf.checks.memory.activations import Pass
 
@@ -107,6 +108,32 @@ def test_a_mask_of_ours_repeats_the_keys() -> None:
     expected = activations.kept(shape, Pass(ROWS * LENGTH, 4, length=LENGTH, masked=True))
     assert expected == pytest.approx(measure(model, attention_mask=mask), rel=0.05)
     assert expected > 1.03 * activations.kept(shape, Pass(ROWS * LENGTH, 4, length=LENGTH))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pack_of_shared_prompts_keeps_no_more_than_the_plan_counts(attention: str) -> None:
+    """Of as many tokens as engine.micro_tokens: a prompt of 128 and six responses of 65."""
+    model, shape = model_and_shape(attention, torch.float32, 2, 0)
+    packed = pack(collate([[1] * 128] * 6, [[2] * 65] * 6, 0), [list(range(6))])
+    tokens = packed.input_ids.numel()
+    assert tokens == 128 + 6 * 64
+    found = saved_bytes(
+        model,
+        lambda: (
+            base_of(model)
+            .model(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                attention_mask=packed.attention_mask,
+                use_cache=False,
+            )
+            .last_hidden_state
+        ),
+    )
+    planned = activations.kept(shape, Pass(tokens, 4, length=128 + 65, masked=True, pack=tokens))
+    assert activations.LONGEST_DENSE == LONGEST_DENSE == tokens
+    assert found <= planned
+    assert planned < 1.1 * found
 
 
 def test_the_heads_logits_exist_as_often_as_the_formula_says() -> None:

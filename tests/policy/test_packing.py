@@ -189,6 +189,48 @@ def test_no_micro_batch_of_shared_prompts_is_above_the_budget() -> None:
         assert len(packs) * longest <= 4096
 
 
+pairs_of_lengths = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=12
+)
+
+
+@given(pairs_of_lengths, st.integers(1, 200), st.integers(8, 4096), st.booleans(), st.booleans())
+@settings(deadline=None)
+def test_no_micro_batch_is_above_what_the_memory_plan_counts(
+    drawn: list[tuple[int, int, int]], budget: int, hidden_size: int, shared: bool, paired: bool
+) -> None:
+    """Padded tokens, against rlhf/checks/memory/plan.py: engine.micro_tokens, or a row (a pair of
+    rows) as long as any may be.
+    """
+    prompts = [prompt for prompt, _, _ in drawn for _ in range(2)]
+    responses = [length for _, *both in drawn for length in both]
+    batch = collate([[1] * n for n in prompts], [[2] * n for n in responses], 0)
+    groups = torch.arange(len(drawn)).repeat_interleave(2)
+    pairs = [(2 * number, 2 * number + 1) for number in range(len(drawn))] if paired else []
+    layout = Layout(budget, shared=shared, hidden_size=hidden_size)
+    planned = plan_passes(batch, groups, list(range(len(prompts))), layout, pairs)
+    longest = max(prompts) + max(responses)
+    most = max(budget, (2 if paired else 1) * longest)
+    for packs in planned:
+        rows = [row for part in packs for row in part]
+        if shared:
+            width = max(pack_length(part, prompts, responses) for part in packs)
+            tokens = pack(batch.select(rows), _renumbered(packs)).input_ids.numel()
+            assert tokens == len(packs) * width
+        else:
+            tokens = batch.select(rows).input_ids.numel()
+        assert tokens <= most
+    assert sorted(row for packs in planned for part in packs for row in part) == list(
+        range(len(prompts))
+    )
+
+
+def _renumbered(packs: list[list[int]]) -> list[list[int]]:
+    """The rows of the packs, numbered as they come."""
+    numbers = iter(range(sum(map(len, packs))))
+    return [[next(numbers) for _ in part] for part in packs]
+
+
 def test_models_with_windows_or_other_layers_are_left_alone(
     tiny_model: Callable[..., Path],
 ) -> None:

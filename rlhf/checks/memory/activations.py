@@ -28,6 +28,8 @@ from rlhf.checks.memory.shapes import Shape
 # what vLLM measures beside weights and cache at its start (activations, graphs); assumed, not
 # measured here
 VLLM_OVERHEAD_GIB = 1.5
+# tokens up to which a pack of shared prompts has a dense mask (policy/model.py)
+LONGEST_DENSE = 512
 _BLOCK = 16  # tokens of a block of vLLM's cache on a GPU
 # logits that TRL's fused head has at once (trl/kernels/chunked_logprob.py)
 HEAD_TILE = 4096 * 16384
@@ -52,6 +54,8 @@ class Pass:
     adapter_float32: bool = True
     autocast: bool = False  # float32 weights that train, half-precision products (TRL)
     masked: bool = False  # a mask of ours (shared prompts): keys are repeated for every head
+    # tokens of the longest pack with a dense mask, of which every block keeps a copy in its dtype
+    pack: int = 0
     checkpointing: bool = False
 
 
@@ -63,7 +67,9 @@ def block_bytes(shape: Shape, p: Pass) -> float:
     keys = queries if p.masked or shape.eager else shape.kv_heads * shape.head_size
     norm = 4 * h + 4 + (0 if p.adapter else p.width * h) + (0 if copies or p.autocast else w * h)
     attention = w * (2 * queries + 2 * keys)
-    attention += shape.heads * (p.length * (w + (4 if w == 2 else 0)) if shape.eager else 4)
+    seen = max(p.length, p.pack)
+    attention += shape.heads * (seen * (w + (4 if w == 2 else 0)) if shape.eager else 4)
+    attention += w * p.pack
     mlp = w * (3 if copies else 4) * shape.intermediate
     inputs = 0.0
     if copies:
@@ -82,12 +88,14 @@ def kept(shape: Shape, p: Pass) -> float:
     last_norm = (4 if p.adapter else 4 + p.width) * shape.hidden
     # half-precision copies of the weights
     casts = 2.0 * sum(one.inputs * one.outputs for one in shape.linears) if p.autocast else 0.0
+    # a pack's mask as it comes, a byte for each pair of tokens; ids and positions
+    given = p.pack + 16 if p.pack else 0
     if p.checkpointing:
         return (
-            p.tokens * (shape.layers * inputs + block_bytes(shape, p) + last_norm)
+            p.tokens * (shape.layers * inputs + block_bytes(shape, p) + last_norm + given)
             + casts / shape.layers
         )
-    return p.tokens * (shape.layers * block_bytes(shape, p) + last_norm) + casts
+    return p.tokens * (shape.layers * block_bytes(shape, p) + last_norm + given) + casts
 
 
 def backward_transient(shape: Shape, p: Pass) -> float:

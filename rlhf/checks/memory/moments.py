@@ -235,9 +235,11 @@ def pass_of(
     trl: bool,
     masked: bool = False,
     length: int = 0,
+    pack: int = 0,
 ) -> Pass:
-    """A forward pass of `tokens`, padding included, in rows of `length`; `rank` of the adapter that
-    trains, 0 where the weights do.
+    """A forward pass of `tokens`, padding included, in rows of `length`, or in packs that have a
+    mask of ours, the longest with a dense one of `pack` tokens; `rank` of the adapter that trains,
+    0 where the weights do.
     """
     autocast = trl and setting.float32_trained and not rank
     return Pass(
@@ -248,6 +250,7 @@ def pass_of(
         adapter_float32=setting.kind is EngineKind.torch,
         autocast=autocast,
         masked=masked,
+        pack=pack,
         checkpointing=checkpointing,
     )
 

@@ -10,6 +10,7 @@ from conf.choices import (
     Advantage,
     CriticInit,
     EngineKind,
+    PolicyLoss,
     RolloutBackend,
 )
 from conf.schema import EngineConfig, critic_adapter, merges_lora, wants_shared_prompts
@@ -173,10 +174,17 @@ def _starting(
     return out
 
 
-def _tokens(cfg: Settings) -> tuple[int, int]:
-    """Tokens of a micro-batch, a row being the least of it; and of the longest row."""
+def _dense_pack(shape: Shape, tokens: int) -> int:
+    """Tokens of the longest pack of shared prompts that has a dense mask: eager attention has no
+    other. One pack may fill a micro-batch.
+    """
+    return tokens if shape.eager else min(tokens, activations.LONGEST_DENSE)
+
+
+def _tokens(cfg: Settings, rows: int = 1) -> tuple[int, int]:
+    """Tokens of a micro-batch, `rows` rows being the least of it; and of the longest row."""
     longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
-    return max(cfg.engine.micro_tokens, longest), longest
+    return max(cfg.engine.micro_tokens, rows * longest), longest
 
 
 def _scoring(
@@ -244,7 +252,9 @@ def _updating(
     stepped.
     """
     stage = cfg.stage
-    tokens, longest = _tokens(cfg)
+    # the two sides of a pair are in one pass
+    pairs = stage.policy_loss is PolicyLoss.dpo
+    tokens, longest = _tokens(cfg, rows=2 if pairs else 1)
     checkpointing = cfg.engine.gradient_checkpointing
     rank = cfg.adapter.rank if cfg.adapter.kind is not AdapterKind.none else 0
     p = pass_of(
@@ -255,6 +265,7 @@ def _updating(
         trl=False,
         masked=masked,
         length=longest,
+        pack=_dense_pack(shape, tokens) if masked else 0,
     )
     head = activations.policy_head(
         shape,
