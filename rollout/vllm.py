@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -282,7 +283,7 @@ class VLLMGenerator:
             tensors = self._names(weights.tensors)
             incoming = Incoming(tensors, self._specs, self._readable, version)
             passing = Streamed(incoming, self._names.family)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(passing)})
+            self._reload(passing, incoming, version)
             self._llm.apply_model(passing.put_sinks)
             if not torch.cuda.is_available():
                 self._llm.apply_model(pack_experts)
@@ -294,6 +295,20 @@ class VLLMGenerator:
                 "the old weights."
             )
         self.version = version
+
+    def _reload(self, passing: Streamed, incoming: Incoming, version: int) -> None:
+        """Have the engine read `passing`. Raises SyncError where its code for the family can't."""
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(passing)})
+        # whatever vLLM's code for a family raises
+        except Exception as error:
+            for _ in incoming:  # other ranks wait for this one to take every tensor
+                pass
+            reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+            raise SyncError(
+                f"weight sync {version}: vLLM does not take the weights of {self._names.family} "
+                f"({reason}). Set rollout=hf, or remove the cause."
+            ) from error
 
     def _sync_adapter(self, weights: AdapterWeights, version: int) -> None:
         """Write PEFT's two files and have the engine load them now, in place of the adapter that it

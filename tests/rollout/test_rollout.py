@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 import rollout
 from conf.choices import AdapterKind, LoraSync, RolloutBackend
 from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
 from rlhf.models.turns import LISTED_ENDS, response_text
-from rlhf.types import Generator, Prompt, Rollout, UserError
+from rlhf.types import FullWeights, Generator, Prompt, Rollout, SyncError, UserError
 from rollout.sampling import Sampling, draw, response_seeds, sampling_logprobs
+from rollout.weights import HubNames
 from tests.stages.test_reproducible import VLLM, same_runs
 from tests.stages.test_resume import options, run, write_data
 
@@ -398,3 +399,33 @@ def test_dora_is_not_for_vllm(
         UserError, match=r"rollout.lora_sync=adapter: vLLM does not apply DoRA.*merged"
     ):
         make(cfg, tiny_model(), model_factory=never, adapter_rank=16)
+
+
+def test_weights_that_vllm_does_not_take_are_told_with_the_family() -> None:
+    """Its code for a family raises in the middle; the rest is taken, as other ranks wait for it."""
+    from rollout.vllm import VLLMGenerator
+
+    class Engine:
+        def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
+            assert name == "reload_weights"
+            next(kwargs["weights_iterator"])
+            raise ValueError("There is no module or parameter named 'lm_head'")
+
+    taken = []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in held.items():
+            taken.append(name)
+            yield name, tensor
+
+    config = BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2)
+    model = BloomForCausalLM(config)
+    held = model.state_dict()
+    generator = VLLMGenerator.__new__(VLLMGenerator)
+    generator._names = HubNames(model)
+    generator._specs = generator._names.specs
+    generator._readable = generator._directory = None
+    generator._llm = Engine()
+    with pytest.raises(SyncError, match=r"weight sync 1: .*bloom .*lm_head.*rollout=hf"):
+        generator.sync(FullWeights(tensors()), 1)
+    assert taken == list(held)
