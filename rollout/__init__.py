@@ -3,6 +3,7 @@ installed.
 """
 
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any
 
 from conf.choices import LoraSync, RolloutBackend
@@ -105,13 +106,20 @@ def _check_positions(config: Any, model_path: str, prompt: int, response: int) -
 
 def _hub_names(config: Any, trust_remote_code: bool) -> Any:
     """The hub's names of the model's tensors, from its configuration alone: no weights are
-    loaded.
+    loaded. Raises UserError for one that transformers can't build a model from.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from rollout.weights import HubNames
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UserError(
+            f"rollout=vllm: the names of {config.model_type}'s weights can't be known from its "
+            f"configuration alone ({shorten(str(error), 200, placeholder=' ...')}). "
+            "Set rollout=hf."
+        ) from error
     return HubNames(model)

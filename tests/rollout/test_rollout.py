@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    Emu3TextConfig,
+)
 
 import rollout
 from conf.choices import AdapterKind, LoraSync, RolloutBackend
@@ -429,3 +435,8 @@ def test_weights_that_vllm_does_not_take_are_told_with_the_family() -> None:
     with pytest.raises(SyncError, match=r"weight sync 1: .*bloom .*lm_head.*rollout=hf"):
         generator.sync(FullWeights(tensors()), 1)
     assert taken == list(held)
+
+
+def test_a_configuration_that_is_no_causal_models_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"rollout=vllm.*emu3_text_model.*rollout=hf"):
+        rollout._hub_names(Emu3TextConfig(), trust_remote_code=False)
