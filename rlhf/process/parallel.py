@@ -21,7 +21,7 @@ from rlhf.types import UserError
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
-_WORTH_S = 1.0  # seconds of work before others help: starting processes takes tenths of one
+_WORTH_S = 0.25  # seconds of work before others help: starting processes takes some hundredths
 _MOST = 16  # processes: more than one that reads and writes for all can keep busy
 _QUEUED = 2  # pieces of work that wait for each process: what is read ahead
 _PR_SET_PDEATHSIG = 1
@@ -49,7 +49,7 @@ def in_order(
 ) -> Iterator[Result]:
     """`function` of each piece of work, in order; at most a few pieces are read ahead.
 
-    This process works alone for `worth_s` seconds (None: 1), or until the pieces that are left
+    This process works alone for `worth_s` seconds (None: 0.25), or until the pieces that are left
     would take as long (`pieces`: how many there are, where that is known). What comes then is
     shared out among `processes` forked ones (None: as many as there are cores, 16 at most); pieces
     and results are pickled on their way. `waiting` is called about once a second meanwhile. Raises
