@@ -126,7 +126,10 @@ class EngineConfig:
 
     kind: EngineKind = option(EngineKind.torch, "One torch process, or DeepSpeed.")
     zero_stage: int = option(
-        0, "ZeRO stage of engine=deepspeed; 0: plain data parallelism.", choices=(0, 1, 2, 3)
+        0,
+        "ZeRO stage of engine=deepspeed; 0: plain data parallelism. 0 and 1 add the bfloat16 "
+        "gradients of micro-batches in bfloat16, 2 and 3 in float32.",
+        choices=(0, 1, 2, 3),
     )
     offload: Offload = option(
         Offload.none,

@@ -51,7 +51,8 @@ def check(cfg: Config) -> list[str]:
     adapters.check(cfg.model, cfg.adapter, task=_task(stage), trains_head=trains_head)
     inputs.check_row_length(stage.max_length, cfg.model)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
-    notes = inputs.padding_note(cfg.model.path, tokenizer)
+    notes = launch.gradient_note(cfg.engine, cfg.model.dtype)
+    notes += inputs.padding_note(cfg.model.path, tokenizer)
     return notes + inputs.rope_note(cfg.model, stage.max_length)
 
 

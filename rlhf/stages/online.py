@@ -44,6 +44,7 @@ def check(cfg: Config) -> list[str]:
     check_reference(stage, cfg.engine.zero_stage)
     check_precision(stage.name, cfg.model.dtype)
     notes = launch.check_backend(cfg.rollout.backend)
+    notes += launch.gradient_note(cfg.engine, cfg.model.dtype)
     launch.check_adapter(cfg.rollout, cfg.adapter)
     inputs.check_model(cfg.model)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM")

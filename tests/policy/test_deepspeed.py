@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from conf.choices import EngineKind
+from conf.choices import Dtype, EngineKind
 from conf.schema import EngineConfig
 from policy.engines import deepspeed
+from rlhf.checks import launch
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,23 @@ def test_bfloat16_gradients_are_added_in_float32(zero: int, half: bool, asked: b
     cfg = EngineConfig(kind=EngineKind.deepspeed, zero_stage=zero)
     found = deepspeed.zero_config(cfg, hidden_size=8, half=half, max_grad_norm=1.0)
     assert (found.get("data_types") == {"grad_accum_dtype": "fp32"}) is asked
+
+
+@pytest.mark.parametrize(
+    ("zero", "dtype", "said"),
+    [
+        (0, Dtype.bfloat16, True),
+        (1, Dtype.bfloat16, True),
+        (1, Dtype.float32, False),
+        (2, Dtype.bfloat16, False),
+    ],
+)
+def test_sums_in_bfloat16_are_said(zero: int, dtype: Dtype, said: bool) -> None:
+    cfg = EngineConfig(kind=EngineKind.deepspeed, zero_stage=zero)
+    notes = launch.gradient_note(cfg, dtype)
+    assert len(notes) == said
+    assert all(f"engine=zero{zero} in bfloat16" in note for note in notes)
+    assert launch.gradient_note(EngineConfig(), dtype) == []
 
 
 @pytest.mark.full
