@@ -2,7 +2,7 @@
 (stage=reward) and prompts (stage=online), beside datasets.map of the same template with a process
 for each core.
 
-python -m benchmarks.encoding                20,000 rows of each, of 350 tokens
+python -m benchmarks.encoding                20,000 rows of each, of some 500 tokens
 python -m benchmarks.encoding --rows 2000    small files
 
 Each figure is measured in a process of its own. Memory is the kernel's peak of that process, with
@@ -11,6 +11,8 @@ is that of all its processes. Prompts are held in memory while a policy is train
 """
 
 import argparse
+import functools
+import itertools
 import json
 import random
 import resource
@@ -32,21 +34,32 @@ ROWS = 20_000
 ROW_BYTES = {"sft": 1_500, "pairs": 1_500, "prompts": 12_000}
 KINDS = tuple(ROW_BYTES)
 _TRAIN, _HELD = "train.jsonl", "held.jsonl"
-_WORDS = (
-    *("film", "story", "scene", "actor", "people", "music", "end", "night", "city", "friend"),
-    *("house", "water", "light", "answer", "question", "number", "reason", "letter", "garden"),
-    *("morning", "company", "history", "river", "market", "doctor", "window", "teacher"),
-)
+_VOCABULARY = 20_000  # different words, the n-th as often as 1 / (n + 2.7), as in English
 _MAX_LENGTH = 4096
 _FEW = 100  # rows whose tokens are counted
 
 
+@functools.cache
+def vocabulary() -> tuple[list[str], list[float]]:
+    """Made-up words of one to four syllables, and their weights up to each."""
+    rng = random.Random(3)
+    syllables = [f"{first}{vowel}" for first in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
+    words: dict[str, None] = {}
+    while len(words) < _VOCABULARY:
+        words["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3, 3, 4))))] = None
+    weights = (1 / (number + 2.7) for number in range(1, _VOCABULARY + 1))
+    return list(words), list(itertools.accumulate(weights))
+
+
 def sentence(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choices(_WORDS, k=words)) + "."
+    """Words with a comma behind every twelfth on average."""
+    known, weights = vocabulary()
+    said = rng.choices(known, cum_weights=weights, k=words)
+    return " ".join(word + "," * (rng.random() < 1 / 12) for word in said) + "."
 
 
 def conversation(rng: random.Random) -> list[dict[str, str]]:
-    """Three questions and answers, of some 350 tokens."""
+    """Three questions and answers, of some 570 tokens."""
     turns = []
     for _ in range(3):
         turns.append({"role": "user", "content": sentence(rng, rng.randint(15, 35))})
@@ -76,7 +89,7 @@ def prepare(folder: Path, kind: str, count: int) -> None:
     write_rows(folder / _TRAIN, rows_of(kind, count, 0))
     write_rows(folder / _HELD, rows_of(kind, 8, 1))
     rng = random.Random(2)
-    tokenizer = train_tokenizer([sentence(rng, 50) for _ in range(500)], 1000, _MAX_LENGTH)
+    tokenizer = train_tokenizer([sentence(rng, 50) for _ in range(2000)], 8000, _MAX_LENGTH)
     tokenizer.chat_template = template_text("chatml")
     tokenizer.save_pretrained(folder / "tokenizer")
 
