@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +74,31 @@ def test_a_process_beside_that_was_killed_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(parallel, "cores", lambda: 2)
     with pytest.raises(UserError, match="ended before its work"):
         parallel.beside(lambda: os._exit(9))()
+
+
+AFTER_THREADS = """
+import numpy as np
+from sklearn.cluster import KMeans
+from rlhf.data.prepare.items import Item
+from rlhf.data.report.content import cluster
+from rlhf.data.report.numbered import number
+from rlhf.process import parallel
+
+KMeans(8, n_init=1).fit(np.random.rand(3000, 20))
+texts = (f"{word} {word} {i % 7}" for word in ("sea", "bread", "goal") for i in range(400))
+rows = number([Item({"text": text}, "a.jsonl", i) for i, text in enumerate(texts, 1)])
+print(len(parallel.beside(lambda: cluster(rows, 0), processes=2)().members))
+"""
+
+
+def test_clusters_beside_are_found_after_threads_of_openmp() -> None:
+    """Step balance clusters in the process that the report forks: a fork has no threads."""
+    program = [sys.executable, "-c", AFTER_THREADS]
+    threads = os.environ | {"OMP_NUM_THREADS": "2"}
+    ended = subprocess.run(
+        program, env=threads, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout == "1200\n"
 
 
 # ---- one pass ----

@@ -231,6 +231,7 @@ def cluster(texts: Numbered, seed: int) -> Clustering:
     import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfTransformer
+    from threadpoolctl import threadpool_limits
 
     counts = texts.counts()
     telling = _telling(counts)
@@ -241,7 +242,10 @@ def cluster(texts: Numbered, seed: int) -> Clustering:
         for start, end in pairwise(vectors.indptr)
     }
     k = min(_CLUSTERS, len(rows), max(2, int(math.sqrt(len(texts.ends) / 2))))
-    model = KMeans(n_clusters=k, n_init=1, max_iter=50, random_state=seed).fit(vectors)
+    # One thread: in a forked process OpenMP would wait forever for those that this process had, as
+    # after step balance.
+    with threadpool_limits(limits=1, user_api="openmp"):
+        model = KMeans(n_clusters=k, n_init=1, max_iter=50, random_state=seed).fit(vectors)
     labels = model.labels_.tolist()
     order = [label for label, _ in Counter(labels).most_common()]
     number_of = {label: i for i, label in enumerate(order)}
