@@ -24,9 +24,9 @@ from rlhf.rows.columns import (
     NOWHERE,
     Ids,
     Row,
-    batches,
     carried_of,
     longest,
+    read_batches,
     require_template,
     short_enough,
     weight_column,
@@ -113,7 +113,7 @@ def padding_token(tokenizer: Any, *pairs: datasets.Dataset) -> str:
     """
     used: set[int] = set()
     for group in pairs:
-        for batch in batches(group):
+        for batch in read_batches(group):
             for side in SIDES:
                 used.update(pc.unique(pc.list_flatten(batch[side])).to_pylist())
     candidates = (
