@@ -21,6 +21,7 @@ from policy.saving import rescuing, save_adapter, save_model
 from rlhf.checks.launch import count_steps
 from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.models.turns import end_ids, response_text
+from rlhf.offline.held_out import HeldOutRows, content_hash
 from rlhf.offline.private_hooks import (
     PREFIX_CHECKPOINT_DIR,
     TRAINER_STATE_NAME,
@@ -140,8 +141,8 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     """Train to the end, and load the best weights by ``eval_loss`` back.
 
     Returns the steps done and the run's figures: the latest of training, the evaluation of the
-    weights that were loaded back, and the evaluation before any step under ``initial/``. Raises
-    Interrupted after a signal, and TrainingDiverged without any finite evaluation.
+    weights that were loaded back, and the first evaluation on its rows under ``initial/``, before
+    any step. Raises Interrupted after a signal, and TrainingDiverged without any finite evaluation.
     """
     stage, resume_from = ctx.cfg.stage, ctx.resume_from
     steps = count_steps(stage, len(trainer.train_dataset))
@@ -149,6 +150,8 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
+    held_out = HeldOutRows(content_hash(trainer.eval_dataset))
+    trainer.add_callback(held_out)
     if resume_from is not None:
         trainer.restore_token_count(tokens_before(resume_from))
     with console.progress(steps, ctx.stage) as bar, Stopping() as stopping:
@@ -163,11 +166,13 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     if reporter.signal is not None:
         checkpoint = ctx.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         raise Interrupted(reporter.signal, state.global_step, checkpoint)
-    return state.global_step, _figures(state, reporter.last, trainer.guard)
+    return state.global_step, _figures(state, reporter.last, trainer.guard, held_out.since)
 
 
-def _figures(state: Any, last: dict[str, float], guard: Guard) -> dict[str, float]:
-    """The run's figures, as `fit` returns them. Raises TrainingDiverged."""
+def _figures(state: Any, last: dict[str, float], guard: Guard, first: int) -> dict[str, float]:
+    """The run's figures, as `fit` returns them; `first`: the step of the first evaluation on the
+    held-out rows. Raises TrainingDiverged.
+    """
     if not state.best_global_step:
         raise TrainingDiverged(
             f"eval_loss was not finite in any of the evaluations up to step {state.global_step}, "
@@ -176,7 +181,7 @@ def _figures(state: Any, last: dict[str, float], guard: Guard) -> dict[str, floa
     evaluations = {
         entry["step"]: _evaluation(entry) for entry in state.log_history if "eval_loss" in entry
     }
-    initial = {f"initial/{key}": value for key, value in evaluations.get(0, {}).items()}
+    initial = {f"initial/{key}": value for key, value in evaluations.get(first, {}).items()}
     left_out = {"train/skipped_total": float(guard.skipped), "train/rewinds": float(guard.rewinds)}
     best = {**evaluations[state.best_global_step], "best_step": float(state.best_global_step)}
     return {**last, **left_out, **best, **initial}

@@ -1,0 +1,75 @@
+"""A resumed run with other held-out rows: losses on different rows are not compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from conf.schema import DataConfig, ModelConfig, RunConfig
+from rlhf.offline.held_out import content_hash
+from tests import drawing
+from tests.offline import trl_tools
+from tests.stages.test_sft_stage import run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("held_out")
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Path:
+    """A finished run from scratch."""
+    with drawing.on():
+        return run(folder, "base")
+
+
+def test_losses_on_other_held_out_rows_are_not_compared(
+    base: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`base` knows the first rows: on the others no step reaches the loss that it has there."""
+    start = {"model": ModelConfig(path=str(base / "model"))}
+    others = [{**row, "completion": f" bad {row['prompt']}"} for row in trl_tools.sft_rows()]
+    before = trl_tools.metric_lines(run(folder, "rows", stage={"steps": 3}, **start))
+    again = RunConfig(dir=str(folder / "runs"), name="rows", resume=True)
+    place = run(folder, "rows", rows=others, run=again, **start)
+    assert "checkpoint at step 3, so losses from before don't compare" in caplog.text
+    metrics = json.loads((place / "summary.json").read_text())["metrics"]
+    assert before[-1]["eval_loss"] < metrics["eval_loss"] < metrics["initial/eval_loss"] - 0.1
+    lines = trl_tools.metric_lines(place)
+    assert metrics["initial/eval_loss"] == lines[3]["eval_loss"]
+    assert metrics["best_step"] == 6
+    saved, last = (
+        load_file(directory / "model.safetensors")
+        for directory in (place / "model", place / "checkpoints" / "checkpoint-6")
+    )
+    assert all(torch.equal(saved[name], tensor) for name, tensor in last.items())
+
+
+def test_a_checkpoint_is_the_best_where_training_on_other_rows_makes_it_worse(
+    base: Path, folder: Path
+) -> None:
+    start = {"model": ModelConfig(path=str(base / "model"))}
+    others = [{**row, "completion": f" bad {row['prompt']}"} for row in trl_tools.sft_rows()]
+    run(folder, "worse", stage={"steps": 3}, **start)
+    again = RunConfig(dir=str(folder / "runs"), name="worse", resume=True)
+    held_out = trl_tools.write_rows(folder / "judged.jsonl", others)
+    data = DataConfig(path=str(folder / "sft_worse.jsonl"), eval_path=str(held_out))
+    place = run(folder, "worse", run=again, data=data, **start)
+    metrics = json.loads((place / "summary.json").read_text())["metrics"]
+    assert metrics["best_step"] == 3 and metrics["eval_loss"] == metrics["initial/eval_loss"]
+
+
+def test_a_hash_is_of_what_the_loss_depends_on() -> None:
+    row: dict[str, Any] = {"input_ids": [1, 2], "labels": [1, 2], "weight": 1.0, "place": "a"}
+
+    def hashed(**changes: Any) -> str:
+        return content_hash(Dataset.from_list([row, {**row, **changes}]))
+
+    same = hashed()
+    assert hashed(place="b") == same
+    assert len({same, hashed(input_ids=[1, 3]), hashed(labels=[1]), hashed(weight=0.5)}) == 4
