@@ -58,6 +58,8 @@ class HeldOutRows(TrainerCallback, ExportableState):
             return
         self._changed, self.since = True, state.global_step
         args.eval_on_start = True
+        # before stage.patience compares with it
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if distributed.is_main():
             LOG.warning(
                 "resume: the held-out rows are not those of the checkpoint at step %d, so losses "
@@ -73,7 +75,6 @@ class HeldOutRows(TrainerCallback, ExportableState):
             return
         self._changed = False
         loss = kwargs["metrics"]["eval_loss"]
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if math.isfinite(loss):
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             state.best_metric, state.best_global_step = loss, state.global_step

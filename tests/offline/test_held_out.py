@@ -36,7 +36,7 @@ def test_losses_on_other_held_out_rows_are_not_compared(
     others = [{**row, "completion": f" bad {row['prompt']}"} for row in trl_tools.sft_rows()]
     before = trl_tools.metric_lines(run(folder, "rows", stage={"steps": 3}, **start))
     again = RunConfig(dir=str(folder / "runs"), name="rows", resume=True)
-    place = run(folder, "rows", rows=others, run=again, **start)
+    place = run(folder, "rows", rows=others, run=again, stage={"patience": 1}, **start)
     assert "checkpoint at step 3, so losses from before don't compare" in caplog.text
     metrics = json.loads((place / "summary.json").read_text())["metrics"]
     assert before[-1]["eval_loss"] < metrics["eval_loss"] < metrics["initial/eval_loss"] - 0.1
