@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,17 @@ class HeldOutRows(TrainerCallback, ExportableState):
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             state.best_metric, state.best_global_step = loss, state.global_step
             state.best_model_checkpoint = str(folder)
+
+
+class KnownCallbacks(TrainerCallback):
+    """A checkpoint from before a callback was there holds no state of it, such as one without
+    ``stage.patience``: transformers fails with a KeyError when it writes the next one.
+    """
+
+    def __init__(self, callbacks: Sequence[Any]) -> None:
+        self.callbacks = [one for one in callbacks if isinstance(one, ExportableState)]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the states that are missing."""
+        for callback in self.callbacks:
+            state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())

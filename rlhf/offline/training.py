@@ -21,7 +21,7 @@ from policy.saving import rescuing, save_adapter, save_model
 from rlhf.checks.launch import count_steps
 from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.models.turns import end_ids, response_text
-from rlhf.offline.held_out import HeldOutRows, content_hash
+from rlhf.offline.held_out import HeldOutRows, KnownCallbacks, content_hash
 from rlhf.offline.private_hooks import (
     PREFIX_CHECKPOINT_DIR,
     TRAINER_STATE_NAME,
@@ -152,6 +152,7 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
     held_out = HeldOutRows(content_hash(trainer.eval_dataset))
     trainer.add_callback(held_out)
+    trainer.add_callback(KnownCallbacks(trainer.callback_handler.callbacks))
     if resume_from is not None:
         trainer.restore_token_count(tokens_before(resume_from))
     with console.progress(steps, ctx.stage) as bar, Stopping() as stopping:

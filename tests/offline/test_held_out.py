@@ -8,9 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from conf.schema import DataConfig, ModelConfig, RunConfig
-from rlhf.offline.held_out import content_hash
+from rlhf.offline.held_out import HeldOutRows, KnownCallbacks, content_hash
 from tests import drawing
 from tests.offline import trl_tools
 from tests.stages.test_sft_stage import run
@@ -73,3 +74,12 @@ def test_a_hash_is_of_what_the_loss_depends_on() -> None:
     same = hashed()
     assert hashed(place="b") == same
     assert len({same, hashed(input_ids=[1, 3]), hashed(labels=[1]), hashed(weight=0.5)}) == 4
+
+
+def test_a_checkpoint_from_before_a_callback_was_there() -> None:
+    """transformers looks for its state in the checkpoint's before it writes one."""
+    held_out, state = HeldOutRows("a"), TrainerState(global_step=3, best_metric=1.0)
+    for callback in (held_out, KnownCallbacks([held_out, KnownCallbacks([])])):
+        callback.on_train_begin(None, state, None)
+    assert state.stateful_callbacks == {"HeldOutRows": held_out.state()}
+    assert held_out.since == 0 and state.best_metric == 1.0, "nothing is known to have changed"
