@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from conf.schema import DataConfig, ModelConfig, RunConfig
+from conf.schema import ModelConfig, RunConfig
 from rlhf.offline.held_out import HeldOutRows, KnownCallbacks, content_hash
 from tests import drawing
 from tests.offline import trl_tools
@@ -51,18 +52,19 @@ def test_losses_on_other_held_out_rows_are_not_compared(
     assert all(torch.equal(saved[name], tensor) for name, tensor in last.items())
 
 
-def test_a_checkpoint_is_the_best_where_training_on_other_rows_makes_it_worse(
-    base: Path, folder: Path
-) -> None:
-    start = {"model": ModelConfig(path=str(base / "model"))}
-    others = [{**row, "completion": f" bad {row['prompt']}"} for row in trl_tools.sft_rows()]
-    run(folder, "worse", stage={"steps": 3}, **start)
-    again = RunConfig(dir=str(folder / "runs"), name="worse", resume=True)
-    held_out = trl_tools.write_rows(folder / "judged.jsonl", others)
-    data = DataConfig(path=str(folder / "sft_worse.jsonl"), eval_path=str(held_out))
-    place = run(folder, "worse", run=again, data=data, **start)
-    metrics = json.loads((place / "summary.json").read_text())["metrics"]
-    assert metrics["best_step"] == 3 and metrics["eval_loss"] == metrics["initial/eval_loss"]
+@pytest.mark.parametrize("loss", [5.0, float("nan")])
+def test_the_checkpoint_itself_is_the_best_so_far(tmp_path: Path, loss: float) -> None:
+    before = TrainerState(global_step=3, best_metric=1.0, best_global_step=2)
+    before.stateful_callbacks = {"HeldOutRows": HeldOutRows("a").state()}
+    held_out, args = HeldOutRows("b"), SimpleNamespace(output_dir=str(tmp_path))
+    held_out.on_train_begin(args, before, None)
+    assert args.eval_on_start and held_out.since == 3 and before.best_metric is None
+    held_out.on_evaluate(args, before, None, metrics={"eval_loss": loss})
+    best = (before.best_metric, before.best_global_step, before.best_model_checkpoint)
+    expected = (loss, 3, str(tmp_path / "checkpoint-3"))
+    assert best == (expected if loss == 5.0 else (None, None, None))
+    held_out.on_evaluate(args, before, None, metrics={"eval_loss": 0.1})
+    assert best == (before.best_metric, before.best_global_step, before.best_model_checkpoint)
 
 
 def test_a_hash_is_of_what_the_loss_depends_on() -> None:
