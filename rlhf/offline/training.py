@@ -21,13 +21,12 @@ from policy.saving import rescuing, save_adapter, save_model
 from rlhf.checks.launch import count_steps
 from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.models.turns import end_ids, response_text
-from rlhf.offline.held_out import HeldOutRows, KnownCallbacks, content_hash
 from rlhf.offline.private_hooks import (
     PREFIX_CHECKPOINT_DIR,
     TRAINER_STATE_NAME,
     unset_hf_deepspeed_config,
 )
-from rlhf.offline.steps import Guard
+from rlhf.offline.steps import Guard, HeldOutRows, KnownCallbacks, content_hash
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
 from rlhf.process.supervision import Resident, Stopping, Watchdog
