@@ -1,5 +1,5 @@
 """Every causal family of transformers as a tiny random model, tried, and written as the table of
-docs/models.md. Takes about ten minutes of one core; what is known already (build/families.json) is
+docs/models.md. Takes about half an hour of one core; what is known already (build/families.json) is
 not tried again.
 
     python -m benchmarks.families [--only FAMILY ...] [--table] [--again]
@@ -45,6 +45,10 @@ def _sweep(known: dict[str, Any], only: list[str] | None) -> None:
     import torch
 
     from benchmarks.families.build import causal_families
+    from rollout.vllm_private import engine_environment
+
+    with engine_environment():
+        from vllm import LLM  # noqa: F401
 
     torch.set_num_threads(1)
     RESULTS.parent.mkdir(exist_ok=True)
@@ -76,7 +80,7 @@ def _in_a_child(family: str) -> dict[str, Any]:
 
 def _try(family: str, folder: Path, results: Path) -> None:
     from benchmarks.families import tries
-    from benchmarks.families.build import tiny
+    from benchmarks.families.build import FOR_VLLM, tiny
 
     done: dict[str, Any] = {}
 
@@ -94,6 +98,9 @@ def _try(family: str, folder: Path, results: Path) -> None:
     keep("packed", tries.outcome(lambda: tries.packed_gap(tiny(family))))
     keep("reward", tries.outcome(lambda: tries.reward_gap(tiny(family), folder / "reward")))
     keep("LoRA", tries.outcome(lambda: tries.adapter_gap(tiny(family), folder / "lora")))
+    if done["policy"]["end"] == tries.RIGHT:
+        wide = tiny(family, FOR_VLLM)
+        keep("vLLM", tries.outcome(lambda: tries.vllm_gap(wide, folder / "vllm")))
 
 
 if __name__ == "__main__":

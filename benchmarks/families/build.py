@@ -2,6 +2,8 @@
 small sizes under the names that configurations use.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -103,6 +105,18 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# Other sizes for vLLM: heads of 32 at least, and latent attention in the one size that it has for
+# CPUs.
+FOR_VLLM: dict[str, Any] = {
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 2),
+    **dict.fromkeys(("head_dim", "global_head_dim", "attention_head_dim", "v_head_dim"), 32),
+    "kv_n_heads": 2,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "qk_head_dim": 96,
+    "rotary_dim": 16,
+}
 # What a family needs beside small sizes.
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _HYBRID = {
@@ -148,14 +162,14 @@ def causal_families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny(family: str) -> Any:
-    """A random model of `family` in float32, in evaluation mode. Raises whatever transformers
-    raises for a configuration that it can't build.
+def tiny(family: str, sizes: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """A random model of `family` in float32, in evaluation mode; `sizes` instead of the usual ones.
+    Raises whatever transformers raises for a configuration that it can't build.
     """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(family), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(small_config(family, sizes), dtype=torch.float32)
     with torch.no_grad():
         for param in model.parameters():
             # the initial 0.02 would leave every distribution flat
@@ -164,27 +178,27 @@ def tiny(family: str) -> Any:
     return model.eval()
 
 
-def small_config(family: str) -> Any:
+def small_config(family: str, sizes: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """The configuration of `tiny`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family]
-    return kind(**_shrunk(kind, SPECIAL.get(family, {})))
+    return kind(**_shrunk(kind, SPECIAL.get(family, {}), {**_SIZES, **sizes}))
 
 
-def _shrunk(kind: Any, special: dict[str, Any]) -> dict[str, Any]:
-    """Small values for those of a configuration's defaults that are sizes; its parts likewise."""
+def _shrunk(kind: Any, special: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Small values for those of a configuration's defaults that are `sizes`; its parts likewise."""
     defaults = kind()
     values = dict(special)
     for name, value in vars(defaults).items():
         if name in special:
             continue
         if hasattr(value, "to_dict"):
-            values[name] = _shrunk(type(value), SPECIAL.get(value.model_type, {}))
+            values[name] = _shrunk(type(value), SPECIAL.get(value.model_type, {}), sizes)
         elif (
-            name in _SIZES and isinstance(value, int | float | None) and not isinstance(value, bool)
+            name in sizes and isinstance(value, int | float | None) and not isinstance(value, bool)
         ):
-            values[name] = _SIZES[name]
+            values[name] = sizes[name]
     if "kv_lora_rank" in values:  # latent attention has as many keys as queries
         values["num_key_value_heads"] = values["num_attention_heads"]
     return values

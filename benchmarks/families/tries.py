@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.choices import AdapterKind
-from conf.schema import AdapterConfig, ModelConfig
+from conf.choices import AdapterKind, RolloutBackend
+from conf.online import OnlineStage
+from conf.schema import AdapterConfig, Config, DataConfig, ModelConfig, RolloutConfig
 from policy.adapters import attach
 from policy.agreement import can_share_prompts, check_agreement
 from policy.batching import Batch, collate, pack
-from policy.model import CriticModule, PolicyModule, trainable, turn_off_dropout
+from policy.model import CriticModule, PolicyModule, iterate_weights, trainable, turn_off_dropout
 from policy.saving import save_adapter, save_model
 from reward.model import load_reward_module, score_ids
 from rlhf.models.loading import load_causal_lm, load_classifier, train_tokenizer
-from rlhf.types import UserError
+from rlhf.types import FullWeights, UserError
+from rollout import make_generator
 
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "wrong", "crashed"
 _TOLERANCE = 1e-4  # nats, and units of the score
@@ -184,6 +186,40 @@ def adapter_gap(model: Any, directory: Path) -> float:
             again = load_causal_lm(ModelConfig(path=str(directory / name)), _tokenizer())
             gaps.append(_largest(again.eval()(input_ids=ids).logits, trained))
     return max(gaps)
+
+
+def vllm_gap(model: Any, directory: Path) -> float:
+    """vLLM's log-probabilities against the model's own, as it starts and after other weights were
+    sent. Raises UserError where it can't run the model.
+    """
+    model.save_pretrained(directory)
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(directory)
+    ids = rows(model.config.get_text_config().vocab_size)[0]
+    rollout = RolloutConfig(backend=RolloutBackend.vllm, kv_cache_gib=0.05, max_response_length=32)
+    data = DataConfig(max_prompt_length=32)
+    generator = make_generator(
+        Config(stage=OnlineStage(), rollout=rollout, data=data),
+        model_path=str(directory),
+        tokenizer=tokenizer,
+        model_factory=lambda: model,
+        adapter_rank=None,
+    )
+    gaps = [_generator_gap(generator, model, ids)]
+    seed = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.05 * param.std(correction=0) * torch.randn(param.shape, generator=seed))
+    generator.sync(FullWeights(iterate_weights(model)), 1)
+    gaps.append(_generator_gap(generator, model, ids))
+    return max(gaps)
+
+
+def _generator_gap(generator: Any, model: Any, row: list[int]) -> float:
+    with torch.no_grad():
+        own = torch.log_softmax(model(input_ids=torch.tensor([row])).logits[0, :-1].float(), dim=-1)
+    own = own.gather(1, torch.tensor(row[1:])[:, None]).squeeze(1)
+    return _largest(torch.tensor(generator.logprobs(row)), own)
 
 
 @functools.cache
