@@ -25,6 +25,7 @@ from rollout.vllm_private import (
     Streamed,
     engine_environment,
     errors_only,
+    has_head,
     held_checksums,
     kept_apart,
     multiply_one_adapter_at_once,
@@ -282,7 +283,10 @@ class VLLMGenerator:
         else:
             tensors = self._names(weights.tensors)
             incoming = Incoming(tensors, self._specs, self._readable, version)
-            passing = Streamed(incoming, self._names.family)
+            # Gemma 2's embedding is its head, and vLLM knows no other name of it.
+            unknown = set() if any(self._llm.apply_model(has_head)) else self._names.copies
+            known = (item for item in incoming if item[0] not in unknown)
+            passing = Streamed(known, self._names.family)
             self._reload(passing, incoming, version)
             self._llm.apply_model(passing.put_sinks)
             if not torch.cuda.is_available():

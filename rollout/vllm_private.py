@@ -5,6 +5,7 @@
     multiply_one_adapter_at_once  LoRA on a CPU, as fast as a batch of one adapter can be
     sent_checksums                of an adapter's tensors, as vLLM's layers have to hold them
     held_checksums                of the same tensors, as the layers do hold them
+    has_head                      whether the head is a layer of its own
     Streamed                      GPT-OSS's weights, in the form that a reload takes
     pack_experts                  experts in the form of vLLM's kernel, again after a reload
     rotate_natively               latent attention's positions on a CPU
@@ -306,6 +307,12 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 # ---- a reload, and the end ----
+
+
+def has_head(model: Any) -> bool:
+    """Whether vLLM's `model` has a head of its own, apart from or tied to the embedding."""
+    layers = model.named_modules(remove_duplicate=False)
+    return any(name.rsplit(".", 1)[-1] == "lm_head" for name, _ in layers)
 
 
 class Streamed:

@@ -46,11 +46,14 @@ class HubNames:
         self._model = model
         self._changed: set[str] = set()  # transformers' names that are not the hub's
         self.specs: dict[str, Spec] = {}  # by the hub's names
+        self.copies: set[str] = set()  # second names of tied tensors
         for name, tensor in model.state_dict().items():
             parts = self._parts(name, tensor)
             if list(parts) != [name]:
                 self._changed.add(name)
             self.specs |= specs_of(parts)
+            if name in model.all_tied_weights_keys:
+                self.copies |= set(parts)
 
     @property
     def family(self) -> str:
