@@ -306,6 +306,8 @@ class VLLMGenerator:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(passing)})
         # whatever vLLM's code for a family raises
         except Exception as error:
+            if incoming.failed:
+                raise
             for _ in incoming:  # other ranks wait for this one to take every tensor
                 pass
             reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")

@@ -135,15 +135,23 @@ class Incoming:
         """
         # of the hashed tensors that were passed on, in the dtype that the generator holds
         self.checksums: dict[str, str] = {}
+        self.failed = False  # whether the source raised: the trainer's fault, not an engine's
         self._specs = specs
         self._hashed = hashed
         self._version = version
         self._seen: set[str] = set()
         self._wrong: list[str] = []
-        self._passing = self._pass(tensors)
+        self._passing = self._pass(self._watched(tensors))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self._passing
+
+    def _watched(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        try:
+            yield from tensors
+        except Exception:
+            self.failed = True
+            raise
 
     def _pass(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:

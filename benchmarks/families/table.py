@@ -13,7 +13,7 @@ transformers is built as a tiny random model in float32 on a CPU and tried:
 - reward: a reward model and critic, trained a step, saved and read back equal;
 - LoRA: `adapter.targets=[all-linear]`, saved whole and as an adapter, both read back equal;
 - vLLM: its log-probabilities equal the model's own, as it starts and after other weights were
-  sent; "no" where it can't run the tiny model on a CPU. Tried where the policy is right, and in
+  sent, else the gap in nats; "no" where it can't run the tiny model on a CPU. Tried where the policy is right, and in
   wider sizes: heads of 32, latent attention with kv_lora_rank=512 and qk_rope_head_dim=64. Online
   stages make the same comparison at start and name what differs. tests/online trains ten families
   with it.
@@ -48,6 +48,8 @@ def _cell(name: str, tried: dict[str, Any]) -> str:
     # An engine that can't run a model says so as it starts, before any training.
     if name == "vLLM" and tried[name]["end"] in ("refused", "crashed"):
         return "no"
+    if name == "vLLM" and tried[name]["end"] == "wrong":
+        return f"gap {tried[name]['why']}"
     return _SHOWN[tried[name]["end"]]
 
 

@@ -202,8 +202,9 @@ EXPERTS = {"router_aux_loss_coef": 0.0}
 @contextmanager
 def unbalanced(model: Any) -> Iterator[None]:
     """While TRL makes its trainer: no loss that balances experts. `EXPERTS` is TRL's option, which
-    it writes into the model's configuration; CPO and ORPO go by that alone. The model's own
-    coefficient is put back, so that it is saved with it.
+    it writes into the model's configuration; CPO and ORPO go by that alone, so the configuration
+    asks for no router's logits from here on, in what is saved too. The model's own coefficient is
+    put back, so that it is saved with it.
     """
     config = model.config.get_text_config()
     coefficient = getattr(config, "router_aux_loss_coef", None)

@@ -11,6 +11,7 @@ from conf.stages import OfflineStage
 from reward.terms import scoring_models
 from rlhf.checks import capacity
 from rlhf.process import distributed
+from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf")
 
@@ -19,13 +20,20 @@ def choose_micro_batch(cfg: Config) -> None:
     """Set engine.micro_batch_tokens or micro_batch_size, where both are left out, to what the
     memory plan says fits.
 
-    Rank 0 decides for all: the split changes no update, but the ranks must agree on it.
+    Rank 0 decides for all: the split changes no update, but the ranks must agree on it. Raises
+    UserError on all of them.
     """
     if not isinstance(cfg.stage, OfflineStage):
         return
-    chosen = distributed.broadcast(
-        capacity.fitting_micro_batch(cfg) if distributed.is_main() else None
-    )
+    chosen, problem = None, None
+    if distributed.is_main():
+        try:
+            chosen = capacity.fitting_micro_batch(cfg)
+        except UserError as error:
+            problem = str(error)
+    chosen, problem = distributed.broadcast((chosen, problem))
+    if problem is not None:
+        raise UserError(problem)
     if chosen is None:
         return
     option, size = chosen

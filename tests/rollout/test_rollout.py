@@ -417,6 +417,9 @@ def test_weights_that_vllm_does_not_take_are_told_with_the_family() -> None:
             next(kwargs["weights_iterator"])
             raise ValueError("There is no module or parameter named 'lm_head'")
 
+        def apply_model(self, function: Any) -> list[bool]:
+            return [True]
+
     taken = []
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -435,6 +438,13 @@ def test_weights_that_vllm_does_not_take_are_told_with_the_family() -> None:
     with pytest.raises(SyncError, match=r"weight sync 1: .*bloom .*lm_head.*rollout=hf"):
         generator.sync(FullWeights(tensors()), 1)
     assert taken == list(held)
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        raise OSError("the gathering failed")
+        yield
+
+    with pytest.raises(OSError, match="the gathering failed"):
+        generator.sync(FullWeights(broken()), 1)
 
 
 def test_a_configuration_that_is_no_causal_models_is_refused_by_name() -> None:
