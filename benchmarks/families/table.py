@@ -1,5 +1,6 @@
 """The page of docs/models.md, from what was tried."""
 
+import re
 from typing import Any
 
 _HEAD = """# Models
@@ -13,10 +14,10 @@ transformers is built as a tiny random model in float32 on a CPU and tried:
 - reward: a reward model and critic, trained a step, saved and read back equal;
 - LoRA: `adapter.targets=[all-linear]`, saved whole and as an adapter, both read back equal;
 - vLLM: its log-probabilities equal the model's own, as it starts and after other weights were
-  sent, else the gap in nats; "no" where it can't run the tiny model on a CPU. Tried where the policy is right, and in
-  wider sizes: heads of 32, latent attention with kv_lora_rank=512 and qk_rope_head_dim=64. Online
-  stages make the same comparison at start and name what differs. tests/online trains ten families
-  with it.
+  sent, else the gap in nats; "no" where it can't run the tiny model on a CPU. Tried where the
+  policy is right, and in wider sizes: heads of 32, latent attention with kv_lora_rank=512 and
+  qk_rope_head_dim=64. Online stages make the same comparison at start and name what differs.
+  tests/online trains ten families with it.
 
 "yes" is within 1e-4 nats. "refused" comes before training, by name, with the reason below. A tiny
 random model shows that code is right for a family, not that training a real one works.
@@ -78,6 +79,8 @@ def _reasons(family: str, tried: dict[str, Any]) -> list[str]:
 def _plain(reason: str) -> str:
     """Without what differs from run to run, and what a page would take for markup."""
     words = [word for word in reason.split() if "/tmp" not in word]
+    # names of weights, which a reader would take for options
+    words = [re.sub(r"\bmodel\.(?!path\b)", "", word) for word in words]
     return " ".join(words).replace("|", "/").replace("<", "(").replace(">", ")").replace("`", "'")
 
 
