@@ -34,7 +34,6 @@ from conf.schema import (
     vllm_lora_rank,
 )
 from conf.stages import KTOStage, OfflineStage, PreferenceStage
-from rlhf.models.loading import resolve_dtype
 from rlhf.process import distributed
 from rlhf.run import directory
 from rlhf.run.tracking import tracker
@@ -213,7 +212,9 @@ def gradient_note(engine: EngineConfig, dtype: Dtype) -> list[str]:
     """A note where gradients of micro-batches are added in bfloat16, as DeepSpeed does below ZeRO-2
     (policy/engines/deepspeed.py: gradient_sums).
     """
-    import torch
+    import torch  # here: stage=data loads neither torch nor a model's libraries
+
+    from rlhf.models.loading import resolve_dtype
 
     half = resolve_dtype(dtype) is torch.bfloat16
     if engine.kind is not EngineKind.deepspeed or engine.zero_stage >= 2 or not half:
