@@ -61,6 +61,8 @@ def _counts(results: dict[str, Any]) -> str:
         counts: dict[str, int] = {}
         for tried in results.values():
             cell = "not built" if "build" in tried else _cell(name, tried)
+            if cell.startswith("gap "):
+                cell = "a gap"
             counts[cell] = counts.get(cell, 0) + 1
         shown = ", ".join(f"{cell} {count}" for cell, count in sorted(counts.items()))
         out += f"- {name}: {shown}\n"

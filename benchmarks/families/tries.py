@@ -17,6 +17,7 @@ from policy.batching import Batch, collate, pack
 from policy.model import CriticModule, PolicyModule, iterate_weights, trainable, turn_off_dropout
 from policy.saving import save_adapter, save_model
 from reward.model import load_reward_module, score_ids
+from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm, load_classifier, train_tokenizer
 from rlhf.types import FullWeights, UserError
 from rollout import make_generator
@@ -146,6 +147,7 @@ def reward_gap(model: Any, directory: Path) -> float:
     ids = rows(model.config.get_text_config().vocab_size)
     model.save_pretrained(directory / "policy")
     classifier = load_classifier(ModelConfig(path=str(directory / "policy")), _tokenizer())
+    check_forward(classifier, "a reward model")
     turn_off_dropout(classifier)
     classifier.train()
     values = CriticModule(classifier)(torch.tensor(ids[:1]), torch.tensor([[3, 5]]))
@@ -172,6 +174,7 @@ def adapter_gap(model: Any, directory: Path) -> float:
     ids = torch.tensor(rows(model.config.get_text_config().vocab_size)[:1])
     base = directory / "policy"
     model.save_pretrained(base)
+    check_forward(model, "a policy")
     settings = AdapterConfig(kind=AdapterKind.lora, rank=4)
     adapted = attach(model, settings, task="CAUSAL_LM", base=str(base))
     generator = torch.Generator().manual_seed(2)

@@ -42,7 +42,8 @@ def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
     parameters = model.num_parameters()
     try:
         adapted = get_peft_model(model, config)
-    except ValueError as error:
+    # PEFT reads what a family's configuration may not have
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"adapter.targets={list(adapter.targets)}: PEFT can't adapt {family} so: {error} The "
             f"model's linear modules are {', '.join(linear)}."

@@ -223,3 +223,29 @@ def _tokenizer_content(tokenizer: Any) -> str:
             if path.is_file():
                 digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+# ---- the model ----
+
+
+def check_forward(model: Any, role: str) -> None:
+    """The model reads a row of four tokens, as `role` ("a reward model"). Raises UserError by the
+    family's name where its code can't, or wants more than token ids.
+    """
+    import torch
+
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = torch.arange(4, device=model.device).remainder(vocabulary)
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=ids[None])
+    # A family's code may raise anything.
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"model.path: {model.config.model_type} can't be {role} here: four tokens end in "
+            f"{type(error).__name__}: {first}."
+        ) from error
+    finally:
+        model.train(training)

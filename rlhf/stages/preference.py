@@ -12,6 +12,7 @@ from conf.stages import KTOStage, PreferenceStage
 from policy.engines import resharding
 from policy.model import base_of
 from rlhf.checks import launch
+from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import preference, setup
 from rlhf.offline.setup import (
@@ -106,6 +107,7 @@ def make_trainer(ctx: RunContext, plan: launch.BatchPlan, rows: EncodedRows) -> 
     seed_everything(cfg.run.seed)
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
+    check_forward(model, "a policy")
     check_positions(base_of(model).config, rows.longest)
     model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
     # Copied before the trainer's arguments exist: from then on transformers would load ZeRO-3

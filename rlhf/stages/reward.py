@@ -17,6 +17,7 @@ from reward.model import (
     write_manifest,
 )
 from rlhf.checks.launch import BatchPlan
+from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_classifier, resolve_dtype
 from rlhf.offline import judged_pairs, setup
 from rlhf.offline.setup import (
@@ -103,6 +104,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> Reward:
     seed_everything(cfg.run.seed)
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_classifier(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
+    check_forward(model, "a reward model")
     check_positions(model.config, rows.longest)
     model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
     args = TRLRewardConfig(

@@ -9,6 +9,7 @@ from trl import SFTConfig
 from conf.schema import Config
 from policy.engines import resharding
 from rlhf.checks.launch import BatchPlan
+from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import setup
 from rlhf.offline.setup import (
@@ -84,6 +85,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
     seed_everything(cfg.run.seed)
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
+    check_forward(model, "a policy")
     check_positions(model.config, stage.max_length if stage.packing else rows.longest)
     model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
     args = SFTConfig(

@@ -13,6 +13,7 @@ from conf.choices import AdapterKind, Dtype
 from conf.schema import AdapterConfig, ModelConfig
 from conf.stages import RewardStage
 from reward.model import load_reward_model, score_ids
+from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_classifier
 from rlhf.models.scalar import classifier_class, one_label_config
 from rlhf.run.context import RunContext
@@ -109,3 +110,11 @@ def test_the_stage_trains_it(policy: Path, tmp_path: Path, adapter: AdapterKind)
         assert score_ids(again.eval(), ids, 64, torch.device("cpu")) == pytest.approx(
             scores, abs=1e-5
         )
+
+
+def test_a_family_whose_head_reads_other_states_is_refused_by_name(tmp_path: Path) -> None:
+    """RemBERT projects its states before its head; its backbone's are of another width."""
+    tiny("rembert").save_pretrained(tmp_path)
+    model = load_classifier(ModelConfig(path=str(tmp_path)), tries._tokenizer())
+    with pytest.raises(UserError, match=r"model\.path: rembert can't be a reward model"):
+        check_forward(model, "a reward model")
