@@ -19,6 +19,7 @@ from rlhf.types import UserError
 from tests import toys
 from tests.online.families import tiny_family
 
+Weights = dict[str, torch.Tensor]
 MAX_GAP = 1e-4  # nats, float32
 
 
@@ -46,6 +47,23 @@ def grpo_with_vllm(model: Path, folder: Path, *overrides: str) -> Config:
     )
 
 
+def weights_around(cfg: Config, model: Path, folder: Path) -> tuple[Weights, Weights]:
+    """Runs the two steps of `cfg` and looks at their gaps; the weights before and after."""
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
+    run = folder / cfg.run.name / "grpo"
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert len(steps) == 2
+    for step in steps:
+        assert 0 <= step["rollout/logprob_gap"] < MAX_GAP
+        assert 0 <= step["rollout/probe_gap"] < MAX_GAP
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict()
+        for place in (model, run / "model")
+    )
+    return before, after
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     "family",
@@ -71,18 +89,7 @@ def test_a_family_trains_with_vllm(
     """
     model = tiny_family(family, tiny_model(), tmp_path / "model")
     cfg = grpo_with_vllm(model, tmp_path)
-    online_stage.run(RunContext.open(cfg, ()), stage_rows)
-    folder = tmp_path / cfg.run.name / "grpo"
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
-    assert len(steps) == 2
-    for step in steps:
-        assert 0 <= step["rollout/logprob_gap"] < MAX_GAP
-        assert 0 <= step["rollout/probe_gap"] < MAX_GAP
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict()
-        for place in (model, folder / "model")
-    )
+    before, after = weights_around(cfg, model, tmp_path)
     assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-4
 
 
@@ -105,18 +112,7 @@ def test_an_adapter_of_experts_goes_merged(
     model = tiny_family(family, tiny_model(), tmp_path / "model")
     adapter = ("adapter=lora", "adapter.rank=4", "rollout.lora_sync=merged")
     cfg = grpo_with_vllm(model, tmp_path, *adapter, "stage.learning_rate=1e-2")
-    online_stage.run(RunContext.open(cfg, ()), stage_rows)
-    folder = tmp_path / cfg.run.name / "grpo"
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
-    assert len(steps) == 2
-    for step in steps:
-        assert 0 <= step["rollout/logprob_gap"] < MAX_GAP
-        assert 0 <= step["rollout/probe_gap"] < MAX_GAP
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict()
-        for place in (model, folder / "model")
-    )
+    before, after = weights_around(cfg, model, tmp_path)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     # PEFT leaves GPT-OSS's experts out (policy/adapters/lora.py warns)
     assert moved and any(".experts." in name for name in moved) is (family != "gpt_oss")
