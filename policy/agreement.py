@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from policy.batching import collate
 from policy.forward import Layout, module_of, policy_logprobs
 from policy.model import base_of
+from rlhf.process.wording import first_line
 from rlhf.types import UserError
 
 _PROMPT, _TOKENS, _SHORT = 4, 16, 11  # tokens: of the prompt, of a whole row, of a shorter one
@@ -62,8 +63,7 @@ def check_agreement(model: Any, budget: int, key: str = "model.path") -> None:
         raise
     # A family's code may want anything that the policy does not give: a language, an image.
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        reason = f"16 tokens end in {type(error).__name__}: {first}"
+        reason = f"16 tokens end in {type(error).__name__}: {first_line(error)}"
         raise UserError(f"{key}: {family} can't be a policy here: {reason}") from error
     if reason is not None:
         raise UserError(f"{key}: {family} can't be a policy here: {reason}")

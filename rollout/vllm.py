@@ -18,6 +18,7 @@ from conf.schema import RolloutConfig, vllm_lora_rank
 from rlhf.models.encoding import is_chat
 from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
+from rlhf.process.wording import first_line
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.vllm_private import (
@@ -175,10 +176,9 @@ class VLLMGenerator:
                 from vllm.distributed import cleanup_dist_env_and_memory
 
                 cleanup_dist_env_and_memory()
-            first = (str(error).strip().splitlines() or [""])[0]
             raise UserError(
                 f"rollout=vllm: vLLM does not start {family} here ({type(error).__name__}: "
-                f"{first}). Set rollout=hf, or remove the cause."
+                f"{first_line(error)}). Set rollout=hf, or remove the cause."
             ) from error
 
     @property

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.families import table
+from rlhf.process.wording import first_line
 
 RESULTS = Path("build/families.json")
 PAGE = Path("docs/models.md")
@@ -91,8 +92,10 @@ def _try(family: str, folder: Path, results: Path) -> None:
     try:
         tiny(family)
     except Exception as error:  # noqa: BLE001  the table says which
-        first = (str(error).strip().splitlines() or [""])[0]
-        keep("build", {"end": "not built", "why": f"{type(error).__name__}: {first}"[:200]})
+        keep(
+            "build",
+            {"end": "not built", "why": f"{type(error).__name__}: {first_line(error)}"[:200]},
+        )
         return
     keep("policy", tries.outcome(lambda: tries.policy_gap(tiny(family))))
     keep("packed", tries.outcome(lambda: tries.packed_gap(tiny(family))))

@@ -19,6 +19,7 @@ from policy.saving import save_adapter, save_model
 from reward.model import load_reward_module, score_ids
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm, load_classifier, train_tokenizer
+from rlhf.process.wording import first_line
 from rlhf.types import FullWeights, UserError
 from rollout import make_generator
 
@@ -37,8 +38,7 @@ def outcome(attempt: Callable[[], float]) -> Outcome:
     except UserError as error:
         return {"end": REFUSED, "why": str(error)}
     except Exception as error:  # noqa: BLE001  the table says which
-        first = (str(error).strip().splitlines() or [""])[0]
-        return {"end": CRASHED, "why": f"{type(error).__name__}: {first[:200]}"}
+        return {"end": CRASHED, "why": f"{type(error).__name__}: {first_line(error)[:200]}"}
     if gap <= _TOLERANCE:
         return {"end": RIGHT, "why": f"{gap:.1e}"}
     return {"end": WRONG, "why": f"{gap:.1e}"}

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from rlhf.models.turns import EMBEDDING_ROWS, LISTED_ENDS, end_ids, habits, special_ids
 from rlhf.models.words import forget
 from rlhf.process.files import sha256
+from rlhf.process.wording import first_line
 from rlhf.types import UserError
 
 _MEDIA = ("image", "audio", "video", "boi", "eoi", "boa", "eoa")  # of names such as image_token
@@ -242,10 +243,9 @@ def check_forward(model: Any, role: str) -> None:
             model.eval()(input_ids=ids[None])
     # A family's code may raise anything.
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"model.path: {model.config.model_type} can't be {role} here: four tokens end in "
-            f"{type(error).__name__}: {first}."
+            f"{type(error).__name__}: {first_line(error)}."
         ) from error
     finally:
         model.train(training)
