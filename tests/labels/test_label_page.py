@@ -549,7 +549,7 @@ def test_functions_stand_before_the_turns(opened: Opener) -> None:
     assert page.locator(".role").first.inner_text() == "Functions that the answers may call"
     assert json.loads(page.locator("#turns .text").first.inner_text()) == tools
     page.keyboard.press("1")
-    page.wait_for_function("document.querySelector('#position').textContent.startsWith('Task 2')")
+    at(page, 2)
     assert page.locator(".role").first.inner_text() == "System"
 
 
