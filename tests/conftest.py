@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.process.libraries import hide_bitsandbytes
 from tests import drawing
 
 for _name, _value in {
@@ -27,6 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 else:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["COLUMNS"] = "160"  # tables are as wide wherever the tests run
+hide_bitsandbytes()
 
 
 # Files that take longest come first, roughly by their CPU seconds (docs/testing.md), so that at the

@@ -40,6 +40,7 @@ EXTRAS = (
     "gym",
     "labels",
     "labelstudio",
+    "quantize",
     "serve",
     "smollm2",
     "tracking",

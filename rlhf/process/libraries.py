@@ -48,10 +48,18 @@ def package_file(distribution: str, name: str, requirement: str, need: str = "da
     return matches[0]
 
 
+def hide_bitsandbytes() -> None:
+    """Until it is asked for (rlhf/models/quantized.py), other libraries take bitsandbytes for
+    missing: PEFT would import it wherever it is installed, which takes seconds.
+    """
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+
+
 def quiet_libraries() -> None:
     """No progress bar for every model that transformers loads or saves and for every map of a data
     set, and only errors from their logs.
     """
+    hide_bitsandbytes()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

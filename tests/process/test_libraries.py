@@ -1,12 +1,13 @@
 """A library of an extra that isn't installed is refused with the extra that brings it."""
 
 import ast
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-from rlhf.process.libraries import require
+from rlhf.process.libraries import hide_bitsandbytes, require
 from rlhf.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,3 +68,16 @@ def test_libraries_of_extras_are_imported_through_require_only() -> None:
                 assert how in OF_EXTRAS[library], f"{path}: {library} by {how}"
                 used.add(library)
     assert used == set(OF_EXTRAS)
+
+
+def test_bitsandbytes_is_missing_to_others_until_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PEFT asks so, and would import it."""
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    assert importlib.util.find_spec("bitsandbytes") is not None, "nothing to hide"
+    hide_bitsandbytes()
+    assert importlib.util.find_spec("bitsandbytes") is None
+    monkeypatch.setitem(sys.modules, "bitsandbytes", pytest)
+    hide_bitsandbytes()
+    assert sys.modules["bitsandbytes"] is pytest, "it was asked for"
