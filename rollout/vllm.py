@@ -1,18 +1,13 @@
 """Rollouts by vLLM, its engine in this process. The only file that imports vllm."""
 
 import gc
-import json
 import logging
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from conf.schema import RolloutConfig, vllm_lora_rank
 from rlhf.models.encoding import is_chat
@@ -35,7 +30,7 @@ from rollout.vllm_private import (
     sent_checksums,
     stop_engine_only,
 )
-from rollout.weights import HubNames, Incoming, Spec, readable_checksums, specs_of
+from rollout.weights import AdapterFiles, HubNames, Incoming, Spec, readable_checksums
 
 _ADAPTER = ("policy", 1)  # name and id of the one adapter
 # tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is
@@ -76,13 +71,6 @@ def _device_options(cfg: RolloutConfig, dtype: torch.dtype) -> dict[str, Any]:
     return options
 
 
-def _adapter_directory() -> tempfile.TemporaryDirectory[str]:
-    """Where the adapter's files go: in memory, where there is such a folder."""
-    shared = Path("/dev/shm")
-    folder = shared if os.access(shared, os.W_OK) else None
-    return tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=folder)
-
-
 class VLLMGenerator:
     """One vLLM engine per rank. After a sync of an adapter the engine applies it; otherwise it
     holds the policy's whole weights.
@@ -112,9 +100,8 @@ class VLLMGenerator:
         self._dtype = dtype
         self._names = names
         self._specs = {name: Spec(spec.shape, dtype) for name, spec in names.specs.items()}
-        self._adapter_specs: dict[str, Spec] | None = None
+        self._adapter: AdapterFiles | None = None
         self._lora: Any = None
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
         # then starting the engine makes a group of one
         self._made_group = not torch.distributed.is_initialized()
         with engine_environment():
@@ -144,13 +131,13 @@ class VLLMGenerator:
                 self._llm.apply_model(rotate_natively)
 
     def _prepare_adapter(self, rank: int, wished: int | None) -> dict[str, Any]:
-        """Make a folder for the adapter's files; returns the engine's options for it."""
+        """Make room for the adapter's files; returns the engine's options for it."""
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
         max_rank = engine_lora_rank(rank, wished)
         if not torch.cuda.is_available():
             multiply_one_adapter_at_once(PunicaWrapperCPU)
-        self._directory = _adapter_directory()
+        self._adapter = AdapterFiles()
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
 
     def _write_once(self, max_tokens: int) -> None:
@@ -275,7 +262,7 @@ class VLLMGenerator:
         """
         if isinstance(weights, AdapterWeights):
             self._sync_adapter(weights, version)
-        elif self._directory is not None:
+        elif self._adapter is not None:
             raise SyncError(
                 f"weight sync {version}: the trainer sent whole weights to an engine that was "
                 "started for a LoRA adapter."
@@ -317,48 +304,37 @@ class VLLMGenerator:
             ) from error
 
     def _sync_adapter(self, weights: AdapterWeights, version: int) -> None:
-        """Write PEFT's two files and have the engine load them now, in place of the adapter that it
-        has.
-        """
+        """Have the engine load the adapter now, in place of the one that it has."""
         from vllm.lora.request import LoRARequest
 
-        if self._directory is None:
+        if self._adapter is None:
             raise SyncError(
                 f"weight sync {version}: the trainer sent an adapter to an engine that was "
                 "started for whole weights."
             )
-        if self._adapter_specs is None:
-            _check_halves(weights.tensors, version)
-            self._adapter_specs = specs_of(weights.tensors)
-        incoming = Incoming(weights.tensors.items(), self._adapter_specs, hashed=())
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in incoming}
-        incoming.finish(version)
+        tensors = self._adapter.write(weights, version)
         self.sent = sent_checksums(tensors, weights.config, self._dtype)
-        folder = Path(self._directory.name)
-        save_file(tensors, str(folder / "adapter_model.safetensors"))
-        (folder / "adapter_config.json").write_text(json.dumps(weights.config), encoding="utf-8")
-        name, number = _ADAPTER
-        self._llm.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
+        (name, number), folder = _ADAPTER, str(self._adapter.folder)
+        self._llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
         # From here on requests name the adapter only: with load_inplace they would read the file
         # again at every step.
-        self._lora = LoRARequest(name, number, str(folder))
+        self._lora = LoRARequest(name, number, folder)
 
     def checksums(self) -> dict[str, str]:
         """Checksums of the weights that the engine holds as plain tensors, and of some columns of
         those that it has packed, as on a CPU those of linear layers. With an adapter, of its
         tensors.
         """
-        if self._adapter_specs is not None:
-            shapes = {name: spec.shape for name, spec in self._adapter_specs.items()}
-            held: dict[str, str]
-            (held,) = self._llm.apply_model(
+        checksums: dict[str, str]
+        if self._adapter is not None:
+            shapes = {name: spec.shape for name, spec in self._adapter.specs.items()}
+            (checksums,) = self._llm.apply_model(
                 lambda model: held_checksums(model, list(self.sent), shapes)
             )
-            return held
+            return checksums
         results = self._llm.apply_model(
             lambda model: readable_checksums(model, self._specs, self.version)
         )
-        checksums: dict[str, str]
         (checksums,) = results  # one worker
         self._readable = frozenset(checksums)
         return checksums
@@ -375,23 +351,7 @@ class VLLMGenerator:
         del client, self._llm
         gc.unfreeze()  # the engine froze what lived when it started
         gc.collect()
-        if self._directory is not None:
-            self._directory.cleanup()
+        if self._adapter is not None:
+            self._adapter.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _check_halves(names: Iterable[str], version: int) -> None:
-    """Each LoRA layer has both matrices, A and B. Raises SyncError naming the missing ones."""
-    present = set(names)
-    missing = sorted(other for other in map(_other_half, present) if other not in present)
-    if missing:
-        raise SyncError(
-            f"weight sync {version}: the adapter's {', '.join(missing[:5])} is missing."
-        )
-
-
-def _other_half(name: str) -> str:
-    if ".lora_A." in name:
-        return name.replace(".lora_A.", ".lora_B.")
-    return name.replace(".lora_B.", ".lora_A.")

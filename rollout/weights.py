@@ -2,14 +2,19 @@
 checksum to compare with later.
 """
 
+import json
+import os
+import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf.types import SyncError
+from rlhf.types import AdapterWeights, SyncError
 
 _BLOCK = 1 << 17  # words summed at a time: in 64 bits they fit a core's cache
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
@@ -191,6 +196,57 @@ class Incoming:
                 f"weight sync {version}: the trainer's weights are not those of the generator's "
                 f"model: {', '.join(wrong[:_SHOWN])}{more}."
             )
+
+
+class AdapterFiles:
+    """PEFT's two files of a LoRA adapter, in a folder that vLLM reads them from."""
+
+    def __init__(self) -> None:
+        # in memory, where there is such a folder
+        shared = Path("/dev/shm")
+        place = shared if os.access(shared, os.W_OK) else None
+        self._directory = tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=place)
+        self.specs: dict[str, Spec] = {}  # of the first adapter, which all later ones are like
+
+    @property
+    def folder(self) -> Path:
+        return Path(self._directory.name)
+
+    def write(self, weights: AdapterWeights, version: int) -> dict[str, Tensor]:
+        """Write the files; returns the tensors that they hold.
+
+        Raises SyncError naming every parameter that is missing, unknown or of another shape.
+        """
+        if not self.specs:
+            _check_halves(weights.tensors, version)
+            self.specs = specs_of(weights.tensors)
+        incoming = Incoming(weights.tensors.items(), self.specs, hashed=())
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in incoming}
+        incoming.finish(version)
+        save_file(tensors, str(self.folder / "adapter_model.safetensors"))
+        text = json.dumps(weights.config)
+        (self.folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        return tensors
+
+    def close(self) -> None:
+        """Delete the files."""
+        self._directory.cleanup()
+
+
+def _check_halves(names: Iterable[str], version: int) -> None:
+    """Each LoRA layer has both matrices, A and B. Raises SyncError naming the missing ones."""
+    present = set(names)
+    missing = sorted(other for other in map(_other_half, present) if other not in present)
+    if missing:
+        raise SyncError(
+            f"weight sync {version}: the adapter's {', '.join(missing[:5])} is missing."
+        )
+
+
+def _other_half(name: str) -> str:
+    if ".lora_A." in name:
+        return name.replace(".lora_A.", ".lora_B.")
+    return name.replace(".lora_B.", ".lora_A.")
 
 
 def readable_checksums(
