@@ -61,6 +61,17 @@ class Scheduler(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    cosine_restarts = "cosine_restarts"
+    polynomial = "polynomial"
+    inverse_sqrt = "inverse_sqrt"
+    warmup_stable_decay = "warmup_stable_decay"
+    plateau = "plateau"  # constant until a figure stalls
+
+
+class DecayShape(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    square_root = "square_root"
 
 
 class KLEstimator(Enum):

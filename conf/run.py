@@ -1,10 +1,11 @@
-"""The groups ``run`` and ``tracking``: where a run lives, how it starts, what it is logged to; and
-the watch, which looks at the reward from outside while a run trains.
+"""The groups ``run`` and ``tracking``: where a run lives, how it starts, what it is logged to; the
+watch, which looks at the reward from outside while a run trains; and what changes along a training
+run: the learning rate's decay, and what a stalled figure does to it.
 """
 
 from dataclasses import dataclass
 
-from conf.choices import Action, TrackingKind, WandbMode
+from conf.choices import Action, DecayShape, Scheduler, TrackingKind, WandbMode
 from conf.options import check, check_options, option
 
 
@@ -149,3 +150,111 @@ class WatchConfig:
             self.judge_function,
             "null beside judge_path",
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate decays; each option is read by the scheduler that it names."""
+
+    cycles: int = option(
+        2,
+        "cosine_restarts: how often the cosine falls (SGDR, Loshchilov & Hutter 2017, "
+        "arXiv:1608.03983).",
+        unit="cycles",
+        at_least=1,
+    )
+    cycle_growth: float = option(
+        1.0, "cosine_restarts: how many times as long as the last a cycle is.", at_least=1
+    )
+    power: float = option(
+        2.0, "polynomial: the exponent of the share of steps that is left.", above=0
+    )
+    decay_share: float = option(
+        0.1,
+        "warmup_stable_decay: share of the steps, the last ones, in which the rate decays (Hu et "
+        "al. 2024, arXiv:2404.06395).",
+        above=0,
+        at_most=1,
+    )
+    decay_shape: DecayShape = option(
+        DecayShape.linear,
+        "warmup_stable_decay: how it decays; square_root is 1 minus the root of the share that is "
+        "done (Hägele et al. 2024, arXiv:2405.18392).",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage.schedule")
+
+
+@dataclass(slots=True, kw_only=True)
+class PlateauConfig:
+    """What scheduler=plateau does once a figure stalls: the held-out loss, or online the score."""
+
+    factor: float = option(
+        0.5, "What the learning rate is multiplied by each time.", above=0, below=1
+    )
+    patience: int = option(
+        3,
+        "Evaluations (online: steps) without improvement before that.",
+        unit="evaluations",
+        at_least=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage.plateau")
+
+
+# An option of another schedule must not be set in vain.
+_READ_BY = {
+    "cycles": Scheduler.cosine_restarts,
+    "cycle_growth": Scheduler.cosine_restarts,
+    "power": Scheduler.polynomial,
+    "decay_share": Scheduler.warmup_stable_decay,
+    "decay_shape": Scheduler.warmup_stable_decay,
+}
+
+
+def check_schedule(
+    scheduler: Scheduler,
+    schedule: ScheduleConfig,
+    plateau: PlateauConfig,
+    *,
+    warmup_ratio: float,
+    min_rate: float,
+) -> None:
+    """Raise ValueError where an option of the schedule contradicts the scheduler, or isn't read by
+    it.
+    """
+    usual = ScheduleConfig()
+    for name, reader in _READ_BY.items():
+        value = getattr(schedule, name)
+        check(
+            scheduler is reader or value == getattr(usual, name),
+            f"stage.schedule.{name}",
+            getattr(value, "value", value),
+            f"its default with scheduler={scheduler.value}: only {reader.value} reads it",
+        )
+    check(
+        scheduler is Scheduler.plateau or plateau == PlateauConfig(),
+        "stage.plateau",
+        plateau,
+        f"its defaults with scheduler={scheduler.value}: only plateau reads it",
+    )
+    check(
+        scheduler is not Scheduler.constant or min_rate == 0,
+        "stage.min_rate",
+        min_rate,
+        "0 with scheduler=constant, which never falls",
+    )
+    check(
+        scheduler is not Scheduler.inverse_sqrt or warmup_ratio > 0,
+        "stage.warmup_ratio",
+        warmup_ratio,
+        "above 0 with scheduler=inverse_sqrt, whose decay is measured in warm-up steps",
+    )
+    check(
+        scheduler is not Scheduler.warmup_stable_decay or warmup_ratio + schedule.decay_share <= 1,
+        "stage.schedule.decay_share",
+        schedule.decay_share,
+        f"at most 1 with warmup_ratio={warmup_ratio} together",
+    )

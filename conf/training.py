@@ -12,7 +12,8 @@ from conf.choices import (
     RewrittenTurns,
     Scheduler,
 )
-from conf.options import MISSING, check, check_options, names, option, same_option
+from conf.options import MISSING, check, check_options, names, nested, option, same_option
+from conf.run import PlateauConfig, ScheduleConfig, check_schedule
 
 # The losses that read stage.label_smoothing.
 _SMOOTHED = (
@@ -68,8 +69,20 @@ class TrainStage:
     warmup_ratio: float = option(
         0.05, "Share of the steps in which the learning rate rises.", at_least=0, at_most=1
     )
+    min_rate: float = option(
+        0.0,
+        "Share of learning_rate below which the schedule never falls after the warm-up.",
+        at_least=0,
+        at_most=1,
+    )
     max_grad_norm: float = option(
         1.0, "Largest gradient norm, larger ones are scaled down to it; 0: no clipping.", at_least=0
+    )
+    min_improvement: float = option(
+        0.0,
+        "A figure that betters the best by no more than this has not improved: for patience and "
+        "for scheduler=plateau.",
+        at_least=0,
     )
     save_steps: int = option(
         0,
@@ -102,9 +115,18 @@ class TrainStage:
         unit="updates",
         at_least=2,
     )
+    schedule: ScheduleConfig = nested(ScheduleConfig, section="what changes along the run")
+    plateau: PlateauConfig = nested(PlateauConfig)
 
     def __post_init__(self) -> None:
         check_options(self, "stage")
+        check_schedule(
+            self.scheduler,
+            self.schedule,
+            self.plateau,
+            warmup_ratio=self.warmup_ratio,
+            min_rate=self.min_rate,
+        )
         self.check_relations()
 
     def check_relations(self) -> None:

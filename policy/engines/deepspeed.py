@@ -87,6 +87,7 @@ class DeepSpeedEngine:
         self.cfg = cfg
         self.optim = optim
         self.steps = 0
+        self.scale = 1.0  # of the learning rate; the loop's, which sets it for each step
         self._waiting = False  # whether a gradient waits for its step
         _same_head_calls(module, cfg)
         params = trainable(module)
@@ -155,7 +156,7 @@ class DeepSpeedEngine:
 
     @property
     def rate(self) -> float:
-        return self.optim.rate(self.steps)
+        return self.optim.rate(self.steps) * self.scale
 
     def gather(self, params: list[nn.Parameter]) -> AbstractContextManager[Any]:
         """The whole weights while inside, on every rank (a collective under ZeRO-3)."""

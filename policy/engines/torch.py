@@ -42,6 +42,7 @@ class TorchEngine:
         self.module = module.to(device)
         self.optim = optim
         self.steps = 0
+        self.scale = 1.0  # of the learning rate; the loop's, which sets it for each step
         # of the gradient that waits for its step, once it is clipped
         self._norm: float | None = None
         self.params = trainable(module)
@@ -109,7 +110,7 @@ class TorchEngine:
 
     @property
     def rate(self) -> float:
-        return self.optim.rate(self.steps)
+        return self.optim.rate(self.steps) * self.scale
 
     gather = staticmethod(no_gather)
 

@@ -116,7 +116,10 @@ def options_of(cls: type, prefix: str) -> Iterator[Described]:
         section = info.section or section
         key = f"{prefix}{field.name}"
         if is_group(field.type):
-            yield from options_of(field.type, f"{key}.")
+            owner = _owner(cls, field.name)
+            for inner in options_of(field.type, f"{key}."):
+                inner_section = inner.section or section
+                yield dataclasses.replace(inner, section=inner_section, owner=owner)
             continue
         default = default_of(field)
         text = type_text(field.type, info)

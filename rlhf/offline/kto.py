@@ -1,8 +1,14 @@
-"""KTO's own collator: answers that meet another prompt (Ethayarajh et al. 2024)."""
+"""KTO: its trainer, and its own collator, by which answers meet another prompt (Ethayarajh et al.
+2024).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from trl import KTOTrainer
+
+from rlhf.offline.likelihood import PreferenceTrainer
 
 
 def mismatch_shift(prompts: Sequence[list[int]]) -> int:
@@ -37,3 +43,7 @@ class KLPairs:
             for i, row in enumerate(rows)
         ]
         return self.collate(paired)
+
+
+class KTO(PreferenceTrainer, KTOTrainer):
+    """KTO, on single answers that are good or bad."""

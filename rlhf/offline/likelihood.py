@@ -1,4 +1,5 @@
-"""DPO, CPO and ORPO: losses of pairs with a term for the likelihood of the chosen answer.
+"""What the trainers of preferences share; and DPO, CPO and ORPO: losses of pairs with a term for
+the likelihood of the chosen answer.
 
 TRL takes that term as a mean over a micro-batch's tokens, so how a batch is split would change the
 update: a short answer in a small micro-batch would weigh more. Here it is a mean over the tokens of
@@ -12,9 +13,34 @@ from torch import Tensor
 
 from conf.choices import PreferenceLoss
 from rlhf.models.encoding import IGNORED
+from rlhf.offline import row_weights
 from rlhf.offline.private_hooks import CPOTrainer, DPOTrainer, ORPOTrainer
-from rlhf.offline.trainers import Inputs, PreferenceTrainer
+from rlhf.offline.trainers import Carried, Inputs, Loss, StageTrainer
 from rlhf.process import distributed
+from rlhf.types import WEIGHT
+
+
+class PreferenceTrainer(StageTrainer):
+    """What DPO, KTO, CPO and ORPO share: rows of token ids, and weighted gradients.
+
+    TRL keeps the loss of a single row to itself, so a row's weight multiplies the gradient that
+    flows into the row's log-probabilities. The update is the same, since each row's loss depends on
+    its own log-probabilities alone (KTO's KL estimate has no gradient). The logged losses are those
+    of rows that weigh the same.
+    """
+
+    pretokenised = True
+
+    def weighted_loss(
+        self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
+    ) -> Any:
+        def scale(outputs: Any) -> None:
+            values = getattr(outputs, "log_probs", None)
+            if values is None:
+                values = outputs.logits
+            row_weights.scale_gradient(values, carried[WEIGHT])
+
+        return plain(row_weights.changed(model, scale), inputs, return_outputs=return_outputs)
 
 
 class OverStep(PreferenceTrainer):

@@ -13,11 +13,11 @@ from conf.schema import AdapterConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage
 from policy.model import is_peft
 from rlhf.models.encoding import IGNORED
-from rlhf.offline.kto import KLPairs
+from rlhf.offline.kto import KTO, KLPairs
 from rlhf.offline.likelihood import CPO, DPO, ORPO
 from rlhf.offline.private_hooks import CPOConfig, DataCollatorForUnpairedPreference, ORPOConfig
 from rlhf.offline.setup import EXPERTS, unbalanced
-from rlhf.offline.trainers import KTO, StageTrainer
+from rlhf.offline.trainers import StageTrainer
 from rlhf.types import WEIGHT, UserError
 
 AnyPreferenceStage = PreferenceStage | KTOStage | CPOStage | ORPOStage

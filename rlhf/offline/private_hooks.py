@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from rlhf.offline.steps import Parts
+from rlhf.offline.steps import Parts, StepRates
 from rlhf.process import distributed
 
 with warnings.catch_warnings():
@@ -63,6 +63,7 @@ class PrivateHooks(Trainer):
     extra_columns: tuple[str, ...] = ()  # of the data, beside those that the trainer itself reads
     pretokenised = False  # the rows hold token ids already, so TRL must not tokenise them
     _signature_columns: Any
+    lr_scheduler: Any
 
     # ---- hooks: what StageTrainer answers ----
 
@@ -109,6 +110,10 @@ class PrivateHooks(Trainer):
     def begin_optimizer_step(self, micro_batches: Sequence[dict[str, Any]]) -> None:
         """Called with all micro-batches of an optimizer step, before the first is run."""
 
+    def rate_factor(self, step: int) -> float:
+        """What the highest learning rate is multiplied by in step `step` (from 0)."""
+        raise NotImplementedError
+
     def begin_evaluation(self, micro_batches: Any) -> None:
         """Called with the loader of the held-out micro-batches, before they are run."""
 
@@ -118,7 +123,12 @@ class PrivateHooks(Trainer):
         """
         raise NotImplementedError
 
-    # ---- private methods that call the hooks ----
+    # ---- methods that call the hooks, private but the first ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> StepRates:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = StepRates(optimizer or self.optimizer, self.rate_factor)
+        return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -248,13 +258,6 @@ class PrivateHooks(Trainer):
 
     # ---- private state, by names of our own ----
 
-    def set_steps(self, steps: int, warmup_steps: int) -> None:
-        """Optimizer steps of the run, and those in which the learning rate rises. Set after the
-        trainer is made, since packing decides how many rows there are.
-        """
-        self.args.max_steps = steps
-        self.args.warmup_steps = warmup_steps
-
     def remember_loss(self) -> None:
         """Keep what the trainer has summed up for its next log, in case this step is left out."""
         self._loss_before = self._tr_loss.clone()
@@ -365,7 +368,6 @@ USED = (
 # Code inside a method that we rely on.
 USED_CODE = (
     (TrainingArguments, "    max_steps: int"),
-    (TrainingArguments, "    warmup_steps: float"),
     (TrainingArguments, "    save_total_limit: int"),
     (Trainer, 'metrics[f"{metric_key_prefix}_loss"]'),
     (CPOTrainer, "            policy_nll_loss,\n        ) = forward_output[:5]"),

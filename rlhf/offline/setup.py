@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from conf import published
-from conf.choices import AdapterKind, Dtype, EngineKind, Offload, Scheduler
+from conf.choices import AdapterKind, Dtype, EngineKind, Offload
 from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
 from policy import adapters
@@ -28,12 +28,6 @@ from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
 from rlhf.run.context import RunContext
 from rlhf.types import UserError
-
-_SCHEDULERS = {
-    Scheduler.constant: "constant_with_warmup",
-    Scheduler.linear: "linear",
-    Scheduler.cosine: "cosine",
-}
 
 
 def check(cfg: Config) -> list[str]:
@@ -246,7 +240,6 @@ def trainer_arguments(
         "adam_epsilon": stage.adam_eps,
         "optim": "adamw_torch",
         "max_grad_norm": stage.max_grad_norm,
-        "lr_scheduler_type": _SCHEDULERS[stage.scheduler],
         "max_length": stage.max_length,
         "bf16": half,
         "fp16": computed_in is torch.float16,

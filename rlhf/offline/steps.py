@@ -19,6 +19,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -108,6 +109,26 @@ def part_rows(rows: Sequence[Row], budget: int) -> list[list[Row]]:
     count = int(distributed.all_max([float(fewest)])[0])
     parts = plan_micro_batches(lengths, budget, at_least=count)
     return [[rows[i] for i in part] for part in parts]
+
+
+# ---- learning rates ----
+
+
+class StepRates(LambdaLR):
+    """The rate of each parameter group: its own highest one, times `factor` of the step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+        super().__init__(optimizer, factor)
+
+    def refresh(self) -> None:
+        """Take up that `factor` has changed for the step that comes next."""
+        rates = []
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(self.last_epoch)
+            rates.append(group["lr"])
+        self._last_lr = rates
 
 
 # ---- steps that must not be applied ----
@@ -247,7 +268,7 @@ class HeldOutRows(TrainerCallback, ExportableState):
         """rows: a hash of this launch's held-out rows."""
         self.rows = rows
         self.since = 0  # the step of the first evaluation on them
-        self._changed = False
+        self.changed = False  # this launch's rows, since the checkpoint that it resumes from
 
     def state(self) -> dict[str, Any]:
         """What transformers writes into a checkpoint."""
@@ -261,7 +282,7 @@ class HeldOutRows(TrainerCallback, ExportableState):
         self.since = known["attributes"]["since"]
         if known["args"]["rows"] == self.rows:
             return
-        self._changed, self.since = True, state.global_step
+        self.changed, self.since = True, state.global_step
         args.eval_on_start = True
         # before stage.patience compares with it
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -276,9 +297,9 @@ class HeldOutRows(TrainerCallback, ExportableState):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The checkpoint that the run resumes from is the best so far."""
-        if not self._changed:
+        if not self.changed:
             return
-        self._changed = False
+        self.changed = False
         loss = kwargs["metrics"]["eval_loss"]
         if math.isfinite(loss):
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -1,11 +1,11 @@
-"""Our trainers: one subclass of TRL's for each, all with the same additions. Those of DPO, CPO
-and ORPO are in likelihood.py.
+"""Our trainers: one subclass of TRL's for each, all with the same additions. Those of preferences
+are in likelihood.py and kto.py.
 
     transformers.Trainer         the loop over steps
     TRL's SFTTrainer, ...        the loss and its metrics
     PrivateHooks                 names of our own for what the two keep private (private_hooks.py)
     StageTrainer (below)         what every stage adds: whole batches, row weights, guards, resume
-    SFT, Reward, KTO, ...        StageTrainer in front of TRL's class, and how its rows are weighed
+    SFT, Reward, ...             StageTrainer in front of TRL's class, and how its rows are weighed
 
 `StageTrainer` stands first in each class, so its methods run before TRL's.
 """
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import KTOTrainer, RewardTrainer, SFTTrainer
+from trl import RewardTrainer, SFTTrainer
 
 from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
 from policy.engines import resharding
-from policy.engines.base import NonFinite
+from policy.engines.base import NonFinite, OptimSettings, Plateau
 from policy.engines.deepspeed import is_universal, reading, repair_universal
 from policy.model import is_peft
 from rlhf.models.encoding import IGNORED
@@ -50,11 +50,26 @@ class StageTrainer(PrivateHooks):
 
     extra_columns = CARRIED
     data_collator: Any
+    schedule: OptimSettings
+    plateau: Plateau | None = None
 
     def __init__(self, *args: Any, guard: Guard, engine: EngineConfig, **kwargs: Any) -> None:
         self.guard, self.engine = guard, engine
         super().__init__(*args, **kwargs)
         self.data_collator = WithWeights(self.data_collator)
+
+    # ---- the learning rate ----
+
+    def set_schedule(self, schedule: OptimSettings, plateau: Plateau | None) -> None:
+        """The run's steps and their rates. Set after the trainer is made, since packing decides
+        how many rows there are.
+        """
+        self.schedule, self.plateau = schedule, plateau
+        self.args.max_steps = schedule.total_steps
+
+    def rate_factor(self, step: int) -> float:
+        scale = 1.0 if self.plateau is None else self.plateau.scale
+        return self.schedule.factor(step) * scale
 
     # ---- rows: whole batches, and weights ----
 
@@ -366,30 +381,3 @@ class Reward(StageTrainer, RewardTrainer):
         metrics["accuracy"].extend(pairs[pairs[:, 0] != 0, 1].tolist())
         if not metrics["accuracy"]:
             del metrics["accuracy"]
-
-
-class PreferenceTrainer(StageTrainer):
-    """What DPO, KTO, CPO and ORPO share: rows of token ids, and weighted gradients.
-
-    TRL keeps the loss of a single row to itself, so a row's weight multiplies the gradient that
-    flows into the row's log-probabilities. The update is the same, since each row's loss depends on
-    its own log-probabilities alone (KTO's KL estimate has no gradient). The logged losses are those
-    of rows that weigh the same.
-    """
-
-    pretokenised = True
-
-    def weighted_loss(
-        self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
-    ) -> Any:
-        def scale(outputs: Any) -> None:
-            values = getattr(outputs, "log_probs", None)
-            if values is None:
-                values = outputs.logits
-            row_weights.scale_gradient(values, carried[WEIGHT])
-
-        return plain(row_weights.changed(model, scale), inputs, return_outputs=return_outputs)
-
-
-class KTO(PreferenceTrainer, KTOTrainer):
-    """KTO, on single answers that are good or bad."""

@@ -4,7 +4,7 @@ weights, and saving them: progress, metrics, signals, resume, model/ and adapter
 
 import gc
 import json
-import math
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from conf.choices import EngineKind
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig
+from policy.engines.base import OptimSettings, Plateau
 from policy.engines.deepspeed import gather_zero3
 from policy.model import Gather, is_peft, no_gather
 from policy.saving import rescuing, save_adapter, save_model
@@ -34,6 +36,7 @@ from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.types import Interrupted, TrainingDiverged
 
+LOG = logging.getLogger("rlhf.stages")
 _TIMINGS = ("_runtime", "_per_second")  # how the names of evaluation's timings end
 _SAMPLE_TOKENS = 48
 
@@ -128,6 +131,55 @@ class Reporter(TrainerCallback):
         self.tokens, self._busy_s = tokens, 0.0
 
 
+class PlateauWatch(TrainerCallback, ExportableState):
+    """Shows each held-out loss to the schedule, and keeps what it knows in the checkpoints."""
+
+    def __init__(self, plateau: Plateau, held_out: HeldOutRows) -> None:
+        """held_out: added to the trainer before this."""
+        self.plateau, self.held_out = plateau, held_out
+
+    def state(self) -> dict[str, Any]:
+        """What transformers writes into a checkpoint."""
+        return {"args": {}, "attributes": self.plateau.state_dict()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run goes on from its checkpoint's figures, if they are of the same rows."""
+        known = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step == 0 or known is None:
+            return
+        self.plateau.load_state_dict(known["attributes"])
+        if self.held_out.changed:
+            self.plateau.forget()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next step has the new rate already."""
+        if not self.plateau.look(kwargs["metrics"]["eval_loss"]):
+            return
+        kwargs["lr_scheduler"].refresh()
+        if distributed.is_main():
+            LOG.info(
+                "step %d: the held-out loss stalls, the learning rate is %.3g of the highest now "
+                "(stage.plateau).",
+                state.global_step,
+                self.plateau.scale,
+            )
+
+
+class Patience(EarlyStoppingCallback):
+    """stage.patience: transformers counts evaluations without improvement, but forgets the count
+    in a resumed run.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        for name in (type(self).__name__, EarlyStoppingCallback.__name__):
+            known = state.stateful_callbacks.get(name)
+            if state.global_step and known is not None:
+                attributes = known["attributes"]
+                self.early_stopping_patience_counter = attributes["early_stopping_patience_counter"]
+                return
+
+
 def make_guard(ctx: RunContext) -> Guard:
     """The guard of a run, with the counts of the checkpoint that it goes on from."""
     guard = Guard(ctx.cfg.stage, ctx.dir, ctx.checkpoint_dir, ctx.tracker.log)
@@ -145,12 +197,16 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     """
     stage, resume_from = ctx.cfg.stage, ctx.resume_from
     steps = count_steps(stage, len(trainer.train_dataset))
-    trainer.set_steps(steps, math.ceil(stage.warmup_ratio * steps))
+    plateau = Plateau.of(stage, higher_is_better=False)
+    schedule = OptimSettings.from_stage(stage, total_steps=steps, from_zero=True)
+    trainer.set_schedule(schedule, plateau)
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=stage.patience))
+        trainer.add_callback(Patience(stage.patience, stage.min_improvement))
     held_out = HeldOutRows(content_hash(trainer.eval_dataset))
     trainer.add_callback(held_out)
+    if plateau is not None:
+        trainer.add_callback(PlateauWatch(plateau, held_out))
     trainer.add_callback(KnownCallbacks(trainer.callback_handler.callbacks))
     if resume_from is not None:
         trainer.restore_token_count(tokens_before(resume_from))

@@ -10,7 +10,7 @@ from pathlib import Path
 from conf.choices import OnNonFinite
 from conf.stages import OnlineStage
 from policy.engines import resharding
-from policy.engines.base import Brake, NonFinite
+from policy.engines.base import Brake, NonFinite, Plateau
 from policy.model import mix_weights
 from policy.prepare import TrainBatch, prepare
 from policy.saving import rescuing, save_adapter, save_model
@@ -46,7 +46,8 @@ class Loop:
         self.steps = stage.steps
         self.limit = cfg.rollout.max_response_length  # tokens
         self.exact_sampling = cfg.rollout.top_p == 1.0 and cfg.rollout.top_k == 0
-        self.state = RunState(Brake.from_stage(stage))
+        plateau = Plateau.of(stage, higher_is_better=True)
+        self.state = RunState(Brake.from_stage(stage), plateau)
         self.collector = Collector(
             generator=parts.generator,
             prompts=parts.prompts,
@@ -86,6 +87,7 @@ class Loop:
                 metrics, rows = done
                 self.state.step += 1
                 self.state.history.append(metrics)
+                self._look_for_plateau(metrics)
                 self.ctx.watchdog.phase("judge")
                 watched = self.watching.after(self.state.step, metrics, self.parts.generator)
                 metrics["time/step_s"] += watched.get("time/judge_s", 0.0)
@@ -132,6 +134,28 @@ class Loop:
         metrics["train/tokens_per_s"] = trained / max(clock.seconds["update"], 1e-9)
         metrics["time/step_s"] = time.perf_counter() - began
         return metrics, samples
+
+    def _look_for_plateau(self, metrics: Metrics) -> None:
+        """scheduler=plateau: show it the step's score; a step that was left out has none."""
+        plateau = self.state.plateau
+        if plateau is None or "objective/scores" not in metrics:
+            return
+        if plateau.look(metrics["objective/scores"]) and distributed.is_main():
+            LOG.info(
+                "step %d: the score stalls, the learning rate is %.3g of the highest now "
+                "(stage.plateau).",
+                self.state.step,
+                plateau.scale,
+            )
+
+    def _set_rates(self) -> None:
+        """What multiplies the schedule's learning rates in the step under way."""
+        plateau = self.state.plateau
+        scale = 1.0 if plateau is None else plateau.scale
+        models = self.parts.models
+        models.policy.scale = scale
+        if models.critic is not None:
+            models.critic.scale = scale
 
     def _begin(self) -> None:
         """Send the first weights, and judge the policy before its first update."""
@@ -238,6 +262,7 @@ class Loop:
     def _update(self, batch: TrainBatch, collected: Collected, step: int) -> Metrics:
         parts, stage = self.parts, self.stage
         raw = collected.scores.total
+        self._set_rates()
         try:
             figures = update(
                 batch,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from policy.engines import resharding
-from policy.engines.base import Brake
+from policy.engines.base import Brake, Plateau
 from policy.prepare import TrainBatch
 from rlhf.online.judging import Watching
 from rlhf.online.setup import Parts
@@ -38,6 +38,7 @@ class RunState:
     """What a run knows of itself beside weights and random generators."""
 
     brake: Brake
+    plateau: Plateau | None = None  # with scheduler=plateau
     moments: RunningMoments = field(default_factory=RunningMoments)  # of the scores
     step: int = 0  # updates done
     draws: int = 0  # of prompts, since the run began
@@ -86,6 +87,7 @@ def write_state(directory: Path, state: RunState, parts: Parts, watching: Watchi
         "moments": state.moments.state_dict(),
         "brake": state.brake.state_dict(),
         "rewinds": state.rewinds,
+        "plateau": None if state.plateau is None else state.plateau.state_dict(),
         "scorer": parts.scorer.state_dict(),
         "history": state.history,
         "watching": watching.state_dict(),
@@ -113,6 +115,8 @@ def read_state(directory: Path, state: RunState, parts: Parts, watching: Watchin
     watching.load_state_dict(content["watching"])
     state.step, state.draws = content["step"], content["draws"]
     state.brake.load_state_dict(content["brake"])
+    if state.plateau is not None and content.get("plateau") is not None:
+        state.plateau.load_state_dict(content["plateau"])
     state.rewinds = max(state.rewinds, content["rewinds"])
     state.history = content["history"]
     state.moments.load_state_dict(content["moments"])
