@@ -86,10 +86,11 @@ class VLLMGenerator:
         names: HubNames,
         dtype: torch.dtype,
         adapter_rank: int | None = None,
+        ahead: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         """`max_tokens`: prompt and response together. `names`: of the model's tensors.
-        `adapter_rank` None: whole weights only.
+        `adapter_rank` None: whole weights only. `ahead`: virtual tokens (rollout/embeds.py).
         """
         self.version = 0
         self.sent: dict[str, str] = {}
@@ -110,7 +111,7 @@ class VLLMGenerator:
 
             for name in QUIET:  # a filter: levels are reset when the engine configures its loggers
                 logging.getLogger(name).addFilter(errors_only)
-            options = _device_options(cfg, dtype)
+            options = _device_options(cfg, dtype) | {"enable_prompt_embeds": ahead > 0}
             if adapter_rank is not None:
                 options |= self._prepare_adapter(adapter_rank, cfg.max_lora_rank)
             with kept_apart(transformers_backend) as classes, self._told(names.family):
@@ -119,7 +120,7 @@ class VLLMGenerator:
                     skip_tokenizer_init=True,  # token ids in, token ids out
                     trust_remote_code=trust_remote_code,
                     dtype=str(dtype).removeprefix("torch."),
-                    max_model_len=max_tokens,
+                    max_model_len=max_tokens + ahead,
                     max_num_seqs=cfg.max_num_seqs,
                     logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                     seed=0,
@@ -186,11 +187,14 @@ class VLLMGenerator:
         check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
-        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in owners]
+        requests = [self._request(prompt.token_ids) for prompt in owners]
         params = [self._params(drawn, greedy) for drawn in response_seeds(seed, prompts, n)]
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
         written = [output.outputs[0] for output in outputs]
         return [self._rollout(prompt, w) for prompt, w in zip(owners, written, strict=True)]
+
+    def _request(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"prompt_token_ids": list(token_ids)}
 
     def _params(self, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
@@ -246,11 +250,11 @@ class VLLMGenerator:
             detokenize=False,
         )
         (output,) = self._llm.generate(
-            [{"prompt_token_ids": context}], params, use_tqdm=False, lora_request=self._lora
+            [self._request(context)], params, use_tqdm=False, lora_request=self._lora
         )
+        known = output.prompt_logprobs[-len(context) :]  # virtual tokens have some, too
         of_prompt = [
-            position[token].logprob
-            for position, token in zip(output.prompt_logprobs[1:], context[1:], strict=True)
+            position[token].logprob for position, token in zip(known[1:], context[1:], strict=True)
         ]
         return [*of_prompt, output.outputs[0].logprobs[0][last].logprob]
 

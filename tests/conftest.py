@@ -58,6 +58,7 @@ _LONG = (
 # starting an engine for a tiny model, and tests/composing.py keeps what it composed.
 _GROUPS = {
     "test_rollout": "vllm",
+    "test_embeds": "vllm",
     "test_vllm_private": "vllm",
     "test_sync": "vllm",
     "test_eval": "vllm",
