@@ -20,6 +20,49 @@ class ModelKind(Enum):
 class AdapterKind(Enum):
     none = "none"
     lora = "lora"
+    adalora = "adalora"
+    gelora = "gelora"
+    lora_mini = "lora_mini"
+    rasa = "rasa"
+    molora = "molora"
+    bottleneck = "bottleneck"
+    ia3 = "ia3"
+    vera = "vera"
+    oft = "oft"
+    prompt = "prompt"
+    ptuning = "ptuning"
+    prefix = "prefix"
+
+
+class LoraInit(Enum):
+    default = "default"  # A random, B 0
+    gaussian = "gaussian"
+    orthogonal = "orthogonal"
+    pissa = "pissa"
+    olora = "olora"
+    eva = "eva"
+    loftq = "loftq"
+    corda = "corda"
+
+
+class Quantization(Enum):
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
+class Placement(Enum):
+    houlsby = "houlsby"  # behind the attention and behind the feed-forward layer
+    pfeiffer = "pfeiffer"  # behind the feed-forward layer
+    parallel = "parallel"  # beside the feed-forward layer
+
+
+class Carrier(Enum):
+    lora = "lora"  # two matrices a layer, which generators apply themselves
+    merged = "merged"  # whole weights
+    modules = "modules"  # layers of its own inside the engine
+    embeds = "embeds"  # rows in front of the prompt's embeddings
+    hf = "hf"  # no way to vLLM: transformers generates
 
 
 class EngineKind(Enum):

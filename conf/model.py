@@ -1,11 +1,10 @@
-"""The groups ``model``, ``adapter``, ``engine`` and ``rollout``: which weights a stage starts from,
-which of them it trains, how they are updated, and how they write responses.
+"""The groups ``model``, ``engine`` and ``rollout``: which weights a stage starts from, how they are
+updated, and how they write responses.
 """
 
 from dataclasses import dataclass
 
 from conf.choices import (
-    AdapterKind,
     Dtype,
     EngineKind,
     LoraSync,
@@ -89,33 +88,6 @@ class ModelConfig:
             and ".." not in self.gguf_file.split("/")
         )
         check(inside, "model.gguf_file", self.gguf_file, "a file's name inside model.path")
-
-
-@dataclass(slots=True, kw_only=True)
-class AdapterConfig:
-    """Which weights are trained: all of them (``none``), or low-rank updates (``lora``, Hu et al.
-    2021, arXiv:2106.09685).
-    """
-
-    kind: AdapterKind = option(AdapterKind.none, "Train all weights, or a LoRA adapter.")
-    rank: int = option(16, "Rank of the low-rank updates.", at_least=1)
-    alpha: float = option(32.0, "Scale of the updates: alpha / rank.", above=0)
-    dropout: float = option(0.0, "Dropout probability of the adapter's input.", at_least=0, below=1)
-    targets: list[str] = option(
-        ["all-linear"], "Names of the modules that are adapted, or all-linear.", filled=True
-    )
-    rslora: bool = option(
-        False, "Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."
-    )
-    dora: bool = option(False, "Weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353).")
-    merge_on_save: bool = option(
-        False,
-        "stage=sft: write merged weights to model/ instead of the adapter; every other stage "
-        "always writes whole weights.",
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self, "adapter")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 Each group's options are in a module:
 
     run, tracking                     conf/run.py
-    model, adapter, engine, rollout   conf/model.py
+    model, engine, rollout            conf/model.py
+    adapter                           conf/adapters.py
     reward                            conf/reward.py
     data                              conf/data.py, conf/preparation/
     label                             conf/labelling.py
@@ -16,14 +17,15 @@ library only.
 """
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from conf import published
-from conf.choices import AdapterKind, Advantage, LoraSync, RolloutBackend
+from conf.adapters import AdapterConfig, facts_of
+from conf.choices import AdapterKind, Advantage, Carrier, LoraSync, RolloutBackend
 from conf.data import DataConfig, GymConfig, SourceConfig
 from conf.labelling import LabelConfig
-from conf.model import AdapterConfig, EngineConfig, ModelConfig, RolloutConfig, TinyConfig
+from conf.model import EngineConfig, ModelConfig, RolloutConfig, TinyConfig
 from conf.online import OnlineStage
 from conf.options import MISSING, nested, option
 from conf.reward import RewardConfig, RewardTerm
@@ -46,6 +48,7 @@ __all__ = [
     "SourceConfig",
     "TinyConfig",
     "TrackingConfig",
+    "facts_of",
 ]
 
 _Stage = TypeVar("_Stage")
@@ -113,27 +116,31 @@ def generator_of(backend: RolloutBackend) -> RolloutBackend:
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def merges_lora(rollout: RolloutConfig, adapter: AdapterConfig) -> bool:
-    """Whether the generator gets whole weights with the adapter merged in, not the adapter alone.
-
-    ``rollout.lora_sync=auto`` merges DoRA only: generators apply plain LoRA.
+def carrier_of(rollout: RolloutConfig, adapter: AdapterConfig) -> Carrier:
+    """How the policy's weights go to the generator. ``rollout.lora_sync=merged`` has low-rank
+    updates merged into whole weights before; ``auto`` leaves it to the method.
     """
-    if adapter.kind is AdapterKind.none:
-        return False
-    if rollout.lora_sync is LoraSync.auto:
-        return adapter.dora
-    return rollout.lora_sync is LoraSync.merged
+    carrier = facts_of(adapter).carrier
+    if carrier is Carrier.lora and rollout.lora_sync is LoraSync.merged:
+        return Carrier.merged
+    return carrier
 
 
 def critic_adapter(stage: OnlineStage, adapter: AdapterConfig) -> AdapterConfig:
     """What trains of a critic: all weights, or with stage.critic_adapter a LoRA adapter in the
-    policy's shape, whether the policy has one or not.
+    policy's shape, whatever the policy's own method is.
     """
     if not stage.critic_adapter:
-        return replace(adapter, kind=AdapterKind.none)
-    if adapter.kind is AdapterKind.none:
-        return replace(adapter, kind=AdapterKind.lora)
-    return adapter
+        return AdapterConfig()
+    return AdapterConfig(
+        kind=AdapterKind.lora,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+        rslora=adapter.rslora,
+        dora=adapter.dora,
+    )
 
 
 def vllm_lora_rank(rank: int, wished: int | None) -> int:

@@ -7,7 +7,7 @@ is needed: the hidden state at a real position is the same whatever follows it.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from policy.logprobs import has_plain_head, head_of, selected_logprobs
 from rlhf.models.scalar import backbone_name
 from rlhf.process import distributed
-from rlhf.types import AdapterWeights, FullWeights
 
 # Our name for attention by segments among transformers' implementations.
 BY_SEGMENTS = "by_segments"
@@ -29,7 +28,6 @@ BY_SEGMENTS = "by_segments"
 LONGEST_DENSE = 512
 _sdpa = AttentionInterface()["sdpa"]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-_PEFT_PREFIX = "base_model.model."
 # what transformers calls probabilities of dropout, in configurations and in modules
 _DROPOUT = ("dropout", "pdrop", "dropout_prob", "layerdrop")
 
@@ -267,125 +265,3 @@ def _held_dropout(holder: Any) -> list[str]:
 
 def _is_probability(value: Any) -> bool:
     return isinstance(value, float) and value > 0
-
-
-@torch.no_grad()
-def mix_weights(target: Any, source: Any, share: float) -> None:
-    """target = share * source + (1 - share) * target, tensor by tensor; adapters of `source` merged
-    in. Whole weights only (not ZeRO-3).
-    """
-    held = target.state_dict()
-    done: set[int] = set()
-    for name, tensor in iterate_weights(source):
-        own = held[name]
-        # tied tensors come under each name
-        if own.data_ptr() not in done and own.is_floating_point():
-            done.add(own.data_ptr())
-            own.lerp_(tensor.to(own), share)
-
-
-def _clean_name(name: str) -> str:
-    return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
-
-
-def _persistent(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The module's own parameters and saved buffers, tied ones too."""
-    for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-        yield prefix + name, param.detach()
-    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-        if name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer.detach()
-
-
-def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model's state dict by transformers' name, adapters merged in, gathered
-    one layer at a time.
-
-    Under ZeRO-3 every rank must consume the whole iterator. The trained weights are left bit for
-    bit as they were: a merged layer gets its original back rather than the sum less the update,
-    which would drift. Merged and gathered tensors are copies.
-    """
-    lora_layers = _lora_layers(model)
-    inside = {id(sub) for layer in lora_layers.values() for sub in layer.modules()}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        if name in lora_layers:
-            with gather(list(module.parameters())):
-                merged = [(_clean_name(prefix + n), t) for n, t in _merged_copies(module)]
-            yield from merged
-        elif id(module) not in inside:
-            params = list(module.parameters(recurse=False))
-            with gather(params) if params else nullcontext():
-                own = [(_clean_name(n), t) for n, t in _persistent(module, prefix)]
-                if gather is not no_gather:  # what is gathered is gone afterwards
-                    own = [(n, t.clone()) for n, t in own]
-            yield from own
-
-
-def _merged_copies(layer: Any) -> list[tuple[str, Tensor]]:
-    """Copies of what a layer's base holds, with its adapter merged in; the base stays as it was.
-
-    A module of several adapted parameters, such as fused experts, has a wrapper around each other
-    for each of them.
-    """
-    base = layer.get_base_layer()
-    wrappers = [sub for sub in layer.modules() if _is_adapted(sub)]
-    originals = [(param, param.detach().clone()) for param in base.parameters()]
-    for wrapper in wrappers:
-        wrapper.merge(safe_merge=False)
-    merged = []
-    for name, module in base.named_modules():
-        prefix = f"{name}." if name else ""
-        merged += [(n, t.clone()) for n, t in _persistent(module, prefix)]
-    for wrapper in reversed(wrappers):
-        wrapper.unmerge()
-    for param, original in originals:
-        param.data.copy_(original)
-    return merged
-
-
-def _is_adapted(module: Any) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer)
-
-
-def _lora_layers(model: Any) -> dict[str, Any]:
-    """Adapted layers by name, of wrappers around each other the outermost."""
-    out: dict[str, Any] = {}
-    if not is_peft(model):
-        return out
-    for name, module in model.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in out)
-        if _is_adapted(module) and not inner:
-            out[name] = module
-    return out
-
-
-def full_weights(model: Any, gather: Gather = no_gather) -> FullWeights:
-    return FullWeights(iterate_weights(model, gather))
-
-
-def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
-    """The adapter alone, under the names that PEFT saves."""
-    from peft import get_peft_model_state_dict
-
-    params = trainable(model)
-    with gather(params):
-        # The base weights may be partitioned (empty) under ZeRO-3: hand PEFT the adapter's tensors
-        # only.
-        own = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    config = model.peft_config["default"].to_dict()
-    return AdapterWeights(
-        get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False),
-        {name: _plain_value(value) for name, value in config.items()},
-    )
-
-
-def _plain_value(value: Any) -> Any:
-    """A value of PEFT's configuration as JSON holds it: sets sorted, enumerations by their
-    value.
-    """
-    if isinstance(value, set):
-        return sorted(value)
-    return getattr(value, "value", value)

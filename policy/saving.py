@@ -1,16 +1,164 @@
-"""Writing a trained policy so that the next stage loads it."""
+"""A policy's weights on their way out: as tensors for a generator, and as files from which the next
+stage loads them.
+"""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from policy.model import Gather, adapter_weights, base_of, is_peft, iterate_weights, no_gather
+from policy.model import Gather, base_of, is_peft, no_gather
 from rlhf.models.facts import set_ends
 from rlhf.process import distributed
+from rlhf.types import AdapterWeights, FullWeights
+
+_PEFT_PREFIX = "base_model.model."
+AsLora = Callable[[Any, Gather], AdapterWeights]
+
+
+# ---- tensors ----
+
+
+@torch.no_grad()
+def mix_weights(target: Any, source: Any, share: float) -> None:
+    """target = share * source + (1 - share) * target, tensor by tensor; adapters of `source` merged
+    in. Whole weights only (not ZeRO-3).
+    """
+    held = target.state_dict()
+    done: set[int] = set()
+    for name, tensor in iterate_weights(source):
+        own = held[name]
+        # tied tensors come under each name
+        if own.data_ptr() not in done and own.is_floating_point():
+            done.add(own.data_ptr())
+            own.lerp_(tensor.to(own), share)
+
+
+def _clean_name(name: str) -> str:
+    return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+
+
+def _persistent(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The module's own parameters and saved buffers, tied ones too."""
+    for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+        yield prefix + name, param.detach()
+    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+        if name not in module._non_persistent_buffers_set:
+            yield prefix + name, buffer.detach()
+
+
+def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model's state dict by transformers' name, adapters merged in, gathered
+    one layer at a time.
+
+    Under ZeRO-3 every rank must consume the whole iterator. The trained weights are left bit for
+    bit as they were: a merged layer gets its original back rather than the sum less the update,
+    which would drift. Merged and gathered tensors are copies.
+    """
+    lora_layers = _lora_layers(model)
+    inside = {id(sub) for layer in lora_layers.values() for sub in layer.modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if name in lora_layers:
+            with gather(list(module.parameters())):
+                merged = [(_clean_name(prefix + n), t) for n, t in _merged_copies(module)]
+            yield from merged
+        elif id(module) not in inside:
+            params = list(module.parameters(recurse=False))
+            with gather(params) if params else nullcontext():
+                own = [(_clean_name(n), t) for n, t in _persistent(module, prefix)]
+                if gather is not no_gather:  # what is gathered is gone afterwards
+                    own = [(n, t.clone()) for n, t in own]
+            yield from own
+
+
+def _merged_copies(layer: Any) -> list[tuple[str, Tensor]]:
+    """Copies of what a layer's base holds, with its adapter merged in; the base stays as it was.
+
+    A module of several adapted parameters, such as fused experts, has a wrapper around each other
+    for each of them.
+    """
+    base = layer.get_base_layer()
+    wrappers = [sub for sub in layer.modules() if _is_adapted(sub)]
+    originals = [(param, param.detach().clone()) for param in base.parameters()]
+    for wrapper in wrappers:
+        wrapper.merge(safe_merge=False)
+    merged = []
+    for name, module in base.named_modules():
+        prefix = f"{name}." if name else ""
+        merged += [(n, t.clone()) for n, t in _persistent(module, prefix)]
+    for wrapper in reversed(wrappers):
+        wrapper.unmerge()
+    for param, original in originals:
+        param.data.copy_(original)
+    return merged
+
+
+def _is_adapted(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _lora_layers(model: Any) -> dict[str, Any]:
+    """Adapted layers by name, of wrappers around each other the outermost."""
+    out: dict[str, Any] = {}
+    if not is_peft(model):
+        return out
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in out)
+        if _is_adapted(module) and not inner:
+            out[name] = module
+    return out
+
+
+def full_weights(model: Any, gather: Gather = no_gather) -> FullWeights:
+    return FullWeights(iterate_weights(model, gather))
+
+
+def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
+    """The adapter alone, under the names that PEFT saves, frozen parts of it too."""
+    from peft import get_peft_model_state_dict
+
+    config = model.peft_config[model.active_adapter]
+    held = dict(_adapter_parameters(model, config.peft_type))
+    with gather(list(held.values())):
+        # The base weights may be partitioned (empty) under ZeRO-3: hand PEFT the adapter's tensors
+        # only.
+        own = {name: param.detach().clone() for name, param in held.items()}
+    own |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    tensors = get_peft_model_state_dict(
+        model, state_dict=own, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+    return AdapterWeights(
+        tensors, {name: _plain_value(value) for name, value in config.to_dict().items()}
+    )
+
+
+def _adapter_parameters(model: Any, kind: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that PEFT adds for adapters of a kind, and those that train beside them."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind)
+    for name, param in model.named_parameters():
+        if param.requires_grad or (prefix is not None and prefix in name):
+            yield name, param
+
+
+def _plain_value(value: Any) -> Any:
+    """A value of PEFT's configuration as JSON holds it: sets sorted, enumerations by their
+    value.
+    """
+    if isinstance(value, set):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+# ---- files ----
 
 
 @contextmanager
@@ -88,15 +236,29 @@ def save_model(
 
 
 def save_adapter(model: Any, directory: Path, gather: Gather = no_gather) -> None:
-    """The LoRA adapter alone, in PEFT's format. Collective under ZeRO-3; rank 0 writes, to the
-    side: `directory` is replaced as a whole.
+    """The adapter alone, in PEFT's format. Collective under ZeRO-3; rank 0 writes, to the side:
+    `directory` is replaced as a whole.
     """
+    assert is_peft(model), "only an adapter model has an adapter to save"
+    _write_adapter(adapter_weights(model, gather), directory)
+
+
+def save_as_lora(
+    as_lora: AsLora | None, model: Any, directory: Path, gather: Gather = no_gather
+) -> None:
+    """The plain LoRA with the same update as the model's adapter, which every program reads, where
+    its method has one that is not its own form. Collective as `save_adapter`.
+    """
+    if as_lora is not None:
+        _write_adapter(as_lora(model, gather), directory)
+
+
+def _write_adapter(weights: AdapterWeights, directory: Path) -> None:
+    """PEFT's two files, by rank 0."""
     import json
 
     from safetensors.torch import save_file
 
-    assert is_peft(model), "only an adapter model has an adapter to save"
-    weights = adapter_weights(model, gather)
     if distributed.is_main():
         tensors = {n: t.cpu().contiguous() for n, t in weights.tensors.items()}
         with replacing(directory) as side:

@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.models.directories import ADAPTER_CONFIG, check_model_path, readable
+from conf.choices import Dtype
+from conf.schema import ModelConfig
+from rlhf.models.directories import ADAPTER_CONFIG, check_model_path, contents, readable
 from rlhf.models.encoding import answer_ids, is_chat, prompt_ids
-from rlhf.models.scalar import backbone_name, classifier_class, one_label_config
+from rlhf.models.loading import load_classifier
+from rlhf.models.scalar import backbone_name, base_model, classifier_class, one_label_config
 from rlhf.process.files import json_object
 from rlhf.types import Tools, UserError
 
@@ -96,10 +99,10 @@ def read_manifest(path: str | Path, key: str = "reward.path") -> Manifest:
             f"{key}={path}: holds no {MANIFEST_FILE}, so it is not a reward model. Expected: the "
             "model/ directory that stage=reward wrote."
         )
-    if held.adapters:
+    if any(not adapter.is_native for adapter in held.adapters):
         raise UserError(
-            f"{key}={path}: holds an adapter ({ADAPTER_CONFIG}). Expected whole weights, as the "
-            "model/ directory of every reward run has them."
+            f"{key}={path}: holds an adapter ({ADAPTER_CONFIG}) that can be merged. Expected whole "
+            "weights, as the model/ directory of the reward run has them."
         )
     content = json_object(file, "this is no reward model that can be used")
     version = content.get("format_version")
@@ -147,6 +150,10 @@ def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.
     CPU. Raises UserError for missing weights.
     """
     directory = str(Path(path).expanduser())
+    if contents(directory, key).is_native:
+        cfg = ModelConfig(path=directory, dtype=Dtype(str(dtype).removeprefix("torch.")))
+        tokenizer, _ = load_reward_tokenizer(path, key)
+        return load_classifier(cfg, tokenizer, native=True).eval()
     with readable(f"{key}={path}: the reward model"):
         config = one_label_config(directory)
         module, info = classifier_class(config).from_pretrained(
@@ -172,7 +179,7 @@ def load_reward_model(path: str | Path, dtype: torch.dtype) -> RewardModel:
 
 def longest_text(module: Any) -> int:
     """The most tokens that a model reads at once."""
-    config = module.config.get_text_config()
+    config = base_model(module).config.get_text_config()
     return int(getattr(config, "max_position_embeddings", 2**31))
 
 
@@ -184,17 +191,21 @@ def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor
     may be the end-of-sequence token. The head runs in float32: half precision would round scores to
     a few hundredths.
     """
-    backbone = getattr(module, backbone_name(module))
+    lm = base_model(module)
+    backbone = getattr(lm, backbone_name(lm))
     mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :] < lengths[:, None]
     # [B, L, H]
     hidden = backbone(
         input_ids=input_ids, attention_mask=mask.long(), use_cache=False
     ).last_hidden_state
     last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1].float()  # [B, H]
-    bias = module.score.bias
+    head = lm.score
+    # PEFT keeps a head that trained beside an adapter in a module around the first one
+    head = getattr(head, "modules_to_save", {}).get("default", head)
+    bias = head.bias
     if bias is not None:
         bias = bias.float()
-    return F.linear(last, module.score.weight.float(), bias).squeeze(-1)
+    return F.linear(last, head.weight.float(), bias).squeeze(-1)
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from textwrap import shorten
 from typing import Any
 
-from conf.choices import LoraSync, RolloutBackend
+from conf.choices import Carrier, LoraSync, RolloutBackend
 from conf.schema import Config, generator_of
 from rlhf.types import Generator, UserError
 
@@ -25,14 +25,15 @@ def make_generator(
     model_path: str,
     tokenizer: Any,
     model_factory: Callable[[], Any],
-    adapter_rank: int | None,
+    carrier: Carrier = Carrier.merged,
+    adapter_rank: int | None = None,
 ) -> Generator:
     """A generator that starts from `model_path` (vLLM) or from what `model_factory` builds
     (transformers).
 
-    `adapter_rank` None: syncs send whole weights; else syncs send a LoRA adapter of that rank,
-    which `model_factory` has attached. Raises UserError, before weights load, for what the model or
-    the backend can't do.
+    `carrier`: what syncs send; whole weights, or an adapter that `model_factory` has attached.
+    `adapter_rank`: of a LoRA. Raises UserError, before weights load, for what the model or the
+    backend can't do.
     """
     from rlhf.models.loading import resolve_dtype
     from rlhf.process import distributed
@@ -55,17 +56,21 @@ def make_generator(
             max_num_seqs=cfg.rollout.max_num_seqs,
             device=distributed.device(),
         )
-    if adapter_rank is not None and cfg.adapter.dora:
-        raise UserError(
-            f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set "
-            "rollout.lora_sync=merged (or auto)."
-        )
     names = _hub_names(model_config, cfg.model.trust_remote_code)
     if adapter_rank is not None and names.joins and cfg.adapter.targets == ["all-linear"]:
         raise UserError(
             f"adapter.targets=[all-linear]: {model_config.model_type} has experts, whose adapters "
             f"vLLM does not take. Set rollout.lora_sync={LoraSync.merged.value}, or name the "
             "attention's layers in adapter.targets."
+        )
+    if carrier is Carrier.lora and cfg.adapter.dora:
+        raise UserError(
+            f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set "
+            "rollout.lora_sync=merged (or auto)."
+        )
+    if carrier not in (Carrier.lora, Carrier.merged):
+        raise UserError(
+            f"rollout=vllm has no way for adapter.kind={cfg.adapter.kind.value}. Set rollout=hf."
         )
     from rollout.vllm import VLLMGenerator
 

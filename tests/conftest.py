@@ -5,6 +5,7 @@ directory.
 import gc
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What importing and collecting left stays for good: the garbage collector need not look at it
-    again for each of thousands of tests.
+    """Adapters are known, as in every run. What importing and collecting left stays for good: the
+    garbage collector need not look at it again for each of thousands of tests.
     """
+    if "policy.adapters" in sys.modules:  # else no test here makes one
+        from rlhf.stages import methods
+
+        methods.register()
     gc.collect()
     gc.freeze()
 

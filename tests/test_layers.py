@@ -68,7 +68,7 @@ NAMES_A_STAGE = "rlhf/__main__.py"
 # without code don't count. The aim for online is 90.
 MOST_REACHED = {"online": 90, "sft": 60, "reward": 62, "preference": 63}
 # The same for the steps that rlhf/cli/command.py takes before a stage trains.
-STEPS_REACH = {"rows": 80, "memory": 52}
+STEPS_REACH = {"rows": 81, "memory": 53}
 
 
 @dataclass(frozen=True)

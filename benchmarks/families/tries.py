@@ -14,12 +14,13 @@ from conf.schema import AdapterConfig, Config, DataConfig, ModelConfig, RolloutC
 from policy.adapters import attach
 from policy.agreement import can_share_prompts, check_agreement
 from policy.batching import Batch, collate, pack
-from policy.model import CriticModule, PolicyModule, iterate_weights, trainable, turn_off_dropout
-from policy.saving import save_adapter, save_model
+from policy.model import CriticModule, PolicyModule, trainable, turn_off_dropout
+from policy.saving import iterate_weights, save_adapter, save_model
 from reward.model import load_reward_module, score_ids
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm, load_classifier, train_tokenizer
 from rlhf.process.wording import first_line
+from rlhf.stages import methods
 from rlhf.types import FullWeights, UserError
 from rollout import make_generator
 
@@ -175,6 +176,7 @@ def adapter_gap(model: Any, directory: Path) -> float:
     base = directory / "policy"
     model.save_pretrained(base)
     check_forward(model, "a policy")
+    methods.register()
     settings = AdapterConfig(kind=AdapterKind.lora, rank=4)
     adapted = attach(model, settings, task="CAUSAL_LM", base=str(base))
     generator = torch.Generator().manual_seed(2)

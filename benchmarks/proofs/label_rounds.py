@@ -230,7 +230,7 @@ def train(
     """
     from rlhf.checks import launch
     from rlhf.checks.launch import count_steps
-    from rlhf.stages import memory, reward
+    from rlhf.stages import memory, methods, reward
     from rlhf.stages import rows as stage_rows
 
     cfg = config.compose(["stage=reward", *base])
@@ -247,6 +247,7 @@ def train(
     # One evaluation, after the last step: held-out pairs must choose nothing.
     cfg.stage.steps = cfg.stage.eval_steps = count_steps(cfg.stage, len(rows))
     launch.check_stage([reward.check, stage_rows.check, memory.check], cfg)
+    methods.register()
     reward.run(RunContext.open(cfg), stage_rows)
     directory = folder / "reward"
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))

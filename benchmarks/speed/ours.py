@@ -21,6 +21,7 @@ from rlhf.online.loop import Loop
 from rlhf.online.setup import build
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from rlhf.stages import methods
 from rlhf.stages import rows as stage_rows
 
 
@@ -92,6 +93,7 @@ def bare_pass(
 
 
 def main() -> None:
+    methods.register()
     case, folder = Case.load(sys.argv[1]), Path(tempfile.mkdtemp(prefix="bench-"))
     cfg = config.compose(overrides(case, folder))
     distributed.set_threads(cfg.engine.threads)

@@ -1,24 +1,114 @@
-"""Adapters: which weights a stage trains. A method is a file here and a line in `METHODS`.
+"""Adapters: which weights a stage trains beside a frozen model.
 
-A method that is no plain LoRA also needs a way to the generator (conf/schema.py `merges_lora`,
-rollout/), a memory plan (rlhf/checks/memory/), a published rate (conf/published.py) and weights
-that are saved whole (policy/model.py, policy/saving.py): there "an adapter" still means LoRA.
+A method is a file here that ends with its `Method`, a line in rlhf/stages/methods.py, which
+registers them all, a row in conf/adapters.py of what follows from it, and a preset in conf/adapter.
+Stages know the `Method` only, never its file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.choices import AdapterKind
-from conf.schema import AdapterConfig, ModelConfig
-from policy.adapters import lora
+import torch
+from torch import Tensor
+
+from conf.choices import AdapterKind, Carrier
+from conf.schema import AdapterConfig, ModelConfig, facts_of
+from policy.model import Gather, no_gather
+from policy.saving import (
+    adapter_weights,
+    full_weights,
+    rescuing,
+    save_adapter,
+    save_as_lora,
+    save_model,
+)
 from rlhf.models.directories import CLASSIFIER
 from rlhf.models.loading import without_weights
+from rlhf.process import distributed
+from rlhf.types import AdapterWeights, FullWeights
 
-# From a model, adapter.*, and PEFT's task type to the model with a fresh adapter.
-METHODS: dict[AdapterKind, Callable[[Any, AdapterConfig, str], Any]] = {
-    AdapterKind.lora: lora.attach,
-}
+Rows = Sequence[Sequence[int]]  # token ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fresh:
+    """What a method may need of a stage to make a fresh adapter."""
+
+    task: str  # PEFT's task type: CAUSAL_LM, or SEQ_CLS, whose scalar head trains in full
+    sample: Callable[[], Rows] | None = None  # rows that the stage trains on, None where none are
+
+
+@dataclass(frozen=True, slots=True)
+class Tuner:
+    """A method of ours as PEFT knows its own: a name, and the classes of its configuration and of
+    its model. What PEFT saves of it are the tensors whose names hold the model's `prefix`.
+    """
+
+    name: str
+    config: Any
+    model: Any
+
+
+def _nothing_to_check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
+    """The method takes every model."""
+
+
+def _one_rate(name: str, adapter: AdapterConfig) -> float:
+    """Every parameter trains at the stage's learning rate."""
+    return 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One way to train little beside a frozen model."""
+
+    # transformers' model -> PEFT's with a fresh adapter; only the adapter trains
+    attach: Callable[[Any, AdapterConfig, Fresh], Any]
+    # Parameters that train, by the paper's formula; the weights may be on the meta device.
+    expected: Callable[[Any, AdapterConfig], int]
+    # Raises UserError for options that the model can't have. The weights may be on the meta device;
+    # the last argument: whether an adapter on the language model's head trains.
+    check: Callable[[Any, AdapterConfig, bool], None] = _nothing_to_check
+    tuner: Tuner | None = None  # of ours, None where PEFT has it
+    # By the parameter's name: its learning rate over the stage's.
+    rate_scale: Callable[[str, AdapterConfig], float] = _one_rate
+    # Added to the loss of an optimizer step.
+    penalty: Callable[[Any], Tensor] | None = None
+    # Called with the model and the number of the step (from 0) when all gradients are there.
+    before_step: Callable[[Any, int], None] | None = None
+    # The plain LoRA with the same update, where there is one and PEFT's saved form is another.
+    as_lora: Callable[[Any, Gather], AdapterWeights] | None = None
+
+
+METHODS: dict[AdapterKind, Method] = {}
+
+
+def register(methods: Mapping[AdapterKind, Method]) -> None:
+    """Make `methods` known to the stages, and tuners of ours to PEFT."""
+    from peft.mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
+
+    METHODS.update(methods)
+    for method in methods.values():
+        tuner: Any = method.tuner
+        if tuner is not None:
+            PEFT_TYPE_TO_CONFIG_MAPPING[tuner.name] = tuner.config
+            PEFT_TYPE_TO_TUNER_MAPPING[tuner.name] = tuner.model
+            PEFT_TYPE_TO_PREFIX_MAPPING[tuner.name] = tuner.model.prefix
+
+
+def method_of(adapter: AdapterConfig) -> Method:
+    """The method of adapter.kind. Raises RuntimeError before any was registered."""
+    if adapter.kind not in METHODS:
+        raise RuntimeError(
+            f"adapter.kind={adapter.kind.value} is not registered: rlhf/stages/methods.py does it"
+        )
+    return METHODS[adapter.kind]
 
 
 def attach(
@@ -28,6 +118,7 @@ def attach(
     task: str,
     base: str | None = None,
     trains_head: bool = True,
+    sample: Callable[[], Rows] | None = None,
 ) -> Any:
     """`model` with a fresh adapter of the method adapter.kind (only it trains), or `model` itself
     with every weight trainable.
@@ -35,17 +126,20 @@ def attach(
     `task` is PEFT's task type: ``CAUSAL_LM`` or ``SEQ_CLS`` (whose scalar head trains in full
     beside the adapter). base: what the saved adapter names as its base, a directory or hub's name
     of the whole weights in `model`; a directory is named absolutely, so that the adapter finds it
-    from anywhere. trains_head: as in `lora.check_targets`, which raises UserError for
-    adapter.targets that the model can't have.
+    from anywhere. trains_head: whether an adapter on the language model's head trains. sample: rows
+    of token ids for methods that look at data first. Raises UserError for options that the model
+    can't have.
     """
     if adapter.kind is AdapterKind.none:
         return model
-    lora.check_targets(model, adapter.targets, trains_head=trains_head)
-    adapted = METHODS[adapter.kind](model, adapter, task)
+    method = method_of(adapter)
+    method.check(model, adapter, trains_head)
+    adapted = method.attach(model, adapter, Fresh(task=task, sample=sample))
     if base is not None:
         directory = Path(base).expanduser()
         name = str(directory.resolve()) if directory.is_dir() else base
-        adapted.peft_config["default"].base_model_name_or_path = name
+        for config in adapted.peft_config.values():
+            config.base_model_name_or_path = name
     return adapted
 
 
@@ -55,11 +149,62 @@ def check(
     """What `attach` would refuse, told by the model's configuration before any weight loads; of a
     hub's model, a GGUF file and a new ``model=tiny`` `attach` itself tells it. Raises UserError.
     """
-    if adapter.kind is AdapterKind.none or list(adapter.targets) == lora.ALL_LINEAR:
+    if adapter.kind is AdapterKind.none:
         return
     empty = without_weights(model, classifier=task == CLASSIFIER)
     if empty is not None:
-        lora.check_targets(empty, adapter.targets, trains_head=trains_head)
+        method_of(adapter).check(empty, adapter, trains_head)
+
+
+def sender(
+    adapter: AdapterConfig, carrier: Carrier, *, vllm: bool
+) -> Callable[[Any, Gather], FullWeights | AdapterWeights]:
+    """What makes of a model the weights that its generator gets: whole ones, the plain LoRA with
+    the adapter's update, or the adapter as it is.
+    """
+    if carrier is Carrier.merged:
+        return full_weights
+    as_lora = method_of(adapter).as_lora
+    if vllm and carrier is Carrier.lora and as_lora is not None:
+        return as_lora
+    return adapter_weights
+
+
+def lora_rank(weights: FullWeights | AdapterWeights) -> int:
+    """The largest rank of a LoRA's layers, by its configuration."""
+    assert isinstance(weights, AdapterWeights), "whole weights have no rank"
+    config: Any = weights.config
+    return max([config["r"], *config.get("rank_pattern", {}).values()])
+
+
+def save(
+    model: Any,
+    adapter: AdapterConfig,
+    tokenizer: Any,
+    directory: Path,
+    gather: Gather = no_gather,
+    *,
+    dtype: torch.dtype | None = None,
+    alone: bool = False,
+) -> None:
+    """What a run leaves of its weights in `directory`: model/, from which every stage starts, and
+    with an adapter adapter/, in its method's own form, and lora/, the plain LoRA of the same
+    update, where that is another.
+
+    model/ has whole weights in `dtype`; where they can't hold the adapter, or with `alone`, it has
+    the adapter, which names its base. A collective.
+    """
+    with rescuing(model, directory, gather):
+        if adapter.kind is not AdapterKind.none:
+            save_adapter(model, directory / "adapter", gather)
+            save_as_lora(method_of(adapter).as_lora, model, directory / "lora", gather)
+        if facts_of(adapter).merges and not alone:
+            save_model(model, tokenizer, directory / "model", gather, dtype)
+            return
+        save_adapter(model, directory / "model", gather)
+        if distributed.is_main():
+            tokenizer.save_pretrained(directory / "model")
+        distributed.barrier()
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from conf.schema import AdapterConfig
+from policy.adapters import Fresh, Method
+from rlhf.models.directories import CLASSIFIER
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.policy")
 ALL_LINEAR = ["all-linear"]
 
 
-def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
+def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     """`model` with a fresh adapter; only it trains. Raises UserError by the family's name for
     layers that PEFT can't adapt.
     """
@@ -29,14 +31,14 @@ def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
     if targets == ALL_LINEAR:
         targets = "all-linear"
     config = LoraConfig(
-        task_type=task,
+        task_type=fresh.task,
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=targets,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        modules_to_save=heads_of(fresh.task),
     )
     family, linear = model.config.model_type, linear_modules(model)
     parameters = model.num_parameters()
@@ -76,6 +78,11 @@ def attach(model: Any, adapter: AdapterConfig, task: str) -> Any:
             parameters,
         )
     return adapted
+
+
+def heads_of(task: str) -> list[str] | None:
+    """Modules that train in full beside an adapter: a classifier's scalar head."""
+    return ["score"] if task == CLASSIFIER else None
 
 
 def _joint_experts(adapted: Any) -> dict[str, int]:
@@ -196,6 +203,11 @@ def _is_linear(layer: Any) -> bool:
     return torch.allclose(found.float(), wanted.float(), rtol=1e-2, atol=1e-3)
 
 
+def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
+    """What `attach` refuses before weights load."""
+    check_targets(model, adapter.targets, trains_head=trains_head)
+
+
 def check_targets(model: Any, targets: Sequence[str], *, trains_head: bool) -> None:
     """Each of `targets` (adapter.targets) names a module of the model, and none a module whose
     weight is another's too. The weights may be on the meta device: nothing is read of them.
@@ -237,6 +249,34 @@ def check_targets(model: Any, targets: Sequence[str], *, trains_head: bool) -> N
             )
 
 
+def adapted_linears(model: Any, adapter: AdapterConfig) -> list[Any]:
+    """The linear layers of a transformers model that adapter.targets names; all-linear: those of
+    its blocks.
+    """
+    head = model.get_output_embeddings()
+    chosen = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head or name == "score":
+            continue
+        if list(adapter.targets) == ALL_LINEAR or _is_named(name, adapter.targets):
+            chosen.append(module)
+    return chosen
+
+
+def _is_named(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def expected(model: Any, adapter: AdapterConfig) -> int:
+    """r (in + out) for each layer adapted; DoRA adds out."""
+    count = 0
+    for linear in adapted_linears(model, adapter):
+        count += adapter.rank * (linear.in_features + linear.out_features)
+        if adapter.dora:
+            count += linear.out_features
+    return count
+
+
 def linear_modules(model: Any) -> list[str]:
     """The last parts of the names of the model's linear layers, each once."""
     names = set()
@@ -244,3 +284,6 @@ def linear_modules(model: Any) -> list[str]:
         if module.__class__.__name__ == "Linear":
             names.add(name.rsplit(".", 1)[-1])
     return sorted(names)
+
+
+METHOD = Method(attach=attach, expected=expected, check=check)

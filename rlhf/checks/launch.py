@@ -15,6 +15,7 @@ from pathlib import Path
 from conf.choices import (
     SORTING,
     AdapterKind,
+    Carrier,
     Dtype,
     EngineKind,
     KTOLoss,
@@ -29,8 +30,9 @@ from conf.schema import (
     Config,
     EngineConfig,
     RolloutConfig,
+    carrier_of,
+    facts_of,
     generator_of,
-    merges_lora,
     vllm_lora_rank,
 )
 from conf.stages import KTOStage, OfflineStage, PreferenceStage
@@ -274,20 +276,34 @@ def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
     """
     if adapter.kind is AdapterKind.none:
         return
-    if adapter.dora and rollout.lora_sync is LoraSync.adapter:
+    carrier, vllm = carrier_of(rollout, adapter), runs_vllm(rollout.backend)
+    sync, method = rollout.lora_sync, f"adapter.kind={adapter.kind.value}"
+    if sync is LoraSync.adapter and carrier is Carrier.merged:
+        what = "adapter.dora=true" if adapter.dora else f"{method} init={adapter.init.value}"
         raise UserError(
-            "rollout.lora_sync=adapter with adapter.dora=true: generation engines apply "
-            "plain LoRA only, so DoRA's magnitudes would be lost. "
-            "Set rollout.lora_sync=merged or auto."
+            f"rollout.lora_sync=adapter with {what}: generation engines apply plain LoRA only, "
+            "which this update is not. Set rollout.lora_sync=merged or auto."
         )
+    if sync is LoraSync.merged and not facts_of(adapter).merges:
+        raise UserError(
+            f"rollout.lora_sync=merged: whole weights can't hold {method}. "
+            "Set rollout.lora_sync=auto."
+        )
+    if vllm and carrier is Carrier.hf:
+        raise UserError(f"rollout=vllm has no way for {method}. Set rollout=hf.")
+    if adapter.kind is AdapterKind.lora:
+        _check_rank(rollout, adapter.rank, vllm=vllm and carrier is Carrier.lora)
+
+
+def _check_rank(rollout: RolloutConfig, rank: int, *, vllm: bool) -> None:
+    """Raises UserError for a LoRA that the generator has no room for."""
     most = rollout.max_lora_rank
-    if most is not None and most < adapter.rank:
+    if most is not None and most < rank:
         raise UserError(
-            f"rollout.max_lora_rank={most} is below adapter.rank={adapter.rank}: "
-            f"expected at least {adapter.rank}."
+            f"rollout.max_lora_rank={most} is below adapter.rank={rank}: expected at least {rank}."
         )
-    if runs_vllm(rollout.backend) and not merges_lora(rollout, adapter):
+    if vllm:
         try:
-            vllm_lora_rank(adapter.rank, most)
+            vllm_lora_rank(rank, most)
         except ValueError as error:
             raise UserError(str(error)) from error

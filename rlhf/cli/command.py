@@ -47,6 +47,7 @@ _HYDRAS_OWN = ("--hydra-help", "--version", "--info", "-i")  # flags that need n
 # Modules of rlhf/stages/ that are no stages. A stage that trains gets its rows by the first, and is
 # looked at by the second; the others are for the runs that ask for them.
 _ROWS, _MEMORY, _DRY_RUN, _RECIPE = "rows", "memory", "dry_run", "recipe"
+_METHODS = "methods"  # makes adapters known, before any stage that loads a model
 # torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
 # load a model
 _WITHOUT_TORCH = ("chain", "data")
@@ -254,6 +255,7 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
     if schema not in ("chain", "data", "doctor"):
         # The others load no model by themselves, and transformers takes seconds to import.
         quiet_libraries()
+        modules(_METHODS).register()
     if schema in ("chain", "doctor"):
         stage = modules(name)
     else:

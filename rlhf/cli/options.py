@@ -46,7 +46,7 @@ def _walk(cls: type, prefix: str) -> Iterator[str]:
 
 def _walk_items(item: Any, key: str) -> Iterator[str]:
     """The keys inside a dictionary whose values are of the type `item`."""
-    if item is Any:
+    if not is_group(item):
         yield f"{key}.{ANYTHING}"
         return
     yield f"{key}.{NAME}"

@@ -22,15 +22,18 @@ from rlhf.types import UserError
 ADAPTER_CONFIG = "adapter_config.json"
 START = "start"  # folder of a run: the whole weights that it starts from, where model.path has none
 CLASSIFIER = "SEQ_CLS"  # PEFT's task type of a reward model's adapter
-# PEFT's types that add tokens or layers, so that no weights are the same model
-_UNMERGEABLE = (
+# how the names of input embeddings end in the model families
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+# PEFT's types whose update no weights can hold: they stay beside their base
+NATIVE = (
     "PROMPT_TUNING",
-    "MULTITASK_PROMPT_TUNING",
     "P_TUNING",
     "PREFIX_TUNING",
-    "CPT",
-    "ADAPTION_PROMPT",
+    "BOTTLENECK",
+    "MOLORA",
 )
+# those that nothing here can run
+_UNREADABLE = ("MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,12 @@ class Adapter:
     directory: Path
     base: str  # the directory or hub's name that it changes
     task: str | None  # PEFT's task type
+    kind: str = "LORA"  # PEFT's type
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the adapter stays beside its base, since no weights can hold it."""
+        return self.kind in NATIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,11 @@ class Contents:
         be written out first: of an adapter on an adapter these libraries would read only the last.
         """
         return not self.adapters and (self.has_config or not self.is_local)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the model is weights with an adapter beside them that they can't hold."""
+        return any(adapter.is_native for adapter in self.adapters)
 
     def tokenizer_place(self) -> str:
         """Where the tokenizer is: an adapter that was saved without one has its base's."""
@@ -216,12 +230,48 @@ def _read_adapter(directory: Path, name: str) -> Adapter:
             f"{file}: base_model_name_or_path is {base!r}, so the adapter names no base. Expected "
             "the directory of the weights that it was trained on."
         )
-    if kind in _UNMERGEABLE:
+    if kind in _UNREADABLE:
         raise UserError(
-            f"{name}: an adapter of the kind {kind} can't be merged into weights. Expected LoRA or "
-            "another kind that PEFT merges."
+            f"{name}: an adapter of the kind {kind} can't be read here. Expected LoRA or another "
+            "kind that PEFT merges, or a kind of adapter that this toolkit trains."
         )
-    return Adapter(directory, base, task if isinstance(task, str) else None)
+    return Adapter(directory, base, task if isinstance(task, str) else None, str(kind))
+
+
+def check_native(held: Contents, taken: bool) -> None:
+    """Raises UserError for a model whose adapter no weights can hold, where it isn't `taken`, and
+    where another adapter stands on it.
+    """
+    native = [adapter for adapter in held.adapters if adapter.is_native]
+    if not native:
+        return
+    if not taken:
+        raise UserError(
+            f"{held.path}: its adapter {native[0].directory} of the kind {native[0].kind} can't be "
+            "merged into weights, so nothing can be trained on it here. Expected whole weights or "
+            f"an adapter that merges; {held.weights} is its base. It can be evaluated and score."
+        )
+    if native != [held.adapters[-1]]:
+        raise UserError(
+            f"{held.path}: an adapter stands on {native[0].directory}, which can't be merged into "
+            "weights. Expected it to be the last one."
+        )
+
+
+def embedding_rows(adapter: Adapter) -> int | None:
+    """The rows of the embedding that an adapter brings beside its updates; None where it brings
+    none, as most.
+    """
+    from safetensors import safe_open
+
+    with (
+        readable(f"the adapter {adapter.directory}"),
+        safe_open(str(adapter.directory / "adapter_model.safetensors"), "pt") as file,
+    ):
+        for key in file.keys():  # noqa: SIM118
+            if key.removesuffix(".weight").endswith(_EMBEDDINGS):
+                return int(file.get_slice(key).get_shape()[0])
+    return None
 
 
 @contextlib.contextmanager

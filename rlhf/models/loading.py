@@ -21,15 +21,15 @@ from rlhf.models.directories import (
     Adapter,
     Contents,
     check_model_path,
+    check_native,
     contents,
+    embedding_rows,
     readable,
 )
-from rlhf.models.scalar import backbone_name, classifier_class, one_label_config
+from rlhf.models.scalar import backbone_name, base_model, classifier_class, one_label_config
 from rlhf.models.templates import template_text
 from rlhf.types import UserError
 
-# how the names of input embeddings end in the model families
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 BOS, EOS, PAD, UNK = "<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>"
 
 
@@ -207,11 +207,14 @@ def _loading_options(cfg: ModelConfig, held: Contents) -> dict[str, Any]:
     return options
 
 
-def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
+def load_causal_lm(
+    cfg: ModelConfig, tokenizer: Any, path: str | None = None, *, native: bool = False
+) -> Any:
     """The language model of `path` or ``cfg.path``, or a new ``model=tiny``.
 
     It is on the CPU, in ``cfg.dtype``, and all of it trains. An adapter is merged into its base
-    (`rlhf.models.directories.contents`). Raises UserError.
+    (`rlhf.models.directories.contents`); one that no weights can hold stays beside it, in PEFT's
+    model, where `native` models are taken: nothing of them trains. Raises UserError.
     """
     from transformers import AutoModelForCausalLM
 
@@ -220,7 +223,11 @@ def load_causal_lm(cfg: ModelConfig, tokenizer: Any, path: str | None = None) ->
         config = tiny_config(cfg.tiny, tokenizer)
         model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(cfg.dtype))
         return _clean(model, tokenizer)
-    return _clean(_language_model(cfg, check_model_path(path)), tokenizer)
+    held = check_model_path(path)
+    check_native(held, native)
+    model = _language_model(cfg, held)
+    _clean(base_model(model), tokenizer)
+    return model
 
 
 def _language_model(cfg: ModelConfig, held: Contents) -> Any:
@@ -239,7 +246,9 @@ def _language_model(cfg: ModelConfig, held: Contents) -> Any:
 
 
 def _merged(model: Any, adapter: Adapter, held: Contents) -> Any:
-    """`model` with the adapter merged into its weights, all of which train again."""
+    """`model` with the adapter merged into its weights, all of which train again; in PEFT's model,
+    frozen, where weights can't hold it.
+    """
     from peft import PeftModel
 
     name = str(adapter.directory)
@@ -250,6 +259,8 @@ def _merged(model: Any, adapter: Adapter, held: Contents) -> Any:
         warnings.filterwarnings("error", message="Found missing adapter keys")
         _make_room(model, adapter)
         adapted = PeftModel.from_pretrained(model, str(adapter.directory))
+        if adapter.is_native:
+            return adapted
         return adapted.merge_and_unload().requires_grad_(True)
 
 
@@ -258,22 +269,6 @@ def _make_room(model: Any, adapter: Adapter) -> None:
     rows = embedding_rows(adapter)
     if rows is not None and rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows)
-
-
-def embedding_rows(adapter: Adapter) -> int | None:
-    """The rows of the embedding that an adapter brings beside its updates; None where it brings
-    none, as most.
-    """
-    from safetensors import safe_open
-
-    with (
-        readable(f"the adapter {adapter.directory}"),
-        safe_open(str(adapter.directory / "adapter_model.safetensors"), "pt") as file,
-    ):
-        for key in file.keys():  # noqa: SIM118
-            if key.removesuffix(".weight").endswith(_EMBEDDINGS):
-                return int(file.get_slice(key).get_shape()[0])
-    return None
 
 
 def without_weights(cfg: ModelConfig, *, classifier: bool = False) -> Any | None:
@@ -343,8 +338,11 @@ def _whole(
     return model
 
 
-def load_classifier(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -> Any:
-    """A sequence classifier of one label on the model of `path` or ``cfg.path``.
+def load_classifier(
+    cfg: ModelConfig, tokenizer: Any, path: str | None = None, *, native: bool = False
+) -> Any:
+    """A sequence classifier of one label on the model of `path` or ``cfg.path``; `native` as in
+    `load_causal_lm`.
 
     The scalar head is new where the directory has none. Raises UserError.
     """
@@ -359,7 +357,10 @@ def load_classifier(cfg: ModelConfig, tokenizer: Any, path: str | None = None) -
         )
         return _clean(model, tokenizer)
     held = check_model_path(path)
-    return _clean(_classifier(cfg, held), tokenizer)
+    check_native(held, native)
+    model = _classifier(cfg, held)
+    _clean(base_model(model), tokenizer)
+    return model
 
 
 def _classifier(cfg: ModelConfig, held: Contents) -> Any:

@@ -15,6 +15,11 @@ _PREFIXED = ("cpmant",)
 _ENDING = "ScalarHead"  # of the class's name, which config.json keeps as the architecture
 
 
+def base_model(model: Any) -> Any:
+    """The transformers model inside PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def backbone_name(lm: Any) -> str:
     """The attribute of a language model or classifier that holds all of it but its head."""
     # Llama 4's text model calls it otherwise than its class says.

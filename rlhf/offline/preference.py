@@ -9,7 +9,7 @@ import datasets
 from trl import DPOConfig, KTOConfig
 
 from conf.choices import SORTING, AdapterKind, FDivergence, KTOLoss
-from conf.schema import AdapterConfig
+from conf.schema import AdapterConfig, facts_of
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage
 from policy.model import is_peft
 from rlhf.models.encoding import IGNORED
@@ -70,11 +70,11 @@ def has_reference(stage: AnyPreferenceStage) -> bool:
     return isinstance(stage, (PreferenceStage, KTOStage))
 
 
-def start_of(model: Any) -> Any:
+def start_of(model: Any, adapter: AdapterConfig) -> Any:
     """The frozen reference of a policy that has not been trained yet: a copy, or None where turning
     the adapter off gives it.
     """
-    if is_peft(model):
+    if facts_of(adapter).off_is_start:
         return None
     return copy.deepcopy(model).eval().requires_grad_(False)
 

@@ -2,6 +2,7 @@
 adapter, and the arguments that TRL's configs have in common.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 
 from conf import published
 from conf.choices import AdapterKind, Dtype, EngineKind, Offload
-from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig
+from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig, facts_of
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
 from policy import adapters
+from policy.adapters import Rows
 from policy.engines.deepspeed import (
     ensure_process_group,
     gradient_sums,
@@ -27,7 +29,10 @@ from rlhf.models.loading import resolve_dtype, write_whole
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
 from rlhf.run.context import RunContext
-from rlhf.types import UserError
+from rlhf.types import EncodedRows, UserError
+
+# columns of encoded rows whose token ids follow those of a prompt, if there is one
+_ANSWERS = ("input_ids", "chosen_ids", "completion_ids")
 
 
 def check(cfg: Config) -> list[str]:
@@ -86,26 +91,43 @@ def with_adapter(
     source: ModelConfig,
     adapter: AdapterConfig,
     start: Path,
+    rows: EncodedRows,
 ) -> Any:
     """`model`, loaded from `source`, with the configured adapter; `model` itself for
-    ``adapter=none``.
+    ``adapter=none``. rows: what the stage trains on, for methods that look at some first.
 
     The adapter names its base, ``model.path``. Where that holds an adapter, now merged into
     `model`, the whole weights are written to `start` once, and the adapter names them: of an
-    adapter on an adapter PEFT and vLLM would read only the last. A collective.
+    adapter on an adapter PEFT and vLLM would read only the last. So they are where whole weights
+    can't hold the adapter, and its base has no path. A collective.
     """
     if adapter.kind is AdapterKind.none:
         return model
     base = None if source.gguf_file else source.path
-    if trains_on_adapter(source.path, adapter):
+    needs_base = base is None and not facts_of(adapter).merges
+    if needs_base or trains_on_adapter(source.path, adapter):
         base = str(start)
         if distributed.is_main() and not (start / "config.json").exists():
             with replacing(start) as side:
                 write_whole(model, tokenizer, side)
         distributed.barrier()
     return adapters.attach(
-        model, adapter, task=_task(stage), base=base, trains_head=_trains_head(stage)
+        model,
+        adapter,
+        task=_task(stage),
+        base=base,
+        trains_head=_trains_head(stage),
+        sample=functools.partial(first_rows, rows.train, adapter.sample_rows),
     )
+
+
+def first_rows(train: Any, count: int) -> Rows:
+    """Token ids of the first `count` rows that a stage trains on, prompt and (chosen) answer."""
+    rows = []
+    for row in train.select(range(min(count, len(train)))):
+        answers = [row[name] for name in _ANSWERS if name in row]
+        rows.append([*row.get("prompt_ids", ()), *answers[0]])
+    return rows
 
 
 def _task(stage: OfflineStage) -> str:

@@ -14,12 +14,12 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from conf.choices import EngineKind
+from conf.choices import AdapterKind, EngineKind
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig
+from policy import adapters
 from policy.engines.base import OptimSettings, Plateau
 from policy.engines.deepspeed import gather_zero3
-from policy.model import Gather, is_peft, no_gather
-from policy.saving import rescuing, save_adapter, save_model
+from policy.model import Gather, no_gather
 from rlhf.checks.launch import count_steps
 from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.models.turns import end_ids, response_text
@@ -283,7 +283,9 @@ def can_name_base(model: ModelConfig) -> bool:
 
 def saves_adapter_alone(adapter: AdapterConfig, model: ModelConfig) -> bool:
     """Whether SFT's ``model/`` holds the adapter, which names its base, not whole weights."""
-    return not adapter.merge_on_save and can_name_base(model)
+    return (
+        not adapter.merge_on_save and can_name_base(model) and adapter.kind is not AdapterKind.none
+    )
 
 
 def save_trained(
@@ -291,40 +293,23 @@ def save_trained(
     tokenizer: Any,
     run_dir: Path,
     model: ModelConfig,
+    adapter: AdapterConfig,
     *,
     adapter_alone: bool = False,
 ) -> None:
-    """``model/`` and, for LoRA, ``adapter/``. A collective.
+    """``model/`` and, with an adapter, ``adapter/`` (`policy.adapters.save`). A collective.
 
-    model/ holds whole weights in ``model.dtype``, which need not be the dtype that they trained in;
-    with LoRA and `adapter_alone` it holds the adapter.
+    Whole weights are in ``model.dtype``, which need not be the dtype that they trained in.
     """
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    gather = gather_of(trainer.engine)
-    with rescuing(trained, run_dir, gather):
-        _save(trained, tokenizer, run_dir, gather, model, adapter_alone=adapter_alone)
-
-
-def _save(
-    trained: Any,
-    tokenizer: Any,
-    run_dir: Path,
-    gather: Gather,
-    model: ModelConfig,
-    *,
-    adapter_alone: bool,
-) -> None:
-    """The work of `save_trained`."""
-    model_dir = run_dir / "model"
-    if is_peft(trained):
-        save_adapter(trained, run_dir / "adapter", gather)
-        if adapter_alone:
-            save_adapter(trained, model_dir, gather)
-            if distributed.is_main():
-                tokenizer.save_pretrained(model_dir)
-            distributed.barrier()
-            return
-    save_model(trained, tokenizer, model_dir, gather, resolve_dtype(model.dtype))
+    adapters.save(
+        trainer.accelerator.unwrap_model(trainer.model),
+        adapter,
+        tokenizer,
+        run_dir,
+        gather_of(trainer.engine),
+        dtype=resolve_dtype(model.dtype),
+        alone=adapter_alone,
+    )
 
 
 def free_memory() -> None:
@@ -346,7 +331,8 @@ def greedy_samples(
     """What the policy saved in `directory` writes after each of `contexts` (token ids), greedily,
     as rows of samples.jsonl; contexts that fill `max_length` tokens are left out.
     """
-    policy = load_causal_lm(model, tokenizer, str(directory)).to(distributed.device()).eval()
+    policy = load_causal_lm(model, tokenizer, str(directory), native=True)
+    policy = policy.to(distributed.device()).eval()
     rows = []
     for context in contexts:
         new_tokens = min(_SAMPLE_TOKENS, max_length - len(context))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from conf.choices import OnNonFinite
 from conf.stages import OnlineStage
+from policy import adapters
 from policy.engines import resharding
 from policy.engines.base import Brake, NonFinite, Plateau
-from policy.model import mix_weights
 from policy.prepare import TrainBatch, prepare
-from policy.saving import rescuing, save_adapter, save_model
+from policy.saving import mix_weights
 from policy.update import update
 from rlhf.online.collect import Collected, Collector, on_device, train_batch
 from rlhf.online.judging import BEST, Keeper, Watching, make_judge
@@ -341,13 +341,9 @@ class Loop:
             write_state(side, self.state, self.parts, self.watching)
 
     def _save_weights(self, directory: Path) -> None:
-        """model/ and, for LoRA, adapter/ in `directory`. A collective."""
-        policy = self.parts.models.policy
-        model = policy.module.model
-        with rescuing(model, directory, policy.gather):
-            if self.parts.adapter:
-                save_adapter(model, directory / "adapter", policy.gather)
-            save_model(model, self.parts.tokenizer, directory / "model", policy.gather)
+        """model/ and, with an adapter, adapter/ in `directory`. A collective."""
+        policy, parts = self.parts.models.policy, self.parts
+        adapters.save(policy.module.model, parts.adapter, parts.tokenizer, directory, policy.gather)
 
     def _finish(self) -> None:
         ctx, history = self.ctx, self.state.history

@@ -1,7 +1,8 @@
 """What the online loop is made of, built from the configuration in the order that fails soonest."""
 
+import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 
 from conf import published
 from conf.choices import (
-    AdapterKind,
     Advantage,
+    Carrier,
     CriticInit,
     EngineKind,
     KLController,
     ModelKind,
+    RolloutBackend,
 )
 from conf.schema import (
     AdapterConfig,
@@ -23,12 +25,13 @@ from conf.schema import (
     EngineConfig,
     ModelConfig,
     RolloutConfig,
+    carrier_of,
     critic_adapter,
-    merges_lora,
+    facts_of,
     wants_shared_prompts,
 )
 from conf.stages import OnlineStage
-from policy.adapters import attach, enable_checkpointing
+from policy.adapters import Rows, attach, enable_checkpointing, lora_rank, sender
 from policy.agreement import can_share_prompts, check_agreement, packs_agree
 from policy.engines.base import Engine, OptimSettings
 from policy.engines.torch import make_engine
@@ -40,6 +43,7 @@ from policy.model import (
     PolicyModule,
     base_of,
     has_dropout,
+    no_gather,
     take_segments,
     turn_off_dropout,
 )
@@ -60,9 +64,10 @@ from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
 from rlhf.types import Generator, Prompt, RowReader, Scorer, UserError
-from rollout import make_generator
+from rollout import make_generator, resolve_backend
 
 log = logging.getLogger(__name__)
+Sample = Callable[[], Rows]  # rows that the stage trains on
 # Every weight has a part in each logprob but unused rows of the embedding, which are compared by
 # checksum.
 _PROBE_TOKENS = 24
@@ -81,7 +86,7 @@ class Parts:
     generator: Generator
     sync: WeightSync
     kl: FixedKL | AdaptiveKL
-    adapter: bool  # the policy is a LoRA adapter on a frozen model
+    adapter: AdapterConfig  # what trains of the policy
     moving_reference: bool  # stage.reference_every moves the reference's weights
     engine: EngineConfig
 
@@ -109,19 +114,24 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     read = reader.read_prompts(cfg)
     tokenizer, prompts = read.tokenizer, read.train
     _register(ctx, read.files)
+    sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
     path = _start_directory(ctx.start_dir, cfg.model, tokenizer)
     start = _Start(path, replace(cfg.model, path=path, gguf_file=None), tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
-    lora = cfg.adapter.kind is not AdapterKind.none
-    sends_adapter = lora and not merges_lora(cfg.rollout, cfg.adapter)
-    sent_adapter = cfg.adapter if sends_adapter else None
-    policy_module = _policy_module(start, cfg)
+    carrier = carrier_of(cfg.rollout, cfg.adapter)
+    vllm = resolve_backend(cfg.rollout.backend) is RolloutBackend.vllm
+    weights_of = sender(cfg.adapter, carrier, vllm=vllm)
+    policy_module = _policy_module(start, cfg, sample)
+    rank = None
+    if vllm and carrier is Carrier.lora:
+        rank = lora_rank(weights_of(policy_module.model, no_gather))
     generator = make_generator(
         cfg,
         model_path=start.path,
         tokenizer=tokenizer,
-        model_factory=lambda: _generator_model(start, sent_adapter),
-        adapter_rank=None if sent_adapter is None else sent_adapter.rank,
+        model_factory=lambda: _generator_model(start, cfg.adapter, carrier, sample),
+        carrier=carrier,
+        adapter_rank=rank,
     )
     models = _models(policy_module, start, cfg)
     models.layout = _agreed_layout(models, cfg.engine)
@@ -138,32 +148,38 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
         sync=WeightSync(
             generator=generator,
             policy=models.policy,
-            adapter_only=sends_adapter,
+            weights_of=weights_of,
             proof=_proof(generator, prompts, cfg.rollout, resolve_dtype(cfg.model.dtype)),
             pad_id=tokenizer.pad_token_id,
             budget=cfg.engine.micro_tokens,
         ),
         kl=_kl_controller(stage),
-        adapter=lora,
+        adapter=cfg.adapter,
         moving_reference=stage.reference_every > 0,
         engine=cfg.engine,
     )
 
 
-def _generator_model(start: _Start, adapter: AdapterConfig | None) -> Any:
+def _token_ids(prompts: Sequence[Prompt], count: int) -> Rows:
+    return [list(prompt.token_ids) for prompt in prompts[:count]]
+
+
+def _generator_model(
+    start: _Start, adapter: AdapterConfig, carrier: Carrier, sample: Sample
+) -> Any:
     """The model of a generator in this process, with room for the adapter that is sent to it."""
     model = start.causal_lm()
-    if adapter is None:
+    if carrier is Carrier.merged:
         return model
-    return attach(model, adapter, task="CAUSAL_LM")
+    return attach(model, adapter, task="CAUSAL_LM", sample=sample)
 
 
-def _policy_module(start: _Start, cfg: Config) -> PolicyModule:
+def _policy_module(start: _Start, cfg: Config, sample: Sample) -> PolicyModule:
     stage = cfg.stage_as(OnlineStage)
     model = start.causal_lm()
     if not stage.dropout:
         turn_off_dropout(model)
-    model = attach(model, cfg.adapter, task="CAUSAL_LM", base=start.path)
+    model = attach(model, cfg.adapter, task="CAUSAL_LM", base=start.path, sample=sample)
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
     chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
@@ -187,7 +203,7 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
         rate = published.critic_learning_rate(stage)
         critic = _engine(critic_module, engine, stage, rate, half=half)
     reference: Any = None
-    if stage.reference and cfg.adapter.kind is not AdapterKind.none and not stage.reference_every:
+    if stage.reference and facts_of(cfg.adapter).off_is_start and not stage.reference_every:
         reference = ADAPTER
     elif stage.reference:
         chunk, temperature = engine.logits_chunk, cfg.rollout.temperature

@@ -16,7 +16,7 @@ import torch
 from policy.agreement import FLOAT32_GAP, Spread, rounding_spread, spread
 from policy.batching import collate
 from policy.forward import Layout, policy_logprobs
-from policy.model import adapter_weights, full_weights
+from policy.model import Gather
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights, Generator, Prompt, SyncError
 
@@ -164,7 +164,8 @@ class WeightSync:
 
     generator: Generator
     policy: Any  # the trainer's engine
-    adapter_only: bool  # the LoRA adapter is sent alone, not whole weights with it merged in
+    # the model's weights as the generator takes them (policy.adapters.sender)
+    weights_of: Callable[[Any, Gather], FullWeights | AdapterWeights]
     proof: Proof
     pad_id: int
     budget: int  # tokens per micro-batch
@@ -173,16 +174,10 @@ class WeightSync:
         """Send the weights and prove that they arrived. Returns the figures of the proof; raises
         SyncError. A collective.
         """
-        self.generator.sync(self._weights(), version)
         model = self.policy.module.model
+        self.generator.sync(self.weights_of(model, self.policy.gather), version)
         self.proof.check(self.generator, model, self._trainer_logprobs, version)
         return self.proof.figures
-
-    def _weights(self) -> FullWeights | AdapterWeights:
-        model = self.policy.module.model
-        if self.adapter_only:
-            return adapter_weights(model, self.policy.gather)
-        return full_weights(model, self.policy.gather)
 
     def _trainer_logprobs(self) -> list[float]:
         """The trainer's logprobs of the probes' compared tokens, at temperature 1."""

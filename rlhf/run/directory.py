@@ -35,8 +35,8 @@ ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 # "export.json" is rlhf.labels.ledger.EXPORT_FILE.
 _OWN_PROGRESS = (STEPS_FOLDER, ANSWERS_FOLDER, "export.json")
 NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
-# Options of an adapter that its weights depend on.
-_ADAPTER_WEIGHTS = ("rank", "alpha", "targets", "rslora", "dora")
+# Options of an adapter that its weights do not depend on.
+_FREE_OF_ADAPTER = ("adapter.dropout", "adapter.rate_ratio", "adapter.merge_on_save")
 # Options that say how a run starts, not what it computes.
 _START_OPTIONS = {"run.resume", "run.overwrite", "run.dry_run", "run.dir"}
 
@@ -188,7 +188,8 @@ def _refuse_other_weights(
     """
     keys = ["adapter.kind", "stage.critic_adapter"]
     if stored.get("adapter.kind") != AdapterKind.none.value or stored.get("stage.critic_adapter"):
-        keys += [f"adapter.{name}" for name in _ADAPTER_WEIGHTS]
+        adapter = [key for key in config if key.startswith("adapter.")]
+        keys += [key for key in adapter if key not in (*keys, *_FREE_OF_ADAPTER)]
     if config["model.path"] is None or stored.get("model.path") is None:
         keys += ["model.path"]
     if config["model.path"] is None:

@@ -93,7 +93,7 @@ def _train(
     trainer = make_trainer(ctx, plan, rows)
     steps, metrics = fit(trainer, ctx)
     ctx.watchdog.phase("save the model")
-    save_trained(trainer, rows.tokenizer, ctx.dir, ctx.cfg.model)
+    save_trained(trainer, rows.tokenizer, ctx.dir, ctx.cfg.model, ctx.cfg.adapter)
     del trainer
     free_memory()
     return steps, metrics
@@ -109,10 +109,12 @@ def make_trainer(ctx: RunContext, plan: launch.BatchPlan, rows: EncodedRows) -> 
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
     check_forward(model, "a policy")
     check_positions(base_of(model).config, rows.longest)
-    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
+    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
     # Copied before the trainer's arguments exist: from then on transformers would load ZeRO-3
     # models in shards.
-    reference = preference.start_of(model) if preference.has_reference(stage) else None
+    reference = None
+    if preference.has_reference(stage):
+        reference = preference.start_of(model, cfg.adapter)
     arguments = trainer_arguments(
         stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from
     )

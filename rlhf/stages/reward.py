@@ -90,7 +90,7 @@ def _train(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> tuple[int, di
     trainer = make_trainer(ctx, plan, rows)
     steps, metrics = fit(trainer, ctx)
     ctx.watchdog.phase("save the model")
-    save_trained(trainer, rows.tokenizer, ctx.dir, ctx.cfg.model)
+    save_trained(trainer, rows.tokenizer, ctx.dir, ctx.cfg.model, ctx.cfg.adapter)
     del trainer
     free_memory()
     return steps, metrics
@@ -106,7 +106,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> Reward:
     model = load_classifier(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
     check_forward(model, "a reward model")
     check_positions(model.config, rows.longest)
-    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
+    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
     args = TRLRewardConfig(
         **trainer_arguments(
             stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from

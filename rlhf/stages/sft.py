@@ -54,7 +54,14 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         steps, metrics = fit(trainer, ctx)
         ctx.watchdog.phase("save the model")
         adapter_alone = saves_adapter_alone(cfg.adapter, cfg.model)
-        save_trained(trainer, rows.tokenizer, ctx.dir, cfg.model, adapter_alone=adapter_alone)
+        save_trained(
+            trainer,
+            rows.tokenizer,
+            ctx.dir,
+            cfg.model,
+            cfg.adapter,
+            adapter_alone=adapter_alone,
+        )
         ctx.watchdog.phase("samples")
         if distributed.is_main():
             samples = greedy_samples(
@@ -87,7 +94,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
     check_forward(model, "a policy")
     check_positions(model.config, stage.max_length if stage.packing else rows.longest)
-    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir)
+    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
     args = SFTConfig(
         **trainer_arguments(
             stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from

@@ -22,6 +22,7 @@ from policy.engines.torch import make_engine
 from policy.model import PolicyModule
 from rlhf.checks.memory.shapes import llama
 from rlhf.process import distributed
+from rlhf.stages import methods
 
 # 36M parameters
 BIG: dict[str, Any] = {
@@ -56,6 +57,7 @@ def train(dims: dict[str, Any], case: dict[str, Any], tokens: int) -> None:
         llama(**dims), dtype=torch.bfloat16 if half else torch.float32
     )
     if case.get("adapter"):
+        methods.register()
         model = attach(
             model, AdapterConfig(kind=AdapterKind.lora, rank=case["adapter"]), task="CAUSAL_LM"
         )

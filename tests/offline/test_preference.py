@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from conf.choices import Dtype, FDivergence, ModelKind, PreferenceLoss
-from conf.schema import EngineConfig, ModelConfig, RunConfig
+from conf.schema import AdapterConfig, EngineConfig, ModelConfig, RunConfig
 from conf.stages import CPOStage, KTOStage, PreferenceStage
 from policy.adapters import attach
 from rlhf.checks.launch import BatchPlan
@@ -28,6 +28,8 @@ from tests.offline import trl_tools
 from tests.offline.preference_tools import LORA, answer_logprob, stage_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+FULL = AdapterConfig()  # all weights train
 
 
 def bench_arguments(stage: Any, rows: int, out: Path) -> dict[str, Any]:
@@ -55,8 +57,8 @@ class Bench:
         arguments = bench_arguments(stage, len(self.rows), self.out)
         data = self.answers if isinstance(stage, KTOStage) else self.pairs
         model, reference = (
-            start_of(self.policy).requires_grad_(True),
-            start_of(self.reference),
+            start_of(self.policy, FULL).requires_grad_(True),
+            start_of(self.reference, FULL),
         )
         return make_trainer(
             stage,
@@ -109,7 +111,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     for parameter in reference.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(4.0)
-    policy = start_of(reference)
+    policy = start_of(reference, FULL)
     for parameter in policy.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     rows = trl_tools.pair_rows(6)
@@ -380,9 +382,9 @@ def test_the_reference_of_an_adapter_is_the_adapter_turned_off(bench: Bench) -> 
     """Away from the start, so that a copy of the adapter as it was when the trainer was made would
     differ from the base.
     """
-    model = attach(start_of(bench.policy), LORA, task="CAUSAL_LM")
+    model = attach(start_of(bench.policy, FULL), LORA, task="CAUSAL_LM")
     stage = PreferenceStage()
-    assert start_of(model) is None
+    assert start_of(model, LORA) is None
     trainer = make_trainer(
         stage,
         bench_arguments(stage, 6, bench.out),

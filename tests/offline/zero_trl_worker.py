@@ -28,6 +28,7 @@ from conf.schema import (
 from conf.stages import PreferenceStage, RewardStage, SFTStage
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from rlhf.stages import methods
 from rlhf.stages import rows as stage_rows
 from tests import drawing
 
@@ -95,6 +96,7 @@ def run_case(spec: dict[str, Any], stage: str, zero: int | None, adapter: str) -
 
 
 def main() -> None:
+    methods.register()
     drawing.off()
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)

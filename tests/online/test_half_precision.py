@@ -15,7 +15,7 @@ from conf.choices import Dtype, RolloutBackend
 from conf.schema import Config, DataConfig, ModelConfig, RolloutConfig
 from conf.stages import OnlineStage
 from policy.agreement import FLOAT32_GAP, Spread, rounding_otherwise, rounding_spread, spread
-from policy.model import full_weights
+from policy.saving import full_weights
 from rlhf.cli import config
 from rlhf.online.sync import (
     Bounds,

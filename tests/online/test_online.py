@@ -197,10 +197,10 @@ def test_resuming_equals_never_having_stopped(tmp_path: Path, adapter: str) -> N
 
 
 def test_a_corrupted_sync_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf.online import sync
+    from policy import adapters
     from rlhf.types import FullWeights
 
-    real = sync.full_weights
+    real = adapters.full_weights
 
     def corrupted(model, gather):  # type: ignore[no-untyped-def]
         return FullWeights(
@@ -208,7 +208,7 @@ def test_a_corrupted_sync_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
             for n, t in real(model, gather).tensors
         )
 
-    monkeypatch.setattr(sync, "full_weights", corrupted)
+    monkeypatch.setattr(adapters, "full_weights", corrupted)
     with pytest.raises(SyncError):
         run_ppo(tmp_path, "stage.steps=1", "rollout.max_response_length=4")
 

@@ -21,7 +21,7 @@ from conf.choices import AdapterKind, RolloutBackend
 from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
 from policy.adapters import attach
-from policy.model import adapter_weights, full_weights
+from policy.saving import adapter_weights, full_weights
 from rlhf.online.sync import verify_sync
 from rlhf.types import AdapterWeights, FullWeights, Prompt, SyncError, UserError
 from rollout.weights import SAMPLED, Incoming, Spec, checksum, readable_checksums, specs_of

@@ -15,7 +15,7 @@ import rollout
 from conf.choices import RolloutBackend
 from conf.schema import Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
-from policy.model import full_weights
+from policy.saving import full_weights
 from rlhf.process import distributed
 from rlhf.types import Prompt
 

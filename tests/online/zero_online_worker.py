@@ -9,6 +9,7 @@ import sys
 from rlhf.cli import config
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from rlhf.stages import methods
 from rlhf.stages import online as online_stage
 from rlhf.stages import rows as stage_rows
 from tests import drawing
@@ -65,6 +66,7 @@ def run(folder: str, start: str, described: str) -> None:
 
 
 def main() -> None:
+    methods.register()
     drawing.off()
     folder, start, *runs = sys.argv[1:]
     distributed.initialise()

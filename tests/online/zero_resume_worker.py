@@ -23,6 +23,7 @@ from rlhf.cli import config
 from rlhf.online import loop as online
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
+from rlhf.stages import methods
 from rlhf.stages import rows as stage_rows
 from tests import drawing
 
@@ -108,6 +109,7 @@ def compare_rewinds(done: list[int]) -> None:
 
 
 def main() -> None:
+    methods.register()
     drawing.off()
     given = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.WARNING)

@@ -16,8 +16,7 @@ from conf.choices import AdapterKind
 from conf.schema import AdapterConfig
 from policy.adapters import attach
 from policy.agreement import can_share_prompts
-from policy.model import iterate_weights
-from policy.saving import rescuing
+from policy.saving import iterate_weights, rescuing
 from rlhf.types import UserError
 from tests.selection import marked_full
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import rollout
-from conf.choices import AdapterKind, LoraSync, RolloutBackend
+from conf.choices import AdapterKind, Carrier, LoraSync, RolloutBackend
 from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
 from rlhf.models.turns import LISTED_ENDS, response_text
@@ -404,7 +404,7 @@ def test_dora_is_not_for_vllm(
     with pytest.raises(
         UserError, match=r"rollout.lora_sync=adapter: vLLM does not apply DoRA.*merged"
     ):
-        make(cfg, tiny_model(), model_factory=never, adapter_rank=16)
+        make(cfg, tiny_model(), model_factory=never, carrier=Carrier.lora, adapter_rank=16)
 
 
 def test_weights_that_vllm_does_not_take_are_told_with_the_family() -> None:

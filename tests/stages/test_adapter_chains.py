@@ -14,14 +14,13 @@ import pytest
 import torch
 
 from conf.schema import ModelConfig
+from policy import adapters
 from reward.model import load_reward_module
 from reward.scorers import reward_model
 from rlhf.__main__ import execute
 from rlhf.cli import config
 from rlhf.models.directories import contents
 from rlhf.models.loading import load_causal_lm, load_classifier, load_tokenizer
-from rlhf.offline import training
-from rlhf.online import loop
 from rlhf.run.context import RunContext
 from rlhf.stages import eval as stage_eval
 from rlhf.stages import online, preference, reward, sft
@@ -109,12 +108,8 @@ def runs(
     toys.write_jsonl(folder / "prompts.jsonl", toys.prompt_rows())
     made = Runs(folder, tiny_model())
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in (
-            (training, "save_model"),
-            (training, "save_adapter"),
-            (loop, "save_model"),
-        ):
-            patch.setattr(module, name, noting(made, getattr(module, name)))
+        for name in ("save_model", "save_adapter"):
+            patch.setattr(adapters, name, noting(made, getattr(adapters, name)))
         yield made
 
 

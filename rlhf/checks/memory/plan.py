@@ -8,12 +8,13 @@ from dataclasses import replace
 from conf.choices import (
     AdapterKind,
     Advantage,
+    Carrier,
     CriticInit,
     EngineKind,
     PolicyLoss,
     RolloutBackend,
 )
-from conf.schema import EngineConfig, critic_adapter, merges_lora, wants_shared_prompts
+from conf.schema import EngineConfig, carrier_of, critic_adapter, facts_of, wants_shared_prompts
 from conf.stages import (
     CPOStage,
     KTOStage,
@@ -91,7 +92,8 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> 
         counts_of(shape, shape.parameters, adapter, four_bit=four_bit), setting
     )
     critic = _critic(cfg, shapes, setting, four_bit) if stage.advantage is Advantage.gae else None
-    own_reference = stage.reference and (not adapter or bool(stage.reference_every))
+    switched_off = facts_of(cfg.adapter).off_is_start and not stage.reference_every
+    own_reference = stage.reference and not switched_off
     reference = (
         frozen_states(shape.parameters, setting, shape.largest_layer) if own_reference else None
     )
@@ -313,10 +315,10 @@ def _taking_turns(
 
 
 def _syncing(cfg: Settings, shape: Shape, setting: Setting, adapter: int) -> Bytes:
-    """policy/model.py: iterate_weights. ZeRO-3 gathers and copies a layer; of a merged one the
+    """policy/saving.py: iterate_weights. ZeRO-3 gathers and copies a layer; of a merged one the
     original and the merged copy exist beside it.
     """
-    merged = merges_lora(cfg.rollout, cfg.adapter)
+    merged = bool(adapter) and carrier_of(cfg.rollout, cfg.adapter) is Carrier.merged
     if adapter and not merged:
         return Bytes(4.0 * adapter)
     largest = max(one.inputs * one.outputs for one in shape.linears)
@@ -345,7 +347,7 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> P
         name, parameters = "reward model", shape.classifier
     states = training_states(counts_of(shape, parameters, adapter, four_bit=four_bit), setting)
     reference = None
-    if isinstance(stage, (PreferenceStage, KTOStage)) and not adapter:
+    if isinstance(stage, (PreferenceStage, KTOStage)) and not facts_of(cfg.adapter).off_is_start:
         held = replace(setting, half=setting.half and not setting.float32_trained)
         reference = frozen_states(parameters, held, shape.largest_layer)
     tokens = _trl_tokens(stage, cfg.engine, machine.ranks)

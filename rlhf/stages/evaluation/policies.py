@@ -12,7 +12,8 @@ from conf.schema import Config, ModelConfig, RolloutConfig
 from policy.agreement import check_agreement
 from policy.batching import Batch, collate, plan_micro_batches
 from policy.kl import kl_per_token
-from policy.model import PolicyModule, full_weights
+from policy.model import PolicyModule
+from policy.saving import full_weights
 from rlhf.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -81,7 +82,6 @@ def generate_both(
         model_path=engine_path,
         tokenizer=tokenizer,
         model_factory=load_before,
-        adapter_rank=None,
     )
 
     def responses() -> list[Rollout]:

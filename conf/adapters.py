@@ -1,0 +1,263 @@
+"""The group ``adapter``: which weights a stage trains beside a frozen model, and what follows from
+the method: how its weights go to the generator, and whether whole weights can hold them.
+"""
+
+from dataclasses import dataclass, fields
+
+from conf.choices import AdapterKind, Carrier, LoraInit, Placement, Quantization
+from conf.options import check, check_options, default_of, nested, option
+
+
+@dataclass(slots=True, kw_only=True)
+class AdaLoraConfig:
+    """Ranks that follow their importance (AdaLoRA, Zhang et al. 2023, arXiv:2303.10512)."""
+
+    initial_rank: int = option(24, "Rank of each layer at the start.", at_least=1)
+    begin: float = option(
+        0.1, "Share of the steps before the first rank is given up.", at_least=0, below=1
+    )
+    end: float = option(
+        0.5, "Share of the steps, the last ones, in which the ranks stay.", at_least=0, below=1
+    )
+    every: int = option(1, "Steps between two looks at the ranks.", unit="steps", at_least=1)
+    orthogonality: float = option(
+        0.1, "Weight of the penalty that keeps the bases orthogonal.", at_least=0
+    )
+    beta1: float = option(0.85, "Decay rate of the mean sensitivity.", at_least=0, below=1)
+    beta2: float = option(0.85, "Decay rate of its uncertainty.", at_least=0, below=1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter.adalora")
+        check(
+            self.begin + self.end < 1,
+            "adapter.adalora.end",
+            self.end,
+            f"below 1 with begin={self.begin:g}",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class RasaConfig:
+    """Rank-one bases that layers share (RaSA, arXiv:2503.12576)."""
+
+    shared: int = option(1, "Bases of each layer's rank that go into the pool.", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter.rasa")
+
+
+@dataclass(slots=True, kw_only=True)
+class LoraMiniConfig:
+    """Small matrices between frozen ones (LoRA-Mini, arXiv:2411.15804)."""
+
+    inner: int = option(
+        8, "Width between the frozen outer and the trained inner matrices.", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter.lora_mini")
+
+
+@dataclass(slots=True, kw_only=True)
+class MoLoraConfig:
+    """Several low-rank experts and a router in each layer (MoLoRA, arXiv:2309.05444)."""
+
+    experts: int = option(10, "Low-rank experts of each layer.", at_least=2)
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter.molora")
+
+
+@dataclass(slots=True, kw_only=True)
+class BottleneckConfig:
+    """Small layers between the model's own (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al.
+    2021, arXiv:2005.00247; He et al. 2022, arXiv:2110.04366).
+    """
+
+    size: int = option(64, "Width of the bottleneck.", at_least=1)
+    nonlinearity: str = option(
+        "relu", "Function between the two projections.", choices=("relu", "gelu", "silu", "tanh")
+    )
+    placement: Placement = option(Placement.pfeiffer, "Where the small layers are.")
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter.bottleneck")
+
+
+@dataclass(slots=True, kw_only=True)
+class PromptConfig:
+    """Virtual tokens in front of the prompt (Lester et al. 2021, arXiv:2104.08691; Liu et al. 2021,
+    arXiv:2103.10385; Li and Liang 2021, arXiv:2101.00190).
+    """
+
+    tokens: int = option(20, "Virtual tokens.", unit="tokens", at_least=1)
+    text: str | None = option(
+        None, "Text whose tokens are the start; null: tokens of the first rows."
+    )
+    encoder_size: int = option(128, "adapter=ptuning: width of the encoder.", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter.prompt")
+
+
+@dataclass(slots=True, kw_only=True)
+class AdapterConfig:
+    """Which weights are trained: all of them (``none``), or those of an adapter beside a frozen
+    model.
+    """
+
+    kind: AdapterKind = option(AdapterKind.none, "Train all weights, or an adapter of this kind.")
+    name: str = option("default", "Name of the adapter among several on one model.", filled=True)
+    rank: int = option(16, "Rank of the low-rank updates.", at_least=1)
+    alpha: float = option(32.0, "Scale of the updates: alpha / rank.", above=0)
+    dropout: float = option(0.0, "Dropout probability of the adapter's input.", at_least=0, below=1)
+    targets: list[str] = option(
+        ["all-linear"], "Names of the modules that are adapted, or all-linear.", filled=True
+    )
+    rslora: bool = option(
+        False, "Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."
+    )
+    dora: bool = option(False, "Weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353).")
+    init: LoraInit = option(LoraInit.default, "How the matrices of adapter=lora start.")
+    rate_ratio: float = option(
+        1.0,
+        "Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354, takes 16).",
+        at_least=1,
+    )
+    freeze_a: bool = option(False, "Train B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).")
+    rank_pattern: dict[str, int] = option(
+        {}, "Ranks of some modules, by the end of their names or by regular expressions."
+    )
+    alpha_pattern: dict[str, float] = option({}, "Values of alpha of some modules, likewise.")
+    save_whole: list[str] = option(
+        [], "Names of modules that train in full beside the adapter and are saved with it."
+    )
+    sample_rows: int = option(
+        512,
+        "Rows that a method looks at before it trains (gelora, init=eva, init=corda).",
+        unit="rows",
+        at_least=1,
+    )
+    load: list[str] = option([], "Directories of adapters that are put on the model, too.")
+    load_weights: list[float] = option(
+        [], "Weights of these adapters' updates; empty: 1 for each of them."
+    )
+    quantize: Quantization = option(
+        Quantization.none, "Hold the frozen model in 4 bits (nf4) or 8 bits (int8)."
+    )
+    double_quantize: bool = option(
+        True, "quantize=nf4: hold the blocks' scales in 8 bits (Dettmers et al. 2023)."
+    )
+    adalora: AdaLoraConfig = nested(AdaLoraConfig)
+    rasa: RasaConfig = nested(RasaConfig)
+    lora_mini: LoraMiniConfig = nested(LoraMiniConfig)
+    molora: MoLoraConfig = nested(MoLoraConfig)
+    bottleneck: BottleneckConfig = nested(BottleneckConfig)
+    prompt: PromptConfig = nested(PromptConfig)
+    merge_on_save: bool = option(
+        False,
+        "stage=sft: write merged weights to model/ instead of the adapter; every other stage "
+        "always writes whole weights, where the method's update is one of weights.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter")
+        check(
+            len(self.load_weights) in (0, len(self.load)),
+            "adapter.load_weights",
+            self.load_weights,
+            f"one for each of the {len(self.load)} directories of adapter.load, or none",
+        )
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        """Raise ValueError for an option that was set and that the method doesn't read."""
+        read = READS.get(self.kind)
+        if read is None:
+            return
+        for field in fields(self):
+            value = getattr(self, field.name)
+            unread = field.name not in (*read, *_ALWAYS_READ) and value != default_of(field)
+            check(
+                not unread,
+                f"adapter.{field.name}",
+                value,
+                f"left out, since adapter.kind={self.kind.value} does not read it",
+            )
+
+
+_ALWAYS_READ = ("kind", "name", "load", "load_weights", "merge_on_save")
+_LOW_RANK = ("rank", "alpha", "dropout", "targets", "save_whole", "quantize", "double_quantize")
+# The options that each method reads beside those; full training reads LoRA's for a critic's adapter
+# (stage.critic_adapter), so nothing is refused there.
+READS: dict[AdapterKind, tuple[str, ...]] = {
+    AdapterKind.lora: (
+        *_LOW_RANK,
+        "rslora",
+        "dora",
+        "init",
+        "rate_ratio",
+        "freeze_a",
+        "rank_pattern",
+        "alpha_pattern",
+        "sample_rows",
+    ),
+    AdapterKind.adalora: (*_LOW_RANK, "adalora"),
+    AdapterKind.gelora: (*_LOW_RANK, "sample_rows"),
+    AdapterKind.lora_mini: (*_LOW_RANK, "lora_mini"),
+    AdapterKind.rasa: (*_LOW_RANK, "rasa"),
+    AdapterKind.molora: (*_LOW_RANK, "molora"),
+    AdapterKind.bottleneck: ("bottleneck", "dropout"),
+    AdapterKind.ia3: ("targets",),
+    AdapterKind.vera: ("rank", "dropout", "targets"),
+    AdapterKind.oft: ("rank", "dropout", "targets"),
+    AdapterKind.prompt: ("prompt", "sample_rows"),
+    AdapterKind.ptuning: ("prompt", "sample_rows"),
+    AdapterKind.prefix: ("prompt", "sample_rows"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MethodFacts:
+    """What other parts must know of a method."""
+
+    carrier: Carrier  # how its weights go to vLLM
+    merges: bool = True  # whole weights can hold its update
+    off_is_start: bool = True  # switched off, it leaves the weights that the run starts from
+
+
+_PLAIN = MethodFacts(Carrier.lora)
+_MERGED = MethodFacts(Carrier.merged)
+_FACTS: dict[AdapterKind, MethodFacts] = {
+    AdapterKind.lora: _PLAIN,
+    AdapterKind.adalora: _PLAIN,
+    AdapterKind.gelora: _PLAIN,
+    AdapterKind.lora_mini: _PLAIN,
+    AdapterKind.rasa: _PLAIN,
+    AdapterKind.molora: MethodFacts(Carrier.modules, merges=False),
+    AdapterKind.bottleneck: MethodFacts(Carrier.modules, merges=False),
+    AdapterKind.ia3: _MERGED,
+    AdapterKind.vera: _MERGED,
+    AdapterKind.oft: _MERGED,
+    AdapterKind.prompt: MethodFacts(Carrier.embeds, merges=False),
+    AdapterKind.ptuning: MethodFacts(Carrier.embeds, merges=False),
+    AdapterKind.prefix: MethodFacts(Carrier.hf, merges=False),
+}
+# Starts of LoRA that move a part of the frozen weights into the adapter.
+CHANGES_BASE = (LoraInit.pissa, LoraInit.olora, LoraInit.loftq, LoraInit.corda)
+
+
+def facts_of(adapter: AdapterConfig) -> MethodFacts:
+    """What follows from a configured adapter; full training is sent whole, and leaves no start."""
+    if adapter.kind is AdapterKind.none:
+        return MethodFacts(Carrier.merged, off_is_start=False)
+    if adapter.kind is AdapterKind.lora and adapter.init in CHANGES_BASE:
+        return MethodFacts(Carrier.merged, off_is_start=False)
+    if adapter.kind is AdapterKind.lora and adapter.dora:
+        return _MERGED
+    return _FACTS[adapter.kind]
+
+
+def merges(kind: AdapterKind) -> bool:
+    """Whether whole weights can hold the update of a method."""
+    return kind is AdapterKind.none or _FACTS[kind].merges

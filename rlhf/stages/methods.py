@@ -1,0 +1,16 @@
+"""The step before every stage that loads models: all ways to train beside a frozen model are made
+known (policy/adapters/). The only importer of the methods' files.
+"""
+
+from conf.choices import AdapterKind
+from policy import adapters
+from policy.adapters import lora
+
+ALL = {
+    AdapterKind.lora: lora.METHOD,
+}
+
+
+def register() -> None:
+    """Let stages and PEFT know them."""
+    adapters.register(ALL)
