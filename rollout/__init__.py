@@ -7,7 +7,7 @@ from textwrap import shorten
 from typing import Any
 
 from conf.choices import Carrier, LoraSync, RolloutBackend
-from conf.schema import Config, generator_of
+from conf.schema import AdapterConfig, Config, generator_of
 from rlhf.types import Generator, UserError
 
 
@@ -57,21 +57,7 @@ def make_generator(
             device=distributed.device(),
         )
     names = _hub_names(model_config, cfg.model.trust_remote_code)
-    if adapter_rank is not None and names.joins and cfg.adapter.targets == ["all-linear"]:
-        raise UserError(
-            f"adapter.targets=[all-linear]: {model_config.model_type} has experts, whose adapters "
-            f"vLLM does not take. Set rollout.lora_sync={LoraSync.merged.value}, or name the "
-            "attention's layers in adapter.targets."
-        )
-    if carrier is Carrier.lora and cfg.adapter.dora:
-        raise UserError(
-            f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set "
-            "rollout.lora_sync=merged (or auto)."
-        )
-    if carrier not in (Carrier.lora, Carrier.merged):
-        raise UserError(
-            f"rollout=vllm has no way for adapter.kind={cfg.adapter.kind.value}. Set rollout=hf."
-        )
+    _check_carrier(cfg.adapter, carrier, model_config.model_type if names.joins else None)
     from rollout.vllm import VLLMGenerator
 
     return VLLMGenerator(
@@ -84,6 +70,27 @@ def make_generator(
         adapter_rank=adapter_rank,
         trust_remote_code=cfg.model.trust_remote_code,
     )
+
+
+def _check_carrier(adapter: AdapterConfig, carrier: Carrier, experts: str | None) -> None:
+    """vLLM takes the adapter in the form in which it is sent. `experts`: the family, where it has
+    some. Raises UserError.
+    """
+    if carrier is Carrier.lora and experts is not None and adapter.targets == ["all-linear"]:
+        raise UserError(
+            f"adapter.targets=[all-linear]: {experts} has experts, whose adapters vLLM does not "
+            f"take. Set rollout.lora_sync={LoraSync.merged.value}, or name the attention's layers "
+            "in adapter.targets."
+        )
+    if carrier is Carrier.lora and adapter.dora:
+        raise UserError(
+            f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set "
+            "rollout.lora_sync=merged (or auto)."
+        )
+    if carrier not in (Carrier.lora, Carrier.merged):
+        raise UserError(
+            f"rollout=vllm has no way for adapter.kind={adapter.kind.value}. Set rollout=hf."
+        )
 
 
 def _read_config(model_path: str, *, trust_remote_code: bool) -> Any:

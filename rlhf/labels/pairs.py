@@ -26,7 +26,8 @@ from enum import Enum
 from itertools import combinations
 from typing import Any
 
-from conf.choices import LabelAggregate, Strength
+from conf.choices import Strength
+from conf.labelling import LabelAggregate
 from rlhf.data import aggregation
 from rlhf.data.agreement import Label
 from rlhf.data.formats.base import assistant

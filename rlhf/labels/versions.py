@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.choices import LabelAggregate, Strength
-from conf.labelling import LabelConfig
+from conf.choices import Strength
+from conf.labelling import LabelAggregate, LabelConfig
 from rlhf.data.prepare.store import line
 from rlhf.labels import store
 from rlhf.labels.card import export_entry, make_card, markdown

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import entr, expit
 
-from conf.choices import ChoiceMethod, LabelKind, TextVectors
+from conf.choices import ChoiceMethod, LabelKind
+from conf.labelling import TextVectors
 from rlhf.labels.choice import Chosen, choose, split_budget
 from rlhf.labels.clusters import clusters, text_vectors
 from rlhf.labels.records import Answer, Candidates

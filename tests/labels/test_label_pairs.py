@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.optimize import approx_fprime
 
-from conf.choices import LabelAggregate, LabelKind, Strength
+from conf.choices import LabelKind, Strength
+from conf.labelling import LabelAggregate
 from rlhf.labels.bradley_terry import Comparison, fit, loss_and_gradient
 from rlhf.labels.checking import Checked, Ledgers, Outcome
 from rlhf.labels.pairs import (

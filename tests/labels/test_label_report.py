@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from conf.choices import LabelAggregate, LabelKind, Strength
+from conf.choices import LabelKind, Strength
+from conf.labelling import LabelAggregate
 from rlhf.labels import versions
 from rlhf.labels.ab_labels import judged, policies
 from rlhf.labels.card import markdown
