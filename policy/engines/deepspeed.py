@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from conf.choices import Offload
 from conf.schema import EngineConfig
-from policy.engines.base import NonFinite, OptimSettings
+from policy.engines.base import (
+    NonFinite,
+    OptimSettings,
+    Rates,
+    WaitingAdamW,
+    one_rate,
+    set_rates,
+)
 from policy.model import trainable
 from rlhf.process import distributed
 from rlhf.types import UserError
@@ -79,7 +86,9 @@ class DeepSpeedEngine:
         device: torch.device,
         *,
         half: bool,
+        rates: Rates | None = None,
     ) -> None:
+        """half: the weights are bfloat16; rates: as `TorchEngine`'s."""
         prepare_cpu()
         ensure_process_group()
         import deepspeed
@@ -90,9 +99,13 @@ class DeepSpeedEngine:
         self.scale = 1.0  # of the learning rate; the loop's, which sets it for each step
         self._waiting = False  # whether a gradient waits for its step
         _same_head_calls(module, cfg)
-        params = trainable(module)
-        optimizer = torch.optim.AdamW(
-            params,
+        self.rates = rates or one_rate(module)
+        kind = torch.optim.AdamW
+        if self.rates.unfreezings:
+            kind = WaitingAdamW
+            self.rates.silence(lambda: self.rates.phase(self.steps))
+        optimizer = kind(
+            [{"params": group.params} for group in self.rates.groups],
             lr=optim.learning_rate,
             betas=optim.betas,
             eps=optim.eps,
@@ -100,7 +113,7 @@ class DeepSpeedEngine:
         )
         self.engine, *_ = deepspeed.initialize(
             model=module.to(device),
-            model_parameters=params,
+            model_parameters=self.rates.params,
             optimizer=optimizer,
             config=zero_config(
                 cfg, hidden_size=_hidden_size(module), half=half, max_grad_norm=optim.max_grad_norm
@@ -137,8 +150,9 @@ class DeepSpeedEngine:
 
         Raises NonFinite after the step: DeepSpeed tells the norm no sooner.
         """
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.rate
+        groups = self.engine.optimizer.param_groups
+        factors = self.rates.factors(self.rates.phase(self.steps))
+        set_rates(groups, [self.rate] * len(groups), factors)
         norm = None
         # plain data parallelism: gradients are whole and averaged by now, and DeepSpeed records no
         # norm

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from conf.choices import EngineKind
 from conf.schema import EngineConfig
-from policy.engines.base import NonFinite, OptimSettings
-from policy.model import no_gather, trainable
+from policy.engines.base import (
+    NonFinite,
+    OptimSettings,
+    Rates,
+    check_groups,
+    one_rate,
+    set_rates,
+)
+from policy.model import no_gather
 from rlhf.process import distributed
 
 
@@ -38,14 +45,22 @@ class TorchEngine:
     are changes nothing.
     """
 
-    def __init__(self, module: nn.Module, optim: OptimSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimSettings,
+        device: torch.device,
+        rates: Rates | None = None,
+    ) -> None:
+        """rates: of the groups of parameters; None: one rate for all that train."""
         self.module = module.to(device)
         self.optim = optim
+        self.rates = rates or one_rate(module)
         self.steps = 0
         self.scale = 1.0  # of the learning rate; the loop's, which sets it for each step
         # of the gradient that waits for its step, once it is clipped
         self._norm: float | None = None
-        self.params = trainable(module)
+        self.params = self.rates.params
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().clone().requires_grad_()
             for p in self.params
@@ -54,13 +69,24 @@ class TorchEngine:
             if master is not param:
                 param.register_post_accumulate_grad_hook(_adder(master))
         self.optimizer = torch.optim.AdamW(
-            self.masters,
+            self._groups(),
             lr=optim.learning_rate,
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
             fused=True,
         )
+        self._hold()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups: the masters of `rates.groups`."""
+        masters = iter(self.masters)
+        return [{"params": [next(masters) for _ in group.params]} for group in self.rates.groups]
+
+    def _hold(self) -> None:
+        """Groups whose turn has not come take no gradient, so nothing is computed for them."""
+        if self.rates.every is not None:
+            self.rates.hold(self.rates.phase(self.steps))
 
     def __call__(self, *args: Tensor) -> Any:
         return self.module(*args)
@@ -97,8 +123,9 @@ class TorchEngine:
         if not math.isfinite(norm):
             raise NonFinite(f"the gradient's norm is {norm}")
         self._norm = None
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        groups = self.optimizer.param_groups
+        factors = self.rates.factors(self.rates.phase(self.steps))
+        set_rates(groups, [self.rate] * len(groups), factors)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -106,6 +133,7 @@ class TorchEngine:
                 if master is not param:
                     param.copy_(master)
         self.steps += 1
+        self._hold()
         return norm
 
     @property
@@ -125,7 +153,9 @@ class TorchEngine:
         torch.save(state, directory / "engine.pt")
 
     def load(self, directory: Path) -> None:
+        """What `save` wrote. Raises UserError where its groups of parameters are not this run's."""
         state = torch.load(directory / "engine.pt", weights_only=True, map_location="cpu")
+        check_groups(state["optimizer"]["param_groups"], self.optimizer.param_groups, directory)
         with torch.no_grad():
             for param, master, saved in zip(
                 self.params, self.masters, state["masters"], strict=True
@@ -135,15 +165,24 @@ class TorchEngine:
                     param.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        self._hold()
 
 
 def make_engine(
-    module: nn.Module, cfg: EngineConfig, optim: OptimSettings, device: torch.device, *, half: bool
+    module: nn.Module,
+    cfg: EngineConfig,
+    optim: OptimSettings,
+    device: torch.device,
+    *,
+    half: bool,
+    rates: Rates | None = None,
 ) -> Any:
-    """The engine that the config names. `half`: the weights are bfloat16 (DeepSpeed must know)."""
+    """The engine that the config names. `half`: the weights are bfloat16 (DeepSpeed must know);
+    rates: of groups of parameters, None: one rate for all that train.
+    """
     if cfg.kind is EngineKind.deepspeed:
         from policy.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, cfg, optim, device, half=half)
+        return DeepSpeedEngine(module, cfg, optim, device, half=half, rates=rates)
     distributed.require_one_process("engine=torch", distributed.SEVERAL_PROCESSES)
-    return TorchEngine(module, optim, device)
+    return TorchEngine(module, optim, device, rates)
