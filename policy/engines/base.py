@@ -228,8 +228,6 @@ class Plateau:
         self.waited = int(state["waited"])
 
 
-# ---- groups of parameters ----
-#
 # All groups exist from the start, since ZeRO never trains what was frozen when its engine was made.
 # A group that waits has a learning rate of 0, so that neither the update nor weight decay moves it,
 # and no gradient, so that it is not in the norm that gradients are clipped by. When its turn comes
@@ -347,26 +345,6 @@ def set_rates(
             group[TAKEN] += 1
 
 
-def split(
-    groups: Sequence[Mapping[str, Any]], rates: Rates
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """An optimizer's groups (such as those with weight decay and without), each parted by
-    `rates.groups`; and the number among these of each part.
-    """
-    number = {id(p): i for i, group in enumerate(rates.groups) for p in group.params}
-    parts: list[dict[str, Any]] = []
-    numbers: list[int] = []
-    for group in groups:
-        inside: dict[int, list[nn.Parameter]] = {}
-        for param in group["params"]:
-            inside.setdefault(number[id(param)], []).append(param)
-        # a group that is empty from the start stays, as one without parts would have it
-        for place, params in sorted(inside.items()) or [(0, [])]:
-            parts.append({**group, "params": params})
-            numbers.append(place)
-    return parts, numbers
-
-
 class WaitingAdamW(torch.optim.AdamW):
     """AdamW for ZeRO, which steps all groups at once: each group's bias correction counts the steps
     that the group itself took (`set_rates`).
@@ -400,9 +378,6 @@ def check_groups(saved: Sequence[Any], groups: Sequence[Any], checkpoint: Path) 
             f"{sizes[1]}. Resume with the stage.train, stage.unfreeze, stage.depth_decay and "
             "adapter options that it was saved with."
         )
-
-
-# ---- engines ----
 
 
 class Engine(Protocol):

@@ -31,6 +31,7 @@ from policy.model import is_peft
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import row_weights
 from rlhf.offline.private_hooks import PrivateHooks, deepspeed_load_checkpoint
+from rlhf.offline.rates import WithRates
 from rlhf.offline.row_weights import CARRIED, WithWeights
 from rlhf.offline.steps import Guard, Parts, StepRows, WholeBatches, part_rows
 from rlhf.process import checkpoints, distributed, randomness
@@ -42,10 +43,11 @@ Carried = dict[str, Tensor]  # weights and soft labels, [B] each, by the names o
 Loss = Callable[..., Any]  # a trainer's compute_loss(model, inputs, return_outputs=)
 
 
-class StageTrainer(PrivateHooks):
+class StageTrainer(WithRates, PrivateHooks):
     """What every stage adds to TRL's trainer.
 
-    guard: what is done about losses and gradients that must not be applied; engine: of this launch.
+    guard: what is done about losses and gradients that must not be applied; engine: of this launch;
+    rates: of groups of parameters.
     """
 
     extra_columns = CARRIED
@@ -55,7 +57,7 @@ class StageTrainer(PrivateHooks):
 
     def __init__(self, *args: Any, guard: Guard, engine: EngineConfig, **kwargs: Any) -> None:
         self.guard, self.engine = guard, engine
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, engine=engine, **kwargs)
         self.data_collator = WithWeights(self.data_collator)
 
     # ---- the learning rate ----

@@ -200,24 +200,6 @@ def test_scales_come_from_names() -> None:
     assert base.rates_by_name(module, lambda name: 1.0).plain
 
 
-def test_groups_of_an_optimizer_are_parted() -> None:
-    module = Tower()
-    rates = falling_rates(module)
-    weights = [block.weight for block in module.model.blocks]
-    biases = [block.bias for block in module.model.blocks]
-    given = [
-        {"params": weights, "weight_decay": 0.1},
-        {"params": biases, "weight_decay": 0.0},
-        {"params": [], "weight_decay": 0.0},
-    ]
-    parts, numbers = base.split(given, rates)
-    assert numbers == [0, 1, 2, 0, 1, 2, 0]
-    assert [part["weight_decay"] for part in parts] == [0.1] * 3 + [0.0] * 4
-    assert parts[1]["params"][0] is weights[1] and parts[5]["params"][0] is biases[2]
-    whole, numbers = base.split(given, plain_rates(module))
-    assert whole == given and numbers == [0, 0, 0]
-
-
 # ---- ZeRO ----
 
 
