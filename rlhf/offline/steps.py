@@ -12,23 +12,25 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from conf.choices import OnNonFinite
+from conf.choices import EngineKind, OnNonFinite
+from conf.schema import EngineConfig
 from conf.stages import OfflineStage
 from policy.batching import plan_micro_batches
-from policy.engines.base import Brake
+from policy.engines.base import Brake, Rates, WaitingAdamW, set_rates
 from rlhf.offline.row_weights import CARRIED
 from rlhf.process import checkpoints, distributed
 from rlhf.run.directory import BadBatches, write_tensors
@@ -129,6 +131,77 @@ class StepRates(LambdaLR):
             group["lr"] = base * factor(self.last_epoch)
             rates.append(group["lr"])
         self._last_lr = rates
+
+
+def split(
+    groups: Sequence[Mapping[str, Any]], rates: Rates
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """An optimizer's groups (such as those with weight decay and without), each parted by
+    `rates.groups`; and the number among these of each part.
+    """
+    number = {id(p): i for i, group in enumerate(rates.groups) for p in group.params}
+    parts: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    for group in groups:
+        inside: dict[int, list[nn.Parameter]] = {}
+        for param in group["params"]:
+            inside.setdefault(number[id(param)], []).append(param)
+        # a group that is empty from the start stays, as one without parts would have it
+        for place, params in sorted(inside.items()) or [(0, [])]:
+            parts.append({**group, "params": params})
+            numbers.append(place)
+    return parts, numbers
+
+
+class GroupRates(TrainerCallback):
+    """Gives each group its learning rate for the time of an optimizer step.
+
+    Between steps all groups have the schedule's, so that the schedule, what is logged and what a
+    checkpoint holds are as without groups.
+    """
+
+    def __init__(self, rates: Rates, *, zero: bool) -> None:
+        """zero: under DeepSpeed, which steps inside its backward pass."""
+        self.rates, self.zero = rates, zero
+        self.numbers: list[int] = []  # which of `rates.groups` each of the optimizer's is of
+        self.unfrozen = 0
+
+    @staticmethod
+    def of(rates: Rates | None, engine: EngineConfig) -> "GroupRates | None":
+        """None where one rate is for all."""
+        if rates is None or rates.plain:
+            return None
+        return GroupRates(rates, zero=engine.kind is EngineKind.deepspeed)
+
+    def phase(self, step: int) -> int:
+        """Unfreezings before the step after `step` steps."""
+        return self.rates.phase(step)
+
+    def group(self, optimizer: Any) -> Any:
+        """Part the groups of a fresh optimizer; where some wait under ZeRO it becomes one that
+        counts their steps.
+        """
+        parts, self.numbers = split(optimizer.param_groups, self.rates)
+        if not self.zero or not self.rates.unfreezings:
+            optimizer.param_groups = parts
+            return optimizer
+        self.rates.silence(lambda: self.unfrozen)
+        options = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps")}
+        return WaitingAdamW(parts, **options)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.unfrozen = self.phase(state.global_step)
+        if not self.zero and self.rates.unfreezings:
+            self.rates.hold(self.unfrozen)
+        factors = self.rates.factors(self.unfrozen)
+        rates = kwargs["lr_scheduler"].get_last_lr()
+        groups = kwargs["optimizer"].param_groups
+        set_rates(groups, rates, [factors[number] for number in self.numbers])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rates = kwargs["lr_scheduler"].get_last_lr()
+        for group, rate in zip(kwargs["optimizer"].param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 # ---- steps that must not be applied ----

@@ -25,15 +25,14 @@ from trl import RewardTrainer, SFTTrainer
 from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
 from policy.engines import resharding
-from policy.engines.base import NonFinite, OptimSettings, Plateau
+from policy.engines.base import NonFinite, OptimSettings, Plateau, Rates
 from policy.engines.deepspeed import is_universal, reading, repair_universal
 from policy.model import is_peft
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import row_weights
 from rlhf.offline.private_hooks import PrivateHooks, deepspeed_load_checkpoint
-from rlhf.offline.rates import WithRates
 from rlhf.offline.row_weights import CARRIED, WithWeights
-from rlhf.offline.steps import Guard, Parts, StepRows, WholeBatches, part_rows
+from rlhf.offline.steps import GroupRates, Guard, Parts, StepRows, WholeBatches, part_rows
 from rlhf.process import checkpoints, distributed, randomness
 from rlhf.types import SOFT_LABEL, WEIGHT, UserError
 
@@ -43,7 +42,7 @@ Carried = dict[str, Tensor]  # weights and soft labels, [B] each, by the names o
 Loss = Callable[..., Any]  # a trainer's compute_loss(model, inputs, return_outputs=)
 
 
-class StageTrainer(WithRates, PrivateHooks):
+class StageTrainer(PrivateHooks):
     """What every stage adds to TRL's trainer.
 
     guard: what is done about losses and gradients that must not be applied; engine: of this launch;
@@ -55,10 +54,20 @@ class StageTrainer(WithRates, PrivateHooks):
     schedule: OptimSettings
     plateau: Plateau | None = None
 
-    def __init__(self, *args: Any, guard: Guard, engine: EngineConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        guard: Guard,
+        engine: EngineConfig,
+        rates: Rates | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.guard, self.engine = guard, engine
-        super().__init__(*args, engine=engine, **kwargs)
+        self.group_rates = GroupRates.of(rates, engine)
+        super().__init__(*args, **kwargs)
         self.data_collator = WithWeights(self.data_collator)
+        if self.group_rates is not None:
+            self.add_callback(self.group_rates)
 
     # ---- the learning rate ----
 
@@ -72,6 +81,13 @@ class StageTrainer(WithRates, PrivateHooks):
     def rate_factor(self, step: int) -> float:
         scale = 1.0 if self.plateau is None else self.plateau.scale
         return self.schedule.factor(step) * scale
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.group_rates is not None:
+            self.optimizer = self.group_rates.group(optimizer)
+        return self.optimizer
 
     # ---- rows: whole batches, and weights ----
 

@@ -1,7 +1,7 @@
 """Groups of parameters in TRL's trainers."""
 
 from policy.engines.base import one_rate
-from rlhf.offline.rates import split
+from rlhf.offline.steps import split
 from tests.policy.test_groups import Tower, falling_rates
 
 
