@@ -45,8 +45,7 @@ Loss = Callable[..., Any]  # a trainer's compute_loss(model, inputs, return_outp
 class StageTrainer(PrivateHooks):
     """What every stage adds to TRL's trainer.
 
-    guard: what is done about losses and gradients that must not be applied; engine: of this launch;
-    rates: of groups of parameters.
+    guard: what is done about bad losses and gradients; engine: of this launch; rates: of groups.
     """
 
     extra_columns = CARRIED
