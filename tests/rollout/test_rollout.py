@@ -433,7 +433,7 @@ def test_weights_that_vllm_does_not_take_are_told_with_the_family() -> None:
     generator = VLLMGenerator.__new__(VLLMGenerator)
     generator._names = HubNames(model)
     generator._specs = generator._names.specs
-    generator._readable = generator._directory = None
+    generator._readable = generator._adapter = None
     generator._llm = Engine()
     with pytest.raises(SyncError, match=r"weight sync 1: .*bloom .*lm_head.*rollout=hf"):
         generator.sync(FullWeights(tensors()), 1)
