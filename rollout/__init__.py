@@ -27,18 +27,20 @@ def make_generator(
     model_factory: Callable[[], Any],
     carrier: Carrier = Carrier.merged,
     adapter_rank: int | None = None,
+    native: bool = False,
 ) -> Generator:
     """A generator that starts from `model_path` (vLLM) or from what `model_factory` builds
     (transformers).
 
     `carrier`: what syncs send; whole weights, or an adapter that `model_factory` has attached.
-    `adapter_rank`: of a LoRA. Raises UserError, before weights load, for what the model or the
-    backend can't do.
+    `adapter_rank`: of a LoRA. `native`: what `model_factory` builds wears an adapter that whole
+    weights can't hold, so transformers generates. Raises UserError, before weights load, for what
+    the model or the backend can't do.
     """
     from rlhf.models.loading import resolve_dtype
     from rlhf.process import distributed
 
-    backend = resolve_backend(cfg.rollout.backend)
+    backend = RolloutBackend.hf if native else resolve_backend(cfg.rollout.backend)
     max_tokens = cfg.data.max_prompt_length + cfg.rollout.max_response_length
     model_config = _read_config(model_path, trust_remote_code=cfg.model.trust_remote_code)
     _check_positions(

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from conf.choices import ModelKind
+from conf.choices import ModelKind, RolloutBackend
 from conf.schema import DataConfig, ModelConfig
-from rlhf.models.directories import check_model_path, contents
+from rlhf.models.directories import check_model_path, check_native_taken, contents
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.templates import template_text
 from rlhf.process.files import json_object
@@ -24,6 +24,23 @@ def check_model(model: ModelConfig) -> None:
     if model.kind is ModelKind.pretrained or model.path is not None:
         check_model_path(model.path)
     check_gguf_file(model)
+
+
+def check_trained(model: ModelConfig) -> None:
+    """`check_model` of a model that a stage trains: all of it is weights. Raises UserError."""
+    check_model(model)
+    if model.path is not None:
+        check_native_taken(contents(model.path), taken=False)
+
+
+def check_native(paths: Iterable[str | None], backend: RolloutBackend) -> None:
+    """vLLM is not asked for where an adapter stands beside its base. Raises UserError."""
+    for path in paths:
+        if path is not None and contents(path).is_native and backend is RolloutBackend.vllm:
+            raise UserError(
+                f"rollout=vllm: {path} holds an adapter that can't be merged into weights, for "
+                "which only transformers generates in this stage. Set rollout=hf, or auto."
+            )
 
 
 def check_gguf_file(model: ModelConfig) -> None:

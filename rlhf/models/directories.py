@@ -238,7 +238,7 @@ def _read_adapter(directory: Path, name: str) -> Adapter:
     return Adapter(directory, base, task if isinstance(task, str) else None, str(kind))
 
 
-def check_native(held: Contents, taken: bool) -> None:
+def check_native_taken(held: Contents, taken: bool) -> None:
     """Raises UserError for a model whose adapter no weights can hold, where it isn't `taken`, and
     where another adapter stands on it.
     """

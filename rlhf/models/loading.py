@@ -21,7 +21,7 @@ from rlhf.models.directories import (
     Adapter,
     Contents,
     check_model_path,
-    check_native,
+    check_native_taken,
     contents,
     embedding_rows,
     readable,
@@ -224,7 +224,7 @@ def load_causal_lm(
         model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(cfg.dtype))
         return _clean(model, tokenizer)
     held = check_model_path(path)
-    check_native(held, native)
+    check_native_taken(held, native)
     model = _language_model(cfg, held)
     _clean(base_model(model), tokenizer)
     return model
@@ -357,7 +357,7 @@ def load_classifier(
         )
         return _clean(model, tokenizer)
     held = check_model_path(path)
-    check_native(held, native)
+    check_native_taken(held, native)
     model = _classifier(cfg, held)
     _clean(base_model(model), tokenizer)
     return model

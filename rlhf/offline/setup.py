@@ -45,7 +45,7 @@ def check(cfg: Config) -> list[str]:
     launch.plan_batches(stage.batch_size, cfg.engine, ranks)
     launch.check_micro_tokens(stage, cfg.engine)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
-    inputs.check_model(cfg.model)
+    inputs.check_trained(cfg.model)
     trains_head = _trains_head(stage)
     adapters.check(cfg.model, cfg.adapter, task=_task(stage), trains_head=trains_head)
     inputs.check_row_length(stage.max_length, cfg.model)

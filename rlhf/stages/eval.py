@@ -42,6 +42,7 @@ def check(cfg: Config) -> list[str]:
     assert isinstance(stage, EvalStage)
     notes = launch.check_backend(cfg.rollout.backend)
     check_policies(stage, cfg.model)
+    inputs.check_native([stage.before, stage.after], cfg.rollout.backend)
     capacity.check_cache(cfg.rollout, cfg.model, data.max_prompt_length)
     inputs.check_template(data)
     if given(data) is None and data.eval_path is None:
@@ -102,7 +103,7 @@ def _run(ctx: RunContext) -> None:
         ctx.add_data(file)
     ctx.add_data(stage.judge_path if Judge.classifier in stage.judges else None)
 
-    after_model = load_causal_lm(model_at(cfg.model, paths[1]), tokenizer)
+    after_model = load_causal_lm(model_at(cfg.model, paths[1]), tokenizer, native=True)
     check_policy(after_model, cfg.engine.micro_tokens, "stage.after")
     old, new = generate_both(
         cfg, tokenizer, after_model, prompts, ctx.dir / "start", ctx.watchdog.phase
@@ -113,7 +114,7 @@ def _run(ctx: RunContext) -> None:
     ctx.watchdog.phase("kl")
     kl = response_kl(
         after_model,
-        load_causal_lm(model_at(cfg.model, paths[0]), tokenizer),
+        load_causal_lm(model_at(cfg.model, paths[0]), tokenizer, native=True),
         new,
         pad_id=tokenizer.pad_token_id,
         temperature=cfg.rollout.temperature,

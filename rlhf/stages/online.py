@@ -46,7 +46,7 @@ def check(cfg: Config) -> list[str]:
     notes = launch.check_backend(cfg.rollout.backend)
     notes += launch.gradient_note(cfg.engine, cfg.model.dtype)
     launch.check_adapter(cfg.rollout, cfg.adapter)
-    inputs.check_model(cfg.model)
+    inputs.check_trained(cfg.model)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM")
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)

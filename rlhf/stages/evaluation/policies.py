@@ -14,6 +14,7 @@ from policy.batching import Batch, collate, plan_micro_batches
 from policy.kl import kl_per_token
 from policy.model import PolicyModule
 from policy.saving import full_weights
+from rlhf.models.directories import contents
 from rlhf.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -65,38 +66,60 @@ def generate_both(
     """Both policies' responses with the same seeds: one engine starts as ``stage.before`` and
     generates, takes over the weights of the model `after`, proves it, and generates again.
 
-    An adapter is first written to `start` as a whole model, which engines need. `phase` is told
-    what is going on.
+    An adapter is first written to `start` as a whole model, which engines need. Where one of them
+    has an adapter that whole weights can't hold, transformers generates for each by itself. `phase`
+    is told what is going on.
     """
     stage = cfg.stage
     path = stage.before
 
     def load_before() -> Any:
-        return load_causal_lm(model_at(cfg.model, path), tokenizer)
+        return load_causal_lm(model_at(cfg.model, path), tokenizer, native=True)
 
+    drawing = {"n": stage.samples_per_prompt, "seed": cfg.run.seed, "greedy": stage.greedy}
+    if any(contents(place).is_native for place in (path, stage.after)):
+        written = []
+        for name, place, load in (
+            ("before", path, load_before),
+            ("after", stage.after, lambda: after),
+        ):
+            phase(f"generate {name}")
+            generator = make_generator(
+                cfg,
+                model_path=contents(place).weights,
+                tokenizer=tokenizer,
+                model_factory=load,
+                native=True,
+            )
+            written.append(_responses(generator, prompts, drawing))
+        return written[0], written[1]
     engine_path = path
     if not starts_whole(model_at(cfg.model, path)):
         engine_path = write_whole(load_before(), tokenizer, start)
-    generator: Generator = make_generator(
+    generator = make_generator(
         cfg,
         model_path=engine_path,
         tokenizer=tokenizer,
         model_factory=load_before,
     )
 
-    def responses() -> list[Rollout]:
-        n, seed = stage.samples_per_prompt, cfg.run.seed
-        return generator.generate(prompts, n=n, seed=seed, greedy=stage.greedy)
-
     try:
         phase("generate before")
-        old = responses()
+        old = generator.generate(prompts, **drawing)
         phase("sync")
         generator.sync(full_weights(after), 1)
         dtype = resolve_dtype(cfg.model.dtype)
         _prove(generator, after, prompts, old[0], cfg.rollout, dtype)
         phase("generate after")
-        return old, responses()
+        return old, generator.generate(prompts, **drawing)
+    finally:
+        generator.close()
+
+
+def _responses(generator: Generator, prompts: Sequence[Prompt], drawing: Any) -> list[Rollout]:
+    """What a generator of one policy writes; it is closed. drawing: arguments of its `generate`."""
+    try:
+        return generator.generate(prompts, **drawing)
     finally:
         generator.close()
 

@@ -16,6 +16,7 @@ from rlhf.data import reading
 from rlhf.data.loading import DataRequest
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
+from rlhf.models.directories import check_model_path
 from rlhf.models.loading import load_causal_lm, load_tokenizer, starts_whole, write_whole
 from rlhf.process.files import digest
 from rlhf.process.supervision import Clock
@@ -86,7 +87,7 @@ def write_answers(
     Second: how many responses reached the length limit. `folder` is the run directory, where the
     answers are kept.
     """
-    make = functools.partial(make_generator, cfg, adapter_rank=None)
+    make = functools.partial(make_generator, cfg)
     responses: list[Response] = []
     truncated = 0
     read = read_policies(policies, cfg.model, DataRequest.of(cfg), cfg.label.prompts)
@@ -127,7 +128,10 @@ def _generate(
     """
     model, tokenizer = policy.model, policy.tokenizer
     folder = Path(str(model.path)).expanduser()
-    if starts_whole(model):
+    held = check_model_path(model.path)
+    if held.is_native:
+        path = held.weights
+    elif starts_whole(model):
         path = str(folder) if folder.is_dir() else str(model.path)
     else:
         path = write_whole(load_causal_lm(model, tokenizer), tokenizer, start)
@@ -142,7 +146,8 @@ def _generate(
         generator = make(
             model_path=path,
             tokenizer=tokenizer,
-            model_factory=lambda: load_causal_lm(model, tokenizer),
+            model_factory=lambda: load_causal_lm(model, tokenizer, native=True),
+            native=held.is_native,
         )
         try:
             return generator.generate(policy.prompts, n=count, seed=policy.seed)
