@@ -51,7 +51,7 @@ class LoraMiniConfig:
     """Small matrices between frozen ones (LoRA-Mini, arXiv:2411.15804)."""
 
     inner: int = option(
-        8, "Width between the frozen outer and the trained inner matrices.", at_least=1
+        32, "Width between the frozen outer and the trained inner matrices.", at_least=1
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from rollout.sampling import (
 )
 from rollout.weights import Incoming, specs_of, weights_checksums
 
-_SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora")
+_SCALING_FIELDS = ("r", "lora_alpha", "alpha", "use_rslora", "use_dora")
 
 
 class _Chooser:
@@ -209,10 +209,10 @@ class HFGenerator:
             )
         ours = self._model.peft_config["default"].to_dict()
         for name in _SCALING_FIELDS:
-            if weights.config.get(name) != ours[name]:
+            if weights.config.get(name) != ours.get(name):
                 raise SyncError(
                     f"weight sync {version}: the trainer's adapter has "
-                    f"{name}={weights.config.get(name)}, the generator's {ours[name]}."
+                    f"{name}={weights.config.get(name)}, the generator's {ours.get(name)}."
                 )
 
     def checksums(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh, Method
@@ -25,21 +26,36 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     """`model` with a fresh adapter; only it trains. Raises UserError by the family's name for
     layers that PEFT can't adapt.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
 
-    targets: Any = list(adapter.targets)
-    if targets == ALL_LINEAR:
-        targets = "all-linear"
     config = LoraConfig(
         task_type=fresh.task,
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=targets,
+        target_modules=peft_targets(adapter),
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         modules_to_save=heads_of(fresh.task),
     )
+    return put_on(model, adapter, config, Linear)
+
+
+def peft_targets(adapter: AdapterConfig) -> Any:
+    """adapter.targets as PEFT's configurations take them."""
+    targets = list(adapter.targets)
+    if targets == ALL_LINEAR:
+        return "all-linear"
+    return targets
+
+
+def put_on(model: Any, adapter: AdapterConfig, config: Any, layer: Any) -> Any:
+    """`model` with PEFT's fresh adapter of `config`, whose linear layers become `layer`s. Raises
+    UserError as `attach`.
+    """
+    from peft import get_peft_model
+
     family, linear = model.config.model_type, linear_modules(model)
     parameters = model.num_parameters()
     try:
@@ -50,7 +66,7 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
             f"adapter.targets={list(adapter.targets)}: PEFT can't adapt {family} so: {error} The "
             f"model's linear modules are {', '.join(linear)}."
         ) from error
-    own = _own_forwards(adapted)
+    own = _own_forwards(adapted, layer)
     if own:
         raise UserError(
             f"adapter.targets={list(adapter.targets)}: in {family} the layers "
@@ -58,7 +74,7 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
             "adapt them. Name the others in adapter.targets: "
             f"{', '.join(sorted(set(linear) - own))}."
         )
-    past = _used_past_the_adapter(adapted)
+    past = _used_past_the_adapter(adapted, layer)
     if past:
         raise UserError(
             f"adapter.targets={list(adapter.targets)}: {family} uses the weights of "
@@ -67,7 +83,7 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
             f"{', '.join(sorted(set(linear) - past))}."
         )
     frozen = _joint_experts(adapted)
-    if frozen and targets == "all-linear":
+    if frozen and list(adapter.targets) == ALL_LINEAR:
         LOG.warning(
             "adapter.targets=%s: %s keeps its experts in joint tensors, which PEFT takes for no "
             "linear layers: %s stay as they are, %d of %d parameters.",
@@ -102,20 +118,18 @@ def _joint_experts(adapted: Any) -> dict[str, int]:
     return frozen
 
 
-def _own_forwards(adapted: Any) -> set[str]:
+def _own_forwards(adapted: Any, layer: Any) -> set[str]:
     """The last parts of the names of adapted layers that PEFT takes for linear ones, as which they
     are built, but whose forward is something else: some routers, grouped projections.
     """
-    from peft.tuners.lora import Linear
-
     names = set()
     for name, module in adapted.named_modules():
-        if type(module) is Linear and not _is_linear(module.get_base_layer()):
+        if type(module) is layer and not _is_linear(module.get_base_layer()):
             names.add(name.rsplit(".", 1)[-1])
     return names
 
 
-def _used_past_the_adapter(adapted: Any) -> set[str]:
+def _used_past_the_adapter(adapted: Any, layer: Any) -> set[str]:
     """The last parts of the names of adapted layers whose weight the model multiplies by itself, or
     that share it with another adapted layer: merging would count an update that the passes do not,
     or count it twice.
@@ -123,13 +137,11 @@ def _used_past_the_adapter(adapted: Any) -> set[str]:
     Seen in a pass over 16 tokens; a model that can't run one gets a warning. Nothing is seen of
     weights on the meta device.
     """
-    from peft.tuners.lora import Linear
-
-    layers = {id(m): name for name, m in adapted.named_modules() if type(m) is Linear}
+    layers = {id(m): name for name, m in adapted.named_modules() if type(m) is layer}
     if not layers or any(param.is_meta for param in adapted.parameters()):
         return set()
     names = _sharing(adapted, layers)
-    with _weights_read(Linear) as (read, called), torch.no_grad():
+    with _weights_read(layer) as (read, called), torch.no_grad():
         training = adapted.training
         vocabulary = adapted.config.get_text_config().vocab_size
         ids = torch.arange(16, device=adapted.device).remainder(vocabulary)
@@ -249,18 +261,24 @@ def check_targets(model: Any, targets: Sequence[str], *, trains_head: bool) -> N
             )
 
 
-def adapted_linears(model: Any, adapter: AdapterConfig) -> list[Any]:
-    """The linear layers of a transformers model that adapter.targets names; all-linear: those of
-    its blocks.
+def adapted_linears(model: Any, adapter: AdapterConfig) -> dict[str, tuple[int, int]]:
+    """The linear layers of a transformers model that adapter.targets names (all-linear: those of
+    its blocks), and their numbers of inputs and outputs.
     """
     head = model.get_output_embeddings()
-    chosen = []
+    chosen = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module is head or name == "score":
+        if not isinstance(module, nn.Linear | Conv1D) or module is head or name == "score":
             continue
         if list(adapter.targets) == ALL_LINEAR or _is_named(name, adapter.targets):
-            chosen.append(module)
+            chosen[name] = _sizes(module)
     return chosen
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return tuple(linear.weight.shape)  # GPT-2's are [in, out]
 
 
 def _is_named(name: str, targets: Sequence[str]) -> bool:
@@ -270,10 +288,10 @@ def _is_named(name: str, targets: Sequence[str]) -> bool:
 def expected(model: Any, adapter: AdapterConfig) -> int:
     """r (in + out) for each layer adapted; DoRA adds out."""
     count = 0
-    for linear in adapted_linears(model, adapter):
-        count += adapter.rank * (linear.in_features + linear.out_features)
+    for inputs, outputs in adapted_linears(model, adapter).values():
+        count += adapter.rank * (inputs + outputs)
         if adapter.dora:
-            count += linear.out_features
+            count += outputs
     return count
 
 

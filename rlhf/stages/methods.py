@@ -4,10 +4,12 @@ known (policy/adapters/). The only importer of the methods' files.
 
 from conf.choices import AdapterKind
 from policy import adapters
-from policy.adapters import lora
+from policy.adapters import lora, lora_mini, rasa
 
 ALL = {
     AdapterKind.lora: lora.METHOD,
+    AdapterKind.lora_mini: lora_mini.METHOD,
+    AdapterKind.rasa: rasa.METHOD,
 }
 
 

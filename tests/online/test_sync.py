@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ import rollout
 from conf.choices import AdapterKind, RolloutBackend
 from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
-from policy.adapters import attach
+from policy.adapters import attach, method_of
+from policy.model import no_gather
 from policy.saving import adapter_weights, full_weights
 from rlhf.online.sync import verify_sync
 from rlhf.types import AdapterWeights, FullWeights, Prompt, SyncError, UserError
+from rollout.hf import HFGenerator
+from rollout.sampling import Sampling
 from rollout.weights import SAMPLED, Incoming, Spec, checksum, readable_checksums, specs_of
 
 BACKENDS = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
@@ -58,6 +62,17 @@ def logprobs_of(model: Any, ids: Sequence[int] = PROBE) -> list[float]:
 
 
 Start = Callable[..., Any]
+
+
+def hf_generator(directory: Path, adapter: AdapterConfig) -> HFGenerator:
+    return HFGenerator(
+        lambda: load(directory, adapter),
+        AutoTokenizer.from_pretrained(directory),
+        Sampling(10),
+        max_tokens=64,
+        max_num_seqs=4,
+        device=torch.device("cpu"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +168,49 @@ def test_an_adapter_arrives_twice(
             len(PROMPT.token_ids) - 1 :
         ]
         assert written.rollout_logprobs == pytest.approx(expected, abs=TOLERANCE)
+
+
+# of rank 4, as LORA, whose engine they share: RaSA's own 3 - 1 bases and 1 of each of two layers
+AS_LORA = {
+    "rasa": AdapterConfig(kind=AdapterKind.rasa, rank=3, alpha=16.0),
+    "lora_mini": AdapterConfig(kind=AdapterKind.lora_mini, rank=4, alpha=16.0),
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", AS_LORA)
+def test_another_method_arrives_as_the_lora_with_its_update(
+    name: str, start: Start, tiny_model: Callable[..., Path]
+) -> None:
+    adapter = AS_LORA[name]
+    generator, model = start("vllm", adapter=LORA), load(tiny_model(), adapter)
+    as_lora = method_of(adapter).as_lora
+    assert as_lora is not None
+    for version in (5, 6):
+        before = generator.logprobs(PROBE)
+        train(model, seed=version)
+        generator.sync(as_lora(model, no_gather), version)
+        assert verify_sync(generator, PROBE, logprobs_of(model), TOLERANCE, version) < TOLERANCE
+        moved = [abs(a - b) for a, b in zip(before, generator.logprobs(PROBE), strict=True)]
+        assert max(moved) > 1e-3
+        (written,) = generator.generate([PROMPT], seed=0)
+        expected = logprobs_of(model, [*PROMPT.token_ids, *written.token_ids])[
+            len(PROMPT.token_ids) - 1 :
+        ]
+        assert written.rollout_logprobs == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", AS_LORA)
+def test_another_method_arrives_in_transformers_as_it_is(
+    name: str, tiny_model: Callable[..., Path]
+) -> None:
+    adapter = AS_LORA[name]
+    generator, model = hf_generator(tiny_model(), adapter), load(tiny_model(), adapter)
+    generator.sync(adapter_weights(train(model, seed=7)), 7)
+    assert verify_sync(generator, PROBE, logprobs_of(model), TOLERANCE, 7) < TOLERANCE
+    other = load(tiny_model(), replace(adapter, alpha=8.0))
+    with pytest.raises(SyncError, match=r"alpha=8\.0, the generator's 16\.0"):
+        generator.sync(adapter_weights(other), 8)
 
 
 @pytest.mark.vllm
