@@ -111,6 +111,12 @@ class Scheduler(Enum):
     plateau = "plateau"  # constant until a figure stalls
 
 
+class RateCoupling(Enum):
+    none = "none"
+    linear = "linear"
+    square_root = "square_root"
+
+
 class DecayShape(Enum):
     linear = "linear"
     cosine = "cosine"

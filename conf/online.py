@@ -246,8 +246,13 @@ class OnlineStage(TrainStage):
         self._check_minibatches()
 
     @property
-    def _responses(self) -> int:
-        return self.prompts_per_step * self.samples_per_prompt
+    def first_size(self) -> int:
+        return self.prompts_per_step
+
+    @property
+    def _responses(self) -> list[int]:
+        """Of a step, as the run goes on."""
+        return [size * self.samples_per_prompt for size in self.step_sizes()]
 
     @property
     def _narrowed(self) -> bool:
@@ -255,10 +260,10 @@ class OnlineStage(TrainStage):
 
     def _check_minibatches(self) -> None:
         check(
-            self._narrowed or self._responses % self.minibatches == 0,
+            self._narrowed or all(count % self.minibatches == 0 for count in self._responses),
             "stage.minibatches",
             self.minibatches,
-            f"a divisor of prompts_per_step x samples_per_prompt = {self._responses}",
+            f"a divisor of prompts_per_step x samples_per_prompt = {_either(self._responses)}",
         )
 
     def _check_kl(self) -> None:
@@ -285,10 +290,10 @@ class OnlineStage(TrainStage):
             # One step scales the coefficient by at least 1 - 0.2 x responses / horizon, which must
             # stay positive.
             check(
-                5 * self.kl_horizon > self._responses,
+                5 * self.kl_horizon > self._responses[-1],
                 "stage.kl_horizon",
                 self.kl_horizon,
-                f"above a fifth of the {self._responses} responses per step",
+                f"above a fifth of the {self._responses[-1]} responses per step",
             )
 
     def _check_groups(self) -> None:
@@ -357,3 +362,7 @@ class OnlineStage(TrainStage):
         check_exo_pair(losses, self.label_smoothing)
         if self.dpo_weights is not None:
             check_weights("stage.dpo_weights", self.dpo_weights, len(losses))
+
+
+def _either(counts: list[int]) -> str:
+    return " and ".join(str(count) for count in counts)

@@ -1,11 +1,12 @@
 """The groups ``run`` and ``tracking``: where a run lives, how it starts, what it is logged to; the
 watch, which looks at the reward from outside while a run trains; and what changes along a training
-run: the learning rate's decay, and what a stalled figure does to it.
+run: the learning rate's decay, what a stalled figure does to it, and the size of a step.
 """
 
+import math
 from dataclasses import dataclass
 
-from conf.choices import Action, DecayShape, Scheduler, TrackingKind, WandbMode
+from conf.choices import Action, DecayShape, RateCoupling, Scheduler, TrackingKind, WandbMode
 from conf.options import check, check_options, option
 
 
@@ -202,6 +203,67 @@ class PlateauConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "stage.plateau")
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchGrowthConfig:
+    """The rows of a step, online its prompts, become more along the run (Smith et al. 2018,
+    arXiv:1711.00489).
+    """
+
+    steps: list[int] = option(
+        [], "Steps after which a step has more rows, in rising order; none: it stays as it is."
+    )
+    factor: int = option(2, "What the rows are multiplied by each time.", at_least=2)
+    sizes: list[int] = option(
+        [], "The rows after each of steps, rising, in place of factor; none: factor."
+    )
+    rate: RateCoupling = option(
+        RateCoupling.none,
+        "What the learning rate is multiplied by as the rows grow to k times the first: 1, k "
+        "(Goyal et al. 2017, arXiv:1706.02677) or the root of k.",
+    )
+
+    def __post_init__(self) -> None:
+        key = "stage.batch_growth"
+        check_options(self, key)
+        for name, values in (("steps", self.steps), ("sizes", self.sizes)):
+            rising = all(a < b for a, b in zip([0, *values], values, strict=False))
+            check(rising, f"{key}.{name}", values, "whole numbers above 0, each above the last")
+        check(
+            not self.sizes or len(self.sizes) == len(self.steps),
+            f"{key}.sizes",
+            self.sizes,
+            f"a size for each of steps={self.steps}",
+        )
+        check(
+            bool(self.steps) or (self.factor == 2 and self.rate is RateCoupling.none),
+            f"{key}.steps",
+            self.steps,
+            "steps after which it grows, where factor or rate is set",
+        )
+
+    def size(self, first: int, step: int) -> int:
+        """Rows of step `step` (from 0) of a run whose first step has `first`."""
+        grown = sum(step >= at for at in self.steps)
+        if grown and self.sizes:
+            return self.sizes[grown - 1]
+        return int(first * self.factor**grown)
+
+    def all_sizes(self, first: int) -> list[int]:
+        """Every size that a step can have, from `first` on."""
+        return [first, *(self.size(first, at) for at in self.steps)]
+
+    def rate_scale(self, first: int, step: int) -> float:
+        """What the learning rate of step `step` is multiplied by."""
+        ratio = self.size(first, step) / first
+        match self.rate:
+            case RateCoupling.linear:
+                return ratio
+            case RateCoupling.square_root:
+                return math.sqrt(ratio)
+            case RateCoupling.none:
+                return 1.0
 
 
 # An option of another schedule must not be set in vain.

@@ -1,18 +1,17 @@
 """The options of every stage, a dataclass each; `STAGES` names them. The training stages' are in
-conf/training.py and conf/online.py.
+conf/training.py and conf/online.py, but those of pairs without a reference.
 """
 
 from dataclasses import dataclass
 
-from conf.choices import Judge
+from conf.choices import CPOLoss, Judge
 from conf.online import OnlineStage
-from conf.options import check, check_options, option
+from conf.options import check, check_options, option, same_option
 from conf.run import WatchConfig
 from conf.training import (
-    CPOStage,
+    LABEL_SMOOTHING,
     KTOStage,
     OfflineStage,
-    ORPOStage,
     PreferenceStage,
     RewardStage,
     SFTStage,
@@ -43,6 +42,59 @@ __all__ = [
 
 
 _NAME = "Name of the preset; stage=NAME sets it."
+
+
+@dataclass(slots=True, kw_only=True)
+class CPOStage(OfflineStage):
+    """Preference optimisation from pairs without a reference, on TRL's CPOTrainer: CPO and
+    SimPO.
+    """
+
+    name: str = same_option(TrainStage, "name", "cpo")
+    loss: CPOLoss = option(CPOLoss.sigmoid, "The loss.", section="the loss")
+    beta: float = option(
+        0.1,
+        "Scale of the log-probabilities' difference; with ipo the paper's tau.",
+        above=0,
+    )
+    nll_coef: float = option(
+        1.0,
+        "Weight of the chosen answers' negative log-likelihood per token.",
+        at_least=0,
+    )
+    gamma: float = option(0.0, "simpo: the target margin between the scaled rewards.", at_least=0)
+    label_smoothing: float = option(
+        0.0, f"{LABEL_SMOOTHING} (sigmoid, simpo).", at_least=0, below=0.5
+    )
+
+    def check_relations(self) -> None:
+        check(
+            self.loss is CPOLoss.simpo or self.gamma == 0,
+            "stage.gamma",
+            self.gamma,
+            f"0 with loss={self.loss.value}: only simpo has a target margin",
+        )
+        check(
+            self.loss in (CPOLoss.sigmoid, CPOLoss.simpo) or self.label_smoothing == 0,
+            "stage.label_smoothing",
+            self.label_smoothing,
+            f"0 with loss={self.loss.value}: only sigmoid and simpo read it",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class ORPOStage(OfflineStage):
+    """Fine-tuning and preference in one loss, from pairs without a reference, on TRL's
+    ORPOTrainer.
+    """
+
+    name: str = same_option(TrainStage, "name", "orpo")
+    beta: float = option(
+        0.1,
+        "Weight of the odds-ratio term, the paper's lambda.",
+        above=0,
+        section="the loss",
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conf.choices import (
-    CPOLoss,
     FDivergence,
     KTOLoss,
     OnNonFinite,
@@ -13,7 +12,7 @@ from conf.choices import (
     Scheduler,
 )
 from conf.options import MISSING, check, check_options, names, nested, option, same_option
-from conf.run import PlateauConfig, ScheduleConfig, check_schedule
+from conf.run import BatchGrowthConfig, PlateauConfig, ScheduleConfig, check_schedule
 
 # The losses that read stage.label_smoothing.
 _SMOOTHED = (
@@ -36,7 +35,7 @@ _OF_DIFFERENCES = (
     PreferenceLoss.sft,
 )
 
-_LABEL_SMOOTHING = "Share of labels that are taken to be flipped"
+LABEL_SMOOTHING = "Share of labels that are taken to be flipped"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -117,6 +116,7 @@ class TrainStage:
     )
     schedule: ScheduleConfig = nested(ScheduleConfig, section="what changes along the run")
     plateau: PlateauConfig = nested(PlateauConfig)
+    batch_growth: BatchGrowthConfig = nested(BatchGrowthConfig)
 
     def __post_init__(self) -> None:
         check_options(self, "stage")
@@ -127,10 +127,30 @@ class TrainStage:
             warmup_ratio=self.warmup_ratio,
             min_rate=self.min_rate,
         )
+        sizes = self.batch_growth.sizes
+        check(
+            not sizes or sizes[0] > self.first_size,
+            "stage.batch_growth.sizes",
+            sizes,
+            f"sizes above the {self.first_size} of the first step",
+        )
         self.check_relations()
 
     def check_relations(self) -> None:
         """Raise ValueError where options of the stage contradict each other."""
+
+    @property
+    def first_size(self) -> int:
+        """Rows, online prompts, of the first step, over all ranks."""
+        return 1
+
+    def step_size(self, step: int) -> int:
+        """Rows, online prompts, of step `step` (from 0), over all ranks."""
+        return self.batch_growth.size(self.first_size, step)
+
+    def step_sizes(self) -> list[int]:
+        """Every size that a step can have, in rising order."""
+        return self.batch_growth.all_sizes(self.first_size)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,6 +177,10 @@ class OfflineStage(TrainStage):
         at_least=1,
     )
     log_steps: int = option(1, "Steps between lines of metrics.jsonl.", unit="steps", at_least=1)
+
+    @property
+    def first_size(self) -> int:
+        return self.batch_size
 
 
 @dataclass(slots=True, kw_only=True)
@@ -227,7 +251,7 @@ class PreferenceStage(OfflineStage):
     )
     label_smoothing: float = option(
         0.0,
-        f"{_LABEL_SMOOTHING} (robust, aot); with exo_pair the paper's epsilon.",
+        f"{LABEL_SMOOTHING} (robust, aot); with exo_pair the paper's epsilon.",
         at_least=0,
         below=0.5,
     )
@@ -317,56 +341,3 @@ class KTOStage(OfflineStage):
     beta: float = option(0.1, "Strength of the tie to the reference.", above=0)
     desirable_weight: float = option(1.0, "Weight of the good answers' losses.", above=0)
     undesirable_weight: float = option(1.0, "Weight of the bad answers' losses.", above=0)
-
-
-@dataclass(slots=True, kw_only=True)
-class CPOStage(OfflineStage):
-    """Preference optimisation from pairs without a reference, on TRL's CPOTrainer: CPO and
-    SimPO.
-    """
-
-    name: str = same_option(TrainStage, "name", "cpo")
-    loss: CPOLoss = option(CPOLoss.sigmoid, "The loss.", section="the loss")
-    beta: float = option(
-        0.1,
-        "Scale of the log-probabilities' difference; with ipo the paper's tau.",
-        above=0,
-    )
-    nll_coef: float = option(
-        1.0,
-        "Weight of the chosen answers' negative log-likelihood per token.",
-        at_least=0,
-    )
-    gamma: float = option(0.0, "simpo: the target margin between the scaled rewards.", at_least=0)
-    label_smoothing: float = option(
-        0.0, f"{_LABEL_SMOOTHING} (sigmoid, simpo).", at_least=0, below=0.5
-    )
-
-    def check_relations(self) -> None:
-        check(
-            self.loss is CPOLoss.simpo or self.gamma == 0,
-            "stage.gamma",
-            self.gamma,
-            f"0 with loss={self.loss.value}: only simpo has a target margin",
-        )
-        check(
-            self.loss in (CPOLoss.sigmoid, CPOLoss.simpo) or self.label_smoothing == 0,
-            "stage.label_smoothing",
-            self.label_smoothing,
-            f"0 with loss={self.loss.value}: only sigmoid and simpo read it",
-        )
-
-
-@dataclass(slots=True, kw_only=True)
-class ORPOStage(OfflineStage):
-    """Fine-tuning and preference in one loss, from pairs without a reference, on TRL's
-    ORPOTrainer.
-    """
-
-    name: str = same_option(TrainStage, "name", "orpo")
-    beta: float = option(
-        0.1,
-        "Weight of the odds-ratio term, the paper's lambda.",
-        above=0,
-        section="the loss",
-    )

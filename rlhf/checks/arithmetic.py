@@ -3,7 +3,7 @@
 import math
 
 from conf.online import OnlineStage
-from conf.stages import OfflineStage, SFTStage
+from conf.stages import OfflineStage, SFTStage, TrainStage
 from rlhf.checks import launch
 from rlhf.checks.launch import BatchPlan
 
@@ -19,10 +19,10 @@ def online_arithmetic(
     updates = stage.epochs * stage.minibatches
     rows = math.ceil(responses / stage.minibatches / ranks)
     together = max(1, micro_tokens // longest)
-    drawn = stage.steps * stage.prompts_per_step
+    drawn = sum(stage.step_size(step) for step in range(stage.steps))
     return {
         "responses of a step": f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} "
-        f"samples = {responses}, {_each(responses, ranks)}",
+        f"samples = {responses}, {_each(responses, ranks)}{_growth(stage)}",
         "optimizer steps of a step": f"{stage.epochs} epochs x {stage.minibatches} minibatches = "
         f"{updates}",
         "rows of an optimizer step": f"{responses} responses / {stage.minibatches} minibatches / "
@@ -32,7 +32,7 @@ def online_arithmetic(
             f"{micro_tokens} tokens (engine.micro_tokens) / {longest} of the longest row"
         ),
         "steps": f"{stage.steps} (stage.steps), {stage.steps * updates} optimizer steps, "
-        f"{stage.steps * responses} responses",
+        f"{drawn * stage.samples_per_prompt} responses",
         "data": f"{drawn} prompts drawn from {prompts}: {drawn / prompts:.3g} passes",
     }
 
@@ -44,6 +44,7 @@ def offline_arithmetic(
     train, or so many packed ones.
     """
     steps = launch.count_steps(stage, rows)
+    trained = sum(stage.step_size(step) for step in range(steps))
     whole = max(1, rows // stage.batch_size)
     kept = ""
     if isinstance(stage, SFTStage) and stage.packing:
@@ -53,17 +54,25 @@ def offline_arithmetic(
     source = "stage.steps"
     if stage.steps is None:
         source = f"{stage.epochs:g} epochs x {whole} whole batches"
+        if stage.batch_growth.steps:
+            source = f"{stage.epochs:g} epochs"
     micro, accumulation, ranks = batches.micro, batches.accumulation, batches.ranks
     parts = f"{micro} rows x {accumulation} micro-batches"
     if batches.tokens is not None:
         parts = f"{micro} rows in micro-batches of at most {batches.tokens} tokens"
     return {
         "rows of a step": f"{parts} x {launch.name_ranks(ranks)} = "
-        f"{micro * accumulation * ranks} (stage.batch_size)",
+        f"{micro * accumulation * ranks} (stage.batch_size){_growth(stage)}",
         "steps": f"{steps} ({source})",
-        "data": f"{read} training rows{kept}, {steps * stage.batch_size} trained: "
-        f"{steps * stage.batch_size / rows:.3g} passes",
+        "data": f"{read} training rows{kept}, {trained} trained: {trained / rows:.3g} passes",
     }
+
+
+def _growth(stage: TrainStage) -> str:
+    """How the first step's rows or prompts grow; nothing where they don't."""
+    grown = zip(stage.batch_growth.steps, stage.step_sizes()[1:], strict=True)
+    what = "prompts" if isinstance(stage, OnlineStage) else "rows"
+    return "".join(f", {size} {what} after {at} steps" for at, size in grown)
 
 
 def _each(total: int, ranks: int) -> str:

@@ -35,7 +35,7 @@ from conf.schema import (
     generator_of,
     vllm_lora_rank,
 )
-from conf.stages import KTOStage, OfflineStage, PreferenceStage
+from conf.stages import KTOStage, OfflineStage, PreferenceStage, TrainStage
 from rlhf.process import distributed
 from rlhf.run import directory
 from rlhf.run.tracking import tracker
@@ -156,30 +156,100 @@ def counts_rows(stage: OfflineStage, engine: EngineConfig) -> str | None:
     return None
 
 
+def check_growth(stage: OfflineStage, engine: EngineConfig, ranks: int) -> None:
+    """Every size that a step grows to is a whole number of the first one's micro-batches on each
+    rank. Raises UserError.
+    """
+    if not stage.batch_growth.steps:
+        return
+    if engine.offload is not Offload.none and engine.zero_stage < 3:
+        raise UserError(
+            f"stage.batch_growth.steps={stage.batch_growth.steps}: DeepSpeed's "
+            f"ZeRO-{engine.zero_stage} with offload must know the number of micro-batches, which "
+            "grows. Set engine.offload=none, or engine=zero3, or leave stage.batch_growth out."
+        )
+    micro = 1 if engine.micro_batch_tokens is not None else _rows_of_pass(stage, engine, ranks)
+    what = f"{name_ranks(ranks)} x {micro} rows of a micro-batch"
+    for size in stage.step_sizes()[1:]:
+        _check_divides("stage.batch_growth: rows", size, ranks * micro, what)
+
+
+def _rows_of_pass(stage: OfflineStage, engine: EngineConfig, ranks: int) -> int:
+    return plan_batches(stage.batch_size, engine, ranks).micro
+
+
 def count_steps(stage: OfflineStage, rows: int) -> int:
     """Optimizer steps: ``stage.steps``, or as many as ``stage.epochs`` passes over `rows` have
-    whole batches, one at least.
+    whole batches, one at least. Raises UserError where a step would grow beyond the rows.
     """
+    if stage.batch_growth.steps:
+        return _count_growing(stage, rows)
     if stage.steps is not None:
         return stage.steps
     whole_batches = max(1, rows // stage.batch_size)
     return max(1, round(stage.epochs * whole_batches))
 
 
+def _count_growing(stage: OfflineStage, rows: int) -> int:
+    """`count_steps`, where steps have different numbers of rows."""
+    steps = stage.steps
+    if steps is None:
+        whole = math.floor(stage.epochs)
+        # the steps after each pass, up to the one that epochs ends in
+        ends = [0]
+        while len(ends) < whole + 2:
+            ends.append(_end_of_pass(stage, rows, ends[-1]))
+        last = ends[whole + 1] - ends[whole]
+        steps = max(1, ends[whole] + round((stage.epochs - whole) * last))
+    largest = stage.step_size(steps - 1)
+    if largest > rows:
+        raise _too_large(stage, largest, rows)
+    return steps
+
+
+def _end_of_pass(stage: OfflineStage, rows: int, step: int) -> int:
+    """The steps that are done after a pass over `rows` that begins with step `step`."""
+    first, left = step, rows
+    while (size := stage.step_size(step)) <= left:
+        left -= size
+        step += 1
+    if step == first:
+        raise _too_large(stage, size, rows)
+    return step
+
+
+def _too_large(stage: OfflineStage, size: int, rows: int) -> UserError:
+    return UserError(
+        f"stage.batch_growth: a step of {size} rows (steps={stage.batch_growth.steps}, "
+        f"batch_size={stage.batch_size}), but {rows} train. Let it grow less, or later."
+    )
+
+
+def growth_note(stage: TrainStage, steps: int) -> list[str]:
+    """A note about growth that a run of so many steps never comes to."""
+    late = [at for at in stage.batch_growth.steps if at >= steps]
+    if not late:
+        return []
+    return [f"stage.batch_growth.steps: the run has {steps} steps, so it doesn't grow at {late}."]
+
+
 def check_prompts_per_step(stage: OnlineStage, ranks: int) -> None:
     """Prompts spread evenly over ranks, and each rank's responses over minibatches. Raises
     UserError.
     """
-    _check_divides("stage.prompts_per_step", stage.prompts_per_step, ranks, name_ranks(ranks))
-    share = stage.prompts_per_step // ranks * stage.samples_per_prompt
-    if share % stage.minibatches:
-        raise UserError(
-            f"stage.minibatches={stage.minibatches} doesn't divide the {share} rollouts of "
-            f"each of {name_ranks(ranks)} "
-            f"(prompts_per_step={stage.prompts_per_step} x "
-            f"samples_per_prompt={stage.samples_per_prompt} / ranks). "
-            f"Expected a divisor of {share}, such as {math.gcd(share, stage.minibatches)}."
-        )
+    for size in stage.step_sizes():
+        grown = size != stage.prompts_per_step
+        key = "stage.batch_growth: prompts" if grown else "stage.prompts_per_step"
+        _check_divides(key, size, ranks, name_ranks(ranks))
+        share = size // ranks * stage.samples_per_prompt
+        if share % stage.minibatches:
+            raise UserError(
+                f"stage.minibatches={stage.minibatches} doesn't divide the {share} rollouts of "
+                f"each of {name_ranks(ranks)} "
+                f"({'prompts of a step' if grown else 'prompts_per_step'}={size} x "
+                f"samples_per_prompt={stage.samples_per_prompt} / ranks). "
+                f"Expected a divisor of {share}, such as {math.gcd(share, stage.minibatches)}."
+            )
 
 
 def _check_divides(key: str, value: int, unit: int, what: str) -> None:

@@ -1,5 +1,5 @@
-"""What a reward model is worth on held-out pairs: accuracy with its interval beside a baseline that
-looks at length alone, margins, calibration, and their pictures.
+"""The trainer of a reward model, and what the model is worth on held-out pairs: accuracy with its
+interval beside a baseline that looks at length alone, margins, calibration, and their pictures.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
+from trl import RewardTrainer
 
 from reward.model import score_ids
+from rlhf.offline import step_rows
+from rlhf.offline.trainers import Carried, Inputs, Loss, StageTrainer
 from rlhf.process import distributed
-from rlhf.types import SOFT_LABEL, UserError
+from rlhf.types import SOFT_LABEL, WEIGHT, UserError
 
 _CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval
 _SAMPLES = 8  # held-out pairs in samples.jsonl
@@ -182,3 +186,47 @@ def shown(metrics: dict[str, float]) -> dict[str, Any]:
         "mean margin": metrics["eval/margin"],
         "held-out pairs": pairs,
     }
+
+
+# ---- the trainer ----
+
+
+class Reward(StageTrainer, RewardTrainer):
+    """A pairwise reward model. Rows with weights or soft labels have the loss
+    `step_rows.pair_loss`; the metrics stay TRL's, except that pairs without a right answer are
+    not in the accuracy.
+    """
+
+    def weighted_loss(
+        self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
+    ) -> Any:
+        _, outputs = plain(model, inputs, return_outputs=True)
+        chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)  # [B] each
+        soft_label = carried.get(SOFT_LABEL)
+        loss = step_rows.pair_loss(
+            chosen,
+            rejected,
+            carried.get(WEIGHT),
+            inputs.get("margin"),
+            self.args.center_rewards_coefficient,
+            soft_label,
+        )
+        if soft_label is not None:
+            self.count_decided(chosen - rejected, soft_label)
+        return (loss, outputs) if return_outputs else loss
+
+    def count_decided(self, difference: Tensor, soft_label: Tensor) -> None:
+        """Replace what TRL just added to its accuracy, where every pair counts as won by chosen,
+        with this batch's pairs that have a right answer, each by itself. A collective.
+
+        difference: score of chosen - score of rejected, [B]. A soft label [B] of exactly 1/2 has
+        no right answer.
+        """
+        lean = soft_label - 0.5
+        right = (lean * difference.detach() > 0).to(lean.dtype)
+        pairs = self.accelerator.gather_for_metrics(torch.stack([lean, right], dim=1))
+        metrics = self.batch_metrics()
+        metrics["accuracy"].pop()
+        metrics["accuracy"].extend(pairs[pairs[:, 0] != 0, 1].tolist())
+        if not metrics["accuracy"]:
+            del metrics["accuracy"]

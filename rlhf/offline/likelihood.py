@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conf.choices import PreferenceLoss
 from rlhf.models.encoding import IGNORED
-from rlhf.offline import row_weights
+from rlhf.offline import step_rows
 from rlhf.offline.private_hooks import CPOTrainer, DPOTrainer, ORPOTrainer
 from rlhf.offline.trainers import Carried, Inputs, Loss, StageTrainer
 from rlhf.process import distributed
@@ -38,9 +38,9 @@ class PreferenceTrainer(StageTrainer):
             values = getattr(outputs, "log_probs", None)
             if values is None:
                 values = outputs.logits
-            row_weights.scale_gradient(values, carried[WEIGHT])
+            step_rows.scale_gradient(values, carried[WEIGHT])
 
-        return plain(row_weights.changed(model, scale), inputs, return_outputs=return_outputs)
+        return plain(step_rows.changed(model, scale), inputs, return_outputs=return_outputs)
 
 
 class OverStep(PreferenceTrainer):

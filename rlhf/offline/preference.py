@@ -54,7 +54,7 @@ def check_kto_rows(stage: KTOStage, micro_batch_size: int | None, rows: int) -> 
 def sorting_note(stage: PreferenceStage, rows: int) -> list[str]:
     """A note where a loss sorts the pairs of a forward pass (of `rows` pairs), not of the step."""
     names = [loss.value for loss in stage.losses if loss in SORTING]
-    if not names or rows == stage.batch_size:
+    if not names or [rows] == stage.step_sizes():
         return []
     return [
         f"stage.losses: {', '.join(names)} sorts the pairs of one forward pass, which "

@@ -31,7 +31,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from rlhf.offline.steps import Parts, StepRates
+from rlhf.offline.step_rows import Parts
+from rlhf.offline.steps import StepRates
 from rlhf.process import distributed
 
 with warnings.catch_warnings():
@@ -101,9 +102,15 @@ class PrivateHooks(Trainer):
         """
         raise NotImplementedError
 
-    def part_step(self, batch: Any) -> Parts | None:
-        """The micro-batches of what the loader hands out for an optimizer step; None where that is
-        a micro-batch itself.
+    def batches_of_step(self, usual: int) -> int:
+        """How many batches of the loader the next optimizer step takes; `usual`: as many as
+        transformers thinks.
+        """
+        return usual
+
+    def part_step(self, batches: list[Any]) -> Parts | None:
+        """The micro-batches of what the loader hands out for an optimizer step; None where these
+        are micro-batches themselves, of whose number transformers knows.
         """
         return None
 
@@ -131,8 +138,8 @@ class PrivateHooks(Trainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        parts = self.part_step(batches[0]) if batches else None
+        batches = list(itertools.islice(epoch_iterator, self.batches_of_step(num_batches)))
+        parts = self.part_step(batches) if batches else None
         samples = batches if parts is None else parts.inputs
         # transformers counts the tokens that train among the micro-batches of a step.
         samples, items = super().get_batch_samples(iter(samples), len(samples), device)

@@ -3,6 +3,7 @@ adapter, and the arguments that TRL's configs have in common.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ def check(cfg: Config) -> list[str]:
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
     launch.plan_batches(stage.batch_size, cfg.engine, ranks)
+    launch.check_growth(stage, cfg.engine, ranks)
     launch.check_micro_tokens(stage, cfg.engine)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     inputs.check_trained(cfg.model)
@@ -61,6 +63,14 @@ def begin(batch_size: int, engine: EngineConfig) -> launch.BatchPlan:
     start_engine(engine)
     quiet_libraries()
     return plan
+
+
+def check_steps(stage: OfflineStage, rows: int) -> None:
+    """Raises UserError where steps grow beyond the training rows. Packed rows are counted later,
+    once they are packed.
+    """
+    if not (isinstance(stage, SFTStage) and stage.packing):
+        launch.count_steps(stage, rows)
 
 
 def start_engine(engine: EngineConfig) -> None:
@@ -191,6 +201,13 @@ def deepspeed_config(
     }
 
 
+def _rows_of_loader(stage: OfflineStage, plan: launch.BatchPlan) -> int:
+    """Rows of a batch of the loader, of which every step of a rank is a whole number."""
+    if plan.tokens is None:
+        return plan.micro
+    return math.gcd(*stage.step_sizes()) // plan.ranks
+
+
 def _zero(engine: EngineConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage == 3:
@@ -251,9 +268,10 @@ def trainer_arguments(
     universal = resume_from is not None and is_universal(resume_from)
     return {
         "output_dir": str(checkpoint_dir),
-        "per_device_train_batch_size": plan.micro,
+        "per_device_train_batch_size": _rows_of_loader(stage, plan),
         "per_device_eval_batch_size": plan.rows_of_longest(stage.max_length),
-        "gradient_accumulation_steps": plan.accumulation,
+        # a growing step's micro-batches are run by the trainer itself
+        "gradient_accumulation_steps": 1 if stage.batch_growth.steps else plan.accumulation,
         "dataloader_pin_memory": not on_cpu,
         "learning_rate": published.learning_rate(stage, AdapterKind.none),
         "weight_decay": stage.weight_decay,

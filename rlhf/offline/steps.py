@@ -1,19 +1,15 @@
-"""The optimizer steps of TRL's trainers: which rows a step trains, in which micro-batches, and when
-it must not be applied.
+"""The optimizer steps of TRL's trainers: their learning rates, and when a step must not be applied.
 
-transformers' Trainer takes as many rows for each micro-batch, and pads them to the longest. With
-`engine.micro_batch_tokens` the loader hands out a rank's rows of a step as they are (`StepRows`);
-`part_rows` parts them by padded tokens, and the trainer runs them one after the other (`Parts`).
 `Guard` answers losses and gradients that are NaN, infinite or a spike. `rlhf/offline/trainers.py`
-calls all of them. `HeldOutRows` compares no losses on different rows after a resume.
+calls all of this. `HeldOutRows` compares no losses on different rows after a resume. Which rows a
+step trains is step_rows.py's.
 """
 
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,6 @@ import datasets
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -29,9 +24,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from conf.choices import EngineKind, OnNonFinite
 from conf.schema import EngineConfig
 from conf.stages import OfflineStage
-from policy.batching import plan_micro_batches
 from policy.engines.base import Brake, Rates, WaitingAdamW, set_rates
-from rlhf.offline.row_weights import CARRIED
+from rlhf.offline.step_rows import CARRIED
 from rlhf.process import checkpoints, distributed
 from rlhf.run.directory import BadBatches, write_tensors
 from rlhf.types import TrainingDiverged
@@ -40,77 +34,6 @@ LOG = logging.getLogger("rlhf.stages")
 _STATE = "guard.json"  # in each checkpoint
 Row = dict[str, Any]
 Inputs = dict[str, Any]
-
-
-# ---- rows and micro-batches ----
-
-
-class WholeBatches(Sampler[int]):
-    """Shuffled passes over `rows`, each cut to whole batches of `batch_size`, so that a step trains
-    the same rows however the batch is split over ranks and micro-batches.
-
-    The order depends on `seed` and the number of the pass alone, and the pass on the steps done:
-    every rank draws the same order, and a resumed run draws what an uninterrupted one would. Rows
-    left over differ from pass to pass. Fewer rows than a batch are one batch.
-    """
-
-    def __init__(
-        self, rows: int, batch_size: int, seed: int, steps_done: Callable[[], int]
-    ) -> None:
-        self.rows, self.seed, self.steps_done = rows, seed, steps_done
-        self.batches = max(1, rows // batch_size)  # per pass
-        self.length = min(rows, self.batches * batch_size)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        number = self.steps_done() // self.batches
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + number)
-        return iter(torch.randperm(self.rows, generator=generator)[: self.length].tolist())
-
-
-@dataclass(frozen=True, slots=True)
-class StepRows:
-    """A rank's rows of an optimizer step, not collated yet."""
-
-    rows: list[Row]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The micro-batches of an optimizer step of a rank, collated, and the rows in each."""
-
-    inputs: list[Inputs]
-    counts: list[int]
-
-    def shares(self) -> list[float]:
-        """Each micro-batch's share of the rows; they add up to 1."""
-        whole = sum(self.counts)
-        return [count / whole for count in self.counts]
-
-
-def sequence_length(row: Row) -> int:
-    """Tokens of the longest sequence that a trainer of TRL's builds of an encoded row: the row
-    itself, the longer side of a pair, prompt and answer.
-    """
-    sequences = [column for column in row if column.endswith("_ids") and column != "prompt_ids"]
-    longest = max(len(row[column]) for column in sequences)
-    return len(row.get("prompt_ids", ())) + longest
-
-
-def part_rows(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """A rank's rows of an optimizer step in parts of at most `budget` padded tokens, rows x longest
-    row; a pair counts as one row, as long as its longer side. A row longer than the budget is a
-    part by itself.
-
-    A collective: every rank makes as many parts, since gradients are exchanged part by part.
-    """
-    lengths = [sequence_length(row) for row in rows]
-    fewest = len(plan_micro_batches(lengths, budget))
-    count = int(distributed.all_max([float(fewest)])[0])
-    parts = plan_micro_batches(lengths, budget, at_least=count)
-    return [[rows[i] for i in part] for part in parts]
 
 
 # ---- learning rates ----
@@ -312,6 +235,32 @@ def save_batch(
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.with_suffix(".json").write_text(text, encoding="utf-8")
     return file
+
+
+# ---- steps that grow ----
+
+
+class Growth(TrainerCallback):
+    """stage.batch_growth: how many rows steps have, and how many passes they are."""
+
+    def __init__(self, stage: OfflineStage, rows: int) -> None:
+        self.stage, self.rows = stage, rows
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """transformers takes the whole run for one pass."""
+        trained = sum(self.stage.step_size(step) for step in range(state.global_step))
+        state.epoch = trained / self.rows
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "learning_rate" in logs:
+            logs["train/batch_rows"] = float(self.stage.step_size(state.global_step - 1))
 
 
 # ---- the held-out rows of a run that is resumed ----

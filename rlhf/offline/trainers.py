@@ -1,5 +1,5 @@
-"""Our trainers: one subclass of TRL's for each, all with the same additions. Those of preferences
-are in likelihood.py and kto.py.
+"""Our trainers: one subclass of TRL's for each, all with the same additions. Those of reward
+models and preferences are in judged_pairs.py, likelihood.py and kto.py.
 
     transformers.Trainer         the loop over steps
     TRL's SFTTrainer, ...        the loss and its metrics
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import RewardTrainer, SFTTrainer
+from trl import SFTTrainer
 
 from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
@@ -29,12 +29,20 @@ from policy.engines.base import NonFinite, OptimSettings, Plateau, Rates
 from policy.engines.deepspeed import is_universal, reading, repair_universal
 from policy.model import is_peft
 from rlhf.models.encoding import IGNORED
-from rlhf.offline import row_weights
+from rlhf.offline import step_rows
 from rlhf.offline.private_hooks import PrivateHooks, deepspeed_load_checkpoint
-from rlhf.offline.row_weights import CARRIED, WithWeights
-from rlhf.offline.steps import GroupRates, Guard, Parts, StepRows, WholeBatches, part_rows
+from rlhf.offline.step_rows import (
+    CARRIED,
+    GrowingBatches,
+    Parts,
+    StepRows,
+    WholeBatches,
+    WithWeights,
+    part_rows,
+)
+from rlhf.offline.steps import GroupRates, Guard
 from rlhf.process import checkpoints, distributed, randomness
-from rlhf.types import SOFT_LABEL, WEIGHT, UserError
+from rlhf.types import WEIGHT, UserError
 
 LOG = logging.getLogger("rlhf.stages")
 Inputs = dict[str, Any]
@@ -78,8 +86,10 @@ class StageTrainer(PrivateHooks):
         self.args.max_steps = schedule.total_steps
 
     def rate_factor(self, step: int) -> float:
-        scale = 1.0 if self.plateau is None else self.plateau.scale
-        return self.schedule.factor(step) * scale
+        stage = self.guard.stage
+        factor = self.schedule.factor(step)
+        factor *= stage.batch_growth.rate_scale(stage.batch_size, step)
+        return factor if self.plateau is None else factor * self.plateau.scale
 
     def create_optimizer(self, model: Any = None) -> Any:
         fresh = self.optimizer is None
@@ -90,13 +100,31 @@ class StageTrainer(PrivateHooks):
 
     # ---- rows: whole batches, and weights ----
 
-    def train_sampler(self) -> WholeBatches:
-        return WholeBatches(
-            len(self.train_dataset),
-            self.guard.stage.batch_size,
-            self.args.seed,
-            lambda: self.state.global_step,
-        )
+    def train_sampler(self) -> WholeBatches | GrowingBatches:
+        stage, rows = self.guard.stage, len(self.train_dataset)
+
+        def done() -> int:
+            return int(self.state.global_step)
+
+        if not self.grows:
+            return WholeBatches(rows, stage.batch_size, self.args.seed, done)
+        sizes = [stage.step_size(step) for step in range(self.args.max_steps)]
+        return GrowingBatches(rows, sizes, self.args.seed, self.unit, done)
+
+    @property
+    def grows(self) -> bool:
+        """Whether steps have more and more rows."""
+        return bool(self.guard.stage.batch_growth.steps)
+
+    @property
+    def unit(self) -> int:
+        """Rows of a batch of the loader, over all ranks."""
+        return int(self.args.per_device_train_batch_size) * distributed.world_size()
+
+    def batches_of_step(self, usual: int) -> int:
+        if not self.grows:
+            return usual
+        return self.guard.stage.step_size(self.state.global_step) // self.unit
 
     def get_train_dataloader(self) -> Any:
         """Rows as they are, where micro-batches are parted by tokens."""
@@ -108,12 +136,16 @@ class StageTrainer(PrivateHooks):
         finally:
             self.data_collator = collate
 
-    def part_step(self, batch: Any) -> Parts | None:
+    def part_step(self, batches: list[Any]) -> Parts | None:
         budget = self.engine.micro_batch_tokens
-        if budget is None:
-            return None
-        parts = part_rows(batch.rows, budget)
-        return Parts([self.data_collator(part) for part in parts], [len(part) for part in parts])
+        if budget is not None:
+            parts = part_rows([row for batch in batches for row in batch.rows], budget)
+            return Parts(
+                [self.data_collator(part) for part in parts], [len(part) for part in parts]
+            )
+        if self.grows:
+            return Parts(batches, [1] * len(batches))  # of as many rows each
+        return None
 
     def run_parts(self, model: Any, parts: Parts, tokens: Any) -> Tensor:
         """Forward and backward passes of a whole step, whose losses and figures weigh by rows."""
@@ -148,7 +180,7 @@ class StageTrainer(PrivateHooks):
         plain = functools.partial(super().compute_loss, num_items_in_batch=num_items_in_batch)
         carried = {key: inputs[key] for key in CARRIED if key in inputs}
         if carried:
-            rest = row_weights.without_carried(inputs)
+            rest = step_rows.without_carried(inputs)
             result = self.weighted_loss(plain, model, rest, carried, return_outputs)
         else:
             result = plain(model, inputs, return_outputs=return_outputs)
@@ -349,7 +381,7 @@ class SFT(StageTrainer, SFTTrainer):
             weighed = True
 
         result = plain(
-            row_weights.changed(model, weigh_tokens), inputs, return_outputs=return_outputs
+            step_rows.changed(model, weigh_tokens), inputs, return_outputs=return_outputs
         )
         if not weighed:
             raise RuntimeError(
@@ -357,44 +389,3 @@ class SFT(StageTrainer, SFTTrainer):
                 "rows' weights had no effect"
             )
         return result
-
-
-class Reward(StageTrainer, RewardTrainer):
-    """A pairwise reward model. Rows with weights or soft labels have the loss
-    `row_weights.pair_loss`; the metrics stay TRL's, except that pairs without a right answer are
-    not in the accuracy.
-    """
-
-    def weighted_loss(
-        self, plain: Loss, model: Any, inputs: Inputs, carried: Carried, return_outputs: bool
-    ) -> Any:
-        _, outputs = plain(model, inputs, return_outputs=True)
-        chosen, rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)  # [B] each
-        soft_label = carried.get(SOFT_LABEL)
-        loss = row_weights.pair_loss(
-            chosen,
-            rejected,
-            carried.get(WEIGHT),
-            inputs.get("margin"),
-            self.args.center_rewards_coefficient,
-            soft_label,
-        )
-        if soft_label is not None:
-            self.count_decided(chosen - rejected, soft_label)
-        return (loss, outputs) if return_outputs else loss
-
-    def count_decided(self, difference: Tensor, soft_label: Tensor) -> None:
-        """Replace what TRL just added to its accuracy, where every pair counts as won by chosen,
-        with this batch's pairs that have a right answer, each by itself. A collective.
-
-        difference: score of chosen - score of rejected, [B]. A soft label [B] of exactly 1/2 has
-        no right answer.
-        """
-        lean = soft_label - 0.5
-        right = (lean * difference.detach() > 0).to(lean.dtype)
-        pairs = self.accelerator.gather_for_metrics(torch.stack([lean, right], dim=1))
-        metrics = self.batch_metrics()
-        metrics["accuracy"].pop()
-        metrics["accuracy"].extend(pairs[pairs[:, 0] != 0, 1].tolist())
-        if not metrics["accuracy"]:
-            del metrics["accuracy"]

@@ -20,7 +20,7 @@ from policy import adapters
 from policy.engines.base import OptimSettings, Plateau
 from policy.engines.deepspeed import gather_zero3
 from policy.model import Gather, no_gather
-from rlhf.checks.launch import count_steps
+from rlhf.checks.launch import count_steps, growth_note
 from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.models.turns import end_ids, response_text
 from rlhf.offline.private_hooks import (
@@ -28,7 +28,7 @@ from rlhf.offline.private_hooks import (
     TRAINER_STATE_NAME,
     unset_hf_deepspeed_config,
 )
-from rlhf.offline.steps import Guard, HeldOutRows, KnownCallbacks, content_hash
+from rlhf.offline.steps import Growth, Guard, HeldOutRows, KnownCallbacks, content_hash
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
 from rlhf.process.supervision import Resident, Stopping, Watchdog
@@ -203,6 +203,10 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
         trainer.add_callback(Patience(stage.patience, stage.min_improvement))
+    if stage.batch_growth.steps:
+        for note in growth_note(stage, steps) if distributed.is_main() else []:
+            LOG.warning(note)
+        trainer.add_callback(Growth(stage, len(trainer.train_dataset)))
     held_out = HeldOutRows(content_hash(trainer.eval_dataset))
     trainer.add_callback(held_out)
     if plateau is not None:

@@ -50,19 +50,28 @@ class Draw:
     clipped: float  # share of scores that stage.reward_clip cut
 
 
-def step_prompts(prompts: Sequence[Prompt], step: int, per_step: int, seed: int) -> list[Prompt]:
-    """This rank's prompts of draw `step` (from 0): consecutive slices of one shuffled pass after
-    another, a function of the draw alone. `per_step`: prompts over all ranks.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run is with its prompts."""
+
+    draws: int  # of prompts, since the run began
+    prompts: int  # that these draws took, over all ranks
+    size: int  # prompts of a draw of the step under way, over all ranks
+
+
+def draw_prompts(prompts: Sequence[Prompt], start: int, count: int, seed: int) -> list[Prompt]:
+    """This rank's of the `count` prompts, over all ranks, that follow on the first `start`:
+    consecutive slices of one shuffled pass after another, a function of `start` alone.
     """
     chosen = []
     orders: dict[int, torch.Tensor] = {}
-    for index in range(step * per_step, (step + 1) * per_step):
+    for index in range(start, start + count):
         epoch, position = divmod(index, len(prompts))
         if epoch not in orders:
             generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
             orders[epoch] = torch.randperm(len(prompts), generator=generator)
         chosen.append(prompts[int(orders[epoch][position])])
-    share = per_step // distributed.world_size()
+    share = count // distributed.world_size()
     return chosen[distributed.rank() * share : (distributed.rank() + 1) * share]
 
 
@@ -120,27 +129,26 @@ class Collector:
     limit: int  # the most tokens that a response can have
     moments: RunningMoments  # of the scores of the whole run
 
-    def collect(self, score: Score, first_draw: int, phase: Phase) -> Collected:
+    def collect(self, score: Score, place: Place, phase: Phase) -> Collected:
         """Draw prompts, write and score responses, and select what trains. Collective.
 
         With selection=unequal prompts are drawn again, at most `stage.resample` times, until all
-        ranks together have `stage.prompts_per_step` groups whose raw scores differ; what is above
-        that is left out, and ranks may hold unequally many. `first_draw` counts the draws of
-        prompts since the run began.
+        ranks together have `place.size` groups whose raw scores differ; what is above that is left
+        out, and ranks may hold unequally many.
         """
         draws: list[Draw] = []
         selected: list[int] = []
         full = 0  # groups over all ranks whose scores differ
         while True:
-            draw = self._draw(first_draw + len(draws), score, phase)
+            draw = self._draw(place, len(draws), score, phase)
             start = sum(len(earlier.rollouts) for earlier in draws)
             draws.append(draw)
             if self.stage.selection is not Selection.unequal:
                 break
-            rows, added = self._unequal(draw, self.stage.prompts_per_step - full)
+            rows, added = self._unequal(draw, place.size - full)
             selected += [start + row for row in rows]
             full += added
-            if len(draws) > self.stage.resample or full >= self.stage.prompts_per_step:
+            if len(draws) > self.stage.resample or full >= place.size:
                 break
         collected = _joined(draws, [self._groups(draw) for draw in draws])
         if self.stage.selection is Selection.unequal:
@@ -151,12 +159,16 @@ class Collector:
             collected.baselines = self._greedy_baselines(collected, score, phase)
         return collected
 
-    def _draw(self, number: int, score: Score, phase: Phase) -> Draw:
+    def _draw(self, place: Place, number: int, score: Score, phase: Phase) -> Draw:
+        """The draw that follows on `number` others of its step."""
         stage = self.stage
         with phase("rollout"):
-            drawn = step_prompts(self.prompts, number, stage.prompts_per_step, self.seed)
+            start = place.prompts + number * place.size
+            drawn = draw_prompts(self.prompts, start, place.size, self.seed)
             written = self.generator.generate(
-                drawn, n=stage.samples_per_prompt, seed=self.seed * 1_000_003 + number
+                drawn,
+                n=stage.samples_per_prompt,
+                seed=self.seed * 1_000_003 + place.draws + number,
             )
         with phase("score"):
             scores = score(written)

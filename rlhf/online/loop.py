@@ -15,7 +15,7 @@ from policy.engines.base import Brake, NonFinite, Plateau
 from policy.prepare import TrainBatch, prepare
 from policy.saving import mix_weights
 from policy.update import update
-from rlhf.online.collect import Collected, Collector, on_device, train_batch
+from rlhf.online.collect import Collected, Collector, Place, on_device, train_batch
 from rlhf.online.judging import BEST, Keeper, Watching, make_judge
 from rlhf.online.metrics import response_statistics, run_metrics, sample_rows, step_metrics, window
 from rlhf.online.recovery import BadStep, RunState, read_state, write_bad_batch, write_state
@@ -47,7 +47,7 @@ class Loop:
         self.limit = cfg.rollout.max_response_length  # tokens
         self.exact_sampling = cfg.rollout.top_p == 1.0 and cfg.rollout.top_k == 0
         plateau = Plateau.of(stage, higher_is_better=True)
-        self.state = RunState(Brake.from_stage(stage), plateau)
+        self.state = RunState(Brake.from_stage(stage), stage.prompts_per_step, plateau)
         self.collector = Collector(
             generator=parts.generator,
             prompts=parts.prompts,
@@ -104,10 +104,11 @@ class Loop:
         """
         stage, parts = self.stage, self.parts
         began, clock = time.perf_counter(), Clock(self.ctx.watchdog)
+        place = Place(self.state.draws, self.state.prompts, stage.step_size(step))
         collected = self.collector.collect(
-            lambda rollouts: self._score(rollouts, step), self.state.draws, clock.phase
+            lambda rollouts: self._score(rollouts, step), place, clock.phase
         )
-        self.state.draws += collected.draws
+        self.state.draw(collected.draws, place.size)
         with clock.phase("prepare"):
             batch = self._prepare(collected)
         with clock.phase("update"):
@@ -148,10 +149,12 @@ class Loop:
                 plateau.scale,
             )
 
-    def _set_rates(self) -> None:
-        """What multiplies the schedule's learning rates in the step under way."""
+    def _set_rates(self, step: int) -> None:
+        """What multiplies the schedule's learning rates in step `step` (from 0)."""
         plateau = self.state.plateau
-        scale = 1.0 if plateau is None else plateau.scale
+        scale = self.stage.batch_growth.rate_scale(self.stage.prompts_per_step, step)
+        if plateau is not None:
+            scale *= plateau.scale
         models = self.parts.models
         models.policy.scale = scale
         if models.critic is not None:
@@ -188,7 +191,7 @@ class Loop:
         draws other prompts. Returns the step's figures.
         """
         LOG.warning("the step was left out (stage.on_nonfinite=skip): %s", error)
-        self.state.draws += 1
+        self.state.draw(1, self.stage.step_size(self.state.step))
         self.parts.sync.send(self.state.step + 1)
         return {"train/skipped": 1.0, "time/step_s": time.perf_counter() - began}
 
@@ -211,10 +214,11 @@ class Loop:
                 allowed,
                 error,
             )
-        draws = state.draws + 1
+        state.draw(1, self.stage.step_size(state.step))
+        draws, prompts = state.draws, state.prompts
         checkpoint = resharding.adapt_on_all_ranks(target, self.ctx.cfg.engine)
         read_state(checkpoint, state, self.parts, self.watching)
-        state.draws = max(draws, state.draws)
+        state.draws, state.prompts = max(draws, state.draws), max(prompts, state.prompts)
         self.ctx.tracker.rewind(state.step)
         self.parts.sync.send(state.step)
         randomness.load(checkpoint, self._generator_seed())
@@ -262,7 +266,7 @@ class Loop:
     def _update(self, batch: TrainBatch, collected: Collected, step: int) -> Metrics:
         parts, stage = self.parts, self.stage
         raw = collected.scores.total
-        self._set_rates()
+        self._set_rates(step)
         try:
             figures = update(
                 batch,

@@ -38,12 +38,19 @@ class RunState:
     """What a run knows of itself beside weights and random generators."""
 
     brake: Brake
+    first_size: int  # prompts of the run's first step, over all ranks
     plateau: Plateau | None = None  # with scheduler=plateau
     moments: RunningMoments = field(default_factory=RunningMoments)  # of the scores
     step: int = 0  # updates done
     draws: int = 0  # of prompts, since the run began
+    prompts: int = 0  # that these draws took, over all ranks
     rewinds: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each step
+
+    def draw(self, draws: int, size: int) -> None:
+        """Count draws of `size` prompts, over all ranks."""
+        self.draws += draws
+        self.prompts += draws * size
 
 
 def write_bad_batch(
@@ -83,6 +90,7 @@ def write_state(directory: Path, state: RunState, parts: Parts, watching: Watchi
     content = {
         "step": state.step,
         "draws": state.draws,
+        "prompts": state.prompts,
         "kl": parts.kl.state_dict(),
         "moments": state.moments.state_dict(),
         "brake": state.brake.state_dict(),
@@ -114,6 +122,8 @@ def read_state(directory: Path, state: RunState, parts: Parts, watching: Watchin
     parts.kl.load_state_dict(content["kl"])
     watching.load_state_dict(content["watching"])
     state.step, state.draws = content["step"], content["draws"]
+    # a checkpoint from before steps could grow
+    state.prompts = content.get("prompts", state.draws * state.first_size)
     state.brake.load_state_dict(content["brake"])
     if state.plateau is not None and content.get("plateau") is not None:
         state.plateau.load_state_dict(content["plateau"])

@@ -43,7 +43,9 @@ def check(cfg: Config) -> list[str]:
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     check_reference(stage, cfg.engine.zero_stage)
     check_precision(stage.name, cfg.model.dtype)
-    notes = launch.check_backend(cfg.rollout.backend)
+    assert stage.steps is not None
+    notes = launch.growth_note(stage, stage.steps)
+    notes += launch.check_backend(cfg.rollout.backend)
     notes += launch.gradient_note(cfg.engine, cfg.model.dtype)
     launch.check_adapter(cfg.rollout, cfg.adapter)
     inputs.check_trained(cfg.model)

@@ -58,6 +58,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         ctx.watchdog.phase("data")
         plan = begin(stage.batch_size, cfg.engine)
         rows = reader.read_rows(cfg, plan.micro)
+        setup.check_steps(stage, len(rows.train))
         record_inputs(ctx, "policy", rows.files)
         steps, metrics = _train(ctx, plan, rows)
         ctx.watchdog.phase("samples")

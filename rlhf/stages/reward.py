@@ -20,6 +20,7 @@ from rlhf.checks.launch import BatchPlan
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_classifier, resolve_dtype
 from rlhf.offline import judged_pairs, setup
+from rlhf.offline.judged_pairs import Reward
 from rlhf.offline.setup import (
     begin,
     check_positions,
@@ -28,7 +29,6 @@ from rlhf.offline.setup import (
     training_dtype,
     with_adapter,
 )
-from rlhf.offline.trainers import Reward
 from rlhf.offline.training import fit, free_memory, make_guard, save_trained
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
@@ -54,6 +54,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         ctx.watchdog.phase("data")
         plan = begin(stage.batch_size, cfg.engine)
         rows = reader.read_rows(cfg, plan.micro)
+        setup.check_steps(stage, len(rows.train))
         tokenizer, held_out = rows.tokenizer, rows.held_out
         record_inputs(ctx, "policy", rows.files)
         if stage.soft_label:

@@ -48,6 +48,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         ctx.watchdog.phase("data")
         plan = begin(stage.batch_size, cfg.engine)
         rows = reader.read_rows(cfg, plan.micro)
+        setup.check_steps(stage, len(rows.train))
         record_inputs(ctx, "policy", rows.files)
         ctx.watchdog.phase("build")
         trainer = make_trainer(ctx, plan, rows)

@@ -19,7 +19,7 @@ from tests.composing import composed
 from tests.selection import marked_full
 
 REMEDY = "not up to date: run `make reference` and commit what it writes"
-GROUPS_OF_STAGES = ("stage.watch", "stage.schedule", "stage.plateau")
+GROUPS_OF_STAGES = ("stage.watch", "stage.schedule", "stage.plateau", "stage.batch_growth")
 VALIDATOR = jsonschema.Draft202012Validator(json_schema())
 
 

@@ -30,10 +30,11 @@ from conf.stages import (
 from rlhf.checks.launch import BatchPlan
 from rlhf.data import reading
 from rlhf.models.loading import load_causal_lm, load_classifier
+from rlhf.offline.judged_pairs import Reward
 from rlhf.offline.preference import has_reference, make_trainer
 from rlhf.offline.setup import trainer_arguments
 from rlhf.offline.steps import Guard
-from rlhf.offline.trainers import SFT, Reward
+from rlhf.offline.trainers import SFT
 from rlhf.rows.columns import normalised
 from rlhf.rows.pairs import encode_pairs, padding_token
 from rlhf.rows.preferences import check_row_weights, encode_preferences

@@ -11,7 +11,8 @@ from transformers import Trainer
 
 from conf.schema import EngineConfig
 from conf.stages import SFTStage
-from rlhf.offline import steps as stepping
+from rlhf.offline import step_rows
+from rlhf.offline.steps import Guard
 from rlhf.offline.trainers import StageTrainer
 from rlhf.types import TrainingDiverged
 
@@ -52,8 +53,8 @@ class Guarded(StageTrainer, FakeTrainer):
 
 
 def test_a_bad_gradient_saves_every_micro_batch_of_its_step(tmp_path: Path) -> None:
-    def fresh() -> stepping.Guard:
-        return stepping.Guard(SFTStage(**STAGE), tmp_path, tmp_path, lambda step, figures: None)
+    def fresh() -> Guard:
+        return Guard(SFTStage(**STAGE), tmp_path, tmp_path, lambda step, figures: None)
 
     trainer = Guarded(1.0, 2.0, guard=fresh(), engine=EngineConfig())
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
@@ -77,21 +78,21 @@ def test_a_bad_gradient_saves_every_micro_batch_of_its_step(tmp_path: Path) -> N
 
 def test_passes_are_whole_batches_of_the_same_rows_for_every_split() -> None:
     steps = 0
-    sampler = stepping.WholeBatches(21, 8, 3, lambda: steps)
+    sampler = step_rows.WholeBatches(21, 8, 3, lambda: steps)
     first = list(sampler)
     assert len(first) == len(set(first)) == len(sampler) == 16 and set(first) < set(range(21))
     steps = 1
     assert list(sampler) == first, "the same pass, as a resumed run would ask for"
     steps = 2
     assert list(sampler) != first
-    assert sorted(stepping.WholeBatches(5, 8, 3, lambda: 0)) == [0, 1, 2, 3, 4]
+    assert sorted(step_rows.WholeBatches(5, 8, 3, lambda: 0)) == [0, 1, 2, 3, 4]
 
 
 def test_rows_are_parted_by_padded_tokens() -> None:
     rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in (3, 9, 4, 2, 10)]
-    parts = stepping.part_rows(rows, 20)
+    parts = step_rows.part_rows(rows, 20)
     assert [[len(row["input_ids"]) for row in part] for part in parts] == [[10, 9], [4, 3, 2]]
-    assert [len(part) for part in stepping.part_rows(rows, 1)] == [1] * 5
+    assert [len(part) for part in step_rows.part_rows(rows, 1)] == [1] * 5
 
 
 @pytest.mark.parametrize(
@@ -105,8 +106,8 @@ def test_rows_are_parted_by_padded_tokens() -> None:
     ],
 )
 def test_a_row_is_as_long_as_its_longest_sequence(row: dict[str, Any], length: int) -> None:
-    assert stepping.sequence_length(row) == length
+    assert step_rows.sequence_length(row) == length
 
 
 def test_shares_weigh_micro_batches_by_their_rows() -> None:
-    assert stepping.Parts([{}, {}], [3, 1]).shares() == [0.75, 0.25]
+    assert step_rows.Parts([{}, {}], [3, 1]).shares() == [0.75, 0.25]

@@ -32,6 +32,7 @@ TWO_RANKS = [
 # the reference is a second engine, or the adapter turned off
 TWO_RANKS += [("dpo", 3, "none"), ("dpo", 2, "lora")]
 TWO_RANKS += [("soft", 2, "none")]
+TWO_RANKS += [("growing", 2, "none"), ("growing", 1, "lora")]
 FAMILIES = {"granite": "reward", "olmoe": "reward", "qwen3_moe": "sft"}  # beside Llama; their rows
 TWO_RANKS += [(family, 3, "none") for family in FAMILIES]
 ONE_RANK = [("sft", 3, "none"), ("reward", 2, "lora")]  # engine=zero* without torchrun
@@ -49,6 +50,7 @@ def spec_of(folder: Path, name: str, cases: Sequence[Case]) -> dict[str, Any]:
         "reward": str(folder / "reward.jsonl"),
         "soft": str(folder / "soft.jsonl"),
         "dpo": str(folder / "reward.jsonl"),
+        "growing": str(folder / "sft.jsonl"),
         **{family: str(folder / f"{rows}.jsonl") for family, rows in FAMILIES.items()},
         "model": str(folder / "model"),
         "models": {family: str(folder / family) for family in FAMILIES},

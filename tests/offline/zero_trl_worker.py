@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from conf.choices import AdapterKind, EngineKind, TrackingKind
+from conf.choices import AdapterKind, EngineKind, RateCoupling, TrackingKind
+from conf.run import BatchGrowthConfig
 from conf.schema import (
     AdapterConfig,
     Config,
@@ -34,11 +35,14 @@ from tests import drawing
 
 # its rows have weights, too
 SOFT = functools.partial(RewardStage, name="soft", soft_label=True, centering_coef=0.05)
+# of 8 rows, the last two steps of 16
+GROWTH = BatchGrowthConfig(steps=[2], rate=RateCoupling.square_root)
 STAGES: dict[str, Any] = {
     "sft": SFTStage,
     "reward": RewardStage,
     "soft": SOFT,
     "dpo": PreferenceStage,
+    "growing": functools.partial(SFTStage, name="growing", batch_growth=GROWTH),
     # of other families: a scalar head of ours; the same with experts; experts
     "granite": functools.partial(RewardStage, name="granite"),
     "olmoe": functools.partial(RewardStage, name="olmoe"),
@@ -47,6 +51,7 @@ STAGES: dict[str, Any] = {
 MODULES = {
     "dpo": "preference",
     "soft": "reward",
+    "growing": "sft",
     "granite": "reward",
     "olmoe": "reward",
     "qwen3_moe": "sft",

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.choices import Advantage, Selection
 from conf.stages import OnlineStage
 from rlhf.cli import config
 from rlhf.online import loop as online
-from rlhf.online.collect import Collector, final_scores, step_prompts
+from rlhf.online.collect import Collector, Place, draw_prompts, final_scores
 from rlhf.process.distributed import RunningMoments
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
@@ -244,10 +245,10 @@ def test_a_loss_that_is_no_number_stops_and_saves_the_batch(
 
 def test_every_prompt_comes_once_per_pass_whatever_the_step_size() -> None:
     prompts = [Prompt(id=str(i), text=str(i), token_ids=(1,)) for i in range(10)]
-    seen = [p.id for step in range(5) for p in step_prompts(prompts, step, 4, seed=3)]
+    seen = [p.id for step in range(5) for p in draw_prompts(prompts, 4 * step, 4, seed=3)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == [str(i) for i in range(10)]
     assert seen[:10] != seen[10:]
-    assert [p.id for p in step_prompts(prompts, 3, 4, seed=3)] == seen[12:16]
+    assert [p.id for p in draw_prompts(prompts, 12, 4, seed=3)] == seen[12:16]
 
 
 def rollout(reason: str, tokens: int = 1) -> Rollout:
@@ -307,7 +308,7 @@ def test_dynamic_sampling_looks_at_scores_before_penalties_for_length() -> None:
     def wrong(rollouts: list[Rollout]) -> Scores:
         return Scores([0.0] * len(rollouts), {})
 
-    collected = _collector(stage, ["a"]).collect(wrong, 0, _phase)  # type: ignore[arg-type]
+    collected = _collector(stage, ["a"]).collect(wrong, Place(0, 0, 1), _phase)  # type: ignore[arg-type]
     assert len(set(collected.finals.tolist())) > 1
     assert collected.rows == []
 
@@ -320,8 +321,44 @@ def test_rows_with_one_text_and_different_answers_are_groups_of_their_own() -> N
     def score(rollouts: list[Rollout]) -> Scores:
         return Scores([float(r.prompt.fields["answer"] == "a") for r in rollouts], {})
 
-    collected = _collector(stage, ["a", "b"]).collect(score, 0, _phase)  # type: ignore[arg-type]
+    collected = _collector(stage, ["a", "b"]).collect(score, Place(0, 0, 2), _phase)  # type: ignore[arg-type]
     assert collected.groups == [0, 0, 1, 1]
     assert collected.baselines is not None
     assert collected.baselines.tolist() == collected.scores.total
     assert sorted(collected.scores.total) == [0.0, 0.0, 1.0, 1.0]
+
+
+GROWING = [
+    "stage.batch_growth.steps=[1,2]",
+    "stage.batch_growth.rate=linear",
+    "stage.scheduler=plateau",
+    "stage.plateau.patience=1",
+    "stage.min_improvement=100",
+    "stage.prompts_per_step=2",
+    "stage.learning_rate=1e-3",
+    "stage.warmup_ratio=0",
+    "stage.save_steps=1",
+    "stage.epochs=1",
+    "rollout.max_response_length=2",
+]
+
+
+def test_steps_grow_and_a_stalled_score_lowers_the_rate(tmp_path: Path) -> None:
+    """Two, four and eight prompts, by which the rate is scaled, and halved after each step from the
+    second on; a resumed run draws on where the last prompts ended.
+    """
+    straight = run_ppo(tmp_path, *GROWING, "run.name=straight", "stage.steps=4")
+    run_ppo(tmp_path, *GROWING, "run.name=broken", "stage.steps=2")
+    broken = run_ppo(tmp_path, *GROWING, "run.name=broken", "stage.steps=4", "run.resume=true")
+    for run in (straight, broken):
+        lines = metrics(run)
+        assert [line["rollout/trained_responses"] for line in lines] == [2, 4, 8, 8]
+        rates = [1e-3 * grown * cut for grown, cut in ((1, 1), (2, 1), (4, 0.5), (4, 0.25))]
+        assert [line["policy/lr"] for line in lines] == pytest.approx(rates)
+        state = json.loads((run / "checkpoints" / "step-4" / "loop.json").read_text())
+        assert (state["draws"], state["prompts"]) == (4, 22)
+    assert [line["objective/scores"] for line in metrics(broken)] == [
+        line["objective/scores"] for line in metrics(straight)
+    ]
+    expected, found = (load_file(run / "model" / "model.safetensors") for run in (straight, broken))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

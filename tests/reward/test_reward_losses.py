@@ -160,10 +160,10 @@ def test_soft_labels_that_are_no_probabilities(wrong: Tensor) -> None:
 @pytest.mark.parametrize("soft", [None, torch.tensor([0.9, 0.5, 0.1])])
 @pytest.mark.parametrize("coef", [None, 0.1])
 def test_what_trains_is_this_equation(soft: Tensor | None, coef: float | None) -> None:
-    """rlhf.offline.row_weights.pair_loss: the same without weights and with equal ones; by any
+    """rlhf.offline.step_rows.pair_loss: the same without weights and with equal ones; by any
     weights the weighted mean of single pairs.
     """
-    from rlhf.offline.row_weights import pair_loss
+    from rlhf.offline.step_rows import pair_loss
 
     chosen, rejected, weights = (
         torch.tensor([0.5, -1.0, 2.0]),

@@ -269,8 +269,8 @@ class GeneratorMemory:
 
 
 def sequences_at_once(stage: OnlineStage, max_num_seqs: int, ranks: int) -> int:
-    """Responses that a rank generates at the same time."""
-    share = stage.prompts_per_step * stage.samples_per_prompt // ranks
+    """Responses that a rank generates at the same time, in the largest step."""
+    share = stage.step_sizes()[-1] * stage.samples_per_prompt // ranks
     return max(1, min(max_num_seqs, share))
 
 
