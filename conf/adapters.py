@@ -2,7 +2,8 @@
 the method: how its weights go to the generator, and whether whole weights can hold them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from enum import Enum
 
 from conf.choices import AdapterKind, Carrier, LoraInit, Placement, Quantization
 from conf.options import check, check_options, default_of, nested, option
@@ -68,6 +69,11 @@ class MoLoraConfig:
         check_options(self, "adapter.molora")
 
 
+class Composition(Enum):
+    stack = "stack"  # each block reads what the one before gave
+    fuse = "fuse"  # attention over what the blocks add, which trains alone
+
+
 @dataclass(slots=True, kw_only=True)
 class BottleneckConfig:
     """Small layers between the model's own (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al.
@@ -79,6 +85,13 @@ class BottleneckConfig:
         "relu", "Function between the two projections.", choices=("relu", "gelu", "silu", "tanh")
     )
     placement: Placement = option(Placement.pfeiffer, "Where the small layers are.")
+    scale: float = option(
+        1.0, "Factor of what the small layers add; beside a layer He et al. take 4.", above=0
+    )
+    combine: Composition = option(
+        Composition.stack,
+        "With adapter.load: stack a fresh adapter on those, or fuse them (AdapterFusion).",
+    )
 
     def __post_init__(self) -> None:
         check_options(self, "adapter.bottleneck")
@@ -207,7 +220,7 @@ READS: dict[AdapterKind, tuple[str, ...]] = {
     AdapterKind.lora_mini: (*_LOW_RANK, "lora_mini"),
     AdapterKind.rasa: (*_LOW_RANK, "rasa"),
     AdapterKind.molora: (*_LOW_RANK, "molora"),
-    AdapterKind.bottleneck: ("bottleneck", "dropout"),
+    AdapterKind.bottleneck: ("bottleneck", "dropout", "targets"),
     AdapterKind.ia3: ("targets",),
     AdapterKind.vera: ("rank", "dropout", "targets"),
     AdapterKind.oft: ("rank", "dropout", "targets"),
@@ -255,7 +268,11 @@ def facts_of(adapter: AdapterConfig) -> MethodFacts:
         return MethodFacts(Carrier.merged, off_is_start=False)
     if adapter.kind is AdapterKind.lora and adapter.dora:
         return _MERGED
-    return _FACTS[adapter.kind]
+    facts = _FACTS[adapter.kind]
+    if adapter.kind is AdapterKind.bottleneck and adapter.load:
+        # switched off, the adapters that were there at the start are off, too
+        return replace(facts, off_is_start=False)
+    return facts
 
 
 def merges(kind: AdapterKind) -> bool:

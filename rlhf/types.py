@@ -189,8 +189,8 @@ class FullWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """A LoRA adapter: PEFT's state dict (its save format's names) and the fields of its
-    adapter_config.json.
+    """An adapter of whatever kind: PEFT's state dict (its save format's names), frozen parts of it
+    too, and the fields of its adapter_config.json.
     """
 
     tensors: "dict[str, torch.Tensor]"

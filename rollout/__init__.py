@@ -8,7 +8,12 @@ from typing import Any
 
 from conf.choices import Carrier, LoraSync, RolloutBackend
 from conf.schema import AdapterConfig, Config, generator_of
-from rlhf.types import Generator, UserError
+from rlhf.types import AdapterWeights, Generator, UserError
+
+# Ways of adapters into vLLM's engine that are neither whole weights nor a LoRA: what makes a
+# generator of the arguments of `rollout.vllm.VLLMGenerator` and `adapter`, one like those of later
+# syncs. rlhf/stages/methods.py fills it, so that no stage depends on them.
+ENGINES: dict[Carrier, Callable[..., Generator]] = {}
 
 
 def resolve_backend(backend: RolloutBackend) -> RolloutBackend:
@@ -28,14 +33,16 @@ def make_generator(
     carrier: Carrier = Carrier.merged,
     adapter_rank: int | None = None,
     native: bool = False,
+    adapter: AdapterWeights | None = None,
 ) -> Generator:
     """A generator that starts from `model_path` (vLLM) or from what `model_factory` builds
     (transformers).
 
     `carrier`: what syncs send; whole weights, or an adapter that `model_factory` has attached.
     `adapter_rank`: of a LoRA. `native`: what `model_factory` builds wears an adapter that whole
-    weights can't hold, so transformers generates. Raises UserError, before weights load, for what
-    the model or the backend can't do.
+    weights can't hold, so transformers generates. `adapter`: one like those of later syncs, which
+    generators of another kind of adapter start with. Raises UserError, before weights load, for
+    what the model or the backend can't do.
     """
     from rlhf.models.loading import resolve_dtype
     from rlhf.process import distributed
@@ -60,18 +67,17 @@ def make_generator(
         )
     names = _hub_names(model_config, cfg.model.trust_remote_code)
     _check_carrier(cfg.adapter, carrier, model_config.model_type if names.joins else None)
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "names": names,
+        "dtype": resolve_dtype(cfg.model.dtype),
+        "trust_remote_code": cfg.model.trust_remote_code,
+    }
+    if carrier in ENGINES:
+        return ENGINES[carrier](model_path, tokenizer, cfg.rollout, adapter=adapter, **options)
     from rollout.vllm import VLLMGenerator
 
-    return VLLMGenerator(
-        model_path,
-        tokenizer,
-        cfg.rollout,
-        max_tokens=max_tokens,
-        names=names,
-        dtype=resolve_dtype(cfg.model.dtype),
-        adapter_rank=adapter_rank,
-        trust_remote_code=cfg.model.trust_remote_code,
-    )
+    return VLLMGenerator(model_path, tokenizer, cfg.rollout, adapter_rank=adapter_rank, **options)
 
 
 def _check_carrier(adapter: AdapterConfig, carrier: Carrier, experts: str | None) -> None:
@@ -89,7 +95,7 @@ def _check_carrier(adapter: AdapterConfig, carrier: Carrier, experts: str | None
             f"rollout.lora_sync={LoraSync.adapter.value}: vLLM does not apply DoRA adapters. Set "
             "rollout.lora_sync=merged (or auto)."
         )
-    if carrier not in (Carrier.lora, Carrier.merged):
+    if carrier not in (Carrier.lora, Carrier.merged, *ENGINES):
         raise UserError(
             f"rollout=vllm has no way for adapter.kind={adapter.kind.value}. Set rollout=hf."
         )

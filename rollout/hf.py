@@ -21,7 +21,11 @@ from rollout.sampling import (
 )
 from rollout.weights import Incoming, specs_of, weights_checksums
 
-_SCALING_FIELDS = ("r", "lora_alpha", "alpha", "use_rslora", "use_dora")
+# Fields of an adapter's configuration beside which its tensors do not say what it computes.
+_SCALING_FIELDS = (
+    *("r", "lora_alpha", "use_rslora", "use_dora"),
+    *("alpha", "experts", "placement", "blocks", "combine"),
+)
 
 
 class _Chooser:

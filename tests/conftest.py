@@ -60,6 +60,7 @@ _LONG = (
 _GROUPS = {
     "test_rollout": "vllm",
     "test_embeds": "vllm",
+    "test_modules": "vllm",
     "test_vllm_private": "vllm",
     "test_sync": "vllm",
     "test_eval": "vllm",

@@ -63,7 +63,7 @@ from rlhf.online.sync import Calibration, Probe, Proof, WeightSync, gap_toleranc
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
-from rlhf.types import Generator, Prompt, RowReader, Scorer, UserError
+from rlhf.types import AdapterWeights, Generator, Prompt, RowReader, Scorer, UserError
 from rollout import make_generator, resolve_backend
 
 log = logging.getLogger(__name__)
@@ -122,9 +122,10 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     vllm = resolve_backend(cfg.rollout.backend) is RolloutBackend.vllm
     weights_of = sender(cfg.adapter, carrier, vllm=vllm)
     policy_module = _policy_module(start, cfg, sample)
+    first = weights_of(policy_module.model, no_gather)
     rank = None
     if vllm and carrier is Carrier.lora:
-        rank = lora_rank(weights_of(policy_module.model, no_gather))
+        rank = lora_rank(first)
     generator = make_generator(
         cfg,
         model_path=start.path,
@@ -132,6 +133,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
         model_factory=lambda: _generator_model(start, cfg.adapter, carrier, sample),
         carrier=carrier,
         adapter_rank=rank,
+        adapter=first if isinstance(first, AdapterWeights) else None,
     )
     models = _models(policy_module, start, cfg)
     models.layout = _agreed_layout(models, cfg.engine)

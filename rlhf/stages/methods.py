@@ -1,18 +1,24 @@
 """The step before every stage that loads models: all ways to train beside a frozen model are made
-known (policy/adapters/). The only importer of the methods' files.
+known (policy/adapters/), and their ways into vLLM's engine (rollout/). The only importer of the
+methods' files.
 """
 
-from conf.choices import AdapterKind
+import rollout
+from conf.choices import AdapterKind, Carrier
 from policy import adapters
-from policy.adapters import lora, lora_mini, rasa
+from policy.adapters import bottleneck, lora, lora_mini, molora, rasa
+from rollout.modules import ModulesGenerator
 
 ALL = {
     AdapterKind.lora: lora.METHOD,
     AdapterKind.lora_mini: lora_mini.METHOD,
     AdapterKind.rasa: rasa.METHOD,
+    AdapterKind.bottleneck: bottleneck.METHOD,
+    AdapterKind.molora: molora.METHOD,
 }
 
 
 def register() -> None:
-    """Let stages and PEFT know them."""
+    """Let stages, PEFT and generators know them."""
     adapters.register(ALL)
+    rollout.ENGINES[Carrier.modules] = ModulesGenerator

@@ -51,7 +51,12 @@ CELLS = {
     "vllm": ("grpo", "online", [*ONLINE, "rollout=vllm"], "prompts.jsonl"),
 }
 # Sizes for a model of two layers.
-TINY: dict[str, list[str]] = {}
+TINY: dict[str, list[str]] = {
+    "houlsby": ["adapter.bottleneck.size=8"],
+    "pfeiffer": ["adapter.bottleneck.size=8"],
+    "parallel": ["adapter.bottleneck.size=8"],
+    "molora": ["adapter.molora.experts=3"],
+}
 # What a cell is refused for, before anything loads: the option that the message names.
 REFUSED: dict[tuple[str, str], str] = {}
 PRESETS = sorted(path.stem for path in (presets.CONF_DIR / "adapter").glob("*.yaml"))

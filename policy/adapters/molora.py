@@ -1,0 +1,61 @@
+"""Mixtures of low-rank experts with a soft router in each linear layer (MoLoRA, Zadouri et al.
+2023, arXiv:2309.05444): y + alpha / r sum_e softmax(R x)_e B_e A_e x (rlhf/models/inserted.py).
+
+The shares depend on the input, so no weights can hold the update.
+"""
+
+from typing import Any
+
+from conf.schema import AdapterConfig
+from policy.adapters import Fresh, Method, Tuner
+from policy.adapters.inserted import MoLoraModel, MoLoraPeftConfig, linear_widths
+from policy.adapters.lora import ALL_LINEAR, adapted_linears, check_targets, heads_of
+from rlhf.models.inserted import MOLORA
+from rlhf.types import UserError
+
+
+def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
+    """`model` with experts beside its linear layers; only they and their routers train."""
+    from peft import get_peft_model
+
+    targets: Any = list(adapter.targets)
+    if targets == ALL_LINEAR:
+        targets = "all-linear"
+    config = MoLoraPeftConfig(
+        task_type=fresh.task,
+        target_modules=targets,
+        modules_to_save=[*(heads_of(fresh.task) or ()), *adapter.save_whole] or None,
+        dropout=adapter.dropout,
+        r=adapter.rank,
+        alpha=adapter.alpha,
+        experts=adapter.molora.experts,
+    )
+    return get_peft_model(model, config)
+
+
+def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
+    """adapter.targets names linear layers of the model. Raises UserError."""
+    if adapter.load:
+        raise UserError(
+            f"adapter.load={list(adapter.load)}: mixtures of experts stand on no other adapter. "
+            "Leave it out."
+        )
+    check_targets(model, adapter.targets, trains_head=trains_head)
+
+
+def expected(model: Any, adapter: AdapterConfig) -> int:
+    """E (r (in + out) + in) for each layer adapted."""
+    count = 0
+    for linear in adapted_linears(model, adapter):
+        width_in, width_out = linear_widths(linear)
+        low_rank = adapter.rank * (width_in + width_out)
+        count += adapter.molora.experts * (low_rank + width_in)
+    return count
+
+
+METHOD = Method(
+    attach=attach,
+    expected=expected,
+    check=check,
+    tuner=Tuner(MOLORA, MoLoraPeftConfig, MoLoraModel),
+)
