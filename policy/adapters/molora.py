@@ -8,7 +8,7 @@ from typing import Any
 
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh, Method, Tuner
-from policy.adapters.inserted import MoLoraModel, MoLoraPeftConfig, linear_widths
+from policy.adapters.inserted import MoLoraModel, MoLoraPeftConfig
 from policy.adapters.lora import ALL_LINEAR, adapted_linears, check_targets, heads_of
 from rlhf.models.inserted import MOLORA
 from rlhf.types import UserError
@@ -46,8 +46,7 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
 def expected(model: Any, adapter: AdapterConfig) -> int:
     """E (r (in + out) + in) for each layer adapted."""
     count = 0
-    for linear in adapted_linears(model, adapter):
-        width_in, width_out = linear_widths(linear)
+    for width_in, width_out in adapted_linears(model, adapter).values():
         low_rank = adapter.rank * (width_in + width_out)
         count += adapter.molora.experts * (low_rank + width_in)
     return count
