@@ -1,9 +1,11 @@
 """The groups ``run`` and ``tracking``: where a run lives, how it starts, what it is logged to; the
 watch, which looks at the reward from outside while a run trains; and what changes along a training
-run: the learning rate's decay, what a stalled figure does to it, and the size of a step.
+run: the learning rate's decay, what a stalled figure does to it, the size of a step, and which
+weights train.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from conf.choices import Action, DecayShape, RateCoupling, Scheduler, TrackingKind, WandbMode
@@ -320,3 +322,78 @@ def check_schedule(
         schedule.decay_share,
         f"at most 1 with warmup_ratio={warmup_ratio} together",
     )
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainPart:
+    """Which weights train, without added modules; all others are frozen. A classifier's score
+    always trains. Both null: all weights.
+    """
+
+    layers: int | None = option(
+        None,
+        "Blocks that train, counted from the top; null: those that modules names, or all.",
+        unit="layers",
+        at_least=0,
+    )
+    modules: list[str] | None = option(
+        None,
+        "Modules that train, in the whole model: the last parts of a name (q_proj), a regular "
+        "expression of a whole one (.*layers\\.[0-3]\\..*), or embeddings, norms, head; null: none "
+        "beside layers.",
+        filled=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage.train")
+        for pattern in self.modules or ():
+            check(_is_pattern(pattern), "stage.train.modules", pattern, "names or patterns")
+
+    @property
+    def everything(self) -> bool:
+        """Whether all weights train."""
+        return self.layers is None and self.modules is None
+
+
+def _is_pattern(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return bool(pattern)
+
+
+@dataclass(slots=True, kw_only=True)
+class UnfreezeConfig:
+    """Layer-wise training from the top down (ULMFiT, Howard & Ruder 2018, arXiv:1801.06146): the
+    top block and what follows the blocks train first, then more blocks, at last the embeddings.
+    """
+
+    every: int | None = option(
+        None, "Optimizer steps between unfreezings; null: not by steps.", unit="steps", at_least=1
+    )
+    patience: int | None = option(
+        None,
+        "Evaluations without improvement of the held-out loss before the next unfreezing; null: "
+        "not by the loss. Not in online stages.",
+        unit="evaluations",
+        at_least=1,
+    )
+    blocks: int = option(1, "Blocks of an unfreezing.", unit="layers", at_least=1)
+    factor: float = option(
+        0.9, "What the learning rate is multiplied by at each unfreezing.", above=0, at_most=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage.unfreeze")
+        check(
+            self.every is None or self.patience is None,
+            "stage.unfreeze.patience",
+            self.patience,
+            "null with stage.unfreeze.every: one of them says when",
+        )
+
+    @property
+    def on(self) -> bool:
+        """Whether something waits."""
+        return self.every is not None or self.patience is not None

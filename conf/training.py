@@ -12,7 +12,14 @@ from conf.choices import (
     Scheduler,
 )
 from conf.options import MISSING, check, check_options, names, nested, option, same_option
-from conf.run import BatchGrowthConfig, PlateauConfig, ScheduleConfig, check_schedule
+from conf.run import (
+    BatchGrowthConfig,
+    PlateauConfig,
+    ScheduleConfig,
+    TrainPart,
+    UnfreezeConfig,
+    check_schedule,
+)
 
 # The losses that read stage.label_smoothing.
 _SMOOTHED = (
@@ -117,6 +124,14 @@ class TrainStage:
     schedule: ScheduleConfig = nested(ScheduleConfig, section="what changes along the run")
     plateau: PlateauConfig = nested(PlateauConfig)
     batch_growth: BatchGrowthConfig = nested(BatchGrowthConfig)
+    train: TrainPart = nested(TrainPart, section="which weights train, and from when on")
+    unfreeze: UnfreezeConfig = nested(UnfreezeConfig)
+    depth_decay: float = option(
+        1.0,
+        "What the learning rate is multiplied by for each block further down; ULMFiT's is 1 / 2.6.",
+        above=0,
+        at_most=1,
+    )
 
     def __post_init__(self) -> None:
         check_options(self, "stage")
@@ -135,6 +150,11 @@ class TrainStage:
             f"sizes above the {self.first_size} of the first step",
         )
         self.check_relations()
+
+    @property
+    def trains_alike(self) -> bool:
+        """Whether all weights train, from the start and at one rate."""
+        return self.train.everything and not self.unfreeze.on and self.depth_decay == 1.0
 
     def check_relations(self) -> None:
         """Raise ValueError where options of the stage contradict each other."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf.models.scalar import backbone_name
+from rlhf.models.parts import backbone_name
 
 Head = Callable[[Tensor], Tensor]  # hidden states [n, H] -> logits [n, V]
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from policy.logprobs import has_plain_head, head_of, selected_logprobs
-from rlhf.models.scalar import backbone_name
+from rlhf.models.parts import backbone_name
 from rlhf.process import distributed
 
 # Our name for attention by segments among transformers' implementations.

@@ -20,7 +20,7 @@ from conf.schema import ModelConfig
 from rlhf.models.directories import ADAPTER_CONFIG, check_model_path, contents, readable
 from rlhf.models.encoding import answer_ids, is_chat, prompt_ids
 from rlhf.models.loading import load_classifier
-from rlhf.models.scalar import backbone_name, base_model, classifier_class, one_label_config
+from rlhf.models.parts import backbone_name, base_model, classifier_class, one_label_config
 from rlhf.process.files import json_object
 from rlhf.types import Tools, UserError
 

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from conf.choices import AdapterKind, Carrier
+from conf.run import TrainPart
 from conf.schema import AdapterConfig, ModelConfig, facts_of
+from conf.stages import OnlineStage, TrainStage
+from policy.engines.base import Rates, grouped, one_rate, rates_by_name
 from policy.model import Gather, no_gather
 from policy.saving import (
     adapter_weights,
@@ -26,8 +29,9 @@ from policy.saving import (
 )
 from rlhf.models.directories import CLASSIFIER
 from rlhf.models.loading import without_weights
+from rlhf.models.parts import chosen, outline, places, train_parts
 from rlhf.process import distributed
-from rlhf.types import AdapterWeights, FullWeights
+from rlhf.types import AdapterWeights, FullWeights, UserError
 
 Rows = Sequence[Sequence[int]]  # token ids
 
@@ -119,9 +123,10 @@ def attach(
     base: str | None = None,
     trains_head: bool = True,
     sample: Callable[[], Rows] | None = None,
+    train: TrainPart | None = None,
 ) -> Any:
-    """`model` with a fresh adapter of the method adapter.kind (only it trains), or `model` itself
-    with every weight trainable.
+    """`model` with a fresh adapter of the method adapter.kind (only it trains), or `model` itself,
+    of which what `train` names trains, every weight by default.
 
     `task` is PEFT's task type: ``CAUSAL_LM`` or ``SEQ_CLS`` (whose scalar head trains in full
     beside the adapter). base: what the saved adapter names as its base, a directory or hub's name
@@ -131,6 +136,7 @@ def attach(
     can't have.
     """
     if adapter.kind is AdapterKind.none:
+        train_parts(model, train or TrainPart())
         return model
     method = method_of(adapter)
     method.check(model, adapter, trains_head)
@@ -144,16 +150,61 @@ def attach(
 
 
 def check(
-    model: ModelConfig, adapter: AdapterConfig, *, task: str, trains_head: bool = True
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    task: str,
+    trains_head: bool = True,
+    stage: TrainStage | None = None,
 ) -> None:
     """What `attach` would refuse, told by the model's configuration before any weight loads; of a
-    hub's model, a GGUF file and a new ``model=tiny`` `attach` itself tells it. Raises UserError.
+    hub's model, a GGUF file and a new ``model=tiny`` `attach` itself tells it. stage: whose options
+    say which weights train. Raises UserError.
     """
-    if adapter.kind is AdapterKind.none:
+    if stage is not None:
+        check_parts(stage, adapter)
+    whole = adapter.kind is AdapterKind.none
+    if whole and (stage is None or stage.trains_alike):
         return
     empty = without_weights(model, classifier=task == CLASSIFIER)
-    if empty is not None:
+    if empty is None:
+        return
+    if not whole:
         method_of(adapter).check(empty, adapter, trains_head)
+    elif stage is not None:
+        chosen(outline(empty), stage.train)
+
+
+def check_parts(stage: TrainStage, adapter: AdapterConfig) -> None:
+    """Options of which weights train and when, which no model makes right. Raises UserError."""
+    if adapter.kind is not AdapterKind.none and not stage.trains_alike:
+        raise UserError(
+            f"adapter={adapter.kind.value} trains beside a frozen model, whose parts "
+            "stage.train, stage.unfreeze and stage.depth_decay are about. Set adapter=none, or "
+            "leave these options as they are."
+        )
+    if isinstance(stage, OnlineStage) and stage.unfreeze.patience is not None:
+        raise UserError(
+            f"stage.unfreeze.patience={stage.unfreeze.patience}: stage={stage.name} has no "
+            "held-out loss that could stall. Set stage.unfreeze.every."
+        )
+
+
+def rates_of(model: Any, stage: TrainStage, adapter: AdapterConfig) -> Rates:
+    """The groups of what trains in `model`, as `attach` returned it: by the rates of the adapter's
+    method, or by stage.depth_decay and stage.unfreeze.
+    """
+    if adapter.kind is not AdapterKind.none:
+        scale = method_of(adapter).rate_scale
+        return rates_by_name(model, lambda name: scale(name, adapter))
+    if stage.depth_decay == 1.0 and not stage.unfreeze.on:
+        return one_rate(model)
+    parts = outline(model)
+    names = {name for name, param in model.named_parameters() if param.requires_grad}
+    trained = [weight for weight in parts.weights if weight.name in names]
+    placed = places(parts, trained, stage.depth_decay, stage.unfreeze)
+    groups = grouped(model, lambda name, param: placed[name])
+    return Rates(groups, stage.unfreeze.factor, stage.unfreeze.every)
 
 
 def sender(

@@ -20,12 +20,18 @@ from conf.choices import (
     ModelKind,
 )
 from conf.schema import AdapterConfig, Config, ModelConfig, RolloutConfig, critic_adapter
-from conf.stages import KTOStage, OfflineStage, OnlineStage
+from conf.stages import KTOStage, OfflineStage, OnlineStage, RewardStage
 from conf.training import TrainStage
 from rlhf.checks.launch import counts_rows, runs_vllm
 from rlhf.checks.memory import moments
 from rlhf.checks.memory.plan import plan
-from rlhf.checks.memory.shapes import Shapes, adapter_parameters, can_plan, shapes_of
+from rlhf.checks.memory.shapes import (
+    Shapes,
+    adapter_parameters,
+    can_plan,
+    shapes_of,
+    trained_parts,
+)
 from rlhf.checks.memory.states import GIB
 from rlhf.models.directories import START, contents, trains_on_adapter
 from rlhf.models.loading import resolve_dtype, starts_whole
@@ -234,11 +240,15 @@ def checkpoint_bytes(
     trains; the weights as well, of `width` bytes each, where DeepSpeed or TRL's trainers write
     them; a reference that moves.
     """
-    policy = adapter_parameters(shapes.policy, adapter) or shapes.policy.parameters
+    whole = adapter_parameters(shapes.policy, adapter) or shapes.policy.parameters
+    policy = whole
+    if not stage.train.everything:
+        classifier = isinstance(stage, RewardStage)
+        policy = trained_parts(shapes.policy, stage.train, classifier=classifier).parameters
     deepspeed = engine is EngineKind.deepspeed
     if not isinstance(stage, OnlineStage):
         masters = 4 if deepspeed else 0
-        return (8.0 + masters + width) * policy
+        return (8.0 + masters) * policy + width * whole
     per_parameter = 12.0 + (width if deepspeed else 0)
     size = per_parameter * policy
     if stage.advantage is Advantage.gae:

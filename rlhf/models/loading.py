@@ -26,7 +26,7 @@ from rlhf.models.directories import (
     embedding_rows,
     readable,
 )
-from rlhf.models.scalar import backbone_name, base_model, classifier_class, one_label_config
+from rlhf.models.parts import backbone_name, base_model, classifier_class, one_label_config
 from rlhf.models.templates import template_text
 from rlhf.types import UserError
 

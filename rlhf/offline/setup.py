@@ -49,7 +49,8 @@ def check(cfg: Config) -> list[str]:
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     inputs.check_trained(cfg.model)
     trains_head = _trains_head(stage)
-    adapters.check(cfg.model, cfg.adapter, task=_task(stage), trains_head=trains_head)
+    task = _task(stage)
+    adapters.check(cfg.model, cfg.adapter, task=task, trains_head=trains_head, stage=stage)
     inputs.check_row_length(stage.max_length, cfg.model)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes = launch.gradient_note(cfg.engine, cfg.model.dtype)
@@ -104,7 +105,8 @@ def with_adapter(
     rows: EncodedRows,
 ) -> Any:
     """`model`, loaded from `source`, with the configured adapter; `model` itself for
-    ``adapter=none``. rows: what the stage trains on, for methods that look at some first.
+    ``adapter=none``, of which stage.train says what trains. rows: what the stage trains on, for
+    methods that look at some first.
 
     The adapter names its base, ``model.path``. Where that holds an adapter, now merged into
     `model`, the whole weights are written to `start` once, and the adapter names them: of an
@@ -112,7 +114,7 @@ def with_adapter(
     can't hold the adapter, and its base has no path. A collective.
     """
     if adapter.kind is AdapterKind.none:
-        return model
+        return adapters.attach(model, adapter, task=_task(stage), train=stage.train)
     base = None if source.gguf_file else source.path
     needs_base = base is None and not facts_of(adapter).merges
     if needs_base or trains_on_adapter(source.path, adapter):

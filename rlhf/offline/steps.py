@@ -77,16 +77,15 @@ def split(
 
 
 class GroupRates(TrainerCallback):
-    """Gives each group its learning rate for the time of an optimizer step.
-
-    Between steps all groups have the schedule's, so that the schedule, what is logged and what a
-    checkpoint holds are as without groups.
+    """Gives each group its learning rate for the time of an optimizer step. Between steps all have
+    the schedule's, so that the schedule, what is logged and checkpoints are as without groups.
     """
 
     def __init__(self, rates: Rates, *, zero: bool) -> None:
         """zero: under DeepSpeed, which steps inside its backward pass."""
         self.rates, self.zero = rates, zero
         self.numbers: list[int] = []  # which of `rates.groups` each of the optimizer's is of
+        self.stalls = 0  # of the held-out loss, where these unfreeze (`StallWatch`)
         self.unfrozen = 0
 
     @staticmethod
@@ -98,7 +97,8 @@ class GroupRates(TrainerCallback):
 
     def phase(self, step: int) -> int:
         """Unfreezings before the step after `step` steps."""
-        return self.rates.phase(step)
+        by_loss = min(self.rates.unfreezings, self.stalls)
+        return by_loss if self.rates.every is None else self.rates.phase(step)
 
     def group(self, optimizer: Any) -> Any:
         """Part the groups of a fresh optimizer; where some wait under ZeRO it becomes one that
@@ -125,6 +125,10 @@ class GroupRates(TrainerCallback):
         rates = kwargs["lr_scheduler"].get_last_lr()
         for group, rate in zip(kwargs["optimizer"].param_groups, rates, strict=True):
             group["lr"] = rate
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.rates.unfreezings and "loss" in kwargs["logs"]:
+            kwargs["logs"]["train/unfreezings"] = float(self.unfrozen)
 
 
 # ---- steps that must not be applied ----
@@ -341,3 +345,39 @@ class KnownCallbacks(TrainerCallback):
         """Add the states that are missing."""
         for callback in self.callbacks:
             state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+
+
+class StallWatch(TrainerCallback, ExportableState):
+    """stage.unfreeze.patience: unfreezes more blocks when the held-out loss stalls, and keeps what
+    it knows in the checkpoints.
+    """
+
+    def __init__(self, groups: GroupRates, stage: OfflineStage, held_out: HeldOutRows) -> None:
+        """held_out: added to the trainer before this."""
+        self.groups, self.stage, self.held_out = groups, stage, held_out
+        self.best: float | None = None
+        self.waited = 0  # evaluations since the best
+
+    def state(self) -> dict[str, Any]:
+        """What transformers writes into a checkpoint."""
+        known = {"best": self.best, "waited": self.waited, "stalls": self.groups.stalls}
+        return {"args": {}, "attributes": known}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        known = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step == 0 or known is None:
+            return
+        self.groups.stalls = known["attributes"]["stalls"]
+        if not self.held_out.changed:
+            self.best, self.waited = (known["attributes"][name] for name in ("best", "waited"))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss = float(kwargs["metrics"]["eval_loss"])
+        least = self.stage.min_improvement
+        if math.isfinite(loss) and (self.best is None or self.best - loss > least):
+            self.best, self.waited = loss, 0
+            return
+        self.waited += 1
+        if self.waited >= self.stage.unfreeze.patience:
+            self.groups.stalls += 1
+            self.waited = 0

@@ -28,7 +28,7 @@ from rlhf.offline.private_hooks import (
     TRAINER_STATE_NAME,
     unset_hf_deepspeed_config,
 )
-from rlhf.offline.steps import Growth, Guard, HeldOutRows, KnownCallbacks, content_hash
+from rlhf.offline.steps import Growth, Guard, HeldOutRows, KnownCallbacks, StallWatch, content_hash
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
 from rlhf.process.supervision import Resident, Stopping, Watchdog
@@ -211,6 +211,8 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     trainer.add_callback(held_out)
     if plateau is not None:
         trainer.add_callback(PlateauWatch(plateau, held_out))
+    if trainer.group_rates is not None and stage.unfreeze.patience is not None:
+        trainer.add_callback(StallWatch(trainer.group_rates, stage, held_out))
     trainer.add_callback(KnownCallbacks(trainer.callback_handler.callbacks))
     if resume_from is not None:
         trainer.restore_token_count(tokens_before(resume_from))

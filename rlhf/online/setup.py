@@ -31,9 +31,9 @@ from conf.schema import (
     wants_shared_prompts,
 )
 from conf.stages import OnlineStage
-from policy.adapters import Rows, attach, enable_checkpointing, lora_rank, sender
+from policy.adapters import Rows, attach, enable_checkpointing, lora_rank, rates_of, sender
 from policy.agreement import can_share_prompts, check_agreement, packs_agree
-from policy.engines.base import Engine, OptimSettings
+from policy.engines.base import Engine, OptimSettings, Rates
 from policy.engines.torch import make_engine
 from policy.forward import ADAPTER, Layout, Models, module_of
 from policy.kl import AdaptiveKL, FixedKL
@@ -181,7 +181,8 @@ def _policy_module(start: _Start, cfg: Config, sample: Sample) -> PolicyModule:
     model = start.causal_lm()
     if not stage.dropout:
         turn_off_dropout(model)
-    model = attach(model, cfg.adapter, task="CAUSAL_LM", base=start.path, sample=sample)
+    given = {"base": start.path, "sample": sample, "train": stage.train}
+    model = attach(model, cfg.adapter, task="CAUSAL_LM", **given)
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
     chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
@@ -195,7 +196,8 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
     stage, engine = cfg.stage_as(OnlineStage), cfg.engine
     half = resolve_dtype(cfg.model.dtype) is not torch.float32
     rate = published.learning_rate(stage, cfg.adapter.kind)
-    policy = _engine(policy_module, engine, stage, rate, half=half)
+    rates = rates_of(policy_module.model, stage, cfg.adapter)
+    policy = _engine(policy_module, engine, stage, rate, half=half, rates=rates)
     critic = None
     if stage.advantage is Advantage.gae:
         model = _critic_model(start, stage, cfg.reward.path, cfg.adapter)
@@ -215,7 +217,13 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
 
 
 def _engine(
-    module: Any, engine: EngineConfig, stage: OnlineStage, learning_rate: float, *, half: bool
+    module: Any,
+    engine: EngineConfig,
+    stage: OnlineStage,
+    learning_rate: float,
+    *,
+    half: bool,
+    rates: Rates | None = None,
 ) -> Engine:
     assert stage.steps is not None
     optim = OptimSettings.from_stage(
@@ -223,7 +231,8 @@ def _engine(
         total_steps=stage.steps * stage.epochs * stage.minibatches,
         learning_rate=learning_rate,
     )
-    made: Engine = make_engine(module, engine, optim, distributed.device(), half=half)
+    device = distributed.device()
+    made: Engine = make_engine(module, engine, optim, device, half=half, rates=rates)
     return made
 
 

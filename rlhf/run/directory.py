@@ -36,7 +36,9 @@ ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 _OWN_PROGRESS = (STEPS_FOLDER, ANSWERS_FOLDER, "export.json")
 NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
 # Options of an adapter that its weights do not depend on.
-_FREE_OF_ADAPTER = ("adapter.dropout", "adapter.rate_ratio", "adapter.merge_on_save")
+_FREE_OF_ADAPTER = ("adapter.dropout", "adapter.merge_on_save")
+# Options that say which weights train, and the groups that an optimizer has of them.
+_PARTS = ("stage.train.", "stage.unfreeze.", "stage.depth_decay")
 # Options that say how a run starts, not what it computes.
 _START_OPTIONS = {"run.resume", "run.overwrite", "run.dry_run", "run.dir"}
 
@@ -183,10 +185,11 @@ def _stored_config(path: Path) -> dict[str, Any]:
 def _refuse_other_weights(
     checkpoint: Path, stored: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-    """A checkpoint's weights and optimizer fit one adapter, and one size of ``model=tiny``. Raises
-    UserError for options, by dotted key, that ask for another.
+    """A checkpoint's weights and optimizer fit one adapter, one choice of weights that train, and
+    one size of ``model=tiny``. Raises UserError for options, by dotted key, that ask for another.
     """
     keys = ["adapter.kind", "stage.critic_adapter"]
+    keys += [key for key in config if key.startswith(_PARTS)]
     if stored.get("adapter.kind") != AdapterKind.none.value or stored.get("stage.critic_adapter"):
         adapter = [key for key in config if key.startswith("adapter.")]
         keys += [key for key in adapter if key not in (*keys, *_FREE_OF_ADAPTER)]

@@ -49,7 +49,7 @@ def check(cfg: Config) -> list[str]:
     notes += launch.gradient_note(cfg.engine, cfg.model.dtype)
     launch.check_adapter(cfg.rollout, cfg.adapter)
     inputs.check_trained(cfg.model)
-    adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM")
+    adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM", stage=stage)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
     notes += check_scores(stage, cfg.reward, tokenizer)

@@ -9,6 +9,7 @@ import dataclasses
 
 from conf.schema import Config
 from conf.stages import KTOStage, PreferenceStage
+from policy.adapters import rates_of
 from policy.engines import resharding
 from policy.model import base_of
 from rlhf.checks import launch
@@ -130,4 +131,5 @@ def make_trainer(ctx: RunContext, plan: launch.BatchPlan, rows: EncodedRows) -> 
         rows.held_out,
         guard=guard,
         engine=cfg.engine,
+        rates=rates_of(model, stage, cfg.adapter),
     )

@@ -8,6 +8,7 @@ import numpy as np
 from trl import RewardConfig as TRLRewardConfig
 
 from conf.schema import Config, ModelConfig
+from policy.adapters import rates_of
 from policy.engines import resharding
 from reward.model import (
     Manifest,
@@ -122,6 +123,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> Reward:
         processing_class=tokenizer,
         guard=make_guard(ctx),
         engine=cfg.engine,
+        rates=rates_of(model, stage, cfg.adapter),
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from trl import SFTConfig
 
 from conf.schema import Config
+from policy.adapters import rates_of
 from policy.engines import resharding
 from rlhf.checks.launch import BatchPlan
 from rlhf.models.facts import check_forward
@@ -106,6 +107,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
         **EXPERTS,
     )
     guard = make_guard(ctx)
+    rates = rates_of(model, stage, cfg.adapter)
     with unbalanced(model):
         return SFT(
             model=model,
@@ -115,4 +117,5 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
             processing_class=tokenizer,
             guard=guard,
             engine=cfg.engine,
+            rates=rates,
         )

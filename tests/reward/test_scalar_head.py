@@ -15,7 +15,7 @@ from conf.stages import RewardStage
 from reward.model import load_reward_model, score_ids
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_classifier
-from rlhf.models.scalar import classifier_class, one_label_config
+from rlhf.models.parts import classifier_class, one_label_config
 from rlhf.run.context import RunContext
 from rlhf.stages import reward
 from rlhf.stages import rows as stage_rows

@@ -57,6 +57,7 @@ class Pass:
     # tokens of the longest pack with a dense mask, of which every block keeps a copy in its dtype
     pack: int = 0
     checkpointing: bool = False
+    layers: int | None = None  # blocks that a gradient passes through; None: all
 
 
 def block_bytes(shape: Shape, p: Pass) -> float:
@@ -82,12 +83,17 @@ def block_bytes(shape: Shape, p: Pass) -> float:
 
 
 def kept(shape: Shape, p: Pass) -> float:
-    """Bytes of activations that live at the end of the forward pass, the head left out."""
+    """Bytes of activations that live at the end of the forward pass, the head left out. Blocks that
+    no gradient passes through keep none; checkpointing keeps the inputs of all.
+    """
+    passed = shape.layers if p.layers is None else p.layers
+    share = passed / shape.layers
     # of a block, for one token: all that checkpointing keeps (the paper's 2 s b h)
     inputs = p.width * shape.hidden
     last_norm = (4 if p.adapter else 4 + p.width) * shape.hidden
     # half-precision copies of the weights
     casts = 2.0 * sum(one.inputs * one.outputs for one in shape.linears) if p.autocast else 0.0
+    casts *= share
     # a pack's mask as it comes, a byte for each pair of tokens; ids and positions
     given = p.pack + 16 if p.pack else 0
     if p.checkpointing:
@@ -95,7 +101,7 @@ def kept(shape: Shape, p: Pass) -> float:
             p.tokens * (shape.layers * inputs + block_bytes(shape, p) + last_norm + given)
             + casts / shape.layers
         )
-    return p.tokens * (shape.layers * block_bytes(shape, p) + last_norm + given) + casts
+    return p.tokens * (passed * block_bytes(shape, p) + last_norm + given) + casts
 
 
 def backward_transient(shape: Shape, p: Pass) -> float:

@@ -24,7 +24,7 @@ from rlhf.checks.memory.activations import (
     cache_of,
     transformers_bytes,
 )
-from rlhf.checks.memory.shapes import Shape
+from rlhf.checks.memory.shapes import Shape, Trained
 from rlhf.checks.memory.states import GIB, Bytes, Counts, Setting, total
 from rlhf.process import distributed
 
@@ -191,12 +191,22 @@ def process(machine: Machine, engine: EngineKind, libraries_gib: float) -> Bytes
     return Bytes((INTERPRETER_GIB + deepspeed + libraries_gib) * GIB)
 
 
-def counts_of(shape: Shape, parameters: int, adapter: int, *, four_bit: bool = False) -> Counts:
-    """A module of `parameters`, all of which train, or an adapter beside them. `four_bit`: its
-    linear layers are quantised.
+def counts_of(
+    shape: Shape,
+    parameters: int,
+    adapter: int,
+    *,
+    four_bit: bool = False,
+    trained: Trained | None = None,
+) -> Counts:
+    """A module of `parameters`, of which `trained` train (None: all), or an adapter beside them.
+    `four_bit`: its linear layers are quantised.
     """
     if not adapter:
-        return Counts(parameters, parameters, shape.largest, shape.largest_layer)
+        count, largest = parameters, shape.largest
+        if trained is not None:
+            count, largest = trained.parameters, trained.largest
+        return Counts(parameters, count, largest, shape.largest_layer, alike=True)
     layers = [one.inputs * one.outputs for one in shape.linears] if four_bit else [0]
     return Counts(
         parameters + adapter,
@@ -236,10 +246,11 @@ def pass_of(
     masked: bool = False,
     length: int = 0,
     pack: int = 0,
+    layers: int | None = None,
 ) -> Pass:
     """A forward pass of `tokens`, padding included, in rows of `length`, or in packs that have a
     mask of ours, the longest with a dense one of `pack` tokens; `rank` of the adapter that trains,
-    0 where the weights do.
+    0 where the weights do; `layers`: blocks that a gradient passes through, None: all.
     """
     autocast = trl and setting.float32_trained and not rank
     return Pass(
@@ -252,6 +263,7 @@ def pass_of(
         masked=masked,
         pack=pack,
         checkpointing=checkpointing,
+        layers=layers,
     )
 
 

@@ -42,7 +42,7 @@ from rlhf.checks.memory.moments import (
     sequences_at_once,
     setting_of,
 )
-from rlhf.checks.memory.shapes import Shape, Shapes, adapter_parameters
+from rlhf.checks.memory.shapes import Shape, Shapes, adapter_parameters, trained_parts
 from rlhf.checks.memory.states import (
     NOTHING,
     Bytes,
@@ -88,8 +88,9 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> 
     lora = cfg.adapter.kind is not AdapterKind.none
     setting = setting_of(cfg.engine, machine, cfg.model.dtype, lora=lora, trl=False)
     adapter = adapter_parameters(shape, cfg.adapter)
+    trained = trained_parts(shape, stage.train, classifier=False)
     policy = training_states(
-        counts_of(shape, shape.parameters, adapter, four_bit=four_bit), setting
+        counts_of(shape, shape.parameters, adapter, four_bit=four_bit, trained=trained), setting
     )
     critic = _critic(cfg, shapes, setting, four_bit) if stage.advantage is Advantage.gae else None
     switched_off = facts_of(cfg.adapter).off_is_start and not stage.reference_every
@@ -268,6 +269,7 @@ def _updating(
         masked=masked,
         length=longest,
         pack=_dense_pack(shape, tokens) if masked else 0,
+        layers=trained_parts(shape, stage.train, classifier=False).layers,
     )
     head = activations.policy_head(
         shape,
@@ -345,7 +347,9 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> P
     name, parameters = "policy", shape.parameters
     if isinstance(stage, RewardStage):
         name, parameters = "reward model", shape.classifier
-    states = training_states(counts_of(shape, parameters, adapter, four_bit=four_bit), setting)
+    trained = trained_parts(shape, stage.train, classifier=isinstance(stage, RewardStage))
+    counts = counts_of(shape, parameters, adapter, four_bit=four_bit, trained=trained)
+    states = training_states(counts, setting)
     reference = None
     if isinstance(stage, (PreferenceStage, KTOStage)) and not facts_of(cfg.adapter).off_is_start:
         held = replace(setting, half=setting.half and not setting.float32_trained)
@@ -358,12 +362,14 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> P
         checkpointing=cfg.engine.gradient_checkpointing,
         trl=True,
         length=stage.max_length,
+        layers=trained.layers,
     )
     head = 0.0
     if not isinstance(stage, RewardStage):
         fused = isinstance(stage, (SFTStage, PreferenceStage, KTOStage))
         half_width = 2 if setting.half else 4
-        head = activations.trl_head(shape, tokens, half_width, fused=fused, trained=not adapter)
+        trains = trained.head and not adapter
+        head = activations.trl_head(shape, tokens, half_width, fused=fused, trained=trains)
     acts = Bytes(activations.kept(shape, p) + max(head, activations.backward_transient(shape, p)))
     processes = {"process": process(machine, cfg.engine.kind, TRL_GIB)}
     moments = [Moment(Phase.start, name, {**processes, name: states.start})]

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import AdapterKind, ModelKind
+from conf.run import TrainPart
 from conf.schema import AdapterConfig, ModelConfig
 from rlhf.models.directories import check_model_path
 from rlhf.models.loading import tiny_config
+from rlhf.models.parts import HEAD, SCORE, Outline, Weight, chosen, outline
 from rlhf.types import UserError
 
 # Llama 2 and 3: heads of 128, 8 of them for keys, and 128 columns a layer
@@ -48,6 +50,7 @@ class Shape:
     # parameters that one module holds by itself, the most: what ZeRO-3 gathers at once
     largest_layer: int
     eager: bool = False  # attention keeps its scores (attn_implementation=eager)
+    parts: Outline | None = None  # None where its blocks are not found
 
     @property
     def head(self) -> int:
@@ -88,6 +91,45 @@ def adapter_parameters(shape: Shape, adapter: AdapterConfig) -> int:
         adapter.rank * (one.inputs + one.outputs) + (one.outputs if adapter.dora else 0)
         for one in chosen
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What trains of a model without added modules."""
+
+    parameters: int
+    largest: int  # elements of the largest tensor
+    layers: int  # blocks that a gradient passes through
+    head: bool  # whether the head is among it
+
+
+def trained_parts(shape: Shape, train: TrainPart, *, classifier: bool) -> Trained:
+    """What `stage.train` leaves trainable; `classifier`: with a scalar head in the head's place.
+    Raises UserError for what the model has not.
+    """
+    if train.everything or shape.parts is None:
+        whole = shape.classifier if classifier else shape.parameters
+        return Trained(whole, shape.largest, shape.layers, head=True)
+    parts = shape.parts
+    if classifier:
+        kept = [weight for weight in parts.weights if set(weight.kinds) != {HEAD}]
+        score = Weight(("score.weight",), (SCORE,), (None,), shape.hidden, below=False)
+        parts = replace(parts, weights=(*kept, score))
+    weights = chosen(parts, train)
+    return Trained(
+        sum(weight.size for weight in weights),
+        max(weight.size for weight in weights),
+        max(_passed(parts, weight) for weight in weights),
+        head=any(HEAD in weight.kinds for weight in weights),
+    )
+
+
+def _passed(parts: Outline, weight: Weight) -> int:
+    """Blocks that the gradient of a weight passes through."""
+    outside = all(block is None for block in weight.blocks)
+    if outside and not weight.below:
+        return 0
+    return min(parts.count, parts.depth(weight) + 1)
 
 
 def read_shape(model: ModelConfig, path: str | None = None, key: str = "model.path") -> Shape:
@@ -246,7 +288,15 @@ def shape_of_config(
             sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()
         ),
         eager=eager,
+        parts=_parts(model),
     )
+
+
+def _parts(model: Any) -> Outline | None:
+    try:
+        return outline(model)
+    except UserError:  # told where an option needs the blocks
+        return None
 
 
 def _linears(model: Any) -> Sequence[Linear]:

@@ -63,9 +63,12 @@ class Counts:
     quantised: int = 0  # frozen parameters held in 4 bits (QLoRA)
     # elements of the largest such layer, which a pass has in full precision for a moment
     quantised_layer: int = 0
+    alike: bool = False  # frozen weights are in the dtype of those that train (no adapter)
 
     def weights(self, width: float, trained_width: float | None = None) -> float:
         """Bytes of all weights, `width` a weight; those that train at `trained_width`."""
+        if self.alike and trained_width is not None:
+            width = trained_width
         frozen = (
             width * (self.total - self.trained - self.quantised) + NF4_BITS / 8 * self.quantised
         )
