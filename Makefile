@@ -29,7 +29,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
-    test-benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-growth chaos soak \
+    test-benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-tuning bench-growth chaos soak \
     house equality proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic proof-algorithms \
     proof-hacking proof-data proof-labels clean
 
@@ -135,6 +135,9 @@ bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, a 2 GiB file, da
 
 bench-encoding: $(STAMP) ## slow: rows to token ids beside datasets.map (10 min)
 	$(OFFLINE) $(PY) -m benchmarks.encoding
+
+bench-tuning: $(STAMP) ## slow: every way to fine-tune a 135M model, docs/tuning.md (20 min, idle)
+	$(OFFLINE) $(PY) -m benchmarks.tuning
 
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
 	$(OFFLINE) $(PY) -m benchmarks.speed --growth
