@@ -29,7 +29,8 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
-    test-benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-tuning bench-growth chaos soak \
+    test-benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-tuning \
+    bench-growth chaos soak \
     house equality proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic proof-algorithms \
     proof-hacking proof-data proof-labels clean
 
