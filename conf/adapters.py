@@ -75,6 +75,31 @@ class Composition(Enum):
 
 
 @dataclass(slots=True, kw_only=True)
+class VeraConfig:
+    """Trained scales around one frozen random pair (VeRA, Kopiczko et al. 2023,
+    arXiv:2310.11454).
+    """
+
+    start: float = option(0.1, "Scale of the frozen A's rows at the start.", above=0)
+    seed: int = option(0, "Seed of the frozen matrices, which are saved with the adapter.")
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter.vera")
+
+
+@dataclass(slots=True, kw_only=True)
+class OftConfig:
+    """Orthogonal matrices that turn a layer's inputs (OFT, Qiu et al. 2023, arXiv:2306.07280)."""
+
+    block_size: int = option(
+        32, "Inputs that are turned together; it divides each layer's inputs.", at_least=2
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "adapter.oft")
+
+
+@dataclass(slots=True, kw_only=True)
 class BottleneckConfig:
     """Small layers between the model's own (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al.
     2021, arXiv:2005.00247; He et al. 2022, arXiv:2110.04366).
@@ -165,6 +190,8 @@ class AdapterConfig:
     rasa: RasaConfig = nested(RasaConfig)
     lora_mini: LoraMiniConfig = nested(LoraMiniConfig)
     molora: MoLoraConfig = nested(MoLoraConfig)
+    vera: VeraConfig = nested(VeraConfig)
+    oft: OftConfig = nested(OftConfig)
     bottleneck: BottleneckConfig = nested(BottleneckConfig)
     prompt: PromptConfig = nested(PromptConfig)
     merge_on_save: bool = option(
@@ -182,6 +209,39 @@ class AdapterConfig:
             f"one for each of the {len(self.load)} directories of adapter.load, or none",
         )
         self._refuse_unread()
+        self._check_start()
+
+    def _check_start(self) -> None:
+        """Raise ValueError for a start of LoRA that other options rule out."""
+        ranks = (self.rank, *self.rank_pattern.values())
+        even = all(rank % 2 == 0 for rank in ranks)
+        check(
+            even or self.init is not LoraInit.orthogonal,
+            "adapter.rank",
+            list(ranks),
+            "even ranks with init=orthogonal",
+        )
+        rounded = self.quantize is Quantization.nf4
+        check(
+            rounded or self.init is not LoraInit.loftq,
+            "adapter.quantize",
+            self.quantize.value,
+            "nf4 with init=loftq, which starts at what rounding loses",
+        )
+        whole = self.quantize is Quantization.none
+        takes_part = self.init in CHANGES_BASE
+        check(
+            whole or not takes_part,
+            "adapter.init",
+            self.init.value,
+            "a start that leaves rounded weights as they are (quantize)",
+        )
+        check(
+            not (takes_part and self.dora),
+            "adapter.init",
+            self.init.value,
+            "another start with dora=true, whose update is no LoRA of the base",
+        )
 
     def _refuse_unread(self) -> None:
         """Raise ValueError for an option that was set and that the method doesn't read."""
@@ -221,9 +281,9 @@ READS: dict[AdapterKind, tuple[str, ...]] = {
     AdapterKind.rasa: (*_LOW_RANK, "rasa"),
     AdapterKind.molora: (*_LOW_RANK, "molora"),
     AdapterKind.bottleneck: ("bottleneck", "dropout", "targets"),
-    AdapterKind.ia3: ("targets",),
-    AdapterKind.vera: ("rank", "dropout", "targets"),
-    AdapterKind.oft: ("rank", "dropout", "targets"),
+    AdapterKind.ia3: ("targets", "save_whole"),
+    AdapterKind.vera: ("rank", "dropout", "targets", "save_whole", "vera"),
+    AdapterKind.oft: ("dropout", "targets", "save_whole", "oft"),
     AdapterKind.prompt: ("prompt", "sample_rows"),
     AdapterKind.ptuning: ("prompt", "sample_rows"),
     AdapterKind.prefix: ("prompt", "sample_rows"),
@@ -257,7 +317,7 @@ _FACTS: dict[AdapterKind, MethodFacts] = {
     AdapterKind.prefix: MethodFacts(Carrier.hf, merges=False),
 }
 # Starts of LoRA that move a part of the frozen weights into the adapter.
-CHANGES_BASE = (LoraInit.pissa, LoraInit.olora, LoraInit.loftq, LoraInit.corda)
+CHANGES_BASE = (LoraInit.pissa, LoraInit.olora, LoraInit.corda)
 
 
 def facts_of(adapter: AdapterConfig) -> MethodFacts:
@@ -266,9 +326,9 @@ def facts_of(adapter: AdapterConfig) -> MethodFacts:
         return MethodFacts(Carrier.merged, off_is_start=False)
     if adapter.kind is AdapterKind.lora and adapter.init in CHANGES_BASE:
         return MethodFacts(Carrier.merged, off_is_start=False)
-    if adapter.kind is AdapterKind.lora and adapter.dora:
-        return _MERGED
     facts = _FACTS[adapter.kind]
+    if facts.carrier is Carrier.lora and (adapter.dora or adapter.save_whole):
+        return _MERGED
     if adapter.kind is AdapterKind.bottleneck and adapter.load:
         # switched off, the adapters that were there at the start are off, too
         return replace(facts, off_is_start=False)

@@ -104,6 +104,22 @@ LOW_RANK: dict[str, Published] = {
     "critic": Published(9e-5, 5e-5, 1e-4, _TEN_TIMES),
 }
 
+# Methods that train scales or angles, whose rates are far from those of low-rank matrices: by stage
+# what is published, and nothing where a rate has to be given.
+OWN: dict[AdapterKind, dict[str, Published]] = {
+    AdapterKind.ia3: {
+        "sft": Published(
+            3e-3,
+            3e-3,
+            5e-3,
+            "the code of Liu et al. (arXiv:2205.05638, configs/ia3.json) 3e-3 for T0, PEFT's "
+            "comparison of methods on Llama 3.2 3B (method_comparison/MetaMathQA) 5e-3",
+        ),
+    },
+    AdapterKind.vera: {},
+    AdapterKind.oft: {},
+}
+
 # The stage dataclass's own name in the tables, where it is another.
 _METHODS = {
     "SFTStage": "sft",
@@ -116,10 +132,10 @@ _METHODS = {
 }
 
 
-def published(stage: TrainStage, adapter: AdapterKind) -> Published:
-    """What is published for the policy (or reward model) of a stage."""
+def published(stage: TrainStage, adapter: AdapterKind) -> Published | None:
+    """What is published for the policy (or reward model) of a stage; None where nothing is."""
     table = FULL if adapter is AdapterKind.none else LOW_RANK
-    return table[_METHODS[type(stage).__name__]]
+    return OWN.get(adapter, table).get(_METHODS[type(stage).__name__])
 
 
 def published_critic(stage: OnlineStage) -> Published:
@@ -128,10 +144,18 @@ def published_critic(stage: OnlineStage) -> Published:
 
 
 def learning_rate(stage: TrainStage, adapter: AdapterKind) -> float:
-    """The stage's learning rate; the published one where it is not set."""
+    """The stage's learning rate; the published one where it is not set. Raises ValueError, whose
+    message names the option, where none is published.
+    """
     if stage.learning_rate is not None:
         return stage.learning_rate
-    return published(stage, adapter).value
+    known = published(stage, adapter)
+    if known is None:
+        raise ValueError(
+            f"stage.learning_rate is not set, and for adapter.kind={adapter.value} in "
+            f"stage={stage.name} none is published. Give one: such methods train at 1e-3 and above."
+        )
+    return known.value
 
 
 def critic_learning_rate(stage: OnlineStage) -> float:
@@ -176,7 +200,9 @@ def outside_range(stage: object, adapter: AdapterKind) -> list[str]:
         return []
     what = "full weights" if adapter is AdapterKind.none else f"adapter={adapter.value}"
     known = published(stage, adapter)
-    notes = [_note("stage.learning_rate", stage.learning_rate, known, what)]
+    notes = []
+    if known is not None:
+        notes.append(_note("stage.learning_rate", stage.learning_rate, known, what))
     if isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae:
         critic = published_critic(stage)
         notes.append(

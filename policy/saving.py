@@ -2,7 +2,9 @@
 stage loads them.
 """
 
+import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +19,9 @@ from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights
 
 _PEFT_PREFIX = "base_model.model."
+# A module that trains in full beside an adapter is there twice: as it was, and as it is.
+_REPLACED = ".original_module"
+_TRAINED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+\.")
 AsLora = Callable[[Any, Gather], AdapterWeights]
 
 
@@ -39,6 +44,8 @@ def mix_weights(target: Any, source: Any, share: float) -> None:
 
 
 def _clean_name(name: str) -> str:
+    """transformers' name of a tensor that PEFT put into a wrapper."""
+    name = _TRAINED_WHOLE.sub(".", name)
     return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
 
@@ -67,7 +74,7 @@ def iterate_weights(model: Any, gather: Gather = no_gather) -> Iterator[tuple[st
             with gather(list(module.parameters())):
                 merged = [(_clean_name(prefix + n), t) for n, t in _merged_copies(module)]
             yield from merged
-        elif id(module) not in inside:
+        elif id(module) not in inside and _REPLACED not in name:
             params = list(module.parameters(recurse=False))
             with gather(params) if params else nullcontext():
                 own = [(_clean_name(n), t) for n, t in _persistent(module, prefix)]
@@ -91,8 +98,11 @@ def _merged_copies(layer: Any) -> list[tuple[str, Tensor]]:
     for name, module in base.named_modules():
         prefix = f"{name}." if name else ""
         merged += [(n, t.clone()) for n, t in _persistent(module, prefix)]
-    for wrapper in reversed(wrappers):
-        wrapper.unmerge()
+    with warnings.catch_warnings():
+        # PEFT warns that dividing by (IA)^3's factors is inexact; the originals are put back.
+        warnings.simplefilter("ignore")
+        for wrapper in reversed(wrappers):
+            wrapper.unmerge()
     for param, original in originals:
         param.data.copy_(original)
     return merged
@@ -130,7 +140,9 @@ def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
         # The base weights may be partitioned (empty) under ZeRO-3: hand PEFT the adapter's tensors
         # only.
         own = {name: param.detach().clone() for name, param in held.items()}
-    own |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    # shared ones under each name: PEFT looks for them under one
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        own[name] = buffer.detach()
     tensors = get_peft_model_state_dict(
         model, state_dict=own, adapter_name=model.active_adapter, save_embedding_layers=False
     )
@@ -220,13 +232,12 @@ def save_model(
     base = base_of(model)
     tied = _tied_names(base)
     for name, tensor in iterate_weights(model, gather):
-        # A head that trains in full beside an adapter is there twice: as it was, and as it is.
-        if ".original_module." in name or name in tied or not distributed.is_main():
+        if name in tied or not distributed.is_main():
             continue
         value = tensor.detach().cpu()
         if dtype is not None and value.is_floating_point():
             value = value.to(dtype)
-        state[name.replace(".modules_to_save.default.", ".")] = value.clone().contiguous()
+        state[name] = value.clone().contiguous()
     if distributed.is_main():
         set_ends(base, tokenizer)  # trainers put the tokenizer's alone in their place
         with replacing(directory) as side:
@@ -235,12 +246,14 @@ def save_model(
     distributed.barrier()
 
 
-def save_adapter(model: Any, directory: Path, gather: Gather = no_gather) -> None:
-    """The adapter alone, in PEFT's format. Collective under ZeRO-3; rank 0 writes, to the side:
-    `directory` is replaced as a whole.
+def save_adapter(
+    model: Any, directory: Path, gather: Gather = no_gather, weights_of: AsLora = adapter_weights
+) -> None:
+    """The adapter alone, as `weights_of` gives it, in PEFT's format. Collective under ZeRO-3; rank
+    0 writes, to the side: `directory` is replaced as a whole.
     """
     assert is_peft(model), "only an adapter model has an adapter to save"
-    _write_adapter(adapter_weights(model, gather), directory)
+    _write_adapter(weights_of(model, gather), directory)
 
 
 def save_as_lora(

@@ -7,6 +7,7 @@ from conf.choices import AdapterKind
 from conf.stages import STAGES, OnlineStage
 from conf.training import TrainStage
 from rlhf.cli import config, presets
+from rlhf.types import UserError
 
 TRAINING = [
     name
@@ -21,10 +22,27 @@ def test_a_rate_that_is_left_out_is_inside_the_published_range(stage: str, adapt
     preset, kind = config.stage_preset(stage), AdapterKind(adapter)
     known = published.published(preset, kind)
     published.fill(preset, kind)
+    assert known is not None
     assert preset.learning_rate == known.value
     assert known.low <= known.value <= known.high
     assert known.source
     assert published.outside_range(preset, kind) == []
+
+
+@pytest.mark.parametrize("adapter", published.OWN)
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_a_method_of_its_own_rates_has_them_or_asks_for_one(
+    stage: str, adapter: AdapterKind
+) -> None:
+    known = published.OWN[adapter].get(stage)
+    given = [f"stage={stage}", f"adapter={adapter.value}"]
+    if known is not None:
+        assert config.compose(given).stage.learning_rate == known.value
+        return
+    with pytest.raises(UserError, match=rf"stage\.learning_rate is not set.*{adapter.value}"):
+        config.compose(given)
+    cfg = config.compose([*given, "stage.learning_rate=1e-3"])
+    assert published.outside_range(cfg.stage, adapter) == []
 
 
 def test_a_configuration_has_the_published_rates() -> None:

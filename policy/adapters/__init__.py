@@ -84,6 +84,8 @@ class Method:
     before_step: Callable[[Any, int], None] | None = None
     # The plain LoRA with the same update, where there is one and PEFT's saved form is another.
     as_lora: Callable[[Any, Gather], AdapterWeights] | None = None
+    # What is saved of it: it means the same on the base that it names.
+    saved: Callable[[Any, Gather], AdapterWeights] = adapter_weights
 
 
 METHODS: dict[AdapterKind, Method] = {}
@@ -246,13 +248,16 @@ def save(
     the adapter, which names its base. A collective.
     """
     with rescuing(model, directory, gather):
+        whole = facts_of(adapter).merges and not alone
         if adapter.kind is not AdapterKind.none:
-            save_adapter(model, directory / "adapter", gather)
-            save_as_lora(method_of(adapter).as_lora, model, directory / "lora", gather)
-        if facts_of(adapter).merges and not alone:
+            method = method_of(adapter)
+            save_adapter(model, directory / "adapter", gather, method.saved)
+            save_as_lora(method.as_lora, model, directory / "lora", gather)
+            if not whole:
+                save_adapter(model, directory / "model", gather, method.saved)
+        if whole:
             save_model(model, tokenizer, directory / "model", gather, dtype)
             return
-        save_adapter(model, directory / "model", gather)
         if distributed.is_main():
             tokenizer.save_pretrained(directory / "model")
         distributed.barrier()

