@@ -5,6 +5,7 @@ usage: torchrun ... -m tests.policy.adapters.zero_worker FOLDER KIND:ZERO_STAGE 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conf.adapters import LoraMiniConfig, RasaConfig
-from conf.choices import AdapterKind, EngineKind
+from conf.adapters import (
+    BottleneckConfig,
+    Composition,
+    LoraMiniConfig,
+    MoLoraConfig,
+    RasaConfig,
+    facts_of,
+)
+from conf.choices import AdapterKind, EngineKind, Placement
 from conf.schema import AdapterConfig, EngineConfig
 from policy.adapters import enable_checkpointing, method_of
 from policy.engines.torch import make_engine
-from policy.saving import adapter_weights, full_weights
+from policy.saving import adapter_weights, full_weights, save_adapter
 from rlhf.process import distributed
 from rlhf.stages import methods
 from tests.policy.adapters.low_rank import fresh
@@ -29,7 +37,22 @@ ADAPTERS = {
     "lora_mini": AdapterConfig(
         kind=AdapterKind.lora_mini, rank=4, lora_mini=LoraMiniConfig(inner=16)
     ),
+    "houlsby": AdapterConfig(
+        kind=AdapterKind.bottleneck,
+        bottleneck=BottleneckConfig(size=16, placement=Placement.houlsby),
+    ),
+    "parallel": AdapterConfig(
+        kind=AdapterKind.bottleneck,
+        bottleneck=BottleneckConfig(size=16, placement=Placement.parallel),
+    ),
+    "molora": AdapterConfig(kind=AdapterKind.molora, rank=4, molora=MoLoraConfig(experts=3)),
+    # of two adapters that don't train
+    "fused": AdapterConfig(
+        kind=AdapterKind.bottleneck,
+        bottleneck=BottleneckConfig(size=16, combine=Composition.fuse),
+    ),
 }
+EARLIER = ("first", "second")
 STEPS, ROWS, LENGTH = 3, 4, 10
 
 
@@ -44,11 +67,13 @@ class Loss(nn.Module):
 
 
 def run(folder: Path, case: str) -> Path:
-    """Train `case`; returns the file of the weights that it ends with: whole, the adapter's own,
-    and those of the plain LoRA with its update.
+    """Train `case`; returns the file of the weights that it ends with: the adapter's own and, where
+    weights can hold its update, whole ones and those of the plain LoRA with its update.
     """
     kind, stage = case.split(":")
     adapter = ADAPTERS[kind]
+    if kind == "fused":
+        adapter = replace(adapter, load=[str(folder / name) for name in EARLIER])
     model = fresh(adapter)
     enable_checkpointing(model)
     cfg = EngineConfig()
@@ -63,18 +88,32 @@ def run(folder: Path, case: str) -> Path:
         for number, row in enumerate(mine, start=1):
             engine.backward(engine(row[None]) / ROWS, last=number == len(mine))
         engine.step()
-    found = {f"whole.{n}": t.clone() for n, t in full_weights(model, engine.gather).tensors}
+    forms = {"own": adapter_weights(model, engine.gather).tensors}
     as_lora = method_of(adapter).as_lora
-    assert as_lora is not None
-    for name, weights in {
-        "own": adapter_weights(model, engine.gather),
-        "lora": as_lora(model, engine.gather),
-    }.items():
-        found |= {f"{name}.{n}": tensor.clone() for n, tensor in weights.tensors.items()}
+    if facts_of(adapter).merges:
+        assert as_lora is not None
+        forms["lora"] = as_lora(model, engine.gather).tensors
+        whole = full_weights(model, engine.gather).tensors
+        forms["whole"] = {name: tensor.clone() for name, tensor in whole}
+    found = {}
+    for form, tensors in forms.items():
+        found |= {f"{form}.{name}": tensor.clone() for name, tensor in tensors.items()}
     file = folder / f"{case.replace(':', '-')}.safetensors"
     if distributed.is_main():
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, str(file))
     return file
+
+
+def make_earlier(folder: Path) -> None:
+    """Two adapters for a fusion, in the folder."""
+    for seed, name in enumerate(EARLIER, start=1):
+        options = BottleneckConfig(size=8 * seed)
+        model = fresh(AdapterConfig(kind=AdapterKind.bottleneck, name=name, bottleneck=options))
+        torch.manual_seed(seed)
+        for param in model.parameters():
+            if param.requires_grad:
+                param.data.add_(0.1 * torch.randn_like(param))
+        save_adapter(model, folder / name)
 
 
 def main() -> None:
