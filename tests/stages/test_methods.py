@@ -2,6 +2,7 @@
 back as it was, and a generator computes what the trainer does. A new preset is tried by itself.
 """
 
+import contextlib
 import importlib
 import json
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from conf.adapters import facts_of
+from conf.adapters import READS, facts_of
 from conf.schema import Config, ModelConfig
 from policy import adapters
 from policy.model import base_of
@@ -77,18 +79,26 @@ class Bench:
     base: Path
     saved: dict[Path, torch.Tensor] = field(default_factory=dict)
 
-    def config(self, cell: str, preset: str) -> Config:
+    def config(self, cell: str, preset: str, *more: str) -> Config:
         stage, _, options, rows = CELLS[cell]
         given = [f"stage={stage}", f"run.dir={self.folder}", f"run.name={cell}-{preset}"]
         given += [f"model.path={self.base}", f"data.path={self.folder / rows}"]
-        return config.compose(
-            [*given, *options, f"adapter={preset}", "adapter.dropout=0", *TINY.get(preset, [])]
-        )
+        given += [*options, f"adapter={preset}", "adapter.dropout=0", *TINY.get(preset, [])]
+        return config.compose([*given, *more])
 
-    def run(self, cell: str, preset: str) -> Path:
-        cfg = self.config(cell, preset)
-        ctx = RunContext.open(cfg)
-        importlib.import_module(f"rlhf.stages.{CELLS[cell][1]}").run(ctx, stage_rows)
+    def run(self, cell: str, preset: str, *more: str, killed_at: int | None = None) -> Path:
+        """`killed_at`: the run ends like one that is killed while that step is written down."""
+        ctx = RunContext.open(self.config(cell, preset, *more))
+        log = ctx.tracker.log
+
+        def killed(step: int, metrics: Any) -> None:
+            if step == killed_at:
+                raise KeyboardInterrupt
+            log(step, metrics)
+
+        ctx.tracker.log = killed  # type: ignore[method-assign]
+        with contextlib.suppress(KeyboardInterrupt):
+            importlib.import_module(f"rlhf.stages.{CELLS[cell][1]}").run(ctx, stage_rows)
         return ctx.dir
 
 
@@ -162,6 +172,27 @@ def test_it_trains_and_is_read_back(cell: str, preset: str, bench: Bench) -> Non
     if cell in ("hf", "vllm"):
         summary = json.loads((directory / "summary.json").read_text())
         assert summary["metrics"]["rollout/logprob_gap_max"] < 1e-4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("cell", "saving"), [("sft", "eval_steps"), ("hf", "save_steps")])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_run_goes_on_to_the_bit(cell: str, saving: str, preset: str, bench: Bench) -> None:
+    """As if it had never stopped, dropout included where the method has one."""
+    more = ["stage.steps=4", f"stage.{saving}=2", "run.keep_checkpoints=0"]
+    if "dropout" in READS[bench.config(cell, preset).adapter.kind]:
+        more.append("adapter.dropout=0.2")
+    straight = bench.run(cell, preset, *more, "run.name=straight")
+    broken = bench.run(cell, preset, *more, "run.name=broken", killed_at=4)
+    assert not (broken / "adapter").exists()
+    broken = bench.run(cell, preset, *more, "run.name=broken", "run.resume=true")
+    starts = json.loads((broken / "manifest.json").read_text(encoding="utf-8"))["starts"]
+    assert len(starts) == 2 and starts[1]["resume_from"].endswith("-2")
+    expected = load_file(straight / "adapter" / "adapter_model.safetensors")
+    found = load_file(broken / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different
 
 
 @pytest.mark.parametrize("preset", PRESETS)
