@@ -132,7 +132,9 @@ class PromptConfig:
     text: str | None = option(
         None, "Text whose tokens are the start; null: tokens of the first rows."
     )
-    encoder_size: int = option(128, "adapter=ptuning: width of the encoder.", at_least=1)
+    encoder_size: int = option(
+        128, "adapter=ptuning: width of the encoder, at least as many as tokens.", at_least=1
+    )
 
     def __post_init__(self) -> None:
         check_options(self, "adapter.prompt")
@@ -316,6 +318,8 @@ _FACTS: dict[AdapterKind, MethodFacts] = {
     AdapterKind.ptuning: MethodFacts(Carrier.embeds, merges=False),
     AdapterKind.prefix: MethodFacts(Carrier.hf, merges=False),
 }
+# Methods that put virtual tokens in front of every row.
+_VIRTUAL = (AdapterKind.prompt, AdapterKind.ptuning, AdapterKind.prefix)
 # Starts of LoRA that move a part of the frozen weights into the adapter.
 CHANGES_BASE = (LoraInit.pissa, LoraInit.olora, LoraInit.corda)
 
@@ -333,6 +337,11 @@ def facts_of(adapter: AdapterConfig) -> MethodFacts:
         # switched off, the adapters that were there at the start are off, too
         return replace(facts, off_is_start=False)
     return facts
+
+
+def virtual_tokens(adapter: AdapterConfig) -> int:
+    """Positions that a method takes in front of every row."""
+    return adapter.prompt.tokens if adapter.kind in _VIRTUAL else 0
 
 
 def merges(kind: AdapterKind) -> bool:

@@ -152,7 +152,8 @@ def attend_by_segments(
     attends to its prompt and to itself alone, so neither a mask nor scores of L x L exist.
 
     `query` [G, heads, L, D]; `key`, `value` [G, key heads, L, D]; segments [G, 1, 1, S] long on the
-    host. Returns [G, L, heads, D], 0 at padding.
+    host. Keys beyond L are a prefix in front, which every token sees (policy/adapters/virtual.py).
+    Returns [G, L, heads, D], 0 at padding.
     """
     if attention_mask is None or attention_mask.dtype is not torch.long:
         return _sdpa(module, query, key, value, attention_mask, **options)
@@ -193,17 +194,20 @@ def _attend_in_segment(
     key: Tensor,
     value: Tensor,
 ) -> Tensor:
-    """[1, stop - start, heads, D] of the tokens from `start` to `stop`, which see the first
-    `prompt` tokens and those before them in the segment.
+    """[1, stop - start, heads, D] of the tokens from `start` to `stop`, which see a prefix, the
+    first `prompt` tokens and those before them in the segment.
     """
+    ahead = key.shape[2] - query.shape[2]
     query, mask = query[:, :, start:stop], None
-    if start == 0:
-        key, value = key[:, :, :stop], value[:, :, :stop]
+    before = ahead + min(prompt, start)  # keys that all of these tokens see
+    own = slice(ahead + start, ahead + stop)
+    if not before:
+        key, value = key[:, :, own], value[:, :, own]
     else:
-        key = torch.cat((key[:, :, :prompt], key[:, :, start:stop]), dim=2)
-        value = torch.cat((value[:, :, :prompt], value[:, :, start:stop]), dim=2)
+        key = torch.cat((key[:, :, :before], key[:, :, own]), dim=2)
+        value = torch.cat((value[:, :, :before], value[:, :, own]), dim=2)
         seen = torch.ones(stop - start, key.shape[2], dtype=torch.bool, device=key.device)
-        mask = seen.tril(prompt)[None, None]
+        mask = seen.tril(before)[None, None]
     return _sdpa(module, query, key, value, mask, **options)[0]
 
 

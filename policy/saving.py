@@ -22,6 +22,8 @@ _PEFT_PREFIX = "base_model.model."
 # A module that trains in full beside an adapter is there twice: as it was, and as it is.
 _REPLACED = ".original_module"
 _TRAINED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+\.")
+# how the names of tensors begin that only training needs: an encoder of virtual tokens
+_ENCODER = "prompt_encoder."
 AsLora = Callable[[Any, Gather], AdapterWeights]
 
 
@@ -146,8 +148,9 @@ def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
     tensors = get_peft_model_state_dict(
         model, state_dict=own, adapter_name=model.active_adapter, save_embedding_layers=False
     )
+    finished = {name: t for name, t in tensors.items() if not name.startswith(_ENCODER)}
     return AdapterWeights(
-        tensors, {name: _plain_value(value) for name, value in config.to_dict().items()}
+        finished, {name: _plain_value(value) for name, value in config.to_dict().items()}
     )
 
 

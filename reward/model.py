@@ -19,8 +19,14 @@ from conf.choices import Dtype
 from conf.schema import ModelConfig
 from rlhf.models.directories import ADAPTER_CONFIG, check_model_path, contents, readable
 from rlhf.models.encoding import answer_ids, is_chat, prompt_ids
-from rlhf.models.loading import load_classifier
-from rlhf.models.parts import backbone_name, base_model, classifier_class, one_label_config
+from rlhf.models.loading import load_classifier, load_tokenizer
+from rlhf.models.parts import (
+    backbone_name,
+    base_model,
+    classifier_class,
+    one_label_config,
+    virtual_tokens,
+)
 from rlhf.process.files import json_object
 from rlhf.types import Tools, UserError
 
@@ -152,8 +158,8 @@ def load_reward_module(path: str | Path, dtype: torch.dtype, key: str = "reward.
     directory = str(Path(path).expanduser())
     if contents(directory, key).is_native:
         cfg = ModelConfig(path=directory, dtype=Dtype(str(dtype).removeprefix("torch.")))
-        tokenizer, _ = load_reward_tokenizer(path, key)
-        return load_classifier(cfg, tokenizer, native=True).eval()
+        # not `load_reward_tokenizer`: at the end of training there is no manifest yet
+        return load_classifier(cfg, load_tokenizer(cfg), native=True).eval()
     with readable(f"{key}={path}: the reward model"):
         config = one_label_config(directory)
         module, info = classifier_class(config).from_pretrained(
@@ -179,8 +185,9 @@ def load_reward_model(path: str | Path, dtype: torch.dtype) -> RewardModel:
 
 def longest_text(module: Any) -> int:
     """The most tokens that a model reads at once."""
-    config = base_model(module).config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", 2**31))
+    lm = base_model(module)
+    positions = int(getattr(lm.config.get_text_config(), "max_position_embeddings", 2**31))
+    return positions - virtual_tokens(lm)
 
 
 def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -201,7 +208,8 @@ def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor
     last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1].float()  # [B, H]
     head = lm.score
     # PEFT keeps a head that trained beside an adapter in a module around the first one
-    head = getattr(head, "modules_to_save", {}).get("default", head)
+    for trained in getattr(head, "modules_to_save", {}).values():
+        head = trained
     bias = head.bias
     if bias is not None:
         bias = bias.float()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from textwrap import shorten
 from typing import Any
 
+from conf.adapters import virtual_tokens
 from conf.choices import Carrier, LoraSync, RolloutBackend
 from conf.schema import AdapterConfig, Config, generator_of
 from rlhf.types import AdapterWeights, Generator, UserError
@@ -50,8 +51,9 @@ def make_generator(
     backend = RolloutBackend.hf if native else resolve_backend(cfg.rollout.backend)
     max_tokens = cfg.data.max_prompt_length + cfg.rollout.max_response_length
     model_config = _read_config(model_path, trust_remote_code=cfg.model.trust_remote_code)
+    ahead = virtual_tokens(cfg.adapter)
     _check_positions(
-        model_config, model_path, cfg.data.max_prompt_length, cfg.rollout.max_response_length
+        model_config, model_path, cfg.data.max_prompt_length, cfg.rollout.max_response_length, ahead
     )
     if backend is RolloutBackend.hf:
         from rollout.hf import HFGenerator
@@ -111,16 +113,19 @@ def _read_config(model_path: str, *, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
 
-def _check_positions(config: Any, model_path: str, prompt: int, response: int) -> None:
-    """A prompt and a response of so many tokens fit into the model's positions. Raises UserError
-    where they don't.
+def _check_positions(
+    config: Any, model_path: str, prompt: int, response: int, ahead: int = 0
+) -> None:
+    """A prompt and a response of so many tokens fit into the model's positions behind `ahead`
+    virtual ones. Raises UserError where they don't.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and prompt + response > positions:
+    if positions is not None and prompt + response > positions - ahead:
+        left = positions - ahead
         raise UserError(
             f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = "
-            f"{prompt + response} tokens, but the model in {model_path} has {positions} positions: "
-            f"lower one of them to add up to at most {positions}."
+            f"{prompt + response} tokens, but the model in {model_path} has {left} positions for "
+            f"them: lower one of them to add up to at most {left}."
         )
 
 

@@ -18,12 +18,12 @@ class EmbedsGenerator(VLLMGenerator):
     embeds itself. Before the first sync there are none: then it is the model without the adapter.
     """
 
-    def __init__(self, *args: Any, ahead: int, **options: Any) -> None:
-        """`ahead`: virtual tokens; all else as in `VLLMGenerator`."""
-        super().__init__(*args, ahead=ahead, **options)
-        self._ahead = ahead
-        width = self._llm.model_config.get_inputs_embeds_size()
-        self._virtual_spec = Spec((ahead, width), self._dtype)
+    def __init__(self, *args: Any, adapter: AdapterWeights, **options: Any) -> None:
+        """`adapter`: one like those of later syncs; all else as in `VLLMGenerator`."""
+        shape = tuple(adapter.tensors[_NAME].shape)
+        super().__init__(*args, ahead=shape[0], **options)
+        self._ahead = shape[0]
+        self._virtual_spec = Spec(shape, self._dtype)
         # [ahead + max_tokens, width]: the virtual tokens, then what no position reads. A request
         # holds a part of this one tensor.
         self._virtual: Tensor | None = None

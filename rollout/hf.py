@@ -93,6 +93,9 @@ class HFGenerator:
         self._tokenizer, self._device = tokenizer, device
         self._max_tokens, self._max_num_seqs = max_tokens, max_num_seqs
         self._base = self._model.get_base_model() if self._is_adapter() else self._model
+        for module in self._model.modules():
+            if hasattr(module, "fold_encoders"):  # a sync brings what they make
+                module.fold_encoders()
 
     def _is_adapter(self) -> bool:
         return hasattr(self._model, "peft_config")
@@ -203,7 +206,10 @@ class HFGenerator:
             return self._model.state_dict()
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self._model, save_embedding_layers=False)
+        name = self._model.active_adapter
+        return get_peft_model_state_dict(
+            self._model, adapter_name=name, save_embedding_layers=False
+        )
 
     def _check_adapter(self, weights: AdapterWeights, version: int) -> None:
         if not self._is_adapter():
@@ -211,7 +217,7 @@ class HFGenerator:
                 f"weight sync {version}: the trainer sent an adapter, but this generator's model "
                 "has none."
             )
-        ours = self._model.peft_config["default"].to_dict()
+        ours = self._model.peft_config[self._model.active_adapter].to_dict()
         for name in _SCALING_FIELDS:
             if weights.config.get(name) != ours.get(name):
                 raise SyncError(

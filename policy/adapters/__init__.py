@@ -5,6 +5,7 @@ registers them all, a row in conf/adapters.py of what follows from it, and a pre
 Stages know the `Method` only, never its file.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ class Fresh:
 
     task: str  # PEFT's task type: CAUSAL_LM, or SEQ_CLS, whose scalar head trains in full
     sample: Callable[[], Rows] | None = None  # rows that the stage trains on, None where none are
+    encode: Callable[[str], list[int]] | None = (
+        None  # token ids of a text, None without a tokenizer
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,7 @@ def attach(
     trains_head: bool = True,
     sample: Callable[[], Rows] | None = None,
     train: TrainPart | None = None,
+    tokenizer: Any = None,
 ) -> Any:
     """`model` with a fresh adapter of the method adapter.kind (only it trains), or `model` itself,
     of which what `train` names trains, every weight by default.
@@ -134,21 +139,27 @@ def attach(
     beside the adapter). base: what the saved adapter names as its base, a directory or hub's name
     of the whole weights in `model`; a directory is named absolutely, so that the adapter finds it
     from anywhere. trains_head: whether an adapter on the language model's head trains. sample: rows
-    of token ids for methods that look at data first. Raises UserError for options that the model
-    can't have.
+    of token ids for methods that look at data first. tokenizer: for those that start from a text.
+    Raises UserError for options that the model can't have.
     """
     if adapter.kind is AdapterKind.none:
         train_parts(model, train or TrainPart())
         return model
     method = method_of(adapter)
     method.check(model, adapter, trains_head)
-    adapted = method.attach(model, adapter, Fresh(task=task, sample=sample))
+    encode = None if tokenizer is None else functools.partial(_token_ids, tokenizer)
+    adapted = method.attach(model, adapter, Fresh(task=task, sample=sample, encode=encode))
     if base is not None:
         directory = Path(base).expanduser()
         name = str(directory.resolve()) if directory.is_dir() else base
         for config in adapted.peft_config.values():
             config.base_model_name_or_path = name
     return adapted
+
+
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
 
 
 def check(

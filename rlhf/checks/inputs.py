@@ -90,14 +90,20 @@ def padding_note(path: str | None, tokenizer: Any) -> list[str]:
 
 
 def max_positions(path: str | None) -> int | None:
-    """The longest sequence, in tokens, by a model's config.json; None where it can't be known from
-    the disk. Raises UserError for a config.json that can't be read.
+    """The longest sequence, in tokens, by a model's config.json, without the places of its
+    adapters' virtual tokens; None where it can't be known from the disk. Raises UserError for a
+    config.json that can't be read.
     """
     content = _model_config(path)
     for name in _POSITIONS:
         if isinstance(content.get(name), int):
-            return int(content[name])
+            return int(content[name]) - _ahead(path)
     return None
+
+
+def _ahead(path: str | None) -> int:
+    """Virtual tokens that the adapters of a model's directory put in front of every row."""
+    return 0 if path is None else sum(adapter.ahead for adapter in contents(path).adapters)
 
 
 def _model_config(path: str | None) -> dict[str, Any]:
@@ -112,10 +118,10 @@ def _model_config(path: str | None) -> dict[str, Any]:
     return json_object(config_path, "this model can't be loaded")
 
 
-def rope_switch(path: str | None) -> int | None:
+def rope_switch(path: str | None, ahead: int = 0) -> int | None:
     """The length in tokens above which a model turns all its positions otherwise (longrope: Ding et
     al. 2024, arXiv:2402.13753), for every row of a micro-batch as soon as one is longer; None for
-    other models.
+    other models. `ahead`: virtual tokens, beside those of the model's own adapters.
     """
     content = _model_config(path)
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
@@ -123,14 +129,14 @@ def rope_switch(path: str | None) -> int | None:
     if not any(kind in ("longrope", "su") for kind in kinds):
         return None
     switch = content.get(_ORIGINAL) or rope.get(_ORIGINAL)
-    return switch if isinstance(switch, int) else None
+    return switch - _ahead(path) - ahead if isinstance(switch, int) else None
 
 
-def check_rope(model: ModelConfig, prompt: int, response: int) -> None:
+def check_rope(model: ModelConfig, prompt: int, response: int, ahead: int = 0) -> None:
     """No row's logprobs depend on which rows share its micro-batch. `prompt`, `response`: most
-    tokens. Raises UserError.
+    tokens; `ahead`: virtual ones. Raises UserError.
     """
-    switch = rope_switch(model.path)
+    switch = rope_switch(model.path, ahead)
     if switch is not None and prompt + response > switch:
         raise UserError(
             f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = "
@@ -140,9 +146,9 @@ def check_rope(model: ModelConfig, prompt: int, response: int) -> None:
         )
 
 
-def rope_note(model: ModelConfig, max_length: int) -> list[str]:
+def rope_note(model: ModelConfig, max_length: int, ahead: int = 0) -> list[str]:
     """The same for rows of a file, where it is a note: their labels stay what they are."""
-    switch = rope_switch(model.path)
+    switch = rope_switch(model.path, ahead)
     if switch is None or max_length <= switch:
         return []
     return [
@@ -152,12 +158,17 @@ def rope_note(model: ModelConfig, max_length: int) -> list[str]:
     ]
 
 
-def model_positions(model: ModelConfig) -> tuple[str, int | None]:
-    """What limits the policy's sequences, for messages, and the limit in tokens."""
-    if model.path is not None:
-        return f"model.path={model.path}: its positions", max_positions(model.path)
+def model_positions(model: ModelConfig, ahead: int = 0) -> tuple[str, int | None]:
+    """What limits the policy's sequences, for messages, and the limit in tokens; `ahead`: virtual
+    tokens of an adapter (`conf.adapters.virtual_tokens`), whose places it is without.
+    """
+    name = "model.tiny.max_positions"
     limit = model.tiny.max_positions if model.kind is ModelKind.tiny else None
-    return "model.tiny.max_positions", limit
+    if model.path is not None:
+        name, limit = f"model.path={model.path}: its positions", max_positions(model.path)
+    if limit is None or not ahead:
+        return name, limit
+    return f"{name} without {ahead} virtual tokens", limit - ahead
 
 
 def directory_positions(paths: Iterable[tuple[str, str | None]]) -> list[tuple[str, int | None]]:
@@ -165,9 +176,11 @@ def directory_positions(paths: Iterable[tuple[str, str | None]]) -> list[tuple[s
     return [(f"{key}={path}: its positions", max_positions(path)) for key, path in paths]
 
 
-def check_row_length(max_length: int, model: ModelConfig) -> None:
-    """Rows of ``stage.max_length`` tokens fit the model. Raises UserError."""
-    name, limit = model_positions(model)
+def check_row_length(max_length: int, model: ModelConfig, ahead: int = 0) -> None:
+    """Rows of ``stage.max_length`` tokens fit the model behind `ahead` virtual ones. Raises
+    UserError.
+    """
+    name, limit = model_positions(model, ahead)
     if limit is not None and max_length > limit:
         raise UserError(
             f"stage.max_length={max_length} tokens are more than the model reads ({name} "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.adapters import virtual_tokens
 from conf.choices import (
     SORTING,
     AdapterKind,
@@ -363,6 +364,24 @@ def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
         raise UserError(f"rollout=vllm has no way for {method}. Set rollout=hf.")
     if adapter.kind is AdapterKind.lora:
         _check_rank(rollout, adapter.rank, vllm=vllm and carrier is Carrier.lora)
+
+
+def check_virtual_tokens(
+    adapter: AdapterConfig, engine: EngineConfig, *, packing: bool = False
+) -> None:
+    """Every row has the adapter's virtual tokens, if any, in front of it. Raises UserError."""
+    if packing and virtual_tokens(adapter):
+        raise UserError(
+            f"stage.packing=true with adapter={adapter.kind.value}: virtual tokens stand in front "
+            "of a whole sequence, so rows that share one would not all have them. "
+            "Set stage.packing=false."
+        )
+    if engine.gradient_checkpointing and adapter.kind is AdapterKind.prefix:
+        raise UserError(
+            "engine.gradient_checkpointing=true with adapter=prefix: transformers drops the keys "
+            "and values of a prefix where it recomputes layers. "
+            "Set engine.gradient_checkpointing=false, or adapter=prompt."
+        )
 
 
 def _check_rank(rollout: RolloutConfig, rank: int, *, vllm: bool) -> None:

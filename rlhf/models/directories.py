@@ -44,6 +44,7 @@ class Adapter:
     base: str  # the directory or hub's name that it changes
     task: str | None  # PEFT's task type
     kind: str = "LORA"  # PEFT's type
+    ahead: int = 0  # virtual tokens, which take so many positions in front of every row
 
     @property
     def is_native(self) -> bool:
@@ -235,7 +236,8 @@ def _read_adapter(directory: Path, name: str) -> Adapter:
             f"{name}: an adapter of the kind {kind} can't be read here. Expected LoRA or another "
             "kind that PEFT merges, or a kind of adapter that this toolkit trains."
         )
-    return Adapter(directory, base, task if isinstance(task, str) else None, str(kind))
+    ahead = content.get("num_virtual_tokens") or 0
+    return Adapter(directory, base, task if isinstance(task, str) else None, str(kind), ahead)
 
 
 def check_native_taken(held: Contents, taken: bool) -> None:

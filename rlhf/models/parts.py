@@ -252,6 +252,14 @@ def backbone_name(lm: Any) -> str:
     return lm.base_model_prefix if lm.base_model_prefix in lm._modules else "model"
 
 
+def virtual_tokens(lm: Any) -> int:
+    """Positions that an adapter takes in front of every row of a language model or classifier
+    (policy/adapters/virtual.py).
+    """
+    layer = getattr(getattr(lm, backbone_name(lm)), "virtual_tokens", None)
+    return 0 if layer is None else int(layer.count())
+
+
 def one_label_config(
     weights: str, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> Any:

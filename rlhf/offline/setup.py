@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from conf import published
+from conf.adapters import virtual_tokens
 from conf.choices import AdapterKind, Dtype, EngineKind, Offload
 from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig, facts_of
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
@@ -51,11 +52,14 @@ def check(cfg: Config) -> list[str]:
     trains_head = _trains_head(stage)
     task = _task(stage)
     adapters.check(cfg.model, cfg.adapter, task=task, trains_head=trains_head, stage=stage)
-    inputs.check_row_length(stage.max_length, cfg.model)
+    ahead = virtual_tokens(cfg.adapter)
+    packing = isinstance(stage, SFTStage) and stage.packing
+    launch.check_virtual_tokens(cfg.adapter, cfg.engine, packing=packing)
+    inputs.check_row_length(stage.max_length, cfg.model, ahead)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes = launch.gradient_note(cfg.engine, cfg.model.dtype)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
-    return notes + inputs.rope_note(cfg.model, stage.max_length)
+    return notes + inputs.rope_note(cfg.model, stage.max_length, ahead)
 
 
 def begin(batch_size: int, engine: EngineConfig) -> launch.BatchPlan:
@@ -85,14 +89,18 @@ def start_engine(engine: EngineConfig) -> None:
     ensure_process_group()
 
 
-def check_positions(model_config: Any, longest: int) -> None:
-    """Raises UserError when the longest row, in tokens, doesn't fit into the model's positions."""
+def check_positions(model_config: Any, longest: int, adapter: AdapterConfig) -> None:
+    """Raises UserError when the longest row, in tokens, doesn't fit into the model's positions,
+    behind the adapter's virtual tokens.
+    """
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"the data has rows of {longest} tokens, but the model has {limit} positions. Set "
-            f"stage.max_length={limit}."
-        )
+    if limit is None or longest + virtual_tokens(adapter) <= limit:
+        return
+    left = limit - virtual_tokens(adapter)
+    raise UserError(
+        f"the data has rows of {longest} tokens, but the model has {left} positions for them. Set "
+        f"stage.max_length={left}."
+    )
 
 
 def with_adapter(
@@ -130,6 +138,7 @@ def with_adapter(
         base=base,
         trains_head=_trains_head(stage),
         sample=functools.partial(first_rows, rows.train, adapter.sample_rows),
+        tokenizer=tokenizer,
     )
 
 

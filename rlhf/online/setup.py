@@ -173,7 +173,7 @@ def _generator_model(
     model = start.causal_lm()
     if carrier is Carrier.merged:
         return model
-    return attach(model, adapter, task="CAUSAL_LM", sample=sample)
+    return attach(model, adapter, task="CAUSAL_LM", sample=sample, tokenizer=start.tokenizer)
 
 
 def _policy_module(start: _Start, cfg: Config, sample: Sample) -> PolicyModule:
@@ -182,7 +182,7 @@ def _policy_module(start: _Start, cfg: Config, sample: Sample) -> PolicyModule:
     if not stage.dropout:
         turn_off_dropout(model)
     given = {"base": start.path, "sample": sample, "train": stage.train}
-    model = attach(model, cfg.adapter, task="CAUSAL_LM", **given)
+    model = attach(model, cfg.adapter, task="CAUSAL_LM", tokenizer=start.tokenizer, **given)
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
     chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature

@@ -6,7 +6,8 @@ methods' files.
 import rollout
 from conf.choices import AdapterKind, Carrier
 from policy import adapters
-from policy.adapters import bottleneck, lora, lora_mini, molora, rasa, scaled
+from policy.adapters import bottleneck, lora, lora_mini, molora, prompts, rasa, scaled
+from rollout.embeds import EmbedsGenerator
 from rollout.modules import ModulesGenerator
 
 ALL = {
@@ -18,6 +19,7 @@ ALL = {
     AdapterKind.vera: scaled.VERA,
     AdapterKind.ia3: scaled.IA3,
     AdapterKind.oft: scaled.OFT,
+    **prompts.METHODS,
 }
 
 
@@ -25,3 +27,4 @@ def register() -> None:
     """Let stages, PEFT and generators know them."""
     adapters.register(ALL)
     rollout.ENGINES[Carrier.modules] = ModulesGenerator
+    rollout.ENGINES[Carrier.embeds] = EmbedsGenerator

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from conf.adapters import virtual_tokens
 from conf.choices import Action, Advantage, CriticInit, Dtype
 from conf.online import OnlineStage
 from conf.schema import Config, RewardConfig
@@ -48,6 +49,7 @@ def check(cfg: Config) -> list[str]:
     notes += launch.check_backend(cfg.rollout.backend)
     notes += launch.gradient_note(cfg.engine, cfg.model.dtype)
     launch.check_adapter(cfg.rollout, cfg.adapter)
+    launch.check_virtual_tokens(cfg.adapter, cfg.engine)
     inputs.check_trained(cfg.model)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM", stage=stage)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
@@ -153,9 +155,10 @@ def check_lengths(cfg: Config) -> None:
             f"(rollout.max_response_length={response}). Lower the buffer; a fifth of the length "
             "is usual."
         )
-    inputs.check_rope(cfg.model, cfg.data.max_prompt_length, response)
+    ahead = virtual_tokens(cfg.adapter)
+    inputs.check_rope(cfg.model, cfg.data.max_prompt_length, response, ahead)
     readers = [
-        inputs.model_positions(cfg.model),
+        inputs.model_positions(cfg.model, ahead),
         *inputs.directory_positions(scoring_models(cfg.reward, stage.watch)),
     ]
     inputs.check_sequence_length(cfg.data.max_prompt_length, response, readers)

@@ -110,7 +110,7 @@ def make_trainer(ctx: RunContext, plan: launch.BatchPlan, rows: EncodedRows) -> 
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
     check_forward(model, "a policy")
-    check_positions(base_of(model).config, rows.longest)
+    check_positions(base_of(model).config, rows.longest, cfg.adapter)
     model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
     # Copied before the trainer's arguments exist: from then on transformers would load ZeRO-3
     # models in shards.

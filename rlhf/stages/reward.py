@@ -107,7 +107,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> Reward:
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_classifier(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
     check_forward(model, "a reward model")
-    check_positions(model.config, rows.longest)
+    check_positions(model.config, rows.longest, cfg.adapter)
     model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
     args = TRLRewardConfig(
         **trainer_arguments(

@@ -95,7 +95,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
     model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
     check_forward(model, "a policy")
-    check_positions(model.config, stage.max_length if stage.packing else rows.longest)
+    check_positions(model.config, stage.max_length if stage.packing else rows.longest, cfg.adapter)
     model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
     args = SFTConfig(
         **trainer_arguments(

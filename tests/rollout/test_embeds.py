@@ -34,7 +34,7 @@ def generator(tiny_model: Callable[..., Path]) -> Iterator[Any]:
         max_tokens=40,
         names=rollout._hub_names(AutoConfig.from_pretrained(path), trust_remote_code=False),
         dtype=torch.float32,
-        ahead=AHEAD,
+        adapter=AdapterWeights({NAME: virtual(0)}, {}),
     )
     yield made
     made.close()

@@ -58,9 +58,14 @@ TINY: dict[str, list[str]] = {
     "pfeiffer": ["adapter.bottleneck.size=8"],
     "parallel": ["adapter.bottleneck.size=8"],
     "molora": ["adapter.molora.experts=3"],
+    "prompt": ["adapter.prompt.tokens=5"],
+    "ptuning": ["adapter.prompt.tokens=5", "adapter.prompt.encoder_size=16"],
+    "prefix": ["adapter.prompt.tokens=5"],
 }
 # What a cell is refused for, before anything loads: the option that the message names.
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("vllm", "prefix"): "rollout=vllm has no way for adapter.kind=prefix. Set rollout=hf.",
+}
 # Rows decide which layers have which rank: parameters as said but for this share.
 ROUGHLY = {"eva": 0.02}
 PRESETS = sorted(path.stem for path in (presets.CONF_DIR / "adapter").glob("*.yaml"))
