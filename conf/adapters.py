@@ -333,9 +333,8 @@ def facts_of(adapter: AdapterConfig) -> MethodFacts:
     facts = _FACTS[adapter.kind]
     if facts.carrier is Carrier.lora and (adapter.dora or adapter.save_whole):
         return _MERGED
-    if adapter.kind is AdapterKind.bottleneck and adapter.load:
-        # switched off, the adapters that were there at the start are off, too
-        return replace(facts, off_is_start=False)
+    if adapter.kind is AdapterKind.bottleneck and adapter.bottleneck.combine is Composition.fuse:
+        return replace(facts, off_is_start=False)  # it starts with the fused adapters
     return facts
 
 

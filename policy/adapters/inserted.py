@@ -78,13 +78,15 @@ class InsertLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Switched off, it still has the parts that earlier adapters brought and that don't train:
+        then it is what the run starts from.
+        """
         output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
-            return output
         inserts: Any = self.inserts
         for name in self.active_adapters:
             if name in inserts:
-                output = insert_into(inserts[name], args, kwargs, output)
+                insert = inserts[name].at_start if self.disable_adapters else inserts[name]
+                output = insert_into(insert, args, kwargs, output)
         return output
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:

@@ -39,6 +39,10 @@ class Insert(nn.Module):
         """
         raise NotImplementedError
 
+    def at_start(self, read: Tensor, gave: Tensor) -> Tensor:
+        """`forward` without what trains: what was there before the adapter was made."""
+        return gave
+
     def freeze_held(self) -> None:
         """Let those parameters not train that came from adapters trained before."""
 
@@ -138,6 +142,15 @@ class BottleneckInsert(Insert):
             gave = gave + block(read if self.parallel else gave).to(gave.dtype)
         return gave
 
+    def at_start(self, read: Tensor, gave: Tensor) -> Tensor:
+        """With the blocks of earlier adapters, unless they are fused by what trains."""
+        if self.fusion is not None:
+            return gave
+        for name in self.held:
+            block = self.blocks[f"block_{name}"]
+            gave = gave + block(read if self.parallel else gave).to(gave.dtype)
+        return gave
+
     def freeze_held(self) -> None:
         for name in self.held:
             self.blocks[f"block_{name}"].requires_grad_(False)
@@ -194,7 +207,10 @@ class ExpertsInsert(Insert):
 
 
 def insert_into(
-    insert: Insert, arguments: Sequence[Any], named: Mapping[str, Any], output: Any
+    insert: Callable[[Tensor, Tensor], Tensor],
+    arguments: Sequence[Any],
+    named: Mapping[str, Any],
+    output: Any,
 ) -> Any:
     """A module's `output` with `insert` applied, where the module was called with these
     `arguments` and `named` ones. The first argument is what it read; of an output of several

@@ -78,7 +78,9 @@ def start_of(model: Any, adapter: AdapterConfig) -> Any:
         return None
     copied = copy.deepcopy(model)
     if is_peft(copied):  # TRL reads a transformers model
-        copied = copied.merge_and_unload()
+        merges = facts_of(adapter).merges
+        # what can't be merged stays in the layers
+        copied = copied.merge_and_unload() if merges else copied.get_base_model()
     return copied.eval().requires_grad_(False)
 
 

@@ -1,5 +1,6 @@
 """What the online loop is made of, built from the configuration in the order that fails soonest."""
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -197,6 +198,9 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
     half = resolve_dtype(cfg.model.dtype) is not torch.float32
     rate = published.learning_rate(stage, cfg.adapter.kind)
     rates = rates_of(policy_module.model, stage, cfg.adapter)
+    facts, own_start = facts_of(cfg.adapter), None
+    if stage.reference and not (facts.off_is_start or facts.merges):
+        own_start = copy.deepcopy(policy_module.model)  # before an engine takes it apart
     policy = _engine(policy_module, engine, stage, rate, half=half, rates=rates)
     critic = None
     if stage.advantage is Advantage.gae:
@@ -207,11 +211,12 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
         rate = published.critic_learning_rate(stage)
         critic = _engine(critic_module, engine, stage, rate, half=half)
     reference: Any = None
-    if stage.reference and facts_of(cfg.adapter).off_is_start and not stage.reference_every:
+    if stage.reference and facts.off_is_start and not stage.reference_every:
         reference = ADAPTER
     elif stage.reference:
         chunk, temperature = engine.logits_chunk, cfg.rollout.temperature
-        frozen = PolicyModule(start.causal_lm(), chunk=chunk, temperature=temperature)
+        model = own_start or start.causal_lm()
+        frozen = PolicyModule(model, chunk=chunk, temperature=temperature)
         reference = _freeze(frozen, engine, half=half)
     return Models(policy, critic, reference, _layout(engine, stage, policy_module.model))
 

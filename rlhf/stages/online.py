@@ -7,7 +7,7 @@ from typing import Any
 from conf.adapters import virtual_tokens
 from conf.choices import Action, Advantage, CriticInit, Dtype
 from conf.online import OnlineStage
-from conf.schema import Config, RewardConfig
+from conf.schema import Config, RewardConfig, facts_of
 from policy import adapters
 from policy.engines import resharding
 from reward.base import model_paths
@@ -42,7 +42,7 @@ def check(cfg: Config) -> list[str]:
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_prompts_per_step(stage, ranks)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
-    check_reference(stage, cfg.engine.zero_stage)
+    check_reference(stage, cfg.engine.zero_stage, merges=facts_of(cfg.adapter).merges)
     check_precision(stage.name, cfg.model.dtype)
     assert stage.steps is not None
     notes = launch.growth_note(stage, stage.steps)
@@ -60,8 +60,15 @@ def check(cfg: Config) -> list[str]:
     return notes
 
 
-def check_reference(stage: OnlineStage, zero_stage: int) -> None:
-    """A KL penalty needs something to measure against; a reference that moves has to be whole."""
+def check_reference(stage: OnlineStage, zero_stage: int, *, merges: bool = True) -> None:
+    """A KL penalty needs something to measure against; a reference that moves has to be whole.
+    merges: whether whole weights can hold the policy.
+    """
+    if stage.reference_every and not merges:
+        raise UserError(
+            f"stage.reference_every={stage.reference_every} moves the reference's weights towards "
+            "the policy, whose adapter no weights can hold. Set stage.reference_every=0."
+        )
     if stage.reference_every and (not stage.reference or zero_stage == 3):
         hindrance = "stage.reference=false"
         if stage.reference:

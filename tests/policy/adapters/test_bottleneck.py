@@ -189,9 +189,15 @@ def test_stacked_on_earlier_ones_by_hand(
     adapted = attach(base(), adapter, task="CAUSAL_LM").eval()
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trained == method_of(adapter).expected(base(), adapter)
-    assert facts_of(adapter).off_is_start is False  # the start has the earlier ones
     held = {n: p.clone() for n, p in adapted.named_parameters() if not p.requires_grad}
-    move(adapted, 9).double()
+    with torch.no_grad():
+        start = adapted(IDS).logits
+    move(adapted, 9)
+    assert facts_of(adapter).off_is_start
+    with torch.no_grad(), adapted.disable_adapter():  # the earlier ones stay on
+        assert torch.equal(adapted(IDS).logits, start)
+        assert not torch.equal(start, base()(IDS).logits)
+    adapted.double()
     plain = base().double()
 
     def add(place: str, read: Tensor, gave: Tensor) -> Tensor:
@@ -222,6 +228,7 @@ def test_fused_by_hand(base: Callable[[], Any], earlier: list[str], tmp_path: Pa
     assert sum(p.numel() for _, p in trained) == LAYERS * 3 * WIDTH**2
     assert method_of(adapter).expected(base(), adapter) == LAYERS * 3 * WIDTH**2
     assert all(".fusion." in name for name, _ in trained)
+    assert not facts_of(adapter).off_is_start  # it starts as a fusion
     move(adapted, 9).double()
     tensors = dict(adapted.named_parameters())
     plain = base().double()
