@@ -143,24 +143,26 @@ def critic_adapter(stage: OnlineStage, adapter: AdapterConfig) -> AdapterConfig:
     )
 
 
-def vllm_lora_rank(rank: int, wished: int | None) -> int:
+def vllm_lora_rank(rank: int, wished: int | None, given: str | None = None) -> int:
     """vLLM's max_lora_rank for an adapter of `rank`: `wished` (rollout.max_lora_rank), or the
-    smallest that vLLM takes and that holds it.
+    smallest that vLLM takes and that holds it. given: the option that gives that rank, for
+    messages, where it is not adapter.rank.
 
     Raises ValueError, whose message names the option, where vLLM takes no such rank.
     """
+    given = given or f"adapter.rank={rank}"
     holding = [taken for taken in VLLM_LORA_RANKS if taken >= rank]
     if not holding:
         ranks = ", ".join(map(str, VLLM_LORA_RANKS))
         raise ValueError(
-            f"adapter.rank={rank} is above every LoRA rank that vLLM takes ({ranks}). "
-            "Lower adapter.rank, or set rollout.lora_sync=merged."
+            f"{given} is above every LoRA rank that vLLM takes ({ranks}). "
+            "Lower it, or set rollout.lora_sync=merged."
         )
     if wished is None:
         return holding[0]
     if wished not in holding:
         raise ValueError(
-            f"rollout.max_lora_rank={wished}: with adapter.rank={rank} vLLM takes one of "
+            f"rollout.max_lora_rank={wished}: with {given} vLLM takes one of "
             f"{', '.join(map(str, holding))}. Set rollout.max_lora_rank={holding[0]}, or null."
         )
     return wished

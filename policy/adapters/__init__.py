@@ -90,6 +90,9 @@ class Method:
     as_lora: Callable[[Any, Gather], AdapterWeights] | None = None
     # What is saved of it: it means the same on the base that it names.
     saved: Callable[[Any, Gather], AdapterWeights] = adapter_weights
+    # The largest rank of that LoRA's layers, and the options that give it, as messages name them,
+    # where it is not adapter.rank. The weights may be on the meta device.
+    lora_rank: Callable[[Any, AdapterConfig], tuple[int, str]] | None = None
 
 
 METHODS: dict[AdapterKind, Method] = {}
@@ -218,6 +221,22 @@ def rates_of(model: Any, stage: TrainStage, adapter: AdapterConfig) -> Rates:
     placed = places(parts, trained, stage.depth_decay, stage.unfreeze)
     groups = grouped(model, lambda name, param: placed[name])
     return Rates(groups, stage.unfreeze.factor, stage.unfreeze.every)
+
+
+def sent_rank(model: ModelConfig, adapter: AdapterConfig) -> tuple[int, str] | None:
+    """The rank of the LoRA that generators get, and what gives it, as `Method.lora_rank`. None for
+    a method whose LoRA has adapter.rank, or none, and for a model whose configuration is not known
+    before its weights load.
+    """
+    if adapter.kind is AdapterKind.none:
+        return None
+    rank_of = method_of(adapter).lora_rank
+    if rank_of is None:
+        return None
+    empty = without_weights(model)
+    if empty is None:
+        return None
+    return rank_of(empty, adapter)
 
 
 def sender(

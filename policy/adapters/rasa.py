@@ -227,14 +227,31 @@ def expected(model: Any, adapter: AdapterConfig) -> int:
     """r (in + out) for each layer adapted, as LoRA, and r - k + k L for its diagonal; and the
     modules that adapter.save_whole names.
     """
+    count = whole_count(model, adapter)
+    for (_, inputs, outputs), layers in _kinds(model, adapter).items():
+        count += layers * (adapter.rank * (inputs + outputs) + _rank(adapter, layers))
+    return count
+
+
+def lora_rank(model: Any, adapter: AdapterConfig) -> tuple[int, str]:
+    """r - k + k L of the kind with most layers."""
+    layers = max(_kinds(model, adapter).values())
+    rank = _rank(adapter, layers)
+    shared = adapter.rasa.shared
+    return rank, f"adapter.rasa.shared={shared} (updates of rank {rank}, by {layers} layers)"
+
+
+def _kinds(model: Any, adapter: AdapterConfig) -> Counter[tuple[str, int, int]]:
+    """How many layers share a pool, by their kind, inputs and outputs, in a model without it."""
     kinds: Counter[tuple[str, int, int]] = Counter()
     for name, sizes in adapted_linears(model, adapter).items():
         kinds[kind_of(name), *sizes] += 1
-    shared, count = adapter.rasa.shared, 0
-    for (_, inputs, outputs), layers in kinds.items():
-        diagonal = adapter.rank - shared + shared * layers
-        count += layers * (adapter.rank * (inputs + outputs) + diagonal)
-    return count + whole_count(model, adapter)
+    return kinds
+
+
+def _rank(adapter: AdapterConfig, layers: int) -> int:
+    """Of the update of each of so many layers."""
+    return adapter.rank - adapter.rasa.shared + adapter.rasa.shared * layers
 
 
 METHOD = Method(
@@ -243,4 +260,5 @@ METHOD = Method(
     check=check,
     tuner=Tuner(NAME, RasaConfig, RasaModel),
     as_lora=plain_lora,
+    lora_rank=lora_rank,
 )

@@ -362,8 +362,8 @@ def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
         )
     if vllm and carrier is Carrier.hf:
         raise UserError(f"rollout=vllm has no way for {method}. Set rollout=hf.")
-    if adapter.kind is AdapterKind.lora:
-        _check_rank(rollout, adapter.rank, vllm=vllm and carrier is Carrier.lora)
+    if adapter.kind in (AdapterKind.lora, AdapterKind.lora_mini):
+        check_rank(rollout, adapter, adapter.rank, f"adapter.rank={adapter.rank}")
 
 
 def check_virtual_tokens(
@@ -384,15 +384,15 @@ def check_virtual_tokens(
         )
 
 
-def _check_rank(rollout: RolloutConfig, rank: int, *, vllm: bool) -> None:
-    """Raises UserError for a LoRA that the generator has no room for."""
+def check_rank(rollout: RolloutConfig, adapter: AdapterConfig, rank: int, given: str) -> None:
+    """Raises UserError for a LoRA that the generator has no room for. given: the option that its
+    `rank` follows from, as messages name it.
+    """
     most = rollout.max_lora_rank
     if most is not None and most < rank:
-        raise UserError(
-            f"rollout.max_lora_rank={most} is below adapter.rank={rank}: expected at least {rank}."
-        )
-    if vllm:
+        raise UserError(f"rollout.max_lora_rank={most} is below {given}: expected at least {rank}.")
+    if runs_vllm(rollout.backend) and carrier_of(rollout, adapter) is Carrier.lora:
         try:
-            vllm_lora_rank(rank, most)
+            vllm_lora_rank(rank, most, given)
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -52,6 +52,9 @@ def check(cfg: Config) -> list[str]:
     launch.check_virtual_tokens(cfg.adapter, cfg.engine)
     inputs.check_trained(cfg.model)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM", stage=stage)
+    sent = adapters.sent_rank(cfg.model, cfg.adapter)
+    if sent is not None:
+        launch.check_rank(cfg.rollout, cfg.adapter, *sent)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
     notes += check_scores(stage, cfg.reward, tokenizer)

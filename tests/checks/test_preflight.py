@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from conf.adapters import RasaConfig
 from conf.choices import (
     Action,
     AdapterKind,
@@ -292,6 +293,16 @@ def test_dora_cannot_be_synced_as_an_adapter(ppo: Config) -> None:
 def test_vllms_rank_limit_holds_the_adapter(ppo: Config) -> None:
     ppo.adapter, ppo.rollout.max_lora_rank = AdapterConfig(kind=AdapterKind.lora, rank=16), 8
     refused(ppo, "rollout.max_lora_rank=8 is below adapter.rank=16")
+
+
+def test_vllms_rank_limit_holds_the_lora_that_another_method_sends(ppo: Config) -> None:
+    """RaSA's rank follows from the number of layers, four."""
+    ppo.adapter, ppo.rollout.max_lora_rank = AdapterConfig(kind=AdapterKind.lora_mini, rank=16), 8
+    refused(ppo, "rollout.max_lora_rank=8 is below adapter.rank=16")
+    ppo.adapter = AdapterConfig(kind=AdapterKind.rasa, rank=8, rasa=RasaConfig(shared=3))
+    refused(ppo, r"max_lora_rank=8 is below adapter.rasa.shared=3 \(updates of rank 17, by 4 lay")
+    ppo.rollout.max_lora_rank = 32
+    assert check(ppo) == []
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
