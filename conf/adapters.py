@@ -210,6 +210,20 @@ class AdapterConfig:
             self.load_weights,
             f"one for each of the {len(self.load)} directories of adapter.load, or none",
         )
+        check(
+            self.kind is not AdapterKind.none or not self.is_quantized,
+            "adapter.quantize",
+            self.quantize.value,
+            "none with adapter=none: rounded weights are frozen, so an adapter trains beside them "
+            "(adapter=qlora)",
+        )
+        check(
+            self.init not in CHANGES_BASE or not self.is_quantized,
+            "adapter.init",
+            self.init.value,
+            f"another with adapter.quantize={self.quantize.value}: it takes a part of the frozen "
+            "weights into the adapter, and these are held rounded",
+        )
         self._refuse_unread()
         self._check_start()
 
@@ -244,6 +258,11 @@ class AdapterConfig:
             self.init.value,
             "another start with dora=true, whose update is no LoRA of the base",
         )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the frozen model is held rounded."""
+        return self.quantize is not Quantization.none
 
     def _refuse_unread(self) -> None:
         """Raise ValueError for an option that was set and that the method doesn't read."""

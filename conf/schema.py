@@ -140,6 +140,8 @@ def critic_adapter(stage: OnlineStage, adapter: AdapterConfig) -> AdapterConfig:
         targets=adapter.targets,
         rslora=adapter.rslora,
         dora=adapter.dora,
+        quantize=adapter.quantize,
+        double_quantize=adapter.double_quantize,
     )
 
 

@@ -13,6 +13,7 @@ logprobs a second time with every layer's output moved by up to half a step of i
 random (`rounding_otherwise`). What that changes is what another engine may differ by.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conf.schema import EngineConfig
 from policy.batching import collate
-from policy.forward import Layout, module_of, policy_logprobs
-from policy.model import base_of
+from policy.forward import ADAPTER, Layout, Models, module_of, policy_logprobs
+from policy.model import LONGEST_DENSE, base_of, take_segments
 from rlhf.process.wording import first_line
 from rlhf.types import UserError
 
+log = logging.getLogger(__name__)
 _PROMPT, _TOKENS, _SHORT = 4, 16, 11  # tokens: of the prompt, of a whole row, of a shorter one
 # What rounding explains, nats: the largest gap in float32, below which nothing is measured in half
 # precision either; the usual mean gap in half precision.
@@ -206,6 +209,53 @@ def _gap(own: list[Tensor], policy: list[Tensor]) -> float:
         count = min(len(ours), len(theirs))
         gaps.append((ours[-count:] - theirs[-count:]).abs().mean())
     return float(torch.stack(gaps).max())  # no number where any is none
+
+
+def agreed_layout(models: Models, engine: EngineConfig) -> Layout:
+    """The layout, where the policy's path gives what the model's own forward gives; without shared
+    prompts where these don't. Raises UserError otherwise.
+    """
+    check_agreement(models.policy, engine.micro_tokens)
+    layout = models.layout
+    if not layout.shared:
+        return layout
+    if packs_agree(models.policy, layout):
+        return _by_segments(models, layout)
+    family = base_of(module_of(models.policy).model).config.model_type
+    if engine.share_prompts:
+        raise UserError(
+            f"engine.share_prompts=true: responses of {family} that share a prompt in one row get "
+            "other log-probabilities than in rows of their own. Set engine.share_prompts=null."
+        )
+    log.warning(
+        "engine.share_prompts: off, because responses of %s that share a prompt in one row get "
+        "other log-probabilities than in rows of their own.",
+        family,
+    )
+    return replace(layout, shared=False)
+
+
+def _by_segments(models: Models, layout: Layout) -> Layout:
+    """`layout` with attention by segments in long rows, where that gives what dense masks give."""
+    reads = [models.policy]
+    if models.reference not in (None, ADAPTER):
+        reads.append(models.reference)
+    reason = "its code doesn't ask transformers for its attention"
+    if all(take_segments(base_of(module_of(model).model)) for model in reads):
+        reason = "its log-probabilities would be others"
+        # A family's code may read the mask by itself.
+        try:
+            if packs_agree(models.policy, replace(layout, longest_dense=0)):
+                return replace(layout, longest_dense=LONGEST_DENSE)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = str(error)
+    family = base_of(module_of(models.policy).model).config.model_type
+    log.warning(
+        "engine.share_prompts: long rows of %s have dense masks, which take more memory (%s).",
+        family,
+        reason,
+    )
+    return layout
 
 
 # ---- rounding in half precision ----

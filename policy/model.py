@@ -235,6 +235,26 @@ def no_gather(params: list[nn.Parameter]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+class RoundedLinear(nn.Linear):
+    """A linear layer that holds its frozen weights rounded (policy/adapters/quantized.py): its
+    `weight` is no parameter.
+    """
+
+    def whole(self) -> nn.Linear:
+        """A plain layer with the weights that this one stands for, and a copy of its bias."""
+        with torch.device("meta"):
+            plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        plain.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return plain
+
+
+def is_rounded(model: nn.Module) -> bool:
+    """Whether the model holds layers rounded."""
+    return any(isinstance(module, RoundedLinear) for module in model.modules())
+
+
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from policy.model import Gather, base_of, is_peft, no_gather
+from policy.model import Gather, RoundedLinear, base_of, is_peft, no_gather
 from rlhf.models.facts import set_ends
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights
@@ -52,7 +52,11 @@ def _clean_name(name: str) -> str:
 
 
 def _persistent(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The module's own parameters and saved buffers, tied ones too."""
+    """The module's own parameters and saved buffers, tied ones too; of a layer that is held rounded
+    the weight that it stands for.
+    """
+    if isinstance(module, RoundedLinear):
+        yield prefix + "weight", module.weight
     for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
         yield prefix + name, param.detach()
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
@@ -89,25 +93,42 @@ def _merged_copies(layer: Any) -> list[tuple[str, Tensor]]:
     """Copies of what a layer's base holds, with its adapter merged in; the base stays as it was.
 
     A module of several adapted parameters, such as fused experts, has a wrapper around each other
-    for each of them.
+    for each of them. A base that is held rounded is merged in full.
+    """
+    wrappers = [sub for sub in layer.modules() if _is_adapted(sub)]
+    merged = []
+    with _in_full(layer) as base:
+        originals = [(param, param.detach().clone()) for param in base.parameters()]
+        for wrapper in wrappers:
+            wrapper.merge(safe_merge=False)
+        for name, module in base.named_modules():
+            prefix = f"{name}." if name else ""
+            merged += [(n, t.clone()) for n, t in _persistent(module, prefix)]
+        with warnings.catch_warnings():
+            # PEFT warns that dividing by (IA)^3's factors is inexact; the originals are put back.
+            warnings.simplefilter("ignore")
+            for wrapper in reversed(wrappers):
+                wrapper.unmerge()
+        for param, original in originals:
+            param.data.copy_(original)
+    return merged
+
+
+@contextmanager
+def _in_full(layer: Any) -> Iterator[Any]:
+    """The base of a layer that PEFT adapted; where that is held rounded, a plain layer with the
+    weights that it stands for, in its place for as long.
     """
     base = layer.get_base_layer()
-    wrappers = [sub for sub in layer.modules() if _is_adapted(sub)]
-    originals = [(param, param.detach().clone()) for param in base.parameters()]
-    for wrapper in wrappers:
-        wrapper.merge(safe_merge=False)
-    merged = []
-    for name, module in base.named_modules():
-        prefix = f"{name}." if name else ""
-        merged += [(n, t.clone()) for n, t in _persistent(module, prefix)]
-    with warnings.catch_warnings():
-        # PEFT warns that dividing by (IA)^3's factors is inexact; the originals are put back.
-        warnings.simplefilter("ignore")
-        for wrapper in reversed(wrappers):
-            wrapper.unmerge()
-    for param, original in originals:
-        param.data.copy_(original)
-    return merged
+    if not isinstance(base, RoundedLinear):
+        yield base
+        return
+    holder: Any = next(m for m in layer.modules() if getattr(m, "base_layer", None) is base)
+    holder.base_layer = base.whole()
+    try:
+        yield holder.base_layer
+    finally:
+        holder.base_layer = base
 
 
 def _is_adapted(module: Any) -> bool:

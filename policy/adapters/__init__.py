@@ -19,7 +19,7 @@ from conf.run import TrainPart
 from conf.schema import AdapterConfig, ModelConfig, facts_of
 from conf.stages import OnlineStage, TrainStage
 from policy.engines.base import Rates, grouped, one_rate, rates_by_name
-from policy.model import Gather, no_gather
+from policy.model import Gather, is_rounded, no_gather
 from policy.saving import (
     adapter_weights,
     full_weights,
@@ -32,6 +32,7 @@ from rlhf.models.directories import CLASSIFIER
 from rlhf.models.loading import without_weights
 from rlhf.models.parts import chosen, outline, places, train_parts
 from rlhf.process import distributed
+from rlhf.process.libraries import hide_bitsandbytes
 from rlhf.types import AdapterWeights, FullWeights, UserError
 
 Rows = Sequence[Sequence[int]]  # token ids
@@ -95,11 +96,26 @@ class Method:
     lora_rank: Callable[[Any, AdapterConfig], tuple[int, str]] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """How a frozen model is held rounded (adapter.quantize)."""
+
+    check: Callable[[AdapterConfig], None]  # raises UserError where its library is missing
+    # In place; returns the parameters that are held rounded. Raises UserError.
+    quantize: Callable[[Any, AdapterConfig], int]
+    # The same weights in full, in place; returns the model.
+    round_weights: Callable[[Any, AdapterConfig], Any]
+
+
 METHODS: dict[AdapterKind, Method] = {}
+_HOLDING: list[Holding] = []  # the one that was registered
 
 
-def register(methods: Mapping[AdapterKind, Method]) -> None:
-    """Make `methods` known to the stages, and tuners of ours to PEFT."""
+def register(methods: Mapping[AdapterKind, Method], holding: Holding) -> None:
+    """Make `methods` known to the stages, and tuners of ours to PEFT; and how frozen models are
+    held rounded.
+    """
+    hide_bitsandbytes()
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -107,6 +123,7 @@ def register(methods: Mapping[AdapterKind, Method]) -> None:
     )
 
     METHODS.update(methods)
+    _HOLDING[:] = [holding]
     for method in methods.values():
         tuner: Any = method.tuner
         if tuner is not None:
@@ -136,7 +153,8 @@ def attach(
     tokenizer: Any = None,
 ) -> Any:
     """`model` with a fresh adapter of the method adapter.kind (only it trains), or `model` itself,
-    of which what `train` names trains, every weight by default.
+    of which what `train` names trains, every weight by default. With adapter.quantize the model
+    beside the adapter is held rounded.
 
     `task` is PEFT's task type: ``CAUSAL_LM`` or ``SEQ_CLS`` (whose scalar head trains in full
     beside the adapter). base: what the saved adapter names as its base, a directory or hub's name
@@ -148,10 +166,10 @@ def attach(
     if adapter.kind is AdapterKind.none:
         train_parts(model, train or TrainPart())
         return model
-    method = method_of(adapter)
-    method.check(model, adapter, trains_head)
+    prepare(model, adapter, trains_head=trains_head)
     encode = None if tokenizer is None else functools.partial(_token_ids, tokenizer)
-    adapted = method.attach(model, adapter, Fresh(task=task, sample=sample, encode=encode))
+    fresh = Fresh(task=task, sample=sample, encode=encode)
+    adapted = method_of(adapter).attach(model, adapter, fresh)
     if base is not None:
         directory = Path(base).expanduser()
         name = str(directory.resolve()) if directory.is_dir() else base
@@ -163,6 +181,22 @@ def attach(
 def _token_ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
+
+
+def prepare(model: Any, adapter: AdapterConfig, *, trains_head: bool = True) -> None:
+    """What `attach` does first: the method's check and, with adapter.quantize, the model held
+    rounded. Nothing of a model that is already. Raises UserError.
+    """
+    if is_rounded(model):
+        return
+    method_of(adapter).check(model, adapter, trains_head)
+    if adapter.is_quantized:
+        _HOLDING[0].quantize(model, adapter)
+
+
+def round_weights(model: Any, adapter: AdapterConfig) -> Any:
+    """`model` with the weights that `prepare` would hold rounded, as plain weights, in place."""
+    return _HOLDING[0].round_weights(model, adapter)
 
 
 def check(
@@ -182,6 +216,8 @@ def check(
     whole = adapter.kind is AdapterKind.none
     if whole and (stage is None or stage.trains_alike):
         return
+    if adapter.is_quantized:
+        _HOLDING[0].check(adapter)
     empty = without_weights(model, classifier=task == CLASSIFIER)
     if empty is None:
         return

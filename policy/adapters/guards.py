@@ -10,6 +10,7 @@ from torch import nn
 
 from conf.schema import AdapterConfig
 from policy.adapters.targets import ALL_LINEAR, linear_modules
+from policy.model import RoundedLinear
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.policy")
@@ -126,7 +127,8 @@ def _sharing(adapted: Any, layers: dict[int, str]) -> set[str]:
     """Names of the adapted `layers` (id -> name) whose weight is that of another one, too."""
     users: dict[int, list[str]] = {}
     for module in adapted.modules():
-        if id(module) in layers:
+        # rounded weights are shared with none, and made anew whenever they are asked for
+        if id(module) in layers and not isinstance(module.get_base_layer(), RoundedLinear):
             weight = module.get_base_layer().weight
             users.setdefault(id(weight), []).append(layers[id(module)])
     return {name for names in users.values() if len(names) > 1 for name in names}

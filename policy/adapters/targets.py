@@ -67,7 +67,7 @@ def linear_modules(model: Any) -> list[str]:
     """The last parts of the names of the model's linear layers, each once."""
     names = set()
     for name, module in model.named_modules():
-        if module.__class__.__name__ == "Linear":
+        if module.__class__.__name__ in ("Linear", "QuantizedLinear"):
             names.add(name.rsplit(".", 1)[-1])
     return sorted(names)
 

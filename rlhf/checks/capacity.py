@@ -179,33 +179,46 @@ def need_of(cfg: Config, shapes: Shapes) -> Need:
     """Checkpoints and model of a training stage."""
     width = weight_width(cfg.model.dtype)
     model = width * shapes.policy.parameters
+    starts = int(writes_start(cfg.stage, cfg.model, cfg.adapter))
+    if cfg.adapter.is_quantized and isinstance(cfg.stage, OnlineStage):
+        starts += not starts_whole(cfg.model)  # as they were before rounding
     return Need(
         count=count_checkpoints(cfg.stage, cfg.run.keep_checkpoints),
         checkpoint=checkpoint_bytes(cfg.stage, cfg.engine.kind, cfg.adapter, width, shapes),
         model=model,
-        start=model if writes_start(cfg.stage, cfg.model, cfg.adapter) else 0.0,
+        start=model * starts,
     )
 
 
 def writes_start(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) -> bool:
     """Whether the run writes the whole weights that it starts from to ``start/``: an online stage,
     since vLLM starts from nothing else, where model.path is an adapter, a GGUF file or missing;
-    another stage where it trains an adapter on an adapter.
+    another stage where it trains an adapter on an adapter. All of them where the frozen weights are
+    held rounded.
     """
+    if adapter.is_quantized:
+        return True
     if isinstance(stage, OnlineStage):
         return not starts_whole(model)
     return trains_on_adapter(model.path, adapter)
 
 
 def start_note(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) -> list[str]:
-    """A note of the disk that ``start/`` takes, where model.path holds an adapter."""
+    """A note of the disk that ``start/`` takes, where model.path holds an adapter or is held
+    rounded.
+    """
     if model.path is None or not writes_start(stage, model, adapter):
         return []
-    held = contents(model.path)
+    held, size = contents(model.path), weight_files(model.path)
+    room = "a whole model's room" if size is None else f"about {size / GIB:.2g} GiB"
+    if adapter.is_quantized:
+        return [
+            f"adapter.quantize={adapter.quantize.value}: the rounded weights are written in full "
+            f"to {START}/ in the run's directory, which takes {room} on the disk. The adapter "
+            "names them as its base."
+        ]
     if not held.adapters:
         return []
-    size = weight_files(model.path)
-    room = "a whole model's room" if size is None else f"about {size / GIB:.2g} GiB"
     return [
         f"model.path={model.path} holds an adapter of {held.weights}: both are merged and written "
         f"to {START}/ in the run's directory, which takes {room} on the disk."

@@ -21,6 +21,8 @@ from rlhf.types import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 START = "start"  # folder of a run: the whole weights that it starts from, where model.path has none
+# folder of a run: the same before rounding, where start/ holds rounded weights (adapter.quantize)
+UNROUNDED = "unrounded"
 CLASSIFIER = "SEQ_CLS"  # PEFT's task type of a reward model's adapter
 # how the names of input embeddings end in the model families
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")

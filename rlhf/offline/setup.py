@@ -24,7 +24,7 @@ from policy.engines.deepspeed import (
     is_universal,
     prepare_cpu,
 )
-from policy.saving import replacing
+from policy.saving import replacing, save_model
 from rlhf.checks import inputs, launch
 from rlhf.models.directories import CLASSIFIER, trains_on_adapter
 from rlhf.models.loading import resolve_dtype, write_whole
@@ -119,13 +119,19 @@ def with_adapter(
     The adapter names its base, ``model.path``. Where that holds an adapter, now merged into
     `model`, the whole weights are written to `start` once, and the adapter names them: of an
     adapter on an adapter PEFT and vLLM would read only the last. So they are where whole weights
-    can't hold the adapter, and its base has no path. A collective.
+    can't hold the adapter, and its base has no path; and the rounded weights where the base is held
+    rounded. A collective.
     """
     if adapter.kind is AdapterKind.none:
         return adapters.attach(model, adapter, task=_task(stage), train=stage.train)
     base = None if source.gguf_file else source.path
     needs_base = base is None and not facts_of(adapter).merges
-    if needs_base or trains_on_adapter(source.path, adapter):
+    if adapter.is_quantized:
+        adapters.prepare(model, adapter, trains_head=_trains_head(stage))
+        base = str(start)
+        if not (start / "config.json").exists():
+            save_model(model, tokenizer, start)
+    elif needs_base or trains_on_adapter(source.path, adapter):
         base = str(start)
         if distributed.is_main() and not (start / "config.json").exists():
             with replacing(start) as side:

@@ -18,6 +18,7 @@ from conf.choices import (
     EngineKind,
     KLController,
     ModelKind,
+    Quantization,
     RolloutBackend,
 )
 from conf.schema import (
@@ -25,27 +26,32 @@ from conf.schema import (
     Config,
     EngineConfig,
     ModelConfig,
-    RolloutConfig,
     carrier_of,
     critic_adapter,
     facts_of,
     wants_shared_prompts,
 )
 from conf.stages import OnlineStage
-from policy.adapters import Rows, attach, enable_checkpointing, lora_rank, rates_of, sender
-from policy.agreement import can_share_prompts, check_agreement, packs_agree
+from policy.adapters import (
+    Rows,
+    attach,
+    enable_checkpointing,
+    lora_rank,
+    rates_of,
+    round_weights,
+    sender,
+)
+from policy.agreement import agreed_layout, can_share_prompts
 from policy.engines.base import Engine, OptimSettings, Rates
 from policy.engines.torch import make_engine
-from policy.forward import ADAPTER, Layout, Models, module_of
+from policy.forward import ADAPTER, Layout, Models
 from policy.kl import AdaptiveKL, FixedKL
 from policy.model import (
-    LONGEST_DENSE,
     CriticModule,
     PolicyModule,
     base_of,
     has_dropout,
     no_gather,
-    take_segments,
     turn_off_dropout,
 )
 from policy.prepare import needs_old_logprobs
@@ -53,6 +59,7 @@ from policy.saving import replacing
 from reward.base import model_paths
 from reward.model import load_reward_model
 from reward.terms import make_scorer
+from rlhf.models.directories import UNROUNDED
 from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
@@ -60,7 +67,7 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
-from rlhf.online.sync import Calibration, Probe, Proof, WeightSync, gap_tolerance, sampled_probes
+from rlhf.online.sync import WeightSync, make_proof
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
@@ -69,9 +76,6 @@ from rollout import make_generator, resolve_backend
 
 log = logging.getLogger(__name__)
 Sample = Callable[[], Rows]  # rows that the stage trains on
-# Every weight has a part in each logprob but unused rows of the embedding, which are compared by
-# checksum.
-_PROBE_TOKENS = 24
 
 
 @dataclass(slots=True)
@@ -98,10 +102,16 @@ class _Start:
 
     path: str  # a directory that transformers and vLLM both load
     config: ModelConfig  # with that path
+    source: ModelConfig  # the weights before they are rounded; with adapter.quantize=none the same
     tokenizer: Any
 
     def causal_lm(self) -> Any:
+        """What the generator, and a reference of its own, start from."""
         return load_causal_lm(self.config, self.tokenizer)
+
+    def policy_lm(self) -> Any:
+        """What the policy starts from, before an adapter's base is held rounded."""
+        return load_causal_lm(self.source, self.tokenizer)
 
 
 def build(ctx: RunContext, reader: RowReader) -> Parts:
@@ -116,8 +126,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     tokenizer, prompts = read.tokenizer, read.train
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
-    path = _start_directory(ctx.start_dir, cfg.model, tokenizer)
-    start = _Start(path, replace(cfg.model, path=path, gguf_file=None), tokenizer)
+    start = _start_of(ctx, tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
     carrier = carrier_of(cfg.rollout, cfg.adapter)
     vllm = resolve_backend(cfg.rollout.backend) is RolloutBackend.vllm
@@ -137,7 +146,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
         adapter=first if isinstance(first, AdapterWeights) else None,
     )
     models = _models(policy_module, start, cfg)
-    models.layout = _agreed_layout(models, cfg.engine)
+    models.layout = agreed_layout(models, cfg.engine)
     return Parts(
         tokenizer=tokenizer,
         prompts=prompts,
@@ -152,7 +161,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
             generator=generator,
             policy=models.policy,
             weights_of=weights_of,
-            proof=_proof(generator, prompts, cfg.rollout, resolve_dtype(cfg.model.dtype)),
+            proof=make_proof(generator, prompts, cfg.rollout, resolve_dtype(cfg.model.dtype)),
             pad_id=tokenizer.pad_token_id,
             budget=cfg.engine.micro_tokens,
         ),
@@ -174,12 +183,13 @@ def _generator_model(
     model = start.causal_lm()
     if carrier is Carrier.merged:
         return model
-    return attach(model, adapter, task="CAUSAL_LM", sample=sample, tokenizer=start.tokenizer)
+    whole = replace(adapter, quantize=Quantization.none)  # the start's weights are rounded
+    return attach(model, whole, task="CAUSAL_LM", sample=sample, tokenizer=start.tokenizer)
 
 
 def _policy_module(start: _Start, cfg: Config, sample: Sample) -> PolicyModule:
     stage = cfg.stage_as(OnlineStage)
-    model = start.causal_lm()
+    model = start.policy_lm()
     if not stage.dropout:
         turn_off_dropout(model)
     given = {"base": start.path, "sample": sample, "train": stage.train}
@@ -241,25 +251,6 @@ def _engine(
     return made
 
 
-def _proof(
-    generator: Generator, prompts: Sequence[Prompt], rollout: RolloutConfig, dtype: torch.dtype
-) -> Proof:
-    """What proves each weight sync, the same on every rank. A collective."""
-    tolerance = gap_tolerance(rollout.gap_tolerance, dtype)
-    if tolerance is None:
-        probes = sampled_probes(generator, prompts, rollout.gap_tokens)
-    else:
-        probes = (_likely_probe(generator, prompts[0]),)
-    return Proof(distributed.broadcast(probes), tolerance, Calibration(rollout.gap_factor))
-
-
-def _likely_probe(generator: Generator, prompt: Prompt) -> Probe:
-    """The end of a prompt with its most likely response."""
-    greedy = generator.generate([prompt], n=1, seed=0, greedy=True)[0]
-    ids = (*prompt.token_ids, *greedy.token_ids[:_PROBE_TOKENS])[-_PROBE_TOKENS:]
-    return Probe(ids)
-
-
 def _kl_controller(stage: OnlineStage) -> FixedKL | AdaptiveKL:
     if stage.kl_controller is KLController.adaptive:
         return AdaptiveKL(stage.kl_coef, stage.kl_target, stage.kl_horizon)
@@ -284,53 +275,6 @@ def _layout(engine: EngineConfig, stage: OnlineStage, model: Any) -> Layout:
     )
 
 
-def _agreed_layout(models: Models, engine: EngineConfig) -> Layout:
-    """The layout, where the policy's path gives what the model's own forward gives; without shared
-    prompts where these don't. Raises UserError otherwise.
-    """
-    check_agreement(models.policy, engine.micro_tokens)
-    layout = models.layout
-    if not layout.shared:
-        return layout
-    if packs_agree(models.policy, layout):
-        return _by_segments(models, layout)
-    family = base_of(module_of(models.policy).model).config.model_type
-    if engine.share_prompts:
-        raise UserError(
-            f"engine.share_prompts=true: responses of {family} that share a prompt in one row get "
-            "other log-probabilities than in rows of their own. Set engine.share_prompts=null."
-        )
-    log.warning(
-        "engine.share_prompts: off, because responses of %s that share a prompt in one row get "
-        "other log-probabilities than in rows of their own.",
-        family,
-    )
-    return replace(layout, shared=False)
-
-
-def _by_segments(models: Models, layout: Layout) -> Layout:
-    """`layout` with attention by segments in long rows, where that gives what dense masks give."""
-    reads = [models.policy]
-    if models.reference not in (None, ADAPTER):
-        reads.append(models.reference)
-    reason = "its code doesn't ask transformers for its attention"
-    if all(take_segments(base_of(module_of(model).model)) for model in reads):
-        reason = "its log-probabilities would be others"
-        # A family's code may read the mask by itself.
-        try:
-            if packs_agree(models.policy, replace(layout, longest_dense=0)):
-                return replace(layout, longest_dense=LONGEST_DENSE)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = str(error)
-    family = base_of(module_of(models.policy).model).config.model_type
-    log.warning(
-        "engine.share_prompts: long rows of %s have dense masks, which take more memory (%s).",
-        family,
-        reason,
-    )
-    return layout
-
-
 def _register(ctx: RunContext, files: Iterable[Path]) -> None:
     if ctx.cfg.model.path is not None:
         ctx.add_parent("policy", ctx.cfg.model.path)
@@ -340,9 +284,32 @@ def _register(ctx: RunContext, files: Iterable[Path]) -> None:
         ctx.add_data(file)
 
 
+def _start_of(ctx: RunContext, tokenizer: Any) -> _Start:
+    """The run's start, written where there is none to load. A collective.
+
+    Where the policy holds its frozen weights rounded (adapter.quantize), start/ has the rounded
+    weights in full. The policy itself is rounded from the weights before: rounding start/ once more
+    would give others.
+    """
+    model, adapter = ctx.cfg.model, ctx.cfg.adapter
+    if not adapter.is_quantized:
+        path = _start_directory(ctx.start_dir, model, tokenizer)
+        config = replace(model, path=path, gguf_file=None)
+        return _Start(path, config, config, tokenizer)
+    path = _start_directory(ctx.start_dir.with_name(UNROUNDED), model, tokenizer)
+    source = replace(model, path=path, gguf_file=None)
+    if distributed.is_main() and not (ctx.start_dir / "config.json").exists():
+        rounded = round_weights(load_causal_lm(source, tokenizer), adapter)
+        with replacing(ctx.start_dir) as side:
+            write_whole(rounded, tokenizer, side)
+    distributed.barrier()
+    path = str(ctx.start_dir)
+    return _Start(path, replace(source, path=path), source, tokenizer)
+
+
 def _start_directory(written: Path, model: ModelConfig, tokenizer: Any) -> str:
-    """A directory that transformers and vLLM both load: model.path, or `written`, where a run that
-    goes on has it already, where model.path is a GGUF file, an adapter, or missing (a tiny model).
+    """model.path, or `written`, where a run that goes on has it already, where model.path is a GGUF
+    file, an adapter, or missing (a tiny model).
     """
     if starts_whole(model):
         assert model.path is not None

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from conf.schema import RolloutConfig
 from policy.agreement import FLOAT32_GAP, Spread, rounding_spread, spread
 from policy.batching import collate
 from policy.forward import Layout, policy_logprobs
@@ -28,6 +29,9 @@ _START = 4.0
 # A step's own tokens are others than the probes', and often few: they may be twice as far off.
 _STEP = 2.0
 _SEQUENCES = 8  # that a probe's tokens are shared out among
+# Every weight has a part in each logprob but unused rows of the embedding, which are compared by
+# checksum.
+_PROBE_TOKENS = 24
 _RARE = 0.01  # share of tokens that may be above a bound of the tail; one token always may
 
 
@@ -193,6 +197,25 @@ class WeightSync:
         finally:
             module.temperature = temperature
         return [float(x) for x in logprobs[batch.response_mask]]
+
+
+def make_proof(
+    generator: Generator, prompts: Sequence[Prompt], rollout: RolloutConfig, dtype: torch.dtype
+) -> Proof:
+    """What proves each weight sync, the same on every rank. A collective."""
+    tolerance = gap_tolerance(rollout.gap_tolerance, dtype)
+    if tolerance is None:
+        probes = sampled_probes(generator, prompts, rollout.gap_tokens)
+    else:
+        probes = (_likely_probe(generator, prompts[0]),)
+    return Proof(distributed.broadcast(probes), tolerance, Calibration(rollout.gap_factor))
+
+
+def _likely_probe(generator: Generator, prompt: Prompt) -> Probe:
+    """The end of a prompt with its most likely response."""
+    greedy = generator.generate([prompt], n=1, seed=0, greedy=True)[0]
+    ids = (*prompt.token_ids, *greedy.token_ids[:_PROBE_TOKENS])[-_PROBE_TOKENS:]
+    return Probe(ids)
 
 
 def gap_tolerance(configured: float | None, dtype: torch.dtype) -> float | None:

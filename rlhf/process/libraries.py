@@ -49,7 +49,7 @@ def package_file(distribution: str, name: str, requirement: str, need: str = "da
 
 
 def hide_bitsandbytes() -> None:
-    """Until it is asked for (rlhf/models/quantized.py), other libraries take bitsandbytes for
+    """Until it is asked for (policy/adapters/quantized.py), other libraries take bitsandbytes for
     missing: PEFT would import it wherever it is installed, which takes seconds.
     """
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]

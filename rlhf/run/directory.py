@@ -16,7 +16,7 @@ import yaml
 from conf.choices import AdapterKind, LabelMode
 from conf.schema import Config, EngineConfig, ModelConfig
 from conf.stages import LabelStage
-from rlhf.models.directories import START, fingerprint
+from rlhf.models.directories import START, UNROUNDED, fingerprint
 from rlhf.process import checkpoints, distributed
 from rlhf.process.files import json_object
 from rlhf.run.manifest import MANIFEST_FILE, read_manifest
@@ -252,7 +252,8 @@ def _resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Open
     step = -1
     resume_from = None
     if newest is None:
-        shutil.rmtree(directory / START, ignore_errors=True)  # maybe of another model
+        for name in (START, UNROUNDED):
+            shutil.rmtree(directory / name, ignore_errors=True)  # maybe of another model
     else:
         resume_from, step = newest
         if adapt is not None:

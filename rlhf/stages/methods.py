@@ -6,7 +6,7 @@ methods' files.
 import rollout
 from conf.choices import AdapterKind, Carrier
 from policy import adapters
-from policy.adapters import bottleneck, lora, lora_mini, molora, prompts, rasa, scaled
+from policy.adapters import bottleneck, lora, lora_mini, molora, prompts, quantized, rasa, scaled
 from rollout.embeds import EmbedsGenerator
 from rollout.modules import ModulesGenerator
 
@@ -25,6 +25,6 @@ ALL = {
 
 def register() -> None:
     """Let stages, PEFT and generators know them."""
-    adapters.register(ALL)
+    adapters.register(ALL, quantized.HOLDING)
     rollout.ENGINES[Carrier.modules] = ModulesGenerator
     rollout.ENGINES[Carrier.embeds] = EmbedsGenerator

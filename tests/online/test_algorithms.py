@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from conf.stages import OnlineStage
+from policy import agreement
 from policy.forward import Layout, Models
 from rlhf.cli import config
 from rlhf.cli.presets import CONF_DIR, choices, stage_schema
-from rlhf.online import setup
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
 from rlhf.stages import rows as stage_rows
@@ -143,14 +143,14 @@ def test_attention_by_segments_changes_no_step(
     penalty = "stage.kl_coef=0.01"  # so that a reference reads the rows too
     masked = run_preset("grpo", tmp_path, "run.name=masked", penalty, steps=3)
     layouts = []
-    by_segments = setup._by_segments
+    by_segments = agreement._by_segments
 
     def taken(models: Models, layout: Layout) -> Layout:
         layouts.append(by_segments(models, layout))
         return layouts[-1]
 
-    monkeypatch.setattr(setup, "LONGEST_DENSE", 1)
-    monkeypatch.setattr(setup, "_by_segments", taken)
+    monkeypatch.setattr(agreement, "LONGEST_DENSE", 1)
+    monkeypatch.setattr(agreement, "_by_segments", taken)
     segments = run_preset("grpo", tmp_path, "run.name=segments", penalty, steps=3)
     assert [layout.longest_dense for layout in layouts] == [1]
     assert_same_weights(masked, segments)
