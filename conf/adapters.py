@@ -217,13 +217,6 @@ class AdapterConfig:
             "none with adapter=none: rounded weights are frozen, so an adapter trains beside them "
             "(adapter=qlora)",
         )
-        check(
-            self.init not in CHANGES_BASE or not self.is_quantized,
-            "adapter.init",
-            self.init.value,
-            f"another with adapter.quantize={self.quantize.value}: it takes a part of the frozen "
-            "weights into the adapter, and these are held rounded",
-        )
         self._refuse_unread()
         self._check_start()
 

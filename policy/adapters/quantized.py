@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.choices import Quantization
+from conf.choices import LoraInit, Quantization
 from conf.schema import AdapterConfig
 from policy.adapters import Holding
 from policy.model import RoundedLinear
@@ -52,7 +52,14 @@ def rounding_of(adapter: AdapterConfig) -> Rounding:
 
 
 def check(adapter: AdapterConfig) -> None:
-    """Raises UserError where the library is missing, without importing it."""
+    """Raises UserError where the library is missing, without importing it, and for a start that is
+    not built.
+    """
+    if adapter.init is LoraInit.loftq:
+        raise UserError(
+            f"adapter.init=loftq with adapter.quantize={adapter.quantize.value} is not built: a "
+            "start at what rounding loses. Set adapter.init=default."
+        )
     try:
         importlib.metadata.version("bitsandbytes")
     except importlib.metadata.PackageNotFoundError:
