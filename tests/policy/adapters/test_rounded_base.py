@@ -65,7 +65,7 @@ def test_a_fresh_adapter_is_the_rounded_model_and_so_is_one_switched_off(
 ) -> None:
     adapter = configured(quantize=method, **options)
     start = logits(adapters.round_weights(copy.deepcopy(llama()), adapter))
-    exact = not adapter.dora  # whose norms are divided by themselves
+    exact = adapter.init is LoraInit.default and not adapter.dora  # else to rounding
     torch.testing.assert_close(logits(attached(adapter)), start, rtol=0, atol=0 if exact else 1e-6)
     moved = attached(adapter, moved=True)
     assert not torch.allclose(logits(moved), start, atol=1e-3)
