@@ -214,8 +214,7 @@ def start_note(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) ->
     if adapter.is_quantized:
         return [
             f"adapter.quantize={adapter.quantize.value}: the rounded weights are written in full "
-            f"to {START}/ in the run's directory, which takes {room} on the disk. The adapter "
-            "names them as its base."
+            f"to {START}/ in the run's directory, which takes {room} on the disk."
         ]
     if not held.adapters:
         return []
