@@ -126,7 +126,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     tokenizer, prompts = read.tokenizer, read.train
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
-    start = _start_of(ctx, tokenizer)
+    start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
     carrier = carrier_of(cfg.rollout, cfg.adapter)
     vllm = resolve_backend(cfg.rollout.backend) is RolloutBackend.vllm
@@ -284,26 +284,25 @@ def _register(ctx: RunContext, files: Iterable[Path]) -> None:
         ctx.add_data(file)
 
 
-def _start_of(ctx: RunContext, tokenizer: Any) -> _Start:
+def _start_of(written: Path, model: ModelConfig, adapter: AdapterConfig, tokenizer: Any) -> _Start:
     """The run's start, written where there is none to load. A collective.
 
     Where the policy holds its frozen weights rounded (adapter.quantize), start/ has the rounded
     weights in full. The policy itself is rounded from the weights before: rounding start/ once more
     would give others.
     """
-    model, adapter = ctx.cfg.model, ctx.cfg.adapter
     if not adapter.is_quantized:
-        path = _start_directory(ctx.start_dir, model, tokenizer)
+        path = _start_directory(written, model, tokenizer)
         config = replace(model, path=path, gguf_file=None)
         return _Start(path, config, config, tokenizer)
-    path = _start_directory(ctx.start_dir.with_name(UNROUNDED), model, tokenizer)
+    path = _start_directory(written.with_name(UNROUNDED), model, tokenizer)
     source = replace(model, path=path, gguf_file=None)
-    if distributed.is_main() and not (ctx.start_dir / "config.json").exists():
+    if distributed.is_main() and not (written / "config.json").exists():
         rounded = round_weights(load_causal_lm(source, tokenizer), adapter)
-        with replacing(ctx.start_dir) as side:
+        with replacing(written) as side:
             write_whole(rounded, tokenizer, side)
     distributed.barrier()
-    path = str(ctx.start_dir)
+    path = str(written)
     return _Start(path, replace(source, path=path), source, tokenizer)
 
 
