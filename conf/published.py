@@ -116,6 +116,33 @@ OWN: dict[AdapterKind, dict[str, Published]] = {
             "comparison of methods on Llama 3.2 3B (method_comparison/MetaMathQA) 5e-3",
         ),
     },
+    AdapterKind.prompt: {
+        "sft": Published(
+            1e-3,
+            1e-3,
+            1e-3,
+            "PEFT's comparison of methods on Llama 3.2 3B (method_comparison/MetaMathQA) 1e-3 with "
+            "AdamW; Lester et al. (arXiv:2104.08691) 0.3 with Adafactor",
+        ),
+    },
+    AdapterKind.ptuning: {
+        "sft": Published(
+            1e-4,
+            1e-4,
+            5e-4,
+            "PEFT's comparison of methods on Llama 3.2 3B (method_comparison/MetaMathQA) 1e-4 with "
+            "layers, 5e-4 with an LSTM",
+        ),
+    },
+    AdapterKind.prefix: {
+        "sft": Published(
+            5e-3,
+            1e-3,
+            7e-3,
+            "the code of P-tuning v2 (arXiv:2110.07602, run_script) 5e-3 for SQuAD and RTE, 7e-3 "
+            "for BoolQ; PEFT's comparison of methods on Llama 3.2 3B 1e-3 and 5e-3",
+        ),
+    },
     AdapterKind.vera: {},
     AdapterKind.oft: {},
 }

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from conf.adapters import facts_of
-from tests.policy.adapters import zero_worker
+from policy.saving import adapter_weights
+from tests.policy.adapters import low_rank, zero_worker
 from tests.selection import selected
 
 pytestmark = [pytest.mark.distributed, pytest.mark.full]
@@ -61,4 +62,7 @@ def test_weights_equal_the_plain_engines(folder: Path, case: str) -> None:
     for name, tensor in expected.items():
         if name.endswith(".fusion.value.weight"):
             updates.append(tensor - torch.eye(len(tensor)))
+    if "own.prompt_embeddings" in expected:
+        start = adapter_weights(low_rank.fresh(zero_worker.ADAPTERS[kind])).tensors
+        updates.append(expected["own.prompt_embeddings"] - start["prompt_embeddings"])
     assert max(float(tensor.abs().max()) for tensor in updates) > 1e-3, "nothing trained"

@@ -18,6 +18,7 @@ from conf.adapters import (
     Composition,
     LoraMiniConfig,
     MoLoraConfig,
+    PromptConfig,
     RasaConfig,
     facts_of,
 )
@@ -46,6 +47,11 @@ ADAPTERS = {
         bottleneck=BottleneckConfig(size=16, placement=Placement.parallel),
     ),
     "molora": AdapterConfig(kind=AdapterKind.molora, rank=4, molora=MoLoraConfig(experts=3)),
+    "prompt": AdapterConfig(kind=AdapterKind.prompt, prompt=PromptConfig(tokens=5)),
+    "ptuning": AdapterConfig(
+        kind=AdapterKind.ptuning, prompt=PromptConfig(tokens=5, encoder_size=40)
+    ),
+    "prefix": AdapterConfig(kind=AdapterKind.prefix, prompt=PromptConfig(tokens=5)),
     # of two adapters that don't train
     "fused": AdapterConfig(
         kind=AdapterKind.bottleneck,
@@ -75,7 +81,8 @@ def run(folder: Path, case: str) -> Path:
     if kind == "fused":
         adapter = replace(adapter, load=[str(folder / name) for name in EARLIER])
     model = fresh(adapter)
-    enable_checkpointing(model)
+    if adapter.kind is not AdapterKind.prefix:
+        enable_checkpointing(model)
     cfg = EngineConfig()
     if stage != "torch":
         cfg = EngineConfig(kind=EngineKind.deepspeed, zero_stage=int(stage))
