@@ -61,6 +61,7 @@ _GROUPS = {
     "test_rollout": "vllm",
     "test_embeds": "vllm",
     "test_modules": "vllm",
+    "test_modules_of_families": "vllm",
     "test_vllm_private": "vllm",
     "test_sync": "vllm",
     "test_eval": "vllm",
