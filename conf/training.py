@@ -246,6 +246,12 @@ class RewardStage(OfflineStage):
         1000, "Resamples for the accuracy's 95 % interval.", unit="resamples", at_least=1
     )
 
+    cache_frozen: bool = option(
+        False,
+        "Compute the frozen blocks (stage.train) once for all rows, and read their hidden states "
+        "from the disk from then on.",
+    )
+
     def check_relations(self) -> None:
         check(
             not (self.margin and self.soft_label),

@@ -65,6 +65,13 @@ class Outline:
             return self.count - 1 - min(inside)
         return self.count if weight.below else 0
 
+    def passed(self, weight: Weight) -> int:
+        """Blocks that the gradient of a weight passes through."""
+        outside = all(block is None for block in weight.blocks)
+        if outside and not weight.below:
+            return 0
+        return min(self.count, self.depth(weight) + 1)
+
 
 def outline(model: Any) -> Outline:
     """Of a causal language model or a classifier of transformers'. Raises UserError where its

@@ -14,14 +14,20 @@ Refused with weights: packing, which joins rows of different weights, and the lo
 batch (aot), which belong to no single row.
 """
 
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from policy.batching import plan_micro_batches
@@ -229,3 +235,83 @@ def scale_gradient(values: Tensor, weights: Tensor) -> None:
     rows = weights.repeat(values.shape[0] // weights.shape[0])
     rows = rows.view(-1, *[1] * (values.dim() - 1))
     values.register_hook(lambda gradient: gradient * rows.to(gradient.dtype))
+
+
+# ---- hidden states of texts, on the disk (stage.cache_frozen) ----
+
+INDEX, STATES = "index.json", "states.bin"
+Texts = Sequence[Sequence[int]]  # token ids
+
+
+def text_key(text: Sequence[int]) -> bytes:
+    """What a text is found by."""
+    return hashlib.blake2b(np.asarray(text, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+
+def padded(texts: Texts, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [B, L], padded on the right, on this rank's device."""
+    rows = [torch.tensor(text) for text in texts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return ids.to(distributed.device()), mask.to(distributed.device())
+
+
+def mapped_states(file: Path, tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
+    """[tokens, hidden] in a file."""
+    size = tokens * hidden
+    return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(tokens, hidden)
+
+
+class FrozenStates:
+    """The hidden states of texts, mapped from their file."""
+
+    def __init__(self, folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        self.dtype: torch.dtype = getattr(torch, index["dtype"])
+        self.hidden = int(index["hidden"])
+        ends = np.cumsum([0, *index["lengths"]])
+        self.places = {
+            bytes.fromhex(key): (int(start), int(end))
+            for key, start, end in zip(index["keys"], ends[:-1], ends[1:], strict=True)
+        }
+        self.states = mapped_states(folder / STATES, int(ends[-1]), self.hidden, self.dtype)
+
+    def batch(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, L, H] of texts [B, L] padded on the right; 0 at padding."""
+        out = torch.zeros(*input_ids.shape, self.hidden, dtype=self.dtype)
+        lengths = attention_mask.sum(dim=1).tolist()
+        for number, (ids, length) in enumerate(zip(input_ids.tolist(), lengths, strict=True)):
+            start, end = self.places[text_key(ids[:length])]
+            out[number, :length] = self.states[start:end]
+        return out.to(input_ids.device)
+
+
+def batches_of(texts: Texts, numbers: Iterable[int], budget: int) -> Iterator[list[int]]:
+    """Numbers of texts of like length, at most `budget` padded tokens together, one at least."""
+    batch: list[int] = []
+    for number in sorted(numbers, key=lambda one: -len(texts[one])):
+        if batch and (len(batch) + 1) * len(texts[batch[0]]) > budget:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def allocate_states(file: Path, size: int) -> str | None:
+    """A file of so many bytes, all of them taken from the disk, so that no write to mapped memory
+    finds it full. Returns what is wrong, if anything.
+    """
+    try:
+        shutil.rmtree(file.parent, ignore_errors=True)
+        file.parent.mkdir(parents=True)
+        with file.open("wb") as opened:
+            os.posix_fallocate(opened.fileno(), 0, size)
+    except OSError as error:
+        shutil.rmtree(file.parent, ignore_errors=True)
+        return (
+            f"stage.cache_frozen=true: {size / 2**30:.2f} GiB of hidden states can't be kept in "
+            f"{file.parent.parent} ({error}). Make room, set data.cache_dir to another folder, or "
+            "stage.cache_frozen=false."
+        )
+    return None

@@ -32,6 +32,15 @@ TWO_RANKS = [
 # the reference is a second engine, or the adapter turned off
 TWO_RANKS += [("dpo", 3, "none"), ("dpo", 2, "lora")]
 TWO_RANKS += [("soft", 2, "none")]
+# parts of the model, and one block after the other
+FROZEN = {  # what moves, beside the last norm
+    "top": "model.layers.1.",
+    "kept": "model.layers.1.",  # the states of the rest are read from the disk
+    "unfrozen": "model.layers.",
+}
+TWO_RANKS += [("reward", zero, "top") for zero in (1, 2, 3)]
+TWO_RANKS += [("sft", zero, "unfrozen") for zero in (1, 2, 3)] + [("dpo", 3, "top")]
+TWO_RANKS += [("reward", zero, "kept") for zero in (2, 3)]
 TWO_RANKS += [("growing", 2, "none"), ("growing", 1, "lora")]
 FAMILIES = {"granite": "reward", "olmoe": "reward", "qwen3_moe": "sft"}  # beside Llama; their rows
 TWO_RANKS += [(family, 3, "none") for family in FAMILIES]
@@ -175,3 +184,19 @@ def test_one_rank_without_a_launcher_equals_the_torch_engine(
     )
     check_losses(expected, found)
     check_weights(expected, found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "adapter"),
+    marked_full([case for case in TWO_RANKS if case[2] in FROZEN], []),
+)
+def test_what_is_frozen_stays_to_the_bit(runs: Path, stage: str, zero: int, adapter: str) -> None:
+    """With weight decay; what waits to the end of the run as well."""
+    (start,) = (runs / "model").glob("*.safetensors")
+    (end,) = (runs / "two" / f"zero{zero}-{adapter}" / stage / "model").glob("*.safetensors")
+    before, after = load_file(start), load_file(end)
+    moved = {name for name, t in after.items() if name in before and not t.equal(before[name])}
+    expected = {name for name in before if name.startswith(FROZEN[adapter])}
+    if adapter == "unfrozen":
+        expected.add("model.norm.weight")
+    assert moved == expected

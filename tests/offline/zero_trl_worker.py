@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from conf.choices import AdapterKind, EngineKind, RateCoupling, TrackingKind
-from conf.run import BatchGrowthConfig
+from conf.run import BatchGrowthConfig, TrainPart, UnfreezeConfig
 from conf.schema import (
     AdapterConfig,
     Config,
@@ -56,6 +56,18 @@ MODULES = {
     "olmoe": "reward",
     "qwen3_moe": "sft",
 }
+# in an adapter's place: what trains of the model itself
+PARTS: dict[str, dict[str, Any]] = {
+    "top": {"train": TrainPart(layers=1), "weight_decay": 0.3},
+    "kept": {"train": TrainPart(layers=1), "cache_frozen": True},
+    "unfrozen": {
+        "unfreeze": UnfreezeConfig(every=2),
+        "depth_decay": 0.5,
+        "weight_decay": 0.3,
+        # Adam's first step is the sign of each gradient, noise included
+        "adam_eps": 1e-5,
+    },
+}
 RATES = {"dpo": 5e-3}  # it starts where its loss is flat for an adapter
 
 
@@ -74,12 +86,13 @@ def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str
             max_length=32,
             learning_rate=RATES.get(stage, 1e-3),
             warmup_ratio=0.25,
+            **PARTS.get(adapter, {}),
         ),
         run=RunConfig(
             dir=spec["out"], name=f"{'torch' if zero is None else f'zero{zero}'}-{adapter}"
         ),
         model=ModelConfig(path=spec["models"].get(stage, spec["model"])),
-        adapter=AdapterConfig(kind=AdapterKind[adapter], rank=4),
+        adapter=AdapterConfig(kind=AdapterKind("none" if adapter in PARTS else adapter), rank=4),
         engine=EngineConfig(
             kind=EngineKind.deepspeed if deepspeed else EngineKind.torch,
             zero_stage=zero or 0,

@@ -3,7 +3,6 @@ bit, with weight decay too; what is written by hand is what happens.
 """
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +160,9 @@ def test_the_memory_plan_counts_what_trains(
     assert (found.parameters, found.layers, found.head) == (block + extra, 1, False)
 
 
-def test_summaries_of_a_part_say_so(run: Run) -> None:
+def test_a_score_trains_alone(run: Run, tiny_model: Callable[..., Path]) -> None:
     directory = run("reward", "score", "stage.train.layers=0")
-    assert json.loads((directory / "summary.json").read_text())["steps"] == 2
+    found, start = weights(directory / "model"), weights(tiny_model())
+    assert set(found) - set(start) == {"score.weight"} and changed(found, start) == set()
+    lines = metrics_of(directory)
+    assert lines[-1]["eval_loss"] != lines[0]["eval_loss"], "a score that stands still would pass"

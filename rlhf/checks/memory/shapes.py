@@ -119,17 +119,9 @@ def trained_parts(shape: Shape, train: TrainPart, *, classifier: bool) -> Traine
     return Trained(
         sum(weight.size for weight in weights),
         max(weight.size for weight in weights),
-        max(_passed(parts, weight) for weight in weights),
+        max(parts.passed(weight) for weight in weights),
         head=any(HEAD in weight.kinds for weight in weights),
     )
-
-
-def _passed(parts: Outline, weight: Weight) -> int:
-    """Blocks that the gradient of a weight passes through."""
-    outside = all(block is None for block in weight.blocks)
-    if outside and not weight.below:
-        return 0
-    return min(parts.count, parts.depth(weight) + 1)
 
 
 def read_shape(model: ModelConfig, path: str | None = None, key: str = "model.path") -> Shape:
