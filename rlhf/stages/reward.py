@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from trl import RewardConfig as TRLRewardConfig
 
 from conf.choices import AdapterKind, EngineKind
-from conf.schema import Config, ModelConfig
+from conf.schema import AdapterConfig, Config, ModelConfig
+from conf.stages import RewardStage
 from policy.adapters import rates_of
 from policy.engines import resharding
 from policy.model import has_dropout
@@ -78,7 +79,7 @@ def check(cfg: Config) -> list[str]:
     """
     notes = setup.check(cfg)
     if cfg.stage.cache_frozen:
-        check_cache(cfg)
+        check_cache(cfg.stage, cfg.model, cfg.adapter)
     return notes
 
 
@@ -188,12 +189,11 @@ def manifest_of(
 # ---- frozen blocks, computed once (stage.cache_frozen) ----
 
 
-def check_cache(cfg: Config) -> None:
+def check_cache(stage: RewardStage, model: ModelConfig, adapter: AdapterConfig) -> None:
     """Whether the frozen blocks say the same of a text in every step. Raises UserError."""
-    stage = cfg.stage
     why = None
-    if cfg.adapter.kind is not AdapterKind.none:
-        why = f"adapter={cfg.adapter.kind.value} trains inside the frozen blocks"
+    if adapter.kind is not AdapterKind.none:
+        why = f"adapter={adapter.kind.value} trains inside the frozen blocks"
     elif stage.unfreeze.on:
         why = "stage.unfreeze has all blocks train in the end"
     elif stage.train.everything:
@@ -203,7 +203,7 @@ def check_cache(cfg: Config) -> None:
             f"stage.cache_frozen=true: {why}. Set adapter=none and stage.train.layers, or "
             "stage.cache_frozen=false."
         )
-    empty = without_weights(cfg.model, classifier=True)
+    empty = without_weights(model, classifier=True)
     if empty is None:
         return
     for module in empty.modules():

@@ -130,7 +130,7 @@ def test_dropout_is_refused_before_weights_load(
 
     options = ["stage=reward", "stage.train.layers=1", "stage.cache_frozen=true"]
     cfg = config.compose([*options, f"model.path={tiny_model()}"])
-    reward.check_cache(cfg)
+    reward.check_cache(cfg.stage, cfg.model, cfg.adapter)
     tokenizer = load_tokenizer(cfg.model)
     model = load_classifier(cfg.model, tokenizer)
     model.config.attention_dropout = 0.1
@@ -138,4 +138,4 @@ def test_dropout_is_refused_before_weights_load(
     tokenizer.save_pretrained(tmp_path)
     cfg = config.compose([*options, f"model.path={tmp_path}"])
     with pytest.raises(UserError, match="the model's configuration has a dropout"):
-        reward.check_cache(cfg)
+        reward.check_cache(cfg.stage, cfg.model, cfg.adapter)
