@@ -148,7 +148,15 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> Reward:
     model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
     if stage.cache_frozen:
         ctx.watchdog.phase("frozen blocks")
-        read_frozen_once(model, ctx, rows)
+        folder = Path(cfg.data.cache_dir or Path(cfg.run.dir) / ".encoded").expanduser()
+        read_frozen_once(
+            model,
+            rows,
+            folder if cfg.data.cache else ctx.dir,
+            resolve_dtype(cfg.model.dtype),
+            casts=cfg.engine.kind is EngineKind.torch,
+            budget=cfg.reward.batch_tokens,
+        )
     args = TRLRewardConfig(
         **trainer_arguments(
             stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from
@@ -299,31 +307,29 @@ class FrozenPart:
         return give
 
 
-def read_frozen_once(model: Any, ctx: RunContext, rows: EncodedRows) -> None:
-    """Let `model` read the states of its frozen blocks from the disk, where an earlier run may have
-    left them. A collective. Raises UserError where the disk can't hold them, and by the family's
-    name where they don't give the scores that the blocks give.
+def read_frozen_once(
+    model: Any, rows: EncodedRows, place: Path, dtype: torch.dtype, *, casts: bool, budget: int
+) -> None:
+    """Let `model` read the states of its frozen blocks from a folder in `place`, where an earlier
+    run may have left them. A collective. Raises UserError where the disk can't hold them, and by
+    the family's name where they don't give the scores that the blocks give.
+
+    dtype: that training computes in; casts: by autocast (DeepSpeed's weights are in half precision
+    themselves); budget: padded tokens that are computed together.
     """
-    cfg = ctx.cfg
     part, texts = FrozenPart.of(model), _texts(rows)
-    dtype = resolve_dtype(cfg.model.dtype)
     half = dtype is not torch.float32
-    # as training computes: DeepSpeed's weights are in half precision themselves
-    casts = half and cfg.engine.kind is EngineKind.torch
     device = distributed.device()
 
     def computing() -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, dtype) if casts else nullcontext()
+        return torch.autocast(device.type, dtype) if casts and half else nullcontext()
 
     model.to(device).eval()
     tried = [min(texts, key=len), max(texts, key=len)]
     whole = _scores(model, tried, computing)
-    folder = Path(cfg.run.dir) / ".encoded"
-    if cfg.data.cache_dir is not None:
-        folder = Path(cfg.data.cache_dir).expanduser()
-    folder = (folder if cfg.data.cache else ctx.dir) / f"frozen-{part.key(texts, half)}"
+    folder = place / f"frozen-{part.key(texts, half)}"
     if not distributed.broadcast((folder / INDEX).is_file()):
-        write_states(part, texts, folder, cfg.reward.batch_tokens, computing)
+        write_states(part, texts, folder, budget, computing)
     part.states(tried, computing)  # what form a block's output has
     part.read(FrozenStates(folder))
     again = _scores(model, tried, computing)
