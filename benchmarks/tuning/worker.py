@@ -31,7 +31,7 @@ from policy.model import PolicyModule, base_of, trainable
 from rlhf.cli import config
 from rlhf.data.recipes import reviews
 from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.models.scalar import backbone_name
+from rlhf.models.parts import backbone_name
 from rlhf.process import distributed
 from rlhf.process.libraries import package_file
 from rlhf.stages import methods
@@ -87,6 +87,7 @@ def main() -> None:
             "model.dtype=float32",
             "stage.scheduler=constant",
             "stage.warmup_ratio=0",
+            f"stage.learning_rate={case.rates[0]}",  # each run has its own
             *case.overrides,
         ]
     )
@@ -144,7 +145,14 @@ class Run:
         tokenizer = load_tokenizer(cfg.model)
         model = load_causal_lm(cfg.model, tokenizer)
         sample = [row.prompt for row in task.train[: cfg.adapter.sample_rows]]
-        self.model = adapters.attach(model, cfg.adapter, task="CAUSAL_LM", sample=lambda: sample)
+        self.model = adapters.attach(
+            model,
+            cfg.adapter,
+            task="CAUSAL_LM",
+            sample=lambda: sample,
+            train=cfg.stage.train,
+            tokenizer=tokenizer,
+        )
         self.module = PolicyModule(self.model, chunk=256)
         self.module.entropy_grad = False
         forget_peak()
@@ -152,7 +160,9 @@ class Run:
     def train(self, rate: float, steps: int) -> list[float]:
         """Seconds of each step."""
         optim = OptimSettings.from_stage(self.cfg.stage, total_steps=steps, learning_rate=rate)
-        engine = make_engine(self.module, self.cfg.engine, optim, distributed.device(), half=False)
+        rates = adapters.rates_of(self.model, self.cfg.stage, self.cfg.adapter)
+        device = distributed.device()
+        engine = make_engine(self.module, self.cfg.engine, optim, device, half=False, rates=rates)
         self.module.train()
         rng = random.Random(self.seed)
         seconds = []
