@@ -251,7 +251,7 @@ def _start(
     """Start from `values`; returns how far the hidden states of `probe` are then from `wanted`, as
     a share of the largest.
     """
-    module = layer.virtual_values[name]
+    module: Any = layer.virtual_values[name]
     layer.virtual_values[name] = plain(values)
     with _evaluating(model):
         gap = (_hidden(model, probe) - wanted).abs().max() / wanted.abs().max()

@@ -70,8 +70,8 @@ class Encoded(Plain):
         """Choose the last layer so that the values are `wanted` [n, width], or as near as n tokens
         come with an encoder narrower than n.
         """
-        features = self.mlp_head[:-1](super().forward()).double()
-        last = self.mlp_head[-1]
+        head: Any = self.mlp_head
+        features, last = head[:-1](super().forward()).double(), head[-1]
         weight = torch.linalg.lstsq(features, wanted.to(features), driver="gelsd").solution
         last.weight.copy_(weight.t())
         last.bias.zero_()
@@ -129,14 +129,16 @@ class VirtualTokens(nn.Module, BaseTunerLayer):
 
     def fold_encoders(self) -> None:
         """Put what encoders make in the place of the encoders."""
-        for name, module in self.virtual_values.items():
+        held: Any = self.virtual_values
+        for name, module in held.items():
             if isinstance(module, Encoded):
                 with torch.no_grad():
                     self.virtual_values[name] = plain(module())
 
     def active(self) -> str | None:
         """The name of the adapter in use. Raises UserError for several."""
-        names = [name for name in self.active_adapters if name in self.virtual_values]
+        held: Any = self.virtual_values
+        names = [name for name in self.active_adapters if name in held]
         if self.disable_adapters or not names:
             return None
         if len(names) > 1:
@@ -149,7 +151,8 @@ class VirtualTokens(nn.Module, BaseTunerLayer):
     def count(self) -> int:
         """Positions in front of every row now."""
         name = self.active()
-        return 0 if name is None else self.virtual_values[name].embedding.num_embeddings
+        held: Any = self.virtual_values
+        return 0 if name is None else int(held[name].embedding.num_embeddings)
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         raise UserError("virtual tokens can't be merged: no weights of the model hold them.")

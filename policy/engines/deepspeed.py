@@ -100,7 +100,7 @@ class DeepSpeedEngine:
         self._waiting = False  # whether a gradient waits for its step
         _same_head_calls(module, cfg)
         self.rates = rates or one_rate(module)
-        kind = torch.optim.AdamW
+        kind: type[torch.optim.AdamW] = torch.optim.AdamW
         if self.rates.unfreezings:
             kind = WaitingAdamW
             self.rates.silence(lambda: self.rates.phase(self.steps))

@@ -378,6 +378,7 @@ class StallWatch(TrainerCallback, ExportableState):
             self.best, self.waited = loss, 0
             return
         self.waited += 1
-        if self.waited >= self.stage.unfreeze.patience:
+        patience = self.stage.unfreeze.patience
+        if patience is not None and self.waited >= patience:
             self.groups.stalls += 1
             self.waited = 0

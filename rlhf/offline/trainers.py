@@ -58,6 +58,7 @@ class StageTrainer(PrivateHooks):
 
     extra_columns = CARRIED
     data_collator: Any
+    optimizer: Any
     schedule: OptimSettings
     plateau: Plateau | None = None
 

@@ -192,8 +192,15 @@ def _policy_module(start: _Start, cfg: Config, sample: Sample) -> PolicyModule:
     model = start.policy_lm()
     if not stage.dropout:
         turn_off_dropout(model)
-    given = {"base": start.path, "sample": sample, "train": stage.train}
-    model = attach(model, cfg.adapter, task="CAUSAL_LM", tokenizer=start.tokenizer, **given)
+    model = attach(
+        model,
+        cfg.adapter,
+        task="CAUSAL_LM",
+        base=start.path,
+        sample=sample,
+        train=stage.train,
+        tokenizer=start.tokenizer,
+    )
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
     chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
