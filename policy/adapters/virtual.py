@@ -138,7 +138,8 @@ class VirtualTokens(nn.Module, BaseTunerLayer):
     def active(self) -> str | None:
         """The name of the adapter in use. Raises UserError for several."""
         held: Any = self.virtual_values
-        names = [name for name in self.active_adapters if name in held]
+        active: Any = self.active_adapters
+        names = [name for name in active if name in held]
         if self.disable_adapters or not names:
             return None
         if len(names) > 1:

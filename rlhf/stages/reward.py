@@ -391,6 +391,6 @@ def write_states(
             json.dumps({**told, "lengths": lengths, "keys": keys}), encoding="utf-8"
         )
         side.rename(folder)
-        size = (folder / STATES).stat().st_size / 2**30
-        LOG.info("stage.cache_frozen: %.2f GiB of hidden states in %s", size, folder)
+        gib = (folder / STATES).stat().st_size / 2**30
+        LOG.info("stage.cache_frozen: %.2f GiB of hidden states in %s", gib, folder)
     distributed.barrier()
