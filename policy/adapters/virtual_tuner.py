@@ -6,6 +6,7 @@ behind its three types (`policy.adapters.register`), so that `PeftModel.from_pre
 anyone's adapter of virtual tokens into hooks on the backbone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -91,6 +92,9 @@ class VirtualModel(BaseTuner):
             adapter_name=adapter_name,
             activate_adapter=adapter_name in self.active_adapters,
         )
+        for _, wrapper in _whole_modules(model):
+            # PEFT would look for a tuner's names: `_remap_adapter_state_dict_for_load`
+            wrapper.adapter_state_dict_load_map = _nothing
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("no module is replaced")
@@ -116,20 +120,21 @@ class VirtualModel(BaseTuner):
         own = {key.split(mark)[1]: value for key, value in state_dict.items() if mark in key}
         encoder = {key: value for key, value in own.items() if key.startswith("mlp_head.")}
         values = own["embedding.weight"]
-        saved = _whole_modules(model, adapter_name, state_dict)
         if not encoder:
-            return saved | {SAVED: values}
+            return {SAVED: values}
         hidden, width = encoder["mlp_head.0.weight"].shape
         module = Encoded(len(values), width, hidden).to(values)
         folded = torch.func.functional_call(module, own)
-        saved |= {TRAINING + key: value for key, value in own.items()}
-        return saved | {SAVED: folded.detach()}
+        return {SAVED: folded.detach()} | {TRAINING + key: value for key, value in own.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         if key.startswith(TRAINING):
             return key
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        plain_key = super()._remove_adapter_name_from_key(key, adapter_name)
+        if plain_key.startswith(_OURS):
+            return _THEIRS + plain_key.removeprefix(_OURS)
+        return plain_key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -142,8 +147,13 @@ class VirtualModel(BaseTuner):
         assert layer is not None
         (place,) = [name for name, module in model.named_modules() if module is layer]
         start = f"{place}.virtual_values.{adapter_name}."
-        rest = {k: v for k, v in state_dict.items() if k.startswith(_OURS) or _THEIRS not in k}
+        rest = dict(state_dict)
         values = rest.pop(SAVED)
+        for name, wrapper in _whole_modules(model):
+            for key, held in (
+                type(wrapper).adapter_state_dict_load_map(wrapper, adapter_name).items()
+            ):
+                rest[f"{name}.{held}"] = rest.pop(f"{_THEIRS}{name.removeprefix(_OURS)}.{key}")
         encoder = {k: rest.pop(k) for k in list(rest) if k.startswith(TRAINING)}
         module = layer.virtual_values[adapter_name]
         if isinstance(module, Encoded) and encoder:
@@ -155,17 +165,13 @@ class VirtualModel(BaseTuner):
         return rest | {f"{start}embedding.weight": values}
 
 
-def _whole_modules(model: Any, adapter_name: str, state_dict: Any) -> dict[str, Tensor]:
-    """Modules that train in full beside the virtual tokens, as a classifier's head, under the names
-    that PEFT's own virtual tokens give them. PEFT adds them under a tuner's names.
-    """
-    found: dict[str, Tensor] = {}
+def _whole_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """Modules that train in full beside the virtual tokens, as a classifier's head, by name."""
     for name, module in model.named_modules():
-        if not isinstance(module, AuxiliaryTrainingWrapper):
-            continue
-        start = f"{name}."
-        held = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
-        theirs = _THEIRS + start.removeprefix(_OURS)
-        for key, value in module.adapter_state_dict(adapter_name, held).items():
-            found[theirs + key] = value.clone()
-    return found
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield name, module
+
+
+def _nothing(adapter_name: str) -> dict[str, str]:
+    """No tensors that PEFT should look for."""
+    return {}

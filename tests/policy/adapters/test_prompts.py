@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import PrefixEncoder, PromptEmbedding, PromptEncoder
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -281,6 +282,8 @@ def test_a_classifier_of_ours_is_pefts(kind: AdapterKind, tmp_path: Path) -> Non
         found = model(input_ids=padded, attention_mask=seen, position_ids=places).logits
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-10)
     save_adapter(model, tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == {"prompt_embeddings", "base_model.score.weight"}
     back = PeftModel.from_pretrained(
         make(LlamaForSequenceClassification), str(tmp_path / "adapter")
     )
@@ -291,6 +294,32 @@ def test_a_classifier_of_ours_is_pefts(kind: AdapterKind, tmp_path: Path) -> Non
         )
         found = theirs(input_ids=ids).logits  # rows of full length: no padding is pooled
     torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_peft_alone_trained_is_read(name: str, tmp_path: Path) -> None:
+    """A classifier and a language model, with a prefix whose encoder is saved folded."""
+    options: dict[str, Any] = {"P_TUNING": {"encoder_hidden_size": 16}}.get(name, {})
+    if name == "PREFIX_TUNING":
+        options = {"prefix_projection": True, "encoder_hidden_size": 16}
+    ids = tokens()
+    for task, made in (
+        ("CAUSAL_LM", LlamaForCausalLM),
+        ("SEQ_CLS", LlamaForSequenceClassification),
+    ):
+        with peft_alone():
+            theirs = peft.get_peft_model(
+                make(made), THEIRS[name][0](task_type=task, num_virtual_tokens=4, **options)
+            )
+            for param in trainable(theirs):
+                param.data.mul_(3.0)
+            expected = theirs.double().eval()(input_ids=ids).logits
+            theirs.save_pretrained(str(tmp_path / task))
+        ours = PeftModel.from_pretrained(make(made), str(tmp_path / task))
+        found = ours(input_ids=ids).logits
+        if task == "CAUSAL_LM":
+            expected = expected[:, -11:]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
