@@ -13,7 +13,9 @@ from conf.options import check, check_options, default_of, nested, option
 class AdaLoraConfig:
     """Ranks that follow their importance (AdaLoRA, Zhang et al. 2023, arXiv:2303.10512)."""
 
-    initial_rank: int = option(24, "Rank of each layer at the start.", at_least=1)
+    initial_rank: int = option(
+        24, "Rank of each layer at the start; adapter.rank is the mean rank at the end.", at_least=1
+    )
     begin: float = option(
         0.1, "Share of the steps before the first rank is given up.", at_least=0, below=1
     )
@@ -24,8 +26,8 @@ class AdaLoraConfig:
     orthogonality: float = option(
         0.1, "Weight of the penalty that keeps the bases orthogonal.", at_least=0
     )
-    beta1: float = option(0.85, "Decay rate of the mean sensitivity.", at_least=0, below=1)
-    beta2: float = option(0.85, "Decay rate of its uncertainty.", at_least=0, below=1)
+    beta1: float = option(0.85, "Decay rate of the mean sensitivity.", above=0, below=1)
+    beta2: float = option(0.85, "Decay rate of its uncertainty.", above=0, below=1)
 
     def __post_init__(self) -> None:
         check_options(self, "adapter.adalora")
@@ -217,6 +219,13 @@ class AdapterConfig:
             "none with adapter=none: rounded weights are frozen, so an adapter trains beside them "
             "(adapter=qlora)",
         )
+        if self.kind is AdapterKind.adalora:
+            check(
+                self.adalora.initial_rank >= self.rank,
+                "adapter.adalora.initial_rank",
+                self.adalora.initial_rank,
+                f"at least adapter.rank={self.rank}, the mean rank at the end",
+            )
         self._refuse_unread()
         self._check_start()
 

@@ -7,9 +7,10 @@ is needed: the hidden state at a real position is the same whatever follows it.
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ BY_SEGMENTS = "by_segments"
 LONGEST_DENSE = 512
 _sdpa = AttentionInterface()["sdpa"]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+Write = Callable[[nn.Parameter, Tensor], None]  # sets a parameter wherever an engine keeps it
+_TENDING = "tending.pt"
 # what transformers calls probabilities of dropout, in configurations and in modules
 _DROPOUT = ("dropout", "pdrop", "dropout_prob", "layerdrop")
 
@@ -289,3 +292,74 @@ def _held_dropout(holder: Any) -> list[str]:
 
 def _is_probability(value: Any) -> bool:
     return isinstance(value, float) and value > 0
+
+
+# ---- what a way to train does beside the optimizer's steps ----
+
+
+class Tending(Protocol):
+    """What a method does while a model trains, the same on every rank: a penalty, what it counts
+    and changes after each step (from 1), and what of that a resumed run needs. AdaLoRA does that.
+    """
+
+    settled: int  # the step from which on the weights are as small as they are to end
+
+    def begin(self, steps: int) -> None: ...  # before the first step: how many there will be
+    def penalty(self) -> Tensor: ...  # added once to the loss of a step, however it is split
+    def clear(self) -> None: ...  # before a step, and where none is taken
+    def after_step(self, step: int, write: Write, scale: float) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class NoTending:
+    """Of a model whose method does nothing beside the steps."""
+
+    settled = 0
+
+    def begin(self, steps: int) -> None:
+        """Nothing to prepare."""
+
+    def penalty(self) -> float:
+        """No penalty."""
+        return 0.0
+
+    def clear(self) -> None:
+        """Nothing is counted."""
+
+    def after_step(self, step: int, write: Write, scale: float) -> None:
+        """Nothing is changed."""
+
+
+def tending_of(model: Any) -> Any:
+    """The `Tending` that a method put on a model, or one that does nothing."""
+    return getattr(model, "tending", None) or NoTending()
+
+
+def write_plainly(param: nn.Parameter, value: Tensor) -> None:
+    """`Write` where the optimizer steps the parameters themselves."""
+    with torch.no_grad():
+        param.copy_(value)
+
+
+def clip_scale(norm: float | None, largest: float) -> float:
+    """What clipping to `largest` (0: no clipping) multiplied a gradient of this norm by."""
+    if norm is None or largest <= 0:
+        return 1.0
+    return min(1.0, largest / (float(norm) + 1e-6))
+
+
+def save_tending(model: Any, directory: Path) -> None:
+    """The state into a checkpoint, by rank 0."""
+    tending = tending_of(model)
+    if not isinstance(tending, NoTending) and distributed.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(tending.state(), directory / _TENDING)
+
+
+def load_tending(model: Any, directory: Path) -> None:
+    """What `save_tending` wrote, on every rank."""
+    tending = tending_of(model)
+    if not isinstance(tending, NoTending):
+        state = torch.load(directory / _TENDING, weights_only=True, map_location="cpu")
+        tending.load_state(state)

@@ -36,6 +36,7 @@ from policy.losses import (
     policy_loss,
     value_loss,
 )
+from policy.model import clip_scale, tending_of
 from policy.preference import PairLogprobs, combined_loss
 from policy.prepare import TrainBatch
 from rlhf.process import distributed
@@ -122,6 +123,8 @@ class OptimizerStep:
         trained = self.pairs if self.pairwise else self.tokens
         if trained == 0:
             return None
+        for engine in self._engines().values():
+            tending_of(engine.module.model).clear()
         micro_batches = plan_passes(batch.tokens, batch.groups, rows, self.models.layout, pairs)
         for number, packs in enumerate(micro_batches):
             self._micro_batch(packs, pairs, last=number == len(micro_batches) - 1)
@@ -148,16 +151,33 @@ class OptimizerStep:
         """The optimizers' steps and the norms of their gradients. No step is taken where an engine
         can tell before it that the gradient is bad. Raises NonFinite.
         """
-        engines = {"policy/grad_norm": self.models.policy} if self.train_policy else {}
-        if self.models.critic is not None:
-            engines["value/grad_norm"] = self.models.critic
+        engines = self._engines()
         clipped = {name: engine.clip() for name, engine in engines.items()}
         known = {name: norm for name, norm in clipped.items() if norm is not None}
         self.brake.check("grad_norm", known)
         norms = {name: engine.step() for name, engine in engines.items()}
         unchecked = {name: norm for name, norm in norms.items() if name not in known}
         self.brake.check("grad_norm", unchecked)
+        for name, engine in engines.items():
+            scale = clip_scale(norms[name], engine.optim.max_grad_norm)
+            tending_of(engine.module.model).after_step(engine.steps, engine.write, scale)
         return norms
+
+    def _engines(self) -> dict[str, Any]:
+        """Those that train, by the name of their gradient's norm."""
+        engines = {"policy/grad_norm": self.models.policy} if self.train_policy else {}
+        if self.models.critic is not None:
+            engines["value/grad_norm"] = self.models.critic
+        return engines
+
+    def _with_penalty(self, loss: Tensor, engine: Any, *, last: bool) -> Tensor:
+        """`loss` with the penalty of the model's method, once a step: in the last micro-batch, and
+        in equal parts over the ranks, whose losses are added.
+        """
+        if not last:
+            return loss
+        penalty: Tensor = tending_of(engine.module.model).penalty()
+        return loss + penalty / distributed.world_size()
 
     def _micro_batch(self, packs: Packs, pairs: Sequence[Pair], *, last: bool) -> None:
         """Forward and backward of one micro-batch; an empty one runs a row at weight 0, for the
@@ -189,7 +209,7 @@ class OptimizerStep:
         self.sums.add(entropy=bonus.detach())
         if self.stage.entropy_coef:
             loss = loss - self.stage.entropy_coef * bonus
-        models.policy.backward(loss, last=last)
+        models.policy.backward(self._with_penalty(loss, models.policy, last=last), last=last)
 
     def _keep_measured(self, done: PolicyPass) -> None:
         """The logprobs of the only pass are those before the update."""
@@ -313,7 +333,8 @@ class OptimizerStep:
             cliprange_value=stage.cliprange_value,
             denominator=self.tokens,
         )
-        critic.backward(stage.vf_coef * loss, last=last)
+        weighed = self._with_penalty(stage.vf_coef * loss, critic, last=last)
+        critic.backward(weighed, last=last)
         self.sums.add(value=loss.detach(), value_clipped=clipped)
 
     def _figures(self, total: dict[str, float]) -> dict[str, float]:

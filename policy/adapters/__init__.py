@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from conf.choices import AdapterKind, Carrier
+from conf.choices import AdapterKind, Carrier, EngineKind
 from conf.run import TrainPart
-from conf.schema import AdapterConfig, ModelConfig, facts_of
+from conf.schema import AdapterConfig, EngineConfig, ModelConfig, facts_of
 from conf.stages import OnlineStage, TrainStage
 from policy.engines.base import Rates, grouped, one_rate, rates_by_name
 from policy.model import Gather, is_rounded, no_gather
@@ -47,6 +46,8 @@ class Fresh:
     encode: Callable[[str], list[int]] | None = (
         None  # token ids of a text, None without a tokenizer
     )
+    # Where what was found in them is kept for a resumed run, None: nowhere.
+    record: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,10 @@ def _one_rate(name: str, adapter: AdapterConfig) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """One way to train little beside a frozen model."""
+    """One way to train little beside a frozen model. What a method does while it trains is the
+    `tending` of the model that `attach` returns (`policy.model.Tending`), what it found its
+    `found`.
+    """
 
     # transformers' model -> PEFT's with a fresh adapter; only the adapter trains
     attach: Callable[[Any, AdapterConfig, Fresh], Any]
@@ -83,10 +87,6 @@ class Method:
     tuner: Tuner | None = None  # of ours, None where PEFT has it
     # By the parameter's name: its learning rate over the stage's.
     rate_scale: Callable[[str, AdapterConfig], float] = _one_rate
-    # Added to the loss of an optimizer step.
-    penalty: Callable[[Any], Tensor] | None = None
-    # Called with the model and the number of the step (from 0) when all gradients are there.
-    before_step: Callable[[Any, int], None] | None = None
     # The plain LoRA with the same update, where there is one and PEFT's saved form is another.
     as_lora: Callable[[Any, Gather], AdapterWeights] | None = None
     # What is saved of it: it means the same on the base that it names.
@@ -151,6 +151,7 @@ def attach(
     sample: Callable[[], Rows] | None = None,
     train: TrainPart | None = None,
     tokenizer: Any = None,
+    record: Path | None = None,
 ) -> Any:
     """`model` with a fresh adapter of the method adapter.kind (only it trains), or `model` itself,
     of which what `train` names trains, every weight by default. With adapter.quantize the model
@@ -160,15 +161,16 @@ def attach(
     beside the adapter). base: what the saved adapter names as its base, a directory or hub's name
     of the whole weights in `model`; a directory is named absolutely, so that the adapter finds it
     from anywhere. trains_head: whether an adapter on the language model's head trains. sample: rows
-    of token ids for methods that look at data first. tokenizer: for those that start from a text.
-    Raises UserError for options that the model can't have.
+    of token ids for methods that look at data first; record: the file that keeps what they found,
+    for a resumed run. tokenizer: for those that start from a text. Raises UserError for options
+    that the model can't have.
     """
     if adapter.kind is AdapterKind.none:
         train_parts(model, train or TrainPart())
         return model
     prepare(model, adapter, trains_head=trains_head)
     encode = None if tokenizer is None else functools.partial(_token_ids, tokenizer)
-    fresh = Fresh(task=task, sample=sample, encode=encode)
+    fresh = Fresh(task=task, sample=sample, encode=encode, record=record)
     adapted = method_of(adapter).attach(model, adapter, fresh)
     if base is not None:
         directory = Path(base).expanduser()
@@ -327,6 +329,28 @@ def save(
         if distributed.is_main():
             tokenizer.save_pretrained(directory / "model")
         distributed.barrier()
+
+
+def check_budget(adapter: AdapterConfig, engine: EngineConfig, patience: int | None = None) -> None:
+    """AdaLoRA's penalty finds whole weights, and it can end on its budget. Raises UserError."""
+    if adapter.kind is not AdapterKind.adalora:
+        return
+    if engine.kind is EngineKind.deepspeed and engine.zero_stage == 3:
+        raise UserError(
+            "adapter=adalora with engine=zero3: its penalty reads whole weights outside of the "
+            "layers that hold them, which ZeRO-3 keeps in parts. Set engine=zero2, or adapter=lora."
+        )
+    if patience is not None:
+        raise UserError(
+            f"stage.patience={patience} with adapter=adalora: training that ends early ends with "
+            "larger ranks than adapter.rank. Set stage.patience=null, or adapter=lora."
+        )
+
+
+def spaced(rows: int, count: int) -> list[int]:
+    """The numbers of at most `count` of so many rows, evenly spaced."""
+    taken = min(count, rows)
+    return [i * rows // taken for i in range(taken)]
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -180,6 +180,10 @@ class DeepSpeedEngine:
 
         return deepspeed.zero.GatheredParameters(params)
 
+    def write(self, param: nn.Parameter, value: Tensor) -> None:
+        """Set a trained parameter, and the float32 copy that the ranks hold parts of."""
+        write(param, value)
+
     def save(self, directory: Path) -> None:
         """Every rank writes its part of the weights and optimizer state."""
         self.engine.save_checkpoint(
@@ -204,6 +208,15 @@ class DeepSpeedEngine:
                 "there."
             )
         self.steps = state["steps"]
+
+
+def write(param: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter that DeepSpeed trains, below ZeRO-3, and its float32 copy on every rank."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    with torch.no_grad():
+        param.copy_(value)
+    safe_set_full_fp32_param(param, value.float())
 
 
 def freeze(module: nn.Module, cfg: EngineConfig, device: torch.device, *, half: bool) -> Any:

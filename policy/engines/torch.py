@@ -20,7 +20,7 @@ from policy.engines.base import (
     one_rate,
     set_rates,
 )
-from policy.model import no_gather
+from policy.model import no_gather, tending_of
 from rlhf.process import distributed
 
 
@@ -142,6 +142,14 @@ class TorchEngine:
 
     gather = staticmethod(no_gather)
 
+    @torch.no_grad()
+    def write(self, param: nn.Parameter, value: Tensor) -> None:
+        """Set a trained parameter, and its float32 copy where it has one."""
+        for own, master in zip(self.params, self.masters, strict=True):
+            if own is param:
+                master.copy_(value)
+        param.copy_(value)
+
     def save(self, directory: Path) -> None:
         """Trained weights, optimizer state and step count, in `directory`."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -180,6 +188,7 @@ def make_engine(
     """The engine that the config names. `half`: the weights are bfloat16 (DeepSpeed must know);
     rates: of groups of parameters, None: one rate for all that train.
     """
+    tending_of(getattr(module, "model", module)).begin(optim.total_steps)
     if cfg.kind is EngineKind.deepspeed:
         from policy.engines.deepspeed import DeepSpeedEngine
 

@@ -285,6 +285,16 @@ class PrivateHooks(Trainer):
         self.current_gradient_accumulation_steps = 1 / share
         self.accelerator.gradient_state._set_sync_gradients(last)
 
+    def share_of_step(self, items: Any) -> float:
+        """What to multiply a loss by that every micro-batch adds and that a step is to have once:
+        the trainer divides a mean over rows by the step's micro-batches, but not a loss over the
+        step's tokens, of which it knows the number `items`.
+        """
+        sums = self.model_accepts_loss_kwargs and items is not None
+        if sums or self.compute_loss_func is not None:
+            return float(1 / self.current_gradient_accumulation_steps)
+        return 1.0
+
     def batch_metrics(self) -> dict[str, list[float]]:
         """TRL's figures of the batches since its last log, a list per figure; to be changed in
         place.
@@ -359,6 +369,8 @@ USED = (
     Part(RewardTrainer, "_metrics"),
     Part(CPOTrainer, "_stored_metrics"),
     Part(Trainer, "current_gradient_accumulation_steps"),
+    Part(Trainer, "model_accepts_loss_kwargs"),
+    Part(Trainer, "compute_loss_func"),
     Part(Trainer, "floating_point_ops", ("inputs",)),
     Part(DPOTrainer, "_total_train_tokens"),
     Part(DPOTrainer, "_prepare_dataset", _TOKENISED),

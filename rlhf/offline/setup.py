@@ -17,7 +17,7 @@ from conf.choices import AdapterKind, Dtype, EngineKind, Offload
 from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig, facts_of
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
 from policy import adapters
-from policy.adapters import Rows
+from policy.adapters import Rows, spaced
 from policy.engines.deepspeed import (
     ensure_process_group,
     gradient_sums,
@@ -31,6 +31,7 @@ from rlhf.models.loading import resolve_dtype, write_whole
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
 from rlhf.run.context import RunContext
+from rlhf.run.directory import LOOKED_UP
 from rlhf.types import EncodedRows, UserError
 
 # columns of encoded rows whose token ids follow those of a prompt, if there is one
@@ -44,6 +45,7 @@ def check(cfg: Config) -> list[str]:
     stage = cfg.stage_as(OfflineStage)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
+    adapters.check_budget(cfg.adapter, cfg.engine, stage.patience)
     launch.plan_batches(stage.batch_size, cfg.engine, ranks)
     launch.check_growth(stage, cfg.engine, ranks)
     launch.check_micro_tokens(stage, cfg.engine)
@@ -143,15 +145,18 @@ def with_adapter(
         task=_task(stage),
         base=base,
         trains_head=_trains_head(stage),
-        sample=functools.partial(first_rows, rows.train, adapter.sample_rows),
+        sample=functools.partial(sampled_rows, rows.train, adapter.sample_rows),
+        record=start.parent / LOOKED_UP[0],
         tokenizer=tokenizer,
     )
 
 
-def first_rows(train: Any, count: int) -> Rows:
-    """Token ids of the first `count` rows that a stage trains on, prompt and (chosen) answer."""
+def sampled_rows(train: Any, count: int) -> Rows:
+    """Token ids of `count` rows that a stage trains on, evenly spaced, prompt and (chosen)
+    answer.
+    """
     rows = []
-    for row in train.select(range(min(count, len(train)))):
+    for row in train.select(spaced(len(train), count)):
         answers = [row[name] for name in _ANSWERS if name in row]
         rows.append([*row.get("prompt_ids", ()), *answers[0]])
     return rows

@@ -1,5 +1,5 @@
 """The rows of an optimizer step of TRL's trainers: which they are, in which micro-batches, and what
-they weigh. `rlhf/offline/trainers.py` says how each trainer uses it.
+they weigh; and what the model's method adds to a step. `rlhf/offline/trainers.py` uses it.
 
 transformers' Trainer takes as many rows for each micro-batch, and pads them to the longest. With
 `engine.micro_batch_tokens` the loader hands out a rank's rows of a step as they are (`StepRows`);
@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from policy.batching import plan_micro_batches
+from policy.engines.deepspeed import write as write_in_shards
+from policy.model import clip_scale, tending_of, write_plainly
 from rlhf.process import distributed
 from rlhf.types import SOFT_LABEL, WEIGHT
 
@@ -315,3 +317,36 @@ def allocate_states(file: Path, size: int) -> str | None:
             "stage.cache_frozen=false."
         )
     return None
+
+
+# ---- what is added to a step's loss, once however it is split ----
+
+
+class Tended:
+    """What a model's method does beside the steps of a trainer (`policy.model.Tending`)."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.tending = model, tending_of(model)
+        self.norm: Any = None  # of the step's gradient, before it was clipped
+
+    def with_penalty(self, trainer: Any, result: Any, items: Any) -> Any:
+        """A micro-batch's loss, or its loss and outputs, with its part of the step's penalty, so
+        that a step adds the penalty once however it is split; the logged loss holds it too.
+
+        items: the number of the step's tokens, where the trainer divides by it.
+        """
+        part = trainer.share_of_step(items) * self.tending.penalty()
+        if isinstance(result, tuple):
+            return (result[0] + part, *result[1:])
+        return result + part
+
+    def after_step(self, trainer: Any) -> None:
+        """After the optimizer's step, before it is evaluated and saved. Weights that are not yet as
+        small as they are to end are not kept as the best. A collective.
+        """
+        write = write_in_shards if trainer.is_deepspeed_enabled else write_plainly
+        step = trainer.state.global_step
+        self.tending.after_step(step, write, clip_scale(self.norm, trainer.args.max_grad_norm))
+        if step == self.tending.settled:
+            state = trainer.state
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -27,7 +27,7 @@ from conf.schema import EngineConfig
 from policy.engines import resharding
 from policy.engines.base import NonFinite, OptimSettings, Plateau, Rates
 from policy.engines.deepspeed import is_universal, reading, repair_universal
-from policy.model import is_peft
+from policy.model import is_peft, load_tending, save_tending
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import step_rows
 from rlhf.offline.private_hooks import PrivateHooks, deepspeed_load_checkpoint
@@ -36,6 +36,7 @@ from rlhf.offline.step_rows import (
     GrowingBatches,
     Parts,
     StepRows,
+    Tended,
     WholeBatches,
     WithWeights,
     part_rows,
@@ -73,6 +74,7 @@ class StageTrainer(PrivateHooks):
         self.guard, self.engine = guard, engine
         self.group_rates = GroupRates.of(rates, engine)
         super().__init__(*args, **kwargs)
+        self.tended = Tended(self.model)
         self.data_collator = WithWeights(self.data_collator)
         if self.group_rates is not None:
             self.add_callback(self.group_rates)
@@ -80,9 +82,7 @@ class StageTrainer(PrivateHooks):
     # ---- the learning rate ----
 
     def set_schedule(self, schedule: OptimSettings, plateau: Plateau | None) -> None:
-        """The run's steps and their rates. Set after the trainer is made, since packing decides
-        how many rows there are.
-        """
+        """The run's steps and their rates: packing decides how many rows there are."""
         self.schedule, self.plateau = schedule, plateau
         self.args.max_steps = schedule.total_steps
 
@@ -188,6 +188,7 @@ class StageTrainer(PrivateHooks):
         if self.model.training:
             self.guard.micro_batches.append(inputs)
             self.check_loss(result[0] if return_outputs else result)
+            result = self.tended.with_penalty(self, result, num_items_in_batch)
         return result
 
     # ---- held-out loss: a mean over all of it, however it is split ----
@@ -210,6 +211,7 @@ class StageTrainer(PrivateHooks):
         """
         if not self.guard.micro_batches:
             self.remember_loss()
+            self.tended.tending.clear()
         if isinstance(inputs, Parts):
             loss = self.run_parts(model, inputs, num_items_in_batch)
         else:
@@ -223,6 +225,7 @@ class StageTrainer(PrivateHooks):
         left to apply.
         """
         guard = self.guard
+        self.tended.norm = grad_norm
         # With float16 the loss scaler leaves out such steps itself.
         finite = grad_norm is None or math.isfinite(float(grad_norm))
         if not finite and not self.args.fp16:
@@ -255,7 +258,9 @@ class StageTrainer(PrivateHooks):
         guard = self.guard
         guard.losses = []
         if guard.problem is None:
+            self.tended.after_step(self)
             return False
+        self.tended.tending.clear()
         figures = {"train/skipped": 1.0}
         if guard.stage.on_nonfinite is OnNonFinite.rewind:
             self.rewind(guard.checkpoint())
@@ -302,6 +307,7 @@ class StageTrainer(PrivateHooks):
             distributed.barrier()
             if distributed.is_main():
                 self.guard.save(directory)
+                save_tending(self.model, directory)
                 resharding.record(directory, self.engine)
                 checkpoints.seal(directory)
                 checkpoints.clear_universal(folder)
@@ -339,9 +345,10 @@ class StageTrainer(PrivateHooks):
         return directory
 
     def optimizer_loaded(self, checkpoint: Path) -> None:
-        """Repair what DeepSpeed leaves out of a checkpoint in its universal form."""
+        """Repair what DeepSpeed leaves out of a universal form, and load the method's state."""
         if is_universal(checkpoint):
             repair_universal(self.model_wrapped, checkpoint)
+        load_tending(self.model, checkpoint)
 
     def restart_randomness(self, checkpoint: Path) -> bool:
         """On another number of ranks than the checkpoint's, whose states fit no rank of this

@@ -200,6 +200,7 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     plateau = Plateau.of(stage, higher_is_better=False)
     schedule = OptimSettings.from_stage(stage, total_steps=steps, from_zero=True)
     trainer.set_schedule(schedule, plateau)
+    trainer.tended.tending.begin(steps)
     trainer.remove_callback(PrinterCallback)
     if stage.patience is not None:
         trainer.add_callback(Patience(stage.patience, stage.min_improvement))
@@ -225,6 +226,7 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     # afterwards would wait for the other ranks.
     unset_hf_deepspeed_config()
     state = trainer.state
+    ctx.tell_found(trainer.model)
     if reporter.signal is not None:
         checkpoint = ctx.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         raise Interrupted(reporter.signal, state.global_step, checkpoint)

@@ -358,6 +358,7 @@ class Loop:
         if ctx.enabled:
             checkpoints.clear_universal(ctx.checkpoint_dir)
             ctx.tracker.images(self.watching.plot(ctx.dir / "plots"))
+        ctx.tell_found(self.parts.models.policy.module.model)
         metrics = run_metrics(history)
         metrics["train/rewinds"] = float(self.state.rewinds)
         ctx.finish(

@@ -6,11 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from policy.engines import resharding
 from policy.engines.base import Brake, Plateau
+from policy.model import load_tending, save_tending
 from policy.prepare import TrainBatch
 from rlhf.online.judging import Watching
 from rlhf.online.setup import Parts
@@ -81,9 +83,9 @@ def write_bad_batch(
 def write_state(directory: Path, state: RunState, parts: Parts, watching: Watching) -> None:
     """Write everything that a resumed run needs into a checkpoint's directory. A collective."""
     models = parts.models
-    models.policy.save(directory / "policy")
-    if models.critic is not None:
-        models.critic.save(directory / "critic")
+    for name, engine in _engines(parts).items():
+        engine.save(directory / name)
+        save_tending(engine.module.model, directory / name)
     randomness.save(directory)
     if not distributed.is_main():
         return
@@ -106,15 +108,23 @@ def write_state(directory: Path, state: RunState, parts: Parts, watching: Watchi
     (directory / _STATE).write_text(json.dumps(content), encoding="utf-8")
 
 
+def _engines(parts: Parts) -> dict[str, Any]:
+    """Those whose state a checkpoint holds, by the name of its folder."""
+    engines: dict[str, Any] = {"policy": parts.models.policy}
+    if parts.models.critic is not None:
+        engines["critic"] = parts.models.critic
+    return engines
+
+
 def read_state(directory: Path, state: RunState, parts: Parts, watching: Watching) -> None:
     """Take over what `write_state` wrote into a checkpoint, all but the random generators. More
     rewinds than it counts stay counted. A collective.
     """
     content = json.loads((directory / _STATE).read_text(encoding="utf-8"))
     models = parts.models
-    models.policy.load(directory / "policy")
-    if models.critic is not None:
-        models.critic.load(directory / "critic")
+    for name, engine in _engines(parts).items():
+        engine.load(directory / name)
+        load_tending(engine.module.model, directory / name)
     if parts.moving_reference:
         weights = torch.load(directory / _REFERENCE, weights_only=True, map_location="cpu")
         models.reference.model.load_state_dict(weights)

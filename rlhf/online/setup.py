@@ -40,6 +40,7 @@ from policy.adapters import (
     rates_of,
     round_weights,
     sender,
+    spaced,
 )
 from policy.agreement import agreed_layout, can_share_prompts
 from policy.engines.base import Engine, OptimSettings, Rates
@@ -71,6 +72,7 @@ from rlhf.online.sync import WeightSync, make_proof
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
+from rlhf.run.directory import LOOKED_UP
 from rlhf.types import AdapterWeights, Generator, Prompt, RowReader, Scorer, UserError
 from rollout import make_generator, resolve_backend
 
@@ -104,6 +106,8 @@ class _Start:
     config: ModelConfig  # with that path
     source: ModelConfig  # the weights before they are rounded; with adapter.quantize=none the same
     tokenizer: Any
+    sample: Sample
+    folder: Path  # of the run
 
     def causal_lm(self) -> Any:
         """What the generator, and a reference of its own, start from."""
@@ -112,6 +116,9 @@ class _Start:
     def policy_lm(self) -> Any:
         """What the policy starts from, before an adapter's base is held rounded."""
         return load_causal_lm(self.source, self.tokenizer)
+
+    def looks(self, name: str) -> dict[str, Any]:  # for `attach`
+        return {"sample": self.sample, "record": self.folder / name, "tokenizer": self.tokenizer}
 
 
 def build(ctx: RunContext, reader: RowReader) -> Parts:
@@ -126,12 +133,12 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     tokenizer, prompts = read.tokenizer, read.train
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
-    start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer)
+    start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
     carrier = carrier_of(cfg.rollout, cfg.adapter)
     vllm = resolve_backend(cfg.rollout.backend) is RolloutBackend.vllm
     weights_of = sender(cfg.adapter, carrier, vllm=vllm)
-    policy_module = _policy_module(start, cfg, sample)
+    policy_module = _policy_module(start, cfg)
     first = weights_of(policy_module.model, no_gather)
     rank = None
     if vllm and carrier is Carrier.lora:
@@ -140,7 +147,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
         cfg,
         model_path=start.path,
         tokenizer=tokenizer,
-        model_factory=lambda: _generator_model(start, cfg.adapter, carrier, sample),
+        model_factory=lambda: _generator_model(start, cfg.adapter, carrier),
         carrier=carrier,
         adapter_rank=rank,
         adapter=first if isinstance(first, AdapterWeights) else None,
@@ -173,33 +180,26 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
 
 
 def _token_ids(prompts: Sequence[Prompt], count: int) -> Rows:
-    return [list(prompt.token_ids) for prompt in prompts[:count]]
+    return [list(prompts[i].token_ids) for i in spaced(len(prompts), count)]
 
 
-def _generator_model(
-    start: _Start, adapter: AdapterConfig, carrier: Carrier, sample: Sample
-) -> Any:
+def _generator_model(start: _Start, adapter: AdapterConfig, carrier: Carrier) -> Any:
     """The model of a generator in this process, with room for the adapter that is sent to it."""
     model = start.causal_lm()
     if carrier is Carrier.merged:
         return model
     whole = replace(adapter, quantize=Quantization.none)  # the start's weights are rounded
-    return attach(model, whole, task="CAUSAL_LM", sample=sample, tokenizer=start.tokenizer)
+    return attach(model, whole, task="CAUSAL_LM", **start.looks(LOOKED_UP[0]))
 
 
-def _policy_module(start: _Start, cfg: Config, sample: Sample) -> PolicyModule:
+def _policy_module(start: _Start, cfg: Config) -> PolicyModule:
     stage = cfg.stage_as(OnlineStage)
     model = start.policy_lm()
     if not stage.dropout:
         turn_off_dropout(model)
+    looks = start.looks(LOOKED_UP[0])
     model = attach(
-        model,
-        cfg.adapter,
-        task="CAUSAL_LM",
-        base=start.path,
-        sample=sample,
-        train=stage.train,
-        tokenizer=start.tokenizer,
+        model, cfg.adapter, task="CAUSAL_LM", base=start.path, train=stage.train, **looks
     )
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
@@ -291,7 +291,9 @@ def _register(ctx: RunContext, files: Iterable[Path]) -> None:
         ctx.add_data(file)
 
 
-def _start_of(written: Path, model: ModelConfig, adapter: AdapterConfig, tokenizer: Any) -> _Start:
+def _start_of(
+    written: Path, model: ModelConfig, adapter: AdapterConfig, tokenizer: Any, sample: Sample
+) -> _Start:
     """The run's start, written where there is none to load. A collective.
 
     Where the policy holds its frozen weights rounded (adapter.quantize), start/ has the rounded
@@ -301,7 +303,7 @@ def _start_of(written: Path, model: ModelConfig, adapter: AdapterConfig, tokeniz
     if not adapter.is_quantized:
         path = _start_directory(written, model, tokenizer)
         config = replace(model, path=path, gguf_file=None)
-        return _Start(path, config, config, tokenizer)
+        return _Start(path, config, config, tokenizer, sample, written.parent)
     path = _start_directory(written.with_name(UNROUNDED), model, tokenizer)
     source = replace(model, path=path, gguf_file=None)
     if distributed.is_main() and not (written / "config.json").exists():
@@ -310,7 +312,8 @@ def _start_of(written: Path, model: ModelConfig, adapter: AdapterConfig, tokeniz
             write_whole(rounded, tokenizer, side)
     distributed.barrier()
     path = str(written)
-    return _Start(path, replace(source, path=path), source, tokenizer)
+    rounded_start = replace(source, path=path)
+    return _Start(path, rounded_start, source, tokenizer, sample, written.parent)
 
 
 def _start_directory(written: Path, model: ModelConfig, tokenizer: Any) -> str:
@@ -348,7 +351,8 @@ def _critic_model(
     if not stage.dropout:
         turn_off_dropout(model)
     model.requires_grad_(True)
-    return attach(model, critic_adapter(stage, adapter), task="SEQ_CLS")
+    adapter = critic_adapter(stage, adapter)
+    return attach(model, adapter, task="SEQ_CLS", **start.looks(LOOKED_UP[1]))
 
 
 def _reward_weights(path: str, start: _Start) -> Any:

@@ -133,6 +133,16 @@ def _reduce(values: Sequence[float], operation: Literal["SUM", "MAX"]) -> list[f
     return [float(v) for v in tensor.tolist()]
 
 
+def sum_tensor(tensor: "torch.Tensor") -> "torch.Tensor":
+    """The sum over ranks of a tensor that is as large on each of them, in its own dtype."""
+    dist = _process_group()
+    if dist is None:
+        return tensor
+    whole = tensor.contiguous().clone()
+    dist.all_reduce(whole)
+    return whole
+
+
 def gather(value: Any) -> list[Any]:
     """One picklable value per rank, in rank order, on every rank."""
     dist = _process_group()

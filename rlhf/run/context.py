@@ -69,6 +69,7 @@ class RunContext:
         self.dir = directory
         self.resume_from = opened.resume_from
         self.enabled = distributed.is_main()
+        self.summary: dict[str, Any] = {}  # further entries of summary.json
         self._manifest: Manifest | None = None
         if self.enabled:
             path = directory / MANIFEST_FILE
@@ -216,6 +217,18 @@ class RunContext:
         self._manifest.add("data", entry)
         return file_sha256
 
+    def tell_found(self, model: Any) -> None:
+        """Note what the method that trained `model` found out, where it tells something (its
+        `found`), in the run's summary, and draw it.
+        """
+        found = getattr(model, "found", None)
+        if found is None or not self.enabled:
+            return
+        self.summary["adapter"] = found()
+        path = self.dir / "plots" / "adapter.png"
+        plots.plot_blocks(self.summary["adapter"], path)
+        self.tracker.images([path])
+
     def publish(
         self,
         name: str,
@@ -309,6 +322,7 @@ class RunContext:
             "peak_rss_mb": round(peak_mb, 1),
             "metrics": dict(metrics),
             "model": model,
+            **self.summary,
         }
         write_json(self.dir / SUMMARY_FILE, summary)  # last: whoever sees it sees a whole run
         shown: dict[str, Path | str] = {"run": self.dir}

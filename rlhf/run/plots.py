@@ -298,6 +298,36 @@ def plot_run(directory: Path) -> list[Path]:
     return written
 
 
+# What is drawn of the blocks of a model: the key, the panel's title and unit.
+_BLOCKS = (
+    ("dimension", "Intrinsic dimension of the hidden states", "dimensions"),
+    ("rank", "Rank of the updates", "rank"),
+)
+
+
+def plot_blocks(found: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Draw into `path` what a method found of a model's blocks, values by names of modules such as
+    ``model.layers.3.mlp.up_proj``: a line for each kind of module over the blocks' numbers.
+    """
+    panels = [panel for panel in _BLOCKS if panel[0] in found]
+    canvas = _new_canvas(len(panels))
+    for i, (key, title, unit) in enumerate(panels):
+        series: dict[str, Series] = {}
+        for name, value in found[key].items():
+            number = re.search(r"\.(\d+)", name)
+            kind = name[number.end() :] if number else name
+            blocks, values = series.setdefault(kind.rsplit(".", 1)[-1], ([], []))
+            blocks.append(int(number[1]) if number else 0)
+            values.append(value)
+        axes = canvas.add_subplot(1, len(panels), i + 1)
+        _draw_lines(axes, list(series), series)
+        _finish_axes(axes, title, "block", unit)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(series) > 1:  # beside the axes: lines are everywhere
+            axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(canvas, path)
+
+
 class PolicyState(Protocol):
     """What is drawn of a state of the policy; None where it was not measured."""
 

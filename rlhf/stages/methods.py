@@ -6,12 +6,25 @@ methods' files.
 import rollout
 from conf.choices import AdapterKind, Carrier
 from policy import adapters
-from policy.adapters import bottleneck, lora, lora_mini, molora, prompts, quantized, rasa, scaled
+from policy.adapters import (
+    adalora,
+    bottleneck,
+    gelora,
+    lora,
+    lora_mini,
+    molora,
+    prompts,
+    quantized,
+    rasa,
+    scaled,
+)
 from rollout.embeds import EmbedsGenerator
 from rollout.modules import ModulesGenerator
 
 ALL = {
     AdapterKind.lora: lora.METHOD,
+    AdapterKind.adalora: adalora.METHOD,
+    AdapterKind.gelora: gelora.METHOD,
     AdapterKind.lora_mini: lora_mini.METHOD,
     AdapterKind.rasa: rasa.METHOD,
     AdapterKind.bottleneck: bottleneck.METHOD,

@@ -42,6 +42,7 @@ TWO_RANKS += [("reward", zero, "top") for zero in (1, 2, 3)]
 TWO_RANKS += [("sft", zero, "unfrozen") for zero in (1, 2, 3)] + [("dpo", 3, "top")]
 TWO_RANKS += [("reward", zero, "kept") for zero in (2, 3)]
 TWO_RANKS += [("growing", 2, "none"), ("growing", 1, "lora")]
+TWO_RANKS += [("sft", 3, "gelora")]  # rank 0 looks at rows before all train
 FAMILIES = {"granite": "reward", "olmoe": "reward", "qwen3_moe": "sft"}  # beside Llama; their rows
 TWO_RANKS += [(family, 3, "none") for family in FAMILIES]
 ONE_RANK = [("sft", 3, "none"), ("reward", 2, "lora")]  # engine=zero* without torchrun
