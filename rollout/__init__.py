@@ -2,7 +2,7 @@
 installed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -15,6 +15,9 @@ from rlhf.types import AdapterWeights, Generator, UserError
 # generator of the arguments of `rollout.vllm.VLLMGenerator` and `adapter`, one like those of later
 # syncs. rlhf/stages/methods.py fills it, so that no stage depends on them.
 ENGINES: dict[Carrier, Callable[..., Generator]] = {}
+# Checks of such adapters' places, by transformers' model type and the paths of modules, before
+# anything loads. They raise UserError.
+PLACES: dict[Carrier, Callable[[str, Sequence[str]], None]] = {}
 
 
 def resolve_backend(backend: RolloutBackend) -> RolloutBackend:

@@ -23,13 +23,16 @@ _UNREAD = (
     *("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version"),
     *("task_type", "dropout"),
 )
-# Joint layers whose rows vLLM has in another order than transformers: by head there, by kind here.
+# Joint layers whose rows vLLM has in another order than transformers: by head there, by kind here;
+# and the families whose models vLLM has itself.
 _REORDERED = ("query_key_value", "Wqkv")
+_BY_KIND = ("falcon", "bloom")
 _JOINT = "QKVParallelLinear"  # vLLM's class
+_OTHER_ORDER = "has its rows in another order in vLLM's model"
 # transformers' names of a block's parts -> other names that vLLM's models have for them
 _RENAMED = {"mlp": ("block_sparse_moe",), "self_attn": ("attn",)}
 # Layers whose weights vLLM's latent attention multiplies by itself, or joins.
-_ABSORBED = ("kv_b_proj", "q_a_proj", "kv_a_proj_with_mqa")
+_ABSORBED = ("kv_b_proj", "q_a_proj")
 
 
 class EngineModules:
@@ -45,9 +48,6 @@ class EngineModules:
                 f"rollout=vllm: the adapter holds {others[0]}, which is no layer of its own that "
                 "could be put into vLLM's model. Set rollout=hf."
             )
-        for path in self._inserts:
-            if path.endswith(_ABSORBED):
-                raise _not_there(path, "is no layer that vLLM's latent attention calls")
         self._config = _read(weights.config)
         self._specs = specs_of(weights.tensors)
         self._held = self._tensors(weights.tensors)
@@ -124,6 +124,18 @@ class EngineModules:
         return weights_checksums(self._held.items())
 
 
+def check_places(family: str, paths: Iterable[str]) -> None:
+    """What is known of vLLM's models before one loads: they have a layer for each of `paths` in
+    transformers' model of this type. Raises UserError. Of others the engine tells at its start.
+    """
+    for path in paths:
+        last = path.rpartition(".")[2]
+        if last in _ABSORBED:
+            raise _not_there(path, "is no layer that vLLM's latent attention calls")
+        if last in _REORDERED and family in _BY_KIND:
+            raise _not_there(path, _OTHER_ORDER)
+
+
 class ModulesGenerator(VLLMGenerator):
     """An engine whose layers have an adapter's inserts. Before the first sync these are as fresh
     as they came.
@@ -191,7 +203,7 @@ def _find(layers: Mapping[str, Any], path: str) -> tuple[Any, slice | None]:
     if layer is None:
         raise _not_there(path, "is not a layer of vLLM's model")
     if last in _REORDERED and type(layer).__name__ == _JOINT:
-        raise _not_there(path, "has its rows in another order in vLLM's model")
+        raise _not_there(path, _OTHER_ORDER)
     if getattr(layer, "tp_size", 1) > 1:
         raise _not_there(path, "is shared out among processes in vLLM's model")
     if getattr(layer, "skip_bias_add", False) and getattr(layer, "bias", None) is not None:

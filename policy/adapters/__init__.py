@@ -94,6 +94,9 @@ class Method:
     # The largest rank of that LoRA's layers, and the options that give it, as messages name them,
     # where it is not adapter.rank. The weights may be on the meta device.
     lora_rank: Callable[[Any, AdapterConfig], tuple[int, str]] | None = None
+    # Paths of the modules that get layers of its own, where it has such. The weights may be on the
+    # meta device.
+    places: Callable[[Any, AdapterConfig], list[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +278,20 @@ def sent_rank(model: ModelConfig, adapter: AdapterConfig) -> tuple[int, str] | N
     if empty is None:
         return None
     return rank_of(empty, adapter)
+
+
+def places_of(model: ModelConfig, adapter: AdapterConfig) -> tuple[str, list[str]] | None:
+    """transformers' model type and the modules that get layers of the adapter's own (as
+    `Method.places`). None for a method without, and for a model whose configuration is not known
+    before its weights load.
+    """
+    if adapter.kind is AdapterKind.none:
+        return None
+    places_in = method_of(adapter).places
+    empty = None if places_in is None else without_weights(model)
+    if places_in is None or empty is None:
+        return None
+    return str(empty.config.model_type), places_in(empty, adapter)
 
 
 def sender(

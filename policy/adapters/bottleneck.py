@@ -307,5 +307,6 @@ METHOD = Method(
     attach=attach,
     expected=expected,
     check=check,
+    places=places,
     tuner=Tuner(BOTTLENECK, BottleneckPeftConfig, BottleneckModel),
 )

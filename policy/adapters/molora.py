@@ -43,6 +43,11 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
     check_targets(model, adapter.targets, trains_head=trains_head)
 
 
+def places(model: Any, adapter: AdapterConfig) -> list[str]:
+    """Paths of the linear layers that get experts."""
+    return list(adapted_linears(model, adapter))
+
+
 def expected(model: Any, adapter: AdapterConfig) -> int:
     """E (r (in + out) + in) for each layer adapted."""
     count = 0
@@ -56,5 +61,6 @@ METHOD = Method(
     attach=attach,
     expected=expected,
     check=check,
+    places=places,
     tuner=Tuner(MOLORA, MoLoraPeftConfig, MoLoraModel),
 )

@@ -19,7 +19,7 @@ from policy.adapters import (
     scaled,
 )
 from rollout.embeds import EmbedsGenerator
-from rollout.modules import ModulesGenerator
+from rollout.modules import ModulesGenerator, check_places
 
 ALL = {
     AdapterKind.lora: lora.METHOD,
@@ -40,4 +40,5 @@ def register() -> None:
     """Let stages, PEFT and generators know them."""
     adapters.register(ALL, quantized.HOLDING)
     rollout.ENGINES[Carrier.modules] = ModulesGenerator
+    rollout.PLACES[Carrier.modules] = check_places
     rollout.ENGINES[Carrier.embeds] = EmbedsGenerator

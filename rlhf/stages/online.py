@@ -5,9 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from conf.adapters import virtual_tokens
-from conf.choices import Action, Advantage, CriticInit, Dtype
+from conf.choices import Action, Advantage, Carrier, CriticInit, Dtype
 from conf.online import OnlineStage
-from conf.schema import Config, RewardConfig, facts_of
+from conf.schema import (
+    AdapterConfig,
+    Config,
+    ModelConfig,
+    RewardConfig,
+    carrier_of,
+    facts_of,
+)
 from policy import adapters
 from policy.engines import resharding
 from reward.base import model_paths
@@ -18,6 +25,7 @@ from rlhf.online.loop import Loop
 from rlhf.online.setup import build
 from rlhf.run.context import RunContext
 from rlhf.types import RowReader, UserError
+from rollout import PLACES
 
 adapt_checkpoint = resharding.adapt  # before a resume
 
@@ -53,6 +61,8 @@ def check(cfg: Config) -> list[str]:
     adapters.check_budget(cfg.adapter, cfg.engine)
     inputs.check_trained(cfg.model)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM", stage=stage)
+    if launch.runs_vllm(cfg.rollout.backend):
+        check_places(carrier_of(cfg.rollout, cfg.adapter), cfg.model, cfg.adapter)
     sent = adapters.sent_rank(cfg.model, cfg.adapter)
     if sent is not None:
         launch.check_rank(cfg.rollout, cfg.adapter, *sent)
@@ -62,6 +72,15 @@ def check(cfg: Config) -> list[str]:
     notes += check_watch(stage, cfg.reward, tokenizer)
     check_lengths(cfg)
     return notes
+
+
+def check_places(carrier: Carrier, model: ModelConfig, adapter: AdapterConfig) -> None:
+    """vLLM's model has a layer wherever the adapter puts one of its own. Raises UserError."""
+    check, known = PLACES.get(carrier), None
+    if check is not None:
+        known = adapters.places_of(model, adapter)
+    if check is not None and known is not None:
+        check(*known)
 
 
 def check_reference(stage: OnlineStage, zero_stage: int, *, merges: bool = True) -> None:

@@ -19,9 +19,12 @@ from conf.schema import Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
 from policy.adapters import attach
 from policy.saving import adapter_weights, full_weights, save_adapter
+from rlhf.cli.config import compose
 from rlhf.online.sync import verify_sync
 from rlhf.types import AdapterWeights, Prompt, SyncError, UserError
-from rollout.modules import EngineModules
+from rollout.modules import EngineModules, check_places
+from tests.checking import check
+from tests.online.families import tiny_family
 
 PROBE = tuple(range(40, 84))
 TOLERANCE = 1e-5
@@ -286,12 +289,37 @@ def test_what_vllm_has_otherwise_is_refused() -> None:
     reordered = type("QKVParallelLinear", (nn.Linear,), {})(8, 6)
     name = "attn__query_key_value"
     refused("model.attn.query_key_value", reordered, "another order", name)
-    with pytest.raises(UserError, match=r"kv_b_proj.*latent attention.*rollout=hf"):
-        EngineModules(experts("model.attn.kv_b_proj"))
     weights = experts("model.attn.o_proj")
     weights.tensors["base_model.model.lm_head.weight"] = torch.zeros(1)
     with pytest.raises(UserError, match=r"holds base_model.model.lm_head.weight.*rollout=hf"):
         EngineModules(weights)
+
+
+def test_what_is_known_before_anything_loads() -> None:
+    check_places("llama", ["model.layers.0.self_attn.q_proj"])
+    check_places("gpt_neox", ["gpt_neox.layers.0.attention.query_key_value"])
+    with pytest.raises(UserError, match=r"kv_b_proj.*latent attention.*rollout=hf"):
+        check_places("deepseek_v2", ["model.layers.0.self_attn.kv_b_proj"])
+    with pytest.raises(UserError, match=r"query_key_value.*another order.*rollout=hf"):
+        check_places("falcon", ["transformer.h.0.self_attention.query_key_value"])
+
+
+@pytest.mark.vllm
+def test_a_run_is_refused_before_anything_loads(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_family("deepseek_v2", tiny_model(), tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    given = ["stage=grpo", f"model.path={model}", f"data.path={tmp_path / 'prompts.jsonl'}"]
+    given += ["data.max_prompt_length=8", "rollout.max_response_length=4", "stage.steps=2"]
+    given += ["reward.function=tests.toys:even_tokens", "model.dtype=float32", "adapter=molora"]
+    cfg = compose([*given, "rollout=vllm"])
+    for weights in model.glob("*.safetensors"):
+        weights.write_bytes(b"")  # nobody reads them
+    with pytest.raises(UserError, match=r"kv_b_proj.*Set rollout=hf"):
+        check(cfg)
+    check(compose([*given, "rollout=hf"]))
+    check(compose([*given, "rollout=vllm", "adapter=houlsby"]))
 
 
 def test_other_names_of_vllm() -> None:

@@ -29,7 +29,7 @@ def test_as_near_to_transformers_as_without_an_adapter(
     """Or refused by name."""
     directory = tiny_family(family, tiny_model(), tmp_path / "model")
     if kind == "molora" and family in LATENT:
-        with pytest.raises(UserError, match=r"latent attention calls\. Set rollout=hf"):
+        with pytest.raises(UserError, match=r"_proj, .* vLLM.*Set rollout=hf"):
             start("vllm", MOLORA, directory)
         return
     generator = start("vllm", KINDS[kind], directory)
