@@ -29,7 +29,7 @@ from policy.saving import (
 )
 from rlhf.models.directories import CLASSIFIER
 from rlhf.models.loading import without_weights
-from rlhf.models.parts import chosen, outline, places, train_parts
+from rlhf.models.parts import ADDED, chosen, outline, places, train_parts
 from rlhf.process import distributed
 from rlhf.process.libraries import hide_bitsandbytes
 from rlhf.types import AdapterWeights, FullWeights, UserError
@@ -65,6 +65,11 @@ def _nothing_to_check(model: Any, adapter: AdapterConfig, trains_head: bool) -> 
     """The method takes every model."""
 
 
+def _nothing_frozen(model: Any, adapter: AdapterConfig) -> int:
+    """All that the method adds trains."""
+    return 0
+
+
 def _one_rate(name: str, adapter: AdapterConfig) -> float:
     """Every parameter trains at the stage's learning rate."""
     return 1.0
@@ -81,6 +86,8 @@ class Method:
     attach: Callable[[Any, AdapterConfig, Fresh], Any]
     # Parameters that train, by the paper's formula; the weights may be on the meta device.
     expected: Callable[[Any, AdapterConfig], int]
+    # Parameters of the adapter that never train.
+    frozen: Callable[[Any, AdapterConfig], int] = _nothing_frozen
     # Raises UserError for options that the model can't have. The weights may be on the meta device;
     # the last argument: whether an adapter on the language model's head trains.
     check: Callable[[Any, AdapterConfig, bool], None] = _nothing_to_check
@@ -127,12 +134,19 @@ def register(methods: Mapping[AdapterKind, Method], holding: Holding) -> None:
 
     METHODS.update(methods)
     _HOLDING[:] = [holding]
-    for method in methods.values():
+    for kind, method in methods.items():
+        ADDED[kind] = functools.partial(_added, method)
         tuner: Any = method.tuner
         if tuner is not None:
             PEFT_TYPE_TO_CONFIG_MAPPING[tuner.name] = tuner.config
             PEFT_TYPE_TO_TUNER_MAPPING[tuner.name] = tuner.model
             PEFT_TYPE_TO_PREFIX_MAPPING[tuner.name] = tuner.model.prefix
+
+
+def _added(method: Method, model: Any, adapter: AdapterConfig) -> tuple[int, int]:
+    """What plans of memory and disk count. Raises UserError as `Method.check`."""
+    method.check(model, adapter, True)
+    return method.expected(model, adapter), method.frozen(model, adapter)
 
 
 def method_of(adapter: AdapterConfig) -> Method:

@@ -126,9 +126,16 @@ def expected(model: Any, adapter: AdapterConfig) -> int:
     return inner + whole_count(model, adapter)
 
 
+def frozen(model: Any, adapter: AdapterConfig) -> int:
+    """w (in + out) for each layer adapted."""
+    widths = sum(inputs + outputs for inputs, outputs in adapted_linears(model, adapter).values())
+    return adapter.lora_mini.inner * widths
+
+
 METHOD = Method(
     attach=attach,
     expected=expected,
+    frozen=frozen,
     check=check,
     tuner=Tuner(NAME, LoraMiniConfig, LoraMiniModel),
     as_lora=plain_lora,

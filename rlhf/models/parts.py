@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.adapters import AdapterConfig
+from conf.choices import AdapterKind
 from conf.run import TrainPart, UnfreezeConfig
 from rlhf.types import UserError
 
@@ -374,3 +376,21 @@ def _width(whole: Any) -> int:
 
 
 _PASSED_ON = ("position_ids", "inputs_embeds")
+
+
+# ---- what is added to a frozen model ----
+
+
+# Parameters that each way to train beside a frozen model adds: those that train, and those that
+# never do. policy/adapters tells them here, since plans of memory and disk can't import it.
+ADDED: dict[AdapterKind, Callable[[Any, AdapterConfig], tuple[int, int]]] = {}
+
+
+def added_by(model: Any, adapter: AdapterConfig) -> tuple[int, int]:
+    """Parameters that train and that don't of an adapter for `model`; none where all weights train.
+    Raises UserError for an adapter that the model has no place for.
+    """
+    if adapter.kind is AdapterKind.none:
+        return 0, 0
+    assert adapter.kind in ADDED, "rlhf/stages/methods.py makes the methods known"
+    return ADDED[adapter.kind](model, adapter)

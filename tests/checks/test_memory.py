@@ -18,6 +18,8 @@ from conf.schema import (
     ModelConfig,
     RolloutConfig,
 )
+from policy.adapters import attach
+from policy.model import trainable
 from rlhf.checks.memory import activations, shapes
 from rlhf.checks.memory.fit import eased, engines, recommended, rows
 from rlhf.checks.memory.moments import HEADROOM, Machine, Phase, Plan
@@ -264,9 +266,6 @@ def test_counts_are_those_of_the_model_itself() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from policy.adapters import attach
-    from policy.model import trainable
-
     for tied in (True, False):
         made = shapes.llama(
             vocab=300, hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, tied=tied
@@ -290,6 +289,28 @@ def test_counts_are_those_of_the_model_itself() -> None:
         match=r"adapter.targets=\['nose'\].*q_proj",
     ):
         shapes.adapter_parameters(shape, AdapterConfig(kind=AdapterKind.lora, targets=["nose"]))
+
+
+@pytest.mark.parametrize("kind", ["rasa", "lora_mini", "molora", "pfeiffer", "prefix", "vera"])
+def test_every_method_is_counted_by_its_own_formula(kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = shapes.llama(
+        vocab=300, hidden=64, intermediate=96, layers=3, heads=4, kv_heads=2, tied=True
+    )
+    shape = shapes.shape_of_config(made, "x")
+    adapter = config.compose(
+        [f"adapter={kind}", "stage=sft", "model=tiny", "stage.learning_rate=1e-3"]
+    ).adapter
+    model = AutoModelForCausalLM.from_config(made)
+    base = {id(param) for param in model.parameters()}
+    adapted = attach(model, adapter, task="CAUSAL_LM", sample=lambda: [list(range(30))])
+    counted = sum(param.numel() for param in trainable(adapted))
+    assert shapes.adapter_parameters(shape, adapter) == counted
+    added = [param for param in adapted.parameters() if id(param) not in base]
+    frozen = sum(param.numel() for param in added if not param.requires_grad)
+    assert shape.frozen_by(adapter) == frozen
+    assert (frozen > 0) is (kind == "lora_mini")
 
 
 def test_a_model_that_is_not_named(tmp_path: Path) -> None:

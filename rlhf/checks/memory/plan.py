@@ -89,8 +89,9 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> 
     setting = setting_of(cfg.engine, machine, cfg.model.dtype, lora=lora, trl=False)
     adapter = adapter_parameters(shape, cfg.adapter)
     trained = trained_parts(shape, stage.train, classifier=False)
+    whole = shape.parameters + shape.frozen_by(cfg.adapter)
     policy = training_states(
-        counts_of(shape, shape.parameters, adapter, four_bit=four_bit, trained=trained), setting
+        counts_of(shape, whole, adapter, four_bit=four_bit, trained=trained), setting
     )
     critic = _critic(cfg, shapes, setting, four_bit) if stage.advantage is Advantage.gae else None
     switched_off = facts_of(cfg.adapter).off_is_start and not stage.reference_every
@@ -348,7 +349,8 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> P
     if isinstance(stage, RewardStage):
         name, parameters = "reward model", shape.classifier
     trained = trained_parts(shape, stage.train, classifier=isinstance(stage, RewardStage))
-    counts = counts_of(shape, parameters, adapter, four_bit=four_bit, trained=trained)
+    whole = parameters + shape.frozen_by(cfg.adapter)
+    counts = counts_of(shape, whole, adapter, four_bit=four_bit, trained=trained)
     states = training_states(counts, setting)
     reference = None
     if isinstance(stage, (PreferenceStage, KTOStage)) and not facts_of(cfg.adapter).off_is_start:

@@ -3,16 +3,16 @@ Llama of a given size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from conf.choices import AdapterKind, ModelKind
+from conf.choices import ModelKind
 from conf.run import TrainPart
 from conf.schema import AdapterConfig, ModelConfig
 from rlhf.models.directories import check_model_path
 from rlhf.models.loading import tiny_config
-from rlhf.models.parts import HEAD, SCORE, Outline, Weight, chosen, outline
+from rlhf.models.parts import HEAD, SCORE, Outline, Weight, added_by, chosen, outline
 from rlhf.types import UserError
 
 # Llama 2 and 3: heads of 128, 8 of them for keys, and 128 columns a layer
@@ -51,6 +51,7 @@ class Shape:
     largest_layer: int
     eager: bool = False  # attention keeps its scores (attn_implementation=eager)
     parts: Outline | None = None  # None where its blocks are not found
+    model: Any = field(default=None, compare=False, repr=False)  # on the meta device
 
     @property
     def head(self) -> int:
@@ -67,30 +68,16 @@ class Shape:
         """Width of the inputs of all linear layers of one block."""
         return sum(linear.inputs for linear in self.linears) // self.layers
 
+    def frozen_by(self, adapter: AdapterConfig) -> int:
+        """Parameters of the adapter that never train."""
+        return added_by(self.model, adapter)[1]
+
 
 def adapter_parameters(shape: Shape, adapter: AdapterConfig) -> int:
-    """Parameters that train beside a frozen model: r (in + out) for each layer adapted (Hu et al.
-    2021, arXiv:2106.09685); DoRA adds out.
-
-    0 without an adapter. Raises UserError for targets that the model has not.
+    """Parameters that train beside a frozen model, by the formula of the adapter's method; 0
+    without an adapter. Raises UserError for an adapter that the model has no place for.
     """
-    if adapter.kind is AdapterKind.none:
-        return 0
-    chosen = [
-        one
-        for one in shape.linears
-        if adapter.targets == ["all-linear"] or one.name in adapter.targets
-    ]
-    if not chosen:
-        names = ", ".join(sorted({one.name for one in shape.linears}))
-        raise UserError(
-            f"adapter.targets={list(adapter.targets)}: no such module; the model's linear "
-            f"modules are {names}."
-        )
-    return sum(
-        adapter.rank * (one.inputs + one.outputs) + (one.outputs if adapter.dora else 0)
-        for one in chosen
-    )
+    return added_by(shape.model, adapter)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +268,7 @@ def shape_of_config(
         ),
         eager=eager,
         parts=_parts(model),
+        model=model,
     )
 
 

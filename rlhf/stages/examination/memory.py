@@ -61,6 +61,10 @@ def answer(cfg: Config) -> Answer | None:
     """
     if not can_plan(cfg.model):
         return None
+    # transformers takes seconds to import
+    from rlhf.stages import methods
+
+    methods.register()
     chosen = planned(cfg)
     machine = machine_of(chosen.engine, chosen.model.params, all_devices=True)
     scoring = []
