@@ -32,7 +32,7 @@ from torch.utils.data import Sampler
 
 from policy.batching import plan_micro_batches
 from policy.engines.deepspeed import write as write_in_shards
-from policy.model import clip_scale, tending_of, write_plainly
+from policy.model import NoTending, clip_scale, tending_of, write_plainly
 from rlhf.process import distributed
 from rlhf.types import SOFT_LABEL, WEIGHT
 
@@ -335,6 +335,8 @@ class Tended:
 
         items: the number of the step's tokens, where the trainer divides by it.
         """
+        if isinstance(self.tending, NoTending):
+            return result
         part = trainer.share_of_step(items) * self.tending.penalty()
         if isinstance(result, tuple):
             return (result[0] + part, *result[1:])
