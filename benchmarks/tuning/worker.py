@@ -27,7 +27,7 @@ from policy.batching import Batch, collate
 from policy.engines.base import OptimSettings
 from policy.engines.torch import make_engine
 from policy.logprobs import head_of
-from policy.model import PolicyModule, base_of, trainable
+from policy.model import PolicyModule, base_of, tending_of, trainable
 from rlhf.cli import config
 from rlhf.data.recipes import reviews
 from rlhf.models.loading import load_causal_lm, load_tokenizer
@@ -165,12 +165,15 @@ class Run:
         engine = make_engine(self.module, self.cfg.engine, optim, device, half=False, rates=rates)
         self.module.train()
         rng = random.Random(self.seed)
+        tending = tending_of(self.model)
         seconds = []
         for _ in range(steps):
+            tending.clear()
             rows = rng.sample(self.task.train, BATCH)
             began = time.perf_counter()
             logprobs, _ = engine(*arguments(rows, self.task))
-            engine.backward(-logprobs.sum() / len(rows), last=True)
+            loss = -logprobs.sum() / len(rows) + tending.penalty()
+            engine.backward(loss, last=True)
             engine.step()
             seconds.append(time.perf_counter() - began)
         return seconds
