@@ -204,7 +204,9 @@ def taken(stage: object, adapter: AdapterKind) -> str:
     """The learning rates that a stage trains with, and for what; "" for other stages."""
     if not isinstance(stage, TrainStage):
         return ""
-    what = "all weights" if adapter is AdapterKind.none else f"adapter={adapter.value}"
+    what = "all weights" if stage.train.everything else "the weights of stage.train"
+    if adapter is not AdapterKind.none:
+        what = f"adapter={adapter.value}"
     text = f"stage.learning_rate={learning_rate(stage, adapter):g} for {what}"
     if isinstance(stage, OnlineStage) and stage.advantage is Advantage.gae:
         rate = critic_learning_rate(stage)

@@ -35,6 +35,12 @@ ALGORITHMS = [
     f"zero3:none:stage=dapo:{_SIZES}:stage.overlong_buffer=2:stage.minibatches=1",
     f"zero2:none:stage=raft:{_SIZES}",
 ]
+# parts of the policy, and one block after the other
+_GRPO = f"none:stage=grpo:{_SIZES}:stage.weight_decay=0.3:stage.adam_eps=1e-5"
+ALGORITHMS += [f"zero{zero}:{_GRPO}:stage.train.layers=1" for zero in (1, 3)]
+ALGORITHMS += [
+    f"zero{zero}:{_GRPO}:stage.unfreeze.every=1:stage.depth_decay=0.5" for zero in (1, 2, 3)
+]
 
 
 def folder_of(folder: Path, run: str) -> Path:
@@ -195,3 +201,6 @@ def test_an_algorithm_over_groups_takes_the_torch_engines_steps(runs: Path, algo
     for name in reference:
         torch.testing.assert_close(weights[name], reference[name], atol=2e-4, rtol=0, msg=name)
     assert max(float((reference[n] - start[n]).abs().max()) for n in start) > 1e-3
+    if "stage.train.layers=1" in algorithm:
+        moved = {n for n in start if not torch.equal(weights[n], start[n])}
+        assert moved == {n for n in start if n.startswith("model.layers.1.")}

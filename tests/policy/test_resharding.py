@@ -75,6 +75,8 @@ SFT = [
     "stage.max_length=48",
     "stage.weight_decay=0.1",
 ]
+# Groups that wait and groups that train, at the checkpoint and after it.
+UNFREEZE = ["stage.depth_decay=0.5", "stage.weight_decay=0.1", "stage.adam_eps=1e-5"]
 # name -> options, and the engine that it goes on with where that is another
 CASES: dict[str, tuple[list[str], str | None]] = {
     "ppo1": ([*PPO, "engine=zero1", "stage.reward_normalise=true"], None),
@@ -87,6 +89,11 @@ CASES: dict[str, tuple[list[str], str | None]] = {
     "up": ([*PPO, "engine=zero2"], "zero3"),
     "down": ([*SFT, "engine=zero3", "adapter=lora", "adapter.rank=4"], "zero1"),
     "whole": ([*PPO, "engine=zero0"], None),
+    "parts1": ([*SFT, *UNFREEZE, "engine=zero1", "stage.unfreeze.every=1"], None),
+    "parts3": ([*SFT, *UNFREEZE, "engine=zero3", "stage.unfreeze.every=1"], None),
+    # of eight optimizer steps, four before the checkpoint
+    "thaw": ([*PPO, *UNFREEZE, "engine=zero2", "stage.unfreeze.every=3"], "zero3"),
+    "top": ([*PPO, "engine=zero1", "stage.train.layers=1"], None),
 }
 
 
@@ -227,6 +234,8 @@ def started(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
 CHANGES = {
     "2 to 1": (["ppo1", "warming3", "lora2", "sft1", "up", "whole"], 2, 1),
     "1 to 2": (["ppo1", "warming3", "sft3", "down"], 1, 2),
+    "parts, 2 to 1": (["parts1", "parts3", "top"], 2, 1),
+    "parts, 1 to 2": (["parts3", "thaw"], 1, 2),
 }
 
 

@@ -83,8 +83,6 @@ def test_what_is_frozen_stays_to_the_bit(
     below = {name for name in start if name.startswith("model.layers.0.")}
     if case == "top":
         assert moved == top
-    elif cell in ("hf", "vllm"):  # of two iterations with two optimizer steps each
-        assert moved == set(start)
     else:  # the second of two steps trains the lower block too, none the embedding
         assert moved == top | below | {"model.norm.weight"}
 
