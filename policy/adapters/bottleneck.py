@@ -26,6 +26,7 @@ from policy.adapters.inserted import (
     BottleneckModel,
     BottleneckPeftConfig,
     linear_widths,
+    uncalled_layers,
 )
 from policy.adapters.lora import ALL_LINEAR, heads_of
 from rlhf.models.directories import ADAPTER_CONFIG
@@ -186,6 +187,13 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
         held=held,
     )
     adapted = get_peft_model(model, config)
+    uncalled = uncalled_layers(adapted)
+    if uncalled:
+        raise UserError(
+            f"adapter.bottleneck.placement={options.placement.value}: {model.config.model_type} "
+            f"does not call {uncalled[0]}, so a bottleneck there would train nothing. Name other "
+            "modules in adapter.targets."
+        )
     for earlier in loaded:
         earlier.put_into(adapted)
     return adapted

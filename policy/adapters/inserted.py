@@ -2,6 +2,7 @@
 and loaded, switched on and off as PEFT's own ones. No weights can hold what they add.
 """
 
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from rlhf.models.inserted import ATTRIBUTES, BOTTLENECK, MOLORA, Insert, insert_into, make_insert
 from rlhf.types import UserError
+
+LOG = logging.getLogger("rlhf.policy")
 
 
 @dataclass
@@ -194,3 +197,34 @@ def linear_widths(module: Any) -> tuple[int, int]:
         f"adapter.targets: {type(module).__name__} is no linear layer, so no low-rank experts can "
         "stand beside it. Name linear layers."
     )
+
+
+def uncalled_layers(adapted: Any) -> list[str]:
+    """The places of an adapted model whose layers a pass over 16 tokens does not call, such as one
+    whose weight the model multiplies by itself. None of a model on the meta device, and of one
+    that can't run the pass, which gets a warning.
+    """
+    layers = {m: name for name, m in adapted.named_modules() if isinstance(m, InsertLayer)}
+    if any(param.is_meta for param in adapted.parameters()):
+        return []
+    called: set[Any] = set()
+    hooks = [m.register_forward_hook(lambda layer, *given: called.add(layer)) for m in layers]
+    training, vocabulary = adapted.training, adapted.config.get_text_config().vocab_size
+    ids = torch.arange(16, device=adapted.device).remainder(vocabulary)
+    try:
+        with torch.no_grad():
+            adapted.eval()(input_ids=ids[None])
+    # A family's forward may want anything beside token ids.
+    except Exception as error:  # noqa: BLE001
+        LOG.warning(
+            "adapter: whether %s calls every adapted layer is not known: 16 tokens end in %s: %s",
+            adapted.config.model_type,
+            type(error).__name__,
+            error,
+        )
+        return []
+    finally:
+        adapted.train(training)
+        for hook in hooks:
+            hook.remove()
+    return [name for layer, name in layers.items() if layer not in called]

@@ -8,7 +8,8 @@ from typing import Any
 
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh, Method, Tuner
-from policy.adapters.inserted import MoLoraModel, MoLoraPeftConfig
+from policy.adapters.guards import put_on
+from policy.adapters.inserted import MoLoraLayer, MoLoraModel, MoLoraPeftConfig
 from policy.adapters.lora import ALL_LINEAR, adapted_linears, check_targets, heads_of
 from rlhf.models.inserted import MOLORA
 from rlhf.types import UserError
@@ -16,8 +17,6 @@ from rlhf.types import UserError
 
 def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     """`model` with experts beside its linear layers; only they and their routers train."""
-    from peft import get_peft_model
-
     targets: Any = list(adapter.targets)
     if targets == ALL_LINEAR:
         targets = "all-linear"
@@ -30,7 +29,7 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
         alpha=adapter.alpha,
         experts=adapter.molora.experts,
     )
-    return get_peft_model(model, config)
+    return put_on(model, adapter, config, MoLoraLayer)
 
 
 def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:

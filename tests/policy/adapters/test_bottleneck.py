@@ -279,6 +279,21 @@ def test_named_places(base: Callable[[], Any]) -> None:
     assert all(".layers.1.mlp.down_proj.bottleneck_inserts." in name for name in trained)
 
 
+def test_a_layer_that_the_model_never_calls_is_refused(
+    base: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = base()
+    mlp = model.model.layers[1].mlp
+
+    def past(x: Tensor) -> Tensor:
+        inner = nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return nn.functional.linear(inner, mlp.down_proj.weight)
+
+    monkeypatch.setattr(mlp, "forward", past)
+    with pytest.raises(UserError, match=r"does not call .*layers\.1\.mlp\.down_proj.*targets"):
+        attach(model, options(), task="CAUSAL_LM")
+
+
 FURTHER = {"gpt2": {}, "opt": {}, "phi": {}, "bloom": {}, "falcon": {}}
 
 
