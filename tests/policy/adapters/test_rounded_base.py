@@ -24,6 +24,8 @@ FAMILY: list[dict[str, Any]] = [
     {"rslora": True, "targets": ["q_proj", "down_proj"]},
     {"init": LoraInit.orthogonal, "rank_pattern": {"up_proj": 2}},
     {"freeze_a": True, "targets": ["up_proj"], "save_whole": ["k_proj"]},
+    {"kind": AdapterKind.rasa},
+    {"kind": AdapterKind.lora_mini, "save_whole": ["norm"]},
 ]
 
 
@@ -38,7 +40,7 @@ def llama() -> Any:
 
 
 def configured(**options: Any) -> AdapterConfig:
-    return AdapterConfig(kind=AdapterKind.lora, rank=4, **options)
+    return AdapterConfig(**{"kind": AdapterKind.lora, "rank": 4, **options})
 
 
 def attached(adapter: AdapterConfig, *, moved: bool = False) -> Any:
