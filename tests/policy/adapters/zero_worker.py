@@ -18,15 +18,16 @@ from conf.adapters import (
     Composition,
     LoraMiniConfig,
     MoLoraConfig,
+    OftConfig,
     PromptConfig,
     RasaConfig,
     facts_of,
 )
-from conf.choices import AdapterKind, EngineKind, Placement
+from conf.choices import AdapterKind, EngineKind, LoraInit, Placement
 from conf.schema import AdapterConfig, EngineConfig
 from policy.adapters import enable_checkpointing, method_of
 from policy.engines.torch import make_engine
-from policy.saving import adapter_weights, full_weights, save_adapter
+from policy.saving import full_weights, save_adapter
 from rlhf.process import distributed
 from rlhf.stages import methods
 from tests.policy.adapters.low_rank import fresh
@@ -52,6 +53,14 @@ ADAPTERS = {
         kind=AdapterKind.ptuning, prompt=PromptConfig(tokens=5, encoder_size=40)
     ),
     "prefix": AdapterConfig(kind=AdapterKind.prefix, prompt=PromptConfig(tokens=5)),
+    "lora_fa": AdapterConfig(kind=AdapterKind.lora, rank=4, freeze_a=True),
+    "dora": AdapterConfig(kind=AdapterKind.lora, rank=4, dora=True),
+    "pissa": AdapterConfig(kind=AdapterKind.lora, rank=4, init=LoraInit.pissa),
+    "olora": AdapterConfig(kind=AdapterKind.lora, rank=4, init=LoraInit.olora),
+    "whole": AdapterConfig(kind=AdapterKind.lora, rank=4, save_whole=["norm", "embed_tokens"]),
+    "vera": AdapterConfig(kind=AdapterKind.vera, rank=16),
+    "ia3": AdapterConfig(kind=AdapterKind.ia3, targets=["k_proj", "v_proj", "down_proj"]),
+    "oft": AdapterConfig(kind=AdapterKind.oft, oft=OftConfig(block_size=16)),
     # of two adapters that don't train
     "fused": AdapterConfig(
         kind=AdapterKind.bottleneck,
@@ -74,7 +83,7 @@ class Loss(nn.Module):
 
 def run(folder: Path, case: str) -> Path:
     """Train `case`; returns the file of the weights that it ends with: the adapter's own and, where
-    weights can hold its update, whole ones and those of the plain LoRA with its update.
+    weights can hold its update, whole ones; and those of the plain LoRA with its update.
     """
     kind, stage = case.split(":")
     adapter = ADAPTERS[kind]
@@ -95,11 +104,11 @@ def run(folder: Path, case: str) -> Path:
         for number, row in enumerate(mine, start=1):
             engine.backward(engine(row[None]) / ROWS, last=number == len(mine))
         engine.step()
-    forms = {"own": adapter_weights(model, engine.gather).tensors}
-    as_lora = method_of(adapter).as_lora
+    method = method_of(adapter)
+    forms = {"own": method.saved(model, engine.gather).tensors}
+    if method.as_lora is not None:
+        forms["lora"] = method.as_lora(model, engine.gather).tensors
     if facts_of(adapter).merges:
-        assert as_lora is not None
-        forms["lora"] = as_lora(model, engine.gather).tensors
         whole = full_weights(model, engine.gather).tensors
         forms["whole"] = {name: tensor.clone() for name, tensor in whole}
     found = {}
