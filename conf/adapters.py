@@ -180,7 +180,11 @@ class AdapterConfig:
         unit="rows",
         at_least=1,
     )
-    load: list[str] = option([], "Directories of adapters that are put on the model, too.")
+    load: list[str] = option(
+        [],
+        "Directories of further adapters of the model. They are merged into the weights that the "
+        "run starts from; bottlenecks stay beside a new one.",
+    )
     load_weights: list[float] = option(
         [], "Weights of these adapters' updates; empty: 1 for each of them."
     )
@@ -320,6 +324,7 @@ class MethodFacts:
     carrier: Carrier  # how its weights go to vLLM
     merges: bool = True  # whole weights can hold its update
     off_is_start: bool = True  # switched off, it leaves the weights that the run starts from
+    stacks: bool = False  # adapters of adapter.load stay beside it; else they are merged first
 
 
 _PLAIN = MethodFacts(Carrier.lora)
@@ -331,7 +336,7 @@ _FACTS: dict[AdapterKind, MethodFacts] = {
     AdapterKind.lora_mini: _PLAIN,
     AdapterKind.rasa: _PLAIN,
     AdapterKind.molora: MethodFacts(Carrier.modules, merges=False),
-    AdapterKind.bottleneck: MethodFacts(Carrier.modules, merges=False),
+    AdapterKind.bottleneck: MethodFacts(Carrier.modules, merges=False, stacks=True),
     AdapterKind.ia3: _MERGED,
     AdapterKind.vera: _MERGED,
     AdapterKind.oft: _MERGED,

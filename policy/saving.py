@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conf.schema import AdapterConfig
 from policy.model import Gather, RoundedLinear, base_of, is_peft, no_gather
+from rlhf.models.directories import further, merges_first, readable
 from rlhf.models.facts import set_ends
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights
@@ -192,6 +194,38 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, set):
         return sorted(value)
     return getattr(value, "value", value)
+
+
+def with_further(model: Any, adapter: AdapterConfig) -> Any:
+    """`model` with the adapters of adapter.load merged in, in turn, each times its weight, as exact
+    as a sum of updates is; all of it trains. Raises UserError.
+
+    Merged first, not active beside a new adapter: switching that off leaves the model that the run
+    starts from, as a reference has to, and a generator needs one adapter.
+    """
+    from peft import PeftModel
+
+    if not merges_first(adapter):
+        return model
+    for place, held, weight in further(adapter):
+        with readable(f"adapter.load: {place}"), warnings.catch_warnings():
+            # PEFT would fill missing weights with random numbers.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(held.directory))
+        if weight != 1:
+            _weigh(adapted, weight)
+        model = adapted.merge_and_unload().requires_grad_(True)
+    return model
+
+
+def _weigh(adapted: Any, weight: float) -> None:
+    """Multiply the scale of each layer's update."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.scaling:
+                layer.scaling[name] *= weight
 
 
 # ---- files ----

@@ -27,7 +27,10 @@ from policy.saving import (
     save_as_lora,
     save_model,
 )
-from rlhf.models.directories import CLASSIFIER
+from rlhf.models.directories import (
+    CLASSIFIER,
+    check_further,
+)
 from rlhf.models.loading import without_weights
 from rlhf.models.parts import ADDED, chosen, outline, places, train_parts
 from rlhf.process import distributed
@@ -232,6 +235,7 @@ def check(
     """
     if stage is not None:
         check_parts(stage, adapter)
+    check_further(model, adapter, task)
     whole = adapter.kind is AdapterKind.none
     if whole and (stage is None or stage.trains_alike):
         return

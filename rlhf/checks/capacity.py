@@ -33,7 +33,7 @@ from rlhf.checks.memory.shapes import (
     trained_parts,
 )
 from rlhf.checks.memory.states import GIB
-from rlhf.models.directories import START, contents, trains_on_adapter
+from rlhf.models.directories import START, contents, merges_first, trains_on_adapter
 from rlhf.models.loading import resolve_dtype, starts_whole
 from rlhf.process import distributed
 from rlhf.process.files import json_object
@@ -194,12 +194,12 @@ def writes_start(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) 
     """Whether the run writes the whole weights that it starts from to ``start/``: an online stage,
     since vLLM starts from nothing else, where model.path is an adapter, a GGUF file or missing;
     another stage where it trains an adapter on an adapter. All of them where the frozen weights are
-    held rounded.
+    held rounded, or adapter.load has further adapters merged in.
     """
     if adapter.is_quantized:
         return True
     if isinstance(stage, OnlineStage):
-        return not starts_whole(model)
+        return merges_first(adapter) or not starts_whole(model)
     return trains_on_adapter(model.path, adapter)
 
 

@@ -8,6 +8,7 @@ the base's first.
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import AdapterKind
-from conf.schema import AdapterConfig
+from conf.schema import AdapterConfig, ModelConfig, facts_of
 from rlhf.process import files
 from rlhf.types import UserError
 
@@ -134,10 +135,12 @@ def contents(path: str | Path, key: str = "model.path") -> Contents:
 
 
 def trains_on_adapter(path: str | None, adapter: AdapterConfig) -> bool:
-    """Whether a new adapter would stand on the adapter that the model's `path` holds."""
-    if adapter.kind is AdapterKind.none or path is None:
+    """Whether a new adapter would stand on others: on that which the model's `path` holds, or on
+    those of adapter.load, merged first.
+    """
+    if adapter.kind is AdapterKind.none:
         return False
-    return bool(contents(path).adapters)
+    return merges_first(adapter) or (path is not None and bool(contents(path).adapters))
 
 
 def fingerprint(path: str | Path) -> str | None:
@@ -240,6 +243,83 @@ def _read_adapter(directory: Path, name: str) -> Adapter:
         )
     ahead = content.get("num_virtual_tokens") or 0
     return Adapter(directory, base, task if isinstance(task, str) else None, str(kind), ahead)
+
+
+# ---- further adapters of one base (adapter.load) ----
+
+
+def merges_first(adapter: AdapterConfig) -> bool:
+    """Whether the weights that the run starts from have further adapters merged in."""
+    return bool(adapter.load) and not facts_of(adapter).stacks
+
+
+def further(adapter: AdapterConfig) -> Iterator[tuple[str, Adapter, float]]:
+    """Each directory of adapter.load, what it holds, and its weight. Raises UserError."""
+    weights = adapter.load_weights or [1.0] * len(adapter.load)
+    for place, weight in zip(adapter.load, weights, strict=True):
+        held = contents(place, "adapter.load").adapters
+        if not held:
+            raise UserError(
+                f"adapter.load: {place} holds whole weights. Expected the directory of an adapter, "
+                "such as adapter/ of a run."
+            )
+        yield place, held[-1], weight
+
+
+def check_further(model: ModelConfig, adapter: AdapterConfig, task: str) -> None:
+    """The directories of adapter.load hold adapters of the model, for PEFT's `task`, whose updates
+    weights can hold; other weights than 1 are for low-rank updates. Raises UserError.
+    """
+    if not merges_first(adapter):
+        return
+    for place, held, weight in further(adapter):
+        if held.is_native:
+            raise UserError(
+                f"adapter.load: {place} holds an adapter of the kind {held.kind}, which no weights "
+                f"can hold, so none of the kind {adapter.kind.value} can stand on it."
+            )
+        if (held.task == CLASSIFIER) is not (task == CLASSIFIER):
+            raise UserError(
+                f"adapter.load: {place} was trained for another task ({held.task}) than this "
+                f"stage's ({task}). Give it as model.path of this stage in place of adapter.load."
+            )
+        if not _stands_on(held, model):
+            raise UserError(
+                f"adapter.load: {place} was trained on {held.base}, not on "
+                f"model.path={model.path}. Expected adapters of one base."
+            )
+        if weight != 1 and not _is_linear(held):
+            raise UserError(
+                f"adapter.load_weights: {weight:g} for {place}, an adapter of the kind "
+                f"{held.kind} whose update can't be taken in part. Expected 1, or a LoRA without "
+                "magnitudes (DoRA) and without modules of its own."
+            )
+        if not math.isfinite(weight):
+            raise UserError(f"adapter.load_weights: {weight} for {place}: expected a number.")
+
+
+def _stands_on(held: Adapter, model: ModelConfig) -> bool:
+    """Whether the adapter changes the model of model.path."""
+    if model.path is None or held.base == model.path:
+        return model.path is not None
+    if Path(held.base).resolve() == Path(model.path).expanduser().resolve():
+        return True
+    known = fingerprint(model.path)
+    return known is not None and fingerprint(held.base) == known
+
+
+def _is_linear(held: Adapter) -> bool:
+    """Whether a share of the update is the update times that share."""
+    from peft import PeftConfig
+
+    with readable(f"the adapter {held.directory}"):
+        config: Any = PeftConfig.from_pretrained(str(held.directory))
+    if held.kind != "LORA":
+        return False
+    return not config.use_dora and not config.modules_to_save
+
+
+# ---- what can be read ----
 
 
 def check_native_taken(held: Contents, taken: bool) -> None:

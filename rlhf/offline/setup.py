@@ -24,7 +24,7 @@ from policy.engines.deepspeed import (
     is_universal,
     prepare_cpu,
 )
-from policy.saving import replacing, save_model
+from policy.saving import replacing, save_model, with_further
 from rlhf.checks import inputs, launch
 from rlhf.models.directories import CLASSIFIER, trains_on_adapter
 from rlhf.models.loading import resolve_dtype, write_whole
@@ -121,9 +121,10 @@ def with_adapter(
     The adapter names its base, ``model.path``. Where that holds an adapter, now merged into
     `model`, the whole weights are written to `start` once, and the adapter names them: of an
     adapter on an adapter PEFT and vLLM would read only the last. So they are where whole weights
-    can't hold the adapter, and its base has no path; and the rounded weights where the base is held
-    rounded. A collective.
+    can't hold the adapter, its base has no path, or it has further adapters merged in
+    (adapter.load); and the rounded weights where the base is held rounded. A collective.
     """
+    model = with_further(model, adapter)
     if adapter.kind is AdapterKind.none:
         return adapters.attach(model, adapter, task=_task(stage), train=stage.train)
     base = None if source.gguf_file else source.path
@@ -179,6 +180,8 @@ def record_inputs(ctx: RunContext, kind: str, files: Iterable[Path]) -> None:
     `files`.
     """
     ctx.add_parent(kind, ctx.cfg.model.path)
+    for place in ctx.cfg.adapter.load:
+        ctx.add_parent("adapter", place)
     for path in files:
         ctx.add_data(path)
 

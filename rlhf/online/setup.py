@@ -56,11 +56,11 @@ from policy.model import (
     turn_off_dropout,
 )
 from policy.prepare import needs_old_logprobs
-from policy.saving import replacing
+from policy.saving import replacing, with_further
 from reward.base import model_paths
 from reward.model import load_reward_model
 from reward.terms import make_scorer
-from rlhf.models.directories import UNROUNDED
+from rlhf.models.directories import UNROUNDED, merges_first
 from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
@@ -285,6 +285,8 @@ def _layout(engine: EngineConfig, stage: OnlineStage, model: Any) -> Layout:
 def _register(ctx: RunContext, files: Iterable[Path]) -> None:
     if ctx.cfg.model.path is not None:
         ctx.add_parent("policy", ctx.cfg.model.path)
+    for place in ctx.cfg.adapter.load:
+        ctx.add_parent("adapter", place)
     for _, path in model_paths(ctx.cfg.reward):
         ctx.add_parent("reward", path)
     for file in files:
@@ -301,10 +303,10 @@ def _start_of(
     would give others.
     """
     if not adapter.is_quantized:
-        path = _start_directory(written, model, tokenizer)
+        path = _start_directory(written, model, adapter, tokenizer)
         config = replace(model, path=path, gguf_file=None)
         return _Start(path, config, config, tokenizer, sample, written.parent)
-    path = _start_directory(written.with_name(UNROUNDED), model, tokenizer)
+    path = _start_directory(written.with_name(UNROUNDED), model, adapter, tokenizer)
     source = replace(model, path=path, gguf_file=None)
     if distributed.is_main() and not (written / "config.json").exists():
         rounded = round_weights(load_causal_lm(source, tokenizer), adapter)
@@ -316,11 +318,13 @@ def _start_of(
     return _Start(path, rounded_start, source, tokenizer, sample, written.parent)
 
 
-def _start_directory(written: Path, model: ModelConfig, tokenizer: Any) -> str:
+def _start_directory(
+    written: Path, model: ModelConfig, adapter: AdapterConfig, tokenizer: Any
+) -> str:
     """model.path, or `written`, where a run that goes on has it already, where model.path is a GGUF
-    file, an adapter, or missing (a tiny model).
+    file, an adapter, or missing (a tiny model), or adapter.load has further adapters merged in.
     """
-    if starts_whole(model):
+    if starts_whole(model) and not merges_first(adapter):
         assert model.path is not None
         return model.path
     if distributed.is_main() and not (written / "config.json").exists():
@@ -331,7 +335,8 @@ def _start_directory(written: Path, model: ModelConfig, tokenizer: Any) -> str:
                 written,
             )
         with replacing(written) as side:
-            write_whole(load_causal_lm(model, tokenizer), tokenizer, side)
+            whole = with_further(load_causal_lm(model, tokenizer), adapter)
+            write_whole(whole, tokenizer, side)
     distributed.barrier()
     return str(written)
 
