@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from conf.choices import AdapterKind
+from conf.run import TrainPart
 from conf.schema import AdapterConfig
 from policy.adapters import attach, enable_checkpointing
 from policy.batching import collate, pack
@@ -77,6 +78,17 @@ def test_a_pass_keeps_what_the_formula_says(
         shape, Pass(ROWS * LENGTH, dtype.itemsize, length=LENGTH, adapter=rank)
     )
     assert expected == pytest.approx(measure(model), rel=0.05)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_blocks_that_no_gradient_passes_keep_nothing(layers: int) -> None:
+    model, shape = model_and_shape("sdpa", torch.float32, 2, 0)
+    train = TrainPart(layers=layers)
+    passed = shapes.trained_parts(shape, train, classifier=False).layers
+    attach(model, AdapterConfig(), task="CAUSAL_LM", train=train)
+    p = Pass(ROWS * LENGTH, 4, length=LENGTH, layers=passed)
+    assert passed == layers
+    assert activations.kept(shape, p) == pytest.approx(measure(model), rel=0.05)
 
 
 def test_checkpointing_keeps_a_blocks_input_alone() -> None:

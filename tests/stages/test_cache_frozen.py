@@ -35,7 +35,15 @@ def close(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(ours[name], tensor, atol=tolerance, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("options", [LAST, [*SCORE, "stage.train.modules=[model.norm]"], SCORE])
+@pytest.mark.parametrize(
+    "options",
+    [
+        LAST,
+        [*LAST, "engine.gradient_checkpointing=true"],
+        [*SCORE, "stage.train.modules=[model.norm]"],
+        SCORE,
+    ],
+)
 def test_a_run_is_what_it_is_without(run: Run, options: list[str]) -> None:
     whole = run("reward", "whole", *options)
     kept = run("reward", "kept", *options, "stage.cache_frozen=true")

@@ -101,7 +101,9 @@ def kept(shape: Shape, p: Pass) -> float:
             p.tokens * (shape.layers * inputs + block_bytes(shape, p) + last_norm + given)
             + casts / shape.layers
         )
-    return p.tokens * (passed * block_bytes(shape, p) + last_norm + given) + casts
+    # the lowest of these blocks has an input without a gradient, so its first norm keeps no copy
+    spared = 4 * shape.hidden if 0 < passed < shape.layers else 0
+    return p.tokens * (passed * block_bytes(shape, p) + last_norm + given - spared) + casts
 
 
 def backward_transient(shape: Shape, p: Pass) -> float:
