@@ -8,6 +8,7 @@ model returns, which no trainer here uses, and which fails under ZeRO-3. `Model`
 their initial shape, with zeros, so that checkpoints and the saved adapter load as they are.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from policy.model import Gather
 from policy.saving import adapter_weights
 from rlhf.types import AdapterWeights
 
+LOG = logging.getLogger("rlhf.policy")
 _EPS = 1e-5  # PEFT divides by the rank and this
 
 
@@ -83,6 +85,13 @@ def found(budget: Budget) -> dict[str, Any]:
     """The ranks at the end, for summary.json and the plots."""
     ranks = budget.ranks()
     used = sum(ranks.values())
+    if not budget.kept:
+        LOG.warning(
+            "adapter=adalora: training ended before the ranks fell to their budget: %d singular "
+            "values are left, not %d. Some of the planned steps were not taken.",
+            used,
+            budget.target,
+        )
     return {"method": "adalora", "budget": budget.target, "used": used, "rank": ranks}
 
 

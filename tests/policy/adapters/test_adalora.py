@@ -165,6 +165,15 @@ def test_it_ends_exactly_on_its_budget(steps: int, every: int) -> None:
     assert told["used"] == told["budget"] == TARGET * LAYERS and len(told["rank"]) == LAYERS
 
 
+def test_training_that_ends_before_the_budget_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = fresh()
+    train(model, 4, total=10)
+    with caplog.at_level("WARNING", "rlhf.policy"):
+        told = model.found()
+    assert told["used"] > told["budget"]
+    assert f"{told['used']} singular values are left, not {told['budget']}" in caplog.text
+
+
 def test_equal_importances_leave_the_budget_too() -> None:
     """PEFT's threshold would remove all of them."""
     params = [torch.nn.Parameter(torch.ones(size)) for size in ((3, 5), (3, 1), (4, 3))]
