@@ -195,6 +195,7 @@ class AdapterWeights:
 
     tensors: "dict[str, torch.Tensor]"
     config: dict[str, object]
+    name: str = "policy"  # among several that a generator has
 
 
 class Generator(Protocol):

@@ -32,7 +32,6 @@ from rollout.vllm_private import (
 )
 from rollout.weights import AdapterFiles, HubNames, Incoming, Spec, readable_checksums
 
-_ADAPTER = ("policy", 1)  # name and id of the one adapter
 # tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is
 # longer than most prompts
 _CPU_BLOCK = 32
@@ -102,7 +101,8 @@ class VLLMGenerator:
         self._names = names
         self._specs = {name: Spec(spec.shape, dtype) for name, spec in names.specs.items()}
         self._adapter: AdapterFiles | None = None
-        self._lora: Any = None
+        self._loras: dict[str, Any] = {}  # vLLM's requests for adapters, by name
+        self._lora: Any = None  # the one that writes
         # then starting the engine makes a group of one
         self._made_group = not torch.distributed.is_initialized()
         with engine_environment():
@@ -308,7 +308,9 @@ class VLLMGenerator:
             ) from error
 
     def _sync_adapter(self, weights: AdapterWeights, version: int) -> None:
-        """Have the engine load the adapter now, in place of the one that it has."""
+        """Have the engine load the adapter now, in place of the one of that name. It writes from
+        now on.
+        """
         from vllm.lora.request import LoRARequest
 
         if self._adapter is None:
@@ -318,11 +320,19 @@ class VLLMGenerator:
             )
         tensors = self._adapter.write(weights, version)
         self.sent = sent_checksums(tensors, weights.config, self._dtype)
-        (name, number), folder = _ADAPTER, str(self._adapter.folder)
+        name, folder = weights.name, str(self._adapter.folder(weights.name))
+        number = 1 + list({**self._loras, name: None}).index(name)
         self._llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
         # From here on requests name the adapter only: with load_inplace they would read the file
         # again at every step.
-        self._lora = LoRARequest(name, number, folder)
+        self._loras[name] = LoRARequest(name, number, folder)
+        self._lora = self._loras[name]
+
+    def choose(self, name: str) -> None:
+        """Write with the adapter that was synced under this name; the engine reads its files again
+        where another took its place.
+        """
+        self._lora = self._loras[name]
 
     def checksums(self) -> dict[str, str]:
         """Checksums of the weights that the engine holds as plain tensors, and of some columns of

@@ -199,33 +199,39 @@ class Incoming:
 
 
 class AdapterFiles:
-    """PEFT's two files of a LoRA adapter, in a folder that vLLM reads them from."""
+    """PEFT's two files of each LoRA adapter, in folders by their names, from which vLLM reads
+    them.
+    """
 
     def __init__(self) -> None:
         # in memory, where there is such a folder
         shared = Path("/dev/shm")
         place = shared if os.access(shared, os.W_OK) else None
         self._directory = tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=place)
-        self.specs: dict[str, Spec] = {}  # of the first adapter, which all later ones are like
+        # of each name's first adapter, which all later ones of the name are like
+        self._specs: dict[str, dict[str, Spec]] = {}
+        self.specs: dict[str, Spec] = {}  # of the latest
 
-    @property
-    def folder(self) -> Path:
-        return Path(self._directory.name)
+    def folder(self, name: str) -> Path:
+        return Path(self._directory.name) / name
 
     def write(self, weights: AdapterWeights, version: int) -> dict[str, Tensor]:
         """Write the files; returns the tensors that they hold.
 
         Raises SyncError naming every parameter that is missing, unknown or of another shape.
         """
-        if not self.specs:
+        folder = self.folder(weights.name)
+        if weights.name not in self._specs:
             _check_halves(weights.tensors, version)
-            self.specs = specs_of(weights.tensors)
+            self._specs[weights.name] = specs_of(weights.tensors)
+            folder.mkdir()
+        self.specs = self._specs[weights.name]
         incoming = Incoming(weights.tensors.items(), self.specs, hashed=())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in incoming}
         incoming.finish(version)
-        save_file(tensors, str(self.folder / "adapter_model.safetensors"))
+        save_file(tensors, str(folder / "adapter_model.safetensors"))
         text = json.dumps(weights.config)
-        (self.folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         return tensors
 
     def close(self) -> None:

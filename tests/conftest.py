@@ -59,6 +59,7 @@ _LONG = (
 # starting an engine for a tiny model, and tests/composing.py keeps what it composed.
 _GROUPS = {
     "test_rollout": "vllm",
+    "test_swapped": "vllm",
     "test_embeds": "vllm",
     "test_modules": "vllm",
     "test_modules_of_families": "vllm",
