@@ -88,7 +88,10 @@ def pytest_collection_finish() -> None:
     """Adapters are known, as in every run. What importing and collecting left stays for good: the
     garbage collector need not look at it again for each of thousands of tests.
     """
-    if "policy.adapters" in sys.modules:  # else no test here makes one
+    if {
+        "policy.adapters",
+        "rlhf.checks.memory.shapes",
+    } & sys.modules.keys():  # else no test here makes one
         from rlhf.stages import methods
 
         methods.register()

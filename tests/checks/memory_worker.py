@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from conf.choices import AdapterKind, EngineKind, Offload, Scheduler
+from conf.choices import AdapterKind, EngineKind, Offload, Quantization, Scheduler
 from conf.schema import AdapterConfig, EngineConfig
 from policy.adapters import attach, enable_checkpointing
 from policy.engines.base import OptimSettings
@@ -58,9 +58,9 @@ def train(dims: dict[str, Any], case: dict[str, Any], tokens: int) -> None:
     )
     if case.get("adapter"):
         methods.register()
-        model = attach(
-            model, AdapterConfig(kind=AdapterKind.lora, rank=case["adapter"]), task="CAUSAL_LM"
-        )
+        held = Quantization(case.get("quantize", "none"))
+        adapter = AdapterConfig(kind=AdapterKind.lora, rank=case["adapter"], quantize=held)
+        model = attach(model, adapter, task="CAUSAL_LM")
     if case.get("checkpointing"):
         enable_checkpointing(model)
     kind = EngineKind(case["engine"])

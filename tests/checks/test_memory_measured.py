@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conf.choices import AdapterKind, EngineKind, Offload
+from conf.choices import AdapterKind, EngineKind, Offload, Quantization
 from conf.schema import AdapterConfig
 from reward.model import write_manifest
 from reward.terms import scoring_models
@@ -63,11 +63,11 @@ def planned(case: dict[str, Any], ranks: int = 1) -> float:
     """
     shape = shapes.shape_of_config(shapes.llama(**BIG), "x")
     rank, half, plain = case.get("adapter", 0), bool(case.get("half")), case["engine"] == "torch"
-    adapter = (
-        shapes.adapter_parameters(shape, AdapterConfig(kind=AdapterKind.lora, rank=rank))
-        if rank
-        else 0
-    )
+    config = AdapterConfig()
+    if rank:
+        held = Quantization(case.get("quantize", "none"))
+        config = AdapterConfig(kind=AdapterKind.lora, rank=rank, quantize=held)
+    adapter = shapes.adapter_parameters(shape, config)
     setting = Setting(
         kind=EngineKind(case["engine"]),
         zero=case.get("zero", 0),
@@ -77,12 +77,12 @@ def planned(case: dict[str, Any], ranks: int = 1) -> float:
         fused=plain,
         float32_trained=half and plain and bool(rank),
     )
-    states = training_states(counts_of(shape, shape.parameters, adapter), setting)
+    states = training_states(counts_of(shape, shape.parameters, adapter, rounding=config), setting)
     p = Pass(
         case["tokens"],
         setting.width,
         length=128,
-        adapter=rank,
+        adapter=activations.beside(shape, config),
         adapter_float32=plain,
         checkpointing=bool(case.get("checkpointing")),
     )
@@ -97,6 +97,7 @@ def planned(case: dict[str, Any], ranks: int = 1) -> float:
     live = activations.kept(shape, p) + max(head, activations.backward_transient(shape, p))
     held = total(states.resident)
     return max(
+        states.start.device if config.is_quantized else 0.0,
         (held + total(states.backward) + states.gathered).device + live,
         (held + total(states.step)).device,
     )
@@ -110,6 +111,9 @@ def planned(case: dict[str, Any], ranks: int = 1) -> float:
         {"engine": "torch", "tokens": 64},
         {"engine": "torch", "tokens": 64, "half": True},
         {"engine": "torch", "tokens": 64, "adapter": 64},
+        {"engine": "torch", "tokens": 64, "adapter": 64, "quantize": "nf4"},
+        {"engine": "torch", "tokens": 2048, "adapter": 16, "quantize": "nf4"},
+        {"engine": "torch", "tokens": 64, "adapter": 16, "quantize": "int8"},
         {"engine": "torch", "tokens": 2048},
         {"engine": "torch", "tokens": 2048, "checkpointing": True},
         {"engine": "deepspeed", "zero": 0, "tokens": 64},

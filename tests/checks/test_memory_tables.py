@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from conf.choices import AdapterKind
+from conf.schema import AdapterConfig
 from rlhf.checks.memory import fit, tables
 from rlhf.checks.memory.fit import Row, rows
 from rlhf.checks.memory.moments import Machine
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shapes
-from rlhf.checks.memory.states import NF4_BITS
 from tests.checks.test_memory import GPU, SHAPE, made
 
 
@@ -56,7 +56,9 @@ def test_letters_stand_for_every_change_and_the_recommended_lines_are_marked() -
     assert {change.strip() for change in legend.values()} == changes
     marked = [line for line in text.splitlines() if line.rstrip().endswith("*")]
     best = [
-        row for row in (fit.recommended(found, kind) for kind in AdapterKind) if row is not None
+        row
+        for row in (fit.recommended(found, name) for name in fit.names_of(found))
+        if row is not None
     ]
     assert len(marked) == len(best) > 0
     for line, row in zip(marked, best, strict=True):
@@ -66,38 +68,40 @@ def test_letters_stand_for_every_change_and_the_recommended_lines_are_marked() -
         )
 
 
-def test_qlora_is_there_for_comparison_and_never_recommended() -> None:
+def test_ways_to_train_take_less_in_turn() -> None:
     found = fitted()
-    compared = [row for row in found if row.four_bit]
-    assert [row.cfg.engine.zero_stage for row in compared] == [0, 1, 2]
-    assert {tables.trains(row) for row in found} == {"all", "LoRA", "QLoRA"}
-    alike = {
-        row.cfg.engine.zero_stage: row
-        for row in found
-        if tables.trains(row) == "LoRA" and row.cfg.engine.offload.value == "none"
-    }
+    assert fit.names_of(found) == ["all", "top 4", "LoRA", "QLoRA"]
+    idle = {}
+    for row in found:
+        if row.cfg.engine.zero_stage == 1 and row.cfg.engine.offload.value == "none":
+            held = plan(row.cfg, Shapes(SHAPE(), (("reward.path", SHAPE()),)), GPU)
+            idle[row.way.name] = held.moments[-1].roles["policy"].device
+    assert list(idle.values()) == sorted(idle.values(), reverse=True)
     shape = SHAPE()
     linear = sum(one.inputs * one.outputs for one in shape.linears)
-    for row in compared:
-        lora = plan(row.cfg, Shapes(shape, (("reward.path", shape),)), GPU)
-        # between passes
-        idle, held = (
-            row.plan.moments[-1].roles["policy"].device,
-            lora.moments[-1].roles["policy"].device,
-        )
-        assert held - idle == pytest.approx(linear * (2 - NF4_BITS / 8))
-        assert row.changes == alike[row.cfg.engine.zero_stage].changes and " would " in drawn(
-            [row], 80
-        )
-    assert fit.recommended(compared, AdapterKind.lora) is None
+    # 4 bits, 8 bits for 64 of them, 32 bits for 256 of those
+    saved = linear * (16 - 4 - 8 / 64 - 32 / 64 / 256) / 8
+    assert idle["LoRA"] - idle["QLoRA"] == pytest.approx(saved, rel=1e-3)
+    best = fit.recommended(found, "QLoRA")
+    assert best is not None and "adapter.quantize=nf4" in best.overrides
+
+
+def test_the_configured_way_is_there_and_named() -> None:
+    other = AdapterConfig(kind=AdapterKind.molora, rank=4)
+    cfg = replace(made("sft"), adapter=other)
+    found = rows(cfg, Shapes(SHAPE()), GPU)
+    assert fit.names_of(found) == ["all", "top 4", "molora", "LoRA", "QLoRA"]
+    assert fit.configured(cfg) == "molora"
+    answer = tables.answers(found, GPU)[2]
+    assert answer.startswith("adapter.kind=molora fits on") and "adapter.kind=molora" in answer
 
 
 def test_what_does_not_fit_is_shown_at_its_least_with_the_reason() -> None:
     machine = replace(GPU, device_gib=10.0, ranks=1)
     models = Shapes(SHAPE(), (("reward.path", SHAPE()),))
     found = rows(made("ppo"), models, machine)
-    # QLoRA's rows come after them
-    for setting, row in zip(fit.engines(made("ppo"), machine), found, strict=False):
+    settings = [s for way in fit.ways(made("ppo"), models) for s in fit.engines(way.cfg, machine)]
+    for setting, row in zip(settings, found, strict=True):
         tried = [plan(cfg, models, machine) for cfg, _ in fit.eased(setting, models, machine)]
         assert row.plan.fits or row.plan.device_gib == min(
             one.device_gib for one in tried if one.problem is None

@@ -297,7 +297,8 @@ def test_seven_billion_parameters_on_eight_devices() -> None:
     )
     assert any("no GPU here: devices of 80 GiB are assumed" in note for note in found.notes)
     assert any("size is assumed" in note for note in found.notes)
-    assert any("doesn't train on a 4-bit base" in note for note in found.notes)
+    ways = [line.partition(" fits")[0] for line in found.lines]
+    assert ways == ["full training", "training the top 7 of 30 layers", "LoRA", "QLoRA"]
 
 
 def test_a_model_that_fits_nowhere_fails() -> None:

@@ -23,6 +23,8 @@ since sdpa keeps no scores, there is no dropout, and RMSNorm computes in float32
 
 from dataclasses import dataclass
 
+from conf.choices import AdapterKind, Placement
+from conf.schema import AdapterConfig
 from rlhf.checks.memory.shapes import Shape
 
 # what vLLM measures beside weights and cache at its start (activations, graphs); assumed, not
@@ -43,13 +45,74 @@ def korthikanti(s: int, b: int, h: int, a: int, *, recompute: bool = False) -> f
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """What an adapter keeps of a pass, in one block. Counted tensor by tensor, as the rest."""
+
+    inner: float  # numbers of its own for one token
+    # Whether the inputs of the layers that it stands beside are kept: those of matrices that train.
+    reads: bool = True
+    copies: int = 1  # of such an input in half precision, each in float32
+    weights: float = 0.0  # numbers, whatever the tokens
+
+
+def beside(shape: Shape, adapter: AdapterConfig) -> Beside | None:
+    """What the adapter's method keeps; None without an adapter."""
+    kind, rank, layers = adapter.kind, adapter.rank, shape.layers
+    if kind is AdapterKind.none:
+        return None
+    chosen = [one for one in shape.linears if _is_target(one.name, adapter)]
+    each = len(chosen) / layers  # adapted layers of a block
+    if kind is AdapterKind.molora:
+        # both products of every expert, and the router's shares
+        experts = adapter.molora.experts
+        return Beside(each * (2 * experts * rank + experts), copies=2)
+    if kind is AdapterKind.rasa:
+        shared = adapter.rasa.shared
+        return Beside(each * 2 * (rank - shared + shared * layers))
+    if kind is AdapterKind.lora_mini:
+        return Beside(each * (adapter.lora_mini.inner + rank), reads=False)
+    if kind is AdapterKind.bottleneck:
+        sites = 2 if adapter.bottleneck.placement is Placement.houlsby else 1
+        return Beside(sites * (shape.hidden + 2 * adapter.bottleneck.size), reads=False)
+    if kind is AdapterKind.ia3:
+        keys = 2 * shape.kv_heads * shape.head_size
+        return Beside(keys + shape.intermediate, reads=False)
+    if kind in (AdapterKind.prompt, AdapterKind.ptuning, AdapterKind.prefix):
+        return Beside(0.0, reads=False)
+    outputs = sum(one.outputs for one in chosen) / layers
+    if kind is AdapterKind.vera:
+        return Beside(each * rank + outputs, reads=False)
+    if kind is AdapterKind.oft:
+        # blocks of rotations, and what Cayley's transform makes them of
+        inputs = sum(one.inputs for one in chosen) / layers
+        return Beside(0.0, weights=3.0 * inputs * adapter.oft.block_size)
+    if kind is AdapterKind.adalora:
+        return Beside(each * 2 * adapter.adalora.initial_rank)
+    if adapter.dora:
+        # the layer's product and the update's, and the sum of weights whose norms are taken
+        sums = 1.25 * sum(one.inputs * one.outputs for one in chosen) / layers
+        return Beside(each * rank + 2 * outputs, weights=sums)
+    return Beside(each * rank, reads=not adapter.freeze_a)
+
+
+def virtual_tokens(adapter: AdapterConfig) -> int:
+    """Tokens that a method puts in front of each row; a prefix's are keys and values alone."""
+    rows = (AdapterKind.prompt, AdapterKind.ptuning)
+    return adapter.prompt.tokens if adapter.kind in rows else 0
+
+
+def _is_target(name: str, adapter: AdapterConfig) -> bool:
+    return list(adapter.targets) == ["all-linear"] or name in adapter.targets
+
+
+@dataclass(frozen=True, slots=True)
 class Pass:
     """One forward pass: what decides how much it keeps."""
 
     tokens: int  # padding included
     width: int  # bytes of a weight, and of an activation but under autocast
     length: int = 0  # tokens of a row, for attention that keeps its scores
-    adapter: int = 0  # rank of the adapter beside frozen weights; 0: the weights train
+    adapter: Beside | None = None  # beside frozen weights; None: the weights train
     # PEFT's own; under DeepSpeed's bf16 an adapter is bfloat16 as all else
     adapter_float32: bool = True
     autocast: bool = False  # float32 weights that train, half-precision products (TRL)
@@ -63,22 +126,29 @@ class Pass:
 def block_bytes(shape: Shape, p: Pass) -> float:
     """Bytes that one block keeps for one token."""
     h, w = shape.hidden, 2 if p.autocast else p.width
-    copies = p.adapter > 0 and p.adapter_float32 and w == 2
+    one = p.adapter
+    frozen = one is not None
+    copies = frozen and p.adapter_float32 and w == 2
+    reads = one is None or one.reads
     queries = shape.heads * shape.head_size
     keys = queries if p.masked or shape.eager else shape.kv_heads * shape.head_size
-    norm = 4 * h + 4 + (0 if p.adapter else p.width * h) + (0 if copies or p.autocast else w * h)
+    norm = 4 * h + 4 + (0 if frozen else p.width * h)
+    if reads and not copies and not p.autocast:
+        norm += w * h
     attention = w * (2 * queries + 2 * keys)
     seen = max(p.length, p.pack)
     attention += shape.heads * (seen * (w + (4 if w == 2 else 0)) if shape.eager else 4)
     attention += w * p.pack
-    mlp = w * (3 if copies else 4) * shape.intermediate
-    inputs = 0.0
-    if copies:
-        inputs = 4 * shape.adapted
+    mlp = w * (3 if copies or not reads else 4) * shape.intermediate
+    inputs = inner = 0.0
+    if one is not None:
+        width = 4 if copies else w
+        inner = width * (one.inner + one.weights / p.tokens)
+        if copies and reads:
+            inputs = 4 * one.copies * shape.adapted
     elif p.autocast:
         # of queries, keys, values, gate and up; the other two layers read half precision as it is
         inputs = w * 5 * h
-    inner = (4 if copies else w) * p.adapter * len(shape.linears) / shape.layers
     return 2 * norm + attention + mlp + inputs + inner
 
 

@@ -1,11 +1,21 @@
-"""Does it fit, and with which setting: the plan of every engine, offload and adapter on the machine
-that is asked about.
+"""Does it fit, and with which setting: the plan of every engine, offload and way to train on the
+machine that is asked about.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from conf.choices import AdapterKind, Advantage, EngineKind, Offload, RolloutBackend
+from conf.choices import (
+    AdapterKind,
+    Advantage,
+    EngineKind,
+    LoraInit,
+    Offload,
+    Quantization,
+    RolloutBackend,
+)
+from conf.run import TrainPart
+from conf.schema import AdapterConfig
 from conf.stages import OnlineStage
 from rlhf.checks.memory import activations
 from rlhf.checks.memory.moments import Machine, Plan, Settings, sequences_at_once
@@ -17,13 +27,23 @@ _SCORED = 2048  # tokens of a scoring batch, where the usual ones are too many
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """A way to train: which weights, beside which frozen ones."""
+
+    name: str  # in a column
+    text: str  # in a sentence
+    cfg: Settings
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One setting: its plan, as configured and, where that doesn't fit, with what makes it fit."""
 
+    way: Way
     cfg: Settings
     plan: Plan
-    changes: tuple[str, ...]  # overrides beyond engine, offload and adapter that the plan took
-    four_bit: bool = False  # QLoRA, for comparison: the toolkit doesn't train it
+    changes: tuple[str, ...]  # overrides beyond engine, offload and way that the plan took
 
     @property
     def overrides(self) -> list[str]:
@@ -35,30 +55,65 @@ class Row:
             out.append(f"engine.offload={engine.offload.value}")
         if engine.offload is Offload.nvme:
             out.append(f"engine.nvme_path={engine.nvme_path}")
-        out.append(f"adapter={self.cfg.adapter.kind.value}")
-        return [*out, *self.changes]
+        return [*out, *self.way.overrides, *self.changes]
+
+
+def ways(cfg: Settings, shapes: Shapes) -> list[Way]:
+    """All weights, the top quarter of the blocks, LoRA, QLoRA, and the configured adapter where it
+    is another; the one that takes most memory first.
+    """
+    train, layers = cfg.stage.train, shapes.policy.layers
+    none = replace(cfg.adapter, kind=AdapterKind.none, quantize=Quantization.none)
+    cfg = replace(cfg, stage=replace(cfg.stage, train=TrainPart()))
+    out = [Way("all", "full training", replace(cfg, adapter=none), ("adapter=none",))]
+    count = train.layers or layers // 4
+    if shapes.policy.parts is not None and count:
+        stage = replace(cfg.stage, train=TrainPart(layers=count))
+        overrides = ("adapter=none", f"stage.train.layers={count}")
+        text = f"training the top {count} of {layers} layers"
+        out.append(Way(f"top {count}", text, replace(cfg, adapter=none, stage=stage), overrides))
+    lora = AdapterConfig(kind=AdapterKind.lora, rank=cfg.adapter.rank, alpha=cfg.adapter.alpha)
+    if cfg.adapter.kind in (AdapterKind.none, AdapterKind.lora):
+        lora = replace(cfg.adapter, kind=AdapterKind.lora, quantize=Quantization.none)
+    else:
+        kind = cfg.adapter.kind.value
+        out.append(Way(kind, f"adapter.kind={kind}", cfg, (f"adapter.kind={kind}",)))
+    out.append(Way("LoRA", "LoRA", replace(cfg, adapter=lora), ("adapter=lora",)))
+    if lora.init in (LoraInit.default, LoraInit.gaussian, LoraInit.orthogonal, LoraInit.eva):
+        method = cfg.adapter.quantize if cfg.adapter.is_quantized else Quantization.nf4
+        held = replace(lora, quantize=method)
+        overrides = ("adapter=lora", f"adapter.quantize={method.value}")
+        out.append(Way("QLoRA", "QLoRA", replace(cfg, adapter=held), overrides))
+    return out
+
+
+def configured(cfg: Settings) -> str:
+    """The name of the way that the configuration itself takes."""
+    adapter = cfg.adapter
+    if adapter.kind is AdapterKind.none:
+        return "all" if not cfg.stage.train.layers else f"top {cfg.stage.train.layers}"
+    if adapter.kind is AdapterKind.lora:
+        return "QLoRA" if adapter.is_quantized else "LoRA"
+    return str(adapter.kind.value)
 
 
 def engines(cfg: Settings, machine: Machine) -> Iterator[Settings]:
-    """Every engine and offload on this number of ranks, each with and without an adapter; the
-    simplest first.
-    """
+    """Every engine and offload on this number of ranks; the simplest first."""
     kinds = [(EngineKind.torch, 0)] if machine.ranks == 1 else []
     kinds += [(EngineKind.deepspeed, zero) for zero in range(4)]
-    for adapter in (AdapterKind.none, AdapterKind.lora):
-        for kind, zero in kinds:
-            for offload in offloads(kind, zero):
-                if offload is not Offload.none and not machine.cuda:
-                    continue  # the host is the device
-                nvme = cfg.engine.nvme_path or "<directory>"
-                engine = replace(
-                    cfg.engine,
-                    kind=kind,
-                    zero_stage=zero,
-                    offload=offload,
-                    nvme_path=nvme if offload is Offload.nvme else None,
-                )
-                yield replace(cfg, engine=engine, adapter=replace(cfg.adapter, kind=adapter))
+    for kind, zero in kinds:
+        for offload in offloads(kind, zero):
+            if offload is not Offload.none and not machine.cuda:
+                continue  # the host is the device
+            nvme = cfg.engine.nvme_path or "<directory>"
+            engine = replace(
+                cfg.engine,
+                kind=kind,
+                zero_stage=zero,
+                offload=offload,
+                nvme_path=nvme if offload is Offload.nvme else None,
+            )
+            yield replace(cfg, engine=engine)
 
 
 def offloads(kind: EngineKind, zero: int) -> tuple[Offload, ...]:
@@ -71,30 +126,19 @@ def offloads(kind: EngineKind, zero: int) -> tuple[Offload, ...]:
 
 
 def rows(cfg: Settings, shapes: Shapes, machine: Machine) -> list[Row]:
-    """A row for every engine, offload and adapter, and for QLoRA where it can be had; where one
-    doesn't fit as it is, with the least of the changes that make it fit, or that leave the least
-    missing.
+    """A row for every way to train, engine and offload; where one doesn't fit as it is, with the
+    least of the changes that make it fit, or that leave the least missing.
     """
-    settings = list(engines(cfg, machine))
-    out = [_row(setting, shapes, machine) for setting in settings]
-    for setting, lora in zip(settings, tuple(out), strict=True):
-        # bitsandbytes' packed weights can't be partitioned or offloaded as they are
-        if (
-            setting.adapter.kind is AdapterKind.none
-            or setting.engine.zero_stage == 3
-            or setting.engine.offload is not Offload.none
-        ):
-            continue
-        alike = Row(
-            lora.cfg, plan(lora.cfg, shapes, machine, four_bit=True), lora.changes, four_bit=True
-        )
-        out.append(alike if alike.plan.fits else _row(setting, shapes, machine, four_bit=True))
+    out = []
+    for way in ways(cfg, shapes):
+        for setting in engines(way.cfg, machine):
+            out.append(_row(way, setting, shapes, machine))
     return out
 
 
-def _row(cfg: Settings, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Row:
+def _row(way: Way, cfg: Settings, shapes: Shapes, machine: Machine) -> Row:
     tried = [
-        Row(one, plan(one, shapes, machine, four_bit=four_bit), changes, four_bit)
+        Row(way, one, plan(one, shapes, machine), changes)
         for one, changes in eased(cfg, shapes, machine)
     ]
     least = min(tried, key=lambda row: (row.plan.problem is not None, row.plan.device_gib))
@@ -177,15 +221,16 @@ def _smaller_micro_batches(
         )
 
 
-def recommended(found: Sequence[Row], adapter: AdapterKind) -> Row | None:
-    """The first that fits with this adapter: no offload, then the fewest changes, then the lowest
-    ZeRO stage; fewer exchanges make a faster step.
+def names_of(found: Sequence[Row]) -> list[str]:
+    """The ways of the rows, in their order."""
+    return list(dict.fromkeys(row.way.name for row in found))
+
+
+def recommended(found: Sequence[Row], way: str) -> Row | None:
+    """The first that fits in this way to train: no offload, then the fewest changes, then the
+    lowest ZeRO stage; fewer exchanges make a faster step.
     """
-    fitting = [
-        row
-        for row in found
-        if row.plan.fits and row.cfg.adapter.kind is adapter and not row.four_bit
-    ]
+    fitting = [row for row in found if row.plan.fits and row.way.name == way]
     order = list(Offload)
     return min(
         fitting,

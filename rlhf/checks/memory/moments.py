@@ -4,7 +4,7 @@ A moment is a point of a step at which memory may peak; its phase is the one tha
 time/<phase>_s.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
@@ -20,12 +20,13 @@ from conf.schema import (
 )
 from rlhf.checks.memory.activations import (
     VLLM_OVERHEAD_GIB,
+    Beside,
     Pass,
     cache_of,
     transformers_bytes,
 )
 from rlhf.checks.memory.shapes import Shape, Trained
-from rlhf.checks.memory.states import GIB, Bytes, Counts, Setting, total
+from rlhf.checks.memory.states import GIB, Bytes, Counts, Setting, rounded_bytes, total
 from rlhf.process import distributed
 
 ASSUMED_GIB = 80.0  # a device of an A100 or H100
@@ -196,25 +197,26 @@ def counts_of(
     parameters: int,
     adapter: int,
     *,
-    four_bit: bool = False,
+    rounding: AdapterConfig | None = None,
     trained: Trained | None = None,
 ) -> Counts:
     """A module of `parameters`, of which `trained` train (None: all), or an adapter beside them.
-    `four_bit`: its linear layers are quantised.
+    `rounding`: whose options say how its linear layers are held.
     """
     if not adapter:
         count, largest = parameters, shape.largest
         if trained is not None:
             count, largest = trained.parameters, trained.largest
         return Counts(parameters, count, largest, shape.largest_layer, alike=True)
-    layers = [one.inputs * one.outputs for one in shape.linears] if four_bit else [0]
-    return Counts(
-        parameters + adapter,
-        adapter,
-        adapter // max(1, len(shape.linears)),
-        shape.largest_layer,
-        sum(layers),
-        max(layers),
+    counts = Counts(
+        parameters + adapter, adapter, adapter // max(1, len(shape.linears)), shape.largest_layer
+    )
+    if rounding is None or not rounding.is_quantized:
+        return counts
+    sizes = [one.inputs * one.outputs for one in shape.linears]
+    held = [rounded_bytes(one.outputs, one.inputs, rounding) for one in shape.linears]
+    return replace(
+        counts, quantised=sum(sizes), quantised_bytes=sum(held), quantised_layer=max(sizes)
     )
 
 
@@ -240,7 +242,7 @@ def pass_of(
     setting: Setting,
     tokens: int,
     *,
-    rank: int,
+    adapter: Beside | None,
     checkpointing: bool,
     trl: bool,
     masked: bool = False,
@@ -249,15 +251,16 @@ def pass_of(
     layers: int | None = None,
 ) -> Pass:
     """A forward pass of `tokens`, padding included, in rows of `length`, or in packs that have a
-    mask of ours, the longest with a dense one of `pack` tokens; `rank` of the adapter that trains,
-    0 where the weights do; `layers`: blocks that a gradient passes through, None: all.
+    mask of ours, the longest with a dense one of `pack` tokens; `adapter`: what trains beside
+    frozen weights, None where these train; `layers`: blocks that a gradient passes through, None:
+    all.
     """
-    autocast = trl and setting.float32_trained and not rank
+    autocast = trl and setting.float32_trained and adapter is None
     return Pass(
         tokens=tokens,
         width=4 if autocast else setting.width,
         length=length,
-        adapter=rank,
+        adapter=adapter,
         adapter_float32=setting.kind is EngineKind.torch,
         autocast=autocast,
         masked=masked,

@@ -54,16 +54,15 @@ from rlhf.checks.memory.states import (
 )
 
 
-def plan(cfg: Settings, shapes: Shapes, machine: Machine, *, four_bit: bool = False) -> Plan:
-    """The plan of a training stage; `four_bit`: with an adapter beside a base in 4 bits (QLoRA,
-    which the toolkit itself doesn't train).
+def plan(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
+    """The plan of a training stage.
 
     Raises UserError for an adapter that the model has no place for.
     """
     if isinstance(cfg.stage, OnlineStage):
-        return _online(cfg, shapes, machine, four_bit)
+        return _online(cfg, shapes, machine)
     if isinstance(cfg.stage, OfflineStage):
-        return _offline(cfg, shapes.policy, machine, four_bit)
+        return _offline(cfg, shapes.policy, machine)
     raise TypeError(f"{type(cfg.stage).__name__} trains nothing")
 
 
@@ -82,7 +81,7 @@ def _step(states: States) -> Bytes:
 # ---- online ----
 
 
-def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> Plan:
+def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     stage, shape = cfg.stage, shapes.policy
     assert isinstance(stage, OnlineStage)
     lora = cfg.adapter.kind is not AdapterKind.none
@@ -91,9 +90,9 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> 
     trained = trained_parts(shape, stage.train, classifier=False)
     whole = shape.parameters + shape.frozen_by(cfg.adapter)
     policy = training_states(
-        counts_of(shape, whole, adapter, four_bit=four_bit, trained=trained), setting
+        counts_of(shape, whole, adapter, rounding=cfg.adapter, trained=trained), setting
     )
-    critic = _critic(cfg, shapes, setting, four_bit) if stage.advantage is Advantage.gae else None
+    critic = _critic(cfg, shapes, setting) if stage.advantage is Advantage.gae else None
     switched_off = facts_of(cfg.adapter).off_is_start and not stage.reference_every
     own_reference = stage.reference and not switched_off
     reference = (
@@ -140,9 +139,7 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine, four_bit: bool) -> 
     return Plan(tuple(moments), machine, generator.notes, generator.problem)
 
 
-def _critic(
-    cfg: Settings, shapes: Shapes, setting: Setting, four_bit: bool
-) -> tuple[Shape, States]:
+def _critic(cfg: Settings, shapes: Shapes, setting: Setting) -> tuple[Shape, States]:
     """The critic's shape, the reward model's or the policy's, and its states."""
     stage = cfg.stage
     from_reward = stage.critic_init is CriticInit.reward and shapes.rewards
@@ -151,7 +148,9 @@ def _critic(
     own = replace(
         setting, float32_trained=setting.half and setting.kind is EngineKind.torch and bool(inner)
     )
-    return shape, training_states(counts_of(shape, shape.classifier, inner, four_bit=four_bit), own)
+    return shape, training_states(
+        counts_of(shape, shape.classifier, inner, rounding=cfg.adapter), own
+    )
 
 
 def _starting(
@@ -188,7 +187,9 @@ def _dense_pack(shape: Shape, tokens: int) -> int:
 def _tokens(cfg: Settings, rows: int = 1) -> tuple[int, int]:
     """Tokens of a micro-batch, `rows` rows being the least of it; and of the longest row."""
     longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
-    return max(cfg.engine.micro_tokens, rows * longest), longest
+    tokens = max(cfg.engine.micro_tokens, rows * longest)
+    virtual = activations.virtual_tokens(cfg.adapter)
+    return tokens + virtual * (tokens // longest), longest + virtual
 
 
 def _scoring(
@@ -260,11 +261,10 @@ def _updating(
     pairs = stage.policy_loss is PolicyLoss.dpo
     tokens, longest = _tokens(cfg, rows=2 if pairs else 1)
     checkpointing = cfg.engine.gradient_checkpointing
-    rank = cfg.adapter.rank if cfg.adapter.kind is not AdapterKind.none else 0
     p = pass_of(
         setting,
         tokens,
-        rank=rank,
+        adapter=activations.beside(shape, cfg.adapter),
         checkpointing=checkpointing,
         trl=False,
         masked=masked,
@@ -288,7 +288,7 @@ def _updating(
     q = pass_of(
         setting,
         tokens,
-        rank=cfg.adapter.rank if stage.critic_adapter else 0,
+        adapter=activations.beside(critic_shape, critic_adapter(stage, cfg.adapter)),
         checkpointing=checkpointing,
         trl=False,
         length=longest,
@@ -337,7 +337,7 @@ def _syncing(cfg: Settings, shape: Shape, setting: Setting, adapter: int) -> Byt
 # ---- offline ----
 
 
-def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> Plan:
+def _offline(cfg: Settings, shape: Shape, machine: Machine) -> Plan:
     """TRL's trainers: one model, and a reference for DPO and KTO with full weights
     (rlhf/stages/preference.py: start_of).
     """
@@ -350,17 +350,18 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine, four_bit: bool) -> P
         name, parameters = "reward model", shape.classifier
     trained = trained_parts(shape, stage.train, classifier=isinstance(stage, RewardStage))
     whole = parameters + shape.frozen_by(cfg.adapter)
-    counts = counts_of(shape, whole, adapter, four_bit=four_bit, trained=trained)
+    counts = counts_of(shape, whole, adapter, rounding=cfg.adapter, trained=trained)
     states = training_states(counts, setting)
     reference = None
     if isinstance(stage, (PreferenceStage, KTOStage)) and not facts_of(cfg.adapter).off_is_start:
         held = replace(setting, half=setting.half and not setting.float32_trained)
         reference = frozen_states(parameters, held, shape.largest_layer)
     tokens = _trl_tokens(stage, cfg.engine, machine.ranks)
+    tokens += activations.virtual_tokens(cfg.adapter) * (tokens // stage.max_length)
     p = pass_of(
         setting,
         tokens,
-        rank=cfg.adapter.rank if adapter else 0,
+        adapter=activations.beside(shape, cfg.adapter),
         checkpointing=cfg.engine.gradient_checkpointing,
         trl=True,
         length=stage.max_length,

@@ -11,7 +11,8 @@ unfused_optimizer.py.
 
 from dataclasses import dataclass, field
 
-from conf.choices import EngineKind, Offload
+from conf.choices import EngineKind, Offload, Quantization
+from conf.schema import AdapterConfig
 
 GIB = 1 << 30
 
@@ -41,9 +42,6 @@ def total(parts: dict[str, Bytes]) -> Bytes:
 # all-reduce without ZeRO
 BUCKET = 5e8
 MAX_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered (stage3_max_live_parameters)
-# a 4-bit weight with its share of doubly quantised constants (Dettmers et al. 2023,
-# arXiv:2305.14314, section 3)
-NF4_BITS = 4.127
 SUB_GROUP = 1e9  # parameters that ZeRO-3 steps at once (sub_group_size)
 _SWAP_BUFFERS, _PARAM_BUFFERS, _PARAM_BUFFER = (
     4,
@@ -60,7 +58,8 @@ class Counts:
     trained: int
     largest: int  # elements of the largest tensor that trains
     largest_layer: int  # parameters of the largest module by itself, frozen or not
-    quantised: int = 0  # frozen parameters held in 4 bits (QLoRA)
+    quantised: int = 0  # frozen parameters that are held rounded
+    quantised_bytes: float = 0.0  # what holds them
     # elements of the largest such layer, which a pass has in full precision for a moment
     quantised_layer: int = 0
     alike: bool = False  # frozen weights are in the dtype of those that train (no adapter)
@@ -69,9 +68,7 @@ class Counts:
         """Bytes of all weights, `width` a weight; those that train at `trained_width`."""
         if self.alike and trained_width is not None:
             width = trained_width
-        frozen = (
-            width * (self.total - self.trained - self.quantised) + NF4_BITS / 8 * self.quantised
-        )
+        frozen = width * (self.total - self.trained - self.quantised) + self.quantised_bytes
         return frozen + (width if trained_width is None else trained_width) * self.trained
 
 
@@ -129,6 +126,21 @@ def textbook(parameters: float, zero: int, ranks: int) -> float:
     return (16 - shared) * parameters + shared * parameters / ranks
 
 
+def rounded_bytes(outputs: int, inputs: int, adapter: AdapterConfig) -> float:
+    """Bytes of a layer that is held rounded (adapter.quantize), scales included: int8, a byte a
+    weight and a scale an output; nf4, half a byte and a scale for 64 weights, in 4 bytes or, doubly
+    quantised, in one with a scale for 256 of these (Dettmers et al. 2023, arXiv:2305.14314, section
+    3), their 256 values and their mean.
+    """
+    count = outputs * inputs
+    if adapter.quantize is Quantization.int8:
+        return count + 4.0 * outputs
+    blocks = -(-count // 64)
+    if not adapter.double_quantize:
+        return 36.0 * blocks
+    return 33.0 * blocks + 4.0 * -(-blocks // 256) + 4.0 * 257
+
+
 def training_states(counts: Counts, setting: Setting) -> States:
     """States of a module that trains."""
     if setting.kind is EngineKind.torch:
@@ -146,7 +158,7 @@ def frozen_states(parameters: float, setting: Setting, largest_layer: float) -> 
     (policy/engines/deepspeed.py: freeze).
     """
     whole = setting.width * parameters
-    start = _loading(whole, setting)
+    start = Bytes(whole, whole if setting.cuda else 0.0)
     if setting.kind is EngineKind.torch or setting.zero < 3:
         return States(resident={"weights": Bytes(whole)}, start=start)
     part = whole / setting.ranks
@@ -174,11 +186,14 @@ def temporaries(
     return 4.0 * elements if setting.cuda and not on_host else 8.0 * largest
 
 
-def _loading(whole: float, setting: Setting) -> Bytes:
-    """Every rank loads the whole model on the host and moves it to its device before anything is
-    shared out.
+def _loading(counts: Counts, setting: Setting) -> Bytes:
+    """Every rank loads the whole model on the host, rounds there what is held rounded, and moves it
+    to its device before anything is shared out.
     """
-    return Bytes(whole, whole if setting.cuda else 0.0)
+    width = setting.width
+    held = counts.weights(width, 4 if setting.float32_trained else width)
+    loaded = held + width * counts.quantised
+    return Bytes(held, loaded) if setting.cuda else Bytes(loaded)
 
 
 def _torch(counts: Counts, s: Setting) -> States:
@@ -197,7 +212,12 @@ def _torch(counts: Counts, s: Setting) -> States:
         "masters": Bytes(masters),
         "Adam": Bytes(8 * counts.trained),
     }
-    return States(resident=resident, backward=backward, step=step, start=_loading(weights, s))
+    return States(
+        resident=resident,
+        backward=backward,
+        step=step,
+        start=_loading(counts, s),
+    )
 
 
 def _replicated(counts: Counts, s: Setting) -> States:
@@ -222,7 +242,12 @@ def _replicated(counts: Counts, s: Setting) -> States:
         "gradients": Bytes(gradients),
         "gradient bucket, AdamW's temporaries": Bytes(max(reducing, stepping) - gradients),
     }
-    return States(resident=resident, backward=backward, step=step, start=_loading(weights, s))
+    return States(
+        resident=resident,
+        backward=backward,
+        step=step,
+        start=_loading(counts, s),
+    )
 
 
 def _zero12(counts: Counts, s: Setting) -> States:
@@ -253,7 +278,10 @@ def _zero12(counts: Counts, s: Setting) -> States:
             "flattening, AdamW's temporaries": Bytes(max(flattening, stepping) - 4 * part),
         }
         return States(
-            resident=resident, backward=backward, step=step, start=_loading(weights.device, s)
+            resident=resident,
+            backward=backward,
+            step=step,
+            start=_loading(counts, s),
         )
     resident = {
         "weights": weights,
@@ -276,17 +304,18 @@ def _zero12(counts: Counts, s: Setting) -> States:
         resident=_on_host(resident, s),
         backward=_on_host(backward, s),
         step=_on_host(step, s),
-        start=_loading(weights.device, s),
+        start=_loading(counts, s),
     )
 
 
 def _zero3(counts: Counts, s: Setting) -> States:
     """ZeRO-3: all is shared out; the gradient buffer and the bucket stay from the start."""
-    w, part, whole_part = s.width, counts.trained / s.ranks, counts.total / s.ranks
+    w, part = s.width, counts.trained / s.ranks
+    whole_part = (counts.total - counts.quantised) / s.ranks
     group = min(part, SUB_GROUP)
     bucket = w * (BUCKET if s.cuda else min(counts.trained, BUCKET))
-    gathered = _gathered(counts.total, counts.largest_layer, s)
-    start = _loading(w * counts.total, s)
+    gathered = _gathered(counts.total - counts.quantised, counts.largest_layer, s)
+    start = _loading(counts, s)
     passing = {"gradients in passing": Bytes(w * counts.largest)}
     if s.offload is Offload.none:
         resident = {
@@ -319,6 +348,8 @@ def _zero3(counts: Counts, s: Setting) -> States:
             "AdamW's temporaries": Bytes(host=temporaries(group, group, s, on_host=True)),
         }
     resident["gradient bucket"] = Bytes(bucket)
+    if counts.quantised:
+        resident["rounded weights"] = Bytes(counts.quantised_bytes)  # whole on every rank
     # Every bucket's gradients are copied in the order of the ranks before they are reduced, on one
     # rank as well (comm/coalesced_collectives.py), and
     # the last bucket before the weights that the pass has gathered are let go.

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from conf.choices import AdapterKind, EngineKind, Offload
-from rlhf.checks.memory.fit import Row, recommended
+from conf.choices import EngineKind, Offload
+from rlhf.checks.memory.fit import Row, names_of, recommended
 from rlhf.checks.memory.moments import Machine, Plan
-from rlhf.checks.memory.shapes import Shape
-from rlhf.checks.memory.states import GIB, NF4_BITS, Bytes
+from rlhf.checks.memory.states import GIB, Bytes
 
 _ORDER = ("policy", "reward model", "critic", "reference", "reward", "generator", "process")
 
@@ -45,7 +44,7 @@ def plan_table(plan: Plan, title: str) -> Any:
 
 
 def fit_table(rows: Sequence[Row], title: str, width: int) -> Any:
-    """A line for every engine, offload and adapter: GiB per device at the peak, and whether it
+    """A line for every way to train, engine and offload: GiB per device at the peak, and whether it
     fits; below it, the changes that its letters mean.
 
     Roles have columns where `width` characters hold them.
@@ -88,10 +87,10 @@ def _fit_table(
     table.add_column("host", justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     table.add_column("with", overflow="fold")
-    best = [row for row in (recommended(rows, kind) for kind in AdapterKind) if row is not None]
+    best = [row for row in (recommended(rows, name) for name in names_of(rows)) if row is not None]
     previous = ""
     for row in rows:
-        trained = trains(row)
+        trained = row.way.name
         if previous not in ("", trained):
             table.add_section()
         previous = trained
@@ -100,11 +99,7 @@ def _fit_table(
         offload = "" if engine.offload is Offload.none else engine.offload.value
         cells = [gib(moment.roles.get(role, Bytes()).device) for role in roles]
         host = f"{row.plan.host_gib:.0f}" if row.plan.machine.cuda else ""
-        fits = (
-            ("[dim]would[/]" if row.four_bit else "[green]yes[/]")
-            if row.plan.fits
-            else "[red]no[/]"
-        )
+        fits = "[green]yes[/]" if row.plan.fits else "[red]no[/]"
         letter = " ".join(letters[text] for text in _texts(row)) + (" *" if row in best else "")
         style = "bold" if row in best else None
         table.add_row(
@@ -122,15 +117,8 @@ def _fit_table(
     return table
 
 
-def trains(row: Row) -> str:
-    """What a row trains."""
-    if row.cfg.adapter.kind is AdapterKind.none:
-        return "all"
-    return "QLoRA" if row.four_bit else "LoRA"
-
-
 def answers(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """Whether it fits, and with which overrides: a line for full training and one for LoRA."""
+    """Whether it fits, and with which overrides: a line for each way to train."""
     where = (
         f"{machine.ranks} device{'s' if machine.ranks > 1 else ''} of {machine.device_gib:.3g} GiB"
     )
@@ -140,29 +128,18 @@ def answers(rows: Sequence[Row], machine: Machine) -> list[str]:
             f"rank{'s' if machine.ranks > 1 else ''}"
         )
     out, each = [], " each" if machine.ranks > 1 else ""
-    for adapter, name in ((AdapterKind.none, "full training"), (AdapterKind.lora, "LoRA")):
-        row = recommended(rows, adapter)
+    for name in names_of(rows):
+        row, own = recommended(rows, name), [r for r in rows if r.way.name == name]
+        text = own[0].way.text
         if row is None:
-            own = [r for r in rows if r.cfg.adapter.kind is adapter and not r.four_bit]
             least = min(own, key=lambda r: (r.plan.problem is not None, r.plan.device_gib))
             out.append(
-                f"{name} doesn't fit on {where} with any engine. The least is with "
+                f"{text} doesn't fit on {where} with any engine. The least is with "
                 f"{' '.join(least.overrides)}: {least.plan.obstacle}."
             )
         else:
             out.append(
-                f"{name} fits on {where}, {row.plan.device_gib:.1f} GiB{each}, with: "
+                f"{text} fits on {where}, {row.plan.device_gib:.1f} GiB{each}, with: "
                 f"{' '.join(row.overrides)}"
             )
     return out
-
-
-def qlora_note(shape: Shape) -> str:
-    """What a 4-bit base would save; the toolkit doesn't train one."""
-    linear = sum(one.inputs * one.outputs for one in shape.linears)
-    quantised = linear * NF4_BITS / 8 + 2 * (shape.parameters - linear)
-    return (
-        "QLoRA: this toolkit doesn't train on a 4-bit base; its lines are for comparison. "
-        f"Frozen weights would take {quantised / GIB:.1f} GiB "
-        f"in place of {2 * shape.parameters / GIB:.1f}."
-    )

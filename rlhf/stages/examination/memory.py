@@ -5,7 +5,6 @@ setting.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from conf.choices import AdapterKind
 from conf.schema import Config
 from conf.stages import DoctorStage, OfflineStage, OnlineStage
 from reward.base import is_set
@@ -15,14 +14,15 @@ from rlhf.checks.memory.moments import machine_of
 from rlhf.checks.memory.shapes import can_plan, shapes_of
 from rlhf.cli import config, presets
 from rlhf.run.console import console
+from rlhf.stages import methods
 from rlhf.stages.examination.findings import Finding, State
 from rlhf.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`lines` in words, for the report; `renderables` for the terminal; `fits`: full training or
-    LoRA does, on some engine.
+    """`lines` in words, for the report; `renderables` for the terminal; `fits`: some way to train
+    does, on some engine.
     """
 
     fits: bool
@@ -62,7 +62,6 @@ def answer(cfg: Config) -> Answer | None:
     if not can_plan(cfg.model):
         return None
     # transformers takes seconds to import
-    from rlhf.stages import methods
 
     methods.register()
     chosen = planned(cfg)
@@ -80,9 +79,9 @@ def answer(cfg: Config) -> Answer | None:
         )
     rows = fit.rows(chosen, shapes, machine)
     lines = tables.answers(rows, machine)
-    best = fit.recommended(rows, chosen.adapter.kind) or next(
-        (r for r in (fit.recommended(rows, kind) for kind in AdapterKind) if r), None
-    )
+    names = (fit.configured(chosen), *fit.names_of(rows))
+    fitting = [fit.recommended(rows, name) for name in names]
+    best = next((row for row in fitting if row is not None), None)
     where = "device" if machine.cuda else "rank"
     title = (
         f"stage={chosen.stage.name}: GiB per {where} at the peak; host: GiB of all ranks; "
@@ -99,7 +98,7 @@ def answer(cfg: Config) -> Answer | None:
         *machine.notes,
         f"rows of {lengths} tokens (data.max_prompt_length + rollout.max_response_length), {sizes}",
     ]
-    notes += [*(best.plan.notes if best is not None else ()), tables.qlora_note(shapes.policy)]
+    notes += best.plan.notes if best is not None else ()
     return Answer(best is not None, lines, renderables, notes)
 
 
