@@ -121,6 +121,15 @@ class TrainStage:
         unit="updates",
         at_least=2,
     )
+    noise_scale: float | None = option(
+        None,
+        "Measure the gradient-noise scale, the rows of a step beyond which more hardly help "
+        "(McCandlish et al. 2018, arXiv:1812.06162); its averages decay at this rate, such as "
+        "0.95. null: not measured.",
+        at_least=0,
+        below=1,
+        section="the noise of gradients",
+    )
     schedule: ScheduleConfig = nested(ScheduleConfig, section="what changes along the run")
     plateau: PlateauConfig = nested(PlateauConfig)
     batch_growth: BatchGrowthConfig = nested(BatchGrowthConfig)

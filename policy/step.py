@@ -13,6 +13,7 @@ from conf.choices import KLEstimator, KLPlace, PolicyLoss
 from conf.stages import OnlineStage
 from policy.batching import masked_sum
 from policy.engines.base import Brake, NonFinite
+from policy.engines.resharding import GradientNoise
 from policy.forward import (
     SPARE,
     Models,
@@ -97,6 +98,7 @@ class OptimizerStep:
     # no pass ran before the update, so the logprobs before it are those of this pass
     only_pass: bool
     brake: Brake
+    noise: GradientNoise | None = None  # of the policy's gradient
     sums: _Sums = field(default_factory=_Sums)
     # what the losses are divided by: counts over all micro-batches and ranks
     tokens: float = 0.0
@@ -125,6 +127,8 @@ class OptimizerStep:
             return None
         for engine in self._engines().values():
             tending_of(engine.module.model).clear()
+        if self.noise is not None:
+            self.noise.begin()
         micro_batches = plan_passes(batch.tokens, batch.groups, rows, self.models.layout, pairs)
         for number, packs in enumerate(micro_batches):
             self._micro_batch(packs, pairs, last=number == len(micro_batches) - 1)
@@ -161,6 +165,8 @@ class OptimizerStep:
         for name, engine in engines.items():
             scale = clip_scale(norms[name], engine.optim.max_grad_norm)
             tending_of(engine.module.model).after_step(engine.steps, engine.write, scale)
+        if self.noise is not None and self.train_policy:
+            self.noise.end(norms["policy/grad_norm"])
         return norms
 
     def _engines(self) -> dict[str, Any]:
@@ -210,6 +216,9 @@ class OptimizerStep:
         if self.stage.entropy_coef:
             loss = loss - self.stage.entropy_coef * bonus
         models.policy.backward(self._with_penalty(loss, models.policy, last=last), last=last)
+        if self.noise is not None:
+            units = len(done.rows) // 2 if self.pairwise else len(done.rows)
+            self.noise.part(0 if spare else units)
 
     def _keep_measured(self, done: PolicyPass) -> None:
         """The logprobs of the only pass are those before the update."""

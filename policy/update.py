@@ -11,6 +11,7 @@ import torch
 from conf.choices import OnNonFinite, PolicyLoss
 from conf.stages import OnlineStage
 from policy.engines.base import Brake, NonFinite
+from policy.engines.resharding import GradientNoise
 from policy.forward import Models
 from policy.prepare import TrainBatch
 from policy.step import OptimizerStep
@@ -28,6 +29,7 @@ def update(
     seed: int,
     train_policy: bool = True,
     brake: Brake | None = None,
+    noise: GradientNoise | None = None,
 ) -> dict[str, float]:
     """Take the step's optimizer steps. Returns means over all of them (policy/clipfrac,
     policy/approxkl, loss/policy, ...). Collective.
@@ -35,9 +37,8 @@ def update(
     `constant_length` (tokens) is the divisor of aggregation=constant. `seed` draws the minibatches;
     every rank makes as many. Where `batch` has no logprobs yet, the one pass of this update
     measures old, entropy and reference logprobs on its way and leaves them in `batch`. A minibatch
-    in which no rank has a token to train takes no optimizer step. `brake` looks for spikes. Raises
-    NonFinite: a bad loss or gradient is never applied; with stage.on_nonfinite=skip it is left out
-    instead, and policy/skipped counts it.
+    in which no rank has a token takes no step. `brake` looks for spikes, `noise` at gradients.
+    Raises NonFinite before a bad update; policy/skipped counts those that on_nonfinite=skip left.
     """
     _training_mode(models)
     brake = brake or Brake(None, None, 1)
@@ -56,6 +57,7 @@ def update(
             train_policy=train_policy,
             only_pass=only_pass,
             brake=brake,
+            noise=noise,
         )
         try:
             figures = step.run(chosen)
@@ -66,10 +68,10 @@ def update(
             LOG.warning("an update was left out (stage.on_nonfinite=skip): %s", error)
             skipped += 1
             continue
-        if figures is None:
+        history += [] if figures is None else [figures]
+        if figures is None or stage.stop_kl is None:
             continue
-        history.append(figures)
-        if stage.stop_kl is not None and figures["policy/approxkl"] > stage.stop_kl:
+        if figures["policy/approxkl"] > stage.stop_kl:
             stopped = 1.0
             break
     return _means(history) | {

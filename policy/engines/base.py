@@ -386,6 +386,7 @@ class Engine(Protocol):
     """
 
     module: Any
+    rates: Rates
     scale: float  # multiplies the schedule's learning rate
 
     def __call__(self, *args: Tensor) -> Any: ...

@@ -183,47 +183,46 @@ def count_steps(stage: OfflineStage, rows: int) -> int:
     """Optimizer steps: ``stage.steps``, or as many as ``stage.epochs`` passes over `rows` have
     whole batches, one at least. Raises UserError where a step would grow beyond the rows.
     """
+    steps = stage.steps
     if stage.batch_growth.steps:
-        return _count_growing(stage, rows)
-    if stage.steps is not None:
-        return stage.steps
+        if steps is None:
+            steps = _growing_steps(stage, rows)
+        largest = stage.step_size(steps - 1)
+        if largest > rows:
+            raise UserError(
+                f"stage.batch_growth: a step of {largest} rows (steps={stage.batch_growth.steps}, "
+                f"batch_size={stage.batch_size}), but {rows} train. Let it grow less, or later."
+            )
+    if steps is not None:
+        return steps
     whole_batches = max(1, rows // stage.batch_size)
     return max(1, round(stage.epochs * whole_batches))
 
 
-def _count_growing(stage: OfflineStage, rows: int) -> int:
-    """`count_steps`, where steps have different numbers of rows."""
-    steps = stage.steps
-    if steps is None:
-        whole = math.floor(stage.epochs)
-        # the steps after each pass, up to the one that epochs ends in
-        ends = [0]
-        while len(ends) < whole + 2:
-            ends.append(_end_of_pass(stage, rows, ends[-1]))
-        last = ends[whole + 1] - ends[whole]
-        steps = max(1, ends[whole] + round((stage.epochs - whole) * last))
-    largest = stage.step_size(steps - 1)
-    if largest > rows:
-        raise _too_large(stage, largest, rows)
-    return steps
+def _growing_steps(stage: OfflineStage, rows: int) -> int:
+    """Steps of ``stage.epochs`` passes, each cut to whole steps; one too large for them ends it."""
+    passes = math.floor(stage.epochs)
+    ends = [0]  # steps after each pass, up to the one that the epochs end in
+    while len(ends) < passes + 2:
+        step, left = ends[-1], rows
+        while (size := stage.step_size(step)) <= left:
+            step, left = step + 1, left - size
+        if step == ends[-1]:
+            return step + 1
+        ends.append(step)
+    part = round((stage.epochs - passes) * (ends[-1] - ends[-2]))
+    return max(1, ends[-2] + part)
 
 
-def _end_of_pass(stage: OfflineStage, rows: int, step: int) -> int:
-    """The steps that are done after a pass over `rows` that begins with step `step`."""
-    first, left = step, rows
-    while (size := stage.step_size(step)) <= left:
-        left -= size
-        step += 1
-    if step == first:
-        raise _too_large(stage, size, rows)
-    return step
-
-
-def _too_large(stage: OfflineStage, size: int, rows: int) -> UserError:
-    return UserError(
-        f"stage.batch_growth: a step of {size} rows (steps={stage.batch_growth.steps}, "
-        f"batch_size={stage.batch_size}), but {rows} train. Let it grow less, or later."
-    )
+def check_noise(stage: TrainStage, dtype: Dtype) -> None:
+    """Raises UserError where float16's loss scale would be in the norms that stage.noise_scale
+    averages.
+    """
+    if stage.noise_scale is not None and dtype is Dtype.float16:
+        raise UserError(
+            f"stage.noise_scale={stage.noise_scale} with model.dtype=float16, which scales its "
+            "loss by another factor each time. Set stage.noise_scale=null, or model.dtype=bfloat16."
+        )
 
 
 def growth_note(stage: TrainStage, steps: int) -> list[str]:

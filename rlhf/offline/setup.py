@@ -46,7 +46,8 @@ def check(cfg: Config) -> list[str]:
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
     adapters.check_budget(cfg.adapter, cfg.engine, stage.patience)
-    launch.plan_batches(stage.batch_size, cfg.engine, ranks)
+    plan = launch.plan_batches(stage.batch_size, cfg.engine, ranks)
+    check_noise(stage, cfg.engine, cfg.model.dtype, plan)
     launch.check_growth(stage, cfg.engine, ranks)
     launch.check_micro_tokens(stage, cfg.engine)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
@@ -62,6 +63,28 @@ def check(cfg: Config) -> list[str]:
     notes = launch.gradient_note(cfg.engine, cfg.model.dtype)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
     return notes + inputs.rope_note(cfg.model, stage.max_length, ahead)
+
+
+def check_noise(
+    stage: OfflineStage, engine: EngineConfig, dtype: Dtype, plan: launch.BatchPlan
+) -> None:
+    """The noise scale needs the norm of a step's gradient, and two micro-batches at least in a
+    step. Raises UserError.
+    """
+    if stage.noise_scale is None:
+        return
+    launch.check_noise(stage, dtype)
+    if engine.kind is EngineKind.deepspeed and engine.zero_stage == 0:
+        raise UserError(
+            f"stage.noise_scale={stage.noise_scale}: engine=zero0 tells TRL's trainers no "
+            "gradient's norm. Set stage.noise_scale=null, or engine=zero1."
+        )
+    alone = plan.tokens is None and plan.ranks * plan.accumulation == 1
+    if alone and not stage.batch_growth.steps:
+        raise UserError(
+            f"stage.noise_scale={stage.noise_scale} compares the micro-batches of a step, but a "
+            f"step is one of {plan.micro} rows. Set engine.micro_batch_size below them."
+        )
 
 
 def begin(batch_size: int, engine: EngineConfig) -> launch.BatchPlan:

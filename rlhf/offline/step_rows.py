@@ -29,7 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
+from conf.stages import OfflineStage
 from policy.batching import plan_micro_batches
 from policy.engines.deepspeed import write as write_in_shards
 from policy.model import NoTending, clip_scale, tending_of, write_plainly
@@ -158,6 +160,41 @@ def part_rows(rows: Sequence[Row], budget: int) -> list[list[Row]]:
     count = int(distributed.all_max([float(fewest)])[0])
     parts = plan_micro_batches(lengths, budget, at_least=count)
     return [[rows[i] for i in part] for part in parts]
+
+
+def parts_of(
+    batches: list[Any], budget: int | None, collate: Callable[[list[Row]], Inputs], rows: int
+) -> Parts:
+    """The micro-batches of a rank's step: of its rows by a `budget` of tokens, as `part_rows`, or
+    collated already, of `rows` rows each.
+    """
+    if budget is None:
+        return Parts(batches, [rows] * len(batches))
+    parts = part_rows([row for batch in batches for row in batch.rows], budget)
+    return Parts([collate(part) for part in parts], [len(part) for part in parts])
+
+
+class Growth(TrainerCallback):
+    """stage.batch_growth: how many rows steps have, and how many passes they are."""
+
+    def __init__(self, stage: OfflineStage, rows: int) -> None:
+        self.stage, self.rows = stage, rows
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """transformers takes the whole run for one pass."""
+        trained = sum(self.stage.step_size(step) for step in range(state.global_step))
+        state.epoch = trained / self.rows
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "learning_rate" in logs:
+            logs["train/batch_rows"] = float(self.stage.step_size(state.global_step - 1))
 
 
 # ---- weights and soft labels ----

@@ -25,6 +25,7 @@ from conf.choices import EngineKind, OnNonFinite
 from conf.schema import EngineConfig
 from conf.stages import OfflineStage
 from policy.engines.base import Brake, Rates, WaitingAdamW, set_rates
+from policy.engines.resharding import GradientNoise
 from rlhf.offline.step_rows import CARRIED
 from rlhf.process import checkpoints, distributed
 from rlhf.run.directory import BadBatches, write_tensors
@@ -241,19 +242,24 @@ def save_batch(
     return file
 
 
-# ---- steps that grow ----
+# ---- the noise of gradients ----
 
 
-class Growth(TrainerCallback):
-    """stage.batch_growth: how many rows steps have, and how many passes they are."""
+class NoiseWatch(TrainerCallback, ExportableState):
+    """stage.noise_scale: writes its figures beside the loss, and its averages into checkpoints."""
 
-    def __init__(self, stage: OfflineStage, rows: int) -> None:
-        self.stage, self.rows = stage, rows
+    def __init__(self, noise: GradientNoise) -> None:
+        self.noise = noise
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """transformers takes the whole run for one pass."""
-        trained = sum(self.stage.step_size(step) for step in range(state.global_step))
-        state.epoch = trained / self.rows
+    def state(self) -> dict[str, Any]:
+        """What transformers writes into a checkpoint."""
+        return {"args": {}, "attributes": self.noise.state_dict()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        known = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and known is not None:
+            self.noise.load_state_dict(known["attributes"])
+        self.noise.watch()
 
     def on_log(
         self,
@@ -264,7 +270,7 @@ class Growth(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "learning_rate" in logs:
-            logs["train/batch_rows"] = float(self.stage.step_size(state.global_step - 1))
+            logs.update(self.noise.figures())
 
 
 # ---- the held-out rows of a run that is resumed ----

@@ -27,6 +27,7 @@ from conf.schema import EngineConfig
 from policy.engines import resharding
 from policy.engines.base import NonFinite, OptimSettings, Plateau, Rates
 from policy.engines.deepspeed import is_universal, reading, repair_universal
+from policy.engines.resharding import GradientNoise
 from policy.model import is_peft, load_tending, save_tending
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import step_rows
@@ -39,7 +40,7 @@ from rlhf.offline.step_rows import (
     Tended,
     WholeBatches,
     WithWeights,
-    part_rows,
+    parts_of,
 )
 from rlhf.offline.steps import GroupRates, Guard
 from rlhf.process import checkpoints, distributed, randomness
@@ -62,6 +63,7 @@ class StageTrainer(PrivateHooks):
     optimizer: Any
     schedule: OptimSettings
     plateau: Plateau | None = None
+    noise: GradientNoise | None = None
 
     def __init__(
         self,
@@ -118,14 +120,12 @@ class StageTrainer(PrivateHooks):
         return bool(self.guard.stage.batch_growth.steps)
 
     @property
-    def unit(self) -> int:
-        """Rows of a batch of the loader, over all ranks."""
+    def unit(self) -> int:  # rows of a batch of the loader, over all ranks
         return int(self.args.per_device_train_batch_size) * distributed.world_size()
 
     def batches_of_step(self, usual: int) -> int:
-        if not self.grows:
-            return usual
-        return self.guard.stage.step_size(self.state.global_step) // self.unit
+        size = self.guard.stage.step_size(self.state.global_step)
+        return size // self.unit if self.grows else usual
 
     def get_train_dataloader(self) -> Any:
         """Rows as they are, where micro-batches are parted by tokens."""
@@ -138,15 +138,10 @@ class StageTrainer(PrivateHooks):
             self.data_collator = collate
 
     def part_step(self, batches: list[Any]) -> Parts | None:
-        budget = self.engine.micro_batch_tokens
-        if budget is not None:
-            parts = part_rows([row for batch in batches for row in batch.rows], budget)
-            return Parts(
-                [self.data_collator(part) for part in parts], [len(part) for part in parts]
-            )
-        if self.grows:
-            return Parts(batches, [1] * len(batches))  # of as many rows each
-        return None
+        budget, rows = self.engine.micro_batch_tokens, self.args.per_device_train_batch_size
+        if budget is None and not self.grows:
+            return None
+        return parts_of(batches, budget, self.data_collator, rows)
 
     def run_parts(self, model: Any, parts: Parts, tokens: Any) -> Tensor:
         """Forward and backward passes of a whole step, whose losses and figures weigh by rows."""
@@ -155,6 +150,8 @@ class StageTrainer(PrivateHooks):
             before = {name: len(values) for name, values in self.batch_metrics().items()}
             self.begin_part(share, last=len(losses) == len(parts.inputs) - 1)
             losses.append(super().training_step(model, inputs, tokens))
+            if self.noise is not None:
+                self.noise.part(count)
             for name, values in self.batch_metrics().items():
                 added = values[before.get(name, 0) :]
                 if len(added) == 1:  # a mean over the micro-batch; others are a figure a row
@@ -216,6 +213,8 @@ class StageTrainer(PrivateHooks):
             loss = self.run_parts(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.noise is not None:
+                self.noise.part(self.args.per_device_train_batch_size)
         if self.guard.stage.spike_loss is not None:
             self.guard.losses.append(float(loss))
         return loss
@@ -234,6 +233,8 @@ class StageTrainer(PrivateHooks):
             self.check_spikes(grad_norm)
         if guard.problem is not None and guard.stage.on_nonfinite is OnNonFinite.skip:
             model.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
+        if self.noise is not None:
+            self.noise.end(None if guard.problem else float(grad_norm))
         guard.micro_batches = []
 
     def check_spikes(self, grad_norm: Any) -> None:

@@ -19,7 +19,8 @@ from conf.schema import AdapterConfig, EngineConfig, ModelConfig
 from policy import adapters
 from policy.engines.base import OptimSettings, Plateau
 from policy.engines.deepspeed import gather_zero3
-from policy.model import Gather, no_gather
+from policy.engines.resharding import GradientNoise
+from policy.model import Gather, no_gather, trainable
 from rlhf.checks.launch import count_steps, growth_note
 from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.models.turns import end_ids, response_text
@@ -28,7 +29,15 @@ from rlhf.offline.private_hooks import (
     TRAINER_STATE_NAME,
     unset_hf_deepspeed_config,
 )
-from rlhf.offline.steps import Growth, Guard, HeldOutRows, KnownCallbacks, StallWatch, content_hash
+from rlhf.offline.step_rows import Growth
+from rlhf.offline.steps import (
+    Guard,
+    HeldOutRows,
+    KnownCallbacks,
+    NoiseWatch,
+    StallWatch,
+    content_hash,
+)
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
 from rlhf.process.supervision import Resident, Stopping, Watchdog
@@ -208,6 +217,9 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
         for note in growth_note(stage, steps) if distributed.is_main() else []:
             LOG.warning(note)
         trainer.add_callback(Growth(stage, len(trainer.train_dataset)))
+    if stage.noise_scale is not None:
+        trainer.noise = GradientNoise(trainable(trainer.model), stage.noise_scale)
+        trainer.add_callback(NoiseWatch(trainer.noise))
     held_out = HeldOutRows(content_hash(trainer.eval_dataset))
     trainer.add_callback(held_out)
     if plateau is not None:

@@ -18,7 +18,14 @@ from policy.update import update
 from rlhf.online.collect import Collected, Collector, Place, on_device, train_batch
 from rlhf.online.judging import BEST, Keeper, Watching, make_judge
 from rlhf.online.metrics import response_statistics, run_metrics, sample_rows, step_metrics, window
-from rlhf.online.recovery import BadStep, RunState, read_state, write_bad_batch, write_state
+from rlhf.online.recovery import (
+    BadStep,
+    RunState,
+    noise_of,
+    read_state,
+    write_bad_batch,
+    write_state,
+)
 from rlhf.online.setup import Parts
 from rlhf.online.sync import Bounds
 from rlhf.process import checkpoints, distributed, randomness
@@ -47,7 +54,9 @@ class Loop:
         self.limit = cfg.rollout.max_response_length  # tokens
         self.exact_sampling = cfg.rollout.top_p == 1.0 and cfg.rollout.top_k == 0
         plateau = Plateau.of(stage, higher_is_better=True)
-        self.state = RunState(Brake.from_stage(stage), stage.prompts_per_step, plateau)
+        self.state = RunState(
+            Brake.from_stage(stage), stage.prompts_per_step, plateau, noise_of(parts, stage)
+        )
         self.collector = Collector(
             generator=parts.generator,
             prompts=parts.prompts,
@@ -130,6 +139,8 @@ class Loop:
                 collected, batch, stage.kl_estimator, step=step + 1, count=stage.samples_kept
             )
             metrics |= self._memory()
+            if self.state.noise is not None:
+                metrics |= self.state.noise.figures()
         metrics |= {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
         trained = metrics["rollout/trained_tokens"] * figures["policy/updates"] / stage.minibatches
         metrics["train/tokens_per_s"] = trained / max(clock.seconds["update"], 1e-9)
@@ -277,6 +288,7 @@ class Loop:
                 seed=self.seed * 1_000_003 + step,
                 train_policy=parts.models.critic is None or step >= stage.critic_warmup,
                 brake=self.state.brake,
+                noise=self.state.noise,
             )
         except NonFinite as error:
             path = self.bad_batches.next_path(step + 1)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from conf.stages import OnlineStage
 from policy.engines import resharding
 from policy.engines.base import Brake, Plateau
+from policy.engines.resharding import GradientNoise
 from policy.model import load_tending, save_tending
 from policy.prepare import TrainBatch
 from rlhf.online.judging import Watching
@@ -42,6 +44,7 @@ class RunState:
     brake: Brake
     first_size: int  # prompts of the run's first step, over all ranks
     plateau: Plateau | None = None  # with scheduler=plateau
+    noise: GradientNoise | None = None  # of the policy's gradients
     moments: RunningMoments = field(default_factory=RunningMoments)  # of the scores
     step: int = 0  # updates done
     draws: int = 0  # of prompts, since the run began
@@ -53,6 +56,15 @@ class RunState:
         """Count draws of `size` prompts, over all ranks."""
         self.draws += draws
         self.prompts += draws * size
+
+
+def noise_of(parts: Parts, stage: OnlineStage) -> GradientNoise | None:
+    """What looks at the policy's gradients, with stage.noise_scale."""
+    if stage.noise_scale is None:
+        return None
+    noise = GradientNoise(parts.models.policy.rates.params, stage.noise_scale)
+    noise.watch()
+    return noise
 
 
 def write_bad_batch(
@@ -97,6 +109,7 @@ def write_state(directory: Path, state: RunState, parts: Parts, watching: Watchi
         "moments": state.moments.state_dict(),
         "brake": state.brake.state_dict(),
         "rewinds": state.rewinds,
+        "noise": None if state.noise is None else state.noise.state_dict(),
         "plateau": None if state.plateau is None else state.plateau.state_dict(),
         "scorer": parts.scorer.state_dict(),
         "history": state.history,
@@ -137,6 +150,8 @@ def read_state(directory: Path, state: RunState, parts: Parts, watching: Watchin
     state.brake.load_state_dict(content["brake"])
     if state.plateau is not None and content.get("plateau") is not None:
         state.plateau.load_state_dict(content["plateau"])
+    if state.noise is not None and content.get("noise") is not None:
+        state.noise.load_state_dict(content["noise"])
     state.rewinds = max(state.rewinds, content["rewinds"])
     state.history = content["history"]
     state.moments.load_state_dict(content["moments"])

@@ -50,6 +50,7 @@ def check(cfg: Config) -> list[str]:
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_prompts_per_step(stage, ranks)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
+    launch.check_noise(stage, cfg.model.dtype)
     check_reference(stage, cfg.engine.zero_stage, merges=facts_of(cfg.adapter).merges)
     check_precision(stage.name, cfg.model.dtype)
     assert stage.steps is not None

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf.choices import AdapterKind, EngineKind, Offload, RateCoupling
+from conf.choices import AdapterKind, Dtype, EngineKind, ModelKind, Offload, RateCoupling
 from conf.run import BatchGrowthConfig
-from conf.schema import AdapterConfig, EngineConfig, RunConfig
+from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig
 from conf.stages import OnlineStage, SFTStage
 from rlhf.checks import launch
 from rlhf.checks.arithmetic import offline_arithmetic, online_arithmetic
+from rlhf.offline.setup import check_noise
 from rlhf.offline.step_rows import GrowingBatches, WholeBatches
 from rlhf.run.context import RunContext
 from rlhf.stages import rows as stage_rows
@@ -185,7 +186,7 @@ def test_a_run_grows(straight: Path) -> None:
 def test_a_grown_run_resumes_to_the_bit(folder: Path) -> None:
     """Its adapter's dropout draws from torch's generator in every forward pass."""
     groups: dict[str, Any] = {
-        "stage": {**GROWING, "save_steps": 1},
+        "stage": {**GROWING, "save_steps": 1, "noise_scale": 0.9},
         "engine": EngineConfig(micro_batch_size=2),
         "adapter": AdapterConfig(kind=AdapterKind.lora, rank=4, dropout=0.2),
     }
@@ -203,9 +204,11 @@ def test_a_grown_run_resumes_to_the_bit(folder: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         sft.run(ctx, stage_rows)
     again = RunConfig(dir=str(folder / "runs"), name="broken", resume=True)
-    options = {**GROWING, "save_steps": 1}
+    options = {**GROWING, "save_steps": 1, "noise_scale": 0.9}
     broken = run(folder, "broken", stage=options, run=again, **groups)
     assert trl_tools.losses(broken) == trl_tools.losses(whole)
+    last = [trl_tools.metric_lines(place)[-2]["train/noise_trace"] for place in (whole, broken)]
+    assert last[0] == last[1]
     expected, found = weights(whole), weights(broken)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -218,3 +221,61 @@ def test_how_a_step_is_split_changes_nothing(
     assert trl_tools.losses(place) == pytest.approx(trl_tools.losses(straight), abs=1e-5)
     for name, tensor in weights(straight).items():
         torch.testing.assert_close(weights(place)[name], tensor, atol=1e-5, rtol=0)
+
+
+NOISE = ("train/noise_scale", "train/noise_trace", "train/noise_square")
+
+
+def test_the_noise_is_measured_and_changes_nothing(straight: Path, folder: Path) -> None:
+    """In micro-batches of 2 rows and of 4: other estimates of the same noise, and the run is that
+    without them, to the bit.
+    """
+    places = {
+        rows: run(
+            folder,
+            f"noise{rows}",
+            stage={**GROWING, "noise_scale": 0.9},
+            engine=EngineConfig(micro_batch_size=rows),
+        )
+        for rows in (2, 4)
+    }
+    expected, found = weights(straight), weights(places[2])
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    figures = {
+        rows: [line for line in trl_tools.metric_lines(place) if "loss" in line]
+        for rows, place in places.items()
+    }
+    # a step of four rows is one micro-batch of four
+    assert [NOISE[1] in line for line in figures[4]] == [False, False, True, True, True, True]
+    assert all(set(NOISE) & line.keys() for line in figures[2])
+    assert figures[2][-1][NOISE[1]] > 0 and figures[2][-1][NOISE[2]] > 0
+    for name in NOISE[1:]:
+        assert figures[4][-1][name] == pytest.approx(figures[2][-1][name], rel=0.8), name
+
+
+def noisy_config(folder: Path, **groups: Any) -> Config:
+    stage = SFTStage(**STAGE, noise_scale=0.9)
+    return trl_tools.config(stage, folder, "noisy", trl_tools.sft_rows(), **groups)
+
+
+def check(cfg: Config, plan: launch.BatchPlan) -> None:
+    check_noise(cfg.stage, cfg.engine, cfg.model.dtype, plan)
+
+
+def test_noise_that_cannot_be_seen_is_refused(folder: Path) -> None:
+    plan = launch.BatchPlan(1, 4, 2)
+    half = ModelConfig(kind=ModelKind.tiny, tiny=trl_tools.TINY, dtype=Dtype.float16)
+    with pytest.raises(UserError, match=r"stage\.noise_scale=0\.9 with model\.dtype=float16"):
+        check(noisy_config(folder, model=half), plan)
+    zero = EngineConfig(kind=EngineKind.deepspeed, zero_stage=0)
+    with pytest.raises(UserError, match="engine=zero0 tells TRL's trainers no gradient's norm"):
+        check(noisy_config(folder, engine=zero), plan)
+    check(noisy_config(folder), plan)
+
+
+def test_noise_needs_two_micro_batches(folder: Path) -> None:
+    cfg = noisy_config(folder)
+    with pytest.raises(UserError, match=r"a step is one of 8 rows\. Set engine\.micro_batch_size"):
+        check(cfg, launch.plan_batches(8, EngineConfig(), 1))
+    check(cfg, launch.plan_batches(8, EngineConfig(micro_batch_size=4), 1))
+    check(cfg, launch.plan_batches(8, EngineConfig(), 2))

@@ -41,7 +41,8 @@ FROZEN = {  # what moves, beside the last norm
 TWO_RANKS += [("reward", zero, "top") for zero in (1, 2, 3)]
 TWO_RANKS += [("sft", zero, "unfrozen") for zero in (1, 2, 3)] + [("dpo", 3, "top")]
 TWO_RANKS += [("reward", zero, "kept") for zero in (2, 3)]
-TWO_RANKS += [("growing", 2, "none"), ("growing", 1, "lora")]
+TWO_RANKS += [("growing", 2, "none"), ("noisy", 1, "lora")]
+TWO_RANKS += [("noisy", 2, "none"), ("noisy", 3, "none")]
 TWO_RANKS += [("sft", 3, "gelora")]  # rank 0 looks at rows before all train
 FAMILIES = {"granite": "reward", "olmoe": "reward", "qwen3_moe": "sft"}  # beside Llama; their rows
 TWO_RANKS += [(family, 3, "none") for family in FAMILIES]
@@ -61,6 +62,7 @@ def spec_of(folder: Path, name: str, cases: Sequence[Case]) -> dict[str, Any]:
         "soft": str(folder / "soft.jsonl"),
         "dpo": str(folder / "reward.jsonl"),
         "growing": str(folder / "sft.jsonl"),
+        "noisy": str(folder / "sft.jsonl"),
         **{family: str(folder / f"{rows}.jsonl") for family, rows in FAMILIES.items()},
         "model": str(folder / "model"),
         "models": {family: str(folder / family) for family in FAMILIES},
@@ -173,6 +175,18 @@ def test_two_ranks_equal_the_torch_engine(runs: Path, stage: str, zero: int, ada
     )
     check_losses(expected, found)
     check_weights(expected, found)
+    if stage == "noisy":
+        check_noise(expected, found)
+
+
+def check_noise(expected_run: Path, found_run: Path) -> None:
+    """Micro-batches are the same, on one rank or two."""
+    for name in ("train/noise_trace", "train/noise_square"):
+        expected, found = (
+            [line[name] for line in trl_tools.metric_lines(run) if name in line]
+            for run in (expected_run, found_run)
+        )
+        assert len(expected) == 4 and found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(("stage", "zero", "adapter"), marked_full(ONE_RANK, []))

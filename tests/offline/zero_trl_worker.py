@@ -43,6 +43,7 @@ STAGES: dict[str, Any] = {
     "soft": SOFT,
     "dpo": PreferenceStage,
     "growing": functools.partial(SFTStage, name="growing", batch_growth=GROWTH),
+    "noisy": functools.partial(SFTStage, name="noisy", batch_growth=GROWTH, noise_scale=0.5),
     # of other families: a scalar head of ours; the same with experts; experts
     "granite": functools.partial(RewardStage, name="granite"),
     "olmoe": functools.partial(RewardStage, name="olmoe"),
@@ -52,6 +53,7 @@ MODULES = {
     "dpo": "preference",
     "soft": "reward",
     "growing": "sft",
+    "noisy": "sft",
     "granite": "reward",
     "olmoe": "reward",
     "qwen3_moe": "sft",
@@ -76,7 +78,8 @@ def case_config(spec: dict[str, Any], stage: str, zero: int | None, adapter: str
     micro-batches of two rows, under ZeRO with an even stage or full weights of so many tokens.
     """
     deepspeed = zero is not None
-    by_tokens = deepspeed and (zero == 2 or adapter == "none")
+    # the noise is that of micro-batches, which have to be the same
+    by_tokens = deepspeed and stage != "noisy" and (zero == 2 or adapter == "none")
     parts = {"micro_batch_tokens": 48} if by_tokens else {"micro_batch_size": 2}
     return Config(
         stage=STAGES[stage](

@@ -338,6 +338,8 @@ GROWING = [
     "stage.learning_rate=1e-3",
     "stage.warmup_ratio=0",
     "stage.save_steps=1",
+    "stage.noise_scale=0.9",
+    "engine.micro_tokens=16",
     "stage.epochs=1",
     "rollout.max_response_length=2",
 ]
@@ -357,8 +359,8 @@ def test_steps_grow_and_a_stalled_score_lowers_the_rate(tmp_path: Path) -> None:
         assert [line["policy/lr"] for line in lines] == pytest.approx(rates)
         state = json.loads((run / "checkpoints" / "step-4" / "loop.json").read_text())
         assert (state["draws"], state["prompts"]) == (4, 22)
-    assert [line["objective/scores"] for line in metrics(broken)] == [
-        line["objective/scores"] for line in metrics(straight)
-    ]
-    expected, found = (load_file(run / "model" / "model.safetensors") for run in (straight, broken))
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for name in ("objective/scores", "train/noise_trace", "train/noise_square"):
+        found, expected = ([line.get(name) for line in metrics(run)] for run in (broken, straight))
+        assert found == expected and expected[-1] is not None
+    before, after = (load_file(run / "model" / "model.safetensors") for run in (straight, broken))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -28,12 +28,16 @@ RUNS = [f"zero{stage}:{adapter}" for stage in (1, 2, 3) for adapter in ("none", 
 # Each ZeRO stage and each kind of adapter once, together with the algorithms.
 CASES = marked_full(RUNS, keep=["zero1:lora", "zero3:none"])
 _SIZES = "stage.samples_per_prompt=4:stage.epochs=1"
+_NOISE = "stage.noise_scale=0.5:engine.micro_tokens=1"
 ALGORITHMS = [
     f"zero2:none:stage=grpo:{_SIZES}",
     f"zero3:lora:stage=grpo:{_SIZES}",
     f"zero1:none:stage=online_dpo:{_SIZES}:stage.kl_coef=0.0",
     f"zero3:none:stage=dapo:{_SIZES}:stage.overlong_buffer=2:stage.minibatches=1",
     f"zero2:none:stage=raft:{_SIZES}",
+    # each response is a micro-batch, so that these are the same on two ranks
+    *(f"zero{zero}:none:stage=grpo:{_SIZES}:{_NOISE}" for zero in (0, 3)),
+    f"zero2:lora:stage=grpo:{_SIZES}:{_NOISE}",
 ]
 # parts of the policy, and one block after the other
 _GRPO = f"none:stage=grpo:{_SIZES}:stage.weight_decay=0.3:stage.adam_eps=1e-5"
@@ -71,6 +75,7 @@ COMPARED_IN_GROUPS = (
     "policy/updates",
     "group/equal",
 )
+NOISE = ("train/noise_trace", "train/noise_square")
 WATCHED = (
     "reward/length_correlation",
     "reward/format_correlation",
@@ -193,6 +198,8 @@ def test_an_algorithm_over_groups_takes_the_torch_engines_steps(runs: Path, algo
     for theirs, ours in zip(expected, found, strict=True):
         for name in COMPARED_IN_GROUPS:
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-4), (ours["step"], name)
+        for name in NOISE if "noise_scale" in algorithm else ():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
     weights, reference = (
         load_file(folder_of(runs, run) / "model" / "model.safetensors")
         for run in (algorithm, plain)
