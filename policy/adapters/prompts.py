@@ -8,6 +8,7 @@ in front of them, and `attach` holds that against the model's own forward: a fam
 virtual tokens otherwise is refused by its name.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from rlhf.process.wording import first_line
 from rlhf.types import UserError
 
 _CAUSAL = ("full_attention", "sliding_attention")
+# what backbones without keys and values of the usual form keep between tokens
+_STATES = ("cache_params", "state", "mems", "past_buckets_states")
 _ROWS, _TOKENS = 2, 8  # that a fresh adapter is checked with
 # Share of the largest hidden state by which rounding moves one, at most.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -53,13 +56,16 @@ class _Shape:
         return self.heads * self.head_width
 
 
-def _shape(model: Any) -> _Shape:
+def _shape(model: Any, kind: AdapterKind) -> _Shape:
+    """Keys are looked at for a prefix alone: layers may differ in them."""
     config = model.config.get_text_config()
-    queries = getattr(config, "num_attention_heads", None) or 1
+    layers, width = config.num_hidden_layers, model.get_input_embeddings().weight.shape[1]
+    if kind is not AdapterKind.prefix:
+        return _Shape(layers, width, 1, width)
+    queries = config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or queries
-    width = model.get_input_embeddings().weight.shape[1]
     head_width = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return _Shape(config.num_hidden_layers, width, heads, head_width)
+    return _Shape(layers, width, heads, head_width)
 
 
 # ---- what a model can't have ----
@@ -90,6 +96,13 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
         )
     if adapter.kind is AdapterKind.prefix:
         _check_keys(config)
+    read = inspect.signature(type(_backbone(model)).forward).parameters
+    states = [state for state in _STATES if state in read]
+    if states and "past_key_values" not in read:
+        raise UserError(
+            f"{name}: {config.model_type} writes token by token from a state ({states[0]}), which "
+            "the virtual tokens would enter again with every token. Set adapter=lora."
+        )
 
 
 def _check_keys(config: Any) -> None:
@@ -120,10 +133,10 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     """
     from peft import get_peft_model
 
-    shape, family = _shape(model), model.config.model_type
+    family = model.config.model_type
     tokens = _start_tokens(model, adapter, fresh)
-    probe = _probe(model)
     try:
+        shape, probe = _shape(model, adapter.kind), _probe(model)
         with _evaluating(model):
             wanted = _hidden(model, torch.cat((tokens.expand(_ROWS, -1), probe), dim=1))
             values = _values(model, tokens, shape, adapter.kind)
@@ -195,8 +208,9 @@ def _probe(model: Any) -> Tensor:
     like.
     """
     config = model.config.get_text_config()
-    named = {v for k, v in config.to_dict().items() if k.endswith("token_id")}
-    ids = [token for token in range(config.vocab_size) if token not in named]
+    named = [value for name, value in config.to_dict().items() if name.endswith("token_id")]
+    listed = [token for value in named if isinstance(value, list) for token in value]
+    ids = [token for token in range(config.vocab_size) if token not in (*named, *listed)]
     ids *= 1 + _ROWS * _TOKENS // len(ids)
     device = model.get_input_embeddings().weight.device
     return torch.tensor(ids[: _ROWS * _TOKENS], device=device).view(_ROWS, _TOKENS)
@@ -254,7 +268,11 @@ def _start(
     module: Any = layer.virtual_values[name]
     layer.virtual_values[name] = plain(values)
     with _evaluating(model):
-        gap = (_hidden(model, probe) - wanted).abs().max() / wanted.abs().max()
+        gap = (_hidden(model, probe) - wanted).abs().max()
+        gap = torch.maximum(gap, _written_gap(model, probe, wanted)) / wanted.abs().max()
+        # as they are once they train: embeddings of no token (Gemma 4 looks them up again)
+        layer.virtual_values[name] = plain(values + values.std() * torch.rand_like(values) * 1e-2)
+        model(input_ids=probe, use_cache=False)
     layer.virtual_values[name] = module
     if isinstance(module, Encoded):
         module.solve(values)
@@ -264,12 +282,28 @@ def _start(
     return float(gap)
 
 
+def _written_gap(model: Any, probe: Tensor, wanted: Tensor) -> Tensor:
+    """How far the last token's hidden states are from those in `wanted`, read as when a response is
+    written: by itself, after the keys and values of the others. 0 for a family without these.
+    """
+    backbone, options = _backbone(model), {"use_cache": True}
+    seen = torch.ones_like(probe)
+    first = backbone(input_ids=probe[:, :-1], attention_mask=seen[:, :-1], **options)
+    cache = getattr(first, "past_key_values", None)
+    if cache is None:
+        return wanted.new_zeros(())
+    last = backbone(
+        input_ids=probe[:, -1:], attention_mask=seen, past_key_values=cache, **options
+    ).last_hidden_state
+    return (last[:, -1] - wanted[:, -1]).abs().max()
+
+
 # ---- the methods ----
 
 
 def expected(model: Any, adapter: AdapterConfig) -> int:
     """n h embeddings; P-tuning's encoder beside them; for a prefix 2 n keys in each layer."""
-    shape, count = _shape(model), adapter.prompt.tokens
+    shape, count = _shape(model, adapter.kind), adapter.prompt.tokens
     if adapter.kind is AdapterKind.prefix:
         return 2 * count * shape.layers * shape.keys
     embeddings = count * shape.width

@@ -96,6 +96,7 @@ class VirtualTokens(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
+        self.passes = 0  # of the backbone that had virtual tokens, in one of the model
         self._cut = 0  # columns that the running pass gets in front
         self._hooks: list[Any] = []
 
@@ -103,11 +104,13 @@ class VirtualTokens(nn.Module, BaseTunerLayer):
         """No layer of the model is under it."""
         return nn.Module()
 
-    def hook(self, backbone: nn.Module) -> None:
-        """Take part in every pass of `backbone`."""
+    def hook(self, model: nn.Module, backbone: nn.Module) -> None:
+        """Take part in every pass of `backbone`, and see that each of `model` is one of it."""
         self._hooks = [
             backbone.register_forward_pre_hook(self.before, with_kwargs=True),
             backbone.register_forward_hook(self.after, with_kwargs=True),
+            model.register_forward_pre_hook(self.begin),
+            model.register_forward_hook(self.end),
         ]
 
     def unhook(self) -> None:
@@ -161,12 +164,26 @@ class VirtualTokens(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing was merged."""
 
+    def begin(self, model: Any, args: Any) -> None:
+        """Before a pass of the whole model."""
+        self.passes = 0
+
+    def end(self, model: Any, args: Any, output: Any) -> None:
+        """After it. Raises UserError for a family that goes past its backbone."""
+        if not self.passes and self.active() is not None:
+            raise UserError(
+                f"adapter: {model.config.model_type} calls parts of its backbone past the backbone "
+                "itself, so virtual tokens can't be put in front of what it reads. Set "
+                "adapter=lora."
+            )
+
     def before(self, backbone: Any, args: Any, kwargs: Any) -> Any:
         """The arguments of a pass of the backbone, with the virtual tokens in them."""
         self._cut = 0
         name = self.active()
         if name is None:
             return None
+        self.passes += 1
         given = _by_name(backbone, args, kwargs)
         values = self.virtual_values[name]()
         count = len(values)

@@ -79,7 +79,7 @@ class VirtualModel(BaseTuner):
         if layer is None:
             layer = VirtualTokens()
             setattr(backbone, LAYER, layer)
-            layer.hook(backbone)
+            layer.hook(model, backbone)
         weight = backbone.get_input_embeddings().weight
         layer.add(adapter_name, config, weight.dtype, weight.device)
         self.targeted_module_names.append(LAYER)

@@ -471,6 +471,11 @@ def test_families_without_a_place_for_them_are_refused_by_name() -> None:
         adapter = settings(kind)
         with pytest.raises(UserError, match=message):
             method_of(adapter).check(Empty(), adapter, True)
+    with torch.device("meta"):
+        mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=32))
+    adapter = settings(AdapterKind.prompt)
+    with pytest.raises(UserError, match=r"mamba writes token by token from a state \(cache_par"):
+        method_of(adapter).check(mamba, adapter, True)
     narrow = settings(AdapterKind.ptuning)
     narrow.prompt.encoder_size = 4
     with pytest.raises(UserError, match=r"adapter\.prompt\.encoder_size=4.*at least 5"):
@@ -489,6 +494,16 @@ def test_a_family_that_reads_them_otherwise_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(type(make().model), "forward", forward)
     with pytest.raises(UserError, match="llama reads virtual tokens otherwise"):
         attach(make(), AdapterKind.prompt)
+
+
+def test_a_family_that_goes_past_its_backbone_is_refused() -> None:
+    """OPT calls the decoder inside of its backbone."""
+    torch.manual_seed(1)
+    small = AutoConfig.for_model(
+        "opt", vocab_size=60, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(UserError, match="opt calls parts of its backbone past the backbone"):
+        attach(AutoModelForCausalLM.from_config(small), AdapterKind.prompt)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
