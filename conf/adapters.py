@@ -307,7 +307,7 @@ READS: dict[AdapterKind, tuple[str, ...]] = {
     AdapterKind.lora_mini: (*_LOW_RANK, "lora_mini"),
     AdapterKind.rasa: (*_LOW_RANK, "rasa"),
     AdapterKind.molora: (*_LOW_RANK, "molora"),
-    AdapterKind.bottleneck: ("bottleneck", "dropout", "targets"),
+    AdapterKind.bottleneck: ("bottleneck", "dropout", "targets", "quantize", "double_quantize"),
     AdapterKind.ia3: ("targets", "save_whole"),
     AdapterKind.vera: ("rank", "dropout", "targets", "save_whole", "vera"),
     AdapterKind.oft: ("dropout", "targets", "save_whole", "oft"),

@@ -111,7 +111,7 @@ def _attention(block: nn.Module, width: int) -> str | None:
     """The path within a block of what gives the output of its attention."""
     for name, child in block.named_children():
         named_so = any(part in name for part in _ATTENTION) and "norm" not in name
-        if named_so and any(True for _ in child.parameters()):
+        if named_so and any(True for _ in child.children()):
             return _end(name, child, width)
     return None
 

@@ -72,12 +72,13 @@ class InsertLayer(nn.Module, BaseTunerLayer):
 
     def add(self, name: str, insert: Insert, *, inference: bool) -> None:
         """Put in the insert of a further adapter; inference: it does not train."""
-        weight = next(self.base_layer.parameters())
+        # a layer that is held rounded has buffers
+        held = [*self.base_layer.parameters(), *self.base_layer.buffers()]
         dtype = torch.float32
-        if weight.is_floating_point():
+        if held[0].is_floating_point():
             # as PEFT's: the weights that train are never in half precision
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.inserts[name] = insert.to(weight.device, dtype)
+            dtype = torch.promote_types(held[0].dtype, torch.float32)
+        self.inserts[name] = insert.to(held[0].device, dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +150,8 @@ class InsertModel(BaseTuner):
         insert = make_insert(asdict(peft_config), *self._widths(peft_config, layer.base_layer))
         layer.add(adapter_name, insert, inference=peft_config.inference_mode)
         if not is_layer:
-            self._replace_module(parent, target_name, layer, target)
+            # PEFT's _replace_module asks for a parameter, and layers held rounded have none
+            setattr(parent, target_name, layer)
 
     def _widths(self, config: Any, module: nn.Module) -> tuple[int, int]:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Runs whose adapter stands on those of earlier runs (adapter.load): stacked and fused bottlenecks
+"""Runs whose adapter stands on those of earlier runs (adapter.load), or beside a rounded base: they
 train against what they start from, and write by vLLM what the trainer computes.
 """
 
@@ -102,3 +102,17 @@ def test_an_online_run_starts_at_no_distance(way: list[str], runs: Runs, earlier
 def test_a_reference_that_moves_is_refused(runs: Runs) -> None:
     with pytest.raises(UserError, match=r"whose adapter no weights can hold.*reference_every=0"):
         check(runs.config("grpo", "moving", "rollout=hf", "stage.reference_every=1"))
+
+
+@pytest.mark.vllm
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["houlsby", "parallel", "molora"])
+def test_beside_a_base_in_4_bits(kind: str, runs: Runs) -> None:
+    """vLLM gets the rounded base, and the adapter's own layers inside it."""
+    given = [f"adapter={kind}", "adapter.quantize=nf4", "rollout=vllm"]
+    if kind == "molora":
+        given.append("adapter.bottleneck.size=64")  # its own value: molora does not read it
+    run = runs.run("grpo", "rounded", *given)
+    steps = [row for row in runs.metrics(run) if "rollout/logprob_gap" in row]
+    assert len(steps) == 2
+    assert all(row["rollout/logprob_gap"] < 1e-4 for row in steps)
