@@ -54,6 +54,7 @@ CELLS = {
 }
 # Sizes for a model of two layers.
 TINY: dict[str, list[str]] = {
+    "lora_plus": ["stage.learning_rate=1e-3"],  # B trains at 16 times that
     "houlsby": ["adapter.bottleneck.size=8"],
     "pfeiffer": ["adapter.bottleneck.size=8"],
     "parallel": ["adapter.bottleneck.size=8"],
