@@ -170,7 +170,7 @@ def with_adapter(
         base=base,
         trains_head=_trains_head(stage),
         sample=functools.partial(sampled_rows, rows.train, adapter.sample_rows),
-        record=start.parent / LOOKED_UP[0],
+        record=start.parent / LOOKED_UP,
         tokenizer=tokenizer,
     )
 

@@ -117,8 +117,9 @@ class _Start:
         """What the policy starts from, before an adapter's base is held rounded."""
         return load_causal_lm(self.source, self.tokenizer)
 
-    def looks(self, name: str) -> dict[str, Any]:  # for `attach`
-        return {"sample": self.sample, "record": self.folder / name, "tokenizer": self.tokenizer}
+    def looks(self) -> dict[str, Any]:  # for `attach`
+        record = self.folder / LOOKED_UP
+        return {"sample": self.sample, "record": record, "tokenizer": self.tokenizer}
 
 
 def build(ctx: RunContext, reader: RowReader) -> Parts:
@@ -189,7 +190,7 @@ def _generator_model(start: _Start, adapter: AdapterConfig, carrier: Carrier) ->
     if carrier is Carrier.merged:
         return model
     whole = replace(adapter, quantize=Quantization.none)  # the start's weights are rounded
-    return attach(model, whole, task="CAUSAL_LM", **start.looks(LOOKED_UP[0]))
+    return attach(model, whole, task="CAUSAL_LM", **start.looks())
 
 
 def _policy_module(start: _Start, cfg: Config) -> PolicyModule:
@@ -197,7 +198,7 @@ def _policy_module(start: _Start, cfg: Config) -> PolicyModule:
     model = start.policy_lm()
     if not stage.dropout:
         turn_off_dropout(model)
-    looks = start.looks(LOOKED_UP[0])
+    looks = start.looks()
     model = attach(
         model, cfg.adapter, task="CAUSAL_LM", base=start.path, train=stage.train, **looks
     )
@@ -357,7 +358,7 @@ def _critic_model(
         turn_off_dropout(model)
     model.requires_grad_(True)
     adapter = critic_adapter(stage, adapter)
-    return attach(model, adapter, task="SEQ_CLS", **start.looks(LOOKED_UP[1]))
+    return attach(model, adapter, task="SEQ_CLS")
 
 
 def _reward_weights(path: str, start: _Start) -> Any:

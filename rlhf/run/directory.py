@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("rlhf.run.context")
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 CHECKPOINTS = "checkpoints"
-# what a way to train found in the rows, for the policy and for the critic
-LOOKED_UP = ("looked_up.json", "critic_looked_up.json")
+LOOKED_UP = "looked_up.json"  # what a way to train found in the rows before it trained
 STEPS_FOLDER = "steps"  # of stage=data
 ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 # Files of stages that have no checkpoints: these stages check for themselves what is still valid.
@@ -256,8 +255,7 @@ def _resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Open
     if newest is None:
         for name in (START, UNROUNDED):
             shutil.rmtree(directory / name, ignore_errors=True)  # maybe of another model
-        for name in LOOKED_UP:
-            (directory / name).unlink(missing_ok=True)
+        (directory / LOOKED_UP).unlink(missing_ok=True)
     else:
         resume_from, step = newest
         if adapt is not None:
