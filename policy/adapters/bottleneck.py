@@ -226,11 +226,22 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
 
 def expected(model: Any, adapter: AdapterConfig) -> int:
     """2 m h + m + h at each place; 3 h^2 where a fusion trains instead."""
-    width, size = _width(model), adapter.bottleneck.size
-    each = 2 * size * width + size + width
+    width = _width(model)
+    each = _block_parameters(width, adapter.bottleneck.size)
     if adapter.bottleneck.combine is Composition.fuse:
         each = 3 * width * width
     return each * len(places(model, adapter))
+
+
+def frozen(model: Any, adapter: AdapterConfig) -> int:
+    """2 m h + m + h at each place for every block of adapter.load."""
+    width, sizes = _width(model), [spec.size for held in _loaded(adapter) for spec in held.specs]
+    each = sum(_block_parameters(width, size) for size in sizes)
+    return each * len(places(model, adapter))
+
+
+def _block_parameters(width: int, size: int) -> int:
+    return 2 * size * width + size + width
 
 
 # ---- adapters of earlier tasks ----
@@ -314,6 +325,7 @@ def _loaded(adapter: AdapterConfig) -> list[_Loaded]:
 METHOD = Method(
     attach=attach,
     expected=expected,
+    frozen=frozen,
     check=check,
     places=places,
     tuner=Tuner(BOTTLENECK, BottleneckPeftConfig, BottleneckModel),

@@ -190,6 +190,9 @@ def test_stacked_on_earlier_ones_by_hand(
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trained == method_of(adapter).expected(base(), adapter)
     held = {n: p.clone() for n, p in adapted.named_parameters() if not p.requires_grad}
+    own = [p for n, p in adapted.named_parameters() if ".bottleneck_inserts." in n]
+    frozen = sum(param.numel() for param in own if not param.requires_grad)
+    assert frozen == method_of(adapter).frozen(base(), adapter) > 0
     with torch.no_grad():
         start = adapted(IDS).logits
     move(adapted, 9)
