@@ -101,6 +101,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rasa": {"rank": 8},
     "lora_mini": {"rank": 8},
     "molora": {"rank": 4},
+    "adalora": {},
     "bottleneck": {},
     "bottleneck, houlsby": {"bottleneck": BottleneckConfig(placement=Placement.houlsby)},
     "ia3": {"targets": ["k_proj", "v_proj", "down_proj"]},

@@ -87,7 +87,7 @@ def beside(shape: Shape, adapter: AdapterConfig) -> Beside | None:
         inputs = sum(one.inputs for one in chosen) / layers
         return Beside(0.0, weights=3.0 * inputs * adapter.oft.block_size)
     if kind is AdapterKind.adalora:
-        return Beside(each * 2 * adapter.adalora.initial_rank)
+        return Beside(each * 2 * adapter.adalora.initial_rank, copies=2)
     if adapter.dora:
         # the layer's product and the update's, and the sum of weights whose norms are taken
         sums = 1.25 * sum(one.inputs * one.outputs for one in chosen) / layers
