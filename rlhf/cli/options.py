@@ -268,7 +268,8 @@ def _group(group: str, cls: type, options: Sequence[Described]) -> list[str]:
     title = f"{group}: {plain_doc(cls)}"
     lines = textwrap.wrap(title, WIDTH, subsequent_indent="    ")
     if group != "stage" and (CONF_DIR / group).is_dir():
-        lines.append(f"  presets: {', '.join(f'{group}={name}' for name in choices(group))}")
+        presets = ", ".join(f"{group}={name}" for name in choices(group))
+        lines += textwrap.wrap(f"  presets: {presets}", WIDTH, subsequent_indent="    ")
     section = ""
     for option in shown:
         if option.section != section:
