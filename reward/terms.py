@@ -2,8 +2,9 @@
 have, who scores it, and what can be known of a reward before its weights load.
 
 A new kind: a value of conf.choices.TermKind, its options in conf/reward.py and in `FIELDS`, then a
-line in `_MAKERS` where it compares a response with its row or a pattern and scores in [0, 1] (a
-verifier), else, as for a penalty, a branch in `make_term` (a scorer).
+line in rlhf/stages/methods.py and one in `VERIFIED` where it compares a response with its row or a
+pattern and scores in [0, 1] (a verifier), else, as for a penalty, a branch in `make_term` (a
+scorer).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +34,6 @@ from reward.scorers.computed import (
     read_reference,
 )
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer
-from reward.verifiers.evaluated import Code, Gym, MathAnswer
-from reward.verifiers.instructions import Instructions
-from reward.verifiers.text import Choice, Exact, Format, JsonSchema, Numeric, Regex
 from rlhf.types import Scorer, UserError
 
 _COMMON = ("kind", "weight", "clip", "normalise")
@@ -57,20 +55,24 @@ FIELDS: dict[TermKind, tuple[str, ...]] = {
 }
 """The options that each kind reads beside `_COMMON`."""
 
-_MAKERS: dict[TermKind, Callable[[RewardTerm], Verifier]] = {
-    TermKind.exact: Exact,
-    TermKind.numeric: Numeric,
-    TermKind.choice: Choice,
-    TermKind.regex: Regex,
-    TermKind.format: Format,
-    TermKind.json_schema: JsonSchema,
-    TermKind.math: MathAnswer,
-    TermKind.instructions: Instructions,
-    TermKind.code: Code,
-    TermKind.gym: Gym,
-}
-VERIFIED = frozenset(_MAKERS)
+VERIFIED = frozenset(
+    (
+        TermKind.exact,
+        TermKind.numeric,
+        TermKind.choice,
+        TermKind.regex,
+        TermKind.format,
+        TermKind.json_schema,
+        TermKind.math,
+        TermKind.instructions,
+        TermKind.code,
+        TermKind.gym,
+    )
+)
 """The kinds that check a response against its row, or against a pattern."""
+
+# What makes their verifiers: rlhf/stages/methods.py fills it before any stage that scores.
+VERIFIERS: dict[TermKind, Callable[[RewardTerm], Verifier]] = {}
 
 
 def _default(option: Field[Any]) -> Any:
@@ -114,10 +116,15 @@ def check_fields(name: str, term: RewardTerm) -> None:
 
 def make_verifier(name: str, term: RewardTerm) -> Verifier:
     """The verifier of a term. Raises UserError for a pattern or schema that doesn't compile, and
-    for a missing package.
+    for a missing package; RuntimeError before the verifiers were made known.
     """
+    if term.kind not in VERIFIERS:
+        raise RuntimeError(
+            f"reward.terms.{name}: kind={term.kind.value} has no verifier, since "
+            "rlhf/stages/methods.py did not register them"
+        )
     try:
-        return _MAKERS[term.kind](term)
+        return VERIFIERS[term.kind](term)
     except (ValueError, ImportError) as error:
         raise UserError(f"reward.terms.{name} (kind={term.kind.value}): {error}.") from error
 
@@ -133,7 +140,7 @@ def make_term(
     """The scorer of one term. Raises UserError for what its kind lacks."""
     check_fields(name, term)
     key = f"reward.terms.{name}"
-    if term.kind in _MAKERS:
+    if term.kind in VERIFIED:
         return VerifierScorer(name, make_verifier(name, term))
     if term.kind is TermKind.model:
         members = [

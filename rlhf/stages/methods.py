@@ -1,10 +1,13 @@
-"""The step before every stage that loads models: all ways to train beside a frozen model are made
-known (policy/adapters/), and their ways into vLLM's engine (rollout/). The only importer of the
-methods' files.
+"""The step before every stage that loads models: what stages choose by a name in the configuration
+is made known. These are the ways to train beside a frozen model (policy/adapters/), their ways into
+vLLM's engine (rollout/) and the verifiers of answers (reward/verifiers/). The only importer of
+their files.
 """
 
+from typing import Any
+
 import rollout
-from conf.choices import AdapterKind, Carrier
+from conf.choices import AdapterKind, Carrier, TermKind
 from policy import adapters
 from policy.adapters import (
     adalora,
@@ -18,6 +21,10 @@ from policy.adapters import (
     rasa,
     scaled,
 )
+from reward import terms
+from reward.verifiers.evaluated import Code, Gym, MathAnswer
+from reward.verifiers.instructions import Instructions
+from reward.verifiers.text import Choice, Exact, Format, JsonSchema, Numeric, Regex
 from rollout.embeds import EmbedsGenerator
 from rollout.modules import ModulesGenerator, check_places
 
@@ -34,10 +41,23 @@ ALL = {
     AdapterKind.oft: scaled.OFT,
     **prompts.METHODS,
 }
+VERIFIERS: dict[TermKind, Any] = {
+    TermKind.exact: Exact,
+    TermKind.numeric: Numeric,
+    TermKind.choice: Choice,
+    TermKind.regex: Regex,
+    TermKind.format: Format,
+    TermKind.json_schema: JsonSchema,
+    TermKind.math: MathAnswer,
+    TermKind.instructions: Instructions,
+    TermKind.code: Code,
+    TermKind.gym: Gym,
+}
 
 
 def register() -> None:
     """Let stages, PEFT and generators know them."""
+    terms.VERIFIERS.update(VERIFIERS)
     adapters.register(ALL, quantized.HOLDING)
     rollout.ENGINES[Carrier.modules] = ModulesGenerator
     rollout.PLACES[Carrier.modules] = check_places
