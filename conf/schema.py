@@ -7,7 +7,8 @@ Each group's options are in a module:
     reward                            conf/reward.py
     data                              conf/data.py, conf/preparation/
     label                             conf/labelling.py
-    stage                             conf/stages.py, conf/training.py, conf/online.py
+    stage                             conf/stages.py, conf/training.py, conf/online.py,
+                                      conf/schedule.py
 
 Conventions of all of them: every field is an ``option(...)`` (conf/options.py); ``slots`` and
 ``kw_only``, so that OmegaConf refuses unknown keys (also those added with ``+``); enumerations

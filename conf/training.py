@@ -12,7 +12,7 @@ from conf.choices import (
     Scheduler,
 )
 from conf.options import MISSING, check, check_options, names, nested, option, same_option
-from conf.run import (
+from conf.schedule import (
     BatchGrowthConfig,
     PlateauConfig,
     ScheduleConfig,

@@ -13,7 +13,7 @@ from conf.choices import KLEstimator, KLPlace, PolicyLoss
 from conf.stages import OnlineStage
 from policy.batching import masked_sum
 from policy.engines.base import Brake, NonFinite
-from policy.engines.resharding import GradientNoise
+from policy.engines.noise import GradientNoise
 from policy.forward import (
     SPARE,
     Models,

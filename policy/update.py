@@ -11,7 +11,7 @@ import torch
 from conf.choices import OnNonFinite, PolicyLoss
 from conf.stages import OnlineStage
 from policy.engines.base import Brake, NonFinite
-from policy.engines.resharding import GradientNoise
+from policy.engines.noise import GradientNoise
 from policy.forward import Models
 from policy.prepare import TrainBatch
 from policy.step import OptimizerStep

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from conf.choices import AdapterKind, Carrier, EngineKind
-from conf.run import TrainPart
+from conf.schedule import TrainPart
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig, facts_of
 from conf.stages import OnlineStage, TrainStage
-from policy.engines.base import Rates, grouped, one_rate, rates_by_name
+from policy.engines.groups import Rates, grouped, one_rate, rates_by_name
 from policy.model import Gather, is_rounded, no_gather
 from policy.saving import (
     adapter_weights,

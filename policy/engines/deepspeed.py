@@ -16,14 +16,8 @@ from torch import Tensor, nn
 
 from conf.choices import Offload
 from conf.schema import EngineConfig
-from policy.engines.base import (
-    NonFinite,
-    OptimSettings,
-    Rates,
-    WaitingAdamW,
-    one_rate,
-    set_rates,
-)
+from policy.engines.base import NonFinite, OptimSettings
+from policy.engines.groups import Rates, WaitingAdamW, one_rate, set_rates
 from policy.model import trainable
 from rlhf.process import distributed
 from rlhf.types import UserError

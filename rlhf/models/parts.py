@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from conf.adapters import AdapterConfig
 from conf.choices import AdapterKind
-from conf.run import TrainPart, UnfreezeConfig
+from conf.schedule import TrainPart, UnfreezeConfig
 from rlhf.types import UserError
 
 EMBEDDINGS, NORMS, HEAD = "embeddings", "norms", "head"  # names that every family's parts have

@@ -24,8 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from conf.choices import EngineKind, OnNonFinite
 from conf.schema import EngineConfig
 from conf.stages import OfflineStage
-from policy.engines.base import Brake, Rates, WaitingAdamW, set_rates
-from policy.engines.resharding import GradientNoise
+from policy.engines.base import Brake
+from policy.engines.groups import Rates, WaitingAdamW, set_rates
+from policy.engines.noise import GradientNoise
 from rlhf.offline.step_rows import CARRIED
 from rlhf.process import checkpoints, distributed
 from rlhf.run.directory import BadBatches, write_tensors

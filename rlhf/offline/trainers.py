@@ -1,5 +1,4 @@
-"""Our trainers: one subclass of TRL's for each, all with the same additions. Those of reward
-models and preferences are in judged_pairs.py, likelihood.py and kto.py.
+"""Our trainers: one subclass of TRL's for each (others: judged_pairs.py, likelihood.py, kto.py).
 
     transformers.Trainer         the loop over steps
     TRL's SFTTrainer, ...        the loss and its metrics
@@ -25,9 +24,10 @@ from trl import SFTTrainer
 from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
 from policy.engines import resharding
-from policy.engines.base import NonFinite, OptimSettings, Plateau, Rates
+from policy.engines.base import NonFinite, OptimSettings, Plateau
 from policy.engines.deepspeed import is_universal, reading, repair_universal
-from policy.engines.resharding import GradientNoise
+from policy.engines.groups import Rates
+from policy.engines.noise import GradientNoise
 from policy.model import is_peft, load_tending, save_tending
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import step_rows

@@ -43,7 +43,8 @@ from policy.adapters import (
     spaced,
 )
 from policy.agreement import agreed_layout, can_share_prompts
-from policy.engines.base import Engine, OptimSettings, Rates
+from policy.engines.base import Engine, OptimSettings
+from policy.engines.groups import Rates
 from policy.engines.torch import make_engine
 from policy.forward import ADAPTER, Layout, Models
 from policy.kl import AdaptiveKL, FixedKL

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from conf.adapters import BottleneckConfig
 from conf.choices import AdapterKind, Placement, Quantization
-from conf.run import TrainPart
+from conf.schedule import TrainPart
 from conf.schema import AdapterConfig
 from policy.adapters import attach, enable_checkpointing
 from policy.batching import collate, pack

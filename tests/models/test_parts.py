@@ -13,7 +13,7 @@ from transformers import (
     OPTConfig,
 )
 
-from conf.run import TrainPart, UnfreezeConfig
+from conf.schedule import TrainPart, UnfreezeConfig
 from rlhf.models.parts import Outline, chosen, outline, places, train_parts
 from rlhf.types import UserError
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf.choices import AdapterKind, Dtype, EngineKind, ModelKind, Offload, RateCoupling
-from conf.run import BatchGrowthConfig
+from conf.schedule import BatchGrowthConfig
 from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig
 from conf.stages import OnlineStage, SFTStage
 from rlhf.checks import launch

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf.choices import Scheduler
-from conf.run import PlateauConfig, ScheduleConfig
+from conf.schedule import PlateauConfig, ScheduleConfig
 from conf.schema import RunConfig
 from conf.stages import SFTStage
 from policy.engines.base import OptimSettings

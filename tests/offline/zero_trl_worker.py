@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from conf.choices import AdapterKind, EngineKind, RateCoupling, TrackingKind
-from conf.run import BatchGrowthConfig, TrainPart, UnfreezeConfig
+from conf.schedule import BatchGrowthConfig, TrainPart, UnfreezeConfig
 from conf.schema import (
     AdapterConfig,
     Config,

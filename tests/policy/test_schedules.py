@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 from transformers import get_scheduler
 
 from conf.choices import DecayShape, Scheduler
-from conf.run import PlateauConfig, ScheduleConfig
+from conf.schedule import PlateauConfig, ScheduleConfig
 from conf.stages import SFTStage
 from policy.engines.base import OptimSettings, Plateau
 

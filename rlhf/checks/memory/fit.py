@@ -14,7 +14,7 @@ from conf.choices import (
     Quantization,
     RolloutBackend,
 )
-from conf.run import TrainPart
+from conf.schedule import TrainPart
 from conf.schema import AdapterConfig
 from conf.stages import OnlineStage
 from rlhf.checks.memory import activations

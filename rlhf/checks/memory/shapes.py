@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import ModelKind
-from conf.run import TrainPart
+from conf.schedule import TrainPart
 from conf.schema import AdapterConfig, ModelConfig
 from rlhf.models.directories import check_model_path
 from rlhf.models.loading import tiny_config
