@@ -149,7 +149,9 @@ class AdapterConfig:
     """
 
     kind: AdapterKind = option(AdapterKind.none, "Train all weights, or an adapter of this kind.")
-    name: str = option("default", "Name of the adapter among several on one model.", filled=True)
+    name: str = option(
+        "default", "Name of a bottleneck among several on one model (adapter.load).", filled=True
+    )
     rank: int = option(16, "Rank of the low-rank updates.", at_least=1)
     alpha: float = option(32.0, "Scale of the updates: alpha / rank.", above=0)
     dropout: float = option(0.0, "Dropout probability of the adapter's input.", at_least=0, below=1)
@@ -272,24 +274,43 @@ class AdapterConfig:
 
     def _refuse_unread(self) -> None:
         """Raise ValueError for an option that was set and that the method doesn't read."""
-        read = READS.get(self.kind)
-        if read is None:
-            return
-        for field in fields(self):
-            value = getattr(self, field.name)
-            unread = field.name not in (*read, *_ALWAYS_READ) and value != default_of(field)
+        if self.kind is AdapterKind.none:
+            return  # `unread_in_full`, which needs the stage
+        read = (*READS[self.kind], *_ALWAYS_READ)
+        if _FACTS[self.kind].merges:
+            read = (*read, "merge_on_save")
+        for name in self._set_but_for(read):
             check(
-                not unread,
-                f"adapter.{field.name}",
-                value,
+                False,
+                f"adapter.{name}",
+                getattr(self, name),
                 f"left out, since adapter.kind={self.kind.value} does not read it",
             )
+        taken = self.double_quantize or self.quantize is Quantization.nf4
+        check(taken, "adapter.double_quantize", False, "left out, or quantize=nf4 beside it")
+
+    def _set_but_for(self, read: tuple[str, ...]) -> list[str]:
+        """The options that differ from their defaults and are not among `read`."""
+        others = [field for field in fields(self) if field.name not in read]
+        return [field.name for field in others if getattr(self, field.name) != default_of(field)]
+
+    def unread_in_full(self, *, critic: bool) -> str | None:
+        """An option that was set, as ``name=value``, and that full training does not read; None
+        where there is none. critic: whether a critic trains by an adapter (stage.critic_adapter),
+        which reads LoRA's.
+        """
+        lora = _CRITIC if critic else ()
+        for name in self._set_but_for((*_ALWAYS_READ, *lora)):
+            return f"adapter.{name}={getattr(self, name)}"
+        return None
 
 
-_ALWAYS_READ = ("kind", "name", "load", "load_weights", "merge_on_save")
-_LOW_RANK = ("rank", "alpha", "dropout", "targets", "save_whole", "quantize", "double_quantize")
-# The options that each method reads beside those; full training reads LoRA's for a critic's adapter
-# (stage.critic_adapter), so nothing is refused there.
+_ALWAYS_READ = ("kind", "load", "load_weights")
+# What a critic's adapter takes over from the policy's (conf.schema.critic_adapter).
+_CRITIC = ("rank", "alpha", "dropout", "targets", "rslora", "dora")
+_HELD = ("quantize", "double_quantize")
+_LOW_RANK = ("rank", "alpha", "dropout", "targets", "save_whole", *_HELD)
+# The options that each method reads beside those, and merge_on_save where the method merges.
 READS: dict[AdapterKind, tuple[str, ...]] = {
     AdapterKind.lora: (
         *_LOW_RANK,
@@ -307,7 +328,7 @@ READS: dict[AdapterKind, tuple[str, ...]] = {
     AdapterKind.lora_mini: (*_LOW_RANK, "lora_mini"),
     AdapterKind.rasa: (*_LOW_RANK, "rasa"),
     AdapterKind.molora: (*_LOW_RANK, "molora"),
-    AdapterKind.bottleneck: ("bottleneck", "dropout", "targets", "quantize", "double_quantize"),
+    AdapterKind.bottleneck: ("name", "bottleneck", "dropout", "targets", *_HELD),
     AdapterKind.ia3: ("targets", "save_whole"),
     AdapterKind.vera: ("rank", "dropout", "targets", "save_whole", "vera"),
     AdapterKind.oft: ("dropout", "targets", "save_whole", "oft"),

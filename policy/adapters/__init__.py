@@ -27,10 +27,7 @@ from policy.saving import (
     save_as_lora,
     save_model,
 )
-from rlhf.models.directories import (
-    CLASSIFIER,
-    check_further,
-)
+from rlhf.models.directories import CLASSIFIER, check_further
 from rlhf.models.loading import without_weights
 from rlhf.models.parts import ADDED, chosen, outline, places, train_parts
 from rlhf.process import distributed
@@ -46,11 +43,9 @@ class Fresh:
 
     task: str  # PEFT's task type: CAUSAL_LM, or SEQ_CLS, whose scalar head trains in full
     sample: Callable[[], Rows] | None = None  # rows that the stage trains on, None where none are
-    encode: Callable[[str], list[int]] | None = (
-        None  # token ids of a text, None without a tokenizer
-    )
-    # Where what was found in them is kept for a resumed run, None: nowhere.
-    record: Path | None = None
+    # token ids of a text, None without a tokenizer
+    encode: Callable[[str], list[int]] | None = None
+    record: Path | None = None  # where what was found in the rows is kept for a resumed run
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +247,14 @@ def check(
 
 def check_parts(stage: TrainStage, adapter: AdapterConfig) -> None:
     """Options of which weights train and when, which no model makes right. Raises UserError."""
+    unread = None
+    if adapter.kind is AdapterKind.none:
+        unread = adapter.unread_in_full(critic=getattr(stage, "critic_adapter", False))
+    if unread is not None:
+        raise UserError(
+            f"{unread} with adapter=none, which trains all weights and does not read it. Set the "
+            "adapter that it is for (such as adapter=lora), or leave it out."
+        )
     if adapter.kind is not AdapterKind.none and not stage.trains_alike:
         raise UserError(
             f"adapter={adapter.kind.value} trains beside a frozen model, whose parts "

@@ -214,6 +214,14 @@ def expected(model: Any, adapter: AdapterConfig) -> int:
     return count + whole_count(model, adapter)
 
 
+def lora_rank(model: Any, adapter: AdapterConfig) -> tuple[int, str]:
+    """The largest rank of a layer as configured; EVA's are known when it has seen rows."""
+    rank = max(adapter.rank, *adapter.rank_pattern.values(), 0)
+    if rank > adapter.rank:
+        return rank, f"adapter.rank_pattern={dict(adapter.rank_pattern)}"
+    return rank, f"adapter.rank={rank}"
+
+
 def rate_scale(name: str, adapter: AdapterConfig) -> float:
     """LoRA+: adapter.rate_ratio for B, which starts at 0; 1 for A and for all else. The matrices of
     an adapted embedding, whose parts are the other way round, keep one rate.
@@ -232,4 +240,11 @@ def saved(model: Any, gather: Gather) -> AdapterWeights:
     return starts.as_plain(weights, pairs)
 
 
-METHOD = Method(attach=attach, expected=expected, check=check, rate_scale=rate_scale, saved=saved)
+METHOD = Method(
+    attach=attach,
+    expected=expected,
+    check=check,
+    rate_scale=rate_scale,
+    saved=saved,
+    lora_rank=lora_rank,
+)

@@ -460,6 +460,8 @@ def test_families_without_a_place_for_them_are_refused_by_name() -> None:
             "mamba has layers of another kind",
         ),
         ("deepseek_v3", {}, AdapterKind.prefix, "deepseek_v3 keeps one latent vector"),
+        ("mpt", {}, AdapterKind.prefix, "adapter=prefix: mpt counts the padding"),
+        ("mpt", {}, AdapterKind.prompt, "adapter=prompt: mpt counts the padding"),
         ("t5", {}, AdapterKind.prompt, "t5 has an encoder of its own"),
         ("llama", {"max_position_embeddings": 5}, AdapterKind.prompt, "llama has 5 positions"),
     ]

@@ -1,0 +1,88 @@
+"""Options of an adapter that a method, or training without one, would not read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conf.adapters import AdapterConfig, merges
+from conf.choices import AdapterKind, Quantization
+from conf.stages import OnlineStage, SFTStage
+from policy import adapters
+from rlhf.cli import config
+from rlhf.types import UserError
+from tests import toys
+from tests.checking import check
+
+KINDS = [kind for kind in AdapterKind if kind is not AdapterKind.none]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_methods_that_merge_take_merge_on_save(kind: AdapterKind) -> None:
+    if merges(kind):
+        AdapterConfig(kind=kind, merge_on_save=True)
+        return
+    with pytest.raises(ValueError, match=rf"merge_on_save=True.*{kind.value} does not read it"):
+        AdapterConfig(kind=kind, merge_on_save=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_bottlenecks_have_names(kind: AdapterKind) -> None:
+    if kind is AdapterKind.bottleneck:
+        AdapterConfig(kind=kind, name="task")
+        return
+    with pytest.raises(ValueError, match=rf"adapter\.name='?task.*{kind.value} does not read it"):
+        AdapterConfig(kind=kind, name="task")
+
+
+@pytest.mark.parametrize("rounding", [Quantization.none, Quantization.int8])
+def test_blocks_scales_are_those_of_four_bits(rounding: Quantization) -> None:
+    lora = AdapterKind.lora
+    AdapterConfig(kind=lora, quantize=Quantization.nf4, double_quantize=False)
+    with pytest.raises(ValueError, match=r"adapter\.double_quantize=False.*quantize=nf4"):
+        AdapterConfig(kind=lora, quantize=rounding, double_quantize=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (AdapterConfig(rank=4), "adapter.rank=4"),
+        (AdapterConfig(rslora=True), "adapter.rslora=True"),
+        (AdapterConfig(save_whole=["lm_head"]), "adapter.save_whole="),
+        (AdapterConfig(merge_on_save=True), "adapter.merge_on_save=True"),
+        (AdapterConfig(name="task"), "adapter.name=task"),
+    ],
+)
+def test_all_weights_are_not_trained_where_an_adapter_was_meant(
+    given: AdapterConfig, named: str
+) -> None:
+    """adapter.rank=4 without adapter=lora trained every weight."""
+    for stage in (SFTStage(), OnlineStage()):
+        with pytest.raises(UserError) as refused:
+            adapters.check_parts(stage, given)
+        assert str(refused.value).startswith(named) and "adapter=lora" in str(refused.value)
+    adapters.check_parts(SFTStage(), AdapterConfig())
+
+
+def test_a_critics_adapter_reads_the_shape_of_a_lora() -> None:
+    stage = OnlineStage(critic_adapter=True)
+    adapters.check_parts(stage, AdapterConfig(rank=4, alpha=8, dropout=0.1, rslora=True))
+    with pytest.raises(UserError, match=r"adapter\.rate_ratio=16"):
+        adapters.check_parts(stage, AdapterConfig(rate_ratio=16))
+
+
+def test_room_for_the_largest_rank_of_a_pattern(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """Before anything loads: the generator was told only then that a layer has rank 64."""
+    toys.write_jsonl(tmp_path / "prompts.jsonl", toys.prompt_rows())
+    given = ["stage=grpo", f"model.path={tiny_model()}", f"data.path={tmp_path}/prompts.jsonl"]
+    given += [f"run.dir={tmp_path}", "reward.function=tests.toys:even_tokens", "tracking=none"]
+    given += ["model.dtype=float32", "stage.steps=2", "stage.prompts_per_step=2"]
+    given += ["stage.samples_per_prompt=2", "data.max_prompt_length=24", "rollout=vllm"]
+    given += ["rollout.max_response_length=4", "adapter=lora", "adapter.rank=4"]
+    given += ["adapter.rank_pattern={q_proj: 64}"]
+    check(config.compose(given))
+    check(config.compose([*given, "rollout.max_lora_rank=64"]))
+    with pytest.raises(UserError, match=r"max_lora_rank=8.*rank_pattern=.*at least 64"):
+        check(config.compose([*given, "rollout.max_lora_rank=8"]))
