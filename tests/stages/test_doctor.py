@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from conf.choices import EngineKind, RolloutBackend, TermKind, TrackingKind
+from conf.choices import AdapterKind, EngineKind, RolloutBackend, TermKind, TrackingKind
 from conf.schema import (
+    AdapterConfig,
     Config,
     EngineConfig,
     ModelConfig,
@@ -315,6 +316,14 @@ def test_a_model_that_fits_nowhere_fails() -> None:
 def test_every_training_stage_can_be_planned(plan: str) -> None:
     found, _ = memory.check_plan(asked(plan, params=1e9, memory=40.0))
     assert found is not None and found.fits and len(found.renderables) == 2
+
+
+@pytest.mark.parametrize("kind", [AdapterKind.prompt, AdapterKind.vera])
+def test_an_adapter_without_a_published_rate_can_be_planned(kind: AdapterKind) -> None:
+    cfg = asked(params=1e9, memory=80.0)
+    cfg.adapter = AdapterConfig(kind=kind)
+    found, finding = memory.check_plan(cfg)
+    assert found is not None and finding.state is State.ok, finding.found
 
 
 def test_what_is_not_asked_or_can_not_be_planned() -> None:

@@ -31,6 +31,9 @@ class Answer:
     notes: list[str]
 
 
+_ANY_RATE = 1e-3
+
+
 def planned(cfg: Config) -> Config:
     """`cfg` with the stage that ``stage.plan`` names, its rows as long as the data and rollout
     groups say. Raises UserError for no such stage.
@@ -52,6 +55,9 @@ def planned(cfg: Config) -> Config:
         stage = replace(
             stage, max_length=cfg.data.max_prompt_length + cfg.rollout.max_response_length
         )
+    if stage.learning_rate is None:
+        # no memory depends on it, and some adapters have none that is published
+        stage = replace(stage, learning_rate=_ANY_RATE)
     return replace(cfg, stage=stage)
 
 
