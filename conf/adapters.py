@@ -163,6 +163,9 @@ class AdapterConfig:
     )
     dora: bool = option(False, "Weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353).")
     init: LoraInit = option(LoraInit.default, "How the matrices of adapter=lora start.")
+    loftq_rounds: int = option(
+        5, "init=loftq: times that rounding and singular vectors take turns.", at_least=1
+    )
     rate_ratio: float = option(
         1.0,
         "Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354, takes 16).",
@@ -266,6 +269,12 @@ class AdapterConfig:
             self.init.value,
             "another start with dora=true, whose update is no LoRA of the base",
         )
+        check(
+            self.init is not LoraInit.loftq or not self.dora,
+            "adapter.dora",
+            self.dora,
+            "false with init=loftq: the magnitudes would be those of the rounded weights alone",
+        )
 
     @property
     def is_quantized(self) -> bool:
@@ -317,6 +326,7 @@ READS: dict[AdapterKind, tuple[str, ...]] = {
         "rslora",
         "dora",
         "init",
+        "loftq_rounds",
         "rate_ratio",
         "freeze_a",
         "rank_pattern",
@@ -379,7 +389,9 @@ def facts_of(adapter: AdapterConfig) -> MethodFacts:
         return MethodFacts(Carrier.merged, off_is_start=False)
     facts = _FACTS[adapter.kind]
     if facts.carrier is Carrier.lora and (adapter.dora or adapter.save_whole):
-        return _MERGED
+        facts = _MERGED
+    if adapter.kind is AdapterKind.lora and adapter.init is LoraInit.loftq:
+        return replace(facts, off_is_start=False)  # it starts with its update of the rounded base
     if adapter.kind is AdapterKind.bottleneck and adapter.bottleneck.combine is Composition.fuse:
         return replace(facts, off_is_start=False)  # it starts with the fused adapters
     return facts

@@ -253,6 +253,16 @@ class RoundedLinear(nn.Linear):
         return plain
 
 
+def make_whole(model: nn.Module) -> None:
+    """Hold rounded layers as plain ones with the weights that they stand for, in place: PEFT merges
+    into nothing else.
+    """
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, RoundedLinear):
+                setattr(module, name, layer.whole())
+
+
 def is_rounded(model: nn.Module) -> bool:
     """Whether the model holds layers rounded."""
     return any(isinstance(module, RoundedLinear) for module in model.modules())

@@ -48,7 +48,7 @@ CASES: dict[str, Case] = {
     "olora": _low_rank("olora", _LOW, _R8),
     "eva": _low_rank("eva", _LOW, _R8),
     "corda": _low_rank("corda", _LOW, _R8),
-    "loftq": _low_rank("loftq", _LOW, _R8, "adapter.quantize=nf4"),
+    "loftq": _low_rank("loftq", _LOW, _R8),
     "lora_plus": _low_rank("lora_plus", _LOW, _R8),
     "lora_fa": _low_rank("lora_fa", _LOW, _R8),
     "qlora": _low_rank("qlora", _LOW, _R8),

@@ -3,7 +3,8 @@
 LoRA (Hu et al. 2021, arXiv:2106.09685), with rank-stabilised scaling (rsLoRA, Kalajdzievski 2023,
 arXiv:2312.03732), with magnitudes that train apart (DoRA, Liu et al. 2024, arXiv:2402.09353), with
 two learning rates (LoRA+, Hayou et al. 2024, arXiv:2402.12354), with A frozen (LoRA-FA, Zhang et
-al. 2023, arXiv:2308.03303), and with the starts of policy/adapters/starts.py and sampled.py.
+al. 2023, arXiv:2308.03303), and with the starts of policy/adapters/starts.py, sampled.py and
+loftq.py.
 
 LoRA-FA's authors also correct the gradient of B by the inverse of A A^T, as PEFT's optimizer for it
 does. Here AdamW steps B with its plain gradient, as in the paper's first version.
@@ -18,10 +19,12 @@ from conf.choices import LoraInit
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh, Method, sampled, starts
 from policy.adapters.guards import put_on
+from policy.adapters.quantized import QuantizedLinear
 from policy.adapters.targets import (
     ALL_LINEAR,
     adapted_layers,
     adapted_linears,
+    alpha_of,
     check_patterns,
     check_targets,
     check_whole,
@@ -57,6 +60,8 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     """
     if adapter.init is LoraInit.eva:
         adapted = _attach_eva(model, adapter, fresh)
+    elif adapter.init is LoraInit.loftq:
+        adapted = _attach_loftq(model, adapter, fresh)
     elif adapter.init in CHANGES_BASE:
         adapted = _attach_part(model, adapter, fresh)
     else:
@@ -133,7 +138,7 @@ def _attach_eva(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
         if adapter.rslora:
             growth **= 0.5
         config.rank_pattern[name] = len(rows)
-        config.alpha_pattern[name] = growth * _alpha_of(name, adapter)
+        config.alpha_pattern[name] = growth * alpha_of(name, adapter)
     adapted = _adapt(model, adapter, config)
     base = adapted.get_base_model()
     for name, rows in chosen.items():
@@ -143,12 +148,22 @@ def _attach_eva(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
     return adapted
 
 
-def _alpha_of(name: str, adapter: AdapterConfig) -> float:
-    """alpha of the layer of this name, as PEFT finds it."""
-    from peft.utils.other import get_pattern_key
-
-    key = get_pattern_key(list(adapter.alpha_pattern), name)
-    return adapter.alpha_pattern.get(key, adapter.alpha)
+def _attach_loftq(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
+    """An adapter that starts at what rounding lost, which the layers that hold rounded weights have
+    kept until now; the usual start beside layers that are as they were.
+    """
+    kept = {}
+    for name, layer in adapted_layers(model, adapter).items():
+        if isinstance(layer, QuantizedLinear) and layer.lost is not None:
+            kept[name], layer.lost = layer.lost, None
+    adapted = _adapt(model, adapter, _config(model, adapter, fresh.task))
+    base = adapted.get_base_model()
+    for name, (down, up) in kept.items():
+        layer = base.get_submodule(name)
+        active = layer.active_adapter[0]
+        layer.lora_A[active].weight.data.copy_(down)
+        layer.lora_B[active].weight.data.copy_(up)
+    return adapted
 
 
 def _rows(adapter: AdapterConfig, fresh: Fresh) -> sampled.Rows:
@@ -179,7 +194,7 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
     check_targets(model, adapter.targets, trains_head=trains_head)
     check_patterns(model, adapter)
     check_whole(model, adapter)
-    if adapter.init not in (*CHANGES_BASE, LoraInit.eva):
+    if adapter.init not in (*CHANGES_BASE, LoraInit.eva, LoraInit.loftq):
         return
     for name, layer in adapted_layers(model, adapter).items():
         inputs, outputs = sizes(layer)

@@ -13,10 +13,11 @@ trains. bitsandbytes' own layers do not: on some CPUs a layer that was evaluated
 without gradients from then on, and the 8-bit layer rounds activations as well.
 """
 
+import functools
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 
 from conf.choices import LoraInit, Quantization
 from conf.schema import AdapterConfig
-from policy.adapters import Holding
+from policy.adapters import Holding, loftq
+from policy.adapters.starts import Pair
+from policy.adapters.targets import adapted_layers, rank_of, scale_of
 from policy.model import RoundedLinear
 from rlhf.process.libraries import require
 from rlhf.types import UserError
@@ -52,14 +55,7 @@ def rounding_of(adapter: AdapterConfig) -> Rounding:
 
 
 def check(adapter: AdapterConfig) -> None:
-    """Raises UserError where the library is missing, without importing it, and for a start that is
-    not built.
-    """
-    if adapter.init is LoraInit.loftq:
-        raise UserError(
-            f"adapter.init=loftq with adapter.quantize={adapter.quantize.value} is not built: a "
-            "start at what rounding loses. Set adapter.init=default."
-        )
+    """Raises UserError where the library is missing, without importing it."""
     try:
         importlib.metadata.version("bitsandbytes")
     except importlib.metadata.PackageNotFoundError:
@@ -98,14 +94,19 @@ class QuantizedLinear(RoundedLinear):
 
     packed: Tensor
     scales: Tensor
+    lost: Pair | None  # LoftQ's A and B, until an adapter starts at them
 
-    def __init__(self, layer: nn.Linear, rounding: Rounding) -> None:
+    def __init__(self, layer: nn.Linear, rounding: Rounding, weight: Tensor | None = None) -> None:
+        """weight: held in place of the layer's own, in its shape and dtype."""
         nn.Module.__init__(self)  # nn.Linear's own would make a parameter `weight`
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.rounding = rounding
         self.dtype = layer.weight.dtype
         self.register_parameter("bias", layer.bias)
-        for name, held in _held(layer.weight.detach(), rounding).items():
+        self.lost = None
+        if weight is None:
+            weight = layer.weight.detach()
+        for name, held in _held(weight, rounding).items():
             self.register_buffer(name, held, persistent=False)
 
     @property
@@ -230,9 +231,9 @@ def quantize(model: Any, adapter: AdapterConfig) -> int:
 
     Raises UserError for a model that has no such layer.
     """
-    count, rounding = 0, rounding_of(adapter)
+    count, rounding, hold = 0, rounding_of(adapter), _holder(model, adapter)
     for parent, name, layer in list(_layers(model, adapter.save_whole)):
-        setattr(parent, name, QuantizedLinear(layer, rounding))
+        setattr(parent, name, hold(layer))
         count += layer.weight.numel()
     if not count:
         raise UserError(
@@ -250,9 +251,33 @@ def quantize(model: Any, adapter: AdapterConfig) -> int:
 
 def round_weights(model: Any, adapter: AdapterConfig) -> Any:
     """`model` with the weights that `quantize` would hold, as plain weights, in place."""
+    hold = _holder(model, adapter)
     for _, _, layer in _layers(model, adapter.save_whole):
-        layer.weight.data.copy_(QuantizedLinear(layer, rounding_of(adapter)).weight)
+        layer.weight.data.copy_(hold(layer).weight)
     return model
+
+
+def _holder(model: Any, adapter: AdapterConfig) -> Callable[[nn.Linear], QuantizedLinear]:
+    """What makes a rounded layer of a linear one. LoftQ rounds adapted ones other than others."""
+    rounding, adapted = rounding_of(adapter), {}
+    if adapter.init is LoraInit.loftq:
+        adapted = {id(layer): name for name, layer in adapted_layers(model, adapter).items()}
+
+    def hold(layer: nn.Linear) -> QuantizedLinear:
+        name = adapted.get(id(layer))
+        if name is None:
+            return QuantizedLinear(layer, rounding)
+        held, lost = loftq.alternate(
+            layer.weight,
+            functools.partial(QuantizedLinear, layer, rounding),
+            rank=rank_of(name, adapter),
+            scale=scale_of(name, adapter),
+            rounds=adapter.loftq_rounds,
+        )
+        held.lost = lost
+        return held
+
+    return hold
 
 
 def _layers(model: Any, whole: Collection[str]) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

@@ -130,6 +130,21 @@ def rank_of(name: str, adapter: AdapterConfig) -> int:
     return adapter.rank_pattern.get(key, adapter.rank)
 
 
+def scale_of(name: str, adapter: AdapterConfig) -> float:
+    """The factor of the low-rank update of the layer of this name, as PEFT finds it."""
+    rank = rank_of(name, adapter)
+    divisor = rank**0.5 if adapter.rslora else rank
+    return alpha_of(name, adapter) / divisor
+
+
+def alpha_of(name: str, adapter: AdapterConfig) -> float:
+    """alpha of the layer of this name, as PEFT finds it."""
+    from peft.utils.other import get_pattern_key
+
+    key = get_pattern_key(list(adapter.alpha_pattern), name)
+    return adapter.alpha_pattern.get(key, adapter.alpha)
+
+
 def check_patterns(model: Any, adapter: AdapterConfig) -> None:
     """Each pattern of adapter.rank_pattern and adapter.alpha_pattern names an adapted layer: the
     end of its name or a regular expression for it, which PEFT matches from a dot on. The weights

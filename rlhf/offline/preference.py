@@ -11,7 +11,7 @@ from trl import DPOConfig, KTOConfig
 from conf.choices import SORTING, AdapterKind, FDivergence, KTOLoss
 from conf.schema import AdapterConfig, facts_of
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage
-from policy.model import is_peft
+from policy.model import is_peft, make_whole
 from rlhf.models.encoding import IGNORED
 from rlhf.offline.kto import KTO, KLPairs
 from rlhf.offline.likelihood import CPO, DPO, ORPO
@@ -79,6 +79,7 @@ def start_of(model: Any, adapter: AdapterConfig) -> Any:
     copied = copy.deepcopy(model)
     if is_peft(copied):  # TRL reads a transformers model
         merges = facts_of(adapter).merges
+        make_whole(copied)
         # what can't be merged stays in the layers
         copied = copied.merge_and_unload() if merges else copied.get_base_model()
     return copied.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from conf.choices import (
     CriticInit,
     EngineKind,
     KLController,
+    LoraInit,
     ModelKind,
     Quantization,
     RolloutBackend,
@@ -57,7 +58,7 @@ from policy.model import (
     turn_off_dropout,
 )
 from policy.prepare import needs_old_logprobs
-from policy.saving import replacing, with_further
+from policy.saving import mix_weights, replacing, with_further
 from reward.base import model_paths
 from reward.model import load_reward_model
 from reward.terms import make_scorer
@@ -190,7 +191,9 @@ def _generator_model(start: _Start, adapter: AdapterConfig, carrier: Carrier) ->
     model = start.causal_lm()
     if carrier is Carrier.merged:
         return model
-    whole = replace(adapter, quantize=Quantization.none)  # the start's weights are rounded
+    # the start's weights are rounded, and every sync brings the adapter's
+    init = LoraInit.default if adapter.init is LoraInit.loftq else adapter.init
+    whole = replace(adapter, quantize=Quantization.none, init=init)
     return attach(model, whole, task="CAUSAL_LM", **start.looks())
 
 
@@ -218,8 +221,12 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
     rate = published.learning_rate(stage, cfg.adapter.kind)
     rates = rates_of(policy_module.model, stage, cfg.adapter)
     facts, own_start = facts_of(cfg.adapter), None
+    # before an engine takes the policy apart
     if stage.reference and not (facts.off_is_start or facts.merges):
-        own_start = copy.deepcopy(policy_module.model)  # before an engine takes it apart
+        own_start = copy.deepcopy(policy_module.model)
+    elif stage.reference and cfg.adapter.init is LoraInit.loftq:
+        own_start = start.causal_lm()
+        mix_weights(own_start, policy_module.model, 1.0)  # start/ has no update
     policy = _engine(policy_module, engine, stage, rate, half=half, rates=rates)
     critic = None
     if stage.advantage is Advantage.gae:

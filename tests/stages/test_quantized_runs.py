@@ -4,6 +4,7 @@ saved.
 
 import importlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,33 @@ def test_vllm_holds_what_the_trainer_sees(
     for row in rows_of(found):
         assert row["rollout/logprob_gap"] < 1e-4 and row["rollout/probe_gap"] < 1e-4
     assert rows_of(found)[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "the reference"
+    merged, whole = causal_lm(found / "adapter"), causal_lm(found / "model")
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stage", ["dpo", pytest.param("grpo", marks=[pytest.mark.full, pytest.mark.vllm])]
+)
+def test_loftq_starts_as_its_own_reference(
+    stage: str, run: Callable[..., Path], tiny_model: Callable[..., Path]
+) -> None:
+    """And not as the rounded weights, which start/ holds and the adapter is an update of."""
+    given = ["adapter.init=loftq"]
+    if stage == "grpo":
+        given += ["rollout=vllm", "rollout.kv_cache_gib=0.05"]
+    found = run(stage, *given)
+    rows = rows_of(found)
+    if stage == "dpo":
+        assert rows[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    else:
+        assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
+        assert all(row["rollout/logprob_gap"] < 1e-4 for row in rows)
+        assert all(row["rollout/probe_gap"] < 1e-4 for row in rows)
+    adapter = config.compose(["stage=sft", *QLORA, "adapter.init=loftq"]).adapter
+    wanted = adapters.round_weights(causal_lm(tiny_model()), adapter).state_dict()
+    start = causal_lm(found / "start").state_dict()
+    assert all(torch.equal(start[name], tensor) for name, tensor in wanted.items())
     merged, whole = causal_lm(found / "adapter"), causal_lm(found / "model")
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=0, atol=1e-6)

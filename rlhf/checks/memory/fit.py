@@ -72,9 +72,11 @@ def ways(cfg: Settings, shapes: Shapes) -> list[Way]:
         overrides = ("adapter=none", f"stage.train.layers={count}")
         text = f"training the top {count} of {layers} layers"
         out.append(Way(f"top {count}", text, replace(cfg, adapter=none, stage=stage), overrides))
+    loftq = cfg.adapter.init is LoraInit.loftq
     lora = AdapterConfig(kind=AdapterKind.lora, rank=cfg.adapter.rank, alpha=cfg.adapter.alpha)
     if cfg.adapter.kind in (AdapterKind.none, AdapterKind.lora):
-        lora = replace(cfg.adapter, kind=AdapterKind.lora, quantize=Quantization.none)
+        init = LoraInit.default if loftq else cfg.adapter.init
+        lora = replace(cfg.adapter, kind=AdapterKind.lora, quantize=Quantization.none, init=init)
     else:
         kind = cfg.adapter.kind.value
         out.append(Way(kind, f"adapter.kind={kind}", cfg, (f"adapter.kind={kind}",)))
@@ -82,8 +84,10 @@ def ways(cfg: Settings, shapes: Shapes) -> list[Way]:
     if lora.init in (LoraInit.default, LoraInit.gaussian, LoraInit.orthogonal, LoraInit.eva):
         method = cfg.adapter.quantize if cfg.adapter.is_quantized else Quantization.nf4
         held = replace(lora, quantize=method)
-        overrides = ("adapter=lora", f"adapter.quantize={method.value}")
-        out.append(Way("QLoRA", "QLoRA", replace(cfg, adapter=held), overrides))
+        overrides = ["adapter=lora", f"adapter.quantize={method.value}"]
+        if loftq:
+            held, overrides = cfg.adapter, ["adapter=loftq"]
+        out.append(Way("QLoRA", "QLoRA", replace(cfg, adapter=held), tuple(overrides)))
     return out
 
 

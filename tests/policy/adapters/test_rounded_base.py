@@ -157,14 +157,6 @@ def test_a_start_that_changes_the_base_is_refused(init: str) -> None:
         configured(quantize=Quantization.int8, init=LoraInit(init))
 
 
-def test_loftq_is_refused_before_anything_loads(tmp_path: Path) -> None:
-    from conf.schema import ModelConfig
-
-    adapter = configured(quantize=Quantization.nf4, init=LoraInit.loftq)
-    with pytest.raises(UserError, match=r"adapter\.init=loftq.*adapter\.init=default"):
-        adapters.check(ModelConfig(path=str(tmp_path / "none such")), adapter, task="CAUSAL_LM")
-
-
 def test_a_missing_library_is_named_before_anything_loads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
