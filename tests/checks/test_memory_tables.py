@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from conf.choices import AdapterKind
+from conf.choices import AdapterKind, LoraInit, Quantization
 from conf.schema import AdapterConfig
 from rlhf.checks.memory import fit, tables
 from rlhf.checks.memory.fit import Row, rows
@@ -84,6 +84,17 @@ def test_ways_to_train_take_less_in_turn() -> None:
     assert idle["LoRA"] - idle["QLoRA"] == pytest.approx(saved, rel=1e-3)
     best = fit.recommended(found, "QLoRA")
     assert best is not None and "adapter.quantize=nf4" in best.overrides
+
+
+def test_loftq_is_a_way_to_hold_4_bits() -> None:
+    loftq = AdapterConfig(
+        kind=AdapterKind.lora, rank=4, init=LoraInit.loftq, quantize=Quantization.nf4
+    )
+    found = rows(replace(made("sft"), adapter=loftq), Shapes(SHAPE()), GPU)
+    ways = {row.way.name: row for row in found}
+    assert ways["LoRA"].cfg.adapter.init is LoraInit.default
+    assert ways["QLoRA"].cfg.adapter == loftq
+    assert "adapter=loftq" in ways["QLoRA"].overrides
 
 
 def test_the_configured_way_is_there_and_named() -> None:

@@ -63,7 +63,9 @@ def ways(cfg: Settings, shapes: Shapes) -> list[Way]:
     is another; the one that takes most memory first.
     """
     train, layers = cfg.stage.train, shapes.policy.layers
-    none = replace(cfg.adapter, kind=AdapterKind.none, quantize=Quantization.none)
+    loftq = cfg.adapter.init is LoraInit.loftq
+    init = LoraInit.default if loftq else cfg.adapter.init
+    none = replace(cfg.adapter, kind=AdapterKind.none, quantize=Quantization.none, init=init)
     cfg = replace(cfg, stage=replace(cfg.stage, train=TrainPart()))
     out = [Way("all", "full training", replace(cfg, adapter=none), ("adapter=none",))]
     count = train.layers or layers // 4
@@ -72,10 +74,8 @@ def ways(cfg: Settings, shapes: Shapes) -> list[Way]:
         overrides = ("adapter=none", f"stage.train.layers={count}")
         text = f"training the top {count} of {layers} layers"
         out.append(Way(f"top {count}", text, replace(cfg, adapter=none, stage=stage), overrides))
-    loftq = cfg.adapter.init is LoraInit.loftq
     lora = AdapterConfig(kind=AdapterKind.lora, rank=cfg.adapter.rank, alpha=cfg.adapter.alpha)
     if cfg.adapter.kind in (AdapterKind.none, AdapterKind.lora):
-        init = LoraInit.default if loftq else cfg.adapter.init
         lora = replace(cfg.adapter, kind=AdapterKind.lora, quantize=Quantization.none, init=init)
     else:
         kind = cfg.adapter.kind.value
@@ -84,10 +84,10 @@ def ways(cfg: Settings, shapes: Shapes) -> list[Way]:
     if lora.init in (LoraInit.default, LoraInit.gaussian, LoraInit.orthogonal, LoraInit.eva):
         method = cfg.adapter.quantize if cfg.adapter.is_quantized else Quantization.nf4
         held = replace(lora, quantize=method)
-        overrides = ["adapter=lora", f"adapter.quantize={method.value}"]
+        given = ["adapter=lora", f"adapter.quantize={method.value}"]
         if loftq:
-            held, overrides = cfg.adapter, ["adapter=loftq"]
-        out.append(Way("QLoRA", "QLoRA", replace(cfg, adapter=held), tuple(overrides)))
+            held, given = cfg.adapter, ["adapter=loftq"]
+        out.append(Way("QLoRA", "QLoRA", replace(cfg, adapter=held), tuple(given)))
     return out
 
 
