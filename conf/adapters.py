@@ -264,16 +264,10 @@ class AdapterConfig:
             "a start that leaves rounded weights as they are (quantize)",
         )
         check(
-            not (takes_part and self.dora),
+            not (self.dora and self.init in (*CHANGES_BASE, LoraInit.loftq)),
             "adapter.init",
             self.init.value,
             "another start with dora=true, whose update is no LoRA of the base",
-        )
-        check(
-            self.init is not LoraInit.loftq or not self.dora,
-            "adapter.dora",
-            self.dora,
-            "false with init=loftq: the magnitudes would be those of the rounded weights alone",
         )
 
     @property
@@ -383,9 +377,8 @@ CHANGES_BASE = (LoraInit.pissa, LoraInit.olora, LoraInit.corda)
 
 def facts_of(adapter: AdapterConfig) -> MethodFacts:
     """What follows from a configured adapter; full training is sent whole, and leaves no start."""
-    if adapter.kind is AdapterKind.none:
-        return MethodFacts(Carrier.merged, off_is_start=False)
-    if adapter.kind is AdapterKind.lora and adapter.init in CHANGES_BASE:
+    moved = adapter.kind is AdapterKind.lora and adapter.init in CHANGES_BASE
+    if adapter.kind is AdapterKind.none or moved:
         return MethodFacts(Carrier.merged, off_is_start=False)
     facts = _FACTS[adapter.kind]
     if facts.carrier is Carrier.lora and (adapter.dora or adapter.save_whole):
