@@ -182,7 +182,7 @@ def test_the_reference_is_the_start_rather_than_the_rounded_weights(
 
 
 def test_magnitudes_are_refused() -> None:
-    with pytest.raises(ValueError, match="adapter.init='loftq'.*another start with dora=true"):
+    with pytest.raises(ValueError, match=r"adapter\.init='loftq'.*another start with dora=true"):
         configured(dora=True)
 
 
