@@ -191,6 +191,11 @@ def _freeze_a(adapted: Any) -> None:
 
 def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
     """What `attach` refuses before weights load. Raises UserError."""
+    if adapter.freeze_a and adapter.rate_ratio != 1:
+        raise UserError(
+            f"adapter.rate_ratio={adapter.rate_ratio:g} with adapter.freeze_a=true, where B trains "
+            "alone. Set adapter.rate_ratio=1."
+        )
     check_targets(model, adapter.targets, trains_head=trains_head)
     check_patterns(model, adapter)
     check_whole(model, adapter)

@@ -349,7 +349,9 @@ def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
     carrier, vllm = carrier_of(rollout, adapter), runs_vllm(rollout.backend)
     sync, method = rollout.lora_sync, f"adapter.kind={adapter.kind.value}"
     if sync is LoraSync.adapter and carrier is Carrier.merged:
-        what = "adapter.dora=true" if adapter.dora else f"{method} init={adapter.init.value}"
+        what = f"{method} init={adapter.init.value} save_whole={list(adapter.save_whole)}"
+        if adapter.dora:
+            what = "adapter.dora=true"
         raise UserError(
             f"rollout.lora_sync=adapter with {what}: generation engines apply plain LoRA only, "
             "which this update is not. Set rollout.lora_sync=merged or auto."

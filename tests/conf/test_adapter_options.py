@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from conf.adapters import AdapterConfig, merges
-from conf.choices import AdapterKind, Quantization
+from conf.choices import AdapterKind, LoraSync, Quantization, RolloutBackend
+from conf.schema import RolloutConfig
 from conf.stages import OnlineStage, SFTStage
 from policy import adapters
+from rlhf.checks import launch
 from rlhf.cli import config
 from rlhf.types import UserError
 from tests import toys
@@ -86,3 +88,16 @@ def test_room_for_the_largest_rank_of_a_pattern(
     check(config.compose([*given, "rollout.max_lora_rank=64"]))
     with pytest.raises(UserError, match=r"max_lora_rank=8.*rank_pattern=.*at least 64"):
         check(config.compose([*given, "rollout.max_lora_rank=8"]))
+
+
+def test_what_is_no_plain_lora_is_named() -> None:
+    adapter = AdapterConfig(kind=AdapterKind.lora, save_whole=["norm"])
+    rollout = RolloutConfig(backend=RolloutBackend.hf, lora_sync=LoraSync.adapter)
+    with pytest.raises(UserError, match=r"lora_sync=adapter with .*save_whole=\['norm'\]"):
+        launch.check_adapter(rollout, adapter)
+
+
+def test_no_ratio_of_rates_where_one_matrix_trains() -> None:
+    adapter = AdapterConfig(kind=AdapterKind.lora, freeze_a=True, rate_ratio=16)
+    with pytest.raises(UserError, match=r"adapter\.rate_ratio=16.*freeze_a=true"):
+        adapters.method_of(adapter).check(None, adapter, True)
