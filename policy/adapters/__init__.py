@@ -84,7 +84,7 @@ class Method:
     attach: Callable[[Any, AdapterConfig, Fresh], Any]
     # Parameters that train, by the paper's formula; the weights may be on the meta device.
     expected: Callable[[Any, AdapterConfig], int]
-    # Parameters of the adapter that never train.
+    # Numbers of the adapter that never train, buffers too.
     frozen: Callable[[Any, AdapterConfig], int] = _nothing_frozen
     # Raises UserError for options that the model can't have. The weights may be on the meta device;
     # the last argument: whether an adapter on the language model's head trains.

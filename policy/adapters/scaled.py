@@ -77,6 +77,14 @@ def expected_vera(model: Any, adapter: AdapterConfig) -> int:
     return count
 
 
+def frozen_vera(model: Any, adapter: AdapterConfig) -> int:
+    """rank (in + out): the shared pair, as wide as the widest layers."""
+    widths = adapted_linears(model, adapter).values()
+    inputs = max(inputs for inputs, _ in widths)
+    outputs = max(outputs for _, outputs in widths)
+    return adapter.rank * (inputs + outputs)
+
+
 # ---- (IA)^3 ----
 
 
@@ -158,6 +166,6 @@ def expected_oft(model: Any, adapter: AdapterConfig) -> int:
     return count
 
 
-VERA = Method(attach=attach_vera, expected=expected_vera, check=check)
+VERA = Method(attach=attach_vera, expected=expected_vera, frozen=frozen_vera, check=check)
 IA3 = Method(attach=attach_ia3, expected=expected_ia3, check=check)
 OFT = Method(attach=attach_oft, expected=expected_oft, check=check_oft)

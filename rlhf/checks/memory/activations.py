@@ -49,10 +49,15 @@ class Beside:
     """What an adapter keeps of a pass, in one block. Counted tensor by tensor, as the rest."""
 
     inner: float  # numbers of its own for one token
+    plain: float = 0.0  # numbers for one token in the precision of the layers beside it
     # Whether the inputs of the layers that it stands beside are kept: those of matrices that train.
     reads: bool = True
     copies: int = 1  # of such an input in half precision, each in float32
     weights: float = 0.0  # numbers, whatever the tokens
+    # Halves of the lowest block, its attention and its feed-forward layer, that come before all
+    # that trains, so that no gradient passes through them.
+    spared: int = 0
+    ahead: int = 0  # keys and values in front of each row's, in every block
 
 
 def beside(shape: Shape, adapter: AdapterConfig) -> Beside | None:
@@ -73,11 +78,14 @@ def beside(shape: Shape, adapter: AdapterConfig) -> Beside | None:
         return Beside(each * (adapter.lora_mini.inner + rank), reads=False)
     if kind is AdapterKind.bottleneck:
         sites = 2 if adapter.bottleneck.placement is Placement.houlsby else 1
-        return Beside(sites * (shape.hidden + 2 * adapter.bottleneck.size), reads=False)
+        inner = sites * (shape.hidden + 2 * adapter.bottleneck.size)
+        return Beside(inner, reads=False, spared=3 - sites)
     if kind is AdapterKind.ia3:
         keys = 2 * shape.kv_heads * shape.head_size
         return Beside(keys + shape.intermediate, reads=False)
-    if kind in (AdapterKind.prompt, AdapterKind.ptuning, AdapterKind.prefix):
+    if kind is AdapterKind.prefix:
+        return Beside(0.0, reads=False, ahead=adapter.prompt.tokens)
+    if kind in (AdapterKind.prompt, AdapterKind.ptuning):
         return Beside(0.0, reads=False)
     outputs = sum(one.outputs for one in chosen) / layers
     if kind is AdapterKind.vera:
@@ -89,9 +97,9 @@ def beside(shape: Shape, adapter: AdapterConfig) -> Beside | None:
     if kind is AdapterKind.adalora:
         return Beside(each * 2 * adapter.adalora.initial_rank, copies=2)
     if adapter.dora:
-        # the layer's product and the update's, and the sum of weights whose norms are taken
-        sums = 1.25 * sum(one.inputs * one.outputs for one in chosen) / layers
-        return Beside(each * rank + 2 * outputs, weights=sums)
+        # The layer's product and the update's. The sum of weights whose norms are taken is gone
+        # after the layer, since no gradient passes through the norms.
+        return Beside(each * rank + outputs, plain=outputs)
     return Beside(each * rank, reads=not adapter.freeze_a)
 
 
@@ -125,31 +133,44 @@ class Pass:
 
 def block_bytes(shape: Shape, p: Pass) -> float:
     """Bytes that one block keeps for one token."""
+    return sum(_halves(shape, p)) + _adapter_bytes(shape, p)
+
+
+def _halves(shape: Shape, p: Pass) -> tuple[float, float]:
+    """Of a block's attention and of its feed-forward layer, each with the norm before it."""
     h, w = shape.hidden, 2 if p.autocast else p.width
     one = p.adapter
-    frozen = one is not None
-    copies = frozen and p.adapter_float32 and w == 2
+    copies = _copies(p)
     reads = one is None or one.reads
     queries = shape.heads * shape.head_size
     keys = queries if p.masked or shape.eager else shape.kv_heads * shape.head_size
-    norm = 4 * h + 4 + (0 if frozen else p.width * h)
+    norm = 4 * h + 4 + (0 if one is not None else p.width * h)
     if reads and not copies and not p.autocast:
         norm += w * h
     attention = w * (2 * queries + 2 * keys)
+    if one is not None and one.ahead and p.length:
+        attention += w * 2 * keys * one.ahead / p.length
     seen = max(p.length, p.pack)
     attention += shape.heads * (seen * (w + (4 if w == 2 else 0)) if shape.eager else 4)
     attention += w * p.pack
     mlp = w * (3 if copies or not reads else 4) * shape.intermediate
-    inputs = inner = 0.0
+    return norm + attention, norm + mlp
+
+
+def _copies(p: Pass) -> bool:
+    """Whether an adapter in float32 stands beside weights in half precision."""
+    return p.adapter is not None and p.adapter_float32 and p.width == 2
+
+
+def _adapter_bytes(shape: Shape, p: Pass) -> float:
+    """Of what an adapter keeps in a block for itself, and of copies of what layers read."""
+    one, copies = p.adapter, _copies(p)
     if one is not None:
-        width = 4 if copies else w
-        inner = width * (one.inner + one.weights / p.tokens)
-        if copies and reads:
-            inputs = 4 * one.copies * shape.adapted
-    elif p.autocast:
-        # of queries, keys, values, gate and up; the other two layers read half precision as it is
-        inputs = w * 5 * h
-    return 2 * norm + attention + mlp + inputs + inner
+        width = 4 if copies else p.width
+        inner = width * (one.inner + one.weights / p.tokens) + p.width * one.plain
+        return inner + (4 * one.copies * shape.adapted if copies and one.reads else 0)
+    # of queries, keys, values, gate and up; the other two layers read half precision as it is
+    return 2 * 5 * shape.hidden if p.autocast else 0.0
 
 
 def kept(shape: Shape, p: Pass) -> float:
@@ -172,7 +193,9 @@ def kept(shape: Shape, p: Pass) -> float:
             + casts / shape.layers
         )
     # the lowest of these blocks has an input without a gradient, so its first norm keeps no copy
-    spared = 4 * shape.hidden if 0 < passed < shape.layers else 0
+    spared = 4.0 * shape.hidden if 0 < passed < shape.layers else 0.0
+    if p.adapter is not None and passed:
+        spared += sum(_halves(shape, p)[: p.adapter.spared])
     return p.tokens * (passed * block_bytes(shape, p) + last_norm + given - spared) + casts
 
 
