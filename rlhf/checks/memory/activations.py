@@ -147,7 +147,7 @@ def _halves(shape: Shape, p: Pass) -> tuple[float, float]:
     norm = 4 * h + 4 + (0 if one is not None else p.width * h)
     if reads and not copies and not p.autocast:
         norm += w * h
-    attention = w * (2 * queries + 2 * keys)
+    attention = float(w * (2 * queries + 2 * keys))
     if one is not None and one.ahead and p.length:
         attention += w * 2 * keys * one.ahead / p.length
     seen = max(p.length, p.pack)
