@@ -144,7 +144,9 @@ def _halves(shape: Shape, p: Pass) -> tuple[float, float]:
     reads = one is None or one.reads
     queries = shape.heads * shape.head_size
     keys = queries if p.masked or shape.eager else shape.kv_heads * shape.head_size
-    norm = 4 * h + 4 + (0 if one is not None else p.width * h)
+    norm = 4 * h + 4
+    if one is None:
+        norm += p.width * h
     if reads and not copies and not p.autocast:
         norm += w * h
     attention = float(w * (2 * queries + 2 * keys))
@@ -153,7 +155,10 @@ def _halves(shape: Shape, p: Pass) -> tuple[float, float]:
     seen = max(p.length, p.pack)
     attention += shape.heads * (seen * (w + (4 if w == 2 else 0)) if shape.eager else 4)
     attention += w * p.pack
-    mlp = w * (3 if copies or not reads else 4) * shape.intermediate
+    inner = 4
+    if copies or not reads:
+        inner = 3
+    mlp = w * inner * shape.intermediate
     return norm + attention, norm + mlp
 
 
@@ -167,10 +172,15 @@ def _adapter_bytes(shape: Shape, p: Pass) -> float:
     one, copies = p.adapter, _copies(p)
     if one is not None:
         width = 4 if copies else p.width
-        inner = width * (one.inner + one.weights / p.tokens) + p.width * one.plain
-        return inner + (4 * one.copies * shape.adapted if copies and one.reads else 0)
+        inner = width * (one.inner + one.weights / p.tokens)
+        inner += p.width * one.plain
+        if copies and one.reads:
+            inner += 4 * one.copies * shape.adapted
+        return inner
     # of queries, keys, values, gate and up; the other two layers read half precision as it is
-    return 2 * 5 * shape.hidden if p.autocast else 0.0
+    if p.autocast:
+        return 2.0 * 5 * shape.hidden
+    return 0.0
 
 
 def kept(shape: Shape, p: Pass) -> float:
@@ -193,7 +203,9 @@ def kept(shape: Shape, p: Pass) -> float:
             + casts / shape.layers
         )
     # the lowest of these blocks has an input without a gradient, so its first norm keeps no copy
-    spared = 4.0 * shape.hidden if 0 < passed < shape.layers else 0.0
+    spared = 0.0
+    if 0 < passed < shape.layers:
+        spared = 4.0 * shape.hidden
     if p.adapter is not None and passed:
         spared += sum(_halves(shape, p)[: p.adapter.spared])
     return p.tokens * (passed * block_bytes(shape, p) + last_norm + given - spared) + casts
