@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conf.adapters import Composition
 from conf.choices import Placement
+from conf.methods import Composition
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh, Method, Tuner
 from policy.adapters.inserted import (

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from conf.adapters import AdaLoraConfig
+from conf.methods import AdaLoraConfig
 from policy.model import Write
 from rlhf.process import distributed
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from conf.choices import ModelKind, RolloutBackend
-from conf.schema import DataConfig, ModelConfig
+from conf.adapters import virtual_tokens
+from conf.choices import AdapterKind, ModelKind, RolloutBackend
+from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig
 from rlhf.models.directories import check_model_path, check_native_taken, contents
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.templates import template_text
@@ -221,4 +222,22 @@ def refuse_pipeline(data: DataConfig, stage: str) -> None:
             f"data.pipeline holds {len(data.pipeline)} steps, which stage={stage} doesn't run: run "
             "stage=data with it first, and give what that "
             "writes (train.jsonl, eval.jsonl) as data.path and data.eval_path."
+        )
+
+
+def check_virtual_tokens(
+    adapter: AdapterConfig, engine: EngineConfig, *, packing: bool = False
+) -> None:
+    """Every row has the adapter's virtual tokens, if any, in front of it. Raises UserError."""
+    if packing and virtual_tokens(adapter):
+        raise UserError(
+            f"stage.packing=true with adapter={adapter.kind.value}: virtual tokens stand in front "
+            "of a whole sequence, so rows that share one would not all have them. "
+            "Set stage.packing=false."
+        )
+    if engine.gradient_checkpointing and adapter.kind is AdapterKind.prefix:
+        raise UserError(
+            "engine.gradient_checkpointing=true with adapter=prefix: transformers drops the keys "
+            "and values of a prefix where it recomputes layers. "
+            "Set engine.gradient_checkpointing=false, or adapter=prompt."
         )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.adapters import virtual_tokens
 from conf.choices import (
     SORTING,
     AdapterKind,
@@ -344,9 +343,20 @@ def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
     """The generator takes the adapter's weights in the form in which they are sent. Raises
     UserError.
     """
-    if adapter.kind is AdapterKind.none:
-        return
     carrier, vllm = carrier_of(rollout, adapter), runs_vllm(rollout.backend)
+    if rollout.max_lora_rank is not None and carrier is not Carrier.lora:
+        raise UserError(
+            f"rollout.max_lora_rank={rollout.max_lora_rank} with "
+            f"adapter.kind={adapter.kind.value}: no LoRA goes to the generator. Set "
+            "rollout.max_lora_rank=null."
+        )
+    if adapter.kind is AdapterKind.none:
+        if rollout.lora_sync is LoraSync.adapter:
+            raise UserError(
+                "rollout.lora_sync=adapter with adapter=none: there is no adapter to send. Set "
+                "rollout.lora_sync=auto, or adapter=lora."
+            )
+        return
     sync, method = rollout.lora_sync, f"adapter.kind={adapter.kind.value}"
     if sync is LoraSync.adapter and carrier is Carrier.merged:
         what = f"{method} init={adapter.init.value} save_whole={list(adapter.save_whole)}"
@@ -365,24 +375,6 @@ def check_adapter(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
         raise UserError(f"rollout=vllm has no way for {method}. Set rollout=hf.")
     if adapter.kind in (AdapterKind.lora, AdapterKind.lora_mini):
         check_rank(rollout, adapter, adapter.rank, f"adapter.rank={adapter.rank}")
-
-
-def check_virtual_tokens(
-    adapter: AdapterConfig, engine: EngineConfig, *, packing: bool = False
-) -> None:
-    """Every row has the adapter's virtual tokens, if any, in front of it. Raises UserError."""
-    if packing and virtual_tokens(adapter):
-        raise UserError(
-            f"stage.packing=true with adapter={adapter.kind.value}: virtual tokens stand in front "
-            "of a whole sequence, so rows that share one would not all have them. "
-            "Set stage.packing=false."
-        )
-    if engine.gradient_checkpointing and adapter.kind is AdapterKind.prefix:
-        raise UserError(
-            "engine.gradient_checkpointing=true with adapter=prefix: transformers drops the keys "
-            "and values of a prefix where it recomputes layers. "
-            "Set engine.gradient_checkpointing=false, or adapter=prompt."
-        )
 
 
 def check_rank(rollout: RolloutConfig, adapter: AdapterConfig, rank: int, given: str) -> None:

@@ -57,7 +57,7 @@ def check(cfg: Config) -> list[str]:
     adapters.check(cfg.model, cfg.adapter, task=task, trains_head=trains_head, stage=stage)
     ahead = virtual_tokens(cfg.adapter)
     packing = isinstance(stage, SFTStage) and stage.packing
-    launch.check_virtual_tokens(cfg.adapter, cfg.engine, packing=packing)
+    inputs.check_virtual_tokens(cfg.adapter, cfg.engine, packing=packing)
     inputs.check_row_length(stage.max_length, cfg.model, ahead)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes = launch.gradient_note(cfg.engine, cfg.model.dtype)

@@ -205,7 +205,7 @@ def _refuse_other_weights(
         raise UserError(
             f"run.resume=true: the checkpoint {checkpoint} was trained with {was}, but this run "
             f"has {now}. Other weights train there. Resume with {was}, or begin a new run (another "
-            "run.name) with model.path at the weights of this one."
+            "run.name): with model.path at model/ of this one, where that is whole weights."
         )
 
 

@@ -58,7 +58,7 @@ def check(cfg: Config) -> list[str]:
     notes += launch.check_backend(cfg.rollout.backend)
     notes += launch.gradient_note(cfg.engine, cfg.model.dtype)
     launch.check_adapter(cfg.rollout, cfg.adapter)
-    launch.check_virtual_tokens(cfg.adapter, cfg.engine)
+    inputs.check_virtual_tokens(cfg.adapter, cfg.engine)
     adapters.check_budget(cfg.adapter, cfg.engine)
     inputs.check_trained(cfg.model)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM", stage=stage)

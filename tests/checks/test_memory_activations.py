@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from conf.adapters import BottleneckConfig
 from conf.choices import AdapterKind, Placement, Quantization
+from conf.methods import BottleneckConfig
 from conf.schedule import TrainPart
 from conf.schema import AdapterConfig
 from policy.adapters import attach, enable_checkpointing

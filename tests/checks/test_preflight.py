@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from conf.adapters import RasaConfig
 from conf.choices import (
     Action,
     AdapterKind,
@@ -21,6 +20,7 @@ from conf.choices import (
     RolloutBackend,
     TrackingKind,
 )
+from conf.methods import RasaConfig
 from conf.schema import (
     AdapterConfig,
     Config,

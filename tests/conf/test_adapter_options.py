@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from conf.adapters import AdapterConfig, merges
-from conf.choices import AdapterKind, LoraSync, Quantization, RolloutBackend
+from conf.adapters import LOOKS_AT_ROWS, AdapterConfig, merges
+from conf.choices import AdapterKind, LoraInit, LoraSync, Quantization, RolloutBackend
+from conf.methods import BottleneckConfig, Composition, PromptConfig
 from conf.schema import RolloutConfig
 from conf.stages import OnlineStage, SFTStage
 from policy import adapters
@@ -35,6 +37,47 @@ def test_only_bottlenecks_have_names(kind: AdapterKind) -> None:
         return
     with pytest.raises(ValueError, match=rf"adapter\.name='?task.*{kind.value} does not read it"):
         AdapterConfig(kind=kind, name="task")
+
+
+def test_rows_that_no_start_looks_at_are_not_asked_for() -> None:
+    for init in LoraInit:
+        options = {"quantize": Quantization.nf4} if init is LoraInit.loftq else {}
+        if init in LOOKS_AT_ROWS:
+            AdapterConfig(kind=AdapterKind.lora, init=init, sample_rows=64)
+            continue
+        with pytest.raises(ValueError, match=r"adapter\.sample_rows=64"):
+            AdapterConfig(kind=AdapterKind.lora, init=init, sample_rows=64, **options)
+    AdapterConfig(kind=AdapterKind.gelora, sample_rows=64)
+
+
+def test_a_prompt_without_an_encoder_takes_no_size_of_one() -> None:
+    encoder = PromptConfig(encoder_size=64)
+    AdapterConfig(kind=AdapterKind.ptuning, prompt=encoder)
+    with pytest.raises(ValueError, match=r"adapter\.prompt\.encoder_size=64"):
+        AdapterConfig(kind=AdapterKind.prompt, prompt=encoder)
+
+
+def test_an_option_of_another_methods_group_is_named_by_itself() -> None:
+    fused = BottleneckConfig(combine=Composition.fuse)
+    with pytest.raises(ValueError, match=r"adapter\.bottleneck\.combine='fuse' .*lora does not"):
+        AdapterConfig(kind=AdapterKind.lora, bottleneck=fused)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rollout", "key"),
+    [
+        ({}, {"lora_sync": LoraSync.adapter}, "rollout.lora_sync=adapter with adapter=none"),
+        ({}, {"max_lora_rank": 8}, "rollout.max_lora_rank=8 with adapter.kind=none"),
+        ({"kind": AdapterKind.molora}, {"max_lora_rank": 8}, "adapter.kind=molora: no LoRA"),
+    ],
+)
+def test_what_the_generator_would_not_read_is_refused(
+    adapter: dict[str, Any], rollout: dict[str, Any], key: str
+) -> None:
+    given = RolloutConfig(backend=RolloutBackend.hf, **rollout)
+    with pytest.raises(UserError) as refused:
+        launch.check_adapter(given, AdapterConfig(**adapter))
+    assert key in str(refused.value)
 
 
 @pytest.mark.parametrize("rounding", [Quantization.none, Quantization.int8])

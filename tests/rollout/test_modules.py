@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
-from conf.adapters import AdapterConfig, BottleneckConfig, Composition, MoLoraConfig
+from conf.adapters import AdapterConfig
 from conf.choices import AdapterKind, Carrier, Placement, RolloutBackend
+from conf.methods import BottleneckConfig, Composition, MoLoraConfig
 from conf.schema import Config, DataConfig, RolloutConfig
 from conf.stages import OnlineStage
 from policy.adapters import attach

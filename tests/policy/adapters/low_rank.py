@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from conf.adapters import LoraMiniConfig, RasaConfig
 from conf.choices import AdapterKind
+from conf.methods import LoraMiniConfig, RasaConfig
 from conf.schema import AdapterConfig
 from policy.adapters import attach
 

@@ -13,8 +13,8 @@ from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor
 
-from conf.adapters import AdaLoraConfig
 from conf.choices import AdapterKind
+from conf.methods import AdaLoraConfig
 from conf.schema import AdapterConfig
 from policy.adapters import attach
 from policy.adapters.adalora import METHOD

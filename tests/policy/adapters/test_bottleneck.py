@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conf.adapters import AdapterConfig, BottleneckConfig, Composition, facts_of
+from conf.adapters import AdapterConfig, facts_of
 from conf.choices import AdapterKind, Carrier, Placement
+from conf.methods import BottleneckConfig, Composition
 from policy.adapters import attach, method_of
 from policy.adapters.bottleneck import places
 from policy.saving import save_adapter

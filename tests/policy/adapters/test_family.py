@@ -375,7 +375,7 @@ def test_a_start_from_rows_is_refused_where_there_are_none() -> None:
 
 
 def test_blocks_of_oft_divide_each_layers_inputs() -> None:
-    from conf.adapters import OftConfig
+    from conf.methods import OftConfig
 
     adapter = AdapterConfig(kind=AdapterKind.oft, oft=OftConfig(block_size=48))
     with pytest.raises(UserError, match=r"q_proj has 64 inputs.*Expected one of 2, 4, 8, 16, 32"):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conf.adapters import LoraMiniConfig
 from conf.choices import AdapterKind
+from conf.methods import LoraMiniConfig
 from conf.schema import AdapterConfig
 from policy.adapters import attach, lora_mini, method_of
 from rlhf.types import UserError

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from conf.adapters import AdapterConfig, MoLoraConfig, facts_of
+from conf.adapters import AdapterConfig, facts_of
 from conf.choices import AdapterKind, Carrier
+from conf.methods import MoLoraConfig
 from policy.adapters import attach, method_of
 from policy.saving import save_adapter
 from rlhf.models.inserted import ExpertsInsert

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from conf.adapters import RasaConfig
+from conf.methods import RasaConfig
 from policy.adapters import attach, rasa
 from policy.saving import save_adapter
 from rlhf.types import UserError

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conf.adapters import (
+from conf.adapters import facts_of
+from conf.choices import AdapterKind, EngineKind, LoraInit, Placement
+from conf.methods import (
     BottleneckConfig,
     Composition,
     LoraMiniConfig,
@@ -21,9 +23,7 @@ from conf.adapters import (
     OftConfig,
     PromptConfig,
     RasaConfig,
-    facts_of,
 )
-from conf.choices import AdapterKind, EngineKind, LoraInit, Placement
 from conf.schema import AdapterConfig, EngineConfig
 from policy.adapters import enable_checkpointing, method_of
 from policy.engines.torch import make_engine
