@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from conf.choices import EngineKind, Offload, Scheduler
-from conf.run import TrainPart
+from conf.schedule import TrainPart
 from conf.schema import EngineConfig
 from policy.adapters import attach, enable_checkpointing, rates_of
 from policy.engines.base import OptimSettings

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conf.choices import EngineKind, Offload
-from conf.run import TrainPart
+from conf.schedule import TrainPart
 from reward.model import write_manifest
 from reward.terms import scoring_models
 from rlhf.checks.memory import activations, shapes
@@ -156,6 +156,7 @@ METHODS = {
 }
 
 
+@pytest.mark.full
 def test_the_plan_of_some_methods_is_within_15_percent(tmp_path: Path) -> None:
     compare(QUICK, tmp_path)
 

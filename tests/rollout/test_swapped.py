@@ -15,7 +15,7 @@ from policy.saving import adapter_weights
 from rlhf.types import AdapterWeights
 from tests.rollout.test_rollout import config, make
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.full]
 IDS = (torch.arange(20, 50) * 7 % 250).tolist()
 
 

@@ -198,8 +198,8 @@ def test_eval_loads_what_the_last_stage_had(
     loaded: list[tuple[Path, torch.Tensor]] = []
 
     def noted(load: Callable[..., Any]) -> Callable[..., Any]:
-        def loading(given: Any, *rest: Any) -> Any:
-            model = load(given, *rest)
+        def loading(given: Any, *rest: Any, **more: Any) -> Any:
+            model = load(given, *rest, **more)
             path = given.path if isinstance(given, ModelConfig) else given
             loaded.append((Path(path), figures(model)))
             return model

@@ -95,7 +95,8 @@ def test_adalora_ends_on_its_budget(run: Any, stage: str) -> None:
     assert any(name.endswith("lora_A.weight") for name in twin)
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=full)])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_split_of_an_offline_step_changes_no_weight(run: Any, stage: str) -> None:
     """In equal micro-batches, and by tokens; SFT's loss is a sum over tokens, DPO's a mean."""
     options = [*ADALORA, "stage.steps=3", "adapter.adalora.orthogonality=1.0"]

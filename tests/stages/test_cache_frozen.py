@@ -87,6 +87,7 @@ def test_frozen_blocks_are_computed_once_for_a_text(
     assert len(list((tmp_path / ".encoded").glob("frozen-*"))) == 1
 
 
+@pytest.mark.full
 def test_other_weights_or_rows_have_other_states(run: Run, tmp_path: Path) -> None:
     run("reward", "one", *SCORE, "stage.cache_frozen=true")
     run("reward", "two", *SCORE, "stage.cache_frozen=true", untied=True)

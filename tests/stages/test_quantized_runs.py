@@ -157,6 +157,7 @@ def test_loftq_starts_as_its_own_reference(
         torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.full
 def test_8_bits_with_a_critic_and_merged_weights(
     run: Callable[..., Path], tiny_model: Callable[..., Path]
 ) -> None:

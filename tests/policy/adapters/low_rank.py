@@ -37,7 +37,8 @@ def base(task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> Any:
 
 
 def fresh(adapter: AdapterConfig, task: str = "CAUSAL_LM", dtype: Any = torch.float32) -> Any:
-    return attach(base(task, dtype), adapter, task=task).eval()
+    rows = IDS.tolist() * 8
+    return attach(base(task, dtype), adapter, task=task, sample=lambda: rows).eval()
 
 
 def moved(adapter: AdapterConfig, task: str = "CAUSAL_LM", dtype: Any = torch.float32) -> Any:

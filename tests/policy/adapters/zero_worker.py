@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conf.adapters import facts_of
-from conf.choices import AdapterKind, EngineKind, LoraInit, Placement
+from conf.choices import AdapterKind, EngineKind, LoraInit, Placement, Quantization
 from conf.methods import (
     BottleneckConfig,
     Composition,
@@ -57,6 +57,12 @@ ADAPTERS = {
     "dora": AdapterConfig(kind=AdapterKind.lora, rank=4, dora=True),
     "pissa": AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=4, init=LoraInit.pissa),
     "olora": AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=4, init=LoraInit.olora),
+    "eva": AdapterConfig(kind=AdapterKind.lora, rank=4, init=LoraInit.eva),
+    "corda": AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=4, init=LoraInit.corda),
+    "qlora": AdapterConfig(kind=AdapterKind.lora, rank=4, quantize=Quantization.nf4),
+    "loftq": AdapterConfig(
+        kind=AdapterKind.lora, rank=4, quantize=Quantization.nf4, init=LoraInit.loftq
+    ),
     "whole": AdapterConfig(kind=AdapterKind.lora, rank=4, save_whole=["norm", "embed_tokens"]),
     "vera": AdapterConfig(kind=AdapterKind.vera, rank=16),
     "ia3": AdapterConfig(kind=AdapterKind.ia3, targets=["k_proj", "v_proj", "down_proj"]),
