@@ -36,8 +36,8 @@ from rlhf.process import distributed
 from rlhf.process.libraries import package_file
 from rlhf.stages import methods
 
-BATCH, SEARCHED, STEPS = 4, 5, 10  # rows a step; steps of the search, and of a run
-TRAIN_ROWS, HELD_OUT, SEARCH_ROWS = 512, 48, 24  # rows; the last: held-out ones of the search
+BATCH, SEARCHED, STEPS = 4, 3, 6  # rows a step; steps of the search, and of a run
+TRAIN_ROWS, HELD_OUT, SEARCH_ROWS = 512, 32, 16  # rows; the last: held-out ones of the search
 MAX_TOKENS = 40
 SEEDS = (0, 1, 2)
 
