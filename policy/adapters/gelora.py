@@ -140,6 +140,7 @@ def with_ranks(adapter: AdapterConfig, found: Ranks) -> AdapterConfig:
     return dataclasses.replace(
         adapter,
         kind=AdapterKind.lora,
+        sample_rows=AdapterConfig().sample_rows,  # they were looked at already
         rank_pattern=dict(found.ranks),
         alpha_pattern={name: rank * ratio for name, rank in found.ranks.items()},
     )

@@ -53,10 +53,11 @@ def test_the_page_has_means_ranges_and_the_untrained_model(
 ) -> None:
     monkeypatch.setattr(page, "PAGE", tmp_path / "tuning.md")
     monkeypatch.setattr(page, "PICTURE", tmp_path / "tuning.png")
-    monkeypatch.setattr(page, "CASES", {"lora": Case((), (1.0, 2.0, 3.0), "low rank")})
+    case = Case((), (1.0, 2.0, 3.0), "low rank")
+    monkeypatch.setattr(page, "CASES", {"full": case, "lora": case})
     text = f"# Title\n\n{page.BEGIN}old\n{page.END}\nrest\n"
     page.PAGE.write_text(text, encoding="utf-8")
-    page.write({"lora": result(0.5)})
+    page.write({"full": result(1.0), "lora": {**result(0.5), "start": None}})
     lines = page.PAGE.read_text(encoding="utf-8").splitlines()
     assert "old" not in lines and lines[-1] == "rest"
     assert "| untrained | 0 | 0 | - | - | 1.500 | 0.75 | - |" in lines
@@ -66,7 +67,8 @@ def test_the_page_has_means_ranges_and_the_untrained_model(
 
 
 def test_a_way_that_does_not_beat_the_start_is_seen() -> None:
-    assert page.beats_start(result(1.3)) and not page.beats_start(result(1.45))
+    start = result(1.0)["start"]
+    assert page.beats_start(result(1.3), start) and not page.beats_start(result(1.45), start)
 
 
 def test_figures_are_plain_values() -> None:
