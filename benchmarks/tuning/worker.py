@@ -146,6 +146,8 @@ class Run:
         torch.manual_seed(seed)
         tokenizer = load_tokenizer(cfg.model)
         model = load_causal_lm(cfg.model, tokenizer)
+        # before some weights are held rounded, which are no parameters
+        self.total = sum(p.numel() for p in model.parameters())
         sample = [row.prompt for row in task.train[: cfg.adapter.sample_rows]]
         self.model = adapters.attach(
             model,
@@ -205,7 +207,7 @@ class Run:
             step_s=step_s,
             peak_mib=peak,
             trained=sum(p.numel() for p in trainable(self.model)),
-            total=sum(p.numel() for p in self.model.parameters()),
+            total=self.total,
         )
 
 
