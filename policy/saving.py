@@ -172,9 +172,7 @@ def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
         model, state_dict=own, adapter_name=model.active_adapter, save_embedding_layers=False
     )
     finished = {name: t for name, t in tensors.items() if not name.startswith(_ENCODER)}
-    return AdapterWeights(
-        finished, {name: _plain_value(value) for name, value in config.to_dict().items()}
-    )
+    return AdapterWeights(finished, plain_values(config.to_dict()))
 
 
 def _adapter_parameters(model: Any, kind: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -185,6 +183,11 @@ def _adapter_parameters(model: Any, kind: Any) -> Iterator[tuple[str, nn.Paramet
     for name, param in model.named_parameters():
         if param.requires_grad or (prefix is not None and prefix in name):
             yield name, param
+
+
+def plain_values(config: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's configuration as JSON holds it."""
+    return {name: _plain_value(value) for name, value in config.items()}
 
 
 def _plain_value(value: Any) -> Any:

@@ -11,8 +11,7 @@ the annotator labels them as shown, left or right. What is measured after each r
 mean accuracy on held-out pairs, against what the annotator would prefer without noise. The held-out
 pairs choose nothing: the weights after the last step are kept.
 
-Writes <run.dir>/<run.name>/label: a line a round in metrics.jsonl, each arm's labels in
-<arm>.jsonl, the reward models' runs in rounds/.
+Writes <run.dir>/<run.name>/label: metrics.jsonl (a line a round), <arm>.jsonl (labels), rounds/.
 """
 
 import dataclasses

@@ -27,7 +27,7 @@ from conf.schema import AdapterConfig
 from policy.adapters import Fresh
 from policy.adapters.targets import modules_to_save, peft_targets
 from policy.model import Gather
-from policy.saving import adapter_weights
+from policy.saving import adapter_weights, plain_values
 from rlhf.types import AdapterWeights
 
 
@@ -257,12 +257,4 @@ def plain_lora(model: Any, gather: Gather, adapter_name: str = "default") -> Ada
         rank_pattern=others,
         alpha_pattern=dict(others),
     )
-    return AdapterWeights(tensors, _plain_values(plain.to_dict()))
-
-
-def _plain_values(config: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's configuration as JSON holds it: sets sorted, enumerations by their value."""
-    values = {}
-    for name, value in config.items():
-        values[name] = sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-    return values
+    return AdapterWeights(tensors, plain_values(plain.to_dict()))
