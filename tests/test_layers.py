@@ -66,7 +66,7 @@ NAMES_A_STAGE = "rlhf/__main__.py"
 
 # Modules of ours that a stage reaches, all imports followed, those inside functions too; packages
 # without code don't count. The aim for online is 90.
-MOST_REACHED = {"online": 90, "sft": 64, "reward": 66, "preference": 67}
+MOST_REACHED = {"online": 90, "sft": 64, "reward": 67, "preference": 67}
 # The same for the steps that rlhf/cli/command.py takes before a stage trains.
 STEPS_REACH = {"rows": 81, "memory": 53}
 

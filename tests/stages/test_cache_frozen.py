@@ -125,7 +125,7 @@ def test_a_family_whose_blocks_tell_more_is_refused_by_name(
 ) -> None:
     """Kept states that are not the blocks'."""
     monkeypatch.setattr(
-        "rlhf.stages.reward.FrozenStates.batch",
+        "rlhf.offline.frozen.FrozenStates.batch",
         lambda self, ids, mask: torch.zeros(*ids.shape, self.hidden),
     )
     with pytest.raises(UserError, match=r"stage\.cache_frozen=true: llama scores"):
