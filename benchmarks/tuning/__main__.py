@@ -9,14 +9,16 @@ Takes up to 20 minutes on two idle cores; times and memory mean little beside ot
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shared import environment, module
-from benchmarks.tuning import page
+from benchmarks.shared import environment
+from benchmarks.tuning import page, worker
 from benchmarks.tuning.cases import CASES
 from rlhf.data.recipes import smollm2
 from rlhf.process.libraries import package_file
@@ -47,15 +49,18 @@ def _train(known: dict[str, Any], names: list[str]) -> dict[str, Any]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     source = package_file(smollm2.DISTRIBUTION, smollm2.GGUF, smollm2.REQUIREMENT)
     smollm2.convert(source, FOLDER / "model")
-    for name in names:
-        began = time.perf_counter()
-        command = module("benchmarks.tuning.worker", str(FOLDER / "model"), name)
-        done = subprocess.run(
-            command, env=environment(), check=True, stdout=subprocess.PIPE, text=True
-        )
-        known[name] = json.loads(done.stdout.strip().splitlines()[-1])
-        RESULTS.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        print(f"{page.row(name, known[name])} ({time.perf_counter() - began:.0f} s)", flush=True)
+    os.environ.update(environment())
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["benchmarks.tuning.worker"])
+    # a process for each, forked from one that has loaded the libraries
+    with ProcessPoolExecutor(1, processes, max_tasks_per_child=1) as pool:
+        for name in names:
+            began = time.perf_counter()
+            known[name] = pool.submit(worker.measure, str(FOLDER / "model"), name).result()
+            RESULTS.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            print(
+                f"{page.row(name, known[name])} ({time.perf_counter() - began:.0f} s)", flush=True
+            )
     return known
 
 

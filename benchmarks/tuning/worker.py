@@ -1,16 +1,12 @@
-"""One way to fine-tune, in a process of its own, so that its peak of memory is its own: prints a
-line of JSON.
-
-    python -m benchmarks.tuning.worker MODEL_DIRECTORY NAME
+"""One way to fine-tune: `measure` runs in a process of its own, so that its peak of memory is its
+own.
 """
 
 import dataclasses
 import gc
-import json
 import logging
 import random
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -72,8 +68,8 @@ class Figures:
     total: int
 
 
-def main() -> None:
-    directory, name = sys.argv[1:]
+def measure(directory: str, name: str) -> dict[str, Any]:
+    """The figures of a way, of the model in `directory`, as JSON can hold them."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(2)
@@ -94,18 +90,17 @@ def main() -> None:
     start = None
     if name == "full":  # the untrained model, which is every way's start
         start = dataclasses.asdict(Run(cfg, task, seed=0).evaluate(0.0))
-    search = dataclasses.replace(task, held_out=task.held_out[:SEARCH_ROWS])
-    searched = [train(cfg, search, rate, SEEDS[0], SEARCHED).loss for rate in case.rates]
+    trainer = Trainer(cfg, task, one_start=case.one_start)
+    searched = [trainer.train(rate, SEEDS[0], SEARCHED, SEARCH_ROWS).loss for rate in case.rates]
     rate = case.rates[searched.index(min(searched))]
-    runs = [train(cfg, task, rate, seed, STEPS) for seed in SEEDS]
-    out = {
+    runs = [trainer.train(rate, seed, STEPS, HELD_OUT) for seed in SEEDS]
+    return {
         "name": name,
         "rate": rate,
         "searched": dict(zip(map(str, case.rates), searched, strict=True)),
         "start": start,
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    print(json.dumps(out))
 
 
 def read_task(directory: str) -> Task:
@@ -128,14 +123,40 @@ def read_task(directory: str) -> Task:
     return Task(train, rows[:HELD_OUT], words, tokenizer.pad_token_id)
 
 
-def train(cfg: Config, task: Task, rate: float, seed: int, steps: int) -> Figures:
-    """Figures of `steps` steps at a learning rate."""
-    run = Run(cfg, task, seed=seed)
-    seconds = run.train(rate, steps)
-    figures = run.evaluate(statistics.median(seconds[1:]))
-    del run
-    gc.collect()
-    return figures
+class Trainer:
+    """Trains from the start again and again."""
+
+    def __init__(self, cfg: Config, task: Task, *, one_start: bool) -> None:
+        """one_start: whatever the seed, so that it is found once: what trains is put back."""
+        self.cfg, self.task, self.one_start = cfg, task, one_start
+        self.kept: Run | None = None
+        self.start: dict[str, torch.Tensor] = {}
+
+    def train(self, rate: float, seed: int, steps: int, held_out: int) -> Figures:
+        """Figures of `steps` steps at a learning rate, over so many held-out rows."""
+        run = self._fresh(seed)
+        seconds = run.train(rate, steps)
+        run.task = dataclasses.replace(self.task, held_out=self.task.held_out[:held_out])
+        figures = run.evaluate(statistics.median(seconds[1:]))
+        del run
+        gc.collect()
+        return figures
+
+    def _fresh(self, seed: int) -> "Run":
+        if not self.one_start:
+            return Run(self.cfg, self.task, seed=seed)
+        if self.kept is None:
+            self.kept = Run(self.cfg, self.task, seed=seed)
+            named = self.kept.model.named_parameters()
+            self.start = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        for name, parameter in self.kept.model.named_parameters():
+            if name in self.start:
+                parameter.data.copy_(self.start[name])
+                parameter.grad = None
+        self.kept.seed = seed
+        gc.collect()
+        forget_peak()
+        return self.kept
 
 
 class Run:
@@ -235,7 +256,3 @@ def peak_mib() -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     raise RuntimeError("/proc/self/status has no VmHWM")
-
-
-if __name__ == "__main__":
-    main()

@@ -42,10 +42,22 @@ def test_a_run_trains_what_its_case_says(name: str, tiny_model: Callable[..., Pa
     )
     torch.manual_seed(0)
     start = worker.Run(cfg, TASK, seed=0).evaluate(0.0)
-    trained = worker.train(cfg, TASK, 1e-2, seed=0, steps=12)
+    trainer = worker.Trainer(cfg, TASK, one_start=False)
+    trained = trainer.train(1e-2, seed=0, steps=12, held_out=8)
     assert trained.loss < start.loss and trained.step_s > 0
     assert trained.peak_mib > 0 and trained.total == start.total
     assert (trained.trained == trained.total) is (name == "full")
+
+
+def test_a_start_that_is_kept_is_the_same_every_time(tiny_model: Callable[..., Path]) -> None:
+    case = CASES["pissa"]
+    assert case.one_start
+    cfg = config.compose(
+        ["stage=sft", f"model.path={tiny_model()}", "model.dtype=float32", *case.overrides]
+    )
+    trainer = worker.Trainer(cfg, TASK, one_start=True)
+    first, other, again = (trainer.train(1e-2, seed, steps=3, held_out=8) for seed in (0, 1, 0))
+    assert first.loss == again.loss != other.loss
 
 
 def test_the_page_has_means_ranges_and_the_untrained_model(
