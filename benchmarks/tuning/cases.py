@@ -20,6 +20,7 @@ _LOW: Rates = (3e-4, 1e-3, 4e-3)
 _HIGH: Rates = (3e-3, 1e-2, 4e-2)
 _PROMPT: Rates = (3e-3, 3e-2, 2e-1)
 _R8 = "adapter.rank=8"
+_ROWS = "adapter.sample_rows=64"  # the covariance of every layer's inputs takes a pass for each
 
 
 def _weights(rates: Rates, *overrides: str) -> Case:
@@ -30,8 +31,8 @@ def _low_rank(preset: str, rates: Rates = _LOW, *more: str) -> Case:
     return Case((f"adapter={preset}", "adapter.dropout=0", *more), rates, "low rank")
 
 
-def _one_start(preset: str) -> Case:
-    overrides = (f"adapter={preset}", "adapter.dropout=0", _R8)
+def _one_start(preset: str, *more: str) -> Case:
+    overrides = (f"adapter={preset}", "adapter.dropout=0", _R8, *more)
     return Case(overrides, _LOW, "low rank", one_start=True)
 
 
@@ -52,8 +53,8 @@ CASES: dict[str, Case] = {
     "dora": _low_rank("dora", _LOW, _R8),
     "pissa": _one_start("pissa"),
     "olora": _one_start("olora"),
-    "eva": _one_start("eva"),
-    "corda": _one_start("corda"),
+    "eva": _one_start("eva", _ROWS),
+    "corda": _one_start("corda", _ROWS),
     "loftq": _one_start("loftq"),
     "lora_plus": _low_rank("lora_plus", _LOW, _R8),
     "lora_fa": _low_rank("lora_fa", _LOW, _R8),

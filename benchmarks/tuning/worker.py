@@ -7,6 +7,7 @@ import gc
 import logging
 import random
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -129,6 +130,8 @@ class Trainer:
     def __init__(self, cfg: Config, task: Task, *, one_start: bool) -> None:
         """one_start: whatever the seed, so that it is found once: what trains is put back."""
         self.cfg, self.task, self.one_start = cfg, task, one_start
+        # what a method finds in the rows is the same for every seed
+        self.folder = tempfile.TemporaryDirectory()
         self.kept: Run | None = None
         self.start: dict[str, torch.Tensor] = {}
 
@@ -143,10 +146,11 @@ class Trainer:
         return figures
 
     def _fresh(self, seed: int) -> "Run":
+        record = Path(self.folder.name) / "found.json"
         if not self.one_start:
-            return Run(self.cfg, self.task, seed=seed)
+            return Run(self.cfg, self.task, seed=seed, record=record)
         if self.kept is None:
-            self.kept = Run(self.cfg, self.task, seed=seed)
+            self.kept = Run(self.cfg, self.task, seed=seed, record=record)
             named = self.kept.model.named_parameters()
             self.start = {name: p.detach().clone() for name, p in named if p.requires_grad}
         for name, parameter in self.kept.model.named_parameters():
@@ -162,7 +166,8 @@ class Trainer:
 class Run:
     """A fresh model with what trains of it."""
 
-    def __init__(self, cfg: Config, task: Task, *, seed: int) -> None:
+    def __init__(self, cfg: Config, task: Task, *, seed: int, record: Path | None = None) -> None:
+        """record: as of `adapters.attach`."""
         self.cfg, self.task, self.seed = cfg, task, seed
         torch.manual_seed(seed)
         tokenizer = load_tokenizer(cfg.model)
@@ -177,6 +182,7 @@ class Run:
             sample=lambda: sample,
             train=cfg.stage.train,
             tokenizer=tokenizer,
+            record=record,
         )
         self.module = PolicyModule(self.model, chunk=256)
         self.module.entropy_grad = False

@@ -154,8 +154,13 @@ def eva(model: Any, ranks: Mapping[str, int], rows: Rows) -> dict[str, Tensor]:
     vectors: dict[str, Tensor] = {}
     shares: dict[str, Tensor] = {}
     seen = moments(model, list(ranks), rows)
+    # by moments and count: layers that get the same inputs have the same directions
+    known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for name, own in seen.items():
-        found, explained = directions(own.covariance(), _MOST_RANKS * ranks[name])
+        key = id(own), _MOST_RANKS * ranks[name]
+        if key not in known:
+            known[key] = directions(own.covariance(), key[1])
+        found, explained = known[key]
         vectors[name] = found
         shares[name] = explained.cpu()
     given = shared_out(shares, sum(ranks.values()))
