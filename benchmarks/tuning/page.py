@@ -15,6 +15,8 @@ HEAD = (
     "| way | trains | share | peak MiB | s a step | held-out loss | accuracy | rate |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
+_BESIDE, _COLUMN = 1.2, 1.6  # as factors of parameters: a name's distance, a column's width
+_LINE = 0.037  # height of a name, nats
 _COLOURS = {"weights": "#2680c2", "low rank": "#d64545", "modules": "#3f9142", "prompt": "#8719e0"}
 
 
@@ -62,6 +64,18 @@ def row(name: str, result: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def label_places(points: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Where names stand: right of their points (parameters, loss), those of one column one above
+    the other.
+    """
+    places: dict[str, tuple[float, float]] = {}
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        right = x * _BESIDE
+        taken = [b for a, b in places.values() if 1 / _COLUMN < a / right < _COLUMN]
+        places[name] = (right, max([y, *(other + _LINE for other in taken)]))
+    return places
+
+
 def draw(results: Mapping[str, Any]) -> None:
     """Held-out loss against what trains."""
     import matplotlib as mpl
@@ -69,20 +83,21 @@ def draw(results: Mapping[str, Any]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8.2, 4.6))
+    figure, axes = plt.subplots(figsize=(8.2, 5.6))
+    points = {}
     for name, result in results.items():
         x, y = result["runs"][0]["trained"], mean(result, "loss")
         axes.scatter([x], [y], color=_COLOURS[CASES[name].family], s=22)
-        axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        points[name] = (x, y)
+    line = {"arrowstyle": "-", "color": "grey", "linewidth": 0.4}
+    for name, place in label_places(points).items():
+        axes.annotate(name, points[name], xytext=place, fontsize=7, va="center", arrowprops=line)
     for family, colour in _COLOURS.items():
         axes.scatter([], [], color=colour, label=family)
     start = results["full"]["start"]["loss"]
-    axes.axhline(start, color="grey", linestyle=":", linewidth=1)
-    axes.annotate(
-        "untrained", (1, start), xycoords=("axes fraction", "data"), fontsize=7, ha="right"
-    )
     axes.set(xscale="log", xlabel="parameters that train", ylabel="held-out loss (nats)")
-    axes.set_title("make bench-tuning: SmolLM2-135M, mean of three seeds", fontsize=10)
+    title = f"make bench-tuning: SmolLM2-135M, mean of three seeds (untrained: {start:.2f} nats)"
+    axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
