@@ -79,6 +79,7 @@ class Offload(Enum):
 class RolloutBackend(Enum):
     auto = "auto"
     vllm = "vllm"
+    server = "server"
     hf = "hf"
 
 
@@ -203,10 +204,6 @@ class PreferenceLoss(Enum):
     apo_down = "apo_down"
     discopop = "discopop"
     sft = "sft"
-
-
-# Losses that sort the pairs of a batch, so that no pair has a loss of its own.
-SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 
 
 class FDivergence(Enum):

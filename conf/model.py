@@ -13,6 +13,7 @@ from conf.choices import (
     RolloutBackend,
 )
 from conf.options import check, check_options, nested, option
+from conf.servers import ServerConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -209,7 +210,8 @@ class RolloutConfig:
 
     backend: RolloutBackend = option(
         RolloutBackend.auto,
-        "Generator of responses; auto: vLLM where it is installed, else hf, which is logged.",
+        "Generator of responses; auto: vLLM where it is installed, else hf, which is logged; "
+        "server: vLLM in processes of its own.",
     )
     max_response_length: int = option(
         1024, "Longest response; longer ones are cut off.", unit="tokens", at_least=1
@@ -258,6 +260,24 @@ class RolloutConfig:
         "adapter.rank.",
         at_least=1,
     )
+    servers: list[str] = option(
+        [],
+        "rollout=server: base URLs of running servers, such as http://10.0.0.2:8200 (stage="
+        "serve_rollout starts one); empty: the run starts rollout.server.count of its own.",
+        section="rollout=server: vLLM in processes of its own",
+    )
+    sync_limit_s: float = option(
+        600.0,
+        "Longest weight update of a server; one that takes longer is restarted or left out.",
+        unit="s",
+        above=0,
+    )
+    in_flight: bool = option(
+        False,
+        "Change the servers' weights while they write, so that tokens of one response may be of "
+        "several versions; false: responses are finished before.",
+    )
+    server: ServerConfig = nested(ServerConfig)
 
     def __post_init__(self) -> None:
         check_options(self, "rollout")

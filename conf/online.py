@@ -19,10 +19,7 @@ from conf.choices import (
 )
 from conf.options import check, names, nested, option, same_option
 from conf.run import WatchConfig
-from conf.training import TrainStage, check_exo_pair, check_weights
-
-# Losses that sort a whole batch.
-_OF_BATCHES = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
+from conf.training import SORTING, TrainStage, check_exo_pair, check_weights
 
 
 @dataclass(slots=True, kw_only=True)
@@ -353,7 +350,7 @@ class OnlineStage(TrainStage):
         losses = self.dpo_losses
         check(len(losses) > 0, "stage.dpo_losses", losses, "at least one loss")
         check(
-            not any(loss in _OF_BATCHES for loss in losses),
+            not any(loss in SORTING for loss in losses),
             "stage.dpo_losses",
             names(losses),
             "losses of single pairs: aot and aot_unpaired sort a whole batch, which "

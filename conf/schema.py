@@ -2,7 +2,7 @@
 Each group's options are in a module:
 
     run, tracking                     conf/run.py
-    model, engine, rollout            conf/model.py
+    model, engine, rollout            conf/model.py, conf/servers.py
     adapter                           conf/adapters.py, conf/methods.py
     reward                            conf/reward.py
     data                              conf/data.py, conf/preparation/
@@ -100,7 +100,7 @@ def generator_of(backend: RolloutBackend) -> RolloutBackend:
 
     Raises ValueError, whose message names the option, when vLLM is asked for and missing.
     """
-    if backend is RolloutBackend.hf:
+    if backend in (RolloutBackend.hf, RolloutBackend.server):
         return backend
     if importlib.util.find_spec("vllm") is not None:
         return RolloutBackend.vllm

@@ -8,6 +8,7 @@ from conf.choices import CPOLoss, Judge
 from conf.online import OnlineStage
 from conf.options import check, check_options, option, same_option
 from conf.run import WatchConfig
+from conf.servers import ServeRolloutStage
 from conf.training import (
     LABEL_SMOOTHING,
     KTOStage,
@@ -36,6 +37,7 @@ __all__ = [
     "RewardStage",
     "SFTStage",
     "ServeRewardStage",
+    "ServeRolloutStage",
     "TrainStage",
     "WatchConfig",
 ]
@@ -231,6 +233,7 @@ STAGES: dict[str, type] = {
     "ppo": OnlineStage,
     "eval": EvalStage,
     "serve_reward": ServeRewardStage,
+    "serve_rollout": ServeRolloutStage,
     "data": DataStage,
     "label": LabelStage,
     "doctor": DoctorStage,
@@ -243,7 +246,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "train": ("sft", "reward", "dpo", "kto", "cpo", "orpo"),
     "online": ("ppo",),
     "judge": ("eval",),
-    "serve": ("serve_reward",),
+    "serve": ("serve_reward", "serve_rollout"),
     "run and look": ("chain", "doctor"),
 }
 
@@ -255,6 +258,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     "ppo": ("run", "model", "adapter", "engine", "rollout", "reward", "data", "tracking"),
     "eval": ("run", "model", "engine", "rollout", "reward", "data", "tracking"),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
+    "serve_rollout": ("run", "model", "adapter", "rollout", "data", "tracking"),
     "data": ("run", "model", "reward", "data", "tracking"),
     "label": ("run", "model", "engine", "rollout", "reward", "data", "label", "tracking"),
 }

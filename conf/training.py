@@ -42,6 +42,8 @@ _OF_DIFFERENCES = (
     PreferenceLoss.sft,
 )
 
+# Losses that sort the pairs of a batch, so that no pair has a loss of its own.
+SORTING = (PreferenceLoss.aot, PreferenceLoss.aot_unpaired)
 LABEL_SMOOTHING = "Share of labels that are taken to be flipped"
 
 

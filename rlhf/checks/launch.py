@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.choices import (
-    SORTING,
     AdapterKind,
     Carrier,
     Dtype,
@@ -36,6 +35,7 @@ from conf.schema import (
     vllm_lora_rank,
 )
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, TrainStage
+from conf.training import SORTING
 from rlhf.process import distributed
 from rlhf.run import directory
 from rlhf.run.tracking import tracker

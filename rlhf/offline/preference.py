@@ -8,9 +8,10 @@ from typing import Any
 import datasets
 from trl import DPOConfig, KTOConfig
 
-from conf.choices import SORTING, AdapterKind, FDivergence, KTOLoss
+from conf.choices import AdapterKind, FDivergence, KTOLoss
 from conf.schema import AdapterConfig, facts_of
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage
+from conf.training import SORTING
 from policy.model import is_peft, make_whole
 from rlhf.models.encoding import IGNORED
 from rlhf.offline.kto import KTO, KLPairs

@@ -12,8 +12,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from conf.choices import SORTING, KTOLoss, PreferenceLoss
+from conf.choices import KTOLoss, PreferenceLoss
 from conf.stages import KTOStage
+from conf.training import SORTING
 from rlhf.data.converting import Record
 from rlhf.data.encoded import Store, encoded
 from rlhf.data.loading import tell_unread
