@@ -215,7 +215,7 @@ def check_terms(reward_cfg: RewardConfig) -> None:
             assert term.function is not None
             load_function(term.function, f"{key}.function")
         if term.kind is TermKind.remote:
-            from reward.http import check_remote
+            from rlhf.process.http import check_remote
 
             check_remote(term.url, term.token_env, key)
         if term.kind in VERIFIED:

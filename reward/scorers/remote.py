@@ -32,7 +32,7 @@ import httpx
 
 from conf.schema import RewardTerm
 from reward.base import Stateless, name_prompt
-from reward.http import (
+from rlhf.process.http import (
     all_pauses_s,
     bearer_token,
     checked_url,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from conf.schema import Config
 from conf.stages import ServeRewardStage
-from reward.http import bearer_token
+from rlhf.process.http import bearer_token
 from reward.model import load_reward_tokenizer
 from reward.service.batcher import Counts
 from reward.service.served import ServedModel
