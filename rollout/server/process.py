@@ -1,0 +1,193 @@
+"""A vLLM server that this process starts and ends: its command, its environment, its log."""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from conf.servers import ServerConfig
+from rlhf.process import distributed
+from rollout.server.client import Server, ServerFault
+from rollout.server.guard import ANY_CORE
+
+TOKEN_ENV = "RLHF_ROLLOUT_TOKEN"  # where a server finds its bearer token
+GRACE_S = 10.0  # that a server gets to end before it is killed
+_MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` looks for a package named vllm
+_LOOK_S = 0.25  # between two looks at a server that starts
+_SHOWN = 12  # last lines of a log in a message
+# The launcher's variables, by which vLLM would take a server for one of the trainer's ranks, and
+# those that an engine in this process sets or that would win over the configuration.
+_UNSET = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_ERROR_FILE",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_API_KEY",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What every server of a run is started with."""
+
+    model_path: str
+    flags: Mapping[str, Any]  # vLLM's options, with underscores; True: a flag without a value
+    server: ServerConfig
+    token: str
+    lora: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)  # further ones of its environment
+
+    def command(self, host: str, port: int) -> list[str]:
+        python = self.server.python or sys.executable
+        command = [python, "-m", _MODULE, "--model", self.model_path]
+        given = {"host": host, "port": port, **self.flags}
+        given["tensor_parallel_size"] = self.server.tensor_parallel
+        given["data_parallel_size"] = self.server.data_parallel
+        for name, value in given.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                command.append(flag)
+            elif value is not False and value is not None:
+                command += [flag, str(value)]
+        return command
+
+    def environment(self, index: int) -> dict[str, str]:
+        """The variables of server number `index`."""
+        names = {name: value for name, value in os.environ.items() if name not in _UNSET}
+        names |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", TOKEN_ENV: self.token}
+        names |= self.variables
+        if self.lora:
+            names["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if self.server.devices is not None:
+            names["CUDA_VISIBLE_DEVICES"] = self.server.devices[index]
+        return names | self._threads(index)
+
+    def _threads(self, index: int) -> dict[str, str]:
+        """Where a server's threads run, and how many there are of each copy of the model."""
+        world = self.server.tensor_parallel * self.server.data_parallel
+        if self.server.cores is None:
+            share = max(1, distributed.cores() // (self.server.count * world))
+            threads = self.server.threads or share
+            return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        cores = core_list(self.server.cores[index])
+        each = max(1, len(cores) // world)
+        wanted = min(each, self.server.threads or each)
+        parts = [cores[each * i : each * i + wanted] or cores[:wanted] for i in range(world)]
+        bound = "|".join(",".join(map(str, part)) for part in parts)
+        return {"VLLM_CPU_OMP_THREADS_BIND": bound, "OMP_NUM_THREADS": str(wanted)}
+
+
+def core_list(text: str) -> list[int]:
+    """``0-3,6`` -> [0, 1, 2, 3, 6]. Raises ValueError."""
+    cores: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        cores += range(int(first), int(last if dash else first) + 1)
+    if not cores:
+        raise ValueError(f"{text} names no core")
+    return cores
+
+
+class Child:
+    """A server's process, under a guard that ends it with this process."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        cores: Sequence[int] | None = None,
+    ) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        taken = ANY_CORE if cores is None else ",".join(map(str, cores))
+        guard = [sys.executable, "-m", "rollout.server.guard"]
+        guard += [str(os.getpid()), str(GRACE_S), taken]
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [*guard, *command],
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # Ctrl-C is for the trainer, which ends its servers
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        """Whether the server's process is there; it may hang all the same."""
+        return self._process.poll() is None
+
+    def tail(self) -> str:
+        """The end of its log, for a message."""
+        with self.log.open(encoding="utf-8", errors="replace") as file:
+            lines = deque((line.strip() for line in file if line.strip()), _SHOWN)
+        telling = [line for line in lines if "rror" in line] or list(lines)
+        return shorten(" / ".join(telling[-2:]), 400, placeholder=" ...")
+
+    def stop(self) -> None:
+        """End the server and all that it started, and wait for it."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(3 * GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def wait_until_ready(
+    server: Server, child: Child, limit_s: float, alive: Callable[[], None]
+) -> None:
+    """Return once the server answers. `alive` is called now and then. Raises ServerFault where its
+    process ends or `limit_s` passes.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        alive()
+        if not child.is_running():
+            cause = f"it ended while it started ({child.tail()}; its log: {child.log})"
+            raise ServerFault(server.url, cause)
+        try:
+            server.get("/health", limit_s=_LOOK_S * 8)
+            server.longest()
+            return
+        except ServerFault as fault:
+            last = fault.cause
+        if time.monotonic() > deadline:
+            cause = (
+                f"it did not start within rollout.server.start_limit_s={limit_s:g} "
+                f"({last}; its log: {child.log})"
+            )
+            raise ServerFault(server.url, cause)
+        time.sleep(_LOOK_S)
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as taken:
+        taken.bind((host, 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def new_token() -> str:
+    return secrets.token_urlsafe(32)
