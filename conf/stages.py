@@ -8,7 +8,6 @@ from conf.choices import CPOLoss, Judge
 from conf.online import OnlineStage
 from conf.options import check, check_options, option, same_option
 from conf.run import WatchConfig
-from conf.servers import ServeRolloutStage
 from conf.training import (
     LABEL_SMOOTHING,
     KTOStage,
@@ -37,7 +36,6 @@ __all__ = [
     "RewardStage",
     "SFTStage",
     "ServeRewardStage",
-    "ServeRolloutStage",
     "TrainStage",
     "WatchConfig",
 ]
@@ -233,7 +231,6 @@ STAGES: dict[str, type] = {
     "ppo": OnlineStage,
     "eval": EvalStage,
     "serve_reward": ServeRewardStage,
-    "serve_rollout": ServeRolloutStage,
     "data": DataStage,
     "label": LabelStage,
     "doctor": DoctorStage,
@@ -246,7 +243,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "train": ("sft", "reward", "dpo", "kto", "cpo", "orpo"),
     "online": ("ppo",),
     "judge": ("eval",),
-    "serve": ("serve_reward", "serve_rollout"),
+    "serve": ("serve_reward",),
     "run and look": ("chain", "doctor"),
 }
 
@@ -258,7 +255,6 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     "ppo": ("run", "model", "adapter", "engine", "rollout", "reward", "data", "tracking"),
     "eval": ("run", "model", "engine", "rollout", "reward", "data", "tracking"),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
-    "serve_rollout": ("run", "model", "adapter", "rollout", "data", "tracking"),
     "data": ("run", "model", "reward", "data", "tracking"),
     "label": ("run", "model", "engine", "rollout", "reward", "data", "label", "tracking"),
 }
