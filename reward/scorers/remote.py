@@ -32,6 +32,8 @@ import httpx
 
 from conf.schema import RewardTerm
 from reward.base import Stateless, name_prompt
+from reward.model import template_hash, tokenizer_fingerprint
+from rlhf.models.encoding import is_chat
 from rlhf.process.http import (
     all_pauses_s,
     bearer_token,
@@ -40,8 +42,6 @@ from rlhf.process.http import (
     pause_s,
     retry_after_s,
 )
-from reward.model import template_hash, tokenizer_fingerprint
-from rlhf.models.encoding import is_chat
 from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
 
 LOG = logging.getLogger("reward.remote")

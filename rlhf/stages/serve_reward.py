@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 from conf.schema import Config
 from conf.stages import ServeRewardStage
-from rlhf.process.http import bearer_token
 from reward.model import load_reward_tokenizer
 from reward.service.batcher import Counts
 from reward.service.served import ServedModel
 from rlhf.process import distributed
+from rlhf.process.http import bearer_token
 from rlhf.process.libraries import require
 from rlhf.run import console
 from rlhf.run.context import RunContext

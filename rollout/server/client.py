@@ -9,11 +9,12 @@ vLLM 0.32's routes that are used here (VLLM_SERVER_DEV_MODE=1 for the last three
     GET  /weight_info             the label of the weights that the server holds
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
@@ -53,8 +54,6 @@ class Written:
     logprobs: list[float]  # [T] nats, under the sampling distribution
     finish_reason: str  # stop or length
     versions: list[str]  # [T] labels of the weights that wrote each token
-    # of the prompt's tokens after the first, nats; empty where none were asked for
-    prompt_logprobs: list[float] = field(default_factory=list)
 
 
 class Server:
@@ -74,23 +73,67 @@ class Server:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=at_once),
             trust_env=not is_loopback(host),  # no proxy can reach a loopback address
         )
+        self._threads = ThreadPoolExecutor(at_once, f"rollout-{host}")
 
     def generate(self, requests: Sequence[Request]) -> list[Written]:
         """Responses in the order of the requests, which are open together. Raises ServerFault."""
-        with ThreadPoolExecutor(min(self.at_once, max(1, len(requests)))) as threads:
-            return list(threads.map(self.write, requests))
+        return list(self._threads.map(self.write, requests))
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Have `work`, which sends a request, done beside others, `at_once` at a time."""
+        self._threads.submit(work)
 
     def write(self, request: Request, *, limit_s: float | None = None) -> Written:
         """One response. Raises ServerFault."""
+        with self._understood():
+            return _written(self._ask(request, limit_s))
+
+    def logprobs(self, token_ids: Sequence[int], *, model: str | None = None) -> list[float]:
+        """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, at temperature 1. Raises
+        ServerFault.
+        """
+        *context, last = token_ids
+        # The last token is asked for by name at the first position generated, so that the longest
+        # sequence fits as well. Twice, since a server tells as many as were asked for, the token
+        # that it drew among them.
+        params = {
+            "temperature": 0.0,
+            "max_tokens": 1,
+            "prompt_logprobs": 0,
+            "logprobs": 2,
+            "logprob_token_ids": [last, last],
+            "detokenize": False,
+        }
+        with self._understood():
+            answer = self._ask(Request(context, params, model=model), None)
+            known = zip(answer["prompt_logprobs"][1:], context[1:], strict=True)
+            values = [_logprob(position[str(token)]["logprob"]) for position, token in known]
+            (choice,) = answer["choices"]
+            (drawn,) = choice["logprobs"]["content"]
+            told = {entry["token_id"]: entry["logprob"] for entry in drawn["top_logprobs"]}
+            return [*values, _logprob(told[last])]
+
+    def probe(self, *, model: str | None = None, limit_s: float) -> None:
+        """Have one token written: /health says nothing about a worker that hangs. Raises
+        ServerFault.
+        """
+        params = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "detokenize": False}
+        self.write(Request([0], params, model=model), limit_s=limit_s)
+
+    def _ask(self, request: Request, limit_s: float | None) -> Any:
         body: dict[str, Any] = {
             "token_ids": list(request.token_ids),
             "sampling_params": dict(request.params),
         }
         if request.model is not None:
             body["model"] = request.model
-        answer = self.post("/inference/v1/generate", body, limit_s=limit_s)
+        return self.post("/inference/v1/generate", body, limit_s=limit_s)
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What can't be read of an answer, as a ServerFault."""
         try:
-            return _written(answer, request.token_ids)
+            yield
         except (KeyError, TypeError, ValueError) as error:
             text = shorten(f"{type(error).__name__}: {error}", _QUOTED, placeholder=" ...")
             raise ServerFault(self.url, f"its response makes no sense ({text})") from error
@@ -118,16 +161,23 @@ class Server:
         """GET; the answer's JSON, None where it has no body. Raises ServerFault."""
         return self._send("GET", route, None, limit_s)
 
-    def longest(self) -> int | None:
-        """Tokens of the longest sequence that it takes; None where it does not say. Raises
-        ServerFault.
-        """
+    def longest(self) -> int:
+        """Tokens of the longest sequence that it takes. Raises ServerFault."""
+        with self._understood():
+            return int(self._models()[0]["max_model_len"])
+
+    def adapters(self) -> list[str]:
+        """Names of the adapters that it holds. Raises ServerFault."""
+        with self._understood():
+            return [str(entry["id"]) for entry in self._models()[1:]]
+
+    def _models(self) -> list[Any]:
+        """The model that it serves, and its adapters."""
         answer = self.get("/v1/models", limit_s=_CONNECT_S)
-        try:
-            longest = answer["data"][0]["max_model_len"]
-        except (KeyError, IndexError, TypeError):
-            raise ServerFault(self.url, f"/v1/models answered {_quoted(answer)}") from None
-        return longest if isinstance(longest, int) else None
+        models = answer["data"]
+        if not isinstance(models, list) or not models:
+            raise ValueError(f"/v1/models answered {_quoted(answer)}")
+        return models
 
     def held_version(self) -> str:
         """The label of the weights that it holds. Raises ServerFault."""
@@ -138,7 +188,10 @@ class Server:
         return version
 
     def close(self) -> None:
-        self._client.close()
+        """Close the connections; requests that are open fail."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(RuntimeError):  # that requests are open
+            self._client.close()
 
     def _send(
         self, method: str, route: str, body: Mapping[str, Any] | None, limit_s: float | None
@@ -170,7 +223,7 @@ def _quoted(value: Any) -> str:
     return shorten(str(value), _QUOTED, placeholder=" ...")
 
 
-def _written(answer: Any, prompt: Sequence[int]) -> Written:
+def _written(answer: Any) -> Written:
     """The response in a server's answer. Raises KeyError, TypeError or ValueError for one that
     makes no sense.
     """
@@ -186,14 +239,7 @@ def _written(answer: Any, prompt: Sequence[int]) -> Written:
         raise ValueError("logprobs are of other tokens than token_ids")
     logprobs = [_logprob(entry["logprob"]) for entry in content]
     versions = _versions(choice["weight_versions"], len(token_ids))
-    of_prompt = answer.get("prompt_logprobs")
-    if of_prompt is None:
-        return Written(token_ids, logprobs, reason, versions)
-    if len(of_prompt) != len(prompt):
-        raise ValueError(f"{len(of_prompt)} prompt_logprobs for {len(prompt)} tokens")
-    later = zip(of_prompt[1:], prompt[1:], strict=True)
-    known = [_logprob(position[str(token)]["logprob"]) for position, token in later]
-    return Written(token_ids, logprobs, reason, versions, known)
+    return Written(token_ids, logprobs, reason, versions)
 
 
 def _logprob(value: Any) -> float:

@@ -4,8 +4,9 @@ asked for it is gone, however that ended. Standard library only:
     python -m rollout.server.guard PARENT GRACE_S CORES COMMAND ...
 
 CORES: those that the server may use, such as 0,1; a dash: any.
-The parent is gone when its end of standard input closes or when it is no longer this process's
-parent: a process that it forked may hold the pipe open. Exits with the server's own code, which
+The parent is gone when its end of standard input closes, after AT_ONCE where nothing is to be
+waited for, or when it is no longer this process's parent: a process that it forked may hold the
+pipe open. Exits with the server's own code, which
 says little: vLLM exits with 0 after its worker was killed.
 """
 
@@ -20,6 +21,7 @@ import time
 from collections.abc import Sequence
 
 ANY_CORE = "-"
+AT_ONCE = b"!"
 _LOOK_S = 0.5  # between two looks at parent and server
 _SUBREAPER, _DEATH_SIGNAL = 36, 1  # PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG of prctl(2)
 
@@ -35,11 +37,15 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     _prctl(_SUBREAPER, 1)  # what the server leaves behind becomes this process's child
     server = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_server
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_as_server,  # noqa: PLW1509 - this process has one thread
     )
-    while server.poll() is None and _has_parent(parent):
-        pass
-    if server.poll() is None:
+    told: bytes | None = None
+    while server.poll() is None and told is None:
+        told = _told(parent)
+    if server.poll() is None and told != AT_ONCE:
         _signal_group(server.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(grace_s)
@@ -57,11 +63,12 @@ def _as_server() -> None:
     _prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def _has_parent(parent: int) -> bool:
-    """Look once, after waiting for a moment."""
+def _told(parent: int) -> bytes | None:
+    """None while the parent is there and says nothing; waits for a moment."""
     readable, _, _ = select.select([sys.stdin], [], [], _LOOK_S)
-    closed = bool(readable) and not os.read(sys.stdin.fileno(), 1)
-    return not closed and os.getppid() == parent
+    if readable:
+        return os.read(sys.stdin.fileno(), 1)
+    return None if os.getppid() == parent else b""
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

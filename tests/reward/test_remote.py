@@ -20,11 +20,11 @@ import pytest
 
 from conf.choices import TermKind
 from conf.schema import RewardTerm
-from rlhf.process import http
-from rlhf.process.http import checked_url, pause_s, retry_after_s
 from reward.model import template_hash, tokenizer_fingerprint
 from reward.scorers import remote
 from reward.scorers.remote import RemoteScorer
+from rlhf.process import http
+from rlhf.process.http import checked_url, pause_s, retry_after_s
 from rlhf.types import Prompt, Rollout, UserError
 from tests.offline.trl_tools import CHATML, tiny_tokenizer
 
