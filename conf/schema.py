@@ -2,7 +2,7 @@
 Each group's options are in a module:
 
     run, tracking                     conf/run.py
-    model, engine, rollout            conf/model.py, conf/servers.py
+    model, engine, rollout            conf/model.py
     adapter                           conf/adapters.py, conf/methods.py
     reward                            conf/reward.py
     data                              conf/data.py, conf/preparation/

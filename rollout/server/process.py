@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from conf.servers import ServerConfig
+from conf.model import ServerConfig
 from rlhf.process import distributed
 from rollout.server.client import Server, ServerFault
 from rollout.server.guard import ANY_CORE
