@@ -77,9 +77,7 @@ def bitsandbytes() -> ModuleType:
     log.setLevel(logging.ERROR)  # it warns of the missing kernels
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        # its import draws random numbers, and what comes after it should not depend on that
-        with torch.random.fork_rng(devices=[]):
-            return require("bitsandbytes", "quantize")
+        return require("bitsandbytes", "quantize")
     finally:
         log.setLevel(level)
         del sys.modules["kernels"]
