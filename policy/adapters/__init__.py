@@ -34,6 +34,7 @@ from rlhf.process import distributed
 from rlhf.process.libraries import hide_bitsandbytes
 from rlhf.types import AdapterWeights, FullWeights, UserError
 
+hide_bitsandbytes()  # before the file of a method imports PEFT
 Rows = Sequence[Sequence[int]]  # token ids
 
 
@@ -123,7 +124,6 @@ def register(methods: Mapping[AdapterKind, Method], holding: Holding) -> None:
     """Make `methods` known to the stages, and tuners of ours to PEFT; and how frozen models are
     held rounded.
     """
-    hide_bitsandbytes()
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,

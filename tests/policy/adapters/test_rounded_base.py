@@ -45,8 +45,9 @@ def configured(**options: Any) -> AdapterConfig:
 
 def attached(adapter: AdapterConfig, *, moved: bool = False) -> Any:
     """A fresh adapter, or one whose weights moved."""
+    base = copy.deepcopy(llama())  # the first one seeds
     torch.manual_seed(1)
-    model = adapters.attach(copy.deepcopy(llama()), adapter, task="CAUSAL_LM")
+    model = adapters.attach(base, adapter, task="CAUSAL_LM")
     if moved:
         for param in model.parameters():
             if param.requires_grad:
