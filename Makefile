@@ -29,8 +29,8 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
-    test-benchmarks fuzz lint format doctor bench bench-data bench-encoding bench-tuning \
-    bench-growth chaos soak \
+    test-benchmarks fuzz lint format doctor bench bench-quick bench-gpu \
+    bench-data bench-encoding bench-tuning bench-growth chaos soak \
     house equality proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic proof-algorithms \
     proof-hacking proof-data proof-labels clean
 
@@ -128,8 +128,14 @@ proof-data: $(STAMP) ## slow: planted defects, recall and precision of the repor
 proof-labels: $(STAMP) ## slow: chosen pairs against random pairs, three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.labels
 
-bench: $(STAMP) ## slow: online steps beside TRL's GRPOTrainer (25 min, idle)
+bench: $(STAMP) ## slow: online steps with and without a server, and our stages, beside TRL (idle)
 	$(OFFLINE) $(PY) -m benchmarks.speed
+
+bench-quick: $(STAMP) ## slow: the same with small models and few turns (minutes, idle)
+	$(OFFLINE) $(PY) -m benchmarks.speed --quick
+
+bench-gpu: ## PPO and GRPO on one CUDA device (10 min): benchmarks/gpu.sh
+	benchmarks/gpu.sh
 
 bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, a 2 GiB file, data=clean (15 min)
 	$(OFFLINE) $(PY) -m benchmarks.data
@@ -143,10 +149,10 @@ bench-tuning: $(STAMP) ## slow: every way to fine-tune a 135M model, docs/tuning
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
 	$(OFFLINE) $(PY) -m benchmarks.speed --growth
 
-chaos: $(STAMP) ## slow: faults put into real runs, each survived (20 min)
+chaos: $(STAMP) ## slow: faults put into real runs, each survived (40 min)
 	$(OFFLINE) $(PY) -m benchmarks.chaos
 
-soak: $(STAMP) ## slow: 200 steps of tiny models; fails where memory grows
+soak: $(STAMP) ## slow: 200 steps of tiny models, with a server too; fails where memory grows
 	$(OFFLINE) $(PY) -m benchmarks.soak
 
 house: $(STAMP) ## how readable and how entangled the code is, in figures

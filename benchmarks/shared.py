@@ -1,5 +1,6 @@
 """What the harnesses share: starting programs of this checkout, and files of rows."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -31,6 +32,19 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
 
 
+def pinned(command: Sequence[str], cores: str | None) -> list[str]:
+    """The command on the given cores, a list such as "0" or "0,1"; None: on whichever it likes."""
+    return list(command) if cores is None else ["taskset", "-c", cores, *command]
+
+
+def one_thread(cores: str | None) -> dict[str, str]:
+    """The environment of a process that has one core: more threads than cores would wait for each
+    other. Nothing is set for several cores.
+    """
+    alone = cores is not None and cores.isdigit()
+    return {"OMP_NUM_THREADS": "1"} if alone else {}
+
+
 def exit_code(command: Sequence[str]) -> int:
     """Run a command to its end; its output goes where this program's goes."""
     return subprocess.run(command, check=False, env=environment()).returncode
@@ -42,6 +56,36 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def descendants(process: int) -> list[int]:
+    """Ids of the processes that `process` started, and of those that these did."""
+    found, waiting = [], [process]
+    while waiting:
+        for children in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # a process that has just ended
+                started = [int(child) for child in children.read_text().split()]
+                found += started
+                waiting += started
+    return found
+
+
+def peak_mib(process: int) -> float:
+    """The most that was resident of a living process; 0 where it has ended."""
+    return _status_mib(process, "VmHWM")
+
+
+def resident_mib(process: int) -> float:
+    """What is resident of a living process; 0 where it has ended."""
+    return _status_mib(process, "VmRSS")
+
+
+def _status_mib(process: int, name: str) -> float:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
 
 
 # A small process between this one and the one that is measured: a process begins with the peak of

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+# In one process, which writes and then trains; the same with servers; with servers, where they
+# write the next step's responses meanwhile; and TRL.
+WAYS = ("turns", "server", "ahead", "trl")
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -26,13 +30,16 @@ class Case:
     micro_batch: int = 16  # TRL: sequences per forward pass
     micro_tokens: int = 2048  # ours: tokens per forward pass
     kv_cache_gib: float = 0.25
+    way: str = "turns"  # of WAYS, but "trl"
+    server_cores: tuple[str, ...] = ()  # a list of cores for each server; none: no servers
 
     def dump(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @staticmethod
     def load(path: str | Path) -> "Case":
-        return Case(**json.loads(Path(path).read_text(encoding="utf-8")))
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Case(**held | {"server_cores": tuple(held["server_cores"])})
 
 
 def distinct_words(completions: list[Any], **columns: Any) -> list[float]:

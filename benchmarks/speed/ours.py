@@ -2,23 +2,27 @@
 READ WRITE`).
 """
 
+import contextlib
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.shared import descendants, peak_mib
 from benchmarks.speed.cases import Case
 from benchmarks.speed.protocol import Figures, serve
 from policy.model import base_of
 from rlhf.cli import config
 from rlhf.online.loop import Loop
-from rlhf.online.setup import build
+from rlhf.online.setup import Parts, build
 from rlhf.process import distributed
 from rlhf.run.context import RunContext
 from rlhf.stages import methods
@@ -32,7 +36,7 @@ def overrides(case: Case, folder: Path) -> list[str]:
     )
     return [
         "stage=grpo",
-        "rollout=vllm",
+        *generator_options(case),
         "tracking=none",
         f"run.dir={folder}",
         f"model.path={case.model}",
@@ -55,6 +59,21 @@ def overrides(case: Case, folder: Path) -> list[str]:
             if case.lora
             else []
         ),
+    ]
+
+
+def generator_options(case: Case) -> list[str]:
+    """Who writes the responses, and when."""
+    if case.way == "turns":
+        return ["rollout=vllm"]
+    cores = ",".join(f"'{cores}'" for cores in case.server_cores)
+    return [
+        "rollout=server",
+        f"rollout.server.count={len(case.server_cores)}",
+        f"rollout.server.cores=[{cores}]",
+        "rollout.server.threads=1",
+        "engine.threads=1",
+        f"stage.ahead={int(case.way == 'ahead')}",
     ]
 
 
@@ -99,34 +118,37 @@ def main() -> None:
     distributed.set_threads(cfg.engine.threads)
     ctx = RunContext.open(cfg, ())
     parts = build(ctx, stage_rows)
-    loop = Loop(ctx, parts)
-    parts.sync.send(0)
-    numbers = itertools.count()
+    with contextlib.closing(parts.generator):
+        loop = Loop(ctx, parts)
+        parts.sync.send(0)
+        numbers = itertools.count()
+        # one ahead, a step ends when the next one's responses are there
+        serve(lambda: measured(case, parts, loop.one_step(next(numbers))[0]))
 
-    def step() -> Figures:
-        metrics, _ = loop.one_step(next(numbers))
-        prompt_tokens = sum(len(p.token_ids) for p in parts.prompts) * case.samples
-        response_tokens = round(metrics["rollout/response_tokens"])
-        rows = len(case.prompts) * case.samples
-        bare = bare_pass(
-            parts.models.policy.module,
-            rows,
-            prompt_tokens,
-            response_tokens,
-            budget=case.micro_tokens,
-        )
-        return {
-            "step_s": metrics["time/step_s"],
-            "rollout_s": metrics["time/rollout_s"],
-            "update_s": metrics["time/prepare_s"] + metrics["time/update_s"],
-            "sync_s": metrics["time/sync_s"],
-            "response_tokens": float(response_tokens),
-            "update_tokens": float(prompt_tokens + response_tokens),
-            "bare_s": bare,
-            "gap": metrics["rollout/logprob_gap"],
-        }
 
-    serve(step)
+def measured(case: Case, parts: Parts, metrics: Mapping[str, float]) -> Figures:
+    """The figures of a step, and of a bare pass over as many tokens."""
+    prompt_tokens = sum(len(p.token_ids) for p in parts.prompts) * case.samples
+    response_tokens = round(metrics["rollout/response_tokens"])
+    rows = len(case.prompts) * case.samples
+    bare = bare_pass(
+        parts.models.policy.module,
+        rows,
+        prompt_tokens,
+        response_tokens,
+        budget=case.micro_tokens,
+    )
+    return {
+        "step_s": metrics["time/step_s"],
+        "rollout_s": metrics["time/rollout_s"],
+        "update_s": metrics["time/prepare_s"] + metrics["time/update_s"],
+        "sync_s": metrics["time/sync_s"],
+        "response_tokens": float(response_tokens),
+        "update_tokens": float(prompt_tokens + response_tokens),
+        "bare_s": bare,
+        "gap": metrics["rollout/logprob_gap"],
+        "servers_mb": sum(map(peak_mib, descendants(os.getpid()))),
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A worker takes one training step for each line that it reads and answers with the step's figures,
-so that two of them can take turns.
+"""A worker takes one turn for each line that it reads and answers with the turn's figures, so that
+several of them can take turns.
 """
 
 import json
@@ -7,11 +7,12 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from benchmarks.shared import environment, module
+from benchmarks.shared import environment, module, one_thread, pinned
 
 Figures = dict[str, float]
 
@@ -36,24 +37,25 @@ class Worker:
     """The parent's end."""
 
     process: subprocess.Popen[bytes]
-    reader: object
-    writer: object
+    reader: IO[str]
+    writer: IO[str]
     log: Path
 
     @staticmethod
-    def start(name: str, case: Path, log: Path) -> "Worker":
-        """Start `python -m name case` and wait until it has loaded everything. Raises
+    def start(name: str, case: Path, log: Path, cores: str | None = None) -> "Worker":
+        """Start `python -m name case` on `cores` and wait until it has loaded everything. Raises
         RuntimeError with its log's end when it dies.
         """
         to_read, child_write = os.pipe()
         child_read, to_write = os.pipe()
+        command = module(name, str(case), str(child_read), str(child_write))
         with log.open("wb") as file:
             process = subprocess.Popen(
-                module(name, str(case), str(child_read), str(child_write)),
+                pinned(command, cores),
                 pass_fds=(child_read, child_write),
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=environment(extra=one_thread(cores)),
             )
         os.close(child_read)
         os.close(child_write)
@@ -62,12 +64,12 @@ class Worker:
         return worker
 
     def step(self) -> Figures:
-        """One step's figures."""
-        print("step", file=self.writer, flush=True)  # type: ignore[call-overload]
+        """One turn's figures."""
+        print("step", file=self.writer, flush=True)
         return self._answer()
 
     def _answer(self) -> Figures:
-        line = self.reader.readline()  # type: ignore[attr-defined]
+        line = self.reader.readline()
         if not line:
             tail = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
             raise RuntimeError(
@@ -78,6 +80,20 @@ class Worker:
         return figures
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[attr-defined]
-        self.process.wait(timeout=120)
-        self.reader.close()  # type: ignore[attr-defined]
+        """End the worker: the closed pipe is its signal. Kills one that does not end in time."""
+        self.writer.close()
+        try:
+            self.process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.reader.close()
+
+
+def close_all(workers: Iterable[Worker]) -> None:
+    """Tell all to end before waiting for any of them."""
+    started = list(workers)
+    for worker in started:
+        worker.writer.close()
+    for worker in started:
+        worker.close()
