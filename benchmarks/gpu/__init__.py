@@ -1,0 +1,1 @@
+"""``benchmarks/gpu.sh``: online stages on one CUDA device, in ten minutes."""
