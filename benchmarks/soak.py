@@ -1,5 +1,5 @@
 """Whether a run's memory grows: 200 steps of a tiny model, resident memory after the warm-up
-against that at the end.
+against that at the end; of its vLLM server as well, where it has one.
 
 python -m benchmarks.soak                      runs and checks every case (minutes)
 python -m benchmarks.soak --cases ppo sft      those of these names
@@ -7,13 +7,15 @@ python -m benchmarks.soak --check-only         checks the runs that are there
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.shared import environment, module, write_rows
+from benchmarks.shared import descendants, environment, module, resident_mib, write_rows
 from rlhf.run import console
 from rlhf.run.tracking.files import METRICS_FILE, read_jsonl
 from rlhf.types import UserError
@@ -21,6 +23,8 @@ from rlhf.types import UserError
 # steps: in all, left out at the start, and those whose median is one end of the comparison
 STEPS, WARM_UP, WINDOW = 200, 40, 20
 LIMIT = 0.02  # of growth
+SERVERS_FILE = "servers_rss.json"  # resident memory of a run's servers after each step, MiB
+_LOOK_S = 0.05  # between two looks at the metrics
 COMMON = (
     "model=tiny",
     "model.tiny.vocab_size=300",
@@ -58,6 +62,14 @@ CASES: dict[str, tuple[str, ...]] = {
         "rollout=vllm",
         "adapter=lora",
         "adapter.rank=8",
+    ),
+    "grpo-server": (
+        "stage=grpo",
+        *_ONLINE,
+        "stage.samples_per_prompt=2",
+        "rollout=server",
+        "rollout.server.threads=1",
+        "stage.ahead=1",
     ),
     "sft": (
         "stage=sft",
@@ -101,6 +113,11 @@ def rows_of(stage: str) -> list[dict[str, str]]:
     return [{key: f"{word} {number}"} for number in range(16) for word in words]
 
 
+def has_server(case: str) -> bool:
+    """Whether a case's run starts a vLLM server."""
+    return "rollout=server" in CASES[case]
+
+
 def run(directory: Path, case: str) -> None:
     """The run, in a process of its own. Raises CalledProcessError."""
     rows = write_rows(directory / f"soak_{stage_of(case)}.jsonl", rows_of(stage_of(case)))
@@ -112,7 +129,38 @@ def run(directory: Path, case: str) -> None:
         "run.overwrite=true",
         "tracking.samples_every=0",
     ]
-    subprocess.run(command, check=True, env=environment())
+    place = directory / f"soak-{case}" / stage_of(case)
+    with subprocess.Popen(command, env=environment()) as process:
+        servers = watch_servers(process, place / METRICS_FILE)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    if has_server(case):
+        (place / SERVERS_FILE).write_text(json.dumps(servers), encoding="utf-8")
+
+
+def watch_servers(process: subprocess.Popen[bytes], metrics: Path) -> list[float]:
+    """Resident memory of all that `process` started, MiB, after each line of `metrics`, until it
+    ends.
+    """
+    resident: list[float] = []
+    before = count_lines(metrics)  # of a run that this one replaces
+    while process.poll() is None:
+        time.sleep(_LOOK_S)
+        lines = count_lines(metrics)
+        if lines < before:
+            before = 0
+        new = lines - before - len(resident)
+        if new > 0:
+            started = sum(map(resident_mib, descendants(process.pid)))
+            resident += [started] * new
+    return resident
+
+
+def count_lines(path: Path) -> int:
+    """0 where there is no such file."""
+    if not path.is_file():
+        return 0
+    return path.read_bytes().count(b"\n")
 
 
 def resident_of(directory: Path, case: str) -> list[float]:
@@ -123,6 +171,24 @@ def resident_of(directory: Path, case: str) -> list[float]:
     if not path.is_file():
         raise UserError(f"{path}: no such run. Leave --check-only out to run it.")
     return [row["memory/rss_mb"] for row in read_jsonl(path) if "memory/rss_mb" in row]
+
+
+def servers_of(directory: Path, case: str) -> list[float]:
+    """The same of the run's servers."""
+    path = directory / f"soak-{case}" / stage_of(case) / SERVERS_FILE
+    resident: list[float] = json.loads(path.read_text(encoding="utf-8"))
+    return resident
+
+
+def judged(name: str, resident: Sequence[float]) -> tuple[float, dict[str, str]]:
+    """The growth, and a row of the table."""
+    grown = growth(resident)
+    at = {
+        f"step {step}": f"{resident[min(step, len(resident)) - 1]:.1f}"
+        for step in (WARM_UP, 80, 120, 160, STEPS)
+    }
+    passes = "yes" if grown <= LIMIT else "no"
+    return grown, {"case": name, **at, "growth": f"{grown:+.2%}", "passes": passes}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,20 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in given.cases:
         if not given.check_only:
             run(given.dir, case)
-        resident = resident_of(given.dir, case)
-        grown = growth(resident)
-        worst = max(worst, grown)
-        at = {
-            f"step {step}": f"{resident[step - 1]:.1f}" for step in (WARM_UP, 80, 120, 160, STEPS)
-        }
-        rows.append(
-            {
-                "case": case,
-                **at,
-                "growth": f"{grown:+.2%}",
-                "passes": "yes" if grown <= LIMIT else "no",
-            }
-        )
+        measured = {case: resident_of(given.dir, case)}
+        if has_server(case):
+            measured[f"{case}: server"] = servers_of(given.dir, case)
+        for name, resident in measured.items():
+            grown, row = judged(name, resident)
+            worst = max(worst, grown)
+            rows.append(row)
     console.table(rows, title=f"resident memory, MiB, of runs of {STEPS} steps")
     print(
         f"growth is from steps {WARM_UP + 1}-{WARM_UP + WINDOW} to {STEPS - WINDOW + 1}-{STEPS}, "

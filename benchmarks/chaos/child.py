@@ -15,6 +15,7 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,9 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shared import descendants
+
 FAULT = "RLHF_CHAOS"
 ENGINES = "engine processes: "  # before their number, on standard error
 _INSIDE_S = 0.005  # after a phase began: it is then under way
+_UNDER_WAY_S = 1.0  # that a server is stopped before it is killed
 _FILES = 20_000  # bytes, of limit_files
 _PAGE = 4096  # bytes that a tmpfs gives to a file at a time
 _CALLS: Counter[str] = Counter()
@@ -70,18 +74,31 @@ def _kill_now(place: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def engine_processes() -> list[int]:
-    """Process ids of vLLM engines among this process's descendants, by the name that vLLM gives
-    them.
+def named(word: bytes, but: bytes | None = None) -> list[int]:
+    """Process ids among this process's descendants whose command line holds `word` but not
+    `but`.
     """
-    found, waiting = [], [os.getpid()]
-    while waiting:
-        for children in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # a process that has just ended
-                for child in map(int, children.read_text().split()):
-                    waiting.append(child)
-                    if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes():
-                        found.append(child)
+    found = []
+    for child in descendants(os.getpid()):
+        with contextlib.suppress(OSError):  # a process that has just ended
+            words = Path(f"/proc/{child}/cmdline").read_bytes()
+            if word in words and not (but is not None and but in words):
+                found.append(child)
+    return found
+
+
+def engine_processes() -> list[int]:
+    """Of vLLM engines, by the name that vLLM gives them."""
+    return named(b"EngineCore")
+
+
+def server_processes() -> list[int]:
+    """Of vLLM servers: the one that answers requests, and its engine. Raises Broken where there is
+    none. The guard, whose command line holds the server's, is left alone.
+    """
+    found = [*named(b"openai.api_server", b"rollout.server.guard"), *engine_processes()]
+    if not found:
+        raise Broken("no vLLM server runs")
     return found
 
 
@@ -91,6 +108,34 @@ def _kill_engine(place: str) -> None:
     print(f"{ENGINES}{len(engines)}", file=sys.stderr, flush=True)
     for process in engines or [os.getpid()]:
         os.kill(process, signal.SIGKILL)
+
+
+def _stop_server(place: str) -> None:
+    """The server hangs from here on; its port still takes connections."""
+    for process in server_processes():
+        os.kill(process, signal.SIGSTOP)
+
+
+def _kill_server(place: str) -> None:
+    """The server is gone a second from here: it is stopped until then, so that what is asked of it
+    in this phase is under way.
+    """
+    processes = server_processes()
+    _stop_server(place)
+
+    def end() -> None:
+        time.sleep(_UNDER_WAY_S)
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _cut_link(place: str) -> None:
+    """Take down the network of this process's namespace (benchmarks/chaos/network.py)."""
+    from benchmarks.chaos.network import NEAR
+
+    subprocess.run(["ip", "link", "set", NEAR, "down"], check=True)
 
 
 def _terminate(place: str) -> None:
@@ -151,6 +196,9 @@ ACTIONS: dict[str, Callable[[str], None]] = {
     "kill": _kill,
     "kill_now": _kill_now,
     "kill_engine": _kill_engine,
+    "kill_server": _kill_server,
+    "stop_server": _stop_server,
+    "cut_link": _cut_link,
     "terminate": _terminate,
     "terminate_launcher": _terminate_launcher,
     "interrupt_twice": _interrupt_twice,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos import disk as chaos_disk
-from benchmarks.chaos.faults import STEPS, Fault
+from benchmarks.chaos.kinds import STEPS, Fault
 from rlhf.process import checkpoints
 from rlhf.run.directory import CHECKPOINTS
 from rlhf.run.manifest import MANIFEST_FILE

@@ -1,107 +1,8 @@
-"""The runs that benchmarks.chaos breaks, and the faults that it puts into them."""
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
+"""The faults that benchmarks.chaos puts into runs."""
 
 from benchmarks.chaos.child import ENGINES
-from rlhf.process import checkpoints
+from benchmarks.chaos.kinds import EVERY, KILLED, Disk, Fault, Kind, tear_newest
 from rlhf.process.supervision import EXIT_HUNG
-from rlhf.run.directory import CHECKPOINTS
-
-STEPS, EVERY = 6, 2  # steps of a run, and between its checkpoints
-KILLED = -9
-_MODEL = (
-    "model=tiny",
-    "model.tiny.vocab_size=300",
-    "model.tiny.hidden_size=32",
-    "model.tiny.intermediate_size=48",
-    "model.tiny.layers=2",
-    "model.tiny.heads=1",
-    "model.tiny.max_positions=64",
-    "model.dtype=float32",
-    "engine.threads=1",
-    f"stage.steps={STEPS}",
-)
-_PPO = (
-    "stage=ppo",
-    *_MODEL,
-    "data.max_prompt_length=32",
-    "rollout.max_response_length=4",
-    "reward.function=benchmarks.chaos.child:even_tokens",
-    "stage.critic_init=policy",
-    "stage.prompts_per_step=8",
-    "stage.reward_normalise=true",
-    "stage.kl_controller=adaptive",
-    f"stage.save_steps={EVERY}",
-)
-
-
-class Kind(Enum):
-    """What is run: the options of a straight run, its data file and its ranks."""
-
-    ppo = ((*_PPO, "rollout=hf"), "prompts.jsonl", 1)
-    ranks = ((*_PPO, "rollout=hf", "engine=zero1"), "prompts.jsonl", 2)
-    vllm = ((*_PPO, "rollout=vllm", "rollout.kv_cache_gib=0.05"), "prompts.jsonl", 1)
-    sft = (
-        (
-            "stage=sft",
-            *_MODEL,
-            "stage.batch_size=8",
-            "stage.max_length=48",
-            f"stage.eval_steps={EVERY}",
-        ),
-        "texts.jsonl",
-        1,
-    )
-
-    def __init__(self, options: tuple[str, ...], data: str, count: int) -> None:
-        self.options, self.data, self.count = options, data, count
-
-    @property
-    def stage(self) -> str:
-        return self.options[0].removeprefix("stage=")
-
-
-class Disk(Enum):
-    """The tmpfs that a run directory lies on."""
-
-    small = "too small for the second checkpoint"
-    roomy = "with room for everything"
-    sealed = "read-only from the start"
-    full = "full once the configuration is written"
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that goes wrong, and how the process then has to end."""
-
-    name: str
-    code: int  # of the process that is started: with several ranks torchrun's
-    point: str = ""
-    times: int = 0
-    action: str = ""
-    rank: int = 0
-    kind: Kind = Kind.ppo
-    options: tuple[str, ...] = ("tracking=none",)
-    environment: dict[str, str] = field(default_factory=dict)
-    disk: Disk | None = None
-    after: Callable[[Path], None] | None = None  # done to the run directory before the resume
-    says: str = ""  # what has to be read in the process's output (a regular expression, as `cause`)
-    cause: str = ""  # what has to be read in torchrun's last lines, after "Root Cause"
-    same: int = STEPS  # up to which step the figures are those of the straight run
-    lost: int = EVERY  # steps taken again, at most
-    dumped: bool = False  # the batch that was refused has to lie in the run directory
-
-
-def tear_newest(run: Path) -> None:
-    """The newest checkpoint loses half of its largest file."""
-    _, newest = checkpoints.numbered(run / CHECKPOINTS)[0]
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    with largest.open("r+b") as file:
-        file.truncate(largest.stat().st_size // 2)
-
 
 _NO_SERVER = {
     "WANDB_API_KEY": "0" * 40,
@@ -259,6 +160,76 @@ _VLLM = (
         says=f"{ENGINES}0",
     ),
 )
+_SERVERS = (
+    Fault(
+        "server: killed in generation",
+        0,
+        "rollout",
+        4,
+        "kill_server",
+        kind=Kind.server,
+        says="restart",
+        lost=0,
+    ),
+    Fault(
+        "server: killed in sync",
+        0,
+        "sync",
+        5,
+        "kill_server",
+        kind=Kind.server,
+        says="restart",
+        lost=0,
+    ),
+    Fault(
+        "server: hangs in generation",
+        0,
+        "rollout",
+        4,
+        "stop_server",
+        kind=Kind.server,
+        says="restart",
+        lost=0,
+    ),
+    Fault(
+        "server: kill -9 of the trainer in generation",
+        KILLED,
+        "rollout",
+        4,
+        "kill",
+        kind=Kind.server,
+    ),
+    Fault(
+        "server: its link is cut",
+        1,
+        "rollout",
+        4,
+        "cut_link",
+        kind=Kind.server,
+        link=True,
+        says="10.77.0.2",
+    ),
+    Fault(
+        "one ahead: kill -9 of the trainer with responses in flight",
+        KILLED,
+        "update",
+        4,
+        "kill",
+        kind=Kind.ahead,
+        same=2,  # those of step 3 are written anew, by newer weights
+    ),
+    Fault(
+        "one ahead: server killed in generation",
+        0,
+        "update",
+        4,
+        "kill_server",
+        kind=Kind.ahead,
+        says="restart",
+        same=3,
+        lost=0,
+    ),
+)
 _SIGKILLED = r"rank +: 1 [\s\S]*Signal 9 \(SIGKILL\)"
 _RANKS = (
     *(
@@ -348,4 +319,4 @@ _RANKS = (
         cause=r"rank +: 1 [\s\S]*Broken: rank 1 is broken",
     ),
 )
-FAULTS = (*_KILLS, *_SIGNALS, *_DISKS, *_REST, *_OFFLINE, *_VLLM, *_RANKS)
+FAULTS = (*_KILLS, *_SIGNALS, *_DISKS, *_REST, *_OFFLINE, *_VLLM, *_SERVERS, *_RANKS)

@@ -11,7 +11,9 @@ run has to say where it goes on, and to finish with one line a step and one row 
 them equal to the straight run's, and with its weights (after a NaN that was rewound or left out: up
 to the step before). The steps that a resumed run takes again are those since its last whole
 checkpoint, and no more. Full and read-only disks are real ones: tmpfs, where this machine lets us
-mount; elsewhere those faults are reported as not tried.
+mount; a link that is cut is one between two network namespaces. Elsewhere those faults are reported
+as not tried. A vLLM server that a run starts itself may be killed or hang: the run restarts it and
+takes no step again.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from itertools import repeat
 from pathlib import Path
 
 from benchmarks.chaos import disk as chaos_disk
+from benchmarks.chaos import network
 from benchmarks.chaos.compare import (
     Straight,
     check_dump,
@@ -37,8 +40,10 @@ from benchmarks.chaos.compare import (
     check_resumed,
     lost_lines,
 )
-from benchmarks.chaos.faults import EVERY, FAULTS, STEPS, Disk, Fault, Kind
+from benchmarks.chaos.faults import FAULTS
+from benchmarks.chaos.kinds import EVERY, SERVED, STEPS, Disk, Fault, Kind
 from benchmarks.chaos.launch import launch, left_behind, write_data
+from benchmarks.chaos.network import Host, Hosts
 from rlhf.run import console
 from rlhf.run.directory import SUMMARY_FILE
 from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE, read_jsonl
@@ -60,15 +65,26 @@ class Outcome:
     not_tried: str = ""  # why
 
 
-def try_fault(fault: Fault, folder: Path, straight: Straight, no_mounts: str = "") -> Outcome:
-    """Run into the fault, go on, and compare. `no_mounts`: why nothing can be mounted, where that
-    is so.
+def try_fault(
+    fault: Fault, folder: Path, straight: Straight, no_mounts: str = "", no_hosts: str = ""
+) -> Outcome:
+    """Run into the fault, go on, and compare. `no_mounts`, `no_hosts`: why nothing can be mounted,
+    and no hosts be made, where that is so.
     """
     outcome = Outcome(fault)
     if fault.disk is not None and no_mounts:
         outcome.not_tried = no_mounts
         return outcome
+    if fault.link and no_hosts:
+        outcome.not_tried = no_hosts
+        return outcome
     name = re.sub(r"[^a-z0-9]+", "_", fault.name.lower()).strip("_")
+    if fault.link:
+        with network.hosts() as hosts:
+            model = straight.directory / "model"
+            with network.served(hosts.far, model, SERVED, folder):
+                _break_and_resume(outcome, folder, name, straight, hosts)
+        return outcome
     if fault.disk is None:
         _break_and_resume(outcome, folder, name, straight)
         return outcome
@@ -80,11 +96,16 @@ def try_fault(fault: Fault, folder: Path, straight: Straight, no_mounts: str = "
     return outcome
 
 
-def _break_and_resume(outcome: Outcome, folder: Path, name: str, straight: Straight) -> None:
-    """Run into the fault and go on; problems and figures go into `outcome`."""
+def _break_and_resume(
+    outcome: Outcome, folder: Path, name: str, straight: Straight, hosts: Hosts | None = None
+) -> None:
+    """Run into the fault and go on; problems and figures go into `outcome`. hosts: of the run and
+    of its server, where there are two.
+    """
     fault, run = outcome.fault, folder / name / outcome.fault.kind.stage
     problems = outcome.problems
-    outcome.code, output = launch(folder, name, fault, resume=False)
+    host = None if hosts is None else hosts.near
+    outcome.code, output = launch(folder, name, fault, resume=False, host=host)
     left = left_behind(str(folder / name), _LEAVING_S)
     problems += [f"left behind: {command[:150]}" for command in left]
     if outcome.code != fault.code:
@@ -92,7 +113,9 @@ def _break_and_resume(outcome: Outcome, folder: Path, name: str, straight: Strai
     problems += check_output(fault, output)
     if fault.dumped:
         problems += check_dump(run, straight)
-    if not (run / SUMMARY_FILE).exists() and not _resume(outcome, folder, name):
+    if hosts is not None:
+        hosts.restore()
+    if not (run / SUMMARY_FILE).exists() and not _resume(outcome, folder, name, host):
         return
     outcome.lost = lost_lines(
         read_jsonl(run / METRICS_FILE), read_jsonl(run / SAMPLES_FILE), straight
@@ -100,7 +123,7 @@ def _break_and_resume(outcome: Outcome, folder: Path, name: str, straight: Strai
     problems += check_finished(run, straight, same=fault.same)
 
 
-def _resume(outcome: Outcome, folder: Path, name: str) -> bool:
+def _resume(outcome: Outcome, folder: Path, name: str, host: Host | None) -> bool:
     """Let the broken run go on; whether it finished. Problems go into `outcome`."""
     fault, run = outcome.fault, folder / name / outcome.fault.kind.stage
     problems = outcome.problems
@@ -111,7 +134,7 @@ def _resume(outcome: Outcome, folder: Path, name: str) -> bool:
         chaos_disk.enlarge(folder / name)
     if fault.after is not None:
         fault.after(run)
-    code, output = launch(folder, name, fault, resume=True)
+    code, output = launch(folder, name, fault, resume=True, host=host)
     left = left_behind(str(folder / name), _LEAVING_S)
     problems += [f"left behind by the resumed run: {command[:150]}" for command in left]
     if code != 0:
@@ -150,7 +173,7 @@ def report(outcomes: Sequence[Outcome]) -> int:
     )
     for reason in sorted({o.not_tried for o in outcomes if o.not_tried}):
         names = ", ".join(o.fault.name for o in outcomes if o.not_tried == reason)
-        print(f"not tried: {names}: nothing can be mounted here ({reason})")
+        print(f"not tried: {names}: this machine does not allow it ({reason})")
     return 0 if survived == len(tried) else 1
 
 
@@ -166,14 +189,16 @@ def straight_run(folder: Path, kind: Kind) -> Straight:
     return Straight.of(folder / f"straight-{kind.name}" / kind.stage)
 
 
-def attempt(fault: Fault, folder: Path, straight: Straight, no_mounts: str) -> Outcome:
+def attempt(
+    fault: Fault, folder: Path, straight: Straight, no_mounts: str, no_hosts: str = ""
+) -> Outcome:
     """`try_fault`, with what it did on the screen. An error in here is a problem of this fault's,
     and the others are tried all the same.
     """
     began = time.monotonic()
     try:
-        outcome = try_fault(fault, folder, straight, no_mounts)
-    except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        outcome = try_fault(fault, folder, straight, no_mounts, no_hosts)
+    except (OSError, ValueError, KeyError, RuntimeError, subprocess.SubprocessError) as error:
         outcome = Outcome(fault, problems=[f"{type(error).__name__}: {error}"])
     result = "; ".join(outcome.problems) or "survived"
     if outcome.not_tried:
@@ -182,29 +207,32 @@ def attempt(fault: Fault, folder: Path, straight: Straight, no_mounts: str) -> O
     return outcome
 
 
-def try_all(chosen: Sequence[Fault], folder: Path, no_mounts: str) -> list[Outcome]:
+def try_all(
+    chosen: Sequence[Fault], folder: Path, no_mounts: str, no_hosts: str = ""
+) -> list[Outcome]:
     """Every fault after the straight runs of its kind, as many side by side as there are cores for
-    their ranks.
+    their ranks and servers.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     outcomes: dict[str, Outcome] = {}
-    for ranks in sorted({fault.kind.count for fault in chosen}):
-        with ThreadPoolExecutor(max(1, cores // ranks)) as pool:
+    for needed in sorted({fault.kind.cores for fault in chosen}):
+        with ThreadPoolExecutor(max(1, cores // needed)) as pool:
             kinds = [
                 kind
                 for kind in Kind
-                if kind.count == ranks and any(fault.kind is kind for fault in chosen)
+                if kind.cores == needed and any(fault.kind is kind for fault in chosen)
             ]
             straight = dict(zip(kinds, pool.map(straight_run, repeat(folder), kinds), strict=True))
-            now = [fault for fault in chosen if fault.kind.count == ranks]
+            now = [fault for fault in chosen if fault.kind.cores == needed]
             done = pool.map(
                 attempt,
                 now,
                 repeat(folder),
                 [straight[fault.kind] for fault in now],
                 repeat(no_mounts),
+                repeat(no_hosts),
             )
             outcomes |= {outcome.fault.name: outcome for outcome in done}
     return [outcomes[fault.name] for fault in chosen]
@@ -236,11 +264,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     no_mounts = ""
     if any(fault.disk is not None for fault in chosen):
         no_mounts = chaos_disk.enter(sys.argv[1:] if arguments is None else arguments)
+    no_hosts = network.why_not() if any(fault.link for fault in chosen) else ""
     began = time.monotonic()
     folder = Path(given.keep or tempfile.mkdtemp(prefix="chaos-")).resolve()
     try:
         write_data(folder)
-        code = report(try_all(chosen, folder, no_mounts))
+        code = report(try_all(chosen, folder, no_mounts, no_hosts))
         print(f"in {console.duration(time.monotonic() - began)}")
         return code
     finally:

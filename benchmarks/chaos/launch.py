@@ -7,8 +7,10 @@ import subprocess
 import time
 from pathlib import Path
 
+from benchmarks.chaos import network
 from benchmarks.chaos.child import FAULT
-from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.kinds import Fault
+from benchmarks.chaos.network import Host
 from benchmarks.shared import environment, module, write_rows
 
 _TIMEOUT_S = 600
@@ -60,15 +62,23 @@ def _command(folder: Path, name: str, fault: Fault, *, resume: bool) -> list[str
     return module("torch.distributed.run", *launcher, *options)
 
 
-def launch(folder: Path, name: str, fault: Fault, *, resume: bool) -> tuple[int | None, str]:
-    """Start the run, with the fault unless it resumes, and wait for its end. Returns the exit code
-    (None where it did not end within _TIMEOUT_S) and the output.
+def launch(
+    folder: Path, name: str, fault: Fault, *, resume: bool, host: Host | None = None
+) -> tuple[int | None, str]:
+    """Start the run, with the fault unless it resumes, and wait for its end; on a host of its own
+    where the fault is in its link to another. Returns the exit code (None where it did not end
+    within _TIMEOUT_S) and the output.
     """
     log = folder / f"{name}{'.resumed' if resume else ''}.log"
+    command = _command(folder, name, fault, resume=resume)
+    variables = _environment(folder, name, fault, resume=resume)
+    if host is not None:
+        command = [*host.prefix(), *command, *network.run_options()]
+        variables |= network.variables()
     with log.open("wb") as out:
         process = subprocess.Popen(
-            _command(folder, name, fault, resume=resume),
-            env=_environment(folder, name, fault, resume=resume),
+            command,
+            env=variables,
             stdout=out,
             stderr=subprocess.STDOUT,
         )

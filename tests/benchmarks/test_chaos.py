@@ -17,14 +17,13 @@ from safetensors.torch import save_file
 from benchmarks.chaos import child as chaos_child
 from benchmarks.chaos import compare, launch
 from benchmarks.chaos import disk as chaos_disk
-from benchmarks.chaos import faults as chaos_faults
 from benchmarks.chaos import harness as chaos
-from benchmarks.chaos.faults import FAULTS, Disk, Fault, Kind
+from benchmarks.chaos.faults import FAULTS
+from benchmarks.chaos.kinds import STEPS, Disk, Fault, Kind, tear_newest
 from rlhf.process import checkpoints
 from rlhf.process.supervision import Resident
 from tests.process.test_supervision import program
 
-STEPS = chaos_faults.STEPS
 METRICS = [{"step": step, "time_s": 1.0, "loss/policy": 0.5 / step} for step in range(1, STEPS + 1)]
 SAMPLES = [
     {"step": step, "prompt": f"p{i}", "response": "one\u2028line", "score": 0.5, "kl": None}
@@ -157,7 +156,7 @@ def test_torn_checkpoints_leftovers_other_weights_and_a_missing_model_are_seen(
     tmp_path: Path, straight: compare.Straight
 ) -> None:
     run = finished(tmp_path / "run", METRICS, weight=1.1)
-    chaos_faults.tear_newest(run)
+    tear_newest(run)
     (run / "best.part").mkdir()
     (run / "summary.json.tmp").touch()
     problems = " | ".join(compare.check_finished(run, straight, same=STEPS))
@@ -403,9 +402,12 @@ def test_the_report_fails_for_a_fault_that_was_not_survived(
 def test_every_fault_is_of_its_own_and_can_happen() -> None:
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
     known = {*chaos_child.ACTIONS, "nan", "tear", ""}
+    apart = (Kind.server, Kind.ahead)
     for fault in FAULTS:
         assert fault.action in known and fault.rank < fault.kind.count, fault.name
         assert bool(fault.cause) <= (fault.kind is Kind.ranks), fault.name
+        assert fault.action.endswith("_server") <= (fault.kind in apart), fault.name
+        assert fault.link == (fault.action == "cut_link"), fault.name
         re.compile(fault.says), re.compile(fault.cause)
     killed = {fault.name for fault in FAULTS if fault.action.startswith("kill")}
     for phase in ("rollout", "score", "update", "sync", "save"):

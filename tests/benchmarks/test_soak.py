@@ -1,6 +1,8 @@
 """The judge of `make soak` sees a leak."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,42 @@ def test_a_run_that_is_not_there_is_said(tmp_path: Path) -> None:
         soak.main(["--dir", str(tmp_path), "--check-only", "--cases", "ppo-vllm"])
 
 
+def test_a_servers_memory_is_judged_as_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, "grpo-server", 100.0)
+    file = tmp_path / "soak-grpo-server" / "grpo" / soak.SERVERS_FILE
+    for last, code in ((500.0, 0), (511.0, 1)):
+        file.write_text(json.dumps([*[500.0] * 180, *[last] * 20]), encoding="utf-8")
+        given = ["--dir", str(tmp_path), "--check-only", "--cases", "grpo-server"]
+        assert soak.main(given) == code
+    assert "+2.20%" in capsys.readouterr().out
+
+
+STARTS = """
+import subprocess, sys, time
+from pathlib import Path
+
+inner = "import time; held = b'x' * (64 * 2**20); print('in', flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-S", "-c", inner], stdout=subprocess.PIPE)
+child.stdout.readline()
+for line in range(3):
+    with Path(sys.argv[1]).open("a") as file:
+        file.write("line\\n")
+    time.sleep(0.3)
+child.kill()
+child.wait()
+"""
+
+
+def test_what_a_run_started_is_measured_after_each_line(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    command = [sys.executable, "-S", "-c", STARTS, str(metrics)]
+    with subprocess.Popen(command) as process:
+        resident = soak.watch_servers(process, metrics)
+    assert len(resident) == 3 and all(64 < value < 200 for value in resident)
+
+
 @pytest.mark.parametrize("case", soak.CASES)
 def test_each_case_composes_to_what_its_name_says(case: str) -> None:
     cfg = config.compose([*soak.CASES[case], *soak.COMMON, "data.path=x"])
@@ -54,7 +92,7 @@ def test_each_case_composes_to_what_its_name_says(case: str) -> None:
         cfg.stage.name == soak.stage_of(case) == case.partition("-")[0]
         and cfg.stage.steps == soak.STEPS
     )
-    assert ("vllm" in case) == (cfg.rollout.backend.value == "vllm") and ("lora" in case) == (
-        cfg.adapter.kind.value == "lora"
-    )
+    assert ("vllm" in case) == (cfg.rollout.backend.value == "vllm")
+    assert ("server" in case) == (cfg.rollout.backend.value == "server") == soak.has_server(case)
+    assert ("lora" in case) == (cfg.adapter.kind.value == "lora")
     assert cfg.engine.zero_stage == (2 if "zero2" in case else 0)
