@@ -34,7 +34,7 @@ class OfflineCase:
     train: str  # rows
     held_out: str
     folder: str  # for the run directory
-    turn_steps: int = 4  # optimizer steps of a turn
+    turn_steps: int = 8  # optimizer steps of a turn
     batch: int = 16  # rows of a step, in one micro-batch
     max_length: int = 256  # tokens
     learning_rate: float = 1e-5

@@ -46,9 +46,12 @@ def take_turns(
             log = folder / f"{label}-{name}.log"
             workers[name] = Worker.start(one.module, one.case, log, one.cores)
         for number in range(WARM_UP + rounds):
-            for name, worker in workers.items():
+            order = list(workers)
+            if number % 2:  # so that a machine that grows slower favours nobody
+                order.reverse()
+            for name in order:
                 time.sleep(PAUSE_S)
-                figures = worker.step()
+                figures = workers[name].step()
                 if number >= WARM_UP:
                     out[name].append(figures)
                 print(
