@@ -1,7 +1,7 @@
 """The whole configuration, and the rules over several groups that more than one package follows.
 Each group's options are in a module:
 
-    run, tracking                     conf/run.py
+    run, tracking, launch             conf/run.py
     model, engine, rollout            conf/model.py
     adapter                           conf/adapters.py, conf/methods.py
     reward                            conf/reward.py
@@ -30,7 +30,7 @@ from conf.model import EngineConfig, ModelConfig, RolloutConfig, TinyConfig
 from conf.online import OnlineStage
 from conf.options import MISSING, nested, option
 from conf.reward import RewardConfig, RewardTerm
-from conf.run import RunConfig, TrackingConfig
+from conf.run import LaunchConfig, RunConfig, TrackingConfig
 
 __all__ = [
     "GROUPS",
@@ -41,6 +41,7 @@ __all__ = [
     "EngineConfig",
     "GymConfig",
     "LabelConfig",
+    "LaunchConfig",
     "ModelConfig",
     "RewardConfig",
     "RewardTerm",
@@ -71,6 +72,7 @@ class Config:
     data: DataConfig = nested(DataConfig)
     label: LabelConfig = nested(LabelConfig)
     tracking: TrackingConfig = nested(TrackingConfig)
+    launch: LaunchConfig = nested(LaunchConfig)
 
     def __post_init__(self) -> None:
         """Learning rates that are left out become the published ones for stage and adapter."""
@@ -92,6 +94,7 @@ GROUPS: dict[str, type] = {
     "reward": RewardConfig,
     "data": DataConfig,
     "tracking": TrackingConfig,
+    "launch": LaunchConfig,
 }
 
 

@@ -247,12 +247,22 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "run and look": ("chain", "doctor"),
 }
 
-_OFFLINE = ("run", "model", "adapter", "engine", "data", "tracking")
+_OFFLINE = ("run", "model", "adapter", "engine", "data", "tracking", "launch")
 
 # The groups that matter to a stage: what its --help shows. chain and doctor may need any of them.
 GROUPS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(FAMILIES["train"], _OFFLINE),
-    "ppo": ("run", "model", "adapter", "engine", "rollout", "reward", "data", "tracking"),
+    "ppo": (
+        "run",
+        "model",
+        "adapter",
+        "engine",
+        "rollout",
+        "reward",
+        "data",
+        "tracking",
+        "launch",
+    ),
     "eval": ("run", "model", "engine", "rollout", "reward", "data", "tracking"),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
     "data": ("run", "model", "reward", "data", "tracking"),

@@ -33,7 +33,7 @@ MAX_TABLE_ROW = 160  # a row can't be broken
 FENCE = re.compile(r"^ *```")
 # `stage.steps`, but neither conf/stage.py nor a file's name such as data.jsonl
 OPTION = re.compile(
-    r"(?<![\w/.])((?:run|model|adapter|engine|rollout|reward|data|label|tracking|stage)"
+    r"(?<![\w/.])((?:run|model|adapter|engine|rollout|reward|data|label|tracking|launch|stage)"
     r"(?:\.[a-z_]+)+)(?![\w/(])"
 )
 FILE_ENDINGS = (".md", ".jsonl", ".py", ".yaml", ".safetensors")

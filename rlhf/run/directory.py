@@ -41,7 +41,8 @@ _FREE_OF_ADAPTER = ("adapter.dropout", "adapter.merge_on_save")
 # Options that say which weights train, and the groups that an optimizer has of them.
 _PARTS = ("stage.train.", "stage.unfreeze.", "stage.depth_decay")
 # Options that say how a run starts, not what it computes.
-_START_OPTIONS = {"run.resume", "run.overwrite", "run.dry_run", "run.dir"}
+_START_OPTIONS = {"run.resume", "run.overwrite", "run.dry_run", "run.dir", "rollout.servers"}
+_LAUNCH = "launch."  # what starts the processes changes nothing of what they do
 
 # From a checkpoint and this launch's engine to the folder that the engine can load, and a warning
 # or None. Raises UserError where there is no such folder. Stages whose checkpoints depend on the
@@ -151,7 +152,7 @@ def changed_options(stored: Mapping[str, Any], config: Mapping[str, Any]) -> lis
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in keys
-        if old.get(key) != new.get(key)
+        if not key.startswith(_LAUNCH) and old.get(key) != new.get(key)
     ]
 
 
