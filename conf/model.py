@@ -306,6 +306,11 @@ class RolloutConfig:
         256, "Sequences that are decoded at once.", unit="sequences", at_least=1
     )
     enforce_eager: bool = option(False, "vLLM on CUDA: no CUDA graphs.")
+    sleep: bool = option(
+        False,
+        "vLLM on CUDA in the trainer's process: its weights wait on the host, and its cache is "
+        "dropped, while responses are scored and the policy is updated.",
+    )
     lora_sync: LoraSync = option(
         LoraSync.auto,
         "What vLLM gets of a LoRA policy: the adapter or merged weights; auto: the adapter, except "
@@ -363,4 +368,11 @@ class RolloutConfig:
             "rollout.servers",
             self.servers,
             f"[] with rollout={self.backend.value}, or rollout=server",
+        )
+        other = self.backend in (RolloutBackend.hf, RolloutBackend.server)
+        check(
+            not (self.sleep and other),
+            "rollout.sleep",
+            self.sleep,
+            f"false with rollout={self.backend.value}: vLLM in the trainer's process alone sleeps",
         )

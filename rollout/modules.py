@@ -159,6 +159,7 @@ class ModulesGenerator(VLLMGenerator):
         eager = replace(cfg, enforce_eager=True)
         super().__init__(model_path, tokenizer, eager, max_tokens=max_tokens, **options)
         self._modules = modules
+        self._wake()
         try:
             self._llm.apply_model(modules.install)
             self._write_once(max_tokens)
@@ -166,6 +167,7 @@ class ModulesGenerator(VLLMGenerator):
         except UserError:
             self.close()
             raise
+        self.rest()
 
     def sync(self, weights: FullWeights | AdapterWeights, version: int) -> None:
         """Copy the trainer's adapter into the inserts and forget every prefix computed with the old

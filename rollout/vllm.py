@@ -75,6 +75,9 @@ class VLLMGenerator:
     holds the policy's whole weights.
     """
 
+    _sleeps = False  # rollout.sleep
+    _asleep: tuple[str, ...] = ()  # parts of the engine, in the order in which they wake
+
     def __init__(
         self,
         model_path: str,
@@ -103,6 +106,7 @@ class VLLMGenerator:
         self._adapter: AdapterFiles | None = None
         self._loras: dict[str, Any] = {}  # vLLM's requests for adapters, by name
         self._lora: Any = None  # the one that writes
+        self._sleeps = cfg.sleep
         # then starting the engine makes a group of one
         self._made_group = not torch.distributed.is_initialized()
         with engine_environment():
@@ -124,12 +128,14 @@ class VLLMGenerator:
                     max_num_seqs=cfg.max_num_seqs,
                     logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                     seed=0,
+                    enable_sleep_mode=cfg.sleep,
                     **options,
                 )
                 self._write_once(max_tokens)
             self._llm.apply_model(classes.claim)
             if not torch.cuda.is_available():
                 self._llm.apply_model(rotate_natively)
+        self.rest()
 
     def _prepare_adapter(self, rank: int, wished: int | None) -> dict[str, Any]:
         """Make room for the adapter's files; returns the engine's options for it."""
@@ -173,6 +179,20 @@ class VLLMGenerator:
     def llm(self) -> Any:
         return self._llm
 
+    def rest(self) -> None:
+        """With rollout.sleep, leave the device to the trainer until the next call: vLLM's level 1,
+        weights to the host and no cache. Not run on a GPU: written after vLLM 0.32's source.
+        """
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=1)  # level 2 would forget a LoRA's base, which no sync brings
+            self._asleep = ("weights", "kv_cache")
+
+    def _wake(self, last: str = "kv_cache") -> None:
+        """Take the device again, up to `last` of the parts that sleep."""
+        while last in self._asleep:
+            self._llm.wake_up(tags=[self._asleep[0]])
+            self._asleep = self._asleep[1:]
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -182,8 +202,9 @@ class VLLMGenerator:
         greedy: bool = False,
     ) -> list[Rollout]:
         """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with
-        its logprob at temperature 1.
+        its logprob at temperature 1. With rollout.sleep the engine sleeps afterwards.
         """
+        self._wake()
         check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
@@ -191,6 +212,7 @@ class VLLMGenerator:
         params = [self._params(drawn, greedy) for drawn in response_seeds(seed, prompts, n)]
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
         written = [output.outputs[0] for output in outputs]
+        self.rest()
         return [self._rollout(prompt, w) for prompt, w in zip(owners, written, strict=True)]
 
     def _request(self, token_ids: Sequence[int]) -> dict[str, Any]:
@@ -238,6 +260,7 @@ class VLLMGenerator:
         """
         from vllm import SamplingParams
 
+        self._wake()
         *context, last = token_ids
         # The last token is asked for by name at the first position generated, so that a sequence of
         # max_tokens fits as well.
@@ -262,8 +285,10 @@ class VLLMGenerator:
         """Take over the trainer's weights and forget every prefix computed with the old ones.
 
         Raises SyncError naming every parameter that is missing, unknown or of another shape;
-        `version` stays as it was then.
+        `version` stays as it was then. An engine that slept gets its cache back when the weights
+        are there, so that the device need not hold it beside what gathers them.
         """
+        self._wake("weights")
         if isinstance(weights, AdapterWeights):
             self._sync_adapter(weights, version)
         elif self._adapter is not None:
@@ -284,6 +309,7 @@ class VLLMGenerator:
                 self._llm.apply_model(pack_experts)
             incoming.finish(version)
             self.sent = incoming.checksums
+        self._wake()
         if not self._llm.reset_prefix_cache():
             raise SyncError(
                 f"weight sync {version}: vLLM did not drop the prefixes that it computed with "
@@ -340,6 +366,7 @@ class VLLMGenerator:
         tensors.
         """
         checksums: dict[str, str]
+        self._wake("weights")
         if self._adapter is not None:
             shapes = {name: spec.shape for name, spec in self._adapter.specs.items()}
             (checksums,) = self._llm.apply_model(

@@ -76,9 +76,8 @@ def memory_notes(cfg: Config, scoring: Models = ()) -> list[str]:
     if planned.fits:
         return []
     device = "device" if machine.cuda else "rank"
-    usable = moments.HEADROOM * machine.device_gib
     return [
-        f"the memory plan doesn't fit, {usable:.1f} GiB are usable on each "
+        f"the memory plan doesn't fit, {planned.usable_gib:.1f} GiB are usable on each "
         f"{device}: {planned.obstacle}. "
         f"`python -m rlhf stage=doctor stage.plan={cfg.stage.name}` with the same model and "
         "engine options says which setting does."

@@ -16,7 +16,7 @@ from conf.stages import OfflineStage, OnlineStage
 from reward.terms import scoring_models
 from rlhf.checks import capacity, launch
 from rlhf.checks.arithmetic import offline_arithmetic, online_arithmetic
-from rlhf.checks.memory.moments import HEADROOM, machine_of
+from rlhf.checks.memory.moments import machine_of
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import can_plan, shapes_of
 from rlhf.checks.memory.states import GIB
@@ -134,7 +134,8 @@ def _print_figures(title: str, figures: dict[str, str]) -> None:
 
 
 def _print_plan(cfg: Config) -> None:
-    machine = machine_of(cfg.engine, cfg.model.params, all_devices=False)
+    size, nodes = cfg.model.params, cfg.launch.nodes
+    machine = machine_of(cfg.engine, size, all_devices=False, nodes=nodes)
     scoring = []
     if isinstance(cfg.stage, OnlineStage):
         scoring = scoring_models(cfg.reward, cfg.stage.watch)
@@ -155,8 +156,7 @@ def _print_plan(cfg: Config) -> None:
     if not planned.fits:
         remedy = "python -m rlhf stage=doctor with the same options says which setting does"
         verdict = f"does not fit: {remedy}"
-    limit = HEADROOM * machine.device_gib
     print(
-        f"  peak {planned.device_gib:.1f} GiB of {limit:.1f} usable on each "
+        f"  peak {planned.device_gib:.1f} GiB of {planned.usable_gib:.1f} usable on each "
         f"{'device' if machine.cuda else 'rank'}: {verdict}"
     )

@@ -10,6 +10,7 @@ from conf.schema import Config
 from conf.stages import OfflineStage
 from reward.terms import scoring_models
 from rlhf.checks import capacity
+from rlhf.checks.memory.generator import check_sleep
 from rlhf.process import distributed
 from rlhf.types import UserError
 
@@ -44,10 +45,14 @@ def choose_micro_batch(cfg: Config) -> None:
 
 def check(cfg: Config) -> list[str]:
     """Notes of what may not fit. Raises UserError for a disk, or a generator's cache, that is too
-    small.
+    small, and for an engine that can't sleep.
     """
+    import torch
+
     stage, scoring = cfg.stage, []
     if isinstance(stage, OnlineStage):
+        if not cfg.run.dry_run:
+            check_sleep(cfg.rollout, cuda=torch.cuda.is_available())
         capacity.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
         scoring = scoring_models(cfg.reward, stage.watch)
     notes = capacity.start_note(stage, cfg.model, cfg.adapter)

@@ -529,7 +529,7 @@ def test_what_is_recommended_composes_fits_and_what_does_not_fit_is_said() -> No
 def test_changes_come_one_by_one_and_are_all_named() -> None:
     cfg = made("grpo", micro_tokens=2048, rollout={"gpu_memory_utilization": 0.5})
     steps = list(eased(cfg, Shapes(SHAPE()), GPU))
-    assert [len(changes) for _, changes in steps] == [0, 1, 2, 3, 3]
+    assert [len(changes) for _, changes in steps] == [0, 1, 2, 3, 4, 4]
     last, changes = steps[-1]
     assert (
         changes[-1] == "engine.micro_tokens=512"

@@ -3,6 +3,8 @@ and marks what it recommends.
 """
 
 import io
+import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -49,11 +51,17 @@ def test_letters_stand_for_every_change_and_the_recommended_lines_are_marked() -
     found = fitted(16.0)
     text = drawn(found, 80)
     changes = {change for row in found for change in row.changes}
-    assert changes
-    legend = dict(
-        line.split(maxsplit=1) for line in text.splitlines() if line[:1] == " " and "=" in line
-    )
-    assert {change.strip() for change in legend.values()} == changes
+    servers = {shlex.join(row.place) for row in found if row.place}
+    assert changes and servers
+    legend: dict[str, str] = {}
+    letter = ""
+    for line in text.splitlines():
+        if re.match(r" [a-z] ", line):
+            letter = line[1]
+            legend[letter] = line[2:].strip()
+        elif letter and line.startswith("   "):  # the rest of a long one
+            legend[letter] += f" {line.strip()}"
+    assert set(legend.values()) == changes | servers
     marked = [line for line in text.splitlines() if line.rstrip().endswith("*")]
     best = [
         row

@@ -299,7 +299,7 @@ def test_seven_billion_parameters_on_eight_devices() -> None:
     assert any("no GPU here: devices of 80 GiB are assumed" in note for note in found.notes)
     assert any("size is assumed" in note for note in found.notes)
     ways = [line.partition(" fits")[0] for line in found.lines]
-    assert ways == ["full training", "training the top 7 of 30 layers", "LoRA", "QLoRA"]
+    assert ways == ["full training", "training the top 8 of 32 layers", "LoRA", "QLoRA"]
 
 
 def test_a_model_that_fits_nowhere_fails() -> None:
@@ -431,8 +431,9 @@ def test_a_gpu_that_torch_can_not_use_warns(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("options", "code", "said"), [
     (["model.params=7b", "engine.gpus=8"], 0, "full training fits on 8 devices of 80 GiB"),
-    (["model.params=70b", "engine.gpus=8"], 1, "memory plan: full training doesn't fit on 8 "
-                                               "devices of 80 GiB"),
+    (["model.params=70b", "engine.gpus=8"], 0, "QLoRA fits on 8 devices of 80 GiB"),
+    (["model.params=700b", "engine.gpus=8"], 1, "memory plan: full training doesn't fit on 8 "
+                                                "devices of 80 GiB"),
     (["model.params=7c"], 1, "7c"),
     (["model.path=/nowhere"], 1, "model.path=/nowhere: no such directory"),
 ])  # fmt: skip

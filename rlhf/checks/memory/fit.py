@@ -1,5 +1,5 @@
 """Does it fit, and with which setting: the plan of every engine, offload and way to train on the
-machine that is asked about.
+machine that is asked about, and of where responses are written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,16 @@ from conf.choices import (
     Quantization,
     RolloutBackend,
 )
+from conf.run import LaunchKind
 from conf.schedule import TrainPart
 from conf.schema import AdapterConfig
 from conf.stages import OnlineStage
-from rlhf.checks.memory import activations
-from rlhf.checks.memory.moments import Machine, Plan, Settings, sequences_at_once
+from rlhf.checks.memory.generator import Asked, asked_of, part_of, share_of
+from rlhf.checks.memory.moments import Machine, Plan, Settings
 from rlhf.checks.memory.plan import plan
-from rlhf.checks.memory.shapes import Shapes
+from rlhf.checks.memory.shapes import Shape, Shapes
 
+_OWN_SHARE = 0.9  # of a device that a server has for itself
 _FLOOR = 512  # tokens of a micro-batch below which nothing is proposed
 _SCORED = 2048  # tokens of a scoring batch, where the usual ones are too many
 
@@ -37,6 +39,15 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where responses are written: in the trainer's processes, or by servers."""
+
+    cfg: Settings
+    machine: Machine  # that trains
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One setting: its plan, as configured and, where that doesn't fit, with what makes it fit."""
 
@@ -44,6 +55,7 @@ class Row:
     cfg: Settings
     plan: Plan
     changes: tuple[str, ...]  # overrides beyond engine, offload and way that the plan took
+    place: tuple[str, ...] = ()  # overrides for servers that write the responses
 
     @property
     def overrides(self) -> list[str]:
@@ -55,7 +67,7 @@ class Row:
             out.append(f"engine.offload={engine.offload.value}")
         if engine.offload is Offload.nvme:
             out.append(f"engine.nvme_path={engine.nvme_path}")
-        return [*out, *self.way.overrides, *self.changes]
+        return [*out, *self.way.overrides, *self.place, *self.changes]
 
 
 def ways(cfg: Settings, shapes: Shapes) -> list[Way]:
@@ -131,7 +143,8 @@ def offloads(kind: EngineKind, zero: int) -> tuple[Offload, ...]:
 
 def rows(cfg: Settings, shapes: Shapes, machine: Machine) -> list[Row]:
     """A row for every way to train, engine and offload; where one doesn't fit as it is, with the
-    least of the changes that make it fit, or that leave the least missing.
+    least of the changes that make it fit, or that leave the least missing. The machine's ranks are
+    all devices that there are: servers of their own get some of them.
     """
     out = []
     for way in ways(cfg, shapes):
@@ -141,20 +154,128 @@ def rows(cfg: Settings, shapes: Shapes, machine: Machine) -> list[Row]:
 
 
 def _row(way: Way, cfg: Settings, shapes: Shapes, machine: Machine) -> Row:
-    tried = [
-        Row(way, one, plan(one, shapes, machine), changes)
-        for one, changes in eased(cfg, shapes, machine)
+    tried = []
+    for place in places(cfg, shapes.policy, machine):
+        for one, changes in eased(place.cfg, shapes, place.machine):
+            made = plan(one, shapes, place.machine)
+            tried.append(Row(way, one, made, changes, place.overrides))
+            if made.fits:
+                return tried[-1]
+    return min(tried, key=lambda row: (row.plan.problem is not None, row.plan.device_gib))
+
+
+def places(cfg: Settings, shape: Shape, machine: Machine) -> Iterator[Place]:
+    """`cfg` as it is; then servers that have devices for themselves, the fewest first; then servers
+    that share all devices with the trainer.
+    """
+    yield Place(cfg, machine)
+    stage = cfg.stage
+    if not isinstance(stage, OnlineStage) or not machine.cuda or cfg.rollout.servers:
+        return
+    if cfg.rollout.backend is RolloutBackend.hf:
+        return
+    node = machine.of_a_node
+    several = machine.ranks > node
+    # of several nodes servers get whole ones
+    sizes = range(node, machine.ranks, node) if several else _powers(machine.ranks - 1)
+    for count in sizes:
+        ranks = machine.ranks - count
+        if all(size % ranks == 0 for size in stage.step_sizes()):
+            yield from _own_devices(cfg, shape, machine, count)
+    yield from _shared_devices(cfg, shape, machine)
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4 and so on, up to `most`."""
+    return [1 << power for power in range(most.bit_length())]
+
+
+def _own_devices(cfg: Settings, shape: Shape, machine: Machine, count: int) -> Iterator[Place]:
+    """Servers on the last `count` devices, each on as few as hold the model; nothing where no such
+    number does.
+    """
+    asked = _asked(cfg, machine)
+    node, ranks = machine.of_a_node, machine.ranks - count
+    for parallel in _powers(min(count, node)):
+        servers = count // parallel
+        least = share_of(part_of(shape, parallel), machine, asked, servers)
+        if shape.heads % parallel or least > _OWN_SHARE:
+            continue
+        left = replace(machine, ranks=ranks, node_ranks=min(node, ranks))
+        place = _by_servers(cfg, left, servers, parallel, _OWN_SHARE)
+        apart = _own_nodes if machine.ranks > node else _last_devices
+        yield apart(place, count)
+        return
+
+
+def _last_devices(place: Place, count: int) -> Place:
+    """The servers on the `count` devices of this node behind those that train."""
+    server, ranks = place.cfg.rollout.server, place.machine.ranks
+    ids = [str(device) for device in range(ranks, ranks + count)]
+    starts = range(0, count, server.tensor_parallel)
+    devices = [",".join(ids[start : start + server.tensor_parallel]) for start in starts]
+    listed = ",".join(f'"{one}"' for one in devices)
+    server = replace(server, devices=devices)
+    cfg = replace(place.cfg, rollout=replace(place.cfg.rollout, server=server))
+    changes = (f"engine.gpus={ranks}", f"rollout.server.devices=[{listed}]")
+    return Place(cfg, place.machine, (*place.overrides, *changes))
+
+
+def _own_nodes(place: Place, count: int) -> Place:
+    """The servers on nodes of their own, of `count` devices together."""
+    machine, launch = place.machine, place.cfg.launch
+    kind = launch.kind if launch.kind in (LaunchKind.slurm, LaunchKind.ray) else LaunchKind.slurm
+    nodes, servers = machine.ranks // machine.of_a_node, count // machine.of_a_node
+    launch = replace(launch, kind=kind, nodes=nodes, server_nodes=servers)
+    changes = (
+        f"engine.gpus={machine.ranks}",
+        f"launch={kind.value}",
+        f"launch.nodes={nodes}",
+        f"launch.server_nodes={servers}",
+    )
+    return Place(replace(place.cfg, launch=launch), machine, (*place.overrides, *changes))
+
+
+def _shared_devices(cfg: Settings, shape: Shape, machine: Machine) -> Iterator[Place]:
+    """One server on all devices of a node, which train as well."""
+    node = machine.of_a_node
+    share = share_of(part_of(shape, node), machine, _asked(cfg, machine), 1)
+    if node > 1 and shape.heads % node == 0 and share < 1:
+        yield _by_servers(cfg, machine, 1, node, share)
+
+
+def _by_servers(cfg: Settings, machine: Machine, count: int, parallel: int, share: float) -> Place:
+    """`cfg` with `count` servers of `parallel` devices each, of which they take `share`."""
+    server = replace(cfg.rollout.server, count=count, tensor_parallel=parallel, devices=None)
+    rollout = replace(
+        cfg.rollout,
+        backend=RolloutBackend.server,
+        server=server,
+        sleep=False,
+        gpu_memory_utilization=share,
+    )
+    overrides = ["rollout=server"]
+    if count > 1:
+        overrides.append(f"rollout.server.count={count}")
+    overrides += [
+        f"rollout.server.tensor_parallel={parallel}",
+        f"rollout.gpu_memory_utilization={share:g}",
     ]
-    least = min(tried, key=lambda row: (row.plan.problem is not None, row.plan.device_gib))
-    return next((row for row in tried if row.plan.fits), least)
+    return Place(replace(cfg, rollout=rollout), machine, tuple(overrides))
+
+
+def _asked(cfg: Settings, machine: Machine) -> Asked:
+    half = machine.half(cfg.model.dtype)
+    prompt = cfg.data.max_prompt_length
+    return asked_of(cfg.stage, cfg.rollout, cfg.adapter, prompt, half=half)
 
 
 def eased(
     cfg: Settings, shapes: Shapes, machine: Machine
 ) -> Iterator[tuple[Settings, tuple[str, ...]]]:
     """`cfg` as it is; then with an adapter for the critic of a policy that has one; vLLM's share
-    set to what it needs; gradient checkpointing; smaller scoring batches; smaller micro-batches.
-    Each with those before it.
+    set to what it needs; vLLM asleep while the trainer works; gradient checkpointing; smaller
+    scoring batches; smaller micro-batches. Each with those before it.
     """
     yield cfg, ()
     changes: list[str] = []
@@ -168,19 +289,16 @@ def eased(
         changes.append("stage.critic_adapter=true")
         cfg = replace(cfg, stage=replace(stage, critic_adapter=True))
         yield cfg, tuple(changes)
-    if (
-        isinstance(cfg.stage, OnlineStage)
-        and machine.cuda
-        and cfg.rollout.backend is not RolloutBackend.hf
-    ):
-        width = 2 if machine.half(cfg.model.dtype) else 4
-        longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
-        # a fourth of a step's sequences at once keeps vLLM busy; the others wait for their turn
-        at_once = max(1, sequences_at_once(cfg.stage, cfg.rollout.max_num_seqs, machine.ranks) // 4)
-        share = activations.least_share(shapes.policy, width, longest, at_once, machine.device_gib)
+    inside = isinstance(cfg.stage, OnlineStage) and machine.cuda
+    if inside and cfg.rollout.backend in (RolloutBackend.auto, RolloutBackend.vllm):
+        share = share_of(shapes.policy, machine, _asked(cfg, machine), machine.ranks)
         if share < 1 and abs(share - cfg.rollout.gpu_memory_utilization) > 1e-9:
             changes.append(f"rollout.gpu_memory_utilization={share:.2f}")
             cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_utilization=round(share, 2)))
+            yield cfg, tuple(changes)
+        if share < 1 and not cfg.rollout.sleep:
+            changes.append("rollout.sleep=true")
+            cfg = replace(cfg, rollout=replace(cfg.rollout, sleep=True))
             yield cfg, tuple(changes)
     if not cfg.engine.gradient_checkpointing:
         changes.append("engine.gradient_checkpointing=true")
@@ -231,8 +349,8 @@ def names_of(found: Sequence[Row]) -> list[str]:
 
 
 def recommended(found: Sequence[Row], way: str) -> Row | None:
-    """The first that fits in this way to train: no offload, then the fewest changes, then the
-    lowest ZeRO stage; fewer exchanges make a faster step.
+    """The first that fits in this way to train: no offload, then no servers, then the fewest
+    changes, then the lowest ZeRO stage; fewer exchanges make a faster step.
     """
     fitting = [row for row in found if row.plan.fits and row.way.name == way]
     order = list(Offload)
@@ -240,6 +358,7 @@ def recommended(found: Sequence[Row], way: str) -> Row | None:
         fitting,
         key=lambda row: (
             order.index(row.cfg.engine.offload),
+            len(row.place) > 0,
             len(row.changes),
             row.cfg.engine.zero_stage,
         ),

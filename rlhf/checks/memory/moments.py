@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from conf.choices import Dtype, EngineKind, RolloutBackend
-from conf.online import OnlineStage
+from conf.choices import Dtype, EngineKind
+from conf.run import LaunchConfig
 from conf.schema import (
     AdapterConfig,
     DataConfig,
@@ -18,18 +18,13 @@ from conf.schema import (
     RewardConfig,
     RolloutConfig,
 )
-from rlhf.checks.memory.activations import (
-    VLLM_OVERHEAD_GIB,
-    Beside,
-    Pass,
-    cache_of,
-    transformers_bytes,
-)
+from rlhf.checks.memory.activations import Beside, Pass
 from rlhf.checks.memory.shapes import Shape, Trained
 from rlhf.checks.memory.states import GIB, Bytes, Counts, Setting, rounded_bytes, total
 from rlhf.process import distributed
 
 ASSUMED_GIB = 80.0  # a device of an A100 or H100
+NODE_DEVICES = 8  # of a node, where nothing says how many
 # One rank's process by itself, as measured on a CPU: the peak of whole runs of models below 2M
 # parameters, by stage, engine and generator.
 # vLLM 0.26 in short runs, 0.25 to 0.6 in the online runs of docs/project/proofs.md; TRL 0.04 to
@@ -53,6 +48,7 @@ class Settings(Protocol):
     rollout: RolloutConfig
     reward: RewardConfig
     data: DataConfig
+    launch: LaunchConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +58,15 @@ class Machine:
     ranks: int
     cuda: bool
     device_gib: float
-    # of the host that holds all ranks; None: not known, since the devices are not here
+    # of each host; None: not known, since the devices are not here
     host_gib: float | None
     notes: tuple[str, ...] = ()  # what was assumed
+    node_ranks: int | None = None  # ranks of one host; None: all
+
+    @property
+    def of_a_node(self) -> int:
+        """Ranks that share one host."""
+        return self.node_ranks or self.ranks
 
     def half(self, dtype: Dtype) -> bool:
         """Whether weights are in half precision: ``auto`` is bfloat16 on a GPU
@@ -73,10 +75,12 @@ class Machine:
         return self.cuda if dtype is Dtype.auto else dtype is not Dtype.float32
 
 
-def machine_of(engine: EngineConfig, params: float | None, *, all_devices: bool) -> Machine:
+def machine_of(
+    engine: EngineConfig, params: float | None, *, all_devices: bool, nodes: int = 1
+) -> Machine:
     """The devices that the engine's options ask for, else those that are here (`all_devices`: one
-    rank on each, not just those launched). A model of assumed size (`params`) runs on assumed
-    devices.
+    rank on each, not just those launched), on so many `nodes`. A model of assumed size (`params`)
+    runs on assumed devices.
     """
     import psutil
     import torch
@@ -87,10 +91,13 @@ def machine_of(engine: EngineConfig, params: float | None, *, all_devices: bool)
         here = torch.cuda.device_count()
         own = min(torch.cuda.get_device_properties(i).total_memory for i in range(here)) / GIB
         ranks = engine.gpus or (max(launched, here) if all_devices else launched)
-        return Machine(ranks, True, engine.gpu_memory_gib or own, memory if ranks <= here else None)
+        node = _ranks_of_a_node(ranks, nodes)
+        known = memory if (node or ranks) <= here else None
+        return Machine(ranks, True, engine.gpu_memory_gib or own, known, node_ranks=node)
     asked = engine.gpus is not None or engine.gpu_memory_gib is not None or params is not None
     if not asked:
-        return Machine(launched, False, memory / launched, memory)
+        node = _ranks_of_a_node(launched, nodes)
+        return Machine(launched, False, memory / (node or launched), memory, node_ranks=node)
     notes = []
     if engine.gpu_memory_gib is None:
         notes.append(
@@ -102,9 +109,20 @@ def machine_of(engine: EngineConfig, params: float | None, *, all_devices: bool)
             f"{launched} device{'s' if launched > 1 else ''}, one for each rank launched; "
             "engine.gpus=<number> says otherwise"
         )
-    return Machine(
-        engine.gpus or launched, True, engine.gpu_memory_gib or ASSUMED_GIB, None, tuple(notes)
-    )
+    ranks, size = engine.gpus or launched, engine.gpu_memory_gib or ASSUMED_GIB
+    node = _ranks_of_a_node(ranks, nodes)
+    if node is None and ranks > NODE_DEVICES:
+        node = NODE_DEVICES
+        notes.append(f"nodes of {node} devices are assumed; launch.nodes=<number> says otherwise")
+    return Machine(ranks, True, size, None, tuple(notes), node)
+
+
+def _ranks_of_a_node(ranks: int, nodes: int) -> int | None:
+    """Of so many `nodes`, or as they were launched; None: there is one node."""
+    if nodes > 1:
+        return -(-ranks // nodes)
+    local = distributed.local_world_size()
+    return min(ranks, local) if distributed.world_size() > local else None
 
 
 class Phase(Enum):
@@ -129,6 +147,23 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
+class Servers:
+    """vLLM servers that a run starts; without a GPU they are beside the ranks on their host."""
+
+    count: int
+    devices: int  # of each
+    parts: dict[str, Bytes]  # of one device; none where it is a rank's as well
+    answering: float = 0.0  # bytes of each server's process that takes requests
+    file: float = 0.0  # bytes of the weights that wait for them in memory
+
+    @property
+    def total(self) -> float:
+        """Bytes of all of them."""
+        each = self.devices * total(self.parts).device + self.answering
+        return self.count * each + self.file
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All moments of a stage on a machine."""
 
@@ -136,6 +171,7 @@ class Plan:
     machine: Machine
     notes: tuple[str, ...] = ()
     problem: str | None = None  # why it can't run whatever fits
+    servers: Servers | None = None
 
     def peak(self, phase: Phase | None = None) -> Moment:
         """The moment with the most on the device."""
@@ -153,8 +189,18 @@ class Plan:
 
     @property
     def host_gib(self) -> float:
-        """Of all ranks together, at the worst moment."""
-        return self.machine.ranks * max(m.total.host for m in self.moments) / GIB
+        """Of all ranks of a host together, at the worst moment, with weights on their way."""
+        file = 0.0 if self.servers is None else self.servers.file
+        ranks = self.machine.of_a_node * max(m.total.host for m in self.moments)
+        return (ranks + file) / GIB
+
+    @property
+    def usable_gib(self) -> float:
+        """What a rank may fill of its device; without a GPU servers take theirs of the host."""
+        usable = HEADROOM * self.machine.device_gib
+        if self.servers is not None and not self.machine.cuda:
+            usable -= self.servers.total / self.machine.ranks / GIB
+        return usable
 
     @property
     def fits(self) -> bool:
@@ -166,7 +212,7 @@ class Plan:
         machine, worst = self.machine, self.peak()
         if self.problem is not None:
             return self.problem
-        if self.device_gib > HEADROOM * machine.device_gib:
+        if self.device_gib > self.usable_gib:
             role = max(worst.roles, key=lambda name: worst.roles[name].device)
             where = (
                 f"{self.device_gib:.1f} GiB in {worst.phase.value}, of which "
@@ -268,68 +314,3 @@ def pass_of(
         checkpointing=checkpointing,
         layers=layers,
     )
-
-
-# ---- the generator ----
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratorMemory:
-    """What the generator holds on a rank, idle and while it generates."""
-
-    idle: Bytes
-    busy: Bytes
-    notes: tuple[str, ...] = ()
-    problem: str | None = None
-
-
-def sequences_at_once(stage: OnlineStage, max_num_seqs: int, ranks: int) -> int:
-    """Responses that a rank generates at the same time, in the largest step."""
-    share = stage.step_sizes()[-1] * stage.samples_per_prompt // ranks
-    return max(1, min(max_num_seqs, share))
-
-
-def generator_memory(
-    rollout: RolloutConfig,
-    shape: Shape,
-    machine: Machine,
-    *,
-    half: bool,
-    adapter: int,
-    prompt: int,
-    sequences: int,
-) -> GeneratorMemory:
-    """vLLM's share of the device, whole on every rank; on a CPU its weights and cache; or
-    transformers' copy of the model. `adapter` parameters go beside it; `sequences` are generated at
-    once, of at most `prompt` tokens and a response.
-    """
-    width, response = 2 if half else 4, rollout.max_response_length
-    if rollout.backend is RolloutBackend.hf:
-        busy = transformers_bytes(shape, width, sequences, prompt, response, adapter)
-        idle = Bytes(float(width * shape.parameters + 4 * adapter))
-        return GeneratorMemory(idle, Bytes(busy))
-    weights = float(width * shape.parameters)
-    if not machine.cuda:
-        held = Bytes(weights + rollout.kv_cache_gib * GIB)
-        left = rollout.kv_cache_gib * GIB
-        option = f"rollout.kv_cache_gib={rollout.kv_cache_gib:g}"
-    else:
-        share = rollout.gpu_memory_utilization * machine.device_gib * GIB
-        held = Bytes(share)
-        left = share - weights - VLLM_OVERHEAD_GIB * GIB
-        option = f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
-    cache = cache_of(left, shape, width, prompt + response)
-    if cache.sequences < 1:
-        needed = (
-            f"vLLM's weights of {weights / GIB:.1f} GiB and one sequence of "
-            f"{prompt + response} tokens"
-        )
-        return GeneratorMemory(held, held, problem=f"{option} doesn't hold {needed}")
-    few = ""
-    if cache.sequences < sequences:
-        few = f"; of the {sequences} of a step the others wait"
-    note = (
-        f"{option}: a cache of {cache.tokens} tokens, {cache.sequences} sequences of full "
-        f"length at once{few}"
-    )
-    return GeneratorMemory(held, held, (note,))

@@ -8,13 +8,12 @@ from dataclasses import replace
 from conf.choices import (
     AdapterKind,
     Advantage,
-    Carrier,
     CriticInit,
     EngineKind,
     PolicyLoss,
     RolloutBackend,
 )
-from conf.schema import EngineConfig, carrier_of, critic_adapter, facts_of, wants_shared_prompts
+from conf.schema import EngineConfig, critic_adapter, facts_of, wants_shared_prompts
 from conf.stages import (
     CPOStage,
     KTOStage,
@@ -27,6 +26,7 @@ from conf.stages import (
 )
 from rlhf.checks.memory import activations
 from rlhf.checks.memory.activations import Pass
+from rlhf.checks.memory.generator import asked_of, generator_memory, sending
 from rlhf.checks.memory.moments import (
     TRL_GIB,
     VLLM_GIB,
@@ -36,10 +36,8 @@ from rlhf.checks.memory.moments import (
     Plan,
     Settings,
     counts_of,
-    generator_memory,
     pass_of,
     process,
-    sequences_at_once,
     setting_of,
 )
 from rlhf.checks.memory.shapes import Shape, Shapes, adapter_parameters, trained_parts
@@ -98,16 +96,11 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     reference = (
         frozen_states(shape.parameters, setting, shape.largest_layer) if own_reference else None
     )
-    generator = generator_memory(
-        cfg.rollout,
-        shape,
-        machine,
-        half=setting.half,
-        adapter=adapter,
-        prompt=cfg.data.max_prompt_length,
-        sequences=sequences_at_once(stage, cfg.rollout.max_num_seqs, machine.ranks),
-    )
-    beside = 0.0 if cfg.rollout.backend is RolloutBackend.hf else VLLM_GIB
+    asked = asked_of(stage, cfg.rollout, cfg.adapter, cfg.data.max_prompt_length, half=setting.half)
+    apart = cfg.launch.server_nodes > 0
+    generator = generator_memory(cfg.rollout, shape, machine, asked, adapter, apart=apart)
+    inside = cfg.rollout.backend in (RolloutBackend.auto, RolloutBackend.vllm)
+    beside = VLLM_GIB if inside else 0.0
     scorers = Bytes(sum(setting.width * reward.classifier for _, reward in shapes.rewards))
     idle = {"policy": _held(policy)}
     if critic is not None:
@@ -117,9 +110,12 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     if shapes.rewards:
         idle["reward"] = scorers
     idle |= {"generator": generator.idle, "process": process(machine, cfg.engine.kind, beside)}
+    awake = {**idle, "generator": generator.busy}
+    taking = {**idle, "generator": generator.taking}
+    sent = sending(cfg.rollout, cfg.adapter, shape, setting, adapter)
     moments = [
-        *_starting(idle, policy, critic, reference),
-        Moment(Phase.rollout, "responses", {**idle, "generator": generator.busy}),
+        *_starting(awake, idle, policy, critic, reference),
+        Moment(Phase.rollout, "responses", awake),
         *_scoring(cfg, shapes, setting, idle, reference),
         *_updating(
             cfg,
@@ -130,13 +126,13 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
             critic,
             masked=wants_shared_prompts(cfg.engine, stage),
         ),
+        Moment(Phase.sync, "weights", {**taking, "policy": idle["policy"] + sent}),
         Moment(
-            Phase.sync,
-            "weights",
-            {**idle, "policy": idle["policy"] + _syncing(cfg, shape, setting, adapter)},
+            Phase.sync, "probe", {**awake, "policy": idle["policy"] + _gathered(setting, shape)}
         ),
     ]
-    return Plan(tuple(moments), machine, generator.notes, generator.problem)
+    notes, problem = generator.notes, generator.problem
+    return Plan(tuple(moments), machine, notes, problem, generator.servers)
 
 
 def _critic(cfg: Settings, shapes: Shapes, setting: Setting) -> tuple[Shape, States]:
@@ -154,18 +150,21 @@ def _critic(cfg: Settings, shapes: Shapes, setting: Setting) -> tuple[Shape, Sta
 
 
 def _starting(
+    awake: dict[str, Bytes],
     idle: dict[str, Bytes],
     policy: States,
     critic: tuple[Shape, States] | None,
     reference: States | None,
 ) -> list[Moment]:
     """The engines are made one after the other, each from a model that every rank holds whole
-    (rlhf/online/setup.py: build).
+    (rlhf/online/setup.py: build). The policy waits on the host while the generator starts.
     """
-    made: dict[str, Bytes] = {
-        name: idle[name] for name in ("reward", "generator", "process") if name in idle
-    }
-    out = []
+    names = [name for name in ("reward", "generator", "process") if name in idle]
+    made: dict[str, Bytes] = {name: idle[name] for name in names}
+    waiting = policy.start if not policy.start.host else Bytes(host=policy.start.host)
+    starting: dict[str, Bytes] = {name: awake[name] for name in names}
+    starting["policy"] = waiting
+    out = [Moment(Phase.start, "generator", starting)]
     for name, states in (
         ("policy", policy),
         ("critic", critic[1] if critic is not None else None),
@@ -315,23 +314,6 @@ def _taking_turns(
         ("critic's step", {**idle, "critic": _step(critic)}),
     ]
     return [Moment(Phase.update, name, held) for name, held in holding]
-
-
-def _syncing(cfg: Settings, shape: Shape, setting: Setting, adapter: int) -> Bytes:
-    """policy/saving.py: iterate_weights. ZeRO-3 gathers and copies a layer; of a merged one the
-    original and the merged copy exist beside it.
-    """
-    merged = bool(adapter) and carrier_of(cfg.rollout, cfg.adapter) is Carrier.merged
-    if adapter and not merged:
-        return Bytes(4.0 * adapter)
-    largest = max(one.inputs * one.outputs for one in shape.linears)
-    copies = 2.0 * largest if merged else 0.0
-    gathered = (
-        2.0 * shape.largest_layer
-        if setting.kind is EngineKind.deepspeed and setting.zero == 3
-        else 0.0
-    )
-    return Bytes(setting.width * (copies + gathered))
 
 
 # ---- offline ----

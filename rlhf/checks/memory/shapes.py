@@ -192,10 +192,11 @@ def assumed_shape(parameters: float, *, eager: bool = False) -> Shape:
     and values, three and a half times as wide inside.
 
     With 8.03e9 parameters these are Llama 3 8B's own figures. The number of layers is the even one
-    that comes nearest; the inner width is then set so that the count is the one asked for. Wanted
-    exactly: model.path.
+    that comes nearest, from 3e9 on of those that 8 devices can share the heads of; the inner width
+    is then set so that the count is the one asked for. Wanted exactly: model.path.
     """
-    vocab, tied = _LARGE if parameters >= 3e9 else _SMALL
+    large = parameters >= 3e9
+    vocab, tied = _LARGE if large else _SMALL
     embeddings = 1 if tied else 2
 
     def outside_mlp(layers: int) -> tuple[int, int, int]:
@@ -212,7 +213,8 @@ def assumed_shape(parameters: float, *, eager: bool = False) -> Shape:
         hidden, _, rest = outside_mlp(layers)
         return rest + layers * 3 * hidden * 3.5 * hidden
 
-    layers = min(range(2, 202, 2), key=lambda n: abs(count(n) - parameters))
+    steps = range(8, 208, 8) if large else range(2, 202, 2)
+    layers = min(steps, key=lambda n: abs(count(n) - parameters))
     hidden, kv, rest = outside_mlp(layers)
     intermediate = max(hidden, round((parameters - rest) / (3 * layers * hidden)))
     config = llama(

@@ -1,5 +1,6 @@
 """Plans as tables."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,9 @@ def plan_table(plan: Plan, title: str) -> Any:
         hosts = [
             max(m.total.host for m in plan.moments if m.phase is phase) for phase in plan.phases
         ]
-        table.add_row("host, all ranks", *(gib(plan.machine.ranks * held) for held in hosts))
+        node = plan.machine.of_a_node
+        label = "host, all ranks" if node == plan.machine.ranks else f"host, {node} ranks"
+        table.add_row(label, *(gib(node * held) for held in hosts))
     return table
 
 
@@ -50,6 +53,7 @@ def fit_table(rows: Sequence[Row], title: str, width: int) -> Any:
     Roles have columns where `width` characters hold them.
     """
     from rich.console import Console, Group
+    from rich.table import Table
     from rich.text import Text
 
     letters: dict[str, str] = {}
@@ -60,14 +64,19 @@ def fit_table(rows: Sequence[Row], title: str, width: int) -> Any:
     table = _fit_table(rows, title, letters, roles)
     if Console(width=1000).measure(table).maximum > width:
         table = _fit_table(rows, title, letters, [])
-    return Group(table, *(Text(f" {letter}  {text}") for text, letter in letters.items()))
+    legend = Table.grid(padding=(0, 1))
+    for text, letter in letters.items():
+        legend.add_row(f" {letter}", Text(text))
+    return Group(table, legend)
 
 
 def _texts(row: Row) -> tuple[str, ...]:
-    """What the last column's letters of a row stand for: its changes, and why it can't run whatever
-    fits.
+    """What the last column's letters of a row stand for: servers, its changes, and why it can't run
+    whatever fits.
     """
-    return (*row.changes, *([row.plan.problem] if row.plan.problem else []))
+    place = [shlex.join(row.place)] if row.place else []
+    problem = [row.plan.problem] if row.plan.problem else []
+    return (*place, *row.changes, *problem)
 
 
 def _fit_table(
@@ -135,11 +144,16 @@ def answers(rows: Sequence[Row], machine: Machine) -> list[str]:
             least = min(own, key=lambda r: (r.plan.problem is not None, r.plan.device_gib))
             out.append(
                 f"{text} doesn't fit on {where} with any engine. The least is with "
-                f"{' '.join(least.overrides)}: {least.plan.obstacle}."
+                f"{shlex.join(least.overrides)}: {least.plan.obstacle}."
             )
         else:
+            host = ""
+            if row.cfg.engine.offload is not Offload.none and row.plan.machine.cuda:
+                host = f" and {row.plan.host_gib:.0f} of each host"
+            train = row.plan.machine.ranks
+            some = f", {train} of which train" if train < machine.ranks else ""
             out.append(
-                f"{text} fits on {where}, {row.plan.device_gib:.1f} GiB{each}, with: "
-                f"{' '.join(row.overrides)}"
+                f"{text} fits on {where}{some}, {row.plan.device_gib:.1f} GiB{each}{host}, with: "
+                f"{shlex.join(row.overrides)}"
             )
     return out

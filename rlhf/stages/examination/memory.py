@@ -2,6 +2,7 @@
 setting.
 """
 
+import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from reward.base import is_set
 from reward.terms import scoring_models
 from rlhf.checks.memory import fit, tables
 from rlhf.checks.memory.moments import machine_of
-from rlhf.checks.memory.shapes import can_plan, shapes_of
+from rlhf.checks.memory.shapes import assumed_shape, can_plan, number, shapes_of
 from rlhf.cli import config, presets
 from rlhf.run.console import console
 from rlhf.stages import methods
@@ -32,6 +33,8 @@ class Answer:
 
 
 _ANY_RATE = 1e-3
+# of an assumed reward model, which lies whole on every rank; that of Llama 3 8B
+_LARGEST_SCORER = 8_030_261_248
 
 
 def planned(cfg: Config) -> Config:
@@ -71,16 +74,21 @@ def answer(cfg: Config) -> Answer | None:
 
     methods.register()
     chosen = planned(cfg)
-    machine = machine_of(chosen.engine, chosen.model.params, all_devices=True)
+    size, nodes = chosen.model.params, chosen.launch.nodes
+    machine = machine_of(chosen.engine, size, all_devices=True, nodes=nodes)
     scoring = []
     if isinstance(chosen.stage, OnlineStage):
         scoring = scoring_models(chosen.reward, chosen.stage.watch)
     shapes, notes = shapes_of(chosen.model, scoring)
     unscored = not shapes.rewards and not is_set(chosen.reward)
     if isinstance(chosen.stage, OnlineStage) and unscored:
-        shapes = replace(shapes, rewards=(("reward.path", shapes.policy),))
+        scorer, likeness = shapes.policy, "the policy's size"
+        if scorer.parameters > _LARGEST_SCORER:
+            scorer = assumed_shape(_LARGEST_SCORER)
+            likeness = f"{number(scorer.parameters)} parameters"
+        shapes = replace(shapes, rewards=(("reward.path", scorer),))
         notes.append(
-            "a reward model of the policy's size is assumed; reward.path, reward.function or "
+            f"a reward model of {likeness} is assumed; reward.path, reward.function or "
             "reward.terms say otherwise"
         )
     rows = fit.rows(chosen, shapes, machine)
@@ -95,7 +103,7 @@ def answer(cfg: Config) -> Answer | None:
     )
     renderables = [tables.fit_table(rows, title, console().width)]
     if best is not None:
-        renderables.append(tables.plan_table(best.plan, "with " + " ".join(best.overrides)))
+        renderables.append(tables.plan_table(best.plan, f"with {shlex.join(best.overrides)}"))
     sizes = f"micro-batches of {chosen.engine.micro_tokens} tokens"
     if isinstance(chosen.stage, OfflineStage):
         sizes = f"stage.batch_size={chosen.stage.batch_size}"
