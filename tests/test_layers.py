@@ -35,6 +35,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rlhf.run": BASE,
     "rlhf.checks": (*BASE, "rlhf.run"),
     "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
+    # starts processes, and imports nothing of what they do
+    "rlhf.launch": ("conf", "rlhf.types", "rlhf.process"),
     # what trains knows no format of a file: its rows are given to it (rlhf/stages/rows.py)
     "rlhf.online": (*BASE, *SIDE_BY_SIDE, "rlhf.run", "rlhf.checks"),
     "rlhf.offline": (*BASE, *SIDE_BY_SIDE, "rlhf.run", "rlhf.checks"),
@@ -47,6 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.labels",
         "rlhf.checks",
         "rlhf.cli",
+        "rlhf.launch",
         "rlhf.online",
         "rlhf.offline",
     ),
@@ -60,6 +63,7 @@ SOLE_IMPORTER = {
     "deepspeed": "policy/engines/deepspeed.py",
     "wandb": "rlhf/run/tracking/wandb.py",
     "label_studio_sdk": "rlhf/labels/server.py",
+    "ray": "rlhf/launch/ray.py",
 }
 # The one module that names a module of ours as a string: the stage that the command line asks for.
 NAMES_A_STAGE = "rlhf/__main__.py"

@@ -21,6 +21,7 @@ from typing import Any
 
 from conf import published
 from conf.choices import Recipe
+from conf.run import LaunchKind
 from conf.schema import Config
 from conf.stages import TrainStage
 from rlhf.cli import config, options, presets
@@ -47,6 +48,7 @@ _HYDRAS_OWN = ("--hydra-help", "--version", "--info", "-i")  # flags that need n
 # Modules of rlhf/stages/ that are no stages. A stage that trains gets its rows by the first, and is
 # looked at by the second; the others are for the runs that ask for them.
 _ROWS, _MEMORY, _DRY_RUN, _RECIPE = "rows", "memory", "dry_run", "recipe"
+_LAUNCH = "launch"  # starts the processes of a stage, in place of running it here
 _METHODS = "methods"  # makes adapters known, before any stage that loads a model
 # torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
 # load a model
@@ -247,6 +249,14 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
     """Run the stage of `cfg`. `argv` is the command line, for the manifest. Raises UserError for
     bad input, before any weights load.
     """
+    if cfg.launch.kind is not LaunchKind.none:
+        launcher = modules(_LAUNCH)
+        launcher.check(cfg.launch, cfg.stage)
+        if launcher.applies(cfg.stage, cfg.launch.kind):
+            groups = (cfg.launch, cfg.engine, cfg.rollout, cfg.run)
+            cfg.engine.gpus = launcher.start(*groups, cfg.stage, argv)
+            if not cfg.run.dry_run:
+                return
     # fork after threads would warn at every data worker
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     schema, name = stage_schema(cfg.stage.name), module_name(cfg.stage.name)

@@ -45,9 +45,14 @@ def of_environment() -> list[str]:
 
     The path of a file that exists is no secret.
     """
-    values = {value.strip() for name, value in os.environ.items() if _VARIABLE.search(name)}
+    values = {value.strip() for name, value in os.environ.items() if names_secret(name)}
     secrets = [v for v in values if len(v) >= _SHORTEST and not os.path.exists(v)]
     return sorted(secrets, key=len, reverse=True)
+
+
+def names_secret(variable: str) -> bool:
+    """Whether an environment variable has the name of a secret."""
+    return _VARIABLE.search(variable) is not None
 
 
 def _without_value(match: re.Match[str]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf import published
+from conf.run import LaunchKind
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage
 from reward.terms import scoring_models
@@ -50,7 +51,8 @@ def _show_training(cfg: Config, argv: Sequence[str]) -> None:
     for note in published.outside_range(cfg.stage, cfg.adapter.kind):
         LOG.warning(note)
     ranks = launch.count_ranks(cfg.engine, dry_run=True)
-    print(f"launch: {launch_command(argv, ranks)}")
+    started = ranks if cfg.launch.kind is LaunchKind.none else 1  # it starts the ranks itself
+    print(f"launch: {launch_command(argv, started)}")
     tokenizer = stage_rows.tokenizer_of(cfg.model, reading.DataRequest.of(cfg))
     rows = read_rows(cfg, tokenizer)
     if isinstance(cfg.stage, OnlineStage):
