@@ -2,6 +2,7 @@
 the method: how its weights go to the generator, and whether whole weights can hold them.
 """
 
+import re
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -31,7 +32,10 @@ class AdapterConfig:
 
     kind: AdapterKind = option(AdapterKind.none, "Train all weights, or an adapter of this kind.")
     name: str = option(
-        "default", "Name of a bottleneck among several on one model (adapter.load).", filled=True
+        "default",
+        "Name of this adapter among several of one model: it is saved with it, and generators and "
+        "stage=eval call it so.",
+        filled=True,
     )
     rank: int = option(16, "Rank of the low-rank updates.", at_least=1)
     alpha: float = option(32.0, "Scale of the updates: alpha / rank.", above=0)
@@ -96,6 +100,8 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "adapter")
+        named = re.fullmatch(r"[\w-]+", self.name) is not None
+        check(named, "adapter.name", self.name, "letters, digits, _ and -")
         check(
             len(self.load_weights) in (0, len(self.load)),
             "adapter.load_weights",
@@ -160,7 +166,7 @@ class AdapterConfig:
         """Raise ValueError for an option that was set and that the method doesn't read."""
         if self.kind is AdapterKind.none:
             return  # `unread_in_full`, which needs the stage
-        read = (*READS[self.kind], *_ALWAYS_READ)
+        read = ("name", *READS[self.kind], *_ALWAYS_READ)
         if _FACTS[self.kind].merges:
             read = (*read, "merge_on_save")
         for name in self._set_but_for(read):
@@ -226,7 +232,8 @@ _ALWAYS_READ = ("kind", "load", "load_weights")
 _CRITIC = ("rank", "alpha", "dropout", "targets", "rslora", "dora")
 _HELD = ("quantize", "double_quantize")
 _LOW_RANK = ("rank", "alpha", "dropout", "targets", "save_whole", *_HELD)
-# The options that each method reads beside those, and merge_on_save where the method merges.
+# The options that each method reads beside those and its name, and merge_on_save where the method
+# merges.
 READS: dict[AdapterKind, tuple[str, ...]] = {
     AdapterKind.lora: (
         *_LOW_RANK,
@@ -245,7 +252,7 @@ READS: dict[AdapterKind, tuple[str, ...]] = {
     AdapterKind.lora_mini: (*_LOW_RANK, "lora_mini"),
     AdapterKind.rasa: (*_LOW_RANK, "rasa"),
     AdapterKind.molora: (*_LOW_RANK, "molora"),
-    AdapterKind.bottleneck: ("name", "bottleneck", "dropout", "targets", *_HELD),
+    AdapterKind.bottleneck: ("bottleneck", "dropout", "targets", *_HELD),
     AdapterKind.ia3: ("targets", "save_whole"),
     AdapterKind.vera: ("rank", "dropout", "targets", "save_whole", "vera"),
     AdapterKind.oft: ("dropout", "targets", "save_whole", "oft"),

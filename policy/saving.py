@@ -2,11 +2,13 @@
 stage loads them.
 """
 
+import logging
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 
 from conf.schema import AdapterConfig
 from policy.model import Gather, RoundedLinear, base_of, is_peft, no_gather
-from rlhf.models.directories import further, merges_first, readable
+from rlhf.models.directories import ADAPTER_NAME, adapter_name, further, merges_first, readable
 from rlhf.models.facts import set_ends
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights
 
+LOG = logging.getLogger("rlhf.policy")
 _PEFT_PREFIX = "base_model.model."
 # A module that trains in full beside an adapter is there twice: as it was, and as it is.
 _REPLACED = ".original_module"
@@ -27,6 +30,7 @@ _TRAINED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+\.")
 # how the names of tensors begin that only training needs: an encoder of virtual tokens
 _ENCODER = "prompt_encoder."
 AsLora = Callable[[Any, Gather], AdapterWeights]
+WeightsOf = Callable[[Any, Gather], FullWeights | AdapterWeights]
 
 
 # ---- tensors ----
@@ -175,6 +179,18 @@ def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:
     return AdapterWeights(finished, plain_values(config.to_dict()))
 
 
+def named(weights_of: WeightsOf, name: str) -> WeightsOf:
+    """`weights_of`, whose adapters have this name among several that a generator holds."""
+
+    def taken(model: Any, gather: Gather) -> FullWeights | AdapterWeights:
+        weights = weights_of(model, gather)
+        if isinstance(weights, AdapterWeights):
+            return replace(weights, name=name)
+        return weights
+
+    return taken
+
+
 def _adapter_parameters(model: Any, kind: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that PEFT adds for adapters of a kind, and those that train beside them."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -211,6 +227,7 @@ def with_further(model: Any, adapter: AdapterConfig) -> Any:
     if not merges_first(adapter):
         return model
     for place, held, weight in further(adapter):
+        LOG.info("adapter.load: %g times %s (%s)", weight, adapter_name(held) or "-", place)
         with readable(f"adapter.load: {place}"), warnings.catch_warnings():
             # PEFT would fill missing weights with random numbers.
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -308,26 +325,35 @@ def save_model(
 
 
 def save_adapter(
-    model: Any, directory: Path, gather: Gather = no_gather, weights_of: AsLora = adapter_weights
+    model: Any,
+    directory: Path,
+    gather: Gather = no_gather,
+    weights_of: AsLora = adapter_weights,
+    name: str = "default",
 ) -> None:
-    """The adapter alone, as `weights_of` gives it, in PEFT's format. Collective under ZeRO-3; rank
-    0 writes, to the side: `directory` is replaced as a whole.
+    """The adapter alone, as `weights_of` gives it, in PEFT's format, under its `name` among several
+    (`rlhf.models.directories.adapter_name`). Collective under ZeRO-3; rank 0 writes, to the side:
+    `directory` is replaced as a whole.
     """
     assert is_peft(model), "only an adapter model has an adapter to save"
-    _write_adapter(weights_of(model, gather), directory)
+    _write_adapter(weights_of(model, gather), directory, name)
 
 
 def save_as_lora(
-    as_lora: AsLora | None, model: Any, directory: Path, gather: Gather = no_gather
+    as_lora: AsLora | None,
+    model: Any,
+    directory: Path,
+    gather: Gather = no_gather,
+    name: str = "default",
 ) -> None:
     """The plain LoRA with the same update as the model's adapter, which every program reads, where
     its method has one that is not its own form. Collective as `save_adapter`.
     """
     if as_lora is not None:
-        _write_adapter(as_lora(model, gather), directory)
+        _write_adapter(as_lora(model, gather), directory, name)
 
 
-def _write_adapter(weights: AdapterWeights, directory: Path) -> None:
+def _write_adapter(weights: AdapterWeights, directory: Path, name: str) -> None:
     """PEFT's two files, by rank 0."""
     import json
 
@@ -336,7 +362,9 @@ def _write_adapter(weights: AdapterWeights, directory: Path) -> None:
     if distributed.is_main():
         tensors = {n: t.cpu().contiguous() for n, t in weights.tensors.items()}
         with replacing(directory) as side:
-            save_file(tensors, str(side / "adapter_model.safetensors"), metadata={"format": "pt"})
+            # PEFT's names hold none of the adapter, and other programs read them as they are
+            metadata = {"format": "pt", ADAPTER_NAME: name}
+            save_file(tensors, str(side / "adapter_model.safetensors"), metadata=metadata)
             (side / "adapter_config.json").write_text(
                 json.dumps(weights.config, indent=2, default=str), encoding="utf-8"
             )

@@ -85,6 +85,20 @@ def make_generator(
     return VLLMGenerator(model_path, tokenizer, cfg.rollout, adapter_rank=adapter_rank, **options)
 
 
+def lora_obstacle(model_path: str, *, trust_remote_code: bool) -> str | None:
+    """Why vLLM applies no LoRA adapters to a model, in a clause; None where it does. Raises
+    UserError where the model's configuration can't be read.
+    """
+    config = _read_config(model_path, trust_remote_code=trust_remote_code)
+    if _hub_names(config, trust_remote_code).joins:
+        return f"{config.model_type} has experts, whose adapters vLLM does not take"
+    from rollout.vllm import takes_loras
+
+    if not takes_loras(config.architectures or []):
+        return f"vLLM applies no LoRA adapters to {config.model_type}"
+    return None
+
+
 def _check_carrier(adapter: AdapterConfig, carrier: Carrier, experts: str | None) -> None:
     """vLLM takes the adapter in the form in which it is sent. `experts`: the family, where it has
     some. Raises UserError.

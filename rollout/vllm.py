@@ -45,6 +45,19 @@ def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
         raise UserError(str(error)) from error
 
 
+def takes_loras(architectures: Sequence[str]) -> bool:
+    """Whether vLLM has code of its own for these classes of transformers that applies LoRA
+    adapters.
+    """
+    with engine_environment():
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.interfaces import supports_lora
+
+        known = ModelRegistry.models
+        models = [known[name] for name in architectures if name in known]
+        return bool(models) and all(supports_lora(model.load_model_cls()) for model in models)
+
+
 def _device_options(cfg: RolloutConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The engine's options that depend on the device."""
     if not torch.cuda.is_available():
@@ -348,7 +361,15 @@ class VLLMGenerator:
         self.sent = sent_checksums(tensors, weights.config, self._dtype)
         name, folder = weights.name, str(self._adapter.folder(weights.name))
         number = 1 + list({**self._loras, name: None}).index(name)
-        self._llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
+        try:
+            self._llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
+        # such as for layers that vLLM's code for a family has no LoRA of
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise SyncError(
+                f"weight sync {version}: vLLM does not take the adapter {name} of "
+                f"{self._names.family} ({shorten(str(error), 200, placeholder=' ...')}). Set "
+                "rollout.lora_sync=merged."
+            ) from error
         # From here on requests name the adapter only: with load_inplace they would read the file
         # again at every step.
         self._loras[name] = LoRARequest(name, number, folder)

@@ -66,6 +66,7 @@ _GROUPS = {
     "test_vllm_private": "vllm",
     "test_sync": "vllm",
     "test_eval": "vllm",
+    "test_swapping": "vllm",
     "test_config": "composed",
     "test_reference": "composed",
 }

@@ -357,10 +357,10 @@ def save(
         whole = facts_of(adapter).merges and not alone
         if adapter.kind is not AdapterKind.none:
             method = method_of(adapter)
-            save_adapter(model, directory / "adapter", gather, method.saved)
-            save_as_lora(method.as_lora, model, directory / "lora", gather)
+            save_adapter(model, directory / "adapter", gather, method.saved, adapter.name)
+            save_as_lora(method.as_lora, model, directory / "lora", gather, adapter.name)
             if not whole:
-                save_adapter(model, directory / "model", gather, method.saved)
+                save_adapter(model, directory / "model", gather, method.saved, adapter.name)
         if whole:
             save_model(model, tokenizer, directory / "model", gather, dtype)
             return

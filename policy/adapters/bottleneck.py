@@ -218,8 +218,6 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
             f"adapter.load and adapter.name: {double[0]!r} is the name of more than one "
             "bottleneck. Train each under a name of its own (adapter.name)."
         )
-    if "." in adapter.name:
-        raise UserError(f"adapter.name={adapter.name}: expected a name without a dot.")
     for held in loaded:
         held.check(_width(model), options.placement)
 

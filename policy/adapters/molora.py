@@ -12,7 +12,6 @@ from policy.adapters.guards import put_on
 from policy.adapters.inserted import MoLoraLayer, MoLoraModel, MoLoraPeftConfig
 from policy.adapters.lora import ALL_LINEAR, adapted_linears, check_targets, heads_of
 from rlhf.models.inserted import MOLORA
-from rlhf.types import UserError
 
 
 def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
@@ -34,11 +33,6 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
 
 def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
     """adapter.targets names linear layers of the model. Raises UserError."""
-    if adapter.load:
-        raise UserError(
-            f"adapter.load={list(adapter.load)}: mixtures of experts stand on no other adapter. "
-            "Leave it out."
-        )
     check_targets(model, adapter.targets, trains_head=trains_head)
 
 

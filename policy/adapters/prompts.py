@@ -36,9 +36,10 @@ _CAUSAL = ("full_attention", "sliding_attention")
 # what backbones without keys and values of the usual form keep between tokens
 _STATES = ("cache_params", "state", "mems", "past_buckets_states")
 # Families that count columns between two tokens, padding included. It stands behind the virtual
-# tokens when prompts of several lengths are continued: 7 columns moved logprobs by 0.6 nats.
+# tokens when prompts of several lengths are continued: 7 columns moved logprobs by 0.6 nats. These
+# are known before weights load; of every other family `_padded_gap` measures it.
 _BY_COLUMNS = ("mpt",)
-_ROWS, _TOKENS = 2, 8  # that a fresh adapter is checked with
+_ROWS, _TOKENS, _PADDING = 2, 8, 3  # that a fresh adapter is checked with
 # Share of the largest hidden state by which rounding moves one, at most.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_ROUNDING = 0.05
@@ -148,12 +149,10 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
         with _evaluating(model):
             wanted = _hidden(model, torch.cat((tokens.expand(_ROWS, -1), probe), dim=1))
             values = _values(model, tokens, shape, adapter.kind)
-        adapted = get_peft_model(
-            model, _config(adapter, fresh.task, shape), adapter_name=adapter.name
-        )
+        adapted = get_peft_model(model, _config(adapter, fresh.task, shape))
         layer = layer_of(adapted)
         assert layer is not None
-        gap = _start(layer, model, adapter.name, values, probe, wanted[:, len(tokens) :])
+        gap, padded = _start(layer, model, values, probe, wanted[:, len(tokens) :])
     except UserError:
         raise
     # A family's forward may want anything beside token ids, or take no embeddings.
@@ -162,10 +161,17 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
             f"adapter={adapter.kind.value}: {family} takes no virtual tokens "
             f"({type(error).__name__}: {first_line(error)}). Set adapter=lora."
         ) from error
-    if not gap <= _ROUNDING.get(model.dtype, _HALF_ROUNDING):
+    bound = _ROUNDING.get(model.dtype, _HALF_ROUNDING)
+    if not gap <= bound:
         raise UserError(
             f"adapter={adapter.kind.value}: {family} reads virtual tokens otherwise than the "
             f"tokens that they are made of (by {gap:.1e} of its hidden states). Set adapter=lora."
+        )
+    if not padded <= bound:
+        raise UserError(
+            f"adapter={adapter.kind.value}: {family} reads a row that is padded in front, as where "
+            f"prompts of several lengths are continued, otherwise behind virtual tokens than by "
+            f"itself (by {padded:.1e} of its hidden states). Set adapter=lora."
         )
     return adapted
 
@@ -268,16 +274,18 @@ def _values(model: Any, tokens: Tensor, shape: _Shape, kind: AdapterKind) -> Ten
 
 
 def _start(
-    layer: VirtualTokens, model: Any, name: str, values: Tensor, probe: Tensor, wanted: Tensor
-) -> float:
-    """Start from `values`; returns how far the hidden states of `probe` are then from `wanted`, as
-    a share of the largest.
+    layer: VirtualTokens, model: Any, values: Tensor, probe: Tensor, wanted: Tensor
+) -> tuple[float, float]:
+    """Start from `values`; returns how far the hidden states of `probe` are then from `wanted`, and
+    those of rows that are padded in front, as a share of the largest.
     """
+    name = str(layer.active())
     module: Any = layer.virtual_values[name]
     layer.virtual_values[name] = plain(values)
     with _evaluating(model):
         gap = (_hidden(model, probe) - wanted).abs().max()
         gap = torch.maximum(gap, _written_gap(model, probe, wanted)) / wanted.abs().max()
+        padded = _padded_gap(model, probe, wanted) / wanted.abs().max()
         # as they are once they train: embeddings of no token (Gemma 4 looks them up again)
         layer.virtual_values[name] = plain(values + values.std() * torch.rand_like(values) * 1e-2)
         model(input_ids=probe, use_cache=False)
@@ -287,7 +295,7 @@ def _start(
     else:
         with torch.no_grad():
             module.embedding.weight.copy_(values)
-    return float(gap)
+    return float(gap), float(padded)
 
 
 def _written_gap(model: Any, probe: Tensor, wanted: Tensor) -> Tensor:
@@ -304,6 +312,33 @@ def _written_gap(model: Any, probe: Tensor, wanted: Tensor) -> Tensor:
         input_ids=probe[:, -1:], attention_mask=seen, past_key_values=cache, **options
     ).last_hidden_state
     return (last[:, -1] - wanted[:, -1]).abs().max()
+
+
+def _padded_gap(model: Any, probe: Tensor, wanted: Tensor) -> Tensor:
+    """The same of rows of several lengths, the shorter one padded in front, with the mask and the
+    positions that transformers' `generate` gives: as they are read at first, and their last tokens
+    after the keys and values of the others.
+    """
+    ids, seen, expected = probe.clone(), torch.ones_like(probe), wanted.clone()
+    ids[1] = probe[1].roll(_PADDING)
+    seen[1, :_PADDING] = 0
+    expected[1, _PADDING:] = wanted[1, :-_PADDING]
+    backbone, options = _backbone(model), {}
+    if "position_ids" in inspect.signature(type(backbone).forward).parameters:
+        options["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+    whole = backbone(input_ids=ids, attention_mask=seen, use_cache=False, **options)
+    gap = (whole.last_hidden_state - expected)[seen.bool()].abs().max()
+    first = {name: value[:, :-1] for name, value in options.items()}
+    begun = backbone(input_ids=ids[:, :-1], attention_mask=seen[:, :-1], use_cache=True, **first)
+    cache = getattr(begun, "past_key_values", None)
+    if cache is None:
+        return gap
+    last = {name: value[:, -1:] for name, value in options.items()}
+    written = backbone(
+        input_ids=ids[:, -1:], attention_mask=seen, past_key_values=cache, use_cache=True, **last
+    )
+    apart = (written.last_hidden_state[:, -1] - expected[:, -1]).abs().max()
+    return torch.maximum(gap, apart)
 
 
 # ---- the methods ----

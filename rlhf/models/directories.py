@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlhf.process import files
 from rlhf.types import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_NAME = "name"  # the key of adapter.name in the metadata of an adapter's file of weights
 START = "start"  # folder of a run: the whole weights that it starts from, where model.path has none
 # folder of a run: the same before rounding, where start/ holds rounded weights (adapter.quantize)
 UNROUNDED = "unrounded"
@@ -340,6 +342,18 @@ def check_native_taken(held: Contents, taken: bool) -> None:
             f"{held.path}: an adapter stands on {native[0].directory}, which can't be merged into "
             "weights. Expected it to be the last one."
         )
+
+
+def adapter_name(adapter: Adapter) -> str | None:
+    """The name among several under which this toolkit saved an adapter (adapter.name); None of
+    another program's, and of one that is no such name.
+    """
+    from safetensors import safe_open
+
+    file = adapter.directory / "adapter_model.safetensors"
+    with readable(f"the adapter {adapter.directory}"), safe_open(str(file), "pt") as held:
+        name = str((held.metadata() or {}).get(ADAPTER_NAME, ""))
+    return name if re.fullmatch(r"[\w-]+", name) else None
 
 
 def embedding_rows(adapter: Adapter) -> int | None:

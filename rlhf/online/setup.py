@@ -58,7 +58,7 @@ from policy.model import (
     turn_off_dropout,
 )
 from policy.prepare import needs_old_logprobs
-from policy.saving import mix_weights, replacing, with_further
+from policy.saving import mix_weights, named, replacing, with_further
 from reward.base import model_paths
 from reward.model import load_reward_model
 from reward.terms import make_scorer
@@ -140,7 +140,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
     carrier = carrier_of(cfg.rollout, cfg.adapter)
     vllm = resolve_backend(cfg.rollout.backend) is RolloutBackend.vllm
-    weights_of = sender(cfg.adapter, carrier, vllm=vllm)
+    weights_of = named(sender(cfg.adapter, carrier, vllm=vllm), cfg.adapter.name)
     policy_module = _policy_module(start, cfg)
     first = weights_of(policy_module.model, no_gather)
     rank = None

@@ -4,10 +4,11 @@ outside judges, KL, length, diversity.
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 from conf.choices import Judge, ModelKind
-from conf.schema import Config, ModelConfig
+from conf.schema import AdapterConfig, Config, ModelConfig
 from conf.stages import EvalStage
 from eval import report
 from eval.compare import Answers, compare, side_by_side
@@ -16,20 +17,22 @@ from reward.terms import check_reward, check_reward_model, check_rows, make_scor
 from rlhf.checks import capacity, inputs, launch
 from rlhf.data import reading
 from rlhf.data.sources import data_files, given
-from rlhf.models.directories import check_model_path
-from rlhf.models.loading import load_causal_lm
+from rlhf.models.directories import adapter_name, check_model_path, contents
 from rlhf.process import distributed
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.stages.evaluation.judges import check_judges, judge_rollouts, make_judges
+from rlhf.stages.evaluation.one_base import Swapped, one_base, without_swapping
 from rlhf.stages.evaluation.policies import (
+    Apart,
+    Asked,
+    asked,
     check_policy,
-    generate_both,
-    model_at,
     response_kl,
     same_tokenizer,
 )
 from rlhf.types import Prompt, Scorer, UserError
+from rollout import lora_obstacle
 
 LOG = logging.getLogger("rlhf.stages.eval")
 
@@ -43,6 +46,8 @@ def check(cfg: Config) -> list[str]:
     notes = launch.check_backend(cfg.rollout.backend)
     check_policies(stage, cfg.model)
     inputs.check_native([stage.before, stage.after], cfg.rollout.backend)
+    if stage.before is not None and stage.after is not None:
+        one_base(cfg.rollout, stage.before, stage.after)
     capacity.check_cache(cfg.rollout, cfg.model, data.max_prompt_length)
     inputs.check_template(data)
     if given(data) is None and data.eval_path is None:
@@ -103,18 +108,16 @@ def _run(ctx: RunContext) -> None:
         ctx.add_data(file)
     ctx.add_data(stage.judge_path if Judge.classifier in stage.judges else None)
 
-    after_model = load_causal_lm(model_at(cfg.model, paths[1]), tokenizer, native=True)
-    check_policy(after_model, cfg.engine.micro_tokens, "stage.after")
-    old, new = generate_both(
-        cfg, tokenizer, after_model, prompts, ctx.dir / "start", ctx.watchdog.phase
-    )
+    states = _states(asked(cfg, tokenizer, *paths), ctx.dir / "start")
+    check_policy(states.after(), cfg.engine.micro_tokens, "stage.after")
+    old, new = states.generate(prompts, ctx.watchdog.phase)
     ctx.watchdog.phase("judge")
     before = Answers(old, judge_rollouts(old, judges, scorer))
     after = Answers(new, judge_rollouts(new, judges, scorer))
     ctx.watchdog.phase("kl")
     kl = response_kl(
-        after_model,
-        load_causal_lm(model_at(cfg.model, paths[0]), tokenizer, native=True),
+        states.after,
+        states.before,
         new,
         pad_id=tokenizer.pad_token_id,
         temperature=cfg.rollout.temperature,
@@ -123,6 +126,20 @@ def _run(ctx: RunContext) -> None:
     )
     ctx.watchdog.phase("compare")
     _finish(ctx, before, after, kl)
+
+
+def _states(asked: Asked, start: Path) -> Apart | Swapped:
+    """Both policies: one model and one engine that swap their adapters where they can, else a
+    model each.
+    """
+    common = one_base(asked.rollout, asked.before, asked.after)
+    if common is not None:
+        trusts = asked.model.trust_remote_code
+        reason = lora_obstacle(common.weights, trust_remote_code=trusts)
+        if reason is None:
+            return Swapped(asked, common)
+        without_swapping(asked.rollout, reason)
+    return Apart(asked, start)
 
 
 def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -> None:
@@ -139,7 +156,8 @@ def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -
     ctx.tracker.log(0, metrics)
     console.table(report.sample_rows(rows, stage.shown), title="The same prompt before and after")
     prompts = len(before.rollouts) // stage.samples_per_prompt
-    title = f"Before and after on {prompts} held-out prompts"
+    before_name, after_name = (_named(path) for path in _paths(stage))
+    title = f"Before{before_name} and after{after_name} on {prompts} held-out prompts"
     console.table(report.table_rows(comparison), title=title)
     ctx.finish(
         steps=1,
@@ -148,6 +166,13 @@ def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -
         figures=_headlines(metrics),
         files={"samples": ctx.dir / "samples.jsonl"},
     )
+
+
+def _named(path: str) -> str:
+    """The name in brackets under which an adapter was saved, where it was given one."""
+    adapters = contents(path).adapters
+    name = adapter_name(adapters[-1]) if adapters else None
+    return f" ({name})" if name not in (None, AdapterConfig().name) else ""
 
 
 def _paths(stage: EvalStage) -> tuple[str, str]:

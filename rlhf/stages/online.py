@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from conf.adapters import virtual_tokens
-from conf.choices import Action, Advantage, Carrier, CriticInit, Dtype
+from conf.choices import Action, AdapterKind, Advantage, Carrier, CriticInit, Dtype
 from conf.online import OnlineStage
 from conf.schema import (
     AdapterConfig,
@@ -51,6 +51,7 @@ def check(cfg: Config) -> list[str]:
     launch.check_prompts_per_step(stage, ranks)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     launch.check_noise(stage, cfg.model.dtype)
+    check_penalty(stage, cfg.adapter)
     check_reference(stage, cfg.engine.zero_stage, merges=facts_of(cfg.adapter).merges)
     check_precision(stage.name, cfg.model.dtype)
     assert stage.steps is not None
@@ -106,6 +107,20 @@ def check_reference(stage: OnlineStage, zero_stage: int, *, merges: bool = True)
             f"stage.kl_coef={stage.kl_coef} penalises the distance from a reference, but "
             "stage.reference=false keeps none. "
             "Set stage.reference=true, or stage.kl_coef=0."
+        )
+
+
+def check_penalty(stage: OnlineStage, adapter: AdapterConfig) -> None:
+    """AdaLoRA's penalty is added in a step's last micro-batch, so its gradient would count as that
+    micro-batch's noise. Raises UserError.
+    """
+    weight = adapter.adalora.orthogonality
+    measured = stage.noise_scale is not None
+    if measured and adapter.kind is AdapterKind.adalora and weight:
+        raise UserError(
+            f"stage.noise_scale={stage.noise_scale} with adapter=adalora: its penalty is in one "
+            "micro-batch of a step alone, and would be taken for noise. Set "
+            f"stage.noise_scale=null, or adapter.adalora.orthogonality=0 (it is {weight:g})."
         )
 
 

@@ -1,5 +1,6 @@
 """Options of an adapter that a method, or training without one, would not read."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,11 @@ def test_only_methods_that_merge_take_merge_on_save(kind: AdapterKind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_bottlenecks_have_names(kind: AdapterKind) -> None:
-    if kind is AdapterKind.bottleneck:
-        AdapterConfig(kind=kind, name="task")
-        return
-    with pytest.raises(ValueError, match=rf"adapter\.name='?task.*{kind.value} does not read it"):
-        AdapterConfig(kind=kind, name="task")
+def test_adapters_of_every_kind_have_names(kind: AdapterKind) -> None:
+    AdapterConfig(kind=kind, name="task_1-b")
+    for name in ("a.b", "a/b", "a b", "../a"):
+        with pytest.raises(ValueError, match=r"adapter\.name='?" + re.escape(name)):
+            AdapterConfig(kind=kind, name=name)
 
 
 def test_rows_that_no_start_looks_at_are_not_asked_for() -> None:

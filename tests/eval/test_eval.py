@@ -445,8 +445,8 @@ def test_kl_is_that_of_whole_distributions(policies: Path) -> None:
         ]
     )
     found = response_kl(
-        moved,
-        start,
+        lambda: moved,
+        lambda: start,
         rollouts,
         pad_id=0,
         temperature=cfg.rollout.temperature,

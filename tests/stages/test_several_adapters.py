@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.cli import config
+from rlhf.models.directories import contents
 from rlhf.run.context import RunContext
 from rlhf.stages import rows as stage_rows
 from rlhf.types import UserError
@@ -22,6 +23,7 @@ from tests.stages.test_methods import OFFLINE, ONLINE, figures, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = "adapter.bottleneck.size=8"
+PLAIN_BOTTLENECK = "adapter.bottleneck.size=64"  # its own value: other methods don't read it
 MODULES = {"sft": "sft", "dpo": "preference", "grpo": "online"}
 ROWS = {"sft": "sft.jsonl", "dpo": "pairs.jsonl", "grpo": "prompts.jsonl"}
 
@@ -104,6 +106,22 @@ def test_a_reference_that_moves_is_refused(runs: Runs) -> None:
         check(runs.config("grpo", "moving", "rollout=hf", "stage.reference_every=1"))
 
 
+def test_a_mixture_of_experts_stands_on_merged_adapters(runs: Runs) -> None:
+    """Of base and half of a LoRA: start/ holds them, and the mixture names it as its base."""
+    lora = runs.run("sft", "polite", "adapter=lora", PLAIN_BOTTLENECK, "adapter.name=polite")
+    given = ["adapter=molora", PLAIN_BOTTLENECK, "adapter.molora.experts=3"]
+    given += [f"adapter.load=[{lora / 'adapter'}]", "adapter.load_weights=[0.5]"]
+    check(runs.config("sft", "experts", *given))
+    run = runs.run("sft", "experts", *given)
+    base, first = read(runs.base, "sft").state_dict(), read(lora / "adapter", "sft").state_dict()
+    for name, tensor in read(run / "start", "sft").state_dict().items():
+        wanted = base[name] + 0.5 * (first[name] - base[name])
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6)
+    assert contents(run / "model").weights == str((run / "start").resolve())
+    start, trained = figures(read(run / "start", "sft")), figures(read(run / "model", "sft"))
+    assert (trained - start).abs().max() > 1e-4
+
+
 @pytest.mark.vllm
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["houlsby", "parallel", "molora"])
@@ -111,7 +129,7 @@ def test_beside_a_base_in_4_bits(kind: str, runs: Runs) -> None:
     """vLLM gets the rounded base, and the adapter's own layers inside it."""
     given = [f"adapter={kind}", "adapter.quantize=nf4", "rollout=vllm"]
     if kind == "molora":
-        given.append("adapter.bottleneck.size=64")  # its own value: molora does not read it
+        given.append(PLAIN_BOTTLENECK)
     run = runs.run("grpo", "rounded", *given)
     steps = [row for row in runs.metrics(run) if "rollout/logprob_gap" in row]
     assert len(steps) == 2

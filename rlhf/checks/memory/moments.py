@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from conf.choices import Dtype, EngineKind
+from conf.choices import AdapterKind, Dtype, EngineKind
 from conf.run import LaunchConfig
 from conf.schema import (
     AdapterConfig,
@@ -247,7 +247,7 @@ def counts_of(
     trained: Trained | None = None,
 ) -> Counts:
     """A module of `parameters`, of which `trained` train (None: all), or an adapter beside them.
-    `rounding`: whose options say how its linear layers are held.
+    `rounding`: whose options say how its linear layers are held, and what is kept beside it.
     """
     if not adapter:
         count, largest = parameters, shape.largest
@@ -257,6 +257,8 @@ def counts_of(
     counts = Counts(
         parameters + adapter, adapter, adapter // max(1, len(shape.linears)), shape.largest_layer
     )
+    if rounding is not None and rounding.kind is AdapterKind.adalora:
+        counts = replace(counts, weighed=adapter)
     if rounding is None or not rounding.is_quantized:
         return counts
     sizes = [one.inputs * one.outputs for one in shape.linears]

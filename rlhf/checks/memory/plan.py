@@ -140,13 +140,12 @@ def _critic(cfg: Settings, shapes: Shapes, setting: Setting) -> tuple[Shape, Sta
     stage = cfg.stage
     from_reward = stage.critic_init is CriticInit.reward and shapes.rewards
     shape = shapes.rewards[0][1] if from_reward else shapes.policy
-    inner = adapter_parameters(shape, critic_adapter(stage, cfg.adapter))
+    worn = critic_adapter(stage, cfg.adapter)
+    inner = adapter_parameters(shape, worn)
     own = replace(
         setting, float32_trained=setting.half and setting.kind is EngineKind.torch and bool(inner)
     )
-    return shape, training_states(
-        counts_of(shape, shape.classifier, inner, rounding=cfg.adapter), own
-    )
+    return shape, training_states(counts_of(shape, shape.classifier, inner, rounding=worn), own)
 
 
 def _starting(

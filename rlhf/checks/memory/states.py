@@ -63,6 +63,7 @@ class Counts:
     # elements of the largest such layer, which a pass has in full precision for a moment
     quantised_layer: int = 0
     alike: bool = False  # frozen weights are in the dtype of those that train (no adapter)
+    weighed: int = 0  # parameters whose importance is averaged (AdaLoRA)
 
     def weights(self, width: float, trained_width: float | None = None) -> float:
         """Bytes of all weights, `width` a weight; those that train at `trained_width`."""
@@ -150,6 +151,12 @@ def training_states(counts: Counts, setting: Setting) -> States:
     else:
         states = _zero3(counts, setting) if setting.zero == 3 else _zero12(counts, setting)
     states.gathered += Bytes(setting.width * counts.quantised_layer)
+    if counts.weighed:
+        # in float32 and whole on every rank (policy/adapters/budget.py): two averages, and until
+        # they are counted the gradients of the step under way
+        states.resident["importance"] = Bytes(8 * counts.weighed)
+        states.backward["gradients of the importance"] = Bytes(4 * counts.weighed)
+        states.step["gradients of the importance"] = Bytes(4 * counts.weighed)
     return states
 
 

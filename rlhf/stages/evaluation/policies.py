@@ -1,11 +1,15 @@
 """Two states of one policy: their tokenizer, their responses, and the KL between them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from conf.choices import KLEstimator
 from conf.schema import Config, ModelConfig, RolloutConfig
@@ -55,99 +59,128 @@ def same_tokenizer(model: ModelConfig, chat_template: str | None, before: str, a
     return old
 
 
-def generate_both(
-    cfg: Config,
-    tokenizer: Any,
-    after: Any,
-    prompts: Sequence[Prompt],
-    start: Path,
-    phase: Callable[[str], None],
-) -> tuple[list[Rollout], list[Rollout]]:
-    """Both policies' responses with the same seeds: one engine starts as ``stage.before`` and
-    generates, takes over the weights of the model `after`, proves it, and generates again.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Two states of a policy, and how they are to answer."""
 
-    An adapter is first written to `start` as a whole model, which engines need. Where one of them
-    has an adapter that whole weights can't hold, transformers generates for each by itself. `phase`
-    is told what is going on.
+    model: ModelConfig
+    rollout: RolloutConfig
+    before: str  # directories or hub's names
+    after: str
+    tokenizer: Any
+    drawing: dict[str, Any]  # arguments of `Generator.generate`, the same for both
+    # `rollout.make_generator` for this tokenizer
+    make_generator: Callable[..., Generator]
+
+    def prove(
+        self, generator: Generator, model: Any, written: Sequence[Rollout], version: int
+    ) -> None:
+        """The generator, which holds this version, computes what the `model` does. `written`:
+        responses of either state, whose tokens are compared. Raises SyncError.
+        """
+        tolerance = gap_tolerance(self.rollout.gap_tolerance, resolve_dtype(self.model.dtype))
+        first = written[0]
+        ids = (*first.prompt.token_ids, *first.token_ids[:_PROBE_TOKENS])
+        probes: tuple[Probe, ...] = (Probe(ids),)
+        if tolerance is None:
+            prompts = list({one.prompt.id: one.prompt for one in written}.values())
+            probes = sampled_probes(generator, prompts, self.rollout.gap_tokens)
+
+        def logprobs() -> list[float]:
+            found = []
+            for probe in probes:
+                found += probe_logprobs(model, probe.token_ids)[probe.first - 1 :]
+            return found
+
+        proof = Proof(probes, tolerance, Calibration(self.rollout.gap_factor))
+        proof.check(generator, model, logprobs, version)
+
+
+def asked(cfg: Config, tokenizer: Any, before: str, after: str) -> Asked:
+    """What ``stage=eval`` is asked of two paths."""
+    stage: Any = cfg.stage
+    return Asked(
+        cfg.model,
+        cfg.rollout,
+        before,
+        after,
+        tokenizer,
+        {"n": stage.samples_per_prompt, "seed": cfg.run.seed, "greedy": stage.greedy},
+        functools.partial(make_generator, cfg, tokenizer=tokenizer),
+    )
+
+
+class Apart:
+    """Two models, each of its directory: `before` and `after` load them; that of `after` is
+    kept.
     """
-    stage = cfg.stage
-    path = stage.before
 
-    def load_before() -> Any:
-        return load_causal_lm(model_at(cfg.model, path), tokenizer, native=True)
+    def __init__(self, asked: Asked, start: Path) -> None:
+        """`start`: where an adapter of ``stage.before`` is written as a whole model, which engines
+        need.
+        """
+        self._asked, self._start = asked, start
 
-    drawing = {"n": stage.samples_per_prompt, "seed": cfg.run.seed, "greedy": stage.greedy}
-    if any(contents(place).is_native for place in (path, stage.after)):
-        written = []
-        for name, place, load in (
-            ("before", path, load_before),
-            ("after", stage.after, lambda: after),
-        ):
-            phase(f"generate {name}")
-            generator = make_generator(
-                cfg,
-                model_path=contents(place).weights,
-                tokenizer=tokenizer,
-                model_factory=load,
-                native=True,
-            )
-            written.append(_responses(generator, prompts, drawing))
-        return written[0], written[1]
-    engine_path = path
-    if not starts_whole(model_at(cfg.model, path)):
-        engine_path = write_whole(load_before(), tokenizer, start)
-    generator = make_generator(
-        cfg,
-        model_path=engine_path,
-        tokenizer=tokenizer,
-        model_factory=load_before,
-    )
+    def before(self) -> Any:
+        return self._load(self._asked.before)
 
-    try:
-        phase("generate before")
-        old = generator.generate(prompts, **drawing)
-        phase("sync")
-        generator.sync(full_weights(after), 1)
-        dtype = resolve_dtype(cfg.model.dtype)
-        _prove(generator, after, prompts, old[0], cfg.rollout, dtype)
-        phase("generate after")
-        return old, generator.generate(prompts, **drawing)
-    finally:
-        generator.close()
+    def after(self) -> Any:
+        return self._after
 
+    @cached_property
+    def _after(self) -> Any:
+        return self._load(self._asked.after)
 
-def _responses(generator: Generator, prompts: Sequence[Prompt], drawing: Any) -> list[Rollout]:
-    """What a generator of one policy writes; it is closed. drawing: arguments of its `generate`."""
-    try:
-        return generator.generate(prompts, **drawing)
-    finally:
-        generator.close()
+    def _load(self, path: str) -> Any:
+        options = model_at(self._asked.model, path)
+        return load_causal_lm(options, self._asked.tokenizer, native=True)
 
+    def generate(
+        self, prompts: Sequence[Prompt], phase: Callable[[str], None]
+    ) -> tuple[list[Rollout], list[Rollout]]:
+        """Both policies' responses with the same seeds: one engine starts as ``stage.before`` and
+        generates, takes over the weights of ``stage.after``, proves it, and generates again.
 
-def _prove(
-    generator: Generator,
-    after: Any,
-    prompts: Sequence[Prompt],
-    written: Rollout,
-    rollout: RolloutConfig,
-    dtype: torch.dtype,
-) -> None:
-    """The generator computes what the model `after` does. Raises SyncError."""
-    tolerance = gap_tolerance(rollout.gap_tolerance, dtype)
-    probes: tuple[Probe, ...] = (
-        Probe((*prompts[0].token_ids, *written.token_ids[:_PROBE_TOKENS])),
-    )
-    if tolerance is None:
-        probes = sampled_probes(generator, prompts, rollout.gap_tokens)
+        Where one of them has an adapter that whole weights can't hold, transformers generates for
+        each by itself. `phase` is told what is going on.
+        """
+        asked = self._asked
+        if any(contents(place).is_native for place in (asked.before, asked.after)):
+            phase("generate before")
+            old = self._responses(asked.before, self.before, prompts)
+            phase("generate after")
+            return old, self._responses(asked.after, self.after, prompts)
+        generator = asked.make_generator(model_path=self._engine_path(), model_factory=self.before)
+        try:
+            phase("generate before")
+            old = generator.generate(prompts, **asked.drawing)
+            phase("sync")
+            model = self.after()
+            generator.sync(full_weights(model), 1)
+            asked.prove(generator, model, old, 1)
+            phase("generate after")
+            return old, generator.generate(prompts, **asked.drawing)
+        finally:
+            generator.close()
 
-    def logprobs() -> list[float]:
-        found = []
-        for probe in probes:
-            found += probe_logprobs(after, probe.token_ids)[probe.first - 1 :]
-        return found
+    def _engine_path(self) -> str:
+        """What an engine starts from as ``stage.before``."""
+        path = self._asked.before
+        if starts_whole(model_at(self._asked.model, path)):
+            return path
+        return write_whole(self.before(), self._asked.tokenizer, self._start)
 
-    proof = Proof(probes, tolerance, Calibration(rollout.gap_factor))
-    proof.check(generator, after, logprobs, 1)
+    def _responses(
+        self, path: str, load: Callable[[], Any], prompts: Sequence[Prompt]
+    ) -> list[Rollout]:
+        """What the model of `path` writes by transformers."""
+        generator = self._asked.make_generator(
+            model_path=contents(path).weights, model_factory=load, native=True
+        )
+        try:
+            return generator.generate(prompts, **self._asked.drawing)
+        finally:
+            generator.close()
 
 
 @torch.inference_mode()
@@ -167,10 +200,9 @@ def check_policy(model: Any, micro_tokens: int, key: str) -> None:
     model.to("cpu")
 
 
-@torch.inference_mode()
 def response_kl(
-    after: Any,
-    before: Any,
+    after: Callable[[], Any],
+    before: Callable[[], Any],
     rollouts: Sequence[Rollout],
     *,
     pad_id: int,
@@ -181,22 +213,34 @@ def response_kl(
     """KL(after || before) in nats of each response of `after`: log p_after - log p_before (k1),
     summed over its tokens, float32 at the head. Raises UserError for a `before` that can't be
     a policy; `check_policy` tells it of `after`.
+
+    `after` and `before` give the models, one after the other: it may be one model in two states.
     """
-    device = distributed.device()
-    modules = [
-        PolicyModule(model.to(device).eval(), chunk=logits_chunk, temperature=temperature)
-        for model in (after, before)
-    ]
-    check_agreement(modules[1], micro_tokens, "stage.before")
+    options = {"chunk": logits_chunk, "temperature": temperature}
+    new = PolicyModule(after().to(distributed.device()).eval(), **options)
+    of_after = _response_logprobs(new, rollouts, pad_id, micro_tokens)
+    old = PolicyModule(before().to(distributed.device()).eval(), **options)
+    check_agreement(old, micro_tokens, "stage.before")
+    of_before = _response_logprobs(old, rollouts, pad_id, micro_tokens)
+    out = []
+    for ours, theirs in zip(of_after, of_before, strict=True):
+        out.append(float(kl_per_token(ours, theirs, KLEstimator.k1).sum()))
+    return out
+
+
+@torch.inference_mode()
+def _response_logprobs(
+    module: PolicyModule, rollouts: Sequence[Rollout], pad_id: int, micro_tokens: int
+) -> list[Tensor]:
+    """The logprobs of each response's tokens, [T] nats."""
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
     responses = [rollout.token_ids for rollout in rollouts]
-    batch: Batch = collate(prompts, responses, pad_id, device)
-    out = [0.0] * len(rollouts)
+    batch: Batch = collate(prompts, responses, pad_id, distributed.device())
+    out: dict[int, Tensor] = {}
     for rows in plan_micro_batches(batch.lengths.tolist(), micro_tokens):
         part = batch.select(rows)
         inputs = (part.input_ids, part.positions, part.response_ids, part.response_mask)
-        logprobs, ref_logprobs = (module(*inputs)[0] for module in modules)
-        per_token = kl_per_token(logprobs, ref_logprobs, KLEstimator.k1) * part.response_mask
-        for row, value in zip(rows, per_token.sum(dim=1).tolist(), strict=True):
-            out[row] = value
-    return out
+        logprobs = module(*inputs)[0]
+        for row, values, mask in zip(rows, logprobs, part.response_mask, strict=True):
+            out[row] = values[mask]
+    return [out[row] for row in range(len(rollouts))]

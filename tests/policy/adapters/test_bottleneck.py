@@ -269,7 +269,6 @@ def test_what_does_not_fit_together_is_refused(
     refused(options(load=[str(tmp_path / "none")]), "can't be read.*directory adapter/ of a run")
     refused(options(combine=Composition.fuse, load=earlier[:1]), "adapter.load names 1")
     refused(options(Placement.houlsby, load=earlier), "placed as pfeiffer.*placed as houlsby")
-    refused(options(name="a.b"), "without a dot")
     refused(options(targets=["gate_proj"]), r"mlp\.gate_proj gives 96 numbers")
     refused(options(targets=["nothing"]), "no such module as 'nothing'")
 

@@ -167,9 +167,7 @@ def test_the_router_tells_two_tasks_apart(base: Callable[[], Any]) -> None:
     assert difference() > 0.2
 
 
-def test_what_can_not_be_adapted_is_refused(base: Callable[[], Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"adapter\.load=.*stand on no other adapter"):
-        attach(base(), replace(ADAPTER, load=[str(tmp_path)]), task="CAUSAL_LM")
+def test_what_can_not_be_adapted_is_refused(base: Callable[[], Any]) -> None:
     model = base()
     attention = model.model.layers[0].self_attn
     model.model.layers[1].self_attn.o_proj.weight = attention.o_proj.weight
