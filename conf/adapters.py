@@ -289,6 +289,8 @@ _FACTS: dict[AdapterKind, MethodFacts] = {
     AdapterKind.ptuning: MethodFacts(Carrier.embeds, merges=False),
     AdapterKind.prefix: MethodFacts(Carrier.hf, merges=False),
 }
+# SmolLM2-135M on film reviews (make bench-tuning): 4.3 in the mean of its 30 blocks
+_GELORA_RANK = 5
 # Methods that put virtual tokens in front of every row.
 _VIRTUAL = (AdapterKind.prompt, AdapterKind.ptuning, AdapterKind.prefix)
 # Starts of LoRA that move a part of the frozen weights into the adapter.
@@ -308,6 +310,13 @@ def facts_of(adapter: AdapterConfig) -> MethodFacts:
     if adapter.kind is AdapterKind.bottleneck and adapter.bottleneck.combine is Composition.fuse:
         return replace(facts, off_is_start=False)  # it starts with the fused adapters
     return facts
+
+
+def planned_rank(adapter: AdapterConfig) -> int:
+    """The mean rank of a layer that plans count with: adapter.rank, or of GeLoRA, whose ranks are
+    known when it has read rows, about that of one model on one kind of rows.
+    """
+    return _GELORA_RANK if adapter.kind is AdapterKind.gelora else adapter.rank
 
 
 def virtual_tokens(adapter: AdapterConfig) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from conf.adapters import planned_rank
 from conf.choices import AdapterKind
 from conf.schema import AdapterConfig
 from policy.adapters import Fresh, Method, Rows, lora
@@ -201,4 +202,10 @@ def as_found(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-METHOD = Method(attach=attach, expected=lora.expected, check=lora.check)
+def expected(model: Any, adapter: AdapterConfig) -> int:
+    """About r (in + out) for each layer adapted: which ranks the rows ask for is known later."""
+    options = dataclasses.replace(adapter, rank=planned_rank(adapter))
+    return lora.expected(model, options)
+
+
+METHOD = Method(attach=attach, expected=expected, check=lora.check)

@@ -23,6 +23,7 @@ since sdpa keeps no scores, there is no dropout, and RMSNorm computes in float32
 
 from dataclasses import dataclass
 
+from conf.adapters import planned_rank
 from conf.choices import AdapterKind, Placement
 from conf.schema import AdapterConfig
 from rlhf.checks.memory.shapes import Shape
@@ -62,7 +63,7 @@ class Beside:
 
 def beside(shape: Shape, adapter: AdapterConfig) -> Beside | None:
     """What the adapter's method keeps; None without an adapter."""
-    kind, rank, layers = adapter.kind, adapter.rank, shape.layers
+    kind, rank, layers = adapter.kind, planned_rank(adapter), shape.layers
     if kind is AdapterKind.none:
         return None
     chosen = [one for one in shape.linears if _is_target(one.name, adapter)]
