@@ -132,7 +132,7 @@ def test_one_model_is_each_state_as_often_as_it_is_asked(
         ("merged", "polite", "rests on"),
         ("other", "polite", "rests on"),
         ("polite", "dora", "has use_dora=True"),
-        ("norms", "polite", "has modules_to_save=['norm']"),
+        ("norms", "polite", "has modules_to_save=['model.norm']"),
     ],
 )
 def test_what_can_not_be_swapped_is_compared_by_whole_weights(

@@ -216,15 +216,16 @@ def response_kl(
 
     `after` and `before` give the models, one after the other: it may be one model in two states.
     """
-    options = {"chunk": logits_chunk, "temperature": temperature}
-    new = PolicyModule(after().to(distributed.device()).eval(), **options)
+    device = distributed.device()
+    new = PolicyModule(after().to(device).eval(), chunk=logits_chunk, temperature=temperature)
     of_after = _response_logprobs(new, rollouts, pad_id, micro_tokens)
-    old = PolicyModule(before().to(distributed.device()).eval(), **options)
+    old = PolicyModule(before().to(device).eval(), chunk=logits_chunk, temperature=temperature)
     check_agreement(old, micro_tokens, "stage.before")
     of_before = _response_logprobs(old, rollouts, pad_id, micro_tokens)
     out = []
     for ours, theirs in zip(of_after, of_before, strict=True):
-        out.append(float(kl_per_token(ours, theirs, KLEstimator.k1).sum()))
+        nats = kl_per_token(ours[None], theirs[None], KLEstimator.k1)
+        out.append(float(nats.sum()))
     return out
 
 
