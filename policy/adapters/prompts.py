@@ -319,26 +319,25 @@ def _padded_gap(model: Any, probe: Tensor, wanted: Tensor) -> Tensor:
     positions that transformers' `generate` gives: as they are read at first, and their last tokens
     after the keys and values of the others.
     """
-    ids, seen, expected = probe.clone(), torch.ones_like(probe), wanted.clone()
-    ids[1] = probe[1].roll(_PADDING)
+    backbone, seen = _backbone(model), torch.ones_like(probe)
     seen[1, :_PADDING] = 0
-    expected[1, _PADDING:] = wanted[1, :-_PADDING]
-    backbone, options = _backbone(model), {}
+    # a row of the probe moved to the right; what padding reads is not looked at
+    inputs = {"input_ids": torch.stack((probe[0], probe[1].roll(_PADDING)))}
+    expected = torch.stack((wanted[0], wanted[1].roll(_PADDING, dims=0)))
     if "position_ids" in inspect.signature(type(backbone).forward).parameters:
-        options["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
-    whole = backbone(input_ids=ids, attention_mask=seen, use_cache=False, **options)
+        inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+    whole = backbone(attention_mask=seen, use_cache=False, **inputs)
     gap = (whole.last_hidden_state - expected)[seen.bool()].abs().max()
-    first = {name: value[:, :-1] for name, value in options.items()}
-    begun = backbone(input_ids=ids[:, :-1], attention_mask=seen[:, :-1], use_cache=True, **first)
+    first, last = {}, {}
+    for name, values in inputs.items():
+        first[name], last[name] = values[:, :-1], values[:, -1:]
+    begun = backbone(attention_mask=seen[:, :-1], use_cache=True, **first)
     cache = getattr(begun, "past_key_values", None)
     if cache is None:
         return gap
-    last = {name: value[:, -1:] for name, value in options.items()}
-    written = backbone(
-        input_ids=ids[:, -1:], attention_mask=seen, past_key_values=cache, use_cache=True, **last
-    )
-    apart = (written.last_hidden_state[:, -1] - expected[:, -1]).abs().max()
-    return torch.maximum(gap, apart)
+    written = backbone(attention_mask=seen, past_key_values=cache, use_cache=True, **last)
+    apart = written.last_hidden_state[:, -1] - expected[:, -1]
+    return torch.maximum(gap, apart.abs().max())
 
 
 # ---- the methods ----

@@ -170,9 +170,12 @@ def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -
 
 def _named(path: str) -> str:
     """The name in brackets under which an adapter was saved, where it was given one."""
-    adapters = contents(path).adapters
-    name = adapter_name(adapters[-1]) if adapters else None
-    return f" ({name})" if name not in (None, AdapterConfig().name) else ""
+    for adapter in reversed(contents(path).adapters):
+        name = adapter_name(adapter)
+        if name in (None, AdapterConfig().name):
+            break
+        return f" ({name})"
+    return ""
 
 
 def _paths(stage: EvalStage) -> tuple[str, str]:
@@ -188,12 +191,10 @@ def _paths(stage: EvalStage) -> tuple[str, str]:
 def _prompts(cfg: Config, tokenizer: Any) -> list[Prompt]:
     """The first ``stage.prompts`` held-out prompts; a lone data.eval_path is taken whole."""
     assert isinstance(cfg.stage, EvalStage)
-    whole = given(cfg.data) is None
-    source = (
-        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=cfg.data.eval_path))
-        if whole
-        else cfg
-    )
+    source = cfg
+    if given(cfg.data) is None:
+        data = dataclasses.replace(cfg.data, path=cfg.data.eval_path)
+        source = dataclasses.replace(cfg, data=data)
     prompts = reading.prompts(reading.DataRequest.of(source), tokenizer, split="eval")
     if len(prompts) < cfg.stage.prompts:
         LOG.warning(
@@ -214,9 +215,9 @@ def _headlines(metrics: dict[str, float]) -> dict[str, str]:
         if name in metrics:
             out[label] = f"{metrics[name]:.3f}"
     for judge in ("lexicon", "classifier", "function"):
-        if f"eval/{judge}_delta" in metrics:
-            low, high = metrics[f"eval/{judge}_low"], metrics[f"eval/{judge}_high"]
-            out[f"judge {judge}"] = (
-                f"{metrics[f'eval/{judge}_delta']:+.3f} [{low:+.3f}, {high:+.3f}]"
-            )
+        delta = metrics.get(f"eval/{judge}_delta")
+        if delta is not None:
+            low = metrics[f"eval/{judge}_low"]
+            high = metrics[f"eval/{judge}_high"]
+            out[f"judge {judge}"] = f"{delta:+.3f} [{low:+.3f}, {high:+.3f}]"
     return out | {"distinct-2 (share of before)": f"{metrics['eval/distinct_2_ratio']:.2f}"}

@@ -22,7 +22,6 @@ from rlhf.cli import config
 from rlhf.models.directories import contents
 from rlhf.models.loading import load_causal_lm, load_classifier, load_tokenizer
 from rlhf.run.context import RunContext
-from rlhf.stages import eval as stage_eval
 from rlhf.stages import online, preference, reward, sft
 from rlhf.stages import rows as stage_rows
 from rlhf.stages.evaluation import policies
@@ -206,7 +205,6 @@ def test_eval_loads_what_the_last_stage_had(
 
         return loading
 
-    monkeypatch.setattr(stage_eval, "load_causal_lm", noted(load_causal_lm))
     monkeypatch.setattr(policies, "load_causal_lm", noted(load_causal_lm))
     monkeypatch.setattr(reward_model, "load_reward_module", noted(load_reward_module))
     monkeypatch.setattr("rlhf.run.plots.plot_run", lambda _: [])

@@ -48,7 +48,7 @@ class OneBase:
     """What two paths have in common."""
 
     weights: str  # a directory or a hub's name
-    adapters: dict[str, Adapter | None]  # by BEFORE and AFTER; None: the weights themselves
+    adapters: dict[str, Adapter]  # by BEFORE and AFTER; without one: the weights themselves
     rank: int  # the largest of a layer
 
 
@@ -91,7 +91,7 @@ def without_swapping(rollout: RolloutConfig, reason: str) -> None:
 
 def _obstacle(old: Contents, new: Contents) -> str | None:
     """Why two paths are no adapters of one base that can be swapped, in a clause."""
-    if not old.adapters and not new.adapters:
+    if not (old.adapters or new.adapters):
         return "both are whole weights"
     if not old.has_config and old.is_local:
         return f"{old.weights} holds no config.json"
@@ -100,9 +100,10 @@ def _obstacle(old: Contents, new: Contents) -> str | None:
     for held in (old, new):
         if len(held.adapters) > 1:
             return f"{held.path} is an adapter of an adapter"
-        reason = _other_than_lora(held.adapters[0]) if held.adapters else None
-        if reason is not None:
-            return f"{held.path} {reason}"
+        for adapter in held.adapters:
+            reason = _other_than_lora(adapter)
+            if reason is not None:
+                return f"{held.path} {reason}"
     return None
 
 
@@ -118,20 +119,21 @@ def _other_than_lora(adapter: Adapter) -> str | None:
     if adapter.kind != "LORA":
         return f"is of the kind {adapter.kind}"
     config = _config(adapter)
-    fields = [name for name in _OTHER_THAN_LORA if config.get(name)]
-    if config.get("bias", "none") != "none":
-        fields.append("bias")
-    if isinstance(config.get("init_lora_weights"), str):
-        fields.append("init_lora_weights")
-    if fields:
-        return f"has {fields[0]}={config[fields[0]]}"
+    for name in _OTHER_THAN_LORA:
+        if config.get(name):
+            return f"has {name}={config[name]}"
+    bias, start = config.get("bias", "none"), config.get("init_lora_weights")
+    if bias != "none":
+        return f"has bias={bias}"
+    if isinstance(start, str):
+        return f"has init_lora_weights={start}"
     with readable(f"the adapter {adapter.directory}"):
         file = str(adapter.directory / "adapter_model.safetensors")
         with safe_open(file, "pt") as held:
             names = list(held.keys())
-    others = [name for name in names if not name.endswith(_HALVES)]
-    if others:
-        return f"holds {others[0]}, which is no LoRA of a linear layer"
+    for name in names:
+        if not name.endswith(_HALVES):
+            return f"holds {name}, which is no LoRA of a linear layer"
     return None
 
 
@@ -144,14 +146,15 @@ def _config(adapter: Adapter) -> dict[str, Any]:
 
 def _common(old: Contents, new: Contents) -> OneBase:
     """Of two paths without an obstacle."""
-    adapters = {BEFORE: old.adapters, AFTER: new.adapters}
-    worn = {state: held[0] if held else None for state, held in adapters.items()}
-    ranks = []
-    for adapter in worn.values():
-        if adapter is not None:
+    adapters: dict[str, Adapter] = {}
+    rank = 0
+    for state, held in ((BEFORE, old), (AFTER, new)):
+        for adapter in held.adapters:
+            adapters[state] = adapter
             config = _config(adapter)
-            ranks += [config["r"], *(config.get("rank_pattern") or {}).values()]
-    return OneBase(old.weights, worn, max(ranks))
+            pattern = config.get("rank_pattern") or {}
+            rank = max(rank, config["r"], *pattern.values())
+    return OneBase(old.weights, adapters, rank)
 
 
 # ---- both states ----
@@ -173,8 +176,6 @@ class Swapped:
         options = model_at(self._asked.model, self._common.weights)
         model = load_causal_lm(options, self._asked.tokenizer)
         for state, adapter in self._common.adapters.items():
-            if adapter is None:
-                continue
             place = str(adapter.directory)
             with readable(f"the adapter {place}"), warnings.catch_warnings():
                 # PEFT would fill missing weights with random numbers.
@@ -193,12 +194,13 @@ class Swapped:
         return self._as(AFTER)
 
     def _as(self, state: str) -> Any:
-        if self._common.adapters[state] is None:
-            self._model.base_model.disable_adapter_layers()
+        model = self._model
+        if state in self._common.adapters:
+            model.base_model.enable_adapter_layers()
+            model.set_adapter(_PEFT_NAMES[state])
         else:
-            self._model.base_model.enable_adapter_layers()
-            self._model.set_adapter(_PEFT_NAMES[state])
-        return self._model
+            model.base_model.disable_adapter_layers()
+        return model
 
     def generate(
         self, prompts: Sequence[Prompt], phase: Callable[[str], None]
@@ -219,15 +221,13 @@ class Swapped:
         written: dict[str, list[Rollout]] = {}
         try:
             version = 0
-            # the base first: the engine has no adapter yet
-            base = [state for state in common.adapters if state not in names]
-            for state in (*base, *names):
+            for state in self._order():
                 model = self._as(state)
                 if state in names:
                     phase(f"sync {state}")
                     version += 1
-                    weights = named(adapter_weights, names[state])(model, no_gather)
-                    generator.sync(weights, version)
+                    weights_of = named(adapter_weights, names[state])
+                    generator.sync(weights_of(model, no_gather), version)
                 phase(f"generate {state}")
                 written[state] = generator.generate(prompts, **asked.drawing)
                 asked.prove(generator, model, written[state], version)
@@ -239,8 +239,16 @@ class Swapped:
         """Of the adapters in the engine, by their states: those under which they were saved, where
         these tell them apart.
         """
-        worn = {state: held for state, held in self._common.adapters.items() if held is not None}
-        names = {state: adapter_name(held) or state for state, held in worn.items()}
-        if len(set(names.values())) < len(names):
-            return {state: state for state in worn}
+        names: dict[str, str] = {}
+        for state, adapter in self._common.adapters.items():
+            name = adapter_name(adapter)
+            if name is None or name in names.values():
+                return {state: state for state in self._common.adapters}
+            names[state] = name
         return names
+
+    def _order(self) -> list[str]:
+        """The base before its adapter: the engine has none yet."""
+        if BEFORE in self._common.adapters and AFTER not in self._common.adapters:
+            return [AFTER, BEFORE]
+        return [BEFORE, AFTER]
