@@ -2,6 +2,8 @@
 reference in tests.
 """
 
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,9 @@ from rollout.sampling import (
     sampling_logprobs,
 )
 from rollout.weights import Incoming, specs_of, weights_checksums
+
+LOG = logging.getLogger(__name__)
+_PADDING, _TOKENS = 5, 8  # of a row that shows whether padding is read
 
 # Fields of an adapter's configuration beside which its tensors do not say what it computes.
 _SCALING_FIELDS = (
@@ -93,9 +98,11 @@ class HFGenerator:
         self._tokenizer, self._device = tokenizer, device
         self._max_tokens, self._max_num_seqs = max_tokens, max_num_seqs
         self._base = self._model.get_base_model() if self._is_adapter() else self._model
+        self._pads = True  # whether a batch holds prompts of several lengths
         for module in self._model.modules():
             if hasattr(module, "fold_encoders"):  # a sync brings what they make
                 module.fold_encoders()
+                self._pads = self._reads_padding()
 
     def _is_adapter(self) -> bool:
         return hasattr(self._model, "peft_config")
@@ -119,10 +126,49 @@ class HFGenerator:
         seed = fresh_seed() if seed is None else seed
         repeated = [prompt for prompt in prompts for _ in range(n)]
         rows = list(zip(repeated, response_seeds(seed, prompts, n), strict=True))
-        out: list[Rollout] = []
-        for start in range(0, len(rows), self._max_num_seqs):
-            out += self._generate_batch(rows[start : start + self._max_num_seqs], greedy)
-        return out
+        out: dict[int, Rollout] = {}
+        for batch in self._batches(repeated):
+            written = self._generate_batch([rows[number] for number in batch], greedy)
+            out.update(zip(batch, written, strict=True))
+        return [out[number] for number in range(len(rows))]
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """The numbers of the prompts that are continued together."""
+        groups: dict[int, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            length = 0 if self._pads else len(prompt.token_ids)
+            groups.setdefault(length, []).append(number)
+        for group in groups.values():
+            for start in range(0, len(group), self._max_num_seqs):
+                yield group[start : start + self._max_num_seqs]
+
+    @torch.inference_mode()
+    def _reads_padding(self) -> bool:
+        """Whether a row that is padded in front is read as it is by itself. Behind virtual tokens
+        the padding is not the first that the model reads: families with a state (Jamba, Qwen3-Next)
+        take it in, and MPT counts it as distance.
+        """
+        width, count = _PADDING + _TOKENS, self._base.config.get_text_config().vocab_size
+        ids = (torch.arange(width, device=self._device) * 7 + 3).remainder(count)[None]
+        seen = torch.ones_like(ids)
+        seen[:, :_PADDING] = 0
+        options: dict[str, Tensor] = {}
+        if "position_ids" in inspect.signature(type(self._base).forward).parameters:
+            options["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+        padded = self._model(input_ids=ids, attention_mask=seen, use_cache=False, **options).logits
+        alone = self._model(input_ids=ids[:, _PADDING:], use_cache=False).logits[0, -1].float()
+        gap = float((padded[0, -1].float() - alone).abs().max() / alone.abs().max())
+        bound = 1e-3
+        if padded.dtype in (torch.bfloat16, torch.float16):
+            bound = 0.05
+        if gap > bound:
+            LOG.warning(
+                "rollout=hf: behind virtual tokens %s reads rows that are padded in front otherwise "
+                "(by %.1e of its logits), so prompts of one length are continued at a time.",
+                self._base.config.model_type,
+                gap,
+            )
+        return gap <= bound
 
     @torch.inference_mode()
     def _generate_batch(self, rows: Sequence[tuple[Prompt, int]], greedy: bool) -> list[Rollout]:

@@ -35,11 +35,7 @@ from rlhf.types import UserError
 _CAUSAL = ("full_attention", "sliding_attention")
 # what backbones without keys and values of the usual form keep between tokens
 _STATES = ("cache_params", "state", "mems", "past_buckets_states")
-# Families that count columns between two tokens, padding included. It stands behind the virtual
-# tokens when prompts of several lengths are continued: 7 columns moved logprobs by 0.6 nats. These
-# are known before weights load; of every other family `_padded_gap` measures it.
-_BY_COLUMNS = ("mpt",)
-_ROWS, _TOKENS, _PADDING = 2, 8, 3  # that a fresh adapter is checked with
+_ROWS, _TOKENS = 2, 8  # that a fresh adapter is checked with
 # Share of the largest hidden state by which rounding moves one, at most.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_ROUNDING = 0.05
@@ -91,11 +87,6 @@ def check(model: Any, adapter: AdapterConfig, trains_head: bool) -> None:
         raise UserError(
             f"{name}: {config.model_type} has an encoder of its own, and virtual tokens here stand "
             "before a decoder's row. Set adapter=lora."
-        )
-    if config.model_type in _BY_COLUMNS:
-        raise UserError(
-            f"{name}: {config.model_type} counts the padding of a batch as distance, so virtual "
-            "tokens would be further from a short prompt than from a long one. Set adapter=lora."
         )
     if adapter.kind is AdapterKind.ptuning and adapter.prompt.encoder_size < count:
         raise UserError(
@@ -152,7 +143,7 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
         adapted = get_peft_model(model, _config(adapter, fresh.task, shape))
         layer = layer_of(adapted)
         assert layer is not None
-        gap, padded = _start(layer, model, values, probe, wanted[:, len(tokens) :])
+        gap = _start(layer, model, values, probe, wanted[:, len(tokens) :])
     except UserError:
         raise
     # A family's forward may want anything beside token ids, or take no embeddings.
@@ -161,17 +152,10 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
             f"adapter={adapter.kind.value}: {family} takes no virtual tokens "
             f"({type(error).__name__}: {first_line(error)}). Set adapter=lora."
         ) from error
-    bound = _ROUNDING.get(model.dtype, _HALF_ROUNDING)
-    if not gap <= bound:
+    if not gap <= _ROUNDING.get(model.dtype, _HALF_ROUNDING):
         raise UserError(
             f"adapter={adapter.kind.value}: {family} reads virtual tokens otherwise than the "
             f"tokens that they are made of (by {gap:.1e} of its hidden states). Set adapter=lora."
-        )
-    if not padded <= bound:
-        raise UserError(
-            f"adapter={adapter.kind.value}: {family} reads a row that is padded in front, as where "
-            f"prompts of several lengths are continued, otherwise behind virtual tokens than by "
-            f"itself (by {padded:.1e} of its hidden states). Set adapter=lora."
         )
     return adapted
 
@@ -275,9 +259,9 @@ def _values(model: Any, tokens: Tensor, shape: _Shape, kind: AdapterKind) -> Ten
 
 def _start(
     layer: VirtualTokens, model: Any, values: Tensor, probe: Tensor, wanted: Tensor
-) -> tuple[float, float]:
-    """Start from `values`; returns how far the hidden states of `probe` are then from `wanted`, and
-    those of rows that are padded in front, as a share of the largest.
+) -> float:
+    """Start from `values`; returns how far the hidden states of `probe` are then from `wanted`, as
+    a share of the largest.
     """
     name = str(layer.active())
     module: Any = layer.virtual_values[name]
@@ -285,7 +269,6 @@ def _start(
     with _evaluating(model):
         gap = (_hidden(model, probe) - wanted).abs().max()
         gap = torch.maximum(gap, _written_gap(model, probe, wanted)) / wanted.abs().max()
-        padded = _padded_gap(model, probe, wanted) / wanted.abs().max()
         # as they are once they train: embeddings of no token (Gemma 4 looks them up again)
         layer.virtual_values[name] = plain(values + values.std() * torch.rand_like(values) * 1e-2)
         model(input_ids=probe, use_cache=False)
@@ -295,7 +278,7 @@ def _start(
     else:
         with torch.no_grad():
             module.embedding.weight.copy_(values)
-    return float(gap), float(padded)
+    return float(gap)
 
 
 def _written_gap(model: Any, probe: Tensor, wanted: Tensor) -> Tensor:
@@ -312,32 +295,6 @@ def _written_gap(model: Any, probe: Tensor, wanted: Tensor) -> Tensor:
         input_ids=probe[:, -1:], attention_mask=seen, past_key_values=cache, **options
     ).last_hidden_state
     return (last[:, -1] - wanted[:, -1]).abs().max()
-
-
-def _padded_gap(model: Any, probe: Tensor, wanted: Tensor) -> Tensor:
-    """The same of rows of several lengths, the shorter one padded in front, with the mask and the
-    positions that transformers' `generate` gives: as they are read at first, and their last tokens
-    after the keys and values of the others.
-    """
-    backbone, seen = _backbone(model), torch.ones_like(probe)
-    seen[1, :_PADDING] = 0
-    # a row of the probe moved to the right; what padding reads is not looked at
-    inputs = {"input_ids": torch.stack((probe[0], probe[1].roll(_PADDING)))}
-    expected = torch.stack((wanted[0], wanted[1].roll(_PADDING, dims=0)))
-    if "position_ids" in inspect.signature(type(backbone).forward).parameters:
-        inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
-    whole = backbone(attention_mask=seen, use_cache=False, **inputs)
-    gap = (whole.last_hidden_state - expected)[seen.bool()].abs().max()
-    first, last = {}, {}
-    for name, values in inputs.items():
-        first[name], last[name] = values[:, :-1], values[:, -1:]
-    begun = backbone(attention_mask=seen[:, :-1], use_cache=True, **first)
-    cache = getattr(begun, "past_key_values", None)
-    if cache is None:
-        return gap
-    written = backbone(attention_mask=seen, past_key_values=cache, use_cache=True, **last)
-    apart = written.last_hidden_state[:, -1] - expected[:, -1]
-    return torch.maximum(gap, apart.abs().max())
 
 
 # ---- the methods ----

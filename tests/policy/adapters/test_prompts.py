@@ -29,7 +29,7 @@ from transformers import (
 from conf.choices import AdapterKind
 from conf.schema import AdapterConfig
 from policy import adapters
-from policy.adapters import method_of, prompts
+from policy.adapters import method_of
 from policy.adapters.virtual import Encoded
 from policy.adapters.virtual_tuner import layer_of
 from policy.agreement import can_share_prompts, packs_agree
@@ -460,8 +460,6 @@ def test_families_without_a_place_for_them_are_refused_by_name() -> None:
             "mamba has layers of another kind",
         ),
         ("deepseek_v3", {}, AdapterKind.prefix, "deepseek_v3 keeps one latent vector"),
-        ("mpt", {}, AdapterKind.prefix, "adapter=prefix: mpt counts the padding"),
-        ("mpt", {}, AdapterKind.prompt, "adapter=prompt: mpt counts the padding"),
         ("t5", {}, AdapterKind.prompt, "t5 has an encoder of its own"),
         ("llama", {"max_position_embeddings": 5}, AdapterKind.prompt, "llama has 5 positions"),
     ]
@@ -496,25 +494,6 @@ def test_a_family_that_reads_them_otherwise_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(type(make().model), "forward", forward)
     with pytest.raises(UserError, match="llama reads virtual tokens otherwise"):
         attach(make(), AdapterKind.prompt)
-
-
-@pytest.mark.parametrize("kind", [AdapterKind.prompt, AdapterKind.prefix])
-def test_a_family_that_counts_padding_is_measured(
-    kind: AdapterKind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MPT, where its name is not known; BLOOM, whose distances come from the mask, is taken."""
-    monkeypatch.setattr(prompts, "_BY_COLUMNS", ())
-    torch.manual_seed(1)
-    sizes = {"vocab_size": 60, "hidden_size": 32, "n_layer": 2, "n_head": 2}
-    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes))
-    assert layer_of(attach(bloom.eval(), kind)) is not None
-    wide = {"vocab_size": 60, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 64}
-    mpt = AutoModelForCausalLM.from_config(AutoConfig.for_model("mpt", **wide))
-    for param in mpt.parameters():
-        if param.ndim == 2:
-            param.data.mul_(4.0)
-    with pytest.raises(UserError, match=f"adapter={kind.value}: mpt .*padded in front"):
-        attach(mpt.eval(), kind)
 
 
 def test_a_family_that_goes_past_its_backbone_is_refused() -> None:
