@@ -163,7 +163,7 @@ class HFGenerator:
             bound = 0.05
         if gap > bound:
             LOG.warning(
-                "rollout=hf: behind virtual tokens %s reads rows that are padded in front otherwise "
+                "rollout=hf: behind virtual tokens %s reads rows padded in front otherwise "
                 "(by %.1e of its logits), so prompts of one length are continued at a time.",
                 self._base.config.model_type,
                 gap,
