@@ -155,7 +155,9 @@ def with_adapter(
     if adapter.is_quantized:
         adapters.prepare(model, adapter, trains_head=_trains_head(stage))
         base = str(start)
-        if not (start / "config.json").exists():
+        # rank 0 may have written it before another one looks, which then would wait for no one
+        missing = distributed.broadcast(not (start / "config.json").exists())
+        if missing:
             save_model(model, tokenizer, start)
     elif needs_base or trains_on_adapter(source.path, adapter):
         base = str(start)
