@@ -50,7 +50,7 @@ def make(family: str, kind: AdapterKind, tokenizer: Any) -> HFGenerator:
 def gap(together: list[Rollout], alone: list[Rollout]) -> float:
     """The largest distance of first logprobs in nats."""
     pairs = zip(together, alone, strict=True)
-    return max(abs(one.logprobs[0] - other.logprobs[0]) for one, other in pairs)
+    return max(abs(one.rollout_logprobs[0] - other.rollout_logprobs[0]) for one, other in pairs)
 
 
 @pytest.mark.parametrize(
