@@ -94,7 +94,7 @@ def lora_obstacle(model_path: str, *, trust_remote_code: bool) -> str | None:
         return f"{config.model_type} has experts, whose adapters vLLM does not take"
     from rollout.vllm import takes_loras
 
-    if not takes_loras(config.architectures or []):
+    if not all(takes_loras(name) for name in config.architectures or [""]):
         return f"vLLM applies no LoRA adapters to {config.model_type}"
     return None
 

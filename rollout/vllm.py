@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from conf.schema import RolloutConfig, vllm_lora_rank
+from conf.schema import RolloutConfig
 from rlhf.models.encoding import is_chat
 from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
@@ -20,6 +20,7 @@ from rollout.vllm_private import (
     QUIET,
     Streamed,
     engine_environment,
+    engine_lora_rank,
     errors_only,
     has_head,
     held_checksums,
@@ -37,25 +38,14 @@ from rollout.weights import AdapterFiles, HubNames, Incoming, Spec, readable_che
 _CPU_BLOCK = 32
 
 
-def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
-    """`conf.schema.vllm_lora_rank`. Raises UserError."""
-    try:
-        return vllm_lora_rank(adapter_rank, wished)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def takes_loras(architectures: Sequence[str]) -> bool:
-    """Whether vLLM has code of its own for these classes of transformers that applies LoRA
-    adapters.
-    """
+def takes_loras(architecture: str) -> bool:
+    """Whether vLLM's own code for a class of transformers applies LoRA adapters."""
     with engine_environment():
         from vllm import ModelRegistry
         from vllm.model_executor.models.interfaces import supports_lora
 
-        known = ModelRegistry.models
-        models = [known[name] for name in architectures if name in known]
-        return bool(models) and all(supports_lora(model.load_model_cls()) for model in models)
+        model = ModelRegistry.models.get(architecture)
+        return model is not None and supports_lora(model.load_model_cls())
 
 
 def _device_options(cfg: RolloutConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -154,11 +144,14 @@ class VLLMGenerator:
         """Make room for the adapter's files; returns the engine's options for it."""
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-        max_rank = engine_lora_rank(rank, wished)
         if not torch.cuda.is_available():
             multiply_one_adapter_at_once(PunicaWrapperCPU)
         self._adapter = AdapterFiles()
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
+        return {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": engine_lora_rank(rank, wished),
+        }
 
     def _write_once(self, max_tokens: int) -> None:
         """A response of up to two tokens: some layers find only now that they have no code for
@@ -361,15 +354,7 @@ class VLLMGenerator:
         self.sent = sent_checksums(tensors, weights.config, self._dtype)
         name, folder = weights.name, str(self._adapter.folder(weights.name))
         number = 1 + list({**self._loras, name: None}).index(name)
-        try:
-            self._llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
-        # such as for layers that vLLM's code for a family has no LoRA of
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise SyncError(
-                f"weight sync {version}: vLLM does not take the adapter {name} of "
-                f"{self._names.family} ({shorten(str(error), 200, placeholder=' ...')}). Set "
-                "rollout.lora_sync=merged."
-            ) from error
+        self._llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
         # From here on requests name the adapter only: with load_inplace they would read the file
         # again at every step.
         self._loras[name] = LoRARequest(name, number, folder)

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conf.schema import vllm_lora_rank
+from rlhf.types import UserError
 from rollout.weights import FUSED, checksum
 
 _NAMES = ("__module__", "__qualname__", "__doc__")  # what a subclass has like its class
@@ -164,6 +166,14 @@ def _moved_to_subclass(cls: type, attributes: dict[str, Any], bases: tuple[type,
 
 
 # ---- LoRA on a CPU ----
+
+
+def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
+    """`conf.schema.vllm_lora_rank`. Raises UserError."""
+    try:
+        return vllm_lora_rank(adapter_rank, wished)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def multiply_one_adapter_at_once(wrapper: Any) -> None:

@@ -491,7 +491,7 @@ def test_a_reader_that_stops_early_leaves_no_rank_waiting() -> None:
 
 @pytest.mark.vllm
 def test_lora_ranks_of_the_engine() -> None:
-    from rollout.vllm import engine_lora_rank
+    from rollout.vllm_private import engine_lora_rank
 
     assert [engine_lora_rank(rank, None) for rank in (1, 2, 8, 9, 32)] == [1, 8, 8, 16, 32]
     assert engine_lora_rank(4, 32) == 32

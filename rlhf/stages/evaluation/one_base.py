@@ -5,7 +5,8 @@ themselves: one engine swaps the adapters, and one model of transformers wears b
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,7 @@ from rlhf.models.directories import (
     readable,
 )
 from rlhf.models.loading import load_causal_lm
+from rlhf.process.wording import first_line
 from rlhf.stages.evaluation.policies import Asked, model_at
 from rlhf.types import Prompt, Rollout, UserError
 from rollout import resolve_backend
@@ -157,6 +159,19 @@ def _common(old: Contents, new: Contents) -> OneBase:
     return OneBase(old.weights, adapters, rank)
 
 
+@contextmanager
+def _taken(name: str) -> Iterator[None]:
+    """Around a sync of an adapter: an engine that does not take it becomes a UserError."""
+    try:
+        yield
+    # such as for layers that vLLM's code for a family has no LoRA of
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"rollout=vllm does not take the adapter {name} ({first_line(error)}). Set "
+            "rollout.lora_sync=merged."
+        ) from error
+
+
 # ---- both states ----
 
 
@@ -227,7 +242,8 @@ class Swapped:
                     phase(f"sync {state}")
                     version += 1
                     weights_of = named(adapter_weights, names[state])
-                    generator.sync(weights_of(model, no_gather), version)
+                    with _taken(names[state]):
+                        generator.sync(weights_of(model, no_gather), version)
                 phase(f"generate {state}")
                 written[state] = generator.generate(prompts, **asked.drawing)
                 asked.prove(generator, model, written[state], version)
