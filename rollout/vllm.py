@@ -20,11 +20,11 @@ from rollout.vllm_private import (
     QUIET,
     Streamed,
     engine_environment,
-    engine_lora_rank,
     errors_only,
     has_head,
     held_checksums,
     kept_apart,
+    lora_options,
     multiply_one_adapter_at_once,
     pack_experts,
     rotate_natively,
@@ -147,11 +147,7 @@ class VLLMGenerator:
         if not torch.cuda.is_available():
             multiply_one_adapter_at_once(PunicaWrapperCPU)
         self._adapter = AdapterFiles()
-        return {
-            "enable_lora": True,
-            "max_loras": 1,
-            "max_lora_rank": engine_lora_rank(rank, wished),
-        }
+        return lora_options(rank, wished)
 
     def _write_once(self, max_tokens: int) -> None:
         """A response of up to two tokens: some layers find only now that they have no code for

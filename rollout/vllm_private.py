@@ -176,6 +176,12 @@ def engine_lora_rank(adapter_rank: int, wished: int | None) -> int:
         raise UserError(str(error)) from error
 
 
+def lora_options(adapter_rank: int, wished: int | None) -> dict[str, Any]:
+    """The engine's options for LoRA adapters, one at a time. Raises UserError."""
+    rank = engine_lora_rank(adapter_rank, wished)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+
+
 def multiply_one_adapter_at_once(wrapper: Any) -> None:
     """Make `wrapper` (vLLM's PunicaWrapperCPU class) multiply a batch that has one adapter, as ours
     always has, by that adapter's matrices. Everything else goes vLLM's own way.
