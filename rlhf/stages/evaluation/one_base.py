@@ -66,7 +66,7 @@ def one_base(rollout: RolloutConfig, before: str, after: str) -> OneBase | None:
         return None
     backend = resolve_backend(rollout.backend)
     if backend is not RolloutBackend.vllm:
-        without_swapping(rollout, f"rollout={backend.value} has no adapters")
+        without_swapping(rollout, f"rollout={backend.value} does not swap adapters")
         return None
     old, new = contents(before, "stage.before"), contents(after, "stage.after")
     reason = _obstacle(old, new)
