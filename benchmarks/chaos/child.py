@@ -131,6 +131,19 @@ def _kill_server(place: str) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
+def _spoil_weights(place: str) -> None:
+    """From here on servers get another matrix than the trainer's, whose checksum they can't take on
+    a CPU: vLLM keeps it packed.
+    """
+    file = sys.modules["rollout.server.weight_file"].WeightFile  # loaded with the run's servers
+    put = file._put
+
+    def spoiled(self: Any, opened: Any, name: str, tensor: Any) -> None:
+        put(self, opened, name, tensor * 1.5 if name.endswith("down_proj.weight") else tensor)
+
+    file._put = spoiled
+
+
 def _cut_link(place: str) -> None:
     """Take down the network of this process's namespace (benchmarks/chaos/network.py)."""
     from benchmarks.chaos.network import NEAR
@@ -198,6 +211,7 @@ ACTIONS: dict[str, Callable[[str], None]] = {
     "kill_engine": _kill_engine,
     "kill_server": _kill_server,
     "stop_server": _stop_server,
+    "spoil_weights": _spoil_weights,
     "cut_link": _cut_link,
     "terminate": _terminate,
     "terminate_launcher": _terminate_launcher,
@@ -232,10 +246,14 @@ def install(chosen: dict[str, Any]) -> None:
             ACTIONS[chosen["action"]](chosen.get("place", ""))
 
     begin, seal = Watchdog.phase, checkpoints.seal
+    before = [""]
 
     def phase(self: Watchdog, name: str) -> None:
         begin(self, name)
-        reached(name)
+        # after an update it is the wait for what is written ahead, not a step's first phase
+        if (before[0], name) != ("update", "rollout"):
+            reached(name)
+        before[0] = name
 
     def sealing(directory: Path) -> None:
         reached("seal")

@@ -36,12 +36,13 @@ _PPO = (
 )
 
 
-# a request that is not answered so long is taken for hung
+# a request, or an update, that is not answered so long is taken for hung
 _SERVER = (
     "rollout=server",
     "rollout.kv_cache_gib=0.05",
     "rollout.server.threads=1",
     "rollout.server.request_limit_s=20",
+    "rollout.sync_limit_s=30",
 )
 # of a server by itself
 SERVED = (

@@ -18,17 +18,24 @@ def planned(options: Sequence[str]) -> dict[str, Any]:
     from rlhf.checks.memory.moments import machine_of
     from rlhf.checks.memory.plan import plan
     from rlhf.checks.memory.shapes import shapes_of
+    from rlhf.checks.memory.states import GIB, total
     from rlhf.cli import config
     from rlhf.stages import methods
 
     methods.register()
     cfg = config.compose(options)
     shapes, _ = shapes_of(cfg.model, ())
-    found = plan(cfg, shapes, machine_of(cfg.engine, cfg.model.params, all_devices=False))
-    worst = found.peak()
+    machine = machine_of(cfg.engine, cfg.model.params, all_devices=False)
+    found = plan(cfg, shapes, machine)
+    worst, servers = found.peak(), found.servers
+    beside = 0.0  # of the same device, or the same host
+    if servers is not None and machine.cuda:
+        beside = servers.count * servers.devices * total(servers.parts).device
+    elif servers is not None:
+        beside = servers.total
     return {
         "parameters": shapes.policy.parameters,
-        "plan_gib": found.device_gib,
+        "plan_gib": found.device_gib + beside / GIB,
         "plan_moment": f"{worst.phase.value}: {worst.name}",
     }
 

@@ -19,7 +19,9 @@ class Trial:
 
     stage: str  # ppo or grpo
     size: str
-    rollout: str  # vllm, server, ahead (a server, one step ahead) or hf
+    # vllm, hf, server (weights by a file), ipc (weights within the device that both share) or ahead
+    # (server, one step ahead)
+    rollout: str
 
     @property
     def name(self) -> str:
@@ -37,6 +39,7 @@ TRIALS = (
     Trial("ppo", "1.5b", "vllm"),
     Trial("grpo", "135m", "hf"),
     Trial("grpo", "0.5b", "vllm"),
+    Trial("grpo", "135m", "ipc"),
 )
 
 
@@ -46,8 +49,12 @@ def tiny(trial: Trial) -> Trial:
 
 
 def chosen(words: Sequence[str], *, small: bool) -> list[Trial]:
-    """The trials whose names hold one of the words; `small`: each kind once, tiny."""
-    trials = [tiny(trial) for trial in TRIALS] if small else list(TRIALS)
+    """The trials whose names hold one of the words; `small`: each kind that a CPU has once,
+    tiny.
+    """
+    trials = list(TRIALS)
+    if small:
+        trials = [tiny(trial) for trial in TRIALS if trial.rollout != "ipc"]
     wanted = words or [""]
     return [t for t in dict.fromkeys(trials) if any(word in t.name for word in wanted)]
 
@@ -95,6 +102,7 @@ def _generator(rollout: str) -> list[str]:
     return [
         "rollout=server",
         "rollout.server.count=1",
+        f"rollout.server.transfer={'ipc' if rollout == 'ipc' else 'file'}",
         f"stage.ahead={int(rollout == 'ahead')}",
     ]
 
@@ -133,15 +141,13 @@ def figures_of(
     rates = [flop / second for flop, second in zip(flops, update, strict=True)]
     out: dict[str, float | None] = {
         "step_s": _median(row["time/step_s"] for row in steps),
-        "generation_tokens_per_s": _median(
-            row["rollout/response_tokens"] / row["time/rollout_s"] for row in steps
-        ),
+        # one ahead, time/rollout_s is the wait for what was written meanwhile
+        "generation_tokens_per_s": _median(row["rollout/tokens_per_s"] for row in steps),
         "update_tokens_per_s": _median(
             tokens / second for tokens, second in zip(trained, update, strict=True)
         ),
         "sync_s": _median(row["time/sync_s"] for row in steps),
-        "gap": max(row["rollout/logprob_gap"] for row in steps),
-        "gap_mean": max(row["rollout/logprob_gap_mean"] for row in steps),
+        "gap": max(gap_of(row) for row in steps),
         "plan_gib": float(notes["plan_gib"]),
     }
     for source, peak in peak_flops.items():
@@ -149,6 +155,13 @@ def figures_of(
     for name in ("allocated_gib", "reserved_gib"):
         out[name] = notes.get(name)
     return out
+
+
+def gap_of(row: Mapping[str, float]) -> float:
+    """The largest gap between sampler and trainer in a step, nats: of its own tokens, or, where
+    older weights wrote all of them, of the probe after the sync.
+    """
+    return row.get("rollout/logprob_gap", row["rollout/probe_gap"])
 
 
 def _median(values: Any) -> float:

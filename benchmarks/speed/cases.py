@@ -32,6 +32,8 @@ class Case:
     kv_cache_gib: float = 0.25
     way: str = "turns"  # of WAYS, but "trl"
     server_cores: tuple[str, ...] = ()  # a list of cores for each server; none: no servers
+    # of the trainer once its servers run, which may use cores of its own alone; None: all
+    trainer_core: int | None = None
 
     def dump(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -12,15 +12,24 @@ from benchmarks.speed.results import Result, Spread, number, ratios, spread, tab
 from benchmarks.speed.turns import Contestant, cores_here, take_turns
 
 OURS, PEER = "benchmarks.speed.ours", "benchmarks.speed.trl_peer"
-# part -> its case, and who takes turns: more than two models of 135M would not fit 24 GiB
-PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "a": ("a", ("turns", "server", "ahead", "trl")),
-    **{
-        f"{case}-{'-'.join(way for way in ways if way != 'turns')}": (case, ways)
-        for case in ("b-lora", "b-full")
-        for ways in (("turns", "trl"), ("turns", "server"), ("turns", "ahead"), ("ahead", "trl"))
-    },
-}
+_PAIRS = (("turns", "trl"), ("turns", "server"), ("turns", "ahead"), ("ahead", "trl"))
+
+
+def _parts() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By name, a part's case and who takes turns in it: more than two models of 135M would not fit
+    24 GiB.
+    """
+    parts: dict[str, tuple[str, tuple[str, ...]]] = {
+        "a": ("a", ("turns", "server", "ahead", "trl"))
+    }
+    for case in ("b-lora", "b-full"):
+        for ways in _PAIRS:
+            others = [way for way in ways if way != "turns"]
+            parts["-".join([case, *others])] = (case, ways)
+    return parts
+
+
+PARTS = _parts()
 NAMES = {"turns": "one process", "server": "server", "ahead": "one ahead", "trl": "TRL"}
 # slower and faster, and how many times as fast the second is to be
 TARGETS = {
@@ -41,14 +50,13 @@ def contestants(case: Case, ways: Sequence[str], folder: Path) -> dict[str, Cont
     first, second = cores_here(2)
     out = {}
     for way in ways:
-        apart = way in ("server", "ahead")
         given = case if way == "trl" else replace(case, way=way)
-        if apart:
-            given = replace(given, server_cores=(second,))
+        if way in ("server", "ahead"):
+            given = replace(given, server_cores=(second,), trainer_core=int(first))
         path = folder / f"case-{case.name}-{way}.json"
         given.dump(path)
         module = PEER if way == "trl" else OURS
-        out[way] = Contestant(module, path, first if apart else f"{first},{second}")
+        out[way] = Contestant(module, path, f"{first},{second}")
     return out
 
 
@@ -87,8 +95,8 @@ def ratio_rows(part: str, case: str, turns: Mapping[str, Sequence[Figures]]) -> 
     """How many times as fast each way is as each slower one it took turns with."""
     order = [way for way in ("trl", "turns", "server", "ahead") if way in turns]
     rows = []
-    for number_, slower in enumerate(order):
-        for faster in order[number_ + 1 :]:
+    for place, slower in enumerate(order):
+        for faster in order[place + 1 :]:
             step = ratios(turns[slower], turns[faster], lambda row: row["step_s"])
             token = ratios(turns[slower], turns[faster], seconds_a_token)
             target = TARGETS.get((case, slower, faster))

@@ -119,11 +119,19 @@ def main() -> None:
     ctx = RunContext.open(cfg, ())
     parts = build(ctx, stage_rows)
     with contextlib.closing(parts.generator):
+        if case.trainer_core is not None:
+            pin(case.trainer_core)
         loop = Loop(ctx, parts)
         parts.sync.send(0)
         numbers = itertools.count()
         # one ahead, a step ends when the next one's responses are there
         serve(lambda: measured(case, parts, loop.one_step(next(numbers))[0]))
+
+
+def pin(core: int) -> None:
+    """Keep every thread of this process on a core; those that it starts later, too."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), [core])
 
 
 def measured(case: Case, parts: Parts, metrics: Mapping[str, float]) -> Figures:
@@ -140,13 +148,15 @@ def measured(case: Case, parts: Parts, metrics: Mapping[str, float]) -> Figures:
     )
     return {
         "step_s": metrics["time/step_s"],
-        "rollout_s": metrics["time/rollout_s"],
+        # one ahead, time/rollout_s is the wait for what was written meanwhile
+        "rollout_s": response_tokens / metrics["rollout/tokens_per_s"],
         "update_s": metrics["time/prepare_s"] + metrics["time/update_s"],
         "sync_s": metrics["time/sync_s"],
         "response_tokens": float(response_tokens),
         "update_tokens": float(prompt_tokens + response_tokens),
         "bare_s": bare,
-        "gap": metrics["rollout/logprob_gap"],
+        # one ahead, no token is of the newest weights
+        "gap": metrics.get("rollout/logprob_gap", metrics["rollout/probe_gap"]),
         "servers_mb": sum(map(peak_mib, descendants(os.getpid()))),
     }
 

@@ -175,9 +175,10 @@ def test_each_way_has_its_cores_and_one_core_one_thread(tmp_path: Path) -> None:
     both = ways["turns"].cores
     assert both is not None
     first, second = both.split(",")
-    assert [way.cores for way in ways.values()] == [both, first, first, both]
+    assert [way.cores for way in ways.values()] == [both] * 4
     given = Case.load(ways["ahead"].case)
-    assert (given.way, given.server_cores) == ("ahead", (second,))
+    assert (given.way, given.server_cores, given.trainer_core) == ("ahead", (second,), int(first))
+    assert Case.load(ways["turns"].case).trainer_core is None
     assert Case.load(ways["trl"].case) == CASE
     assert (
         one_thread("1") == {"OMP_NUM_THREADS": "1"} and one_thread("0,1") == one_thread(None) == {}

@@ -30,8 +30,9 @@ def line(update: float, tokens: float = 60.0, gap: float = 1e-4) -> dict[str, fl
         "time/update_s": update,
         "time/sync_s": 0.5,
         "rollout/response_tokens": tokens,
+        "rollout/tokens_per_s": tokens / 2.0,
         "rollout/logprob_gap": gap,
-        "rollout/logprob_gap_mean": gap / 2,
+        "rollout/probe_gap": 1e-7,
     }
 
 
@@ -48,6 +49,8 @@ def test_figures_by_hand() -> None:
     assert ppo["mfu_matmul"] == pytest.approx(2 * (found["mfu_matmul"] or 0.0)), "a critic"
     with pytest.raises(ValueError, match="2 steps"):
         trials.figures_of(rows[:2], NOTES, GRPO, 10.0, {})
+    stale = {name: value for name, value in line(4.0).items() if "logprob_gap" not in name}
+    assert trials.gap_of(stale) == 1e-7, "older weights wrote all tokens"
     assert trials.gap_problem(found) is None
     assert "nan" in str(trials.gap_problem({"gap": float("nan")}))
 
@@ -56,7 +59,7 @@ def test_figures_by_hand() -> None:
 def test_each_trial_composes_to_what_its_name_says(trial: Trial, tmp_path: Path) -> None:
     given = trials.options(trial, tmp_path, tmp_path / "p.jsonl", tmp_path, cuda=True)
     cfg = config.compose(given)
-    backend = "server" if trial.rollout == "ahead" else trial.rollout
+    backend = trial.rollout if trial.rollout in ("vllm", "hf") else "server"
     assert (cfg.stage.name, cfg.rollout.backend.value) == (trial.stage, backend)
     assert cfg.model.dtype.value == "bfloat16"
     assert cfg.stage.ahead == int(trial.rollout == "ahead")
