@@ -132,8 +132,8 @@ def _kill_server(place: str) -> None:
 
 
 def _spoil_weights(place: str) -> None:
-    """From here on servers get another matrix than the trainer's, whose checksum they can't take on
-    a CPU: vLLM keeps it packed.
+    """From here on servers get other matrices than the trainer's, of a kind that vLLM keeps packed
+    on a CPU.
     """
     file = sys.modules["rollout.server.weight_file"].WeightFile  # loaded with the run's servers
     put = file._put

@@ -208,7 +208,7 @@ _SERVERS = (
         5,
         "spoil_weights",
         kind=Kind.server,
-        says="rollout/probe_gap|probe",
+        says=r"does not hold what the trainer sent for .*down_proj\.weight",
     ),
     Fault(
         "server: kill -9 of the trainer in generation",
