@@ -226,7 +226,7 @@ _SERVERS = (
         "cut_link",
         kind=Kind.server,
         link=True,
-        says="10.77.0.2",
+        says=r"no server is left of .*10\.77\.0\.2",
     ),
     Fault(
         "one ahead: kill -9 of the trainer with responses in flight",

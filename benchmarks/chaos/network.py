@@ -105,7 +105,12 @@ def why_not() -> str:
 
 def run_options() -> list[str]:
     """Of a run on the near host that uses the server on the far one."""
-    return [f"rollout.servers=['http://{FAR_ADDRESS}:{PORT}']", f"rollout.server.token_env={TOKEN}"]
+    return [
+        f"rollout.servers=['http://{FAR_ADDRESS}:{PORT}']",
+        f"rollout.server.token_env={TOKEN}",
+        # it runs already: a server that is away so long is lost
+        "rollout.server.start_limit_s=60",
+    ]
 
 
 def variables() -> dict[str, str]:
