@@ -227,8 +227,8 @@ class RayConfig:
 
     address: str | None = option(
         None,
-        "Address of the cluster, such as auto or ray://head:10001; null: RAY_ADDRESS, or else a "
-        "cluster of this machine that ends with the run.",
+        "Address of the cluster, such as auto or ray://head:10001; null: RAY_ADDRESS, else a "
+        "cluster that runs on this machine, else a new one here that ends with the run.",
         filled=True,
     )
     strategy: RayStrategy = option(

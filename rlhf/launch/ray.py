@@ -154,13 +154,15 @@ def bundles(options: RayConfig, planned: Plan, gpus: bool) -> list[dict[str, flo
 def _cluster(options: RayConfig) -> Iterator[Any]:
     """Ray's module, connected to the cluster or to a new one of this machine."""
     ray = require("ray", "ray")
+    # Ray's client, which such an address asks for, takes no options of a cluster
+    own = {} if "://" in (options.address or "") else {"include_dashboard": False}
     try:
-        ray.init(address=options.address, log_to_driver=True, include_dashboard=False)
+        ray.init(address=options.address, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = options.address or os.environ.get("RAY_ADDRESS") or "a cluster of this machine"
         raise UserError(
-            f"launch.ray.address={options.address}: no connection to {where} ({error}). Start one "
-            "with `ray start --head`, or leave the address out."
+            f"launch.ray.address={options.address}: no connection to {where} ({error}). Start a "
+            "cluster with `ray start --head`, or leave the address out."
         ) from error
     try:
         yield ray

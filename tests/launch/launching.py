@@ -65,8 +65,9 @@ def run(
     return process.returncode, out, errors
 
 
-# of a step, and which differ from run to run
-_TIMES = ("time/", "memory/", "throughput/", "sync/")
+# what differs from run to run: prefixes and the suffix of speeds
+_TIMES = ("time", "memory/", "sync/")
+_SPEED = "_per_s"
 
 
 def start_whole(
@@ -96,10 +97,11 @@ def finish(process: "subprocess.Popen[str]", limit_s: float = 500.0) -> tuple[in
 def figures(run: Path) -> list[dict[str, object]]:
     """The metrics of each step that are the same in each run."""
     rows = read_jsonl(run / "metrics.jsonl")
-    return [
-        {key: value for key, value in row.items() if not key.startswith(_TIMES) and key != "time"}
-        for row in rows
-    ]
+    return [{key: row[key] for key in row if _is_same(key)} for row in rows]
+
+
+def _is_same(key: str) -> bool:
+    return not key.startswith(_TIMES) and not key.endswith(_SPEED)
 
 
 def record(folder: Path, name: str) -> dict[str, Any]:
