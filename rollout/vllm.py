@@ -1,4 +1,4 @@
-"""Rollouts by vLLM, its engine in this process. The only file that imports vllm."""
+"""Rollouts by vLLM, its engine in this process."""
 
 import gc
 import logging

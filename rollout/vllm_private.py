@@ -11,7 +11,8 @@
     rotate_natively               latent attention's positions on a CPU
     stop_engine_only              the engine ends, the trainer's process group stays
 
-vLLM's modules come as arguments: only rollout/vllm.py imports them. Where an upgrade of vLLM takes
+vLLM's modules come as arguments: rollout/vllm.py and, in a server, rollout/server/extension.py
+import them. Where an upgrade of vLLM takes
 one of these parts away, tests/rollout/test_vllm_private.py names it.
 """
 
@@ -287,10 +288,13 @@ def sent_checksums(
 
 
 def held_checksums(
-    model: nn.Module, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]
+    model: nn.Module,
+    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    slot: int = 0,
 ) -> dict[str, str]:
     """Checksums of those tensors `names` of an adapter, of these shapes, that layers of the
-    engine's `model` hold in their first slot: one of stacked tensors beside each layer, B with the
+    engine's `model` hold in this slot: one of stacked tensors beside each layer, B with the
     adapter's scale in it.
     """
     layers = dict(model.named_modules(remove_duplicate=False))
@@ -301,7 +305,7 @@ def held_checksums(
         slots = _slots(layers, path, stacked)
         rows, width = shapes[name]
         if slots is not None and slots.dim() == 4:  # [slots, 1, rows, width]
-            sums[name] = checksum(slots[0, 0, :rows, :width])
+            sums[name] = checksum(slots[slot, 0, :rows, :width])
     return sums
 
 

@@ -342,6 +342,8 @@ def _packed_columns(
     method: Any = getattr(layers[path], "quant_method", None)
     if kind != "weight" or len(spec.shape) != 2 or not hasattr(method, "apply"):
         return None
+    if getattr(layers[path], "input_size_per_partition", spec.shape[1]) != spec.shape[1]:
+        return None  # a part of the columns: several workers share the layer
     columns = sampled_columns(spec.shape[1], version)
     units = torch.zeros(len(columns), spec.shape[1], dtype=spec.dtype)
     units[torch.arange(len(columns)), columns] = 1

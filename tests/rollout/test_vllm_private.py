@@ -1,5 +1,6 @@
 """What we use of vLLM beside its public interface does what we need, and is still there. When
-this fails after an upgrade of vLLM, repair rollout/vllm_private.py: nothing else depends on it.
+this fails after an upgrade of vLLM, repair rollout/vllm_private.py, or for what runs in a server
+rollout/server/extension.py: nothing else depends on it.
 """
 
 import inspect
@@ -21,6 +22,8 @@ def missing(source: Any, *names: str) -> list[str]:
 
 @pytest.mark.vllm
 def test_vllm_still_has_the_private_parts() -> None:
+    from vllm.distributed.weight_transfer import base, factory
+    from vllm.lora import model_manager
     from vllm.lora.layers import base_linear
     from vllm.lora.punica_wrapper import punica_cpu
     from vllm.model_executor import custom_op
@@ -29,6 +32,7 @@ def test_vllm_still_has_the_private_parts() -> None:
     from vllm.model_executor.models import gpt_oss
     from vllm.model_executor.models.transformers import base as transformers_backend
     from vllm.v1.engine import core, core_client
+    from vllm.v1.worker import gpu_worker
 
     wrapper = punica_cpu.PunicaWrapperCPU
     gone = [
@@ -41,8 +45,13 @@ def test_vllm_still_has_the_private_parts() -> None:
         *missing(custom_op.CustomOp, "self._forward_method = "),
         *missing(core_client.InprocClient, "self._finalizer", "self.engine_core = "),
         *missing(core.EngineCore, "self.model_executor = ", "self.scheduler"),
+        *missing(factory.WeightTransferEngineFactory, "def register_engine("),
+        *missing(base.WeightTransferEngine, "self.receive_weights(", "self.model = model"),
+        *missing(gpu_worker.Worker, "self.weight_transfer_engine.update_weights("),
+        *missing(gpu_worker.Worker, "self.model_runner.execute_model("),
+        *missing(model_manager.LoRAModelManager, "self.lora_index_to_id"),
     ]
-    assert not gone, f"vLLM no longer has {gone}: repair rollout/vllm_private.py"
+    assert not gone, f"vLLM no longer has {gone}: repair what uses it"
     linear = [*inspect.signature(wrapper.add_lora_linear).parameters][:7]
     assert linear[1:] == ["y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"]
     logits = [*inspect.signature(wrapper.add_lora_logits).parameters][:6]
