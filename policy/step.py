@@ -12,8 +12,7 @@ from torch import Tensor
 from conf.choices import KLEstimator, KLPlace, PolicyLoss
 from conf.stages import OnlineStage
 from policy.batching import masked_sum
-from policy.engines.base import Brake, NonFinite
-from policy.engines.noise import GradientNoise
+from policy.engines.base import Brake, GradientNoise, NonFinite
 from policy.forward import (
     SPARE,
     Models,

@@ -10,8 +10,7 @@ import torch
 
 from conf.choices import OnNonFinite, PolicyLoss
 from conf.stages import OnlineStage
-from policy.engines.base import Brake, NonFinite
-from policy.engines.noise import GradientNoise
+from policy.engines.base import Brake, GradientNoise, NonFinite
 from policy.forward import Models
 from policy.prepare import TrainBatch
 from policy.step import OptimizerStep

@@ -24,9 +24,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from conf.choices import EngineKind, OnNonFinite
 from conf.schema import EngineConfig
 from conf.stages import OfflineStage
-from policy.engines.base import Brake
+from policy.engines.base import Brake, GradientNoise
 from policy.engines.groups import Rates, WaitingAdamW, set_rates
-from policy.engines.noise import GradientNoise
 from rlhf.offline.step_rows import CARRIED
 from rlhf.process import checkpoints, distributed
 from rlhf.run.directory import BadBatches, write_tensors

@@ -24,10 +24,9 @@ from trl import SFTTrainer
 from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
 from policy.engines import resharding
-from policy.engines.base import NonFinite, OptimSettings, Plateau
+from policy.engines.base import GradientNoise, NonFinite, OptimSettings, Plateau
 from policy.engines.deepspeed import is_universal, reading, repair_universal
 from policy.engines.groups import Rates
-from policy.engines.noise import GradientNoise
 from policy.model import is_peft, load_tending, save_tending
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import step_rows

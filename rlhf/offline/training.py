@@ -17,9 +17,8 @@ from transformers.trainer_callback import ExportableState
 from conf.choices import AdapterKind, EngineKind
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig
 from policy import adapters
-from policy.engines.base import OptimSettings, Plateau
+from policy.engines.base import GradientNoise, OptimSettings, Plateau
 from policy.engines.deepspeed import gather_zero3
-from policy.engines.noise import GradientNoise
 from policy.model import Gather, no_gather, trainable
 from rlhf.checks.launch import count_steps, growth_note
 from rlhf.models.loading import load_causal_lm, resolve_dtype

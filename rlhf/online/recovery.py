@@ -12,8 +12,7 @@ import torch
 
 from conf.stages import OnlineStage
 from policy.engines import resharding
-from policy.engines.base import Brake, Plateau
-from policy.engines.noise import GradientNoise
+from policy.engines.base import Brake, GradientNoise, Plateau
 from policy.model import load_tending, save_tending
 from policy.prepare import TrainBatch
 from rlhf.online.judging import Watching

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from policy.engines.noise import GradientNoise
+from policy.engines.base import GradientNoise
 from rlhf.types import UserError
 
 WIDTH = 30
