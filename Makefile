@@ -32,7 +32,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     test-benchmarks fuzz lint format doctor bench bench-quick bench-gpu \
     bench-data bench-encoding bench-tuning bench-growth chaos soak \
     house equality proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic proof-algorithms \
-    proof-hacking proof-data proof-labels clean
+    proof-ahead proof-hacking proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,9 @@ proof-hacking: $(STAMP) ## slow: an exploited reward is stopped; three seeds
 
 proof-arithmetic: $(STAMP) ## slow: sums from scratch by SFT and GRPO, three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.arithmetic
+
+proof-ahead: $(STAMP) ## slow: GRPO with stage.ahead 0, 1, 2 learns alike; three seeds
+	$(OFFLINE) $(PY) -m benchmarks.proofs.ahead
 
 proof-data: $(STAMP) ## slow: planted defects, recall and precision of the report
 	$(OFFLINE) $(PY) -m benchmarks.proofs.data

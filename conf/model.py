@@ -376,3 +376,9 @@ class RolloutConfig:
             self.sleep,
             f"false with rollout={self.backend.value}: vLLM in the trainer's process alone sleeps",
         )
+        check(
+            not self.in_flight or self.backend is RolloutBackend.server,
+            "rollout.in_flight",
+            self.in_flight,
+            f"false with rollout={self.backend.value}, whose engine does one thing at a time",
+        )

@@ -21,6 +21,11 @@ from conf.options import check, names, nested, option, same_option
 from conf.run import WatchConfig
 from conf.training import SORTING, TrainStage, check_exo_pair, check_weights
 
+# The cap of the weights that correct for stale tokens where none is set: truncated importance
+# sampling's (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+# Training").
+STALE_CAP = 2.0
+
 
 @dataclass(slots=True, kw_only=True)
 class OnlineStage(TrainStage):
@@ -49,6 +54,13 @@ class OnlineStage(TrainStage):
     minibatches: int = option(1, "Optimizer steps in one pass.", at_least=1)
     samples_kept: int = option(
         8, "Rollouts of each step that samples.jsonl gets.", unit="rollouts", at_least=0
+    )
+    ahead: int = option(
+        0,
+        "Versions that a token may be behind the weights that it trains: responses of so many "
+        "steps are written while the policy updates. 0: generation and update take turns.",
+        unit="versions",
+        at_least=0,
     )
     advantage: Advantage = option(
         Advantage.gae,
@@ -169,7 +181,7 @@ class OnlineStage(TrainStage):
     importance_cap: float | None = option(
         None,
         "Largest importance weight that corrects the difference of sampler and trainer; null: no "
-        "correction.",
+        f"correction, with ahead {STALE_CAP:g} (but for policy_loss=dpo, which needs none).",
         at_least=1,
     )
     importance_mode: ImportanceMode = option(
@@ -245,6 +257,13 @@ class OnlineStage(TrainStage):
     @property
     def first_size(self) -> int:
         return self.prompts_per_step
+
+    @property
+    def correction_cap(self) -> float | None:
+        """The largest importance weight; None where nothing is corrected."""
+        if self.importance_cap is not None or self.policy_loss is PolicyLoss.dpo:
+            return self.importance_cap
+        return STALE_CAP if self.ahead else None
 
     @property
     def _responses(self) -> list[int]:

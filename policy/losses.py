@@ -271,6 +271,24 @@ def entropy_bonus(entropy: Tensor, response_mask: Tensor, *, denominator: float)
 
 
 @torch.no_grad()
+def importance_ratios(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, level: Level, response_mask: Tensor | None
+) -> Tensor:
+    """The trainer's probability over the sampler's, of each token or (level sequence) of its whole
+    response, exp(sum_t log ratio_t); [B, T]. A response's needs `response_mask`.
+    """
+    same_shape(2, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
+    log_ratio = old_logprobs - rollout_logprobs
+    if level is Level.token:
+        return torch.exp(log_ratio)
+    if response_mask is None:
+        raise ValueError("the ratio of a whole response needs its response_mask")
+    same_shape(2, old_logprobs=old_logprobs, response_mask=response_mask)
+    of_response = torch.where(response_mask, log_ratio, 0.0).sum(dim=1, keepdim=True)
+    return torch.exp(of_response.expand_as(old_logprobs))
+
+
+@torch.no_grad()
 def importance_weights(
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,
@@ -287,20 +305,12 @@ def importance_weights(
     lower-precision) policy than the trainer's. Mode truncate: min(ratio, cap) (Ionides 2008,
     "Truncated importance sampling"). Mode mask: the ratio where it is from `floor` (None: 1 / cap)
     to `cap`, else 0, so that the token (or response) gives no gradient (the Ling team's IcePop, as
-    in "INTELLECT-3" 2025, arXiv:2512.16144, equation 1). Level sequence: the ratio of the whole
-    response, exp(sum_t log ratio_t), at each of its tokens; it needs `response_mask`.
+    in "INTELLECT-3" 2025, arXiv:2512.16144, equation 1). Level and `response_mask`:
+    `importance_ratios`.
     """
-    same_shape(2, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
     if not cap > 0:
         raise ValueError(f"expected a cap above 0, found {cap}")
-    log_ratio = old_logprobs - rollout_logprobs
-    if level is Level.sequence:
-        if response_mask is None:
-            raise ValueError("the ratio of a whole response needs its response_mask")
-        same_shape(2, old_logprobs=old_logprobs, response_mask=response_mask)
-        of_response = torch.where(response_mask, log_ratio, 0.0).sum(dim=1, keepdim=True)
-        log_ratio = of_response.expand_as(old_logprobs)
-    ratio = torch.exp(log_ratio)
+    ratio = importance_ratios(old_logprobs, rollout_logprobs, level, response_mask)
     if mode is ImportanceMode.mask:
         lowest = 1.0 / cap if floor is None else floor
         return torch.where((ratio >= lowest) & (ratio <= cap), ratio, 0.0)

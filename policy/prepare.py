@@ -23,6 +23,7 @@ from policy.advantages import (
 from policy.batching import Batch
 from policy.forward import Models, Pair, critic_values, policy_logprobs, reference_logprobs
 from policy.kl import kl_per_token
+from policy.losses import importance_weights
 from rlhf.process import distributed
 
 
@@ -37,6 +38,9 @@ class TrainBatch:
     groups: Tensor  # [B] long: the prompt of each row
     pairs: list[Pair]  # policy_loss=dpo
     rollout_logprobs: Tensor  # nats, by the sampler
+    # versions that the weights which train are ahead of those that wrote the token; None: no token
+    # is stale
+    staleness: Tensor | None = None
     # `prepare` fills in what follows.
     # Nats, by the trainer before the update. None until the update's only pass measures them.
     old_logprobs: Tensor | None = None
@@ -172,6 +176,29 @@ def _whitened(advantages: Tensor, batch: TrainBatch) -> Tensor:
         return advantages
     mean, std, _ = masked_moments(advantages, mask, distributed.all_sum)
     return whiten(advantages, batch.mask, mean, std, shift=True)
+
+
+def correction(
+    stage: OnlineStage, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor
+) -> Tensor | None:
+    """The importance weights of tokens [B, T] by which a stage corrects for the difference of
+    sampler and trainer; None where it doesn't.
+
+    The ratios to the new policy start from the trainer's own logprobs before the update, and these
+    weights lead from the sampler to there: the decoupled objective of Hilton et al. 2022
+    (arXiv:2110.00641) and of AReaL (Fu et al. 2025, arXiv:2505.24298).
+    """
+    if stage.correction_cap is None:
+        return None
+    return importance_weights(
+        old_logprobs,
+        rollout_logprobs,
+        stage.correction_cap,
+        floor=stage.importance_floor,
+        mode=stage.importance_mode,
+        level=stage.importance_level,
+        response_mask=mask,
+    )
 
 
 def advantages_without_critic(

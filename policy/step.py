@@ -31,14 +31,13 @@ from policy.losses import (
     aggregation_units,
     aggregation_weights,
     entropy_bonus,
-    importance_weights,
     kl_loss,
     policy_loss,
     value_loss,
 )
 from policy.model import clip_scale, tending_of
 from policy.preference import PairLogprobs, combined_loss
-from policy.prepare import TrainBatch
+from policy.prepare import TrainBatch, correction
 from rlhf.process import distributed
 
 # Sums over the tokens (or pairs) of one optimizer step.
@@ -268,21 +267,11 @@ class OptimizerStep:
     def _importance_corrected(
         self, weights: Tensor, rows: list[int], old: Tensor, mask: Tensor
     ) -> Tensor:
-        """The token weights [b, t], times the importance ratios where stage.importance_cap asks for
-        them.
-        """
-        stage = self.stage
-        if stage.importance_cap is None:
+        """The token weights [b, t], times the importance weights where the stage corrects."""
+        sampled = take_rows(self.batch.rollout_logprobs, rows, old.shape[1])
+        importance = correction(self.stage, old, sampled, mask)
+        if importance is None:
             return weights
-        importance = importance_weights(
-            old,
-            take_rows(self.batch.rollout_logprobs, rows, old.shape[1]),
-            stage.importance_cap,
-            floor=stage.importance_floor,
-            mode=stage.importance_mode,
-            level=stage.importance_level,
-            response_mask=mask,
-        )
         self.sums.add(weight=torch.where(mask, importance, 0.0).sum())
         return weights * importance
 
@@ -362,7 +351,7 @@ class OptimizerStep:
             figures["policy/ratio"] = total["ratio"] / tokens if self.train_policy else 1.0
         if stage.kl_place is not KLPlace.reward:
             figures["loss/kl"] = total["kl"]
-        if stage.importance_cap is not None:
+        if stage.correction_cap is not None:
             figures["policy/importance_weight"] = total["weight"] / tokens
         if self.models.critic is not None:
             figures["loss/value"] = total["value"]

@@ -99,7 +99,7 @@ class Rollout:
     token_ids: list[int]  # [T], with the token that ended it where the policy wrote one
     rollout_logprobs: list[float]  # [T] nats, under the sampling distribution
     finish_reason: str  # "stop": the policy ended it; "length": it hit the limit
-    version: int  # weight version that wrote it; of several the one that ended it
+    version: int  # weight version that wrote it; of several the oldest
     # [T] the version of each token, where weights changed in the middle; None: all of `version`
     versions: list[int] | None = None
 

@@ -1,7 +1,7 @@
 """What a step trains on: prompts are drawn, responses written and scored, and some selected.
 
-What is drawn is a function of the number of draws since the run began, so a resumed run draws what
-an uninterrupted one would.
+What is drawn is a function of the number of draws since the run began (rlhf/online/ahead.py), so a
+resumed run draws what an uninterrupted one would.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,10 @@ from policy.batching import collate
 from policy.forward import Pair
 from policy.prepare import TrainBatch
 from reward.scorers.computed import band_score
+from rlhf.online.ahead import Place, Writer
 from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
-from rlhf.types import Generator, Prompt, Rollout, Scores
+from rlhf.types import Prompt, Rollout, Scores
 
 Phase = Callable[[str], AbstractContextManager[None]]  # rlhf.process.supervision.Clock.phase
 Score = Callable[[list[Rollout]], Scores]
@@ -38,6 +39,7 @@ class Collected:
     baselines: torch.Tensor | None  # [B] final scores of the greedy response to the same prompt
     draws: int  # how many draws of prompts it took
     clipped: float  # share of scores that stage.reward_clip cut
+    seconds: float = 0.0  # that the generator took to write the responses
 
 
 @dataclass(slots=True)
@@ -48,31 +50,6 @@ class Draw:
     scores: Scores  # raw
     finals: torch.Tensor  # [b]
     clipped: float  # share of scores that stage.reward_clip cut
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a run is with its prompts."""
-
-    draws: int  # of prompts, since the run began
-    prompts: int  # that these draws took, over all ranks
-    size: int  # prompts of a draw of the step under way, over all ranks
-
-
-def draw_prompts(prompts: Sequence[Prompt], start: int, count: int, seed: int) -> list[Prompt]:
-    """This rank's of the `count` prompts, over all ranks, that follow on the first `start`:
-    consecutive slices of one shuffled pass after another, a function of `start` alone.
-    """
-    chosen = []
-    orders: dict[int, torch.Tensor] = {}
-    for index in range(start, start + count):
-        epoch, position = divmod(index, len(prompts))
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            orders[epoch] = torch.randperm(len(prompts), generator=generator)
-        chosen.append(prompts[int(orders[epoch][position])])
-    share = count // distributed.world_size()
-    return chosen[distributed.rank() * share : (distributed.rank() + 1) * share]
 
 
 def final_scores(
@@ -122,10 +99,8 @@ def overlong(lengths: Sequence[int], limit: int, buffer: int) -> torch.Tensor:
 class Collector:
     """Collects the responses of each step of a run."""
 
-    generator: Generator
-    prompts: Sequence[Prompt]
+    writer: Writer
     stage: OnlineStage
-    seed: int
     limit: int  # the most tokens that a response can have
     moments: RunningMoments  # of the scores of the whole run
 
@@ -136,11 +111,12 @@ class Collector:
         ranks together have `place.size` groups whose raw scores differ; what is above that is left
         out, and ranks may hold unequally many.
         """
+        self.writer.begin()
         draws: list[Draw] = []
         selected: list[int] = []
         full = 0  # groups over all ranks whose scores differ
         while True:
-            draw = self._draw(place, len(draws), score, phase)
+            draw = self._draw(place.after(len(draws)), score, phase)
             start = sum(len(earlier.rollouts) for earlier in draws)
             draws.append(draw)
             if self.stage.selection is not Selection.unequal:
@@ -157,19 +133,14 @@ class Collector:
             _select(collected, self.stage.selection)
         if self.stage.advantage is Advantage.greedy:
             collected.baselines = self._greedy_baselines(collected, score, phase)
+        collected.seconds = self.writer.spent()
         return collected
 
-    def _draw(self, place: Place, number: int, score: Score, phase: Phase) -> Draw:
-        """The draw that follows on `number` others of its step."""
+    def _draw(self, place: Place, score: Score, phase: Phase) -> Draw:
+        """The responses of the draw at `place`, scored."""
         stage = self.stage
         with phase("rollout"):
-            start = place.prompts + number * place.size
-            drawn = draw_prompts(self.prompts, start, place.size, self.seed)
-            written = self.generator.generate(
-                drawn,
-                n=stage.samples_per_prompt,
-                seed=self.seed * 1_000_003 + place.draws + number,
-            )
+            written = self.writer.take(place)
         with phase("score"):
             scores = score(written)
             finals, clipped = final_scores(scores.total, written, stage, self.limit, self.moments)
@@ -195,7 +166,7 @@ class Collector:
         for group, rollout in zip(collected.groups, collected.rollouts, strict=True):
             prompts.setdefault(group, rollout.prompt)
         with phase("rollout"):
-            greedy = self.generator.generate(list(prompts.values()), n=1, seed=0, greedy=True)
+            greedy = self.writer.greedy(list(prompts.values()))
         with phase("score"):
             raw = score(greedy).total
             finals, _ = final_scores(raw, greedy, self.stage, self.limit, self.moments, learn=False)
@@ -253,11 +224,14 @@ def _select(collected: Collected, selection: Selection) -> None:
     collected.pairs = [(index[better], index[worse]) for better, worse in chosen.pairs]
 
 
-def train_batch(collected: Collected, pad_id: int, *, mask_truncated: bool) -> TrainBatch:
+def train_batch(
+    collected: Collected, pad_id: int, *, mask_truncated: bool, version: int | None = None
+) -> TrainBatch:
     """The rows that train as tensors on this rank's device. A rank without any holds one row that
     does not train, for the collectives that the others take part in.
 
-    `mask_truncated`: responses that hit the length limit do not train.
+    `mask_truncated`: responses that hit the length limit do not train. `version`: of the weights
+    that train, where some of them may be newer than what wrote the responses.
     """
     device = distributed.device()
     rows = collected.rows or [0]
@@ -268,6 +242,9 @@ def train_batch(collected: Collected, pad_id: int, *, mask_truncated: bool) -> T
     sampled = torch.zeros(tokens.response_mask.shape, dtype=torch.float32)
     for row, rollout in enumerate(rollouts):
         sampled[row, : len(rollout.rollout_logprobs)] = torch.tensor(rollout.rollout_logprobs)
+    staleness = None
+    if version is not None:
+        staleness = _staleness(rollouts, version, tokens.response_mask).to(device)
     trains = bool(collected.rows)
     keep = [trains and not (mask_truncated and r.finish_reason == "length") for r in rollouts]
     return TrainBatch(
@@ -276,7 +253,20 @@ def train_batch(collected: Collected, pad_id: int, *, mask_truncated: bool) -> T
         groups=group_index([collected.groups[row] for row in rows], device),
         pairs=collected.pairs,
         rollout_logprobs=sampled.to(device),
+        staleness=staleness,
     )
+
+
+def _staleness(rollouts: Sequence[Rollout], version: int, mask: torch.Tensor) -> torch.Tensor:
+    """Versions that each token of the responses is behind `version`, [B, T] float32."""
+    behind = torch.zeros(mask.shape, dtype=torch.float32)
+    for row, rollout in enumerate(rollouts):
+        length = len(rollout.token_ids)
+        if rollout.versions is None:
+            behind[row, :length] = float(version - rollout.version)
+        else:
+            behind[row, :length] = version - torch.tensor(rollout.versions, dtype=torch.float32)
+    return behind
 
 
 def on_device(values: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor | None:

@@ -223,10 +223,14 @@ class Watching:
         if "objective/scores" in metrics:  # a step that was left out has none
             alarms = self.watch.observe(step, metrics)
         out = self._report(alarms, step)
-        due = step % self.cfg.judge_every == 0 or step == self.last_step
-        if self.judge is not None and due:
+        if self.judges(step):
             out |= self._judge(step, generator)
         return out
+
+    def judges(self, step: int) -> bool:
+        """Whether the judge is asked after update number `step`."""
+        due = step % self.cfg.judge_every == 0 or step == self.last_step
+        return self.judge is not None and due
 
     def _judge(self, step: int, generator: Generator) -> dict[str, float]:
         assert self.judge is not None

@@ -2,8 +2,8 @@
 update, and a verified weight sync.
 """
 
+import contextlib
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -15,9 +15,18 @@ from policy.engines.base import Brake, NonFinite, Plateau
 from policy.prepare import TrainBatch, prepare
 from policy.saving import mix_weights
 from policy.update import update
-from rlhf.online.collect import Collected, Collector, Place, on_device, train_batch
+from rlhf.online.ahead import Place, make_writer
+from rlhf.online.collect import Collected, Collector, on_device, train_batch
 from rlhf.online.judging import BEST, Keeper, Watching, make_judge
-from rlhf.online.metrics import response_statistics, run_metrics, sample_rows, step_metrics, window
+from rlhf.online.metrics import (
+    closing_figures,
+    response_statistics,
+    run_metrics,
+    sample_rows,
+    stale_metrics,
+    step_metrics,
+    window,
+)
 from rlhf.online.recovery import (
     BadStep,
     RunState,
@@ -27,7 +36,7 @@ from rlhf.online.recovery import (
     write_state,
 )
 from rlhf.online.setup import Parts
-from rlhf.online.sync import Bounds
+from rlhf.online.sync import Bounds, gap_fault
 from rlhf.process import checkpoints, distributed, randomness
 from rlhf.process.supervision import Clock, Resident, Stopping
 from rlhf.run import console
@@ -57,14 +66,9 @@ class Loop:
         self.state = RunState(
             Brake.from_stage(stage), stage.prompts_per_step, plateau, noise_of(parts, stage)
         )
-        self.collector = Collector(
-            generator=parts.generator,
-            prompts=parts.prompts,
-            stage=stage,
-            seed=self.seed,
-            limit=self.limit,
-            moments=self.state.moments,
-        )
+        self.in_flight = cfg.rollout.in_flight
+        self.writer = make_writer(parts.generator, parts.prompts, stage, self.seed)
+        self.collector = Collector(self.writer, stage, self.limit, self.state.moments)
         self.bad_batches = BadBatches(ctx.dir)
         self.memory = Resident()
         self.watching = Watching(
@@ -88,7 +92,11 @@ class Loop:
         Interrupted, TrainingDiverged, SyncError. A collective.
         """
         self._begin()
-        with console.progress(self.steps, self.stage.name) as bar, Stopping() as stopping:
+        with (
+            contextlib.closing(self.writer),
+            console.progress(self.steps, self.stage.name) as bar,
+            Stopping() as stopping,
+        ):
             while self.state.step < self.steps and self.watching.stopped is None:
                 done = self._try_step()
                 if done is None:  # back to a checkpoint
@@ -96,9 +104,10 @@ class Loop:
                 metrics, rows = done
                 self.state.step += 1
                 self.state.history.append(metrics)
-                self._look_for_plateau(metrics)
+                self.state.look_for_plateau(metrics)
                 self.ctx.watchdog.phase("judge")
                 watched = self.watching.after(self.state.step, metrics, self.parts.generator)
+                self.writer.resume()
                 metrics["time/step_s"] += watched.get("time/judge_s", 0.0)
                 self.ctx.tracker.log(self.state.step, metrics | watched)
                 bar.update(self.state.step, metrics)
@@ -113,23 +122,25 @@ class Loop:
         """
         stage, parts = self.stage, self.parts
         began, clock = time.perf_counter(), Clock(self.ctx.watchdog)
-        place = Place(self.state.draws, self.state.prompts, stage.step_size(step))
+        place = Place(self.state.draws, self.state.prompts, stage.step_size(step), step)
         collected = self.collector.collect(
             lambda rollouts: self._score(rollouts, step), place, clock.phase
         )
         self.state.draw(collected.draws, place.size)
         with clock.phase("prepare"):
-            batch = self._prepare(collected)
+            batch = self._prepare(collected, step)
         with clock.phase("update"):
             figures = self._update(batch, collected, step)
+        bounds = parts.sync.proof.bounds  # of the weights that wrote the responses
+        with clock.phase("rollout"):
+            self._free_generator(step + 1)
         with clock.phase("sync"):
-            bounds = parts.sync.proof.bounds  # of the weights that wrote the responses
-            proved = parts.sync.send(step + 1)
+            proved = self._send(step + 1)
             self._move_reference(step + 1)
         with clock.phase("log"):
-            metrics = step_metrics(
-                collected, batch, stage.kl_estimator, clock.seconds["rollout"], bounds.tail
-            )
+            metrics = step_metrics(collected, batch, stage.kl_estimator, bounds.tail)
+            if batch.staleness is not None:
+                metrics |= stale_metrics(batch, stage)
             metrics |= figures | response_statistics(collected.rollouts, collected.scores) | proved
             metrics["objective/kl_coef"] = parts.kl.coef
             self._check_gap(metrics, bounds, step)
@@ -138,7 +149,7 @@ class Loop:
             samples = sample_rows(
                 collected, batch, stage.kl_estimator, step=step + 1, count=stage.samples_kept
             )
-            metrics |= self._memory()
+            metrics |= self._memory() | self.writer.idle()
             if self.state.noise is not None:
                 metrics |= self.state.noise.figures()
         metrics |= {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
@@ -147,18 +158,20 @@ class Loop:
         metrics["time/step_s"] = time.perf_counter() - began
         return metrics, samples
 
-    def _look_for_plateau(self, metrics: Metrics) -> None:
-        """scheduler=plateau: show it the step's score; a step that was left out has none."""
-        plateau = self.state.plateau
-        if plateau is None or "objective/scores" not in metrics:
-            return
-        if plateau.look(metrics["objective/scores"]) and distributed.is_main():
-            LOG.info(
-                "step %d: the score stalls, the learning rate is %.3g of the highest now "
-                "(stage.plateau).",
-                self.state.step,
-                plateau.scale,
-            )
+    def _free_generator(self, version: int) -> None:
+        """Wait for responses that are being written, unless they may go on with the weights of
+        `version`, and no judge writes with these. A collective.
+        """
+        if self.watching.judges(version) or not self.in_flight:
+            self.writer.pause()
+
+    def _send(self, version: int) -> dict[str, float]:
+        """As `WeightSync.send`. Then the generator may go on, but where it is the judge's turn."""
+        self._free_generator(version)
+        proved = self.parts.sync.send(version)
+        if not self.watching.judges(version):
+            self.writer.resume()
+        return proved
 
     def _set_rates(self, step: int) -> None:
         """What multiplies the schedule's learning rates in step `step` (from 0)."""
@@ -174,7 +187,7 @@ class Loop:
     def _begin(self) -> None:
         """Send the first weights, and judge the policy before its first update."""
         self.ctx.watchdog.phase("sync")
-        self.parts.sync.send(self.state.step)
+        self._send(self.state.step)
         if self.ctx.resume_from is not None:
             # last, so that nothing draws between here and the next step
             randomness.load(self.ctx.resume_from, self._generator_seed())
@@ -203,7 +216,7 @@ class Loop:
         """
         LOG.warning("the step was left out (stage.on_nonfinite=skip): %s", error)
         self.state.draw(1, self.stage.step_size(self.state.step))
-        self.parts.sync.send(self.state.step + 1)
+        self._send(self.state.step + 1)
         return {"train/skipped": 1.0, "time/step_s": time.perf_counter() - began}
 
     def _rewind(self, error: BadStep) -> None:
@@ -231,7 +244,8 @@ class Loop:
         read_state(checkpoint, state, self.parts, self.watching)
         state.draws, state.prompts = max(draws, state.draws), max(prompts, state.prompts)
         self.ctx.tracker.rewind(state.step)
-        self.parts.sync.send(state.step)
+        self.writer.forget()
+        self._send(state.step)
         randomness.load(checkpoint, self._generator_seed())
 
     def _generator_seed(self) -> int:
@@ -258,10 +272,13 @@ class Loop:
         assert scores is not None
         return scores
 
-    def _prepare(self, collected: Collected) -> TrainBatch:
+    def _prepare(self, collected: Collected, step: int) -> TrainBatch:
         parts, stage = self.parts, self.stage
         batch = train_batch(
-            collected, parts.tokenizer.pad_token_id, mask_truncated=stage.mask_truncated
+            collected,
+            parts.tokenizer.pad_token_id,
+            mask_truncated=stage.mask_truncated,
+            version=step if stage.ahead else None,
         )
         rows = collected.rows or [0]
         return prepare(
@@ -310,16 +327,13 @@ class Loop:
 
     def _check_gap(self, metrics: Metrics, bounds: Bounds, step: int) -> None:
         """Sampler and trainer saw the same weights, so untruncated sampling must agree on every
-        token, to `bounds`. Raises BadStep.
+        token that is not stale, to `bounds`. Raises BadStep.
         """
-        largest, tokens = metrics["rollout/logprob_gap"], metrics["rollout/trained_tokens"]
-        above = metrics["rollout/logprob_gap_above"] * tokens
-        fault = bounds.fault(metrics["rollout/logprob_gap_mean"], above, tokens)
-        if not math.isfinite(largest) or (self.exact_sampling and fault is not None):
+        fault = gap_fault(metrics, bounds, exact=self.exact_sampling)
+        if fault is not None:
             raise BadStep(
-                f"step {step + 1}: rollout/logprob_gap is {largest:.2e} nats: {fault} "
-                "(rollout.gap_tolerance): the sampler's logprobs are not the trainer's, so the "
-                "update would train on another policy's samples."
+                f"step {step + 1}: {fault} (rollout.gap_tolerance): the sampler's logprobs are not "
+                "the trainer's, so the update would train on another policy's samples."
             )
 
     def _memory(self) -> Metrics:
@@ -381,16 +395,3 @@ class Loop:
             next_command=f"python -m rlhf stage=eval run.name={ctx.cfg.run.name} "
             f"stage.before={ctx.cfg.model.path} stage.after={ctx.dir / 'model'}",
         )
-
-
-def closing_figures(metrics: Metrics, steps: int) -> dict[str, str]:
-    """Lines of the closing panel; `steps` at each end of the run were averaged."""
-    figures = {
-        f"score, first {steps} steps": f"{metrics['objective/scores_first']:.3f}",
-        f"score, last {steps} steps": f"{metrics['objective/scores']:.3f}",
-    }
-    if "objective/kl" in metrics:
-        figures["KL per response (nats)"] = f"{metrics['objective/kl']:.2f}"
-    gap = metrics["rollout/logprob_gap_max"]
-    figures["largest sampler-trainer gap (nats)"] = f"{gap:.1e}"
-    return figures

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from conf.choices import KLEstimator
+from conf.stages import OnlineStage
 from policy.advantages import all_equal, rows_by_group
 from policy.kl import kl_per_token
-from policy.prepare import TrainBatch
+from policy.losses import importance_ratios
+from policy.prepare import TrainBatch, correction
 from rlhf.online.collect import Collected
 from rlhf.process import distributed
 from rlhf.types import Rollout, Scores, TrainingDiverged
@@ -30,24 +32,25 @@ def step_metrics(
     collected: Collected,
     batch: TrainBatch,
     estimator: KLEstimator,
-    rollout_s: float,
     gap_tail: float,
 ) -> dict[str, float]:
     """Means over all ranks: scores and lengths over every response, logprobs and KL over those that
-    train. `rollout_s`: seconds that this rank took to write them; `gap_tail`: gaps in nats above it
-    are counted. Collective.
+    train; gaps of sampler and trainer over tokens that the newest weights wrote, none where there
+    is no such token. `gap_tail`: gaps in nats above it are counted. Collective.
     """
     members = rows_by_group(collected.groups)
     sizes = [len(rows) for rows in members]
     finals = collected.finals.tolist()
     sums = _response_sums(collected) | _token_sums(batch, estimator) | _value_sums(batch)
-    gaps = _gaps(batch)
+    fresh = _fresh(batch)
+    gaps = torch.where(fresh, _gaps(batch), 0.0)
     sums["gap"], sums["gap_above"] = float(gaps.sum()), float((gaps > gap_tail).sum())
+    sums["compared"] = float(fresh.sum())
     sums["groups"] = float(len(members))
     sums["equal"] = float(sum(all_equal(finals, rows) for rows in members))
     totals = dict(zip(sums, distributed.all_sum(list(sums.values())), strict=True))
     largest_gap, slowest_s, largest, smallest = distributed.all_max(
-        [float(gaps.max()), rollout_s, float(max(sizes)), -float(min(sizes))]
+        [float(gaps.max()), collected.seconds, float(max(sizes)), -float(min(sizes))]
     )
     n = totals["responses"]
     mean = totals["scores"] / n
@@ -60,14 +63,18 @@ def step_metrics(
         "rollout/trained_tokens": totals["trained_tokens"],
         "rollout/finished": totals["finished"] / n,
         "rollout/draws": float(collected.draws),
-        "rollout/logprob_gap": largest_gap,
-        "rollout/logprob_gap_mean": totals["gap"] / max(totals["trained_tokens"], 1.0),
-        "rollout/logprob_gap_above": totals["gap_above"] / max(totals["trained_tokens"], 1.0),
         "rollout/tokens_per_s": totals["tokens"] / max(slowest_s, 1e-9),
         "group/equal": totals["equal"] / totals["groups"],
         "group/size_min": -smallest,
         "group/size_max": largest,
     }
+    compared = totals["compared"]
+    if compared or batch.staleness is None:
+        metrics["rollout/logprob_gap"] = largest_gap
+        metrics["rollout/logprob_gap_mean"] = totals["gap"] / max(compared, 1.0)
+        metrics["rollout/logprob_gap_above"] = totals["gap_above"] / max(compared, 1.0)
+    if batch.staleness is not None:
+        metrics["ahead/fresh_tokens"] = compared
     metrics |= _trained_means(totals)
     for name, value in totals.items():
         if name.startswith(_TERM):
@@ -138,6 +145,50 @@ def _gaps(batch: TrainBatch) -> Tensor:
     assert batch.old_logprobs is not None
     gap = (batch.rollout_logprobs - batch.old_logprobs).abs()
     return torch.where(batch.train_mask, gap, 0.0)
+
+
+def _fresh(batch: TrainBatch) -> Tensor:
+    """[B, T] bool: tokens that train, written by the weights that they train."""
+    if batch.staleness is None:
+        return batch.train_mask
+    return batch.train_mask & (batch.staleness == 0)
+
+
+def stale_metrics(batch: TrainBatch, stage: OnlineStage) -> dict[str, float]:
+    """How many versions the tokens that train are behind, how far the policy has moved since, and
+    the weights that correct for it, over all ranks. Collective.
+
+    ahead/ess is the effective sample size, the square of the weights' sum over the sum of their
+    squares, as a share of the tokens.
+    """
+    mask = batch.train_mask
+    assert batch.staleness is not None and batch.old_logprobs is not None
+    behind = torch.where(mask, batch.staleness, 0.0)
+    old, sampled = batch.old_logprobs, batch.rollout_logprobs
+    sums = {"tokens": float(mask.sum()), "behind": float(behind.sum())}
+    largest = {"staleness": float(behind.max()), "gap": float(_gaps(batch).max())}
+    weights = correction(stage, old, sampled, mask)
+    if weights is not None:
+        ratios = importance_ratios(old, sampled, stage.importance_level, mask)
+        applied = weights[mask].double()
+        sums["weight"], sums["square"] = float(applied.sum()), float(applied.square().sum())
+        sums["cut"] = float((weights != ratios)[mask].sum())
+        largest["weight"] = float(torch.where(mask, ratios, 0.0).max())
+    totals = dict(zip(sums, distributed.all_sum(list(sums.values())), strict=True))
+    most = dict(zip(largest, distributed.all_max(list(largest.values())), strict=True))
+    tokens = max(totals["tokens"], 1.0)
+    figures = {
+        "ahead/staleness": totals["behind"] / tokens,
+        "ahead/staleness_max": most["staleness"],
+        "ahead/moved": most["gap"],
+    }
+    if weights is not None:
+        figures["ahead/weight"] = totals["weight"] / tokens
+        figures["ahead/weight_max"] = most["weight"]
+        figures["ahead/weight_cut"] = totals["cut"] / tokens
+        squares = max(totals["square"], 1e-12)
+        figures["ahead/ess"] = totals["weight"] ** 2 / (squares * tokens)
+    return figures
 
 
 def _trained_means(totals: Mapping[str, float]) -> dict[str, float]:
@@ -287,9 +338,24 @@ def run_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
             f"none of the {len(history)} steps had finite scores: each was left out "
             "(stage.on_nonfinite=skip)."
         )
-    gap = "rollout/logprob_gap"
-    metrics["rollout/logprob_gap_max"] = max(step[gap] for step in history if gap in step)
+    gaps = [step["rollout/logprob_gap"] for step in history if "rollout/logprob_gap" in step]
+    if gaps:  # a step ahead of which all was written has none
+        metrics["rollout/logprob_gap_max"] = max(gaps)
     metrics["train/skipped_total"] = sum(
         step.get("train/skipped", 0.0) + step.get("policy/skipped", 0.0) for step in history
     )
     return metrics
+
+
+def closing_figures(metrics: Mapping[str, float], steps: int) -> dict[str, str]:
+    """Lines of the closing panel; `steps` at each end of the run were averaged."""
+    figures = {
+        f"score, first {steps} steps": f"{metrics['objective/scores_first']:.3f}",
+        f"score, last {steps} steps": f"{metrics['objective/scores']:.3f}",
+    }
+    if "objective/kl" in metrics:
+        figures["KL per response (nats)"] = f"{metrics['objective/kl']:.2f}"
+    gap = metrics.get("rollout/logprob_gap_max")
+    if gap is not None:
+        figures["largest sampler-trainer gap (nats)"] = f"{gap:.1e}"
+    return figures

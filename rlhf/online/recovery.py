@@ -3,7 +3,8 @@ the state that a checkpoint holds.
 """
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rlhf.process.distributed import RunningMoments
 from rlhf.run.directory import write_tensors
 from rlhf.types import Rollout, TrainingDiverged
 
+LOG = logging.getLogger("rlhf.online.recovery")
 _STATE = "loop.json"
 _REFERENCE = "reference.pt"
 
@@ -55,6 +57,19 @@ class RunState:
         """Count draws of `size` prompts, over all ranks."""
         self.draws += draws
         self.prompts += draws * size
+
+    def look_for_plateau(self, metrics: Mapping[str, float]) -> None:
+        """scheduler=plateau: show it the step's score; a step that was left out has none."""
+        plateau = self.plateau
+        if plateau is None or "objective/scores" not in metrics:
+            return
+        if plateau.look(metrics["objective/scores"]) and distributed.is_main():
+            LOG.info(
+                "step %d: the score stalls, the learning rate is %.3g of the highest now "
+                "(stage.plateau).",
+                self.step,
+                plateau.scale,
+            )
 
 
 def noise_of(parts: Parts, stage: OnlineStage) -> GradientNoise | None:

@@ -7,7 +7,7 @@ precision by one that is calibrated on what rounding does (policy/agreement.py).
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -229,6 +229,24 @@ def gap_tolerance(configured: float | None, dtype: torch.dtype) -> float | None:
 
 def fixed_bounds(tolerance: float) -> Bounds:
     return Bounds(tolerance, tolerance, share=0.0)
+
+
+def gap_fault(metrics: Mapping[str, float], bounds: Bounds, *, exact: bool) -> str | None:
+    """What is wrong with a step's gaps; None where nothing is.
+
+    `exact`: responses were drawn from the policy's whole distribution, so both sides must agree on
+    the tokens of the newest weights. Stale ones may be anywhere, but not at infinity.
+    """
+    largest = metrics.get("rollout/logprob_gap", 0.0)
+    told = f"rollout/logprob_gap is {largest:.2e} nats"
+    if not (math.isfinite(largest) and math.isfinite(metrics.get("ahead/moved", 0.0))):
+        return told
+    if not exact or "rollout/logprob_gap" not in metrics:
+        return None
+    tokens = metrics.get("ahead/fresh_tokens", metrics["rollout/trained_tokens"])
+    above = metrics["rollout/logprob_gap_above"] * tokens
+    fault = bounds.fault(metrics["rollout/logprob_gap_mean"], above, tokens)
+    return None if fault is None else f"{told}: {fault}"
 
 
 def sampled_probes(

@@ -12,6 +12,7 @@ from conf.schema import (
     Config,
     ModelConfig,
     RewardConfig,
+    RolloutConfig,
     carrier_of,
     facts_of,
 )
@@ -56,6 +57,7 @@ def check(cfg: Config) -> list[str]:
     check_precision(stage.name, cfg.model.dtype)
     assert stage.steps is not None
     notes = launch.growth_note(stage, stage.steps)
+    check_ahead(stage, cfg.rollout)
     notes += launch.check_backend(cfg.rollout.backend)
     notes += launch.gradient_note(cfg.engine, cfg.model.dtype)
     launch.check_adapter(cfg.rollout, cfg.adapter)
@@ -133,6 +135,24 @@ def check_precision(stage: str, dtype: Dtype) -> None:
             f"model.dtype=float16: stage={stage} scales no loss, so that small "
             "gradients would vanish in float16. "
             "Set model.dtype=bfloat16, or float32."
+        )
+
+
+def check_ahead(stage: OnlineStage, rollout: RolloutConfig) -> None:
+    """Weights can only change while responses are written where these are written ahead, and then
+    no engine can sleep.
+    """
+    if rollout.in_flight and not stage.ahead:
+        raise UserError(
+            "rollout.in_flight=true changes weights while responses are written, but with "
+            "stage.ahead=0 nothing is written while the policy updates. Set stage.ahead=1, or "
+            "rollout.in_flight=false."
+        )
+    if rollout.sleep and stage.ahead:
+        raise UserError(
+            "rollout.sleep=true leaves the device to the trainer while it updates, but with "
+            f"stage.ahead={stage.ahead} the engine writes then. Set stage.ahead=0, or "
+            "rollout.sleep=false."
         )
 
 

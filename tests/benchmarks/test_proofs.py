@@ -1,5 +1,6 @@
 """The proofs read run directories and fail on every single figure that is off."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from benchmarks.proofs import ahead as proof_ahead
 from benchmarks.proofs import arithmetic as proof_arithmetic
 from benchmarks.proofs import common as proofs
 from benchmarks.proofs import reviews as proof_reviews
 from benchmarks.proofs import smollm2 as proof_smollm2
 from benchmarks.proofs.common import Check, MissingRun
+from rlhf.cli import config
 
 GOOD_STEP: dict[str, float] = {
     "objective/scores": 1.0,
@@ -262,3 +265,60 @@ def test_proof_runs_the_chain_as_a_user_would(
 def test_no_checks_are_no_proof() -> None:
     assert proofs.report("nothing", [], Console(quiet=True)) is False
     assert Check("x", 1.0, low=1.0).passed and not Check("x", 1.0, low=1.0, strict=True).passed
+
+
+OWN = ("stage.steps=3", "rollout=hf")
+GOOD_AHEAD_STEP = {
+    "objective/scores": 0.8,
+    "ahead/staleness_max": 1.0,
+    "ahead/ess": 0.9,
+    "time/step_s": 1.0,
+}
+
+
+def write_ahead(folder: Path, seed: int) -> None:
+    """The runs of a seed that passes."""
+    for ahead in proof_ahead.AHEAD:
+        place = write_runs(folder / f"proof-ahead-{seed}-{ahead}", GOOD_ARITHMETIC)
+        for step in range(10):
+            for name, value in GOOD_AHEAD_STEP.items():
+                if ahead or not name.startswith("ahead/"):
+                    change_step(place, step, name, value, "grpo")
+
+
+def test_the_proof_of_stale_responses_fails_on_each_figure_that_is_off(tmp_path: Path) -> None:
+    arguments = ["--check-only", "--seeds", "4", "--runs", str(tmp_path)]
+    assert proof_ahead.main(arguments) == 1, "nothing has run"
+    write_ahead(tmp_path, 4)
+    plan = proof_ahead.ProofRuns(tmp_path, 4)
+    found = {ahead: plan.read(ahead) for ahead in proof_ahead.AHEAD}
+    assert failed(proof_ahead.check_seed(found)) == []
+    assert proof_ahead.main(arguments) == 0
+    worse = {**found, 2: dataclasses.replace(found[2], exact=found[0].exact - 0.06, staleness=3.0)}
+    assert failed(proof_ahead.check_seed(worse)) == [
+        "ahead=2: exact match",
+        "ahead=2: largest staleness",
+    ]
+    assert failed(proof_ahead.check_means([worse])) == ["ahead=2: exact match, mean"]
+    never = {**found, 1: dataclasses.replace(found[1], staleness=0.0, score=0.7)}
+    assert failed(proof_ahead.check_seed(never)) == [
+        "ahead=1: mean score",
+        "ahead=1: largest staleness",
+    ]
+    folder = tmp_path / plan.name(1)
+    change_summary(folder, "eval", "eval/function_after", 0.8)
+    assert proof_ahead.main(arguments) == 1
+
+
+def test_the_proof_of_stale_responses_trains_from_one_policy(tmp_path: Path) -> None:
+    commands = list(proof_ahead.ProofRuns(tmp_path, 4, OWN).commands())
+    stages = [command[3] for command in commands]
+    assert stages == ["stage=sft", *["stage=grpo", "stage=eval"] * 3]
+    model = f"model.path={tmp_path}/proof-ahead-4/sft/model"
+    assert all(model in command for command in commands[1:])
+    trained = [command for command in commands if command[3] == "stage=grpo"]
+    assert [f"stage.ahead={n}" in command for n, command in enumerate(trained)] == [True] * 3
+    assert all("stage.steps=3" in command for command in trained)
+    assert all("rollout=hf" in command for command in commands)
+    for command in commands:
+        config.compose(command[3:])

@@ -14,7 +14,8 @@ from conf.choices import Advantage, Selection
 from conf.stages import OnlineStage
 from rlhf.cli import config
 from rlhf.online import loop as online
-from rlhf.online.collect import Collector, Place, draw_prompts, final_scores
+from rlhf.online.ahead import Place, Writer, draw_prompts
+from rlhf.online.collect import Collector, final_scores
 from rlhf.process.distributed import RunningMoments
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
@@ -286,7 +287,8 @@ class _Lengths:
 def _collector(stage: OnlineStage, answers: list[str]) -> Collector:
     """Of prompts with one text and these answers."""
     prompts = [Prompt("same", "x", (1,), fields={"answer": answer}) for answer in answers]
-    return Collector(_Lengths(), prompts, stage, 0, 64, RunningMoments())  # type: ignore[arg-type]
+    writer = Writer(_Lengths(), prompts, stage, 0)  # type: ignore[arg-type]
+    return Collector(writer, stage, 64, RunningMoments())
 
 
 def _phase(name: str) -> AbstractContextManager[None]:

@@ -45,6 +45,9 @@ ALGORITHMS += [f"zero{zero}:{_GRPO}:stage.train.layers=1" for zero in (1, 3)]
 ALGORITHMS += [
     f"zero{zero}:{_GRPO}:stage.unfreeze.every=1:stage.depth_decay=0.5" for zero in (1, 2, 3)
 ]
+# each rank writes the next step's responses in a thread of its own
+AHEAD = f"zero2:none:stage=grpo:{_SIZES}:stage.ahead=1"
+ALGORITHMS.append(AHEAD)
 
 
 def folder_of(folder: Path, run: str) -> Path:
@@ -190,7 +193,7 @@ def test_saved_weights_equal_the_torch_engines(runs: Path, run: str) -> None:
     assert max(float((expected[n] - start[n]).abs().max()) for n in expected) > 1e-3
 
 
-@pytest.mark.parametrize("algorithm", marked_full(ALGORITHMS, keep=ALGORITHMS[:1]))
+@pytest.mark.parametrize("algorithm", marked_full(ALGORITHMS, keep=[ALGORITHMS[0], AHEAD]))
 def test_an_algorithm_over_groups_takes_the_torch_engines_steps(runs: Path, algorithm: str) -> None:
     plain = in_one_process(algorithm)
     expected, found = rows(runs, plain), rows(runs, algorithm)
@@ -200,6 +203,8 @@ def test_an_algorithm_over_groups_takes_the_torch_engines_steps(runs: Path, algo
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-4), (ours["step"], name)
         for name in NOISE if "noise_scale" in algorithm else ():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
+    if algorithm == AHEAD:
+        assert [row["ahead/staleness"] for row in found] == [0, 1, 1]
     weights, reference = (
         load_file(folder_of(runs, run) / "model" / "model.safetensors")
         for run in (algorithm, plain)
