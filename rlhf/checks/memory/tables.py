@@ -147,9 +147,7 @@ def answers(rows: Sequence[Row], machine: Machine) -> list[str]:
                 f"{shlex.join(least.overrides)}: {least.plan.obstacle}."
             )
         else:
-            host = ""
-            if row.cfg.engine.offload is not Offload.none and row.plan.machine.cuda:
-                host = f" and {row.plan.host_gib:.0f} of each host"
+            host = f" and {row.plan.host_gib:.0f} of each host" if machine.cuda else ""
             train = row.plan.machine.ranks
             some = f", {train} of which train" if train < machine.ranks else ""
             out.append(
