@@ -36,6 +36,7 @@ __all__ = [
     "RewardStage",
     "SFTStage",
     "ServeRewardStage",
+    "ServeRolloutStage",
     "TrainStage",
     "WatchConfig",
 ]
@@ -178,6 +179,27 @@ class ServeRewardStage:
 
 
 @dataclass(slots=True, kw_only=True)
+class ServeRolloutStage:
+    """Serves the policy of model.path by vLLM, for runs with rollout=server that name its URL in
+    rollout.servers.
+    """
+
+    name: str = option("serve_rollout", _NAME)
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; any other than this machine's own needs rollout.server.token_env.",
+        filled=True,
+    )
+    port: int = option(8200, "Port; 0: any free one.", at_least=0, at_most=65535)
+    grace_s: int = option(
+        30, "Time that the server gets to end after SIGTERM or Ctrl-C.", unit="s", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+
+
+@dataclass(slots=True, kw_only=True)
 class DataStage:
     """Reads rows of any format, runs the steps of data.pipeline over them, writes what the training
     stages read; its options are the data group's.
@@ -231,6 +253,7 @@ STAGES: dict[str, type] = {
     "ppo": OnlineStage,
     "eval": EvalStage,
     "serve_reward": ServeRewardStage,
+    "serve_rollout": ServeRolloutStage,
     "data": DataStage,
     "label": LabelStage,
     "doctor": DoctorStage,
@@ -243,7 +266,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "train": ("sft", "reward", "dpo", "kto", "cpo", "orpo"),
     "online": ("ppo",),
     "judge": ("eval",),
-    "serve": ("serve_reward",),
+    "serve": ("serve_reward", "serve_rollout"),
     "run and look": ("chain", "doctor"),
 }
 
@@ -265,6 +288,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     ),
     "eval": ("run", "model", "engine", "rollout", "reward", "data", "tracking"),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
+    "serve_rollout": ("run", "model", "adapter", "rollout", "data", "tracking"),
     "data": ("run", "model", "reward", "data", "tracking"),
     "label": ("run", "model", "engine", "rollout", "reward", "data", "label", "tracking"),
 }

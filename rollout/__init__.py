@@ -3,6 +3,7 @@ installed.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -18,6 +19,11 @@ ENGINES: dict[Carrier, Callable[..., Generator]] = {}
 # Checks of such adapters' places, by transformers' model type and the paths of modules, before
 # anything loads. They raise UserError.
 PLACES: dict[Carrier, Callable[[str, Sequence[str]], None]] = {}
+# Generators in processes of their own: what makes one of the arguments of
+# `rollout.vllm.VLLMGenerator` and the run's folder, and what checks its options and the carrier
+# before anything loads. Filled like ENGINES.
+APART: dict[RolloutBackend, Callable[..., Generator]] = {}
+APART_CHECKS: dict[RolloutBackend, Callable[..., None]] = {}
 
 
 def resolve_backend(backend: RolloutBackend) -> RolloutBackend:
@@ -78,6 +84,11 @@ def make_generator(
         "dtype": resolve_dtype(cfg.model.dtype),
         "trust_remote_code": cfg.model.trust_remote_code,
     }
+    if backend in APART:
+        APART_CHECKS[backend](cfg.rollout, carrier, dry_run=False)
+        folder = Path(cfg.run.dir).expanduser() / cfg.run.name
+        options |= {"adapter_rank": adapter_rank, "folder": folder}
+        return APART[backend](model_path, tokenizer, cfg.rollout, **options)
     if carrier in ENGINES:
         return ENGINES[carrier](model_path, tokenizer, cfg.rollout, adapter=adapter, **options)
     from rollout.vllm import VLLMGenerator

@@ -203,10 +203,11 @@ class AdapterFiles:
     them.
     """
 
-    def __init__(self) -> None:
-        # in memory, where there is such a folder
+    def __init__(self, place: Path | None = None) -> None:
+        """`place`: None: in memory, where there is such a folder."""
         shared = Path("/dev/shm")
-        place = shared if os.access(shared, os.W_OK) else None
+        if place is None and os.access(shared, os.W_OK):
+            place = shared
         self._directory = tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=place)
         # of each name's first adapter, which all later ones of the name are like
         self._specs: dict[str, dict[str, Spec]] = {}

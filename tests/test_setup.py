@@ -200,8 +200,8 @@ COME_ALONG = {
     "starlette": "fastapi",
     "tqdm": "transformers",
 }
-# Packages of ours that only a process with the extra imports.
-BEHIND_AN_EXTRA = ("reward/service/",)
+# What of ours only a process with the extra imports: the second runs in a vLLM server.
+BEHIND_AN_EXTRA = ("reward/service/", "rollout/server/extension.py")
 
 
 def extra_of(distribution: str) -> str:

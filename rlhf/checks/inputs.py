@@ -6,7 +6,7 @@ from typing import Any
 
 from conf.adapters import virtual_tokens
 from conf.choices import AdapterKind, ModelKind, RolloutBackend
-from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig
+from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RolloutConfig
 from rlhf.models.directories import check_model_path, check_native_taken, contents
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.templates import template_text
@@ -42,6 +42,17 @@ def check_native(paths: Iterable[str | None], backend: RolloutBackend) -> None:
                 f"rollout=vllm: {path} holds an adapter that can't be merged into weights, for "
                 "which only transformers generates in this stage. Set rollout=hf, or auto."
             )
+
+
+def refuse_running_servers(rollout: RolloutConfig, stage: str) -> None:
+    """A stage of several policies has no trainer that would send their weights to running servers.
+    Raises UserError.
+    """
+    if rollout.servers:
+        raise UserError(
+            f"rollout.servers={rollout.servers}: stage={stage} reads policies from the disk, and "
+            "does not send their weights to servers that are running. Set rollout=vllm."
+        )
 
 
 def check_gguf_file(model: ModelConfig) -> None:

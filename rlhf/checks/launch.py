@@ -332,9 +332,11 @@ def check_backend(backend: RolloutBackend) -> list[str]:
 
 
 def runs_vllm(backend: RolloutBackend) -> bool:
-    """Whether responses come from vLLM. Raises UserError where it is asked for and missing."""
+    """Whether responses come from vLLM, in this process or in servers. Raises UserError where it is
+    asked for and missing.
+    """
     try:
-        return generator_of(backend) is RolloutBackend.vllm
+        return generator_of(backend) in (RolloutBackend.vllm, RolloutBackend.server)
     except ValueError as error:
         raise UserError(str(error)) from error
 

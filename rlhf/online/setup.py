@@ -139,7 +139,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample)
     scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
     carrier = carrier_of(cfg.rollout, cfg.adapter)
-    vllm = resolve_backend(cfg.rollout.backend) is RolloutBackend.vllm
+    vllm = resolve_backend(cfg.rollout.backend) is not RolloutBackend.hf
     weights_of = named(sender(cfg.adapter, carrier, vllm=vllm), cfg.adapter.name)
     policy_module = _policy_module(start, cfg)
     first = weights_of(policy_module.model, no_gather)

@@ -46,6 +46,20 @@ class Checked(Protocol):
     def checksums(self) -> dict[str, str]: ...
 
 
+@runtime_checkable
+class Several(Protocol):
+    """A generator of several engines, each of which holds the weights."""
+
+    def logprobs_of_each(self, token_ids: Sequence[int]) -> list[list[float]]: ...
+
+
+def logprobs_of_each(generator: Generator, token_ids: Sequence[int]) -> list[list[float]]:
+    """`Generator.logprobs` by each of its engines."""
+    if isinstance(generator, Several):
+        return generator.logprobs_of_each(token_ids)
+    return [generator.logprobs(token_ids)]
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """Token ids whose logprobs are compared, from position `first` on."""
@@ -140,11 +154,15 @@ class Proof:
             self.figures = {"rollout/probe_gap": gap}
             return
         check_held(generator, version)
-        ours: list[float] = []
-        for probe in self.probes:
-            ours += generator.logprobs(probe.token_ids)[probe.first - 1 :]
-        gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-        found = _largest(spread(gaps))
+        gaps: list[float] = []
+        spreads = []
+        for ours in self._logprobs(generator):
+            own = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+            gaps += own
+            spreads.append(spread(own))
+        mean = max((found.mean for found in spreads), key=_nan_last)
+        tail = max((found.tail for found in spreads), key=_nan_last)
+        found = _largest(Spread(mean, tail))
         noise = _largest(rounding_spread(model, theirs, logprobs))
         fault = self.calibration.fault(found, noise)
         if fault is not None:
@@ -160,6 +178,15 @@ class Proof:
             "rollout/probe_gap_mean": found.mean,
             "rollout/probe_rounding": noise.mean,
         }
+
+    def _logprobs(self, generator: Generator) -> list[list[float]]:
+        """The compared tokens' logprobs by each engine that answered to every probe."""
+        told = [logprobs_of_each(generator, probe.token_ids) for probe in self.probes]
+        engines: list[list[float]] = [[] for _ in range(min(map(len, told)))]
+        for probe, by_engine in zip(self.probes, told, strict=True):
+            for engine, logprobs in zip(engines, by_engine, strict=False):
+                engine.extend(logprobs[probe.first - 1 :])
+        return engines
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +312,8 @@ def verify_sync(
             f"{len(trainer_logprobs)}"
         )
     check_held(generator, version)
-    ours = generator.logprobs(probe_ids)
+    engines = logprobs_of_each(generator, probe_ids)
+    ours = max(engines, key=lambda logprobs: _nan_last(_gap(logprobs, trainer_logprobs)))
     gaps = [abs(a - b) for a, b in zip(ours, trainer_logprobs, strict=True)]
     worst = max(range(len(gaps)), key=lambda i: _nan_last(gaps[i]))
     if not gaps[worst] <= tolerance:
@@ -309,6 +337,12 @@ def check_held(generator: Generator, version: int) -> None:
         )
     if isinstance(generator, Checked):
         _compare_checksums(generator, version)
+
+
+def _gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest difference; NaN where one is."""
+    gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    return max(gaps, key=_nan_last)
 
 
 def _largest(found: Spread) -> Spread:

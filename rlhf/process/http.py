@@ -58,7 +58,7 @@ def checked_url(url: str | None, key: str) -> httpx.URL:
     """The server's address. Raises UserError, which never quotes a part that may be secret."""
     remedy = f"Expected {key}=http(s)://host[:port][/path]"
     if url is None:
-        raise UserError(f"{key} is not set: a remote reward needs its server's address. {remedy}.")
+        raise UserError(f"{key} is not set, expected a server's address. {remedy}.")
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:

@@ -105,7 +105,9 @@ def _run(ctx: RunContext) -> None:
     files |= write_targets(cfg.data, kind, files, ctx.dir)
     ctx.watchdog.phase("report")
     if examined:
-        files |= _examine(ctx, kind, examined, done)
+        files |= _examine(
+            cfg.data, cfg.model, kind, examined, done, folder=ctx.dir, seed=cfg.run.seed
+        )
     _report(ctx, kind, formats, done, outputs, files)
     if cfg.data.preview:
         _preview(cfg.data, cfg.model, kind, files["train"])
@@ -135,16 +137,20 @@ def _preview(data: DataConfig, model: ModelConfig, kind: Use, path: Path) -> Non
 
 
 def _examine(
-    ctx: RunContext, kind: Use, items: Sequence[Item], done: Sequence[StepReport]
+    data: DataConfig,
+    model: ModelConfig,
+    kind: Use,
+    items: Sequence[Item],
+    done: Sequence[StepReport],
+    *,
+    folder: Path,
+    seed: int,
 ) -> dict[str, Path]:
-    """data.report=true: write report.json and report.html into the run directory, and print their
-    tables.
-    """
+    """data.report=true: write report.json and report.html into `folder`, and print their tables."""
     from rlhf.data.report.staged import of_stage
     from rlhf.data.report.terminal import tables
 
-    cfg = ctx.cfg
-    report = of_stage(cfg.data, cfg.model, kind, items, done, ctx.dir, cfg.run.seed)
+    report = of_stage(data, model, kind, items, done, folder, seed)
     for table in tables(report):
         console.console().print(table)
     return {f"report ({suffix})": path for suffix, path in report.files.items()}

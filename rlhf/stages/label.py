@@ -53,6 +53,7 @@ def check(cfg: Config) -> list[str]:
     if not policies:
         return []
     notes = launch.check_backend(cfg.rollout.backend)
+    inputs.refuse_running_servers(cfg.rollout, "label")
     inputs.check_native(policies.values(), cfg.rollout.backend)
     notes += check_readers(policies, request, cfg.model, cfg.reward)
     readers = inputs.directory_positions([*policies.items(), *model_paths(cfg.reward)])

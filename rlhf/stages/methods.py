@@ -1,13 +1,13 @@
 """The step before every stage that loads models: what stages choose by a name in the configuration
 is made known. These are the ways to train beside a frozen model (policy/adapters/), their ways into
-vLLM's engine (rollout/) and the verifiers of answers (reward/verifiers/). The only importer of
-their files.
+vLLM's engine and vLLM's servers (rollout/), and the verifiers of answers (reward/verifiers/). The
+only importer of their files.
 """
 
 from typing import Any
 
 import rollout
-from conf.choices import AdapterKind, Carrier, TermKind
+from conf.choices import AdapterKind, Carrier, RolloutBackend, TermKind
 from policy import adapters
 from policy.adapters import (
     adalora,
@@ -27,6 +27,8 @@ from reward.verifiers.instructions import Instructions
 from reward.verifiers.text import Choice, Exact, Format, JsonSchema, Numeric, Regex
 from rollout.embeds import EmbedsGenerator
 from rollout.modules import ModulesGenerator, check_places
+from rollout.server.checks import check_servers
+from rollout.server.generator import ServerGenerator
 
 ALL = {
     AdapterKind.lora: lora.METHOD,
@@ -62,3 +64,5 @@ def register() -> None:
     rollout.ENGINES[Carrier.modules] = ModulesGenerator
     rollout.PLACES[Carrier.modules] = check_places
     rollout.ENGINES[Carrier.embeds] = EmbedsGenerator
+    rollout.APART[RolloutBackend.server] = ServerGenerator
+    rollout.APART_CHECKS[RolloutBackend.server] = check_servers

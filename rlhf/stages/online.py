@@ -1,7 +1,7 @@
 """``stage=ppo``, ``grpo`` and the other online algorithms: the loop of `rlhf.online`."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from conf.adapters import virtual_tokens
@@ -26,7 +26,7 @@ from rlhf.online.loop import Loop
 from rlhf.online.setup import build
 from rlhf.run.context import RunContext
 from rlhf.types import RowReader, UserError
-from rollout import PLACES
+from rollout import APART_CHECKS, PLACES
 
 adapt_checkpoint = resharding.adapt  # before a resume
 
@@ -66,7 +66,11 @@ def check(cfg: Config) -> list[str]:
     inputs.check_trained(cfg.model)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM", stage=stage)
     if launch.runs_vllm(cfg.rollout.backend):
-        check_places(carrier_of(cfg.rollout, cfg.adapter), cfg.model, cfg.adapter)
+        carrier = carrier_of(cfg.rollout, cfg.adapter)
+        check_places(carrier, cfg.model, cfg.adapter)
+        if cfg.rollout.backend in APART_CHECKS:
+            check_apart = APART_CHECKS[cfg.rollout.backend]
+            check_apart(cfg.rollout, carrier, dry_run=cfg.run.dry_run)
     sent = adapters.sent_rank(cfg.model, cfg.adapter)
     if sent is not None:
         launch.check_rank(cfg.rollout, cfg.adapter, *sent)
@@ -74,7 +78,10 @@ def check(cfg: Config) -> list[str]:
     notes += inputs.padding_note(cfg.model.path, tokenizer)
     notes += check_scores(stage, cfg.reward, tokenizer)
     notes += check_watch(stage, cfg.reward, tokenizer)
-    check_lengths(cfg)
+    prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
+    check_buffer(stage.overlong_buffer, response)
+    scoring = scoring_models(cfg.reward, stage.watch)
+    check_lengths(cfg.model, virtual_tokens(cfg.adapter), scoring, prompt, response)
     return notes
 
 
@@ -212,19 +219,26 @@ def _refuse_trained(key: str, judge: str, sources: Sequence[tuple[str, str | Non
             )
 
 
-def check_lengths(cfg: Config) -> None:
-    """Prompt and response fit the positions of every model that reads them."""
-    stage, response = cfg.stage, cfg.rollout.max_response_length
-    if stage.overlong_buffer > response:
+def check_buffer(buffer: int, response: int) -> None:
+    """The penalised end of a response is no longer than the response."""
+    if buffer > response:
         raise UserError(
-            f"stage.overlong_buffer={stage.overlong_buffer} tokens are more than a response has "
+            f"stage.overlong_buffer={buffer} tokens are more than a response has "
             f"(rollout.max_response_length={response}). Lower the buffer; a fifth of the length "
             "is usual."
         )
-    ahead = virtual_tokens(cfg.adapter)
-    inputs.check_rope(cfg.model, cfg.data.max_prompt_length, response, ahead)
-    readers = [
-        inputs.model_positions(cfg.model, ahead),
-        *inputs.directory_positions(scoring_models(cfg.reward, stage.watch)),
-    ]
-    inputs.check_sequence_length(cfg.data.max_prompt_length, response, readers)
+
+
+def check_lengths(
+    model: ModelConfig,
+    ahead: int,
+    scoring: Iterable[tuple[str, str | None]],
+    prompt: int,
+    response: int,
+) -> None:
+    """A prompt and a response of so many tokens, behind `ahead` virtual ones, fit the positions of
+    every model that reads them. `scoring`: options and directories of the reward models.
+    """
+    inputs.check_rope(model, prompt, response, ahead)
+    readers = [inputs.model_positions(model, ahead), *inputs.directory_positions(scoring)]
+    inputs.check_sequence_length(prompt, response, readers)

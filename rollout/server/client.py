@@ -11,6 +11,7 @@ vLLM 0.32's routes that are used here (VLLM_SERVER_DEV_MODE=1 for the last three
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,7 @@ class Server:
             trust_env=not is_loopback(host),  # no proxy can reach a loopback address
         )
         self._threads = ThreadPoolExecutor(at_once, f"rollout-{host}")
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # or a line for each request
 
     def generate(self, requests: Sequence[Request]) -> list[Written]:
         """Responses in the order of the requests, which are open together. Raises ServerFault."""
@@ -154,11 +156,11 @@ class Server:
     def post(
         self, route: str, body: Mapping[str, Any] | None = None, *, limit_s: float | None = None
     ) -> Any:
-        """POST; the answer's JSON, None where it has no body. Raises ServerFault."""
+        """POST; the answer's JSON, or text, or None where it has no body. Raises ServerFault."""
         return self._send("POST", route, {} if body is None else body, limit_s)
 
     def get(self, route: str, *, limit_s: float | None = None) -> Any:
-        """GET; the answer's JSON, None where it has no body. Raises ServerFault."""
+        """GET, as `post`. Raises ServerFault."""
         return self._send("GET", route, None, limit_s)
 
     def longest(self) -> int:
@@ -210,8 +212,10 @@ class Server:
         if not answer.is_success:
             cause = f"{route} answered {answer.status_code}: {_quoted(answer.text)}"
             raise ServerFault(self.url, cause)
-        if not answer.content or answer.content == b"null":
+        if not answer.content:
             return None
+        if "json" not in answer.headers.get("content-type", ""):
+            return answer.text
         try:
             return answer.json()
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """A vLLM server that this process starts and ends: its command, its environment, its log."""
 
+import contextlib
 import os
 import secrets
 import socket
@@ -8,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 from conf.model import ServerConfig
 from rlhf.process import distributed
 from rollout.server.client import Server, ServerFault
-from rollout.server.guard import ANY_CORE
+from rollout.server.guard import ANY_CORE, AT_ONCE
+from rollout.server.middleware import TOKEN_VARIABLE
 
-TOKEN_ENV = "RLHF_ROLLOUT_TOKEN"  # where a server finds its bearer token
 GRACE_S = 10.0  # that a server gets to end before it is killed
 _MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` looks for a package named vllm
 _LOOK_S = 0.25  # between two looks at a server that starts
@@ -49,7 +50,6 @@ class Recipe:
     server: ServerConfig
     token: str
     lora: bool = False
-    variables: Mapping[str, str] = field(default_factory=dict)  # further ones of its environment
 
     def command(self, host: str, port: int) -> list[str]:
         python = self.server.python or sys.executable
@@ -68,8 +68,11 @@ class Recipe:
     def environment(self, index: int) -> dict[str, str]:
         """The variables of server number `index`."""
         names = {name: value for name, value in os.environ.items() if name not in _UNSET}
-        names |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", TOKEN_ENV: self.token}
-        names |= self.variables
+        names |= {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            TOKEN_VARIABLE: self.token,
+        }
         if self.lora:
             names["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if self.server.devices is not None:
@@ -96,9 +99,10 @@ def core_list(text: str) -> list[int]:
     cores: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        cores += range(int(first), int(last if dash else first) + 1)
-    if not cores:
-        raise ValueError(f"{text} names no core")
+        named = range(int(first), int(last if dash else first) + 1)
+        if not named:
+            raise ValueError(f"{part} names no core")
+        cores += named
     return cores
 
 
@@ -111,12 +115,15 @@ class Child:
         environment: Mapping[str, str],
         log: Path,
         cores: Sequence[int] | None = None,
+        grace_s: float = GRACE_S,
     ) -> None:
+        """`log`: gets what it prints, behind what is there. `cores`: None: any."""
         self.log = log
+        self._grace_s = grace_s
         log.parent.mkdir(parents=True, exist_ok=True)
         taken = ANY_CORE if cores is None else ",".join(map(str, cores))
         guard = [sys.executable, "-m", "rollout.server.guard"]
-        guard += [str(os.getpid()), str(GRACE_S), taken]
+        guard += [str(os.getpid()), str(grace_s), taken]
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [*guard, *command],
@@ -127,9 +134,14 @@ class Child:
                 start_new_session=True,  # Ctrl-C is for the trainer, which ends its servers
             )
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def server_pid(self) -> int:
+        """The process that listens, or its guard's where the system does not tell."""
+        guard = self._process.pid
+        try:
+            children = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
+        except OSError:
+            children = []
+        return int(children[0]) if children else guard
 
     def is_running(self) -> bool:
         """Whether the server's process is there; it may hang all the same."""
@@ -142,12 +154,17 @@ class Child:
         telling = [line for line in lines if "rror" in line] or list(lines)
         return shorten(" / ".join(telling[-2:]), 400, placeholder=" ...")
 
-    def stop(self) -> None:
-        """End the server and all that it started, and wait for it."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+    def stop(self, *, at_once: bool = False) -> None:
+        """End the server and all that it started, and wait for it. `at_once`: without time to end
+        by itself.
+        """
+        told = self._process.stdin
+        if told is not None and not told.closed:
+            with contextlib.suppress(BrokenPipeError):
+                told.write(AT_ONCE if at_once else b"")
+                told.close()
         try:
-            self._process.wait(3 * GRACE_S)
+            self._process.wait(3 * self._grace_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -187,6 +204,15 @@ def free_port(host: str) -> int:
         taken.bind((host, 0))
         port: int = taken.getsockname()[1]
         return port
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server can listen there now."""
+    try:
+        with socket.create_server((host, port)):
+            return True
+    except OSError:
+        return False
 
 
 def new_token() -> str:

@@ -1,0 +1,58 @@
+"""The options that a vLLM server of ours starts with: those of the engine in the trainer's process
+(rollout/vllm.py), so that both write the same, and what guards and feeds a server.
+"""
+
+import json
+
+import torch
+
+from conf.model import Transfer
+from conf.schema import RolloutConfig
+from rollout.server.process import Recipe
+from rollout.server.routes import engine_name
+from rollout.vllm import device_options
+from rollout.vllm_private import lora_options
+
+_EXTENSION = "rollout.server.extension.Extension"
+_MIDDLEWARE = "rollout.server.middleware.BearerToken"
+MODEL = "base"  # the model's name at a server; adapters have others
+
+
+def recipe_of(
+    cfg: RolloutConfig,
+    model_path: str,
+    *,
+    token: str,
+    dtype: torch.dtype,
+    max_tokens: int,
+    transfer: Transfer,
+    adapter_rank: int | None = None,
+    trust_remote_code: bool = False,
+) -> Recipe:
+    """How servers of this model are started. `max_tokens`: prompt and response together.
+    `transfer`: not auto. `adapter_rank` None: whole weights only. Raises UserError.
+    """
+    device = device_options(cfg, dtype)
+    device.pop("distributed_executor_backend", None)  # that of an engine for each rank
+    flags = {
+        "served_model_name": MODEL,
+        "tokens_only": True,  # token ids in, token ids out
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_tokens,
+        "max_num_seqs": cfg.max_num_seqs,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+        "seed": 0,
+        "generation_config": "vllm",  # no defaults of the model's own
+        "trust_remote_code": trust_remote_code,
+        "middleware": _MIDDLEWARE,
+        "worker_extension_cls": _EXTENSION,
+        "weight_transfer_config": json.dumps({"backend": engine_name(transfer)}),
+        "disable_uvicorn_access_log": True,
+        "uvicorn_log_level": "warning",
+        **device,
+    }
+    if adapter_rank is not None:
+        flags |= lora_options(adapter_rank, cfg.max_lora_rank)
+        if cfg.in_flight:
+            flags["max_loras"] = 2  # a response keeps the adapter that it began with
+    return Recipe(model_path, flags, cfg.server, token, lora=adapter_rank is not None)
