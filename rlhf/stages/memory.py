@@ -52,7 +52,7 @@ def check(cfg: Config) -> list[str]:
     stage, scoring = cfg.stage, []
     if isinstance(stage, OnlineStage):
         if not cfg.run.dry_run:
-            check_sleep(cfg.rollout, cuda=torch.cuda.is_available())
+            check_sleep(cfg.rollout, ahead=stage.ahead, cuda=torch.cuda.is_available())
         capacity.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
         scoring = scoring_models(cfg.reward, stage.watch)
     notes = capacity.start_note(stage, cfg.model, cfg.adapter)

@@ -163,5 +163,9 @@ def test_an_engine_on_a_cpu_refuses_the_option_before_weights_load(
     with pytest.raises(UserError, match=r"rollout.sleep=true.*CPU.*rollout.sleep=false"):
         memory.check(config.compose(options))
     memory.check(config.compose([*options, "run.dry_run=true"]))  # a plan for GPUs elsewhere
+    asleep = RolloutConfig(backend=RolloutBackend.vllm, sleep=True)
     with pytest.raises(UserError, match=r"rollout.sleep=true"):
-        check_sleep(RolloutConfig(backend=RolloutBackend.vllm, sleep=True), cuda=False)
+        check_sleep(asleep, ahead=0, cuda=False)
+    with pytest.raises(UserError, match=r"rollout.sleep=true.*stage.ahead=1"):
+        check_sleep(asleep, ahead=1, cuda=True)
+    check_sleep(asleep, ahead=0, cuda=True)

@@ -296,7 +296,7 @@ def eased(
             changes.append(f"rollout.gpu_memory_utilization={share:.2f}")
             cfg = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_utilization=round(share, 2)))
             yield cfg, tuple(changes)
-        if share < 1 and not cfg.rollout.sleep:
+        if share < 1 and not cfg.rollout.sleep and not cfg.stage.ahead:
             changes.append("rollout.sleep=true")
             cfg = replace(cfg, rollout=replace(cfg.rollout, sleep=True))
             yield cfg, tuple(changes)

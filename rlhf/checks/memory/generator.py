@@ -254,9 +254,18 @@ def sending(
 # ---- before a run ----
 
 
-def check_sleep(rollout: RolloutConfig, *, cuda: bool) -> None:
-    """Raises UserError for rollout.sleep without vLLM on a GPU."""
-    if not rollout.sleep or (cuda and runs_vllm(rollout.backend)):
+def check_sleep(rollout: RolloutConfig, *, ahead: int, cuda: bool) -> None:
+    """Raises UserError for rollout.sleep without vLLM on a GPU, and where it writes while the
+    policy updates (`ahead`: of the stage).
+    """
+    if not rollout.sleep:
+        return
+    if ahead:
+        raise UserError(
+            f"rollout.sleep=true with stage.ahead={ahead}: an engine that writes while the policy "
+            "updates doesn't sleep. Set rollout.sleep=false, or stage.ahead=0."
+        )
+    if cuda and runs_vllm(rollout.backend):
         return
     what = "vLLM's engine on a CPU doesn't sleep"
     if cuda:
