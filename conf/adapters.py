@@ -293,6 +293,15 @@ _FACTS: dict[AdapterKind, MethodFacts] = {
 _GELORA_RANK = 5
 # Methods that put virtual tokens in front of every row.
 _VIRTUAL = (AdapterKind.prompt, AdapterKind.ptuning, AdapterKind.prefix)
+# Methods, and starts of LoRA, that read nothing of the weights that they are put beside.
+_BESIDE_PARTS = (
+    AdapterKind.lora,
+    AdapterKind.lora_mini,
+    AdapterKind.rasa,
+    AdapterKind.molora,
+    AdapterKind.bottleneck,
+)
+_PLAIN_STARTS = (LoraInit.default, LoraInit.gaussian, LoraInit.orthogonal)
 # Starts of LoRA that move a part of the frozen weights into the adapter.
 CHANGES_BASE = (LoraInit.pissa, LoraInit.olora, LoraInit.corda)
 
@@ -317,6 +326,13 @@ def planned_rank(adapter: AdapterConfig) -> int:
     known when it has read rows, about that of one model on one kind of rows.
     """
     return _GELORA_RANK if adapter.kind is AdapterKind.gelora else adapter.rank
+
+
+def needs_whole(adapter: AdapterConfig) -> bool:
+    """Whether a fresh adapter is made of whole weights, not beside weights in parts (ZeRO-3)."""
+    plain = adapter.init in _PLAIN_STARTS and not adapter.dora
+    beside = adapter.kind is AdapterKind.none or (adapter.kind in _BESIDE_PARTS and plain)
+    return adapter.is_quantized or bool(adapter.load) or not beside
 
 
 def virtual_tokens(adapter: AdapterConfig) -> int:

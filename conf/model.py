@@ -91,6 +91,12 @@ class ModelConfig:
         check(inside, "model.gguf_file", self.gguf_file, "a file's name inside model.path")
 
 
+class AdamKernels(Enum):
+    auto = "auto"
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
 @dataclass(slots=True, kw_only=True)
 class EngineConfig:
     """How weights are updated: by torch in one process, or by DeepSpeed ZeRO (Rajbhandari et al.
@@ -107,6 +113,10 @@ class EngineConfig:
     offload: Offload = option(
         Offload.none,
         "Where the optimizer's state (ZeRO-1 and above) and the weights (ZeRO-3) are kept.",
+    )
+    adam: AdamKernels = option(
+        AdamKernels.auto,
+        "AdamW under DeepSpeed: torch's, or its own kernels, compiled once; auto: those on a GPU.",
     )
     nvme_path: str | None = option(None, "Directory on the NVMe disk; needed with offload=nvme.")
     micro_tokens: int = option(
@@ -185,6 +195,12 @@ class EngineConfig:
             "engine.offload",
             self.offload.value,
             "none with engine=torch",
+        )
+        check(
+            self.adam is not AdamKernels.deepspeed,
+            "engine.adam",
+            self.adam.value,
+            "auto or torch with engine=torch",
         )
 
     def _check_offload(self) -> None:

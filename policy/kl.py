@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from conf.choices import KLEstimator
+from conf.choices import KLController, KLEstimator
+from conf.online import OnlineStage
 from policy.batching import same_shape
 from rlhf.types import UserError
 
@@ -126,3 +127,10 @@ class AdaptiveKL:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Take over the coefficient; target and horizon come from the configuration."""
         self.coef = float(state["coef"])
+
+
+def kl_controller(stage: OnlineStage) -> FixedKL | AdaptiveKL:
+    """The controller that the stage's options name."""
+    if stage.kl_controller is KLController.adaptive:
+        return AdaptiveKL(stage.kl_coef, stage.kl_target, stage.kl_horizon)
+    return FixedKL(stage.kl_coef)

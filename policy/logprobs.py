@@ -35,7 +35,7 @@ def head_of(lm: Any, *, plain: bool) -> Head:
 
 def has_plain_head(lm: Any) -> bool:
     """Whether the model's logits are its output embedding's and nothing else, by two made-up hidden
-    states. Whole weights only (not ZeRO-3).
+    states. Weights outside the backbone have to be whole (not parted by ZeRO-3).
 
     True too where its forward can't be asked so: `policy.agreement` tells whether that is right.
     """
@@ -67,6 +67,16 @@ def own_logits(lm: Any, hidden: Tensor) -> Tensor:
     finally:
         lm._modules[name] = backbone
     return logits
+
+
+def outside_backbone(lm: Any) -> list[nn.Parameter]:
+    """What a language model's logits are made of beside its last hidden states: the parameters
+    outside its backbone, and its head's.
+    """
+    backbone = {id(param) for param in getattr(lm, backbone_name(lm)).parameters()}
+    head = lm.get_output_embeddings()
+    own = [] if head is None else list(head.parameters())
+    return own + [param for param in lm.parameters() if id(param) not in backbone]
 
 
 class _Given:

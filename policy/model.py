@@ -7,8 +7,8 @@ is needed: the hidden state at a real position is the same whatever follows it.
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from policy.logprobs import has_plain_head, head_of, selected_logprobs
+from policy.logprobs import has_plain_head, head_of, outside_backbone, selected_logprobs
 from rlhf.models.parts import backbone_name
 from rlhf.process import distributed
 
@@ -54,7 +54,8 @@ class PolicyModule(nn.Module):
     def __init__(self, model: Any, *, chunk: int, temperature: float = 1.0) -> None:
         super().__init__()
         self.model = model
-        self.plain_head = has_plain_head(base_of(model))
+        with whole(outside_backbone(base_of(model))):
+            self.plain_head = has_plain_head(base_of(model))
         self.chunk = chunk
         self.temperature = temperature
         self.same_calls = False  # ZeRO-3: every rank must call the head as often as the others
@@ -231,6 +232,29 @@ class CriticModule(nn.Module):
         hidden = _hidden(lm, input_ids)  # [B, L, H]
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None]
         return lm.score(hidden[rows, positions]).squeeze(-1).float()
+
+
+def size_of(param: Any) -> int:
+    """Elements of a parameter, whether it is whole or in parts (ZeRO-3)."""
+    return int(getattr(param, "ds_numel", param.numel()))
+
+
+def parted(param: Any) -> bool:
+    """Whether this rank holds no more of a parameter than its part."""
+    return size_of(param) != param.numel()
+
+
+@contextmanager
+def whole(params: Sequence[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
+    """Parted `params` are whole while inside; `changed`: all ranks write the same. A collective."""
+    parts: list[Any] = [param for param in params if parted(param)]
+    if parts:
+        parts[0].all_gather(param_list=parts)
+    try:
+        yield
+    finally:
+        if parts:
+            parts[0].partition(param_list=parts, has_been_updated=changed)
 
 
 def no_gather(params: list[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -3,13 +3,14 @@ loads it from there alone), and how it reads and scores texts.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from rlhf.models.parts import (
 from rlhf.process.files import json_object
 from rlhf.types import Tools, UserError
 
+Reader = Callable[[Tensor, Tensor], Tensor]  # `last_token_scores` of some model
 MANIFEST_FILE = "reward_model.json"
 FORMAT_VERSION = 1
 _KINDS: dict[str, Any] = {  # types of the fields that scoring relies on
@@ -58,6 +60,20 @@ class Manifest:
     score_std: float  # over the held-out texts, population form
     held_out_texts: int  # how many texts the two figures come from
     format_version: int = FORMAT_VERSION
+
+
+class Holder(Protocol):
+    """How the ranks hold a reward model's weights: each of them whole, or all of them together."""
+
+    def frozen(self, load: Callable[[], Any], read: Callable[..., Any]) -> Callable[..., Any]:
+        """`read` of the model that `load` makes, which then takes its other arguments alone."""
+        ...
+
+    def passes(self, own: int) -> int:
+        """How often a rank calls what `frozen` returned that needs `own` calls; a collective where
+        the ranks hold the weights together.
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -230,23 +246,52 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
 def score_ids(
     module: Any, rows: Sequence[Sequence[int]], budget: int, device: torch.device
 ) -> list[float]:
     """Scores of rows of token ids, in the order of the rows; `budget` tokens are read at a time."""
+    return score_rows(functools.partial(last_token_scores, module), rows, budget, device)
+
+
+@torch.inference_mode()
+def score_rows(
+    read: Reader,
+    rows: Sequence[Sequence[int]],
+    budget: int,
+    device: torch.device,
+    passes: Callable[[int], int] = int,
+) -> list[float]:
+    """`score_ids` by `read`. `passes`: how often every rank calls it, from how often this one has
+    to; calls beyond those read a token of no meaning.
+    """
     out = [math.nan] * len(rows)
     lengths = [len(row) for row in rows]
-    for batch in token_batches(lengths, budget):
+    batches = list(token_batches(lengths, budget))
+    spare = passes(len(batches)) - len(batches)  # a collective, so before the passes
+    for batch in batches:
         # the id in the padding is of no importance: it is never attended to
         input_ids = torch.zeros(len(batch), lengths[batch[-1]], dtype=torch.long)
         for line, row in enumerate(batch):
             input_ids[line, : lengths[row]] = torch.tensor(rows[row])
         sizes = torch.tensor([lengths[row] for row in batch], device=device)
-        scores = last_token_scores(module, input_ids.to(device), sizes).tolist()
+        scores = read(input_ids.to(device), sizes).tolist()
         for row, score in zip(batch, scores, strict=True):
             out[row] = score
+    for _ in range(spare):
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        read(token, torch.ones(1, dtype=torch.long, device=device))
     return out
+
+
+def reader_of(
+    load: Callable[[], Any], device: torch.device, holder: Holder | None
+) -> tuple[Reader, Callable[[int], int]]:
+    """What reads scores by the reward model that `load` makes, and how often (`score_rows`).
+    holder: how the ranks hold it together; None: each of them whole.
+    """
+    if holder is None:
+        return functools.partial(last_token_scores, load().to(device)), int
+    return holder.frozen(load, last_token_scores), holder.passes
 
 
 def same_reading(manifest: Manifest, policy_tokenizer: Any) -> bool:

@@ -18,6 +18,7 @@ from conf.online import WatchConfig
 from conf.schema import RewardConfig, RewardTerm
 from reward.base import Verifier, check_source, model_paths
 from reward.model import (
+    Holder,
     check_tokenizers,
     load_reward_tokenizer,
     read_manifest,
@@ -136,6 +137,7 @@ def make_term(
     *,
     device: torch.device,
     policy_tokenizer: Any,
+    holder: Holder | None = None,
 ) -> Scorer:
     """The scorer of one term. Raises UserError for what its kind lacks."""
     check_fields(name, term)
@@ -143,12 +145,8 @@ def make_term(
     if term.kind in VERIFIED:
         return VerifierScorer(name, make_verifier(name, term))
     if term.kind is TermKind.model:
-        members = [
-            RewardModelScorer(
-                path, reward_cfg, device, policy_tokenizer=policy_tokenizer, key=f"{key}.paths"
-            )
-            for path in term.paths
-        ]
+        options = {"policy_tokenizer": policy_tokenizer, "key": f"{key}.paths", "holder": holder}
+        members = [RewardModelScorer(path, reward_cfg, device, **options) for path in term.paths]
         if len(members) == 1:
             return members[0]
         return EnsembleScorer(members, term.combine, term.spread_coef)
@@ -165,12 +163,14 @@ def make_term(
 
 
 def make_composite(
-    reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any, training: bool = True
+    reward_cfg: RewardConfig, *, training: bool = True, **options: Any
 ) -> CompositeScorer:
-    """``reward.terms`` as one scorer; with `training` false no term is normalised."""
+    """``reward.terms`` as one scorer; with `training` false no term is normalised. options: those
+    of `make_term`.
+    """
     terms = []
     for name, term in reward_cfg.terms.items():
-        scorer = make_term(name, term, reward_cfg, device=device, policy_tokenizer=policy_tokenizer)
+        scorer = make_term(name, term, reward_cfg, **options)
         terms.append(
             Term(
                 name,
@@ -184,23 +184,30 @@ def make_composite(
 
 
 def make_scorer(
-    reward_cfg: RewardConfig, *, device: torch.device, policy_tokenizer: Any, training: bool = True
+    reward_cfg: RewardConfig,
+    *,
+    device: torch.device,
+    policy_tokenizer: Any,
+    training: bool = True,
+    holder: Holder | None = None,
 ) -> Scorer:
     """The scorer that ``reward.path``, ``reward.function`` or ``reward.terms`` names. Raises
     UserError for none or several.
 
     With `training` false no term is normalised: its statistics would move from one call to the
-    next, and scores have to be comparable.
+    next, and scores have to be comparable. holder: how the ranks hold reward models together; None:
+    each of them whole.
     """
     check_source(reward_cfg)
     if reward_cfg.terms:
-        return make_composite(
-            reward_cfg, device=device, policy_tokenizer=policy_tokenizer, training=training
-        )
+        options = {"device": device, "policy_tokenizer": policy_tokenizer, "holder": holder}
+        return make_composite(reward_cfg, training=training, **options)
     if reward_cfg.function is not None:
         return FunctionScorer(reward_cfg.function)
     assert reward_cfg.path is not None
-    return RewardModelScorer(reward_cfg.path, reward_cfg, device, policy_tokenizer=policy_tokenizer)
+    return RewardModelScorer(
+        reward_cfg.path, reward_cfg, device, policy_tokenizer=policy_tokenizer, holder=holder
+    )
 
 
 def check_terms(reward_cfg: RewardConfig) -> None:

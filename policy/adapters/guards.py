@@ -10,7 +10,7 @@ from torch import nn
 
 from conf.schema import AdapterConfig
 from policy.adapters.targets import ALL_LINEAR, linear_modules
-from policy.model import RoundedLinear
+from policy.model import RoundedLinear, size_of, whole
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.policy")
@@ -23,7 +23,7 @@ def put_on(model: Any, adapter: AdapterConfig, config: Any, layer: Any) -> Any:
     from peft import get_peft_model
 
     family, linear = model.config.model_type, linear_modules(model)
-    parameters = model.num_parameters()
+    parameters = sum(size_of(param) for param in model.parameters())
     try:
         adapted = get_peft_model(model, config)
     # PEFT reads what a family's configuration may not have
@@ -74,8 +74,9 @@ def _joint_experts(adapted: Any) -> dict[str, int]:
         if type(module).__module__.startswith("torch."):
             continue
         for name, param in module.named_parameters(recurse=False):
-            if param.ndim == 3 and id(param) not in changed:
-                frozen[name] = frozen.get(name, 0) + param.numel()
+            shape = getattr(param, "ds_shape", param.shape)
+            if len(shape) == 3 and id(param) not in changed:
+                frozen[name] = frozen.get(name, 0) + size_of(param)
     return frozen
 
 
@@ -166,7 +167,7 @@ def _is_linear(layer: Any) -> bool:
         return True
     numbers = torch.arange(2 * layer.in_features, device=layer.weight.device)
     rows = torch.sin(numbers.float()).reshape(2, -1).to(layer.weight.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), whole(list(layer.parameters())):
         try:
             found = layer(rows)
         except (RuntimeError, ValueError, TypeError):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from conf.schema import AdapterConfig
+from policy.model import size_of
 from rlhf.models.directories import CLASSIFIER
 from rlhf.types import UserError
 
@@ -55,7 +56,8 @@ def sizes(layer: Any) -> tuple[int, int]:
     """Inputs and outputs of a layer that can be adapted; of an embedding tokens and width."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    first, second = layer.weight.shape  # GPT-2's linear layers are [in, out]
+    # GPT-2's linear layers are [in, out]
+    first, second = getattr(layer.weight, "ds_shape", layer.weight.shape)
     return first, second
 
 
@@ -197,7 +199,7 @@ def whole_count(model: Any, adapter: AdapterConfig) -> int:
     """Parameters of the modules that adapter.save_whole names."""
     count = 0
     for module in whole_modules(model, adapter).values():
-        count += sum(param.numel() for param in module.parameters())
+        count += sum(size_of(param) for param in module.parameters())
     return count
 
 

@@ -3,10 +3,9 @@
 import logging
 import math
 import os
-import pkgutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.choices import Offload
+from conf.choices import EngineKind, Offload
+from conf.model import AdamKernels
 from conf.schema import EngineConfig
 from policy.engines.base import NonFinite, OptimSettings
 from policy.engines.groups import Rates, WaitingAdamW, one_rate, set_rates
+from policy.engines.loading import zero_config
+from policy.engines.resharding import reading
 from policy.model import trainable
 from rlhf.process import distributed
+from rlhf.process.wording import first_line
 from rlhf.types import UserError
 
-# What DeepSpeed pickles into a checkpoint beside tensors and plain values. Anything else could be
-# code, and DeepSpeed would run it.
-CHECKPOINT_CLASSES = frozenset(
-    {
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.utils.tensor_fragment.fragment_address",
-    }
-)
+log = logging.getLogger(__name__)
+# DeepSpeed's extensions by what they are for, and the names of their builders
+_BUILDERS = {
+    "cpu_adam": "CPUAdamBuilder",
+    "fused_adam": "FusedAdamBuilder",
+    "async_io": "AsyncIOBuilder",
+}
 
 
 def prepare_cpu() -> None:
@@ -94,9 +94,8 @@ class DeepSpeedEngine:
         self._waiting = False  # whether a gradient waits for its step
         _same_head_calls(module, cfg)
         self.rates = rates or one_rate(module)
-        kind: type[torch.optim.AdamW] = torch.optim.AdamW
+        kind = adam_kind(cfg, waits=self.rates.unfreezings > 0)
         if self.rates.unfreezings:
-            kind = WaitingAdamW
             self.rates.silence(lambda: self.rates.phase(self.steps))
         optimizer = kind(
             [{"params": group.params} for group in self.rates.groups],
@@ -204,6 +203,94 @@ class DeepSpeedEngine:
         self.steps = state["steps"]
 
 
+# ---- what DeepSpeed compiles ----
+
+
+def build(extension: str) -> str | None:
+    """Compile an extension of DeepSpeed's on every rank (`_BUILDERS`), a minute or two at the first
+    time on a machine. Returns why a rank can't, None where all can. A collective.
+    """
+    prepare_cpu()
+    from deepspeed.ops import op_builder
+
+    reason = None
+    try:
+        getattr(op_builder, _BUILDERS[extension])().load(verbose=False)
+    # A missing compiler, header or library shows as any error.
+    except Exception as error:  # noqa: BLE001
+        reason = first_line(error) or type(error).__name__
+    return next((found for found in distributed.gather(reason) if found is not None), None)
+
+
+def adam_kind(cfg: EngineConfig, *, waits: bool) -> Any:
+    """The class of AdamW that engine.adam asks for, which is logged. `waits`: some groups train
+    later. Raises UserError where engine.adam=deepspeed can't be had. A collective.
+    """
+    extension = "fused_adam"
+    if not torch.cuda.is_available() or cfg.offload is not Offload.none:
+        extension = "cpu_adam"
+    reason = None
+    if waits:
+        reason = "stage.unfreeze counts the steps of each group"
+    elif cfg.adam is AdamKernels.torch:
+        reason = "engine.adam=torch"
+    elif cfg.adam is AdamKernels.auto and not torch.cuda.is_available():
+        reason = "engine.adam=auto without a GPU"
+    if reason is None:
+        reason = build(extension)
+    if reason is None:
+        from deepspeed.ops import adam
+
+        _tell("AdamW by DeepSpeed's extension %s", extension)
+        kind: Any = adam.FusedAdam
+        if extension == "cpu_adam":
+            kind = adam.DeepSpeedCPUAdam
+        return kind
+    if cfg.adam is AdamKernels.deepspeed:
+        raise UserError(
+            f"engine.adam=deepspeed: DeepSpeed's extension {extension} can't be used here "
+            f"({reason}). Set engine.adam=torch."
+        )
+    _tell("AdamW by torch (%s)", reason)
+    return WaitingAdamW if waits else torch.optim.AdamW
+
+
+def in_kernels(optimizer: Any, cfg: EngineConfig) -> Any:
+    """A fresh AdamW of torch's by the kernels that engine.adam asks for (`adam_kind`), or as it is:
+    for engine=torch, and where groups wait for their turn.
+    """
+    if cfg.kind is EngineKind.torch:
+        return optimizer
+    kind = adam_kind(cfg, waits=isinstance(optimizer, WaitingAdamW))
+    if isinstance(optimizer, kind):
+        return optimizer
+    names = ("params", "lr", "betas", "eps", "weight_decay")
+    return kind([{name: group[name] for name in names} for group in optimizer.param_groups])
+
+
+def _tell(message: str, word: str) -> None:
+    if distributed.is_main():
+        log.info(message, word)
+
+
+def check_extensions(cfg: EngineConfig, *, waits: bool) -> None:
+    """Compile what the configuration can't do without, before anything loads: the kernels of
+    engine.adam=deepspeed, and the reader of engine.offload=nvme. `waits` as above. Raises
+    UserError. A collective.
+    """
+    if cfg.adam is AdamKernels.deepspeed:
+        adam_kind(cfg, waits=waits)
+    if cfg.offload is not Offload.nvme:
+        return
+    reason = build("async_io")
+    if reason is not None:
+        raise UserError(
+            "engine.offload=nvme: DeepSpeed's extension async_io can't be used here "
+            f"({reason}). Install the headers of libaio (Debian: libaio-dev), or set "
+            "engine.offload=cpu."
+        )
+
+
 def write(param: nn.Parameter, value: Tensor) -> None:
     """Set a parameter that DeepSpeed trains, below ZeRO-3, and its float32 copy on every rank."""
     from deepspeed.utils import safe_set_full_fp32_param
@@ -244,126 +331,6 @@ def _hidden_size(module: Any) -> int:
     return int(module.model.config.hidden_size)
 
 
-def gradient_sums(cfg: EngineConfig, *, half: bool) -> dict[str, Any]:
-    """DeepSpeed's options for adding bfloat16 gradients of micro-batches in float32; none for
-    float32 weights.
-
-    ZeRO-0 can't, and ZeRO-1 would change to an optimizer with checkpoints of another form: both add
-    in bfloat16, so their error grows with the number of micro-batches.
-    """
-    if not half or cfg.zero_stage < 2:
-        return {}
-    return {"data_types": {"grad_accum_dtype": "fp32"}}
-
-
-def zero_config(
-    cfg: EngineConfig, *, hidden_size: int, half: bool, max_grad_norm: float
-) -> dict[str, Any]:
-    """DeepSpeed's configuration for our own loop: no scheduler, no accumulation, the client's AdamW
-    on the device it likes.
-    """
-    zero: dict[str, Any] = {"stage": cfg.zero_stage}
-    if cfg.zero_stage == 3:
-        # Only vectors (norms, biases) stay whole; with the default of 100,000 elements a small
-        # model would never be partitioned.
-        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
-        zero["stage3_gather_16bit_weights_on_model_save"] = False
-    if cfg.offload is not Offload.none:
-        target: dict[str, Any] = {"device": cfg.offload.value}
-        if cfg.offload is Offload.nvme:
-            target["nvme_path"] = cfg.nvme_path
-        zero["offload_optimizer"] = dict(target)
-        if cfg.zero_stage == 3:
-            zero["offload_param"] = dict(target)
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm or 1e9,  # 0 would leave the norm uncomputed below ZeRO-1
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": half},
-        **gradient_sums(cfg, half=half),
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-
-
-def is_universal(directory: Path) -> bool:
-    """Whether a checkpoint folder that DeepSpeed wrote was converted to its universal form."""
-    return (directory / "latest_universal").is_file()
-
-
-@contextmanager
-def reading(engine: Any, directory: Path) -> Iterator[None]:
-    """While inside, DeepSpeed's `engine` loads `directory` as what it is: its own ranks' files, or
-    the universal form. A collective.
-
-    DeepSpeed takes this from its configuration, which is made before a checkpoint is known, and one
-    run may load both. Raises UserError where a rank would hold no part of some parameter group,
-    which the universal form's loader can't do without.
-    """
-    config, logger = engine._config, logging.getLogger("DeepSpeed")
-    before, level = config.load_universal_checkpoint, logger.level
-    config.load_universal_checkpoint = is_universal(directory)
-    try:
-        if config.load_universal_checkpoint:
-            _check_parts(engine)
-            logger.setLevel(logging.ERROR)  # it warns that there is no tensor parallelism
-        yield
-        if config.load_universal_checkpoint:
-            repair_universal(engine, directory)
-    finally:
-        config.load_universal_checkpoint = before
-        logger.setLevel(level)
-
-
-def _check_parts(engine: Any) -> None:
-    """Every rank holds a part of every parameter group under ZeRO-1 and 2. Raises UserError on all
-    ranks alike. A collective.
-    """
-    groups = getattr(engine.optimizer, "bit16_groups", getattr(engine.optimizer, "bf16_groups", []))
-    missing = distributed.gather(any(_holds_nothing(group) for group in groups))
-    if any(missing):
-        ranks = ", ".join(str(rank) for rank, empty in enumerate(missing) if empty)
-        raise UserError(
-            f"the model is too small for {len(missing)} ranks: rank {ranks} would hold no part "
-            "of some group of weights, and DeepSpeed can't load a "
-            "universal checkpoint then. Resume on fewer ranks, or at engine=zero3."
-        )
-
-
-def _holds_nothing(group: Iterable[Any]) -> bool:
-    return all(getattr(parameter, "_hp_mapping", None) is None for parameter in group)
-
-
-def repair_universal(engine: Any, directory: Path) -> None:
-    """After DeepSpeed loaded a universal form: what its ZeRO-3 loader gets wrong where the weights
-    are in several groups.
-
-    It gives all groups the hyperparameters of the first, so that weights without decay decay, and
-    the same tensor as step count, which each optimizer step then counts up once per group.
-    """
-    tag = (directory / "latest_universal").read_text(encoding="utf-8").strip()
-    with torch.serialization.safe_globals(checkpoint_classes()):
-        saved = torch.load(
-            directory / tag / "zero" / "optimizer_state.pt", weights_only=True, map_location="cpu"
-        )["param_groups"]
-    optimizer = engine.optimizer.optimizer
-    for group, values in zip(optimizer.param_groups, saved, strict=True):
-        group.update({k: v for k, v in values.items() if k != "params"})
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()
-
-
-def checkpoint_classes() -> list[Any]:
-    """The classes that DeepSpeed pickles into its checkpoints, for
-    ``torch.load(weights_only=True)``.
-    """
-    return [pkgutil.resolve_name(name) for name in sorted(CHECKPOINT_CLASSES)]
-
-
 def to_universal(source: Path, target: Path, *, workers: int) -> None:
     """DeepSpeed's converter: the folder `source` of one engine's files to the folder `target`, and
     ``latest_universal`` beside that.
@@ -382,6 +349,28 @@ def to_universal(source: Path, target: Path, *, workers: int) -> None:
     ds_to_universal.main(
         Namespace(**given, keep_temp_folder=False, strict=True, inject_missing_state=True)
     )
+
+
+def parter(cfg: EngineConfig, dtype: torch.dtype) -> Callable[[list[nn.Parameter]], None]:
+    """What parts whole parameters over the ranks in place, as DeepSpeed would part those of a whole
+    model that trains in `dtype`: one after the other, rank 0's values on every rank. A collective.
+    """
+    prepare_cpu()
+    ensure_process_group()
+    import deepspeed
+
+    half = dtype is torch.bfloat16
+    config = zero_config(cfg, hidden_size=1, half=half, max_grad_norm=0.0)
+    # of a module, so that linear layers are computed as DeepSpeed lets them be of a whole model
+    own = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
+
+    def part(params: list[nn.Parameter]) -> None:
+        for param in params:
+            if param.is_floating_point():
+                param.data = param.data.to(dtype)
+            own._convert_to_zero_parameters([param])
+
+    return part
 
 
 def gather_zero3(params: list[nn.Parameter]) -> AbstractContextManager[Any]:

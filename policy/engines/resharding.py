@@ -10,19 +10,32 @@ import dataclasses
 import json
 import logging
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from conf.choices import EngineKind, Offload
 from conf.schema import EngineConfig
-from policy.engines.deepspeed import CHECKPOINT_CLASSES
 from rlhf.process import checkpoints, distributed
 from rlhf.types import UserError
 
 LOG = logging.getLogger("policy.engines.resharding")
 LAYOUT = "layout.json"
+# What DeepSpeed pickles into a checkpoint beside tensors and plain values. Anything else could be
+# code, and DeepSpeed would run it.
+CHECKPOINT_CLASSES = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    }
+)
 ROOT = Path(__file__).resolve().parents[2]  # what the converter's process imports from
 _LAUNCHER = (
     "RANK",
@@ -227,4 +240,81 @@ def _converter_environment() -> dict[str, str]:
     }
 
 
-# ---- the noise of gradients ----
+# ---- DeepSpeed loads a checkpoint ----
+
+
+def is_universal(directory: Path) -> bool:
+    """Whether a checkpoint folder that DeepSpeed wrote was converted to its universal form."""
+    return (directory / "latest_universal").is_file()
+
+
+@contextmanager
+def reading(engine: Any, directory: Path) -> Iterator[None]:
+    """While inside, DeepSpeed's `engine` loads `directory` as what it is: its own ranks' files, or
+    the universal form. A collective.
+
+    DeepSpeed takes this from its configuration, which is made before a checkpoint is known, and one
+    run may load both. Raises UserError where a rank would hold no part of some parameter group,
+    which the universal form's loader can't do without.
+    """
+    config, logger = engine._config, logging.getLogger("DeepSpeed")
+    before, level = config.load_universal_checkpoint, logger.level
+    config.load_universal_checkpoint = is_universal(directory)
+    try:
+        if config.load_universal_checkpoint:
+            _check_parts(engine)
+            logger.setLevel(logging.ERROR)  # it warns that there is no tensor parallelism
+        yield
+        if config.load_universal_checkpoint:
+            repair_universal(engine, directory)
+    finally:
+        config.load_universal_checkpoint = before
+        logger.setLevel(level)
+
+
+def _check_parts(engine: Any) -> None:
+    """Every rank holds a part of every parameter group under ZeRO-1 and 2. Raises UserError on all
+    ranks alike. A collective.
+    """
+    groups = getattr(engine.optimizer, "bit16_groups", getattr(engine.optimizer, "bf16_groups", []))
+    missing = distributed.gather(any(_holds_nothing(group) for group in groups))
+    if any(missing):
+        ranks = ", ".join(str(rank) for rank, empty in enumerate(missing) if empty)
+        raise UserError(
+            f"the model is too small for {len(missing)} ranks: rank {ranks} would hold no part "
+            "of some group of weights, and DeepSpeed can't load a "
+            "universal checkpoint then. Resume on fewer ranks, or at engine=zero3."
+        )
+
+
+def _holds_nothing(group: Iterable[Any]) -> bool:
+    return all(getattr(parameter, "_hp_mapping", None) is None for parameter in group)
+
+
+def repair_universal(engine: Any, directory: Path) -> None:
+    """After DeepSpeed loaded a universal form: what its ZeRO-3 loader gets wrong where the weights
+    are in several groups.
+
+    It gives all groups the hyperparameters of the first, so that weights without decay decay, and
+    the same tensor as step count, which each optimizer step then counts up once per group.
+    """
+    import torch
+
+    tag = (directory / "latest_universal").read_text(encoding="utf-8").strip()
+    with torch.serialization.safe_globals(checkpoint_classes()):
+        saved = torch.load(
+            directory / tag / "zero" / "optimizer_state.pt", weights_only=True, map_location="cpu"
+        )["param_groups"]
+    optimizer = engine.optimizer.optimizer
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update({k: v for k, v in values.items() if k != "params"})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def checkpoint_classes() -> list[Any]:
+    """The classes that DeepSpeed pickles into its checkpoints, for
+    ``torch.load(weights_only=True)``.
+    """
+    return [pkgutil.resolve_name(name) for name in sorted(CHECKPOINT_CLASSES)]

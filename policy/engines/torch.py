@@ -170,6 +170,15 @@ class TorchEngine:
         self._hold()
 
 
+def freeze(module: nn.Module, cfg: EngineConfig, device: torch.device, *, half: bool) -> Any:
+    """A module that only runs forward, as a reference does; under ZeRO-3 parted like the policy."""
+    if cfg.kind is EngineKind.deepspeed:
+        from policy.engines import deepspeed
+
+        return deepspeed.freeze(module, cfg, device, half=half)
+    return module.requires_grad_(False).eval().to(device)
+
+
 def make_engine(
     module: nn.Module,
     cfg: EngineConfig,

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from policy.engines.deepspeed import checkpoint_classes, to_universal
+from policy.engines.deepspeed import to_universal
+from policy.engines.resharding import checkpoint_classes
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _SKIPPED = ("latest", "zero_to_fp32.py", "checksums.json")

@@ -2,6 +2,7 @@
 arXiv:2310.02743; Eisenstein et al. 2023, arXiv:2312.09244).
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,15 +14,18 @@ from conf.choices import Combine, Dtype
 from conf.schema import RewardConfig
 from reward.base import Stateless, name_prompt
 from reward.model import (
+    Holder,
     check_tokenizers,
     load_reward_module,
     load_reward_tokenizer,
     longest_text,
+    reader_of,
     same_reading,
-    score_ids,
+    score_rows,
     template_hash,
     text_ids,
 )
+from rlhf.models.directories import contents
 from rlhf.models.encoding import is_chat
 from rlhf.models.loading import resolve_dtype
 from rlhf.types import NonFiniteScore, Rollout, Scores, UserError
@@ -44,8 +48,11 @@ class RewardModelScorer(Stateless):
         policy_tokenizer: Any,
         dtype: torch.dtype | None = None,
         key: str = "reward.path",
+        holder: Holder | None = None,
     ) -> None:
-        """Load the reward model of the directory `path`, which the option `key` holds."""
+        """Load the reward model of the directory `path`, which the option `key` holds. holder: how
+        the ranks hold it together; None: each of them whole.
+        """
         self.tokenizer, self.manifest = load_reward_tokenizer(path, key)
         check_tokenizers(path, self.tokenizer, self.manifest, policy_tokenizer, key)
         self.same_tokenizer = same_reading(self.manifest, policy_tokenizer)
@@ -55,8 +62,16 @@ class RewardModelScorer(Stateless):
         self.device = device
         if dtype is None:
             dtype = resolve_dtype(Dtype.auto)
-        self.module: Any = load_reward_module(path, dtype, key).to(device)
+        self.module: Any = None
+        load = functools.partial(self._load, path, dtype, key)
+        if holder is not None and contents(str(path), key).is_native:
+            holder = None  # an adapter that stays beside its base is put on whole weights
+        self.read, self.passes = reader_of(load, device, holder)
+
+    def _load(self, path: str, dtype: torch.dtype, key: str) -> Any:
+        self.module = load_reward_module(path, dtype, key)
         self.limit = longest_text(self.module)
+        return self.module
 
     def token_ids(self, rollout: Rollout) -> list[int]:
         """The tokens that the reward model reads: prompt, response, and the end-of-sequence token
@@ -88,7 +103,7 @@ class RewardModelScorer(Stateless):
                     f"{self.source}: {name_prompt(rollout)} with its response has {len(row)} "
                     f"tokens; expected 1 to {self.limit}."
                 )
-        scores = score_ids(self.module, rows, self.budget, self.device)
+        scores = score_rows(self.read, rows, self.budget, self.device, self.passes)
         for rollout, score in zip(rollouts, scores, strict=True):
             if not math.isfinite(score):
                 raise NonFiniteScore(

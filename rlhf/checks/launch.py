@@ -281,7 +281,7 @@ def check_nonfinite(on_nonfinite: OnNonFinite, engine: EngineConfig, dtype: Dtyp
 
 def gradient_note(engine: EngineConfig, dtype: Dtype) -> list[str]:
     """A note where gradients of micro-batches are added in bfloat16, as DeepSpeed does below ZeRO-2
-    (policy/engines/deepspeed.py: gradient_sums).
+    (policy/engines/loading.py: gradient_sums).
     """
     import torch  # here: stage=data loads neither torch nor a model's libraries
 

@@ -93,7 +93,7 @@ def outline(model: Any) -> Outline:
         kinds = [_kind(modules[one], one, inputs, outputs) for one in holders]
         blocks = [_block(name, prefix) for name in own]
         below = EMBEDDINGS in kinds or any(part in name for name in own for part in _BELOW)
-        size = found[number].numel()
+        size = getattr(found[number], "ds_numel", found[number].numel())  # parted under ZeRO-3
         weights.append(Weight(tuple(own), tuple(kinds), tuple(blocks), size, below))
     return Outline(tuple(weights), count)
 
@@ -109,7 +109,7 @@ def _blocks(model: Any) -> tuple[str, int]:
     """The name of the list that holds the blocks, and their number."""
     count = int(model.config.get_text_config().num_hidden_layers)
     lists = [
-        (sum(p.numel() for p in module.parameters()), name)
+        (sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()), name)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]

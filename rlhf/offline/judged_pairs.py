@@ -2,6 +2,7 @@
 interval beside a baseline that looks at length alone, margins, calibration, and their pictures.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from trl import RewardTrainer
 
-from reward.model import score_ids
+from reward.model import Reader, score_rows
 from rlhf.offline import step_rows
 from rlhf.offline.trainers import Carried, Inputs, Loss, StageTrainer
 from rlhf.process import distributed
@@ -33,15 +34,22 @@ class Judged:
     soft_labels: np.ndarray | None = None  # probability that chosen is better; None: 1 each
 
 
-def judge(module: Any, pairs: datasets.Dataset, budget: int, device: torch.device) -> Judged:
+def judge(
+    read: Reader,
+    pairs: datasets.Dataset,
+    budget: int,
+    device: torch.device,
+    passes: Callable[[int], int] = int,
+) -> Judged:
     """Score held-out pairs with a saved model, the rows shared out over the ranks. A collective.
 
-    budget: tokens of one forward pass, padding included.
+    read, passes: of the model, as `score_rows` takes them; budget: tokens of one forward pass,
+    padding included.
     """
     chosen, rejected = pairs["chosen_ids"], pairs["rejected_ids"]
     mine = range(distributed.rank(), len(pairs), distributed.world_size())
     texts = [chosen[i] for i in mine] + [rejected[i] for i in mine]
-    scores = score_ids(module, texts, budget, device)
+    scores = score_rows(read, texts, budget, device, passes)
     sides = np.full((2, len(pairs)), np.nan)
     for numbers, values in distributed.gather((list(mine), scores)):
         sides[0, numbers] = values[: len(numbers)]

@@ -3,6 +3,7 @@ checks, their reference, and their trainers, configured with the stage's options
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -71,13 +72,14 @@ def has_reference(stage: AnyPreferenceStage) -> bool:
     return isinstance(stage, (PreferenceStage, KTOStage))
 
 
-def start_of(model: Any, adapter: AdapterConfig) -> Any:
+def start_of(model: Any, adapter: AdapterConfig, again: Callable[[], Any] | None = None) -> Any:
     """The frozen reference of a policy that has not been trained yet: a copy, or None where turning
-    the adapter off gives it.
+    the adapter off gives it. again: loads the policy's model once more; needed where the ranks hold
+    it in parts, of which no copy can be made.
     """
     if facts_of(adapter).off_is_start:
         return None
-    copied = copy.deepcopy(model)
+    copied = copy.deepcopy(model) if again is None else again()
     if is_peft(copied):  # TRL reads a transformers model
         merges = facts_of(adapter).merges
         make_whole(copied)

@@ -3,6 +3,7 @@ adapter, and the arguments that TRL's configs have in common.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,27 +14,25 @@ import torch
 
 from conf import published
 from conf.adapters import virtual_tokens
-from conf.choices import AdapterKind, Dtype, EngineKind, Offload
+from conf.choices import AdapterKind, Dtype, EngineKind
 from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig, facts_of
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
 from policy import adapters
 from policy.adapters import Rows, spaced
-from policy.engines.deepspeed import (
-    ensure_process_group,
-    gradient_sums,
-    is_universal,
-    prepare_cpu,
-)
+from policy.engines.deepspeed import check_extensions, ensure_process_group, prepare_cpu
+from policy.engines.loading import Loader, gradient_sums, loader_of, zero_options
+from policy.engines.resharding import is_universal
 from policy.saving import replacing, save_model, with_further
 from rlhf.checks import inputs, launch
 from rlhf.models.directories import CLASSIFIER, trains_on_adapter
-from rlhf.models.loading import resolve_dtype, write_whole
+from rlhf.models.loading import resolve_dtype, starts_whole, write_whole
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
 from rlhf.run.context import RunContext
 from rlhf.run.directory import LOOKED_UP
 from rlhf.types import EncodedRows, UserError
 
+LOG = logging.getLogger("rlhf.stages")
 # columns of encoded rows whose token ids follow those of a prompt, if there is one
 _ANSWERS = ("input_ids", "chosen_ids", "completion_ids")
 
@@ -45,6 +44,7 @@ def check(cfg: Config) -> list[str]:
     stage = cfg.stage_as(OfflineStage)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
+    check_extensions(cfg.engine, waits=stage.unfreeze.on)
     adapters.check_budget(cfg.adapter, cfg.engine, stage.patience)
     plan = launch.plan_batches(stage.batch_size, cfg.engine, ranks)
     check_noise(stage, cfg.engine, cfg.model.dtype, plan)
@@ -128,6 +128,16 @@ def check_positions(model_config: Any, longest: int, adapter: AdapterConfig) -> 
     )
 
 
+def loader_for(model: ModelConfig, adapter: AdapterConfig, engine: EngineConfig) -> Loader:
+    """How the model that trains comes into memory. Under ZeRO-3 it is parted while it is read; one
+    that is made of several files (an adapter's, a GGUF file), or has no file, is made whole first.
+    """
+    if engine.zero_stage == 3 and not starts_whole(model):
+        LOG.info("model.path=%s: every rank makes the model whole before it is parted", model.path)
+        return Loader()
+    return loader_of(engine, resolve_dtype(model.dtype), adapter)
+
+
 def with_adapter(
     model: Any,
     tokenizer: Any,
@@ -136,10 +146,11 @@ def with_adapter(
     adapter: AdapterConfig,
     start: Path,
     rows: EncodedRows,
+    loader: Loader,
 ) -> Any:
     """`model`, loaded from `source`, with the configured adapter; `model` itself for
     ``adapter=none``, of which stage.train says what trains. rows: what the stage trains on, for
-    methods that look at some first.
+    methods that look at some first; loader: what loaded it.
 
     The adapter names its base, ``model.path``. Where that holds an adapter, now merged into
     `model`, the whole weights are written to `start` once, and the adapter names them: of an
@@ -165,9 +176,9 @@ def with_adapter(
             with replacing(start) as side:
                 write_whole(model, tokenizer, side)
         distributed.barrier()
-    return adapters.attach(
-        model,
-        adapter,
+    put_on = functools.partial(
+        adapters.attach,
+        adapter=adapter,
         task=_task(stage),
         base=base,
         trains_head=_trains_head(stage),
@@ -175,6 +186,7 @@ def with_adapter(
         record=start.parent / LOOKED_UP,
         tokenizer=tokenizer,
     )
+    return loader.adapt(model, put_on)
 
 
 def sampled_rows(train: Any, count: int) -> Rows:
@@ -259,20 +271,11 @@ def _rows_of_loader(stage: OfflineStage, plan: launch.BatchPlan) -> int:
 
 
 def _zero(engine: EngineConfig) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    # "auto": from the hidden size. With the library's fixed default a small model's weights would
+    # all stay whole on every rank.
+    zero = zero_options(engine, whole_below="auto")
     if engine.zero_stage == 3:
-        # "auto": from the hidden size. With the library's fixed default a small model's weights
-        # would all stay whole on every rank.
-        zero["stage3_param_persistence_threshold"] = "auto"
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if engine.offload is Offload.none:
-        return zero
-    target = {"device": engine.offload.value}
-    if engine.nvme_path:
-        target["nvme_path"] = engine.nvme_path
-    zero["offload_optimizer"] = dict(target)
-    if engine.zero_stage == 3:
-        zero["offload_param"] = dict(target)
     return zero
 
 

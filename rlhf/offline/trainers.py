@@ -25,7 +25,7 @@ from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
 from policy.engines import resharding
 from policy.engines.base import GradientNoise, NonFinite, OptimSettings, Plateau
-from policy.engines.deepspeed import is_universal, reading, repair_universal
+from policy.engines.deepspeed import in_kernels
 from policy.engines.groups import Rates
 from policy.model import is_peft, load_tending, save_tending
 from rlhf.models.encoding import IGNORED
@@ -94,10 +94,11 @@ class StageTrainer(PrivateHooks):
         return factor if self.plateau is None else factor * self.plateau.scale
 
     def create_optimizer(self, model: Any = None) -> Any:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if fresh and self.group_rates is not None:
-            self.optimizer = self.group_rates.group(optimizer)
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            if self.group_rates is not None:
+                optimizer = self.group_rates.group(optimizer)
+            self.optimizer = in_kernels(optimizer, self.engine)
         return self.optimizer
 
     # ---- rows: whole batches, and weights ----
@@ -318,16 +319,16 @@ class StageTrainer(PrivateHooks):
         """The best checkpoint in a form that this launch loads: it may have been written before a
         resume on another number of ranks. Raises UserError for one that was damaged since.
         """
-        problem = distributed.broadcast(
-            checkpoints.problem(best) if distributed.is_main() else None
-        )
+        found = checkpoints.problem(best) if distributed.is_main() else None
+        problem = distributed.broadcast(found)
         if problem is not None:
             raise UserError(
                 f"the best checkpoint {best} can't be loaded back: {problem}. Train anew with "
                 "run.overwrite=true."
             )
         directory = resharding.adapt_on_all_ranks(best, self.engine)
-        with reading(self.model_wrapped, directory) if self.is_deepspeed_enabled else nullcontext():
+        zero = self.is_deepspeed_enabled
+        with resharding.reading(self.model_wrapped, directory) if zero else nullcontext():
             yield directory
         distributed.barrier()
         if distributed.is_main():
@@ -338,7 +339,7 @@ class StageTrainer(PrivateHooks):
         DeepSpeed engine. Returns the directory they came from. A collective.
         """
         directory = resharding.adapt_on_all_ranks(checkpoint, self.engine)
-        with reading(self.model_wrapped, directory):
+        with resharding.reading(self.model_wrapped, directory):
             deepspeed_load_checkpoint(
                 self.model_wrapped, str(directory), load_module_strict=not is_peft(self.model)
             )
@@ -346,8 +347,8 @@ class StageTrainer(PrivateHooks):
 
     def optimizer_loaded(self, checkpoint: Path) -> None:
         """Repair what DeepSpeed leaves out of a universal form, and load the method's state."""
-        if is_universal(checkpoint):
-            repair_universal(self.model_wrapped, checkpoint)
+        if resharding.is_universal(checkpoint):
+            resharding.repair_universal(self.model_wrapped, checkpoint)
         load_tending(self.model, checkpoint)
 
     def restart_randomness(self, checkpoint: Path) -> bool:
@@ -388,9 +389,8 @@ class SFT(StageTrainer, SFTTrainer):
             outputs.log_probs = outputs.log_probs * weights[:, None].to(outputs.log_probs.dtype)
             weighed = True
 
-        result = plain(
-            step_rows.changed(model, weigh_tokens), inputs, return_outputs=return_outputs
-        )
+        changed = step_rows.changed(model, weigh_tokens)
+        result = plain(changed, inputs, return_outputs=return_outputs)
         if not weighed:
             raise RuntimeError(
                 "SFTTrainer took its loss from something else than the model's log_probs, so the "

@@ -2,6 +2,7 @@
 weights, and saving them: progress, metrics, signals, resume, model/ and adapter/, samples.
 """
 
+import dataclasses
 import gc
 import json
 import logging
@@ -28,6 +29,7 @@ from rlhf.offline.private_hooks import (
     TRAINER_STATE_NAME,
     unset_hf_deepspeed_config,
 )
+from rlhf.offline.setup import loader_for
 from rlhf.offline.step_rows import Growth
 from rlhf.offline.steps import (
     Guard,
@@ -346,12 +348,27 @@ def greedy_samples(
     directory: Path,
     contexts: Sequence[list[int]],
     max_length: int,
+    engine: EngineConfig,
 ) -> list[dict[str, Any]]:
     """What the policy saved in `directory` writes after each of `contexts` (token ids), greedily,
     as rows of samples.jsonl; contexts that fill `max_length` tokens are left out.
+
+    Under ZeRO-3 all ranks hold it together and write the same; elsewhere rank 0 does, and the
+    others return nothing. A collective.
     """
-    policy = load_causal_lm(model, tokenizer, str(directory), native=True)
+    saved = dataclasses.replace(model, path=str(directory), gguf_file=None)
+    loader = loader_for(saved, AdapterConfig(), engine)
+    if not (loader.parts or distributed.is_main()):
+        return []
+    policy = loader.load(lambda: load_causal_lm(model, tokenizer, str(directory), native=True))
     policy = policy.to(distributed.device()).eval()
+    with loader.passing(policy):
+        return _written(policy, tokenizer, contexts, max_length)
+
+
+def _written(
+    policy: Any, tokenizer: Any, contexts: Sequence[list[int]], max_length: int
+) -> list[dict[str, Any]]:
     rows = []
     for context in contexts:
         new_tokens = min(_SAMPLE_TOKENS, max_length - len(context))

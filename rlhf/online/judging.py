@@ -15,6 +15,7 @@ from conf.choices import Action, Rule
 from conf.schema import RewardConfig
 from conf.stages import WatchConfig
 from policy.saving import replacing
+from reward.model import Holder
 from reward.scorers.computed import CompositeScorer, FunctionScorer
 from reward.scorers.reward_model import RewardModelScorer
 from rlhf.online.watch import Alarm, HeldOutScores, Watch
@@ -84,9 +85,11 @@ def make_judge(
     proxy: Scorer,
     prompts: Sequence[Prompt],
     seed: int,
+    holder: Holder | None = None,
 ) -> HeldOutJudge | None:
     """The judge that ``stage.watch`` names, with the held-out `prompts`; None where it names none.
-    `proxy` is the reward that trains. Raises UserError.
+    `proxy` is the reward that trains; holder: how the ranks hold the judge's model together. Raises
+    UserError.
     """
     if not watch.has_judge:
         return None
@@ -99,7 +102,7 @@ def make_judge(
             len(prompts),
         )
     mine = share_out(prompts, distributed.rank(), distributed.world_size())
-    judge = _judge_scorer(watch, reward, tokenizer)
+    judge = _judge_scorer(watch, reward, tokenizer, holder)
     return HeldOutJudge(mine, judge, comparable(proxy), seed=seed)
 
 
@@ -112,7 +115,9 @@ def comparable(scorer: Scorer) -> Scorer:
     return CompositeScorer([replace(term, normalise=False) for term in scorer.terms])
 
 
-def _judge_scorer(watch: WatchConfig, reward: RewardConfig, tokenizer: Any) -> Scorer:
+def _judge_scorer(
+    watch: WatchConfig, reward: RewardConfig, tokenizer: Any, holder: Holder | None
+) -> Scorer:
     if watch.judge_function is not None:
         return FunctionScorer(watch.judge_function, "stage.watch.judge_function")
     assert watch.judge_path is not None
@@ -122,6 +127,7 @@ def _judge_scorer(watch: WatchConfig, reward: RewardConfig, tokenizer: Any) -> S
         distributed.device(),
         policy_tokenizer=tokenizer,
         key="stage.watch.judge_path",
+        holder=holder,
     )
 
 

@@ -81,6 +81,7 @@ class Loop:
                 parts.scorer,
                 parts.held_out,
                 cfg.run.seed,
+                parts.holder,
             ),
             Keeper(ctx.dir / BEST, self._save_weights),
         )

@@ -15,8 +15,7 @@ from conf.choices import (
     Advantage,
     Carrier,
     CriticInit,
-    EngineKind,
-    KLController,
+    Dtype,
     LoraInit,
     ModelKind,
     Quantization,
@@ -46,9 +45,10 @@ from policy.adapters import (
 from policy.agreement import agreed_layout, can_share_prompts
 from policy.engines.base import Engine, OptimSettings
 from policy.engines.groups import Rates
-from policy.engines.torch import make_engine
+from policy.engines.loading import Loader, holder_of, loader_of
+from policy.engines.torch import freeze, make_engine
 from policy.forward import ADAPTER, Layout, Models
-from policy.kl import AdaptiveKL, FixedKL
+from policy.kl import AdaptiveKL, FixedKL, kl_controller
 from policy.model import (
     CriticModule,
     PolicyModule,
@@ -56,13 +56,14 @@ from policy.model import (
     has_dropout,
     no_gather,
     turn_off_dropout,
+    whole,
 )
 from policy.prepare import needs_old_logprobs
 from policy.saving import mix_weights, named, replacing, with_further
 from reward.base import model_paths
 from reward.model import load_reward_model
 from reward.terms import make_scorer
-from rlhf.models.directories import UNROUNDED, merges_first
+from rlhf.models.directories import UNROUNDED, contents, merges_first
 from rlhf.models.loading import (
     load_causal_lm,
     load_classifier,
@@ -92,6 +93,7 @@ class Parts:
     models: Models
     passes: bool  # whether logprobs before the update take a pass of their own
     scorer: Scorer
+    holder: Any  # how the ranks hold reward models together (reward.model.Holder), or None
     generator: Generator
     sync: WeightSync
     kl: FixedKL | AdaptiveKL
@@ -110,6 +112,11 @@ class _Start:
     tokenizer: Any
     sample: Sample
     folder: Path  # of the run
+    engine: EngineConfig
+
+    def loader(self, adapter: AdapterConfig | None = None) -> Loader:
+        """How a model comes into memory, and this adapter onto it."""
+        return loader_of(self.engine, resolve_dtype(self.config.dtype), adapter)
 
     def causal_lm(self) -> Any:
         """What the generator, and a reference of its own, start from."""
@@ -136,8 +143,11 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     tokenizer, prompts = read.tokenizer, read.train
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
-    start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample)
-    scorer = make_scorer(cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer)
+    start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample, cfg.engine)
+    holder = holder_of(cfg.engine, resolve_dtype(Dtype.auto))
+    scorer = make_scorer(
+        cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer, holder=holder
+    )
     carrier = carrier_of(cfg.rollout, cfg.adapter)
     vllm = resolve_backend(cfg.rollout.backend) is not RolloutBackend.hf
     weights_of = named(sender(cfg.adapter, carrier, vllm=vllm), cfg.adapter.name)
@@ -166,6 +176,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
         # responses.
         passes=needs_old_logprobs(stage) or has_dropout(policy_module.model),
         scorer=scorer,
+        holder=holder,
         generator=generator,
         sync=WeightSync(
             generator=generator,
@@ -175,7 +186,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
             pad_id=tokenizer.pad_token_id,
             budget=cfg.engine.micro_tokens,
         ),
-        kl=_kl_controller(stage),
+        kl=kl_controller(stage),
         adapter=cfg.adapter,
         moving_reference=stage.reference_every > 0,
         engine=cfg.engine,
@@ -199,13 +210,12 @@ def _generator_model(start: _Start, adapter: AdapterConfig, carrier: Carrier) ->
 
 def _policy_module(start: _Start, cfg: Config) -> PolicyModule:
     stage = cfg.stage_as(OnlineStage)
-    model = start.policy_lm()
+    loader = start.loader(cfg.adapter)
+    model = loader.load(start.policy_lm)
     if not stage.dropout:
         turn_off_dropout(model)
-    looks = start.looks()
-    model = attach(
-        model, cfg.adapter, task="CAUSAL_LM", base=start.path, train=stage.train, **looks
-    )
+    options = {"task": "CAUSAL_LM", "base": start.path, "train": stage.train, **start.looks()}
+    model = loader.adapt(model, lambda lm: attach(lm, cfg.adapter, **options))
     if cfg.engine.gradient_checkpointing:
         enable_checkpointing(model)
     chunk, temperature = cfg.engine.logits_chunk, cfg.rollout.temperature
@@ -241,9 +251,9 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
         reference = ADAPTER
     elif stage.reference:
         chunk, temperature = engine.logits_chunk, cfg.rollout.temperature
-        model = own_start or start.causal_lm()
+        model = own_start or start.loader().load(start.causal_lm)
         frozen = PolicyModule(model, chunk=chunk, temperature=temperature)
-        reference = _freeze(frozen, engine, half=half)
+        reference = freeze(frozen, engine, distributed.device(), half=half)
     return Models(policy, critic, reference, _layout(engine, stage, policy_module.model))
 
 
@@ -265,12 +275,6 @@ def _engine(
     device = distributed.device()
     made: Engine = make_engine(module, engine, optim, device, half=half, rates=rates)
     return made
-
-
-def _kl_controller(stage: OnlineStage) -> FixedKL | AdaptiveKL:
-    if stage.kl_controller is KLController.adaptive:
-        return AdaptiveKL(stage.kl_coef, stage.kl_target, stage.kl_horizon)
-    return FixedKL(stage.kl_coef)
 
 
 def _layout(engine: EngineConfig, stage: OnlineStage, model: Any) -> Layout:
@@ -303,7 +307,12 @@ def _register(ctx: RunContext, files: Iterable[Path]) -> None:
 
 
 def _start_of(
-    written: Path, model: ModelConfig, adapter: AdapterConfig, tokenizer: Any, sample: Sample
+    written: Path,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    tokenizer: Any,
+    sample: Sample,
+    engine: EngineConfig,
 ) -> _Start:
     """The run's start, written where there is none to load. A collective.
 
@@ -314,7 +323,7 @@ def _start_of(
     if not adapter.is_quantized:
         path = _start_directory(written, model, adapter, tokenizer)
         config = replace(model, path=path, gguf_file=None)
-        return _Start(path, config, config, tokenizer, sample, written.parent)
+        return _Start(path, config, config, tokenizer, sample, written.parent, engine)
     path = _start_directory(written.with_name(UNROUNDED), model, adapter, tokenizer)
     source = replace(model, path=path, gguf_file=None)
     if distributed.is_main() and not (written / "config.json").exists():
@@ -324,7 +333,7 @@ def _start_of(
     distributed.barrier()
     path = str(written)
     rounded_start = replace(source, path=path)
-    return _Start(path, rounded_start, source, tokenizer, sample, written.parent)
+    return _Start(path, rounded_start, source, tokenizer, sample, written.parent, engine)
 
 
 def _start_directory(
@@ -356,17 +365,20 @@ def _critic_model(
     """The critic's model: the reward model's weights, or the policy's start with a head that
     predicts 0. With stage.critic_adapter only a LoRA adapter of it trains.
     """
+    adapter = critic_adapter(stage, adapter)
+    loader = start.loader(adapter)
     if stage.critic_init is CriticInit.reward:
         assert reward_path is not None, "preflight refuses critic_init=reward without reward.path"
-        model = _reward_weights(reward_path, start)
+        loader = Loader() if contents(reward_path).is_native else loader
+        model = loader.load(functools.partial(_reward_weights, reward_path, start))
     else:
-        model = load_classifier(start.config, start.tokenizer)
-        torch.nn.init.zeros_(model.score.weight)
+        model = loader.load(lambda: load_classifier(start.config, start.tokenizer))
+        with whole([model.score.weight], changed=True):
+            torch.nn.init.zeros_(model.score.weight)
     if not stage.dropout:
         turn_off_dropout(model)
     model.requires_grad_(True)
-    adapter = critic_adapter(stage, adapter)
-    return attach(model, adapter, task="SEQ_CLS")
+    return loader.adapt(model, lambda base: attach(base, adapter, task="SEQ_CLS"))
 
 
 def _reward_weights(path: str, start: _Start) -> Any:
@@ -380,12 +392,3 @@ def _reward_weights(path: str, start: _Start) -> Any:
             "policy, so its weights can't read the policy's tokens. Use stage.critic_init=policy."
         )
     return loaded.module
-
-
-def _freeze(module: PolicyModule, engine: EngineConfig, *, half: bool) -> Any:
-    """The reference: it only runs forward; under DeepSpeed partitioned like the policy."""
-    if engine.kind is EngineKind.deepspeed:
-        from policy.engines.deepspeed import freeze
-
-        return freeze(module, engine, distributed.device(), half=half)
-    return module.requires_grad_(False).eval().to(distributed.device())

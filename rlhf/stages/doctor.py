@@ -29,6 +29,7 @@ def examine(cfg: Config) -> list[Finding]:
             pool.submit(backends.check_transformers),
             pool.submit(backends.check_vllm, cfg.rollout.backend),
             pool.submit(backends.check_deepspeed, cfg.engine.kind),
+            pool.submit(backends.check_extensions, cfg.engine),
         ]
     return [
         environment.check_python(sys.version_info[:3]),

@@ -1,7 +1,8 @@
 """The step before every stage that loads models: what stages choose by a name in the configuration
 is made known. These are the ways to train beside a frozen model (policy/adapters/), their ways into
-vLLM's engine and vLLM's servers (rollout/), and the verifiers of answers (reward/verifiers/). The
-only importer of their files.
+vLLM's engine and vLLM's servers (rollout/), how models are parted while they are read
+(policy/engines/parts.py) and the verifiers of answers (reward/verifiers/). The only importer of
+their files.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from policy.adapters import (
     rasa,
     scaled,
 )
+from policy.engines import loading, parts
 from reward import terms
 from reward.verifiers.evaluated import Code, Gym, MathAnswer
 from reward.verifiers.instructions import Instructions
@@ -61,6 +63,7 @@ def register() -> None:
     """Let stages, PEFT and generators know them."""
     terms.VERIFIERS.update(VERIFIERS)
     adapters.register(ALL, quantized.HOLDING)
+    loading.LOADERS[3] = parts.PartsLoader
     rollout.ENGINES[Carrier.modules] = ModulesGenerator
     rollout.PLACES[Carrier.modules] = check_places
     rollout.ENGINES[Carrier.embeds] = EmbedsGenerator

@@ -6,6 +6,7 @@ reference, the KL pairs of KTO, and what a run leaves behind.
 """
 
 import dataclasses
+import functools
 
 from conf.schema import Config
 from conf.stages import KTOStage, PreferenceStage
@@ -19,6 +20,7 @@ from rlhf.offline import preference, setup
 from rlhf.offline.setup import (
     begin,
     check_positions,
+    loader_for,
     record_inputs,
     trainer_arguments,
     training_dtype,
@@ -63,10 +65,10 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         record_inputs(ctx, "policy", rows.files)
         steps, metrics = _train(ctx, plan, rows)
         ctx.watchdog.phase("samples")
+        samples = greedy_samples(
+            cfg.model, rows.tokenizer, ctx.model_dir, rows.contexts, stage.max_length, cfg.engine
+        )
         if distributed.is_main():
-            samples = greedy_samples(
-                cfg.model, rows.tokenizer, ctx.model_dir, rows.contexts, stage.max_length
-            )
             ctx.tracker.samples(steps, samples)
         ctx.watchdog.phase("finish")
         figures = {
@@ -108,15 +110,22 @@ def make_trainer(ctx: RunContext, plan: launch.BatchPlan, rows: EncodedRows) -> 
     cfg, stage, tokenizer = ctx.cfg, ctx.cfg.stage, rows.tokenizer
     seed_everything(cfg.run.seed)
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
-    model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
-    check_forward(model, "a policy")
+    loader = loader_for(cfg.model, cfg.adapter, cfg.engine)
+    source = dataclasses.replace(cfg.model, dtype=dtype)
+    load = functools.partial(loader.load, lambda: load_causal_lm(source, tokenizer))
+    model = load()
+    with loader.passing(model):
+        check_forward(model, "a policy")
     check_positions(base_of(model).config, rows.longest, cfg.adapter)
-    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
-    # Copied before the trainer's arguments exist: from then on transformers would load ZeRO-3
-    # models in shards.
+    model = with_adapter(
+        model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows, loader
+    )
+    # Made before the trainer's arguments exist: from then on transformers would load ZeRO-3 models
+    # in its own way.
     reference = None
     if preference.has_reference(stage):
-        reference = preference.start_of(model, cfg.adapter)
+        again = load if loader.parts else None
+        reference = preference.start_of(model, cfg.adapter, again)
     arguments = trainer_arguments(
         stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from
     )

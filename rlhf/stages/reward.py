@@ -3,6 +3,7 @@ a length-only baseline.
 """
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 
@@ -13,14 +14,17 @@ from conf.choices import EngineKind
 from conf.schema import Config, ModelConfig
 from policy.adapters import rates_of
 from policy.engines import resharding
+from policy.engines.loading import Loader, holder_of
 from reward.model import (
     Manifest,
     load_reward_module,
+    reader_of,
     template_hash,
     tokenizer_fingerprint,
     write_manifest,
 )
 from rlhf.checks.launch import BatchPlan
+from rlhf.models.directories import contents
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_classifier, resolve_dtype
 from rlhf.offline import judged_pairs, setup
@@ -29,6 +33,7 @@ from rlhf.offline.judged_pairs import Reward
 from rlhf.offline.setup import (
     begin,
     check_positions,
+    loader_for,
     record_inputs,
     trainer_arguments,
     training_dtype,
@@ -73,9 +78,11 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         steps, metrics = _train(ctx, plan, rows)
         ctx.watchdog.phase("judge")
         # The figures are those of the saved weights, read back as every later stage reads them.
-        device = distributed.device()
-        module = load_reward_module(ctx.model_dir, resolve_dtype(cfg.model.dtype)).to(device)
-        judged = judged_pairs.judge(module, held_out, cfg.reward.batch_tokens, device)
+        device, dtype = distributed.device(), resolve_dtype(cfg.model.dtype)
+        load = functools.partial(load_reward_module, ctx.model_dir, dtype)
+        holder = None if contents(str(ctx.model_dir)).is_native else holder_of(cfg.engine, dtype)
+        read, passes = reader_of(load, device, holder)
+        judged = judged_pairs.judge(read, held_out, cfg.reward.batch_tokens, device, passes)
         metrics |= judged_pairs.judgement_metrics(judged, stage.bootstrap, cfg.run.seed)
         if distributed.is_main():
             manifest = manifest_of(cfg.model, rows, stage.max_length, metrics)
@@ -114,10 +121,17 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> Reward:
     cfg, stage, tokenizer = ctx.cfg, ctx.cfg.stage, rows.tokenizer
     seed_everything(cfg.run.seed)
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
-    model = load_classifier(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
-    check_forward(model, "a reward model")
+    loader = Loader()  # frozen blocks are read in whole passes
+    if not stage.cache_frozen:
+        loader = loader_for(cfg.model, cfg.adapter, cfg.engine)
+    source = dataclasses.replace(cfg.model, dtype=dtype)
+    model = loader.load(lambda: load_classifier(source, tokenizer))
+    with loader.passing(model):
+        check_forward(model, "a reward model")
     check_positions(model.config, rows.longest, cfg.adapter)
-    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
+    model = with_adapter(
+        model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows, loader
+    )
     if stage.cache_frozen:
         ctx.watchdog.phase("frozen blocks")
         folder = Path(cfg.data.cache_dir or Path(cfg.run.dir) / ".encoded").expanduser()

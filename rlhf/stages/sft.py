@@ -17,6 +17,7 @@ from rlhf.offline.setup import (
     EXPERTS,
     begin,
     check_positions,
+    loader_for,
     record_inputs,
     trainer_arguments,
     training_dtype,
@@ -65,10 +66,10 @@ def run(ctx: RunContext, reader: RowReader) -> None:
             adapter_alone=adapter_alone,
         )
         ctx.watchdog.phase("samples")
+        samples = greedy_samples(
+            cfg.model, rows.tokenizer, ctx.model_dir, rows.contexts, stage.max_length, cfg.engine
+        )
         if distributed.is_main():
-            samples = greedy_samples(
-                cfg.model, rows.tokenizer, ctx.model_dir, rows.contexts, stage.max_length
-            )
             ctx.tracker.samples(steps, samples)
         ctx.watchdog.phase("finish")
         ctx.finish(
@@ -93,10 +94,15 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
     cfg, stage, tokenizer = ctx.cfg, ctx.cfg.stage, rows.tokenizer
     seed_everything(cfg.run.seed)
     dtype = training_dtype(cfg.model.dtype, cfg.adapter.kind, cfg.engine.kind)
-    model = load_causal_lm(dataclasses.replace(cfg.model, dtype=dtype), tokenizer)
-    check_forward(model, "a policy")
+    loader = loader_for(cfg.model, cfg.adapter, cfg.engine)
+    source = dataclasses.replace(cfg.model, dtype=dtype)
+    model = loader.load(lambda: load_causal_lm(source, tokenizer))
+    with loader.passing(model):
+        check_forward(model, "a policy")
     check_positions(model.config, stage.max_length if stage.packing else rows.longest, cfg.adapter)
-    model = with_adapter(model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows)
+    model = with_adapter(
+        model, tokenizer, stage, cfg.model, cfg.adapter, ctx.start_dir, rows, loader
+    )
     args = SFTConfig(
         **trainer_arguments(
             stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from

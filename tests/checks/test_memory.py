@@ -407,11 +407,14 @@ def test_the_two_sides_of_a_pair_are_in_one_pass() -> None:
         assert found[0] == found[1] < found[2], stage
 
 
-def test_an_ensemble_holds_every_member() -> None:
+@pytest.mark.parametrize(("zero", "share"), [(2, 1), (3, 8)])
+def test_an_ensemble_holds_every_member(zero: int, share: int) -> None:
+    """Whole on every rank, or under ZeRO-3 all ranks together."""
     one, three = (
-        planned(made("grpo"), rewards=n).peak(Phase.rollout).roles["reward"].device for n in (1, 3)
+        planned(made("grpo", zero), rewards=n).peak(Phase.rollout).roles["reward"].device
+        for n in (1, 3)
     )
-    assert three == 3 * one == 3 * 2 * SHAPE().classifier
+    assert three == 3 * one == 3 * 2 * SHAPE().classifier / share
 
 
 def test_the_peak_is_the_worst_moment_and_moments_add_up() -> None:
@@ -432,12 +435,26 @@ def test_the_peak_is_the_worst_moment_and_moments_add_up() -> None:
     }
 
 
-def test_every_rank_loads_the_whole_model_before_zero_3_shares_it_out() -> None:
+def test_zero_3_parts_a_model_while_it_is_read() -> None:
+    """A rank's part, and twice the largest layer; the reference's too, and on the host one
+    tensor.
+    """
     shape = shapes.assumed_shape(7e10)
-    found = plan(made("grpo"), Shapes(shape), GPU)
-    start = found.peak(Phase.start)
-    assert start.roles[start.name].device == 2 * shape.parameters and not found.fits
-    assert max(m.total.host for m in found.moments) >= 2 * shape.parameters
+    found = plan(made("dpo"), Shapes(shape), GPU)
+    starts = [moment for moment in found.moments if moment.phase is Phase.start]
+    part, layer = 2 * shape.parameters / GPU.ranks, 2 * shape.largest_layer
+    assert [one.name for one in starts] == ["policy", "reference"]
+    for one in starts:
+        assert one.roles[one.name] == Bytes(part + 2 * layer, 2 * layer)
+
+
+def test_what_starts_from_whole_weights_is_loaded_whole() -> None:
+    shape = shapes.assumed_shape(7e10)
+    cfg = replace(made("dpo"), adapter=AdapterConfig(kind=AdapterKind.lora, dora=True))
+    found = plan(cfg, Shapes(shape), GPU)
+    start = next(moment for moment in found.moments if moment.name == "policy")
+    assert start.roles["policy"].device > 2 * shape.parameters
+    assert found.whole_first and not found.fits
 
 
 @pytest.mark.parametrize(
@@ -522,8 +539,18 @@ def test_what_is_recommended_composes_fits_and_what_does_not_fit_is_said() -> No
         and "engine=zero3" in lines[0]
         and [line.partition(" fits")[0] for line in lines[2:]] == ["LoRA", "QLoRA"]
     )
-    none = answers(rows(cfg, models, replace(GPU, device_gib=12.0)), replace(GPU, device_gib=12.0))
-    assert none[0].startswith("full training doesn't fit on 8 devices of 12 GiB with any engine")
+    small = replace(GPU, device_gib=8.0)
+    none = answers(rows(cfg, models, small), small)
+    assert none[0].startswith("full training doesn't fit on 8 devices of 8 GiB with any engine")
+
+
+def test_a_model_larger_than_a_device_fits_in_parts() -> None:
+    """7B parameters in half precision are 13 GiB, which no rank ever holds."""
+    cfg, shape = replace(made("sft"), model=ModelConfig(params=7e9)), shapes.assumed_shape(7e9)
+    small = replace(GPU, device_gib=12.0)
+    answer = answers(rows(cfg, Shapes(shape), small), small)[0]
+    assert answer.startswith("full training fits on 8 devices of 12 GiB")
+    assert "engine=zero3 engine.offload=cpu" in answer
 
 
 def test_changes_come_one_by_one_and_are_all_named() -> None:

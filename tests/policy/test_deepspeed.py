@@ -7,7 +7,7 @@ import pytest
 
 from conf.choices import Dtype, EngineKind
 from conf.schema import EngineConfig
-from policy.engines import deepspeed
+from policy.engines import loading
 from rlhf.checks import launch
 
 
@@ -17,7 +17,7 @@ from rlhf.checks import launch
 )
 def test_bfloat16_gradients_are_added_in_float32(zero: int, half: bool, asked: bool) -> None:
     cfg = EngineConfig(kind=EngineKind.deepspeed, zero_stage=zero)
-    found = deepspeed.zero_config(cfg, hidden_size=8, half=half, max_grad_norm=1.0)
+    found = loading.zero_config(cfg, hidden_size=8, half=half, max_grad_norm=1.0)
     assert (found.get("data_types") == {"grad_accum_dtype": "fp32"}) is asked
 
 

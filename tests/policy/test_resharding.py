@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from conf.choices import EngineKind, Offload
 from conf.schema import EngineConfig
 from policy.engines import resharding
-from policy.engines.deepspeed import repair_universal
+from policy.engines.resharding import repair_universal
 from rlhf.process import checkpoints, randomness
 from rlhf.types import UserError
 from tests import toys

@@ -3,6 +3,7 @@ from its own directory alone.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -17,14 +18,12 @@ from conf.choices import AdapterKind, ModelKind
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig, RewardConfig
 from conf.stages import RewardStage
 from reward.losses import pairwise_loss
-from reward.model import load_reward_model, read_manifest
+from reward.model import last_token_scores, load_reward_model, read_manifest
 from reward.scorers.reward_model import RewardModelScorer
 from rlhf.data.reading import DataRequest, preference_records
 from rlhf.models.encoding import prompt_ids, response_ids
 from rlhf.models.loading import load_classifier
-from rlhf.offline.judged_pairs import (
-    judge,
-)
+from rlhf.offline.judged_pairs import judge
 from rlhf.process.randomness import seed_everything
 from rlhf.rows.pairs import encode_pairs
 from rlhf.run.context import RunContext
@@ -250,7 +249,9 @@ def test_soft_labels_are_what_the_margins_come_to_say(
     encoded = encode_pairs(
         tokenizer, trl_tools.records(pairs), name="x", max_length=40, margin=False, soft_label=True
     )
-    judged = judge(loaded.module, encoded, 2048, torch.device("cpu"))
+    judged = judge(
+        functools.partial(last_token_scores, loaded.module), encoded, 2048, torch.device("cpu")
+    )
     margins = judged.chosen - judged.rejected
     assert (
         abs(float(np.mean(margins[soft == 0.5]))) < 0.7

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
+from conf.adapters import needs_whole
 from conf.choices import AdapterKind, Dtype, EngineKind
 from conf.run import LaunchConfig
 from conf.schema import (
@@ -172,6 +173,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     problem: str | None = None  # why it can't run whatever fits
     servers: Servers | None = None
+    whole_first: bool = True  # each rank loads the whole of what trains before it is shared out
 
     def peak(self, phase: Phase | None = None) -> Moment:
         """The moment with the most on the device."""
@@ -218,11 +220,9 @@ class Plan:
                 f"{self.device_gib:.1f} GiB in {worst.phase.value}, of which "
                 f"{worst.roles[role].device / GIB:.1f} for the {role}"
             )
-            return (
-                f"{where}; each rank loads the whole model there"
-                if worst.phase is Phase.start and machine.ranks > 1
-                else where
-            )
+            if worst.phase is Phase.start and self.whole_first and machine.ranks > 1:
+                where += "; each rank loads the whole model there"
+            return where
         if machine.cuda and machine.host_gib is not None and self.host_gib > machine.host_gib:
             return f"{self.host_gib:.0f} GiB of host memory, and {machine.host_gib:.0f} are here"
         return None
@@ -269,9 +269,10 @@ def counts_of(
 
 
 def setting_of(
-    engine: EngineConfig, machine: Machine, dtype: Dtype, *, lora: bool, trl: bool
+    engine: EngineConfig, machine: Machine, dtype: Dtype, adapter: AdapterConfig, *, trl: bool
 ) -> Setting:
     """How the modules of a run are held and trained; `trl`: by TRL's trainers."""
+    lora = adapter.kind is not AdapterKind.none
     half = machine.half(dtype)
     plain = engine.kind is EngineKind.torch
     return Setting(
@@ -283,6 +284,7 @@ def setting_of(
         cuda=machine.cuda,
         fused=plain and not trl,
         float32_trained=half and plain and (lora or trl),
+        parted=engine.zero_stage == 3 and not needs_whole(adapter),
     )
 
 

@@ -5,11 +5,12 @@ Roles and moments are those of rlhf/online and of TRL's trainers.
 
 from dataclasses import replace
 
+from conf.adapters import needs_whole
 from conf.choices import (
-    AdapterKind,
     Advantage,
     CriticInit,
     EngineKind,
+    ModelKind,
     PolicyLoss,
     RolloutBackend,
 )
@@ -82,8 +83,8 @@ def _step(states: States) -> Bytes:
 def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     stage, shape = cfg.stage, shapes.policy
     assert isinstance(stage, OnlineStage)
-    lora = cfg.adapter.kind is not AdapterKind.none
-    setting = setting_of(cfg.engine, machine, cfg.model.dtype, lora=lora, trl=False)
+    setting = setting_of(cfg.engine, machine, cfg.model.dtype, cfg.adapter, trl=False)
+    shared = replace(setting, parted=setting.zero == 3)  # of models that nothing is put on
     adapter = adapter_parameters(shape, cfg.adapter)
     trained = trained_parts(shape, stage.train, classifier=False)
     whole = shape.parameters + shape.frozen_by(cfg.adapter)
@@ -94,21 +95,24 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     switched_off = facts_of(cfg.adapter).off_is_start and not stage.reference_every
     own_reference = stage.reference and not switched_off
     reference = (
-        frozen_states(shape.parameters, setting, shape.largest_layer) if own_reference else None
+        frozen_states(shape.parameters, shared, shape.largest_layer) if own_reference else None
     )
     asked = asked_of(stage, cfg.rollout, cfg.adapter, cfg.data.max_prompt_length, half=setting.half)
     apart = cfg.launch.server_nodes > 0
     generator = generator_memory(cfg.rollout, shape, machine, asked, adapter, apart=apart)
     inside = cfg.rollout.backend in (RolloutBackend.auto, RolloutBackend.vllm)
     beside = VLLM_GIB if inside else 0.0
-    scorers = Bytes(sum(setting.width * reward.classifier for _, reward in shapes.rewards))
+    scorers = [
+        _held(frozen_states(reward.classifier, shared, reward.largest_layer))
+        for _, reward in shapes.rewards
+    ]
     idle = {"policy": _held(policy)}
     if critic is not None:
         idle["critic"] = _held(critic[1])
     if reference is not None:
         idle["reference"] = _held(reference)
     if shapes.rewards:
-        idle["reward"] = scorers
+        idle["reward"] = sum(scorers, NOTHING)
     idle |= {"generator": generator.idle, "process": process(machine, cfg.engine.kind, beside)}
     awake = {**idle, "generator": generator.busy}
     taking = {**idle, "generator": generator.taking}
@@ -132,7 +136,7 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
         ),
     ]
     notes, problem = generator.notes, generator.problem
-    return Plan(tuple(moments), machine, notes, problem, generator.servers)
+    return Plan(tuple(moments), machine, notes, problem, generator.servers, not setting.parted)
 
 
 def _critic(cfg: Settings, shapes: Shapes, setting: Setting) -> tuple[Shape, States]:
@@ -143,7 +147,9 @@ def _critic(cfg: Settings, shapes: Shapes, setting: Setting) -> tuple[Shape, Sta
     worn = critic_adapter(stage, cfg.adapter)
     inner = adapter_parameters(shape, worn)
     own = replace(
-        setting, float32_trained=setting.half and setting.kind is EngineKind.torch and bool(inner)
+        setting,
+        float32_trained=setting.half and setting.kind is EngineKind.torch and bool(inner),
+        parted=setting.zero == 3 and not needs_whole(worn),
     )
     return shape, training_states(counts_of(shape, shape.classifier, inner, rounding=worn), own)
 
@@ -155,12 +161,15 @@ def _starting(
     critic: tuple[Shape, States] | None,
     reference: States | None,
 ) -> list[Moment]:
-    """The engines are made one after the other, each from a model that every rank holds whole
-    (rlhf/online/setup.py: build). The policy waits on the host while the generator starts.
+    """The engines are made one after the other, each from a model that every rank holds whole, or
+    in parts (rlhf/online/setup.py: build). A whole policy waits on the host while the generator
+    starts.
     """
     names = [name for name in ("reward", "generator", "process") if name in idle]
     made: dict[str, Bytes] = {name: idle[name] for name in names}
-    waiting = policy.start if not policy.start.host else Bytes(host=policy.start.host)
+    waiting = policy.start
+    if waiting.host >= waiting.device:
+        waiting = Bytes(host=waiting.host)
     starting: dict[str, Bytes] = {name: awake[name] for name in names}
     starting["policy"] = waiting
     out = [Moment(Phase.start, "generator", starting)]
@@ -206,7 +215,9 @@ def _scoring(
             activations.forward_transient(reward, Pass(batch, setting.width))
             for _, reward in shapes.rewards
         )
-        out.append(Moment(Phase.score, "reward", {**idle, "reward": idle["reward"] + Bytes(most)}))
+        largest = max((one for _, one in shapes.rewards), key=lambda one: one.classifier)
+        scoring = idle["reward"] + Bytes(most) + _gathered(setting, largest)
+        out.append(Moment(Phase.score, "reward", {**idle, "reward": scoring}))
     rows = min(cfg.engine.logits_chunk, tokens)
     head = activations.policy_head(
         shape,
@@ -323,8 +334,10 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine) -> Plan:
     (rlhf/stages/preference.py: start_of).
     """
     stage = cfg.stage
-    lora = cfg.adapter.kind is not AdapterKind.none
-    setting = setting_of(cfg.engine, machine, cfg.model.dtype, lora=lora, trl=True)
+    setting = setting_of(cfg.engine, machine, cfg.model.dtype, cfg.adapter, trl=True)
+    made = cfg.model.kind is ModelKind.tiny and cfg.model.path is None and not cfg.model.params
+    if made or cfg.model.gguf_file:  # by every rank, whole
+        setting = replace(setting, parted=False)
     adapter = adapter_parameters(shape, cfg.adapter)
     name, parameters = "policy", shape.parameters
     if isinstance(stage, RewardStage):
@@ -368,7 +381,7 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine) -> Plan:
     backward = {**idle, **during_pass, name: _backward(states) + acts}
     moments.append(Moment(Phase.update, "pass", backward))
     moments.append(Moment(Phase.update, "step", {**idle, name: _step(states)}))
-    return Plan(tuple(moments), machine)
+    return Plan(tuple(moments), machine, whole_first=not setting.parted)
 
 
 def _trl_tokens(stage: OfflineStage, engine: EngineConfig, ranks: int) -> int:

@@ -43,11 +43,8 @@ def total(parts: dict[str, Bytes]) -> Bytes:
 BUCKET = 5e8
 MAX_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 SUB_GROUP = 1e9  # parameters that ZeRO-3 steps at once (sub_group_size)
-_SWAP_BUFFERS, _PARAM_BUFFERS, _PARAM_BUFFER = (
-    4,
-    5,
-    1e8,
-)  # of the NVMe swapper (offload_optimizer.buffer_count, offload_param.buffer_count, buffer_size)
+# of the NVMe swapper (offload_optimizer.buffer_count, offload_param.buffer_count, buffer_size)
+_SWAP_BUFFERS, _PARAM_BUFFERS, _PARAM_BUFFER = 4, 5, 1e8
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +86,8 @@ class Setting:
     # what trains is float32 beside half-precision weights: PEFT's adapters, and TRL's full training
     # by autocast
     float32_trained: bool = False
+    # ZeRO-3: the module is parted while it is read (policy/engines/parts.py)
+    parted: bool = False
 
     @property
     def width(self) -> int:
@@ -98,7 +97,7 @@ class Setting:
     @property
     def sum_width(self) -> int:
         """Bytes of an element in the sum of micro-batches' gradients
-        (policy/engines/deepspeed.py: gradient_sums).
+        (policy/engines/loading.py: gradient_sums).
         """
         return 4 if self.zero >= 2 else self.width
 
@@ -166,14 +165,14 @@ def frozen_states(parameters: float, setting: Setting, largest_layer: float) -> 
     """
     whole = setting.width * parameters
     start = Bytes(whole, whole if setting.cuda else 0.0)
+    start = _parting(parameters, largest_layer, setting) if setting.parted else start
     if setting.kind is EngineKind.torch or setting.zero < 3:
         return States(resident={"weights": Bytes(whole)}, start=start)
     part = whole / setting.ranks
-    resident = {
-        "weights": Bytes(part)
-        if setting.offload is Offload.none
-        else Bytes(host=part if setting.offload is Offload.cpu else 0.0)
-    }
+    held = Bytes(part)
+    if setting.offload is not Offload.none:
+        held = Bytes(host=part if setting.offload is Offload.cpu else 0.0)
+    resident = {"weights": held}
     return States(
         resident=resident, gathered=_gathered(parameters, largest_layer, setting), start=start
     )
@@ -195,12 +194,24 @@ def temporaries(
 
 def _loading(counts: Counts, setting: Setting) -> Bytes:
     """Every rank loads the whole model on the host, rounds there what is held rounded, and moves it
-    to its device before anything is shared out.
+    to its device before anything is shared out; or the model is parted while it is read.
     """
+    if setting.parted:
+        return _parting(counts.total, counts.largest_layer, setting)
     width = setting.width
     held = counts.weights(width, 4 if setting.float32_trained else width)
     loaded = held + width * counts.quantised
     return Bytes(held, loaded) if setting.cuda else Bytes(loaded)
+
+
+def _parting(parameters: float, largest_layer: float, s: Setting) -> Bytes:
+    """A rank's part of a model, a tensor on its way, and tied embeddings, whole until the end."""
+    part, whole = s.width * parameters / s.ranks, 2.0 * s.width * largest_layer
+    if not s.cuda:
+        return Bytes(part + whole)
+    if s.offload is Offload.none:
+        return Bytes(part + whole, whole)
+    return Bytes(whole, whole + (part if s.offload is Offload.cpu else 0.0))
 
 
 def _torch(counts: Counts, s: Setting) -> States:
@@ -377,9 +388,9 @@ def _gathered(parameters: float, largest_layer: float, s: Setting) -> Bytes:
 
 def _on_host(parts: dict[str, Bytes], s: Setting) -> dict[str, Bytes]:
     """Without a GPU the host is the device."""
-    return (
-        parts if s.cuda else {name: Bytes(part.device + part.host) for name, part in parts.items()}
-    )
+    if s.cuda:
+        return parts
+    return {name: Bytes(part.device + part.host) for name, part in parts.items()}
 
 
 def peak(states: States) -> Bytes:

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from conf.choices import EngineKind, RolloutBackend, TrackingKind, WandbMode
-from conf.schema import TrackingConfig
+from conf.choices import EngineKind, Offload, RolloutBackend, TrackingKind, WandbMode
+from conf.model import AdamKernels
+from conf.schema import EngineConfig, TrackingConfig
 from rlhf.run.tracking.wandb import wandb_login, wandb_mode
 from rlhf.stages.examination.findings import Finding, State
 from rlhf.types import UserError
@@ -98,6 +99,35 @@ def check_deepspeed(engine: EngineKind) -> Finding:
         probe(code, {}),
         required=engine is EngineKind.deepspeed,
         remedy="make setup, or engine=torch",
+    )
+
+
+def check_extensions(engine: EngineConfig) -> Finding:
+    """What DeepSpeed has to compile for engine.adam=deepspeed and engine.offload=nvme: a minute or
+    two at the first time.
+    """
+    name = "DeepSpeed's extensions"
+    asked = []
+    if engine.adam is AdamKernels.deepspeed:
+        asked.append("engine.adam=deepspeed")
+    if engine.offload is Offload.nvme:
+        asked.append("engine.offload=nvme")
+    if not asked:
+        return Finding(name, State.info, "none asked for (engine.adam, engine.offload)")
+    code = (
+        "from conf.model import *; from policy.engines.deepspeed import check_extensions; "
+        f"check_extensions({_as_code(engine)}, waits=False); "
+        f"print('compiled for {', '.join(asked)}')"
+    )
+    remedy = "engine.adam=torch, engine.offload=cpu, or what the message asks for"
+    return judge_probe(name, probe(code, {}), required=True, remedy=remedy)
+
+
+def _as_code(engine: EngineConfig) -> str:
+    """The options that `check_extensions` reads, as Python code."""
+    return (
+        "EngineConfig(kind=EngineKind.deepspeed, zero_stage=3, nvme_path='.', "
+        f"adam=AdamKernels('{engine.adam.value}'), offload=Offload('{engine.offload.value}'))"
     )
 
 
