@@ -56,7 +56,7 @@ def figures(row: dict[str, Any]) -> dict[str, Any]:
     return {
         k: v
         for k, v in row.items()
-        if not k.startswith(("time", "memory/")) and not k.endswith("_per_s")
+        if not k.startswith(("time", "memory/")) and not k.endswith(("_per_s", "_idle_s"))
     }
 
 

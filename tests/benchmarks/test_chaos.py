@@ -65,6 +65,7 @@ def test_a_run_like_the_straight_one_has_no_problem(
             "time_s": 9.0,
             "memory/rss_mb": 3.0,
             "train/tokens_per_s": 1.0,
+            "ahead/trainer_idle_s": 1.0,
             "loss/policy": row["loss/policy"] + 5e-7,
         }
         for row in METRICS
