@@ -68,7 +68,9 @@ def groups() -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     for group in presets.PRESET_GROUPS:
         if group not in ("stage", "experiment"):
-            lines += [("stage=ppo", f"{group}={name}") for name in presets.choices(group)]
+            # some adapters have no published learning rate
+            more = ("stage.learning_rate=1e-3",) if group == "adapter" else ()
+            lines += [("stage=ppo", f"{group}={name}", *more) for name in presets.choices(group)]
     return lines
 
 
