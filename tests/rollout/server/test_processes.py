@@ -247,7 +247,8 @@ def recipe(rollout: RolloutConfig, **changes: Any) -> Any:
 
 def test_command() -> None:
     server = ServerConfig(tensor_parallel=2, data_parallel=3)
-    made = recipe(RolloutConfig(server=server, in_flight=True), adapter_rank=5)
+    rollout = RolloutConfig(backend=RolloutBackend.server, server=server, in_flight=True)
+    made = recipe(rollout, adapter_rank=5)
     command = made.command("127.0.0.1", 8000)
     given = dict(zip(command, [*command[1:], ""], strict=True))
     expected = {
