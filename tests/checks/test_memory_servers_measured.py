@@ -70,8 +70,8 @@ def test_a_run_with_a_server_takes_what_its_plan_says(transfer: str, tmp_path: P
     options += [f"model.path={tmp_path / 'policy'}", f"reward.path={tmp_path / 'reward'}"]
     options += [f"data.path={tmp_path / 'p.jsonl'}", "stage.steps=2", "stage.prompts_per_step=4"]
     options += ["stage.samples_per_prompt=4", "data.max_prompt_length=96"]
-    options += ["rollout.max_response_length=32", "engine.micro_tokens=1024"]
-    options += ["reward.batch_tokens=2048"]
+    options += ["rollout.max_response_length=32", "engine.micro_tokens=512"]
+    options += ["reward.batch_tokens=512"]
     children, text = finished([sys.executable, "-m", "rlhf", *options], tmp_path)
     metrics = tmp_path / "runs" / "default" / "grpo" / "metrics.jsonl"
     assert metrics.is_file(), text[-3000:]

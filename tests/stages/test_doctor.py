@@ -431,7 +431,7 @@ def test_a_gpu_that_torch_can_not_use_warns(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("options", "code", "said"), [
     (["model.params=7b", "engine.gpus=8"], 0, "full training fits on 8 devices of 80 GiB"),
-    (["model.params=70b", "engine.gpus=8"], 0, "QLoRA fits on 8 devices of 80 GiB"),
+    (["model.params=70b", "engine.gpus=8"], 0, "LoRA fits on 8 devices of 80 GiB"),
     (["model.params=700b", "engine.gpus=8"], 1, "memory plan: full training doesn't fit on 8 "
                                                 "devices of 80 GiB"),
     (["model.params=7c"], 1, "7c"),
