@@ -55,4 +55,11 @@ def recipe_of(
         flags |= lora_options(adapter_rank, cfg.max_lora_rank)
         if cfg.in_flight:
             flags["max_loras"] = 2  # a response keeps the adapter that it began with
-    return Recipe(model_path, flags, cfg.server, token, lora=adapter_rank is not None)
+    return Recipe(
+        model_path,
+        flags,
+        cfg.server,
+        token,
+        lora=adapter_rank is not None,
+        handles=transfer is Transfer.ipc,
+    )

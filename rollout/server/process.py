@@ -50,6 +50,7 @@ class Recipe:
     server: ServerConfig
     token: str
     lora: bool = False
+    handles: bool = False  # whether weights come as handles of a device's memory
 
     def command(self, host: str, port: int) -> list[str]:
         python = self.server.python or sys.executable
@@ -75,6 +76,8 @@ class Recipe:
         }
         if self.lora:
             names["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if self.handles:
+            names["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # vLLM takes them as pickles
         if self.server.devices is not None:
             names["CUDA_VISIBLE_DEVICES"] = self.server.devices[index]
         return names | self._threads(index)

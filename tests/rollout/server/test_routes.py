@@ -1,7 +1,8 @@
 """Files and gloo groups between a trainer and stand-ins for servers, which take the weights as a
-worker does but keep them in a dictionary.
+worker does but keep them in a dictionary. Real servers: test_transfer.py.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from torch.distributed import TCPStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conf.model import Transfer
+from conf.schema import RolloutConfig
 from rlhf.types import SyncError, UserError
 from rollout.server import routes
 from rollout.server.client import Server, ServerFault
+from rollout.server.launch import recipe_of
 from rollout.server.routes import Route, make_route, resolve_transfer
 from rollout.server.stream import Group, Received, read_whole
 from rollout.server.updates import Model
@@ -390,6 +393,27 @@ def test_auto(urls: list[str], cuda: bool, shared: bool, expected: Transfer) -> 
     assert found is expected
     for chosen in (Transfer.file, Transfer.gloo):
         assert resolve_transfer(chosen, urls, cuda=cuda) is chosen
+
+
+@pytest.mark.parametrize(
+    ("transfer", "engine", "unpickles"),
+    [
+        (Transfer.file, "rlhf", False),
+        (Transfer.gloo, "rlhf", False),
+        (Transfer.nccl, "nccl", False),
+        (Transfer.ipc, "ipc", True),
+    ],
+)
+def test_a_server_starts_with_the_engine_of_its_way(
+    transfer: Transfer, engine: str, unpickles: bool
+) -> None:
+    recipe = recipe_of(
+        RolloutConfig(), "m", token="t", dtype=torch.float32, max_tokens=8, transfer=transfer
+    )
+    command = recipe.command("127.0.0.1", 1)
+    given = command[command.index("--weight-transfer-config") + 1]
+    assert json.loads(given) == {"backend": engine}
+    assert ("VLLM_ALLOW_INSECURE_SERIALIZATION" in recipe.environment(0)) is unpickles
 
 
 def test_a_file_for_other_machines_needs_a_folder_that_they_see(
