@@ -133,8 +133,9 @@ class Loop:
         with clock.phase("update"):
             figures = self._update(batch, collected, step)
         bounds = parts.sync.proof.bounds  # of the weights that wrote the responses
-        with clock.phase("rollout"):
-            self._free_generator(step + 1)
+        if stage.ahead:  # else nothing is being written
+            with clock.phase("rollout"):
+                self._free_generator(step + 1)
         with clock.phase("sync"):
             proved = self._send(step + 1)
             self._move_reference(step + 1)

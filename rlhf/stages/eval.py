@@ -135,8 +135,8 @@ def _states(asked: Asked, start: Path) -> Apart | Swapped:
     """
     common = one_base(asked.rollout, asked.before, asked.after)
     if common is not None:
-        trusts = asked.model.trust_remote_code
-        reason = lora_obstacle(common.weights, trust_remote_code=trusts)
+        model = asked.model
+        reason = lora_obstacle(common.weights, trust_remote_code=model.trust_remote_code)
         if reason is None:
             return Swapped(asked, common)
         without_swapping(asked.rollout, reason)

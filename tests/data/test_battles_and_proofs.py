@@ -73,6 +73,16 @@ def sides(several: formats.Several) -> list[tuple[Any, Any]]:
 # ---- battles ----
 
 
+@pytest.mark.parametrize("key", ["prompt", "response_a", "response_b"])
+def test_a_later_row_without_a_column_is_refused_by_its_name(key: str) -> None:
+    whole = battle("model_a", ("q", "a", "b"))
+    arena = formats.detect(whole, Use.preference)
+    assert arena is not None
+    whole.pop(key)
+    with pytest.raises(RowError, match=key):
+        arena.read(whole, Use.preference)
+
+
 @pytest.mark.parametrize(
     ("won", "pairs", "position"),
     [("model_a", ("yes\nsir", 'n"o'), 1), ("model_b", ('n"o', "yes\nsir"), 2)],

@@ -72,6 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps({"choices": [choice]}).encode()
         token = f"Bearer {os.environ['RLHF_ROLLOUT_TOKEN']}"
         self.send_response(200 if self.headers.get("Authorization") == token else 401)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy.engines.noise import GradientNoise
+from policy.engines.base import GradientNoise
 from rlhf.cli import config
 from rlhf.run.context import RunContext
 from rlhf.stages import rows as stage_rows

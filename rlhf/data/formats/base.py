@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from rlhf.data.calls import tools_of
+from rlhf.data.calls import missing, tools_of
 from rlhf.data.formats.values import replaced, require_messages, shows_tools, unread_inside
 from rlhf.data.messages import refuse_media
 from rlhf.data.rows import (
@@ -122,7 +122,13 @@ class Format:
         row = self.flatten(row)
         refuse_media(row)
         tools, column = tools_of(row)
-        out = self._read({key: value for key, value in row.items() if key != column}, use)
+        try:
+            out = self._read({key: value for key, value in row.items() if key != column}, use)
+        except KeyError as error:
+            absent = [key for key in self.keys if key not in row]
+            if not absent:
+                raise
+            raise missing(absent[0], list(row)) from error
         if tools is None:
             return out
         if any(shows_tools(made.value) for made in out.pairs):
