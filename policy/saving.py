@@ -2,6 +2,7 @@
 stage loads them.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -353,10 +354,21 @@ def save_as_lora(
         _write_adapter(as_lora(model, gather), directory, name)
 
 
+def _order_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in the order of its keys. The library writes them in a
+    random one, and the same weights should give the same file.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
 def _write_adapter(weights: AdapterWeights, directory: Path, name: str) -> None:
     """PEFT's two files, by rank 0."""
-    import json
-
     from safetensors.torch import save_file
 
     if distributed.is_main():
@@ -364,7 +376,9 @@ def _write_adapter(weights: AdapterWeights, directory: Path, name: str) -> None:
         with replacing(directory) as side:
             # PEFT's names hold none of the adapter, and other programs read them as they are
             metadata = {"format": "pt", ADAPTER_NAME: name}
-            save_file(tensors, str(side / "adapter_model.safetensors"), metadata=metadata)
+            file = side / "adapter_model.safetensors"
+            save_file(tensors, str(file), metadata=metadata)
+            _order_metadata(file)
             (side / "adapter_config.json").write_text(
                 json.dumps(weights.config, indent=2, default=str), encoding="utf-8"
             )

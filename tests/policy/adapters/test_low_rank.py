@@ -135,6 +135,15 @@ def test_peft_saves_what_we_save(adapter: AdapterConfig, tmp_path: Path) -> None
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
 
 
+def test_the_same_adapter_is_the_same_file(adapter: AdapterConfig, tmp_path: Path) -> None:
+    model, files = moved(adapter), set()
+    for number in range(8):  # the library orders metadata at random
+        save_adapter(model, tmp_path / str(number), name="polite")
+        files.add((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+    assert len(files) == 1
+    assert load_file(tmp_path / "0" / "adapter_model.safetensors").keys()
+
+
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 def test_twin_is_a_plain_lora_with_the_same_update(
     adapter: AdapterConfig, task: str, tmp_path: Path
