@@ -5,8 +5,9 @@ prompts fit.
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,27 @@ class Sampling:
     @staticmethod
     def from_config(cfg: RolloutConfig) -> "Sampling":
         return Sampling(cfg.max_response_length, cfg.temperature, cfg.top_p, cfg.top_k)
+
+    def for_vllm(self, seed: int, ends: Iterable[int], *, greedy: bool) -> dict[str, Any]:
+        """Fields of vLLM's SamplingParams for one response, the same in its engine here and in a
+        server. `ends`: the tokens that end a response.
+        """
+        drawing: dict[str, Any] = {"temperature": 0.0}
+        if not greedy:
+            drawing = {
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+                "seed": seed,
+            }
+        return {
+            "max_tokens": self.max_response_length,
+            "stop_token_ids": list(ends),
+            "ignore_eos": True,  # these tokens and no others: vLLM would add some of its own
+            "logprobs": 0,  # the sampled token's alone
+            "detokenize": False,
+            **drawing,
+        }
 
 
 def fresh_seed() -> int:

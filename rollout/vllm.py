@@ -223,24 +223,8 @@ class VLLMGenerator:
     def _params(self, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
 
-        chosen = self.sampling
-        drawing: dict[str, Any] = {"temperature": 0.0}
-        if not greedy:
-            drawing = {
-                "temperature": chosen.temperature,
-                "top_p": chosen.top_p,
-                "top_k": chosen.top_k,
-                "seed": seed,
-            }
-        return SamplingParams(
-            max_tokens=chosen.max_response_length,
-            stop_token_ids=list(end_ids(self._tokenizer)),
-            ignore_eos=True,  # these tokens and no others: vLLM would add some of its own
-            logprobs=0,  # the sampled token's alone
-            detokenize=False,
-            skip_clone=True,
-            **drawing,
-        )
+        fields = self.sampling.for_vllm(seed, end_ids(self._tokenizer), greedy=greedy)
+        return SamplingParams(skip_clone=True, **fields)
 
     def _rollout(self, prompt: Prompt, written: Any) -> Rollout:
         if written.finish_reason not in ("stop", "length"):

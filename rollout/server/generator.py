@@ -88,36 +88,20 @@ class ServerGenerator:
         check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
-        seeds = response_seeds(seed, prompts, n)
+        ends = end_ids(self._tokenizer)
+        params = [
+            self.sampling.for_vllm(drawn, ends, greedy=greedy)
+            for drawn in response_seeds(seed, prompts, n)
+        ]
         with self._in_turn():
             version, model = self.version, self._current.chosen
             requests = [
-                Request(prompt.token_ids, self._params(drawn, greedy), prompt.id, model)
-                for prompt, drawn in zip(owners, seeds, strict=True)
+                Request(prompt.token_ids, fields, prompt.id, model)
+                for prompt, fields in zip(owners, params, strict=True)
             ]
             written = self._pool.write(requests)
         pairs = zip(owners, written, strict=True)
         return [self._rollout(prompt, response, version) for prompt, response in pairs]
-
-    def _params(self, seed: int, greedy: bool) -> dict[str, Any]:
-        """vLLM's SamplingParams, as in rollout/vllm.py."""
-        chosen = self.sampling
-        drawing: dict[str, Any] = {"temperature": 0.0}
-        if not greedy:
-            drawing = {
-                "temperature": chosen.temperature,
-                "top_p": chosen.top_p,
-                "top_k": chosen.top_k,
-                "seed": seed,
-            }
-        return {
-            "max_tokens": chosen.max_response_length,
-            "stop_token_ids": list(end_ids(self._tokenizer)),
-            "ignore_eos": True,  # these tokens and no others: vLLM would add some of its own
-            "logprobs": 0,  # the sampled token's alone
-            "detokenize": False,
-            **drawing,
-        }
 
     def _rollout(self, prompt: Prompt, written: Written, version: int) -> Rollout:
         """`version`: of what wrote where the server's labels do not say it."""
