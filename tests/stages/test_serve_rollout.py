@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,9 @@ from rlhf.stages.serve_rollout import address
 from rlhf.types import UserError
 from rollout.server.generator import FOLDER
 from tests.checking import check
+from tests.rollout.server.fake_vllm import interpreter
 from tests.rollout.server.test_servers import wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGE = ["stage=serve_rollout", "tracking=none", "data.max_prompt_length=24"]
 STAGE += ["rollout.max_response_length=8", "model.dtype=float32"]
 
@@ -50,12 +49,7 @@ def opened(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., RunContext]:
     """opened(overrides ...) -> the context of a run of the stage."""
-    python = tmp_path / "python"
-    fake = f'exec {sys.executable} -m tests.rollout.server.fake_vllm "$@"'
-    python.write_text(f"#!/bin/sh\n{fake}\n")
-    python.chmod(0o755)
-    monkeypatch.setenv("FAKE_FOLDER", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    python = interpreter(tmp_path, monkeypatch)
     given = [*STAGE, f"model.path={tiny_model()}", f"run.dir={tmp_path}", "run.name=mine"]
     given += [f"rollout.server.python={python}"]
     return lambda *more: RunContext.open(config.compose([*given, *more]), ())

@@ -18,9 +18,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[3]
 TOKEN = "token-of-the-test"
 VOCABULARY = 300
 Change = Callable[[dict[str, Any]], Any]
+
+
+def interpreter(folder: Path, monkeypatch: Any) -> Path:
+    """A program for rollout.server.python that starts this server in vLLM's place; it leaves what
+    it notes in `folder`.
+    """
+    path = folder / "python"
+    fake = f'exec {sys.executable} -m tests.rollout.server.fake_vllm "$@"'
+    path.write_text(f"#!/bin/sh\n{fake}\n", encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("FAKE_FOLDER", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return path
 
 
 @dataclass

@@ -25,6 +25,7 @@ from rollout.server.generator import FOLDER, ServerGenerator
 from rollout.server.launch import recipe_of
 from rollout.server.process import Child, core_list
 from rollout.weights import HubNames
+from tests.rollout.server.fake_vllm import interpreter
 from tests.rollout.server.test_servers import PROMPTS, lora, model, states, wait_for, whole, written
 
 __all__ = ["model"]  # a fixture
@@ -115,12 +116,7 @@ def make(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Make]:
     made: list[ServerGenerator] = []
-    python = tmp_path / "python"
-    fake = f'exec {sys.executable} -m tests.rollout.server.fake_vllm "$@"'
-    python.write_text(f"#!/bin/sh\n{fake}\n")
-    python.chmod(0o755)
-    monkeypatch.setenv("FAKE_FOLDER", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    python = interpreter(tmp_path, monkeypatch)
 
     def generator(*, adapter_rank: int | None = None, **changes: Any) -> ServerGenerator:
         settings = RolloutConfig(
