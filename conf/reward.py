@@ -1,7 +1,9 @@
-"""The group ``reward``: what scores a response."""
+"""The groups ``reward`` and ``environment``: what scores a response, and what answers it."""
 
 import re
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 from conf.choices import Combine, FormatStyle, Isolation, LengthUnit, TermKind
 from conf.options import MISSING, check, check_options, option
@@ -180,3 +182,88 @@ class RewardConfig:
                 f"a name beside those of samples.jsonl and the metrics ({', '.join(_TAKEN)})",
             )
             term.check(f"reward.terms.{name}")
+
+
+class EnvironmentKind(Enum):
+    """What answers the policy."""
+
+    none = "none"  # nothing: a response is one turn
+    python = "python"  # a class of one's own
+    tools = "tools"  # functions that the policy calls
+    reasoning_gym = "reasoning_gym"
+    textarena = "textarena"
+    gymnasium = "gymnasium"
+    http = "http"  # a server
+
+
+class OnTimeout(Enum):
+    """What follows where an environment takes longer than its limit."""
+
+    end = "end"  # the episode ends as truncated, and is counted
+    stop = "stop"  # the run stops
+
+
+@dataclass(slots=True, kw_only=True)
+class EnvironmentConfig:
+    """What a policy acts in, turn by turn, and the limits of an episode."""
+
+    kind: EnvironmentKind = option(
+        EnvironmentKind.none, "What answers the policy; none: a response is one turn."
+    )
+    max_turns: int = option(8, "Most turns of the policy in an episode.", unit="turns", at_least=1)
+    max_tokens: int = option(
+        2048,
+        "Most tokens of an episode behind its prompt, those of the environment included.",
+        unit="tokens",
+        at_least=1,
+    )
+    step_limit_s: float = option(
+        30.0, "Longest time that the environment may take for one answer.", unit="s", above=0
+    )
+    on_timeout: OnTimeout = option(
+        OnTimeout.end, "What follows where the environment takes longer."
+    )
+    path: str | None = option(
+        None, "pkg.module:Class of an environment of one's own.", filled=True, section="kind=python"
+    )
+    options: dict[str, Any] = option(
+        {}, "Arguments of the environment's class or of the game, by name."
+    )
+    tools: list[str] = option(
+        [],
+        "What the policy may call: calculator, python, lookup, shell, or pkg.module:function.",
+        section="kind=tools",
+    )
+    files: str | None = option(
+        None, "Directory that lookup reads and shell starts in.", filled=True
+    )
+    tool_limit_s: float = option(5.0, "CPU time of one call.", unit="s", above=0)
+    game: str | None = option(
+        None,
+        "The game's or the dataset's name.",
+        filled=True,
+        section="kind=reasoning_gym, kind=textarena, kind=gymnasium",
+    )
+    url: str | None = option(None, "Address of the server.", filled=True, section="kind=http")
+    token_env: str | None = option(
+        None, "Environment variable that holds the bearer token; null: no token is sent."
+    )
+    retries: int = option(3, "Further attempts after a request that failed.", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_options(self, "environment")
+
+    def check_complete(self) -> None:
+        """What the kind needs is there. Raises ValueError."""
+        needs = {
+            EnvironmentKind.python: ("path", self.path),
+            EnvironmentKind.tools: ("tools", self.tools or None),
+            EnvironmentKind.textarena: ("game", self.game),
+            EnvironmentKind.reasoning_gym: ("game", self.game),
+            EnvironmentKind.gymnasium: ("game", self.game),
+            EnvironmentKind.http: ("url", self.url),
+        }
+        if self.kind in needs:
+            name, value = needs[self.kind]
+            expected = f"a value with environment.kind={self.kind.value}"
+            check(value is not None, f"environment.{name}", value, expected)

@@ -4,7 +4,7 @@ Each group's options are in a module:
     run, tracking, launch             conf/run.py
     model, engine, rollout            conf/model.py
     adapter                           conf/adapters.py, conf/methods.py
-    reward                            conf/reward.py
+    reward, environment               conf/reward.py
     data                              conf/data.py, conf/preparation/
     label                             conf/labelling.py
     stage                             conf/stages.py, conf/training.py, conf/online.py,
@@ -29,7 +29,7 @@ from conf.labelling import LabelConfig
 from conf.model import EngineConfig, ModelConfig, RolloutConfig, TinyConfig
 from conf.online import OnlineStage
 from conf.options import MISSING, nested, option
-from conf.reward import RewardConfig, RewardTerm
+from conf.reward import EnvironmentConfig, RewardConfig, RewardTerm
 from conf.run import LaunchConfig, RunConfig, TrackingConfig
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EngineConfig",
+    "EnvironmentConfig",
     "GymConfig",
     "LabelConfig",
     "LaunchConfig",
@@ -68,6 +69,7 @@ class Config:
     adapter: AdapterConfig = nested(AdapterConfig)
     engine: EngineConfig = nested(EngineConfig)
     rollout: RolloutConfig = nested(RolloutConfig)
+    environment: EnvironmentConfig = nested(EnvironmentConfig)
     reward: RewardConfig = nested(RewardConfig)
     data: DataConfig = nested(DataConfig)
     label: LabelConfig = nested(LabelConfig)
@@ -91,6 +93,7 @@ GROUPS: dict[str, type] = {
     "adapter": AdapterConfig,
     "engine": EngineConfig,
     "rollout": RolloutConfig,
+    "environment": EnvironmentConfig,
     "reward": RewardConfig,
     "data": DataConfig,
     "tracking": TrackingConfig,

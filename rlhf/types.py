@@ -3,7 +3,7 @@ response tokens.
 """
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
@@ -88,20 +88,60 @@ class Prompt:
     # the row's other columns, for reward functions
     fields: dict[str, object] = field(default_factory=dict)
     tools: Tools | None = None  # that its template showed
+    # most tokens of its response, where that is less than rollout.max_response_length
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of an episode: what the policy wrote, and what its environment made of it."""
+
+    start: int  # index into the response's tokens of the turn's first written token
+    end: int  # behind its last one; up to the next turn's start the environment wrote
+    text: str  # that the policy wrote, as `Rollout.text`
+    reward: float  # that the environment gave for it
+    observation: str  # the environment's answer as the tokens say it; "" where the episode ended
 
 
 @dataclass(slots=True)
 class Rollout:
-    """One response as the sampler wrote it."""
+    """One response as the sampler wrote it; of an episode, all turns after the first prompt."""
 
     prompt: Prompt
     text: str  # without the tokens that end, pad or begin it; others, such as <think>, stay
     token_ids: list[int]  # [T], with the token that ended it where the policy wrote one
-    rollout_logprobs: list[float]  # [T] nats, under the sampling distribution
-    finish_reason: str  # "stop": the policy ended it; "length": it hit the limit
+    # [T] nats, under the sampling distribution; 0 at tokens that an environment wrote
+    rollout_logprobs: list[float]
+    # "stop": the policy ended it, or the episode is done; "length": it hit the limit of tokens;
+    # "turns" and "time": an episode hit its limit of turns, or its environment that of time
+    finish_reason: str
     version: int  # weight version that wrote it; of several the oldest
     # [T] the version of each token, where weights changed in the middle; None: all of `version`
     versions: list[int] | None = None
+    turns: tuple[Turn, ...] = ()  # of an episode; empty: one answer, all of it written
+    success: bool | None = None  # what the environment says of the episode; None: it doesn't
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a limit ended it."""
+        return self.finish_reason != "stop"
+
+    @property
+    def written(self) -> list[bool]:
+        """[T]: whether the policy wrote the token, rather than an environment."""
+        if not self.turns:
+            return [True] * len(self.token_ids)
+        out = [False] * len(self.token_ids)
+        for turn in self.turns:
+            out[turn.start : turn.end] = [True] * (turn.end - turn.start)
+        return out
+
+    @property
+    def length(self) -> int:
+        """How many tokens the policy wrote."""
+        if not self.turns:
+            return len(self.token_ids)
+        return sum(turn.end - turn.start for turn in self.turns)
 
 
 @dataclass(slots=True)
@@ -239,3 +279,38 @@ class Scorer(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, object]) -> None: ...
+
+
+# What an environment answers: the text of a message, or messages of their own roles.
+Observation = str | list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an environment makes of one turn."""
+
+    observation: Observation  # what the policy reads next; "" where the episode is done
+    reward: float = 0.0
+    done: bool = False
+    # figures by name; "success" (true or false) says how the episode ended
+    info: dict[str, object] = field(default_factory=dict)
+
+
+class Environment(Protocol):
+    """What a policy acts in for one episode. `reset` and `step` may be coroutines. What they raise
+    stops the run: a reward of 0 would teach something.
+    """
+
+    def reset(self, row: Mapping[str, object], seed: int) -> "Observation | Awaitable[Observation]":
+        """Begin an episode on the row of a prompt (its columns); returns what the policy reads
+        after the prompt, "" where that is nothing. Episodes of one group get the same seed.
+        """
+        ...
+
+    def step(self, text: str) -> "Step | Awaitable[Step]":
+        """The policy wrote this turn."""
+        ...
+
+    def close(self) -> None:
+        """The episode is over, or its limit ended it."""
+        ...

@@ -6,6 +6,7 @@ from typing import Any
 
 from conf.adapters import virtual_tokens
 from conf.choices import AdapterKind, ModelKind, RolloutBackend
+from conf.reward import EnvironmentConfig, EnvironmentKind
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RolloutConfig
 from rlhf.models.directories import check_model_path, check_native_taken, contents
 from rlhf.models.loading import load_tokenizer
@@ -251,4 +252,13 @@ def check_virtual_tokens(
             "engine.gradient_checkpointing=true with adapter=prefix: transformers drops the keys "
             "and values of a prefix where it recomputes layers. "
             "Set engine.gradient_checkpointing=false, or adapter=prompt."
+        )
+
+
+def refuse_environment(environment: EnvironmentConfig) -> None:
+    """No stage acts in environments yet. Raises UserError."""
+    if environment.kind is not EnvironmentKind.none:
+        raise UserError(
+            f"environment={environment.kind.value}: no stage acts in environments yet. Set "
+            "environment=none."
         )

@@ -44,6 +44,7 @@ def check(cfg: Config) -> list[str]:
     stage, data = cfg.stage, cfg.data
     assert isinstance(stage, EvalStage)
     notes = launch.check_backend(cfg.rollout.backend)
+    inputs.refuse_environment(cfg.environment)
     inputs.refuse_running_servers(cfg.rollout, stage.name)
     check_policies(stage, cfg.model)
     inputs.check_native([stage.before, stage.after], cfg.rollout.backend)

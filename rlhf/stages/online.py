@@ -48,6 +48,7 @@ def check(cfg: Config) -> list[str]:
     warning. Raises UserError.
     """
     stage = cfg.stage_as(OnlineStage)
+    inputs.refuse_environment(cfg.environment)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
     check_extensions(cfg.engine, waits=stage.unfreeze.on)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
