@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rlhf.data": BASE,
     "rlhf.labels": (*BASE, "rlhf.data"),
     "rlhf.rows": (*BASE, "rlhf.data"),
+    # tools run in the rewards' sandbox
+    "rlhf.environments": (*BASE, "reward"),
     "rlhf.run": BASE,
     "rlhf.checks": (*BASE, "rlhf.run"),
     "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
@@ -47,6 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.data",
         "rlhf.rows",
         "rlhf.labels",
+        "rlhf.environments",
         "rlhf.checks",
         "rlhf.cli",
         "rlhf.launch",

@@ -9,7 +9,6 @@ that reward/<term> is comparable from step to step, whatever the running statist
 """
 
 import asyncio
-import importlib
 import inspect
 import math
 import numbers
@@ -26,6 +25,7 @@ from reward.base import Stateless, Verifier, name_prompt
 from rlhf.models.encoding import is_chat
 from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
+from rlhf.process.libraries import load_named
 from rlhf.types import NonFiniteScore, Rollout, Scorer, Scores, UserError
 
 _LEAST_STD = 1e-6  # below it all values are equal, and their normalised value is 0
@@ -236,24 +236,7 @@ def load_function(spec: str, key: str = "reward.function") -> Callable[..., Any]
     """The function that `spec`, "pkg.module:function", names; the option `key` holds it. Raises
     UserError.
     """
-    module_name, colon, name = spec.partition(":")
-    if not colon or not module_name or not name:
-        raise UserError(f"{key}={spec}: expected pkg.module:function.")
-    try:
-        # The module is the user's, named in an option. It is the reason why this file imports by
-        # name; modules of ours are imported plainly (tests/test_layers.py).
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{key}={spec}: importing {module_name} failed: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        public = sorted(n for n in functions if not n.startswith("_"))
-        raise UserError(
-            f"{key}={spec}: {module_name} has no function {name}. Its functions: "
-            f"{', '.join(public) or 'none'}."
-        )
-    return function
+    return load_named(spec, key, "function")
 
 
 def _completion(prompt: Any, rollout: Rollout) -> Any:

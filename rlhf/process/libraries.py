@@ -4,11 +4,14 @@ are imported where they are used, files inside installed packages, and fewer lin
 
 import importlib
 import importlib.metadata
+import inspect
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rlhf.types import UserError
 
@@ -29,6 +32,38 @@ def require(module: str, extra: str) -> ModuleType:
             f"The library {library} is not installed; it comes with the extra {extra!r}: "
             f"pip install 'rlhf-toolkit[{extra}]'"
         ) from error
+
+
+_KINDS: dict[str, Callable[[object], bool]] = {
+    "function": inspect.isfunction,
+    "class": inspect.isclass,
+}
+
+
+def load_named(spec: str, key: str, kind: str) -> Callable[..., Any]:
+    """What `spec`, "pkg.module:name", names; the option `key` holds it. `kind`: function (or
+    anything else that can be called) or class. Raises UserError.
+    """
+    module_name, colon, name = spec.partition(":")
+    if not colon or not module_name or not name:
+        raise UserError(f"{key}={spec}: expected pkg.module:{kind}.")
+    try:
+        # The module is the user's, named in an option; modules of ours are imported plainly
+        # (tests/test_layers.py).
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{key}={spec}: importing {module_name} failed: {error}") from error
+    value = getattr(module, name, None)
+    fits = inspect.isclass(value) if kind == "class" else callable(value)
+    if value is None or not fits:
+        names = [name for name, value in vars(module).items() if _KINDS[kind](value)]
+        public = sorted(name for name in names if not name.startswith("_"))
+        raise UserError(
+            f"{key}={spec}: {module_name} has no {kind} {name}. There are: "
+            f"{', '.join(public) or 'none'}."
+        )
+    loaded: Callable[..., Any] = value
+    return loaded
 
 
 def package_file(distribution: str, name: str, requirement: str, need: str = "data.recipe") -> Path:

@@ -1,0 +1,43 @@
+"""From the group `environment` to what makes the environment of an episode."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from conf.reward import EnvironmentConfig, EnvironmentKind
+from rlhf.environments import python
+from rlhf.types import Environment, Tools, UserError
+
+Factory = Callable[[], Environment]
+
+# What makes a factory of options and tokenizer, by kind; raises UserError for options that it
+# can't work with.
+SOURCES: Mapping[EnvironmentKind, Callable[[EnvironmentConfig, Any], Factory]] = {
+    EnvironmentKind.python: python.make,
+}
+
+
+def make_factory(environment: EnvironmentConfig, tokenizer: Any = None) -> Factory:
+    """What makes an environment of this kind (any but none), one for each episode. `tokenizer`:
+    the policy's, whose template may say how it writes calls. Raises UserError naming the option
+    that can't be used.
+    """
+    try:
+        environment.check_complete()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return SOURCES[environment.kind](environment, tokenizer)
+
+
+def check(environment: EnvironmentConfig) -> None:
+    """All that can be known before weights load; no episode begins. Raises UserError."""
+    if environment.kind is not EnvironmentKind.none:
+        make_factory(environment)
+
+
+def tools_of(environment: EnvironmentConfig) -> Tools | None:
+    """JSON schemas of the functions that the policy may call, for its template; None where there
+    are none. Raises UserError.
+    """
+    if environment.kind is EnvironmentKind.python:
+        return python.tools(environment)
+    return None
