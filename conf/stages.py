@@ -194,6 +194,10 @@ class ServeRolloutStage:
     grace_s: int = option(
         30, "Time that the server gets to end after SIGTERM or Ctrl-C.", unit="s", at_least=1
     )
+    servers_of: str | None = option(
+        None,
+        "The run in run.dir whose servers/ gets the server's log and description; null: this run.",
+    )
 
     def __post_init__(self) -> None:
         check_options(self, "stage")

@@ -3,8 +3,6 @@ checksum to compare with later.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rlhf.process.files import OwnFolder, memory_folder
 from rlhf.types import AdapterWeights, SyncError
 
 _BLOCK = 1 << 17  # words summed at a time: in 64 bits they fit a core's cache
@@ -205,16 +204,13 @@ class AdapterFiles:
 
     def __init__(self, place: Path | None = None) -> None:
         """`place`: None: in memory, where there is such a folder."""
-        shared = Path("/dev/shm")
-        if place is None and os.access(shared, os.W_OK):
-            place = shared
-        self._directory = tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=place)
+        self._folder = OwnFolder("adapter", memory_folder() if place is None else place)
         # of each name's first adapter, which all later ones of the name are like
         self._specs: dict[str, dict[str, Spec]] = {}
         self.specs: dict[str, Spec] = {}  # of the latest
 
     def folder(self, name: str) -> Path:
-        return Path(self._directory.name) / name
+        return self._folder.path / name
 
     def write(self, weights: AdapterWeights, version: int) -> dict[str, Tensor]:
         """Write the files; returns the tensors that they hold.
@@ -237,7 +233,7 @@ class AdapterFiles:
 
     def close(self) -> None:
         """Delete the files."""
-        self._directory.cleanup()
+        self._folder.close()
 
 
 def _check_halves(names: Iterable[str], version: int) -> None:

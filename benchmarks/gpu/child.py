@@ -32,7 +32,7 @@ def planned(options: Sequence[str]) -> dict[str, Any]:
     if servers is not None and machine.cuda:
         beside = servers.count * servers.devices * total(servers.parts).device
     elif servers is not None:
-        beside = servers.total
+        beside = servers.on_host
     return {
         "parameters": shapes.policy.parameters,
         "plan_gib": found.device_gib + beside / GIB,

@@ -11,7 +11,6 @@ from rlhf.launch.commands import (
     rank_arguments,
     rank_variables,
     server_arguments,
-    server_run,
 )
 from rlhf.launch.plan import Plan, Planned
 
@@ -62,8 +61,8 @@ def _cores(key: str, process: Planned) -> set[int] | None:
 
 def server_command(setup: Setup, process: Planned, host: str, port: int) -> Command:
     """A server that listens on `host`:`port`. What it prints goes to a log."""
-    run = server_run(setup.run, str(process.number))
-    arguments = server_arguments(setup.argv, run, host, str(port), process.cores)
+    number = str(process.number)
+    arguments = server_arguments(setup.argv, setup.run, number, host, str(port), process.cores)
     return Command(
         name=process.name,
         arguments=_words(setup, arguments),

@@ -55,17 +55,20 @@ def rank_arguments(argv: Sequence[str], urls: str | None) -> list[str]:
 
 
 def server_arguments(
-    argv: Sequence[str], run: str, host: str, port: str, cores: str | None = None
+    argv: Sequence[str], run: str, number: str, host: str, port: str, cores: str | None = None
 ) -> list[str]:
-    """What ``python -m rlhf`` is told for a server that listens on `host`:`port`, on some `cores`
-    or any. run: its run.name; what it left there before is overwritten.
+    """What ``python -m rlhf`` is told for server `number` of the run `run`, which listens on
+    `host`:`port`, on some `cores` or any. What it left before is overwritten; its log and
+    description lie where the run's own servers have theirs.
     """
     bound = "null" if cores is None else f"['{cores}']"
     return [
         "stage=serve_rollout",
         *without(argv, _NOT_OF_SERVERS),
-        f"run.name={run}",
+        # a directory beside those of the run's stages
+        f"run.name={run}/server-{number}",
         "run.overwrite=true",
+        f"stage.servers_of={run}",
         f"stage.host={host}",
         f"stage.port={port}",
         "rollout.server.count=1",
@@ -74,11 +77,6 @@ def server_arguments(
         f"rollout.server.token_env={TOKEN_ENV}",
         _STARTS_NOTHING,
     ]
-
-
-def server_run(run: str, number: str) -> str:
-    """The run.name of server `number` of the run `run`: a directory beside its stages'."""
-    return f"{run}/server-{number}"
 
 
 def rank_variables(number: int, local: int, ranks: int, on_node: int) -> dict[str, str]:

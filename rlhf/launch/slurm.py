@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.run import LaunchConfig
-from rlhf.launch.commands import TOKEN_ENV, rank_arguments, server_arguments, server_run
+from rlhf.launch.commands import TOKEN_ENV, rank_arguments, server_arguments
 from rlhf.launch.plan import Plan
 from rlhf.types import UserError
 
@@ -135,8 +135,7 @@ def _start_servers(launch: LaunchConfig, plan: Plan, job: Job) -> list[str]:
     """Start the servers, and wait until they answer."""
     port = "RLHF_THIS_PORT"
     number = "SLURM_PROCID"
-    run = server_run(job.run, f"@{number}@")
-    arguments = server_arguments(job.argv, run, "0.0.0.0", f"@{port}@")
+    arguments = server_arguments(job.argv, job.run, f"@{number}@", "0.0.0.0", f"@{port}@")
     words = _words(job.python, arguments)
     for variable in (port, number):
         words = words.replace(f"@{variable}@", f"${variable}")

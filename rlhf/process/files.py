@@ -1,5 +1,5 @@
 """Files: their hashes, and JSON files of one object, which are read with a helpful error and
-written whole or not at all; and locks between processes.
+written whole or not at all; locks between processes; and folders that end with their process.
 """
 
 import fcntl
@@ -8,9 +8,12 @@ import json
 import logging
 import math
 import os
+import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from rlhf.types import UserError
 LOG = logging.getLogger("rlhf.process")
 _SAMPLE = 2**20  # bytes
 _LOCK_S = 0.5
+_OWNER = ".owner"  # the file that the process of a folder has locked
 
 
 def sha256(path: Path) -> str:
@@ -140,3 +144,53 @@ def _lock(file: Any) -> bool | None:
         LOG.warning("%s can't be locked (%s): other processes are not waited for", file.name, error)
         return None
     return True
+
+
+# ---- folders that end with their process ----
+
+
+def memory_folder() -> Path | None:
+    """A folder whose files are memory, where there is one."""
+    shared = Path("/dev/shm")
+    return shared if os.access(shared, os.W_OK) else None
+
+
+class OwnFolder:
+    """A folder for files that are of use while this process lives. It ends with this object or
+    process; a process that is killed leaves it, and `delete_orphans` deletes it then, which the
+    next one in the same place calls.
+    """
+
+    def __init__(self, kind: str, place: Path | None = None) -> None:
+        """`kind`: what its files are, a part of its name. `place`: None: the system's folder for
+        temporary files. Raises OSError.
+        """
+        place = Path(tempfile.gettempdir()) if place is None else place
+        place.mkdir(parents=True, exist_ok=True)
+        delete_orphans(place)
+        # under another name until it is locked, so that nobody takes it for an orphan
+        made = Path(tempfile.mkdtemp(prefix=f".rlhf-{kind}-", dir=place))
+        file = (made / _OWNER).open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # a file system without locks: no other process can tell whose it is
+            (made / _OWNER).unlink()
+        self.path = made.rename(place / made.name.removeprefix("."))
+        self._end = weakref.finalize(self, _delete, self.path, file)
+
+    def close(self) -> None:
+        """Delete it."""
+        self._end()
+
+
+def _delete(folder: Path, owner: Any) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    owner.close()
+
+
+def delete_orphans(place: Path) -> None:
+    """Delete the folders in `place` whose processes have ended: nobody holds their locks."""
+    for owner in place.glob(f"rlhf-*/{_OWNER}"):
+        with suppress(OSError), owner.open("r+b") as file:  # someone else's, or in use
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)

@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
 from conf.choices import Carrier
+from conf.run import RunConfig
 from conf.schema import AdapterConfig, Config, ModelConfig, RolloutConfig, carrier_of
 from conf.stages import ServeRolloutStage
 from policy import adapters
@@ -46,6 +48,7 @@ from rollout.server.routes import resolve_transfer
 
 LOG = logging.getLogger("rlhf.stages.serve_rollout")
 _LOOK_S = 0.5  # between two looks at the server
+_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # all of this machine's addresses -> one of them
 
 
 def check(cfg: Config) -> list[str]:
@@ -108,7 +111,7 @@ def run(ctx: RunContext) -> None:
         place = _Place(
             stage.host,
             stage.port or free_port(stage.host),
-            ctx.dir.parent / FOLDER,
+            _servers_folder(ctx.dir.parent, cfg.run, stage.servers_of),
             stage.grace_s,
         )
         panel = functools.partial(_announce, place.url, recipe, variable, ctx.dir)
@@ -116,6 +119,11 @@ def run(ctx: RunContext) -> None:
             restarts = _serve(recipe, place, ctx.watchdog, stop, panel)
         ctx.watchdog.phase("finish")
         ctx.finish(steps=0, metrics={"restarts": restarts}, model=None)
+
+
+def _servers_folder(own: Path, run: RunConfig, name: str | None) -> Path:
+    """Of logs and descriptions: in the folder `own` of this run, or of the run `name`."""
+    return (own if name is None else Path(run.dir).expanduser() / name) / FOLDER
 
 
 def _recipe(
@@ -153,12 +161,22 @@ class _Place:
     def url(self) -> str:
         return address(self.host, self.port)
 
+    @property
+    def url_here(self) -> str:
+        """On this machine, whose name may mean nothing to it."""
+        return address(_HERE.get(self.host, self.host), self.port)
+
+    @property
+    def log(self) -> Path:
+        """Named after the machine, since several may share the folder."""
+        return self.folder / f"{urlsplit(self.url).hostname}-{self.port}.log"
+
     def start(self, recipe: Recipe) -> Child:
         cores = recipe.server.cores
         return Child(
             recipe.command(self.host, self.port),
             recipe.environment(0),
-            self.folder / f"{self.host}-{self.port}.log",
+            self.log,
             None if cores is None else core_list(cores[0]),
             self.grace_s,
         )
@@ -210,7 +228,7 @@ def _wait(
         if stop.is_set():
             raise _Stopped
 
-    server = Server(place.url, recipe.token, at_once=1)
+    server = Server(place.url_here, recipe.token, at_once=1)
     try:
         wait_until_ready(server, child, recipe.server.start_limit_s, alive)
     except _Stopped:
@@ -228,7 +246,7 @@ class _Stopped(Exception):
 
 def address(host: str, port: int) -> str:
     """``http://host:port``, with this machine's name where the server listens on all addresses."""
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    name = socket.gethostname() if host in _HERE else host
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 

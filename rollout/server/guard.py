@@ -1,5 +1,6 @@
 """Runs a vLLM server and ends it, with every process that it started, as soon as the process that
-asked for it is gone, however that ended. Standard library only:
+asked for it is gone, however that ended; then it deletes what that process left in memory. Without
+torch:
 
     python -m rollout.server.guard PARENT GRACE_S CORES COMMAND ...
 
@@ -17,8 +18,12 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.process.files import delete_orphans, memory_folder
 
 ANY_CORE = "-"
 AT_ONCE = b"!"
@@ -53,6 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     _signal_group(server.pid, signal.SIGKILL)
     code = server.wait()
     _reap(grace_s)
+    for place in (memory_folder(), Path(tempfile.gettempdir())):
+        if place is not None:  # weights and adapters of a process that was killed
+            delete_orphans(place)
     return code if code >= 0 else 128 - code
 
 

@@ -8,20 +8,24 @@
 What a server does with them is in rollout/server/extension.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import torch
+from torch import Tensor
+
 from conf.model import Transfer
+from rlhf.process.files import memory_folder
 from rlhf.process.http import is_loopback
 from rlhf.types import UserError
 from rollout.server.client import Server, ServerFault
 from rollout.server.stream import Broadcast, Group, buckets, last_message, message, own_address
 from rollout.server.updates import Deadline, Model, Updates, in_background, take_all
-from rollout.server.weight_file import WeightFile, memory_folder
+from rollout.server.weight_file import WeightFile
 from rollout.weights import Incoming
 
 
@@ -194,11 +198,15 @@ class FileRoute:
 
 
 class GlooRoute:
-    """By gloo, in buckets, to a group of each server's own."""
+    """By gloo, in buckets, to a group of each server's own. The sender keeps a copy of the latest
+    weights on its host, so that a restarted server is brought to the version at once.
+    """
 
     def __init__(self, updates: Updates) -> None:
         self._updates = updates
         self._groups: dict[str, Group] = {}  # by the servers' URLs
+        self._kept: dict[str, Tensor] = {}  # in the servers' dtype
+        self._held: int | None = None  # version of the copy, where it is whole
 
     def open(self, servers: Sequence[Server]) -> None:
         if self._updates.sender:
@@ -235,29 +243,51 @@ class GlooRoute:
             take_all(incoming, version)
             return []
         with self._updates.lock:
-            urls = set(self._updates.servers)
-            try:
-                faults = self._updates.pause_all(self._updates.servers.values(), version)
-                return faults + self._stream(incoming, version)
-            finally:
-                for url in urls - self._updates.servers.keys():
-                    self._groups.pop(url).close()
+            self._held = None
+            servers = list(self._updates.servers.values())
+            return self._update(servers, self._taken(incoming, version), version)
 
-    def _stream(self, incoming: Incoming, version: int) -> list[ServerFault]:
-        """Send all tensors to the servers, which are paused. One that stops taking them is left
-        alone: its update has failed, or will.
+    def _taken(self, incoming: Incoming, version: int) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of `incoming`, as they are kept."""
+        specs = self._updates.model.specs
+        for name, tensor in incoming:
+            if name not in self._kept:
+                spec = specs[name]
+                self._kept[name] = torch.empty(spec.shape, dtype=spec.dtype)
+            yield name, self._kept[name].copy_(tensor.detach())
+        incoming.finish(version)
+        self._held = version
+
+    def _update(
+        self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: int
+    ) -> list[ServerFault]:
+        """Give the servers all of `tensors`."""
+        try:
+            faults = self._updates.pause_all(servers, version)
+            failed = {fault.url for fault in faults}
+            paused = [server for server in servers if server.url not in failed]
+            return faults + self._stream(paused, tensors, version)
+        finally:
+            for server in servers:
+                if server.url not in self._updates.servers:
+                    self._groups.pop(server.url).close()
+
+    def _stream(
+        self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: int
+    ) -> list[ServerFault]:
+        """Send to servers that are paused. One that stops taking tensors is left alone: its update
+        has failed, or will.
         """
         deadline = Deadline(self._updates.limit_s)
         running = {}
-        for url, server in self._updates.servers.items():
+        for server in servers:
             update = partial(self._updates.update, server, {}, version, deadline)
-            running[url] = in_background(update)
+            running[server.url] = in_background(update)
         # a part of the time for a server that hangs, so that the others are not late as well
         broadcast = Broadcast(self._groups, running, self._updates.limit_s / 4)
         try:
-            for bucket in buckets(incoming, self._updates.model.specs):
+            for bucket in buckets(tensors, self._updates.model.specs):
                 broadcast.send(message(bucket))
-            incoming.finish(version)
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             broadcast.send(last_message(reason))
@@ -269,7 +299,11 @@ class GlooRoute:
     def rejoin(self, server: Server) -> bool:
         with self._updates.lock:
             self._join(server)
-            return False
+            if self._held is None:
+                return False
+            for fault in self._update([server], iter(self._kept.items()), self._held):
+                raise fault
+            return True
 
     def leave(self, server: Server) -> None:
         with self._updates.lock:

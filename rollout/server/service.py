@@ -117,6 +117,7 @@ class Service:
         ServerFault.
         """
         self.route.leave(member.server)
+        deadline = time.monotonic() + self._setup.cfg.server.start_limit_s
         while True:
             server = self.fleet.again(member.url)
             try:
@@ -127,8 +128,12 @@ class Service:
             except _TooLate:
                 raise
             except ServerFault:
-                if isinstance(self.fleet, RunningServers):
+                server.close()
+                # own servers may be restarted so many times, others so long
+                is_late = time.monotonic() > deadline
+                if is_late and isinstance(self.fleet, RunningServers):
                     raise
+            time.sleep(_LOOK_S)
 
     def _update(self, server: Server, *, tainted: bool) -> bool:
         """Give a server that answers again the current weights, unless it has them; returns whether
@@ -136,7 +141,10 @@ class Service:
         """
         fresh = server.held_version() == _FRESH
         if tainted and not fresh:
-            raise ServerFault(server.url, "an update of its weights failed; start it anew")
+            # It ends at the next request. Who started it starts it anew.
+            cause = "an update of its weights failed"
+            server.call("rlhf_condemn", reason=cause, limit_s=PROBE_S)
+            raise ServerFault(server.url, f"{cause}; start it anew")
         if not fresh and self.current.is_held(server):
             return True
         is_current = self.route.rejoin(server)
@@ -150,7 +158,7 @@ class Service:
             if not self.pool.has_serving():
                 cause = (
                     "a restarted server gets its weights with the next sync only, and no other "
-                    "writes until then; rollout.server.transfer=file keeps them"
+                    "writes until then; rollout.server.transfer=file and gloo keep them"
                 )
                 raise _TooLate(server.url, cause)
             time.sleep(_LOOK_S)

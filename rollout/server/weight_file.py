@@ -4,26 +4,20 @@ The format's header needs each tensor's size before the first is written; the ge
 them all. Each version is written into the same file: its pages in memory are there already then.
 """
 
-import fcntl
 import json
 import math
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf.process.files import OwnFolder
 from rollout.weights import Spec
 
-_PREFIX = "rlhf-weights-"
-_FILE, _LOCK = "model.safetensors", "lock"
-_YOUNG_S = 60.0  # a folder that may not be locked yet
+_FILE = "model.safetensors"
 # safetensors' names
 _DTYPES = {
     torch.float64: "F64",
@@ -39,27 +33,15 @@ _DTYPES = {
 }
 
 
-def memory_folder() -> Path | None:
-    """A folder whose files are memory, where there is one."""
-    shared = Path("/dev/shm")
-    return shared if os.access(shared, os.W_OK) else None
-
-
 class WeightFile:
-    """The file, in a folder of its own that ends with this object. A killed process leaves its
-    folder; the next one with a file in the same place deletes it.
-    """
+    """The file, in a folder that ends with this object or its process."""
 
     def __init__(self, specs: Mapping[str, Spec], place: Path | None) -> None:
         """`place`: None: the system's folder for temporary files. Raises OSError, as where the disk
         or the memory has no room for the whole file.
         """
-        place = Path(tempfile.gettempdir()) if place is None else place
-        place.mkdir(parents=True, exist_ok=True)
-        _delete_orphans(place)
-        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-        self._lock = _locked(self.folder / _LOCK)
-        self.path = self.folder / _FILE
+        self._folder = OwnFolder("weights", place)
+        self.path = self._folder.path / _FILE
         self._specs = specs
         header, self._offsets, total = _layout(specs)
         self._start = len(header)
@@ -97,8 +79,8 @@ class WeightFile:
             data = data[file.write(data) :]  # at most 2 GiB at a time
 
     def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        """Delete it."""
+        self._folder.close()
 
 
 def read_tensors(path: str) -> Iterator[tuple[str, Tensor]]:
@@ -130,21 +112,3 @@ def _layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offsets, end
-
-
-def _locked(path: Path) -> Any:
-    """An open file that this process alone has locked."""
-    file = path.open("wb")
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
-
-
-def _delete_orphans(place: Path) -> None:
-    """Delete folders of processes that have ended: nobody holds their locks."""
-    for folder in place.glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # someone else's, or in use
-            if time.time() - folder.stat().st_mtime < _YOUNG_S:
-                continue
-            with (folder / _LOCK).open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)

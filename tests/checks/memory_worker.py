@@ -3,9 +3,9 @@ its libraries.
 
 python memory_worker.py '[{"engine": "torch", "tokens": 64}, ...]': each case in a process forked
 from this one, so that libraries are imported once; a single case in this one. A case's other keys:
-zero, half, offload, checkpointing; adapter, the name of a preset, and options, overrides beside it;
-layers, as stage.train.layers; unfreeze, for the first phase of layer-wise training. Under torchrun
-each rank prints a line.
+zero, half, offload, adam, checkpointing; adapter, the name of a preset, and options, overrides
+beside it; layers, as stage.train.layers; unfreeze, for the first phase of layer-wise training.
+Under torchrun each rank prints a line.
 """
 
 import gc
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from conf.choices import EngineKind, Offload, Scheduler
+from conf.model import AdamKernels
 from conf.schedule import TrainPart
 from conf.schema import EngineConfig
 from policy.adapters import attach, enable_checkpointing, rates_of
@@ -96,6 +97,7 @@ def train(dims: dict[str, Any], case: dict[str, Any], cfg: Any, tokens: int) -> 
         kind=EngineKind(case["engine"]),
         zero_stage=case.get("zero", 0),
         offload=Offload(case.get("offload", "none")),
+        adam=AdamKernels(case.get("adam", "auto")),
     )
     optim = OptimSettings(1e-4, 0.0, (0.9, 0.999), 1e-8, 1.0, Scheduler.constant, 0, 2)
     module = PolicyModule(model, chunk=CHUNK)

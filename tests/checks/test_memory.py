@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from conf.choices import AdapterKind, EngineKind, Offload, RolloutBackend
+from conf.model import AdamKernels
 from conf.schema import (
     AdapterConfig,
     Config,
@@ -218,6 +219,26 @@ def test_adamws_temporaries() -> None:
     assert (
         temporaries(10, 5, gpu, on_host=True) == temporaries(10, 5, replace(gpu, cuda=False)) == 40
     )
+
+
+@pytest.mark.parametrize("stage", ["grpo", "sft"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_deepspeeds_own_kernels_have_no_temporaries(stage: str, zero: int) -> None:
+    cfg = made(stage)
+    engine = EngineConfig(kind=EngineKind.deepspeed, zero_stage=zero)
+    own = replace(engine, adam=AdamKernels.deepspeed)
+    held = []
+    for given in (engine, own):
+        found = planned(replace(cfg, engine=given))
+        steps = [moment for moment in found.moments if moment.name in ("step", "policy's step")]
+        held.append(steps[-1].total.device)
+    counts = Counts(SHAPE().parameters, SHAPE().parameters, SHAPE().largest, 0, alike=True)
+    states = [
+        training_states(counts, replace(setting(zero), fused=fused)) for fused in (False, True)
+    ]
+    steps = [total(state.step).device for state in states]
+    assert steps[0] > steps[1]
+    assert held[0] - held[1] == pytest.approx(steps[0] - steps[1])
 
 
 def test_an_adapter_trains_beside_frozen_weights() -> None:

@@ -76,7 +76,7 @@ def planned(case: dict[str, Any], ranks: int = 1) -> float:
         offload=Offload(case.get("offload", "none")),
         ranks=ranks,
         half=half,
-        fused=plain,
+        fused=plain or case.get("adam") == "deepspeed",
         float32_trained=half and plain and bool(added),
     )
     trained = shapes.trained_parts(shape, train, classifier=False)
@@ -200,6 +200,8 @@ def test_two_ranks_under_zero1_take_what_the_methods_plan_says(name: str, tmp_pa
         {"engine": "deepspeed", "zero": 3, "tokens": 64, "half": True},
         {"engine": "deepspeed", "zero": 2, "tokens": 64, "offload": "cpu"},
         {"engine": "deepspeed", "zero": 3, "tokens": 64, "offload": "cpu"},
+        {"engine": "deepspeed", "zero": 0, "tokens": 64, "adam": "deepspeed"},
+        {"engine": "deepspeed", "zero": 2, "tokens": 64, "adam": "deepspeed"},
     ],
     ids=name_of,
 )

@@ -8,6 +8,7 @@ import pytest
 
 from conf.choices import Offload, RolloutBackend
 from conf.model import ServerConfig, Transfer
+from conf.run import LaunchConfig, LaunchKind
 from conf.schema import RolloutConfig
 from rlhf.checks.memory import activations, shapes
 from rlhf.checks.memory.fit import places, rows
@@ -155,8 +156,9 @@ def test_without_a_gpu_servers_take_from_the_hosts_memory() -> None:
     weights, cache = 4 * SHAPE().parameters, RolloutConfig().kv_cache_gib * GIB
     process = WORKER_GIB * GIB
     expected = 2 * (2 * (cache + process) + SERVER_GIB * GIB + weights)
-    expected += weights  # the file in memory
     assert found.servers.total == pytest.approx(expected, rel=1e-6)
+    expected += weights  # those that are kept
+    assert found.servers.on_host == pytest.approx(expected, rel=1e-6)
     usable = HEADROOM * CPU.device_gib - expected / CPU.ranks / GIB
     assert found.usable_gib == pytest.approx(usable, rel=1e-6)
     inside = planned(made("grpo", 2), CPU)
@@ -165,16 +167,40 @@ def test_without_a_gpu_servers_take_from_the_hosts_memory() -> None:
     assert found.peak(Phase.rollout).total.device < inside.peak(Phase.rollout).total.device
 
 
-@pytest.mark.parametrize(("transfer", "file"), [("file", True), ("gloo", False), ("nccl", False)])
+def test_servers_on_nodes_of_their_own_take_nothing_of_the_trainers_host() -> None:
+    options = by_servers(count=2, tensor_parallel=2)
+    cfg = made("grpo", 2, rollout=options)
+    beside = planned(cfg, CPU)
+    launch = LaunchConfig(kind=LaunchKind.slurm, nodes=1, server_nodes=2)
+    apart = planned(replace(cfg, launch=launch), CPU)
+    assert beside.servers is not None and apart.servers is not None
+    assert apart.servers.total == beside.servers.total > 0
+    weights = 4 * SHAPE().parameters  # those that the trainer keeps to send
+    assert apart.servers.on_host == pytest.approx(weights)
+    usable = HEADROOM * CPU.device_gib - weights / CPU.ranks / GIB
+    assert apart.usable_gib == pytest.approx(usable, rel=1e-6)
+    assert apart.usable_gib > beside.usable_gib
+
+
+def test_servers_take_from_their_own_host_among_several() -> None:
+    cfg = made("grpo", 2, rollout=by_servers())
+    one = planned(cfg, CPU)
+    two = planned(cfg, replace(CPU, ranks=4, node_ranks=2))
+    assert two.usable_gib == pytest.approx(one.usable_gib)
+
+
+@pytest.mark.parametrize(("transfer", "kept"), [("file", True), ("gloo", True), ("nccl", False)])
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_file_of_whole_weights_lies_on_the_host(transfer: str, file: bool, lora: bool) -> None:
+def test_whole_weights_stay_on_the_host_for_servers_that_restart(
+    transfer: str, kept: bool, lora: bool
+) -> None:
     options = by_servers(transfer=Transfer(transfer), devices=["8"])
     found = planned(made("grpo", lora=lora, rollout=options))
     assert found.servers is not None
-    whole = file and not lora
-    assert found.servers.file == (2 * SHAPE().parameters if whole else 0)
+    whole = kept and not lora
+    assert found.servers.kept == (2 * SHAPE().parameters if whole else 0)
     ranks = GPU.ranks * max(one.total.host for one in found.moments)
-    assert found.host_gib * GIB == pytest.approx(ranks + found.servers.file)
+    assert found.host_gib * GIB == pytest.approx(ranks + found.servers.kept)
 
 
 # ---- several nodes ----

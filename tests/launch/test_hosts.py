@@ -6,12 +6,14 @@ of each node in its namespace, and the ranks ask by the trainer's own client.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.run.tracking.files import read_jsonl
 from tests.launch.fake_slurm import fake_slurm
 from tests.launch.hosts import DEVICE, Hosts, two_hosts, why_not
 from tests.launch.launching import (
@@ -29,6 +31,20 @@ from tests.launch.stand_in import REQUEST_LIMIT_S
 from tests.stages.test_resume import options, write_data
 
 DELAY_S = 0.15  # of each packet, both ways
+CUT_S = 15.0  # longer than the run below waits for an answer
+RUNS = ("one", "two")
+GRPO = [
+    *("stage=grpo", "stage.steps=6", "stage.prompts_per_step=4", "stage.samples_per_prompt=4"),
+    *(
+        "stage.learning_rate=1e-3",
+        "stage.samples_kept=16",
+        "reward.function=tests.toys:even_tokens",
+    ),
+    *("model.dtype=float32", "engine.threads=1", "tracking=none"),
+    *("data.max_prompt_length=24", "rollout.max_response_length=8", "rollout=server"),
+    *("rollout.kv_cache_gib=0.05", "rollout.max_num_seqs=16", "rollout.server.threads=1"),
+    *("rollout.server.request_limit_s=5", "launch.ranks_per_node=1"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +145,43 @@ def test_ranks_on_two_hosts_learn_what_they_learn_on_one(
     assert len(found) >= 5
     for row, same in zip(found, expected, strict=True):
         assert row == pytest.approx(same, abs=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_a_run_outlives_a_cut_link_to_its_vllm_server(
+    hosts: Hosts, tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    write_data(tmp_path)
+    common = [*GRPO, f"model.path={tiny_model()}", f"data.path={tmp_path / 'prompts.jsonl'}"]
+    common.append(f"run.dir={tmp_path}")
+    alone = start_whole(tmp_path, ["-m", "rlhf", *common, "run.name=one", "launch=local"])
+    code, errors = finish(alone)
+    assert code == 0, errors
+
+    apart = ["launch=slurm", "launch.server_nodes=1", "launch.slurm.gpus=false"]
+    apart += ["launch.slurm.wait=true", "run.name=two"]
+    cluster = slurm_of(hosts, tmp_path) | {"STAND_IN_OUT": str(tmp_path)}
+    hosts.link.delay_s = DELAY_S / 10
+    try:
+        process = start_whole(tmp_path, ["-m", "rlhf", *common, *apart], cluster)
+        metrics = tmp_path / "two" / "grpo" / "metrics.jsonl"
+        until(lambda: metrics.is_file() and len(read_jsonl(metrics)) >= 2, 300.0)
+        (described,) = (tmp_path / "two" / "servers").glob("*.json")
+        server = json.loads(described.read_text())
+        hosts.link.is_cut = True
+        time.sleep(CUT_S)
+        steps = len(read_jsonl(metrics))
+        hosts.link.is_cut = False
+        code, errors = finish(process)
+    finally:
+        hosts.link.is_cut, hosts.link.delay_s = False, 0.0
+    assert code == 0, errors
+    assert steps < 6, "the link was cut in the middle of the run"
+    url = f"http://{hosts.second.address}:20077"
+    assert url in errors and "brought back" in errors and "serves again" in errors
+    expected, found = (read_jsonl(tmp_path / name / "grpo" / "samples.jsonl") for name in RUNS)
+    assert len(found) == 6 * 16
+    assert [row["response"] for row in found] == [row["response"] for row in expected]
+    until(lambda: is_gone(server["pid"]))

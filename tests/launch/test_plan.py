@@ -8,6 +8,7 @@ import pytest
 
 from conf.run import LaunchKind
 from conf.schema import Config
+from conf.stages import ServeRolloutStage
 from rlhf.cli import config
 from rlhf.launch import commands, machine, ray, ready, torchrun
 from rlhf.launch.plan import Plan, plan, rows
@@ -167,8 +168,7 @@ def test_a_rank_is_told_all_but_the_launch() -> None:
 
 def test_a_server_is_told_nothing_of_the_trainers_stage() -> None:
     given = [*SERVER, "stage.steps=3", "run.resume=true", "rollout.server.count=2"]
-    run = commands.server_run("mine", "1")
-    told = commands.server_arguments(given, run, "0.0.0.0", "8200", "0-3")
+    told = commands.server_arguments(given, "mine", "1", "0.0.0.0", "8200", "0-3")
     assert told[0] == "stage=serve_rollout"
     assert {"stage.port=8200", "rollout.server.cores=['0-3']", "run.name=mine/server-1"} <= set(
         told
@@ -176,7 +176,11 @@ def test_a_server_is_told_nothing_of_the_trainers_stage() -> None:
     assert f"rollout.server.token_env={commands.TOKEN_ENV}" in told
     assert "launch.kind=none" in told
     assert not {"stage=ppo", "stage.steps=3", "run.resume=true"} & set(told)
-    config.compose([*SERVER[:1], *(word for word in told if not word.startswith("stage"))])
+    cfg = config.compose(told)
+    stage = cfg.stage_as(ServeRolloutStage)
+    assert (stage.host, stage.port, stage.servers_of) == ("0.0.0.0", 8200, "mine")
+    assert cfg.rollout.server.cores == ["0-3"] and cfg.rollout.server.count == 1
+    assert cfg.model.path == "m" and not cfg.rollout.servers
 
 
 def test_secrets_are_not_written_into_commands() -> None:

@@ -88,6 +88,26 @@ def test_it_restarts_its_server_and_ends_with_it(
     assert summary["metrics"]["restarts"] == 1
 
 
+def test_a_launched_servers_description_lies_with_the_run_that_it_writes_for(
+    opened: Callable[..., RunContext], tmp_path: Path
+) -> None:
+    found: list[dict[str, Any]] = []
+
+    def end() -> None:
+        wait_for(lambda: bool(described(tmp_path)))
+        found.append(described(tmp_path))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    serve_rollout.run(opened("run.name=mine/server-0", "stage.servers_of=mine", "stage.port=0"))
+    thread.join()
+    assert not (tmp_path / "mine" / "server-0" / FOLDER).exists()
+    port = found[0]["url"].rpartition(":")[2]
+    names = {path.name for path in (tmp_path / "mine" / FOLDER).iterdir()}
+    assert names == {f"127.0.0.1-{port}.json", f"127.0.0.1-{port}.log"}
+
+
 def test_a_port_that_is_taken(opened: Callable[..., RunContext]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError) as error:
         serve_rollout.run(opened(f"stage.port={taken.getsockname()[1]}"))

@@ -167,16 +167,17 @@ def _by_servers(
         problem = f"{name} doesn't divide the model's {shape.heads} heads"
         return GeneratorMemory(NOTHING, NOTHING, NOTHING, problem=problem)
     held = _held(rollout, part_of(shape, devices), machine, asked, copies)
-    file, bucket = _in_passing(rollout, shape, machine, asked)
+    kept, bucket = _in_passing(rollout, shape, machine, asked)
     if machine.cuda and not apart and shares_devices(rollout, machine):
         whole = total(held.parts) + bucket
-        servers = Servers(server.count, devices * server.data_parallel, {}, file=file)
+        servers = Servers(server.count, devices * server.data_parallel, {}, kept=kept)
         return GeneratorMemory(whole, whole, whole, held.notes, held.problem, servers)
     parts, answering = dict(held.parts), 0.0
     if not machine.cuda:
         parts["process"] = Bytes(WORKER_GIB * GIB)
         answering = SERVER_GIB * GIB
-    servers = Servers(server.count, devices * server.data_parallel, parts, answering, file)
+    size = devices * server.data_parallel
+    servers = Servers(server.count, size, parts, answering, kept, apart)
     note = (
         f"servers: {servers.count} x {servers.devices}, "
         f"{total(parts).device / GIB:.1f} GiB of each device"
@@ -188,18 +189,20 @@ def _by_servers(
 def _in_passing(
     rollout: RolloutConfig, shape: Shape, machine: Machine, asked: Asked
 ) -> tuple[float, Bytes]:
-    """What whole weights on their way to servers take: bytes of a file in memory, which stays for
-    the next sync, or a rank's bucket.
+    """What whole weights on their way to servers take: bytes that stay in memory for servers that
+    are restarted (a file; the sender's copy), and a rank's bucket.
     """
     if not asked.whole:
         return 0.0, NOTHING
     transfer = rollout.server.transfer
     if transfer is Transfer.auto:
         transfer = Transfer.nccl if machine.cuda else Transfer.file
+    whole = float(asked.width * shape.parameters)
     if transfer is Transfer.file:
-        return float(asked.width * shape.parameters), NOTHING
-    on_device = transfer is not Transfer.gloo or not machine.cuda
-    return 0.0, Bytes(BUCKET) if on_device else Bytes(host=BUCKET)
+        return whole, NOTHING
+    if transfer is Transfer.gloo:
+        return whole, Bytes(host=BUCKET) if machine.cuda else Bytes(BUCKET)
+    return 0.0, Bytes(BUCKET)
 
 
 def part_of(shape: Shape, devices: int) -> Shape:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from conf.adapters import needs_whole
 from conf.choices import AdapterKind, Dtype, EngineKind
+from conf.model import AdamKernels
 from conf.run import LaunchConfig
 from conf.schema import (
     AdapterConfig,
@@ -149,19 +150,27 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """vLLM servers that a run starts; without a GPU they are beside the ranks on their host."""
+    """vLLM servers that a run starts; without a GPU they are beside the ranks on their host, unless
+    they have nodes of their own.
+    """
 
     count: int
     devices: int  # of each
     parts: dict[str, Bytes]  # of one device; none where it is a rank's as well
     answering: float = 0.0  # bytes of each server's process that takes requests
-    file: float = 0.0  # bytes of the weights that wait for them in memory
+    kept: float = 0.0  # bytes of weights that wait for restarts, once on the trainer's host
+    apart: bool = False  # whether they have nodes of their own
 
     @property
     def total(self) -> float:
-        """Bytes of all of them."""
+        """Bytes of all of them, without a GPU."""
         each = self.devices * total(self.parts).device + self.answering
-        return self.count * each + self.file
+        return self.count * each
+
+    @property
+    def on_host(self) -> float:
+        """Bytes of a host with ranks that they take, without a GPU."""
+        return self.kept + (0.0 if self.apart else self.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,16 +201,16 @@ class Plan:
     @property
     def host_gib(self) -> float:
         """Of all ranks of a host together, at the worst moment, with weights on their way."""
-        file = 0.0 if self.servers is None else self.servers.file
+        kept = 0.0 if self.servers is None else self.servers.kept
         ranks = self.machine.of_a_node * max(m.total.host for m in self.moments)
-        return (ranks + file) / GIB
+        return (ranks + kept) / GIB
 
     @property
     def usable_gib(self) -> float:
         """What a rank may fill of its device; without a GPU servers take theirs of the host."""
         usable = HEADROOM * self.machine.device_gib
         if self.servers is not None and not self.machine.cuda:
-            usable -= self.servers.total / self.machine.ranks / GIB
+            usable -= self.servers.on_host / self.machine.of_a_node / GIB
         return usable
 
     @property
@@ -282,7 +291,7 @@ def setting_of(
         ranks=machine.ranks,
         half=half,
         cuda=machine.cuda,
-        fused=plain and not trl,
+        fused=(plain and not trl) or engine.adam is AdamKernels.deepspeed,
         float32_trained=half and plain and (lora or trl),
         parted=engine.zero_stage == 3 and not needs_whole(adapter),
     )

@@ -80,8 +80,8 @@ class Setting:
     ranks: int = 1
     half: bool = False  # weights in bfloat16 or float16
     cuda: bool = False
-    # AdamW steps without temporaries (policy/engines/torch.py); DeepSpeed's and TRL's are given
-    # torch's plain one
+    # AdamW steps without temporaries: torch's fused one (policy/engines/torch.py) and those of
+    # engine.adam=deepspeed; other runs by DeepSpeed or TRL are taken to have torch's plain one
     fused: bool = True
     # what trains is float32 beside half-precision weights: PEFT's adapters, and TRL's full training
     # by autocast
@@ -183,9 +183,9 @@ def temporaries(
 ) -> float:
     """Bytes of AdamW's temporaries, `elements` being stepped at once.
 
-    torch's fused kernel has none; its foreach form, the default on a GPU, the square roots of all
-    second moments; its plain loop, the default on a CPU, two tensors of the size of the largest
-    (exp_avg_sq.sqrt() / correction).
+    Fused kernels, torch's and DeepSpeed's, have none; torch's foreach form, the default on a GPU,
+    the square roots of all second moments; its plain loop, the default on a CPU, two tensors of the
+    size of the largest (exp_avg_sq.sqrt() / correction).
     """
     if setting.fused:
         return 0.0

@@ -74,6 +74,28 @@ def test_servers_end_with_the_trainer(tmp_path: Path, number: signal.Signals) ->
     wait_for(lambda: not is_running(server) and not is_running(worker))
 
 
+def test_memory_of_a_killed_trainer_is_given_back_by_its_server(tmp_path: Path) -> None:
+    holding = PARENT.replace(
+        "child = Child",
+        "from rlhf.process.files import OwnFolder\n"
+        "folders = [OwnFolder(kind, Path(sys.argv[3])) for kind in ('weights', 'adapter')]\n"
+        "child = Child",
+    )
+    # the system's folder for temporary files, here a test's
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, TREE, str(tmp_path / "log"), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline()
+        assert len(list(tmp_path.glob("rlhf-*"))) == 2
+        trainer.kill()
+    wait_for(lambda: not list(tmp_path.glob("rlhf-*")))
+
+
 def test_what_a_killed_server_leaves_behind_is_ended(tmp_path: Path) -> None:
     child = Child([sys.executable, "-c", TREE], os.environ, tmp_path / "log")
     wait_for(lambda: bool((tmp_path / "log").read_text()))

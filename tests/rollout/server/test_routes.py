@@ -166,6 +166,21 @@ def opened(model: Model) -> Iterator[Callable[..., Route]]:
                 server.group.close()
 
 
+@pytest.fixture
+def standing_in() -> Iterator[Callable[[int], StandIn]]:
+    """standing_in(number) -> a server, which leaves its group at the end."""
+    made: list[StandIn] = []
+
+    def make(number: int) -> StandIn:
+        made.append(StandIn(number))
+        return made[-1]
+
+    yield make
+    for server in made:
+        if server.group is not None:
+            server.group.close()
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_all_servers_hold_each_version(
@@ -315,38 +330,40 @@ def test_weights_that_vllm_does_not_take_stop_the_run(
         assert server.condemned is not None and "/resume" not in server.steps
 
 
-def test_a_restarted_server_gets_the_file_at_once(
-    model: Model, opened: Callable[..., Route]
+@pytest.mark.parametrize("way", WAYS)
+def test_a_restarted_server_gets_the_weights_at_once(
+    way: Transfer, model: Model, opened: Callable[..., Route], standing_in: Callable[..., StandIn]
 ) -> None:
-    route = opened(Transfer.file, StandIn(1))
-    assert route.rejoin(StandIn(2)) is False, "there are no weights yet"
+    first = standing_in(1)
+    route = opened(way, first)
+    assert route.rejoin(standing_in(2)) is False, "there are no weights yet"
     route.send(incoming(model, weights(model, 4)), 4)
-    late = StandIn(3)
+    first.steps.clear()
+    late = standing_in(3)
     assert route.rejoin(late) is True
     holds(late, model, 4)
-    dead = StandIn(5)
+    assert late.steps == DRAINED and first.steps == [], "the others write on"
+    dead = standing_in(5)
     dead.fails_at["rlhf_update"] = ServerFault(dead.url, "killed again")
     with pytest.raises(ServerFault, match="killed again"):
         route.rejoin(dead)
     with pytest.raises(SyncError):
         route.send(incoming(model, broken(model, "missing")[0]), 5)
-    assert route.rejoin(StandIn(4)) is False, "the file is of no version"
+    assert route.rejoin(standing_in(4)) is False, "what is kept is of no version"
 
 
-def test_a_restarted_server_gets_the_next_weights_by_gloo(
-    model: Model, opened: Callable[..., Route]
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_that_came_back_gets_the_next_weights(
+    way: Transfer, model: Model, opened: Callable[..., Route], standing_in: Callable[..., StandIn]
 ) -> None:
-    first = StandIn(1)
-    route = opened(Transfer.gloo, first)
+    first, again = standing_in(1), standing_in(1)
+    route = opened(way, first)
     route.send(incoming(model, weights(model, 1)), 1)
-    again = StandIn(1)
     route.leave(first)
-    assert route.rejoin(again) is False
-    route.send(incoming(model, weights(model, 2)), 2)
+    assert route.rejoin(again) is True
+    assert route.send(incoming(model, weights(model, 2)), 2) == []
     holds(again, model, 2)
     holds(first, model, 1)
-    assert again.group is not None
-    again.group.close()
 
 
 def test_a_server_that_does_not_join_is_named(model: Model, opened: Callable[..., Route]) -> None:

@@ -330,7 +330,7 @@ def test_a_server_with_other_weights_is_not_believed(fakes: Any, make: Make, mod
 
 def test_what_a_server_holds_is_compared(fakes: Any, make: Make, model: Any) -> None:
     servers = fakes(2)
-    generator = make(servers)
+    generator = make(servers, start_limit_s=0.5)
     sums = weights_checksums(model.state_dict().items())
     servers[1].fake.checksums = dict(sums)
     servers[0].fake.checksums = dict(sums, **{"lm_head.weight": "0" * 16})
@@ -355,7 +355,7 @@ def test_where_all_hold_the_same_wrong_weights_the_proof_says_so(
 
 def test_a_failed_update_is_never_resumed(fakes: Any, make: Make, model: Any) -> None:
     servers = fakes(2)
-    generator = make(servers)
+    generator = make(servers, start_limit_s=0.5)
     generator.sync(whole(model), 1)
     servers[0].fake.refused["rlhf_update"] = 500
     servers[0].fake.calls.clear()
@@ -363,6 +363,28 @@ def test_a_failed_update_is_never_resumed(fakes: Any, make: Make, model: Any) ->
     assert {r.version for r in generator.generate(PROMPTS, seed=0)} == {2}
     wait_for(lambda: states(generator) == ["lost", "serving"])
     assert "/resume" not in servers[0].fake.calls
+
+
+def test_a_server_whose_update_failed_comes_back_once_it_is_started_anew(
+    fakes: Any, make: Make, model: Any
+) -> None:
+    """Its own stage does that (rlhf/stages/serve_rollout.py). It was out of reach when the update
+    failed, so it is told to end on its return.
+    """
+    servers = fakes(2)
+    generator = make(servers)
+    generator.sync(whole(model), 1)
+    fake = servers[0].fake
+    fake.refused |= {"rlhf_update": 500, "rlhf_condemn": 500}
+    generator.sync(whole(model), 2)
+    del fake.refused["rlhf_condemn"]
+    fake.calls.clear()
+    wait_for(lambda: "rlhf_condemn" in fake.calls)
+    assert states(generator) == ["away", "serving"] and "/resume" not in fake.calls
+    fake.refused.clear()
+    fake.version = "default"
+    wait_for(lambda: states(generator) == ["serving", "serving"])
+    assert fake.version == "2"
 
 
 def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:

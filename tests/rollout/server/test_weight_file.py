@@ -1,4 +1,4 @@
-"""The file is one that safetensors reads, and no process leaves it behind for good."""
+"""The file is one that safetensors reads, and takes its room at the start."""
 
 import errno
 import os
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rollout.server import weight_file
 from rollout.server.weight_file import WeightFile, read_tensors
 from rollout.weights import Spec
 
@@ -89,18 +88,3 @@ def test_room_is_taken_at_the_start(tmp_path: Path) -> None:
         WeightFile({"a": Spec((too_large,), torch.float32)}, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert WeightFile(specs(torch.float32), tmp_path).path.stat().st_blocks > 0
-
-
-def test_folders_of_ended_processes_go_and_those_in_use_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used = WeightFile(specs(torch.float32), tmp_path)
-    left = WeightFile(specs(torch.float32), tmp_path)
-    left._lock.close()  # as the system does for a killed process
-    foreign = tmp_path / "rlhf-weights-of-someone"
-    foreign.mkdir()
-    young = WeightFile(specs(torch.float32), tmp_path)
-    assert left.folder.exists(), "it might not have its lock yet"
-    monkeypatch.setattr(weight_file, "_YOUNG_S", 0.0)
-    later = WeightFile(specs(torch.float32), tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([used.folder, foreign, young.folder, later.folder])
