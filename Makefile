@@ -155,7 +155,7 @@ bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group 
 chaos: $(STAMP) ## slow: faults put into real runs, each survived (40 min)
 	$(OFFLINE) $(PY) -m benchmarks.chaos
 
-soak: $(STAMP) ## slow: 200 steps of tiny models, with a server too; fails where memory grows
+soak: $(STAMP) ## slow: 200 steps of tiny models, a server too; fails where memory or files grow
 	$(OFFLINE) $(PY) -m benchmarks.soak
 
 house: $(STAMP) ## how readable and how entangled the code is, in figures

@@ -80,6 +80,13 @@ def resident_mib(process: int) -> float:
     return _status_mib(process, "VmRSS")
 
 
+def handles(process: int) -> int:
+    """File descriptors of a living process that are open; 0 where it has ended."""
+    with contextlib.suppress(OSError):
+        return len(list(Path(f"/proc/{process}/fd").iterdir()))
+    return 0
+
+
 def _status_mib(process: int, name: str) -> float:
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():

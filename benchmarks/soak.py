@@ -1,5 +1,5 @@
-"""Whether a run's memory grows: 200 steps of a tiny model, resident memory after the warm-up
-against that at the end; of its vLLM server as well, where it has one.
+"""Whether a run's memory and open files grow: 200 steps of a tiny model, resident memory and
+handles after the warm-up against those at the end; of its vLLM server as well, where it has one.
 
 python -m benchmarks.soak                      runs and checks every case (minutes)
 python -m benchmarks.soak --cases ppo sft      those of these names
@@ -7,15 +7,24 @@ python -m benchmarks.soak --check-only         checks the runs that are there
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.shared import descendants, environment, module, resident_mib, write_rows
+from benchmarks.shared import (
+    descendants,
+    environment,
+    handles,
+    module,
+    resident_mib,
+    write_rows,
+)
 from rlhf.run import console
 from rlhf.run.tracking.files import METRICS_FILE, read_jsonl
 from rlhf.types import UserError
@@ -23,7 +32,8 @@ from rlhf.types import UserError
 # steps: in all, left out at the start, and those whose median is one end of the comparison
 STEPS, WARM_UP, WINDOW = 200, 40, 20
 LIMIT = 0.02  # of growth
-SERVERS_FILE = "servers_rss.json"  # resident memory of a run's servers after each step, MiB
+HANDLES_LIMIT = 0.1  # of growth of open files: one a step would be far above it
+WATCHED_FILE = "watched.json"  # what was seen from outside after each step (`Watched`)
 _LOOK_S = 0.05  # between two looks at the metrics
 COMMON = (
     "model=tiny",
@@ -131,29 +141,38 @@ def run(directory: Path, case: str) -> None:
     ]
     place = directory / f"soak-{case}" / stage_of(case)
     with subprocess.Popen(command, env=environment()) as process:
-        servers = watch_servers(process, place / METRICS_FILE)
+        watched = watch(process, place / METRICS_FILE)
     if process.returncode != 0:
         raise subprocess.CalledProcessError(process.returncode, command)
-    if has_server(case):
-        (place / SERVERS_FILE).write_text(json.dumps(servers), encoding="utf-8")
+    text = json.dumps(dataclasses.asdict(watched))
+    (place / WATCHED_FILE).write_text(text, encoding="utf-8")
 
 
-def watch_servers(process: subprocess.Popen[bytes], metrics: Path) -> list[float]:
-    """Resident memory of all that `process` started, MiB, after each line of `metrics`, until it
-    ends.
-    """
-    resident: list[float] = []
+@dataclass(slots=True)
+class Watched:
+    """After each step, from outside the run."""
+
+    servers_mib: list[float] = field(default_factory=list)  # resident memory of what it started
+    handles: list[int] = field(default_factory=list)  # open files of the trainer
+    servers_handles: list[int] = field(default_factory=list)
+
+
+def watch(process: subprocess.Popen[bytes], metrics: Path) -> Watched:
+    """Look at `process` and at all that it started after each line of `metrics`, until it ends."""
+    seen = Watched()
     before = count_lines(metrics)  # of a run that this one replaces
     while process.poll() is None:
         time.sleep(_LOOK_S)
         lines = count_lines(metrics)
         if lines < before:
             before = 0
-        new = lines - before - len(resident)
+        new = lines - before - len(seen.handles)
         if new > 0:
-            started = sum(map(resident_mib, descendants(process.pid)))
-            resident += [started] * new
-    return resident
+            started = descendants(process.pid)
+            seen.servers_mib += [sum(map(resident_mib, started))] * new
+            seen.servers_handles += [sum(map(handles, started))] * new
+            seen.handles += [handles(process.pid)] * new
+    return seen
 
 
 def count_lines(path: Path) -> int:
@@ -173,22 +192,38 @@ def resident_of(directory: Path, case: str) -> list[float]:
     return [row["memory/rss_mb"] for row in read_jsonl(path) if "memory/rss_mb" in row]
 
 
-def servers_of(directory: Path, case: str) -> list[float]:
-    """The same of the run's servers."""
-    path = directory / f"soak-{case}" / stage_of(case) / SERVERS_FILE
-    resident: list[float] = json.loads(path.read_text(encoding="utf-8"))
-    return resident
+def watched_of(directory: Path, case: str) -> Watched:
+    """What was seen of a run from outside; nothing of one that was not watched."""
+    path = directory / f"soak-{case}" / stage_of(case) / WATCHED_FILE
+    if not path.is_file():
+        return Watched()
+    return Watched(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def judged(name: str, resident: Sequence[float]) -> tuple[float, dict[str, str]]:
-    """The growth, and a row of the table."""
-    grown = growth(resident)
+def judged(name: str, values: Sequence[float], limit: float) -> tuple[bool, dict[str, str]]:
+    """Whether the growth is within the limit, and a row of the table."""
+    grown = growth(values)
     at = {
-        f"step {step}": f"{resident[min(step, len(resident)) - 1]:.1f}"
+        f"step {step}": f"{values[min(step, len(values)) - 1]:.1f}"
         for step in (WARM_UP, 80, 120, 160, STEPS)
     }
-    passes = "yes" if grown <= LIMIT else "no"
-    return grown, {"case": name, **at, "growth": f"{grown:+.2%}", "passes": passes}
+    passes = grown <= limit
+    row = {"case": name, **at, "growth": f"{grown:+.2%}", "passes": "yes" if passes else "no"}
+    return passes, row
+
+
+def judge(directory: Path, case: str) -> list[tuple[bool, dict[str, str]]]:
+    """What is judged of a case, as `judged`. Raises UserError for a run that is not there."""
+    out = [judged(case, resident_of(directory, case), LIMIT)]
+    watched = watched_of(directory, case)
+    if has_server(case):
+        out.append(judged(f"{case}: server", watched.servers_mib, LIMIT))
+    if watched.handles:
+        out.append(judged(f"{case}: handles", watched.handles, HANDLES_LIMIT))
+    if watched.handles and has_server(case):
+        name = f"{case}: server's handles"
+        out.append(judged(name, watched.servers_handles, HANDLES_LIMIT))
+    return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,23 +237,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check-only", action="store_true", help="check the runs that are there")
     given = parser.parse_args(arguments)
-    rows, worst = [], 0.0
+    found = []
     for case in given.cases:
         if not given.check_only:
             run(given.dir, case)
-        measured = {case: resident_of(given.dir, case)}
-        if has_server(case):
-            measured[f"{case}: server"] = servers_of(given.dir, case)
-        for name, resident in measured.items():
-            grown, row = judged(name, resident)
-            worst = max(worst, grown)
-            rows.append(row)
-    console.table(rows, title=f"resident memory, MiB, of runs of {STEPS} steps")
+        found += judge(given.dir, case)
+    title = f"resident memory, MiB, and open files, of runs of {STEPS} steps"
+    console.table([row for _, row in found], title=title)
     print(
         f"growth is from steps {WARM_UP + 1}-{WARM_UP + WINDOW} to {STEPS - WINDOW + 1}-{STEPS}, "
-        f"medians; at most {LIMIT:.0%} passes"
+        f"medians; at most {LIMIT:.0%} passes, and {HANDLES_LIMIT:.0%} of open files"
     )
-    return 0 if worst <= LIMIT else 1
+    return 0 if all(passes for passes, _ in found) else 1
 
 
 if __name__ == "__main__":

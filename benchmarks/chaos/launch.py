@@ -14,7 +14,10 @@ from benchmarks.chaos.network import Host
 from benchmarks.shared import environment, module, write_rows
 
 _TIMEOUT_S = 600
+_LOOK_S = 0.5  # between two looks at a run's processes
 RUN = "RLHF_CHAOS_RUN"  # in the environment of every process of a run
+# process ids that runs were seen to have, by `RUN`: one that has ended has no environment
+_SEEN: dict[str, set[int]] = {}
 
 
 def write_data(folder: Path) -> None:
@@ -82,13 +85,20 @@ def launch(
             stdout=out,
             stderr=subprocess.STDOUT,
         )
-        code: int | None = None
-        try:
-            code = process.wait(_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        code = _watched(process, str(folder / name))
     return code, log.read_text(encoding="utf-8", errors="replace")
+
+
+def _watched(process: "subprocess.Popen[bytes]", token: str) -> int | None:
+    """The exit code of the run `token`, whose processes are noted; None where it took too long."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline:
+        _SEEN.setdefault(token, set()).update(_living(token))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(_LOOK_S)
+    process.kill()
+    process.wait()
+    return None
 
 
 def _living(token: str) -> dict[int, str]:
@@ -103,14 +113,29 @@ def _living(token: str) -> dict[int, str]:
     return commands
 
 
+def _zombies(processes: set[int]) -> list[int]:
+    """Those that have ended and that nobody has waited for."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(OSError):
+            # the state follows the name, which is in brackets and may hold any character
+            text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+            if text.rpartition(")")[2].split()[0] == "Z":
+                found.append(process)
+    return found
+
+
 def left_behind(token: str, patience: float) -> list[str]:
-    """Command lines of the processes of a run that still live after `patience` seconds; they are
-    killed.
+    """Command lines of the processes of a run that still live after `patience` seconds, which are
+    killed, and its zombies.
     """
     deadline = time.monotonic() + patience
-    while (processes := _living(token)) and time.monotonic() < deadline:
+    while True:
+        processes, zombies = _living(token), _zombies(_SEEN.get(token, set()))
+        if not (processes or zombies) or time.monotonic() >= deadline:
+            break
         time.sleep(0.2)
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, 9)
-    return list(processes.values())
+    return [*processes.values(), *(f"zombie {process}" for process in zombies)]

@@ -242,6 +242,24 @@ def test_processes_that_stay_are_found_and_ended(tmp_path: Path) -> None:
     assert launch.left_behind(str(tmp_path), 0.0) == []
 
 
+def test_processes_that_ended_and_were_not_waited_for_are_found(tmp_path: Path) -> None:
+    """The child's parent lives on outside the run."""
+    waits = "import time; time.sleep(0.8)"
+    starter = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {waits!r}], "
+        f"env={{{launch.RUN!r}: sys.argv[1]}}); input()"
+    )
+    command = [sys.executable, "-S", "-c", starter, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as parent:
+        run = [sys.executable, "-S", "-c", "import time; time.sleep(1.5)"]
+        with subprocess.Popen(run, env={launch.RUN: str(tmp_path)}) as process:
+            assert launch._watched(process, str(tmp_path)) == 0
+        (found,) = launch.left_behind(str(tmp_path), 0.3)
+        parent.communicate(b"\n")
+    assert "zombie" in found
+    assert launch.left_behind(str(tmp_path), 5.0) == [], "with its parent it went as well"
+
+
 def test_an_engines_own_process_is_found_among_the_descendants() -> None:
     inner = "import time; print('in', flush=True); time.sleep(60)"
     child = (

@@ -49,23 +49,38 @@ def test_a_run_that_is_not_there_is_said(tmp_path: Path) -> None:
         soak.main(["--dir", str(tmp_path), "--check-only", "--cases", "ppo-vllm"])
 
 
-def test_a_servers_memory_is_judged_as_well(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "least", "most", "said"),
+    [
+        ("servers_mib", 500.0, 511.0, "+2.20%"),
+        ("handles", 40, 60, "+50.00%"),
+        ("servers_handles", 100, 111, "+11.00%"),
+    ],
+)
+def test_memory_and_open_files_are_judged_from_outside(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    least: float,
+    most: float,
+    said: str,
 ) -> None:
     write_run(tmp_path, "grpo-server", 100.0)
-    file = tmp_path / "soak-grpo-server" / "grpo" / soak.SERVERS_FILE
-    for last, code in ((500.0, 0), (511.0, 1)):
-        file.write_text(json.dumps([*[500.0] * 180, *[last] * 20]), encoding="utf-8")
+    file = tmp_path / "soak-grpo-server" / "grpo" / soak.WATCHED_FILE
+    steady = dict.fromkeys(("servers_mib", "handles", "servers_handles"), [50] * 200)
+    for last, code in ((least, 0), (most, 1)):
+        file.write_text(json.dumps(steady | {name: [*[least] * 180, *[last] * 20]}))
         given = ["--dir", str(tmp_path), "--check-only", "--cases", "grpo-server"]
         assert soak.main(given) == code
-    assert "+2.20%" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
 
 
 STARTS = """
 import subprocess, sys, time
 from pathlib import Path
 
-inner = "import time; held = b'x' * (64 * 2**20); print('in', flush=True); time.sleep(60)"
+inner = "import os, time; held = b'x' * (64 * 2**20); files = [os.pipe() for _ in range(20)]; "
+inner += "print('in', flush=True); time.sleep(60)"
 child = subprocess.Popen([sys.executable, "-S", "-c", inner], stdout=subprocess.PIPE)
 child.stdout.readline()
 for line in range(3):
@@ -81,8 +96,10 @@ def test_what_a_run_started_is_measured_after_each_line(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     command = [sys.executable, "-S", "-c", STARTS, str(metrics)]
     with subprocess.Popen(command) as process:
-        resident = soak.watch_servers(process, metrics)
-    assert len(resident) == 3 and all(64 < value < 200 for value in resident)
+        seen = soak.watch(process, metrics)
+    assert len(seen.servers_mib) == 3 and all(64 < value < 200 for value in seen.servers_mib)
+    assert len(seen.handles) == 3 and all(0 < value < 40 for value in seen.handles)
+    assert len(seen.servers_handles) == 3 and all(value > 40 for value in seen.servers_handles)
 
 
 @pytest.mark.parametrize("case", soak.CASES)
