@@ -222,23 +222,21 @@ def test_adamws_temporaries() -> None:
 
 
 @pytest.mark.parametrize("stage", ["grpo", "sft"])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [1, 2, 3])
 def test_deepspeeds_own_kernels_have_no_temporaries(stage: str, zero: int) -> None:
+    """On a CPU, in float32: 8 bytes a parameter of the partition. Under ZeRO-1 and 2 flattening
+    takes 4 of them anyway.
+    """
+    machine = replace(GPU, cuda=False)
     cfg = made(stage)
     engine = EngineConfig(kind=EngineKind.deepspeed, zero_stage=zero)
-    own = replace(engine, adam=AdamKernels.deepspeed)
     held = []
-    for given in (engine, own):
-        found = planned(replace(cfg, engine=given))
-        steps = [moment for moment in found.moments if moment.name in ("step", "policy's step")]
+    for adam in (AdamKernels.torch, AdamKernels.deepspeed):
+        found = planned(replace(cfg, engine=replace(engine, adam=adam)), machine)
+        steps = [one for one in found.moments if one.name in ("step", "policy's step")]
         held.append(steps[-1].total.device)
-    counts = Counts(SHAPE().parameters, SHAPE().parameters, SHAPE().largest, 0, alike=True)
-    states = [
-        training_states(counts, replace(setting(zero), fused=fused)) for fused in (False, True)
-    ]
-    steps = [total(state.step).device for state in states]
-    assert steps[0] > steps[1]
-    assert held[0] - held[1] == pytest.approx(steps[0] - steps[1])
+    saved = 8 if zero == 3 else 4
+    assert held[0] - held[1] == pytest.approx(saved * SHAPE().parameters / machine.ranks, rel=1e-6)
 
 
 def test_an_adapter_trains_beside_frozen_weights() -> None:
