@@ -9,7 +9,8 @@ python -m benchmarks.speed --growth                 response length x2, group x2
 
 Parts:
   a               5M parameters, 8 prompts x 8 short answers of uneven length: in one process, with
-                  a server taking turns, with a server one step ahead, and TRL's GRPOTrainer
+                  a server taking turns, with a server one step ahead, one step ahead in one
+                  process, and TRL's GRPOTrainer
   b-lora-*        SmolLM2-135M, 4 prompts x 4 answers x 48 tokens, LoRA of rank 8: two of them
   b-full-*        the same with full weights
   sft reward dpo  our stages beside bare TRL on the same rows, 5M parameters

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 # In one process, which writes and then trains; the same with servers; with servers, where they
-# write the next step's responses meanwhile; and TRL.
-WAYS = ("turns", "server", "ahead", "trl")
+# write the next step's responses meanwhile; the same in one process; and TRL.
+WAYS = ("turns", "server", "ahead", "here", "trl")
 
 
 @dataclass(frozen=True, slots=True)

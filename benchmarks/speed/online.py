@@ -20,7 +20,7 @@ def _parts() -> dict[str, tuple[str, tuple[str, ...]]]:
     24 GiB.
     """
     parts: dict[str, tuple[str, tuple[str, ...]]] = {
-        "a": ("a", ("turns", "server", "ahead", "trl"))
+        "a": ("a", ("turns", "server", "ahead", "here", "trl"))
     }
     for case in ("b-lora", "b-full"):
         for ways in _PAIRS:
@@ -30,7 +30,13 @@ def _parts() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 PARTS = _parts()
-NAMES = {"turns": "one process", "server": "server", "ahead": "one ahead", "trl": "TRL"}
+NAMES = {
+    "turns": "one process",
+    "server": "server",
+    "ahead": "server, one ahead",
+    "here": "one process, one ahead",
+    "trl": "TRL",
+}
 # slower and faster, and how many times as fast the second is to be
 TARGETS = {
     ("a", "trl", "turns"): 3.0,
@@ -93,7 +99,7 @@ def way_row(part: str, way: str, rows: Sequence[Figures]) -> tuple[str, ...]:
 
 def ratio_rows(part: str, case: str, turns: Mapping[str, Sequence[Figures]]) -> list[list[str]]:
     """How many times as fast each way is as each slower one it took turns with."""
-    order = [way for way in ("trl", "turns", "server", "ahead") if way in turns]
+    order = [way for way in ("trl", "turns", "server", "ahead", "here") if way in turns]
     rows = []
     for place, slower in enumerate(order):
         for faster in order[place + 1 :]:

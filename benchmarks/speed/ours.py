@@ -66,6 +66,8 @@ def generator_options(case: Case) -> list[str]:
     """Who writes the responses, and when."""
     if case.way == "turns":
         return ["rollout=vllm"]
+    if case.way == "here":  # a thread for each side
+        return ["rollout=vllm", "stage.ahead=1", "engine.threads=1"]
     cores = ",".join(f"'{cores}'" for cores in case.server_cores)
     return [
         "rollout=server",

@@ -273,6 +273,8 @@ class Ahead(Writer):
     def _run(self) -> None:
         if torch.cuda.is_available():  # each thread has a device of its own
             torch.cuda.set_device(distributed.device())
+        # a new thread has OpenMP's own number of threads, and vLLM counts them before torch sets it
+        torch.set_num_threads(torch.get_num_threads())
         while (job := self._next()) is not None:
             began, error = time.perf_counter(), None
             try:

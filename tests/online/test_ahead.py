@@ -3,6 +3,9 @@ be, prompts are the same as without, and nothing is trained twice or lost.
 """
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -259,7 +262,7 @@ SHORT = [
 STILL = "stage.learning_rate=1e-30"  # moves no weight
 
 
-def compose(folder: Path, name: str, *overrides: str) -> Any:
+def options(folder: Path, name: str, *overrides: str) -> list[str]:
     rows = toys.write_jsonl(folder / "prompts.jsonl", toys.prompt_rows())
     held_out = toys.write_jsonl(
         folder / "held_out.jsonl", [{"prompt": "omega 1"}, {"prompt": "omega 2"}]
@@ -269,7 +272,11 @@ def compose(folder: Path, name: str, *overrides: str) -> Any:
     given = [*preset, *TINY, "rollout=hf", "tracking=none", f"run.dir={folder}"]
     given += [f"run.name={name}", f"data.path={rows}", f"data.eval_path={held_out}"]
     given += ["stage.critic_init=policy", "reward.function=tests.toys:even_tokens"]
-    return config.compose([*given, *SHORT, *others])
+    return [*given, *SHORT, *others]
+
+
+def compose(folder: Path, name: str, *overrides: str) -> Any:
+    return config.compose(options(folder, name, *overrides))
 
 
 def run(folder: Path, name: str, *overrides: str) -> Path:
@@ -399,6 +406,24 @@ def test_an_engine_in_this_process_writes_in_the_thread(tmp_path: Path) -> None:
     assert [row["ahead/staleness"] for row in moved] == [0, 1, 1, 1]
     assert all(row["rollout/probe_gap"] < 1e-4 for row in moved)
     assert moved[-1]["ahead/moved"] > 1e-4
+
+
+@pytest.mark.full  # a process of its own, which imports vLLM
+def test_the_thread_writes_with_the_threads_that_torch_was_given(tmp_path: Path) -> None:
+    """OpenMP gives a new thread as many as the machine has, and vLLM refuses to change."""
+    engine = ["rollout=vllm", "rollout.kv_cache_gib=0.2", "rollout.max_num_seqs=16"]
+    given = options(tmp_path, "one", *engine, "stage=grpo", "stage.ahead=1", "engine.threads=1")
+    given = [option for option in given if "reward.function" not in option]
+    given.append("reward.terms={short:{kind:length,high:2}}")
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf", *given],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(metrics(tmp_path / "one" / "grpo")) == 4
 
 
 @pytest.fixture
