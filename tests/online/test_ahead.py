@@ -414,7 +414,7 @@ def test_the_thread_writes_with_the_threads_that_torch_was_given(tmp_path: Path)
     engine = ["rollout=vllm", "rollout.kv_cache_gib=0.2", "rollout.max_num_seqs=16"]
     given = options(tmp_path, "one", *engine, "stage=grpo", "stage.ahead=1", "engine.threads=1")
     given = [option for option in given if "reward.function" not in option]
-    given.append("reward.terms={short:{kind:length,high:2}}")
+    given += ["reward.terms.short.kind=length", "reward.terms.short.high=2"]
     done = subprocess.run(
         [sys.executable, "-m", "rlhf", *given],
         env=os.environ | {"OMP_NUM_THREADS": "2"},
