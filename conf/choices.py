@@ -290,6 +290,7 @@ class TermKind(Enum):
     length = "length"  # a band of lengths
     format = "format"  # a pattern that the whole response has to match
     remote = "remote"  # a reward model behind HTTP
+    environment = "environment"  # the rewards of an episode's turns, added up
 
 
 class Combine(Enum):

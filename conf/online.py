@@ -18,6 +18,7 @@ from conf.choices import (
     Selection,
 )
 from conf.options import check, names, nested, option, same_option
+from conf.reward import TurnCredit
 from conf.run import WatchConfig
 from conf.training import SORTING, TrainStage, check_exo_pair, check_weights
 
@@ -71,6 +72,13 @@ class OnlineStage(TrainStage):
     group_baseline: bool = option(
         False,
         "advantage=reinforce_pp: subtract the group's mean score first (REINFORCE++-baseline).",
+    )
+    turn_credit: TurnCredit = option(
+        TurnCredit.episode,
+        "Whether an environment's rewards count at the end of an episode, or of their own turns.",
+    )
+    turn_discount: float = option(
+        1.0, "What a reward counts for each turn that it comes later.", above=0, at_most=1
     )
     policy_loss: PolicyLoss = option(PolicyLoss.clip, "The policy's loss.")
     aggregation: Aggregation = option(

@@ -18,6 +18,8 @@ _TAKEN = (
     "response_length",
     "finish_reason",
     "clipped",
+    "turns",
+    "success",
 )
 
 
@@ -203,6 +205,13 @@ class OnTimeout(Enum):
     stop = "stop"  # the run stops
 
 
+class TurnCredit(Enum):
+    """Where the rewards of an episode's turns stand."""
+
+    episode = "episode"  # their sum at the last token that the policy wrote
+    turn = "turn"  # each at its own turn's last token
+
+
 @dataclass(slots=True, kw_only=True)
 class EnvironmentConfig:
     """What a policy acts in, turn by turn, and the limits of an episode."""
@@ -252,6 +261,14 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "environment")
+
+    def most_written(self, response: int) -> int:
+        """The most tokens that a policy writes in an episode whose turns have at most `response`
+        tokens each; those of one turn with kind=none.
+        """
+        if self.kind is EnvironmentKind.none:
+            return response
+        return min(self.max_tokens, self.max_turns * response)
 
     def check_complete(self) -> None:
         """What the kind needs is there. Raises ValueError."""

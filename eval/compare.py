@@ -115,7 +115,7 @@ def compare(
         )
     )
     score = next((d for d in differences if d.name == "score"), None)
-    tokens = sum(len(rollout.token_ids) for rollout in after.rollouts)
+    tokens = sum(rollout.length for rollout in after.rollouts)
     return Comparison(
         differences=differences,
         score_shift=None if score is None else _in_deviations(score, before.judgements["score"]),
@@ -137,13 +137,13 @@ def _in_deviations(score: Difference, before: Sequence[float]) -> Interval | Non
 
 
 def lengths(rollouts: Sequence[Rollout]) -> list[float]:
-    """Tokens of each response, the end-of-sequence token included."""
-    return [float(len(rollout.token_ids)) for rollout in rollouts]
+    """Tokens that the policy wrote in each response, the end-of-sequence token included."""
+    return [float(rollout.length) for rollout in rollouts]
 
 
 def finished(rollouts: Sequence[Rollout]) -> list[float]:
-    """1 where the policy ended its response, 0 where the length limit did."""
-    return [float(rollout.finish_reason == "stop") for rollout in rollouts]
+    """1 where the policy or its environment ended the response, 0 where a limit did."""
+    return [float(not rollout.truncated) for rollout in rollouts]
 
 
 def distinct(rollouts: Sequence[Rollout]) -> float:
@@ -168,7 +168,7 @@ def side_by_side(
             row
             | {
                 "kl": kl[i],
-                "response_length": len(new.token_ids),
+                "response_length": new.length,
                 "finish_reason": new.finish_reason,
             }
         )

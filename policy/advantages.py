@@ -14,14 +14,23 @@ from policy.batching import check_mask, masked_sum, rows_by_group, same_shape
 from rlhf.process.distributed import SumOverRanks, moments, sample_std
 
 
-def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+def token_rewards(
+    scores: Tensor,
+    kl: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
+    placed: Tensor | None = None,
+) -> Tensor:
     """Rewards per token, [B, T] in units of the score, 0 outside the mask (Ziegler et al. 2019,
     arXiv:1909.08593, equation 2).
 
-        rewards_t = -kl_coef * kl_t + [t is the last response token] * score
+        rewards_t = -kl_coef * kl_t + placed_t + [t is the last response token] * rest
+        rest = score - sum_t placed_t
 
-    `scores` [B]; `kl` [B, T] nats. Raises ValueError where a row has no response token, because its
-    score would vanish.
+    `scores` [B]; `kl` [B, T] nats; `placed` [B, T]: the parts of the scores that stand at tokens of
+    their own, such as the ends of an episode's turns, 0 elsewhere; None: the whole score stands at
+    the last token. Raises ValueError where a row has no response token, because its score would
+    vanish.
     """
     same_shape(2, kl=kl, response_mask=response_mask)
     if scores.shape != response_mask.shape[:1]:
@@ -36,12 +45,21 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
     columns = torch.arange(response_mask.shape[1], device=kl.device)
     last = torch.where(response_mask, columns, -1).amax(dim=1, keepdim=True)  # [B, 1]
     rewards = torch.where(response_mask, -kl_coef * kl, 0.0)
+    if placed is not None:
+        same_shape(2, kl=kl, placed=placed)
+        placed = torch.where(response_mask, placed, 0.0)
+        rewards, scores = rewards + placed, scores - placed.sum(dim=1)
     return rewards.scatter_add(1, last, scores.to(rewards.dtype)[:, None])
 
 
 @torch.no_grad()
 def gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, gae_lambda: float
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    *,
+    gamma: float | Tensor,
+    gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16) ->
     (advantages, returns), both [B, T].
@@ -52,7 +70,8 @@ def gae(
 
     next(t) is the next token under the mask, so tokens that the policy did not write neither act
     nor discount; after the last one V and A are 0 (a response is a whole episode, also when it was
-    cut off). Rewards and values outside the mask are not read; the results there are 0.
+    cut off). Rewards and values outside the mask are not read; the results there are 0. `gamma`:
+    one for all tokens, or [B, T] from each token to the next (`turn_gamma`).
     """
     same_shape(2, rewards=rewards, values=values, response_mask=response_mask)
     check_mask(response_mask)
@@ -61,8 +80,9 @@ def gae(
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):
         written = response_mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * gae_lambda * next_advantage
+        discount = gamma[:, t] if isinstance(gamma, Tensor) else gamma
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        advantage = delta + discount * gae_lambda * next_advantage
         advantages[:, t] = torch.where(written, advantage, 0.0)
         next_value = torch.where(written, values[:, t], next_value)
         next_advantage = torch.where(written, advantage, next_advantage)
@@ -71,19 +91,86 @@ def gae(
 
 
 @torch.no_grad()
-def rewards_to_go(rewards: Tensor, response_mask: Tensor, *, gamma: float) -> Tensor:
+def rewards_to_go(rewards: Tensor, response_mask: Tensor, *, gamma: float | Tensor) -> Tensor:
     """Discounted sum of the rewards from each token to the response's end, [B, T]; 0 outside the
     mask.
 
         G_t = r_t + gamma * G_next(t)
 
     GAE with lambda 1 and values 0; next(t) is the next token under the mask. Rewards outside it are
-    not read.
+    not read. `gamma` as in `gae`.
     """
     advantages, _ = gae(
         rewards, torch.zeros_like(rewards), response_mask, gamma=gamma, gae_lambda=1.0
     )
     return advantages
+
+
+# ---- turns of an episode; `turns` [B, T] long: the turn of each token under the mask, from 0 ----
+
+
+def turn_gamma(
+    gamma: float, turn_discount: float, turns: Tensor | None, response_mask: Tensor
+) -> float | Tensor:
+    """What a reward is discounted by from each token to the next: `gamma`, and where a turn ends
+    `gamma * turn_discount` ([B, T]). `turns` None: responses of one turn.
+    """
+    if turns is None or turn_discount == 1.0:
+        return gamma
+    same_shape(2, turns=turns, response_mask=response_mask)
+    check_mask(response_mask)
+    follows = response_mask[:, 1:] & (turns[:, 1:] == turns[:, :-1])  # in the same turn
+    ends = response_mask.clone()
+    ends[:, :-1] &= ~follows
+    steps = torch.full(turns.shape, gamma, dtype=torch.float32, device=turns.device)
+    return torch.where(ends, gamma * turn_discount, steps)
+
+
+def last_turn(turns: Tensor, response_mask: Tensor) -> Tensor:
+    """[B] long: the number of each row's last turn."""
+    return torch.where(response_mask, turns, 0).amax(dim=1)
+
+
+@torch.no_grad()
+def turn_returns(
+    rewards: Tensor, turns: Tensor, response_mask: Tensor, turn_discount: float
+) -> Tensor:
+    """The discounted rewards from each turn to the episode's end, [B, K] in units of the score; K
+    turns in the longest episode.
+
+        G_k = sum of turn k's rewards + turn_discount * G_{k+1}
+
+    Behind a row's last turn its last G is repeated: there an episode that has ended is compared by
+    how it ended. `rewards` [B, T].
+    """
+    same_shape(2, rewards=rewards, turns=turns, response_mask=response_mask)
+    check_mask(response_mask)
+    last = last_turn(turns, response_mask)
+    count = int(last.max()) + 1
+    own = torch.where(response_mask, rewards, 0.0)
+    index = torch.where(response_mask, turns, 0)
+    out = rewards.new_zeros(len(rewards), count).scatter_add(1, index, own)
+    for k in reversed(range(count - 1)):
+        out[:, k] += turn_discount * out[:, k + 1]
+    columns = torch.arange(count, device=out.device).expand_as(out)
+    return out.gather(1, torch.minimum(columns, last[:, None]))
+
+
+def of_turns(values: Tensor, turns: Tensor, response_mask: Tensor) -> Tensor:
+    """The value of its turn at each token, [B, T], 0 outside the mask; `values` [B, K]."""
+    index = torch.where(response_mask, turns, 0)
+    return torch.where(response_mask, values.gather(1, index), 0.0)
+
+
+def discounted_over_turns(
+    advantages: Tensor, turns: Tensor, response_mask: Tensor, turn_discount: float
+) -> Tensor:
+    """An episode's advantage [B] at each of its tokens, [B, T]: times turn_discount for each turn
+    that comes after the token's; 0 outside the mask.
+    """
+    after = last_turn(turns, response_mask)[:, None] - turns
+    at_tokens = advantages[:, None] * turn_discount ** after.to(advantages.dtype)
+    return torch.where(response_mask, at_tokens, 0.0)
 
 
 def group_index(keys: Sequence[Hashable], device: torch.device | str | None = None) -> Tensor:
@@ -131,13 +218,37 @@ def group_advantages(scores: Tensor, groups: Tensor, *, std: bool, floor: float 
     gets exactly 0. `scores`, `groups` [B]; `floor` in units of the score. Raises ValueError for a
     group of one.
     """
-    mean, deviation, _ = group_moments(scores, groups)
+    return group_turn_advantages(scores[:, None], groups, std=std, floor=floor)[:, 0]
+
+
+def _centred(scores: Tensor, mean: Tensor) -> Tensor:
+    """Scores less their mean, without what rounding the mean leaves of equal scores."""
     centred = scores.double() - mean
-    # what rounding the mean leaves of equal scores
-    centred = torch.where(centred.abs() <= 1e-9 * mean.abs(), 0.0, centred)
+    return torch.where(centred.abs() <= 1e-9 * mean.abs(), 0.0, centred)
+
+
+@torch.no_grad()
+def group_turn_advantages(
+    returns: Tensor, groups: Tensor, *, std: bool, floor: float = 1e-6
+) -> Tensor:
+    """Each turn's return against those of its group from the same turn, [B, K] float32; `returns`
+    [B, K] by `turn_returns`, `groups` [B].
+
+        A_ik = (G_ik - mean_gk) / max(max over k of std_gk, floor)
+
+    One standard deviation for all turns of a group keeps their sizes apart: what is discounted
+    stays smaller. `std` False: without the division. Raises ValueError for a group of one.
+    """
+    centred, deviations = [], []
+    for k in range(returns.shape[1]):
+        mean, deviation, _ = group_moments(returns[:, k], groups)
+        centred.append(_centred(returns[:, k], mean))
+        deviations.append(deviation)
+    out = torch.stack(centred, dim=1)
     if std:
-        centred = centred / deviation.clamp(min=floor)
-    return centred.float()
+        largest = torch.stack(deviations, dim=1).amax(dim=1, keepdim=True)
+        out = out / largest.clamp(min=floor)
+    return out.float()
 
 
 @torch.no_grad()

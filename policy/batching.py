@@ -54,14 +54,23 @@ def _divisible_size(rows: Sequence[int], lengths: Sequence[int]) -> int:
 class Batch:
     """B prompts with their responses. L is the longest prompt + response, T the longest response;
     padding is on the right.
+
+    The response of an episode holds what its environment wrote too: the model reads it, and the
+    mask is False there.
     """
 
     input_ids: Tensor  # [B, L] long: prompt, then response
     response_ids: Tensor  # [B, T] long
-    response_mask: Tensor  # [B, T] bool: True at response tokens
+    response_mask: Tensor  # [B, T] bool: True at response tokens that the policy wrote
     # [B, T] long: index into L of the hidden state that predicts response token t (0 where padded)
     positions: Tensor
     lengths: Tensor  # [B] long: tokens of prompt + response
+    prompt_lengths: Tensor  # [B] long
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[B] long: tokens of the response, whoever wrote them."""
+        return self.lengths - self.prompt_lengths
 
     def select(self, rows: Sequence[int]) -> "Batch":
         """These rows in this order, without the columns that hold only padding: L and T shrink to
@@ -70,15 +79,16 @@ class Batch:
         Cut other [B, T] tensors alike with ``tensor[rows, : selected.response_ids.shape[1]]``.
         """
         index = torch.as_tensor(list(rows), dtype=torch.long, device=self.lengths.device)
-        lengths, mask = self.lengths[index], self.response_mask[index]
+        lengths, prompt_lengths = self.lengths[index], self.prompt_lengths[index]
         wide = int(lengths.max()) if len(index) else 0
-        tall = int(mask.sum(dim=1).max()) if mask.numel() else 0
+        tall = int((lengths - prompt_lengths).max()) if len(index) else 0
         return Batch(
             input_ids=self.input_ids[index, :wide],
             response_ids=self.response_ids[index, :tall],
-            response_mask=mask[:, :tall],
+            response_mask=self.response_mask[index, :tall],
             positions=self.positions[index, :tall],
             lengths=lengths,
+            prompt_lengths=prompt_lengths,
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -88,6 +98,7 @@ class Batch:
             response_mask=self.response_mask.to(device),
             positions=self.positions.to(device),
             lengths=self.lengths.to(device),
+            prompt_lengths=self.prompt_lengths.to(device),
         )
 
 
@@ -96,12 +107,14 @@ def collate(
     response_ids: Sequence[Sequence[int]],
     pad_id: int,
     device: torch.device | str | None = None,
+    written: Sequence[Sequence[bool]] | None = None,
 ) -> Batch:
-    """Pad token lists to a `Batch`. The mask comes from lengths alone, so `pad_id` may be a token
-    that responses use (often it is eos).
+    """Pad token lists to a `Batch`. The mask comes from lengths and from `written` alone, so
+    `pad_id` may be a token that responses use (often it is eos). `written`: of each response's
+    tokens, whether the policy wrote it; None: all.
 
-    Raises ValueError where the numbers of prompts and responses differ, or a prompt is empty
-    (nothing would predict the first response token).
+    Raises ValueError where the numbers of prompts and responses differ, a prompt is empty (nothing
+    would predict the first response token), or `written` isn't as long as its response.
     """
     if len(prompt_ids) != len(response_ids):
         raise ValueError(
@@ -116,7 +129,8 @@ def collate(
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompt_ids], dtype=torch.long)
     response_lengths = torch.tensor([len(response) for response in response_ids], dtype=torch.long)
     columns = torch.arange(int(response_lengths.max()) if len(response_lengths) else 0)
-    response_mask = columns < response_lengths[:, None]
+    inside = columns < response_lengths[:, None]
+    response_mask = inside if written is None else _written_mask(written, response_ids)
     whole = [
         [*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)
     ]
@@ -124,10 +138,27 @@ def collate(
         input_ids=_pad(whole, pad_id),
         response_ids=_pad(response_ids, pad_id),
         response_mask=response_mask,
-        positions=torch.where(response_mask, prompt_lengths[:, None] - 1 + columns, 0),
+        positions=torch.where(inside, prompt_lengths[:, None] - 1 + columns, 0),
         lengths=prompt_lengths + response_lengths,
+        prompt_lengths=prompt_lengths,
     )
     return batch if device is None else batch.to(device)
+
+
+def _written_mask(
+    written: Sequence[Sequence[bool]], response_ids: Sequence[Sequence[int]]
+) -> Tensor:
+    """`written` of each response as a mask [B, T]. Raises ValueError."""
+    given, expected = [len(row) for row in written], [len(row) for row in response_ids]
+    if given != expected:
+        raise ValueError(
+            f"expected of {len(expected)} responses whether each of their {expected[:8]} tokens "
+            f"was written, found {len(given)} lists of {given[:8]}"
+        )
+    mask = torch.zeros(len(expected), max(expected, default=0), dtype=torch.bool)
+    for row, flags in enumerate(written):
+        mask[row, : len(flags)] = torch.tensor(list(flags), dtype=torch.bool)
+    return mask
 
 
 def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
@@ -285,8 +316,8 @@ def pack(
     pack with the same prompt). Packs of more than `longest_dense` tokens get segments for a mask;
     None: never.
     """
-    prompt_lengths = (batch.lengths - batch.response_mask.sum(dim=1)).tolist()
-    response_lengths = batch.response_mask.sum(dim=1).tolist()
+    prompt_lengths = batch.prompt_lengths.tolist()
+    response_lengths = batch.response_lengths.tolist()
     device, width = batch.input_ids.device, batch.response_ids.shape[1]
     longest = max(pack_length(rows, prompt_lengths, response_lengths) for rows in packs)
     input_ids = torch.zeros(len(packs), longest, dtype=torch.long)

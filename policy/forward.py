@@ -77,7 +77,7 @@ def plan_passes(
     """
     if layout.shared:
         packs = [list(pair) for pair in pairs] or _packs(batch, groups, rows, layout)
-        prompts, responses = _token_counts(batch)
+        prompts, responses = batch.prompt_lengths.tolist(), batch.response_lengths.tolist()
         sizes = [pack_length(part, prompts, responses) for part in packs]
         return _fill(packs, sizes, layout.budget)
     lengths = batch.lengths.tolist()
@@ -94,16 +94,9 @@ def _rows_of_pairs(pairs: Sequence[Pair], numbers: Sequence[int]) -> Packs:
     return [[row] for number in numbers for row in pairs[number]]
 
 
-def _token_counts(batch: Batch) -> tuple[list[int], list[int]]:
-    """Tokens of each row's prompt and of its response."""
-    responses = batch.response_mask.sum(dim=1).tolist()
-    prompts = [n - response for n, response in zip(batch.lengths.tolist(), responses, strict=True)]
-    return prompts, responses
-
-
 def _packs(batch: Batch, groups: Tensor, rows: Sequence[int], layout: Layout) -> Packs:
     """Packs of `rows`, those of a pack from one group."""
-    prompts, responses = _token_counts(batch)
+    prompts, responses = batch.prompt_lengths.tolist(), batch.response_lengths.tolist()
     numbers = groups.tolist()
     local = pack_groups(
         [numbers[row] for row in rows],

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 
 from conf.choices import Advantage, KLPlace
+from conf.reward import TurnCredit
 from conf.stages import OnlineStage
 from policy.advantages import (
+    discounted_over_turns,
     gae,
-    group_advantages,
     group_moments,
+    group_turn_advantages,
     leave_one_out_advantages,
     masked_moments,
+    of_turns,
     rewards_to_go,
     scaled,
     token_rewards,
+    turn_gamma,
+    turn_returns,
     whiten,
 )
 from policy.batching import Batch
@@ -41,6 +46,10 @@ class TrainBatch:
     # versions that the weights which train are ahead of those that wrote the token; None: no token
     # is stale
     staleness: Tensor | None = None
+    # long: the turn of each token, from 0; None: responses of one turn
+    turns: Tensor | None = None
+    # Parts of the scores that stand at the ends of turns; None: scores stand at the last token.
+    turn_rewards: Tensor | None = None
     # `prepare` fills in what follows.
     # Nats, by the trainer before the update. None until the update's only pass measures them.
     old_logprobs: Tensor | None = None
@@ -114,7 +123,8 @@ def prepare(
         batch = _with_logprobs(batch, _measured(batch, rows, stage), models)
     if models.critic is not None:
         batch = replace(batch, values=critic_values(models.critic, tokens, models.layout.budget))
-    rewards = token_rewards(scores, _penalised_kl(batch, stage), mask, kl_coef)
+    kl = _penalised_kl(batch, stage)
+    rewards = token_rewards(scores, kl, mask, kl_coef, batch.turn_rewards)
     if stage.whiten_rewards:
         mean, std, _ = masked_moments(rewards, mask, distributed.all_sum)
         rewards = whiten(rewards, mask, mean, std, shift=False)
@@ -124,14 +134,15 @@ def prepare(
     returns = None
     if stage.advantage is Advantage.gae:
         assert batch.values is not None, "advantage=gae has a critic"
+        gamma = turn_gamma(stage.gamma, stage.turn_discount, batch.turns, mask)
         advantages, returns = gae(
-            rewards, batch.values, mask, gamma=stage.gamma, gae_lambda=stage.gae_lambda
+            rewards, batch.values, mask, gamma=gamma, gae_lambda=stage.gae_lambda
         )
     elif not rows:  # the spare row of a rank without rows has no group
         advantages = torch.zeros_like(rewards)
     else:
         advantages = advantages_without_critic(
-            rewards, scores, batch.groups, baselines, mask, stage
+            rewards, scores, batch.groups, baselines, mask, stage, batch.turns
         )
     if stage.whiten_advantages and stage.advantage is not Advantage.none:
         advantages = _whitened(advantages, batch)
@@ -208,35 +219,57 @@ def advantages_without_critic(
     baselines: Tensor | None,
     mask: Tensor,
     stage: OnlineStage,
+    turns: Tensor | None = None,
 ) -> Tensor:
     """Advantages [B, T], 0 outside the mask, of every estimator that needs no critic.
 
     `rewards` [B, T] hold the KL penalty where it belongs in the reward, so a group is compared by
     its penalised scores. `scores`, `groups`, `baselines`: [B]; scores and baselines in the units
-    of the rewards.
+    of the rewards. `turns` [B, T]: the turn of each token; None: responses of one turn.
     """
     totals = rewards.sum(dim=1)
+    gamma = turn_gamma(stage.gamma, stage.turn_discount, turns, mask)
     match stage.advantage:
-        case Advantage.group:
-            per_row = group_advantages(totals, groups, std=stage.advantage_std)
-        case Advantage.leave_one_out:
-            per_row = leave_one_out_advantages(totals, groups)
+        case Advantage.group | Advantage.leave_one_out:
+            return _against_group(rewards, groups, mask, stage, turns)
         case Advantage.none:
-            per_row = torch.ones_like(totals)
+            return torch.where(mask, torch.ones_like(rewards), 0.0)
         case Advantage.reinforce_pp:
             baseline = torch.zeros_like(totals)
             if stage.group_baseline:
                 baseline = group_moments(scores, groups)[0].float()
-            return _above(baseline, rewards, mask, stage.gamma)
+            return _above(baseline, rewards, mask, gamma)
         case Advantage.greedy:
             assert baselines is not None, "advantage=greedy scores greedy responses"
-            return _above(baselines, rewards, mask, stage.gamma)
-        case _:
-            raise ValueError(f"{stage.advantage} needs a critic")
-    return torch.where(mask, per_row[:, None].to(rewards.dtype), 0.0)
+            return _above(baselines, rewards, mask, gamma)
+    raise ValueError(f"{stage.advantage} needs a critic")
 
 
-def _above(baseline: Tensor, rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+def _against_group(
+    rewards: Tensor, groups: Tensor, mask: Tensor, stage: OnlineStage, turns: Tensor | None
+) -> Tensor:
+    """Advantages [B, T] of responses that are compared with their group as wholes, or turn by turn
+    where `stage.turn_credit` says so.
+    """
+    if turns is not None and stage.turn_credit is TurnCredit.turn:
+        returns = turn_returns(rewards, turns, mask, stage.turn_discount)
+        per_turn = _compared(returns, groups, stage)
+        return of_turns(per_turn.to(rewards.dtype), turns, mask)
+    per_row = _compared(rewards.sum(dim=1, keepdim=True), groups, stage)[:, 0].to(rewards.dtype)
+    if turns is not None:
+        return discounted_over_turns(per_row, turns, mask, stage.turn_discount)
+    return torch.where(mask, per_row[:, None], 0.0)
+
+
+def _compared(returns: Tensor, groups: Tensor, stage: OnlineStage) -> Tensor:
+    """Each column of `returns` [B, K] against its rows' groups."""
+    if stage.advantage is Advantage.group:
+        return group_turn_advantages(returns, groups, std=stage.advantage_std)
+    columns = [leave_one_out_advantages(column, groups) for column in returns.unbind(dim=1)]
+    return torch.stack(columns, dim=1)
+
+
+def _above(baseline: Tensor, rewards: Tensor, mask: Tensor, gamma: float | Tensor) -> Tensor:
     """Rewards to go [B, T] less each row's `baseline` [B], a score, which is discounted from the
     last token as the row's own score is; 0 outside the mask.
     """

@@ -4,6 +4,7 @@ prompt, and which option the scores come from.
 
 from typing import Any, Protocol
 
+from conf.choices import TermKind
 from conf.schema import RewardConfig
 from rlhf.types import Rollout, UserError
 
@@ -56,6 +57,16 @@ def name_prompt(rollout: Rollout) -> str:
     return f"prompt {rollout.prompt.id!r} ({text[:_SHOWN]!r}{cut})"
 
 
+def refuse_turns(rollout: Rollout, source: str) -> None:
+    """What reads texts can't read an episode, of which the text is a part. Raises UserError."""
+    if rollout.turns:
+        raise UserError(
+            f"{source} reads texts, not the policy's tokens (it has another tokenizer or chat "
+            f"template), and an episode is no text: {name_prompt(rollout)}. Train the reward model "
+            "from the policy, or score by the environment (reward=environment)."
+        )
+
+
 def is_set(reward_cfg: RewardConfig) -> bool:
     """Whether any option names a reward."""
     return reward_cfg.path is not None or reward_cfg.function is not None or bool(reward_cfg.terms)
@@ -84,6 +95,12 @@ def check_source(reward_cfg: RewardConfig) -> None:
             "reward.terms.<name>.kind=model with paths=[<directory>], kind=function with "
             "function=pkg.module:function."
         )
+
+
+def environment_weight(reward_cfg: RewardConfig) -> float:
+    """What an environment's reward counts in a score; 0 where no term asks for it."""
+    terms = reward_cfg.terms.values()
+    return sum(term.weight for term in terms if term.kind is TermKind.environment)
 
 
 def model_paths(reward_cfg: RewardConfig) -> list[tuple[str, str]]:

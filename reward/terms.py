@@ -53,6 +53,7 @@ FIELDS: dict[TermKind, tuple[str, ...]] = {
     TermKind.length: ("low", "high", "ramp", "unit"),
     TermKind.format: ("pattern", "style"),
     TermKind.remote: ("url", "token_env", "timeout_s", "retries", "batch_size"),
+    TermKind.environment: (),
 }
 """The options that each kind reads beside `_COMMON`."""
 
@@ -72,8 +73,10 @@ VERIFIED = frozenset(
 )
 """The kinds that check a response against its row, or against a pattern."""
 
-# What makes their verifiers: rlhf/stages/methods.py fills it before any stage that scores.
+# What makes their verifiers, and scorers that only some runs need: rlhf/stages/methods.py fills
+# both before any stage that scores.
 VERIFIERS: dict[TermKind, Callable[[RewardTerm], Verifier]] = {}
+SCORERS: dict[TermKind, Callable[[RewardTerm], Scorer]] = {}
 
 
 def _default(option: Field[Any]) -> Any:
@@ -159,6 +162,8 @@ def make_term(
         return RemoteScorer(term, name, policy_tokenizer=policy_tokenizer)
     if term.kind is TermKind.length:
         return LengthScorer(term)
+    if term.kind in SCORERS:
+        return SCORERS[term.kind](term)
     raise NotImplementedError(f"reward.terms.{name}: kind={term.kind.value} has no scorer here")
 
 

@@ -108,7 +108,9 @@ class Rollout:
     """One response as the sampler wrote it; of an episode, all turns after the first prompt."""
 
     prompt: Prompt
-    text: str  # without the tokens that end, pad or begin it; others, such as <think>, stay
+    # without the tokens that end, pad or begin it; others, such as <think>, stay; of an episode the
+    # last turn's
+    text: str
     token_ids: list[int]  # [T], with the token that ended it where the policy wrote one
     # [T] nats, under the sampling distribution; 0 at tokens that an environment wrote
     rollout_logprobs: list[float]
@@ -120,6 +122,8 @@ class Rollout:
     versions: list[int] | None = None
     turns: tuple[Turn, ...] = ()  # of an episode; empty: one answer, all of it written
     success: bool | None = None  # what the environment says of the episode; None: it doesn't
+    # what the environment counted, such as broken calls: sums over the turns, by name
+    info: dict[str, float] = field(default_factory=dict)
 
     @property
     def truncated(self) -> bool:

@@ -108,7 +108,7 @@ class LengthScorer(Stateless):
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         if self.unit is LengthUnit.tokens:
-            lengths = [len(rollout.token_ids) for rollout in rollouts]
+            lengths = [rollout.length for rollout in rollouts]
         else:
             lengths = [len(rollout.text) for rollout in rollouts]
         total = [band_score(length, self.low, self.high, self.ramp) for length in lengths]
@@ -138,9 +138,10 @@ class FunctionScorer(Stateless):
     completions, completion_ids, **columns) -> list[float]``.
 
     Prompts are those of the rows (strings or messages). Completions are strings, or ``[{"role":
-    "assistant", ...}]`` where the prompt is messages. Columns are the rows' other fields, None
-    where a row lacks a field that others have. A function without ``**kwargs`` gets the arguments
-    that it names.
+    "assistant", ...}]`` where the prompt is messages. An episode's alternate with the answers of
+    its environment, which `completion_ids` hold too; its turns come as `turns`. Columns are the
+    rows' other fields, None where a row lacks a field that others have. A function without
+    ``**kwargs`` gets the arguments that it names.
     """
 
     def __init__(self, spec: str, key: str = "reward.function") -> None:
@@ -183,6 +184,8 @@ class FunctionScorer(Stateless):
             "completions": list(map(_completion, prompts, rollouts)),
             "completion_ids": [list(r.token_ids) for r in rollouts],
         }
+        if any(r.turns for r in rollouts):
+            given["turns"] = [r.turns for r in rollouts]
         for column in dict.fromkeys(key for r in rollouts for key in r.prompt.fields):
             given.setdefault(column, [r.prompt.fields.get(column) for r in rollouts])
         return given
@@ -241,9 +244,16 @@ def load_function(spec: str, key: str = "reward.function") -> Callable[..., Any]
 
 def _completion(prompt: Any, rollout: Rollout) -> Any:
     """A response in the form of its prompt: a string, or messages."""
-    if is_chat(prompt):
+    if not is_chat(prompt):
+        return rollout.text
+    if not rollout.turns:
         return [{"role": "assistant", "content": rollout.text}]
-    return rollout.text
+    messages = []
+    for turn in rollout.turns:
+        messages.append({"role": "assistant", "content": turn.text})
+        if turn.observation:
+            messages.append({"role": "environment", "content": turn.observation})
+    return messages
 
 
 async def _await(result: Any) -> Any:

@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 
 from conf.schema import RewardTerm
-from reward.base import Stateless, name_prompt
+from reward.base import Stateless, name_prompt, refuse_turns
 from reward.model import template_hash, tokenizer_fingerprint
 from rlhf.models.encoding import is_chat
 from rlhf.process.http import (
@@ -178,7 +178,7 @@ class RemoteScorer(Stateless):
         text = prompt.text if prompt.source is None else prompt.source
         item: dict[str, Any] = {
             "response": rollout.text,
-            "finished": rollout.finish_reason == "stop",
+            "finished": not rollout.truncated,
             "fields": prompt.fields,
         }
         if self._info.conversational is False and is_chat(text):
@@ -195,6 +195,8 @@ class RemoteScorer(Stateless):
             and (same_template or not is_chat(prompt.source))
         ):
             item["token_ids"] = [*prompt.token_ids, *rollout.token_ids]
+        else:
+            refuse_turns(rollout, self.where)
         return item
 
     def _body(self, batch: Sequence[Rollout]) -> bytes:

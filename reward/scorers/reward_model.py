@@ -12,7 +12,7 @@ import torch
 
 from conf.choices import Combine, Dtype
 from conf.schema import RewardConfig
-from reward.base import Stateless, name_prompt
+from reward.base import Stateless, name_prompt, refuse_turns
 from reward.model import (
     Holder,
     check_tokenizers,
@@ -80,6 +80,7 @@ class RewardModelScorer(Stateless):
         prompt, source = rollout.prompt, rollout.prompt.source
         if self.same_tokenizer and (self.same_template or not is_chat(source)):
             return [*prompt.token_ids, *rollout.token_ids]
+        refuse_turns(rollout, self.source)
         text: Any = source
         if source is None or (is_chat(source) and not self.manifest.conversational):
             text = prompt.text
@@ -88,7 +89,7 @@ class RewardModelScorer(Stateless):
             self.manifest,
             text,
             rollout.text,
-            finished=rollout.finish_reason == "stop",
+            finished=not rollout.truncated,
             tools=prompt.tools,
         )
 

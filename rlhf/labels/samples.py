@@ -94,6 +94,11 @@ def _rows(path: str, key: str) -> list[SourceRow]:
 def _responses(row: SourceRow, run: str) -> list[Response]:
     """The response of a training run's row, or the two of a comparison's. Raises UserError."""
     columns = row.columns
+    if columns.get("turns"):
+        raise UserError(
+            f"{row.place}: turns: an episode of {len(columns['turns'])} turns in an environment, "
+            "of which `response` is the last alone. Label samples of runs without an environment."
+        )
     try:
         prompt = text_of(columns, "prompt", empty=True)
         answer = text_of(columns, "response", empty=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from conf.choices import Advantage, Selection
+from conf.reward import TurnCredit
 from conf.stages import OnlineStage
 from policy.advantages import group_index, select, unequal_groups
 from policy.batching import collate
@@ -20,7 +21,7 @@ from reward.scorers.computed import band_score
 from rlhf.online.ahead import Place, Writer
 from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
-from rlhf.types import Prompt, Rollout, Scores
+from rlhf.types import Prompt, Rollout, Scores, UserError
 
 Phase = Callable[[str], AbstractContextManager[None]]  # rlhf.process.supervision.Clock.phase
 Score = Callable[[list[Rollout]], Scores]
@@ -64,8 +65,8 @@ def final_scores(
     """What the update sees [B], and the share of scores that were clipped: clip, then normalise,
     then the penalties for length.
 
-    `limit`: the most tokens that a response can have. `learn` False leaves the running statistics
-    as they are. Collective.
+    `limit`: the most tokens that the policy can write in a response. `learn` False leaves the
+    running statistics as they are. Collective.
     """
     scores = torch.tensor(raw, dtype=torch.float32)
     clipped = 0.0
@@ -76,10 +77,10 @@ def final_scores(
         if learn:
             moments.update(scores.tolist(), distributed.all_sum)
         scores = (scores - moments.mean) / max(moments.std, 1e-6)
-    truncated = [r.finish_reason == "length" for r in rollouts]
+    truncated = [r.truncated for r in rollouts]
     scores = scores - stage.truncation_penalty * torch.tensor(truncated, dtype=torch.float32)
     if stage.overlong_buffer:
-        lengths = [len(r.token_ids) for r in rollouts]
+        lengths = [r.length for r in rollouts]
         scores = scores - stage.overlong_penalty * overlong(lengths, limit, stage.overlong_buffer)
     return scores, clipped
 
@@ -101,8 +102,9 @@ class Collector:
 
     writer: Writer
     stage: OnlineStage
-    limit: int  # the most tokens that a response can have
+    limit: int  # the most tokens that the policy can write in a response
     moments: RunningMoments  # of the scores of the whole run
+    turn_weight: float = 0.0  # of the environment's rewards in the scores
 
     def collect(self, score: Score, place: Place, phase: Phase) -> Collected:
         """Draw prompts, write and score responses, and select what trains. Collective.
@@ -135,6 +137,17 @@ class Collector:
             collected.baselines = self._greedy_baselines(collected, score, phase)
         collected.seconds = self.writer.spent()
         return collected
+
+    def batch(self, collected: Collected, pad_id: int, version: int | None) -> TrainBatch:
+        """`train_batch` of what this collected, as the stage's options say."""
+        by_turns = self.stage.turn_credit is TurnCredit.turn
+        return train_batch(
+            collected,
+            pad_id,
+            mask_truncated=self.stage.mask_truncated,
+            version=version,
+            turn_weight=self.turn_weight if by_turns else None,
+        )
 
     def _draw(self, place: Place, score: Score, phase: Phase) -> Draw:
         """The responses of the draw at `place`, scored."""
@@ -225,19 +238,30 @@ def _select(collected: Collected, selection: Selection) -> None:
 
 
 def train_batch(
-    collected: Collected, pad_id: int, *, mask_truncated: bool, version: int | None = None
+    collected: Collected,
+    pad_id: int,
+    *,
+    mask_truncated: bool,
+    version: int | None = None,
+    turn_weight: float | None = None,
 ) -> TrainBatch:
     """The rows that train as tensors on this rank's device. A rank without any holds one row that
     does not train, for the collectives that the others take part in.
 
-    `mask_truncated`: responses that hit the length limit do not train. `version`: of the weights
-    that train, where some of them may be newer than what wrote the responses.
+    `mask_truncated`: responses that a limit ended do not train. `version`: of the weights
+    that train, where some of them may be newer than what wrote the responses. `turn_weight`: what
+    an environment's reward counts in a score, where each stands at the end of its turn.
     """
     device = distributed.device()
     rows = collected.rows or [0]
     rollouts = [collected.rollouts[row] for row in rows]
+    _check_beginnings(rollouts, [collected.groups[row] for row in rows])
     tokens = collate(
-        [r.prompt.token_ids for r in rollouts], [r.token_ids for r in rollouts], pad_id, device
+        [r.prompt.token_ids for r in rollouts],
+        [r.token_ids for r in rollouts],
+        pad_id,
+        device,
+        [r.written for r in rollouts],
     )
     sampled = torch.zeros(tokens.response_mask.shape, dtype=torch.float32)
     for row, rollout in enumerate(rollouts):
@@ -246,7 +270,7 @@ def train_batch(
     if version is not None:
         staleness = _staleness(rollouts, version, tokens.response_mask).to(device)
     trains = bool(collected.rows)
-    keep = [trains and not (mask_truncated and r.finish_reason == "length") for r in rollouts]
+    keep = [trains and not (mask_truncated and r.truncated) for r in rollouts]
     return TrainBatch(
         tokens=tokens,
         keep=torch.tensor(keep, device=device),
@@ -254,11 +278,59 @@ def train_batch(
         pairs=collected.pairs,
         rollout_logprobs=sampled.to(device),
         staleness=staleness,
+        turns=_turn_numbers(rollouts, tokens.response_mask),
+        turn_rewards=_turn_rewards(rollouts, tokens.response_mask, turn_weight),
     )
 
 
+def _check_beginnings(rollouts: Sequence[Rollout], groups: Sequence[int]) -> None:
+    """The episodes of a group begin alike: else they would not answer one prompt, which is read
+    once for all of them, and their scores would not compare. Raises UserError.
+    """
+    first: dict[int, Prompt] = {}
+    for rollout, group in zip(rollouts, groups, strict=True):
+        prompt = first.setdefault(group, rollout.prompt)
+        if prompt is not rollout.prompt and prompt.token_ids != rollout.prompt.token_ids:
+            raise UserError(
+                f"environment: reset() began two episodes of prompt {prompt.id} differently, with "
+                "one row and one seed. Responses to a prompt are compared with each other: let "
+                "what reset() returns depend on its row and its seed alone."
+            )
+
+
+def _turn_numbers(rollouts: Sequence[Rollout], mask: torch.Tensor) -> torch.Tensor | None:
+    """The turn of each token under `mask`, [B, T] long on its device; None where no response has
+    turns.
+    """
+    if not any(rollout.turns for rollout in rollouts):
+        return None
+    numbers = torch.zeros(mask.shape, dtype=torch.long)
+    for row, rollout in enumerate(rollouts):
+        for number, turn in enumerate(rollout.turns):
+            numbers[row, turn.start : turn.end] = number
+    return numbers.to(mask.device)
+
+
+def _turn_rewards(
+    rollouts: Sequence[Rollout], mask: torch.Tensor, weight: float | None
+) -> torch.Tensor | None:
+    """The environment's rewards times `weight` at the last token of their turns, [B, T] float32 on
+    the device of `mask`; None without a weight.
+    """
+    if weight is None:
+        return None
+    rewards = torch.zeros(mask.shape, dtype=torch.float32)
+    for row, rollout in enumerate(rollouts):
+        for turn in rollout.turns:
+            if turn.end > turn.start:
+                rewards[row, turn.end - 1] = weight * turn.reward
+    return rewards.to(mask.device)
+
+
 def _staleness(rollouts: Sequence[Rollout], version: int, mask: torch.Tensor) -> torch.Tensor:
-    """Versions that each token of the responses is behind `version`, [B, T] float32."""
+    """Versions that each token of the responses is behind `version`, [B, T] float32; 0 outside
+    `mask`.
+    """
     behind = torch.zeros(mask.shape, dtype=torch.float32)
     for row, rollout in enumerate(rollouts):
         length = len(rollout.token_ids)
@@ -266,7 +338,7 @@ def _staleness(rollouts: Sequence[Rollout], version: int, mask: torch.Tensor) ->
             behind[row, :length] = float(version - rollout.version)
         else:
             behind[row, :length] = version - torch.tensor(rollout.versions, dtype=torch.float32)
-    return behind
+    return torch.where(mask.to(behind.device), behind, 0.0)
 
 
 def on_device(values: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor | None:

@@ -49,8 +49,8 @@ class HeldOutJudge:
         own = HeldOutScores(
             scores=self.judge.score(rollouts).total,
             proxies=self.proxy.score(rollouts).total,
-            lengths=[len(r.token_ids) for r in rollouts],
-            truncated=[r.finish_reason == "length" for r in rollouts],
+            lengths=[r.length for r in rollouts],
+            truncated=[r.truncated for r in rollouts],
         )
         parts = distributed.gather(own)
         return HeldOutScores(

@@ -15,12 +15,12 @@ from policy.engines.base import Brake, NonFinite, Plateau
 from policy.prepare import TrainBatch, prepare
 from policy.saving import mix_weights
 from policy.update import update
+from reward.base import environment_weight
 from rlhf.online.ahead import Place, make_writer
-from rlhf.online.collect import Collected, Collector, on_device, train_batch
+from rlhf.online.collect import Collected, Collector, on_device
 from rlhf.online.judging import BEST, Keeper, Watching, make_judge
 from rlhf.online.metrics import (
     closing_figures,
-    response_statistics,
     run_metrics,
     sample_rows,
     stale_metrics,
@@ -37,6 +37,7 @@ from rlhf.online.recovery import (
 )
 from rlhf.online.setup import Parts
 from rlhf.online.sync import Bounds, gap_fault
+from rlhf.online.watch import response_statistics
 from rlhf.process import checkpoints, distributed, randomness
 from rlhf.process.supervision import Clock, Resident, Stopping
 from rlhf.run import console
@@ -60,7 +61,7 @@ class Loop:
         self.ctx, self.parts, self.stage = ctx, parts, stage
         self.seed = cfg.run.seed
         self.steps = stage.steps
-        self.limit = cfg.rollout.max_response_length  # tokens
+        self.limit = cfg.environment.most_written(cfg.rollout.max_response_length)  # tokens
         self.exact_sampling = cfg.rollout.top_p == 1.0 and cfg.rollout.top_k == 0
         plateau = Plateau.of(stage, higher_is_better=True)
         self.state = RunState(
@@ -68,7 +69,8 @@ class Loop:
         )
         self.in_flight = cfg.rollout.in_flight
         self.writer = make_writer(parts.generator, parts.prompts, stage, self.seed)
-        self.collector = Collector(self.writer, stage, self.limit, self.state.moments)
+        weight = environment_weight(cfg.reward)
+        self.collector = Collector(self.writer, stage, self.limit, self.state.moments, weight)
         self.bad_batches = BadBatches(ctx.dir)
         self.memory = Resident()
         self.watching = Watching(
@@ -143,7 +145,8 @@ class Loop:
             metrics = step_metrics(collected, batch, stage.kl_estimator, bounds.tail)
             if batch.staleness is not None:
                 metrics |= stale_metrics(batch, stage)
-            metrics |= figures | response_statistics(collected.rollouts, collected.scores) | proved
+            told = response_statistics(collected.rollouts, collected.scores, stage.turn_discount)
+            metrics |= figures | told | proved
             metrics["objective/kl_coef"] = parts.kl.coef
             self._check_gap(metrics, bounds, step)
             if "objective/kl" in metrics:
@@ -276,12 +279,8 @@ class Loop:
 
     def _prepare(self, collected: Collected, step: int) -> TrainBatch:
         parts, stage = self.parts, self.stage
-        batch = train_batch(
-            collected,
-            parts.tokenizer.pad_token_id,
-            mask_truncated=stage.mask_truncated,
-            version=step if stage.ahead else None,
-        )
+        version = step if stage.ahead else None
+        batch = self.collector.batch(collected, parts.tokenizer.pad_token_id, version)
         rows = collected.rows or [0]
         return prepare(
             batch,

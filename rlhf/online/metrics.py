@@ -4,9 +4,7 @@ whole run.
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +17,8 @@ from policy.losses import importance_ratios
 from policy.prepare import TrainBatch, correction
 from rlhf.online.collect import Collected
 from rlhf.process import distributed
-from rlhf.types import Rollout, Scores, TrainingDiverged
+from rlhf.types import Rollout, TrainingDiverged
 
-# rlhf.process.distributed.gather: one value per rank, on every rank
-Gather = Callable[[Any], list[Any]]
 _TERM = "term:"
 _WINDOW = 5  # at most so many steps at each end of a run are averaged for its summary
 _LEAST_VARIANCE = 1e-12  # of the returns, in squared units of the score, to explain any of it
@@ -89,10 +85,10 @@ def _response_sums(collected: Collected) -> dict[str, float]:
     total = torch.tensor(scores.total, dtype=torch.float64)
     sums = {
         "responses": float(len(rollouts)),
-        "tokens": float(sum(len(r.token_ids) for r in rollouts)),
+        "tokens": float(sum(r.length for r in rollouts)),
         "scores": float(total.sum()),
         "scores_square": float(total.square().sum()),
-        "finished": float(sum(r.finish_reason == "stop" for r in rollouts)),
+        "finished": float(sum(not r.truncated for r in rollouts)),
     }
     for name, values in {**scores.terms, **scores.extras}.items():
         sums[_TERM + name] = math.fsum(values)
@@ -238,10 +234,22 @@ def sample_rows(
         row |= {name: values[i] for name, values in columns.items()}
         row |= {
             "kl": kl.get(i),
-            "response_length": len(rollout.token_ids),
+            "response_length": rollout.length,
             "finish_reason": rollout.finish_reason,
         }
+        if rollout.turns:
+            row |= {"success": rollout.success, "turns": turn_rows(rollout)}
         rows.append(row)
+    return rows
+
+
+def turn_rows(rollout: Rollout) -> list[dict[str, object]]:
+    """What an episode's policy and its environment wrote, in turn, with the rewards of turns."""
+    rows: list[dict[str, object]] = []
+    for turn in rollout.turns:
+        rows.append({"role": "assistant", "text": turn.text, "reward": turn.reward})
+        if turn.observation:
+            rows.append({"role": "environment", "text": turn.observation})
     return rows
 
 
@@ -266,54 +274,6 @@ def markup_share(text: str) -> float:
     if not text:
         return 0.0
     return sum(not (c.isalnum() or c.isspace()) for c in text) / len(text)
-
-
-@dataclass(frozen=True, slots=True)
-class _Response:
-    """What the statistics need of one response; small, since ranks exchange it."""
-
-    prompt: str
-    score: float
-    tokens: int
-    finished: bool
-    markup: float
-
-
-def response_statistics(
-    rollouts: Sequence[Rollout], scores: Scores, gather: Gather = distributed.gather
-) -> dict[str, float]:
-    """Figures of one step's responses over all ranks; one collective. Every rank computes them from
-    the same rows, so ranks agree exactly.
-
-    reward/length_correlation, reward/finished_correlation, reward/format_correlation: of the score
-    with the tokens of a response, with having ended by itself, with its share of punctuation and
-    markdown. reward/truncated: share cut off at the length limit. group/std: mean over the prompts
-    of the standard deviation of their responses' scores (dividing by their number). group/gain:
-    mean over the prompts of the best score less the mean.
-    """
-    own = [
-        _Response(
-            prompt=r.prompt.id,
-            score=score,
-            tokens=len(r.token_ids),
-            finished=r.finish_reason == "stop",
-            markup=markup_share(r.text),
-        )
-        for r, score in zip(rollouts, scores.total, strict=True)
-    ]
-    rows = [row for part in gather(own) for row in part]
-    totals = [row.score for row in rows]
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        groups.setdefault(row.prompt, []).append(row.score)
-    return {
-        "reward/length_correlation": correlation(totals, [float(row.tokens) for row in rows]),
-        "reward/finished_correlation": correlation(totals, [float(row.finished) for row in rows]),
-        "reward/format_correlation": correlation(totals, [row.markup for row in rows]),
-        "reward/truncated": statistics.fmean(not row.finished for row in rows),
-        "group/std": statistics.fmean(statistics.pstdev(g) for g in groups.values()),
-        "group/gain": statistics.fmean(max(g) - statistics.fmean(g) for g in groups.values()),
-    }
 
 
 def window(steps: int) -> int:

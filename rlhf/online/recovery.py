@@ -5,7 +5,7 @@ the state that a checkpoint holds.
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,13 @@ def write_bad_batch(
     batch: TrainBatch | None = None,
 ) -> None:
     """Write this rank's responses of a step into ``rollouts.jsonl``, and where it came to an update
-    its tensors into ``batch.safetensors``. `scores`: raw, one per response.
+    its tensors into ``batch.safetensors``. `scores`: raw, one per response. The turns of episodes
+    say which of their tokens the policy wrote.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "rollouts.jsonl").open("w", encoding="utf-8") as file:
         for i, rollout in enumerate(rollouts):
-            row = {
+            row: dict[str, object] = {
                 "prompt": rollout.prompt.text,
                 "response": rollout.text,
                 "token_ids": rollout.token_ids,
@@ -101,6 +102,9 @@ def write_bad_batch(
                 "finish_reason": rollout.finish_reason,
                 "score": None if scores is None else scores[i],
             }
+            if rollout.turns:
+                turns = [asdict(turn) for turn in rollout.turns]
+                row |= {"success": rollout.success, "turns": turns}
             file.write(json.dumps(row) + "\n")
     if batch is not None:
         write_tensors(directory / "batch.safetensors", batch.tensors())

@@ -10,12 +10,20 @@ the rules compare.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from conf.choices import Action, Rule
 from conf.stages import WatchConfig
+from rlhf.online.metrics import correlation, markup_share
+from rlhf.process import distributed
+from rlhf.types import Rollout, Scores
+
+# rlhf.process.distributed.gather: one value per rank, on every rank
+Gather = Callable[[Any], list[Any]]
+_LIMITS = ("length", "turns", "time")  # what may end a response beside its policy and environment
+_MOST_TURNS = 8  # that have a return of their own in the metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,3 +271,113 @@ class Watch:
         self._truncated = list(state["truncated"])
         self._first_entropies = list(state["first_entropies"])
         self._holding = {Rule(name) for name in state["holding"]}
+
+
+# ---- what the rules compare, of one step's responses ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """What the statistics need of one response; small, since ranks exchange it."""
+
+    prompt: str
+    score: float
+    tokens: int
+    finished: bool
+    markup: float
+    reason: str  # why it ended
+    observed: int  # tokens that an environment wrote
+    rewards: tuple[float, ...]  # of an episode's turns
+    success: bool | None
+    info: dict[str, float]  # what the environment counted
+
+
+def response_statistics(
+    rollouts: Sequence[Rollout],
+    scores: Scores,
+    turn_discount: float = 1.0,
+    gather: Gather = distributed.gather,
+) -> dict[str, float]:
+    """Figures of one step's responses over all ranks; one collective. Every rank computes them from
+    the same rows, so ranks agree exactly.
+
+    reward/length_correlation, reward/finished_correlation, reward/format_correlation: of the score
+    with the tokens of a response, with having ended by itself, with its share of punctuation and
+    markdown. reward/truncated: share cut off by a limit. group/std: mean over the prompts
+    of the standard deviation of their responses' scores (dividing by their number). group/gain:
+    mean over the prompts of the best score less the mean. Of episodes also what `_episode_figures`
+    tells.
+    """
+    own = [
+        _Response(
+            prompt=r.prompt.id,
+            score=score,
+            tokens=r.length,
+            finished=not r.truncated,
+            markup=markup_share(r.text),
+            reason=r.finish_reason,
+            observed=len(r.token_ids) - r.length,
+            rewards=tuple(turn.reward for turn in r.turns),
+            success=r.success,
+            info=r.info,
+        )
+        for r, score in zip(rollouts, scores.total, strict=True)
+    ]
+    rows = [row for part in gather(own) for row in part]
+    totals = [row.score for row in rows]
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt, []).append(row.score)
+    figures = {
+        "reward/length_correlation": correlation(totals, [float(row.tokens) for row in rows]),
+        "reward/finished_correlation": correlation(totals, [float(row.finished) for row in rows]),
+        "reward/format_correlation": correlation(totals, [row.markup for row in rows]),
+        "reward/truncated": statistics.fmean(not row.finished for row in rows),
+        "group/std": statistics.fmean(statistics.pstdev(g) for g in groups.values()),
+        "group/gain": statistics.fmean(max(g) - statistics.fmean(g) for g in groups.values()),
+    }
+    return figures | _episode_figures(rows, turn_discount)
+
+
+def _episode_figures(rows: Sequence[_Response], turn_discount: float) -> dict[str, float]:
+    """Figures of the episodes among `rows`; none where there is none.
+
+    rollout/turns: turns of an episode. rollout/observed_tokens: tokens of an episode that its
+    environment wrote. rollout/ended_<limit>: share of episodes that it ended. environment/success:
+    share of those that say so. environment/<name>: what it counted, per episode. turn/reward: mean
+    over turns. turn/return_<k>: rewards from turn k on, each later turn's discounted once more,
+    mean over the episodes that have the turn.
+    """
+    episodes = [row for row in rows if row.rewards]
+    if not episodes:
+        return {}
+    every = [reward for row in episodes for reward in row.rewards]
+    figures = {
+        "rollout/turns": statistics.fmean(len(row.rewards) for row in episodes),
+        "rollout/observed_tokens": statistics.fmean(row.observed for row in episodes),
+        "turn/reward": statistics.fmean(every),
+    }
+    for limit in _LIMITS:
+        share = statistics.fmean(row.reason == limit for row in episodes)
+        figures[f"rollout/ended_{limit}"] = share
+    known = [row.success for row in episodes if row.success is not None]
+    if known:
+        figures["environment/success"] = statistics.fmean(known)
+    for name in sorted(set().union(*(row.info for row in episodes))):
+        counted = statistics.fmean(row.info.get(name, 0.0) for row in episodes)
+        figures[f"environment/{name}"] = counted
+    returns = [_returns(row.rewards, turn_discount) for row in episodes]
+    for k in range(min(_MOST_TURNS, max(map(len, returns)))):
+        reached = [values[k] for values in returns if len(values) > k]
+        figures[f"turn/return_{k + 1}"] = statistics.fmean(reached)
+    return figures
+
+
+def _returns(rewards: Sequence[float], discount: float) -> list[float]:
+    """The discounted sum of the rewards from each turn on."""
+    out: list[float] = []
+    to_come = 0.0
+    for reward in reversed(rewards):
+        to_come = reward + discount * to_come
+        out.append(to_come)
+    return out[::-1]

@@ -154,7 +154,7 @@ def samples_table(
     limit: int = 4,
     width: int = 400,
 ) -> None:
-    """The first `limit` samples: prompt, response and their figures.
+    """The first `limit` samples: prompt, response and their figures; of an episode who wrote what.
 
     Texts are cut after `width` characters; the files hold them whole.
     """
@@ -162,7 +162,10 @@ def samples_table(
 
 
 def _cut_sample(row: Mapping[str, Any], width: int) -> dict[str, Any]:
-    return {key: _cut(value, width) for key, value in row.items() if key != "step"}
+    shown = {key: value for key, value in row.items() if key != "step"}
+    if "turns" in shown:
+        shown["turns"] = "\n".join(f"{turn['role']}: {turn['text']}" for turn in row["turns"])
+    return {key: _cut(value, width) for key, value in shown.items()}
 
 
 def _cut(value: Any, width: int) -> Any:

@@ -96,6 +96,15 @@ FIGURES: tuple[Figure, ...] = (
         ),
     ),
     Figure(
+        "turns",
+        (
+            Panel("Episodes that succeeded", "share", ("environment/success",)),
+            Panel("Rewards from a turn on", "reward", ("turn/return_*",)),
+            Panel("Turns", "turns per episode", ("rollout/turns",)),
+            Panel("Episodes that a limit ended", "share", ("rollout/ended_*",)),
+        ),
+    ),
+    Figure(
         "margins",
         (
             Panel(
@@ -131,31 +140,17 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "learning_rate",
-        (
-            Panel(
-                "Learning rate",
-                "rate",
-                ("learning_rate", "train/learning_rate", "train/critic_learning_rate"),
-            ),
-        ),
+        (Panel("Learning rate", "rate", ("learning_rate", "train/*learning_rate")),),
     ),
     Figure(
         "grad_norm",
-        (
-            Panel(
-                "Gradient norm",
-                "norm before clipping",
-                ("grad_norm", "train/grad_norm", "train/critic_grad_norm"),
-            ),
-        ),
+        (Panel("Gradient norm", "norm before clipping", ("grad_norm", "train/*grad_norm")),),
     ),
     Figure(
         "timing",
         (
             Panel("Where a step's time goes", "seconds", ("time/*_s",), stacked=True),
-            Panel(
-                "Throughput", "tokens per second", ("rollout/tokens_per_s", "train/tokens_per_s")
-            ),
+            Panel("Throughput", "tokens per second", ("*/tokens_per_s",)),
         ),
     ),
 )

@@ -1,8 +1,8 @@
 """The step before every stage that loads models: what stages choose by a name in the configuration
 is made known. These are the ways to train beside a frozen model (policy/adapters/), their ways into
 vLLM's engine and vLLM's servers (rollout/), how models are parted while they are read
-(policy/engines/parts.py) and the verifiers of answers (reward/verifiers/). The only importer of
-their files.
+(policy/engines/parts.py), the verifiers of answers (reward/verifiers/) and the scorer of episodes.
+The only importer of their files.
 """
 
 from typing import Any
@@ -24,6 +24,7 @@ from policy.adapters import (
 )
 from policy.engines import loading, parts
 from reward import terms
+from reward.scorers.environment import EnvironmentScorer
 from reward.verifiers.evaluated import Code, Gym, MathAnswer
 from reward.verifiers.instructions import Instructions
 from reward.verifiers.text import Choice, Exact, Format, JsonSchema, Numeric, Regex
@@ -62,6 +63,7 @@ VERIFIERS: dict[TermKind, Any] = {
 def register() -> None:
     """Let stages, PEFT and generators know them."""
     terms.VERIFIERS.update(VERIFIERS)
+    terms.SCORERS[TermKind.environment] = EnvironmentScorer
     adapters.register(ALL, quantized.HOLDING)
     loading.LOADERS[3] = parts.PartsLoader
     rollout.ENGINES[Carrier.modules] = ModulesGenerator

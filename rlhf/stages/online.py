@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from conf.adapters import virtual_tokens
-from conf.choices import Action, AdapterKind, Advantage, Carrier, CriticInit, Dtype
+from conf.choices import Action, AdapterKind, Advantage, Carrier, CriticInit, Dtype, TermKind
 from conf.online import OnlineStage
+from conf.reward import EnvironmentKind, RewardTerm, TurnCredit
 from conf.schema import (
     AdapterConfig,
     Config,
@@ -60,6 +61,7 @@ def check(cfg: Config) -> list[str]:
     check_precision(stage.name, cfg.model.dtype)
     assert stage.steps is not None
     notes = launch.growth_note(stage, stage.steps)
+    check_turns(stage, cfg.reward, cfg.environment.kind)
     check_ahead(stage, cfg.rollout)
     notes += launch.check_backend(cfg.rollout.backend)
     notes += launch.gradient_note(cfg.engine, cfg.model.dtype)
@@ -82,7 +84,7 @@ def check(cfg: Config) -> list[str]:
     notes += check_scores(stage, cfg.reward, tokenizer)
     notes += check_watch(stage, cfg.reward, tokenizer)
     prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
-    check_buffer(stage.overlong_buffer, response)
+    check_buffer(stage.overlong_buffer, cfg.environment.most_written(response))
     scoring = scoring_models(cfg.reward, stage.watch)
     check_lengths(cfg.model, virtual_tokens(cfg.adapter), scoring, prompt, response)
     return notes
@@ -222,13 +224,67 @@ def _refuse_trained(key: str, judge: str, sources: Sequence[tuple[str, str | Non
             )
 
 
+def check_turns(stage: OnlineStage, reward: RewardConfig, environment: EnvironmentKind) -> None:
+    """Rewards of turns have an environment that gives them; where each stands at the end of its
+    turn, they are in the units of the score. Raises UserError.
+    """
+    acts = environment is not EnvironmentKind.none
+    terms = {n: t for n, t in reward.terms.items() if t.kind is TermKind.environment}
+    for name in terms:
+        if not acts:
+            raise UserError(
+                f"reward.terms.{name}.kind=environment needs an environment, but "
+                "environment=none. Set environment, or leave the term out."
+            )
+    if stage.turn_discount != 1.0 and not acts:
+        raise UserError(
+            f"stage.turn_discount={stage.turn_discount} discounts over turns, but with "
+            "environment=none a response is one turn. Set stage.turn_discount=1."
+        )
+    by_turns = stage.turn_credit is TurnCredit.turn
+    if by_turns and not terms:
+        raise UserError(
+            "stage.turn_credit=turn needs rewards of turns, but no reward term is of "
+            "kind=environment. Set reward=environment, or stage.turn_credit=episode."
+        )
+    changed = stage.turn_discount != 1.0 or by_turns
+    if changed and stage.advantage is Advantage.none:
+        raise UserError(
+            f"stage.turn_credit={stage.turn_credit.value} and "
+            f"stage.turn_discount={stage.turn_discount} change nothing with "
+            "stage.advantage=none, which compares no scores. Set episode and 1."
+        )
+    if by_turns:
+        _check_units(stage, terms)
+
+
+def _check_units(stage: OnlineStage, terms: dict[str, RewardTerm]) -> None:
+    """What scales or cuts the scores of episodes would leave the rewards of their turns as they
+    are. Raises UserError.
+    """
+    set_options = {
+        "stage.reward_clip": stage.reward_clip is not None,
+        "stage.reward_normalise": stage.reward_normalise,
+    }
+    for name, term in terms.items():
+        set_options[f"reward.terms.{name}.clip"] = term.clip is not None
+        set_options[f"reward.terms.{name}.normalise"] = term.normalise
+    for option, is_set in set_options.items():
+        if is_set:
+            raise UserError(
+                f"{option} is set with stage.turn_credit=turn: it changes the scores of whole "
+                "episodes, and the rewards of their turns would not go with them. Leave it out, "
+                "or set stage.turn_credit=episode."
+            )
+
+
 def check_buffer(buffer: int, response: int) -> None:
-    """The penalised end of a response is no longer than the response."""
+    """The penalised end of a response is no longer than all that the policy can write."""
     if buffer > response:
         raise UserError(
-            f"stage.overlong_buffer={buffer} tokens are more than a response has "
-            f"(rollout.max_response_length={response}). Lower the buffer; a fifth of the length "
-            "is usual."
+            f"stage.overlong_buffer={buffer} tokens are more than the policy can write in a "
+            f"response ({response}, by rollout.max_response_length and, with an environment, its "
+            "max_turns and max_tokens). Lower the buffer; a fifth of the length is usual."
         )
 
 

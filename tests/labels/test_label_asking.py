@@ -403,6 +403,10 @@ def test_templated_prompts_are_seen(tmp_path: Path) -> None:
         ),
         ({"prompt": "p", "response": "x"}, r"row 2: key 'step'"),
         ({"step": 1, "prompt": "p", "response": "\ud800"}, r"half of a surrogate pair"),
+        (
+            {"step": 1, "prompt": "p", "response": "x", "turns": [{"text": "a"}, {"text": "x"}]},
+            r"row 2: turns",
+        ),
     ],
 )
 def test_a_sample_that_does_not_fit_is_named(

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from conf.choices import Action, Rule
 from conf.stages import WatchConfig
-from rlhf.online.metrics import correlation, markup_share, response_statistics
-from rlhf.online.watch import HeldOutScores, Point, Trend, Watch, trend
+from rlhf.online.metrics import correlation, markup_share
+from rlhf.online.watch import HeldOutScores, Point, Trend, Watch, response_statistics, trend
 from rlhf.run.plots import plot_frontier
 from rlhf.types import Prompt, Rollout, Scores
 from tests.drawing import plot_run
@@ -129,7 +129,7 @@ def test_how_responses_are_split_over_ranks_changes_nothing(ranks: int, seed: in
 
     def figures(rows: Sequence[int], gather: Any) -> dict[str, float]:
         return response_statistics(
-            [rollouts[i] for i in rows], Scores([scores[i] for i in rows], {}), gather
+            [rollouts[i] for i in rows], Scores([scores[i] for i in rows], {}), gather=gather
         )
 
     shares = [order[a:b] for a, b in itertools.pairwise(cuts)]

@@ -90,7 +90,9 @@ WATCHED = (
 )
 
 
-def launch(folder: Path, start: Path, runs: list[str]) -> None:
+def launch(
+    folder: Path, start: Path, runs: list[str], worker: str = "tests.online.zero_online_worker"
+) -> None:
     """The runs on two ranks."""
     env = os.environ | {
         "DS_ACCELERATOR": "cpu",
@@ -105,7 +107,7 @@ def launch(folder: Path, start: Path, runs: list[str]) -> None:
         "--standalone",
         "--nproc_per_node=2",
     ]
-    command += ["-m", "tests.online.zero_online_worker", str(folder), str(start), *runs]
+    command += ["-m", worker, str(folder), str(start), *runs]
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, check=False, timeout=400
     )

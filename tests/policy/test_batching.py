@@ -1,5 +1,6 @@
 """Micro-batch plans (exhaustive, within budget, deterministic) and padded batches."""
 
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.batching import collate, plan_micro_batches
+from policy.batching import Batch, collate, plan_micro_batches
 
 lengths_lists = st.lists(st.integers(1, 50), max_size=40)
 
@@ -71,6 +72,7 @@ def test_plan_refuses_nonsense(lengths: list[int], budget: int, at_least: int) -
         plan_micro_batches(lengths, budget, at_least)
 
 
+NAMES = [field.name for field in fields(Batch)]
 PROMPTS, RESPONSES, PAD = [[1, 2, 3], [4], [5, 6]], [[7], [8, 9, PAD := 99], [10, 11]], 99
 
 
@@ -115,16 +117,13 @@ def test_select_equals_collating_the_same_rows() -> None:
     for rows in ([2, 0], [1], [3, 1, 0], []):
         ours = whole.select(rows)
         alone = collate([prompts[r] for r in rows], [responses[r] for r in rows], PAD)
-        for name in ("input_ids", "response_ids", "response_mask", "positions", "lengths"):
+        for name in NAMES:
             assert torch.equal(getattr(ours, name), getattr(alone, name)), (rows, name)
 
 
 def test_to_moves_every_tensor() -> None:
     moved = collate(PROMPTS, RESPONSES, PAD).to("meta")
-    assert {
-        getattr(moved, name).device.type
-        for name in ("input_ids", "response_ids", "response_mask", "positions", "lengths")
-    } == {"meta"}
+    assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}
 
 
 def test_collate_refuses_empty_prompts_and_unequal_numbers() -> None:
@@ -132,3 +131,51 @@ def test_collate_refuses_empty_prompts_and_unequal_numbers() -> None:
         collate([[1], []], [[2], [3]], PAD)
     with pytest.raises(ValueError, match="found 1 and 2"):
         collate([[1]], [[2], [3]], PAD)
+
+
+# ---- episodes: what the environment wrote stands between what the policy wrote ----
+
+WRITTEN = [[True], [True, False, True], [False, True]]
+
+
+def test_collate_with_holes_hand_computed() -> None:
+    batch = collate(PROMPTS, RESPONSES, PAD, written=WRITTEN)
+    plain = collate(PROMPTS, RESPONSES, PAD)
+    assert batch.response_mask.tolist() == [
+        [True, False, False],
+        [True, False, True],
+        [False, True, False],
+    ]
+    # all that the model reads is as if the policy had written it
+    for name in ("input_ids", "response_ids", "positions", "lengths", "prompt_lengths"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name)), name
+    assert batch.prompt_lengths.tolist() == [3, 1, 2]
+    assert batch.response_lengths.tolist() == [1, 3, 2]
+
+
+def test_all_written_is_the_same_as_no_word_of_it() -> None:
+    batch = collate(PROMPTS, RESPONSES, PAD, written=[[True] * len(row) for row in RESPONSES])
+    assert torch.equal(batch.response_mask, collate(PROMPTS, RESPONSES, PAD).response_mask)
+
+
+def test_select_with_holes_equals_collating_the_same_rows() -> None:
+    """The longest row chosen may be one of which the policy wrote least."""
+    prompts, responses = [*PROMPTS, [1, 2]], [*RESPONSES, [5, 6, 7, 8, 9]]
+    written = [*WRITTEN, [True, False, False, False, True]]
+    whole = collate(prompts, responses, PAD, written=written)
+    for rows in ([2, 0], [1], [3, 1, 0], []):
+        ours = whole.select(rows)
+        alone = collate(
+            [prompts[r] for r in rows],
+            [responses[r] for r in rows],
+            PAD,
+            written=[written[r] for r in rows],
+        )
+        for name in NAMES:
+            assert torch.equal(getattr(ours, name), getattr(alone, name)), (rows, name)
+
+
+def test_collate_refuses_a_mask_of_another_length() -> None:
+    for written in ([[True], [True, False]], [[True], [True, False, True], [True]]):
+        with pytest.raises(ValueError, match="expected of 3 responses"):
+            collate(PROMPTS, RESPONSES, PAD, written=written)

@@ -54,6 +54,18 @@ def test_segments_hand_computed() -> None:
         assert getattr(segments, name).equal(getattr(dense, name))
 
 
+# Of each response's tokens, whether the policy wrote it: an environment answered two of them.
+WRITTEN = [[True, False, True], [True], [False, True], [True, True], [True, False, False, True]]
+
+
+def test_layout_with_holes_is_that_of_responses_without() -> None:
+    """What the environment wrote is read in the pack too; the mask alone tells."""
+    plain = pack(collate(PROMPTS, RESPONSES, 0), PACKS)
+    holed = pack(collate(PROMPTS, RESPONSES, 0, written=WRITTEN), PACKS)
+    for name in ("input_ids", "position_ids", "owner", "positions", "attention_mask"):
+        assert getattr(holed, name).equal(getattr(plain, name)), name
+
+
 def logprobs_of(
     module: PolicyModule,
     batch: Batch,
@@ -83,6 +95,7 @@ def logprobs_of(
     }
 
 
+@pytest.mark.parametrize("written", [None, WRITTEN])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("longest_dense", [None, 0])
 @pytest.mark.parametrize("packs", [PACKS, [[0], [1, 3], [4, 2]], [[3, 1, 0], [2], [4]]])
@@ -91,10 +104,12 @@ def test_logprobs_and_gradients_equal_those_of_single_rows(
     packs: list[list[int]],
     longest_dense: int | None,
     checkpointing: bool,
+    written: list[list[bool]] | None,
 ) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
     assert can_share_prompts(model)
-    module, batch = PolicyModule(model, chunk=1000), collate(PROMPTS, RESPONSES, 0)
+    module = PolicyModule(model, chunk=1000)
+    batch = collate(PROMPTS, RESPONSES, 0, written=written)
     plain, plain_gradients = logprobs_of(module, batch, None)
     if longest_dense is not None:
         turn_off_dropout(model)  # as every run does before: it copies the configuration
@@ -187,6 +202,22 @@ def test_no_micro_batch_of_shared_prompts_is_above_the_budget() -> None:
     for packs in plan_passes(batch, torch.zeros(16, dtype=torch.long), list(range(16)), layout):
         longest = max(pack_length(part, prompts, responses) for part in packs)
         assert len(packs) * longest <= 4096
+
+
+def test_no_micro_batch_of_episodes_is_above_the_budget() -> None:
+    """What environments wrote counts as what the policy wrote: 16 rows of 700 tokens, of which it
+    wrote 2 each.
+    """
+    episode = [True, *[False] * 598, True]
+    batch = collate([[1] * 100] * 16, [[2] * 600] * 16, 0, written=[episode] * 16)
+    groups, rows = torch.zeros(16, dtype=torch.long), list(range(16))
+    for shared in (False, True):
+        layout = Layout(1400, shared=shared, hidden_size=64)
+        for packs in plan_passes(batch, groups, rows, layout):
+            part = batch.select([row for pack_rows in packs for row in pack_rows])
+            longest = max(pack_length(p, [100] * 16, [600] * 16) for p in packs)
+            assert part.input_ids.shape[1] == 700
+            assert len(packs) * longest <= 1400
 
 
 pairs_of_lengths = st.lists(

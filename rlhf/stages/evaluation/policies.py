@@ -233,10 +233,11 @@ def response_kl(
 def _response_logprobs(
     module: PolicyModule, rollouts: Sequence[Rollout], pad_id: int, micro_tokens: int
 ) -> list[Tensor]:
-    """The logprobs of each response's tokens, [T] nats."""
+    """The logprobs of the tokens of each response that the policy wrote, [length] nats."""
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
     responses = [rollout.token_ids for rollout in rollouts]
-    batch: Batch = collate(prompts, responses, pad_id, distributed.device())
+    written = [rollout.written for rollout in rollouts]
+    batch: Batch = collate(prompts, responses, pad_id, distributed.device(), written)
     out: dict[int, Tensor] = {}
     for rows in plan_micro_batches(batch.lengths.tolist(), micro_tokens):
         part = batch.select(rows)
