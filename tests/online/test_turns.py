@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_responses_of_one_turn_have_no_tensors_of_turns() -> None:
 
 
 def test_episodes_of_a_group_have_to_begin_alike() -> None:
-    other = Rollout(Prompt("p", "", (1, 3)), "", [7], [0.0], "stop", 0, turns=FAILED.turns)
+    other = replace(FAILED, prompt=Prompt("p", "", (1, 3)))
     with pytest.raises(UserError, match="prompt p"):
         train_batch(collected([GUESSED, other]), 0, mask_truncated=False)
     train_batch(collected([GUESSED, other], groups=[0, 1]), 0, mask_truncated=False)
