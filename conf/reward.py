@@ -232,6 +232,12 @@ class EnvironmentConfig:
     on_timeout: OnTimeout = option(
         OnTimeout.end, "What follows where the environment takes longer."
     )
+    workers: int = option(
+        16,
+        "Environments that answer at the same time.",
+        unit="environments",
+        at_least=1,
+    )
     path: str | None = option(
         None, "pkg.module:Class of an environment of one's own.", filled=True, section="kind=python"
     )
@@ -269,6 +275,17 @@ class EnvironmentConfig:
         if self.kind is EnvironmentKind.none:
             return response
         return min(self.max_tokens, self.max_turns * response)
+
+    def longest(self, turn: int) -> int:
+        """Most tokens behind a prompt, where `turn` is the most that a policy writes at once."""
+        return turn if self.kind is EnvironmentKind.none else self.max_tokens
+
+    @property
+    def longest_option(self) -> str:
+        """The option that gives `longest`."""
+        if self.kind is EnvironmentKind.none:
+            return "rollout.max_response_length"
+        return "environment.max_tokens"
 
     def check_complete(self) -> None:
         """What the kind needs is there. Raises ValueError."""

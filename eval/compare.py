@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eval.episodes import episode_figures
 from eval.statistics import Interval, bootstrap_mean, distinct_n, paired_difference, per_prompt
 from rlhf.types import Rollout
 
@@ -109,6 +110,9 @@ def compare(
     ]
     differences.append(averaged("length", lengths(before.rollouts), lengths(after.rollouts)))
     differences.append(averaged("finished", finished(before.rollouts), finished(after.rollouts)))
+    figures, theirs = episode_figures(before.rollouts), episode_figures(after.rollouts)
+    for name in [name for name in figures if name in theirs]:
+        differences.append(averaged(name, figures[name], theirs[name]))
     differences.append(
         Difference(
             f"distinct_{DISTINCT}", distinct(before.rollouts), distinct(after.rollouts), None

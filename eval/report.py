@@ -13,6 +13,9 @@ _LABELS = {
     "length": "response length (tokens)",
     "finished": "finished share",
     "distinct_2": "distinct-2",
+    "turns": "turns of an episode",
+    "tokens": "tokens of an episode",
+    "success": "success of episodes",
 }
 _COLOURS = {"before": "#777777", "after": "#3366aa"}
 

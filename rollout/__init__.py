@@ -5,12 +5,13 @@ installed.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Protocol
 
 from conf.adapters import virtual_tokens
 from conf.choices import Carrier, LoraSync, RolloutBackend
+from conf.reward import EnvironmentConfig, EnvironmentKind
 from conf.schema import AdapterConfig, Config, generator_of
-from rlhf.types import AdapterWeights, Generator, UserError
+from rlhf.types import AdapterWeights, Generator, Prompt, UserError
 
 # Ways of adapters into vLLM's engine that are neither whole weights nor a LoRA: what makes a
 # generator of the arguments of `rollout.vllm.VLLMGenerator` and `adapter`, one like those of later
@@ -24,6 +25,34 @@ PLACES: dict[Carrier, Callable[[str, Sequence[str]], None]] = {}
 # before anything loads. Filled like ENGINES.
 APART: dict[RolloutBackend, Callable[..., Generator]] = {}
 APART_CHECKS: dict[RolloutBackend, Callable[..., None]] = {}
+
+
+class Acting(Protocol):
+    """Lets a policy act in an environment."""
+
+    def check(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Turns can be joined behind these prompts. Returns notes worth a warning. Raises
+        UserError.
+        """
+        ...
+
+    def around(self, generator: Generator, max_prompt: int, max_turn: int) -> Generator:
+        """A generator of episodes, whose turns `generator` writes: prompts and turns of at most so
+        many tokens.
+        """
+        ...
+
+
+# Environments, by kind, of the options and the policy's tokenizer (None where it can't be known
+# yet). They raise UserError. Filled like ENGINES.
+ENVIRONMENTS: dict[EnvironmentKind, Callable[[EnvironmentConfig, Any], Acting]] = {}
+
+
+def acting_in(environment: EnvironmentConfig, tokenizer: Any) -> Acting | None:
+    """What lets a policy act in the environment; None where there is none. Raises UserError."""
+    if environment.kind is EnvironmentKind.none:
+        return None
+    return ENVIRONMENTS[environment.kind](environment, tokenizer)
 
 
 def resolve_backend(backend: RolloutBackend) -> RolloutBackend:
@@ -58,12 +87,13 @@ def make_generator(
     from rlhf.process import distributed
 
     backend = RolloutBackend.hf if native else resolve_backend(cfg.rollout.backend)
-    max_tokens = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+    prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
+    response = cfg.environment.longest(response)
+    max_tokens = prompt + response
     model_config = _read_config(model_path, trust_remote_code=cfg.model.trust_remote_code)
     ahead = virtual_tokens(cfg.adapter)
-    _check_positions(
-        model_config, model_path, cfg.data.max_prompt_length, cfg.rollout.max_response_length, ahead
-    )
+    lengths = (prompt, response, cfg.environment.longest_option)
+    _check_positions(model_config, model_path, lengths, ahead)
     if backend is RolloutBackend.hf:
         from rollout.hf import HFGenerator
         from rollout.sampling import Sampling
@@ -142,16 +172,17 @@ def _read_config(model_path: str, *, trust_remote_code: bool) -> Any:
 
 
 def _check_positions(
-    config: Any, model_path: str, prompt: int, response: int, ahead: int = 0
+    config: Any, model_path: str, lengths: tuple[int, int, str], ahead: int = 0
 ) -> None:
-    """A prompt and a response of so many tokens fit into the model's positions behind `ahead`
-    virtual ones. Raises UserError where they don't.
+    """A prompt and a response of so many tokens (and the option that says so) fit into the model's
+    positions behind `ahead` virtual ones. Raises UserError where they don't.
     """
+    prompt, response, option = lengths
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and prompt + response > positions - ahead:
         left = positions - ahead
         raise UserError(
-            f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = "
+            f"data.max_prompt_length={prompt} + {option}={response} = "
             f"{prompt + response} tokens, but the model in {model_path} has {left} positions for "
             f"them: lower one of them to add up to at most {left}."
         )

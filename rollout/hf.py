@@ -122,7 +122,7 @@ class HFGenerator:
         """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with
         its logprob at temperature 1.
         """
-        check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
+        check_prompts(prompts, self.sampling, max_tokens=self._max_tokens)
         seed = fresh_seed() if seed is None else seed
         repeated = [prompt for prompt in prompts for _ in range(n)]
         rows = list(zip(repeated, response_seeds(seed, prompts, n), strict=True))
@@ -174,12 +174,12 @@ class HFGenerator:
     def _generate_batch(self, rows: Sequence[tuple[Prompt, int]], greedy: bool) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
 
-        limit, pad = self.sampling.max_response_length, self._tokenizer.pad_token_id
+        most, pad = self.sampling.max_response_length, self._tokenizer.pad_token_id
         ids, mask = _left_padded([prompt for prompt, _ in rows], pad)
-        uniform = torch.stack([_uniform(limit, response_seed) for _, response_seed in rows])
+        uniform = torch.stack([_uniform(most, response_seed) for _, response_seed in rows])
         chooser = _Chooser(None if greedy else self.sampling, uniform.to(self._device))
         settings = GenerationConfig(
-            max_new_tokens=limit,
+            max_new_tokens=max(self.sampling.limit_of(prompt) for prompt, _ in rows),
             do_sample=False,
             eos_token_id=list(end_ids(self._tokenizer)),
             pad_token_id=pad,
@@ -200,12 +200,12 @@ class HFGenerator:
         ]
 
     def _rollout(self, prompt: Prompt, token_ids: list[int], logprobs: list[float]) -> Rollout:
-        """One row of the batch, cut after the token that ends it; what generate wrote behind it is
-        padding.
+        """One row of the batch, cut at its prompt's limit and after the token that ends it; what
+        generate wrote behind it is padding, or more than was asked.
         """
         ends = end_ids(self._tokenizer)
-        reason, kept = "length", token_ids
-        for position, token in enumerate(token_ids):
+        reason, kept = "length", token_ids[: self.sampling.limit_of(prompt)]
+        for position, token in enumerate(kept):
             if token in ends:
                 reason, kept = "stop", token_ids[: position + 1]
                 break

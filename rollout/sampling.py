@@ -31,9 +31,17 @@ class Sampling:
     def from_config(cfg: RolloutConfig) -> "Sampling":
         return Sampling(cfg.max_response_length, cfg.temperature, cfg.top_p, cfg.top_k)
 
-    def for_vllm(self, seed: int, ends: Iterable[int], *, greedy: bool) -> dict[str, Any]:
-        """Fields of vLLM's SamplingParams for one response, the same in its engine here and in a
-        server. `ends`: the tokens that end a response.
+    def limit_of(self, prompt: Prompt) -> int:
+        """The most tokens of a response to the prompt."""
+        if prompt.limit is None:
+            return self.max_response_length
+        return min(prompt.limit, self.max_response_length)
+
+    def for_vllm(
+        self, seed: int, ends: Iterable[int], prompt: Prompt, *, greedy: bool
+    ) -> dict[str, Any]:
+        """Fields of vLLM's SamplingParams for one response to `prompt`, the same in its engine here
+        and in a server. `ends`: the tokens that end a response.
         """
         drawing: dict[str, Any] = {"temperature": 0.0}
         if not greedy:
@@ -44,7 +52,7 @@ class Sampling:
                 "seed": seed,
             }
         return {
-            "max_tokens": self.max_response_length,
+            "max_tokens": self.limit_of(prompt),
             "stop_token_ids": list(ends),
             "ignore_eos": True,  # these tokens and no others: vLLM would add some of its own
             "logprobs": 0,  # the sampled token's alone
@@ -108,12 +116,12 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     return chosen.squeeze(1).clamp_(max=logprobs.shape[-1] - 1)
 
 
-def check_prompts(prompts: Sequence[Prompt], *, room: int) -> None:
-    """Every prompt has a token and at most `room` of them. Raises UserError naming the first that
-    doesn't.
+def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, *, max_tokens: int) -> None:
+    """Every prompt has a token, and at most `max_tokens` with its longest response. Raises
+    UserError naming the first that doesn't.
     """
     for prompt in prompts:
-        tokens = len(prompt.token_ids)
+        tokens, room = len(prompt.token_ids), max_tokens - sampling.limit_of(prompt)
         if not 0 < tokens <= room:
             raise UserError(
                 f"prompt {prompt.id}: it has {tokens} tokens, but a prompt has to have between 1 "

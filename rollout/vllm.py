@@ -79,6 +79,7 @@ class VLLMGenerator:
     """
 
     _sleeps = False  # rollout.sleep
+    _stays = False  # awake for now
     _asleep: tuple[str, ...] = ()  # parts of the engine, in the order in which they wake
 
     def __init__(
@@ -185,9 +186,19 @@ class VLLMGenerator:
         """With rollout.sleep, leave the device to the trainer until the next call: vLLM's level 1,
         weights to the host and no cache. Not run on a GPU: written after vLLM 0.32's source.
         """
-        if self._sleeps and not self._asleep:
+        if self._sleeps and not self._asleep and not self._stays:
             self._llm.sleep(level=1)  # level 2 would forget a LoRA's base, which no sync brings
             self._asleep = ("weights", "kv_cache")
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Between calls the engine does not sleep; it does at the end."""
+        self._stays = True
+        try:
+            yield
+        finally:
+            self._stays = False
+            self.rest()
 
     def _wake(self, last: str = "kv_cache") -> None:
         """Take the device again, up to `last` of the parts that sleep."""
@@ -207,11 +218,12 @@ class VLLMGenerator:
         its logprob at temperature 1. With rollout.sleep the engine sleeps afterwards.
         """
         self._wake()
-        check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
+        check_prompts(prompts, self.sampling, max_tokens=self._max_tokens)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
         requests = [self._request(prompt.token_ids) for prompt in owners]
-        params = [self._params(drawn, greedy) for drawn in response_seeds(seed, prompts, n)]
+        seeds = response_seeds(seed, prompts, n)
+        params = [self._params(*drawn, greedy) for drawn in zip(seeds, owners, strict=True)]
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
         written = [output.outputs[0] for output in outputs]
         self.rest()
@@ -220,10 +232,10 @@ class VLLMGenerator:
     def _request(self, token_ids: Sequence[int]) -> dict[str, Any]:
         return {"prompt_token_ids": list(token_ids)}
 
-    def _params(self, seed: int, greedy: bool) -> Any:
+    def _params(self, seed: int, prompt: Prompt, greedy: bool) -> Any:
         from vllm import SamplingParams
 
-        fields = self.sampling.for_vllm(seed, end_ids(self._tokenizer), greedy=greedy)
+        fields = self.sampling.for_vllm(seed, end_ids(self._tokenizer), prompt, greedy=greedy)
         return SamplingParams(skip_clone=True, **fields)
 
     def _rollout(self, prompt: Prompt, written: Any) -> Rollout:

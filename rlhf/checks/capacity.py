@@ -19,6 +19,7 @@ from conf.choices import (
     KTOLoss,
     ModelKind,
 )
+from conf.reward import EnvironmentConfig
 from conf.schema import AdapterConfig, Config, ModelConfig, RolloutConfig, critic_adapter
 from conf.stages import KTOStage, OfflineStage, OnlineStage, RewardStage
 from conf.training import TrainStage
@@ -321,10 +322,11 @@ def existing_parent(path: Path) -> Path:
 # ---- the generator's cache ----
 
 
-def check_cache(rollout: RolloutConfig, model: ModelConfig, max_prompt_length: int) -> None:
-    """vLLM's cache on a CPU holds one prompt with its response, in tokens, and keeps what the model
-    wants kept. On a GPU, where vLLM's share of the device also holds the weights, the memory plan
-    tells. Raises UserError.
+def check_cache(
+    rollout: RolloutConfig, model: ModelConfig, prompt: int, environment: EnvironmentConfig
+) -> None:
+    """vLLM's cache on a CPU holds the longest prompt with its response, and keeps what the model
+    wants kept. On a GPU, where it shares the device, the memory plan tells. Raises UserError.
     """
     import torch
 
@@ -334,13 +336,12 @@ def check_cache(rollout: RolloutConfig, model: ModelConfig, max_prompt_length: i
     per_token = cache_bytes_per_token(model)
     if per_token is None:
         return
-    needed = per_token * (max_prompt_length + rollout.max_response_length) / GIB
+    response, option = environment.longest(rollout.max_response_length), environment.longest_option
+    needed = per_token * (prompt + response) / GIB
     if needed > rollout.kv_cache_gib:
         raise UserError(
             f"rollout.kv_cache_gib={rollout.kv_cache_gib:g} doesn't hold one sequence: "
-            f"data.max_prompt_length={max_prompt_length} + "
-            f"rollout.max_response_length={rollout.max_response_length} tokens take "
-            f"{needed:.3g} GiB. "
+            f"data.max_prompt_length={prompt} + {option}={response} tokens take {needed:.3g} GiB. "
             f"Set rollout.kv_cache_gib={math.ceil(needed * 10) / 10:g} or more, or lower the "
             "lengths."
         )

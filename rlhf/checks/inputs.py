@@ -6,7 +6,6 @@ from typing import Any
 
 from conf.adapters import virtual_tokens
 from conf.choices import AdapterKind, ModelKind, RolloutBackend
-from conf.reward import EnvironmentConfig, EnvironmentKind
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RolloutConfig
 from rlhf.models.directories import check_model_path, check_native_taken, contents
 from rlhf.models.loading import load_tokenizer
@@ -16,6 +15,7 @@ from rlhf.types import UserError
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _ORIGINAL = "original_max_position_embeddings"
+_RESPONSE = "rollout.max_response_length"
 
 
 # ---- the model ----
@@ -145,14 +145,21 @@ def rope_switch(path: str | None, ahead: int = 0) -> int | None:
     return switch - _ahead(path) - ahead if isinstance(switch, int) else None
 
 
-def check_rope(model: ModelConfig, prompt: int, response: int, ahead: int = 0) -> None:
+def check_rope(
+    model: ModelConfig,
+    prompt: int,
+    response: int,
+    ahead: int = 0,
+    *,
+    option: str = _RESPONSE,
+) -> None:
     """No row's logprobs depend on which rows share its micro-batch. `prompt`, `response`: most
-    tokens; `ahead`: virtual ones. Raises UserError.
+    tokens; `ahead`: virtual ones; `option`: that gives `response`. Raises UserError.
     """
     switch = rope_switch(model.path, ahead)
     if switch is not None and prompt + response > switch:
         raise UserError(
-            f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = "
+            f"data.max_prompt_length={prompt} + {option}={response} = "
             f"{prompt + response} tokens: model.path={model.path} turns its positions otherwise "
             f"above {switch} tokens (longrope), for all rows of a micro-batch at once, so a short "
             "row's logprobs would depend on its neighbours. Lower one of them."
@@ -202,15 +209,20 @@ def check_row_length(max_length: int, model: ModelConfig, ahead: int = 0) -> Non
 
 
 def check_sequence_length(
-    prompt: int, response: int, readers: Iterable[tuple[str, int | None]]
+    prompt: int,
+    response: int,
+    readers: Iterable[tuple[str, int | None]],
+    *,
+    option: str = _RESPONSE,
 ) -> None:
     """The longest prompt and response together, in tokens, fit every model that reads them; a
-    reader is its name for messages and its positions. Raises UserError.
+    reader is its name for messages and its positions. `option`: that gives `response`. Raises
+    UserError.
     """
     for name, limit in readers:
         if limit is not None and prompt + response > limit:
             raise UserError(
-                f"data.max_prompt_length={prompt} + rollout.max_response_length={response} = "
+                f"data.max_prompt_length={prompt} + {option}={response} = "
                 f"{prompt + response} tokens "
                 f"are more than the model reads ({name} = {limit}). Lower one of them."
             )
@@ -252,13 +264,4 @@ def check_virtual_tokens(
             "engine.gradient_checkpointing=true with adapter=prefix: transformers drops the keys "
             "and values of a prefix where it recomputes layers. "
             "Set engine.gradient_checkpointing=false, or adapter=prompt."
-        )
-
-
-def refuse_environment(environment: EnvironmentConfig) -> None:
-    """No stage acts in environments yet. Raises UserError."""
-    if environment.kind is not EnvironmentKind.none:
-        raise UserError(
-            f"environment={environment.kind.value}: no stage acts in environments yet. Set "
-            "environment=none."
         )

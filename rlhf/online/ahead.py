@@ -65,24 +65,31 @@ class Writer:
         """prompts: of the whole run."""
         self.generator, self.prompts, self.stage, self.seed = generator, prompts, stage, seed
         self._spent = 0.0
+        self._drawn: list[tuple[Place, list[Prompt]]] = []  # by this step
 
     def begin(self) -> None:
         """A step begins."""
-        self._spent = 0.0
+        self._spent, self._drawn = 0.0, []
 
     def take(self, place: Place) -> list[Rollout]:
         """This rank's responses of the draw at `place`, all of a prompt's side by side."""
         began = time.perf_counter()
-        rollouts = self._sample(self._draw(place), place)
+        prompts = self._draw(place)
+        rollouts = self._sample(prompts, place)
+        self._drawn.append((place, prompts))
         self._spent += time.perf_counter() - began
         return rollouts
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """The most likely response to each of `prompts`: those of the draws that this step took."""
+        """The most likely response to each of `prompts`: those of the draws that this step took.
+        Environments begin as they do for the responses of the draw.
+        """
         began = time.perf_counter()
-        rollouts = self._most_likely(prompts)
+        rollouts: list[Rollout] = []
+        for place, drawn in self._drawn:
+            rollouts += self._most_likely(drawn, place)
         self._spent += time.perf_counter() - began
-        return rollouts
+        return _answers_to(prompts, rollouts)
 
     def spent(self) -> float:
         """Seconds that the step's responses took to write."""
@@ -92,11 +99,14 @@ class Writer:
         return draw_prompts(self.prompts, place.prompts, place.size, self.seed)
 
     def _sample(self, prompts: Sequence[Prompt], place: Place) -> list[Rollout]:
-        seed = self.seed * 1_000_003 + place.draws
-        return self.generator.generate(prompts, n=self.stage.samples_per_prompt, seed=seed)
+        n = self.stage.samples_per_prompt
+        return self.generator.generate(prompts, n=n, seed=self._seed_of(place))
 
-    def _most_likely(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        return self.generator.generate(prompts, n=1, seed=0, greedy=True)
+    def _most_likely(self, prompts: Sequence[Prompt], place: Place) -> list[Rollout]:
+        return self.generator.generate(prompts, n=1, seed=self._seed_of(place), greedy=True)
+
+    def _seed_of(self, place: Place) -> int:
+        return self.seed * 1_000_003 + place.draws
 
     def pause(self) -> None:
         """Until `resume` the generator writes nothing on any rank: the caller may change its
@@ -181,10 +191,7 @@ class Ahead(Writer):
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """As `Writer.greedy`; they were written with the draws."""
-        written = [rollout for job in self._taken for rollout in job.greedy]
-        if [rollout.prompt.id for rollout in written] != [prompt.id for prompt in prompts]:
-            raise RuntimeError("expected the greedy responses of the draws that the step took")
-        return written
+        return _answers_to(prompts, [rollout for job in self._taken for rollout in job.greedy])
 
     def _fill(self, place: Place) -> None:
         """Queue the draws of the next steps after `place`, which was taken."""
@@ -308,7 +315,13 @@ class Ahead(Writer):
     def _write(self, job: _Job) -> None:
         job.rollouts = self._sample(job.prompts, job.place)
         if self.stage.advantage is Advantage.greedy:
-            job.greedy = self._most_likely(job.prompts)
+            job.greedy = self._most_likely(job.prompts, job.place)
+
+
+def _answers_to(prompts: Sequence[Prompt], written: list[Rollout]) -> list[Rollout]:
+    if [rollout.prompt.id for rollout in written] != [prompt.id for prompt in prompts]:
+        raise RuntimeError("expected the greedy responses of the draws that the step took")
+    return written
 
 
 def make_writer(

@@ -77,7 +77,7 @@ from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
 from rlhf.run.directory import LOOKED_UP
 from rlhf.types import AdapterWeights, Generator, Prompt, RowReader, Scorer, UserError
-from rollout import make_generator, resolve_backend
+from rollout import acting_in, make_generator, resolve_backend
 
 log = logging.getLogger(__name__)
 Sample = Callable[[], Rows]  # rows that the stage trains on
@@ -141,6 +141,9 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     seed_everything(cfg.run.seed)
     read = reader.read_prompts(cfg)
     tokenizer, prompts = read.tokenizer, read.train
+    acting = acting_in(cfg.environment, tokenizer)
+    for note in acting.check(prompts) if acting is not None else ():
+        log.warning(note)
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
     start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample, cfg.engine)
@@ -167,6 +170,9 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     )
     models = _models(policy_module, start, cfg)
     models.layout = agreed_layout(models, cfg.engine)
+    writing, turn = generator, cfg.rollout.max_response_length
+    if acting is not None:
+        writing = acting.around(generator, cfg.data.max_prompt_length, turn)
     return Parts(
         tokenizer=tokenizer,
         prompts=prompts,
@@ -177,7 +183,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
         passes=needs_old_logprobs(stage) or has_dropout(policy_module.model),
         scorer=scorer,
         holder=holder,
-        generator=generator,
+        generator=writing,
         sync=WeightSync(
             generator=generator,
             policy=models.policy,

@@ -57,7 +57,8 @@ def _show_training(cfg: Config, argv: Sequence[str]) -> None:
     rows = read_rows(cfg, tokenizer)
     if isinstance(cfg.stage, OnlineStage):
         stage, micro_tokens = cfg.stage_as(OnlineStage), cfg.engine.micro_tokens
-        longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+        response = cfg.environment.longest(cfg.rollout.max_response_length)
+        longest = cfg.data.max_prompt_length + response
         figures = online_arithmetic(stage, micro_tokens, longest, ranks, rows.count)
     else:
         batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine, ranks)

@@ -32,7 +32,7 @@ from rlhf.stages.evaluation.policies import (
     same_tokenizer,
 )
 from rlhf.types import Prompt, Scorer, UserError
-from rollout import lora_obstacle
+from rollout import acting_in, lora_obstacle
 
 LOG = logging.getLogger("rlhf.stages.eval")
 
@@ -44,14 +44,14 @@ def check(cfg: Config) -> list[str]:
     stage, data = cfg.stage, cfg.data
     assert isinstance(stage, EvalStage)
     notes = launch.check_backend(cfg.rollout.backend)
-    inputs.refuse_environment(cfg.environment)
     inputs.refuse_running_servers(cfg.rollout, stage.name)
     check_policies(stage, cfg.model)
     inputs.check_native([stage.before, stage.after], cfg.rollout.backend)
     if stage.before is not None and stage.after is not None:
         one_base(cfg.rollout, stage.before, stage.after)
-    capacity.check_cache(cfg.rollout, cfg.model, data.max_prompt_length)
+    capacity.check_cache(cfg.rollout, cfg.model, data.max_prompt_length, cfg.environment)
     inputs.check_template(data)
+    acting_in(cfg.environment, None)
     if given(data) is None and data.eval_path is None:
         raise UserError(
             "data.path and data.eval_path are not set: stage=eval needs a file of prompts."
@@ -94,6 +94,9 @@ def _run(ctx: RunContext) -> None:
     paths = _paths(stage)
     tokenizer = same_tokenizer(cfg.model, cfg.data.chat_template, *paths)
     prompts = _prompts(cfg, tokenizer)
+    acting = acting_in(cfg.environment, tokenizer)
+    for note in acting.check(prompts) if acting is not None else ():
+        LOG.warning(note)
     judges = make_judges(stage, tokenizer)
     scorer: Scorer | None = None  # without a reward there is no score among the figures
     if is_set(cfg.reward):

@@ -53,7 +53,7 @@ def check(cfg: Config) -> list[str]:
     if isinstance(stage, OnlineStage):
         if not cfg.run.dry_run:
             check_sleep(cfg.rollout, ahead=stage.ahead, cuda=torch.cuda.is_available())
-        capacity.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length)
+        capacity.check_cache(cfg.rollout, cfg.model, cfg.data.max_prompt_length, cfg.environment)
         scoring = scoring_models(cfg.reward, stage.watch)
     notes = capacity.start_note(stage, cfg.model, cfg.adapter)
     notes += capacity.memory_notes(cfg, scoring)

@@ -1,14 +1,15 @@
 """The step before every stage that loads models: what stages choose by a name in the configuration
 is made known. These are the ways to train beside a frozen model (policy/adapters/), their ways into
 vLLM's engine and vLLM's servers (rollout/), how models are parted while they are read
-(policy/engines/parts.py), the verifiers of answers (reward/verifiers/) and the scorer of episodes.
-The only importer of their files.
+(policy/engines/parts.py), the verifiers of answers (reward/verifiers/), the scorer of episodes and
+the environments that policies act in (rlhf/environments/). The only importer of their files.
 """
 
 from typing import Any
 
 import rollout
 from conf.choices import AdapterKind, Carrier, RolloutBackend, TermKind
+from conf.reward import EnvironmentConfig, EnvironmentKind
 from policy import adapters
 from policy.adapters import (
     adalora,
@@ -28,6 +29,8 @@ from reward.scorers.environment import EnvironmentScorer
 from reward.verifiers.evaluated import Code, Gym, MathAnswer
 from reward.verifiers.instructions import Instructions
 from reward.verifiers.text import Choice, Exact, Format, JsonSchema, Numeric, Regex
+from rlhf.environments import factory
+from rollout import episodes
 from rollout.embeds import EmbedsGenerator
 from rollout.modules import ModulesGenerator, check_places
 from rollout.server.checks import check_servers
@@ -71,3 +74,12 @@ def register() -> None:
     rollout.ENGINES[Carrier.embeds] = EmbedsGenerator
     rollout.APART[RolloutBackend.server] = ServerGenerator
     rollout.APART_CHECKS[RolloutBackend.server] = check_servers
+    for kind in EnvironmentKind:
+        if kind is not EnvironmentKind.none:
+            rollout.ENVIRONMENTS[kind] = _acting
+
+
+def _acting(environment: EnvironmentConfig, tokenizer: Any) -> episodes.Acting:
+    """How a policy acts in an environment of the configuration. Raises UserError."""
+    make = factory.make_factory(environment, tokenizer)
+    return episodes.Acting(tokenizer, environment, make, factory.tools_of(environment))

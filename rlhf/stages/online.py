@@ -28,7 +28,7 @@ from rlhf.online.loop import Loop
 from rlhf.online.setup import build
 from rlhf.run.context import RunContext
 from rlhf.types import RowReader, UserError
-from rollout import APART_CHECKS, PLACES
+from rollout import APART_CHECKS, PLACES, acting_in
 
 adapt_checkpoint = resharding.adapt  # before a resume
 
@@ -49,7 +49,6 @@ def check(cfg: Config) -> list[str]:
     warning. Raises UserError.
     """
     stage = cfg.stage_as(OnlineStage)
-    inputs.refuse_environment(cfg.environment)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
     check_extensions(cfg.engine, waits=stage.unfreeze.on)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
@@ -81,12 +80,14 @@ def check(cfg: Config) -> list[str]:
         launch.check_rank(cfg.rollout, cfg.adapter, *sent)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
+    acting_in(cfg.environment, tokenizer)
     notes += check_scores(stage, cfg.reward, tokenizer)
     notes += check_watch(stage, cfg.reward, tokenizer)
-    prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
-    check_buffer(stage.overlong_buffer, cfg.environment.most_written(response))
-    scoring = scoring_models(cfg.reward, stage.watch)
-    check_lengths(cfg.model, virtual_tokens(cfg.adapter), scoring, prompt, response)
+    turn = cfg.rollout.max_response_length
+    check_buffer(stage.overlong_buffer, cfg.environment.most_written(turn))
+    longest = (cfg.environment.longest(turn), cfg.environment.longest_option)
+    ahead, scoring = virtual_tokens(cfg.adapter), scoring_models(cfg.reward, stage.watch)
+    check_lengths(cfg.model, ahead, scoring, cfg.data.max_prompt_length, *longest)
     return notes
 
 
@@ -294,10 +295,12 @@ def check_lengths(
     scoring: Iterable[tuple[str, str | None]],
     prompt: int,
     response: int,
+    option: str,
 ) -> None:
     """A prompt and a response of so many tokens, behind `ahead` virtual ones, fit the positions of
-    every model that reads them. `scoring`: options and directories of the reward models.
+    every model that reads them. `scoring`: options and directories of the reward models; `option`:
+    that tells of the response.
     """
-    inputs.check_rope(model, prompt, response, ahead)
+    inputs.check_rope(model, prompt, response, ahead, option=option)
     readers = [inputs.model_positions(model, ahead), *inputs.directory_positions(scoring)]
-    inputs.check_sequence_length(prompt, response, readers)
+    inputs.check_sequence_length(prompt, response, readers, option=option)

@@ -73,9 +73,11 @@ def check(cfg: Config) -> list[str]:
             f"stage.host={stage.host} needs rollout.server.token_env, the name of an environment "
             "variable with a bearer token: other machines reach it there."
         )
-    prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
-    inputs.check_rope(cfg.model, prompt, response, 0)
-    inputs.check_sequence_length(prompt, response, [inputs.model_positions(cfg.model, 0)])
+    prompt, option = cfg.data.max_prompt_length, cfg.environment.longest_option
+    response = cfg.environment.longest(cfg.rollout.max_response_length)
+    inputs.check_rope(cfg.model, prompt, response, 0, option=option)
+    readers = [inputs.model_positions(cfg.model, 0)]
+    inputs.check_sequence_length(prompt, response, readers, option=option)
     return []
 
 
@@ -105,7 +107,8 @@ def run(ctx: RunContext) -> None:
         token = new_token()
         if variable is not None:
             token = bearer_token(variable, "rollout.server.token_env")
-        length = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+        response = cfg.environment.longest(cfg.rollout.max_response_length)
+        length = cfg.data.max_prompt_length + response
         recipe = _recipe(cfg.model, cfg.rollout, cfg.adapter, length, token)
         ctx.add_parent("policy", cfg.model.path)
         place = _Place(

@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class Server:
             trust_env=not is_loopback(host),  # no proxy can reach a loopback address
         )
         self._threads = ThreadPoolExecutor(at_once, f"rollout-{host}")
+        self.open = 0  # work that was submitted and is not done, of all threads
+        self._counting = threading.Lock()
         logging.getLogger("httpx").setLevel(logging.WARNING)  # or a line for each request
 
     def generate(self, requests: Sequence[Request]) -> list[Written]:
@@ -83,7 +86,12 @@ class Server:
 
     def submit(self, work: Callable[[], None]) -> None:
         """Have `work`, which sends a request, done beside others, `at_once` at a time."""
-        self._threads.submit(work)
+        self._count(1)
+        self._threads.submit(work).add_done_callback(lambda _: self._count(-1))
+
+    def _count(self, change: int) -> None:
+        with self._counting:
+            self.open += change
 
     def write(self, request: Request, *, limit_s: float | None = None) -> Written:
         """One response. Raises ServerFault."""

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +85,36 @@ class ServerGenerator:
         """`n` responses per prompt, side by side. `greedy`: the most likely token each time, with
         its logprob at temperature 1. Raises UserError where no server is left.
         """
-        check_prompts(prompts, room=self._max_tokens - self.sampling.max_response_length)
+        with self.session() as write:
+            return write(prompts, n=n, seed=seed, greedy=greedy)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Callable[..., list[Rollout]]]:
+        """What writes as `generate`, from any thread, until the session ends. Weights change
+        meanwhile with rollout.in_flight alone.
+        """
+        with self._in_turn():
+            yield self._write
+
+    def _write(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        greedy: bool = False,
+    ) -> list[Rollout]:
+        check_prompts(prompts, self.sampling, max_tokens=self._max_tokens)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
         ends = end_ids(self._tokenizer)
-        params = [
-            self.sampling.for_vllm(drawn, ends, greedy=greedy)
-            for drawn in response_seeds(seed, prompts, n)
-        ]
-        with self._in_turn():
-            version, model = self.version, self._current.chosen
-            requests = [
-                Request(prompt.token_ids, fields, prompt.id, model)
-                for prompt, fields in zip(owners, params, strict=True)
-            ]
-            written = self._pool.write(requests)
-        pairs = zip(owners, written, strict=True)
+        seeds = response_seeds(seed, prompts, n)
+        version, model = self.version, self._current.chosen
+        requests = []
+        for prompt, drawn in zip(owners, seeds, strict=True):
+            fields = self.sampling.for_vllm(drawn, ends, prompt, greedy=greedy)
+            requests.append(Request(prompt.token_ids, fields, prompt.id, model))
+        pairs = zip(owners, self._pool.write(requests), strict=True)
         return [self._rollout(prompt, response, version) for prompt, response in pairs]
 
     def _rollout(self, prompt: Prompt, written: Written, version: int) -> Rollout:

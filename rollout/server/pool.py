@@ -238,9 +238,10 @@ class _Round:
             servers = [m.server for m in self._pool.members if m.state is State.serving]
             if not servers:
                 servers = [member.server for member in self._pool.serving()]
-            loads = {server: len(self._open.get(server, ())) for server in servers}
-            chosen = min(servers, key=lambda server: loads[server])
-            if loads[chosen] >= chosen.at_once:
+            own = {server: len(self._open.get(server, ())) for server in servers}
+            # other threads may have rounds of their own
+            chosen = min(servers, key=lambda server: max(own[server], server.open))
+            if own[chosen] >= chosen.at_once:
                 return
             group = self._waiting.popleft()
             self._open.setdefault(chosen, set()).update(group)

@@ -108,7 +108,8 @@ class Service:
         if longest < needed:
             raise UserError(
                 f"rollout.servers={server.url}: it takes sequences of {longest} tokens, but "
-                f"data.max_prompt_length + rollout.max_response_length are {needed}. Lower them, "
+                f"data.max_prompt_length + rollout.max_response_length (of episodes "
+                f"environment.max_tokens) are {needed}. Lower them, "
                 "or start it with the same values (stage=serve_rollout)."
             )
 

@@ -256,7 +256,7 @@ def test_latents_that_vllm_has_no_code_for_on_a_cpu_are_refused(
     sizes = {"model_type": "deepseek_v3", "qk_rope_head_dim": 64}
     file.write_text(json.dumps(plain | sizes | {"kv_lora_rank": 32}), encoding="utf-8")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    asked = (latent.rollout, latent.model, 32)
+    asked = (latent.rollout, latent.model, 32, latent.environment)
     expected = r"kv_lora_rank=512 and qk_rope_head_dim=64 alone, .*deepseek_v3 has 32 and 64"
     with pytest.raises(UserError, match=expected):
         capacity.check_cache(*asked)

@@ -233,7 +233,7 @@ def test_what_fits_inside_needs_no_servers() -> None:
 
 def test_servers_take_as_few_devices_as_hold_the_model_and_divide_the_prompts() -> None:
     machine = Machine(16, True, 80.0, None, node_ranks=8)
-    cfg = made("grpo")
+    cfg, lengths = made("grpo"), (toys.PROMPT_LENGTH, toys.RESPONSE_LENGTH)
     for size, devices in ((8, [4, 8]), (16, [8, 8])):
         sizes = []
         of_size = replace(machine, ranks=size)
@@ -241,7 +241,7 @@ def test_servers_take_as_few_devices_as_hold_the_model_and_divide_the_prompts() 
             server = place.cfg.rollout.server
             if place.cfg.rollout.backend is not RolloutBackend.server:
                 continue
-            asked = asked_of(cfg.stage, cfg.rollout, cfg.adapter, toys.PROMPT_LENGTH, half=True)
+            asked = asked_of(cfg.stage, cfg.rollout, cfg.adapter, *lengths, half=True)
             assert not cfg.stage.prompts_per_step % place.machine.ranks
             part = part_of(BIG(), server.tensor_parallel)
             assert share_of(part, of_size, asked, server.count) < 1

@@ -267,7 +267,8 @@ def _by_servers(cfg: Settings, machine: Machine, count: int, parallel: int, shar
 def _asked(cfg: Settings, machine: Machine) -> Asked:
     half = machine.half(cfg.model.dtype)
     prompt = cfg.data.max_prompt_length
-    return asked_of(cfg.stage, cfg.rollout, cfg.adapter, prompt, half=half)
+    response = cfg.environment.longest(cfg.rollout.max_response_length)
+    return asked_of(cfg.stage, cfg.rollout, cfg.adapter, prompt, response, half=half)
 
 
 def eased(
@@ -305,7 +306,8 @@ def eased(
         cfg = replace(cfg, engine=replace(cfg.engine, gradient_checkpointing=True))
         yield cfg, tuple(changes)
     if isinstance(cfg.stage, OnlineStage):
-        longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+        response = cfg.environment.longest(cfg.rollout.max_response_length)
+        longest = cfg.data.max_prompt_length + response
         if shapes.rewards and cfg.reward.batch_tokens > max(_SCORED, longest):
             changes.append(f"reward.batch_tokens={max(_SCORED, longest)}")
             cfg = replace(cfg, reward=replace(cfg.reward, batch_tokens=max(_SCORED, longest)))

@@ -65,13 +65,19 @@ class Asked:
 
 
 def asked_of(
-    stage: OnlineStage, rollout: RolloutConfig, adapter: AdapterConfig, prompt: int, *, half: bool
+    stage: OnlineStage,
+    rollout: RolloutConfig,
+    adapter: AdapterConfig,
+    prompt: int,
+    response: int,
+    *,
+    half: bool,
 ) -> Asked:
-    """What the largest step of a stage asks for, its prompts of at most `prompt` tokens."""
+    """What the largest step of a stage asks for; `prompt`, `response`: most tokens of them."""
     return Asked(
         half=half,
         prompt=prompt,
-        response=rollout.max_response_length,
+        response=response,
         responses=stage.step_sizes()[-1] * stage.samples_per_prompt,
         at_once=rollout.max_num_seqs,
         whole=carrier_of(rollout, adapter) is Carrier.merged,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from conf.adapters import needs_whole
 from conf.choices import AdapterKind, Dtype, EngineKind
 from conf.model import AdamKernels
+from conf.reward import EnvironmentConfig
 from conf.run import LaunchConfig
 from conf.schema import (
     AdapterConfig,
@@ -48,6 +49,7 @@ class Settings(Protocol):
     adapter: AdapterConfig
     engine: EngineConfig
     rollout: RolloutConfig
+    environment: EnvironmentConfig
     reward: RewardConfig
     data: DataConfig
     launch: LaunchConfig

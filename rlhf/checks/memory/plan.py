@@ -97,7 +97,11 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     reference = (
         frozen_states(shape.parameters, shared, shape.largest_layer) if own_reference else None
     )
-    asked = asked_of(stage, cfg.rollout, cfg.adapter, cfg.data.max_prompt_length, half=setting.half)
+    lengths = (
+        cfg.data.max_prompt_length,
+        cfg.environment.longest(cfg.rollout.max_response_length),
+    )
+    asked = asked_of(stage, cfg.rollout, cfg.adapter, *lengths, half=setting.half)
     apart = cfg.launch.server_nodes > 0
     generator = generator_memory(cfg.rollout, shape, machine, asked, adapter, apart=apart)
     inside = cfg.rollout.backend in (RolloutBackend.auto, RolloutBackend.vllm)
@@ -193,7 +197,8 @@ def _dense_pack(shape: Shape, tokens: int) -> int:
 
 def _tokens(cfg: Settings, rows: int = 1) -> tuple[int, int]:
     """Tokens of a micro-batch, `rows` rows being the least of it; and of the longest row."""
-    longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+    response = cfg.environment.longest(cfg.rollout.max_response_length)
+    longest = cfg.data.max_prompt_length + response
     tokens = max(cfg.engine.micro_tokens, rows * longest)
     virtual = activations.virtual_tokens(cfg.adapter)
     return tokens + virtual * (tokens // longest), longest + virtual

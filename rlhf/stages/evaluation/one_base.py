@@ -245,7 +245,7 @@ class Swapped:
                     with _taken(names[state]):
                         generator.sync(weights_of(model, no_gather), version)
                 phase(f"generate {state}")
-                written[state] = generator.generate(prompts, **asked.drawing)
+                written[state] = asked.writing(generator).generate(prompts, **asked.drawing)
                 asked.prove(generator, model, written[state], version)
         finally:
             generator.close()

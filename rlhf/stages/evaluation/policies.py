@@ -29,7 +29,7 @@ from rlhf.models.loading import (
 from rlhf.online.sync import Calibration, Probe, Proof, gap_tolerance, sampled_probes
 from rlhf.process import distributed
 from rlhf.types import Generator, Prompt, Rollout, UserError
-from rollout import make_generator
+from rollout import acting_in, make_generator
 
 _PROBE_TOKENS = 16
 
@@ -71,6 +71,8 @@ class Asked:
     drawing: dict[str, Any]  # arguments of `Generator.generate`, the same for both
     # `rollout.make_generator` for this tokenizer
     make_generator: Callable[..., Generator]
+    # what writes with a generator: the same, or episodes around it
+    writing: Callable[[Generator], Generator]
 
     def prove(
         self, generator: Generator, model: Any, written: Sequence[Rollout], version: int
@@ -99,6 +101,12 @@ class Asked:
 def asked(cfg: Config, tokenizer: Any, before: str, after: str) -> Asked:
     """What ``stage=eval`` is asked of two paths."""
     stage: Any = cfg.stage
+    acting = acting_in(cfg.environment, tokenizer)
+    lengths = (cfg.data.max_prompt_length, cfg.rollout.max_response_length)
+
+    def writing(generator: Generator) -> Generator:
+        return generator if acting is None else acting.around(generator, *lengths)
+
     return Asked(
         cfg.model,
         cfg.rollout,
@@ -107,6 +115,7 @@ def asked(cfg: Config, tokenizer: Any, before: str, after: str) -> Asked:
         tokenizer,
         {"n": stage.samples_per_prompt, "seed": cfg.run.seed, "greedy": stage.greedy},
         functools.partial(make_generator, cfg, tokenizer=tokenizer),
+        writing,
     )
 
 
@@ -153,13 +162,14 @@ class Apart:
         generator = asked.make_generator(model_path=self._engine_path(), model_factory=self.before)
         try:
             phase("generate before")
-            old = generator.generate(prompts, **asked.drawing)
+            writing = asked.writing(generator)
+            old = writing.generate(prompts, **asked.drawing)
             phase("sync")
             model = self.after()
             generator.sync(full_weights(model), 1)
             asked.prove(generator, model, old, 1)
             phase("generate after")
-            return old, generator.generate(prompts, **asked.drawing)
+            return old, writing.generate(prompts, **asked.drawing)
         finally:
             generator.close()
 
@@ -178,7 +188,7 @@ class Apart:
             model_path=contents(path).weights, model_factory=load, native=True
         )
         try:
-            return generator.generate(prompts, **self._asked.drawing)
+            return self._asked.writing(generator).generate(prompts, **self._asked.drawing)
         finally:
             generator.close()
 

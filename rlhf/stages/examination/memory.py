@@ -107,10 +107,12 @@ def answer(cfg: Config) -> Answer | None:
     sizes = f"micro-batches of {chosen.engine.micro_tokens} tokens"
     if isinstance(chosen.stage, OfflineStage):
         sizes = f"stage.batch_size={chosen.stage.batch_size}"
-    lengths = f"{chosen.data.max_prompt_length} + {chosen.rollout.max_response_length}"
+    response = chosen.environment.longest(chosen.rollout.max_response_length)
+    option = chosen.environment.longest_option
+    lengths = f"{chosen.data.max_prompt_length} + {response}"
     notes += [
         *machine.notes,
-        f"rows of {lengths} tokens (data.max_prompt_length + rollout.max_response_length), {sizes}",
+        f"rows of {lengths} tokens (data.max_prompt_length + {option}), {sizes}",
     ]
     notes += best.plan.notes if best is not None else ()
     return Answer(best is not None, lines, renderables, notes)

@@ -1,0 +1,170 @@
+"""How the turns of an episode are joined: what stands between two turns that a policy wrote.
+
+What the policy wrote is never tokenised again, since other tokens may say the same text. Behind its
+end token comes what the chat template writes there: the environment's messages, and the beginning
+of the next answer. A text without a template is continued by the environment's text alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.models.encoding import answer_ids, is_chat, prompt_ids, render
+from rlhf.models.templates import TemplateRefusal
+from rlhf.models.turns import (
+    check_rows,
+    closing_id,
+    habits,
+    ids_of,
+    plain_ids,
+    prompt_text,
+    text_of,
+)
+from rlhf.types import Message, Observation, Prompt, Tools, UserError
+
+_MARK = "Zanzibar"  # an answer that no template writes by itself
+# of the check: two answers, what an environment says between them, and an answer with reasoning
+_FIRST, _SECOND = "It is so: twelve, of course.", '"Yes", she said.'
+_BETWEEN = "Seven, said the sailor."
+_REASONED = "<think>\nTwelve is even.\n</think>\n\nIt is so."
+
+
+@dataclass(frozen=True, slots=True)
+class Joiner:
+    """Joins turns under a tokenizer's template, which shows these functions to be called."""
+
+    tokenizer: Any
+    tools: Tools | None = None
+
+    def opened(self, prompt: Prompt, observation: Observation) -> Prompt:
+        """The first prompt of an episode: a row's own, and what the environment begins with ("" or
+        no messages where that is nothing). Raises ValueError and UserError for what can't be
+        rendered.
+        """
+        if not observation and self.tools == prompt.tools:
+            return prompt
+        source: Any = prompt.text
+        if prompt.source is not None:
+            source = prompt.source
+        if is_chat(source):
+            source = [*source, *messages_of(observation)]
+        else:
+            source = source + _text_alone(observation)
+        ids = prompt_ids(self.tokenizer, source, self.tools)
+        return Prompt(
+            prompt.id,
+            text_of(self.tokenizer, ids),
+            tuple(ids),
+            source,
+            prompt.fields,
+            self.tools,
+            prompt.limit,
+        )
+
+    def observation_ids(self, source: object, observation: Observation) -> list[int]:
+        """The tokens from behind the end token of a policy's turn to where it writes the next one.
+        `source`: of the episode's prompt, a text or messages. Raises UserError for messages that
+        the template can't render there, and for tokens that the model has no row for.
+        """
+        try:
+            if not isinstance(source, list):
+                return plain_ids(self.tokenizer, _text_alone(observation))
+            return self._between(source, messages_of(observation))
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _between(self, source: list[Message], observation: Sequence[Message]) -> list[int]:
+        unread = habits(self.tokenizer).unread
+        for message in observation:
+            if message["role"] in unread:
+                raise UserError(
+                    f"the environment answers in the role {message['role']}, which the chat "
+                    f"template of {self._name()} never reads. Set data.chat_template to one that "
+                    "does."
+                )
+        end = self.tokenizer.convert_ids_to_tokens(closing_id(self.tokenizer, chat=True))
+        mark = _MARK
+        while mark in f"{source}{observation}{self.tools}":
+            mark += "a"
+        answer: Message = {"role": "assistant", "content": mark}
+        text = prompt_text(self.tokenizer, [*source, answer, *observation], self.tools)
+        _, found, behind = text.partition(mark)
+        blanks, closed, rest = behind.partition(end)
+        if not found or not closed or blanks.strip():
+            raise UserError(
+                f"the chat template of {self._name()} does not end an answer with {end!r} where "
+                f"an environment's message follows: it goes on with {behind[:40]!r}. Set "
+                "data.chat_template to one that does."
+            )
+        # With the end token in front, some of which take the blanks behind them.
+        ids = ids_of(self.tokenizer, [end + rest])[0]
+        check_rows(self.tokenizer, ids)
+        return ids[1:]
+
+    def _name(self) -> str:
+        return str(getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__)
+
+    # ---- the check at the start ----
+
+    def check(self, source: object) -> list[str]:
+        """Joined turns behind the prompt `source` are what the template and the tokenizer make of
+        the whole conversation. Returns notes worth a warning. Raises UserError naming what differs.
+        """
+        if not isinstance(source, list):
+            return []  # nothing is rendered
+        difference = self._difference(source, _FIRST)
+        if difference is not None:
+            raise UserError(
+                f"environment: turns can't be joined under the chat template of {self._name()}: "
+                f"{difference}. Set data.chat_template to one that leaves earlier turns as they "
+                "are, such as chatml or hermes."
+            )
+        if self._difference(source, _REASONED) is None:
+            return []
+        return [
+            f"the chat template of {self._name()} renders earlier answers without their reasoning. "
+            "In an episode the policy goes on from all that it wrote."
+        ]
+
+    def _difference(self, source: list[Message], first: str) -> str | None:
+        """How joined turns differ from the rendered conversation; None where they don't."""
+        role = "tool" if self.tools else "user"
+        observed: list[Message] = [{"role": role, "content": _BETWEEN}]
+        answer: Message = {"role": "assistant", "content": first}
+        last: Message = {"role": "assistant", "content": _SECOND}
+        whole = [*source, answer, *observed, last]
+        try:
+            joined = [
+                *prompt_ids(self.tokenizer, source, self.tools),
+                *answer_ids(self.tokenizer, source, answer, self.tools),
+                *self._between(source, observed),
+                *answer_ids(self.tokenizer, whole[:-1], last, self.tools),
+            ]
+            rendered = render(self.tokenizer, whole, generation_prompt=False, tools=self.tools)
+        except (TemplateRefusal, ValueError) as error:
+            return str(error)
+        if rendered[: len(joined)] == joined:
+            return None
+        pairs = zip(rendered, joined, strict=False)
+        same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(rendered))
+        shown = [text_of(self.tokenizer, ids[same : same + 8]) for ids in (joined, rendered)]
+        return f"joined they go on with {shown[0]!r}, rendered as a whole with {shown[1]!r}"
+
+
+def messages_of(observation: Observation) -> list[Message]:
+    """An observation as messages: a text is the user's."""
+    if not isinstance(observation, str):
+        return list(observation)
+    return [{"role": "user", "content": observation}] if observation else []
+
+
+def _text_alone(observation: Observation) -> str:
+    """What a prompt that is a text is continued with. Raises UserError for messages."""
+    if isinstance(observation, str):
+        return observation
+    raise UserError(
+        "the environment answers with messages, but the row's prompt is a text, which no chat "
+        "template renders. Give prompts as messages, or environments that answer with texts."
+    )

@@ -1,0 +1,105 @@
+"""Runs whose policy acts in an environment: stage=grpo, stage=ppo and stage=eval."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.cli import config
+from rlhf.run.context import RunContext
+from rlhf.stages import online as online_stage
+from rlhf.stages import rows as stage_rows
+from rlhf.types import UserError
+from tests import toys
+from tests.acting import Counting
+from tests.online.test_online import TINY, metrics
+
+ACTS = [
+    *TINY,
+    "model.tiny.max_positions=128",
+    "tracking=none",
+    "environment=python",
+    "environment.path=tests.acting:EvenTokens",
+    "environment.max_tokens=64",
+    "rollout.max_response_length=12",
+    "reward=environment",
+    "data.chat_template=plain",
+]
+
+
+def compose(folder: Path, stage: str, *overrides: str) -> Any:
+    rows = [{"prompt": [{"role": "user", "content": f"say {word}"}], "turns": 2} for word in "abcd"]
+    place = toys.write_jsonl(folder / "prompts.jsonl", rows)
+    base = [f"stage={stage}", *ACTS, f"run.dir={folder}", f"data.path={place}"]
+    return config.compose([*base, *overrides])
+
+
+def run(folder: Path, stage: str, *overrides: str) -> Path:
+    cfg = compose(folder, stage, "stage.prompts_per_step=4", *overrides)
+    online_stage.check(cfg)
+    online_stage.run(RunContext.open(cfg, ()), stage_rows)
+    return folder / cfg.run.name / stage
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_a_policy_learns_from_turns(stage: str, tmp_path: Path) -> None:
+    changes = ["rollout=hf", "stage.steps=3", "stage.samples_kept=4"]
+    changes += ["stage.critic_init=policy"] if stage == "ppo" else ["stage.samples_per_prompt=4"]
+    folder = run(tmp_path, stage, *changes)
+    for row in metrics(folder):
+        assert row["rollout/logprob_gap"] < 1e-4
+        assert 0 <= row["objective/scores"] <= 2
+        assert "environment/success" in row
+    written = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert any(len(json.loads(line)["turns"]) > 1 for line in written)
+
+
+@pytest.mark.vllm
+@pytest.mark.full
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_with_vllm_and_ahead(ahead: int, tmp_path: Path) -> None:
+    changes = ["rollout=vllm", "rollout.kv_cache_gib=0.1", "stage.steps=3", f"stage.ahead={ahead}"]
+    for row in metrics(run(tmp_path, "grpo", *changes, "stage.samples_per_prompt=4")):
+        assert row["rollout/logprob_gap"] < 1e-4
+
+
+def test_the_same_run_twice(tmp_path: Path) -> None:
+    rows = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        changes = ["rollout=hf", "stage.steps=2", "stage.samples_per_prompt=2"]
+        found = metrics(run(tmp_path / name, "grpo", *changes))
+        rows.append([(row["objective/scores"], row["loss/policy"]) for row in found])
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["environment.path=tests.acting:Missing"], r"environment\.path.*Missing"),
+        (["environment.max_tokens=100"], r"environment\.max_tokens=100.*128"),
+        (["environment.path=null"], r"environment\.path"),
+    ],
+)
+def test_what_is_refused_before_weights_load(
+    changes: list[str], named: str, tmp_path: Path
+) -> None:
+    cfg = compose(tmp_path, "grpo", "rollout=hf", "stage.steps=1", *changes)
+    with pytest.raises(UserError, match=named):
+        online_stage.check(cfg)
+
+
+def test_a_template_that_cannot_be_joined_is_refused(tmp_path: Path) -> None:
+    template = tmp_path / "first.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}"
+        "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        encoding="utf-8",
+    )
+    cfg = compose(tmp_path, "grpo", "rollout=hf", "stage.steps=1", "stage.prompts_per_step=4")
+    cfg.data.chat_template = str(template)
+    Counting.made.clear()
+    with pytest.raises(UserError, match=r"data\.chat_template"):
+        online_stage.run(RunContext.open(cfg, ()), stage_rows)
+    assert not Counting.made
