@@ -247,7 +247,10 @@ class AdapterWeights:
 class Generator(Protocol):
     """Writes responses. Both backends start from a model directory and are updated by `sync`."""
 
-    version: int
+    @property
+    def version(self) -> int:
+        """Of the weights that write."""
+        ...
 
     def generate(
         self,
