@@ -5,12 +5,12 @@ installed.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Protocol
+from typing import Any
 
 from conf.adapters import virtual_tokens
 from conf.choices import Carrier, LoraSync, RolloutBackend
 from conf.reward import EnvironmentConfig, EnvironmentKind
-from conf.schema import AdapterConfig, Config, generator_of
+from conf.schema import AdapterConfig, Config, DataConfig, RolloutConfig, generator_of
 from rlhf.types import AdapterWeights, Generator, Prompt, UserError
 
 # Ways of adapters into vLLM's engine that are neither whole weights nor a LoRA: what makes a
@@ -27,20 +27,17 @@ APART: dict[RolloutBackend, Callable[..., Generator]] = {}
 APART_CHECKS: dict[RolloutBackend, Callable[..., None]] = {}
 
 
-class Acting(Protocol):
-    """Lets a policy act in an environment."""
+class Acting:
+    """Lets a policy act in an environment; this one where there is none."""
 
-    def check(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Turns can be joined behind these prompts. Returns notes worth a warning. Raises
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Turns can be joined behind these prompts. Logs what is worth a warning. Raises
         UserError.
         """
-        ...
 
-    def around(self, generator: Generator, max_prompt: int, max_turn: int) -> Generator:
-        """A generator of episodes, whose turns `generator` writes: prompts and turns of at most so
-        many tokens.
-        """
-        ...
+    def around(self, generator: Generator, data: DataConfig, rollout: RolloutConfig) -> Generator:
+        """What writes responses to `data`: `generator`, or episodes whose turns it writes."""
+        return generator
 
 
 # Environments, by kind, of the options and the policy's tokenizer (None where it can't be known
@@ -48,10 +45,10 @@ class Acting(Protocol):
 ENVIRONMENTS: dict[EnvironmentKind, Callable[[EnvironmentConfig, Any], Acting]] = {}
 
 
-def acting_in(environment: EnvironmentConfig, tokenizer: Any) -> Acting | None:
-    """What lets a policy act in the environment; None where there is none. Raises UserError."""
+def acting_in(environment: EnvironmentConfig, tokenizer: Any) -> Acting:
+    """What lets a policy act in the environment. Raises UserError."""
     if environment.kind is EnvironmentKind.none:
-        return None
+        return Acting()
     return ENVIRONMENTS[environment.kind](environment, tokenizer)
 
 
@@ -87,13 +84,11 @@ def make_generator(
     from rlhf.process import distributed
 
     backend = RolloutBackend.hf if native else resolve_backend(cfg.rollout.backend)
-    prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
-    response = cfg.environment.longest(response)
-    max_tokens = prompt + response
+    response = cfg.environment.longest(cfg.rollout.max_response_length)
+    lengths = (cfg.data.max_prompt_length, response)
     model_config = _read_config(model_path, trust_remote_code=cfg.model.trust_remote_code)
     ahead = virtual_tokens(cfg.adapter)
-    lengths = (prompt, response, cfg.environment.longest_option)
-    _check_positions(model_config, model_path, lengths, ahead)
+    _check_positions(model_config, model_path, lengths, cfg.environment, ahead)
     if backend is RolloutBackend.hf:
         from rollout.hf import HFGenerator
         from rollout.sampling import Sampling
@@ -102,14 +97,14 @@ def make_generator(
             model_factory,
             tokenizer,
             Sampling.from_config(cfg.rollout),
-            max_tokens=max_tokens,
+            max_tokens=sum(lengths),
             max_num_seqs=cfg.rollout.max_num_seqs,
             device=distributed.device(),
         )
     names = _hub_names(model_config, cfg.model.trust_remote_code)
     _check_carrier(cfg.adapter, carrier, model_config.model_type if names.joins else None)
     options: dict[str, Any] = {
-        "max_tokens": max_tokens,
+        "max_tokens": sum(lengths),
         "names": names,
         "dtype": resolve_dtype(cfg.model.dtype),
         "trust_remote_code": cfg.model.trust_remote_code,
@@ -172,17 +167,21 @@ def _read_config(model_path: str, *, trust_remote_code: bool) -> Any:
 
 
 def _check_positions(
-    config: Any, model_path: str, lengths: tuple[int, int, str], ahead: int = 0
+    config: Any,
+    model_path: str,
+    lengths: tuple[int, int],
+    environment: EnvironmentConfig,
+    ahead: int = 0,
 ) -> None:
-    """A prompt and a response of so many tokens (and the option that says so) fit into the model's
-    positions behind `ahead` virtual ones. Raises UserError where they don't.
+    """A prompt and a response of so many tokens fit into the model's positions behind `ahead`
+    virtual ones. Raises UserError where they don't.
     """
-    prompt, response, option = lengths
+    prompt, response = lengths
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and prompt + response > positions - ahead:
         left = positions - ahead
         raise UserError(
-            f"data.max_prompt_length={prompt} + {option}={response} = "
+            f"data.max_prompt_length={prompt} + {environment.longest_option}={response} = "
             f"{prompt + response} tokens, but the model in {model_path} has {left} positions for "
             f"them: lower one of them to add up to at most {left}."
         )

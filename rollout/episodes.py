@@ -7,6 +7,7 @@ several threads at once, as servers do, each episode goes on by itself.
 
 import contextlib
 import functools
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from conf.reward import EnvironmentConfig
+from conf.schema import DataConfig, RolloutConfig
 from rlhf.models.joining import Joiner
 from rlhf.types import (
     AdapterWeights,
@@ -26,10 +28,12 @@ from rlhf.types import (
     Rollout,
     Tools,
 )
+from rollout import Acting
 from rollout.answers import LOOK_S, Answered, GivenUp, SideBySide, Waiter, tell_progress
 from rollout.episode import Episode, seed_of
 from rollout.sampling import fresh_seed
 
+LOG = logging.getLogger("rollout.episodes")
 Write = Callable[..., list[Rollout]]  # as Generator.generate
 _Result = TypeVar("_Result")
 
@@ -227,30 +231,29 @@ def _wait(futures: Sequence[Future[None]], progress: Callable[[], int]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Acting:
-    """What a configuration's environment gives to checks and generators: `rollout.Acting`."""
+class InEnvironment(Acting):
+    """Lets a policy act in a configuration's environment."""
 
     tokenizer: Any  # None where it can't be known yet
     limits: EnvironmentConfig
     make: Callable[[], Environment]
     tools: Tools | None
 
-    def check(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Turns can be joined behind these prompts. Returns notes worth a warning. Raises
-        UserError.
-        """
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """As `Acting.check`."""
         first = prompts[0]
         tools = self.tools if first.tools is None else first.tools
-        return Joiner(self.tokenizer, tools).check(first.source)
+        for note in Joiner(self.tokenizer, tools).check(first.source):
+            LOG.warning(note)
 
-    def around(self, generator: Generator, max_prompt: int, max_turn: int) -> Generator:
-        """A generator of episodes, whose turns `generator` writes."""
+    def around(self, generator: Generator, data: DataConfig, rollout: RolloutConfig) -> Generator:
+        """As `Acting.around`."""
         return EpisodeGenerator(
             generator,
             self.tokenizer,
             self.limits,
             self.make,
             tools=self.tools,
-            max_prompt=max_prompt,
-            max_turn=max_turn,
+            max_prompt=data.max_prompt_length,
+            max_turn=rollout.max_response_length,
         )

@@ -142,8 +142,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     read = reader.read_prompts(cfg)
     tokenizer, prompts = read.tokenizer, read.train
     acting = acting_in(cfg.environment, tokenizer)
-    for note in acting.check(prompts) if acting is not None else ():
-        log.warning(note)
+    acting.check(prompts)
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
     start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample, cfg.engine)
@@ -156,23 +155,17 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     weights_of = named(sender(cfg.adapter, carrier, vllm=vllm), cfg.adapter.name)
     policy_module = _policy_module(start, cfg)
     first = weights_of(policy_module.model, no_gather)
-    rank = None
-    if vllm and carrier is Carrier.lora:
-        rank = lora_rank(first)
     generator = make_generator(
         cfg,
         model_path=start.path,
         tokenizer=tokenizer,
         model_factory=lambda: _generator_model(start, cfg.adapter, carrier),
         carrier=carrier,
-        adapter_rank=rank,
+        adapter_rank=lora_rank(first) if vllm and carrier is Carrier.lora else None,
         adapter=first if isinstance(first, AdapterWeights) else None,
     )
     models = _models(policy_module, start, cfg)
     models.layout = agreed_layout(models, cfg.engine)
-    writing, turn = generator, cfg.rollout.max_response_length
-    if acting is not None:
-        writing = acting.around(generator, cfg.data.max_prompt_length, turn)
     return Parts(
         tokenizer=tokenizer,
         prompts=prompts,
@@ -183,7 +176,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
         passes=needs_old_logprobs(stage) or has_dropout(policy_module.model),
         scorer=scorer,
         holder=holder,
-        generator=writing,
+        generator=acting.around(generator, cfg.data, cfg.rollout),
         sync=WeightSync(
             generator=generator,
             policy=models.policy,

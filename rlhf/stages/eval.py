@@ -94,9 +94,7 @@ def _run(ctx: RunContext) -> None:
     paths = _paths(stage)
     tokenizer = same_tokenizer(cfg.model, cfg.data.chat_template, *paths)
     prompts = _prompts(cfg, tokenizer)
-    acting = acting_in(cfg.environment, tokenizer)
-    for note in acting.check(prompts) if acting is not None else ():
-        LOG.warning(note)
+    acting_in(cfg.environment, tokenizer).check(prompts)
     judges = make_judges(stage, tokenizer)
     scorer: Scorer | None = None  # without a reward there is no score among the figures
     if is_set(cfg.reward):

@@ -79,7 +79,7 @@ def register() -> None:
             rollout.ENVIRONMENTS[kind] = _acting
 
 
-def _acting(environment: EnvironmentConfig, tokenizer: Any) -> episodes.Acting:
+def _acting(environment: EnvironmentConfig, tokenizer: Any) -> rollout.Acting:
     """How a policy acts in an environment of the configuration. Raises UserError."""
     make = factory.make_factory(environment, tokenizer)
-    return episodes.Acting(tokenizer, environment, make, factory.tools_of(environment))
+    return episodes.InEnvironment(tokenizer, environment, make, factory.tools_of(environment))

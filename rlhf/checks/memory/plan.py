@@ -97,11 +97,7 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     reference = (
         frozen_states(shape.parameters, shared, shape.largest_layer) if own_reference else None
     )
-    lengths = (
-        cfg.data.max_prompt_length,
-        cfg.environment.longest(cfg.rollout.max_response_length),
-    )
-    asked = asked_of(stage, cfg.rollout, cfg.adapter, *lengths, half=setting.half)
+    asked = asked_of(stage, cfg.rollout, cfg.adapter, *_lengths(cfg), half=setting.half)
     apart = cfg.launch.server_nodes > 0
     generator = generator_memory(cfg.rollout, shape, machine, asked, adapter, apart=apart)
     inside = cfg.rollout.backend in (RolloutBackend.auto, RolloutBackend.vllm)
@@ -195,10 +191,14 @@ def _dense_pack(shape: Shape, tokens: int) -> int:
     return tokens if shape.eager else min(tokens, activations.LONGEST_DENSE)
 
 
+def _lengths(cfg: Settings) -> tuple[int, int]:
+    """Most tokens of a prompt, and of its response."""
+    return cfg.data.max_prompt_length, cfg.environment.longest(cfg.rollout.max_response_length)
+
+
 def _tokens(cfg: Settings, rows: int = 1) -> tuple[int, int]:
     """Tokens of a micro-batch, `rows` rows being the least of it; and of the longest row."""
-    response = cfg.environment.longest(cfg.rollout.max_response_length)
-    longest = cfg.data.max_prompt_length + response
+    longest = sum(_lengths(cfg))
     tokens = max(cfg.engine.micro_tokens, rows * longest)
     virtual = activations.virtual_tokens(cfg.adapter)
     return tokens + virtual * (tokens // longest), longest + virtual

@@ -102,11 +102,6 @@ def asked(cfg: Config, tokenizer: Any, before: str, after: str) -> Asked:
     """What ``stage=eval`` is asked of two paths."""
     stage: Any = cfg.stage
     acting = acting_in(cfg.environment, tokenizer)
-    lengths = (cfg.data.max_prompt_length, cfg.rollout.max_response_length)
-
-    def writing(generator: Generator) -> Generator:
-        return generator if acting is None else acting.around(generator, *lengths)
-
     return Asked(
         cfg.model,
         cfg.rollout,
@@ -115,7 +110,7 @@ def asked(cfg: Config, tokenizer: Any, before: str, after: str) -> Asked:
         tokenizer,
         {"n": stage.samples_per_prompt, "seed": cfg.run.seed, "greedy": stage.greedy},
         functools.partial(make_generator, cfg, tokenizer=tokenizer),
-        writing,
+        functools.partial(acting.around, data=cfg.data, rollout=cfg.rollout),
     )
 
 
