@@ -84,16 +84,24 @@ def limit(resource_id: int, soft: int, hard: int | None = None) -> None:
     resource.setrlimit(resource_id, (soft, hard))
 
 
-def close_files(keep: int) -> None:
+def close_files(keep: int, out: int | None = None) -> None:
     """Keep no file of the supervisor's but the pipe `keep`: standard input is empty, output goes
-    into a file of the box, where the limit on files holds.
+    into the open file `out`, else into a file of the box, where the limit on files holds.
     """
     null = os.open("/dev/null", os.O_RDONLY)
-    out = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    if out is None:
+        out = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for target, source in ((0, null), (1, out), (2, out)):
         os.dup2(source, target)
     os.closerange(3, keep)
     os.closerange(keep + 1, 4096)
+
+
+def forget_modules() -> None:
+    """Leave nothing of ours, and no way to foreign functions, among the loaded modules."""
+    for name in list(sys.modules):
+        if name in ("ctypes", "_ctypes") or name.split(".")[0] == "reward":
+            del sys.modules[name]
 
 
 def run_one(code: str, test: str, box: str, token: bytes, pipe: int) -> NoReturn:
@@ -105,9 +113,7 @@ def run_one(code: str, test: str, box: str, token: bytes, pipe: int) -> NoReturn
     try:
         module = types.ModuleType("solution")
         sys.modules["solution"] = module
-        for name in list(sys.modules):
-            if name in ("ctypes", "_ctypes") or name.split(".")[0] == "reward":
-                del sys.modules[name]
+        forget_modules()
         sys.addaudithook(make_hook(box))
         run(build(code, "response", "exec"), module.__dict__)
         run(build(test, "test", "exec"), module.__dict__)
@@ -188,11 +194,46 @@ def start_runner(
             become(job, uid, gid)
             close_files(writer)
         except BaseException as error:  # noqa: BLE001 - a fault of the machine, not of the response
-            os.write(writer, b"!" + str(error).encode()[:DETAIL])
+            os.write(writer, token + b"!" + str(error).encode()[:DETAIL])
             os._exit(1)
         run_one(job["code"], test, box, token, writer)
     os.close(writer)
     return pid, reader
+
+
+def await_report(pid: int, reader: int, deadline: float) -> tuple[bytes, int | None, bool]:
+    """Wait until a runner reports or ends: its report, its exit status (None where it has not
+    ended), and whether the time was over before.
+    """
+    handle = os.pidfd_open(pid)
+    report, waiting = b"", [reader, handle]
+    try:
+        while not report:
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select(waiting, [], [], left)
+            if not ready:
+                return b"", None, True
+            if reader in ready:
+                report = os.read(reader, 4096)
+                waiting = [handle]  # where it closed the pipe, only its end tells more
+            elif handle in ready:
+                break
+        done, status = os.waitpid(pid, os.WNOHANG if report else 0)
+    finally:
+        os.close(handle)
+    return report, status if done else None, False
+
+
+def report_of(report: bytes, token: bytes) -> list[str] | None:
+    """[status, detail] of a runner's report; None where the response forged it, or there is none.
+    Raises RuntimeError where the runner could not be set up.
+    """
+    word, detail = report[len(token) :][:1], report[len(token) + 1 :].decode(errors="replace")
+    if not report.startswith(token):
+        return None
+    if word == b"!":
+        raise RuntimeError(f"a runner could not be set up: {detail}")
+    return ["passed", ""] if word == b"P" else ["failed", detail]
 
 
 def judge(
@@ -203,26 +244,13 @@ def judge(
     """
     token = secrets.token_hex(16).encode()
     pid, reader = start_runner(job, test, box, uid, gid, token)
-    handle = os.pidfd_open(pid)
-    ready, _, _ = select.select([reader, handle], [], [], max(0.0, deadline - time.monotonic()))
-    report = b""
-    if reader in select.select([reader], [], [], 0)[0]:
-        report = os.read(reader, 4096)
-    exit_status = None
-    if ready:
-        # It reported or ended. Without a report its exit status says why it ended.
-        done, status = os.waitpid(pid, os.WNOHANG if report else 0)
-        exit_status = status if done else None
+    report, exit_status, late = await_report(pid, reader, deadline)
     kill_all(uid, alone)
     os.close(reader)
-    os.close(handle)
-    if report.startswith(b"!"):
-        raise RuntimeError(f"a runner could not be set up: {report[1:].decode(errors='replace')}")
-    if report == token + b"P":
-        return ["passed", ""]
-    if report.startswith(token + b"F"):
-        return ["failed", report[len(token) + 1 :].decode(errors="replace")]
-    if not ready:
+    told = report_of(report, token)
+    if told is not None:
+        return told
+    if late:
         return ["timeout", f"no end after {job['wall_s']} s"]
     return without_report(exit_status, job["cpu_s"])
 

@@ -52,11 +52,12 @@ OTHER = {
 }
 
 
-def make_hook(box: str) -> Callable[[str, tuple], None]:
+def make_hook(box: str, files: str | None = None) -> Callable[[str, tuple], None]:
     """The audit hook (PEP 578) of a process that may write in the directory `box` only.
 
     It refuses sockets, other processes, foreign functions, and files outside `box` except for
-    reading those of the interpreter. What it refuses raises PermissionError.
+    reading those of the interpreter and of the directory `files`. What it refuses raises
+    PermissionError.
     """
     # The response can't replace these functions: the hook holds its own references.
     realpath, fspath, fsdecode, join = os.path.realpath, os.fspath, os.fsdecode, os.path.join
@@ -69,6 +70,8 @@ def make_hook(box: str) -> Callable[[str, tuple], None]:
         "/lib",
         *sys.path,
     }
+    if files is not None:
+        libraries.add(files)
     readable = tuple(join(realpath(path), "") for path in libraries)
     single = ("/dev/null", "/dev/urandom", "/dev/zero", realpath("/etc/localtime"))
     home, home_itself = join(realpath(box), ""), realpath(box)

@@ -22,6 +22,8 @@ SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, -1)
 SYS_CAPSET = {"x86_64": 126, "aarch64": 91}.get(os.uname().machine, -1)
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE = 1, 38, 36, 4
 
+_BOX_FILES = 4096  # files and directories in a box: empty ones take memory too
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -118,25 +120,46 @@ def _show(path: str, box: str) -> None:
         protect(inside, recursive=True)
 
 
-def own_root(box: str, uid: int, gid: int, size_mb: int) -> None:
-    """Make `box` the root directory: the interpreter's files (read-only), three devices and an
-    empty /box of `size_mb` MiB that belongs to `uid` and `gid`. Nothing else of the machine's file
-    system can be reached any more.
+def empty_box(path: str, uid: int, gid: int, size_mb: int) -> None:
+    """Mount an empty directory in memory at `path`, of `size_mb` MiB and few files, that belongs to
+    `uid` and `gid`.
+    """
+    options = f"size={size_mb}m,nr_inodes={_BOX_FILES},mode=0700,uid={uid},gid={gid}"
+    mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, options)
+
+
+def clear_box(uid: int, gid: int, size_mb: int) -> None:
+    """Put an empty /box in the place of the old one, whose processes have ended."""
+    os.chdir("/")
+    call("umount2", _bytes("/box"), MNT_DETACH)
+    empty_box("/box", uid, gid, size_mb)
+    os.chdir("/box")
+
+
+def own_ipc() -> None:
+    """Move into a namespace of shared memory and queues of its own, which ends with its last
+    process.
+    """
+    call("unshare", CLONE_NEWIPC)
+
+
+def own_root(box: str, uid: int, gid: int, size_mb: int, files: str | None = None) -> None:
+    """Make `box` the root directory: the interpreter's files (read-only), three devices, the
+    directory `files` as /files (read-only), and an empty /box of `size_mb` MiB that belongs to
+    `uid` and `gid`. Nothing else of the machine's file system can be reached any more.
     """
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", box, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=0755")
     for path in _shown_paths():
         _show(path, box)
+    if files is not None:
+        os.makedirs(f"{box}/files")
+        mount(files, f"{box}/files", None, MS_BIND)
+        protect(f"{box}/files", recursive=True)
     os.makedirs(f"{box}/box")
     os.makedirs(f"{box}/old")
     os.symlink("/box", f"{box}/tmp")
-    mount(
-        "tmpfs",
-        f"{box}/box",
-        "tmpfs",
-        MS_NOSUID | MS_NODEV,
-        f"size={size_mb}m,mode=0700,uid={uid},gid={gid}",
-    )
+    empty_box(f"{box}/box", uid, gid, size_mb)
     os.chdir(box)
     call("syscall", SYS_PIVOT_ROOT, _bytes("."), _bytes("old"))
     os.chdir("/")

@@ -55,7 +55,7 @@ _CHILD = Path(__file__).with_name("child.py")
 # beyond the response's own time: starting Python and killing what it left, on a machine under load
 _MARGIN_S = 60.0
 # far from any account; two runs at once get the same user id with a probability of 2e-9
-_FIRST_UID, _UIDS = 0x40000000, 0x20000000
+FIRST_UID, UIDS = 0x40000000, 0x20000000
 
 
 class SandboxError(RuntimeError):
@@ -80,6 +80,18 @@ class Limits:
         """
         return 4 * self.time_s
 
+    def as_job(self) -> dict[str, object]:
+        """What the processes in the sandbox are told of the limits."""
+        return {
+            "cpu_s": self.time_s,
+            "wall_s": self.wall_s,
+            "memory_mb": self.memory_mb,
+            "processes": self.processes,
+            "file_mb": self.file_mb,
+            "box_mb": self.box_mb,
+            "open_files": self.open_files,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -103,19 +115,12 @@ def run_tests(
     be set up or doesn't answer.
     """
     box = tempfile.mkdtemp(prefix="rlhf-sandbox-")
-    job = {
+    job = limits.as_job() | {
         "code": code,
         "tests": list(tests),
         "box": box,
-        "uid": _FIRST_UID + secrets.randbelow(_UIDS),
+        "uid": FIRST_UID + secrets.randbelow(UIDS),
         "namespaces": namespaces,
-        "cpu_s": limits.time_s,
-        "wall_s": limits.wall_s,
-        "memory_mb": limits.memory_mb,
-        "processes": limits.processes,
-        "file_mb": limits.file_mb,
-        "box_mb": limits.box_mb,
-        "open_files": limits.open_files,
     }
     try:
         report = _run(job, limits.wall_s + _MARGIN_S)
@@ -131,11 +136,6 @@ def run_tests(
 
 def _run(job: dict[str, object], seconds: float) -> dict[str, list[tuple[str, str]]]:
     """The supervisor's report."""
-    # a fixed hash seed: sets have the same order in every run
-    environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
-    library = None if job["namespaces"] else _library()
-    if library is not None:
-        environment["PYTHONPATH"] = f"{library}:{library}/lib-dynload"
     # not the virtual environment's interpreter, whose packages are no part of the box
     interpreter = getattr(sys, "_base_executable", sys.executable)
     process = subprocess.Popen(
@@ -143,7 +143,7 @@ def _run(job: dict[str, object], seconds: float) -> dict[str, list[tuple[str, st
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment,
+        env=interpreter_environment(bool(job["namespaces"])),
         cwd="/",
         start_new_session=True,
     )
@@ -164,6 +164,16 @@ def _run(job: dict[str, object], seconds: float) -> dict[str, list[tuple[str, st
             f"{output or 'it wrote nothing'}"
         ) from error
     return report
+
+
+def interpreter_environment(namespaces: bool) -> dict[str, str]:
+    """The variables of a sandbox's interpreter."""
+    # a fixed hash seed: sets have the same order in every run
+    environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
+    library = None if namespaces else _library()
+    if library is not None:
+        environment["PYTHONPATH"] = f"{library}:{library}/lib-dynload"
+    return environment
 
 
 @functools.cache

@@ -480,3 +480,15 @@ def test_tests_as_text() -> None:
     verifier = code_verifier()
     assert verifier.reference('["assert x", "assert y"]') == ["assert x", "assert y"]
     assert verifier.reference("assert x\nassert y") == ["assert x\nassert y"]
+
+
+@pytest.mark.parametrize("namespaces", MODES)
+def test_a_response_that_closes_or_forges_its_report_is_wrong(namespaces: bool) -> None:
+    """Neither hangs the supervisor nor stops the run."""
+    began = time.monotonic()
+    deaf = "import os, time\nos.closerange(3, 256)\ntime.sleep(1000)"
+    assert outcome(deaf, namespaces=namespaces).status == "timeout"
+    assert time.monotonic() - began < 4 * SHORT.time_s + 10
+    forged = "import os\nfor number in range(3, 64):\n    try: os.write(number, b'!x')\n"
+    forged += "    except OSError: pass\n"
+    assert outcome(forged, namespaces=namespaces).status == "failed"
