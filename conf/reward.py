@@ -242,7 +242,9 @@ class EnvironmentConfig:
         None, "pkg.module:Class of an environment of one's own.", filled=True, section="kind=python"
     )
     options: dict[str, Any] = option(
-        {}, "Arguments of the environment's class or of the game, by name."
+        {},
+        "Arguments of the environment's class or of the game, by name; of kind=tools: answer, the "
+        "column of the answer that an episode has to end with.",
     )
     tools: list[str] = option(
         [],
@@ -253,6 +255,9 @@ class EnvironmentConfig:
         None, "Directory that lookup reads and shell starts in.", filled=True
     )
     tool_limit_s: float = option(5.0, "CPU time of one call.", unit="s", above=0)
+    tool_output: int = option(
+        2000, "Most characters of one call's result; more is cut.", unit="characters", at_least=16
+    )
     game: str | None = option(
         None,
         "The game's or the dataset's name.",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from conf.reward import EnvironmentConfig, EnvironmentKind
-from rlhf.environments import python
+from rlhf.environments import gymnasium, http, python, reasoning_gym, textarena, tools
 from rlhf.types import Environment, Tools, UserError
 
 Factory = Callable[[], Environment]
@@ -13,6 +13,11 @@ Factory = Callable[[], Environment]
 # can't work with.
 SOURCES: Mapping[EnvironmentKind, Callable[[EnvironmentConfig, Any], Factory]] = {
     EnvironmentKind.python: python.make,
+    EnvironmentKind.tools: tools.make,
+    EnvironmentKind.reasoning_gym: reasoning_gym.make,
+    EnvironmentKind.textarena: textarena.make,
+    EnvironmentKind.gymnasium: gymnasium.make,
+    EnvironmentKind.http: http.make,
 }
 
 
@@ -29,7 +34,9 @@ def make_factory(environment: EnvironmentConfig, tokenizer: Any = None) -> Facto
 
 
 def check(environment: EnvironmentConfig) -> None:
-    """All that can be known before weights load; no episode begins. Raises UserError."""
+    """All that can be known before weights load; games of other people's libraries begin a trial.
+    Raises UserError.
+    """
     if environment.kind is not EnvironmentKind.none:
         make_factory(environment)
 
@@ -39,5 +46,7 @@ def tools_of(environment: EnvironmentConfig) -> Tools | None:
     are none. Raises UserError.
     """
     if environment.kind is EnvironmentKind.python:
-        return python.tools(environment)
+        return python.tools_of(environment)
+    if environment.kind is EnvironmentKind.tools:
+        return tools.tools_of(environment)
     return None

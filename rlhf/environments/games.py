@@ -34,9 +34,7 @@ class GuessNumber:
         guess = None if match is None else int(match[0][:9])
         right = guess == self.number
         done = right or self.made == self.guesses
-        info: dict[str, object] = {"invalid": float(guess is None)}
-        if done:
-            info["success"] = right
+        info: dict[str, object] = {"invalid": float(guess is None), "success": right}
         answer = "" if done else self._answer(guess)
         return Step(answer, reward=float(right), done=done, info=info)
 

@@ -20,7 +20,7 @@ def make(environment: EnvironmentConfig, tokenizer: Any = None) -> Callable[[], 
     return lambda: made(**options)
 
 
-def tools(environment: EnvironmentConfig) -> Tools | None:
+def tools_of(environment: EnvironmentConfig) -> Tools | None:
     """The class's attribute `tools`, JSON schemas of the functions that a policy may call in it;
     None where it has none. Raises UserError.
     """

@@ -4,6 +4,7 @@ are imported where they are used, files inside installed packages, and fewer lin
 
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import logging
 import os
@@ -28,10 +29,20 @@ def require(module: str, extra: str) -> ModuleType:
         # a library that is there but lacks one of its own is another defect, with its own message
         if error.name is None or error.name.partition(".")[0] != library:
             raise
-        raise UserError(
-            f"The library {library} is not installed; it comes with the extra {extra!r}: "
-            f"pip install 'rlhf-toolkit[{extra}]'"
-        ) from error
+        raise _missing(library, extra) from error
+
+
+def check_installed(library: str, extra: str) -> None:
+    """The same without importing it here. Raises UserError."""
+    if importlib.util.find_spec(library) is None:
+        raise _missing(library, extra)
+
+
+def _missing(library: str, extra: str) -> UserError:
+    return UserError(
+        f"The library {library} is not installed; it comes with the extra {extra!r}: "
+        f"pip install 'rlhf-toolkit[{extra}]'"
+    )
 
 
 _KINDS: dict[str, Callable[[object], bool]] = {

@@ -80,9 +80,9 @@ def test_a_guessing_game_by_hand() -> None:
     game.reset({}, seed=3)
     assert game.number == number, "the same seed hides the same number"
     game.number = 6
-    assert game.step("is it 2?") == Step("higher", info={"invalid": 0.0})
-    assert game.step("8") == Step("lower", info={"invalid": 0.0})
-    assert game.step("what") == Step("no number", info={"invalid": 1.0})
+    assert game.step("is it 2?") == Step("higher", info={"invalid": 0.0, "success": False})
+    assert game.step("8") == Step("lower", info={"invalid": 0.0, "success": False})
+    assert game.step("what") == Step("no number", info={"invalid": 1.0, "success": False})
     end = Step("", reward=1.0, done=True, info={"invalid": 0.0, "success": True})
     assert game.step("6 or 7") == end
     game.reset({}, seed=3)
