@@ -1,5 +1,6 @@
 """An environment behind HTTP: the protocol by hand, retries, limits, and answers without sense."""
 
+import contextlib
 import json
 import threading
 import time
@@ -35,7 +36,8 @@ class Site:
                 self.send_response(status)
                 self.send_header("content-length", str(len(sent)))
                 self.end_headers()
-                self.wfile.write(sent)
+                with contextlib.suppress(BrokenPipeError):  # the client has gone
+                    self.wfile.write(sent)
 
             def log_message(self, format: str, *args: object) -> None: ...
 

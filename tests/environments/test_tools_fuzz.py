@@ -162,7 +162,6 @@ def test_kinds_add_up() -> None:
     assert sum(KINDS.values()) == CALLS
 
 
-@pytest.mark.full
 def test_a_thousand_calls_are_contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if run._probe(True) is not None:
         pytest.skip("the kernel gives no namespaces here")
