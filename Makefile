@@ -32,7 +32,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     test-benchmarks fuzz lint format doctor bench bench-quick bench-gpu \
     bench-data bench-encoding bench-tuning bench-growth chaos soak \
     house equality proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic proof-algorithms \
-    proof-ahead proof-hacking proof-data proof-labels clean
+    proof-ahead proof-hacking proof-environments proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -124,6 +124,9 @@ proof-arithmetic: $(STAMP) ## slow: sums from scratch by SFT and GRPO, three see
 
 proof-ahead: $(STAMP) ## slow: GRPO with stage.ahead 0, 1, 2 learns alike; three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.ahead
+
+proof-environments: $(STAMP) ## slow: a tool and a game from scratch by SFT, GRPO, PPO; three seeds
+	$(OFFLINE) $(PY) -m benchmarks.proofs.environments
 
 proof-data: $(STAMP) ## slow: planted defects, recall and precision of the report
 	$(OFFLINE) $(PY) -m benchmarks.proofs.data

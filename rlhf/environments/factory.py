@@ -21,6 +21,35 @@ SOURCES: Mapping[EnvironmentKind, Callable[[EnvironmentConfig, Any], Factory]] =
 }
 
 
+_GAMES = (EnvironmentKind.reasoning_gym, EnvironmentKind.textarena, EnvironmentKind.gymnasium)
+# The kinds that read an option; the others are of every kind.
+_READ_BY: Mapping[str, tuple[EnvironmentKind, ...]] = {
+    "path": (EnvironmentKind.python,),
+    "options": (EnvironmentKind.python, EnvironmentKind.tools, *_GAMES),
+    "tools": (EnvironmentKind.tools,),
+    "files": (EnvironmentKind.tools,),
+    "tool_limit_s": (EnvironmentKind.tools,),
+    "tool_output": (EnvironmentKind.tools,),
+    "game": _GAMES,
+    "url": (EnvironmentKind.http,),
+    "token_env": (EnvironmentKind.http,),
+    "retries": (EnvironmentKind.http,),
+}
+
+
+def _check_read(environment: EnvironmentConfig) -> None:
+    """No option is set that only other kinds read. Raises UserError."""
+    default = EnvironmentConfig()
+    for name, kinds in _READ_BY.items():
+        value = getattr(environment, name)
+        if environment.kind not in kinds and value != getattr(default, name):
+            others = ", ".join(kind.value for kind in kinds)
+            raise UserError(
+                f"environment.{name}={value}: only environment={others} reads it, not "
+                f"{environment.kind.value}."
+            )
+
+
 def make_factory(environment: EnvironmentConfig, tokenizer: Any = None) -> Factory:
     """What makes an environment of this kind (any but none), one for each episode. `tokenizer`:
     the policy's, whose template may say how it writes calls. Raises UserError naming the option
@@ -30,6 +59,7 @@ def make_factory(environment: EnvironmentConfig, tokenizer: Any = None) -> Facto
         environment.check_complete()
     except ValueError as error:
         raise UserError(str(error)) from error
+    _check_read(environment)
     return SOURCES[environment.kind](environment, tokenizer)
 
 

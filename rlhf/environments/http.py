@@ -26,7 +26,7 @@ import httpx
 
 from conf.reward import EnvironmentConfig
 from rlhf.process.http import bearer_token, checked_url, is_loopback, pause_s, retry_after_s
-from rlhf.types import Environment, Observation, Step, UserError
+from rlhf.types import Environment, Observation, Step
 
 LOG = logging.getLogger(__name__)
 _KEY = "environment"
@@ -43,11 +43,6 @@ def make(environment: EnvironmentConfig, tokenizer: Any = None) -> Callable[[], 
     """What makes an episode on the server ``environment.url``, which is asked for the first time by
     the first episode. Raises UserError.
     """
-    if environment.options:
-        raise UserError(
-            f"{_KEY}.options={environment.options}: environment=http sends none; a server gets "
-            "the row and the seed. Put them into the rows."
-        )
     client = Client(
         environment.url,
         environment.token_env,

@@ -63,6 +63,10 @@ def test_tools_of_a_class_are_its_attribute() -> None:
         (python(f"{HERE}:Echo"), ["environment.options", "prefix"]),
         (python(f"{HERE}:Echo", prefix="", tims=2), ["environment.options", "tims", "times"]),
         (EnvironmentConfig(kind=EnvironmentKind.python), ["environment.path"]),
+        (
+            EnvironmentConfig(kind=EnvironmentKind.python, path=f"{HERE}:Echo", game="x"),
+            ["environment.game=x", "textarena", "python"],
+        ),
     ],
 )
 def test_what_is_no_environment_is_refused_by_name(
