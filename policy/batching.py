@@ -3,22 +3,29 @@ checks of shapes and masks for the maths over them: a wrong broadcast is the com
 token-level losses.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# What a pass costs beside its tokens, in tokens: reading the weights, starting the kernels. A guess
+# between a small model on a CPU, where it is less, and ZeRO-3, where each pass gathers the weights.
+PASS_TOKENS = 256
 
 
 def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -> list[list[int]]:
     """Rows (indices into `lengths`, tokens) in bins whose padded size, rows x longest row, is at
     most `budget` tokens.
 
-    Rows are sorted by length, longest first, so that a bin wastes little on padding and the largest
-    allocation comes first. A row longer than the budget gets a bin of its own. `at_least` bins are
-    made by halving the bin of the largest padded size; where there are fewer rows than that, empty
-    lists make up the number and the caller pads (ranks must agree on the number of micro-batches).
-    Every row is in exactly one bin, and the same lengths always give the same plan.
+    Rows are sorted by length, longest first, so that the largest allocation comes first, and cut
+    into the bins whose padded sizes, and `PASS_TOKENS` for each bin, add up to the least. A row
+    longer than the budget gets a bin of its own. `at_least` bins are made by halving the bin of the
+    largest padded size; where there are fewer rows than that, empty lists make up the number and
+    the caller pads (ranks must agree on the number of micro-batches). Every row is in exactly one
+    bin, and the same lengths always give the same plan.
     """
     if budget < 1 or at_least < 1:
         raise ValueError(
@@ -26,12 +33,9 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -
         )
     if any(length < 1 for length in lengths):
         raise ValueError(f"expected lengths of at least 1 token, found {min(lengths)}")
-    bins: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= budget:
-            bins[-1].append(row)
-        else:
-            bins.append([row])
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    ends = _cuts([lengths[row] for row in order], budget)
+    bins = [order[start:end] for start, end in itertools.pairwise(ends)]
     while len(bins) < at_least:
         sizes = [_divisible_size(rows, lengths) for rows in bins]
         if not any(sizes):
@@ -41,6 +45,31 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -
         half = (len(rows) + 1) // 2
         bins[largest : largest + 1] = [rows[:half], rows[half:]]
     return bins
+
+
+def _cuts(lengths: Sequence[int], budget: int) -> list[int]:
+    """Where to cut rows of these `lengths`, longest first, so that the bins cost least: from 0 to
+    the number of rows.
+
+    The best way to cut the first n rows ends with a last bin, and before that is the best way to
+    cut the rows before it.
+    """
+    longest = np.array(lengths, dtype=np.int64)
+    costs = np.zeros(len(lengths) + 1, dtype=np.int64)  # of the best way to cut the first n rows
+    begins = [0]  # of its last bin
+    first = 0  # the earliest row that a bin up to here may begin with
+    for end in range(1, len(lengths) + 1):
+        while first < end - 1 and (end - first) * longest[first] > budget:
+            first += 1
+        sizes = np.arange(end - first, 0, -1) * longest[first:end]
+        whole = costs[first:end] + sizes
+        begin = int(whole.argmin())
+        costs[end] = whole[begin] + PASS_TOKENS
+        begins.append(first + begin)
+    cuts = [len(lengths)]
+    while cuts[-1] > 0:
+        cuts.append(begins[cuts[-1]])
+    return cuts[::-1]
 
 
 def _divisible_size(rows: Sequence[int], lengths: Sequence[int]) -> int:

@@ -77,7 +77,8 @@ def policy(
     source: ModelConfig, tokenizer: Any, kind: str, loader: Loader, cfg: EngineConfig
 ) -> dict[str, Tensor]:
     """Of a policy and of its reference."""
-    adapter = AdapterConfig(kind=AdapterKind(kind), rank=4)
+    sizes: dict[str, Any] = {} if kind == "bottleneck" else {"rank": 4}
+    adapter = AdapterConfig(kind=AdapterKind(kind), **sizes)
     dtype = getattr(torch, source.dtype.value)
     model = loader.load(lambda: load_causal_lm(source, tokenizer))
     found = held(model)

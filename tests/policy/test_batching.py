@@ -1,13 +1,14 @@
 """Micro-batch plans (exhaustive, within budget, deterministic) and padded batches."""
 
 from dataclasses import fields
-from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policy import batching
 from policy.batching import Batch, collate, plan_micro_batches
 
 lengths_lists = st.lists(st.integers(1, 50), max_size=40)
@@ -57,11 +58,45 @@ def test_every_plan_holds_each_row_once_within_the_budget(
     assert len(plan) <= max(at_least, len(lengths))
 
 
-@given(lengths_lists.filter(bool), st.integers(1, 200))
-def test_no_two_neighbouring_bins_could_be_one(lengths: list[int], budget: int) -> None:
-    plan = plan_micro_batches(lengths, budget)
-    for left, right in pairwise(plan):
-        assert padded(lengths, [*left, right[0]]) > budget
+def cost(lengths: list[int], bins: list[list[int]], of_a_pass: int) -> int:
+    return sum(padded(lengths, rows) + of_a_pass for rows in bins)
+
+
+def all_cuts(order: list[int]) -> list[list[list[int]]]:
+    """Every way to cut the rows into bins of neighbours."""
+    if not order:
+        return [[]]
+    ways = []
+    for end in range(1, len(order) + 1):
+        ways += [[order[:end], *rest] for rest in all_cuts(order[end:])]
+    return ways
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=9),
+    st.integers(1, 200),
+    st.sampled_from([0, 7, 1000]),
+)
+def test_no_other_way_to_cut_costs_less(lengths: list[int], budget: int, of_a_pass: int) -> None:
+    with mock.patch.object(batching, "PASS_TOKENS", of_a_pass):
+        plan = plan_micro_batches(lengths, budget)
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    assert [row for rows in plan for row in rows] == order
+    allowed = [
+        ways
+        for ways in all_cuts(order)
+        if all(padded(lengths, rows) <= budget or len(rows) == 1 for rows in ways)
+    ]
+    least = min(cost(lengths, ways, of_a_pass) for ways in allowed)
+    assert cost(lengths, plan, of_a_pass) == least
+
+
+def test_rows_of_other_lengths_are_not_padded_to_fill_the_budget() -> None:
+    """One long row and many short ones: a bin of all would be 41 x 2000 tokens, mostly padding."""
+    plan = plan_micro_batches([2000] + 40 * [50], budget=100_000)
+    assert plan == [[0], list(range(1, 41))]
+    # 4 tokens of padding are no reason for another pass
+    assert plan_micro_batches([52, 50, 50], budget=100_000) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
