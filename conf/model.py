@@ -143,6 +143,13 @@ class EngineConfig:
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
+    sequence_parallel: int = option(
+        1,
+        "SFT and online stages under DeepSpeed: ranks that share each row, a part of its tokens "
+        "each (Ulysses: Jacobs et al. 2023, arXiv:2309.14509).",
+        unit="ranks",
+        at_least=1,
+    )
     logits_chunk: int = option(
         1024,
         "Response tokens whose logits are in memory at the same time.",
@@ -189,35 +196,23 @@ class EngineConfig:
         )
 
     def _check_torch(self) -> None:
+        offload, adam = self.offload, self.adam
         check(self.zero_stage == 0, "engine.zero_stage", self.zero_stage, "0 with engine=torch")
-        check(
-            self.offload is Offload.none,
-            "engine.offload",
-            self.offload.value,
-            "none with engine=torch",
-        )
-        check(
-            self.adam is not AdamKernels.deepspeed,
-            "engine.adam",
-            self.adam.value,
-            "auto or torch with engine=torch",
-        )
+        none = offload is Offload.none
+        check(none, "engine.offload", offload.value, "none with engine=torch")
+        has = adam is not AdamKernels.deepspeed
+        check(has, "engine.adam", adam.value, "auto or torch with engine=torch")
 
     def _check_offload(self) -> None:
-        check(self.zero_stage >= 1, "engine.offload", self.offload.value, "none below ZeRO-1")
+        given, stage, path = self.offload.value, self.zero_stage, self.nvme_path
+        check(stage >= 1, "engine.offload", given, "none below ZeRO-1")
         if self.offload is Offload.nvme:
-            check(
-                self.zero_stage == 3,
-                "engine.offload",
-                self.offload.value,
-                "nvme only with engine=zero3",
-            )
-            check(
-                self.nvme_path is not None,
-                "engine.nvme_path",
-                self.nvme_path,
-                "a directory with offload=nvme",
-            )
+            check(stage == 3, "engine.offload", given, "nvme only with engine=zero3")
+            check(path is not None, "engine.nvme_path", path, "a directory with offload=nvme")
+
+    def groups(self, ranks: int) -> int:
+        """Groups of ranks that share rows; as many as ranks where each has rows of its own."""
+        return max(1, ranks // self.sequence_parallel)
 
 
 class Transfer(Enum):

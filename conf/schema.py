@@ -180,8 +180,11 @@ def vllm_lora_rank(rank: int, wished: int | None, given: str | None = None) -> i
 def wants_shared_prompts(engine: EngineConfig, stage: OnlineStage) -> bool:
     """Whether the responses to a prompt are packed behind one copy of it, if the model can.
 
-    A critic values each token by itself, and a single response shares its prompt with none.
+    A critic values each token by itself, a single response shares its prompt with none, and ranks
+    that share rows attend without masks.
     """
     if engine.share_prompts is False or stage.advantage is Advantage.gae:
+        return False
+    if engine.sequence_parallel > 1:
         return False
     return stage.samples_per_prompt > 1

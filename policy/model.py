@@ -75,16 +75,15 @@ class PolicyModule(nn.Module):
         entropy, both [B, T] float32 nats (0 where masked).
 
         With prompts shared, `input_ids` are [G, L] packs and `owner`, `position_ids`,
-        `attention_mask` those of `policy.batching.Packed`.
+        `attention_mask` those of `policy.batching.Packed`. `position_ids` alone: the columns of
+        `input_ids` are some of their rows'.
         """
         lm = base_of(self.model)
         hidden = _hidden(lm, input_ids, position_ids, attention_mask)  # [B, L, H], or [G, L, H]
-        rows = owner
-        if rows is None:
-            rows = torch.arange(positions.shape[0], device=input_ids.device)
-        rows = rows[:, None].expand_as(positions)
-        picked = hidden[rows[response_mask], positions[response_mask]]  # [N, H]
-        labels = response_ids[response_mask]  # [N]
+        where = response_mask.nonzero(as_tuple=True)  # the one wait for the device in a pass
+        rows = where[0] if owner is None else owner[where[0]]
+        picked = hidden[rows, positions[where]]  # [N, H]
+        labels = response_ids[where]  # [N]
         tokens = len(labels)
         if self.same_calls:
             spare = int(distributed.all_max([tokens])[0]) - tokens
@@ -109,11 +108,11 @@ def _hidden(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Last hidden states [B, L, H]. Without a mask the last column is left out (L - 1): the last
+    """Last hidden states [B, L, H]. Without positions the last column is left out (L - 1): the last
     token of a response predicts nothing.
     """
     backbone = getattr(lm, backbone_name(lm))
-    if attention_mask is None:
+    if position_ids is None:
         kept = input_ids[:, : max(input_ids.shape[1] - 1, 1)]
         return backbone(input_ids=kept, use_cache=False).last_hidden_state
     return backbone(
@@ -224,12 +223,14 @@ class CriticModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """`input_ids` [B, L], `positions` [B, T] -> values [B, T] float32, in units of the
-        score.
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """`input_ids` [B, L], `positions` [B, T] -> values [B, T] float32, in units of the score;
+        `position_ids` as a policy's.
         """
         lm = base_of(self.model)
-        hidden = _hidden(lm, input_ids)  # [B, L, H]
+        hidden = _hidden(lm, input_ids, position_ids)  # [B, L, H]
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None]
         return lm.score(hidden[rows, positions]).squeeze(-1).float()
 

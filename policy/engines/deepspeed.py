@@ -380,3 +380,16 @@ def gather_zero3(params: list[nn.Parameter]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(params)
+
+
+def ulysses(attend: Callable[..., Any], heads: tuple[int, int, int], group: Any) -> Any:
+    """DeepSpeed's exchange around `attend`, an attention of transformers', for ranks of `group`
+    that hold a part of each row. heads: of queries, of keys, and their size.
+    """
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    deepspeed.init_distributed(dist.get_backend())
+    count, keys, size = heads
+    # rows, and layers, of which it counts none here
+    return UlyssesSPAttentionHF(attend, 1, count, size, keys, 1, group, seq_length_is_variable=True)

@@ -38,6 +38,10 @@ class Loader:
 # By ZeRO stage, of an engine and its weights' dtype; rlhf/stages/methods.py fills it.
 LOADERS: dict[int, Callable[[EngineConfig, torch.dtype], Loader]] = {}
 
+# What lets ranks share rows (engine.sequence_parallel), by what it is given: of "sft" a model, for
+# which it returns the trainer's class; of "online" the step's models. methods.py fills it.
+SHARING: dict[str, Callable[[Any, EngineConfig], Any]] = {}
+
 
 def loader_of(
     engine: EngineConfig, dtype: torch.dtype, adapter: AdapterConfig | None = None

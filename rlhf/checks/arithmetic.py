@@ -56,13 +56,13 @@ def offline_arithmetic(
         source = f"{stage.epochs:g} epochs x {whole} whole batches"
         if stage.batch_growth.steps:
             source = f"{stage.epochs:g} epochs"
-    micro, accumulation, ranks = batches.micro, batches.accumulation, batches.ranks
+    micro, accumulation = batches.micro, batches.accumulation
     parts = f"{micro} rows x {accumulation} micro-batches"
     if batches.tokens is not None:
         parts = f"{micro} rows in micro-batches of at most {batches.tokens} tokens"
     return {
-        "rows of a step": f"{parts} x {launch.name_ranks(ranks)} = "
-        f"{micro * accumulation * ranks} (stage.batch_size){_growth(stage)}",
+        "rows of a step": f"{parts} x {launch.name_groups(batches.ranks, batches.sharing)} = "
+        f"{micro * accumulation * batches.ranks} (stage.batch_size){_growth(stage)}",
         "steps": f"{steps} ({source})",
         "data": f"{read} training rows{kept}, {trained} trained: {trained / rows:.3g} passes",
     }

@@ -103,9 +103,10 @@ def fitting_micro_batch(cfg: Config) -> tuple[str, int] | None:
     if not cfg.run.dry_run and (weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
         return None
     machine = moments.machine_of(engine, cfg.model.params, all_devices=False)
-    if stage.batch_size % machine.ranks:
+    groups = engine.groups(machine.ranks)
+    if stage.batch_size % groups:
         return None  # the stage's own check refuses it
-    rows = stage.batch_size // machine.ranks
+    rows = stage.batch_size // groups
     shapes, _ = shapes_of(cfg.model, ())
 
     def too_many(size: int) -> bool:

@@ -51,10 +51,11 @@ class BatchPlan:
     With micro-batches by tokens `micro` is a rank's rows of a step, which it parts by itself.
     """
 
-    ranks: int
+    ranks: int  # or groups of ranks that share rows
     micro: int  # rows per forward pass and rank
     accumulation: int  # forward passes per optimizer step and rank
     tokens: int | None = None  # padded tokens of a micro-batch
+    sharing: int = 1  # ranks of a group (engine.sequence_parallel)
 
     def rows_of_longest(self, length: int) -> int:
         """Rows of `length` tokens, the longest that there are, in a forward pass of a rank."""
@@ -78,6 +79,11 @@ def count_ranks(engine: EngineConfig, *, dry_run: bool) -> int:
 def name_ranks(count: int) -> str:
     """``1 rank`` or ``4 ranks``."""
     return "1 rank" if count == 1 else f"{count} ranks"
+
+
+def name_groups(count: int, sharing: int) -> str:
+    """``4 ranks``, or ``2 x 2 ranks that share rows``."""
+    return name_ranks(count) if sharing == 1 else f"{count} x {name_ranks(sharing)} that share rows"
 
 
 def check_engine(engine: EngineConfig, *, dry_run: bool) -> None:
@@ -117,13 +123,17 @@ def plan_batches(batch_size: int, engine: EngineConfig, ranks: int) -> BatchPlan
     each (engine.micro_batch_size), so many tokens (engine.micro_batch_tokens), or a rank's rows in
     one pass. Raises UserError where they don't divide.
     """
+    sharing = engine.sequence_parallel
+    _check_divides("engine.gpus", ranks, sharing, "engine.sequence_parallel")
+    groups = ranks // sharing
+    what = name_groups(groups, sharing)
     if engine.micro_batch_size is None:
-        _check_divides("stage.batch_size", batch_size, ranks, name_ranks(ranks))
-        return BatchPlan(ranks, batch_size // ranks, 1, engine.micro_batch_tokens)
-    unit = ranks * engine.micro_batch_size
-    what = f"{name_ranks(ranks)} x engine.micro_batch_size={engine.micro_batch_size}"
+        _check_divides("stage.batch_size", batch_size, groups, what)
+        return BatchPlan(groups, batch_size // groups, 1, engine.micro_batch_tokens, sharing)
+    unit = groups * engine.micro_batch_size
+    what += f" x engine.micro_batch_size={engine.micro_batch_size}"
     _check_divides("stage.batch_size", batch_size, unit, what)
-    return BatchPlan(ranks, engine.micro_batch_size, batch_size // unit)
+    return BatchPlan(groups, engine.micro_batch_size, batch_size // unit, sharing=sharing)
 
 
 def check_micro_tokens(stage: OfflineStage, engine: EngineConfig) -> None:
@@ -168,14 +178,11 @@ def check_growth(stage: OfflineStage, engine: EngineConfig, ranks: int) -> None:
             f"ZeRO-{engine.zero_stage} with offload must know the number of micro-batches, which "
             "grows. Set engine.offload=none, or engine=zero3, or leave stage.batch_growth out."
         )
-    micro = 1 if engine.micro_batch_tokens is not None else _rows_of_pass(stage, engine, ranks)
-    what = f"{name_ranks(ranks)} x {micro} rows of a micro-batch"
+    plan = plan_batches(stage.batch_size, engine, ranks)
+    micro = 1 if plan.tokens is not None else plan.micro
+    what = f"{name_groups(plan.ranks, plan.sharing)} x {micro} rows of a micro-batch"
     for size in stage.step_sizes()[1:]:
-        _check_divides("stage.batch_growth: rows", size, ranks * micro, what)
-
-
-def _rows_of_pass(stage: OfflineStage, engine: EngineConfig, ranks: int) -> int:
-    return plan_batches(stage.batch_size, engine, ranks).micro
+        _check_divides("stage.batch_growth: rows", size, plan.ranks * micro, what)
 
 
 def count_steps(stage: OfflineStage, rows: int) -> int:

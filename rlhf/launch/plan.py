@@ -1,7 +1,7 @@
 """Which process of a run is started where: on which node, with which cores, devices and port."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from conf.choices import EngineKind, RolloutBackend
@@ -45,6 +45,7 @@ class Plan:
     server_nodes: int  # with servers alone
     devices_per_server: int  # 0 where there are none
     processes: tuple[Planned, ...] = field(default=())
+    sharing: int = 1  # ranks that share rows (engine.sequence_parallel)
 
     @property
     def ranks(self) -> list[Planned]:
@@ -86,17 +87,26 @@ def plan(
     size = rollout.server.tensor_parallel * rollout.server.data_parallel
     _check_server_nodes(launch, count)
     if launch.kind is LaunchKind.local:
-        return _on_this_machine(launch, engine, rollout, count, size)
-    visible = machine.visible_devices() if launch.kind is LaunchKind.torchrun else None
-    per_node = _ranks_per_node(launch, engine, visible)
-    processes = _servers(launch, count) + _ranks(launch.nodes, per_node)
-    return Plan(
-        kind=launch.kind,
-        nodes=launch.nodes,
-        server_nodes=launch.server_nodes,
-        devices_per_server=size,
-        processes=tuple(processes),
-    )
+        found = _on_this_machine(launch, engine, rollout, count, size)
+    else:
+        visible = machine.visible_devices() if launch.kind is LaunchKind.torchrun else None
+        per_node = _ranks_per_node(launch, engine, visible)
+        processes = _servers(launch, count) + _ranks(launch.nodes, per_node)
+        found = Plan(
+            kind=launch.kind,
+            nodes=launch.nodes,
+            server_nodes=launch.server_nodes,
+            devices_per_server=size,
+            processes=tuple(processes),
+        )
+    sharing, ranks = engine.sequence_parallel, len(found.ranks)
+    if ranks % sharing:
+        raise UserError(
+            f"engine.sequence_parallel={sharing}: {ranks} ranks are to be launched, which is no "
+            f"multiple of it. Launch {-(-ranks // sharing) * sharing}, or set "
+            "engine.sequence_parallel=1."
+        )
+    return replace(found, sharing=sharing)
 
 
 def _check_server_nodes(launch: LaunchConfig, count: int) -> None:
@@ -307,7 +317,16 @@ def rows(planned: Plan, addresses: dict[str, str]) -> list[dict[str, str]]:
                     "address": addresses.get(process.name, ""),
                 }
             )
+            if planned.sharing > 1:
+                out[-1]["rows"] = _rows_of(planned, process)
     return out
+
+
+def _rows_of(planned: Plan, process: Planned) -> str:
+    """The group of ranks whose rows a rank has a part of."""
+    if process.role is not Role.rank:
+        return ""
+    return f"of group {process.number // planned.sharing}"
 
 
 def _devices(planned: Plan, process: Planned) -> str:

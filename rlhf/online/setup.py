@@ -45,7 +45,7 @@ from policy.adapters import (
 from policy.agreement import agreed_layout, can_share_prompts
 from policy.engines.base import Engine, OptimSettings
 from policy.engines.groups import Rates
-from policy.engines.loading import Loader, holder_of, loader_of
+from policy.engines.loading import SHARING, Loader, holder_of, loader_of
 from policy.engines.torch import freeze, make_engine
 from policy.forward import ADAPTER, Layout, Models
 from policy.kl import AdaptiveKL, FixedKL, kl_controller
@@ -165,7 +165,6 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
         adapter=first if isinstance(first, AdapterWeights) else None,
     )
     models = _models(policy_module, start, cfg)
-    models.layout = agreed_layout(models, cfg.engine)
     return Parts(
         tokenizer=tokenizer,
         prompts=prompts,
@@ -253,7 +252,11 @@ def _models(policy_module: PolicyModule, start: _Start, cfg: Config) -> Models:
         model = own_start or start.loader().load(start.causal_lm)
         frozen = PolicyModule(model, chunk=chunk, temperature=temperature)
         reference = freeze(frozen, engine, distributed.device(), half=half)
-    return Models(policy, critic, reference, _layout(engine, stage, policy_module.model))
+    models = Models(policy, critic, reference, _layout(engine, stage, policy_module.model))
+    models.layout = agreed_layout(models, engine)
+    if engine.sequence_parallel > 1:
+        SHARING["online"](models, engine)
+    return models
 
 
 def _engine(

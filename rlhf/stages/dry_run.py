@@ -64,6 +64,9 @@ def _show_training(cfg: Config, argv: Sequence[str]) -> None:
         batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine, ranks)
         trained = stage_rows.count_trained(reading.DataRequest.of(cfg), tokenizer, batches.micro)
         figures = offline_arithmetic(cfg.stage, batches, rows.count, trained)
+    if cfg.engine.sequence_parallel > 1:
+        sharing = launch.name_ranks(cfg.engine.sequence_parallel)
+        figures["each row"] = f"shared by {sharing} (engine.sequence_parallel)"
     _print_figures("batches", figures)
     if rows.previews:
         console().print(render(rows.previews))

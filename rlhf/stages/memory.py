@@ -9,7 +9,7 @@ from conf.online import OnlineStage
 from conf.schema import Config
 from conf.stages import OfflineStage
 from reward.terms import scoring_models
-from rlhf.checks import capacity
+from rlhf.checks import capacity, launch, sharing
 from rlhf.checks.memory.generator import check_sleep
 from rlhf.process import distributed
 from rlhf.types import UserError
@@ -45,11 +45,16 @@ def choose_micro_batch(cfg: Config) -> None:
 
 def check(cfg: Config) -> list[str]:
     """Notes of what may not fit. Raises UserError for a disk, or a generator's cache, that is too
-    small, and for an engine that can't sleep.
+    small, for an engine that can't sleep, and for ranks that can't share rows.
     """
     import torch
 
     stage, scoring = cfg.stage, []
+    longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+    if isinstance(stage, OfflineStage):
+        longest = stage.max_length
+    ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
+    sharing.check(stage, cfg.model, cfg.adapter, cfg.engine, longest, ranks)
     if isinstance(stage, OnlineStage):
         if not cfg.run.dry_run:
             check_sleep(cfg.rollout, ahead=stage.ahead, cuda=torch.cuda.is_available())

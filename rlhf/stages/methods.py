@@ -1,7 +1,8 @@
 """The step before every stage that loads models: what stages choose by a name in the configuration
 is made known. These are the ways to train beside a frozen model (policy/adapters/), their ways into
 vLLM's engine and vLLM's servers (rollout/), how models are parted while they are read
-(policy/engines/parts.py), the verifiers of answers (reward/verifiers/), the scorer of episodes and
+(policy/engines/parts.py), how ranks share rows (rlhf/offline/shared_rows.py,
+policy/shared_engine.py), the verifiers of answers (reward/verifiers/), the scorer of episodes and
 the environments that policies act in (rlhf/environments/). The only importer of their files.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 import rollout
 from conf.choices import AdapterKind, Carrier, RolloutBackend, TermKind
 from conf.reward import EnvironmentConfig, EnvironmentKind
+from conf.schema import EngineConfig
 from policy import adapters
 from policy.adapters import (
     adalora,
@@ -63,12 +65,26 @@ VERIFIERS: dict[TermKind, Any] = {
 }
 
 
+def _sharing_sft(model: Any, engine: EngineConfig) -> type[Any]:
+    """The trainer of ranks that share rows, which imports TRL."""
+    from rlhf.offline.shared_rows import sharing_sft
+
+    return sharing_sft(model, engine)
+
+
+def _share_rows(models: Any, engine: EngineConfig) -> None:
+    from policy.shared_engine import share_rows
+
+    share_rows(models, engine)
+
+
 def register() -> None:
     """Let stages, PEFT and generators know them."""
     terms.VERIFIERS.update(VERIFIERS)
     terms.SCORERS[TermKind.environment] = EnvironmentScorer
     adapters.register(ALL, quantized.HOLDING)
     loading.LOADERS[3] = parts.PartsLoader
+    loading.SHARING |= {"sft": _sharing_sft, "online": _share_rows}
     rollout.ENGINES[Carrier.modules] = ModulesGenerator
     rollout.PLACES[Carrier.modules] = check_places
     rollout.ENGINES[Carrier.embeds] = EmbedsGenerator

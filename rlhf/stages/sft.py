@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from conf.schema import Config
 from policy.adapters import rates_of
-from policy.engines import resharding
+from policy.engines import loading, resharding
 from rlhf.checks.launch import BatchPlan
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm
@@ -114,8 +114,12 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
     )
     guard = make_guard(ctx)
     rates = rates_of(model, stage, cfg.adapter)
+    kind = SFT
+    if cfg.engine.sequence_parallel > 1:
+        with loader.passing(model):
+            kind = loading.SHARING["sft"](model, cfg.engine)
     with unbalanced(model):
-        return SFT(
+        return kind(
             model=model,
             args=args,
             train_dataset=rows.train,

@@ -123,6 +123,10 @@ def test_offline_stages(
     out = shown(replace(grpo, stage=stage, reward=RewardConfig()), capsys)
     assert "8 rows x 1 micro-batches x 1 rank = 8 (stage.batch_size)" in out
     assert "memory plan" in out and ".jsonl, row " in out and "of a response" in out
+    if preset == "sft":
+        engine = EngineConfig(kind=EngineKind.deepspeed, zero_stage=2, gpus=8, sequence_parallel=4)
+        out = shown(replace(grpo, stage=stage, reward=RewardConfig(), engine=engine), capsys)
+        assert "4 rows x 1 micro-batches x 2 x 4 ranks that share rows = 8" in out
 
 
 def test_several_devices_are_launched_by_torchrun_and_share_the_work(
@@ -142,6 +146,23 @@ def test_several_devices_are_launched_by_torchrun_and_share_the_work(
         and "GiB per device" in out
         and "22.8 usable on each device: fits" in out
     )
+
+
+def test_ranks_that_share_rows_are_told_of_and_refused_by_name(
+    grpo: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = EngineConfig(
+        kind=EngineKind.deepspeed, zero_stage=2, gpus=8, gpu_memory_gib=24.0, sequence_parallel=2
+    )
+    cfg = replace(grpo, engine=engine)
+    out = shown(cfg, capsys)
+    assert "shared by 2 ranks (engine.sequence_parallel)" in out
+    assert "8 on each of 8 ranks" in out  # responses are each rank's own
+    with pytest.raises(UserError, match=r"engine\.sequence_parallel=3.*engine\.gpus=8"):
+        shown(replace(cfg, engine=replace(engine, sequence_parallel=3)), capsys)
+    stage = replace(config.stage_preset("dpo"), batch_size=8)
+    with pytest.raises(UserError, match=r"engine\.sequence_parallel=2.*stage=dpo"):
+        shown(replace(cfg, stage=stage, reward=RewardConfig()), capsys)
 
 
 def test_rows_that_do_not_fit_end_a_dry_run_without_a_file(grpo: Config, tmp_path: Path) -> None:

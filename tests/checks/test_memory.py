@@ -587,6 +587,10 @@ def test_changes_come_one_by_one_and_are_all_named() -> None:
         (),
         ("engine.gradient_checkpointing=true",),
         ("engine.gradient_checkpointing=true", "engine.micro_batch_size=1"),
+        *(
+            ("engine.gradient_checkpointing=true", "engine.micro_batch_size=1", shared)
+            for shared in (f"engine.sequence_parallel={ranks}" for ranks in (2, 4, 8))
+        ),
     ]
     assert next(
         changes for _, changes in list(eased(made("ppo", lora=True), Shapes(SHAPE()), GPU))[1:]

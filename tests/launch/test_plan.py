@@ -56,6 +56,16 @@ def test_devices_may_be_named_and_shared() -> None:
     assert len(plan.ranks) == 3
 
 
+@pytest.mark.usefixtures("four_devices")
+def test_ranks_that_share_rows_are_shown_by_their_groups() -> None:
+    sft = ["stage=sft", "model.path=m", "data.path=d", "engine=zero2", "launch=local"]
+    plan = planned(*sft, "engine.sequence_parallel=2")
+    assert [row["rows"] for row in rows(plan, {})] == 2 * ["of group 0"] + 2 * ["of group 1"]
+    assert all("rows" not in row for row in rows(planned(*sft), {}))
+    with pytest.raises(UserError, match=r"engine\.sequence_parallel=3: 4 ranks"):
+        planned(*sft, "engine.sequence_parallel=3")
+
+
 @pytest.mark.usefixtures("no_device")
 def test_without_devices_there_is_one_rank_and_servers_share_the_cores() -> None:
     plan = planned(*SERVER, "launch=local", "rollout.server.count=2")

@@ -22,6 +22,7 @@ from rlhf.checks.memory.generator import Asked, asked_of, part_of, share_of
 from rlhf.checks.memory.moments import Machine, Plan, Settings
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import Shape, Shapes
+from rlhf.checks.sharing import obstacle
 
 _OWN_SHARE = 0.9  # of a device that a server has for itself
 _FLOOR = 512  # tokens of a micro-batch below which nothing is proposed
@@ -276,7 +277,7 @@ def eased(
 ) -> Iterator[tuple[Settings, tuple[str, ...]]]:
     """`cfg` as it is; then with an adapter for the critic of a policy that has one; vLLM's share
     set to what it needs; vLLM asleep while the trainer works; gradient checkpointing; smaller
-    scoring batches; smaller micro-batches. Each with those before it.
+    scoring batches; smaller micro-batches; ranks that share rows. Each with those before it.
     """
     yield cfg, ()
     changes: list[str] = []
@@ -321,6 +322,7 @@ def eased(
             )
         return
     yield from _smaller_micro_batches(cfg, changes, machine)
+    yield from _shared_rows(cfg, changes, machine, shapes.policy)
 
 
 def _smaller_micro_batches(
@@ -336,13 +338,32 @@ def _smaller_micro_batches(
                 (*changes, f"engine.micro_batch_tokens={tokens}"),
             )
         return
-    size = cfg.engine.micro_batch_size or max(1, cfg.stage.batch_size // machine.ranks)
+    groups = cfg.engine.groups(machine.ranks)
+    size = cfg.engine.micro_batch_size or max(1, cfg.stage.batch_size // groups)
     while size % 2 == 0:
         size //= 2
         yield (
             replace(cfg, engine=replace(cfg.engine, micro_batch_size=size)),
             (*changes, f"engine.micro_batch_size={size}"),
         )
+
+
+def _shared_rows(
+    cfg: Settings, changes: Sequence[str], machine: Machine, shape: Shape
+) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+    """SFT, a row at a time: two ranks share it, or four, and so on."""
+    if cfg.engine.kind is EngineKind.torch or cfg.engine.sequence_parallel > 1:
+        return
+    engine = replace(cfg.engine, micro_batch_size=1, micro_batch_tokens=None)
+    ranks = 2
+    while machine.ranks % ranks == 0:
+        if obstacle(cfg.stage, cfg.model, cfg.adapter, shape.model, ranks) is not None:
+            return
+        yield (
+            replace(cfg, engine=replace(engine, sequence_parallel=ranks)),
+            (*changes, "engine.micro_batch_size=1", f"engine.sequence_parallel={ranks}"),
+        )
+        ranks *= 2
 
 
 def names_of(found: Sequence[Row]) -> list[str]:

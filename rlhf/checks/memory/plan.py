@@ -197,9 +197,10 @@ def _lengths(cfg: Settings) -> tuple[int, int]:
 
 
 def _tokens(cfg: Settings, rows: int = 1) -> tuple[int, int]:
-    """Tokens of a micro-batch, `rows` rows being the least of it; and of the longest row."""
+    """A rank's tokens of a pass, `rows` rows being the least of it; and of the longest row."""
     longest = sum(_lengths(cfg))
     tokens = max(cfg.engine.micro_tokens, rows * longest)
+    tokens = -(-tokens // cfg.engine.sequence_parallel)
     virtual = activations.virtual_tokens(cfg.adapter)
     return tokens + virtual * (tokens // longest), longest + virtual
 
@@ -390,9 +391,10 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine) -> Plan:
 
 
 def _trl_tokens(stage: OfflineStage, engine: EngineConfig, ranks: int) -> int:
-    """Tokens of a forward pass, padding included; a pair has two rows."""
-    rows = engine.micro_batch_size or max(1, stage.batch_size // ranks)
+    """A rank's tokens of a forward pass, padding included; a pair has two rows."""
+    rows = engine.micro_batch_size or max(1, stage.batch_size // engine.groups(ranks))
     if engine.micro_batch_tokens is not None:
         rows = max(1, min(rows, engine.micro_batch_tokens // stage.max_length))
     pairs = isinstance(stage, (RewardStage, PreferenceStage, CPOStage, ORPOStage))
-    return rows * stage.max_length * (2 if pairs else 1)
+    part = -(-stage.max_length // engine.sequence_parallel)
+    return rows * part * (2 if pairs else 1)
