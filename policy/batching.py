@@ -5,14 +5,14 @@ token-level losses.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# What a pass costs beside its tokens, in tokens: reading the weights, starting the kernels. A guess
-# between a small model on a CPU, where it is less, and ZeRO-3, where each pass gathers the weights.
+# What a pass costs beside its tokens, in tokens: weights are read, kernels started. A guess between
+# a small model on a CPU, where it is less, and ZeRO-3, where each pass gathers the weights.
 PASS_TOKENS = 256
 
 
@@ -21,11 +21,10 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -
     most `budget` tokens.
 
     Rows are sorted by length, longest first, so that the largest allocation comes first, and cut
-    into the bins whose padded sizes, and `PASS_TOKENS` for each bin, add up to the least. A row
-    longer than the budget gets a bin of its own. `at_least` bins are made by halving the bin of the
-    largest padded size; where there are fewer rows than that, empty lists make up the number and
-    the caller pads (ranks must agree on the number of micro-batches). Every row is in exactly one
-    bin, and the same lengths always give the same plan.
+    into the bins whose padded sizes, and `PASS_TOKENS` for each bin, add up to the least. A longer
+    row gets a bin of its own. `at_least` bins are made by halving the bin of the largest padded
+    size; where there are fewer rows, empty lists make up the number and the caller pads (ranks must
+    agree on it). Every row is in one bin, and the same lengths always give the same plan.
     """
     if budget < 1 or at_least < 1:
         raise ValueError(
@@ -49,10 +48,7 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, at_least: int = 1) -
 
 def _cuts(lengths: Sequence[int], budget: int) -> list[int]:
     """Where to cut rows of these `lengths`, longest first, so that the bins cost least: from 0 to
-    the number of rows.
-
-    The best way to cut the first n rows ends with a last bin, and before that is the best way to
-    cut the rows before it.
+    their number. The best way for the first n rows is a last bin behind the best way before it.
     """
     longest = np.array(lengths, dtype=np.int64)
     costs = np.zeros(len(lengths) + 1, dtype=np.int64)  # of the best way to cut the first n rows
@@ -93,8 +89,8 @@ class Batch:
     response_mask: Tensor  # [B, T] bool: True at response tokens that the policy wrote
     # [B, T] long: index into L of the hidden state that predicts response token t (0 where padded)
     positions: Tensor
-    lengths: Tensor  # [B] long: tokens of prompt + response
-    prompt_lengths: Tensor  # [B] long
+    lengths: Tensor  # [B] long, on the host: tokens of prompt + response
+    prompt_lengths: Tensor  # [B] long, on the host
 
     @property
     def response_lengths(self) -> Tensor:
@@ -107,8 +103,9 @@ class Batch:
 
         Cut other [B, T] tensors alike with ``tensor[rows, : selected.response_ids.shape[1]]``.
         """
-        index = torch.as_tensor(list(rows), dtype=torch.long, device=self.lengths.device)
+        index = torch.as_tensor(list(rows), dtype=torch.long)
         lengths, prompt_lengths = self.lengths[index], self.prompt_lengths[index]
+        index = index.to(self.input_ids.device)
         wide = int(lengths.max()) if len(index) else 0
         tall = int((lengths - prompt_lengths).max()) if len(index) else 0
         return Batch(
@@ -121,13 +118,13 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(
+        """On a device, but for the lengths."""
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             response_ids=self.response_ids.to(device),
             response_mask=self.response_mask.to(device),
             positions=self.positions.to(device),
-            lengths=self.lengths.to(device),
-            prompt_lengths=self.prompt_lengths.to(device),
         )
 
 
@@ -347,38 +344,37 @@ def pack(
     """
     prompt_lengths = batch.prompt_lengths.tolist()
     response_lengths = batch.response_lengths.tolist()
-    device, width = batch.input_ids.device, batch.response_ids.shape[1]
     longest = max(pack_length(rows, prompt_lengths, response_lengths) for rows in packs)
-    input_ids = torch.zeros(len(packs), longest, dtype=torch.long)
+    places = torch.zeros(len(packs), longest, dtype=torch.long)  # in input_ids, row after row
     position_ids = torch.zeros(len(packs), longest, dtype=torch.long)
     # 0: prompt, 1..k: responses, -1: padding
     segments = torch.full((len(packs), longest), -1, dtype=torch.long)
     owner = torch.zeros(batch.response_ids.shape[0], dtype=torch.long)
     positions = torch.zeros(batch.response_ids.shape, dtype=torch.long)
-    ids = batch.input_ids.cpu()
-    columns = torch.arange(max(width, 1))
+    columns = torch.arange(batch.input_ids.shape[1])
     for number, rows in enumerate(packs):
         prompt = prompt_lengths[rows[0]]
-        input_ids[number, :prompt] = ids[rows[0], :prompt]
-        position_ids[number, :prompt] = torch.arange(prompt)
+        places[number, :prompt] = rows[0] * len(columns) + columns[:prompt]
+        position_ids[number, :prompt] = columns[:prompt]
         segments[number, :prompt] = 0
         start = prompt
         for segment, row in enumerate(rows, start=1):
-            length = response_lengths[row]
-            owner[row] = number
+            length, owner[row] = response_lengths[row], number
             if length == 0:
                 continue
             end = start + length - 1
-            input_ids[number, start:end] = ids[row, prompt : prompt + length - 1]
-            position_ids[number, start:end] = torch.arange(prompt, prompt + length - 1)
+            position_ids[number, start:end] = columns[prompt : prompt + length - 1]
+            places[number, start:end] = row * len(columns) + position_ids[number, start:end]
             segments[number, start:end] = segment
             positions[row, :length] = start - 1 + columns[:length]
             positions[row, 0] = prompt - 1
             start = end
     by_segments = longest_dense is not None and longest > longest_dense
+    device = batch.input_ids.device
     mask = _lengths(segments) if by_segments else _dense_mask(segments).to(device)
+    ids = batch.input_ids.flatten()[places.to(device)]
     return Packed(
-        input_ids.to(device),
+        torch.where((segments >= 0).to(device), ids, 0),
         owner.to(device),
         positions.to(device),
         position_ids.to(device),

@@ -156,9 +156,18 @@ def test_select_equals_collating_the_same_rows() -> None:
             assert torch.equal(getattr(ours, name), getattr(alone, name)), (rows, name)
 
 
-def test_to_moves_every_tensor() -> None:
+def test_to_moves_every_tensor_but_the_lengths() -> None:
+    """What decides on shapes stays on the host, which would wait for the device to tell it."""
     moved = collate(PROMPTS, RESPONSES, PAD).to("meta")
-    assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}
+    here = {name for name in NAMES if getattr(moved, name).device.type == "cpu"}
+    assert here == {"lengths", "prompt_lengths"}
+
+
+def test_choosing_and_packing_rows_never_wait_for_the_device() -> None:
+    """Tensors on the meta device have no values to wait for."""
+    batch = collate([[1, 2, 3], [1, 2, 3]], [[7], [8, 9]], PAD).to("meta")
+    assert batch.select([1]).input_ids.shape == (1, 5)
+    assert batching.pack(batch, [[0, 1]], longest_dense=2).input_ids.shape == (1, 4)
 
 
 def test_collate_refuses_empty_prompts_and_unequal_numbers() -> None:
