@@ -103,10 +103,9 @@ def fitting_micro_batch(cfg: Config) -> tuple[str, int] | None:
     if not cfg.run.dry_run and (weight_files(cfg.model.path) or 0) < _PLANNED_GIB * GIB:
         return None
     machine = moments.machine_of(engine, cfg.model.params, all_devices=False)
-    groups = engine.groups(machine.ranks)
-    if stage.batch_size % groups:
+    rows, left = divmod(stage.batch_size, engine.groups(machine.ranks))
+    if left:
         return None  # the stage's own check refuses it
-    rows = stage.batch_size // groups
     shapes, _ = shapes_of(cfg.model, ())
 
     def too_many(size: int) -> bool:

@@ -50,7 +50,8 @@ def check(cfg: Config) -> list[str]:
     import torch
 
     stage, scoring = cfg.stage, []
-    longest = cfg.data.max_prompt_length + cfg.rollout.max_response_length
+    longest = cfg.data.max_prompt_length
+    longest += cfg.environment.longest(cfg.rollout.max_response_length)
     if isinstance(stage, OfflineStage):
         longest = stage.max_length
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
