@@ -30,9 +30,9 @@ APART_CHECKS: dict[RolloutBackend, Callable[..., None]] = {}
 class Acting:
     """Lets a policy act in an environment; this one where there is none."""
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Turns can be joined behind these prompts. Logs what is worth a warning. Raises
-        UserError.
+    def check(self, prompts: Sequence[Prompt], data: DataConfig) -> None:
+        """Turns can be joined behind these prompts, which have room for what the environment shows.
+        Logs what is worth a warning. Raises UserError.
         """
 
     def around(self, generator: Generator, data: DataConfig, rollout: RolloutConfig) -> Generator:

@@ -27,6 +27,7 @@ from rlhf.types import (
     Prompt,
     Rollout,
     Tools,
+    UserError,
 )
 from rollout import Acting
 from rollout.answers import LOOK_S, Answered, GivenUp, SideBySide, Waiter, tell_progress
@@ -239,12 +240,21 @@ class InEnvironment(Acting):
     make: Callable[[], Environment]
     tools: Tools | None
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """As `Acting.check`."""
+    def check(self, prompts: Sequence[Prompt], data: DataConfig) -> None:
+        """As `Acting.check`. What environments begin with is known once they do."""
         first = prompts[0]
-        tools = self.tools if first.tools is None else first.tools
-        for note in Joiner(self.tokenizer, tools).check(first.source):
+        joiner = Joiner(self.tokenizer, self.tools if first.tools is None else first.tools)
+        for note in joiner.check(first.source):
             LOG.warning(note)
+        shown = len(joiner.opened(first, "").token_ids) - len(first.token_ids)
+        longest = data.max_prompt_length - shown
+        for prompt in prompts if shown else ():
+            if prompt.tools is None and len(prompt.token_ids) > longest:
+                raise UserError(
+                    f"prompt {prompt.id}: it has {len(prompt.token_ids)} tokens, and the "
+                    f"environment's tools take {shown}: more than data.max_prompt_length="
+                    f"{data.max_prompt_length}. Raise that."
+                )
 
     def around(self, generator: Generator, data: DataConfig, rollout: RolloutConfig) -> Generator:
         """As `Acting.around`."""

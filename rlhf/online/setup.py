@@ -142,7 +142,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     read = reader.read_prompts(cfg)
     tokenizer, prompts = read.tokenizer, read.train
     acting = acting_in(cfg.environment, tokenizer)
-    acting.check(prompts)
+    acting.check(prompts, cfg.data)
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
     start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample, cfg.engine)

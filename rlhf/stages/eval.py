@@ -94,7 +94,7 @@ def _run(ctx: RunContext) -> None:
     paths = _paths(stage)
     tokenizer = same_tokenizer(cfg.model, cfg.data.chat_template, *paths)
     prompts = _prompts(cfg, tokenizer)
-    acting_in(cfg.environment, tokenizer).check(prompts)
+    acting_in(cfg.environment, tokenizer).check(prompts, cfg.data)
     judges = make_judges(stage, tokenizer)
     scorer: Scorer | None = None  # without a reward there is no score among the figures
     if is_set(cfg.reward):

@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 
+from conf.reward import EnvironmentConfig, EnvironmentKind
+from conf.schema import DataConfig, RolloutConfig
 from rlhf.cli import config
+from rlhf.models.encoding import prompt_ids
+from rlhf.models.loading import train_tokenizer
+from rlhf.models.templates import template_text
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
 from rlhf.stages import rows as stage_rows
-from rlhf.types import UserError
+from rlhf.types import Message, Prompt, UserError
+from rollout import Acting, acting_in
 from tests import toys
-from tests.acting import Counting
+from tests.acting import Counting, Scripted
 from tests.online.test_online import TINY, metrics
 
 ACTS = [
@@ -88,6 +94,45 @@ def test_what_is_refused_before_weights_load(
     cfg = compose(tmp_path, "grpo", "rollout=hf", "stage.steps=1", *changes)
     with pytest.raises(UserError, match=named):
         online_stage.check(cfg)
+
+
+def tools() -> tuple[Any, Acting]:
+    """A tokenizer, and what lets its policy call a calculator."""
+    tokenizer = train_tokenizer(["the film is good"] * 2, 400, 512)
+    tokenizer.chat_template = template_text("hermes")
+    limits = EnvironmentConfig(kind=EnvironmentKind.tools, tools=["calculator"], max_tokens=400)
+    limits.options["answer"] = "answer"
+    return tokenizer, acting_in(limits, tokenizer)
+
+
+def asked(tokenizer: Any) -> Prompt:
+    source: list[Message] = [{"role": "user", "content": "What is 17 * 23?"}]
+    ids = tuple(prompt_ids(tokenizer, source))
+    return Prompt("p", "", ids, source, {"answer": "391"})
+
+
+def test_a_tool_is_called_and_answers() -> None:
+    tokenizer, acting = tools()
+    call = {"name": "calculator", "arguments": {"expression": "17 * 23"}}
+    texts = (f"<tool_call>\n{json.dumps(call)}\n</tool_call>", "It is 391.")
+    said = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    inner = Scripted(tokenizer, lambda name, turn: said[turn])
+    generator = acting.around(
+        inner, DataConfig(max_prompt_length=1000), RolloutConfig(max_response_length=200)
+    )
+    (rollout,) = generator.generate([asked(tokenizer)], seed=1)
+    assert "calculator" in rollout.prompt.text, "the prompt shows the tools"
+    assert "<tool_response>\n391\n</tool_response>" in rollout.turns[0].observation
+    assert rollout.success and rollout.turns[1].reward == 1.0
+    assert rollout.info["calls"] == 1 and rollout.info["broken_calls"] == 0
+
+
+def test_prompts_without_room_for_the_tools_are_refused() -> None:
+    tokenizer, acting = tools()
+    tokens = len(asked(tokenizer).token_ids)
+    with pytest.raises(UserError, match=rf"prompt p.* {tokens} tokens.*max_prompt_length=60"):
+        acting.check([asked(tokenizer)], DataConfig(max_prompt_length=60))
+    acting.check([asked(tokenizer)], DataConfig(max_prompt_length=1000))
 
 
 def test_a_template_that_cannot_be_joined_is_refused(tmp_path: Path) -> None:
