@@ -43,7 +43,7 @@ GRPO = [
     *("model.dtype=float32", "engine.threads=1", "tracking=none"),
     *("data.max_prompt_length=24", "rollout.max_response_length=8", "rollout=server"),
     *("rollout.kv_cache_gib=0.05", "rollout.max_num_seqs=16", "rollout.server.threads=1"),
-    *("rollout.server.request_limit_s=5", "launch.ranks_per_node=1"),
+    *("rollout.server.request_limit_s=8", "launch.ranks_per_node=1"),
 ]
 
 
@@ -179,8 +179,8 @@ def test_a_run_outlives_a_cut_link_to_its_vllm_server(
         hosts.link.is_cut, hosts.link.delay_s = False, 0.0
     assert code == 0, errors
     assert steps < 6, "the link was cut in the middle of the run"
-    url = f"http://{hosts.second.address}:20077"
-    assert url in errors and "brought back" in errors and "serves again" in errors
+    url, said = f"http://{hosts.second.address}:20077", " ".join(errors.split())
+    assert url in said and "brought back" in said and "serves again" in said
     expected, found = (read_jsonl(tmp_path / name / "grpo" / "samples.jsonl") for name in RUNS)
     assert len(found) == 6 * 16
     assert [row["response"] for row in found] == [row["response"] for row in expected]
