@@ -49,6 +49,7 @@ class DeviceRoute:
     def __init__(self, updates: Updates) -> None:
         self.updates = updates
         self._unknown: frozenset[str] = frozenset()
+        self._latest: int | None = None  # version that servers were given
 
     every_rank_packs: bool
 
@@ -78,8 +79,10 @@ class DeviceRoute:
             return []
         with self.updates.lock:
             urls = list(self.updates.servers)
+            self._latest = None
             try:
                 self._update(incoming, version)
+                self._latest = version
             except (ServerFault, Refused) as error:
                 self.updates.condemn_all(urls, str(error))
                 take_all(incoming, version)  # other ranks wait for this one
@@ -115,11 +118,11 @@ class DeviceRoute:
             if name not in self._unknown:
                 yield name, tensor.detach().to(distributed.device(), self.updates.model.dtype)
 
-    def rejoin(self, server: Server) -> bool:
+    def rejoin(self, server: Server, label: str) -> bool:
         with self.updates.lock:
             self.updates.servers[server.url] = server
             self.connect()
-            return False
+            return label == str(self._latest)
 
     def leave(self, server: Server) -> None:
         with self.updates.lock:

@@ -46,9 +46,10 @@ class Route(Protocol):
         """
         ...
 
-    def rejoin(self, server: Server) -> bool:
-        """Take in a server that was started anew. Returns whether it holds the latest weights and
-        may write; otherwise the next `send` brings them. Raises ServerFault.
+    def rejoin(self, server: Server, label: str) -> bool:
+        """Take in a server that was away; `label`: of the weights that it holds. Returns whether it
+        holds the latest ones now and may write; otherwise the next `send` brings them. Raises
+        ServerFault.
         """
         ...
 
@@ -179,11 +180,13 @@ class FileRoute:
                 running[server.url] = in_background(update)
         return faults + self._updates.settle(running, version, deadline)
 
-    def rejoin(self, server: Server) -> bool:
+    def rejoin(self, server: Server, label: str) -> bool:
         with self._updates.lock:
             self._join(server)
             if self._held is None or self._file is None:
                 return False
+            if label == str(self._held):
+                return True
             for fault in self._load(self._file, [server], self._held):
                 raise fault
             return True
@@ -296,11 +299,13 @@ class GlooRoute:
         broadcast.send(last_message(None))
         return self._updates.settle(running, version, deadline)
 
-    def rejoin(self, server: Server) -> bool:
+    def rejoin(self, server: Server, label: str) -> bool:
         with self._updates.lock:
             self._join(server)
             if self._held is None:
                 return False
+            if label == str(self._held):
+                return True
             for fault in self._update([server], iter(self._kept.items()), self._held):
                 raise fault
             return True

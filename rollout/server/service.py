@@ -138,17 +138,15 @@ class Service:
 
     def _update(self, server: Server, *, tainted: bool) -> bool:
         """Give a server that answers again the current weights, unless it has them; returns whether
-        it has them then. Raises ServerFault.
+        it has them then, and gets those of later syncs. Raises ServerFault.
         """
-        fresh = server.held_version() == _FRESH
-        if tainted and not fresh:
+        label = server.held_version()
+        if tainted and label != _FRESH:
             # It ends at the next request. Who started it starts it anew.
             cause = "an update of its weights failed"
             server.call("rlhf_condemn", reason=cause, limit_s=PROBE_S)
             raise ServerFault(server.url, f"{cause}; start it anew")
-        if not fresh and self.current.is_held(server):
-            return True
-        is_current = self.route.rejoin(server)
+        is_current = self.route.rejoin(server, label)
         if self.current.adapters:
             self.adapters.load_latest(server, self._setup.cfg.sync_limit_s)
         return is_current or not self.current.labels

@@ -336,34 +336,40 @@ def test_a_restarted_server_gets_the_weights_at_once(
 ) -> None:
     first = standing_in(1)
     route = opened(way, first)
-    assert route.rejoin(standing_in(2)) is False, "there are no weights yet"
+    assert route.rejoin(standing_in(2), "default") is False, "there are no weights yet"
     route.send(incoming(model, weights(model, 4)), 4)
     first.steps.clear()
     late = standing_in(3)
-    assert route.rejoin(late) is True
+    assert route.rejoin(late, "default") is True
     holds(late, model, 4)
     assert late.steps == DRAINED and first.steps == [], "the others write on"
     dead = standing_in(5)
     dead.fails_at["rlhf_update"] = ServerFault(dead.url, "killed again")
     with pytest.raises(ServerFault, match="killed again"):
-        route.rejoin(dead)
+        route.rejoin(dead, "default")
     with pytest.raises(SyncError):
         route.send(incoming(model, broken(model, "missing")[0]), 5)
-    assert route.rejoin(standing_in(4)) is False, "what is kept is of no version"
+    assert route.rejoin(standing_in(4), "default") is False, "what is kept is of no version"
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_server_that_came_back_gets_the_next_weights(
     way: Transfer, model: Model, opened: Callable[..., Route], standing_in: Callable[..., StandIn]
 ) -> None:
+    """One that was out of reach for a while and has missed nothing is sent nothing before."""
     first, again = standing_in(1), standing_in(1)
     route = opened(way, first)
     route.send(incoming(model, weights(model, 1)), 1)
     route.leave(first)
-    assert route.rejoin(again) is True
+    assert route.rejoin(again, "1") is True
+    assert again.steps == []
     assert route.send(incoming(model, weights(model, 2)), 2) == []
     holds(again, model, 2)
     holds(first, model, 1)
+    route.leave(again)
+    late = standing_in(1)
+    assert route.rejoin(late, "1") is True
+    holds(late, model, 2)
 
 
 def test_a_server_that_does_not_join_is_named(model: Model, opened: Callable[..., Route]) -> None:

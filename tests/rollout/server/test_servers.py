@@ -268,6 +268,22 @@ def test_a_server_that_comes_back_writes_again(fakes: Any, make: Make) -> None:
     assert servers[0].fake.asked
 
 
+def test_a_server_that_was_out_of_reach_gets_later_weights(
+    fakes: Any, make: Make, model: Any
+) -> None:
+    (server,) = fakes(1)
+    generator = make([server])
+    generator.sync(whole(model), 1)
+    server.stop()
+    threading.Timer(0.5, server.start).start()
+    server.fake.calls.clear()
+    assert {r.version for r in generator.generate(PROMPTS, seed=3)} == {1}
+    assert "rlhf_update" not in server.fake.calls, "it has them"
+    generator.sync(whole(model), 2)
+    assert server.fake.version == "2" and "rlhf_update" in server.fake.calls
+    assert {r.version for r in generator.generate(PROMPTS, seed=3)} == {2}
+
+
 def test_without_another_server_the_run_waits_for_its_return(fakes: Any, make: Make) -> None:
     (server,) = fakes(1)
     generator = make([server])
