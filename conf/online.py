@@ -86,7 +86,8 @@ class OnlineStage(TrainStage):
     )
     constant_length: int | None = option(
         None,
-        "aggregation=constant: the constant; null: rollout.max_response_length.",
+        "aggregation=constant: the constant; null: rollout.max_response_length, in an environment "
+        "the most that its turns can hold.",
         unit="tokens",
         at_least=1,
     )
