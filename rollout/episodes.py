@@ -35,6 +35,7 @@ from rollout.episode import Episode, seed_of
 from rollout.sampling import fresh_seed
 
 LOG = logging.getLogger("rollout.episodes")
+_THREADS = 1024  # episodes that servers write at the same time
 Write = Callable[..., list[Rollout]]  # as Generator.generate
 _Result = TypeVar("_Result")
 
@@ -174,7 +175,8 @@ class EpisodeGenerator:
     def _play_each(self, episodes: Sequence[Episode], write: Write, seed: int) -> None:
         """Each episode in a thread of its own."""
         failed = threading.Event()
-        with ThreadPoolExecutor(max(1, len(episodes)), "episode") as threads:
+        most = max(1, min(_THREADS, len(episodes)))
+        with ThreadPoolExecutor(most, "episode") as threads:
             futures = [threads.submit(self._play, e, write, seed, failed) for e in episodes]
             _wait(futures, lambda: sum(len(episode.turns) for episode in episodes))
             failed.set()  # where one failed, the others end with their turn

@@ -3,15 +3,40 @@ environment.path=tests.acting:... reaches them by name.
 """
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rlhf.models.encoding import is_chat
 from rlhf.models.turns import end_ids, response_text
 from rlhf.types import AdapterWeights, FullWeights, Message, Observation, Prompt, Rollout, Step
+
+
+def turning_policy(folder: Path) -> Path:
+    """A directory of a tiny random policy that ends a turn after five tokens or so: the first
+    hidden feature is the same at every position, so its column of the head acts as a bias.
+    """
+    import torch
+
+    from conf.choices import ModelKind
+    from conf.schema import ModelConfig, TinyConfig
+    from rlhf.models.loading import load_causal_lm, train_tokenizer
+
+    tokenizer = train_tokenizer(["say a b c d go on no 1 2 3"], 300, 128)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "layers": 1, "heads": 1}
+    tiny = TinyConfig(vocab_size=300, max_positions=128, tie_embeddings=False, **shape)
+    torch.manual_seed(0)
+    model = load_causal_lm(ModelConfig(kind=ModelKind.tiny, tiny=tiny), tokenizer)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] += 1.0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] += math.log(300 / 4) / math.sqrt(32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 class Counting:

@@ -6,7 +6,7 @@ of the next answer. A text without a template is continued by the environment's 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.models.encoding import answer_ids, is_chat, prompt_ids, render
@@ -35,14 +35,23 @@ class Joiner:
 
     tokenizer: Any
     tools: Tools | None = None
+    # what `opened` has made, by prompt and observation: a group's episodes begin alike
+    _known: dict[str, Prompt] = field(default_factory=dict, compare=False, repr=False)
 
     def opened(self, prompt: Prompt, observation: Observation) -> Prompt:
         """The first prompt of an episode: a row's own, and what the environment begins with ("" or
         no messages where that is nothing). Raises ValueError and UserError for what can't be
         rendered.
         """
-        if not observation and self.tools == prompt.tools:
+        chat = is_chat(prompt.source)
+        if not observation and (self.tools == prompt.tools or not chat):
             return prompt
+        key = f"{prompt.id}/{observation}"
+        if key not in self._known:
+            self._known[key] = self._opened(prompt, observation)
+        return self._known[key]
+
+    def _opened(self, prompt: Prompt, observation: Observation) -> Prompt:
         source: Any = prompt.text
         if prompt.source is not None:
             source = prompt.source

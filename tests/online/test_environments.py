@@ -18,12 +18,12 @@ from rlhf.stages import rows as stage_rows
 from rlhf.types import Message, Prompt, UserError
 from rollout import Acting, acting_in
 from tests import toys
-from tests.acting import Counting, Scripted
-from tests.online.test_online import TINY, metrics
+from tests.acting import Counting, Scripted, turning_policy
+from tests.online.test_online import metrics
 
 ACTS = [
-    *TINY,
-    "model.tiny.max_positions=128",
+    "model=pretrained",
+    "data.max_prompt_length=32",
     "tracking=none",
     "environment=python",
     "environment.path=tests.acting:EvenTokens",
@@ -37,7 +37,9 @@ ACTS = [
 def compose(folder: Path, stage: str, *overrides: str) -> Any:
     rows = [{"prompt": [{"role": "user", "content": f"say {word}"}], "turns": 2} for word in "abcd"]
     place = toys.write_jsonl(folder / "prompts.jsonl", rows)
+    model = turning_policy(folder / "policy")
     base = [f"stage={stage}", *ACTS, f"run.dir={folder}", f"data.path={place}"]
+    base.append(f"model.path={model}")
     return config.compose([*base, *overrides])
 
 
@@ -48,17 +50,29 @@ def run(folder: Path, stage: str, *overrides: str) -> Path:
     return folder / cfg.run.name / stage
 
 
-@pytest.mark.parametrize("stage", ["grpo", "ppo"])
-def test_a_policy_learns_from_turns(stage: str, tmp_path: Path) -> None:
-    changes = ["rollout=hf", "stage.steps=3", "stage.samples_kept=4"]
-    changes += ["stage.critic_init=policy"] if stage == "ppo" else ["stage.samples_per_prompt=4"]
+def check_metrics(rows: list[dict[str, float]]) -> None:
+    """Episodes have turns, and sampler and trainer agree on all that was written with the weights
+    that train.
+    """
+    assert rows[0]["rollout/logprob_gap"] < 1e-4
+    for row in rows:
+        assert row.get("rollout/logprob_gap", 0.0) < 1e-4
+        assert 0 <= row["objective/scores"] <= 2 and "environment/success" in row
+        assert row["rollout/turns"] > 1.2
+
+
+@pytest.mark.parametrize(("stage", "ahead"), [("grpo", 0), ("grpo", 1), ("ppo", 0), ("remax", 0)])
+def test_a_policy_learns_from_turns(stage: str, ahead: int, tmp_path: Path) -> None:
+    changes = ["rollout=hf", "stage.steps=3", "stage.samples_kept=4", f"stage.ahead={ahead}"]
+    if stage == "ppo":
+        changes.append("stage.critic_init=policy")
+    if stage == "grpo":
+        changes.append("stage.samples_per_prompt=4")
     folder = run(tmp_path, stage, *changes)
-    for row in metrics(folder):
-        assert row["rollout/logprob_gap"] < 1e-4
-        assert 0 <= row["objective/scores"] <= 2
-        assert "environment/success" in row
+    check_metrics(metrics(folder))
     written = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert any(len(json.loads(line)["turns"]) > 1 for line in written)
+    roles = [[turn["role"] for turn in json.loads(line)["turns"]] for line in written]
+    assert ["assistant", "environment", "assistant"] in roles
 
 
 @pytest.mark.vllm
@@ -66,8 +80,7 @@ def test_a_policy_learns_from_turns(stage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_with_vllm_and_ahead(ahead: int, tmp_path: Path) -> None:
     changes = ["rollout=vllm", "rollout.kv_cache_gib=0.1", "stage.steps=3", f"stage.ahead={ahead}"]
-    for row in metrics(run(tmp_path, "grpo", *changes, "stage.samples_per_prompt=4")):
-        assert row["rollout/logprob_gap"] < 1e-4
+    check_metrics(metrics(run(tmp_path, "grpo", *changes, "stage.samples_per_prompt=4")))
 
 
 def test_the_same_run_twice(tmp_path: Path) -> None:
