@@ -52,6 +52,8 @@ CASES = {
     "grouped": Case(3, model="qwen3", adapter="lora"),
     "tokens": Case(1, engine={"micro_batch_tokens": 66}, weighted=True),
     "checkpointing": Case(3, engine={"gradient_checkpointing": True, "micro_batch_size": 2}),
+    # killed where the third step's metrics are written, two of four steps on the disk
+    "resumed": Case(2, stage={"eval_steps": 2}),
     "growing": Case(2, stage={"batch_growth": GROWTH}),
     "experts": Case(3, model="qwen3_moe"),
     "positions": Case(0, model="gpt2", adapter="lora"),
@@ -95,9 +97,31 @@ def config(folder: Path, name: str, ranks: int) -> Config:
 def run(folder: Path, name: str, ranks: int) -> Path:
     """Run a case. Returns its run directory."""
     cfg = config(folder, name, ranks)
+    if name == "resumed" and ranks > 1:
+        kill(cfg, 3)
+        cfg.run.resume = True
     sft.run(RunContext.open(cfg), stage_rows)
     distributed.barrier()
     return Path(cfg.run.dir) / name / "sft"
+
+
+def kill(cfg: Config, at: int) -> None:
+    """Run it up to a step, whose metrics no rank writes."""
+    ctx = RunContext.open(cfg)
+    log = ctx.tracker.log
+
+    def killed(step: int, metrics: Any) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+        log(step, metrics)
+
+    ctx.tracker.log = killed  # type: ignore[method-assign]
+    try:
+        sft.run(ctx, stage_rows)
+    except KeyboardInterrupt:
+        distributed.barrier()
+    else:
+        raise AssertionError(f"step {at} was not killed")
 
 
 def main() -> None:

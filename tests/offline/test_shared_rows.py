@@ -33,7 +33,7 @@ from tests.selection import marked_full, selected
 
 TOLERANCE = 1e-5  # nats of loss, and weights
 TWO_RANKS = list(shared_rows_worker.CASES)
-RUNS = [(2, name) for name in TWO_RANKS] + [(4, "plain"), (4, "tokens")]
+RUNS = [(2, name) for name in TWO_RANKS] + [(4, name) for name in ("plain", "tokens", "resumed")]
 COVERING = [(2, "plain"), (2, "grouped"), (2, "tokens")]
 
 
@@ -112,6 +112,9 @@ def test_shared_rows_train_as_whole_ones(runs: Path, ranks: int, name: str) -> N
     expected, found = trl_tools.losses(one), trl_tools.losses(several)
     assert len(found) == shared_rows_worker.STEPS
     assert found == pytest.approx(expected, abs=TOLERANCE)
+    if name == "resumed":
+        starts = json.loads((several / "manifest.json").read_text(encoding="utf-8"))["starts"]
+        assert starts[1]["resume_from"].endswith("checkpoint-2")
     figures = ["eval_loss", "num_tokens", "initial/eval_loss"]
     if ranks == 2:  # TRL's own mean over micro-batches, which are others on more groups
         figures.append("eval_mean_token_accuracy")
