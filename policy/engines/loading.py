@@ -38,9 +38,11 @@ class Loader:
 # By ZeRO stage, of an engine and its weights' dtype; rlhf/stages/methods.py fills it.
 LOADERS: dict[int, Callable[[EngineConfig, torch.dtype], Loader]] = {}
 
-# What lets ranks share rows (engine.sequence_parallel), by what it is given: of "sft" a model, for
-# which it returns the trainer's class; of "online" the step's models. methods.py fills it.
-SHARING: dict[str, Callable[[Any, EngineConfig], Any]] = {}
+# What lets ranks share the rows of an online step's models (engine.sequence_parallel), and what
+# chooses the class of stage=sft's trainer for a model: "shared" rows, or "packed" ones. methods.py
+# fills them.
+SHARING: dict[str, Callable[[Any, EngineConfig], None]] = {}
+TRAINERS: dict[str, Callable[[Any, EngineConfig], type[Any]]] = {}
 
 
 def loader_of(

@@ -1,7 +1,7 @@
 """The step before every stage that loads models: what stages choose by a name in the configuration
 is made known. These are the ways to train beside a frozen model (policy/adapters/), their ways into
 vLLM's engine and vLLM's servers (rollout/), how models are parted while they are read
-(policy/engines/parts.py), how ranks share rows (rlhf/offline/shared_rows.py,
+(policy/engines/parts.py), how ranks share rows and how packed ones attend (rlhf/offline/,
 policy/shared_engine.py), the verifiers of answers (reward/verifiers/), the scorer of episodes and
 the environments that policies act in (rlhf/environments/). The only importer of their files.
 """
@@ -72,6 +72,12 @@ def _sharing_sft(model: Any, engine: EngineConfig) -> type[Any]:
     return sharing_sft(model, engine)
 
 
+def _packed_sft(model: Any, engine: EngineConfig) -> type[Any]:
+    from rlhf.offline.packed_rows import packed_sft
+
+    return packed_sft(model, engine)
+
+
 def _share_rows(models: Any, engine: EngineConfig) -> None:
     from policy.shared_engine import share_rows
 
@@ -84,7 +90,8 @@ def register() -> None:
     terms.SCORERS[TermKind.environment] = EnvironmentScorer
     adapters.register(ALL, quantized.HOLDING)
     loading.LOADERS[3] = parts.PartsLoader
-    loading.SHARING |= {"sft": _sharing_sft, "online": _share_rows}
+    loading.SHARING["online"] = _share_rows
+    loading.TRAINERS |= {"shared": _sharing_sft, "packed": _packed_sft}
     rollout.ENGINES[Carrier.modules] = ModulesGenerator
     rollout.PLACES[Carrier.modules] = check_places
     rollout.ENGINES[Carrier.embeds] = EmbedsGenerator

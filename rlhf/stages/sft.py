@@ -6,7 +6,8 @@ import dataclasses
 
 from trl import SFTConfig
 
-from conf.schema import Config
+from conf.schema import Config, EngineConfig
+from conf.stages import SFTStage
 from policy.adapters import rates_of
 from policy.engines import loading, resharding
 from rlhf.checks.launch import BatchPlan
@@ -115,9 +116,10 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
     guard = make_guard(ctx)
     rates = rates_of(model, stage, cfg.adapter)
     kind = SFT
-    if cfg.engine.sequence_parallel > 1:
+    special = _special_rows(stage, cfg.engine)
+    if special is not None:
         with loader.passing(model):
-            kind = loading.SHARING["sft"](model, cfg.engine)
+            kind = loading.TRAINERS[special](model, cfg.engine)
     with unbalanced(model):
         return kind(
             model=model,
@@ -129,3 +131,10 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
             engine=cfg.engine,
             rates=rates,
         )
+
+
+def _special_rows(stage: SFTStage, engine: EngineConfig) -> str | None:
+    """Which trainer the rows need, of `policy.engines.loading.TRAINERS`; None: the usual one."""
+    if engine.sequence_parallel > 1:
+        return "shared"
+    return "packed" if stage.packing else None
