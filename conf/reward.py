@@ -306,3 +306,47 @@ class EnvironmentConfig:
             name, value = needs[self.kind]
             expected = f"a value with environment.kind={self.kind.value}"
             check(value is not None, f"environment.{name}", value, expected)
+
+
+@dataclass(slots=True, kw_only=True)
+class ServeRewardStage:
+    """Serves the reward model of reward.path over HTTP, for reward terms of kind remote."""
+
+    name: str = option("serve_reward", "Name of the preset; stage=NAME sets it.")
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; any other than this machine's own needs token_env.",
+        filled=True,
+    )
+    port: int = option(8100, "Port; 0: any free one.", at_least=0, at_most=65535)
+    token_env: str | None = option(
+        None,
+        "Environment variable that holds the bearer token; null: a token is made and printed at "
+        "the start.",
+    )
+    max_batch: int = option(
+        256,
+        "Most items of one request, and of several requests that are scored together.",
+        unit="items",
+        at_least=1,
+    )
+    max_body_mib: float = option(16.0, "Largest request.", unit="MiB", above=0)
+    max_waiting: int = option(
+        64,
+        "Requests that may wait for the model; more are answered with 503 and Retry-After.",
+        unit="requests",
+        at_least=1,
+    )
+    grace_s: int = option(
+        30, "Time that open requests get after SIGTERM or Ctrl-C.", unit="s", at_least=1
+    )
+    log_every_s: float = option(10.0, "Time between lines of metrics.jsonl.", unit="s", above=0)
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+        check(
+            self.host in ("127.0.0.1", "localhost", "::1") or self.token_env is not None,
+            "stage.token_env",
+            self.token_env,
+            f"the name of an environment variable with stage.host={self.host}",
+        )

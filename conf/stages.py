@@ -3,10 +3,12 @@ conf/training.py and conf/online.py, but those of pairs without a reference.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
-from conf.choices import CPOLoss, Judge
+from conf.choices import CPOLoss, Dtype, Judge
 from conf.online import OnlineStage
 from conf.options import check, check_options, option, same_option
+from conf.reward import ServeRewardStage
 from conf.run import WatchConfig
 from conf.training import (
     LABEL_SMOOTHING,
@@ -27,6 +29,8 @@ __all__ = [
     "DataStage",
     "DoctorStage",
     "EvalStage",
+    "ExportStage",
+    "GGUFType",
     "KTOStage",
     "LabelStage",
     "ORPOStage",
@@ -134,48 +138,64 @@ class EvalStage:
         )
 
 
-@dataclass(slots=True, kw_only=True)
-class ServeRewardStage:
-    """Serves the reward model of reward.path over HTTP, for reward terms of kind remote."""
+class GGUFType(Enum):
+    """Number formats of a GGUF file's matrices; vectors are float32 in all of them."""
 
-    name: str = option("serve_reward", _NAME)
-    host: str = option(
-        "127.0.0.1",
-        "Address to listen on; any other than this machine's own needs token_env.",
-        filled=True,
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"  # 8 bits, a float16 scale for every 32 numbers
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportStage:
+    """Writes a model for other programs: adapters merged in, safetensors, GGUF, an Ollama
+    Modelfile, a model card. Each file is loaded again and answers 20 questions.
+    """
+
+    name: str = option("export", _NAME)
+    safetensors: bool = option(True, "Write safetensors, which most programs load.")
+    dtype: Dtype = option(
+        Dtype.auto, "Number format of the safetensors; auto: that of the model's own files."
     )
-    port: int = option(8100, "Port; 0: any free one.", at_least=0, at_most=65535)
-    token_env: str | None = option(
-        None,
-        "Environment variable that holds the bearer token; null: a token is made and printed at "
-        "the start.",
+    gguf: list[GGUFType] = option([], "GGUF files to write, for llama.cpp and Ollama.")
+    modelfile: bool = option(
+        False,
+        "Write a Modelfile for Ollama beside each GGUF file; refused where no template of Ollama "
+        "gives what the model's chat template gives.",
     )
-    max_batch: int = option(
-        256,
-        "Most items of one request, and of several requests that are scored together.",
-        unit="items",
-        at_least=1,
+    title: str | None = option(
+        None, "Name in the card and of the GGUF files; null: run.name.", filled=True
     )
-    max_body_mib: float = option(16.0, "Largest request.", unit="MiB", above=0)
-    max_waiting: int = option(
-        64,
-        "Requests that may wait for the model; more are answered with 503 and Retry-After.",
-        unit="requests",
-        at_least=1,
+    license: str | None = option(
+        None, "Licence of the exported model; null: what its base's files say.", filled=True
     )
-    grace_s: int = option(
-        30, "Time that open requests get after SIGTERM or Ctrl-C.", unit="s", at_least=1
+    answer_tokens: int = option(
+        32, "Longest answer to a question of the check.", unit="tokens", at_least=1
     )
-    log_every_s: float = option(10.0, "Time between lines of metrics.jsonl.", unit="s", above=0)
+    least_agreement: float = option(
+        0.9,
+        "Share of answers below which an export in bf16 or q8_0 is warned of.",
+        at_least=0,
+        at_most=1,
+    )
 
     def __post_init__(self) -> None:
         check_options(self, "stage")
         check(
-            self.host in ("127.0.0.1", "localhost", "::1") or self.token_env is not None,
-            "stage.token_env",
-            self.token_env,
-            f"the name of an environment variable with stage.host={self.host}",
+            self.safetensors or bool(self.gguf),
+            "stage.gguf",
+            [],
+            "at least one type with stage.safetensors=false, or nothing is written",
         )
+        check(
+            not self.modelfile or bool(self.gguf),
+            "stage.modelfile",
+            self.modelfile,
+            "false without stage.gguf: Ollama reads GGUF files",
+        )
+        plain = self.title is None or not set(self.title) & set('/\\\n"')
+        check(plain, "stage.title", self.title, "a file's name, without slashes and quotes")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -256,6 +276,7 @@ STAGES: dict[str, type] = {
     "orpo": ORPOStage,
     "ppo": OnlineStage,
     "eval": EvalStage,
+    "export": ExportStage,
     "serve_reward": ServeRewardStage,
     "serve_rollout": ServeRolloutStage,
     "data": DataStage,
@@ -270,6 +291,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "train": ("sft", "reward", "dpo", "kto", "cpo", "orpo"),
     "online": ("ppo",),
     "judge": ("eval",),
+    "use": ("export",),
     "serve": ("serve_reward", "serve_rollout"),
     "run and look": ("chain", "doctor"),
 }
@@ -292,6 +314,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
         "launch",
     ),
     "eval": ("run", "model", "engine", "rollout", "environment", "reward", "data", "tracking"),
+    "export": ("run", "model", "data", "tracking"),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
     "serve_rollout": ("run", "model", "adapter", "rollout", "data", "tracking"),
     "data": ("run", "model", "reward", "data", "tracking"),

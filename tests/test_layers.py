@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rlhf.environments": (*BASE, "reward"),
     "rlhf.run": BASE,
     "rlhf.checks": (*BASE, "rlhf.run"),
+    "rlhf.export": (*BASE, "rlhf.run"),
     "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
     # starts processes, and imports nothing of what they do
     "rlhf.launch": ("conf", "rlhf.types", "rlhf.process"),
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.environments",
         "rlhf.checks",
         "rlhf.cli",
+        "rlhf.export",
         "rlhf.launch",
         "rlhf.online",
         "rlhf.offline",

@@ -384,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     base = list(sys.argv[1:] if arguments is None else arguments)
     try:
         cfg = config.compose(["stage=label", *base])
-        recipes.ensure(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, overwrite=False)))
+        recipes.ensure(cfg.data, dataclasses.replace(cfg.run, overwrite=False))
         distributed.set_threads(cfg.engine.threads)
         quiet_libraries()
         ctx = RunContext.open(cfg, base)

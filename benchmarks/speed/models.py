@@ -42,7 +42,8 @@ def read_lines(path: Path) -> list[str]:
 def recipe_of(folder: Path, name: str) -> Path:
     """The rows of experiment=reviews, made once per folder: its directory."""
     shared = ["stage=sft", "experiment=reviews", f"run.dir={folder}", f"run.name={name}"]
-    recipes.ensure(config.compose(shared))
+    cfg = config.compose(shared)
+    recipes.ensure(cfg.data, cfg.run)
     return folder / name / "recipe"
 
 
@@ -99,11 +100,10 @@ def case_a(folder: Path) -> Case:
 
 def case_b(folder: Path, *, lora: bool) -> Case:
     """SmolLM2-135M-Instruct, 16 answers of up to 48 tokens."""
-    recipes.ensure(
-        config.compose(
-            ["stage=ppo", "experiment=smollm2", f"run.dir={folder}", "run.name=bench-135m"]
-        )
+    cfg = config.compose(
+        ["stage=ppo", "experiment=smollm2", f"run.dir={folder}", "run.name=bench-135m"]
     )
+    recipes.ensure(cfg.data, cfg.run)
     recipe = folder / "bench-135m" / "recipe"
     rows: list[Any] = []
     for line in read_lines(recipe / "prompts.jsonl")[:4]:

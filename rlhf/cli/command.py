@@ -191,22 +191,23 @@ class _Job:
 
         hydra = HydraConfig.get()
         if hydra.mode is RunMode.MULTIRUN:
-            run_sweep_job(cfg, hydra)
+            run_sweep_job(cfg.run.name, cfg.tracking.group, hydra)
         else:
             self._run_job(cfg, sys.argv[1:])
 
 
-def run_sweep_job(cfg: Config, hydra: Any) -> None:
+def run_sweep_job(name: str, group: str | None, hydra: Any) -> None:
     """Run the job of a sweep that Hydra has just composed; `hydra` is its own configuration.
+    `name`, `group`: run.name and tracking.group.
 
     A process of its own, since vLLM, DeepSpeed and torch keep state that a second job in the same
     process would inherit. Raises UserError for a job that failed, SystemExit for one that was
     stopped.
     """
     overrides = [text for text in hydra.overrides.task if not text.startswith(_OURS)]
-    group = cfg.tracking.group or f"{cfg.run.name}-sweep"
+    group = group or f"{name}-sweep"
     command = [sys.executable, "-m", "rlhf", *overrides]
-    command += [f"run.name={cfg.run.name}-{hydra.job.num}", f"tracking.group={group}"]
+    command += [f"run.name={name}-{hydra.job.num}", f"tracking.group={group}"]
     clean_sweep_file(Path(hydra.sweep.dir) / "multirun.yaml")
     code = supervision.run_child(command)
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
@@ -305,7 +306,7 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
         distributed.initialise(max(30.0, limit / 60 + 10.0))
         watchdog.phase("download")
         if cfg.data.recipe is not Recipe.none:
-            modules(_RECIPE).ensure(cfg)
+            modules(_RECIPE).ensure(cfg.data, cfg.run)
         watchdog.phase("preflight")
         stage = modules(name)
         if isinstance(cfg.stage, TrainStage):

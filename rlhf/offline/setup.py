@@ -5,7 +5,7 @@ adapter, and the arguments that TRL's configs have in common.
 import functools
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from rlhf.models.directories import CLASSIFIER, trains_on_adapter
 from rlhf.models.loading import resolve_dtype, starts_whole, write_whole
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
-from rlhf.run.context import RunContext
 from rlhf.run.directory import LOOKED_UP
 from rlhf.types import EncodedRows, UserError
 
@@ -210,17 +209,6 @@ def _trains_head(stage: OfflineStage) -> bool:
     weight themselves.
     """
     return not isinstance(stage, (SFTStage, PreferenceStage, KTOStage))
-
-
-def record_inputs(ctx: RunContext, kind: str, files: Iterable[Path]) -> None:
-    """Name in the run's manifest what it read: the model it starts from (as `kind`) and its data
-    `files`.
-    """
-    ctx.add_parent(kind, ctx.cfg.model.path)
-    for place in ctx.cfg.adapter.load:
-        ctx.add_parent("adapter", place)
-    for path in files:
-        ctx.add_data(path)
 
 
 def training_dtype(dtype: Dtype, adapter: AdapterKind, engine: EngineKind) -> Dtype:

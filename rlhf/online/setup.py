@@ -298,14 +298,9 @@ def _layout(engine: EngineConfig, stage: OnlineStage, model: Any) -> Layout:
 
 
 def _register(ctx: RunContext, files: Iterable[Path]) -> None:
-    if ctx.cfg.model.path is not None:
-        ctx.add_parent("policy", ctx.cfg.model.path)
-    for place in ctx.cfg.adapter.load:
-        ctx.add_parent("adapter", place)
+    ctx.add_inputs("policy", files)
     for _, path in model_paths(ctx.cfg.reward):
         ctx.add_parent("reward", path)
-    for file in files:
-        ctx.add_data(file)
 
 
 def _start_of(

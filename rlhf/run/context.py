@@ -6,7 +6,7 @@ What other programs read of a run directory is fixed in the reference page "Run 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,16 @@ class RunContext:
         if parent.exists():
             entry |= self._origin(parent)
         self._manifest.add("parents", entry)
+
+    def add_inputs(self, kind: str, files: Iterable[Path]) -> None:
+        """Record what a training run reads: the model that it starts from, as `kind`, the adapters
+        of adapter.load, and its data `files`.
+        """
+        self.add_parent(kind, self.cfg.model.path)
+        for place in self.cfg.adapter.load:
+            self.add_parent("adapter", place)
+        for path in files:
+            self.add_data(path)
 
     def _tell_change(self, key: str, mark: str, entry: Entry) -> None:
         """Warn where a resumed run reads something else than before its checkpoint; the manifest

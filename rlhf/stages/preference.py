@@ -21,7 +21,6 @@ from rlhf.offline.setup import (
     begin,
     check_positions,
     loader_for,
-    record_inputs,
     trainer_arguments,
     training_dtype,
     with_adapter,
@@ -62,7 +61,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         plan = begin(stage.batch_size, cfg.engine)
         rows = reader.read_rows(cfg, plan.micro)
         setup.check_steps(stage, len(rows.train))
-        record_inputs(ctx, "policy", rows.files)
+        ctx.add_inputs("policy", rows.files)
         steps, metrics = _train(ctx, plan, rows)
         ctx.watchdog.phase("samples")
         samples = greedy_samples(

@@ -34,7 +34,6 @@ from rlhf.offline.setup import (
     begin,
     check_positions,
     loader_for,
-    record_inputs,
     trainer_arguments,
     training_dtype,
     with_adapter,
@@ -71,7 +70,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         rows = reader.read_rows(cfg, plan.micro)
         setup.check_steps(stage, len(rows.train))
         tokenizer, held_out = rows.tokenizer, rows.held_out
-        record_inputs(ctx, "policy", rows.files)
+        ctx.add_inputs("policy", rows.files)
         if stage.soft_label:
             # held-out pairs that are all ties are refused here rather than after training
             judged_pairs.better_side(np.array(held_out[SOFT_LABEL]))

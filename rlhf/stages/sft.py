@@ -19,7 +19,6 @@ from rlhf.offline.setup import (
     begin,
     check_positions,
     loader_for,
-    record_inputs,
     trainer_arguments,
     training_dtype,
     unbalanced,
@@ -52,7 +51,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         plan = begin(stage.batch_size, cfg.engine)
         rows = reader.read_rows(cfg, plan.micro)
         setup.check_steps(stage, len(rows.train))
-        record_inputs(ctx, "policy", rows.files)
+        ctx.add_inputs("policy", rows.files)
         ctx.watchdog.phase("build")
         trainer = make_trainer(ctx, plan, rows)
         steps, metrics = fit(trainer, ctx)

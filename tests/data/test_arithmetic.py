@@ -12,7 +12,7 @@ from rlhf.cli import config as configuration
 from rlhf.data.recipes import arithmetic
 from rlhf.data.recipes import build as recipes
 from rlhf.models.loading import train_tokenizer
-from tests.data.test_recipes import config
+from tests.data.test_recipes import config, ensure
 
 FILES = ("sft.jsonl", "sft_eval.jsonl", "prompts.jsonl", "prompts_eval.jsonl")
 
@@ -100,11 +100,11 @@ def test_same_seed_same_rows_other_seed_other_rows(built: dict[str, list[arithme
 
 
 def test_ensure_writes_the_files(tmp_path: Path) -> None:
-    recipes.ensure(config(tmp_path, recipe=Recipe.arithmetic))
+    ensure(config(tmp_path, recipe=Recipe.arithmetic))
     folder = tmp_path / "r" / "recipe"
     assert {path.name for path in folder.iterdir()} == {*FILES, recipes.META}
     stamp = (folder / "sft.jsonl").stat().st_mtime_ns
-    recipes.ensure(config(tmp_path, recipe=Recipe.arithmetic))
+    ensure(config(tmp_path, recipe=Recipe.arithmetic))
     assert (folder / "sft.jsonl").stat().st_mtime_ns == stamp
 
 

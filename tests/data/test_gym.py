@@ -27,6 +27,10 @@ from tests.checking import check
 from tests.reward.test_reward_terms import plain
 
 
+def ensure(cfg: Config) -> None:
+    recipes.ensure(cfg.data, cfg.run)
+
+
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Gym]:
     made = Gym(RewardTerm(kind=TermKind.gym))
@@ -263,7 +267,7 @@ def test_recipe_writes_once_and_preflight_accepts_it(tmp_path: Path) -> None:
         [*overrides, "model=tiny", "tracking=none", "rollout=hf", "stage.critic_init=policy"]
     )
     assert cfg.data.gym.options == {"chain_sum": {"max_terms": 3}}
-    recipes.ensure(cfg)
+    ensure(cfg)
     meta = json.loads((tmp_path / "r" / "recipe" / recipes.META).read_text())
     assert meta["files"]["prompts.jsonl"]["rows"] == 12 and meta["origin"]["options"][
         "options"
@@ -271,13 +275,13 @@ def test_recipe_writes_once_and_preflight_accepts_it(tmp_path: Path) -> None:
     assert check(cfg) == []
     cfg.data.gym.rows = 13
     with pytest.raises(UserError, match="holds other rows"):
-        recipes.ensure(cfg)
+        ensure(cfg)
 
 
 def test_the_recipe_s_seed_is_its_own_or_the_run_s(tmp_path: Path) -> None:
     def prompts(name: str, run_seed: int, seed: int | None) -> str:
         data = DataConfig(recipe=Recipe.gym, gym=GymConfig(rows=4, eval_rows=1, seed=seed))
-        recipes.ensure(
+        ensure(
             Config(
                 stage=DoctorStage(),
                 run=RunConfig(dir=str(tmp_path), name=name, seed=run_seed),

