@@ -30,7 +30,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
     test-benchmarks fuzz lint format doctor bench bench-quick bench-gpu \
-    bench-data bench-encoding bench-tuning bench-growth chaos soak \
+    bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
     house equality proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic proof-algorithms \
     proof-ahead proof-hacking proof-environments proof-data proof-labels clean
 
@@ -139,6 +139,9 @@ bench: $(STAMP) ## slow: online steps with and without a server, and our stages,
 
 bench-quick: $(STAMP) ## slow: the same with small models and few turns (minutes, idle)
 	$(OFFLINE) $(PY) -m benchmarks.speed --quick
+
+migration: $(STAMP) ## how many trainings of PEERS="DIRECTORY ..." migrate, compose and pass a dry run
+	$(OFFLINE) $(PY) -m benchmarks.migration --dry-run $(PEERS)
 
 bench-gpu: ## PPO and GRPO on one CUDA device (10 min): benchmarks/gpu.sh
 	benchmarks/gpu.sh

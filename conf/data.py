@@ -231,6 +231,11 @@ class DataConfig:
         "A Jinja file or a name (chatml, llama-3 ...: rlhf/models/templates); null: the "
         "tokenizer's own.",
     )
+    system: str | None = option(
+        None,
+        "System message of conversations that have none; null: they stay as they are.",
+        filled=True,
+    )
     max_prompt_length: int = option(
         1024,
         "Longest prompt; longer ones are an error unless truncate_prompts=true.",

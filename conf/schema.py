@@ -7,6 +7,7 @@ Each group's options are in a module:
     reward, environment               conf/reward.py
     data                              conf/data.py, conf/preparation/
     label                             conf/labelling.py
+    migrate                           conf/stages.py
     stage                             conf/stages.py, conf/training.py, conf/online.py,
                                       conf/schedule.py
 
@@ -31,6 +32,7 @@ from conf.online import OnlineStage
 from conf.options import MISSING, nested, option
 from conf.reward import EnvironmentConfig, RewardConfig, RewardTerm
 from conf.run import LaunchConfig, RunConfig, TrackingConfig
+from conf.stages import MigrateConfig
 
 __all__ = [
     "GROUPS",
@@ -43,6 +45,7 @@ __all__ = [
     "GymConfig",
     "LabelConfig",
     "LaunchConfig",
+    "MigrateConfig",
     "ModelConfig",
     "RewardConfig",
     "RewardTerm",
@@ -73,6 +76,7 @@ class Config:
     reward: RewardConfig = nested(RewardConfig)
     data: DataConfig = nested(DataConfig)
     label: LabelConfig = nested(LabelConfig)
+    migrate: MigrateConfig = nested(MigrateConfig)
     tracking: TrackingConfig = nested(TrackingConfig)
     launch: LaunchConfig = nested(LaunchConfig)
 

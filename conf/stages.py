@@ -2,6 +2,7 @@
 conf/training.py and conf/online.py, but those of pairs without a reference.
 """
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -33,6 +34,8 @@ __all__ = [
     "GGUFType",
     "KTOStage",
     "LabelStage",
+    "MigrateConfig",
+    "MigrateStage",
     "ORPOStage",
     "OfflineStage",
     "OnlineStage",
@@ -252,6 +255,59 @@ class DoctorStage:
 
 
 @dataclass(slots=True, kw_only=True)
+class MigrateConfig:
+    """Which file of another toolkit ``stage=migrate`` reads, and what the file doesn't say."""
+
+    path: str | None = option(
+        None, "A YAML or JSON file, or a script with a command line.", filled=True
+    )
+    toolkit: str | None = option(
+        None,
+        "Whose file it is; null: by its keys or its command.",
+        choices=("llama_factory", "swift", "axolotl", "trl", "openrlhf"),
+    )
+    number: int | None = option(
+        None,
+        "Which command of a script with several, counted from 1; null: the only one.",
+        at_least=1,
+    )
+    stage: str | None = option(
+        None, "The stage that it is for; null: as the file says.", filled=True
+    )
+    ranks: int | None = option(
+        None,
+        "Ranks that trained; null: as the launcher or the devices in the file say, else 1.",
+        unit="ranks",
+        at_least=1,
+    )
+    rows: int | None = option(
+        None,
+        "Rows of the training data, for what counts in epochs there and in steps here; null: such "
+        "keys are not possible.",
+        unit="rows",
+        at_least=1,
+    )
+    name: str | None = option(None, "Name of the experiment; null: the file's.", filled=True)
+    out: str | None = option(
+        None,
+        "Folder that gets experiment/NAME.yaml and NAME.md; null: migrated in run.dir.",
+        filled=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "migrate")
+        named = self.name is None or re.fullmatch(r"[\w-]+", self.name) is not None
+        check(named, "migrate.name", self.name, "letters, digits, _ and -")
+
+
+@dataclass(slots=True, kw_only=True)
+class MigrateStage:
+    """Another toolkit's configuration as an experiment; its options are the migrate group's."""
+
+    name: str = option("migrate", _NAME)
+
+
+@dataclass(slots=True, kw_only=True)
 class ChainStage:
     """Runs other stages one after the other, each in a process of its own, with the same
     overrides.
@@ -281,13 +337,14 @@ STAGES: dict[str, type] = {
     "serve_rollout": ServeRolloutStage,
     "data": DataStage,
     "label": LabelStage,
+    "migrate": MigrateStage,
     "doctor": DoctorStage,
     "chain": ChainStage,
 }
 
 # What the stages are for, in the order in which a project needs them; each schema is in one family.
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "prepare": ("data", "label"),
+    "prepare": ("migrate", "data", "label"),
     "train": ("sft", "reward", "dpo", "kto", "cpo", "orpo"),
     "online": ("ppo",),
     "judge": ("eval",),
@@ -317,6 +374,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     "export": ("run", "model", "data", "tracking"),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
     "serve_rollout": ("run", "model", "adapter", "rollout", "data", "tracking"),
+    "migrate": ("run", "migrate"),
     "data": ("run", "model", "reward", "data", "tracking"),
     "label": ("run", "model", "engine", "rollout", "reward", "data", "label", "tracking"),
 }

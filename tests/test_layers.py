@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rlhf.checks": (*BASE, "rlhf.run"),
     "rlhf.export": (*BASE, "rlhf.run"),
     "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
+    # reads other toolkits' files: knows our options by their declarations alone
+    "rlhf.migrate": ("conf", "rlhf.types", "rlhf.process"),
     # starts processes, and imports nothing of what they do
     "rlhf.launch": ("conf", "rlhf.types", "rlhf.process"),
     # what trains knows no format of a file: its rows are given to it (rlhf/stages/rows.py)
@@ -55,6 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.cli",
         "rlhf.export",
         "rlhf.launch",
+        "rlhf.migrate",
         "rlhf.online",
         "rlhf.offline",
     ),

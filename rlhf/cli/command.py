@@ -52,7 +52,8 @@ _LAUNCH = "launch"  # starts the processes of a stage, in place of running it he
 _METHODS = "methods"  # makes adapters known, before any stage that loads a model
 # torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
 # load a model
-_WITHOUT_TORCH = ("chain", "data")
+_WITHOUT_TORCH = ("chain", "data", "migrate")
+_LOOKING = ("doctor", "migrate")  # they leave no run directory
 
 
 def main(argv: Sequence[str], run_job: RunJob) -> int:
@@ -263,7 +264,7 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
     schema, name = stage_schema(cfg.stage.name), module_name(cfg.stage.name)
     if schema not in _WITHOUT_TORCH:
         distributed.name_accelerator()
-    if schema not in ("chain", "data", "doctor"):
+    if schema not in (*_WITHOUT_TORCH, "doctor"):
         # The others load no model by themselves, and transformers takes seconds to import.
         quiet_libraries()
         modules(_METHODS).register()
@@ -276,8 +277,8 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
     if cfg.run.dry_run:
         if distributed.is_main():
             modules(_DRY_RUN).show(cfg, argv)
-    elif schema == "doctor":
-        stage.run(SimpleNamespace(cfg=cfg))  # it only looks, so it leaves no run directory
+    elif schema in _LOOKING:
+        stage.run(SimpleNamespace(cfg=cfg))
     else:
         _run_stage(cfg, argv, stage, modules)
 

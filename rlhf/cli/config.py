@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from conf.schema import GROUPS, Config
@@ -291,6 +292,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
     schemas = [stage_schema(stage) for stage in stages]
     keys = valid_keys(schemas or list(STAGES))
     of_stage = f" of stage={stages[0]}" if len(stages) == 1 else ""
+    folders = _folders(overrides)
     for override in overrides:
         key = override.key_or_group
         if override.is_delete():
@@ -303,7 +305,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
         if key in ("hydra", "stage") or key.startswith(("hydra.", "hydra/")):
             continue
         if key in PRESET_GROUPS:
-            _check_preset(override)
+            _check_preset(override, folders)
         else:
             _check_key(override, keys, of_stage)
 
@@ -338,11 +340,24 @@ def _several_values(override: Any) -> str:
     )
 
 
-def _check_preset(override: Any) -> None:
+_SEARCH_PATH = "hydra.searchpath"
+
+
+def _folders(overrides: Sequence[Any]) -> list[Path]:
+    """Folders with presets of a user's own: hydra.searchpath=[file:///FOLDER]."""
+    for override in overrides:
+        if override.key_or_group == _SEARCH_PATH and not override.is_sweep_override():
+            named = [str(folder) for folder in override.value() or []]
+            return [Path(folder.removeprefix("file://")) for folder in named]
+    return []
+
+
+def _check_preset(override: Any, folders: Sequence[Path]) -> None:
     group, value = override.key_or_group, override.value()
     if override.is_sweep_override() or value is None:
         return
-    known = choices(group)
+    own = [path.stem for folder in folders for path in sorted((folder / group).glob("*.yaml"))]
+    known = [*choices(group), *own]
     if str(value) not in known:
         raise UserError(
             f"{group}={value}: no such preset. Presets of {group}: {', '.join(known)}. "

@@ -22,7 +22,7 @@ from rlhf.data.formats import (
 )
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.formats.unread import may_be_unread
-from rlhf.data.formats.values import is_conversation, keys_of
+from rlhf.data.formats.values import is_conversation, keys_of, with_default_system
 from rlhf.data.mixture import Part, Source
 from rlhf.data.rows import RowError
 from rlhf.process.wording import describe
@@ -273,6 +273,7 @@ class Conversion:
     rejected: LeftOut  # rows that don't fit
     set_aside: LeftOut  # judgements that give no pair, such as ties: their rows fit
     probe: int = PROBE
+    system: str | None = None  # data.system
     rows: int = 0  # that were given, fitting or not
     formats: dict[str, Format] = field(default_factory=dict)  # by origin
     keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
@@ -347,8 +348,16 @@ class Conversion:
                 reason = f"expected {self._shape} as in {self._shape_where}, found {shape}"
                 self.rejected(row, reason)
                 return []
-            out.append(Record(row.number, made.value, made.fields, row.origin))
+            try:
+                value = self._begun(made.value)
+            except RowError as error:
+                self.rejected(row, str(error))
+                return []
+            out.append(Record(row.number, value, made.fields, row.origin))
         return out
+
+    def _begun(self, value: Any) -> Any:
+        return value if self.system is None else with_default_system(value, self.system)
 
 
 def tell_columns(

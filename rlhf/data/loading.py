@@ -125,6 +125,7 @@ def convert(
         rejected=lambda row, reason: out.rejected.append((row, reason)),
         set_aside=lambda row, reason: out.set_aside.append((row, reason)),
         probe=PROBE + data.max_bad_rows,
+        system=data.system,
     )
     rows = islice(mixed(sources, seed), max_rows)
     out.records = gathered(chain.from_iterable(map(conversion.records, rows)))

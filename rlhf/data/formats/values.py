@@ -4,6 +4,7 @@ inside a row's columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -52,6 +53,33 @@ def as_whole(value: dict[str, Any]) -> dict[str, Any]:
     ]
     others = {key: held for key, held in value.items() if key not in ("prompt", "completion")}
     return {"messages": [*before, *value["completion"]], **others}
+
+
+def with_default_system(value: Any, system: str) -> Any:
+    """A value of a use whose conversations begin with a system message: their own, or `system`.
+    Raises RowError for texts, which have no turns.
+    """
+    if not is_conversation(value):
+        raise RowError("data.system is set: expected messages, found a text")
+    if isinstance(value, list):
+        return _begun(value, system)
+    if isinstance(value, PreferencePair):
+        if value.prompt:
+            return replace(value, prompt=_begun(value.prompt, system))
+        chosen, rejected = _begun(value.chosen, system), _begun(value.rejected, system)
+        return replace(value, chosen=chosen, rejected=rejected)
+    if isinstance(value, JudgedAnswer):
+        if value.prompt:
+            return replace(value, prompt=_begun(value.prompt, system))
+        return replace(value, completion=_begun(value.completion, system))
+    first = next(key for key in ("messages", "prompt", "completion") if value.get(key))
+    return {**value, first: _begun(value[first], system)}
+
+
+def _begun(chat: Any, system: str) -> Chat:
+    if chat[0]["role"] == "system":
+        return list(chat)
+    return [{"role": "system", "content": system}, *chat]
 
 
 def chats_of(value: Any) -> list[Chat]:

@@ -80,7 +80,8 @@ def items(
     canonical name. Raises UserError where a file as a whole can't be read as `kind`.
     """
     sources = sources_of(data, split)
-    conversion = Conversion(kind, sources, rejected, set_aside, PROBE + data.max_bad_rows)
+    probe = PROBE + data.max_bad_rows
+    conversion = Conversion(kind, sources, rejected, set_aside, probe, data.system)
     whole = len(_layouts(sources, kind, data, seed)) > 1
     counts: Counter[str] = Counter()
     for row in source_rows(data, seed, split):

@@ -1,0 +1,380 @@
+"""Computations that several toolkits share: batches, steps, schedules, engines, trackers."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.migrate import reading
+from rlhf.migrate.tables import Answer, Fate, Settings, flag, listing, number, whole
+from rlhf.types import UserError
+
+BATCH = ("stage.batch_size", "engine.micro_batch_size")
+BATCH_ONLINE = ("stage.prompts_per_step", "stage.minibatches", "stage.samples_per_prompt")
+LENGTH = ("stage.epochs", "stage.steps")
+NEEDS_ROWS = "it depends on the number of rows: give migrate.rows"
+OWN_TEMPLATE = "the model's own chat template is used"
+
+
+def impossible(reason: str) -> Answer:
+    """A value that has no counterpart."""
+    return Answer(Fate.impossible, note=reason)
+
+
+def computed(options: dict[str, Any], note: str = "") -> Answer:
+    """Options that follow from several keys."""
+    return Answer(Fate.computed, options, note)
+
+
+# ---- batches and steps ----
+
+
+def _micro(s: Settings) -> int:
+    return whole(s.get("per_device_train_batch_size", "micro_batch_size") or 1)
+
+
+def accumulation(s: Settings) -> int:
+    """Micro-batches of one optimizer step."""
+    return whole(s.get("gradient_accumulation_steps") or 1)
+
+
+def batch_size(s: Settings) -> int:
+    """Rows of one optimizer step, over all ranks."""
+    asked = s.get("global_batch_size", "batch_size")
+    if asked is not None:
+        return whole(asked)
+    return _micro(s) * accumulation(s) * s.ranks
+
+
+def batch(s: Settings) -> Answer:
+    """The rows of a step, and of a micro-batch."""
+    micro, rows = _micro(s), batch_size(s)
+    if rows % (micro * s.ranks):
+        return impossible(f"{rows} rows are no multiple of {micro} on each of {s.ranks} ranks")
+    if s.schema == "kto" and micro == 1 and rows % (2 * s.ranks) == 0:
+        micro = 2  # KTO compares the answers of a micro-batch with each other's prompts
+    options = {"stage.batch_size": rows, "engine.micro_batch_size": micro}
+    steps = rows // (micro * s.ranks)
+    return computed(
+        options, f"{micro} rows x {steps} micro-batches x {s.ranks} ranks (migrate.ranks)"
+    )
+
+
+def steps_per_epoch(s: Settings) -> int | None:
+    """Optimizer steps of one pass over the rows; None where their number isn't known."""
+    return None if s.rows is None else max(1, math.ceil(s.rows / batch_size(s)))
+
+
+def epochs_of(s: Settings) -> float:
+    """Passes over the data."""
+    return float(number(s.get("num_train_epochs", "num_epochs", "max_epochs") or 1))
+
+
+def total_steps(s: Settings) -> int | None:
+    """Optimizer steps of the whole run; None where their number isn't known."""
+    most = s.get("max_steps", "train_iters")
+    if most is not None and number(most) > 0:
+        return whole(most)
+    one = steps_per_epoch(s)
+    return None if one is None else math.ceil(one * epochs_of(s))
+
+
+def length(s: Settings) -> Answer:
+    """How long a run is: steps, or passes over the data."""
+    most = s.get("max_steps", "train_iters")
+    if most is not None and number(most) > 0:
+        return computed({"stage.steps": whole(most)})
+    return computed({"stage.epochs": epochs_of(s)})
+
+
+def warmup(s: Settings) -> Answer:
+    """The share of the steps in which the rate rises."""
+    share = s.given.get("warmup_ratio", s.given.get("lr_warmup_fraction"))
+    steps = s.get("warmup_steps", "lr_warmup_iters")
+    if share is not None or steps is None:
+        share = s.get("warmup_ratio") if share is None else share
+        return computed({"stage.warmup_ratio": number(share or 0)})
+    if number(steps) < 1:  # transformers reads it as a share
+        return computed({"stage.warmup_ratio": number(steps)})
+    total = total_steps(s)
+    if total is None:
+        return impossible(f"{steps} warm-up steps as a share of all: {NEEDS_ROWS}")
+    return computed({"stage.warmup_ratio": round(min(1.0, number(steps) / total), 6)})
+
+
+def every(s: Settings, value: Any, option: str) -> Answer:
+    """Steps between checkpoints or evaluations; below 1 they are a share of all steps."""
+    steps = number(value)
+    if steps >= 1:
+        return Answer(Fate.taken, {option: whole(steps)})
+    if steps <= 0:
+        options = {option: 0} if option == "stage.save_steps" else {}
+        return computed(options, "0 or less: none but those at evaluations")
+    total = total_steps(s)
+    if total is None:
+        return impossible(f"a share of all steps: {NEEDS_ROWS}")
+    return computed({option: max(1, round(steps * total))})
+
+
+def saves(s: Settings) -> Answer:
+    """save_strategy with save_steps, or saves_per_epoch."""
+    return _at_times(s, "save", "stage.save_steps")
+
+
+def evaluations(s: Settings) -> Answer:
+    """eval_strategy with eval_steps, or evals_per_epoch."""
+    return _at_times(s, "eval", "stage.eval_steps")
+
+
+def _at_times(s: Settings, what: str, option: str) -> Answer:
+    per_epoch = s.get(f"{what}s_per_epoch")
+    strategy = str(s.get(f"{what}_strategy", f"{what}uation_strategy") or "steps").lower()
+    steps = s.get(f"{what}_steps")
+    if strategy in ("no", "none", "false"):
+        if option == "stage.save_steps":
+            return computed({option: 0}, "a checkpoint follows each evaluation all the same")
+        return impossible("held-out rows are always evaluated; they choose the weights that stay")
+    if per_epoch is None and strategy in ("epoch", "best"):
+        per_epoch = 1
+    if per_epoch is None:
+        return every(s, 500 if steps is None else steps, option)
+    if number(per_epoch) <= 0:
+        return computed({}, "none but those at evaluations")
+    one = steps_per_epoch(s)
+    if one is None:
+        return impossible(f"{per_epoch} in each epoch: {NEEDS_ROWS}")
+    return computed({option: max(1, round(one / number(per_epoch)))})
+
+
+def held_out(value: Any) -> Answer:
+    """The share of rows that is held out."""
+    share = number(value)
+    if share == 0:
+        return impossible(
+            "some rows have to be held out: they choose the weights that stay. "
+            "data.eval_fraction keeps its default"
+        )
+    if share < 1:
+        return Answer(Fate.taken, {"data.eval_fraction": share})
+    return impossible(f"{value} rows: data.eval_fraction is a share of all, between 0 and 1")
+
+
+# ---- the schedule ----
+
+SCHEDULE = (
+    "stage.scheduler",
+    "stage.schedule.cycles",
+    "stage.schedule.power",
+    "stage.schedule.decay_share",
+    "stage.min_rate",
+    "stage.warmup_ratio",
+)
+_SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant_with_warmup": "constant",
+    "cosine_with_restarts": "cosine_restarts",
+    "cosine_with_min_lr": "cosine",
+    "cosine_warmup_with_min_lr": "cosine",
+    "polynomial": "polynomial",
+    "inverse_sqrt": "inverse_sqrt",
+    "reduce_lr_on_plateau": "plateau",
+    "warmup_stable_decay": "warmup_stable_decay",
+}
+
+
+def schedule(s: Settings) -> Answer:
+    """lr_scheduler_type (axolotl: lr_scheduler) with its own arguments."""
+    name = str(s.get("lr_scheduler_type", "lr_scheduler", "lr_decay_style"))
+    more = s.get("lr_scheduler_kwargs") or {}
+    if not isinstance(more, Mapping):
+        return impossible("lr_scheduler_kwargs: expected a mapping")
+    if name == "constant":  # transformers' has no warm-up
+        return computed({"stage.scheduler": "constant", "stage.warmup_ratio": 0})
+    if name not in _SCHEDULES:
+        return impossible(f"no schedule of that name here: {', '.join(_SCHEDULES)} have one")
+    options: dict[str, Any] = {"stage.scheduler": _SCHEDULES[name]}
+    if name == "polynomial":
+        options["stage.schedule.power"] = number(more.get("power", 1.0))
+    if name == "cosine_with_restarts":
+        options["stage.schedule.cycles"] = whole(more.get("num_cycles", 1))
+    lowest = _lowest_rate(s, more)
+    if lowest:
+        options["stage.min_rate"] = lowest
+    return computed(options)
+
+
+def _lowest_rate(s: Settings, more: Mapping[str, Any]) -> float:
+    """The lowest rate, as a share of the highest."""
+    ratio = more.get("min_lr_rate", s.get("cosine_min_lr_ratio"))
+    if ratio is not None:
+        return float(number(ratio))
+    lowest, highest = more.get("min_lr", s.get("min_lr")), s.get("learning_rate", "lr")
+    if lowest is None or highest is None:
+        return 0.0
+    return round(number(lowest) / number(highest), 6)
+
+
+_ADAMW = ("adamw", "adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
+_SMALLER = (
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "adamw_torch_8bit",
+    "adamw_torch_4bit",
+    "adamw_anyprecision",
+)
+
+
+def optimizer(name: Any) -> Answer:
+    """The optimizer by its name in transformers."""
+    text = str(name).lower()
+    if text in _ADAMW:
+        return Answer(Fate.idle, note="AdamW, as here")
+    if text in _SMALLER or text.startswith("paged_adamw"):
+        return impossible("AdamW with its state in fewer bits or paged: AdamW in 32 bits, here")
+    return impossible("AdamW is the only optimizer here")
+
+
+# ---- model, adapter, engine ----
+
+
+def dtype(s: Settings) -> Answer:
+    """The number format of the weights, of bf16, fp16 and the like."""
+    named = s.get("torch_dtype", "dtype")
+    words = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
+    if s.get("quantization_bit", "load_in_4bit") is None and named is not None:
+        text = str(named).removeprefix("torch.")
+        return computed({"model.dtype": words.get(text, text)})
+    for key, name in (
+        ("bf16", "bfloat16"),
+        ("bfloat16", "bfloat16"),
+        ("pure_bf16", "bfloat16"),
+        ("fp16", "float16"),
+        ("float16", "float16"),
+    ):
+        value = s.get(key)
+        if value == "auto" or (value is not None and flag(value)):
+            return computed({"model.dtype": name})
+    return computed({"model.dtype": "float32"})
+
+
+def targets(value: Any) -> list[str]:
+    """Modules that get an adapter."""
+    return ["all-linear" if name == "all" else name for name in listing(value)]
+
+
+def attention(value: Any) -> str | None:
+    """transformers' name of an attention implementation; None for its own choice."""
+    words = {
+        "auto": None,
+        "disabled": "eager",
+        "fa2": "flash_attention_2",
+        "fa3": "flash_attention_3",
+        "flash_attn": "flash_attention_2",
+        "flash_attention_2": "flash_attention_2",
+        "true": "flash_attention_2",
+        "flash": "flash_attention_2",
+    }
+    text = str(value).lower()
+    return words.get(text, text)
+
+
+def tracker(value: Any) -> Answer:
+    """report_to."""
+    names = [name.lower() for name in listing(value)]
+    for name in ("wandb", "tensorboard"):
+        if name in names or "all" in names:
+            return Answer(Fate.taken, {"tracking": name})
+    if not names or names == ["none"]:
+        return Answer(Fate.taken, {"tracking": "none"})
+    return Answer(
+        Fate.impossible,
+        {"tracking": "none"},
+        "W&B and TensorBoard are the trackers; metrics.jsonl is always written",
+    )
+
+
+def resume(value: Any) -> Answer:
+    """resume_from_checkpoint: true, or a checkpoint's path."""
+    text = str(value).lower()
+    if text in ("false", "none", ""):
+        return Answer(Fate.idle, note="off, as here")
+    if text in ("true", "latest", "auto"):
+        return Answer(Fate.taken, {"run.resume": True})
+    return impossible(
+        "another toolkit's checkpoint can't be resumed; model.path can name its model"
+    )
+
+
+RUN = ("run.dir", "run.name")
+
+
+def run_directory(value: Any) -> Answer:
+    """output_dir as run.dir and run.name."""
+    path = Path(str(value))
+    name = path.name or "default"
+    return computed({"run.dir": str(path.parent), "run.name": name})
+
+
+ENGINE = ("engine", "engine.offload", "engine.nvme_path")
+
+
+def deepspeed(s: Settings, value: Any) -> Answer:
+    """A DeepSpeed configuration: its name (zero2), its file, or its keys."""
+    if isinstance(value, Mapping):
+        return _of_deepspeed(value)
+    text = str(value)
+    try:
+        return _of_deepspeed(reading.mapping(reading.beside(s.file, text)))
+    except UserError:
+        pass
+    named = re.search(r"(?:zero|z|stage)[_-]?([0-3])", text)
+    if named is None:
+        return impossible(f"{text} is not here, and its name tells no ZeRO stage")
+    options: dict[str, Any] = {"engine": f"zero{named[1]}"}
+    if "offload" in text:
+        options["engine.offload"] = "cpu"
+    return computed(options, "the ZeRO stage is read from the name")
+
+
+def _of_deepspeed(config: Mapping[str, Any]) -> Answer:
+    zero = config.get("zero_optimization") or {}
+    options: dict[str, Any] = {"engine": f"zero{zero.get('stage', 0)}"}
+    for part in ("offload_optimizer", "offload_param"):
+        offloaded = zero.get(part) or {}
+        device = offloaded.get("device", "none")
+        if device != "none":
+            options["engine.offload"] = device
+            if device == "nvme":
+                options["engine.nvme_path"] = offloaded.get("nvme_path")
+    return computed(options, "of it, stage and offloading count; DeepSpeed gets the rest from here")
+
+
+def fsdp(value: Any) -> Answer:
+    """FSDP's sharding words as ZeRO."""
+    words = " ".join(listing(value)) if not isinstance(value, bool) else "full_shard"
+    options: dict[str, Any] = {"engine": "zero2" if "shard_grad_op" in words else "zero3"}
+    if "offload" in words:
+        options["engine.offload"] = "cpu"
+    return computed(options, "FSDP's sharding is ZeRO's: gradients (2), weights too (3)")
+
+
+def accelerate(s: Settings, value: Any) -> Answer:
+    """accelerate's configuration file: DeepSpeed's or FSDP's part of it."""
+    text = str(value)
+    try:
+        config = reading.mapping(reading.beside(s.file, text))
+    except UserError:
+        named = fsdp("full_shard") if "fsdp" in text else deepspeed(s, text)
+        return Answer(named.fate, named.options, f"read from its name: {text}")
+    kind = str(config.get("distributed_type", "NO")).upper()
+    if kind == "FSDP":
+        return fsdp("full_shard")
+    if kind != "DEEPSPEED":
+        return computed({}, f"distributed_type: {kind}")
+    zero = config.get("deepspeed_config") or {}
+    options: dict[str, Any] = {"engine": f"zero{zero.get('zero_stage', 0)}"}
+    if zero.get("offload_optimizer_device", "none") != "none":
+        options["engine.offload"] = zero["offload_optimizer_device"]
+    return computed(options)
