@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.adapters import virtual_tokens
-from conf.choices import AdapterKind, ModelKind, RolloutBackend
+from conf.choices import AdapterKind, ModelKind, RolloutBackend, TermKind
+from conf.reward import EnvironmentKind, RewardConfig
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RolloutConfig
 from rlhf.models.directories import check_model_path, check_native_taken, contents
 from rlhf.models.loading import load_tokenizer
@@ -265,3 +266,15 @@ def check_virtual_tokens(
             "and values of a prefix where it recomputes layers. "
             "Set engine.gradient_checkpointing=false, or adapter=prompt."
         )
+
+
+def check_acting_terms(reward: RewardConfig, environment: EnvironmentKind) -> None:
+    """Terms that an environment gives have one. Raises UserError."""
+    if environment is not EnvironmentKind.none:
+        return
+    for name, term in reward.terms.items():
+        if term.kind is TermKind.environment:
+            raise UserError(
+                f"reward.terms.{name}.kind=environment needs an environment, but "
+                "environment=none. Set environment, or leave the term out."
+            )

@@ -52,6 +52,7 @@ def check(cfg: Config) -> list[str]:
     capacity.check_cache(cfg.rollout, cfg.model, data.max_prompt_length, cfg.environment)
     inputs.check_template(data)
     acting_in(cfg.environment, None)
+    inputs.check_acting_terms(cfg.reward, cfg.environment.kind)
     if given(data) is None and data.eval_path is None:
         raise UserError(
             "data.path and data.eval_path are not set: stage=eval needs a file of prompts."

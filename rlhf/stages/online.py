@@ -230,13 +230,8 @@ def check_turns(stage: OnlineStage, reward: RewardConfig, environment: Environme
     turn, they are in the units of the score. Raises UserError.
     """
     acts = environment is not EnvironmentKind.none
+    inputs.check_acting_terms(reward, environment)
     terms = {n: t for n, t in reward.terms.items() if t.kind is TermKind.environment}
-    for name in terms:
-        if not acts:
-            raise UserError(
-                f"reward.terms.{name}.kind=environment needs an environment, but "
-                "environment=none. Set environment, or leave the term out."
-            )
     if stage.turn_discount != 1.0 and not acts:
         raise UserError(
             f"stage.turn_discount={stage.turn_discount} discounts over turns, but with "

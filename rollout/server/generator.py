@@ -94,6 +94,7 @@ class ServerGenerator:
         meanwhile with rollout.in_flight alone.
         """
         with self._in_turn():
+            self._pool.places.clear()
             yield self._write
 
     def _write(

@@ -7,6 +7,7 @@ weights. One that does not come back is left out. The run stops when none is lef
 
 import functools
 import logging
+import math
 import queue
 import threading
 from collections import deque
@@ -22,6 +23,7 @@ from rollout.server.fleet import tell_progress
 
 LOG = logging.getLogger("rollout.server")
 _LOOK_S = 1.0  # between two looks at servers that are away
+_LEAN = 4  # more open requests that a server may have which holds a group's prefix
 _Result = TypeVar("_Result")
 
 
@@ -66,6 +68,8 @@ class Pool:
         self._most_failures = most_failures
         self._changed = threading.Condition()
         self._first: ServerFault | None = None  # of those that led to the present state
+        # which server wrote a group last: it holds what the group's next prompts begin with
+        self.places: dict[str, Server] = {}
 
     def serving(self) -> list[Member]:
         """Those that serve now. Waits for one that is on its way back where there is no other.
@@ -240,9 +244,15 @@ class _Round:
                 servers = [member.server for member in self._pool.serving()]
             own = {server: len(self._open.get(server, ())) for server in servers}
             # other threads may have rounds of their own
-            chosen = min(servers, key=lambda server: max(own[server], server.open))
+            loads = {server: max(count, server.open) for server, count in own.items()}
+            chosen = min(servers, key=lambda server: loads[server])
+            name = self._requests[self._waiting[0][0]].group
+            before = self._pool.places.get(name)
+            if before is not None and loads.get(before, math.inf) <= loads[chosen] + _LEAN:
+                chosen = before
             if own[chosen] >= chosen.at_once:
                 return
+            self._pool.places[name] = chosen
             group = self._waiting.popleft()
             self._open.setdefault(chosen, set()).update(group)
             for index in group:

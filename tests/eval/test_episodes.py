@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from eval.episodes import episode_figures, pass_at_k
-from rlhf.types import Prompt, Rollout, Turn
+from rlhf.cli import config
+from rlhf.stages import eval as stage
+from rlhf.types import Prompt, Rollout, Turn, UserError
 from tests.eval.test_eval import policies, run_eval
 
 __all__ = ["policies"]  # a fixture
@@ -58,3 +60,11 @@ def test_two_policies_in_an_environment(policies: Path, tmp_path: Path) -> None:
         assert found[f"eval/tokens_{side}"] >= found[f"eval/length_{side}"]
         assert 0 <= found[f"eval/success_{side}"] <= found[f"eval/pass_at_2_{side}"] <= 1
     assert found["eval/kl_per_token"] > 0
+
+
+def test_a_term_without_its_environment_is_refused(policies: Path, tmp_path: Path) -> None:
+    given = ["stage=eval", "rollout=hf", "reward=environment", f"run.dir={tmp_path}"]
+    given += [f"stage.before={policies / 'start'}", f"stage.after={policies / 'moved'}"]
+    cfg = config.compose([*given, f"data.eval_path={policies / 'prompts.jsonl'}"])
+    with pytest.raises(UserError, match=r"reward\.terms\.episode.*environment=none"):
+        stage.check(cfg)

@@ -60,6 +60,10 @@ def test_what_is_written_depends_on_no_server(fakes: Any, acting: Any) -> None:
     # 8 episodes of 3 turns, each a request by itself
     asked = [len(server.fake.asked) for server in servers]
     assert sum(asked) == 24 and min(asked) >= 4
+    # a server that has an episode's first turns gets the others
+    begun = [[tuple(body["token_ids"][:7]) for body in server.fake.asked] for server in servers]
+    later = [{start for start in starts if len(start) == 7} for starts in begun]
+    assert sum(map(len, later)) == len(set.union(*later)) == 8
 
 
 def test_no_episode_waits_for_another(fakes: Any, acting: Any) -> None:
