@@ -279,7 +279,7 @@ GOOD_AHEAD_STEP = {
 def write_ahead(folder: Path, seed: int) -> None:
     """The runs of a seed that passes."""
     for ahead in proof_ahead.AHEAD:
-        place = write_runs(folder / f"proof-ahead-{seed}-{ahead}", GOOD_ARITHMETIC)
+        place = write_runs(folder / f"proof-ahead-arithmetic-{seed}-{ahead}", GOOD_ARITHMETIC)
         for step in range(10):
             for name, value in GOOD_AHEAD_STEP.items():
                 if ahead or not name.startswith("ahead/"):
@@ -287,21 +287,25 @@ def write_ahead(folder: Path, seed: int) -> None:
 
 
 def test_the_proof_of_stale_responses_fails_on_each_figure_that_is_off(tmp_path: Path) -> None:
-    arguments = ["--check-only", "--seeds", "4", "--runs", str(tmp_path)]
+    arguments = ["--check-only", "--seeds", "4", "--runs", str(tmp_path), "--tasks", "arithmetic"]
     assert proof_ahead.main(arguments) == 1, "nothing has run"
     write_ahead(tmp_path, 4)
-    plan = proof_ahead.ProofRuns(tmp_path, 4)
+    task = proof_ahead.TASKS["arithmetic"]
+    plan = proof_ahead.ProofRuns(tmp_path, task, 4)
     found = {ahead: plan.read(ahead) for ahead in proof_ahead.AHEAD}
-    assert failed(proof_ahead.check_seed(found)) == []
+    assert failed(proof_ahead.check_seed(task, found)) == []
     assert proof_ahead.main(arguments) == 0
-    worse = {**found, 2: dataclasses.replace(found[2], exact=found[0].exact - 0.06, staleness=3.0)}
-    assert failed(proof_ahead.check_seed(worse)) == [
-        "ahead=2: exact match",
+    worse = {
+        **found,
+        2: dataclasses.replace(found[2], figure=found[0].figure - 0.06, staleness=3.0),
+    }
+    assert failed(proof_ahead.check_seed(task, worse)) == [
+        "ahead=2: eval/function_after",
         "ahead=2: largest staleness",
     ]
-    assert failed(proof_ahead.check_means([worse])) == ["ahead=2: exact match, mean"]
+    assert failed(proof_ahead.check_means(task, [worse])) == ["ahead=2: eval/function_after, mean"]
     never = {**found, 1: dataclasses.replace(found[1], staleness=0.0, score=0.7)}
-    assert failed(proof_ahead.check_seed(never)) == [
+    assert failed(proof_ahead.check_seed(task, never)) == [
         "ahead=1: mean score",
         "ahead=1: largest staleness",
     ]
@@ -310,15 +314,32 @@ def test_the_proof_of_stale_responses_fails_on_each_figure_that_is_off(tmp_path:
     assert proof_ahead.main(arguments) == 1
 
 
-def test_the_proof_of_stale_responses_trains_from_one_policy(tmp_path: Path) -> None:
-    commands = list(proof_ahead.ProofRuns(tmp_path, 4, OWN).commands())
+def test_the_proof_of_stale_responses_asks_the_judges(tmp_path: Path) -> None:
+    task = proof_ahead.TASKS["reviews"]
+    turns = proof_ahead.Compared(1.2, 0.5, 0.0, 1.0, 1.0, {"lexicon": 0.1, "classifier": 0.1})
+    stale = dataclasses.replace(turns, staleness=1.0)
+    assert failed(proof_ahead.check_seed(task, {0: turns, 1: stale})) == []
+    worse = dataclasses.replace(stale, figure=0.9, judged={"lexicon": 0.1, "classifier": -0.01})
+    assert failed(proof_ahead.check_seed(task, {0: turns, 1: worse})) == [
+        "ahead=1: classifier, lower bound",
+        "ahead=1: eval/score_shift_sd",
+    ]
+
+
+@pytest.mark.parametrize("name", proof_ahead.TASKS)
+def test_the_proof_of_stale_responses_trains_from_one_policy(tmp_path: Path, name: str) -> None:
+    task = proof_ahead.TASKS[name]
+    commands = list(proof_ahead.ProofRuns(tmp_path, task, 4, OWN).commands())
     stages = [command[3] for command in commands]
-    assert stages == ["stage=sft", *["stage=grpo", "stage=eval"] * 3]
-    model = f"model.path={tmp_path}/proof-ahead-4/sft/model"
-    assert all(model in command for command in commands[1:])
+    base = [f"stage={stage}" for stage in task.base]
+    assert stages == [*base, *["stage=grpo", "stage=eval"] * 3]
+    model = f"model.path={tmp_path}/proof-ahead-{name}-4/sft/model"
+    assert all(model in command for command in commands[len(base) :])
     trained = [command for command in commands if command[3] == "stage=grpo"]
     assert [f"stage.ahead={n}" in command for n, command in enumerate(trained)] == [True] * 3
-    assert all("stage.steps=3" in command for command in trained)
+    for command in trained:
+        options = config.compose(command[3:]).stage
+        assert (options.steps, options.learning_rate) == (3, proof_ahead.LEARNING_RATE)
     assert all("rollout=hf" in command for command in commands)
     for command in commands:
         config.compose(command[3:])
