@@ -1,12 +1,14 @@
-"""What all rewards share: the protocol of verifiers, scorers without a state, how an error names a
-prompt, and which option the scores come from.
+"""What all rewards share: verifiers and what runs them, scorers without a state, how an error names
+a prompt, and which option the scores come from.
 """
 
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from conf.choices import TermKind
 from conf.schema import RewardConfig
-from rlhf.types import Rollout, UserError
+from rlhf.types import Prompt, Rollout, Scores, UserError
 
 _SHOWN = 120  # characters of a prompt in an error
 
@@ -22,8 +24,8 @@ class Verifier(Protocol):
     workers: int  # responses checked at the same time, each in a thread
 
     def reference(self, *values: Any) -> Any:
-        """Read the row's columns; called once per prompt. Raises ValueError with what was expected
-        and what the column holds.
+        """Read the row's columns; responses of one prompt share it. Raises ValueError with what was
+        expected and what the column holds.
         """
         ...
 
@@ -34,6 +36,9 @@ class Verifier(Protocol):
 
 class Stateless:
     """A scorer whose scores don't depend on earlier calls."""
+
+    def begin(self, rollout: Rollout) -> None:
+        """As `Scorer.begin`: by default nothing is done before all are there."""
 
     def state_dict(self) -> dict[str, object]:
         return {}
@@ -48,6 +53,79 @@ class Stateless:
                 f"{', '.join(sorted(state))}, but the reward has no such terms. "
                 "Resume with the terms that the run started with."
             )
+
+
+class VerifierScorer(Stateless):
+    """Runs a verifier over responses, `workers` of them at a time."""
+
+    def __init__(self, name: str, verifier: Verifier) -> None:
+        self.name, self.verifier = name, verifier
+        # of those that were begun, in the order in which they came
+        self._threads: ThreadPoolExecutor | None = None
+        self._read: tuple[Prompt, Any] | None = None  # the latest prompt's reference
+
+    def begin(self, rollout: Rollout) -> None:
+        """Check this response in a thread, while others are still being written."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.verifier.workers, f"verify-{self.name}")
+        rollout.begun[self] = self._threads.submit(self._check, rollout)
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Raises UserError naming the prompt where its reference can't be used, and where checking
+        failed through no fault of the response.
+        """
+        if self._threads is None and self.verifier.workers == 1:
+            total = [self._check(rollout) for rollout in rollouts]
+            return Scores(total=total, terms={self.name: list(total)})
+        for rollout in rollouts:
+            if self not in rollout.begun:
+                self.begin(rollout)
+        futures: list[Future[float]] = [rollout.begun.pop(self) for rollout in rollouts]
+        total = [future.result() for future in futures]
+        return Scores(total=total, terms={self.name: list(total)})
+
+    def _check(self, rollout: Rollout) -> float:
+        reference = self._reference(rollout)
+        try:
+            return float(self.verifier.score(rollout.text, reference))
+        except Exception as error:
+            raise UserError(
+                f"reward.terms.{self.name} raised {type(error).__name__}: {error}; for "
+                f"{name_prompt(rollout)}."
+            ) from error
+
+    def _reference(self, rollout: Rollout) -> Any:
+        """Of the response's row: two rows with one text may have two answers."""
+        prompt, read = rollout.prompt, self._read
+        if read is not None and read[0] is prompt:
+            return read[1]
+        row = name_prompt(rollout)
+        reference = read_reference(self.name, self.verifier, prompt.fields, row)
+        self._read = (prompt, reference)
+        return reference
+
+
+def read_reference(
+    name: str, verifier: Verifier, columns: Mapping[str, object], row_name: str
+) -> Any:
+    """The reference of a row for the term `name`; errors call the row `row_name`. Raises UserError
+    for a missing column and for a reference that can't be used.
+    """
+    for column in verifier.columns:
+        if columns.get(column) is None:
+            others = [key for key, value in columns.items() if value is not None]
+            raise UserError(
+                f"reward.terms.{name} needs the column {column!r}, which {row_name} lacks (its "
+                f"columns beside the prompt: {', '.join(others) or 'none'}). "
+                f"Add it to the data, or name another one with reward.terms.{name}.column."
+            )
+    try:
+        return verifier.reference(*(columns[column] for column in verifier.columns))
+    except ValueError as error:
+        raise UserError(
+            f"reward.terms.{name}, column {' and '.join(map(repr, verifier.columns))} of "
+            f"{row_name}: {error}."
+        ) from error
 
 
 def name_prompt(rollout: Rollout) -> str:

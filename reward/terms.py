@@ -16,7 +16,7 @@ import torch
 from conf.choices import TermKind
 from conf.online import WatchConfig
 from conf.schema import RewardConfig, RewardTerm
-from reward.base import Verifier, check_source, model_paths
+from reward.base import Verifier, VerifierScorer, check_source, model_paths, read_reference
 from reward.model import (
     Holder,
     check_tokenizers,
@@ -30,9 +30,7 @@ from reward.scorers.computed import (
     FunctionScorer,
     LengthScorer,
     Term,
-    VerifierScorer,
     load_function,
-    read_reference,
 )
 from reward.scorers.reward_model import EnsembleScorer, RewardModelScorer
 from rlhf.types import Scorer, UserError

@@ -3,10 +3,10 @@ response tokens.
 """
 
 import signal
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:  # for annotations only: the command line's list and help need no torch
     import datasets
@@ -124,6 +124,8 @@ class Rollout:
     success: bool | None = None  # what the environment says of the episode; None: it doesn't
     # what the environment counted, such as broken calls: sums over the turns, by name
     info: dict[str, float] = field(default_factory=dict)
+    # what scorers have begun to find out about it, each its own (`Scorer.begin`)
+    begun: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def truncated(self) -> bool:
@@ -276,8 +278,21 @@ class Generator(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Announcing(Protocol):
+    """A generator that tells of each response as soon as it is whole."""
+
+    arrived: Callable[[Rollout], None]
+
+
 class Scorer(Protocol):
     """Scores responses; raises on anything that isn't a finite number and names the prompt."""
+
+    def begin(self, rollout: Rollout) -> None:
+        """This response is whole, others of its batch are still being written: a scorer may begin
+        with it, in a thread of its own. What goes wrong is raised by `score`.
+        """
+        ...
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores: ...
 

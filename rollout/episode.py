@@ -43,6 +43,7 @@ class Episode:
     info: dict[str, float] = field(default_factory=dict)
     environment: Environment | None = None
     hangs: bool = False  # the environment, in a thread that was left to itself
+    whole: Rollout | None = None  # what it came to
 
     # ---- its environment, in whatever thread ----
 
@@ -203,6 +204,12 @@ class Episode:
 
     def rollout(self) -> Rollout:
         """The episode as what trains on it reads it."""
+        assert self.prompt is not None and self.reason is not None
+        if self.whole is None:
+            self.whole = self._made()
+        return self.whole
+
+    def _made(self) -> Rollout:
         assert self.prompt is not None and self.reason is not None
         return Rollout(
             self.prompt,

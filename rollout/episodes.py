@@ -32,7 +32,7 @@ from rlhf.types import (
 from rollout import Acting
 from rollout.answers import LOOK_S, Answered, GivenUp, SideBySide, Waiter, tell_progress
 from rollout.episode import Episode, seed_of
-from rollout.sampling import fresh_seed
+from rollout.sampling import fresh_seed, untold
 
 LOG = logging.getLogger("rollout.episodes")
 _THREADS = 1024  # episodes that servers write at the same time
@@ -82,6 +82,7 @@ class EpisodeGenerator:
         # for episodes in threads of their own: the tokenizer, and the environments at a time
         self._reading = threading.Lock()
         self._room = threading.Semaphore(limits.workers)
+        self.arrived: Callable[[Rollout], None] = untold
 
     # ---- as the generator inside ----
 
@@ -169,6 +170,7 @@ class EpisodeGenerator:
             ended = [episode for episode in playing if episode.reason is not None]
             for episode, closed in zip(ended, self._ask(ended, Episode.close), strict=True):
                 episode.check_closed(closed)
+                self.arrived(episode.rollout())
             playing = [episode for episode in playing if episode.reason is None]
             turn += 1
 
@@ -195,6 +197,8 @@ class EpisodeGenerator:
             with self._reading:
                 episode.take(step)
         episode.check_closed(self._ask_one(episode, Episode.close))
+        if episode.reason is not None:
+            self.arrived(episode.rollout())
 
     # ---- environments ----
 

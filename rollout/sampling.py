@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import RolloutConfig
-from rlhf.types import Prompt, UserError
+from rlhf.types import Prompt, Rollout, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,10 @@ class Sampling:
             "detokenize": False,
             **drawing,
         }
+
+
+def untold(rollout: Rollout) -> None:
+    """Nobody asked to hear of a response as it arrives."""
 
 
 def fresh_seed() -> int:

@@ -1,6 +1,5 @@
-"""Scores that are computed here, without a model: by a verifier that checks each response against
-its row's own reference, by length, by a Python function of the user's with TRL's reward signature,
-and as the weighted sum of several terms:
+"""Scores that are computed here, without a model: by length, by a Python function of the user's
+with TRL's reward signature, and as the weighted sum of several terms:
 
     total = sum over terms of weight x normalised(clipped(raw))
 
@@ -12,8 +11,7 @@ import asyncio
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 
 from conf.choices import LengthUnit
 from conf.schema import RewardTerm
-from reward.base import Stateless, Verifier, name_prompt
+from reward.base import Stateless, name_prompt
 from rlhf.models.encoding import is_chat
 from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
@@ -29,70 +27,6 @@ from rlhf.process.libraries import load_named
 from rlhf.types import NonFiniteScore, Rollout, Scorer, Scores, UserError
 
 _LEAST_STD = 1e-6  # below it all values are equal, and their normalised value is 0
-
-# ---- verifiers ----
-
-
-class VerifierScorer(Stateless):
-    """Runs a verifier over responses. Each prompt's reference is read once."""
-
-    def __init__(self, name: str, verifier: Verifier) -> None:
-        self.name, self.verifier = name, verifier
-
-    def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Raises UserError naming the prompt where its reference can't be used, and where checking
-        failed through no fault of the response.
-        """
-        references: dict[int, Any] = {}  # by row: two rows with one text may have two answers
-        for rollout in rollouts:
-            prompt = rollout.prompt
-            if id(prompt) not in references:
-                references[id(prompt)] = read_reference(
-                    self.name, self.verifier, prompt.fields, name_prompt(rollout)
-                )
-
-        def check(rollout: Rollout) -> float:
-            return self._check(rollout, references[id(rollout.prompt)])
-
-        if self.verifier.workers > 1 and len(rollouts) > 1:
-            with ThreadPoolExecutor(self.verifier.workers) as pool:
-                total = list(pool.map(check, rollouts))
-        else:
-            total = [check(rollout) for rollout in rollouts]
-        return Scores(total=total, terms={self.name: list(total)})
-
-    def _check(self, rollout: Rollout, reference: Any) -> float:
-        try:
-            return float(self.verifier.score(rollout.text, reference))
-        except Exception as error:
-            raise UserError(
-                f"reward.terms.{self.name} raised {type(error).__name__}: {error}; for "
-                f"{name_prompt(rollout)}."
-            ) from error
-
-
-def read_reference(
-    name: str, verifier: Verifier, columns: Mapping[str, object], row_name: str
-) -> Any:
-    """The reference of a row for the term `name`; errors call the row `row_name`. Raises UserError
-    for a missing column and for a reference that can't be used.
-    """
-    for column in verifier.columns:
-        if columns.get(column) is None:
-            others = [key for key, value in columns.items() if value is not None]
-            raise UserError(
-                f"reward.terms.{name} needs the column {column!r}, which {row_name} lacks (its "
-                f"columns beside the prompt: {', '.join(others) or 'none'}). "
-                f"Add it to the data, or name another one with reward.terms.{name}.column."
-            )
-    try:
-        return verifier.reference(*(columns[column] for column in verifier.columns))
-    except ValueError as error:
-        raise UserError(
-            f"reward.terms.{name}, column {' and '.join(map(repr, verifier.columns))} of "
-            f"{row_name}: {error}."
-        ) from error
-
 
 # ---- length ----
 
@@ -288,6 +222,11 @@ class CompositeScorer:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"expected at least one term, each name once; found {names}")
         self.terms = list(terms)
+
+    def begin(self, rollout: Rollout) -> None:
+        """As `Scorer.begin`, of every term."""
+        for term in self.terms:
+            term.scorer.begin(rollout)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Raw values by term, the total, and extras: `<term>_clipped` (1 where a value was clipped)

@@ -17,7 +17,7 @@ import torch
 from conf.choices import Advantage
 from conf.stages import OnlineStage
 from rlhf.process import distributed
-from rlhf.types import Generator, Prompt, Rollout, UserError
+from rlhf.types import Announcing, Generator, Prompt, Rollout, UserError
 
 LOG = logging.getLogger("rlhf.online.ahead")
 
@@ -325,8 +325,16 @@ def _answers_to(prompts: Sequence[Prompt], written: list[Rollout]) -> list[Rollo
 
 
 def make_writer(
-    generator: Generator, prompts: Sequence[Prompt], stage: OnlineStage, seed: int
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    stage: OnlineStage,
+    seed: int,
+    begin: Callable[[Rollout], None],
 ) -> Writer:
-    """What writes the responses of the stage's steps."""
+    """What writes the responses of the stage's steps. `begin` is told of each as soon as it is
+    whole, where the generator can tell.
+    """
+    if isinstance(generator, Announcing):
+        generator.arrived = begin
     kind = Ahead if stage.ahead else Writer
     return kind(generator, prompts, stage, seed)

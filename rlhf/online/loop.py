@@ -68,7 +68,8 @@ class Loop:
             Brake.from_stage(stage), stage.prompts_per_step, plateau, noise_of(parts, stage)
         )
         self.in_flight = cfg.rollout.in_flight
-        self.writer = make_writer(parts.generator, parts.prompts, stage, self.seed)
+        begin = parts.scorer.begin
+        self.writer = make_writer(parts.generator, parts.prompts, stage, self.seed, begin)
         weight = environment_weight(cfg.reward)
         self.collector = Collector(self.writer, stage, self.limit, self.state.moments, weight)
         self.bad_batches = BadBatches(ctx.dir)

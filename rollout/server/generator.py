@@ -16,7 +16,7 @@ from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
 from rlhf.process.http import bearer_token
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
-from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
+from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds, untold
 from rollout.server.adapters import unload
 from rollout.server.client import Request, Server, ServerFault, Written
 from rollout.server.fleet import PROBE_S, Connection
@@ -54,6 +54,7 @@ class ServerGenerator:
         server can't be used.
         """
         self.version = 0
+        self.arrived: Callable[[Rollout], None] = untold
         self.sent: dict[str, str] = {}
         self._held: dict[str, str] = {}  # checksums that a server was seen to hold
         self._readable: frozenset[str] | None = None  # names of these, once they are known
@@ -115,8 +116,14 @@ class ServerGenerator:
         for prompt, drawn in zip(owners, seeds, strict=True):
             fields = self.sampling.for_vllm(drawn, ends, prompt, greedy=greedy)
             requests.append(Request(prompt.token_ids, fields, prompt.id, model))
-        pairs = zip(owners, self._pool.write(requests), strict=True)
-        return [self._rollout(prompt, response, version) for prompt, response in pairs]
+        rollouts: dict[int, Rollout] = {}
+
+        def arrived(index: int, written: Written) -> None:
+            rollouts[index] = self._rollout(owners[index], written, version)
+            self.arrived(rollouts[index])
+
+        self._pool.write(requests, arrived)
+        return [rollouts[index] for index in range(len(owners))]
 
     def _rollout(self, prompt: Prompt, written: Written, version: int) -> Rollout:
         """`version`: of what wrote where the server's labels do not say it."""

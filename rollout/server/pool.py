@@ -25,6 +25,7 @@ LOG = logging.getLogger("rollout.server")
 _LOOK_S = 1.0  # between two looks at servers that are away
 _LEAN = 4  # more open requests that a server may have which holds a group's prefix
 _Result = TypeVar("_Result")
+Arrived = Callable[[int, Written], None]  # a request's index, and its response
 
 
 class State(Enum):
@@ -99,9 +100,11 @@ class Pool:
         (member,) = (member for member in self.members if member.url == url)
         return member
 
-    def write(self, requests: Sequence[Request]) -> list[Written]:
-        """A response to each request. Raises UserError where no server is left."""
-        return _Round(self, requests).run()
+    def write(self, requests: Sequence[Request], arrived: Arrived) -> None:
+        """A response to each request, of which `arrived` is told. Raises UserError where no server
+        is left.
+        """
+        _Round(self, requests, arrived).run()
 
     def each(self, work: Callable[[Server], _Result]) -> dict[str, _Result]:
         """What `work` returns for each server that serves, by URL, all at the same time. One that
@@ -203,14 +206,13 @@ class _Answer:
 class _Round:
     """The requests of one call, until each has a response."""
 
-    def __init__(self, pool: Pool, requests: Sequence[Request]) -> None:
-        self._pool, self._requests = pool, requests
-        self._written: list[Written | None] = [None] * len(requests)
+    def __init__(self, pool: Pool, requests: Sequence[Request], arrived: Arrived) -> None:
+        self._pool, self._requests, self._arrived = pool, requests, arrived
         self._waiting = deque(self._groups(range(len(requests))))
         self._open: dict[Server, set[int]] = {}
         self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
 
-    def run(self) -> list[Written]:
+    def run(self) -> None:
         missing = len(self._requests)
         while missing:
             self._take_back()
@@ -220,7 +222,6 @@ class _Round:
             except queue.Empty:
                 continue
             missing -= self._take(answer)
-        return [written for written in self._written if written is not None]
 
     def _groups(self, indices: Iterable[int]) -> Iterable[list[int]]:
         """Requests of one group side by side, in their order."""
@@ -280,7 +281,8 @@ class _Round:
         if answer.fault is not None:
             self._pool.drop(answer.server, answer.fault)
             return 0
+        assert answer.written is not None
         open_there.discard(answer.index)
-        self._written[answer.index] = answer.written
+        self._arrived(answer.index, answer.written)
         tell_progress()
         return 1

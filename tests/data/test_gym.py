@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from conf.choices import Recipe, TermKind
 from conf.schema import Config, DataConfig, GymConfig, RewardTerm, RunConfig
 from conf.stages import DoctorStage
-from reward.scorers.computed import VerifierScorer
+from reward.base import VerifierScorer
 from reward.verifiers.evaluated import Gym
 from rlhf.cli import config
 from rlhf.data.recipes import build as recipes

@@ -22,7 +22,7 @@ from conf.schedule import BatchGrowthConfig
 from policy.losses import importance_weights
 from rlhf.cli import config
 from rlhf.online import loop as online
-from rlhf.online.ahead import Ahead, Place, Writer
+from rlhf.online.ahead import Ahead, Place, Writer, make_writer
 from rlhf.online.collect import train_batch
 from rlhf.run.context import RunContext
 from rlhf.stages import online as online_stage
@@ -207,6 +207,19 @@ def test_greedy_responses_are_written_with_their_draws() -> None:
 
 
 # ---- what corrects for it ----
+
+
+def test_who_scores_hears_of_each_response(tmp_path: Path) -> None:
+    """The loop tells the scorer's `begin` to a generator that can tell."""
+    told: list[Rollout] = []
+    generator = Slow()
+    make_writer(generator, PROMPTS, stage_of(), 0, told.append)
+    assert not hasattr(generator, "arrived"), "this one tells of nothing"
+    generator.arrived = print
+    make_writer(generator, PROMPTS, stage_of(), 0, told.append)
+    response = Rollout(PROMPTS[0], "", [7], [0.0], "stop", 0)
+    generator.arrived(response)
+    assert told == [response]
 
 
 def test_stale_tokens_are_corrected_unless_the_cap_says_otherwise() -> None:

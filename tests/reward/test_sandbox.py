@@ -16,9 +16,9 @@ import pytest
 
 from conf.choices import Isolation, TermKind
 from conf.schema import RewardTerm
+from reward.base import VerifierScorer
 from reward.sandbox import run as sandbox
 from reward.sandbox.run import Limits, Outcome, SandboxError, run_tests
-from reward.scorers.computed import VerifierScorer
 from reward.terms import make_verifier
 from reward.verifiers.evaluated import Code
 from rlhf.types import UserError

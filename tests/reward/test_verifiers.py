@@ -20,7 +20,8 @@ from trl.rewards import accuracy_reward, get_soft_overlong_punishment, think_for
 
 from conf.choices import FormatStyle, TermKind
 from conf.schema import RewardTerm
-from reward.scorers.computed import VerifierScorer, band_score
+from reward.base import VerifierScorer
+from reward.scorers.computed import CompositeScorer, Term, band_score
 from reward.terms import make_verifier
 from reward.verifiers.evaluated import MathAnswer, Worker, WorkerError, _Ended
 from reward.verifiers.extract import after_marker, close, letter_of, normalise, numbers_in
@@ -707,3 +708,43 @@ def test_prompts_with_one_text_keep_their_own_references() -> None:
     scorer = VerifierScorer("t", make_verifier("t", RewardTerm(kind=TermKind.exact)))
     rollouts = [plain("4", "same", answer="4"), plain("4", "same", answer="5")]
     assert scorer.score(rollouts).total == [1.0, 0.0]
+
+
+# --- while others are still being written
+
+
+class Waits:
+    """Waits for a word before it says that a response is right; workers: two."""
+
+    columns = ("answer",)
+    workers = 2
+
+    def __init__(self) -> None:
+        self.started, self.go = threading.Event(), threading.Event()
+
+    def reference(self, answer: str) -> str:
+        return answer
+
+    def score(self, response: str, reference: str) -> float:
+        self.started.set()
+        assert self.go.wait(10)
+        return float(response == reference)
+
+
+def test_a_response_is_checked_before_all_are_there() -> None:
+    verifier = Waits()
+    scorer = CompositeScorer([Term("right", VerifierScorer("right", verifier), weight=2.0)])
+    first, second = plain("4", "sum", answer="4"), plain("5", "sum", answer="4")
+    scorer.begin(first)
+    assert verifier.started.wait(10), "nobody has asked for a score yet"
+    verifier.go.set()
+    assert scorer.score([first, second]).total == [2.0, 0.0]
+    assert scorer.score([first]).total == [2.0], "as often as one asks"
+
+
+def test_what_goes_wrong_early_is_raised_by_the_score() -> None:
+    scorer = VerifierScorer("t", make_verifier("t", RewardTerm(kind=TermKind.exact)))
+    lacking = plain("4", "sum")
+    scorer.begin(lacking)
+    with pytest.raises(UserError, match=r"reward\.terms\.t .*'answer'"):
+        scorer.score([lacking])

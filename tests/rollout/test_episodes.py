@@ -240,6 +240,20 @@ def test_environments_answer_side_by_side(tokenizer: Any) -> None:
     assert time.monotonic() - began > 0.75
 
 
+@pytest.mark.parametrize("kind", [Scripted, ScriptedServer])
+def test_an_episode_is_told_of_when_it_ends(tokenizer: Any, kind: type[Scripted]) -> None:
+    """Not its turns, and not when all have ended."""
+    inner = kind(tokenizer, lambda name, turn: letters(tokenizer, "a"))
+    generator = around(inner)
+    told: list[tuple[int, Rollout]] = []
+    generator.arrived = lambda rollout: told.append((len(inner.calls), rollout))
+    prompts = [asked(tokenizer, "long", turns=3), asked(tokenizer, "short", turns=1)]
+    rollouts = generator.generate(prompts, seed=1)
+    assert {id(rollout) for _, rollout in told} == {id(rollout) for rollout in rollouts}
+    assert [len(rollout.turns) for _, rollout in told] == [1, 3]
+    assert told[0][0] < told[1][0], "the long one goes on"
+
+
 # ---- failures ----
 
 

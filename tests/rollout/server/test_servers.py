@@ -20,7 +20,7 @@ from conf.schema import RolloutConfig
 from rlhf.checks.inputs import refuse_running_servers
 from rlhf.cli.config import compose
 from rlhf.process import distributed
-from rlhf.types import AdapterWeights, FullWeights, Prompt, SyncError, UserError
+from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
 from rollout.server.checks import check_servers
 from rollout.server.client import Request, Server, ServerFault
 from rollout.server.generator import ServerGenerator
@@ -159,6 +159,17 @@ def test_a_slow_server_gets_less(fakes: Any, make: Make) -> None:
     many = [Prompt(id=str(i), text="", token_ids=(5, i)) for i in range(40)]
     generator.generate(many, seed=0)
     assert len(slow.fake.asked) <= 4 and len(fast.fake.asked) >= 36
+
+
+def test_a_response_is_told_of_while_others_are_written(fakes: Any, make: Make) -> None:
+    slow, fast = fakes(1, delay_s=1.0)[0], fakes(1)[0]
+    generator = make([slow, fast])
+    told: list[tuple[float, Rollout]] = []
+    began = time.monotonic()
+    generator.arrived = lambda rollout: told.append((time.monotonic() - began, rollout))
+    rollouts = generator.generate(PROMPTS, n=2, seed=0)
+    assert told[0][0] < 0.7 < told[-1][0]
+    assert sorted(id(rollout) for _, rollout in told) == sorted(map(id, rollouts))
 
 
 def test_sampling_is_the_engines_own(fakes: Any, make: Make) -> None:
