@@ -25,7 +25,7 @@ from rlhf.online.recovery import write_bad_batch
 from rlhf.online.watch import response_statistics
 from rlhf.process.distributed import RunningMoments
 from rlhf.run.console import samples_table
-from rlhf.stages.online import check_turns
+from rlhf.stages.online import check_turns, refuse_texts
 from rlhf.types import Prompt, Rollout, Scores, Turn, UserError
 from tests.composing import composed
 
@@ -189,6 +189,14 @@ def test_what_reads_texts_refuses_episodes() -> None:
     with pytest.raises(UserError, match=r"reward\.path=x.*'p'"):
         refuse_turns(GUESSED, "reward.path=x")
     refuse_turns(Rollout(PROMPT, "", [7], [0.0], "stop", 0), "reward.path=x")
+
+
+def test_reward_models_that_read_texts_are_refused_before_weights_load() -> None:
+    note = "reward.path=x: the reward model has another tokenizer"
+    with pytest.raises(UserError, match=r"environment=tools.*reward\.path=x"):
+        refuse_texts(EnvironmentKind.tools, [note])
+    refuse_texts(EnvironmentKind.none, [note])
+    refuse_texts(EnvironmentKind.tools, [])
 
 
 # ---- what an option asks for has to be there ----
