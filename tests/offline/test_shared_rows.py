@@ -214,6 +214,10 @@ def test_the_doctor_proposes_to_share_rows_that_fit_no_other_way() -> None:
     )
     assert found[0].engine.sequence_parallel > 1
     sharing.check(cfg.stage, cfg.model, cfg.adapter, found[0].engine, 262144, 8)
+    by_tokens = replace(cfg, engine=replace(cfg.engine, micro_batch_tokens=300_000))
+    *_, (last, changes) = eased(by_tokens, shapes, machine)
+    assert changes[-2:] == ("engine.micro_batch_tokens=262144", "engine.sequence_parallel=8")
+    assert last.engine.micro_batch_size is None and last.engine.micro_batch_tokens == 262144
     packed = replace(cfg, stage=replace(cfg.stage, packing=True))
     assert not any(one.engine.sequence_parallel > 1 for one, _ in eased(packed, shapes, machine))
 

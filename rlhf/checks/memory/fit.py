@@ -354,14 +354,19 @@ def _shared_rows(
     """SFT, a row at a time: two ranks share it, or four, and so on."""
     if cfg.engine.kind is EngineKind.torch or cfg.engine.sequence_parallel > 1:
         return
-    engine = replace(cfg.engine, micro_batch_size=1, micro_batch_tokens=None)
+    if cfg.engine.micro_batch_tokens is None:
+        engine = replace(cfg.engine, micro_batch_size=1)
+        one_row = "engine.micro_batch_size=1"
+    else:
+        engine = replace(cfg.engine, micro_batch_tokens=cfg.stage.max_length)
+        one_row = f"engine.micro_batch_tokens={cfg.stage.max_length}"
     ranks = 2
     while machine.ranks % ranks == 0:
         if obstacle(cfg.stage, cfg.model, cfg.adapter, shape.model, ranks) is not None:
             return
         yield (
             replace(cfg, engine=replace(engine, sequence_parallel=ranks)),
-            (*changes, "engine.micro_batch_size=1", f"engine.sequence_parallel={ranks}"),
+            (*changes, one_row, f"engine.sequence_parallel={ranks}"),
         )
         ranks *= 2
 
