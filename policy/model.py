@@ -179,7 +179,7 @@ def _attend_in_row(
         stop = start + length
         attend = functools.partial(_attend_in_segment, module, options, prompt, start, stop)
         # Keys of a segment are copies of the prompt's and its own: made again for the gradient.
-        if torch.is_grad_enabled():
+        if prompt and torch.is_grad_enabled():
             attend = functools.partial(checkpoint, attend, use_reentrant=False)
         parts.append(attend(*heads))
         start = stop
