@@ -5,9 +5,38 @@ weights take part and from when on.
 import math
 import re
 from dataclasses import dataclass
+from enum import Enum
 
 from conf.choices import DecayShape, RateCoupling, Scheduler
 from conf.options import check, check_options, option
+
+
+class OptimizerKind(Enum):
+    """What steps the weights (policy/engines/optimizers.py)."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"  # its state in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)
+    paged_adamw = "paged_adamw"  # on CUDA its state goes to the host where memory is short
+    paged_adamw_8bit = "paged_adamw_8bit"
+    lion = "lion"  # Chen et al. 2023, arXiv:2302.06675
+    lion_8bit = "lion_8bit"
+    adafactor = "adafactor"  # without momentum (Shazeer & Stern 2018, arXiv:1804.04235)
+
+    @property
+    def of_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes has it."""
+        return self not in (OptimizerKind.adamw, OptimizerKind.adafactor)
+
+    def state_bytes(self, weights: float, largest: float) -> float:
+        """Bytes of its state for so many weights that train, at most; `largest` of them are in the
+        largest tensor. 8 bits are a byte, and 4 for the scale of 256 of them.
+        """
+        moments = {OptimizerKind.lion: 1, OptimizerKind.lion_8bit: 1}.get(self, 2)
+        if self is OptimizerKind.adafactor:  # a row and a column for each matrix
+            return 4.0 * largest
+        if self.value.endswith("8bit"):
+            return moments * (1 + 4 / 256) * weights
+        return 4.0 * moments * weights
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from conf.choices import (
 from conf.options import MISSING, check, check_options, names, nested, option, same_option
 from conf.schedule import (
     BatchGrowthConfig,
+    OptimizerKind,
     PlateauConfig,
     ScheduleConfig,
     TrainPart,
@@ -61,14 +62,22 @@ class TrainStage:
     )
     learning_rate: float | None = option(
         None,
-        "Highest learning rate of AdamW; null: what is published for the method, and for all "
+        "Highest learning rate; null: what is published for the method, and for all "
         "weights or an adapter (conf/published.py).",
         above=0,
     )
-    weight_decay: float = option(0.0, "Decoupled weight decay of AdamW.", at_least=0)
-    adam_beta1: float = option(0.9, "Decay rate of AdamW's mean of gradients.", at_least=0, below=1)
+    optimizer: OptimizerKind = option(
+        OptimizerKind.adamw, "What steps the weights; another than adamw needs engine=torch."
+    )
+    weight_decay: float = option(0.0, "Decoupled weight decay.", at_least=0)
+    adam_beta1: float = option(
+        0.9, "Decay rate of AdamW's mean of gradients; Lion's first beta.", at_least=0, below=1
+    )
     adam_beta2: float = option(
-        0.999, "Decay rate of AdamW's mean of squared gradients.", at_least=0, below=1
+        0.999,
+        "Decay rate of AdamW's mean of squared gradients; Lion's second beta.",
+        at_least=0,
+        below=1,
     )
     adam_eps: float = option(1e-8, "Term that keeps AdamW from dividing by zero.", above=0)
     scheduler: Scheduler = option(

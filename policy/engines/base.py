@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from conf import published
-from conf.choices import AdapterKind, DecayShape, Scheduler
-from conf.schedule import ScheduleConfig
+from conf.choices import AdapterKind, DecayShape, EngineKind, Scheduler
+from conf.schedule import OptimizerKind, ScheduleConfig
+from conf.schema import EngineConfig
 from conf.stages import TrainStage
 from policy.engines.groups import Rates
 from rlhf.process import distributed
+from rlhf.process.libraries import check_installed
 from rlhf.types import UserError
 
 LOG = logging.getLogger("policy.engines")
@@ -28,6 +30,44 @@ _ALONE = (
     "stage.noise_scale: a step of a single micro-batch says nothing about its noise. Smaller "
     "micro-batches do (engine.micro_tokens, engine.micro_batch_size)."
 )
+
+
+# Optimizers beside AdamW, of groups of parameters: rlhf/stages/methods.py makes them known
+# (policy/engines/optimizers.py).
+OPTIMIZERS: dict[OptimizerKind, Callable[[list[dict[str, Any]], "OptimSettings"], Any]] = {}
+
+
+def check_optimizer(kind: OptimizerKind, engine: EngineConfig) -> None:
+    """Raises UserError for an optimizer that the engine can't step: ZeRO lays tensors out flat."""
+    if kind is not OptimizerKind.adamw and engine.kind is EngineKind.deepspeed:
+        raise UserError(
+            f"stage.optimizer={kind.value} needs engine=torch: engine=zero{engine.zero_stage} "
+            "steps AdamW alone. Set stage.optimizer=adamw."
+        )
+    if kind.of_bitsandbytes:
+        check_installed("bitsandbytes", "quantize")
+
+
+def new_optimizer(groups: list[dict[str, Any]], optim: "OptimSettings") -> Any:
+    """An optimizer of groups of parameters, which may have a weight decay of their own."""
+    if optim.optimizer is not OptimizerKind.adamw:
+        return OPTIMIZERS[optim.optimizer](groups, optim)
+    return torch.optim.AdamW(
+        groups,
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+
+def as_asked(optimizer: Any, optim: "OptimSettings") -> Any:
+    """The groups of a fresh AdamW under the optimizer that is asked for."""
+    if optim.optimizer is OptimizerKind.adamw:
+        return optimizer
+    kept = ("params", "weight_decay")
+    return new_optimizer([{k: g[k] for k in kept} for g in optimizer.param_groups], optim)
 
 
 class NonFinite(Exception):
@@ -84,7 +124,7 @@ class Brake:
 
 @dataclass(frozen=True, slots=True)
 class OptimSettings:
-    """AdamW (Loshchilov & Hutter 2019) with a schedule over optimizer steps."""
+    """An optimizer, AdamW (Loshchilov & Hutter 2019) or another, with a schedule over its steps."""
 
     learning_rate: float
     weight_decay: float
@@ -96,6 +136,7 @@ class OptimSettings:
     total_steps: int
     min_rate: float = 0.0  # share of the learning rate
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerKind = OptimizerKind.adamw
     # As transformers' own schedules: step 0 of the warm-up has the rate 0, and the terms round as
     # there, so that runs on TRL's trainers stay what they were.
     from_zero: bool = False
@@ -122,6 +163,7 @@ class OptimSettings:
             total_steps=total_steps,
             min_rate=stage.min_rate,
             schedule=stage.schedule,
+            optimizer=stage.optimizer,
             from_zero=from_zero,
         )
 

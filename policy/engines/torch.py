@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conf.choices import EngineKind
 from conf.schema import EngineConfig
-from policy.engines.base import NonFinite, OptimSettings
+from policy.engines.base import NonFinite, OptimSettings, new_optimizer
 from policy.engines.groups import Rates, check_groups, one_rate, set_rates
 from policy.model import no_gather, tending_of
 from rlhf.process import distributed
@@ -34,7 +34,7 @@ def _adder(master: Tensor) -> Callable[[Tensor], None]:
 
 
 class TorchEngine:
-    """AdamW in one process; half-precision weights get float32 master copies, which the optimizer
+    """One optimizer in one process; half-precision weights get float32 master copies, which it
     steps and which hold the gradients: micro-batches are added in float32, so that how many there
     are changes nothing.
     """
@@ -62,14 +62,7 @@ class TorchEngine:
         for param, master in zip(self.params, self.masters, strict=True):
             if master is not param:
                 param.register_post_accumulate_grad_hook(_adder(master))
-        self.optimizer = torch.optim.AdamW(
-            self._groups(),
-            lr=optim.learning_rate,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = new_optimizer(self._groups(), optim)
         self._hold()
 
     def _groups(self) -> list[dict[str, Any]]:

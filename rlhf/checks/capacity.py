@@ -248,7 +248,7 @@ def count_checkpoints(stage: TrainStage, keep: int) -> int:
 def checkpoint_bytes(
     stage: TrainStage, engine: EngineKind, adapter: AdapterConfig, width: int, shapes: Shapes
 ) -> float:
-    """Bytes of one checkpoint over all ranks: float32 masters and Adam's two moments of what
+    """Bytes of one checkpoint over all ranks: float32 masters and optimizer's state of what
     trains; the weights as well, of `width` bytes each, where DeepSpeed or TRL's trainers write
     them; a reference that moves.
     """
@@ -257,11 +257,11 @@ def checkpoint_bytes(
     if not stage.train.everything:
         classifier = isinstance(stage, RewardStage)
         policy = trained_parts(shapes.policy, stage.train, classifier=classifier).parameters
-    deepspeed = engine is EngineKind.deepspeed
+    deepspeed, state = engine is EngineKind.deepspeed, stage.optimizer.state_bytes(1.0, 0.0)
     if not isinstance(stage, OnlineStage):
         masters = 4 if deepspeed else 0
-        return (8.0 + masters) * policy + width * whole
-    per_parameter = 12.0 + (width if deepspeed else 0)
+        return (state + masters) * policy + width * whole
+    per_parameter = 4.0 + state + (width if deepspeed else 0)
     size = per_parameter * policy
     if stage.advantage is Advantage.gae:
         size += per_parameter * _critic_parameters(stage, adapter, shapes)

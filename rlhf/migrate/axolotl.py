@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf.migrate import online, shared, sources
+from rlhf.migrate import engines, online, shared, sources
 from rlhf.migrate.axolotl_rest import REST
 from rlhf.migrate.online import either
 from rlhf.migrate.shared import OWN_TEMPLATE, computed, impossible
@@ -233,7 +233,7 @@ OWN: tuple[Key, ...] = (
     to("default_system_message", "data.system", str),
     alone("val_set_size", ("data.eval_fraction",), lambda s, value: shared.held_out(value)),
     alone("sequence_len", ("stage.max_length", "data.max_prompt_length"), _length),
-    to("sample_packing", "stage.packing", flag),
+    alone("sample_packing", ("stage.packing",), shared.packing),
     to("max_packed_sequence_len", "stage.packing", lambda value: True),
     to("train_on_inputs", "stage.completion_only", negated),
     *computes(
@@ -250,7 +250,7 @@ OWN: tuple[Key, ...] = (
     to("adam_eps", "stage.adam_eps", number),
     to("max_grad_norm", "stage.max_grad_norm", number),
     to("seed", "run.seed", whole),
-    to("logging_steps", "stage.log_steps", lambda value: max(1, whole(value))),
+    alone("logging_steps", ("stage.log_steps",), shared.logging),
     *computes(
         ("lr_scheduler", "lr_scheduler_kwargs", "cosine_min_lr_ratio"),
         shared.SCHEDULE,
@@ -267,10 +267,10 @@ OWN: tuple[Key, ...] = (
     ),
     to("save_total_limit", "run.keep_checkpoints", whole),
     to("early_stopping_patience", "stage.patience", whole),
-    alone("optimizer", (), _optimizer),
+    alone("optimizer", shared.OPTIMIZER, _optimizer),
     to("gradient_checkpointing", "engine.gradient_checkpointing", lambda v: v not in (False, None)),
-    alone("deepspeed", shared.ENGINE, shared.deepspeed),
-    alone("fsdp", shared.ENGINE, lambda s, value: shared.fsdp(value)),
+    alone("deepspeed", engines.ENGINE, engines.deepspeed),
+    alone("fsdp", engines.ENGINE, lambda s, value: engines.fsdp(value)),
     *computes(
         (
             "fsdp_version",
@@ -281,13 +281,13 @@ OWN: tuple[Key, ...] = (
             "fsdp_config.fsdp_reshard_after_forward",
             "dp_shard_size",
         ),
-        shared.ENGINE,
-        lambda s: shared.fsdp("full_shard"),
+        engines.ENGINE,
+        lambda s: engines.fsdp("full_shard"),
     ),
     *computes(
         ("fsdp_config.offload_params", "fsdp_config.fsdp_offload_params"),
-        shared.ENGINE,
-        lambda s: shared.fsdp("full_shard offload") if _offloads(s) else computed({}),
+        engines.ENGINE,
+        lambda s: engines.fsdp("full_shard offload") if _offloads(s) else computed({}),
     ),
     *computes(
         ("fsdp_config.activation_checkpointing", "fsdp_config.fsdp_activation_checkpointing"),

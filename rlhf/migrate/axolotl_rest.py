@@ -1,6 +1,6 @@
 """axolotl's keys that have no option here, and why."""
 
-from rlhf.migrate.tables import Key, idle, missing, stops
+from rlhf.migrate.tables import Key, above_one, idle, missing, stops
 from rlhf.migrate.trainer import DISPLAY, FUSED, HUB, INSIDE, LAUNCH, PARALLEL, WORKERS
 
 REST: tuple[Key, ...] = (
@@ -104,7 +104,7 @@ REST: tuple[Key, ...] = (
     ),
     *missing("noise on embeddings", "neftune_noise_alpha", "noisy_embedding_alpha"),
     *missing(
-        "AdamW is the only optimizer here",
+        "stage.optimizer has no such one",
         """
         galore_* lisa_* optim_args optim_target_* muon_*
         """,
@@ -119,7 +119,7 @@ REST: tuple[Key, ...] = (
         s2_attention xformers_attention moe_kernels
         """,
     ),
-    *missing(
+    *above_one(
         PARALLEL,
         """
         tensor_parallel_size context_parallel_size sequence_parallel_degree

@@ -69,8 +69,7 @@ def migrate(
     """What becomes of a file's keys. stage: ours, where the file doesn't say; ranks, rows: what the
     computations need. Raises NotPossible for a task that no stage has.
     """
-    names = [key.name for key in toolkit.keys]
-    given = _flattened(request.values, names)
+    given = flattened(request.values, toolkit)
     settings = Settings(
         command=request.command,
         given={key: value for key, value in given.items() if not shell.is_shells(value)},
@@ -90,13 +89,18 @@ def migrate(
             _add(result, settings, key, value, is_default=True)
     _add_ranks(result)
     _leave_adapter_out(result)
+    _leave_optimizer_out(result)
     return result
 
 
-def _flattened(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Keys as the tables have them: with _ for the - of command lines."""
+def flattened(values: Mapping[str, Any], toolkit: Toolkit) -> dict[str, Any]:
+    """Keys as the tables have them: with _ for the - of command lines, and inner mappings taken
+    apart where the table has their keys, or none of them.
+    """
+    names = [key.name for key in toolkit.keys]
+    parents = {name.rpartition(".")[0] for name in names}
     plain = {key.replace("-", "_"): value for key, value in values.items()}
-    return reading.flattened(plain, names)
+    return reading.flattened(plain, [name for name in names if name not in parents])
 
 
 def _add(result: Migration, s: Settings, key: str, value: Any, *, is_default: bool = False) -> None:
@@ -173,6 +177,18 @@ def _leave_adapter_out(result: Migration) -> None:
             result.lines[at] = dataclasses.replace(line, answer=answer)
         for key in idle:
             result.options.pop(key, None)
+
+
+def _leave_optimizer_out(result: Migration) -> None:
+    """Under DeepSpeed AdamW alone steps."""
+    engine, key = result.options.get("engine", "torch"), "stage.optimizer"
+    if engine == "torch" or result.options.get(key, "adamw") == "adamw":
+        return
+    del result.options[key]
+    answer = Answer(Fate.impossible, note=f"with engine={engine} AdamW alone steps, in 32 bits")
+    for at, line in enumerate(result.lines):
+        if key in line.answer.options:
+            result.lines[at] = dataclasses.replace(line, answer=answer)
 
 
 def exists(option: str, stage: str) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.migrate import shared
+from rlhf.migrate.llama_factory_rest import REST
 from rlhf.migrate.shared import OWN_TEMPLATE, computed, impossible
 from rlhf.migrate.tables import (
     Answer,
@@ -14,16 +15,14 @@ from rlhf.migrate.tables import (
     Toolkit,
     computes,
     flag,
-    idle,
     listing,
     missing,
     negated,
     number,
-    stops,
     to,
     whole,
 )
-from rlhf.migrate.trainer import FUSED, INSIDE, KEYS, LAUNCH, PARALLEL, WORKERS, alone
+from rlhf.migrate.trainer import KEYS, alone
 
 _STAGES = {"pt": "sft", "sft": "sft", "rm": "reward", "ppo": "ppo", "dpo": "dpo", "kto": "kto"}
 # pref_loss: our stage, and what it is told
@@ -45,14 +44,13 @@ _TEMPLATES = {
     "zephyr": "zephyr",
 }
 _TUNING = ("adapter", "stage.train.layers", "stage.train.modules", "adapter.quantize")
-_VISION = "images, video and sound are not read"
 _REGISTRY = ("data.registry", "data.dataset")
 
 
 def stage_of(s: Settings) -> str:
     """Our stage. Raises NotPossible."""
-    if s.get("export_dir") is not None and s.given.get("stage") is None:
-        raise NotPossible("a merge or an export (export_dir)")
+    if s.given.get("export_dir") is not None and s.given.get("stage") is None:
+        return "export"
     if s.command not in ("", "train"):
         raise NotPossible(f"llamafactory-cli {s.command}")
     name = str(s.get("stage"))
@@ -65,6 +63,8 @@ def stage_of(s: Settings) -> str:
 
 def defaults(s: Settings) -> dict[str, Any]:
     """What LLaMA-Factory takes where a key is left out."""
+    if s.given.get("export_dir") is not None and s.given.get("stage") is None:
+        return {}
     known: dict[str, Any] = {
         "stage": "sft",
         "finetuning_type": "lora",
@@ -169,7 +169,26 @@ def _batch_ppo(s: Settings) -> Answer:
     return computed({"stage.prompts_per_step": prompts})
 
 
+def _model(s: Settings) -> Answer:
+    """The model; of an export its adapter, whose directory names the model."""
+    base, adapter = s.get("model_name_or_path"), s.get("adapter_name_or_path")
+    if s.stage != "export" or adapter is None:
+        return Answer(Fate.taken, {"model.path": str(base)})
+    if len(listing(adapter)) > 1:
+        return impossible("one adapter is merged by an export")
+    note = "the adapter's directory, which names the model that it is merged into"
+    return computed({"model.path": str(adapter)}, note)
+
+
+def _exported(s: Settings, value: Any) -> Answer:
+    if s.stage != "export":
+        return Answer(Fate.idle, note="an export's, not this stage's")
+    return shared.run_directory(value)
+
+
 def _continued(s: Settings, value: Any) -> Answer:
+    if s.stage == "export":
+        return _model(s)
     note = "merged into the model at the start; a new adapter is trained"
     return computed({"adapter.load": listing(value)}, note)
 
@@ -185,7 +204,7 @@ def _modules(s: Settings, value: Any) -> Answer:
 
 
 def _optimizer(name: str) -> tuple[Key, ...]:
-    return missing("AdamW is the only optimizer here", f"use_{name}", f"{name}_*")
+    return missing("stage.optimizer has no such one", f"use_{name}", f"{name}_*")
 
 
 def _reward_model(s: Settings, value: Any) -> Answer:
@@ -197,9 +216,9 @@ def _reward_model(s: Settings, value: Any) -> Answer:
 
 
 OWN: tuple[Key, ...] = (
-    to("model_name_or_path", "model.path", str),
+    *computes(("model_name_or_path",), ("model.path",), _model),
     to("trust_remote_code", "model.trust_remote_code", flag),
-    alone("adapter_name_or_path", ("adapter.load",), _continued),
+    alone("adapter_name_or_path", ("adapter.load", "model.path"), _continued),
     to("flash_attn", "model.attn_implementation", shared.attention),
     *computes(("pure_bf16",), ("model.dtype",), shared.dtype),
     to("disable_gradient_checkpointing", "engine.gradient_checkpointing", negated),
@@ -229,8 +248,8 @@ OWN: tuple[Key, ...] = (
     to("max_samples", "data.max_rows", whole, "of all data sets together, theirs is of each"),
     alone("val_size", ("data.eval_fraction",), lambda s, value: shared.held_out(value)),
     to("train_on_prompt", "stage.completion_only", negated),
-    to("packing", "stage.packing", flag),
-    to("neat_packing", "stage.packing", flag),
+    alone("packing", ("stage.packing",), shared.packing),
+    alone("neat_packing", ("stage.packing",), shared.packing),
     *computes(("pref_loss", "pref_ftx"), ("stage.losses", "stage.weights"), _preference),
     to("pref_beta", "stage.beta", number),
     to("simpo_gamma", "stage.gamma", number),
@@ -252,128 +271,17 @@ OWN: tuple[Key, ...] = (
     to("vllm_enforce_eager", "rollout.enforce_eager", flag),
     to("vllm_max_lora_rank", "rollout.max_lora_rank", whole),
     *computes(("ray_num_workers",), (), lambda s: computed({}, "ranks: launch.ranks_per_node")),
-    *idle(LAUNCH, "ray_*", "master_addr", "master_port"),
-    *idle(
-        WORKERS,
-        """
-        preprocessing_* overwrite_cache streaming buffer_size tokenized_path
-        data_shared_file_system use_fast_tokenizer cache_dir ignore_pad_token_for_loss
-        mix_strategy
-        """,
-    ),
-    *idle(
-        "figures and curves are always kept",
-        """
-        plot_loss compute_accuracy include_effective_tokens_per_second print_param_status
-        """,
-    ),
-    *idle(
-        INSIDE,
-        """
-        use_reentrant_gc use_unsloth_gc low_cpu_mem_usage device_map offload_folder
-        upcast_layernorm upcast_lmhead_output use_kv_cache infer_dtype
-        quantization_device_map infer_backend do_sample reward_model_type quantization_type
-        eval_on_each_dataset enable_torch_profiler profiler_* profile_modules
-        """,
-    ),
-    *idle(
-        "tokens of a hub are read from its own variables",
-        "hf_hub_token",
-        "ms_hub_token",
-        "om_hub_token",
-    ),
-    *idle("an export's, not this stage's", "export_*"),
-    *missing("held-out rows are a file: data.eval_path", "eval_dataset"),
-    *missing("the model of a branch or a commit", "model_revision"),
-    *missing(
-        "tokens can't be added",
-        """
-        add_tokens add_special_tokens resize_vocab new_special_tokens_config
-        init_special_tokens split_special_tokens
-        """,
-    ),
-    *missing("only the last answer trains", "mask_history"),
-    *missing("a template's own switch for thinking", "enable_thinking", "preserve_thinking"),
-    *missing("tools are rendered by the model's own template", "tool_format"),
-    *missing("weights of a mixture are those of data.sources", "interleave_probs"),
-    *missing(
-        "another adapter method",
-        """
-        use_llama_pro pissa_iter pissa_convert oft_rank module_dropout loraplus_lr_embedding
-        freeze_extra_modules create_new_adapter mixture_of_depths
-        """,
-    ),
-    *missing(
-        "another loss",
-        """
-        use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha eaft_k
-        dpo_label_smoothing pref_bco_weight moe_aux_loss_coef
-        """,
-    ),
-    *missing("the reference is the start of the run", "ref_model", "ref_model_*"),
-    *missing("reward models are directories that stage=reward wrote", "reward_model_*"),
+    alone("export_dir", shared.RUN, _exported),
     *_optimizer("galore"),
     *_optimizer("apollo"),
     *_optimizer("badam"),
-    *missing("AdamW is the only optimizer here", "use_muon", "use_adam_mini"),
-    *missing(
-        FUSED,
-        """
-        enable_liger_kernel use_unsloth use_v1_kernels block_diag_attn shift_attn
-        """,
-    ),
-    *missing("training in 8-bit floats", "fp8", "fp8_*"),
-    *missing("W&B and TensorBoard are the trackers", "use_swanlab", "swanlab_*"),
-    *missing("the model's own context is used", "rope_scaling", "model_max_length"),
-    *missing("sequences are not split over devices", "hyper_parallel_*", "use_hyper_parallel"),
-    *missing(
-        PARALLEL,
-        """
-        tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size
-        context_parallel_size sequence_parallel virtual_pipeline_model_parallel_size
-        """,
-    ),
-    *missing(
-        "Megatron's own choice",
-        """
-        bias_activation_fusion apply_rope_fusion overlap_param_gather overlap_grad_reduce
-        use_distributed_optimizer moe_grouped_gemm moe_token_dispatcher_type
-        use_packed_sequences mixed_precision masked_softmax_fusion cross_entropy_loss_fusion
-        calculate_per_token_loss extra_config
-        """,
-    ),
     to("recompute_granularity", "engine.gradient_checkpointing", lambda value: value is not None),
-    *idle("part of recompute_granularity", "recompute_method", "recompute_num_layers"),
-    *stops("Megatron's trainer", "use_mca", "use_megatron_bridge", "megatron_bridge_args"),
-    *stops("experts on the CPU by KTransformers", "use_kt", "kt_*"),
-    *stops(
-        _VISION,
-        """
-        image_* video_* freeze_vision_tower freeze_multi_modal_projector media_dir
-        use_audio_in_video audio_sampling_rate crop_to_patches
-        """,
-    ),
-    *idle("there is one part, the language model", "freeze_language_model"),
-    *stops(
-        "answers or scores without training",
-        """
-        do_predict predict_with_generate task task_dir n_shot lang save_dir
-        """,
-    ),
-    *stops("a model with random weights", "train_from_scratch"),
-    *stops(
-        "the layout of their version 1",
-        """
-        model_class train_dataset dist_config.* kernel_config.* peft_config.* optim_config.*
-        quant_config.*
-        """,
-    ),
 )
 
 TOOLKIT = Toolkit(
     "llama_factory",
     "LLaMA-Factory",
-    (*OWN, *KEYS),
+    (*OWN, *REST, *KEYS),
     stage_of,
     defaults,
     telltales=(

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from rlhf.migrate import engines, shared, sources
 from rlhf.migrate import openrlhf_values as values
-from rlhf.migrate import shared, sources
 from rlhf.migrate.openrlhf_rest import REST
 from rlhf.migrate.shared import NEEDS_ROWS, computed, impossible
 from rlhf.migrate.tables import (
@@ -161,6 +161,8 @@ def _estimator(s: Settings, value: Any) -> Answer:
 
 def _steps(option: str) -> Any:
     def convert(s: Settings, value: Any) -> Answer:
+        if s.online and option == "stage.eval_steps":
+            return Answer(Fate.idle, note="held-out prompts are looked at by stage.watch")
         if number(value) > 0:
             return Answer(Fate.taken, {option: whole(value)})
         if option == "stage.save_steps":
@@ -203,9 +205,9 @@ OWN: tuple[Key, ...] = (
         ("stage.max_length", "data.max_prompt_length", "rollout.max_response_length"),
         _length,
     ),
-    *computes(("ds.zero_stage", "ds.adam_offload"), (*shared.ENGINE, "engine.gpus"), _engine),
+    *computes(("ds.zero_stage", "ds.adam_offload"), (*engines.ENGINE, "engine.gpus"), _engine),
     *computes(
-        ("actor.num_nodes", "actor.num_gpus_per_node"), (*shared.ENGINE, "engine.gpus"), _engine
+        ("actor.num_nodes", "actor.num_gpus_per_node"), (*engines.ENGINE, "engine.gpus"), _engine
     ),
     to(
         "ds.param_dtype", "model.dtype", lambda v: {"bf16": "bfloat16", "fp16": "float16"}.get(v, v)
@@ -216,7 +218,7 @@ OWN: tuple[Key, ...] = (
     to("ds.lora.dropout", "adapter.dropout", number),
     to("ds.lora.target_modules", "adapter.targets", listing),
     to("ds.load_in_4bit", "adapter.quantize", lambda v: "nf4" if flag(v) else "none"),
-    to("ds.packing_samples", "stage.packing", flag, "online, rows are always packed"),
+    alone("ds.packing_samples", ("stage.packing",), shared.packing),
     to("model.gradient_checkpointing_enable", "engine.gradient_checkpointing", flag),
     to("actor.gradient_checkpointing_enable", "engine.gradient_checkpointing", flag),
     to("adam.lr", "stage.learning_rate", number),
@@ -335,7 +337,7 @@ OWN: tuple[Key, ...] = (
     to("ckpt.max_num", "run.keep_checkpoints", whole),
     to("ckpt.load_enable", "run.resume", flag, "of a run of ours"),
     alone("eval.steps", ("stage.eval_steps",), _steps("stage.eval_steps")),
-    to("logger.logging_steps", "stage.log_steps", whole),
+    alone("logger.logging_steps", ("stage.log_steps",), shared.logging),
     alone(
         "logger.wandb.key",
         ("tracking",),
@@ -352,7 +354,7 @@ OWN: tuple[Key, ...] = (
         ("tracking",),
         lambda s, value: computed({"tracking": "tensorboard"}),
     ),
-    alone("optim", (), lambda s, value: shared.optimizer(value)),
+    alone("optim", shared.OPTIMIZER, lambda s, value: shared.optimizer(value)),
 )
 
 TOOLKIT = Toolkit("openrlhf", "OpenRLHF", (*OWN, *REST), stage_of, defaults)

@@ -1,6 +1,6 @@
 """OpenRLHF's keys that have no option here, and why."""
 
-from rlhf.migrate.tables import Key, idle, missing, stops
+from rlhf.migrate.tables import Key, above_one, idle, missing, stops
 from rlhf.migrate.trainer import FUSED, HUB, INSIDE, LAUNCH, PARALLEL, WORKERS
 
 REST: tuple[Key, ...] = (
@@ -51,9 +51,9 @@ REST: tuple[Key, ...] = (
         """,
     ),
     *missing(FUSED, "ds.use_liger_kernel", "ds.experts_implementation"),
-    *missing(PARALLEL, "ds.tensor_parallel_size", "ds.ring_attn_*"),
+    *above_one(PARALLEL, "ds.tensor_parallel_size", "ds.ring_attn_*"),
     *missing("experts' own loss", "model.aux_loss_coef", "actor.aux_loss_coef"),
-    *missing("AdamW is the only optimizer here", "muon.*"),
+    *missing("stage.optimizer has no such one", "muon.*"),
     *missing("the reference is the start of the run", "ref.model_name_or_path", "ref.offload"),
     *missing("the critic starts from the reward model or the policy", "critic.model_name_or_path"),
     *missing("models wait on the device, or by rollout.sleep", "reward.offload"),

@@ -1,14 +1,11 @@
 """Computations that several toolkits share: batches, steps, schedules, engines, trackers."""
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.migrate import reading
 from rlhf.migrate.tables import Answer, Fate, Settings, flag, listing, number, whole
-from rlhf.types import UserError
 
 BATCH = ("stage.batch_size", "engine.micro_batch_size")
 BATCH_ONLINE = ("stage.prompts_per_step", "stage.minibatches", "stage.samples_per_prompt")
@@ -129,6 +126,8 @@ def evaluations(s: Settings) -> Answer:
 
 def _at_times(s: Settings, what: str, option: str) -> Answer:
     per_epoch = s.get(f"{what}s_per_epoch")
+    if what == "eval" and s.online:
+        return Answer(Fate.idle, note="held-out prompts are looked at by stage.watch")
     strategy = str(s.get(f"{what}_strategy", f"{what}uation_strategy") or "steps").lower()
     steps = s.get(f"{what}_steps")
     if strategy in ("no", "none", "false"):
@@ -158,6 +157,28 @@ def held_out(value: Any) -> Answer:
     if share < 1:
         return Answer(Fate.taken, {"data.eval_fraction": share})
     return impossible(f"{value} rows: data.eval_fraction is a share of all, between 0 and 1")
+
+
+def logging(s: Settings, value: Any) -> Answer:
+    """Steps between logged lines."""
+    if s.online:
+        return Answer(Fate.idle, note="every step of the loop is logged")
+    return Answer(Fate.taken, {"stage.log_steps": max(1, whole(value))})
+
+
+def packing(s: Settings, value: Any) -> Answer:
+    """Several rows in one sequence."""
+    if s.online:
+        return Answer(Fate.idle, note="micro-batches of the loop are packed")
+    if not flag(value):
+        return (
+            Answer(Fate.idle, note="off, as here")
+            if s.schema != "sft"
+            else computed({"stage.packing": False})
+        )
+    if s.schema != "sft":
+        return impossible("only SFT puts several rows into one sequence")
+    return Answer(Fate.taken, {"stage.packing": True})
 
 
 # ---- the schedule ----
@@ -216,24 +237,29 @@ def _lowest_rate(s: Settings, more: Mapping[str, Any]) -> float:
     return round(number(lowest) / number(highest), 6)
 
 
-_ADAMW = ("adamw", "adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
-_SMALLER = (
-    "adamw_bnb_8bit",
-    "adamw_8bit",
-    "adamw_torch_8bit",
-    "adamw_torch_4bit",
-    "adamw_anyprecision",
-)
+OPTIMIZER = ("stage.optimizer",)
+_PLAIN = ("adamw", "adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
+_OPTIMIZERS = {
+    **dict.fromkeys(_PLAIN, "adamw"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), "adamw_8bit"),
+    "adamw_torch_4bit": "adamw_8bit",
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw"),
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    **dict.fromkeys(("lion", "lion_32bit", "paged_lion_32bit"), "lion"),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), "lion_8bit"),
+    "adafactor": "adafactor",
+}
 
 
 def optimizer(name: Any) -> Answer:
     """The optimizer by its name in transformers."""
     text = str(name).lower()
-    if text in _ADAMW:
-        return Answer(Fate.idle, note="AdamW, as here")
-    if text in _SMALLER or text.startswith("paged_adamw"):
-        return impossible("AdamW with its state in fewer bits or paged: AdamW in 32 bits, here")
-    return impossible("AdamW is the only optimizer here")
+    if text not in _OPTIMIZERS:
+        return impossible("stage.optimizer has no such one")
+    note = "bitsandbytes' 8 bits in place of torchao's" if text.startswith("adamw_torch_") else ""
+    if text == "adamw_torch_fused":
+        note = ""
+    return Answer(Fate.taken, {"stage.optimizer": _OPTIMIZERS[text]}, note)
 
 
 # ---- model, adapter, engine ----
@@ -315,66 +341,3 @@ def run_directory(value: Any) -> Answer:
     path = Path(str(value))
     name = path.name or "default"
     return computed({"run.dir": str(path.parent), "run.name": name})
-
-
-ENGINE = ("engine", "engine.offload", "engine.nvme_path")
-
-
-def deepspeed(s: Settings, value: Any) -> Answer:
-    """A DeepSpeed configuration: its name (zero2), its file, or its keys."""
-    if isinstance(value, Mapping):
-        return _of_deepspeed(value)
-    text = str(value)
-    try:
-        return _of_deepspeed(reading.mapping(reading.beside(s.file, text)))
-    except UserError:
-        pass
-    named = re.search(r"(?:zero|z|stage)[_-]?([0-3])", text)
-    if named is None:
-        return impossible(f"{text} is not here, and its name tells no ZeRO stage")
-    options: dict[str, Any] = {"engine": f"zero{named[1]}"}
-    if "offload" in text:
-        options["engine.offload"] = "cpu"
-    return computed(options, "the ZeRO stage is read from the name")
-
-
-def _of_deepspeed(config: Mapping[str, Any]) -> Answer:
-    zero = config.get("zero_optimization") or {}
-    options: dict[str, Any] = {"engine": f"zero{zero.get('stage', 0)}"}
-    for part in ("offload_optimizer", "offload_param"):
-        offloaded = zero.get(part) or {}
-        device = offloaded.get("device", "none")
-        if device != "none":
-            options["engine.offload"] = device
-            if device == "nvme":
-                options["engine.nvme_path"] = offloaded.get("nvme_path")
-    return computed(options, "of it, stage and offloading count; DeepSpeed gets the rest from here")
-
-
-def fsdp(value: Any) -> Answer:
-    """FSDP's sharding words as ZeRO."""
-    words = " ".join(listing(value)) if not isinstance(value, bool) else "full_shard"
-    options: dict[str, Any] = {"engine": "zero2" if "shard_grad_op" in words else "zero3"}
-    if "offload" in words:
-        options["engine.offload"] = "cpu"
-    return computed(options, "FSDP's sharding is ZeRO's: gradients (2), weights too (3)")
-
-
-def accelerate(s: Settings, value: Any) -> Answer:
-    """accelerate's configuration file: DeepSpeed's or FSDP's part of it."""
-    text = str(value)
-    try:
-        config = reading.mapping(reading.beside(s.file, text))
-    except UserError:
-        named = fsdp("full_shard") if "fsdp" in text else deepspeed(s, text)
-        return Answer(named.fate, named.options, f"read from its name: {text}")
-    kind = str(config.get("distributed_type", "NO")).upper()
-    if kind == "FSDP":
-        return fsdp("full_shard")
-    if kind != "DEEPSPEED":
-        return computed({}, f"distributed_type: {kind}")
-    zero = config.get("deepspeed_config") or {}
-    options: dict[str, Any] = {"engine": f"zero{zero.get('zero_stage', 0)}"}
-    if zero.get("offload_optimizer_device", "none") != "none":
-        options["engine.offload"] = zero["offload_optimizer_device"]
-    return computed(options)

@@ -5,8 +5,10 @@ What only a shell can know (``$(...)``, variables of the environment) stays as i
 """
 
 import ast
+import operator
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 _ARRAY = re.compile(r"^\s*(\w+)=\(\s*$(.*?)^\s*\)\s*$", re.MULTILINE | re.DOTALL)
@@ -91,7 +93,7 @@ def _commands_of(line: str) -> list[list[str]]:
     except ValueError:
         return []
     out: list[list[str]] = [[]]
-    for word in words:
+    for word in _with_sums(words):
         if word.startswith("#"):
             break
         if word and set(word) <= set(";&|"):
@@ -99,3 +101,38 @@ def _commands_of(line: str) -> list[list[str]]:
         else:
             out[-1].append(word)
     return [command for command in out if command]
+
+
+def _with_sums(words: list[str]) -> list[str]:
+    """`$(...)` as one word, and `$(expr 16 / 4 / 2)` of numbers as its value."""
+    out: list[str] = []
+    for word in words:
+        if out and out[-1].startswith("$(") and ")" not in out[-1]:
+            out[-1] += f" {word}"
+        else:
+            out.append(word)
+    return [_sum(word) for word in out]
+
+
+_DOES: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
+}
+
+
+def _sum(word: str) -> str:
+    match = re.fullmatch(r"\$\(expr ([\d +*/-]+)\)", word)
+    if match is None:
+        return word
+    first, *rest = match[1].split()
+    pairs = list(zip(rest[::2], rest[1::2], strict=False))
+    if not first.isdigit() or len(rest) % 2 or any(sign not in _DOES for sign, _ in pairs):
+        return word
+    total = int(first)
+    for sign, number in pairs:  # of one rank, as in the division of a batch
+        if not number.isdigit() or (sign == "/" and int(number) == 0):
+            return word
+        total = _DOES[sign](total, int(number))
+    return str(total)

@@ -5,7 +5,7 @@ trainers included where they mean the same.
 import math
 from typing import Any
 
-from rlhf.migrate import online, shared, sources
+from rlhf.migrate import engines, online, shared, sources
 from rlhf.migrate.online import either
 from rlhf.migrate.shared import computed, impossible
 from rlhf.migrate.swift_rest import REST
@@ -220,8 +220,8 @@ OWN: tuple[Key, ...] = (
     to("max_model_len", "stage.max_length", whole),
     to("system", "data.system", str),
     to("truncation_strategy", "data.truncate_prompts", _truncation),
-    to("packing", "stage.packing", flag),
-    to("padding_free", "stage.packing", flag, "rows share a sequence, without padding"),
+    alone("packing", ("stage.packing",), shared.packing),
+    alone("padding_free", ("stage.packing",), shared.packing),
     *computes(
         ("loss_type", "loss_weights", "rpo_alpha", "importance_sampling_level"),
         (*online.LOSS, *_OFFLINE_LOSSES),
@@ -259,8 +259,8 @@ OWN: tuple[Key, ...] = (
     *computes(("lr_warmup_fraction", "lr_warmup_iters"), ("stage.warmup_ratio",), shared.warmup),
     *computes(("min_lr", "lr_decay_style"), shared.SCHEDULE, shared.schedule),
     to("recompute_granularity", "engine.gradient_checkpointing", lambda v: str(v) != "none"),
-    alone("accelerate_config", shared.ENGINE, shared.accelerate),
-    alone("optimizer", (), lambda s, value: shared.optimizer(value)),
+    alone("accelerate_config", engines.ENGINE, engines.accelerate),
+    alone("optimizer", shared.OPTIMIZER, lambda s, value: shared.optimizer(value)),
     to("merge_lora", "adapter.merge_on_save", flag),
 )
 

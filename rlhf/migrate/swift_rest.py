@@ -1,6 +1,6 @@
 """ms-swift's keys that have no option here, and why."""
 
-from rlhf.migrate.tables import Key, idle, missing, stops
+from rlhf.migrate.tables import Key, above_one, idle, missing, stops
 from rlhf.migrate.trainer import FUSED, HUB, INSIDE, LAUNCH, PARALLEL, WORKERS
 
 REST: tuple[Key, ...] = (
@@ -67,7 +67,7 @@ REST: tuple[Key, ...] = (
     ),
     *missing("noise on embeddings", "neftune_backend"),
     *missing(
-        "optimizer: AdamW is the only one here",
+        "stage.optimizer has no such one",
         """
         use_galore galore_* lisa_* optim_args
         """,
@@ -100,7 +100,7 @@ REST: tuple[Key, ...] = (
         multi_turn_scheduler max_turns use_gym_env gym_env vllm_use_async_engine
         """,
     ),
-    *missing(
+    *above_one(
         PARALLEL,
         """
         sequence_parallel sequence_parallel_size tensor_model_parallel_size
@@ -152,6 +152,19 @@ REST: tuple[Key, ...] = (
         "an export in fewer bits",
         """
         quant_batch_size quant_n_samples to_ollama push_dataset_to_hub export_*
+        """,
+    ),
+    *stops(
+        "Ray groups with settings of their own",
+        """
+        train.* rollout.* colocate_groups device_groups.*
+        """,
+    ),
+    *stops(
+        "answers that are sampled and scored, without training",
+        """
+        num_return_sequences sampler_engine orm_model prm_model prm_threshold
+        num_sampling_batch_size override_exist_file load_args output_file
         """,
     ),
 )

@@ -108,12 +108,14 @@ class Toolkit:
 
 # ---- entries of a table ----
 
-_OFF: tuple[Any, ...] = (False, 0, "", "none", "None", "no", "false", "default", "auto", [], {})
+_OFF: tuple[Any, ...] = ("", "none", "None", "no", "false", "default", "auto", [], {})
 
 
 def is_off(value: Any) -> bool:
     """Whether a value switches its option off."""
-    return any(value is off or (type(value) is type(off) and value == off) for off in _OFF)
+    if isinstance(value, int | float):
+        return value == 0
+    return any(type(value) is type(off) and value == off for off in _OFF)
 
 
 def same(value: Any) -> Any:
@@ -159,6 +161,17 @@ def missing(reason: str, *names: str) -> tuple[Key, ...]:
     def convert(settings: Settings, value: Any) -> Answer:
         if is_off(value):
             return Answer(Fate.idle, note="switched off, as here")
+        return Answer(Fate.impossible, note=reason)
+
+    return tuple(Key(name, (), convert) for name in _words(names))
+
+
+def above_one(reason: str, *names: str) -> tuple[Key, ...]:
+    """Keys of sizes that have no option here where they are above 1, and why."""
+
+    def convert(settings: Settings, value: Any) -> Answer:
+        if is_off(value) or value == 1:
+            return Answer(Fate.idle, note="off, as here")
         return Answer(Fate.impossible, note=reason)
 
     return tuple(Key(name, (), convert) for name in _words(names))

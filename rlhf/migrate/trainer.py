@@ -1,13 +1,12 @@
 """The keys of transformers' TrainingArguments, which LLaMA-Factory, ms-swift and TRL share."""
 
-from rlhf.migrate import shared
+from rlhf.migrate import engines, shared
 from rlhf.migrate.online import batch as online_batch
 from rlhf.migrate.online import either
 from rlhf.migrate.online import length as online_length
 from rlhf.migrate.tables import (
     Answer,
     Convert,
-    Fate,
     Key,
     Settings,
     computes,
@@ -62,7 +61,7 @@ KEYS: tuple[Key, ...] = (
     to("adam_epsilon", "stage.adam_eps", number),
     to("max_grad_norm", "stage.max_grad_norm", number),
     to("seed", "run.seed", whole),
-    to("logging_steps", "stage.log_steps", lambda value: max(1, whole(value))),
+    alone("logging_steps", ("stage.log_steps",), shared.logging),
     *computes(("lr_scheduler_type", "lr_scheduler_kwargs"), shared.SCHEDULE, shared.schedule),
     *computes(("warmup_ratio", "warmup_steps"), ("stage.warmup_ratio",), shared.warmup),
     *computes(("save_strategy", "save_steps"), ("stage.save_steps",), shared.saves),
@@ -72,11 +71,11 @@ KEYS: tuple[Key, ...] = (
         shared.evaluations,
     ),
     to("save_total_limit", "run.keep_checkpoints", whole),
-    alone("optim", (), lambda s, value: shared.optimizer(value)),
+    alone("optim", shared.OPTIMIZER, lambda s, value: shared.optimizer(value)),
     *computes(("bf16", "fp16"), ("model.dtype",), shared.dtype),
     to("gradient_checkpointing", "engine.gradient_checkpointing", flag),
-    alone("deepspeed", shared.ENGINE, shared.deepspeed),
-    alone("fsdp", shared.ENGINE, lambda s, value: shared.fsdp(value)),
+    alone("deepspeed", engines.ENGINE, engines.deepspeed),
+    alone("fsdp", engines.ENGINE, lambda s, value: engines.fsdp(value)),
     *idle("ZeRO sets it inside", "fsdp_config.*", "fsdp_transformer_layer_cls_to_wrap"),
     alone("report_to", ("tracking",), lambda s, value: shared.tracker(value)),
     alone("output_dir", shared.RUN, lambda s, value: shared.run_directory(value)),
@@ -136,10 +135,3 @@ KEYS: tuple[Key, ...] = (
         """,
     ),
 )
-
-
-def optimizer_of(value: object) -> Answer:
-    """An optimizer that is named by another key than optim."""
-    if value in (None, False):
-        return Answer(Fate.idle, note="off, as here")
-    return shared.optimizer(value)

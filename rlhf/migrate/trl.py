@@ -4,7 +4,7 @@ f2cd57710 of 2026-07-24).
 
 from typing import Any
 
-from rlhf.migrate import online, shared, sources
+from rlhf.migrate import engines, online, shared, sources
 from rlhf.migrate.online import either
 from rlhf.migrate.shared import computed, impossible
 from rlhf.migrate.tables import (
@@ -215,8 +215,8 @@ OWN: tuple[Key, ...] = (
     alone("max_length", ("stage.max_length",), _length),
     alone("max_seq_length", ("stage.max_length",), _length),
     to("max_prompt_length", "data.max_prompt_length", whole),
-    to("packing", "stage.packing", flag),
-    to("padding_free", "stage.packing", flag, "rows share a sequence, without padding"),
+    alone("packing", ("stage.packing",), shared.packing),
+    alone("padding_free", ("stage.packing",), shared.packing),
     *idle("rows are packed in one way", "packing_strategy", "eval_packing"),
     to("completion_only_loss", "stage.completion_only", flag),
     to("assistant_only_loss", "stage.completion_only", flag),
@@ -264,7 +264,7 @@ OWN: tuple[Key, ...] = (
     to("reward_clip_range", "stage.reward_clip", lambda value: number(value[1])),
     *computes(("total_episodes",), ("stage.steps",), _episodes),
     *idle("engine.micro_tokens bounds it", "local_rollout_forward_batch_size"),
-    alone("accelerate_config", shared.ENGINE, shared.accelerate),
+    alone("accelerate_config", engines.ENGINE, engines.accelerate),
     *idle(
         WORKERS,
         """

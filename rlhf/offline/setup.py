@@ -19,6 +19,7 @@ from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunCon
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
 from policy import adapters
 from policy.adapters import Rows, spaced
+from policy.engines.base import check_optimizer
 from policy.engines.deepspeed import check_extensions, ensure_process_group, prepare_cpu
 from policy.engines.loading import Loader, gradient_sums, loader_of, zero_options
 from policy.engines.resharding import is_universal
@@ -43,6 +44,7 @@ def check(cfg: Config) -> list[str]:
     stage = cfg.stage_as(OfflineStage)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
+    check_optimizer(stage.optimizer, cfg.engine)
     check_extensions(cfg.engine, waits=stage.unfreeze.on)
     adapters.check_budget(cfg.adapter, cfg.engine, stage.patience)
     plan = launch.plan_batches(stage.batch_size, cfg.engine, ranks)

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 from conf.choices import OnNonFinite
 from conf.schema import EngineConfig
 from policy.engines import resharding
-from policy.engines.base import GradientNoise, NonFinite, OptimSettings, Plateau
+from policy.engines.base import GradientNoise, NonFinite, OptimSettings, Plateau, as_asked
 from policy.engines.deepspeed import in_kernels
 from policy.engines.groups import Rates
 from policy.model import is_peft, load_tending, save_tending
@@ -95,7 +95,7 @@ class StageTrainer(PrivateHooks):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
-            optimizer = super().create_optimizer(model)
+            optimizer = as_asked(super().create_optimizer(model), self.schedule)
             if self.group_rates is not None:
                 optimizer = self.group_rates.group(optimizer)
             self.optimizer = in_kernels(optimizer, self.engine)

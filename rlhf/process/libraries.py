@@ -33,9 +33,18 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def check_installed(library: str, extra: str) -> None:
-    """The same without importing it here. Raises UserError."""
-    if importlib.util.find_spec(library) is None:
+    """The same without importing it here, also for a library that is hidden. Raises UserError."""
+    hidden = library in sys.modules and sys.modules[library] is None
+    try:
+        found = bool(importlib.metadata.version(library)) if hidden else _is_there(library)
+    except importlib.metadata.PackageNotFoundError:
+        found = False
+    if not found:
         raise _missing(library, extra)
+
+
+def _is_there(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 def _missing(library: str, extra: str) -> UserError:

@@ -1,7 +1,7 @@
 """The step before every stage that loads models: what stages choose by a name in the configuration
 is made known. These are the ways to train beside a frozen model (policy/adapters/), their ways into
-vLLM's engine and vLLM's servers (rollout/), how models are parted while they are read
-(policy/engines/parts.py), how ranks share rows and how packed ones attend (rlhf/offline/,
+vLLM's engine and vLLM's servers (rollout/), optimizers and how models are parted while they are
+read (policy/engines/), how ranks share rows and how packed ones attend (rlhf/offline/,
 policy/shared_engine.py), the verifiers of answers (reward/verifiers/), the scorer of episodes and
 the environments that policies act in (rlhf/environments/). The only importer of their files.
 """
@@ -25,7 +25,7 @@ from policy.adapters import (
     rasa,
     scaled,
 )
-from policy.engines import loading, parts
+from policy.engines import base, loading, optimizers, parts
 from reward import terms
 from reward.scorers.environment import EnvironmentScorer
 from reward.verifiers.evaluated import Code, Gym, MathAnswer
@@ -89,6 +89,7 @@ def register() -> None:
     terms.VERIFIERS.update(VERIFIERS)
     terms.SCORERS[TermKind.environment] = EnvironmentScorer
     adapters.register(ALL, quantized.HOLDING)
+    base.OPTIMIZERS.update(optimizers.ALL)
     loading.LOADERS[3] = parts.PartsLoader
     loading.SHARING["online"] = _share_rows
     loading.TRAINERS |= {"shared": _sharing_sft, "packed": _packed_sft}

@@ -19,6 +19,7 @@ from conf.schema import (
 )
 from policy import adapters
 from policy.engines import resharding
+from policy.engines.base import check_optimizer
 from policy.engines.deepspeed import check_extensions
 from reward.base import model_paths
 from reward.scorers.computed import load_function
@@ -50,6 +51,7 @@ def check(cfg: Config) -> list[str]:
     """
     stage = cfg.stage_as(OnlineStage)
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
+    check_optimizer(stage.optimizer, cfg.engine)
     check_extensions(cfg.engine, waits=stage.unfreeze.on)
     ranks = launch.count_ranks(cfg.engine, dry_run=cfg.run.dry_run)
     launch.check_prompts_per_step(stage, ranks)

@@ -148,3 +148,16 @@ def test_what_cannot_be_read_is_named(name: str, text: str, found: str, tmp_path
 
 def test_quotes_that_do_not_close_are_no_command() -> None:
     assert shell.commands("echo 'open\nswift sft --seed 1") == [["swift", "sft", "--seed", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a --steps $(expr 32 / 4 / 2)", ["a", "--steps", "4"]),
+        ("RANKS=2\na --steps $(expr 32 / $RANKS)", ["a", "--steps", "16"]),
+        ("a --date $(date +%s)", ["a", "--date", "$(date +%s)"]),
+        ("a --steps $(expr 1 / 0)", ["a", "--steps", "$(expr 1 / 0)"]),
+    ],
+)
+def test_sums_of_a_shell(line: str, words: list[str]) -> None:
+    assert shell.commands(line)[-1] == words

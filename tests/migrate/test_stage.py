@@ -14,8 +14,7 @@ from conf.schema import Config
 from conf.stages import MigrateConfig
 from rlhf.__main__ import main
 from rlhf.cli import config
-from rlhf.migrate.converting import Migration
-from rlhf.migrate.reading import flattened
+from rlhf.migrate.converting import Migration, flattened
 from rlhf.migrate.tables import Fate
 from rlhf.stages import migrate
 from rlhf.types import UserError
@@ -153,8 +152,7 @@ def test_every_key_has_a_line(toolkit: str, tmp_path: Path) -> None:
         assert line.answer.options or line.answer.note, line.key
     assert migration.with_fate(Fate.unknown) == []
     if path.suffix != ".sh":
-        names = [key.name for key in migration.toolkit.keys]
-        assert set(own) == set(flattened(yaml.safe_load(path.read_text()), names))
+        assert set(own) == set(flattened(yaml.safe_load(path.read_text()), migration.toolkit))
 
 
 def test_llama_factory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,12 +192,24 @@ def test_axolotl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cfg.engine.offload.value == "cpu"
 
 
+def test_an_optimizer_of_8_bits_needs_one_process(tmp_path: Path) -> None:
+    text = AXOLOTL.replace(
+        "fsdp_config: {offload_params: true, auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n", ""
+    )
+    path = tmp_path / "alone.yml"
+    path.write_text(text, encoding="utf-8")
+    assert read(path).options["stage.optimizer"] == "adamw_8bit"
+    several = read(path, ranks=2)
+    assert "stage.optimizer" not in several.options
+    line = next(line for line in several.lines if line.key == "optimizer")
+    assert line.answer.fate is Fate.impossible
+
+
 def test_what_counts_in_epochs_needs_rows(tmp_path: Path) -> None:
     lines = {line.key: line.answer for line in read(write(tmp_path, "axolotl")).lines}
     for key in ("evals_per_epoch", "saves_per_epoch"):
         assert lines[key].fate is Fate.impossible
         assert "migrate.rows" in lines[key].note
-    assert lines["optimizer"].fate is Fate.impossible
     assert lines["wandb_project"].fate is Fate.idle
 
 
@@ -243,6 +253,15 @@ def test_openrlhf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cfg.data.columns == {"prompt": "question"}
     assert (cfg.rollout.server.count, cfg.rollout.server.tensor_parallel) == (2, 2)
     assert (cfg.engine.zero_stage, cfg.engine.offload.value, cfg.engine.gpus) == (3, "cpu", 4)
+
+
+def test_an_export_merges_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "merge.yaml"
+    text = "model_name_or_path: org/base\nadapter_name_or_path: saves/lora\ntemplate: llama3\n"
+    path.write_text(f"{text}export_dir: saves/merged\nexport_size: 5\n", encoding="utf-8")
+    cfg = composed(tmp_path, path, capsys)
+    assert (cfg.stage.name, cfg.model.path) == ("export", "saves/lora")
+    assert (cfg.run.dir, cfg.run.name) == ("saves", "merged")
 
 
 def test_an_unknown_key_is_listed_and_the_exit_says_so(

@@ -92,7 +92,7 @@ def test_a_reason_stands_with_every_key_without_an_option() -> None:
         assert answer.fate is not Fate.taken
 
 
-@pytest.mark.parametrize("value", [False, 0, "none", "no", [], ""])
+@pytest.mark.parametrize("value", [False, 0, 0.0, "none", "no", [], ""])
 def test_off(value: object) -> None:
     assert is_off(value)
 

@@ -279,12 +279,11 @@ def counts_of(
     )
 
 
-def setting_of(
-    engine: EngineConfig, machine: Machine, dtype: Dtype, adapter: AdapterConfig, *, trl: bool
-) -> Setting:
+def setting_of(cfg: Settings, machine: Machine, *, trl: bool) -> Setting:
     """How the modules of a run are held and trained; `trl`: by TRL's trainers."""
+    engine, adapter = cfg.engine, cfg.adapter
     lora = adapter.kind is not AdapterKind.none
-    half = machine.half(dtype)
+    half = machine.half(cfg.model.dtype)
     plain = engine.kind is EngineKind.torch
     return Setting(
         kind=engine.kind,
@@ -296,6 +295,7 @@ def setting_of(
         fused=(plain and not trl) or engine.adam is AdamKernels.deepspeed,
         float32_trained=half and plain and (lora or trl),
         parted=engine.zero_stage == 3 and not needs_whole(adapter),
+        optimizer=cfg.stage.optimizer,
     )
 
 

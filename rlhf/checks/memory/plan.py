@@ -83,7 +83,7 @@ def _step(states: States) -> Bytes:
 def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     stage, shape = cfg.stage, shapes.policy
     assert isinstance(stage, OnlineStage)
-    setting = setting_of(cfg.engine, machine, cfg.model.dtype, cfg.adapter, trl=False)
+    setting = setting_of(cfg, machine, trl=False)
     shared = replace(setting, parted=setting.zero == 3)  # of models that nothing is put on
     adapter = adapter_parameters(shape, cfg.adapter)
     trained = trained_parts(shape, stage.train, classifier=False)
@@ -340,7 +340,7 @@ def _offline(cfg: Settings, shape: Shape, machine: Machine) -> Plan:
     (rlhf/stages/preference.py: start_of).
     """
     stage = cfg.stage
-    setting = setting_of(cfg.engine, machine, cfg.model.dtype, cfg.adapter, trl=True)
+    setting = setting_of(cfg, machine, trl=True)
     made = cfg.model.kind is ModelKind.tiny and cfg.model.path is None and not cfg.model.params
     if made or cfg.model.gguf_file:  # by every rank, whole
         setting = replace(setting, parted=False)

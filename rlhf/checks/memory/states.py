@@ -4,14 +4,14 @@ rank, by ZeRO stage and offload.
 P parameters, T of them trained, N ranks, w bytes a weight (2 in half precision, 4 in float32). The
 textbook figures of Rajbhandari et al. 2020 (arXiv:1910.02054, section 3.1 and figure 1) are in
 `textbook`. Engines hold more than those at their peak: the float32 gradient of the step,
-temporaries of AdamW, gradient buckets, and layers that ZeRO-3 has gathered. All of that was read in
-policy/engines/torch.py and in DeepSpeed 0.19's stage_1_and_2.py, stage3.py and
-unfused_optimizer.py.
+temporaries of AdamW, gradient buckets, and layers that ZeRO-3 has gathered: read in
+policy/engines/torch.py and DeepSpeed 0.19's stage_1_and_2.py, stage3.py, unfused_optimizer.py.
 """
 
 from dataclasses import dataclass, field
 
 from conf.choices import EngineKind, Offload, Quantization
+from conf.schedule import OptimizerKind
 from conf.schema import AdapterConfig
 
 GIB = 1 << 30
@@ -88,6 +88,7 @@ class Setting:
     float32_trained: bool = False
     # ZeRO-3: the module is parted while it is read (policy/engines/parts.py)
     parted: bool = False
+    optimizer: OptimizerKind = OptimizerKind.adamw
 
     @property
     def width(self) -> int:
@@ -181,12 +182,13 @@ def frozen_states(parameters: float, setting: Setting, largest_layer: float) -> 
 def temporaries(
     elements: float, largest: float, setting: Setting, *, on_host: bool = False
 ) -> float:
-    """Bytes of AdamW's temporaries, `elements` being stepped at once.
-
-    Fused kernels, torch's and DeepSpeed's, have none; torch's foreach form, the default on a GPU,
-    the square roots of all second moments; its plain loop, the default on a CPU, two tensors of the
-    size of the largest (exp_avg_sq.sqrt() / correction).
+    """Bytes of AdamW's temporaries, `elements` being stepped at once: none by fused kernels; by
+    torch's foreach form, the default on a GPU, the square roots of all second moments; by its plain
+    loop on a CPU two tensors of the size of the largest (exp_avg_sq.sqrt() / correction). Adafactor
+    has three of these.
     """
+    if setting.optimizer is OptimizerKind.adafactor:
+        return 12.0 * largest
     if setting.fused:
         return 0.0
     return 4.0 * elements if setting.cuda and not on_host else 8.0 * largest
@@ -228,7 +230,7 @@ def _torch(counts: Counts, s: Setting) -> States:
     resident = {
         "weights": Bytes(weights),
         "masters": Bytes(masters),
-        "Adam": Bytes(8 * counts.trained),
+        "Adam": Bytes(s.optimizer.state_bytes(counts.trained, counts.largest)),
     }
     return States(
         resident=resident,
@@ -359,7 +361,6 @@ def _zero3(counts: Counts, s: Setting) -> States:
         }
     else:
         swap = _SWAP_BUFFERS * 4 * group + _PARAM_BUFFERS * w * _PARAM_BUFFER
-        # weights, masters and moments lie on the disk
         resident = {"gradients": Bytes(host=s.sum_width * part), "swap buffers": Bytes(host=swap)}
         step = {
             "float32 gradients": Bytes(host=4 * group),
@@ -369,8 +370,7 @@ def _zero3(counts: Counts, s: Setting) -> States:
     if counts.quantised:
         resident["rounded weights"] = Bytes(counts.quantised_bytes)  # whole on every rank
     # Every bucket's gradients are copied in the order of the ranks before they are reduced, on one
-    # rank as well (comm/coalesced_collectives.py), and
-    # the last bucket before the weights that the pass has gathered are let go.
+    # rank as well, and the last bucket before the weights that the pass has gathered are let go.
     passing["bucket's copy"] = Bytes(w * min(counts.trained, BUCKET))
     return States(
         resident=_on_host(resident, s),
@@ -382,7 +382,7 @@ def _zero3(counts: Counts, s: Setting) -> States:
 
 
 def _gathered(parameters: float, largest_layer: float, s: Setting) -> Bytes:
-    """Weights that ZeRO-3 has gathered: a layer in use, and those that will be used again soon."""
+    """Weights that ZeRO-3 has gathered: of a layer in use and those used again soon."""
     return Bytes(s.width * min(parameters, MAX_LIVE + largest_layer))
 
 
