@@ -294,6 +294,8 @@ OWN: tuple[Key, ...] = (
         ("engine.gradient_checkpointing",),
         lambda s: computed({"engine.gradient_checkpointing": True}),
     ),
+    Key("context_parallel_size", ("engine.sequence_parallel",), engines.shared_rows),
+    Key("sequence_parallel_degree", ("engine.sequence_parallel",), engines.shared_rows),
     to("rl_beta", "stage.beta", number),
     to("orpo_alpha", "stage.beta", number),
     to("dpo_label_smoothing", "stage.label_smoothing", number),

@@ -122,8 +122,7 @@ REST: tuple[Key, ...] = (
     *above_one(
         PARALLEL,
         """
-        tensor_parallel_size context_parallel_size sequence_parallel_degree
-        expert_parallel_* ring_attn_func heads_k_stride
+        tensor_parallel_size         expert_parallel_* ring_attn_func heads_k_stride
         """,
     ),
     *missing("activations that are kept elsewhere", "activation_offloading", "offload_*"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf.migrate import reading
 from rlhf.migrate.shared import computed, impossible
-from rlhf.migrate.tables import Answer, Settings, listing
+from rlhf.migrate.tables import Answer, Fate, Settings, listing, whole
 from rlhf.types import UserError
 
 ENGINE = ("engine", "engine.offload", "engine.nvme_path")
@@ -70,3 +70,13 @@ def accelerate(s: Settings, value: Any) -> Answer:
     if zero.get("offload_optimizer_device", "none") != "none":
         options["engine.offload"] = zero["offload_optimizer_device"]
     return computed(options)
+
+
+def shared_rows(s: Settings, value: Any) -> Answer:
+    """Ranks that share each row (context or sequence parallel)."""
+    ranks = whole(value)
+    if ranks <= 1:
+        return Answer(Fate.idle, note="off, as here")
+    if s.schema not in ("sft", "ppo"):
+        return impossible("ranks share rows in SFT and in online stages alone")
+    return Answer(Fate.taken, {"engine.sequence_parallel": ranks})

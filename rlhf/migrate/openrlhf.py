@@ -235,6 +235,7 @@ OWN: tuple[Key, ...] = (
     ),
     *computes(("lr_scheduler", "min_lr_ratio"), shared.SCHEDULE, values.schedule),
     to("lr_warmup_ratio", "stage.warmup_ratio", number),
+    Key("ds.ring_attn_size", ("engine.sequence_parallel",), engines.shared_rows),
     to("max_norm", "stage.max_grad_norm", number),
     to("train.seed", "run.seed", whole),
     alone("data.dataset", sources.DATA, sources.openrlhf_data),

@@ -51,7 +51,7 @@ REST: tuple[Key, ...] = (
         """,
     ),
     *missing(FUSED, "ds.use_liger_kernel", "ds.experts_implementation"),
-    *above_one(PARALLEL, "ds.tensor_parallel_size", "ds.ring_attn_*"),
+    *above_one(PARALLEL, "ds.tensor_parallel_size", "ds.ring_attn_head_stride"),
     *missing("experts' own loss", "model.aux_loss_coef", "actor.aux_loss_coef"),
     *missing("stage.optimizer has no such one", "muon.*"),
     *missing("the reference is the start of the run", "ref.model_name_or_path", "ref.offload"),

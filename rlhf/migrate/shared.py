@@ -36,25 +36,32 @@ def accumulation(s: Settings) -> int:
     return whole(s.get("gradient_accumulation_steps") or 1)
 
 
+def groups(s: Settings) -> int:
+    """Groups of ranks that have rows of their own."""
+    names = ("sequence_parallel_size", "context_parallel_size", "sequence_parallel_degree")
+    return max(1, s.ranks // max(1, whole(s.get(*names) or 1)))
+
+
 def batch_size(s: Settings) -> int:
     """Rows of one optimizer step, over all ranks."""
     asked = s.get("global_batch_size", "batch_size")
     if asked is not None:
         return whole(asked)
-    return _micro(s) * accumulation(s) * s.ranks
+    return _micro(s) * accumulation(s) * groups(s)
 
 
 def batch(s: Settings) -> Answer:
     """The rows of a step, and of a micro-batch."""
     micro, rows = _micro(s), batch_size(s)
-    if rows % (micro * s.ranks):
-        return impossible(f"{rows} rows are no multiple of {micro} on each of {s.ranks} ranks")
-    if s.schema == "kto" and micro == 1 and rows % (2 * s.ranks) == 0:
+    ranks = groups(s)
+    if rows % (micro * ranks):
+        return impossible(f"{rows} rows are no multiple of {micro} on each of {ranks} ranks")
+    if s.schema == "kto" and micro == 1 and rows % (2 * ranks) == 0:
         micro = 2  # KTO compares the answers of a micro-batch with each other's prompts
     options = {"stage.batch_size": rows, "engine.micro_batch_size": micro}
-    steps = rows // (micro * s.ranks)
+    steps = rows // (micro * ranks)
     return computed(
-        options, f"{micro} rows x {steps} micro-batches x {s.ranks} ranks (migrate.ranks)"
+        options, f"{micro} rows x {steps} micro-batches x {ranks} ranks (migrate.ranks)"
     )
 
 

@@ -261,6 +261,8 @@ OWN: tuple[Key, ...] = (
     to("recompute_granularity", "engine.gradient_checkpointing", lambda v: str(v) != "none"),
     alone("accelerate_config", engines.ENGINE, engines.accelerate),
     alone("optimizer", shared.OPTIMIZER, lambda s, value: shared.optimizer(value)),
+    Key("sequence_parallel_size", ("engine.sequence_parallel",), engines.shared_rows),
+    Key("context_parallel_size", ("engine.sequence_parallel",), engines.shared_rows),
     to("merge_lora", "adapter.merge_on_save", flag),
 )
 

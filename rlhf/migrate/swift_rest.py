@@ -103,8 +103,8 @@ REST: tuple[Key, ...] = (
     *above_one(
         PARALLEL,
         """
-        sequence_parallel sequence_parallel_size tensor_model_parallel_size
-        pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
+        sequence_parallel tensor_model_parallel_size
+        pipeline_model_parallel_size expert_model_parallel_size
         expert_tensor_parallel_size decoder_first_pipeline_num_layers
         decoder_last_pipeline_num_layers
         """,

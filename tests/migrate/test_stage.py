@@ -205,6 +205,15 @@ def test_an_optimizer_of_8_bits_needs_one_process(tmp_path: Path) -> None:
     assert line.answer.fate is Fate.impossible
 
 
+def test_ranks_that_share_rows_are_one_for_the_batch(tmp_path: Path) -> None:
+    text = "NPROC_PER_NODE=8 swift sft --model a --dataset b --sequence_parallel_size 4"
+    path = tmp_path / "shared.sh"
+    path.write_text(f"{text} --deepspeed zero3 --gradient_accumulation_steps 3\n", encoding="utf-8")
+    options = read(path).options
+    # 1 row x 3 micro-batches x 8 / 4 groups
+    assert (options["engine.sequence_parallel"], options["stage.batch_size"]) == (4, 6)
+
+
 def test_what_counts_in_epochs_needs_rows(tmp_path: Path) -> None:
     lines = {line.key: line.answer for line in read(write(tmp_path, "axolotl")).lines}
     for key in ("evals_per_epoch", "saves_per_epoch"):
