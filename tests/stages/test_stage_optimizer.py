@@ -40,6 +40,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model" / "model.safetensors")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [OptimizerKind.adamw_8bit, OptimizerKind.adafactor])
 def test_a_run_learns_and_goes_on_as_if_never_stopped(kind: OptimizerKind, tmp_path: Path) -> None:
     whole = context(tmp_path, "whole", kind)
