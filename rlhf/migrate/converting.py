@@ -166,7 +166,16 @@ _WITHOUT_ADAPTER = ("adapter.load", "adapter.load_weights", "adapter.merge_on_sa
 
 
 def _leave_adapter_out(result: Migration) -> None:
-    """Where all weights train, nothing reads an adapter's options."""
+    """Where all weights train, nothing reads an adapter's options; without 4 bits nothing reads how
+    their scales are held.
+    """
+    scales = "adapter.double_quantize"
+    if result.options.get("adapter.quantize") != "nf4" and scales in result.options:
+        del result.options[scales]
+        answer = Answer(Fate.idle, note="nothing is held in 4 bits")
+        for at, line in enumerate(result.lines):
+            if scales in line.answer.options:
+                result.lines[at] = dataclasses.replace(line, answer=answer)
     if result.options.get("adapter") != "none":
         return
     for at, line in enumerate(result.lines):
