@@ -90,6 +90,10 @@ def migrate(
     _add_ranks(result)
     _leave_adapter_out(result)
     _leave_optimizer_out(result)
+    if "tracking" not in result.options and settings.schema != "export":
+        result.options["tracking"] = "none"
+        answer = Answer(Fate.computed, {"tracking": "none"}, "no tracker is named")
+        result.lines.append(Line("(tracker)", None, answer, is_default=True))
     return result
 
 

@@ -39,7 +39,6 @@ REST: tuple[Key, ...] = (
     *stops("an export in fewer bits by a calibration", "export_quantization_bit"),
     *idle("an export is made and checked on the CPU, in files of one size", "export_*"),
     *missing("held-out rows are a file: data.eval_path", "eval_dataset"),
-    *missing("the model of a branch or a commit", "model_revision"),
     *missing(
         "tokens can't be added",
         """

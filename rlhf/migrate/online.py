@@ -21,9 +21,12 @@ from rlhf.migrate.tables import (
     whole,
 )
 
+# Trainers whose batch counts prompts, with so many responses to each.
+_OF_PROMPTS = {"ppo": 1, "online_dpo": 2}
+
 
 def _samples(s: Settings) -> int:
-    return whole(s.get("num_generations") or 8)
+    return whole(s.get("num_generations") or _OF_PROMPTS.get(s.stage, 8))
 
 
 def _micro(s: Settings) -> int:
@@ -32,6 +35,8 @@ def _micro(s: Settings) -> int:
 
 def _minibatches(s: Settings) -> int:
     """Optimizer steps in one pass over a step's responses."""
+    if s.stage in _OF_PROMPTS:
+        return whole(s.get("num_mini_batches") or 1)
     steps = s.get("steps_per_generation")
     whole_batch = s.get("generation_batch_size")
     if whole_batch is not None:
@@ -42,7 +47,10 @@ def _minibatches(s: Settings) -> int:
 
 
 def _responses(s: Settings) -> int:
-    return _micro(s) * s.ranks * shared.accumulation(s) * _minibatches(s)
+    of_update = _micro(s) * s.ranks * shared.accumulation(s)
+    if s.stage in _OF_PROMPTS:
+        return of_update * _samples(s)
+    return of_update * _minibatches(s)
 
 
 def batch(s: Settings) -> Answer:
@@ -229,7 +237,7 @@ def _place(value: Any) -> str:
 
 KEYS: tuple[Key, ...] = (
     *computes(
-        ("num_generations", "steps_per_generation", "generation_batch_size"),
+        ("num_generations", "steps_per_generation", "generation_batch_size", "num_mini_batches"),
         shared.BATCH_ONLINE,
         batch,
     ),

@@ -340,6 +340,13 @@ def resume(value: Any) -> Answer:
     )
 
 
+def revision(s: Settings, value: Any) -> Answer:
+    """The branch or commit of a model."""
+    if value == "main":
+        return Answer(Fate.idle, note="the hub's default, as here")
+    return impossible("download this revision, and give its directory as model.path")
+
+
 RUN = ("run.dir", "run.name")
 
 

@@ -177,6 +177,7 @@ def _truncation(value: Any) -> bool:
 
 OWN: tuple[Key, ...] = (
     to("model", "model.path", str, "of Hugging Face's hub, or a directory"),
+    Key("model_revision", (), shared.revision),
     to("torch_dtype", "model.dtype", lambda value: str(value).removeprefix("torch.")),
     to("attn_impl", "model.attn_implementation", shared.attention),
     to("attention_backend", "model.attn_implementation", shared.attention),
@@ -244,7 +245,6 @@ OWN: tuple[Key, ...] = (
     to("max_new_tokens", "rollout.max_response_length", whole),
     to("response_length", "rollout.max_response_length", whole),
     to("num_ppo_epochs", "stage.epochs", whole),
-    to("num_mini_batches", "stage.minibatches", whole),
     to("kl_coef", "stage.kl_coef", number),
     to("missing_eos_penalty", "stage.truncation_penalty", number),
     to("early_stop_interval", "stage.patience", whole),

@@ -48,7 +48,6 @@ REST: tuple[Key, ...] = (
         offload_teacher_model
         """,
     ),
-    *missing("the model of a branch or a commit", "model_revision"),
     *missing("tokens can't be added", "new_special_tokens", "stop_words"),
     *missing("the reference is the start of the run", "ref_model", "ref_*"),
     *missing(

@@ -177,6 +177,7 @@ def _episodes(s: Settings) -> Answer:
 OWN: tuple[Key, ...] = (
     to("model_name_or_path", "model.path", str),
     to("sft_model_path", "model.path", str),
+    Key("model_revision", (), shared.revision),
     to("trust_remote_code", "model.trust_remote_code", flag),
     to("attn_implementation", "model.attn_implementation", shared.attention),
     *computes(("dtype", "torch_dtype"), ("model.dtype",), shared.dtype),
@@ -252,7 +253,6 @@ OWN: tuple[Key, ...] = (
     to("response_length", "rollout.max_response_length", whole),
     to("missing_eos_penalty", "stage.truncation_penalty", number),
     to("num_ppo_epochs", "stage.epochs", whole),
-    to("num_mini_batches", "stage.minibatches", whole),
     to("kl_coef", "stage.kl_coef", number),
     to("vf_coef", "stage.vf_coef", number),
     to("cliprange", "stage.cliprange", number),
@@ -286,7 +286,6 @@ OWN: tuple[Key, ...] = (
         """,
     ),
     *missing("logits or activations that are kept elsewhere", "activation_offloading"),
-    *missing("the model of a branch or a commit", "model_revision"),
     *missing("special tokens are the model's", "eos_token", "pad_token", "stop_token"),
     *missing("experts' own loss", "router_aux_loss_coef"),
     *missing("another adapter method", "lora_target_parameters"),

@@ -273,6 +273,37 @@ def test_an_export_merges_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (cfg.run.dir, cfg.run.name) == ("saves", "merged")
 
 
+@pytest.mark.parametrize(
+    ("command", "prompts", "samples", "minibatches"),
+    [
+        ("ppo --num_mini_batches 2", 32, 1, 2),  # 4 prompts x 2 x 4 ranks
+        ("online_dpo", 32, 2, 1),
+        ("grpo --num_generations 8", 4, 8, 1),  # 32 responses
+        ("rloo --num_generations 4 --steps_per_generation 4", 16, 4, 2),
+    ],
+)
+def test_batches_of_trls_online_trainers(
+    command: str, prompts: int, samples: int, minibatches: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "online.sh"
+    rest = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --model_name_or_path a"
+    launcher = "accelerate launch --num_processes 4 examples/scripts/"
+    script, _, more = command.partition(" ")
+    path.write_text(f"{launcher}{script}.py {more} {rest}\n", encoding="utf-8")
+    options = read(path).options
+    assert options["stage.prompts_per_step"] == prompts
+    assert options["stage.samples_per_prompt"] == samples
+    assert options["stage.minibatches"] == minibatches
+    assert options["tracking"] == "none"
+
+
+@pytest.mark.parametrize(("value", "fate"), [("main", Fate.idle), ("9d2fa1c", Fate.impossible)])
+def test_a_revision_is_the_hubs_or_a_directory(value: str, fate: Fate, tmp_path: Path) -> None:
+    path = write(tmp_path, "llama_factory", f"\nmodel_revision: {value}")
+    line = next(line for line in read(path).lines if line.key == "model_revision")
+    assert line.answer.fate is fate
+
+
 def test_an_unknown_key_is_listed_and_the_exit_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
