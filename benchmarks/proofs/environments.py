@@ -32,7 +32,7 @@ CHANCE = 0.02  # of a value that is guessed: 0.001, and a few of 256
 MAX_WALL_S = 15 * 60  # a task and a seed, its stages together
 TEMPLATE = Path(__file__).with_suffix(".jinja")
 LOOKS_UP = 0.3  # share of the demonstrations that ask the tool
-LISTENS = 0.5  # share of the demonstrated guesses that heed the answers
+LISTENS = 0.25  # share of the demonstrated guesses that heed the answers
 LOW, HIGH, GUESSES = 1, 8, 3
 DEMONSTRATIONS, HELD_OUT = 4000, 256
 
