@@ -111,6 +111,7 @@ _PPO = (
     "stage.prompts_per_step=256",
     "stage.epochs=2",
     "stage.minibatches=2",
+    "stage.critic_init=policy",
     "stage.critic_learning_rate=1e-3",
     "stage.gae_lambda=0.95",
     *_ONLINE,
