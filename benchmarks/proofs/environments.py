@@ -31,7 +31,7 @@ LEAST_RISE = 0.20  # of the share of held-out episodes that succeed
 CHANCE = 0.02  # of a value that is guessed: 0.001, and a few of 256
 MAX_WALL_S = 15 * 60  # a task and a seed, its stages together
 TEMPLATE = Path(__file__).with_suffix(".jinja")
-LOOKS_UP = 0.3  # share of the demonstrations that ask the tool
+LOOKS_UP = 0.4  # share of the demonstrations that ask the tool
 LISTENS = 0.25  # share of the demonstrated guesses that heed the answers
 LOW, HIGH, GUESSES = 1, 8, 3
 DEMONSTRATIONS, HELD_OUT = 4000, 256
@@ -127,7 +127,7 @@ TASKS = {
             "environment.max_tokens=112",
         ),
         lengths=("data.max_prompt_length=16", "rollout.max_response_length=80"),
-        sft=("stage.steps=400", "stage.max_length=128"),
+        sft=("stage.steps=600", "stage.max_length=128"),
         runs={
             "grpo": (*_GRPO, "stage.steps=40"),
             "ppo": (*_PPO, "stage.steps=40"),
