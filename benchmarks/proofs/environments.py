@@ -178,7 +178,7 @@ class ProofRuns:
         task = TASKS[self.task]
         shared = [f"run.seed={self.seed}", f"run.dir={self.root}", "run.overwrite=true"]
         shared += [f"run.name={self.task}-{name}", "tracking=none", "model=tiny"]
-        shared += ["model.tiny.vocab_size=260", "model.tiny.layers=2"]
+        shared += ["engine.threads=1", "model.tiny.vocab_size=260", "model.tiny.layers=2"]
         shared += ["model.tiny.max_positions=160", f"data.chat_template={TEMPLATE}", *task.lengths]
         return module("rlhf", f"stage={stage}", *shared, *options, *self.overrides)
 
