@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from conf.choices import Advantage, Aggregation, KLEstimator, KLPlace, Scheduler
 from conf.reward import TurnCredit
 from conf.stages import OnlineStage
+from policy import prepare as preparing
 from policy.advantages import (
     discounted_over_turns,
     gae,
@@ -221,6 +222,37 @@ def test_of_one_turn_each_nothing_changes(
     plain = advantages_without_critic(*rest, stage, None)
     first_turn = torch.zeros(mask.shape, dtype=torch.long)
     assert torch.equal(advantages_without_critic(*rest, turned, first_turn), plain)
+
+
+# ---- what a stage's options make of a batch ----
+
+
+def test_a_critics_advantages_follow_credit_and_discount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of GAE above, from scores and the environment's rewards."""
+    values = torch.tensor([[0.5, 2.0, 0.0, 0.0, 3.0]])
+    monkeypatch.setattr(preparing, "critic_values", lambda *_: values)
+    batch = TrainBatch(
+        tokens=collate([[5, 6]], [[7] * 5], 0, written=MASK[:1].tolist()),
+        keep=torch.ones(1, dtype=torch.bool),
+        groups=torch.zeros(1, dtype=torch.long),
+        pairs=[],
+        rollout_logprobs=torch.zeros(1, 5),
+        turns=TURNS[:1],
+    )
+    placed = replace(batch, turn_rewards=torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.5]]))
+    stage = OnlineStage(
+        gamma=0.5, gae_lambda=0.5, turn_discount=0.8, kl_coef=0.0, whiten_advantages=False
+    )
+    models = Models(None, object(), None, Layout(100))
+    found = [
+        prepare(given, torch.tensor([3.0]), None, models, stage, kl_coef=0.0, passes=False)
+        for given in (placed, batch)
+    ]
+    assert found[0].rewards.tolist() == [[0.0, 1.0, 0.0, 0.0, 2.0]]
+    torch.testing.assert_close(found[0].advantages, torch.tensor([[0.5, 0.0, 0.0, 0.0, -1.0]]))
+    assert found[1].rewards.tolist() == [[0.0, 0.0, 0.0, 0.0, 3.0]]
+    # last: 3 - 3 = 0; before: 0.4 * 3 - 2 = -0.8; first: 0.5 * 2 - 0.5 + 0.25 * -0.8 = 0.3
+    torch.testing.assert_close(found[1].advantages, torch.tensor([[0.3, -0.8, 0.0, 0.0, 0.0]]))
 
 
 # ---- an update of episodes ----
