@@ -8,6 +8,7 @@ import pytest
 
 from conf.reward import EnvironmentConfig, EnvironmentKind
 from conf.schema import DataConfig, RolloutConfig
+from rlhf.checks import capacity
 from rlhf.cli import config
 from rlhf.models.encoding import prompt_ids
 from rlhf.models.loading import train_tokenizer
@@ -107,6 +108,19 @@ def test_what_is_refused_before_weights_load(
     cfg = compose(tmp_path, "grpo", "rollout=hf", "stage.steps=1", *changes)
     with pytest.raises(UserError, match=named):
         online_stage.check(cfg)
+
+
+@pytest.mark.vllm
+def test_the_cache_holds_a_whole_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cfg = compose(tmp_path, "grpo", "rollout=vllm", "stage.steps=1")
+    # one layer of 32 numbers, keys and values, float32: 256 bytes a token
+    cfg.rollout.kv_cache_gib = 256 * (32 + 64) / 2**30
+    given = (cfg.rollout, cfg.model, cfg.data.max_prompt_length)
+    capacity.check_cache(*given, cfg.environment)
+    cfg.environment.max_tokens = 65
+    with pytest.raises(UserError, match=r"environment\.max_tokens=65"):
+        capacity.check_cache(*given, cfg.environment)
 
 
 def tools() -> tuple[Any, Acting]:

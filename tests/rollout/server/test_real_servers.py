@@ -19,6 +19,8 @@ import pytest
 from rollout.server import routes
 from rollout.server.generator import FOLDER, ServerGenerator
 from rollout.server.middleware import TOKEN_VARIABLE
+from tests import toys
+from tests.acting import turning_policy
 from tests.online import test_zero_online as zero
 from tests.online import zero_online_worker
 from tests.stages.test_resume import rows, run, write_data
@@ -135,6 +137,25 @@ def test_runs_by_no_one_and_two_servers_are_equal(
             name = f"{kind}-{count}"
             by_servers = train(name, "rollout=server", servers, token, *more, *ENGINE)
             assert_equal(engine, by_servers)
+
+
+def test_episodes_of_a_server_are_those_of_the_engine(
+    tmp_path: Path, one_thread: Iterator[None]
+) -> None:
+    """Each goes on by itself there, and all together here."""
+    model = turning_policy(tmp_path / "policy")
+    asked = [{"prompt": [{"role": "user", "content": f"say {word}"}]} for word in "abcd"]
+    given = [option for option in GRPO if not option.startswith("reward.")]
+    given += [f"model.path={model}", "data.chat_template=plain", f"run.dir={tmp_path}"]
+    given += [f"data.path={toys.write_jsonl(tmp_path / 'rows.jsonl', list(asked))}"]
+    given += ["reward=environment", "environment=python", "environment.max_tokens=48"]
+    given += ["environment.path=tests.acting:EvenTokens", "rollout.max_response_length=12"]
+    engine, server = (
+        run("grpo", [*given, f"rollout={backend}", f"run.name={backend}", *ENGINE])
+        for backend in ("vllm", "server")
+    )
+    assert_equal(engine, server)
+    assert all(row["rollout/turns"] > 1.2 for row in rows(server / "metrics.jsonl"))
 
 
 # ---- a run's own server, killed ----
