@@ -373,7 +373,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     "eval": ("run", "model", "engine", "rollout", "environment", "reward", "data", "tracking"),
     "export": ("run", "model", "data", "tracking"),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
-    "serve_rollout": ("run", "model", "adapter", "rollout", "data", "tracking"),
+    "serve_rollout": ("run", "model", "adapter", "rollout", "environment", "data", "tracking"),
     "migrate": ("run", "migrate"),
     "data": ("run", "model", "reward", "data", "tracking"),
     "label": ("run", "model", "engine", "rollout", "reward", "data", "label", "tracking"),
