@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.choices import RolloutBackend, TermKind
+from conf.choices import CriticInit, RolloutBackend, TermKind
 from conf.schema import DataConfig, RewardConfig, RewardTerm
 from conf.stages import OnlineStage
 from rlhf.__main__ import execute
@@ -37,6 +37,7 @@ def refusal(overrides: Sequence[str], scratch: Path) -> str | None:
     if isinstance(cfg.stage, OnlineStage):
         cfg.reward = RewardConfig(terms={"length": RewardTerm(kind=TermKind.length, low=1, high=9)})
         cfg.rollout.backend, cfg.rollout.servers = RolloutBackend.hf, []
+        cfg.stage.critic_init = CriticInit.policy  # there is no reward model
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             execute(cfg, ["run.dry_run=true"])
@@ -47,7 +48,7 @@ def refusal(overrides: Sequence[str], scratch: Path) -> str | None:
 
 @functools.cache
 def model_directory(scratch: Path) -> Path:
-    """A Llama of 135M parameters as a config and a tokenizer."""
+    """A Llama of about 100M parameters as a config and a tokenizer."""
     from transformers import LlamaConfig
 
     from rlhf.models.loading import train_tokenizer
@@ -57,11 +58,11 @@ def model_directory(scratch: Path) -> Path:
     tokenizer.chat_template = _TEMPLATE
     LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=576,
+        hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=131072,
         architectures=["LlamaForCausalLM"],
         bos_token_id=tokenizer.bos_token_id,

@@ -90,6 +90,10 @@ def migrate(
     _add_ranks(result)
     _leave_adapter_out(result)
     _leave_optimizer_out(result)
+    if ours == "ppo" and "reward.path" not in result.options:
+        result.options["stage.critic_init"] = "policy"
+        answer = Answer(Fate.computed, {"stage.critic_init": "policy"}, "no reward model is named")
+        result.lines.append(Line("(critic)", None, answer, is_default=True))
     if "tracking" not in result.options and settings.schema != "export":
         result.options["tracking"] = "none"
         answer = Answer(Fate.computed, {"tracking": "none"}, "no tracker is named")
@@ -169,17 +173,27 @@ def _add_ranks(result: Migration) -> None:
 _WITHOUT_ADAPTER = ("adapter.load", "adapter.load_weights", "adapter.merge_on_save")
 
 
+# Losses that compare weights alone: TRL turns the model's dropout off for them, an adapter's too.
+_WITHOUT_DROPOUT = ("dpo", "kto", "cpo", "orpo")
+
+
+def _leave_out(result: Migration, option: str, reason: str) -> None:
+    """Nothing reads the option, so the keys that set it have no effect."""
+    result.options.pop(option, None)
+    for at, line in enumerate(result.lines):
+        if option in line.answer.options:
+            answer = Answer(Fate.idle, note=reason)
+            result.lines[at] = dataclasses.replace(line, answer=answer)
+
+
 def _leave_adapter_out(result: Migration) -> None:
     """Where all weights train, nothing reads an adapter's options; without 4 bits nothing reads how
     their scales are held.
     """
-    scales = "adapter.double_quantize"
-    if result.options.get("adapter.quantize") != "nf4" and scales in result.options:
-        del result.options[scales]
-        answer = Answer(Fate.idle, note="nothing is held in 4 bits")
-        for at, line in enumerate(result.lines):
-            if scales in line.answer.options:
-                result.lines[at] = dataclasses.replace(line, answer=answer)
+    if result.options.get("adapter.quantize") != "nf4":
+        _leave_out(result, "adapter.double_quantize", "nothing is held in 4 bits")
+    if SCHEMAS.get(result.stage, result.stage) in _WITHOUT_DROPOUT:
+        _leave_out(result, "adapter.dropout", "TRL trains this loss without dropout, as here")
     if result.options.get("adapter") != "none":
         return
     for at, line in enumerate(result.lines):

@@ -245,7 +245,7 @@ def test_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # below 1 transformers reads warmup_steps as a share
     assert (stage.warmup_ratio, stage.eval_steps, stage.beta) == (0.1, 250, 0.3)
     assert (stage.undesirable_weight, stage.scheduler) == (1.5, Scheduler.linear)
-    assert (cfg.adapter.rank, cfg.adapter.alpha, cfg.adapter.dropout) == (8, 32, 0.05)
+    assert (cfg.adapter.rank, cfg.adapter.alpha, cfg.adapter.dropout) == (8, 32, 0.0)
     assert (cfg.data.path, cfg.data.split) == ("a/judged", "train")
     assert (cfg.engine.zero_stage, cfg.engine.gpus) == (0, 4)
 
@@ -295,6 +295,15 @@ def test_batches_of_trls_online_trainers(
     assert options["stage.samples_per_prompt"] == samples
     assert options["stage.minibatches"] == minibatches
     assert options["tracking"] == "none"
+
+
+def test_a_critic_without_a_reward_model_starts_from_the_policy(tmp_path: Path) -> None:
+    path = tmp_path / "ppo.sh"
+    command = "python -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path a"
+    path.write_text(f"{command} --data.prompt_dataset b\n", encoding="utf-8")
+    assert read(path).options["stage.critic_init"] == "policy"
+    path.write_text(f"{command} --reward.model_name_or_path c\n", encoding="utf-8")
+    assert "stage.critic_init" not in read(path).options
 
 
 @pytest.mark.parametrize(("value", "fate"), [("main", Fate.idle), ("9d2fa1c", Fate.impossible)])
