@@ -17,7 +17,7 @@ from rlhf.__main__ import execute
 from rlhf.cli import config
 from rlhf.types import UserError
 
-ROWS = 64
+ROWS = 400
 _TEXT = "A question about numbers, and what follows from it. "
 _TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
