@@ -27,6 +27,7 @@ __all__ = [
     "STAGES",
     "CPOStage",
     "ChainStage",
+    "ChatStage",
     "DataStage",
     "DoctorStage",
     "EvalStage",
@@ -44,6 +45,7 @@ __all__ = [
     "SFTStage",
     "ServeRewardStage",
     "ServeRolloutStage",
+    "ServeStage",
     "TrainStage",
     "WatchConfig",
 ]
@@ -202,6 +204,64 @@ class ExportStage:
 
 
 @dataclass(slots=True, kw_only=True)
+class ChatStage:
+    """A conversation with a model in the terminal; two answers can be compared, and what is said
+    becomes rows for training.
+    """
+
+    name: str = option("chat", _NAME)
+    system: str | None = option(
+        None, "System message; null: what the chat template says by itself.", filled=True
+    )
+    compare: str | None = option(
+        None,
+        "Model whose answer /compare shows beside the first's; null: a second answer of the same "
+        "model.",
+        filled=True,
+    )
+    greedy: bool = option(False, "Take the most likely token each time instead of sampling.")
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+        check(
+            not self.greedy or self.compare is not None,
+            "stage.greedy",
+            self.greedy,
+            "false without stage.compare: one model's most likely answers are all the same",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class ServeStage:
+    """Serves a run's model, or a model with several adapters by name, over vLLM's OpenAI-compatible
+    API; rollout and data say how long prompts and answers may be.
+    """
+
+    name: str = option("serve", _NAME)
+    model_name: str | None = option(
+        None, "Name of the model in requests; null: run.name.", filled=True
+    )
+    adapters: dict[str, str] = option(
+        {}, "Directories of LoRA adapters of the model, by the names that requests give as model."
+    )
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; any other than this machine's own needs token_env.",
+        filled=True,
+    )
+    port: int = option(8000, "Port; 0: any free one.", at_least=0, at_most=65535)
+    token_env: str | None = option(
+        None, "Environment variable with the key that requests need; null: a new key, printed once."
+    )
+    grace_s: int = option(
+        10, "Time that the server gets to end after SIGTERM or Ctrl-C.", unit="s", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+
+
+@dataclass(slots=True, kw_only=True)
 class ServeRolloutStage:
     """Serves the policy of model.path by vLLM, for runs with rollout=server that name its URL in
     rollout.servers.
@@ -333,6 +393,8 @@ STAGES: dict[str, type] = {
     "ppo": OnlineStage,
     "eval": EvalStage,
     "export": ExportStage,
+    "chat": ChatStage,
+    "serve": ServeStage,
     "serve_reward": ServeRewardStage,
     "serve_rollout": ServeRolloutStage,
     "data": DataStage,
@@ -348,7 +410,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "train": ("sft", "reward", "dpo", "kto", "cpo", "orpo"),
     "online": ("ppo",),
     "judge": ("eval",),
-    "use": ("export",),
+    "use": ("export", "chat", "serve"),
     "serve": ("serve_reward", "serve_rollout"),
     "run and look": ("chain", "doctor"),
 }
@@ -372,6 +434,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     ),
     "eval": ("run", "model", "engine", "rollout", "environment", "reward", "data", "tracking"),
     "export": ("run", "model", "data", "tracking"),
+    **dict.fromkeys(("chat", "serve"), ("run", "model", "rollout", "data")),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
     "serve_rollout": ("run", "model", "adapter", "rollout", "environment", "data", "tracking"),
     "migrate": ("run", "migrate"),

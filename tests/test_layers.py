@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rlhf.run": BASE,
     "rlhf.checks": (*BASE, "rlhf.run"),
     "rlhf.export": (*BASE, "rlhf.run"),
+    "rlhf.serving": (*BASE, "rollout"),
     "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
     # reads other toolkits' files: knows our options by their declarations alone
     "rlhf.migrate": ("conf", "rlhf.types", "rlhf.process"),
@@ -59,6 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.launch",
         "rlhf.migrate",
         "rlhf.online",
+        "rlhf.serving",
         "rlhf.offline",
     ),
     "rlhf.__main__": ("conf", "rlhf.types", "rlhf.process", "rlhf.cli"),

@@ -53,7 +53,8 @@ _METHODS = "methods"  # makes adapters known, before any stage that loads a mode
 # torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
 # load a model
 _WITHOUT_TORCH = ("chain", "data", "migrate")
-_LOOKING = ("doctor", "migrate")  # they leave no run directory
+# they leave no run directory: they make nothing that another stage reads
+_WITHOUT_DIRECTORY = ("doctor", "migrate", "chat", "serve")
 
 
 def main(argv: Sequence[str], run_job: RunJob) -> int:
@@ -277,7 +278,7 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
     if cfg.run.dry_run:
         if distributed.is_main():
             modules(_DRY_RUN).show(cfg, argv)
-    elif schema in _LOOKING:
+    elif schema in _WITHOUT_DIRECTORY:
         stage.run(SimpleNamespace(cfg=cfg))
     else:
         _run_stage(cfg, argv, stage, modules)

@@ -141,7 +141,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     makes an item of a typed dictionary whole, defaults included, so it would then refuse to add a
     second field, and to set the first.
     """
-    known = valid_keys([])
+    known = valid_keys(list(STAGES))
     return [
         _merging(_with_number(argument), parents(known, NAME), parents(known, ANYTHING))
         for argument in quote_paths(arguments)

@@ -54,12 +54,16 @@ def answers(model: Any, tokenizer: Any, longest: int) -> list[Answer]:
     for question in QUESTIONS:
         message: Message = {"role": "user", "content": question}
         ids = prompt_ids(tokenizer, [message] if chat else question)
-        written = _greedy(model, tokenizer, ids, longest)
+        written = most_likely(model, tokenizer, ids, longest)
         out.append(Answer(question, written, response_text(tokenizer, written, chat=chat)))
     return out
 
 
-def _greedy(model: Any, tokenizer: Any, ids: Sequence[int], longest: int) -> tuple[int, ...]:
+@torch.no_grad()
+def most_likely(model: Any, tokenizer: Any, ids: Sequence[int], longest: int) -> tuple[int, ...]:
+    """What the model writes behind the tokens `ids`, the most likely token each time, with the one
+    that ends it.
+    """
     ends = list(end_ids(tokenizer))
     written: list[int] = []
     cache, given = None, list(ids)

@@ -3,13 +3,11 @@ stopped. The server restarts at its address, as often as rollout.server.restarts
 that uses it then sends the weights again.
 """
 
-import contextlib
 import functools
 import logging
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -42,6 +40,7 @@ from rollout.server.process import (
     free_port,
     is_free,
     new_token,
+    told_to_stop,
     wait_until_ready,
 )
 from rollout.server.routes import resolve_transfer
@@ -118,7 +117,7 @@ def run(ctx: RunContext) -> None:
             stage.grace_s,
         )
         panel = functools.partial(_announce, place.url, recipe, variable, ctx.dir)
-        with _told_to_stop() as stop:
+        with told_to_stop() as stop:
             restarts = _serve(recipe, place, ctx.watchdog, stop, panel)
         ctx.watchdog.phase("finish")
         ctx.finish(steps=0, metrics={"restarts": restarts}, model=None)
@@ -269,16 +268,3 @@ def _announce(url: str, recipe: Recipe, variable: str | None, folder: Path) -> N
     console.closing_panel(
         "serve_rollout: ready, Ctrl-C stops it", figures, {"run": folder}, command
     )
-
-
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set."""
-    stop = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -38,6 +40,7 @@ _UNSET = (
     "VLLM_ENABLE_V1_MULTIPROCESSING",
     "VLLM_CPU_KVCACHE_SPACE",
     "VLLM_API_KEY",
+    "VLLM_SERVER_DEV_MODE",
 )
 
 
@@ -51,6 +54,7 @@ class Recipe:
     token: str
     lora: bool = False
     handles: bool = False  # whether weights come as handles of a device's memory
+    developer: bool = True  # vLLM's routes by which a trainer gives it weights
 
     def command(self, host: str, port: int) -> list[str]:
         python = self.server.python or sys.executable
@@ -62,6 +66,8 @@ class Recipe:
             flag = "--" + name.replace("_", "-")
             if value is True:
                 command.append(flag)
+            elif isinstance(value, list):
+                command += [flag, *map(str, value)]
             elif value is not False and value is not None:
                 command += [flag, str(value)]
         return command
@@ -69,11 +75,9 @@ class Recipe:
     def environment(self, index: int) -> dict[str, str]:
         """The variables of server number `index`."""
         names = {name: value for name, value in os.environ.items() if name not in _UNSET}
-        names |= {
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            TOKEN_VARIABLE: self.token,
-        }
+        names |= {"VLLM_NO_USAGE_STATS": "1", TOKEN_VARIABLE: self.token}
+        if self.developer:
+            names["VLLM_SERVER_DEV_MODE"] = "1"
         if self.lora:
             names["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if self.handles:
@@ -220,3 +224,16 @@ def is_free(host: str, port: int) -> bool:
 
 def new_token() -> str:
     return secrets.token_urlsafe(32)
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set."""
+    stop = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -51,6 +51,17 @@ def language_model(kind: str, tokenizer: Any, **config: Any) -> Any:
     return made
 
 
+def plain_spoken(model: Any, tokenizer: Any) -> Any:
+    """`model`, untied, that never prefers a token which is no printable text: pieces of characters
+    are shown otherwise by different programs.
+    """
+    for token in range(len(tokenizer)):
+        text = tokenizer.decode([token])
+        if not (text.isascii() and text.isprintable()):
+            model.lm_head.weight.data[token] = 0
+    return model
+
+
 def saved(folder: Path, model: Any, tokenizer: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

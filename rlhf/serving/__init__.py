@@ -1,0 +1,3 @@
+"""A finished model that answers people and programs: behind vLLM's OpenAI-compatible API, and in a
+terminal.
+"""

@@ -1,0 +1,104 @@
+"""stage=chat: what it refuses, a conversation by transformers, and the same by vLLM's server."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf.cli import config
+from rlhf.stages import chat
+from rlhf.types import UserError
+from tests.checking import check
+from tests.export.made import CHATML, language_model, plain_spoken, saved
+from tests.models import families
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# the most likely token each time
+GREEDY = ["rollout.top_k=1", "data.max_prompt_length=96", "rollout.max_response_length=12"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tokenizer = families.made(template=CHATML)
+    model = language_model("llama", tokenizer, num_attention_heads=2)  # heads of 32 for vLLM
+    plain_spoken(model, tokenizer)
+    return saved(tmp_path / "base", model, tokenizer)
+
+
+def options(model: Path, *more: str) -> list[str]:
+    given = ["stage=chat", f"run.dir={model.parent}", "run.name=mine", f"model.path={model}"]
+    return [*given, "model.dtype=float32", *GREEDY, *more]
+
+
+def talked(monkeypatch: pytest.MonkeyPatch, given: list[str], *lines: str) -> str:
+    """What the terminal shows when the user types `lines`."""
+    left, shown = list(lines), []
+
+    def read(prompt: str) -> str:
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    monkeypatch.setattr(chat, "_read", read)
+    monkeypatch.setattr(chat, "_write", shown.append)
+    cfg = config.compose(given)
+    check(cfg)
+    chat.run(SimpleNamespace(cfg=cfg))
+    return "".join(shown)
+
+
+def test_what_is_refused(
+    base: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: Path, *given: str) -> str:
+        with pytest.raises(UserError) as error:
+            check(config.compose(options(model, *given)))
+        return str(error.value)
+
+    assert "data.chat_template" in refused(tiny_model())
+    assert "rollout=server" in refused(base, "rollout=server")
+    assert "stage.compare" in refused(base, f"stage.compare={base}-gone")
+    assert "rollout.max_response_length" in refused(base, "rollout.max_response_length=9000")
+    adapter = base.parent / "adapter"
+    adapter.mkdir()
+    held = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+    (adapter / "adapter_config.json").write_text(json.dumps(held), encoding="utf-8")
+    assert "stage=export" in refused(adapter, "rollout=vllm")
+    with pytest.raises((UserError, ValueError), match=r"stage\.greedy"):
+        config.compose(options(base, "stage.greedy=true"))
+
+
+def test_a_conversation_by_transformers(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = talked(monkeypatch, options(base, "stage.system=Be kind."), "Why?", "And?", "/save")
+    (line,) = (base.parent / "mine" / "chats" / "sft.jsonl").read_text("utf-8").splitlines()
+    messages: list[dict[str, Any]] = json.loads(line)["messages"]
+    others = [m["content"] for m in messages if m["role"] != "assistant"]
+    assert others == ["Be kind.", "Why?", "And?"]
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert len(answers) == 2 and all(answer in shown for answer in answers)
+    # it leaves no run: the same run.name talks again
+    assert {path.name for path in (base.parent / "mine").iterdir()} == {"chats"}
+    talked(monkeypatch, options(base), "Why?")
+
+
+def test_two_models_side_by_side(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = families.made(template=CHATML)
+    model = language_model("llama", tokenizer)  # other shapes, so other weights
+    other = saved(base.parent / "other", model, tokenizer)
+    given = options(base, f"stage.compare={other}", "stage.greedy=true")
+    shown = talked(monkeypatch, given, "/compare Why?", "1")
+    assert str(other) in shown.split("[2]")[-1]
+
+
+@pytest.mark.full
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_vllm_answers_as_transformers(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ["rollout.kv_cache_gib=0.05", "rollout.max_num_seqs=4", "rollout.server.threads=1"]
+    lines = ("Why?", "And?", "/history")
+    mine = talked(monkeypatch, options(base), *lines)
+    theirs = talked(monkeypatch, options(base, "rollout=vllm", *engine), *lines)
+    assert theirs == mine
