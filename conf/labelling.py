@@ -235,3 +235,12 @@ class LabelConfig:
 
 def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(slots=True, kw_only=True)
+class LabelStage:
+    """Pairs and rankings for people to judge (label.mode=export), and their labels back as
+    preference data (label.mode=import); its options are the label group's.
+    """
+
+    name: str = option("label", "Name of the preset; stage=NAME sets it.")

@@ -1,11 +1,13 @@
-"""The groups ``reward`` and ``environment``: what scores a response, and what answers it."""
+"""The groups ``reward`` and ``environment``: what scores a response, and what answers it; and the
+stages that compare policies and serve a reward model.
+"""
 
 import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from conf.choices import Combine, FormatStyle, Isolation, LengthUnit, TermKind
+from conf.choices import Combine, FormatStyle, Isolation, Judge, LengthUnit, TermKind
 from conf.options import MISSING, check, check_options, option
 
 # A term's name becomes a column of samples.jsonl and a metric, so it can't be one of theirs.
@@ -349,4 +351,40 @@ class ServeRewardStage:
             "stage.token_env",
             self.token_env,
             f"the name of an environment variable with stage.host={self.host}",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalStage:
+    """Two policies on the same held-out prompts: reward model, outside judges, KL, length,
+    diversity.
+    """
+
+    name: str = option("eval", "Name of the preset; stage=NAME sets it.")
+    before: str | None = option(None, "Model directory of the starting policy.")
+    after: str | None = option(None, "Model directory of the trained policy.")
+    prompts: int = option(256, "Held-out prompts.", unit="prompts", at_least=2)
+    samples_per_prompt: int = option(
+        1, "Responses of each policy to a prompt.", unit="responses", at_least=1
+    )
+    greedy: bool = option(
+        False,
+        "Take the most likely token each time instead of sampling; KL is then measured along these "
+        "responses.",
+    )
+    judges: list[Judge] = option([], "Judges from outside, beside the reward model.")
+    judge_path: str | None = option(
+        None, "Labelled texts (text, label) that train the judge classifier."
+    )
+    judge_function: str | None = option(None, "pkg.module:function of the judge function.")
+    bootstrap: int = option(1000, "Resamples for 95 % intervals.", unit="resamples", at_least=1)
+    shown: int = option(4, "Samples shown side by side.", unit="samples", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+        check(
+            not self.greedy or self.samples_per_prompt == 1,
+            "stage.samples_per_prompt",
+            self.samples_per_prompt,
+            "1 with greedy=true, whose responses are all the same",
         )

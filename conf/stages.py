@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from conf.choices import CPOLoss, Dtype, Judge
+from conf.choices import CPOLoss, Dtype
+from conf.labelling import LabelStage
 from conf.online import OnlineStage
 from conf.options import check, check_options, option, same_option
-from conf.reward import ServeRewardStage
+from conf.reward import EvalStage, ServeRewardStage
 from conf.run import WatchConfig
 from conf.training import (
     LABEL_SMOOTHING,
@@ -105,42 +106,6 @@ class ORPOStage(OfflineStage):
         above=0,
         section="the loss",
     )
-
-
-@dataclass(slots=True, kw_only=True)
-class EvalStage:
-    """Two policies on the same held-out prompts: reward model, outside judges, KL, length,
-    diversity.
-    """
-
-    name: str = option("eval", _NAME)
-    before: str | None = option(None, "Model directory of the starting policy.")
-    after: str | None = option(None, "Model directory of the trained policy.")
-    prompts: int = option(256, "Held-out prompts.", unit="prompts", at_least=2)
-    samples_per_prompt: int = option(
-        1, "Responses of each policy to a prompt.", unit="responses", at_least=1
-    )
-    greedy: bool = option(
-        False,
-        "Take the most likely token each time instead of sampling; KL is then measured along these "
-        "responses.",
-    )
-    judges: list[Judge] = option([], "Judges from outside, beside the reward model.")
-    judge_path: str | None = option(
-        None, "Labelled texts (text, label) that train the judge classifier."
-    )
-    judge_function: str | None = option(None, "pkg.module:function of the judge function.")
-    bootstrap: int = option(1000, "Resamples for 95 % intervals.", unit="resamples", at_least=1)
-    shown: int = option(4, "Samples shown side by side.", unit="samples", at_least=0)
-
-    def __post_init__(self) -> None:
-        check_options(self, "stage")
-        check(
-            not self.greedy or self.samples_per_prompt == 1,
-            "stage.samples_per_prompt",
-            self.samples_per_prompt,
-            "1 with greedy=true, whose responses are all the same",
-        )
 
 
 class GGUFType(Enum):
@@ -293,15 +258,6 @@ class DataStage:
     """
 
     name: str = option("data", _NAME)
-
-
-@dataclass(slots=True, kw_only=True)
-class LabelStage:
-    """Pairs and rankings for people to judge (label.mode=export), and their labels back as
-    preference data (label.mode=import); its options are the label group's.
-    """
-
-    name: str = option("label", _NAME)
 
 
 @dataclass(slots=True, kw_only=True)
