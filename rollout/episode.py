@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from textwrap import shorten
 
 from conf.reward import EnvironmentConfig, OnTimeout
@@ -70,7 +71,7 @@ class Episode:
         if not math.isfinite(step.reward):
             raise ValueError(f"its reward is {step.reward}: expected a finite number")
         for name, value in step.info.items():
-            if name != "success" and not isinstance(value, int | float):
+            if name != "success" and not isinstance(value, Real):  # numpy's too
                 kind = type(value).__name__
                 raise ValueError(f"Step.info[{name!r}] is a {kind}: expected a number")
         return step
@@ -145,7 +146,7 @@ class Episode:
         for name, value in step.info.items():
             if name == "success":
                 self.success = bool(value)
-            elif isinstance(value, int | float):
+            elif isinstance(value, Real):
                 self.info[name] = self.info.get(name, 0.0) + float(value)
         if self.cut:
             self.reason = "length"

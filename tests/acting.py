@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from rlhf.models.encoding import is_chat
 from rlhf.models.turns import end_ids, response_text
 from rlhf.types import AdapterWeights, FullWeights, Message, Observation, Prompt, Rollout, Step
@@ -61,7 +63,7 @@ class Counting:
         self.turn += 1
         self.said.append(text)
         done = self.turn == self.row.get("turns", 3)
-        info: dict[str, object] = {"letters": len(text)}
+        info: dict[str, object] = {"letters": np.int64(len(text))}
         if done:
             info["success"] = True
         return Step(f"no {self.turn}", 0.5 * self.turn, done, info)
