@@ -18,6 +18,7 @@ from rlhf.checks.memory.generator import check_sleep
 from rlhf.cli import config
 from rlhf.stages import memory
 from rlhf.types import FullWeights, Prompt, SyncError, UserError
+from rollout.episodes import Sleeper
 from rollout.sampling import Sampling
 from rollout.vllm import VLLMGenerator
 from rollout.weights import HubNames, Spec
@@ -169,3 +170,23 @@ def test_an_engine_on_a_cpu_refuses_the_option_before_weights_load(
     with pytest.raises(UserError, match=r"rollout.sleep=true.*stage.ahead=1"):
         check_sleep(asleep, ahead=1, cuda=True)
     check_sleep(asleep, ahead=0, cuda=True)
+
+
+def test_it_stays_awake_between_the_turns_of_an_episode(model: Any) -> None:
+    generator, engine = made(model, sleep=True)
+    with generator.awake():
+        for _ in range(2):
+            generator.generate(PROMPTS, seed=1)
+    assert engine.calls == [
+        *("sleep 1", "wake weights", "wake kv_cache"),
+        *("generate", "generate", "sleep 1"),
+    ]
+    assert isinstance(generator, Sleeper), "episodes ask for it"
+    too_long = [Prompt(id="b", source="x", text="x", token_ids=tuple(range(9)))]
+    with pytest.raises(UserError), generator.awake():
+        generator.generate(too_long, seed=1)
+    assert engine.calls[-1] == "sleep 1", "a call that fails leaves it asleep too"
+    awake, other = made(model, sleep=False)
+    with awake.awake():
+        awake.generate(PROMPTS, seed=1)
+    assert other.calls == ["generate"]
