@@ -26,6 +26,10 @@ SCHEMAS = {
 }
 
 
+# What a value of another kind than expected raises where it is looked at.
+UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """A line of the table: a key of theirs, and what becomes of it."""
@@ -67,7 +71,8 @@ def migrate(
     rows: int | None = None,
 ) -> Migration:
     """What becomes of a file's keys. stage: ours, where the file doesn't say; ranks, rows: what the
-    computations need. Raises NotPossible for a task that no stage has.
+    computations need. Raises NotPossible for a task that no stage has, UserError where values don't
+    tell the stage.
     """
     given = flattened(request.values, toolkit)
     settings = Settings(
@@ -78,8 +83,11 @@ def migrate(
         ranks=ranks or request.ranks or 1,
         rows=rows,
     )
-    settings = dataclasses.replace(settings, defaults=toolkit.defaults(settings))
-    ours = stage or toolkit.stage(settings)
+    try:
+        settings = dataclasses.replace(settings, defaults=toolkit.defaults(settings))
+        ours = stage or toolkit.stage(settings)
+    except UNREADABLE as error:
+        raise UserError(f"{file}: one of its values can't be read: {error}.") from error
     settings = dataclasses.replace(settings, stage=ours, schema=SCHEMAS.get(ours, ours))
     result = Migration(toolkit, request.command, ours, settings.ranks)
     for key, value in given.items():
@@ -135,7 +143,7 @@ def _answer(toolkit: Toolkit, s: Settings, name: str, value: Any) -> Answer:
         )
     try:
         return key.convert(s, value)
-    except (ValueError, TypeError, OverflowError) as error:
+    except UNREADABLE as error:
         return Answer(Fate.impossible, note=f"the value can't be read: {error}")
 
 
