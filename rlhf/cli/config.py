@@ -125,7 +125,7 @@ def to_yaml(configuration: object) -> str:
 
 
 _PATH = re.compile(
-    r"(\+{0,2}(?:model\.path|data\.(?:path|eval_path|registry|sources\.[^.=]+\.path)))="
+    r"(\+{0,2}(?:(?:model|migrate)\.path|data\.(?:path|eval_path|registry|sources\.[^.=]+\.path)))="
     r"([^'\"\[{,\\][^'\",\\]*)"
 )
 _PLAIN_PATH = re.compile(r"[\w./:*?$ @%+|-]*", re.ASCII)  # what Hydra reads as it stands

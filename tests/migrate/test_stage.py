@@ -383,6 +383,15 @@ def test_an_adapters_options_are_left_out_where_all_weights_train(tmp_path: Path
     assert rank.answer.fate is Fate.idle
 
 
+def test_a_path_may_have_blanks_and_brackets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "my config (1).yaml"
+    path.write_text(DPO, encoding="utf-8")
+    assert composed(tmp_path, path, capsys).stage.name == "dpo"
+    assert (tmp_path / "out" / "experiment" / "my_config_1.yaml").is_file()
+
+
 def test_an_experiment_with_the_name_of_ours_gets_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
