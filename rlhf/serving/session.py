@@ -2,11 +2,13 @@
 
 import json
 import random
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.process.supervision import Terminated
 from rlhf.serving.talkers import Talker
 from rlhf.types import Message, UserError
 
@@ -20,6 +22,9 @@ HELP = """\
 /save                write the conversation and the comparisons as rows for training
 /quit                end (so does Ctrl-D); Ctrl-C cuts an answer short"""
 _CHOICES = {"1": 0, "2": 1}
+
+# overrides and isolates of the direction in which a text runs
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 Read = Callable[[str], str]  # shows a prompt; raises EOFError where the input ends
 Write = Callable[[str], None]
@@ -54,9 +59,8 @@ class Session:
         """Until the user ends it."""
         self.write("/help lists the commands.\n")
         while True:
-            try:
-                line = self.read("you> ").strip()
-            except (EOFError, KeyboardInterrupt):
+            line = self._line("you> ")
+            if line is None:
                 line = "/quit"
             if line == "/quit":
                 return self._leave()
@@ -64,6 +68,15 @@ class Session:
                 self._take(line)
             except UserError as error:
                 self.write(f"{error}\n")
+
+    def _line(self, prompt: str) -> str | None:
+        """What the user types; None at the input's end and for Ctrl-C."""
+        try:
+            return self.read(prompt).strip()
+        except Terminated:  # SIGTERM ends the process
+            raise
+        except (EOFError, KeyboardInterrupt):
+            return None
 
     def _leave(self) -> None:
         if self._pairs:
@@ -116,7 +129,9 @@ class Session:
         try:
             for piece in talker.stream(messages, seed, greedy=self.greedy):
                 pieces.append(piece)
-                self.write(piece)
+                self.write(visible(piece))
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             cut = True
         if cut:
@@ -171,11 +186,8 @@ class Session:
             self.write("both answers are the same\n")
             return None
         while True:
-            try:
-                line = self.read("better [1, 2, or n for neither]> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                return None
-            if line == "n":
+            line = self._line("better [1, 2, or n for neither]> ")
+            if line is None or line == "n":
                 return None
             if line in _CHOICES:
                 return _CHOICES[line]
@@ -212,7 +224,7 @@ class Session:
         if self.system is not None:
             self.write(f"system> {self.system}\n")
         for turn in self.turns:
-            self.write(f"{turn['role']}> {turn['content']}\n")
+            self.write(f"{turn['role']}> {visible(turn['content'])}\n")
 
     # ---- rows ----
 
@@ -223,22 +235,21 @@ class Session:
         if not self.turns and not self._pairs:
             raise UserError("there is nothing to save yet.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.turns:
+        cut = [turn for turn in self.turns if turn.get("train") is False]
+        if self.turns and 2 * len(cut) == len(self.turns):
+            self.write("every answer was cut, so the conversation teaches nothing: no row\n")
+        elif self.turns:
             path = self.folder / TRAINING
             self._write_conversation(path, {"messages": self._messages("")[:-1]})
             self.write(f"1 conversation: {path}\n")
-            self._tell_cut()
+            if cut:
+                self.write(f"{len(cut)} of its answers were cut, and don't train (train: false)\n")
         if self._pairs:
             path = self.folder / PREFERENCES
             with path.open("a", encoding="utf-8") as file:
-                file.writelines(_line(pair) for pair in self._pairs)
+                file.writelines(_row(pair) for pair in self._pairs)
             self.write(f"{len(self._pairs)} comparisons: {path}\n")
             self._pairs.clear()
-
-    def _tell_cut(self) -> None:
-        cut = sum(turn.get("train") is False for turn in self.turns)
-        if cut:
-            self.write(f"{cut} of its answers were cut, and don't train (train: false)\n")
 
     def _write_conversation(self, path: Path, row: dict[str, Any]) -> None:
         size = path.stat().st_size if path.is_file() else 0
@@ -248,9 +259,22 @@ class Session:
         with path.open("r+b" if path.is_file() else "wb") as file:
             file.seek(start)
             file.truncate()
-            file.write(_line(row).encode("utf-8"))
+            file.write(_row(row).encode("utf-8"))
             self._saved = (start, file.tell())
 
 
-def _line(row: dict[str, Any]) -> str:
+def visible(text: str) -> str:
+    """A text for a terminal: characters that could move its cursor, set its title or turn its
+    direction, as Python writes them; line ends and tabs stay.
+    """
+    return "".join(repr(c)[1:-1] if _acts(c) else c for c in text)
+
+
+def _acts(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) == "Cc" or character in _TURNING
+
+
+def _row(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"

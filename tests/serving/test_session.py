@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.cli import config
 from rlhf.data import reading
+from rlhf.process.supervision import Terminated
 from rlhf.serving.session import PREFERENCES, TRAINING, Session
 from rlhf.types import Message, UserError
 
@@ -171,6 +172,36 @@ def test_a_longer_conversation_takes_the_place_of_its_row(tmp_path: Path) -> Non
     later.type("Four", "/save")
     assert len(rows("sft", path)) == 3
     assert "nothing to save" in Terminal(tmp_path).type("/save")
+
+
+def test_without_an_answer_that_trains_there_is_no_row(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path)
+    terminal.model.cut = True
+    assert "no row" in terminal.type("One", "/save")
+    assert not (terminal.folder / TRAINING).exists()
+
+
+def test_a_signal_to_end_is_not_taken_for_ctrl_c(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path)
+    terminal.model.name = "said"
+
+    def stream(messages: Any, seed: int, *, greedy: bool) -> Iterator[str]:
+        yield "said"
+        raise Terminated(15)
+
+    terminal.model.stream = stream  # type: ignore[method-assign]
+    with pytest.raises(Terminated):
+        terminal.type("One")
+
+
+def test_control_characters_are_shown_as_text(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path)
+    terminal.model.name = "\x1b]0;title\x07 \u202e\u00e9\t\u4f60\u3000\n"
+    shown = terminal.type("One", "/history", "/save")
+    assert not set(shown) & {"\x1b", "\x07", "\u202e"}
+    assert shown.count("\\x1b]0;title\\x07 \\u202e\u00e9\t\u4f60\u3000\n") == 2
+    (messages,) = rows("sft", terminal.folder / TRAINING)
+    assert messages[-1]["content"].startswith("\x1b]0;")  # a row has what was said
 
 
 @pytest.mark.parametrize("how", ["cut", "interrupted"])
