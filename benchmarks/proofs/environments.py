@@ -31,8 +31,8 @@ LEAST_RISE = 0.20  # of the share of held-out episodes that succeed
 CHANCE = 0.02  # of a value that is guessed: 0.001, and a few of 256
 MAX_WALL_S = 15 * 60  # a task and a seed, its stages together
 TEMPLATE = Path(__file__).with_suffix(".jinja")
-LOOKS_UP = 0.4  # share of the demonstrations that ask the tool
-LISTENS = 0.25  # share of the demonstrated guesses that heed the answers
+LOOKS_UP = 0.5  # share of the demonstrations that ask the tool
+LISTENS = 0.5  # share of the demonstrated guesses that heed the answers
 LOW, HIGH, GUESSES = 1, 8, 3
 DEMONSTRATIONS, HELD_OUT = 4000, 256
 
@@ -124,10 +124,11 @@ TASKS = {
             "environment=tools",
             "environment.tools=[rlhf.environments.tables:table]",
             "environment.options={answer: answer}",
-            "environment.max_tokens=112",
+            "environment.max_tokens=64",
         ),
-        lengths=("data.max_prompt_length=16", "rollout.max_response_length=80"),
-        sft=("stage.steps=600", "stage.max_length=128"),
+        lengths=("data.max_prompt_length=16", "rollout.max_response_length=40"),
+        # merges for the words around a call, so that digits stay tokens of their own
+        sft=("model.tiny.vocab_size=296", "stage.steps=700", "stage.max_length=64"),
         runs={
             "grpo": (*_GRPO, "stage.steps=40"),
             "ppo": (*_PPO, "stage.steps=40"),
@@ -144,8 +145,8 @@ TASKS = {
             "environment.max_tokens=64",
         ),
         lengths=("data.max_prompt_length=20", "rollout.max_response_length=4"),
-        sft=("stage.steps=300", "stage.max_length=64"),
-        runs={"grpo": (*_GRPO, "stage.steps=100")},
+        sft=("model.tiny.vocab_size=280", "stage.steps=700", "stage.max_length=64"),
+        runs={"grpo": (*_GRPO, "stage.steps=80", "stage.learning_rate=1e-3")},
     ),
 }
 
@@ -178,15 +179,15 @@ class ProofRuns:
         task = TASKS[self.task]
         shared = [f"run.seed={self.seed}", f"run.dir={self.root}", "run.overwrite=true"]
         shared += [f"run.name={self.task}-{name}", "tracking=none", "model=tiny"]
-        shared += ["engine.threads=1", "model.tiny.vocab_size=260", "model.tiny.layers=2"]
-        shared += ["model.tiny.max_positions=160", f"data.chat_template={TEMPLATE}", *task.lengths]
+        shared += ["engine.threads=1", "model.tiny.layers=2", "model.tiny.max_positions=128"]
+        shared += [f"data.chat_template={TEMPLATE}", *task.lengths]
         return module("rlhf", f"stage={stage}", *shared, *options, *self.overrides)
 
     def commands(self) -> Iterator[list[str]]:
         """SFT once, then each online run and its evaluation."""
         task, data = TASKS[self.task], self.root / f"{self.task}-data"
         rows = [f"data.path={data}/sft.jsonl", f"data.eval_path={data}/sft_eval.jsonl"]
-        taught = ["stage.batch_size=32", "stage.learning_rate=3e-3", "stage.eval_steps=200"]
+        taught = ["stage.batch_size=32", "stage.learning_rate=2e-3", "stage.eval_steps=100"]
         yield self.command("sft", "sft", *rows, *taught, *task.sft)
         start = f"{self.root}/{self.task}-sft/sft/model"
         for name, (stage, *options) in task.runs.items():
