@@ -31,7 +31,7 @@ LEAST_RISE = 0.20  # of the share of held-out episodes that succeed
 CHANCE = 0.02  # of a value that is guessed: 0.001, and a few of 256
 MAX_WALL_S = 15 * 60  # a task and a seed, its stages together
 TEMPLATE = Path(__file__).with_suffix(".jinja")
-LOOKS_UP = 0.5  # share of the demonstrations that ask the tool
+LOOKS_UP = 0.6  # share of the demonstrations that ask the tool
 LISTENS = 0.5  # share of the demonstrated guesses that heed the answers
 LOW, HIGH, GUESSES = 1, 8, 3
 DEMONSTRATIONS, HELD_OUT = 4000, 256
@@ -128,7 +128,7 @@ TASKS = {
         ),
         lengths=("data.max_prompt_length=16", "rollout.max_response_length=40"),
         # merges for the words around a call, so that digits stay tokens of their own
-        sft=("model.tiny.vocab_size=296", "stage.steps=700", "stage.max_length=64"),
+        sft=("model.tiny.vocab_size=283", "stage.steps=700", "stage.max_length=64"),
         runs={
             "grpo": (*_GRPO, "stage.steps=40"),
             "ppo": (*_PPO, "stage.steps=40"),
