@@ -154,6 +154,37 @@ def read_file(path: Path, config: Any = None) -> Any:
     return model
 
 
+def round_inputs(model: Any, kind: GGUFType) -> None:
+    """Have every matrix of `model` round its inputs as llama.cpp does, which multiplies numbers of
+    the matrix's own type: this costs more answers than rounded weights.
+    """
+    if kind is GGUFType.f32:
+        return
+
+    def before(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (rounded(inputs[0], kind), *inputs[1:])
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(before)
+
+
+def rounded(values: Tensor, kind: GGUFType) -> Tensor:
+    """float32 numbers [..., width] as a type holds them; widths that don't divide into q8_0's
+    blocks of 32 as float16.
+    """
+    if kind is GGUFType.f32:
+        return values
+    if kind is GGUFType.bf16:
+        return values.bfloat16().float()
+    if kind is GGUFType.f16 or values.shape[-1] % 32:
+        return values.half().float()
+    blocks = values.reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    whole = torch.where(scale > 0, blocks / scale, 0.0).round()
+    return (whole * scale.half().float()).reshape(values.shape)
+
+
 def check_vocabulary(path: Path, tokenizer: Any, words: Vocabulary, texts: list[str]) -> None:
     """The file's vocabulary is `words`, and a tokenizer that transformers makes of the file gives
     the `texts` the tokens that `tokenizer` gives them. Raises UserError.

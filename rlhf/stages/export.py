@@ -242,6 +242,7 @@ class _Job:
 
     def _gguf_again(self, path: Path, kind: GGUFType, config: Any) -> Agreement:
         read = gguf_file.read_file(path, config)
+        gguf_file.round_inputs(read, kind)
         again = answers(read, self.tokenizer, self.stage.answer_tokens)
         agreement = compare(kind.value, self._own, again, _NEEDED.get(kind.value))
         self._judge(path, agreement)
