@@ -155,31 +155,23 @@ def read_file(path: Path, config: Any = None) -> Any:
 
 
 def round_inputs(model: Any, kind: GGUFType) -> None:
-    """Have every matrix of `model` round its inputs as llama.cpp does, which multiplies numbers of
-    the matrix's own type: this costs more answers than rounded weights.
+    """Have every matrix of a q8_0 `model` round its inputs, too, as llama.cpp does, which
+    multiplies 8-bit numbers by 8-bit numbers. Models of other types stay as they are.
     """
-    if kind is GGUFType.f32:
+    if kind is not GGUFType.q8_0:
         return
 
     def before(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (rounded(inputs[0], kind), *inputs[1:])
+        return (rounded(inputs[0]), *inputs[1:])
 
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
             module.register_forward_pre_hook(before)
 
 
-def rounded(values: Tensor, kind: GGUFType) -> Tensor:
-    """float32 numbers [..., width] as a type holds them; widths that don't divide into q8_0's
-    blocks of 32 as float16.
-    """
-    if kind is GGUFType.f32:
-        return values
-    if kind is GGUFType.bf16:
-        return values.bfloat16().float()
-    if kind is GGUFType.f16 or values.shape[-1] % 32:
-        return values.half().float()
-    blocks = values.reshape(-1, 32)
+def rounded(values: Tensor) -> Tensor:
+    """Numbers [..., width], a multiple of 32, as q8_0 holds them, in float32."""
+    blocks = values.float().reshape(-1, 32)
     scale = blocks.abs().amax(1, keepdim=True) / 127
     whole = torch.where(scale > 0, blocks / scale, 0.0).round()
     return (whole * scale.half().float()).reshape(values.shape)

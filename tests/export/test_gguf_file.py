@@ -84,19 +84,14 @@ def test_inputs_are_rounded_as_llama_cpp_does() -> None:
     expected = torch.zeros(2, 32)
     expected[0, :4] = torch.tensor([127.0, 3.0, 0.0, 1.0]) * step
     expected[1, 0] = 127 * float(torch.tensor(1 / 127).half())
-    assert torch.allclose(gguf_file.rounded(values, GGUFType.q8_0), expected, atol=1e-6, rtol=0)
-    third = torch.tensor([[1 / 3]])
-    assert gguf_file.rounded(third, GGUFType.f32) is third
-    for kind in (GGUFType.f16, GGUFType.q8_0):  # a width of 1
-        assert torch.equal(gguf_file.rounded(third, kind), third.half().float())
-    assert torch.equal(gguf_file.rounded(third, GGUFType.bf16), third.bfloat16().float())
+    assert torch.allclose(gguf_file.rounded(values), expected, atol=1e-6, rtol=0)
 
 
 def test_rounded_inputs_change_the_answer_of_a_model() -> None:
     tokenizer = tokenizers.made(template=CHATML)
     model = language_model("llama", tokenizer)
     own = logits(model)
-    gguf_file.round_inputs(model, GGUFType.f32)
+    gguf_file.round_inputs(model, GGUFType.f16)
     assert torch.equal(logits(model), own)
     gguf_file.round_inputs(model, GGUFType.q8_0)
     assert 1e-3 < float((logits(model) - own).abs().max()) < 5
