@@ -30,6 +30,7 @@ EPISODES, TURNS, TURN_TOKENS = 64, 4, 24
 SHAPE = TinyConfig(
     vocab_size=8000, hidden_size=256, intermediate_size=704, layers=4, heads=4, max_positions=512
 )
+PROMPT_TOKENS = 96
 TARGET = 0.8
 
 
@@ -116,7 +117,7 @@ def start(folder: Path, backend: RolloutBackend, limits: EnvironmentConfig) -> t
         stage=OnlineStage(),
         rollout=rollout,
         environment=limits,
-        data=DataConfig(max_prompt_length=64),
+        data=DataConfig(max_prompt_length=PROMPT_TOKENS),
     )
     engine = make_generator(
         cfg,
@@ -152,7 +153,7 @@ def measure(rounds: int, backend: RolloutBackend) -> dict[str, list[float]]:
                 tokenizer,
                 limits,
                 Answering,
-                max_prompt=64,
+                max_prompt=PROMPT_TOKENS,
                 max_turn=TURN_TOKENS * (2 if drawn else 1),
             )
             for drawn in (None, random.Random(0))
