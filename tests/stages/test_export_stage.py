@@ -21,7 +21,7 @@ from tests.export.made import CHATML, language_model, saved
 from tests.models import families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHORT = "stage.answer_tokens=6"
+SHORT = ("stage.answer_tokens=6", "engine.threads=1")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def adapter(base: Path) -> Path:
 
 
 def exported(folder: Path, model: Path | None, *more: str) -> Path:
-    given = ["stage=export", f"run.dir={folder}", "run.name=mine", "tracking=none", SHORT, *more]
+    given = ["stage=export", f"run.dir={folder}", "run.name=mine", "tracking=none", *SHORT, *more]
     if model is not None:
         given.append(f"model.path={model}")
     execute(config.compose(given), ())
