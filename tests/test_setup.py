@@ -37,6 +37,7 @@ EXTRAS = (
     "data",
     "demo",
     "embeddings",
+    "games",
     "gym",
     "labels",
     "labelstudio",
