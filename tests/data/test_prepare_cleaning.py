@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conf.preparation.cleaning import Personal, Quality, Repair
@@ -108,6 +108,7 @@ def test_repair_rejects_what_it_empties_and_counts_what_it_changes() -> None:
 
 
 @settings(deadline=None, max_examples=300)
+@example("\u00a0\u00dc\u0086", False, False)  # ftfy reads it otherwise without the blank
 @given(st.text(), st.booleans(), st.booleans())
 def test_repair_leaves_nothing_to_repair(text: str, touching: bool, nfkc: bool) -> None:
     once = repaired(text, touching=touching, nfkc=nfkc)

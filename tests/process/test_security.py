@@ -213,6 +213,8 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
 
 # Reads only what the same object wrote, into a file without a name that ends with it.
 OWN_PICKLES = "rlhf/data/prepare/held.py"
+# Its source is executed in the sandbox, for each call anew; here its signatures alone are read.
+IN_THE_SANDBOX = "rlhf/environments/functions.py"
 
 
 def test_nothing_that_is_loaded_may_run_code() -> None:
@@ -235,6 +237,10 @@ def test_nothing_that_is_loaded_may_run_code() -> None:
         assert given.get("allow_pickle", "False") == "False", place
         if name == "pickle.loads" and place.startswith(f"{OWN_PICKLES}:"):
             continue
+        if name == "eval" and place.startswith(f"{IN_THE_SANDBOX}:"):
+            continue
+        called_here = name.startswith("functions.") and place.startswith("rlhf/environments/")
+        assert not called_here, f"{place}: {name} outside of the sandbox"
         assert name not in (
             "eval",
             "pickle.load",

@@ -250,8 +250,10 @@ def test_an_episode_is_told_of_when_it_ends(tokenizer: Any, kind: type[Scripted]
     prompts = [asked(tokenizer, "long", turns=3), asked(tokenizer, "short", turns=1)]
     rollouts = generator.generate(prompts, seed=1)
     assert {id(rollout) for _, rollout in told} == {id(rollout) for rollout in rollouts}
-    assert [len(rollout.turns) for _, rollout in told] == [1, 3]
-    assert told[0][0] < told[1][0], "the long one goes on"
+    turns = [len(rollout.turns) for _, rollout in told]
+    assert sorted(turns) == [1, 3]
+    if kind is Scripted:  # threads may end in any order
+        assert turns == [1, 3] and told[0][0] < told[1][0], "the long one goes on"
 
 
 # ---- failures ----

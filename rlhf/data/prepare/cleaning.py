@@ -42,6 +42,7 @@ _ODD_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 # Thai, Lao, Burmese and Khmer, where it is how words are parted.
 _PARTED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
 _NO_WIDTH = re.compile(f"[\u2060\ufeff]|(?<!{_PARTED})\u200b|\u200b(?!{_PARTED})")
+_MOST_PASSES = 8  # of a repair; two do but for texts that are made for it
 _RUN = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _LINE_END = re.compile(r"[ \t]+(?=\n)")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
@@ -118,9 +119,18 @@ def _untouched(text: str, form: Form) -> bool:
 
 
 def repaired(text: str, options: Repair, *, touching: bool) -> str:
-    """A text as step repair leaves it. With `touching` the ends stay as they are, since another
-    text begins there.
+    """A text as step repair leaves it: a further repair would change nothing. With `touching` the
+    ends stay as they are, since another text begins there.
     """
+    for _ in range(_MOST_PASSES):
+        before, text = text, _repaired_once(text, options, touching=touching)
+        if text == before:
+            break
+    return text
+
+
+def _repaired_once(text: str, options: Repair, *, touching: bool) -> str:
+    """What ftfy makes of a text depends on the blanks around it, which go afterwards."""
     form: Form = "NFKC" if options.nfkc else "NFC"
     if is_plain(text, b"\t\n"):
         pass  # nothing that ftfy or normalisation changes, and both cost more than this look
