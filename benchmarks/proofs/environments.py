@@ -146,7 +146,7 @@ TASKS = {
         ),
         lengths=("data.max_prompt_length=20", "rollout.max_response_length=4"),
         sft=("model.tiny.vocab_size=280", "stage.steps=700", "stage.max_length=64"),
-        runs={"grpo": (*_GRPO, "stage.steps=80", "stage.learning_rate=1e-3")},
+        runs={"grpo": (*_GRPO, "stage.steps=160", "stage.learning_rate=1e-3")},
     ),
 }
 
