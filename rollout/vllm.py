@@ -36,6 +36,7 @@ from rollout.weights import AdapterFiles, HubNames, Incoming, Spec, readable_che
 # tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is
 # longer than most prompts
 _CPU_BLOCK = 32
+_CPU_BATCH = 4096  # tokens of a pass, vLLM's own default
 
 
 def takes_loras(architecture: str) -> bool:
@@ -48,7 +49,7 @@ def takes_loras(architecture: str) -> bool:
         return model is not None and supports_lora(model.load_model_cls())
 
 
-def device_options(cfg: RolloutConfig, dtype: torch.dtype) -> dict[str, Any]:
+def device_options(cfg: RolloutConfig, dtype: torch.dtype, max_tokens: int) -> dict[str, Any]:
     """An engine's options that depend on the device of this rank."""
     if not torch.cuda.is_available():
         # Eager: compiling a model of 1M parameters takes 20 to 40 s at the start and saves 1.5 ms
@@ -57,6 +58,8 @@ def device_options(cfg: RolloutConfig, dtype: torch.dtype) -> dict[str, Any]:
             "kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30),
             "enforce_eager": True,
             "block_size": _CPU_BLOCK,
+            "enable_chunked_prefill": False,  # with seeds vLLM's sampler can't on a CPU
+            "max_num_batched_tokens": max(_CPU_BATCH, max_tokens),
         }
         if dtype is torch.float32:
             # Of latent attention only: on processors with AMX vLLM would take a backend that has
@@ -119,7 +122,8 @@ class VLLMGenerator:
 
             for name in QUIET:  # a filter: levels are reset when the engine configures its loggers
                 logging.getLogger(name).addFilter(errors_only)
-            options = device_options(cfg, dtype) | {"enable_prompt_embeds": ahead > 0}
+            options = device_options(cfg, dtype, max_tokens + ahead)
+            options["enable_prompt_embeds"] = ahead > 0
             if adapter_rank is not None:
                 options |= self._prepare_adapter(adapter_rank, cfg.max_lora_rank)
             with kept_apart(transformers_backend) as classes, self._told(names.family):

@@ -128,7 +128,7 @@ TASKS = {
         ),
         lengths=("data.max_prompt_length=16", "rollout.max_response_length=40"),
         # merges for the words around a call, so that digits stay tokens of their own
-        sft=("model.tiny.vocab_size=283", "stage.steps=700", "stage.max_length=64"),
+        sft=("model.tiny.vocab_size=283", "stage.steps=1500", "stage.max_length=64"),
         runs={
             "grpo": (*_GRPO, "stage.steps=40"),
             "ppo": (*_PPO, "stage.steps=40"),

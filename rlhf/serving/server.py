@@ -38,7 +38,8 @@ def recipe_of(
 ) -> Recipe:
     """How the server is started. Raises UserError."""
     dtype = resolve_dtype(model.dtype)
-    device = device_options(cfg, dtype)
+    device = device_options(cfg, dtype, served.max_tokens)
+    device["no_enable_chunked_prefill"] = not device.pop("enable_chunked_prefill", True)
     device.pop("distributed_executor_backend", None)  # that of an engine for each rank
     flags: dict[str, Any] = {
         "served_model_name": served.name,

@@ -32,7 +32,8 @@ def recipe_of(
     """How servers of this model are started. `max_tokens`: prompt and response together.
     `transfer`: not auto. `adapter_rank` None: whole weights only. Raises UserError.
     """
-    device = device_options(cfg, dtype)
+    device = device_options(cfg, dtype, max_tokens)
+    device["no_enable_chunked_prefill"] = not device.pop("enable_chunked_prefill", True)
     device.pop("distributed_executor_backend", None)  # that of an engine for each rank
     flags = {
         "served_model_name": MODEL,

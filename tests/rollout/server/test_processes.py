@@ -283,6 +283,7 @@ def test_command() -> None:
     }
     assert {name: given[name] for name in expected} == expected
     assert "--tokens-only" in command and "--trust-remote-code" not in command
+    assert ("--no-enable-chunked-prefill" in command) is not torch.cuda.is_available()
     assert "--enable-lora" not in recipe(RolloutConfig()).command("127.0.0.1", 1)
 
 
