@@ -2,6 +2,7 @@
 other.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -191,6 +192,19 @@ def test_a_seed_fixes_the_tokens(backend: str, generators: Callable[[str], Any])
     )
     unseeded = [generator.generate(PROMPTS[:1], n=1)[0].token_ids for _ in range(2)]
     assert unseeded[0] != unseeded[1]
+
+
+@pytest.mark.vllm
+def test_more_prompts_than_a_pass_takes(tiny_model: Callable[..., Path]) -> None:
+    """4,640 tokens of prompts, 4,096 a pass: none is read in parts, where a seed would stop it."""
+    generator = make(config("vllm", max_num_seqs=160), tiny_model())
+    many = [
+        Prompt(str(i), "", tuple((3 + 7 * i + j) % 200 + 5 for j in range(29))) for i in range(160)
+    ]
+    with contextlib.closing(generator):
+        written = generator.generate(many, seed=1)
+        (alone,) = generator.generate(many[150:151], seed=1)
+    assert written[150].token_ids == alone.token_ids
 
 
 @pytest.mark.full  # three runs; tests/stages/test_reproducible.py has those of rollout=hf
