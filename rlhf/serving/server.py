@@ -12,8 +12,8 @@ from rlhf.models.directories import CLASSIFIER, contents, fingerprint, readable
 from rlhf.models.loading import resolve_dtype
 from rlhf.types import UserError
 from rollout.server.client import Server, ServerFault
+from rollout.server.launch import device_flags
 from rollout.server.process import Child, Recipe, core_list, is_free, wait_until_ready
-from rollout.vllm import device_options
 
 _MIDDLEWARE = "rollout.server.middleware.BearerToken"
 _NAME = re.compile(r"[\w.-]+")
@@ -38,9 +38,6 @@ def recipe_of(
 ) -> Recipe:
     """How the server is started. Raises UserError."""
     dtype = resolve_dtype(model.dtype)
-    device = device_options(cfg, dtype, served.max_tokens)
-    device["no_enable_chunked_prefill"] = not device.pop("enable_chunked_prefill", True)
-    device.pop("distributed_executor_backend", None)  # that of an engine for each rank
     flags: dict[str, Any] = {
         "served_model_name": served.name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -51,7 +48,7 @@ def recipe_of(
         "middleware": _MIDDLEWARE,
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",
-        **device,
+        **device_flags(cfg, dtype, served.max_tokens),
     }
     if served.adapters:
         flags |= {

@@ -3,6 +3,7 @@
 """
 
 import json
+from typing import Any
 
 import torch
 
@@ -16,6 +17,14 @@ from rollout.vllm_private import lora_options
 _EXTENSION = "rollout.server.extension.Extension"
 _MIDDLEWARE = "rollout.server.middleware.BearerToken"
 MODEL = "base"  # the model's name at a server; adapters have others
+
+
+def device_flags(cfg: RolloutConfig, dtype: torch.dtype, max_tokens: int) -> dict[str, Any]:
+    """An engine's options that depend on the device, as a server's command line has them."""
+    device = device_options(cfg, dtype, max_tokens)
+    device["no_enable_chunked_prefill"] = not device.pop("enable_chunked_prefill", True)
+    device.pop("distributed_executor_backend", None)  # that of an engine for each rank
+    return device
 
 
 def recipe_of(
@@ -32,9 +41,6 @@ def recipe_of(
     """How servers of this model are started. `max_tokens`: prompt and response together.
     `transfer`: not auto. `adapter_rank` None: whole weights only. Raises UserError.
     """
-    device = device_options(cfg, dtype, max_tokens)
-    device["no_enable_chunked_prefill"] = not device.pop("enable_chunked_prefill", True)
-    device.pop("distributed_executor_backend", None)  # that of an engine for each rank
     flags = {
         "served_model_name": MODEL,
         "tokens_only": True,  # token ids in, token ids out
@@ -50,7 +56,7 @@ def recipe_of(
         "weight_transfer_config": json.dumps({"backend": engine_name(transfer)}),
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",
-        **device,
+        **device_flags(cfg, dtype, max_tokens),
     }
     if adapter_rank is not None:
         flags |= lora_options(adapter_rank, cfg.max_lora_rank)
