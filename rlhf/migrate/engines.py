@@ -13,14 +13,21 @@ ENGINE = ("engine", "engine.offload", "engine.nvme_path")
 
 
 def deepspeed(s: Settings, value: Any) -> Answer:
-    """A DeepSpeed configuration: its name (zero2), its file, or its keys."""
+    """A DeepSpeed configuration: its name (zero2), its file, or its keys. Raises UserError for a
+    file that is here and can't be read.
+    """
     if isinstance(value, Mapping):
         return _of_deepspeed(value)
     text = str(value)
     try:
-        return _of_deepspeed(reading.mapping(reading.beside(s.file, text)))
+        file = reading.beside(s.file, text)
     except UserError:
-        pass
+        return _by_name(text)
+    return _of_deepspeed(reading.mapping(file))
+
+
+def _by_name(text: str) -> Answer:
+    """A configuration that is not here, by its name."""
     named = re.search(r"(?:zero|z|stage)[_-]?([0-3])", text)
     if named is None:
         return impossible(f"{text} is not here, and its name tells no ZeRO stage")
