@@ -32,7 +32,7 @@ from rlhf.types import (
 from rollout import Acting
 from rollout.answers import LOOK_S, Answered, GivenUp, SideBySide, Waiter, tell_progress
 from rollout.episode import Episode, seed_of
-from rollout.sampling import fresh_seed, untold
+from rollout.sampling import fresh_seed, ignore
 
 LOG = logging.getLogger("rollout.episodes")
 _THREADS = 1024  # episodes that servers write at the same time
@@ -82,7 +82,7 @@ class EpisodeGenerator:
         # for episodes in threads of their own: the tokenizer, and the environments at a time
         self._reading = threading.Lock()
         self._room = threading.Semaphore(limits.workers)
-        self.arrived: Callable[[Rollout], None] = untold
+        self.arrived: Callable[[Rollout], None] = ignore
 
     # ---- as the generator inside ----
 

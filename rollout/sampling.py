@@ -61,7 +61,7 @@ class Sampling:
         }
 
 
-def untold(rollout: Rollout) -> None:
+def ignore(rollout: Rollout) -> None:
     """Nobody asked to hear of a response as it arrives."""
 
 

@@ -16,7 +16,7 @@ from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
 from rlhf.process.http import bearer_token
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
-from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds, untold
+from rollout.sampling import Sampling, check_prompts, fresh_seed, ignore, response_seeds
 from rollout.server.adapters import unload
 from rollout.server.client import Request, Server, ServerFault, Written
 from rollout.server.fleet import PROBE_S, Connection
@@ -54,7 +54,7 @@ class ServerGenerator:
         server can't be used.
         """
         self.version = 0
-        self.arrived: Callable[[Rollout], None] = untold
+        self.arrived: Callable[[Rollout], None] = ignore
         self.sent: dict[str, str] = {}
         self._held: dict[str, str] = {}  # checksums that a server was seen to hold
         self._readable: frozenset[str] | None = None  # names of these, once they are known
