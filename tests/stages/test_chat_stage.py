@@ -28,6 +28,25 @@ def base(tmp_path: Path) -> Path:
     return saved(tmp_path / "base", model, tokenizer)
 
 
+@pytest.fixture
+def ending(tmp_path: Path) -> Path:
+    """A model that answers "it" and ends: each token alone decides the next."""
+    tokenizer = families.made(template=CHATML)
+    model = language_model("llama", tokenizer)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    model.model.norm.weight.data.fill_(1)
+    written = tokenizer.encode("\nit", add_special_tokens=False)
+    tokens, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+    tokens.zero_()
+    head.zero_()
+    for place, token in enumerate(written):
+        tokens[token, place] = 1
+        head[[*written, tokenizer.eos_token_id][place + 1], place] = 10
+    return saved(tmp_path / "ending", model, tokenizer)
+
+
 def options(model: Path, *more: str) -> list[str]:
     given = ["stage=chat", f"run.dir={model.parent}", "run.name=mine", f"model.path={model}"]
     return [*given, "model.dtype=float32", *GREEDY, *more]
@@ -71,17 +90,23 @@ def test_what_is_refused(
         config.compose(options(base, "stage.greedy=true"))
 
 
-def test_a_conversation_by_transformers(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = talked(monkeypatch, options(base, "stage.system=Be kind."), "Why?", "And?", "/save")
-    (line,) = (base.parent / "mine" / "chats" / "sft.jsonl").read_text("utf-8").splitlines()
+def test_a_conversation_by_transformers(ending: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = talked(monkeypatch, options(ending, "stage.system=Be kind."), "Why?", "And?", "/save")
+    (line,) = (ending.parent / "mine" / "chats" / "sft.jsonl").read_text("utf-8").splitlines()
     messages: list[dict[str, Any]] = json.loads(line)["messages"]
     others = [m["content"] for m in messages if m["role"] != "assistant"]
     assert others == ["Be kind.", "Why?", "And?"]
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    assert len(answers) == 2 and all(answer in shown for answer in answers)
+    assert answers == ["it", "it"] and shown.count("it\n") == 2
     # it leaves no run: the same run.name talks again
-    assert {path.name for path in (base.parent / "mine").iterdir()} == {"chats"}
-    talked(monkeypatch, options(base), "Why?")
+    assert {path.name for path in (ending.parent / "mine").iterdir()} == {"chats"}
+    talked(monkeypatch, options(ending), "Why?")
+
+
+def test_answers_that_are_cut_are_no_row(ending: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options(ending, "rollout.max_response_length=1")
+    assert "teaches nothing" in talked(monkeypatch, given, "Why?", "/save")
+    assert not (ending.parent / "mine" / "chats" / "sft.jsonl").exists()
 
 
 def test_two_models_side_by_side(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
