@@ -39,6 +39,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rlhf.export": (*BASE, "rlhf.run"),
     "rlhf.serving": (*BASE, "rollout"),
     "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
+    # pages over files: what runs, labels and rows are, and the options' declarations
+    "rlhf.board": (
+        *BASE,
+        "rlhf.run",
+        "rlhf.checks",
+        "rlhf.cli",
+        "rlhf.data",
+        "rlhf.rows",
+        "rlhf.labels",
+        "rlhf.serving",
+    ),
     # reads other toolkits' files: knows our options by their declarations alone
     "rlhf.migrate": ("conf", "rlhf.types", "rlhf.process"),
     # starts processes, and imports nothing of what they do
@@ -54,6 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.rows",
         "rlhf.labels",
         "rlhf.environments",
+        "rlhf.board",
         "rlhf.checks",
         "rlhf.cli",
         "rlhf.export",

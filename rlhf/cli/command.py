@@ -52,9 +52,9 @@ _LAUNCH = "launch"  # starts the processes of a stage, in place of running it he
 _METHODS = "methods"  # makes adapters known, before any stage that loads a model
 # torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
 # load a model
-_WITHOUT_TORCH = ("chain", "data", "migrate")
+_WITHOUT_TORCH = ("board", "chain", "data", "migrate")
 # they leave no run directory: they make nothing that another stage reads
-_WITHOUT_DIRECTORY = ("doctor", "migrate", "chat", "serve")
+_WITHOUT_DIRECTORY = ("board", "doctor", "migrate", "chat", "serve")
 
 
 def main(argv: Sequence[str], run_job: RunJob) -> int:

@@ -1,0 +1,1 @@
+"""The web page of ``stage=board``: server-rendered pages over files that runs and jobs write."""

@@ -1,0 +1,6 @@
+"""The pages: a module each, with its routes made from what all pages share."""
+
+from rlhf.board.app import Pages
+from rlhf.board.pages import start
+
+PAGES: Pages = (start.routes,)

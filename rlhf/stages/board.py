@@ -1,0 +1,90 @@
+"""``stage=board``: the web page, until SIGTERM or Ctrl-C. Runs that it started go on."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from conf.board import BoardStage
+from conf.schema import Config
+from rlhf.process import distributed
+from rlhf.process.http import bearer_token, is_loopback
+from rlhf.process.libraries import require
+from rlhf.stages.serve_reward import ignoring_signals, listen
+from rlhf.types import UserError
+
+FOLDER = ".board"  # of jobs and uploads, in run.dir
+_SCHEME = "http"
+
+
+class HasConfig(Protocol):
+    """All that this stage takes of a run: it leaves no run directory."""
+
+    cfg: Config
+
+
+def check(cfg: Config) -> list[str]:
+    """The libraries are there, and nobody else's machine gets in without a word. Raises
+    UserError.
+    """
+    stage = cfg.stage_as(BoardStage)
+    for library in ("starlette", "uvicorn", "multipart"):
+        require(library, "serve")
+    distributed.require_one_process("stage=board", "Run it without torchrun.")
+    if stage.token_env is not None:
+        bearer_token(stage.token_env, "stage.token_env")
+    elif not is_loopback(stage.host):
+        raise UserError(
+            f"stage.host={stage.host} needs stage.token_env, the name of an environment variable "
+            "with the word that opens the page: other machines reach it there."
+        )
+    runs = Path(cfg.run.dir).expanduser()
+    if runs.exists() and not os.access(runs, os.W_OK):
+        raise UserError(f"run.dir={runs} can't be written. Choose another, or allow it.")
+    return []
+
+
+def run(ctx: HasConfig) -> None:
+    """Serve until a signal comes. Raises UserError for a port that can't be used."""
+    import uvicorn
+
+    from rlhf.board.app import Place, create_app
+    from rlhf.board.guard import Doors
+    from rlhf.board.pages import PAGES
+
+    cfg, stage = ctx.cfg, ctx.cfg.stage_as(BoardStage)
+    runs = Path(cfg.run.dir).expanduser().resolve()
+    uploads = Path(stage.uploads).expanduser() if stage.uploads else runs / FOLDER / "uploads"
+    place = Place(runs, uploads.resolve(), stage.upload_mib << 20, stage.trust_remote_code)
+    fixed = None
+    if stage.token_env is not None:
+        fixed = bearer_token(stage.token_env, "stage.token_env")
+    with listen(stage.host, stage.port) as listener:
+        port = listener.getsockname()[1]
+        own = f"{_SCHEME}://{_in_url(stage.host)}:{port}"
+
+        def announce(word: str) -> None:
+            print(f"board: {own}/?token={word}", flush=True)
+
+        doors = Doors(fixed, announce)
+        hosts = [f"{name}:{port}" for name in _names(stage.host)]
+        hosts += stage.hosts
+        app = create_app(place, doors, hosts, PAGES)
+        if fixed is None:
+            announce(doors.word)
+        else:
+            print(f"board: {own}/?token=<the word in {stage.token_env}>", flush=True)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+        with ignoring_signals():
+            uvicorn.Server(config).run(sockets=[listener])
+    print("board: stopped; runs that it started go on", flush=True)
+
+
+def _names(host: str) -> list[str]:
+    """What browsers may write for the host."""
+    if is_loopback(host):
+        return ["127.0.0.1", "localhost", "[::1]"]
+    return [_in_url(host)]
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
