@@ -101,6 +101,7 @@ class Turn:
     text: str  # that the policy wrote, as `Rollout.text`
     reward: float  # that the environment gave for it
     observation: str  # the environment's answer as the tokens say it; "" where the episode ended
+    said: str = ""  # the same in the environment's own words, without what the template adds
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from numbers import Real
 from textwrap import shorten
 
 from conf.reward import EnvironmentConfig, OnTimeout
-from rlhf.models.joining import Joiner
+from rlhf.models.joining import Joiner, words_of
 from rlhf.models.turns import text_of
 from rlhf.types import Environment, Observation, Prompt, Rollout, Step, Turn, UserError
 from rollout.answers import Answered, TooLong, Waiter
@@ -170,8 +170,8 @@ class Episode:
         self.token_ids += ids
         self.logprobs += [0.0] * len(ids)
         self.versions += [self.versions[-1]] * len(ids)
-        text = text_of(self.joiner.tokenizer, ids)
-        self.turns[-1] = replace(self.turns[-1], observation=text)
+        text, said = text_of(self.joiner.tokenizer, ids), words_of(observation)
+        self.turns[-1] = replace(self.turns[-1], observation=text, said=said)
 
     def _take_error(self, error: Exception | None) -> None:
         is_late = isinstance(error, TooLong)

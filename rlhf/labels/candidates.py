@@ -20,6 +20,7 @@ class Response:
     score: float | None = None
     spread: float | None = None  # standard deviation of an ensemble's scores
     tools: Tools | None = None  # functions that it may call
+    episode: bool = False  # the text is a policy's and its environment's
 
     @property
     def prompt_id(self) -> str:
@@ -41,7 +42,7 @@ class Response:
     @property
     def answer(self) -> Answer:
         """The response as people may be shown it."""
-        return Answer(self.text, self.policy, self.score, self.spread)
+        return Answer(self.text, self.policy, self.score, self.spread, self.episode)
 
 
 @dataclass(frozen=True, slots=True)

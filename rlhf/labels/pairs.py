@@ -86,6 +86,7 @@ class Fate(Enum):
     unsure = "unsure"  # below label.min_confidence
     tie = "tie"  # neither is better, and no soft label says so
     empty = "empty"  # an answer without text, which no stage reads
+    episode = "episode"  # an answer with an environment's words, which no policy may learn to write
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +294,8 @@ def fate(result: PairResult, *, min_labels: int, min_confidence: float, strength
         answer.text for answer in result.pair.answers
     ):
         return Fate.empty
+    if any(answer.episode for answer in result.pair.answers):
+        return Fate.episode
     return Fate.used
 
 

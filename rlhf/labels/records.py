@@ -53,6 +53,7 @@ class Answer:
     policy: str = ""  # who wrote it
     score: float | None = None  # the reward model's, or the run's that the answer comes from
     spread: float | None = None  # standard deviation of an ensemble's scores
+    episode: bool = False  # the text holds an environment's words too, which nobody wrote
 
     @property
     def id(self) -> str:

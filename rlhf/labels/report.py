@@ -25,8 +25,8 @@ holds them; a share of no cases is null.
         suspicions   in words; [] for nothing
     agreement    rlhf.data.agreement's figures over the votes that count (first, tie, second:
                  ordinal for Krippendorff's alpha)
-    pairs        {judged, used, few_labels, split, unsure, tie, empty, disputed, unjudged}: by what
-                 became of them
+    pairs        {judged, used, few_labels, split, unsure, tie, empty, episode, disputed, unjudged}:
+                 by what became of them
 
 low and high are Wilson's 95 % interval.
 """

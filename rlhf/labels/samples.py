@@ -94,17 +94,15 @@ def _rows(path: str, key: str) -> list[SourceRow]:
 def _responses(row: SourceRow, run: str) -> list[Response]:
     """The response of a training run's row, or the two of a comparison's. Raises UserError."""
     columns = row.columns
-    if columns.get("turns"):
-        raise UserError(
-            f"{row.place}: turns: an episode of {len(columns['turns'])} turns in an environment, "
-            "of which `response` is the last alone. Label samples of runs without an environment."
-        )
+    turns = columns.get("turns")
     try:
         prompt = text_of(columns, "prompt", empty=True)
         answer = text_of(columns, "response", empty=True)
         if "response_before" not in columns:
-            step = int(number_of(columns, "step"))
-            return [Response(prompt, answer, f"{run}/{step}", _score(columns, "score"))]
+            step, score = int(number_of(columns, "step")), _score(columns, "score")
+            if turns:
+                answer = transcript(turns)
+            return [Response(prompt, answer, f"{run}/{step}", score, episode=bool(turns))]
         before = text_of(columns, "response_before", empty=True)
         return [
             Response(prompt, before, f"{run}/before", _score(columns, "score_before")),
@@ -115,6 +113,18 @@ def _responses(row: SourceRow, run: str) -> list[Response]:
             f"{row.place}: {error}. Expected samples.jsonl of a run that generates: step, "
             "prompt, response."
         ) from error
+
+
+def transcript(turns: Any) -> str:
+    """An episode as people read it: who said what, by turns. Raises RowError."""
+    parts = []
+    for number, turn in enumerate(turns if isinstance(turns, list) else [turns], start=1):
+        role = turn.get("role") if isinstance(turn, dict) else None
+        said = turn.get("said", turn.get("text")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(said, str):
+            raise RowError(f"turns: turn {number} is {turn!r}, expected role and text")
+        parts.append(f"[{role}]\n{said}")
+    return "\n\n".join(parts)
 
 
 def _score(columns: dict[str, Any], key: str) -> float | None:

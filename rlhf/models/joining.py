@@ -2,24 +2,19 @@
 
 What the policy wrote is never tokenised again, since other tokens may say the same text. Behind its
 end token comes what the chat template writes there: the environment's messages, and the beginning
-of the next answer. A text without a template is continued by the environment's text alone.
+of the next answer. A text without a template is continued by the environment's text alone. A
+special token that an environment spells stays text (spelled.py): a tool's output ends no turn.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.models.encoding import answer_ids, is_chat, prompt_ids, render
+from rlhf.models.spelled import cut, ids_of_marked, marked, pieces_behind
 from rlhf.models.templates import TemplateRefusal
-from rlhf.models.turns import (
-    check_rows,
-    closing_id,
-    habits,
-    ids_of,
-    plain_ids,
-    prompt_text,
-    text_of,
-)
+from rlhf.models.turns import closing_id, habits, prompt_text, single_bos, text_of
 from rlhf.types import Message, Observation, Prompt, Tools, UserError
 
 _MARK = "Zanzibar"  # an answer that no template writes by itself
@@ -55,11 +50,16 @@ class Joiner:
         source: Any = prompt.text
         if prompt.source is not None:
             source = prompt.source
+        told = marked(self.tokenizer, observation)
         if is_chat(source):
+            text = prompt_text(self.tokenizer, [*source, *messages_of(told)], self.tools)
+            ids = single_bos(self.tokenizer, ids_of_marked(self.tokenizer, text))
             source = [*source, *messages_of(observation)]
         else:
+            first, rest = cut(source + _text_alone(told))
+            ids = prompt_ids(self.tokenizer, first)
+            ids += itertools.chain(*pieces_behind(self.tokenizer, rest))
             source = source + _text_alone(observation)
-        ids = prompt_ids(self.tokenizer, source, self.tools)
         return Prompt(
             prompt.id,
             text_of(self.tokenizer, ids),
@@ -75,10 +75,11 @@ class Joiner:
         `source`: of the episode's prompt, a text or messages. Raises UserError for messages that
         the template can't render there, and for tokens that the model has no row for.
         """
+        told = marked(self.tokenizer, observation)
         try:
             if not isinstance(source, list):
-                return plain_ids(self.tokenizer, _text_alone(observation))
-            return self._between(source, messages_of(observation))
+                return ids_of_marked(self.tokenizer, _text_alone(told))
+            return self._between(source, messages_of(told))
         except UserError:
             raise
         except ValueError as error:
@@ -108,9 +109,7 @@ class Joiner:
                 "data.chat_template to one that does."
             )
         # With the end token in front, some of which take the blanks behind them.
-        ids = ids_of(self.tokenizer, [end + rest])[0]
-        check_rows(self.tokenizer, ids)
-        return ids[1:]
+        return ids_of_marked(self.tokenizer, rest, end)
 
     def _name(self) -> str:
         return str(getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__)
@@ -167,6 +166,13 @@ def messages_of(observation: Observation) -> list[Message]:
     if not isinstance(observation, str):
         return list(observation)
     return [{"role": "user", "content": observation}] if observation else []
+
+
+def words_of(observation: Observation) -> str:
+    """What an environment says, for people: the texts of its messages."""
+    if isinstance(observation, str):
+        return observation
+    return "\n".join(message["content"] for message in observation)
 
 
 def _text_alone(observation: Observation) -> str:

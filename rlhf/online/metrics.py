@@ -249,7 +249,8 @@ def turn_rows(rollout: Rollout) -> list[dict[str, object]]:
     for turn in rollout.turns:
         rows.append({"role": "assistant", "text": turn.text, "reward": turn.reward})
         if turn.observation:
-            rows.append({"role": "environment", "text": turn.observation})
+            row = {"role": "environment", "text": turn.observation, "said": turn.said}
+            rows.append(row)
     return rows
 
 

@@ -32,9 +32,9 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a talker wrote."""
+    """What a talker wrote, and what tools said to it in between."""
 
-    text: str
+    turns: tuple[Message, ...]  # its own first and last
     whole: bool  # it ended by itself
 
 
@@ -50,7 +50,8 @@ class Session:
     seed: int = 0
     greedy: bool = False
     system: str | None = None
-    turns: list[Message] = field(default_factory=list)  # user and assistant by turns
+    most_turns: int = 1  # of an answer that calls functions
+    turns: list[Message] = field(default_factory=list)  # user, assistant, and tools between
     _pairs: list[dict[str, Any]] = field(default_factory=list)  # not saved yet
     _saved: tuple[int, int] | None = None  # where the conversation's row lies in its file
     _asked: int = 0  # answers so far, each with a seed of its own
@@ -110,21 +111,40 @@ class Session:
         return [*head, *self.turns, {"role": "user", "content": question}]
 
     def _ask(self, question: str) -> None:
-        self._keep(question, self._stream(self.talker, question, ""))
+        self._keep(question, self._answer(self.talker, question, ""))
 
     def _keep(self, question: str, answer: Answer) -> None:
-        said: Message = {"role": "assistant", "content": answer.text}
+        self.turns += [{"role": "user", "content": question}, *answer.turns]
         if not answer.whole:
-            said["train"] = False  # it would teach to end there
-        self.turns += [{"role": "user", "content": question}, said]
+            self.turns[-1] = {**self.turns[-1], "train": False}  # it would teach to end there
 
-    def _stream(self, talker: Talker, question: str, heading: str) -> Answer:
-        """An answer, shown while it is written. Ctrl-C cuts it short."""
+    def _answer(self, talker: Talker, question: str, heading: str) -> Answer:
+        """An answer, with the tools that it calls."""
+        turns: list[Message] = []
+        while True:
+            text, whole = self._stream(talker, [*self._messages(question), *turns], heading)
+            turns.append({"role": "assistant", "content": text})
+            last = len([turn for turn in turns if turn["role"] == "assistant"]) == self.most_turns
+            observed: Sequence[Message] = ()
+            if talker.toolbox is not None and whole and not last:
+                observed = talker.toolbox.act(text)
+            if not observed:
+                return Answer(tuple(turns), whole)
+            for message in observed:
+                self.write(f"{message['role']}> {visible(message['content'])}\n")
+            turns += observed
+            heading = ""
+
+    def _stream(
+        self, talker: Talker, messages: Sequence[Message], heading: str
+    ) -> tuple[str, bool]:
+        """A turn, shown while it is written, and whether it ended by itself. Ctrl-C cuts it
+        short.
+        """
         self._asked += 1
         seed = self.seed * 1_000_003 + self._asked
         pieces: list[str] = []
         cut = False
-        messages = self._messages(question)
         self.write(heading)
         try:
             for piece in talker.stream(messages, seed, greedy=self.greedy):
@@ -139,7 +159,7 @@ class Session:
         elif not talker.finished:
             self.write(" [longest length]")
         self.write("\n")
-        return Answer("".join(pieces), talker.finished and not cut)
+        return "".join(pieces), talker.finished and not cut
 
     # ---- commands ----
 
@@ -160,15 +180,17 @@ class Session:
         random.Random(f"{self.seed}/{self._asked}").shuffle(shown)
         answers: list[Answer] = []
         for number, talker in enumerate(shown, 1):
-            answers.append(self._stream(talker, question, f"[{number}] "))
+            answers.append(self._answer(talker, question, f"[{number}] "))
         chosen = self._chosen(answers)
         if chosen is None:
             self._keep(question, answers[shown.index(self.talker)])
             self.write("no preference; the conversation goes on with the model's own answer\n")
             return
         better, worse = answers[chosen], answers[1 - chosen]
-        if better.whole and worse.whole:
-            self._pairs.append(self._pair(question, better.text, worse.text))
+        if len(better.turns) > 1 or len(worse.turns) > 1:
+            self.write("an answer called tools, so the comparison becomes no row\n")
+        elif better.whole and worse.whole:
+            self._pairs.append(self._pair(question, better.turns, worse.turns))
         else:
             self.write("an answer was cut, so the comparison becomes no row\n")
         self._keep(question, better)
@@ -178,11 +200,15 @@ class Session:
     def _last_question(self) -> str:
         if not self.turns:
             raise UserError("there is no message to compare answers to. /compare MESSAGE asks one.")
-        return self.turns[-2]["content"]
+        return self.turns[self._last_asked()]["content"]
+
+    def _last_asked(self) -> int:
+        """Where the last question stands."""
+        return max(i for i, turn in enumerate(self.turns) if turn["role"] == "user")
 
     def _chosen(self, answers: Sequence[Answer]) -> int | None:
         """Which answer is better; None for neither, and where the two are the same."""
-        if answers[0].text == answers[1].text:
+        if answers[0].turns == answers[1].turns:
             self.write("both answers are the same\n")
             return None
         while True:
@@ -192,19 +218,24 @@ class Session:
             if line in _CHOICES:
                 return _CHOICES[line]
 
-    def _pair(self, question: str, chosen: str, rejected: str) -> dict[str, Any]:
-        return {
-            "prompt": self._messages(question),
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-        }
+    def _pair(
+        self, question: str, chosen: Sequence[Message], rejected: Sequence[Message]
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"prompt": self._messages(question)}
+        row |= {"chosen": list(chosen), "rejected": list(rejected)}
+        return self._with_tools(row)
+
+    def _with_tools(self, row: dict[str, Any]) -> dict[str, Any]:
+        toolbox = self.talker.toolbox
+        return row if toolbox is None else {**row, "tools": toolbox.tools}
 
     def _undo(self, *, quiet: bool = False) -> None:
         """Take the last question and its answer back, and a comparison of them."""
         if not self.turns:
             raise UserError("there is nothing to undo.")
-        question = self.turns[-2]["content"]
-        del self.turns[-2:]
+        asked = self._last_asked()
+        question = self.turns[asked]["content"]
+        del self.turns[asked:]
         taken = self._pairs and self._pairs[-1]["prompt"] == self._messages(question)
         if taken:
             self._pairs.pop()
@@ -235,12 +266,14 @@ class Session:
         if not self.turns and not self._pairs:
             raise UserError("there is nothing to save yet.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        cut = [turn for turn in self.turns if turn.get("train") is False]
-        if self.turns and 2 * len(cut) == len(self.turns):
+        own = [turn for turn in self.turns if turn["role"] == "assistant"]
+        cut = [turn for turn in own if turn.get("train") is False]
+        if own and len(cut) == len(own):
             self.write("every answer was cut, so the conversation teaches nothing: no row\n")
         elif self.turns:
             path = self.folder / TRAINING
-            self._write_conversation(path, {"messages": self._messages("")[:-1]})
+            row = self._with_tools({"messages": self._messages("")[:-1]})
+            self._write_conversation(path, row)
             self.write(f"1 conversation: {path}\n")
             if cut:
                 self.write(f"{len(cut)} of its answers were cut, and don't train (train: false)\n")

@@ -3,25 +3,35 @@ it started. Both read the tokens that training reads, and end where training end
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx
 import torch
 
-from rlhf.models.encoding import prompt_ids
+from rlhf.models.spelled import conversation_ids
 from rlhf.models.turns import end_ids, response_text
 from rlhf.serving.server import ApiServer
-from rlhf.types import Message, UserError
+from rlhf.types import Message, Tools, UserError
 from rollout.sampling import Sampling, sampling_logprobs
 
 _UNFINISHED = "\ufffd"  # what a tokenizer shows of a character whose bytes are not all there
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """Functions that answers may call."""
+
+    tools: Tools  # as templates show them
+    act: Callable[[str], Sequence[Message]]  # what they say to a turn's calls; empty: none
 
 
 class Talker(Protocol):
     """Answers conversations, one at a time."""
 
     name: str
+    toolbox: Toolbox | None
     finished: bool  # whether the last answer ended by itself, not at the longest length
 
     def stream(self, messages: Sequence[Message], seed: int, *, greedy: bool) -> Iterator[str]:
@@ -32,10 +42,15 @@ class Talker(Protocol):
 
 
 def _asked(
-    tokenizer: Any, messages: Sequence[Message], sampling: Sampling, longest: int
+    tokenizer: Any,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    longest: int,
+    toolbox: Toolbox | None,
 ) -> list[int]:
     """The conversation's tokens. Raises UserError where an answer has no room behind them."""
-    ids = prompt_ids(tokenizer, list(messages))
+    tools = None if toolbox is None else toolbox.tools
+    ids = conversation_ids(tokenizer, messages, tools)
     room = longest - sampling.max_response_length
     if len(ids) > room:
         raise UserError(
@@ -49,16 +64,22 @@ class HFTalker:
     """transformers, a token at a time."""
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, sampling: Sampling, longest: int
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        sampling: Sampling,
+        longest: int,
+        toolbox: Toolbox | None = None,
     ) -> None:
-        """`longest`: tokens of prompt and answer together."""
+        """longest: tokens of prompt and answer together."""
         self.name = name
         self.finished = True
         self._model, self._tokenizer = model.eval(), tokenizer
-        self._sampling, self._longest = sampling, longest
+        self._sampling, self._longest, self.toolbox = sampling, longest, toolbox
 
     def stream(self, messages: Sequence[Message], seed: int, *, greedy: bool) -> Iterator[str]:
-        ids = _asked(self._tokenizer, messages, self._sampling, self._longest)
+        ids = _asked(self._tokenizer, messages, self._sampling, self._longest, self.toolbox)
         written: list[int] = []
         shown = ""
         self.finished = False
@@ -104,18 +125,24 @@ class ServerTalker:
     """vLLM's server in a process that ends with this object."""
 
     def __init__(
-        self, name: str, server: ApiServer, tokenizer: Any, sampling: Sampling, longest: int
+        self,
+        name: str,
+        server: ApiServer,
+        tokenizer: Any,
+        sampling: Sampling,
+        longest: int,
+        toolbox: Toolbox | None = None,
     ) -> None:
-        """`name`: of the model at the server, which is ready."""
+        """name: of the model at the server, which is ready. Others as `HFTalker`."""
         self.name = name
         self.finished = True
         self._server, self._tokenizer = server, tokenizer
-        self._sampling, self._longest = sampling, longest
+        self._sampling, self._longest, self.toolbox = sampling, longest, toolbox
         headers = {"authorization": f"Bearer {server.token}"}
         self._client = httpx.Client(headers=headers, trust_env=False, timeout=600.0)
 
     def stream(self, messages: Sequence[Message], seed: int, *, greedy: bool) -> Iterator[str]:
-        ids = _asked(self._tokenizer, messages, self._sampling, self._longest)
+        ids = _asked(self._tokenizer, messages, self._sampling, self._longest, self.toolbox)
         sampling = self._sampling
         body = {
             "model": self.name,

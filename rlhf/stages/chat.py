@@ -5,22 +5,26 @@ vLLM server of its own (rollout=vllm).
 import contextlib
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from conf.choices import RolloutBackend
+from conf.reward import EnvironmentConfig, EnvironmentKind
 from conf.schema import Config, ModelConfig, RolloutConfig, generator_of
 from conf.stages import ChatStage
 from rlhf.checks import inputs
+from rlhf.environments.factory import make_factory, tools_of
 from rlhf.models.directories import check_model_path, contents
 from rlhf.models.encoding import require_template
+from rlhf.models.joining import messages_of
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.process import distributed
 from rlhf.run.models import is_classifier, model_path
 from rlhf.serving.server import ApiServer, Served, recipe_of
 from rlhf.serving.session import Session
-from rlhf.serving.talkers import HFTalker, ServerTalker, Talker
-from rlhf.types import UserError
+from rlhf.serving.talkers import HFTalker, ServerTalker, Talker, Toolbox
+from rlhf.types import Message, Step, UserError
 from rollout.sampling import Sampling
 from rollout.server.generator import FOLDER
 from rollout.server.process import free_port, new_token
@@ -53,11 +57,40 @@ def check(cfg: Config) -> list[str]:
             )
         tokenizer = load_tokenizer(_model(cfg.model, path), cfg.data.chat_template)
         require_template(tokenizer, f"stage=chat with {path}")
+        _toolbox(cfg.environment, tokenizer)
     inputs.check_gguf_file(cfg.model)
     prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
     path = model_path(cfg.model, cfg.run)
     inputs.check_sequence_length(prompt, response, inputs.directory_positions([("model", path)]))
     return []
+
+
+def _toolbox(environment: EnvironmentConfig, tokenizer: Any) -> Toolbox | None:
+    """The tools of environment=tools; None without an environment. Raises UserError."""
+    if environment.kind is EnvironmentKind.none:
+        return None
+    if environment.kind is not EnvironmentKind.tools:
+        raise UserError(
+            f"environment={environment.kind.value}: in stage=chat you are the environment. Only "
+            "environment=tools goes with it."
+        )
+    if environment.options:
+        raise UserError(
+            f"environment.options={environment.options}: stage=chat has no rows with answers. "
+            "Leave it out."
+        )
+    tools = tools_of(environment)
+    assert tools is not None  # environment=tools has some
+    make = make_factory(environment, tokenizer)
+
+    def act(text: str) -> Sequence[Message]:
+        functions = make()
+        functions.reset({"prompt": []}, 0)
+        step = functions.step(text)
+        assert isinstance(step, Step)  # functions answer at once
+        return () if step.done else messages_of(step.observation)
+
+    return Toolbox(tools, act)
 
 
 def _backend(rollout: RolloutConfig) -> RolloutBackend:
@@ -109,13 +142,14 @@ def run(ctx: HasConfig) -> None:
             model = _model(cfg.model, path)
             tokenizer = load_tokenizer(model, cfg.data.chat_template)
             sampling = Sampling.from_config(cfg.rollout)
+            toolbox = _toolbox(cfg.environment, tokenizer)
             talker: Talker
             if _backend(cfg.rollout) is RolloutBackend.hf:
                 held = load_causal_lm(model, tokenizer, native=True).to(distributed.device())
-                talker = HFTalker(path, held, tokenizer, sampling, longest)
+                talker = HFTalker(path, held, tokenizer, sampling, longest, toolbox)
             else:
                 server = _server(cfg.rollout, model, longest, cfg.run.seed, folder)
-                talker = ServerTalker(path, server, tokenizer, sampling, longest)
+                talker = ServerTalker(path, server, tokenizer, sampling, longest, toolbox)
             stack.callback(talker.close)
             talkers.append(talker)
         Session(
@@ -127,6 +161,7 @@ def run(ctx: HasConfig) -> None:
             seed=cfg.run.seed,
             greedy=stage.greedy,
             system=stage.system,
+            most_turns=cfg.environment.max_turns,
         ).run()
 
 

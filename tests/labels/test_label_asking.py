@@ -405,7 +405,7 @@ def test_templated_prompts_are_seen(tmp_path: Path) -> None:
         ({"step": 1, "prompt": "p", "response": "\ud800"}, r"half of a surrogate pair"),
         (
             {"step": 1, "prompt": "p", "response": "x", "turns": [{"text": "a"}, {"text": "x"}]},
-            r"row 2: turns",
+            r"row 2: turns: turn 1 is .*expected role and text",
         ),
     ],
 )
@@ -414,6 +414,18 @@ def test_a_sample_that_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read_samples([sample(tmp_path / "a", [{"step": 1, "prompt": "p", "response": "x"}, row])])
+
+
+def test_an_episode_is_shown_turn_by_turn(tmp_path: Path) -> None:
+    turns = [
+        {"role": "assistant", "text": "7?", "reward": 0.0},
+        {"role": "environment", "text": "<|end|>\n<|user|>more<|end|>", "said": "more"},
+        {"role": "assistant", "text": "12", "reward": 1.0},
+    ]
+    row = {"step": 3, "prompt": "p", "response": "12", "score": 1.0, "turns": turns}
+    (response,) = read_samples([sample(tmp_path / "a", [row])]).responses
+    assert response.text == "[assistant]\n7?\n\n[environment]\nmore\n\n[assistant]\n12"
+    assert response.episode and response.answer.episode
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -323,6 +323,15 @@ def test_rows_of_both_strengths() -> None:
     assert fate(found, min_labels=1, min_confidence=0, strength=Strength.none) is Fate.empty, (
         "no stage reads an empty text as an answer"
     )
+    judged = export_of([{"prompt": "Hi", "answers": ["x", "y"]}])
+    [found] = aggregate(
+        LabelAggregate.majority, collect(ledgers_of(judged), [label(judged.tasks[0], "y")])
+    ).results
+    options: dict[str, Any] = {"min_labels": 1, "min_confidence": 0, "strength": Strength.none}
+    assert fate(found, **options) is Fate.used
+    answers = (found.pair.answers[0], dataclasses.replace(found.pair.answers[1], episode=True))
+    played = dataclasses.replace(found, pair=dataclasses.replace(found.pair, answers=answers))
+    assert fate(played, **options) is Fate.episode, "no policy may learn its environment's words"
 
 
 @pytest.mark.parametrize("method", LabelAggregate)

@@ -38,7 +38,7 @@ GUESSED = Rollout(
     [-1.0, -2.0, 0.0, 0.0, -3.0, -4.0, -5.0],
     "stop",
     3,
-    turns=(Turn(0, 2, "7?", -0.25, "\n more"), Turn(4, 7, "12", 1.0, "")),
+    turns=(Turn(0, 2, "7?", -0.25, "\n more", "more"), Turn(4, 7, "12", 1.0, "")),
     success=True,
     info={"broken_calls": 1.0},
 )
@@ -341,7 +341,7 @@ def test_samples_show_who_wrote_what() -> None:
     assert rows[0]["success"] is True
     assert rows[0]["turns"] == [
         {"role": "assistant", "text": "7?", "reward": -0.25},
-        {"role": "environment", "text": "\n more"},
+        {"role": "environment", "text": "\n more", "said": "more"},
         {"role": "assistant", "text": "12", "reward": 1.0},
     ]
     assert rows[1]["finish_reason"] == "turns"

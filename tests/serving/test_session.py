@@ -12,6 +12,7 @@ from rlhf.cli import config
 from rlhf.data import reading
 from rlhf.process.supervision import Terminated
 from rlhf.serving.session import PREFERENCES, TRAINING, Session
+from rlhf.serving.talkers import Toolbox
 from rlhf.types import Message, UserError
 
 
@@ -20,6 +21,7 @@ class Scripted:
 
     def __init__(self, name: str) -> None:
         self.name, self.finished = name, True
+        self.toolbox: Toolbox | None = None
         self.asked: list[list[Message]] = []
         self.seeds: list[int] = []
         self.cut = False  # the next answer reaches the longest length
@@ -215,3 +217,58 @@ def test_an_answer_that_was_cut_does_not_train(how: str, tmp_path: Path) -> None
     (messages,) = rows("sft", terminal.folder / TRAINING)
     trains = [message.get("train", True) for message in messages if message["role"] == "assistant"]
     assert trains[:2] == [True, False]
+
+
+CALCULATOR: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Computes.",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}},
+    },
+}
+
+
+def with_tools(folder: Path, **options: Any) -> Terminal:
+    """A session whose model calls a tool in every odd turn."""
+    terminal = Terminal(folder, most_turns=4, **options)
+
+    def act(text: str) -> Sequence[Message]:
+        if int(text.rsplit(maxsplit=1)[-1]) % 2 == 0:
+            return ()
+        return [{"role": "tool", "name": "calculator", "content": f"12\x1b[2J of {text}"}]
+
+    terminal.model.toolbox = Toolbox([CALCULATOR], act)
+    return terminal
+
+
+def test_tools_answer_between_the_turns_of_an_answer(tmp_path: Path) -> None:
+    terminal = with_tools(tmp_path)
+    shown = terminal.type("How many?", "/history")
+    assert "tool> 12\\x1b[2J of model 1" in shown and "model 2" in shown
+    roles = [turn["role"] for turn in terminal.session.turns]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+    assert [m["role"] for m in terminal.model.asked[1]] == ["user", "assistant", "tool"]
+    assert "tool> 12" in shown.partition("user> How many?")[2]
+    terminal.type("More", "/undo", "/save")
+    (row,) = rows("sft", terminal.folder / TRAINING)
+    assert [turn["role"] for turn in row] == roles and row[2]["content"].startswith("12")
+    assert '"tools"' in (terminal.folder / TRAINING).read_text(encoding="utf-8")
+    terminal.type("/undo")
+    assert terminal.session.turns == []
+
+
+def test_an_answer_takes_most_turns_at_most(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path, most_turns=2)
+    said: Message = {"role": "tool", "content": "again"}
+    terminal.model.toolbox = Toolbox([CALCULATOR], lambda text: [said])
+    terminal.type("How many?")
+    assert [turn["role"] for turn in terminal.session.turns] == [
+        "user", "assistant", "tool", "assistant"
+    ]  # fmt: skip
+
+
+def test_a_comparison_of_answers_that_called_tools_is_no_row(tmp_path: Path) -> None:
+    terminal = with_tools(tmp_path)
+    assert "called tools" in terminal.type("/compare How many?", "1", "/save")
+    assert not (terminal.folder / PREFERENCES).exists()

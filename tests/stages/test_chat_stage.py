@@ -81,6 +81,15 @@ def test_what_is_refused(
     assert "rollout=server" in refused(base, "rollout=server")
     assert "stage.compare" in refused(base, f"stage.compare={base}-gone")
     assert "rollout.max_response_length" in refused(base, "rollout.max_response_length=9000")
+    assert "environment=python" in refused(
+        base, "environment=python", "environment.path=tests.acting:Guess"
+    )
+    assert "environment.options" in refused(
+        base,
+        "environment=tools",
+        "environment.tools=[calculator]",
+        "environment.options={answer: answer}",
+    )
     adapter = base.parent / "adapter"
     adapter.mkdir()
     held = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
@@ -116,6 +125,20 @@ def test_two_models_side_by_side(base: Path, monkeypatch: pytest.MonkeyPatch) ->
     given = options(base, f"stage.compare={other}", "stage.greedy=true")
     shown = talked(monkeypatch, given, "/compare Why?", "1")
     assert str(other) in shown.split("[2]")[-1]
+
+
+def test_a_call_is_answered_by_the_function(base: Path) -> None:
+    given = options(base, "environment=tools", "environment.tools=[calculator]")
+    cfg = config.compose(given)
+    check(cfg)
+    toolbox = chat._toolbox(cfg.environment, families.made(template=CHATML))
+    assert toolbox is not None and toolbox.tools[0]["function"]["name"] == "calculator"
+    call = '{"name": "calculator", "arguments": {"expression": "3 * 14"}}'
+    (said,) = toolbox.act(f"So:\n<tool_call>\n{call}\n</tool_call>")
+    assert said["role"] == "tool" and said["content"] == "42"
+    assert toolbox.act("It is 42.") == ()
+    (said,) = toolbox.act(f"<tool_call>{call[:-1]}</tool_call>")
+    assert "error" in said["content"]
 
 
 @pytest.mark.full

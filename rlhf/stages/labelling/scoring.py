@@ -11,7 +11,7 @@ from rlhf.labels.asking import Question
 from rlhf.models.encoding import answer_ids, prompt_ids
 from rlhf.models.loading import load_tokenizer
 from rlhf.process import distributed
-from rlhf.types import Prompt, Rollout, Scores
+from rlhf.types import Prompt, Rollout, Scores, UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,8 +58,14 @@ def score_questions(
     reward: RewardConfig,
 ) -> list[Question]:
     """Questions whose answers no policy wrote, with the scores that the reward gives them as
-    answers of `policy`. Raises UserError as the reward does.
+    answers of `policy`. Raises UserError as the reward does, and for episodes.
     """
+    for question in questions:
+        if any(answer.episode for answer in question.answers):
+            raise UserError(
+                f"task {question.origin or question.id} asks about episodes, which no reward model "
+                "reads as one text. Leave out reward.path and reward.terms."
+            )
     tokenizer = load_tokenizer(policy, chat_template)
     rollouts = []
     for question in questions:
