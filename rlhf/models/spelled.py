@@ -26,16 +26,18 @@ _KNOWN: "weakref.WeakKeyDictionary[Any, re.Pattern[str] | None]" = weakref.WeakK
 
 
 def marked(tokenizer: Any, observation: Observation) -> Observation:
-    """`observation` with a mark in each text of a special token; itself where there is none."""
+    """`observation` with a mark in each text of a special token."""
+    if isinstance(observation, str):
+        pattern = _pattern(tokenizer)
+        return observation if pattern is None else pattern.sub(_mark, observation)
+    return [marked_message(tokenizer, message) for message in observation]
+
+
+def marked_message(tokenizer: Any, message: Message) -> Message:
+    """The same of one message."""
     pattern = _pattern(tokenizer)
     if pattern is None:
-        return observation
-    if isinstance(observation, str):
-        return pattern.sub(_mark, observation)
-    return [_marked_message(pattern, message) for message in observation]
-
-
-def _marked_message(pattern: "re.Pattern[str]", message: Message) -> Message:
+        return message
     out = dict(message)
     for key, value in message.items():
         if isinstance(value, str) and key != "role":
@@ -65,8 +67,8 @@ def conversation_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools |
     """
     told: list[Message] = []
     for message in messages:
-        said = message["role"] == "tool"
-        told += marked(tokenizer, [message]) if said else [message]
+        is_told = message["role"] == "tool"
+        told.append(marked_message(tokenizer, message) if is_told else message)
     text = prompt_text(tokenizer, told, tools)
     return single_bos(tokenizer, ids_of_marked(tokenizer, text))
 

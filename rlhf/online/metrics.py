@@ -249,8 +249,8 @@ def turn_rows(rollout: Rollout) -> list[dict[str, object]]:
     for turn in rollout.turns:
         rows.append({"role": "assistant", "text": turn.text, "reward": turn.reward})
         if turn.observation:
-            row = {"role": "environment", "text": turn.observation, "said": turn.said}
-            rows.append(row)
+            said = {"text": turn.observation, "said": turn.said}
+            rows.append({"role": "environment", **said})
     return rows
 
 
