@@ -1,5 +1,8 @@
-"""The group ``data``: where rows come from, how they are read, and what stage=data writes."""
+"""The group ``data``: where rows come from, how they are read, and what stage=data writes; and the
+group ``migrate``: which file of another toolkit is read.
+"""
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -311,3 +314,56 @@ class DataConfig:
             weighted,
             "a weight for every source or for none",
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class MigrateConfig:
+    """Which file of another toolkit ``stage=migrate`` reads, and what the file doesn't say."""
+
+    path: str | None = option(
+        None, "A YAML or JSON file, or a script with a command line.", filled=True
+    )
+    toolkit: str | None = option(
+        None,
+        "Whose file it is; null: by its keys or its command.",
+        choices=("llama_factory", "swift", "axolotl", "trl", "openrlhf"),
+    )
+    number: int | None = option(
+        None,
+        "Which command of a script with several, counted from 1; null: the only one.",
+        at_least=1,
+    )
+    stage: str | None = option(
+        None, "The stage that it is for; null: as the file says.", filled=True
+    )
+    ranks: int | None = option(
+        None,
+        "Ranks that trained; null: as the launcher or the devices in the file say, else 1.",
+        unit="ranks",
+        at_least=1,
+    )
+    rows: int | None = option(
+        None,
+        "Rows of the training data, for what counts in epochs there and in steps here; null: such "
+        "keys are not possible.",
+        unit="rows",
+        at_least=1,
+    )
+    name: str | None = option(None, "Name of the experiment; null: the file's.", filled=True)
+    out: str | None = option(
+        None,
+        "Folder that gets experiment/NAME.yaml and NAME.md; null: migrated in run.dir.",
+        filled=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "migrate")
+        named = self.name is None or re.fullmatch(r"[\w-]+", self.name) is not None
+        check(named, "migrate.name", self.name, "letters, digits, _ and -")
+
+
+@dataclass(slots=True, kw_only=True)
+class MigrateStage:
+    """Another toolkit's configuration as an experiment; its options are the migrate group's."""
+
+    name: str = option("migrate", "Name of the preset; stage=NAME sets it.")

@@ -5,9 +5,8 @@ Each group's options are in a module:
     model, engine, rollout            conf/model.py
     adapter                           conf/adapters.py, conf/methods.py
     reward, environment               conf/reward.py
-    data                              conf/data.py, conf/preparation/
+    data, migrate                     conf/data.py, conf/preparation/
     label                             conf/labelling.py
-    migrate                           conf/stages.py
     stage                             conf/stages.py, conf/training.py, conf/online.py,
                                       conf/schedule.py
 
@@ -25,14 +24,13 @@ from typing import Any, TypeVar
 from conf import published
 from conf.adapters import AdapterConfig, facts_of
 from conf.choices import AdapterKind, Advantage, Carrier, LoraSync, RolloutBackend
-from conf.data import DataConfig, GymConfig, SourceConfig
+from conf.data import DataConfig, GymConfig, MigrateConfig, SourceConfig
 from conf.labelling import LabelConfig
 from conf.model import EngineConfig, ModelConfig, RolloutConfig, TinyConfig
 from conf.online import OnlineStage
 from conf.options import MISSING, nested, option
 from conf.reward import EnvironmentConfig, RewardConfig, RewardTerm
 from conf.run import LaunchConfig, RunConfig, TrackingConfig
-from conf.stages import MigrateConfig
 
 __all__ = [
     "GROUPS",

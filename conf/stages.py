@@ -1,13 +1,12 @@
 """The options of every stage, a dataclass each; `STAGES` names them. The training stages' are in
-conf/training.py and conf/online.py, but those of pairs without a reference; those that use a model
-in conf/using.py and conf/board.py.
+conf/training.py and conf/online.py, but those of pairs without a reference.
 """
 
-import re
 from dataclasses import dataclass
+from enum import Enum
 
-from conf.board import BoardStage
-from conf.choices import CPOLoss
+from conf.choices import CPOLoss, Dtype
+from conf.data import MigrateStage
 from conf.labelling import LabelStage
 from conf.online import OnlineStage
 from conf.options import check, check_options, option, same_option
@@ -22,7 +21,6 @@ from conf.training import (
     SFTStage,
     TrainStage,
 )
-from conf.using import ChatStage, ExportStage, GGUFType, ServeRolloutStage, ServeStage
 
 __all__ = [
     "FAMILIES",
@@ -39,7 +37,6 @@ __all__ = [
     "GGUFType",
     "KTOStage",
     "LabelStage",
-    "MigrateConfig",
     "MigrateStage",
     "ORPOStage",
     "OfflineStage",
@@ -111,6 +108,190 @@ class ORPOStage(OfflineStage):
     )
 
 
+class GGUFType(Enum):
+    """Number formats of a GGUF file's matrices; vectors are float32 in all of them."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"  # 8 bits, a float16 scale for every 32 numbers
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportStage:
+    """Writes a model for other programs: adapters merged in, safetensors, GGUF, an Ollama
+    Modelfile, a model card. Each file is loaded again and answers 20 questions.
+    """
+
+    name: str = option("export", _NAME)
+    safetensors: bool = option(True, "Write safetensors, which most programs load.")
+    dtype: Dtype = option(
+        Dtype.auto, "Number format of the safetensors; auto: that of the model's own files."
+    )
+    gguf: list[GGUFType] = option([], "GGUF files to write, for llama.cpp and Ollama.")
+    modelfile: bool = option(
+        False,
+        "Write a Modelfile for Ollama beside each GGUF file; refused where no template of Ollama "
+        "gives what the model's chat template gives.",
+    )
+    title: str | None = option(
+        None, "Name in the card and of the GGUF files; null: run.name.", filled=True
+    )
+    license: str | None = option(
+        None, "Licence of the exported model; null: what its base's files say.", filled=True
+    )
+    answer_tokens: int = option(
+        32, "Longest answer to a question of the check.", unit="tokens", at_least=1
+    )
+    least_agreement: float = option(
+        0.9,
+        "Share of answers below which an export in bf16 or q8_0 is warned of.",
+        at_least=0,
+        at_most=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+        check(
+            self.safetensors or bool(self.gguf),
+            "stage.gguf",
+            [],
+            "at least one type with stage.safetensors=false, or nothing is written",
+        )
+        check(
+            not self.modelfile or bool(self.gguf),
+            "stage.modelfile",
+            self.modelfile,
+            "false without stage.gguf: Ollama reads GGUF files",
+        )
+        plain = self.title is None or not set(self.title) & set('/\\\n"')
+        check(plain, "stage.title", self.title, "a file's name, without slashes and quotes")
+
+
+@dataclass(slots=True, kw_only=True)
+class ChatStage:
+    """A conversation with a model in the terminal; two answers can be compared, and what is said
+    becomes rows for training.
+    """
+
+    name: str = option("chat", _NAME)
+    system: str | None = option(
+        None, "System message; null: what the chat template says by itself.", filled=True
+    )
+    compare: str | None = option(
+        None,
+        "Model whose answer /compare shows beside the first's; null: a second answer of the same "
+        "model.",
+        filled=True,
+    )
+    greedy: bool = option(False, "Take the most likely token each time instead of sampling.")
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+        check(
+            not self.greedy or self.compare is not None,
+            "stage.greedy",
+            self.greedy,
+            "false without stage.compare: one model's most likely answers are all the same",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class ServeStage:
+    """Serves a run's model, or a model with several adapters by name, over vLLM's OpenAI-compatible
+    API; rollout and data say how long prompts and answers may be.
+    """
+
+    name: str = option("serve", _NAME)
+    model_name: str | None = option(
+        None, "Name of the model in requests; null: run.name.", filled=True
+    )
+    adapters: dict[str, str] = option(
+        {}, "Directories of LoRA adapters of the model, by the names that requests give as model."
+    )
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; any other than this machine's own needs token_env.",
+        filled=True,
+    )
+    port: int = option(8000, "Port; 0: any free one.", at_least=0, at_most=65535)
+    token_env: str | None = option(
+        None, "Environment variable with the key that requests need; null: a new key, printed once."
+    )
+    grace_s: int = option(
+        10, "Time that the server gets to end after SIGTERM or Ctrl-C.", unit="s", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+
+
+@dataclass(slots=True, kw_only=True)
+class ServeRolloutStage:
+    """Serves the policy of model.path by vLLM, for runs with rollout=server that name its URL in
+    rollout.servers.
+    """
+
+    name: str = option("serve_rollout", _NAME)
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; any other than this machine's own needs rollout.server.token_env.",
+        filled=True,
+    )
+    port: int = option(8200, "Port; 0: any free one.", at_least=0, at_most=65535)
+    grace_s: int = option(
+        30, "Time that the server gets to end after SIGTERM or Ctrl-C.", unit="s", at_least=1
+    )
+    servers_of: str | None = option(
+        None,
+        "The run in run.dir whose servers/ gets the server's log and description; null: this run.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+
+
+@dataclass(slots=True, kw_only=True)
+class BoardStage:
+    """A web page for all stages: start runs, follow them, look at data, label, chat, export. Runs
+    that it starts go on when it ends.
+    """
+
+    name: str = option("board", _NAME)
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; any other than this machine's own needs token_env.",
+        filled=True,
+    )
+    port: int = option(7860, "Port; 0: any free one.", at_least=0, at_most=65535)
+    token_env: str | None = option(
+        None,
+        "Environment variable with the word that opens the page, as often as one likes; null: a "
+        "link is printed that opens it once.",
+    )
+    hosts: list[str] = option(
+        [], "Further names by which browsers reach the page, such as that of a proxy."
+    )
+    uploads: str | None = option(
+        None, "Folder of uploaded files; null: .board/uploads in run.dir.", filled=True
+    )
+    upload_mib: int = option(
+        256,
+        "Largest uploaded file; all of them together may have 16 times that.",
+        unit="MiB",
+        at_least=1,
+    )
+    at_once: int = option(
+        1, "Runs at once where there is no GPU; each GPU has one at a time.", at_least=1
+    )
+    trust_remote_code: bool = option(
+        False, "Let the page set model.trust_remote_code, which runs code out of a model's files."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+
+
 @dataclass(slots=True, kw_only=True)
 class DataStage:
     """Reads rows of any format, runs the steps of data.pipeline over them, writes what the training
@@ -128,59 +309,6 @@ class DoctorStage:
     plan: str = option(
         "ppo", "Training stage whose memory is planned: ppo, grpo, sft, dpo, reward ..."
     )
-
-
-@dataclass(slots=True, kw_only=True)
-class MigrateConfig:
-    """Which file of another toolkit ``stage=migrate`` reads, and what the file doesn't say."""
-
-    path: str | None = option(
-        None, "A YAML or JSON file, or a script with a command line.", filled=True
-    )
-    toolkit: str | None = option(
-        None,
-        "Whose file it is; null: by its keys or its command.",
-        choices=("llama_factory", "swift", "axolotl", "trl", "openrlhf"),
-    )
-    number: int | None = option(
-        None,
-        "Which command of a script with several, counted from 1; null: the only one.",
-        at_least=1,
-    )
-    stage: str | None = option(
-        None, "The stage that it is for; null: as the file says.", filled=True
-    )
-    ranks: int | None = option(
-        None,
-        "Ranks that trained; null: as the launcher or the devices in the file say, else 1.",
-        unit="ranks",
-        at_least=1,
-    )
-    rows: int | None = option(
-        None,
-        "Rows of the training data, for what counts in epochs there and in steps here; null: such "
-        "keys are not possible.",
-        unit="rows",
-        at_least=1,
-    )
-    name: str | None = option(None, "Name of the experiment; null: the file's.", filled=True)
-    out: str | None = option(
-        None,
-        "Folder that gets experiment/NAME.yaml and NAME.md; null: migrated in run.dir.",
-        filled=True,
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self, "migrate")
-        named = self.name is None or re.fullmatch(r"[\w-]+", self.name) is not None
-        check(named, "migrate.name", self.name, "letters, digits, _ and -")
-
-
-@dataclass(slots=True, kw_only=True)
-class MigrateStage:
-    """Another toolkit's configuration as an experiment; its options are the migrate group's."""
-
-    name: str = option("migrate", _NAME)
 
 
 @dataclass(slots=True, kw_only=True)

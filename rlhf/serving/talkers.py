@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import httpx
 import torch
 
-from rlhf.models.spelled import conversation_ids
+from rlhf.models.joining import conversation_ids
 from rlhf.models.turns import end_ids, response_text
 from rlhf.serving.server import ApiServer
 from rlhf.types import Message, Tools, UserError

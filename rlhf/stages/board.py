@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from conf.board import BoardStage
 from conf.schema import Config
+from conf.stages import BoardStage
 from rlhf.process import distributed
 from rlhf.process.http import bearer_token, is_loopback
 from rlhf.process.libraries import require

@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Protocol
 
+from conf.data import MigrateConfig
 from conf.run import RunConfig
-from conf.stages import MigrateConfig
 from rlhf.cli import config
 from rlhf.cli.presets import choices
 from rlhf.migrate import converting, reading, writing

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from conf.choices import AdapterKind, EngineKind, Quantization, Scheduler, Selection
+from conf.data import MigrateConfig
 from conf.schema import Config
-from conf.stages import MigrateConfig
 from rlhf.__main__ import main
 from rlhf.cli import config
 from rlhf.migrate.converting import Migration, flattened

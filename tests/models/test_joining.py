@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from rlhf.models.encoding import answer_ids, prompt_ids, render
-from rlhf.models.joining import Joiner
+from rlhf.models.joining import Joiner, marked
 from rlhf.models.loading import train_tokenizer
-from rlhf.models.spelled import marked
 from rlhf.models.templates import template_text
 from rlhf.models.turns import end_ids, special_ids, text_of
 from rlhf.types import Message, Prompt, UserError
