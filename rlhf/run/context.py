@@ -81,7 +81,7 @@ class RunContext:
                 argv=argv,
                 resume_from=opened.resume_from,
                 earlier=json_object(path, NO_MANIFEST) if resumed else {},
-                keep_entries=goes_on(cfg),
+                keep_entries=goes_on(cfg.stage, cfg.label),
             )
         self.tracker = Tracker(
             cfg, directory, self.stage, enabled=self.enabled, resume=opened.resumed

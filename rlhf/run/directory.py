@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from conf.choices import AdapterKind, LabelMode
-from conf.schema import Config, EngineConfig, ModelConfig
+from conf.schema import Config, EngineConfig, LabelConfig, ModelConfig
 from conf.stages import LabelStage
 from rlhf.models.directories import START, UNROUNDED, fingerprint
 from rlhf.process import checkpoints, distributed
@@ -50,17 +50,17 @@ _LAUNCH = "launch."  # what starts the processes changes nothing of what they do
 AdaptCheckpoint = Callable[[Path, EngineConfig], tuple[Path, str | None]]
 
 
-def goes_on(cfg: Config) -> bool:
+def goes_on(stage: object, label: LabelConfig) -> bool:
     """Whether the run adds to its directory, whatever run.resume says.
 
     Labels come back a few at a time, into one ``labels`` directory.
     """
-    return isinstance(cfg.stage, LabelStage) and cfg.label.mode is LabelMode["import"]
+    return isinstance(stage, LabelStage) and label.mode is LabelMode["import"]
 
 
 def run_directory(cfg: Config) -> Path:
     """``<run.dir>/<run.name>/<stage>``; labels that come back have a directory ``labels`` there."""
-    name = "labels" if goes_on(cfg) else cfg.stage.name
+    name = "labels" if goes_on(cfg.stage, cfg.label) else cfg.stage.name
     return Path(cfg.run.dir).expanduser() / cfg.run.name / name
 
 
@@ -79,7 +79,7 @@ def check_directory(cfg: Config) -> None:
         )
     if not any(directory.iterdir()) or cfg.run.resume:
         return
-    if goes_on(cfg):
+    if goes_on(cfg.stage, cfg.label):
         if cfg.run.overwrite:
             raise UserError(
                 f"run.overwrite=true would delete the labels in {directory}, which people made. "
@@ -282,7 +282,7 @@ def open_directory(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) 
     check_directory(cfg)
     opened = Opened()
     if directory.exists() and any(directory.iterdir()):
-        if goes_on(cfg):
+        if goes_on(cfg.stage, cfg.label):
             # Every line stays, but for a last line that a kill tore.
             truncate(directory / METRICS_FILE, sys.maxsize)
             opened = Opened(resumed=True)
@@ -290,7 +290,7 @@ def open_directory(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) 
             opened = _resume(directory, cfg, adapt)
         else:
             shutil.rmtree(directory)
-    elif cfg.run.resume and not goes_on(cfg):
+    elif cfg.run.resume and not goes_on(cfg.stage, cfg.label):
         LOG.warning("resume: %s does not exist yet; the run starts from step 0.", directory)
     directory.mkdir(parents=True, exist_ok=True)
     clear_halves(directory)  # of a start that was killed
