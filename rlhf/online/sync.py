@@ -8,6 +8,7 @@ precision by one that is calibrated on what rounding does (policy/agreement.py).
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -147,16 +148,16 @@ class Proof:
         `logprobs`: those of `model`, the trainer's, of the probes' compared tokens at temperature
         1; in half precision they are computed twice.
         """
-        theirs = logprobs()
+        told, theirs = self._both(generator, logprobs)
+        check_held(generator, version)
         if self.tolerance is not None:
-            (probe,) = self.probes
-            gap = verify_sync(generator, probe.token_ids, theirs, self.tolerance, version)
+            (probe,), (engines,) = self.probes, told
+            gap = compare(engines, probe.token_ids, theirs, self.tolerance, version)
             self.figures = {"rollout/probe_gap": gap}
             return
-        check_held(generator, version)
         gaps: list[float] = []
         spreads = []
-        for ours in self._logprobs(generator):
+        for ours in self._compared(told):
             own = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
             gaps += own
             spreads.append(spread(own))
@@ -179,9 +180,24 @@ class Proof:
             "rollout/probe_rounding": noise.mean,
         }
 
-    def _logprobs(self, generator: Generator) -> list[list[float]]:
+    def _both(
+        self, generator: Generator, logprobs: Callable[[], list[float]]
+    ) -> tuple[list[list[list[float]]], list[float]]:
+        """Each probe's logprobs by each engine, and the trainer's; at once where they can be."""
+
+        def ask() -> list[list[list[float]]]:
+            return [logprobs_of_each(generator, probe.token_ids) for probe in self.probes]
+
+        if not isinstance(generator, Several):
+            theirs = logprobs()
+            return ask(), theirs
+        with ThreadPoolExecutor(1, "probe") as thread:
+            asked = thread.submit(ask)
+            theirs = logprobs()
+            return asked.result(), theirs
+
+    def _compared(self, told: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
         """The compared tokens' logprobs by each engine that answered to every probe."""
-        told = [logprobs_of_each(generator, probe.token_ids) for probe in self.probes]
         engines: list[list[float]] = [[] for _ in range(min(map(len, told)))]
         for probe, by_engine in zip(self.probes, told, strict=True):
             for engine, logprobs in zip(engines, by_engine, strict=False):
@@ -313,6 +329,17 @@ def verify_sync(
         )
     check_held(generator, version)
     engines = logprobs_of_each(generator, probe_ids)
+    return compare(engines, probe_ids, trainer_logprobs, tolerance, version)
+
+
+def compare(
+    engines: Sequence[Sequence[float]],
+    probe_ids: Sequence[int],
+    trainer_logprobs: Sequence[float],
+    tolerance: float,
+    version: int,
+) -> float:
+    """As `verify_sync`, with the logprobs by each engine at hand."""
     ours = max(engines, key=lambda logprobs: _nan_last(_gap(logprobs, trainer_logprobs)))
     gaps = [abs(a - b) for a, b in zip(ours, trainer_logprobs, strict=True)]
     worst = max(range(len(gaps)), key=lambda i: _nan_last(gaps[i]))

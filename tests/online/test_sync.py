@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from conf.stages import OnlineStage
 from policy.adapters import attach, method_of
 from policy.model import no_gather
 from policy.saving import adapter_weights, full_weights
-from rlhf.online.sync import verify_sync
+from rlhf.online.sync import Calibration, Probe, Proof, verify_sync
 from rlhf.types import AdapterWeights, FullWeights, Prompt, SyncError, UserError
 from rollout.hf import HFGenerator
 from rollout.sampling import Sampling
@@ -539,3 +540,33 @@ def test_engines_of_two_ranks_leave_the_process_group_alone(
         "same_logprobs": True,
         "sum_after_close": 3.0,
     }
+
+
+def test_servers_compute_the_probe_while_the_trainer_does() -> None:
+    """Each side waits until the other has begun."""
+    begun = {"servers": threading.Event(), "trainer": threading.Event()}
+
+    class Servers:
+        version = 1
+
+        def logprobs_of_each(self, token_ids: Sequence[int]) -> list[list[float]]:
+            begun["servers"].set()
+            assert begun["trainer"].wait(10)
+            return [[-1.0] * (len(token_ids) - 1)] * 2
+
+        def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+            raise AssertionError("each server is asked")
+
+    def trainer() -> list[float]:
+        begun["trainer"].set()
+        assert begun["servers"].wait(10)
+        return [-1.0, -1.5]
+
+    proof = Proof((Probe((5, 6, 7)),), 0.6, Calibration(2.0))
+    proof.check(Servers(), None, trainer, 1)  # type: ignore[arg-type]
+    assert proof.figures == {"rollout/probe_gap": 0.5}
+    proof = Proof((Probe((5, 6, 7)),), 0.4, Calibration(2.0))
+    with pytest.raises(SyncError, match="position 2"):
+        proof.check(Servers(), None, trainer, 1)  # type: ignore[arg-type]
+    with pytest.raises(SyncError, match="version 1"):
+        proof.check(Servers(), None, trainer, 2)  # type: ignore[arg-type]
