@@ -1,7 +1,7 @@
 """The board as an ASGI application: pages, style and script, behind the guard."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from rlhf.board.guard import Doors, Guard
+from rlhf.board.jobs.store import Jobs
 from rlhf.board.rendering import LANGUAGE_COOKIE, LANGUAGES, page
 from rlhf.types import UserError
 
@@ -25,6 +26,11 @@ class Place:
     uploads: Path
     upload_bytes: int  # of one file
     remote_code: bool  # whether a form may set model.trust_remote_code
+    at_once: int = 1  # runs at a time where there is no CUDA device
+    jobs: Jobs = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "jobs", Jobs(self.runs, self.at_once))
 
 
 # Each page's routes, made from what all pages share.

@@ -19,8 +19,8 @@ class NotHere(HTTPException):
 
 
 def plain_name(name: str) -> str:
-    """`name`, where it names one folder or file and leads nowhere else. Hidden names are the board's
-    own. Raises NotHere.
+    """`name`, where it is that of one folder or file and leads nowhere else; raises NotHere. Hidden
+    names are the board's own.
     """
     fits = bool(name) and not name.startswith(".") and not set(name) & {"/", "\\", "\0"}
     try:

@@ -8,6 +8,7 @@ from conf.choices import EngineKind, RolloutBackend
 from conf.model import EngineConfig, RolloutConfig
 from conf.run import LaunchConfig, LaunchKind
 from rlhf.launch import machine
+from rlhf.process.devices import visible_devices
 from rlhf.types import UserError
 
 _ANY = "any"
@@ -89,7 +90,7 @@ def plan(
     if launch.kind is LaunchKind.local:
         found = _on_this_machine(launch, engine, rollout, count, size)
     else:
-        visible = machine.visible_devices() if launch.kind is LaunchKind.torchrun else None
+        visible = visible_devices() if launch.kind is LaunchKind.torchrun else None
         per_node = _ranks_per_node(launch, engine, visible)
         processes = _servers(launch, count) + _ranks(launch.nodes, per_node)
         found = Plan(
@@ -190,7 +191,7 @@ def _on_this_machine(
     launch: LaunchConfig, engine: EngineConfig, rollout: RolloutConfig, count: int, size: int
 ) -> Plan:
     """The plan of launch=local: ranks take the first devices, servers the next ones."""
-    devices = machine.visible_devices()
+    devices = visible_devices()
     if launch.cores is not None and launch.ranks_per_node is None and engine.gpus is None:
         ranks = len(launch.cores)
     else:

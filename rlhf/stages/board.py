@@ -54,7 +54,9 @@ def run(ctx: HasConfig) -> None:
     cfg, stage = ctx.cfg, ctx.cfg.stage_as(BoardStage)
     runs = Path(cfg.run.dir).expanduser().resolve()
     uploads = Path(stage.uploads).expanduser() if stage.uploads else runs / FOLDER / "uploads"
-    place = Place(runs, uploads.resolve(), stage.upload_mib << 20, stage.trust_remote_code)
+    place = Place(
+        runs, uploads.resolve(), stage.upload_mib << 20, stage.trust_remote_code, stage.at_once
+    )
     fixed = None
     if stage.token_env is not None:
         fixed = bearer_token(stage.token_env, "stage.token_env")
@@ -69,6 +71,7 @@ def run(ctx: HasConfig) -> None:
         hosts = [f"{name}:{port}" for name in _names(stage.host)]
         hosts += stage.hosts
         app = create_app(place, doors, hosts, PAGES)
+        place.jobs.go_on()
         if fixed is None:
             announce(doors.word)
         else:

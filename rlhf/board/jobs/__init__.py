@@ -1,0 +1,1 @@
+"""Jobs: runs that the board starts. Each has a folder, and a supervisor that outlives the board."""
