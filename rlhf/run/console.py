@@ -28,7 +28,7 @@ from rlhf.process import distributed
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal (a log file)
 _PLAIN_EVERY_S = 10.0  # seconds between plain progress lines
-_HEADLINES: tuple[tuple[str, tuple[str, ...]], ...] = (
+HEADLINES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss/policy", "loss", "train_loss")),
     ("score", ("objective/scores", "reward/total")),
     ("KL", ("objective/kl",)),
@@ -50,7 +50,7 @@ def console() -> Console:
 def headline(metrics: Mapping[str, Any]) -> str:
     """The figures of a step that fit beside a bar: loss, score, KL, ... as far as there are."""
     parts = []
-    for label, names in _HEADLINES:
+    for label, names in HEADLINES:
         value = next((metrics[n] for n in names if isinstance(metrics.get(n), (int, float))), None)
         if value is not None:
             parts.append(f"{label} {value:.4g}")

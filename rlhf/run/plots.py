@@ -190,7 +190,7 @@ def collect(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     return series
 
 
-def _matching(panel: Panel, names: Sequence[str]) -> list[str]:
+def matching(panel: Panel, names: Sequence[str]) -> list[str]:
     """The panel's metrics among `names`, in its own order, those of a pattern sorted.
 
     A step's total is no part of a stack.
@@ -279,7 +279,7 @@ def plot_run(directory: Path) -> list[Path]:
     for figure in FIGURES:
         panels = []
         for panel in figure.panels:
-            names = _matching(panel, list(series))
+            names = matching(panel, list(series))
             if names:
                 panels.append((panel, names))
         if not panels:

@@ -1,6 +1,6 @@
 """The pages: a module each, with its routes made from what all pages share."""
 
 from rlhf.board.app import Pages
-from rlhf.board.pages import start
+from rlhf.board.pages import jobs, run, runs, start
 
-PAGES: Pages = (start.routes,)
+PAGES: Pages = (start.routes, runs.routes, run.routes, jobs.routes)
