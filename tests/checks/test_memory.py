@@ -25,7 +25,7 @@ from rlhf.checks.memory import activations, shapes
 from rlhf.checks.memory.fit import eased, engines, names_of, recommended, rows
 from rlhf.checks.memory.moments import HEADROOM, Machine, Phase, Plan
 from rlhf.checks.memory.plan import plan
-from rlhf.checks.memory.shapes import Shapes
+from rlhf.checks.memory.shapes import Shapes, shape_of_config
 from rlhf.checks.memory.states import (
     GIB,
     Bytes,
@@ -595,3 +595,33 @@ def test_changes_come_one_by_one_and_are_all_named() -> None:
     assert next(
         changes for _, changes in list(eased(made("ppo", lora=True), Shapes(SHAPE()), GPU))[1:]
     ) == ("stage.critic_adapter=true",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "heads"),
+    [
+        ("mamba", {"hidden_size": 32}, 0),
+        ("mamba2", {"hidden_size": 32, "num_heads": 4, "head_dim": 16}, 0),
+        ("rwkv", {"hidden_size": 32, "attention_hidden_size": 32}, 0),
+        ("gemma3n_text", {}, 8),
+        ("gemma4_text", {}, 8),
+    ],
+)
+def test_families_that_name_their_sizes_otherwise_are_counted(
+    kind: str, sizes: dict[str, int], heads: int
+) -> None:
+    """State-space models have no heads; others have sizes of each layer."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind, **sizes)
+    shape = shape_of_config(config, kind)
+    assert shape.heads == heads and (shape.head_size > 0) == (heads > 0)
+    assert shape.layers == config.get_text_config().num_hidden_layers
+    assert shape.parameters > 0 and shape.vocab > 0 and shape.intermediate > 0
+
+
+def test_a_family_that_cannot_be_built_is_refused_by_name() -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(UserError, match="reformer.*can't be built"):
+        shape_of_config(AutoConfig.for_model("reformer"), "reformer")

@@ -229,6 +229,10 @@ def assumed_shape(parameters: float, *, eager: bool = False) -> Shape:
     return shape_of_config(config, f"a Llama of {parameters:.3g} parameters, assumed", eager=eager)
 
 
+# what families' code raises for sizes that don't go together, or a package that is not there
+_UNBUILT = (ValueError, ImportError, TypeError, AttributeError, KeyError, AssertionError)
+
+
 def shape_of_config(
     config: Any, name: str, *, eager: bool = False, trust_remote_code: bool = False
 ) -> Shape:
@@ -242,25 +246,25 @@ def shape_of_config(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
+    except _UNBUILT as error:
         raise UserError(
             f"{name}: its model can't be built from its configuration ({error}), so its "
             "parameters can't be counted."
         ) from error
     parameters = list(model.parameters())  # tied tensors come once
-    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
+    vocab, hidden = model.get_input_embeddings().weight.shape
+    hidden = _size(text, "hidden_size") or hidden
+    heads = _size(text, "num_attention_heads")
     return Shape(
         name=name,
         parameters=sum(p.numel() for p in parameters),
-        layers=int(text.num_hidden_layers),
+        layers=_size(text, "num_hidden_layers") or _longest_list(model),
         hidden=hidden,
-        intermediate=int(
-            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-        ),
+        intermediate=_size(text, "intermediate_size") or _size(text, "n_inner") or 4 * hidden,
         heads=heads,
-        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_size=int(getattr(text, "head_dim", None) or hidden // heads),
-        vocab=int(text.vocab_size),
+        kv_heads=_size(text, "num_key_value_heads") or heads,
+        head_size=heads and (_size(text, "head_dim") or hidden // heads),
+        vocab=vocab,
         tied=model.get_output_embeddings() is None
         or model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         linears=tuple(_linears(model)),
@@ -272,6 +276,26 @@ def shape_of_config(
         parts=_parts(model),
         model=model,
     )
+
+
+def _size(config: Any, name: str) -> int:
+    """A size by its name, the largest where layers differ; 0 where the family has none."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses where layers differ
+        layers = config.per_layer_config
+        value = [getattr(layer, name, None) for layer in layers]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = max((size for size in value if isinstance(size, int)), default=0)
+    return int(value or 0)
+
+
+def _longest_list(model: Any) -> int:
+    """Blocks of a model whose configuration doesn't say how many it has."""
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(map(len, lists), default=1)
 
 
 def _parts(model: Any) -> Outline | None:
@@ -321,7 +345,14 @@ def shapes_of(model: ModelConfig, scoring: Sequence[tuple[str, str]]) -> tuple[S
     policy = read_shape(model)
     plain = ModelConfig(trust_remote_code=model.trust_remote_code)
     rewards = [(key, read_shape(replace(plain, path=path), key=key)) for key, path in scoring]
-    return Shapes(policy, tuple(rewards)), [f"{policy.name}: {describe(policy)}"]
+    notes = [f"{policy.name}: {describe(policy)}"]
+    for shape in (policy, *(shape for _, shape in rewards)):
+        if not shape.heads:
+            notes.append(
+                f"{shape.name}: its layers have no attention heads, so what they keep of a "
+                "sequence is not counted"
+            )
+    return Shapes(policy, tuple(rewards)), notes
 
 
 def describe(shape: Shape) -> str:
