@@ -234,6 +234,12 @@ class SFTStage(OfflineStage):
         section="supervised fine-tuning",
     )
     packing: bool = option(False, "Put several rows into one sequence.")
+    neftune_alpha: float | None = option(
+        None,
+        "Uniform noise on the embeddings, up to alpha / sqrt(tokens of the longest row x hidden "
+        "size) (NEFTune, arXiv:2310.05914); null: none.",
+        above=0,
+    )
     rewritten_turns: RewrittenTurns = option(
         RewrittenTurns.split,
         "A conversation of which the chat template renders earlier answers otherwise once others "

@@ -58,6 +58,8 @@ def _of_options(stage: TrainStage, model: ModelConfig, adapter: AdapterConfig) -
     if isinstance(stage, SFTStage):
         if stage.packing:
             problem = "stage.packing=true keeps the rows of a sequence apart by a mask"
+        if stage.neftune_alpha is not None:
+            problem = "stage.neftune_alpha goes by a row's length, and each rank has a share of it"
     elif isinstance(stage, OnlineStage):
         problem = _of_online(stage, adapter)
     else:

@@ -244,6 +244,8 @@ OWN: tuple[Key, ...] = (
     *computes(("num_epochs", "max_steps"), shared.LENGTH, either(shared.length, online.length)),
     to("learning_rate", "stage.learning_rate", number),
     to("weight_decay", "stage.weight_decay", number),
+    to("neftune_noise_alpha", "stage.neftune_alpha", number),
+    to("noisy_embedding_alpha", "stage.neftune_alpha", number),
     to("adam_beta1", "stage.adam_beta1", number),
     to("adam_beta2", "stage.adam_beta2", number),
     to("adam_epsilon", "stage.adam_eps", number),

@@ -102,7 +102,6 @@ REST: tuple[Key, ...] = (
     *missing(
         "checkpoints hold the optimizer's state, so that they can be resumed", "save_only_model"
     ),
-    *missing("noise on embeddings", "neftune_noise_alpha", "noisy_embedding_alpha"),
     *missing(
         "stage.optimizer has no such one",
         """

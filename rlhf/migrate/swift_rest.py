@@ -64,7 +64,7 @@ REST: tuple[Key, ...] = (
         soft_max_length
         """,
     ),
-    *missing("noise on embeddings", "neftune_backend"),
+    *idle("transformers' own is taken", "neftune_backend"),
     *missing(
         "stage.optimizer has no such one",
         """

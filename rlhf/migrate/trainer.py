@@ -85,7 +85,7 @@ KEYS: tuple[Key, ...] = (
     *missing(
         "checkpoints hold the optimizer's state, so that they can be resumed", "save_only_model"
     ),
-    *missing("noise on embeddings", "neftune_noise_alpha"),
+    to("neftune_noise_alpha", "stage.neftune_alpha", number),
     *missing(
         FUSED,
         """

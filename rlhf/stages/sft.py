@@ -109,6 +109,7 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
         ),
         packing=stage.packing,
         eval_packing=False,  # the held-out loss is that of whole rows
+        neftune_noise_alpha=stage.neftune_alpha,
         completion_only_loss=False,  # the labels say which tokens train
         **EXPERTS,
     )

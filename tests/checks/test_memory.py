@@ -623,5 +623,5 @@ def test_families_that_name_their_sizes_otherwise_are_counted(
 def test_a_family_that_cannot_be_built_is_refused_by_name() -> None:
     from transformers import AutoConfig
 
-    with pytest.raises(UserError, match="reformer.*can't be built"):
+    with pytest.raises(UserError, match=r"reformer.*can't be built"):
         shape_of_config(AutoConfig.for_model("reformer"), "reformer")

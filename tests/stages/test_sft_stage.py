@@ -136,6 +136,15 @@ def test_accumulation_changes_no_loss(split: dict[str, int], base: Path, folder:
     assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
 
 
+def test_noise_on_embeddings_is_there_while_it_trains_alone(base: Path, folder: Path) -> None:
+    noisy = run(folder, "noisy", stage={"neftune_alpha": 5.0})
+    mine, plain = (trl_tools.metric_lines(place) for place in (noisy, base))
+    assert mine[0]["eval_loss"] == plain[0]["eval_loss"], "held-out rows have none"
+    assert abs(mine[1]["loss"] - plain[1]["loss"]) > 1e-4
+    again = run(folder, "noisy_again", stage={"neftune_alpha": 5.0})
+    assert trl_tools.losses(again) == trl_tools.losses(noisy), "it comes of run.seed"
+
+
 def test_resume_goes_on_as_if_never_stopped(base: Path, folder: Path) -> None:
     cfg = trl_tools.config(SFTStage(**STAGE), folder, "resumed", trl_tools.sft_rows())
     ctx = RunContext.open(cfg)
