@@ -304,9 +304,9 @@ def gradient_note(engine: EngineConfig, dtype: Dtype) -> list[str]:
     ]
 
 
-def check_stage(checks: Iterable[Check], cfg: Config) -> list[str]:
-    """Run the `checks` of a stage in their order, then look at the tracker and the run directory.
-    Returns notes worth a warning, on the main rank only.
+def check_stage(checks: Iterable[Check], cfg: Config, has_directory: bool = True) -> list[str]:
+    """Run the `checks` of a stage in their order, then look at the tracker and the run directory,
+    where it has them. Returns notes worth a warning, on the main rank only.
 
     Raises UserError on every rank alike, with the message of the first rank that has one: a rank
     whose disk lacks a file must not leave the others waiting, and no rank may open the run
@@ -318,7 +318,7 @@ def check_stage(checks: Iterable[Check], cfg: Config) -> list[str]:
         for check in checks:
             notes += check(cfg)
         # rank 0 alone writes
-        if distributed.is_main() and not cfg.run.dry_run:
+        if distributed.is_main() and has_directory and not cfg.run.dry_run:
             tracker.check(cfg.tracking)
             directory.check_directory(cfg)
     except UserError as error:

@@ -313,7 +313,8 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
         stage = modules(name)
         if isinstance(cfg.stage, TrainStage):
             modules(_MEMORY).choose_micro_batch(cfg)
-        for note in launch.check_stage(checks_of(cfg.stage, modules), cfg):
+        has_directory = stage_schema(cfg.stage.name) not in _WITHOUT_DIRECTORY
+        for note in launch.check_stage(checks_of(cfg.stage, modules), cfg, has_directory):
             LOG.warning(note)
         rates = published.taken(cfg.stage, cfg.adapter.kind)
         if rates and distributed.is_main():

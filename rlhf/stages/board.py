@@ -9,7 +9,7 @@ from conf.stages import BoardStage
 from rlhf.process import distributed
 from rlhf.process.http import bearer_token, is_loopback
 from rlhf.process.libraries import require
-from rlhf.stages.serve_reward import ignoring_signals, listen
+from rlhf.process.listening import ignoring_signals, listen
 from rlhf.types import UserError
 
 FOLDER = ".board"  # of jobs and uploads, in run.dir

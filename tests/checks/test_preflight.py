@@ -35,7 +35,7 @@ from conf.schema import (
 from conf.stages import EvalStage, OnlineStage, RewardStage, SFTStage, WatchConfig
 from reward.model import write_manifest
 from rlhf.__main__ import main
-from rlhf.checks import inputs
+from rlhf.checks import inputs, launch
 from rlhf.models.loading import tiny_config, train_tokenizer
 from rlhf.types import UserError
 from tests import toys
@@ -352,6 +352,20 @@ def test_an_existing_run_directory(ppo: Config, tmp_path: Path) -> None:
     )
     ppo.run.overwrite = True
     assert check(ppo) == [] and (directory / "config.yaml").exists()
+
+
+def test_what_leaves_no_directory_needs_no_tracker(
+    sft: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(launch.tracker, "check", asked.append)
+    directory = tmp_path / "runs" / "r" / "sft"
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").touch()
+    assert launch.check_stage([], sft, has_directory=False) == [] and asked == []
+    with pytest.raises(UserError, match="exists"):
+        launch.check_stage([], sft)
+    assert asked == [sft.tracking]
 
 
 def test_judges_of_an_evaluation(
