@@ -1,0 +1,1 @@
+"""Run directories as the pages show them: lists, curves, samples, facts, what comes next."""
