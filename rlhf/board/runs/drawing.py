@@ -98,9 +98,7 @@ class _Axes:
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def draw(
-    series: Mapping[str, Series], *, title: str, unit: str, steps: str, empty: str
-) -> str:
+def draw(series: Mapping[str, Series], *, title: str, unit: str, steps: str, empty: str) -> str:
     """The picture of `series` by their names. title, unit: over the picture; steps: the word under
     the horizontal axis; empty: the words where there is nothing to draw.
     """

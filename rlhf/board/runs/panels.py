@@ -7,7 +7,6 @@ from rlhf.board.runs.drawing import LINES
 from rlhf.board.runs.metrics import Series
 from rlhf.run.plots import FIGURES, Panel, matching
 
-
 _MEMORY = Panel("Memory", "MiB", ("memory/rss_mb", "memory/peak_rss_mb"))
 
 
