@@ -309,6 +309,9 @@ class DoctorStage:
     plan: str = option(
         "ppo", "Training stage whose memory is planned: ppo, grpo, sft, dpo, reward ..."
     )
+    findings: str | None = option(
+        None, "File for the findings as JSON, beside the table; null: none.", filled=True
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from rlhf.board.guard import Doors, Guard
+from rlhf.board.guard import ANNOTATE, Doors, Guard
 from rlhf.board.jobs.store import Jobs
 from rlhf.board.rendering import LANGUAGE_COOKIE, LANGUAGES, page
 from rlhf.types import UserError
@@ -48,7 +48,7 @@ def create_app(place: Place, doors: Doors, hosts: Sequence[str], pages: Pages) -
         routes.extend(make(place))
     handlers: dict[Any, Any] = {UserError: _bad_input, 404: _missing, 500: _broken}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return Guard(app, doors, hosts)
+    return Guard(app, doors, hosts, public=(ANNOTATE,))
 
 
 async def _choose_language(request: Request) -> Response:

@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 COOKIE = "board_session"
 OPEN = ("/static/",)  # style and script: the same for everybody
+ANNOTATE = "/annotate/"  # links of annotators: each has a token that opens its one page
 READING = ("GET", "HEAD")
 TOKEN = "token"  # of the link's query
 

@@ -1,18 +1,18 @@
 """A conversation in the terminal: messages, commands, and rows of what was said."""
 
-import json
 import random
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rlhf.process.supervision import Terminated
+from rlhf.serving.conversation import PREFERENCES, TRAINING, Answer, Conversation, Kept
 from rlhf.serving.talkers import Talker
 from rlhf.types import Message, UserError
 
-TRAINING, PREFERENCES = "sft.jsonl", "preferences.jsonl"
+__all__ = ["HELP", "PREFERENCES", "TRAINING", "Session", "visible"]
+
 HELP = """\
 /compare [MESSAGE]   two answers, to MESSAGE or to the last one again; you choose without names
 /undo                take the last message and its answer back
@@ -22,20 +22,13 @@ HELP = """\
 /save                write the conversation and the comparisons as rows for training
 /quit                end (so does Ctrl-D); Ctrl-C cuts an answer short"""
 _CHOICES = {"1": 0, "2": 1}
+_WHY = {Kept.tools: "called tools", Kept.cut: "was cut"}
 
 # overrides and isolates of the direction in which a text runs
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 Read = Callable[[str], str]  # shows a prompt; raises EOFError where the input ends
 Write = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a talker wrote, and what tools said to it in between."""
-
-    turns: tuple[Message, ...]  # its own first and last
-    whole: bool  # it ended by itself
 
 
 @dataclass
@@ -49,12 +42,20 @@ class Session:
     folder: Path  # of saved rows
     seed: int = 0
     greedy: bool = False
-    system: str | None = None
+    system: InitVar[str | None] = None
     most_turns: int = 1  # of an answer that calls functions
-    turns: list[Message] = field(default_factory=list)  # user, assistant, and tools between
-    _pairs: list[dict[str, Any]] = field(default_factory=list)  # not saved yet
-    _saved: tuple[int, int] | None = None  # where the conversation's row lies in its file
+    said: Conversation = field(init=False)
     _asked: int = 0  # answers so far, each with a seed of its own
+
+    def __post_init__(self, system: str | None) -> None:
+        toolbox = self.talker.toolbox
+        tools = None if toolbox is None else toolbox.tools
+        self.said = Conversation(system, tools)
+
+    @property
+    def turns(self) -> list[Message]:
+        """What was said: user, assistant, and tools between."""
+        return self.said.turns
 
     def run(self) -> None:
         """Until the user ends it."""
@@ -80,8 +81,8 @@ class Session:
             return None
 
     def _leave(self) -> None:
-        if self._pairs:
-            self.write(f"\n{len(self._pairs)} comparisons were not saved (/save).\n")
+        if self.said.pairs:
+            self.write(f"\n{len(self.said.pairs)} comparisons were not saved (/save).\n")
 
     def _take(self, line: str) -> None:
         command, _, rest = line.partition(" ")
@@ -103,26 +104,14 @@ class Session:
 
     # ---- answers ----
 
-    def _messages(self, question: str) -> list[Message]:
-        """What is answered: the conversation with a further question."""
-        head: list[Message] = []
-        if self.system is not None:
-            head = [{"role": "system", "content": self.system}]
-        return [*head, *self.turns, {"role": "user", "content": question}]
-
     def _ask(self, question: str) -> None:
-        self._keep(question, self._answer(self.talker, question, ""))
-
-    def _keep(self, question: str, answer: Answer) -> None:
-        self.turns += [{"role": "user", "content": question}, *answer.turns]
-        if not answer.whole:
-            self.turns[-1] = {**self.turns[-1], "train": False}  # it would teach to end there
+        self.said.keep(question, self._answer(self.talker, question, ""))
 
     def _answer(self, talker: Talker, question: str, heading: str) -> Answer:
         """An answer, with the tools that it calls."""
         turns: list[Message] = []
         while True:
-            text, whole = self._stream(talker, [*self._messages(question), *turns], heading)
+            text, whole = self._stream(talker, [*self.said.messages(question), *turns], heading)
             turns.append({"role": "assistant", "content": text})
             last = len([turn for turn in turns if turn["role"] == "assistant"]) == self.most_turns
             observed: Sequence[Message] = ()
@@ -165,14 +154,14 @@ class Session:
 
     def _compare(self, question: str) -> None:
         """Two answers, in an order that the user doesn't know."""
-        before = list(self.turns), list(self._pairs)
+        before = list(self.said.turns), list(self.said.pairs)
         if not question:
             question = self._last_question()
-            self._undo(quiet=True)
+            self.said.undo()
         try:
             self._compare_answers(question)
         except UserError:
-            self.turns, self._pairs = before
+            self.said.turns, self.said.pairs = before
             raise
 
     def _compare_answers(self, question: str) -> None:
@@ -183,28 +172,20 @@ class Session:
             answers.append(self._answer(talker, question, f"[{number}] "))
         chosen = self._chosen(answers)
         if chosen is None:
-            self._keep(question, answers[shown.index(self.talker)])
+            self.said.keep(question, answers[shown.index(self.talker)])
             self.write("no preference; the conversation goes on with the model's own answer\n")
             return
-        better, worse = answers[chosen], answers[1 - chosen]
-        if len(better.turns) > 1 or len(worse.turns) > 1:
-            self.write("an answer called tools, so the comparison becomes no row\n")
-        elif better.whole and worse.whole:
-            self._pairs.append(self._pair(question, better.turns, worse.turns))
-        else:
-            self.write("an answer was cut, so the comparison becomes no row\n")
-        self._keep(question, better)
+        kept = self.said.prefer(question, answers[chosen], answers[1 - chosen])
+        if kept is not Kept.pair:
+            self.write(f"an answer {_WHY[kept]}, so the comparison becomes no row\n")
         if self.other is not self.talker:
             self.write(f"[1] was {shown[0].name}, [2] was {shown[1].name}\n")
 
     def _last_question(self) -> str:
-        if not self.turns:
+        question = self.said.last_question()
+        if question is None:
             raise UserError("there is no message to compare answers to. /compare MESSAGE asks one.")
-        return self.turns[self._last_asked()]["content"]
-
-    def _last_asked(self) -> int:
-        """Where the last question stands."""
-        return max(i for i, turn in enumerate(self.turns) if turn["role"] == "user")
+        return question
 
     def _chosen(self, answers: Sequence[Answer]) -> int | None:
         """Which answer is better; None for neither, and where the two are the same."""
@@ -218,82 +199,39 @@ class Session:
             if line in _CHOICES:
                 return _CHOICES[line]
 
-    def _pair(
-        self, question: str, chosen: Sequence[Message], rejected: Sequence[Message]
-    ) -> dict[str, Any]:
-        row: dict[str, Any] = {"prompt": self._messages(question)}
-        row |= {"chosen": list(chosen), "rejected": list(rejected)}
-        return self._with_tools(row)
-
-    def _with_tools(self, row: dict[str, Any]) -> dict[str, Any]:
-        toolbox = self.talker.toolbox
-        return row if toolbox is None else {**row, "tools": toolbox.tools}
-
-    def _undo(self, *, quiet: bool = False) -> None:
+    def _undo(self) -> None:
         """Take the last question and its answer back, and a comparison of them."""
-        if not self.turns:
-            raise UserError("there is nothing to undo.")
-        asked = self._last_asked()
-        question = self.turns[asked]["content"]
-        del self.turns[asked:]
-        taken = self._pairs and self._pairs[-1]["prompt"] == self._messages(question)
-        if taken:
-            self._pairs.pop()
-        if not quiet:
-            self.write("taken back" + (", with its comparison\n" if taken else "\n"))
+        taken = self.said.undo()
+        self.write("taken back" + (", with its comparison\n" if taken else "\n"))
 
     def _set_system(self, text: str) -> None:
-        self.system = text or None
-        self.write("no system message\n" if self.system is None else "system message set\n")
+        self.said.system = text or None
+        self.write("no system message\n" if self.said.system is None else "system message set\n")
 
     def _clear(self) -> None:
-        self.turns.clear()
-        self._saved = None
+        self.said.clear()
         self.write("a new conversation\n")
 
     def _history(self) -> None:
-        if self.system is not None:
-            self.write(f"system> {self.system}\n")
+        if self.said.system is not None:
+            self.write(f"system> {self.said.system}\n")
         for turn in self.turns:
             self.write(f"{turn['role']}> {visible(turn['content'])}\n")
 
     # ---- rows ----
 
     def _save(self) -> None:
-        """Append the conversation as a row for stage=sft, and the comparisons as pairs. A longer
-        conversation takes the place of its own earlier row.
-        """
-        if not self.turns and not self._pairs:
-            raise UserError("there is nothing to save yet.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        own = [turn for turn in self.turns if turn["role"] == "assistant"]
-        cut = [turn for turn in own if turn.get("train") is False]
-        if own and len(cut) == len(own):
+        """Append the conversation as a row for stage=sft, and the comparisons as pairs."""
+        saved = self.said.save(self.folder)
+        if saved.training is not None:
+            self.write(f"1 conversation: {saved.training}\n")
+            if saved.cut:
+                cut = saved.cut
+                self.write(f"{cut} of its answers were cut, and don't train (train: false)\n")
+        elif self.said.turns:
             self.write("every answer was cut, so the conversation teaches nothing: no row\n")
-        elif self.turns:
-            path = self.folder / TRAINING
-            row = self._with_tools({"messages": self._messages("")[:-1]})
-            self._write_conversation(path, row)
-            self.write(f"1 conversation: {path}\n")
-            if cut:
-                self.write(f"{len(cut)} of its answers were cut, and don't train (train: false)\n")
-        if self._pairs:
-            path = self.folder / PREFERENCES
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(_row(pair) for pair in self._pairs)
-            self.write(f"{len(self._pairs)} comparisons: {path}\n")
-            self._pairs.clear()
-
-    def _write_conversation(self, path: Path, row: dict[str, Any]) -> None:
-        size = path.stat().st_size if path.is_file() else 0
-        start = size
-        if self._saved is not None and self._saved[1] == size:
-            start = self._saved[0]
-        with path.open("r+b" if path.is_file() else "wb") as file:
-            file.seek(start)
-            file.truncate()
-            file.write(_row(row).encode("utf-8"))
-            self._saved = (start, file.tell())
+        if saved.preferences is not None:
+            self.write(f"{saved.pairs} comparisons: {saved.preferences}\n")
 
 
 def visible(text: str) -> str:
@@ -307,7 +245,3 @@ def _acts(character: str) -> bool:
     if character in "\n\t":
         return False
     return unicodedata.category(character) == "Cc" or character in _TURNING
-
-
-def _row(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"

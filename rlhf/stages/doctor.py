@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from conf.schema import Config
+from conf.stages import DoctorStage
 from rlhf.process import redaction
 from rlhf.stages.examination import agreement, backends, environment, machine, memory, tokenizers
-from rlhf.stages.examination.findings import Finding, State, as_text, print_table
+from rlhf.stages.examination.findings import Finding, State, as_text, print_table, write
 from rlhf.types import UserError
 
 LOCK = Path(__file__).resolve().parents[2] / "requirements" / "lock-cpu-py311.txt"
@@ -60,10 +61,13 @@ def run(ctx: HasConfig) -> None:
     """Print the table and the text for a bug report; raise UserError (exit code 1) naming what
     failed.
     """
+    stage = ctx.cfg.stage_as(DoctorStage)
     plan, finding = memory.check_plan(ctx.cfg)
     if plan is not None:
         memory.print_plan(plan)  # first: the backends take half a minute to try
     findings = [without_secrets(f) for f in (*examine(ctx.cfg), finding)]
+    if stage.findings is not None:
+        write(findings, Path(stage.findings).expanduser())
     print_table(findings)
     print("\nFor a bug report (home paths and secrets removed):\n")
     print(redaction.report(as_text(findings), home=str(Path.home())))

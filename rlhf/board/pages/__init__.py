@@ -1,6 +1,16 @@
 """The pages: a module each, with its routes made from what all pages share."""
 
 from rlhf.board.app import Pages
-from rlhf.board.pages import jobs, run, runs, start
+from rlhf.board.pages import chat, data, doctor, jobs, labels, models, run, runs, start
 
-PAGES: Pages = (start.routes, runs.routes, run.routes, jobs.routes)
+PAGES: Pages = (
+    start.routes,
+    runs.routes,
+    run.routes,
+    jobs.routes,
+    data.routes,
+    labels.routes,
+    chat.routes,
+    models.routes,
+    doctor.routes,
+)

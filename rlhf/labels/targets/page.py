@@ -19,6 +19,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -33,12 +34,42 @@ from rlhf.types import UserError
 FORMAT, VERSION = "rlhf-labels", 1
 # in this order: each script uses those before it
 _SCRIPTS = ("labels.js", "view.js", "prompt.js", "page.js", "keys.js")
+# keys.js begins, so that what it begins with comes before
+_SCRIPTS_SERVED = (*_SCRIPTS[:-1], "server.js", _SCRIPTS[-1])
 # What could end or open an element or a comment, what old JavaScript took for line ends, and lone
 # surrogates, which UTF-8 can't hold.
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 _VERDICTS = {
     verdict.value: verdict
     for verdict in (Verdict.left, Verdict.right, Verdict.tie, Verdict.skip, Verdict.ranked)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Where a server gives the page to one annotator and keeps the labels."""
+
+    annotator: str
+    post: str  # path that takes the labels file
+    kept: dict[str, Any] | None  # the labels file that the server has
+
+
+# What the page says about where labels go, by itself and from a server.
+_TEXTS = {
+    "promise": (
+        "Nothing that it does leaves your computer.",
+        "Your labels are saved on the server that it came from.",
+    ),
+    "name_hint": (
+        "It is written into your labels file. Use the same one each time.",
+        "Your link is for this name. It is written into your labels file.",
+    ),
+    "saved": (
+        "Your labels are saved in this browser after each step. Nothing is sent anywhere: download "
+        "the labels file and hand it over yourself.",
+        "Your labels are saved in this browser and on the server after each step. There is nothing "
+        "to hand over.",
+    ),
 }
 
 
@@ -50,27 +81,46 @@ def write(export: Export, folder: Path) -> list[Path]:
     return [write_text(folder / f"label-{export.id}.html", render(export))]
 
 
-def render(export: Export) -> str:
-    """The page as HTML. Raises UserError as `write`."""
-    style = _source("page.css")
-    script = "\n".join(_source(name) for name in _SCRIPTS)
-    policy = {
+def render(export: Export, served: Served | None = None) -> str:
+    """The page as HTML, of `served` for one annotator. Raises UserError as `write`."""
+    data = page_data(export)
+    if served is not None:
+        data["server"] = {
+            "annotator": served.annotator,
+            "post": served.post,
+            "kept": served.kept,
+        }
+    which = 0 if served is None else 1
+    parts = {
+        "policy": policy(served),
+        "style": _source("page.css"),
+        "script": _script(served),
+        "data": embedded(data),
+        **{name: texts[which] for name, texts in _TEXTS.items()},
+    }
+    return Template(_source("page.html")).substitute(parts)
+
+
+def _script(served: Served | None) -> str:
+    names = _SCRIPTS if served is None else _SCRIPTS_SERVED
+    return "\n".join(_source(name) for name in names)
+
+
+def policy(served: Served | None = None) -> str:
+    """The page's content security policy; of `served` with leave to send its labels."""
+    parts = {
         "default-src": "'none'",  # no request of any kind
-        "script-src": f"'sha256-{_hash(script)}'",
-        "style-src": f"'sha256-{_hash(style)}'",
+        "script-src": f"'sha256-{_hash(_script(served))}'",
+        "style-src": f"'sha256-{_hash(_source('page.css'))}'",
         "base-uri": "'none'",
         "form-action": "'none'",
         # a text can't be assigned where it would be read as markup or code
         "require-trusted-types-for": "'script'",
         "trusted-types": "'none'",
     }
-    parts = {
-        "policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
-        "style": style,
-        "script": script,
-        "data": embedded(page_data(export)),
-    }
-    return Template(_source("page.html")).substitute(parts)
+    if served is not None:
+        parts["connect-src"] = "'self'"
+    return "; ".join(f"{name} {value}" for name, value in parts.items())
 
 
 def page_data(export: Export) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Findings of ``stage=doctor``, and the report of them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
+from pathlib import Path
 
+from rlhf.process.files import write_json
 from rlhf.run.console import console
 
 
@@ -34,6 +36,13 @@ def as_text(findings: Sequence[Finding]) -> str:
         + (f"  -> {f.remedy}" if f.remedy else "")
         for f in findings
     )
+
+
+def write(findings: Sequence[Finding], path: Path) -> None:
+    """A JSON file {"findings": [{name, state, found, remedy}]}."""
+    rows = [{**asdict(finding), "state": finding.state.value} for finding in findings]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"findings": rows})
 
 
 def print_table(findings: Iterable[Finding]) -> None:

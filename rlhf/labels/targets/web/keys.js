@@ -163,7 +163,8 @@ function wire() {
     $("name-error").textContent = "Please give your name: each label needs one.";
     $("name-error").hidden = name !== "";
     $("name").setAttribute("aria-invalid", String(name === ""));
-    if (name) begin(name);
+    if (name && data.server) begin(data.server.annotator, serverLabels());
+    else if (name) begin(name);
     else $("name").focus();
   });
   $("file").addEventListener("change", () => {
@@ -225,13 +226,14 @@ function resume() {
   try {
     annotator = sessionStorage.getItem(`rlhf-labels ${data.export}`);
     if (annotator !== null && store.read(annotator) === null) annotator = null;
+    if (data.server && annotator !== data.server.annotator) annotator = null;
   } catch (error) {
     problem(
       `This browser does not keep labels (${error.name}: ${error.message}). ` +
         "Download them often, and before you close this page.",
     );
   }
-  if (annotator !== null) begin(annotator);
+  if (annotator !== null) begin(annotator, data.server ? serverLabels() : undefined);
 }
 
 wire();

@@ -41,9 +41,10 @@ function save() {
   clearTimeout(saving);
   saving = null;
   if (state === null) return;
+  if (data.server) send();
   try {
     store.write(state.annotator, stateText(state));
-    problem("");
+    if (!data.server) problem("");
   } catch (error) {
     problem(
       `This browser does not keep your labels (${error.name}: ${error.message}). ` +
@@ -372,5 +373,6 @@ function start() {
   showInstructions($("start-instructions"), data.instructions);
   showKept();
   document.title = "Labelling";
+  if (data.server) startServed();
   $("name").focus();
 }
