@@ -35,7 +35,7 @@ def safe_name(given: str) -> str:
     """
     last = unicodedata.normalize("NFC", given).replace("\\", "/").rsplit("/", 1)[-1]
     kept = "".join(c if c.isalnum() or c in "._-" else "_" for c in last)
-    name = kept.strip("._-")
+    name = kept.rstrip("._-")
     if not kind_of(name):
         raise Refused(415, "data.refused.kind")
     endings = Path(name).suffixes[-2:]

@@ -48,9 +48,7 @@ class Session:
     _asked: int = 0  # answers so far, each with a seed of its own
 
     def __post_init__(self, system: str | None) -> None:
-        toolbox = self.talker.toolbox
-        tools = None if toolbox is None else toolbox.tools
-        self.said = Conversation(system, tools)
+        self.said = Conversation(system)
 
     @property
     def turns(self) -> list[Message]:
@@ -59,6 +57,8 @@ class Session:
 
     def run(self) -> None:
         """Until the user ends it."""
+        if self.talker.toolbox is not None:
+            self.said.tools = self.talker.toolbox.tools
         self.write("/help lists the commands.\n")
         while True:
             line = self._line("you> ")

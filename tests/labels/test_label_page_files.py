@@ -140,13 +140,29 @@ def test_no_text_can_become_markup_or_code() -> None:
         "prompt.js",
         "page.js",
         "keys.js",
+        "server.js",
     } == set(sources)
     way = re.compile(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new "
         r"Function|DOMParser|createContextualFragment|setHTML|\bfetch\b|import\("
     )
-    assert {name: way.findall(text) for name, text in sources.items() if way.search(text)} == {}
+    found = {name: way.findall(text) for name, text in sources.items() if way.search(text)}
+    assert found == {"server.js": ["fetch"]}
+    assert "fetch(" not in page.render(pairs(1))  # by itself the page sends nothing
     assert "</script" not in "".join(text for name, text in sources.items() if name.endswith(".js"))
+
+
+def test_a_server_lets_the_page_send_its_labels_and_nothing_else() -> None:
+    served = page.Served("Ada", "/annotate/token", None)
+    text = page.render(pairs(1), served)
+    alone, from_server = page.policy(), page.policy(served)
+    script = next(rule for rule in alone.split("; ") if rule.startswith("script-src"))
+    rest = [rule for rule in alone.split("; ") if rule != script]
+    assert [rule for rule in from_server.split("; ") if rule in rest] == rest
+    assert from_server.endswith("; connect-src 'self'") and "connect-src" not in alone
+    assert from_server in text and "hand it over yourself" not in text
+    data = json.loads(Elements(text).texts("script")[0])
+    assert data["server"] == {"annotator": "Ada", "post": "/annotate/token", "kept": None}
 
 
 def test_prompt_that_can_not_be_shown_is_refused(tmp_path: Path) -> None:

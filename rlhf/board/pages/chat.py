@@ -30,6 +30,7 @@ _RANGES = {  # smallest and largest
     "top_p": (0.01, 1.0),
     "max_response_length": (1, 4096),
 }
+_WHOLE = ("max_response_length",)  # numbers without a fraction
 
 
 class Rooms:
@@ -140,7 +141,7 @@ def _number(name: str, given: dict[str, str], errors: dict[str, str], t: Any) ->
     least, most = _RANGES[name]
     try:
         value = float(given.get(name, ""))
-        if least <= value <= most and (isinstance(least, float) or value == int(value)):
+        if least <= value <= most and (name not in _WHOLE or value == int(value)):
             return value
     except (ValueError, OverflowError):
         pass

@@ -55,6 +55,7 @@ def _before_and_after(made: Made) -> dict[str, str]:
         before = Path(parent.path)
         if parent.kind == "policy" and before.is_dir():
             out["stage.before"] = parent.path
+    return out
 
 
 def _form(stage: str, options: dict[str, str]) -> str:
