@@ -31,6 +31,7 @@ class Voice:
     max_response_length: int = 256
     temperature: float = 0.7
     top_p: float = 1.0
+    chat_template: str | None = None  # name of one of ours; None: the tokenizer's own
     trust_remote_code: bool = False
 
 

@@ -34,7 +34,7 @@ class Cut:
 
 def talker_of(options: dict[str, Any]) -> Any:
     """The model of options["path"]. options: max_prompt_length and max_response_length in tokens,
-    temperature, top_p. Raises UserError for a directory that can't talk.
+    temperature, top_p, chat_template. Raises UserError for a directory that can't talk.
     """
     from rlhf.models.encoding import require_template
     from rlhf.models.loading import load_causal_lm, load_tokenizer
@@ -44,7 +44,7 @@ def talker_of(options: dict[str, Any]) -> Any:
 
     path = options["path"]
     model = ModelConfig(path=path, trust_remote_code=bool(options.get("trust_remote_code")))
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, options.get("chat_template"))
     require_template(tokenizer, f"chat with {path}")
     longest = options["max_prompt_length"] + options["max_response_length"]
     sampling = Sampling(options["max_response_length"], options["temperature"], options["top_p"])

@@ -154,14 +154,9 @@ def test_what_can_not_be_answered_is_told(tmp_path: Path, held: Any) -> None:
 
 @pytest.fixture(scope="module")
 def talking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.export.made import CHATML, language_model
-    from tests.models import families
+    from tests.acting import turning_policy
 
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = families.made(template=CHATML)
-    language_model("llama", tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return turning_policy(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -179,13 +174,16 @@ def workers(tmp_path: Path) -> Iterator[Callable[..., Workers]]:
 
 def test_a_model_answers_from_its_process(talking_model: Path, workers: Any) -> None:
     pool = workers()
-    voice = Voice(str(talking_model), max_prompt_length=100, max_response_length=12)
+    voice = Voice(
+        str(talking_model), max_prompt_length=60, max_response_length=12, chat_template="plain"
+    )
     worker = pool.get(voice)
     assert pool.get(voice) is worker and pool.loaded() == [str(talking_model)]
     pieces: list[str] = []
     ask = [{"role": "user", "content": "the cat"}]
     first = worker.ask(ask, 1, False, pieces.append)
-    assert "".join(pieces) == first[0] and first == worker.ask(ask, 1, False, str)
+    assert "".join(pieces) == first[0]
+    assert first == worker.ask(ask, 1, False, str)
     with pytest.raises(UserError, match="tokens"):
         worker.ask([{"role": "user", "content": "the cat " * 200}], 1, False, str)
     assert worker.ask(ask, 1, False, str) == first  # it goes on
@@ -220,13 +218,14 @@ def test_a_directory_that_is_no_model(tmp_path: Path, workers: Any) -> None:
 
 def test_the_page_end_to_end(tmp_path: Path, talking_model: Path) -> None:
     with board(tmp_path) as client:
-        refused = client.post("/chat", data={"model": "", "temperature": "-1", "top_p": "1"})
-        assert refused.status_code == 422 and refused.text.count('aria-invalid="true"') == 3
+        refused = client.post("/chat", data={"model": "", "temperature": "-1", "template": "x"})
+        assert refused.status_code == 422 and refused.text.count('aria-invalid="true"') == 5
         asked = {
             "model": str(talking_model),
             "temperature": "1",
             "top_p": "1",
-            "max_response_length": "8",
+            "max_response_length": "60",
+            "template": "plain",
             "system": "Be <b>kind</b>.",
         }
         link = client.post("/chat", data=asked).headers["location"]

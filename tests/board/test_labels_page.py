@@ -32,7 +32,7 @@ def links(client: Any) -> list[str]:
     return re.findall(r'href="(/annotate/[^"]+)"', client.get(PAGE).text)
 
 
-def labels(made: Any, annotator: str, count: int, saved: str, **changes: Any) -> dict[str, Any]:
+def labels(made: Any, annotator: str, count: int, saved: str) -> dict[str, Any]:
     """A labels file as the page makes it."""
     entries = [
         {
@@ -49,7 +49,7 @@ def labels(made: Any, annotator: str, count: int, saved: str, **changes: Any) ->
         for task in made.tasks[:count]
     ]
     head = {"format": "rlhf-labels", "version": 1, "export": ID, "annotator": annotator}
-    return {**head, "saved": saved, "labels": entries} | changes
+    return {**head, "saved": saved, "labels": entries}
 
 
 def sent(client: Any, link: str, content: dict[str, Any], known: str = "") -> Any:
@@ -112,7 +112,7 @@ def test_what_is_no_labels_file_changes_nothing(tmp_path: Path, changes: dict[st
     made = export(tmp_path)
     with board(tmp_path) as client:
         link = add(client, "Ada")
-        answer = sent(client, link, labels(made, "Ada", 1, "2031-01-01T00:00:01Z", **changes))
+        answer = sent(client, link, labels(made, "Ada", 1, "2031-01-01T00:00:01Z") | changes)
         assert answer.status_code == 422 and str(tmp_path) not in answer.text
         assert client.post(link, content=b"\xff{").status_code == 422
     assert not list((tmp_path / "runs" / ".board" / "labels" / ID / "files").iterdir())

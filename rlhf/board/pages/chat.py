@@ -19,6 +19,7 @@ from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.talking import Chat, Chats
 from rlhf.board.workers import Voice, Workers
 from rlhf.models.directories import contents
+from rlhf.models.templates import NAMES as TEMPLATES
 from rlhf.run.models import is_classifier
 from rlhf.serving.conversation import Conversation
 from rlhf.types import UserError
@@ -102,6 +103,7 @@ def _start(
         chats=rooms.chats.all(),
         loaded=rooms.workers.loaded(),
         names=_names,
+        templates=TEMPLATES,
     )
 
 
@@ -116,6 +118,8 @@ def _begin(request: Request, rooms: Rooms, given: dict[str, str]) -> Response:
             problem = t("chat.model.missing")
         if problem:
             errors[name] = problem
+    if given.get("template", "") not in ("", *TEMPLATES):
+        errors["template"] = t("chat.template.unknown")
     if errors:
         return _start(request, rooms, given, errors)
     paths = [given["model"]]
@@ -127,6 +131,7 @@ def _begin(request: Request, rooms: Rooms, given: dict[str, str]) -> Response:
             max_response_length=int(numbers["max_response_length"]),
             temperature=numbers["temperature"],
             top_p=numbers["top_p"],
+            chat_template=given.get("template") or None,
         )
         for path in paths
     )
