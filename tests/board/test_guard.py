@@ -89,6 +89,8 @@ def test_every_answer_has_the_policy(client: Any, words: list[str]) -> None:
         assert "default-src 'none'" in policy and "trusted-types 'none'" in policy
         assert "unsafe" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
+        # with no-referrer a browser calls the origin of our own forms null
+        assert answer.headers["referrer-policy"] == "same-origin"
     assert answers[3].status_code == 404
 
 

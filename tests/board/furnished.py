@@ -1,0 +1,47 @@
+"""A folder of runs with something on every page of the rooms."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.labels.ledger import write_export
+from tests.acting import turning_policy
+from tests.labels.page_exports import pairs
+
+PAIRS = "prompt,chosen,rejected\nHi,Hello you,Go away\nWhy?,Because.,No.\n"
+
+
+def furnish(folder: Path) -> Path:
+    """`folder`/runs with an upload, an export of labels, two models and the doctor's findings."""
+    runs = folder / "runs"
+    model = runs / "demo" / "sft" / "model"
+    model.parent.mkdir(parents=True)
+    turning_policy(model)
+    _finish(model.parent, "sft", {"eval_loss": 1.5}, [])
+    reward = runs / "demo" / "reward" / "model"
+    reward.mkdir(parents=True)
+    head = {"architectures": ["LlamaForSequenceClassification"]}
+    (reward / "config.json").write_text(json.dumps(head))
+    parent = {"kind": "policy", "path": str(model), "from": {"run": "../sft", "stage": "sft"}}
+    _finish(reward.parent, "reward", {"accuracy": 0.75}, [parent])
+    write_export(pairs(3), runs / "people" / "label")
+    uploads = runs / ".board" / "uploads"
+    uploads.mkdir(parents=True)
+    (uploads / "pairs.csv").write_text(PAIRS)
+    doctor = runs / ".board" / "doctor"
+    doctor.mkdir()
+    findings = [
+        {"name": name, "state": state, "found": "something", "remedy": "do something"}
+        for name, state in (("python", "ok"), ("disk", "fail"), ("vllm", "warn"), ("gpu", "info"))
+    ]
+    (doctor / "findings.json").write_text(json.dumps({"findings": findings}))
+    return runs
+
+
+def _finish(
+    folder: Path, stage: str, metrics: dict[str, float], parents: list[dict[str, Any]]
+) -> None:
+    summary = {"stage": stage, "steps": 3, "wall_s": 1.0, "metrics": metrics, "model": "model"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    manifest = {"stage": stage, "parents": parents, "data": [], "starts": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
