@@ -61,6 +61,7 @@ def run(ctx: HasConfig) -> None:
     if stage.token_env is not None:
         fixed = bearer_token(stage.token_env, "stage.token_env")
     with listen(stage.host, stage.port) as listener:
+        listener.listen()  # who opens the link at once waits for the server, and is not refused
         port = listener.getsockname()[1]
         own = f"{_SCHEME}://{_in_url(stage.host)}:{port}"
 

@@ -163,6 +163,7 @@ def test_a_chat_with_a_blind_choice(visit: Any, runs: Path) -> None:
     page.get_by_role("link", name="demo/sft").click()
     page.locator("summary").first.click()
     page.select_option("#template", "plain")
+    page.fill("#temperature", "3")  # or both answers would be empty
     page.get_by_role("button", name="Begin").click()
     page.fill("#message", "go on")
     page.get_by_role("button", name="Send and compare two answers").click()
