@@ -201,8 +201,9 @@ COME_ALONG = {
     "starlette": "fastapi",
     "tqdm": "transformers",
 }
-# What of ours only a process with the extra imports: the second runs in a vLLM server.
-BEHIND_AN_EXTRA = ("reward/service/", "rollout/server/extension.py")
+# What of ours only a process with the extra imports: the second runs in a vLLM server, the third is
+# behind the check of stage=board.
+BEHIND_AN_EXTRA = ("reward/service/", "rollout/server/extension.py", "rlhf/board/")
 
 
 def extra_of(distribution: str) -> str:
