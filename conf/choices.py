@@ -344,6 +344,7 @@ class Recipe(Enum):
     none = "none"
     reviews = "reviews"
     smollm2 = "smollm2"
+    films = "films"
     gym = "gym"
     arithmetic = "arithmetic"
 

@@ -3,17 +3,19 @@ proofs run on real input without a hub.
 
 Files appear under ``<run.dir>/<run.name>/recipe`` with a ``meta.json`` that says what they were
 built from; what a recipe holds is written in its own module (rlhf/data/recipes/reviews.py,
-rlhf/data/recipes/smollm2.py, rlhf/data/recipes/gym.py, rlhf/data/recipes/arithmetic.py).
+rlhf/data/recipes/smollm2.py, rlhf/data/recipes/films.py, rlhf/data/recipes/gym.py,
+rlhf/data/recipes/arithmetic.py).
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from conf.choices import Recipe
 from conf.schema import DataConfig, GymConfig, RunConfig
-from rlhf.data.recipes import arithmetic, gym, reviews, smollm2
+from rlhf.data.recipes import arithmetic, films, gym, reviews, smollm2
 from rlhf.process import distributed
 from rlhf.process.files import sha256
 from rlhf.process.libraries import package_file
@@ -57,18 +59,27 @@ def _reviews(folder: Path, seed: int, overwrite: bool) -> None:
 
 
 def _smollm2(folder: Path, seed: int, overwrite: bool) -> None:
+    _chat(folder, seed, overwrite, smollm2)
+
+
+def _films(folder: Path, seed: int, overwrite: bool) -> None:
+    _chat(folder, seed, overwrite, films)
+
+
+def _chat(folder: Path, seed: int, overwrite: bool, recipe: Any) -> None:
+    """Rows of the reviews for the pretrained chat model, and the model itself beside them."""
     table = package_file(reviews.DISTRIBUTION, reviews.TABLE, reviews.REQUIREMENT)
     gguf = package_file(smollm2.DISTRIBUTION, smollm2.GGUF, smollm2.REQUIREMENT)
     origin = {
-        "recipe": "smollm2",
-        "format": smollm2.FORMAT_VERSION,
+        "recipe": recipe.__name__.rpartition(".")[2],
+        "format": recipe.FORMAT_VERSION,
         "seed": seed,
         "source": reviews.REQUIREMENT,
         "source_sha256": sha256(table),
     }
     origin |= {"model": smollm2.REQUIREMENT, "model_sha256": sha256(gguf)}
     if not is_current(folder, origin, overwrite):
-        write_all(folder, smollm2.rows(reviews.read_reviews(table), seed), origin)
+        write_all(folder, recipe.rows(reviews.read_reviews(table), seed), origin)
     smollm2.convert(gguf, folder / smollm2.MODEL_FOLDER)
 
 
@@ -133,5 +144,6 @@ def write_all(folder: Path, files: Rows, origin: Mapping[str, object]) -> None:
 _BUILDERS: dict[Recipe, Callable[[Path, int, bool], None]] = {
     Recipe.reviews: _reviews,
     Recipe.smollm2: _smollm2,
+    Recipe.films: _films,
     Recipe.arithmetic: _arithmetic,
 }
