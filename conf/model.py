@@ -61,6 +61,9 @@ class ModelConfig:
     path: str | None = option(
         None, "Local directory or hub name; null with kind=tiny builds one from model.tiny."
     )
+    revision: str | None = option(
+        None, "Branch, tag or commit of the hub's model at model.path; null: main.", filled=True
+    )
     gguf_file: str | None = option(
         None, "Name of the GGUF file in model.path; null: the weights are no GGUF file."
     )

@@ -27,6 +27,7 @@ from conf.stages import TrainStage
 from rlhf.cli import config, options, presets
 from rlhf.cli.config import check_overrides, prepare
 from rlhf.cli.presets import module_name, stage_schema
+from rlhf.models.directories import pinned
 from rlhf.process import distributed, redaction, supervision
 from rlhf.process.libraries import quiet_libraries
 from rlhf.process.supervision import Watchdog, record_failure
@@ -307,6 +308,9 @@ def _checked(cfg: Config, name: str, modules: Modules) -> Any:
         # timeout would tell a consequence.
         distributed.initialise(max(30.0, limit / 60 + 10.0))
         watchdog.phase("download")
+        if cfg.model.revision is not None and cfg.model.path is not None:
+            # a directory from here on: config.yaml names the very commit
+            cfg.model.path, cfg.model.revision = pinned(cfg.model.path, cfg.model.revision), None
         if cfg.data.recipe is not Recipe.none:
             modules(_RECIPE).ensure(cfg.data, cfg.run)
         watchdog.phase("preflight")

@@ -244,6 +244,7 @@ OWN: tuple[Key, ...] = (
     *computes(("num_epochs", "max_steps"), shared.LENGTH, either(shared.length, online.length)),
     to("learning_rate", "stage.learning_rate", number),
     to("weight_decay", "stage.weight_decay", number),
+    Key("revision_of_model", ("model.revision",), shared.revision),
     to("neftune_noise_alpha", "stage.neftune_alpha", number),
     to("noisy_embedding_alpha", "stage.neftune_alpha", number),
     to("adam_beta1", "stage.adam_beta1", number),

@@ -98,7 +98,6 @@ REST: tuple[Key, ...] = (
         resize_token_embeddings_to_32x
         """,
     ),
-    *missing("the model of a branch or a commit", "revision_of_model"),
     *missing(
         "checkpoints hold the optimizer's state, so that they can be resumed", "save_only_model"
     ),

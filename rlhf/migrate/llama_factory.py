@@ -217,7 +217,7 @@ def _reward_model(s: Settings, value: Any) -> Answer:
 
 OWN: tuple[Key, ...] = (
     *computes(("model_name_or_path",), ("model.path",), _model),
-    Key("model_revision", (), shared.revision),
+    Key("model_revision", ("model.revision",), shared.revision),
     to("trust_remote_code", "model.trust_remote_code", flag),
     alone("adapter_name_or_path", ("adapter.load", "model.path"), _continued),
     to("flash_attn", "model.attn_implementation", shared.attention),

@@ -344,7 +344,7 @@ def revision(s: Settings, value: Any) -> Answer:
     """The branch or commit of a model."""
     if value == "main":
         return Answer(Fate.idle, note="the hub's default, as here")
-    return impossible("download this revision, and give its directory as model.path")
+    return Answer(Fate.taken, {"model.revision": str(value)})
 
 
 RUN = ("run.dir", "run.name")

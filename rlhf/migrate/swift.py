@@ -177,7 +177,7 @@ def _truncation(value: Any) -> bool:
 
 OWN: tuple[Key, ...] = (
     to("model", "model.path", str, "of Hugging Face's hub, or a directory"),
-    Key("model_revision", (), shared.revision),
+    Key("model_revision", ("model.revision",), shared.revision),
     to("torch_dtype", "model.dtype", lambda value: str(value).removeprefix("torch.")),
     to("attn_impl", "model.attn_implementation", shared.attention),
     to("attention_backend", "model.attn_implementation", shared.attention),

@@ -177,7 +177,7 @@ def _episodes(s: Settings) -> Answer:
 OWN: tuple[Key, ...] = (
     to("model_name_or_path", "model.path", str),
     to("sft_model_path", "model.path", str),
-    Key("model_revision", (), shared.revision),
+    Key("model_revision", ("model.revision",), shared.revision),
     to("trust_remote_code", "model.trust_remote_code", flag),
     to("attn_implementation", "model.attn_implementation", shared.attention),
     *computes(("dtype", "torch_dtype"), ("model.dtype",), shared.dtype),

@@ -30,13 +30,7 @@ CLASSIFIER = "SEQ_CLS"  # PEFT's task type of a reward model's adapter
 # how the names of input embeddings end in the model families
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 # PEFT's types whose update no weights can hold: they stay beside their base
-NATIVE = (
-    "PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "BOTTLENECK",
-    "MOLORA",
-)
+NATIVE = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "BOTTLENECK", "MOLORA")
 # those that nothing here can run
 _UNREADABLE = ("MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
 
@@ -166,6 +160,19 @@ def may_be_hub_name(path: str) -> bool:
     """Whether `path` looks like ``owner/name`` or ``name`` of a model hub."""
     looks_local = os.path.isabs(path) or path.startswith((".", "~", "runs/"))
     return not looks_local and path.count("/") <= 1 and not Path(path).exists()
+
+
+def pinned(name: str, revision: str) -> str:
+    """The local copy of a hub's model at a branch, tag or commit. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    what = f"model.path={name} model.revision={revision}"
+    if not may_be_hub_name(name):
+        raise UserError(f"{what}: that is no hub's name. Leave model.revision out.")
+    try:
+        return snapshot_download(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: can't be downloaded ({error}).") from error
 
 
 def _check_directory(directory: Path, name: str) -> None:

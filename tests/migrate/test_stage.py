@@ -306,8 +306,8 @@ def test_a_critic_without_a_reward_model_starts_from_the_policy(tmp_path: Path) 
     assert "stage.critic_init" not in read(path).options
 
 
-@pytest.mark.parametrize(("value", "fate"), [("main", Fate.idle), ("9d2fa1c", Fate.impossible)])
-def test_a_revision_is_the_hubs_or_a_directory(value: str, fate: Fate, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "fate"), [("main", Fate.idle), ("9d2fa1c", Fate.taken)])
+def test_a_revision_is_taken_over(value: str, fate: Fate, tmp_path: Path) -> None:
     path = write(tmp_path, "llama_factory", f"\nmodel_revision: {value}")
     line = next(line for line in read(path).lines if line.key == "model_revision")
     assert line.answer.fate is fate
