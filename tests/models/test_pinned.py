@@ -52,6 +52,6 @@ def test_a_command_goes_on_with_the_directory(
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 20, encoding="utf-8")
     given = ["stage=sft", "run.dry_run=true", f"run.dir={tmp_path}", f"data.path={rows}"]
     given += ["model.path=owner/model", "model.revision=v1", "tracking=none"]
-    assert main([*given, "stage.steps=1", "stage.batch_size=2"]) == 0
+    assert main([*given, "stage.steps=1", "stage.batch_size=2", "stage.max_length=32"]) == 0
     shown = capsys.readouterr().out
     assert f"path: {cache / COMMITS['v1']}" in shown and "revision: null" in shown
