@@ -27,6 +27,7 @@ class Place:
     upload_bytes: int  # of one file
     remote_code: bool  # whether a form may set model.trust_remote_code
     at_once: int = 1  # runs at a time where there is no CUDA device
+    folders: tuple[Path, ...] = ()  # further ones whose files a form may name
     jobs: Jobs = field(init=False)
 
     def __post_init__(self) -> None:

@@ -55,7 +55,12 @@ def run(ctx: HasConfig) -> None:
     runs = Path(cfg.run.dir).expanduser().resolve()
     uploads = Path(stage.uploads).expanduser() if stage.uploads else runs / FOLDER / "uploads"
     place = Place(
-        runs, uploads.resolve(), stage.upload_mib << 20, stage.trust_remote_code, stage.at_once
+        runs,
+        uploads.resolve(),
+        stage.upload_mib << 20,
+        stage.trust_remote_code,
+        stage.at_once,
+        tuple(Path(folder).expanduser().resolve() for folder in stage.folders),
     )
     fixed = None
     if stage.token_env is not None:

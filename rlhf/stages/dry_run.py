@@ -1,13 +1,17 @@
 """``run.dry_run=true`` of a training stage: the launch command, the arithmetic of its batches, its
 first rows as tokens, and its memory plan.
 
-Tokenizers and data files are read; no weights are, and nothing is written.
+Tokenizers and data files are read; no weights are, and nothing is written but the file that the
+environment variable `FACTS_FILE` names: the same as JSON, for the board.
 """
 
+import json
 import logging
+import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from conf import published
@@ -15,13 +19,15 @@ from conf.run import LaunchKind
 from conf.schema import Config
 from conf.stages import OfflineStage, OnlineStage
 from reward.terms import scoring_models
+from rlhf.board.forms.looking import FACTS_FILE
 from rlhf.checks import capacity, launch
 from rlhf.checks.arithmetic import offline_arithmetic, online_arithmetic
-from rlhf.checks.memory.moments import machine_of
+from rlhf.checks.memory import fit
+from rlhf.checks.memory.moments import Plan, machine_of
 from rlhf.checks.memory.plan import plan
 from rlhf.checks.memory.shapes import can_plan, shapes_of
 from rlhf.checks.memory.states import GIB
-from rlhf.checks.memory.tables import plan_table
+from rlhf.checks.memory.tables import answers, plan_table, roles_of
 from rlhf.cli import config
 from rlhf.data import reading
 from rlhf.data.formats import Use
@@ -32,6 +38,7 @@ from rlhf.run.directory import run_directory
 from rlhf.stages import rows as stage_rows
 
 LOG = logging.getLogger("rlhf")
+Facts = dict[str, Any]
 ROWS = 2  # shown as tokens where data.preview doesn't say how many
 
 
@@ -40,14 +47,18 @@ def show(cfg: Config, argv: Sequence[str]) -> None:
     not train on.
     """
     print(config.to_yaml(cfg))
+    facts: Facts = {}
     if isinstance(cfg.stage, (OfflineStage, OnlineStage)):
-        _show_training(cfg, argv)
+        facts = _show_training(cfg, argv)
+    if FACTS_FILE in os.environ:
+        text = json.dumps(facts, ensure_ascii=False, default=lambda member: member.value)
+        Path(os.environ[FACTS_FILE]).write_text(text, encoding="utf-8")
     print(
         f"dry run: stage={cfg.stage.name} composes and passes its checks; no weights were loaded."
     )
 
 
-def _show_training(cfg: Config, argv: Sequence[str]) -> None:
+def _show_training(cfg: Config, argv: Sequence[str]) -> Facts:
     for note in published.outside_range(cfg.stage, cfg.adapter.kind):
         LOG.warning(note)
     ranks = launch.count_ranks(cfg.engine, dry_run=True)
@@ -70,8 +81,10 @@ def _show_training(cfg: Config, argv: Sequence[str]) -> None:
     _print_figures("batches", figures)
     if rows.previews:
         console().print(render(rows.previews))
+    facts = {"figures": figures, "rows": rows.count, "previews": list(map(asdict, rows.previews))}
     if can_plan(cfg.model):
-        _print_plan(cfg)
+        facts["memory"] = _print_plan(cfg)
+    return facts
 
 
 def launch_command(argv: Sequence[str], ranks: int) -> str:
@@ -139,7 +152,7 @@ def _print_figures(title: str, figures: dict[str, str]) -> None:
     console().print(table)
 
 
-def _print_plan(cfg: Config) -> None:
+def _print_plan(cfg: Config) -> Facts:
     size, nodes = cfg.model.params, cfg.launch.nodes
     machine = machine_of(cfg.engine, size, all_devices=False, nodes=nodes)
     scoring = []
@@ -166,3 +179,25 @@ def _print_plan(cfg: Config) -> None:
         f"  peak {planned.device_gib:.1f} GiB of {planned.usable_gib:.1f} usable on each "
         f"{'device' if machine.cuda else 'rank'}: {verdict}"
     )
+    facts = _plan_facts(planned, [*notes, *machine.notes, *planned.notes])
+    facts |= {"disk_gib": need.total / GIB, "free_gib": free / GIB}
+    if not planned.fits:
+        facts["remedies"] = answers(fit.rows(cfg, shapes, machine), machine)
+    return facts
+
+
+def _plan_facts(planned: Plan, notes: Sequence[str]) -> Facts:
+    """A plan as JSON has it, in GiB of a device or a rank."""
+    peak = planned.peak()
+    held = [name for name in roles_of(planned) if name in peak.roles]
+    roles = {name: peak.roles[name].device / GIB for name in held}
+    return {
+        "peak_gib": planned.device_gib,
+        "usable_gib": planned.usable_gib,
+        "phase": peak.phase.value,
+        "roles": roles,
+        "fits": planned.fits,
+        "problem": planned.obstacle,
+        "notes": list(notes),
+        "device": planned.machine.cuda,
+    }
