@@ -281,6 +281,9 @@ class BoardStage:
         unit="MiB",
         at_least=1,
     )
+    folders: list[str] = option(
+        [], "Further folders whose files and models the page may name, beside run.dir and uploads."
+    )
     at_once: int = option(
         1, "Runs at once where there is no GPU; each GPU has one at a time.", at_least=1
     )

@@ -49,7 +49,7 @@ class Scalar(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field; `key` is the option's, of a preset the group's, inside an item without the item's."""
+    """A field; `key` is the option's, of a preset the group's, inside an item without its name."""
 
     key: str
     widget: Widget

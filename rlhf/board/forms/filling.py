@@ -53,8 +53,8 @@ class Filled:
 
 
 def fill(place: Place, stage: str, sent: Sent) -> Filled:
-    """The form of `stage` with what was sent: the fields of a form that came back, or a link's dotted
-    options.
+    """The form of `stage` with what was sent: the fields of a form that came back, or the dotted
+    options of a link.
     """
     form = form_of(stage, place.remote_code)
     singles = {name: values[-1] for name, values in sent.items() if values}

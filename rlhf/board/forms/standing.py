@@ -27,7 +27,7 @@ def command_of_file(stage: str, folder: Path, name: str) -> str:
 
 
 def experiment(stage: str, presets: Presets, changed: Mapping[str, Any], runs: Path) -> str:
-    """The YAML of an experiment of one's own. changed: values by dotted option, as JSON has them."""
+    """The YAML of an experiment. changed: values by dotted option, as JSON has them."""
     lines = ["# @package _global_", f"# For stage={stage}."]
     lines += _defaults(stage, presets)
     nested: dict[str, Any] = {"run": {"dir": str(runs)}}
