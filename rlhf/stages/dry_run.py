@@ -180,7 +180,7 @@ def _print_plan(cfg: Config) -> Facts:
         f"{'device' if machine.cuda else 'rank'}: {verdict}"
     )
     facts = _plan_facts(planned, [*notes, *machine.notes, *planned.notes])
-    facts |= {"disk_gib": need.total / GIB, "free_gib": free / GIB}
+    facts |= {"disk_gib": need.total / GIB, "free_gib": free / GIB, "remedies": []}
     if not planned.fits:
         facts["remedies"] = answers(fit.rows(cfg, shapes, machine), machine)
     return facts

@@ -55,7 +55,7 @@ _GIVEN = frozenset(
 )
 REMOTE_CODE = "model.trust_remote_code"
 _PRESETS = {"environment": ("python", "http")}  # refused ones
-_VALUES = {f"{_TERM}.kind": ("function", "remote")}
+_VALUES = {f"{_TERM}.kind": ("function", "remote"), "stage.judges": ("function",)}
 # What environment.tools may name: any other entry is a module's function.
 TOOLS = ("calculator", "python", "lookup", "shell")
 

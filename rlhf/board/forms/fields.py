@@ -17,7 +17,7 @@ from conf.schema import GROUPS, Config
 from conf.stages import GROUPS_OF, STAGES
 from rlhf.board.forms import allowed
 from rlhf.board.forms.basic import BASIC
-from rlhf.cli.options import Described, is_group, item_type, options_of
+from rlhf.cli.options import NAME, Described, is_group, item_type, options_of
 from rlhf.cli.presets import choices, stage_schema
 
 NONE = "null"  # the preset of no experiment, as conf/config.yaml has it
@@ -209,11 +209,13 @@ _VALUES = {
 
 def _inner(item: type, parent: str) -> list[Field]:
     """The fields of a dictionary's item, but those that no page may set."""
-    return [
-        dataclasses.replace(field, choices=allowed.values(f"{parent}.{field.key}", field.choices))
-        for field in fields_of(item, "")
-        if allowed.may_set(f"{parent}.<name>.{field.key}", remote_code=False)
-    ]
+    found = []
+    for field in fields_of(item, ""):
+        key = f"{parent}.{NAME}.{field.key}"
+        if allowed.may_set(key, remote_code=False):
+            names = allowed.values(key, field.choices)
+            found.append(dataclasses.replace(field, choices=names))
+    return found
 
 
 @functools.cache
@@ -223,7 +225,7 @@ def step_fields(step: str) -> tuple[Field, ...]:
 
 
 def _list(option: Described, item: Any, *, nullable: bool) -> Field:
-    names = _choices(item, option)
+    names = allowed.values(option.key, _choices(item, option))
     widget = Widget.lines
     # weights belong to losses by their order, which boxes don't have
     if names and option.key not in ("stage.losses", "stage.dpo_losses"):

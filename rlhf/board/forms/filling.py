@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.run import LaunchKind
 from conf.schema import Config
 from rlhf.board.app import Place
 from rlhf.board.forms import allowed, base, rows
@@ -130,7 +129,7 @@ def _take(filled: Filled, place: Place, old: Base, sent: Sent) -> None:
     def look_at(parent: str) -> rows.Look:
         def look(of: Field, value: Any, name: str) -> None:
             inside = f"{parent}.{NAME}.{of.key}"
-            check_value(parent if of.key == rows.VALUE else inside, value, folders)
+            check_value(parent if of.key == parent else inside, value, folders)
 
         return look
 
@@ -230,7 +229,7 @@ def _compose(filled: Filled, place: Place) -> None:
         cfg = filled.base.cfg if not filled.changed else None
         cfg = cfg or base.compose(written)
     except UserError as error:
-        _put(filled, place_of(str(error), filled), told(str(error)))
+        place_problem(filled, str(error))
         return
     for key, value in filled.changed.items():
         if not _has(cfg, key, value):
@@ -243,8 +242,6 @@ def _check_whole(filled: Filled, place: Place) -> None:
     """What no field alone decides."""
     cfg = filled.cfg
     assert cfg is not None
-    if cfg.launch.kind is not LaunchKind.none:
-        filled.problems[base.EXPERIMENT] = Problem("forms.error.launch")
     if cfg.model.trust_remote_code and not place.remote_code:
         filled.top.append(Problem("forms.error.remote_code"))
     if not allowed.is_run_name(cfg.run.name):
@@ -286,6 +283,11 @@ def place_of(message: str, filled: Filled) -> str | None:
         if _input(match[0], filled) is not None:
             return match[0]
     return None
+
+
+def place_problem(filled: Filled, message: str) -> None:
+    """What the configuration or a stage's check says, at its field."""
+    _put(filled, place_of(message, filled), told(message))
 
 
 def _put(filled: Filled, key: str | None, problem: Problem) -> None:

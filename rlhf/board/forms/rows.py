@@ -62,6 +62,11 @@ def rows_of(of: Field, value: Any) -> list[Row]:
     ]
 
 
+def blank(of: Field) -> Row:
+    """A row that nothing was written into."""
+    return Row("", _item_texts(fields_of_row(of, ""), {}) if of.widget is Widget.items else {})
+
+
 def _flat(of: Field, value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     """The items of a dictionary of anything; of dictionaries inside it ``task.option``."""
     for name, inner in value.items():
