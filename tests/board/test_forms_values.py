@@ -53,11 +53,11 @@ def test_texts_as_values(key: str, text: str, value: Any) -> None:
         ("stage.steps", "1.5", "whole"),
         ("stage.steps", "9" * 5000, "whole"),
         ("stage.steps", "٣", "whole"),
-        ("adapter.name", " ", "range"),
+        ("adapter.name", " ", "empty"),
         ("adapter.name", "a\nb", "line"),
         ("adapter.name", "a\x00b", "line"),
         ("adapter.name", "${oc.env:HOME}", "reference"),
-        ("adapter.targets", "", "range"),
+        ("adapter.targets", "", "empty"),
         ("engine.zero_stage", "9", "choice"),
         ("stage.advantage", "", "empty"),
         ("stage.dropout", "yes", "choice"),
@@ -100,3 +100,13 @@ def test_dataclasses_and_enumerations_as_json() -> None:
     made = plain({"a": [RewardTerm(kind=TermKind.math)]})
     assert made["a"][0]["kind"] == "math" and made["a"][0]["paths"] == []
     assert told("x").values == {"text": "x"}
+
+
+def test_ranges_in_signs() -> None:
+    from conf.options import OptionInfo
+    from rlhf.board.forms.values import in_signs
+
+    assert in_signs(OptionInfo(doc="", at_least=1)) == "≥ 1"
+    assert in_signs(OptionInfo(doc="", above=0, at_most=1)) == "(0, 1]"
+    assert in_signs(OptionInfo(doc="", below=0.5)) == "< 0.5"
+    assert in_signs(OptionInfo(doc="")) == ""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any
 
+from conf.options import OptionInfo
 from rlhf.board.forms.fields import Field, Scalar, Widget
 from rlhf.cli.options import value_text
 
@@ -87,8 +88,25 @@ def read(of: Field, given: Sequence[str]) -> Any:
         value = _single(of, given[-1] if given else "")
     info = None if of.option is None else of.option.info
     if info is not None and not info.allows(value):
-        raise Problem("forms.error.range", {"range": info.range_text()})
+        if info.filled:
+            raise Problem("forms.error.empty")
+        raise Problem("forms.error.range", {"range": in_signs(info) or info.range_text()})
     return value
+
+
+def in_signs(info: OptionInfo) -> str:
+    """The range in signs that every language has; empty without one."""
+    low = info.above if info.above is not None else info.at_least
+    high = info.below if info.below is not None else info.at_most
+    if low is not None and high is not None:
+        left = "(" if info.above is not None else "["
+        right = ")" if info.below is not None else "]"
+        return f"{left}{low:g}, {high:g}{right}"
+    if low is not None:
+        return f"{'>' if info.above is not None else '≥'} {low:g}"
+    if high is not None:
+        return f"{'<' if info.below is not None else '≤'} {high:g}"
+    return ""
 
 
 def _items(of: Field, given: Sequence[str]) -> list[Any] | None:

@@ -11,8 +11,9 @@ from rlhf.board.forms import rows
 from rlhf.board.forms.basic import TERMS
 from rlhf.board.forms.fields import Field, Widget
 from rlhf.board.forms.filling import Filled
+from rlhf.board.forms.offers import OFFERED
 from rlhf.board.forms.rows import ROWS, Row
-from rlhf.board.forms.values import Problem, texts
+from rlhf.board.forms.values import Problem, in_signs, texts
 from rlhf.board.rendering import words
 from rlhf.cli import presets
 
@@ -35,6 +36,11 @@ class Input:
     problem: str | None
     terms: Sequence[str] = ()
     rows: Sequence["Entry"] = ()
+
+    @property
+    def offer(self) -> str | None:
+        """The list of what may be chosen here, beside anything else."""
+        return OFFERED.get(self.name)
 
     @property
     def value(self) -> str:
@@ -195,7 +201,8 @@ class View:
 
     def _entry(self, of: Field, number: int, row: Row) -> Entry:
         name = f"{of.key}#{number}"
-        first, folded = [], []
+        first: list[Input] = []
+        folded: list[Input] = []
         for each in rows.fields_of_row(of, row.name):
             values = row.texts.get(each.key) or self._usual(each)
             made = self._input(each, f"{name}.{each.key}", values)
@@ -226,7 +233,7 @@ class View:
         unit = ""
         if info.unit is not None:
             unit = self._words.get(f"forms.unit.{info.unit}", info.unit)
-        return " ".join(part for part in (_range(of), unit) if part)
+        return " ".join(part for part in (in_signs(info), unit) if part)
 
     def _told(self, problem: Problem | None) -> str | None:
         return None if problem is None else self.words_of(problem)
@@ -253,25 +260,6 @@ def _is_basic(of: Field, each: Field) -> bool:
         "data.sources": ("path", "weight", "cap", "format", "columns"),
     }
     return each.key in firsts.get(of.key, ())
-
-
-def _range(of: Field) -> str:
-    """The range in signs that every language has."""
-    assert of.option is not None
-    info = of.option.info
-    if info.choices or info.filled:
-        return ""
-    low = info.above if info.above is not None else info.at_least
-    high = info.below if info.below is not None else info.at_most
-    if low is not None and high is not None:
-        left = "(" if info.above is not None else "["
-        right = ")" if info.below is not None else "]"
-        return f"{left}{low:g}, {high:g}{right}"
-    if low is not None:
-        return f"{'>' if info.above is not None else '≥'} {low:g}"
-    if high is not None:
-        return f"{'<' if info.below is not None else '≤'} {high:g}"
-    return ""
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from rlhf.board.forms.basic import stages
 from rlhf.board.forms.costs import costs
 from rlhf.board.forms.filling import Filled, fill, place_problem
 from rlhf.board.forms.looking import Look, look
+from rlhf.board.forms.offers import offers
 from rlhf.board.forms.values import Problem
 from rlhf.board.forms.view import View, preview, summaries
 from rlhf.board.rendering import language_of, page, translator
@@ -182,6 +183,7 @@ class Pages:
             unknown=filled.unknown,
             warnings=warnings,
             summaries=summaries,
+            offers=offers(self._place.runs, self._place.uploads),
             open=opened.partition(".")[0],
             errors=preview(view, t),
             file=str(self._place.runs / _FOLDER / "experiment" / f"{_FILE}.yaml"),
