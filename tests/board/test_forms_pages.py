@@ -50,13 +50,8 @@ class Jobs:
 @pytest.fixture
 def board(tmp_path: Path) -> Any:
     place, jobs = place_in(tmp_path), Jobs()
-    values = {name: getattr(place, name) for name in place.__dataclass_fields__}
-    standing_in = SimpleNamespace(**{**values, "jobs": jobs})
-    return SimpleNamespace(
-        client=client_of(place, (lambda _: new.routes(standing_in),)),  # type: ignore[arg-type]
-        jobs=jobs,
-        place=place,
-    )
+    object.__setattr__(place, "jobs", jobs)
+    return SimpleNamespace(client=client_of(place, (new.routes,)), jobs=jobs, place=place)
 
 
 class Page(HTMLParser):
