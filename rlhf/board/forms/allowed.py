@@ -155,8 +155,8 @@ def _named(text: str) -> list[Path]:
     path = Path(text).expanduser()
     if not _GLOB.search(text) or path.exists():
         return [path]
-    fixed = Path(path.anchor) if path.is_absolute() else Path()
-    for part in path.parts[1 if path.is_absolute() else 0 :]:
+    fixed = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
         if _GLOB.search(part) or part == "..":
             break
         fixed /= part

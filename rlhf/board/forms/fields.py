@@ -150,11 +150,14 @@ def _folded(
     rest = [field for field in fields if field.key not in first]
     titles = dict.fromkeys(_section(field) for field in rest)
     sections = [(title, tuple(f for f in rest if _section(f) == title)) for title in titles]
-    return Group(name, None if name in first else preset, tuple(sections))
+    if name in first:
+        preset = None
+    return Group(name, preset, tuple(sections))
 
 
 def _section(field: Field) -> str:
-    return "" if field.option is None else field.option.section
+    assert field.option is not None
+    return field.option.section
 
 
 # ---- from an option to its field ----

@@ -128,8 +128,10 @@ def _take(filled: Filled, place: Place, old: Base, sent: Sent) -> None:
 
     def look_at(parent: str) -> rows.Look:
         def look(of: Field, value: Any, name: str) -> None:
-            inside = f"{parent}.{NAME}.{of.key}"
-            check_value(parent if of.key == parent else inside, value, folders)
+            key = parent
+            if of.key != parent:
+                key = f"{parent}.{NAME}.{of.key}"
+            check_value(key, value, folders)
 
         return look
 
@@ -157,8 +159,7 @@ def _take(filled: Filled, place: Place, old: Base, sent: Sent) -> None:
 
 def check_value(key: str, value: Any, folders: Sequence[Path]) -> None:
     """Raises Problem for a value that a page may not set. key: with <name> for an item's name."""
-    listed = value if isinstance(value, list) else [value]
-    for text in listed:
+    for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and not allowed.is_within(key, text, folders):
             raise Problem("forms.error.outside", {"text": text})
         if key == "environment.tools" and text not in allowed.TOOLS:
@@ -179,7 +180,9 @@ def _take_rows(
         return
     if of.widget is Widget.steps:
         unchanged = rows.alike(rows.rows_of(of, before), came)
-        filled.rows[of.key] = given if unchanged else came
+        if not unchanged:
+            given = came
+        filled.rows[of.key] = given
     else:
         filled.rows[of.key] = rows.merged(given, rows.rows_of(of, before), came)
     here = filled.rows[of.key]
@@ -226,8 +229,9 @@ def _compose(filled: Filled, place: Place) -> None:
         return
     assert filled.base is not None
     try:
-        cfg = filled.base.cfg if not filled.changed else None
-        cfg = cfg or base.compose(written)
+        cfg = filled.base.cfg
+        if cfg is None or filled.changed:
+            cfg = base.compose(written)
     except UserError as error:
         place_problem(filled, str(error))
         return
@@ -291,7 +295,7 @@ def place_problem(filled: Filled, message: str) -> None:
 
 
 def _put(filled: Filled, key: str | None, problem: Problem) -> None:
-    at = None if key is None else _input(key, filled)
+    at = _input(key or "", filled)
     if at is None:
         filled.top.append(problem)
     else:

@@ -50,7 +50,7 @@ def look(overrides: Sequence[str], limit_s: float = _LIMIT_S) -> Look:
         said = redaction.text(done.stderr.decode("utf-8", "replace")).splitlines()
         if done.returncode != 0:
             return Look(error=_error(said, done.returncode), warnings=_warnings(said))
-        found = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+        found = json.loads(facts.read_text(encoding="utf-8"))
         return Look(warnings=_warnings(said), facts=found)
 
 

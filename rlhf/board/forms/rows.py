@@ -11,7 +11,7 @@ from typing import Any
 
 from conf.options import MISSING
 from rlhf.board.forms.fields import Field, Scalar, Widget, step_fields
-from rlhf.board.forms.values import Problem, plain, read, scalar, shown, texts
+from rlhf.board.forms.values import Problem, last, plain, read, scalar, shown, texts
 
 VALUE = "value"  # the field of a table's row
 STEP = "step"  # the key of a step's name, as data.pipeline has it
@@ -64,7 +64,10 @@ def rows_of(of: Field, value: Any) -> list[Row]:
 
 def blank(of: Field) -> Row:
     """A row that nothing was written into."""
-    return Row("", _item_texts(fields_of_row(of, ""), {}) if of.widget is Widget.items else {})
+    row = Row("", {})
+    if of.widget is Widget.items:
+        row.texts = _item_texts(of.inner, {})
+    return row
 
 
 def _flat(of: Field, value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -77,8 +80,8 @@ def _flat(of: Field, value: Mapping[str, Any], before: str = "") -> Iterator[tup
 
 
 def _step_row(of: Field, step: Any) -> Row:
-    name = step if isinstance(step, str) else step[STEP]
-    given = {} if isinstance(step, str) else step
+    given = {STEP: step} if isinstance(step, str) else step
+    name = given[STEP]
     return Row(name, _item_texts(fields_of_row(of, name), given))
 
 
@@ -188,7 +191,10 @@ def table(of: Field, rows: Sequence[Row], look: Look) -> dict[str, Any]:
         except Problem as problem:
             row.problems[VALUE] = problem
             continue
-        _put(result, name.split(".") if of.scalar is Scalar.anything else [name], value, row)
+        names = [name]
+        if of.scalar is Scalar.anything:
+            names = name.split(".")
+        _put(result, names, value, row)
     return result
 
 
@@ -259,8 +265,7 @@ def options_of_row(inner: Sequence[Field], row: Row, look: Look) -> dict[str, An
         try:
             if given is None and not each.required:
                 continue
-            reading = _pairs if each.widget is Widget.table else read
-            value = reading(each, given or [])
+            value = _pairs(each, given) if each.widget is Widget.table else read(each, given or [])
             look(each, value, row.name)
             result[each.key] = value
         except Problem as problem:
@@ -268,10 +273,10 @@ def options_of_row(inner: Sequence[Field], row: Row, look: Look) -> dict[str, An
     return result
 
 
-def _pairs(of: Field, given: Sequence[str]) -> dict[str, Any]:
+def _pairs(of: Field, given: Sequence[str] | None) -> dict[str, Any]:
     """``name=value`` lines as a dictionary."""
     result: dict[str, Any] = {}
-    for line in (given[-1] if given else "").splitlines():
+    for line in last(given or ()).splitlines():
         name, equals, text = line.partition("=")
         if not line.strip():
             continue

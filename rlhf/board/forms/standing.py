@@ -54,7 +54,9 @@ def _defaults(stage: str, presets: Presets) -> list[str]:
         if (CONF_DIR / EXPERIMENT / "stages" / f"{within}_{stage}.yaml").is_file():
             files.append(f"  - /experiment/stages/{within}_{stage}")
         inner = [*files, "  - _self_", *inner]
-    return ["defaults:", *inner, ""] if inner else []
+    if inner:
+        inner = ["defaults:", *inner, ""]
+    return inner
 
 
 def _set(nested: dict[str, Any], names: Sequence[str], value: Any) -> None:

@@ -52,10 +52,10 @@ def plain(value: Any) -> Any:
 
 def shown(value: Any, scalar: Scalar = Scalar.text) -> str:
     """One value as a field shows it."""
-    if value is None:
-        return "" if scalar is not Scalar.anything else "null"
     if scalar is Scalar.anything:
         return _as_anything(value)
+    if value is None:
+        return ""
     return value if isinstance(value, str) else value_text(value)
 
 
@@ -82,12 +82,14 @@ def read(of: Field, given: Sequence[str]) -> Any:
     if of.widget is Widget.many:
         value: Any = _items(of, [text for text in given if text])
     elif of.widget is Widget.lines:
-        joined = given[-1] if given else ""
-        value = _items(of, [line for line in joined.splitlines() if line.strip()])
+        lines = last(given).splitlines()
+        value = _items(of, [line for line in lines if line.strip()])
     else:
-        value = _single(of, given[-1] if given else "")
-    info = None if of.option is None else of.option.info
-    if info is not None and not info.allows(value):
+        value = _single(of, last(given))
+    if of.option is None:
+        return value
+    info = of.option.info
+    if not info.allows(value):
         if info.filled:
             raise Problem("forms.error.empty")
         raise Problem("forms.error.range", {"range": in_signs(info) or info.range_text()})
@@ -96,17 +98,18 @@ def read(of: Field, given: Sequence[str]) -> Any:
 
 def in_signs(info: OptionInfo) -> str:
     """The range in signs that every language has; empty without one."""
-    low = info.above if info.above is not None else info.at_least
-    high = info.below if info.below is not None else info.at_most
-    if low is not None and high is not None:
-        left = "(" if info.above is not None else "["
-        right = ")" if info.below is not None else "]"
-        return f"{left}{low:g}, {high:g}{right}"
-    if low is not None:
-        return f"{'>' if info.above is not None else '≥'} {low:g}"
-    if high is not None:
-        return f"{'<' if info.below is not None else '≤'} {high:g}"
-    return ""
+    lows = [("> ", "(", info.above), ("≥ ", "[", info.at_least)]
+    highs = [("< ", ")", info.below), ("≤ ", "]", info.at_most)]
+    low = [limit for limit in lows if limit[2] is not None]
+    high = [limit for limit in highs if limit[2] is not None]
+    if low and high:
+        return f"{low[0][1]}{low[0][2]:g}, {high[0][2]:g}{high[0][1]}"
+    return "".join(f"{sign}{number:g}" for sign, _, number in (*low, *high))
+
+
+def last(given: Sequence[str]) -> str:
+    """The text of a field that has one: a box sends a text before it, too."""
+    return given[-1] if given else ""
 
 
 def _items(of: Field, given: Sequence[str]) -> list[Any] | None:
@@ -185,7 +188,9 @@ def _anything(text: str) -> Any:
         return text
     too_large = isinstance(value, int) and abs(value) >= 10**18
     unsure = isinstance(value, float) and not math.isfinite(value)
-    return text if too_large or unsure else value
+    if too_large or unsure:
+        return text
+    return value
 
 
 def _refuse(name: str) -> Any:

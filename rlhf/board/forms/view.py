@@ -13,7 +13,7 @@ from rlhf.board.forms.fields import Field, Widget
 from rlhf.board.forms.filling import Filled
 from rlhf.board.forms.offers import OFFERED
 from rlhf.board.forms.rows import ROWS, Row
-from rlhf.board.forms.values import Problem, in_signs, texts
+from rlhf.board.forms.values import Problem, in_signs, last, texts
 from rlhf.board.rendering import words
 from rlhf.cli import presets
 
@@ -45,7 +45,7 @@ class Input:
     @property
     def value(self) -> str:
         """The one text."""
-        return self.values[-1] if self.values else ""
+        return last(self.values)
 
     @property
     def lines(self) -> int:
@@ -126,10 +126,12 @@ class View:
 
     def groups(self) -> list[Folded]:
         """All other fields."""
-        left_out = {field.key for field in self._deciding()} if self._is_decided else set()
+        left_out = [field.key for field in self._deciding() if self._is_decided]
         found = []
         for group in self._filled.form.groups:
-            preset = None if group.preset is None else self.input(group.preset)
+            preset = None
+            if group.preset is not None:
+                preset = self.input(group.preset)
             sections = []
             for title, fields in group.sections:
                 here = [self.input(field) for field in fields if field.key not in left_out]
@@ -207,7 +209,10 @@ class View:
             values = row.texts.get(each.key) or self._usual(each)
             made = self._input(each, f"{name}.{each.key}", values)
             is_first = of.widget is not Widget.items or each.required or _is_basic(of, each)
-            (first if is_first else folded).append(made)
+            if is_first:
+                first.append(made)
+            else:
+                folded.append(made)
         problem = self._told(self._filled.problems.get(name))
         return Entry(number, name, id_of(name), row.name, row.fixed, problem, first, folded)
 
@@ -224,7 +229,9 @@ class View:
         if self._language == "en":
             return english, None
         other = sentences(self._language).get(english)
-        return (english, "en") if other is None else (other, None)
+        if other is None:
+            return english, "en"
+        return other, None
 
     def _facts(self, of: Field) -> str:
         if of.option is None:
@@ -236,7 +243,9 @@ class View:
         return " ".join(part for part in (in_signs(info), unit) if part)
 
     def _told(self, problem: Problem | None) -> str | None:
-        return None if problem is None else self.words_of(problem)
+        if problem is None:
+            return None
+        return self.words_of(problem)
 
     def words_of(self, problem: Problem) -> str:
         """A problem in the reader's language."""
@@ -279,5 +288,5 @@ def summaries(group: str) -> list[tuple[str, str]]:
 
 def preview(view: View, t: Callable[..., str]) -> str:
     """The problems as lines of text."""
-    lines = [f"{label}: {text}" if label else text for _, label, text in view.summary()]
+    lines = [": ".join(filter(None, (label, text))) for _, label, text in view.summary()]
     return "\n".join(lines) or t("forms.problems.none")

@@ -87,7 +87,8 @@ class Pages:
         added = action.removeprefix("add:")
         if added != action:
             _add_row(filled, added)
-        return self._form(request, filled, opened=(added if added != action else removed))
+        opened = action.partition(":")[2]
+        return self._form(request, filled, opened=opened)
 
     async def _preview(self, request: Request) -> Response:
         stage, sent = _stage_of(request), await _sent(request)
