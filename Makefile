@@ -31,8 +31,8 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
     test-benchmarks fuzz lint format doctor bench bench-quick bench-gpu \
     bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
-    house equality proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic proof-algorithms \
-    proof-ahead proof-hacking proof-environments proof-data proof-labels clean
+    house equality proof-films proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic \
+    proof-algorithms proof-ahead proof-hacking proof-environments proof-data proof-labels clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ format: $(STAMP) ## let ruff fix and format
 
 doctor: $(STAMP) ## what this machine can run, and why not the rest
 	$(OFFLINE) $(PY) -m rlhf stage=doctor tracking=none
+
+proof-films: $(STAMP) ## slow: a chat model's answers about films, in English; three seeds
+	$(OFFLINE) $(PY) -m benchmarks.proofs.films
 
 proof-reviews: $(STAMP) ## slow: the demo with three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.reviews
