@@ -18,6 +18,7 @@ from tests.labels.page_exports import ID
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 MOST_MIB = 300
 LOADING_MS = 120_000  # of a model's process, on a busy machine
+FORMS = ("sft", "dpo", "reward", "ppo", "grpo", "eval", "label", "export", "data")
 PAGES = {
     "start": "/",
     "data": "/data",
@@ -33,8 +34,7 @@ PAGES = {
     "runs": "/runs",
     "run": "/runs/demo",
     "stage": "/runs/demo/sft",
-    **{stage: f"/new/{stage}" for stage in ("sft", "dpo", "reward", "ppo", "grpo", "eval")},
-    **{stage: f"/new/{stage}" for stage in ("label", "export", "data")},
+    **{f"new-{stage}": f"/new/{stage}" for stage in FORMS},
 }
 # Elements that the Tab key should reach.
 FOCUSABLE = (
@@ -84,7 +84,7 @@ def path_of(name: str, runs: Path) -> str:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_no_barrier_on_any_page(visit: Any, runs: Path, language: str) -> None:
-    """Light and dark; the pages of other helpers' rooms too."""
+    """Light and dark."""
     found = []
     for scheme in ("light", "dark"):
         visitor = visit(language, color_scheme=scheme)
