@@ -73,3 +73,8 @@ def upload(place: Place, name: str) -> Path:
     if not path.is_file() or not lies_inside(path, place.uploads):
         raise NotHere
     return path
+
+
+def folders_of(place: Place) -> tuple[Path, ...]:
+    """The folders whose files and models a page may name."""
+    return (place.runs, place.uploads, *place.folders)

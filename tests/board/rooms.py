@@ -11,8 +11,8 @@ LARGEST = 1 << 16  # bytes of an upload
 
 
 @contextmanager
-def board(folder: Path, largest: int = LARGEST) -> Iterator[Any]:
-    """A client whose browser is let in."""
+def board(folder: Path, largest: int = LARGEST, *, models: Path | None = None) -> Iterator[Any]:
+    """A client whose browser is let in. models: a further folder that the pages may name."""
     from starlette.testclient import TestClient
 
     from rlhf.board.app import Place, create_app
@@ -21,7 +21,8 @@ def board(folder: Path, largest: int = LARGEST) -> Iterator[Any]:
 
     runs = folder / "runs"
     runs.mkdir(exist_ok=True)
-    place = Place(runs, folder / "uploads", largest, False)
+    folders = () if models is None else (models,)
+    place = Place(runs, folder / "uploads", largest, False, folders=folders)
     doors = Doors("word", str)
     app = create_app(place, doors, [HOST], PAGES)
     with TestClient(

@@ -217,9 +217,10 @@ def test_a_directory_that_is_no_model(tmp_path: Path, workers: Any) -> None:
 
 
 def test_the_page_end_to_end(tmp_path: Path, talking_model: Path) -> None:
-    with board(tmp_path) as client:
+    with board(tmp_path, models=talking_model) as client:
         refused = client.post("/chat", data={"model": "", "temperature": "-1", "template": "x"})
         assert refused.status_code == 422 and refused.text.count('aria-invalid="true"') == 5
+        assert "outside" in client.post("/chat", data={"model": str(tmp_path)}).text
         asked = {
             "model": str(talking_model),
             "temperature": "1",

@@ -53,7 +53,7 @@ def test_a_file_is_sent_looked_at_and_deleted(tmp_path: Path) -> None:
 
 
 def test_tokens_are_those_of_a_model(tmp_path: Path, tiny_model: Any) -> None:
-    with board(tmp_path) as client:
+    with board(tmp_path, models=tiny_model()) as client:
         rows = '{"prompt": "the quick", "completion": " brown fox"}\n'
         link = sent(client, "rows.jsonl", rows).headers["location"]
         page = client.get(link, params={"model": str(tiny_model())}).text
@@ -61,6 +61,7 @@ def test_tokens_are_those_of_a_model(tmp_path: Path, tiny_model: Any) -> None:
         refused = client.get(link, params={"model": str(tmp_path / "none")})
         assert refused.status_code == 422 and 'role="alert"' in refused.text
         assert "brown fox" in refused.text  # the rest is still shown
+        assert "outside" in refused.text
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rlhf.board.forms.base import Base, Presets
 from rlhf.board.forms.fields import NONE, Field, Form, Widget, form_of
 from rlhf.board.forms.rows import ROWS, Row, Sent
 from rlhf.board.forms.values import Problem, plain, read, texts, told
+from rlhf.board.paths import folders_of
 from rlhf.cli.options import NAME
 from rlhf.cli.writing import override, same
 from rlhf.run.directory import goes_on, run_directory
@@ -124,7 +125,7 @@ def _unknown(form: Form, sent: Sent) -> list[str]:
 
 
 def _take(filled: Filled, place: Place, old: Base, sent: Sent) -> None:
-    folders = (place.runs, place.uploads, *place.folders)
+    folders = folders_of(place)
 
     def look_at(parent: str) -> rows.Look:
         def look(of: Field, value: Any, name: str) -> None:

@@ -13,7 +13,8 @@ from starlette.routing import BaseRoute, Route
 
 from rlhf.board.app import Place
 from rlhf.board.asked import fields
-from rlhf.board.paths import NotHere
+from rlhf.board.forms.allowed import is_within
+from rlhf.board.paths import NotHere, folders_of
 from rlhf.board.registry import policies
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.talking import Chat, Chats
@@ -114,6 +115,8 @@ def _begin(request: Request, rooms: Rooms, given: dict[str, str]) -> Response:
     for name in ("model", "other"):
         path = given.get(name, "")
         problem = _unfit(path) if path else None
+        if path and not is_within("model.path", path, folders_of(rooms.place)):
+            problem = t("forms.error.outside", text=path)
         if name == "model" and not path:
             problem = t("chat.model.missing")
         if problem:

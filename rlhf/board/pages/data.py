@@ -14,10 +14,11 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from rlhf.board.app import Place
+from rlhf.board.forms.allowed import is_within
 from rlhf.board.looking import LIMIT_S, look
-from rlhf.board.paths import NotHere, stage_file, upload
+from rlhf.board.paths import NotHere, folders_of, stage_file, upload
 from rlhf.board.registry import models
-from rlhf.board.rendering import page
+from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.units import size_text, time_text
 from rlhf.board.uploads import TOGETHER, Refused, receive, used
 from rlhf.data.opening import endings, kind_of
@@ -170,6 +171,9 @@ def _one(request: Request, place: Place, path: Path) -> Response:
     held: dict[str, Any] = {}
     problem = None
     try:
+        if model is not None and not is_within("model.path", model, folders_of(place)):
+            t = translator(language_of(request))
+            raise UserError(t("forms.error.outside", text=model))
         held = _look(path, model)
     except UserError as error:
         problem = str(error)
