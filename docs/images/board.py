@@ -24,7 +24,7 @@ def main(names: list[str]) -> None:
     """The pages of these names, or all: a palette picture each."""
     folder = HERE / "board"
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as place, browser() as running:
+    with tempfile.TemporaryDirectory(prefix="board-") as place, browser() as running:
         runs = furnish(Path(place))
         model = runs / "demo" / "sft" / "model"
         with served(runs) as board:

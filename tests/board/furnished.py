@@ -6,8 +6,15 @@ from typing import Any
 
 from rlhf.labels.ledger import write_export
 from tests.acting import turning_policy
+from tests.board.making import metric_line
 from tests.labels.page_exports import pairs
 
+FOUND = (
+    ("python", "ok", "3.11.7", ""),
+    ("disk", "fail", "0.4 GiB left for runs", "delete old runs, or choose another run.dir"),
+    ("vllm", "warn", "not installed", "rollout=hf works without it"),
+    ("gpu", "info", "none: everything runs on the CPU", ""),
+)
 PAIRS = "prompt,chosen,rejected\nHi,Hello you,Go away\nWhy?,Because.,No.\n"
 
 
@@ -18,6 +25,8 @@ def furnish(folder: Path) -> Path:
     model.parent.mkdir(parents=True)
     turning_policy(model)
     _finish(model.parent, "sft", {"eval_loss": 1.5}, [])
+    lines = [metric_line(step, loss=1.5 + 2 / step, grad_norm=1.0) for step in range(1, 31)]
+    (model.parent / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     reward = runs / "demo" / "reward" / "model"
     reward.mkdir(parents=True)
     head = {"architectures": ["LlamaForSequenceClassification"]}
@@ -31,8 +40,8 @@ def furnish(folder: Path) -> Path:
     doctor = runs / ".board" / "doctor"
     doctor.mkdir()
     findings = [
-        {"name": name, "state": state, "found": "something", "remedy": "do something"}
-        for name, state in (("python", "ok"), ("disk", "fail"), ("vllm", "warn"), ("gpu", "info"))
+        {"name": name, "state": state, "found": found, "remedy": remedy}
+        for name, state, found, remedy in FOUND
     ]
     (doctor / "findings.json").write_text(json.dumps({"findings": findings}))
     return runs
