@@ -57,7 +57,7 @@ class _Pages:
         """``/runs``"""
         t = translator(language_of(request))
         words = request.query_params.get("q", "")
-        found = search(self.runs.stages(), words)
+        found = self._found(words, t)
         pages = max(1, -(-len(found) // A_PAGE))
         number = min(max(1, _number(request.query_params.get("page", "1"))), pages)
         part = found[(number - 1) * A_PAGE : number * A_PAGE]
@@ -79,7 +79,7 @@ class _Pages:
     def live(self, request: Request) -> Response:
         """``/runs-live``: what changes in the list."""
         t = translator(language_of(request))
-        found = search(self.runs.stages(), request.query_params.get("q", ""))
+        found = self._found(request.query_params.get("q", ""), t)
         number = max(1, _number(request.query_params.get("page", "1")))
         fields: dict[str, Any] = {}
         for stage in found[(number - 1) * A_PAGE : number * A_PAGE]:
@@ -88,6 +88,9 @@ class _Pages:
                 fields[f"{stage.id}:{name}"] = row[name]
         fields["ended"] = not any(stage.is_live for stage in found)
         return JSONResponse(fields)
+
+    def _found(self, words: str, t: Any) -> list[Stage]:
+        return search(self.runs.stages(), words, {state: t("state." + state) for state in LOOKS})
 
     # ---- several side by side ----
 

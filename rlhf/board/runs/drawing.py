@@ -16,7 +16,7 @@ MOST_POINTS = 400  # of a line
 LINES = 8  # of a picture: so many looks there are
 _SMOOTH_FROM = 60  # points from which a running mean is drawn over the pale raw line
 _WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 14, 44, 48  # around the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 28, 44, 48  # around the axes
 _ROW = 20  # a row of the legend
 _CHARACTERS = 60  # of a legend's text
 

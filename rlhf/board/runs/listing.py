@@ -192,12 +192,14 @@ def _time_of(path: Path) -> float:
         return 0.0
 
 
-def search(stages: Sequence[Stage], words: str) -> list[Stage]:
-    """The stages in whose run, stage or state each of the words stands."""
+def search(stages: Sequence[Stage], words: str, names: Mapping[State, str]) -> list[Stage]:
+    """The stages in whose run, stage or state each of the words stands. names: the states as the
+    reader knows them.
+    """
     wanted = words.casefold().split()
     out = []
     for stage in stages:
-        text = f"{stage.run} {stage.stage} {stage.state}".casefold()
+        text = f"{stage.run} {stage.stage} {stage.state} {names.get(stage.state, '')}".casefold()
         if all(word in text for word in wanted):
             out.append(stage)
     return out

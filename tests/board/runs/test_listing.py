@@ -87,10 +87,11 @@ def test_search(tmp_path: Path) -> None:
     stage(tmp_path, "Film one", "sft", ended=True)
     stage(tmp_path, "Film two", "ppo")
     held = Runs(place_of(tmp_path)).stages()
-    assert len(search(held, "")) == 2
-    assert [found.run for found in search(held, "film PPO")] == ["Film two"]
-    assert [found.run for found in search(held, "ended")] == ["Film one"]
-    assert search(held, "film absent") == []
+    assert len(search(held, "", {})) == 2
+    assert [found.run for found in search(held, "film PPO", {})] == ["Film two"]
+    assert [found.run for found in search(held, "ended", {})] == ["Film one"]
+    assert search(held, "film absent", {}) == []
+    assert [found.run for found in search(held, "已停止", {"stopped": "已停止"})] == ["Film two"]
 
 
 def test_fifty_runs_of_ten_thousand_lines(tmp_path: Path) -> None:
