@@ -73,6 +73,19 @@ def test_the_same_file_cut_in_place(tmp_path: Path) -> None:
     assert list(held.steps) == list(range(1, 9)) and held.values[-1] == 58.0
 
 
+def test_later_steps_over_a_cut_are_told_by_the_line_before(tmp_path: Path) -> None:
+    """No step goes back after the offset, and the file is the same and longer."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(*range(1, 21)))
+    reader = Reader(path)
+    reader.series()
+    with path.open("r+") as file:
+        file.truncate(len(lines(*range(1, 6))))
+        file.seek(0, os.SEEK_END)
+        file.write(lines(*range(100, 140)))
+    assert list(reader.series()["loss"].steps) == [*range(1, 6), *range(100, 140)]
+
+
 def test_steps_that_go_back_tell_of_a_cut_that_bytes_do_not(tmp_path: Path) -> None:
     """Every line as long as before, and the line before the offset word by word the same."""
     path = tmp_path / "metrics.jsonl"
