@@ -64,9 +64,9 @@ def fill(page: Any, **values: str) -> None:
 
 def start(page: Any) -> None:
     """The dry run, the start, and the wait until the stage has ended."""
-    page.get_by_role("button", name="Check before the start").first.click()
+    page.get_by_role("button", name="Check before the start").first.click(timeout=CHECK_MS)
     page.get_by_text("The dry run passed").wait_for(timeout=CHECK_MS)
-    page.get_by_role("button", name="Start", exact=True).click()
+    page.get_by_role("button", name="Start", exact=True).click(timeout=CHECK_MS)
     page.wait_for_url("**/runs/clicks/*")
     page.locator(".state", has_text="ended").first.wait_for(timeout=RUN_MS)
 
