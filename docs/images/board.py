@@ -17,7 +17,7 @@ from tests.board.test_browser import PAGES
 HERE = Path(__file__).resolve().parent
 COLOURS = 64
 SIZE = {"width": 1100, "height": 760}
-SCROLLED = {"tokens": 620}  # pixels to scroll down first
+SCROLLED = {"tokens": 620, "stage": 420}  # pixels to scroll down first
 
 
 def main(names: list[str]) -> None:

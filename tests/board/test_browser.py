@@ -107,7 +107,8 @@ def test_narrow_screens_need_no_sideways_scroll(visit: Any, runs: Path) -> None:
 
 def test_every_control_is_reached_by_tab(visit: Any, runs: Path) -> None:
     visitor = visit()
-    for name in ("start", "data", "file", "labels", "export", "chat", "models", "doctor"):
+    rooms = ("start", "data", "file", "labels", "export", "chat", "models", "doctor")
+    for name in (*rooms, "runs", "run", "stage", "new-sft"):
         page = visitor.open(path_of(name, runs))
         wanted = page.locator(FOCUSABLE)
         visible = [i for i in range(wanted.count()) if wanted.nth(i).is_visible()]
