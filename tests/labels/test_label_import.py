@@ -137,6 +137,7 @@ def test_labels_become_preference_data(
         "unsure": 0,
         "tie": 0,
         "empty": 0,
+        "episode": 0,
         "disputed": 1,
         "unjudged": 0,
     }

@@ -189,6 +189,7 @@ def test_what_became_of_the_pairs() -> None:
         "unsure": 0,
         "tie": 1,
         "empty": 0,
+        "episode": 0,
         "disputed": 1,
         "unjudged": 3,
     }
