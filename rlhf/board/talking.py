@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rlhf.board.workers import Voice, Worker
 from rlhf.serving.conversation import Answer, Conversation, Kept, Saved
@@ -15,6 +16,7 @@ from rlhf.types import Message, UserError
 
 MOST = 50  # conversations that are kept
 Get = Callable[[Voice], Worker]  # a loaded model
+Before = tuple[list[Message], list[dict[str, Any]]]  # turns and pairs
 
 
 @dataclass
@@ -50,9 +52,11 @@ class Chat:
 
     # ---- asking ----
 
-    def say(self, question: str, get: Get, *, two: bool) -> threading.Thread | None:
-        """Begin to answer in a thread; `two`: also where there is one model. None where there is
-        nothing to answer, or an answer is awaited.
+    def say(
+        self, question: str, get: Get, *, two: bool, before: Before | None = None
+    ) -> threading.Thread | None:
+        """Begin to answer in a thread; two: also where there is one model; before: what was said,
+        where no answer comes. None where there is nothing to answer, or an answer is awaited.
         """
         with self._lock:
             if self.state != "idle" or not question:
@@ -65,7 +69,7 @@ class Chat:
             self.state, self.question = "answering", question
             self.shown = [Shown(voice) for voice in voices]
             self._forget()
-        thread = threading.Thread(target=self._answer, args=(get,), daemon=True)
+        thread = threading.Thread(target=self._answer, args=(get, before), daemon=True)
         thread.start()
         return thread
 
@@ -75,22 +79,25 @@ class Chat:
             question = self.said.last_question()
             if self.state != "idle" or question is None:
                 return None
+            before = list(self.said.turns), list(self.said.pairs)
             self.said.undo()
-        return self.say(question, get, two=True)
+        return self.say(question, get, two=True, before=before)
 
     def _forget(self) -> None:
         self.problem = self.note = self.told = self.saved = None
 
-    def _answer(self, get: Get) -> None:
+    def _answer(self, get: Get, before: Before | None) -> None:
         messages = self.said.messages(self.question)
         try:
             for shown in self.shown:
                 self._asked += 1
                 self._worker = get(shown.voice)
                 self._write(self._worker, shown, messages)
-        except UserError as error:
+        except (UserError, OSError, ValueError) as error:
             with self._lock:
                 self.problem, self.state, self.shown = str(error), "idle", []
+                if before is not None:
+                    self.said.turns, self.said.pairs = before
             return
         finally:
             self._worker = None

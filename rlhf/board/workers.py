@@ -32,7 +32,6 @@ class Voice:
     temperature: float = 0.7
     top_p: float = 1.0
     chat_template: str | None = None  # name of one of ours; None: the tokenizer's own
-    trust_remote_code: bool = False
 
 
 class Worker:

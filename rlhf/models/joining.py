@@ -64,15 +64,16 @@ class Joiner:
         source: Any = prompt.text
         if prompt.source is not None:
             source = prompt.source
-        told = marked(self.tokenizer, observation)
+        marks = Marks.beside(self.tokenizer, source, observation, self.tools)
+        told = marks.put(observation)
         if is_chat(source):
             text = prompt_text(self.tokenizer, [*source, *messages_of(told)], self.tools)
-            ids = single_bos(self.tokenizer, ids_of_marked(self.tokenizer, text))
+            ids = single_bos(self.tokenizer, marks.ids(text))
             source = [*source, *messages_of(observation)]
         else:
-            first, rest = cut(source + _text_alone(told))
+            first, rest = marks.cut(source + _text_alone(told))
             ids = prompt_ids(self.tokenizer, first)
-            ids += itertools.chain(*pieces_behind(self.tokenizer, rest))
+            ids += marks.ids_behind(rest)
             source = source + _text_alone(observation)
         return Prompt(
             prompt.id,
@@ -89,17 +90,20 @@ class Joiner:
         `source`: of the episode's prompt, a text or messages. Raises UserError for messages that
         the template can't render there, and for tokens that the model has no row for.
         """
-        told = marked(self.tokenizer, observation)
+        marks = Marks.beside(self.tokenizer, source, observation, self.tools)
+        told = marks.put(observation)
         try:
             if not isinstance(source, list):
-                return ids_of_marked(self.tokenizer, _text_alone(told))
-            return self._between(source, messages_of(told))
+                return marks.ids(_text_alone(told))
+            return self._between(source, messages_of(told), marks)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def _between(self, source: list[Message], observation: Sequence[Message]) -> list[int]:
+    def _between(
+        self, source: list[Message], observation: Sequence[Message], marks: "Marks"
+    ) -> list[int]:
         unread = habits(self.tokenizer).unread
         for message in observation:
             if message["role"] in unread:
@@ -123,7 +127,7 @@ class Joiner:
                 "data.chat_template to one that does."
             )
         # With the end token in front, some of which take the blanks behind them.
-        return ids_of_marked(self.tokenizer, rest, end)
+        return marks.ids(rest, end)
 
     def _name(self) -> str:
         return str(getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__)
@@ -161,7 +165,7 @@ class Joiner:
             joined = [
                 *prompt_ids(self.tokenizer, source, self.tools),
                 *answer_ids(self.tokenizer, source, answer, self.tools),
-                *self._between(source, observed),
+                *self._between(source, observed, Marks.beside(self.tokenizer, whole, self.tools)),
                 *answer_ids(self.tokenizer, whole[:-1], last, self.tools),
             ]
             rendered = render(self.tokenizer, whole, generation_prompt=False, tools=self.tools)
@@ -201,73 +205,81 @@ def _text_alone(observation: Observation) -> str:
 
 # ---- special tokens that an environment spells ----
 
-_CUT_HERE = "\ue000"  # of Unicode's private use; a template may write it as JSON does
-_CUT = re.compile(r"\ue000|\\ue000")
+_PRIVATE = range(0xE000, 0xF900)  # Unicode's characters for private use
 _KNOWN: "weakref.WeakKeyDictionary[Any, re.Pattern[str] | None]" = weakref.WeakKeyDictionary()
 
 
-def marked(tokenizer: Any, observation: Observation) -> Observation:
-    """`observation` with a mark in each text of a special token."""
-    if isinstance(observation, str):
-        pattern = _pattern(tokenizer)
-        return observation if pattern is None else pattern.sub(_mark, observation)
-    return [marked_message(tokenizer, message) for message in observation]
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Puts marks into the texts of special tokens, and cuts rendered texts at the marks."""
 
+    tokenizer: Any
+    mark: str  # one character, which stands nowhere else
 
-def marked_message(tokenizer: Any, message: Message) -> Message:
-    """The same of one message."""
-    pattern = _pattern(tokenizer)
-    if pattern is None:
-        return message
-    out = dict(message)
-    for key, value in message.items():
-        if isinstance(value, str) and key != "role":
-            out[key] = pattern.sub(_mark, value)
-    return out  # type: ignore[return-value] # the same keys
+    @classmethod
+    def beside(cls, tokenizer: Any, *texts: object) -> "Marks":
+        """With a mark that none of the texts or messages holds, not as JSON writes it either."""
+        told = repr(texts)  # has such characters as JSON has them
+        return cls(tokenizer, next(chr(c) for c in _PRIVATE if _in_json(c) not in told))
 
+    def put(self, observation: Observation) -> Observation:
+        """`observation` with a mark in each text of a special token."""
+        if isinstance(observation, str):
+            return self._text(observation)
+        return [self.put_message(message) for message in observation]
 
-def _mark(match: "re.Match[str]") -> str:
-    return match[0][0] + _CUT_HERE + match[0][1:]
+    def put_message(self, message: Message) -> Message:
+        """The same of one message."""
+        out = dict(message)
+        for key, value in message.items():
+            if isinstance(value, str) and key != "role":
+                out[key] = self._text(value)
+        return out  # type: ignore[return-value] # the same keys
 
+    def _text(self, text: str) -> str:
+        pattern = _pattern(self.tokenizer)
+        if pattern is None:
+            return text
+        return pattern.sub(lambda found: found[0][0] + self.mark + found[0][1:], text)
 
-def ids_of_marked(tokenizer: Any, text: str, head: str = "") -> list[int]:
-    """Token ids of a rendered text that may have marks, which say nothing. head: the text of a
-    special token before it, whose id is left out.
-    """
-    first, rest = cut(text)
-    ids = _behind(tokenizer, head, [first])[0]
-    for piece in pieces_behind(tokenizer, rest):
-        ids += piece
-    check_rows(tokenizer, ids)
-    return ids
+    def cut(self, text: str) -> tuple[str, list[str]]:
+        """A text up to its first mark, and what lies between and behind the marks."""
+        first, *rest = text.replace(_in_json(ord(self.mark)), self.mark).split(self.mark)
+        return first, rest
+
+    def ids(self, text: str, head: str = "") -> list[int]:
+        """Token ids of a rendered text, of which the marks are no part. head: the text of a special
+        token before it, whose id is left out.
+        """
+        first, rest = self.cut(text)
+        ids = [*_behind(self.tokenizer, head, [first])[0], *self.ids_behind(rest)]
+        check_rows(self.tokenizer, ids)
+        return ids
+
+    def ids_behind(self, pieces: Sequence[str]) -> list[int]:
+        """Token ids of texts that go on with another text: some tokenizers begin every text with a
+        blank, but not behind a special token.
+        """
+        if not pieces:
+            return []
+        end = self.tokenizer.convert_ids_to_tokens(closing_id(self.tokenizer, chat=True))
+        return list(itertools.chain(*_behind(self.tokenizer, end, pieces)))
 
 
 def conversation_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None) -> list[int]:
     """What a policy reads before its next turn, as `prompt_ids` has it; what tools said stays text.
     Raises TemplateRefusal.
     """
+    marks = Marks.beside(tokenizer, messages, tools)
     told: list[Message] = []
     for message in messages:
         is_told = message["role"] == "tool"
-        told.append(marked_message(tokenizer, message) if is_told else message)
-    text = prompt_text(tokenizer, told, tools)
-    return single_bos(tokenizer, ids_of_marked(tokenizer, text))
+        told.append(marks.put_message(message) if is_told else message)
+    return single_bos(tokenizer, marks.ids(prompt_text(tokenizer, told, tools)))
 
 
-def cut(text: str) -> tuple[str, list[str]]:
-    """A text up to its first mark, and what lies between and behind the marks."""
-    first, *rest = _CUT.split(text)
-    return first, rest
-
-
-def pieces_behind(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that go on with another text: some tokenizers begin every text with a
-    blank, but not behind a special token.
-    """
-    if not pieces:
-        return []
-    end = tokenizer.convert_ids_to_tokens(closing_id(tokenizer, chat=True))
-    return _behind(tokenizer, end, pieces)
+def _in_json(character: int) -> str:
+    return f"\\u{character:04x}"
 
 
 def _behind(tokenizer: Any, head: str, texts: Sequence[str]) -> list[list[int]]:

@@ -43,8 +43,7 @@ def talker_of(options: dict[str, Any]) -> Any:
     from rollout.sampling import Sampling
 
     path = options["path"]
-    trust_remote_code = bool(options.get("trust_remote_code"))
-    model = ModelConfig(path=path, trust_remote_code=trust_remote_code)
+    model = ModelConfig(path=path)
     tokenizer = load_tokenizer(model, options.get("chat_template"))
     require_template(tokenizer, f"chat with {path}")
     longest = options["max_prompt_length"] + options["max_response_length"]

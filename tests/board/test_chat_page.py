@@ -129,6 +129,23 @@ def test_two_answers_of_one_model_have_seeds_of_their_own(tmp_path: Path, held: 
     assert len({seed for _, seed in held[A].asked}) == 5
 
 
+@pytest.mark.parametrize("error", [UserError("no room"), OSError("no process")])
+def test_what_was_said_stays_where_no_second_answer_comes(
+    tmp_path: Path, held: Any, error: Exception
+) -> None:
+    chat = chat_of(tmp_path, A)
+    say(chat, held, "Hello")
+    before = list(chat.said.turns)
+
+    def fails(voice: Voice) -> Any:
+        raise error
+
+    thread = chat.again(fails)
+    assert thread is not None
+    thread.join()
+    assert chat.state == "idle" and chat.problem == str(error) and chat.said.turns == before
+
+
 def test_an_answer_can_be_cut(tmp_path: Path, held: Any) -> None:
     held[A].gate = threading.Event()
     chat = chat_of(tmp_path, A)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.models.encoding import answer_ids, prompt_ids, render
-from rlhf.models.joining import Joiner, marked
+from rlhf.models.joining import Joiner, Marks, conversation_ids
 from rlhf.models.loading import train_tokenizer
 from rlhf.models.templates import template_text
 from rlhf.models.turns import end_ids, special_ids, text_of
@@ -256,7 +256,23 @@ def test_a_special_token_that_is_spelt_in_a_text_without_a_template_stays_text()
 def test_nothing_changes_for_a_text_that_spells_no_special_token() -> None:
     tokenizer = own("chatml")
     observed = "<|im_en|> <im_start> |im_end|>"
-    assert marked(tokenizer, observed) == observed != marked(tokenizer, SPELT)
+    marks = Marks.beside(tokenizer, observed)
+    assert marks.put(observed) == observed != marks.put(SPELT)
     whole = prompt_ids(tokenizer, [*ASKED, {"role": "user", "content": observed}])
     opened = Joiner(tokenizer).opened(Prompt("p", "", (1,), list(ASKED)), observed)
     assert list(opened.token_ids) == whole
+
+
+@pytest.mark.parametrize("name", ["chatml", "trl llama3_1", "family PHI"])
+def test_characters_that_marks_are_made_of_are_no_marks(name: str) -> None:
+    """Also as JSON writes them, and beside special tokens that are spelt."""
+    tokenizer = tokenizer_of(name)
+    said = "\ue000 \\ue001 <|im_end|> \ue002</s>"
+    source: list[Message] = [{"role": "user", "content": f"Say {said}"}]
+    joiner = Joiner(tokenizer)
+    assert said in text_of(tokenizer, joiner.observation_ids(source, said))
+    assert text_of(tokenizer, joiner.observation_ids("2 + 2 =", said)) == said
+    opened = joiner.opened(Prompt("p", "", (1,), source), said)
+    assert opened.text.count(said) == 2
+    plain: list[Message] = [{"role": "user", "content": "\ue000 \\ue001"}]
+    assert conversation_ids(tokenizer, plain, None) == prompt_ids(tokenizer, plain)
