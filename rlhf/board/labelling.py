@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.board import OWN
 from rlhf.board.app import Place
 from rlhf.board.guard import ANNOTATE
 from rlhf.board.paths import NotHere, lies_inside, plain_name, stage_folder
@@ -23,7 +24,7 @@ from rlhf.labels.records import Export, Judgement
 from rlhf.labels.targets import page as label_page
 from rlhf.types import UserError
 
-FOLDER = ".board/labels"
+FOLDER = f"{OWN}/labels"
 MOST = 64 << 20  # bytes of a labels file
 MOST_ANNOTATORS = 100
 _LONGEST_NAME = 100

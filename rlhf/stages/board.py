@@ -6,13 +6,13 @@ from typing import Protocol
 
 from conf.schema import Config
 from conf.stages import BoardStage
+from rlhf.board import OWN
 from rlhf.process import distributed
 from rlhf.process.http import bearer_token, is_loopback
 from rlhf.process.libraries import require
 from rlhf.process.listening import ignoring_signals, listen
 from rlhf.types import UserError
 
-FOLDER = ".board"  # of jobs and uploads, in run.dir
 _SCHEME = "http"
 
 
@@ -53,7 +53,7 @@ def run(ctx: HasConfig) -> None:
 
     cfg, stage = ctx.cfg, ctx.cfg.stage_as(BoardStage)
     runs = Path(cfg.run.dir).expanduser().resolve()
-    uploads = Path(stage.uploads).expanduser() if stage.uploads else runs / FOLDER / "uploads"
+    uploads = Path(stage.uploads).expanduser() if stage.uploads else runs / OWN / "uploads"
     place = Place(
         runs,
         uploads.resolve(),

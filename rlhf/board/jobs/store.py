@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from rlhf.board import OWN
 from rlhf.board.jobs.processes import kill_session, memory_mib
 from rlhf.board.jobs.queue import LOCK_FILE, SETTINGS_FILE, device_for, start_waiting
 from rlhf.board.jobs.records import (
@@ -32,7 +33,7 @@ from rlhf.types import UserError
 
 __all__ = ["Job", "Jobs"]
 
-FOLDER = Path(".board") / "jobs"  # in run.dir
+FOLDER = Path(OWN) / "jobs"  # in run.dir
 _AT_MOST = 1 << 20  # bytes of output that one call gives
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 

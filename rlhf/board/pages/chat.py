@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from rlhf.board import OWN
 from rlhf.board.app import Place
 from rlhf.board.asked import fields
 from rlhf.board.forms.allowed import is_within
@@ -25,7 +26,6 @@ from rlhf.run.models import is_classifier
 from rlhf.serving.conversation import Conversation
 from rlhf.types import UserError
 
-FOLDER = ".board"
 _ROWS = "chats"  # beside a run's stages, as stage=chat has it
 _RANGES = {  # smallest and largest
     "temperature": (0.01, 5.0),
@@ -41,7 +41,7 @@ class Rooms:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.chats = Chats()
-        self.workers = Workers(place.runs / FOLDER / "chat")
+        self.workers = Workers(place.runs / OWN / "chat")
         atexit.register(self.workers.close)
 
     def chat(self, request: Request) -> Chat:
@@ -178,7 +178,7 @@ def _folder(runs: Path, model: Path) -> Path:
         inside = real.relative_to(runs).parts
         if len(inside) > 1 and not inside[0].startswith("."):
             return runs / inside[0] / _ROWS
-    return runs / FOLDER / _ROWS
+    return runs / OWN / _ROWS
 
 
 # ---- one conversation ----

@@ -13,12 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from rlhf.board import OWN
 from rlhf.board.app import Place
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.units import time_text
 
 LIMIT_S = 900.0
-FOLDER = ".board/doctor"
+FOLDER = f"{OWN}/doctor"
 _FINDINGS, _OUTPUT = "findings.json", "output.txt"
 
 

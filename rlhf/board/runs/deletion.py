@@ -5,11 +5,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf.board import OWN
 from rlhf.board.app import Place
 from rlhf.board.runs.listing import Stage
 from rlhf.types import UserError
 
-_GOING = Path(".board") / "deleted"  # in run.dir
+_GOING = Path(OWN) / "deleted"  # in run.dir
 
 
 def size_mib(folder: Path) -> float:
