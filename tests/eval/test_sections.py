@@ -1,0 +1,15 @@
+"""The shape in which parts of an evaluation reach their report."""
+
+import pytest
+
+from eval.sections import Table
+
+
+def test_a_table_has_a_cell_for_each_column() -> None:
+    rows = [{"policy": "base", "exact": "0.10"}, {"policy": "mine", "exact": "0.40"}]
+    table = Table.of("Sums", rows)
+    assert table == Table("Sums", ("policy", "exact"), (("base", "0.10"), ("mine", "0.40")))
+    with pytest.raises(ValueError, match=r"'Sums', row 2.*\['policy', 'exact'\].*\['policy'\]"):
+        Table.of("Sums", [rows[0], {"policy": "mine"}])
+    with pytest.raises(ValueError, match=r"'Sums', row 1: expected 2 cells, found 1"):
+        Table("Sums", ("policy", "exact"), (("base",),))
