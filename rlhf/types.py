@@ -102,6 +102,8 @@ class Turn:
     reward: float  # that the environment gave for it
     observation: str  # the environment's answer as the tokens say it; "" where the episode ended
     said: str = ""  # the same in the environment's own words, without what the template adds
+    # seconds that the environment took for it; no two runs agree, so turns are equal without it
+    took_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(slots=True)

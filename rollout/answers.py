@@ -33,6 +33,7 @@ class Answered(Generic[Result]):
 
     value: Result | None = None
     error: Exception | None = None
+    took_s: float = 0.0
 
 
 class SideBySide(Generic[Result]):
@@ -80,8 +81,8 @@ class SideBySide(Generic[Result]):
         now = time.monotonic()
         late = [index for index, began in self._began.items() if now - began >= self._limit_s]
         for index in late:
-            del self._began[index]
-            self._answered[index] = Answered(error=GivenUp())
+            took_s = now - self._began.pop(index)
+            self._answered[index] = Answered(error=GivenUp(), took_s=took_s)
             if self._waiting:
                 self._start()
 
@@ -106,10 +107,12 @@ class SideBySide(Generic[Result]):
                 return
 
     def _answer(self, index: int) -> Answered[Result]:
+        began = time.monotonic()
         try:
-            return Answered(self._calls[index]())
+            value = self._calls[index]()
         except Exception as error:  # noqa: BLE001 - who asked judges it
-            return Answered(error=error)
+            return Answered(error=error, took_s=time.monotonic() - began)
+        return Answered(value, took_s=time.monotonic() - began)
 
 
 def tell_progress() -> None:

@@ -139,6 +139,7 @@ class Episode:
     def take(self, answered: Answered[Step]) -> None:
         """Go on with what the environment made of the last turn, or end. Raises UserError."""
         step = answered.value
+        self.turns[-1] = replace(self.turns[-1], took_s=answered.took_s)
         if step is None:
             self._take_error(answered.error)
             return

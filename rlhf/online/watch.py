@@ -288,6 +288,7 @@ class _Response:
     reason: str  # why it ended
     observed: int  # tokens that an environment wrote
     rewards: tuple[float, ...]  # of an episode's turns
+    took_s: float  # its environment, all turns
     success: bool | None
     info: dict[str, float]  # what the environment counted
 
@@ -318,6 +319,7 @@ def response_statistics(
             reason=r.finish_reason,
             observed=len(r.token_ids) - r.length,
             rewards=tuple(turn.reward for turn in r.turns),
+            took_s=math.fsum(turn.took_s for turn in r.turns),
             success=r.success,
             info=r.info,
         )
@@ -345,7 +347,8 @@ def _episode_figures(rows: Sequence[_Response], turn_discount: float) -> dict[st
     rollout/turns: turns of an episode. rollout/observed_tokens: tokens of an episode that its
     environment wrote. rollout/ended_<limit>: share of episodes that it ended. environment/success:
     share of those that say so. environment/<name>: what it counted, per episode. turn/reward: mean
-    over turns. turn/return_<k>: rewards from turn k on, each later turn's discounted once more,
+    over turns. time/environment_turn_s: seconds that the environment took for a turn, mean.
+    turn/return_<k>: rewards from turn k on, each later turn's discounted once more,
     mean over the episodes that have the turn.
     """
     episodes = [row for row in rows if row.rewards]
@@ -356,6 +359,7 @@ def _episode_figures(rows: Sequence[_Response], turn_discount: float) -> dict[st
         "rollout/turns": statistics.fmean(len(row.rewards) for row in episodes),
         "rollout/observed_tokens": statistics.fmean(row.observed for row in episodes),
         "turn/reward": statistics.fmean(every),
+        "time/environment_turn_s": math.fsum(row.took_s for row in episodes) / len(every),
     }
     for limit in _LIMITS:
         share = statistics.fmean(row.reason == limit for row in episodes)

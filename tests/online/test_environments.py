@@ -60,11 +60,22 @@ def check_metrics(rows: list[dict[str, float]]) -> None:
         assert row.get("rollout/logprob_gap", 0.0) < 1e-4
         assert 0 <= row["objective/scores"] <= 2 and "environment/success" in row
         assert row["rollout/turns"] > 1.2
+        assert row["time/environment_turn_s"] > 0
 
 
-@pytest.mark.parametrize(("stage", "ahead"), [("grpo", 0), ("grpo", 1), ("ppo", 0), ("remax", 0)])
-def test_a_policy_learns_from_turns(stage: str, ahead: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "credit", "ahead"),
+    [
+        ("grpo", "episode", 0),
+        ("grpo", "turn", 0),
+        ("grpo", "episode", 1),
+        ("ppo", "turn", 0),
+        ("remax", "episode", 0),
+    ],
+)
+def test_a_policy_learns_from_turns(stage: str, credit: str, ahead: int, tmp_path: Path) -> None:
     changes = ["rollout=hf", "stage.steps=3", "stage.samples_kept=4", f"stage.ahead={ahead}"]
+    changes.append(f"stage.turn_credit={credit}")
     if stage == "ppo":
         changes.append("stage.critic_init=policy")
     if stage == "grpo":

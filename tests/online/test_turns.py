@@ -38,7 +38,10 @@ GUESSED = Rollout(
     [-1.0, -2.0, 0.0, 0.0, -3.0, -4.0, -5.0],
     "stop",
     3,
-    turns=(Turn(0, 2, "7?", -0.25, "\n more", "more"), Turn(4, 7, "12", 1.0, "")),
+    turns=(
+        Turn(0, 2, "7?", -0.25, "\n more", "more", took_s=0.5),
+        Turn(4, 7, "12", 1.0, "", took_s=1.0),
+    ),
     success=True,
     info={"broken_calls": 1.0},
 )
@@ -49,7 +52,7 @@ FAILED = Rollout(
     [-1.0, -1.0, -1.0],
     "turns",
     3,
-    turns=(Turn(0, 3, "3?", -0.5, ""),),
+    turns=(Turn(0, 3, "3?", -0.5, "", took_s=0.3),),
     success=False,
 )
 
@@ -277,6 +280,7 @@ def test_figures_of_episodes_by_hand() -> None:
         "environment/success": 0.5,
         "environment/broken_calls": 0.5,
         "turn/reward": 0.25 / 3,
+        "time/environment_turn_s": 0.6,
         "turn/return_1": (-0.25 + 0.5 - 0.5) / 2,
         "turn/return_2": 1.0,
     }

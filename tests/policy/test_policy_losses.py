@@ -4,6 +4,7 @@ that no split changes a gradient.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -513,6 +514,42 @@ def test_nan_outside_the_mask_reaches_no_gradient_of_its_row(kind: PolicyLoss) -
     loss.backward()
     assert new.grad is not None and bool(new.grad.isfinite().all())
     assert new.grad[0, 2] == 0 and bool((new.grad[0, :2] != 0).all())
+
+
+@pytest.mark.parametrize("kind", [PolicyLoss.clip, PolicyLoss.gspo, PolicyLoss.cispo])
+def test_tokens_of_an_environment_change_nothing(kind: PolicyLoss) -> None:
+    """A row with holes has the loss and the gradient of the row without its holes."""
+    written = [0, 1, 4, 5]  # two turns; the environment wrote what is between them
+    old, weights = torch.tensor([[-1.0, -2.0, -0.5, -1.5]]), torch.tensor([[1.0, 0.5, 2.0, 1.0]])
+    advantages = torch.tensor([[1.0, 1.0, -0.5, -0.5]])
+    new = torch.tensor([[-0.9, -2.2, -0.6, -1.2]], requires_grad=True)
+    options: dict[str, Any] = {"cliprange": 0.5, "denominator": 4.0, "kind": kind}
+    alone, found = policy_loss(
+        new, old, advantages, torch.ones(1, 4, dtype=torch.bool), weights=weights, **options
+    )
+    alone.backward()
+
+    def spread(row: Tensor, between: float) -> Tensor:
+        out = torch.full((1, 6), between)
+        out[:, written] = row
+        return out
+
+    holed = spread(new.detach(), -7.0).requires_grad_()
+    mask = spread(torch.ones(1, 4), 0.0).bool()
+    episode, told = policy_loss(
+        holed,
+        spread(old, 3.0),
+        spread(advantages, 9.0),
+        mask,
+        weights=spread(weights, 5.0),
+        **options,
+    )
+    episode.backward()
+    assert new.grad is not None and holed.grad is not None
+    torch.testing.assert_close(episode, alone)
+    torch.testing.assert_close(holed.grad, spread(new.grad, 0.0))
+    torch.testing.assert_close(told.approxkl, found.approxkl)
+    torch.testing.assert_close(told.ratio, found.ratio)
 
 
 @pytest.mark.parametrize("kind", [PolicyLoss.clip, PolicyLoss.gspo, PolicyLoss.cispo])

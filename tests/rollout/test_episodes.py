@@ -217,6 +217,7 @@ def test_an_environment_that_hangs(
     assert time.monotonic() - began < 1.3
     assert (slow.finish_reason, len(slow.turns), slow.turns[0].reward) == ("time", 1, 0.0)
     assert (slow.truncated, slow.success) == (True, None)
+    assert slow.turns[0].took_s >= 0.3 > max(turn.took_s for turn in quick.turns)
     assert (quick.finish_reason, len(quick.turns)) == ("stop", 3)
     hanging = next(made for made in Counting.made if made.row.get("slow"))
     deadline = time.monotonic() + 5
@@ -232,9 +233,10 @@ def test_environments_answer_side_by_side(tokenizer: Any) -> None:
     inner = Scripted(tokenizer, lambda name, turn: letters(tokenizer, "a"))
     prompts = [asked(tokenizer, str(i), slow=0.2, turns=1) for i in range(8)]
     began = time.monotonic()
-    around(inner, Slow, workers=8).generate(prompts, seed=1)
+    written = around(inner, Slow, workers=8).generate(prompts, seed=1)
     together = time.monotonic() - began
     assert together < 0.8  # one after the other: 1.6 s
+    assert min(episode.turns[0].took_s for episode in written) >= 0.2
     began = time.monotonic()
     around(inner, Slow, workers=2).generate(prompts, seed=1)
     assert time.monotonic() - began > 0.75
