@@ -380,7 +380,7 @@ def test_circles_of_any_size_are_seen() -> None:
         ("rollout/hf.py", "rlhf.types.Prompt", True),
         ("rollout/hf.py", "rlhf.run.tracking", False),
         ("rollout/hf.py", "rlhf.data.reading", False),
-        ("eval/report.py", "rollout.hf", False),
+        ("eval/report/html.py", "rollout.hf", False),
         ("rlhf/online/loop.py", "policy.losses", True),
         ("rlhf/data/reading.py", "rlhf.labels.records", False),
         ("rlhf/labels/records.py", "rlhf.data.reading", True),

@@ -10,8 +10,8 @@ from typing import Any
 from conf.choices import Judge, ModelKind
 from conf.schema import AdapterConfig, Config, ModelConfig
 from conf.stages import EvalStage
-from eval import report
 from eval.compare import Answers, compare, side_by_side
+from eval.report import comparison as report
 from reward.base import is_set, model_paths
 from reward.terms import check_reward, check_reward_model, check_rows, make_scorer
 from rlhf.checks import capacity, inputs, launch
@@ -31,6 +31,7 @@ from rlhf.stages.evaluation.policies import (
     response_kl,
     same_tokenizer,
 )
+from rlhf.stages.evaluation.reporting import publish_report
 from rlhf.types import Prompt, Scorer, UserError
 from rollout import acting_in, lora_obstacle
 
@@ -155,7 +156,8 @@ def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -
     scores = {}
     for name, judgements in before.judgements.items():
         scores[name] = {"before": judgements, "after": after.judgements[name]}
-    ctx.tracker.images(report.plot(comparison, scores, ctx.dir / "plots"))
+    plots = report.plot(comparison, scores, ctx.dir / "plots")
+    ctx.tracker.images(list(plots.values()))
     metrics = comparison.metrics()
     ctx.tracker.log(0, metrics)
     console.table(report.sample_rows(rows, stage.shown), title="The same prompt before and after")
@@ -163,12 +165,14 @@ def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -
     before_name, after_name = (_named(path) for path in _paths(stage))
     title = f"Before{before_name} and after{after_name} on {prompts} held-out prompts"
     console.table(report.table_rows(comparison), title=title)
+    first = report.section(comparison, rows, plots, about=f"{title}.", shown=max(1, stage.shown))
+    page = publish_report(ctx.dir, ctx.cfg.run.name, [first], ctx.tracker)
     ctx.finish(
         steps=1,
         metrics=metrics,
         model=None,
         figures=_headlines(metrics),
-        files={"samples": ctx.dir / "samples.jsonl"},
+        files={"samples": ctx.dir / "samples.jsonl", "report": page},
     )
 
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.choices import Judge, ModelKind
 from conf.schema import ModelConfig, TinyConfig
-from eval import report
 from eval.compare import Answers, Comparison, compare, side_by_side
 from eval.judges import ClassifierJudge, FunctionJudge, LexiconJudge, judged_text
+from eval.report import comparison as report
 from eval.statistics import bootstrap_mean, distinct_n, paired_difference, per_prompt
 from rlhf.cli import config
 from rlhf.data.recipes import smollm2
@@ -261,7 +261,7 @@ def test_report_shows_the_figures(comparison: Comparison, tmp_path: Path) -> Non
         "score": {"before": [0.0, 2.0], "after": [3.0, 5.0]},
         "lexicon": {"before": [1.0, 1.0], "after": [1.0, 1.0]},
     }
-    paths = report.plot(comparison, values, tmp_path / "plots")
+    paths = list(report.plot(comparison, values, tmp_path / "plots").values())
     assert [path.name for path in paths] == [
         "histogram_score.png",
         "histogram_lexicon.png",

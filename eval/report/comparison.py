@@ -1,9 +1,10 @@
-"""An evaluation for people: the table of figures before and after, samples side by side, plots."""
+"""Two policies for people: the table of figures before and after, samples side by side, plots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.compare import Comparison, Difference
+from eval.sections import Section, Table
 
 _LABELS = {
     "score": "reward-model score",
@@ -18,6 +19,7 @@ _LABELS = {
     "success": "success of episodes",
 }
 _COLOURS = {"before": "#777777", "after": "#3366aa"}
+_HATCHES = {"before": "", "after": "///"}  # readable without colours
 
 
 def table_rows(comparison: Comparison) -> list[dict[str, str]]:
@@ -71,6 +73,63 @@ def _row(difference: Difference) -> dict[str, str]:
     }
 
 
+def section(
+    comparison: Comparison,
+    rows: Sequence[Mapping[str, object]],
+    plots: Mapping[str, Path],
+    *,
+    about: str,
+    shown: int,
+) -> Section:
+    """The comparison as a part of the report. `rows`: those of `eval.compare.side_by_side`;
+    `about`: a sentence that says whose answers to what; `shown`: samples.
+    """
+    tables = [Table.of("Before and after", table_rows(comparison))]
+    tables += [Table.of(title, most) for title, most in _samples(rows, shown)]
+    text = (
+        about,
+        "Each difference stands with its 95 % bootstrap interval, paired by prompt: where the "
+        "interval holds 0, the difference may be chance.",
+    )
+    return Section(
+        "Before and after", text, tuple(tables), dict(plots), figures=comparison.metrics()
+    )
+
+
+def _samples(
+    rows: Sequence[Mapping[str, object]], shown: int
+) -> list[tuple[str, list[dict[str, str]]]]:
+    """Tables of samples by their titles: those that the first judge tells apart most, or without
+    one the first.
+    """
+    judges = [name for name in rows[0] if f"{name}_before" in rows[0] and name != "response"]
+    if not judges:
+        return [("Answers", _as_text(rows[:shown], ()))]
+    name = judges[0]
+
+    def apart(row: Mapping[str, object]) -> float:
+        return abs(float(str(row[name])) - float(str(row[f"{name}_before"])))
+
+    ordered = sorted(rows, key=apart, reverse=True)
+    label = _LABELS.get(name, name)
+    title = f"Answers that differ most by {label}"
+    return [(title, _as_text(ordered[:shown], (f"{name}_before", name)))]
+
+
+def _as_text(rows: Sequence[Mapping[str, object]], figures: Sequence[str]) -> list[dict[str, str]]:
+    out = []
+    for row in rows:
+        texts = {
+            "prompt": str(row["prompt"]),
+            "before": str(row["response_before"]),
+            "after": str(row["response"]),
+        }
+        for name in figures:
+            texts[name.replace("_", " ")] = f"{float(str(row[name])):.3f}"
+        out.append(texts)
+    return out
+
+
 def sample_rows(rows: Sequence[Mapping[str, object]], shown: int) -> list[dict[str, object]]:
     """The first `shown` samples side by side, with the score where there is one."""
     columns = ("prompt", "response_before", "response", "score_before", "score")
@@ -82,17 +141,22 @@ def sample_rows(rows: Sequence[Mapping[str, object]], shown: int) -> list[dict[s
 
 def plot(
     comparison: Comparison, scores: Mapping[str, Mapping[str, Sequence[float]]], folder: Path
-) -> list[Path]:
+) -> dict[str, Path]:
     """Write PNGs into `folder`: a histogram of each judge's values, and the differences with their
-    intervals. `scores`: judge -> "before" or "after" -> values. Returns the paths.
+    intervals. `scores`: judge -> "before" or "after" -> values. Returns the paths by what each
+    shows; nothing is drawn without a judge.
     """
+    if not scores:
+        return {}
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [
-        _plot_histogram(name, values, folder / f"histogram_{name}.png")
-        for name, values in scores.items()
-    ]
+    paths = {}
+    for name, values in scores.items():
+        shows = f"How often each value of {_LABELS.get(name, name)} was given, before and after"
+        paths[shows] = _plot_histogram(name, values, folder / f"histogram_{name}.png")
     drawn = [d for d in comparison.differences if d.name in scores]
-    return [*paths, _plot_differences(drawn, folder / "differences.png")]
+    shows = "Means before and after, with the 95 % interval of each difference (table above)"
+    paths[shows] = _plot_differences(drawn, folder / "differences.png")
+    return paths
 
 
 def _plot_histogram(name: str, values: Mapping[str, Sequence[float]], path: Path) -> Path:
@@ -115,6 +179,7 @@ def _plot_histogram(name: str, values: Mapping[str, Sequence[float]], path: Path
             alpha=0.6,
             label=side,
             color=_COLOURS[side],
+            hatch=_HATCHES[side],
         )
     label = _LABELS.get(name, name)
     axes.set_title(f"{label}, {len(values['before'])} responses each")
