@@ -17,7 +17,7 @@ from conf.choices import AdapterKind, Carrier, EngineKind
 from conf.schedule import TrainPart
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig, facts_of
 from conf.stages import OnlineStage, TrainStage
-from policy.engines.groups import Rates, grouped, one_rate, rates_by_name
+from policy.engines.loading import Rates, grouped, one_rate, rates_by_name
 from policy.model import Gather, is_rounded, no_gather
 from policy.saving import (
     adapter_weights,

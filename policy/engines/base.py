@@ -20,7 +20,7 @@ from conf.choices import AdapterKind, DecayShape, EngineKind, Scheduler
 from conf.schedule import OptimizerKind, ScheduleConfig
 from conf.schema import EngineConfig
 from conf.stages import TrainStage
-from policy.engines.groups import Rates
+from policy.engines.loading import Rates
 from rlhf.process import distributed
 from rlhf.process.libraries import check_installed
 from rlhf.types import UserError

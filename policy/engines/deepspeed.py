@@ -17,8 +17,7 @@ from conf.choices import EngineKind, Offload
 from conf.model import AdamKernels
 from conf.schema import EngineConfig
 from policy.engines.base import NonFinite, OptimSettings
-from policy.engines.groups import Rates, WaitingAdamW, one_rate, set_rates
-from policy.engines.loading import zero_config
+from policy.engines.loading import Rates, WaitingAdamW, one_rate, set_rates, zero_config
 from policy.engines.resharding import reading
 from policy.model import trainable
 from rlhf.process import distributed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conf.choices import EngineKind
 from conf.schema import EngineConfig
 from policy.engines.base import NonFinite, OptimSettings, new_optimizer
-from policy.engines.groups import Rates, check_groups, one_rate, set_rates
+from policy.engines.loading import Rates, check_groups, one_rate, set_rates
 from policy.model import no_gather, tending_of
 from rlhf.process import distributed
 

@@ -25,7 +25,7 @@ from conf.choices import EngineKind, OnNonFinite
 from conf.schema import EngineConfig
 from conf.stages import OfflineStage
 from policy.engines.base import Brake, GradientNoise
-from policy.engines.groups import Rates, WaitingAdamW, set_rates
+from policy.engines.loading import Rates, WaitingAdamW, set_rates
 from rlhf.offline.step_rows import CARRIED
 from rlhf.process import checkpoints, distributed
 from rlhf.run.directory import BadBatches, write_tensors

@@ -26,7 +26,7 @@ from conf.schema import EngineConfig
 from policy.engines import resharding
 from policy.engines.base import GradientNoise, NonFinite, OptimSettings, Plateau, as_asked
 from policy.engines.deepspeed import in_kernels
-from policy.engines.groups import Rates
+from policy.engines.loading import Rates
 from policy.model import is_peft, load_tending, save_tending
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import step_rows

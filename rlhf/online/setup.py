@@ -44,8 +44,7 @@ from policy.adapters import (
 )
 from policy.agreement import agreed_layout, can_share_prompts
 from policy.engines.base import Engine, OptimSettings
-from policy.engines.groups import Rates
-from policy.engines.loading import SHARING, Loader, holder_of, loader_of
+from policy.engines.loading import SHARING, Loader, Rates, holder_of, loader_of
 from policy.engines.torch import freeze, make_engine
 from policy.forward import ADAPTER, Layout, Models
 from policy.kl import AdaptiveKL, FixedKL, kl_controller

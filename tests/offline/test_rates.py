@@ -1,6 +1,6 @@
 """Groups of parameters in TRL's trainers."""
 
-from policy.engines.groups import one_rate
+from policy.engines.loading import one_rate
 from rlhf.offline.steps import split
 from tests.policy.test_groups import Tower, falling_rates
 

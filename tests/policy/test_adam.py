@@ -13,7 +13,7 @@ from conf.choices import EngineKind, Offload
 from conf.model import AdamKernels
 from conf.schema import EngineConfig
 from policy.engines import deepspeed
-from policy.engines.groups import WaitingAdamW
+from policy.engines.loading import WaitingAdamW
 from rlhf.types import UserError
 
 

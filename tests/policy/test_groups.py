@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from conf.choices import Scheduler
-from policy.engines import groups
+from policy.engines import loading
 from policy.engines.base import OptimSettings
-from policy.engines.groups import Rates
+from policy.engines.loading import Rates
 from policy.engines.torch import TorchEngine
 from rlhf.process import distributed
 from rlhf.types import UserError
@@ -48,7 +48,7 @@ class Tower(nn.Module):
 
 
 def plain_rates(module: nn.Module) -> Rates:
-    return groups.one_rate(module)
+    return loading.one_rate(module)
 
 
 def falling_rates(module: nn.Module) -> Rates:
@@ -60,7 +60,7 @@ def falling_rates(module: nn.Module) -> Rates:
         depth = BLOCKS - 1 - int(name.split(".")[2])
         return 0.5**depth, depth
 
-    return Rates(groups.grouped(module, place), factor=0.8, every=2)
+    return Rates(loading.grouped(module, place), factor=0.8, every=2)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -195,10 +195,10 @@ def test_other_groups_than_a_checkpoints_are_refused(tmp_path: Path) -> None:
 def test_scales_come_from_names() -> None:
     module = Tower()
     module.model.blocks[1].weight.requires_grad_(False)
-    rates = groups.rates_by_name(module, lambda name: 4.0 if name.endswith("bias") else 1.0)
+    rates = loading.rates_by_name(module, lambda name: 4.0 if name.endswith("bias") else 1.0)
     assert [(group.scale, len(group.params)) for group in rates.groups] == [(1.0, 2), (4.0, 3)]
     assert rates.factors(0) == [1.0, 4.0] and not rates.plain
-    assert groups.rates_by_name(module, lambda name: 1.0).plain
+    assert loading.rates_by_name(module, lambda name: 1.0).plain
 
 
 # ---- ZeRO ----
