@@ -110,11 +110,11 @@ def _check_finite(key: str, value: Any) -> None:
 
 
 def explain(error: Exception) -> str:
-    """One line for a failed composition: Hydra's message with the cause that it wraps."""
-    lines = [str(error).splitlines()[0]]
-    if error.__cause__ is not None:
-        lines.append(str(error.__cause__).splitlines()[0])
-    return ": ".join(lines)
+    """A failed composition in one line: Hydra's message, what it wraps, and the key it names."""
+    lines = str(error).splitlines() + str(error.__cause__ or "").splitlines()
+    keys = [f" (at {match[1]})" for line in lines if (match := _FULL_KEY.match(line))]
+    told = [line.rstrip(":") for line in lines if not line.startswith(" ")]
+    return ": ".join(dict.fromkeys(told[:2])) + "".join(keys[:1])
 
 
 def to_yaml(configuration: object) -> str:
@@ -124,6 +124,7 @@ def to_yaml(configuration: object) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(configuration))
 
 
+_FULL_KEY = re.compile(r"\s*full_key: (.*)")
 _PATH = re.compile(
     r"(\+{0,2}(?:(?:model|migrate)\.path|data\.(?:path|eval_path|registry|sources\.[^.=]+\.path)))="
     r"([^'\"\[{,\\][^'\",\\]*)"

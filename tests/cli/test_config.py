@@ -1,5 +1,7 @@
 """Every preset composes to dataclasses; ranges are checked there."""
 
+from pathlib import Path
+
 import pytest
 
 from conf import published
@@ -116,3 +118,13 @@ def test_the_stage_as_what_it_is_and_as_nothing_else() -> None:
     assert cfg.stage_as(OnlineStage) is cfg.stage
     with pytest.raises(TypeError, match=r"SFTStage.*OnlineStage"):
         cfg.stage_as(SFTStage)
+
+
+def test_an_experiment_with_a_wrong_key_is_told_by_key(tmp_path: Path) -> None:
+    text = "# @package _global_\nreward:\n  terms:\n    praise:\n      kind: model\n      path: x\n"
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
+    overrides = ["stage=grpo", "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"]
+    with pytest.raises(UserError, match=r"'experiment/mine'.*'path' not in 'RewardTerm'") as told:
+        config.compose(overrides)
+    assert "reward.terms.praise.path" in str(told.value)
