@@ -1,5 +1,6 @@
 """The options of every stage, a dataclass each; `STAGES` names them. The training stages' are in
-conf/training.py and conf/online.py, but those of pairs without a reference.
+conf/training.py and conf/online.py, but those of pairs without a reference; those of stages that
+use a finished model in conf/serving.py.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ from conf.online import OnlineStage
 from conf.options import check, check_options, option, same_option
 from conf.reward import EvalStage, ServeRewardStage
 from conf.run import WatchConfig
+from conf.serving import (
+    ChatStage,
+    RegistryStage,
+    ServeRolloutStage,
+    ServeStage,
+)
 from conf.training import (
     LABEL_SMOOTHING,
     KTOStage,
@@ -42,6 +49,7 @@ __all__ = [
     "OfflineStage",
     "OnlineStage",
     "PreferenceStage",
+    "RegistryStage",
     "RewardStage",
     "SFTStage",
     "ServeRewardStage",
@@ -169,89 +177,6 @@ class ExportStage:
 
 
 @dataclass(slots=True, kw_only=True)
-class ChatStage:
-    """A conversation with a model in the terminal; two answers can be compared, and what is said
-    becomes rows for training.
-    """
-
-    name: str = option("chat", _NAME)
-    system: str | None = option(
-        None, "System message; null: what the chat template says by itself.", filled=True
-    )
-    compare: str | None = option(
-        None,
-        "Model whose answer /compare shows beside the first's; null: a second answer of the same "
-        "model.",
-        filled=True,
-    )
-    greedy: bool = option(False, "Take the most likely token each time instead of sampling.")
-
-    def __post_init__(self) -> None:
-        check_options(self, "stage")
-        check(
-            not self.greedy or self.compare is not None,
-            "stage.greedy",
-            self.greedy,
-            "false without stage.compare: one model's most likely answers are all the same",
-        )
-
-
-@dataclass(slots=True, kw_only=True)
-class ServeStage:
-    """Serves a run's model, or a model with several adapters by name, over vLLM's OpenAI-compatible
-    API; rollout and data say how long prompts and answers may be.
-    """
-
-    name: str = option("serve", _NAME)
-    model_name: str | None = option(
-        None, "Name of the model in requests; null: run.name.", filled=True
-    )
-    adapters: dict[str, str] = option(
-        {}, "Directories of LoRA adapters of the model, by the names that requests give as model."
-    )
-    host: str = option(
-        "127.0.0.1",
-        "Address to listen on; any other than this machine's own needs token_env.",
-        filled=True,
-    )
-    port: int = option(8000, "Port; 0: any free one.", at_least=0, at_most=65535)
-    token_env: str | None = option(
-        None, "Environment variable with the key that requests need; null: a new key, printed once."
-    )
-    grace_s: int = option(
-        10, "Time that the server gets to end after SIGTERM or Ctrl-C.", unit="s", at_least=1
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self, "stage")
-
-
-@dataclass(slots=True, kw_only=True)
-class ServeRolloutStage:
-    """Serves the policy of model.path by vLLM, for runs with rollout=server that name its URL in
-    rollout.servers.
-    """
-
-    name: str = option("serve_rollout", _NAME)
-    host: str = option(
-        "127.0.0.1",
-        "Address to listen on; any other than this machine's own needs rollout.server.token_env.",
-        filled=True,
-    )
-    port: int = option(8200, "Port; 0: any free one.", at_least=0, at_most=65535)
-    grace_s: int = option(
-        30, "Time that the server gets to end after SIGTERM or Ctrl-C.", unit="s", at_least=1
-    )
-    servers_of: str | None = option(
-        None,
-        "The run in run.dir whose servers/ gets the server's log and description; null: this run.",
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self, "stage")
-
-
-@dataclass(slots=True, kw_only=True)
 class BoardStage:
     """A web page for all stages: start runs, follow them, look at data, label, chat, export. Runs
     that it starts go on when it ends.
@@ -347,6 +272,7 @@ STAGES: dict[str, type] = {
     "serve": ServeStage,
     "serve_reward": ServeRewardStage,
     "serve_rollout": ServeRolloutStage,
+    "registry": RegistryStage,
     "data": DataStage,
     "label": LabelStage,
     "migrate": MigrateStage,
@@ -362,6 +288,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "online": ("ppo",),
     "judge": ("eval",),
     "use": ("export", "chat", "serve"),
+    "keep": ("registry",),
     "serve": ("serve_reward", "serve_rollout"),
     "run and look": ("board", "chain", "doctor"),
 }
@@ -389,6 +316,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     "serve": ("run", "model", "rollout", "data"),
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
     "serve_rollout": ("run", "model", "adapter", "rollout", "environment", "data", "tracking"),
+    "registry": ("run", "model", "tracking"),
     "migrate": ("run", "migrate"),
     "board": ("run",),
     "data": ("run", "model", "reward", "data", "tracking"),

@@ -26,7 +26,7 @@ from conf.schema import EngineConfig
 from policy.batching import collate
 from policy.forward import ADAPTER, Layout, Models, module_of, policy_logprobs
 from policy.model import LONGEST_DENSE, base_of, take_segments
-from rlhf.process.wording import first_line
+from rlhf.process.libraries import first_line
 from rlhf.types import UserError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from conf.schema import RolloutConfig
 from rlhf.models.encoding import is_chat
 from rlhf.models.turns import end_ids, response_text
 from rlhf.process import distributed
-from rlhf.process.wording import first_line
+from rlhf.process.libraries import first_line
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
 from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
 from rollout.vllm_private import (

@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rlhf.checks": (*BASE, "rlhf.run"),
     "rlhf.export": (*BASE, "rlhf.run"),
     "rlhf.serving": (*BASE, "rollout"),
+    # where a version comes from stands in the manifests of runs
+    "rlhf.registry": (*BASE, "rlhf.run"),
     "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
     # pages over files: what runs, labels and rows are, and the options' declarations
     "rlhf.board": (
@@ -72,6 +74,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.launch",
         "rlhf.migrate",
         "rlhf.online",
+        "rlhf.registry",
         "rlhf.serving",
         "rlhf.offline",
     ),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.families import table
-from rlhf.process.wording import first_line
+from rlhf.process.libraries import first_line
 
 RESULTS = Path("build/families.json")
 PAGE = Path("docs/models.md")

@@ -19,7 +19,7 @@ from policy.saving import iterate_weights, save_adapter, save_model
 from reward.model import load_reward_module, score_ids
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm, load_classifier, train_tokenizer
-from rlhf.process.wording import first_line
+from rlhf.process.libraries import first_line
 from rlhf.stages import methods
 from rlhf.types import FullWeights, UserError
 from rollout import make_generator

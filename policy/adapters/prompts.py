@@ -29,7 +29,7 @@ from policy.adapters.virtual_tuner import (
     layer_of,
 )
 from rlhf.models.parts import backbone_name
-from rlhf.process.wording import first_line
+from rlhf.process.libraries import first_line
 from rlhf.types import UserError
 
 _CAUSAL = ("full_attention", "sliding_attention")

@@ -21,7 +21,7 @@ from policy.engines.loading import Rates, WaitingAdamW, one_rate, set_rates, zer
 from policy.engines.resharding import reading
 from policy.model import trainable
 from rlhf.process import distributed
-from rlhf.process.wording import first_line
+from rlhf.process.libraries import first_line
 from rlhf.types import UserError
 
 log = logging.getLogger(__name__)

@@ -50,12 +50,14 @@ _HYDRAS_OWN = ("--hydra-help", "--version", "--info", "-i")  # flags that need n
 # looked at by the second; the others are for the runs that ask for them.
 _ROWS, _MEMORY, _DRY_RUN, _RECIPE = "rows", "memory", "dry_run", "recipe"
 _LAUNCH = "launch"  # starts the processes of a stage, in place of running it here
+_REGISTERED = "registered"  # for options that name a version of the registry
 _METHODS = "methods"  # makes adapters known, before any stage that loads a model
 # torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
 # load a model
-_WITHOUT_TORCH = ("board", "chain", "data", "migrate")
+_WITHOUT_TORCH = ("board", "chain", "data", "migrate", "registry")
 # they leave no run directory: they make nothing that another stage reads
-_WITHOUT_DIRECTORY = ("board", "doctor", "migrate", "chat", "serve")
+_WITHOUT_DIRECTORY = ("board", "doctor", "migrate", "chat", "serve", "registry")
+_VERSION = "registry:"  # begins a text that names a version of the registry
 
 
 def main(argv: Sequence[str], run_job: RunJob) -> int:
@@ -263,6 +265,8 @@ def execute(cfg: Config, argv: Sequence[str], modules: Modules) -> None:
                 return
     # fork after threads would warn at every data worker
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if _VERSION in repr(cfg):
+        modules(_REGISTERED).resolve(cfg, cfg.run)
     schema, name = stage_schema(cfg.stage.name), module_name(cfg.stage.name)
     if schema not in _WITHOUT_TORCH:
         distributed.name_accelerator()

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from rlhf.models.turns import EMBEDDING_ROWS, LISTED_ENDS, end_ids, habits, special_ids
 from rlhf.models.words import forget
 from rlhf.process.files import sha256
-from rlhf.process.wording import first_line
+from rlhf.process.libraries import first_line
 from rlhf.types import UserError
 
 _MEDIA = ("image", "audio", "video", "boi", "eoi", "boa", "eoa")  # of names such as image_token

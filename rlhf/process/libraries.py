@@ -1,5 +1,6 @@
 """Other people's libraries: those that come with an extra of the package (see pyproject.toml) and
-are imported where they are used, files inside installed packages, and fewer lines from their logs.
+are imported where they are used, files inside installed packages, fewer lines from their logs, and
+the first line of their errors.
 """
 
 import importlib
@@ -125,3 +126,8 @@ def quiet_libraries() -> None:
     datasets = sys.modules.get("datasets")
     if datasets is not None:
         datasets.disable_progress_bars()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; empty where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]

@@ -1,6 +1,4 @@
-"""Parts of error messages: what a value is, an error's first line, and the known word nearest to a
-misspelt word.
-"""
+"""Parts of error messages: what a value is, and the known word nearest to a misspelt word."""
 
 import difflib
 from collections.abc import Sequence
@@ -29,11 +27,6 @@ def describe(value: Any) -> str:
     if len(shown) > _LONGEST:
         shown = shown[: _LONGEST - 3] + "..."
     return f"{kind} {shown}"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says; empty where it says nothing."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def nearest(word: str, known: Sequence[str], cutoff: float = 0.6) -> str | None:

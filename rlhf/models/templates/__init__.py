@@ -16,6 +16,7 @@ as <think>, after the family's models; the words that introduce the functions ar
 `generation` marks tell transformers and TRL which tokens are the assistant's.
 """
 
+import difflib
 import functools
 import re
 from collections.abc import Sequence
@@ -24,7 +25,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rlhf.process.wording import nearest
 from rlhf.types import Message, Tools, UserError
 
 NAMES = (
@@ -65,8 +65,8 @@ def template_text(name: str) -> str:
         )
     place = Path(name).expanduser()
     if not place.is_file():
-        near = nearest(name, NAMES)
-        hint = f" Nearest name: {near}." if near else ""
+        near = difflib.get_close_matches(name.lower(), NAMES, n=1)
+        hint = f" Nearest name: {near[0]}." if near else ""
         raise UserError(
             f"data.chat_template={name}: no such file, and no such name. Expected a file with a "
             f"Jinja template, or {', '.join(NAMES)}.{hint}"

@@ -27,7 +27,7 @@ from rlhf.models.directories import (
     readable,
 )
 from rlhf.models.loading import load_causal_lm
-from rlhf.process.wording import first_line
+from rlhf.process.libraries import first_line
 from rlhf.stages.evaluation.policies import Asked, model_at
 from rlhf.types import Prompt, Rollout, UserError
 from rollout import resolve_backend
