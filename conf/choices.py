@@ -268,6 +268,7 @@ class CriticInit(Enum):
 
 
 class Judge(Enum):
+    llm = "llm"
     lexicon = "lexicon"
     classifier = "classifier"
     function = "function"

@@ -8,7 +8,8 @@ from enum import Enum
 from typing import Any
 
 from conf.choices import Combine, FormatStyle, Isolation, Judge, LengthUnit, TermKind
-from conf.options import MISSING, check, check_options, option
+from conf.judging import LLMJudgeConfig
+from conf.options import MISSING, check, check_options, nested, option
 
 # A term's name becomes a column of samples.jsonl and a metric, so it can't be one of theirs.
 _TAKEN = (
@@ -377,6 +378,7 @@ class EvalStage:
         None, "Labelled texts (text, label) that train the judge classifier."
     )
     judge_function: str | None = option(None, "pkg.module:function of the judge function.")
+    llm_judge: LLMJudgeConfig = nested(LLMJudgeConfig)
     bootstrap: int = option(1000, "Resamples for 95 % intervals.", unit="resamples", at_least=1)
     shown: int = option(4, "Samples shown side by side.", unit="samples", at_least=0)
 

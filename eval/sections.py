@@ -36,6 +36,10 @@ class Table:
                 )
         return cls(title, columns, tuple(tuple(row.values()) for row in rows))
 
+    def as_rows(self) -> list[dict[str, str]]:
+        """Each row as its cells by column."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
 
 @dataclass(frozen=True, slots=True)
 class Section:

@@ -2,8 +2,10 @@
 functions, float64.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +56,45 @@ def bootstrap_mean(
         means.append(values[rng.integers(0, len(values), size)].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def bootstrap_ratio(
+    parts: NDArray[np.float64],
+    wholes: NDArray[np.float64],
+    *,
+    resamples: int,
+    seed: int,
+    confidence: float = 0.95,
+) -> Interval:
+    """sum(parts) / sum(wholes), both [N], with its percentile bootstrap interval over the N. Raises
+    ValueError without values, and for a whole that is not above 0.
+    """
+    if parts.shape != wholes.shape or parts.ndim != 1 or not len(parts) or wholes.min() <= 0:
+        raise ValueError(
+            f"expected as many parts as wholes above 0, found {parts.shape} and {wholes.shape}"
+        )
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // len(parts))
+    ratios = []
+    for done in range(0, resamples, block):
+        chosen = rng.integers(0, len(parts), (min(block, resamples - done), len(parts)))
+        ratios.append(parts[chosen].sum(axis=1) / wholes[chosen].sum(axis=1))
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(np.concatenate(ratios), tails)
+    return Interval(float(parts.sum() / wholes.sum()), float(low), float(high))
+
+
+def wilson(share: float, count: int, confidence: float = 0.95) -> Interval:
+    """A share of `count` independent cases with Wilson's score interval (1927), which has a width
+    where all cases agree. Raises ValueError without cases.
+    """
+    if count < 1 or not 0 <= share <= 1:
+        raise ValueError(f"expected a share in [0, 1] of at least one case: {share}, {count}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    inner = share * (1 - share) / count + z**2 / (4 * count**2)
+    half = z * math.sqrt(inner) / (1 + z**2 / count)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def paired_difference(

@@ -9,7 +9,7 @@ import base64
 import html
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +169,11 @@ def _figure(shows: str, path: Path) -> str:
     )
 
 
-def tracker_tables(sections: Sequence[Section]) -> dict[str, list[Mapping[str, str]]]:
+def tracker_tables(sections: Sequence[Section]) -> dict[str, list[dict[str, str]]]:
     """The tables of all sections as rows for a tracker, by ``report/<section>/<table>`` in plain
     letters, with a number where that is taken; a table without rows is left out.
     """
-    out: dict[str, list[Mapping[str, str]]] = {}
+    out: dict[str, list[dict[str, str]]] = {}
     for section in sections:
         for table in section.tables:
             if not table.rows:
@@ -183,7 +183,7 @@ def tracker_tables(sections: Sequence[Section]) -> dict[str, list[Mapping[str, s
             while name in out:
                 number += 1
                 name = f"{plain}_{number}"
-            out[name] = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+            out[name] = table.as_rows()
     return out
 
 

@@ -22,6 +22,7 @@ from rlhf.process import distributed
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.stages.evaluation.judges import check_judges, judge_rollouts, make_judges
+from rlhf.stages.evaluation.llm_judge import judge_policies
 from rlhf.stages.evaluation.one_base import Swapped, one_base, without_swapping
 from rlhf.stages.evaluation.policies import (
     Apart,
@@ -129,6 +130,7 @@ def _run(ctx: RunContext) -> None:
         logits_chunk=cfg.engine.logits_chunk,
         micro_tokens=cfg.engine.micro_tokens,
     )
+    del states  # their models make room for a judge's
     ctx.watchdog.phase("compare")
     _finish(ctx, before, after, kl)
 
@@ -159,14 +161,24 @@ def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -
     plots = report.plot(comparison, scores, ctx.dir / "plots")
     ctx.tracker.images(list(plots.values()))
     metrics = comparison.metrics()
-    ctx.tracker.log(0, metrics)
     console.table(report.sample_rows(rows, stage.shown), title="The same prompt before and after")
     prompts = len(before.rollouts) // stage.samples_per_prompt
     before_name, after_name = (_named(path) for path in _paths(stage))
     title = f"Before{before_name} and after{after_name} on {prompts} held-out prompts"
     console.table(report.table_rows(comparison), title=title)
     first = report.section(comparison, rows, plots, about=f"{title}.", shown=max(1, stage.shown))
-    page = publish_report(ctx.dir, ctx.cfg.run.name, [first], ctx.tracker)
+    sections = [first]
+    if Judge.llm in stage.judges:
+        ctx.watchdog.phase("judge pairs")
+        ctx.add_parent("judge", stage.llm_judge.path)
+        answers = {"before": before.rollouts, "after": after.rollouts}
+        part, figures = judge_policies(ctx, answers)
+        sections.append(part)
+        metrics |= figures
+        for table in part.tables[:3]:
+            console.table(table.as_rows(), title=table.title)
+    ctx.tracker.log(0, metrics)
+    page = publish_report(ctx.dir, ctx.cfg.run.name, sections, ctx.tracker)
     ctx.finish(
         steps=1,
         metrics=metrics,

@@ -11,11 +11,14 @@ from reward.terms import make_scorer
 from rlhf.checks import launch
 from rlhf.data.files import check_file, read_rows
 from rlhf.process import distributed
+from rlhf.stages.evaluation.llm_judge import check_llm_judge
 from rlhf.types import Rollout, Scorer, UserError
 
 
 def check_judges(stage: EvalStage) -> None:
     """Every judge has what it judges by. Raises UserError."""
+    if Judge.llm in stage.judges:
+        check_llm_judge(stage.llm_judge)
     if Judge.classifier in stage.judges:
         if stage.judge_path is None:
             raise UserError(
@@ -36,12 +39,14 @@ def check_judges(stage: EvalStage) -> None:
 
 
 def make_judges(stage: EvalStage, tokenizer: Any) -> list[ResponseJudge]:
-    """The judges of ``stage.judges``, trained where they need it. Raises UserError for one without
-    what it judges by.
+    """The judges of ``stage.judges`` that give each response a number, trained where they need it;
+    llm compares (llm_judge.py). Raises UserError for one without what it judges by.
     """
     check_judges(stage)
     judges: list[ResponseJudge] = []
     for kind in stage.judges:
+        if kind is Judge.llm:
+            continue
         if kind is Judge.lexicon:
             judges.append(LexiconJudge())
         elif kind is Judge.classifier:
